@@ -1,0 +1,1 @@
+"""Which training examples taught a model a behavior, and through which of its features."""

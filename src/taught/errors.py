@@ -1,0 +1,50 @@
+"""What went wrong, with which value, the rule, and the fix.
+
+Every error that a user can cause is a :class:`UserError` and ends a command with exit code 2 and no
+traceback. Anything else is a defect of ours and ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+
+class TaughtError(Exception):
+    """Base class of all errors raised on purpose by this package."""
+
+    exit_code = 1
+
+
+class UserError(TaughtError):
+    """A mistake in what the user gave: what, the value, the rule, the fix (at most four lines).
+
+    Parameters
+    ----------
+    what
+        What is wrong, in one sentence, without a trailing full stop.
+    value
+        The offending value, shown with ``repr`` and shortened to 200 characters.
+    rule
+        The rule that the value breaks.
+    fix
+        What to type or change.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self, what: str, *, value: object = None, rule: str | None = None, fix: str | None = None
+    ) -> None:
+        self.what, self.value, self.rule, self.fix = what, value, rule, fix
+        lines = [what]
+        if value is not None:
+            lines.append(f"  value: {_short(value)}")
+        if rule is not None:
+            lines.append(f"  rule:  {rule}")
+        if fix is not None:
+            lines.append(f"  fix:   {fix}")
+        super().__init__("\n".join(lines))
+
+
+def _short(value: object, limit: int = 200) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    text = text.replace("\n", " ")
+    return text if len(text) <= limit else text[: limit - 1] + "…"
