@@ -1,0 +1,1 @@
+"""What the influences say: interference between features, and which pairs to drop."""
