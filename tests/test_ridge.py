@@ -24,7 +24,7 @@ both = pytest.mark.parametrize("fit_intercept", [False, True])
 
 
 def problem(seed=0, n=40, d=6):
-    """Sparse non-negative activations, a behavior with noise and an offset, and a change of both."""
+    """Sparse activations, a behavior with noise and an offset, and a change of both."""
     rng = np.random.default_rng(seed)
     X = np.maximum(rng.normal(size=(n, d)), 0)
     y = X @ rng.normal(size=d) + 0.3 * rng.normal(size=n) - 2.0

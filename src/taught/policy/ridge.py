@@ -157,7 +157,7 @@ def fit_policy(
     """
     X, y = checked_data(X, y, prompt_ids)
     ids = _checked_feature_ids(feature_ids, X.shape[1])
-    _check_alpha(alpha)
+    check_alpha(alpha)
     Xc, yc = (X - X.mean(0), y - y.mean()) if fit_intercept else (X, y)
     U = Xc.T @ Xc + alpha * np.eye(X.shape[1])
     W = np.linalg.solve(U, Xc.T @ yc)
@@ -171,7 +171,7 @@ def fit_policy(
         intercept=intercept,
         alpha=float(alpha),
         fit_intercept=fit_intercept,
-        prompt_ids=tuple(prompt_ids),
+        prompt_ids=tuple(map(str, prompt_ids)),
         X=X,
         y=y,
         Xc=Xc,
@@ -283,7 +283,7 @@ def choose_alpha(
     check_folds(folds, len(y))
     alphas = _grid(X, fit_intercept) if grid is None else np.asarray(grid, dtype=np.float64)
     for alpha in alphas:
-        _check_alpha(float(alpha))
+        check_alpha(float(alpha))
     fold = np.random.default_rng(seed).permutation(len(y)) % folds
     sse = sum(_held_out_sse(X, y, fold == k, alphas, fit_intercept) for k in range(folds))
     mse = np.asarray(sse) / len(y)
@@ -323,7 +323,7 @@ def checked_data(
 ) -> tuple[Floats, Floats]:
     """Copies of X [N, d] and y [N] in float64, after checking shapes, ids and finiteness."""
     X, y = np.array(X, dtype=np.float64), np.array(y, dtype=np.float64)
-    n_ids = len(y) if prompt_ids is None and y.ndim else len(prompt_ids or ())
+    n_ids = y.size if prompt_ids is None else len(prompt_ids)
     if X.ndim != 2 or y.ndim != 1 or not X.shape[0] == len(y) == n_ids:
         raise UserError(
             "X, y and prompt_ids do not fit together",
@@ -338,7 +338,7 @@ def checked_data(
             rule="at least one prompt and one feature",
             fix="lower features: threshold" if missing == "features" else "check prompts: path",
         )
-    _check_unique(prompt_ids or (), "prompt id")
+    _check_unique(() if prompt_ids is None else prompt_ids, "prompt id")
     _check_finite(X, y, prompt_ids)
     return X, y
 
@@ -382,7 +382,8 @@ def _checked_feature_ids(feature_ids: Sequence[int] | Ints, d: int) -> Ints:
     return ids.astype(np.int64)
 
 
-def _check_alpha(alpha: float) -> None:
+def check_alpha(alpha: float) -> None:
+    """Refuse a penalty that is not a positive number."""
     if not (np.isfinite(alpha) and alpha > 0):
         raise UserError(
             "The ridge penalty must be positive",
@@ -398,7 +399,7 @@ def _checked_change(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> tuple[Float
         raise UserError(
             "The changes do not fit the policy",
             value=f"dX {list(dX.shape)}, dy {list(dy.shape)}",
-            rule=f"dX {list(policy.X.shape)}, dy {list(policy.y.shape)}, rows in the policy's order",
+            rule=f"dX {list(policy.X.shape)}, dy {list(policy.y.shape)}, in its row order",
         )
     return dX, dy
 

@@ -1,0 +1,462 @@
+"""How far a policy can be trusted: held-out fit, what trivial predictors reach, stable signs.
+
+Everything is out of fold: the row of a prompt never takes part in the prediction, the threshold or
+the mean that it is judged against. Intervals are 95% percentile bootstrap over prompts, with the
+folds held fixed. Source of the accuracy: SMDA, arXiv 2606.29171 (class threshold chosen on
+training rows only, judged against the class of the prompt), whose majority class came close to it:
+hence the trivial predictors beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from taught.errors import UserError
+from taught.policy.ridge import (
+    Floats,
+    Ints,
+    check_alpha,
+    check_folds,
+    checked_data,
+    choose_alpha,
+    ridge,
+    row_order,
+)
+
+Bools = NDArray[np.bool_]
+
+
+class Estimate(NamedTuple):
+    """A number with its 95% bootstrap interval; nan where it is not defined."""
+
+    value: float
+    lo: float
+    hi: float
+
+    def to_dict(self) -> dict[str, float | None]:
+        """``{"value", "lo", "hi"}`` for JSON, with None for nan."""
+        return {
+            name: float(number) if np.isfinite(number) else None
+            for name, number in self._asdict().items()
+        }
+
+
+class Finding(NamedTuple):
+    """Something the reader of a policy must know: a stable code and a sentence with the numbers."""
+
+    code: str
+    message: str
+
+
+class CoefficientIntervals(NamedTuple):
+    """Bootstrap of the coefficients, float64 [d] each: 95% interval and sign stability."""
+
+    lo: Floats
+    hi: Floats
+    sign_stability: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Held-out quality of a policy.
+
+    Attributes
+    ----------
+    y_hat : float64 [N]
+        Prediction for each prompt by the policy fitted without its fold, in the order given.
+    fold : int64 [N]
+        The fold of each prompt.
+    r2 : Estimate
+        1 - sum (y - y_hat)^2 / sum (y - mean of the training rows)^2. Negative: worse than a
+        constant.
+    spearman : Estimate
+        Rank correlation of y and y_hat over all prompts.
+    accuracy : Estimate
+        Share of the prompts of the two classes whose class the thresholded y_hat gives.
+    majority : Estimate
+        Accuracy of always naming the larger class.
+    accuracy_gain : Estimate
+        accuracy - majority, paired over the same resamples.
+    baselines : dict
+        Predictors of y without the features, on the same folds: ``group`` (training mean of the
+        prompt's group) and ``length`` (straight line in the prompt's length). Each a dict with
+        ``r2``, ``spearman`` and, for length, ``accuracy``.
+    warnings : tuple of Finding
+    """
+
+    y_hat: Floats
+    fold: Ints
+    n: int
+    d: int
+    r2: Estimate
+    spearman: Estimate
+    accuracy: Estimate
+    majority: Estimate
+    accuracy_gain: Estimate
+    baselines: dict[str, dict[str, Estimate]]
+    warnings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the arrays, ready for ``policy.json``."""
+        names = ("r2", "spearman", "accuracy", "majority", "accuracy_gain")
+        return {
+            "n": self.n,
+            "d": self.d,
+            **{name: getattr(self, name).to_dict() for name in names},
+            "baselines": {
+                name: {key: estimate.to_dict() for key, estimate in row.items()}
+                for name, row in self.baselines.items()
+            },
+            "warnings": [finding._asdict() for finding in self.warnings],
+        }
+
+
+class _Rows(NamedTuple):
+    """The prompts, sorted by id so that random draws do not depend on the order given."""
+
+    X: Floats
+    y: Floats
+    group: list[str]
+    positive: Bools  # the class: in the positive group
+    classed: Bools  # in the positive or the negative group
+    length: Floats | None
+    fold: Ints
+
+
+class _Predicted(NamedTuple):
+    y_hat: Floats
+    says_positive: Bools
+
+
+def evaluate_policy(
+    X: ArrayLike,
+    y: ArrayLike,
+    groups: Sequence[str],
+    *,
+    alpha: float | None,
+    fit_intercept: bool,
+    folds: int,
+    seed: int,
+    bootstrap: int,
+    positive: str,
+    negative: str,
+    prompts_length: ArrayLike | None = None,
+    prompt_ids: Sequence[str] | None = None,
+) -> Evaluation:
+    """Judge the policy out of fold, beside the majority class and trivial predictors.
+
+    Folds are stratified by group. Cost: ``folds`` ridge fits and ``bootstrap`` resamples of N.
+
+    Parameters
+    ----------
+    X, y : [N, d], [N]
+        Activations and behavior.
+    groups : length N
+        Group of each prompt. Groups other than the two classes count for R^2 and Spearman only.
+    alpha
+        Ridge penalty. None: chosen by cross-validation inside the training rows of each fold.
+    bootstrap
+        Number of resamples; 0 leaves the intervals nan.
+    positive, negative
+        The classes. A prompt is called positive if its prediction lies above the threshold.
+    prompts_length : length N, optional
+        For the length baseline, in any unit.
+    prompt_ids : length N, optional
+        When given, folds and resamples are drawn over sorted ids: the order of rows cannot matter.
+    """
+    X, y = checked_data(X, y, prompt_ids)
+    _check_groups(groups, len(y), positive, negative)
+    _check_length(prompts_length, len(y))
+    check_folds(folds, len(y))
+    if alpha is not None:
+        check_alpha(alpha)
+    order = row_order(prompt_ids, len(y))
+    rows = _sorted_rows(X, y, groups, positive, negative, prompts_length, order, folds, seed)
+    y_bar = _out_of_fold(rows, lambda train: np.full(len(y), rows.y[train].mean())).y_hat
+    predicted = {
+        "policy": _out_of_fold(rows, lambda train: _ridge(rows, train, alpha, fit_intercept, seed)),
+        "group": _out_of_fold(rows, lambda train: _group_means(rows, train)),
+    }
+    if rows.length is not None:
+        predicted["length"] = _out_of_fold(rows, lambda train: _length_line(rows, train))
+    table = _estimates(rows, predicted, y_bar, bootstrap, seed)
+    back = np.argsort(order)
+    return Evaluation(
+        y_hat=predicted["policy"].y_hat[back],
+        fold=rows.fold[back],
+        n=len(y),
+        d=X.shape[1],
+        r2=table["policy r2"],
+        spearman=table["policy spearman"],
+        accuracy=table["policy accuracy"],
+        majority=table["majority"],
+        accuracy_gain=table["accuracy gain"],
+        baselines=_baselines(predicted, table),
+        warnings=tuple(_findings(table, len(y), X.shape[1])),
+    )
+
+
+def bootstrap_coefficients(
+    X: ArrayLike,
+    y: ArrayLike,
+    *,
+    alpha: float,
+    fit_intercept: bool,
+    n: int,
+    seed: int,
+    prompt_ids: Sequence[str] | None = None,
+) -> CoefficientIntervals:
+    """Refit on ``n`` resamples of the prompts. Cost O(n (N d^2 + d^3)).
+
+    The intervals describe sampling of prompts around the penalised coefficients; they do not
+    correct the shrinkage towards 0.
+
+    Returns
+    -------
+    CoefficientIntervals
+        ``lo``, ``hi`` (2.5% and 97.5%) and ``sign_stability``, the share of resamples whose
+        coefficient has the sign of the fit on all prompts; nan where that coefficient is 0.
+    """
+    X, y = checked_data(X, y, prompt_ids)
+    check_alpha(alpha)
+    if n < 1:
+        raise UserError(
+            "The bootstrap needs resamples", value=n, rule="n >= 1", fix="set policy: bootstrap"
+        )
+    order = row_order(prompt_ids, len(y))
+    X, y = X[order], y[order]
+    full, _ = ridge(X, y, alpha, fit_intercept)
+    draws = np.stack(
+        [ridge(X[i], y[i], alpha, fit_intercept)[0] for i in _resamples(len(y), n, seed)]
+    )
+    lo, hi = np.percentile(draws, [2.5, 97.5], axis=0)
+    same = (np.sign(draws) == np.sign(full)).mean(0)
+    return CoefficientIntervals(lo, hi, np.where(full == 0, np.nan, same))
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Rank correlation with average ranks for ties; nan if either is constant."""
+    ra, rb = _ranks(np.asarray(a)), _ranks(np.asarray(b))
+    ra, rb = ra - ra.mean(), rb - rb.mean()
+    norm = float(np.sqrt((ra @ ra) * (rb @ rb)))
+    return float(ra @ rb) / norm if norm > 0 else float("nan")
+
+
+def class_threshold(y_hat: ArrayLike, positive: ArrayLike) -> float:
+    """The cut with the most correct classes, calling ``y_hat > cut`` positive.
+
+    Cuts lie halfway between neighbouring predictions, or at -inf or +inf (one class only). Among
+    equally good cuts the lowest.
+    """
+    y_hat, positive = np.asarray(y_hat, dtype=np.float64), np.asarray(positive, dtype=bool)
+    values, where = np.unique(y_hat, return_inverse=True)
+    cuts = np.concatenate([[-np.inf], (values[:-1] + values[1:]) / 2, [np.inf]])
+    # Raising the cut past a value makes its negatives right and its positives wrong.
+    gains = np.bincount(where, np.where(positive, -1.0, 1.0), minlength=len(values))
+    correct = positive.sum() + np.concatenate([[0.0], np.cumsum(gains)])
+    return float(cuts[int(np.argmax(correct))])
+
+
+def _check_groups(groups: Sequence[str], n: int, positive: str, negative: str) -> None:
+    if len(groups) != n:
+        raise UserError(
+            "Every prompt needs a group",
+            value=f"{len(groups)} groups, {n} prompts",
+            rule="as many groups as prompts",
+        )
+    for name in (positive, negative):
+        count = sum(group == name for group in groups)
+        if count < 2:
+            raise UserError(
+                f"The policy is judged between two groups, and {name!r} has {count} prompts",
+                value="groups: " + ", ".join(sorted(set(groups))),
+                rule=f"at least 2 prompts in {positive!r} and in {negative!r}",
+                fix="set prompts: positive_group and negative_group, or add prompts",
+            )
+
+
+def _check_length(length: ArrayLike | None, n: int) -> None:
+    if length is not None and np.shape(length) != (n,):
+        raise UserError(
+            "Every prompt needs a length",
+            value=f"{np.size(length)} lengths, {n} prompts",
+            rule="as many lengths as prompts",
+        )
+
+
+def _sorted_rows(
+    X: Floats,
+    y: Floats,
+    groups: Sequence[str],
+    positive: str,
+    negative: str,
+    length: ArrayLike | None,
+    order: Ints,
+    folds: int,
+    seed: int,
+) -> _Rows:
+    group = [groups[i] for i in order]
+    is_positive = np.array([name == positive for name in group])
+    return _Rows(
+        X=X[order],
+        y=y[order],
+        group=group,
+        positive=is_positive,
+        classed=is_positive | np.array([name == negative for name in group]),
+        length=None if length is None else np.asarray(length, dtype=np.float64)[order],
+        fold=stratified_folds(group, folds, seed),
+    )
+
+
+def stratified_folds(groups: Sequence[str], folds: int, seed: int) -> Ints:
+    """A fold for each row, int64 [N]; every group is dealt over the folds as evenly as can be."""
+    rng = np.random.default_rng(seed)
+    names = np.asarray(groups)
+    fold = np.empty(len(names), dtype=np.int64)
+    dealt = 0
+    for name in sorted(set(groups)):
+        members = rng.permutation(np.flatnonzero(names == name))
+        fold[members] = (dealt + np.arange(members.size)) % folds
+        dealt += members.size
+    return fold
+
+
+def _out_of_fold(rows: _Rows, predict: Callable[[Bools], Floats]) -> _Predicted:
+    """Predictions of every row, and its class, by what was fitted without the row's fold."""
+    y_hat, says_positive = np.empty(len(rows.y)), np.zeros(len(rows.y), dtype=bool)
+    for k in range(int(rows.fold.max()) + 1):
+        train = rows.fold != k
+        fitted = predict(train)
+        learned = train & rows.classed
+        cut = class_threshold(fitted[learned], rows.positive[learned])
+        y_hat[~train], says_positive[~train] = fitted[~train], fitted[~train] > cut
+    return _Predicted(y_hat, says_positive)
+
+
+def _ridge(
+    rows: _Rows, train: Bools, alpha: float | None, fit_intercept: bool, seed: int
+) -> Floats:
+    X, y = rows.X[train], rows.y[train]
+    if alpha is None:
+        inner = min(5, len(y))
+        alpha, _ = choose_alpha(X, y, fit_intercept=fit_intercept, folds=inner, seed=seed)
+    W, intercept = ridge(X, y, alpha, fit_intercept)
+    return rows.X @ W + intercept
+
+
+def _group_means(rows: _Rows, train: Bools) -> Floats:
+    overall = rows.y[train].mean()
+    y_hat = np.full(len(rows.y), overall)
+    names = np.asarray(rows.group)
+    for name in set(rows.group):
+        inside = names == name
+        if (inside & train).any():
+            y_hat[inside] = rows.y[inside & train].mean()
+    return y_hat
+
+
+def _length_line(rows: _Rows, train: Bools) -> Floats:
+    assert rows.length is not None
+    x0, y0 = rows.length[train].mean(), rows.y[train].mean()
+    x, y = rows.length[train] - x0, rows.y[train] - y0
+    slope = float(x @ y) / float(x @ x) if x.any() else 0.0
+    return np.asarray(y0 + slope * (rows.length - x0))
+
+
+def _estimates(
+    rows: _Rows, predicted: dict[str, _Predicted], y_bar: Floats, bootstrap: int, seed: int
+) -> dict[str, Estimate]:
+    """Every statistic on all rows and on the same resamples, so that differences are paired."""
+    majority_right = rows.positive == (rows.positive[rows.classed].mean() > 0.5)
+
+    def statistics(i: Ints) -> dict[str, float]:
+        classed = i[rows.classed[i]]
+        out = {"majority": _mean(majority_right[classed])}
+        for name, (y_hat, says_positive) in predicted.items():
+            out[f"{name} r2"] = _r2(rows.y[i], y_hat[i], y_bar[i])
+            out[f"{name} spearman"] = spearman(rows.y[i], y_hat[i])
+            out[f"{name} accuracy"] = _mean((says_positive == rows.positive)[classed])
+        out["accuracy gain"] = out["policy accuracy"] - out["majority"]
+        for name in predicted:
+            out[f"r2 gain over {name}"] = out["policy r2"] - out[f"{name} r2"]
+        return out
+
+    values = statistics(np.arange(len(rows.y)))
+    draws = [statistics(i) for i in _resamples(len(rows.y), bootstrap, seed)]
+    return {
+        name: Estimate(value, *interval(np.array([draw[name] for draw in draws])))
+        for name, value in values.items()
+    }
+
+
+def interval(draws: Floats) -> tuple[float, float]:
+    """2.5% and 97.5% percentiles of the finite draws; nan if there are none."""
+    draws = draws[np.isfinite(draws)]
+    if draws.size == 0:
+        return float("nan"), float("nan")
+    lo, hi = np.percentile(draws, [2.5, 97.5])
+    return float(lo), float(hi)
+
+
+def _resamples(n: int, count: int, seed: int) -> Iterator[Ints]:
+    rng = np.random.default_rng(seed)
+    return (rng.integers(0, n, size=n) for _ in range(count))
+
+
+def _r2(y: Floats, y_hat: Floats, y_bar: Floats) -> float:
+    total = float(((y - y_bar) ** 2).sum())
+    return 1 - float(((y - y_hat) ** 2).sum()) / total if total > 0 else float("nan")
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if values.size else float("nan")
+
+
+def _ranks(values: NDArray[Any]) -> Floats:
+    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[where], dtype=np.float64)
+
+
+def _baselines(
+    predicted: dict[str, _Predicted], table: dict[str, Estimate]
+) -> dict[str, dict[str, Estimate]]:
+    out = {}
+    for name in predicted.keys() - {"policy"}:
+        # The group names the class, so its accuracy would be 1 by construction and say nothing.
+        keys = ("r2", "spearman") if name == "group" else ("r2", "spearman", "accuracy")
+        out[name] = {key: table[f"{name} {key}"] for key in keys}
+    return dict(sorted(out.items()))
+
+
+def _findings(table: dict[str, Estimate], n: int, d: int) -> Iterator[Finding]:
+    r2, accuracy, gain = table["policy r2"], table["policy accuracy"], table["accuracy gain"]
+    if n < d:
+        yield Finding("fewer-prompts-than-features", f"{n} prompts for {d} features")
+    if not np.isfinite(r2.value):
+        yield Finding("constant-behavior", "y is the same for every prompt; R^2 is not defined")
+    elif not r2.lo > 0:
+        yield Finding(
+            "r2-interval-includes-0",
+            f"held-out R^2 {r2.value:.3f} [{r2.lo:.3f}, {r2.hi:.3f}]: the features may predict "
+            "the behavior no better than a constant",
+        )
+    if not gain.lo > 0:
+        yield Finding(
+            "accuracy-not-above-majority",
+            f"accuracy {accuracy.value:.3f} against {table['majority'].value:.3f} for the larger "
+            f"class, difference [{gain.lo:.3f}, {gain.hi:.3f}]",
+        )
+    for name in ("group", "length"):
+        over = table.get(f"r2 gain over {name}")
+        if over is not None and np.isfinite(over.value) and not over.lo > 0:
+            yield Finding(
+                f"not-better-than-{name}",
+                f"held-out R^2 {r2.value:.3f} against {table[f'{name} r2'].value:.3f} for the "
+                f"prompt's {name} alone, difference [{over.lo:.3f}, {over.hi:.3f}]",
+            )
