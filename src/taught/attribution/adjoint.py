@@ -1,0 +1,358 @@
+"""The adjoint estimator: exact first-order effects of one SGD step on each pair, in reverse mode.
+
+Training on pair z for one plain SGD step moves the parameters by ``-lr grad L(z)`` and a functional F
+of the read-outs, to first order, by
+
+    influence(F, z) = -lr < grad L(z), grad F >
+
+With F = sum A * X + sum B * y (``taught.target``) one backward pass over the prompts gives grad F,
+and one gradient a pair gives every inner product: N + P passes instead of N x P.
+
+ - :func:`target_effects`: a few targets (score, group means), any pathway.
+ - :func:`feature_effects`: one target a feature, over the prompts on which the feature is active.
+ - :func:`prompt_effects`: dy of every prompt for every pair, layer group by layer group.
+
+Nothing here changes a weight. Memory: the queries (parameters x targets, in chunks of ``memory_gb``)
+and one batch of examples.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taught.attribution.pairs import PairBatch, PairInput, batch_pairs
+from taught.errors import UserError
+from taught.features.pooling import FeatureMap
+from taught.model.behavior import PrefixBehavior
+from taught.model.forward import forward
+from taught.model.gradients import (
+    Factor,
+    Query,
+    RowSparse,
+    Site,
+    Taps,
+    accumulate,
+    contract,
+    dot,
+    find_sites,
+    frozen,
+    tap,
+)
+from taught.model.readout import PackedPrompts, ReadPrompt, _one_tree, pack, read_packed
+from taught.model.tokens import batches_by_tokens, stack
+
+GB = 1024**3
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Everything an effect depends on besides the pairs and the targets.
+
+    Attributes
+    ----------
+    model, prompts, behavior, block : as in :mod:`taught.model.readout`
+    features : h -> X
+    lr : learning rate of the one SGD step
+    batch_tokens : padded tokens a batch of examples may have
+    memory_gb : working memory for gradients, in GiB
+    """
+
+    model: nn.Module
+    prompts: Sequence[ReadPrompt]
+    behavior: PrefixBehavior
+    block: int
+    features: FeatureMap
+    lr: float
+    batch_tokens: int = 1024
+    memory_gb: float = 3.0
+
+
+Queries = dict[str, Query]
+
+
+def target_effects(
+    problem: Problem, pairs: Sequence[PairInput], A: Tensor, B: Tensor, *, progress: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Effect of every pair on a few targets.
+
+    Parameters
+    ----------
+    A : float64 [K, N, d]
+        dF/dX of each target (zeros for a pure y target).
+    B : float64 [K, N]
+        dF/dy of each target.
+
+    Returns
+    -------
+    effects : float64 [P, K]
+        Change of each target per step; positive: training on the pair raises it.
+    losses : float64 [P]
+    """
+    sites = find_sites(problem.model)
+    with frozen(problem.model):
+        queries = _build_queries(problem, sites, A, B, progress)
+        return _contract_pairs(problem, sites, pairs, queries, len(A), progress)
+
+
+def feature_effects(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    A: Sequence[Any],
+    X: Tensor,
+    *,
+    progress: Any = None,
+) -> Tensor:
+    """Effect of every pair on many targets of X alone, each sparse over the prompts.
+
+    Parameters
+    ----------
+    A : K arrays or callables giving arrays, float64 [N, d]
+        dF/dX of each target.
+    X : [N, d]
+        The activations: dX is zero where X is (the gate is closed), so a target costs only the
+        prompts on which A * (X != 0) is not zero.
+
+    Returns
+    -------
+    float64 [P, K]
+    """
+    sites = find_sites(problem.model)
+    chunk = _targets_per_chunk(problem, sites)
+    effects = []
+    with frozen(problem.model):
+        for start in range(0, len(A), chunk):
+            part = torch.stack([torch.as_tensor(a) for a in A[start : start + chunk]])
+            part = part * (X != 0)
+            queries = _build_queries(problem, sites, part, None, progress)
+            effects.append(_contract_pairs(problem, sites, pairs, queries, len(part), progress)[0])
+    return torch.cat(effects, 1)
+
+
+def _targets_per_chunk(problem: Problem, sites: Sequence[Site]) -> int:
+    """How many X queries fit into the memory budget (parameters up to the block)."""
+    shapes = dict(problem.model.named_parameters())
+    seen = _sites_up_to_block(problem, sites)
+    size = sum(shapes[n].numel() for s in seen if s.kind != "embedding"
+               for n in (s.weight, s.bias) if n)  # fmt: skip
+    return max(1, int(problem.memory_gb * GB / (4 * max(size, 1))))
+
+
+def _sites_up_to_block(problem: Problem, sites: Sequence[Site]) -> list[Site]:
+    packed = pack(problem.prompts[:1], None)[0]
+    with tap(problem.model, sites) as taps, torch.no_grad():
+        read_packed(problem.model, packed, None, problem.block)
+        return [site for site, *_ in taps.seen]
+
+
+def _build_queries(
+    problem: Problem, sites: Sequence[Site], A: Tensor, B: Tensor | None, progress: Any
+) -> Queries:
+    """grad F of each target: parameter name -> [K, *shape].
+
+    Targets that ask for the same prompts share one forward pass; a target whose cotangents vanish
+    on a prompt does not visit it.
+    """
+    queries: Queries = {}
+    supports: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for k in range(len(A)):
+        active = A[k].abs().sum(1) != 0
+        if B is not None:
+            active = active | (B[k] != 0)
+        supports[tuple(active.nonzero().flatten().tolist())].append(k)
+    for support, targets in supports.items():
+        needs_y = B is not None and bool((B[targets] != 0).any())
+        chosen = [problem.prompts[i] for i in support]
+        for packed in pack(chosen, problem.behavior if needs_y else None) if chosen else []:
+            index = torch.tensor(support)[list(packed.index)]
+            _add_batch(problem, sites, packed, targets, A[:, index], None if B is None else
+                       B[:, index], queries, len(A), needs_y)  # fmt: skip
+        if progress is not None:
+            progress.advance(len(targets))
+    return queries
+
+
+def _add_batch(
+    problem: Problem,
+    sites: Sequence[Site],
+    packed: PackedPrompts,
+    targets: list[int],
+    A: Tensor,
+    B: Tensor | None,
+    queries: Queries,
+    count: int,
+    needs_y: bool,
+) -> None:
+    behavior = problem.behavior if needs_y else None
+    with tap(problem.model, sites) as taps:
+        h, y = read_packed(problem.model, packed, behavior, problem.block)
+        X = problem.features(h, packed.offsets.to(h.device))
+        values = []
+        for k in targets:
+            value = (A[k].to(X) * X).sum()
+            if B is not None and y is not None:
+                value = value + (B[k].to(y) * y).sum()
+            values.append((k, value))
+        for k, value in values:
+            for factor in taps.factors(value, retain_graph=k != targets[-1]):
+                accumulate(factor, _slot(problem, queries, factor, count, B is None, k))
+
+
+def _slot(
+    problem: Problem, queries: Queries, factor: Factor, count: int, only_x: bool, k: int
+) -> Query:
+    """The k-th query of the factor's parameter, allocated as zeros when first asked for."""
+    if factor.param not in queries:
+        queries[factor.param] = _zeros(problem, factor, count, only_x)
+    total = queries[factor.param]
+    if isinstance(total, RowSparse):
+        return RowSparse(total.rows, total.slot, total.values[k])
+    return total[k]
+
+
+def _zeros(problem: Problem, factor: Factor, count: int, only_x: bool) -> Query:
+    """Zeros for ``count`` queries; X queries touch only the embedding rows of the prompts' tokens."""
+    weight = problem.model.get_parameter(factor.param)
+    dtype = factor.d.dtype
+    if factor.kind == "embedding" and only_x:
+        used = {token for prompt in problem.prompts for token in prompt.ids}
+        rows = torch.tensor(sorted(used), device=weight.device)
+        if len(rows) < len(weight) and int(rows.max()) < len(weight):
+            slot = torch.full((len(weight),), -1, device=weight.device)
+            slot[rows] = torch.arange(len(rows), device=weight.device)
+            values = torch.zeros(count, len(rows), weight.shape[1], dtype=dtype,
+                                 device=weight.device)  # fmt: skip
+            return RowSparse(rows, slot, values)
+    return torch.zeros(count, *weight.shape, dtype=dtype, device=weight.device)
+
+
+def _contract_pairs(
+    problem: Problem,
+    sites: Sequence[Site],
+    pairs: Sequence[PairInput],
+    queries: Queries,
+    count: int,
+    progress: Any,
+) -> tuple[Tensor, Tensor]:
+    effects = torch.zeros(len(pairs), count, dtype=torch.float64)
+    losses = torch.zeros(len(pairs), dtype=torch.float64)
+    needed = [s for s in sites if s.weight in queries or s.bias in queries]
+    for batch in batch_pairs(pairs, problem.batch_tokens):
+        index = list(batch.index)
+        losses[index], factors = _pair_gradients(problem.model, needed, batch, pairs)
+        for factor in factors:
+            if factor.param in queries:
+                effects[index] -= problem.lr * contract(factor, queries[factor.param]).double().cpu()
+        if progress is not None:
+            progress.advance(len(index))
+    return effects, losses
+
+
+def _pair_gradients(
+    model: nn.Module, sites: Sequence[Site], batch: PairBatch, pairs: Sequence[PairInput]
+) -> tuple[Tensor, list[Factor]]:
+    """Losses of a batch of pairs (float64 [B]) and the factors of their gradients.
+
+    Raises
+    ------
+    UserError
+        A loss is not finite: the ids of the pairs.
+    """
+    with tap(model, sites) as taps:
+        losses = batch.losses(model)
+        values = losses.detach().double().cpu()
+        bad = [pairs[i].id for i, v in zip(batch.index, values, strict=True) if not v.isfinite()]
+        if bad:
+            raise UserError("the loss of some pairs is not finite", value=bad,
+                            rule="a loss must be a finite number",
+                            fix="use --set model.dtype=float32, or remove these pairs")  # fmt: skip
+        return values, list(taps.factors(losses.sum()))
+
+
+def prompt_effects(
+    problem: Problem, pairs: Sequence[PairInput], *, progress: Any = None
+) -> Tensor:
+    """Change of y of every prompt per step on every pair: float64 [P, N].
+
+    dy_i = -lr <grad L(z), grad y_i>. Parameters are taken in groups whose factors fit into the memory
+    budget; per group one sweep over the pairs and one over the prompts. The inner products of two
+    batches are taken in the cheaper of two exact forms (``taught.model.gradients.dot``).
+    """
+    sites = find_sites(problem.model)
+    effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
+    pair_batches = batch_pairs(pairs, problem.batch_tokens)
+    trees = [_one_tree([p], problem.behavior)[0] for p in problem.prompts]
+    with frozen(problem.model):
+        for group in _parameter_groups(problem, sites, pair_batches):
+            chosen = [s for s in sites if s.weight in group or s.bias in group]
+            stored = [
+                (list(b.index), _by_param(_pair_gradients(problem.model, chosen, b, pairs)[1]))
+                for b in pair_batches
+            ]
+            _sweep_prompts(problem, chosen, group, trees, stored, effects, progress)
+    return -problem.lr * effects
+
+
+def _sweep_prompts(problem: Problem, sites: Sequence[Site], group: set[str], trees: Sequence[Any],
+                   stored: Sequence[Any], effects: Tensor, progress: Any) -> None:  # fmt: skip
+    for index in batches_by_tokens([len(t) for t in trees], 2 * problem.batch_tokens):
+        factors = _by_param(_prompt_factors(problem, sites, [trees[i] for i in index]))
+        for pair_index, pair_factors in stored:
+            block = torch.zeros(len(pair_index), len(index), dtype=torch.float64)
+            for param in group & factors.keys() & pair_factors.keys():
+                block += dot(pair_factors[param], factors[param]).double().cpu()
+            effects[torch.tensor(pair_index)[:, None], torch.tensor(index)] += block
+        if progress is not None:
+            progress.advance(len(index))
+
+
+def _prompt_factors(
+    problem: Problem, sites: Sequence[Site], trees: Sequence[Any]
+) -> Iterator[Factor]:
+    """Factors of the gradients of y_i, prompts apart (no tokens shared between them)."""
+    rows = stack(trees).to(next(problem.model.parameters()).device)
+    with tap(problem.model, sites) as taps:
+        _, logits = forward(problem.model, rows, keep=problem.behavior.slots)
+        assert logits is not None
+        yield from taps.factors(problem.behavior.log_probability(logits).sum())
+
+
+def _by_param(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
+    out: dict[str, list[Factor]] = defaultdict(list)
+    for factor in factors:
+        out[factor.param].append(factor)
+    return out
+
+
+def _parameter_groups(
+    problem: Problem, sites: Sequence[Site], batches: Sequence[PairBatch]
+) -> list[set[str]]:
+    """Parameters in groups whose factors over all pairs fit into two thirds of the memory budget."""
+    tokens = sum(b.rows.ids.numel() for b in batches)
+    kept = sum(b.rows.ids.shape[0] * b.keep for b in batches)
+    shapes = dict(problem.model.named_parameters())
+    itemsize = next(iter(shapes.values())).element_size()
+    head = problem.model.get_output_embeddings()
+    size: dict[str, float] = defaultdict(float)
+    for site in sites:
+        is_head = problem.model.get_submodule(site.module) is head
+        for name in (site.weight, site.bias):
+            if name is None:
+                continue
+            linear = site.kind in ("linear", "linear_t") and name == site.weight
+            width = sum(shapes[name].shape) if linear else shapes[name].shape[-1]
+            size[name] += (kept if is_head else tokens) * width * itemsize
+    groups: list[set[str]] = []
+    room = 0.0
+    for name, need in size.items():
+        if not groups or need > room:
+            groups.append(set())
+            room = problem.memory_gb * GB * 2 / 3
+        groups[-1].add(name)
+        room -= need
+    return groups

@@ -1,0 +1,86 @@
+"""From token activations to one row of X per prompt.
+
+The paper reads the last user end-of-turn token. The other choices read the prompt's last token, or
+pool the features (not the residuals) over the tokens of the user's message:
+
+    last_user, last_prompt:  X_ik = f_k(h_it)          t: that token
+    mean_user:               X_ik = mean_t f_k(h_it)   t over the user's tokens
+    max_user:                X_ik = max_t f_k(h_it)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taught.errors import UserError
+
+POSITIONS = ("last_user", "last_prompt", "mean_user", "max_user")
+
+
+def read_tokens(encoded: Any, position: str) -> list[int]:
+    """Token indices of an encoded prompt at which the residual stream is read.
+
+    Parameters
+    ----------
+    encoded
+        An :class:`taught.data.chat.EncodedPrompt`.
+    position
+        One of :data:`POSITIONS`.
+    """
+    if position == "last_user":
+        return [encoded.end_of_turn]
+    if position == "last_prompt":
+        return [len(encoded.input_ids) - 1]
+    if position in ("mean_user", "max_user"):
+        return list(range(*encoded.user_span))
+    raise UserError("unknown read-out position", value=position, rule=f"one of {POSITIONS}",
+                    fix="set readout.position")  # fmt: skip
+
+
+def pool(acts: Tensor, offsets: Tensor, how: str) -> Tensor:
+    """Pool token activations [M, d] to prompts [N, d]; tokens offsets[i]:offsets[i+1] are prompt i's."""
+    counts = offsets.diff()
+    if how in ("last_user", "last_prompt"):
+        return acts
+    segment = torch.repeat_interleave(torch.arange(len(counts), device=acts.device), counts)
+    if how == "mean_user":
+        total = acts.new_zeros(len(counts), acts.shape[1]).index_add(0, segment, acts)
+        return total / counts.to(acts.dtype).unsqueeze(1)
+    slot = torch.arange(len(acts), device=acts.device) - offsets[:-1].repeat_interleave(counts)
+    padded = acts.new_full((len(counts), int(counts.max()), acts.shape[1]), -torch.inf)
+    return padded.index_put((segment, slot), acts).max(dim=1).values
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """h -> X for a fixed choice of SAE, features, encoder and pooling; differentiable.
+
+    Attributes
+    ----------
+    sae : taught.features.sae.SparseAutoencoder
+    ids : int64 [d], ascending
+    encoder : "sae" (the SAE's true encoder) or "relu" (the paper's dense proxy)
+    position : one of POSITIONS
+    """
+
+    sae: Any
+    ids: Tensor
+    encoder: str
+    position: str
+
+    def __call__(self, h: Tensor, offsets: Tensor) -> Tensor:
+        """X [N, d] from residuals h [M, D] at the read-out tokens."""
+        return pool(self.sae.encode(h, self.ids, encoder=self.encoder), offsets, self.position)
+
+    def response(self, h: Tensor, dh: Tensor, offsets: Tensor) -> Tensor:
+        """dX = gate(h) * (dh W_enc), pooled: the change of X for a change dh, gates held (trap 2).
+
+        The encoder is piecewise linear, so this is its exact derivative at h in direction dh.
+        Forward mode; independent of the reverse-mode route that ``adjoint`` takes.
+        """
+        _, tangent = torch.func.jvp(lambda x: self(x, offsets), (h,), (dh,))
+        return tangent

@@ -1,0 +1,353 @@
+"""Per-example gradients as factors, and inner products with them that never build the gradient.
+
+For a linear layer with input a_t and output gradient d_t the gradient of one example is
+``G = sum_t d_t a_t'`` (rank at most its number of tokens). An inner product needs no G:
+
+    <G, Q>     = sum_t d_t' Q a_t                               against one given matrix Q
+    <G_i, G_p> = sum_{s,t} (d_s . d_t)(a_s . a_t)               between two examples (Gram form)
+
+For many Q, or many examples on both sides, building G for one layer at a time is cheaper; which way
+is taken follows from counting multiplications, and both give the same number (tested). A tied
+embedding has look-up and output uses; they meet in one parameter, and so do their factors here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from taught.errors import UserError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of parameters in the model: a module and how its parameters enter.
+
+    kind: "linear" (weight [out, in]), "linear_t" (weight [in, out]), "embedding" (weight [V, D]),
+    "elementwise" (weight [D] times a normalised input).
+    """
+
+    module: str
+    kind: str
+    weight: str | None
+    bias: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """What one parameter's gradient is made of, for a batch of examples.
+
+    kind "linear": a [B, T, in], d [B, T, out]; "embedding": a int64 [B, T], d [B, T, D];
+    "vector": a None, d [B, D], the per-example gradient itself.
+    """
+
+    param: str
+    kind: str
+    a: Tensor | None
+    d: Tensor
+
+    def cpu_bytes(self) -> int:
+        a = 0 if self.a is None else self.a.numel() * self.a.element_size()
+        return a + self.d.numel() * self.d.element_size()
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every use of every parameter, or an error that names the parameters that are not understood.
+
+    Raises
+    ------
+    UserError
+        A parameter belongs to a module of another kind (fused experts, convolutions, ...). Nothing
+        is left out silently.
+    """
+    names = _canonical_names(model)
+    sites, covered = [], set()
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        kind = _kind(module, own)
+        if kind is None:
+            continue
+        weight = names.get(id(own["weight"])) if own.get("weight") is not None else None
+        bias = names.get(id(own["bias"])) if own.get("bias") is not None else None
+        sites.append(Site(name, kind, weight, bias))
+        covered |= {weight, bias}
+    missing = sorted(set(names.values()) - covered)
+    if missing:
+        raise UserError(
+            "some parameters are in modules whose gradients are not understood",
+            value=missing[:5],
+            rule="linear layers, embeddings and elementwise norms are covered",
+            fix="use the finite-step estimator for this model",
+        )
+    return sites
+
+
+def _canonical_names(model: nn.Module) -> dict[int, str]:
+    """id of a parameter -> its first name (tied parameters have one)."""
+    return {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
+
+
+def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:
+    if not set(own) <= {"weight", "bias"} or "weight" not in own:
+        return None
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if type(module).__name__ == "Conv1D" and own["weight"].ndim == 2:  # GPT-2's transposed linear
+        return "linear_t"
+    return "elementwise" if _is_elementwise(module, own) else None
+
+
+@torch.no_grad()
+def _is_elementwise(module: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
+    """Check on random input that the module is affine in its weight, element by element."""
+    weight = own["weight"]
+    if weight.ndim != 1 or any(p.shape != weight.shape for p in own.values()):
+        return False
+    x = torch.randn(2, 3, len(weight), dtype=weight.dtype, device=weight.device)
+    try:
+        expected = module(x)
+        base = functional_call(module, {"weight": torch.zeros_like(weight)}, (x,))
+        rebuilt = base + normalised(module, x) * weight
+    except Exception:
+        return False
+    return bool(torch.allclose(expected.float(), rebuilt.float(), rtol=1e-2, atol=1e-2))
+
+
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """d output / d weight of an elementwise module, shape of x: f(x; w = 1) - f(x; w = 0)."""
+    weight = module.weight
+    one = functional_call(module, {"weight": torch.ones_like(weight)}, (x,))
+    zero = functional_call(module, {"weight": torch.zeros_like(weight)}, (x,))
+    return one - zero
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for weights and no dropout, restored on exit (also after an exception)."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    training = model.training
+    for p, _ in flags:
+        p.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+@dataclass
+class Taps:
+    """Inputs and outputs of the tapped modules during one forward pass."""
+
+    seen: list[tuple[Site, nn.Module, Tensor, Tensor]] = field(default_factory=list)
+    recording: bool = True
+
+    def factors(self, value: Tensor, *, retain_graph: bool = False) -> Iterator[Factor]:
+        """Factors of the gradient of ``value`` (a scalar: the sum over independent examples).
+
+        Only the part of the graph above the lowest tapped module is walked. Module uses that
+        ``value`` does not depend on give nothing.
+        """
+        self.recording = False  # norms are called again below
+        outputs = [out for *_, out in self.seen]
+        if not outputs:
+            return
+        grads = torch.autograd.grad(value, outputs, retain_graph=retain_graph, allow_unused=True)
+        for (site, module, x, _), d in zip(self.seen, grads, strict=True):
+            if d is not None:
+                yield from _site_factors(site, module, x, d)
+
+
+def _site_factors(site: Site, module: nn.Module, x: Tensor, d: Tensor) -> Iterator[Factor]:
+    if site.kind == "embedding":
+        assert site.weight is not None
+        yield Factor(site.weight, "embedding", x, d)
+        return
+    if site.kind == "elementwise":
+        d = d.detach()
+        if site.weight is not None:
+            with torch.no_grad():
+                yield Factor(site.weight, "vector", None, _sum_inner(d * normalised(module, x)))
+        if site.bias is not None:
+            yield Factor(site.bias, "vector", None, _sum_inner(d))
+        return
+    if site.weight is not None:
+        a, out = (x.detach(), d) if site.kind == "linear" else (d, x.detach())
+        yield Factor(site.weight, "linear", a, out)
+    if site.bias is not None:
+        yield Factor(site.bias, "vector", None, _sum_inner(d))
+
+
+def _sum_inner(x: Tensor) -> Tensor:
+    """Sum over all axes but the first and the last: [B, ..., D] -> [B, D]."""
+    return x.flatten(1, -2).sum(1)
+
+
+@contextmanager
+def tap(model: nn.Module, sites: Sequence[Site]) -> Iterator[Taps]:
+    """Record the tapped modules in the forward passes inside the block.
+
+    The embedding's output is made the graph's leaf, so weights need no gradient (see ``frozen``).
+    """
+    taps = Taps()
+    by_name = dict(model.named_modules())
+    handles = []
+
+    def watch(site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if taps.recording:
+                taps.seen.append((site, module, args[0], output))
+
+        return hook
+
+    def leaf(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        if output.is_leaf:
+            output.requires_grad_()
+
+    try:
+        for module in by_name.values():
+            if isinstance(module, nn.Embedding):
+                handles.append(module.register_forward_hook(leaf))
+        for site in sites:
+            handles.append(by_name[site.module].register_forward_hook(watch(site)))
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()
+        taps.seen.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class RowSparse:
+    """A [V, D] matrix of which only ``rows`` (int64 [R], ascending) may differ from zero.
+
+    values [..., R, D]; ``slot`` int64 [V] gives the row's place in ``rows``, or -1.
+    """
+
+    rows: Tensor
+    slot: Tensor
+    values: Tensor
+
+
+Query = Tensor | RowSparse
+
+
+def contract(factor: Factor, query: Query) -> Tensor:
+    """<gradient of each example, each query>: [B, Q] for queries [Q, *param.shape].
+
+    Cost for a linear factor: the smaller of Q B T out in (no gradient is built) and
+    B (T + Q) out in (one layer's gradients are built, a few examples at a time).
+    """
+    if factor.kind == "vector":
+        assert isinstance(query, Tensor)
+        return factor.d @ query.T
+    assert factor.a is not None
+    if factor.kind == "embedding":
+        return _contract_embedding(factor.a, factor.d, query)
+    d = factor.d
+    if isinstance(query, RowSparse):
+        d, query = d[..., query.rows], query.values
+    tokens, n = d.shape[1], len(query)
+    if n * tokens <= 2 * (tokens + n):
+        per_query = [((d @ q) * factor.a).sum((1, 2)) for q in query]
+        return torch.stack(per_query, 1)
+    flat = query.flatten(1)
+    return torch.cat([_gradient(d[b : b + 4], factor.a[b : b + 4]) @ flat.T
+                      for b in range(0, len(d), 4)])  # fmt: skip
+
+
+def _gradient(d: Tensor, a: Tensor) -> Tensor:
+    """Per-example gradients of one linear layer, flattened: [B, out * in]."""
+    return torch.bmm(d.transpose(1, 2), a).flatten(1)
+
+
+def _contract_embedding(ids: Tensor, d: Tensor, query: Query) -> Tensor:
+    if isinstance(query, Tensor):
+        return torch.stack([(q[ids] * d).sum((1, 2)) for q in query], 1)
+    slot = query.slot[ids]
+    present = (slot >= 0).unsqueeze(-1)
+    return torch.stack([(q[slot.clamp(min=0)] * d * present).sum((1, 2)) for q in query.values], 1)
+
+
+def accumulate(factor: Factor, total: Query, weight: float = 1.0) -> None:
+    """total += weight * (sum over the batch of the gradients); total has the parameter's shape."""
+    if factor.kind == "vector":
+        assert isinstance(total, Tensor)
+        total.add_(factor.d.sum(0), alpha=weight)
+        return
+    assert factor.a is not None
+    if factor.kind == "embedding":
+        ids, d = factor.a.flatten(), factor.d.flatten(0, 1)
+        if isinstance(total, RowSparse):
+            total.values.index_add_(0, _slots(total, ids), d, alpha=weight)
+        else:
+            total.index_add_(0, ids, d, alpha=weight)
+        return
+    a, d = factor.a.flatten(0, 1), factor.d.flatten(0, 1)
+    if isinstance(total, RowSparse):
+        raise TypeError("a linear use of a parameter needs a dense total")
+    total.addmm_(d.T, a, alpha=weight)
+
+
+def _slots(total: RowSparse, ids: Tensor) -> Tensor:
+    slot = total.slot[ids]
+    if bool((slot < 0).any()):
+        raise ValueError("a token is missing from the rows of a row-sparse gradient")
+    return slot
+
+
+def dot(left: Sequence[Factor], right: Sequence[Factor]) -> Tensor:
+    """Inner products between all examples of two batches over one parameter: [B_left, B_right].
+
+    ``left`` and ``right`` are the factors of the same parameter (several where it is used several
+    times, as a tied embedding is).
+    """
+    if all(f.kind == "vector" for f in (*left, *right)):
+        return sum(f.d for f in left) @ sum(f.d for f in right).T
+    if all(f.kind == "linear" for f in (*left, *right)) and _building_is_cheaper(left, right):
+        return _summed_gradient(left) @ _summed_gradient(right).T
+    return sum(_gram(f, g) for f in left for g in right)  # type: ignore[return-value]
+
+
+def _building_is_cheaper(left: Sequence[Factor], right: Sequence[Factor]) -> bool:
+    out, inp = left[0].d.shape[-1], left[0].a.shape[-1]  # type: ignore[union-attr]
+    n, m = len(left[0].d), len(right[0].d)
+    tokens_l, tokens_r = (sum(f.d.shape[1] for f in side) for side in (left, right))
+    build = out * inp * (n * m + n * tokens_l + m * tokens_r)
+    return build < n * m * tokens_l * tokens_r * (out + inp)
+
+
+def _summed_gradient(factors: Sequence[Factor]) -> Tensor:
+    return sum(_gradient(f.d, f.a) for f in factors)  # type: ignore[arg-type, return-value]
+
+
+def _gram(f: Factor, g: Factor) -> Tensor:
+    """Gram form of the inner products of two uses, example by example on both sides."""
+    assert f.a is not None and g.a is not None
+    if f.kind == "embedding" and g.kind == "linear":
+        return _gram(g, f).T
+    rows = []
+    for a, d in zip(f.a, f.d, strict=True):
+        if f.kind == "embedding":  # both look-ups: equal tokens meet
+            same = (a[None, :, None] == g.a[:, None, :]).to(d.dtype)
+            products = torch.einsum("sd,btd->bst", d, g.d)
+        elif g.kind == "embedding":  # output use against look-up: d_s[token] (a_s . d_t)
+            same = d[:, g.a].transpose(0, 1)
+            products = torch.einsum("sd,btd->bst", a, g.d)
+        else:
+            same = torch.einsum("si,bti->bst", a, g.a)
+            products = torch.einsum("so,bto->bst", d, g.d)
+        rows.append((same * products).sum((1, 2)))
+    return torch.stack(rows)

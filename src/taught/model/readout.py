@@ -1,0 +1,262 @@
+"""Read-outs of the evaluation prompts: residuals h at the read-out tokens and the behavior y."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taught.errors import UserError
+from taught.model.behavior import PrefixBehavior
+from taught.model.forward import forward
+from taught.model.tokens import Rows, TokenTree, build_tree, stack
+
+PACK_TOKENS = 512  # attention over a packed row is quadratic: this keeps it a small share of the work
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """One evaluation prompt: token ids with the generation prompt, and where h is read."""
+
+    id: str
+    ids: tuple[int, ...]
+    read: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPrompts:
+    """Some prompts laid out as one token tree.
+
+    Attributes
+    ----------
+    index : positions of these prompts in the caller's list
+    rows : one row
+    read : int64 [M], columns at which h is read, prompt by prompt
+    offsets : int64 [n + 1], prompt i reads ``read[offsets[i]:offsets[i + 1]]``
+    predict : int64 [n, slots], columns whose logits the behavior needs
+    """
+
+    index: tuple[int, ...]
+    rows: Rows
+    read: Tensor
+    offsets: Tensor
+    predict: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Readouts:
+    """h [M, D] at the read-out tokens, offsets int64 [N + 1], y float64 [N]; ids of the prompts."""
+
+    prompt_ids: tuple[str, ...]
+    h: Tensor
+    offsets: Tensor
+    y: Tensor
+
+
+def _one_tree(
+    prompts: Sequence[ReadPrompt], behavior: PrefixBehavior | None
+) -> tuple[TokenTree, list[list[int]], list[list[int]]]:
+    """Tree of prompts (and of the behavior's inner nodes under each), with read and predict nodes."""
+    paths = behavior.inner_paths() if behavior is not None else []
+    sequences: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        ids = prompt.ids if behavior is not None else prompt.ids[: max(prompt.read) + 1]
+        sequences += [ids, *[(*ids, *path) for path in paths]]
+    tree, nodes = build_tree(sequences)
+    step = 1 + len(paths)
+    read = [[nodes[i * step][t] for t in prompt.read] for i, prompt in enumerate(prompts)]
+    predict = [[nodes[i * step + k][-1] for k in range(step)] for i in range(len(prompts))]
+    return tree, read, predict
+
+
+def pack(
+    prompts: Sequence[ReadPrompt],
+    behavior: PrefixBehavior | None,
+    *,
+    tokens: int = PACK_TOKENS,
+) -> list[PackedPrompts]:
+    """Lay prompts out as token trees of about ``tokens`` tokens.
+
+    Prompts that start alike are put side by side, so that they share their beginning. Without a
+    behavior the trees end at the last token that is read.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].ids, prompts[i].id))
+    groups: list[list[int]] = []
+    size = 0
+    for i in order:
+        shared = _common(prompts[groups[-1][-1]].ids, prompts[i].ids) if groups else 0
+        extra = len(prompts[i].ids) - shared + (len(behavior.inner) if behavior else 0)
+        if groups and size + extra <= tokens:
+            groups[-1].append(i)
+            size += extra
+        else:
+            groups.append([i])
+            size = len(prompts[i].ids)
+    return [_pack_group(prompts, group, behavior) for group in groups]
+
+
+def _pack_group(
+    prompts: Sequence[ReadPrompt], group: list[int], behavior: PrefixBehavior | None
+) -> PackedPrompts:
+    tree, read, predict = _one_tree([prompts[i] for i in group], behavior)
+    flat = [node for nodes in read for node in nodes]
+    offsets = torch.tensor([0, *[len(nodes) for nodes in read]]).cumsum(0)
+    return PackedPrompts(tuple(group), stack([tree]), torch.tensor(flat), offsets,
+                         torch.tensor(predict))  # fmt: skip
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def read_packed(
+    model: nn.Module, packed: PackedPrompts, behavior: PrefixBehavior | None, block: int
+) -> tuple[Tensor, Tensor | None]:
+    """h [M, D] at the read-out tokens and y [n] of one packed tree, as autograd sees them."""
+    device = next(model.parameters()).device
+    rows = packed.rows.to(device)
+    keep = packed.predict.flatten().to(device)
+    h, logits = forward(model, rows, block=block, keep=keep, stop_at_block=behavior is None)
+    assert h is not None
+    read = h[0, packed.read.to(device)]
+    if behavior is None or logits is None:
+        return read, None
+    return read, behavior.log_probability(logits[0].unflatten(0, packed.predict.shape))
+
+
+@torch.no_grad()
+def read_prompts(
+    model: nn.Module,
+    prompts: Sequence[ReadPrompt],
+    behavior: PrefixBehavior,
+    block: int,
+    *,
+    progress: Any = None,
+) -> Readouts:
+    """Read-outs of all prompts in one forward pass over their token trees.
+
+    Cost: one forward pass over the distinct tokens (the shared chat-template prefix once a tree).
+
+    Raises
+    ------
+    UserError
+        A read-out is not finite: the ids of the prompts.
+    """
+    h: list[Tensor | None] = [None] * len(prompts)
+    y = torch.zeros(len(prompts), dtype=torch.float64)
+    for packed in pack(prompts, behavior):
+        hidden, value = read_packed(model, packed, behavior, block)
+        assert value is not None
+        for row, i in enumerate(packed.index):
+            h[i] = hidden[packed.offsets[row] : packed.offsets[row + 1]].cpu()
+        y[list(packed.index)] = value.double().cpu()
+        if progress is not None:
+            progress.advance(len(packed.index))
+    return _assemble(prompts, h, y)
+
+
+def _assemble(prompts: Sequence[ReadPrompt], h: Iterable[Any], y: Tensor) -> Readouts:
+    pieces = list(h)
+    bad = [p.id for p, piece, v in zip(prompts, pieces, y, strict=True)
+           if not (torch.isfinite(v) and torch.isfinite(piece).all())]  # fmt: skip
+    if bad:
+        raise UserError("read-outs are not finite", value=bad[:10],
+                        rule="h and y must be finite numbers",
+                        fix="use --set model.dtype=float32, or remove these prompts")  # fmt: skip
+    offsets = torch.tensor([0, *[len(piece) for piece in pieces]]).cumsum(0)
+    return Readouts(tuple(p.id for p in prompts), torch.cat(pieces), offsets, y)
+
+
+@torch.no_grad()
+def read_prompts_plain(
+    model: nn.Module,
+    prompts: Sequence[ReadPrompt],
+    behavior: PrefixBehavior,
+    block: int,
+    *,
+    batch_size: int = 16,
+    progress: Any = None,
+) -> Readouts:
+    """The same read-outs as the published loop takes them: one pass for h, one per prefix.
+
+    Plain padded batches, nothing shared: the reference that :func:`read_prompts` is checked against,
+    and the baseline of benchmarks/smda_loop.py. Each prefix is appended before padding and indexed
+    row by row (trap 3).
+    """
+    h: list[Tensor | None] = [None] * len(prompts)
+    y = torch.zeros(len(prompts), dtype=torch.float64)
+    for start in range(0, len(prompts), batch_size):
+        chunk = list(range(start, min(start + batch_size, len(prompts))))
+        ids, mask = _pad_right([prompts[i].ids for i in chunk])
+        hidden = _plain_hidden(model, ids, mask, block)
+        for row, i in enumerate(chunk):
+            h[i] = hidden[row, list(prompts[i].read)].cpu()
+        terms = [_plain_prefix(model, [prompts[i].ids for i in chunk], p) for p in behavior.tokens]
+        y[chunk] = torch.logsumexp(torch.stack(terms), 0).double().cpu()
+        if progress is not None:
+            progress.advance(len(chunk))
+    return _assemble(prompts, h, y)
+
+
+def _pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    return ids, mask
+
+
+def _plain_hidden(model: nn.Module, ids: Tensor, mask: Tensor, block: int) -> Tensor:
+    device = next(model.parameters()).device
+    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False,
+                output_hidden_states=True)  # fmt: skip
+    # hidden_states[l] is the input of block l. The last entry is normed, so block L-1 needs a hook.
+    if block + 2 == len(out.hidden_states):
+        raise UserError("the plain read-out cannot read the last block", value=block,
+                        rule="its hidden state is normed", fix="use an earlier block")  # fmt: skip
+    return out.hidden_states[block + 1]
+
+
+def _plain_prefix(
+    model: nn.Module, prompts: Sequence[Sequence[int]], prefix: Sequence[int]
+) -> Tensor:
+    device = next(model.parameters()).device
+    ids, mask = _pad_right([(*p, *prefix) for p in prompts])
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    rows = torch.arange(len(prompts), device=device)
+    first = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    return sum(logp[rows, first + j, token] for j, token in enumerate(prefix))  # type: ignore[return-value]
+
+
+def check_trees(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: PrefixBehavior,
+                block: int, *, count: int = 2, tolerance: float = 1e-2) -> float:  # fmt: skip
+    """Largest difference in y between token trees and plain passes on the first prompts.
+
+    Raises
+    ------
+    UserError
+        The model does not compute the same in a tree (a recurrent state, positions that ignore
+        ``position_ids``, a mask of its own): token trees must not be used with it.
+    """
+    some = list(prompts[:count])
+    plain = read_prompts_plain(model, some, behavior, block).y
+    worst = float((read_prompts(model, some, behavior, block).y - plain).abs().max())
+    if not worst <= tolerance:
+        raise UserError(
+            "the model does not give the same read-outs in a token tree as in plain passes",
+            value=f"largest difference in y {worst:.3g} on prompts {[p.id for p in some]}",
+            rule=f"at most {tolerance:g}",
+            fix="use a causal transformer that takes a 4-dimensional attention mask",
+        )
+    return worst
