@@ -1,0 +1,258 @@
+"""The audit: in which categories does the behavior fall short, and which features go along.
+
+Each category is compared with the *other* categories of its own group:
+
+    gap_c = mean of y in c - mean of y in the rest of the group
+
+A category of the positive group that lies significantly below the rest is a gap in coverage (the
+model shows the behavior less than it does elsewhere); one of the negative group that lies
+significantly above is where the behavior shows up uncalled for (over-refusal). SMDA (arXiv
+2606.29171) reads such gaps off single coefficients; here they come with a test and an interval,
+and are corrected for the number of categories looked at.
+
+The p-value is from a permutation of y within the group, two-sided, on Welch's statistic
+
+    t_c = gap_c / sqrt(v_in / n_in + v_out / n_out),    v: sample variances
+
+because category sizes and spreads differ, y is skewed, and a permutation of the studentised gap
+stays valid for unequal variances where one of the raw gap does not. Benjamini-Hochberg runs over
+all tested categories of both groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from taught.errors import UserError
+from taught.policy.evaluate import interval
+from taught.policy.ridge import Floats, Ints, Policy, checked_data, row_order
+
+LEVEL = 0.05  # false discovery rate at which a category is called uncovered
+TOP_FEATURES = 5
+
+
+class _Group(NamedTuple):
+    """The rows of one group, sorted by prompt id."""
+
+    name: str
+    y: Floats
+    X: Floats
+    category: Ints  # index into names
+    names: list[str]
+
+
+def audit_categories(
+    y: ArrayLike,
+    groups: Sequence[str],
+    categories: Sequence[str | None],
+    X: ArrayLike,
+    policy: Policy,
+    coef_lo: ArrayLike,
+    coef_hi: ArrayLike,
+    *,
+    positive: str,
+    negative: str,
+    seed: int,
+    n_boot: int = 2000,
+    min_n: int = 5,
+) -> list[dict[str, Any]]:
+    """Compare each category with the rest of its group. Cost: about ``n_boot`` passes over y.
+
+    Parameters
+    ----------
+    y : [N]
+        Behavior, natural logarithm of a probability.
+    groups, categories : length N
+        Of each prompt, rows as in ``policy.prompt_ids``. A missing category is called ``(none)``.
+    X : [N, d]
+        Activations, columns as in ``policy.feature_ids``.
+    coef_lo, coef_hi : [d]
+        Interval of the coefficients.
+    positive, negative
+        The two groups that are audited; other groups are left out.
+    n_boot
+        Bootstrap resamples. Permutations: as many, or 100 per category if that is more, so that
+        the correction for many categories cannot outrun the smallest possible p.
+    min_n
+        Smaller categories are listed with their mean and gap, but without interval, p or verdict.
+
+    Returns
+    -------
+    list of dict
+        One per group and category, the positive group first, by category name: ``group``,
+        ``category``, ``n``, ``mean_y``, ``gap`` (None if the group has one category), ``lo``,
+        ``hi`` (95% bootstrap of the gap, resampled within categories), ``p``, ``p_adjusted``,
+        ``uncovered`` (None if not tested), ``features`` (ids of the up to 5 features whose mean
+        activation in the category exceeds that in the rest of the group most) and
+        ``feature_details`` (``feature_id``, ``difference``, ``coef``, ``lo``, ``hi`` of each).
+    """
+    X, y = checked_data(X, y, policy.prompt_ids)
+    lo, hi = np.asarray(coef_lo, dtype=np.float64), np.asarray(coef_hi, dtype=np.float64)
+    _check(len(y), X, groups, categories, lo, hi, policy)
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for name in (positive, negative):
+        group = _group(name, y, X, groups, categories, policy.prompt_ids)
+        rows += _rows(group, policy, lo, hi, rng, n_boot, min_n)
+    tested = [row for row in rows if row["p"] is not None]
+    for row, p in zip(tested, benjamini_hochberg([row["p"] for row in tested]), strict=True):
+        wrong_way = row["gap"] < 0 if row["group"] == positive else row["gap"] > 0
+        row["p_adjusted"] = float(p)
+        row["uncovered"] = bool(p < LEVEL and wrong_way)
+    return rows
+
+
+def benjamini_hochberg(p: ArrayLike) -> Floats:
+    """Adjusted p-values [m]: p_(i) m / i, made monotone from the largest down, at most 1."""
+    p = np.asarray(p, dtype=np.float64)
+    order = np.argsort(p)[::-1]
+    ranks = np.arange(p.size, 0, -1)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1, np.minimum.accumulate(p[order] * p.size / ranks))
+    return adjusted
+
+
+def _rows(
+    group: _Group,
+    policy: Policy,
+    coef_lo: Floats,
+    coef_hi: Floats,
+    rng: np.random.Generator,
+    n_boot: int,
+    min_n: int,
+) -> list[dict[str, Any]]:
+    counts = np.bincount(group.category, minlength=len(group.names))
+    means = np.bincount(group.category, group.y) / counts
+    gaps, t = _gaps_and_t(group.y, group.category, counts)
+    p = _permutation_p(group, counts, t, rng, max(n_boot, 100 * len(group.names)))
+    draws = _bootstrap_gaps(group, counts, rng, n_boot)
+    rows = []
+    for c, name in enumerate(group.names):
+        lo, hi = interval(draws[:, c])
+        tested = counts[c] >= max(min_n, 2) and len(group.y) - counts[c] >= 2
+        details = _tied_features(group, c, policy, coef_lo, coef_hi)
+        rows.append(
+            {
+                "group": group.name,
+                "category": name,
+                "n": int(counts[c]),
+                "mean_y": float(means[c]),
+                "gap": float(gaps[c]) if np.isfinite(gaps[c]) else None,
+                "lo": lo if tested else None,
+                "hi": hi if tested else None,
+                "p": float(p[c]) if tested else None,
+                "p_adjusted": None,
+                "uncovered": None,
+                "features": [row["feature_id"] for row in details],
+                "feature_details": details,
+            }
+        )
+    return rows
+
+
+def _gaps_and_t(y: Floats, category: Ints, counts: Ints) -> tuple[Floats, Floats]:
+    """Gap and Welch's t of every category against the rest, from sums only."""
+    y = y - y.mean()  # sums of squares cancel badly far from 0
+    m, n = counts, len(y)
+    sums = np.bincount(category, y, minlength=len(counts))
+    squares = np.bincount(category, y**2, minlength=len(counts))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inside, outside = sums / m, (sums.sum() - sums) / (n - m)
+        v_in = (squares - m * inside**2) / (m - 1)
+        v_out = (squares.sum() - squares - (n - m) * outside**2) / (n - m - 1)
+        gap = inside - outside
+        t = gap / np.sqrt(np.maximum(v_in, 0) / m + np.maximum(v_out, 0) / (n - m))
+    # No spread on either side: any gap is infinitely many standard errors, no gap is none.
+    return gap, np.where(np.isnan(t), 0.0, t)
+
+
+def _permutation_p(
+    group: _Group, counts: Ints, t: Floats, rng: np.random.Generator, n: int
+) -> Floats:
+    """Two-sided p (1 + #{|t*| >= |t|}) / (1 + n), the same permutations for all categories."""
+    at_least = np.zeros(len(counts))
+    near = np.abs(t) * (1 - 1e-9)  # the same sum in another order is a tie, not a smaller value
+    for _ in range(n):
+        _, drawn = _gaps_and_t(rng.permutation(group.y), group.category, counts)
+        at_least += np.abs(drawn) >= near
+    return np.asarray((1 + at_least) / (1 + n))
+
+
+def _bootstrap_gaps(group: _Group, counts: Ints, rng: np.random.Generator, n: int) -> Floats:
+    """Gaps [n, C] when the prompts of each category are resampled and its size is kept."""
+    sums = np.empty((n, len(counts)))
+    for c in range(len(counts)):
+        y = group.y[group.category == c]
+        sums[:, c] = y[rng.integers(0, y.size, size=(n, y.size))].sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rest = (sums.sum(1, keepdims=True) - sums) / (len(group.y) - counts)
+    return np.asarray(sums / counts - rest)
+
+
+def _tied_features(
+    group: _Group, c: int, policy: Policy, lo: Floats, hi: Floats
+) -> list[dict[str, Any]]:
+    inside = group.category == c
+    if inside.all():
+        return []
+    difference = group.X[inside].mean(0) - group.X[~inside].mean(0)
+    top = sorted(range(policy.d), key=lambda k: (-difference[k], policy.feature_ids[k]))
+    return [
+        {
+            "feature_id": int(policy.feature_ids[k]),
+            "difference": float(difference[k]),
+            "coef": float(policy.coef[k]),
+            "lo": float(lo[k]),
+            "hi": float(hi[k]),
+        }
+        for k in top[:TOP_FEATURES]
+        if difference[k] > 0
+    ]
+
+
+def _group(
+    name: str,
+    y: Floats,
+    X: Floats,
+    groups: Sequence[str],
+    categories: Sequence[str | None],
+    prompt_ids: Sequence[str],
+) -> _Group:
+    rows = [i for i in row_order(prompt_ids, len(y)) if groups[i] == name]
+    if not rows:
+        raise UserError(
+            "The audit found no prompt in this group",
+            value=name,
+            rule="one of: " + ", ".join(sorted(set(groups))),
+            fix="set prompts: positive_group and negative_group",
+        )
+    labels = ["(none)" if categories[i] is None else str(categories[i]) for i in rows]
+    names, category = np.unique(labels, return_inverse=True)
+    return _Group(name, y[rows], X[rows], category.astype(np.int64), [str(n) for n in names])
+
+
+def _check(
+    n: int,
+    X: Floats,
+    groups: Sequence[str],
+    categories: Sequence[str | None],
+    lo: NDArray[Any],
+    hi: NDArray[Any],
+    policy: Policy,
+) -> None:
+    if not len(groups) == len(categories) == n or X.shape[1] != policy.d:
+        raise UserError(
+            "The audit's inputs do not fit the policy",
+            value=f"X {list(X.shape)}, {len(groups)} groups, {len(categories)} categories",
+            rule=f"{policy.n} prompts and {policy.d} features",
+        )
+    if not lo.shape == hi.shape == (policy.d,):
+        raise UserError(
+            "The intervals do not fit the policy",
+            value=f"lo {list(lo.shape)}, hi {list(hi.shape)}",
+            rule=f"one number for each of {policy.d} features",
+        )
