@@ -67,7 +67,7 @@ def test_raw_basis_reproduces_the_x_pathway(seed, fit_intercept):
 
 
 def test_raw_basis_is_silent_where_its_feature_is_inactive():
-    policy, dX, dy = problem(0, True)
+    policy, *_ = problem(0, True)
     for k, target in enumerate(raw_x_targets(policy)[: policy.d]):
         assert target.feature_id == policy.feature_ids[k]
         inactive = policy.X[:, k] == 0

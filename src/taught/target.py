@@ -62,26 +62,26 @@ class Target:
     prompt_ids: tuple[str, ...]
 
     def inner(self, dX: ArrayLike, dy: ArrayLike) -> float:
-        """dF = <A, dX> + <B, dy> for dX [N, d] and dy [N]."""
+        """Return dF = <A, dX> + <B, dy> for dX [N, d] and dy [N]."""
         x = 0.0 if self.A is None else float(np.vdot(self.A, np.asarray(dX, dtype=np.float64)))
         y = 0.0 if self.B is None else float(np.vdot(self.B, np.asarray(dy, dtype=np.float64)))
         return x + y
 
 
 def score_targets(policy: Policy) -> list[Target]:
-    """The score S = sum_j dW_j W_j along pathway x and pathway y, in this order."""
+    """Ask for the score S = sum_j dW_j W_j along pathway x and pathway y, in this order."""
     return _along(policy, policy.solve(policy.coef), "score", None)
 
 
 def coefficient_targets(policy: Policy, feature_id: int) -> list[Target]:
-    """The coefficient of one feature along pathway x and pathway y, in this order."""
+    """Ask for the coefficient of one feature along pathway x and pathway y, in this order."""
     unit = np.zeros(policy.d)
     unit[policy.column(feature_id)] = 1.0
     return _along(policy, policy.solve(unit), "coefficient", int(feature_id))
 
 
 def mean_y_target(prompt_ids: Sequence[str], groups: Sequence[str], group: str) -> Target:
-    """The mean behavior of one group of prompts: B_i = 1 / n_g on its prompts, 0 elsewhere."""
+    """Ask for the mean behavior of one group: B_i = 1 / n_g on its prompts, 0 elsewhere."""
     if len(prompt_ids) != len(groups):
         raise UserError(
             "Every prompt needs a group",
@@ -129,7 +129,7 @@ class RawXTargets(Sequence[Target]):
 
 
 def raw_x_targets(policy: Policy) -> RawXTargets:
-    """A sparse basis from which every coefficient's x pathway follows.
+    """Make a sparse basis from which every coefficient's x pathway follows.
 
     For feature k, A = r e_k' - X_k W' with X_k uncentred. Where feature k is inactive, X_ik = 0
     and the gate makes dX_ik = 0, so that prompt needs no backward pass for this target. Centring
@@ -144,7 +144,7 @@ def raw_x_targets(policy: Policy) -> RawXTargets:
 
 
 def combine_raw_x(policy: Policy, F: ArrayLike) -> Floats:
-    """The sums x_raw [P, d] for ``pathway_sums`` from F [P, d (+ 1)], raw_x_targets' values.
+    """Sum up x_raw [P, d] for ``pathway_sums`` from F [P, d (+ 1)], raw_x_targets' values.
 
     With an intercept x_raw_k = F_k + mean_i(X_ik) F_extra, because Xc_ik = X_ik - mean(X_k);
     without one x_raw = F.
@@ -163,7 +163,7 @@ def combine_raw_x(policy: Policy, F: ArrayLike) -> Floats:
 
 
 def _along(policy: Policy, u: Floats, kind: Kind, feature_id: int | None) -> list[Target]:
-    """The two pathways of the functional sum_j c_j dW_j with u = U^-1 c."""
+    """Make both pathways of the functional sum_j c_j dW_j with u = U^-1 c."""
     Xu = policy.Xc @ u
     A = np.outer(policy.residual, u) - np.outer(Xu, policy.coef)
     stem = kind if feature_id is None else f"{kind}:{feature_id}"

@@ -107,7 +107,7 @@ def audit_categories(
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:
-    """Adjusted p-values [m]: p_(i) m / i, made monotone from the largest down, at most 1."""
+    """Adjust p-values [m]: p_(i) m / i, made monotone from the largest down, at most 1."""
     p = np.asarray(p, dtype=np.float64)
     order = np.argsort(p)[::-1]
     ranks = np.arange(p.size, 0, -1)

@@ -248,7 +248,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def class_threshold(y_hat: ArrayLike, positive: ArrayLike) -> float:
-    """The cut with the most correct classes, calling ``y_hat > cut`` positive.
+    """Find the cut with the most correct classes, calling ``y_hat > cut`` positive.
 
     Cuts lie halfway between neighbouring predictions, or at -inf or +inf (one class only). Among
     equally good cuts the lowest.
@@ -314,7 +314,7 @@ def _sorted_rows(
 
 
 def stratified_folds(groups: Sequence[str], folds: int, seed: int) -> Ints:
-    """A fold for each row, int64 [N]; every group is dealt over the folds as evenly as can be."""
+    """Assign folds int64 [N]; every group is dealt over the folds as evenly as can be."""
     rng = np.random.default_rng(seed)
     names = np.asarray(groups)
     fold = np.empty(len(names), dtype=np.int64)

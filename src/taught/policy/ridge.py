@@ -121,7 +121,7 @@ class Shift:
 
     @property
     def total(self) -> Floats:
-        """dW = dW_X + dW_Y."""
+        """The sum of both pathways, dW = dW_X + dW_Y."""
         return self.x + self.y
 
 
@@ -321,7 +321,7 @@ def check_folds(folds: int, n: int) -> None:
 def checked_data(
     X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None
 ) -> tuple[Floats, Floats]:
-    """Copies of X [N, d] and y [N] in float64, after checking shapes, ids and finiteness."""
+    """Copy X [N, d] and y [N] to float64 after checking shapes, ids and finiteness."""
     X, y = np.array(X, dtype=np.float64), np.array(y, dtype=np.float64)
     n_ids = y.size if prompt_ids is None else len(prompt_ids)
     if X.ndim != 2 or y.ndim != 1 or not X.shape[0] == len(y) == n_ids:
