@@ -1,1 +1,58 @@
-"""Which training examples taught a model a behavior, and through which of its features."""
+"""Which training examples taught a model a behavior, and through which of its features.
+
+Public names are imported on first use, so that ``import taught`` needs neither torch nor time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taught.data.pairs import load_pairs
+    from taught.data.prompts import load_prompts
+    from taught.errors import UserError
+    from taught.features.sae import load_sae
+    from taught.model.load import load_model
+    from taught.policy.ridge import coefficient_shift, fit_policy
+    from taught.run import RunFolder
+    from taught.study import Study, load_study
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RunFolder": "taught.run",
+    "Study": "taught.study",
+    "UserError": "taught.errors",
+    "coefficient_shift": "taught.policy.ridge",
+    "fit_policy": "taught.policy.ridge",
+    "load_model": "taught.model.load",
+    "load_pairs": "taught.data.pairs",
+    "load_prompts": "taught.data.prompts",
+    "load_sae": "taught.features.sae",
+    "load_study": "taught.study",
+}
+
+__all__ = [
+    "RunFolder",
+    "Study",
+    "UserError",
+    "__version__",
+    "coefficient_shift",
+    "fit_policy",
+    "load_model",
+    "load_pairs",
+    "load_prompts",
+    "load_sae",
+    "load_study",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'taught' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

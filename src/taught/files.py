@@ -1,0 +1,138 @@
+"""Whole files or none: every write goes to a temporary file beside the target, then replaces it.
+
+Contents are built in memory first, so that their size and checksum are known before anything
+touches the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taught.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+_TEMPORARY = ".tmp"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``: a reader sees the old file or the new one, never a part.
+
+    Raises
+    ------
+    UserError
+        No space left, or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _write_error(path, len(content), error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a killed write left behind. Only for the holder of the folder's lock."""
+    for leftover in folder.glob(f".*{_TEMPORARY}"):
+        leftover.unlink(missing_ok=True)
+
+
+def sha256_bytes(content: bytes) -> str:
+    """Hex digest of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_bytes(record: object) -> bytes:
+    """UTF-8 JSON, indented; NaN and infinity are refused because JSON has neither."""
+    return (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """Return an Arrow table as Parquet; equal tables give equal bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def table_from_bytes(content: bytes) -> pa.Table:
+    """Return the Arrow table of a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.read_table(pa.BufferReader(content))
+
+
+def tensors_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return named arrays as safetensors."""
+    import numpy as np
+    from safetensors.numpy import save
+
+    # safetensors writes the memory as it lies: a transposed view would be stored scrambled.
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+def tensors_from_bytes(content: bytes) -> dict[str, np.ndarray]:
+    """Return the named arrays of a safetensors file."""
+    from safetensors.numpy import load
+
+    return load(content)
+
+
+def free_bytes(folder: Path) -> int:
+    """Space left for the user on the disk of ``folder``."""
+    return shutil.disk_usage(folder).free
+
+
+def plain_ids(ids: Sequence[Any]) -> list[Any]:
+    """Ids as JSON holds them: numpy arrays and scalars become Python values."""
+    listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    return [item.item() if hasattr(item, "item") else item for item in listed]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_error(path: Path, needed: int, error: OSError) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"no space left to write {path}",
+            value=f"{needed:,} bytes needed, {free_bytes(path.parent):,} bytes free",
+            rule="nothing was written; finished work is kept",
+            fix="free some space and run the same command again, or choose another --run folder",
+        )
+    return UserError(
+        f"{path} cannot be written",
+        value=str(error),
+        rule="nothing was written",
+        fix="choose a --run folder that you may write to",
+    )

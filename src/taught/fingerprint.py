@@ -1,0 +1,112 @@
+"""What the result of a stage depends on, as a flat record that can be compared and shown.
+
+A record maps a name (``policy.alpha``, ``pairs.path sha256``, ``code``) to a plain value. Two runs
+may share results only when their records are equal; when they differ, the record says in what.
+Left out on purpose, because the result does not depend on them: where a file lies (its content
+counts), the name of the study, ``attribution.memory_gb`` and ``attribution.batch_tokens``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import taught
+from taught.errors import UserError
+from taught.files import sha256_file
+from taught.study import Study
+
+Inputs = dict[str, Any]
+
+# Each stage depends on its own sections and on everything that the stages before it depend on.
+_SECTIONS = {
+    "policy": ("model", "sae", "readout", "behavior", "prompts", "features", "policy"),
+    "attribute": ("pairs", "attribution"),
+    "curate": ("curation",),
+    "report": (),
+}
+_BEFORE = {"policy": (), "attribute": ("policy",), "curate": ("policy", "attribute")}
+_BEFORE["report"] = ("policy", "attribute")
+_CONTENT_KEYS = ("model.id", "model.chat_template", "sae.path", "prompts.path", "pairs.path",
+                 "features.labels")  # fmt: skip
+_IGNORED = ("attribution.memory_gb", "attribution.batch_tokens")
+# Files of a model or SAE folder that define it (a README does not).
+_DEFINING = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf", "*.txt")
+# Files that only show results: changing them does not change what a stage computes.
+_PRESENTATION = ("cli.py", "__main__.py", "progress.py", "report/")
+
+
+def stage_inputs(stage: str, study: Study, extra: Mapping[str, Any] | None = None) -> Inputs:
+    """Everything that the result of a stage depends on.
+
+    Parameters
+    ----------
+    stage
+        ``policy``, ``attribute``, ``curate`` or ``report``.
+    study
+        The study; its local files are read for their checksums.
+    extra
+        What only the caller knows, e.g. ``{"model.weights": sha256}`` of weights from a hub.
+
+    Raises
+    ------
+    UserError
+        A file of the study is missing or cannot be read.
+    """
+    sections = {name for each in (*_BEFORE[stage], stage) for name in _SECTIONS[each]}
+    inputs: Inputs = {}
+    for key, value in study.flat().items():
+        if key.split(".")[0] not in sections or key in _IGNORED:
+            continue
+        if key in _CONTENT_KEYS and value is not None and Path(value).is_absolute():
+            inputs[f"{key} sha256"] = content_digest(key, Path(value))
+        else:
+            inputs[key] = value
+    inputs["code"] = f"taught {taught.__version__}, sources {code_digest()}"
+    return {**inputs, **(extra or {})}
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """Hex digest of a record; equal records have equal fingerprints."""
+    text = json.dumps(inputs, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterable[str] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """Names whose values differ, with the old and the new value (``None`` where absent)."""
+    names = sorted({*old, *new} if keys is None else keys)
+    return {
+        name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)
+    }
+
+
+def content_digest(key: str, path: Path) -> str:
+    """Digest of a file, or of the files of a folder that define a model or an SAE."""
+    if not path.exists():
+        raise UserError(f"{key} does not exist", value=str(path), fix=f"correct {key} in the study")
+    try:
+        if path.is_file():
+            return sha256_file(path)
+        files = sorted({file for pattern in _DEFINING for file in path.glob(pattern)})
+        lines = [f"{sha256_file(file)}  {file.name}\n" for file in files]
+    except OSError as error:
+        raise UserError(f"{key} cannot be read", value=str(error)) from None
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """First 16 hex digits of a digest over the package's sources, those that only show left out."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root).as_posix()
+        if not name.startswith(_PRESENTATION):
+            digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

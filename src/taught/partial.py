@@ -1,0 +1,53 @@
+"""Finished pieces of an unfinished stage, so that a killed run continues where it stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from taught.files import tensors_bytes, tensors_from_bytes, write_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class PartialFolder:
+    """Pieces under one fingerprint; another fingerprint is another folder and is never read.
+
+    Parameters
+    ----------
+    path
+        ``RUN/partial/<stage>-<fingerprint>``; created with the first piece.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Store one piece, whole or not at all."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_bytes(self._file(key), tensors_bytes(arrays))
+
+    def load(self, key: str) -> dict[str, np.ndarray] | None:
+        """Return the piece, or None when it is missing or damaged: then it is computed again."""
+        from safetensors import SafetensorError
+
+        try:
+            return tensors_from_bytes(self._file(key).read_bytes())
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def keys(self) -> list[str]:
+        """Keys of the pieces that are there, sorted."""
+        return sorted(file.stem for file in self.path.glob("*.safetensors"))
+
+    def clear(self) -> None:
+        """Delete all pieces."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, key: str) -> Path:
+        if not key or not key.replace("-", "").replace("_", "").isalnum() or not key.isascii():
+            raise ValueError(f"a piece's key is made of letters, digits, - and _: {key!r}")
+        return self.path / f"{key}.safetensors"

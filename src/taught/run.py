@@ -1,0 +1,583 @@
+"""Run folder: where the stages of one study keep their results, and when these may be reused.
+
+A stage's results count only when the manifest says that the stage is complete, under the same
+fingerprint (``fingerprint.py``), and each file still has the checksum that was recorded when it was
+written. Everything else is refused by name or computed again; nothing is reused silently.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import taught
+from taught import files
+from taught.errors import UserError
+from taught.fingerprint import Inputs, differences, fingerprint, stage_inputs
+from taught.partial import PartialFolder
+from taught.study import Study, dump_study, load_study
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+FORMAT = 1
+STAGES = ("policy", "attribute", "curate", "report")
+_BEFORE = {
+    "policy": (),
+    "attribute": ("policy",),
+    "curate": ("attribute",),
+    "report": ("attribute",),
+}
+# These take seconds and only read what stands in the folder: under other settings they are simply
+# made again instead of refused.
+_REMADE = ("curate", "report")
+_WRITTEN_BY = {
+    "policy": ("study.yaml", "prompts.parquet", "readouts.safetensors", "readouts.ids.json",
+               "features.parquet", "activations.safetensors", "activations.ids.json", "labels.json",
+               "coefficients.parquet", "policy.json", "audit.parquet"),
+    "attribute": ("pairs.parquet", "influence.parquet", "summary.parquet",
+                  "prompt_effects.safetensors", "prompt_effects.ids.json",
+                  "comovement.safetensors", "comovement.ids.json"),
+    "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl"),
+    "report": ("report.html",),
+}  # fmt: skip
+_VERSIONS_OF = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
+_MANIFEST = "manifest.json"
+
+
+@dataclass
+class Stage:
+    """One stage while it runs.
+
+    Attributes
+    ----------
+    name : policy, attribute, curate or report
+    fingerprint : what its result depends on, as a digest
+    done : its complete results are already there, under this fingerprint: nothing is to be done
+    partial : finished pieces of an earlier attempt under this fingerprint; deleted on completion
+    """
+
+    name: str
+    fingerprint: str
+    done: bool
+    partial: PartialFolder
+
+
+class RunFolder:
+    """A run folder, created when missing.
+
+    Parameters
+    ----------
+    path
+        The folder. One that holds other files and no manifest is refused.
+    fresh
+        Stages whose earlier results are deleted, once, when the stage begins; nothing else is.
+    command
+        The command that repeats the run, kept in the manifest.
+
+    Raises
+    ------
+    UserError
+        Not a run folder, a damaged manifest, a newer format.
+    """
+
+    def __init__(
+        self, path: str | Path, *, fresh: Collection[str] = (), command: str | None = None
+    ) -> None:
+        self.folder = Path(path).expanduser()
+        self.command = command
+        self._fresh = set(fresh)
+        self._active: Stage | None = None
+        self._locked = False
+        self._check_folder()
+        self._manifest = self._load_manifest()
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Open a run folder that exists; UserError when there is none."""
+        if not (Path(path).expanduser() / _MANIFEST).is_file():
+            raise UserError(
+                "not a run folder",
+                value=str(path),
+                rule=f"a run folder holds {_MANIFEST}",
+                fix="name the folder that `taught policy STUDY --run FOLDER` made",
+            )
+        return cls(path)
+
+    # What is there
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest, as a copy."""
+        return cast(dict[str, Any], json.loads(json.dumps(self._manifest)))
+
+    @property
+    def study(self) -> Study:
+        """The study of this run, as the last stage used it."""
+        self._existing("study.yaml")
+        return load_study(self.folder / "study.yaml")
+
+    def path(self, name: str) -> Path:
+        """Path of a file in this folder; it need not exist."""
+        if Path(name).name != name:
+            raise ValueError(f"a plain file name is wanted: {name!r}")
+        return self.folder / name
+
+    def is_done(self, stage: str, wanted: str) -> bool:
+        """Whether the stage is complete under the fingerprint ``wanted``, with all its files.
+
+        Raises
+        ------
+        UserError
+            A file of the stage has changed since it was written.
+        """
+        record = self._record(stage)
+        if record is None or record["status"] != "complete" or record["fingerprint"] != wanted:
+            return False
+        if not all(self.path(name).is_file() for name in record["files"]):
+            return False
+        for name in record["files"]:
+            self._verified(name)
+        return True
+
+    def require(self, stage: str) -> None:
+        """Raise a UserError unless a stage and those before it are complete and belong together."""
+        record = self._record(stage)
+        if record is None or record["status"] != "complete":
+            state = "was not finished" if record else "has not been run"
+            raise UserError(
+                f"{stage} {state} in this run folder",
+                value=str(self.folder),
+                fix=self._command_for(stage),
+            )
+        for before in _BEFORE[stage]:
+            self.require(before)
+            made_with = record["inputs"].get(f"stage {before}")
+            if made_with != self._manifest["stages"][before]["fingerprint"]:
+                raise UserError(
+                    f"{stage} was made with an earlier result of {before}",
+                    value=str(self.folder),
+                    rule=f"{before} was run again since, under another study, data or code",
+                    fix=self._command_for(stage, fresh=True),
+                )
+
+    # Running a stage
+
+    @contextmanager
+    def stage(
+        self, name: str, study: Study, extra: Mapping[str, Any] | None = None
+    ) -> Iterator[Stage]:
+        """Run one stage: ``with run.stage("policy", study) as stage: if stage.done: return ...``.
+
+        The folder is locked meanwhile. The stage becomes complete when the body ends without an
+        exception; otherwise it stays incomplete, is never trusted, and keeps its partial pieces.
+
+        Parameters
+        ----------
+        name
+            policy, attribute, curate or report.
+        study
+            What is to be computed.
+        extra
+            Further things that the result depends on and only the caller knows, as plain values:
+            ``{"model.weights": sha256, "model.source": "..."}``.
+
+        Raises
+        ------
+        UserError
+            The folder holds results of another study, data, model or code; an earlier stage is
+            missing; another command is writing here.
+        """
+        with self.locked():
+            started = time.monotonic()
+            inputs = self._chained(name, stage_inputs(name, study, extra))
+            stage = self._begin(name, inputs)
+            if not stage.done:
+                self._write_head(stage, study, inputs, extra or {})
+                self._active = stage
+            try:
+                yield stage
+            finally:
+                self._active = None
+            if not stage.done:
+                self._complete(stage, time.monotonic() - started)
+
+    def partial(self, stage: str) -> PartialFolder:
+        """Finished pieces of the stage that is running."""
+        if self._active is None or self._active.name != stage:
+            raise RuntimeError(f"stage {stage} is not running")
+        return self._active.partial
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other commands from writing here. A dead process holds no lock."""
+        if self._locked:
+            yield
+            return
+        self._make_folder()
+        with _locked_file(self.folder / ".lock"):
+            files.remove_temporaries(self.folder)
+            self._manifest = self._load_manifest()
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
+
+    # Writing
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write ``NAME.parquet``."""
+        self._write(_with_suffix(name, ".parquet"), files.table_bytes(table))
+
+    def write_json(self, name: str, record: object) -> None:
+        """Write ``NAME.json``; NaN and infinity are refused (write null)."""
+        self._write(_with_suffix(name, ".json"), files.json_bytes(record))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file under the name as given."""
+        self._write(name, text.encode())
+
+    def write_tensors(
+        self,
+        name: str,
+        arrays: Mapping[str, np.ndarray],
+        ids: Mapping[str, Sequence[Any]],
+        axes: Mapping[str, Sequence[str | None]] | None = None,
+    ) -> None:
+        """Write ``NAME.safetensors`` and ``NAME.ids.json``.
+
+        Parameters
+        ----------
+        arrays
+            Name -> array.
+        ids
+            Name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``. No id
+            may stand twice.
+        axes
+            Array name -> name of the ids of each axis (None: an axis without ids), checked for
+            length. Without it, each list of ids must have the length of some axis.
+
+        Raises
+        ------
+        ValueError
+            The ids do not fit the arrays.
+        """
+        listed = {key: files.plain_ids(values) for key, values in ids.items()}
+        _check_ids(arrays, listed, axes)
+        record = {"ids": listed, "axes": {key: list(names) for key, names in (axes or {}).items()}}
+        self._write(_with_suffix(name, ".safetensors"), files.tensors_bytes(arrays))
+        self._write(f"{_stem(name)}.ids.json", files.json_bytes(record))
+
+    # Reading
+
+    def read_table(self, name: str) -> pa.Table:
+        """Read ``NAME.parquet``."""
+        return files.table_from_bytes(self._verified(_with_suffix(name, ".parquet")))
+
+    def read_json(self, name: str) -> Any:
+        """Read ``NAME.json``."""
+        return json.loads(self._verified(_with_suffix(name, ".json")))
+
+    def read_text(self, name: str) -> str:
+        """Read a text file."""
+        return self._verified(name).decode()
+
+    def read_tensors(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
+        """Read ``NAME.safetensors`` and its ids."""
+        arrays = files.tensors_from_bytes(self._verified(_with_suffix(name, ".safetensors")))
+        record = json.loads(self._verified(f"{_stem(name)}.ids.json"))
+        return arrays, record["ids"]
+
+    # Inside
+
+    def _command_for(self, stage: str, *, fresh: bool = False) -> str:
+        if stage in _REMADE:  # these are told the run folder and are always made anew
+            return f"taught {stage} {self.folder}"
+        return f"taught {stage} STUDY --run {self.folder}" + (" --fresh" if fresh else "")
+
+    def _check_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError("the run folder is a file", value=str(self.folder),
+                            fix="choose another --run folder")  # fmt: skip
+        if not self.folder.exists() or (self.folder / _MANIFEST).exists():
+            return
+        if any(not file.name.startswith(".") for file in self.folder.iterdir()):
+            raise UserError(
+                "the folder holds other files",
+                value=str(self.folder),
+                rule=f"a run folder is new, empty, or holds {_MANIFEST}",
+                fix="choose another --run folder",
+            )
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError("the run folder cannot be made", value=str(error),
+                            fix="choose another --run folder") from None  # fmt: skip
+
+    def _load_manifest(self) -> dict[str, Any]:
+        file = self.folder / _MANIFEST
+        if not file.exists():
+            return {"format": FORMAT, "created": _now(), "stages": {}}
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            version, _ = manifest["format"], manifest["stages"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError("the manifest of the run folder is damaged", value=f"{file}: {error}",
+                            fix="choose another --run folder") from None  # fmt: skip
+        if version != FORMAT:
+            raise UserError(
+                "the run folder has another format",
+                value=f"{file}: format {version}",
+                rule=f"taught {taught.__version__} reads format {FORMAT}",
+                fix="use the version that made it, or another --run folder",
+            )
+        return cast(dict[str, Any], manifest)
+
+    def _save_manifest(self) -> None:
+        files.write_bytes(self.folder / _MANIFEST, files.json_bytes(self._manifest))
+
+    def _record(self, stage: str) -> dict[str, Any] | None:
+        return cast("dict[str, Any] | None", self._manifest["stages"].get(stage))
+
+    def _chained(self, name: str, inputs: Inputs) -> Inputs:
+        """Refuse stages before this one that do not belong to these inputs; add what they were."""
+        chained = dict(inputs)
+        for before in _BEFORE[name]:
+            self.require(before)
+            record = self._manifest["stages"][before]
+            self._refuse_other(before, record["inputs"], inputs, record["inputs"].keys() & inputs)
+            chained[f"stage {before}"] = record["fingerprint"]
+        return chained
+
+    def _begin(self, name: str, inputs: Inputs) -> Stage:
+        wanted = fingerprint(inputs)
+        if name in self._fresh:
+            self._fresh.discard(name)
+            self._forget(name)
+        record = self._record(name)
+        if record is not None and record["fingerprint"] != wanted:
+            if name not in _REMADE:
+                self._refuse_other(name, record["inputs"], inputs)
+            self._forget(name)
+        partial = PartialFolder(self.folder / "partial" / f"{name}-{wanted[:16]}")
+        return Stage(name, wanted, self.is_done(name, wanted), partial)
+
+    def _refuse_other(
+        self, stage: str, old: Inputs, new: Inputs, keys: Collection[str] | None = None
+    ) -> None:
+        changed = differences(old, new, keys)
+        if not changed:
+            return
+        raise UserError(
+            f"{self.folder} holds {stage} results made under other inputs: " + ", ".join(changed),
+            value="; ".join(
+                f"{key}: was {_shown(was)}, now {_shown(now)}"
+                for key, (was, now) in changed.items()
+            ),
+            rule="results are never reused under another study, model, data or code",
+            fix="choose another --run folder, or make them anew: "
+            + self._command_for(stage, fresh=True),
+        )
+
+    def _forget(self, name: str) -> None:
+        """Delete one stage's own files and its record."""
+        record = self._manifest["stages"].pop(name, None) or {"files": {}}
+        self._save_manifest()  # first: a file that is still there and not listed is never trusted
+        for file in {*record["files"], *_WRITTEN_BY[name]} - {"study.yaml"}:
+            self.path(file).unlink(missing_ok=True)
+        self._clear_partial(name)
+
+    def _clear_partial(self, name: str) -> None:
+        for pieces in (self.folder / "partial").glob(f"{name}-*"):
+            shutil.rmtree(pieces, ignore_errors=True)
+        if (self.folder / "partial").is_dir() and not any((self.folder / "partial").iterdir()):
+            (self.folder / "partial").rmdir()
+
+    def _write_head(
+        self, stage: Stage, study: Study, inputs: Inputs, extra: Mapping[str, Any]
+    ) -> None:
+        """Say in the manifest what is about to run, before the first result is written."""
+        attempts = (self._record(stage.name) or {}).get("attempts", 0)
+        self._manifest.update(taught=taught.__version__, study=study.to_dict(), versions=versions())
+        self._manifest.setdefault("data", {}).update(_data_files(study, inputs))
+        self._manifest.setdefault("weights", {}).update(extra)
+        self._manifest["command"] = self.command
+        self._manifest["stages"][stage.name] = {
+            "status": "running",
+            "fingerprint": stage.fingerprint,
+            "inputs": inputs,
+            "command": self.command,
+            "started": _now(),
+            "attempts": attempts + 1,
+            "files": {},
+        }
+        self._save_manifest()  # first: a killed run must leave a folder that is known as ours
+        files.write_bytes(self.path("study.yaml"), dump_study(study).encode())
+
+    def _complete(self, stage: Stage, seconds: float) -> None:
+        self._manifest["stages"][stage.name].update(
+            status="complete",
+            finished=_now(),
+            seconds=round(seconds, 2),
+            peak_memory_gb=peak_memory_gb(),
+        )
+        self._save_manifest()
+        self._clear_partial(stage.name)
+
+    def _write(self, name: str, content: bytes) -> None:
+        if self._active is None:
+            raise RuntimeError(f"{name} is written outside a stage")
+        self._manifest["stages"][self._active.name]["files"].pop(name, None)
+        files.write_bytes(self.path(name), content)
+        self._manifest["stages"][self._active.name]["files"][name] = {
+            "sha256": files.sha256_bytes(content),
+            "bytes": len(content),
+        }
+        self._save_manifest()
+
+    def _existing(self, name: str) -> Path:
+        if not self.path(name).is_file():
+            maker = next((s for s in STAGES if name in _WRITTEN_BY[s]), None)
+            raise UserError(
+                f"{name} is not in the run folder",
+                value=str(self.folder),
+                rule=f"it is written by {maker}" if maker else None,
+                fix=self._command_for(maker) if maker else None,
+            )
+        return self.path(name)
+
+    def _verified(self, name: str) -> bytes:
+        """Return the content of a file that a stage wrote, unchanged since."""
+        content = self._existing(name).read_bytes()
+        for stage, record in self._manifest["stages"].items():
+            written = record["files"].get(name)
+            if written is None:
+                continue
+            if files.sha256_bytes(content) == written["sha256"]:
+                return content
+            raise UserError(
+                f"{name} has changed since it was written",
+                value=f"{self.path(name)}: {len(content)} bytes, {written['bytes']} were written",
+                rule="a result is read only with the checksum that was recorded for it",
+                fix=f"make it anew: {self._command_for(stage, fresh=True)}",
+            )
+        raise UserError(
+            f"{name} was not written by a stage of this run",
+            value=str(self.path(name)),
+            fix="move it away and run the stage again",
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version(), "taught": taught.__version__}
+    for name in _VERSIONS_OF:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def peak_memory_gb() -> float | None:
+    """Return the largest resident memory of this process so far, in 10^9 bytes."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+@contextmanager
+def _locked_file(path: Path) -> Iterator[None]:
+    """Hold the lock file. The lock belongs to the process, so kill -9 releases it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _try_lock(handle):
+            holder = os.read(handle, 200).decode(errors="replace").strip()
+            raise UserError(
+                "another command is writing to this run folder",
+                value=f"{path.parent}: {holder or 'unknown process'}",
+                rule="one command at a time writes to a run folder",
+                fix="wait until it ends, or choose another --run folder",
+            )
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _check_ids(
+    arrays: Mapping[str, np.ndarray],
+    ids: Mapping[str, list[Any]],
+    axes: Mapping[str, Sequence[str | None]] | None,
+) -> None:
+    for key, values in ids.items():
+        if len(set(values)) != len(values):
+            raise ValueError(f"{key}: an id stands twice")
+        if axes is None and not any(len(values) in array.shape for array in arrays.values()):
+            shapes = {name: array.shape for name, array in arrays.items()}
+            raise ValueError(f"{key}: {len(values)} ids fit no axis of {shapes}")
+    for name, names in (axes or {}).items():
+        expected = tuple(None if key is None else len(ids[key]) for key in names)
+        shape = arrays[name].shape
+        fits = len(shape) == len(expected) and all(
+            want in (None, have) for want, have in zip(expected, shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{name}: shape {shape}, but the ids {tuple(names)} say {expected}")
+
+
+def _data_files(study: Study, inputs: Inputs) -> dict[str, Any]:
+    return {
+        key: {"path": study.get(key), "sha256": inputs[f"{key} sha256"]}
+        for key in study.flat()
+        if f"{key} sha256" in inputs
+    }
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    is_digest = isinstance(value, str) and len(value) == 64 and value.isalnum()
+    return text[1:13] if is_digest else text
+
+
+def _with_suffix(name: str, suffix: str) -> str:
+    return name if name.endswith(suffix) else name + suffix
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".safetensors")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
