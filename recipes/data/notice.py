@@ -84,10 +84,14 @@ def notice_text() -> str:
     parts = [
         "The data of this preset (prompts.jsonl, pairs.jsonl, planted_pairs.jsonl) is taken from "
         "the packages below.\nEvery row names its source and licence. Runs of white space inside "
-        "a prompt are collapsed everywhere;\nresponses marked \"cut\" end earlier than in their source."
+        'a prompt are collapsed everywhere;\nresponses marked "cut" end earlier than in their source.'
     ]
     for name, what, licence, copyright_lines in SOURCES:
         lines = [f"{name} {metadata.version(name)} (PyPI)", *textwrap.wrap(f"Used: {what}.", 96)]
         parts.append("\n".join([*lines, f"Licence: {licence}", *copyright_lines]))
+    parts.append(
+        "Rows whose source is `taught` were written for this preset; licence CC0-1.0\n"
+        "(https://creativecommons.org/publicdomain/zero/1.0/)."
+    )
     parts.append("MIT License\n\n" + MIT)
     return "\n\n".join(parts) + "\n"
