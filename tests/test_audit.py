@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from taught.errors import UserError
-from taught.policy.audit import audit_categories, benjamini_hochberg
+from taught.policy.audit import _gaps_and_t, audit_categories, benjamini_hochberg
 from taught.policy.ridge import fit_policy
 
 HARMFUL = ["weapons", "fraud", "religion", "drugs"]
@@ -83,6 +83,18 @@ def test_p_and_interval_agree_with_welch_on_normal_data():
     row = rows["harmful", "religion"]
     assert_allclose(row["p"], welch.pvalue, rtol=0.25)
     assert_allclose([row["lo"], row["hi"]], welch.confidence_interval(0.95), atol=0.08)
+
+
+def test_statistic_is_welchs_also_far_from_zero():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    y, category = rng.normal(size=40), np.repeat([0, 1, 2], [5, 10, 25])
+    for offset, rtol in ((0.0, 1e-10), (1e7, 1e-6)):
+        _, t = _gaps_and_t(y + offset, category, np.bincount(category))
+        for c in range(3):
+            inside, rest = y[category == c], y[category != c]
+            expected = stats.ttest_ind(inside, rest, equal_var=False).statistic
+            assert_allclose(t[c], expected, rtol=rtol)
 
 
 def test_no_gap_no_alarm():

@@ -145,11 +145,13 @@ def test_invariant_3_order_of_prompts_does_not_matter(alpha):
 
 def test_other_groups_count_for_the_fit_but_not_for_the_accuracy():
     X, y, groups, _, _ = planted(n=40)
-    more = [*groups, *["odd"] * 10]
-    far = np.vstack([X, np.full((10, 4), 9.0)])
-    result = evaluate_policy(far, np.append(y, np.full(10, 13.0)), more, **OPTIONS)
-    assert result.majority.value == 0.5  # 20 of 40, not 20 of 50
-    assert result.n == 50
+    alike = np.array(groups) == "harmful"  # as negatives they would move the cut
+    more = [*groups, *["odd"] * 60]
+    X, y = np.vstack([X, *[X[alike]] * 3]), np.concatenate([y, *[y[alike]] * 3])
+    result = evaluate_policy(X, y, more, **OPTIONS)
+    assert result.majority.value == 0.5  # 20 of 40, not 20 of 100
+    assert result.accuracy.value > 0.9
+    assert result.n == 100
 
 
 @settings(max_examples=60, deadline=None)
