@@ -1,0 +1,383 @@
+"""The command ``taught``: one verb per stage. It parses, loads the study and calls ``stages``.
+
+Exit codes: 0 done, 1 a defect of ours (with traceback), 2 the user's mistake (without), 130 Ctrl-C.
+Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
+
+from cyclopts import App, CycloptsError, Parameter
+
+import taught
+from taught.errors import TaughtError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from taught.progress import Progress
+    from taught.run import RunFolder
+    from taught.study import Study
+
+app = App(
+    name="taught",
+    help="Which training examples taught a model a behavior, and through which of its features.",
+    version=taught.__version__,
+    result_action="return_value",
+)
+
+
+Switch = Annotated[bool, Parameter(negative="", show_default=False)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Overrides:
+    """Flags that change the study for this command."""
+
+    set: Annotated[tuple[str, ...], Parameter(name="--set", negative="", show_default=False)] = ()
+    "Change one value of the study, e.g. --set policy.alpha=3. May be repeated."
+
+    drop_overlap: Switch = False
+    "Leave out pairs whose prompt is also an evaluation prompt, and list them."
+
+    drop_truncated: Switch = False
+    "Leave out pairs whose response is cut off at pairs.max_tokens, and list them."
+
+    chat_template: Path | None = None
+    "A Jinja file, for a tokenizer that has no chat template."
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Output:
+    """Where results go."""
+
+    run: Path | None = None
+    "Run folder; by default runs/NAME, with the name of the study (demo: runs/demo)."
+
+    fresh: Switch = False
+    "Delete this stage's earlier results in the run folder and make them anew."
+
+    quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False
+    "Show no progress."
+
+
+_NO_OVERRIDES = Overrides()
+_OUTPUT = Output()
+
+
+@app.command(sort_key=1)
+def demo(
+    *,
+    prompts: int = 240,
+    pairs: int = 60,
+    features: int = 75,
+    full: Switch = False,
+    output: Output = _OUTPUT,
+) -> int:
+    """Run the main job on the shipped preset: which pairs teach a small chat model to refuse.
+
+    Parameters
+    ----------
+    prompts
+        Evaluation prompts to use, spread over groups and categories.
+    pairs
+        Fine-tuning pairs to score, spread over labels.
+    features
+        Features of the policy, the strongest first.
+    full
+        Use every prompt and pair of the preset (up to half an hour on two cores).
+    """
+    _quiet_libraries()
+    from taught import stages
+    from taught.run import STAGES
+
+    run = _run_folder(output.run or Path("runs/demo"), STAGES if output.fresh else ())
+    with _progress(output.quiet) as progress:
+        stages.demo(
+            run, prompts=prompts, pairs=pairs, features=features, full=full, progress=progress
+        )
+    _show(run, None)
+    _out().print(f"\nReport: {run.path('report.html').resolve()}", soft_wrap=True, highlight=False)
+    return 0
+
+
+@app.command(sort_key=2)
+def init(path: Path = Path("study.yaml"), /, *, force: Switch = False) -> int:
+    """Write a study with every key, its default and a comment.
+
+    Parameters
+    ----------
+    path
+        The file to write.
+    force
+        Replace the file if it exists.
+    """
+    from taught.files import write_bytes
+    from taught.study import COMMENTED_TEMPLATE
+
+    if path.is_dir():
+        path = path / "study.yaml"
+    if path.exists() and not force:
+        raise UserError(
+            "the file exists already", value=str(path), fix="name another file, or pass --force"
+        )
+    if not path.parent.is_dir():
+        raise UserError("no such folder", value=str(path.parent), fix="make the folder first")
+    write_bytes(path, COMMENTED_TEMPLATE.encode())
+    _out().print(f"{path} written; edit it, then: taught check {path}", highlight=False)
+    return 0
+
+
+@app.command(sort_key=3)
+def check(study: str, /, *, overrides: Overrides = _NO_OVERRIDES) -> int:
+    """Say what would run: model, SAE, counts, overlaps, truncations, cost. Changes nothing.
+
+    Parameters
+    ----------
+    study
+        A study file, a folder that holds study.yaml, or the name of a preset.
+    """
+    loaded = _load(study, overrides)
+    from taught import stages
+
+    report = stages.check(loaded)
+    _out().print(report)
+    return UserError.exit_code if report.problems else 0
+
+
+@app.command(sort_key=4)
+def policy(study: str, /, *, overrides: Overrides = _NO_OVERRIDES, output: Output = _OUTPUT) -> int:
+    """Fit the policy: which features the behavior rests on, how well, and where the gaps are.
+
+    Parameters
+    ----------
+    study
+        A study file, a folder that holds study.yaml, or the name of a preset.
+    """
+    return _study_stage("policy", study, overrides, output)
+
+
+@app.command(sort_key=5)
+def attribute(
+    study: str, /, *, overrides: Overrides = _NO_OVERRIDES, output: Output = _OUTPUT
+) -> int:
+    """Score the pairs: how training on each one shifts the policy, and through what.
+
+    Parameters
+    ----------
+    study
+        A study file, a folder that holds study.yaml, or the name of a preset.
+    """
+    return _study_stage("attribute", study, overrides, output)
+
+
+@app.command(sort_key=6)
+def curate(
+    run: Path,
+    /,
+    *,
+    rule: Literal["paper", "top-k"] | None = None,
+    k: int | None = None,
+    target: str | None = None,
+) -> int:
+    """Say which pairs to drop, with the rule and the evidence, as keep.jsonl and drop.jsonl.
+
+    Parameters
+    ----------
+    run
+        A run folder with scored pairs.
+    rule
+        paper: compare with the median of the other label. top-k: the strongest k. The study's rule
+        by default.
+    k
+        How many pairs top-k drops.
+    target
+        What top-k sorts by: score, or mean_y:GROUP.
+    """
+    from taught import stages
+
+    folder = _open(run)
+    stages.curate(folder, rule=rule, k=k, target=target)
+    _say_written(folder, "curate", ("curation.parquet", "keep.jsonl", "drop.jsonl"))
+    return 0
+
+
+@app.command(sort_key=7)
+def report(run: Path, /) -> int:
+    """Write report.html: one self-contained page.
+
+    Parameters
+    ----------
+    run
+        A run folder with scored pairs.
+    """
+    from taught import stages
+
+    folder = _open(run)
+    stages.report(folder)
+    _say_written(folder, "report", ("report.html",))
+    return 0
+
+
+@app.command(sort_key=8)
+def show(run: Path, item: str | None = None, /) -> int:
+    """Show the results in the terminal.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    item
+        A pair id or a feature id, for its details.
+    """
+    _show(_open(run), item)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    sys.exit(run_command(sys.argv[1:] if argv is None else argv))
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Run one command; the exit code."""
+    try:
+        return cast(int, app(list(argv), exit_on_error=False, print_error=False) or 0)
+    except CycloptsError as error:
+        _complain(str(error), "`taught --help` and `taught COMMAND --help` list what there is")
+        return UserError.exit_code
+    except TaughtError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _err().print("stopped; finished work is kept; the same command resumes")
+        return 130
+    except BrokenPipeError:  # `taught show RUN | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _study_stage(stage: str, source: str, overrides: Overrides, output: Output) -> int:
+    study = _load(source, overrides)
+    study.require_files()
+    from taught import stages
+
+    folder = output.run or Path("runs") / study.name
+    run = _run_folder(folder, (stage,) if output.fresh else ())
+    before = run.manifest["stages"].get(stage)
+    with _progress(output.quiet) as progress:
+        getattr(stages, stage)(study, run, progress)
+    record = run.manifest["stages"][stage]
+    if record == before:
+        _err().print(f"{stage} was complete already in {run.folder}", highlight=False)
+    else:
+        memory = record["peak_memory_gb"]
+        used = f"{record['seconds']:.1f} s" + (f", peak memory {memory:.1f} GB" if memory else "")
+        _err().print(f"{stage} complete in {run.folder}: {used}", highlight=False)
+    return 0
+
+
+def _load(source: str, overrides: Overrides) -> Study:
+    from taught.study import load_study
+
+    study = load_study(source)
+    for text in overrides.set:
+        key, value = _parse_set(text)
+        study = study.replace(key, value)
+    if overrides.drop_overlap:
+        study = study.replace("pairs.drop_overlap", True)
+    if overrides.drop_truncated:
+        study = study.replace("pairs.drop_truncated", True)
+    if overrides.chat_template is not None:
+        study = study.replace("model.chat_template", str(overrides.chat_template))
+    _quiet_libraries()
+    if Path(study.model.id).is_absolute() and Path(study.sae.path).is_absolute():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local: nothing may go out
+    return study
+
+
+def _parse_set(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise UserError(
+            "--set needs a key and a value", value=text, fix="for example: --set policy.alpha=3"
+        )
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(
+            "the value of --set is not valid YAML", value=text, fix="put it in quotes"
+        ) from None
+
+
+def _run_folder(path: Path, fresh: Sequence[str]) -> RunFolder:
+    from taught.run import RunFolder
+
+    return RunFolder(path, fresh=fresh, command=shlex.join(["taught", *sys.argv[1:]]))
+
+
+def _open(path: Path) -> RunFolder:
+    from taught.run import RunFolder
+
+    run = RunFolder.open(path)
+    run.command = shlex.join(["taught", *sys.argv[1:]])
+    return run
+
+
+def _show(run: RunFolder, item: str | None) -> None:
+    from taught.report.show import show_run
+
+    _out().print(show_run(run, item=item))
+
+
+def _say_written(run: RunFolder, stage: str, names: Sequence[str]) -> None:
+    for name in names:
+        if name in run.manifest["stages"][stage]["files"]:
+            _out().print(str(run.path(name)), soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    from taught.progress import RichProgress, SilentProgress
+
+    if quiet:
+        yield SilentProgress()
+    else:
+        with RichProgress(_err()) as progress:
+            yield progress
+
+
+def _quiet_libraries() -> None:
+    """Before transformers is imported: no bars and advice of its own, no telemetry."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def _out() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _err() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _complain(message: str, fix: str | None = None) -> None:
+    lines = [message.strip()] + ([f"  fix:   {fix}"] if fix else [])
+    _err().print("error: " + "\n".join(lines), markup=False, highlight=False, soft_wrap=True)
