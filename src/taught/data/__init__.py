@@ -1,0 +1,1 @@
+"""Evaluation prompts and fine-tuning pairs: reading, checking, overlap, chat templates."""

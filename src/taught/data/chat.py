@@ -1,0 +1,355 @@
+"""Chat templates: from messages to token ids, with the places that the methods read.
+
+Everything is found in the rendered text through the tokenizer's offsets, never by counting tokens
+of a part encoded alone: a tokenizer may merge across the border of two parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Literal
+
+from taught.data.columns import name_ids
+from taught.errors import UserError
+
+if TYPE_CHECKING:
+    from taught.data.pairs import Pair
+    from taught.data.prompts import Prompt
+
+# A text that no message holds and no template changes: where it stands in a rendering is where the
+# template puts a message.
+_MARK = "\ue000taught\ue001"
+# Llama 3.1 and later write today's date into the system turn, so that a run repeated tomorrow would
+# read other tokens. This is the date those templates fall back to.
+_DATE = "26 Jul 2024"
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """An evaluation prompt as tokens, ready for the first token of an answer.
+
+    Attributes
+    ----------
+    id
+        The prompt's id.
+    input_ids
+        The template's rendering, with the generation prompt.
+    user_span
+        Token range (start, end) of the last user message's content.
+    end_of_turn
+        Index of the token that ends the last user turn; the last token of the content where the
+        template marks the end of a turn by no special token.
+    """
+
+    id: str
+    input_ids: tuple[int, ...]
+    user_span: tuple[int, int]
+    end_of_turn: int
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A fine-tuning pair as tokens.
+
+    Attributes
+    ----------
+    id
+        The pair's id.
+    input_ids
+        The template's rendering of the conversation up to and with the end-of-turn token of the
+        response, cut at the token limit.
+    response_start
+        Index of the first response token: what stands before is the prompt as
+        :class:`EncodedPrompt` has it.
+    n_response
+        Number of response tokens in ``input_ids``, the end-of-turn token included: the tokens that
+        the loss is on.
+    truncated
+        Whether the limit cut off a part of the response.
+    """
+
+    id: str
+    input_ids: tuple[int, ...]
+    response_start: int
+    n_response: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Token ids of a text and the characters that each token covers."""
+
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+
+
+class ChatFormat:
+    """A tokenizer with its chat template.
+
+    Parameters
+    ----------
+    tokenizer
+        A fast tokenizer of ``transformers``.
+    template
+        Jinja text; None: the tokenizer's own.
+    context
+        The model's longest input in tokens; None: what the tokenizer says, if it says anything.
+
+    Raises
+    ------
+    UserError
+        There is no template, or the tokenizer gives no offsets.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, context: int | None = None
+    ) -> None:
+        if template is None and not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "The tokenizer has no chat template",
+                value=getattr(tokenizer, "name_or_path", None) or None,
+                rule="prompts and pairs are rendered as the model was trained to read them",
+                fix="pass the model's template: --chat-template FILE",
+            )
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                "The tokenizer gives no character offsets",
+                value=type(tokenizer).__name__,
+                rule="read-out tokens and response tokens are found by offsets",
+                fix="use the fast version of the tokenizer (tokenizer.json)",
+            )
+        self.tokenizer = tokenizer
+        self.template = template
+        stated = getattr(tokenizer, "model_max_length", None)
+        # Tokenizers that state no length say 10^30.
+        self.context = context or (stated if stated and stated < 10**9 else None)
+        self._special = frozenset(tokenizer.all_special_ids) | {
+            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._special_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self._special)))
+
+    def encode_prompt(
+        self, content: str | Sequence[Mapping[str, str]], id: str = "prompt"
+    ) -> EncodedPrompt:
+        """Encode an evaluation prompt with the generation prompt behind it.
+
+        Parameters
+        ----------
+        content
+            The user's message, or messages that end in one.
+        id
+            The prompt's id, for messages of errors.
+
+        Raises
+        ------
+        UserError
+            The prompt is empty, longer than the model's context, or changed by the template.
+        """
+        messages = _messages(content)
+        text = self._render(messages, id, answer=True)
+        tokens = self._tokens(text)
+        self._check_length(tokens, id)
+        start, end = self._last_content(messages, text, id, answer=True)
+        span = _covering(tokens.offsets, start, end)
+        return EncodedPrompt(id, tokens.ids, span, self._end_of_turn(tokens, end, span[1] - 1))
+
+    def encode_prompts(self, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
+        """Encode evaluation prompts, in order."""
+        return [self.encode_prompt(prompt.text, prompt.id) for prompt in prompts]
+
+    def encode_pair(self, pair: Pair, max_tokens: int = 512) -> EncodedPair:
+        """Encode a pair; the response tokens are the rest of the rendering after the prompt's.
+
+        Parameters
+        ----------
+        pair
+            The pair.
+        max_tokens
+            Longest input; what is beyond it is cut off (see ``truncated``).
+
+        Raises
+        ------
+        UserError
+            The template's rendering of the conversation does not begin with the prompt's tokens,
+            or the prompt is longer than the model's context.
+        """
+        before = list(pair.messages)
+        turns = [*before, {"role": "assistant", "content": pair.response}]
+        prompt_text = self._render(before, pair.id, answer=True)
+        text = self._render(turns, pair.id, answer=False)
+        prompt, whole = self._tokens(prompt_text), self._tokens(text)
+        self._check_length(prompt, pair.id)
+        _check_border(prompt_text, prompt, text, whole, pair.id)
+        start, end = self._last_content(turns, text, pair.id, answer=False)
+        last = self._end_of_turn(whole, end, _covering(whole.offsets, start, end)[1] - 1)
+        limit = min(max_tokens, self.context or max_tokens)
+        ids = whole.ids[: min(last + 1, limit)]
+        n_response = max(len(ids) - len(prompt.ids), 0)
+        return EncodedPair(pair.id, ids, len(prompt.ids), n_response, last + 1 > limit)
+
+    def encode_pairs(
+        self,
+        pairs: Iterable[Pair],
+        max_tokens: int = 512,
+        drop_truncated: bool = False,
+        truncate: Literal["error", "keep"] = "error",
+    ) -> tuple[list[EncodedPair], list[str]]:
+        """Encode pairs; none is shortened or left out unless that was asked for.
+
+        Parameters
+        ----------
+        pairs
+            The pairs.
+        max_tokens
+            Longest input.
+        drop_truncated
+            Leave out truncated pairs and name them.
+        truncate
+            "keep": truncated pairs stay, flagged, unless nothing of the response is left.
+
+        Returns
+        -------
+        encoded
+            In the order of ``pairs``.
+        dropped
+            Ids of the pairs that were left out.
+
+        Raises
+        ------
+        UserError
+            A pair is truncated and neither option covers it.
+        """
+        encoded = [self.encode_pair(pair, max_tokens) for pair in pairs]
+        cut = [p for p in encoded if p.truncated and (truncate == "error" or p.n_response == 0)]
+        if cut and not drop_truncated:
+            raise _truncation_error(cut, max_tokens, truncate)
+        dropped = [pair.id for pair in cut]
+        return [pair for pair in encoded if pair.id not in set(dropped)], dropped
+
+    def _render(self, messages: Sequence[Mapping[str, str]], id: str, answer: bool) -> str:
+        """Return the template's text; ``answer`` adds the generation prompt."""
+        self._check_contents(messages, id)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=answer,
+                date_string=_DATE,
+            )
+        except Exception as error:  # Jinja's errors, and whatever a template raises itself
+            raise UserError(
+                f"The chat template cannot render {id}",
+                value=f"{type(error).__name__}: {error}",
+                fix="check the roles of the messages, or pass another --chat-template FILE",
+            ) from error
+        return str(text)
+
+    def _check_contents(self, messages: Sequence[Mapping[str, str]], id: str) -> None:
+        # A special token inside a message would end its turn and begin another.
+        for message in messages:
+            found = [text for text in self._special_texts if text in message["content"]]
+            if found:
+                raise UserError(
+                    f"The {message['role']} message of {id} contains a special token",
+                    value=" ".join(found),
+                    rule="the text of a message cannot end its turn or begin another",
+                    fix="remove the token from the text",
+                )
+
+    def _tokens(self, text: str) -> _Tokens:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return _Tokens(
+            tuple(encoded["input_ids"]), tuple(tuple(pair) for pair in encoded["offset_mapping"])
+        )
+
+    def _check_length(self, tokens: _Tokens, id: str) -> None:
+        if self.context is not None and len(tokens.ids) > self.context:
+            raise UserError(
+                f"The prompt of {id} is longer than the model's context",
+                value=f"{len(tokens.ids)} tokens",
+                rule=f"at most {self.context} tokens",
+                fix="shorten or remove it",
+            )
+
+    def _last_content(
+        self, messages: Sequence[Mapping[str, str]], text: str, id: str, answer: bool
+    ) -> tuple[int, int]:
+        """Return the characters of the last message's content in the rendering ``text``."""
+        content = messages[-1]["content"]
+        marked = self._render([*messages[:-1], {**messages[-1], "content": _MARK}], id, answer)
+        before, _, after = marked.partition(_MARK)
+        start, end = len(before), len(text) - len(after)
+        same = text.startswith(before) and text.endswith(after)
+        if not content.strip() or not same or text[start:end].strip() != content.strip():
+            raise UserError(
+                f"The last message of {id} is not in the template's rendering as it is",
+                value=content,
+                rule="a message is rendered unchanged, apart from white space around it",
+                fix="fill an empty message, or pass another --chat-template FILE",
+            )
+        return start, end
+
+    def _end_of_turn(self, tokens: _Tokens, content_end: int, otherwise: int) -> int:
+        """Index of the first special token behind a content, ``otherwise`` if there is none."""
+        behind = (
+            index
+            for index, (token, (start, _)) in enumerate(
+                zip(tokens.ids, tokens.offsets, strict=True)
+            )
+            if token in self._special and start >= content_end
+        )
+        return next(behind, otherwise)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all sequences have in common at their beginning."""
+    if not sequences:
+        return 0
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _messages(content: str | Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+
+
+def _covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """Return the range of tokens that share a character with [start, end)."""
+    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+    return inside[0], inside[-1] + 1
+
+
+def _check_border(prompt_text: str, prompt: _Tokens, text: str, whole: _Tokens, id: str) -> None:
+    """Stop unless prompt tokens + response tokens are the tokens of the whole conversation."""
+    if not text.startswith(prompt_text):
+        raise UserError(
+            f"The template renders the prompt of {id} otherwise once it is answered",
+            value=text[len(prompt_text) // 2 :],
+            rule="the conversation begins with the prompt and its generation prompt",
+            fix="pass a --chat-template FILE that adds nothing else to a generation prompt",
+        )
+    if whole.ids[: len(prompt.ids)] != prompt.ids:
+        raise UserError(
+            f"The tokenizer merges the end of the prompt of {id} with its response",
+            value=text[max(len(prompt_text) - 10, 0) : len(prompt_text) + 10],
+            rule="the first response token starts where the generation prompt ends",
+            fix="remove white space at the beginning of the response",
+        )
+
+
+def _truncation_error(cut: Sequence[EncodedPair], max_tokens: int, truncate: str) -> UserError:
+    empty = [pair.id for pair in cut if pair.n_response == 0]
+    what = f"{len(cut)} pairs are longer than {max_tokens} tokens"
+    if empty:
+        what += f"; nothing of the response is left in {len(empty)} of them"
+    return UserError(
+        what,
+        value=name_ids([pair.id for pair in cut]),
+        rule="no response is cut off silently"
+        if truncate == "error"
+        else "a pair needs at least one response token",
+        fix="raise pairs.max_tokens, or pass --drop-truncated",
+    )

@@ -1,0 +1,81 @@
+"""Which column of a table holds what: by the user's mapping, else by the usual names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from taught.data.tables import Row
+from taught.errors import UserError
+
+
+def detect_columns(
+    rows: Sequence[Row],
+    usual: Mapping[str, Sequence[str]],
+    given: Mapping[str, str] | None,
+    where: str,
+) -> dict[str, str]:
+    """Map field names to column names.
+
+    Parameters
+    ----------
+    rows
+        The table; a column is there when any row has it.
+    usual
+        Field -> column names to try, in this order.
+    given
+        The user's own field -> column; wins over the usual names.
+    where
+        Name of the table, for messages.
+
+    Raises
+    ------
+    UserError
+        A given field is unknown or its column is not in the table.
+    """
+    present = list(dict.fromkeys(name for row in rows for name in row))
+    found = {}
+    for field, column in (given or {}).items():
+        if field not in usual:
+            raise UserError(
+                f"Unknown field in the columns of {where}",
+                value=field,
+                rule=f"fields are {', '.join(usual)}",
+            )
+        if column not in present:
+            raise UserError(
+                f"{where} has no column {column!r}",
+                rule=f"its columns are {', '.join(present)}",
+                fix=f"name the column that holds the {field}",
+            )
+        found[field] = column
+    for field, names in usual.items():
+        matching = [name for name in names if name in present]
+        if field not in found and matching:
+            found[field] = matching[0]
+    return found
+
+
+def cell(row: Row, columns: Mapping[str, str], field: str) -> object:
+    """Return a row's value of a field, None where the table has no such column or cell."""
+    return row.get(columns[field]) if field in columns else None
+
+
+def text_cell(row: Row, columns: Mapping[str, str], field: str) -> str:
+    """Return a row's text of a field, "" where there is none (numbers become text)."""
+    value = cell(row, columns, field)
+    return "" if value is None else str(value)
+
+
+def repeated(items: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
+    """Return the names, in groups of two or more, that carry the same key: (key, name) in."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for key, name in items:
+        groups[key].append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def name_ids(ids: Sequence[str], limit: int = 8) -> str:
+    """Name ids in a message: the first few, and how many more."""
+    shown = ", ".join(ids[:limit])
+    return shown if len(ids) <= limit else f"{shown} and {len(ids) - limit} more"

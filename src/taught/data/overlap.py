@@ -1,0 +1,85 @@
+"""Pairs whose prompt is also an evaluation prompt: found, and dropped only on request.
+
+Training on a prompt that is also measured makes any attribution look good for the wrong reason.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from taught.data.columns import name_ids
+from taught.errors import UserError
+
+if TYPE_CHECKING:
+    from taught.data.pairs import PairSet
+    from taught.data.prompts import PromptSet
+
+
+def normalise(text: str) -> str:
+    """Return the text without what does not make it another prompt.
+
+    Unicode NFKC, typographic apostrophes made plain, case folded, white space collapsed, trailing
+    punctuation removed.
+    """
+    folded = unicodedata.normalize("NFKC", text).translate(_PLAIN).casefold()
+    # Folding may leave letters that NFKC composes again: twice is stable, once is not always.
+    words = " ".join(unicodedata.normalize("NFKC", folded).split())
+    end = len(words)
+    while end and (words[end - 1].isspace() or _is_punctuation(words[end - 1])):
+        end -= 1
+    return words[:end] or words
+
+
+def find_overlap(pairs: PairSet, prompts: PromptSet) -> list[tuple[str, str]]:
+    """Return (pair id, prompt id) for every pair whose prompt is an evaluation prompt.
+
+    In a conversation of several turns every user turn counts.
+    """
+    by_text: dict[str, list[str]] = defaultdict(list)
+    for prompt in prompts:
+        by_text[normalise(prompt.text)].append(prompt.id)
+    return [
+        (pair.id, prompt_id)
+        for pair in pairs
+        for text in dict.fromkeys(normalise(turn) for turn in pair.user_texts)
+        for prompt_id in by_text.get(text, ())
+    ]
+
+
+def drop_overlap(
+    pairs: PairSet, prompts: PromptSet, drop: bool
+) -> tuple[PairSet, list[tuple[str, str]]]:
+    """Return the pairs that are not evaluation prompts, and the overlap that was dropped.
+
+    Parameters
+    ----------
+    drop
+        False: overlap is an error. True: the overlapping pairs are left out and named.
+
+    Raises
+    ------
+    UserError
+        There is overlap and ``drop`` is false.
+    """
+    overlap = find_overlap(pairs, prompts)
+    gone = {pair_id for pair_id, _ in overlap}
+    if overlap and not drop:
+        raise UserError(
+            f"{len(gone)} pairs have a prompt that is also an evaluation prompt",
+            value=name_ids([f"{pair_id} = {prompt_id}" for pair_id, prompt_id in overlap]),
+            rule="a pair is never scored on its own prompt (case, spacing and final punctuation "
+            "are ignored)",
+            fix="remove them from one of the files, or pass --drop-overlap",
+        )
+    kept = tuple(pair for pair in pairs if pair.id not in gone)
+    return replace(pairs, pairs=kept), overlap
+
+
+def _is_punctuation(character: str) -> bool:
+    return unicodedata.category(character).startswith("P")
+
+
+_PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})
