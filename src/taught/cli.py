@@ -208,7 +208,7 @@ def curate(
 
     folder = _open(run)
     stages.curate(folder, rule=rule, k=k, target=target)
-    _say_written(folder, "curate", ("curation.parquet", "keep.jsonl", "drop.jsonl"))
+    _say_written(folder, ("curation.parquet", "keep.jsonl", "drop.jsonl"))
     return 0
 
 
@@ -225,7 +225,7 @@ def report(run: Path, /) -> int:
 
     folder = _open(run)
     stages.report(folder)
-    _say_written(folder, "report", ("report.html",))
+    _say_written(folder, ("report.html",))
     return 0
 
 
@@ -339,12 +339,16 @@ def _open(path: Path) -> RunFolder:
 def _show(run: RunFolder, item: str | None) -> None:
     from taught.report.show import show_run
 
-    _out().print(show_run(run, item=item))
+    run.verify()
+    for stage, record in run.manifest["stages"].items():
+        if record["status"] != "complete":
+            _err().print(f"{stage} was not finished in {run.folder}: its parts are missing or old")
+    _out().print(show_run(run.folder, item=item))
 
 
-def _say_written(run: RunFolder, stage: str, names: Sequence[str]) -> None:
+def _say_written(run: RunFolder, names: Sequence[str]) -> None:
     for name in names:
-        if name in run.manifest["stages"][stage]["files"]:
+        if name in run.manifest["files"]:
             _out().print(str(run.path(name)), soft_wrap=True, highlight=False)
 
 

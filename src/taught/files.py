@@ -113,6 +113,28 @@ def plain_ids(ids: Sequence[Any]) -> list[Any]:
     return [item.item() if hasattr(item, "item") else item for item in listed]
 
 
+def check_ids(
+    arrays: Mapping[str, np.ndarray],
+    ids: Mapping[str, list[Any]],
+    axes: Mapping[str, Sequence[str | None]] | None,
+) -> None:
+    """Raise ValueError unless ids are unique and as many as the axes that they name."""
+    for key, values in ids.items():
+        if len(set(values)) != len(values):
+            raise ValueError(f"{key}: an id stands twice")
+        if axes is None and not any(len(values) in array.shape for array in arrays.values()):
+            shapes = {name: array.shape for name, array in arrays.items()}
+            raise ValueError(f"{key}: {len(values)} ids fit no axis of {shapes}")
+    for name, names in (axes or {}).items():
+        expected = tuple(None if key is None else len(ids[key]) for key in names)
+        shape = arrays[name].shape
+        fits = len(shape) == len(expected) and all(
+            want in (None, have) for want, have in zip(expected, shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{name}: shape {shape}, but the ids {tuple(names)} say {expected}")
+
+
 def _sync_folder(folder: Path) -> None:
     """Make the new name itself survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

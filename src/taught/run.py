@@ -7,12 +7,8 @@ written. Everything else is refused by name or computed again; nothing is reused
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +19,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import taught
 from taught import files
+from taught.environment import peak_memory_gb, versions
 from taught.errors import UserError
 from taught.fingerprint import Inputs, differences, fingerprint, stage_inputs
+from taught.lock import locked_file
 from taught.partial import PartialFolder
 from taught.study import Study, dump_study, load_study
 
@@ -53,7 +51,6 @@ _WRITTEN_BY = {
     "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl"),
     "report": ("report.html",),
 }  # fmt: skip
-_VERSIONS_OF = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
 _MANIFEST = "manifest.json"
 
 
@@ -146,9 +143,10 @@ class RunFolder:
         record = self._record(stage)
         if record is None or record["status"] != "complete" or record["fingerprint"] != wanted:
             return False
-        if not all(self.path(name).is_file() for name in record["files"]):
+        names = self._files_of(stage)
+        if not all(self.path(name).is_file() for name in names):
             return False
-        for name in record["files"]:
+        for name in names:
             self._verified(name)
         return True
 
@@ -164,7 +162,7 @@ class RunFolder:
             )
         for before in _BEFORE[stage]:
             self.require(before)
-            made_with = record["inputs"].get(f"stage {before}")
+            made_with = self._manifest["inputs"][stage].get(f"stage {before}")
             if made_with != self._manifest["stages"][before]["fingerprint"]:
                 raise UserError(
                     f"{stage} was made with an earlier result of {before}",
@@ -227,7 +225,7 @@ class RunFolder:
             yield
             return
         self._make_folder()
-        with _locked_file(self.folder / ".lock"):
+        with locked_file(self.folder / ".lock"):
             files.remove_temporaries(self.folder)
             self._manifest = self._load_manifest()
             self._locked = True
@@ -276,10 +274,9 @@ class RunFolder:
             The ids do not fit the arrays.
         """
         listed = {key: files.plain_ids(values) for key, values in ids.items()}
-        _check_ids(arrays, listed, axes)
-        record = {"ids": listed, "axes": {key: list(names) for key, names in (axes or {}).items()}}
+        files.check_ids(arrays, listed, axes)
         self._write(_with_suffix(name, ".safetensors"), files.tensors_bytes(arrays))
-        self._write(f"{_stem(name)}.ids.json", files.json_bytes(record))
+        self._write(f"{_stem(name)}.ids.json", files.json_bytes(listed))
 
     # Reading
 
@@ -298,10 +295,19 @@ class RunFolder:
     def read_tensors(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
         """Read ``NAME.safetensors`` and its ids."""
         arrays = files.tensors_from_bytes(self._verified(_with_suffix(name, ".safetensors")))
-        record = json.loads(self._verified(f"{_stem(name)}.ids.json"))
-        return arrays, record["ids"]
+        ids = json.loads(self._verified(f"{_stem(name)}.ids.json"))
+        return arrays, ids
+
+    def verify(self) -> None:
+        """Raise a UserError unless every file of the finished stages is there and unchanged."""
+        for name, written in self._manifest["files"].items():
+            if self._manifest["stages"][written["stage"]]["status"] == "complete":
+                self._verified(name)
 
     # Inside
+
+    def _files_of(self, stage: str) -> list[str]:
+        return [name for name, file in self._manifest["files"].items() if file["stage"] == stage]
 
     def _command_for(self, stage: str, *, fresh: bool = False) -> str:
         if stage in _REMADE:  # these are told the run folder and are always made anew
@@ -332,10 +338,11 @@ class RunFolder:
     def _load_manifest(self) -> dict[str, Any]:
         file = self.folder / _MANIFEST
         if not file.exists():
-            return {"format": FORMAT, "created": _now(), "stages": {}}
+            return {"format": FORMAT, "created": _now(), "stages": {}, "inputs": {}, "files": {}}
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
-            version, _ = manifest["format"], manifest["stages"]
+            version = manifest["format"]
+            _ = manifest["stages"], manifest["inputs"], manifest["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError("the manifest of the run folder is damaged", value=f"{file}: {error}",
                             fix="choose another --run folder") from None  # fmt: skip
@@ -359,9 +366,9 @@ class RunFolder:
         chained = dict(inputs)
         for before in _BEFORE[name]:
             self.require(before)
-            record = self._manifest["stages"][before]
-            self._refuse_other(before, record["inputs"], inputs, record["inputs"].keys() & inputs)
-            chained[f"stage {before}"] = record["fingerprint"]
+            theirs = self._manifest["inputs"][before]
+            self._refuse_other(before, theirs, inputs, theirs.keys() & inputs)
+            chained[f"stage {before}"] = self._manifest["stages"][before]["fingerprint"]
         return chained
 
     def _begin(self, name: str, inputs: Inputs) -> Stage:
@@ -372,7 +379,7 @@ class RunFolder:
         record = self._record(name)
         if record is not None and record["fingerprint"] != wanted:
             if name not in _REMADE:
-                self._refuse_other(name, record["inputs"], inputs)
+                self._refuse_other(name, self._manifest["inputs"][name], inputs)
             self._forget(name)
         partial = PartialFolder(self.folder / "partial" / f"{name}-{wanted[:16]}")
         return Stage(name, wanted, self.is_done(name, wanted), partial)
@@ -396,9 +403,13 @@ class RunFolder:
 
     def _forget(self, name: str) -> None:
         """Delete one stage's own files and its record."""
-        record = self._manifest["stages"].pop(name, None) or {"files": {}}
+        listed = self._files_of(name)
+        self._manifest["stages"].pop(name, None)
+        self._manifest["inputs"].pop(name, None)
+        for file in listed:
+            del self._manifest["files"][file]
         self._save_manifest()  # first: a file that is still there and not listed is never trusted
-        for file in {*record["files"], *_WRITTEN_BY[name]} - {"study.yaml"}:
+        for file in {*listed, *_WRITTEN_BY[name]} - {"study.yaml"}:
             self.path(file).unlink(missing_ok=True)
         self._clear_partial(name)
 
@@ -420,12 +431,13 @@ class RunFolder:
         self._manifest["stages"][stage.name] = {
             "status": "running",
             "fingerprint": stage.fingerprint,
-            "inputs": inputs,
             "command": self.command,
             "started": _now(),
             "attempts": attempts + 1,
-            "files": {},
         }
+        self._manifest["inputs"][stage.name] = inputs
+        for file in self._files_of(stage.name):  # of an attempt that did not finish
+            del self._manifest["files"][file]
         self._save_manifest()  # first: a killed run must leave a folder that is known as ours
         files.write_bytes(self.path("study.yaml"), dump_study(study).encode())
 
@@ -442,9 +454,9 @@ class RunFolder:
     def _write(self, name: str, content: bytes) -> None:
         if self._active is None:
             raise RuntimeError(f"{name} is written outside a stage")
-        self._manifest["stages"][self._active.name]["files"].pop(name, None)
         files.write_bytes(self.path(name), content)
-        self._manifest["stages"][self._active.name]["files"][name] = {
+        self._manifest["files"][name] = {
+            "stage": self._active.name,
             "sha256": files.sha256_bytes(content),
             "bytes": len(content),
         }
@@ -464,97 +476,21 @@ class RunFolder:
     def _verified(self, name: str) -> bytes:
         """Return the content of a file that a stage wrote, unchanged since."""
         content = self._existing(name).read_bytes()
-        for stage, record in self._manifest["stages"].items():
-            written = record["files"].get(name)
-            if written is None:
-                continue
-            if files.sha256_bytes(content) == written["sha256"]:
-                return content
+        written = self._manifest["files"].get(name)
+        if written is None:
+            raise UserError(
+                f"{name} was not written by a stage of this run",
+                value=str(self.path(name)),
+                fix="move it away and run the stage again",
+            )
+        if files.sha256_bytes(content) != written["sha256"]:
             raise UserError(
                 f"{name} has changed since it was written",
                 value=f"{self.path(name)}: {len(content)} bytes, {written['bytes']} were written",
                 rule="a result is read only with the checksum that was recorded for it",
-                fix=f"make it anew: {self._command_for(stage, fresh=True)}",
+                fix=f"make it anew: {self._command_for(written['stage'], fresh=True)}",
             )
-        raise UserError(
-            f"{name} was not written by a stage of this run",
-            value=str(self.path(name)),
-            fix="move it away and run the stage again",
-        )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version(), "taught": taught.__version__}
-    for name in _VERSIONS_OF:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def peak_memory_gb() -> float | None:
-    """Return the largest resident memory of this process so far, in 10^9 bytes."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
-
-
-@contextmanager
-def _locked_file(path: Path) -> Iterator[None]:
-    """Hold the lock file. The lock belongs to the process, so kill -9 releases it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if not _try_lock(handle):
-            holder = os.read(handle, 200).decode(errors="replace").strip()
-            raise UserError(
-                "another command is writing to this run folder",
-                value=f"{path.parent}: {holder or 'unknown process'}",
-                rule="one command at a time writes to a run folder",
-                fix="wait until it ends, or choose another --run folder",
-            )
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _try_lock(handle: int) -> bool:
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _check_ids(
-    arrays: Mapping[str, np.ndarray],
-    ids: Mapping[str, list[Any]],
-    axes: Mapping[str, Sequence[str | None]] | None,
-) -> None:
-    for key, values in ids.items():
-        if len(set(values)) != len(values):
-            raise ValueError(f"{key}: an id stands twice")
-        if axes is None and not any(len(values) in array.shape for array in arrays.values()):
-            shapes = {name: array.shape for name, array in arrays.items()}
-            raise ValueError(f"{key}: {len(values)} ids fit no axis of {shapes}")
-    for name, names in (axes or {}).items():
-        expected = tuple(None if key is None else len(ids[key]) for key in names)
-        shape = arrays[name].shape
-        fits = len(shape) == len(expected) and all(
-            want in (None, have) for want, have in zip(expected, shape, strict=True)
-        )
-        if not fits:
-            raise ValueError(f"{name}: shape {shape}, but the ids {tuple(names)} say {expected}")
+        return content
 
 
 def _data_files(study: Study, inputs: Inputs) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""What a result was computed with: package versions and memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import taught
+
+_VERSIONS_OF = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version(), "taught": taught.__version__}
+    for name in _VERSIONS_OF:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def peak_memory_gb() -> float | None:
+    """Return the largest resident memory of this process so far, in 10^9 bytes."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
