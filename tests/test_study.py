@@ -216,7 +216,9 @@ WRONG = [
 @pytest.mark.parametrize(("key", "value", "rule"), WRONG)
 def test_a_wrong_value_names_key_value_rule_and_fix(key, value, rule, tmp_path):
     section, _, name = key.rpartition(".")
-    message = refused(tmp_path, f"{section}: {{{name}: {value}}}" if section else f"{name}: {value}")
+    message = refused(
+        tmp_path, f"{section}: {{{name}: {value}}}" if section else f"{name}: {value}"
+    )
     assert message.splitlines()[0].startswith(key)
     assert "value:" in message
     assert rule in message.split("rule:")[1]
@@ -224,9 +226,7 @@ def test_a_wrong_value_names_key_value_rule_and_fix(key, value, rule, tmp_path):
 
 
 def test_a_close_word_is_suggested(tmp_path):
-    assert "did you mean finite-step?" in refused(
-        tmp_path, "attribution: {estimator: finite_step}"
-    )
+    assert "did you mean finite-step?" in refused(tmp_path, "attribution: {estimator: finite_step}")
 
 
 def test_the_same_rules_hold_in_python():
