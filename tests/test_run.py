@@ -206,7 +206,7 @@ def test_no_space_left_is_said_with_both_sizes_and_leaves_nothing(folder, study,
     noise = np.random.default_rng(0).normal(size=1000)
     with (
         pytest.raises(UserError, match="no space left") as caught,
-        run.stage("policy", study),
+        run.stage("policy", study, WEIGHTS),
     ):
         run.write_tensors("readouts", {"y": noise}, {})
     needed = len(files.tensors_bytes({"y": noise}))

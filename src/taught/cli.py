@@ -32,6 +32,7 @@ app = App(
     help="Which training examples taught a model a behavior, and through which of its features.",
     version=taught.__version__,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 
 
