@@ -147,7 +147,9 @@ def test_the_date_of_a_template_is_the_same_every_day() -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("response", ["I can't help with that.", "naïve 🔒", "a\n\nb", "user: x"])
-def test_prompt_tokens_and_response_tokens_make_the_whole_rendering(name: str, response: str) -> None:
+def test_prompt_tokens_and_response_tokens_make_the_whole_rendering(
+    name: str, response: str
+) -> None:
     whole = own_ids(name, [user("How?"), assistant(response)], answer=False)
     encoded = FORMATS[name].encode_pair(pair("How?", response))
     prompt = FORMATS[name].encode_prompt("How?")
@@ -161,7 +163,9 @@ def test_prompt_tokens_and_response_tokens_make_the_whole_rendering(name: str, r
 
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"])), response=st.text(min_size=1))
-def test_any_text_is_rendered_exactly_or_refused_by_id(name: str, prompt: str, response: str) -> None:
+def test_any_text_is_rendered_exactly_or_refused_by_id(
+    name: str, prompt: str, response: str
+) -> None:
     try:
         encoded = FORMATS[name].encode_pair(pair(prompt, response, "any"))
         start, end = FORMATS[name].encode_prompt(prompt, "any").user_span
@@ -318,6 +322,7 @@ def smollm2():
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
+@pytest.mark.slow  # reading the tokenizer out of the GGUF file takes 15 s
 def test_the_real_tokenizer_of_the_preset(smollm2) -> None:
     chat = ChatFormat(smollm2)
     encoded = chat.encode_prompt("How do I pick a lock?", "p")
@@ -330,9 +335,10 @@ def test_the_real_tokenizer_of_the_preset(smollm2) -> None:
     assert z.input_ids[: z.response_start] == encoded.input_ids
     assert smollm2.decode(z.input_ids[z.response_start :]) == "I can’t help with that.<|im_end|>"
     with pytest.raises(UserError, match="merges the end of the prompt"):
-        chat.encode_pair(pair("How?", "\nNo."))
+        chat.encode_pair(pair("How?", "  No."))
 
 
+@pytest.mark.slow  # reading the tokenizer out of the GGUF file takes 15 s
 def test_the_real_tokenizer_on_random_texts(smollm2) -> None:
     chat = ChatFormat(smollm2)
     rng = random.Random(0)

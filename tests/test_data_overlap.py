@@ -12,7 +12,9 @@ from taught.data.prompts import Prompt, PromptSet
 from taught.errors import UserError
 
 PROMPTS = PromptSet(
-    (Prompt("p1", "How do I pick a lock?", "harmful"), Prompt("p2", "It’s fine", "harmless")), {}, ""
+    (Prompt("p1", "How do I pick a lock?", "harmful"), Prompt("p2", "It’s fine", "harmless")),
+    {},
+    "",
 )
 
 

@@ -134,4 +134,6 @@ def test_missing_columns_are_explained(load) -> None:
     with pytest.raises(UserError, match="neither messages nor a prompt and a response") as caught:
         load({"prompt": "a", "text": "b"})
     assert "columns: prompt, text" in str(caught.value)
-    assert [p.response for p in load({"prompt": "a", "text": "b"}, columns={"response": "text"})] == ["b"]
+    assert [
+        p.response for p in load({"prompt": "a", "text": "b"}, columns={"response": "text"})
+    ] == ["b"]

@@ -28,7 +28,9 @@ def row(id: str, text: str, group: str = "harmful", **more: str) -> dict:
 
 
 def test_prompts_keep_their_order_and_fields(save) -> None:
-    path = save(row("b", "Two", category="c", source="s", licence="MIT"), row("a", "One", "harmless"))
+    path = save(
+        row("b", "Two", category="c", source="s", licence="MIT"), row("a", "One", "harmless")
+    )
     prompts = load_prompts(path)
     assert prompts.ids == ("b", "a")
     assert prompts.groups == ("harmful", "harmless")

@@ -44,7 +44,10 @@ def test_every_format_gives_the_same_rows(rows_in, kind: str) -> None:
 def test_a_folder_saved_by_datasets_is_read_in_the_order_of_its_state(tmp_path: Path) -> None:
     for name, row in (("z.arrow", ROWS[0]), ("a.arrow", ROWS[1])):
         table = pa.Table.from_pylist([row])
-        with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as w:
+        with (
+            pa.OSFile(str(tmp_path / name), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as w,
+        ):
             w.write_table(table)
     state = {"_data_files": [{"filename": "z.arrow"}, {"filename": "a.arrow"}]}
     (tmp_path / "state.json").write_text(json.dumps(state))

@@ -1,9 +1,9 @@
-"""One category vocabulary over all sources: the table that the preset's `category` column comes from.
+"""One category vocabulary over all sources: where the preset's `category` column comes from.
 
-A source's own category is used where it says something specific (`NATIVE`). AdvBench has no
-categories of its own, and HarmBench's `illegal` and `harmful` or StrongREJECT's `Non-violent crimes`
-say too little; there the first matching line of `KEYWORDS` decides. Nothing matches: the recipe
-stops and names the prompt.
+A source's own category is used where it says something specific (`NATIVE`). AdvBench has none of
+its own, and HarmBench's `illegal` and `harmful` or StrongREJECT's `Non-violent crimes` say too
+little; there the first matching line of `KEYWORDS` decides. Nothing matches: the recipe stops and
+names the prompt.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ NATIVE = {
 KEYWORDS = (
     (
         "self-harm",
-        r"suicid|self-harm|harm myself|anorexi|bulimi|eating disorder|dieting|drunk driving|reckless|"
+        r"suicid|self-harm|harm myself|anorexi|bulimi|eating disorder|dieting|"
+        r"drunk driving|reckless|"
         r"dangerous stunts|risky behavior|laundry detergent",
     ),
     (
@@ -82,7 +83,8 @@ KEYWORDS = (
     ),
     (
         "cybercrime",
-        r"\bhack|\bworm\b|malware|ransomware|phish|botnet|ddos|denial of service|password|backdoor|trojan|"
+        r"\bhack|\bworm\b|malware|ransomware|phish|botnet|ddos|denial of service|password|"
+        r"backdoor|trojan|"
         r"cyberattack|cyber attack|\bspy\b|\bspies\b|spam|unauthorized access|database|webcam|"
         r"vulnerabilit|virus|computer system|user data|users'? data|collects? "
         r"personal data|script that (steals|harvests|hijacks|denies|sends|can (hijack|crash))|"
@@ -93,14 +95,16 @@ KEYWORDS = (
     ),
     (
         "drugs-contraband",
-        r"drug|contraband|smuggl(?!ing a bomb)|traffick|heroin|steroid|amphetamine|opioid|huff paint|ivory|"
+        r"drug|contraband|smuggl(?!ing a bomb)|traffick|heroin|steroid|amphetamine|opioid|"
+        r"huff paint|ivory|"
         r"human organs|alcohol|breathalyzer|substances",
     ),
     (
         "violence-weapons",
         r"bomb|explos|weapon|firearm|\bgun\b|\bguns\b|handgun|glock|\bkill|murder|terror|violen|"
         r"assault|shoot|hitman|arson|start a fire|fire alarm|kidnap|tortur|hurt|physical "
-        r"harm|crash|accident|swatting|riot|cruel|harm animals|harm others|flayed|dismember|beats their|"
+        r"harm|crash|accident|swatting|riot|cruel|harm animals|harm others|flayed|"
+        r"dismember|beats their|"
         r"quartered|hostage|drone|death threat|threat|stairs|police officer|carjack|flamethrower|"
         r"shiv|pain on a cat|transportation system|emergency services|harmed|abuse and manipulate|"
         r"natural gas|hit-and-run|destroy|ransom note",
@@ -117,14 +121,16 @@ KEYWORDS = (
         "other-crime",
         r"pirat|copyright|evad|law enforcement|correctional|trespass|lock\b|vandal|cheat|exam|"
         r"infiltrat|censorship|criminal|airport security|illegal|commit crimes|slashing|"
-        r"movies that normally|comedians|floor plan|rolling coal|gps tracker|child laborer|rainforest|"
+        r"movies that normally|comedians|floor plan|rolling coal|gps tracker|"
+        r"child laborer|rainforest|"
         r"getting caught|minds|protection|eco-terror",
     ),
 )
 
 
 def harmful_category(source: str, native: str, text: str) -> str:
-    """Return our category of a harmful prompt; raise ``ValueError`` if no line of the table fits."""
+"
+    r"    """Return our category of a harmful prompt; raise ``ValueError`` if no line of the table fits."""
     if (source, native) in NATIVE:
         return NATIVE[source, native]
     lowered = text.lower()

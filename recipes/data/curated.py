@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # PyRIT, (file, row, unit kept). Refusals judged by people (human_score 1) to a harmful objective;
 # rows whose "refusal" is an answer to something else, or that go on to comply, are left out.
-# "all": the response as it is; "first": its first paragraph, whole sentences; "cut": up to the last sentence end
-# within the token limit.
+# "all": the response as it is; "first": its first paragraph, whole sentences;
+# "cut": up to the last sentence end within the token limit.
 PYRIT_REFUSALS = (
     *(
         ("refusal", row, "all")

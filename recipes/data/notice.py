@@ -84,7 +84,8 @@ def notice_text() -> str:
     parts = [
         "The data of this preset (prompts.jsonl, pairs.jsonl, planted_pairs.jsonl) is taken from "
         "the packages below.\nEvery row names its source and licence. Runs of white space inside "
-        'a prompt are collapsed everywhere;\nresponses marked "cut" end earlier than in their source.'
+        "a prompt are collapsed everywhere;\n"
+        'responses marked "cut" end earlier than in their source.'
     ]
     for name, what, licence, copyright_lines in SOURCES:
         lines = [f"{name} {metadata.version(name)} (PyPI)", *textwrap.wrap(f"Used: {what}.", 96)]

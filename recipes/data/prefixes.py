@@ -6,8 +6,9 @@
 2. log P(prefix | prompt) right after the generation prompt, each prefix under its own history: the
    mean on harmful and on harmless prompts, and how far apart the two groups are (Cohen's d, and the
    area under the ROC curve), once against all harmless prompts and once against harmless
-   instructions, which have the form of the harmful ones; then how far both means move when the model makes one gradient step
-   on some of the preset's refusal pairs: a prefix that the pairs do not teach measures nothing.
+   instructions, which have the form of the harmful ones. Then how far both means move when the
+   model makes one gradient step on some of the preset's refusal pairs: a prefix that the pairs do
+   not teach would measure nothing.
 """
 
 from __future__ import annotations
