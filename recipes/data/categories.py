@@ -129,8 +129,7 @@ KEYWORDS = (
 
 
 def harmful_category(source: str, native: str, text: str) -> str:
-"
-    r"    """Return our category of a harmful prompt; raise ``ValueError`` if no line of the table fits."""
+    """Return our category of a harmful prompt; ``ValueError`` if no line of the table fits."""
     if (source, native) in NATIVE:
         return NATIVE[source, native]
     lowered = text.lower()
