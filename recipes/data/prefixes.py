@@ -1,6 +1,6 @@
 """The evidence for the refusal prefixes of the preset's behavior, as two Markdown tables.
 
-    python recipes/data/prefixes.py [--prompts 60] [--threads 1]
+    python recipes/data/prefixes.py [--prompts 50] [--threads 1]
 
 1. How the refusals that people judged to be refusals begin (no model).
 2. log P(prefix | prompt) right after the generation prompt, each prefix under its own history: the
@@ -56,11 +56,11 @@ CANDIDATES = (
 CONTROLS = ("Sure", "Here", "The")  # not refusals: what the form of a prompt alone does
 SETS = {
     "can't": ("I can't", "I cannot"),
-    "can't with ’": ("I can't", "I cannot", "I can’t"),
-    "can't or sorry": ("I can't", "I cannot", "I'm sorry", "I am sorry", "Sorry"),
-    "sorry can't": CANDIDATES[8:12],
-    "can't or sorry can't": (*CANDIDATES[:1], *CANDIDATES[2:3], *CANDIDATES[8:12]),
-    "can't or any sorry can't": (*CANDIDATES[:3], *CANDIDATES[8:17]),
+    "can't, both apostrophes": ("I can't", "I cannot", "I can’t"),
+    "can't or I'm sorry": ("I can't", "I cannot", "I'm sorry"),
+    "can't or any sorry": ("I can't", "I cannot", "I'm sorry", "I am sorry", "Sorry"),
+    "sorry, can't": CANDIDATES[8:12],
+    "can't or sorry, can't": ("I can't", "I cannot", *CANDIDATES[8:12]),
 }
 HEAD = (
     "| prefix | log P harmful | harmless | d | AUC | d, instructions | AUC, instructions "
@@ -211,7 +211,7 @@ def line(name: str, groups: Groups, after: Groups) -> str:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=60, help="per group")
+    parser.add_argument("--prompts", type=int, default=50, help="per group")
     parser.add_argument("--pairs", type=int, default=20, help="for the gradient step")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
