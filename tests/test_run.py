@@ -313,6 +313,18 @@ def test_invariant_8_other_weights_under_the_same_name_are_refused(folder, study
         policy(folder, study, extra={"model.weights": "v" * 64})
 
 
+def test_invariant_8_other_rows_in_a_dataset_folder_are_refused(folder, study, tmp_path):
+    rows = tmp_path / "dataset" / "data-00000.arrow"
+    rows.parent.mkdir()
+    rows.write_bytes(b"one")
+    study = study.replace("prompts.path", str(rows.parent))
+    policy(folder, study)
+    assert policy(folder, study)[1]
+    rows.write_bytes(b"two")
+    with pytest.raises(UserError, match=r"other inputs: prompts\.path sha256\n"):
+        policy(folder, study)
+
+
 def test_all_that_differs_is_named_at_once(folder, study):
     policy(folder, study)
     other = study.replace("policy.alpha", 1).replace("policy.folds", 3)

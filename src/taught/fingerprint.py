@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import taught
+from taught.data.tables import table_sha256
 from taught.errors import UserError
 from taught.files import sha256_file
 from taught.study import Study
@@ -34,6 +35,7 @@ _BEFORE["report"] = ("policy", "attribute")
 _CONTENT_KEYS = ("model.id", "model.chat_template", "sae.path", "prompts.path", "pairs.path",
                  "features.labels")  # fmt: skip
 _IGNORED = ("attribution.memory_gb", "attribution.batch_tokens")
+_FOLDERS = ("model.id", "sae.path")
 # Files of a model or SAE folder that define it (a README does not).
 _DEFINING = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf", "*.txt")
 # Files that only show results: changing them does not change what a stage computes.
@@ -87,12 +89,12 @@ def differences(
 
 
 def content_digest(key: str, path: Path) -> str:
-    """Digest of a file, or of the files of a folder that define a model or an SAE."""
+    """Digest of a table, or of the files that define a model or an SAE."""
     if not path.exists():
         raise UserError(f"{key} does not exist", value=str(path), fix=f"correct {key} in the study")
     try:
-        if path.is_file():
-            return sha256_file(path)
+        if key not in _FOLDERS:
+            return table_sha256(path)
         files = sorted({file for pattern in _DEFINING for file in path.glob(pattern)})
         lines = [f"{sha256_file(file)}  {file.name}\n" for file in files]
     except OSError as error:
