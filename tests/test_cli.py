@@ -240,3 +240,65 @@ def test_show_refuses_a_changed_file_and_says_what_is_unfinished(
     done = taught("show", "runs/my-study")
     assert done.returncode == 2
     assert "policy.json has changed since it was written" in done.stderr
+
+
+# The stages for real, on a small model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    from tiny_study import write_tiny_study
+
+    return write_tiny_study(tmp_path_factory.mktemp("tiny")).parent
+
+
+def test_the_guard_against_the_network_bites(python):
+    program = "import socket; socket.create_connection(('127.0.0.1', 9))"
+    assert "network access attempted" in python("-c", program, network=False).stderr
+
+
+def test_invariant_10_local_inputs_need_no_network_at_all(taught, tiny):
+    """Every verb on local files, with sockets that raise: nothing is fetched, nothing phones home."""
+    commands = [
+        ["check", "study.yaml"],
+        ["policy", "study.yaml", "-q"],
+        ["attribute", "study.yaml", "-q"],
+        ["curate", "runs/tiny"],
+        ["report", "runs/tiny"],
+        ["show", "runs/tiny"],
+        ["show", "runs/tiny", "z03"],
+    ]
+    for command in commands:
+        done = taught(*command, cwd=tiny, network=False, HF_HUB_OFFLINE="0")
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        assert "network access attempted" not in done.stdout + done.stderr
+    assert (tiny / "runs" / "tiny" / "report.html").stat().st_size > 1000
+
+
+def test_invariant_8_another_model_under_the_same_path_is_refused(taught, tmp_path):
+    """The folder of the model keeps its name; its weights change."""
+    from tiny_study import write_tiny_study
+
+    write_tiny_study(tmp_path / "a")
+    write_tiny_study(tmp_path / "b", seed=1)
+    assert taught("policy", "a/study.yaml", "--run", "run", "-q").returncode == 0
+    weights = "model/model.safetensors"
+    (tmp_path / "a" / weights).write_bytes((tmp_path / "b" / weights).read_bytes())
+    refused = taught("policy", "a/study.yaml", "--run", "run", "-q")
+    assert refused.returncode == 2
+    assert "model.id sha256" in refused.stderr
+
+
+def test_invariant_10_no_pickle_and_no_remote_code_is_ever_asked_for():
+    sources = {f: f.read_text() for f in (Path(__file__).parents[1] / "src").rglob("*.py")}
+    for file, source in sources.items():
+        for word in (
+            "import pickle",
+            "torch.load(",
+            "trust_remote_code=True",
+            "joblib",
+            "yaml.load(",
+        ):
+            if word == "yaml.load(" and "_UniqueKeyLoader" in source:
+                continue  # a SafeLoader, see test_yaml_that_would_run_code_is_refused
+            assert word not in source, f"{file.name} says {word}"
