@@ -1,0 +1,268 @@
+"""Charts as SVG text, drawn here so that the page needs no plotting library.
+
+Colours come from the style sheet: ``pos`` (blue) raises, ``neg`` (orange) lowers. Every chart has
+its numbers in text beside it, so colour is never the only carrier.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+from numpy.typing import ArrayLike
+
+from taught.report.stats import Estimate
+from taught.report.text import number
+
+BINS = 8
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A linear map of the values ``lo..hi`` to the pixels ``start..end``."""
+
+    lo: float
+    hi: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """The pixel of a value, held inside the drawing."""
+        share = (min(max(value, self.lo), self.hi) - self.lo) / (self.hi - self.lo)
+        return round(self.start + share * (self.end - self.start), 2)
+
+
+def ticks(lo: float, hi: float, n: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten) between lo and hi, about n of them."""
+    if not hi > lo:
+        return [lo]
+    raw = (hi - lo) / max(n, 1)
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * (1 - 1e-9))
+    first, last = math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def tick_text(value: float, values: Sequence[float]) -> str:
+    """A tick with just the digits that its neighbours need."""
+    step = values[1] - values[0] if len(values) > 1 else 1.0
+    return number(value, max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 1)
+
+
+def span(estimates: Sequence[Estimate], *, zero: bool = True) -> tuple[float, float]:
+    """The range that holds all intervals (and zero), a little wider."""
+    ends = [
+        v for e in estimates for v in (e.value, e.lo, e.hi) if v is not None and math.isfinite(v)
+    ]
+    ends += [0.0] if zero or not ends else []
+    lo, hi = min(ends), max(ends)
+    pad = 0.04 * (hi - lo) or 1.0
+    return lo - pad, hi + pad
+
+
+def sign_class(value: float) -> str:
+    """The style class of a sign."""
+    return "pos" if value > 0 else "neg" if value < 0 else "nil"
+
+
+def forest_row(estimate: Estimate, scale: Scale, *, height: int = 18) -> Markup:
+    """One row of a forest plot: interval, point and the zero line. The numbers stand beside it."""
+    mid = height / 2
+    parts = [f'<line class="zero" x1="{scale(0)}" y1="0" x2="{scale(0)}" y2="{height}"/>']
+    kind = sign_class(estimate.value)
+    if estimate.lo is not None and estimate.hi is not None:
+        sure = "" if estimate.includes_zero else " sure"
+        parts.append(
+            f'<line class="ci {kind}{sure}" x1="{scale(estimate.lo)}" y1="{mid:g}" '
+            f'x2="{scale(estimate.hi)}" y2="{mid:g}"/>'
+        )
+    hollow = " hollow" if estimate.includes_zero else ""
+    parts.append(
+        f'<circle class="dot {kind}{hollow}" cx="{scale(estimate.value)}" cy="{mid:g}" r="3.5"/>'
+    )
+    return _hidden_svg("".join(parts), scale.end + scale.start, height, "forest")
+
+
+def forest_axis(scale: Scale, *, height: int = 18) -> Markup:
+    """The axis of a forest plot, for the head of the column."""
+    values = ticks(scale.lo, scale.hi, 4)
+    parts = [
+        f'<text x="{scale(v)}" y="11" text-anchor="middle">{tick_text(v, values)}</text>'
+        f'<line class="tick" x1="{scale(v)}" y1="14" x2="{scale(v)}" y2="{height}"/>'
+        for v in values
+    ]
+    return _hidden_svg("".join(parts), scale.end + scale.start, height, "forest axis")
+
+
+def bar(value: float, largest: float, *, width: int = 48, height: int = 10) -> Markup:
+    """A small bar from the middle, to the right if positive."""
+    half = width / 2
+    length = (
+        0.0 if not largest or not math.isfinite(value) else half * min(abs(value) / largest, 1.0)
+    )
+    x = half if value >= 0 else half - length
+    body = (
+        f'<rect class="{sign_class(value)}" x="{x:.1f}" y="1" width="{length:.1f}" '
+        f'height="{height - 2}"/>'
+        f'<line class="zero" x1="{half:g}" y1="0" x2="{half:g}" y2="{height}"/>'
+    )
+    return _hidden_svg(body, width, height, "bar")
+
+
+def _box(width: float, height: float) -> str:
+    size = f"{width:g} {height:g}"
+    return f'width="{width:g}" height="{height:g}" viewBox="0 0 {size}"'
+
+
+def _hidden_svg(body: str, width: float, height: float, kind: str) -> Markup:
+    return Markup(
+        f'<svg class="{kind}" {_box(width, height)} '
+        f'aria-hidden="true" focusable="false">{body}</svg>'
+    )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pair in the scatter: position, which mark, its place in the page's data and its text."""
+
+    x: float
+    y: float
+    kind: int
+    index: int
+    text: str
+
+
+SIZE, LEFT, BOTTOM, EDGE = 440, 56, 44, 12
+
+
+def one_scale(points: Sequence[Point]) -> bool:
+    """Whether one scale for both axes leaves each pathway at least a quarter of the room."""
+    spreads = sorted(
+        max((abs(v) for v in side), default=0.0)
+        for side in ([p.x for p in points], [p.y for p in points])
+    )
+    return spreads[0] * 4 >= spreads[1]
+
+
+def scatter(points: Sequence[Point], names: tuple[str, str], title: str) -> Markup:
+    """Scatter of x against y with both zero lines and the line x + y = 0.
+
+    The axes share one scale, which keeps the slope honest, unless ``one_scale`` says no.
+    """
+    x, y = _reach([p.x for p in points]), _reach([p.y for p in points])
+    if one_scale(points):
+        x = y = (min(x[0], y[0]), max(x[1], y[1]))
+    at_x, at_y = Scale(*x, LEFT, SIZE - EDGE), Scale(*y, SIZE - BOTTOM, EDGE)
+    start, end = max(x[0], -y[1]), min(x[1], -y[0])
+    even = (
+        f'<line class="even" x1="{at_x(start)}" y1="{at_y(-start)}" '
+        f'x2="{at_x(end)}" y2="{at_y(-end)}"/>'
+    )
+    marks = "".join(_mark(p, at_x(p.x), at_y(p.y)) for p in points)
+    return _titled_svg(_frame(at_x, at_y, names) + even + marks, SIZE, SIZE, "scatter", title)
+
+
+def _reach(values: Sequence[float]) -> tuple[float, float]:
+    return span([Estimate(v) for v in values])
+
+
+def _frame(at_x: Scale, at_y: Scale, names: tuple[str, str]) -> str:
+    floor, left, right, top = SIZE - BOTTOM, LEFT, SIZE - EDGE, EDGE
+    across, up = ticks(at_x.lo, at_x.hi), ticks(at_y.lo, at_y.hi)
+    grid = [
+        f'<line class="{_line(v)}" x1="{at_x(v)}" y1="{top}" x2="{at_x(v)}" y2="{floor}"/>'
+        f'<text x="{at_x(v)}" y="{floor + 16}" text-anchor="middle">{tick_text(v, across)}</text>'
+        for v in across
+    ]
+    grid += [
+        f'<line class="{_line(v)}" x1="{left}" y1="{at_y(v)}" x2="{right}" y2="{at_y(v)}"/>'
+        f'<text x="{left - 7}" y="{at_y(v) + 4:g}" text-anchor="end">{tick_text(v, up)}</text>'
+        for v in up
+    ]
+    middle, height = (left + right) / 2, (top + floor) / 2
+    return (
+        f"{''.join(grid)}"
+        f'<text class="name" x="{middle:g}" y="{SIZE - 8}" text-anchor="middle">{escape(names[0])}'
+        f'</text><text class="name" x="14" y="{height:g}" text-anchor="middle" '
+        f'transform="rotate(-90 14 {height:g})">{escape(names[1])}</text>'
+    )
+
+
+def _line(value: float) -> str:
+    return "zero" if abs(value) < 1e-12 else "grid"
+
+
+def _mark(point: Point, x: float, y: float) -> str:
+    """Circle, diamond, square or triangle: labels differ in shape as well as in colour."""
+    shapes = (
+        f'<circle cx="{x}" cy="{y}" r="3.6"',
+        f'<path d="M{x} {y - 4.8:.2f}l4.8 4.8l-4.8 4.8l-4.8 -4.8z"',
+        f'<rect x="{x - 3.4:.2f}" y="{y - 3.4:.2f}" width="6.8" height="6.8"',
+        f'<path d="M{x} {y - 4.6:.2f}l4.4 8h-8.8z"',
+    )
+    kind = point.kind % len(shapes)
+    tag = "circle" if kind == 0 else "rect" if kind == 2 else "path"
+    title = f"<title>{escape(point.text)}</title>"
+    return f'{shapes[kind]} class="mark k{kind}" data-pair="{point.index}">{title}</{tag}>'
+
+
+def legend_mark(kind: int) -> Markup:
+    """The mark of a label, for the legend."""
+    return _hidden_svg(
+        _mark(Point(0, 0, kind, -1, ""), 7, 7).replace(' data-pair="-1"', ""), 14, 14, "key"
+    )
+
+
+def heatmap(values: ArrayLike, names: Sequence[str], title: str) -> Markup:
+    """Symmetric map of correlations in [-1, 1]; strength is opacity, the sign is the colour.
+
+    Cells of one shade share one path, which keeps 75 x 75 cells under 100 kB.
+    """
+    r = np.nan_to_num(np.asarray(values, dtype=np.float64)).clip(-1, 1)
+    d = len(r)
+    cell = 9 if d > 40 else 14
+    margin = 8 + 6 * max((len(n) for n in names), default=0) * (0.62 if cell == 9 else 0.95)
+    shade = np.rint(np.abs(r) * BINS).astype(int)
+    paths = []
+    for kind, side in (("pos", r > 0), ("neg", r < 0)):
+        for k in range(1, BINS + 1):
+            rows, columns = np.nonzero(side & (shade == k))
+            cells = "".join(f"M{j} {i}h1v1h-1z" for i, j in zip(rows, columns, strict=True))
+            if cells:
+                paths.append(f'<path class="{kind}" fill-opacity="{k / BINS:g}" d="{cells}"/>')
+    size = margin + d * cell
+    body = (
+        f'<g transform="translate({margin:g} {margin:g}) scale({cell})">'
+        f'<rect class="plate" width="{d}" height="{d}"/>{"".join(paths)}</g>'
+        f"{_sides(names, cell, margin)}"
+    )
+    return _titled_svg(
+        body, size, size, f"heat cell{cell}", title, f'data-margin="{margin:g}" data-cell="{cell}"'
+    )
+
+
+def _sides(names: Sequence[str], cell: int, margin: float) -> str:
+    parts = []
+    for i, name in enumerate(names):
+        at = margin + (i + 0.5) * cell
+        low = at + 0.3 * cell
+        parts.append(
+            f'<text x="{margin - 3:g}" y="{low:.1f}" text-anchor="end">{escape(name)}</text>'
+        )
+        parts.append(
+            f'<text x="{low:.1f}" y="{margin - 3:g}" '
+            f'transform="rotate(-90 {low:.1f} {margin - 3:g})">{escape(name)}</text>'
+        )
+    return "".join(parts)
+
+
+def _titled_svg(
+    body: str, width: float, height: float, kind: str, title: str, extra: str = ""
+) -> Markup:
+    return Markup(
+        f'<svg class="{kind}" {_box(width, height)} role="img" '
+        f'aria-label="{escape(title)}" {extra}>{body}</svg>'
+    )

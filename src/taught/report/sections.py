@@ -1,0 +1,359 @@
+"""What each section shows, as plain values for the template; None while its files are missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import yaml
+
+from taught.report import charts, text
+from taught.report.charts import Point, Scale
+from taught.report.stats import Estimate, mean_interval
+from taught.report.verdict import baselines, trivial_correlations
+from taught.report.view import MAX_PAIRS, Row, Rows, View
+
+Json = dict[str, Any]
+
+MAX_PROMPT = 320
+FOREST = (6.0, 234.0)
+
+
+def sections(view: View) -> Json:
+    """Collect all sections."""
+    return {
+        "head": _head(view),
+        "policy": _policy_section(view),
+        "audit": _audit_section(view),
+        "pairs": _pairs_section(view),
+        "pathways": _pathways_section(view),
+        "features": _features_section(view),
+        "interference": _interference_section(view),
+        "trivial": _trivial_section(view),
+        "curation": _curation_section(view),
+        "method": _method_section(view),
+        "provenance": _provenance_section(view),
+    }
+
+
+def _head(view: View) -> Json:
+    """The facts at the top: name and what went in."""
+    study, facts = view.study, []
+    model = (study.get("model") or {}).get("id")
+    if model:
+        facts.append(("Model", str(model)))
+    prefixes = (study.get("behavior") or {}).get("prefixes") or []
+    if prefixes:
+        facts.append(("Behavior", "answer begins " + " or ".join(f"“{p}”" for p in prefixes)))
+    if view.prompts is not None:
+        sizes = [f"{sum(p['group'] == g for p in view.prompts):,} {g}" for g in view.groups]
+        facts.append(("Prompts", ", ".join(sizes)))
+    if view.coefficients is not None:
+        facts.append(("Features", f"{len(view.coefficients)}"))
+    if view.summary is not None:
+        facts.append(("Pairs", f"{len(view.summary):,}"))
+    return {"name": view.name, "facts": facts}
+
+
+def _policy_section(view: View) -> Json | None:
+    """Fit beside trivial predictors, and the forest plot of the coefficients."""
+    if view.coefficients is None:
+        return None
+    rows = sorted(view.coefficients, key=lambda r: -abs(r["coef"]))
+    estimates = [Estimate(r["coef"], r["lo"], r["hi"]) for r in rows]
+    scale = Scale(*charts.span(estimates), *FOREST)
+    unsure = sum(e.includes_zero for e in estimates)
+    return {
+        "rows": list(zip(rows, estimates, strict=True)),
+        "scale": scale,
+        "axis": charts.forest_axis(scale),
+        "unsure": unsure,
+        "fit": _fit_rows(view.policy or {}),
+        "fit_scale": (unit := Scale(-0.05, 1.05, *FOREST)),
+        "fit_axis": charts.forest_axis(unit),
+        "warnings": [w["message"] for w in (view.policy or {}).get("warnings") or []],
+    }
+
+
+def _fit_rows(policy: Row) -> list[tuple[str, str, Estimate]]:
+    named = [("R²", "policy", Estimate.of(policy.get("r2")))]
+    named += [("R²", name, e) for name, e in baselines(policy)]
+    named.append(("Rank correlation", "policy", Estimate.of(policy.get("spearman"))))
+    named.append(("Accuracy", "policy, thresholded", Estimate.of(policy.get("accuracy"))))
+    named.append(("Accuracy", "larger class always", Estimate.of(policy.get("majority"))))
+    return [(measure, of, e) for measure, of, e in named if e is not None]
+
+
+def _audit_section(view: View) -> Json | None:
+    if view.audit is None:
+        return None
+    rank = {group: i for i, group in enumerate(view.groups)}
+    rows = sorted(
+        view.audit, key=lambda r: (rank.get(r["group"], 99), not r["uncovered"], r["gap"] or 0.0)
+    )
+    estimates = [Estimate.of([r["gap"], r["lo"], r["hi"]]) for r in rows]
+    scale = Scale(*charts.span([e for e in estimates if e]), *FOREST)
+    return {
+        "rows": list(zip(rows, estimates, strict=True)),
+        "scale": scale,
+        "axis": charts.forest_axis(scale),
+    }
+
+
+def _pairs_section(view: View) -> Json | None:
+    """Rows of the pair table, strongest first, and the powers of ten of its columns."""
+    if view.summary is None:
+        return None
+    rows = view.shown
+    category = {p["pair_id"]: p.get("category") for p in view.pairs or []}
+    means = [k for k in rows[0] if k.startswith("mean_y_")] if rows else []
+    return {
+        "rows": rows,
+        "total": len(view.summary),
+        "category": category,
+        "labels": sorted({str(r["label"]) for r in rows}),
+        "categories": sorted({str(category.get(r["pair_id"]) or "") for r in rows} - {""}),
+        "means": [(k, k.removeprefix("mean_y_")) for k in means],
+        "power": text.common_power(r["score"] for r in rows),
+        "mean_power": text.common_power(r[k] for r in rows for k in means),
+        "largest": max((abs(r["score"]) for r in rows if r["score"] is not None), default=1.0),
+        "flagged": sum(bool(r["unintended"]) for r in view.summary),
+    }
+
+
+def _kinds(view: View) -> dict[str, int]:
+    return {name: i for i, name in enumerate(sorted({str(r["label"]) for r in view.summary or []}))}
+
+
+def _pathways_section(view: View) -> Json | None:
+    if not view.summary:
+        return None
+    rows, kinds = view.shown, _kinds(view)
+    power = text.common_power(r[k] for r in rows for k in ("score_x", "score_y"))
+    unit = 10.0**power
+    points = [
+        Point(
+            r["score_x"] / unit,
+            r["score_y"] / unit,
+            kinds[str(r["label"])],
+            i,
+            f"{r['pair_id']} ({r['label']}): x {text.signed(r['score_x'], power=power)}, "
+            f"y {text.signed(r['score_y'], power=power)}{text.tens(power)}",
+        )
+        for i, r in enumerate(rows)
+    ]
+    names = (f"x: feature activation{text.tens(power)}", f"y: output probability{text.tens(power)}")
+    title = f"Scatter of the two pathways of the score for {len(points)} pairs"
+    means = _label_means(view, kinds)
+    power = text.common_power(v for *_, e in means for v in (e.value, e.lo, e.hi))
+    means = [(*of, e.scaled(10.0**-power)) for *of, e in means]
+    scale = Scale(*charts.span([e for *_, e in means]), FOREST[0], 150.0)
+    return {
+        "chart": charts.scatter(points, names, title),
+        "even": charts.one_scale(points),
+        "means": means,
+        "scale": scale,
+        "axis": charts.forest_axis(scale),
+        "power": power,
+    }
+
+
+def _label_means(view: View, kinds: dict[str, int]) -> list[tuple[Any, ...]]:
+    found: list[tuple[Any, ...]] = []
+    for label, kind in kinds.items():
+        own = [r for r in view.summary or [] if str(r["label"]) == label]
+        for key, name in (("score", "S"), ("score_x", "x"), ("score_y", "y")):
+            estimate = mean_interval([r[key] for r in own])
+            if estimate is not None:
+                found.append((charts.legend_mark(kind), label, name, len(own), estimate))
+    return found
+
+
+def _features_section(view: View) -> list[Json] | None:
+    if view.coefficients is None:
+        return None
+    rows = sorted(view.coefficients, key=lambda r: -abs(r["coef"]))
+    measured = {f["feature_id"]: f for f in view.features or []}
+    prompts = {p["prompt_id"]: p for p in view.prompts or []}
+    index = {r["pair_id"]: i for i, r in enumerate(view.shown)}
+    return [_card(view, row, measured.get(row["feature_id"], {}), prompts, index) for row in rows]
+
+
+def _card(
+    view: View, row: Row, measured: Row, prompts: dict[str, Row], index: dict[str, int]
+) -> Json:
+    feature = row["feature_id"]
+    label = (view.labels or {}).get(feature, {})
+    return {
+        "row": row,
+        "estimate": Estimate(row["coef"], row["lo"], row["hi"]),
+        "measured": measured,
+        "source": label.get("label_source"),
+        "top": _examples(label.get("top_prompts"), prompts),
+        "contrast": _examples(label.get("contrast_prompts"), prompts),
+        "tokens": [
+            (mark_token(t["token"], t["context"]), t.get("activation"))
+            for t in label.get("top_tokens") or []
+        ],
+        "movers": _movers(view, feature, index),
+    }
+
+
+def _examples(
+    records: Rows | None, prompts: dict[str, Row]
+) -> list[tuple[str, str, str, float | None]]:
+    found = []
+    for record in records or []:
+        prompt = prompts.get(record["prompt_id"], {})
+        words = text.shorten(str(prompt.get("text", "")), MAX_PROMPT)
+        found.append(
+            (
+                record["prompt_id"],
+                str(prompt.get("category") or ""),
+                words,
+                record.get("activation"),
+            )
+        )
+    return found
+
+
+def mark_token(token: str, context: str) -> tuple[str, str, str]:
+    """Split a context around the token's occurrence nearest to its middle: before, token, after.
+
+    A context without the token is returned whole; without a context the token stands alone.
+    """
+    if not token or token not in context:
+        return (context, "", "") if context else ("", token, "")
+    places, start = [], context.find(token)
+    while start >= 0:
+        places.append(start)
+        start = context.find(token, start + 1)
+    middle = (len(context) - len(token)) / 2
+    at = min(places, key=lambda place: abs(place - middle))
+    return context[:at], token, context[at + len(token) :]
+
+
+def _movers(view: View, feature: int, index: dict[str, int]) -> Json | None:
+    """The three pairs that raise a coefficient most and the three that lower it most."""
+    shifts = view.shifts
+    if shifts is None or feature not in shifts.feature_ids:
+        return None
+    j = shifts.feature_ids.index(feature)
+    total = shifts.total[:, j]
+    order = np.argsort(-total)
+    chosen = [i for i in order[:3] if total[i] > 0] + [i for i in order[-3:] if total[i] < 0]
+    rows = [
+        (
+            shifts.pair_ids[i],
+            index.get(shifts.pair_ids[i]),
+            total[i],
+            shifts.x[i, j],
+            shifts.y[i, j],
+        )
+        for i in chosen
+    ]
+    return {"rows": rows, "power": text.common_power(float(r[2]) for r in rows)}
+
+
+def _interference_section(view: View) -> Json | None:
+    if view.comovement is None or not view.summary:
+        return None
+    r, ids = view.comovement.values, view.comovement.rows
+    order = view.comovement_order
+    r, ids = r[np.ix_(order, order)], [ids[i] for i in order]
+    return {
+        "chart": charts.heatmap(
+            r, [str(i) for i in ids], f"Co-movement of {len(ids)} features over pairs"
+        ),
+        "strongest": _strongest(view, r, ids),
+        "offenders": _offenders(view),
+        "control": view.control,
+    }
+
+
+def _strongest(view: View, r: np.ndarray, ids: list[int]) -> list[tuple[int, str, int, str, float]]:
+    rows, columns = np.triu_indices(len(ids), 1)
+    values = np.nan_to_num(r[rows, columns])
+    order = np.argsort(-np.abs(values))[:12]
+    found = [(ids[rows[k]], ids[columns[k]], float(values[k])) for k in order]
+    return [(a, view.feature_label(a), b, view.feature_label(b), v) for a, b, v in found]
+
+
+def _offenders(view: View) -> list[tuple[int, Row]]:
+    """Flagged pairs with the largest coefficient shift outside their intended features."""
+    size: dict[str, float] = {}
+    if view.shifts is not None:
+        size = dict(
+            zip(view.shifts.pair_ids, np.abs(view.shifts.total).sum(1).tolist(), strict=True)
+        )
+    flagged = [(i, r) for i, r in enumerate(view.shown) if r["unintended"]]
+    weight = lambda r: (r["outside_share"] or 0.0) * size.get(r["pair_id"], 1.0)  # noqa: E731
+    return sorted(flagged, key=lambda item: -weight(item[1]))[:10]
+
+
+def _trivial_section(view: View) -> Json | None:
+    if not view.summary:
+        return None
+    scale = Scale(-1.05, 1.05, *FOREST)
+    return {
+        "rows": trivial_correlations(view.summary),
+        "scale": scale,
+        "axis": charts.forest_axis(scale),
+    }
+
+
+def _curation_section(view: View) -> Json | None:
+    if view.curation is None:
+        return None
+    label = {p["pair_id"]: str(p["label"]) for p in view.pairs or view.summary or []}
+    counts: dict[str, dict[str, int]] = {}
+    for row in view.curation:
+        own = counts.setdefault(label.get(row["pair_id"], "unlabelled"), {"keep": 0, "drop": 0})
+        own[row["action"]] += 1
+    drops = sorted((r for r in view.curation if r["action"] == "drop"), key=lambda r: r["score"])
+    scores = [r[k] for r in view.curation for k in ("score", "threshold")]
+    return {
+        "counts": sorted(counts.items()),
+        "drops": drops[:MAX_PAIRS],
+        "n_drops": len(drops),
+        "label": label,
+        "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
+        "power": text.common_power(scores),
+        "rule": str(view.curation[0]["rule"]) if view.curation else "",
+    }
+
+
+def _method_section(view: View) -> Json:
+    study = view.study
+    keys = (
+        ("sae", "encoder"), ("sae", "block"), ("readout", "position"), ("features", "threshold"),
+        ("features", "max_features"), ("policy", "alpha"), ("policy", "intercept"),
+        ("policy", "folds"), ("policy", "bootstrap"), ("attribution", "estimator"),
+        ("attribution", "lr"), ("curation", "rule"),
+    )  # fmt: skip
+    settings = [
+        (f"{a}.{b}", str((study.get(a) or {})[b])) for a, b in keys if b in (study.get(a) or {})
+    ]
+    return {"settings": settings, "lr": (study.get("attribution") or {}).get("lr", "lr")}
+
+
+def _provenance_section(view: View) -> Json:
+    stages = view.manifest.get("stages") or {}
+    elsewhere = {"study", "stages", "command", "inputs", "files"}
+    rest = {k: v for k, v in view.manifest.items() if k not in elsewhere}
+    files = {f"file · {n}": f["sha256"] for n, f in (view.manifest.get("files") or {}).items()}
+    commands = [view.manifest.get("command"), *(s.get("command") for s in stages.values())]
+    return {
+        "commands": list(dict.fromkeys(str(c) for c in commands if c)),
+        "stages": stages,
+        "records": [*_flat(rest), *files.items()],
+        "study": yaml.safe_dump(view.study, sort_keys=False, allow_unicode=True),
+    }
+
+
+def _flat(record: Row, prefix: str = "") -> Any:
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key} · ")
+        else:
+            yield f"{prefix}{key}", str(value)

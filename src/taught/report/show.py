@@ -1,0 +1,274 @@
+"""A run in the terminal: the verdict and the strongest rows, or one pair or feature in detail.
+
+All text from data is put in :class:`rich.text.Text`, which parses no markup, and lost its control
+characters when the run was read, so that it can neither style nor steer the terminal.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from taught.errors import UserError
+from taught.report.stats import Estimate
+from taught.report.text import common_power, count, number, percent, shorten, signed, tens
+from taught.report.verdict import verdict
+from taught.report.view import Row, Rows, View, load_view
+from taught.run import RunFolder
+
+TOP = 5
+TOP_FEATURES = 10
+STYLES = {"found": "", "none": "dim", "caution": "yellow"}
+NEXT = (
+    ("coefficients", "taught policy STUDY"),
+    ("summary", "taught attribute STUDY"),
+    ("curation", "taught curate RUN"),
+)
+
+
+def show_run(run: RunFolder | Path | str, item: str | None = None) -> RenderableType:
+    """What a run says, ready for a rich console.
+
+    Parameters
+    ----------
+    run
+        A run folder or its path.
+    item
+        The id of a pair or of a feature, for its details. None: the whole run.
+
+    Raises
+    ------
+    UserError
+        The folder is not a run, or no pair or feature has this id (close ids are named).
+    """
+    view = load_view(run)
+    if item is None:
+        return _overview(view)
+    found: list[RenderableType] = []
+    pair = next((r for r in view.summary or [] if r["pair_id"] == item), None)
+    if pair is not None:
+        found.append(_pair(view, pair))
+    feature = next((r for r in view.coefficients or [] if str(r["feature_id"]) == item), None)
+    if feature is not None:
+        found.append(_feature(view, feature))
+    if not found:
+        raise _unknown(view, item)
+    return Group(*found)
+
+
+def _unknown(view: View, item: str) -> UserError:
+    ids = [str(r["pair_id"]) for r in view.summary or []]
+    ids += [str(r["feature_id"]) for r in view.coefficients or []]
+    near = difflib.get_close_matches(item, ids, n=5, cutoff=0.5)
+    return UserError(
+        "No pair or feature has this id",
+        value=item,
+        rule=f"one of {count(len(ids), 'id')} of this run",
+        fix="close ids: " + ", ".join(near) if near else "taught show RUN lists the strongest",
+    )
+
+
+def _overview(view: View) -> RenderableType:
+    parts: list[RenderableType] = [Text(view.name, "bold"), _verdict(view)]
+    if view.summary:
+        parts.append(_top_pairs(view.summary))
+    if view.coefficients:
+        parts.append(_top_features(view.coefficients))
+    if view.audit:
+        parts.append(_audit(view.audit))
+    missing = [command for name, command in NEXT if getattr(view, name) is None]
+    parts += [Text(f"Not there yet: {command} makes it.", "dim") for command in missing]
+    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
+
+
+def _verdict(view: View) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for sentence in verdict(view):
+        table.add_row(Text(sentence.topic, "bold"), Text(sentence.text, STYLES[sentence.tone]))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose columns are right-aligned where the name starts with ``>``."""
+    table = Table(
+        title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for name in columns:
+        table.add_column(
+            Text(name.lstrip(">"), "dim"), justify="right" if name.startswith(">") else "left"
+        )
+    return table
+
+
+def _add(table: Table, *cells: object) -> None:
+    table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
+
+
+def _sign(value: float | None, digits: int = 2, power: int = 0) -> Text:
+    style = "" if not value else "blue" if value > 0 else "yellow"
+    return Text(signed(value, digits, power=power), style)
+
+
+def _top_pairs(summary: Rows) -> Table:
+    rows = sorted((r for r in summary if r["score"] is not None), key=lambda r: -r["score"])
+    power = common_power(r["score"] for r in rows)
+    top = rows[:TOP] + rows[max(TOP, len(rows) - TOP) :]
+    table = _table(
+        f"Strongest pairs (S, x and y per step{tens(power)})",
+        "pair",
+        "label",
+        ">S",
+        ">x",
+        ">y",
+        ">outside",
+        "acts on",
+    )
+    for r in top:
+        flag = " unintended" if r["unintended"] else ""
+        scores = (_sign(r[k], power=power) for k in ("score", "score_x", "score_y"))
+        _add(
+            table,
+            r["pair_id"],
+            r["label"],
+            *scores,
+            percent(r["outside_share"]),
+            f"{r['dominant_feature']}{flag}",
+        )
+    return table
+
+
+def _top_features(coefficients: Rows) -> Table:
+    rows = sorted(coefficients, key=lambda r: -abs(r["coef"]))[:TOP_FEATURES]
+    table = _table(
+        "Strongest features", "feature", ">coefficient", "95% interval", ">same sign", "label"
+    )
+    for r in rows:
+        ends = f"{signed(r['lo'])} to {signed(r['hi'])}"
+        _add(
+            table,
+            r["feature_id"],
+            _sign(r["coef"]),
+            ends,
+            percent(r["sign_stability"]),
+            r["label"] or "",
+        )
+    return table
+
+
+def _audit(audit: Rows) -> Table:
+    table = _table(
+        "Coverage by category", "category", "group", ">n", ">mean y", ">gap", ">adjusted p", ""
+    )
+    for r in sorted(audit, key=lambda r: (not r["uncovered"], r["gap"] or 0.0)):
+        mark = Text("uncovered", "bold yellow") if r["uncovered"] else ""
+        figures = (r["n"], number(r["mean_y"]), _sign(r["gap"]), number(r["p_adjusted"], 3))
+        _add(table, r["category"], r["group"], *figures, mark)
+    return table
+
+
+def _pair(view: View, row: Row) -> RenderableType:
+    pair = next((p for p in view.pairs or [] if p["pair_id"] == row["pair_id"]), {})
+    power = common_power(row[k] for k in ("score", "score_x", "score_y"))
+    parts: list[RenderableType] = [Text(f"{row['pair_id']}  ({row['label']})", "bold")]
+    facts = [
+        f"S {signed(row['score'], power=power)}, x {signed(row['score_x'], power=power)}, "
+        f"y {signed(row['score_y'], power=power)}{tens(power)} per step",
+        f"loss {number(row['loss'])}, {count(row['n_response'], 'response token')}",
+        f"{percent(row['outside_share'])} of the change on features not active on its own prompt; "
+        f"acts mainly on {row['dominant_feature']}{' (unintended)' if row['unintended'] else ''}",
+    ]
+    parts += [Text(fact) for fact in facts]
+    for name in ("prompt", "response"):
+        if pair.get(name):
+            parts += [Text(f"\n{name.capitalize()}", "dim"), Text(shorten(pair[name], 1500))]
+    parts += _pair_coefficients(view, row) + _pair_moves(view, row)
+    return Group(*parts)
+
+
+def _pair_coefficients(view: View, row: Row) -> list[RenderableType]:
+    if view.shifts is None or row["pair_id"] not in view.shifts.pair_ids:
+        return []
+    i = view.shifts.pair_ids.index(row["pair_id"])
+    x, y = view.shifts.x[i], view.shifts.y[i]
+    order = np.argsort(-np.abs(x + y))[:TOP_FEATURES]
+    power = common_power(float(x[j] + y[j]) for j in order)
+    table = _table(
+        f"\nCoefficients that move most{tens(power)}", "feature", ">total", ">x", ">y", "", "label"
+    )
+    for j in order:
+        feature = view.shifts.feature_ids[j]
+        mark = "intended" if feature in (row["intended"] or []) else ""
+        values = (_sign(float(v), power=power) for v in (x[j] + y[j], x[j], y[j]))
+        _add(table, feature, *values, mark, view.feature_label(feature))
+    return [table]
+
+
+def _pair_moves(view: View, row: Row) -> list[RenderableType]:
+    if view.effects is None or row["pair_id"] not in view.effects.rows:
+        return []
+    dy = view.effects.values[view.effects.rows.index(row["pair_id"])]
+    order = np.argsort(-dy)
+    texts = {p["prompt_id"]: str(p["text"]) for p in view.prompts or []}
+    power = common_power(dy.tolist())
+    table = _table(f"\nPrompts whose y moves most{tens(power)}", ">change", "prompt", "text")
+    for j in dict.fromkeys([*order[:TOP].tolist(), *order[-TOP:].tolist()]):
+        prompt = view.effects.columns[j]
+        _add(table, _sign(float(dy[j]), power=power), prompt, shorten(texts.get(prompt, ""), 100))
+    return [table]
+
+
+def _feature(view: View, row: Row) -> RenderableType:
+    feature = row["feature_id"]
+    label = (view.labels or {}).get(feature, {})
+    estimate = Estimate(row["coef"], row["lo"], row["hi"])
+    parts: list[RenderableType] = [
+        Text(f"Feature {feature}  {row['label'] or ''}", "bold"),
+        Text(
+            f"coefficient {estimate.text()}, "
+            f"same sign in {percent(row['sign_stability'])} of resamples"
+        ),
+    ]
+    measured = next((f for f in view.features or [] if f["feature_id"] == feature), None)
+    if measured:
+        positive, negative = (number(measured[f"mean_{k}"]) for k in ("positive", "negative"))
+        means = f"{positive} in the positive, {negative} in the negative"
+        parts.append(
+            Text(f"mean activation {means} group; active on {percent(measured['rate'])} of prompts")
+        )
+    parts += _examples("Prompts where it is strongest", label.get("top_prompts") or [], view)
+    parts += _examples("Contrast", label.get("contrast_prompts") or [], view)
+    return Group(*parts, *_movers(view, feature))
+
+
+def _examples(title: str, records: Sequence[Row], view: View) -> list[RenderableType]:
+    if not records:
+        return []
+    texts = {p["prompt_id"]: str(p["text"]) for p in view.prompts or []}
+    table = _table(f"\n{title}", ">activation", "prompt", "text")
+    for record in records:
+        text = shorten(texts.get(record["prompt_id"], ""), 120)
+        _add(table, number(record.get("activation")), record["prompt_id"], text)
+    return [table]
+
+
+def _movers(view: View, feature: int) -> list[RenderableType]:
+    if view.shifts is None or feature not in view.shifts.feature_ids:
+        return []
+    j = view.shifts.feature_ids.index(feature)
+    total = view.shifts.total[:, j]
+    order = np.argsort(-np.abs(total))[:TOP]
+    power = common_power(total[order].tolist())
+    table = _table(f"\nPairs that move it most{tens(power)}", "pair", ">total", ">x", ">y")
+    for i in order:
+        values = (total[i], view.shifts.x[i, j], view.shifts.y[i, j])
+        _add(table, view.shifts.pair_ids[i], *(_sign(float(v), power=power) for v in values))
+    return [table]

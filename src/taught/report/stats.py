@@ -1,0 +1,187 @@
+"""Intervals and controls that the report adds to what the stages wrote. numpy only, seeded."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from taught.analysis.interference import random_control
+from taught.report.text import number
+
+DRAWS = 500
+MAX_WORK = 20_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval; the ends are None when no interval is known."""
+
+    value: float
+    lo: float | None = None
+    hi: float | None = None
+
+    @classmethod
+    def of(cls, record: object) -> Estimate | None:
+        """Read a number, ``[value, lo, hi]`` or ``{value, lo, hi}``; None if not finite."""
+        if isinstance(record, Mapping):
+            record = [record.get("value"), record.get("lo"), record.get("hi")]
+        parts = list(record) if isinstance(record, list | tuple) else [record]
+        known = [
+            float(p) if isinstance(p, int | float) and math.isfinite(p) else None for p in parts
+        ]
+        if not known or known[0] is None:
+            return None
+        lo, hi = known[1:3] if len(known) >= 3 else (None, None)
+        return cls(known[0], lo, hi)
+
+    def scaled(self, factor: float) -> Estimate:
+        """All three numbers times a positive factor."""
+        ends = [None if end is None else end * factor for end in (self.lo, self.hi)]
+        return Estimate(self.value * factor, *ends)
+
+    @property
+    def includes_zero(self) -> bool:
+        """Whether zero lies in the interval; False without one."""
+        return self.lo is not None and self.hi is not None and self.lo <= 0 <= self.hi
+
+    def text(self, digits: int = 2, *, power: int = 0) -> str:
+        """``0.66 [0.61, 0.70]``."""
+        body = number(self.value, digits, power=power)
+        if self.lo is None or self.hi is None:
+            return body
+        lo, hi = (number(end, digits, power=power) for end in (self.lo, self.hi))
+        return f"{body} [{lo}, {hi}]"
+
+
+@dataclass(frozen=True)
+class Control:
+    """How many pairs act mainly on unintended features, against chance.
+
+    Attributes
+    ----------
+    n : int
+        Pairs that have intended features and an effect.
+    flagged : int
+        Of these, pairs whose dominant feature is not among the intended ones.
+    random : Estimate
+        Expected ``flagged`` if each intended set were a random set of the same size; 95% of draws.
+    swapped : float
+        Expected ``flagged`` if each pair had the intended set of another pair. Near ``flagged``:
+        what a pair is about makes no difference to what it moves.
+    """
+
+    n: int
+    flagged: int
+    random: Estimate
+    swapped: float
+
+
+def ranks(values: ArrayLike) -> NDArray[np.float64]:
+    """Ranks from 0 with ties averaged."""
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts + 1) / 2)[inverse]
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Rank correlation; nan when one side is constant or there are fewer than 3 rows."""
+    ra, rb = ranks(a), ranks(b)
+    ra, rb = ra - ra.mean(), rb - rb.mean()
+    scale = math.sqrt(float(ra @ ra) * float(rb @ rb))
+    return float(ra @ rb) / scale if scale > 0 and ra.size >= 3 else math.nan
+
+
+def spearman_interval(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Estimate | None:
+    """Rank correlation with a percentile bootstrap interval over rows; None if undefined."""
+    both = np.stack([np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)])
+    both = both[:, np.isfinite(both).all(0)]
+    value = spearman(*both) if both.size else math.nan
+    if math.isnan(value):
+        return None
+    rng = np.random.default_rng(seed)
+    n = both.shape[1]
+    draws = [spearman(*both[:, rng.integers(0, n, n)]) for _ in range(DRAWS)]
+    lo, hi = np.nanquantile(draws, [0.025, 0.975])
+    return Estimate(value, float(lo), float(hi))
+
+
+def mean_interval(values: ArrayLike, seed: int = 0) -> Estimate | None:
+    """Mean with a percentile bootstrap interval over rows; None without rows."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    if known.size == 0:
+        return None
+    rng = np.random.default_rng(seed)
+    draws = [known[rng.integers(0, known.size, known.size)].mean() for _ in range(DRAWS)]
+    lo, hi = np.quantile(draws, [0.025, 0.975])
+    return Estimate(float(known.mean()), float(lo), float(hi))
+
+
+def unintended_control(
+    feature_ids: Sequence[int], total: ArrayLike, intended: Sequence[Sequence[int]], seed: int = 0
+) -> Control | None:
+    """Compare dominant effects outside the intended features with two controls.
+
+    Parameters
+    ----------
+    feature_ids : [d]
+    total : [P, d]
+        Coefficient shifts of each pair.
+    intended : length P
+        Ids of each pair's intended features. Pairs without any, or without effect, are left out.
+    """
+    total = np.asarray(total, dtype=np.float64)
+    work = max(len({frozenset(i) for i in intended}) * len(feature_ids), 1)
+    draws = int(np.clip(MAX_WORK // work, 100, 1000))
+    result = random_control(feature_ids, total, intended, seed=seed, draws=draws)
+    rate, n = result["unintended_rate"], result["n_pairs"]
+    if rate is None:
+        return None
+    ends = (n * rate[key] for key in ("expected", "lo", "hi"))
+    rows = [
+        (frozenset(i), size)
+        for i, size in zip(intended, np.abs(total), strict=True)
+        if i and size.any()
+    ]
+    dominant = [(chosen, int(feature_ids[int(size.argmax())])) for chosen, size in rows]
+    return Control(n, round(n * rate["observed"]), Estimate(*ends), _swapped(dominant))
+
+
+def _swapped(rows: list[tuple[frozenset[int], int]]) -> float:
+    """Expected number of rows whose feature is not in the set of another row, taken at random."""
+    others = max(len(rows) - 1, 1)
+    holders = Counter(feature for chosen, _ in rows for feature in chosen)
+    return sum(1 - (holders[d] - (d in chosen)) / others for chosen, d in rows)
+
+
+def cluster_order(r: ArrayLike) -> list[int]:
+    """Order of rows by average-linkage clustering of a similarity matrix r [d, d], O(d^3).
+
+    The two clusters that are most similar on average are joined until one is left, each turned so
+    that the more similar ends meet.
+    """
+    r = np.nan_to_num(np.asarray(r, dtype=np.float64))
+    groups = [[i] for i in range(len(r))]
+    link = r.copy()
+    np.fill_diagonal(link, -np.inf)
+    while len(groups) > 1:
+        a, b = sorted(divmod(int(link.argmax()), len(groups)))
+        na, nb = len(groups[a]), len(groups[b])
+        merged = (na * link[a] + nb * link[b]) / (na + nb)
+        groups[a] = _joined(groups[a], groups[b], r)
+        del groups[b]
+        link[a], link[:, a] = merged, merged
+        link[a, a] = -np.inf
+        link = np.delete(np.delete(link, b, 0), b, 1)
+    return groups[0] if groups else []
+
+
+def _joined(left: list[int], right: list[int], r: NDArray[np.float64]) -> list[int]:
+    turns = [(a, b) for a in (left, left[::-1]) for b in (right, right[::-1])]
+    best = max(turns, key=lambda turn: r[turn[0][-1], turn[1][0]])
+    return best[0] + best[1]

@@ -1,0 +1,99 @@
+"""Numbers and text as a reader sees them; text from data made safe to show."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable
+
+MINUS = "\u2212"
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def clean(text: object) -> str:
+    """Text without control characters, lone surrogates and direction overrides; they become U+FFFD.
+
+    Tab and line feed stay. Markup stays too: escaping is the renderer's job.
+    """
+    return "".join(c if c in "\n\t" or not _hidden(c) else "\ufffd" for c in str(text))
+
+
+def _hidden(c: str) -> bool:
+    return (
+        unicodedata.category(c) in {"Cc", "Cs"}
+        or c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    )
+
+
+def cleaned(value: object) -> object:
+    """``clean`` applied to every string, also the keys, of a nested record."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {clean(k) if isinstance(k, str) else k: cleaned(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [cleaned(v) for v in value]
+    return value
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most ``limit`` characters; what is left out is counted."""
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit].rstrip()} … ({len(text) - limit:,} more characters)"
+
+
+def number(value: float | None, digits: int = 2, *, power: int = 0) -> str:
+    """``value / 10**power`` with a true minus sign; a dash when there is no number."""
+    return _fixed(value, digits, power, sign="")
+
+
+def signed(value: float | None, digits: int = 2, *, power: int = 0) -> str:
+    """Like ``number`` with a sign on positive values too."""
+    return _fixed(value, digits, power, sign="+")
+
+
+def _fixed(value: float | None, digits: int, power: int, sign: str) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value / 10**power:{sign},.{digits}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", MINUS)
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share as a percentage."""
+    return (
+        "–"
+        if value is None or not math.isfinite(value)
+        else f"{100 * value:.{digits}f}%".replace("-", MINUS)
+    )
+
+
+def tens(power: int) -> str:
+    """`` ×10⁻⁴`` for a power of ten, empty for 0."""
+    return f"\u00a0×10{str(power).translate(_SUPERSCRIPT)}" if power else ""
+
+
+def common_power(values: Iterable[float | None]) -> int:
+    """The power of ten that brings the largest size into [1, 10); 0 if that is in [0.1, 1000)."""
+    finite = [abs(v) for v in values if v is not None and math.isfinite(v)]
+    largest = max(finite, default=0.0)
+    if largest == 0 or 0.1 <= largest < 1000:
+        return 0
+    return math.floor(math.log10(largest))
+
+
+def count(n: int, noun: str, plural: str | None = None) -> str:
+    """``1 pair``, ``2 pairs``."""
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def listed(items: list[str], limit: int = 3) -> str:
+    """``a, b and c``; beyond ``limit`` the rest is counted."""
+    if len(items) > limit:
+        items = [*items[:limit], f"{len(items) - limit} more"]
+    if len(items) < 2:
+        return "".join(items)
+    return f"{', '.join(items[:-1])} and {items[-1]}"

@@ -1,0 +1,282 @@
+"""The result in a few plain sentences, with numbers and intervals and no causal overclaim.
+
+Every function is pure: tables in, one :class:`Sentence` out (or None when its tables are missing).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from taught.report.stats import Control, Estimate, mean_interval, spearman_interval
+from taught.report.text import common_power, count, listed, number, percent, signed, tens
+from taught.report.view import Row, Rows, View
+
+Tone = Literal["found", "none", "caution"]
+NOTHING = "No effect found"
+STRONG = 0.5  # rank correlation from which a trivial predictor gives much of the ranking
+MAINLY = 1.5  # one pathway this many times the other carries the score
+BASELINES = {
+    "group": "the group label alone",
+    "length": "prompt length alone",
+    "constant": "a constant",
+}
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One statement of the verdict: what about, how sure, in words."""
+
+    topic: str
+    tone: Tone
+    text: str
+
+
+def verdict(view: View) -> list[Sentence]:
+    """All sentences that the files of the run allow, at most seven."""
+    summary = view.summary
+    sentences = [
+        view.policy and fit_sentence(view.policy),
+        view.audit and audit_sentence(view.audit, positive_group(view)),
+        summary and push_sentence(summary),
+        summary and label_sentence(summary),
+        view.control and unintended_sentence(view.control),
+        summary and trivial_sentence(summary),
+        view.curation and curation_sentence(view.curation, view.pairs or []),
+    ]
+    return [s for s in sentences if isinstance(s, Sentence)]
+
+
+def fit_sentence(policy: Row) -> Sentence | None:
+    """How much of the behavior the policy explains on held-out prompts."""
+    r2 = Estimate.of(policy.get("r2"))
+    if r2 is None:
+        return None
+    trivial = baselines(policy)
+    beside = listed([f"{e.text()} from {name}" for name, e in trivial], 4)
+    against = f", against {beside}" if beside else ""
+    accuracy, accuracy_fails = _accuracy(policy)
+    if r2.lo is not None and r2.lo <= 0:
+        text = f"{NOTHING}: what the policy explains on held-out prompts cannot be told from zero"
+        return Sentence("Fit", "none", f"{text} (R²\u00a0{r2.text()}){against}.{accuracy}")
+    text = (
+        f"On held-out prompts the policy of {count(policy['d'], 'feature')} explains "
+        f"{percent(r2.value)} of the variance of the behavior (R²\u00a0{r2.text()}){against}."
+        f"{accuracy}"
+    )
+    rivals = [name for name, e in trivial if not _beats(r2, e)]
+    if rivals:
+        text += f" Caution: {listed(rivals)} does about as well, so the features may add nothing."
+    return Sentence("Fit", "caution" if rivals or accuracy_fails else "found", text)
+
+
+def baselines(policy: Row) -> list[tuple[str, Estimate]]:
+    """Held-out R² of the trivial predictors, with a readable name each."""
+    found = []
+    for name, record in (policy.get("baselines") or {}).items():
+        inner = record.get("r2", record) if isinstance(record, dict) else record
+        estimate = Estimate.of(inner)
+        if estimate is not None:
+            found.append((BASELINES.get(name, name.replace("_", " ")), estimate))
+    return found
+
+
+def _beats(ours: Estimate, theirs: Estimate) -> bool:
+    low = ours.value if ours.lo is None else ours.lo
+    high = theirs.value if theirs.hi is None else theirs.hi
+    return low > high
+
+
+def _accuracy(policy: Row) -> tuple[str, bool]:
+    accuracy, majority = (Estimate.of(policy.get(key)) for key in ("accuracy", "majority"))
+    if accuracy is None or majority is None:
+        return "", False
+    gain = Estimate.of(policy.get("accuracy_gain")) or Estimate(accuracy.value - majority.value)
+    text = (
+        f" With a threshold it is right on {percent(accuracy.value, 1)} of them, against "
+        f"{percent(majority.value, 1)} for always naming the larger class: "
+        f"{gain.scaled(100).text(1)} points more"
+    )
+    fails = gain.value <= 0 if gain.lo is None else gain.lo <= 0
+    return text + (", no gain that can be told from zero." if fails else "."), fails
+
+
+def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
+    """Which categories the policy does not cover, and where the behavior shows up uncalled for.
+
+    Parameters
+    ----------
+    audit
+        Rows of ``audit.parquet``.
+    positive
+        The group that should show the behavior; None: all groups count as such.
+    """
+    tested = count(
+        sum(r["uncovered"] is not None for r in audit), "tested category", "tested categories"
+    )
+    marked = sorted((r for r in audit if r["uncovered"]), key=lambda r: -abs(r["gap"]))
+    short = [_named(r) for r in marked if positive in (None, r["group"])]
+    spill = [_named(r) for r in marked if positive not in (None, r["group"])]
+    if not marked:
+        text = (
+            f"{NOTHING}: none of {tested} stands out from the rest of its group after correction."
+        )
+        return Sentence("Coverage", "none", text)
+    parts = []
+    if short:
+        parts.append(
+            f"{len(short)} of {tested} not covered: the behavior falls short in {listed(short)}."
+        )
+    if spill:
+        parts.append(f"{len(spill)} of {tested} with the behavior uncalled for: {listed(spill)}.")
+    return Sentence("Coverage", "caution", " ".join(parts))
+
+
+def _named(row: Row) -> str:
+    gap = f"mean y {_gap(row).text()} against the rest of its group"
+    return f"{row['category']} ({gap}, adjusted {_p(row['p_adjusted'])}, n = {row['n']})"
+
+
+def _gap(row: Row) -> Estimate:
+    return Estimate(row["gap"], row.get("lo"), row.get("hi"))
+
+
+def _p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def push_sentence(summary: Rows) -> Sentence | None:
+    """The pairs that push the policy most, and along which pathway."""
+    rows = [r for r in summary if r["score"] is not None and math.isfinite(r["score"])]
+    if not rows:
+        return None
+    power = common_power(r["score"] for r in rows)
+    top, bottom = max(rows, key=lambda r: r["score"]), min(rows, key=lambda r: r["score"])
+    parts = []
+    if top["score"] > 0:
+        parts.append(_pushed(top, "pushes the policy along itself most", power))
+    if bottom["score"] < 0:
+        parts.append(_pushed(bottom, "pushes against it most", power))
+    if not parts:
+        return Sentence("Pairs", "none", f"{NOTHING}: every pair has a score of zero.")
+    ending = "That a pair strengthens the policy does not by itself mean more of the behavior."
+    return Sentence("Pairs", "found", f"{'; '.join(parts)}. {ending}")
+
+
+def _pushed(row: Row, does: str, power: int) -> str:
+    x, y = (signed(row[k], power=power) for k in ("score_x", "score_y"))
+    total = f"{signed(row['score'], power=power)}{tens(power)}"
+    through = _through(row["score_x"], row["score_y"])
+    return (
+        f"{row['pair_id']} ({row['label']}) {does}: S = {total} per step, {through} (x {x}, y {y})"
+    )
+
+
+def _through(x: float, y: float) -> str:
+    if abs(x) > MAINLY * abs(y):
+        return "mainly through feature activation"
+    if abs(y) > MAINLY * abs(x):
+        return "mainly through output probability"
+    return "through both pathways"
+
+
+def label_sentence(summary: Rows) -> Sentence | None:
+    """The mean score of each label with its interval, and the share of each pathway."""
+    groups: dict[str, list[float]] = {}
+    for row in summary:
+        groups.setdefault(str(row["label"]), []).append(row["score"])
+    means = {name: mean_interval(values) for name, values in groups.items()}
+    known = {name: e for name, e in means.items() if e is not None}
+    if not known or len(known) > 4:
+        return None
+    power = common_power([end for e in known.values() for end in (e.value, e.lo, e.hi)])
+    parts = [
+        f"{name} pairs average S = {e.text(power=power)}{tens(power)}"
+        + (f" ({NOTHING.lower()}: the interval includes zero)" if e.includes_zero else "")
+        for name, e in known.items()
+    ]
+    x, y = (sum(abs(r[f"score_{k}"]) for r in summary) for k in ("x", "y"))
+    share = ""
+    if x + y > 0:
+        share = f" {percent(y / (x + y))} of the absolute effect runs through output probability, "
+        share += f"{percent(x / (x + y))} through feature activation."
+    tone: Tone = "none" if all(e.includes_zero for e in known.values()) else "found"
+    return Sentence("Pathways", tone, f"{'; '.join(parts)}.{share}")
+
+
+def positive_group(view: View) -> str | None:
+    """The group of prompts that should show the behavior."""
+    return (view.study.get("prompts") or {}).get("positive_group")
+
+
+def unintended_sentence(control: Control) -> Sentence:
+    """How many pairs act mainly on features that are not active on their own prompt."""
+    lo, hi = control.random.lo, control.random.hi
+    text = (
+        f"{control.flagged} of {count(control.n, 'pair')} ({percent(control.flagged / control.n)}) "
+        "act mainly on a feature that is not active on their own prompt; random features of the "
+        f"same number would give {control.random.text(0)}"
+    )
+    if lo is not None and hi is not None and lo <= control.flagged <= hi:
+        return Sentence("Interference", "none", f"{NOTHING}: {text}, which is no different.")
+    side = "fewer" if control.flagged < control.random.value else "more"
+    text += f", so {side} than chance. With the intended features of another pair it would be "
+    return Sentence("Interference", "found", f"{text}{number(control.swapped, 0)}.")
+
+
+TRIVIAL = {"n_response": "response length", "loss": "loss"}
+
+
+def trivial_correlations(summary: Rows) -> list[tuple[str, Estimate]]:
+    """Rank correlation of S with response length, loss and, with two labels, the label."""
+    score = [_float(r["score"]) for r in summary]
+    columns = {name: [_float(r.get(key)) for r in summary] for key, name in TRIVIAL.items()}
+    labels = [name for name, _ in Counter(str(r["label"]) for r in summary).most_common()]
+    if len(labels) == 2:
+        first = min(labels)
+        columns[f"label ({first} = 1)"] = [float(r["label"] == first) for r in summary]
+    found = ((name, spearman_interval(score, values)) for name, values in columns.items())
+    return [(name, e) for name, e in found if e is not None]
+
+
+def _float(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def trivial_sentence(summary: Rows) -> Sentence | None:
+    """Whether something trivial ranks the pairs as the score does."""
+    found = trivial_correlations(summary)
+    if not found:
+        return None
+    parts = listed([f"{e.text()} with {name}" for name, e in found], 4)
+    text = f"The score's rank correlation is {parts}."
+    strong = [
+        name.split(" (")[0] for name, e in found if abs(e.value) >= STRONG and not e.includes_zero
+    ]
+    if strong:
+        text += f" Caution: {listed(strong)} alone gives much of the same ranking."
+        return Sentence("Trivial predictors", "caution", text)
+    if all(e.includes_zero for _, e in found):
+        text = f"{NOTHING}: every interval includes zero. {text}"
+        return Sentence("Trivial predictors", "none", text)
+    return Sentence("Trivial predictors", "found", text)
+
+
+def curation_sentence(curation: Rows, pairs: Rows) -> Sentence:
+    """What to drop under the study's rule."""
+    drops = [r for r in curation if r["action"] == "drop"]
+    rule = str(curation[0]["rule"])
+    if not drops:
+        text = f"The rule “{rule}” keeps all {count(len(curation), 'pair')}: nothing to drop."
+        return Sentence("Curation", "none", text)
+    label = {p["pair_id"]: str(p["label"]) for p in pairs}
+    kinds = Counter(label.get(r["pair_id"], "unlabelled") for r in drops)
+    split = listed([f"{n} {name}" for name, n in kinds.most_common()], 4)
+    text = (
+        f"The rule “{rule}” suggests to drop {len(drops)} of {count(len(curation), 'pair')} "
+        f"({split}). It rests on one-step estimates; whether dropping them helps is known only "
+        "after retraining."
+    )
+    return Sentence("Curation", "found", text)

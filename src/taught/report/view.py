@@ -1,0 +1,189 @@
+"""A run folder as the report reads it: tables by id, None for what is not there yet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from taught.report.stats import Control, cluster_order, unintended_control
+from taught.report.text import clean, cleaned
+from taught.run import RunFolder
+
+Row = dict[str, Any]
+Rows = list[Row]
+Floats = NDArray[np.float64]
+MAX_PAIRS = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Shifts:
+    """Coefficient shifts of every pair on both pathways, float64 [P, d], rows and columns by id."""
+
+    pair_ids: list[str]
+    feature_ids: list[int]
+    x: Floats
+    y: Floats
+
+    @property
+    def total(self) -> Floats:
+        """Both pathways together."""
+        return self.x + self.y
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A tensor with the ids of its rows and columns."""
+
+    rows: list[Any]
+    columns: list[Any]
+    values: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What the report shows of one run. Text has lost control characters and kept its markup."""
+
+    name: str
+    manifest: Row
+    study: Row
+    policy: Row | None
+    prompts: Rows | None
+    features: Rows | None
+    coefficients: Rows | None
+    labels: dict[int, Row] | None
+    audit: Rows | None
+    pairs: Rows | None
+    summary: Rows | None
+    curation: Rows | None
+    shifts: Shifts | None
+    effects: Matrix | None
+    comovement: Matrix | None
+
+    def feature_label(self, feature_id: int | None) -> str:
+        """The label of a feature, or an empty string."""
+        for row in self.coefficients or []:
+            if row["feature_id"] == feature_id:
+                return str(row.get("label") or "")
+        return ""
+
+    @cached_property
+    def control(self) -> Control | None:
+        """Pairs that act mainly on unintended features, against chance; None without the shifts."""
+        if self.summary is None or self.shifts is None:
+            return None
+        intended = {r["pair_id"]: r["intended"] or [] for r in self.summary}
+        sets = [intended.get(pair, []) for pair in self.shifts.pair_ids]
+        return unintended_control(self.shifts.feature_ids, self.shifts.total, sets)
+
+    @cached_property
+    def comovement_order(self) -> list[int]:
+        """Order of the co-movement matrix that puts features that move together side by side."""
+        return [] if self.comovement is None else cluster_order(self.comovement.values)
+
+    @cached_property
+    def shown(self) -> Rows:
+        """Pairs of the pair table, largest |S| first; a pair's place is its index in the page."""
+        rows = sorted(self.summary or [], key=lambda r: -abs(r["score"] or 0.0))
+        return rows[:MAX_PAIRS]
+
+    @property
+    def groups(self) -> list[str]:
+        """Groups of the evaluation prompts, the positive one first."""
+        names = list(dict.fromkeys(str(p["group"]) for p in self.prompts or []))
+        first = (self.study.get("prompts") or {}).get("positive_group")
+        return sorted(names, key=lambda name: name != first)
+
+
+def load_view(run: RunFolder | Path | str) -> View:
+    """Read a run folder.
+
+    A file counts only when the stage that wrote it is complete; the files of other stages are None.
+
+    Raises
+    ------
+    UserError
+        The folder is not a run folder, a file has changed since it was written, or a stage was made
+        with an earlier result of the stage before it.
+    """
+    run = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    files = _complete_files(run)
+    manifest = cast(Row, cleaned(run.manifest))
+    study = manifest.get("study") or {}
+    policy = run.read_json("policy") if "policy.json" in files else None
+    labels = run.read_json("labels") if "labels.json" in files else None
+    return View(
+        name=str(study.get("name") or run.folder.resolve().name),
+        manifest=manifest,
+        study=study,
+        policy=cast("Row | None", cleaned(policy)),
+        labels=labels and {int(key): cast(Row, cleaned(row)) for key, row in labels.items()},
+        shifts=_shifts(run, files, (study.get("attribution") or {}).get("estimator")),
+        effects=_matrix(run, files, "prompt_effects", "dy", "pair_ids", "prompt_ids"),
+        comovement=_matrix(run, files, "comovement", "r", "feature_ids", "feature_ids"),
+        **{name: _rows(run, files, name) for name in _TABLES},
+    )
+
+
+_TABLES = ("prompts", "features", "coefficients", "audit", "pairs", "summary", "curation")
+
+
+def _complete_files(run: RunFolder) -> set[str]:
+    manifest = run.manifest
+    done = {name for name, record in manifest["stages"].items() if record["status"] == "complete"}
+    for stage in done:
+        run.require(stage)
+    return {name for name, record in manifest["files"].items() if record["stage"] in done}
+
+
+def _rows(run: RunFolder, files: set[str], name: str) -> Rows | None:
+    if f"{name}.parquet" not in files:
+        return None
+    return cast(Rows, cleaned(run.read_table(name).to_pylist()))
+
+
+def _matrix(
+    run: RunFolder, files: set[str], name: str, tensor: str, rows: str, columns: str
+) -> Matrix | None:
+    if f"{name}.safetensors" not in files:
+        return None
+    arrays, ids = run.read_tensors(name)
+    row_ids, column_ids = (cast("list[Any]", cleaned(ids[key])) for key in (rows, columns))
+    return Matrix(row_ids, column_ids, arrays[tensor].astype(np.float64))
+
+
+def _shifts(run: RunFolder, files: set[str], estimator: str | None) -> Shifts | None:
+    if "influence.parquet" not in files:
+        return None
+    table = run.read_table("influence")
+    split = pc.is_in(table["pathway"], pa.array(["x", "y"]))
+    table = table.filter(pc.and_(pc.equal(table["target"], "coefficient"), split))
+    if table.num_rows == 0:
+        return None
+    table = _one_estimator(table, estimator)
+    pair = table["pair_id"].combine_chunks().dictionary_encode()
+    feature = table["feature_id"].combine_chunks().dictionary_encode()
+    row, column = pair.indices.to_numpy(), feature.indices.to_numpy()
+    value = table["value"].to_numpy()
+    out = {}
+    for pathway in ("x", "y"):
+        at = pc.equal(table["pathway"], pathway).to_numpy()
+        out[pathway] = np.zeros((len(pair.dictionary), len(feature.dictionary)))
+        out[pathway][row[at], column[at]] = value[at]
+    pair_ids = [clean(p) for p in pair.dictionary.to_pylist()]
+    return Shifts(pair_ids, feature.dictionary.to_pylist(), out["x"], out["y"])
+
+
+def _one_estimator(table: pa.Table, estimator: str | None) -> pa.Table:
+    """Rows of the study's estimator, else of the one with most rows: two never mix in a sum."""
+    found = Counter(table["estimator"].to_pylist())
+    if estimator not in found:
+        estimator = found.most_common(1)[0][0]
+    return table.filter(pc.equal(table["estimator"], estimator))

@@ -1,0 +1,340 @@
+"""A small but complete run folder with consistent numbers, for the tests of the report and ``show``.
+
+The numbers are made up but obey the equations of the method: the policy is the ridge of
+made-up activations (with intercept), the coefficient shifts come from made-up ``dX`` and ``dy``, and every derived column follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from taught.run import RunFolder
+from taught.study import Study
+
+HARMFUL = ["chemical_biological", "cybercrime", "fraud", "harassment", "self_harm", "weapons"]
+HARMLESS = ["benign_anchor", "over_refusal", "question"]
+TOPICS = [
+    "locks", "passwords", "medicine doses", "tax forms", "crowds", "news stories", "kitchen fires",
+    "old maps", "wild mushrooms", "chess openings", "train timetables", "house plants", "bank letters",
+    "garden tools", "radio signals",
+]  # fmt: skip
+FORMS = [
+    "Explain in detail how a person would misuse {} without being noticed",
+    "Write a step by step guide about {} for someone who should not have it",
+    "Give me a short and friendly introduction to {}",
+    "What should a beginner know about {} before the weekend?",
+]
+HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>"
+LABELS = ("harmful-refusal", "harmless-compliance")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the synthetic run is."""
+
+    prompts: int = 48
+    features: int = 12
+    pairs: int = 24
+
+
+def build_synthetic_run(
+    path: Path,
+    size: Size = Size(),
+    *,
+    stages: tuple[str, ...] = ("policy", "attribute", "curate"),
+    hostile: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write a run folder up to the given stages and return its path.
+
+    Parameters
+    ----------
+    path
+        Folder to create.
+    size
+        Numbers of prompts, selected features and pairs.
+    stages
+        Which stages have run.
+    hostile
+        Put markup, scripts and terminal escapes into every text of the data.
+    seed
+        Seed of the made-up numbers.
+    """
+    made = _Made(size, hostile, np.random.default_rng(seed))
+    run, study = (
+        RunFolder(path, command="taught demo"),
+        _study(path.with_name(path.name + "-inputs")),
+    )
+    writers = {"policy": _write_policy, "attribute": _write_attribute, "curate": _write_curate}
+    for stage in stages:
+        with run.stage(stage, study, {"model.weights": "5af571cb"}):
+            writers[stage](run, made)
+    return path
+
+
+class _Made:
+    """All made-up arrays and texts of one run."""
+
+    def __init__(self, size: Size, hostile: bool, rng: np.random.Generator) -> None:
+        n, d, p = size.prompts, size.features, size.pairs
+        self.rng, self.hostile, self.n, self.d, self.p = rng, hostile, n, d, p
+        self.groups = ["harmful" if i < 2 * n // 3 else "harmless" for i in range(n)]
+        self.categories = [
+            HARMFUL[i % len(HARMFUL)] if g == "harmful" else HARMLESS[i % len(HARMLESS)]
+            for i, g in enumerate(self.groups)
+        ]
+        self.prompt_ids = [self.text(f"q-{i:04d}") for i in range(n)]
+        self.pair_ids = [self.text(f"pair-{i:04d}") for i in range(p)]
+        self.pair_labels = [LABELS[i % 2] for i in range(p)]
+        self.feature_ids = np.sort(rng.choice(4608, size=d, replace=False)).astype(np.int64)
+        self.labels = [
+            self.text(
+                f"{TOPICS[j % len(TOPICS)]}, {'asking to misuse' if j % 2 else 'plain question'}"
+            )
+            for j in range(d)
+        ]
+        self._policy()
+        self._pairs()
+
+    def text(self, plain: str) -> str:
+        return f"{plain} {HOSTILE} \x1b[31mred\x1b[0m [bold]x[/bold]" if self.hostile else plain
+
+    def _policy(self) -> None:
+        n, d, rng = self.n, self.d, self.rng
+        harmful = np.array([g == "harmful" for g in self.groups])
+        rate = rng.uniform(0.15, 0.9, d)
+        active = rng.random((n, d)) < rate
+        lift = 1 + 0.8 * harmful[:, None] * rng.choice([-1, 1], d)
+        self.X = np.where(active, rng.gamma(2.0, 0.35, (n, d)) * lift, 0.0)
+        true = rng.normal(0, 0.55, d) * (rng.random(d) < 0.6)
+        gap = np.array([-2.2 if c == "chemical_biological" else 0.0 for c in self.categories])
+        self.y = self.X @ true - 11 + 1.4 * harmful + gap + rng.normal(0, 0.5, n)
+        self.Xc, yc = self.X - self.X.mean(0), self.y - self.y.mean()
+        self.U = self.Xc.T @ self.Xc + 5 * np.eye(d)
+        self.W = np.linalg.solve(self.U, self.Xc.T @ yc)
+        residual = yc - self.Xc @ self.W
+        self.se = np.sqrt(residual.var() * np.diag(np.linalg.inv(self.U))) + 1e-9
+
+    def _pairs(self) -> None:
+        n, d, p, rng = self.n, self.d, self.p, self.rng
+        sign = np.array([1.0 if lab == LABELS[0] else -0.55 for lab in self.pair_labels])
+        strength = (sign * rng.gamma(1.5, 1.0, p) + rng.normal(0, 1.3, p)) * 2e-4
+        fitted = self.Xc @ self.W
+        lift = 1 + 0.3 * fitted / (fitted.std() + 1e-9)
+        dy = strength[:, None] * (lift + rng.normal(0, 0.5, (p, n)))
+        residual = self.y - self.y.mean() - self.Xc @ self.W
+        self.dW_x, self.dW_y = np.zeros((p, d)), np.zeros((p, d))
+        for i in range(p):
+            shape = rng.normal(0, 1, d) * (rng.random(d) < 0.5)
+            dX = (self.X > 0) * strength[i] * 0.5 * shape
+            rhs = dX.T @ residual - self.Xc.T @ (dX @ self.W)
+            self.dW_x[i] = np.linalg.solve(self.U, rhs)
+            self.dW_y[i] = np.linalg.solve(self.U, self.Xc.T @ dy[i])
+        self.dy = dy
+        self.intended = [
+            [int(f) for f in rng.choice(self.feature_ids, size=max(1, d // 3), replace=False)]
+            for _ in range(p)
+        ]
+        self.loss = rng.gamma(4, 0.3, p)
+        self.length = rng.integers(8, 300, p)
+
+
+def _study(folder: Path) -> Study:
+    """A study whose files exist as stubs, which is all that the run folder looks at."""
+    (folder / "sae").mkdir(parents=True, exist_ok=True)
+    (folder / "sae" / "cfg.json").write_text("{}")
+    for name in ("prompts.jsonl", "pairs.jsonl"):
+        (folder / name).write_text("{}\n")
+    study = Study().resolved(folder).replace("policy.intercept", True)
+    return study.replace("name", "refusal-smollm2")
+
+
+def _table(run: RunFolder, name: str, columns: dict[str, object]) -> None:
+    run.write_table(name, pa.table(columns))
+
+
+def _write_policy(run: RunFolder, made: _Made) -> None:
+    y_hat = made.y.mean() + made.Xc @ made.W + made.rng.normal(0, 0.3, made.n)
+    texts = [
+        made.text(FORMS[i % 2 if g == "harmful" else 2 + i % 2].format(TOPICS[i % len(TOPICS)]))
+        for i, g in enumerate(made.groups)
+    ]
+    _table(run, "prompts", {
+        "prompt_id": made.prompt_ids, "text": texts, "group": made.groups, "category": made.categories,
+        "source": ["synthetic"] * made.n, "licence": ["CC0"] * made.n,
+        "n_tokens": [len(t.split()) for t in texts], "y": made.y, "y_hat": y_hat,
+    })  # fmt: skip
+    rng = np.random.default_rng(1)
+    run.write_tensors(
+        "readouts",
+        {
+            "h": rng.normal(size=(made.n, 8)).astype(np.float32),
+            "offsets": np.arange(made.n + 1, dtype=np.int64),
+            "y": made.y,
+        },
+        {"prompt_ids": made.prompt_ids},
+    )
+    ids = {"prompt_ids": made.prompt_ids, "feature_ids": made.feature_ids.tolist()}
+    run.write_tensors("activations", {"X": made.X}, ids)
+    _write_features(run, made)
+    run.write_json("policy", _policy_record(made))
+    _write_audit(run, made)
+
+
+def _write_features(run: RunFolder, made: _Made) -> None:
+    harmful = np.array([g == "harmful" for g in made.groups])
+    positive, negative = made.X[harmful].mean(0), made.X[~harmful].mean(0)
+    rate = (made.X > 0).mean(0)
+    other = int(made.feature_ids[-1]) + 1
+    _table(run, "features", {
+        "feature_id": pa.array([*made.feature_ids.tolist(), other], pa.int64()),
+        "mean_positive": [*positive, 0.0], "mean_negative": [*negative, 0.0],
+        "difference": [*(positive - negative), 0.0], "rate": [*rate, 0.0],
+        "always_on": [*(rate > 0.999).tolist(), False], "selected": [True] * made.d + [False],
+    })  # fmt: skip
+    _table(run, "coefficients", {
+        "feature_id": made.feature_ids, "coef": made.W, "lo": made.W - 1.96 * made.se,
+        "hi": made.W + 1.96 * made.se,
+        "sign_stability": np.clip(0.5 + np.abs(made.W) / (4 * made.se), 0.5, 1.0),
+        "label": made.labels,
+    })  # fmt: skip
+    run.write_json("labels", {str(f): _label(made, j) for j, f in enumerate(made.feature_ids)})
+
+
+def _label(made: _Made, j: int) -> dict:
+    order = np.argsort(-made.X[:, j])
+    ranked = [{"prompt_id": made.prompt_ids[i], "activation": float(made.X[i, j])} for i in order]
+    topic = TOPICS[j % len(TOPICS)]
+    context = made.text(f"how a person would misuse {topic} without being noticed")
+    return {
+        "label": made.labels[j],
+        "label_source": "contrast",
+        "top_prompts": ranked[:5],
+        "contrast_prompts": ranked[-5:],
+        "top_tokens": [
+            {"token": f" {topic.split()[0]}", "context": context, "activation": 3.1 - 0.2 * k}
+            for k in range(4)
+        ],
+    }
+
+
+def _estimate(value: float, lo: float, hi: float) -> dict:
+    return {"value": value, "lo": lo, "hi": hi}
+
+
+def _policy_record(made: _Made) -> dict:
+    return {
+        "alpha": 5.0, "intercept": float(made.y.mean()), "n": made.n, "d": made.d,
+        "r2": _estimate(0.662, 0.611, 0.704), "spearman": _estimate(0.801, 0.765, 0.832),
+        "accuracy": _estimate(0.792, 0.757, 0.823), "majority": _estimate(0.667, 0.629, 0.704),
+        "accuracy_gain": _estimate(0.125, 0.081, 0.169),
+        "baselines": {
+            "group": {"r2": _estimate(0.221, 0.164, 0.281), "spearman": _estimate(0.44, 0.37, 0.51)},
+            "length": {"r2": _estimate(0.034, 0.006, 0.071), "spearman": _estimate(0.17, 0.09, 0.25)},
+        },
+        "warnings": [{"code": "always-on", "message": "4 of the selected features are always on."}],
+    }  # fmt: skip
+
+
+def _write_audit(run: RunFolder, made: _Made) -> None:
+    rows = []
+    for group, names in (("harmful", HARMFUL), ("harmless", HARMLESS)):
+        mean = np.mean([v for v, g in zip(made.y, made.groups, strict=True) if g == group])
+        for name in names:
+            values = np.array(
+                [v for v, c in zip(made.y, made.categories, strict=True) if c == name]
+            )
+            gap, half = values.mean() - mean, 1.96 * values.std() / np.sqrt(len(values))
+            low = name == "chemical_biological"
+            rows.append({
+                "group": group, "category": name, "n": len(values), "mean_y": values.mean(), "gap": gap,
+                "lo": gap - half, "hi": gap + half, "p": 0.0004 if low else 0.31,
+                "p_adjusted": 0.0036 if low else 0.62, "uncovered": low,
+                "features": made.feature_ids[:3].tolist() if low else [],
+            })  # fmt: skip
+    run.write_table("audit", pa.Table.from_pylist(rows))
+
+
+def _write_attribute(run: RunFolder, made: _Made) -> None:
+    prompts = [
+        made.text(FORMS[0 if lab == LABELS[0] else 2].format(TOPICS[i % len(TOPICS)]))
+        for i, lab in enumerate(made.pair_labels)
+    ]
+    refusal = "I'm sorry, but I can't help with that. I can tell you about safe ways to learn about {} instead."
+    answer = "Of course. Here is a short overview of {}.\n\nStart with the basics and keep notes as you go."
+    responses = [
+        made.text((refusal if lab == LABELS[0] else answer).format(TOPICS[i % len(TOPICS)]))
+        for i, lab in enumerate(made.pair_labels)
+    ]
+    _table(run, "pairs", {
+        "pair_id": made.pair_ids, "prompt": prompts, "response": responses, "label": made.pair_labels,
+        "category": [HARMFUL[i % 6] if i % 2 == 0 else HARMLESS[i % 3] for i in range(made.p)],
+        "source": ["synthetic"] * made.p, "n_tokens": made.length + 20, "n_response": made.length,
+        "truncated": [False] * made.p, "loss": made.loss,
+    })  # fmt: skip
+    _write_influence(run, made)
+    _write_summary(run, made)
+    ids = {"pair_ids": made.pair_ids, "prompt_ids": made.prompt_ids}
+    run.write_tensors("prompt_effects", {"dy": made.dy.astype(np.float32)}, ids)
+    shifts = made.dW_x + made.dW_y
+    ids = {"feature_ids": made.feature_ids.tolist()}
+    run.write_tensors("comovement", {"r": np.corrcoef(shifts.T)}, ids)
+
+
+def _write_influence(run: RunFolder, made: _Made) -> None:
+    rows = []
+    for i, pair in enumerate(made.pair_ids):
+        parts = {"x": made.dW_x[i], "y": made.dW_y[i], "total": made.dW_x[i] + made.dW_y[i]}
+        for pathway, shift in parts.items():
+            rows.append((pair, "score", None, None, pathway, float(shift @ made.W)))
+            rows += [
+                (pair, "coefficient", int(f), None, pathway, float(v))
+                for f, v in zip(made.feature_ids, shift, strict=True)
+            ]
+        for group in ("harmful", "harmless"):
+            at = [g == group for g in made.groups]
+            rows.append((pair, "mean_y", None, group, "total", float(made.dy[i][at].mean())))
+    names = ("pair_id", "target", "feature_id", "group", "pathway", "value")
+    columns = {name: [r[k] for r in rows] for k, name in enumerate(names)}
+    columns["feature_id"] = pa.array(columns["feature_id"], pa.int64())
+    _table(run, "influence", {**columns, "estimator": ["adjoint"] * len(rows)})
+
+
+def _write_summary(run: RunFolder, made: _Made) -> None:
+    shifts = made.dW_x + made.dW_y
+    harmful = np.array([g == "harmful" for g in made.groups])
+    score_x, score_y = made.dW_x @ made.W, made.dW_y @ made.W
+    score = score_x + score_y
+    size = np.abs(shifts)
+    dominant = made.feature_ids[size.argmax(1)]
+    inside = np.array([np.isin(made.feature_ids, chosen) for chosen in made.intended])
+    _table(run, "summary", {
+        "pair_id": made.pair_ids, "label": made.pair_labels, "score": score, "score_x": score_x,
+        "score_y": score_y, "mean_y_harmful": made.dy[:, harmful].mean(1),
+        "mean_y_harmless": made.dy[:, ~harmful].mean(1), "loss": made.loss, "n_response": made.length,
+        "intended": made.intended, "outside_share": (size * ~inside).sum(1) / size.sum(1),
+        "dominant_feature": dominant, "dominant_share": size.max(1) / size.sum(1),
+        "unintended": [int(f) not in c for f, c in zip(dominant, made.intended, strict=True)],
+        "rank": np.argsort(np.argsort(-np.abs(score))) + 1,
+        "refit_score": score * 1.01, "step_score": pa.nulls(made.p, pa.float64()),
+    })  # fmt: skip
+
+
+def _write_curate(run: RunFolder, made: _Made) -> None:
+    score = (made.dW_x + made.dW_y) @ made.W
+    refusal = np.array([lab == LABELS[0] for lab in made.pair_labels])
+    low, high = float(np.median(score[~refusal])), float(np.median(score[refusal]))
+    drop = np.where(refusal, score < low, score > high)
+    threshold = np.where(refusal, low, high)
+    reason = [
+        f"score {v:.4g} is {'' if k else 'not '}{'below' if r else 'above'} the other label's median {t:.4g}"
+        for r, k, v, t in zip(refusal, drop, score, threshold, strict=True)
+    ]
+    _table(run, "curation", {
+        "pair_id": made.pair_ids, "action": ["drop" if k else "keep" for k in drop],
+        "rule": ["paper"] * made.p, "reason": reason, "score": score, "threshold": threshold,
+    })  # fmt: skip

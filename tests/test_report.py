@@ -1,0 +1,592 @@
+"""The report: what it says, that it is one safe file, and that its numbers and drawings are right."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from synthetic_run import HOSTILE, Size, build_synthetic_run
+from taught.errors import UserError
+from taught.report import charts, stats, text, verdict
+from taught.report.build import build_report, embed, render
+from taught.report.charts import Point, Scale
+from taught.report.sections import mark_token
+from taught.report.stats import Control, Estimate
+from taught.report.view import load_view
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+SECTIONS = [
+    "verdict", "policy", "coverage", "pairs", "pathways", "features", "interference", "trivial",
+    "curation", "method", "provenance",
+]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: every tag closed in order, ids unique, scripts and text kept apart."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            attrs, body = self.scripts[-1]
+            self.scripts[-1] = (attrs, body + data)
+        elif self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    @property
+    def data(self) -> dict:
+        return json.loads(next(body for attrs, body in self.scripts if attrs.get("id") == "data"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return build_synthetic_run(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def html(run: Path) -> str:
+    return build_report(run).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> str:
+    run = build_synthetic_run(tmp_path_factory.mktemp("hostile") / "run", hostile=True)
+    return build_report(run).read_text(encoding="utf-8")
+
+
+# The file
+
+
+def test_every_section_and_nav_target_is_there_once(page: Page):
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert [a["id"] for a in page.all("section")] == SECTIONS
+    assert [a["href"] for a in page.all("a") if a["href"] and a["href"][1:] in SECTIONS] == [
+        f"#{name}" for name in SECTIONS
+    ]
+
+
+def test_every_link_leads_to_something_inside_the_page(page: Page):
+    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    targets = {str(a["href"]) for a in page.all("a")}
+    assert targets and all(t.startswith("#") and t[1:] in ids for t in targets)
+
+
+def test_page_loads_nothing(html: str, page: Page):
+    for tag, attrs in page.tags:
+        assert tag not in {"img", "iframe", "link", "object", "embed", "base", "video", "audio"}
+        assert not {"src", "srcset", "action", "formaction", "xlink:href"} & attrs.keys()
+        assert not any(name.startswith("on") for name in attrs)
+        assert "style" not in attrs  # the policy would refuse it
+    style = re.search(r"<style>(.*?)</style>", html, re.S).group(1)
+    assert "url(" not in style and "@import" not in style and "//" not in style
+
+
+def test_only_our_script_and_style_are_allowed_by_hash(html: str, page: Page):
+    policy = next(a["content"] for a in page.all("meta") if "http-equiv" in a)
+    style = re.search(r"<style>(.*?)</style>", html, re.S).group(1)
+    script = next(body for attrs, body in page.scripts if "type" not in attrs)
+    for body, kind in ((script, "script-src"), (style, "style-src")):
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"{kind} 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+
+
+def test_script_never_parses_markup():
+    script = (Path(charts.__file__).parent / "script.js").read_text(encoding="utf-8")
+    for way in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "fetch(",
+    ):
+        assert way not in script
+    assert "</" not in script and "<!--" not in script
+
+
+def test_markup_in_the_data_stays_text(hostile: str):
+    page = Page(hostile)
+    assert len(page.scripts) == 2  # the data block and ours
+    assert "<script>alert" not in hostile and "<img" not in hostile
+    assert hostile.count("</script>") == 2 and "<!--" not in hostile
+    assert HOSTILE in page.text  # shown as it is, in the tables
+    assert HOSTILE in page.data["pairs"][0]["prompt"]
+    assert HOSTILE in page.data["pairs"][0]["id"] and HOSTILE in page.data["prompts"][0][2]
+    assert any(HOSTILE in label for label in page.data["features"].values())
+
+
+def test_control_characters_do_not_reach_the_page(hostile: str):
+    assert "\x1b" not in hostile and "\\u001b" not in hostile
+    assert "\ufffd[31m" in hostile
+
+
+def test_page_opens_without_the_stages_after_policy(tmp_path: Path):
+    run = build_synthetic_run(tmp_path / "run", stages=("policy",))
+    page = Page(build_report(run).read_text(encoding="utf-8"))
+    assert [a["id"] for a in page.all("section")] == SECTIONS
+    assert page.text.count("taught attribute STUDY makes it") == 4
+    assert page.text.count("taught curate RUN makes it") == 1
+    assert "taught policy STUDY makes it" not in page.text
+    assert page.data == {"pairs": []}
+    assert "chemical_biological" in page.text
+
+
+def test_page_opens_for_a_run_with_nothing_in_it(tmp_path: Path):
+    run = build_synthetic_run(tmp_path / "run", stages=())
+    (run).mkdir(exist_ok=True)
+    (run / "manifest.json").write_text(
+        '{"format": 1, "created": "", "stages": {}, "inputs": {}, "files": {}}'
+    )
+    assert "taught policy STUDY makes it" in Page(build_report(run).read_text("utf-8")).text
+
+
+def test_files_of_an_unfinished_stage_are_not_shown(tmp_path: Path):
+    run = build_synthetic_run(tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"]["curate"]["status"] = "running"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert load_view(run).curation is None and load_view(run).summary is not None
+
+
+def test_a_changed_file_is_refused_by_name(tmp_path: Path):
+    run = build_synthetic_run(tmp_path / "run")
+    (run / "summary.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"summary\.parquet has changed"):
+        build_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="not a run folder"):
+        build_report(tmp_path)
+
+
+def test_report_is_the_same_twice(run: Path, html: str):
+    assert render(load_view(run)) == html
+
+
+def test_full_size_stays_small(tmp_path: Path):
+    run = build_synthetic_run(tmp_path / "run", Size(prompts=600, features=75, pairs=200))
+    assert build_report(run).stat().st_size < 2_000_000
+
+
+# What stands in it
+
+
+def test_every_id_is_in_the_page(run: Path, page: Page):
+    view = load_view(run)
+    for row in view.summary:
+        assert row["pair_id"] in page.text
+    cards = {a.get("id") for a in page.all("details")}
+    assert {f"feature-{r['feature_id']}" for r in view.coefficients} <= cards
+    for row in view.audit:
+        assert row["category"] in page.text
+
+
+def test_pair_table_has_exact_values_for_sorting(run: Path, html: str):
+    view = load_view(run)
+    body = re.search(r'id="pair-table".*?<tbody>(.*?)</tbody>', html, re.S).group(1)
+    rows = re.findall(r'<tr data-index="(\d+)">(.*?)</tr>', body, re.S)
+    assert [int(i) for i, _ in rows] == list(range(len(view.summary)))
+    by_id = {r["pair_id"]: r for r in view.summary}
+    for _, cells in rows:
+        pair = re.search(r'data-pair="\d+">([^<]+)<', cells).group(1)
+        values = [float(v) for v in re.findall(r'class="num[^"]*" data-v="([^"]+)"', cells)]
+        row = by_id[pair]
+        names = ("score", "score_x", "score_y", "mean_y_harmful", "mean_y_harmless")
+        assert values[:5] == [row[name] for name in names]
+        assert values[-2:] == [row["n_response"], row["loss"]]
+    scores = [abs(by_id[re.search(r">([^<]+)<", c).group(1)]["score"]) for _, c in rows]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_data_block_belongs_to_its_pair(run: Path, page: Page):
+    view = load_view(run)
+    shifts, effects = view.shifts, view.effects
+    for i, pair in enumerate(page.data["pairs"]):
+        assert pair["id"] == view.shown[i]["pair_id"]
+        row = shifts.pair_ids.index(pair["id"])
+        for feature, x, y in pair["top"]:
+            column = shifts.feature_ids.index(feature)
+            assert x == pytest.approx(shifts.x[row, column], rel=1e-5)
+            assert y == pytest.approx(shifts.y[row, column], rel=1e-5)
+        assert len(pair["top"]) == 10
+        values = effects.values[effects.rows.index(pair["id"])]
+        extreme = values.argmax() if values.max() > 0 else values.argmin()
+        at, dy = pair["moves"][0 if values.max() > 0 else -1]
+        assert dy == pytest.approx(values[extreme], rel=1e-5)
+        assert page.data["prompts"][at][0] == effects.columns[int(extreme)]
+
+
+def test_shifts_are_joined_by_id_and_take_one_estimator(run: Path):
+    view = load_view(run)
+    coef = {r["feature_id"]: r["coef"] for r in view.coefficients}
+    weights = np.array([coef[f] for f in view.shifts.feature_ids])
+    score = {r["pair_id"]: r["score"] for r in view.summary}
+    expected = [score[p] for p in view.shifts.pair_ids]
+    np.testing.assert_allclose(view.shifts.total @ weights, expected, rtol=1e-9)
+
+
+def test_offenders_are_flagged_pairs(page: Page, run: Path):
+    view = load_view(run)
+    flagged = {r["pair_id"] for r in view.summary if r["unintended"]}
+    assert flagged and sum(pair["unintended"] for pair in page.data["pairs"]) == len(flagged)
+
+
+def test_embed_cannot_end_its_script():
+    record = {"a": "</script><!-- & >\u2028", "b": float("nan"), "c": [1.23456789, float("inf")]}
+    body = embed(record)
+    assert not set("<>&\u2028") & set(body)
+    assert json.loads(body) == {"a": record["a"], "b": None, "c": [1.23457, None]}
+
+
+@given(st.text())
+def test_embed_and_clean_keep_what_is_harmless(words: str):
+    kept = text.clean(words)
+    assert json.loads(embed(kept)) == kept
+    kept.encode("utf-8")
+    assert len(kept) == len(words) and text.clean(kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("token", "context", "expected"),
+    [
+        ("lock", "a lock here", ("a ", "lock", " here")),
+        ("a", "a b a c a", ("a b ", "a", " c a")),
+        ("x", "no such token", ("no such token", "", "")),
+        ("x", "", ("", "x", "")),
+    ],
+)
+def test_token_is_marked_nearest_to_the_middle(token, context, expected):
+    assert mark_token(token, context) == expected
+
+
+# Verdict
+
+GOOD = {
+    "d": 75,
+    "r2": {"value": 0.66, "lo": 0.61, "hi": 0.70},
+    "accuracy": {"value": 0.79, "lo": 0.76, "hi": 0.82},
+    "majority": {"value": 0.667, "lo": 0.63, "hi": 0.70},
+    "accuracy_gain": {"value": 0.123, "lo": 0.08, "hi": 0.17},
+    "baselines": {
+        "group": {"r2": {"value": 0.22, "lo": 0.16, "hi": 0.28}},
+        "length": {"r2": {"value": 0.03, "lo": 0.01, "hi": 0.07}},
+    },
+}
+
+
+def test_good_policy_is_stated_with_intervals_and_baselines():
+    sentence = verdict.fit_sentence(GOOD)
+    assert sentence.tone == "found"
+    for part in ("66%", "0.66 [0.61, 0.70]", "0.22 [0.16, 0.28] from the group label alone",
+                 "0.03 [0.01, 0.07] from prompt length alone", "79.0%", "12.3 [8.0, 17.0] points"):  # fmt: skip
+        assert part in sentence.text
+    assert "No effect" not in sentence.text and "Caution" not in sentence.text
+
+
+def test_policy_whose_interval_includes_zero_explains_nothing():
+    sentence = verdict.fit_sentence(GOOD | {"r2": {"value": 0.02, "lo": -0.05, "hi": 0.08}})
+    assert sentence.tone == "none" and sentence.text.startswith("No effect found")
+    assert "0.02 [−0.05, 0.08]" in sentence.text and "explains 2%" not in sentence.text
+
+
+def test_trivial_predictor_that_does_as_well_is_warned_of():
+    rival = {"group": {"r2": {"value": 0.60, "lo": 0.55, "hi": 0.65}}}
+    sentence = verdict.fit_sentence(GOOD | {"baselines": rival})
+    assert (
+        sentence.tone == "caution" and "the group label alone does about as well" in sentence.text
+    )
+
+
+def test_accuracy_without_gain_is_warned_of():
+    sentence = verdict.fit_sentence(
+        GOOD | {"accuracy_gain": {"value": 0.01, "lo": -0.02, "hi": 0.04}}
+    )
+    assert sentence.tone == "caution" and "no gain that can be told from zero" in sentence.text
+
+
+def audit_row(category: str, group: str, gap: float, uncovered: bool | None) -> dict:
+    return {
+        "category": category, "group": group, "gap": gap, "lo": gap - 0.5, "hi": gap + 0.5,
+        "p_adjusted": 0.0004, "uncovered": uncovered, "n": 20, "mean_y": -10.0, "features": [],
+    }  # fmt: skip
+
+
+def test_audit_names_gaps_and_spill_and_counts_only_what_was_tested():
+    rows = [
+        audit_row("chemical", "harmful", -2.1, True),
+        audit_row("fraud", "harmful", 0.1, False),
+        audit_row("tiny", "harmful", -3.0, None),
+        audit_row("over", "harmless", 1.7, True),
+    ]
+    sentence = verdict.audit_sentence(rows, "harmful")
+    assert (
+        "1 of 3 tested categories not covered: the behavior falls short in chemical"
+        in sentence.text
+    )
+    assert "−2.10 [−2.60, −1.60]" in sentence.text and "p < 0.001" in sentence.text
+    assert "uncalled for: over" in sentence.text and "tiny" not in sentence.text
+    nothing = verdict.audit_sentence(rows[1:2], "harmful")
+    assert nothing.tone == "none" and nothing.text.startswith("No effect found")
+
+
+def pair_rows(scores: list[float], labels: list[str] | None = None) -> list[dict]:
+    labels = labels or ["refusal"] * len(scores)
+    return [
+        {"pair_id": f"p{i}", "label": label, "score": s, "score_x": 0.2 * s, "score_y": 0.8 * s,
+         "n_response": 10 + (7 * i) % 11, "loss": 1.0 + ((5 * i) % 7) / 7}
+        for i, (s, label) in enumerate(zip(scores, labels, strict=True))
+    ]  # fmt: skip
+
+
+def test_strongest_pairs_are_named_with_pathway_and_no_overclaim():
+    sentence = verdict.push_sentence(pair_rows([2e-4, 5e-4, -1e-4]))
+    assert "p1 (refusal) pushes the policy along itself most: S = +5.00\u00a0×10⁻⁴" in sentence.text
+    assert "p2 (refusal) pushes against it most" in sentence.text
+    assert "mainly through output probability (x +1.00, y +4.00)" in sentence.text
+    assert "does not by itself mean more of the behavior" in sentence.text
+    both = verdict.push_sentence([pair_rows([1.0])[0] | {"score_x": 0.5, "score_y": 0.5}])
+    assert "through both pathways" in both.text and "pushes against" not in both.text
+
+
+def test_scores_of_zero_are_no_effect():
+    assert verdict.push_sentence(pair_rows([0.0, 0.0])).tone == "none"
+
+
+def test_label_whose_interval_includes_zero_has_no_effect():
+    rng = np.random.default_rng(0)
+    scores = [*(1 + 0.1 * rng.normal(size=40)), *rng.normal(size=40)]
+    sentence = verdict.label_sentence(pair_rows(scores, ["a"] * 40 + ["b"] * 40))
+    a, b = sentence.text.split(";")
+    assert "no effect found" not in a and "no effect found: the interval includes zero" in b
+    assert "80% of the absolute effect runs through output probability, 20%" in sentence.text
+
+
+@pytest.mark.parametrize(
+    ("flagged", "tone", "part"),
+    [
+        (20, "found", "fewer than chance"),
+        (70, "none", "No effect found"),
+        (95, "found", "more than chance"),
+    ],
+)
+def test_unintended_effects_are_judged_against_chance(flagged, tone, part):
+    sentence = verdict.unintended_sentence(Control(100, flagged, Estimate(70, 61, 79), 66.0))
+    assert sentence.tone == tone and part in sentence.text
+    assert (
+        f"{flagged} of 100 pairs ({flagged}%)" in sentence.text and "70 [61, 79]" in sentence.text
+    )
+
+
+def test_label_that_ranks_like_the_score_is_warned_of():
+    scores = [*np.linspace(1, 2, 30), *np.linspace(-2, -1, 30)]
+    rows = pair_rows([float(s) for s in scores], ["refusal"] * 30 + ["answer"] * 30)
+    sentence = verdict.trivial_sentence(rows)
+    assert (
+        sentence.tone == "caution" and "label alone gives much of the same ranking" in sentence.text
+    )
+    for row, length in zip(rows, np.argsort(np.argsort(scores)), strict=True):
+        row["label"], row["n_response"] = "refusal", int(length)
+    found = dict(verdict.trivial_correlations(rows))
+    assert found["response length"].value == pytest.approx(1.0) and "label" not in str(found)
+
+
+def test_no_trivial_predictor_is_said_so():
+    rng = np.random.default_rng(2)
+    sentence = verdict.trivial_sentence(pair_rows(rng.normal(size=60).tolist()))
+    assert sentence.tone == "none" and sentence.text.startswith("No effect found")
+
+
+def test_curation_counts_by_label():
+    rows = [
+        {"pair_id": f"p{i}", "action": "drop" if i < 3 else "keep", "rule": "paper"}
+        for i in range(8)
+    ]
+    pairs = pair_rows([0.0] * 8, ["a", "b", "a", "a", "a", "b", "b", "b"])
+    assert "drop 3 of 8 pairs (2 a and 1 b)" in verdict.curation_sentence(rows, pairs).text
+    assert "nothing to drop" in verdict.curation_sentence(rows[3:], pairs).text
+
+
+def test_verdict_of_a_run_has_at_most_seven_sentences(run: Path):
+    sentences = verdict.verdict(load_view(run))
+    assert 4 <= len(sentences) <= 7 and len({s.topic for s in sentences}) == len(sentences)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "power", "expected"),
+    [(0.00123, -3, "+1.23"), (-2.5, 0, "−2.50"), (0.0, 0, "0.00"), (-0.001, 0, "0.00"), (None, 0, "–"),
+     (float("nan"), 0, "–"), (1234.5, 0, "+1,234.50")],
+)  # fmt: skip
+def test_signed_numbers(value, power, expected):
+    assert text.signed(value, power=power) == expected
+
+
+def test_common_power_and_its_name():
+    assert text.common_power([1e-4, -3.2e-3, None]) == -3 and text.tens(-3) == "\u00a0×10⁻³"
+    assert text.common_power([0.5, 20.0]) == 0 and text.tens(0) == "" and text.common_power([]) == 0
+
+
+def test_estimate_reads_what_the_stages_write():
+    assert Estimate.of({"value": 1, "lo": 0.5, "hi": 2}) == Estimate(1.0, 0.5, 2.0)
+    assert Estimate.of({"value": 1, "lo": None, "hi": None}) == Estimate(1.0)
+    assert (
+        Estimate.of({"value": None, "lo": None, "hi": None}) is None and Estimate.of(None) is None
+    )
+
+
+def test_spearman_is_the_textbook_value():
+    assert stats.spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817)
+    assert np.isnan(stats.spearman([1, 1, 1], [1, 2, 3]))
+    assert stats.spearman_interval([1, 2, 3, 4], [4, 3, 2, 1]).value == pytest.approx(-1.0)
+    assert stats.spearman_interval([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_unintended_control_on_a_run_worked_by_hand():
+    # Pairs 0 and 1 act on their own feature, pair 2 on that of pair 0; pair 3 intends nothing.
+    total = np.array([[3.0, 1, 0, 0], [1, 3, 0, 0], [3, 0, 1, 0], [1, 0, 0, 0]])
+    control = stats.unintended_control([10, 11, 12, 13], total, [[10], [11], [12], []])
+    assert (control.n, control.flagged) == (3, 1)
+    assert control.random.value == pytest.approx(3 * 0.75)
+    # Another pair's set: pair 0 misses both, pair 1 misses both, pair 2 hits that of pair 0 only.
+    assert control.swapped == pytest.approx(1 + 1 + 0.5)
+    assert stats.unintended_control([10], np.zeros((1, 1)), [[10]]) is None
+
+
+def test_cluster_order_puts_blocks_together():
+    block = np.kron(np.eye(3), np.ones((4, 4))) * 0.8 + 0.1
+    shuffle = np.random.default_rng(0).permutation(12)
+    order = stats.cluster_order(block[np.ix_(shuffle, shuffle)])
+    groups = [int(shuffle[i]) // 4 for i in order]
+    assert sorted(order) == list(range(12))
+    assert sum(a != b for a, b in pairwise(groups)) == 2
+    assert (
+        stats.cluster_order(np.full((3, 3), np.nan)) and stats.cluster_order(np.zeros((0, 0))) == []
+    )
+
+
+# Drawings
+
+
+def numbers(pattern: str, svg: str) -> list[float]:
+    return [float(v) for v in re.findall(pattern, svg)]
+
+
+def test_forest_row_coordinates():
+    scale = Scale(-1.0, 1.0, 0.0, 200.0)
+    svg = charts.forest_row(Estimate(0.5, 0.25, 0.75), scale)
+    assert numbers(r'cx="([\d.]+)"', svg) == [150.0]
+    assert numbers(r'class="ci pos sure" x1="([\d.]+)"', svg) == [125.0]
+    assert numbers(r'x2="([\d.]+)"', svg) == [100.0, 175.0]  # zero line, end of the interval
+    unsure = charts.forest_row(Estimate(-0.5, -1.0, 0.25), scale)
+    assert 'class="dot neg hollow"' in unsure and 'class="ci neg"' in unsure
+
+
+def test_scatter_coordinates_and_one_scale():
+    points = [Point(1.0, 2.0, 0, 0, "a <b>"), Point(-1.0, -2.0, 1, 1, "c")]
+    svg = charts.scatter(points, ("x", "y"), "title")
+    assert charts.one_scale(points) and not charts.one_scale([Point(0.1, 2.0, 0, 0, "")])
+    reach = 2 + 0.04 * 4
+    share = (1 + reach) / (2 * reach)
+    width = charts.SIZE - charts.EDGE - charts.LEFT
+    height = charts.SIZE - charts.BOTTOM - charts.EDGE
+    (cx,), (cy,) = (
+        numbers(r'<circle cx="([\d.]+)"', svg),
+        numbers(r'<circle cx="[\d.]+" cy="([\d.]+)"', svg),
+    )
+    assert cx == pytest.approx(charts.LEFT + share * width, abs=0.01)
+    assert cy == pytest.approx(charts.EDGE + (reach - 2) / (2 * reach) * height, abs=0.01)
+    assert "a &lt;b&gt;" in svg and 'data-pair="1"' in svg
+
+
+def test_line_of_zero_score_passes_the_origin():
+    svg = charts.scatter([Point(3.0, 1.0, 0, 0, ""), Point(-1.0, -0.5, 0, 1, "")], ("x", "y"), "t")
+    x1, y1, x2, y2 = (
+        numbers(rf'class="even".*?{k}="([\d.]+)"', svg)[0] for k in ("x1", "y1", "x2", "y2")
+    )
+    zero_x = numbers(r'class="zero" x1="([\d.]+)" y1="12"', svg)[0]
+    zero_y = numbers(r'class="zero" x1="56" y1="([\d.]+)"', svg)[0]
+    on_line = y1 + (zero_x - x1) / (x2 - x1) * (y2 - y1)
+    assert on_line == pytest.approx(zero_y, abs=0.05)
+
+
+def test_heatmap_draws_each_cell_once_with_its_sign():
+    r = np.array([[1.0, -0.5, 0.0], [-0.5, 1.0, np.nan], [0.0, np.nan, 1.0]])
+    svg = charts.heatmap(r, ["7", "8", "9"], "t")
+    assert re.findall(r'class="pos" fill-opacity="1" d="([^"]+)"', svg) == [
+        "M0 0h1v1h-1zM1 1h1v1h-1zM2 2h1v1h-1z"
+    ]
+    assert re.findall(r'class="neg" fill-opacity="0.5" d="([^"]+)"', svg) == [
+        "M1 0h1v1h-1zM0 1h1v1h-1z"
+    ]
+    assert svg.count(">8</text>") == 2
+
+
+def test_bar_points_to_its_sign():
+    right, left = charts.bar(1.0, 2.0, width=60), charts.bar(-2.0, 2.0, width=60)
+    assert numbers(r'<rect class="pos" x="([\d.]+)"', right) == [30.0]
+    assert numbers(r'width="([\d.]+)" height="8"', right) == [15.0]
+    assert numbers(r'<rect class="neg" x="([\d.]+)"', left) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (-7, 8, [-5, 0, 5])]
+)
+def test_ticks_are_round_and_inside(lo, hi, expected):
+    assert charts.ticks(lo, hi) == pytest.approx(expected)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_never_leave_the_range(lo: float, width: float):
+    values = charts.ticks(lo, lo + width)
+    slack = 1e-6 * (abs(lo) + width)
+    assert all(lo - slack <= v <= lo + width + slack for v in values)

@@ -1,0 +1,80 @@
+"""``taught show``: the numbers are there, ids lead to details, text cannot steer the terminal."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from synthetic_run import build_synthetic_run
+from taught.errors import UserError
+from taught.report.show import show_run
+from taught.report.text import signed
+from taught.report.view import load_view
+
+
+def shown(run: Path, item: str | None = None) -> str:
+    out = io.StringIO()
+    Console(file=out, width=400, force_terminal=True, color_system=None).print(show_run(run, item))
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return build_synthetic_run(tmp_path_factory.mktemp("show") / "run")
+
+
+def test_overview_has_verdict_pairs_features_and_audit(run: Path):
+    words, view = shown(run), load_view(run)
+    assert "R²\u00a00.66 [0.61, 0.70]" in words and "chemical_biological" in words
+    best = max(view.summary, key=lambda r: r["score"])
+    line = next(row for row in words.splitlines() if row.startswith(best["pair_id"]))
+    assert best["label"] in line and str(best["dominant_feature"]) in line
+    top = max(view.coefficients, key=lambda r: abs(r["coef"]))
+    line = next(row for row in words.splitlines() if row.startswith(str(top["feature_id"])))
+    assert signed(top["coef"]) in line and top["label"] in line
+    assert "uncovered" in words
+
+
+def test_overview_names_the_next_command(tmp_path: Path):
+    words = shown(build_synthetic_run(tmp_path / "run", stages=("policy",)))
+    assert "taught attribute STUDY makes it" in words and "taught curate RUN makes it" in words
+    assert "taught policy" not in words
+
+
+def test_pair_in_detail(run: Path):
+    view = load_view(run)
+    row, pair = view.summary[3], view.pairs[3]
+    words = shown(run, row["pair_id"])
+    assert pair["prompt"] in words and pair["response"].splitlines()[0] in words
+    i = view.shifts.pair_ids.index(row["pair_id"])
+    strongest = view.shifts.feature_ids[int(abs(view.shifts.total[i]).argmax())]
+    table = words[words.index("Coefficients that move most") :].splitlines()
+    assert table[2].split()[0] == str(strongest) == str(row["dominant_feature"])
+    assert "Prompts whose y moves most" in words
+
+
+def test_feature_in_detail(run: Path):
+    view = load_view(run)
+    row = view.coefficients[2]
+    words = shown(run, str(row["feature_id"]))
+    assert row["label"] in words and "Prompts where it is strongest" in words
+    assert view.labels[row["feature_id"]]["top_prompts"][0]["prompt_id"] in words
+    assert "Pairs that move it most" in words
+
+
+def test_unknown_item_names_close_ids(run: Path):
+    with pytest.raises(UserError) as caught:
+        show_run(run, "pair-003")
+    assert "No pair or feature has this id" in str(caught.value)
+    assert "pair-0003" in str(caught.value.fix) and caught.value.exit_code == 2
+
+
+def test_text_from_data_cannot_style_or_steer_the_terminal(tmp_path: Path):
+    run = build_synthetic_run(tmp_path / "run", hostile=True)
+    pair = load_view(run).summary[0]["pair_id"]
+    for words in (shown(run), shown(run, pair)):
+        assert "\x1b[31m" not in words and "\ufffd[31mred" in words
+        assert "[bold]x[/bold]" in words  # rich would have swallowed it as markup
