@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,6 +237,10 @@ def test_show_refuses_a_changed_file_and_says_what_is_unfinished(
 ):
     folder = tmp_path / "runs" / "my-study"
     assert taught_with(RECORD, "policy", file.name).returncode == 0
+    manifest = (folder / "manifest.json").read_text()
+    other = re.sub("sources [0-9a-f]{16}", "sources 0000000000000000", manifest)
+    (folder / "manifest.json").write_text(other)
+    assert "policy was made by another version of the code" in taught("show", folder).stderr
     (folder / "policy.json").write_text("{}")
     done = taught("show", "runs/my-study")
     assert done.returncode == 2

@@ -436,6 +436,45 @@ def test_fresh_deletes_this_stages_files_and_no_others(folder, study):
     assert contents(folder) == kept
 
 
+def test_a_report_is_refused_when_its_curation_is_of_earlier_scores(folder, study):
+    policy(folder, study)
+    attribute(folder, study)
+    run = RunFolder.open(folder)
+    with run.stage("curate", run.study):
+        run.write_text("keep.jsonl", "")
+    with run.stage("report", run.study) as stage:
+        run.write_text("report.html", "one")
+    attribute(folder, study.replace("attribution.lr", 0.5), fresh=["attribute"])
+    run = RunFolder.open(folder)
+    for refused in (run.verify, lambda: run.stage("report", run.study).__enter__()):
+        with pytest.raises(UserError, match="curate was made with an earlier result") as caught:
+            refused()
+        assert f"taught curate {folder}" in str(caught.value)
+    with run.stage("curate", run.study):
+        run.write_text("keep.jsonl", "")
+    with run.stage("report", run.study) as stage:
+        assert not stage.done
+    run.verify()
+
+
+def test_a_report_needs_neither_scores_nor_the_data_files(folder, study):
+    policy(folder, study)
+    Path(study.prompts.path).unlink()
+    run = RunFolder.open(folder)
+    with run.stage("report", run.study) as stage:
+        assert not stage.done
+        run.write_text("report.html", "one")
+    assert run.read_text("report.html") == "one"
+
+
+def test_results_of_other_code_are_said_where_they_are_only_shown(folder, study, monkeypatch):
+    run, _ = policy(folder, study)
+    assert run.made_by_other_code() == {}
+    old = fingerprint.code_version()
+    monkeypatch.setattr(fingerprint, "code_digest", lambda: "0123456789abcdef")
+    assert RunFolder.open(folder).made_by_other_code() == {"policy": old}
+
+
 def test_curation_under_another_rule_is_simply_made_again(folder, study):
     policy(folder, study)
     attribute(folder, study)
@@ -578,7 +617,7 @@ def test_one_command_at_a_time_and_a_dead_one_does_not_count(folder, study, tmp_
         other.kill()
         other.wait()
         other.stdout.close()
-    assert not policy(folder, study, extra={})[1]
+    policy(folder, study, fresh=["policy"])
 
 
 # The manifest

@@ -334,6 +334,8 @@ def _open(path: Path) -> RunFolder:
 
     run = RunFolder.open(path)
     run.command = shlex.join(["taught", *sys.argv[1:]])
+    for stage, code in run.made_by_other_code().items():
+        _err().print(f"note: {stage} was made by another version of the code: {code}")
     return run
 
 

@@ -23,15 +23,15 @@ from taught.study import Study
 
 Inputs = dict[str, Any]
 
-# Each stage depends on its own sections and on everything that the stages before it depend on.
+_POLICY = ("model", "sae", "readout", "behavior", "prompts", "features", "policy")
+# Attribution runs the model again, so it names what the policy names: the two must agree. The later
+# stages read only the run folder, and are tied to what they read by its fingerprint (run.py).
 _SECTIONS = {
-    "policy": ("model", "sae", "readout", "behavior", "prompts", "features", "policy"),
-    "attribute": ("pairs", "attribution"),
+    "policy": _POLICY,
+    "attribute": (*_POLICY, "pairs", "attribution"),
     "curate": ("curation",),
     "report": (),
 }
-_BEFORE = {"policy": (), "attribute": ("policy",), "curate": ("policy", "attribute")}
-_BEFORE["report"] = ("policy", "attribute")
 _CONTENT_KEYS = ("model.id", "model.chat_template", "sae.path", "prompts.path", "pairs.path",
                  "features.labels")  # fmt: skip
 _IGNORED = ("attribution.memory_gb", "attribution.batch_tokens")
@@ -59,16 +59,15 @@ def stage_inputs(stage: str, study: Study, extra: Mapping[str, Any] | None = Non
     UserError
         A file of the study is missing or cannot be read.
     """
-    sections = {name for each in (*_BEFORE[stage], stage) for name in _SECTIONS[each]}
     inputs: Inputs = {}
     for key, value in study.flat().items():
-        if key.split(".")[0] not in sections or key in _IGNORED:
+        if key.split(".")[0] not in _SECTIONS[stage] or key in _IGNORED:
             continue
         if key in _CONTENT_KEYS and value is not None and Path(value).is_absolute():
             inputs[f"{key} sha256"] = content_digest(key, Path(value))
         else:
             inputs[key] = value
-    inputs["code"] = f"taught {taught.__version__}, sources {code_digest()}"
+    inputs["code"] = code_version()
     return {**inputs, **(extra or {})}
 
 
@@ -100,6 +99,11 @@ def content_digest(key: str, path: Path) -> str:
     except OSError as error:
         raise UserError(f"{key} cannot be read", value=str(error)) from None
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def code_version() -> str:
+    """Return the version of the package and the digest of the sources that compute."""
+    return f"taught {taught.__version__}, sources {code_digest()}"
 
 
 @cache

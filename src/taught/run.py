@@ -13,7 +13,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +20,10 @@ import taught
 from taught import files
 from taught.environment import peak_memory_gb, versions
 from taught.errors import UserError
-from taught.fingerprint import Inputs, differences, fingerprint, stage_inputs
+from taught.fingerprint import Inputs, code_version, differences, fingerprint, stage_inputs
 from taught.lock import locked_file
+from taught.manifest import NAME as MANIFEST
+from taught.manifest import load_manifest, now, save_manifest
 from taught.partial import PartialFolder
 from taught.study import Study, dump_study, load_study
 
@@ -30,17 +31,16 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-FORMAT = 1
 STAGES = ("policy", "attribute", "curate", "report")
 _BEFORE = {
     "policy": (),
     "attribute": ("policy",),
     "curate": ("attribute",),
-    "report": ("attribute",),
+    "report": ("policy",),
 }
-# These take seconds and only read what stands in the folder: under other settings they are simply
-# made again instead of refused.
+# These take seconds and read only what stands in the folder, so they are always made again.
 _REMADE = ("curate", "report")
+_SHOWN_IF_THERE = {"report": ("attribute", "curate")}
 _WRITTEN_BY = {
     "policy": ("study.yaml", "prompts.parquet", "readouts.safetensors", "readouts.ids.json",
                "features.parquet", "activations.safetensors", "activations.ids.json", "labels.json",
@@ -51,7 +51,6 @@ _WRITTEN_BY = {
     "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl"),
     "report": ("report.html",),
 }  # fmt: skip
-_MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -98,17 +97,16 @@ class RunFolder:
         self._fresh = set(fresh)
         self._active: Stage | None = None
         self._locked = False
-        self._check_folder()
-        self._manifest = self._load_manifest()
+        self._manifest = load_manifest(self.folder)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """Open a run folder that exists; UserError when there is none."""
-        if not (Path(path).expanduser() / _MANIFEST).is_file():
+        if not (Path(path).expanduser() / MANIFEST).is_file():
             raise UserError(
                 "not a run folder",
                 value=str(path),
-                rule=f"a run folder holds {_MANIFEST}",
+                rule=f"a run folder holds {MANIFEST}",
                 fix="name the folder that `taught policy STUDY --run FOLDER` made",
             )
         return cls(path)
@@ -140,8 +138,7 @@ class RunFolder:
         UserError
             A file of the stage has changed since it was written.
         """
-        record = self._record(stage)
-        if record is None or record["status"] != "complete" or record["fingerprint"] != wanted:
+        if not self._is_complete(stage) or self._manifest["stages"][stage]["fingerprint"] != wanted:
             return False
         names = self._files_of(stage)
         if not all(self.path(name).is_file() for name in names):
@@ -152,9 +149,8 @@ class RunFolder:
 
     def require(self, stage: str) -> None:
         """Raise a UserError unless a stage and those before it are complete and belong together."""
-        record = self._record(stage)
-        if record is None or record["status"] != "complete":
-            state = "was not finished" if record else "has not been run"
+        if not self._is_complete(stage):
+            state = "was not finished" if self._record(stage) else "has not been run"
             raise UserError(
                 f"{stage} {state} in this run folder",
                 value=str(self.folder),
@@ -224,10 +220,15 @@ class RunFolder:
         if self._locked:
             yield
             return
-        self._make_folder()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                "the run folder cannot be made", value=str(error), fix="choose another --run folder"
+            ) from None
         with locked_file(self.folder / ".lock"):
             files.remove_temporaries(self.folder)
-            self._manifest = self._load_manifest()
+            self._manifest = load_manifest(self.folder)
             self._locked = True
             try:
                 yield
@@ -299,10 +300,17 @@ class RunFolder:
         return arrays, ids
 
     def verify(self) -> None:
-        """Raise a UserError unless every file of the finished stages is there and unchanged."""
-        for name, written in self._manifest["files"].items():
-            if self._manifest["stages"][written["stage"]]["status"] == "complete":
+        """Raise a UserError unless the finished stages belong together and no file has changed."""
+        for stage in filter(self._is_complete, STAGES):
+            self.require(stage)
+            for name in self._files_of(stage):
                 self._verified(name)
+
+    def made_by_other_code(self) -> dict[str, str]:
+        """Stages that another version of the code made, and which: to be said, not hidden."""
+        present = code_version()
+        made_by = {stage: inputs["code"] for stage, inputs in self._manifest["inputs"].items()}
+        return {stage: code for stage, code in made_by.items() if code != present}
 
     # Inside
 
@@ -314,73 +322,35 @@ class RunFolder:
             return f"taught {stage} {self.folder}"
         return f"taught {stage} STUDY --run {self.folder}" + (" --fresh" if fresh else "")
 
-    def _check_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError("the run folder is a file", value=str(self.folder),
-                            fix="choose another --run folder")  # fmt: skip
-        if not self.folder.exists() or (self.folder / _MANIFEST).exists():
-            return
-        if any(not file.name.startswith(".") for file in self.folder.iterdir()):
-            raise UserError(
-                "the folder holds other files",
-                value=str(self.folder),
-                rule=f"a run folder is new, empty, or holds {_MANIFEST}",
-                fix="choose another --run folder",
-            )
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError("the run folder cannot be made", value=str(error),
-                            fix="choose another --run folder") from None  # fmt: skip
-
-    def _load_manifest(self) -> dict[str, Any]:
-        file = self.folder / _MANIFEST
-        if not file.exists():
-            return {"format": FORMAT, "created": _now(), "stages": {}, "inputs": {}, "files": {}}
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            version = manifest["format"]
-            _ = manifest["stages"], manifest["inputs"], manifest["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError("the manifest of the run folder is damaged", value=f"{file}: {error}",
-                            fix="choose another --run folder") from None  # fmt: skip
-        if version != FORMAT:
-            raise UserError(
-                "the run folder has another format",
-                value=f"{file}: format {version}",
-                rule=f"taught {taught.__version__} reads format {FORMAT}",
-                fix="use the version that made it, or another --run folder",
-            )
-        return cast(dict[str, Any], manifest)
-
-    def _save_manifest(self) -> None:
-        files.write_bytes(self.folder / _MANIFEST, files.json_bytes(self._manifest))
+    def _save(self) -> None:
+        save_manifest(self.folder, self._manifest)
 
     def _record(self, stage: str) -> dict[str, Any] | None:
         return cast("dict[str, Any] | None", self._manifest["stages"].get(stage))
 
+    def _is_complete(self, stage: str) -> bool:
+        record = self._record(stage)
+        return record is not None and record["status"] == "complete"
+
     def _chained(self, name: str, inputs: Inputs) -> Inputs:
         """Refuse stages before this one that do not belong to these inputs; add what they were."""
         chained = dict(inputs)
-        for before in _BEFORE[name]:
+        if_there = [stage for stage in _SHOWN_IF_THERE.get(name, ()) if self._is_complete(stage)]
+        for before in (*_BEFORE[name], *if_there):
             self.require(before)
             theirs = self._manifest["inputs"][before]
-            self._refuse_other(before, theirs, inputs, theirs.keys() & inputs)
+            if name not in _REMADE:
+                self._refuse_other(before, theirs, inputs, theirs.keys() & inputs)
             chained[f"stage {before}"] = self._manifest["stages"][before]["fingerprint"]
         return chained
 
     def _begin(self, name: str, inputs: Inputs) -> Stage:
         wanted = fingerprint(inputs)
-        if name in self._fresh:
+        if name in self._fresh or name in _REMADE:
             self._fresh.discard(name)
             self._forget(name)
-        record = self._record(name)
-        if record is not None and record["fingerprint"] != wanted:
-            if name not in _REMADE:
-                self._refuse_other(name, self._manifest["inputs"][name], inputs)
-            self._forget(name)
+        if self._record(name) is not None:
+            self._refuse_other(name, self._manifest["inputs"][name], inputs)
         partial = PartialFolder(self.folder / "partial" / f"{name}-{wanted[:16]}")
         return Stage(name, wanted, self.is_done(name, wanted), partial)
 
@@ -408,7 +378,7 @@ class RunFolder:
         self._manifest["inputs"].pop(name, None)
         for file in listed:
             del self._manifest["files"][file]
-        self._save_manifest()  # first: a file that is still there and not listed is never trusted
+        self._save()  # first: a file that is still there and not listed is never trusted
         for file in {*listed, *_WRITTEN_BY[name]} - {"study.yaml"}:
             self.path(file).unlink(missing_ok=True)
         self._clear_partial(name)
@@ -426,29 +396,30 @@ class RunFolder:
         attempts = (self._record(stage.name) or {}).get("attempts", 0)
         self._manifest.update(taught=taught.__version__, study=study.to_dict(), versions=versions())
         self._manifest.setdefault("data", {}).update(_data_files(study, inputs))
-        self._manifest.setdefault("weights", {}).update(extra)
+        if extra:
+            self._manifest["weights"] = dict(extra)
         self._manifest["command"] = self.command
         self._manifest["stages"][stage.name] = {
             "status": "running",
             "fingerprint": stage.fingerprint,
             "command": self.command,
-            "started": _now(),
+            "started": now(),
             "attempts": attempts + 1,
         }
         self._manifest["inputs"][stage.name] = inputs
         for file in self._files_of(stage.name):  # of an attempt that did not finish
             del self._manifest["files"][file]
-        self._save_manifest()  # first: a killed run must leave a folder that is known as ours
+        self._save()  # first: a killed run must leave a folder that is known as ours
         files.write_bytes(self.path("study.yaml"), dump_study(study).encode())
 
     def _complete(self, stage: Stage, seconds: float) -> None:
         self._manifest["stages"][stage.name].update(
             status="complete",
-            finished=_now(),
+            finished=now(),
             seconds=round(seconds, 2),
             peak_memory_gb=peak_memory_gb(),
         )
-        self._save_manifest()
+        self._save()
         self._clear_partial(stage.name)
 
     def _write(self, name: str, content: bytes) -> None:
@@ -460,7 +431,7 @@ class RunFolder:
             "sha256": files.sha256_bytes(content),
             "bytes": len(content),
         }
-        self._save_manifest()
+        self._save()
 
     def _existing(self, name: str) -> Path:
         if not self.path(name).is_file():
@@ -513,7 +484,3 @@ def _with_suffix(name: str, suffix: str) -> str:
 
 def _stem(name: str) -> str:
     return name.removesuffix(".safetensors")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
