@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from taught.data.chat import ChatFormat, EncodedPair, common_prefix
@@ -133,6 +133,22 @@ def test_white_space_around_a_content() -> None:
     assert BPE.decode(kept.input_ids[slice(*kept.user_span)]) in ("  two  ", "\n  two  ")
     assert BPE.decode(stripped.input_ids[slice(*stripped.user_span)]) == "two"
     assert stripped == FORMATS["llama3"].encode_prompt("two", "p")
+
+
+def test_a_token_that_straddles_the_border_of_a_content_belongs_to_it() -> None:
+    encoded = FORMATS["chatml"].encode_prompt("\nx", "p")
+    assert BPE.decode(encoded.input_ids[slice(*encoded.user_span)]) == "\n\nx"
+
+
+def test_a_tokenizer_that_adds_a_bos_token_does_not_add_a_second_one() -> None:
+    tokenizer = bpe_tokenizer()
+    bos = tokenizer.convert_tokens_to_ids("<|bos|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
+    )
+    assert tokenizer("x")["input_ids"][0] == bos
+    encoded = ChatFormat(tokenizer, LLAMA3).encode_prompt("x", "p")
+    assert encoded.input_ids.count(bos) == 1
 
 
 def test_without_a_special_end_of_turn_the_last_content_token_stands_for_it() -> None:
@@ -282,9 +298,10 @@ def test_a_template_that_refuses_or_changes_a_message_is_an_error_with_the_id() 
     with pytest.raises(UserError, match="cannot render p") as caught:
         ChatFormat(BPE, strict).encode_prompt("x", "p")
     assert "no system turn" in str(caught.value)
-    upper = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}")
-    with pytest.raises(UserError, match="last message of p is not in the template's rendering"):
-        ChatFormat(BPE, upper).encode_prompt("x", "p")
+    for change in ("upper", "replace('lock', 'door')"):
+        other = CHATML.replace("{{ m['content'] }}", f"{{{{ m['content'] | {change} }}}}")
+        with pytest.raises(UserError, match="last message of p is not in the template's render"):
+            ChatFormat(BPE, other).encode_prompt("a lock", "p")
 
 
 def test_an_empty_prompt_is_refused() -> None:
