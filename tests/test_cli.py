@@ -175,6 +175,35 @@ def test_check_prints_its_report_and_fails_when_there_are_problems(taught_with, 
     assert taught_with(problems, "check", file.name).returncode == 2
 
 
+def test_demo_tells_time_memory_and_where_the_report_is(taught_with, tmp_path, study):
+    stages = (
+        "from taught.study import study_from_dict\nfrom pathlib import Path\n"
+        "def demo(run, *, prompts, pairs, features, full, progress):\n"
+        f"    study = study_from_dict({study.to_dict()!r}, Path('.'))\n"
+        "    with run.stage('policy', study) as stage:\n"
+        "        run.write_json('policy', [prompts, pairs, features, full])\n"
+        "    with run.stage('report', study) as stage:\n"
+        "        run.write_text('report.html', 'x')\n"
+        "import types, taught.report\n"
+        "show = types.ModuleType('taught.report.show')\n"
+        "show.show_run = lambda folder, item=None: f'{folder} shown'\n"
+        "sys = __import__('sys'); sys.modules['taught.report.show'] = show\n"
+    )
+    done = taught_with(stages, "demo", "--prompts", "9", "--full", "--run", "here")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "here shown"
+    assert done.stdout.splitlines()[-1] == f"Report: {tmp_path / 'here' / 'report.html'}"
+    assert re.search(r"policy \d\.\d s, report \d\.\d s, peak memory \d+\.\d GB", done.stderr)
+    assert (tmp_path / "here" / "policy.json").read_text().split() == [
+        "[",
+        "9,",
+        "60,",
+        "75,",
+        "true",
+        "]",
+    ]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
 def test_a_reader_that_has_seen_enough_is_no_error(taught_with, file, tmp_path):
     long = RECORD.replace("problems = ()", "problems = ()\n    text = 'line\\n' * 200000").replace(

@@ -108,6 +108,7 @@ def demo(
             run, prompts=prompts, pairs=pairs, features=features, full=full, progress=progress
         )
     _show(run, None)
+    _err().print(_cost(run), highlight=False)
     _out().print(f"\nReport: {run.path('report.html').resolve()}", soft_wrap=True, highlight=False)
     return 0
 
@@ -149,6 +150,7 @@ def check(study: str, /, *, overrides: Overrides = _NO_OVERRIDES) -> int:
         A study file, a folder that holds study.yaml, or the name of a preset.
     """
     loaded = _load(study, overrides)
+    loaded.require_files()
     from taught import stages
 
     report = stages.check(loaded)
@@ -278,14 +280,18 @@ def _study_stage(stage: str, source: str, overrides: Overrides, output: Output) 
     before = run.manifest["stages"].get(stage)
     with _progress(output.quiet) as progress:
         getattr(stages, stage)(study, run, progress)
-    record = run.manifest["stages"][stage]
-    if record == before:
-        _err().print(f"{stage} was complete already in {run.folder}", highlight=False)
-    else:
-        memory = record["peak_memory_gb"]
-        used = f"{record['seconds']:.1f} s" + (f", peak memory {memory:.1f} GB" if memory else "")
-        _err().print(f"{stage} complete in {run.folder}: {used}", highlight=False)
+    state = "was complete already" if run.manifest["stages"][stage] == before else "complete"
+    _err().print(f"{stage} {state} in {run.folder} ({_cost(run, stage)})", highlight=False)
     return 0
+
+
+def _cost(run: RunFolder, *stages: str) -> str:
+    """Time of the stages (all by default) and the largest memory of the process that ran them."""
+    records = run.manifest["stages"]
+    used = {stage: records[stage] for stage in stages or records}
+    parts = [f"{stage} {record['seconds']:.1f} s" for stage, record in used.items()]
+    memory = max(record["peak_memory_gb"] or 0.0 for record in used.values())
+    return ", ".join(parts) + f", peak memory {memory:.1f} GB"
 
 
 def _load(source: str, overrides: Overrides) -> Study:
