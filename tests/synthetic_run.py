@@ -67,7 +67,7 @@ def build_synthetic_run(
     made = _Made(size, hostile, np.random.default_rng(seed))
     run, study = (
         RunFolder(path, command="taught demo"),
-        _study(path.with_name(path.name + "-inputs")),
+        synthetic_study(path),
     )
     writers = {"policy": _write_policy, "attribute": _write_attribute, "curate": _write_curate}
     for stage in stages:
@@ -143,8 +143,9 @@ class _Made:
         self.length = rng.integers(8, 300, p)
 
 
-def _study(folder: Path) -> Study:
-    """A study whose files exist as stubs, which is all that the run folder looks at."""
+def synthetic_study(path: Path) -> Study:
+    """The study of the run at ``path``; its files are stubs, which is all that a run looks at."""
+    folder = path.with_name(path.name + "-inputs")
     (folder / "sae").mkdir(parents=True, exist_ok=True)
     (folder / "sae" / "cfg.json").write_text("{}")
     for name in ("prompts.jsonl", "pairs.jsonl"):
@@ -298,10 +299,13 @@ def _write_influence(run: RunFolder, made: _Made) -> None:
         for group in ("harmful", "harmless"):
             at = [g == group for g in made.groups]
             rows.append((pair, "mean_y", None, group, "total", float(made.dy[i][at].mean())))
-    names = ("pair_id", "target", "feature_id", "group", "pathway", "value")
+    rows = [(*row, "adjoint") for row in rows]
+    checked = set(made.pair_ids[:3])  # a second estimator, slightly different, for the first pairs
+    rows += [(*r[:5], 1.01 * r[5], "finite-step") for r in rows if r[0] in checked]
+    names = ("pair_id", "target", "feature_id", "group", "pathway", "value", "estimator")
     columns = {name: [r[k] for r in rows] for k, name in enumerate(names)}
     columns["feature_id"] = pa.array(columns["feature_id"], pa.int64())
-    _table(run, "influence", {**columns, "estimator": ["adjoint"] * len(rows)})
+    _table(run, "influence", columns)
 
 
 def _write_summary(run: RunFolder, made: _Made) -> None:

@@ -11,18 +11,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synthetic_run import HOSTILE, Size, build_synthetic_run
+from synthetic_run import HOSTILE, Size, build_synthetic_run, synthetic_study
 from taught.errors import UserError
 from taught.report import charts, stats, text, verdict
 from taught.report.build import build_report, embed, render
 from taught.report.charts import Point, Scale
-from taught.report.sections import mark_token
 from taught.report.stats import Control, Estimate
-from taught.report.view import load_view
+from taught.report.view import _split, load_view
+from taught.run import RunFolder
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 SECTIONS = [
@@ -178,20 +179,21 @@ def test_page_opens_without_the_stages_after_policy(tmp_path: Path):
 
 
 def test_page_opens_for_a_run_with_nothing_in_it(tmp_path: Path):
-    run = build_synthetic_run(tmp_path / "run", stages=())
-    (run).mkdir(exist_ok=True)
-    (run / "manifest.json").write_text(
-        '{"format": 1, "created": "", "stages": {}, "inputs": {}, "files": {}}'
-    )
+    run = RunFolder(tmp_path / "run")
+    with run.stage("policy", synthetic_study(tmp_path / "run")):
+        pass
     assert "taught policy STUDY makes it" in Page(build_report(run).read_text("utf-8")).text
 
 
 def test_files_of_an_unfinished_stage_are_not_shown(tmp_path: Path):
-    run = build_synthetic_run(tmp_path / "run")
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["stages"]["curate"]["status"] = "running"
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    assert load_view(run).curation is None and load_view(run).summary is not None
+    path = build_synthetic_run(tmp_path / "run")
+    run, study = RunFolder(path), synthetic_study(path).replace("curation.rule", "top-k")
+    extra = {"model.weights": "5af571cb"}
+    with pytest.raises(RuntimeError), run.stage("curate", study, extra):
+        run.write_table("curation", pa.table({"pair_id": ["half"]}))
+        raise RuntimeError("killed")
+    assert (path / "curation.parquet").is_file()
+    assert load_view(path).curation is None and load_view(path).summary is not None
 
 
 def test_a_changed_file_is_refused_by_name(tmp_path: Path):
@@ -297,14 +299,18 @@ def test_embed_and_clean_keep_what_is_harmless(words: str):
 @pytest.mark.parametrize(
     ("token", "context", "expected"),
     [
-        ("lock", "a lock here", ("a ", "lock", " here")),
-        ("a", "a b a c a", ("a b ", "a", " c a")),
-        ("x", "no such token", ("no such token", "", "")),
-        ("x", "", ("", "x", "")),
+        ("lock", "a lock here", {"before": "a ", "after": " here"}),
+        ("a", "a b a c a", {"before": "a b ", "after": " c a"}),
+        ("x", "no such token", {"before": "no such token", "token": "", "after": ""}),
+        ("x", "", {"before": "", "token": "x", "after": ""}),
     ],
 )
 def test_token_is_marked_nearest_to_the_middle(token, context, expected):
-    assert mark_token(token, context) == expected
+    assert _split(token, context) == expected
+
+
+def test_tokens_are_marked_in_their_context(html: str):
+    assert re.search(r"how a person would misuse<mark> \w+</mark>", html)
 
 
 # Verdict
@@ -388,7 +394,10 @@ def pair_rows(scores: list[float], labels: list[str] | None = None) -> list[dict
 
 def test_strongest_pairs_are_named_with_pathway_and_no_overclaim():
     sentence = verdict.push_sentence(pair_rows([2e-4, 5e-4, -1e-4]))
-    assert "p1 (refusal) pushes the policy along itself most: S = +5.00\u00a0×10⁻⁴" in sentence.text
+    assert (
+        "p1 (refusal) pushes the policy along itself most: S\u00a0=\u00a0+5.00\u00a0×10⁻⁴"
+        in sentence.text
+    )
     assert "p2 (refusal) pushes against it most" in sentence.text
     assert "mainly through output probability (x +1.00, y +4.00)" in sentence.text
     assert "does not by itself mean more of the behavior" in sentence.text
@@ -446,10 +455,17 @@ def test_no_trivial_predictor_is_said_so():
 
 def test_curation_counts_by_label():
     rows = [
-        {"pair_id": f"p{i}", "action": "drop" if i < 3 else "keep", "rule": "paper"}
+        {
+            "pair_id": f"p{i}",
+            "action": "drop" if i < 3 else "keep",
+            "rule": "paper",
+            "score": -0.1 * i,
+            "threshold": 0.0,
+        }
         for i in range(8)
     ]
     pairs = pair_rows([0.0] * 8, ["a", "b", "a", "a", "a", "b", "b", "b"])
+    assert "first of all p2, p1 and p0" in verdict.curation_sentence(rows, pairs).text
     assert "drop 3 of 8 pairs (2 a and 1 b)" in verdict.curation_sentence(rows, pairs).text
     assert "nothing to drop" in verdict.curation_sentence(rows[3:], pairs).text
 

@@ -178,7 +178,7 @@
     drawer.scrollTop = 0;
   };
   document.querySelectorAll("span.pair[data-pair]").forEach((span) => {
-    const button = make("button", { cls: "pair id", type: "button", text: span.textContent, "data-pair": span.dataset.pair });
+    const button = make("button", { cls: "pair id", type: "button", text: span.textContent, title: span.title, "data-pair": span.dataset.pair });
     span.replaceWith(button);
   });
   document.addEventListener("click", (event) => {

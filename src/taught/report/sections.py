@@ -191,10 +191,7 @@ def _card(
         "source": label.get("label_source"),
         "top": _examples(label.get("top_prompts"), prompts),
         "contrast": _examples(label.get("contrast_prompts"), prompts),
-        "tokens": [
-            (mark_token(t["token"], t["context"]), t.get("activation"))
-            for t in label.get("top_tokens") or []
-        ],
+        "tokens": label.get("top_tokens") or [],
         "movers": _movers(view, feature, index),
     }
 
@@ -215,22 +212,6 @@ def _examples(
             )
         )
     return found
-
-
-def mark_token(token: str, context: str) -> tuple[str, str, str]:
-    """Split a context around the token's occurrence nearest to its middle: before, token, after.
-
-    A context without the token is returned whole; without a context the token stands alone.
-    """
-    if not token or token not in context:
-        return (context, "", "") if context else ("", token, "")
-    places, start = [], context.find(token)
-    while start >= 0:
-        places.append(start)
-        start = context.find(token, start + 1)
-    middle = (len(context) - len(token)) / 2
-    at = min(places, key=lambda place: abs(place - middle))
-    return context[:at], token, context[at + len(token) :]
 
 
 def _movers(view: View, feature: int, index: dict[str, int]) -> Json | None:
@@ -331,8 +312,11 @@ def _method_section(view: View) -> Json:
         ("policy", "folds"), ("policy", "bootstrap"), ("attribution", "estimator"),
         ("attribution", "lr"), ("curation", "rule"),
     )  # fmt: skip
+    values = ((f"{a}.{b}", (study.get(a) or {}).get(b)) for a, b in keys)
     settings = [
-        (f"{a}.{b}", str((study.get(a) or {})[b])) for a, b in keys if b in (study.get(a) or {})
+        (k, str(v).lower() if v is True or v is False else str(v))
+        for k, v in values
+        if v is not None
     ]
     return {"settings": settings, "lr": (study.get("attribution") or {}).get("lr", "lr")}
 

@@ -245,7 +245,7 @@ def _feature(view: View, row: Row) -> RenderableType:
             Text(f"mean activation {means} group; active on {percent(measured['rate'])} of prompts")
         )
     parts += _examples("Prompts where it is strongest", label.get("top_prompts") or [], view)
-    parts += _examples("Contrast", label.get("contrast_prompts") or [], view)
+    parts += _examples("Contrast: without it", label.get("contrast_prompts") or [], view)
     return Group(*parts, *_movers(view, feature))
 
 

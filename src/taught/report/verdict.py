@@ -169,9 +169,8 @@ def _pushed(row: Row, does: str, power: int) -> str:
     x, y = (signed(row[k], power=power) for k in ("score_x", "score_y"))
     total = f"{signed(row['score'], power=power)}{tens(power)}"
     through = _through(row["score_x"], row["score_y"])
-    return (
-        f"{row['pair_id']} ({row['label']}) {does}: S = {total} per step, {through} (x {x}, y {y})"
-    )
+    name = f"{row['pair_id']} ({row['label']})"
+    return f"{name} {does}: S\u00a0=\u00a0{total} per step, {through} (x {x}, y {y})"
 
 
 def _through(x: float, y: float) -> str:
@@ -193,7 +192,7 @@ def label_sentence(summary: Rows) -> Sentence | None:
         return None
     power = common_power([end for e in known.values() for end in (e.value, e.lo, e.hi)])
     parts = [
-        f"{name} pairs average S = {e.text(power=power)}{tens(power)}"
+        f"{name} pairs average S\u00a0=\u00a0{e.text(power=power)}{tens(power)}"
         + (f" ({NOTHING.lower()}: the interval includes zero)" if e.includes_zero else "")
         for name, e in known.items()
     ]
@@ -236,7 +235,7 @@ def trivial_correlations(summary: Rows) -> list[tuple[str, Estimate]]:
     labels = [name for name, _ in Counter(str(r["label"]) for r in summary).most_common()]
     if len(labels) == 2:
         first = min(labels)
-        columns[f"label ({first} = 1)"] = [float(r["label"] == first) for r in summary]
+        columns[f"the label ({first} = 1)"] = [float(r["label"] == first) for r in summary]
     found = ((name, spearman_interval(score, values)) for name, values in columns.items())
     return [(name, e) for name, e in found if e is not None]
 
@@ -276,7 +275,13 @@ def curation_sentence(curation: Rows, pairs: Rows) -> Sentence:
     split = listed([f"{n} {name}" for name, n in kinds.most_common()], 4)
     text = (
         f"The rule “{rule}” suggests to drop {len(drops)} of {count(len(curation), 'pair')} "
-        f"({split}). It rests on one-step estimates; whether dropping them helps is known only "
-        "after retraining."
+        f"({split}), {_farthest(drops)}. It rests on one-step estimates; whether dropping them "
+        "helps is known only after retraining."
     )
     return Sentence("Curation", "found", text)
+
+
+def _farthest(drops: Rows) -> str:
+    """The three pairs that lie farthest past their threshold."""
+    far = sorted(drops, key=lambda r: -abs(r["score"] - (r["threshold"] or 0.0)))[:3]
+    return "first of all " + listed([str(r["pair_id"]) for r in far])

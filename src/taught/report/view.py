@@ -124,7 +124,8 @@ def load_view(run: RunFolder | Path | str) -> View:
         manifest=manifest,
         study=study,
         policy=cast("Row | None", cleaned(policy)),
-        labels=labels and {int(key): cast(Row, cleaned(row)) for key, row in labels.items()},
+        labels=labels
+        and {int(key): _label(cast(Row, cleaned(row))) for key, row in labels.items()},
         shifts=_shifts(run, files, (study.get("attribution") or {}).get("estimator")),
         effects=_matrix(run, files, "prompt_effects", "dy", "pair_ids", "prompt_ids"),
         comovement=_matrix(run, files, "comovement", "r", "feature_ids", "feature_ids"),
@@ -133,6 +134,26 @@ def load_view(run: RunFolder | Path | str) -> View:
 
 
 _TABLES = ("prompts", "features", "coefficients", "audit", "pairs", "summary", "curation")
+
+
+def _label(row: Row) -> Row:
+    """Bring contrast prompts and tokens with their surroundings into one form."""
+    tokens = [
+        t if "before" in t else {**t, **_split(str(t["token"]), str(t.get("context") or ""))}
+        for t in row.get("top_tokens") or []
+    ]
+    contrast = row.get("contrast_prompts") or row.get("contrastive_prompts") or []
+    return {**row, "top_tokens": tokens, "contrast_prompts": contrast}
+
+
+def _split(token: str, context: str) -> Row:
+    """Split a context at the token's occurrence nearest to its middle."""
+    if not token or token not in context:
+        return {"before": context, "token": "" if context else token, "after": ""}
+    places = [i for i in range(len(context)) if context.startswith(token, i)]
+    middle = (len(context) - len(token)) / 2
+    at = min(places, key=lambda place: abs(place - middle))
+    return {"before": context[:at], "after": context[at + len(token) :]}
 
 
 def _complete_files(run: RunFolder) -> set[str]:
