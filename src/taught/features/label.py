@@ -1,0 +1,337 @@
+"""What a feature seems to stand for: its strongest prompts and tokens, and a short label.
+
+Nothing is asked of an outside service. The label is made of the words whose tokens carry the
+feature: for each word w
+
+    log-odds_k(w) = log (c_kw / (A_k - c_kw)) - log (n_w / (M - n_w))
+
+with c_kw the activation of feature k on w's tokens, A_k its activation on all tokens of words, n_w
+the number of w's tokens among all M of those (the share c_kw / A_k is first drawn towards n_w / M
+by 5%). A word scores its activation share times its log-odds: strong, and not merely frequent. Labels
+are hints for the reader; no number depends on them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from taught.errors import UserError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+CONTEXT = 6  # tokens of context on each side
+PRIOR = 0.05  # share of the smoothing mass
+
+
+@dataclass(frozen=True)
+class FeatureDescription:
+    """One feature in words; plain values for JSON.
+
+    Attributes
+    ----------
+    feature_id : the SAE's id
+    label : short and readable, from the words or from the user's file
+    label_source : "words" or "file"
+    words : [{"word", "score"}], strongest first
+    top_prompts : [{"prompt_id", "text", "group", "activation"}]
+        Prompts with the largest activation at any of their tokens.
+    contrastive_prompts : the same keys and "similarity", "to"
+        For each of the top prompts, the prompt of the same group without the feature whose
+        residual is most similar (cosine); "to" is the top prompt's id.
+    top_tokens : [{"token", "before", "after", "activation", "prompt_id"}]
+        At most one per prompt.
+    """
+
+    feature_id: int
+    label: str
+    label_source: str
+    words: list[dict[str, Any]]
+    top_prompts: list[dict[str, Any]]
+    contrastive_prompts: list[dict[str, Any]]
+    top_tokens: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenActivations:
+    """What a description is made of.
+
+    Attributes
+    ----------
+    feature_ids : int64 [d]
+    acts : [M, d], activations of the features at the read-out tokens
+    tokens : M texts
+    prompt : int64 [M], index of each token's prompt; tokens of a prompt stand together, in order
+    prompt_ids, texts, groups : N each
+    h : [N, D]
+        One residual per prompt (pooled like the read-out), for the similarity of prompts.
+    """
+
+    feature_ids: Ints
+    acts: Floats
+    tokens: Sequence[str]
+    prompt: Ints
+    prompt_ids: Sequence[str]
+    texts: Sequence[str]
+    groups: Sequence[str]
+    h: Floats
+
+    def __post_init__(self) -> None:
+        m, n = len(self.tokens), len(self.prompt_ids)
+        shapes = [self.acts.shape == (m, len(self.feature_ids)), len(self.prompt) == m,
+                  len(self.texts) == n, len(self.groups) == n, len(self.h) == n,
+                  not m or (self.prompt.min() >= 0 and self.prompt.max() < n)]  # fmt: skip
+        if not all(shapes):
+            raise UserError("the inputs of the labels do not fit together",
+                            value=f"acts {self.acts.shape}, tokens {m}, prompts {n}",
+                            rule="acts [M, d], one token text and prompt index per row",
+                            fix="pass arrays of the same prompts")  # fmt: skip
+
+
+def describe_features(
+    feature_ids: ArrayLike,
+    acts: ArrayLike,
+    tokens: Sequence[str],
+    prompt: ArrayLike,
+    *,
+    prompt_ids: Sequence[str],
+    texts: Sequence[str],
+    groups: Sequence[str],
+    h: ArrayLike,
+    labels: Mapping[int, str] | None = None,
+    top: int = 5,
+) -> list[FeatureDescription]:
+    """Describe every feature, in the order of ``feature_ids``.
+
+    Parameters
+    ----------
+    feature_ids, acts, tokens, prompt, prompt_ids, texts, groups, h
+        See :class:`TokenActivations`.
+    labels
+        Labels that override the made ones (:func:`load_labels`).
+    top
+        How many prompts and tokens are listed.
+
+    Raises
+    ------
+    UserError
+        The inputs do not fit together.
+    """
+    data = TokenActivations(np.asarray(feature_ids, np.int64), np.asarray(acts, np.float64), tokens,
+                            np.asarray(prompt, np.int64), prompt_ids, texts, groups,
+                            np.asarray(h, np.float64))  # fmt: skip
+    words, word_of = _words(data)
+    units = data.h / np.maximum(np.linalg.norm(data.h, axis=1, keepdims=True), 1e-30)
+    return [
+        _describe(data, column, words, word_of, units, labels or {}, top)
+        for column in range(len(data.feature_ids))
+    ]
+
+
+def _describe(
+    data: TokenActivations,
+    column: int,
+    words: list[str],
+    word_of: Ints,
+    units: Floats,
+    labels: Mapping[int, str],
+    top: int,
+) -> FeatureDescription:
+    feature_id, acts = int(data.feature_ids[column]), data.acts[:, column]
+    strongest = _per_prompt(data, acts)
+    leading = [int(i) for i in np.argsort(-strongest, kind="stable")[:top] if strongest[i] > 0]
+    scored = _scored_words(acts, words, word_of)
+    made = _made_label(scored, [data.groups[i] for i in leading])
+    return FeatureDescription(
+        feature_id=feature_id,
+        label=labels.get(feature_id, made),
+        label_source="file" if feature_id in labels else "words",
+        words=[{"word": word, "score": score} for word, score in scored],
+        top_prompts=[_prompt_row(data, i, strongest) for i in leading],
+        contrastive_prompts=_contrasts(data, leading, strongest, units),
+        top_tokens=[_token_row(data, acts, i) for i in leading],
+    )
+
+
+def _per_prompt(data: TokenActivations, acts: Floats) -> Floats:
+    """Largest activation of each prompt, [N]; 0 for a prompt without tokens."""
+    out = np.zeros(len(data.prompt_ids))
+    np.maximum.at(out, data.prompt, acts)
+    return out
+
+
+def _prompt_row(data: TokenActivations, i: int, strongest: Floats) -> dict[str, Any]:
+    return {
+        "prompt_id": data.prompt_ids[i],
+        "text": data.texts[i],
+        "group": data.groups[i],
+        "activation": float(strongest[i]),
+    }
+
+
+def _contrasts(
+    data: TokenActivations, leading: list[int], strongest: Floats, units: Floats
+) -> list[dict[str, Any]]:
+    """For each leading prompt the most similar prompt of its group with the feature off, once."""
+    off = strongest <= 0
+    out: list[dict[str, Any]] = []
+    for i in leading:
+        candidates = [j for j in np.flatnonzero(off).tolist() if data.groups[j] == data.groups[i]]
+        if not candidates:
+            continue
+        similarity = units[candidates] @ units[i]
+        j = candidates[int(np.argmax(similarity))]
+        off[j] = False
+        out.append({**_prompt_row(data, j, strongest), "similarity": float(similarity.max()),
+                    "to": data.prompt_ids[i]})  # fmt: skip
+    return out
+
+
+def _token_row(data: TokenActivations, acts: Floats, i: int) -> dict[str, Any]:
+    """Strongest token of prompt i with what stands around it."""
+    rows = np.flatnonzero(data.prompt == i)
+    at = int(np.argmax(acts[rows]))
+    text = [data.tokens[row] for row in rows]
+    return {"token": text[at], "before": "".join(text[max(at - CONTEXT, 0) : at]),
+            "after": "".join(text[at + 1 : at + 1 + CONTEXT]),
+            "activation": float(acts[rows[at]]), "prompt_id": data.prompt_ids[i]}  # fmt: skip
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _words(data: TokenActivations) -> tuple[list[str], Ints]:
+    """Vocabulary, and the word that each token is a part of (-1: no letters or digits).
+
+    A token that begins with white space, or the first of its prompt, begins a word.
+    """
+    spans: list[str] = []
+    span_of = np.empty(len(data.tokens), dtype=np.int64)
+    for row, token in enumerate(data.tokens):
+        begins = row == 0 or data.prompt[row] != data.prompt[row - 1]
+        if (
+            begins
+            or token[:1].isspace()
+            or not _is_word(token)
+            or not _is_word(data.tokens[row - 1])
+        ):
+            spans.append("")
+        spans[-1] += token
+        span_of[row] = len(spans) - 1
+    cleaned = [span.strip().lower() if _is_word(span) else "" for span in spans]
+    vocabulary = sorted({word for word in cleaned if word})
+    index = {word: i for i, word in enumerate(vocabulary)} | {"": -1}
+    return vocabulary, np.array([index[cleaned[s]] for s in span_of], dtype=np.int64)
+
+
+def _is_word(text: str) -> bool:
+    """Letters and digits (and marks inside a word), not a special token like <|im_end|>."""
+    inner = text.strip()
+    return bool(inner) and all(c.isalnum() or c in "'’-_" for c in inner) and any(
+        c.isalnum() for c in inner
+    )  # fmt: skip
+
+
+def _scored_words(
+    acts: Floats, words: list[str], word_of: Ints, limit: int = 5
+) -> list[tuple[str, float]]:
+    """Words with the largest activation share times log-odds; only positive ones."""
+    part = word_of >= 0
+    total = float(acts[part].sum())
+    if not words or total <= 0:
+        return []
+    frequency = np.bincount(word_of[part], minlength=len(words)) / part.sum()
+    share = np.bincount(word_of[part], weights=acts[part], minlength=len(words)) / total
+    smooth = (1 - PRIOR) * share + PRIOR * frequency
+    score = share * (_logit(smooth) - _logit(frequency))
+    order = np.argsort(-score, kind="stable")[:limit].tolist()
+    return [(words[i], float(score[i])) for i in order if score[i] > 0]
+
+
+def _logit(p: Floats) -> Floats:
+    inside = np.clip(p, 1e-9, 1 - 1e-9)
+    return np.log(inside) - np.log1p(-inside)
+
+
+def _made_label(scored: list[tuple[str, float]], groups: Sequence[str]) -> str:
+    """Up to three words; where no word stands out, the groups of the strongest prompts."""
+    if scored:
+        floor = 0.25 * scored[0][1]
+        return ", ".join(word for word, score in scored[:3] if score >= floor)
+    if groups:
+        return "marks and template tokens (" + ", ".join(sorted(set(groups))) + ")"
+    return "not active"
+
+
+# --- the user's labels ----------------------------------------------------------------------------
+
+
+def load_labels(file: str | Path) -> dict[int, str]:
+    """Read feature id -> label from JSON or YAML (a mapping) or CSV (columns id, label).
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, an id is not a whole number or appears twice, a label is empty.
+    """
+    path = Path(file).expanduser()
+    try:
+        entries = _label_entries(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError("the label file cannot be read", value=f"{path}: {error!r}",
+                        rule=".json or .yaml with id: label, or .csv with columns id and label",
+                        fix="check features.labels") from error  # fmt: skip
+    labels: dict[int, str] = {}
+    for key, label in entries:
+        text = str(key).strip()
+        named = isinstance(label, str) and label.strip()
+        if not text.isdecimal() or int(text) in labels or not named:
+            raise UserError("the label file has a bad entry", value=f"{key!r}: {label!r}",
+                            rule="feature ids are whole numbers, each once, with a label",
+                            fix=f"correct it in {path.name}")  # fmt: skip
+        labels[int(text)] = str(label).strip()
+    return labels
+
+
+def _label_entries(path: Path) -> list[tuple[object, object]]:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".csv":
+        return [(row["id"], row["label"]) for row in csv.DictReader(text.splitlines())]
+    if path.suffix.lower() == ".json":
+        # Pairs, so that an id that stands twice is seen.
+        return _mapping(json.loads(text, object_pairs_hook=_Pairs))
+    return _yaml_entries(text)
+
+
+class _Pairs(list):
+    """The (key, value) pairs of a JSON object."""
+
+
+def _mapping(value: object) -> list[tuple[object, object]]:
+    if not isinstance(value, _Pairs):
+        raise ValueError("not a mapping of id: label")
+    return value
+
+
+def _yaml_entries(text: str) -> list[tuple[object, object]]:
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError("not a mapping of id: label")
+    return [(key.value, value.value) for key, value in node.value]

@@ -1,0 +1,427 @@
+"""Sparse autoencoders, read from SAELens and sparsify folders with torch and safetensors alone.
+
+    pre = (h - b_dec) W_enc + b_enc          (h itself where apply_b_dec_to_input is off)
+    a   = pre * 1[gate]                      standard: pre > 0; JumpReLU: pre > threshold (and > 0);
+                                             TopK: the k largest of the row (and > 0)
+    h~  = a W_dec + b_dec
+
+The paper's dense proxy (SMDA, arXiv 2606.29171, section 3) is another function of the same weights:
+``encoder="relu"`` is ReLU(h W_enc + b_enc), without centring and without threshold. The gate is a
+constant for autograd: d act / d pre is 1 where a feature is active and 0 elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from taught.errors import UserError
+
+Encoder = Literal["sae", "relu"]
+ENCODERS = ("sae", "relu")
+ARCHITECTURES = ("standard", "jumprelu", "topk")
+
+
+@dataclass(frozen=True, eq=False)
+class SparseAutoencoder:
+    """Weights of a sparse autoencoder on one block's residual stream.
+
+    Attributes
+    ----------
+    W_enc : [D, F]
+    b_enc : [F]
+    W_dec : [F, D]
+    b_dec : [D]
+    threshold : [F] or None
+        JumpReLU: a feature is active where its pre-activation is above it.
+    k : int or None
+        TopK: the number of features active per token, at most.
+    architecture : one of ARCHITECTURES
+    apply_b_dec_to_input : whether ``b_dec`` is taken off the input
+    rescale_by_decoder_norm : TopK of SAELens: pre-activations are multiplied by the norm of the
+        feature's decoder row before the selection (and the decoder rows divided by it)
+    block : block, counted from 0, whose *output* is read
+    hook : the name of that place in the file
+    provenance : where the weights are from and what the file says of their training (JSON values)
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None
+    k: int | None
+    architecture: str
+    apply_b_dec_to_input: bool
+    rescale_by_decoder_norm: bool
+    block: int
+    hook: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_shapes(self)
+
+    @property
+    def width(self) -> int:
+        """D, the width of the residual stream."""
+        return self.W_enc.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        """F, the number of features."""
+        return self.W_enc.shape[1]
+
+    def encode(
+        self, h: Tensor, ids: Tensor | Sequence[int] | None = None, encoder: Encoder = "sae"
+    ) -> Tensor:
+        """Feature activations.
+
+        Parameters
+        ----------
+        h : [..., D]
+        ids : int64 [d], optional
+            Features, in the order of the result's columns; None: all, in numeric order.
+        encoder : {"sae", "relu"}
+            The autoencoder's own encoder, or the paper's dense proxy.
+
+        Returns
+        -------
+        [..., d], differentiable in ``h`` with the gate at its value (d act / d pre is 1 or 0).
+
+        Raises
+        ------
+        UserError
+            An id that the autoencoder does not have, or an unknown encoder.
+
+        Notes
+        -----
+        Costs D d multiply-adds a token; TopK needs all F features to know which are the k largest.
+        """
+        if encoder not in ENCODERS:
+            raise UserError("unknown encoder", value=encoder, rule="one of " + ", ".join(ENCODERS),
+                            fix="set sae.encoder")  # fmt: skip
+        chosen = None if ids is None else _checked_ids(ids, self.n_features).to(h.device)
+        if encoder == "relu":
+            return torch.relu(self._pre(h, chosen))
+        x = h - self.b_dec if self.apply_b_dec_to_input else h
+        if self.k is not None:
+            acts = self._top_k(self._pre(x, None) * self._scale())
+            return acts if chosen is None else acts[..., chosen]
+        pre = self._pre(x, chosen)
+        threshold = pre.new_zeros(()) if self.threshold is None else self.threshold
+        cut = threshold if chosen is None or threshold.ndim == 0 else threshold[chosen]
+        return pre * ((pre > cut) & (pre > 0)).to(pre.dtype)
+
+    def decode(self, acts: Tensor) -> Tensor:
+        """Reconstruction [..., D] from the activations [..., F] of all features."""
+        return (acts / self._scale()) @ self.W_dec + self.b_dec
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> SparseAutoencoder:
+        """Return the same autoencoder on another device or in another precision."""
+        moved = {
+            name: getattr(self, name).to(device=device, dtype=dtype)
+            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(self, **moved)
+
+    def _pre(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        if ids is None:
+            return x @ self.W_enc + self.b_enc
+        return x @ self.W_enc[:, ids] + self.b_enc[ids]
+
+    def _scale(self) -> Tensor:
+        if not self.rescale_by_decoder_norm:
+            return self.W_dec.new_ones(())
+        return self.W_dec.norm(dim=1)
+
+    def _top_k(self, pre: Tensor) -> Tensor:
+        assert self.k is not None
+        gate = torch.zeros_like(pre).scatter(-1, pre.topk(self.k, dim=-1).indices, 1.0)
+        return pre * (gate * (pre > 0))
+
+
+def _check_shapes(sae: SparseAutoencoder) -> None:
+    if sae.W_enc.ndim != 2:
+        raise _bad_shapes("W_enc", tuple(sae.W_enc.shape), "[D, F]")
+    width, features = sae.W_enc.shape
+    expected = {"b_enc": (features,), "W_dec": (features, width), "b_dec": (width,)}
+    if sae.threshold is not None:
+        expected["threshold"] = (features,)
+    for name, shape in expected.items():
+        if tuple(getattr(sae, name).shape) != shape:
+            raise _bad_shapes(name, tuple(getattr(sae, name).shape), str(list(shape)))
+    if sae.k is not None and not 0 < sae.k <= features:
+        raise _bad_shapes("k", sae.k, f"1 to {features}")
+
+
+def _bad_shapes(name: str, value: object, rule: str) -> UserError:
+    return UserError("the SAE's weights do not fit together", value=f"{name}: {value}", rule=rule,
+                     fix="check that the weights and cfg.json are of one SAE")  # fmt: skip
+
+
+def _checked_ids(ids: Tensor | Sequence[int], features: int) -> Tensor:
+    chosen = torch.as_tensor(ids, dtype=torch.long)
+    bad = chosen[(chosen < 0) | (chosen >= features)]
+    if len(bad):
+        raise UserError("the SAE has no such feature", value=bad.tolist(),
+                        rule=f"ids from 0 to {features - 1}", fix="check features.ids")  # fmt: skip
+    return chosen
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def load_sae(path: str | Path, *, block: int | None = None) -> SparseAutoencoder:
+    """Read an autoencoder.
+
+    Parameters
+    ----------
+    path
+        A SAELens folder (``cfg.json``, ``sae_weights.safetensors``), a sparsify folder
+        (``cfg.json``, ``sae.safetensors``), or ``release:sae_id`` of SAELens' public releases
+        (needs the optional package sae-lens, and network).
+    block
+        Block whose output it reads, where the file does not say.
+
+    Returns
+    -------
+    SparseAutoencoder
+        float32, on the CPU.
+
+    Raises
+    ------
+    UserError
+        Nothing is there, or the configuration names something this reader does not compute.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists() and (named := re.fullmatch(r"([\w.\-]+):([\w./\-]+)", str(path))):
+        return _load_release(named[1], named[2], block)
+    config = _read_config(folder)
+    readers = {"sae_weights.safetensors": _read_saelens, "sae.safetensors": _read_sparsify}
+    for name, read in readers.items():
+        if (folder / name).is_file():
+            return read(config, _read_weights(folder / name), block, {"folder": folder.name})
+    raise UserError("the SAE folder holds no weights", value=str(folder),
+                    rule="sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)",
+                    fix="check sae.path")  # fmt: skip
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError("the SAE folder has no readable cfg.json", value=f"{folder}: {error}",
+                        rule="a SAELens or sparsify folder, or release:sae_id",
+                        fix="check sae.path") from error  # fmt: skip
+    if not isinstance(config, dict):
+        raise UserError("cfg.json is not a JSON object", value=str(folder), fix="check sae.path")
+    return config
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError("the SAE's weights cannot be read", value=f"{file}: {error}",
+                        rule="a safetensors file", fix="copy or download it again",
+                        ) from error  # fmt: skip
+
+
+def _read_saelens(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    block: int | None,
+    source: Mapping[str, Any],
+) -> SparseAutoencoder:
+    """Build from what SAELens saves; old files keep the metadata at the top level."""
+    metadata = {**config, **(config.get("metadata") or {})}
+    architecture = str(config.get("architecture", "standard"))
+    hook = str(metadata.get("hook_name", ""))
+    _refuse_saelens(config, metadata, architecture, weights)
+    top_k = architecture == "topk"
+    rescale = bool(config.get("rescale_acts_by_decoder_norm", False)) and top_k
+    return _build(
+        {name: weights.get(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
+        threshold=weights.get("threshold") if architecture == "jumprelu" else None,
+        k=int(config["k"]) if top_k else None,
+        architecture=architecture,
+        apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
+        rescale_by_decoder_norm=rescale,
+        block=_block(hook, block),
+        hook=hook,
+        provenance={**source, "format": "saelens", "metadata": config.get("metadata") or {}},
+    )
+
+
+def _refuse_saelens(
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    architecture: str,
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Refuse by name what would change the activations and is not computed here."""
+    if architecture not in ARCHITECTURES:
+        raise _refused("architecture", architecture, " | ".join(ARCHITECTURES))
+    for key in ("normalize_activations", "reshape_activations", "activation_normalization"):
+        if config.get(key) not in (None, "none", False):
+            raise _refused(key, config[key], "none")
+    # Old files: the activation function stands apart from the architecture.
+    activation = metadata.get("activation_fn_str", metadata.get("activation_fn"))
+    if activation not in (None, "relu") and not (architecture == "topk" and activation == "topk"):
+        raise _refused("activation_fn", activation, "relu")
+    if metadata.get("hook_head_index") is not None:
+        raise _refused("hook_head_index", metadata["hook_head_index"], "none: a residual stream")
+    if metadata.get("seqpos_slice") not in (None, [None], [None, None]):
+        raise _refused("seqpos_slice", metadata["seqpos_slice"], "none: all tokens")
+    needs = {"jumprelu": "threshold"}.get(architecture)
+    known = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({needs} if needs else set())
+    if needs and needs not in weights:
+        raise _refused("weights without", needs, f"{architecture} needs it")
+    if extra := sorted(set(weights) - known):
+        raise _refused("weights", extra, ", ".join(sorted(known)))
+    if architecture == "topk" and not config.get("k"):
+        raise _refused("k", config.get("k"), "the number of active features of topk")
+
+
+def _read_sparsify(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    block: int | None,
+    source: Mapping[str, Any],
+) -> SparseAutoencoder:
+    """Build from what sparsify saves: TopK, or GroupMax, which is refused."""
+    # multi_topk is not among them: it concerns the training loss only.
+    for key in ("transcode", "skip_connection", "normalize_io"):
+        if config.get(key):
+            raise _refused(key, config[key], "false")
+    if (activation := config.get("activation", "topk")) != "topk":
+        raise _refused("activation", activation, "topk")
+    if not config.get("k"):
+        raise _refused("k", config.get("k"), "the number of active features")
+    known = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
+    if extra := sorted(set(weights) - known):
+        raise _refused("weights", extra, ", ".join(sorted(known)))
+    hook = str(config.get("hookpoint", config.get("hook_name", source.get("folder", ""))))
+    encoder = weights.get("encoder.weight")
+    parts = {"W_enc": None if encoder is None else encoder.T.contiguous(),
+             "b_enc": weights.get("encoder.bias"), "W_dec": weights.get("W_dec"),
+             "b_dec": weights.get("b_dec")}  # fmt: skip
+    return _build(parts, threshold=None, k=int(config["k"]), architecture="topk",
+                  apply_b_dec_to_input=True, rescale_by_decoder_norm=False,
+                  block=_block(hook, block), hook=hook,
+                  provenance={**source, "format": "sparsify"})  # fmt: skip
+
+
+def _build(
+    parts: Mapping[str, Tensor | None], *, threshold: Tensor | None, **rest: Any
+) -> SparseAutoencoder:
+    if missing := [name for name, value in parts.items() if value is None]:
+        raise _refused("weights without", missing, "W_enc, b_enc, W_dec, b_dec")
+    tensors: dict[str, Any] = {k: value.float() for k, value in parts.items() if value is not None}
+    cut = None if threshold is None else threshold.float()
+    return SparseAutoencoder(**tensors, threshold=cut, **rest)
+
+
+def _refused(key: str, value: object, rule: str) -> UserError:
+    return UserError("this kind of SAE is not supported", value=f"{key}: {value}", rule=rule,
+                     fix="use another SAE, or save this one in a form that folds it in",
+                     )  # fmt: skip
+
+
+# Names of the *output* of a block. hook_resid_pre of block l + 1 is the same tensor as the output
+# of block l; attention and MLP outputs are not.
+_OUTPUTS = (
+    re.compile(r"blocks\.(\d+)\.hook_resid_post"),
+    re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d+)"),
+)
+_INPUT = re.compile(r"blocks\.(\d+)\.hook_resid_pre")
+
+
+def _block(hook: str, asked: int | None) -> int:
+    """Block whose output the hook names; where it names none, the one that was asked for."""
+    found = next((int(m[1]) for name in _OUTPUTS if (m := name.fullmatch(hook))), None)
+    if (before := _INPUT.fullmatch(hook)) and int(before[1]) > 0:
+        found = int(before[1]) - 1
+    if found is None and hook.startswith("blocks."):
+        raise _refused("hook_name", hook, "blocks.N.hook_resid_post (or hook_resid_pre, N > 0)")
+    if found is None and asked is None:
+        raise UserError("the SAE does not say which block it reads", value=hook or None,
+                        rule="blocks.N.hook_resid_post or layers.N",
+                        fix="set sae.block")  # fmt: skip
+    if found is not None and asked is not None and found != asked:
+        raise UserError("the SAE was made for another block", value=f"{hook}, not block {asked}",
+                        rule="sae.block is the block that the SAE names, or is left out",
+                        fix=f"set sae.block to {found}")  # fmt: skip
+    return int(found if found is not None else asked)  # type: ignore[arg-type]
+
+
+def _load_release(release: str, sae_id: str, block: int | None) -> SparseAutoencoder:
+    """Read a public release through sae-lens; the weights are then handled as those of a folder."""
+    try:
+        sae_lens = importlib.import_module("sae_lens")
+    except ImportError as error:
+        raise UserError("reading a public release needs the package sae-lens",
+                        value=f"{release}:{sae_id}", rule="an optional dependency",
+                        fix="pip install 'taught[saelens]'") from error  # fmt: skip
+    try:
+        sae = sae_lens.SAE.from_pretrained(release=release, sae_id=sae_id, device="cpu")
+    except Exception as error:  # sae-lens raises whatever its many loaders raise
+        raise UserError("sae-lens cannot load this release",
+                        value=f"{release}:{sae_id}: {error}",
+                        rule="a release and SAE id of SAELens",
+                        fix="see https://decoderesearch.github.io/SAELens for the names",
+                        ) from error  # fmt: skip
+    sae = sae[0] if isinstance(sae, tuple) else sae
+    weights = {name: value.detach() for name, value in sae.state_dict().items()}
+    return _read_saelens(sae.cfg.to_dict(), weights, block, {"release": f"{release}:{sae_id}"})
+
+
+# --- does it fit the model? ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fraction_variance_unexplained(sae: SparseAutoencoder, h: Tensor) -> float:
+    """sum |h - decode(encode(h))|^2 / sum |h - mean h|^2 over the tokens h [M, D].
+
+    0: perfect; 1: no better than the mean. Summed in float64; nan with fewer than two different
+    tokens.
+    """
+    error = (h - sae.decode(sae.encode(h))).double().pow(2).sum()
+    total = (h.double() - h.double().mean(0)).pow(2).sum()
+    return float(error / total) if total > 0 else float("nan")
+
+
+def check_fit(sae: SparseAutoencoder, h: Tensor, limit: float = 0.9) -> float:
+    """Fraction of variance unexplained on some residuals h [M, D]; shows a wrong block or model.
+
+    Raises
+    ------
+    UserError
+        The widths differ, or the fraction is above ``limit`` (or not a number).
+    """
+    if h.shape[-1] != sae.width:
+        raise UserError("the SAE does not fit the model's width",
+                        value=f"SAE {sae.width}, model {h.shape[-1]}",
+                        rule="both have the width of the residual stream",
+                        fix="use an SAE that was trained on this model")  # fmt: skip
+    value = fraction_variance_unexplained(sae, h)
+    if not value <= limit:
+        raise UserError("the SAE does not describe these residuals",
+                        value=f"fraction of variance unexplained {value:.3g} at block {sae.block}",
+                        rule=f"at most {limit:g} (sae.max_fvu)",
+                        fix="check the model and sae.block: one block off shows here")  # fmt: skip
+    return value

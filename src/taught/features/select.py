@@ -1,0 +1,157 @@
+"""Choose the features a policy is written in: those whose mean differs between two groups.
+
+    selected:  |mean_positive(X_k) - mean_negative(X_k)| > threshold,  the largest first
+
+(SMDA, arXiv 2606.29171, section 3: threshold 0.1 on harmful against harmless prompts gave 75.)
+Features that are active on nearly every prompt are selected like others and marked ``always_on``:
+their coefficient reads size, not presence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from taught.errors import UserError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+ALWAYS_ON = 0.99
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which features were chosen, and what was known of all of them.
+
+    Attributes
+    ----------
+    feature_ids : int64 [d], ascending
+        The one order of columns and coefficients everywhere.
+    means : dict of group -> float64 [F]
+        Mean activation over the prompts of each group.
+    difference : float64 [F]
+        Mean of the positive group minus mean of the negative group.
+    rate : float64 [F]
+        Share of all prompts on which the feature is active (activation > 0).
+    always_on : bool [F]
+        ``rate`` is at least 0.99.
+    """
+
+    feature_ids: Ints
+    means: Mapping[str, Floats]
+    difference: Floats
+    rate: Floats
+    always_on: Bools
+
+    def rows(self) -> list[dict[str, object]]:
+        """One plain dict per selected feature, for JSON or a table."""
+        return [
+            {
+                "feature_id": int(k),
+                "difference": float(self.difference[k]),
+                "rate_active": float(self.rate[k]),
+                "always_on": bool(self.always_on[k]),
+                "means": {group: float(mean[k]) for group, mean in self.means.items()},
+            }
+            for k in self.feature_ids
+        ]
+
+
+def select_features(
+    acts: ArrayLike,
+    groups: Sequence[str],
+    *,
+    positive: str,
+    negative: str,
+    threshold: float = 0.1,
+    max_features: int = 75,
+    ids: Sequence[int] | None = None,
+) -> Selection:
+    """Select features by the difference of their group means, or take the ids given.
+
+    Parameters
+    ----------
+    acts : [N, F]
+        Pooled activations of all features, one row per prompt.
+    groups : N group names
+    positive, negative
+        The two groups that are compared. Other groups count for ``rate`` and ``means`` only.
+    threshold
+        Smallest absolute difference (exclusive), in units of the activations.
+    max_features
+        At most so many: those with the largest absolute difference; of equals the smaller id.
+    ids
+        Take exactly these; threshold and ``max_features`` are not applied.
+
+    Raises
+    ------
+    UserError
+        A group without prompts, no feature above the threshold, an id out of range or twice,
+        activations that are not finite.
+    """
+    X = np.asarray(acts, dtype=np.float64)
+    names = np.asarray(groups, dtype=object)
+    _check(X, names)
+    means = {str(g): X[names == g].mean(axis=0) for g in sorted(set(names.tolist()))}
+    _check_groups(means, positive, negative)
+    difference = means[positive] - means[negative]
+    rate = (X > 0).mean(axis=0)
+    chosen = (
+        _largest(difference, threshold, max_features)
+        if ids is None
+        else _checked_ids(ids, X.shape[1])
+    )
+    return Selection(chosen, means, difference, rate, rate >= ALWAYS_ON)
+
+
+def _largest(difference: Floats, threshold: float, max_features: int) -> Ints:
+    size = np.abs(difference)
+    order = np.argsort(-size, kind="stable")[:max_features]
+    chosen = order[size[order] > threshold]
+    if not len(chosen):
+        raise UserError("no feature tells the groups apart",
+                        value=f"largest difference of means {size.max(initial=0.0):.3g}",
+                        rule=f"above {threshold:g} (features.threshold)",
+                        fix="lower features.threshold, or name features.ids")  # fmt: skip
+    return np.sort(chosen).astype(np.int64)
+
+
+def _checked_ids(ids: Sequence[int], features: int) -> Ints:
+    chosen = np.asarray(ids, dtype=np.int64)
+    if not len(chosen):
+        raise UserError("no features given", value=[], rule="features.ids names at least one",
+                        fix="leave features.ids out to have them selected")  # fmt: skip
+    if len(bad := chosen[(chosen < 0) | (chosen >= features)]):
+        raise UserError("the SAE has no such feature", value=bad.tolist(),
+                        rule=f"ids from 0 to {features - 1}", fix="check features.ids")  # fmt: skip
+    unique, counts = np.unique(chosen, return_counts=True)
+    if len(twice := unique[counts > 1]):
+        raise UserError("a feature is named twice", value=twice.tolist(), rule="each id once",
+                        fix="remove the repetition from features.ids")  # fmt: skip
+    return unique
+
+
+def _check(X: Floats, names: NDArray[np.object_]) -> None:
+    if X.ndim != 2 or len(X) != len(names):
+        raise UserError("activations and groups do not fit together",
+                        value=f"activations {X.shape}, groups {len(names)}",
+                        rule="one row and one group per prompt",
+                        fix="pass both for the same prompts")  # fmt: skip
+    if len(bad := np.flatnonzero(~np.isfinite(X).all(axis=1))):
+        raise UserError("activations are not finite", value=f"prompts {bad[:10].tolist()}",
+                        rule="finite numbers", fix="use dtype float32")  # fmt: skip
+
+
+def _check_groups(means: Mapping[str, Floats], positive: str, negative: str) -> None:
+    missing = [group for group in (positive, negative) if group not in means]
+    if missing or positive == negative:
+        raise UserError("features are selected between two groups of prompts",
+                        value=f"{positive!r} against {negative!r}; groups: {sorted(means)}",
+                        rule="both groups have prompts, and they differ",
+                        fix="set prompts.positive_group and prompts.negative_group, "
+                        "or name features.ids")  # fmt: skip
