@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from taught.analysis.interference import comovement
 from taught.run import RunFolder
 from taught.study import Study
 
@@ -283,7 +284,7 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
     run.write_tensors("prompt_effects", {"dy": made.dy.astype(np.float32)}, ids)
     shifts = made.dW_x + made.dW_y
     ids = {"feature_ids": made.feature_ids.tolist()}
-    run.write_tensors("comovement", {"r": np.corrcoef(shifts.T)}, ids)
+    run.write_tensors("comovement", {"r": comovement(shifts)}, ids)
 
 
 def _write_influence(run: RunFolder, made: _Made) -> None:

@@ -275,6 +275,32 @@ def test_shifts_are_joined_by_id_and_take_one_estimator(run: Path):
     np.testing.assert_allclose(view.shifts.total @ weights, expected, rtol=1e-9)
 
 
+def test_coefficients_stand_strongest_first(run: Path, html: str):
+    coef = {r["feature_id"]: abs(r["coef"]) for r in load_view(run).coefficients}
+    cards = [int(i) for i in re.findall(r'id="feature-(\d+)"', html)]
+    table = [int(i) for i in re.findall(r'<tr><td data-v="(\d+)"><a class="id"', html)]
+    assert cards == table == sorted(coef, key=lambda f: -coef[f])
+
+
+def test_pairs_without_a_score_are_counted_and_left_out(run: Path):
+    view = load_view(run)
+    lost = [view.summary[0], view.summary[5]]
+    for row in lost:
+        row.update(dict.fromkeys(("score", "score_x", "score_y", "dominant_feature", "unintended")))
+        row.update(label="unlabelled", outside_share=None, loss=float("nan"))
+    page = Page(render(view))
+    assert "2 pairs without a score" in page.text
+    assert "unlabelled pairs average" not in page.text
+    marks = [a for tag, a in page.tags if tag in {"circle", "path"} and "data-pair" in a]
+    assert len(marks) == len(view.summary) - 2
+    assert lost[0]["pair_id"] in page.text
+
+
+@pytest.mark.parametrize("size", [Size(9, 1, 1), Size(12, 2, 2), Size(18, 5, 3)])
+def test_tiny_runs_have_a_page(tmp_path: Path, size: Size):
+    Page(build_report(build_synthetic_run(tmp_path / "run", size)).read_text(encoding="utf-8"))
+
+
 def test_offenders_are_flagged_pairs(page: Page, run: Path):
     view = load_view(run)
     flagged = {r["pair_id"] for r in view.summary if r["unintended"]}

@@ -10,7 +10,7 @@ import yaml
 from taught.report import charts, text
 from taught.report.charts import Point, Scale
 from taught.report.stats import Estimate, mean_interval
-from taught.report.verdict import baselines, trivial_correlations
+from taught.report.verdict import baselines, scored, trivial_correlations
 from taught.report.view import MAX_PAIRS, Row, Rows, View
 
 Json = dict[str, Any]
@@ -71,7 +71,10 @@ def _policy_section(view: View) -> Json | None:
         "fit": _fit_rows(view.policy or {}),
         "fit_scale": (unit := Scale(-0.05, 1.05, *FOREST)),
         "fit_axis": charts.forest_axis(unit),
-        "warnings": [w["message"] for w in (view.policy or {}).get("warnings") or []],
+        "warnings": [
+            w["message"] if isinstance(w, dict) else str(w)
+            for w in (view.policy or {}).get("warnings") or []
+        ],
     }
 
 
@@ -117,6 +120,7 @@ def _pairs_section(view: View) -> Json | None:
         "power": text.common_power(r["score"] for r in rows),
         "mean_power": text.common_power(r[k] for r in rows for k in means),
         "largest": max((abs(r["score"]) for r in rows if r["score"] is not None), default=1.0),
+        "unscored": len(view.summary) - len(scored(view.summary)),
         "flagged": sum(bool(r["unintended"]) for r in view.summary),
     }
 
@@ -126,7 +130,7 @@ def _kinds(view: View) -> dict[str, int]:
 
 
 def _pathways_section(view: View) -> Json | None:
-    if not view.summary:
+    if not scored(view.summary or []):
         return None
     rows, kinds = view.shown, _kinds(view)
     power = text.common_power(r[k] for r in rows for k in ("score_x", "score_y"))
@@ -141,6 +145,7 @@ def _pathways_section(view: View) -> Json | None:
             f"y {text.signed(r['score_y'], power=power)}{text.tens(power)}",
         )
         for i, r in enumerate(rows)
+        if scored([r])
     ]
     names = (f"x: feature activation{text.tens(power)}", f"y: output probability{text.tens(power)}")
     title = f"Scatter of the two pathways of the score for {len(points)} pairs"
@@ -161,7 +166,7 @@ def _pathways_section(view: View) -> Json | None:
 def _label_means(view: View, kinds: dict[str, int]) -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
     for label, kind in kinds.items():
-        own = [r for r in view.summary or [] if str(r["label"]) == label]
+        own = [r for r in scored(view.summary or []) if str(r["label"]) == label]
         for key, name in (("score", "S"), ("score_x", "x"), ("score_y", "y")):
             estimate = mean_interval([r[key] for r in own])
             if estimate is not None:
@@ -255,7 +260,7 @@ def _interference_section(view: View) -> Json | None:
 def _strongest(view: View, r: np.ndarray, ids: list[int]) -> list[tuple[int, str, int, str, float]]:
     rows, columns = np.triu_indices(len(ids), 1)
     values = np.nan_to_num(r[rows, columns])
-    order = np.argsort(-np.abs(values))[:12]
+    order = [k for k in np.argsort(-np.abs(values))[:12] if values[k]]
     found = [(ids[rows[k]], ids[columns[k]], float(values[k])) for k in order]
     return [(a, view.feature_label(a), b, view.feature_label(b), v) for a, b, v in found]
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from taught.errors import UserError
 from taught.report.stats import Estimate
 from taught.report.text import common_power, count, number, percent, shorten, signed, tens
-from taught.report.verdict import verdict
+from taught.report.verdict import scored, verdict
 from taught.report.view import Row, Rows, View, load_view
 from taught.run import RunFolder
 
@@ -119,7 +119,7 @@ def _sign(value: float | None, digits: int = 2, power: int = 0) -> Text:
 
 
 def _top_pairs(summary: Rows) -> Table:
-    rows = sorted((r for r in summary if r["score"] is not None), key=lambda r: -r["score"])
+    rows = sorted(scored(summary), key=lambda r: -r["score"])
     power = common_power(r["score"] for r in rows)
     top = rows[:TOP] + rows[max(TOP, len(rows) - TOP) :]
     table = _table(

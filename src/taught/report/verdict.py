@@ -36,7 +36,7 @@ class Sentence:
 
 def verdict(view: View) -> list[Sentence]:
     """All sentences that the files of the run allow, at most seven."""
-    summary = view.summary
+    summary = scored(view.summary or [])
     sentences = [
         view.policy and fit_sentence(view.policy),
         view.audit and audit_sentence(view.audit, positive_group(view)),
@@ -47,6 +47,11 @@ def verdict(view: View) -> list[Sentence]:
         view.curation and curation_sentence(view.curation, view.pairs or []),
     ]
     return [s for s in sentences if isinstance(s, Sentence)]
+
+
+def scored(summary: Rows) -> Rows:
+    """Pairs that have a score; the others gave a loss that is not finite."""
+    return [r for r in summary if r["score"] is not None and math.isfinite(r["score"])]
 
 
 def fit_sentence(policy: Row) -> Sentence | None:
@@ -149,11 +154,10 @@ def _p(p: float) -> str:
 
 def push_sentence(summary: Rows) -> Sentence | None:
     """The pairs that push the policy most, and along which pathway."""
-    rows = [r for r in summary if r["score"] is not None and math.isfinite(r["score"])]
-    if not rows:
+    if not summary:
         return None
-    power = common_power(r["score"] for r in rows)
-    top, bottom = max(rows, key=lambda r: r["score"]), min(rows, key=lambda r: r["score"])
+    power = common_power(r["score"] for r in summary)
+    top, bottom = max(summary, key=lambda r: r["score"]), min(summary, key=lambda r: r["score"])
     parts = []
     if top["score"] > 0:
         parts.append(_pushed(top, "pushes the policy along itself most", power))

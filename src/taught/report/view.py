@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,7 @@ class Shifts:
     x: Floats
     y: Floats
 
-    @property
+    @cached_property
     def total(self) -> Floats:
         """Both pathways together."""
         return self.x + self.y
@@ -167,7 +166,11 @@ def _complete_files(run: RunFolder) -> set[str]:
 def _rows(run: RunFolder, files: set[str], name: str) -> Rows | None:
     if f"{name}.parquet" not in files:
         return None
-    return cast(Rows, cleaned(run.read_table(name).to_pylist()))
+    rows = cast(Rows, cleaned(run.read_table(name).to_pylist()))
+    for row in rows:
+        if "label" in row and name in ("pairs", "summary"):
+            row["label"] = str(row["label"] or "unlabelled")
+    return rows
 
 
 def _matrix(
@@ -204,7 +207,7 @@ def _shifts(run: RunFolder, files: set[str], estimator: str | None) -> Shifts | 
 
 def _one_estimator(table: pa.Table, estimator: str | None) -> pa.Table:
     """Rows of the study's estimator, else of the one with most rows: two never mix in a sum."""
-    found = Counter(table["estimator"].to_pylist())
+    found = {row["values"]: row["counts"] for row in table["estimator"].value_counts().to_pylist()}
     if estimator not in found:
-        estimator = found.most_common(1)[0][0]
+        estimator = max(found, key=lambda name: found[name])
     return table.filter(pc.equal(table["estimator"], estimator))
