@@ -74,12 +74,22 @@ def test_top_prompts_and_tokens_are_the_strongest_with_context():
 
 def test_contrast_is_the_most_similar_prompt_of_the_group_without_the_feature():
     bomb = describe()[1]
-    (contrast,) = bomb.contrastive_prompts  # only p1 is without it, and it is used once
+    (contrast,) = bomb.contrast_prompts  # only p1 is without it, and it is used once
     assert (contrast["prompt_id"], contrast["to"]) == ("p1", "p0")
     assert contrast["similarity"] == pytest.approx(0.6)
     assert contrast["activation"] == 0
     other = describe(groups=["harmful", "harmless", "harmful"])[1]
-    assert other.contrastive_prompts == []
+    assert other.contrast_prompts == []
+
+
+def test_of_several_prompts_without_the_feature_the_most_similar_is_the_contrast():
+    X = np.zeros((17, 3))
+    X[0, 1] = 1.0  # on in p0 only
+    h = np.array([[1.0, 0.0], [0.1, 1.0], [5.0, 5.0]])  # p2 is nearer in direction, not in length
+    (contrast,) = describe_features(IDS, X, TOKENS, PROMPT, prompt_ids=["p0", "p1", "p2"],
+                                    texts=[""] * 3, groups=["g"] * 3, h=h)[1].contrast_prompts  # fmt: skip
+    assert contrast["prompt_id"] == "p2"
+    assert contrast["similarity"] == pytest.approx(2**-0.5)
 
 
 def test_top_limits_the_lists():

@@ -34,7 +34,8 @@ def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torc
 def make(dtype: torch.dtype = torch.float64, **changes) -> SparseAutoencoder:
     fields = {
         **weights(dtype=dtype),
-        "threshold": torch.full((F,), 0.5, dtype=dtype),
+        # A cut of its own for every feature, so that columns mixed up would show.
+        "threshold": torch.linspace(0.1, 2.0, F, dtype=dtype),
         "k": None,
         "architecture": "jumprelu",
         "apply_b_dec_to_input": True,

@@ -7,8 +7,8 @@ feature: for each word w
 
 with c_kw the activation of feature k on w's tokens, A_k its activation on all tokens of words, n_w
 the number of w's tokens among all M of those (the share c_kw / A_k is first drawn towards n_w / M
-by 5%). A word scores its activation share times its log-odds: strong, and not merely frequent. Labels
-are hints for the reader; no number depends on them.
+by 5%). A word scores its activation share times its log-odds: strong, and not merely frequent.
+Labels are hints for the reader; no number depends on them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FeatureDescription:
     words : [{"word", "score"}], strongest first
     top_prompts : [{"prompt_id", "text", "group", "activation"}]
         Prompts with the largest activation at any of their tokens.
-    contrastive_prompts : the same keys and "similarity", "to"
+    contrast_prompts : the same keys and "similarity", "to"
         For each of the top prompts, the prompt of the same group without the feature whose
         residual is most similar (cosine); "to" is the top prompt's id.
     top_tokens : [{"token", "before", "after", "activation", "prompt_id"}]
@@ -56,7 +56,7 @@ class FeatureDescription:
     label_source: str
     words: list[dict[str, Any]]
     top_prompts: list[dict[str, Any]]
-    contrastive_prompts: list[dict[str, Any]]
+    contrast_prompts: list[dict[str, Any]]
     top_tokens: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _describe(
         label_source="file" if feature_id in labels else "words",
         words=[{"word": word, "score": score} for word, score in scored],
         top_prompts=[_prompt_row(data, i, strongest) for i in leading],
-        contrastive_prompts=_contrasts(data, leading, strongest, units),
+        contrast_prompts=_contrasts(data, leading, strongest, units),
         top_tokens=[_token_row(data, acts, i) for i in leading],
     )
 
@@ -201,7 +201,7 @@ def _contrasts(
 
 def _token_row(data: TokenActivations, acts: Floats, i: int) -> dict[str, Any]:
     """Strongest token of prompt i with what stands around it."""
-    rows = np.flatnonzero(data.prompt == i)
+    rows = np.flatnonzero(data.prompt == i).tolist()
     at = int(np.argmax(acts[rows]))
     text = [data.tokens[row] for row in rows]
     return {"token": text[at], "before": "".join(text[max(at - CONTEXT, 0) : at]),
