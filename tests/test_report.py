@@ -431,6 +431,15 @@ def test_strongest_pairs_are_named_with_pathway_and_no_overclaim():
     assert "through both pathways" in both.text and "pushes against" not in both.text
 
 
+def test_behavior_itself_is_told_apart_from_the_score():
+    rows = pair_rows([5e-4, 1e-4])
+    for row, harmful, harmless in zip(rows, (1e-5, -4e-3), (2e-5, 1e-3), strict=True):
+        row.update(mean_y_harmful=harmful, mean_y_harmless=harmless)
+    words = verdict.push_sentence(rows).text.replace("\u00a0", " ")
+    assert "p0 (refusal) pushes the policy along itself most" in words
+    assert "moves most with p1 (refusal): mean y −4.00 ×10⁻³ on harmful and +1.00 ×10⁻³ on" in words
+
+
 def test_scores_of_zero_are_no_effect():
     assert verdict.push_sentence(pair_rows([0.0, 0.0])).tone == "none"
 

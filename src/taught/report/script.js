@@ -144,7 +144,7 @@
     const rows = pair.moves.map(([at, dy]) => {
       const [id, group, text] = data.prompts[at];
       return make("li", {}, make("span", { cls: `num ${dy > 0 ? "posText" : "negText"}`, text: signed(dy, power) }),
-        make("span", { cls: "words" }, make("bdi", { text }), make("span", { cls: "soft", text: ` ${id} · ${group}` })));
+        make("span", { cls: "words" }, make("bdi", { text }), " ", make("span", { cls: "soft", text: `${id} · ${group}` })));
     });
     return [make("h4", { text: `Evaluation prompts whose y moves most${tens(power)}` }), make("ol", { cls: "examples" }, ...rows)];
   };

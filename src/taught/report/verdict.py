@@ -166,7 +166,22 @@ def push_sentence(summary: Rows) -> Sentence | None:
     if not parts:
         return Sentence("Pairs", "none", f"{NOTHING}: every pair has a score of zero.")
     ending = "That a pair strengthens the policy does not by itself mean more of the behavior."
-    return Sentence("Pairs", "found", f"{'; '.join(parts)}. {ending}")
+    return Sentence("Pairs", "found", f"{'; '.join(parts)}. {ending}{_direct(summary)}")
+
+
+def _direct(summary: Rows) -> str:
+    """The pair that changes the behavior itself most, by group of prompts."""
+    groups = [k.removeprefix("mean_y_") for k in summary[0] if k.startswith("mean_y_")]
+    sizes = [max((abs(r[f"mean_y_{g}"] or 0.0) for g in groups), default=0.0) for r in summary]
+    if not max(sizes):
+        return ""
+    row = summary[sizes.index(max(sizes))]
+    power = common_power(sizes)
+    changes = [f"{signed(row[f'mean_y_{g}'], power=power)}{tens(power)} on {g}" for g in groups]
+    return (
+        f" The behavior itself moves most with {row['pair_id']} ({row['label']}): mean y "
+        f"{listed(changes)} prompts, per step."
+    )
 
 
 def _pushed(row: Row, does: str, power: int) -> str:
