@@ -296,7 +296,7 @@ def test_pairs_without_a_score_are_counted_and_left_out(run: Path):
     assert lost[0]["pair_id"] in page.text
 
 
-@pytest.mark.parametrize("size", [Size(9, 1, 1), Size(12, 2, 2), Size(18, 5, 3)])
+@pytest.mark.parametrize("size", [Size(9, 1, 2), Size(12, 2, 4), Size(18, 5, 3)])
 def test_tiny_runs_have_a_page(tmp_path: Path, size: Size):
     Page(build_report(build_synthetic_run(tmp_path / "run", size)).read_text(encoding="utf-8"))
 
