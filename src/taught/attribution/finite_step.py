@@ -1,0 +1,128 @@
+"""The finite step: the published loop, literally (arXiv 2606.29171). The reference estimator.
+
+For each pair: one plain SGD step from the base parameters, all read-outs again, the difference. The
+activation change is taken with the gates of the baseline, dX = gate * (dh W_enc); the exact refit of
+the ridge on (X + dX, y + dy) and on the true new activations stands beside the linear value.
+
+Cost: one gradient and one pass over all prompts a pair. In float32 a difference of read-outs carries
+rounding noise of about 1e-6 in h and 1e-5 in y, so small effects are noisy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taught.attribution.adjoint import Problem
+from taught.attribution.pairs import PairInput, batch_pairs
+from taught.errors import UserError
+from taught.model.readout import Readouts, read_prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Effect of one SGD step on one pair.
+
+    Attributes
+    ----------
+    pair_id : str
+    loss : loss of the pair before the step
+    dX : float64 [N, d], change of X with the baseline's gates
+    dX_exact : float64 [N, d], change of X as encoded anew (gates may open and close)
+    dy : float64 [N], change of y
+    """
+
+    pair_id: str
+    loss: float
+    dX: Tensor
+    dX_exact: Tensor
+    dy: Tensor
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yield exact copies of all parameters and put them back on exit, whatever happened (trap 6)."""
+    copies = {name: p.detach().clone() for name, p in model.named_parameters()}
+    try:
+        yield copies
+    finally:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(copies[name])
+
+
+def pair_gradient(model: nn.Module, pair: PairInput) -> tuple[float, dict[str, Tensor]]:
+    """Loss of one pair and its gradient by plain autograd, parameter by parameter.
+
+    Raises
+    ------
+    UserError
+        The loss is not finite.
+    """
+    batch = batch_pairs([pair], len(pair.ids))[0]
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        model.requires_grad_(True)
+        loss = batch.losses(model).sum()
+        if not loss.isfinite():
+            raise UserError("the loss of a pair is not finite", value=pair.id,
+                            rule="a loss must be a finite number",
+                            fix="use --set model.dtype=float32, or remove this pair")  # fmt: skip
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+    named = zip((n for n, _ in model.named_parameters()), grads, strict=True)
+    return float(loss.detach()), {name: g for name, g in named if g is not None}
+
+
+def finite_steps(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    baseline: Readouts,
+    *,
+    read: Callable[..., Readouts] = read_prompts,
+    progress: Any = None,
+) -> Iterator[Step]:
+    """One :class:`Step` per pair, in order.
+
+    Parameters
+    ----------
+    baseline
+        Read-outs of the same prompts at the base parameters, taken with the same ``read`` (never a
+        cached y with a fresh h: trap 12).
+    read
+        How read-outs are taken: token trees, or the published one-pass-per-prefix loop.
+    """
+    X = problem.features(baseline.h, baseline.offsets)
+    with restored(problem.model) as base:
+        for pair in pairs:
+            loss, grads = pair_gradient(problem.model, pair)
+            with torch.no_grad():
+                for name, p in problem.model.named_parameters():
+                    p.copy_(base[name])
+                    if name in grads:
+                        p.sub_(grads[name], alpha=problem.lr)
+            del grads
+            after = read(problem.model, problem.prompts, problem.behavior, problem.block)
+            with torch.no_grad():
+                for name, p in problem.model.named_parameters():
+                    p.copy_(base[name])
+            yield _difference(problem, pair.id, loss, X, baseline, after)
+            if progress is not None:
+                progress.advance(1)
+
+
+def _difference(
+    problem: Problem, pair_id: str, loss: float, X: Tensor, before: Readouts, after: Readouts
+) -> Step:
+    if before.prompt_ids != after.prompt_ids:
+        raise ValueError("read-outs before and after a step are of different prompts")
+    dX = problem.features.response(before.h, after.h - before.h, before.offsets)
+    exact = problem.features(after.h, after.offsets) - X
+    return Step(pair_id, loss, dX.double().cpu(), exact.double().cpu(), after.y - before.y)
