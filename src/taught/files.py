@@ -68,6 +68,11 @@ def json_bytes(record: object) -> bytes:
     return (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def json_line(record: object) -> str:
+    """One line of a JSONL file; NaN and infinity are refused."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def table_bytes(table: pa.Table) -> bytes:
     """Return an Arrow table as Parquet; equal tables give equal bytes."""
     import pyarrow as pa

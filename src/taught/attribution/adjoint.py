@@ -18,10 +18,11 @@ and one batch of examples.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,28 @@ from taught.model.readout import PackedPrompts, ReadPrompt, _one_tree, pack, rea
 from taught.model.tokens import batches_by_tokens, stack
 
 GB = 1024**3
+
+
+class Pieces(Protocol):
+    """Finished pieces of a long computation, so that it can be resumed (``taught.partial``)."""
+
+    def load(self, key: str) -> Any:
+        """Arrays of a piece, or None."""
+
+    def save(self, key: str, arrays: Any) -> None:
+        """Keep a piece."""
+
+
+def _kept(pieces: Pieces | None, key: str, compute: Callable[[], Tensor]) -> Tensor:
+    """A piece from an earlier attempt, or computed and kept."""
+    name = hashlib.sha256(key.encode()).hexdigest()[:24]
+    found = pieces.load(name) if pieces is not None else None
+    if found is not None:
+        return torch.from_numpy(found["effects"])
+    effects = compute()
+    if pieces is not None:
+        pieces.save(name, {"effects": effects.numpy()})
+    return effects
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +130,13 @@ def feature_effects(
     X: Tensor,
     *,
     progress: Any = None,
+    pieces: Pieces | None = None,
 ) -> Tensor:
     """Effect of every pair on many targets of X alone, each sparse over the prompts.
 
     Parameters
     ----------
-    A : K arrays or callables giving arrays, float64 [N, d]
+    A : K arrays, float64 [N, d]
         dF/dX of each target.
     X : [N, d]
         The activations: dX is zero where X is (the gate is closed), so a target costs only the
@@ -125,12 +149,17 @@ def feature_effects(
     sites = find_sites(problem.model)
     chunk = _targets_per_chunk(problem, sites)
     effects = []
+
+
+    def compute(part: Tensor) -> Tensor:
+        queries = _build_queries(problem, sites, part, None, progress)
+        return _contract_pairs(problem, sites, pairs, queries, len(part), progress)[0]
+
     with frozen(problem.model):
         for start in range(0, len(A), chunk):
-            part = torch.stack([torch.as_tensor(a) for a in A[start : start + chunk]])
-            part = part * (X != 0)
-            queries = _build_queries(problem, sites, part, None, progress)
-            effects.append(_contract_pairs(problem, sites, pairs, queries, len(part), progress)[0])
+            part = torch.stack([torch.as_tensor(a) for a in A[start : start + chunk]]) * (X != 0)
+            key = f"targets {start} {start + len(part)}"
+            effects.append(_kept(pieces, key, lambda part=part: compute(part)))
     return torch.cat(effects, 1)
 
 
@@ -266,16 +295,24 @@ def _pair_gradients(
     with tap(model, sites) as taps:
         losses = batch.losses(model)
         values = losses.detach().double().cpu()
-        bad = [pairs[i].id for i, v in zip(batch.index, values, strict=True) if not v.isfinite()]
-        if bad:
-            raise UserError("the loss of some pairs is not finite", value=bad,
-                            rule="a loss must be a finite number",
-                            fix="use --set model.dtype=float32, or remove these pairs")  # fmt: skip
+        _refuse_nonfinite(pairs, batch.index, values)
         return values, list(taps.factors(losses.sum()))
 
 
+def _refuse_nonfinite(pairs: Sequence[PairInput], index: Iterable[int], losses: Tensor) -> None:
+    bad = [pairs[i].id for i, v in zip(index, losses, strict=True) if not v.isfinite()]
+    if bad:
+        raise UserError("the loss of some pairs is not finite", value=bad,
+                        rule="a loss must be a finite number",
+                        fix="use --set model.dtype=float32, or remove these pairs")  # fmt: skip
+
+
 def prompt_effects(
-    problem: Problem, pairs: Sequence[PairInput], *, progress: Any = None
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    *,
+    progress: Any = None,
+    pieces: Pieces | None = None,
 ) -> Tensor:
     """Change of y of every prompt per step on every pair: float64 [P, N].
 
@@ -285,17 +322,45 @@ def prompt_effects(
     """
     sites = find_sites(problem.model)
     effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
-    pair_batches = batch_pairs(pairs, problem.batch_tokens)
-    trees = [_one_tree([p], problem.behavior)[0] for p in problem.prompts]
+    batches = batch_pairs(pairs, problem.batch_tokens)
     with frozen(problem.model):
-        for group in _parameter_groups(problem, sites, pair_batches):
-            chosen = [s for s in sites if s.weight in group or s.bias in group]
-            stored = [
-                (list(b.index), _by_param(_pair_gradients(problem.model, chosen, b, pairs)[1]))
-                for b in pair_batches
-            ]
-            _sweep_prompts(problem, chosen, group, trees, stored, effects, progress)
+        for group in _parameter_groups(problem, sites, batches):
+            effects += _kept(
+                pieces,
+                "parameters " + " ".join(sorted(group)),
+                lambda group=group: _group_effects(problem, pairs, sites, batches, group, progress),
+            )
     return -problem.lr * effects
+
+
+def _group_effects(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    sites: Sequence[Site],
+    batches: Sequence[PairBatch],
+    group: set[str],
+    progress: Any,
+) -> Tensor:
+    """<grad L(z), grad y_i> over one group of parameters: float64 [P, N]."""
+    effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
+    chosen = [s for s in sites if s.weight in group or s.bias in group]
+    stored = [
+        (list(b.index), _by_param(_pair_gradients(problem.model, chosen, b, pairs)[1]))
+        for b in batches
+    ]
+    trees = [_one_tree([p], problem.behavior)[0] for p in problem.prompts]
+    _sweep_prompts(problem, chosen, group, trees, stored, effects, progress)
+    return effects
+
+
+@torch.no_grad()
+def pair_losses(problem: Problem, pairs: Sequence[PairInput]) -> Tensor:
+    """Loss of every pair before any step: float64 [P]. Cost: one forward pass over the pairs."""
+    losses = torch.zeros(len(pairs), dtype=torch.float64)
+    for batch in batch_pairs(pairs, problem.batch_tokens):
+        losses[list(batch.index)] = batch.losses(problem.model).double().cpu()
+    _refuse_nonfinite(pairs, range(len(pairs)), losses)
+    return losses
 
 
 def _sweep_prompts(problem: Problem, sites: Sequence[Site], group: set[str], trees: Sequence[Any],

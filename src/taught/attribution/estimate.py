@@ -1,0 +1,236 @@
+"""From a policy and pairs to all effects of a run, by either estimator, in one form.
+
+    shift     dW on both pathways, [P, d]          (docs/methods.md, coefficients)
+    score     S = sum_j dW_j W_j per pathway, [2, P]
+    mean_y    change of the mean of y per group, [P]
+    dy        change of y of every prompt, [P, N]
+
+All are changes per one SGD step at the study's learning rate; positive: training on the pair raises
+the quantity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from taught.attribution.adjoint import (
+    Pieces,
+    Problem,
+    feature_effects,
+    pair_losses,
+    prompt_effects,
+    target_effects,
+)
+from taught.attribution.finite_step import Step, finite_steps
+from taught.attribution.pairs import PairInput
+from taught.model.readout import read_prompts
+from taught.policy.ridge import (
+    Policy,
+    Shift,
+    coefficient_shift,
+    exact_shift,
+    pathway_sums,
+    score,
+)
+from taught.target import combine_raw_x, mean_y_target, raw_x_targets, score_targets
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Effects of one step on each pair.
+
+    Attributes
+    ----------
+    pair_ids : P ids
+    estimator : "adjoint" or "finite-step"
+    losses : float64 [P], before the step
+    score : float64 [2, P], pathways x and y
+    mean_y : group -> float64 [P]
+    shift : Shift with x and y float64 [P, d], or None
+    dy : float64 [P, N] in the policy's order of prompts, or None
+    """
+
+    pair_ids: tuple[str, ...]
+    estimator: str
+    losses: Floats
+    score: Floats
+    mean_y: Mapping[str, Floats]
+    shift: Shift | None
+    dy: Floats | None
+
+    def values(
+        self, target: str, column: int | None, group: str | None, pathway: str
+    ) -> Floats:
+        """One target's effects, float64 [P]."""
+        if target == "mean_y":
+            assert group is not None
+            return self.mean_y[group]
+        if target == "score":
+            parts = {"x": self.score[0], "y": self.score[1], "total": self.score.sum(0)}
+            return parts[pathway]
+        assert self.shift is not None and column is not None
+        values: Floats = getattr(self.shift, pathway)[:, column]
+        return values
+
+
+def adjoint_effects(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    coefficients: bool,
+    progress: Any,
+    pieces: Pieces | None = None,
+) -> Effects:
+    """All effects in reverse mode. ``groups``: group -> ids of its prompts."""
+    if not coefficients:
+        return _few_targets(problem, pairs, policy, groups, progress)
+    targets = raw_x_targets(policy)
+    progress.step("features: gradients of X", None)
+    F = feature_effects(problem, pairs, [t.A for t in targets], torch.from_numpy(policy.X.copy()),
+                        progress=progress, pieces=pieces)  # fmt: skip
+    progress.step("prompts: gradients of y", None)
+    dy = prompt_effects(problem, pairs, progress=progress, pieces=pieces).numpy()
+    shift = pathway_sums(policy, combine_raw_x(policy, F.numpy()), dy @ policy.Xc)
+    return _effects("adjoint", pairs, policy, groups, shift, dy, pair_losses(problem, pairs).numpy())
+
+
+def _few_targets(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    groups: Mapping[str, Sequence[str]],
+    progress: Any,
+) -> Effects:
+    """Score and group means only: one query gradient each."""
+    group_of = {i: name for name, ids in groups.items() for i in ids}
+    names = [group_of[i] for i in policy.prompt_ids]
+    targets = [*score_targets(policy), *(mean_y_target(policy.prompt_ids, names, g) for g in groups)]
+    A = np.stack([np.zeros_like(policy.X) if t.A is None else t.A for t in targets])
+    B = np.stack([np.zeros(policy.n) if t.B is None else t.B for t in targets])
+    progress.step("targets: gradients", None)
+    effects, losses = target_effects(problem, pairs, torch.from_numpy(A), torch.from_numpy(B),
+                                     progress=progress)  # fmt: skip
+    values = effects.numpy()
+    return Effects(
+        tuple(p.id for p in pairs),
+        "adjoint",
+        losses.numpy(),
+        values[:, :2].T.copy(),
+        {g: values[:, 2 + i] for i, g in enumerate(groups)},
+        None,
+        None,
+    )
+
+
+def finite_step_effects(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    coefficients: bool,
+    progress: Any,
+    pieces: Pieces | None = None,
+) -> Effects:
+    """All effects by the published loop; one piece per pair, so that it can be resumed."""
+    del coefficients  # every coefficient falls out of each step
+    rows = _steps(problem, pairs, policy, progress, pieces)
+    shift = Shift(
+        np.stack([rows[p.id]["x"] for p in pairs]), np.stack([rows[p.id]["y"] for p in pairs])
+    )
+    dy = np.stack([rows[p.id]["dy"] for p in pairs])
+    losses = np.array([float(rows[p.id]["loss"][0]) for p in pairs])
+    return _effects("finite-step", pairs, policy, groups, shift, dy, losses)
+
+
+def _effects(
+    estimator: str,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    groups: Mapping[str, Sequence[str]],
+    shift: Shift,
+    dy: Floats,
+    losses: Floats,
+) -> Effects:
+    row = {prompt_id: i for i, prompt_id in enumerate(policy.prompt_ids)}
+    mean_y = {g: dy[:, [row[i] for i in ids]].mean(1) for g, ids in groups.items()}
+    S = np.stack([shift.x @ policy.coef, shift.y @ policy.coef])
+    return Effects(tuple(p.id for p in pairs), estimator, losses, S, mean_y, shift, dy)
+
+
+def _steps(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    progress: Any,
+    pieces: Pieces | None,
+) -> dict[str, dict[str, Floats]]:
+    """For each pair: x, y [d] linear shifts, exact [d] refit shift, dy [N], loss [1]."""
+    rows: dict[str, dict[str, Floats]] = {}
+    for pair in pairs:
+        found = pieces.load(_key(pair.id)) if pieces is not None else None
+        if found is not None:
+            rows[pair.id] = found
+    todo = [pair for pair in pairs if pair.id not in rows]
+    progress.step("finite steps", len(todo))
+    if not todo:
+        return rows
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+    for step in finite_steps(problem, todo, baseline, progress=progress):
+        rows[step.pair_id] = _step_row(policy, step)
+        if pieces is not None:
+            pieces.save(_key(step.pair_id), rows[step.pair_id])
+    return rows
+
+
+def _key(pair_id: str) -> str:
+    return "step-" + hashlib.sha256(pair_id.encode()).hexdigest()[:24]
+
+
+def _step_row(policy: Policy, step: Step) -> dict[str, Floats]:
+    dX, dy = step.dX.numpy(), step.dy.numpy()
+    shift = coefficient_shift(policy, dX, dy)
+    exact = exact_shift(policy, step.dX_exact.numpy(), dy)
+    return {"x": shift.x, "y": shift.y, "exact": exact, "dy": dy, "loss": np.array([step.loss])}
+
+
+def step_checks(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    effects: Effects,
+    top: int,
+    *,
+    progress: Any,
+    pieces: Pieces | None = None,
+) -> dict[str, dict[str, float]]:
+    """Finite step and exact refit for the ``top`` pairs by \\|S\\|, beside the linear value.
+
+    Returns
+    -------
+    pair id -> {"step_score", "refit_score"}; the refit re-encodes X and solves the ridge again.
+    """
+    order = np.argsort(-np.abs(effects.score.sum(0)), kind="stable")
+    everything = effects.estimator == "finite-step"
+    chosen = [pairs[i] for i in (order if everything else order[:top])]
+    if not chosen:
+        return {}
+    rows = _steps(problem, chosen, policy, progress, pieces)
+    return {
+        pair.id: {
+            "step_score": float(score(policy, rows[pair.id]["x"] + rows[pair.id]["y"])),
+            "refit_score": float(score(policy, rows[pair.id]["exact"])),
+        }
+        for pair in chosen
+    }

@@ -1,0 +1,127 @@
+"""From a study to the objects that the stages work on: data, model, SAE, behavior, token inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from taught.data.chat import ChatFormat, EncodedPair, EncodedPrompt
+from taught.data.overlap import drop_overlap
+from taught.data.pairs import PairSet, load_pairs
+from taught.data.prompts import PromptSet, load_prompts
+from taught.data.subset import spread
+from taught.errors import UserError
+from taught.features.pooling import FeatureMap, read_tokens
+from taught.features.sae import SparseAutoencoder, load_sae
+from taught.model.behavior import PrefixBehavior, build_behavior, tokenize_prefixes
+from taught.model.forward import get_block
+from taught.model.load import LoadedModel, load_model
+from taught.model.readout import ReadPrompt
+from taught.study import Study
+
+if TYPE_CHECKING:
+    from taught.attribution.pairs import PairInput
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The model under study with what is read from it.
+
+    Attributes
+    ----------
+    loaded : the model, its tokenizer and which weights were used
+    chat : its chat format
+    sae : the sparse autoencoder, in the model's dtype and on its device
+    behavior : the prefixes as a token tree
+    """
+
+    loaded: LoadedModel
+    chat: ChatFormat
+    sae: SparseAutoencoder
+    behavior: PrefixBehavior
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on beyond the study's text: the weights that were loaded."""
+        return {"model.weights": dict(self.loaded.weights)}
+
+    def features(self, ids: Any, study: Study) -> FeatureMap:
+        """h -> X for the given feature ids."""
+        import torch
+
+        index = torch.as_tensor(ids, device=self.sae.W_enc.device)
+        return FeatureMap(self.sae, index, study.sae.encoder, study.readout.position)
+
+
+def open_subject(study: Study) -> Subject:
+    """Load the model, its chat format, the SAE and the behavior.
+
+    Raises
+    ------
+    UserError
+        Something is missing or does not fit: the SAE's width, its block, the chat template.
+    """
+    loaded = load_model(
+        study.model.id,
+        revision=study.model.revision,
+        dtype=study.model.dtype,
+        device=study.model.device,
+        chat_template=study.model.chat_template,
+    )
+    parameter = next(loaded.model.parameters())
+    sae = load_sae(study.sae.path, block=study.sae.block).to(parameter.device, parameter.dtype)
+    get_block(loaded.model, sae.block)
+    width = loaded.model.config.get_text_config().hidden_size
+    if sae.width != width:
+        raise UserError(
+            "the SAE does not fit the model's width",
+            value=f"SAE {sae.width}, model {width}",
+            rule="both have the width of the residual stream",
+            fix="use an SAE that was trained on this model",
+        )
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    chat = ChatFormat(loaded.tokenizer, context=context)
+    texts = study.behavior.prefixes
+    behavior = build_behavior(texts, tokenize_prefixes(loaded.tokenizer, texts))
+    return Subject(loaded, chat, sae, behavior)
+
+
+def study_prompts(study: Study) -> PromptSet:
+    """The evaluation prompts of the study, at most ``prompts.limit``; both groups must occur."""
+    prompts = load_prompts(study.prompts.path)
+    chosen = spread(
+        prompts.prompts, study.prompts.limit, lambda p: (p.group, p.category), lambda p: p.id
+    )
+    for group in (study.prompts.positive_group, study.prompts.negative_group):
+        if all(prompt.group != group for prompt in chosen):
+            raise UserError(
+                "a group has no prompts",
+                value=group,
+                rule=f"groups in the file: {', '.join(prompts.groups)}",
+                fix="set prompts.positive_group and prompts.negative_group",
+            )
+    return replace(prompts, prompts=chosen)
+
+
+def study_pairs(study: Study, prompts: PromptSet) -> tuple[PairSet, list[str]]:
+    """The pairs of the study, at most ``pairs.limit``, and the ids that were dropped for overlap."""
+    pairs = load_pairs(study.pairs.path)
+    chosen = spread(pairs.pairs, study.pairs.limit, lambda p: p.label, lambda p: p.id)
+    kept, overlap = drop_overlap(replace(pairs, pairs=chosen), prompts, study.pairs.drop_overlap)
+    return kept, [pair_id for pair_id, _ in overlap]
+
+
+def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str) -> list[ReadPrompt]:
+    """Token inputs of evaluation prompts with the tokens at which h is read."""
+    return [
+        ReadPrompt(prompt.id, tuple(prompt.input_ids), tuple(read_tokens(prompt, position)))
+        for prompt in encoded
+    ]
+
+
+def pair_inputs(encoded: Sequence[EncodedPair]) -> list[PairInput]:
+    """Token inputs of pairs."""
+    from taught.attribution.pairs import PairInput
+
+    return [PairInput(pair.id, tuple(pair.input_ids), pair.response_start) for pair in encoded]
