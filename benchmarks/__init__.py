@@ -1,0 +1,1 @@
+"""Side-by-side measurements; each writes benchmarks/results/NAME.json (see README.md)."""

@@ -1,0 +1,198 @@
+"""The benchmarks on a tiny model: what they write can be read, adds up, and survives being stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiny_study import write_tiny_study
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return write_tiny_study(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The package ``benchmarks``, which lies beside src and is not installed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    import benchmarks.adjoint_vs_step
+    import benchmarks.common
+    import benchmarks.smda_loop
+
+    return benchmarks
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def check_circumstances(record: dict, name: str) -> None:
+    assert record["name"] == name
+    assert record["command"].startswith(f"python -m benchmarks.{name} ")
+    assert {"cpu", "cores", "threads", "memory_gb"} <= set(record["machine"])
+    assert {"python", "torch", "transformers", "numpy", "taught"} <= set(record["versions"])
+    assert record["date"].endswith("+00:00")
+    assert record["peak_memory_gb"] > 0
+    facts = record["conditions"]
+    assert (facts["prompts"], facts["pairs"]) == (30, 8)
+    assert facts["tree_tokens"] < facts["prompt_tokens"]
+
+
+def test_smda_loop_writes_every_way_and_says_what_is_extrapolated(tiny, tmp_path, python):
+    done = python(
+        str(ROOT / "benchmarks" / "smda_loop.py"), "--study", str(tiny), "--out", str(tmp_path),
+        "--loop-pairs", "2", "--coefficients",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = read(tmp_path, "smda_loop")
+    check_circumstances(record, "smda_loop")
+    assert record["complete"]
+    rows = {row["method"]: row for row in record["rows"]}
+    loop, trees = rows["published loop"], rows["finite step, token trees"]
+    assert (loop["pairs_timed"], trees["pairs_timed"]) == (2, 1)
+    for row in record["rows"]:
+        by_adjoint = row["method"].startswith("adjoint")
+        assert row["extrapolated"] is not by_adjoint
+        expected = row["seconds_before"] + 8 * row["seconds_per_pair"]
+        assert row["seconds_all_pairs"] == pytest.approx(expected)
+        ratio = loop["seconds_all_pairs"] / row["seconds_all_pairs"]
+        assert row["times_faster_than_loop"] == pytest.approx(ratio)
+    assert len(rows) == 4 and len(loop["checked"]) == 2
+    assert done.stdout.count("(extrapolated)") == 2 and done.stdout.count("(measured)") == 2
+
+
+def test_the_loop_and_the_token_trees_time_the_same_quantity(tiny, tmp_path, benchmarks):
+    """A benchmark of something else than the method would be fast for the wrong reason."""
+    benchmarks.smda_loop.main(
+        ["--study", str(tiny), "--out", str(tmp_path), "--loop-pairs", "8", "--tree-pairs", "8"]
+    )
+    rows = {row["method"]: row for row in read(tmp_path, "smda_loop")["rows"]}
+    loop, trees = (
+        {check["pair_id"]: check["S"] for check in rows[name]["checked"]}
+        for name in ("published loop", "finite step, token trees")
+    )
+    assert loop.keys() == trees.keys() and len(loop) == 8
+    largest = max(map(abs, loop.values()))
+    assert all(abs(loop[pair] - trees[pair]) < 0.02 * largest for pair in loop)
+    assert not rows["published loop"]["extrapolated"]
+
+
+def test_adjoint_vs_step_writes_steps_halves_and_refits(tiny, tmp_path, python):
+    done = python(
+        "-m", "benchmarks.adjoint_vs_step", "--study", str(tiny), "--out", str(tmp_path),
+        "--top", "3", "--small", "2", "--float64", "1", cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = read(tmp_path, "adjoint_vs_step")
+    check_circumstances(record, "adjoint_vs_step")
+    assert record["complete"]
+    rows = record["rows"]
+    assert [row["set"] for row in rows] == ["top"] * 3 + ["small"] * 2
+    assert len({row["pair_id"] for row in rows}) == 5
+    every = record["conditions"]["adjoint_of_all_pairs"]
+    assert len(every) == 8
+    leading = sorted(every, key=lambda pair: -abs(every[pair]))[:3]
+    assert [row["pair_id"] for row in rows[:3]] == leading
+    for row in rows:
+        assert row["adjoint"] == pytest.approx(row["adjoint_x"] + row["adjoint_y"])
+        assert row["step"] == pytest.approx(row["step_x"] + row["step_y"])
+        assert row["richardson"] == pytest.approx(2 * row["half"] - row["step"])
+        assert row["half"] == pytest.approx(row["step"], rel=0.1)
+        assert row["refit"] == pytest.approx(row["step"], rel=0.1)
+    assert sum("step_float64" in row for row in rows) == 1
+    assert isinstance(record["summary"]["passed"], bool)
+
+
+def test_richardson_removes_the_second_order(benchmarks):
+    def step(lr: float) -> dict:
+        values = {"x": 3 * lr + 5 * lr**2, "y": -lr + 2 * lr**2}
+        total = sum(values.values())
+        return {**values, "total": total, "refit": total, "refit_encoded_anew": total}
+
+    adjoint = {"x": 0.3, "y": -0.1, "total": 0.2}
+    row = benchmarks.adjoint_vs_step.compare(adjoint, step(0.1), step(0.05))
+    for suffix in ("", "_x", "_y"):
+        assert row[f"richardson{suffix}"] == pytest.approx(row[f"adjoint{suffix}"], rel=1e-12)
+    off = [abs(row[name] - row["adjoint"]) for name in ("step", "half")]
+    assert off[0] == pytest.approx(2 * off[1])
+    assert row["relative_step"] == pytest.approx(0.07 / 0.27)
+
+
+def test_chosen_pairs_are_the_largest_and_some_of_the_smaller_half(benchmarks):
+    scores = np.array([1.0, -9.0, 0.1, 5.0, -0.2, 0.3, -4.0, 2.0])
+    top, small = benchmarks.adjoint_vs_step.choose(scores, 3, 2, seed=0)
+    assert top == [1, 3, 6]
+    assert len(set(small)) == 2 and set(small) <= {0, 2, 4, 5}
+    assert benchmarks.adjoint_vs_step.choose(scores, 3, 2, seed=0) == (top, small)
+    top, small = benchmarks.adjoint_vs_step.choose(scores, 20, 5, seed=0)
+    assert sorted(top) == list(range(8)) and small == []
+
+
+def test_the_verdict_needs_both_closeness_and_ranks(benchmarks):
+    def rows(*steps: float) -> list[dict]:
+        fixed = {"half": 1.0, "richardson": 1.0, "refit": 1.0, "set": "top"}
+        made = [fixed | {"adjoint": 1.0 + i / 100, "step": s} for i, s in enumerate(steps)]
+        for row in made:
+            for name in ("step", "half", "richardson"):
+                row[f"relative_{name}"] = benchmarks.adjoint_vs_step.relative(
+                    row["adjoint"], row[name]
+                )
+        return made
+
+    summarise = benchmarks.adjoint_vs_step.summarise
+    assert summarise(rows(1.0, 1.01, 1.02))["passed"] is True
+    assert summarise(rows(1.02, 1.01, 1.0))["passed"] is False  # close, in the wrong order
+    assert summarise(rows(1.0, 1.01, 1.2))["passed"] is False  # in order, too far
+
+
+def test_a_stopped_measurement_keeps_its_rows(tiny, tmp_path, benchmarks, monkeypatch):
+    real, calls = benchmarks.adjoint_vs_step.step_scores, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) > 4:  # two steps a pair: during the third pair
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(benchmarks.adjoint_vs_step, "step_scores", stopped)
+    with pytest.raises(SystemExit) as stop:
+        benchmarks.adjoint_vs_step.main(["--study", str(tiny), "--out", str(tmp_path)])
+    assert stop.value.code == 130
+    record = read(tmp_path, "adjoint_vs_step")
+    assert not record["complete"] and len(record["rows"]) == 2
+
+
+def test_a_random_sae_is_marked_and_never_takes_the_place_of_a_measurement(
+    tiny, tmp_path, benchmarks
+):
+    benchmarks.smda_loop.main(
+        ["--study", str(tiny), "--out", str(tmp_path), "--random-sae", "24", "--loop-pairs", "1"]
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["smda_loop-trial.json"]
+    assert read(tmp_path, "smda_loop-trial")["conditions"]["sae"] == "random, 24 features"
+
+
+def test_a_users_mistake_is_one_message_and_code_2(tmp_path, benchmarks, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmarks.smda_loop.main(["--study", "no-such-study", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert not any(tmp_path.iterdir())
+
+
+def test_record_writes_null_for_what_is_not_defined(tmp_path, benchmarks, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/some.py", "--flag", "two words"])
+    rows = [{"a": 1.5, "b": float("nan")}, {"a": 2.5, "c": "text"}]
+    benchmarks.common.record("some", rows, {"x": float("inf")}, folder=tmp_path)
+    record = read(tmp_path, "some")
+    assert record["rows"] == [{"a": 1.5, "b": None}, {"a": 2.5, "c": "text"}]
+    assert record["conditions"] == {"x": None}
+    assert record["command"] == "python -m benchmarks.some --flag 'two words'"
+    assert "text" in capsys.readouterr().out
