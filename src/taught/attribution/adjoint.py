@@ -1,7 +1,7 @@
 """The adjoint estimator: exact first-order effects of one SGD step on each pair, in reverse mode.
 
-Training on pair z for one plain SGD step moves the parameters by ``-lr grad L(z)`` and a functional F
-of the read-outs, to first order, by
+Training on pair z for one plain SGD step moves the parameters by ``-lr grad L(z)`` and a functional
+F of the read-outs, to first order, by
 
     influence(F, z) = -lr < grad L(z), grad F >
 
@@ -12,8 +12,8 @@ and one gradient a pair gives every inner product: N + P passes instead of N x P
  - :func:`feature_effects`: one target a feature, over the prompts on which the feature is active.
  - :func:`prompt_effects`: dy of every prompt for every pair, layer group by layer group.
 
-Nothing here changes a weight. Memory: the queries (parameters x targets, in chunks of ``memory_gb``)
-and one batch of examples.
+Nothing here changes a weight. Memory: the queries (parameters x targets, in chunks of
+``memory_gb``) and one batch of examples.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,6 @@ from taught.model.gradients import (
     Query,
     RowSparse,
     Site,
-    Taps,
     accumulate,
     contract,
     dot,
@@ -150,7 +150,6 @@ def feature_effects(
     chunk = _targets_per_chunk(problem, sites)
     effects = []
 
-
     def compute(part: Tensor) -> Tensor:
         queries = _build_queries(problem, sites, part, None, progress)
         return _contract_pairs(problem, sites, pairs, queries, len(part), progress)[0]
@@ -159,7 +158,7 @@ def feature_effects(
         for start in range(0, len(A), chunk):
             part = torch.stack([torch.as_tensor(a) for a in A[start : start + chunk]]) * (X != 0)
             key = f"targets {start} {start + len(part)}"
-            effects.append(_kept(pieces, key, lambda part=part: compute(part)))
+            effects.append(_kept(pieces, key, partial(compute, part)))
     return torch.cat(effects, 1)
 
 
@@ -245,13 +244,14 @@ def _slot(
 
 
 def _zeros(problem: Problem, factor: Factor, count: int, only_x: bool) -> Query:
-    """Zeros for ``count`` queries; X queries touch only the embedding rows of the prompts' tokens."""
+    """Zeros for ``count`` queries; X queries touch only the prompts' rows of the embedding."""
     weight = problem.model.get_parameter(factor.param)
     dtype = factor.d.dtype
-    if factor.kind == "embedding" and only_x:
+    tokens = problem.model.get_input_embeddings()  # type: ignore[operator]
+    if factor.kind == "embedding" and only_x and weight is tokens.weight:
         used = {token for prompt in problem.prompts for token in prompt.ids}
         rows = torch.tensor(sorted(used), device=weight.device)
-        if len(rows) < len(weight) and int(rows.max()) < len(weight):
+        if len(rows) < len(weight):
             slot = torch.full((len(weight),), -1, device=weight.device)
             slot[rows] = torch.arange(len(rows), device=weight.device)
             values = torch.zeros(count, len(rows), weight.shape[1], dtype=dtype,
@@ -276,7 +276,9 @@ def _contract_pairs(
         losses[index], factors = _pair_gradients(problem.model, needed, batch, pairs)
         for factor in factors:
             if factor.param in queries:
-                effects[index] -= problem.lr * contract(factor, queries[factor.param]).double().cpu()
+                effects[index] -= (
+                    problem.lr * contract(factor, queries[factor.param]).double().cpu()
+                )
         if progress is not None:
             progress.advance(len(index))
     return effects, losses
@@ -296,7 +298,7 @@ def _pair_gradients(
         losses = batch.losses(model)
         values = losses.detach().double().cpu()
         _refuse_nonfinite(pairs, batch.index, values)
-        return values, list(taps.factors(losses.sum()))
+        return values, list(taps.factors(losses.sum(), training=True))
 
 
 def _refuse_nonfinite(pairs: Sequence[PairInput], index: Iterable[int], losses: Tensor) -> None:
@@ -316,9 +318,9 @@ def prompt_effects(
 ) -> Tensor:
     """Change of y of every prompt per step on every pair: float64 [P, N].
 
-    dy_i = -lr <grad L(z), grad y_i>. Parameters are taken in groups whose factors fit into the memory
-    budget; per group one sweep over the pairs and one over the prompts. The inner products of two
-    batches are taken in the cheaper of two exact forms (``taught.model.gradients.dot``).
+    dy_i = -lr <grad L(z), grad y_i>. Parameters are taken in groups whose factors fit into the
+    memory budget; per group one sweep over the pairs and one over the prompts. The inner products
+    of two batches are taken in the cheaper of two exact forms (``taught.model.gradients.dot``).
     """
     sites = find_sites(problem.model)
     effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
@@ -328,7 +330,7 @@ def prompt_effects(
             effects += _kept(
                 pieces,
                 "parameters " + " ".join(sorted(group)),
-                lambda group=group: _group_effects(problem, pairs, sites, batches, group, progress),
+                partial(_group_effects, problem, pairs, sites, batches, group, progress),
             )
     return -problem.lr * effects
 
@@ -369,7 +371,7 @@ def _sweep_prompts(problem: Problem, sites: Sequence[Site], group: set[str], tre
         factors = _by_param(_prompt_factors(problem, sites, [trees[i] for i in index]))
         for pair_index, pair_factors in stored:
             block = torch.zeros(len(pair_index), len(index), dtype=torch.float64)
-            for param in group & factors.keys() & pair_factors.keys():
+            for param in sorted(group & factors.keys() & pair_factors.keys()):
                 block += dot(pair_factors[param], factors[param]).double().cpu()
             effects[torch.tensor(pair_index)[:, None], torch.tensor(index)] += block
         if progress is not None:
@@ -397,12 +399,12 @@ def _by_param(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
 def _parameter_groups(
     problem: Problem, sites: Sequence[Site], batches: Sequence[PairBatch]
 ) -> list[set[str]]:
-    """Parameters in groups whose factors over all pairs fit into two thirds of the memory budget."""
+    """Parameters in groups whose factors over all pairs fit into 2/3 of the memory budget."""
     tokens = sum(b.rows.ids.numel() for b in batches)
     kept = sum(b.rows.ids.shape[0] * b.keep for b in batches)
     shapes = dict(problem.model.named_parameters())
     itemsize = next(iter(shapes.values())).element_size()
-    head = problem.model.get_output_embeddings()
+    head = problem.model.get_output_embeddings()  # type: ignore[operator]
     size: dict[str, float] = defaultdict(float)
     for site in sites:
         is_head = problem.model.get_submodule(site.module) is head

@@ -31,12 +31,18 @@ class Site:
 
     kind: "linear" (weight [out, in]), "linear_t" (weight [in, out]), "embedding" (weight [V, D]),
     "elementwise" (weight [D] times a normalised input).
+
+    scale: factor on an embedding's rows (Gemma multiplies inside the module). padding: the row
+    whose look-ups give no gradient in training (``torch.nn.Embedding``); it may be a real token, as
+    the end of a turn is where it is also the padding token.
     """
 
     module: str
     kind: str
     weight: str | None
     bias: str | None
+    scale: float = 1.0
+    padding: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +57,6 @@ class Factor:
     kind: str
     a: Tensor | None
     d: Tensor
-
-    def cpu_bytes(self) -> int:
-        a = 0 if self.a is None else self.a.numel() * self.a.element_size()
-        return a + self.d.numel() * self.d.element_size()
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -77,7 +79,8 @@ def find_sites(model: nn.Module) -> list[Site]:
             continue
         weight = names.get(id(own["weight"])) if own.get("weight") is not None else None
         bias = names.get(id(own["bias"])) if own.get("bias") is not None else None
-        sites.append(Site(name, kind, weight, bias))
+        scale, padding = _embedding_options(module) if kind == "embedding" else (1.0, None)
+        sites.append(Site(name, kind, weight, bias, scale, padding))
         covered |= {weight, bias}
     missing = sorted(set(names.values()) - covered)
     if missing:
@@ -99,33 +102,81 @@ def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:
     if not set(own) <= {"weight", "bias"} or "weight" not in own:
         return None
     if isinstance(module, nn.Linear):
-        return "linear"
+        return "linear" if type(module) is nn.Linear or _is_linear(module) else None
     if isinstance(module, nn.Embedding):
-        return "embedding"
+        return "embedding" if type(module) is nn.Embedding or _is_embedding(module) else None
     if type(module).__name__ == "Conv1D" and own["weight"].ndim == 2:  # GPT-2's transposed linear
         return "linear_t"
     return "elementwise" if _is_elementwise(module, own) else None
 
 
+def _random(*shape: int, like: Tensor) -> Tensor:
+    """The same random numbers at every call; the caller's random state is left alone."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2))
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Linear) -> bool:
+    """Check a subclass on random input: quantised or adapted layers compute something else."""
+    try:
+        x = _random(2, 3, module.in_features, like=module.weight)
+        return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
+    except Exception:
+        return False
+
+
+@torch.no_grad()
+def _is_embedding(module: nn.Embedding) -> bool:
+    """Check that a subclass looks rows up, up to one factor, and does nothing else."""
+    try:
+        ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
+        scale = _embedding_options(module)[0]
+        return _agree(module(ids), scale * module.weight[ids])
+    except Exception:
+        return False
+
+
+@torch.no_grad()
+def _embedding_options(module: nn.Module) -> tuple[float, int | None]:
+    """Factor on the rows (what the module makes of rows of ones), and its padding row."""
+    assert isinstance(module, nn.Embedding)
+    if type(module) is nn.Embedding:
+        return 1.0, module.padding_idx
+    ones = module.weight.new_ones(()).expand_as(module.weight)
+    first = torch.zeros(1, 1, dtype=torch.long, device=module.weight.device)
+    return float(functional_call(module, {"weight": ones}, (first,))[0, 0, 0]), module.padding_idx
+
+
 @torch.no_grad()
 def _is_elementwise(module: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
-    """Check on random input that the module is affine in its weight, element by element."""
+    """Check that the module is affine in weight and bias, element by element.
+
+    On random input and parameters: at the initial ones, a squared weight would go unnoticed.
+    """
     weight = own["weight"]
     if weight.ndim != 1 or any(p.shape != weight.shape for p in own.values()):
         return False
-    x = torch.randn(2, 3, len(weight), dtype=weight.dtype, device=weight.device)
+    x, w, b = _random(5, len(weight), like=weight).split([3, 1, 1])
+
+    def run(w: Tensor, b: Tensor) -> Tensor:
+        return functional_call(module, {n: {"weight": w, "bias": b}[n] for n in own}, (x[None],))
+
+    zero, one = torch.zeros_like(weight), torch.ones_like(weight)
     try:
-        expected = module(x)
-        base = functional_call(module, {"weight": torch.zeros_like(weight)}, (x,))
-        rebuilt = base + normalised(module, x) * weight
+        base = run(zero, zero)
+        rebuilt = base + (run(one, zero) - base) * w[0] + (b[0] if "bias" in own else 0)
+        return _agree(run(w[0], b[0]), rebuilt)
     except Exception:
         return False
-    return bool(torch.allclose(expected.float(), rebuilt.float(), rtol=1e-2, atol=1e-2))
 
 
 def normalised(module: nn.Module, x: Tensor) -> Tensor:
     """d output / d weight of an elementwise module, shape of x: f(x; w = 1) - f(x; w = 0)."""
-    weight = module.weight
+    weight = module.get_parameter("weight")
     one = functional_call(module, {"weight": torch.ones_like(weight)}, (x,))
     zero = functional_call(module, {"weight": torch.zeros_like(weight)}, (x,))
     return one - zero
@@ -135,14 +186,15 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
 def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for weights and no dropout, restored on exit (also after an exception)."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     for p, _ in flags:
         p.requires_grad_(False)
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
 
@@ -154,8 +206,13 @@ class Taps:
     seen: list[tuple[Site, nn.Module, Tensor, Tensor]] = field(default_factory=list)
     recording: bool = True
 
-    def factors(self, value: Tensor, *, retain_graph: bool = False) -> Iterator[Factor]:
+    def factors(
+        self, value: Tensor, *, retain_graph: bool = False, training: bool = False
+    ) -> Iterator[Factor]:
         """Factors of the gradient of ``value`` (a scalar: the sum over independent examples).
+
+        With ``training`` the gradient is the one that an optimizer is given: look-ups of an
+        embedding's padding row have none. Without it, it is the derivative.
 
         Only the part of the graph above the lowest tapped module is walked. Module uses that
         ``value`` does not depend on give nothing.
@@ -164,16 +221,32 @@ class Taps:
         outputs = [out for *_, out in self.seen]
         if not outputs:
             return
+        _check_batched(self.seen)
         grads = torch.autograd.grad(value, outputs, retain_graph=retain_graph, allow_unused=True)
         for (site, module, x, _), d in zip(self.seen, grads, strict=True):
             if d is not None:
+                if training and site.padding is not None:
+                    d = d * (x != site.padding).unsqueeze(-1)
                 yield from _site_factors(site, module, x, d)
+
+
+def _check_batched(seen: Sequence[tuple[Site, nn.Module, Tensor, Tensor]]) -> None:
+    """Refuse modules that have not seen [B, T, ...] with one B: which example would be unknown."""
+    batch = seen[0][2].shape[0]
+    for site, _, x, out in seen:
+        if out.ndim < 3 or x.shape[0] != batch:
+            raise UserError(
+                "a module mixes the examples of a batch",
+                value=f"{site.module}: input {list(x.shape)}, output {list(out.shape)}",
+                rule=f"[batch, tokens, ...] with a batch of {batch}",
+                fix="use the finite-step estimator for this model",
+            )
 
 
 def _site_factors(site: Site, module: nn.Module, x: Tensor, d: Tensor) -> Iterator[Factor]:
     if site.kind == "embedding":
         assert site.weight is not None
-        yield Factor(site.weight, "embedding", x, d)
+        yield Factor(site.weight, "embedding", x, d if site.scale == 1 else d * site.scale)
         return
     if site.kind == "elementwise":
         d = d.detach()
@@ -315,7 +388,8 @@ def dot(left: Sequence[Factor], right: Sequence[Factor]) -> Tensor:
     times, as a tied embedding is).
     """
     if all(f.kind == "vector" for f in (*left, *right)):
-        return sum(f.d for f in left) @ sum(f.d for f in right).T
+        left_d, right_d = (torch.stack([f.d for f in side]).sum(0) for side in (left, right))
+        return left_d @ right_d.T
     if all(f.kind == "linear" for f in (*left, *right)) and _building_is_cheaper(left, right):
         return _summed_gradient(left) @ _summed_gradient(right).T
     return sum(_gram(f, g) for f in left for g in right)  # type: ignore[return-value]
@@ -326,11 +400,11 @@ def _building_is_cheaper(left: Sequence[Factor], right: Sequence[Factor]) -> boo
     n, m = len(left[0].d), len(right[0].d)
     tokens_l, tokens_r = (sum(f.d.shape[1] for f in side) for side in (left, right))
     build = out * inp * (n * m + n * tokens_l + m * tokens_r)
-    return build < n * m * tokens_l * tokens_r * (out + inp)
+    return bool(build < n * m * tokens_l * tokens_r * (out + inp))
 
 
 def _summed_gradient(factors: Sequence[Factor]) -> Tensor:
-    return sum(_gradient(f.d, f.a) for f in factors)  # type: ignore[arg-type, return-value]
+    return torch.stack([_gradient(f.d, f.a) for f in factors if f.a is not None]).sum(0)
 
 
 def _gram(f: Factor, g: Factor) -> Tensor:

@@ -1,0 +1,212 @@
+"""The adjoint against forward mode and central differences, both over plain, unpadded passes."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from taught.attribution.adjoint import feature_effects, prompt_effects, target_effects
+from taught.features.pooling import POSITIONS
+from taught.policy.ridge import Policy, coefficient_shift, fit_policy, pathway_sums, score
+from taught.target import (
+    coefficient_targets,
+    combine_raw_x,
+    mean_y_target,
+    raw_x_targets,
+    score_targets,
+)
+from tiny_models import (
+    ENCODERS,
+    MODELS,
+    PROMPT_IDS,
+    moved,
+    plain_gradient,
+    plain_loss,
+    plain_read,
+    plain_y,
+    tiny_features,
+    tiny_model,
+    tiny_pairs,
+    tiny_problem,
+    tiny_prompts,
+    tiny_sae,
+)
+
+LR = 1e-3
+GROUPS = ["a", "b", "a", "b", "b", "a"]
+
+
+class Readouts(torch.nn.Module):
+    """theta -> (h of every token of every prompt, y), by plain passes over single sequences."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self):
+        h = [plain_read(self.model, ids)[0] for ids in PROMPT_IDS]
+        return torch.cat(h), torch.stack([plain_y(self.model, ids) for ids in PROMPT_IDS])
+
+
+@cache
+def model_of(name: str):
+    return tiny_model(name)
+
+
+@cache
+def forward_mode(name: str, number: int):
+    """(h, y) and their tangents along the SGD step on one pair: torch.func.jvp."""
+    model = model_of(name)
+    reads = Readouts(model)
+    step = plain_gradient(model, plain_loss(model, tiny_pairs()[number]))
+    params = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+    tangents = {f"model.{n}": -LR * g for n, g in step.items()}
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+        return torch.func.jvp(
+            lambda p: torch.func.functional_call(reads, p, ()), (params,), (tangents,)
+        )
+
+
+@cache
+def differences(name: str, number: int):
+    """(h, y) at the base and their central differences along the same step."""
+    model = model_of(name)
+    grads = plain_gradient(model, plain_loss(model, tiny_pairs()[number]))
+    norm = torch.sqrt(sum(g.pow(2).sum() for g in grads.values()))
+    eps = 1e-5 / float(norm)
+    out = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            with moved(model, grads, sign * eps):
+                out.append(Readouts(model)())
+        base = Readouts(model)()
+    (h1, y1), (h0, y0) = out
+    return base, (-LR * (h1 - h0) / (2 * eps), -LR * (y1 - y0) / (2 * eps))
+
+
+def naive_X(h, kind: str, position: str, dh=None):
+    """X [N, d], or dX [N, d] for a change dh: gate by gate, token by token."""
+    sae, ids, rows, start = tiny_sae(kind), tiny_features().ids, [], 0
+    for prompt in tiny_prompts(position):
+        tokens = [_encode(sae, h[start + t], kind) for t in prompt.read]
+        values = torch.stack([pre * gate for pre, gate in tokens])[:, ids]
+        if dh is None:
+            changed = values
+        else:
+            scale = sae.W_dec.norm(dim=1) if kind == "topk" else 1.0
+            changed = torch.stack(
+                [
+                    gate * scale * (dh[start + t] @ sae.W_enc)
+                    for (_, gate), t in zip(tokens, prompt.read, strict=True)
+                ]
+            )[:, ids]
+        if position == "max_user":
+            best = values.argmax(0)
+            rows.append(changed[best, torch.arange(len(ids))])
+        else:
+            rows.append(changed.mean(0))
+        start += len(prompt.ids)
+    return torch.stack(rows)
+
+
+def _encode(sae, x, kind: str):
+    if kind == "relu":
+        pre = x @ sae.W_enc + sae.b_enc
+        return pre, (pre > 0).double()
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    if kind == "topk":
+        pre = pre * sae.W_dec.norm(dim=1)
+        kept = sorted(range(len(pre)), key=lambda j: -float(pre[j]))[: sae.k]
+        return pre, torch.tensor(
+            [float(j in kept and pre[j] > 0) for j in range(len(pre))]
+        ).double()
+    if kind == "jumprelu":
+        return pre, (pre > sae.threshold).double()
+    return pre, (pre > 0).double()
+
+
+def policy_of(name: str, kind: str, position: str, intercept: bool) -> Policy:
+    h, y = forward_mode(name, 0)[0]
+    return fit_policy(
+        naive_X(h, kind, position).numpy(), y.numpy(), prompt_ids=[p.id for p in tiny_prompts()],
+        feature_ids=tiny_features().ids.tolist(), alpha=0.5, fit_intercept=intercept,
+    )  # fmt: skip
+
+
+def close(ours, reference, relative: float = 1e-6) -> None:
+    ours, reference = np.asarray(ours), np.asarray(reference)
+    assert np.abs(reference).max() > 0
+    np.testing.assert_allclose(
+        ours, reference, rtol=relative, atol=relative * np.abs(reference).max()
+    )
+
+
+def stacked(targets, policy: Policy):
+    zero_a, zero_b = np.zeros(policy.X.shape), np.zeros(policy.n)
+    A = np.stack([zero_a if t.A is None else t.A for t in targets])
+    B = np.stack([zero_b if t.B is None else t.B for t in targets])
+    return torch.from_numpy(A), torch.from_numpy(B)
+
+
+def questions(policy: Policy):
+    groups = [mean_y_target(policy.prompt_ids, GROUPS, g) for g in ("a", "b")]
+    return [*score_targets(policy), *coefficient_targets(policy, 3), *groups]
+
+
+def check(name: str, kind: str, position: str, intercept: bool, reference, **options) -> None:
+    """Every number the adjoint gives for every pair against one reference route."""
+    policy = policy_of(name, kind, position, intercept)
+    problem = tiny_problem(model_of(name), kind, position, lr=LR, **options)
+    pairs = tiny_pairs()
+    effects, _ = target_effects(problem, pairs, *stacked(questions(policy), policy))
+    F = feature_effects(
+        problem, pairs, [t.A for t in raw_x_targets(policy)], torch.tensor(policy.X)
+    )
+    dy = prompt_effects(problem, pairs)
+    shift = pathway_sums(policy, combine_raw_x(policy, F.numpy()), dy.numpy() @ policy.Xc)
+    for number in range(len(pairs)):
+        (h, _), (dh, dy_ref) = reference(name, number)
+        dX_ref = naive_X(h, kind, position, dh).numpy()
+        exact = coefficient_shift(policy, dX_ref, dy_ref.numpy())
+        close(dy[number], dy_ref)
+        close(shift.x[number], exact.x)
+        close(shift.y[number], exact.y)
+        expected = [t.inner(dX_ref, dy_ref.numpy()) for t in questions(policy)]
+        for ours, other in zip(effects[number].tolist(), expected, strict=True):
+            close(ours, other)
+        close(effects[number, 0] + effects[number, 1], score(policy, exact.total))
+        column = policy.column(3)
+        close(effects[number, 2:4], [exact.x[column], exact.y[column]])
+    # The same question asked in two ways gives one answer.
+    close(score(policy, shift.total), effects[:, :2].sum(1))
+    for column, group in ((4, "a"), (5, "b")):
+        inside = [i for i, g in enumerate(GROUPS) if g == group]
+        close(dy[:, inside].mean(1), effects[:, column])
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_adjoint_is_the_forward_mode_derivative(kind: str, position: str) -> None:
+    check("tied", kind, position, POSITIONS.index(position) % 2 == 0, forward_mode)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_both_intercept_settings_agree_with_forward_mode(kind: str) -> None:
+    check("tied", kind, "mean_user", True, forward_mode)
+    check("tied", kind, "last_user", False, forward_mode)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("intercept", [False, True])
+def test_adjoint_is_the_forward_mode_derivative_in_every_model(name: str, intercept: bool) -> None:
+    check(name, "jumprelu", "max_user", intercept, forward_mode)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adjoint_is_the_central_difference(name: str) -> None:
+    check(name, "standard", "last_user", True, differences)
+    check(name, "relu", "mean_user", False, differences, memory_gb=1e-6)
