@@ -67,9 +67,7 @@ class Effects:
     shift: Shift | None
     dy: Floats | None
 
-    def values(
-        self, target: str, column: int | None, group: str | None, pathway: str
-    ) -> Floats:
+    def values(self, target: str, column: int | None, group: str | None, pathway: str) -> Floats:
         """One target's effects, float64 [P]."""
         if target == "mean_y":
             assert group is not None
@@ -102,7 +100,9 @@ def adjoint_effects(
     progress.step("prompts: gradients of y", None)
     dy = prompt_effects(problem, pairs, progress=progress, pieces=pieces).numpy()
     shift = pathway_sums(policy, combine_raw_x(policy, F.numpy()), dy @ policy.Xc)
-    return _effects("adjoint", pairs, policy, groups, shift, dy, pair_losses(problem, pairs).numpy())
+    return _effects(
+        "adjoint", pairs, policy, groups, shift, dy, pair_losses(problem, pairs).numpy()
+    )
 
 
 def _few_targets(
@@ -115,7 +115,10 @@ def _few_targets(
     """Score and group means only: one query gradient each."""
     group_of = {i: name for name, ids in groups.items() for i in ids}
     names = [group_of[i] for i in policy.prompt_ids]
-    targets = [*score_targets(policy), *(mean_y_target(policy.prompt_ids, names, g) for g in groups)]
+    targets = [
+        *score_targets(policy),
+        *(mean_y_target(policy.prompt_ids, names, g) for g in groups),
+    ]
     A = np.stack([np.zeros_like(policy.X) if t.A is None else t.A for t in targets])
     B = np.stack([np.zeros(policy.n) if t.B is None else t.B for t in targets])
     progress.step("targets: gradients", None)
@@ -215,7 +218,7 @@ def step_checks(
     progress: Any,
     pieces: Pieces | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Finite step and exact refit for the ``top`` pairs by \\|S\\|, beside the linear value.
+    """Finite step and exact refit for the ``top`` pairs by absolute score, beside the linear value.
 
     Returns
     -------

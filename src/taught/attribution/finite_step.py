@@ -1,11 +1,11 @@
 """The finite step: the published loop, literally (arXiv 2606.29171). The reference estimator.
 
 For each pair: one plain SGD step from the base parameters, all read-outs again, the difference. The
-activation change is taken with the gates of the baseline, dX = gate * (dh W_enc); the exact refit of
-the ridge on (X + dX, y + dy) and on the true new activations stands beside the linear value.
+activation change is taken with the gates of the baseline, dX = gate * (dh W_enc); the exact refit
+of the ridge on (X + dX, y + dy) and on the true new activations stands beside the linear value.
 
-Cost: one gradient and one pass over all prompts a pair. In float32 a difference of read-outs carries
-rounding noise of about 1e-6 in h and 1e-5 in y, so small effects are noisy.
+Cost: one gradient and one pass over all prompts a pair. In float32 a difference of read-outs
+carries rounding noise of about 1e-6 in h and 1e-5 in y, so small effects are noisy.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Step:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yield exact copies of all parameters and put them back on exit, whatever happened (trap 6)."""
+    """Yield exact copies of all parameters and put them back on exit, always (trap 6)."""
     copies = {name: p.detach().clone() for name, p in model.named_parameters()}
     try:
         yield copies

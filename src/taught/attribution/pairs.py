@@ -14,7 +14,7 @@ from taught.model.tokens import Rows, batches_by_tokens, build_tree, stack
 
 @dataclass(frozen=True)
 class PairInput:
-    """One pair as tokens: ``ids[start:]`` are the response tokens, its end-of-turn token included."""
+    """One pair as tokens: ``ids[start:]`` is the response, its end-of-turn token included."""
 
     id: str
     ids: tuple[int, ...]
@@ -22,6 +22,7 @@ class PairInput:
 
     @property
     def n_response(self) -> int:
+        """Number of response tokens."""
         return len(self.ids) - self.start
 
 

@@ -42,7 +42,7 @@ def read_tokens(encoded: Any, position: str) -> list[int]:
 
 
 def pool(acts: Tensor, offsets: Tensor, how: str) -> Tensor:
-    """Pool token activations [M, d] to prompts [N, d]; tokens offsets[i]:offsets[i+1] are prompt i's."""
+    """Pool tokens [M, d] to prompts [N, d]; tokens offsets[i]:offsets[i+1] are prompt i's."""
     counts = offsets.diff()
     if how in ("last_user", "last_prompt"):
         return acts
@@ -82,5 +82,5 @@ class FeatureMap:
         The encoder is piecewise linear, so this is its exact derivative at h in direction dh.
         Forward mode; independent of the reverse-mode route that ``adjoint`` takes.
         """
-        _, tangent = torch.func.jvp(lambda x: self(x, offsets), (h,), (dh,))
+        tangent: Tensor = torch.func.jvp(lambda x: self(x, offsets), (h,), (dh,))[1]
         return tangent

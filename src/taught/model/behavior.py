@@ -66,7 +66,7 @@ class PrefixBehavior:
         """
         wide = logits if logits.dtype == torch.float64 else logits.float()
         logp = torch.log_softmax(wide, dim=-1)
-        terms = [sum(logp[:, slot, token] for slot, token in steps) for steps in self.steps]
+        terms = [torch.stack([logp[:, s, t] for s, t in steps]).sum(0) for steps in self.steps]
         return torch.logsumexp(torch.stack(terms), dim=0)
 
 
@@ -79,8 +79,11 @@ def build_behavior(prefixes: Sequence[str], tokens: Sequence[Sequence[int]]) -> 
         No prefix, or a prefix without tokens.
     """
     if not prefixes:
-        raise UserError("no prefixes given", rule="a behavior is at least one response prefix",
-                        fix="set behavior.prefixes in the study")
+        raise UserError(
+            "no prefixes given",
+            rule="a behavior is at least one response prefix",
+            fix="set behavior.prefixes in the study",
+        )
     for text, ids in zip(prefixes, tokens, strict=True):
         if not ids:
             raise UserError("a prefix has no tokens", value=text, fix="remove the empty prefix")

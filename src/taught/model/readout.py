@@ -14,7 +14,8 @@ from taught.model.behavior import PrefixBehavior
 from taught.model.forward import forward
 from taught.model.tokens import Rows, TokenTree, build_tree, stack
 
-PACK_TOKENS = 512  # attention over a packed row is quadratic: this keeps it a small share of the work
+# Attention over a packed row is quadratic: this keeps it a small share of the work.
+PACK_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Readouts:
 def _one_tree(
     prompts: Sequence[ReadPrompt], behavior: PrefixBehavior | None
 ) -> tuple[TokenTree, list[list[int]], list[list[int]]]:
-    """Tree of prompts (and of the behavior's inner nodes under each), with read and predict nodes."""
+    """Tree of prompts, the behavior's inner nodes under each, with read and predict nodes."""
     paths = behavior.inner_paths() if behavior is not None else []
     sequences: list[tuple[int, ...]] = []
     for prompt in prompts:
@@ -187,9 +188,9 @@ def read_prompts_plain(
 ) -> Readouts:
     """The same read-outs as the published loop takes them: one pass for h, one per prefix.
 
-    Plain padded batches, nothing shared: the reference that :func:`read_prompts` is checked against,
-    and the baseline of benchmarks/smda_loop.py. Each prefix is appended before padding and indexed
-    row by row (trap 3).
+    Plain padded batches, nothing shared: the reference that :func:`read_prompts` is checked
+    against, and the baseline of benchmarks/smda_loop.py. Each prefix is appended before padding and
+    indexed row by row (trap 3).
     """
     h: list[Tensor | None] = [None] * len(prompts)
     y = torch.zeros(len(prompts), dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Token trees: many sequences in one forward pass, shared beginnings computed once.
 
-A set of sequences that start alike (a chat template's system turn, then the prompts, then the tokens
-of the behavior's prefixes) is a tree. Laid out in one row, with every token attending to its
+A set of sequences that start alike (a chat template's system turn, then the prompts, then the
+tokens of the behavior's prefixes) is a tree. Laid out in one row, with every token attending to its
 ancestors only and its depth as its position, a causal transformer computes for each token exactly
 what it computes in the token's own sequence. Gradients through shared tokens add up by themselves.
 """
@@ -93,6 +93,7 @@ class Rows:
     lengths: Tensor
 
     def to(self, device: torch.device) -> Rows:
+        """The same rows on another device."""
         return Rows(*(x.to(device) for x in (self.ids, self.positions, self.mask, self.lengths)))
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor:
