@@ -109,7 +109,8 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=2_100_000)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--reverse", action="store_true")
+    parser.add_argument("--reverse", action="store_true", help="take the pools from their end")
+    parser.add_argument("--skip", type=int, default=0, help="tokens harvested before: continue")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,10 @@ def main() -> None:
     loaded = load_model(MODEL)
     sources = {name: Source(name, pool[::-1] if args.reverse else pool, loaded.tokenizer)
                for name, pool in pools.items()}  # fmt: skip
-    rng, total, number, begun = random.Random(int(args.reverse)), 0, 0, time.time()
+    rng, total, begun = random.Random(int(args.reverse)), 0, time.time()
+    while total < args.skip:
+        total += sum(k >= 0 for _, kinds in draw(sources, rng) for k in kinds)
+    number = round(total / SHARD)
     while total < args.tokens:
         piece = shard(sources, loaded.model, args.block, rng)
         if piece is None:
@@ -127,7 +131,10 @@ def main() -> None:
         np.save(args.out / f"block{args.block:02d}-{tag}.npy", piece[0].numpy())
         np.save(args.out / f"kinds-{tag}.npy", piece[1].numpy())
         total, number = total + len(piece[1]), number + 1
-        print(f"{total} tokens, {total / (time.time() - begun):.0f} tokens/s", flush=True)
+        print(
+            f"{total} tokens, {(total - args.skip) / (time.time() - begun):.0f} tokens/s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ from torch import Tensor
 
 # How often a token of each kind is drawn: user turn of a request, of a question, rest of a chat, user
 # turn with a passage, general text, and the last token of the generation prompt (the read-out).
-WEIGHT = torch.tensor([8.0, 2.0, 0.5, 0.5, 0.5, 10.0])
+WEIGHT = torch.tensor([8.0, 2.5, 0.4, 0.6, 0.5, 1.0])
 TAIL = 6  # tokens from the user's end of turn to the end of the generation prompt
 
 
 def load(folder: Path, block: int, limit: int | None) -> tuple[Tensor, Tensor]:
-    """Residuals float16 [M, D] and kinds int8 [M]."""
-    files = sorted(folder.glob(f"block{block:02d}-*.npy"))
+    """Residuals float16 [M, D] and kinds int8 [M]; the first shard is held out for the card."""
+    files = sorted(folder.glob(f"block{block:02d}-*.npy"))[1:]
     parts, kinds, total = [], [], 0
     for file in files:
         if limit is not None and total >= limit:
@@ -160,30 +160,34 @@ class Trainer:
         }  # fmt: skip
 
 
-def train(x: Tensor, kinds: Tensor, *, features: int, k: int, tokens: int, batch: int, lr: float,
-          seed: int, dead_after: int = 150_000) -> Trainer:  # fmt: skip
-    trainer = Trainer(x, features, k, seed)
-    weight = WEIGHT[kinds.long()]
-    drawn = torch.utils.data.WeightedRandomSampler(weight.tolist(), tokens, replacement=True,
-                                                   generator=trainer.gen)  # fmt: skip
-    order = torch.tensor(list(drawn))
-    steps, begun, fvu = tokens // batch, time.time(), 0.0
-    for step in range(steps):
-        rows = x[order[step * batch : (step + 1) * batch]]
+def train(
+    trainer: Trainer, x: Tensor, kinds: Tensor, *, steps: range, total: int, batch: int, lr: float,
+    dead_after: int = 150_000,
+) -> None:  # fmt: skip
+    """Adam steps ``steps`` of ``total``, on tokens drawn by the weight of their kind."""
+    weight = WEIGHT[kinds.long()].double()
+    edges = weight.cumsum(0) / weight.sum()
+    begun = time.time()
+    fvu = 0.0
+    for step in steps:
+        drawn = torch.rand(batch, generator=trainer.gen, dtype=torch.float64)
+        rows = x[torch.searchsorted(edges, drawn).clamp(max=len(x) - 1)]
         warm = min(1.0, (step + 1) / 50)
-        decay = min(1.0, (steps - step) / (0.25 * steps))
+        decay = min(1.0, (total - step) / (0.25 * total))
         value = trainer.train_batch(rows, lr * warm * decay)
-        fvu = value if step == 0 else 0.95 * fvu + 0.05 * value
+        fvu = value if step == steps.start else 0.95 * fvu + 0.05 * value
         if step % 40 == 39:
-            revived = trainer.restart_dead(rows, dead_after) if step < 0.7 * steps else 0
-            print(f"step {step + 1}/{steps} unexplained {fvu:.3f} restarted {revived} "
-                  f"{(step + 1) * batch / (time.time() - begun):.0f} tokens/s", flush=True)  # fmt: skip
-    return trainer
+            revived = trainer.restart_dead(rows, dead_after) if step < 0.7 * total else 0
+            rate = (step + 1 - steps.start) * batch / (time.time() - begun)
+            print(f"step {step + 1}/{total} unexplained {fvu:.3f} restarted {revived} "
+                  f"{rate:.0f} tokens/s", flush=True)  # fmt: skip
 
 
 def save(folder: Path, state: dict[str, Tensor], args: argparse.Namespace, tokens: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: v.half().contiguous() for n, v in state.items()}, folder / "sae_weights.safetensors")
+    save_file(
+        {n: v.half().contiguous() for n, v in state.items()}, folder / "sae_weights.safetensors"
+    )
     config = {
         "architecture": "jumprelu", "d_in": state["W_enc"].shape[0], "d_sae": state["W_enc"].shape[1],
         "dtype": "float16", "device": "cpu", "apply_b_dec_to_input": True,
@@ -198,26 +202,33 @@ def save(folder: Path, state: dict[str, Tensor], args: argparse.Namespace, token
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--acts", type=Path, required=True)
     parser.add_argument("--block", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--features", type=int, default=6144)
-    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--features", type=int, default=4608)
+    parser.add_argument("--k", type=int, default=36)
     parser.add_argument("--limit", type=int, help="use only so many harvested tokens")
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens drawn for training")
+    parser.add_argument("--tokens", type=int, default=2_600_000, help="tokens drawn for training")
+    parser.add_argument("--rounds", type=int, default=4,
+                        help="shards are listed anew each round: the harvest may still run")  # fmt: skip
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    with torch.no_grad():
+    total, trainer, size = args.tokens // args.batch, None, 0
+    for part in range(args.rounds):
         x, kinds = load(args.acts, args.block, args.limit)
-        trainer = train(x, kinds, features=args.features, k=args.k, tokens=args.tokens,
-                        batch=args.batch, lr=args.lr, seed=args.seed)  # fmt: skip
-    save(args.out, trainer.state(), args, len(x))
+        size = len(x)
+        trainer = trainer or Trainer(x, args.features, args.k, args.seed)
+        steps = range(total * part // args.rounds, total * (part + 1) // args.rounds)
+        print(f"round {part + 1}: {size} distinct tokens", flush=True)
+        train(trainer, x, kinds, steps=steps, total=total, batch=args.batch, lr=args.lr)
+        save(args.out, trainer.state(), args, size)
 
 
 if __name__ == "__main__":

@@ -113,9 +113,12 @@ def _estimate(
     report.add("cost", f"about {4 + x:.0f} forward passes over the prompts "
                        f"({prompts_pass / 1e3:.1f}k tokens), and 3 to 6 over the {pairs} pairs for "
                        "every chunk of features and group of parameters")  # fmt: skip
-    model = sum(p.numel() * p.element_size() for p in subject.loaded.model.parameters())
-    report.add("memory", f"about {model / 2**30 + study.attribution.memory_gb + 1.5:.1f} GB "
-                         f"(model {model / 2**30:.1f}, gradients {study.attribution.memory_gb:g})")  # fmt: skip
+    model = sum(p.numel() * p.element_size() for p in subject.loaded.model.parameters()) / 2**30
+    gradients = study.attribution.memory_gb
+    report.add(
+        "memory",
+        f"about {model + gradients + 1.5:.1f} GB (model {model:.1f}, gradients {gradients:g})",
+    )
 
 
 def _counts(values: Any) -> str:

@@ -105,7 +105,7 @@ def study_prompts(study: Study) -> PromptSet:
 
 
 def study_pairs(study: Study, prompts: PromptSet) -> tuple[PairSet, list[str]]:
-    """The pairs of the study, at most ``pairs.limit``, and the ids that were dropped for overlap."""
+    """The pairs, at most ``pairs.limit``, and the ids that were dropped for overlap."""
     pairs = load_pairs(study.pairs.path)
     chosen = spread(pairs.pairs, study.pairs.limit, lambda p: p.label, lambda p: p.id)
     kept, overlap = drop_overlap(replace(pairs, pairs=chosen), prompts, study.pairs.drop_overlap)

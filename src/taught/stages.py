@@ -26,7 +26,7 @@ from taught.features.label import describe_features, load_labels
 from taught.features.pooling import pool
 from taught.features.sae import check_fit
 from taught.features.select import Selection, select_features
-from taught.model.readout import ReadPrompt, Readouts, check_trees, read_packed, read_prompts
+from taught.model.readout import Readouts, ReadPrompt, check_trees, read_packed, read_prompts
 from taught.model.readout import pack as pack_prompts
 from taught.policy.audit import audit_categories
 from taught.policy.evaluate import bootstrap_coefficients, evaluate_policy
@@ -179,7 +179,7 @@ def _write_policy(
     """Fit, judge out of fold, resample, audit; every random draw follows prompt ids."""
     spec, X, y, ids = study.policy, read.X, read.y, read.ids
     draws: dict[str, Any] = {"fit_intercept": spec.intercept, "seed": spec.seed, "prompt_ids": ids}
-    named = {"positive": study.prompts.positive_group, "negative": study.prompts.negative_group}
+    positive, negative = study.prompts.positive_group, study.prompts.negative_group
     tried: list[dict[str, float]] = []
     if spec.alpha == "cv":
         alpha, tried = choose_alpha(X, y, folds=spec.folds, **draws)
@@ -195,13 +195,14 @@ def _write_policy(
         folds=spec.folds,
         bootstrap=spec.bootstrap,
         prompts_length=[len(prompt.ids) for prompt in read.inputs],
-        **named,
+        positive=positive,
+        negative=negative,
         **draws,
     )
     intervals = bootstrap_coefficients(X, y, alpha=alpha, n=spec.bootstrap, **draws)
     categories = [prompt.category for prompt in read.prompts]
     audit = audit_categories(y, read.groups, categories, X, fitted, intervals.lo, intervals.hi,
-                             seed=spec.seed, **named)  # fmt: skip
+                             positive=positive, negative=negative, seed=spec.seed)  # fmt: skip
     run.write_table("audit", pa.Table.from_pylist(audit))
     columns = {
         "feature_id": fitted.feature_ids,
@@ -285,9 +286,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         problem = _problem(study, subject, prompts, fitted)
         inputs = pair_inputs(encoded)
         estimate = (
-            finite_step_effects
-            if study.attribution.estimator == "finite-step"
-            else adjoint_effects
+            finite_step_effects if study.attribution.estimator == "finite-step" else adjoint_effects
         )
         effects = estimate(
             problem,
@@ -312,7 +311,9 @@ def _read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[s
     arrays, ids = run.read_tensors("activations")
     readouts, reads = run.read_tensors("readouts")
     if reads["prompt_ids"] != ids["prompt_ids"]:
-        raise UserError("activations and read-outs are of different prompts", fix="run policy again")
+        raise UserError(
+            "activations and read-outs are of different prompts", fix="run policy again, --fresh"
+        )
     record = run.read_json("policy")
     fitted = fit_policy(
         arrays["X"],
