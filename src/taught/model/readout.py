@@ -153,9 +153,15 @@ def read_prompts(
     """
     h: list[Tensor | None] = [None] * len(prompts)
     y = torch.zeros(len(prompts), dtype=torch.float64)
-    for packed in pack(prompts, behavior):
+    waiting = pack(prompts, behavior)
+    while waiting:
+        packed = waiting.pop(0)
         hidden, value = read_packed(model, packed, behavior, block)
         assert value is not None
+        if len(packed.index) > 1 and not (hidden.isfinite().all() and value.isfinite().all()):
+            # 0 * nan is nan: one prompt spoils its tree. Alone, each shows whether it is the one.
+            waiting += [_pack_group(prompts, [i], behavior) for i in packed.index]
+            continue
         for row, i in enumerate(packed.index):
             h[i] = hidden[packed.offsets[row] : packed.offsets[row + 1]].cpu()
         y[list(packed.index)] = value.double().cpu()
