@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from taught.attribution.adjoint import Problem
 from taught.attribution.pairs import PairInput, batch_pairs
 from taught.errors import UserError
+from taught.model.gradients import evaluating
 from taught.model.readout import Readouts, read_prompts
 
 
@@ -100,7 +101,7 @@ def finite_steps(
         How read-outs are taken: token trees, or the published one-pass-per-prefix loop.
     """
     X = problem.features(baseline.h, baseline.offsets)
-    with restored(problem.model) as base:
+    with evaluating(problem.model), restored(problem.model) as base:
         for pair in pairs:
             loss, grads = pair_gradient(problem.model, pair)
             with torch.no_grad():

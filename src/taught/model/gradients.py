@@ -183,18 +183,27 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for weights and no dropout, restored on exit (also after an exception)."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout; every module's own mode is restored on exit (also after an exception)."""
     modes = [(module, module.training) for module in model.modules()]
-    for p, _ in flags:
-        p.requires_grad_(False)
     model.eval()
     try:
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for weights and no dropout, restored on exit (also after an exception)."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in flags:
+        p.requires_grad_(False)
+    try:
+        with evaluating(model):
+            yield
+    finally:
         for p, flag in flags:
             p.requires_grad_(flag)
 
