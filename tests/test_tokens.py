@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taught.model.tokens import batches_by_tokens, build_tree, stack
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=6)
+
+
+@given(SEQUENCES)
+def test_the_path_to_a_node_spells_its_sequence(sequences) -> None:
+    tree, nodes = build_tree(sequences)
+    for sequence, path in zip(sequences, nodes, strict=True):
+        assert tree.ids[path].tolist() == sequence
+        assert tree.depths()[path].tolist() == list(range(len(sequence)))
+        # The last token attends to its own path and to nothing else.
+        assert tree.ancestors()[path[-1]].nonzero().flatten().tolist() == path
+
+
+@given(SEQUENCES)
+def test_shared_beginnings_are_stored_once(sequences) -> None:
+    tree, _ = build_tree(sequences)
+    beginnings = {tuple(s[:n]) for s in sequences for n in range(1, len(s) + 1)}
+    assert len(tree) == len(beginnings)
+
+
+def test_padding_attends_to_itself_only_and_nothing_attends_to_it() -> None:
+    trees = [build_tree([[1, 2, 3, 4]])[0], build_tree([[5, 6], [5, 7]])[0]]
+    rows = stack(trees)
+    assert rows.ids.tolist() == [[1, 2, 3, 4], [0, 5, 6, 7]]
+    assert rows.positions.tolist() == [[0, 1, 2, 3], [0, 0, 1, 1]]
+    assert rows.lengths.tolist() == [4, 3]
+    assert rows.mask[1].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
+    additive = rows.additive_mask(torch.float64)
+    assert additive.shape == (2, 1, 4, 4)
+    assert torch.equal(additive[:, 0] == 0, rows.mask)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(1, 60))
+def test_batches_hold_every_item_once_within_the_budget(lengths, budget) -> None:
+    batches = batches_by_tokens(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        padded = max(lengths[i] for i in batch) * len(batch)
+        assert padded <= budget or len(batch) == 1
