@@ -90,6 +90,31 @@ def test_a_small_memory_budget_is_taken_in_pieces(monkeypatch) -> None:
     assert len(sweeps) == 1 + 6  # five features and the extra target of the intercept
 
 
+def test_prompt_effects_hold_no_more_factors_than_the_budget(monkeypatch) -> None:
+    held = []
+    real = adjoint._sweep_prompts
+
+    def watched(problem, sites, group, trees, stored, *rest):
+        factors = [f for _, uses in stored for fs in uses.values() for f in fs]
+        held.append(sum(t.numel() * 8 for f in factors for t in (f.a, f.d) if t is not None))
+        return real(problem, sites, group, trees, stored, *rest)
+
+    monkeypatch.setattr(adjoint, "_sweep_prompts", watched)
+    problem = tiny_problem(tiny_model("tied"), batch_tokens=12)  # a batch a pair
+    prompt_effects(problem, tiny_pairs())
+    (whole,) = held
+    # Two pairs' worth: the pairs are split, the parameters stay together.
+    held.clear()
+    budget = 0.6 * whole
+    prompt_effects(replace(problem, memory_gb=1.5 * budget / adjoint.GB), tiny_pairs())
+    assert len(held) == 2 and max(held) <= budget
+    # Less than one pair's: the parameters are split too.
+    held.clear()
+    budget = 0.15 * whole
+    prompt_effects(replace(problem, memory_gb=1.5 * budget / adjoint.GB), tiny_pairs())
+    assert len(held) > 4 and max(held) <= budget
+
+
 @pytest.mark.parametrize("name", ["tied", "gpt2"])
 def test_order_of_pairs_and_of_prompts_does_not_matter(name: str) -> None:
     problem = tiny_problem(tiny_model(name), "jumprelu", "mean_user")

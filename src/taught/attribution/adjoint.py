@@ -318,20 +318,23 @@ def prompt_effects(
 ) -> Tensor:
     """Change of y of every prompt per step on every pair: float64 [P, N].
 
-    dy_i = -lr <grad L(z), grad y_i>. Parameters are taken in groups whose factors fit into the
-    memory budget; per group one sweep over the pairs and one over the prompts. The inner products
-    of two batches are taken in the cheaper of two exact forms (``taught.model.gradients.dot``).
+    dy_i = -lr <grad L(z), grad y_i>. Pairs are taken in chunks whose factors fit into the memory
+    budget; a chunk costs one sweep over its pairs and one over all prompts. Only where a single
+    batch does not fit are parameters taken in groups. The inner products of two batches are taken
+    in the cheaper of two exact forms (``taught.model.gradients.dot``).
     """
     sites = find_sites(problem.model)
     effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
     batches = batch_pairs(pairs, problem.batch_tokens)
     with frozen(problem.model):
-        for group in _parameter_groups(problem, sites, batches):
-            effects += _kept(
-                pieces,
-                "parameters " + " ".join(sorted(group)),
-                partial(_group_effects, problem, pairs, sites, batches, group, progress),
-            )
+        for chunk in _pair_chunks(problem, sites, batches):
+            index = [i for batch in chunk for i in batch.index]
+            for group in _parameter_groups(problem, sites, chunk):
+                effects[index] += _kept(
+                    pieces,
+                    f"pairs {index} parameters {sorted(group)}",
+                    partial(_group_effects, problem, pairs, sites, chunk, group, progress),
+                )
     return -problem.lr * effects
 
 
@@ -339,17 +342,18 @@ def _group_effects(
     problem: Problem,
     pairs: Sequence[PairInput],
     sites: Sequence[Site],
-    batches: Sequence[PairBatch],
+    chunk: Sequence[PairBatch],
     group: set[str],
     progress: Any,
 ) -> Tensor:
-    """<grad L(z), grad y_i> over one group of parameters: float64 [P, N]."""
-    effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
+    """<grad L(z), grad y_i> over one group of parameters, float64 [pairs of the chunk, N]."""
     chosen = [s for s in sites if s.weight in group or s.bias in group]
-    stored = [
-        (list(b.index), _by_param(_pair_gradients(problem.model, chosen, b, pairs)[1]))
-        for b in batches
-    ]
+    stored, start = [], 0
+    for batch in chunk:
+        rows = list(range(start, start := start + len(batch.index)))
+        factors = _pair_gradients(problem.model, chosen, batch, pairs)[1]
+        stored.append((rows, _by_param(f for f in factors if f.param in group)))
+    effects = torch.zeros(start, len(problem.prompts), dtype=torch.float64)
     trees = [_one_tree([p], problem.behavior)[0] for p in problem.prompts]
     _sweep_prompts(problem, chosen, group, trees, stored, effects, progress)
     return effects
@@ -396,30 +400,59 @@ def _by_param(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
     return out
 
 
-def _parameter_groups(
+def _factor_bytes(
     problem: Problem, sites: Sequence[Site], batches: Sequence[PairBatch]
-) -> list[set[str]]:
-    """Parameters in groups whose factors over all pairs fit into 2/3 of the memory budget."""
+) -> dict[str, float]:
+    """Memory that the factors of these pairs take, by parameter."""
     tokens = sum(b.rows.ids.numel() for b in batches)
     kept = sum(b.rows.ids.shape[0] * b.keep for b in batches)
+    examples = sum(len(b.index) for b in batches)
     shapes = dict(problem.model.named_parameters())
     itemsize = next(iter(shapes.values())).element_size()
     head = problem.model.get_output_embeddings()  # type: ignore[operator]
     size: dict[str, float] = defaultdict(float)
     for site in sites:
-        is_head = problem.model.get_submodule(site.module) is head
-        for name in (site.weight, site.bias):
-            if name is None:
-                continue
-            linear = site.kind in ("linear", "linear_t") and name == site.weight
-            width = sum(shapes[name].shape) if linear else shapes[name].shape[-1]
-            size[name] += (kept if is_head else tokens) * width * itemsize
+        columns = kept if problem.model.get_submodule(site.module) is head else tokens
+        if site.weight is not None:
+            shape = shapes[site.weight].shape
+            count = {"linear": columns * sum(shape), "linear_t": columns * sum(shape),
+                     "embedding": tokens * (shape[-1] + 1)}  # fmt: skip
+            size[site.weight] += count.get(site.kind, examples * shape[-1]) * itemsize
+        if site.bias is not None:
+            size[site.bias] += examples * shapes[site.bias].shape[-1] * itemsize
+    return size
+
+
+def _factor_budget(problem: Problem) -> float:
+    return problem.memory_gb * GB * 2 / 3
+
+
+def _pair_chunks(
+    problem: Problem, sites: Sequence[Site], batches: Sequence[PairBatch]
+) -> list[list[PairBatch]]:
+    """Batches in chunks whose factors fit into 2/3 of the memory budget; at least one a chunk."""
+    chunks: list[list[PairBatch]] = []
+    room = 0.0
+    for batch in batches:
+        need = sum(_factor_bytes(problem, sites, [batch]).values())
+        if not chunks or need > room:
+            chunks.append([])
+            room = _factor_budget(problem)
+        chunks[-1].append(batch)
+        room -= need
+    return chunks
+
+
+def _parameter_groups(
+    problem: Problem, sites: Sequence[Site], batches: Sequence[PairBatch]
+) -> list[set[str]]:
+    """Parameters in groups whose factors over these pairs fit into 2/3 of the memory budget."""
     groups: list[set[str]] = []
     room = 0.0
-    for name, need in size.items():
+    for name, need in _factor_bytes(problem, sites, batches).items():
         if not groups or need > room:
             groups.append(set())
-            room = problem.memory_gb * GB * 2 / 3
+            room = _factor_budget(problem)
         groups[-1].add(name)
         room -= need
     return groups
