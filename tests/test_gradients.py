@@ -69,8 +69,8 @@ def test_every_parameter_s_gradient_is_rebuilt_from_its_factors(name: str) -> No
     for param, uses in factors.items():
         total = torch.zeros_like(grads[param][0])
         for use in uses:
-            accumulate(use, total, weight=2.0)
-        torch.testing.assert_close(total, 2 * grads[param][index].sum(0), **EXACT)
+            accumulate(use, total, weight=-2.0)
+        torch.testing.assert_close(total, -2 * grads[param][index].sum(0), **EXACT)
 
 
 @pytest.mark.parametrize("name", MODELS)
