@@ -12,7 +12,9 @@ the half with the smallest, one real SGD step each:
 
 A step differs from the adjoint by its second order, a lr^2 + ..., which halving halves, and by the
 rounding of read-outs in float32, which halving doubles. --float64 repeats the step of some small
-pairs in double precision: what is left there is not rounding. Relative differences are over |step|.
+pairs in double precision throughout (transformers' norms compute in float32 even in a float64
+model; that is undone here): what is left there is not rounding. Relative differences are over the
+step's absolute value.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ def measure(args: argparse.Namespace) -> None:
                     results.add(_row(setting, effects, pair, kind))
                     results.summary = summarise(results.rows)
                     progress.advance(1)
-            _in_float64(setting, small[: args.float64], results, progress)
+            _in_float64(setting, [*small, *top][: args.float64], results, progress)
 
 
 def _adjoint(setting: Setting, progress: RichProgress, results: Results) -> Any:
@@ -147,7 +149,7 @@ def step_scores(setting: Setting, pair: int, share: float) -> Row:
 def _in_float64(
     setting: Setting, pairs: Sequence[int], results: Results, progress: RichProgress
 ) -> None:
-    """Repeat the step at lr in double precision; the policy stays, so only rounding changes."""
+    """Repeat the steps in double precision; the policy stays, so only rounding changes."""
     from taught.model.readout import read_prompts
 
     if not pairs:
@@ -155,20 +157,23 @@ def _in_float64(
     import torch
 
     problem = setting.problem
-    progress.step("float64: read-outs before, then one pass a pair", 1 + len(pairs))
+    progress.step("float64: read-outs before, then two steps a pair", 1 + len(pairs))
     model = problem.model.double()
     features = dataclasses.replace(
         problem.features, sae=problem.features.sae.to(None, torch.float64)
     )
     problem = dataclasses.replace(problem, model=model, features=features)
-    baseline = read_prompts(model, problem.prompts, problem.behavior, problem.block)
+    with common.double_throughout():
+        baseline = read_prompts(model, problem.prompts, problem.behavior, problem.block)
     double = dataclasses.replace(setting, problem=problem, baseline=baseline)
     progress.advance(1)
     by_id = {row["pair_id"]: row for row in results.rows}
     for pair in pairs:
         row = by_id[setting.pairs[pair].id]
-        row["step_float64"] = step_scores(double, pair, 1.0)["total"]
-        row["relative_float64"] = relative(row["adjoint"], row["step_float64"])
+        with common.double_throughout():
+            step, half = (step_scores(double, pair, share)["total"] for share in (1.0, 0.5))
+        row["step_float64"], row["richardson_float64"] = step, 4 * half - step
+        row["relative_float64"] = relative(row["adjoint"], row["richardson_float64"])
         results.summary = summarise(results.rows)
         results.write(complete=False)
         progress.advance(1)

@@ -405,6 +405,28 @@ def result_name(name: str, args: argparse.Namespace) -> str:
     return f"{name}-trial" if args.random_sae else name
 
 
+@contextmanager
+def double_throughout() -> Iterator[None]:
+    """Keep float64 tensors float64: transformers' norms otherwise compute in float32."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Double(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            kwargs = dict(kwargs or {})
+            if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+                if func is torch.Tensor.float:
+                    return args[0]
+                if func is torch.Tensor.to:
+                    args = [torch.float64 if a is torch.float32 else a for a in args]
+                if kwargs.get("dtype") is torch.float32:
+                    kwargs["dtype"] = torch.float64
+            return func(*args, **kwargs)
+
+    with Double():
+        yield
+
+
 def cotangents(targets: Sequence[Target], policy: Policy) -> tuple[Tensor, Tensor]:
     """A [K, N, d] and B [K, N] of some targets, float64."""
     import torch
