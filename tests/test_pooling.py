@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,16 @@ def test_the_proxy_and_the_true_encoder_are_different_functions() -> None:
         true, proxy = tiny_features(kind), tiny_features("relu")
         assert not torch.allclose(true(h, offsets), proxy(h, offsets))
         assert not torch.allclose(true.response(h, dh, offsets), proxy.response(h, dh, offsets))
+
+
+@pytest.mark.parametrize("position", ["last_user", "mean_user"])
+def test_read_outs_kept_on_the_cpu_meet_an_sae_on_another_device(position: str) -> None:
+    # "meta" stands in for an accelerator: it too refuses operands of two devices.
+    features = tiny_features("standard", position)
+    away = replace(features, sae=features.sae.to("meta"))
+    offsets = torch.arange(7) if position == "last_user" else OFFSETS
+    assert away(tokens(), offsets).device.type == "meta"
+    assert away.response(tokens(), tokens(seed=1), offsets).device.type == "meta"
 
 
 def test_columns_follow_the_ids() -> None:

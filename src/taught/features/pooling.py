@@ -46,7 +46,8 @@ def pool(acts: Tensor, offsets: Tensor, how: str) -> Tensor:
     counts = offsets.diff()
     if how in ("last_user", "last_prompt"):
         return acts
-    segment = torch.repeat_interleave(torch.arange(len(counts), device=acts.device), counts)
+    prompts = torch.arange(len(counts), device=acts.device)
+    segment = prompts.repeat_interleave(counts, output_size=len(acts))
     if how == "mean_user":
         total = acts.new_zeros(len(counts), acts.shape[1]).index_add(0, segment, acts)
         return total / counts.to(acts.dtype).unsqueeze(1)
@@ -73,8 +74,10 @@ class FeatureMap:
     position: str
 
     def __call__(self, h: Tensor, offsets: Tensor) -> Tensor:
-        """X [N, d] from residuals h [M, D] at the read-out tokens."""
-        return pool(self.sae.encode(h, self.ids, encoder=self.encoder), offsets, self.position)
+        """X [N, d] from residuals h [M, D] at the read-out tokens, on the SAE's device."""
+        device = self.sae.W_enc.device  # read-outs are kept on the CPU
+        acts = self.sae.encode(h.to(device), self.ids, encoder=self.encoder)
+        return pool(acts, offsets.to(device), self.position)
 
     def response(self, h: Tensor, dh: Tensor, offsets: Tensor) -> Tensor:
         """dX = gate(h) * (dh W_enc), pooled: the change of X for a change dh, gates held (trap 2).
