@@ -13,6 +13,7 @@ from taught.model.forward import forward
 from taught.model.gradients import (
     Factor,
     RowSparse,
+    Side,
     accumulate,
     contract,
     dot,
@@ -107,12 +108,16 @@ def test_dot_is_the_inner_product_of_two_batches_by_both_routes(
 
 
 def test_the_cheaper_route_follows_from_counting() -> None:
-    def use(examples: int, tokens: int, width: int) -> list[Factor]:
+    def use(examples: int, tokens: int, width: int) -> Side:
         x = torch.zeros(examples, tokens, width)
-        return [Factor("w", "linear", x, x)]
+        return Side([Factor("w", "linear", x, x)])
 
     assert gradients._building_is_cheaper(use(50, 100, 8), use(50, 100, 8))
     assert not gradients._building_is_cheaper(use(1, 2, 1000), use(1, 2, 1000))
+    one, other = use(2, 3, 16), use(2, 3, 16)  # 16^2 (4 + 12) against 4 * 9 * 32
+    assert not gradients._building_is_cheaper(one, other)
+    one.built(), other.built()  # what has been built costs nothing: 16^2 * 4
+    assert gradients._building_is_cheaper(one, other)
 
 
 def test_tied_embedding_has_cross_terms() -> None:

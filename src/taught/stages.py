@@ -569,16 +569,18 @@ def report(run: RunFolder) -> None:
 
 def demo(
     run: RunFolder,
-    prompts: int = 240,
-    pairs: int = 60,
-    features: int = 75,
+    prompts: int = 200,
+    pairs: int = 40,
+    features: int = 48,
     full: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Run every stage on the shipped preset, on a part of it unless ``full``."""
-    study = load_study("refusal-smollm2").replace("features.max_features", features)
+    study = load_study("refusal-smollm2")
     if not full:
-        study = study.replace("prompts.limit", prompts).replace("pairs.limit", pairs)
+        limits = {"prompts.limit": prompts, "pairs.limit": pairs, "features.max_features": features}
+        for key, value in limits.items():
+            study = study.replace(key, value)
     policy(study, run, progress)
     attribute(study, run, progress)
     curate(run)

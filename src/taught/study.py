@@ -160,7 +160,7 @@ class AttributionSpec(_Section):
     coefficients: bool = _field(True, rules.flag())
     exact_top: int = _field(0, rules.whole(0))
     memory_gb: float = _field(3.0, rules.number(above=0))
-    batch_tokens: int = _field(2048, rules.whole(1))
+    batch_tokens: int = _field(1024, rules.whole(1))
 
 
 @dataclass(frozen=True)

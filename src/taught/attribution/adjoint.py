@@ -37,6 +37,7 @@ from taught.model.gradients import (
     Factor,
     Query,
     RowSparse,
+    Side,
     Site,
     accumulate,
     contract,
@@ -371,13 +372,14 @@ def pair_losses(problem: Problem, pairs: Sequence[PairInput]) -> Tensor:
 
 def _sweep_prompts(problem: Problem, sites: Sequence[Site], group: set[str], trees: Sequence[Any],
                    stored: Sequence[Any], effects: Tensor, progress: Any) -> None:  # fmt: skip
-    for index in batches_by_tokens([len(t) for t in trees], 2 * problem.batch_tokens):
+    for index in batches_by_tokens([len(t) for t in trees], problem.batch_tokens):
         factors = _by_param(_prompt_factors(problem, sites, [trees[i] for i in index]))
-        for pair_index, pair_factors in stored:
-            block = torch.zeros(len(pair_index), len(index), dtype=torch.float64)
-            for param in sorted(group & factors.keys() & pair_factors.keys()):
-                block += dot(pair_factors[param], factors[param]).double().cpu()
-            effects[torch.tensor(pair_index)[:, None], torch.tensor(index)] += block
+        for param in sorted(group & factors.keys()):
+            right = Side(factors.pop(param))
+            for rows, pair_factors in stored:
+                if param in pair_factors:
+                    block = dot(pair_factors[param], right).double().cpu()
+                    effects[torch.tensor(rows)[:, None], torch.tensor(index)] += block
         if progress is not None:
             progress.advance(len(index))
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -390,30 +391,55 @@ def _slots(total: RowSparse, ids: Tensor) -> Tensor:
     return slot
 
 
-def dot(left: Sequence[Factor], right: Sequence[Factor]) -> Tensor:
+class Side:
+    """Factors of one parameter for a batch of examples, on one side of an inner product.
+
+    The gradients built from them are kept, so a side that meets many others is built once.
+    """
+
+    def __init__(self, factors: Sequence[Factor]) -> None:
+        self.factors = factors
+        self._built: Tensor | None = None
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return len(self.factors[0].d)
+
+    @property
+    def tokens(self) -> int:
+        """Number of token slots per example, over all uses of the parameter."""
+        return sum(f.d.shape[1] for f in self.factors)
+
+    def built(self) -> Tensor:
+        """Per-example gradients, flattened: [B, size of the parameter]."""
+        if self._built is None:
+            parts = (_gradient(f.d, f.a) if f.a is not None else f.d for f in self.factors)
+            self._built = reduce(torch.add, parts)
+        return self._built
+
+
+def dot(left: Sequence[Factor] | Side, right: Sequence[Factor] | Side) -> Tensor:
     """Inner products between all examples of two batches over one parameter: [B_left, B_right].
 
     ``left`` and ``right`` are the factors of the same parameter (several where it is used several
     times, as a tied embedding is).
     """
-    if all(f.kind == "vector" for f in (*left, *right)):
-        left_d, right_d = (torch.stack([f.d for f in side]).sum(0) for side in (left, right))
-        return left_d @ right_d.T
-    if all(f.kind == "linear" for f in (*left, *right)) and _building_is_cheaper(left, right):
-        return _summed_gradient(left) @ _summed_gradient(right).T
-    return sum(_gram(f, g) for f in left for g in right)  # type: ignore[return-value]
+    one, two = (side if isinstance(side, Side) else Side(side) for side in (left, right))
+    kinds = {f.kind for f in (*one.factors, *two.factors)}
+    if kinds == {"vector"} or (kinds == {"linear"} and _building_is_cheaper(one, two)):
+        return one.built() @ two.built().T
+    products = [_gram(f, g) for f in one.factors for g in two.factors]
+    return reduce(torch.add, products)
 
 
-def _building_is_cheaper(left: Sequence[Factor], right: Sequence[Factor]) -> bool:
-    out, inp = left[0].d.shape[-1], left[0].a.shape[-1]  # type: ignore[union-attr]
-    n, m = len(left[0].d), len(right[0].d)
-    tokens_l, tokens_r = (sum(f.d.shape[1] for f in side) for side in (left, right))
-    build = out * inp * (n * m + n * tokens_l + m * tokens_r)
-    return bool(build < n * m * tokens_l * tokens_r * (out + inp))
-
-
-def _summed_gradient(factors: Sequence[Factor]) -> Tensor:
-    return torch.stack([_gradient(f.d, f.a) for f in factors if f.a is not None]).sum(0)
+def _building_is_cheaper(left: Side, right: Side) -> bool:
+    """Multiplications of the two exact forms; a side that has been built is free."""
+    out, inp = left.factors[0].d.shape[-1], left.factors[0].a.shape[-1]  # type: ignore[union-attr]
+    n, m = left.examples, right.examples
+    todo = sum(s.examples * s.tokens for s in (left, right) if s._built is None)
+    gram = n * m * left.tokens * right.tokens * (out + inp)
+    return bool(out * inp * (n * m + todo) < gram)
 
 
 def _gram(f: Factor, g: Factor) -> Tensor:
