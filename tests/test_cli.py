@@ -198,7 +198,7 @@ def test_demo_tells_time_memory_and_where_the_report_is(taught_with, tmp_path, s
         "[",
         "9,",
         "40,",
-        "48,",
+        "36,",
         "true",
         "]",
     ]

@@ -114,9 +114,9 @@ def test_the_cheaper_route_follows_from_counting() -> None:
 
     assert gradients._building_is_cheaper(use(50, 100, 8), use(50, 100, 8))
     assert not gradients._building_is_cheaper(use(1, 2, 1000), use(1, 2, 1000))
-    one, other = use(2, 3, 16), use(2, 3, 16)  # 16^2 (4 + 12) against 4 * 9 * 32
+    one, other = use(2, 6, 16), use(2, 6, 16)  # 2 * 16^2 (4 + 24) against 4 * 36 * 32
     assert not gradients._building_is_cheaper(one, other)
-    one.built(), other.built()  # what has been built costs nothing: 16^2 * 4
+    one.built(), other.built()  # what has been built costs nothing: 2 * 16^2 * 4 remain
     assert gradients._building_is_cheaper(one, other)
 
 

@@ -79,9 +79,9 @@ _OUTPUT = Output()
 @app.command(sort_key=1)
 def demo(
     *,
-    prompts: int = 200,
+    prompts: int = 180,
     pairs: int = 40,
-    features: int = 48,
+    features: int = 36,
     full: Switch = False,
     output: Output = _OUTPUT,
 ) -> int:

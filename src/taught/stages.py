@@ -569,9 +569,9 @@ def report(run: RunFolder) -> None:
 
 def demo(
     run: RunFolder,
-    prompts: int = 200,
+    prompts: int = 180,
     pairs: int = 40,
-    features: int = 48,
+    features: int = 36,
     full: bool = False,
     progress: Progress | None = None,
 ) -> None:
