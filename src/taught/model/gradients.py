@@ -451,8 +451,8 @@ def _building_is_cheaper(left: Side, right: Side) -> bool:
 def _gram(f: Factor, g: Factor) -> Tensor:
     """Gram form of the inner products of two uses: all tokens of all examples in two products.
 
-    The entry for tokens s and t is (d_s . d_t)(a_s . a_t) for two output uses, (d_s . d_t) where the
-    looked-up tokens agree for two look-ups, and d_s[token_t] (a_s . d_t) for one of each.
+    The entry for tokens s and t is (d_s . d_t)(a_s . a_t) for two output uses, (d_s . d_t) where
+    the looked-up tokens agree for two look-ups, and d_s[token_t] (a_s . d_t) for one of each.
     """
     assert f.a is not None and g.a is not None
     if f.kind == "embedding" and g.kind == "linear":
