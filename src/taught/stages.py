@@ -477,17 +477,26 @@ def _interference(
     fitted: Policy, effects: Effects, intended: dict[str, list[int]]
 ) -> list[dict[str, Any]]:
     if effects.shift is None:  # without coefficients nothing can be said
+        unknown = dict.fromkeys(
+            (
+                "outside_share",
+                "outside_change",
+                "dominant_feature",
+                "dominant_share",
+                "unintended",
+                "expected_by_chance",
+            )
+        )
+        note = "coefficients were not computed"
         return [
             {
-                "pair_id": pair_id,
-                "intended": intended[pair_id],
-                "n_intended": len(intended[pair_id]),
-                "outside_share": None,
-                "dominant_feature": None,
-                "dominant_share": None,
-                "unintended": None,
+                "pair_id": i,
+                "intended": intended[i],
+                "n_intended": len(intended[i]),
+                **unknown,
+                "note": note,
             }
-            for pair_id in effects.pair_ids
+            for i in effects.pair_ids
         ]
     return interference(
         effects.pair_ids,
