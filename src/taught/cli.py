@@ -79,9 +79,9 @@ _OUTPUT = Output()
 @app.command(sort_key=1)
 def demo(
     *,
-    prompts: int = 180,
-    pairs: int = 40,
-    features: int = 36,
+    prompts: int = 160,
+    pairs: int = 36,
+    features: int = 30,
     full: Switch = False,
     output: Output = _OUTPUT,
 ) -> int:

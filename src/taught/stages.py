@@ -578,9 +578,9 @@ def report(run: RunFolder) -> None:
 
 def demo(
     run: RunFolder,
-    prompts: int = 180,
-    pairs: int = 40,
-    features: int = 36,
+    prompts: int = 160,
+    pairs: int = 36,
+    features: int = 30,
     full: bool = False,
     progress: Progress | None = None,
 ) -> None:
