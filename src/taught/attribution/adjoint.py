@@ -46,8 +46,8 @@ from taught.model.gradients import (
     frozen,
     tap,
 )
-from taught.model.readout import PackedPrompts, ReadPrompt, _one_tree, pack, read_packed
-from taught.model.tokens import batches_by_tokens, stack
+from taught.model.readout import PackedPrompts, ReadPrompt, pack, prompt_tree, read_packed
+from taught.model.tokens import TokenTree, batches_by_tokens, stack
 
 GB = 1024**3
 
@@ -327,6 +327,7 @@ def prompt_effects(
     sites = find_sites(problem.model)
     effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
     batches = batch_pairs(pairs, problem.batch_tokens)
+    trees = [prompt_tree([p], problem.behavior)[0] for p in problem.prompts]
     with frozen(problem.model):
         for chunk in _pair_chunks(problem, sites, batches):
             index = [i for batch in chunk for i in batch.index]
@@ -334,7 +335,7 @@ def prompt_effects(
                 effects[index] += _kept(
                     pieces,
                     f"pairs {index} parameters {sorted(group)}",
-                    partial(_group_effects, problem, pairs, sites, chunk, group, progress),
+                    partial(_group_effects, problem, pairs, sites, chunk, group, trees, progress),
                 )
     return -problem.lr * effects
 
@@ -345,6 +346,7 @@ def _group_effects(
     sites: Sequence[Site],
     chunk: Sequence[PairBatch],
     group: set[str],
+    trees: Sequence[TokenTree],
     progress: Any,
 ) -> Tensor:
     """<grad L(z), grad y_i> over one group of parameters, float64 [pairs of the chunk, N]."""
@@ -354,8 +356,7 @@ def _group_effects(
         rows = list(range(start, start := start + len(batch.index)))
         factors = _pair_gradients(problem.model, chosen, batch, pairs)[1]
         stored.append((rows, _by_param(f for f in factors if f.param in group)))
-    effects = torch.zeros(start, len(problem.prompts), dtype=torch.float64)
-    trees = [_one_tree([p], problem.behavior)[0] for p in problem.prompts]
+    effects = torch.zeros(start, len(trees), dtype=torch.float64)
     _sweep_prompts(problem, chosen, group, trees, stored, effects, progress)
     return effects
 

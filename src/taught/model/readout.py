@@ -57,7 +57,7 @@ class Readouts:
     y: Tensor
 
 
-def _one_tree(
+def prompt_tree(
     prompts: Sequence[ReadPrompt], behavior: PrefixBehavior | None
 ) -> tuple[TokenTree, list[list[int]], list[list[int]]]:
     """Tree of prompts, the behavior's inner nodes under each, with read and predict nodes."""
@@ -102,7 +102,7 @@ def pack(
 def _pack_group(
     prompts: Sequence[ReadPrompt], group: list[int], behavior: PrefixBehavior | None
 ) -> PackedPrompts:
-    tree, read, predict = _one_tree([prompts[i] for i in group], behavior)
+    tree, read, predict = prompt_tree([prompts[i] for i in group], behavior)
     flat = [node for nodes in read for node in nodes]
     offsets = torch.tensor([0, *[len(nodes) for nodes in read]]).cumsum(0)
     return PackedPrompts(tuple(group), stack([tree]), torch.tensor(flat), offsets,
