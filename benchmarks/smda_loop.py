@@ -96,7 +96,8 @@ def _time_coefficients(
     import numpy as np
     import torch
 
-    from taught.attribution.adjoint import feature_effects, prompt_effects
+    from taught.attribution.adjoint import feature_effects
+    from taught.attribution.prompt_effects import prompt_effects
     from taught.policy.ridge import pathway_sums, score
     from taught.target import combine_raw_x, raw_x_targets
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from taught.attribution.adjoint import feature_effects, prompt_effects, target_effects
+from taught.attribution.adjoint import feature_effects, target_effects
+from taught.attribution.prompt_effects import prompt_effects
 from taught.features.pooling import POSITIONS
 from taught.policy.ridge import Policy, coefficient_shift, fit_policy, pathway_sums, score
 from taught.target import (

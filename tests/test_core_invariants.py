@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import taught.attribution.adjoint as adjoint
-from taught.attribution.adjoint import feature_effects, prompt_effects, target_effects
+import taught.attribution.prompt_effects as pe
+from taught.attribution.adjoint import feature_effects, target_effects
 from taught.attribution.finite_step import finite_steps
 from taught.attribution.pairs import PairInput
+from taught.attribution.prompt_effects import prompt_effects
 from taught.errors import UserError
 from taught.model.readout import read_prompts
 from taught.policy.ridge import exact_shift, fit_policy, score
@@ -90,29 +92,55 @@ def test_a_small_memory_budget_is_taken_in_pieces(monkeypatch) -> None:
     assert len(sweeps) == 1 + 6  # five features and the extra target of the intercept
 
 
-def test_prompt_effects_hold_no_more_factors_than_the_budget(monkeypatch) -> None:
-    held = []
-    real = adjoint._sweep_prompts
+@pytest.mark.parametrize("share", [0.7, 0.3, 1e-6])
+def test_prompt_effects_hold_no_more_than_the_budget(share: float, monkeypatch) -> None:
+    held: list[int] = []
+    real = pe._one_block
 
-    def watched(problem, sites, group, trees, stored, *rest):
-        factors = [f for _, uses in stored for fs in uses.values() for f in fs]
-        held.append(sum(t.numel() * 8 for f in factors for t in (f.a, f.d) if t is not None))
-        return real(problem, sites, group, trees, stored, *rest)
+    def watched(problem, sites, left, right):
+        traces = [*left, *right]
+        tensors = [t for trace in traces for t in (*trace.inputs, trace.grad, trace.first)]
+        held.append(sum(t.numel() * 8 for t in tensors))
+        return real(problem, sites, left, right)
 
-    monkeypatch.setattr(adjoint, "_sweep_prompts", watched)
+    monkeypatch.setattr(pe, "_one_block", watched)
     problem = tiny_problem(tiny_model("tied"), batch_tokens=12)  # a batch a pair
-    prompt_effects(problem, tiny_pairs())
-    (whole,) = held
-    # Two pairs' worth: the pairs are split, the parameters stay together.
+    whole = prompt_effects(problem, tiny_pairs())
+    blocks = len(held)
+    assert blocks == 3
+    everything, budget = max(held), share * max(held) / adjoint.GB
     held.clear()
-    budget = 0.6 * whole
-    prompt_effects(replace(problem, memory_gb=1.5 * budget / adjoint.GB), tiny_pairs())
-    assert len(held) == 2 and max(held) <= budget
-    # Less than one pair's: the parameters are split too.
-    held.clear()
-    budget = 0.15 * whole
-    prompt_effects(replace(problem, memory_gb=1.5 * budget / adjoint.GB), tiny_pairs())
-    assert len(held) > 4 and max(held) <= budget
+    parts = prompt_effects(replace(problem, memory_gb=budget / pe._TRACES), tiny_pairs())
+    torch.testing.assert_close(parts, whole, **EXACT)
+    assert len(held) > blocks
+    assert max(held) <= share * everything or share < 1e-3  # at least one batch a side
+
+
+def test_blocks_that_are_not_a_chain_are_refused() -> None:
+    problem = tiny_problem(tiny_model("tied"))
+    first, _, last = problem.model.model.layers
+    seen: list[torch.Tensor] = []
+    first.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    real = last.forward
+
+    def leaking(*args, leak, **kwargs):
+        return real(*args, **kwargs) + 0.5 * leak.tanh()
+
+    def hand_over(_module, args, kwargs):
+        return args, {"leak": seen[-1], **kwargs}
+
+    last.forward = leaking
+    last.register_forward_pre_hook(hand_over, with_kwargs=True)
+    with pytest.raises(UserError, match="not a chain"):
+        prompt_effects(problem, tiny_pairs())
+
+
+def test_parameters_shared_between_blocks_are_refused() -> None:
+    model = tiny_model("untied")
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    with pytest.raises(UserError, match="shared between blocks") as error:
+        prompt_effects(tiny_problem(model), tiny_pairs())
+    assert "model.layers.0.mlp.down_proj.bias" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["tied", "gpt2"])

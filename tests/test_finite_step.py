@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from taught.attribution.adjoint import prompt_effects, target_effects
+from taught.attribution.adjoint import target_effects
 from taught.attribution.finite_step import finite_steps, pair_gradient, restored
+from taught.attribution.prompt_effects import prompt_effects
 from taught.errors import UserError
 from taught.model.readout import read_prompts, read_prompts_plain
 from taught.policy.ridge import fit_policy

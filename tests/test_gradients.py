@@ -13,10 +13,10 @@ from taught.model.forward import forward
 from taught.model.gradients import (
     Factor,
     RowSparse,
-    Side,
     accumulate,
     contract,
     dot,
+    dots,
     find_sites,
     frozen,
     tap,
@@ -93,31 +93,43 @@ def test_contract_is_the_inner_product_with_each_query(name: str, count: int, mo
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("build", [True, False])
-def test_dot_is_the_inner_product_of_two_batches_by_both_routes(
-    name: str, build: bool, monkeypatch
+@pytest.mark.parametrize("room", [1, 10**9])
+def test_dots_are_the_inner_products_of_many_batches_by_both_routes(
+    name: str, build: bool, room: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(gradients, "_building_is_cheaper", lambda *_: build)
     model, pairs = tiny_model(name), tiny_pairs()
     grads = explicit(model, pairs)
-    left_index, left = factors_of(model, pairs[:3])
-    right_index, right = factors_of(model, pairs[1:])
-    for param in left:
-        a = grads[param][:3][left_index].flatten(1)
-        b = grads[param][1:][right_index].flatten(1)
-        torch.testing.assert_close(dot(left[param], right[param]), a @ b.T, **EXACT)
+    sides, order = [], []
+    for batches in ((pairs[:3], pairs[3:]), (pairs[1:2], pairs[2:], pairs[:1])):
+        found = [factors_of(model, batch) for batch in batches]
+        sides.append([factors for _, factors in found])
+        order.append([pairs.index(batch[i]) for batch, (index, _) in zip(batches, found, strict=True)
+                      for i in index])  # fmt: skip
+    for param in sides[0][0]:
+        a, b = (grads[param][index].flatten(1) for index in order)
+        left, right = ([factors[param] for factors in side] for side in sides)
+        torch.testing.assert_close(dots(left, right, room=room), a @ b.T, **EXACT)
 
 
 def test_the_cheaper_route_follows_from_counting() -> None:
-    def use(examples: int, tokens: int, width: int) -> Side:
+    def use(examples: int, tokens: int, width: int) -> list[list[Factor]]:
         x = torch.zeros(examples, tokens, width)
-        return Side([Factor("w", "linear", x, x)])
+        return [[Factor("w", "linear", x, x)]]
 
-    assert gradients._building_is_cheaper(use(50, 100, 8), use(50, 100, 8))
-    assert not gradients._building_is_cheaper(use(1, 2, 1000), use(1, 2, 1000))
-    one, other = use(2, 6, 16), use(2, 6, 16)  # 2 * 16^2 (4 + 24) against 4 * 36 * 32
-    assert not gradients._building_is_cheaper(one, other)
-    one.built(), other.built()  # what has been built costs nothing: 2 * 16^2 * 4 remain
-    assert gradients._building_is_cheaper(one, other)
+    cheaper = gradients._building_is_cheaper
+    assert cheaper(use(50, 100, 8), use(50, 100, 8))
+    assert not cheaper(use(1, 2, 1000), use(1, 2, 1000))
+    one, other = use(2, 6, 16), use(2, 6, 16)  # 2 * 16^2 (4 + 24) against 12 * 12 * 32
+    assert not cheaper(one, other)
+    assert cheaper(one * 5, other * 5)  # the more meet each built gradient, the better
+
+
+def test_built_gradients_stay_within_the_room() -> None:
+    x = torch.zeros(3, 4, 5)
+    batches = [[Factor("w", "linear", x, x)]] * 7  # 75 numbers a batch
+    assert [len(s) for s in gradients._slices(batches, 160)] == [2, 2, 2, 1]
+    assert [len(s) for s in gradients._slices(batches, 1)] == [1] * 7
 
 
 def test_tied_embedding_has_cross_terms() -> None:

@@ -22,6 +22,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def products_by() -> str | None:
+    """Return what computed float32 products on the CPU, or None where no model was loaded."""
+    kernels = sys.modules.get("taught.model.kernels")
+    return kernels.products_by() if kernels else None
+
+
 def peak_memory_gb() -> float | None:
     """Return the largest resident memory of this process so far, in 10^9 bytes."""
     if sys.platform == "win32":

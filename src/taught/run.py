@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import taught
 from taught import files
-from taught.environment import peak_memory_gb, versions
+from taught.environment import peak_memory_gb, products_by, versions
 from taught.errors import UserError
 from taught.fingerprint import Inputs, code_version, differences, fingerprint, stage_inputs
 from taught.lock import locked_file
@@ -418,6 +418,7 @@ class RunFolder:
             finished=now(),
             seconds=round(seconds, 2),
             peak_memory_gb=peak_memory_gb(),
+            float32_products=products_by(),
         )
         self._save()
         self._clear_partial(stage.name)

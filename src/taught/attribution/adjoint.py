@@ -10,7 +10,7 @@ and one gradient a pair gives every inner product: N + P passes instead of N x P
 
  - :func:`target_effects`: a few targets (score, group means), any pathway.
  - :func:`feature_effects`: one target a feature, over the prompts on which the feature is active.
- - :func:`prompt_effects`: dy of every prompt for every pair, layer group by layer group.
+ - ``taught.attribution.prompt_effects``: dy of every prompt for every pair, block by block.
 
 Nothing here changes a weight. Memory: the queries (parameters x targets, in chunks of
 ``memory_gb``) and one batch of examples.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -32,22 +32,18 @@ from taught.attribution.pairs import PairBatch, PairInput, batch_pairs
 from taught.errors import UserError
 from taught.features.pooling import FeatureMap
 from taught.model.behavior import PrefixBehavior
-from taught.model.forward import forward
 from taught.model.gradients import (
     Factor,
     Query,
     RowSparse,
-    Side,
     Site,
     accumulate,
     contract,
-    dot,
     find_sites,
     frozen,
     tap,
 )
-from taught.model.readout import PackedPrompts, ReadPrompt, pack, prompt_tree, read_packed
-from taught.model.tokens import TokenTree, batches_by_tokens, stack
+from taught.model.readout import PackedPrompts, ReadPrompt, pack, read_packed
 
 GB = 1024**3
 
@@ -62,7 +58,7 @@ class Pieces(Protocol):
         """Keep a piece."""
 
 
-def _kept(pieces: Pieces | None, key: str, compute: Callable[[], Tensor]) -> Tensor:
+def kept(pieces: Pieces | None, key: str, compute: Callable[[], Tensor]) -> Tensor:
     """A piece from an earlier attempt, or computed and kept."""
     name = hashlib.sha256(key.encode()).hexdigest()[:24]
     found = pieces.load(name) if pieces is not None else None
@@ -159,7 +155,7 @@ def feature_effects(
         for start in range(0, len(A), chunk):
             part = torch.stack([torch.as_tensor(a) for a in A[start : start + chunk]]) * (X != 0)
             key = f"targets {start} {start + len(part)}"
-            effects.append(_kept(pieces, key, partial(compute, part)))
+            effects.append(kept(pieces, key, partial(compute, part)))
     return torch.cat(effects, 1)
 
 
@@ -298,67 +294,17 @@ def _pair_gradients(
     with tap(model, sites) as taps:
         losses = batch.losses(model)
         values = losses.detach().double().cpu()
-        _refuse_nonfinite(pairs, batch.index, values)
+        refuse_nonfinite(pairs, batch.index, values)
         return values, list(taps.factors(losses.sum(), training=True))
 
 
-def _refuse_nonfinite(pairs: Sequence[PairInput], index: Iterable[int], losses: Tensor) -> None:
+def refuse_nonfinite(pairs: Sequence[PairInput], index: Iterable[int], losses: Tensor) -> None:
+    """Raise an error with the ids of the pairs whose loss is not finite."""
     bad = [pairs[i].id for i, v in zip(index, losses, strict=True) if not v.isfinite()]
     if bad:
         raise UserError("the loss of some pairs is not finite", value=bad,
                         rule="a loss must be a finite number",
                         fix="use --set model.dtype=float32, or remove these pairs")  # fmt: skip
-
-
-def prompt_effects(
-    problem: Problem,
-    pairs: Sequence[PairInput],
-    *,
-    progress: Any = None,
-    pieces: Pieces | None = None,
-) -> Tensor:
-    """Change of y of every prompt per step on every pair: float64 [P, N].
-
-    dy_i = -lr <grad L(z), grad y_i>. Pairs are taken in chunks whose factors fit into the memory
-    budget; a chunk costs one sweep over its pairs and one over all prompts. Only where a single
-    batch does not fit are parameters taken in groups. The inner products of two batches are taken
-    in the cheaper of two exact forms (``taught.model.gradients.dot``).
-    """
-    sites = find_sites(problem.model)
-    effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
-    batches = batch_pairs(pairs, problem.batch_tokens)
-    trees = [prompt_tree([p], problem.behavior)[0] for p in problem.prompts]
-    with frozen(problem.model):
-        for chunk in _pair_chunks(problem, sites, batches):
-            index = [i for batch in chunk for i in batch.index]
-            for group in _parameter_groups(problem, sites, chunk):
-                effects[index] += _kept(
-                    pieces,
-                    f"pairs {index} parameters {sorted(group)}",
-                    partial(_group_effects, problem, pairs, sites, chunk, group, trees, progress),
-                )
-    return -problem.lr * effects
-
-
-def _group_effects(
-    problem: Problem,
-    pairs: Sequence[PairInput],
-    sites: Sequence[Site],
-    chunk: Sequence[PairBatch],
-    group: set[str],
-    trees: Sequence[TokenTree],
-    progress: Any,
-) -> Tensor:
-    """<grad L(z), grad y_i> over one group of parameters, float64 [pairs of the chunk, N]."""
-    chosen = [s for s in sites if s.weight in group or s.bias in group]
-    stored, start = [], 0
-    for batch in chunk:
-        rows = list(range(start, start := start + len(batch.index)))
-        factors = _pair_gradients(problem.model, chosen, batch, pairs)[1]
-        stored.append((rows, _by_param(f for f in factors if f.param in group)))
-    effects = torch.zeros(start, len(trees), dtype=torch.float64)
-    _sweep_prompts(problem, chosen, group, trees, stored, effects, progress)
-    return effects
 
 
 @torch.no_grad()
@@ -367,95 +313,5 @@ def pair_losses(problem: Problem, pairs: Sequence[PairInput]) -> Tensor:
     losses = torch.zeros(len(pairs), dtype=torch.float64)
     for batch in batch_pairs(pairs, problem.batch_tokens):
         losses[list(batch.index)] = batch.losses(problem.model).double().cpu()
-    _refuse_nonfinite(pairs, range(len(pairs)), losses)
+    refuse_nonfinite(pairs, range(len(pairs)), losses)
     return losses
-
-
-def _sweep_prompts(problem: Problem, sites: Sequence[Site], group: set[str], trees: Sequence[Any],
-                   stored: Sequence[Any], effects: Tensor, progress: Any) -> None:  # fmt: skip
-    for index in batches_by_tokens([len(t) for t in trees], problem.batch_tokens):
-        factors = _by_param(_prompt_factors(problem, sites, [trees[i] for i in index]))
-        for param in sorted(group & factors.keys()):
-            right = Side(factors.pop(param))
-            for rows, pair_factors in stored:
-                if param in pair_factors:
-                    block = dot(pair_factors[param], right).double().cpu()
-                    effects[torch.tensor(rows)[:, None], torch.tensor(index)] += block
-        if progress is not None:
-            progress.advance(len(index))
-
-
-def _prompt_factors(
-    problem: Problem, sites: Sequence[Site], trees: Sequence[Any]
-) -> Iterator[Factor]:
-    """Factors of the gradients of y_i, prompts apart (no tokens shared between them)."""
-    rows = stack(trees).to(next(problem.model.parameters()).device)
-    with tap(problem.model, sites) as taps:
-        _, logits = forward(problem.model, rows, keep=problem.behavior.slots)
-        assert logits is not None
-        yield from taps.factors(problem.behavior.log_probability(logits).sum())
-
-
-def _by_param(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
-    out: dict[str, list[Factor]] = defaultdict(list)
-    for factor in factors:
-        out[factor.param].append(factor)
-    return out
-
-
-def _factor_bytes(
-    problem: Problem, sites: Sequence[Site], batches: Sequence[PairBatch]
-) -> dict[str, float]:
-    """Memory that the factors of these pairs take, by parameter."""
-    tokens = sum(b.rows.ids.numel() for b in batches)
-    kept = sum(b.rows.ids.shape[0] * b.keep for b in batches)
-    examples = sum(len(b.index) for b in batches)
-    shapes = dict(problem.model.named_parameters())
-    itemsize = next(iter(shapes.values())).element_size()
-    head = problem.model.get_output_embeddings()  # type: ignore[operator]
-    size: dict[str, float] = defaultdict(float)
-    for site in sites:
-        columns = kept if problem.model.get_submodule(site.module) is head else tokens
-        if site.weight is not None:
-            shape = shapes[site.weight].shape
-            count = {"linear": columns * sum(shape), "linear_t": columns * sum(shape),
-                     "embedding": tokens * (shape[-1] + 1)}  # fmt: skip
-            size[site.weight] += count.get(site.kind, examples * shape[-1]) * itemsize
-        if site.bias is not None:
-            size[site.bias] += examples * shapes[site.bias].shape[-1] * itemsize
-    return size
-
-
-def _factor_budget(problem: Problem) -> float:
-    return problem.memory_gb * GB * 2 / 3
-
-
-def _pair_chunks(
-    problem: Problem, sites: Sequence[Site], batches: Sequence[PairBatch]
-) -> list[list[PairBatch]]:
-    """Batches in chunks whose factors fit into 2/3 of the memory budget; at least one a chunk."""
-    chunks: list[list[PairBatch]] = []
-    room = 0.0
-    for batch in batches:
-        need = sum(_factor_bytes(problem, sites, [batch]).values())
-        if not chunks or need > room:
-            chunks.append([])
-            room = _factor_budget(problem)
-        chunks[-1].append(batch)
-        room -= need
-    return chunks
-
-
-def _parameter_groups(
-    problem: Problem, sites: Sequence[Site], batches: Sequence[PairBatch]
-) -> list[set[str]]:
-    """Parameters in groups whose factors over these pairs fit into 2/3 of the memory budget."""
-    groups: list[set[str]] = []
-    room = 0.0
-    for name, need in _factor_bytes(problem, sites, batches).items():
-        if not groups or need > room:
-            groups.append(set())
-            room = _factor_budget(problem)
-        groups[-1].add(name)
-        room -= need
-    return groups

@@ -25,11 +25,11 @@ from taught.attribution.adjoint import (
     Problem,
     feature_effects,
     pair_losses,
-    prompt_effects,
     target_effects,
 )
 from taught.attribution.finite_step import Step, finite_steps
 from taught.attribution.pairs import PairInput
+from taught.attribution.prompt_effects import prompt_effects
 from taught.model.readout import read_prompts
 from taught.policy.ridge import (
     Policy,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from taught.errors import UserError
+from taught.model.kernels import outer_products, product
 
 
 @dataclass(frozen=True)
@@ -227,22 +228,37 @@ class Taps:
         Only the part of the graph above the lowest tapped module is walked. Module uses that
         ``value`` does not depend on give nothing.
         """
+        yield from self.factors_and(value, (), retain_graph=retain_graph, training=training)[0]
+
+    def factors_and(
+        self,
+        value: Tensor,
+        others: Sequence[Tensor],
+        *,
+        retain_graph: bool = False,
+        training: bool = False,
+    ) -> tuple[list[Factor], list[Tensor]]:
+        """The same, and the gradients of ``value`` by some other tensors of the graph."""
         self.recording = False  # norms are called again below
         outputs = [out for *_, out in self.seen]
-        if not outputs:
-            return
+        if not outputs and not others:
+            return [], []
         _check_batched(self.seen)
-        grads = torch.autograd.grad(value, outputs, retain_graph=retain_graph, allow_unused=True)
-        for (site, module, x, _), d in zip(self.seen, grads, strict=True):
+        grads = torch.autograd.grad(
+            value, [*outputs, *others], retain_graph=retain_graph, allow_unused=True
+        )
+        factors: list[Factor] = []
+        for (site, module, x, _), d in zip(self.seen, grads, strict=False):
             if d is not None:
                 if training and site.padding is not None:
                     d = d * (x != site.padding).unsqueeze(-1)
-                yield from _site_factors(site, module, x, d)
+                factors += _site_factors(site, module, x, d)
+        return factors, list(grads[len(outputs) :])
 
 
 def _check_batched(seen: Sequence[tuple[Site, nn.Module, Tensor, Tensor]]) -> None:
     """Refuse modules that have not seen [B, T, ...] with one B: which example would be unknown."""
-    batch = seen[0][2].shape[0]
+    batch = seen[0][2].shape[0] if seen else 0
     for site, _, x, out in seen:
         if out.ndim < 3 or x.shape[0] != batch:
             raise UserError(
@@ -349,13 +365,13 @@ def contract(factor: Factor, query: Query) -> Tensor:
         per_query = [((d @ q) * factor.a).sum((1, 2)) for q in query]
         return torch.stack(per_query, 1)
     flat = query.flatten(1)
-    return torch.cat([_gradient(d[b : b + 4], factor.a[b : b + 4]) @ flat.T
+    return torch.cat([product(_gradient(d[b : b + 4], factor.a[b : b + 4]), flat)
                       for b in range(0, len(d), 4)])  # fmt: skip
 
 
 def _gradient(d: Tensor, a: Tensor) -> Tensor:
     """Per-example gradients of one linear layer, flattened: [B, out * in]."""
-    return torch.bmm(d.transpose(1, 2), a).flatten(1)
+    return outer_products(d, a).flatten(1)
 
 
 def _contract_embedding(ids: Tensor, d: Tensor, query: Query) -> Tensor:
@@ -383,7 +399,7 @@ def accumulate(factor: Factor, total: Query, weight: float = 1.0) -> None:
     a, d = factor.a.flatten(0, 1), factor.d.flatten(0, 1)
     if isinstance(total, RowSparse):
         raise TypeError("a linear use of a parameter needs a dense total")
-    total.addmm_(d.T, a, alpha=weight)
+    total.add_(product(d.T, a.T), alpha=weight)
 
 
 def _slots(total: RowSparse, ids: Tensor) -> Tensor:
@@ -393,59 +409,87 @@ def _slots(total: RowSparse, ids: Tensor) -> Tensor:
     return slot
 
 
-class Side:
-    """Factors of one parameter for a batch of examples, on one side of an inner product.
-
-    The gradients built from them are kept, so a side that meets many others is built once.
-    """
-
-    def __init__(self, factors: Sequence[Factor]) -> None:
-        self.factors = factors
-        self._built: Tensor | None = None
-
-    @property
-    def examples(self) -> int:
-        """Number of examples."""
-        return len(self.factors[0].d)
-
-    @property
-    def tokens(self) -> int:
-        """Number of token slots per example, over all uses of the parameter."""
-        return sum(f.d.shape[1] for f in self.factors)
-
-    def built(self) -> Tensor:
-        """Per-example gradients, flattened: [B, size of the parameter]."""
-        if self._built is None:
-            parts = (_gradient(f.d, f.a) if f.a is not None else f.d for f in self.factors)
-            self._built = reduce(torch.add, parts)
-        return self._built
+Batches = Sequence[Sequence[Factor]]
 
 
-def dot(left: Sequence[Factor] | Side, right: Sequence[Factor] | Side) -> Tensor:
+def dot(left: Sequence[Factor], right: Sequence[Factor]) -> Tensor:
     """Inner products between all examples of two batches over one parameter: [B_left, B_right].
 
     ``left`` and ``right`` are the factors of the same parameter (several where it is used several
-    times, as a tied embedding is).
+    times, as a tied embedding is). Gram form, but for vectors.
     """
-    one, two = (side if isinstance(side, Side) else Side(side) for side in (left, right))
-    kinds = {f.kind for f in (*one.factors, *two.factors)}
-    if kinds == {"vector"} or (kinds == {"linear"} and _building_is_cheaper(one, two)):
-        return one.built() @ two.built().T
-    products = [_gram(f, g) for f in one.factors for g in two.factors]
-    return reduce(torch.add, products)
+    if all(f.kind == "vector" for f in (*left, *right)):
+        return product(_built([left]), _built([right]))
+    return reduce(torch.add, [_gram(f, g) for f in left for g in right])
 
 
-def _building_is_cheaper(left: Side, right: Side) -> bool:
-    """Cost of the two exact forms in multiplications; a side that has been built is free.
+def dots(left: Batches, right: Batches, *, room: int) -> Tensor:
+    """Inner products between all examples of many batches over one parameter.
+
+    Either in Gram form or with the gradients built, whichever takes fewer multiplications; both are
+    exact.
+
+    Parameters
+    ----------
+    left, right
+        For each batch the parameter's factors.
+    room
+        Numbers that the built gradients may take at a time; one batch a side is always built.
+
+    Returns
+    -------
+    [examples on the left, examples on the right], batch after batch
+    """
+    kinds = {f.kind for batch in (*left, *right) for f in batch}
+    if kinds != {"vector"} and (kinds != {"linear"} or not _building_is_cheaper(left, right)):
+        return torch.cat([torch.cat([dot(a, b) for b in right], 1) for a in left])
+    rows = []
+    for some in _slices(left, room // 2):
+        built = _built(some)
+        rows.append(torch.cat([product(built, _built(s)) for s in _slices(right, room // 2)], 1))
+    return torch.cat(rows)
+
+
+def _examples(batch: Sequence[Factor]) -> int:
+    return len(batch[0].d)
+
+
+def _slices(batches: Batches, room: int) -> list[Batches]:
+    """Neighbouring batches together, as many as fit."""
+    out: list[list[Sequence[Factor]]] = []
+    free = 0
+    for batch in batches:
+        f = batch[0]
+        need = _examples(batch) * f.d.shape[-1] * (1 if f.a is None else f.a.shape[-1])
+        if not out or need > free:
+            out.append([])
+            free = room
+        out[-1].append(batch)
+        free -= need
+    return list(out)
+
+
+def _built(batches: Batches) -> Tensor:
+    """Per-example gradients of some batches, flattened: [examples, size of the parameter]."""
+    parts = [
+        reduce(torch.add, [f.d if f.a is None else _gradient(f.d, f.a) for f in batch])
+        for batch in batches
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _building_is_cheaper(left: Batches, right: Batches) -> bool:
+    """Cost of the two exact forms in multiplications.
 
     Building and the thin product after it move as much memory as they compute, so one of their
     multiplications counts as ``MEMORY_BOUND`` of the Gram form's (measured on two CPU cores).
     """
-    out, inp = left.factors[0].d.shape[-1], left.factors[0].a.shape[-1]  # type: ignore[union-attr]
-    n, m = left.examples, right.examples
-    todo = sum(s.examples * s.tokens for s in (left, right) if s._built is None)
-    gram = n * m * left.tokens * right.tokens * (out + inp)
-    return bool(MEMORY_BOUND * out * inp * (n * m + todo) < gram)
+    f = left[0][0]
+    assert f.a is not None
+    out, inp = f.d.shape[-1], f.a.shape[-1]
+    n, m = (sum(map(_examples, side)) for side in (left, right))
+    s, t = (sum(f.d.shape[0] * f.d.shape[1] for b in side for f in b) for side in (left, right))
+    return bool(MEMORY_BOUND * out * inp * (n * m + s + t) < s * t * (out + inp))
 
 
 def _gram(f: Factor, g: Factor) -> Tensor:
@@ -459,10 +503,10 @@ def _gram(f: Factor, g: Factor) -> Tensor:
         return _gram(g, f).T
     f_a, f_d, g_a, g_d = (x.flatten(0, 1) for x in (f.a, f.d, g.a, g.d))
     if f.kind == "embedding":
-        product = (f_a[:, None] == g_a[None, :]) * (f_d @ g_d.T)
+        table = (f_a[:, None] == g_a[None, :]) * product(f_d, g_d)
     elif g.kind == "embedding":
-        product = f_d[:, g_a] * (f_a @ g_d.T)
+        table = f_d[:, g_a] * product(f_a, g_d)
     else:
-        product = (f_a @ g_a.T).mul_(f_d @ g_d.T)
+        table = product(f_a, g_a).mul_(product(f_d, g_d))
     shape = (f.d.shape[0], f.d.shape[1], g.d.shape[0], g.d.shape[1])
-    return product.view(shape).sum((1, 3))
+    return table.view(shape).sum((1, 3))

@@ -130,10 +130,14 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from taught.model.kernels import use_fast_products
+
     model: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
         trust_remote_code=False, **how)  # fmt: skip
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    use_fast_products(model)
+    return model
 
 
 # --- where the weights are --------------------------------------------------------------------

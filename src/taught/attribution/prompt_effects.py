@@ -1,0 +1,194 @@
+"""Change of y of every prompt for every pair, exactly: all inner products of two sets of gradients.
+
+    dy_i = -lr <grad L(z), grad y_i>        for all pairs z and prompts i: [P, N]
+
+Each gradient is had once, in factors, and meets all others block by block of the model
+(``taught.model.blockwise``), so that a block's gradients need to be built once a pair and once a
+prompt. Cost: two forward and backward passes over pairs and prompts, and one multiplication per
+pair, prompt and parameter. What does not fit into the memory budget is split into chunks of pairs
+and prompts; every chunk of pairs then meets every chunk of prompts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taught.attribution.adjoint import GB, Pieces, Problem, kept, refuse_nonfinite
+from taught.attribution.pairs import PairBatch, PairInput, batch_pairs
+from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
+from taught.model.forward import forward
+from taught.model.gradients import Factor, dot, dots, frozen
+from taught.model.readout import prompt_tree
+from taught.model.tokens import Rows, batches_by_tokens, stack
+
+# Shares of the memory budget.
+_TRACES, _BUILT = 0.75, 0.25
+
+
+def prompt_effects(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    *,
+    progress: Any = None,
+    pieces: Pieces | None = None,
+) -> Tensor:
+    """Change of y of every prompt per step on every pair: float64 [P, N].
+
+    Raises
+    ------
+    UserError
+        The loss of a pair is not finite; the model's blocks do not form a chain, or share
+        parameters.
+    """
+    sites = split_sites(problem.model)
+    effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
+    with frozen(problem.model):
+        for prompts, chunk in _chunks(problem, sites, pairs):
+            rows = [i for batch in chunk for i in batch.index]
+            columns = [i for index, _ in prompts for i in index]
+            compute = partial(_meet, problem, sites, pairs, chunk, prompts, progress)
+            block = kept(pieces, f"pairs {rows} prompts {columns}", compute)
+            effects[torch.tensor(rows)[:, None], torch.tensor(columns)] = block
+    return -problem.lr * effects
+
+
+PromptBatch = tuple[list[int], Rows]
+
+
+def _chunks(
+    problem: Problem, sites: BlockSites, pairs: Sequence[PairInput]
+) -> list[tuple[list[PromptBatch], list[PairBatch]]]:
+    """Chunks of prompts and of pairs that fit into the budget together, in all combinations."""
+    trees = [prompt_tree([p], problem.behavior)[0] for p in problem.prompts]
+    prompts = [
+        (index, stack([trees[i] for i in index]))
+        for index in batches_by_tokens([len(t) for t in trees], problem.batch_tokens)
+    ]
+    batches = batch_pairs(pairs, problem.batch_tokens)
+    per_token, per_prompt = _bytes(problem, sites)
+    pair_need = [b.rows.ids.numel() * per_token for b in batches]
+    prompt_need = [rows.ids.numel() * per_token + len(index) * per_prompt
+                   for index, rows in prompts]  # fmt: skip
+    budget = problem.memory_gb * GB * _TRACES
+    for_pairs = max(budget / 2, budget - sum(prompt_need))
+    chunks = _split(batches, pair_need, for_pairs)
+    largest = max(sum(need) for _, need in chunks)
+    return [
+        (some, chunk)
+        for some, _ in _split(prompts, prompt_need, budget - min(largest, for_pairs))
+        for chunk, _ in chunks
+    ]
+
+
+def _split(items: Sequence[Any], needs: Sequence[float], budget: float) -> list[tuple[list, list]]:
+    """Neighbours in as few chunks as fit the budget, of about equal need; at least one in each."""
+    count = max(1, -int(-sum(needs) // max(budget, 1.0)))
+    target = min(budget, sum(needs) / count * 1.0001)
+    chunks: list[tuple[list[Any], list[float]]] = []
+    for item, need in zip(items, needs, strict=True):
+        if not chunks or sum(chunks[-1][1]) + need > target:
+            chunks.append(([], []))
+        chunks[-1][0].append(item)
+        chunks[-1][1].append(need)
+    return chunks
+
+
+def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float]:
+    """Memory that a token's trace and one block's factors take; that a prompt's head takes."""
+    shapes = {name: p.shape for name, p in problem.model.named_parameters()}
+    itemsize = next(problem.model.parameters()).element_size()
+    config: Any = problem.model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    factors = max(
+        sum(sum(shapes[s.weight]) for s in block if s.weight and s.kind != "elementwise")
+        for block in sites.blocks
+    )
+    width = int(config.hidden_size)
+    per_token = itemsize * ((len(sites.blocks) + 3) * width + factors)
+    return float(per_token), float(itemsize * problem.behavior.slots * int(config.vocab_size))
+
+
+def _meet(
+    problem: Problem,
+    sites: BlockSites,
+    pairs: Sequence[PairInput],
+    chunk: Sequence[PairBatch],
+    prompts: Sequence[PromptBatch],
+    progress: Any,
+) -> Tensor:
+    """<grad L(z), grad y_i> of a chunk of pairs and a chunk of prompts, float64."""
+    right, outside = [], []
+    for index, rows in prompts:
+        _, factors, traced = _trace_prompts(problem, sites, index, rows)
+        right.append(traced)
+        outside.append(_by_param(factors))
+    left, top = [], []
+    for batch in chunk:
+        losses, factors, traced = _trace_pairs(problem, sites, batch)
+        refuse_nonfinite(pairs, batch.index, losses)
+        left.append(traced)
+        own = _by_param(factors)
+        top.append(torch.cat([_over(own, other) for other in outside], 1))
+    del outside
+    effects = torch.cat(top)
+    for _ in sites.blocks:
+        effects += _one_block(problem, sites, left, right)
+        if progress is not None:
+            progress.advance(1)
+    return effects
+
+
+def _trace_pairs(
+    problem: Problem, sites: BlockSites, batch: PairBatch
+) -> tuple[Tensor, list[Factor], Trace]:
+    run = partial(batch.losses, problem.model)
+    return trace(problem.model, sites, batch.index, run, training=True)
+
+
+def _trace_prompts(
+    problem: Problem, sites: BlockSites, index: Sequence[int], rows: Rows
+) -> tuple[Tensor, list[Factor], Trace]:
+    """Prompts apart: no tokens are shared between them."""
+
+    def run() -> Tensor:
+        device = next(problem.model.parameters()).device
+        _, logits = forward(problem.model, rows.to(device), keep=problem.behavior.slots)
+        assert logits is not None
+        return problem.behavior.log_probability(logits)
+
+    return trace(problem.model, sites, index, run)
+
+
+def _over(left: dict[str, list[Factor]], right: dict[str, list[Factor]]) -> Tensor:
+    """Inner products of two batches over all parameters that both depend on, float64."""
+    shared = sorted(left.keys() & right.keys())
+    return sum(dot(left[name], right[name]).double().cpu() for name in shared)  # type: ignore[return-value]
+
+
+def _one_block(
+    problem: Problem, sites: BlockSites, left: Sequence[Trace], right: Sequence[Trace]
+) -> Tensor:
+    """Inner products over the parameters of the last block that is left, float64."""
+    ours, theirs = (
+        [_by_param(last_block(problem.model, sites, t)) for t in side] for side in (left, right)
+    )
+    itemsize = next(problem.model.parameters()).element_size()
+    room = int(problem.memory_gb * GB * _BUILT / itemsize)
+    total: Any = 0.0
+    for name in sorted(ours[0]):
+        a, b = ([factors.pop(name) for factors in side] for side in (ours, theirs))
+        total = total + dots(a, b, room=room).double().cpu()
+    return total
+
+
+def _by_param(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
+    out: dict[str, list[Factor]] = defaultdict(list)
+    for factor in factors:
+        out[factor.param].append(factor)
+    return out
