@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.demo
-	@set -e; for name in smda_loop adjoint_vs_step; do $(BIN)/python -m benchmarks.$$name; done
+	@set -e; for name in kernels smda_loop adjoint_vs_step; do $(BIN)/python -m benchmarks.$$name; done
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,42 @@
+"""One function per stage: reads the files of the stages before it, computes, writes its own files.
+
+The order of a run is ``policy``, ``attribute``, ``curate``, ``report``; ``check`` runs before and
+changes nothing; ``demo`` runs all on the shipped preset. File formats: docs/formats.md.
+"""
+
+from __future__ import annotations
+
+from taught.check import CheckReport, check_study
+from taught.progress import Progress
+from taught.run import RunFolder
+from taught.stages.decide import curate, report
+from taught.stages.fit import policy
+from taught.stages.influence import attribute
+from taught.study import Study, load_study
+
+__all__ = ["attribute", "check", "curate", "demo", "policy", "report"]
+
+
+def check(study: Study) -> CheckReport:
+    """What would run, counted and estimated; changes nothing."""
+    return check_study(study)
+
+
+def demo(
+    run: RunFolder,
+    prompts: int = 160,
+    pairs: int = 36,
+    features: int = 30,
+    full: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Run every stage on the shipped preset, on a part of it unless ``full``."""
+    study = load_study("refusal-smollm2")
+    if not full:
+        limits = {"prompts.limit": prompts, "pairs.limit": pairs, "features.max_features": features}
+        for key, value in limits.items():
+            study = study.replace(key, value)
+    policy(study, run, progress)
+    attribute(study, run, progress)
+    curate(run)
+    report(run)

@@ -1,0 +1,277 @@
+"""The stage ``attribute``: from the policy and the pairs to the influence tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from taught.analysis.interference import comovement, interference
+from taught.attribution.adjoint import Problem
+from taught.attribution.estimate import Effects, adjoint_effects, finite_step_effects, step_checks
+from taught.data.pairs import PairSet
+from taught.data.prompts import PromptSet
+from taught.errors import UserError
+from taught.model.readout import pack as pack_prompts
+from taught.model.readout import read_packed
+from taught.policy.ridge import Policy, fit_policy
+from taught.progress import Progress, SilentProgress
+from taught.run import RunFolder
+from taught.setup import (
+    Subject,
+    open_subject,
+    pair_inputs,
+    prompt_inputs,
+    study_pairs,
+    study_prompts,
+)
+from taught.study import Study
+
+
+def attribute(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
+    """Effect of one SGD step on each pair: on the score, the coefficients and the groups' mean y.
+
+    Raises
+    ------
+    UserError
+        The policy is missing or of another study; pairs overlap, are truncated or have no finite
+        loss.
+    """
+    progress = progress or SilentProgress()
+    prompts = study_prompts(study)
+    pairs, overlapping = study_pairs(study, prompts)
+    progress.step("load model and SAE")
+    subject = open_subject(study)
+    with run.stage("attribute", study, subject.identity) as stage:
+        if stage.done:
+            return
+        encoded, truncated = subject.chat.encode_pairs(
+            pairs, study.pairs.max_tokens, study.pairs.drop_truncated
+        )
+        kept = {pair.id for pair in encoded}
+        pairs = replace(pairs, pairs=tuple(pair for pair in pairs if pair.id in kept))
+        fitted, groups = _read_policy(study, run)
+        problem = _problem(study, subject, prompts, fitted)
+        inputs = pair_inputs(encoded)
+        estimate = (
+            finite_step_effects if study.attribution.estimator == "finite-step" else adjoint_effects
+        )
+        effects = estimate(
+            problem,
+            inputs,
+            fitted,
+            groups,
+            coefficients=study.attribution.coefficients,
+            progress=progress,
+            pieces=stage.partial,
+        )
+        checks = step_checks(problem, inputs, fitted, effects, study.attribution.exact_top,
+                             progress=progress, pieces=stage.partial)  # fmt: skip
+        intended = _intended(study, subject, pairs, fitted)
+        _write_effects(run, study, fitted, effects)
+        _write_pairs(run, pairs, encoded, effects)
+        _write_summary(run, pairs, encoded, fitted, effects, intended, checks)
+        run.write_json("dropped", {"overlap": overlapping, "truncated": truncated})
+
+
+def _read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[str]]]:
+    """The fitted policy from the run folder, and the prompt ids of each group."""
+    arrays, ids = run.read_tensors("activations")
+    readouts, reads = run.read_tensors("readouts")
+    if reads["prompt_ids"] != ids["prompt_ids"]:
+        raise UserError(
+            "activations and read-outs are of different prompts", fix="run policy again, --fresh"
+        )
+    record = run.read_json("policy")
+    fitted = fit_policy(
+        arrays["X"],
+        readouts["y"],
+        prompt_ids=ids["prompt_ids"],
+        feature_ids=ids["feature_ids"],
+        alpha=record["alpha"],
+        fit_intercept=record["intercept"],
+    )
+    groups: dict[str, list[str]] = {}
+    for row in run.read_table("prompts").select(["prompt_id", "group"]).to_pylist():
+        groups.setdefault(row["group"], []).append(row["prompt_id"])
+    return fitted, groups
+
+
+def _problem(study: Study, subject: Subject, prompts: PromptSet, fitted: Policy) -> Problem:
+    encoded = {e.id: e for e in subject.chat.encode_prompts(prompts)}
+    ordered = [encoded[prompt_id] for prompt_id in fitted.prompt_ids]
+    return Problem(
+        subject.loaded.model,
+        prompt_inputs(ordered, study.readout.position),
+        subject.behavior,
+        subject.sae.block,
+        subject.features(fitted.feature_ids.copy(), study),
+        study.attribution.lr,
+        study.attribution.batch_tokens,
+        study.attribution.memory_gb,
+    )
+
+
+@torch.no_grad()
+def _intended(
+    study: Study, subject: Subject, pairs: PairSet, fitted: Policy
+) -> dict[str, list[int]]:
+    """For each pair the policy's features that are active on its own prompt."""
+    encoded = [subject.chat.encode_prompt(pair.messages, pair.id) for pair in pairs]
+    inputs = prompt_inputs(encoded, study.readout.position)
+    features = subject.features(fitted.feature_ids.copy(), study)
+    active: dict[str, list[int]] = {}
+    for packed in pack_prompts(inputs, None):
+        h, _ = read_packed(subject.loaded.model, packed, None, subject.sae.block)
+        for i, row in zip(packed.index, features(h, packed.offsets), strict=True):
+            active[inputs[i].id] = fitted.feature_ids[(row > 0).cpu().numpy()].tolist()
+    return active
+
+
+def _write_effects(run: RunFolder, study: Study, fitted: Policy, effects: Effects) -> None:
+    parts = [_long(effects, "score", None, None, path) for path in ("x", "y", "total")]
+    parts += [_long(effects, "mean_y", None, group, "y") for group in effects.mean_y]
+    if effects.shift is not None:
+        for column, feature_id in enumerate(fitted.feature_ids.tolist()):
+            parts += [_long(effects, "coefficient", (column, feature_id), None, path)
+                      for path in ("x", "y", "total")]  # fmt: skip
+        r = comovement(effects.shift.total)
+        run.write_tensors(
+            "comovement",
+            {"r": r},
+            {"feature_ids": fitted.feature_ids.tolist()},
+            axes={"r": ("feature_ids", "feature_ids")},
+        )
+    run.write_table("influence", pa.concat_tables(parts))
+    if effects.dy is not None:
+        run.write_tensors(
+            "prompt_effects",
+            {"dy": effects.dy.astype(np.float32)},
+            {"pair_ids": list(effects.pair_ids), "prompt_ids": list(fitted.prompt_ids)},
+            axes={"dy": ("pair_ids", "prompt_ids")},
+        )
+
+
+_LONG = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("target", pa.string()),
+        ("feature_id", pa.int64()),
+        ("group", pa.string()),
+        ("pathway", pa.string()),
+        ("value", pa.float64()),
+        ("estimator", pa.string()),
+    ]
+)
+
+
+def _long(
+    effects: Effects, target: str, feature: tuple[int, int] | None, group: str | None, pathway: str
+) -> pa.Table:
+    """Rows of one target and pathway, all pairs, in long form."""
+    values = effects.values(target, feature[0] if feature else None, group, pathway)
+    n = len(effects.pair_ids)
+    columns = [
+        list(effects.pair_ids),
+        [target] * n,
+        [feature[1] if feature else None] * n,
+        [group] * n,
+        [pathway] * n,
+        values,
+        [effects.estimator] * n,
+    ]
+    return pa.table(dict(zip(_LONG.names, columns, strict=True)), schema=_LONG)
+
+
+def _write_pairs(run: RunFolder, pairs: PairSet, encoded: Any, effects: Effects) -> None:
+    tokens = {e.id: e for e in encoded}
+    loss = dict(zip(effects.pair_ids, effects.losses, strict=True))
+    rows = [
+        {
+            "pair_id": pair.id,
+            "prompt": pair.prompt,
+            "response": pair.response,
+            "label": pair.label,
+            "category": pair.category,
+            "source": pair.source,
+            "n_tokens": len(tokens[pair.id].input_ids),
+            "n_response": tokens[pair.id].n_response,
+            "truncated": tokens[pair.id].truncated,
+            "loss": float(loss[pair.id]),
+        }
+        for pair in pairs
+    ]
+    run.write_table("pairs", pa.Table.from_pylist(rows))
+
+
+def _write_summary(
+    run: RunFolder,
+    pairs: PairSet,
+    encoded: Any,
+    fitted: Policy,
+    effects: Effects,
+    intended: dict[str, list[int]],
+    checks: dict[str, dict[str, float]],
+) -> None:
+    by_pair = {row["pair_id"]: row for row in _interference(fitted, effects, intended)}
+    label = {pair.id: pair.label for pair in pairs}
+    length = {e.id: e.n_response for e in encoded}
+    order = np.argsort(-np.abs(effects.score.sum(0)), kind="stable")
+    rank = {effects.pair_ids[i]: place + 1 for place, i in enumerate(order)}
+    rows = []
+    for i, pair_id in enumerate(effects.pair_ids):
+        x, y = effects.score[:, i]
+        rows.append(
+            {
+                "pair_id": pair_id,
+                "label": label[pair_id],
+                "score": float(x + y),
+                "score_x": float(x),
+                "score_y": float(y),
+                **{f"mean_y_{g}": float(v[i]) for g, v in effects.mean_y.items()},
+                "loss": float(effects.losses[i]),
+                "n_response": length[pair_id],
+                "rank": rank[pair_id],
+                **by_pair[pair_id],
+                "step_score": None,
+                "refit_score": None,
+                **checks.get(pair_id, {}),
+            }
+        )
+    run.write_table("summary", pa.Table.from_pylist(rows))
+
+
+def _interference(
+    fitted: Policy, effects: Effects, intended: dict[str, list[int]]
+) -> list[dict[str, Any]]:
+    if effects.shift is None:  # without coefficients nothing can be said
+        unknown = dict.fromkeys(
+            (
+                "outside_share",
+                "outside_change",
+                "dominant_feature",
+                "dominant_share",
+                "unintended",
+                "expected_by_chance",
+            )
+        )
+        note = "coefficients were not computed"
+        return [
+            {
+                "pair_id": i,
+                "intended": intended[i],
+                "n_intended": len(intended[i]),
+                **unknown,
+                "note": note,
+            }
+            for i in effects.pair_ids
+        ]
+    return interference(
+        effects.pair_ids,
+        fitted.feature_ids,
+        effects.shift.total,
+        [intended[pair_id] for pair_id in effects.pair_ids],
+    )

