@@ -92,7 +92,7 @@ def test_batch_size_and_memory_do_not_matter(setting, reference) -> None:
 
 def test_order_does_not_matter(setting, reference) -> None:
     problem, pairs = setting
-    policy, expected = reference
+    _, expected = reference
     turned = replace(problem, prompts=problem.prompts[::-1])
     ours = effects(turned, pairs[::-1], fitted(turned))
     ours = {name: value[::-1] for name, value in ours.items()} | {"dy": ours["dy"][::-1, ::-1]}

@@ -79,9 +79,9 @@ _OUTPUT = Output()
 @app.command(sort_key=1)
 def demo(
     *,
-    prompts: int = 160,
-    pairs: int = 36,
-    features: int = 30,
+    prompts: int = 200,
+    pairs: int = 48,
+    features: int = 40,
     full: Switch = False,
     output: Output = _OUTPUT,
 ) -> int:

@@ -89,8 +89,8 @@ class Problem:
     block: int
     features: FeatureMap
     lr: float
-    batch_tokens: int = 1024
-    memory_gb: float = 3.0
+    batch_tokens: int = 512
+    memory_gb: float = 4.0
 
 
 Queries = dict[str, Query]
@@ -157,6 +157,12 @@ def feature_effects(
             key = f"targets {start} {start + len(part)}"
             effects.append(kept(pieces, key, partial(compute, part)))
     return torch.cat(effects, 1)
+
+
+def feature_steps(problem: Problem, pairs: int, targets: int) -> int:
+    """How often :func:`feature_effects` reports progress."""
+    chunk = _targets_per_chunk(problem, find_sites(problem.model))
+    return targets + -(-targets // chunk) * pairs
 
 
 def _targets_per_chunk(problem: Problem, sites: Sequence[Site]) -> int:

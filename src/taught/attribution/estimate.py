@@ -24,12 +24,13 @@ from taught.attribution.adjoint import (
     Pieces,
     Problem,
     feature_effects,
+    feature_steps,
     pair_losses,
     target_effects,
 )
 from taught.attribution.finite_step import Step, finite_steps
 from taught.attribution.pairs import PairInput
-from taught.attribution.prompt_effects import prompt_effects
+from taught.attribution.prompt_effects import prompt_effects, prompt_steps
 from taught.model.readout import read_prompts
 from taught.policy.ridge import (
     Policy,
@@ -94,10 +95,10 @@ def adjoint_effects(
     if not coefficients:
         return _few_targets(problem, pairs, policy, groups, progress)
     targets = raw_x_targets(policy)
-    progress.step("features: gradients of X", None)
+    progress.step("features: gradients of X", feature_steps(problem, len(pairs), len(targets)))
     F = feature_effects(problem, pairs, [t.A for t in targets], torch.from_numpy(policy.X.copy()),
                         progress=progress, pieces=pieces)  # fmt: skip
-    progress.step("prompts: gradients of y", None)
+    progress.step("prompts: gradients of y", prompt_steps(problem, pairs))
     dy = prompt_effects(problem, pairs, progress=progress, pieces=pieces).numpy()
     shift = pathway_sums(policy, combine_raw_x(policy, F.numpy()), dy @ policy.Xc)
     return _effects(

@@ -58,6 +58,12 @@ def prompt_effects(
     return -problem.lr * effects
 
 
+def prompt_steps(problem: Problem, pairs: Sequence[PairInput]) -> int:
+    """How often :func:`prompt_effects` reports progress."""
+    sites = split_sites(problem.model)
+    return len(_chunks(problem, sites, pairs)) * len(sites.blocks)
+
+
 PromptBatch = tuple[list[int], Rows]
 
 

@@ -371,7 +371,9 @@ def contract(factor: Factor, query: Query) -> Tensor:
 
 def _gradient(d: Tensor, a: Tensor) -> Tensor:
     """Per-example gradients of one linear layer, flattened: [B, out * in]."""
-    return outer_products(d, a).flatten(1)
+    out = d.new_empty(len(d), d.shape[-1], a.shape[-1])
+    outer_products(d, a, out)
+    return out.flatten(1)
 
 
 def _contract_embedding(ids: Tensor, d: Tensor, query: Query) -> Tensor:
@@ -471,11 +473,20 @@ def _slices(batches: Batches, room: int) -> list[Batches]:
 
 def _built(batches: Batches) -> Tensor:
     """Per-example gradients of some batches, flattened: [examples, size of the parameter]."""
-    parts = [
-        reduce(torch.add, [f.d if f.a is None else _gradient(f.d, f.a) for f in batch])
-        for batch in batches
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    f = batches[0][0]
+    if f.a is None:
+        return torch.cat([reduce(torch.add, [f.d for f in batch]) for batch in batches])
+    out = f.d.new_empty(sum(map(_examples, batches)), f.d.shape[-1], f.a.shape[-1])
+    start = 0
+    for batch in batches:
+        rows = out[start : (start := start + _examples(batch))]
+        for number, factor in enumerate(batch):
+            assert factor.a is not None
+            if number == 0:
+                outer_products(factor.d, factor.a, rows)
+            else:
+                rows += torch.bmm(factor.d.mT, factor.a)
+    return out.flatten(1)
 
 
 def _building_is_cheaper(left: Batches, right: Batches) -> bool:

@@ -63,14 +63,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(x, weight, bias)
 
 
-def outer_products(d: Tensor, a: Tensor) -> Tensor:
-    """Outer products of each example, summed over tokens: d [B, T, m], a [B, T, n] -> [B, m, n]."""
+def outer_products(d: Tensor, a: Tensor, out: Tensor) -> None:
+    """out [B, m, n]: the outer products of d [B, T, m] and a [B, T, n], summed over tokens."""
     if not _applies(d, a):
-        return torch.bmm(d.mT, a)
-    out = d.new_empty(len(d), d.shape[2], a.shape[2])
+        torch.bmm(d.mT, a, out=out)
+        return
     for row, x, y in zip(out, d, a, strict=True):
         row.copy_(product(x.T, y.T))
-    return out
 
 
 class _Linear(torch.autograd.Function):

@@ -24,9 +24,9 @@ def check(study: Study) -> CheckReport:
 
 def demo(
     run: RunFolder,
-    prompts: int = 160,
-    pairs: int = 36,
-    features: int = 30,
+    prompts: int = 200,
+    pairs: int = 48,
+    features: int = 40,
     full: bool = False,
     progress: Progress | None = None,
 ) -> None:
