@@ -160,9 +160,9 @@ class IgnoresTheMask(torch.nn.Module):
 @pytest.mark.parametrize("drop", ["attention_mask", "position_ids"])
 def test_check_trees_refuses_a_model_that_computes_something_else_in_a_tree(drop: str) -> None:
     model, prompts = tiny_model("tied"), tiny_prompts()
-    assert check_trees(model, prompts, tiny_behavior(), BLOCK) < 1e-12
+    assert check_trees(model, prompts, tiny_behavior()) < 1e-12
     with pytest.raises(UserError, match="not give the same read-outs in a token tree") as error:
-        check_trees(IgnoresTheMask(model, drop), prompts, tiny_behavior(), BLOCK)
+        check_trees(IgnoresTheMask(model, drop), prompts, tiny_behavior())
     assert "q0" in str(error.value)
 
 
@@ -170,9 +170,9 @@ def test_check_trees_refuses_a_difference_that_is_not_a_number(monkeypatch) -> N
     model, prompts = tiny_model("tied"), tiny_prompts()
     real = readout.read_prompts_plain
     nan = torch.full((2,), torch.nan).double()
-    monkeypatch.setattr(readout, "read_prompts_plain", lambda *a: replace(real(*a), y=nan))
+    monkeypatch.setattr(readout, "read_prompts_plain", lambda *a, **k: replace(real(*a, **k), y=nan))
     with pytest.raises(UserError, match="token tree"):
-        check_trees(model, prompts, tiny_behavior(), BLOCK)
+        check_trees(model, prompts, tiny_behavior())
 
 
 @pytest.mark.parametrize("read", [read_prompts, read_prompts_plain])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from taught.files import tensors_bytes, tensors_from_bytes, write_bytes
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 
 class PartialFolder:
@@ -51,3 +53,27 @@ class PartialFolder:
         if not key or not key.replace("-", "").replace("_", "").isalnum() or not key.isascii():
             raise ValueError(f"a piece's key is made of letters, digits, - and _: {key!r}")
         return self.path / f"{key}.safetensors"
+
+
+class Pieces(Protocol):
+    """Where pieces are kept: a :class:`PartialFolder`, or anything like it."""
+
+    def load(self, key: str) -> Any:
+        """Arrays of a piece, or None."""
+
+    def save(self, key: str, arrays: Any) -> None:
+        """Keep a piece."""
+
+
+def kept(pieces: Pieces | None, key: str, compute: Callable[[], Tensor]) -> Tensor:
+    """A piece from an earlier attempt, or computed and kept."""
+    import torch
+
+    name = hashlib.sha256(key.encode()).hexdigest()[:24]
+    found = pieces.load(name) if pieces is not None else None
+    if found is not None:
+        return torch.from_numpy(found["effects"])
+    effects = compute()
+    if pieces is not None:
+        pieces.save(name, {"effects": effects.numpy()})
+    return effects

@@ -18,18 +18,16 @@ Nothing here changes a weight. Memory: the queries (parameters x targets, in chu
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from taught.attribution.pairs import PairBatch, PairInput, batch_pairs
-from taught.errors import UserError
+from taught.attribution.pairs import PairBatch, PairInput, batch_pairs, refuse_nonfinite
 from taught.features.pooling import FeatureMap
 from taught.model.behavior import PrefixBehavior
 from taught.model.gradients import (
@@ -44,30 +42,9 @@ from taught.model.gradients import (
     tap,
 )
 from taught.model.readout import PackedPrompts, ReadPrompt, pack, read_packed
+from taught.partial import Pieces, kept
 
 GB = 1024**3
-
-
-class Pieces(Protocol):
-    """Finished pieces of a long computation, so that it can be resumed (``taught.partial``)."""
-
-    def load(self, key: str) -> Any:
-        """Arrays of a piece, or None."""
-
-    def save(self, key: str, arrays: Any) -> None:
-        """Keep a piece."""
-
-
-def kept(pieces: Pieces | None, key: str, compute: Callable[[], Tensor]) -> Tensor:
-    """A piece from an earlier attempt, or computed and kept."""
-    name = hashlib.sha256(key.encode()).hexdigest()[:24]
-    found = pieces.load(name) if pieces is not None else None
-    if found is not None:
-        return torch.from_numpy(found["effects"])
-    effects = compute()
-    if pieces is not None:
-        pieces.save(name, {"effects": effects.numpy()})
-    return effects
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +67,7 @@ class Problem:
     features: FeatureMap
     lr: float
     batch_tokens: int = 512
-    memory_gb: float = 4.0
+    memory_gb: float = 3.5
 
 
 Queries = dict[str, Query]
@@ -171,7 +148,8 @@ def _targets_per_chunk(problem: Problem, sites: Sequence[Site]) -> int:
     seen = _sites_up_to_block(problem, sites)
     size = sum(shapes[n].numel() for s in seen if s.kind != "embedding"
                for n in (s.weight, s.bias) if n)  # fmt: skip
-    return max(1, int(problem.memory_gb * GB / (4 * max(size, 1))))
+    itemsize = max(4, next(problem.model.parameters()).element_size())
+    return max(1, int(problem.memory_gb * GB / (itemsize * max(size, 1))))
 
 
 def _sites_up_to_block(problem: Problem, sites: Sequence[Site]) -> list[Site]:
@@ -249,7 +227,7 @@ def _slot(
 def _zeros(problem: Problem, factor: Factor, count: int, only_x: bool) -> Query:
     """Zeros for ``count`` queries; X queries touch only the prompts' rows of the embedding."""
     weight = problem.model.get_parameter(factor.param)
-    dtype = factor.d.dtype
+    dtype = torch.promote_types(factor.d.dtype, torch.float32)  # sums of half precision in float32
     tokens = problem.model.get_input_embeddings()  # type: ignore[operator]
     if factor.kind == "embedding" and only_x and weight is tokens.weight:
         used = {token for prompt in problem.prompts for token in prompt.ids}
@@ -302,22 +280,3 @@ def _pair_gradients(
         values = losses.detach().double().cpu()
         refuse_nonfinite(pairs, batch.index, values)
         return values, list(taps.factors(losses.sum(), training=True))
-
-
-def refuse_nonfinite(pairs: Sequence[PairInput], index: Iterable[int], losses: Tensor) -> None:
-    """Raise an error with the ids of the pairs whose loss is not finite."""
-    bad = [pairs[i].id for i, v in zip(index, losses, strict=True) if not v.isfinite()]
-    if bad:
-        raise UserError("the loss of some pairs is not finite", value=bad,
-                        rule="a loss must be a finite number",
-                        fix="use --set model.dtype=float32, or remove these pairs")  # fmt: skip
-
-
-@torch.no_grad()
-def pair_losses(problem: Problem, pairs: Sequence[PairInput]) -> Tensor:
-    """Loss of every pair before any step: float64 [P]. Cost: one forward pass over the pairs."""
-    losses = torch.zeros(len(pairs), dtype=torch.float64)
-    for batch in batch_pairs(pairs, problem.batch_tokens):
-        losses[list(batch.index)] = batch.losses(problem.model).double().cpu()
-    refuse_nonfinite(pairs, range(len(pairs)), losses)
-    return losses

@@ -21,17 +21,17 @@ import torch
 from numpy.typing import NDArray
 
 from taught.attribution.adjoint import (
-    Pieces,
     Problem,
     feature_effects,
     feature_steps,
-    pair_losses,
     target_effects,
 )
 from taught.attribution.finite_step import Step, finite_steps
-from taught.attribution.pairs import PairInput
+from taught.attribution.pairs import PairInput, pair_losses, refuse_nonfinite
 from taught.attribution.prompt_effects import prompt_effects, prompt_steps
+from taught.model.blockwise import split_sites
 from taught.model.readout import read_prompts
+from taught.partial import Pieces
 from taught.policy.ridge import (
     Policy,
     Shift,
@@ -92,8 +92,10 @@ def adjoint_effects(
     pieces: Pieces | None = None,
 ) -> Effects:
     """All effects in reverse mode. ``groups``: group -> ids of its prompts."""
+    losses = pair_losses(problem.model, pairs, problem.batch_tokens)
     if not coefficients:
-        return _few_targets(problem, pairs, policy, groups, progress)
+        return _few_targets(problem, pairs, policy, groups, losses, progress)
+    split_sites(problem.model)  # what cannot be done block by block is said before the long part
     targets = raw_x_targets(policy)
     progress.step("features: gradients of X", feature_steps(problem, len(pairs), len(targets)))
     F = feature_effects(problem, pairs, [t.A for t in targets], torch.from_numpy(policy.X.copy()),
@@ -101,9 +103,7 @@ def adjoint_effects(
     progress.step("prompts: gradients of y", prompt_steps(problem, pairs))
     dy = prompt_effects(problem, pairs, progress=progress, pieces=pieces).numpy()
     shift = pathway_sums(policy, combine_raw_x(policy, F.numpy()), dy @ policy.Xc)
-    return _effects(
-        "adjoint", pairs, policy, groups, shift, dy, pair_losses(problem, pairs).numpy()
-    )
+    return _effects("adjoint", pairs, policy, groups, shift, dy, losses.numpy())
 
 
 def _few_targets(
@@ -111,6 +111,7 @@ def _few_targets(
     pairs: Sequence[PairInput],
     policy: Policy,
     groups: Mapping[str, Sequence[str]],
+    losses: torch.Tensor,
     progress: Any,
 ) -> Effects:
     """Score and group means only: one query gradient each."""
@@ -123,8 +124,9 @@ def _few_targets(
     A = np.stack([np.zeros_like(policy.X) if t.A is None else t.A for t in targets])
     B = np.stack([np.zeros(policy.n) if t.B is None else t.B for t in targets])
     progress.step("targets: gradients", None)
-    effects, losses = target_effects(problem, pairs, torch.from_numpy(A), torch.from_numpy(B),
-                                     progress=progress)  # fmt: skip
+    effects, _ = target_effects(problem, pairs, torch.from_numpy(A), torch.from_numpy(B),
+                                progress=progress)  # fmt: skip
+    refuse_nonfinite(pairs, range(len(pairs)), effects, "gradient")
     values = effects.numpy()
     return Effects(
         tuple(p.id for p in pairs),
@@ -167,6 +169,8 @@ def _effects(
     dy: Floats,
     losses: Floats,
 ) -> Effects:
+    for part in (shift.x, shift.y, dy):
+        refuse_nonfinite(pairs, range(len(pairs)), torch.from_numpy(part), "gradient")
     row = {prompt_id: i for i, prompt_id in enumerate(policy.prompt_ids)}
     mean_y = {g: dy[:, [row[i] for i in ids]].mean(1) for g, ids in groups.items()}
     S = np.stack([shift.x @ policy.coef, shift.y @ policy.coef])

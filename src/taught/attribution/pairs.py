@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from taught.errors import UserError
 from taught.model.forward import forward
+from taught.model.gradients import evaluating
 from taught.model.tokens import Rows, batches_by_tokens, build_tree, stack
 
 
@@ -63,3 +65,32 @@ def _one_batch(pairs: Sequence[PairInput], index: Sequence[int]) -> PairBatch:
         targets[row, keep - pair.n_response :] = torch.tensor(pair.ids[pair.start :])
         weights[row, keep - pair.n_response :] = 1.0 / pair.n_response
     return PairBatch(tuple(index), stack(trees), keep, targets, weights)
+
+
+@torch.no_grad()
+def pair_losses(model: nn.Module, pairs: Sequence[PairInput], batch_tokens: int) -> Tensor:
+    """Loss of every pair, float64 [P]. Cost: one forward pass over the pairs.
+
+    Raises
+    ------
+    UserError
+        Some losses are not finite: the ids of all these pairs.
+    """
+    losses = torch.zeros(len(pairs), dtype=torch.float64)
+    with evaluating(model):
+        for batch in batch_pairs(pairs, batch_tokens):
+            losses[list(batch.index)] = batch.losses(model).double().cpu()
+    refuse_nonfinite(pairs, range(len(pairs)), losses)
+    return losses
+
+
+def refuse_nonfinite(
+    pairs: Sequence[PairInput], index: Iterable[int], values: Tensor, what: str = "loss"
+) -> None:
+    """Raise an error with the ids of the pairs of which a value [n] or [n, ...] is not finite."""
+    good = values.isfinite().flatten(1).all(1) if values.ndim > 1 else values.isfinite()
+    bad = [pairs[i].id for i, fine in zip(index, good.tolist(), strict=True) if not fine]
+    if bad:
+        raise UserError(f"the {what} of some pairs is not finite", value=bad,
+                        rule=f"a {what} must be a finite number",
+                        fix="use --set model.dtype=float32, or remove these pairs")  # fmt: skip

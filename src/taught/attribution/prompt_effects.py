@@ -2,9 +2,8 @@
 
     dy_i = -lr <grad L(z), grad y_i>        for all pairs z and prompts i: [P, N]
 
-Each gradient is had once, in factors, and meets all others block by block of the model
-(``taught.model.blockwise``), so that a block's gradients need to be built once a pair and once a
-prompt. Cost: two forward and backward passes over pairs and prompts, and one multiplication per
+All gradients meet block by block of the model (``taught.model.blockwise``). Cost: two forward and
+backward passes over pairs and prompts, the building of their gradients, and one multiplication per
 pair, prompt and parameter. What does not fit into the memory budget is split into chunks of pairs
 and prompts; every chunk of pairs then meets every chunk of prompts.
 """
@@ -19,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taught.attribution.adjoint import GB, Pieces, Problem, kept, refuse_nonfinite
-from taught.attribution.pairs import PairBatch, PairInput, batch_pairs
+from taught.attribution.adjoint import GB, Problem
+from taught.attribution.pairs import PairBatch, PairInput, batch_pairs, refuse_nonfinite
 from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
 from taught.model.forward import forward
 from taught.model.gradients import Factor, dot, dots, frozen
 from taught.model.readout import prompt_tree
 from taught.model.tokens import Rows, batches_by_tokens, stack
+from taught.partial import Pieces, kept
 
 # Shares of the memory budget.
 _TRACES, _BUILT = 0.75, 0.25
@@ -187,7 +187,7 @@ def _one_block(
     itemsize = next(problem.model.parameters()).element_size()
     room = int(problem.memory_gb * GB * _BUILT / itemsize)
     total: Any = 0.0
-    for name in sorted(ours[0]):
+    for name in sorted({name for side in (ours, theirs) for factors in side for name in factors}):
         a, b = ([factors.pop(name) for factors in side] for side in (ours, theirs))
         total = total + dots(a, b, room=room).double().cpu()
     return total

@@ -351,21 +351,22 @@ def contract(factor: Factor, query: Query) -> Tensor:
     Cost for a linear factor: the smaller of Q B T out in (no gradient is built) and
     B (T + Q) out in (one layer's gradients are built, a few examples at a time).
     """
+    d = factor.d.to((query.values if isinstance(query, RowSparse) else query).dtype)
     if factor.kind == "vector":
         assert isinstance(query, Tensor)
-        return factor.d @ query.T
+        return d @ query.T
     assert factor.a is not None
     if factor.kind == "embedding":
-        return _contract_embedding(factor.a, factor.d, query)
-    d = factor.d
+        return _contract_embedding(factor.a, d, query)
+    a = factor.a.to(d.dtype)
     if isinstance(query, RowSparse):
         d, query = d[..., query.rows], query.values
     tokens, n = d.shape[1], len(query)
     if n * tokens <= 2 * (tokens + n):
-        per_query = [((d @ q) * factor.a).sum((1, 2)) for q in query]
+        per_query = [((d @ q) * a).sum((1, 2)) for q in query]
         return torch.stack(per_query, 1)
     flat = query.flatten(1)
-    return torch.cat([product(_gradient(d[b : b + 4], factor.a[b : b + 4]), flat)
+    return torch.cat([product(_gradient(d[b : b + 4], a[b : b + 4]), flat)
                       for b in range(0, len(d), 4)])  # fmt: skip
 
 
@@ -392,7 +393,8 @@ def accumulate(factor: Factor, total: Query, weight: float = 1.0) -> None:
         return
     assert factor.a is not None
     if factor.kind == "embedding":
-        ids, d = factor.a.flatten(), factor.d.flatten(0, 1)
+        into = total.values if isinstance(total, RowSparse) else total
+        ids, d = factor.a.flatten(), factor.d.flatten(0, 1).to(into.dtype)
         if isinstance(total, RowSparse):
             total.values.index_add_(0, _slots(total, ids), d, alpha=weight)
         else:

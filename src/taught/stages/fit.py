@@ -80,7 +80,7 @@ def _read(study: Study, subject: Subject, prompts: PromptSet, progress: Progress
     """One forward pass over the prompts; features chosen on all of them."""
     inputs = prompt_inputs(subject.chat.encode_prompts(prompts), study.readout.position)
     model, block = subject.loaded.model, subject.sae.block
-    check_trees(model, inputs, subject.behavior, block)
+    check_trees(model, inputs, subject.behavior)
     progress.step("read prompts", len(inputs))
     readouts = read_prompts(model, inputs, subject.behavior, block, progress=progress)
     fvu = check_fit(subject.sae, readouts.h, study.sae.max_fvu)
