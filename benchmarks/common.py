@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taught import files
-from taught.environment import peak_memory_gb, versions
+from taught.environment import keep_freed_memory, peak_memory_gb, versions
 from taught.errors import UserError
 from taught.fingerprint import code_version
 from taught.progress import RichProgress
@@ -245,6 +245,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def run(measure: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run a benchmark as a command: a user's mistake is one message, Ctrl-C keeps the rows."""
+    keep_freed_memory()  # as the command line does
     try:
         measure(args)
     except UserError as error:

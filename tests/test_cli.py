@@ -197,8 +197,8 @@ def test_demo_tells_time_memory_and_where_the_report_is(taught_with, tmp_path, s
     assert (tmp_path / "here" / "policy.json").read_text().split() == [
         "[",
         "9,",
-        "36,",
-        "30,",
+        "48,",
+        "40,",
         "true",
         "]",
     ]

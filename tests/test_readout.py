@@ -170,7 +170,9 @@ def test_check_trees_refuses_a_difference_that_is_not_a_number(monkeypatch) -> N
     model, prompts = tiny_model("tied"), tiny_prompts()
     real = readout.read_prompts_plain
     nan = torch.full((2,), torch.nan).double()
-    monkeypatch.setattr(readout, "read_prompts_plain", lambda *a, **k: replace(real(*a, **k), y=nan))
+    monkeypatch.setattr(
+        readout, "read_prompts_plain", lambda *a, **k: replace(real(*a, **k), y=nan)
+    )
     with pytest.raises(UserError, match="token tree"):
         check_trees(model, prompts, tiny_behavior())
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 from cyclopts import App, CycloptsError, Parameter
 
 import taught
+from taught.environment import keep_freed_memory
 from taught.errors import TaughtError, UserError
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def show(run: Path, item: str | None = None, /) -> int:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    _keep_freed_memory()
+    keep_freed_memory()
     sys.exit(run_command(sys.argv[1:] if argv is None else argv))
 
 
@@ -371,24 +372,6 @@ def _progress(quiet: bool) -> Iterator[Progress]:
     else:
         with RichProgress(_err()) as progress:
             yield progress
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of giving it back to the kernel.
-
-    Activations come and go thousands of times in a run; mapping their pages anew each time took a
-    third of the processor time on the CPU. What is larger than 32 MB (the queries) is still given
-    back at once; glibc takes no higher threshold. Elsewhere than on glibc nothing happens.
-    """
-    import ctypes
-
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(mmap_threshold, 1 << 25)
-    mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _quiet_libraries() -> None:
