@@ -52,7 +52,7 @@ def test_worked_example_with_its_sentences():
     assert out[3]["reason"].endswith("is above the harmful-refusal median 3")
     assert (out[4]["threshold"], out[0]["threshold"]) == (None, 3.0)
     assert "'other'" in out[4]["reason"]
-    assert set(out[0]) == {"pair_id", "action", "rule", "reason", "score", "threshold"}
+    assert set(out[0]) == {"pair_id", "action", "rule", "target", "reason", "score", "threshold"}
 
 
 def test_equal_to_the_median_is_kept():

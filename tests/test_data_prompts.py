@@ -41,7 +41,7 @@ def test_prompts_keep_their_order_and_fields(save) -> None:
 def test_columns_are_found_by_their_usual_names_or_given(save) -> None:
     path = save({"goal": "Do it", "kind": "bad", "license": "MIT"})
     prompts = load_prompts(path, {"group": "kind"})
-    assert prompts.prompts == (Prompt("prompt-0001", "Do it", "bad", "", "", "MIT"),)
+    assert prompts.prompts == (Prompt("sha1:9cab72d83726", "Do it", "bad", "", "", "MIT"),)
     assert prompts.columns == {"group": "kind", "text": "goal", "licence": "license"}
 
 

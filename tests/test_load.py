@@ -204,6 +204,12 @@ def folders(cache):
     return sorted(p.name for p in cache.iterdir()) if cache.exists() else []
 
 
+def flip_last_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
 def test_package_is_converted_once_and_recorded(package, caplog):
     with caplog.at_level(logging.INFO, logger="taught.model.load"):
         first, second = load_model(DEMO_MODEL), load_model(DEMO_MODEL)
@@ -248,13 +254,20 @@ def test_what_a_killed_conversion_leaves_is_never_read(package):
     assert len(package.calls) == 2 and target.is_dir()
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "no record", "other source", "not json"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "equal size", "other file", "missing", "no record", "other source", "no files", "not json"],
+)
 def test_damaged_folder_is_converted_again(package, damage):
     load_model(DEMO_MODEL)
     target = package.cache / folders(package.cache)[0]
     weights, record = target / "model.safetensors", target / load._RECORD
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "equal size":
+        flip_last_bit(weights)
+    elif damage == "other file":
+        flip_last_bit(target / "tokenizer.json")
     elif damage == "missing":
         weights.unlink()
     elif damage == "no record":
@@ -263,11 +276,44 @@ def test_damaged_folder_is_converted_again(package, damage):
         record.write_text("{")
     else:
         content = json.loads(record.read_text())
-        content["weights"]["sha256"] = "0" * 64
+        if damage == "no files":
+            content["sha256"] = {}
+        else:
+            content["weights"]["sha256"] = "0" * 64
         record.write_text(json.dumps(content))
     load_model(DEMO_MODEL)
     assert len(package.calls) == 2
     assert folders(package.cache) == [target.name]
+
+
+def test_damage_of_equal_size_does_not_reach_the_model(package):
+    before = load_model(DEMO_MODEL).model.state_dict()
+    flip_last_bit(package.cache / folders(package.cache)[0] / "model.safetensors")
+    after = load_model(DEMO_MODEL).model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_cache_of_a_version_that_kept_sizes_only_is_converted_anew(package):
+    load_model(DEMO_MODEL)
+    target = package.cache / folders(package.cache)[0]
+    record = target / load._RECORD
+    content = json.loads(record.read_text())
+    sizes = {name: (target / name).stat().st_size for name in content["sha256"]}
+    record.write_text(json.dumps({"weights": content["weights"], "files": sizes}))
+    load_model(DEMO_MODEL)
+    assert len(package.calls) == 2
+    assert json.loads(record.read_text()) == content
+    load_model(DEMO_MODEL)
+    assert len(package.calls) == 2
+
+
+def test_the_record_of_a_conversion_holds_the_sha256_of_every_file(package):
+    load_model(DEMO_MODEL)
+    target = package.cache / folders(package.cache)[0]
+    recorded = json.loads((target / load._RECORD).read_text())["sha256"]
+    there = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in target.iterdir()}
+    assert recorded == {name: sha for name, sha in there.items() if name != load._RECORD}
+    assert "model.safetensors" in recorded
 
 
 def test_of_two_conversions_at_once_the_finished_one_stands(package, monkeypatch):

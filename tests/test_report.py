@@ -488,6 +488,25 @@ def test_no_trivial_predictor_is_said_so():
     assert sentence.tone == "none" and sentence.text.startswith("No effect found")
 
 
+def test_the_linear_value_is_said_to_be_as_good_as_its_steps() -> None:
+    rows = pair_rows([2.0, -1.0, 0.5])
+    assert verdict.step_sentence(rows) is None
+    rows[0] |= {"step_score": 2.04, "refit_score": 1.98}
+    rows[1] |= {"step_score": -0.99, "refit_score": -1.0}
+    sentence = verdict.step_sentence(rows)
+    assert sentence.tone == "found"
+    assert "2 pairs" in sentence.text
+    assert "2.0% (a real step) and 1.0% (an exact refit)" in sentence.text
+    rows[1]["step_score"] = -0.9
+    assert verdict.step_sentence(rows).tone == "caution"
+
+
+def test_curation_by_another_target_says_so() -> None:
+    rows = [{"pair_id": "p", "action": "drop", "rule": "top-k", "target": "mean_y:harmless",
+             "score": 1.0, "threshold": 1.0}]  # fmt: skip
+    assert "“top-k by mean_y:harmless”" in verdict.curation_sentence(rows, []).text
+
+
 def test_curation_counts_by_label():
     rows = [
         {
@@ -505,9 +524,9 @@ def test_curation_counts_by_label():
     assert "nothing to drop" in verdict.curation_sentence(rows[3:], pairs).text
 
 
-def test_verdict_of_a_run_has_at_most_seven_sentences(run: Path):
+def test_verdict_of_a_run_has_at_most_eight_sentences(run: Path):
     sentences = verdict.verdict(load_view(run))
-    assert 4 <= len(sentences) <= 7 and len({s.topic for s in sentences}) == len(sentences)
+    assert 4 <= len(sentences) <= 8 and len({s.topic for s in sentences}) == len(sentences)
 
 
 # Numbers

@@ -25,7 +25,7 @@ from taught.lock import locked_file
 from taught.manifest import NAME as MANIFEST
 from taught.manifest import load_manifest, now, save_manifest
 from taught.partial import PartialFolder
-from taught.study import Study, dump_study, load_study
+from taught.study import Study, dump_study, study_from_dict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,7 @@ _WRITTEN_BY = {
     "attribute": ("pairs.parquet", "influence.parquet", "summary.parquet",
                   "prompt_effects.safetensors", "prompt_effects.ids.json",
                   "comovement.safetensors", "comovement.ids.json", "dropped.json"),
-    "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl"),
+    "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
     "report": ("report.html",),
 }  # fmt: skip
 
@@ -120,9 +120,9 @@ class RunFolder:
 
     @property
     def study(self) -> Study:
-        """The study of this run, as the last stage used it."""
+        """The study of this run, as ``policy`` and ``attribute`` used it; study.yaml shows it."""
         self._existing("study.yaml")
-        return load_study(self.folder / "study.yaml")
+        return study_from_dict(self._manifest["study"], self.folder)
 
     def path(self, name: str) -> Path:
         """Path of a file in this folder; it need not exist."""
@@ -394,9 +394,10 @@ class RunFolder:
     ) -> None:
         """Say in the manifest what is about to run, before the first result is written."""
         attempts = (self._record(stage.name) or {}).get("attempts", 0)
-        self._manifest.update(taught=taught.__version__, study=study.to_dict(), versions=versions())
+        self._manifest.update(taught=taught.__version__, versions=versions())
         self._manifest.setdefault("data", {}).update(_data_files(study, inputs))
-        if extra:
+        if stage.name not in _REMADE:
+            self._manifest["study"] = study.to_dict()
             self._manifest["weights"] = dict(extra)
         self._manifest["command"] = self.command
         self._manifest["stages"][stage.name] = {
@@ -410,7 +411,8 @@ class RunFolder:
         for file in self._files_of(stage.name):  # of an attempt that did not finish
             del self._manifest["files"][file]
         self._save()  # first: a killed run must leave a folder that is known as ours
-        files.write_bytes(self.path("study.yaml"), dump_study(study).encode())
+        if stage.name not in _REMADE:
+            files.write_bytes(self.path("study.yaml"), dump_study(study).encode())
 
     def _complete(self, stage: Stage, seconds: float) -> None:
         self._manifest["stages"][stage.name].update(

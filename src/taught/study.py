@@ -144,7 +144,7 @@ class PolicySpec(_Section):
     alpha: float | Literal["cv"] = _field(5.0, rules.either("cv", rules.number(above=0)))
     intercept: bool = _field(False, rules.flag())
     folds: int = _field(5, rules.whole(2))
-    bootstrap: int = _field(500, rules.whole(0))
+    bootstrap: int = _field(500, rules.whole(20))
     seed: int = _field(0, rules.whole(0))
 
 
@@ -158,7 +158,7 @@ class AttributionSpec(_Section):
     )
     lr: float = _field(1e-4, rules.number(above=0))
     coefficients: bool = _field(True, rules.flag())
-    exact_top: int = _field(0, rules.whole(0))
+    exact_top: int = _field(3, rules.whole(0))
     memory_gb: float = _field(3.5, rules.number(above=0))
     batch_tokens: int = _field(512, rules.whole(1))
 

@@ -38,6 +38,7 @@ def curate(
     *,
     rule: str = "paper",
     k: int | None = None,
+    target: str = "score",
     refusal_label: str = "harmful-refusal",
     compliance_label: str = "harmless-compliance",
 ) -> list[dict[str, Any]]:
@@ -51,12 +52,15 @@ def curate(
     rule : {"paper", "top-k"}
     k
         How many pairs to drop under ``top-k``; ties at the border go to the smaller pair id.
+    target
+        What ``scores`` are the influence on; only named in the result.
 
     Returns
     -------
     list of dict, in the order of ``pair_ids``
-        ``pair_id``, ``action`` (``keep`` or ``drop``), ``rule``, ``reason`` (a sentence with the
-        numbers), ``score``, ``threshold`` (None for a label without one).
+        ``pair_id``, ``action`` (``keep`` or ``drop``), ``rule``, ``target``, ``reason`` (a sentence
+        with the numbers), ``score`` (the influence on the target), ``threshold`` (None for a label
+        without one).
 
     Raises
     ------
@@ -80,7 +84,7 @@ def curate(
             for pair in score
         }
     elif rule == "top-k":
-        decisions = _top_k(score, k)
+        decisions = _top_k(score, k, target)
     else:
         raise UserError("This curation rule is unknown", value=rule, rule="paper or top-k")
     return [
@@ -88,6 +92,7 @@ def curate(
             "pair_id": pair,
             "action": decisions[pair].action,
             "rule": rule,
+            "target": target,
             "reason": decisions[pair].reason,
             "score": score[pair],
             "threshold": decisions[pair].threshold,
@@ -133,7 +138,7 @@ def _medians(label: Mapping[str, str], score: Mapping[str, float], *names: str) 
     return medians
 
 
-def _top_k(score: Mapping[str, float], k: int | None) -> dict[str, Decision]:
+def _top_k(score: Mapping[str, float], k: int | None, target: str) -> dict[str, Decision]:
     if k is None or not 0 <= k <= len(score):
         raise UserError(
             "The rule top-k needs a number of pairs to drop",
@@ -146,7 +151,7 @@ def _top_k(score: Mapping[str, float], k: int | None) -> dict[str, Decision]:
     return {
         pair: Decision(
             "drop" if rank <= k else "keep",
-            f"score {score[pair]:.4g} ranks {rank} of {len(ranking)}; the first {k} are dropped",
+            f"{target} {score[pair]:.4g} ranks {rank} of {len(ranking)}; the first {k} are dropped",
             threshold,
         )
         for rank, pair in enumerate(ranking, start=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def load_prompts(path: str | Path, columns: Mapping[str, str] | None = None) -> 
         A table (see :func:`taught.data.tables.read_rows`).
     columns
         Field -> column name, where the names are not the usual ones. Fields: id, text, group,
-        category, source, licence. Without ids a prompt is called after its row: ``prompt-0001``.
+        category, source, licence. A prompt without id is called after its text.
 
     Raises
     ------
@@ -93,14 +94,19 @@ def load_prompts(path: str | Path, columns: Mapping[str, str] | None = None) -> 
     for field in ("text", "group"):
         if field not in found:
             raise _no_column(field, rows, where)
-    prompts = tuple(_prompt(row, found, number) for number, row in enumerate(rows, 1))
+    prompts = tuple(_prompt(row, found) for row in rows)
     _check(prompts, where)
     return PromptSet(prompts, found, table_sha256(path))
 
 
-def _prompt(row: Row, columns: Mapping[str, str], number: int) -> Prompt:
+def _prompt(row: Row, columns: Mapping[str, str]) -> Prompt:
     cells = {field: text_cell(row, columns, field) for field in COLUMNS}
-    return Prompt(**{**cells, "id": cells["id"] or f"prompt-{number:04d}"})
+    return Prompt(**{**cells, "id": cells["id"] or content_id(cells["text"])})
+
+
+def content_id(text: str) -> str:
+    """Return "sha1:" and 12 hex digits of the text: the same wherever the row stands."""
+    return "sha1:" + hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
 def _no_column(field: str, rows: list[Row], where: str) -> UserError:

@@ -306,6 +306,7 @@ def _curation_section(view: View) -> Json | None:
         "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
         "power": text.common_power(scores),
         "rule": str(view.curation[0]["rule"]) if view.curation else "",
+        "target": view.curation[0].get("target", "score") if view.curation else "score",
     }
 
 

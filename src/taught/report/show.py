@@ -186,6 +186,11 @@ def _pair(view: View, row: Row) -> RenderableType:
         f"{percent(row['outside_share'])} of the change on features not active on its own prompt; "
         f"acts mainly on {row['dominant_feature']}{' (unintended)' if row['unintended'] else ''}",
     ]
+    if row.get("step_score") is not None:
+        facts.append(
+            f"a real step moves S by {signed(row['step_score'], power=power)}, an exact refit by "
+            f"{signed(row['refit_score'], power=power)}{tens(power)}"
+        )
     parts += [Text(fact) for fact in facts]
     for name in ("prompt", "response"):
         if pair.get(name):

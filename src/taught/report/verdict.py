@@ -17,6 +17,7 @@ from taught.report.view import Row, Rows, View
 Tone = Literal["found", "none", "caution"]
 NOTHING = "No effect found"
 STRONG = 0.5  # rank correlation from which a trivial predictor gives much of the ranking
+STEP_TOLERANCE = 0.05  # between S and a real step
 MAINLY = 1.5  # one pathway this many times the other carries the score
 BASELINES = {
     "group": "the group label alone",
@@ -35,13 +36,14 @@ class Sentence:
 
 
 def verdict(view: View) -> list[Sentence]:
-    """All sentences that the files of the run allow, at most seven."""
+    """All sentences that the files of the run allow, at most eight."""
     summary = scored(view.summary or [])
     sentences = [
         view.policy and fit_sentence(view.policy),
         view.audit and audit_sentence(view.audit, positive_group(view)),
         summary and push_sentence(summary),
         summary and label_sentence(summary),
+        summary and step_sentence(summary),
         view.control and unintended_sentence(view.control),
         summary and trivial_sentence(summary),
         view.curation and curation_sentence(view.curation, view.pairs or []),
@@ -282,10 +284,33 @@ def trivial_sentence(summary: Rows) -> Sentence | None:
     return Sentence("Trivial predictors", "found", text)
 
 
+def step_sentence(summary: Rows) -> Sentence | None:
+    """How far the linear value is from a real step, on the pairs where one was taken."""
+    rows = [r for r in scored(summary) if r.get("step_score") and r["score"]]
+    if not rows:
+        return None
+    apart = {
+        name: max(abs(r[key] / r["score"] - 1) for r in rows)
+        for name, key in (("a real step", "step_score"), ("an exact refit", "refit_score"))
+        if all(r.get(key) for r in rows)
+    }
+    differences = " and ".join(f"{percent(value, 1)} ({name})" for name, value in apart.items())
+    good = max(apart.values()) <= STEP_TOLERANCE
+    text = (
+        f"S is the first-order effect of one step. On the {count(len(rows), 'pair')} with the "
+        f"largest |S| it differs by at most {differences} from what the step does."
+    )
+    if not good:
+        text += " That is more than the linear value should be trusted with: use a smaller lr."
+    return Sentence("Linear value", "found" if good else "caution", text)
+
+
 def curation_sentence(curation: Rows, pairs: Rows) -> Sentence:
     """What to drop under the study's rule."""
     drops = [r for r in curation if r["action"] == "drop"]
     rule = str(curation[0]["rule"])
+    target = str(curation[0].get("target", "score"))
+    rule += "" if target == "score" else f" by {target}"
     if not drops:
         text = f"The rule “{rule}” keeps all {count(len(curation), 'pair')}: nothing to drop."
         return Sentence("Curation", "none", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +11,8 @@ from taught.analysis.curate import curate as decide
 from taught.data.pairs import load_pairs
 from taught.data.tables import read_rows
 from taught.errors import UserError
+from taught.files import json_line
+from taught.fingerprint import content_digest
 from taught.run import RunFolder
 from taught.study import Study
 
@@ -29,7 +32,8 @@ def curate(
     study = run.study
     study = study if rule is None else study.replace("curation.rule", rule)
     study = study if k is None else study.replace("curation.k", k)
-    with run.stage("curate", study):
+    target = target or "score"
+    with run.stage("curate", study, {"curation.target": target}):
         summary = run.read_table("summary").to_pylist()
         column = _score_column(summary, study.curation.rule, target)
         decisions = decide(
@@ -38,6 +42,7 @@ def curate(
             [row[column] for row in summary],
             rule=study.curation.rule,
             k=study.curation.k if study.curation.rule == "top-k" else None,
+            target=target,
         )
         run.write_table("curation", pa.Table.from_pylist(decisions))
         _write_choice(run, study, decisions)
@@ -59,16 +64,45 @@ def _score_column(summary: list[dict[str, Any]], rule: str, target: str | None) 
 
 
 def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:
-    """The rows of the pair file, split by decision."""
-    from taught.files import json_line
+    """The rows of the pair file, split by decision; a row is in exactly one of the files."""
+    rows = _scored_rows(run, study)
+    files: dict[str, list[str]] = {"keep": [], "drop": [], "unscored": []}
+    for decision in decisions:
+        row = rows.pop(decision["pair_id"])
+        files[decision["action"]].append(_line(decision["pair_id"], row, decision["reason"]))
+    dropped = run.read_json("dropped")
+    why = {pair_id: f"not scored: {kind}" for kind, ids in dropped.items() for pair_id in ids}
+    for pair_id, row in rows.items():
+        reason = why.get(pair_id, "not scored: pairs.limit")
+        files["unscored"].append(_line(pair_id, row, reason))
+    for name, lines in files.items():
+        run.write_text(f"{name}.jsonl", "".join(lines))
 
-    path = study.pairs.path
-    loaded = load_pairs(path)
-    row = dict(zip(loaded.ids, read_rows(path), strict=True))
-    for action in ("keep", "drop"):
-        chosen = [d["pair_id"] for d in decisions if d["action"] == action]
-        lines = [json_line({"id": pair_id, **row[pair_id]}) for pair_id in chosen]
-        run.write_text(f"{action}.jsonl", "".join(lines))
+
+def _scored_rows(run: RunFolder, study: Study) -> dict[str, dict[str, Any]]:
+    """Pair id -> its row, from a file that has not changed since it was scored."""
+    path = Path(study.pairs.path)
+    scored = run.manifest["inputs"]["attribute"].get("pairs.path sha256")
+    if content_digest("pairs.path", path) != scored:
+        raise UserError(
+            "the pair file has changed since it was scored",
+            value=str(path),
+            rule="decisions belong to the pairs that were scored",
+            fix=f"restore the file, or taught attribute STUDY --run {run.folder} --fresh",
+        )
+    return dict(zip(load_pairs(path).ids, read_rows(path), strict=True))
+
+
+def _line(pair_id: str, row: dict[str, Any], reason: str) -> str:
+    try:
+        return json_line({**row, "id": pair_id, "curation_reason": reason})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            "a row of the pair file cannot be written as JSON",
+            value=f"{pair_id}: {error}",
+            rule="keep.jsonl and drop.jsonl hold the rows of your file",
+            fix="turn the column into text or numbers, or leave it out",
+        ) from None
 
 
 def report(run: RunFolder) -> None:

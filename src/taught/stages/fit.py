@@ -177,7 +177,7 @@ def _write_policy(
         **draws,
     )
     intervals = bootstrap_coefficients(X, y, alpha=alpha, n=spec.bootstrap, **draws)
-    categories = [prompt.category for prompt in read.prompts]
+    categories = [prompt.category or None for prompt in read.prompts]
     audit = audit_categories(y, read.groups, categories, X, fitted, intervals.lo, intervals.hi,
                              positive=positive, negative=negative, seed=spec.seed)  # fmt: skip
     run.write_table("audit", pa.Table.from_pylist(audit))

@@ -12,7 +12,7 @@ import torch
 from taught.analysis.interference import comovement, interference
 from taught.attribution.adjoint import Problem
 from taught.attribution.estimate import Effects, adjoint_effects, finite_step_effects, step_checks
-from taught.data.pairs import PairSet
+from taught.data.pairs import Pair, PairSet
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
 from taught.model.readout import pack as pack_prompts
@@ -51,6 +51,13 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         encoded, truncated = subject.chat.encode_pairs(
             pairs, study.pairs.max_tokens, study.pairs.drop_truncated
         )
+        if not encoded:
+            raise UserError(
+                "no pair is left to be scored",
+                value=f"{len(overlapping)} overlap the prompts, {len(truncated)} are truncated",
+                rule="at least one pair is kept",
+                fix="use other pairs or prompts, or raise pairs.max_tokens",
+            )
         kept = {pair.id for pair in encoded}
         pairs = replace(pairs, pairs=tuple(pair for pair in pairs if pair.id in kept))
         fitted, groups = _read_policy(study, run)
@@ -119,7 +126,13 @@ def _problem(study: Study, subject: Subject, prompts: PromptSet, fitted: Policy)
 def _intended(
     study: Study, subject: Subject, pairs: PairSet, fitted: Policy
 ) -> dict[str, list[int]]:
-    """For each pair the policy's features that are active on its own prompt."""
+    """For each pair the features it is about: its column ``intended``, or its prompt's active ones.
+
+    Raises
+    ------
+    UserError
+        A named feature is not one of the policy's.
+    """
     encoded = [subject.chat.encode_prompt(pair.messages, pair.id) for pair in pairs]
     inputs = prompt_inputs(encoded, study.readout.position)
     features = subject.features(fitted.feature_ids.copy(), study)
@@ -128,7 +141,26 @@ def _intended(
         h, _ = read_packed(subject.loaded.model, packed, None, subject.sae.block)
         for i, row in zip(packed.index, features(h, packed.offsets), strict=True):
             active[inputs[i].id] = fitted.feature_ids[(row > 0).cpu().numpy()].tolist()
-    return active
+    return {pair.id: _named_features(pair, fitted) or active[pair.id] for pair in pairs}
+
+
+def _named_features(pair: Pair, fitted: Policy) -> list[int] | None:
+    """Feature ids of the column ``intended``: a list, or text with commas; None when empty."""
+    cell = pair.flags.get("intended")
+    parts = cell.split(",") if isinstance(cell, str) else [] if cell is None else list(cell)
+    known = set(fitted.feature_ids.tolist())
+    try:
+        named = sorted({int(part) for part in parts if str(part).strip()})
+    except (TypeError, ValueError):
+        named = [-1]
+    if not known.issuperset(named):
+        raise UserError(
+            "a pair names intended features that the policy does not have",
+            value=f"{pair.id}: {cell}",
+            rule="ids of features in coefficients.parquet, as a list or with commas",
+            fix="correct the column intended, or set features.ids",
+        )
+    return named or None
 
 
 def _write_effects(run: RunFolder, study: Study, fitted: Policy, effects: Effects) -> None:
