@@ -207,7 +207,7 @@ def _group(rows: Sequence[Row]) -> Row:
 
 
 def _ranks(rows: Sequence[Row]) -> Row:
-    from taught.policy.evaluate import spearman
+    from taught.rank import spearman
 
     if len(rows) < 2:
         return {"spearman": None}

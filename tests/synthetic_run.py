@@ -322,6 +322,7 @@ def _write_summary(run: RunFolder, made: _Made) -> None:
         "score_y": score_y, "mean_y_harmful": made.dy[:, harmful].mean(1),
         "mean_y_harmless": made.dy[:, ~harmful].mean(1), "loss": made.loss, "n_response": made.length,
         "intended": made.intended, "outside_share": (size * ~inside).sum(1) / size.sum(1),
+        "outside_change": (size * ~inside).sum(1),
         "dominant_feature": dominant, "dominant_share": size.max(1) / size.sum(1),
         "unintended": [int(f) not in c for f, c in zip(dominant, made.intended, strict=True)],
         "rank": np.argsort(np.argsort(-np.abs(score))) + 1,

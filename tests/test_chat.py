@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from taught.data.chat import ChatFormat, EncodedPair, common_prefix
+from taught.data.chat import ChatFormat, EncodedPair
 from taught.data.pairs import Pair
 from taught.errors import UserError
 
@@ -307,19 +307,6 @@ def test_a_template_that_refuses_or_changes_a_message_is_an_error_with_the_id() 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(UserError, match="last message of p"):
         FORMATS["chatml"].encode_prompt(" \n", "p")
-
-
-def test_common_prefix_of_prompts_is_what_stands_before_the_user() -> None:
-    encoded = [FORMATS["chatml"].encode_prompt(text) for text in ("How?", "Why?", "Now")]
-    assert common_prefix([p.input_ids for p in encoded]) == encoded[0].user_span[0]
-
-
-@given(st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=4))
-def test_common_prefix_is_the_longest(sequences: list[list[int]]) -> None:
-    n = common_prefix(sequences)
-    assert all(s[:n] == sequences[0][:n] for s in sequences)
-    longer = {tuple(s[: n + 1]) for s in sequences}
-    assert not sequences or len(longer) > 1 or min(map(len, sequences)) == n
 
 
 def _smollm2() -> Path | None:

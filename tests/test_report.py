@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from synthetic_run import HOSTILE, Size, build_synthetic_run, synthetic_study
 from taught.errors import UserError
 from taught.report import charts, stats, text, verdict
-from taught.report.build import build_report, embed, render
+from taught.report.build import embed, render
 from taught.report.charts import Point, Scale
 from taught.report.stats import Control, Estimate
 from taught.report.view import _split, load_view
@@ -76,6 +76,12 @@ class Page(HTMLParser):
     @property
     def data(self) -> dict:
         return json.loads(next(body for attrs, body in self.scripts if attrs.get("id") == "data"))
+
+
+def build_report(run: RunFolder | Path) -> Path:
+    path = (run.folder if isinstance(run, RunFolder) else run) / "report.html"
+    path.write_text(render(load_view(run)), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ Held-out R^2 of ridge on the raw residual (`recipes/sae/sweep.py`):
 
 The last prompt token says most about y, but nearly the same features fire there for every prompt, and an
 SAE leaves most of the variance between prompts unexplained there. The mean over the user's tokens keeps
-features that a person can read on words, at a lower but sufficient fidelity; block 15 is where it peaks.
+features that a person can read on words, at a lower but sufficient fidelity; from block 15 on it no longer rises.
 With "I'm sorry" among the prefixes the mean over user tokens explains much less (the opening also begins
 sympathetic answers), which is one reason for the paper's two prefixes.
 """

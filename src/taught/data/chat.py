@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from taught.data.columns import name_ids
@@ -302,14 +301,6 @@ class ChatFormat:
             if token in self._special and start >= content_end
         )
         return next(behind, otherwise)
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all sequences have in common at their beginning."""
-    if not sequences:
-        return 0
-    columns = zip(*sequences, strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _messages(content: str | Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:

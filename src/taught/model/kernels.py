@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from time import perf_counter
 from types import MethodType
 from typing import Any
 
@@ -63,6 +64,31 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return nn.functional.linear(x, weight, bias)
 
 
+def product_rate(like: Tensor, seconds: float = 0.1) -> float:
+    """Floating point operations a second that one product of matrices runs at, here and now.
+
+    Parameters
+    ----------
+    like : [n, k]
+        A weight of the model: its device and precision, its size up to 1024.
+    seconds
+        Least time that the last measurement takes; all together at most four times as long, unless
+        a single product takes longer.
+    """
+    n, k = (min(size, 1024) for size in like.shape)
+    weight, x = like.detach().new_ones(n, k), like.detach().new_ones(512, k)
+    _ = product(x, weight)[0, 0].item()  # the first one is slower; item() waits for the device
+    repeats = 1
+    while True:
+        started = perf_counter()
+        for _ in range(repeats):
+            out = product(x, weight)
+        _ = out[0, 0].item()
+        if (passed := perf_counter() - started) >= seconds:
+            return 2.0 * len(x) * n * k * repeats / passed
+        repeats *= 2
+
+
 def outer_products(d: Tensor, a: Tensor, out: Tensor) -> None:
     """out [B, m, n]: the outer products of d [B, T, m] and a [B, T, n], summed over tokens."""
     if not _applies(d, a):
@@ -81,11 +107,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias = inputs
+        x, weight, _ = inputs
         needs_x = weight.requires_grad or x.requires_grad
         ctx.save_for_backward(x if weight.requires_grad else None, weight if needs_x else None)
         ctx.save_for_forward(x, weight)
-        ctx.has_bias = bias is not None
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:

@@ -27,6 +27,7 @@ from taught.policy.ridge import (
     ridge,
     row_order,
 )
+from taught.rank import spearman
 
 Bools = NDArray[np.bool_]
 
@@ -239,14 +240,6 @@ def bootstrap_coefficients(
     return CoefficientIntervals(lo, hi, np.where(full == 0, np.nan, same))
 
 
-def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Rank correlation with average ranks for ties; nan if either is constant."""
-    ra, rb = _ranks(np.asarray(a)), _ranks(np.asarray(b))
-    ra, rb = ra - ra.mean(), rb - rb.mean()
-    norm = float(np.sqrt((ra @ ra) * (rb @ rb)))
-    return float(ra @ rb) / norm if norm > 0 else float("nan")
-
-
 def class_threshold(y_hat: ArrayLike, positive: ArrayLike) -> float:
     """Find the cut with the most correct classes, calling ``y_hat > cut`` positive.
 
@@ -415,12 +408,6 @@ def _r2(y: Floats, y_hat: Floats, y_bar: Floats) -> float:
 
 def _mean(values: NDArray[Any]) -> float:
     return float(values.mean()) if values.size else float("nan")
-
-
-def _ranks(values: NDArray[Any]) -> Floats:
-    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[where], dtype=np.float64)
 
 
 def _baselines(

@@ -236,11 +236,6 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
     return Shift(x=policy.solve(x_raw), y=policy.solve(y_raw))
 
 
-def alignment(policy: Policy, dW: ArrayLike) -> Floats:
-    """Alignment dW_j W_j of each feature, float64 [.., d]. Positive: W_j moves away from 0."""
-    return np.asarray(dW, dtype=np.float64) * policy.coef
-
-
 def score(policy: Policy, dW: ArrayLike) -> Floats:
     """S = sum_j dW_j W_j for dW [.., d] -> [..].
 

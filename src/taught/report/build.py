@@ -17,13 +17,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from taught.files import write_bytes
 from taught.report import charts, text
 from taught.report.drawer import page_data
 from taught.report.sections import sections
 from taught.report.verdict import verdict
-from taught.report.view import View, load_view
-from taught.run import RunFolder
+from taught.report.view import View
 
 HERE = Path(__file__).parent
 MAKES = {
@@ -31,22 +29,6 @@ MAKES = {
     "attribute": "taught attribute STUDY",
     "curate": "taught curate RUN",
 }
-
-
-def build_report(run: RunFolder | Path | str) -> Path:
-    """Write ``report.html`` into a run folder and return its path.
-
-    Sections whose files are missing name the command that makes them.
-
-    Raises
-    ------
-    UserError
-        The folder is not a run, a file has changed since it was written, or there is no space left.
-    """
-    run = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    path = run.path("report.html")
-    write_bytes(path, render(load_view(run)).encode())
-    return path
 
 
 def render(view: View) -> str:

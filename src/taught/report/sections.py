@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from taught.analysis.interference import top_offenders
 from taught.report import charts, text
 from taught.report.charts import Point, Scale
 from taught.report.stats import Estimate, mean_interval
@@ -267,14 +268,8 @@ def _strongest(view: View, r: np.ndarray, ids: list[int]) -> list[tuple[int, str
 
 def _offenders(view: View) -> list[tuple[int, Row]]:
     """Flagged pairs with the largest coefficient shift outside their intended features."""
-    size: dict[str, float] = {}
-    if view.shifts is not None:
-        size = dict(
-            zip(view.shifts.pair_ids, np.abs(view.shifts.total).sum(1).tolist(), strict=True)
-        )
-    flagged = [(i, r) for i, r in enumerate(view.shown) if r["unintended"]]
-    weight = lambda r: (r["outside_share"] or 0.0) * size.get(r["pair_id"], 1.0)  # noqa: E731
-    return sorted(flagged, key=lambda item: -weight(item[1]))[:10]
+    index = {r["pair_id"]: i for i, r in enumerate(view.shown)}
+    return [(index[r["pair_id"]], r) for r in top_offenders(view.shown, 10)]
 
 
 def _trivial_section(view: View) -> Json | None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.analysis.interference import random_control
+from taught.rank import spearman
 from taught.report.text import number
 
 DRAWS = 500
@@ -79,21 +80,6 @@ class Control:
     flagged: int
     random: Estimate
     swapped: float
-
-
-def ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Ranks from 0 with ties averaged."""
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts + 1) / 2)[inverse]
-
-
-def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Rank correlation; nan when one side is constant or there are fewer than 3 rows."""
-    ra, rb = ranks(a), ranks(b)
-    ra, rb = ra - ra.mean(), rb - rb.mean()
-    scale = math.sqrt(float(ra @ ra) * float(rb @ rb))
-    return float(ra @ rb) / scale if scale > 0 and ra.size >= 3 else math.nan
 
 
 def spearman_interval(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Estimate | None:
