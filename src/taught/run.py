@@ -318,6 +318,8 @@ class RunFolder:
         return [name for name, file in self._manifest["files"].items() if file["stage"] == stage]
 
     def _command_for(self, stage: str, *, fresh: bool = False) -> str:
+        if str(self._manifest.get("command", "")).startswith("taught demo"):
+            return f"taught demo --run {self.folder}" + (" --fresh" if fresh else "")
         if stage in _REMADE:  # these are told the run folder and are always made anew
             return f"taught {stage} {self.folder}"
         return f"taught {stage} STUDY --run {self.folder}" + (" --fresh" if fresh else "")
