@@ -280,8 +280,6 @@ def _study_stage(stage: str, source: str, overrides: Overrides, output: Output) 
     folder = output.run or Path("runs") / study.name
     run = _run_folder(folder, (stage,) if output.fresh else ())
     before = run.manifest["stages"].get(stage)
-    if not output.quiet:
-        _say_columns(study, stage)
     with _progress(output.quiet) as progress:
         getattr(stages, stage)(study, run, progress)
     state = "was complete already" if run.manifest["stages"][stage] == before else "complete"
@@ -291,21 +289,10 @@ def _study_stage(stage: str, source: str, overrides: Overrides, output: Output) 
     return 0
 
 
-def _say_columns(study: Study, stage: str) -> None:
-    """Which columns of the user's tables were taken for what."""
-    from taught.data.pairs import load_pairs
-    from taught.data.prompts import load_prompts
-
-    found = {study.prompts.path: load_prompts(study.prompts.path).columns}
-    if stage == "attribute":
-        found[study.pairs.path] = load_pairs(study.pairs.path).columns
-    for path, columns in found.items():
-        text = ", ".join(f"{field} = {name}" for field, name in columns.items())
-        _err().print(f"{Path(path).name}: {text}", markup=False, highlight=False)
-
-
 def _say_dropped(run: RunFolder) -> None:
-    for kind, ids in run.read_json("dropped").items():
+    """Name the pairs that were left out on request."""
+    dropped = run.read_json("dropped") if "dropped.json" in run.manifest["files"] else {}
+    for kind, ids in dropped.items():
         if ids:
             text = f"left out, {kind}: {len(ids)} pairs: {', '.join(ids)}"
             _err().print(text, markup=False, highlight=False, soft_wrap=True)

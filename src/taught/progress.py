@@ -15,6 +15,9 @@ class Progress(Protocol):
     def step(self, name: str, total: int | None = None) -> None:
         """Begin the step ``name`` of ``total`` units; the step before it has ended."""
 
+    def note(self, text: str) -> None:
+        """Say something that stays."""
+
     def advance(self, n: int = 1) -> None:
         """Report that ``n`` more units of the current step are done."""
 
@@ -24,6 +27,9 @@ class SilentProgress:
 
     def step(self, name: str, total: int | None = None) -> None:
         """Begin a step."""
+
+    def note(self, text: str) -> None:
+        """Say something."""
 
     def advance(self, n: int = 1) -> None:
         """Go on."""
@@ -63,6 +69,10 @@ class RichProgress:
         self._task = self._bars.add_task(name, total=total)
         if not self._console.is_terminal:
             self._console.print(name if total is None else f"{name} ({total})", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Say something that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, n: int = 1) -> None:
         """Move the bar of the current step."""

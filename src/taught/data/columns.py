@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from taught.data.tables import Row
 from taught.errors import UserError
@@ -79,3 +80,10 @@ def name_ids(ids: Sequence[str], limit: int = 8) -> str:
     """Name ids in a message: the first few, and how many more."""
     shown = ", ".join(ids[:limit])
     return shown if len(ids) <= limit else f"{shown} and {len(ids) - limit} more"
+
+
+def columns_note(path: str | Path, columns: Mapping[str, str]) -> str:
+    """One line that says which columns of a file were taken for what."""
+    return f"{Path(path).name}: " + ", ".join(
+        f"{field} = {name}" for field, name in columns.items()
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from taught.data.columns import columns_note
 from taught.data.prompts import PromptSet
 from taught.features.label import describe_features, load_labels
 from taught.features.pooling import pool
@@ -64,6 +65,7 @@ def policy(study: Study, run: RunFolder, progress: Progress | None = None) -> No
     """
     progress = progress or SilentProgress()
     prompts = study_prompts(study)
+    progress.note(columns_note(study.prompts.path, prompts.columns))
     progress.step("load model and SAE")
     subject = open_subject(study)
     with run.stage("policy", study, subject.identity) as stage:

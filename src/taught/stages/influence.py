@@ -12,6 +12,7 @@ import torch
 from taught.analysis.interference import comovement, interference
 from taught.attribution.adjoint import Problem
 from taught.attribution.estimate import Effects, adjoint_effects, finite_step_effects, step_checks
+from taught.data.columns import columns_note
 from taught.data.pairs import Pair, PairSet
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
@@ -43,6 +44,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
     progress = progress or SilentProgress()
     prompts = study_prompts(study)
     pairs, overlapping = study_pairs(study, prompts)
+    progress.note(columns_note(study.pairs.path, pairs.columns))
     progress.step("load model and SAE")
     subject = open_subject(study)
     with run.stage("attribute", study, subject.identity) as stage:
