@@ -191,7 +191,7 @@ def check(name: str, kind: str, position: str, intercept: bool, reference, **opt
 
 @pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.parametrize("position", POSITIONS)
-def test_adjoint_is_the_forward_mode_derivative(kind: str, position: str) -> None:
+def test_invariant_2_adjoint_is_the_forward_mode_derivative(kind: str, position: str) -> None:
     check("tied", kind, position, POSITIONS.index(position) % 2 == 0, forward_mode)
 
 
@@ -203,11 +203,13 @@ def test_both_intercept_settings_agree_with_forward_mode(kind: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("intercept", [False, True])
-def test_adjoint_is_the_forward_mode_derivative_in_every_model(name: str, intercept: bool) -> None:
+def test_invariant_2_adjoint_is_the_forward_mode_derivative_in_every_model(
+    name: str, intercept: bool
+) -> None:
     check(name, "jumprelu", "max_user", intercept, forward_mode)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_adjoint_is_the_central_difference(name: str) -> None:
+def test_invariant_2_adjoint_is_the_central_difference(name: str) -> None:
     check(name, "standard", "last_user", True, differences)
     check(name, "relu", "mean_user", False, differences, memory_gb=1e-6)

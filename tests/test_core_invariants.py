@@ -74,7 +74,7 @@ ROUTES = {
     [{"batch_tokens": 1}, {"batch_tokens": 10_000}, {"memory_gb": 1e-9}, {"memory_gb": 2e-5}],
     ids=str,
 )
-def test_batches_and_memory_do_not_change_results(name: str, change: dict) -> None:
+def test_invariant_3_batches_and_memory_do_not_change_results(name: str, change: dict) -> None:
     problem = tiny_problem(tiny_model(name))
     reference, other = all_effects(problem), all_effects(replace(problem, **change))
     for key, value in reference.items():
@@ -144,7 +144,7 @@ def test_parameters_shared_between_blocks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["tied", "gpt2"])
-def test_order_of_pairs_and_of_prompts_does_not_matter(name: str) -> None:
+def test_invariant_3_order_of_pairs_and_of_prompts_does_not_matter(name: str) -> None:
     problem = tiny_problem(tiny_model(name), "jumprelu", "mean_user")
     reference = all_effects(problem)
     turn = [2, 0, 3, 1]
@@ -170,7 +170,7 @@ def test_a_pair_s_effect_does_not_depend_on_the_other_pairs() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("route", ROUTES)
-def test_attribution_leaves_the_model_as_it_was(name: str, route: str) -> None:
+def test_invariant_4_attribution_leaves_the_model_as_it_was(name: str, route: str) -> None:
     problem = tiny_problem(tiny_model(name))
     problem.model.train()
     next(iter(problem.model.parameters())).requires_grad_(False)
@@ -181,7 +181,9 @@ def test_attribution_leaves_the_model_as_it_was(name: str, route: str) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_attribution_leaves_the_model_as_it_was_after_a_failure(route: str, error) -> None:
+def test_invariant_4_attribution_leaves_the_model_as_it_was_after_a_failure(
+    route: str, error
+) -> None:
     class Fails:
         def advance(self, _count: int) -> None:
             raise error
@@ -257,7 +259,7 @@ def test_training_on_a_prefix_raises_it_for_the_same_prompt() -> None:
     assert dy[0, 0] > 0
 
 
-def test_influence_sees_response_tokens_only() -> None:
+def test_trap_8_influence_sees_response_tokens_only() -> None:
     # Trap 8: with the loss on all tokens another number comes out.
     problem = tiny_problem(tiny_model("untied"), lr=1.0)
     ids, start = PAIRS[0]
@@ -274,7 +276,7 @@ def test_influence_sees_response_tokens_only() -> None:
     assert (dy[0] - dy[1]).abs().max() > 0.1 * dy[0].abs().max()
 
 
-def test_a_closed_gate_carries_no_effect() -> None:
+def test_trap_2_a_closed_gate_carries_no_effect() -> None:
     # Trap 2: with every gate closed only y can move, and X and its effects are exactly zero.
     features = tiny_features()
     closed = replace(features.sae, b_enc=features.sae.b_enc - 1e3)
@@ -287,7 +289,7 @@ def test_a_closed_gate_carries_no_effect() -> None:
     assert not step.dX.any() and step.dy.any()
 
 
-def test_the_proxy_and_the_true_encoder_give_different_effects() -> None:
+def test_trap_7_the_proxy_and_the_true_encoder_give_different_effects() -> None:
     # Trap 7.
     A, B = torch.ones(1, 6, 5, dtype=torch.float64), torch.zeros(1, 6, dtype=torch.float64)
     model = tiny_model("tied")
@@ -305,3 +307,24 @@ def test_a_target_that_asks_for_nothing_is_zero() -> None:
         problem, tiny_pairs(), torch.zeros(2, 6, 5).double(), torch.zeros(2, 6).double()
     )
     assert effects.shape == (4, 2) and not effects.any() and losses.min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_ranks_pairs_as_double_precision_does(dtype: torch.dtype) -> None:
+    """Sums are kept in float32; what remains is the rounding of the passes themselves."""
+    problem = tiny_problem(tiny_model("tied"))
+    sae = problem.features.sae.to(torch.device("cpu"), dtype)
+    half = replace(problem, model=tiny_model("tied").to(dtype),
+                   features=replace(problem.features, sae=sae))  # fmt: skip
+    policy = policy_of(problem)
+    pairs, score = tiny_pairs(), score_arrays(policy)
+    F = [t.A for t in raw_x_targets(policy)]
+    X = torch.tensor(policy.X)
+    for route in (
+        lambda p: target_effects(p, pairs, *score)[0],
+        lambda p: feature_effects(p, pairs, F, X),
+        lambda p: prompt_effects(p, pairs),
+    ):
+        exact, rough = route(problem).flatten(), route(half).flatten()
+        assert torch.nn.functional.cosine_similarity(exact, rough, dim=0) > 0.99
+        assert rough.dtype == torch.float64

@@ -41,7 +41,7 @@ def test_invariant_5_paper_rule_is_decided_per_id_in_any_order(scores, seed):
     assert {row["pair_id"]: row["action"] == "drop" for row in out} == expected
 
 
-def test_worked_example_with_its_sentences():
+def test_trap_9_worked_example_with_its_sentences():
     ids, labels = ["a", "b", "c", "d", "e"], [LABELS[0]] * 2 + [LABELS[1]] * 2 + ["other"]
     out = curate(ids, labels, [1.0, 5.0, 2.0, 4.0, 99.0])  # medians: harmful 3, harmless 3
     assert [row["action"] for row in out] == ["drop", "keep", "keep", "drop", "keep"]

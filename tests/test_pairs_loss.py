@@ -16,7 +16,9 @@ def losses(model, pairs, budget: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("budget", [1, 20, 1000])
-def test_loss_is_the_cross_entropy_of_fine_tuning_on_the_response(name: str, budget: int) -> None:
+def test_trap_8_loss_is_the_cross_entropy_of_fine_tuning_on_the_response(
+    name: str, budget: int
+) -> None:
     # Trap 8: the same mask as fine-tuning with the prompt labelled -100.
     model, pairs = tiny_model(name), tiny_pairs()
     expected = torch.stack([plain_loss(model, p) for p in pairs]).detach()

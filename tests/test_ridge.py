@@ -43,7 +43,7 @@ def test_one_feature_closed_form():
     assert_allclose(policy.residual, [3 - 1.3, 5 - 2.6])
 
 
-def test_intercept_is_off_by_default_and_unpenalised():
+def test_trap_5_intercept_is_off_by_default_and_unpenalised():
     X, y = np.array([[1.0], [3.0]]), np.array([10.0, 14.0])
     assert fit(X, y).fit_intercept is False
     policy = fit(X, y, alpha=2.0, fit_intercept=True)  # centred: x = -1, 1 and y = -2, 2

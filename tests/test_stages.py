@@ -214,7 +214,7 @@ def test_invariant_8_a_pair_file_that_changed_since_is_not_curated(copy: Path) -
 # Interruption
 
 
-def test_invariant_7_a_stopped_attribution_continues_and_gives_the_same(
+def test_invariant_9_a_stopped_attribution_continues_and_gives_the_same(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after the first chunk of features, then in the prompts' part; then to the end."""
