@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.attribution.adjoint import feature_effects, target_effects
+from taught.attribution.forward_mode import tangents
 from taught.attribution.prompt_effects import prompt_effects
 from taught.features.pooling import POSITIONS
 from taught.policy.ridge import Policy, coefficient_shift, fit_policy, pathway_sums, score
@@ -29,6 +30,8 @@ from tiny_models import (
     plain_loss,
     plain_read,
     plain_y,
+    same,
+    snapshot,
     tiny_features,
     tiny_model,
     tiny_pairs,
@@ -213,3 +216,23 @@ def test_invariant_2_adjoint_is_the_forward_mode_derivative_in_every_model(
 def test_invariant_2_adjoint_is_the_central_difference(name: str) -> None:
     check(name, "standard", "last_user", True, differences)
     check(name, "relu", "mean_user", False, differences, memory_gb=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_invariant_2_forward_mode_gives_every_feature_on_every_prompt(name: str, kind: str) -> None:
+    position = POSITIONS[ENCODERS.index(kind)]
+    problem = tiny_problem(model_of(name), kind, position, lr=LR)
+    for number, found in enumerate(tangents(problem, tiny_pairs())):
+        (h, _), (dh, dy) = forward_mode(name, number)
+        close(found.dX, naive_X(h, kind, position, dh))
+        close(found.dy, dy)
+        assert found.pair_id == tiny_pairs()[number].id
+        close(found.loss, plain_loss(model_of(name), tiny_pairs()[number]).detach())
+
+
+def test_invariant_4_forward_mode_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("tied")
+    before = snapshot(model)
+    list(tangents(tiny_problem(model), tiny_pairs()))
+    assert same(before, snapshot(model))

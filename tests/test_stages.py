@@ -91,6 +91,20 @@ def test_finite_step_and_adjoint_write_the_same_tables(copy: Path) -> None:
         assert RunFolder.open(copy / "run").read_table(name).column_names == names
 
 
+def test_forward_mode_writes_the_same_tables_and_every_feature_on_every_prompt(copy: Path) -> None:
+    run = attributed(copy, "jvp", attribution__estimator="jvp")
+    forward, adjoint_ = summary(run), summary(RunFolder.open(copy / "run"))
+    largest = max(abs(row["score"]) for row in adjoint_.values())
+    for pair_id, row in forward.items():
+        assert row["score"] == pytest.approx(adjoint_[pair_id]["score"], abs=1e-3 * largest)
+    arrays, ids = run.read_tensors("feature_prompt_effects")
+    dX = arrays["dX"]
+    assert dX.shape == (len(ids["pair_ids"]), len(ids["prompt_ids"]), len(ids["feature_ids"]))
+    X, _ = run.read_tensors("activations")
+    assert not dX[:, X["X"] == 0].any() and np.abs(dX).max() > 0
+    assert not RunFolder.open(copy / "run").path("feature_prompt_effects.safetensors").exists()
+
+
 def test_the_strongest_pairs_get_a_real_step_and_an_exact_refit(made: Path) -> None:
     table = sorted(summary(RunFolder.open(made / "run")).values(), key=lambda r: r["rank"])
     for row in table[:3]:

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
+from taught.attribution.adjoint import GB, Problem
+from taught.attribution.cost import ACTIVE, attribution_cost
+from taught.data.chat import EncodedPair, EncodedPrompt
+from taught.data.columns import name_ids
 from taught.data.overlap import find_overlap
-from taught.data.pairs import load_pairs
+from taught.data.pairs import PairSet
+from taught.data.prompts import PromptSet
 from taught.errors import UserError
-from taught.setup import open_subject, study_prompts
+from taught.model.forward import get_block
+from taught.model.kernels import product_rate
+from taught.setup import (
+    Subject,
+    chosen_pairs,
+    open_subject,
+    pair_inputs,
+    prompt_inputs,
+    study_prompts,
+)
 from taught.study import Study
+
+# Share of a product's pace that whole passes run at: .55 to .75 on SmolLM2's sizes on one core of
+# an idle machine, less with several cores.
+PACE = 0.5
+# Python and torch with their libraries, one batch of activations, tables.
+_REST_GB = 3
 
 
 @dataclass
@@ -47,25 +68,27 @@ class CheckReport:
 
 
 def check_study(study: Study) -> CheckReport:
-    """Load everything that a run would load and count; nothing is written."""
+    """Load everything that a run would load, count and estimate; nothing is written.
+
+    Notes
+    -----
+    Estimating runs one prompt through the model, and products of matrices for under half a second.
+    """
     report = CheckReport()
     subject = open_subject(study)
     _describe_subject(report, study, subject)
     prompts = study_prompts(study)
     encoded = subject.chat.encode_prompts(prompts)
-    lengths = [len(e.input_ids) for e in encoded]
     report.add("prompts", f"{len(prompts)} ({_counts(p.group for p in prompts)})")
     report.add("prompt columns", _columns(prompts.columns))
-    report.add("prompt tokens", _spread(lengths))
-    pairs = load_pairs(study.pairs.path)
-    report.add("pairs", f"{len(pairs)} ({_counts(p.label for p in pairs)})")
-    report.add("pair columns", _columns(pairs.columns))
-    _check_pairs(report, study, subject, pairs, prompts)
-    _estimate(report, study, subject, lengths, len(pairs))
+    report.add("prompt tokens", _spread([len(e.input_ids) for e in encoded]))
+    pairs = _check_pairs(report, study, subject, prompts)
+    if pairs:
+        _estimate(report, study, subject, encoded, pairs, len(prompts.groups))
     return report
 
 
-def _describe_subject(report: CheckReport, study: Study, subject: Any) -> None:
+def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> None:
     model, sae = subject.loaded.model, subject.sae
     parameters = sum(p.numel() for p in model.parameters())
     report.add("model", f"{subject.loaded.model_id}, {parameters / 1e6:.1f}M parameters, "
@@ -81,53 +104,139 @@ def _describe_subject(report: CheckReport, study: Study, subject: Any) -> None:
         report.add("prefixes left out", f"{subject.behavior.dropped}: contained in a shorter one")
 
 
-def _check_pairs(report: CheckReport, study: Study, subject: Any, pairs: Any, prompts: Any) -> None:
-    overlap = find_overlap(pairs, prompts)
-    gone = "dropped on request" if study.pairs.drop_overlap else "an error"
-    report.add("overlap", f"{len(overlap)} pairs are evaluation prompts ({gone})")
-    if overlap and not study.pairs.drop_overlap:
-        report.problems.append(f"overlap with evaluation prompts: {overlap[:5]}; --drop-overlap")
+def _check_pairs(
+    report: CheckReport, study: Study, subject: Subject, prompts: PromptSet
+) -> list[EncodedPair]:
+    """The pairs that would be scored, as tokens; none where something is wrong with one of them."""
+    pairs = chosen_pairs(study)
+    report.add("pairs", f"{len(pairs)} ({_counts(p.label for p in pairs)})")
+    report.add("pair columns", _columns(pairs.columns))
+    pairs = _check_overlap(report, study, pairs, prompts)
     try:
-        encoded, _ = subject.chat.encode_pairs(pairs, study.pairs.max_tokens, truncate="keep")
+        encoded = [subject.chat.encode_pair(pair, study.pairs.max_tokens) for pair in pairs]
     except UserError as error:
         report.problems.append(str(error))
-        return
-    cut = [e.id for e in encoded if e.truncated]
-    report.add("truncated", f"{len(cut)} pairs at {study.pairs.max_tokens} tokens")
-    if cut and not study.pairs.drop_truncated:
-        report.problems.append(f"truncated responses: {cut[:5]}; --drop-truncated")
-    report.add("pair tokens", _spread([len(e.input_ids) for e in encoded]))
-    report.add("response tokens", _spread([e.n_response for e in encoded]))
+        return []
+    scored = _check_truncation(report, study, encoded)
+    if not scored:
+        report.problems.append("no pair is left to be scored")
+        return []
+    report.add("pair tokens", _spread([len(e.input_ids) for e in scored]))
+    report.add("response tokens", _spread([e.n_response for e in scored]))
+    return scored
+
+
+def _check_overlap(
+    report: CheckReport, study: Study, pairs: PairSet, prompts: PromptSet
+) -> PairSet:
+    ids = list(dict.fromkeys(pair_id for pair_id, _ in find_overlap(pairs, prompts)))
+    drop = study.pairs.drop_overlap
+    what = f"{len(ids)} pairs are evaluation prompts"
+    report.add("overlap", what + _fate(ids, drop))
+    if ids and not drop:
+        report.problems.append(f"{what}: {name_ids(ids)}; --drop-overlap leaves them out")
+        return pairs
+    return replace(pairs, pairs=tuple(pair for pair in pairs if pair.id not in ids))
+
+
+def _check_truncation(
+    report: CheckReport, study: Study, encoded: Sequence[EncodedPair]
+) -> list[EncodedPair]:
+    """The pairs without those that the limit leaves nothing of, or that are dropped on request."""
+    ids = [pair.id for pair in encoded if pair.truncated]
+    drop = study.pairs.drop_truncated
+    what = f"{len(ids)} pairs are longer than {study.pairs.max_tokens} tokens"
+    report.add("truncated", what + _fate(ids, drop))
+    if ids and not drop:
+        report.problems.append(f"{what}: {name_ids(ids)}; --drop-truncated leaves them out")
+    return [pair for pair in encoded if pair.n_response > 0 and not (drop and pair.truncated)]
+
+
+def _fate(ids: Sequence[str], drop: bool) -> str:
+    return "" if not ids else f", dropped on request: {name_ids(ids)}" if drop else ", an error"
 
 
 def _estimate(
-    report: CheckReport, study: Study, subject: Any, lengths: list[int], pairs: int
+    report: CheckReport,
+    study: Study,
+    subject: Subject,
+    prompts: Sequence[EncodedPrompt],
+    pairs: Sequence[EncodedPair],
+    groups: int,
 ) -> None:
-    """Multiplications of the main parts, in units of one forward pass over all prompts."""
-    depth = subject.loaded.model.config.get_text_config().num_hidden_layers
-    share = (subject.sae.block + 1) / depth
-    features = study.features.max_features
-    per_feature = 3 * share * 0.5  # forward, backward, weight gradient; active on about half
-    prompts_pass = float(sum(lengths))
-    x = features * per_feature if study.attribution.coefficients else 0.0
-    report.add("cost", f"about {4 + x:.0f} forward passes over the prompts "
-                       f"({prompts_pass / 1e3:.1f}k tokens), and 3 to 6 over the {pairs} pairs for "
-                       "every chunk of features and group of parameters")  # fmt: skip
-    model = sum(p.numel() * p.element_size() for p in subject.loaded.model.parameters()) / 2**30
-    gradients = study.attribution.memory_gb
-    report.add(
-        "memory",
-        f"about {model + gradients + 1.5:.1f} GB (model {model:.1f}, gradients {gradients:g})",
+    """Operations, minutes and memory of the policy and its attribution."""
+    spec, ids = study.attribution, study.features.ids
+    features = len(ids) if ids else min(study.features.max_features, subject.sae.n_features)
+    problem = Problem(
+        subject.loaded.model,
+        prompt_inputs(prompts, study.readout.position),
+        subject.behavior,
+        subject.sae.block,
+        subject.features(range(features), study),  # which ones they are costs nothing
+        spec.lr,
+        spec.batch_tokens,
+        spec.memory_gb,
+    )
+    try:
+        cost = attribution_cost(
+            problem,
+            pair_inputs(pairs),
+            targets=features + int(study.policy.intercept),
+            groups=groups,
+            estimator=spec.estimator,
+            coefficients=spec.coefficients,
+            exact_top=spec.exact_top,
+        )
+    except UserError as error:
+        report.problems.append(str(error))
+        return
+    parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
+    total = sum(cost.values())
+    report.add("cost", f"about {total / 1e12:.3g} x 10^12 floating point operations ({parts})")
+    minutes = _minutes(total, product_rate(_a_weight(subject)))
+    if "features" in cost:
+        minutes += f", and {features} features to be active on {ACTIVE:.0%} of the prompts"
+    report.add("time", minutes)
+    report.add("memory", _memory(study, subject, groups))
+
+
+def _a_weight(subject: Subject) -> Tensor:
+    block = get_block(subject.loaded.model, 0)
+    return next(p for p in block.parameters() if p.ndim == 2)
+
+
+def _minutes(operations: float, rate: float) -> str:
+    minutes = operations / (PACE * rate) / 60
+    said = f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute or less"
+    return (
+        f"{said}: an estimate, taking passes to run at {PACE:.0%} of what a product of matrices "
+        f"just did ({rate / 1e9:.0f} x 10^9 operations a second)"
     )
 
 
-def _counts(values: Any) -> str:
+def _memory(study: Study, subject: Subject, groups: int) -> str:
+    """The model, the gradients that are held at a time, and what else a process of torch takes."""
+    spec = study.attribution
+    model = sum(p.numel() * p.element_size() for p in subject.loaded.model.parameters()) / GB
+    if spec.estimator != "adjoint":
+        gradients = 2 * model  # one gradient, and a copy of the weights or what they move by
+    elif spec.coefficients:
+        gradients = spec.memory_gb
+    else:
+        gradients = (2 + groups) * model  # one for each target
+    return (
+        f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
+        f"{gradients:.1f}, everything else about {_REST_GB})"
+    )
+
+
+def _counts(values: Iterable[str]) -> str:
     return ", ".join(f"{n} {name}" for name, n in Counter(values).items())
 
 
-def _columns(columns: Any) -> str:
+def _columns(columns: Mapping[str, str]) -> str:
     return ", ".join(f"{field_} = {name}" for field_, name in columns.items())
 
 
-def _spread(lengths: list[int]) -> str:
+def _spread(lengths: Sequence[int]) -> str:
     return f"median {np.median(lengths):.0f}, longest {max(lengths)}, in all {sum(lengths)}"

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +42,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _write_error(path, len(content), error) from error
+        raise write_error(path, error, needed=len(content)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong is said above; a read-only disk refuses this too
+            temporary.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Delete what a killed write left behind. Only for the holder of the folder's lock."""
     for leftover in folder.glob(f".*{_TEMPORARY}"):
-        leftover.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing reads it; the next write says why it cannot be done
+            leftover.unlink()
 
 
 def sha256_bytes(content: bytes) -> str:
@@ -108,8 +111,33 @@ def tensors_from_bytes(content: bytes) -> dict[str, np.ndarray]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Space left for the user on the disk of ``folder``."""
-    return shutil.disk_usage(folder).free
+    """Space left for the user on the disk of ``folder``, which need not exist yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def write_error(path: Path, error: OSError, *, needed: int | None = None) -> UserError:
+    """What to tell the user when ``path`` cannot be made or written.
+
+    Parameters
+    ----------
+    needed
+        Bytes that were to be written, where that is known.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        wanted = "" if needed is None else f"{needed:,} bytes needed, "
+        return UserError(
+            f"no space left to write {path}",
+            value=f"{wanted}{free_bytes(path.parent):,} bytes free",
+            rule="nothing was written; finished work is kept",
+            fix="free some space and run the same command again, or choose another --run folder",
+        )
+    return UserError(
+        f"{path} cannot be written",
+        value=str(error),
+        rule="nothing was written",
+        fix="choose a --run folder that you may write to",
+    )
 
 
 def plain_ids(ids: Sequence[Any]) -> list[Any]:
@@ -147,19 +175,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _write_error(path: Path, needed: int, error: OSError) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"no space left to write {path}",
-            value=f"{needed:,} bytes needed, {free_bytes(path.parent):,} bytes free",
-            rule="nothing was written; finished work is kept",
-            fix="free some space and run the same command again, or choose another --run folder",
-        )
-    return UserError(
-        f"{path} cannot be written",
-        value=str(error),
-        rule="nothing was written",
-        fix="choose a --run folder that you may write to",
-    )

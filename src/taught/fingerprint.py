@@ -52,7 +52,7 @@ def stage_inputs(stage: str, study: Study, extra: Mapping[str, Any] | None = Non
     study
         The study; its local files are read for their checksums.
     extra
-        What only the caller knows, e.g. ``{"model.weights": sha256}`` of weights from a hub.
+        What only the caller knows: ``Subject.identity``, the weights that a name stands for.
 
     Raises
     ------

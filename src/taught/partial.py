@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from taught.files import tensors_bytes, tensors_from_bytes, write_bytes
+from taught.files import tensors_bytes, tensors_from_bytes, write_bytes, write_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,9 +28,19 @@ class PartialFolder:
         self.path = path
 
     def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Store one piece, whole or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_bytes(self._file(key), tensors_bytes(arrays))
+        """Store one piece, whole or not at all.
+
+        Raises
+        ------
+        UserError
+            No space left, or the folder cannot be made or written to.
+        """
+        file, content = self._file(key), tensors_bytes(arrays)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.path, error, needed=len(content)) from error
+        write_bytes(file, content)
 
     def load(self, key: str) -> dict[str, np.ndarray] | None:
         """Return the piece, or None when it is missing or damaged: then it is computed again."""

@@ -47,6 +47,7 @@ _WRITTEN_BY = {
                "coefficients.parquet", "policy.json", "audit.parquet"),
     "attribute": ("pairs.parquet", "influence.parquet", "summary.parquet",
                   "prompt_effects.safetensors", "prompt_effects.ids.json",
+                  "feature_prompt_effects.safetensors", "feature_prompt_effects.ids.json",
                   "comovement.safetensors", "comovement.ids.json", "dropped.json"),
     "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
     "report": ("report.html",),

@@ -43,8 +43,11 @@ class Subject:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a result depends on beyond the study's text: the weights that were loaded."""
-        return {"model.weights": dict(self.loaded.weights)}
+        """What a result depends on beyond the study's text: the weights that were loaded.
+
+        A hub may serve other weights under the same name tomorrow.
+        """
+        return {"model.weights": dict(self.loaded.weights), "sae.weights": self.sae.sha256()}
 
     def features(self, ids: Any, study: Study) -> FeatureMap:
         """h -> X for the given feature ids."""
@@ -104,11 +107,16 @@ def study_prompts(study: Study) -> PromptSet:
     return replace(prompts, prompts=chosen)
 
 
-def study_pairs(study: Study, prompts: PromptSet) -> tuple[PairSet, list[str]]:
-    """The pairs, at most ``pairs.limit``, and the ids that were dropped for overlap."""
+def chosen_pairs(study: Study) -> PairSet:
+    """The pairs of the study, at most ``pairs.limit``; overlap is not looked at."""
     pairs = load_pairs(study.pairs.path)
     chosen = spread(pairs.pairs, study.pairs.limit, lambda p: p.label, lambda p: p.id)
-    kept, overlap = drop_overlap(replace(pairs, pairs=chosen), prompts, study.pairs.drop_overlap)
+    return replace(pairs, pairs=chosen)
+
+
+def study_pairs(study: Study, prompts: PromptSet) -> tuple[PairSet, list[str]]:
+    """The pairs, at most ``pairs.limit``, and the ids that were dropped for overlap."""
+    kept, overlap = drop_overlap(chosen_pairs(study), prompts, study.pairs.drop_overlap)
     return kept, [pair_id for pair_id, _ in overlap]
 
 

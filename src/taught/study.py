@@ -153,8 +153,8 @@ class AttributionSpec(_Section):
     """How the effect of a pair is computed."""
 
     section: ClassVar[str] = "attribution"
-    estimator: Literal["adjoint", "finite-step"] = _field(
-        "adjoint", rules.one_of("adjoint", "finite-step")
+    estimator: Literal["adjoint", "finite-step", "jvp"] = _field(
+        "adjoint", rules.one_of("adjoint", "finite-step", "jvp")
     )
     lr: float = _field(1e-4, rules.number(above=0))
     coefficients: bool = _field(True, rules.flag())

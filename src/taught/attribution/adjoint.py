@@ -45,6 +45,7 @@ from taught.model.readout import PackedPrompts, ReadPrompt, pack, read_packed
 from taught.partial import Pieces, kept
 
 GB = 1024**3
+_QUERIES = 0.7  # share of the memory budget; a batch of pairs comes on top
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class Problem:
     features: FeatureMap
     lr: float
     batch_tokens: int = 512
-    memory_gb: float = 3.5
+    memory_gb: float = 5.0
 
 
 Queries = dict[str, Query]
@@ -121,7 +122,7 @@ def feature_effects(
     float64 [P, K]
     """
     sites = find_sites(problem.model)
-    chunk = _targets_per_chunk(problem, sites)
+    chunk = targets_per_chunk(problem, sites)
     effects = []
 
     def compute(part: Tensor) -> Tensor:
@@ -138,18 +139,18 @@ def feature_effects(
 
 def feature_steps(problem: Problem, pairs: int, targets: int) -> int:
     """How often :func:`feature_effects` reports progress."""
-    chunk = _targets_per_chunk(problem, find_sites(problem.model))
+    chunk = targets_per_chunk(problem, find_sites(problem.model))
     return targets + -(-targets // chunk) * pairs
 
 
-def _targets_per_chunk(problem: Problem, sites: Sequence[Site]) -> int:
+def targets_per_chunk(problem: Problem, sites: Sequence[Site]) -> int:
     """How many X queries fit into the memory budget (parameters up to the block)."""
     shapes = dict(problem.model.named_parameters())
     seen = _sites_up_to_block(problem, sites)
     size = sum(shapes[n].numel() for s in seen if s.kind != "embedding"
                for n in (s.weight, s.bias) if n)  # fmt: skip
     itemsize = max(4, next(problem.model.parameters()).element_size())
-    return max(1, int(problem.memory_gb * GB / (itemsize * max(size, 1))))
+    return max(1, int(problem.memory_gb * GB * _QUERIES / (itemsize * max(size, 1))))
 
 
 def _sites_up_to_block(problem: Problem, sites: Sequence[Site]) -> list[Site]:

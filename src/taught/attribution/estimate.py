@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from taught.attribution.adjoint import (
     target_effects,
 )
 from taught.attribution.finite_step import Step, finite_steps
+from taught.attribution.forward_mode import tangents
 from taught.attribution.pairs import PairInput, pair_losses, refuse_nonfinite
 from taught.attribution.prompt_effects import prompt_effects, prompt_steps
 from taught.model.blockwise import split_sites
@@ -52,12 +53,13 @@ class Effects:
     Attributes
     ----------
     pair_ids : P ids
-    estimator : "adjoint" or "finite-step"
+    estimator : "adjoint", "finite-step" or "jvp"
     losses : float64 [P], before the step
     score : float64 [2, P], pathways x and y
     mean_y : group -> float64 [P]
     shift : Shift with x and y float64 [P, d], or None
     dy : float64 [P, N] in the policy's order of prompts, or None
+    dX : float32 [P, N, d] likewise, or None: change of each feature on each prompt (jvp)
     """
 
     pair_ids: tuple[str, ...]
@@ -67,6 +69,7 @@ class Effects:
     mean_y: Mapping[str, Floats]
     shift: Shift | None
     dy: Floats | None
+    dX: NDArray[np.float32] | None = None
 
     def values(self, target: str, column: int | None, group: str | None, pathway: str) -> Floats:
         """One target's effects, float64 [P]."""
@@ -160,6 +163,49 @@ def finite_step_effects(
     return _effects("finite-step", pairs, policy, groups, shift, dy, losses)
 
 
+def jvp_effects(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    coefficients: bool,
+    progress: Any,
+    pieces: Pieces | None = None,
+) -> Effects:
+    """All effects in forward mode, with every feature on every prompt; one piece per pair."""
+    del coefficients  # every coefficient falls out of dX and dy
+    losses = pair_losses(problem.model, pairs, problem.batch_tokens)
+    progress.step("forward mode", len(pairs))
+    dX = np.zeros((len(pairs), policy.n, policy.d), dtype=np.float32)
+    dy = np.zeros((len(pairs), policy.n))
+    x, y = (np.zeros((len(pairs), policy.d)) for _ in range(2))
+    for i, pair in enumerate(pairs):
+        moved = _tangent(problem, pair, progress, pieces)
+        shift = coefficient_shift(policy, moved["dX"], moved["dy"])
+        dX[i], dy[i], x[i], y[i] = moved["dX"], moved["dy"], shift.x, shift.y
+    made = _effects("jvp", pairs, policy, groups, Shift(x, y), dy, losses.numpy())
+    return replace(made, dX=dX)
+
+
+def _tangent(
+    problem: Problem, pair: PairInput, progress: Any, pieces: Pieces | None
+) -> dict[str, Floats]:
+    key = _key(pair.id, "tangent")
+    found: dict[str, Floats] | None = pieces.load(key) if pieces is not None else None
+    if found is not None:
+        progress.advance(1)
+        return found
+    (tangent,) = tangents(problem, [pair], progress=progress)
+    arrays = {"dX": tangent.dX.numpy(), "dy": tangent.dy.numpy()}
+    if pieces is not None:
+        pieces.save(key, arrays)
+    return arrays
+
+
+ESTIMATORS = {"adjoint": adjoint_effects, "finite-step": finite_step_effects, "jvp": jvp_effects}
+
+
 def _effects(
     estimator: str,
     pairs: Sequence[PairInput],
@@ -202,8 +248,8 @@ def _steps(
     return rows
 
 
-def _key(pair_id: str) -> str:
-    return "step-" + hashlib.sha256(pair_id.encode()).hexdigest()[:24]
+def _key(pair_id: str, kind: str = "step") -> str:
+    return f"{kind}-" + hashlib.sha256(pair_id.encode()).hexdigest()[:24]
 
 
 def _step_row(policy: Policy, step: Step) -> dict[str, Floats]:

@@ -28,7 +28,7 @@ from taught.model.tokens import Rows, batches_by_tokens, stack
 from taught.partial import Pieces, kept
 
 # Shares of the memory budget.
-_TRACES, _BUILT = 0.75, 0.25
+_TRACES, _BUILT = 0.85, 0.15
 
 
 def prompt_effects(
@@ -49,7 +49,7 @@ def prompt_effects(
     sites = split_sites(problem.model)
     effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
     with frozen(problem.model):
-        for prompts, chunk in _chunks(problem, sites, pairs):
+        for prompts, chunk in prompt_chunks(problem, sites, pairs):
             rows = [i for batch in chunk for i in batch.index]
             columns = [i for index, _ in prompts for i in index]
             compute = partial(_meet, problem, sites, pairs, chunk, prompts, progress)
@@ -61,13 +61,13 @@ def prompt_effects(
 def prompt_steps(problem: Problem, pairs: Sequence[PairInput]) -> int:
     """How often :func:`prompt_effects` reports progress."""
     sites = split_sites(problem.model)
-    return len(_chunks(problem, sites, pairs)) * len(sites.blocks)
+    return len(prompt_chunks(problem, sites, pairs)) * len(sites.blocks)
 
 
 PromptBatch = tuple[list[int], Rows]
 
 
-def _chunks(
+def prompt_chunks(
     problem: Problem, sites: BlockSites, pairs: Sequence[PairInput]
 ) -> list[tuple[list[PromptBatch], list[PairBatch]]]:
     """Chunks of prompts and of pairs that fit into the budget together, in all combinations."""

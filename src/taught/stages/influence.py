@@ -11,7 +11,7 @@ import torch
 
 from taught.analysis.interference import comovement, interference
 from taught.attribution.adjoint import Problem
-from taught.attribution.estimate import Effects, adjoint_effects, finite_step_effects, step_checks
+from taught.attribution.estimate import ESTIMATORS, Effects, step_checks
 from taught.data.columns import columns_note
 from taught.data.pairs import Pair, PairSet
 from taught.data.prompts import PromptSet
@@ -65,9 +65,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         fitted, groups = _read_policy(study, run)
         problem = _problem(study, subject, prompts, fitted)
         inputs = pair_inputs(encoded)
-        estimate = (
-            finite_step_effects if study.attribution.estimator == "finite-step" else adjoint_effects
-        )
+        estimate = ESTIMATORS[study.attribution.estimator]
         effects = estimate(
             problem,
             inputs,
@@ -186,6 +184,17 @@ def _write_effects(run: RunFolder, study: Study, fitted: Policy, effects: Effect
             {"dy": effects.dy.astype(np.float32)},
             {"pair_ids": list(effects.pair_ids), "prompt_ids": list(fitted.prompt_ids)},
             axes={"dy": ("pair_ids", "prompt_ids")},
+        )
+    if effects.dX is not None:
+        run.write_tensors(
+            "feature_prompt_effects",
+            {"dX": effects.dX},
+            {
+                "pair_ids": list(effects.pair_ids),
+                "prompt_ids": list(fitted.prompt_ids),
+                "feature_ids": fitted.feature_ids.tolist(),
+            },
+            axes={"dX": ("pair_ids", "prompt_ids", "feature_ids")},
         )
 
 

@@ -1,0 +1,145 @@
+"""Floating point operations of a study's attribution, counted before it is run.
+
+Counted are the products with the weights of the blocks (2 operations a weight and token), attention
+(4 a width and pair of tokens in a row, in every block), the logits that are asked for, and the
+products of gradients (2 a pair, query and weight). A backward pass is as much as a forward one:
+weights are frozen, only activations have gradients; what is built of both, a gradient, is as much
+once more. Everything else is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from taught.attribution.adjoint import Problem, targets_per_chunk
+from taught.attribution.pairs import PairBatch, PairInput, batch_pairs
+from taught.attribution.prompt_effects import prompt_chunks
+from taught.model.blockwise import split_sites
+from taught.model.forward import find_blocks
+from taught.model.gradients import find_sites
+from taught.model.readout import pack
+from taught.model.tokens import Rows
+
+# Share of the prompts on which a selected feature is active; known only once X is.
+ACTIVE = 0.4
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Weights of all blocks, of the blocks up to the SAE's, of the output; width times blocks."""
+
+    blocks: int
+    to_block: int
+    head: int
+    attention: int
+
+    def forward(self, rows: Iterable[Rows], logits: int) -> float:
+        """Operations of one forward pass, padding included; logits at so many places."""
+        shapes = [tuple(part.ids.shape) for part in rows]
+        tokens = sum(n * length for n, length in shapes)
+        attended = sum(n * length**2 for n, length in shapes)
+        weights = self.blocks * tokens + self.head * logits
+        return 2.0 * weights + 4.0 * self.attention * attended
+
+    @property
+    def share(self) -> float:
+        """Share of the blocks that a read-out of X needs."""
+        return self.to_block / self.blocks
+
+
+def attribution_cost(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    *,
+    targets: int,
+    groups: int,
+    estimator: str,
+    coefficients: bool,
+    exact_top: int,
+) -> dict[str, float]:
+    """Operations by part.
+
+    Parameters
+    ----------
+    targets
+        Features of the policy, and one more with an intercept (``raw_x_targets``).
+    groups
+        Groups of prompts (``mean_y_target``).
+    estimator, coefficients, exact_top
+        As in the study.
+
+    Raises
+    ------
+    UserError
+        The model's gradients are not understood, or its blocks share parameters: the estimator
+        would refuse it too.
+    """
+    sizes = _sizes(problem)
+    slots = problem.behavior.slots
+    packed = pack(problem.prompts, problem.behavior)
+    trees = sizes.forward([p.rows for p in packed], len(problem.prompts) * slots)
+    batches = batch_pairs(pairs, problem.batch_tokens)
+    one = _over_pairs(sizes, batches)
+    gradient = 3 * one / len(pairs)  # weights have gradients here: a backward pass is two
+    step = trees + gradient
+    if estimator == "finite-step":
+        return {"read-outs": 2 * trees, "finite steps": len(pairs) * step}
+    cost = {"read-outs": trees + one}
+    if estimator == "jvp":  # x W moves with x and with W: three products in place of one
+        cost["forward mode"] = len(pairs) * (3 * trees + gradient)
+    elif coefficients:
+        cost["features"] = _features(problem, sizes, targets, len(pairs), one)
+        cost["prompts"] = _prompts(problem, sizes, pairs)
+    else:
+        # The score along both pathways asks for all prompts, each group's mean for its own.
+        queries = 2 + groups
+        contracted = 2.0 * len(pairs) * queries * sizes.blocks
+        cost["targets"] = (2 + 2 * 3) * trees + 3 * one + contracted
+    if exact_top:
+        cost["finite steps"] = trees + min(exact_top, len(pairs)) * step
+    return cost
+
+
+def _sizes(problem: Problem) -> _Sizes:
+    model: Any = problem.model
+    each = [_matrices(block) for block in find_blocks(model)]
+    head = model.get_output_embeddings()
+    width = int(model.config.get_text_config().hidden_size)
+    return _Sizes(
+        blocks=sum(each),
+        to_block=sum(each[: problem.block + 1]),
+        head=0 if head is None else _matrices(head),
+        attention=width * len(each),
+    )
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.ndim > 1)
+
+
+def _over_pairs(sizes: _Sizes, batches: Sequence[PairBatch]) -> float:
+    """One forward pass over the pairs."""
+    return sizes.forward([b.rows for b in batches], sum(len(b.index) * b.keep for b in batches))
+
+
+def _features(problem: Problem, sizes: _Sizes, targets: int, pairs: int, one: float) -> float:
+    """``feature_effects``: per target its active prompts up to the block, per chunk the pairs."""
+    to_block = sizes.share * sizes.forward([p.rows for p in pack(problem.prompts, None)], 0)
+    chunks = -(-targets // targets_per_chunk(problem, find_sites(problem.model)))
+    contracted = 2.0 * pairs * targets * sizes.to_block
+    return targets * ACTIVE * 3 * to_block + chunks * (2 + sizes.share) * one + contracted
+
+
+def _prompts(problem: Problem, sizes: _Sizes, pairs: Sequence[PairInput]) -> float:
+    """``prompt_effects``: two passes a chunk over what meets in it, then every pair and prompt."""
+    slots = problem.behavior.slots
+    passes = 0.0
+    for prompts, batches in prompt_chunks(problem, split_sites(problem.model), pairs):
+        logits = slots * sum(len(index) for index, _ in prompts)
+        both = sizes.forward([rows for _, rows in prompts], logits) + _over_pairs(sizes, batches)
+        passes += 5 * both  # forward and backward twice, and the gradients built once
+    return passes + 2.0 * len(pairs) * len(problem.prompts) * sizes.blocks

@@ -1,0 +1,110 @@
+"""Forward mode: for one pair the exact change of every read-out, [N, d] and [N].
+
+The read-outs as functions of the parameters, along the SGD step on pair z:
+
+    dX = d/ds X(theta - s lr grad L(z)) at s = 0,    dy likewise
+
+by dual numbers through the same token trees. It says *which prompts* a pair moves through which
+features; the adjoint says the sums. Unlike a finite step it has no second order and no rounding
+noise of a difference; gates are those of the baseline by themselves.
+
+Cost: one gradient a pair and about three forward passes over the prompts' token trees. Memory: the
+parameters, their gradient, and one tree. Attention runs without fused kernels, which have no
+forward mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from taught.attribution.adjoint import Problem
+from taught.attribution.finite_step import pair_gradient
+from taught.attribution.pairs import PairInput
+from taught.model.gradients import frozen
+from taught.model.readout import PackedPrompts, pack, read_packed
+
+
+@dataclass(frozen=True, eq=False)
+class Tangent:
+    """First-order effect of one SGD step on one pair, on every read-out.
+
+    Attributes
+    ----------
+    pair_id : str
+    loss : loss of the pair before the step
+    dX : float64 [N, d], positive: the pair makes the feature more active on the prompt
+    dy : float64 [N], natural logarithm
+    """
+
+    pair_id: str
+    loss: float
+    dX: Tensor
+    dy: Tensor
+
+
+class _Reader(nn.Module):
+    """Parameters -> (X, y) of one packed tree."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.model = problem.model
+        self._problem = problem
+
+    def forward(self, packed: PackedPrompts) -> tuple[Tensor, Tensor]:
+        problem = self._problem
+        h, y = read_packed(self.model, packed, problem.behavior, problem.block)
+        assert y is not None
+        return problem.features(h, packed.offsets.to(h.device)), y
+
+
+def tangents(
+    problem: Problem, pairs: Sequence[PairInput], *, progress: Any = None
+) -> Iterator[Tangent]:
+    """One :class:`Tangent` per pair, in order. No weight is changed.
+
+    Raises
+    ------
+    UserError
+        The loss of a pair is not finite.
+    """
+    reader = _Reader(problem)
+    packs = pack(problem.prompts, problem.behavior)
+    base = {f"model.{name}": p.detach() for name, p in problem.model.named_parameters()}
+    for pair in pairs:
+        with frozen(problem.model):
+            loss, grads = pair_gradient(problem.model, pair)
+            step = {
+                f"model.{name}": -problem.lr * grads.get(name, torch.zeros_like(p))
+                for name, p in problem.model.named_parameters()
+            }
+            del grads
+            moved = _along(problem, reader, packs, base, step, pair.id, loss)
+        yield moved  # outside the block: the caller gets the model as it was
+        if progress is not None:
+            progress.advance(1)
+
+
+def _along(
+    problem: Problem, reader: _Reader, packs: Sequence[PackedPrompts], base: dict[str, Tensor],
+    step: dict[str, Tensor], pair_id: str, loss: float,
+) -> Tangent:  # fmt: skip
+    count = len(problem.prompts)
+    dX = torch.zeros(count, len(problem.features.ids), dtype=torch.float64)
+    dy = torch.zeros(count, dtype=torch.float64)
+    for packed in packs:
+        with sdpa_kernel(SDPBackend.MATH):
+            moved = jvp(
+                lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,)
+            )
+        X_moves, y_moves = moved[1]
+        index = list(packed.index)
+        dX[index] = X_moves.detach().double().cpu()
+        dy[index] = y_moves.detach().double().cpu()
+    return Tangent(pair_id, loss, dX, dy)
