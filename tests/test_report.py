@@ -434,7 +434,11 @@ def test_strongest_pairs_are_named_with_pathway_and_no_overclaim():
     assert "mainly through output probability (x +1.00, y +4.00)" in sentence.text
     assert "does not by itself mean more of the behavior" in sentence.text
     both = verdict.push_sentence([pair_rows([1.0])[0] | {"score_x": 0.5, "score_y": 0.5}])
-    assert "through both pathways" in both.text and "pushes against" not in both.text
+    assert "through both pathways" in both.text
+    assert "no pair pushes against it by more than 2% of the largest |S|" in both.text
+    down = verdict.push_sentence(pair_rows([1e-3, -1.0])).text
+    assert down.startswith("No pair pushes the policy along itself by more than 2%")
+    assert "p1 (refusal) pushes against it most" in down
 
 
 def test_behavior_itself_is_told_apart_from_the_score():

@@ -18,6 +18,7 @@ Tone = Literal["found", "none", "caution"]
 NOTHING = "No effect found"
 STRONG = 0.5  # rank correlation from which a trivial predictor gives much of the ranking
 STEP_TOLERANCE = 0.05  # between S and a real step
+NEGLIGIBLE = 0.02  # of the largest |S|
 MAINLY = 1.5  # one pathway this many times the other carries the score
 BASELINES = {
     "group": "the group label alone",
@@ -160,15 +161,28 @@ def push_sentence(summary: Rows) -> Sentence | None:
         return None
     power = common_power(r["score"] for r in summary)
     top, bottom = max(summary, key=lambda r: r["score"]), min(summary, key=lambda r: r["score"])
-    parts = []
-    if top["score"] > 0:
-        parts.append(_pushed(top, "pushes the policy along itself most", power))
-    if bottom["score"] < 0:
-        parts.append(_pushed(bottom, "pushes against it most", power))
-    if not parts:
+    largest = max(top["score"], -bottom["score"])
+    if largest <= 0:
         return Sentence("Pairs", "none", f"{NOTHING}: every pair has a score of zero.")
+    parts = []
+    for row, size, does in (
+        (top, top["score"], "pushes the policy along itself"),
+        (
+            bottom,
+            -bottom["score"],
+            "pushes against it" if top["score"] > 0 else "pushes against the policy",
+        ),
+    ):
+        if size >= NEGLIGIBLE * largest:
+            parts.append(_pushed(row, f"{does} most", power))
+        else:
+            first = "no" if parts else "No"
+            parts.append(
+                f"{first} pair {does} by more than {percent(NEGLIGIBLE)} of the largest |S|"
+            )
     ending = "That a pair strengthens the policy does not by itself mean more of the behavior."
-    return Sentence("Pairs", "found", f"{'; '.join(parts)}. {ending}{_direct(summary)}")
+    text = "; ".join(parts)
+    return Sentence("Pairs", "found", f"{text}. {ending}{_direct(summary)}")
 
 
 def _direct(summary: Rows) -> str:
@@ -301,7 +315,9 @@ def step_sentence(summary: Rows) -> Sentence | None:
         f"largest |S| it differs by at most {differences} from what the step does."
     )
     if not good:
-        text += " That is more than the linear value should be trusted with: use a smaller lr."
+        text += (
+            f" That is above {percent(STEP_TOLERANCE)}: with a smaller lr it shrinks in proportion."
+        )
     return Sentence("Linear value", "found" if good else "caution", text)
 
 
