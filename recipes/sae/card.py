@@ -97,6 +97,17 @@ alpha {p["alpha"]:.3g} by cross-validation): held-out R^2 {p["r2"]["value"]:.3f}
 {p["r2"]["hi"]:.3f}], rank correlation {p["spearman"]["value"]:.3f}; {p["not_always_on"]} features are not
 always on.
 
+## A wrong block is noticed
+
+FVU at the read-out tokens of 120 evaluation prompts, when the residuals of another block are read
+(`recipes/sae/blocks.py`):
+
+| block | 5 | 10 | 12 | 13 | 14 | 15 | 16 | 17 | 18 | 20 | 25 |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+| FVU | .60 | .46 | .37 | .32 | .29 | .19 | .31 | .36 | .37 | .76 | 8.7 |
+
+The preset's limit of .25 (`sae.max_fvu`) refuses all but block 15.
+
 ## Why this block and this read-out
 
 Held-out R^2 of ridge on the raw residual (`recipes/sae/sweep.py`):
