@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def products_by() -> str | None:
-    """Return what computed float32 products on the CPU, or None where no model was loaded."""
+    """Return what computes float32 products on the CPU; None before a model was asked for."""
     kernels = sys.modules.get("taught.model.kernels")
     return kernels.products_by() if kernels else None
 

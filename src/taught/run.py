@@ -423,7 +423,7 @@ class RunFolder:
             finished=now(),
             seconds=round(seconds, 2),
             peak_memory_gb=peak_memory_gb(),
-            float32_products=products_by(),
+            float32_products=None if stage.name in _REMADE else products_by(),
         )
         self._save()
         self._clear_partial(stage.name)
