@@ -45,7 +45,7 @@ def setting() -> tuple[Problem, list[Any]]:
         strongest = every(read.h, read.offsets).sum(0).topk(40).indices[30:34]
     features = subject.features(sorted(strongest.tolist()), study)
     problem = Problem(subject.loaded.model, reads, subject.behavior, subject.sae.block, features,
-                      1e-4, 512, 5.0)  # fmt: skip
+                      1e-4, 512, 4.0)  # fmt: skip
     return problem, pair_inputs(encoded)
 
 
