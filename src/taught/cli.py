@@ -185,6 +185,32 @@ def attribute(
     return _study_stage("attribute", study, overrides, output)
 
 
+@app.command(sort_key=5)
+def sketch(study: str, /, *, overrides: Overrides = _NO_OVERRIDES, run: Path | None = None,
+           quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False) -> int:  # fmt: skip
+    """Fill a store of sketches for `attribute --set attribution.estimator=sketch`.
+
+    May run as several processes: torchrun --nproc-per-node 2 -m taught sketch STUDY.
+
+    Parameters
+    ----------
+    study
+        A study file, a folder that holds study.yaml, or the name of a preset.
+    run
+        Run folder with the policy; by default runs/NAME.
+    quiet
+        Show no progress.
+    """
+    loaded = _load(study, overrides)
+    loaded.require_files()
+    from taught import stages
+
+    folder = _open(run or Path("runs") / loaded.name)
+    with _progress(quiet) as progress:
+        stages.sketch(loaded, folder, progress)
+    return 0
+
+
 @app.command(sort_key=6)
 def curate(
     run: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 
@@ -26,6 +27,11 @@ def products_by() -> str | None:
     """Return what computes float32 products on the CPU; None before a model was asked for."""
     kernels = sys.modules.get("taught.model.kernels")
     return kernels.products_by() if kernels else None
+
+
+def process_share() -> tuple[int, int]:
+    """Return (r, n): this is process r of n, as torchrun and ``accelerate launch`` say."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def peak_memory_gb() -> float | None:

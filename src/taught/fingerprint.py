@@ -3,7 +3,8 @@
 A record maps a name (``policy.alpha``, ``pairs.path sha256``, ``code``) to a plain value. Two runs
 may share results only when their records are equal; when they differ, the record says in what.
 Left out on purpose, because the result does not depend on them: where a file lies (its content
-counts), the name of the study, ``attribution.memory_gb`` and ``attribution.batch_tokens``.
+counts), the name of the study, ``attribution.memory_gb``, ``attribution.batch_tokens`` and
+``sketch.store`` (a store knows by itself what it holds).
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _POLICY = ("model", "sae", "readout", "behavior", "prompts", "features", "policy
 # stages read only the run folder, and are tied to what they read by its fingerprint (run.py).
 _SECTIONS = {
     "policy": _POLICY,
-    "attribute": (*_POLICY, "pairs", "attribution"),
+    "attribute": (*_POLICY, "pairs", "attribution", "sketch"),
     "curate": ("curation",),
     "report": (),
 }
 _CONTENT_KEYS = ("model.id", "model.chat_template", "sae.path", "prompts.path", "pairs.path",
                  "features.labels")  # fmt: skip
-_IGNORED = ("attribution.memory_gb", "attribution.batch_tokens")
+_IGNORED = ("attribution.memory_gb", "attribution.batch_tokens", "sketch.store")
 _FOLDERS = ("model.id", "sae.path")
 # Files of a model or SAE folder that define it (a README does not).
 _DEFINING = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf", "*.txt")

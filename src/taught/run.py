@@ -48,7 +48,7 @@ _WRITTEN_BY = {
     "attribute": ("pairs.parquet", "influence.parquet", "summary.parquet",
                   "prompt_effects.safetensors", "prompt_effects.ids.json",
                   "feature_prompt_effects.safetensors", "feature_prompt_effects.ids.json",
-                  "comovement.safetensors", "comovement.ids.json", "dropped.json"),
+                  "comovement.safetensors", "comovement.ids.json", "sketch.json", "dropped.json"),
     "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
     "report": ("report.html",),
 }  # fmt: skip
@@ -167,6 +167,15 @@ class RunFolder:
                     rule=f"{before} was run again since, under another study, data or code",
                     fix=self._command_for(stage, fresh=True),
                 )
+
+    def require_before(
+        self, name: str, study: Study, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        """Raise a UserError unless the stages before ``name`` are complete and of this study.
+
+        Parameters as in :meth:`stage`; nothing is locked or changed.
+        """
+        self._chained(name, stage_inputs(name, study, extra))
 
     # Running a stage
 

@@ -32,6 +32,7 @@ __all__ = [
     "PromptsSpec",
     "ReadoutSpec",
     "SaeSpec",
+    "SketchSpec",
     "Study",
     "dump_study",
     "list_presets",
@@ -153,14 +154,25 @@ class AttributionSpec(_Section):
     """How the effect of a pair is computed."""
 
     section: ClassVar[str] = "attribution"
-    estimator: Literal["adjoint", "finite-step", "jvp"] = _field(
-        "adjoint", rules.one_of("adjoint", "finite-step", "jvp")
+    estimator: Literal["adjoint", "finite-step", "jvp", "sketch"] = _field(
+        "adjoint", rules.one_of("adjoint", "finite-step", "jvp", "sketch")
     )
     lr: float = _field(1e-4, rules.number(above=0))
     coefficients: bool = _field(True, rules.flag())
     exact_top: int = _field(3, rules.whole(0))
     memory_gb: float = _field(4.0, rules.number(above=0))
     batch_tokens: int = _field(512, rules.whole(1))
+
+
+@dataclass(frozen=True)
+class SketchSpec(_Section):
+    """The store of sketches that the estimator ``sketch`` fills and reads."""
+
+    section: ClassVar[str] = "sketch"
+    store: str | None = _field(None, rules.optional(rules.path()))
+    dim: int = _field(16384, rules.whole(64))
+    seed: int = _field(0, rules.whole(0))
+    sample: int = _field(8, rules.whole(1))
 
 
 @dataclass(frozen=True)
@@ -175,7 +187,7 @@ class CurationSpec(_Section):
 _SECTIONS: dict[str, type[_Section]] = {
     "model": ModelSpec, "sae": SaeSpec, "readout": ReadoutSpec, "behavior": BehaviorSpec,
     "prompts": PromptsSpec, "pairs": PairsSpec, "features": FeaturesSpec, "policy": PolicySpec,
-    "attribution": AttributionSpec, "curation": CurationSpec,
+    "attribution": AttributionSpec, "sketch": SketchSpec, "curation": CurationSpec,
 }  # fmt: skip
 _NAME_RULE = rules.text()
 # A model or an SAE is a folder or a hub id; which one is decided by _folder_or_hub_id.
@@ -202,6 +214,7 @@ class Study:
     features: FeaturesSpec = field(default_factory=FeaturesSpec)
     policy: PolicySpec = field(default_factory=PolicySpec)
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
+    sketch: SketchSpec = field(default_factory=SketchSpec)
     curation: CurationSpec = field(default_factory=CurationSpec)
 
     def __post_init__(self) -> None:
@@ -274,7 +287,8 @@ class Study:
         """Raise a UserError that names the key when a local file of the study is missing."""
         for key in _path_keys():
             value = self.get(key)
-            if value is None or not Path(value).is_absolute() or Path(value).exists():
+            made_by_us = key == "sketch.store"
+            if made_by_us or value is None or not Path(value).is_absolute() or Path(value).exists():
                 continue
             raise UserError(
                 f"{key} does not exist",

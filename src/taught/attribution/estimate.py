@@ -26,6 +26,7 @@ from taught.attribution.adjoint import (
     feature_steps,
     target_effects,
 )
+from taught.attribution.ask import SketchError
 from taught.attribution.finite_step import Step, finite_steps
 from taught.attribution.forward_mode import tangents
 from taught.attribution.pairs import PairInput, pair_losses, refuse_nonfinite
@@ -53,13 +54,14 @@ class Effects:
     Attributes
     ----------
     pair_ids : P ids
-    estimator : "adjoint", "finite-step" or "jvp"
+    estimator : "adjoint", "finite-step", "jvp" or "sketch"
     losses : float64 [P], before the step
     score : float64 [2, P], pathways x and y
     mean_y : group -> float64 [P]
     shift : Shift with x and y float64 [P, d], or None
     dy : float64 [P, N] in the policy's order of prompts, or None
     dX : float32 [P, N, d] likewise, or None: change of each feature on each prompt (jvp)
+    error : standard errors of all of it (sketch), or None
     """
 
     pair_ids: tuple[str, ...]
@@ -70,6 +72,7 @@ class Effects:
     shift: Shift | None
     dy: Floats | None
     dX: NDArray[np.float32] | None = None
+    error: SketchError | None = None
 
     def values(self, target: str, column: int | None, group: str | None, pathway: str) -> Floats:
         """One target's effects, float64 [P]."""
@@ -82,6 +85,14 @@ class Effects:
         assert self.shift is not None and column is not None
         values: Floats = getattr(self.shift, pathway)[:, column]
         return values
+
+    def errors(
+        self, target: str, column: int | None, group: str | None, pathway: str
+    ) -> list[float | None]:
+        """Standard errors of one target's effects, [P]; None where they are exact."""
+        if self.error is None:
+            return [None] * len(self.pair_ids)
+        return list(self.error.of(target, column, group, pathway))
 
 
 def adjoint_effects(
@@ -118,19 +129,8 @@ def _few_targets(
     progress: Any,
 ) -> Effects:
     """Score and group means only: one query gradient each."""
-    group_of = {i: name for name, ids in groups.items() for i in ids}
-    names = [group_of[i] for i in policy.prompt_ids]
-    targets = [
-        *score_targets(policy),
-        *(mean_y_target(policy.prompt_ids, names, g) for g in groups),
-    ]
-    A = np.stack([np.zeros_like(policy.X) if t.A is None else t.A for t in targets])
-    B = np.stack([np.zeros(policy.n) if t.B is None else t.B for t in targets])
     progress.step("targets: gradients", None)
-    effects, _ = target_effects(problem, pairs, torch.from_numpy(A), torch.from_numpy(B),
-                                progress=progress)  # fmt: skip
-    refuse_nonfinite(pairs, range(len(pairs)), effects, "gradient")
-    values = effects.numpy()
+    values = few_effects(problem, pairs, policy, groups, progress=progress).numpy()
     return Effects(
         tuple(p.id for p in pairs),
         "adjoint",
@@ -140,6 +140,29 @@ def _few_targets(
         None,
         None,
     )
+
+
+def few_effects(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    progress: Any = None,
+) -> torch.Tensor:
+    """Exact effects on the score along pathways x and y and on each group's mean y: [P, 2 + G]."""
+    group_of = {i: name for name, ids in groups.items() for i in ids}
+    names = [group_of[i] for i in policy.prompt_ids]
+    targets = [
+        *score_targets(policy),
+        *(mean_y_target(policy.prompt_ids, names, g) for g in groups),
+    ]
+    A = np.stack([np.zeros_like(policy.X) if t.A is None else t.A for t in targets])
+    B = np.stack([np.zeros(policy.n) if t.B is None else t.B for t in targets])
+    effects, _ = target_effects(problem, pairs, torch.from_numpy(A), torch.from_numpy(B),
+                                progress=progress)  # fmt: skip
+    refuse_nonfinite(pairs, range(len(pairs)), effects, "gradient")
+    return effects
 
 
 def finite_step_effects(

@@ -1,7 +1,8 @@
 """One function per stage: reads the files of the stages before it, computes, writes its own files.
 
 The order of a run is ``policy``, ``attribute``, ``curate``, ``report``; ``check`` runs before and
-changes nothing; ``demo`` runs all on the shipped preset. File formats: docs/formats.md.
+changes nothing; ``demo`` runs all on the shipped preset, and ``sketch`` fills a store that
+``attribute`` may read. File formats: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from taught.progress import Progress
 from taught.run import RunFolder
 from taught.stages.decide import curate, report
 from taught.stages.fit import policy
-from taught.stages.influence import attribute
+from taught.stages.influence import attribute, sketch
 from taught.study import Study, load_study
 
-__all__ = ["attribute", "check", "curate", "demo", "policy", "report"]
+__all__ = ["attribute", "check", "curate", "demo", "policy", "report", "sketch"]
 
 
 def check(study: Study) -> CheckReport:

@@ -1,0 +1,100 @@
+"""All effects of a run from a store of sketches, which is filled first where it lacks something."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from taught.attribution.adjoint import Problem
+from taught.attribution.ask import ask, measure_error, policy_queries
+from taught.attribution.estimate import Effects, few_effects
+from taught.attribution.fill import fill_pairs, fill_prompts, pair_row, prompt_key
+from taught.attribution.pairs import PairInput
+from taught.model.projection import Projection
+from taught.partial import Pieces, kept
+from taught.policy.ridge import Policy, Shift
+from taught.store import SketchStore
+
+# dy of so many pairs and prompts is kept; for more, ask the store.
+LARGEST_DY = 50_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class SketchSource:
+    """A store, the projection that fills it, and how many pairs are computed exactly as well."""
+
+    store: SketchStore
+    projection: Projection
+    sample: int
+
+
+def fill(
+    source: SketchSource,
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    *,
+    share: tuple[int, int] = (0, 1),
+    progress: Any,
+) -> None:
+    """Compute what the store lacks; damaged shards are made anew. ``share``: ``fill_pairs``."""
+    if share[0] == 0:
+        damaged = source.store.drop_damaged()
+        if damaged:
+            progress.note(f"damaged shards are made anew: {', '.join(damaged)}")
+    source.store.prepare()
+    fill_prompts(source.store, problem, source.projection, share=share, progress=progress)
+    fill_pairs(source.store, problem, source.projection, pairs, share=share, progress=progress)
+
+
+def sketch_effects(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    source: SketchSource,
+    progress: Any,
+    pieces: Pieces | None = None,
+) -> Effects:
+    """All effects from sketches, with their standard errors.
+
+    The error is measured on ``source.sample`` pairs, for which the exact adjoint gives the score
+    and the groups' mean y as well: about the cost of those targets' query gradients.
+    """
+    fill(source, problem, pairs, progress=progress)
+    chosen = _sample(pairs, source.sample)
+    some = [pairs[i] for i in chosen]
+    progress.step("exact effects of a sample", None)
+    exact = kept(pieces, f"exact {[pair.id for pair in some]}",
+                 lambda: few_effects(problem, some, policy, groups)).numpy()  # fmt: skip
+    progress.step("inner products of sketches", None)
+    digests = dict(prompt_key(prompt) for prompt in problem.prompts)
+    queries, y = policy_queries(source.store, policy, groups, digests)
+    parts = [queries.few, queries.x, queries.y]
+    if len(pairs) * policy.n <= LARGEST_DY:
+        parts.append(y.T.astype(np.float64))
+    answers = ask(source.store, [pair_row(pair) for pair in pairs], np.concatenate(parts, 1))
+    ends = np.cumsum([part.shape[1] for part in parts])[:-1]
+    few, x, y_shift, *dy = np.split(-problem.lr * answers.values, ends, 1)
+    sample = [pair.id for pair in some]
+    error = measure_error(queries, answers.norms, problem.lr, sample, chosen, exact, few)
+    return Effects(
+        tuple(pair.id for pair in pairs),
+        "sketch",
+        answers.losses,
+        few[:, :2].T.copy(),
+        {group: few[:, 2 + n] for n, group in enumerate(groups)},
+        Shift(x, y_shift),
+        dy[0] if dy else None,
+        error=error,
+    )
+
+
+def _sample(pairs: Sequence[PairInput], size: int) -> list[int]:
+    """Pairs spread over the lengths: every so manieth, by number of tokens."""
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].ids), pairs[i].id))
+    places = np.linspace(0, len(order) - 1, min(size, len(order))).round().astype(int)
+    return [order[place] for place in places]
