@@ -211,6 +211,58 @@ def sketch(study: str, /, *, overrides: Overrides = _NO_OVERRIDES, run: Path | N
     return 0
 
 
+@app.command(sort_key=9)
+def ask(
+    run: Path,
+    /,
+    *,
+    target: str = "score",
+    alpha: str | None = None,
+    intercept: bool | None = None,
+    features: Annotated[tuple[int, ...] | None, Parameter(consume_multiple=True)] = None,
+    groups: Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True)] = None,
+    curvature: Literal["identity", "autocorrelation"] = "identity",
+    top: int = 20,
+    out: Path | None = None,
+) -> int:
+    """Ask a run's sketches a later question: another policy, another target. Needs no model.
+
+    Parameters
+    ----------
+    run
+        A run folder, attributed with the estimator sketch.
+    target
+        score, coefficient:FEATURE, mean_y:GROUP, mean_y:CATEGORY or y:PROMPT.
+    alpha
+        Another ridge penalty, or cv.
+    intercept
+        Fit the policy with or without an intercept.
+    features
+        Only these of the policy's features.
+    groups
+        Fit the policy on the prompts of these groups or categories only.
+    curvature
+        autocorrelation: what sets a pair's gradient apart from the others counts for more.
+    top
+        How many pairs to show.
+    out
+        Write all pairs as Parquet to this file.
+    """
+    from taught import stages
+    from taught.files import table_bytes, write_bytes
+    from taught.report.show import show_answers
+
+    folder = _open(run)
+    penalty: Any = alpha if alpha in (None, "cv") else _parse_set(f"alpha={alpha}")[1]
+    question = stages.Question(target, penalty, intercept, features, groups, curvature)
+    answers = stages.ask(folder, question)
+    _out().print(show_answers(answers, target, top))
+    if out is not None:
+        write_bytes(out, table_bytes(answers))
+        _out().print(str(out), soft_wrap=True, highlight=False)
+    return 0
+
+
 @app.command(sort_key=6)
 def curate(
     run: Path,

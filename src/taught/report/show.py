@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -61,6 +62,21 @@ def show_run(run: RunFolder | Path | str, item: str | None = None) -> Renderable
     if not found:
         raise _unknown(view, item)
     return Group(*found)
+
+
+def show_answers(answers: pa.Table, target: str, top: int) -> RenderableType:
+    """The strongest pairs of ``taught ask``, with the share that is more than two errors from 0."""
+    rows = answers.slice(0, top).to_pylist()
+    values, errors = answers["total"].to_numpy(), answers["se"].to_numpy()
+    power = common_power([row["total"] for row in rows])
+    clear = int((np.abs(values) > 2 * errors).sum())
+    title = f"{target}: change per step{tens(power)}; {clear} of {len(values)} pairs are more than "
+    table = _table(title + "two standard errors from 0", "pair", "label", ">x", ">y", ">total",
+                   ">error")  # fmt: skip
+    for row in rows:
+        effects = (_sign(row[key], power=power) for key in ("x", "y", "total"))
+        _add(table, row["pair_id"], row["label"], *effects, number(row["se"] / 10**power, 2))
+    return table
 
 
 def _unknown(view: View, item: str) -> UserError:
