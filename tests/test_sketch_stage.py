@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +148,26 @@ def test_invariant_3_processes_that_share_the_work_make_the_same_store(
         stages.sketch(study, run)
     files = {p.name: p.read_bytes() for p in (copy / "shared").iterdir()}
     assert files == {p.name: p.read_bytes() for p in (copy / "store").iterdir()}
+
+
+def test_torchrun_fills_the_store_that_one_process_fills(copy: Path) -> None:
+    rows = [json.loads(line) for line in (copy / "pairs.jsonl").read_text().splitlines()]
+    many = [{**row, "id": f"{row['id']}-{n}", "prompt": f"{row['prompt']} {n}"}
+            for row in rows for n in range(2)]  # fmt: skip
+    (copy / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    settings = ["--set", f"sketch.dim={DIM}", "--set", f"sketch.store={copy / 'two'}", "--quiet"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--"]
+    command = ["taught", "sketch", str(copy / "study.yaml"), "--run", str(copy / "run"), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*launcher, *command], check=True, env=environment, timeout=240)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fill_module, "PAIRS_A_SHARD", 256)
+        patched.setattr(fill_module, "PROMPTS_A_SHARD", 16)
+        stages.sketch(study_of(copy, sketch__store="one"), RunFolder.open(copy / "run"))
+    one, two = (sorted(p.name for p in (copy / n).iterdir()) for n in ("one", "two"))
+    assert one == two
+    for name in one:
+        assert (copy / "one" / name).read_bytes() == (copy / "two" / name).read_bytes()
 
 
 def test_invariant_9_a_stopped_store_keeps_its_shards_and_comes_out_the_same(

@@ -190,7 +190,7 @@ def sketch(study: str, /, *, overrides: Overrides = _NO_OVERRIDES, run: Path | N
            quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False) -> int:  # fmt: skip
     """Fill a store of sketches for `attribute --set attribution.estimator=sketch`.
 
-    May run as several processes: torchrun --nproc-per-node 2 -m taught sketch STUDY.
+    May run as several processes: torchrun --nproc-per-node 2 -m -- taught sketch STUDY.
 
     Parameters
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +87,8 @@ def sketch(study: Study, run: RunFolder, progress: Progress | None = None) -> No
     progress = progress or SilentProgress()
     data = _read_data(study, progress)
     progress.step("load model and SAE")
+    if study.model.device == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     subject = open_subject(study)
     run.require_before("attribute", study, subject.identity)
     ready = _prepare(study, run, subject, data)
