@@ -1,0 +1,191 @@
+"""How far effects from sketches are from the exact ones, for several sizes of a sketch.
+
+One store of the largest size is filled; smaller sketches are its rows folded once more, which is
+what a projection to fewer numbers does. The exact effects are the adjoint's, computed here or read
+from a run folder of the same study (``--exact``). benchmarks/README.md says what the rows mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.common import (
+    Clock,
+    Results,
+    Row,
+    Setting,
+    conditions,
+    console,
+    kept,
+    open_setting,
+    result_name,
+    run,
+)
+from benchmarks.common import parser as common_parser
+from taught.progress import RichProgress
+
+SIZES = (2048, 4096, 8192, 16384, 32768)
+Floats = NDArray[np.float64]
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Fill a store, compare each size with the exact effects, write the result."""
+    from taught.attribution.fill import fill_pairs, fill_prompts
+    from taught.model.projection import COLUMNS, Projection
+    from taught.store import SketchStore
+
+    with RichProgress(console) as progress, tempfile.TemporaryDirectory() as temporary:
+        setting = open_setting(args, progress)
+        exact, seconds_exact = _exact(setting, args.exact, progress)
+        projection = Projection(setting.problem.model, max(args.sizes), args.seed)
+        store = SketchStore(args.store or temporary, projection.record())
+        store.prepare()
+        with Clock() as for_prompts:
+            fill_prompts(store, setting.problem, projection, progress=progress)
+        with Clock() as for_pairs:
+            fill_pairs(store, setting.problem, projection, setting.pairs, progress=progress)
+        tokens = sum(len(pair.ids) for pair in setting.pairs)
+        results = Results(result_name("sketch_error", args), {
+            **conditions(setting, args), "columns": COLUMNS, "seed": args.seed,
+            "exact_from": str(args.exact or "computed here"),
+        }, args.out)  # fmt: skip
+        results.summary = {
+            "seconds_exact": seconds_exact,
+            "seconds_prompts": for_prompts.seconds,
+            "seconds_pairs": for_pairs.seconds,
+            "pair_tokens_per_second": tokens / max(for_pairs.seconds, 1e-9),
+        }
+        with kept(results, _COLUMNS):
+            for size in sorted(args.sizes):
+                results.add(_compare(setting, exact, _Folded(store, size), size))
+
+
+class _Folded:
+    """A store whose sketches have fewer numbers."""
+
+    def __init__(self, store: Any, dim: int) -> None:
+        self.store, self.dim = store, dim
+
+    def shards(self, kind: str) -> Any:
+        return self.store.shards(kind)
+
+    def values(self, shard: Any) -> NDArray[np.float32]:
+        from taught.model.projection import COLUMNS
+
+        full = self.store.values(shard)
+        rows = full.reshape(len(full), -1, self.dim // COLUMNS, COLUMNS)
+        return rows.sum(1).reshape(len(full), -1)
+
+    def read(self, kind: str) -> Iterator[Any]:
+        for shard in self.shards(kind):
+            yield shard, self.values(shard)
+
+
+Effects = dict[str, Floats]
+
+
+def _exact(setting: Setting, folder: Path | None, progress: Any) -> tuple[Effects, float | None]:
+    """score [P, 2], x and y [P, d] by the adjoint, and how long it took."""
+    from taught.attribution.estimate import adjoint_effects
+
+    if folder is not None:
+        return _from_run(setting, folder), None
+    groups = _groups(setting)
+    with Clock() as clock:
+        effects = adjoint_effects(setting.problem, setting.pairs, setting.policy, groups,
+                                  coefficients=True, progress=progress)  # fmt: skip
+    assert effects.shift is not None
+    return {"x": effects.shift.x, "y": effects.shift.y}, clock.seconds
+
+
+def _groups(setting: Setting) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for prompt, name in zip(setting.problem.prompts, setting.groups, strict=True):
+        groups.setdefault(name, []).append(prompt.id)
+    return groups
+
+
+def _from_run(setting: Setting, folder: Path) -> Effects:
+    from taught.errors import UserError
+    from taught.run import RunFolder
+
+    table = RunFolder.open(folder).read_table("influence").to_pylist()
+    place = {pair.id: i for i, pair in enumerate(setting.pairs)}
+    column = {int(k): j for j, k in enumerate(setting.policy.feature_ids)}
+    found = {path: np.full((len(place), len(column)), np.nan) for path in ("x", "y")}
+    for row in table:
+        known = row["pair_id"] in place and row["feature_id"] in column
+        if known and row["target"] == "coefficient" and row["pathway"] in found:
+            where = place[row["pair_id"]], column[row["feature_id"]]
+            found[row["pathway"]][where] = row["value"]
+    if any(np.isnan(values).any() for values in found.values()):
+        raise UserError(
+            "the run lacks pairs or features of this study",
+            value=str(folder),
+            fix="name a run folder of the same study, attributed by adjoint",
+        )
+    return found
+
+
+def _compare(setting: Setting, exact: Effects, store: Any, size: int) -> Row:
+    from taught.attribution.ask import ask, policy_queries
+    from taught.attribution.fill import pair_row, prompt_key
+    from taught.rank import spearman
+
+    policy = setting.policy
+    digests = dict(prompt_key(prompt) for prompt in setting.problem.prompts)
+    queries, _ = policy_queries(store, policy, _groups(setting), digests)
+    rows = [pair_row(pair) for pair in setting.pairs]
+    d = policy.d
+    answers = ask(store, rows, np.concatenate([queries.x, queries.y], 1))
+    values = -setting.problem.lr * answers.values
+    found = {"x": values[:, :d], "y": values[:, d:]}
+    found["total"], total = found["x"] + found["y"], exact["x"] + exact["y"]
+    wanted = {**exact, "total": total}
+    by_feature = {p: [spearman(found[p][:, j], wanted[p][:, j]) for j in range(d)] for p in found}
+    scores = {p: (found[p] @ policy.coef, wanted[p] @ policy.coef) for p in found}
+    unit = setting.problem.lr / np.sqrt(size)
+    scale = unit * np.outer(answers.norms, np.linalg.norm(queries.x + queries.y, axis=0))
+    return {
+        "K": size,
+        "bytes_a_pair": 2 * size + 4,
+        **{f"spearman_score_{p}": spearman(*scores[p]) for p in scores},
+        **{f"median_spearman_coefficient_{p}": float(np.median(v)) for p, v in by_feature.items()},
+        "least_spearman_coefficient_total": float(np.min(by_feature["total"])),
+        "error_factor": float(np.sqrt(np.mean(((found["total"] - total) / scale) ** 2))),
+    }
+
+
+_COLUMNS = {
+    "K": lambda row: f"{row['K']:,}",
+    "bytes a pair": lambda row: f"{row['bytes_a_pair']:,}",
+    "Spearman S": lambda row: f"{row['spearman_score_total']:.3f}",
+    "S, x": lambda row: f"{row['spearman_score_x']:.3f}",
+    "S, y": lambda row: f"{row['spearman_score_y']:.3f}",
+    "coefficients, median": lambda row: f"{row['median_spearman_coefficient_total']:.3f}",
+    "least": lambda row: f"{row['least_spearman_coefficient_total']:.3f}",
+    "x, median": lambda row: f"{row['median_spearman_coefficient_x']:.3f}",
+    "y, median": lambda row: f"{row['median_spearman_coefficient_y']:.3f}",
+    "error factor": lambda row: f"{row['error_factor']:.2f}",
+}
+
+
+def main() -> None:
+    """Parse the flags and measure."""
+    flags = common_parser(__doc__ or "")
+    flags.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    flags.add_argument("--exact", type=Path, help="run folder with the adjoint's results")
+    flags.add_argument("--store", type=Path, help="folder of the store, kept (default: temporary)")
+    flags.add_argument("--seed", type=int, default=0)
+    run(measure, flags.parse_args())
+
+
+if __name__ == "__main__":
+    main()
