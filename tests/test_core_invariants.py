@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import taught.attribution.adjoint as adjoint
 import taught.attribution.prompt_effects as pe
@@ -328,3 +330,23 @@ def test_half_precision_ranks_pairs_as_double_precision_does(dtype: torch.dtype)
         exact, rough = route(problem).flatten(), route(half).flatten()
         assert torch.nn.functional.cosine_similarity(exact, rough, dim=0) > 0.99
         assert rough.dtype == torch.float64
+
+
+@settings(max_examples=200)
+@given(st.lists(st.floats(0.1, 9.0), min_size=1, max_size=30), st.floats(0.05, 60.0))
+def test_chunks_are_as_few_as_the_budget_allows_and_even(needs: list[float], budget: float) -> None:
+    chunks = pe._split(list(range(len(needs))), needs, budget)
+    assert [i for items, _ in chunks for i in items] == list(range(len(needs)))
+    loads, limit = [sum(part) for _, part in chunks], max(budget, *needs)
+    assert all(load <= limit * (1 + 1e-9) for load in loads)
+    greedy, used = 1, 0.0  # what no split into neighbours can undercut
+    for need in needs:
+        greedy, used = (greedy, used + need) if used + need <= limit else (greedy + 1, need)
+    assert len(chunks) == greedy
+    ends = [sum(needs[a:b]) for a in range(len(needs)) for b in range(a + 1, len(needs) + 1)]
+    for smaller in ends:  # no lower limit does with as few
+        if smaller < max(loads) * (1 - 1e-6) and smaller >= max(needs):
+            count, used = 1, 0.0
+            for need in needs:
+                count, used = (count, used + need) if used + need <= smaller else (count + 1, need)
+            assert count > len(chunks)

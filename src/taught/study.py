@@ -160,7 +160,7 @@ class AttributionSpec(_Section):
     lr: float = _field(1e-4, rules.number(above=0))
     coefficients: bool = _field(True, rules.flag())
     exact_top: int = _field(3, rules.whole(0))
-    memory_gb: float = _field(4.0, rules.number(above=0))
+    memory_gb: float = _field(3.75, rules.number(above=0))
     batch_tokens: int = _field(512, rules.whole(1))
 
 

@@ -68,7 +68,7 @@ class Problem:
     features: FeatureMap
     lr: float
     batch_tokens: int = 512
-    memory_gb: float = 4.0
+    memory_gb: float = 3.75
 
 
 Queries = dict[str, Query]

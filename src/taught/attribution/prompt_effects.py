@@ -93,15 +93,29 @@ def prompt_chunks(
 
 
 def _split(items: Sequence[Any], needs: Sequence[float], budget: float) -> list[tuple[list, list]]:
-    """Neighbours in as few chunks as fit the budget, of about equal need; at least one in each."""
-    count = max(1, -int(-sum(needs) // max(budget, 1.0)))
-    target = min(budget, sum(needs) / count * 1.0001)
-    chunks: list[tuple[list[Any], list[float]]] = []
-    for item, need in zip(items, needs, strict=True):
-        if not chunks or sum(chunks[-1][1]) + need > target:
-            chunks.append(([], []))
-        chunks[-1][0].append(item)
-        chunks[-1][1].append(need)
+    """Neighbours in as few chunks as fit the budget, the largest as small as it can be.
+
+    At least one item in each, also where it alone takes more.
+    """
+    enough = max(budget, *needs)
+    count, low, high = len(_filled(needs, enough)), sum(needs) / len(needs), enough
+    for _ in range(30):  # the least limit that needs no more chunks
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(_filled(needs, middle)) <= count else (middle, high)
+    chunks = _filled(needs, high)
+    return [([items[i] for i in chunk], [needs[i] for i in chunk]) for chunk in chunks]
+
+
+def _filled(needs: Sequence[float], limit: float) -> list[list[int]]:
+    """Neighbours together until the next one would be too much."""
+    chunks: list[list[int]] = []
+    used = 0.0
+    for i, need in enumerate(needs):
+        if not chunks or used + need > limit:
+            chunks.append([])
+            used = 0.0
+        chunks[-1].append(i)
+        used += need
     return chunks
 
 
