@@ -1,0 +1,162 @@
+"""What a pair costs when there are more prompts, and what memory when there are more pairs.
+
+A random Llama of 5 million parameters with random tokens: only time and memory are measured. Once
+the query gradients exist, the prompts are gone from the calculation; pairs come in batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import RESULTS, Clock, Results, console, kept, run
+from taught.progress import RichProgress
+
+LENGTH, RESPONSE = 64, 32
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Time pairs against queries of few and many prompts, then few and many pairs."""
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = _model()
+    results = Results("flat_cost", {
+        "model": "random Llama", "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens_a_prompt": 24, "tokens_a_pair": LENGTH, "targets": 3, "repeats": args.repeats,
+    }, args.out)  # fmt: skip
+    with RichProgress(console) as progress, kept(results, _COLUMNS):
+        few = _pairs(args.pairs[0])
+        queries: Any = None
+        for count in args.prompts:
+            progress.step(f"queries of {count} prompts")
+            problem = _problem(model, count)
+            with Clock() as clock:
+                queries = _queries(problem)
+            results.add({"prompts": count, "pairs": len(few), "seconds_queries": clock.seconds,
+                         **_contracted(problem, few, queries, args.repeats)})  # fmt: skip
+        by_prompts = [row["ms_a_pair"] for row in results.rows]
+        problem = _problem(model, args.prompts[0])
+        for count in args.pairs[1:]:
+            progress.step(f"{count} pairs")
+            results.add({"prompts": args.prompts[-1], "pairs": count, "seconds_queries": None,
+                         **_contracted(problem, _pairs(count), queries, 1)})  # fmt: skip
+        memory = [row["memory_gb"] for row in results.rows]
+        results.summary = {
+            "ms_a_pair_most_over_fewest_prompts": by_prompts[-1] / by_prompts[0],
+            "memory_gb_growth_from_fewest_to_most_pairs": memory[-1]
+            - memory[len(args.prompts) - 1],
+        }
+
+
+def _model() -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def _problem(model: Any, count: int) -> Any:
+    import torch
+
+    from taught.attribution.adjoint import Problem
+    from taught.features.pooling import FeatureMap
+    from taught.features.sae import SparseAutoencoder
+    from taught.model.behavior import build_behavior
+    from taught.model.readout import ReadPrompt
+
+    draw = np.random.default_rng(count)
+    prompts = [
+        ReadPrompt(f"q{i}", (0, 1, *draw.integers(10, 2000, 20).tolist(), 2, 3), (22,))
+        for i in range(count)
+    ]
+    gen = torch.Generator().manual_seed(0)
+    sae = SparseAutoencoder(
+        W_enc=torch.randn(256, 64, generator=gen), b_enc=torch.zeros(64),
+        W_dec=torch.randn(64, 256, generator=gen), b_dec=torch.zeros(256), threshold=None, k=None,
+        architecture="standard", apply_b_dec_to_input=False, rescale_by_decoder_norm=False,
+        block=3, hook="",
+    )  # fmt: skip
+    behavior = build_behavior(["a", "b"], [(5, 6), (7, 8)])
+    features = FeatureMap(sae, torch.arange(64), "sae", "last_user")
+    return Problem(model, prompts, behavior, 3, features, 1e-4, batch_tokens=2048)
+
+
+def _pairs(count: int) -> list[Any]:
+    from taught.attribution.pairs import PairInput
+
+    draw = np.random.default_rng(1)
+    return [
+        PairInput(f"z{i}", tuple(draw.integers(10, 2000, LENGTH).tolist()), LENGTH - RESPONSE)
+        for i in range(count)
+    ]
+
+
+def _queries(problem: Any) -> Any:
+    """Query gradients of three targets: one of X, one of y, one of both."""
+    import torch
+
+    from taught.attribution.adjoint import _build_queries
+    from taught.model.gradients import find_sites, frozen
+
+    n, d = len(problem.prompts), 64
+    gen = torch.Generator().manual_seed(1)
+    A = torch.randn(3, n, d, generator=gen, dtype=torch.float64)
+    B = torch.randn(3, n, generator=gen, dtype=torch.float64)
+    A[1], B[0] = 0, 0
+    with frozen(problem.model):
+        return _build_queries(problem, find_sites(problem.model), A, B, None)
+
+
+def _contracted(problem: Any, pairs: list[Any], queries: Any, repeats: int) -> dict[str, Any]:
+    """Milliseconds a pair (median of the repeats), resident memory after it."""
+    from taught.attribution.adjoint import _contract_pairs
+    from taught.model.gradients import find_sites, frozen
+
+    times = []
+    for _ in range(repeats):
+        with Clock() as clock, frozen(problem.model):
+            _contract_pairs(problem, find_sites(problem.model), pairs, queries, 3, None)
+        times.append(1000 * clock.seconds / len(pairs))
+    return {"ms_a_pair": float(np.median(times)), "memory_gb": _resident_gb()}
+
+
+def _resident_gb() -> float:
+    """Memory of this process now (Linux), in 10^9 bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+_COLUMNS = {
+    "prompts": lambda row: f"{row['prompts']:,}",
+    "pairs": lambda row: f"{row['pairs']:,}",
+    "queries, s": lambda row: "" if row["seconds_queries"] is None
+    else f"{row['seconds_queries']:.1f}",
+    "ms a pair": lambda row: f"{row['ms_a_pair']:.2f}",
+    "memory, GB": lambda row: f"{row['memory_gb']:.2f}",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Parse the flags and measure."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--prompts", type=int, nargs="+", default=[100, 1000, 10000])
+    flags.add_argument("--pairs", type=int, nargs="+", default=[200, 2000, 20000])
+    flags.add_argument("--repeats", type=int, default=7)
+    flags.add_argument("--threads", type=int)
+    flags.add_argument("--out", default=RESULTS, type=type(RESULTS))
+    run(measure, flags.parse_args())
+
+
+if __name__ == "__main__":
+    main()
