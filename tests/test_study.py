@@ -59,7 +59,13 @@ STUDIES = st.fixed_dictionaries(
         "policy": st.fixed_dictionaries(
             {}, optional={"alpha": st.just("cv") | positive, "intercept": st.booleans()}
         ),
-        "attribution": st.fixed_dictionaries({}, optional={"lr": positive}),
+        "attribution": st.fixed_dictionaries(
+            {},
+            optional={
+                "lr": positive,
+                "parameters": st.none() | st.lists(words, min_size=1, max_size=3, unique=True),
+            },
+        ),
         "curation": st.fixed_dictionaries(
             {}, optional={"rule": st.sampled_from(["paper", "top-k"]), "k": counts}
         ),

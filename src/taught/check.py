@@ -22,6 +22,7 @@ from taught.data.prompts import PromptSet
 from taught.errors import UserError
 from taught.model.forward import get_block
 from taught.model.kernels import product_rate
+from taught.model.parameters import moving_parameters
 from taught.setup import (
     Subject,
     chosen_pairs,
@@ -176,6 +177,7 @@ def _estimate(
         spec.lr,
         spec.batch_tokens,
         spec.memory_gb,
+        spec.parameters,
     )
     try:
         cost = attribution_cost(
@@ -197,6 +199,10 @@ def _estimate(
     if "features" in cost:
         minutes += f", and {features} features to be active on {ACTIVE:.0%} of the prompts"
     report.add("time", minutes)
+    if spec.parameters is not None:
+        moving = moving_parameters(subject.loaded.model, spec.parameters).values()
+        count = sum(p.numel() for p in moving)
+        report.add("moving", f"{count / 1e6:.3g}M parameters in {len(moving)} tensors")
     report.add("memory", _memory(study, subject, groups))
 
 
@@ -217,13 +223,17 @@ def _minutes(operations: float, rate: float) -> str:
 def _memory(study: Study, subject: Subject, groups: int) -> str:
     """The model, the gradients that are held at a time, and what else a process of torch takes."""
     spec = study.attribution
-    model = sum(p.numel() * p.element_size() for p in subject.loaded.model.parameters()) / GB
+    moving = moving_parameters(subject.loaded.model, spec.parameters)
+    model, moved = (
+        sum(p.numel() * p.element_size() for p in some) / GB
+        for some in (subject.loaded.model.parameters(), moving.values())
+    )
     if spec.estimator != "adjoint":
-        gradients = 2 * model  # one gradient, and a copy of the weights or what they move by
+        gradients = 2 * moved  # one gradient, and a copy of the weights or what they move by
     elif spec.coefficients:
         gradients = spec.memory_gb
     else:
-        gradients = (2 + groups) * model  # one for each target
+        gradients = (2 + groups) * moved  # one for each target
     return (
         f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
         f"{gradients:.1f}, everything else about {_REST_GB})"

@@ -161,6 +161,7 @@ class AttributionSpec(_Section):
     exact_top: int = _field(3, rules.whole(0))
     memory_gb: float = _field(4.0, rules.number(above=0))
     batch_tokens: int = _field(512, rules.whole(1))
+    parameters: tuple[str, ...] | None = _field(None, rules.optional(rules.list_of(rules.text())))
 
 
 @dataclass(frozen=True)

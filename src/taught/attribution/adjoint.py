@@ -59,6 +59,7 @@ class Problem:
     lr : learning rate of the one SGD step
     batch_tokens : padded tokens a batch of examples may have
     memory_gb : working memory for gradients, in GiB
+    parameters : patterns of the parameters that the step moves (``moving_parameters``); None: all
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Problem:
     lr: float
     batch_tokens: int = 512
     memory_gb: float = 4.0
+    parameters: tuple[str, ...] | None = None
 
 
 Queries = dict[str, Query]
@@ -92,7 +94,7 @@ def target_effects(
         Change of each target per step; positive: training on the pair raises it.
     losses : float64 [P]
     """
-    sites = find_sites(problem.model)
+    sites = find_sites(problem.model, problem.parameters)
     with frozen(problem.model):
         queries = _build_queries(problem, sites, A, B, progress)
         return _contract_pairs(problem, sites, pairs, queries, len(A), progress)
@@ -121,7 +123,7 @@ def feature_effects(
     -------
     float64 [P, K]
     """
-    sites = find_sites(problem.model)
+    sites = find_sites(problem.model, problem.parameters)
     chunk = targets_per_chunk(problem, sites)
     effects = []
 
@@ -139,12 +141,12 @@ def feature_effects(
 
 def feature_steps(problem: Problem, pairs: int, targets: int) -> int:
     """How often :func:`feature_effects` reports progress."""
-    chunk = targets_per_chunk(problem, find_sites(problem.model))
+    chunk = targets_per_chunk(problem, find_sites(problem.model, problem.parameters))
     return targets + -(-targets // chunk) * pairs
 
 
 def targets_per_chunk(problem: Problem, sites: Sequence[Site]) -> int:
-    """How many X queries fit into the memory budget (parameters up to the block)."""
+    """How many X queries fit into the memory budget (moving parameters up to the block)."""
     shapes = dict(problem.model.named_parameters())
     seen = _sites_up_to_block(problem, sites)
     size = sum(shapes[n].numel() for s in seen if s.kind != "embedding"

@@ -98,7 +98,8 @@ def adjoint_effects(
     losses = pair_losses(problem.model, pairs, problem.batch_tokens)
     if not coefficients:
         return _few_targets(problem, pairs, policy, groups, losses, progress)
-    split_sites(problem.model)  # what cannot be done block by block is said before the long part
+    # What cannot be done block by block is said before the long part.
+    split_sites(problem.model, problem.parameters)
     targets = raw_x_targets(policy)
     progress.step("features: gradients of X", feature_steps(problem, len(pairs), len(targets)))
     F = feature_effects(problem, pairs, [t.A for t in targets], torch.from_numpy(policy.X.copy()),

@@ -28,6 +28,7 @@ from taught.attribution.adjoint import Problem
 from taught.attribution.finite_step import pair_gradient
 from taught.attribution.pairs import PairInput
 from taught.model.gradients import frozen
+from taught.model.parameters import moving_parameters
 from taught.model.readout import PackedPrompts, pack, read_packed
 
 
@@ -76,13 +77,14 @@ def tangents(
     """
     reader = _Reader(problem)
     packs = pack(problem.prompts, problem.behavior)
-    base = {f"model.{name}": p.detach() for name, p in problem.model.named_parameters()}
+    moving = moving_parameters(problem.model, problem.parameters)
+    base = {f"model.{name}": p.detach() for name, p in moving.items()}
     for pair in pairs:
         with frozen(problem.model):
-            loss, grads = pair_gradient(problem.model, pair)
+            loss, grads = pair_gradient(problem.model, pair, problem.parameters)
             step = {
                 f"model.{name}": -problem.lr * grads.get(name, torch.zeros_like(p))
-                for name, p in problem.model.named_parameters()
+                for name, p in moving.items()
             }
             del grads
             moved = _along(problem, reader, packs, base, step, pair.id, loss)

@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 from taught.errors import UserError
 from taught.model.kernels import outer_products, product
+from taught.model.parameters import moving_parameters
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,26 @@ class Factor:
     d: Tensor
 
 
-def find_sites(model: nn.Module) -> list[Site]:
+def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> list[Site]:
     """Every use of every parameter, or an error that names the parameters that are not understood.
+
+    Parameters
+    ----------
+    parameters
+        Patterns of the parameters that move (``moving_parameters``); the others are left out, and
+        need not be understood. None for all.
 
     Raises
     ------
     UserError
         A parameter belongs to a module of another kind (fused experts, convolutions, ...). Nothing
-        is left out silently.
+        is left out silently. A pattern matches nothing.
     """
-    names = _canonical_names(model)
+    names = _canonical_names(model, parameters)
     sites, covered = [], set()
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if not own:
+        if not any(id(p) in names for p in own.values()):
             continue
         kind = _kind(module, own)
         if kind is None:
@@ -90,14 +97,14 @@ def find_sites(model: nn.Module) -> list[Site]:
             "some parameters are in modules whose gradients are not understood",
             value=missing[:5],
             rule="linear layers, embeddings and elementwise norms are covered",
-            fix="use the finite-step estimator for this model",
+            fix="use the finite-step estimator, or set attribution.parameters to leave them out",
         )
     return sites
 
 
-def _canonical_names(model: nn.Module) -> dict[int, str]:
-    """id of a parameter -> its first name (tied parameters have one)."""
-    return {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
+def _canonical_names(model: nn.Module, parameters: Sequence[str] | None) -> dict[int, str]:
+    """id of a parameter that moves -> its first name (tied parameters have one)."""
+    return {id(p): name for name, p in moving_parameters(model, parameters).items()}
 
 
 def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:
