@@ -63,6 +63,8 @@ STUDIES = st.fixed_dictionaries(
             {},
             optional={
                 "lr": positive,
+                "curvature": st.sampled_from(["identity", "adam"]),
+                "adam_eps": positive,
                 "parameters": st.none() | st.lists(words, min_size=1, max_size=3, unique=True),
             },
         ),

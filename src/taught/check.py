@@ -188,6 +188,8 @@ def _estimate(
             estimator=spec.estimator,
             coefficients=spec.coefficients,
             exact_top=spec.exact_top,
+            adam=spec.curvature == "adam",
+            estimated=spec.moments is None,
         )
     except UserError as error:
         report.problems.append(str(error))
@@ -234,6 +236,8 @@ def _memory(study: Study, subject: Subject, groups: int) -> str:
         gradients = spec.memory_gb
     else:
         gradients = (2 + groups) * moved  # one for each target
+    if spec.curvature == "adam":
+        gradients += moved  # the metric
     return (
         f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
         f"{gradients:.1f}, everything else about {_REST_GB})"

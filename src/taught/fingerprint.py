@@ -33,7 +33,7 @@ _SECTIONS = {
     "report": (),
 }
 _CONTENT_KEYS = ("model.id", "model.chat_template", "sae.path", "prompts.path", "pairs.path",
-                 "features.labels")  # fmt: skip
+                 "features.labels", "attribution.moments")  # fmt: skip
 _IGNORED = ("attribution.memory_gb", "attribution.batch_tokens")
 _FOLDERS = ("model.id", "sae.path")
 # Files of a model or SAE folder that define it (a README does not).

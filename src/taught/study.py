@@ -162,6 +162,9 @@ class AttributionSpec(_Section):
     memory_gb: float = _field(4.0, rules.number(above=0))
     batch_tokens: int = _field(512, rules.whole(1))
     parameters: tuple[str, ...] | None = _field(None, rules.optional(rules.list_of(rules.text())))
+    curvature: Literal["identity", "adam"] = _field("identity", rules.one_of("identity", "adam"))
+    moments: str | None = _field(None, rules.optional(rules.path()))
+    adam_eps: float = _field(1e-8, rules.number(above=0))
 
 
 @dataclass(frozen=True)

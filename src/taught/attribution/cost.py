@@ -34,13 +34,14 @@ ACTIVE = 0.4
 class _Sizes:
     """Weights of all blocks, of the blocks up to the SAE's, of the output; width times blocks.
 
-    moving, moving_to_block: those of the first two that a step moves.
+    moving, moving_to_block, moving_head: those of the first three that a step moves.
     """
 
     blocks: int
     to_block: int
     moving: int
     moving_to_block: int
+    moving_head: int
     head: int
     attention: int
 
@@ -67,6 +68,8 @@ def attribution_cost(
     estimator: str,
     coefficients: bool,
     exact_top: int,
+    adam: bool = False,
+    estimated: bool = True,
 ) -> dict[str, float]:
     """Operations by part.
 
@@ -78,6 +81,8 @@ def attribution_cost(
         Groups of prompts (``mean_y_target``).
     estimator, coefficients, exact_top
         As in the study.
+    adam, estimated
+        Whether steps are Adam's, and its moments are estimated from the pairs.
 
     Raises
     ------
@@ -93,20 +98,24 @@ def attribution_cost(
     one = _over_pairs(sizes, batches)
     gradient = 3 * one / len(pairs)  # weights have gradients here: a backward pass is two
     step = trees + gradient
-    if estimator == "finite-step":
-        return {"read-outs": 2 * trees, "finite steps": len(pairs) * step}
     cost = {"read-outs": trees + one}
-    if estimator == "jvp":  # x W moves with x and with W: three products in place of one
+    if estimator == "finite-step":
+        cost = {"read-outs": 2 * trees, "finite steps": len(pairs) * step}
+    elif estimator == "jvp":  # x W moves with x and with W: three products in place of one
         cost["forward mode"] = len(pairs) * (3 * trees + gradient)
     elif coefficients:
         cost["features"] = _features(problem, sizes, targets, len(pairs), one)
         cost["prompts"] = _prompts(problem, sizes, pairs)
+        if adam:  # the output's gradients meet built, slot by slot
+            cost["prompts"] += 2.0 * len(pairs) * len(problem.prompts) * slots * sizes.moving_head
     else:
         # The score along both pathways asks for all prompts, each group's mean for its own.
         queries = 2 + groups
         contracted = 2.0 * len(pairs) * queries * sizes.moving
         cost["targets"] = (2 + 2 * 3) * trees + 3 * one + contracted
-    if exact_top:
+    if adam and estimated:
+        cost["second moments"] = 3 * one
+    if exact_top and estimator != "finite-step":
         cost["finite steps"] = trees + min(exact_top, len(pairs)) * step
     return cost
 
@@ -123,6 +132,7 @@ def _sizes(problem: Problem) -> _Sizes:
         to_block=sum(each[: problem.block + 1]),
         moving=sum(moving),
         moving_to_block=sum(moving[: problem.block + 1]),
+        moving_head=0 if head is None else _matrices(head, ids),
         head=0 if head is None else _matrices(head),
         attention=width * len(each),
     )

@@ -94,6 +94,14 @@ def pair_gradient(
     return float(loss.detach()), grads
 
 
+def step_direction(problem: Problem, pair: PairInput) -> tuple[float, dict[str, Tensor]]:
+    """Loss of one pair and C^-1 grad L: a step is -lr times it."""
+    loss, grads = pair_gradient(problem.model, pair, problem.parameters)
+    if problem.scale is not None:
+        grads = {name: g * problem.scale[name] for name, g in grads.items()}
+    return loss, grads
+
+
 def _gradients(loss: Tensor, moving: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Of the parameters that the loss depends on: none where another expert was asked."""
     if not loss.requires_grad:
@@ -124,13 +132,13 @@ def finite_steps(
     moving = moving_parameters(problem.model, problem.parameters)
     with evaluating(problem.model), restored(problem.model, problem.parameters) as base:
         for pair in pairs:
-            loss, grads = pair_gradient(problem.model, pair, problem.parameters)
+            loss, direction = step_direction(problem, pair)
             with torch.no_grad():
                 for name, p in moving.items():
                     p.copy_(base[name])
-                    if name in grads:
-                        p.sub_(grads[name], alpha=problem.lr)
-            del grads
+                    if name in direction:
+                        p.sub_(direction[name], alpha=problem.lr)
+            del direction
             after = read(problem.model, problem.prompts, problem.behavior, problem.block)
             with torch.no_grad():
                 for name, p in moving.items():

@@ -140,7 +140,7 @@ def _meet(
         refuse_nonfinite(pairs, batch.index, losses)
         left.append(traced)
         own = _by_param(factors)
-        met = [_over(own, other, len(batch.index), len(t.index))
+        met = [_over(problem, own, other, len(batch.index), len(t.index))
                for other, t in zip(outside, right, strict=True)]  # fmt: skip
         top.append(torch.cat(met, 1))
     del outside
@@ -174,12 +174,17 @@ def _trace_prompts(
 
 
 def _over(
-    left: dict[str, list[Factor]], right: dict[str, list[Factor]], rows: int, columns: int
+    problem: Problem,
+    left: dict[str, list[Factor]],
+    right: dict[str, list[Factor]],
+    rows: int,
+    columns: int,
 ) -> Tensor:
     """Inner products of two batches over all parameters that both depend on, float64."""
     total = torch.zeros(rows, columns, dtype=torch.float64)
     for name in sorted(left.keys() & right.keys()):
-        total += dot(left[name], right[name]).double().cpu()
+        met = dot(left[name], right[name], scale=problem.scale_of(name), room=_room(problem))
+        total += met.double().cpu()
     return total
 
 
@@ -190,13 +195,18 @@ def _one_block(
     ours, theirs = (
         [_by_param(last_block(problem.model, sites, t)) for t in side] for side in (left, right)
     )
-    itemsize = next(problem.model.parameters()).element_size()
-    room = int(problem.memory_gb * GB * _BUILT / itemsize)
     total: Any = 0.0
     for name in sorted({name for side in (ours, theirs) for factors in side for name in factors}):
         a, b = ([factors.pop(name) for factors in side] for side in (ours, theirs))
-        total = total + dots(a, b, room=room).double().cpu()
+        met = dots(a, b, room=_room(problem), scale=problem.scale_of(name))
+        total = total + met.double().cpu()
     return total
+
+
+def _room(problem: Problem) -> int:
+    """Numbers that built gradients may take at a time."""
+    itemsize = next(problem.model.parameters()).element_size()
+    return int(problem.memory_gb * GB * _BUILT / itemsize)
 
 
 def _by_param(factors: Iterable[Factor]) -> dict[str, list[Factor]]:

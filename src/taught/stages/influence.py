@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from taught.analysis.interference import comovement, interference
 from taught.attribution.adjoint import Problem
+from taught.attribution.curvature import with_adam
 from taught.attribution.estimate import ESTIMATORS, Effects, step_checks
+from taught.attribution.pairs import PairInput
 from taught.data.columns import columns_note
 from taught.data.pairs import Pair, PairSet
 from taught.data.prompts import PromptSet
@@ -65,6 +68,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         fitted, groups = _read_policy(study, run)
         problem = _problem(study, subject, prompts, fitted)
         inputs = pair_inputs(encoded)
+        problem = _with_curvature(study, problem, inputs, progress)
         estimate = ESTIMATORS[study.attribution.estimator]
         effects = estimate(
             problem,
@@ -121,6 +125,17 @@ def _problem(study: Study, subject: Subject, prompts: PromptSet, fitted: Policy)
         study.attribution.memory_gb,
         study.attribution.parameters,
     )
+
+
+def _with_curvature(
+    study: Study, problem: Problem, pairs: Sequence[PairInput], progress: Progress
+) -> Problem:
+    spec = study.attribution
+    if spec.curvature == "identity":
+        return problem
+    if spec.moments is None:
+        progress.step("second moments of the gradients", len(pairs))
+    return with_adam(problem, pairs, moments=spec.moments, eps=spec.adam_eps, progress=progress)
 
 
 @torch.no_grad()
