@@ -29,6 +29,7 @@ from taught.setup import (
     open_subject,
     pair_inputs,
     prompt_inputs,
+    refuse_combinations,
     study_prompts,
 )
 from taught.study import Study
@@ -179,7 +180,9 @@ def _estimate(
         spec.memory_gb,
         spec.parameters,
     )
+    times = len(spec.checkpoints or [None])
     try:
+        refuse_combinations(study)
         cost = attribution_cost(
             problem,
             pair_inputs(pairs),
@@ -187,13 +190,14 @@ def _estimate(
             groups=groups,
             estimator=spec.estimator,
             coefficients=spec.coefficients,
-            exact_top=spec.exact_top,
+            exact_top=spec.exact_top if spec.checkpoints is None else 0,
             adam=spec.curvature == "adam",
             estimated=spec.moments is None,
         )
     except UserError as error:
         report.problems.append(str(error))
         return
+    cost = {part: times * value for part, value in cost.items()}
     parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
     total = sum(cost.values())
     report.add("cost", f"about {total / 1e12:.3g} x 10^12 floating point operations ({parts})")
@@ -230,6 +234,7 @@ def _memory(study: Study, subject: Subject, groups: int) -> str:
         sum(p.numel() * p.element_size() for p in some) / GB
         for some in (subject.loaded.model.parameters(), moving.values())
     )
+    model *= 1 if spec.checkpoints is None else 2  # the base model, and a checkpoint's
     if spec.estimator != "adjoint":
         gradients = 2 * moved  # one gradient, and a copy of the weights or what they move by
     elif spec.coefficients:

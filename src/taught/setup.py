@@ -18,7 +18,7 @@ from taught.model.behavior import PrefixBehavior, build_behavior, tokenize_prefi
 from taught.model.forward import get_block
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
-from taught.study import Study
+from taught.study import Checkpoint, Study
 
 if TYPE_CHECKING:
     from taught.attribution.pairs import PairInput
@@ -88,6 +88,66 @@ def open_subject(study: Study) -> Subject:
     texts = study.behavior.prefixes
     behavior = build_behavior(texts, tokenize_prefixes(loaded.tokenizer, texts))
     return Subject(loaded, chat, sae, behavior)
+
+
+def open_checkpoint(study: Study, checkpoint: Checkpoint, subject: Subject) -> Any:
+    """Load the model of a checkpoint of the same training run.
+
+    Raises
+    ------
+    UserError
+        It has another vocabulary or another width, or lacks the SAE's block.
+    """
+    loaded = load_model(
+        checkpoint.id,
+        revision=checkpoint.revision,
+        dtype=study.model.dtype,
+        device=study.model.device,
+        chat_template=study.model.chat_template,
+    )
+    if loaded.tokenizer.get_vocab() != subject.loaded.tokenizer.get_vocab():
+        raise UserError(
+            "a checkpoint has another tokenizer than the model",
+            value=checkpoint.id,
+            rule="pairs and prompts are the same tokens at every checkpoint",
+            fix="use checkpoints of one training run",
+        )
+    width = loaded.model.config.get_text_config().hidden_size
+    if width != subject.sae.width:
+        raise UserError(
+            "a checkpoint has another width than the model",
+            value=f"{checkpoint.id}: {width}, model {subject.sae.width}",
+            rule="one SAE reads every checkpoint",
+            fix="use checkpoints of one training run",
+        )
+    get_block(loaded.model, subject.sae.block)
+    return loaded.model
+
+
+def refuse_combinations(study: Study) -> None:
+    """Raise a UserError for values of the section ``attribution`` that do not go together."""
+    spec = study.attribution
+    if spec.checkpoints is not None and spec.estimator == "finite-step":
+        raise UserError(
+            "the finite step cannot be taken at several checkpoints",
+            value="attribution.checkpoints",
+            rule="a real step is one step from one set of weights; a sum of them is none",
+            fix="use --set attribution.estimator=adjoint, or jvp",
+        )
+    if spec.checkpoints is not None and spec.moments is not None:
+        raise UserError(
+            "one file of second moments cannot hold for several checkpoints",
+            value=spec.moments,
+            rule="each checkpoint has moments of its own",
+            fix="set attribution.moments to null: they are estimated at each checkpoint",
+        )
+    if spec.moments is not None and spec.curvature != "adam":
+        raise UserError(
+            "second moments are given, but steps are not Adam's",
+            value=spec.moments,
+            rule="attribution.moments goes with attribution.curvature: adam",
+            fix="use --set attribution.curvature=adam, or leave moments out",
+        )
 
 
 def study_prompts(study: Study) -> PromptSet:

@@ -62,6 +62,7 @@ class Problem:
     memory_gb : working memory for gradients, in GiB
     parameters : patterns of the parameters that the step moves (``moving_parameters``); None: all
     scale : diagonal of C^-1 by parameter name, in the parameter's shape; None: C = 1
+    X : float64 [N, d], activations at the model's weights; None: those of the policy
     """
 
     model: nn.Module
@@ -74,6 +75,7 @@ class Problem:
     memory_gb: float = 4.0
     parameters: tuple[str, ...] | None = None
     scale: Mapping[str, Tensor] | None = None
+    X: Tensor | None = None
 
     def scale_of(self, name: str) -> Tensor | None:
         """One parameter's diagonal of C^-1, or None for 1."""

@@ -102,7 +102,8 @@ def adjoint_effects(
     split_sites(problem.model, problem.parameters)
     targets = raw_x_targets(policy)
     progress.step("features: gradients of X", feature_steps(problem, len(pairs), len(targets)))
-    F = feature_effects(problem, pairs, [t.A for t in targets], torch.from_numpy(policy.X.copy()),
+    X = torch.from_numpy(policy.X.copy()) if problem.X is None else problem.X
+    F = feature_effects(problem, pairs, [t.A for t in targets], X,
                         progress=progress, pieces=pieces)  # fmt: skip
     progress.step("prompts: gradients of y", prompt_steps(problem, pairs))
     dy = prompt_effects(problem, pairs, progress=progress, pieces=pieces).numpy()

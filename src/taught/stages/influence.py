@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,23 +13,27 @@ import torch
 
 from taught.analysis.interference import comovement, interference
 from taught.attribution.adjoint import Problem
+from taught.attribution.checkpoints import NumberedPieces, at_checkpoint, summed
 from taught.attribution.curvature import with_adam
 from taught.attribution.estimate import ESTIMATORS, Effects, step_checks
-from taught.attribution.pairs import PairInput
+from taught.attribution.pairs import PairInput, pair_losses
 from taught.data.columns import columns_note
 from taught.data.pairs import Pair, PairSet
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
 from taught.model.readout import pack as pack_prompts
 from taught.model.readout import read_packed
+from taught.partial import Pieces
 from taught.policy.ridge import Policy, fit_policy
 from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
 from taught.setup import (
     Subject,
+    open_checkpoint,
     open_subject,
     pair_inputs,
     prompt_inputs,
+    refuse_combinations,
     study_pairs,
     study_prompts,
 )
@@ -45,6 +50,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         loss.
     """
     progress = progress or SilentProgress()
+    refuse_combinations(study)
     prompts = study_prompts(study)
     pairs, overlapping = study_pairs(study, prompts)
     progress.note(columns_note(study.pairs.path, pairs.columns))
@@ -68,19 +74,25 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         fitted, groups = _read_policy(study, run)
         problem = _problem(study, subject, prompts, fitted)
         inputs = pair_inputs(encoded)
-        problem = _with_curvature(study, problem, inputs, progress)
-        estimate = ESTIMATORS[study.attribution.estimator]
-        effects = estimate(
-            problem,
-            inputs,
-            fitted,
-            groups,
+        estimate = partial(
+            ESTIMATORS[study.attribution.estimator],
+            pairs=inputs,
+            policy=fitted,
+            groups=groups,
             coefficients=study.attribution.coefficients,
             progress=progress,
-            pieces=stage.partial,
         )
-        checks = step_checks(problem, inputs, fitted, effects, study.attribution.exact_top,
-                             progress=progress, pieces=stage.partial)  # fmt: skip
+        checks: dict[str, dict[str, float]] = {}
+        if study.attribution.checkpoints is None:
+            problem = _with_curvature(study, problem, inputs, progress)
+            effects = estimate(problem, pieces=stage.partial)
+            checks = step_checks(problem, inputs, fitted, effects, study.attribution.exact_top,
+                                 progress=progress, pieces=stage.partial)  # fmt: skip
+        else:
+            effects = summed(_at_checkpoints(study, subject, problem, inputs, estimate,
+                                             progress, stage.partial))  # fmt: skip
+            losses = pair_losses(problem.model, inputs, problem.batch_tokens)
+            effects = replace(effects, losses=losses.numpy())
         intended = _intended(study, subject, pairs, fitted)
         _write_effects(run, study, fitted, effects)
         _write_pairs(run, pairs, encoded, effects)
@@ -136,6 +148,28 @@ def _with_curvature(
     if spec.moments is None:
         progress.step("second moments of the gradients", len(pairs))
     return with_adam(problem, pairs, moments=spec.moments, eps=spec.adam_eps, progress=progress)
+
+
+def _at_checkpoints(
+    study: Study,
+    subject: Subject,
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    estimate: Callable[..., Effects],
+    progress: Progress,
+    pieces: Pieces,
+) -> Iterator[Effects]:
+    """Effects at each checkpoint; one of their models is held at a time, beside the base one."""
+    checkpoints = study.attribution.checkpoints or ()
+    for number, checkpoint in enumerate(checkpoints):
+        progress.step(f"checkpoint {number + 1} of {len(checkpoints)}")
+        model = open_checkpoint(study, checkpoint, subject)
+        there = at_checkpoint(problem, model, checkpoint.lr)
+        del model
+        there = _with_curvature(study, there, pairs, progress)
+        effects = estimate(there, pieces=NumberedPieces(pieces, number))
+        del there
+        yield effects
 
 
 @torch.no_grad()
