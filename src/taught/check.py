@@ -96,6 +96,8 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
     report.add("model", f"{subject.loaded.model_id}, {parameters / 1e6:.1f}M parameters, "
                         f"{study.model.dtype} on {study.model.device}")  # fmt: skip
     report.add("weights", subject.loaded.weights.get("source", "local folder"))
+    if study.model.adapter is not None:
+        report.add("adapter", study.model.adapter)
     report.add("SAE", f"{sae.n_features} features ({sae.architecture}), block {sae.block}, "
                       f"encoder {study.sae.encoder}")  # fmt: skip
     report.add("read-out", study.readout.position)
@@ -178,7 +180,7 @@ def _estimate(
         spec.lr,
         spec.batch_tokens,
         spec.memory_gb,
-        spec.parameters,
+        subject.moving(study),
     )
     times = len(spec.checkpoints or [None])
     try:
@@ -205,8 +207,8 @@ def _estimate(
     if "features" in cost:
         minutes += f", and {features} features to be active on {ACTIVE:.0%} of the prompts"
     report.add("time", minutes)
-    if spec.parameters is not None:
-        moving = moving_parameters(subject.loaded.model, spec.parameters).values()
+    if problem.parameters is not None:
+        moving = moving_parameters(subject.loaded.model, problem.parameters).values()
         count = sum(p.numel() for p in moving)
         report.add("moving", f"{count / 1e6:.3g}M parameters in {len(moving)} tensors")
     report.add("memory", _memory(study, subject, groups))
@@ -229,7 +231,7 @@ def _minutes(operations: float, rate: float) -> str:
 def _memory(study: Study, subject: Subject, groups: int) -> str:
     """The model, the gradients that are held at a time, and what else a process of torch takes."""
     spec = study.attribution
-    moving = moving_parameters(subject.loaded.model, spec.parameters)
+    moving = moving_parameters(subject.loaded.model, subject.moving(study))
     model, moved = (
         sum(p.numel() * p.element_size() for p in some) / GB
         for some in (subject.loaded.model.parameters(), moving.values())

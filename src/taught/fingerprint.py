@@ -32,11 +32,11 @@ _SECTIONS = {
     "curate": ("curation",),
     "report": (),
 }
-_CONTENT_KEYS = ("model.id", "model.chat_template", "sae.path", "prompts.path", "pairs.path",
-                 "features.labels", "attribution.moments")  # fmt: skip
+_CONTENT_KEYS = ("model.id", "model.adapter", "model.chat_template", "sae.path", "prompts.path",
+                 "pairs.path", "features.labels", "attribution.moments")  # fmt: skip
 _IGNORED = ("attribution.memory_gb", "attribution.batch_tokens")
 _CHECKPOINTS = "attribution.checkpoints"
-_FOLDERS = ("model.id", "sae.path", _CHECKPOINTS)
+_FOLDERS = ("model.id", "model.adapter", "sae.path", _CHECKPOINTS)
 # Files of a model or SAE folder that define it (a README does not).
 _DEFINING = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf", "*.txt")
 # Files that only show results: changing them does not change what a stage computes.

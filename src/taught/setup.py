@@ -14,6 +14,7 @@ from taught.data.subset import spread
 from taught.errors import UserError
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder, load_sae
+from taught.model.adapter import adapter_patterns
 from taught.model.behavior import PrefixBehavior, build_behavior, tokenize_prefixes
 from taught.model.forward import get_block
 from taught.model.load import LoadedModel, load_model
@@ -49,6 +50,12 @@ class Subject:
         """
         return {"model.weights": dict(self.loaded.weights), "sae.weights": self.sae.sha256()}
 
+    def moving(self, study: Study) -> tuple[str, ...] | None:
+        """Patterns of the parameters that a step moves: an adapter's alone where there is one."""
+        if study.attribution.parameters is None and study.model.adapter is not None:
+            return adapter_patterns(self.loaded.model)
+        return study.attribution.parameters
+
     def features(self, ids: Any, study: Study) -> FeatureMap:
         """h -> X for the given feature ids."""
         import torch
@@ -71,6 +78,7 @@ def open_subject(study: Study) -> Subject:
         dtype=study.model.dtype,
         device=study.model.device,
         chat_template=study.model.chat_template,
+        adapter=study.model.adapter,
     )
     parameter = next(loaded.model.parameters())
     sae = load_sae(study.sae.path, block=study.sae.block).to(parameter.device, parameter.dtype)
@@ -93,17 +101,22 @@ def open_subject(study: Study) -> Subject:
 def open_checkpoint(study: Study, checkpoint: Checkpoint, subject: Subject) -> Any:
     """Load the model of a checkpoint of the same training run.
 
+    Where the study has an adapter, a checkpoint is an adapter of the same model.
+
     Raises
     ------
     UserError
         It has another vocabulary or another width, or lacks the SAE's block.
     """
+    whole = study.model.adapter is None
     loaded = load_model(
-        checkpoint.id,
-        revision=checkpoint.revision,
+        checkpoint.id if whole else study.model.id,
+        revision=checkpoint.revision if whole else study.model.revision,
         dtype=study.model.dtype,
         device=study.model.device,
         chat_template=study.model.chat_template,
+        adapter=None if whole else checkpoint.id,
+        adapter_revision=None if whole else checkpoint.revision,
     )
     if loaded.tokenizer.get_vocab() != subject.loaded.tokenizer.get_vocab():
         raise UserError(

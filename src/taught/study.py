@@ -70,6 +70,7 @@ class ModelSpec(_Section):
     dtype: str = _field("float32", rules.one_of("float32", "bfloat16", "float64"))
     device: str = _field("cpu", rules.text())
     chat_template: str | None = _field(None, rules.optional(rules.path()))
+    adapter: str | None = _field(None, rules.optional(rules.text()))
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ _SECTIONS: dict[str, type[_Section]] = {
 }  # fmt: skip
 _NAME_RULE = rules.text()
 # A model or an SAE is a folder or a hub id; which one is decided by _folder_or_hub_id.
-_HUB_KEYS = ("model.id", "sae.path", "attribution.checkpoints")
+_HUB_KEYS = ("model.id", "model.adapter", "sae.path", "attribution.checkpoints")
 
 
 @dataclass(frozen=True)

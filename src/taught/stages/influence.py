@@ -135,7 +135,7 @@ def _problem(study: Study, subject: Subject, prompts: PromptSet, fitted: Policy)
         study.attribution.lr,
         study.attribution.batch_tokens,
         study.attribution.memory_gb,
-        study.attribution.parameters,
+        subject.moving(study),
     )
 
 
