@@ -227,6 +227,13 @@ def test_minutes_are_operations_over_the_measured_rate_and_called_an_estimate(ti
     assert row(check_study(tiny), "time").startswith("about a minute or less")
 
 
+def test_what_moves_is_counted(tiny):
+    report = check_study(tiny.replace("attribution.parameters", ["*.1.mlp.*", "model.norm.*"]))
+    assert row(report, "moving") == f"{(3 * 16 * 32 + 16) / 1e6:.3g}M parameters in 4 tensors"
+    wrong = check_study(tiny.replace("attribution.parameters", ["*.mpl.*"]))
+    assert "matches none of the model's parameters" in wrong.problems[0]
+
+
 def test_memory_is_model_and_gradients_and_the_rest(tiny):
     study = tiny.replace("attribution.memory_gb", 2.5)
     assert row(check_study(study), "memory").startswith("about 5.5 GB (model 0.0, gradients 2.5,")

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from taught.attribution import cost
 from taught.attribution.adjoint import feature_effects, target_effects
 from taught.attribution.cost import attribution_cost
+from taught.attribution.curvature import estimate_moments, with_adam
 from taught.attribution.finite_step import finite_steps
 from taught.attribution.forward_mode import tangents
 from taught.attribution.pairs import pair_losses
@@ -110,6 +111,16 @@ def test_few_targets_are_announced_as_they_are_done(problem):
     A[1:], B[0], B[2, : n // 2], B[3, n // 2 :] = 0, 0, 0, 0
     work = done(lambda: target_effects(problem, tiny_pairs(), A, B))
     assert announced(problem, coefficients=False)["targets"] == pytest.approx(work, rel=0.15)
+
+
+def test_steps_by_adam_are_announced_as_they_are_done(problem):
+    adam = with_adam(problem, tiny_pairs(), moments=None, eps=1e-3)
+    moments = done(lambda: estimate_moments(problem, tiny_pairs()))
+    prompts = done(lambda: prompt_effects(adam, tiny_pairs()))
+    expected = announced(problem, adam=True)
+    assert expected["second moments"] == pytest.approx(moments, rel=0.15)
+    assert expected["prompts"] == pytest.approx(prompts, rel=0.3)
+    assert "second moments" not in announced(problem, adam=True, estimated=False)
 
 
 def test_finite_steps_are_announced_as_they_are_done(problem):

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from taught.errors import UserError
 from taught.presets import list_presets, preset_path
-from taught.study import COMMENTED_TEMPLATE, Study, dump_study, load_study, study_from_dict
+from taught.study import (
+    COMMENTED_TEMPLATE,
+    Checkpoint,
+    Study,
+    dump_study,
+    load_study,
+    study_from_dict,
+)
 
 ROOT = Path(__file__).parents[1]
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1).filter(
@@ -59,7 +66,22 @@ STUDIES = st.fixed_dictionaries(
         "policy": st.fixed_dictionaries(
             {}, optional={"alpha": st.just("cv") | positive, "intercept": st.booleans()}
         ),
-        "attribution": st.fixed_dictionaries({}, optional={"lr": positive}),
+        "attribution": st.fixed_dictionaries(
+            {},
+            optional={
+                "lr": positive,
+                "checkpoints": st.none()
+                | st.lists(
+                    st.builds(Checkpoint, st.just("org/model"), positive, st.none() | words),
+                    min_size=1,
+                    max_size=3,
+                    unique=True,
+                ),
+                "curvature": st.sampled_from(["identity", "adam"]),
+                "adam_eps": positive,
+                "parameters": st.none() | st.lists(words, min_size=1, max_size=3, unique=True),
+            },
+        ),
         "curation": st.fixed_dictionaries(
             {}, optional={"rule": st.sampled_from(["paper", "top-k"]), "k": counts}
         ),

@@ -22,12 +22,14 @@ from taught.data.prompts import PromptSet
 from taught.errors import UserError
 from taught.model.forward import get_block
 from taught.model.kernels import product_rate
+from taught.model.parameters import moving_parameters
 from taught.setup import (
     Subject,
     chosen_pairs,
     open_subject,
     pair_inputs,
     prompt_inputs,
+    refuse_combinations,
     study_prompts,
 )
 from taught.study import Study
@@ -94,6 +96,8 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
     report.add("model", f"{subject.loaded.model_id}, {parameters / 1e6:.1f}M parameters, "
                         f"{study.model.dtype} on {study.model.device}")  # fmt: skip
     report.add("weights", subject.loaded.weights.get("source", "local folder"))
+    if study.model.adapter is not None:
+        report.add("adapter", study.model.adapter)
     report.add("SAE", f"{sae.n_features} features ({sae.architecture}), block {sae.block}, "
                       f"encoder {study.sae.encoder}")  # fmt: skip
     report.add("read-out", study.readout.position)
@@ -176,8 +180,11 @@ def _estimate(
         spec.lr,
         spec.batch_tokens,
         spec.memory_gb,
+        subject.moving(study),
     )
+    times = len(spec.checkpoints or [None])
     try:
+        refuse_combinations(study)
         cost = attribution_cost(
             problem,
             pair_inputs(pairs),
@@ -185,11 +192,14 @@ def _estimate(
             groups=groups,
             estimator=spec.estimator,
             coefficients=spec.coefficients,
-            exact_top=spec.exact_top,
+            exact_top=spec.exact_top if spec.checkpoints is None else 0,
+            adam=spec.curvature == "adam",
+            estimated=spec.moments is None,
         )
     except UserError as error:
         report.problems.append(str(error))
         return
+    cost = {part: times * value for part, value in cost.items()}
     parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
     total = sum(cost.values())
     report.add("cost", f"about {total / 1e12:.3g} x 10^12 floating point operations ({parts})")
@@ -197,6 +207,10 @@ def _estimate(
     if "features" in cost:
         minutes += f", and {features} features to be active on {ACTIVE:.0%} of the prompts"
     report.add("time", minutes)
+    if problem.parameters is not None:
+        moving = moving_parameters(subject.loaded.model, problem.parameters).values()
+        count = sum(p.numel() for p in moving)
+        report.add("moving", f"{count / 1e6:.3g}M parameters in {len(moving)} tensors")
     report.add("memory", _memory(study, subject, groups))
 
 
@@ -217,13 +231,20 @@ def _minutes(operations: float, rate: float) -> str:
 def _memory(study: Study, subject: Subject, groups: int) -> str:
     """The model, the gradients that are held at a time, and what else a process of torch takes."""
     spec = study.attribution
-    model = sum(p.numel() * p.element_size() for p in subject.loaded.model.parameters()) / GB
+    moving = moving_parameters(subject.loaded.model, subject.moving(study))
+    model, moved = (
+        sum(p.numel() * p.element_size() for p in some) / GB
+        for some in (subject.loaded.model.parameters(), moving.values())
+    )
+    model *= 1 if spec.checkpoints is None else 2  # the base model, and a checkpoint's
     if spec.estimator != "adjoint":
-        gradients = 2 * model  # one gradient, and a copy of the weights or what they move by
+        gradients = 2 * moved  # one gradient, and a copy of the weights or what they move by
     elif spec.coefficients:
         gradients = spec.memory_gb
     else:
-        gradients = (2 + groups) * model  # one for each target
+        gradients = (2 + groups) * moved  # one for each target
+    if spec.curvature == "adam":
+        gradients += moved  # the metric
     return (
         f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
         f"{gradients:.1f}, everything else about {_REST_GB})"

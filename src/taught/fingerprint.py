@@ -33,10 +33,11 @@ _SECTIONS = {
     "curate": ("curation",),
     "report": (),
 }
-_CONTENT_KEYS = ("model.id", "model.chat_template", "sae.path", "prompts.path", "pairs.path",
-                 "features.labels")  # fmt: skip
+_CONTENT_KEYS = ("model.id", "model.adapter", "model.chat_template", "sae.path", "prompts.path",
+                 "pairs.path", "features.labels", "attribution.moments")  # fmt: skip
 _IGNORED = ("attribution.memory_gb", "attribution.batch_tokens", "sketch.store")
-_FOLDERS = ("model.id", "sae.path")
+_CHECKPOINTS = "attribution.checkpoints"
+_FOLDERS = ("model.id", "model.adapter", "sae.path", _CHECKPOINTS)
 # Files of a model or SAE folder that define it (a README does not).
 _DEFINING = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf", "*.txt")
 # Files that only show results: changing them does not change what a stage computes.
@@ -66,10 +67,19 @@ def stage_inputs(stage: str, study: Study, extra: Mapping[str, Any] | None = Non
             continue
         if key in _CONTENT_KEYS and value is not None and Path(value).is_absolute():
             inputs[f"{key} sha256"] = content_digest(key, Path(value))
+        elif key == _CHECKPOINTS and value is not None:
+            inputs[key] = [_by_content(item) for item in value]
         else:
             inputs[key] = value
     inputs["code"] = code_version()
     return {**inputs, **(extra or {})}
+
+
+def _by_content(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A local folder by the digest of its content, a hub id by its name."""
+    path = Path(checkpoint["id"])
+    known = content_digest(_CHECKPOINTS, path) if path.is_absolute() else checkpoint["id"]
+    return {**checkpoint, "id": known}
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ caller adds the key and the fix (``study.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,19 @@ def list_of(rule: Rule) -> Rule:
         return items
 
     return Rule(f"a list without repetitions, each item {rule.text}", parse)
+
+
+def record(made: type, **fields: Rule) -> Rule:
+    """Return the rule for a mapping of these fields; null ones may be left out."""
+
+    def parse(value: Any) -> Any:
+        given = vars(value) if isinstance(value, made) else value
+        if not isinstance(given, Mapping) or not set(given) <= set(fields):
+            raise ValueError
+        return made(**{name: rule.parse(given.get(name)) for name, rule in fields.items()})
+
+    words = "; ".join(f"{name}: {rule.text}" for name, rule in fields.items())
+    return Rule(f"a mapping ({words})", parse)
 
 
 def path() -> Rule:

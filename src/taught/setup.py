@@ -14,11 +14,12 @@ from taught.data.subset import spread
 from taught.errors import UserError
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder, load_sae
+from taught.model.adapter import adapter_patterns
 from taught.model.behavior import PrefixBehavior, build_behavior, tokenize_prefixes
 from taught.model.forward import get_block
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
-from taught.study import Study
+from taught.study import Checkpoint, Study
 
 if TYPE_CHECKING:
     from taught.attribution.pairs import PairInput
@@ -49,6 +50,12 @@ class Subject:
         """
         return {"model.weights": dict(self.loaded.weights), "sae.weights": self.sae.sha256()}
 
+    def moving(self, study: Study) -> tuple[str, ...] | None:
+        """Patterns of the parameters that a step moves: an adapter's alone where there is one."""
+        if study.attribution.parameters is None and study.model.adapter is not None:
+            return adapter_patterns(self.loaded.model)
+        return study.attribution.parameters
+
     def features(self, ids: Any, study: Study) -> FeatureMap:
         """h -> X for the given feature ids."""
         import torch
@@ -71,6 +78,7 @@ def open_subject(study: Study) -> Subject:
         dtype=study.model.dtype,
         device=study.model.device,
         chat_template=study.model.chat_template,
+        adapter=study.model.adapter,
     )
     parameter = next(loaded.model.parameters())
     sae = load_sae(study.sae.path, block=study.sae.block).to(parameter.device, parameter.dtype)
@@ -88,6 +96,80 @@ def open_subject(study: Study) -> Subject:
     texts = study.behavior.prefixes
     behavior = build_behavior(texts, tokenize_prefixes(loaded.tokenizer, texts))
     return Subject(loaded, chat, sae, behavior)
+
+
+def open_checkpoint(study: Study, checkpoint: Checkpoint, subject: Subject) -> Any:
+    """Load the model of a checkpoint of the same training run.
+
+    Where the study has an adapter, a checkpoint is an adapter of the same model.
+
+    Raises
+    ------
+    UserError
+        It has another vocabulary or another width, or lacks the SAE's block.
+    """
+    whole = study.model.adapter is None
+    loaded = load_model(
+        checkpoint.id if whole else study.model.id,
+        revision=checkpoint.revision if whole else study.model.revision,
+        dtype=study.model.dtype,
+        device=study.model.device,
+        chat_template=study.model.chat_template,
+        adapter=None if whole else checkpoint.id,
+        adapter_revision=None if whole else checkpoint.revision,
+    )
+    if loaded.tokenizer.get_vocab() != subject.loaded.tokenizer.get_vocab():
+        raise UserError(
+            "a checkpoint has another tokenizer than the model",
+            value=checkpoint.id,
+            rule="pairs and prompts are the same tokens at every checkpoint",
+            fix="use checkpoints of one training run",
+        )
+    width = loaded.model.config.get_text_config().hidden_size
+    if width != subject.sae.width:
+        raise UserError(
+            "a checkpoint has another width than the model",
+            value=f"{checkpoint.id}: {width}, model {subject.sae.width}",
+            rule="one SAE reads every checkpoint",
+            fix="use checkpoints of one training run",
+        )
+    get_block(loaded.model, subject.sae.block)
+    return loaded.model
+
+
+def refuse_combinations(study: Study) -> None:
+    """Raise a UserError for values of the section ``attribution`` that do not go together."""
+    spec = study.attribution
+    if spec.checkpoints is not None and spec.estimator == "finite-step":
+        raise UserError(
+            "the finite step cannot be taken at several checkpoints",
+            value="attribution.checkpoints",
+            rule="a real step is one step from one set of weights; a sum of them is none",
+            fix="use --set attribution.estimator=adjoint, or jvp",
+        )
+    if spec.estimator == "sketch" and (
+        spec.checkpoints is not None or spec.curvature != "identity"
+    ):
+        raise UserError(
+            "sketches are of plain gradients at one set of weights",
+            value="attribution.checkpoints" if spec.checkpoints else f"curvature {spec.curvature}",
+            rule="curvature identity and no checkpoints go with the estimator sketch",
+            fix="use --set attribution.estimator=adjoint, or taught ask --curvature",
+        )
+    if spec.checkpoints is not None and spec.moments is not None:
+        raise UserError(
+            "one file of second moments cannot hold for several checkpoints",
+            value=spec.moments,
+            rule="each checkpoint has moments of its own",
+            fix="set attribution.moments to null: they are estimated at each checkpoint",
+        )
+    if spec.moments is not None and spec.curvature != "adam":
+        raise UserError(
+            "second moments are given, but steps are not Adam's",
+            value=spec.moments,
+            rule="attribution.moments goes with attribution.curvature: adam",
+            fix="use --set attribution.curvature=adam, or leave moments out",
+        )
 
 
 def study_prompts(study: Study) -> PromptSet:

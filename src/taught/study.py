@@ -24,6 +24,7 @@ __all__ = [
     "COMMENTED_TEMPLATE",
     "AttributionSpec",
     "BehaviorSpec",
+    "Checkpoint",
     "CurationSpec",
     "FeaturesSpec",
     "ModelSpec",
@@ -70,6 +71,7 @@ class ModelSpec(_Section):
     dtype: str = _field("float32", rules.one_of("float32", "bfloat16", "float64"))
     device: str = _field("cpu", rules.text())
     chat_template: str | None = _field(None, rules.optional(rules.path()))
+    adapter: str | None = _field(None, rules.optional(rules.text()))
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,20 @@ class PolicySpec(_Section):
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """Weights that a training run passed through, and its learning rate there."""
+
+    id: str
+    lr: float
+    revision: str | None = None
+
+
+_CHECKPOINT = rules.record(
+    Checkpoint, id=rules.text(), lr=rules.number(above=0), revision=rules.optional(rules.text())
+)
+
+
+@dataclass(frozen=True)
 class AttributionSpec(_Section):
     """How the effect of a pair is computed."""
 
@@ -162,6 +178,13 @@ class AttributionSpec(_Section):
     exact_top: int = _field(3, rules.whole(0))
     memory_gb: float = _field(3.75, rules.number(above=0))
     batch_tokens: int = _field(512, rules.whole(1))
+    parameters: tuple[str, ...] | None = _field(None, rules.optional(rules.list_of(rules.text())))
+    curvature: Literal["identity", "adam"] = _field("identity", rules.one_of("identity", "adam"))
+    moments: str | None = _field(None, rules.optional(rules.path()))
+    adam_eps: float = _field(1e-8, rules.number(above=0))
+    checkpoints: tuple[Checkpoint, ...] | None = _field(
+        None, rules.optional(rules.list_of(_CHECKPOINT))
+    )
 
 
 @dataclass(frozen=True)
@@ -191,7 +214,7 @@ _SECTIONS: dict[str, type[_Section]] = {
 }  # fmt: skip
 _NAME_RULE = rules.text()
 # A model or an SAE is a folder or a hub id; which one is decided by _folder_or_hub_id.
-_HUB_KEYS = ("model.id", "sae.path")
+_HUB_KEYS = ("model.id", "model.adapter", "sae.path", "attribution.checkpoints")
 
 
 @dataclass(frozen=True)
@@ -286,16 +309,15 @@ class Study:
     def require_files(self) -> None:
         """Raise a UserError that names the key when a local file of the study is missing."""
         for key in _path_keys():
-            value = self.get(key)
-            made_by_us = key == "sketch.store"
-            if made_by_us or value is None or not Path(value).is_absolute() or Path(value).exists():
-                continue
-            raise UserError(
-                f"{key} does not exist",
-                value=value,
-                rule="a relative path is relative to the file it stands in",
-                fix=f"correct {key} in the study, or pass --set {key}=PATH",
-            )
+            for value in () if key == "sketch.store" else _paths(self.get(key)):
+                if not Path(value).is_absolute() or Path(value).exists():
+                    continue
+                raise UserError(
+                    f"{key} does not exist",
+                    value=value,
+                    rule="a relative path is relative to the file it stands in",
+                    fix=f"correct {key} in the study, or pass --set {key}=PATH",
+                )
 
 
 def load_study(source: str | Path) -> Study:
@@ -418,10 +440,24 @@ def _resolve_key(study: Study, key: str, base: Path) -> Study:
     value = study.get(key)
     if value is None:
         return study
-    resolved = _folder_or_hub_id(value, base) if key in _HUB_KEYS else str(_absolute(value, base))
+    resolved: Any
+    if isinstance(value, tuple):
+        resolved = tuple(
+            dataclasses.replace(item, id=_folder_or_hub_id(item.id, base)) for item in value
+        )
+    elif key in _HUB_KEYS:
+        resolved = _folder_or_hub_id(value, base)
+    else:
+        resolved = str(_absolute(value, base))
     section, name = key.split(".")
     spec = dataclasses.replace(getattr(study, section), **{name: resolved})
     return dataclasses.replace(study, **{section: spec})
+
+
+def _paths(value: str | tuple[Checkpoint, ...] | None) -> list[str]:
+    if isinstance(value, tuple):
+        return [item.id for item in value]
+    return [] if value is None else [value]
 
 
 def _absolute(value: str, base: Path) -> Path:

@@ -3,10 +3,11 @@
 Training on pair z for one plain SGD step moves the parameters by ``-lr grad L(z)`` and a functional
 F of the read-outs, to first order, by
 
-    influence(F, z) = -lr < grad L(z), grad F >
+    influence(F, z) = -lr < C^-1 grad L(z), grad F >
 
-With F = sum A * X + sum B * y (``taught.target``) one backward pass over the prompts gives grad F,
-and one gradient a pair gives every inner product: N + P passes instead of N x P.
+with C = 1, or the metric of Adam (``taught.attribution.curvature``). With F = sum A * X + sum B * y
+(``taught.target``) one backward pass over the prompts gives grad F, and one gradient a pair gives
+every inner product: N + P passes instead of N x P.
 
  - :func:`target_effects`: a few targets (score, group means), any pathway.
  - :func:`feature_effects`: one target a feature, over the prompts on which the feature is active.
@@ -19,7 +20,7 @@ Nothing here changes a weight. Memory: the queries (parameters x targets, in chu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,6 +60,9 @@ class Problem:
     lr : learning rate of the one SGD step
     batch_tokens : padded tokens a batch of examples may have
     memory_gb : working memory for gradients, in GiB
+    parameters : patterns of the parameters that the step moves (``moving_parameters``); None: all
+    scale : diagonal of C^-1 by parameter name, in the parameter's shape; None: C = 1
+    X : float64 [N, d], activations at the model's weights; None: those of the policy
     """
 
     model: nn.Module
@@ -69,6 +73,13 @@ class Problem:
     lr: float
     batch_tokens: int = 512
     memory_gb: float = 3.75
+    parameters: tuple[str, ...] | None = None
+    scale: Mapping[str, Tensor] | None = None
+    X: Tensor | None = None
+
+    def scale_of(self, name: str) -> Tensor | None:
+        """One parameter's diagonal of C^-1, or None for 1."""
+        return None if self.scale is None else self.scale[name]
 
 
 Queries = dict[str, Query]
@@ -92,7 +103,7 @@ def target_effects(
         Change of each target per step; positive: training on the pair raises it.
     losses : float64 [P]
     """
-    sites = find_sites(problem.model)
+    sites = find_sites(problem.model, problem.parameters)
     with frozen(problem.model):
         queries = _build_queries(problem, sites, A, B, progress)
         return _contract_pairs(problem, sites, pairs, queries, len(A), progress)
@@ -121,7 +132,7 @@ def feature_effects(
     -------
     float64 [P, K]
     """
-    sites = find_sites(problem.model)
+    sites = find_sites(problem.model, problem.parameters)
     chunk = targets_per_chunk(problem, sites)
     effects = []
 
@@ -139,12 +150,12 @@ def feature_effects(
 
 def feature_steps(problem: Problem, pairs: int, targets: int) -> int:
     """How often :func:`feature_effects` reports progress."""
-    chunk = targets_per_chunk(problem, find_sites(problem.model))
+    chunk = targets_per_chunk(problem, find_sites(problem.model, problem.parameters))
     return targets + -(-targets // chunk) * pairs
 
 
 def targets_per_chunk(problem: Problem, sites: Sequence[Site]) -> int:
-    """How many X queries fit into the memory budget (parameters up to the block)."""
+    """How many X queries fit into the memory budget (moving parameters up to the block)."""
     shapes = dict(problem.model.named_parameters())
     seen = _sites_up_to_block(problem, sites)
     size = sum(shapes[n].numel() for s in seen if s.kind != "embedding"
@@ -163,7 +174,7 @@ def _sites_up_to_block(problem: Problem, sites: Sequence[Site]) -> list[Site]:
 def _build_queries(
     problem: Problem, sites: Sequence[Site], A: Tensor, B: Tensor | None, progress: Any
 ) -> Queries:
-    """grad F of each target: parameter name -> [K, *shape].
+    """C^-1 grad F of each target: parameter name -> [K, *shape].
 
     Targets that ask for the same prompts share one forward pass; a target whose cotangents vanish
     on a prompt does not visit it.
@@ -184,7 +195,19 @@ def _build_queries(
                        B[:, index], queries, len(A), needs_y)  # fmt: skip
         if progress is not None:
             progress.advance(len(targets))
+    for name, query in queries.items():
+        _divide(query, problem.scale_of(name))
     return queries
+
+
+def _divide(query: Query, scale: Tensor | None) -> None:
+    """C^-1 Q, in place."""
+    if scale is None:
+        return
+    if isinstance(query, RowSparse):
+        query.values.mul_(scale[query.rows])
+    else:
+        query.mul_(scale)
 
 
 def _add_batch(
@@ -255,7 +278,7 @@ def _contract_pairs(
     needed = [s for s in sites if s.weight in queries or s.bias in queries]
     for batch in batch_pairs(pairs, problem.batch_tokens):
         index = list(batch.index)
-        losses[index], factors = _pair_gradients(problem.model, needed, batch, pairs)
+        losses[index], factors = pair_gradients(problem.model, needed, batch, pairs)
         for factor in factors:
             if factor.param in queries:
                 effects[index] -= (
@@ -266,7 +289,7 @@ def _contract_pairs(
     return effects, losses
 
 
-def _pair_gradients(
+def pair_gradients(
     model: nn.Module, sites: Sequence[Site], batch: PairBatch, pairs: Sequence[PairInput]
 ) -> tuple[Tensor, list[Factor]]:
     """Losses of a batch of pairs (float64 [B]) and the factors of their gradients.

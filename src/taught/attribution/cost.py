@@ -4,7 +4,8 @@ Counted are the products with the weights of the blocks (2 operations a weight a
 (4 a width and pair of tokens in a row, in every block), the logits that are asked for, and the
 products of gradients (2 a pair, query and weight). A backward pass is as much as a forward one:
 weights are frozen, only activations have gradients; what is built of both, a gradient, is as much
-once more. Everything else is left out.
+once more. Everything else is left out. Where few parameters move, passes are counted as if all did:
+they are cheaper than is said.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from taught.attribution.prompt_effects import prompt_chunks
 from taught.model.blockwise import split_sites
 from taught.model.forward import find_blocks
 from taught.model.gradients import find_sites
+from taught.model.parameters import moving_parameters
 from taught.model.readout import pack
 from taught.model.tokens import Rows
 
@@ -30,10 +32,16 @@ ACTIVE = 0.4
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Weights of all blocks, of the blocks up to the SAE's, of the output; width times blocks."""
+    """Weights of all blocks, of the blocks up to the SAE's, of the output; width times blocks.
+
+    moving, moving_to_block, moving_head: those of the first three that a step moves.
+    """
 
     blocks: int
     to_block: int
+    moving: int
+    moving_to_block: int
+    moving_head: int
     head: int
     attention: int
 
@@ -60,6 +68,8 @@ def attribution_cost(
     estimator: str,
     coefficients: bool,
     exact_top: int,
+    adam: bool = False,
+    estimated: bool = True,
 ) -> dict[str, float]:
     """Operations by part.
 
@@ -71,6 +81,8 @@ def attribution_cost(
         Groups of prompts (``mean_y_target``).
     estimator, coefficients, exact_top
         As in the study.
+    adam, estimated
+        Whether steps are Adam's, and its moments are estimated from the pairs.
 
     Raises
     ------
@@ -86,20 +98,24 @@ def attribution_cost(
     one = _over_pairs(sizes, batches)
     gradient = 3 * one / len(pairs)  # weights have gradients here: a backward pass is two
     step = trees + gradient
-    if estimator == "finite-step":
-        return {"read-outs": 2 * trees, "finite steps": len(pairs) * step}
     cost = {"read-outs": trees + one}
-    if estimator == "jvp":  # x W moves with x and with W: three products in place of one
+    if estimator == "finite-step":
+        cost = {"read-outs": 2 * trees, "finite steps": len(pairs) * step}
+    elif estimator == "jvp":  # x W moves with x and with W: three products in place of one
         cost["forward mode"] = len(pairs) * (3 * trees + gradient)
     elif coefficients:
         cost["features"] = _features(problem, sizes, targets, len(pairs), one)
         cost["prompts"] = _prompts(problem, sizes, pairs)
+        if adam:  # the output's gradients meet built, slot by slot
+            cost["prompts"] += 2.0 * len(pairs) * len(problem.prompts) * slots * sizes.moving_head
     else:
         # The score along both pathways asks for all prompts, each group's mean for its own.
         queries = 2 + groups
-        contracted = 2.0 * len(pairs) * queries * sizes.blocks
+        contracted = 2.0 * len(pairs) * queries * sizes.moving
         cost["targets"] = (2 + 2 * 3) * trees + 3 * one + contracted
-    if exact_top:
+    if adam and estimated:
+        cost["second moments"] = 3 * one
+    if exact_top and estimator != "finite-step":
         cost["finite steps"] = trees + min(exact_top, len(pairs)) * step
     return cost
 
@@ -107,18 +123,25 @@ def attribution_cost(
 def _sizes(problem: Problem) -> _Sizes:
     model: Any = problem.model
     each = [_matrices(block) for block in find_blocks(model)]
+    ids = {id(p) for p in moving_parameters(model, problem.parameters).values()}
+    moving = [_matrices(block, ids) for block in find_blocks(model)]
     head = model.get_output_embeddings()
     width = int(model.config.get_text_config().hidden_size)
     return _Sizes(
         blocks=sum(each),
         to_block=sum(each[: problem.block + 1]),
+        moving=sum(moving),
+        moving_to_block=sum(moving[: problem.block + 1]),
+        moving_head=0 if head is None else _matrices(head, ids),
         head=0 if head is None else _matrices(head),
         attention=width * len(each),
     )
 
 
-def _matrices(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.ndim > 1)
+def _matrices(module: nn.Module, ids: set[int] | None = None) -> int:
+    """Weights of a module's matrices, or of those among them that have one of the ids."""
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    return sum(p.numel() for p in matrices if ids is None or id(p) in ids)
 
 
 def _over_pairs(sizes: _Sizes, batches: Sequence[PairBatch]) -> float:
@@ -129,8 +152,9 @@ def _over_pairs(sizes: _Sizes, batches: Sequence[PairBatch]) -> float:
 def _features(problem: Problem, sizes: _Sizes, targets: int, pairs: int, one: float) -> float:
     """``feature_effects``: per target its active prompts up to the block, per chunk the pairs."""
     to_block = sizes.share * sizes.forward([p.rows for p in pack(problem.prompts, None)], 0)
-    chunks = -(-targets // targets_per_chunk(problem, find_sites(problem.model)))
-    contracted = 2.0 * pairs * targets * sizes.to_block
+    sites = find_sites(problem.model, problem.parameters)
+    chunks = -(-targets // targets_per_chunk(problem, sites))
+    contracted = 2.0 * pairs * targets * sizes.moving_to_block
     return targets * ACTIVE * 3 * to_block + chunks * (2 + sizes.share) * one + contracted
 
 
@@ -138,8 +162,9 @@ def _prompts(problem: Problem, sizes: _Sizes, pairs: Sequence[PairInput]) -> flo
     """``prompt_effects``: two passes a chunk over what meets in it, then every pair and prompt."""
     slots = problem.behavior.slots
     passes = 0.0
-    for prompts, batches in prompt_chunks(problem, split_sites(problem.model), pairs):
+    sites = split_sites(problem.model, problem.parameters)
+    for prompts, batches in prompt_chunks(problem, sites, pairs):
         logits = slots * sum(len(index) for index, _ in prompts)
         both = sizes.forward([rows for _, rows in prompts], logits) + _over_pairs(sizes, batches)
         passes += 5 * both  # forward and backward twice, and the gradients built once
-    return passes + 2.0 * len(pairs) * len(problem.prompts) * sizes.blocks
+    return passes + 2.0 * len(pairs) * len(problem.prompts) * sizes.moving

@@ -109,10 +109,12 @@ def adjoint_effects(
     losses = pair_losses(problem.model, pairs, problem.batch_tokens)
     if not coefficients:
         return _few_targets(problem, pairs, policy, groups, losses, progress)
-    split_sites(problem.model)  # what cannot be done block by block is said before the long part
+    # What cannot be done block by block is said before the long part.
+    split_sites(problem.model, problem.parameters)
     targets = raw_x_targets(policy)
     progress.step("features: gradients of X", feature_steps(problem, len(pairs), len(targets)))
-    F = feature_effects(problem, pairs, [t.A for t in targets], torch.from_numpy(policy.X.copy()),
+    X = torch.from_numpy(policy.X.copy()) if problem.X is None else problem.X
+    F = feature_effects(problem, pairs, [t.A for t in targets], X,
                         progress=progress, pieces=pieces)  # fmt: skip
     progress.step("prompts: gradients of y", prompt_steps(problem, pairs))
     dy = prompt_effects(problem, pairs, progress=progress, pieces=pieces).numpy()

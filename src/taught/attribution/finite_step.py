@@ -22,6 +22,7 @@ from taught.attribution.adjoint import Problem
 from taught.attribution.pairs import PairInput, batch_pairs
 from taught.errors import UserError
 from taught.model.gradients import evaluating
+from taught.model.parameters import moving_parameters
 from taught.model.readout import Readouts, read_prompts
 
 
@@ -46,40 +47,67 @@ class Step:
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yield exact copies of all parameters and put them back on exit, always (trap 6)."""
-    copies = {name: p.detach().clone() for name, p in model.named_parameters()}
+def restored(
+    model: nn.Module, parameters: Sequence[str] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield exact copies of the moving parameters and put them back on exit, always (trap 6)."""
+    moving = moving_parameters(model, parameters)
+    copies = {name: p.detach().clone() for name, p in moving.items()}
     try:
         yield copies
     finally:
         with torch.no_grad():
-            for name, p in model.named_parameters():
+            for name, p in moving.items():
                 p.copy_(copies[name])
 
 
-def pair_gradient(model: nn.Module, pair: PairInput) -> tuple[float, dict[str, Tensor]]:
+def pair_gradient(
+    model: nn.Module, pair: PairInput, parameters: Sequence[str] | None = None
+) -> tuple[float, dict[str, Tensor]]:
     """Loss of one pair and its gradient by plain autograd, parameter by parameter.
+
+    Parameters
+    ----------
+    parameters
+        Patterns of the parameters that move (``moving_parameters``); None for all.
 
     Raises
     ------
     UserError
-        The loss is not finite.
+        The loss is not finite; a pattern matches nothing.
     """
+    moving = moving_parameters(model, parameters)
     batch = batch_pairs([pair], len(pair.ids))[0]
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
-        model.requires_grad_(True)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in moving)
         loss = batch.losses(model).sum()
         if not loss.isfinite():
             raise UserError("the loss of a pair is not finite", value=pair.id,
                             rule="a loss must be a finite number",
                             fix="use --set model.dtype=float32, or remove this pair")  # fmt: skip
-        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        grads = _gradients(loss, moving)
     finally:
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
-    named = zip((n for n, _ in model.named_parameters()), grads, strict=True)
-    return float(loss.detach()), {name: g for name, g in named if g is not None}
+    return float(loss.detach()), grads
+
+
+def step_direction(problem: Problem, pair: PairInput) -> tuple[float, dict[str, Tensor]]:
+    """Loss of one pair and C^-1 grad L: a step is -lr times it."""
+    loss, grads = pair_gradient(problem.model, pair, problem.parameters)
+    if problem.scale is not None:
+        grads = {name: g * problem.scale[name] for name, g in grads.items()}
+    return loss, grads
+
+
+def _gradients(loss: Tensor, moving: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Of the parameters that the loss depends on: none where another expert was asked."""
+    if not loss.requires_grad:
+        return {}
+    grads = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
+    return {name: g for name, g in zip(moving, grads, strict=True) if g is not None}
 
 
 def finite_steps(
@@ -101,18 +129,19 @@ def finite_steps(
         How read-outs are taken: token trees, or the published one-pass-per-prefix loop.
     """
     X = problem.features(baseline.h, baseline.offsets)
-    with evaluating(problem.model), restored(problem.model) as base:
+    moving = moving_parameters(problem.model, problem.parameters)
+    with evaluating(problem.model), restored(problem.model, problem.parameters) as base:
         for pair in pairs:
-            loss, grads = pair_gradient(problem.model, pair)
+            loss, direction = step_direction(problem, pair)
             with torch.no_grad():
-                for name, p in problem.model.named_parameters():
+                for name, p in moving.items():
                     p.copy_(base[name])
-                    if name in grads:
-                        p.sub_(grads[name], alpha=problem.lr)
-            del grads
+                    if name in direction:
+                        p.sub_(direction[name], alpha=problem.lr)
+            del direction
             after = read(problem.model, problem.prompts, problem.behavior, problem.block)
             with torch.no_grad():
-                for name, p in problem.model.named_parameters():
+                for name, p in moving.items():
                     p.copy_(base[name])
             yield _difference(problem, pair.id, loss, X, baseline, after)
             if progress is not None:

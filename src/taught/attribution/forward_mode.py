@@ -1,8 +1,8 @@
 """Forward mode: for one pair the exact change of every read-out, [N, d] and [N].
 
-The read-outs as functions of the parameters, along the SGD step on pair z:
+The read-outs as functions of the parameters, along the step on pair z (C = 1 for SGD):
 
-    dX = d/ds X(theta - s lr grad L(z)) at s = 0,    dy likewise
+    dX = d/ds X(theta - s lr C^-1 grad L(z)) at s = 0,    dy likewise
 
 by dual numbers through the same token trees. It says *which prompts* a pair moves through which
 features; the adjoint says the sums. Unlike a finite step it has no second order and no rounding
@@ -25,9 +25,10 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.attribution.adjoint import Problem
-from taught.attribution.finite_step import pair_gradient
+from taught.attribution.finite_step import step_direction
 from taught.attribution.pairs import PairInput
 from taught.model.gradients import frozen
+from taught.model.parameters import moving_parameters
 from taught.model.readout import PackedPrompts, pack, read_packed
 
 
@@ -76,15 +77,16 @@ def tangents(
     """
     reader = _Reader(problem)
     packs = pack(problem.prompts, problem.behavior)
-    base = {f"model.{name}": p.detach() for name, p in problem.model.named_parameters()}
+    moving = moving_parameters(problem.model, problem.parameters)
+    base = {f"model.{name}": p.detach() for name, p in moving.items()}
     for pair in pairs:
         with frozen(problem.model):
-            loss, grads = pair_gradient(problem.model, pair)
+            loss, direction = step_direction(problem, pair)
             step = {
-                f"model.{name}": -problem.lr * grads.get(name, torch.zeros_like(p))
-                for name, p in problem.model.named_parameters()
+                f"model.{name}": -problem.lr * direction.get(name, torch.zeros_like(p))
+                for name, p in moving.items()
             }
-            del grads
+            del direction
             moved = _along(problem, reader, packs, base, step, pair.id, loss)
         yield moved  # outside the block: the caller gets the model as it was
         if progress is not None:

@@ -46,7 +46,7 @@ def prompt_effects(
         The loss of a pair is not finite; the model's blocks do not form a chain, or share
         parameters.
     """
-    sites = split_sites(problem.model)
+    sites = split_sites(problem.model, problem.parameters)
     effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
     with frozen(problem.model):
         for prompts, chunk in prompt_chunks(problem, sites, pairs):
@@ -60,8 +60,8 @@ def prompt_effects(
 
 def prompt_steps(problem: Problem, pairs: Sequence[PairInput]) -> int:
     """How often :func:`prompt_effects` reports progress."""
-    sites = split_sites(problem.model)
-    return len(prompt_chunks(problem, sites, pairs)) * len(sites.blocks)
+    sites = split_sites(problem.model, problem.parameters)
+    return len(prompt_chunks(problem, sites, pairs)) * sites.depth
 
 
 PromptBatch = tuple[list[int], Rows]
@@ -130,7 +130,7 @@ def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float]:
         for block in sites.blocks
     )
     width = int(config.hidden_size)
-    per_token = itemsize * ((len(sites.blocks) + 3) * width + factors)
+    per_token = itemsize * ((sites.depth + 3) * width + factors)
     return float(per_token), float(itemsize * problem.behavior.slots * int(config.vocab_size))
 
 
@@ -154,10 +154,12 @@ def _meet(
         refuse_nonfinite(pairs, batch.index, losses)
         left.append(traced)
         own = _by_param(factors)
-        top.append(torch.cat([_over(own, other) for other in outside], 1))
+        met = [_over(problem, own, other, len(batch.index), len(t.index))
+               for other, t in zip(outside, right, strict=True)]  # fmt: skip
+        top.append(torch.cat(met, 1))
     del outside
     effects = torch.cat(top)
-    for _ in sites.blocks:
+    for _ in range(sites.depth):
         effects += _one_block(problem, sites, left, right)
         if progress is not None:
             progress.advance(1)
@@ -185,10 +187,19 @@ def _trace_prompts(
     return trace(problem.model, sites, index, run)
 
 
-def _over(left: dict[str, list[Factor]], right: dict[str, list[Factor]]) -> Tensor:
+def _over(
+    problem: Problem,
+    left: dict[str, list[Factor]],
+    right: dict[str, list[Factor]],
+    rows: int,
+    columns: int,
+) -> Tensor:
     """Inner products of two batches over all parameters that both depend on, float64."""
-    shared = sorted(left.keys() & right.keys())
-    return sum(dot(left[name], right[name]).double().cpu() for name in shared)  # type: ignore[return-value]
+    total = torch.zeros(rows, columns, dtype=torch.float64)
+    for name in sorted(left.keys() & right.keys()):
+        met = dot(left[name], right[name], scale=problem.scale_of(name), room=_room(problem))
+        total += met.double().cpu()
+    return total
 
 
 def _one_block(
@@ -198,13 +209,18 @@ def _one_block(
     ours, theirs = (
         [_by_param(last_block(problem.model, sites, t)) for t in side] for side in (left, right)
     )
-    itemsize = next(problem.model.parameters()).element_size()
-    room = int(problem.memory_gb * GB * _BUILT / itemsize)
     total: Any = 0.0
     for name in sorted({name for side in (ours, theirs) for factors in side for name in factors}):
         a, b = ([factors.pop(name) for factors in side] for side in (ours, theirs))
-        total = total + dots(a, b, room=room).double().cpu()
+        met = dots(a, b, room=_room(problem), scale=problem.scale_of(name))
+        total = total + met.double().cpu()
     return total
+
+
+def _room(problem: Problem) -> int:
+    """Numbers that built gradients may take at a time."""
+    itemsize = next(problem.model.parameters()).element_size()
+    return int(problem.memory_gb * GB * _BUILT / itemsize)
 
 
 def _by_param(factors: Iterable[Factor]) -> dict[str, list[Factor]]:

@@ -59,7 +59,7 @@ def pair_sketches(
     UserError
         The loss or the gradient of a pair is not finite.
     """
-    sites, found = find_sites(problem.model), []
+    sites, found = find_sites(problem.model, problem.parameters), []
     with frozen(problem.model):
         for batch in batch_pairs(pairs, problem.batch_tokens):
             with tap(problem.model, sites) as taps:
@@ -83,7 +83,7 @@ def prompt_sketches(
     Prompts stand apart: what they share is computed for each, since its gradients differ. The k-th
     active features of a batch's prompts take one backward pass together.
     """
-    sites, found = find_sites(problem.model), []
+    sites, found = find_sites(problem.model, problem.parameters), []
     with frozen(problem.model):
         trees = [prompt_tree([p], problem.behavior)[0] for p in prompts]
         for index in batches_by_tokens([len(t) for t in trees], problem.batch_tokens):

@@ -31,9 +31,25 @@ class BlockSites:
     blocks: tuple[tuple[Site, ...], ...]
     outside: tuple[Site, ...]
 
+    @property
+    def lowest(self) -> int:
+        """The first block with a site, or else the last block: none below need be gone through."""
+        numbers = (number for number, block in enumerate(self.blocks) if block)
+        return next(numbers, len(self.blocks) - 1)
 
-def split_sites(model: nn.Module) -> BlockSites:
+    @property
+    def depth(self) -> int:
+        """How many blocks are gone through."""
+        return len(self.blocks) - self.lowest
+
+
+def split_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> BlockSites:
     """Sort the sites by block.
+
+    Parameters
+    ----------
+    parameters
+        As in ``find_sites``.
 
     Raises
     ------
@@ -51,13 +67,15 @@ def split_sites(model: nn.Module) -> BlockSites:
     by_name = dict(model.named_modules())
     blocks: list[list[Site]] = [[] for _ in modules]
     outside: list[Site] = []
-    for site in find_sites(model):
+    used: set[str] = set()
+    for site in find_sites(model, parameters):
         number = place.get(id(by_name[site.module]), -1)
         (blocks[number] if number >= 0 else outside).append(site)
         for name in (site.weight, site.bias):
             if name is not None:
                 homes.setdefault(name, set()).add(number)
-    shared = sorted(name for name, places in homes.items() if len(places) > 1)
+                used.add(name)
+    shared = sorted(name for name in used if len(homes[name]) > 1)
     if shared:
         raise UserError(
             "some parameters are shared between blocks",
@@ -75,10 +93,10 @@ class Trace:
     Attributes
     ----------
     index : the examples' positions in the caller's list
-    inputs : input of each block that has not been gone through, [B, T, D]
+    inputs : input of each block that has not been gone through, from the lowest on, [B, T, D]
     calls : other arguments of these blocks
     grad : gradient at the output of the last of them, [B, T, D]
-    first : gradient at the first block's output, [B, T, D]: what ``grad`` must come to
+    first : gradient at the lowest block's output, [B, T, D]: what ``grad`` must come to
     """
 
     index: tuple[int, ...]
@@ -111,7 +129,8 @@ def trace(
     factors : of the parameters outside the blocks
     trace : Trace
     """
-    with _watched(model) as (inputs, calls, outputs), tap(model, sites.outside) as taps:
+    watched = _watched(model, sites.lowest)
+    with watched as (inputs, calls, outputs), tap(model, sites.outside) as taps:
         found = values()
         ends = [outputs[-1], outputs[0]]
         factors, (last, first) = taps.factors_and(found.sum(), ends, training=training)
@@ -119,8 +138,10 @@ def trace(
 
 
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Any], list[Tensor]]]:
-    """Inputs, other arguments and outputs of the blocks in the forward passes inside the block."""
+def _watched(
+    model: nn.Module, lowest: int
+) -> Iterator[tuple[list[Tensor], list[Any], list[Tensor]]]:
+    """Inputs, other arguments and outputs of the blocks from the lowest on, in forward passes."""
     inputs: list[Tensor] = []
     calls: list[Any] = []
     outputs: list[Tensor] = []
@@ -136,7 +157,7 @@ def _watched(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Any], list[T
 
     handles = []
     try:
-        for block in find_blocks(model):
+        for block in find_blocks(model)[lowest:]:
             handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(block.register_forward_hook(after))
         yield inputs, calls, outputs
@@ -156,19 +177,19 @@ def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]
     Raises
     ------
     UserError
-        The gradient that arrives at the first block's output is not the one that the whole model's
+        The gradient that arrives at the lowest block's output is not the one that the whole model's
         backward pass gave: some block passes something on by another way than its output.
     """
     x = kept.inputs.pop().requires_grad_()
     args, kwargs = kept.calls.pop()
-    number = len(kept.inputs)
+    number = sites.lowest + len(kept.inputs)
     with tap(model, sites.blocks[number]) as taps:
         out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
         factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x])
-    if number == 1 and not _close(kept.grad, kept.first):
+    if number == sites.lowest + 1 and not _close(kept.grad, kept.first):
         raise UserError(
             "the model's blocks are not a chain",
-            value="the gradient at the first block's output, taken block by block, is another one",
+            value="the gradient at the lowest block's output, taken block by block, is another one",
             rule="each block takes the output of the one before and nothing else of it",
             fix="use --set attribution.coefficients=false, or the finite-step estimator",
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 from taught.errors import UserError
 from taught.model.kernels import outer_products, product
+from taught.model.parameters import moving_parameters
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,31 @@ class Factor:
     a: Tensor | None
     d: Tensor
 
+    def examples(self, some: slice) -> Factor:
+        """The same of some examples."""
+        return replace(self, a=None if self.a is None else self.a[some], d=self.d[some])
 
-def find_sites(model: nn.Module) -> list[Site]:
+
+def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> list[Site]:
     """Every use of every parameter, or an error that names the parameters that are not understood.
+
+    Parameters
+    ----------
+    parameters
+        Patterns of the parameters that move (``moving_parameters``); the others are left out, and
+        need not be understood. None for all.
 
     Raises
     ------
     UserError
         A parameter belongs to a module of another kind (fused experts, convolutions, ...). Nothing
-        is left out silently.
+        is left out silently. A pattern matches nothing.
     """
-    names = _canonical_names(model)
+    names = _canonical_names(model, parameters)
     sites, covered = [], set()
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if not own:
+        if not any(id(p) in names for p in own.values()):
             continue
         kind = _kind(module, own)
         if kind is None:
@@ -90,14 +101,14 @@ def find_sites(model: nn.Module) -> list[Site]:
             "some parameters are in modules whose gradients are not understood",
             value=missing[:5],
             rule="linear layers, embeddings and elementwise norms are covered",
-            fix="use the finite-step estimator for this model",
+            fix="use the finite-step estimator, or set attribution.parameters to leave them out",
         )
     return sites
 
 
-def _canonical_names(model: nn.Module) -> dict[int, str]:
-    """id of a parameter -> its first name (tied parameters have one)."""
-    return {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
+def _canonical_names(model: nn.Module, parameters: Sequence[str] | None) -> dict[int, str]:
+    """id of a parameter that moves -> its first name (tied parameters have one)."""
+    return {id(p): name for name, p in moving_parameters(model, parameters).items()}
 
 
 def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:
@@ -416,18 +427,57 @@ def _slots(total: RowSparse, ids: Tensor) -> Tensor:
 Batches = Sequence[Sequence[Factor]]
 
 
-def dot(left: Sequence[Factor], right: Sequence[Factor]) -> Tensor:
+def dot(
+    left: Sequence[Factor],
+    right: Sequence[Factor],
+    *,
+    scale: Tensor | None = None,
+    room: int = 0,
+) -> Tensor:
     """Inner products between all examples of two batches over one parameter: [B_left, B_right].
 
     ``left`` and ``right`` are the factors of the same parameter (several where it is used several
     times, as a tied embedding is). Gram form, but for vectors.
+
+    Parameters
+    ----------
+    scale
+        One factor for each element of the gradients, in the parameter's shape; None for 1. Two
+        linear uses have no Gram form with it: their gradients are built.
+    room
+        Numbers that built gradients may take at a time; one example is always built.
     """
     if all(f.kind == "vector" for f in (*left, *right)):
-        return product(_built([left]), _built([right]))
-    return reduce(torch.add, [_gram(f, g) for f in left for g in right])
+        built = _built([left])
+        return product(built if scale is None else built * scale, _built([right]))
+    if scale is None:
+        return reduce(torch.add, [_gram(f, g) for f in left for g in right])
+    return reduce(torch.add, [_scaled_dot(f, g, scale, room) for f in left for g in right])
 
 
-def dots(left: Batches, right: Batches, *, room: int) -> Tensor:
+def _scaled_dot(f: Factor, g: Factor, scale: Tensor, room: int) -> Tensor:
+    """<scale * gradient, gradient> of two uses.
+
+    A look-up of token v is row v of its gradient, and takes row v of the scale.
+    """
+    if f.kind == "embedding":
+        assert f.a is not None
+        return _gram(replace(f, d=f.d * scale[f.a].to(f.d)), g)
+    if g.kind == "embedding":
+        return _scaled_dot(g, f, scale, room).T
+    assert f.a is not None
+    step = max(1, room // scale.numel())
+    rows = []
+    for start in range(0, len(f.d), step):
+        some = f.examples(slice(start, start + step))
+        assert some.a is not None
+        built = some.d.new_empty(len(some.d), *scale.shape)
+        outer_products(some.d, some.a, built)
+        rows.append(contract(g, built.mul_(scale)).T)
+    return torch.cat(rows)
+
+
+def dots(left: Batches, right: Batches, *, room: int, scale: Tensor | None = None) -> Tensor:
     """Inner products between all examples of many batches over one parameter.
 
     Either in Gram form or with the gradients built, whichever takes fewer multiplications; both are
@@ -439,17 +489,25 @@ def dots(left: Batches, right: Batches, *, room: int) -> Tensor:
         For each batch the parameter's factors.
     room
         Numbers that the built gradients may take at a time; one batch a side is always built.
+    scale
+        As in :func:`dot`; with it, linear gradients are always built.
 
     Returns
     -------
     [examples on the left, examples on the right], batch after batch
     """
     kinds = {f.kind for batch in (*left, *right) for f in batch}
-    if kinds != {"vector"} and (kinds != {"linear"} or not _building_is_cheaper(left, right)):
-        return torch.cat([torch.cat([dot(a, b) for b in right], 1) for a in left])
+    building = kinds == {"vector"} or (
+        kinds == {"linear"} and (scale is not None or _building_is_cheaper(left, right))
+    )
+    if not building:
+        met = [[dot(a, b, scale=scale, room=room) for b in right] for a in left]
+        return torch.cat([torch.cat(row, 1) for row in met])
     rows = []
     for some in _slices(left, room // 2):
         built = _built(some)
+        if scale is not None:
+            built.mul_(scale.flatten())
         rows.append(torch.cat([product(built, _built(s)) for s in _slices(right, room // 2)], 1))
     return torch.cat(rows)
 

@@ -78,6 +78,8 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
     chat_template: str | Path | None = None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -94,6 +96,8 @@ def load_model(
         As torch spells it.
     chat_template
         Jinja file that replaces the tokenizer's own chat template.
+    adapter, adapter_revision
+        A LoRA adapter to put on the model (``taught.model.adapter``): folder or hub id.
 
     Raises
     ------
@@ -108,6 +112,9 @@ def load_model(
     if dtype not in DTYPES:
         raise UserError("unknown dtype", value=dtype, rule="one of " + ", ".join(DTYPES),
                         fix="set model.dtype")  # fmt: skip
+    from taught.model.adapter import add_adapter
+    from taught.model.kernels import use_fast_products
+
     template = _read_template(chat_template)
     source = _locate(str(model_id), revision)
     tokenizer = _from_hub(_load_tokenizer, source, revision)
@@ -117,6 +124,10 @@ def load_model(
     model = _from_hub(partial(_load_weights, dtype=dtype, device=device), source, revision)
     commit = getattr(model.config, "_commit_hash", None)
     weights = source.weights or {"source": f"hub {model_id}", "commit": commit}
+    if adapter is not None:
+        model, added = add_adapter(model, adapter, adapter_revision)
+        use_fast_products(model)
+        weights = {**weights, "adapter": added}
     return LoadedModel(model, tokenizer, str(model_id), commit or revision, weights)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,34 +10,18 @@ import pyarrow as pa
 import torch
 
 from taught.analysis.interference import comovement, interference
-from taught.attribution.adjoint import Problem
-from taught.attribution.ask import SketchError
-from taught.attribution.estimate import ESTIMATORS, Effects, step_checks
-from taught.attribution.fill import pair_row, prompt_key
-from taught.attribution.pairs import PairInput
-from taught.attribution.sketched import SketchSource, fill, sketch_effects
-from taught.data.chat import EncodedPair
-from taught.data.columns import columns_note
+from taught.attribution.estimate import Effects
+from taught.attribution.sketched import fill
 from taught.data.pairs import Pair, PairSet
-from taught.data.prompts import PromptSet
 from taught.environment import process_share
 from taught.errors import UserError
-from taught.model.projection import Projection
 from taught.model.readout import pack as pack_prompts
 from taught.model.readout import read_packed
-from taught.partial import PartialFolder
-from taught.policy.ridge import Policy, fit_policy
+from taught.policy.ridge import Policy
 from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
-from taught.setup import (
-    Subject,
-    open_subject,
-    pair_inputs,
-    prompt_inputs,
-    study_pairs,
-    study_prompts,
-)
-from taught.store import SketchStore
+from taught.setup import Subject, open_subject, prompt_inputs, refuse_combinations
+from taught.stages.estimating import estimate, prepare, read_data, sketch_record, sketch_source
 from taught.study import Study
 
 
@@ -52,24 +35,22 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         loss.
     """
     progress = progress or SilentProgress()
-    data = _read_data(study, progress)
+    refuse_combinations(study)
+    data = read_data(study, progress)
     progress.step("load model and SAE")
     subject = open_subject(study)
     with run.stage("attribute", study, subject.identity) as stage:
         if stage.done:
             return
-        ready = _prepare(study, run, subject, data)
+        ready = prepare(study, run, subject, data)
         pairs, encoded, fitted = ready.pairs, ready.encoded, ready.fitted
-        effects = _estimate(study, run, subject, ready, progress, stage.partial)
-        checks = step_checks(ready.problem, ready.inputs, fitted, effects,
-                             study.attribution.exact_top, progress=progress,
-                             pieces=stage.partial)  # fmt: skip
+        effects, checks = estimate(study, run, subject, ready, progress, stage.partial)
         intended = _intended(study, subject, pairs, fitted)
         _write_effects(run, study, fitted, effects)
         _write_pairs(run, pairs, encoded, effects)
         _write_summary(run, pairs, encoded, fitted, effects, intended, checks)
         if effects.error is not None:
-            run.write_json("sketch", _sketch_record(study, run, ready, effects.error))
+            run.write_json("sketch", sketch_record(study, run, ready, effects.error))
         run.write_json("dropped", {"overlap": data.overlapping, "truncated": ready.truncated})
 
 
@@ -85,146 +66,15 @@ def sketch(study: Study, run: RunFolder, progress: Progress | None = None) -> No
         As :func:`attribute`; the store was made under other conditions.
     """
     progress = progress or SilentProgress()
-    data = _read_data(study, progress)
+    data = read_data(study, progress)
     progress.step("load model and SAE")
     if study.model.device == "cuda" and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     subject = open_subject(study)
     run.require_before("attribute", study, subject.identity)
-    ready = _prepare(study, run, subject, data)
-    fill(_source(study, run, subject), ready.problem, ready.inputs, share=process_share(),
+    ready = prepare(study, run, subject, data)
+    fill(sketch_source(study, run, subject), ready.problem, ready.inputs, share=process_share(),
          progress=progress)  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class _Data:
-    prompts: PromptSet
-    pairs: PairSet
-    overlapping: list[str]
-
-
-@dataclass(frozen=True, eq=False)
-class _Ready:
-    """What an estimator is given, and the pairs that it is about, as they were read."""
-
-    pairs: PairSet
-    encoded: list[EncodedPair]
-    truncated: list[str]
-    fitted: Policy
-    groups: dict[str, list[str]]
-    problem: Problem
-    inputs: list[PairInput]
-
-
-def _read_data(study: Study, progress: Progress) -> _Data:
-    prompts = study_prompts(study)
-    pairs, overlapping = study_pairs(study, prompts)
-    progress.note(columns_note(study.pairs.path, pairs.columns))
-    return _Data(prompts, pairs, overlapping)
-
-
-def _prepare(study: Study, run: RunFolder, subject: Subject, data: _Data) -> _Ready:
-    encoded, truncated = subject.chat.encode_pairs(
-        data.pairs, study.pairs.max_tokens, study.pairs.drop_truncated
-    )
-    if not encoded:
-        raise UserError(
-            "no pair is left to be scored",
-            value=f"{len(data.overlapping)} overlap the prompts, {len(truncated)} are truncated",
-            rule="at least one pair is kept",
-            fix="use other pairs or prompts, or raise pairs.max_tokens",
-        )
-    kept = {pair.id for pair in encoded}
-    pairs = replace(data.pairs, pairs=tuple(pair for pair in data.pairs if pair.id in kept))
-    fitted, groups = _read_policy(study, run)
-    problem = _problem(study, subject, data.prompts, fitted)
-    return _Ready(pairs, encoded, truncated, fitted, groups, problem, pair_inputs(encoded))
-
-
-def _estimate(
-    study: Study,
-    run: RunFolder,
-    subject: Subject,
-    ready: _Ready,
-    progress: Progress,
-    pieces: PartialFolder,
-) -> Effects:
-    spec = study.attribution
-    given = (ready.problem, ready.inputs, ready.fitted, ready.groups)
-    if spec.estimator == "sketch":
-        source = _source(study, run, subject)
-        return sketch_effects(*given, source=source, progress=progress, pieces=pieces)
-    return ESTIMATORS[spec.estimator](
-        *given, coefficients=spec.coefficients, progress=progress, pieces=pieces
-    )
-
-
-def _source(study: Study, run: RunFolder, subject: Subject) -> SketchSource:
-    spec, model = study.sketch, subject.loaded.model
-    projection = Projection(model, spec.dim, spec.seed)
-    identity = {
-        **subject.identity,
-        "model.dtype": study.model.dtype,
-        "sae.block": subject.sae.block,
-        "sae.encoder": study.sae.encoder,
-        "readout.position": study.readout.position,
-        "behavior.tokens": [list(ids) for ids in subject.behavior.tokens],
-        **projection.record(),
-    }
-    store = SketchStore(spec.store or run.path("sketches"), identity)
-    return SketchSource(store, projection, spec.sample)
-
-
-def _sketch_record(
-    study: Study, run: RunFolder, ready: _Ready, error: SketchError
-) -> dict[str, Any]:
-    """What a later question to the store needs: which rows are this run's, and the error."""
-    return {
-        "store": str(study.sketch.store or run.path("sketches").resolve()),
-        "lr": study.attribution.lr,
-        "error_factor": error.factor,
-        "sample": list(error.sample),
-        "prompts": dict(prompt_key(prompt) for prompt in ready.problem.prompts),
-        "pairs": {pair.id: pair_row(pair).digest for pair in ready.inputs},
-    }
-
-
-def _read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[str]]]:
-    """The fitted policy from the run folder, and the prompt ids of each group."""
-    arrays, ids = run.read_tensors("activations")
-    readouts, reads = run.read_tensors("readouts")
-    if reads["prompt_ids"] != ids["prompt_ids"]:
-        raise UserError(
-            "activations and read-outs are of different prompts", fix="run policy again, --fresh"
-        )
-    record = run.read_json("policy")
-    fitted = fit_policy(
-        arrays["X"],
-        readouts["y"],
-        prompt_ids=ids["prompt_ids"],
-        feature_ids=ids["feature_ids"],
-        alpha=record["alpha"],
-        fit_intercept=record["intercept"],
-    )
-    groups: dict[str, list[str]] = {}
-    for row in run.read_table("prompts").select(["prompt_id", "group"]).to_pylist():
-        groups.setdefault(row["group"], []).append(row["prompt_id"])
-    return fitted, groups
-
-
-def _problem(study: Study, subject: Subject, prompts: PromptSet, fitted: Policy) -> Problem:
-    encoded = {e.id: e for e in subject.chat.encode_prompts(prompts)}
-    ordered = [encoded[prompt_id] for prompt_id in fitted.prompt_ids]
-    return Problem(
-        subject.loaded.model,
-        prompt_inputs(ordered, study.readout.position),
-        subject.behavior,
-        subject.sae.block,
-        subject.features(fitted.feature_ids.copy(), study),
-        study.attribution.lr,
-        study.attribution.batch_tokens,
-        study.attribution.memory_gb,
-    )
 
 
 @torch.no_grad()

@@ -1,0 +1,199 @@
+"""The metric of a step: training by Adam moves the parameters by -lr C^-1 g, not by -lr g.
+
+    C = diag(sqrt(v) + eps)
+
+with v the second moments of the gradients that the optimizer has seen. This is what a batch of one
+pair adds to training by Adam in a state of long training: one step hardly changes v, bias
+correction is over, and of the pair's part in the first moment 1 - beta1 moves the parameters at
+once, the rest in the steps that follow. Small v make long steps; eps bounds them at g / eps: it
+damps.
+
+v is read from a file, or estimated as the mean over the pairs of the squared gradient of each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taught.attribution.adjoint import Problem, pair_gradients
+from taught.attribution.pairs import PairInput, batch_pairs
+from taught.errors import UserError
+from taught.model.gradients import Factor, accumulate, find_sites, frozen
+from taught.model.parameters import moving_parameters
+
+Moments = dict[str, Tensor]
+
+_SUFFIX = ".exp_avg_sq"
+_CONVERT = (
+    "torch.load the file where you trust it, and save_file({f'{name}.exp_avg_sq': v}, "
+    "'moments.safetensors'): docs/methods.md, curvature"
+)
+
+
+def with_adam(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    *,
+    moments: str | Path | Mapping[str, Tensor] | None,
+    eps: float,
+    progress: Any = None,
+) -> Problem:
+    """The same problem with steps by Adam.
+
+    Parameters
+    ----------
+    moments
+        Second moments by parameter name, or a file of them (:func:`moments_from_optimizer`); None:
+        estimated from the pairs (:func:`estimate_moments`).
+    eps
+        Adam's epsilon.
+
+    Raises
+    ------
+    UserError
+        A parameter that moves has no moments, or some of another shape, negative or not finite.
+    """
+    if moments is None:
+        found: Mapping[str, Tensor] = estimate_moments(problem, pairs, progress=progress)
+    else:
+        found = moments if isinstance(moments, Mapping) else moments_from_optimizer(moments)
+    scale = {}
+    for name, p in moving_parameters(problem.model, problem.parameters).items():
+        v = _checked(name, p, found)
+        scale[name] = (v.to(p.device).sqrt() + eps).reciprocal().to(p.dtype)
+        if not scale[name].isfinite().all():
+            raise UserError("a step by Adam is not finite",
+                            value=f"{name}: 1 / (sqrt(v) + {eps:g}) in {p.dtype}",
+                            rule="finite for every element",
+                            fix="raise attribution.adam_eps")  # fmt: skip
+    return replace(problem, scale=scale)
+
+
+def _checked(name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> Tensor:
+    if name not in moments:
+        raise UserError("a parameter that moves has no second moments", value=name,
+                        rule="one tensor for each, under the model's name of the parameter",
+                        fix="complete the file, or set attribution.parameters")  # fmt: skip
+    v = moments[name]
+    if v.shape != parameter.shape:
+        raise UserError("second moments of another shape than their parameter",
+                        value=f"{name}: {list(v.shape)}, parameter {list(parameter.shape)}",
+                        fix="use the optimizer state of this model")  # fmt: skip
+    if not bool((v >= 0).all() & v.isfinite().all()):
+        raise UserError("second moments that are negative or not finite", value=name,
+                        rule="means of squares",
+                        fix="store exp_avg_sq, not exp_avg")  # fmt: skip
+    return v
+
+
+def estimate_moments(
+    problem: Problem, pairs: Sequence[PairInput], *, progress: Any = None
+) -> Moments:
+    """Mean over the pairs of the squared gradient of each, element by element.
+
+    Cost: one forward and backward pass over the pairs, and every pair's gradient built once, one
+    parameter and pair at a time. Memory: one number a moving parameter, and one batch.
+    """
+    sites = find_sites(problem.model, problem.parameters)
+    totals = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        for name, p in moving_parameters(problem.model, problem.parameters).items()
+    }
+    with frozen(problem.model):
+        for batch in batch_pairs(pairs, problem.batch_tokens):
+            by_parameter: dict[str, list[Factor]] = defaultdict(list)
+            for factor in pair_gradients(problem.model, sites, batch, pairs)[1]:
+                by_parameter[factor.param].append(factor)
+            for name, factors in by_parameter.items():
+                _add_squares(factors, totals[name])
+            if progress is not None:
+                progress.advance(len(batch.index))
+    return {name: total.detach().div_(len(pairs)) for name, total in totals.items()}
+
+
+def _add_squares(factors: Sequence[Factor], total: Tensor) -> None:
+    """Add each example's squared gradient."""
+    gradient = torch.empty_like(total)
+    for example in range(len(factors[0].d)):
+        gradient.zero_()
+        for factor in factors:
+            accumulate(factor.examples(slice(example, example + 1)), gradient)
+        total.addcmul_(gradient, gradient)
+
+
+def moments_from_optimizer(
+    state: str | Path | Mapping[str, Any], names: Sequence[str] | None = None
+) -> Moments:
+    """Second moments by parameter name, from the state of a torch optimizer (Adam, AdamW).
+
+    Parameters
+    ----------
+    state
+        What ``optimizer.state_dict()`` gives; or a safetensors file with a tensor
+        ``NAME.exp_avg_sq``, or ``NAME`` alone, for each parameter. Pickles are never opened.
+    names
+        For a ``state_dict``: the parameters' names in the order in which the optimizer was given
+        them, all groups in a row. Not needed where the optimizer was given ``named_parameters()``.
+
+    Returns
+    -------
+    name -> v; of a ``state_dict`` with Adam's bias correction, as Adam itself divides by it.
+
+    Raises
+    ------
+    UserError
+        The file is a pickle, or holds no moments; the names do not fit the state.
+    """
+    if isinstance(state, Mapping):
+        return _from_state(state, names)
+    stored = _read_file(Path(state))
+    moments = {
+        name.removesuffix(_SUFFIX): v for name, v in stored.items() if name.endswith(_SUFFIX)
+    }
+    return moments or stored
+
+
+def _read_file(path: Path) -> Moments:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UserError("the second moments cannot be read", value=f"{path}: {error}",
+                        fix="correct attribution.moments") from None  # fmt: skip
+    except SafetensorError:
+        raise UserError("the second moments are not a safetensors file", value=str(path),
+                        rule="a pickle (*.pt, *.bin) runs code when it is opened: it never is",
+                        fix=_CONVERT) from None  # fmt: skip
+
+
+def _from_state(state: Mapping[str, Any], names: Sequence[str] | None) -> Moments:
+    groups = state["param_groups"]
+    if names is None:
+        names = [name for group in groups for name in group.get("param_names", ())]
+    numbers = [number for group in groups for number in group["params"]]
+    if len(names) != len(numbers):
+        raise UserError("the names do not fit the optimizer's parameters",
+                        value=f"{len(names)} names, {len(numbers)} parameters",
+                        rule="one name each, in the order the optimizer was given them",
+                        fix="pass names, or give the optimizer model.named_parameters()",
+                        )  # fmt: skip
+    decay = {number: group["betas"][1] for group in groups for number in group["params"]}
+    return {
+        name: _corrected(state["state"][number], decay[number])
+        for name, number in zip(names, numbers, strict=True)
+        if number in state["state"]
+    }
+
+
+def _corrected(moments: Mapping[str, Any], decay: float) -> Tensor:
+    v: Tensor = moments["exp_avg_sq"]
+    return v / (1 - decay ** float(moments["step"]))

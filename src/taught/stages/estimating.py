@@ -1,0 +1,236 @@
+"""What ``attribute`` and ``sketch`` share: from a study and its policy to effects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from taught.attribution.adjoint import Problem
+from taught.attribution.ask import SketchError
+from taught.attribution.checkpoints import NumberedPieces, at_checkpoint, summed
+from taught.attribution.curvature import with_adam
+from taught.attribution.estimate import ESTIMATORS, Effects, step_checks
+from taught.attribution.fill import pair_row, prompt_key
+from taught.attribution.pairs import PairInput, pair_losses
+from taught.attribution.sketched import SketchSource, sketch_effects
+from taught.data.chat import EncodedPair
+from taught.data.columns import columns_note
+from taught.data.pairs import PairSet
+from taught.data.prompts import PromptSet
+from taught.errors import UserError
+from taught.model.projection import Projection
+from taught.partial import Pieces
+from taught.policy.ridge import Policy, fit_policy
+from taught.progress import Progress
+from taught.run import RunFolder
+from taught.setup import (
+    Subject,
+    open_checkpoint,
+    pair_inputs,
+    prompt_inputs,
+    study_pairs,
+    study_prompts,
+)
+from taught.store import SketchStore
+from taught.study import Study
+
+Checks = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Prompts and pairs of a study, and the ids of pairs that were left out for overlap."""
+
+    prompts: PromptSet
+    pairs: PairSet
+    overlapping: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What an estimator is given, and the pairs that it is about, as they were read."""
+
+    pairs: PairSet
+    encoded: list[EncodedPair]
+    truncated: list[str]
+    fitted: Policy
+    groups: dict[str, list[str]]
+    problem: Problem
+    inputs: list[PairInput]
+
+
+def read_data(study: Study, progress: Progress) -> Data:
+    """Read the study's files."""
+    prompts = study_prompts(study)
+    pairs, overlapping = study_pairs(study, prompts)
+    progress.note(columns_note(study.pairs.path, pairs.columns))
+    return Data(prompts, pairs, overlapping)
+
+
+def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready:
+    """Tokens of the pairs, the policy of the run, and the problem that estimators work on.
+
+    Raises
+    ------
+    UserError
+        No pair is left; pairs are truncated; the run's files do not belong together.
+    """
+    encoded, truncated = subject.chat.encode_pairs(
+        data.pairs, study.pairs.max_tokens, study.pairs.drop_truncated
+    )
+    if not encoded:
+        raise UserError(
+            "no pair is left to be scored",
+            value=f"{len(data.overlapping)} overlap the prompts, {len(truncated)} are truncated",
+            rule="at least one pair is kept",
+            fix="use other pairs or prompts, or raise pairs.max_tokens",
+        )
+    kept = {pair.id for pair in encoded}
+    pairs = replace(data.pairs, pairs=tuple(pair for pair in data.pairs if pair.id in kept))
+    fitted, groups = _read_policy(study, run)
+    problem = _problem(study, subject, data.prompts, fitted)
+    return Ready(pairs, encoded, truncated, fitted, groups, problem, pair_inputs(encoded))
+
+
+def estimate(
+    study: Study,
+    run: RunFolder,
+    subject: Subject,
+    ready: Ready,
+    progress: Progress,
+    pieces: Pieces,
+) -> tuple[Effects, Checks]:
+    """Effects by the study's estimator, and steps and refits of the strongest pairs beside them."""
+    spec = study.attribution
+    compute: Callable[..., Effects]
+    if spec.estimator == "sketch":
+        compute = partial(sketch_effects, source=sketch_source(study, run, subject))
+    else:
+        compute = partial(ESTIMATORS[spec.estimator], coefficients=spec.coefficients)
+    compute = partial(compute, pairs=ready.inputs, policy=ready.fitted, groups=ready.groups,
+                      progress=progress)  # fmt: skip
+    if spec.checkpoints is not None:
+        return _over_checkpoints(study, subject, ready, compute, progress, pieces), {}
+    problem = _with_curvature(study, ready.problem, ready.inputs, progress)
+    effects = compute(problem, pieces=pieces)
+    checks = step_checks(problem, ready.inputs, ready.fitted, effects, spec.exact_top,
+                         progress=progress, pieces=pieces)  # fmt: skip
+    return effects, checks
+
+
+def sketch_source(study: Study, run: RunFolder, subject: Subject) -> SketchSource:
+    """The study's store of sketches and its projection; a store of other conditions is refused."""
+    spec, model = study.sketch, subject.loaded.model
+    projection = Projection(model, spec.dim, spec.seed)
+    identity = {
+        **subject.identity,
+        "model.dtype": study.model.dtype,
+        "parameters": list(subject.moving(study) or ()),
+        "sae.block": subject.sae.block,
+        "sae.encoder": study.sae.encoder,
+        "readout.position": study.readout.position,
+        "behavior.tokens": [list(ids) for ids in subject.behavior.tokens],
+        **projection.record(),
+    }
+    store = SketchStore(spec.store or run.path("sketches"), identity)
+    return SketchSource(store, projection, spec.sample)
+
+
+def sketch_record(study: Study, run: RunFolder, ready: Ready, error: SketchError) -> dict[str, Any]:
+    """What a later question to the store needs: which rows are this run's, and the error."""
+    return {
+        "store": str(study.sketch.store or run.path("sketches").resolve()),
+        "lr": study.attribution.lr,
+        "error_factor": error.factor,
+        "sample": list(error.sample),
+        "prompts": dict(prompt_key(prompt) for prompt in ready.problem.prompts),
+        "pairs": {pair.id: pair_row(pair).digest for pair in ready.inputs},
+    }
+
+
+def _read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[str]]]:
+    """The fitted policy from the run folder, and the prompt ids of each group."""
+    arrays, ids = run.read_tensors("activations")
+    readouts, reads = run.read_tensors("readouts")
+    if reads["prompt_ids"] != ids["prompt_ids"]:
+        raise UserError(
+            "activations and read-outs are of different prompts", fix="run policy again, --fresh"
+        )
+    record = run.read_json("policy")
+    fitted = fit_policy(
+        arrays["X"],
+        readouts["y"],
+        prompt_ids=ids["prompt_ids"],
+        feature_ids=ids["feature_ids"],
+        alpha=record["alpha"],
+        fit_intercept=record["intercept"],
+    )
+    groups: dict[str, list[str]] = {}
+    for row in run.read_table("prompts").select(["prompt_id", "group"]).to_pylist():
+        groups.setdefault(row["group"], []).append(row["prompt_id"])
+    return fitted, groups
+
+
+def _problem(study: Study, subject: Subject, prompts: PromptSet, fitted: Policy) -> Problem:
+    encoded = {e.id: e for e in subject.chat.encode_prompts(prompts)}
+    ordered = [encoded[prompt_id] for prompt_id in fitted.prompt_ids]
+    return Problem(
+        subject.loaded.model,
+        prompt_inputs(ordered, study.readout.position),
+        subject.behavior,
+        subject.sae.block,
+        subject.features(fitted.feature_ids.copy(), study),
+        study.attribution.lr,
+        study.attribution.batch_tokens,
+        study.attribution.memory_gb,
+        subject.moving(study),
+    )
+
+
+def _with_curvature(
+    study: Study, problem: Problem, pairs: Sequence[PairInput], progress: Progress
+) -> Problem:
+    spec = study.attribution
+    if spec.curvature == "identity":
+        return problem
+    if spec.moments is None:
+        progress.step("second moments of the gradients", len(pairs))
+    return with_adam(problem, pairs, moments=spec.moments, eps=spec.adam_eps, progress=progress)
+
+
+def _over_checkpoints(
+    study: Study,
+    subject: Subject,
+    ready: Ready,
+    compute: Callable[..., Effects],
+    progress: Progress,
+    pieces: Pieces,
+) -> Effects:
+    """Effects summed over the checkpoints; losses are those of the base model."""
+    effects = summed(_at_checkpoints(study, subject, ready, compute, progress, pieces))
+    problem = ready.problem
+    losses = pair_losses(problem.model, ready.inputs, problem.batch_tokens)
+    return replace(effects, losses=losses.numpy())
+
+
+def _at_checkpoints(
+    study: Study,
+    subject: Subject,
+    ready: Ready,
+    compute: Callable[..., Effects],
+    progress: Progress,
+    pieces: Pieces,
+) -> Iterator[Effects]:
+    """Effects at each checkpoint; one of their models is held at a time, beside the base one."""
+    checkpoints = study.attribution.checkpoints or ()
+    for number, checkpoint in enumerate(checkpoints):
+        progress.step(f"checkpoint {number + 1} of {len(checkpoints)}")
+        model = open_checkpoint(study, checkpoint, subject)
+        there = at_checkpoint(ready.problem, model, checkpoint.lr)
+        del model
+        there = _with_curvature(study, there, ready.inputs, progress)
+        effects = compute(there, pieces=NumberedPieces(pieces, number))
+        del there
+        yield effects
