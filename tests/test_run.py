@@ -358,7 +358,10 @@ CHANGES = {
     "policy.intercept": True, "policy.folds": 3, "policy.bootstrap": 70, "policy.seed": 4,
     "attribution.estimator": "finite-step", "attribution.lr": 0.5,
     "attribution.coefficients": False, "attribution.exact_top": 2, "attribution.memory_gb": 8.0,
-    "attribution.batch_tokens": 4, "curation.rule": "top-k", "curation.k": 3,
+    "attribution.batch_tokens": 4, "attribution.parameters": ["*mlp*"],
+    "attribution.curvature": "adam", "attribution.moments": __file__, "attribution.adam_eps": 0.1,
+    "attribution.checkpoints": [{"id": "a/b", "lr": 1}], "model.adapter": "a/b",
+    "curation.rule": "top-k", "curation.k": 3,
 }  # fmt: skip
 
 
