@@ -358,10 +358,11 @@ CHANGES = {
     "policy.intercept": True, "policy.folds": 3, "policy.bootstrap": 70, "policy.seed": 4,
     "attribution.estimator": "finite-step", "attribution.lr": 0.5,
     "attribution.coefficients": False, "attribution.exact_top": 2, "attribution.memory_gb": 8.0,
-    "attribution.batch_tokens": 4, "sketch.store": "s", "sketch.dim": 128, "sketch.seed": 3,
-    "sketch.sample": 2, "model.adapter": "hub-adapter", "attribution.parameters": ["*mlp*"],
-    "attribution.curvature": "adam", "attribution.adam_eps": 1e-6,
-    "attribution.checkpoints": [{"id": "a/b", "lr": 0.1}], "curation.rule": "top-k", "curation.k": 3,
+    "attribution.batch_tokens": 4, "attribution.parameters": ["*mlp*"],
+    "attribution.curvature": "adam", "attribution.moments": __file__, "attribution.adam_eps": 0.1,
+    "attribution.checkpoints": [{"id": "a/b", "lr": 1}], "model.adapter": "a/b",
+    "sketch.store": "s", "sketch.dim": 128, "sketch.seed": 3, "sketch.sample": 2,
+    "curation.rule": "top-k", "curation.k": 3,
 }  # fmt: skip
 
 
@@ -382,7 +383,6 @@ def test_every_key_of_a_study_is_tried_above():
         "prompts.path",
         "pairs.path",
         "model.chat_template",
-        "attribution.moments",
     }
 
 
