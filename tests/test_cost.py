@@ -18,9 +18,11 @@ from taught.attribution.finite_step import finite_steps
 from taught.attribution.forward_mode import tangents
 from taught.attribution.pairs import pair_losses
 from taught.attribution.prompt_effects import prompt_effects
+from taught.attribution.sketch import pair_sketches, prompt_sketches
 from taught.errors import UserError
 from taught.model import kernels
 from taught.model.forward import find_blocks
+from taught.model.projection import Projection
 from taught.model.readout import read_prompts
 from tiny_models import MODELS, tiny_model, tiny_pairs, tiny_problem
 
@@ -128,6 +130,15 @@ def test_finite_steps_are_announced_as_they_are_done(problem):
     work = done(lambda: list(finite_steps(problem, tiny_pairs(), before)))
     steps = announced(problem, estimator="finite-step")["finite steps"]
     assert steps == pytest.approx(work, rel=0.15)
+
+
+def test_sketches_are_announced_as_they_are_done(problem):
+    projection = Projection(problem.model, 4096)
+    prompts = done(lambda: prompt_sketches(problem, projection, problem.prompts))
+    pairs = done(lambda: pair_sketches(problem, projection, tiny_pairs()))
+    expected = announced(problem, estimator="sketch")
+    assert expected["sketches of prompts"] == pytest.approx(prompts, rel=0.3)
+    assert expected["sketches of pairs"] == pytest.approx(pairs, rel=0.3)
 
 
 def test_forward_mode_is_announced_as_it_is_done(problem):

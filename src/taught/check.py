@@ -212,6 +212,7 @@ def _estimate(
         count = sum(p.numel() for p in moving)
         report.add("moving", f"{count / 1e6:.3g}M parameters in {len(moving)} tensors")
     report.add("memory", _memory(study, subject, groups))
+    report.add("disk", _disk(study, len(pairs), len(prompts), features, groups))
 
 
 def _a_weight(subject: Subject) -> Tensor:
@@ -237,7 +238,9 @@ def _memory(study: Study, subject: Subject, groups: int) -> str:
         for some in (subject.loaded.model.parameters(), moving.values())
     )
     model *= 1 if spec.checkpoints is None else 2  # the base model, and a checkpoint's
-    if spec.estimator != "adjoint":
+    if spec.estimator == "sketch":
+        gradients = (2 + groups) * moved  # the exact sample; sketches take less
+    elif spec.estimator != "adjoint":
         gradients = 2 * moved  # one gradient, and a copy of the weights or what they move by
     elif spec.coefficients:
         gradients = spec.memory_gb
@@ -249,6 +252,18 @@ def _memory(study: Study, subject: Subject, groups: int) -> str:
         f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
         f"{gradients:.1f}, everything else about {_REST_GB})"
     )
+
+
+def _disk(study: Study, pairs: int, prompts: int, features: int, groups: int) -> str:
+    """The tables of a run, and the store of sketches where there is one."""
+    spec = study.attribution
+    values = pairs * (3 + groups + 3 * features * (spec.coefficients or spec.estimator == "sketch"))
+    tables = 8 * values + 4 * pairs * prompts * (1 + features * (spec.estimator == "jvp"))
+    said = f"about {max(tables, 10**6) / 1e6:.0f} MB of tables"
+    if spec.estimator == "sketch":
+        rows = pairs + prompts * (1 + ACTIVE * features)
+        said += f", {rows * (2 * study.sketch.dim + 4) / 1e6:.0f} MB of sketches"
+    return said
 
 
 def _counts(values: Iterable[str]) -> str:

@@ -23,8 +23,9 @@ from taught.model.blockwise import split_sites
 from taught.model.forward import find_blocks
 from taught.model.gradients import find_sites
 from taught.model.parameters import moving_parameters
-from taught.model.readout import pack
-from taught.model.tokens import Rows
+from taught.model.projection import COLUMNS
+from taught.model.readout import pack, prompt_tree
+from taught.model.tokens import Rows, TokenTree, batches_by_tokens, stack
 
 # Share of the prompts on which a selected feature is active; known only once X is.
 ACTIVE = 0.4
@@ -34,7 +35,8 @@ ACTIVE = 0.4
 class _Sizes:
     """Weights of all blocks, of the blocks up to the SAE's, of the output; width times blocks.
 
-    moving, moving_to_block, moving_head: those of the first three that a step moves.
+    moving, moving_to_block, moving_head: those of the first three that a step moves. sides,
+    sides_to_block: inputs and outputs of all matrices of the blocks, of those up to the SAE's.
     """
 
     blocks: int
@@ -44,6 +46,8 @@ class _Sizes:
     moving_head: int
     head: int
     attention: int
+    sides: tuple[int, int]
+    sides_to_block: tuple[int, int]
 
     def forward(self, rows: Iterable[Rows], logits: int) -> float:
         """Operations of one forward pass, padding included; logits at so many places."""
@@ -103,6 +107,9 @@ def attribution_cost(
         cost = {"read-outs": 2 * trees, "finite steps": len(pairs) * step}
     elif estimator == "jvp":  # x W moves with x and with W: three products in place of one
         cost["forward mode"] = len(pairs) * (3 * trees + gradient)
+    elif estimator == "sketch":
+        cost |= _sketched(problem, sizes, targets, 2 * one, pairs)
+        cost["exact sample"] = (2 + 2 * 3) * trees
     elif coefficients:
         cost["features"] = _features(problem, sizes, targets, len(pairs), one)
         cost["prompts"] = _prompts(problem, sizes, pairs)
@@ -132,6 +139,8 @@ def _sizes(problem: Problem) -> _Sizes:
         to_block=sum(each[: problem.block + 1]),
         moving=sum(moving),
         moving_to_block=sum(moving[: problem.block + 1]),
+        sides=_sides(find_blocks(model)),
+        sides_to_block=_sides(list(find_blocks(model))[: problem.block + 1]),
         moving_head=0 if head is None else _matrices(head, ids),
         head=0 if head is None else _matrices(head),
         attention=width * len(each),
@@ -142,6 +151,12 @@ def _matrices(module: nn.Module, ids: set[int] | None = None) -> int:
     """Weights of a module's matrices, or of those among them that have one of the ids."""
     matrices = [p for p in module.parameters() if p.ndim > 1]
     return sum(p.numel() for p in matrices if ids is None or id(p) in ids)
+
+
+def _sides(blocks: Iterable[nn.Module]) -> tuple[int, int]:
+    """Inputs and outputs of all matrices of some blocks."""
+    shapes = [p.shape for block in blocks for p in block.parameters() if p.ndim == 2]
+    return sum(shape[1] for shape in shapes), sum(shape[0] for shape in shapes)
 
 
 def _over_pairs(sizes: _Sizes, batches: Sequence[PairBatch]) -> float:
@@ -156,6 +171,36 @@ def _features(problem: Problem, sizes: _Sizes, targets: int, pairs: int, one: fl
     chunks = -(-targets // targets_per_chunk(problem, sites))
     contracted = 2.0 * pairs * targets * sizes.moving_to_block
     return targets * ACTIVE * 3 * to_block + chunks * (2 + sizes.share) * one + contracted
+
+
+def _sketched(
+    problem: Problem, sizes: _Sizes, targets: int, passes: float, pairs: Sequence[PairInput]
+) -> dict[str, float]:
+    """``sketched.fill``: prompts stand apart; each active feature has a backward pass.
+
+    A sketch is projected inputs, once a forward pass, and what they make with output gradients.
+    """
+    whole = [prompt_tree([p], problem.behavior)[0] for p in problem.prompts]
+    read = [prompt_tree([p], None)[0] for p in problem.prompts]
+    y, x = (_stacked(trees, problem.batch_tokens) for trees in (whole, read))
+    slots = problem.behavior.slots * len(problem.prompts)
+    to_block = sizes.share * sizes.forward(x, 0)
+    inner, out = (2.0 * COLUMNS * side for side in sizes.sides_to_block)
+    tokens = sum(rows.ids.numel() for rows in x)
+    features = to_block + tokens * inner + targets * ACTIVE * (to_block + tokens * out)
+    both = 2.0 * COLUMNS * sum(sizes.sides)
+    y_tokens = sum(rows.ids.numel() for rows in y)
+    return {
+        "sketches of prompts": features + 2 * sizes.forward(y, slots) + y_tokens * both,
+        "sketches of pairs": passes + both * sum(len(pair.ids) for pair in pairs),
+    }
+
+
+def _stacked(trees: Sequence[TokenTree], budget: int) -> list[Rows]:
+    return [
+        stack([trees[i] for i in index])
+        for index in batches_by_tokens([len(tree) for tree in trees], budget)
+    ]
 
 
 def _prompts(problem: Problem, sizes: _Sizes, pairs: Sequence[PairInput]) -> float:
