@@ -306,6 +306,7 @@ def _write_influence(run: RunFolder, made: _Made) -> None:
     names = ("pair_id", "target", "feature_id", "group", "pathway", "value", "estimator")
     columns = {name: [r[k] for r in rows] for k, name in enumerate(names)}
     columns["feature_id"] = pa.array(columns["feature_id"], pa.int64())
+    columns["se"] = pa.nulls(len(rows), pa.float64())
     _table(run, "influence", columns)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from taught.study import Study, dump_study, study_from_dict
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import pyarrow.compute as pc
 
 STAGES = ("policy", "attribute", "curate", "report")
 _BEFORE = {
@@ -145,7 +146,7 @@ class RunFolder:
         if not all(self.path(name).is_file() for name in names):
             return False
         for name in names:
-            self._verified(name)
+            self._check(name)
         return True
 
     def require(self, stage: str) -> None:
@@ -242,6 +243,29 @@ class RunFolder:
         """Write ``NAME.parquet``."""
         self._write(_with_suffix(name, ".parquet"), files.table_bytes(table))
 
+    @contextmanager
+    def table_writer(
+        self, name: str, schema: pa.Schema, unique: Collection[str] = ()
+    ) -> Iterator[Callable[[pa.Table], None]]:
+        """Write ``NAME.parquet`` in parts: ``with run.table_writer(...) as write: write(part)``.
+
+        Each part is a row group of its own. The file is there when the body ends without an
+        exception, and whole; the body does nothing else that could fail on the disk.
+
+        Parameters
+        ----------
+        unique
+            Text columns of which no value stands twice in a part.
+        """
+        name = _with_suffix(name, ".parquet")
+        self._require_active(name)
+        with (
+            files.replacing(self.path(name)) as file,
+            files.row_groups(file, schema, unique) as write,
+        ):
+            yield write
+        self._list(name, files.sha256_file(self.path(name)), self.path(name).stat().st_size)
+
     def write_json(self, name: str, record: object) -> None:
         """Write ``NAME.json``; NaN and infinity are refused (write null)."""
         self._write(_with_suffix(name, ".json"), files.json_bytes(record))
@@ -282,9 +306,20 @@ class RunFolder:
 
     # Reading
 
-    def read_table(self, name: str) -> pa.Table:
-        """Read ``NAME.parquet``."""
-        return files.table_from_bytes(self._verified(_with_suffix(name, ".parquet")))
+    def read_table(
+        self,
+        name: str,
+        columns: Sequence[str] | None = None,
+        rows: pc.Expression | None = None,
+    ) -> pa.Table:
+        """Read ``NAME.parquet``, or those columns and rows of it that are asked for."""
+        return files.read_parquet(self.table_path(name), columns, rows)
+
+    def table_path(self, name: str) -> Path:
+        """Path of ``NAME.parquet``, unchanged since a stage wrote it; for reading it in parts."""
+        name = _with_suffix(name, ".parquet")
+        self._check(name)
+        return self.path(name)
 
     def read_json(self, name: str) -> Any:
         """Read ``NAME.json``."""
@@ -305,7 +340,7 @@ class RunFolder:
         for stage in filter(self._is_complete, STAGES):
             self.require(stage)
             for name in self._files_of(stage):
-                self._verified(name)
+                self._check(name)
 
     def made_by_other_code(self) -> dict[str, str]:
         """Stages that another version of the code made, and which: to be said, not hidden."""
@@ -429,14 +464,19 @@ class RunFolder:
         self._clear_partial(stage.name)
 
     def _write(self, name: str, content: bytes) -> None:
+        self._require_active(name)
+        files.write_bytes(self.path(name), content)
+        self._list(name, files.sha256_bytes(content), len(content))
+
+    def _require_active(self, name: str) -> Stage:
         if self._active is None:
             raise RuntimeError(f"{name} is written outside a stage")
-        files.write_bytes(self.path(name), content)
-        self._manifest["files"][name] = {
-            "stage": self._active.name,
-            "sha256": files.sha256_bytes(content),
-            "bytes": len(content),
-        }
+        return self._active
+
+    def _list(self, name: str, sha256: str, size: int) -> None:
+        """Record a file that the running stage has written."""
+        stage = self._require_active(name).name
+        self._manifest["files"][name] = {"stage": stage, "sha256": sha256, "bytes": size}
         self._save()
 
     def _existing(self, name: str) -> Path:
@@ -453,6 +493,15 @@ class RunFolder:
     def _verified(self, name: str) -> bytes:
         """Return the content of a file that a stage wrote, unchanged since."""
         content = self._existing(name).read_bytes()
+        self._compare(name, files.sha256_bytes(content), len(content))
+        return content
+
+    def _check(self, name: str) -> None:
+        """Refuse a file that has changed since it was written; it may be larger than the memory."""
+        path = self._existing(name)
+        self._compare(name, files.sha256_file(path), path.stat().st_size)
+
+    def _compare(self, name: str, sha256: str, size: int) -> None:
         written = self._manifest["files"].get(name)
         if written is None:
             raise UserError(
@@ -460,14 +509,13 @@ class RunFolder:
                 value=str(self.path(name)),
                 fix="move it away and run the stage again",
             )
-        if files.sha256_bytes(content) != written["sha256"]:
+        if sha256 != written["sha256"]:
             raise UserError(
                 f"{name} has changed since it was written",
-                value=f"{self.path(name)}: {len(content)} bytes, {written['bytes']} were written",
+                value=f"{self.path(name)}: {size} bytes, {written['bytes']} were written",
                 rule="a result is read only with the checksum that was recorded for it",
                 fix=f"make it anew: {self._command_for(written['stage'], fresh=True)}",
             )
-        return content
 
 
 def _data_files(study: Study, inputs: Inputs) -> dict[str, Any]:
