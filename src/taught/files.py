@@ -148,6 +148,18 @@ def read_parquet(
     return pq.read_table(path, columns=columns, filters=rows)
 
 
+def parquet_batches(
+    path: Path, columns: Sequence[str], rows: pc.Expression
+) -> Iterator[pa.RecordBatch]:
+    """The same, batch by batch, for what would not fit into memory."""
+    import pyarrow.dataset as ds
+
+    batches: Iterator[pa.RecordBatch] = ds.dataset(path).to_batches(
+        columns=list(columns), filter=rows
+    )
+    return batches
+
+
 def tensors_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Return named arrays as safetensors."""
     import numpy as np
@@ -162,6 +174,16 @@ def tensors_from_bytes(content: bytes) -> dict[str, np.ndarray]:
     from safetensors.numpy import load
 
     return load(content)
+
+
+def tensor_rows(path: Path, name: str, places: Sequence[int]) -> np.ndarray:
+    """Return some rows of an array of a safetensors file, without reading the others."""
+    import numpy as np
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as tensors:
+        whole = tensors.get_slice(name)
+        return np.concatenate([whole[place : place + 1] for place in places])
 
 
 def free_bytes(folder: Path) -> int:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
 STAGES = ("policy", "attribute", "curate", "report")
 _BEFORE = {
@@ -315,6 +316,18 @@ class RunFolder:
         """Read ``NAME.parquet``, or those columns and rows of it that are asked for."""
         return files.read_parquet(self.table_path(name), columns, rows)
 
+    def footer(self, name: str) -> pq.FileMetaData:
+        """What ``NAME.parquet`` holds (rows, columns), without reading it."""
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(self.table_path(name))
+
+    def read_batches(
+        self, name: str, columns: Sequence[str], rows: pc.Expression
+    ) -> Iterator[pa.RecordBatch]:
+        """Read columns and rows of ``NAME.parquet`` batch by batch."""
+        return files.parquet_batches(self.table_path(name), columns, rows)
+
     def table_path(self, name: str) -> Path:
         """Path of ``NAME.parquet``, unchanged since a stage wrote it; for reading it in parts."""
         name = _with_suffix(name, ".parquet")
@@ -334,6 +347,26 @@ class RunFolder:
         arrays = files.tensors_from_bytes(self._verified(_with_suffix(name, ".safetensors")))
         ids = json.loads(self._verified(f"{_stem(name)}.ids.json"))
         return arrays, ids
+
+    def read_tensor_rows(
+        self, name: str, tensor: str, axis: str, wanted: Collection[Any]
+    ) -> tuple[list[Any], np.ndarray, dict[str, list[Any]]]:
+        """Read those rows of one array of ``NAME.safetensors`` whose ids are wanted.
+
+        Parameters
+        ----------
+        axis
+            Name of the ids of the rows, e.g. ``pair_ids``.
+
+        Returns
+        -------
+        ids of the rows, in the order of the file; the rows; all ids
+        """
+        self._check(_with_suffix(name, ".safetensors"))
+        ids = self.read_json(f"{_stem(name)}.ids.json")
+        places = [place for place, key in enumerate(ids[axis]) if key in wanted]
+        rows = files.tensor_rows(self.path(_with_suffix(name, ".safetensors")), tensor, places)
+        return [ids[axis][place] for place in places], rows, ids
 
     def verify(self) -> None:
         """Raise a UserError unless the finished stages belong together and no file has changed."""
