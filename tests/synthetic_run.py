@@ -299,7 +299,7 @@ def _write_influence(run: RunFolder, made: _Made) -> None:
             ]
         for group in ("harmful", "harmless"):
             at = [g == group for g in made.groups]
-            rows.append((pair, "mean_y", None, group, "total", float(made.dy[i][at].mean())))
+            rows.append((pair, "mean_y", None, group, "y", float(made.dy[i][at].mean())))
     rows = [(*row, "adjoint") for row in rows]
     checked = set(made.pair_ids[:3])  # a second estimator, slightly different, for the first pairs
     rows += [(*r[:5], 1.01 * r[5], "finite-step") for r in rows if r[0] in checked]

@@ -334,6 +334,21 @@ class RunFolder:
         self._check(name)
         return self.path(name)
 
+    def finished_tables(self) -> dict[str, Path]:
+        """Name -> path of the tables of the finished stages.
+
+        Their sizes are compared with what was written. Checksums are not, since a large table
+        takes longer to hash than most questions to answer.
+        """
+        found: dict[str, Path] = {}
+        for stage in filter(self._is_complete, STAGES):
+            self.require(stage)
+            for name in self._files_of(stage):
+                if name.endswith(".parquet"):
+                    self._compare(name, None, self._existing(name).stat().st_size)
+                    found[name.removesuffix(".parquet")] = self.path(name)
+        return found
+
     def read_json(self, name: str) -> Any:
         """Read ``NAME.json``."""
         return json.loads(self._verified(_with_suffix(name, ".json")))
@@ -534,7 +549,8 @@ class RunFolder:
         path = self._existing(name)
         self._compare(name, files.sha256_file(path), path.stat().st_size)
 
-    def _compare(self, name: str, sha256: str, size: int) -> None:
+    def _compare(self, name: str, sha256: str | None, size: int) -> None:
+        """Refuse a file whose size, or whose checksum where it is given, is not the one written."""
         written = self._manifest["files"].get(name)
         if written is None:
             raise UserError(
@@ -542,7 +558,7 @@ class RunFolder:
                 value=str(self.path(name)),
                 fix="move it away and run the stage again",
             )
-        if sha256 != written["sha256"]:
+        if size != written["bytes"] or sha256 not in (None, written["sha256"]):
             raise UserError(
                 f"{name} has changed since it was written",
                 value=f"{self.path(name)}: {size} bytes, {written['bytes']} were written",
