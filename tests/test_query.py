@@ -207,6 +207,11 @@ def test_the_command_writes_csv_and_tables(run, view, capsys):
         r["score"] for r in view.summary], 1)[0][0] in words  # fmt: skip
 
 
+def test_a_slow_query_shows_no_progress_on_standard_output(run):
+    shown = query.select(run, "SELECT current_setting('enable_progress_bar') AS shown")
+    assert shown.to_pydict() == {"shown": [False]}
+
+
 def test_a_long_answer_is_cut_on_the_terminal_only(run, capsys):
     sql = "SELECT range AS n FROM range(1000)"
     assert run_command(["query", str(run), sql]) == 0

@@ -235,6 +235,7 @@ def _connected(paths: dict[str, Path], memory_gb: float) -> duckdb.DuckDBPyConne
     quoted = {name: _quoted(path) for name, path in paths.items()}
     settings = _CLOSED | {"memory_limit": f"{memory_gb:g}GB"}
     connection = _duckdb().connect(":memory:", config=settings)
+    connection.execute("SET enable_progress_bar = false")  # it goes to standard output
     connection.execute(f"SET allowed_paths = [{', '.join(quoted.values())}]")
     for name, path in quoted.items():
         connection.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet({path})")
