@@ -616,6 +616,46 @@ def test_a_damaged_piece_counts_as_missing(folder, study):
             stage.partial.save("../batch", {"x": X})
 
 
+def test_pieces_of_a_stage_killed_right_after_its_completion_are_deleted(
+    folder, study, monkeypatch
+):
+    run = RunFolder(folder)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+        run.stage("policy", study) as stage,
+    ):
+        stage.partial.save("batch-0", {"x": X})
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert (folder / "partial").exists()
+    with RunFolder(folder).stage("policy", study) as stage:
+        assert stage.done
+    assert not (folder / "partial").exists()
+
+
+def test_half_written_pieces_are_deleted_by_the_next_command(folder, study):
+    run = RunFolder(folder)
+    with pytest.raises(KeyboardInterrupt), run.stage("policy", study) as stage:
+        stage.partial.save("batch-0", {"x": X})
+        (stage.partial.path / ".batch-1.safetensors.123.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+    with RunFolder(folder).stage("policy", study) as stage:
+        assert [file.name for file in stage.partial.path.iterdir()] == ["batch-0.safetensors"]
+
+
+def test_a_result_that_cannot_be_deleted_is_said(folder, study, monkeypatch):
+    policy(folder, study)
+
+    def refused(_path, **_options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        with pytest.raises(UserError, match=r"cannot be written(.|\n)*Read-only file system"):
+            policy(folder, study, fresh=["policy"])
+    assert not policy(folder, study)[1]
+
+
 SLOW_STAGE = """
     import os, sys, time
     import numpy as np

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -201,7 +201,9 @@ class RunFolder:
             started = time.monotonic()
             inputs = self._chained(name, stage_inputs(name, study, extra))
             stage = self._begin(name, inputs)
-            if not stage.done:
+            if stage.done:
+                self._clear_partial(name)  # killed between its completion and this
+            else:
                 self._write_head(stage, study, inputs, extra or {})
                 self._active = stage
             try:
@@ -230,7 +232,8 @@ class RunFolder:
                 "the run folder cannot be made", value=str(error), fix="choose another --run folder"
             ) from None
         with locked_file(self.folder / ".lock"):
-            files.remove_temporaries(self.folder)
+            for folder in (self.folder, *(self.folder / "partial").glob("*")):
+                files.remove_temporaries(folder)
             self._manifest = load_manifest(self.folder)
             self._locked = True
             try:
@@ -466,13 +469,16 @@ class RunFolder:
             del self._manifest["files"][file]
         self._save()  # first: a file that is still there and not listed is never trusted
         for file in {*listed, *_WRITTEN_BY[name]} - {"study.yaml"}:
-            self.path(file).unlink(missing_ok=True)
+            try:
+                self.path(file).unlink(missing_ok=True)
+            except OSError as error:
+                raise files.write_error(self.path(file), error) from error
         self._clear_partial(name)
 
     def _clear_partial(self, name: str) -> None:
         for pieces in (self.folder / "partial").glob(f"{name}-*"):
             shutil.rmtree(pieces, ignore_errors=True)
-        if (self.folder / "partial").is_dir() and not any((self.folder / "partial").iterdir()):
+        with suppress(OSError):  # not there, not empty, or a disk that takes no change: no harm
             (self.folder / "partial").rmdir()
 
     def _write_head(
