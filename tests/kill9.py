@@ -5,8 +5,9 @@ importing torch takes longer than the tiny study. Nothing is computed before a f
 inherit no threads.
 
     python kill9.py moments STUDY FOLDER KILLS      killed after a random part of the time
-    python kill9.py real STUDY FOLDER               killed at every change of the disk
-    python kill9.py made-up FOLDER                  the same, with stages that compute nothing
+    python kill9.py made-up FOLDER                  killed at every change of the disk, with stages
+                                                    that compute nothing
+    python kill9.py real STUDY FOLDER STEP          at every so many changes, with the real ones
 
 Each compares nothing: it leaves ``FOLDER/whole``, of an attempt that nobody stopped, beside the
 others, and prints how often it killed.
@@ -121,14 +122,14 @@ def die_at(call: int) -> None:
     )
 
 
-def at_every_call(works: list[Work], check: Callable[[], None]) -> int:
-    """Do the works in turn, each killed at its first call, its second, ... until it ends."""
+def at_every_call(works: list[Work], check: Callable[[], None], step: int = 1) -> int:
+    """Do the works in turn, each killed at its first call, a later one, ... until it ends."""
     kills = 0
     for work in works:
         call = 1
         while not attempt(work, call=call):
             check()
-            call += 1
+            call += step
             kills += 1
     return kills
 
@@ -235,9 +236,11 @@ def import_all() -> None:
 
     import taught.report.build
     import taught.stages
+    from taught.fingerprint import code_digest
 
     assert all((AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, taught.stages))
     torch.set_num_threads(1)
+    code_digest()  # once, not in every child
 
 
 def main(mode: str, *args: str) -> None:
@@ -254,7 +257,7 @@ def main(mode: str, *args: str) -> None:
         else:
             attempt(in_turn(commands(study, folder / "whole")))
             again = folder / "killed-0"
-            kills = at_every_call(commands(study, again), checked(again))
+            kills = at_every_call(commands(study, again), checked(again), int(args[2]))
     print(json.dumps({"kills": kills}))
 
 

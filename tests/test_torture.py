@@ -73,9 +73,9 @@ def test_invariant_9_killed_at_every_change_of_the_disk(kill9, tmp_path):
     assert_the_same(tmp_path / "whole", tmp_path / "killed-0")
 
 
-@pytest.mark.slow  # several minutes: the tiny study is computed anew for each of its 300 calls
-@pytest.mark.timeout(1200)
-def test_invariant_9_killed_at_every_change_of_the_disk_for_real(kill9, tmp_path):
+@pytest.mark.slow  # a minute: what an attempt does not find finished is computed anew in each
+def test_invariant_9_killed_at_every_fifth_change_of_the_disk_for_real(kill9, tmp_path):
+    """A file and the manifest take six changes, so that each of the six has its turn."""
     study = write_tiny_study(tmp_path / "study")
-    assert kill9("real", str(study), str(tmp_path)) > 150
+    assert kill9("real", str(study), str(tmp_path), "5") > 30
     assert_the_same(tmp_path / "whole", tmp_path / "killed-0")

@@ -148,16 +148,13 @@ def read_parquet(
     return pq.read_table(path, columns=columns, filters=rows)
 
 
-def parquet_batches(
-    path: Path, columns: Sequence[str], rows: pc.Expression
-) -> Iterator[pa.RecordBatch]:
-    """The same, batch by batch, for what would not fit into memory."""
+def parquet_parts(path: Path, columns: Sequence[str], rows: pc.Expression) -> Iterator[pa.Table]:
+    """The same, a row group at a time, for what would not fit into memory."""
     import pyarrow.dataset as ds
 
-    batches: Iterator[pa.RecordBatch] = ds.dataset(path).to_batches(
-        columns=list(columns), filter=rows
-    )
-    return batches
+    for file in ds.dataset(path).get_fragments():
+        for part in file.split_by_row_group(rows):
+            yield part.to_table(columns=list(columns), filter=rows)
 
 
 def tensors_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:

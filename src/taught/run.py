@@ -325,11 +325,11 @@ class RunFolder:
 
         return pq.read_metadata(self.table_path(name))
 
-    def read_batches(
+    def read_parts(
         self, name: str, columns: Sequence[str], rows: pc.Expression
-    ) -> Iterator[pa.RecordBatch]:
-        """Read columns and rows of ``NAME.parquet`` batch by batch."""
-        return files.parquet_batches(self.table_path(name), columns, rows)
+    ) -> Iterator[pa.Table]:
+        """Read columns and rows of ``NAME.parquet``, a row group at a time."""
+        return files.parquet_parts(self.table_path(name), columns, rows)
 
     def table_path(self, name: str) -> Path:
         """Path of ``NAME.parquet``, unchanged since a stage wrote it; for reading it in parts."""

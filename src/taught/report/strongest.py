@@ -64,14 +64,14 @@ def _movers(run: RunFolder, estimator: str | None) -> set[str]:
     rows = (of("target") == "coefficient") & (of("pathway") == "total")
     rows &= of("estimator") == estimator
     best: dict[int, list[tuple[float, str]]] = {}
-    for batch in run.read_batches("influence", ["feature_id", "pair_id", "value"], rows):
-        feature, value = (batch[name].to_numpy() for name in ("feature_id", "value"))
-        for one in np.unique(feature):
+    for part in run.read_parts("influence", ["feature_id", "pair_id", "value"], rows):
+        feature, value = (part[name].to_numpy() for name in ("feature_id", "value"))
+        for one in part["feature_id"].unique().to_pylist():
             at = np.flatnonzero(feature == one)
             ends = at[_ends(value[at])]
-            pairs = batch["pair_id"].take(pa.array(ends)).to_pylist()
-            held = best.get(int(one), []) + list(zip(value[ends].tolist(), pairs, strict=True))
-            best[int(one)] = [held[i] for i in _ends(np.array([v for v, _ in held]))]
+            pairs = part["pair_id"].take(pa.array(ends)).to_pylist()
+            held = best.get(one, []) + list(zip(value[ends].tolist(), pairs, strict=True))
+            best[one] = [held[i] for i in _ends(np.array([v for v, _ in held]))]
     return {pair for held in best.values() for _, pair in held}
 
 

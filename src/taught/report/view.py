@@ -256,9 +256,10 @@ def _shifts(
     chosen = _of_pairs(listed)
     rows = rows if chosen is None else rows & chosen
     columns = ["pair_id", "feature_id", "pathway", "value", "estimator"]
-    table = run.read_table("influence", columns, rows)
-    if table.num_rows == 0:
+    parts = [part for part in run.read_parts("influence", columns, rows) if part.num_rows]
+    if not parts:
         return None
+    table = pa.concat_tables(parts)
     table = _one_estimator(table, estimator)
     pair = table["pair_id"].combine_chunks().dictionary_encode()
     feature = table["feature_id"].combine_chunks().dictionary_encode()
