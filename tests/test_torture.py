@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,14 +20,15 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are fo
 
 
 @pytest.fixture
-def kill9(python, tmp_path):
-    """Run ``kill9.py`` in a folder; how often it killed."""
+def kill9(tmp_path):
+    """Run ``kill9.py``; how often it killed."""
 
-    def run(mode: str, *args: str) -> int:
-        src = str(TESTS.parent / "src")
-        done = python(
-            str(TESTS / "kill9.py"), mode, *args,
-            PYTHONPATH=os.pathsep.join([src, str(TESTS)]), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1",
+    def run(*args: str) -> int:
+        paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+        env = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, str(TESTS / "kill9.py"), *args],
+            cwd=tmp_path, env=env, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])["kills"]
@@ -73,7 +76,8 @@ def test_invariant_9_killed_at_every_change_of_the_disk(kill9, tmp_path):
     assert_the_same(tmp_path / "whole", tmp_path / "killed-0")
 
 
-@pytest.mark.slow  # a minute: what an attempt does not find finished is computed anew in each
+@pytest.mark.timeout(900)
+@pytest.mark.slow  # a minute or two: what an attempt does not find finished is computed anew in each
 def test_invariant_9_killed_at_every_fifth_change_of_the_disk_for_real(kill9, tmp_path):
     """A file and the manifest take six changes, so that each of the six has its turn."""
     study = write_tiny_study(tmp_path / "study")
