@@ -299,13 +299,14 @@ def _write_influence(run: RunFolder, made: _Made) -> None:
             ]
         for group in ("harmful", "harmless"):
             at = [g == group for g in made.groups]
-            rows.append((pair, "mean_y", None, group, "total", float(made.dy[i][at].mean())))
+            rows.append((pair, "mean_y", None, group, "y", float(made.dy[i][at].mean())))
     rows = [(*row, "adjoint") for row in rows]
     checked = set(made.pair_ids[:3])  # a second estimator, slightly different, for the first pairs
     rows += [(*r[:5], 1.01 * r[5], "finite-step") for r in rows if r[0] in checked]
     names = ("pair_id", "target", "feature_id", "group", "pathway", "value", "estimator")
     columns = {name: [r[k] for r in rows] for k, name in enumerate(names)}
     columns["feature_id"] = pa.array(columns["feature_id"], pa.int64())
+    columns["se"] = pa.nulls(len(rows), pa.float64())
     _table(run, "influence", columns)
 
 

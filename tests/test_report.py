@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from synthetic_run import HOSTILE, Size, build_synthetic_run, synthetic_study
 from taught.errors import UserError
-from taught.report import charts, stats, text, verdict
+from taught.report import charts, stats, strongest, text, verdict
+from taught.report import view as views
 from taught.report.build import embed, render
 from taught.report.charts import Point, Scale
+from taught.report.scores import Curated, Scores
 from taught.report.stats import Control, Estimate
 from taught.report.view import _split, load_view
 from taught.run import RunFolder
@@ -302,6 +304,86 @@ def test_pairs_without_a_score_are_counted_and_left_out(run: Path):
     assert lost[0]["pair_id"] in page.text
 
 
+# Runs with more pairs than a page can list
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch) -> Path:
+    """A run of 80 pairs, of which a page lists the 6 strongest."""
+    run = build_synthetic_run(tmp_path / "run", Size(pairs=80))
+    monkeypatch.setattr(views, "LARGE", 20)
+    monkeypatch.setattr(strongest, "STRONGEST", 6)
+    monkeypatch.setattr(strongest, "ENDS", 1)
+    return run
+
+
+def whole_view(run: Path, monkeypatch) -> views.View:
+    with monkeypatch.context() as patch:
+        patch.setattr(views, "LARGE", 10**6)
+        return load_view(run)
+
+
+def test_a_large_run_lists_the_strongest_pairs_and_those_it_names(many: Path, monkeypatch):
+    view, whole = load_view(many), whole_view(many, monkeypatch)
+    assert view.large and not whole.large
+    listed = {r["pair_id"] for r in view.summary}
+    assert {r["pair_id"] for r in whole.shown[:6]} <= listed and len(listed) < 80
+    shifts = whole.shifts
+    for j in range(len(shifts.feature_ids)):
+        for end in (shifts.total[:, j].argmax(), shifts.total[:, j].argmin()):
+            assert shifts.pair_ids[end] in listed
+    assert {p["pair_id"] for p in view.pairs} == listed == set(view.shifts.pair_ids)
+    assert set(view.effects.rows) == listed
+    rows = {r["pair_id"]: r for r in whole.summary}
+    assert all(rows[r["pair_id"]] == r for r in view.summary)
+    for i, pair in enumerate(view.shifts.pair_ids):
+        at = shifts.pair_ids.index(pair)
+        assert np.array_equal(view.shifts.x[i], shifts.x[at])
+        assert np.array_equal(view.shifts.y[i], shifts.y[at])
+        at = whole.effects.rows.index(pair)
+        row = view.effects.values[view.effects.rows.index(pair)]
+        assert np.array_equal(row, whole.effects.values[at])
+
+
+def test_a_large_run_says_the_same_about_all_its_pairs(many: Path, monkeypatch):
+    found, expected = (
+        {s.topic: s for s in verdict.verdict(view)}
+        for view in (load_view(many), whole_view(many, monkeypatch))
+    )
+    del expected["Interference"]  # it would take the shifts of all pairs
+    assert found == expected
+
+
+def test_the_page_of_a_large_run_says_what_it_leaves_out_and_where_it_is(many: Path):
+    page = build_report(many).read_text(encoding="utf-8")
+    n = len(load_view(many).summary)
+    assert f"80 pairs, showing {n} of 80" in page
+    assert '<a href="summary.parquet">summary.parquet</a>' in page
+    assert f"{n} of {n}</output>" in page  # the filters count what is in the page
+    assert len(Page(page).data["pairs"]) == n
+
+
+def test_a_pair_that_a_large_run_does_not_list_can_be_shown(many: Path, monkeypatch):
+    listed = {r["pair_id"] for r in load_view(many).summary}
+    other = next(f"pair-{i:04d}" for i in range(80) if f"pair-{i:04d}" not in listed)
+    assert other in {r["pair_id"] for r in load_view(many, also=[other]).summary}
+
+
+def test_with_many_rows_the_normal_interval_takes_the_bootstraps_place(monkeypatch):
+    rng = np.random.default_rng(5)
+    a = rng.normal(size=800)
+    b = 0.5 * a + rng.normal(size=800)
+    drawn = stats.spearman_interval(a, b), stats.mean_interval(b)
+    monkeypatch.setattr(stats, "MANY", 800)
+    for one, other in zip(
+        drawn, (stats.spearman_interval(a, b), stats.mean_interval(b)), strict=True
+    ):
+        assert one.value == other.value
+        assert (one.lo, one.hi) == pytest.approx((other.lo, other.hi), abs=0.012)
+    certain = stats.spearman_interval(a, a)
+    assert certain.value == pytest.approx(1) and certain.hi <= 1
+
+
 @pytest.mark.parametrize("size", [Size(9, 1, 2), Size(12, 2, 4), Size(18, 5, 3)])
 def test_tiny_runs_have_a_page(tmp_path: Path, size: Size):
     Page(build_report(build_synthetic_run(tmp_path / "run", size)).read_text(encoding="utf-8"))
@@ -457,7 +539,7 @@ def test_scores_of_zero_are_no_effect():
 def test_label_whose_interval_includes_zero_has_no_effect():
     rng = np.random.default_rng(0)
     scores = [*(1 + 0.1 * rng.normal(size=40)), *rng.normal(size=40)]
-    sentence = verdict.label_sentence(pair_rows(scores, ["a"] * 40 + ["b"] * 40))
+    sentence = verdict.label_sentence(Scores.of(pair_rows(scores, ["a"] * 40 + ["b"] * 40)))
     a, b = sentence.text.split(";")
     assert "no effect found" not in a and "no effect found: the interval includes zero" in b
     assert "80% of the absolute effect runs through output probability, 20%" in sentence.text
@@ -482,19 +564,19 @@ def test_unintended_effects_are_judged_against_chance(flagged, tone, part):
 def test_label_that_ranks_like_the_score_is_warned_of():
     scores = [*np.linspace(1, 2, 30), *np.linspace(-2, -1, 30)]
     rows = pair_rows([float(s) for s in scores], ["refusal"] * 30 + ["answer"] * 30)
-    sentence = verdict.trivial_sentence(rows)
+    sentence = verdict.trivial_sentence(Scores.of(rows))
     assert (
         sentence.tone == "caution" and "label alone gives much of the same ranking" in sentence.text
     )
     for row, length in zip(rows, np.argsort(np.argsort(scores)), strict=True):
         row["label"], row["n_response"] = "refusal", int(length)
-    found = dict(verdict.trivial_correlations(rows))
+    found = dict(verdict.trivial_correlations(Scores.of(rows)))
     assert found["response length"].value == pytest.approx(1.0) and "label" not in str(found)
 
 
 def test_no_trivial_predictor_is_said_so():
     rng = np.random.default_rng(2)
-    sentence = verdict.trivial_sentence(pair_rows(rng.normal(size=60).tolist()))
+    sentence = verdict.trivial_sentence(Scores.of(pair_rows(rng.normal(size=60).tolist())))
     assert sentence.tone == "none" and sentence.text.startswith("No effect found")
 
 
@@ -511,10 +593,15 @@ def test_the_linear_value_is_said_to_be_as_good_as_its_steps() -> None:
     assert verdict.step_sentence(rows).tone == "caution"
 
 
+def curated(rows: list[dict], pairs: list[dict]) -> Curated:
+    labels = {key: pa.array([p[key] for p in pairs], pa.string()) for key in ("pair_id", "label")}
+    return Curated.of(pa.Table.from_pylist(rows), pa.table(labels))
+
+
 def test_curation_by_another_target_says_so() -> None:
     rows = [{"pair_id": "p", "action": "drop", "rule": "top-k", "target": "mean_y:harmless",
              "score": 1.0, "threshold": 1.0}]  # fmt: skip
-    assert "“top-k by mean_y:harmless”" in verdict.curation_sentence(rows, []).text
+    assert "“top-k by mean_y:harmless”" in verdict.curation_sentence(curated(rows, [])).text
 
 
 def test_curation_counts_by_label():
@@ -529,9 +616,9 @@ def test_curation_counts_by_label():
         for i in range(8)
     ]
     pairs = pair_rows([0.0] * 8, ["a", "b", "a", "a", "a", "b", "b", "b"])
-    assert "first of all p2, p1 and p0" in verdict.curation_sentence(rows, pairs).text
-    assert "drop 3 of 8 pairs (2 a and 1 b)" in verdict.curation_sentence(rows, pairs).text
-    assert "nothing to drop" in verdict.curation_sentence(rows[3:], pairs).text
+    assert "first of all p2, p1 and p0" in verdict.curation_sentence(curated(rows, pairs)).text
+    assert "drop 3 of 8 pairs (2 a and 1 b)" in verdict.curation_sentence(curated(rows, pairs)).text
+    assert "nothing to drop" in verdict.curation_sentence(curated(rows[3:], pairs)).text
 
 
 def test_verdict_of_a_run_has_at_most_eight_sentences(run: Path):

@@ -216,6 +216,85 @@ def test_no_space_left_is_said_with_both_sizes_and_leaves_nothing(folder, study,
     assert not policy(folder, study)[1], "an unfinished stage was taken for a finished one"
 
 
+PART = pa.schema([("pair_id", pa.string()), ("target", pa.string()), ("value", pa.float64())])
+
+
+def part(target: str, n: int = 3) -> pa.Table:
+    ids = [f"pair-{i}" for i in range(n)]
+    return pa.table([ids, [target] * n, np.arange(n) + len(target) / 2], schema=PART)
+
+
+def write_parts(folder: Path, study: Study, parts) -> RunFolder:
+    run = RunFolder(folder)
+    with (
+        run.stage("policy", study, WEIGHTS),
+        run.table_writer("influence", PART, ("pair_id",)) as write,
+    ):
+        for each in parts:
+            write(each)
+    return run
+
+
+def test_a_table_written_in_parts_has_a_row_group_of_one_target_each(folder, study):
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    run = write_parts(folder, study, [part("a"), part("bb"), part("ccc")])
+    assert run.read_table("influence") == pa.concat_tables([part("a"), part("bb"), part("ccc")])
+    only = run.read_table("influence", ["value"], pc.field("target") == "bb")
+    assert only.to_pydict() == {"value": [1.0, 2.0, 3.0]}
+    groups = pq.ParquetFile(run.table_path("influence")).metadata
+    ends = [groups.row_group(i).column(1).statistics for i in range(groups.num_row_groups)]
+    assert [(end.min, end.max) for end in ends] == [("a", "a"), ("bb", "bb"), ("ccc", "ccc")]
+    listed = run.manifest["files"]["influence.parquet"]
+    assert listed["sha256"] == files.sha256_file(folder / "influence.parquet")
+    assert listed["bytes"] == (folder / "influence.parquet").stat().st_size
+
+
+def test_equal_parts_give_equal_bytes(tmp_path, study):
+    for name in ("a", "b"):
+        write_parts(tmp_path / name, study, [part("a", 1000), part("b", 1000)])
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_table_that_is_not_written_to_its_end_is_not_there(folder, study, error):
+    def parts():
+        yield part("a")
+        raise error
+
+    with pytest.raises(error):
+        write_parts(folder, study, parts())
+    assert sorted(f.name for f in folder.iterdir()) == [".lock", "manifest.json", "study.yaml"]
+    assert RunFolder(folder).manifest["files"] == {}
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_no_space_left_within_a_table_is_said_and_leaves_nothing(folder, study, monkeypatch, call):
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def parts():
+        yield part("a")
+        if call == "write":
+            raise full  # as pyarrow passes on what the file's own write raises
+        monkeypatch.setattr(os, "fsync", lambda _handle: (_ for _ in ()).throw(full))
+
+    with pytest.raises(UserError, match="no space left") as caught:
+        write_parts(folder, study, parts())
+    assert caught.value.exit_code == 2
+    assert not list(folder.glob("*influence*")) + list(folder.glob(".influence*"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_full_disk_within_a_row_group_is_an_error_of_the_system():
+    with (
+        pytest.raises(OSError, match="No space left"),
+        open("/dev/full", "wb") as file,
+        files.row_groups(file, PART) as write,
+    ):
+        write(part("a", 100_000))
+
+
 def test_a_folder_that_cannot_be_made_is_the_users_to_change(tmp_path, study):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -539,6 +618,46 @@ def test_a_damaged_piece_counts_as_missing(folder, study):
         assert stage.partial.load("batch-0") is None
         with pytest.raises(ValueError, match="key"):
             stage.partial.save("../batch", {"x": X})
+
+
+def test_pieces_of_a_stage_killed_right_after_its_completion_are_deleted(
+    folder, study, monkeypatch
+):
+    run = RunFolder(folder)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+        run.stage("policy", study) as stage,
+    ):
+        stage.partial.save("batch-0", {"x": X})
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert (folder / "partial").exists()
+    with RunFolder(folder).stage("policy", study) as stage:
+        assert stage.done
+    assert not (folder / "partial").exists()
+
+
+def test_half_written_pieces_are_deleted_by_the_next_command(folder, study):
+    run = RunFolder(folder)
+    with pytest.raises(KeyboardInterrupt), run.stage("policy", study) as stage:
+        stage.partial.save("batch-0", {"x": X})
+        (stage.partial.path / ".batch-1.safetensors.123.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+    with RunFolder(folder).stage("policy", study) as stage:
+        assert [file.name for file in stage.partial.path.iterdir()] == ["batch-0.safetensors"]
+
+
+def test_a_result_that_cannot_be_deleted_is_said(folder, study, monkeypatch):
+    policy(folder, study)
+
+    def refused(_path, **_options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        with pytest.raises(UserError, match=r"cannot be written(.|\n)*Read-only file system"):
+            policy(folder, study, fresh=["policy"])
+    assert not policy(folder, study)[1]
 
 
 SLOW_STAGE = """

@@ -133,6 +133,24 @@ def test_coefficients_in_the_table_are_the_shifts_of_the_prompts_effects(made: P
             assert table[pair_id, feature] == pytest.approx(expected[i, k], rel=1e-4, abs=1e-9)
 
 
+def test_the_long_table_is_as_documented_with_a_row_group_per_value(made: Path) -> None:
+    import pyarrow.parquet as pq
+
+    run = RunFolder.open(made / "run")
+    table = run.read_table("influence")
+    assert table.column_names == ["pair_id", "target", "feature_id", "group", "pathway", "value",
+                                  "se", "estimator"]  # fmt: skip
+    assert table["se"].null_count == table.num_rows  # the adjoint is exact
+    file = pq.ParquetFile(run.table_path("influence"))
+    keys = []
+    for i in range(file.num_row_groups):
+        group = file.read_row_group(i).drop_columns(["pair_id", "value"])
+        keys += {tuple(row.values()) for row in group.to_pylist()}
+        assert group.num_rows == 8
+    d = len(run.read_table("coefficients"))
+    assert len(keys) == len(set(keys)) == file.num_row_groups == 3 + 2 + 3 * d
+
+
 def test_a_user_names_the_features_a_pair_is_about(copy: Path) -> None:
     known = RunFolder.open(copy / "run").read_table("coefficients")["feature_id"].to_pylist()
     pairs = rows(copy / "pairs.jsonl")

@@ -326,6 +326,74 @@ def show(run: Path, item: str | None = None, /) -> int:
     return 0
 
 
+@app.command(sort_key=9)
+def query(
+    run: Path,
+    sql: str | None = None,
+    /,
+    *,
+    top: int | None = None,
+    feature: int | None = None,
+    group: str | None = None,
+    pathway: Literal["x", "y", "total"] | None = None,
+    label: str | None = None,
+    quantiles: Switch = False,
+    csv: Switch = False,
+) -> int:
+    """Ask the tables of a run: ready-made questions, or SQL. Without either, list the tables.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    sql
+        One SELECT over the tables, for DuckDB.
+    top
+        So many pairs with the largest absolute effect (20 if only one of the next four is given).
+    feature
+        The effect on the coefficient of this feature, instead of the score.
+    group
+        The effect on the mean y of this group, instead of the score.
+    pathway
+        The part of the effect along this pathway; total by default.
+    label
+        Only pairs with this label.
+    quantiles
+        Quantiles by label of the score and the groups' mean y, or with --feature of a coefficient.
+    csv
+        Write CSV.
+    """
+    from taught import query as ask
+    from taught.report.cells import rich_table, write_csv
+
+    folder = _open(run)
+    ranking = any(given is not None for given in (top, group, pathway, label))
+    ranking |= feature is not None and not quantiles
+    if sum((sql is not None, ranking, quantiles)) > 1:
+        raise UserError(
+            "these are two questions",
+            rule="SQL, or --quantiles (--feature), or --top (--feature, --group, --pathway, "
+            "--label)",
+            fix="ask for one of them",
+        )
+    if sql is not None:
+        answer = ask.select(folder, sql)
+    elif quantiles:
+        answer = ask.quantiles(folder, feature=feature)
+    elif ranking:
+        top = ask.TOP if top is None else top
+        answer = ask.top_pairs(
+            folder, top, feature=feature, group=group, pathway=pathway, label=label
+        )
+    else:
+        answer = ask.tables(folder)
+    if csv:
+        write_csv(answer, sys.stdout)
+    else:
+        _out().print(rich_table(answer))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     keep_freed_memory()

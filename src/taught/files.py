@@ -1,7 +1,7 @@
 """Whole files or none: every write goes to a temporary file beside the target, then replaces it.
 
 Contents are built in memory first, so that their size and checksum are known before anything
-touches the disk.
+touches the disk. Only the largest tables are written in parts (``row_groups``).
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from taught.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import pyarrow.compute as pc
 
 _TEMPORARY = ".tmp"
 
@@ -33,16 +34,36 @@ def write_bytes(path: Path, content: bytes) -> None:
     UserError
         No space left, or the folder cannot be written to.
     """
+    with replacing(path, needed=len(content)) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path, *, needed: int | None = None) -> Iterator[IO[bytes]]:
+    """A file beside ``path`` that takes its place when the body ends without an exception.
+
+    The body does nothing but write: what it cannot write is the user's to be told.
+
+    Parameters
+    ----------
+    needed
+        Bytes that will be written, where that is known.
+
+    Raises
+    ------
+    UserError
+        No space left, or the folder cannot be written to.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise write_error(path, error, needed=len(content)) from error
+        raise write_error(path, error, needed=needed) from error
     finally:
         with suppress(OSError):  # what went wrong is said above; a read-only disk refuses this too
             temporary.unlink(missing_ok=True)
@@ -86,12 +107,54 @@ def table_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def table_from_bytes(content: bytes) -> pa.Table:
-    """Return the Arrow table of a Parquet file."""
-    import pyarrow as pa
+@contextmanager
+def row_groups(
+    file: IO[bytes], schema: pa.Schema, unique: Collection[str] = ()
+) -> Iterator[Callable[[pa.Table], None]]:
+    """Write Parquet in parts, each a row group of its own: only one part is in memory.
+
+    Readers skip row groups by their statistics, so a part should hold one value of each column that
+    queries select by. Equal parts give equal bytes.
+
+    Parameters
+    ----------
+    unique
+        Text columns of which no value stands twice in a part: a dictionary would only add to them.
+    """
     import pyarrow.parquet as pq
 
-    return pq.read_table(pa.BufferReader(content))
+    with pq.ParquetWriter(
+        file,
+        schema,
+        compression="zstd",
+        use_dictionary=[name for name in schema.names if name not in unique],
+        column_encoding=dict.fromkeys(unique, "DELTA_BYTE_ARRAY"),
+    ) as writer:
+        yield lambda part: writer.write_table(part, row_group_size=max(part.num_rows, 1))
+
+
+def read_parquet(
+    path: Path, columns: Sequence[str] | None = None, rows: pc.Expression | None = None
+) -> pa.Table:
+    """Return an Arrow table, or those of its columns and rows that are asked for.
+
+    Parameters
+    ----------
+    rows
+        A condition; row groups whose statistics exclude it are not read.
+    """
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=columns, filters=rows)
+
+
+def parquet_parts(path: Path, columns: Sequence[str], rows: pc.Expression) -> Iterator[pa.Table]:
+    """The same, a row group at a time, for what would not fit into memory."""
+    import pyarrow.dataset as ds
+
+    for file in ds.dataset(path).get_fragments():
+        for part in file.split_by_row_group(rows):
+            yield part.to_table(columns=list(columns), filter=rows)
 
 
 def tensors_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -108,6 +171,16 @@ def tensors_from_bytes(content: bytes) -> dict[str, np.ndarray]:
     from safetensors.numpy import load
 
     return load(content)
+
+
+def tensor_rows(path: Path, name: str, places: Sequence[int]) -> np.ndarray:
+    """Return some rows of an array of a safetensors file, without reading the others."""
+    import numpy as np
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as tensors:
+        whole = tensors.get_slice(name)
+        return np.concatenate([whole[place : place + 1] for place in places])
 
 
 def free_bytes(folder: Path) -> int:

@@ -41,7 +41,7 @@ _FOLDERS = ("model.id", "model.adapter", "sae.path", _CHECKPOINTS)
 # Files of a model or SAE folder that define it (a README does not).
 _DEFINING = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf", "*.txt")
 # Files that only show results: changing them does not change what a stage computes.
-_PRESENTATION = ("cli.py", "__main__.py", "progress.py", "report/")
+_PRESENTATION = ("cli.py", "__main__.py", "progress.py", "query.py", "report/")
 
 
 def stage_inputs(stage: str, study: Study, extra: Mapping[str, Any] | None = None) -> Inputs:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,6 +30,8 @@ from taught.study import Study, dump_study, study_from_dict
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
 STAGES = ("policy", "attribute", "curate", "report")
 _BEFORE = {
@@ -145,7 +147,7 @@ class RunFolder:
         if not all(self.path(name).is_file() for name in names):
             return False
         for name in names:
-            self._verified(name)
+            self._check(name)
         return True
 
     def require(self, stage: str) -> None:
@@ -208,7 +210,9 @@ class RunFolder:
             started = time.monotonic()
             inputs = self._chained(name, stage_inputs(name, study, extra))
             stage = self._begin(name, inputs)
-            if not stage.done:
+            if stage.done:
+                self._clear_partial(name)  # killed between its completion and this
+            else:
                 self._write_head(stage, study, inputs, extra or {})
                 self._active = stage
             try:
@@ -237,7 +241,8 @@ class RunFolder:
                 "the run folder cannot be made", value=str(error), fix="choose another --run folder"
             ) from None
         with locked_file(self.folder / ".lock"):
-            files.remove_temporaries(self.folder)
+            for folder in (self.folder, *(self.folder / "partial").glob("*")):
+                files.remove_temporaries(folder)
             self._manifest = load_manifest(self.folder)
             self._locked = True
             try:
@@ -250,6 +255,29 @@ class RunFolder:
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write ``NAME.parquet``."""
         self._write(_with_suffix(name, ".parquet"), files.table_bytes(table))
+
+    @contextmanager
+    def table_writer(
+        self, name: str, schema: pa.Schema, unique: Collection[str] = ()
+    ) -> Iterator[Callable[[pa.Table], None]]:
+        """Write ``NAME.parquet`` in parts: ``with run.table_writer(...) as write: write(part)``.
+
+        Each part is a row group of its own. The file is there when the body ends without an
+        exception, and whole; the body does nothing else that could fail on the disk.
+
+        Parameters
+        ----------
+        unique
+            Text columns of which no value stands twice in a part.
+        """
+        name = _with_suffix(name, ".parquet")
+        self._require_active(name)
+        with (
+            files.replacing(self.path(name)) as file,
+            files.row_groups(file, schema, unique) as write,
+        ):
+            yield write
+        self._list(name, files.sha256_file(self.path(name)), self.path(name).stat().st_size)
 
     def write_json(self, name: str, record: object) -> None:
         """Write ``NAME.json``; NaN and infinity are refused (write null)."""
@@ -291,9 +319,47 @@ class RunFolder:
 
     # Reading
 
-    def read_table(self, name: str) -> pa.Table:
-        """Read ``NAME.parquet``."""
-        return files.table_from_bytes(self._verified(_with_suffix(name, ".parquet")))
+    def read_table(
+        self,
+        name: str,
+        columns: Sequence[str] | None = None,
+        rows: pc.Expression | None = None,
+    ) -> pa.Table:
+        """Read ``NAME.parquet``, or those columns and rows of it that are asked for."""
+        return files.read_parquet(self.table_path(name), columns, rows)
+
+    def footer(self, name: str) -> pq.FileMetaData:
+        """What ``NAME.parquet`` holds (rows, columns), without reading it."""
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(self.table_path(name))
+
+    def read_parts(
+        self, name: str, columns: Sequence[str], rows: pc.Expression
+    ) -> Iterator[pa.Table]:
+        """Read columns and rows of ``NAME.parquet``, a row group at a time."""
+        return files.parquet_parts(self.table_path(name), columns, rows)
+
+    def table_path(self, name: str) -> Path:
+        """Path of ``NAME.parquet``, unchanged since a stage wrote it; for reading it in parts."""
+        name = _with_suffix(name, ".parquet")
+        self._check(name)
+        return self.path(name)
+
+    def finished_tables(self) -> dict[str, Path]:
+        """Name -> path of the tables of the finished stages.
+
+        Their sizes are compared with what was written. Checksums are not, since a large table
+        takes longer to hash than most questions to answer.
+        """
+        found: dict[str, Path] = {}
+        for stage in filter(self._is_complete, STAGES):
+            self.require(stage)
+            for name in self._files_of(stage):
+                if name.endswith(".parquet"):
+                    self._compare(name, None, self._existing(name).stat().st_size)
+                    found[name.removesuffix(".parquet")] = self.path(name)
+        return found
 
     def read_json(self, name: str) -> Any:
         """Read ``NAME.json``."""
@@ -309,12 +375,32 @@ class RunFolder:
         ids = json.loads(self._verified(f"{_stem(name)}.ids.json"))
         return arrays, ids
 
+    def read_tensor_rows(
+        self, name: str, tensor: str, axis: str, wanted: Collection[Any]
+    ) -> tuple[list[Any], np.ndarray, dict[str, list[Any]]]:
+        """Read those rows of one array of ``NAME.safetensors`` whose ids are wanted.
+
+        Parameters
+        ----------
+        axis
+            Name of the ids of the rows, e.g. ``pair_ids``.
+
+        Returns
+        -------
+        ids of the rows, in the order of the file; the rows; all ids
+        """
+        self._check(_with_suffix(name, ".safetensors"))
+        ids = self.read_json(f"{_stem(name)}.ids.json")
+        places = [place for place, key in enumerate(ids[axis]) if key in wanted]
+        rows = files.tensor_rows(self.path(_with_suffix(name, ".safetensors")), tensor, places)
+        return [ids[axis][place] for place in places], rows, ids
+
     def verify(self) -> None:
         """Raise a UserError unless the finished stages belong together and no file has changed."""
         for stage in filter(self._is_complete, STAGES):
             self.require(stage)
             for name in self._files_of(stage):
-                self._verified(name)
+                self._check(name)
 
     def made_by_other_code(self) -> dict[str, str]:
         """Stages that another version of the code made, and which: to be said, not hidden."""
@@ -392,13 +478,16 @@ class RunFolder:
             del self._manifest["files"][file]
         self._save()  # first: a file that is still there and not listed is never trusted
         for file in {*listed, *_WRITTEN_BY[name]} - {"study.yaml"}:
-            self.path(file).unlink(missing_ok=True)
+            try:
+                self.path(file).unlink(missing_ok=True)
+            except OSError as error:
+                raise files.write_error(self.path(file), error) from error
         self._clear_partial(name)
 
     def _clear_partial(self, name: str) -> None:
         for pieces in (self.folder / "partial").glob(f"{name}-*"):
             shutil.rmtree(pieces, ignore_errors=True)
-        if (self.folder / "partial").is_dir() and not any((self.folder / "partial").iterdir()):
+        with suppress(OSError):  # not there, not empty, or a disk that takes no change: no harm
             (self.folder / "partial").rmdir()
 
     def _write_head(
@@ -438,14 +527,19 @@ class RunFolder:
         self._clear_partial(stage.name)
 
     def _write(self, name: str, content: bytes) -> None:
+        self._require_active(name)
+        files.write_bytes(self.path(name), content)
+        self._list(name, files.sha256_bytes(content), len(content))
+
+    def _require_active(self, name: str) -> Stage:
         if self._active is None:
             raise RuntimeError(f"{name} is written outside a stage")
-        files.write_bytes(self.path(name), content)
-        self._manifest["files"][name] = {
-            "stage": self._active.name,
-            "sha256": files.sha256_bytes(content),
-            "bytes": len(content),
-        }
+        return self._active
+
+    def _list(self, name: str, sha256: str, size: int) -> None:
+        """Record a file that the running stage has written."""
+        stage = self._require_active(name).name
+        self._manifest["files"][name] = {"stage": stage, "sha256": sha256, "bytes": size}
         self._save()
 
     def _existing(self, name: str) -> Path:
@@ -462,6 +556,16 @@ class RunFolder:
     def _verified(self, name: str) -> bytes:
         """Return the content of a file that a stage wrote, unchanged since."""
         content = self._existing(name).read_bytes()
+        self._compare(name, files.sha256_bytes(content), len(content))
+        return content
+
+    def _check(self, name: str) -> None:
+        """Refuse a file that has changed since it was written; it may be larger than the memory."""
+        path = self._existing(name)
+        self._compare(name, files.sha256_file(path), path.stat().st_size)
+
+    def _compare(self, name: str, sha256: str | None, size: int) -> None:
+        """Refuse a file whose size, or whose checksum where it is given, is not the one written."""
         written = self._manifest["files"].get(name)
         if written is None:
             raise UserError(
@@ -469,14 +573,13 @@ class RunFolder:
                 value=str(self.path(name)),
                 fix="move it away and run the stage again",
             )
-        if files.sha256_bytes(content) != written["sha256"]:
+        if size != written["bytes"] or sha256 not in (None, written["sha256"]):
             raise UserError(
                 f"{name} has changed since it was written",
-                value=f"{self.path(name)}: {len(content)} bytes, {written['bytes']} were written",
+                value=f"{self.path(name)}: {size} bytes, {written['bytes']} were written",
                 rule="a result is read only with the checksum that was recorded for it",
                 fix=f"make it anew: {self._command_for(written['stage'], fresh=True)}",
             )
-        return content
 
 
 def _data_files(study: Study, inputs: Inputs) -> dict[str, Any]:

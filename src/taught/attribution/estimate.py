@@ -88,11 +88,9 @@ class Effects:
 
     def errors(
         self, target: str, column: int | None, group: str | None, pathway: str
-    ) -> list[float | None]:
-        """Standard errors of one target's effects, [P]; None where they are exact."""
-        if self.error is None:
-            return [None] * len(self.pair_ids)
-        return list(self.error.of(target, column, group, pathway))
+    ) -> Floats | None:
+        """Standard errors of one target's effects, float64 [P]; None where they are exact."""
+        return None if self.error is None else self.error.of(target, column, group, pathway)
 
 
 def adjoint_effects(

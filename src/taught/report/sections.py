@@ -11,8 +11,9 @@ from taught.analysis.interference import top_offenders
 from taught.report import charts, text
 from taught.report.charts import Point, Scale
 from taught.report.stats import Estimate, mean_interval
+from taught.report.strongest import STRONGEST
 from taught.report.verdict import baselines, scored, trivial_correlations
-from taught.report.view import MAX_PAIRS, Row, Rows, View
+from taught.report.view import Row, Rows, View
 
 Json = dict[str, Any]
 
@@ -52,7 +53,7 @@ def _head(view: View) -> Json:
     if view.coefficients is not None:
         facts.append(("Features", f"{len(view.coefficients)}"))
     if view.summary is not None:
-        facts.append(("Pairs", f"{len(view.summary):,}"))
+        facts.append(("Pairs", f"{len(view.scores):,}"))
     return {"name": view.name, "facts": facts}
 
 
@@ -113,7 +114,8 @@ def _pairs_section(view: View) -> Json | None:
     means = [k for k in rows[0] if k.startswith("mean_y_")] if rows else []
     return {
         "rows": rows,
-        "total": len(view.summary),
+        "total": len(view.scores),
+        "strongest": STRONGEST,
         "category": category,
         "labels": sorted({str(r["label"]) for r in rows}),
         "categories": sorted({str(category.get(r["pair_id"]) or "") for r in rows} - {""}),
@@ -121,13 +123,13 @@ def _pairs_section(view: View) -> Json | None:
         "power": text.common_power(r["score"] for r in rows),
         "mean_power": text.common_power(r[k] for r in rows for k in means),
         "largest": max((abs(r["score"]) for r in rows if r["score"] is not None), default=1.0),
-        "unscored": len(view.summary) - len(scored(view.summary)),
-        "flagged": sum(bool(r["unintended"]) for r in view.summary),
+        "unscored": len(view.scores) - len(view.scores.finite),
+        "flagged": view.scores.unintended,
     }
 
 
 def _kinds(view: View) -> dict[str, int]:
-    return {name: i for i, name in enumerate(sorted({str(r["label"]) for r in view.summary or []}))}
+    return {name: i for i, name in enumerate(sorted(view.scores.names))}
 
 
 def _pathways_section(view: View) -> Json | None:
@@ -167,9 +169,11 @@ def _pathways_section(view: View) -> Json | None:
 def _label_means(view: View, kinds: dict[str, int]) -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
     for label, kind in kinds.items():
-        own = [r for r in scored(view.summary or []) if str(r["label"]) == label]
+        if label not in view.scores.finite.names:
+            continue
         for key, name in (("score", "S"), ("score_x", "x"), ("score_y", "y")):
-            estimate = mean_interval([r[key] for r in own])
+            own = view.scores.finite.own(label, key)
+            estimate = mean_interval(own)
             if estimate is not None:
                 found.append((charts.legend_mark(kind), label, name, len(own), estimate))
     return found
@@ -277,7 +281,7 @@ def _trivial_section(view: View) -> Json | None:
         return None
     scale = Scale(-1.05, 1.05, *FOREST)
     return {
-        "rows": trivial_correlations(view.summary),
+        "rows": trivial_correlations(view.scores),
         "scale": scale,
         "axis": charts.forest_axis(scale),
     }
@@ -286,22 +290,10 @@ def _trivial_section(view: View) -> Json | None:
 def _curation_section(view: View) -> Json | None:
     if view.curation is None:
         return None
-    label = {p["pair_id"]: str(p["label"]) for p in view.pairs or view.summary or []}
-    counts: dict[str, dict[str, int]] = {}
-    for row in view.curation:
-        own = counts.setdefault(label.get(row["pair_id"], "unlabelled"), {"keep": 0, "drop": 0})
-        own[row["action"]] += 1
-    drops = sorted((r for r in view.curation if r["action"] == "drop"), key=lambda r: r["score"])
-    scores = [r[k] for r in view.curation for k in ("score", "threshold")]
     return {
-        "counts": sorted(counts.items()),
-        "drops": drops[:MAX_PAIRS],
-        "n_drops": len(drops),
-        "label": label,
+        "it": view.curation,
         "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
-        "power": text.common_power(scores),
-        "rule": str(view.curation[0]["rule"]) if view.curation else "",
-        "target": view.curation[0].get("target", "score") if view.curation else "score",
+        "power": text.common_power([view.curation.largest]),
     }
 
 

@@ -49,7 +49,7 @@ def show_run(run: RunFolder | Path | str, item: str | None = None) -> Renderable
     UserError
         The folder is not a run, or no pair or feature has this id (close ids are named).
     """
-    view = load_view(run)
+    view = load_view(run, also=[] if item is None else [item])
     if item is None:
         return _overview(view)
     found: list[RenderableType] = []
@@ -86,7 +86,7 @@ def _unknown(view: View, item: str) -> UserError:
     return UserError(
         "No pair or feature has this id",
         value=item,
-        rule=f"one of {count(len(ids), 'id')} of this run",
+        rule=f"the id of one of {count(len(view.scores), 'pair')}, or of a feature",
         fix="close ids: " + ", ".join(near) if near else "taught show RUN lists the strongest",
     )
 

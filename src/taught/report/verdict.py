@@ -6,10 +6,12 @@ Every function is pure: tables in, one :class:`Sentence` out (or None when its t
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+from taught.report.scores import Curated, Scores
 from taught.report.stats import Control, Estimate, mean_interval, spearman_interval
 from taught.report.text import common_power, count, listed, number, percent, signed, tens
 from taught.report.view import Row, Rows, View
@@ -43,11 +45,11 @@ def verdict(view: View) -> list[Sentence]:
         view.policy and fit_sentence(view.policy),
         view.audit and audit_sentence(view.audit, positive_group(view)),
         summary and push_sentence(summary),
-        summary and label_sentence(summary),
+        summary and label_sentence(view.scores.finite),
         summary and step_sentence(summary),
         view.control and unintended_sentence(view.control),
-        summary and trivial_sentence(summary),
-        view.curation and curation_sentence(view.curation, view.pairs or []),
+        summary and trivial_sentence(view.scores.finite),
+        view.curation and curation_sentence(view.curation),
     ]
     return [s for s in sentences if isinstance(s, Sentence)]
 
@@ -216,14 +218,13 @@ def _through(x: float, y: float) -> str:
     return "through both pathways"
 
 
-def label_sentence(summary: Rows) -> Sentence | None:
+def label_sentence(scores: Scores) -> Sentence | None:
     """The mean score of each label with its interval, and the share of each pathway."""
-    groups: dict[str, list[float]] = {}
-    for row in summary:
-        groups.setdefault(str(row["label"]), []).append(row["score"])
-    means = {name: mean_interval(values) for name, values in groups.items()}
+    if len(scores.names) > 4:
+        return None
+    means = {name: mean_interval(scores.own(name, "score")) for name in scores.names}
     known = {name: e for name, e in means.items() if e is not None}
-    if not known or len(known) > 4:
+    if not known:
         return None
     power = common_power([end for e in known.values() for end in (e.value, e.lo, e.hi)])
     parts = [
@@ -231,7 +232,7 @@ def label_sentence(summary: Rows) -> Sentence | None:
         + (f" ({NOTHING.lower()}: the interval includes zero)" if e.includes_zero else "")
         for name, e in known.items()
     ]
-    x, y = (sum(abs(r[f"score_{k}"]) for r in summary) for k in ("x", "y"))
+    x, y = (float(np.abs(scores.columns[f"score_{k}"]).sum()) for k in ("x", "y"))
     share = ""
     if x + y > 0:
         share = f" {percent(y / (x + y))} of the absolute effect runs through output probability, "
@@ -263,25 +264,21 @@ def unintended_sentence(control: Control) -> Sentence:
 TRIVIAL = {"n_response": "response length", "loss": "loss"}
 
 
-def trivial_correlations(summary: Rows) -> list[tuple[str, Estimate]]:
+def trivial_correlations(scores: Scores) -> list[tuple[str, Estimate]]:
     """Rank correlation of S with response length, loss and, with two labels, the label."""
-    score = [_float(r["score"]) for r in summary]
-    columns = {name: [_float(r.get(key)) for r in summary] for key, name in TRIVIAL.items()}
-    labels = [name for name, _ in Counter(str(r["label"]) for r in summary).most_common()]
-    if len(labels) == 2:
-        first = min(labels)
-        columns[f"the label ({first} = 1)"] = [float(r["label"] == first) for r in summary]
+    columns = {name: scores.columns[key] for key, name in TRIVIAL.items()}
+    if len(scores.names) == 2:
+        first = min(scores.names)
+        is_first = scores.label == scores.names.index(first)
+        columns[f"the label ({first} = 1)"] = is_first.astype(np.float64)
+    score = scores.columns["score"]
     found = ((name, spearman_interval(score, values)) for name, values in columns.items())
     return [(name, e) for name, e in found if e is not None]
 
 
-def _float(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def trivial_sentence(summary: Rows) -> Sentence | None:
+def trivial_sentence(scores: Scores) -> Sentence | None:
     """Whether something trivial ranks the pairs as the score does."""
-    found = trivial_correlations(summary)
+    found = trivial_correlations(scores)
     if not found:
         return None
     parts = listed([f"{e.text()} with {name}" for name, e in found], 4)
@@ -321,27 +318,18 @@ def step_sentence(summary: Rows) -> Sentence | None:
     return Sentence("Linear value", "found" if good else "caution", text)
 
 
-def curation_sentence(curation: Rows, pairs: Rows) -> Sentence:
+def curation_sentence(curation: Curated) -> Sentence:
     """What to drop under the study's rule."""
-    drops = [r for r in curation if r["action"] == "drop"]
-    rule = str(curation[0]["rule"])
-    target = str(curation[0].get("target", "score"))
-    rule += "" if target == "score" else f" by {target}"
-    if not drops:
-        text = f"The rule “{rule}” keeps all {count(len(curation), 'pair')}: nothing to drop."
+    rule = curation.rule
+    rule += "" if curation.target == "score" else f" by {curation.target}"
+    if not curation.n_drops:
+        text = f"The rule “{rule}” keeps all {count(curation.n, 'pair')}: nothing to drop."
         return Sentence("Curation", "none", text)
-    label = {p["pair_id"]: str(p["label"]) for p in pairs}
-    kinds = Counter(label.get(r["pair_id"], "unlabelled") for r in drops)
-    split = listed([f"{n} {name}" for name, n in kinds.most_common()], 4)
+    kinds = sorted(curation.counts.items(), key=lambda item: -item[1]["drop"])
+    split = listed([f"{own['drop']} {name}" for name, own in kinds if own["drop"]], 4)
     text = (
-        f"The rule “{rule}” suggests to drop {len(drops)} of {count(len(curation), 'pair')} "
-        f"({split}), {_farthest(drops)}. It rests on one-step estimates; whether dropping them "
-        "helps is known only after retraining."
+        f"The rule “{rule}” suggests to drop {curation.n_drops} of {count(curation.n, 'pair')} "
+        f"({split}), first of all {listed(curation.farthest)}. It rests on one-step estimates; "
+        "whether dropping them helps is known only after retraining."
     )
     return Sentence("Curation", "found", text)
-
-
-def _farthest(drops: Rows) -> str:
-    """The three pairs that lie farthest past their threshold."""
-    far = sorted(drops, key=lambda r: -abs(r["score"] - (r["threshold"] or 0.0)))[:3]
-    return "first of all " + listed([str(r["pair_id"]) for r in far])

@@ -1,7 +1,12 @@
-"""A run folder as the report reads it: tables by id, None for what is not there yet."""
+"""A run folder as the report reads it: tables by id, None for what is not there yet.
+
+Of a run with many pairs only some are read as rows (``strongest.py``); what is said about all pairs
+comes from columns (``scores.py``).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from taught.report.scores import COLUMNS, Curated, Scores
 from taught.report.stats import Control, cluster_order, unintended_control
+from taught.report.strongest import listed_pairs
 from taught.report.text import clean, cleaned
 from taught.run import RunFolder
 
 Row = dict[str, Any]
 Rows = list[Row]
 Floats = NDArray[np.float64]
-MAX_PAIRS = 1000
+LARGE = 2000  # more pairs than these are not all listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +55,13 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What the report shows of one run. Text has lost control characters and kept its markup."""
+    """What the report shows of one run. Text has lost control characters and kept its markup.
+
+    Attributes
+    ----------
+    pairs, summary, shifts, effects : of the pairs that are listed, all of them unless ``large``
+    counted : columns over all pairs of a large run; None when all are listed
+    """
 
     name: str
     manifest: Row
@@ -61,7 +74,8 @@ class View:
     audit: Rows | None
     pairs: Rows | None
     summary: Rows | None
-    curation: Rows | None
+    curation: Curated | None
+    counted: Scores | None
     shifts: Shifts | None
     effects: Matrix | None
     comovement: Matrix | None
@@ -75,8 +89,8 @@ class View:
 
     @cached_property
     def control(self) -> Control | None:
-        """Pairs that act mainly on unintended features, against chance; None without the shifts."""
-        if self.summary is None or self.shifts is None:
+        """Pairs that act mainly on unintended features, against chance; None without all shifts."""
+        if self.summary is None or self.shifts is None or self.large:
             return None
         intended = {r["pair_id"]: r["intended"] or [] for r in self.summary}
         sets = [intended.get(pair, []) for pair in self.shifts.pair_ids]
@@ -90,8 +104,17 @@ class View:
     @cached_property
     def shown(self) -> Rows:
         """Pairs of the pair table, largest |S| first; a pair's place is its index in the page."""
-        rows = sorted(self.summary or [], key=lambda r: -abs(r["score"] or 0.0))
-        return rows[:MAX_PAIRS]
+        return sorted(self.summary or [], key=lambda r: -abs(r["score"] or 0.0))
+
+    @property
+    def large(self) -> bool:
+        """Whether there are more pairs than those that are listed."""
+        return self.counted is not None
+
+    @cached_property
+    def scores(self) -> Scores:
+        """What is counted over all pairs."""
+        return self.counted or Scores.of(self.summary or [])
 
     @property
     def groups(self) -> list[str]:
@@ -101,10 +124,15 @@ class View:
         return sorted(names, key=lambda name: name != first)
 
 
-def load_view(run: RunFolder | Path | str) -> View:
+def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
     """Read a run folder.
 
     A file counts only when the stage that wrote it is complete; the files of other stages are None.
+
+    Parameters
+    ----------
+    also
+        Ids of pairs to list in any case, where the run has too many to list them all.
 
     Raises
     ------
@@ -118,6 +146,8 @@ def load_view(run: RunFolder | Path | str) -> View:
     study = manifest.get("study") or {}
     policy = run.read_json("policy") if "policy.json" in files else None
     labels = run.read_json("labels") if "labels.json" in files else None
+    estimator = (study.get("attribution") or {}).get("estimator")
+    counted, listed = _large(run, files, estimator, also)
     return View(
         name=str(study.get("name") or run.folder.resolve().name),
         manifest=manifest,
@@ -125,14 +155,37 @@ def load_view(run: RunFolder | Path | str) -> View:
         policy=cast("Row | None", cleaned(policy)),
         labels=labels
         and {int(key): _label(cast(Row, cleaned(row))) for key, row in labels.items()},
-        shifts=_shifts(run, files, (study.get("attribution") or {}).get("estimator")),
-        effects=_matrix(run, files, "prompt_effects", "dy", "pair_ids", "prompt_ids"),
-        comovement=_matrix(run, files, "comovement", "r", "feature_ids", "feature_ids"),
+        counted=counted,
+        curation=_curated(run, files),
+        shifts=_shifts(run, files, estimator, listed),
+        effects=_matrix(run, files, "prompt_effects", "dy", ("pair_ids", "prompt_ids"), listed),
+        comovement=_matrix(run, files, "comovement", "r", ("feature_ids", "feature_ids")),
         **{name: _rows(run, files, name) for name in _TABLES},
+        **{name: _rows(run, files, name, listed) for name in _PAIR_TABLES},
     )
 
 
-_TABLES = ("prompts", "features", "coefficients", "audit", "pairs", "summary", "curation")
+_TABLES = ("prompts", "features", "coefficients", "audit")
+_PAIR_TABLES = ("pairs", "summary")
+
+
+def _large(
+    run: RunFolder, files: set[str], estimator: str | None, also: Collection[str]
+) -> tuple[Scores | None, list[str] | None]:
+    """Columns over all pairs and the ids of those to list; None where all are listed."""
+    if "summary.parquet" not in files or (footer := run.footer("summary")).num_rows <= LARGE:
+        return None, None
+    names = footer.schema.to_arrow_schema().names
+    means = [name for name in names if name.startswith("mean_y_")]
+    wanted = ["pair_id", "label", *COLUMNS, "unintended", "outside_change", "step_score", *means]
+    summary = run.read_table("summary", [name for name in wanted if name in names])
+    return Scores.of(summary), listed_pairs(run, summary, estimator, also)
+
+
+def _curated(run: RunFolder, files: set[str]) -> Curated | None:
+    if "curation.parquet" not in files:
+        return None
+    return Curated.of(run.read_table("curation"), run.read_table("summary", ["pair_id", "label"]))
 
 
 def _label(row: Row) -> Row:
@@ -163,34 +216,50 @@ def _complete_files(run: RunFolder) -> set[str]:
     return {name for name, record in manifest["files"].items() if record["stage"] in done}
 
 
-def _rows(run: RunFolder, files: set[str], name: str) -> Rows | None:
+def _rows(
+    run: RunFolder, files: set[str], name: str, listed: list[str] | None = None
+) -> Rows | None:
     if f"{name}.parquet" not in files:
         return None
-    rows = cast(Rows, cleaned(run.read_table(name).to_pylist()))
+    rows = cast(Rows, cleaned(run.read_table(name, rows=_of_pairs(listed)).to_pylist()))
     for row in rows:
-        if "label" in row and name in ("pairs", "summary"):
+        if "label" in row and name in _PAIR_TABLES:
             row["label"] = str(row["label"] or "unlabelled")
     return rows
 
 
+def _of_pairs(listed: list[str] | None) -> pc.Expression | None:
+    return None if listed is None else pc.field("pair_id").isin(listed)
+
+
 def _matrix(
-    run: RunFolder, files: set[str], name: str, tensor: str, rows: str, columns: str
-) -> Matrix | None:
+    run: RunFolder, files: set[str], name: str, tensor: str, axes: tuple[str, str],
+    listed: list[str] | None = None,
+) -> Matrix | None:  # fmt: skip
     if f"{name}.safetensors" not in files:
         return None
-    arrays, ids = run.read_tensors(name)
-    row_ids, column_ids = (cast("list[Any]", cleaned(ids[key])) for key in (rows, columns))
-    return Matrix(row_ids, column_ids, arrays[tensor].astype(np.float64))
+    if listed is None:
+        arrays, ids = run.read_tensors(name)
+        row_ids, values = ids[axes[0]], arrays[tensor]
+    else:
+        row_ids, values, ids = run.read_tensor_rows(name, tensor, axes[0], set(listed))
+    row_ids, column_ids = (cast("list[Any]", cleaned(names)) for names in (row_ids, ids[axes[1]]))
+    return Matrix(row_ids, column_ids, values.astype(np.float64))
 
 
-def _shifts(run: RunFolder, files: set[str], estimator: str | None) -> Shifts | None:
+def _shifts(
+    run: RunFolder, files: set[str], estimator: str | None, listed: list[str] | None
+) -> Shifts | None:
     if "influence.parquet" not in files:
         return None
-    table = run.read_table("influence")
-    split = pc.is_in(table["pathway"], pa.array(["x", "y"]))
-    table = table.filter(pc.and_(pc.equal(table["target"], "coefficient"), split))
-    if table.num_rows == 0:
+    rows = (pc.field("target") == "coefficient") & pc.field("pathway").isin(["x", "y"])
+    chosen = _of_pairs(listed)
+    rows = rows if chosen is None else rows & chosen
+    columns = ["pair_id", "feature_id", "pathway", "value", "estimator"]
+    parts = [part for part in run.read_parts("influence", columns, rows) if part.num_rows]
+    if not parts:
         return None
+    table = pa.concat_tables(parts)
     table = _one_estimator(table, estimator)
     pair = table["pair_id"].combine_chunks().dictionary_encode()
     feature = table["feature_id"].combine_chunks().dictionary_encode()

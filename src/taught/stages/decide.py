@@ -34,12 +34,13 @@ def curate(
     study = study if k is None else study.replace("curation.k", k)
     target = target or "score"
     with run.stage("curate", study, {"curation.target": target}):
-        summary = run.read_table("summary").to_pylist()
-        column = _score_column(summary, study.curation.rule, target)
+        names = run.footer("summary").schema.to_arrow_schema().names
+        column = _score_column(names, study.curation.rule, target)
+        summary = run.read_table("summary", ["pair_id", "label", column])
         decisions = decide(
-            [row["pair_id"] for row in summary],
-            [row["label"] for row in summary],
-            [row[column] for row in summary],
+            summary["pair_id"].to_pylist(),
+            summary["label"].to_pylist(),
+            summary[column].to_pylist(),
             rule=study.curation.rule,
             k=study.curation.k if study.curation.rule == "top-k" else None,
             target=target,
@@ -48,12 +49,12 @@ def curate(
         _write_choice(run, study, decisions)
 
 
-def _score_column(summary: list[dict[str, Any]], rule: str, target: str | None) -> str:
+def _score_column(names: list[str], rule: str, target: str | None) -> str:
     if target in (None, "score"):
         return "score"
     column = target.replace(":", "_") if target else ""
-    if rule != "top-k" or column not in summary[0] or not column.startswith("mean_y_"):
-        known = [name.replace("mean_y_", "mean_y:") for name in summary[0] if "mean_y_" in name]
+    if rule != "top-k" or column not in names or not column.startswith("mean_y_"):
+        known = [name.replace("mean_y_", "mean_y:") for name in names if "mean_y_" in name]
         raise UserError(
             "this target cannot be curated by",
             value=target,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,7 +48,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         pairs, encoded, fitted = ready.pairs, ready.encoded, ready.fitted
         effects, checks = estimate(study, run, subject, ready, progress, stage.partial)
         intended = _intended(study, subject, pairs, fitted)
-        _write_effects(run, study, fitted, effects)
+        _write_effects(run, fitted, effects)
         _write_pairs(run, pairs, encoded, effects)
         _write_summary(run, pairs, encoded, fitted, effects, intended, checks)
         if effects.error is not None:
@@ -118,13 +120,9 @@ def _named_features(pair: Pair, fitted: Policy) -> list[int] | None:
     return named or None
 
 
-def _write_effects(run: RunFolder, study: Study, fitted: Policy, effects: Effects) -> None:
-    parts = [_long(effects, "score", None, None, path) for path in ("x", "y", "total")]
-    parts += [_long(effects, "mean_y", None, group, "y") for group in effects.mean_y]
+def _write_effects(run: RunFolder, fitted: Policy, effects: Effects) -> None:
+    write_influence(run, effects.pair_ids, effects.estimator, _parts(fitted, effects))
     if effects.shift is not None:
-        for column, feature_id in enumerate(fitted.feature_ids.tolist()):
-            parts += [_long(effects, "coefficient", (column, feature_id), None, path)
-                      for path in ("x", "y", "total")]  # fmt: skip
         r = comovement(effects.shift.total)
         run.write_tensors(
             "comovement",
@@ -132,7 +130,6 @@ def _write_effects(run: RunFolder, study: Study, fitted: Policy, effects: Effect
             {"feature_ids": fitted.feature_ids.tolist()},
             axes={"r": ("feature_ids", "feature_ids")},
         )
-    run.write_table("influence", pa.concat_tables(parts))
     if effects.dy is not None:
         run.write_tensors(
             "prompt_effects",
@@ -153,7 +150,7 @@ def _write_effects(run: RunFolder, study: Study, fitted: Policy, effects: Effect
         )
 
 
-_LONG = pa.schema(
+INFLUENCE = pa.schema(
     [
         ("pair_id", pa.string()),
         ("target", pa.string()),
@@ -167,44 +164,85 @@ _LONG = pa.schema(
 )
 
 
-def _long(
-    effects: Effects, target: str, feature: tuple[int, int] | None, group: str | None, pathway: str
-) -> pa.Table:
-    """Rows of one target and pathway, all pairs, in long form."""
-    values = effects.values(target, feature[0] if feature else None, group, pathway)
-    n = len(effects.pair_ids)
-    columns = [
-        list(effects.pair_ids),
-        [target] * n,
-        [feature[1] if feature else None] * n,
-        [group] * n,
-        [pathway] * n,
-        values,
-        effects.errors(target, feature[0] if feature else None, group, pathway),
-        [effects.estimator] * n,
-    ]
-    return pa.table(dict(zip(_LONG.names, columns, strict=True)), schema=_LONG)
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One value of every pair: a row group of ``influence.parquet``.
+
+    Attributes
+    ----------
+    key : target, feature id, group and pathway, as the columns of that name
+    values : float64 [P]
+    errors : float64 [P], their standard errors; None where they are exact
+    """
+
+    key: tuple[str, int | None, str | None, str]
+    values: np.ndarray
+    errors: np.ndarray | None = None
+
+
+def write_influence(
+    run: RunFolder, pair_ids: Sequence[str], estimator: str, parts: Iterable[Part]
+) -> None:
+    """Write the long table part by part, so that only one part is in memory."""
+    ids = pa.array(pair_ids, pa.string())
+    with run.table_writer("influence", INFLUENCE, unique=("pair_id",)) as write:
+        for part in parts:
+            write(_long(ids, estimator, part))
+
+
+def _parts(fitted: Policy, effects: Effects) -> Iterator[Part]:
+    features = fitted.feature_ids.tolist() if effects.shift is not None else []
+    for pathway in ("x", "y", "total"):
+        yield _part(effects, "score", None, None, None, pathway)
+    for group in effects.mean_y:
+        yield _part(effects, "mean_y", None, None, group, "y")
+    for column, feature_id in enumerate(features):
+        for pathway in ("x", "y", "total"):
+            yield _part(effects, "coefficient", column, feature_id, None, pathway)
+
+
+def _part(
+    effects: Effects,
+    target: str,
+    column: int | None,
+    feature_id: int | None,
+    group: str | None,
+    pathway: str,
+) -> Part:
+    name = (target, column, group, pathway)
+    key = (target, feature_id, group, pathway)
+    return Part(key, effects.values(*name), effects.errors(*name))
+
+
+def _long(ids: pa.Array, estimator: str, part: Part) -> pa.Table:
+    """Rows of one part in long form. Exact estimators have no standard error: null."""
+    cells = (*part.key, part.values, part.errors, estimator)
+    columns = [ids]
+    for field, cell in zip(list(INFLUENCE)[1:], cells, strict=True):
+        whole = isinstance(cell, np.ndarray)
+        columns.append(
+            pa.array(cell) if whole else pa.repeat(pa.scalar(cell, field.type), len(ids))
+        )
+    return pa.Table.from_arrays(columns, schema=INFLUENCE)
 
 
 def _write_pairs(run: RunFolder, pairs: PairSet, encoded: Any, effects: Effects) -> None:
     tokens = {e.id: e for e in encoded}
+    own = [tokens[pair.id] for pair in pairs]
     loss = dict(zip(effects.pair_ids, effects.losses, strict=True))
-    rows = [
-        {
-            "pair_id": pair.id,
-            "prompt": pair.prompt,
-            "response": pair.response,
-            "label": pair.label,
-            "category": pair.category,
-            "source": pair.source,
-            "n_tokens": len(tokens[pair.id].input_ids),
-            "n_response": tokens[pair.id].n_response,
-            "truncated": tokens[pair.id].truncated,
-            "loss": float(loss[pair.id]),
-        }
-        for pair in pairs
-    ]
-    run.write_table("pairs", pa.Table.from_pylist(rows))
+    columns = {
+        "pair_id": [pair.id for pair in pairs],
+        "prompt": [pair.prompt for pair in pairs],
+        "response": [pair.response for pair in pairs],
+        "label": [pair.label for pair in pairs],
+        "category": [pair.category for pair in pairs],
+        "source": [pair.source for pair in pairs],
+        "n_tokens": [len(e.input_ids) for e in own],
+        "n_response": [e.n_response for e in own],
+        "truncated": [e.truncated for e in own],
+        "loss": [float(loss[pair.id]) for pair in pairs],
+    }
+    run.write_table("pairs", pa.table(columns))
 
 
 def _write_summary(
@@ -216,32 +254,31 @@ def _write_summary(
     intended: dict[str, list[int]],
     checks: dict[str, dict[str, float]],
 ) -> None:
+    ids = effects.pair_ids
     by_pair = {row["pair_id"]: row for row in _interference(fitted, effects, intended)}
     label = {pair.id: pair.label for pair in pairs}
     length = {e.id: e.n_response for e in encoded}
-    order = np.argsort(-np.abs(effects.score.sum(0)), kind="stable")
-    rank = {effects.pair_ids[i]: place + 1 for place, i in enumerate(order)}
-    rows = []
-    for i, pair_id in enumerate(effects.pair_ids):
-        x, y = effects.score[:, i]
-        rows.append(
-            {
-                "pair_id": pair_id,
-                "label": label[pair_id],
-                "score": float(x + y),
-                "score_x": float(x),
-                "score_y": float(y),
-                **{f"mean_y_{g}": float(v[i]) for g, v in effects.mean_y.items()},
-                "loss": float(effects.losses[i]),
-                "n_response": length[pair_id],
-                "rank": rank[pair_id],
-                **by_pair[pair_id],
-                "step_score": None,
-                "refit_score": None,
-                **checks.get(pair_id, {}),
-            }
-        )
-    run.write_table("summary", pa.Table.from_pylist(rows))
+    x, y = effects.score
+    se = effects.errors("score", None, None, "total")
+    rank = np.empty(len(ids), dtype=np.int64)
+    rank[np.argsort(-np.abs(x + y), kind="stable")] = np.arange(1, len(ids) + 1)
+    columns: dict[str, Any] = {
+        "pair_id": list(ids),
+        "label": [label[i] for i in ids],
+        "score": x + y,
+        "score_x": x,
+        "score_y": y,
+        "score_se": pa.nulls(len(ids), pa.float64()) if se is None else se,
+        **{f"mean_y_{group}": values for group, values in effects.mean_y.items()},
+        "loss": effects.losses,
+        "n_response": [length[i] for i in ids],
+        "rank": rank,
+    }
+    said = [name for name in by_pair[ids[0]] if name != "pair_id"]
+    columns |= {name: [by_pair[i][name] for i in ids] for name in said}
+    for name in ("step_score", "refit_score"):
+        columns[name] = [checks.get(i, {}).get(name) for i in ids]
+    run.write_table("summary", pa.table(columns))
 
 
 def _interference(

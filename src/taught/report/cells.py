@@ -1,0 +1,56 @@
+"""An Arrow table for people (a rich table in the terminal) and for programs (CSV)."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from typing import IO
+
+import pyarrow as pa
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from taught.report.text import clean, count, shorten
+
+ROWS = 200
+WIDTH = 400
+
+
+def rich_table(table: pa.Table) -> RenderableType:
+    """The first rows, numbers to the right; says how many there are beyond them."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for field in table.schema:
+        number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+        header = Text(clean(field.name), "dim")
+        shown.add_column(header, justify="right" if number else "left", overflow="fold")
+    for row in _rows(table.slice(0, ROWS)):
+        shown.add_row(*(Text(_shown(cell)) for cell in row))
+    if table.num_rows <= ROWS:
+        return shown
+    return Group(shown, Text(f"{count(table.num_rows - ROWS, 'more row')}; --csv has all", "dim"))
+
+
+def write_csv(table: pa.Table, out: IO[str]) -> None:
+    """All rows; nothing for a missing value, JSON for lists and records."""
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(table.column_names)
+    for batch in table.to_batches(max_chunksize=10_000):
+        for row in _rows(batch):
+            writer.writerow("" if cell is None else _plain(cell) for cell in row)
+
+
+def _rows(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[object, ...]]:
+    return zip(*(column.to_pylist() for column in table.columns), strict=True)
+
+
+def _plain(cell: object) -> object:
+    return json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell
+
+
+def _shown(cell: object) -> str:
+    if cell is None:
+        return ""
+    text = f"{cell:.6g}" if isinstance(cell, float) else str(_plain(cell))
+    return shorten(clean(text), WIDTH)

@@ -1,0 +1,265 @@
+"""Run commands in children that are killed with kill -9, and start them again until they end.
+
+A program, not a module of tests: it imports everything once and forks a child per attempt, because
+importing torch takes longer than the tiny study. Nothing is computed before a fork, so the children
+inherit no threads.
+
+    python kill9.py moments STUDY FOLDER KILLS      killed after a random part of the time
+    python kill9.py made-up FOLDER                  killed at every change of the disk, with stages
+                                                    that compute nothing
+    python kill9.py real STUDY FOLDER STEP          at every so many changes, with the real ones
+
+Each compares nothing: it leaves ``FOLDER/whole``, of an attempt that nobody stopped, beside the
+others, and prints how often it killed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+Work = Callable[[], None]
+CHANGES = ("mkdir", "unlink", "rmdir")
+
+
+def attempt(work: Work, *, seconds: float | None = None, call: int | None = None) -> bool:
+    """Do the work in a child that is killed after some seconds or dies at its n-th call.
+
+    True when it came to its end first.
+    """
+    child = os.fork()
+    if child == 0:
+        _in_child(work, call)
+    end = None if seconds is None else time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, 0 if end is None else os.WNOHANG)
+        if done:
+            break
+        if end is not None and time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            end = None
+        time.sleep(0.002)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return False
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit("the child failed by itself: see above")
+    return True
+
+
+def _in_child(work: Work, call: int | None) -> None:
+    """Never returns: the child must not go on with its parent's program."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if call is not None:
+            die_at(call)
+        work()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def die_at(call: int) -> None:
+    """Kill this process at its n-th change of the disk.
+
+    Within a write (half is written), before and after a replacement, before files and folders are
+    made and deleted. A sync is no change: what a process wrote outlives it, synced or not. So none
+    is made either, which saves time.
+    """
+    from taught import files
+
+    left = [call]
+
+    def due() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Dying(io.BufferedWriter):
+        def write(self, data) -> int:
+            if due():
+                super().write(bytes(data)[: len(data) // 2])
+                self.flush()
+                die()
+            return super().write(data)
+
+    def before(name: str) -> None:
+        real = getattr(os, name)
+
+        def call_it(path, *args, **options):
+            if (name != "unlink" or options or os.path.exists(path)) and due():
+                die()
+            return real(path, *args, **options)
+
+        setattr(os, name, call_it)
+
+    real_replace = os.replace
+
+    def replace(*args) -> None:
+        if due():
+            die()
+        real_replace(*args)
+        if due():
+            die()
+
+    os.replace = replace
+    os.fsync = lambda _handle: None
+    for name in CHANGES:
+        before(name)
+    files.open = lambda path, mode: (Dying if mode == "wb" else io.BufferedReader)(
+        io.FileIO(path, mode)
+    )
+
+
+def at_every_call(works: list[Work], check: Callable[[], None], step: int = 1) -> int:
+    """Do the works in turn, each killed at its first call, a later one, ... until it ends."""
+    kills = 0
+    for work in works:
+        call = 1
+        while not attempt(work, call=call):
+            check()
+            call += step
+            kills += 1
+    return kills
+
+
+def commands(study: str, folder: Path) -> list[Work]:
+    """The command line's four steps."""
+    from taught.cli import run_command
+
+    sys.argv = ["taught", "some", "command"]  # stands in the manifest
+    lines = [["policy", study, "--run", str(folder), "-q"],
+             ["attribute", study, "--run", str(folder), "-q"],
+             ["curate", str(folder)], ["report", str(folder)]]  # fmt: skip
+
+    def run(line: list[str]) -> None:
+        if run_command(line) != 0:
+            raise SystemExit(1)
+
+    return [lambda line=line: run(line) for line in lines]
+
+
+def in_turn(works: list[Work]) -> Work:
+    def work() -> None:
+        for each in works:
+            each()
+
+    return work
+
+
+def stand_ins(folder: Path) -> list[Work]:
+    """Stages with made-up numbers: the run folder's part of the work, in milliseconds."""
+    import numpy as np
+    import pyarrow as pa
+
+    import synthetic_run as made_up
+    from taught.fingerprint import code_digest
+    from taught.report.build import render
+    from taught.report.view import load_view
+    from taught.run import RunFolder
+
+    code_digest()  # once, not in every child
+
+    class InParts(RunFolder):
+        def write_table(self, name: str, table: pa.Table) -> None:
+            if name != "influence":
+                super().write_table(name, table)
+                return
+            with self.table_writer(name, table.schema) as write:
+                for start in range(0, table.num_rows, 40):
+                    write(table.slice(start, 40))
+
+    study = made_up.synthetic_study(folder.with_name("run"))
+    size = made_up.Size(prompts=12, features=3, pairs=6)
+
+    def stage(name: str, write: Callable, kind: type[RunFolder]) -> None:
+        run = kind(folder)
+        with run.stage(name, study, {"model.weights": "5af571cb"}) as active:
+            if active.done:
+                return
+            for key in ("one", "two"):
+                if active.partial.load(key) is None:
+                    active.partial.save(key, {"x": np.arange(3.0)})
+            write(run, made_up._Made(size, False, np.random.default_rng(0)))
+
+    def report() -> None:
+        run = RunFolder.open(folder)
+        with run.stage("report", run.study):
+            run.verify()
+            run.write_text("report.html", render(load_view(folder)))
+
+    return [
+        lambda: stage("policy", made_up._write_policy, RunFolder),
+        lambda: stage("attribute", made_up._write_attribute, InParts),
+        lambda: stage("curate", made_up._write_curate, RunFolder),
+        report,
+    ]
+
+
+def checked(folder: Path) -> Callable[[], None]:
+    """After every kill: the folder opens and what it calls finished is whole."""
+    from taught.run import RunFolder
+
+    return lambda: RunFolder(folder).verify()
+
+
+def moments(study: str, folder: Path, kills: int) -> int:
+    """Kill after random parts of the time that a whole run takes; finished runs begin anew."""
+    start = time.monotonic()
+    attempt(in_turn(commands(study, folder / "whole")))
+    seconds = time.monotonic() - start
+    rng, killed, run = random.Random(0), 0, 0
+    while killed < kills:
+        again = folder / f"killed-{run}"
+        done = attempt(in_turn(commands(study, again)), seconds=rng.random() * seconds)
+        checked(again)()
+        killed, run = killed + (not done), run + done
+    attempt(in_turn(commands(study, folder / f"killed-{run}")))
+    return killed
+
+
+def import_all() -> None:
+    """What the commands need, so that no child spends its time with imports."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    import taught.report.build
+    import taught.stages
+    from taught.fingerprint import code_digest
+
+    assert all((AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, taught.stages))
+    torch.set_num_threads(1)
+    code_digest()  # once, not in every child
+
+
+def main(mode: str, *args: str) -> None:
+    if mode == "made-up":
+        (folder,) = map(Path, args)
+        attempt(in_turn(stand_ins(folder / "whole")))
+        again = folder / "killed-0"
+        kills = at_every_call(stand_ins(again), checked(again))
+    else:
+        import_all()
+        study, folder = args[0], Path(args[1])
+        if mode == "moments":
+            kills = moments(study, folder, int(args[2]))
+        else:
+            attempt(in_turn(commands(study, folder / "whole")))
+            again = folder / "killed-0"
+            kills = at_every_call(commands(study, again), checked(again), int(args[2]))
+    print(json.dumps({"kills": kills}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
