@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from taught.attribution.adjoint import feature_effects, target_effects
 from taught.attribution.forward_mode import tangents
 from taught.attribution.prompt_effects import prompt_effects
+from taught.errors import UserError
 from taught.features.pooling import POSITIONS
 from taught.policy.ridge import Policy, coefficient_shift, fit_policy, pathway_sums, score
 from taught.target import (
@@ -236,3 +238,59 @@ def test_invariant_4_forward_mode_leaves_the_model_as_it_was() -> None:
     before = snapshot(model)
     list(tangents(tiny_problem(model), tiny_pairs()))
     assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointing_changes_nothing_but_the_memory(name: str) -> None:
+    from taught.attribution.sketch import pair_sketches
+    from taught.model.projection import Projection
+
+    model = tiny_model(name)
+    problem = tiny_problem(model)
+    before = snapshot(model)
+    n, d = len(problem.prompts), 5
+    gen = torch.Generator().manual_seed(0)
+    A = torch.randn(2, n, d, dtype=torch.float64, generator=gen)
+    B = torch.randn(2, n, dtype=torch.float64, generator=gen)
+    again = replace(problem, checkpointing=True)
+    for found, wanted in (
+        (target_effects(again, tiny_pairs(), A, B), target_effects(problem, tiny_pairs(), A, B)),
+        (
+            [part.values for part in pair_sketches(again, Projection(model, 4096), tiny_pairs())],
+            [part.values for part in pair_sketches(problem, Projection(model, 4096), tiny_pairs())],
+        ),
+    ):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    assert same(before, snapshot(model))
+
+
+def test_checkpointing_of_a_subset_runs_only_what_moves() -> None:
+    model = tiny_model("tied")
+    parts = ("model.layers.2.*", "model.norm.*")
+    problem = tiny_problem(model, parameters=parts)
+    n = len(problem.prompts)
+    A, B = torch.zeros(1, n, 5, dtype=torch.float64), torch.ones(1, n, dtype=torch.float64)
+    wanted, _ = target_effects(problem, tiny_pairs(), A, B)
+    calls = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    found, _ = target_effects(replace(problem, checkpointing=True), tiny_pairs(), A, B)
+    handle.remove()
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
+    assert calls
+
+
+def test_checkpointing_refuses_blocks_that_are_not_a_chain() -> None:
+    model = tiny_model("untied")
+    kept = []
+    model.model.layers[0].register_forward_hook(lambda _m, _a, out: kept.append(out))
+
+    def also(_module, _args, out):  # the last block takes the first one's output by another way
+        return out + kept[-1]
+
+    model.model.layers[2].register_forward_hook(also)
+    problem = tiny_problem(model, checkpointing=True)
+    n = len(problem.prompts)
+    A, B = torch.zeros(1, n, 5, dtype=torch.float64), torch.ones(1, n, dtype=torch.float64)
+    with pytest.raises(UserError, match="not a chain"):
+        target_effects(problem, tiny_pairs(), A, B)

@@ -35,7 +35,8 @@ _SECTIONS = {
 }
 _CONTENT_KEYS = ("model.id", "model.adapter", "model.chat_template", "sae.path", "prompts.path",
                  "pairs.path", "features.labels", "attribution.moments")  # fmt: skip
-_IGNORED = ("attribution.memory_gb", "attribution.batch_tokens", "sketch.store")
+_IGNORED = ("attribution.memory_gb", "attribution.batch_tokens", "attribution.checkpointing",
+            "sketch.store")  # fmt: skip
 _CHECKPOINTS = "attribution.checkpoints"
 _FOLDERS = ("model.id", "model.adapter", "sae.path", _CHECKPOINTS)
 # Files of a model or SAE folder that define it (a README does not).

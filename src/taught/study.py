@@ -178,6 +178,7 @@ class AttributionSpec(_Section):
     exact_top: int = _field(3, rules.whole(0))
     memory_gb: float = _field(3.75, rules.number(above=0))
     batch_tokens: int = _field(512, rules.whole(1))
+    checkpointing: bool = _field(False, rules.flag())
     parameters: tuple[str, ...] | None = _field(None, rules.optional(rules.list_of(rules.text())))
     curvature: Literal["identity", "adam"] = _field("identity", rules.one_of("identity", "adam"))
     moments: str | None = _field(None, rules.optional(rules.path()))

@@ -20,7 +20,7 @@ Nothing here changes a weight. Memory: the queries (parameters x targets, in chu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from taught.attribution.pairs import PairBatch, PairInput, batch_pairs, refuse_nonfinite
 from taught.features.pooling import FeatureMap
 from taught.model.behavior import PrefixBehavior
+from taught.model.blockwise import by_block, checkpointed, refuse_no_chain
 from taught.model.gradients import (
     Factor,
     Query,
@@ -63,6 +64,7 @@ class Problem:
     parameters : patterns of the parameters that the step moves (``moving_parameters``); None: all
     scale : diagonal of C^-1 by parameter name, in the parameter's shape; None: C = 1
     X : float64 [N, d], activations at the model's weights; None: those of the policy
+    checkpointing : run the blocks again for the pairs' gradients instead of keeping activations
     """
 
     model: nn.Module
@@ -76,6 +78,7 @@ class Problem:
     parameters: tuple[str, ...] | None = None
     scale: Mapping[str, Tensor] | None = None
     X: Tensor | None = None
+    checkpointing: bool = False
 
     def scale_of(self, name: str) -> Tensor | None:
         """One parameter's diagonal of C^-1, or None for 1."""
@@ -276,9 +279,10 @@ def _contract_pairs(
     effects = torch.zeros(len(pairs), count, dtype=torch.float64)
     losses = torch.zeros(len(pairs), dtype=torch.float64)
     needed = [s for s in sites if s.weight in queries or s.bias in queries]
+    refuse_unfit(problem, needed, pairs)
     for batch in batch_pairs(pairs, problem.batch_tokens):
         index = list(batch.index)
-        losses[index], factors = pair_gradients(problem.model, needed, batch, pairs)
+        losses[index], factors = pair_gradients(problem, needed, batch, pairs)
         for factor in factors:
             if factor.param in queries:
                 effects[index] -= (
@@ -289,18 +293,33 @@ def _contract_pairs(
     return effects, losses
 
 
+def refuse_unfit(problem: Problem, sites: Sequence[Site], pairs: Sequence[PairInput]) -> None:
+    """Raise a UserError where checkpointing is asked for and the model's blocks are not a chain."""
+    if problem.checkpointing:
+        (batch,) = batch_pairs(pairs[:1], problem.batch_tokens)
+        run = partial(batch.losses, problem.model)
+        refuse_no_chain(problem.model, by_block(problem.model, sites), run)
+
+
 def pair_gradients(
-    model: nn.Module, sites: Sequence[Site], batch: PairBatch, pairs: Sequence[PairInput]
-) -> tuple[Tensor, list[Factor]]:
-    """Losses of a batch of pairs (float64 [B]) and the factors of their gradients.
+    problem: Problem, sites: Sequence[Site], batch: PairBatch, pairs: Sequence[PairInput]
+) -> tuple[Tensor, Iterator[Factor]]:
+    """Losses of a batch of pairs (float64 [B]) and the factors of their gradients, to be used once.
 
     Raises
     ------
     UserError
         A loss is not finite: the ids of the pairs.
     """
+    model = problem.model
+    if problem.checkpointing:
+        run = partial(batch.losses, model)
+        losses, parts = checkpointed(model, by_block(model, sites), run, training=True)
+        values = losses.double().cpu()
+        refuse_nonfinite(pairs, batch.index, values)
+        return values, parts
     with tap(model, sites) as taps:
         losses = batch.losses(model)
         values = losses.detach().double().cpu()
         refuse_nonfinite(pairs, batch.index, values)
-        return values, list(taps.factors(losses.sum(), training=True))
+        return values, iter(taps.factors_and(losses.sum(), (), training=True)[0])

@@ -109,7 +109,7 @@ def estimate_moments(
     with frozen(problem.model):
         for batch in batch_pairs(pairs, problem.batch_tokens):
             by_parameter: dict[str, list[Factor]] = defaultdict(list)
-            for factor in pair_gradients(problem.model, sites, batch, pairs)[1]:
+            for factor in pair_gradients(problem, sites, batch, pairs)[1]:
                 by_parameter[factor.param].append(factor)
             for name, factors in by_parameter.items():
                 _add_squares(factors, totals[name])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taught.attribution.adjoint import Problem
+from taught.attribution.adjoint import Problem, pair_gradients, refuse_unfit
 from taught.attribution.pairs import PairInput, batch_pairs, refuse_nonfinite
 from taught.model.forward import forward
 from taught.model.gradients import Site, find_sites, frozen, tap
@@ -61,13 +61,10 @@ def pair_sketches(
     """
     sites, found = find_sites(problem.model, problem.parameters), []
     with frozen(problem.model):
+        refuse_unfit(problem, sites, pairs)
         for batch in batch_pairs(pairs, problem.batch_tokens):
-            with tap(problem.model, sites) as taps:
-                losses = batch.losses(problem.model)
-                values = losses.detach().double().cpu()
-                refuse_nonfinite(pairs, batch.index, values)
-                factors = taps.factors(losses.sum(), training=True)
-                made = projection.sketch(factors, len(batch.index)).cpu()
+            values, factors = pair_gradients(problem, sites, batch, pairs)
+            made = projection.sketch(factors, len(batch.index)).cpu()
             refuse_nonfinite(pairs, batch.index, made, "gradient")
             if progress is not None:
                 progress.advance(len(batch.index))

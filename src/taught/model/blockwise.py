@@ -9,11 +9,12 @@ price is a second forward and backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from taught.errors import UserError
@@ -44,12 +45,12 @@ class BlockSites:
 
 
 def split_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> BlockSites:
-    """Sort the sites by block.
+    """Sort the sites of a model by block; ``parameters`` as in ``find_sites``, errors as below."""
+    return by_block(model, find_sites(model, parameters))
 
-    Parameters
-    ----------
-    parameters
-        As in ``find_sites``.
+
+def by_block(model: nn.Module, sites: Iterable[Site]) -> BlockSites:
+    """Sort sites by block.
 
     Raises
     ------
@@ -68,7 +69,7 @@ def split_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> Bl
     blocks: list[list[Site]] = [[] for _ in modules]
     outside: list[Site] = []
     used: set[str] = set()
-    for site in find_sites(model, parameters):
+    for site in sites:
         number = place.get(id(by_name[site.module]), -1)
         (blocks[number] if number >= 0 else outside).append(site)
         for name in (site.weight, site.bias):
@@ -198,3 +199,117 @@ def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).float().norm() <= _TOLERANCE * b.float().norm())
+
+
+def checkpointed(
+    model: nn.Module,
+    sites: BlockSites,
+    values: Callable[[], Tensor],
+    *,
+    training: bool = False,
+) -> tuple[Tensor, Iterator[Factor]]:
+    """Factors of a batch, last to first, with the activations of one part of the model at a time.
+
+    Gradient checkpointing: the first pass keeps the blocks' inputs only, and a graph from the last
+    block's output on; each block and what is before them then run again when their factors are
+    asked for. Cost: a second forward pass. Use :func:`refuse_no_chain` before, once a model.
+
+    Parameters
+    ----------
+    values, training
+        As in :func:`trace`.
+
+    Returns
+    -------
+    values : [B], detached
+    factors : to be used one after the other
+    """
+    with _from_last_block(model) as (inputs, calls, ends), tap(model, sites.outside) as taps:
+        found = values()
+        factors, (grad,) = taps.factors_and(found.sum(), ends, training=training)
+    below = sites.lowest if not _in_front(model, sites) else 0
+    kept = Trace((), inputs[below:], calls[below:], grad, grad)
+    return found.detach(), _parts(model, sites, values, kept, factors, training, below)
+
+
+def _parts(
+    model: nn.Module,
+    sites: BlockSites,
+    values: Callable[[], Tensor],
+    kept: Trace,
+    tail: list[Factor],
+    training: bool,
+    below: int,
+) -> Iterator[Factor]:
+    yield from tail
+    tail.clear()
+    while kept.inputs:
+        number = below + len(kept.inputs) - 1
+        x = kept.inputs.pop().requires_grad_()
+        args, kwargs = kept.calls.pop()
+        with tap(model, sites.blocks[number]) as taps:
+            out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
+            factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x])
+        del out, x
+        yield from factors
+        del factors
+    if _in_front(model, sites):
+        with _until_first_block(model) as reached, tap(model, sites.outside) as taps:
+            with suppress(_Reached):
+                values()
+            yield from taps.factors((reached[0] * kept.grad).sum(), training=training)
+
+
+class _Reached(Exception):
+    """Raised in a hook where the rest of a forward pass is not needed."""
+
+
+def _in_front(model: nn.Module, sites: BlockSites) -> bool:
+    """Whether parameters before the blocks move: those of look-ups."""
+    return any(site.kind == "embedding" for site in sites.outside)
+
+
+@contextmanager
+def _from_last_block(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Any], list[Tensor]]]:
+    """Inputs and arguments of the blocks, and the last one's output, from which a graph begins."""
+    with _watched(model, 0) as (inputs, calls, outputs):
+        last = find_blocks(model)[-1]
+
+        def record(_module: nn.Module, _args: Any, output: Any) -> Any:
+            leaf = _hidden(output).detach().requires_grad_()
+            outputs[:] = [leaf]
+            torch.set_grad_enabled(True)  # until torch.no_grad ends below
+            return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+
+        handle = last.register_forward_hook(record)
+        try:
+            with torch.no_grad():
+                yield inputs, calls, outputs
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _until_first_block(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The first block's input; the forward pass ends there."""
+    reached: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    handle = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield reached
+    finally:
+        handle.remove()
+
+
+def refuse_no_chain(model: nn.Module, sites: BlockSites, values: Callable[[], Tensor]) -> None:
+    """Raise a UserError unless gradients taken block by block are those of the whole model.
+
+    ``values`` as in :func:`trace`, of a small batch.
+    """
+    _, _, traced = trace(model, sites, (), values)
+    while traced.inputs:
+        last_block(model, sites, traced)

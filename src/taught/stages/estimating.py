@@ -186,6 +186,7 @@ def _problem(study: Study, subject: Subject, prompts: PromptSet, fitted: Policy)
         study.attribution.batch_tokens,
         study.attribution.memory_gb,
         subject.moving(study),
+        checkpointing=study.attribution.checkpointing,
     )
 
 
