@@ -60,6 +60,7 @@ def assert_the_same(whole: Path, other: Path) -> None:
     RunFolder.open(other).verify()
 
 
+@pytest.mark.slow  # a minute: twenty attempts and the runs that they end in, seconds each
 def test_invariant_9_killed_at_random_moments(kill9, tmp_path):
     study = write_tiny_study(tmp_path / "study")
     assert kill9("moments", str(study), str(tmp_path), "20") == 20
