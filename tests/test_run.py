@@ -441,7 +441,8 @@ CHANGES = {
     "attribution.parameters": ["*mlp*"],
     "attribution.curvature": "adam", "attribution.moments": __file__, "attribution.adam_eps": 0.1,
     "attribution.checkpoints": [{"id": "a/b", "lr": 1}], "model.adapter": "a/b",
-    "sketch.store": "s", "sketch.dim": 128, "sketch.seed": 3, "sketch.sample": 2,
+    "sketch.store": "s", "sketch.error": 0.1,
+    "sketch.dim": 128, "sketch.seed": 3, "sketch.sample": 2,
     "curation.rule": "top-k", "curation.k": 3,
 }  # fmt: skip
 

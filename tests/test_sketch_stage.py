@@ -227,3 +227,10 @@ def test_many_pairs_leave_out_what_would_not_fit(
     run = attributed(copy, "large")
     assert not run.path("prompt_effects.safetensors").exists()
     assert influence(run).keys() == influence(RunFolder.open(copy / "run")).keys()
+
+
+@pytest.mark.parametrize(("error", "size"), [(0.125, 64), (0.1, 128), (0.01, 10048), (1.0, 64)])
+def test_the_size_can_come_from_an_error(error: float, size: int) -> None:
+    spec = load_study("refusal-smollm2").replace("sketch.error", error).sketch
+    assert spec.size == size and spec.size**-0.5 <= error
+    assert error == 1.0 or (spec.size - 64) < 1 / error**2

@@ -262,7 +262,7 @@ def _disk(study: Study, pairs: int, prompts: int, features: int, groups: int) ->
     said = f"about {max(tables, 10**6) / 1e6:.0f} MB of tables"
     if spec.estimator == "sketch":
         rows = pairs + prompts * (1 + ACTIVE * features)
-        said += f", {rows * (2 * study.sketch.dim + 4) / 1e6:.0f} MB of sketches"
+        said += f", {rows * (2 * study.sketch.size + 4) / 1e6:.0f} MB of sketches"
     return said
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -195,8 +196,14 @@ class SketchSpec(_Section):
     section: ClassVar[str] = "sketch"
     store: str | None = _field(None, rules.optional(rules.path()))
     dim: int = _field(16384, rules.whole(64))
+    error: float | None = _field(None, rules.optional(rules.number(above=0)))
     seed: int = _field(0, rules.whole(0))
     sample: int = _field(8, rules.whole(1))
+
+    @property
+    def size(self) -> int:
+        """K: ``dim``, or the least multiple of 64 with 1 / sqrt(K) at most ``error``."""
+        return self.dim if self.error is None else 64 * max(1, math.ceil(1 / self.error**2 / 64))
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def estimate(
 def sketch_source(study: Study, run: RunFolder, subject: Subject) -> SketchSource:
     """The study's store of sketches and its projection; a store of other conditions is refused."""
     spec, model = study.sketch, subject.loaded.model
-    projection = Projection(model, spec.dim, spec.seed)
+    projection = Projection(model, spec.size, spec.seed)
     identity = {
         **subject.identity,
         "model.dtype": study.model.dtype,
