@@ -20,7 +20,7 @@ from taught.errors import UserError
 from taught.policy.ridge import coefficient_shift, fit_policy
 from taught.progress import SilentProgress
 from taught.run import RunFolder
-from taught.stages import influence
+from taught.stages import estimating
 from taught.study import Checkpoint, Study, dump_study, load_study
 from test_adjoint import LR, close, forward_mode, naive_X
 from tiny_models import plain_loss, tiny_model, tiny_pairs, tiny_problem, tiny_prompts
@@ -187,17 +187,17 @@ def test_checkpoints_add_up_and_the_order_of_work_is_theirs(folder: Path, more) 
 def test_a_run_that_was_stopped_goes_on_at_its_checkpoint(folder: Path, monkeypatch) -> None:
     study = study_with(folder, EARLY, LATE)
     whole = table(attributed(folder, study, "whole"))
-    real = influence.at_checkpoint
+    real = estimating.at_checkpoint
 
     def stops(problem, model, lr):
         if lr == LATE["lr"]:
             raise KeyboardInterrupt
         return real(problem, model, lr)
 
-    monkeypatch.setattr(influence, "at_checkpoint", stops)
+    monkeypatch.setattr(estimating, "at_checkpoint", stops)
     with pytest.raises(KeyboardInterrupt):
         attributed(folder, study, "stopped")
-    monkeypatch.setattr(influence, "at_checkpoint", real)
+    monkeypatch.setattr(estimating, "at_checkpoint", real)
     computed = []
     counted = estimate.feature_effects
     monkeypatch.setattr(
