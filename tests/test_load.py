@@ -56,6 +56,22 @@ def test_dtype(tmp_path, dtype):
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
+def test_accelerate_may_place_the_model(tmp_path):
+    save_tiny(tmp_path / "m")
+    placed, plain = (load_model(str(tmp_path / "m"), device=d).model for d in ("auto", "cpu"))
+    ids = torch.tensor([[0, 1, 2]])
+    with torch.no_grad():
+        assert torch.allclose(placed(ids).logits.cpu(), plain(ids).logits, atol=1e-4)
+
+
+def test_a_model_of_which_a_part_is_left_on_disk_is_refused():
+    from taught.model.load import _refuse_offloaded
+
+    part = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).to("meta"))
+    with pytest.raises(UserError, match=r"2 parameters are left on disk, 1\.weight"):
+        _refuse_offloaded(part)
+
+
 def test_unknown_dtype(tmp_path):
     with pytest.raises(UserError, match=r"(?s)unknown dtype.*int8.*float32"):
         load_model(str(tmp_path), dtype="int8")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from taught.errors import UserError
-from taught.model.forward import forward
+from taught.model.forward import first_device, forward
 from taught.model.gradients import evaluating
 from taught.model.tokens import Rows, batches_by_tokens, build_tree, stack
 
@@ -40,11 +40,10 @@ class PairBatch:
 
     def losses(self, model: nn.Module) -> Tensor:
         """Loss of each pair, [B], natural logarithm; float32, or float64 for a float64 model."""
-        device = next(model.parameters()).device
-        _, logits = forward(model, self.rows.to(device), keep=self.keep)
+        _, logits = forward(model, self.rows.to(first_device(model)), keep=self.keep)
         assert logits is not None
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        targets = self.targets.to(device).unsqueeze(-1)
+        targets = self.targets.to(wide.device).unsqueeze(-1)
         logp = torch.log_softmax(wide, -1).gather(-1, targets).squeeze(-1)
         return -(logp * self.weights.to(logp)).sum(1)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from taught.attribution.adjoint import GB, Problem
 from taught.attribution.pairs import PairBatch, PairInput, batch_pairs, refuse_nonfinite
 from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
-from taught.model.forward import forward
+from taught.model.forward import first_device, forward
 from taught.model.gradients import Factor, dot, dots, frozen
 from taught.model.readout import prompt_tree
 from taught.model.tokens import Rows, batches_by_tokens, stack
@@ -179,7 +179,7 @@ def _trace_prompts(
     """Prompts apart: no tokens are shared between them."""
 
     def run() -> Tensor:
-        device = next(problem.model.parameters()).device
+        device = first_device(problem.model)
         _, logits = forward(problem.model, rows.to(device), keep=problem.behavior.slots)
         assert logits is not None
         return problem.behavior.log_probability(logits)

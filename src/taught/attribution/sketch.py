@@ -24,7 +24,7 @@ from torch import Tensor
 
 from taught.attribution.adjoint import Problem, pair_gradients, refuse_unfit
 from taught.attribution.pairs import PairInput, batch_pairs, refuse_nonfinite
-from taught.model.forward import forward
+from taught.model.forward import first_device, forward
 from taught.model.gradients import Site, find_sites, frozen, tap
 from taught.model.projection import Projection, SharedInputs
 from taught.model.readout import ReadPrompt, prompt_tree
@@ -99,7 +99,7 @@ def _y_sketches(
     index: Sequence[int],
 ) -> Sketches:
     trees = [prompt_tree([prompts[i]], problem.behavior)[0] for i in index]
-    device = next(problem.model.parameters()).device
+    device = first_device(problem.model)
     with tap(problem.model, sites) as taps:
         _, logits = forward(problem.model, stack(trees).to(device), keep=problem.behavior.slots)
         assert logits is not None
@@ -117,7 +117,7 @@ def _feature_sketches(
 ) -> Iterator[Sketches]:
     """One :class:`Sketches` for each backward pass."""
     trees = [prompt_tree([prompts[i]], None)[0] for i in index]
-    device = next(problem.model.parameters()).device
+    device = first_device(problem.model)
     with tap(problem.model, sites) as taps:
         h, _ = forward(problem.model, stack(trees).to(device), block=problem.block,
                        stop_at_block=True)  # fmt: skip

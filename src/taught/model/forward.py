@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from taught.errors import UserError
@@ -51,6 +52,11 @@ def get_block(model: nn.Module, block: int) -> nn.Module:
             fix="set sae.block to the block that the SAE was trained on",
         )
     return blocks[block]
+
+
+def first_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the device of the first parameters (a model may lie on several)."""
+    return next(model.parameters()).device
 
 
 class _StopForward(Exception):

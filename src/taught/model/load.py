@@ -93,7 +93,8 @@ def load_model(
     dtype
         One of :data:`DTYPES`.
     device
-        As torch spells it.
+        As torch spells it, or ``auto``: blocks are spread over the GPUs of this machine by
+        accelerate.
     chat_template
         Jinja file that replaces the tokenizer's own chat template.
     adapter, adapter_revision
@@ -103,7 +104,7 @@ def load_model(
     ------
     UserError
         The id or folder is not there, the hub is out of reach, a checksum differs, the weights are
-        not safetensors, or there is no chat template.
+        not safetensors, there is no chat template, or the model fits on no devices.
 
     Notes
     -----
@@ -143,12 +144,27 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
 
     from taught.model.kernels import use_fast_products
 
+    if device == "auto":
+        how["device_map"] = "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
         trust_remote_code=False, **how)  # fmt: skip
-    model = model.to(device).eval()
+    model = (model if device == "auto" else model.to(device)).eval()
+    _refuse_offloaded(model)
     use_fast_products(model)
     return model
+
+
+def _refuse_offloaded(model: Any) -> None:
+    """Gradients need every weight in memory, but accelerate leaves on disk what does not fit."""
+    absent = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if absent:
+        raise UserError(
+            "the model does not fit on the devices of this machine",
+            value=f"{len(absent)} parameters are left on disk, {absent[0]} and others",
+            rule="every weight is in memory",
+            fix="use more devices, or --set model.dtype=bfloat16",
+        )
 
 
 # --- where the weights are --------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taught.errors import UserError
 from taught.model.behavior import PrefixBehavior
-from taught.model.forward import forward
+from taught.model.forward import first_device, forward
 from taught.model.tokens import Rows, TokenTree, build_tree, stack
 
 # Attention over a packed row is quadratic: this keeps it a small share of the work.
@@ -125,12 +125,12 @@ def read_packed(
     model: nn.Module, packed: PackedPrompts, behavior: PrefixBehavior | None, block: int
 ) -> tuple[Tensor, Tensor | None]:
     """h [M, D] at the read-out tokens and y [n] of one packed tree, as autograd sees them."""
-    device = next(model.parameters()).device
+    device = first_device(model)
     rows = packed.rows.to(device)
     keep = packed.predict.flatten().to(device)
     h, logits = forward(model, rows, block=block, keep=keep, stop_at_block=behavior is None)
     assert h is not None
-    read = h[0, packed.read.to(device)]
+    read = h[0, packed.read.to(h.device)]
     if behavior is None or logits is None:
         return read, None
     return read, behavior.log_probability(logits[0].unflatten(0, packed.predict.shape))
@@ -227,7 +227,7 @@ def _pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _plain_hidden(model: nn.Module, ids: Tensor, mask: Tensor, block: int) -> Tensor:
-    device = next(model.parameters()).device
+    device = first_device(model)
     out = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False,
                 output_hidden_states=True)  # fmt: skip
     # hidden_states[l] is the input of block l. The last entry is normed, so block L-1 needs a hook.
@@ -240,12 +240,12 @@ def _plain_hidden(model: nn.Module, ids: Tensor, mask: Tensor, block: int) -> Te
 def _plain_prefix(
     model: nn.Module, prompts: Sequence[Sequence[int]], prefix: Sequence[int]
 ) -> Tensor:
-    device = next(model.parameters()).device
+    device = first_device(model)
     ids, mask = _pad_right([(*p, *prefix) for p in prompts])
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
-    rows = torch.arange(len(prompts), device=device)
-    first = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    rows = torch.arange(len(prompts), device=logp.device)
+    first = torch.tensor([len(p) - 1 for p in prompts], device=logp.device)
     return sum(logp[rows, first + j, token] for j, token in enumerate(prefix))  # type: ignore[return-value]
 
 
