@@ -320,7 +320,7 @@ def _write_summary(run: RunFolder, made: _Made) -> None:
     inside = np.array([np.isin(made.feature_ids, chosen) for chosen in made.intended])
     _table(run, "summary", {
         "pair_id": made.pair_ids, "label": made.pair_labels, "score": score, "score_x": score_x,
-        "score_y": score_y, "mean_y_harmful": made.dy[:, harmful].mean(1),
+        "score_y": score_y, "score_se": pa.nulls(len(score), pa.float64()), "mean_y_harmful": made.dy[:, harmful].mean(1),
         "mean_y_harmless": made.dy[:, ~harmful].mean(1), "loss": made.loss, "n_response": made.length,
         "intended": made.intended, "outside_share": (size * ~inside).sum(1) / size.sum(1),
         "outside_change": (size * ~inside).sum(1),

@@ -598,6 +598,21 @@ def curated(rows: list[dict], pairs: list[dict]) -> Curated:
     return Curated.of(pa.Table.from_pylist(rows), pa.table(labels))
 
 
+def test_the_verdict_says_how_far_a_ranking_by_sketches_can_be_trusted():
+    draw = np.random.default_rng(0)
+    exact = draw.normal(size=4000)
+    for se in (0.1, 1.0):
+        score = exact + se * draw.normal(size=4000)
+        rows = [{"label": "a", "score": s, "score_se": se, "unintended": False} for s in score]
+        sentence = verdict.sketch_sentence(Scores.of(rows))
+        expected = np.corrcoef(score, exact)[0, 1]
+        assert f"{expected:.2f}" in sentence.text
+        assert sentence.tone == ("found" if se == 0.1 else "caution")
+        assert f"{(np.abs(score) > 2 * se).sum():,} of 4,000 pairs" in sentence.text
+    rows = [{"label": "a", "score": 1.0, "score_se": None, "unintended": False}]
+    assert verdict.sketch_sentence(Scores.of(rows)) is None
+
+
 def test_curation_by_another_target_says_so() -> None:
     rows = [{"pair_id": "p", "action": "drop", "rule": "top-k", "target": "mean_y:harmless",
              "score": 1.0, "threshold": 1.0}]  # fmt: skip

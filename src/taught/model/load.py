@@ -145,6 +145,7 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
     from taught.model.kernels import use_fast_products
 
     if device == "auto":
+        _require_accelerate()
         how["device_map"] = "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
@@ -153,6 +154,13 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
     _refuse_offloaded(model)
     use_fast_products(model)
     return model
+
+
+def _require_accelerate() -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("model.device: auto needs a package that is missing", value="accelerate",
+                        rule="it spreads a model over devices",
+                        fix="pip install accelerate")  # fmt: skip
 
 
 def _refuse_offloaded(model: Any) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from taught.report.text import clean, cleaned
 
 Row = dict[str, Any]
-COLUMNS = ("score", "score_x", "score_y", "loss", "n_response")
+COLUMNS = ("score", "score_x", "score_y", "score_se", "loss", "n_response")
 MAX_DROPS = 1000
 FARTHEST = 3
 
@@ -30,7 +30,8 @@ class Scores:
     Attributes
     ----------
     names, label : the labels in order of their first pair, and for each pair the place of its own
-    columns : score, score_x, score_y, loss and n_response, float64 [P], nan where there is none
+    columns : score, score_x, score_y, score_se, loss and n_response, float64 [P], nan where there
+        is none
     unintended : how many pairs act mainly on an unintended feature
     """
 

@@ -197,7 +197,7 @@ def _pair(view: View, row: Row) -> RenderableType:
     parts: list[RenderableType] = [Text(f"{row['pair_id']}  ({row['label']})", "bold")]
     facts = [
         f"S {signed(row['score'], power=power)}, x {signed(row['score_x'], power=power)}, "
-        f"y {signed(row['score_y'], power=power)}{tens(power)} per step",
+        f"y {signed(row['score_y'], power=power)}{tens(power)} per step" + _error(row, power),
         f"loss {number(row['loss'])}, {count(row['n_response'], 'response token')}",
         f"{percent(row['outside_share'])} of the change on features not active on its own prompt; "
         f"acts mainly on {row['dominant_feature']}{' (unintended)' if row['unintended'] else ''}",
@@ -213,6 +213,12 @@ def _pair(view: View, row: Row) -> RenderableType:
             parts += [Text(f"\n{name.capitalize()}", "dim"), Text(shorten(pair[name], 1500))]
     parts += _pair_coefficients(view, row) + _pair_moves(view, row)
     return Group(*parts)
+
+
+def _error(row: Row, power: int) -> str:
+    """The standard error of S, where there is one."""
+    se = row.get("score_se")
+    return "" if se is None else f" (standard error of S {number(se, power=power)})"
 
 
 def _pair_coefficients(view: View, row: Row) -> list[RenderableType]:

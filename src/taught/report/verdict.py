@@ -20,6 +20,7 @@ Tone = Literal["found", "none", "caution"]
 NOTHING = "No effect found"
 STRONG = 0.5  # rank correlation from which a trivial predictor gives much of the ranking
 STEP_TOLERANCE = 0.05  # between S and a real step
+RELIABLE = 0.95  # correlation with the exact S from which a ranking by sketches is taken as it is
 NEGLIGIBLE = 0.02  # of the largest |S|
 MAINLY = 1.5  # one pathway this many times the other carries the score
 BASELINES = {
@@ -39,7 +40,7 @@ class Sentence:
 
 
 def verdict(view: View) -> list[Sentence]:
-    """All sentences that the files of the run allow, at most eight."""
+    """All sentences that the files of the run allow, at most nine."""
     summary = scored(view.summary or [])
     sentences = [
         view.policy and fit_sentence(view.policy),
@@ -47,6 +48,7 @@ def verdict(view: View) -> list[Sentence]:
         summary and push_sentence(summary),
         summary and label_sentence(view.scores.finite),
         summary and step_sentence(summary),
+        summary and sketch_sentence(view.scores.finite),
         view.control and unintended_sentence(view.control),
         summary and trivial_sentence(view.scores.finite),
         view.curation and curation_sentence(view.curation),
@@ -316,6 +318,29 @@ def step_sentence(summary: Rows) -> Sentence | None:
             f" That is above {percent(STEP_TOLERANCE)}: with a smaller lr it shrinks in proportion."
         )
     return Sentence("Linear value", "found" if good else "caution", text)
+
+
+def sketch_sentence(scores: Scores) -> Sentence | None:
+    """How far the ranking by S can be trusted where S comes from sketches.
+
+    Of the variance of S over the pairs, mean(se^2) is the sketches' error; what is left, as a
+    share, is the reliability, and its square root the correlation with the exact S to be expected.
+    """
+    score, se = scores.columns["score"], scores.columns["score_se"]
+    if not len(score) or not np.isfinite(se).all():
+        return None
+    spread = float(np.var(score))
+    reliability = max(0.0, 1 - float(np.mean(se**2)) / spread) if spread > 0 else 0.0
+    clear = int((np.abs(score) > 2 * se).sum())
+    text = (
+        f"S is estimated from sketches of gradients. {clear:,} of {count(len(score), 'pair')} have "
+        "an S more than two standard errors from zero; a correlation of about "
+        f"{number(math.sqrt(reliability))} with the exact S is to be expected."
+    )
+    if reliability**0.5 < RELIABLE:
+        text += " Larger sketches (sketch.dim) or the estimator adjoint give a surer ranking."
+        return Sentence("Sketches", "caution", text)
+    return Sentence("Sketches", "found", text)
 
 
 def curation_sentence(curation: Curated) -> Sentence:
