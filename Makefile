@@ -1,5 +1,6 @@
 # make demo   install what is needed into .venv and run the main job on the shipped preset
 # make test   install and run the tests          make lint   format, style and type checks
+# make test-slow   the others: the real model, kills at random moments
 # make bench  side-by-side timings               make clean  remove .venv and results of runs
 
 PYTHON ?= python3
@@ -16,14 +17,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow lint bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo
 	$(BIN)/taught demo --run $(RUN)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check

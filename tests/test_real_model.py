@@ -16,7 +16,9 @@ import torch
 
 from taught.attribution.adjoint import Problem, feature_effects, target_effects
 from taught.attribution.prompt_effects import prompt_effects
+from taught.attribution.sketch import pair_sketches, prompt_sketches
 from taught.model import load
+from taught.model.projection import Projection
 from taught.model.readout import read_prompts
 from taught.policy.ridge import Policy, fit_policy
 from taught.setup import open_subject, pair_inputs, prompt_inputs, study_pairs, study_prompts
@@ -121,3 +123,40 @@ def test_the_score_asked_for_directly_is_the_one_put_together(setting, reference
     shift = pathway_sums(policy, combine_raw_x(policy, found["F"]), found["dy"] @ policy.Xc)
     together = np.stack([shift.x @ policy.coef, shift.y @ policy.coef], 1)
     assert np.abs(together - found["score"]).max() <= ROUNDING * np.abs(found["score"]).max()
+
+
+def sketched(problem: Problem, pairs: list[Any], projection: Projection) -> dict[str, np.ndarray]:
+    """Sketches by what they are of: a pair, or a prompt and -1 for y or a feature's column."""
+    found = {}
+    for part in pair_sketches(problem, projection, pairs):
+        for i, values in zip(part.index, part.values, strict=True):
+            found[pairs[i].id] = values.numpy()
+    for part in prompt_sketches(problem, projection, problem.prompts[:4]):
+        for i, column, values in zip(part.index, part.features, part.values, strict=True):
+            found[f"{problem.prompts[i].id} {column}"] = values.numpy()
+    return found
+
+
+def test_sketches_depend_on_nothing_but_their_example(setting) -> None:
+    """Batch size, order, neighbours (hence padding), and activations kept or computed again."""
+    problem, pairs = setting
+    projection = Projection(problem.model, 4096)
+    expected = sketched(problem, pairs, projection)
+    agree(sketched(replace(problem, batch_tokens=1), pairs, projection), expected)
+    agree(sketched(problem, pairs[::-1], projection), expected)
+    agree(sketched(replace(problem, checkpointing=True), pairs, projection), expected)
+
+
+def test_inner_products_of_sketches_are_those_of_gradients(setting, reference) -> None:
+    """dy by sketches against the exact one: errors of the size that theory says."""
+    problem, pairs = setting
+    _, exact = reference
+    size = 16384
+    found = sketched(problem, pairs, Projection(problem.model, size))
+    z = [
+        (-problem.lr * float(s @ q) - exact["dy"][i, j])
+        / (problem.lr * np.linalg.norm(s) * np.linalg.norm(q) / size**0.5)
+        for i, s in enumerate(found[pair.id] for pair in pairs)
+        for j, q in enumerate(found[f"{prompt.id} -1"] for prompt in problem.prompts[:4])
+    ]
+    assert 0.5 < np.sqrt(np.mean(np.square(z))) < 2
