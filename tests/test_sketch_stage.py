@@ -100,6 +100,23 @@ def test_sketches_agree_with_the_adjoint_within_their_stated_error(copy: Path) -
     assert all(row["se"] is None for row in exact.values())
 
 
+def test_the_strongest_pairs_are_computed_exactly_too(copy: Path) -> None:
+    exact = attributed(copy, "exact", attribution__estimator="adjoint")
+    run = RunFolder.open(copy / "run")
+    true = {r["pair_id"]: r["score"] for r in exact.read_table("summary").to_pylist()}
+    rows = run.read_table("summary").to_pylist()
+    strongest = sorted(rows, key=lambda r: -abs(r["score"]))[:3]
+    assert [r["pair_id"] for r in rows if r["exact_score"] is not None] == sorted(
+        (r["pair_id"] for r in strongest), key=[r["pair_id"] for r in rows].index
+    )
+    for row in strongest:
+        assert row["exact_score"] == pytest.approx(true[row["pair_id"]], rel=1e-3)
+    arrays, ids = run.read_tensors("feature_prompt_effects")
+    assert ids["pair_ids"] == [r["pair_id"] for r in strongest]
+    assert arrays["dX"].shape == tuple(map(len, (ids["pair_ids"], ids["prompt_ids"],
+                                                 ids["feature_ids"])))  # fmt: skip
+
+
 def test_totals_are_the_sums_of_the_pathways(copy: Path) -> None:
     found = influence(RunFolder.open(copy / "run"))
     for (pair, target, feature, group, pathway), row in found.items():

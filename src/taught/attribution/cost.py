@@ -110,6 +110,7 @@ def attribution_cost(
     elif estimator == "sketch":
         cost |= _sketched(problem, sizes, targets, 2 * one, pairs)
         cost["exact sample"] = (2 + 2 * 3) * trees
+        cost["forward mode"] = min(exact_top, len(pairs)) * (3 * trees + gradient)
     elif coefficients:
         cost["features"] = _features(problem, sizes, targets, len(pairs), one)
         cost["prompts"] = _prompts(problem, sizes, pairs)

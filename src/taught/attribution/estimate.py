@@ -60,7 +60,8 @@ class Effects:
     mean_y : group -> float64 [P]
     shift : Shift with x and y float64 [P, d], or None
     dy : float64 [P, N] in the policy's order of prompts, or None
-    dX : float32 [P, N, d] likewise, or None: change of each feature on each prompt (jvp)
+    dX : float32 [len(detailed), N, d], or None: change of each feature on each prompt, by jvp
+    detailed : ids of the pairs that dX is about
     error : standard errors of all of it (sketch), or None
     """
 
@@ -72,6 +73,7 @@ class Effects:
     shift: Shift | None
     dy: Floats | None
     dX: NDArray[np.float32] | None = None
+    detailed: tuple[str, ...] = ()
     error: SketchError | None = None
 
     def values(self, target: str, column: int | None, group: str | None, pathway: str) -> Floats:
@@ -208,7 +210,7 @@ def jvp_effects(
         shift = coefficient_shift(policy, moved["dX"], moved["dy"])
         dX[i], dy[i], x[i], y[i] = moved["dX"], moved["dy"], shift.x, shift.y
     made = _effects("jvp", pairs, policy, groups, Shift(x, y), dy, losses.numpy())
-    return replace(made, dX=dX)
+    return replace(made, dX=dX, detailed=made.pair_ids)
 
 
 def _tangent(
@@ -298,9 +300,8 @@ def step_checks(
     -------
     pair id -> {"step_score", "refit_score"}; the refit re-encodes X and solves the ridge again.
     """
-    order = np.argsort(-np.abs(effects.score.sum(0)), kind="stable")
     everything = effects.estimator == "finite-step"
-    chosen = [pairs[i] for i in (order if everything else order[:top])]
+    chosen = _strongest(pairs, effects, len(pairs) if everything else top)
     if not chosen:
         return {}
     rows = _steps(problem, chosen, policy, progress, pieces)
@@ -311,3 +312,37 @@ def step_checks(
         }
         for pair in chosen
     }
+
+
+def exact_details(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    effects: Effects,
+    top: int,
+    *,
+    progress: Any,
+    pieces: Pieces | None = None,
+) -> tuple[Effects, dict[str, dict[str, float]]]:
+    """Forward mode for the ``top`` pairs of a ranking that is estimated.
+
+    Returns
+    -------
+    effects : with dX of these pairs
+    pair id -> {"exact_score"}
+    """
+    chosen = _strongest(pairs, effects, top)
+    progress.step("forward mode", len(chosen))
+    found = {pair.id: _tangent(problem, pair, progress, pieces) for pair in chosen}
+    shifts = {i: coefficient_shift(policy, arrays["dX"], arrays["dy"])
+              for i, arrays in found.items()}  # fmt: skip
+    if not found:
+        return effects, {}
+    dX = np.stack([arrays["dX"] for arrays in found.values()]).astype(np.float32)
+    scores = {i: {"exact_score": float(score(policy, shift.total))} for i, shift in shifts.items()}
+    return replace(effects, dX=dX, detailed=tuple(found)), scores
+
+
+def _strongest(pairs: Sequence[PairInput], effects: Effects, top: int) -> list[PairInput]:
+    order = np.argsort(-np.abs(effects.score.sum(0)), kind="stable")
+    return [pairs[i] for i in order[:top]]

@@ -298,12 +298,15 @@ def trivial_sentence(scores: Scores) -> Sentence | None:
 
 
 def step_sentence(summary: Rows) -> Sentence | None:
-    """How far the linear value is from a real step, on the pairs where one was taken."""
+    """How far the linear value is from a real step, on the pairs where one was taken.
+
+    Where S is an estimate, these pairs have an exact one too, and that is compared.
+    """
     rows = [r for r in scored(summary) if r.get("step_score") and r["score"]]
     if not rows:
         return None
     apart = {
-        name: max(abs(r[key] / r["score"] - 1) for r in rows)
+        name: max(abs(r[key] / (r.get("exact_score") or r["score"]) - 1) for r in rows)
         for name, key in (("a real step", "step_score"), ("an exact refit", "refit_score"))
         if all(r.get(key) for r in rows)
     }

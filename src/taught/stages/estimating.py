@@ -11,7 +11,7 @@ from taught.attribution.adjoint import Problem
 from taught.attribution.ask import SketchError
 from taught.attribution.checkpoints import NumberedPieces, at_checkpoint, summed
 from taught.attribution.curvature import with_adam
-from taught.attribution.estimate import ESTIMATORS, Effects, step_checks
+from taught.attribution.estimate import ESTIMATORS, Effects, exact_details, step_checks
 from taught.attribution.fill import pair_row, prompt_key
 from taught.attribution.pairs import PairInput, pair_losses
 from taught.attribution.sketched import SketchSource, sketch_effects
@@ -117,6 +117,12 @@ def estimate(
     effects = compute(problem, pieces=pieces)
     checks = step_checks(problem, ready.inputs, ready.fitted, effects, spec.exact_top,
                          progress=progress, pieces=pieces)  # fmt: skip
+    if effects.error is not None:
+        effects, exact = exact_details(
+            problem, ready.inputs, ready.fitted, effects, spec.exact_top, progress=progress,
+            pieces=pieces,
+        )  # fmt: skip
+        checks = {i: {**found, **exact[i]} for i, found in checks.items()}
     return effects, checks
 
 

@@ -142,7 +142,7 @@ def _write_effects(run: RunFolder, fitted: Policy, effects: Effects) -> None:
             "feature_prompt_effects",
             {"dX": effects.dX},
             {
-                "pair_ids": list(effects.pair_ids),
+                "pair_ids": list(effects.detailed),
                 "prompt_ids": list(fitted.prompt_ids),
                 "feature_ids": fitted.feature_ids.tolist(),
             },
@@ -276,7 +276,7 @@ def _write_summary(
     }
     said = [name for name in by_pair[ids[0]] if name != "pair_id"]
     columns |= {name: [by_pair[i][name] for i in ids] for name in said}
-    for name in ("step_score", "refit_score"):
+    for name in ("exact_score", "step_score", "refit_score"):
         columns[name] = [checks.get(i, {}).get(name) for i in ids]
     run.write_table("summary", pa.table(columns))
 
