@@ -12,9 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.attribution.adjoint import feature_effects, target_effects
 from taught.attribution.forward_mode import tangents
+from taught.attribution.pairs import batch_pairs
 from taught.attribution.prompt_effects import prompt_effects
 from taught.errors import UserError
 from taught.features.pooling import POSITIONS
+from taught.model.forward import find_blocks
 from taught.policy.ridge import Policy, coefficient_shift, fit_policy, pathway_sums, score
 from taught.target import (
     coefficient_targets,
@@ -294,3 +296,25 @@ def test_checkpointing_refuses_blocks_that_are_not_a_chain() -> None:
     A, B = torch.zeros(1, n, 5, dtype=torch.float64), torch.ones(1, n, dtype=torch.float64)
     with pytest.raises(UserError, match="not a chain"):
         target_effects(problem, tiny_pairs(), A, B)
+
+
+@pytest.mark.parametrize("room", [1.0, 0.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_above_the_block_is_gone_through_once(name: str, room: float, monkeypatch) -> None:
+    import taught.attribution.adjoint as adjoint
+
+    model = tiny_model(name)
+    problem = tiny_problem(model)
+    n, d = len(problem.prompts), 5
+    A = list(torch.randn(5, n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    X = torch.ones(n, d)
+    wanted, _ = target_effects(problem, tiny_pairs(), torch.stack(A), torch.zeros(5, n).double())
+    monkeypatch.setattr(adjoint, "_ABOVE", room)
+    monkeypatch.setattr(adjoint, "targets_per_chunk", lambda *_: 2)  # three chunks
+    blocks = find_blocks(model)
+    calls: list[int] = []
+    blocks[-1].register_forward_hook(lambda *_: calls.append(1))
+    found = feature_effects(problem, tiny_pairs(), A, X)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-14)
+    batches = len(batch_pairs(tiny_pairs(), problem.batch_tokens))
+    assert len(calls) == batches * (1 if room else 3)

@@ -44,6 +44,19 @@ def peak_memory_gb() -> float | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
+def return_freed_memory() -> None:
+    """Give freed memory back to the kernel now: before work that needs it in pieces of other sizes.
+
+    Elsewhere than on glibc nothing happens.
+    """
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of giving it back to the kernel.
 

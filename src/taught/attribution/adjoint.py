@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from taught.attribution.pairs import PairBatch, PairInput, batch_pairs, refuse_n
 from taught.features.pooling import FeatureMap
 from taught.model.behavior import PrefixBehavior
 from taught.model.blockwise import by_block, checkpointed, refuse_no_chain
+from taught.model.forward import capture_output, first_device, forward, get_block
 from taught.model.gradients import (
     Factor,
     Query,
@@ -47,7 +48,8 @@ from taught.model.readout import PackedPrompts, ReadPrompt, pack, read_packed
 from taught.partial import Pieces, kept
 
 GB = 1024**3
-_QUERIES = 0.7  # share of the memory budget; a batch of pairs comes on top
+# Shares of the memory budget; a batch of pairs comes on top.
+_QUERIES, _ABOVE = 0.7, 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +141,13 @@ def feature_effects(
     chunk = targets_per_chunk(problem, sites)
     effects = []
 
+    above = _Above(int(problem.memory_gb * GB * _ABOVE))
+
     def compute(part: Tensor) -> Tensor:
         queries = _build_queries(problem, sites, part, None, progress)
-        return _contract_pairs(problem, sites, pairs, queries, len(part), progress)[0]
+        if problem.checkpointing:
+            return _contract_pairs(problem, sites, pairs, queries, len(part), progress)[0]
+        return _contract_below(problem, sites, pairs, queries, len(part), above, progress)
 
     with frozen(problem.model):
         for start in range(0, len(A), chunk):
@@ -255,17 +261,22 @@ def _zeros(problem: Problem, factor: Factor, count: int, only_x: bool) -> Query:
     """Zeros for ``count`` queries; X queries touch only the prompts' rows of the embedding."""
     weight = problem.model.get_parameter(factor.param)
     dtype = torch.promote_types(factor.d.dtype, torch.float32)  # sums of half precision in float32
-    tokens = problem.model.get_input_embeddings()  # type: ignore[operator]
-    if factor.kind == "embedding" and only_x and weight is tokens.weight:
-        used = {token for prompt in problem.prompts for token in prompt.ids}
-        rows = torch.tensor(sorted(used), device=weight.device)
-        if len(rows) < len(weight):
-            slot = torch.full((len(weight),), -1, device=weight.device)
-            slot[rows] = torch.arange(len(rows), device=weight.device)
-            values = torch.zeros(count, len(rows), weight.shape[1], dtype=dtype,
-                                 device=weight.device)  # fmt: skip
-            return RowSparse(rows, slot, values)
+    rows = _token_rows(problem, weight) if factor.kind == "embedding" and only_x else None
+    if rows is not None:
+        slot = torch.full((len(weight),), -1, device=weight.device)
+        slot[rows] = torch.arange(len(rows), device=weight.device)
+        values = torch.zeros(count, len(rows), weight.shape[1], dtype=dtype, device=weight.device)
+        return RowSparse(rows, slot, values)
     return torch.zeros(count, *weight.shape, dtype=dtype, device=weight.device)
+
+
+def _token_rows(problem: Problem, weight: Tensor) -> Tensor | None:
+    """Rows of the token embedding that the prompts look up; None for all, or another parameter."""
+    tokens = problem.model.get_input_embeddings()  # type: ignore[operator]
+    used = {token for prompt in problem.prompts for token in prompt.ids}
+    if weight is not tokens.weight or len(used) == len(weight):
+        return None
+    return torch.tensor(sorted(used), device=weight.device)
 
 
 def _contract_pairs(
@@ -291,6 +302,96 @@ def _contract_pairs(
         if progress is not None:
             progress.advance(len(index))
     return effects, losses
+
+
+@dataclass(eq=False)
+class _Above:
+    """What the model above the SAE's block does to a batch of pairs: the same for all X targets.
+
+    Attributes
+    ----------
+    room : bytes that may be kept; of batches beyond it nothing is
+    grads : batch -> gradient of the losses at the block's output, [B, T, D]
+    factors : batch -> factors there of parameters that are used below as well (a tied output),
+        cut down to the rows that X queries have
+    """
+
+    room: int
+    grads: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    factors: dict[tuple[int, ...], list[Factor]] = field(default_factory=dict)
+
+    def keep(self, batch: tuple[int, ...], grad: Tensor, factors: list[Factor]) -> None:
+        """Keep what is known of a batch if there is room for it."""
+        tensors = [grad, *(x for f in factors for x in (f.a, f.d) if x is not None)]
+        need = sum(x.numel() * x.element_size() for x in tensors)
+        if need <= self.room:
+            self.room -= need
+            self.grads[batch], self.factors[batch] = grad, factors
+
+
+def _contract_below(
+    problem: Problem,
+    sites: Sequence[Site],
+    pairs: Sequence[PairInput],
+    queries: Queries,
+    count: int,
+    above: _Above,
+    progress: Any,
+) -> Tensor:
+    """``_contract_pairs`` for queries of X: the second time, batches go up to the block only."""
+    effects = torch.zeros(len(pairs), count, dtype=torch.float64)
+    below = _sites_up_to_block(problem, sites)
+    names = {name for site in below for name in (site.weight, site.bias)}
+    tied = [s for s in sites if s not in below and s.weight in names]
+    for batch in batch_pairs(pairs, problem.batch_tokens):
+        for factor in _factors_below(problem, below, tied, batch, pairs, above):
+            if factor.param in queries:
+                found = contract(factor, queries[factor.param]).double().cpu()
+                effects[list(batch.index)] -= problem.lr * found
+        if progress is not None:
+            progress.advance(len(batch.index))
+    return effects
+
+
+def _factors_below(
+    problem: Problem,
+    below: Sequence[Site],
+    tied: Sequence[Site],
+    batch: PairBatch,
+    pairs: Sequence[PairInput],
+    above: _Above,
+) -> list[Factor]:
+    model = problem.model
+    with tap(model, below) as low:
+        if batch.index in above.grads:
+            rows = batch.rows.to(first_device(model))
+            h, _ = forward(model, rows, block=problem.block, stop_at_block=True)
+            grad, others = above.grads[batch.index], above.factors[batch.index]
+            assert h is not None
+        else:
+            h, grad, others = _go_above(problem, tied, batch, pairs)
+            above.keep(batch.index, grad, others)
+        return [*low.factors_and((h * grad).sum(), (), training=True)[0], *others]
+
+
+def _go_above(
+    problem: Problem, tied: Sequence[Site], batch: PairBatch, pairs: Sequence[PairInput]
+) -> tuple[Tensor, Tensor, list[Factor]]:
+    """The block's output, the gradient of the losses there, and the factors of ``tied``."""
+    model = problem.model
+    with capture_output(get_block(model, problem.block)) as seen, tap(model, tied) as high:
+        losses = batch.losses(model)
+        refuse_nonfinite(pairs, batch.index, losses.detach().double().cpu())
+        factors, (grad,) = high.factors_and(losses.sum(), seen, retain_graph=True, training=True)
+    return seen[0], grad, [_cut(problem, factor) for factor in factors]
+
+
+def _cut(problem: Problem, factor: Factor) -> Factor:
+    """A tied output's factor with the rows that X queries have."""
+    rows = _token_rows(problem, problem.model.get_parameter(factor.param))
+    if rows is None or factor.kind != "linear":
+        return factor
+    return replace(factor, d=factor.d[..., rows])
 
 
 def refuse_unfit(problem: Problem, sites: Sequence[Site], pairs: Sequence[PairInput]) -> None:

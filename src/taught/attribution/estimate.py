@@ -31,6 +31,7 @@ from taught.attribution.finite_step import Step, finite_steps
 from taught.attribution.forward_mode import tangents
 from taught.attribution.pairs import PairInput, pair_losses, refuse_nonfinite
 from taught.attribution.prompt_effects import prompt_effects, prompt_steps
+from taught.environment import return_freed_memory
 from taught.model.blockwise import split_sites
 from taught.model.readout import read_prompts
 from taught.partial import Pieces
@@ -116,6 +117,7 @@ def adjoint_effects(
     X = torch.from_numpy(policy.X.copy()) if problem.X is None else problem.X
     F = feature_effects(problem, pairs, [t.A for t in targets], X,
                         progress=progress, pieces=pieces)  # fmt: skip
+    return_freed_memory()
     progress.step("prompts: gradients of y", prompt_steps(problem, pairs))
     dy = prompt_effects(problem, pairs, progress=progress, pieces=pieces).numpy()
     shift = pathway_sums(policy, combine_raw_x(policy, F.numpy()), dy @ policy.Xc)

@@ -64,7 +64,7 @@ class _StopForward(Exception):
 
 
 @contextmanager
-def _capture_output(module: nn.Module, stop: bool) -> Iterator[list[Tensor]]:
+def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tensor]]:
     """Collect the residual stream after ``module`` (its *output*, not its input: trap 1)."""
     seen: list[Tensor] = []
 
@@ -119,7 +119,7 @@ def forward(
     }
     if block is None:
         return None, model(**inputs).logits
-    with _capture_output(get_block(model, block), stop_at_block) as seen:
+    with capture_output(get_block(model, block), stop_at_block) as seen:
         try:
             logits = model(**inputs).logits
         except _StopForward:

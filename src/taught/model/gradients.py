@@ -371,7 +371,8 @@ def contract(factor: Factor, query: Query) -> Tensor:
         return _contract_embedding(factor.a, d, query)
     a = factor.a.to(d.dtype)
     if isinstance(query, RowSparse):
-        d, query = d[..., query.rows], query.values
+        whole = d.shape[-1] != len(query.rows)
+        d, query = d[..., query.rows] if whole else d, query.values
     tokens, n = d.shape[1], len(query)
     if n * tokens <= 2 * (tokens + n):
         per_query = [((d @ q) * a).sum((1, 2)) for q in query]
