@@ -87,8 +87,8 @@ def test_invariant_3_batches_and_memory_do_not_change_results(name: str, change:
 def test_a_small_memory_budget_is_taken_in_pieces(monkeypatch) -> None:
     problem = tiny_problem(tiny_model("tied"))
     sweeps = []
-    real = adjoint._contract_pairs
-    monkeypatch.setattr(adjoint, "_contract_pairs", lambda *a: sweeps.append(1) or real(*a))
+    real = adjoint._contract_below
+    monkeypatch.setattr(adjoint, "_contract_below", lambda *a: sweeps.append(1) or real(*a))
     ROUTES["feature_effects"](problem, tiny_pairs())
     ROUTES["feature_effects"](replace(problem, memory_gb=1e-9), tiny_pairs())
     assert len(sweeps) == 1 + 6  # five features and the extra target of the intercept

@@ -254,7 +254,7 @@ def test_invariant_9_a_stopped_attribution_continues_and_gives_the_same(
     study, run = study_of(copy, **small), RunFolder(copy / "again")
     stages.policy(study, run)
     calls: list[str] = []
-    real_contract, real_meet = adjoint._contract_pairs, pe._meet
+    real_contract, real_meet = adjoint._contract_below, pe._meet
 
     def contract(*args: Any) -> Any:
         calls.append("features")
@@ -268,7 +268,7 @@ def test_invariant_9_a_stopped_attribution_continues_and_gives_the_same(
             raise KeyboardInterrupt
         return real_meet(*args)
 
-    monkeypatch.setattr(adjoint, "_contract_pairs", contract)
+    monkeypatch.setattr(adjoint, "_contract_below", contract)
     monkeypatch.setattr(pe, "_meet", meet)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
