@@ -151,7 +151,7 @@ def main() -> None:
     """Parse the flags and measure."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--prompts", type=int, nargs="+", default=[100, 1000, 10000])
-    flags.add_argument("--pairs", type=int, nargs="+", default=[200, 2000, 20000])
+    flags.add_argument("--pairs", type=int, nargs="+", default=[200, 2000, 10000])
     flags.add_argument("--repeats", type=int, default=7)
     flags.add_argument("--threads", type=int)
     flags.add_argument("--out", default=RESULTS, type=type(RESULTS))

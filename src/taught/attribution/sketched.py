@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from taught.attribution.adjoint import Problem
-from taught.attribution.ask import ask, measure_error, policy_queries
+from taught.attribution.ask import Singles, ask, measure_error, policy_queries
 from taught.attribution.estimate import Effects, few_effects
 from taught.attribution.fill import fill_pairs, fill_prompts, pair_row, prompt_key
 from taught.attribution.pairs import PairInput
 from taught.model.projection import Projection
 from taught.partial import Pieces, kept
-from taught.policy.ridge import Policy, Shift
+from taught.policy.ridge import Floats, Policy, Shift
 from taught.store import SketchStore
 
 # dy of so many pairs and prompts is kept; for more, ask the store.
@@ -73,10 +73,11 @@ def sketch_effects(
     progress.step("inner products of sketches", None)
     digests = dict(prompt_key(prompt) for prompt in problem.prompts)
     queries, y = policy_queries(source.store, policy, groups, digests)
-    parts = [queries.few, queries.x, queries.y]
+    parts: list[Floats | Singles] = [queries.few, queries.x, queries.y]
     if len(pairs) * policy.n <= LARGEST_DY:
-        parts.append(y.T.astype(np.float64))
-    answers = ask(source.store, [pair_row(pair) for pair in pairs], np.concatenate(parts, 1))
+        parts.append(y.T)
+    every = np.concatenate([part.astype(np.float32) for part in parts], 1)
+    answers = ask(source.store, [pair_row(pair) for pair in pairs], every)
     ends = np.cumsum([part.shape[1] for part in parts])[:-1]
     few, x, y_shift, *dy = np.split(-problem.lr * answers.values, ends, 1)
     sample = [pair.id for pair in some]
@@ -94,7 +95,7 @@ def sketch_effects(
 
 
 def _sample(pairs: Sequence[PairInput], size: int) -> list[int]:
-    """Pairs spread over the lengths: every so manieth, by number of tokens."""
+    """Places of pairs spread evenly over the numbers of tokens."""
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].ids), pairs[i].id))
     places = np.linspace(0, len(order) - 1, min(size, len(order))).round().astype(int)
     return [order[place] for place in places]
