@@ -61,7 +61,7 @@ def prompt_effects(
             compute = partial(_meet, problem, sites, pairs, chunk, prompts, progress)
             block = kept(pieces, f"pairs {rows} prompts {columns}", compute)
             effects[torch.tensor(rows)[:, None], torch.tensor(columns)] = block
-    return -problem.lr * effects
+    return effects.mul_(-problem.lr)
 
 
 def prompt_steps(problem: Problem, pairs: Sequence[PairInput]) -> int:
@@ -158,12 +158,12 @@ def _meet(
         right.append(traced)
         outside.append(_by_param(factors))
     left, top = [], []
-    for index in chunk:
-        losses, factors, traced = _trace_pairs(problem, sites, make_batch(pairs, index))
-        refuse_nonfinite(pairs, index, losses)
+    for some in chunk:
+        losses, factors, traced = _trace_pairs(problem, sites, make_batch(pairs, some))
+        refuse_nonfinite(pairs, some, losses)
         left.append(traced)
         own = _by_param(factors)
-        met = [_over(problem, own, other, len(index), len(t.index))
+        met = [_over(problem, own, other, len(some), len(t.index))
                for other, t in zip(outside, right, strict=True)]  # fmt: skip
         top.append(torch.cat(met, 1))
     del outside
