@@ -36,7 +36,6 @@ LABELS = ("harmful-refusal", "harmless-compliance")
 GROUPS = ("harmful", "harmless")
 ASK = """
 import json, time
-from pathlib import Path
 from taught.environment import peak_memory_gb
 start = time.perf_counter()
 from taught import query
@@ -44,10 +43,7 @@ from taught.report.build import render
 from taught.report.view import load_view
 answer = {call}
 seconds = time.perf_counter() - start
-status = Path("/proc/self/status")  # where there is one: the other peak includes the parent's
-lines = status.read_text().splitlines() if status.exists() else []
-own = [int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM")]
-print(json.dumps([seconds, own[0] if own else peak_memory_gb(), len(answer)]))
+print(json.dumps([seconds, peak_memory_gb(), len(answer)]))
 """
 COLUMNS = {
     "step": lambda row: row["step"],

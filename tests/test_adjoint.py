@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.attribution.adjoint import feature_effects, target_effects
 from taught.attribution.forward_mode import tangents
-from taught.attribution.pairs import batch_pairs
+from taught.attribution.pairs import batch_indices
 from taught.attribution.prompt_effects import prompt_effects
 from taught.errors import UserError
 from taught.features.pooling import POSITIONS
@@ -316,5 +316,5 @@ def test_what_is_above_the_block_is_gone_through_once(name: str, room: float, mo
     blocks[-1].register_forward_hook(lambda *_: calls.append(1))
     found = feature_effects(problem, tiny_pairs(), A, X)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-14)
-    batches = len(batch_pairs(tiny_pairs(), problem.batch_tokens))
+    batches = len(batch_indices(tiny_pairs(), problem.batch_tokens))
     assert len(calls) == batches * (1 if room else 3)

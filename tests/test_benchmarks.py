@@ -147,6 +147,24 @@ def test_big_tables_asks_what_it_wrote_and_leaves_no_run_behind(tmp_path, python
     assert [path.name for path in tmp_path.glob("tmp*")] == []
 
 
+def test_load_runs_every_command_and_says_what_a_pair_costs(tmp_path, python):
+    done = python(
+        "-m", "benchmarks.load", "--pairs", "6", "12", "--estimators", "adjoint", "--folder",
+        str(tmp_path), "--out", str(tmp_path / "results"), cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = read(tmp_path / "results", "load")
+    assert record["complete"]
+    stages = ["policy", "attribute", "curate", "report"]
+    assert [row["command"] for row in record["rows"]] == 2 * stages
+    assert [row["pairs"] for row in record["rows"]] == [6] * 4 + [12] * 4
+    for row in record["rows"]:
+        assert row["pairs_per_second"] == pytest.approx(row["pairs"] / row["seconds"])
+        assert row["seconds"] > row["stage_seconds"] and row["peak_memory_gb"] > 0.05
+    assert list(record["summary"]["adjoint"]) == stages
+    assert [path.name for path in tmp_path.glob("tmp*")] == []
+
+
 def test_richardson_removes_the_second_order(benchmarks):
     def step(lr: float) -> dict:
         values = {"x": 3 * lr + 5 * lr**2, "y": -lr + 2 * lr**2}

@@ -76,7 +76,12 @@ def test_every_parameter_s_gradient_is_rebuilt_from_its_factors(name: str) -> No
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("count", [1, 2, 40])  # 40 queries: one layer's gradients are built
-def test_contract_is_the_inner_product_with_each_query(name: str, count: int, monkeypatch) -> None:
+@pytest.mark.parametrize("few", [0, 1 << 20])  # two examples at a time, or all
+def test_contract_is_the_inner_product_with_each_query(
+    name: str, count: int, few: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(gradients, "_FEW", few)
+    monkeypatch.setattr(gradients, "_FEWEST", 2)
     model, pairs = tiny_model(name), tiny_pairs()
     built = []
     real = gradients._gradient

@@ -42,6 +42,15 @@ def test_product_equals_the_sum_of_products_in_float64(turned: bool) -> None:
     assert torch.allclose(product(x, w).double(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("small", [0, 1 << 19])
+def test_outer_products_are_summed_over_tokens(small: int, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_SMALL", small)
+    d, a, out = draw(3, 4, 7), draw(3, 4, 5) + 1, draw(3, 7, 5)
+    kernels.outer_products(d, a, out)
+    expected = torch.einsum("btm,btn->bmn", d.double(), a.double())
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+
+
 @needs_onednn
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])

@@ -75,7 +75,7 @@ def test_trap_3_the_plain_route_scores_prefixes_at_each_row_s_own_tokens() -> No
 def test_order_and_pack_size_do_not_matter(tokens: int, monkeypatch) -> None:
     model, prompts = tiny_model("tied"), tiny_prompts("max_user")
     reference = read_prompts(model, prompts, tiny_behavior(), BLOCK)
-    packs = pack(prompts, tiny_behavior(), tokens=tokens)
+    packs = list(pack(prompts, tiny_behavior(), tokens=tokens))
     assert sorted(i for p in packs for i in p.index) == list(range(len(prompts)))
     assert (len(packs) == 1) == (tokens == 10_000)
     original = readout.pack

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taught.model.tokens import batches_by_tokens, build_tree, stack
+from taught.model.tokens import TokenTree, batches_by_tokens, build_tree, stack, stack_sequences
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=6)
 
@@ -45,3 +45,23 @@ def test_batches_hold_every_item_once_within_the_budget(lengths, budget) -> None
     for batch in batches:
         padded = max(lengths[i] for i in batch) * len(batch)
         assert padded <= budget or len(batch) == 1
+
+
+@given(SEQUENCES)
+def test_plain_sequences_are_stacked_as_their_trees_are(sequences) -> None:
+    plain, trees = stack_sequences(sequences), stack([build_tree([s])[0] for s in sequences])
+    for name in ("ids", "positions", "mask", "lengths"):
+        ours, theirs = getattr(plain, name), getattr(trees, name)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=12))
+def test_ancestors_of_any_tree_are_those_found_by_walking_up(steps) -> None:
+    parents = [node - step - 1 if step <= node else -1 for node, step in enumerate(steps)]
+    parents = [max(parent, -1) for parent in parents]
+    tree = TokenTree(torch.zeros(len(parents), dtype=torch.long), torch.tensor(parents))
+    for node, seen in enumerate(tree.ancestors().tolist()):
+        walked = {node}
+        while (node := parents[node]) >= 0:
+            walked.add(node)
+        assert {other for other, yes in enumerate(seen) if yes} == walked

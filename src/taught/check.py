@@ -140,7 +140,8 @@ def _check_overlap(
     if ids and not drop:
         report.problems.append(f"{what}: {name_ids(ids)}; --drop-overlap leaves them out")
         return pairs
-    return replace(pairs, pairs=tuple(pair for pair in pairs if pair.id not in ids))
+    gone = set(ids)
+    return replace(pairs, pairs=tuple(pair for pair in pairs if pair.id not in gone))
 
 
 def _check_truncation(

@@ -174,7 +174,7 @@ def targets_per_chunk(problem: Problem, sites: Sequence[Site]) -> int:
 
 
 def _sites_up_to_block(problem: Problem, sites: Sequence[Site]) -> list[Site]:
-    packed = pack(problem.prompts[:1], None)[0]
+    packed = next(pack(problem.prompts[:1], None))
     with tap(problem.model, sites) as taps, torch.no_grad():
         read_packed(problem.model, packed, None, problem.block)
         return [site for site, *_ in taps.seen]

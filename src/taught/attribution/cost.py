@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from taught.attribution.adjoint import Problem, targets_per_chunk
-from taught.attribution.pairs import PairBatch, PairInput, batch_pairs
+from taught.attribution.pairs import PairInput, batch_indices
 from taught.attribution.prompt_effects import prompt_chunks
 from taught.model.blockwise import split_sites
 from taught.model.forward import find_blocks
@@ -51,7 +51,10 @@ class _Sizes:
 
     def forward(self, rows: Iterable[Rows], logits: int) -> float:
         """Operations of one forward pass, padding included; logits at so many places."""
-        shapes = [tuple(part.ids.shape) for part in rows]
+        return self.over([(len(part.ids), part.ids.shape[1]) for part in rows], logits)
+
+    def over(self, shapes: Sequence[tuple[int, int]], logits: int) -> float:
+        """The same, for batches of so many rows and columns."""
         tokens = sum(n * length for n, length in shapes)
         attended = sum(n * length**2 for n, length in shapes)
         weights = self.blocks * tokens + self.head * logits
@@ -98,8 +101,7 @@ def attribution_cost(
     slots = problem.behavior.slots
     packed = pack(problem.prompts, problem.behavior)
     trees = sizes.forward([p.rows for p in packed], len(problem.prompts) * slots)
-    batches = batch_pairs(pairs, problem.batch_tokens)
-    one = _over_pairs(sizes, batches)
+    one = _over_pairs(sizes, pairs, batch_indices(pairs, problem.batch_tokens))
     gradient = 3 * one / len(pairs)  # weights have gradients here: a backward pass is two
     step = trees + gradient
     cost = {"read-outs": trees + one}
@@ -160,9 +162,13 @@ def _sides(blocks: Iterable[nn.Module]) -> tuple[int, int]:
     return sum(shape[1] for shape in shapes), sum(shape[0] for shape in shapes)
 
 
-def _over_pairs(sizes: _Sizes, batches: Sequence[PairBatch]) -> float:
-    """One forward pass over the pairs."""
-    return sizes.forward([b.rows for b in batches], sum(len(b.index) * b.keep for b in batches))
+def _over_pairs(
+    sizes: _Sizes, pairs: Sequence[PairInput], batches: Sequence[Sequence[int]]
+) -> float:
+    """One forward pass over some batches of the pairs."""
+    shapes = [(len(index), max(len(pairs[i].ids) for i in index) - 1) for index in batches]
+    keep = [len(index) * max(pairs[i].n_response for i in index) for index in batches]
+    return sizes.over(shapes, sum(keep))
 
 
 def _features(problem: Problem, sizes: _Sizes, targets: int, pairs: int, one: float) -> float:
@@ -211,6 +217,8 @@ def _prompts(problem: Problem, sizes: _Sizes, pairs: Sequence[PairInput]) -> flo
     sites = split_sites(problem.model, problem.parameters)
     for prompts, batches in prompt_chunks(problem, sites, pairs):
         logits = slots * sum(len(index) for index, _ in prompts)
-        both = sizes.forward([rows for _, rows in prompts], logits) + _over_pairs(sizes, batches)
+        both = sizes.forward([rows for _, rows in prompts], logits) + _over_pairs(
+            sizes, pairs, batches
+        )
         passes += 5 * both  # forward and backward twice, and the gradients built once
     return passes + 2.0 * len(pairs) * len(problem.prompts) * sizes.moving

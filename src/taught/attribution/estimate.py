@@ -86,8 +86,8 @@ class Effects:
             parts = {"x": self.score[0], "y": self.score[1], "total": self.score.sum(0)}
             return parts[pathway]
         assert self.shift is not None and column is not None
-        values: Floats = getattr(self.shift, pathway)[:, column]
-        return values
+        x, y = self.shift.x[:, column], self.shift.y[:, column]
+        return x if pathway == "x" else y if pathway == "y" else x + y
 
     def errors(
         self, target: str, column: int | None, group: str | None, pathway: str

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from taught.attribution.adjoint import Problem
-from taught.attribution.pairs import PairInput, batch_pairs
+from taught.attribution.pairs import PairInput, make_batch
 from taught.errors import UserError
 from taught.model.gradients import evaluating
 from taught.model.parameters import moving_parameters
@@ -77,7 +77,7 @@ def pair_gradient(
         The loss is not finite; a pattern matches nothing.
     """
     moving = moving_parameters(model, parameters)
-    batch = batch_pairs([pair], len(pair.ids))[0]
+    batch = make_batch([pair], [0])
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         for name, p in model.named_parameters():

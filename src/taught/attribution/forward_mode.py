@@ -76,7 +76,7 @@ def tangents(
         The loss of a pair is not finite.
     """
     reader = _Reader(problem)
-    packs = pack(problem.prompts, problem.behavior)
+    packs = list(pack(problem.prompts, problem.behavior))
     moving = moving_parameters(problem.model, problem.parameters)
     base = {f"model.{name}": p.detach() for name, p in moving.items()}
     for pair in pairs:

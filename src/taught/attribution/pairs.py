@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from taught.errors import UserError
 from taught.model.forward import first_device, forward
 from taught.model.gradients import evaluating
-from taught.model.tokens import Rows, batches_by_tokens, build_tree, stack
+from taught.model.tokens import Rows, batches_by_tokens, stack_sequences
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,30 @@ class PairBatch:
         return -(logp * self.weights.to(logp)).sum(1)
 
 
-def batch_pairs(pairs: Sequence[PairInput], budget: int) -> list[PairBatch]:
-    """All pairs in batches of at most ``budget`` padded tokens; each pair in exactly one batch."""
-    lengths = [len(p.ids) - 1 for p in pairs]
-    return [_one_batch(pairs, index) for index in batches_by_tokens(lengths, budget)]
+def batch_pairs(pairs: Sequence[PairInput], budget: int) -> Iterator[PairBatch]:
+    """All pairs in batches of at most ``budget`` padded tokens; each pair in exactly one batch.
+
+    A batch is made when its turn comes: the masks of all of them are larger than the data.
+    """
+    return (make_batch(pairs, index) for index in batch_indices(pairs, budget))
 
 
-def _one_batch(pairs: Sequence[PairInput], index: Sequence[int]) -> PairBatch:
+def batch_indices(pairs: Sequence[PairInput], budget: int) -> list[list[int]]:
+    """Which pairs each batch holds."""
+    return batches_by_tokens([len(p.ids) - 1 for p in pairs], budget)
+
+
+def make_batch(pairs: Sequence[PairInput], index: Sequence[int]) -> PairBatch:
+    """Some of the pairs as one batch."""
     chosen = [pairs[i] for i in index]
-    trees = [build_tree([p.ids[:-1]])[0] for p in chosen]
     keep = max(p.n_response for p in chosen)
     targets = torch.zeros(len(chosen), keep, dtype=torch.long)
     weights = torch.zeros(len(chosen), keep, dtype=torch.float64)
     for row, pair in enumerate(chosen):
         targets[row, keep - pair.n_response :] = torch.tensor(pair.ids[pair.start :])
         weights[row, keep - pair.n_response :] = 1.0 / pair.n_response
-    return PairBatch(tuple(index), stack(trees), keep, targets, weights)
+    rows = stack_sequences([p.ids[:-1] for p in chosen])
+    return PairBatch(tuple(index), rows, keep, targets, weights)
 
 
 @torch.no_grad()

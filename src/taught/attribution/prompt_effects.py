@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from taught.attribution.adjoint import GB, Problem
-from taught.attribution.pairs import PairBatch, PairInput, batch_pairs, refuse_nonfinite
+from taught.attribution.pairs import (
+    PairBatch,
+    PairInput,
+    batch_indices,
+    make_batch,
+    refuse_nonfinite,
+)
 from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
 from taught.model.forward import first_device, forward
 from taught.model.gradients import Factor, dot, dots, frozen
@@ -51,12 +57,12 @@ def prompt_effects(
     effects = torch.zeros(len(pairs), len(problem.prompts), dtype=torch.float64)
     with frozen(problem.model):
         for prompts, chunk in prompt_chunks(problem, sites, pairs):
-            rows = [i for batch in chunk for i in batch.index]
+            rows = [i for index in chunk for i in index]
             columns = [i for index, _ in prompts for i in index]
             compute = partial(_meet, problem, sites, pairs, chunk, prompts, progress)
             block = kept(pieces, f"pairs {rows} prompts {columns}", compute)
             effects[torch.tensor(rows)[:, None], torch.tensor(columns)] = block
-    return -problem.lr * effects
+    return effects.mul_(-problem.lr)
 
 
 def prompt_steps(problem: Problem, pairs: Sequence[PairInput]) -> int:
@@ -70,16 +76,19 @@ PromptBatch = tuple[list[int], Rows]
 
 def prompt_chunks(
     problem: Problem, sites: BlockSites, pairs: Sequence[PairInput]
-) -> list[tuple[list[PromptBatch], list[PairBatch]]]:
-    """Chunks of prompts and of pairs that fit into the budget together, in all combinations."""
+) -> list[tuple[list[PromptBatch], list[list[int]]]]:
+    """Chunks of prompts and of pairs that fit into the budget together, in all combinations.
+
+    Pairs are named batch by batch.
+    """
     trees = [prompt_tree([p], problem.behavior)[0] for p in problem.prompts]
     prompts = [
         (index, stack([trees[i] for i in index]))
         for index in batches_by_tokens([len(t) for t in trees], problem.batch_tokens)
     ]
-    batches = batch_pairs(pairs, problem.batch_tokens)
+    batches = batch_indices(pairs, problem.batch_tokens)
     per_token, per_prompt = _bytes(problem, sites)
-    pair_need = [b.rows.ids.numel() * per_token for b in batches]
+    pair_need = [len(b) * max(len(pairs[i].ids) - 1 for i in b) * per_token for b in batches]
     prompt_need = [rows.ids.numel() * per_token + len(index) * per_prompt
                    for index, rows in prompts]  # fmt: skip
     budget = problem.memory_gb * GB * _TRACES
@@ -139,7 +148,7 @@ def _meet(
     problem: Problem,
     sites: BlockSites,
     pairs: Sequence[PairInput],
-    chunk: Sequence[PairBatch],
+    chunk: Sequence[Sequence[int]],
     prompts: Sequence[PromptBatch],
     progress: Any,
 ) -> Tensor:
@@ -150,12 +159,12 @@ def _meet(
         right.append(traced)
         outside.append(_by_param(factors))
     left, top = [], []
-    for batch in chunk:
-        losses, factors, traced = _trace_pairs(problem, sites, batch)
-        refuse_nonfinite(pairs, batch.index, losses)
+    for some in chunk:
+        losses, factors, traced = _trace_pairs(problem, sites, make_batch(pairs, some))
+        refuse_nonfinite(pairs, some, losses)
         left.append(traced)
         own = _by_param(factors)
-        met = [_over(problem, own, other, len(batch.index), len(t.index))
+        met = [_over(problem, own, other, len(some), len(t.index))
                for other, t in zip(outside, right, strict=True)]  # fmt: skip
         top.append(torch.cat(met, 1))
     del outside

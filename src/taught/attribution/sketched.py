@@ -79,7 +79,9 @@ def sketch_effects(
     every = np.concatenate([part.astype(np.float32) for part in parts], 1)
     answers = ask(source.store, [pair_row(pair) for pair in pairs], every)
     ends = np.cumsum([part.shape[1] for part in parts])[:-1]
-    few, x, y_shift, *dy = np.split(-problem.lr * answers.values, ends, 1)
+    values = answers.values
+    values *= -problem.lr  # in place: the largest array there is
+    few, x, y_shift, *dy = np.split(values, ends, 1)
     sample = [pair.id for pair in some]
     error = measure_error(queries, answers.norms, problem.lr, sample, chosen, exact, few)
     return Effects(

@@ -225,7 +225,8 @@ class ChatFormat:
         if cut and not drop_truncated:
             raise _truncation_error(cut, max_tokens, truncate)
         dropped = [pair.id for pair in cut]
-        return [pair for pair in encoded if pair.id not in set(dropped)], dropped
+        gone = set(dropped)
+        return [pair for pair in encoded if pair.id not in gone], dropped
 
     def _render(self, messages: Sequence[Mapping[str, str]], id: str, answer: bool) -> str:
         """Return the template's text; ``answer`` adds the generation prompt."""

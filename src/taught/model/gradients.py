@@ -354,6 +354,8 @@ class RowSparse:
 Query = Tensor | RowSparse
 
 MEMORY_BOUND = 2.0
+# Numbers that the gradients of a few examples at a time come to, and how few these may be.
+_FEW, _FEWEST = 1 << 20, 4
 
 
 def contract(factor: Factor, query: Query) -> Tensor:
@@ -378,8 +380,9 @@ def contract(factor: Factor, query: Query) -> Tensor:
         per_query = [((d @ q) * a).sum((1, 2)) for q in query]
         return torch.stack(per_query, 1)
     flat = query.flatten(1)
-    return torch.cat([product(_gradient(d[b : b + 4], a[b : b + 4]), flat)
-                      for b in range(0, len(d), 4)])  # fmt: skip
+    step = max(_FEWEST, _FEW // flat.shape[1])
+    return torch.cat([product(_gradient(d[b : b + step], a[b : b + step]), flat)
+                      for b in range(0, len(d), step)])  # fmt: skip
 
 
 def _gradient(d: Tensor, a: Tensor) -> Tensor:

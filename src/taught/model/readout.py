@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,8 @@ def pack(
     behavior: PrefixBehavior | None,
     *,
     tokens: int = PACK_TOKENS,
-) -> list[PackedPrompts]:
-    """Lay prompts out as token trees of about ``tokens`` tokens.
+) -> Iterator[PackedPrompts]:
+    """Lay prompts out as token trees of about ``tokens`` tokens, each made when its turn comes.
 
     Prompts that start alike are put side by side, so that they share their beginning. Without a
     behavior the trees end at the last token that is read.
@@ -99,7 +99,7 @@ def pack(
         else:
             groups.append([i])
             size = len(prompts[i].ids)
-    return [_pack_group(prompts, group, behavior) for group in groups]
+    return (_pack_group(prompts, group, behavior) for group in groups)
 
 
 def _pack_group(
@@ -156,7 +156,7 @@ def read_prompts(
     """
     h: list[Tensor | None] = [None] * len(prompts)
     y = torch.zeros(len(prompts), dtype=torch.float64)
-    waiting = pack(prompts, behavior)
+    waiting = list(pack(prompts, behavior))
     while waiting:
         packed = waiting.pop(0)
         hidden, value = read_packed(model, packed, behavior, block)

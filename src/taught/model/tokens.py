@@ -38,12 +38,27 @@ class TokenTree:
 
     def ancestors(self) -> Tensor:
         """bool [T, T]: entry (s, t) is true where t is s itself or one of its ancestors."""
-        size = len(self)
-        seen = torch.eye(size, dtype=torch.bool)
-        for node, parent in enumerate(self.parents.tolist()):
-            if parent >= 0:
-                seen[node] |= seen[parent]
-        return seen
+        enter, leave = self._spans()
+        return (enter <= enter[:, None]) & (enter[:, None] < leave)
+
+    def _spans(self) -> tuple[Tensor, Tensor]:
+        """Each node's place in depth-first order, and the place behind its last descendant."""
+        parents = self.parents.tolist()
+        size = [1] * len(parents)
+        for node in range(len(parents) - 1, -1, -1):
+            if parents[node] >= 0:
+                size[parents[node]] += size[node]
+        enter = [0] * len(parents)
+        free, roots = [0] * len(parents), 0  # where the next child of a node, the next root begins
+        for node, parent in enumerate(parents):
+            if parent < 0:
+                enter[node], roots = roots, roots + size[node]
+            else:
+                enter[node] = free[parent]
+                free[parent] += size[node]
+            free[node] = enter[node] + 1
+        first = torch.tensor(enter)
+        return first, first + torch.tensor(size)
 
 
 def build_tree(sequences: Sequence[Sequence[int]]) -> tuple[TokenTree, list[list[int]]]:
@@ -117,6 +132,18 @@ def stack(trees: Sequence[TokenTree]) -> Rows:
         mask[row, start:, start:] = seen
     lengths = torch.tensor([len(tree) for tree in trees])
     return Rows(ids, positions, mask, lengths)
+
+
+def stack_sequences(sequences: Sequence[Sequence[int]]) -> Rows:
+    """What :func:`stack` makes of trees of one sequence each, without building them."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    width = int(lengths.max())
+    starts = (width - lengths)[:, None]
+    ids = torch.tensor([[0] * (width - len(s)) + list(s) for s in sequences])
+    places = torch.arange(width)
+    mask = torch.ones(width, width, dtype=torch.bool).tril() & (places >= starts)[:, None]
+    mask |= torch.eye(width, dtype=torch.bool)
+    return Rows(ids, (places - starts).clamp(min=0), mask, lengths)
 
 
 def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:

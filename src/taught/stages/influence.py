@@ -90,7 +90,9 @@ def _intended(
     UserError
         A named feature is not one of the policy's.
     """
-    encoded = [subject.chat.encode_prompt(pair.messages, pair.id) for pair in pairs]
+    named = {pair.id: _named_features(pair, fitted) for pair in pairs}
+    others = (pair for pair in pairs if not named[pair.id])
+    encoded = [subject.chat.encode_prompt(pair.messages, pair.id) for pair in others]
     inputs = prompt_inputs(encoded, study.readout.position)
     features = subject.features(fitted.feature_ids.copy(), study)
     active: dict[str, list[int]] = {}
@@ -98,7 +100,7 @@ def _intended(
         h, _ = read_packed(subject.loaded.model, packed, None, subject.sae.block)
         for i, row in zip(packed.index, features(h, packed.offsets), strict=True):
             active[inputs[i].id] = fitted.feature_ids[(row > 0).cpu().numpy()].tolist()
-    return {pair.id: _named_features(pair, fitted) or active[pair.id] for pair in pairs}
+    return {pair_id: features or active[pair_id] for pair_id, features in named.items()}
 
 
 def _named_features(pair: Pair, fitted: Policy) -> list[int] | None:
