@@ -46,7 +46,7 @@ def main() -> None:
         "length": [len(pair["ids"]) for pair in pairs],
     })  # fmt: skip
 
-    started = time.perf_counter()
+    started, begun = time.perf_counter(), time.process_time()
     config.partial_run_path.mkdir(parents=True)
     processor = create_processor(model, config, modules)
     batches = allocate_batches(data["length"][:], config.token_batch_size)
@@ -54,7 +54,7 @@ def main() -> None:
         model, data, processor, config,
         batches=batches, target_modules=modules, preprocess_cfg=PreprocessConfig(),
     )  # fmt: skip
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - begun
 
     folder = config.partial_run_path
     info = json.loads((folder / "info.json").read_text())
@@ -63,6 +63,7 @@ def main() -> None:
     np.save(out / "rows.npy", rows)
     report = {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "examples": len(rows),
         "numbers_per_example": rows.shape[1],
         "bytes_per_example": rows.nbytes / len(rows),

@@ -41,18 +41,19 @@ def main() -> None:
     unused: Any = None
     problem = Problem(model, [], unused, 0, unused, lr=1.0, batch_tokens=job["tokens"])
 
-    started = time.perf_counter()
+    started, begun = time.perf_counter(), time.process_time()
     projection = Projection(model, job["numbers"])
     store = SketchStore(out / "store", projection.record())
     store.prepare()
     fill_pairs(store, problem, projection, pairs, progress=SilentProgress())
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - begun
 
     found = {row.id: sketch for shard, values in store.read("pairs")
              for row, sketch in zip(shard.rows, values, strict=True)}  # fmt: skip
     np.save(out / "rows.npy", np.stack([found[pair.id] for pair in pairs]))
     report = {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "examples": len(found),
         "numbers_per_example": store.dim,
         "bytes_per_example": store.size() / len(found),

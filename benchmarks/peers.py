@@ -63,19 +63,21 @@ class Contestant:
             return
         folder.mkdir(parents=True)
         path = write_job(folder, {**shared, **self.job})
-        done = subprocess.run(
-            [self.python, str(HERE / self.worker), str(path)],
-            env=environment(shared["threads"], self.python) | self.env,
-            cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False,
-        )  # fmt: skip
         try:
-            if done.returncode:
-                raise OSError(f"exit status {done.returncode}")
-            self.reports.append(json.loads((folder / "report.json").read_text()))
-        except OSError as error:
-            self.error = (done.stderr.strip().splitlines() or [str(error)])[-1]
+            done = subprocess.run(
+                [self.python, str(HERE / self.worker), str(path)],
+                env=environment(shared["threads"], self.python) | self.env,
+                cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            self.error = f"more than {TIMEOUT:.0f} s"
+            return
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            self.error = lines[-1] if lines else f"exit status {done.returncode}"
             console.print(f"{self.name}: {done.stderr[-2000:]}", markup=False, highlight=False)
             return
+        self.reports.append(json.loads((folder / "report.json").read_text()))
         if self.rows is None and (folder / "rows.npy").is_file():
             self.rows = np.load(folder / "rows.npy").astype(np.float64)
 
@@ -108,9 +110,19 @@ def environment(threads: int, python: str) -> dict[str, str]:
 
 def contestants(args: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
     """Who takes part, in the order of their turns, and who is left out and why."""
+    from taught.errors import UserError
+
+    for flag, python in (("--bergson", args.bergson), ("--dattri", args.dattri)):
+        if python and not os.access(python, os.X_OK):
+            raise UserError("there is no such interpreter", value=python,
+                            fix=f"give {flag} the path of an environment's bin/python")  # fmt: skip
     first, left_out = args.tokens[0], []
-    found = [Contestant(f"taught, {first} tokens a batch", "taught", sys.executable,
-                        "peer_taught.py", {"tokens": first})]  # fmt: skip
+    found = [
+        Contestant(f"taught, {first} tokens a batch", "taught", sys.executable,
+                   "peer_taught.py", {"tokens": first}),
+        Contestant(f"taught, {first} tokens, torch's products", "taught", sys.executable,
+                   "peer_taught.py", {"tokens": first, "products": "torch"}),
+    ]  # fmt: skip
     if args.bergson:
         found += [Contestant(f"Bergson, {tokens} tokens a batch", "Bergson", args.bergson,
                              "peer_bergson.py", {"tokens": tokens})
@@ -128,15 +140,11 @@ def contestants(args: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
 
 
 def singles(args: argparse.Namespace) -> list[Contestant]:
-    """What is run once: an ablation of taught, and what can only be extrapolated."""
-    first = args.tokens[0]
-    found = [Contestant("taught, torch's products", "taught", sys.executable, "peer_taught.py",
-                        {"tokens": first, "products": "torch"})]  # fmt: skip
-    if args.dattri and args.limit > 0:
-        job = {"tokens": first, "way": "dense", "limit": args.limit}
-        found.append(Contestant("dattri (dense, TRAK's)", "dattri", args.dattri, "peer_dattri.py",
-                                job))  # fmt: skip
-    return found
+    """What is run once, since it can only be extrapolated."""
+    if not args.dattri or args.limit <= 0:
+        return []
+    job = {"tokens": args.tokens[0], "way": "dense", "limit": args.limit}
+    return [Contestant("dattri (dense, TRAK's)", "dattri", args.dattri, "peer_dattri.py", job)]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -164,8 +172,9 @@ def measure(args: argparse.Namespace) -> None:
         }, args.out)  # fmt: skip
         with kept(results, _COLUMNS):
             progress.step("exact inner products")
-            exact = exact_products(subject.loaded.model, spread_over(pairs, args.checked))
-            places = [pairs.index(pair) for pair in spread_over(pairs, args.checked)]
+            checked = spread_over(pairs, args.checked)
+            exact = exact_products(subject.loaded.model, checked)
+            places = [pairs.index(pair) for pair in checked]
             progress.step("building", args.rounds * len(turns) + len(others))
             for number in range(args.rounds):
                 for place, contestant in enumerate(turns):
@@ -259,8 +268,10 @@ def described(
     report = contestant.reports[0]
     every = [one["seconds"] for one in contestant.reports]
     seconds = statistics.median(every)
+    of_cpu = [one["cpu_seconds"] for one in contestant.reports if "cpu_seconds" in one]
     tokens = sum(len(pair["ids"]) - 1 for pair in shared["pairs"])
     row |= {**report, "seconds": seconds, "seconds_of_all_runs": every,
+            "cpu_seconds": statistics.median(of_cpu) if of_cpu else None,
             "ms_per_example": 1000 * seconds / report["examples"],
             "pair_tokens_per_second": tokens / seconds}  # fmt: skip
     if contestant.rows is None:
@@ -293,12 +304,18 @@ def summarised(rows: Sequence[Row]) -> Row:
     if ours is None:
         return {}
     found: Row = {"seconds_taught": ours["seconds"]}
+    plain = next((row for row in timed if row.get("products") == "torch"), None)
+    if plain is not None:
+        found["seconds_taught_with_torchs_products"] = plain["seconds"]
     for tool in ("Bergson", "dattri"):
         best = min((row for row in timed if row["tool"] == tool and not row.get("extrapolated")),
                    key=lambda row: row["seconds"], default=None)  # fmt: skip
         if best is not None:
             found |= {f"fastest_{tool}": best["method"], f"seconds_{tool}": best["seconds"],
                       f"{tool}_over_taught": best["seconds"] / ours["seconds"]}  # fmt: skip
+            if plain is not None:
+                ratio = best["seconds"] / plain["seconds"]
+                found[f"{tool}_over_taught_with_torchs_products"] = ratio
     return found
 
 
@@ -320,6 +337,7 @@ def _seconds(row: Row) -> str:
 _COLUMNS = {
     "method": lambda row: row["method"],
     "seconds": _seconds,
+    "CPU seconds": lambda row: _number(row, "cpu_seconds", "{:,.1f}"),
     "ms a pair": lambda row: _number(row, "ms_per_example", "{:,.0f}"),
     "numbers": lambda row: _number(row, "numbers_per_example", "{:,}"),
     "covers": lambda row: ", ".join(row.get("covers", ["-"])),
@@ -337,12 +355,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--dattri", metavar="PYTHON", help="interpreter of dattri's environment")
     flags.add_argument("--pairs", type=int, default=64)
     flags.add_argument("--numbers", type=int, default=13440, help="stored numbers an example")
-    flags.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048],
+    flags.add_argument("--tokens", type=int, nargs="+", default=[512, 256],
                        help="padded tokens a batch: the first for all, the others for Bergson too",
                        )  # fmt: skip
     flags.add_argument("--rounds", type=int, default=3, help="runs of each, in turns")
     flags.add_argument("--checked", type=int, default=16, help="pairs with exact inner products")
-    flags.add_argument("--limit", type=float, default=60.0,
+    flags.add_argument("--limit", type=float, default=40.0,
                        help="seconds for blocks of dattri's dense matrix; 0: not at all",
                        )  # fmt: skip
     flags.add_argument("--dattri-compile", action="store_true",
