@@ -25,6 +25,8 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     import benchmarks.adjoint_vs_step
     import benchmarks.common
+    import benchmarks.peer_dattri
+    import benchmarks.peers
     import benchmarks.smda_loop
 
     return benchmarks
@@ -250,3 +252,80 @@ def test_record_writes_null_for_what_is_not_defined(tmp_path, benchmarks, monkey
     assert record["conditions"] == {"x": None}
     assert record["command"] == "python -m benchmarks.some --flag 'two words'"
     assert "text" in capsys.readouterr().out
+
+
+def test_peers_builds_a_store_and_names_who_is_left_out(tiny, tmp_path, python):
+    done = python(
+        "-m", "benchmarks.peers", "--study", str(tiny), "--out", str(tmp_path), "--pairs", "6",
+        "--checked", "5", "--numbers", "6400", "--rounds", "1", "--threads", "1",
+        "--bergson", sys.executable, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = read(tmp_path, "peers")
+    assert record["complete"] and record["conditions"]["pairs"] == 6
+    assert record["conditions"]["left_out"] == ["dattri: --dattri was not given"]
+    ours, plain, *peers = record["rows"]
+    for row in (ours, plain):
+        assert (row["examples"], row["numbers_per_example"]) == (6, 6400)
+        assert row["seconds"] == row["seconds_of_all_runs"][0] > 0
+        assert 0 < row["squared_error_of_all"] < 10 / 6400
+    assert plain["spearman_with_taught"] > 0.99 and "by torch" in plain["how"]
+    for row in peers:  # there is no Bergson in this environment, and that stops nobody else
+        assert "bergson" in row["error"] and "seconds" not in row
+    assert record["summary"]["seconds_taught"] == ours["seconds"]
+
+
+def test_peers_refuses_an_interpreter_that_is_not_there(tiny, tmp_path, benchmarks):
+    with pytest.raises(SystemExit) as stop:
+        benchmarks.peers.main(
+            ["--study", str(tiny), "--out", str(tmp_path), "--dattri", str(tmp_path / "python")]
+        )
+    assert stop.value.code == 2
+    assert not any(tmp_path.iterdir())
+
+
+def test_exact_products_are_those_of_autograd(tiny, benchmarks):
+    import torch
+
+    args = benchmarks.peers.argparse.Namespace(study=str(tiny), pairs=4, tokens=[512])
+    subject, pairs = benchmarks.peers._opened(args)
+    model = subject.loaded.model
+    exact = benchmarks.peers.exact_products(model, pairs)
+    from taught.attribution.pairs import batch_pairs
+
+    whole, blocks = [], []
+    for pair in pairs:
+        (batch,) = batch_pairs([pair], 512)
+        grads = torch.autograd.grad(batch.losses(model).sum(), list(model.parameters()))
+        named = dict(zip(dict(model.named_parameters()), grads, strict=True))
+        whole.append(torch.cat([g.flatten() for g in named.values()]))
+        blocks.append(torch.cat([g.flatten() for n, g in named.items() if "_proj" in n]))
+    for name, rows in (("all parameters", whole), ("linear layers of the blocks", blocks)):
+        gram = (torch.stack(rows) @ torch.stack(rows).T).numpy()
+        np.testing.assert_allclose(exact[name], gram, rtol=1e-3, atol=1e-4 * gram.max())
+    assert benchmarks.peers.error(exact["all parameters"], exact["all parameters"]) == 0
+
+
+def test_the_loss_that_dattri_is_given_is_taughts(tiny, benchmarks):
+    import torch
+
+    from taught.attribution.pairs import pair_losses
+
+    args = benchmarks.peers.argparse.Namespace(study=str(tiny), pairs=5, tokens=[512])
+    subject, pairs = benchmarks.peers._opened(args)
+    batch = benchmarks.peer_dattri.padded(
+        [{"ids": list(pair.ids), "start": pair.start} for pair in pairs]
+    )
+    with torch.no_grad():
+        found = benchmarks.peer_dattri.mean_loss(subject.loaded.model, batch, "cpu")
+    wanted = pair_losses(subject.loaded.model, pairs, 512).mean()
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_peers_chooses_pairs_over_all_lengths(tiny, benchmarks):
+    from taught.attribution.pairs import PairInput
+
+    pairs = [PairInput(str(n), tuple(range(n)), 1) for n in (9, 3, 30, 5, 12)]
+    chosen = benchmarks.peers.spread_over(pairs, 3)
+    assert [len(pair.ids) for pair in chosen] == [3, 9, 30]
+    assert len(benchmarks.peers.spread_over(pairs, 9)) == 5
