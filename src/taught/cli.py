@@ -97,7 +97,7 @@ def demo(
     features
         At most so many features in the policy, the strongest first.
     full
-        Use the whole preset: every prompt, pair and feature (about 20 minutes on two cores).
+        Use the whole preset: every prompt, pair and feature (about half an hour on two cores).
     """
     _quiet_libraries()
     from taught import stages
