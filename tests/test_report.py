@@ -606,7 +606,8 @@ def test_the_verdict_says_how_far_a_ranking_by_sketches_can_be_trusted():
         rows = [{"label": "a", "score": s, "score_se": se, "unintended": False} for s in score]
         sentence = verdict.sketch_sentence(Scores.of(rows))
         expected = np.corrcoef(score, exact)[0, 1]
-        assert f"{expected:.2f}" in sentence.text
+        (said,) = re.findall(r"about (\d\.\d{3}) with", sentence.text)
+        assert float(said) == pytest.approx(expected, abs=0.01)
         assert sentence.tone == ("found" if se == 0.1 else "caution")
         assert f"{(np.abs(score) > 2 * se).sum():,} of 4,000 pairs" in sentence.text
     rows = [{"label": "a", "score": 1.0, "score_se": None, "unintended": False}]

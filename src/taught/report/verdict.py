@@ -338,7 +338,7 @@ def sketch_sentence(scores: Scores) -> Sentence | None:
     text = (
         f"S is estimated from sketches of gradients. {clear:,} of {count(len(score), 'pair')} have "
         "an S more than two standard errors from zero; a correlation of about "
-        f"{number(math.sqrt(reliability))} with the exact S is to be expected."
+        f"{number(math.sqrt(reliability), 3)} with the exact S is to be expected."
     )
     if reliability**0.5 < RELIABLE:
         text += " Larger sketches (sketch.dim) or the estimator adjoint give a surer ranking."
