@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -85,8 +86,6 @@ def factored(job: dict[str, Any], model: Any, out: Path) -> dict[str, Any]:
 
 
 def _compile_off() -> bool:
-    import os
-
     return os.environ.get("TORCHDYNAMO_DISABLE") == "1"
 
 

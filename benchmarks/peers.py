@@ -95,16 +95,12 @@ def write_job(folder: Path, job: Row) -> Path:
 
 def environment(threads: int, python: str) -> dict[str, str]:
     """Variables of a worker: its threads; no network; a peer does not see this checkout."""
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONSAFEPATH": "1",
-    }  # kernels.py beside the workers is not the package kernels
-    if python != sys.executable:
-        env.pop("PYTHONPATH", None)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
+           "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    env["PYTHONSAFEPATH"] = "1"  # kernels.py beside the workers is not the package of that name
+    paths = env.pop("PYTHONPATH", "")
+    if python == sys.executable and paths:
+        env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
     return env
 
 
@@ -124,7 +120,8 @@ def contestants(args: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
                    "peer_taught.py", {"tokens": first, "products": "torch"}),
     ]  # fmt: skip
     if args.bergson:
-        found += [Contestant(f"Bergson, {tokens} tokens a batch", "Bergson", args.bergson,
+        python = os.path.abspath(args.bergson)  # workers run elsewhere
+        found += [Contestant(f"Bergson, {tokens} tokens a batch", "Bergson", python,
                              "peer_bergson.py", {"tokens": tokens})
                   for tokens in args.tokens]  # fmt: skip
     else:
@@ -132,7 +129,8 @@ def contestants(args: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
     if args.dattri:
         job = {"tokens": first, "way": "factored"}
         env = {} if args.dattri_compile else {"TORCHDYNAMO_DISABLE": "1"}
-        found.append(Contestant(f"dattri (LoGra), {first} tokens a batch", "dattri", args.dattri,
+        python = os.path.abspath(args.dattri)
+        found.append(Contestant(f"dattri (LoGra), {first} tokens a batch", "dattri", python,
                                 "peer_dattri.py", job, env))  # fmt: skip
     else:
         left_out.append("dattri: --dattri was not given")
@@ -144,7 +142,8 @@ def singles(args: argparse.Namespace) -> list[Contestant]:
     if not args.dattri or args.limit <= 0:
         return []
     job = {"tokens": args.tokens[0], "way": "dense", "limit": args.limit}
-    return [Contestant("dattri (dense, TRAK's)", "dattri", args.dattri, "peer_dattri.py", job)]
+    python = os.path.abspath(args.dattri)
+    return [Contestant("dattri (dense, TRAK's)", "dattri", python, "peer_dattri.py", job)]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -156,7 +155,7 @@ def measure(args: argparse.Namespace) -> None:
         progress.step("loading the model")
         subject, pairs = _opened(args)
         shared = {
-            "model": subject.loaded.model.name_or_path,
+            "model": _absolute(subject.loaded.model.name_or_path),
             "pairs": [{"id": p.id, "ids": list(p.ids), "start": p.start} for p in pairs],
             "numbers": args.numbers,
             "threads": args.threads,
@@ -180,14 +179,20 @@ def measure(args: argparse.Namespace) -> None:
                 for place, contestant in enumerate(turns):
                     contestant.run(shared, Path(temporary) / f"{number}-{place}")
                     progress.advance()
+                results.rows = [described(c, turns[0], exact, places, shared) for c in turns]
+                results.write(complete=False)
             for place, contestant in enumerate(others):
                 contestant.run(shared, Path(temporary) / f"once-{place}")
-                progress.advance()
-            for contestant in [*turns, *others]:
                 results.add(described(contestant, turns[0], exact, places, shared))
+                progress.advance()
             results.summary = summarised(results.rows)
             for text in left_out:
                 console.print(f"left out: {text}", highlight=False)
+
+
+def _absolute(name: str) -> str:
+    """A folder's path from anywhere; the id of a hub as it is."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _opened(args: argparse.Namespace) -> tuple[Any, list[PairInput]]:
