@@ -74,12 +74,15 @@ def whole(minimum: int) -> Rule:
     return Rule(f"a whole number, at least {minimum}", parse)
 
 
-def number(*, above: float | None = None, minimum: float | None = None) -> Rule:
+def number(
+    *, above: float | None = None, minimum: float | None = None, maximum: float | None = None
+) -> Rule:
     """Return the rule for a finite number.
 
     Numbers such as ``1e-4`` arrive from YAML as text (its grammar wants a dot) and are accepted.
     """
     bound = f"above {above:g}" if above is not None else f"at least {minimum:g}"
+    bound += "" if maximum is None else f" and at most {maximum:g}"
 
     def parse(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -87,7 +90,8 @@ def number(*, above: float | None = None, minimum: float | None = None) -> Rule:
         parsed = float(value)
         low = above is not None and parsed <= above
         low = low or (minimum is not None and parsed < minimum)
-        if low or not math.isfinite(parsed):
+        high = maximum is not None and parsed > maximum
+        if low or high or not math.isfinite(parsed):
             raise ValueError
         return parsed
 

@@ -36,6 +36,7 @@ __all__ = [
     "SaeSpec",
     "SketchSpec",
     "Study",
+    "ValidationSpec",
     "dump_study",
     "list_presets",
     "load_study",
@@ -215,10 +216,32 @@ class CurationSpec(_Section):
     k: int = _field(20, rules.whole(1))
 
 
+@dataclass(frozen=True)
+class ValidationSpec(_Section):
+    """How the model is trained again on some of the pairs, to see what that does."""
+
+    section: ClassVar[str] = "validation"
+    trainer: Literal["loop", "trl"] = _field("loop", rules.one_of("loop", "trl"))
+    method: Literal["full", "lora"] = _field("full", rules.one_of("full", "lora"))
+    lora_rank: int = _field(8, rules.whole(1))
+    optimizer: Literal["adamw", "sgd"] = _field("adamw", rules.one_of("adamw", "sgd"))
+    lr: float = _field(2e-5, rules.number(above=0))
+    epochs: int = _field(3, rules.whole(1))
+    batch: int = _field(16, rules.whole(1))
+    weight_decay: float = _field(0.0, rules.number(minimum=0))
+    schedule: Literal["constant", "linear"] = _field(
+        "constant", rules.one_of("constant", "linear")
+    )
+    warmup: float = _field(0.0, rules.number(minimum=0, maximum=1))
+    max_grad_norm: float | None = _field(None, rules.optional(rules.number(above=0)))
+    seed: int = _field(42, rules.whole(0))
+
+
 _SECTIONS: dict[str, type[_Section]] = {
     "model": ModelSpec, "sae": SaeSpec, "readout": ReadoutSpec, "behavior": BehaviorSpec,
     "prompts": PromptsSpec, "pairs": PairsSpec, "features": FeaturesSpec, "policy": PolicySpec,
     "attribution": AttributionSpec, "sketch": SketchSpec, "curation": CurationSpec,
+    "validation": ValidationSpec,
 }  # fmt: skip
 _NAME_RULE = rules.text()
 # A model or an SAE is a folder or a hub id; which one is decided by _folder_or_hub_id.
@@ -247,6 +270,7 @@ class Study:
     attribution: AttributionSpec = field(default_factory=AttributionSpec)
     sketch: SketchSpec = field(default_factory=SketchSpec)
     curation: CurationSpec = field(default_factory=CurationSpec)
+    validation: ValidationSpec = field(default_factory=ValidationSpec)
 
     def __post_init__(self) -> None:
         _checked("name", _NAME_RULE, self.name)

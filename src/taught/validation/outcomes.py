@@ -1,0 +1,157 @@
+"""What a retraining did: the change of every target that attribution predicts, and soft metrics.
+
+    mean_y of a group    mean over its prompts of y(retrained) - y(base)
+    coefficient j        dW_j = W_j(X', y') - W_j(X, y), both fitted anew with the policy's alpha
+    score                S = sum_j dW_j W_j, W of the base
+
+Targets bear the names they have in ``influence.parquet``. The soft metrics are the published ones
+(SMDA, arXiv 2606.29171) with p = exp(y), the probability of the behavior, as its degree:
+
+    precision = sum of p over positive / sum of p over all,   recall = mean p over positive,
+    f1 = 2 precision recall / (precision + recall),
+    correctness = mean of p (positive) and 1 - p (negative) over all prompts
+
+where "all" are the prompts of the positive and the negative group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taught.errors import UserError
+from taught.policy.ridge import Policy, fit_policy
+
+Floats = NDArray[np.float64]
+
+
+class TargetName(NamedTuple):
+    """What a value is about, as in ``influence.parquet`` (pathway ``total``; of mean_y ``y``).
+
+    Attributes
+    ----------
+    target : "score", "coefficient" or "mean_y"
+    feature_id : None unless "coefficient"
+    group : a group, or a category; None unless "mean_y"
+    """
+
+    target: str
+    feature_id: int | None = None
+    group: str | None = None
+
+
+class Reads(Protocol):
+    """Read-outs of one model: a :class:`taught.validation.retrain.Retraining`."""
+
+    @property
+    def prompt_ids(self) -> tuple[str, ...]:
+        """Ids of the N prompts."""
+
+    @property
+    def feature_ids(self) -> tuple[int, ...]:
+        """Ids of the d features."""
+
+    @property
+    def y(self) -> Floats:
+        """Behavior, float64 [N]."""
+
+    @property
+    def X(self) -> Floats:
+        """Activations, float64 [N, d]."""
+
+
+@dataclass(frozen=True)
+class SoftMetrics:
+    """The published soft metrics of one model, each between 0 and 1 (module docstring)."""
+
+    precision: float
+    recall: float
+    f1: float
+    correctness: float
+
+
+def changes(
+    policy: Policy, base: Reads, after: Reads, groups: Mapping[str, Sequence[str]]
+) -> dict[TargetName, float]:
+    """Change of every target from the base model to a retrained one.
+
+    Parameters
+    ----------
+    policy
+        Its alpha, intercept, prompts and features; the coefficients are fitted to ``base`` anew, so
+        that what is subtracted was read the same way as what it is subtracted from.
+    groups
+        Group or category -> ids of its prompts.
+
+    Returns
+    -------
+    target -> change; score first, then coefficients in the policy's order, then groups. Positive:
+    training raised the target. Cost: two ridge regressions.
+
+    Raises
+    ------
+    UserError
+        Read-outs of other prompts or features than the policy's; a group without prompts.
+    """
+    W, moved = _coefficients(policy, base), _coefficients(policy, after)
+    dW, dy = moved - W, after.y - base.y
+    found = {TargetName("score"): float(dW @ W)}
+    for feature_id, value in zip(policy.feature_ids.tolist(), dW, strict=True):
+        found[TargetName("coefficient", feature_id=feature_id)] = float(value)
+    for group, ids in groups.items():
+        rows = _rows(policy.prompt_ids, group, ids)
+        found[TargetName("mean_y", group=group)] = float(dy[rows].mean())
+    return found
+
+
+def soft_metrics(reads: Reads, positive: Sequence[str], negative: Sequence[str]) -> SoftMetrics:
+    """Soft precision, recall, F1 and correctness of one model.
+
+    Parameters
+    ----------
+    positive, negative
+        Ids of the prompts that should show the behavior, and of those that should not.
+
+    Raises
+    ------
+    UserError
+        A group without prompts, or a prompt that was not read.
+    """
+    y = reads.y[[*_rows(reads.prompt_ids, "positive", positive),
+                 *_rows(reads.prompt_ids, "negative", negative)]]  # fmt: skip
+    yes, no = np.split(np.exp(y), [len(positive)])
+    relative = np.exp(y - y.max())  # of which not all can be 0
+    precision, recall = relative[: len(positive)].sum() / relative.sum(), yes.mean()
+    return SoftMetrics(
+        precision=float(precision),
+        recall=float(recall),
+        f1=float(2 * precision * recall / (precision + recall)),
+        correctness=float(np.concatenate([yes, 1 - no]).mean()),
+    )
+
+
+def _coefficients(policy: Policy, reads: Reads) -> Floats:
+    same = reads.prompt_ids == policy.prompt_ids
+    if not same or list(reads.feature_ids) != policy.feature_ids.tolist():
+        raise UserError("read-outs are of other prompts or features than the policy",
+                        value="prompts" if not same else "features",
+                        rule="the same ids in the same order",
+                        fix="make them with this policy")  # fmt: skip
+    return fit_policy(
+        reads.X, reads.y, prompt_ids=policy.prompt_ids, feature_ids=policy.feature_ids,
+        alpha=policy.alpha, fit_intercept=policy.fit_intercept,
+    ).coef  # fmt: skip
+
+
+def _rows(prompt_ids: Sequence[str], group: str, ids: Sequence[str]) -> list[int]:
+    place = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
+    missing = [i for i in ids if i not in place]
+    if missing or not ids:
+        raise UserError(f"the prompts of {group} were not read", value=missing[:8],
+                        rule="a group has prompts, and all of them are read",
+                        fix="use the groups of the run's prompts")  # fmt: skip
+    return [place[i] for i in ids]
