@@ -185,6 +185,23 @@ def attribute(
     return _study_stage("attribute", study, overrides, output)
 
 
+@app.command(sort_key=7)
+def validate(
+    study: str, /, *, overrides: Overrides = _NO_OVERRIDES, output: Output = _OUTPUT
+) -> int:
+    """Train the model again on chosen pairs, and compare what that does with what was predicted.
+
+    Which subsets and how to train: the section validation of the study. Finished retrainings are
+    kept in the run folder; the same command goes on where it was stopped.
+
+    Parameters
+    ----------
+    study
+        A study file, a folder that holds study.yaml, or the name of a preset.
+    """
+    return _study_stage("validate", study, overrides, output)
+
+
 @app.command(sort_key=5)
 def sketch(study: str, /, *, overrides: Overrides = _NO_OVERRIDES, run: Path | None = None,
            quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False) -> int:  # fmt: skip

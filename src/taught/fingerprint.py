@@ -31,6 +31,7 @@ _SECTIONS = {
     "policy": _POLICY,
     "attribute": (*_POLICY, "pairs", "attribution", "sketch"),
     "curate": ("curation",),
+    "validate": (*_POLICY, "pairs", "validation"),
     "report": (),
 }
 _CONTENT_KEYS = ("model.id", "model.adapter", "model.chat_template", "sae.path", "prompts.path",

@@ -33,16 +33,17 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-STAGES = ("policy", "attribute", "curate", "report")
+STAGES = ("policy", "attribute", "curate", "validate", "report")
 _BEFORE = {
     "policy": (),
     "attribute": ("policy",),
     "curate": ("attribute",),
+    "validate": ("attribute",),
     "report": ("policy",),
 }
 # These take seconds and read only what stands in the folder, so they are always made again.
 _REMADE = ("curate", "report")
-_SHOWN_IF_THERE = {"report": ("attribute", "curate")}
+_SHOWN_IF_THERE = {"report": ("attribute", "curate", "validate")}
 _WRITTEN_BY = {
     "policy": ("study.yaml", "prompts.parquet", "readouts.safetensors", "readouts.ids.json",
                "features.parquet", "activations.safetensors", "activations.ids.json", "labels.json",
@@ -52,6 +53,7 @@ _WRITTEN_BY = {
                   "feature_prompt_effects.safetensors", "feature_prompt_effects.ids.json",
                   "comovement.safetensors", "comovement.ids.json", "sketch.json", "dropped.json"),
     "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
+    "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "validation.json"),
     "report": ("report.html",),
 }  # fmt: skip
 

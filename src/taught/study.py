@@ -216,6 +216,9 @@ class CurationSpec(_Section):
     k: int = _field(20, rules.whole(1))
 
 
+DESIGNS = ("random", "matched", "leave-out", "leave-one-out", "removal", "curation")
+
+
 @dataclass(frozen=True)
 class ValidationSpec(_Section):
     """How the model is trained again on some of the pairs, to see what that does."""
@@ -229,12 +232,17 @@ class ValidationSpec(_Section):
     epochs: int = _field(3, rules.whole(1))
     batch: int = _field(16, rules.whole(1))
     weight_decay: float = _field(0.0, rules.number(minimum=0))
-    schedule: Literal["constant", "linear"] = _field(
-        "constant", rules.one_of("constant", "linear")
-    )
+    schedule: Literal["constant", "linear"] = _field("constant", rules.one_of("constant", "linear"))
     warmup: float = _field(0.0, rules.number(minimum=0, maximum=1))
     max_grad_norm: float | None = _field(None, rules.optional(rules.number(above=0)))
     seed: int = _field(42, rules.whole(0))
+    designs: tuple[str, ...] = _field(("random", "matched"), rules.list_of(rules.one_of(*DESIGNS)))
+    subsets: int = _field(60, rules.whole(1))
+    size: float = _field(0.5, rules.number(above=0, maximum=1))
+    leave_out: float = _field(0.1, rules.number(above=0, maximum=1))
+    remove: float = _field(0.15, rules.number(above=0, maximum=1))
+    remove_by: str = _field("mean_y:harmless", rules.text())
+    controls: int = _field(5, rules.whole(2))
 
 
 _SECTIONS: dict[str, type[_Section]] = {

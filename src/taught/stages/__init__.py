@@ -14,9 +14,11 @@ from taught.stages.ask import Question, ask
 from taught.stages.decide import curate, report
 from taught.stages.fit import policy
 from taught.stages.influence import attribute, sketch
+from taught.stages.retraining import validate
 from taught.study import Study, load_study
 
-__all__ = ["Question", "ask", "attribute", "check", "curate", "demo", "policy", "report", "sketch"]
+__all__ = ["Question", "ask", "attribute", "check", "curate", "demo", "policy", "report", "sketch",
+           "validate"]  # fmt: skip
 
 
 def check(study: Study) -> CheckReport:

@@ -1,0 +1,93 @@
+"""Ground truth by retraining: SmolLM2 trained again on many subsets of 230 pairs, 30 planted.
+
+    python -m benchmarks.ground_truth                  # goes on where it was stopped
+
+The pairs are the preset's 200 and its 30 planted refusals of harmless questions. The result is a
+data set: which subsets, and what training on each one did to every target. It is kept in
+benchmarks/ground_truth/ and is what estimators are compared on; benchmarks/README.md says how long
+it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.common import PRESET, console, run
+from taught import files, stages
+from taught.environment import versions
+from taught.progress import RichProgress
+from taught.run import RunFolder
+from taught.study import Study, dump_study, load_study, preset_path
+
+DATA = Path(__file__).parent / "ground_truth"
+PLANTED = "planted_pairs.jsonl"
+REGIMES = {
+    # Few steps on few pairs: what a step predicts should be near what training does.
+    "short": {
+        "validation.designs": ("random", "matched", "removal"), "validation.size": 0.2,
+        "validation.subsets": 40, "validation.epochs": 2, "validation.lr": 1e-5,
+        "validation.batch": 4,
+    },
+    # Many steps on nearly all pairs: nearer to what the field measures, and harder.
+    "long": {
+        "validation.designs": ("leave-out",), "validation.leave_out": 0.1,
+        "validation.subsets": 30, "validation.epochs": 3, "validation.lr": 2e-5,
+        "validation.batch": 16,
+    },
+}  # fmt: skip
+
+
+def ground_truth_study(folder: Path, regime: str) -> Study:
+    """The preset on 200 prompts and 40 features, with the planted pairs among the others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    preset = preset_path(PRESET)
+    pairs = folder / "pairs.jsonl"
+    rows = [(preset / name).read_bytes() for name in ("pairs.jsonl", PLANTED)]
+    files.write_bytes(pairs, b"".join(rows))
+    study = load_study(PRESET)
+    values = {
+        "name": f"ground-truth-{regime}", "pairs.path": str(pairs.resolve()),
+        "prompts.limit": 200, "features.max_features": 40, "attribution.curvature": "adam",
+        **REGIMES[regime],
+    }  # fmt: skip
+    for key, value in values.items():
+        study = study.replace(key, value)
+    return study
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run the stages, then copy what they made."""
+    study = ground_truth_study(args.work, args.regime)
+    folder = RunFolder(args.work / args.regime)
+    with RichProgress(console) as progress:
+        for stage in (stages.policy, stages.attribute, stages.validate):
+            stage(study, folder, progress)
+    out = args.out / args.regime
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("subsets.parquet", "outcomes.parquet", "models.parquet", "validation.json"):
+        files.write_bytes(out / name, folder.path(name).read_bytes())
+    record = {
+        "versions": versions(),
+        "stages": {name: stage["seconds"] for name, stage in folder.manifest["stages"].items()},
+        "sha256": {file.name: files.sha256_file(file) for file in sorted(out.glob("*.parquet"))},
+        "pairs sha256": files.sha256_file(args.work / "pairs.jsonl"),
+    }
+    files.write_bytes(out / "made.json", files.json_bytes(record))
+    text = dump_study(study).replace(str(args.work.resolve()), ".")
+    files.write_bytes(out / "study.yaml", text.encode())
+    console.print(f"written: {out}", highlight=False)
+
+
+def main() -> None:
+    """Parse the flags and measure."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--regime", choices=REGIMES, default="short")
+    flags.add_argument("--work", type=Path, default=Path("runs/ground-truth"),
+                       help="folder of the runs and their retrainings")  # fmt: skip
+    flags.add_argument("--out", type=Path, default=DATA, help="folder of the data set")
+    run(measure, flags.parse_args())
+
+
+if __name__ == "__main__":
+    main()

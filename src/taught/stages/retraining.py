@@ -1,0 +1,243 @@
+"""The stage ``validate``: the model trained again on chosen pairs, and what that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple
+from typing import Any
+
+import pyarrow as pa
+
+from taught.analysis.curate import curate
+from taught.errors import UserError
+from taught.progress import Progress, SilentProgress
+from taught.run import RunFolder
+from taught.setup import Subject, open_subject
+from taught.stages.estimating import Ready, prepare, read_data
+from taught.study import Study
+from taught.validation.outcomes import TargetName, changes, soft_metrics
+from taught.validation.retrain import Retrainer, Retraining
+from taught.validation.subsets import (
+    Subsets,
+    leave_one_out,
+    leave_share_out,
+    matched_subsets,
+    random_subsets,
+)
+from taught.validation.train import Recipe
+
+OUTCOMES = pa.schema(
+    [
+        ("design", pa.string()),
+        ("subset", pa.string()),
+        ("target", pa.string()),
+        ("feature_id", pa.int64()),
+        ("group", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+SUBSETS = pa.schema([("design", pa.string()), ("subset", pa.string()), ("pair_id", pa.string())])
+MODELS = pa.schema(
+    [
+        ("design", pa.string()),
+        ("subset", pa.string()),
+        ("n_pairs", pa.int64()),
+        ("seed", pa.int64()),
+        ("loss_before", pa.float64()),
+        ("loss_after", pa.float64()),
+        ("precision", pa.float64()),
+        ("recall", pa.float64()),
+        ("f1", pa.float64()),
+        ("correctness", pa.float64()),
+        ("seconds", pa.float64()),
+        ("key", pa.string()),
+    ]
+)
+Designs = dict[str, Subsets]
+
+
+def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
+    """Train on each subset of the study's designs, read the prompts again, and keep what changed.
+
+    Finished retrainings are kept in the folder ``retrained`` and never made twice.
+
+    Raises
+    ------
+    UserError
+        The policy or the influence is missing or of another study; a subset cannot be drawn;
+        training diverges (finished retrainings are kept).
+    """
+    progress = progress or SilentProgress()
+    data = read_data(study, progress)
+    progress.step("load model and SAE")
+    subject = open_subject(study)
+    with run.stage("validate", study, subject.identity) as stage:
+        if stage.done:
+            return
+        ready = prepare(study, run, subject, data)
+        designs = _designs(study, run, ready)
+        retrainer = _retrainer(study, run, subject, ready, progress)
+        total = sum(map(len, designs.values()))
+        progress.step("the base model")
+        base = retrainer.base()
+        progress.step(f"{total} retrainings", _steps(designs, study.validation.epochs))
+        made = {
+            (design, name): retrainer.run(ids)
+            for design, subsets in designs.items()
+            for name, ids in zip(subsets.names, subsets.members, strict=True)
+        }
+        _write(study, run, ready, designs, base, made)
+
+
+def _retrainer(
+    study: Study, run: RunFolder, subject: Subject, ready: Ready, progress: Progress
+) -> Retrainer:
+    return Retrainer(
+        ready.problem, ready.inputs, Recipe.of(study.validation), run.path("retrained"),
+        weights=subject.loaded.weights, tokenizer=subject.loaded.tokenizer, progress=progress,
+    )  # fmt: skip
+
+
+def _steps(designs: Designs, epochs: int) -> int:
+    """Pairs that training goes through, retraining by retraining."""
+    return epochs * sum(len(ids) for subsets in designs.values() for ids in subsets.members)
+
+
+def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
+    """The subsets of every design that the study names.
+
+    Raises
+    ------
+    UserError
+        A design cannot be drawn from these pairs, or needs values that the run lacks.
+    """
+    spec, ids = study.validation, [pair.id for pair in ready.inputs]
+    size = max(1, round(spec.size * len(ids)))
+
+    def matched() -> Subsets:
+        lengths = {pair.id: float(pair.n_response) for pair in ready.inputs}
+        return matched_subsets(ids, _labels(ready), lengths, size, spec.subsets, seed=spec.seed)
+
+    drawn: dict[str, Callable[[], Subsets]] = {
+        "random": lambda: random_subsets(ids, size, spec.subsets, seed=spec.seed),
+        "matched": matched,
+        "leave-out": lambda: leave_share_out(ids, spec.leave_out, spec.subsets, seed=spec.seed),
+        "leave-one-out": lambda: leave_one_out(ids, _strongest(study, run, spec.subsets)),
+        "removal": lambda: _removal(study, run, ids, max(1, round(spec.remove * len(ids)))),
+        "curation": lambda: _curation(study, run, ids),
+    }
+    return {name: drawn[name]() for name in spec.designs}
+
+
+def _removal(study: Study, run: RunFolder, ids: Sequence[str], k: int) -> Subsets:
+    """Without the k pairs that raise the target most, and random subsets of that size."""
+    dropped = set(_strongest(study, run, k))
+    controls = random_subsets(ids, len(ids) - k, study.validation.controls,
+                              seed=study.validation.seed)  # fmt: skip
+    return Subsets(
+        ("without-top", *controls.names),
+        (tuple(sorted(i for i in ids if i not in dropped)), *controls.members),
+        controls.inclusion,
+    )
+
+
+def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
+    """The published experiment: all pairs, the published rule, as many by this run, at random."""
+    summary = run.read_table("summary", ["pair_id", "label", "score"])
+    decisions = curate(*(summary[name].to_pylist() for name in summary.column_names), rule="paper")
+    kept = tuple(sorted(row["pair_id"] for row in decisions if row["action"] == "keep"))
+    if not 0 < len(kept) < len(ids):
+        raise UserError("the published rule keeps all pairs or none", value=f"{len(kept)} kept",
+                        rule="some are dropped and some are kept",
+                        fix="leave curation out of validation.designs")  # fmt: skip
+    others = _removal(study, run, ids, len(ids) - len(kept))
+    return Subsets(
+        ("all", "published-rule", *others.names), (tuple(sorted(ids)), kept, *others.members),
+        others.inclusion,
+    )  # fmt: skip
+
+
+def _strongest(study: Study, run: RunFolder, k: int) -> list[str]:
+    """Ids of the k pairs that raise the study's target most, by the influence of this run."""
+    target, _, group = study.validation.remove_by.partition(":")
+    rows = influence_of(run).get(TargetName(target, group=group or None))
+    if rows is None or target == "coefficient":
+        raise UserError("this run has no influence on what pairs are to be removed by",
+                        value=study.validation.remove_by, rule="score or mean_y:GROUP",
+                        fix="set validation.remove_by")  # fmt: skip
+    return sorted(rows, key=lambda i: (-rows[i], i))[:k]
+
+
+def influence_of(run: RunFolder) -> dict[TargetName, dict[str, float]]:
+    """Total influence of the run: target -> pair id -> value."""
+    table = run.read_table(
+        "influence", ["pair_id", "target", "feature_id", "group", "pathway", "value"]
+    )
+    found: dict[TargetName, dict[str, float]] = {}
+    for row in table.to_pylist():
+        if row["pathway"] == ("y" if row["target"] == "mean_y" else "total"):
+            name = TargetName(row["target"], row["feature_id"], row["group"])
+            found.setdefault(name, {})[row["pair_id"]] = row["value"]
+    return found
+
+
+def _labels(ready: Ready) -> dict[str, str]:
+    labels = {pair.id: pair.label for pair in ready.pairs}
+    missing = sorted(pair_id for pair_id, label in labels.items() if label is None)
+    if missing:
+        raise UserError("pairs have no label", value=missing[:8],
+                        rule="matched subsets hold the counts of labels fixed",
+                        fix="leave matched out of validation.designs")  # fmt: skip
+    return {pair_id: str(label) for pair_id, label in labels.items()}
+
+
+def _write(
+    study: Study,
+    run: RunFolder,
+    ready: Ready,
+    designs: Designs,
+    base: Retraining,
+    made: Mapping[tuple[str, str], Retraining],
+) -> None:
+    spec = study.prompts
+    sides = [ready.groups[spec.positive_group], ready.groups[spec.negative_group]]
+    groups = {**ready.groups, **_categories(run)}
+    subsets, outcomes, models = [], [], []
+    for (design, name), after in made.items():
+        subsets += [(design, name, pair_id) for pair_id in after.ids]
+        outcomes += [
+            (design, name, *target, value)
+            for target, value in changes(ready.fitted, base, after, groups).items()
+        ]
+        models.append((
+            design, name, len(after.ids), after.seed, float(after.losses_before.mean()),
+            float(after.losses_after.mean()), *astuple(soft_metrics(after, *sides)),
+            after.seconds_training + after.seconds_reading, after.key,
+        ))  # fmt: skip
+    run.write_table("subsets", _table(SUBSETS, subsets))
+    run.write_table("outcomes", _table(OUTCOMES, outcomes))
+    run.write_table("models", _table(MODELS, models))
+    run.write_json("validation", {
+        "recipe": asdict(Recipe.of(study.validation)),
+        "base": asdict(soft_metrics(base, *sides)),
+        "inclusion": {design: dict(subsets.inclusion) for design, subsets in designs.items()},
+    })  # fmt: skip
+
+
+def _categories(run: RunFolder) -> dict[str, list[str]]:
+    """Category -> ids of its prompts, of those that have one that is not the name of a group."""
+    found: dict[str, list[str]] = {}
+    rows = run.read_table("prompts").select(["prompt_id", "group", "category"]).to_pylist()
+    groups = {row["group"] for row in rows}
+    for row in rows:
+        if row["category"] is not None and row["category"] not in groups:
+            found.setdefault(row["category"], []).append(row["prompt_id"])
+    return found
+
+
+def _table(schema: pa.Schema, rows: Sequence[tuple[Any, ...]]) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+    return pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)],
+        schema=schema,
+    )

@@ -1,0 +1,193 @@
+"""The stage ``validate``: retraining tells whether what was predicted comes true."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from taught import stages
+from taught.errors import UserError
+from taught.progress import SilentProgress
+from taught.rank import spearman
+from taught.run import RunFolder
+from taught.stages.retraining import influence_of
+from taught.study import Study, load_study
+from taught.validation.outcomes import TargetName
+from tiny_study import write_tiny_study
+
+SMALL_STEPS = {
+    "validation.optimizer": "sgd", "validation.lr": 1e-4, "validation.epochs": 1,
+    "validation.batch": 64, "validation.designs": ("random", "matched"),
+    "validation.subsets": 12,
+}  # fmt: skip
+
+
+class Counted(SilentProgress):
+    """Counts the pairs that training has gone through."""
+
+    trained = 0
+
+    def __init__(self) -> None:
+        self.training = False
+
+    def step(self, name: str, total: int | None = None) -> None:
+        self.training = "retrainings" in name
+
+    def advance(self, n: int = 1) -> None:
+        self.trained += n * self.training
+
+
+def with_values(study: Study, values: dict[str, object]) -> Study:
+    for key, value in values.items():
+        study = study.replace(key, value)
+    return study
+
+
+@pytest.fixture(scope="module")
+def attributed(tmp_path_factory) -> tuple[Study, Path]:
+    folder = tmp_path_factory.mktemp("validate")
+    study = with_values(load_study(write_tiny_study(folder)), SMALL_STEPS)
+    run = RunFolder(folder / "run")
+    stages.policy(study, run)
+    stages.attribute(study, run)
+    return study, folder / "run"
+
+
+@pytest.fixture(scope="module")
+def validated(attributed) -> RunFolder:
+    study, folder = attributed
+    run = RunFolder(folder)
+    stages.validate(study, run)
+    return run
+
+
+def outcomes(run: RunFolder, design: str) -> dict[TargetName, dict[str, float]]:
+    found: dict[TargetName, dict[str, float]] = {}
+    for row in run.read_table("outcomes").to_pylist():
+        if row["design"] == design:
+            name = TargetName(row["target"], row["feature_id"], row["group"])
+            found.setdefault(name, {})[row["subset"]] = row["value"]
+    return found
+
+
+def members(run: RunFolder, design: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for row in run.read_table("subsets").to_pylist():
+        if row["design"] == design:
+            found.setdefault(row["subset"], []).append(row["pair_id"])
+    return found
+
+
+@pytest.mark.parametrize("design", ["random", "matched"])
+def test_where_steps_are_small_retraining_does_what_was_predicted(validated, design):
+    """One SGD step on a subset changes every target by the mean of its pairs' influence."""
+    influence, chosen = influence_of(validated), members(validated, design)
+    found = outcomes(validated, design)
+    assert len(chosen) == 12
+    for target in (TargetName("score"), TargetName("mean_y", group="harmful"),
+                   TargetName("mean_y", group="harmless")):  # fmt: skip
+        predicted = [np.mean([influence[target][i] for i in ids]) for ids in chosen.values()]
+        true = [found[target][subset] for subset in chosen]
+        assert spearman(predicted, true) >= 0.95
+    coefficients = [t for t in influence if t.target == "coefficient"]
+    agreement = [
+        spearman(
+            [np.mean([influence[t][i] for i in ids]) for ids in chosen.values()],
+            [found[t][subset] for subset in chosen],
+        )
+        for t in coefficients
+    ]
+    assert len(coefficients) > 3 and np.median(agreement) >= 0.95
+
+
+def test_matched_subsets_hold_counts_and_lengths_fixed(validated):
+    label = {r["pair_id"]: r for r in validated.read_table("pairs").to_pylist()}
+    counts, lengths = set(), []
+    for ids in members(validated, "matched").values():
+        counts.add(sum(label[i]["label"] == "harmful-refusal" for i in ids))
+        lengths.append(sum(label[i]["n_response"] for i in ids))
+    assert len(counts) == 1
+    assert max(lengths) <= 1.02 * min(lengths)
+
+
+def test_the_tables_say_what_was_trained_and_how(validated):
+    models = validated.read_table("models").to_pylist()
+    assert len(models) == 24
+    assert all(0 <= row["f1"] <= 1 and row["n_pairs"] == 4 for row in models)
+    assert all(row["loss_after"] < row["loss_before"] for row in models)
+    record = validated.read_json("validation")
+    assert record["recipe"]["optimizer"] == "sgd" and 0 <= record["base"]["recall"] <= 1
+    assert set(record["inclusion"]) == {"random", "matched"}
+    assert set(record["inclusion"]["random"].values()) == {0.5}
+
+
+def test_a_stopped_validation_keeps_what_was_trained(attributed, tmp_path):
+    study, folder = attributed
+    study = study.replace("validation.designs", ("leave-out",)).replace("validation.subsets", 4)
+    run = RunFolder(folder)
+
+    class Stopped(Counted):
+        def advance(self, n: int = 1) -> None:
+            super().advance(n)
+            if self.trained > 15:
+                raise KeyboardInterrupt
+
+    first, second = Stopped(), Counted()
+    with pytest.raises(KeyboardInterrupt):
+        stages.validate(study, RunFolder(folder, fresh=("validate",)), first)
+    stages.validate(study, run, second)
+    assert len(members(run, "leave-out")) == 4
+    assert second.trained == 4 * 7 - 14  # the two that were finished are not made again
+
+
+def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch):
+    study, folder = attributed
+    monkeypatch.setattr("taught.stages.retraining.curate", lambda ids, *_, **__: [
+        {"pair_id": i, "action": "keep" if i > "z02" else "drop"} for i in ids
+    ])  # fmt: skip
+    study = with_values(study, {"validation.designs": ("removal", "curation", "leave-one-out"),
+                                "validation.remove": 0.25, "validation.subsets": 2,
+                                "validation.controls": 2})  # fmt: skip
+    run = RunFolder(folder, fresh=("validate",))
+    stages.validate(study, run)
+    rows = influence_of(run)[TargetName("mean_y", group="harmless")]
+    top = sorted(rows, key=lambda i: -rows[i])[:2]
+    removal = members(run, "removal")
+    assert set(rows) - set(removal["without-top"]) == set(top)
+    assert [len(ids) for ids in removal.values()] == [6, 6, 6]
+    curation = members(run, "curation")
+    assert len(curation["all"]) == 8
+    assert len(curation["published-rule"]) == len(curation["without-top"]) == 5
+    assert set(members(run, "leave-one-out")) == {f"without:{i}" for i in top}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"validation.remove_by": "mean_y:nobody"}, "no influence"),
+        ({"validation.remove_by": "coefficient:3"}, "no influence"),
+        ({"validation.designs": ("curation",)}, "keeps all pairs or none"),
+    ],
+)
+def test_what_cannot_be_validated_is_refused_by_name(attributed, changes, what):
+    study, folder = attributed
+    study = with_values(study, {"validation.designs": ("removal",), **changes})
+    with pytest.raises(UserError, match=what):
+        stages.validate(study, RunFolder(folder, fresh=("validate",)))
+
+
+def test_matched_subsets_need_labels(attributed, tmp_path):
+    study = load_study(write_tiny_study(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("label")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study = with_values(study, {**SMALL_STEPS, "validation.designs": ("matched",)})
+    run = RunFolder(tmp_path / "run")
+    stages.policy(study, run)
+    stages.attribute(study, run)
+    with pytest.raises(UserError, match="no label"):
+        stages.validate(study, run)
