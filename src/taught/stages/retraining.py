@@ -183,12 +183,12 @@ def influence_of(run: RunFolder) -> dict[TargetName, dict[str, float]]:
 
 def _labels(ready: Ready) -> dict[str, str]:
     labels = {pair.id: pair.label for pair in ready.pairs}
-    missing = sorted(pair_id for pair_id, label in labels.items() if label is None)
+    missing = sorted(pair_id for pair_id, label in labels.items() if not label)
     if missing:
         raise UserError("pairs have no label", value=missing[:8],
                         rule="matched subsets hold the counts of labels fixed",
                         fix="leave matched out of validation.designs")  # fmt: skip
-    return {pair_id: str(label) for pair_id, label in labels.items()}
+    return labels
 
 
 def _write(
