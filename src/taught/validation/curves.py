@@ -1,0 +1,277 @@
+"""Removal and addition curves: what a method names against as many random pairs.
+
+*Removal*: train on all pairs but the k with the highest score. *Addition*: train on these k alone.
+Beside each stand sets of k random pairs. At every budget k
+
+    difference = outcome of the method's set - mean outcome of the random sets
+
+and over the budgets the area between the two curves, in units of the outcome,
+
+    area = 1 / b_K  integral from 0 to b_K of difference(b) db    (trapezoids, difference(0) = 0)
+
+b the share of the pairs. Removing what raises a target should lower it: a good method has a
+negative difference there, and a positive one under addition.
+
+Two things vary. *Prompts*: bootstrapped, the same draws for both sides. *Runs* (random sets, and
+seeds of training): with S random runs and R of the method, the mean difference gets an error of
+Student's t with S - 1 degrees of freedom and the covariance over budgets of the random runs, times
+1/R + 1/S. A bootstrap of five runs would be too short by a third. The method's runs differ by their
+seed alone, the random ones by their pairs as well, so taking the covariance from these is
+conservative, and possible with R = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taught.errors import UserError
+from taught.validation.lds import DRAWS, Interval, holm
+from taught.validation.subsets import Subsets
+
+Floats = NDArray[np.float64]
+Kind = Literal["remove", "add"]
+
+LEAST_RUNS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is to be trained for one curve.
+
+    Attributes
+    ----------
+    kind : "remove" or "add"
+    pairs : P, number of pairs
+    budgets : K numbers of pairs removed or added, ascending
+    subsets : everything to train on, by name
+    chosen : K names, the method's sets
+    controls : S runs of K names each, the random sets; within a run they are nested
+    """
+
+    kind: Kind
+    pairs: int
+    budgets: tuple[int, ...]
+    subsets: Subsets
+    chosen: tuple[str, ...]
+    controls: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One budget of a curve.
+
+    Attributes
+    ----------
+    budget, share : number of pairs removed or added, and their share of all
+    method, random : mean outcomes
+    difference, lo, hi : method - random, with its 95% interval
+    p, p_holm : two-sided, and corrected for all budgets of the curve
+    """
+
+    budget: int
+    share: float
+    method: float
+    random: float
+    difference: float
+    lo: float
+    hi: float
+    p: float
+    p_holm: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A method's curve against random controls.
+
+    Attributes
+    ----------
+    kind : "remove" or "add"
+    points : one a budget
+    area, lo, hi, p : area between the curves (module docstring), with interval and two-sided p
+    runs, random_runs, prompts : R, S, N
+    """
+
+    kind: Kind
+    points: tuple[CurvePoint, ...]
+    area: float
+    lo: float
+    hi: float
+    p: float
+    runs: int
+    random_runs: int
+    prompts: int
+
+
+def plan_curve(
+    scores: Mapping[str, float],
+    budgets: Sequence[int],
+    *,
+    kind: Kind,
+    method: str,
+    runs: int = LEAST_RUNS,
+    seed: int = 0,
+) -> Plan:
+    """Which subsets to train on for a curve.
+
+    Parameters
+    ----------
+    scores : pair id -> score; the highest go first, ties to the smaller id
+    budgets : numbers of pairs to remove or add
+    method : goes into the names of the method's sets; those of random sets are the same for all
+        methods, so they are trained once
+    runs : random sets a budget
+
+    Raises
+    ------
+    UserError
+        No budget, one that leaves no pair or takes none, a score that is not finite, too few runs.
+    """
+    bad = sorted(pair for pair, value in scores.items() if not np.isfinite(value))
+    if bad:
+        raise UserError("scores are not finite", value=bad[:8], rule="every score is a number")
+    steps = tuple(sorted(set(budgets)))
+    if not steps or steps[0] < 1 or steps[-1] >= len(scores):
+        raise UserError("these budgets make no curve", value=list(budgets),
+                        rule=f"numbers of pairs from 1 to {len(scores) - 1}",
+                        fix="give other budgets")  # fmt: skip
+    if runs < LEAST_RUNS:
+        raise UserError("too few random sets", value=runs, rule=f"at least {LEAST_RUNS}")
+    pool = sorted(scores)
+    ranking = sorted(pool, key=lambda pair: (-scores[pair], pair))
+    members: dict[str, tuple[str, ...]] = {}
+
+    def nested(order: Sequence[str], name: str) -> tuple[str, ...]:
+        names = []
+        for k in steps:
+            names.append(f"{kind}-{k}-{name}")
+            some = order[:k] if kind == "add" else order[k:]
+            members[names[-1]] = tuple(sorted(some))
+        return tuple(names)
+
+    chosen = nested(ranking, method)
+    rng = np.random.default_rng(seed)
+    orders = ([pool[i] for i in rng.permutation(len(pool))] for _ in range(runs))
+    controls = tuple(nested(order, f"random-{i}") for i, order in enumerate(orders))
+    held = {pair: 0 for pair in pool}
+    for subset in members.values():
+        for pair in subset:
+            held[pair] += 1
+    inclusion = {pair: count / len(members) for pair, count in held.items()}
+    subsets = Subsets(tuple(members), tuple(members.values()), inclusion)
+    return Plan(kind, len(pool), steps, subsets, chosen, controls)
+
+
+def run_curve(
+    plan: Plan,
+    retrain: Callable[[tuple[str, ...], int], Mapping[str, float]],
+    seeds: Sequence[int],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Curve:
+    """Train on every subset of a plan and compare.
+
+    The method's sets are trained under every seed; run i of the random ones under ``seeds[i mod
+    len(seeds)]``.
+
+    Parameters
+    ----------
+    retrain : (pair ids, training seed) -> outcome of each prompt, by prompt id
+
+    Raises
+    ------
+    UserError
+        Retrainings were read on different prompts, or an outcome is not finite.
+    """
+    members = dict(zip(plan.subsets.names, plan.subsets.members, strict=True))
+    method = [[retrain(members[name], s) for name in plan.chosen] for s in seeds]
+    random = [
+        [retrain(members[name], seeds[run % len(seeds)]) for name in names]
+        for run, names in enumerate(plan.controls)
+    ]
+    prompts = sorted(method[0][0])
+    return compare_curves(
+        plan, _stacked(method, prompts), _stacked(random, prompts), draws=draws, seed=seed
+    )
+
+
+def compare_curves(
+    plan: Plan, method: Floats, random: Floats, *, draws: int = DRAWS, seed: int = 0
+) -> Curve:
+    """The curve of a plan from its outcomes.
+
+    Parameters
+    ----------
+    method : float64 [R, K, N]
+        Outcome of each run of the method's sets, budget and prompt.
+    random : float64 [S, K, N]
+        The same of the random sets, one run each.
+    """
+    R, S, N = len(method), len(random), method.shape[2]
+    gap = method.mean(0) - random.mean(0)  # [K, N]
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(N, np.full(N, 1 / N), size=draws) / N
+    noise = _run_noise(random.mean(2), draws, rng) * np.sqrt(1 / R + 1 / S)
+    drawn = counts @ gap.T + noise  # [draws, K]
+    shares = np.array(plan.budgets) / plan.pairs
+    weights = _trapezoids(shares)
+    value = gap.mean(1)
+    area = _interval(float(weights @ value), drawn @ weights)
+    p = np.array([_two_sided(drawn[:, k]) for k in range(len(value))])
+    points = []
+    for k, (budget, adjusted) in enumerate(zip(plan.budgets, holm(p), strict=True)):
+        means = float(method[:, k].mean()), float(random[:, k].mean())
+        ends = _interval(float(value[k]), drawn[:, k])
+        points.append(
+            CurvePoint(budget, float(shares[k]), *means, *ends, float(p[k]), float(adjusted))
+        )
+    return Curve(
+        plan.kind, tuple(points), *area, _two_sided(drawn @ weights), R, S, N
+    )  # fmt: skip
+
+
+def _run_noise(runs: Floats, draws: int, rng: np.random.Generator) -> Floats:
+    """Draws [draws, K] of a t vector with the covariance of the runs [S, K], S - 1 degrees."""
+    degrees = len(runs) - 1
+    normal = rng.standard_normal((draws, len(runs))) @ (runs - runs.mean(0)) / np.sqrt(degrees)
+    return normal * np.sqrt(degrees / rng.chisquare(degrees, size=(draws, 1)))
+
+
+def _trapezoids(shares: Floats) -> Floats:
+    """Weights of the area under a curve that starts at (0, 0), divided by the last share."""
+    steps = np.diff(shares, prepend=0.0)
+    weights = steps / 2
+    weights[:-1] += steps[1:] / 2
+    return weights / shares[-1]
+
+
+def _interval(value: float, draws: Floats) -> Interval:
+    lo, hi = np.percentile(draws, [2.5, 97.5])
+    return Interval(value, float(lo), float(hi))
+
+
+def _two_sided(draws: Floats) -> float:
+    """p of the value being 0: at which level the percentile interval ends there."""
+    tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    return min(1.0, 2 * (1 + tail) / (1 + len(draws)))
+
+
+def _stacked(runs: Sequence[Sequence[Mapping[str, float]]], prompts: Sequence[str]) -> Floats:
+    for run in runs:
+        for outcome in run:
+            if sorted(outcome) != prompts:
+                raise UserError("retrainings were read on different prompts",
+                                value=sorted(set(outcome) ^ set(prompts))[:8],
+                                rule="the same prompts for every subset")  # fmt: skip
+    table = np.array([[[outcome[i] for i in prompts] for outcome in run] for run in runs])
+    bad = ~np.isfinite(table).all((0, 1))
+    if bad.any():
+        names = [prompt for prompt, spoilt in zip(prompts, bad, strict=True) if spoilt]
+        raise UserError("outcomes of some prompts are not finite", value=names[:8],
+                        rule="every outcome is a number")  # fmt: skip
+    return table

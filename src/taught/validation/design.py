@@ -1,0 +1,357 @@
+"""Which retraining next: subsets chosen so that the variance of an asked effect falls fastest.
+
+A pool of Q subsets with a reference distribution (uniform: "a random subset") defines what is asked
+without a model of training. With x the number of members of a group of n pairs in a subset,
+
+    effect = n Cov(x, outcome) / Var(x) = sum_q reference_q g_q outcome_q,
+    g_q = n (x_q - mean x) / Var(x)
+
+the slope of the outcome on x, for the whole group; n = 1 asks for one pair. In a linear datamodel,
+outcome = constant + sum of theta over the members (Ilyas et al., arXiv 2202.00622), it is the sum
+of the group's theta; in subsets of one size, where whoever joins takes another's place, minus that
+of as many average others.
+
+**Drawing.** Subsets are drawn with probabilities p and weighted by reference / p, which is unbiased
+for any positive p. The variance of the next term falls with p nearest to
+
+    p* ~ reference_q |g_q|      (several effects: the root of the sum of their g_q^2, each scaled)
+
+the c-optimal (A-optimal) choice among weighted estimates with equal residuals. Earlier retrainings
+are part of the sample: p of a new round is what brings the *mixture* of all rounds nearest to p*,
+as in MVAL (Tucker and Joachims, arXiv 2202.01721), with a share of the reference mixed in. Since g
+follows from the memberships, p depends on no outcome: all retrainings of a round can run at once,
+and reweighting earlier ones leaves the estimate unbiased.
+
+**Control variate.** What a linear datamodel with the influence scores as its prior predicts is
+subtracted before weighting, and its exact mean over the pool is added: the variance is that of the
+residual. Each fold of the draws is predicted from the others, so this too leaves the estimate
+unbiased, whatever the model is worth.
+
+**Couples.** In the linear datamodel the c-optimal design of one effect is the same subset with and
+without the group: the rest cancels. :func:`couples` makes such, with random backgrounds, so that
+their mean difference is unbiased for the group's effect averaged over backgrounds without any
+model; it asks about adding the group, not about putting it in another's place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taught.errors import UserError
+from taught.validation.subsets import Subsets, random_subsets, summed
+
+Floats = NDArray[np.float64]
+
+MIX = 0.1
+FOLDS = 5
+# Variance of theta over that of the noise, times the mean size of a membership's kernel.
+_RATIOS = np.array([0.0, *np.logspace(-3, 3, 13)])
+# Fewest outcomes that a datamodel is fitted to; of fewer the mean is taken.
+_FEWEST = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Effects asked of a pool: effect_k = sum_q reference_q weights_kq outcome_q.
+
+    Attributes
+    ----------
+    asked : K names
+    pool : Q subsets
+    reference : float64 [Q], sums to 1
+    weights : float64 [K, Q], g of the module docstring
+    """
+
+    asked: tuple[str, ...]
+    pool: Subsets
+    reference: Floats
+    weights: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """Subsets that were drawn, with replacement.
+
+    Attributes
+    ----------
+    probabilities : float64 [Q], of each subset of the pool at each draw
+    drawn : names
+    """
+
+    probabilities: Floats
+    drawn: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An estimated effect with its 95% interval.
+
+    Attributes
+    ----------
+    asked : name of the group
+    value, lo, hi : change of the outcome; positive: the group raises it
+    retrainings : different subsets it rests on
+    """
+
+    asked: str
+    value: float
+    lo: float
+    hi: float
+    retrainings: int
+
+
+def ask(
+    pool: Subsets, groups: Mapping[str, Collection[str]], reference: Floats | None = None
+) -> Question:
+    """Ask for the effects of groups of pairs (of one id: of that pair).
+
+    Parameters
+    ----------
+    groups : name -> pair ids
+    reference : float64 [Q], or None for uniform
+
+    Raises
+    ------
+    UserError
+        A group's number of members is the same in every subset of the pool.
+    """
+    ids = sorted(pool.inclusion)
+    held = pool.membership(ids)
+    rho = np.full(len(pool), 1 / len(pool)) if reference is None else reference
+    weights = []
+    for name, group in groups.items():
+        x = held[:, [pair in group for pair in ids]].sum(1)
+        off = x - rho @ x
+        variance = float(rho @ off**2)
+        if not variance > 0:
+            raise UserError("the pool says nothing about this group", value=name,
+                            rule="its number of members differs between subsets",
+                            fix="use another pool")  # fmt: skip
+        weights.append(len(group) * off / variance)
+    return Question(tuple(groups), pool, rho, np.stack(weights))
+
+
+def next_probabilities(
+    question: Question, earlier: Sequence[Round], count: int, *, mix: float = MIX
+) -> Floats:
+    """Probabilities [Q] of the next ``count`` draws: those that bring all rounds nearest to p*.
+
+    Parameters
+    ----------
+    earlier : rounds that were drawn from the same pool; a random one has ``question.reference``
+    mix : share of the reference, which keeps every subset possible
+    """
+    g = question.weights / np.sqrt((question.reference * question.weights**2).sum(1))[:, None]
+    best = question.reference * np.sqrt((g**2).sum(0))
+    best /= best.sum()
+    before = np.zeros(len(best))
+    for done in earlier:
+        before += len(done.drawn) * done.probabilities
+    missing = np.maximum(_level(best, before, count) * best - before, 0)
+    return (1 - mix) * missing / missing.sum() + mix * question.reference
+
+
+def draw(question: Question, probabilities: Floats, count: int, *, seed: int) -> Round:
+    """Draw subsets from the pool, with replacement."""
+    rng = np.random.default_rng(seed)
+    picks = rng.choice(len(probabilities), size=count, p=probabilities)
+    return Round(probabilities, tuple(question.pool.names[i] for i in picks))
+
+
+def estimate(
+    question: Question,
+    rounds: Sequence[Round],
+    outcomes: Mapping[str, float],
+    scores: Mapping[str, float] | None = None,
+    *,
+    folds: int = FOLDS,
+) -> list[Effect]:
+    """Weighted estimates of the asked effects, unbiased (module docstring).
+
+    A fold is weighted by the mixture of the probabilities that its draws came from (Owen and Zhou
+    2000, "balance heuristic"). The interval is Student's t on the weighted residuals within folds.
+
+    Parameters
+    ----------
+    rounds : all retrainings there are, random ones included; probabilities must not have been
+        chosen by outcomes
+    outcomes : subset name -> measured change
+    scores : pair id -> influence, the datamodel's prior; None: no control variate at all
+
+    Raises
+    ------
+    UserError
+        A drawn subset has no finite outcome, or there are fewer than 2 draws a fold.
+    """
+    row = {name: q for q, name in enumerate(question.pool.names)}
+    drawn = np.array([row[name] for done in rounds for name in done.drawn], dtype=np.int64)
+    fold = np.array([t % folds for done in rounds for t in range(len(done.drawn))], dtype=np.int64)
+    source = np.repeat(np.arange(len(rounds)), [len(done.drawn) for done in rounds])
+    y = _known(question, drawn, outcomes)
+    if np.bincount(fold, minlength=folds).min() < 2:
+        raise UserError("too few retrainings for an estimate", value=len(drawn),
+                        rule=f"at least 2 for each of {folds} folds")  # fmt: skip
+    value, variance = np.zeros(len(question.asked)), np.zeros(len(question.asked))
+    model = None if scores is None else _Datamodel(question.pool, scores)
+    for k in range(folds):
+        inside, rest = fold == k, fold != k
+        q, n = drawn[inside], int(inside.sum())
+        mixture = sum(rounds[r].probabilities[q] for r in source[inside]) / n
+        guess = np.zeros(len(row)) if model is None else model.predict(drawn[rest], y[rest])
+        terms = question.weights[:, q] * (question.reference[q] / mixture * (y[inside] - guess[q]))
+        share = n / len(drawn)
+        value += share * (question.weights @ (question.reference * guess) + terms.mean(1))
+        variance += share**2 * terms.var(1, ddof=1) / n
+    half = student_t(len(drawn) - folds) * np.sqrt(variance)
+    count = len(set(drawn.tolist()))
+    return [
+        Effect(name, float(v), float(v - h), float(v + h), count)
+        for name, v, h in zip(question.asked, value, half, strict=True)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Couples:
+    """Subsets in couples: a background of pairs, and the same with a group added.
+
+    Attributes
+    ----------
+    asked : name of the group
+    subsets : all 2 B of them
+    without, including : B names each, couple by couple
+    """
+
+    asked: str
+    subsets: Subsets
+    without: tuple[str, ...]
+    including: tuple[str, ...]
+
+
+def couples(
+    ids: Sequence[str], name: str, group: Collection[str], size: int, count: int, *, seed: int
+) -> Couples:
+    """``count`` random backgrounds of ``size`` pairs outside the group, without and with it.
+
+    Raises
+    ------
+    UserError
+        The group holds ids that are not among the pairs; or as :func:`random_subsets`.
+    """
+    strangers = sorted(set(group) - set(ids))
+    if strangers:
+        raise UserError("the group holds unknown pairs", value=strangers[:8])
+    others = [pair for pair in ids if pair not in set(group)]
+    backgrounds = random_subsets(others, size, count, seed=seed)
+    without = tuple(f"without-{name}-{i:04d}" for i in range(count))
+    including = tuple(f"with-{name}-{i:04d}" for i in range(count))
+    joined = tuple(tuple(sorted({*members, *group})) for members in backgrounds.members)
+    inclusion = {**backgrounds.inclusion, **dict.fromkeys(group, 0.5)}
+    subsets = Subsets((*without, *including), (*backgrounds.members, *joined), inclusion)
+    return Couples(name, subsets, without, including)
+
+
+def couple_effect(made: Couples, outcomes: Mapping[str, float]) -> Effect:
+    """Mean difference within couples, with Student's t interval over the backgrounds.
+
+    Raises
+    ------
+    UserError
+        Fewer than 2 couples, or a subset without a finite outcome.
+    """
+    names = [*made.without, *made.including]
+    missing = [name for name in names if not math.isfinite(outcomes.get(name, math.nan))]
+    count = len(made.without)
+    if missing or count < 2:
+        raise UserError("the couples have no effect yet", value=missing[:8] or f"{count} couple",
+                        rule="2 couples or more, all with a finite outcome")  # fmt: skip
+    pairs = zip(made.without, made.including, strict=True)
+    gap = np.array([outcomes[b] - outcomes[a] for a, b in pairs])
+    half = student_t(count - 1) * float(gap.std(ddof=1)) / math.sqrt(count)
+    value = float(gap.mean())
+    return Effect(made.asked, value, value - half, value + half, 2 * count)
+
+
+def student_t(degrees: int) -> float:
+    """97.5% quantile of Student's t; below 0.1% off from 4 degrees on (Abramowitz 26.7.5)."""
+    z = NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / degrees**k for k, term in enumerate(terms, 1))
+
+
+class _Datamodel:
+    """outcome = a + b (sum of scores) + sum of theta + noise, theta and noise normal around 0.
+
+    a and b are fitted by generalised least squares; the ratio of the variances has the largest
+    restricted likelihood (REML). Memory: one number a draw and subset of the pool.
+    """
+
+    def __init__(self, pool: Subsets, scores: Mapping[str, float]) -> None:
+        self.features = pool.membership(sorted(pool.inclusion)).astype(np.float64)
+        total = summed(pool, scores)
+        spread = float(total.std())
+        columns = [np.ones(len(pool))]
+        if spread > 0:
+            columns.append((total - total.mean()) / spread)
+        self.fixed = np.stack(columns, 1)
+
+    def predict(self, rows: NDArray[np.int64], y: Floats) -> Floats:
+        """Expected outcome of every subset of the pool, [Q], from the outcomes y of some rows."""
+        if len(rows) < _FEWEST:
+            return np.full(len(self.fixed), y.mean() if len(rows) else 0.0)
+        H, kernel = self.fixed[rows], self.features @ self.features[rows].T
+        basis = _complement(H)
+        values, vectors = np.linalg.eigh(basis.T @ kernel[rows] @ basis)
+        values = np.maximum(values, 0)
+        z = vectors.T @ (basis.T @ y)
+        best = max(_RATIOS, key=lambda ratio: _likelihood(ratio, values, z))
+        scale = _scale(best, values)
+        alpha = basis @ (vectors @ (z / (1 + scale * values)))
+        left = y - scale * kernel[rows] @ alpha - alpha
+        return self.fixed @ (np.linalg.pinv(H) @ left) + scale * kernel @ alpha
+
+
+def _complement(H: Floats) -> Floats:
+    """Orthonormal basis [n, n - rank] of what is orthogonal to the columns of H."""
+    u, s, _ = np.linalg.svd(H)
+    return u[:, int((s > 1e-9 * s[0]).sum()) :]
+
+
+def _scale(ratio: float, values: Floats) -> float:
+    mean = float(values.mean())
+    return float(ratio / mean) if mean > 0 else 0.0
+
+
+def _likelihood(ratio: float, values: Floats, z: Floats) -> float:
+    d = 1 + _scale(ratio, values) * values
+    noise = float((z**2 / d).mean())
+    return -math.inf if noise <= 0 else -(len(z) * math.log(noise) + float(np.log(d).sum()))
+
+
+def _level(best: Floats, before: Floats, count: int) -> float:
+    """c with sum of max(c best - before, 0) = count."""
+    positive = best > 0
+    start = np.sort(before[positive] / best[positive])
+    order = np.argsort(before[positive] / best[positive], kind="stable")
+    levels = (count + before[positive][order].cumsum()) / best[positive][order].cumsum()
+    return float(levels[np.flatnonzero(levels > start)[-1]])
+
+
+def _known(question: Question, drawn: NDArray[np.int64], outcomes: Mapping[str, float]) -> Floats:
+    names = [question.pool.names[q] for q in drawn]
+    missing = sorted({n for n in names if not math.isfinite(outcomes.get(n, math.nan))})
+    if missing:
+        raise UserError("drawn subsets have no finite outcome", value=missing[:8],
+                        rule="one number for each subset",
+                        fix="finish their retraining")  # fmt: skip
+    return np.array([outcomes[name] for name in names], dtype=np.float64)
