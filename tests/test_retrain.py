@@ -155,7 +155,9 @@ def test_weights_come_back_to_the_bit_when_it_fails(
     def fails(*args, **how):
         if where == "train":
             real(*args, **how)
-        assert float(plain_loss(made.problem.model, pair)) < loss - 1e-3  # trained, not yet put back
+        assert (
+            float(plain_loss(made.problem.model, pair)) < loss - 1e-3
+        )  # trained, not yet put back
         raise error
 
     monkeypatch.setattr(module, where, fails)

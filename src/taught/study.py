@@ -229,9 +229,7 @@ class ValidationSpec(_Section):
     epochs: int = _field(3, rules.whole(1))
     batch: int = _field(16, rules.whole(1))
     weight_decay: float = _field(0.0, rules.number(minimum=0))
-    schedule: Literal["constant", "linear"] = _field(
-        "constant", rules.one_of("constant", "linear")
-    )
+    schedule: Literal["constant", "linear"] = _field("constant", rules.one_of("constant", "linear"))
     warmup: float = _field(0.0, rules.number(minimum=0, maximum=1))
     max_grad_norm: float | None = _field(None, rules.optional(rules.number(above=0)))
     seed: int = _field(42, rules.whole(0))

@@ -130,7 +130,7 @@ def load_judge(name: str | None = None) -> Judge:
     if not callable(judge):
         raise UserError("the judge is not a function", value=name,
                         rule="module:function", fix="name a function")  # fmt: skip
-    return judge  # type: ignore[no-any-return]
+    return judge
 
 
 def judge_responses(
