@@ -129,7 +129,7 @@ def soft_metrics(reads: Reads, positive: Sequence[str], negative: Sequence[str])
     return SoftMetrics(
         precision=float(precision),
         recall=float(recall),
-        f1=float(2 * precision * recall / (precision + recall)),
+        f1=float(2 * precision * recall / (precision + recall)) if recall else 0.0,
         correctness=float(np.concatenate([yes, 1 - no]).mean()),
     )
 

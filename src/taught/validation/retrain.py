@@ -164,7 +164,7 @@ class Retrainer:
         return self._made(tuple(sorted(ids)), self.recipe.seed if seed is None else seed, keep)
 
     def finished(self) -> list[Retraining]:
-        """All retrainings in the folder by this recipe, at any seed, on pairs that are as they were.
+        """All retrainings in the folder by this recipe, at any seed, on pairs that have not changed.
 
         The base model is not among them. Sorted by key.
         """

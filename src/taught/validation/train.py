@@ -227,7 +227,7 @@ def _add_gradients(
         if bad:
             raise _diverged("a loss is not finite", number, bad)
         part = losses.sum() / len(batch)
-        part.backward()  # type: ignore[no-untyped-call]
+        part.backward()
         total += float(part.detach())
     return total
 
