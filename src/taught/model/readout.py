@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taught.errors import UserError
 from taught.model.behavior import PrefixBehavior
-from taught.model.forward import first_device, forward
+from taught.model.forward import first_device, forward, residuals
 from taught.model.tokens import Rows, TokenTree, build_tree, stack
 
 # Attention over a packed row is quadratic: this keeps it a small share of the work.
@@ -173,16 +173,70 @@ def read_prompts(
     return _assemble(prompts, h, y)
 
 
+@torch.no_grad()
+def read_residuals(
+    model: nn.Module,
+    prompts: Sequence[ReadPrompt],
+    blocks: Sequence[int],
+    reduce: Callable[[Tensor, Tensor], Tensor],
+    *,
+    tokens: int = PACK_TOKENS,
+    progress: Any = None,
+) -> Tensor:
+    """What is made of the residuals after some blocks: float64 [blocks, N, ...], on the CPU.
+
+    Cost: one forward pass over the distinct tokens, up to the last of the blocks.
+
+    Parameters
+    ----------
+    prompts
+        Prompts, or pairs as prompts: what counts is where h is read.
+    reduce
+        (h [M, D] at the read-out tokens of n prompts, offsets [n + 1]) -> [n, ...], such as a
+        pooling or a feature map.
+    tokens
+        Size of a token tree.
+
+    Raises
+    ------
+    UserError
+        A value is not finite: the ids of the prompts.
+    """
+    parts: list[tuple[list[int], Tensor]] = []
+    waiting = pack(prompts, None, tokens=tokens)
+    while waiting:
+        packed = waiting.pop(0)
+        read = packed.read
+        values = torch.stack([
+            reduce(h[0, read.to(h.device)], packed.offsets.to(h.device)).double().cpu()
+            for h in residuals(model, packed.rows.to(first_device(model)), blocks)
+        ])  # fmt: skip
+        if len(packed.index) > 1 and not values.isfinite().all():  # which one spoils the tree?
+            waiting += [_pack_group(prompts, [i], None) for i in packed.index]
+            continue
+        parts.append((list(packed.index), values))
+        if progress is not None:
+            progress.advance(len(packed.index))
+    _refuse_nonfinite([prompts[i].id for index, v in parts if not v.isfinite().all()
+                       for i in index])  # fmt: skip
+    index = torch.tensor([i for part, _ in parts for i in part])
+    return torch.cat([values for _, values in parts], 1)[:, index.argsort()]
+
+
 def _assemble(prompts: Sequence[ReadPrompt], h: Iterable[Any], y: Tensor) -> Readouts:
     pieces = list(h)
     bad = [p.id for p, piece, v in zip(prompts, pieces, y, strict=True)
            if not (torch.isfinite(v) and torch.isfinite(piece).all())]  # fmt: skip
-    if bad:
-        raise UserError("read-outs are not finite", value=bad[:10],
-                        rule="h and y must be finite numbers",
-                        fix="use --set model.dtype=float32, or remove these prompts")  # fmt: skip
+    _refuse_nonfinite(bad)
     offsets = torch.tensor([0, *[len(piece) for piece in pieces]]).cumsum(0)
     return Readouts(tuple(p.id for p in prompts), torch.cat(pieces), offsets, y)
+
+
+def _refuse_nonfinite(ids: Sequence[str]) -> None:
+    if ids:
+        raise UserError("read-outs are not finite", value=list(ids[:10]),
+                        rule="h and y must be finite numbers",
+                        fix="use --set model.dtype=float32, or remove these prompts")  # fmt: skip
 
 
 @torch.no_grad()
