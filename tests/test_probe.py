@@ -68,9 +68,9 @@ def test_the_direction_points_to_the_positive_group_and_follows_the_scale_of_the
     X, positive = rows(shift=4)
     w = fit_direction(X, positive, method)
     assert (X @ w)[positive].mean() > (X @ w)[~positive].mean()
-    np.testing.assert_allclose(fit_direction(X, ~positive, method), -w, rtol=1e-7)
+    np.testing.assert_allclose(fit_direction(X, ~positive, method), -w, rtol=1e-6)
     again = fit_direction(100 * X + 3, positive, method)
-    np.testing.assert_allclose(again / np.linalg.norm(again), w / np.linalg.norm(w), rtol=1e-6)
+    np.testing.assert_allclose(again / np.linalg.norm(again), w / np.linalg.norm(w), atol=1e-7)
 
 
 def test_difference_is_the_difference_of_means():

@@ -328,6 +328,77 @@ def concept(
     return 0
 
 
+@app.command(sort_key=10)
+def concept_influence(
+    study: str,
+    /,
+    *,
+    concept: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative="")],
+    out: Path,
+    method: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (
+        "gradient",
+        "vector-filter",
+    ),
+    group: str | None = None,
+    read: Literal["prompts", "responses"] = "prompts",
+    checkpoint: str | None = None,
+    responses: Path | None = None,
+    max_new_tokens: int = 128,
+    tokens: int = 0,
+    overrides: Overrides = _NO_OVERRIDES,
+    quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False,
+) -> int:
+    """Score the pairs by concepts: what training on each one does to the read-out of a direction.
+
+    Parameters
+    ----------
+    study
+        A study file, a folder that holds study.yaml, or the name of a preset.
+    concept
+        Folders that `taught concept` wrote.
+    out
+        Parquet file: pair_id, concept, method, value.
+    method
+        Some of gradient, vector-filter, projection-difference-response and
+        projection-difference-training.
+    group
+        gradient: the read-out's mean is over the prompts of this group; over all by default.
+    read
+        gradient: read the evaluation prompts, or the responses of the pairs themselves (--group is
+        a label of pairs then).
+    checkpoint
+        projection-difference-training: the fine-tuned model, a folder or hub id.
+    responses
+        projection-difference-response: file that keeps the model's own responses; by default
+        own_responses.json beside the table.
+    max_new_tokens
+        Tokens that an own response may have.
+    tokens
+        gradient: split so many of the strongest pairs into shares of their response tokens, as
+        OUT.tokens.parquet.
+    """
+    loaded = _load(study, overrides)
+    loaded.require_files()
+    from taught import stages
+    from taught.files import table_bytes, write_bytes
+    from taught.report.cells import rich_table
+
+    file = responses or out.with_name("own_responses.json")
+    question = stages.ConceptQuestion(concept, method, group, checkpoint, file, max_new_tokens,
+                                      tokens, read)  # fmt: skip
+    with _progress(quiet) as progress:
+        answers = stages.concept_influence(loaded, question, progress)
+    files = {out: answers.table}
+    if tokens:
+        files[out.with_suffix(".tokens.parquet")] = answers.tokens
+    if len(method) > 1:
+        _out().print(rich_table(stages.agreement(answers.table)))
+    for path, table in files.items():
+        write_bytes(path, table_bytes(table))
+        _out().print(str(path), soft_wrap=True, highlight=False)
+    return 0
+
+
 @app.command(sort_key=6)
 def curate(
     run: Path,

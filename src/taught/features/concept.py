@@ -284,7 +284,7 @@ class ConceptMap:
     def __call__(self, h: Tensor, offsets: Tensor) -> Tensor:
         """X [N, d] from residuals h [M, D] at the tokens that are read."""
         v = self.directions[self.ids]
-        return pool(h.to(v.device) @ v.T, offsets.to(v.device), self.position)
+        return pool(h.to(v.device, v.dtype) @ v.T, offsets.to(v.device), self.position)
 
     def response(self, h: Tensor, dh: Tensor, offsets: Tensor) -> Tensor:
         """dX for a change dh: the read-out is linear, so it is the read-out of dh."""
@@ -293,10 +293,14 @@ class ConceptMap:
 
 
 def concept_map(concepts: Sequence[Concept], position: str, like: Tensor) -> ConceptMap:
-    """The read-out of concepts of one block, in the precision and on the device of ``like``."""
+    """The read-out of concepts of one block on the device of ``like``.
+
+    In its precision, or in float32 where that is less.
+    """
     stacked = torch.from_numpy(np.stack([concept.direction for concept in concepts]))
     ids = torch.arange(len(concepts), device=like.device)
-    return ConceptMap(stacked.to(like.device, like.dtype), ids, position)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return ConceptMap(stacked.to(like.device, dtype), ids, position)
 
 
 # --- files -------------------------------------------------------------------------------------

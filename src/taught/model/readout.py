@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from taught.model.tokens import Rows, TokenTree, build_tree, stack
 
 # Attention over a packed row is quadratic: this keeps it a small share of the work.
 PACK_TOKENS = 512
+
+_AT_ONCE = 512  # prompts that are laid out together where there may be many
 
 # How far y may differ between trees and plain passes: rounding of logits of about 16.
 _TREE_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.1}
@@ -202,25 +204,34 @@ def read_residuals(
     UserError
         A value is not finite: the ids of the prompts.
     """
-    parts: list[tuple[list[int], Tensor]] = []
-    waiting = pack(prompts, None, tokens=tokens)
-    while waiting:
-        packed = waiting.pop(0)
-        read = packed.read
-        values = torch.stack([
-            reduce(h[0, read.to(h.device)], packed.offsets.to(h.device)).double().cpu()
-            for h in residuals(model, packed.rows.to(first_device(model)), blocks)
+
+    def reduced(packed: PackedPrompts) -> Tensor:
+        rows = packed.rows.to(first_device(model))
+        return torch.stack([
+            reduce(h[0, packed.read.to(h.device)], packed.offsets.to(h.device)).double().cpu()
+            for h in residuals(model, rows, blocks)
         ])  # fmt: skip
-        if len(packed.index) > 1 and not values.isfinite().all():  # which one spoils the tree?
-            waiting += [_pack_group(prompts, [i], None) for i in packed.index]
-            continue
-        parts.append((list(packed.index), values))
+
+    index: list[int] = []
+    parts: list[Tensor] = []
+    for packed in _packs(prompts, tokens):
+        values = reduced(packed)
+        if not values.isfinite().all():  # 0 * nan is nan: one prompt spoils its tree
+            bad = [i for i in packed.index
+                   if not reduced(_pack_group(prompts, [i], None)).isfinite().all()]  # fmt: skip
+            _refuse_nonfinite([prompts[i].id for i in bad or packed.index])
+        index += packed.index
+        parts.append(values)
         if progress is not None:
             progress.advance(len(packed.index))
-    _refuse_nonfinite([prompts[i].id for index, v in parts if not v.isfinite().all()
-                       for i in index])  # fmt: skip
-    index = torch.tensor([i for part, _ in parts for i in part])
-    return torch.cat([values for _, values in parts], 1)[:, index.argsort()]
+    return torch.cat(parts, 1)[:, torch.tensor(index).argsort()]
+
+
+def _packs(prompts: Sequence[ReadPrompt], tokens: int) -> Iterator[PackedPrompts]:
+    """Token trees of some prompts at a time: masks are quadratic, and there may be many prompts."""
+    for start in range(0, len(prompts), _AT_ONCE):
+        for packed in pack(prompts[start : start + _AT_ONCE], None, tokens=tokens):
+            yield replace(packed, index=tuple(start + i for i in packed.index))
 
 
 def _assemble(prompts: Sequence[ReadPrompt], h: Iterable[Any], y: Tensor) -> Readouts:

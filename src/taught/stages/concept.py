@@ -25,7 +25,7 @@ from taught.features.concept import (
 from taught.features.pooling import pool
 from taught.features.probe import Floats, sweep
 from taught.model.forward import find_blocks, get_block
-from taught.model.readout import read_residuals
+from taught.model.readout import check_trees, read_residuals
 from taught.progress import Progress, SilentProgress
 from taught.setup import Subject, open_subject, prompt_inputs, study_prompts
 from taught.study import Study
@@ -135,6 +135,7 @@ def _read(
     sides = (study.prompts.negative_group, study.prompts.positive_group)
     chosen = [prompt for prompt in prompts if prompt.group in sides]
     inputs = prompt_inputs(subject.chat.encode_prompts(chosen), position)
+    check_trees(subject.loaded.model, inputs, subject.behavior)
     progress.step("read prompts", len(inputs))
     H = read_residuals(subject.loaded.model, inputs, blocks, partial(pool, how=position),
                        progress=progress)  # fmt: skip
