@@ -30,7 +30,7 @@ from taught.run import RunFolder
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 SECTIONS = [
     "verdict", "policy", "coverage", "pairs", "pathways", "features", "interference", "trivial",
-    "curation", "method", "provenance",
+    "curation", "validation", "method", "provenance",
 ]  # fmt: skip
 
 

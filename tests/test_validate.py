@@ -150,17 +150,22 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     ])  # fmt: skip
     study = with_values(study, {"validation.designs": ("removal", "curation", "leave-one-out"),
                                 "validation.remove": 0.25, "validation.subsets": 2,
-                                "validation.controls": 2})  # fmt: skip
+                                "validation.controls": 5})  # fmt: skip
     run = RunFolder(folder, fresh=("validate",))
     stages.validate(study, run)
     rows = influence_of(run)[TargetName("mean_y", group="harmless")]
     top = sorted(rows, key=lambda i: -rows[i])[:2]
     removal = members(run, "removal")
-    assert set(rows) - set(removal["without-top"]) == set(top)
-    assert [len(ids) for ids in removal.values()] == [6, 6, 6]
+    assert set(rows) - set(removal["remove-2-named"]) == set(top)
+    assert [len(ids) for ids in removal.values()] == [6] * 6
+    (point,) = run.read_table("curves").to_pylist()
+    assert point["budget"] == 2 and point["lo"] <= point["difference"] <= point["hi"]
+    change = outcomes(run, "removal")[TargetName("mean_y", group="harmless")]
+    random = np.mean([change[f"remove-2-random-{i}"] for i in range(5)])
+    np.testing.assert_allclose(point["difference"], change["remove-2-named"] - random)
     curation = members(run, "curation")
     assert len(curation["all"]) == 8
-    assert len(curation["published-rule"]) == len(curation["without-top"]) == 5
+    assert len(curation["published-rule"]) == len(curation["remove-3-named"]) == 5
     assert set(members(run, "leave-one-out")) == {f"without:{i}" for i in top}
 
 

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
@@ -192,7 +192,7 @@ def validate(
 ) -> int:
     """Train the model again on chosen pairs, and compare what that does with what was predicted.
 
-    Which subsets and how to train: the section validation of the study. Finished retrainings are
+    Which subsets, and how to train: the section validation of the study. Finished retrainings are
     kept in the run folder; the same command goes on where it was stopped.
 
     Parameters
@@ -200,7 +200,43 @@ def validate(
     study
         A study file, a folder that holds study.yaml, or the name of a preset.
     """
-    return _study_stage("validate", study, overrides, output)
+    _study_stage("validate", study, overrides, output)
+    return compare(study, overrides=overrides, output=replace(output, fresh=True))
+
+
+@app.command(sort_key=8)
+def compare(
+    study: str,
+    /,
+    *,
+    method: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    overrides: Overrides = _NO_OVERRIDES,
+    output: Output = _OUTPUT,
+) -> int:
+    """Set methods side by side on the retrainings of a run: which predicts what they did.
+
+    Parameters
+    ----------
+    study
+        A study file, a folder that holds study.yaml, or the name of a preset.
+    method
+        Methods beside the run's own influence and the baselines: adjoint, adjoint+adam, sketch,
+        sketch+adam, sketch+autocorrelation.
+    """
+    loaded = _load(study, overrides)
+    loaded.require_files()
+    from taught import stages
+
+    run = _run_folder(output.run or Path("runs") / loaded.name,
+                      ("compare",) if output.fresh else ())  # fmt: skip
+    with _progress(output.quiet) as progress:
+        stages.compare(loaded, run, method, progress)
+    from taught.report.compared import compared_tables
+
+    for table in compared_tables(run):
+        _out().print(table)
+    _err().print(f"compare complete in {run.folder} ({_cost(run, 'compare')})", highlight=False)
+    return 0
 
 
 @app.command(sort_key=5)

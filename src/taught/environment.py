@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import taught
@@ -35,17 +36,33 @@ def process_share() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def peak_memory_gb() -> float | None:
-    """Return the largest resident memory of this process so far, in 10^9 bytes."""
+def peak_memory_gb(*, recent: bool = False) -> float | None:
+    """Return the largest resident memory of this process so far, in 10^9 bytes.
+
+    Parameters
+    ----------
+    recent
+        Only since :func:`mark_memory` was called.
+    """
     own = _peak_in_proc()
     if own is not None:
-        return round(own / 1e9, 3)
+        return round((own if recent else max(own, *_earlier)) / 1e9, 3)
     if sys.platform == "win32":
         return None
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+_earlier = [0]  # the peaks before each mark
+
+
+def mark_memory() -> None:
+    """Let ``peak_memory_gb(recent=True)`` begin here, where the system can (Linux)."""
+    _earlier.append(_peak_in_proc() or 0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _peak_in_proc() -> int | None:

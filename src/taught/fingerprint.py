@@ -32,6 +32,7 @@ _SECTIONS = {
     "attribute": (*_POLICY, "pairs", "attribution", "sketch"),
     "curate": ("curation",),
     "validate": (*_POLICY, "pairs", "validation"),
+    "compare": (*_POLICY, "pairs", "attribution", "sketch", "validation"),
     "report": (),
 }
 _CONTENT_KEYS = ("model.id", "model.adapter", "model.chat_template", "sae.path", "prompts.path",

@@ -33,17 +33,20 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-STAGES = ("policy", "attribute", "curate", "validate", "report")
+STAGES = ("policy", "attribute", "curate", "validate", "compare", "report")
 _BEFORE = {
     "policy": (),
     "attribute": ("policy",),
     "curate": ("attribute",),
     "validate": ("attribute",),
+    "compare": ("attribute", "validate"),
     "report": ("policy",),
 }
-# These take seconds and read only what stands in the folder, so they are always made again.
-_REMADE = ("curate", "report")
-_SHOWN_IF_THERE = {"report": ("attribute", "curate", "validate")}
+# These take seconds and read only what stands in the folder, so they are always made again. So is
+# validate: its retrainings stand in a folder of their own, which knows what they depend on.
+_READERS = ("curate", "report")
+_REMADE = (*_READERS, "validate")
+_SHOWN_IF_THERE = {"report": ("attribute", "curate", "validate", "compare")}
 _WRITTEN_BY = {
     "policy": ("study.yaml", "prompts.parquet", "readouts.safetensors", "readouts.ids.json",
                "features.parquet", "activations.safetensors", "activations.ids.json", "labels.json",
@@ -53,7 +56,10 @@ _WRITTEN_BY = {
                   "feature_prompt_effects.safetensors", "feature_prompt_effects.ids.json",
                   "comovement.safetensors", "comovement.ids.json", "sketch.json", "dropped.json"),
     "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
-    "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "validation.json"),
+    "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
+                 "validation.json"),
+    "compare": ("lds.parquet", "lds_differences.parquet", "trivial.parquet", "planted.parquet",
+                "costs.parquet", "scores.parquet", "compare.json"),
     "report": ("report.html",),
 }  # fmt: skip
 
@@ -439,7 +445,7 @@ class RunFolder:
         for before in (*_BEFORE[name], *if_there):
             self.require(before)
             theirs = self._manifest["inputs"][before]
-            if name not in _REMADE:
+            if name not in _READERS:
                 self._refuse_other(before, theirs, inputs, theirs.keys() & inputs)
             chained[f"stage {before}"] = self._manifest["stages"][before]["fingerprint"]
         return chained

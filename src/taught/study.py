@@ -242,7 +242,7 @@ class ValidationSpec(_Section):
     leave_out: float = _field(0.1, rules.number(above=0, maximum=1))
     remove: float = _field(0.15, rules.number(above=0, maximum=1))
     remove_by: str = _field("mean_y:harmless", rules.text())
-    controls: int = _field(5, rules.whole(2))
+    controls: int = _field(5, rules.whole(5))
 
 
 _SECTIONS: dict[str, type[_Section]] = {

@@ -28,6 +28,7 @@ MAKES = {
     "policy": "taught policy STUDY",
     "attribute": "taught attribute STUDY",
     "curate": "taught curate RUN",
+    "validate": "taught validate STUDY",
 }
 
 

@@ -10,6 +10,7 @@ import yaml
 from taught.analysis.interference import top_offenders
 from taught.report import charts, text
 from taught.report.charts import Point, Scale
+from taught.report.compared import Cell, DesignTable, design_tables, removal_sentence, warnings
 from taught.report.stats import Estimate, mean_interval
 from taught.report.strongest import STRONGEST
 from taught.report.verdict import baselines, scored, trivial_correlations
@@ -33,6 +34,7 @@ def sections(view: View) -> Json:
         "interference": _interference_section(view),
         "trivial": _trivial_section(view),
         "curation": _curation_section(view),
+        "validation": _validation_section(view),
         "method": _method_section(view),
         "provenance": _provenance_section(view),
     }
@@ -295,6 +297,53 @@ def _curation_section(view: View) -> Json | None:
         "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
         "power": text.common_power([view.curation.largest]),
     }
+
+
+def _validation_section(view: View) -> Json | None:
+    """LDS of every method by design and target, planted pairs, removal; None without retrainings.
+
+    Shown target by target, the ten coefficients as their median (without interval).
+    """
+    if view.lds is None and view.curves is None and view.models is None:
+        return None
+    unit = Scale(-1.05, 1.05, *FOREST)
+    target = (view.study.get("validation") or {}).get("remove_by") or ""
+    return {
+        "designs": [(table, _lds_rows(table)) for table in design_tables(view.lds or [])],
+        "scale": unit,
+        "axis": charts.forest_axis(unit),
+        "warnings": warnings(view.trivial or []),
+        "planted": [
+            (r, Estimate(r["auc"], r["lo"], r["hi"])) for r in view.planted or []
+            if not r["target"].startswith("coefficient")
+        ],
+        "chance": (chance := Scale(-0.05, 1.05, *FOREST)),
+        "chance_axis": charts.forest_axis(chance),
+        "removal": [removal_sentence(point, target).strip() for point in view.curves or []],
+        "models": [r for r in view.models or [] if r["design"] in ("removal", "curation")],
+        "retrained": len(view.models or []),
+        "costs": view.costs or [],
+    }  # fmt: skip
+
+
+def _lds_rows(table: DesignTable) -> list[tuple[str, list[tuple[Any, ...]]]]:
+    """Target by target: each method with its raw and its controlled estimate."""
+    return [
+        (name, [(method, *map(_estimate, _two(cells[k]))) for method, cells in table.rows
+                if cells[k].raw is not None])
+        for k, name in enumerate(table.targets)
+    ]  # fmt: skip
+
+
+def _two(cell: Cell) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return (
+        (cell.raw, *(cell.raw_ends or (None, None))),
+        (cell.controlled, *(cell.controlled_ends or (None, None))),
+    )
+
+
+def _estimate(numbers: tuple[Any, ...]) -> Estimate | None:
+    return Estimate.of(list(numbers))
 
 
 def _method_section(view: View) -> Json:

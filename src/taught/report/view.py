@@ -72,6 +72,12 @@ class View:
     coefficients: Rows | None
     labels: dict[int, Row] | None
     audit: Rows | None
+    lds: Rows | None
+    trivial: Rows | None
+    planted: Rows | None
+    curves: Rows | None
+    models: Rows | None
+    costs: Rows | None
     pairs: Rows | None
     summary: Rows | None
     curation: Curated | None
@@ -165,7 +171,8 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
     )
 
 
-_TABLES = ("prompts", "features", "coefficients", "audit")
+_TABLES = ("prompts", "features", "coefficients", "audit", "lds", "trivial", "planted", "curves",
+           "models", "costs")  # fmt: skip
 _PAIR_TABLES = ("pairs", "summary")
 
 

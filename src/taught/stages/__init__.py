@@ -11,6 +11,7 @@ from taught.check import CheckReport, check_study
 from taught.progress import Progress
 from taught.run import RunFolder
 from taught.stages.ask import Question, ask
+from taught.stages.comparing import compare
 from taught.stages.concept import ConceptRequest, concept
 from taught.stages.concept_influence import ConceptQuestion, agreement, concept_influence
 from taught.stages.decide import curate, report
@@ -27,6 +28,7 @@ __all__ = [
     "ask",
     "attribute",
     "check",
+    "compare",
     "concept",
     "concept_influence",
     "curate",

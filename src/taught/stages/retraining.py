@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from taught.analysis.curate import curate
@@ -15,6 +16,8 @@ from taught.run import RunFolder
 from taught.setup import Subject, open_subject
 from taught.stages.estimating import Ready, prepare, read_data
 from taught.study import Study
+from taught.validation.curves import Curve, Plan, compare_curves, plan_curve
+from taught.validation.lds import table_of
 from taught.validation.outcomes import TargetName, changes, soft_metrics
 from taught.validation.retrain import Retrainer, Retraining
 from taught.validation.subsets import (
@@ -123,22 +126,17 @@ def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
         "matched": matched,
         "leave-out": lambda: leave_share_out(ids, spec.leave_out, spec.subsets, seed=spec.seed),
         "leave-one-out": lambda: leave_one_out(ids, _strongest(study, run, spec.subsets)),
-        "removal": lambda: _removal(study, run, ids, max(1, round(spec.remove * len(ids)))),
+        "removal": lambda: _removal(study, run, max(1, round(spec.remove * len(ids)))).subsets,
         "curation": lambda: _curation(study, run, ids),
     }
     return {name: drawn[name]() for name in spec.designs}
 
 
-def _removal(study: Study, run: RunFolder, ids: Sequence[str], k: int) -> Subsets:
+def _removal(study: Study, run: RunFolder, k: int) -> Plan:
     """Without the k pairs that raise the target most, and random subsets of that size."""
-    dropped = set(_strongest(study, run, k))
-    controls = random_subsets(ids, len(ids) - k, study.validation.controls,
-                              seed=study.validation.seed)  # fmt: skip
-    return Subsets(
-        ("without-top", *controls.names),
-        (tuple(sorted(i for i in ids if i not in dropped)), *controls.members),
-        controls.inclusion,
-    )
+    spec = study.validation
+    return plan_curve(_asked(study, run), [k], kind="remove", method="named",
+                      runs=spec.controls, seed=spec.seed)  # fmt: skip
 
 
 def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
@@ -150,7 +148,7 @@ def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
         raise UserError("the published rule keeps all pairs or none", value=f"{len(kept)} kept",
                         rule="some are dropped and some are kept",
                         fix="leave curation out of validation.designs")  # fmt: skip
-    others = _removal(study, run, ids, len(ids) - len(kept))
+    others = _removal(study, run, len(ids) - len(kept)).subsets
     return Subsets(
         ("all", "published-rule", *others.names), (tuple(sorted(ids)), kept, *others.members),
         others.inclusion,
@@ -159,13 +157,19 @@ def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
 
 def _strongest(study: Study, run: RunFolder, k: int) -> list[str]:
     """Ids of the k pairs that raise the study's target most, by the influence of this run."""
+    rows = _asked(study, run)
+    return sorted(rows, key=lambda i: (-rows[i], i))[:k]
+
+
+def _asked(study: Study, run: RunFolder) -> dict[str, float]:
+    """Pair id -> influence of this run on the target that pairs are removed by."""
     target, _, group = study.validation.remove_by.partition(":")
     rows = influence_of(run).get(TargetName(target, group=group or None))
     if rows is None or target == "coefficient":
         raise UserError("this run has no influence on what pairs are to be removed by",
                         value=study.validation.remove_by, rule="score or mean_y:GROUP",
                         fix="set validation.remove_by")  # fmt: skip
-    return sorted(rows, key=lambda i: (-rows[i], i))[:k]
+    return rows
 
 
 def influence_of(run: RunFolder) -> dict[TargetName, dict[str, float]]:
@@ -214,6 +218,9 @@ def _write(
             float(after.losses_after.mean()), *astuple(soft_metrics(after, *sides)),
             after.seconds_training + after.seconds_reading, after.key,
         ))  # fmt: skip
+    if "removal" in designs:
+        curve = _curve(study, run, ready, made)
+        run.write_table("curves", table_of(curve.points))
     run.write_table("subsets", _table(SUBSETS, subsets))
     run.write_table("outcomes", _table(OUTCOMES, outcomes))
     run.write_table("models", _table(MODELS, models))
@@ -222,6 +229,23 @@ def _write(
         "base": asdict(soft_metrics(base, *sides)),
         "inclusion": {design: dict(subsets.inclusion) for design, subsets in designs.items()},
     })  # fmt: skip
+
+
+def _curve(
+    study: Study, run: RunFolder, ready: Ready, made: Mapping[tuple[str, str], Retraining]
+) -> Curve:
+    """Mean y of the group without the pairs that were named, against random pairs as many."""
+    plan = _removal(study, run, max(1, round(study.validation.remove * len(ready.inputs))))
+    group = study.validation.remove_by.partition(":")[2]
+    rows = [i for i, prompt_id in enumerate(ready.fitted.prompt_ids)
+            if not group or prompt_id in set(ready.groups[group])]  # fmt: skip
+
+    def outcomes(names: Sequence[str]) -> list[np.ndarray]:
+        return [made["removal", name].y[rows] for name in names]
+
+    return compare_curves(
+        plan, np.array([outcomes(plan.chosen)]), np.array([outcomes(run) for run in plan.controls])
+    )
 
 
 def _categories(run: RunFolder) -> dict[str, list[str]]:

@@ -1,0 +1,160 @@
+"""What ``compare`` and ``validate`` found: methods by targets, planted pairs, removal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from taught.report.text import clean, percent, signed
+from taught.run import RunFolder
+
+Row = dict[str, Any]
+COEFFICIENTS = "coefficients, median"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """LDS of one method on one target: raw and controlled, with 95% intervals where there are."""
+
+    raw: float | None
+    raw_ends: tuple[float, float] | None
+    controlled: float | None
+    controlled_ends: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class DesignTable:
+    """One design of subsets: methods (best first) by targets."""
+
+    design: str
+    subsets: int
+    controls: str
+    targets: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+def design_tables(rows: Sequence[Row]) -> list[DesignTable]:
+    """The table ``lds`` by design; the ten coefficients come down to their median."""
+    tables = []
+    for design in dict.fromkeys(row["subsets"] for row in rows):
+        some = [row for row in rows if row["subsets"] == design]
+        plain = [t for t in dict.fromkeys(row["target"] for row in some) if ":" not in t
+                 or t.startswith("mean_y")]  # fmt: skip
+        of = {(row["method"], row["target"]): row for row in some}
+        methods = list(dict.fromkeys(row["method"] for row in some))
+        made = []
+        for method in methods:
+            cells = [_cell(of.get((method, target))) for target in plain]
+            coefficients = [row for row in some if row["method"] == method
+                            and row["target"].startswith("coefficient")]  # fmt: skip
+            made.append((method, (*cells, _median(coefficients))))
+        tables.append(DesignTable(design, some[0]["n"], some[0]["controls"],
+                                  (*plain, COEFFICIENTS), tuple(made)))  # fmt: skip
+    return tables
+
+
+def _cell(row: Row | None) -> Cell:
+    if row is None:
+        return Cell(None, None, None, None)
+    return Cell(row["raw"], _ends(row, "raw"), row["controlled"], _ends(row, "controlled"))
+
+
+def _ends(row: Row, name: str) -> tuple[float, float] | None:
+    lo, hi = row[f"{name}_lo"], row[f"{name}_hi"]
+    return None if lo is None or hi is None else (lo, hi)
+
+
+def _median(rows: Sequence[Row]) -> Cell:
+    def middle(name: str) -> float | None:
+        values = [row[name] for row in rows if row[name] is not None]
+        return median(values) if values else None
+
+    return Cell(middle("raw"), None, middle("controlled"), None)
+
+
+def warnings(rows: Iterable[Row]) -> list[str]:
+    """A sentence for every method and target that a trivial predictor does as well on."""
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row["explained"]:
+            found.setdefault((row["method"], row["target"], row["subsets"]), []).append(row)
+    sentences = []
+    for (method, target, design), some in found.items():
+        if target.startswith("coefficient"):
+            continue
+        best = max(some, key=lambda row: abs(row["trivial_lds"] or 0.0))
+        sentences.append(
+            f"{method}, {target}, {design} subsets: {best['trivial']} alone predicts about as "
+            f"well ({signed(best['trivial_lds'])} against {signed(best['lds'])}); look at the "
+            "controlled value"
+        )
+    return sentences
+
+
+def compared_tables(run: RunFolder) -> Iterator[RenderableType]:
+    """Everything for the terminal."""
+    there = run.finished_tables()
+    if "lds" in there:
+        for table in design_tables(run.read_table("lds").to_pylist()):
+            yield Text(f"\nLDS on {table.subsets} {table.design} subsets: raw / controlled for "
+                       f"{table.controls}", "bold")  # fmt: skip
+            yield _lds_table(table)
+    if "trivial" in there:
+        for sentence in warnings(run.read_table("trivial").to_pylist()):
+            yield Text(clean(sentence), "yellow")
+    if "planted" in there:
+        yield _planted_table(run.read_table("planted").to_pylist())
+    if "curves" in there:
+        for point in run.read_table("curves").to_pylist():
+            yield Text(removal_sentence(point, run.study.validation.remove_by))
+
+
+def removal_sentence(point: Row, target: str) -> str:
+    """What removing the named pairs did, against random pairs as many."""
+    return (
+        f"\nTraining without the {point['budget']} pairs ({percent(point['share'])}) that raise "
+        f"{target} most, against as many random ones: {signed(point['difference'])} "
+        f"[{signed(point['lo'])}, {signed(point['hi'])}]"
+    )
+
+
+def _lds_table(table: DesignTable) -> Table:
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    shown.add_column(Text("method", "dim"))
+    for target in table.targets:
+        shown.add_column(Text(clean(target), "dim"), justify="right")
+    for method, cells in table.rows:
+        shown.add_row(clean(method), *(_short(cell) for cell in cells))
+    return shown
+
+
+def _short(cell: Cell) -> str:
+    return "" if cell.raw is None else f"{_two(cell.raw)} / {_two(cell.controlled)}"
+
+
+def _two(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def _planted_table(rows: Sequence[Row]) -> Table:
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0),
+                  title=f"\nPlanted pairs ({rows[0]['planted']} of "
+                        f"{rows[0]['planted'] + rows[0]['others']})",
+                  title_justify="left", title_style="bold")  # fmt: skip
+    for name in ("method", "target", "AUC", "precision"):
+        shown.add_column(
+            Text(name, "dim"), justify="left" if name in ("method", "target") else "right"
+        )
+    for row in rows:
+        if row["target"].startswith("coefficient"):
+            continue
+        ends = f"{row['auc']:.2f} [{row['lo']:.2f}, {row['hi']:.2f}]"
+        shown.add_row(clean(row["method"]), clean(row["target"]), ends, f"{row['precision']:.2f}")
+    return shown
