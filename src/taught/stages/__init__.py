@@ -11,12 +11,29 @@ from taught.check import CheckReport, check_study
 from taught.progress import Progress
 from taught.run import RunFolder
 from taught.stages.ask import Question, ask
+from taught.stages.concept import ConceptRequest, concept
+from taught.stages.concept_influence import ConceptQuestion, agreement, concept_influence
 from taught.stages.decide import curate, report
 from taught.stages.fit import policy
 from taught.stages.influence import attribute, sketch
 from taught.study import Study, load_study
 
-__all__ = ["Question", "ask", "attribute", "check", "curate", "demo", "policy", "report", "sketch"]
+__all__ = [
+    "ConceptQuestion",
+    "ConceptRequest",
+    "Question",
+    "agreement",
+    "ask",
+    "attribute",
+    "check",
+    "concept",
+    "concept_influence",
+    "curate",
+    "demo",
+    "policy",
+    "report",
+    "sketch",
+]
 
 
 def check(study: Study) -> CheckReport:
