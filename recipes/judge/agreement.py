@@ -4,6 +4,10 @@
 
 The rules were written while looking at refusal.csv (development), and were not changed after
 refusal_extra.csv (held out) was opened. No row is shipped.
+
+PyRIT calls an answer to another question a refusal too: it swapped answers between questions. Such
+a row is known by its answer, which also stands under its own question and is no refusal there. The
+figures are given with all rows and without these.
 """
 
 from __future__ import annotations
@@ -64,19 +68,22 @@ def measure(human: np.ndarray, judge: np.ndarray) -> dict[str, object]:
 
 
 def main() -> None:
-    wheel = Path(sys.argv[1])
-    for name, file in SETS.items():
-        rows = read(wheel, file)
-        human = np.array([row["human_score"] == "1" for row in rows])
-        for what, cut in (("whole", None), (f"first {CUT} characters", CUT)):
-            texts = [row["assistant_response"][:cut] for row in rows]
-            judge = np.array([refuses("", text) == 1 for text in texts])
-            print(name, "|", what, json.dumps(measure(human, judge)))
-        if "--show" in sys.argv:
-            for row, person in zip(rows, human, strict=True):
-                found = matching_rules(row["assistant_response"])
-                if bool(found) != person:
-                    print("   ", int(person), found, row["assistant_response"][:150].split("\n"))
+    files = {name: read(Path(sys.argv[1]), file) for name, file in SETS.items()}
+    answers = {row["assistant_response"] for rows in files.values() for row in rows
+               if row["human_score"] == "0"}  # fmt: skip
+    for name, every in files.items():
+        own = [row for row in every
+               if row["human_score"] == "0" or row["assistant_response"] not in answers]  # fmt: skip
+        for which, rows in (("all rows", every), ("without swapped answers", own)):
+            human = np.array([row["human_score"] == "1" for row in rows])
+            for what, cut in (("whole", None), (f"first {CUT} characters", CUT)):
+                texts = [row["assistant_response"][:cut] for row in rows]
+                judge = np.array([refuses("", text) == 1 for text in texts])
+                print(f"{name} | {which} | {what}", json.dumps(measure(human, judge)))
+        for row in own if "--show" in sys.argv else ():
+            found = matching_rules(row["assistant_response"])
+            if bool(found) != (row["human_score"] == "1"):
+                print("   ", row["human_score"], found, repr(row["assistant_response"][:150]))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def train_by_trl(
     moving = moving_parameters(model, parameters)
     check_inputs(inputs, moving)
     trained = copy.deepcopy(model)
-    collator = _Collator()
+    collator = _Collator(progress)
     with only_moving(trained, moving), tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(trained, inputs, recipe, tokenizer, collator, folder)
         _check_prepared(inputs, trainer.train_dataset)
@@ -83,19 +83,20 @@ def train_by_trl(
     with torch.no_grad():
         for name, p in moving.items():
             p.copy_(new[name])
-    if progress is not None:
-        progress.advance(len(collator.seen))
     return TrainLog(seen, losses, tuple(float(entry["learning_rate"]) for entry in steps))
 
 
 class _Collator:
     """Pads one batch on the right and remembers whose pairs it was, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Any) -> None:
         self.seen: list[str] = []
+        self._progress = progress
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         self.seen += [row["pair_id"] for row in rows]
+        if self._progress is not None:
+            self._progress.advance(len(rows))
         width = max(len(row["input_ids"]) for row in rows)
 
         def padded(name: str, fill: int) -> Tensor:
@@ -115,6 +116,7 @@ def _trainer(
     folder: str,
 ) -> Any:
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     steps = recipe.epochs * math.ceil(len(inputs) / recipe.batch)
@@ -147,10 +149,12 @@ def _trainer(
          "labels": [-100] * p.start + list(p.ids[p.start :])}
         for p in inputs
     ]  # fmt: skip
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model, args=config, train_dataset=Dataset.from_list(rows), data_collator=collator,
         processing_class=tokenizer,
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _check_prepared(inputs: Sequence[PairInput], dataset: Any) -> None:
