@@ -22,7 +22,7 @@ from taught.run import RunFolder
 from taught.setup import open_checkpoint, open_subject
 from taught.stages.estimating import prepare, read_data
 from taught.study import Checkpoint, ValidationSpec, load_study
-from taught.validation.retrain import Retrainer, Retraining
+from taught.validation.retrain import Answering, Retrainer, Retraining
 from taught.validation.train import Recipe, train
 from tiny_models import BLOCK, plain_loss, same, snapshot, tiny_model, tiny_pairs, tiny_problem
 from tiny_study import write_tiny_study
@@ -115,6 +115,26 @@ def test_the_base_model_is_read_without_training(tmp_path) -> None:
     assert (base.ids, base.seed, base.log, len(base.losses_after)) == ((), None, None, 0)
 
 
+def test_answers_are_those_of_the_retrained_model(tmp_path) -> None:
+    how = Answering(limit=5, ends=(3,))
+    made = retrainer(tmp_path / "a", answers=how, recipe=recipe(lr=0.05))
+    found, base = made.run(["z0", "z1"]), made.base()
+    trained = tiny_model("tied")
+    train(trained, tiny_pairs()[:2], recipe(lr=0.05))
+    for model, answers in ((trained, found.answers), (tiny_model("tied"), base.answers)):
+        for prompt, answer in zip(made.problem.prompts, answers, strict=True):
+            by_hand: list[int] = []
+            while len(by_hand) < 5 and 3 not in by_hand:
+                logits = model(input_ids=torch.tensor([[*prompt.ids, *by_hand]])).logits
+                by_hand.append(int(logits[0, -1].argmax()))
+            assert list(answer) == by_hand
+    assert found.answers != base.answers
+    assert equal(made.run(["z0", "z1"]), found)  # from the folder
+    without = retrainer(tmp_path / "a", recipe=recipe(lr=0.05)).run(["z0", "z1"])
+    assert without.answers is None
+    assert equal(without, found, leave=(*TIMES, "key", "answers"))
+
+
 def test_the_seed_is_the_recipe_s_unless_another_is_given(tmp_path) -> None:
     made = retrainer(tmp_path)
     usual, other = made.run(["z0", "z1", "z3"]), made.run(["z0", "z1", "z3"], seed=1)
@@ -199,7 +219,7 @@ def test_the_key_follows_everything_that_matters(tmp_path) -> None:
     for name, value in (("lr", 0.02), ("epochs", 2), ("batch", 1), ("optimizer", "sgd"),
                         ("weight_decay", 0.1), ("schedule", "linear"), ("warmup", 0.1),
                         ("max_grad_norm", 1.0), ("method", "lora"), ("trainer", "trl")):  # fmt: skip
-        changed = retrainer(tmp_path, recipe=recipe(**{name: value}))
+        changed = retrainer(tmp_path, recipe=recipe(**{name: value}), tokenizer="any")
         keys.append(changed.key(["z0", "z1"], 42))
     first, *others = tiny_pairs()
     for tokens, start in (((*first.ids[:-1], 9), first.start), (first.ids, first.start + 1)):
@@ -308,6 +328,17 @@ def test_subsets_that_are_none_are_refused(tmp_path) -> None:
         made.run(["z1", "z0", "z1"])
     with pytest.raises(UserError, match=r"two pairs have one id"):
         retrainer(tmp_path, pairs=[*tiny_pairs(), tiny_pairs()[0]])
+
+
+def test_trl_is_asked_for_by_name_and_keeps_no_checkpoints(tmp_path, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="wants the tokenizer"):
+        retrainer(tmp_path, recipe=recipe(trainer="trl"))
+    made = retrainer(tmp_path, recipe=recipe(trainer="trl"), tokenizer="any")
+    with pytest.raises(UserError, match=r"checkpoints are kept by the plain loop"):
+        made.run(["z0"], keep=tmp_path / "kept")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package trl(.|\n)*taught\[trl\]"):
+        made.run(["z0"])
 
 
 @pytest.mark.parametrize("lost", [("z1",), ()])

@@ -189,6 +189,11 @@ def test_learning_rates_rise_and_fall() -> None:
     assert learning_rates(replace(made, warmup=1.0), 2) == pytest.approx([0, 0.5])
 
 
+def test_a_warm_up_is_a_share_of_the_steps() -> None:
+    with pytest.raises(UserError, match=r"validation\.warmup(.|\n)*at least 0 and at most 1"):
+        ValidationSpec(warmup=1.5)
+
+
 # What is left alone
 
 

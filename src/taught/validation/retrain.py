@@ -28,10 +28,13 @@ from taught.attribution.finite_step import restored
 from taught.attribution.pairs import PairInput, pair_losses
 from taught.data.columns import name_ids
 from taught.errors import UserError
+from taught.features.pooling import FeatureMap
 from taught.fingerprint import differences, fingerprint
+from taught.model.generate import greedy
 from taught.model.gradients import evaluating
 from taught.model.readout import read_prompts
 from taught.store import digest
+from taught.validation.by_trl import train_by_trl
 from taught.validation.train import Recipe, TrainLog, lora_layers, train
 
 Floats = NDArray[np.float64]
@@ -42,9 +45,10 @@ NAME, FORMAT = "retrained.json", 1
 # a retraining takes long, and reports, estimators and stages have no part in it.
 _COMPUTING = (
     "attribution/finite_step.py", "attribution/pairs.py", "features/pooling.py", "features/sae.py",
-    "model/adapter.py", "model/behavior.py", "model/forward.py", "model/gradients.py",
-    "model/kernels.py", "model/load.py", "model/parameters.py", "model/readout.py",
-    "model/tokens.py", "validation/retrain.py", "validation/train.py",
+    "model/adapter.py", "model/behavior.py", "model/forward.py", "model/generate.py",
+    "model/gradients.py", "model/kernels.py", "model/load.py", "model/parameters.py",
+    "model/readout.py", "model/tokens.py", "validation/by_trl.py", "validation/retrain.py",
+    "validation/train.py",
 )  # fmt: skip
 
 
@@ -62,6 +66,7 @@ class Retraining:
     y : float64 [N], behavior, natural logarithm
     X : float64 [N, d], activations, encoded at the retrained weights
     losses_before, losses_after : float64, of ``ids``, natural logarithm
+    answers : the model's own answers to the prompts, as tokens, in their order; or None
     log : the steps, or None for the base model
     seconds_training, seconds_reading : of the wall clock; losses count as reading
     """
@@ -76,9 +81,24 @@ class Retraining:
     X: Floats
     losses_before: Floats
     losses_after: Floats
+    answers: tuple[tuple[int, ...], ...] | None
     log: TrainLog | None
     seconds_training: float
     seconds_reading: float
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How the model's own answers are taken: greedily, nothing is drawn.
+
+    Attributes
+    ----------
+    limit : tokens an answer may have
+    ends : tokens that end an answer
+    """
+
+    limit: int
+    ends: tuple[int, ...]
 
 
 class Retrainer:
@@ -97,7 +117,9 @@ class Retrainer:
     weights
         What identifies the model's weights (``LoadedModel.weights``).
     tokenizer
-        Is saved beside checkpoints (``run(keep=...)``); None: checkpoints have none.
+        Is saved beside checkpoints (``run(keep=...)``) and wanted by the trainer "trl".
+    answers
+        How the model's own answers to the prompts are taken too; None: they are not.
     progress
         ``advance`` is called with the number of pairs of each step.
 
@@ -117,9 +139,13 @@ class Retrainer:
         *,
         weights: Mapping[str, Any],
         tokenizer: Any = None,
+        answers: Answering | None = None,
         progress: Any = None,
     ) -> None:
+        if recipe.trainer == "trl" and tokenizer is None:
+            raise ValueError("the trainer trl wants the tokenizer")
         self.problem, self.recipe, self.folder = problem, recipe, folder
+        self.answers = answers
         self.pairs = {pair.id: pair for pair in pairs}
         if len(self.pairs) != len(pairs):
             raise UserError("two pairs have one id", rule="ids are unique")
@@ -143,13 +169,17 @@ class Retrainer:
             Of the order of the pairs; None: the recipe's.
         keep
             A folder for a checkpoint and Adam's second moments after every epoch (``train``).
-            Where it is missing, training is made again for it.
+            Where it is missing, training is made again for it. By the trainer "loop" only.
 
         Raises
         ------
         UserError
             No ids, unknown ones or one twice; training diverges; what is there is damaged.
         """
+        if keep is not None and self.recipe.trainer != "loop":
+            raise UserError("checkpoints are kept by the plain loop", value=self.recipe.trainer,
+                            rule="validation.trainer: loop",
+                            fix="use --set validation.trainer=loop")  # fmt: skip
         if not ids:
             raise UserError("a subset is empty", rule="at least one pair to train on",
                             fix="choose other subsets")  # fmt: skip
@@ -164,7 +194,7 @@ class Retrainer:
         return self._made(tuple(sorted(ids)), self.recipe.seed if seed is None else seed, keep)
 
     def finished(self) -> list[Retraining]:
-        """All retrainings in the folder by this recipe, at any seed, on pairs that have not changed.
+        """The retrainings in the folder by this recipe, at any seed, on pairs as they are now.
 
         The base model is not among them. Sorted by key.
         """
@@ -185,6 +215,7 @@ class Retrainer:
             **self.identity,
             "recipe": {**asdict(self.recipe), "seed": seed} if ids else None,
             "pairs": [[pair.id, digest(pair.ids, pair.start)] for pair in chosen],
+            "answers": None if self.answers is None else asdict(self.answers),
         }
         return fingerprint(depends)[:32]
 
@@ -198,16 +229,19 @@ class Retrainer:
 
     def _read(self, key: str) -> Retraining:
         """The model as it stands, with no pairs."""
-        started = time.monotonic()
-        with evaluating(self.problem.model):
-            reads = read_prompts(self.problem.model, self.problem.prompts, self.problem.behavior,
-                                 self.problem.block)  # fmt: skip
-            with torch.no_grad():
-                X = self.problem.features(reads.h, reads.offsets).double().cpu().numpy()
+        started, problem, answers = time.monotonic(), self.problem, None
+        with evaluating(problem.model), torch.no_grad():
+            reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+            X = problem.features(reads.h, reads.offsets).double().cpu().numpy()
+            if self.answers is not None:
+                tokens = [prompt.ids for prompt in problem.prompts]
+                answers = tuple(
+                    greedy(problem.model, tokens, self.answers.ends, self.answers.limit)
+                )
         none = np.zeros(0)
         return Retraining(
-            key, (), (), None, reads.prompt_ids, tuple(self.problem.features.ids.tolist()),
-            reads.y.numpy(), X, none, none, None, 0.0, time.monotonic() - started,
+            key, (), (), None, reads.prompt_ids, _features(problem), reads.y.numpy(), X, none, none,
+            answers, None, 0.0, time.monotonic() - started,
         )  # fmt: skip
 
     def _train(self, key: str, ids: tuple[str, ...], seed: int, keep: Path | None) -> Retraining:
@@ -218,11 +252,7 @@ class Retrainer:
         with self._ready(recipe) as parameters:
             begun = time.monotonic()
             with _whole_folder(keep) as place:
-                log = train(
-                    self.problem.model, inputs, recipe, parameters=parameters,
-                    batch_tokens=self.problem.batch_tokens, progress=self._progress, keep=place,
-                )  # fmt: skip
-                self._save_tokenizers(place)
+                log = self._fit(inputs, recipe, parameters, place)
             kept = _verified(ids, log, recipe.epochs)
             trained = time.monotonic()
             after = pair_losses(self.problem.model, inputs, self.problem.batch_tokens).numpy()
@@ -232,6 +262,24 @@ class Retrainer:
             read, ids=ids, kept=kept, seed=seed, losses_before=before, losses_after=after, log=log,
             seconds_training=seconds, seconds_reading=time.monotonic() - started - seconds,
         )  # fmt: skip
+
+    def _fit(
+        self,
+        inputs: Sequence[PairInput],
+        recipe: Recipe,
+        parameters: Sequence[str] | None,
+        keep: Path | None,
+    ) -> TrainLog:
+        model, progress = self.problem.model, self._progress
+        if recipe.trainer == "trl":
+            return train_by_trl(model, inputs, recipe, tokenizer=self._tokenizer,
+                                parameters=parameters, progress=progress)  # fmt: skip
+        log = train(model, inputs, recipe, parameters=parameters,
+                    batch_tokens=self.problem.batch_tokens, progress=progress, keep=keep,
+                    )  # fmt: skip
+        for folder in keep.glob("epoch-*/") if keep is not None and self._tokenizer else ():
+            self._tokenizer.save_pretrained(folder)
+        return log
 
     def _losses_before(self, inputs: Sequence[PairInput]) -> Floats:
         new = [pair for pair in inputs if pair.id not in self._before]
@@ -251,14 +299,16 @@ class Retrainer:
             with restored(model, self.problem.parameters):
                 yield self.problem.parameters
 
-    def _save_tokenizers(self, keep: Path | None) -> None:
-        for folder in keep.glob("epoch-*/") if keep is not None and self._tokenizer else ():
-            self._tokenizer.save_pretrained(folder)
+
+def _features(problem: Problem) -> tuple[int, ...]:
+    if not isinstance(problem.features, FeatureMap):
+        raise TypeError("retraining reads a policy's features")
+    return tuple(problem.features.ids.tolist())
 
 
 def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
     """What every retraining depends on besides pairs and recipe, as plain values."""
-    features = problem.features
+    features: Any = problem.features
     prompts = [[p.id, list(p.ids), list(p.read)] for p in problem.prompts]
     return {
         "model.weights": dict(weights),
@@ -270,7 +320,7 @@ def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
         "sae.block": problem.block,
         "sae.encoder": features.encoder,
         "readout.position": features.position,
-        "features": features.ids.tolist(),
+        "features": list(_features(problem)),
         "code": _code_version(),
     }
 
@@ -352,6 +402,7 @@ def _save(folder: Path, made: Retraining) -> None:
         "seed": made.seed,
         "prompt_ids": made.prompt_ids,
         "feature_ids": made.feature_ids,
+        "answers": made.answers,
         "log": None if made.log is None else asdict(made.log),
         "seconds_training": made.seconds_training,
         "seconds_reading": made.seconds_reading,
@@ -374,11 +425,12 @@ def _load(folder: Path, key: str) -> Retraining:
     steps = None if log is None else TrainLog(
         tuple(map(tuple, log["ids"])), tuple(log["losses"]), tuple(log["lrs"])
     )  # fmt: skip
+    answers = None if record["answers"] is None else tuple(map(tuple, record["answers"]))
     return Retraining(
         key, tuple(record["ids"]), tuple(record["kept"]), record["seed"],
         tuple(record["prompt_ids"]), tuple(record["feature_ids"]), arrays["y"], arrays["X"],
-        arrays["losses_before"], arrays["losses_after"], steps, record["seconds_training"],
-        record["seconds_reading"],
+        arrays["losses_before"], arrays["losses_after"], answers, steps,
+        record["seconds_training"], record["seconds_reading"],
     )  # fmt: skip
 
 

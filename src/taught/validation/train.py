@@ -145,13 +145,12 @@ def train(
         not finite, with the step and the ids of the pairs.
     """
     inputs = sorted(inputs, key=lambda pair: pair.id)
-    ids = [pair.id for pair in inputs]
-    _check_ids(ids)
     moving = moving_parameters(model, parameters)
-    _check_precision(moving)
+    check_inputs(inputs, moving)
+    ids = [pair.id for pair in inputs]
     steps = plan(ids, recipe)
     lrs, losses = learning_rates(recipe, len(steps)), []
-    with evaluating(model), _only_moving(model, moving):
+    with evaluating(model), only_moving(model, moving):
         optimizer = _optimizer(recipe, moving)
         for number, (index, lr) in enumerate(zip(steps, lrs, strict=True), 1):
             batch = [inputs[i] for i in index]
@@ -172,7 +171,9 @@ def train(
     return TrainLog(seen, tuple(losses), tuple(lrs))
 
 
-def _check_ids(ids: Sequence[str]) -> None:
+def check_inputs(inputs: Sequence[PairInput], moving: Mapping[str, nn.Parameter]) -> None:
+    """Refuse no pairs, an id that stands twice, and moving parameters in half precision."""
+    ids = [pair.id for pair in inputs]
     if not ids:
         raise UserError("there are no pairs to train on", value="an empty subset",
                         rule="at least one pair", fix="choose other pairs")  # fmt: skip
@@ -181,9 +182,6 @@ def _check_ids(ids: Sequence[str]) -> None:
         raise UserError("a pair stands twice in what is trained on", value=name_ids(twice),
                         rule="each pair once; epochs repeat them", fix="name it once",
                         )  # fmt: skip
-
-
-def _check_precision(moving: Mapping[str, nn.Parameter]) -> None:
     half = [name for name, p in moving.items() if p.element_size() < 4]
     if half:
         raise UserError("steps of training round away in half precision",
@@ -193,7 +191,7 @@ def _check_precision(moving: Mapping[str, nn.Parameter]) -> None:
 
 
 @contextmanager
-def _only_moving(model: nn.Module, moving: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def only_moving(model: nn.Module, moving: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Gradients for the parameters that move and for no others; flags as before on exit."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
