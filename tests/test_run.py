@@ -425,6 +425,10 @@ RELEVANT = {
     "policy": ("model", "sae", "readout", "behavior", "prompts", "features", "policy"),
     "attribute": ("model", "sae", "readout", "behavior", "prompts", "features", "policy",
                   "pairs", "attribution", "sketch"),
+    "validate": ("model", "sae", "readout", "behavior", "prompts", "features", "policy",
+                 "pairs", "validation"),
+    "compare": ("model", "sae", "readout", "behavior", "prompts", "features", "policy",
+                "pairs", "attribution", "sketch", "validation"),
 }  # fmt: skip
 CHANGES = {
     "name": "x", "model.id": "a/b", "model.revision": "r", "model.dtype": "bfloat16",
@@ -444,6 +448,13 @@ CHANGES = {
     "sketch.store": "s", "sketch.error": 0.1,
     "sketch.dim": 128, "sketch.seed": 3, "sketch.sample": 2,
     "curation.rule": "top-k", "curation.k": 3,
+    "validation.trainer": "trl", "validation.method": "lora", "validation.lora_rank": 2,
+    "validation.optimizer": "sgd", "validation.lr": 1.0, "validation.epochs": 1,
+    "validation.batch": 2, "validation.weight_decay": 0.1, "validation.schedule": "linear",
+    "validation.warmup": 0.1, "validation.max_grad_norm": 1.0, "validation.seed": 3,
+    "validation.designs": ["leave-out"], "validation.subsets": 3, "validation.size": 0.1,
+    "validation.leave_out": 0.2, "validation.remove": 0.2, "validation.remove_by": "score",
+    "validation.controls": 7,
 }  # fmt: skip
 
 
@@ -807,4 +818,4 @@ def test_the_manifest_cannot_be_changed_from_outside(folder, study):
 
 
 def test_stages_are_known_in_order():
-    assert STAGES == ("policy", "attribute", "curate", "report")
+    assert STAGES == ("policy", "attribute", "curate", "validate", "compare", "report")
