@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from taught.attribution.adjoint import target_effects
 from taught.attribution.baselines import (
     BASELINES,
     Texts,
+    _squared_norms,
     baseline_scores,
     bm25,
     gradient_products,
@@ -24,6 +26,8 @@ from taught.attribution.baselines import (
     words,
 )
 from taught.errors import UserError
+from taught.model.gradients import Factor
+from taught.model.readout import pack
 from taught.target import mean_y_target
 from tiny_models import (
     MODELS,
@@ -115,12 +119,28 @@ def test_norms_of_some_parameters_and_with_checkpointing():
 
 
 def test_norms_are_summed_in_double_precision():
-    """A float32 model: as near as its float32 gradients are, though their squares add up to much."""
-    model = tiny_model("untied")
-    norms, _, _ = expected(model)
-    made = gradient_products(tiny_problem(model.float()), tiny_pairs(), GROUPS)
-    assert made.norms.dtype == np.float64
-    np.testing.assert_allclose(made.norms, norms, rtol=2e-5)
+    """Of float32 factors, a tied parameter's look-ups and output use: as float64 has them."""
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 9, (3, 50), generator=rng)
+    look, a, d = (torch.randn(3, 50, n, generator=rng) + 1 for n in (6, 6, 9))
+    factors = [Factor("w", "embedding", ids, look), Factor("w", "linear", a, d)]
+    gradient = d.double().mT @ a.double()
+    for example in range(3):
+        gradient[example].index_add_(0, ids[example], look[example].double())
+    wanted = gradient.pow(2).sum((1, 2))
+    torch.testing.assert_close(_squared_norms(factors), wanted, rtol=1e-13, atol=0)
+
+
+def test_a_group_is_the_same_however_its_prompts_are_packed(monkeypatch):
+    problem = tiny_problem(tiny_model("tied"))
+    wanted = gradient_products(problem, tiny_pairs(), GROUPS)
+    apart = partial(pack, tokens=8)
+    assert len(list(apart(problem.prompts, problem.behavior))) == 6
+    monkeypatch.setattr("taught.attribution.baselines.pack", apart)
+    found = gradient_products(problem, tiny_pairs(), GROUPS)
+    for group in GROUPS:
+        np.testing.assert_allclose(found.dots[group], wanted.dots[group], rtol=1e-9)
+        assert found.query_norms[group] == pytest.approx(wanted.query_norms[group], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -147,7 +147,7 @@ def test_a_method_by_chance_is_no_better_than_chance():
     plan = plan_curve(SCORES, [4, 8], kind="remove", method="m", runs=5)
     for seed in range(200):
         runs = rng.standard_normal((6, 2, 1)) + 0.5 * rng.standard_normal((6, 1, 1))
-        prompts = 1.5 * rng.standard_normal((1, 1, 25))  # of the difference between the two sides
+        prompts = 8 * rng.standard_normal((1, 1, 25))  # of the difference between the two sides
         table = runs + rng.standard_normal((6, 2, 25)) * 0.1
         curve = compare_curves(plan, table[:1] + prompts, table[1:], draws=300, seed=seed)
         held += curve.lo <= 0 <= curve.hi
