@@ -127,13 +127,12 @@ def ask(
     weights = []
     for name, group in groups.items():
         x = held[:, [pair in group for pair in ids]].sum(1)
-        off = x - rho @ x
-        variance = float(rho @ off**2)
-        if not variance > 0:
+        if np.ptp(x[rho > 0]) == 0:
             raise UserError("the pool says nothing about this group", value=name,
                             rule="its number of members differs between subsets",
                             fix="use another pool")  # fmt: skip
-        weights.append(len(group) * off / variance)
+        off = x - rho @ x
+        weights.append(len(group) * off / (rho @ off**2))
     return Question(tuple(groups), pool, rho, np.stack(weights))
 
 
@@ -182,7 +181,8 @@ def estimate(
     rounds : all retrainings there are, random ones included; probabilities must not have been
         chosen by outcomes
     outcomes : subset name -> measured change
-    scores : pair id -> influence, the datamodel's prior; None: no control variate at all
+    scores : pair id -> influence, the datamodel's prior; None: the mean outcome of the other folds
+        is all that is subtracted
 
     Raises
     ------
@@ -191,7 +191,7 @@ def estimate(
     """
     row = {name: q for q, name in enumerate(question.pool.names)}
     drawn = np.array([row[name] for done in rounds for name in done.drawn], dtype=np.int64)
-    fold = np.array([t % folds for done in rounds for t in range(len(done.drawn))], dtype=np.int64)
+    fold = np.arange(len(drawn)) % folds
     source = np.repeat(np.arange(len(rounds)), [len(done.drawn) for done in rounds])
     y = _known(question, drawn, outcomes)
     if np.bincount(fold, minlength=folds).min() < 2:
@@ -203,7 +203,8 @@ def estimate(
         inside, rest = fold == k, fold != k
         q, n = drawn[inside], int(inside.sum())
         mixture = sum(rounds[r].probabilities[q] for r in source[inside]) / n
-        guess = np.zeros(len(row)) if model is None else model.predict(drawn[rest], y[rest])
+        mean = np.full(len(row), y[rest].mean())
+        guess = mean if model is None else model.predict(drawn[rest], y[rest])
         terms = question.weights[:, q] * (question.reference[q] / mixture * (y[inside] - guess[q]))
         share = n / len(drawn)
         value += share * (question.weights @ (question.reference * guess) + terms.mean(1))
@@ -290,7 +291,7 @@ def student_t(degrees: int) -> float:
 
 
 class _Datamodel:
-    """outcome = a + b (sum of scores) + sum of theta + noise, theta and noise normal around 0.
+    """outcome = a + b (sum of scores) + (sum of theta) + noise; theta and noise normal around 0.
 
     a and b are fitted by generalised least squares; the ratio of the variances has the largest
     restricted likelihood (REML). Memory: one number a draw and subset of the pool.
@@ -308,7 +309,7 @@ class _Datamodel:
     def predict(self, rows: NDArray[np.int64], y: Floats) -> Floats:
         """Expected outcome of every subset of the pool, [Q], from the outcomes y of some rows."""
         if len(rows) < _FEWEST:
-            return np.full(len(self.fixed), y.mean() if len(rows) else 0.0)
+            return np.full(len(self.fixed), y.mean())
         H, kernel = self.fixed[rows], self.features @ self.features[rows].T
         basis = _complement(H)
         values, vectors = np.linalg.eigh(basis.T @ kernel[rows] @ basis)

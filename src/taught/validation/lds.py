@@ -17,9 +17,9 @@ and the sum becomes a mean; for subsets of one size the two rank alike.
 The LDS is the Spearman correlation over subsets of predicted and measured change (Ilyas et al.,
 arXiv 2202.00622; Park et al., TRAK, arXiv 2303.14186). Beside the raw value stands a *controlled*
 one, the partial rank correlation given trivial predictors such as summed response length, because a
-long response trains more whatever it says. Intervals are BCa bootstraps over subsets (in simulations of 42 and 60 subsets they held
-the true value in 92 to 97 of 100 cases, partial correlations included, where plain percentiles of
-the draws fell to 89).
+long response trains more whatever it says. Intervals are BCa bootstraps over subsets: in
+simulations of 42 and 60 subsets they held the true value in 92 to 97 of 100 cases, where plain
+percentiles of the draws fell to 89 for partial correlations.
 """
 
 from __future__ import annotations
@@ -255,6 +255,7 @@ def lds_rows(
     UserError
         A subset has no finite outcome, or a pair no finite score or control.
     """
+    subsets = _sorted(subsets)
     covariates = [summed(subsets, values) for values in controls.values()]
     rows = []
     for target, measured in outcomes.items():
@@ -295,6 +296,7 @@ def differences(
     controls : compare controlled values; None: raw ones
     outcomes, scores, design : as in :func:`lds_rows`
     """
+    subsets = _sorted(subsets)
     covariates = [summed(subsets, values) for values in (controls or {}).values()]
     found: list[tuple[str, str, str, Interval, float]] = []
     for target, measured in outcomes.items():
@@ -337,6 +339,7 @@ def explained_by_trivial(
     trivial : name -> pair id -> value, such as response tokens, or 1 for the pairs of a label
     outcomes, scores, design : as in :func:`lds_rows`
     """
+    subsets = _sorted(subsets)
     plain = [predicted(subsets, values, how=how) for values in trivial.values()]
     checks = []
     for target, measured in outcomes.items():
@@ -416,6 +419,7 @@ def noise_ceiling(
         raise UserError("a noise ceiling needs the same subsets under several seeds",
                         value=f"{len(outcomes)} seed", rule="at least 2",
                         fix="repeat the retrainings under another seed")  # fmt: skip
+    subsets = _sorted(subsets)
     rows = [_outcome(subsets, name, values) for name, values in outcomes.items()]
     R = len(rows)
     parts = [rank_correlations(rows[i + 1 :], rows[i], draws=draws, seed=seed)
@@ -517,6 +521,13 @@ def _edge(outside: Callable[[float], bool], far: float, near: float) -> float:
         middle = (far + near) / 2
         far, near = (middle, near) if outside(middle) else (far, middle)
     return near
+
+
+def _sorted(subsets: Subsets) -> Subsets:
+    """The subsets by name: the same draws whatever their order."""
+    order = sorted(range(len(subsets)), key=lambda i: subsets.names[i])
+    names = tuple(subsets.names[i] for i in order)
+    return Subsets(names, tuple(subsets.members[i] for i in order), subsets.inclusion)
 
 
 def _outcome(subsets: Subsets, target: str, measured: Values) -> Floats:

@@ -220,14 +220,14 @@ def _exchange(
     """Exchange members within their label until the summed length is near ``target``; in place."""
     error = sum(lengths[pair] for some in chosen.values() for pair in some) - target
     while abs(error) > tolerance * abs(target):
-        found = _best_exchange(chosen, groups, lengths, error, tolerance * abs(target), rng)
-        after = math.inf if found is None else error + lengths[found[2]] - lengths[found[1]]
-        if found is None or abs(after) >= abs(error):
+        allowed = tolerance * abs(target)
+        label, left, other = _best_exchange(chosen, groups, lengths, error, allowed, rng)
+        after = error + lengths[other] - lengths[left]
+        if abs(after) >= abs(error):
             raise UserError("subsets of matched length cannot be made",
                             value=f"off by {abs(error / target):.2%}, allowed are {tolerance:.2%}",
                             rule="exchanges within a label bring the sum nearer",
                             fix="allow a larger tolerance or take larger subsets")  # fmt: skip
-        label, left, other = found
         chosen[label] = (chosen[label] - {left}) | {other}
         error = after
 
@@ -239,7 +239,7 @@ def _best_exchange(
     error: float,
     allowed: float,
     rng: np.random.Generator,
-) -> tuple[str, str, str] | None:
+) -> tuple[str, str, str]:
     """(label, member to leave, pair to join): a random one of those allowed, else the nearest."""
     sides = [
         (label, sorted(chosen[label]), [pair for pair in group if pair not in chosen[label]])
@@ -251,8 +251,6 @@ def _best_exchange(
         loss = np.array([lengths[pair] for pair in inside], dtype=np.float64)
         distances.append(np.abs(error + gain - loss[:, None]).ravel())
     distance = np.concatenate(distances)
-    if distance.size == 0:  # every label is in as a whole or not at all
-        return None
     near = np.flatnonzero(distance <= allowed)
     place = int(rng.choice(near)) if near.size else int(distance.argmin())
     ends = np.cumsum([some.size for some in distances])
