@@ -13,6 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from taught.analysis.interference import comovement
+from taught.policy.certificate import Ranking, rank_statements
+from taught.policy.checks import checks
+from taught.policy.evaluate import Estimate
 from taught.run import RunFolder
 from taught.study import Study
 
@@ -184,6 +187,7 @@ def _write_policy(run: RunFolder, made: _Made) -> None:
     run.write_tensors("activations", {"X": made.X}, ids)
     _write_features(run, made)
     run.write_json("policy", _policy_record(made))
+    run.write_json("faithfulness", _faithfulness_record(made))
     _write_audit(run, made)
 
 
@@ -242,6 +246,28 @@ def _policy_record(made: _Made) -> dict:
     }  # fmt: skip
 
 
+def _faithfulness_record(made: _Made) -> dict:
+    nan = float("nan")
+    given = {
+        "r2": Estimate(0.662, 0.611, 0.704), "slope": Estimate(1.04, 0.97, 1.12),
+        "set correlation": Estimate(0.59, nan, nan), "set flips": Estimate(0.22, nan, nan),
+        "needed": Estimate(7.0, 5.0, 9.0),
+    }  # fmt: skip
+    curve = [{"feature_id": int(f), "r2": 0.662} for f in made.feature_ids]
+    gain = {"r2": _estimate(0.221, 0.164, 0.281), "gain": _estimate(0.441, 0.37, 0.51)}
+    return {
+        "checks": [check.to_dict() for check in checks(given)],
+        "features": {"share": 0.95, "needed": given["needed"].to_dict(), "curve": curve},
+        "signs": {"n": made.d, "sure": 5, "stable": 6, "median_stability": 0.9},
+        "sets": [{
+            "sets": ["harmful only", "all"], "n": [32, 48], "correlation": 0.59, "flips": 3,
+            "sure_flips": 1, "sure": 5, "control_correlation": 0.93, "control_flips": 1.2,
+            "control_sure_flips": 0.1,
+        }],
+        "predictors": {"group": gain, "words": gain},
+    }  # fmt: skip
+
+
 def _write_audit(run: RunFolder, made: _Made) -> None:
     rows = []
     for group, names in (("harmful", HARMFUL), ("harmless", HARMLESS)):
@@ -280,11 +306,25 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
     })  # fmt: skip
     _write_influence(run, made)
     _write_summary(run, made)
+    _write_certificates(run, made)
     ids = {"pair_ids": made.pair_ids, "prompt_ids": made.prompt_ids}
     run.write_tensors("prompt_effects", {"dy": made.dy.astype(np.float32)}, ids)
     shifts = made.dW_x + made.dW_y
     ids = {"feature_ids": made.feature_ids.tolist()}
     run.write_tensors("comovement", {"r": comovement(shifts)}, ids)
+
+
+def _write_certificates(run: RunFolder, made: _Made) -> None:
+    score = (made.dW_x + made.dW_y) @ made.W
+    nothing = pa.nulls(made.p, pa.float64())
+    _table(run, "certificates", {
+        "pair_id": made.pair_ids, "score": score, "refit": score * 1.01,
+        "refit_of": ["step"] * made.p, "remainder": score * 0.01, "dX_norm": nothing,
+        "dy_norm": np.linalg.norm(made.dy, axis=1), "coef_bound": nothing, "score_bound": nothing,
+    })  # fmt: skip
+    ranking = Ranking("score", score, np.abs(0.01 * score), None, "needs dX")
+    rows = [statement._asdict() for statement in rank_statements(ranking, made.pair_ids, None)]
+    run.write_table("statements", pa.Table.from_pylist(rows))
 
 
 def _write_influence(run: RunFolder, made: _Made) -> None:

@@ -29,7 +29,7 @@ from taught.run import RunFolder
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 SECTIONS = [
-    "verdict", "policy", "coverage", "pairs", "pathways", "features", "interference", "trivial",
+    "verdict", "policy", "trust", "coverage", "pairs", "pathways", "features", "interference", "trivial",
     "curation", "method", "provenance",
 ]  # fmt: skip
 
@@ -479,6 +479,28 @@ def audit_row(category: str, group: str, gap: float, uncovered: bool | None) -> 
     }  # fmt: skip
 
 
+def test_checks_that_do_not_pass_are_named_and_told_where_they_are_explained():
+    given = [{"code": f"F0{i}", "name": n, "status": s}
+             for i, (n, s) in enumerate([("fit", "pass"), ("signs", "warn"), ("words", "fail")])]  # fmt: skip
+    sentence = verdict.trust_sentence(given)
+    assert sentence.tone == "caution"
+    assert sentence.text == (
+        "1 of 3 checks of the policy pass. Fails: F02 words. Warns: F01 signs. "
+        "What they mean: docs/checks.md."
+    )
+    assert verdict.trust_sentence(given[:1]).tone == "found"
+    assert verdict.trust_sentence(given[:1]).text == "1 of 1 check of the policy pass."
+
+
+def test_every_check_stands_in_the_page_with_value_and_status(run: Path, page: Page):
+    for check in load_view(run).faithfulness["checks"]:
+        assert f"{check['code']}{check['name']}: {check['meaning']}" in page.text
+        assert (f"To do: {check['action']}" in page.text) == (check["status"] != "pass")
+    assert "0.66 [0.61, 0.70]R² at least 0.3" in page.text
+    assert "0.59correlation at least 0.8" in page.text  # a bare number has no interval
+    assert "3 of 12 (1.2)" in page.text and "7 [5, 9] of 12 features give 95%" in page.text
+
+
 def test_audit_names_gaps_and_spill_and_counts_only_what_was_tested():
     rows = [
         audit_row("chemical", "harmful", -2.1, True),
@@ -614,6 +636,22 @@ def test_the_verdict_says_how_far_a_ranking_by_sketches_can_be_trusted():
     assert verdict.sketch_sentence(Scores.of(rows)) is None
 
 
+def test_rankings_are_said_to_be_safe_or_why_they_are_not():
+    def row(target: str, k: int, verdict: str, reason: str = "") -> dict:
+        return {"target": target, "k": k, "verdict": verdict, "reason": reason}
+
+    some = [row("score", 1, "undecided", "needs dX"), row("score", 3, "undecided", "needs dX"),
+            row("mean_y:odd", 1, "safe"), row("mean_y:odd", 3, "safe"),
+            row("mean_y:odd", 5, "undecided", "too near")]  # fmt: skip
+    sentence = verdict.ranking_sentence(some)
+    assert sentence.tone == "caution"
+    assert "by |S| none (top 1 undecided: needs dX); by |mean y| on odd the top 1 and 3 safe " in (
+        sentence.text
+    )
+    assert sentence.text.endswith("(top 5 undecided: too near).")
+    assert verdict.ranking_sentence(some[2:]).tone == "found"
+
+
 def test_curation_by_another_target_says_so() -> None:
     rows = [{"pair_id": "p", "action": "drop", "rule": "top-k", "target": "mean_y:harmless",
              "score": 1.0, "threshold": 1.0}]  # fmt: skip
@@ -637,9 +675,9 @@ def test_curation_counts_by_label():
     assert "nothing to drop" in verdict.curation_sentence(curated(rows[3:], pairs)).text
 
 
-def test_verdict_of_a_run_has_at_most_eight_sentences(run: Path):
+def test_verdict_of_a_run_has_at_most_eleven_sentences(run: Path):
     sentences = verdict.verdict(load_view(run))
-    assert 4 <= len(sentences) <= 8 and len({s.topic for s in sentences}) == len(sentences)
+    assert 4 <= len(sentences) <= 11 and len({s.topic for s in sentences}) == len(sentences)
 
 
 # Numbers

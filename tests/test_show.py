@@ -38,6 +38,15 @@ def test_overview_has_verdict_pairs_features_and_audit(run: Path):
     assert "uncovered" in words
 
 
+def test_overview_grades_the_policy_and_says_what_to_do(run: Path):
+    words = shown(run)
+    line = next(row for row in words.splitlines() if row.startswith("F08"))
+    assert "0.59" in line and "correlation at least 0.8" in line and "warn" in line
+    assert "name the evaluation set" in line
+    line = next(row for row in words.splitlines() if row.startswith("F01"))
+    assert "0.66 [0.61, 0.70]" in line and "pass" in line and "do not read" not in line
+
+
 def test_overview_names_the_next_command(tmp_path: Path):
     words = shown(build_synthetic_run(tmp_path / "run", stages=("policy",)))
     assert "taught attribute STUDY makes it" in words and "taught curate RUN makes it" in words

@@ -46,11 +46,12 @@ _SHOWN_IF_THERE = {"report": ("attribute", "curate")}
 _WRITTEN_BY = {
     "policy": ("study.yaml", "prompts.parquet", "readouts.safetensors", "readouts.ids.json",
                "features.parquet", "activations.safetensors", "activations.ids.json", "labels.json",
-               "coefficients.parquet", "policy.json", "audit.parquet"),
+               "coefficients.parquet", "policy.json", "faithfulness.json", "audit.parquet"),
     "attribute": ("pairs.parquet", "influence.parquet", "summary.parquet",
                   "prompt_effects.safetensors", "prompt_effects.ids.json",
                   "feature_prompt_effects.safetensors", "feature_prompt_effects.ids.json",
-                  "comovement.safetensors", "comovement.ids.json", "sketch.json", "dropped.json"),
+                  "comovement.safetensors", "comovement.ids.json", "sketch.json", "dropped.json",
+                  "certificates.parquet", "statements.parquet"),
     "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
     "report": ("report.html",),
 }  # fmt: skip

@@ -19,6 +19,13 @@ Json = dict[str, Any]
 
 MAX_PROMPT = 320
 FOREST = (6.0, 234.0)
+PREDICTORS = {
+    "group": "group label",
+    "category": "category label",
+    "length": "prompt length",
+    "direction": "difference of the groups’ mean residuals",
+    "words": "words of the prompt",
+}
 
 
 def sections(view: View) -> Json:
@@ -26,6 +33,7 @@ def sections(view: View) -> Json:
     return {
         "head": _head(view),
         "policy": _policy_section(view),
+        "trust": _trust_section(view),
         "audit": _audit_section(view),
         "pairs": _pairs_section(view),
         "pathways": _pathways_section(view),
@@ -87,6 +95,30 @@ def _fit_rows(policy: Row) -> list[tuple[str, str, Estimate]]:
     named.append(("Accuracy", "policy, thresholded", Estimate.of(policy.get("accuracy"))))
     named.append(("Accuracy", "larger class always", Estimate.of(policy.get("majority"))))
     return [(measure, of, e) for measure, of, e in named if e is not None]
+
+
+def _trust_section(view: View) -> Json | None:
+    """The numbered checks, the predictors without features, and the sets of prompts."""
+    card = view.faithfulness
+    if card is None:
+        return None
+    found = [
+        (name, Estimate.of(row["r2"]), Estimate.of(row["gain"]))
+        for name, row in card["predictors"].items()
+    ]
+    known = [(name, r2, gain) for name, r2, gain in found if r2 and gain]
+    scale = Scale(*charts.span([gain for *_, gain in known]), *FOREST)
+    return {
+        "checks": [(check, Estimate.of(check)) for check in card["checks"]],
+        "counts": [sum(c["status"] == s for c in card["checks"]) for s in ("pass", "warn", "fail")],
+        "needed": Estimate.of(card["features"]["needed"]),
+        "share": card["features"]["share"],
+        "d": card["signs"]["n"],
+        "predictors": [(PREDICTORS.get(name, name), r2, gain) for name, r2, gain in known],
+        "scale": scale,
+        "axis": charts.forest_axis(scale),
+        "sets": card["sets"],
+    }
 
 
 def _audit_section(view: View) -> Json | None:

@@ -99,6 +99,8 @@ def _overview(view: View) -> RenderableType:
         parts.append(_top_features(view.coefficients))
     if view.audit:
         parts.append(_audit(view.audit))
+    if view.faithfulness:
+        parts.append(_checks(view.faithfulness["checks"]))
     missing = [command for name, command in NEXT if getattr(view, name) is None]
     parts += [Text(f"Not there yet: {command} makes it.", "dim") for command in missing]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
@@ -188,6 +190,19 @@ def _audit(audit: Rows) -> Table:
         mark = Text("uncovered", "bold yellow") if r["uncovered"] else ""
         figures = (r["n"], number(r["mean_y"]), _sign(r["gap"]), number(r["p_adjusted"], 3))
         _add(table, r["category"], r["group"], *figures, mark)
+    return table
+
+
+def _checks(checks: Rows) -> Table:
+    """Every check of the policy; what to do where it does not pass."""
+    table = _table("Can the policy be trusted? (docs/checks.md)", "code", "check", ">value",
+                   "passes", "status", "to do")  # fmt: skip
+    for c in checks:
+        value, passed = Estimate.of(c), c["status"] == "pass"
+        status = c["status"] if passed else Text(c["status"], "bold yellow")
+        shown = "–" if value is None else value.text()
+        _add(table, c["code"], c["name"], shown, c["threshold"], status,
+             "" if passed else c["action"])  # fmt: skip
     return table
 
 

@@ -40,15 +40,17 @@ class Sentence:
 
 
 def verdict(view: View) -> list[Sentence]:
-    """All sentences that the files of the run allow, at most nine."""
+    """All sentences that the files of the run allow, at most eleven."""
     summary = scored(view.summary or [])
     sentences = [
         view.policy and fit_sentence(view.policy),
+        view.faithfulness and trust_sentence(view.faithfulness["checks"]),
         view.audit and audit_sentence(view.audit, positive_group(view)),
         summary and push_sentence(summary),
         summary and label_sentence(view.scores.finite),
         summary and step_sentence(summary),
         summary and sketch_sentence(view.scores.finite),
+        view.statements and ranking_sentence(view.statements),
         view.control and unintended_sentence(view.control),
         summary and trivial_sentence(view.scores.finite),
         view.curation and curation_sentence(view.curation),
@@ -113,6 +115,20 @@ def _accuracy(policy: Row) -> tuple[str, bool]:
     )
     fails = gain.value <= 0 if gain.lo is None else gain.lo <= 0
     return text + (", no gain that can be told from zero." if fails else "."), fails
+
+
+def trust_sentence(checks: Rows) -> Sentence:
+    """How many of the numbered checks of the policy pass, and which do not."""
+    of = {status: [c for c in checks if c["status"] == status] for status in ("fail", "warn")}
+    passed = len(checks) - sum(map(len, of.values()))
+    text = f"{passed} of {count(len(checks), 'check')} of the policy pass."
+    for status, verb in (("fail", "Fails"), ("warn", "Warns")):
+        if of[status]:
+            names = [f"{c['code']} {c['name']}" for c in of[status]]
+            text += f" {verb}: {listed(names, len(names))}."
+    if passed == len(checks):
+        return Sentence("Trust", "found", text)
+    return Sentence("Trust", "caution", f"{text} What they mean: docs/checks.md.")
 
 
 def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
@@ -344,6 +360,29 @@ def sketch_sentence(scores: Scores) -> Sentence | None:
         text += " Larger sketches (sketch.dim) or the estimator adjoint give a surer ranking."
         return Sentence("Sketches", "caution", text)
     return Sentence("Sketches", "found", text)
+
+
+RANKED_BY = {"score": "|S|", "score_y": "|S| through output probability"}
+
+
+def ranking_sentence(statements: Rows) -> Sentence:
+    """Which sets of strongest pairs stay the strongest, and why it is undecided of others."""
+    parts, undecided = [], False
+    for target in dict.fromkeys(row["target"] for row in statements):
+        own = [row for row in statements if row["target"] == target]
+        name = RANKED_BY.get(target, f"|mean y| on {target.removeprefix('mean_y:')}")
+        safe = [str(row["k"]) for row in own if row["verdict"] == "safe"]
+        open_ = next((row for row in own if row["verdict"] != "safe"), None)
+        undecided |= not safe
+        text = f"by {name} the top {listed(safe, len(safe))} safe" if safe else f"by {name} none"
+        if open_ is not None:
+            text += f" (top {open_['k']} undecided: {open_['reason']})"
+        parts.append(text)
+    text = (
+        "That the strongest pairs stay the strongest, at 95%, for other prompts of the same kind "
+        f"and against the exact refit and the error of sketches: {'; '.join(parts)}."
+    )
+    return Sentence("Ranking", "caution" if undecided else "found", text)
 
 
 def curation_sentence(curation: Curated) -> Sentence:

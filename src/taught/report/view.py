@@ -67,11 +67,13 @@ class View:
     manifest: Row
     study: Row
     policy: Row | None
+    faithfulness: Row | None
     prompts: Rows | None
     features: Rows | None
     coefficients: Rows | None
     labels: dict[int, Row] | None
     audit: Rows | None
+    statements: Rows | None
     pairs: Rows | None
     summary: Rows | None
     curation: Curated | None
@@ -145,6 +147,7 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
     manifest = cast(Row, cleaned(run.manifest))
     study = manifest.get("study") or {}
     policy = run.read_json("policy") if "policy.json" in files else None
+    card = run.read_json("faithfulness") if "faithfulness.json" in files else None
     labels = run.read_json("labels") if "labels.json" in files else None
     estimator = (study.get("attribution") or {}).get("estimator")
     counted, listed = _large(run, files, estimator, also)
@@ -153,6 +156,7 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
         manifest=manifest,
         study=study,
         policy=cast("Row | None", cleaned(policy)),
+        faithfulness=cast("Row | None", cleaned(card)),
         labels=labels
         and {int(key): _label(cast(Row, cleaned(row))) for key, row in labels.items()},
         counted=counted,
@@ -165,7 +169,7 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
     )
 
 
-_TABLES = ("prompts", "features", "coefficients", "audit")
+_TABLES = ("prompts", "features", "coefficients", "audit", "statements")
 _PAIR_TABLES = ("pairs", "summary")
 
 
