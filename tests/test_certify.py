@@ -20,7 +20,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attributed(study: Path, name: str, **changes) -> RunFolder:
-    spec = load_study(study).replace("policy.bootstrap", 60)
+    spec = load_study(study).replace("policy.bootstrap", 60).replace("sketch.dim", 1024)
     for key, value in changes.items():
         spec = spec.replace(f"attribution.{key}", value)
     run = RunFolder(study.parent / name)
@@ -95,3 +95,22 @@ def test_without_coefficients_all_is_undecided(study: Path) -> None:
     assert {row["verdict"] for row in statements} == {"undecided"}
     assert all("need dy of every prompt" in row["reason"] for row in statements)
     assert {row["dy_norm"] for row in table(run, "certificates")} == {None}
+
+
+def test_sketches_bound_what_was_made_exactly_and_say_so_of_the_rest(study: Path) -> None:
+    run = attributed(study, "sketch", estimator="sketch", exact_top=2)
+    checked = {r["pair_id"]: r for r in table(run, "summary") if r["refit_score"] is not None}
+    assert len(checked) == 2
+    for row in table(run, "certificates"):
+        own = checked.get(row["pair_id"])
+        assert row["refit_of"] == ("step" if own else None)
+        if own:  # against the exact value, not against the estimate
+            assert row["remainder"] == pytest.approx(own["refit_score"] - own["exact_score"])
+            assert row["refit"] == own["refit_score"] and row["score"] == own["score"]
+        assert row["score_bound"] is None and row["dy_norm"] is None
+    statements = table(run, "statements")
+    assert {row["by_sketch"] for row in statements} <= {"safe", "undecided"}
+    score = [row for row in statements if row["target"] == "score"]
+    assert all(row["verdict"] == "undecided" and row["share"] is None for row in score)
+    others = [row for row in statements if row["target"] != "score"]
+    assert others and all(row["share"] is not None for row in others)

@@ -285,5 +285,5 @@ def test_messages():
     known = Known(groups, "harmful", "harmless")
     with pytest.raises(UserError, match="evaluation is not of this policy"):
         faithfulness(X[:, :2], y, known, result, intervals, **options)
-    with pytest.raises(UserError, match="value: 19 texts\n  rule: one for each of 20 prompts"):
+    with pytest.raises(UserError, match="value: 19 texts\n  rule: +one for each of 20 prompts"):
         faithfulness(X, y, known._replace(texts=["x"] * 19), result, intervals, **options)

@@ -5,8 +5,8 @@ U1 = Z'Z + alpha I, rho = f - E W and the linear shift L = U^-1 (Xc' rho + E' r)
 
     W(X + dX, y + dy) - W - L = R,    U1 R = E' (rho - Xc L) - Z' E L
 
-because Z'(yc + f) - U1 W = Xc' rho + E' r + E' rho (normal equations of W) and U1 - U = Xc'E + E'Xc +
-E'E = Z'E + E'Xc. Along v = U^-1 W, W = U v gives the remainder of the score,
+because Z'(yc + f) - U1 W = Xc' rho + E' r + E' rho (normal equations of W) and
+U1 - U = Xc'E + E'Xc + E'E = Z'E + E'Xc. Along v = U^-1 W, W = U v gives the remainder of the score,
 
     W'R = (Ev)'(rho - Xc L) - (Zv)'(E L) - (Ev)'(Z R) - (Xc v)'(E R)
 
@@ -262,11 +262,12 @@ def rank_statements(
         gap = float(_gaps(at, order, k, np.zeros(P))[0])
         refit = _source(ranking.bound, known, at, order, k)
         sketch = "exact" if ranking.errors is None else _source(limit, True, at, order, k)
-        share = None if n == 0 else float(1 - failed["alone"][place] / n)
+        share = None if n == 0 else float((n - failed["alone"][place]) / n)
         level = LEVEL if ranking.errors is None else LEVEL / 2
-        p = (1 + failed["all"][place]) / (1 + n)
+        alone, p = ((1 + failed[name][place]) / (1 + n) for name in ("alone", "all"))
         safe = n > 0 and known and p <= level
-        reason = "" if safe else _reason(ranking, known, share, refit, sketch)
+        stays = share if alone > level else None
+        reason = "" if safe else _reason(ranking, known, stays, refit, sketch)
         ids = [pair_ids[i] for i in order[:k]]
         verdict = "safe" if safe else "undecided"
         statements.append(
@@ -304,12 +305,12 @@ def _source(margin: Floats, known: bool, values: Floats, order: Ints, k: int) ->
     return "safe" if _gaps(values, order, k, margin)[0] > 0 else "undecided"
 
 
-def _reason(ranking: Ranking, known: bool, share: float | None, refit: str, sketch: str) -> str:
+def _reason(ranking: Ranking, known: bool, stays: float | None, refit: str, sketch: str) -> str:
     parts = []
     if ranking.reason is not None:
         parts.append(ranking.reason)
-    elif share is not None and share < 1 - LEVEL:
-        parts.append(f"the prompts decide: they stay in {share:.0%} of the resamples")
+    elif stays is not None:
+        parts.append(f"the prompts decide: they stay in {stays:.1%} of the resamples")
     if not known:
         parts.append("the linear value is not bounded against the exact refit for every pair")
     elif refit == "undecided":

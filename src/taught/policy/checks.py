@@ -76,7 +76,7 @@ def measures(evaluation: Evaluation, card: Card, y: Floats) -> dict[str, Estimat
     excess = max(at.error.value - at.error_by_chance, 0.0) / spread if spread > 0 else np.nan
     both = card.comparisons[0]
     flipped = both.sure_flips / both.sure if both.sure else np.nan
-    felt = np.mean([e.lo > 0 for e in card.permuted])
+    felt = sum(e.lo > 0 for e in card.permuted) / len(card.permuted)
     return {
         "r2": evaluation.r2,
         "spearman": evaluation.spearman,

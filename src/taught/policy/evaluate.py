@@ -354,8 +354,9 @@ def training_alpha(
     if alpha is not None:
         return alpha
     inner = min(5, int(train.sum()))
-    draws = {"folds": inner, "seed": seed}
-    chosen, _ = choose_alpha(X[train], y[train], fit_intercept=fit_intercept, **draws)
+    chosen, _ = choose_alpha(
+        X[train], y[train], fit_intercept=fit_intercept, folds=inner, seed=seed
+    )
     return chosen
 
 

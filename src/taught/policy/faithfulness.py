@@ -317,7 +317,7 @@ def _calibration(rows: _Rows) -> Calibration:
 
 
 def _bins(y_hat: Floats) -> Ints:
-    """Bin of each row, by the rank of its prediction; up to ten, of at least four rows each."""
+    """Bin of each row, by the rank of its prediction; up to ten, of at least five rows each."""
     n = len(y_hat)
     bins = np.empty(n, dtype=np.int64)
     bins[np.argsort(y_hat, kind="stable")] = np.arange(n) * max(min(BINS, n // 5), 1) // n

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from taught.attribution.estimate import Effects
 from taught.policy.certificate import (
@@ -20,7 +21,7 @@ from taught.policy.ridge import Floats, Policy, exact_shift, score
 from taught.run import RunFolder
 from taught.study import Study
 
-NO_DY = "resampled prompts need dy of every prompt (attribution.coefficients, not sketch)"
+NO_DY = "resampled prompts need dy of every prompt (attribution.coefficients)"
 NO_DX = "resampled prompts need dX of every feature (attribution.estimator jvp)"
 
 REMAINDERS = pa.schema(
@@ -64,7 +65,8 @@ def write_certificates(
     Parameters
     ----------
     checks
-        Pair id -> ``refit_score`` of a real step, for the pairs where one was made.
+        Pair id -> ``refit_score`` of a real step, and with sketches ``exact_score``, for the pairs
+        where one was made.
     """
     table = _remainders(fitted, effects, checks)
     run.write_table("certificates", table)
@@ -77,30 +79,40 @@ def _remainders(
     fitted: Policy, effects: Effects, checks: Mapping[str, Mapping[str, float]]
 ) -> pa.Table:
     """Linear value, refit and bound of every pair; null where the run does not have them."""
-    ids = effects.pair_ids
+    ids, dX = effects.pair_ids, _whole_dX(effects)
     columns = {field.name: np.full(len(ids), np.nan) for field in REMAINDERS}
     columns["score"] = effects.score.sum(0)
-    columns["refit"] = np.array([checks.get(i, {}).get("refit_score", np.nan) for i in ids])
-    made_of = ["step" if i in checks else None for i in ids]
-    if effects.dy is not None:
+    exact = columns["score"].copy()
+    made_of: list[str | None] = [None] * len(ids)
+    for i, found in ((i, checks[name]) for i, name in enumerate(ids) if name in checks):
+        made_of[i], columns["refit"][i] = "step", found["refit_score"]
+        exact[i] = found.get("exact_score", exact[i])  # S itself may be an estimate
+    if effects.dy is not None and effects.error is None:
         columns["dy_norm"] = np.linalg.norm(effects.dy, axis=1)
-    if effects.dX is not None:
+    if dX is not None:
         made_of = ["tangent"] * len(ids)
         bound = RemainderBound(fitted)
-        for i in range(len(ids)):
-            for name, value in _certified(fitted, effects, bound, i).items():
+        for i, own in enumerate(dX):
+            for name, value in _certified(fitted, effects, bound, i, own).items():
                 columns[name][i] = value
-    columns["remainder"] = columns["refit"] - columns["score"]
+    columns["remainder"] = columns["refit"] - exact
     given = {"pair_id": pa.array(ids, pa.string()), "refit_of": pa.array(made_of, pa.string())}
     cells = [given[f.name] if f.name in given else pa.array(columns[f.name], from_pandas=True)
              for f in REMAINDERS]  # fmt: skip
     return pa.Table.from_arrays(cells, schema=REMAINDERS)
 
 
-def _certified(fitted: Policy, effects: Effects, bound: RemainderBound, i: int) -> dict[str, float]:
+def _whole_dX(effects: Effects) -> NDArray[np.float32] | None:
+    """Exact dX [P, N, d] of every pair; None where the run does not have it (all but jvp)."""
+    return effects.dX if effects.error is None else None
+
+
+def _certified(
+    fitted: Policy, effects: Effects, bound: RemainderBound, i: int, own: NDArray[np.float32]
+) -> dict[str, float]:
     """Exact refit on the tangent's dX and dy, and the bound of its distance."""
-    assert effects.dX is not None and effects.dy is not None and effects.shift is not None
-    dX, dy = effects.dX[i].astype(np.float64), effects.dy[i]
+    assert effects.dy is not None and effects.shift is not None
+    dX, dy = own.astype(np.float64), effects.dy[i]
     norm = float(np.linalg.norm(dX, 2))
     coef, along = bound(norm, dy, effects.shift.total[i])
     refit = float(score(fitted, exact_shift(fitted, dX, dy)))
@@ -125,7 +137,7 @@ def _rankings(effects: Effects, remainders: pa.Table) -> Iterator[Ranking]:
     """What pairs are ranked by: the score, its pathway y, the mean y of each group."""
     exact = np.zeros(len(effects.pair_ids))
     no_dy = NO_DY if effects.dy is None else None
-    no_dX = NO_DX if effects.dX is None else None
+    no_dX = NO_DX if _whole_dX(effects) is None else None
     yield Ranking("score", effects.score.sum(0), _allowed(remainders),
                   effects.errors("score", None, None, "total"), no_dy or no_dX)  # fmt: skip
     yield Ranking("score_y", effects.score[1], exact,
@@ -152,7 +164,7 @@ def _draws(
     """Values of one target on resampled prompts, in chunks [resamples, P]."""
     assert effects.dy is not None
     row = {prompt_id: i for i, prompt_id in enumerate(fitted.prompt_ids)}
-    dX = effects.dX if target == "score" else None
+    dX = _whole_dX(effects) if target == "score" else None
     spec = study.policy
     for draws in resampled_scores(fitted, effects.dy, dX, n=spec.bootstrap, seed=spec.seed):
         if target.startswith("mean_y:"):
