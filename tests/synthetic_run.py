@@ -49,7 +49,7 @@ def build_synthetic_run(
     path: Path,
     size: Size = Size(),
     *,
-    stages: tuple[str, ...] = ("policy", "attribute", "curate"),
+    stages: tuple[str, ...] = ("policy", "clamp", "attribute", "curate"),
     hostile: bool = False,
     seed: int = 0,
 ) -> Path:
@@ -73,7 +73,8 @@ def build_synthetic_run(
         RunFolder(path, command="taught demo"),
         synthetic_study(path),
     )
-    writers = {"policy": _write_policy, "attribute": _write_attribute, "curate": _write_curate}
+    writers = {"policy": _write_policy, "clamp": _write_clamp, "attribute": _write_attribute,
+               "curate": _write_curate}  # fmt: skip
     for stage in stages:
         with run.stage(stage, study, {"model.weights": "5af571cb"}):
             writers[stage](run, made)
@@ -228,7 +229,7 @@ def _label(made: _Made, j: int) -> dict:
     }
 
 
-def _estimate(value: float, lo: float, hi: float) -> dict:
+def _estimate(value: float | None, lo: float | None, hi: float | None) -> dict:
     return {"value": value, "lo": lo, "hi": hi}
 
 
@@ -266,6 +267,35 @@ def _faithfulness_record(made: _Made) -> dict:
         }],
         "predictors": {"group": gain, "words": gain},
     }  # fmt: skip
+
+
+def _write_clamp(run: RunFolder, made: _Made) -> None:
+    """Slopes half the coefficients; the last feature is never active."""
+    scales, rows = [0.0, 0.5, 2.0, 3.0], []
+    for j, feature in enumerate(made.feature_ids.tolist()):
+        row = {"feature_id": feature, "coef": made.W[j], "n": 0}
+        if j < max(made.d - 1, 1):
+            line = 0.5 * made.W[j]
+            row |= {
+                "n": 24, "rms_x": 1.0, "slope": line, "lo": line - 0.1, "hi": line + 0.1,
+                "predicted": made.W[j], "at_control": line, "controls": [0.01, -0.02], "p": 0.002,
+                "p_adjusted": 0.0021 if j else 0.5,
+                "doses": [{"scale": s, "value": (s - 1) * line, "lo": (s - 1) * line - 0.1,
+                           "hi": (s - 1) * line + 0.1} for s in scales],
+            }  # fmt: skip
+        rows.append(row)
+    run.write_table("clamp", pa.Table.from_pylist(rows))
+    same = {"n": made.d - 1, "same_sign": _estimate(0.9, 0.6, 0.99),
+            "spearman": _estimate(0.45, 0.1, 0.7), "size": _estimate(0.5, 0.4, 0.6)}  # fmt: skip
+    nothing = {
+        "n": 0,
+        **{key: _estimate(None, None, None) for key in ("same_sign", "spearman", "size")},
+    }
+    run.write_json("clamp", {
+        "prompts": 24, "controls": 2, "scales": scales, "control_scale": 2.0, "features": made.d,
+        "active": made.d - 1, "clear": made.d - 2,
+        "agreement": {"all": same, "sure": same, "clear": same, "predicted": same, "control": nothing},
+    })  # fmt: skip
 
 
 def _write_audit(run: RunFolder, made: _Made) -> None:
@@ -316,15 +346,20 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
 
 def _write_certificates(run: RunFolder, made: _Made) -> None:
     score = (made.dW_x + made.dW_y) @ made.W
-    nothing = pa.nulls(made.p, pa.float64())
+    bound = [0.02 * abs(s) if i % 2 else None for i, s in enumerate(score)]
     _table(run, "certificates", {
         "pair_id": made.pair_ids, "score": score, "refit": score * 1.01,
-        "refit_of": ["step"] * made.p, "remainder": score * 0.01, "dX_norm": nothing,
-        "dy_norm": np.linalg.norm(made.dy, axis=1), "coef_bound": nothing, "score_bound": nothing,
+        "refit_of": ["tangent" if b else "step" for b in bound], "remainder": score * 0.01,
+        "dX_norm": bound, "dy_norm": np.linalg.norm(made.dy, axis=1), "coef_bound": bound,
+        "score_bound": bound,
     })  # fmt: skip
-    ranking = Ranking("score", score, np.abs(0.01 * score), None, "needs dX")
-    rows = [statement._asdict() for statement in rank_statements(ranking, made.pair_ids, None)]
-    run.write_table("statements", pa.Table.from_pylist(rows))
+    mean_y, nothing = made.dy.mean(1), np.zeros(made.p)
+    found = rank_statements(
+        Ranking("score", score, 0.01 * np.abs(score), None, "needs dX"), made.pair_ids, None
+    ) + rank_statements(
+        Ranking("mean_y:harmful", mean_y, nothing, None), made.pair_ids, [np.tile(mean_y, (40, 1))]
+    )  # fmt: skip
+    run.write_table("statements", pa.Table.from_pylist([row._asdict() for row in found]))
 
 
 def _write_influence(run: RunFolder, made: _Made) -> None:

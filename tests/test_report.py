@@ -29,8 +29,8 @@ from taught.run import RunFolder
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 SECTIONS = [
-    "verdict", "policy", "trust", "coverage", "pairs", "pathways", "features", "interference", "trivial",
-    "curation", "method", "provenance",
+    "verdict", "policy", "trust", "clamp", "coverage", "pairs", "pathways", "features", "interference",
+    "trivial", "curation", "method", "provenance",
 ]  # fmt: skip
 
 
@@ -501,6 +501,52 @@ def test_every_check_stands_in_the_page_with_value_and_status(run: Path, page: P
     assert "3 of 12 (1.2)" in page.text and "7 [5, 9] of 12 features give 95%" in page.text
 
 
+def test_slopes_stand_in_the_page_beside_coefficients(run: Path, page: Page):
+    view = load_view(run)
+    strongest, off = max(view.clamp, key=lambda r: abs(r["coef"])), view.clamp[-1]
+    line = Estimate(strongest["slope"], strongest["lo"], strongest["hi"]).text()
+    assert f"{text.signed(strongest['coef'])}{line}" in page.text
+    assert page.text.count("not active on any prompt") == 1 and off["n"] == 0
+    assert "all features110.90 [0.60, 0.99]0.45 [0.10, 0.70]0.50 [0.40, 0.60]" in page.text
+    assert "one random direction a feature (control)0–––" in page.text
+    assert "10 of 11 active features move the behavior more than 2 random directions" in page.text
+
+
+def clamping(lo: float) -> dict:
+    same = {"value": 0.7, "lo": lo, "hi": 0.8}
+    rank = {"value": None, "lo": None, "hi": None}
+    return {"scales": [0.0, 3.0], "clear": 4, "active": 10,
+            "agreement": {"all": {"n": 10, "same_sign": same, "spearman": rank}}}  # fmt: skip
+
+
+def test_the_verdict_calls_coefficients_causes_only_where_signs_agree():
+    found = verdict.clamp_sentence(clamping(0.55))
+    assert found.tone == "found" and found.text == (
+        "Scaling a feature's part of the residual by 0 to 3 moves the behavior to the side of the "
+        "coefficient for 70% of 10 features (95% 55% to 80%). 4 of them move it more than random "
+        "directions of the same size do (corrected for their number)."
+    )
+    unsure = verdict.clamp_sentence(clamping(0.45))
+    assert unsure.tone == "caution" and "not shown to be causes" in unsure.text
+    nothing = clamping(0.0)
+    nothing["agreement"]["all"]["same_sign"]["value"] = None
+    assert verdict.clamp_sentence(nothing) is None
+
+
+def test_safe_ranks_stand_in_the_page(page: Page):
+    assert "|S|undecidedundecided" in page.text
+    assert "|mean y| on harmfulsafe (100.0%)safe (100.0%)" in page.text
+
+
+def test_a_ranking_without_a_size_has_a_dash():
+    rows = [{"target": "score", "k": 1, "verdict": "undecided", "share": 0.934},
+            {"target": "score_y", "k": 3, "verdict": "safe", "share": 1.0}]  # fmt: skip
+    sizes, cells = verdict.rank_table(rows)
+    assert sizes == [1, 3]
+    assert cells == [("|S|", ["undecided (93.4%)", "–"]),
+                     ("|S| through output probability", ["–", "safe (100.0%)"])]  # fmt: skip
+
+
 def test_audit_names_gaps_and_spill_and_counts_only_what_was_tested():
     rows = [
         audit_row("chemical", "harmful", -2.1, True),
@@ -675,9 +721,9 @@ def test_curation_counts_by_label():
     assert "nothing to drop" in verdict.curation_sentence(curated(rows[3:], pairs)).text
 
 
-def test_verdict_of_a_run_has_at_most_eleven_sentences(run: Path):
+def test_verdict_of_a_run_has_at_most_twelve_sentences(run: Path):
     sentences = verdict.verdict(load_view(run))
-    assert 4 <= len(sentences) <= 11 and len({s.topic for s in sentences}) == len(sentences)
+    assert 4 <= len(sentences) <= 12 and len({s.topic for s in sentences}) == len(sentences)
 
 
 # Numbers

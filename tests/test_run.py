@@ -807,4 +807,4 @@ def test_the_manifest_cannot_be_changed_from_outside(folder, study):
 
 
 def test_stages_are_known_in_order():
-    assert STAGES == ("policy", "attribute", "curate", "report")
+    assert STAGES == ("policy", "clamp", "attribute", "curate", "report")

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
@@ -183,6 +183,27 @@ def attribute(
         A study file, a folder that holds study.yaml, or the name of a preset.
     """
     return _study_stage("attribute", study, overrides, output)
+
+
+@app.command(sort_key=9)
+def clamp(source: str, /, *, prompts: int = 24, controls: int = 8,
+          overrides: Overrides = _NO_OVERRIDES, output: Output = _OUTPUT) -> int:  # fmt: skip
+    """Check the policy by edits in the model: scale each feature and read the behavior again.
+
+    Parameters
+    ----------
+    source
+        A run folder with a policy, or its study.
+    prompts
+        At most so many prompts a feature, of those on which it is active.
+    controls
+        Random directions a feature, for comparison.
+    """
+    from taught.manifest import NAME
+
+    if output.run is None and (Path(source) / NAME).is_file():
+        output = replace(output, run=Path(source))
+    return _study_stage("clamp", source, overrides, output, prompts=prompts, controls=controls)
 
 
 @app.command(sort_key=5)
@@ -418,7 +439,9 @@ def run_command(argv: Sequence[str]) -> int:
         return 0
 
 
-def _study_stage(stage: str, source: str, overrides: Overrides, output: Output) -> int:
+def _study_stage(
+    stage: str, source: str, overrides: Overrides, output: Output, **options: int
+) -> int:
     study = _load(source, overrides)
     study.require_files()
     from taught import stages
@@ -427,7 +450,7 @@ def _study_stage(stage: str, source: str, overrides: Overrides, output: Output) 
     run = _run_folder(folder, (stage,) if output.fresh else ())
     before = run.manifest["stages"].get(stage)
     with _progress(output.quiet) as progress:
-        getattr(stages, stage)(study, run, progress)
+        getattr(stages, stage)(study, run, progress, **options)
     state = "was complete already" if run.manifest["stages"][stage] == before else "complete"
     if stage == "attribute":
         _say_dropped(run)

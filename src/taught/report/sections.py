@@ -12,7 +12,13 @@ from taught.report import charts, text
 from taught.report.charts import Point, Scale
 from taught.report.stats import Estimate, mean_interval
 from taught.report.strongest import STRONGEST
-from taught.report.verdict import baselines, scored, trivial_correlations
+from taught.report.verdict import (
+    AGREEMENTS,
+    baselines,
+    rank_table,
+    scored,
+    trivial_correlations,
+)
 from taught.report.view import Row, Rows, View
 
 Json = dict[str, Any]
@@ -34,6 +40,7 @@ def sections(view: View) -> Json:
         "head": _head(view),
         "policy": _policy_section(view),
         "trust": _trust_section(view),
+        "clamp": _clamp_section(view),
         "audit": _audit_section(view),
         "pairs": _pairs_section(view),
         "pathways": _pathways_section(view),
@@ -98,7 +105,7 @@ def _fit_rows(policy: Row) -> list[tuple[str, str, Estimate]]:
 
 
 def _trust_section(view: View) -> Json | None:
-    """The numbered checks, the predictors without features, and the sets of prompts."""
+    """The numbered checks, predictors without features, sets of prompts, and safe ranks."""
     card = view.faithfulness
     if card is None:
         return None
@@ -118,7 +125,29 @@ def _trust_section(view: View) -> Json | None:
         "scale": scale,
         "axis": charts.forest_axis(scale),
         "sets": card["sets"],
+        "ranks": rank_table(view.statements) if view.statements else None,
     }
+
+
+def _clamp_section(view: View) -> Json | None:
+    """What editing each feature does to the behavior, beside its coefficient."""
+    if view.clamp is None or view.clamping is None:
+        return None
+    rows = sorted(view.clamp, key=lambda r: -abs(r["coef"]))
+    slopes = [Estimate.of([r["slope"], r["lo"], r["hi"]]) for r in rows]
+    scale = Scale(*charts.span([e for e in slopes if e]), *FOREST)
+    agreed = [(AGREEMENTS[name], found["n"], *(Estimate.of(found[key]) for key in
+               ("same_sign", "spearman", "size")))
+              for name, found in view.clamping["agreement"].items()]  # fmt: skip
+    return {
+        "it": view.clamping,
+        "agreed": agreed,
+        "rows": [(r, e, [d["value"] for d in r["doses"] or []])
+                 for r, e in zip(rows, slopes, strict=True)],
+        "labels": {r["feature_id"]: view.feature_label(r["feature_id"]) for r in rows},
+        "scale": scale,
+        "axis": charts.forest_axis(scale),
+    }  # fmt: skip
 
 
 def _audit_section(view: View) -> Json | None:

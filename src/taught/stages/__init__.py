@@ -1,8 +1,8 @@
 """One function per stage: reads the files of the stages before it, computes, writes its own files.
 
 The order of a run is ``policy``, ``attribute``, ``curate``, ``report``; ``check`` runs before and
-changes nothing; ``demo`` runs all on the shipped preset, and ``sketch`` fills a store that
-``attribute`` may read. File formats: docs/formats.md.
+changes nothing; ``demo`` runs these on the shipped preset, ``clamp`` checks a policy by edits in
+the model, and ``sketch`` fills a store that ``attribute`` may read. File formats: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -11,12 +11,24 @@ from taught.check import CheckReport, check_study
 from taught.progress import Progress
 from taught.run import RunFolder
 from taught.stages.ask import Question, ask
+from taught.stages.clamp import clamp
 from taught.stages.decide import curate, report
 from taught.stages.fit import policy
 from taught.stages.influence import attribute, sketch
 from taught.study import Study, load_study
 
-__all__ = ["Question", "ask", "attribute", "check", "curate", "demo", "policy", "report", "sketch"]
+__all__ = [
+    "Question",
+    "ask",
+    "attribute",
+    "check",
+    "clamp",
+    "curate",
+    "demo",
+    "policy",
+    "report",
+    "sketch",
+]
 
 
 def check(study: Study) -> CheckReport:

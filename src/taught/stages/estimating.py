@@ -89,7 +89,7 @@ def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready
         )
     kept = {pair.id for pair in encoded}
     pairs = replace(data.pairs, pairs=tuple(pair for pair in data.pairs if pair.id in kept))
-    fitted, groups = _read_policy(study, run)
+    fitted, groups = read_policy(study, run)
     problem = _problem(study, subject, data.prompts, fitted)
     return Ready(pairs, encoded, truncated, fitted, groups, problem, pair_inputs(encoded))
 
@@ -156,7 +156,7 @@ def sketch_record(study: Study, run: RunFolder, ready: Ready, error: SketchError
     }
 
 
-def _read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[str]]]:
+def read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[str]]]:
     """The fitted policy from the run folder, and the prompt ids of each group."""
     arrays, ids = run.read_tensors("activations")
     readouts, reads = run.read_tensors("readouts")
