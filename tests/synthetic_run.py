@@ -13,6 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from taught.analysis.interference import comovement
+from taught.policy.certificate import Ranking, rank_statements
+from taught.policy.checks import checks
+from taught.policy.evaluate import Estimate
 from taught.run import RunFolder
 from taught.study import Study
 
@@ -46,7 +49,7 @@ def build_synthetic_run(
     path: Path,
     size: Size = Size(),
     *,
-    stages: tuple[str, ...] = ("policy", "attribute", "curate"),
+    stages: tuple[str, ...] = ("policy", "clamp", "attribute", "curate"),
     hostile: bool = False,
     seed: int = 0,
 ) -> Path:
@@ -70,7 +73,8 @@ def build_synthetic_run(
         RunFolder(path, command="taught demo"),
         synthetic_study(path),
     )
-    writers = {"policy": _write_policy, "attribute": _write_attribute, "curate": _write_curate}
+    writers = {"policy": _write_policy, "clamp": _write_clamp, "attribute": _write_attribute,
+               "curate": _write_curate}  # fmt: skip
     for stage in stages:
         with run.stage(stage, study, {"model.weights": "5af571cb"}):
             writers[stage](run, made)
@@ -184,6 +188,7 @@ def _write_policy(run: RunFolder, made: _Made) -> None:
     run.write_tensors("activations", {"X": made.X}, ids)
     _write_features(run, made)
     run.write_json("policy", _policy_record(made))
+    run.write_json("faithfulness", _faithfulness_record(made))
     _write_audit(run, made)
 
 
@@ -224,7 +229,7 @@ def _label(made: _Made, j: int) -> dict:
     }
 
 
-def _estimate(value: float, lo: float, hi: float) -> dict:
+def _estimate(value: float | None, lo: float | None, hi: float | None) -> dict:
     return {"value": value, "lo": lo, "hi": hi}
 
 
@@ -240,6 +245,57 @@ def _policy_record(made: _Made) -> dict:
         },
         "warnings": [{"code": "always-on", "message": "4 of the selected features are always on."}],
     }  # fmt: skip
+
+
+def _faithfulness_record(made: _Made) -> dict:
+    nan = float("nan")
+    given = {
+        "r2": Estimate(0.662, 0.611, 0.704), "slope": Estimate(1.04, 0.97, 1.12),
+        "set correlation": Estimate(0.59, nan, nan), "set flips": Estimate(0.22, nan, nan),
+        "needed": Estimate(7.0, 5.0, 9.0),
+    }  # fmt: skip
+    curve = [{"feature_id": int(f), "r2": 0.662} for f in made.feature_ids]
+    gain = {"r2": _estimate(0.221, 0.164, 0.281), "gain": _estimate(0.441, 0.37, 0.51)}
+    return {
+        "checks": [check.to_dict() for check in checks(given)],
+        "features": {"share": 0.95, "needed": given["needed"].to_dict(), "curve": curve},
+        "signs": {"n": made.d, "sure": 5, "stable": 6, "median_stability": 0.9},
+        "sets": [{
+            "sets": ["harmful only", "all"], "n": [32, 48], "correlation": 0.59, "flips": 3,
+            "sure_flips": 1, "sure": 5, "control_correlation": 0.93, "control_flips": 1.2,
+            "control_sure_flips": 0.1,
+        }],
+        "predictors": {"group": gain, "words": gain},
+    }  # fmt: skip
+
+
+def _write_clamp(run: RunFolder, made: _Made) -> None:
+    """Slopes half the coefficients; the last feature is never active."""
+    scales, rows = [0.0, 0.5, 2.0, 3.0], []
+    for j, feature in enumerate(made.feature_ids.tolist()):
+        row = {"feature_id": feature, "coef": made.W[j], "n": 0}
+        if j < max(made.d - 1, 1):
+            line = 0.5 * made.W[j]
+            row |= {
+                "n": 24, "rms_x": 1.0, "slope": line, "lo": line - 0.1, "hi": line + 0.1,
+                "predicted": made.W[j], "at_control": line, "controls": [0.01, -0.02], "p": 0.002,
+                "p_adjusted": 0.0021 if j else 0.5,
+                "doses": [{"scale": s, "value": (s - 1) * line, "lo": (s - 1) * line - 0.1,
+                           "hi": (s - 1) * line + 0.1} for s in scales],
+            }  # fmt: skip
+        rows.append(row)
+    run.write_table("clamp", pa.Table.from_pylist(rows))
+    same = {"n": made.d - 1, "same_sign": _estimate(0.9, 0.6, 0.99),
+            "spearman": _estimate(0.45, 0.1, 0.7), "size": _estimate(0.5, 0.4, 0.6)}  # fmt: skip
+    nothing = {
+        "n": 0,
+        **{key: _estimate(None, None, None) for key in ("same_sign", "spearman", "size")},
+    }
+    run.write_json("clamp", {
+        "prompts": 24, "controls": 2, "scales": scales, "control_scale": 2.0, "features": made.d,
+        "active": made.d - 1, "clear": made.d - 2,
+        "agreement": {"all": same, "sure": same, "clear": same, "predicted": same, "control": nothing},
+    })  # fmt: skip
 
 
 def _write_audit(run: RunFolder, made: _Made) -> None:
@@ -280,11 +336,30 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
     })  # fmt: skip
     _write_influence(run, made)
     _write_summary(run, made)
+    _write_certificates(run, made)
     ids = {"pair_ids": made.pair_ids, "prompt_ids": made.prompt_ids}
     run.write_tensors("prompt_effects", {"dy": made.dy.astype(np.float32)}, ids)
     shifts = made.dW_x + made.dW_y
     ids = {"feature_ids": made.feature_ids.tolist()}
     run.write_tensors("comovement", {"r": comovement(shifts)}, ids)
+
+
+def _write_certificates(run: RunFolder, made: _Made) -> None:
+    score = (made.dW_x + made.dW_y) @ made.W
+    bound = [0.02 * abs(s) if i % 2 else None for i, s in enumerate(score)]
+    _table(run, "certificates", {
+        "pair_id": made.pair_ids, "score": score, "refit": score * 1.01,
+        "refit_of": ["tangent" if b else "step" for b in bound], "remainder": score * 0.01,
+        "dX_norm": bound, "dy_norm": np.linalg.norm(made.dy, axis=1), "coef_bound": bound,
+        "score_bound": bound,
+    })  # fmt: skip
+    mean_y, nothing = made.dy.mean(1), np.zeros(made.p)
+    found = rank_statements(
+        Ranking("score", score, 0.01 * np.abs(score), None, "needs dX"), made.pair_ids, None
+    ) + rank_statements(
+        Ranking("mean_y:harmful", mean_y, nothing, None), made.pair_ids, [np.tile(mean_y, (40, 1))]
+    )  # fmt: skip
+    run.write_table("statements", pa.Table.from_pylist([row._asdict() for row in found]))
 
 
 def _write_influence(run: RunFolder, made: _Made) -> None:

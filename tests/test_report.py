@@ -29,8 +29,8 @@ from taught.run import RunFolder
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 SECTIONS = [
-    "verdict", "policy", "coverage", "pairs", "pathways", "features", "interference", "trivial",
-    "curation", "validation", "method", "provenance",
+    "verdict", "policy", "trust", "clamp", "coverage", "pairs", "pathways", "features",
+    "interference", "trivial", "curation", "validation", "method", "provenance",
 ]  # fmt: skip
 
 
@@ -479,6 +479,74 @@ def audit_row(category: str, group: str, gap: float, uncovered: bool | None) -> 
     }  # fmt: skip
 
 
+def test_checks_that_do_not_pass_are_named_and_told_where_they_are_explained():
+    given = [{"code": f"F0{i}", "name": n, "status": s}
+             for i, (n, s) in enumerate([("fit", "pass"), ("signs", "warn"), ("words", "fail")])]  # fmt: skip
+    sentence = verdict.trust_sentence(given)
+    assert sentence.tone == "caution"
+    assert sentence.text == (
+        "1 of 3 checks of the policy pass. Fails: F02 words. Warns: F01 signs. "
+        "What they mean: docs/checks.md."
+    )
+    assert verdict.trust_sentence(given[:1]).tone == "found"
+    assert verdict.trust_sentence(given[:1]).text == "1 of 1 check of the policy pass."
+
+
+def test_every_check_stands_in_the_page_with_value_and_status(run: Path, page: Page):
+    for check in load_view(run).faithfulness["checks"]:
+        assert f"{check['code']}{check['name']}: {check['meaning']}" in page.text
+        assert (f"To do: {check['action']}" in page.text) == (check["status"] != "pass")
+    assert "0.66 [0.61, 0.70]R² at least 0.3" in page.text
+    assert "0.59correlation at least 0.8" in page.text  # a bare number has no interval
+    assert "3 of 12 (1.2)" in page.text and "7 [5, 9] of 12 features give 95%" in page.text
+
+
+def test_slopes_stand_in_the_page_beside_coefficients(run: Path, page: Page):
+    view = load_view(run)
+    strongest, off = max(view.clamp, key=lambda r: abs(r["coef"])), view.clamp[-1]
+    line = Estimate(strongest["slope"], strongest["lo"], strongest["hi"]).text()
+    assert f"{text.signed(strongest['coef'])}{line}" in page.text
+    assert page.text.count("not active on any prompt") == 1 and off["n"] == 0
+    assert "all features110.90 [0.60, 0.99]0.45 [0.10, 0.70]0.50 [0.40, 0.60]" in page.text
+    assert "one random direction a feature (control)0–––" in page.text
+    assert "10 of 11 active features move the behavior more than 2 random directions" in page.text
+
+
+def clamping(lo: float) -> dict:
+    same = {"value": 0.7, "lo": lo, "hi": 0.8}
+    rank = {"value": None, "lo": None, "hi": None}
+    return {"scales": [0.0, 3.0], "clear": 4, "active": 10,
+            "agreement": {"all": {"n": 10, "same_sign": same, "spearman": rank}}}  # fmt: skip
+
+
+def test_the_verdict_calls_coefficients_causes_only_where_signs_agree():
+    found = verdict.clamp_sentence(clamping(0.55))
+    assert found.tone == "found" and found.text == (
+        "Scaling a feature's part of the residual by 0 to 3 moves the behavior to the side of the "
+        "coefficient for 70% of 10 features (95% 55% to 80%). 4 of them move it more than random "
+        "directions of the same size do (corrected for their number)."
+    )
+    unsure = verdict.clamp_sentence(clamping(0.45))
+    assert unsure.tone == "caution" and "not shown to be causes" in unsure.text
+    nothing = clamping(0.0)
+    nothing["agreement"]["all"]["same_sign"]["value"] = None
+    assert verdict.clamp_sentence(nothing) is None
+
+
+def test_safe_ranks_stand_in_the_page(page: Page):
+    assert "|S|undecidedundecided" in page.text
+    assert "|mean y| on harmfulsafe (100.0%)safe (100.0%)" in page.text
+
+
+def test_a_ranking_without_a_size_has_a_dash():
+    rows = [{"target": "score", "k": 1, "verdict": "undecided", "share": 0.934},
+            {"target": "score_y", "k": 3, "verdict": "safe", "share": 1.0}]  # fmt: skip
+    sizes, cells = verdict.rank_table(rows)
+    assert sizes == [1, 3]
+    assert cells == [("|S|", ["undecided (93.4%)", "–"]),
+                     ("|S| through output probability", ["–", "safe (100.0%)"])]  # fmt: skip
+
+
 def test_audit_names_gaps_and_spill_and_counts_only_what_was_tested():
     rows = [
         audit_row("chemical", "harmful", -2.1, True),
@@ -614,6 +682,22 @@ def test_the_verdict_says_how_far_a_ranking_by_sketches_can_be_trusted():
     assert verdict.sketch_sentence(Scores.of(rows)) is None
 
 
+def test_rankings_are_said_to_be_safe_or_why_they_are_not():
+    def row(target: str, k: int, verdict: str, reason: str = "") -> dict:
+        return {"target": target, "k": k, "verdict": verdict, "reason": reason}
+
+    some = [row("score", 1, "undecided", "needs dX"), row("score", 3, "undecided", "needs dX"),
+            row("mean_y:odd", 1, "safe"), row("mean_y:odd", 3, "safe"),
+            row("mean_y:odd", 5, "undecided", "too near")]  # fmt: skip
+    sentence = verdict.ranking_sentence(some)
+    assert sentence.tone == "caution"
+    assert "by |S| none (top 1 undecided: needs dX); by |mean y| on odd the top 1 and 3 safe " in (
+        sentence.text
+    )
+    assert sentence.text.endswith("(top 5 undecided: too near).")
+    assert verdict.ranking_sentence(some[2:]).tone == "found"
+
+
 def test_curation_by_another_target_says_so() -> None:
     rows = [{"pair_id": "p", "action": "drop", "rule": "top-k", "target": "mean_y:harmless",
              "score": 1.0, "threshold": 1.0}]  # fmt: skip
@@ -637,9 +721,9 @@ def test_curation_counts_by_label():
     assert "nothing to drop" in verdict.curation_sentence(curated(rows[3:], pairs)).text
 
 
-def test_verdict_of_a_run_has_at_most_eight_sentences(run: Path):
+def test_verdict_of_a_run_has_at_most_twelve_sentences(run: Path):
     sentences = verdict.verdict(load_view(run))
-    assert 4 <= len(sentences) <= 8 and len({s.topic for s in sentences}) == len(sentences)
+    assert 4 <= len(sentences) <= 12 and len({s.topic for s in sentences}) == len(sentences)
 
 
 # Numbers

@@ -818,4 +818,6 @@ def test_the_manifest_cannot_be_changed_from_outside(folder, study):
 
 
 def test_stages_are_known_in_order():
-    assert STAGES == ("policy", "attribute", "curate", "validate", "compare", "report")
+    assert STAGES == (
+        "policy", "clamp", "attribute", "curate", "validate", "compare", "report",
+    )  # fmt: skip

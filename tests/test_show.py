@@ -11,7 +11,7 @@ from rich.console import Console
 from synthetic_run import build_synthetic_run
 from taught.errors import UserError
 from taught.report.show import show_run
-from taught.report.text import signed
+from taught.report.text import common_power, number, signed
 from taught.report.view import load_view
 
 
@@ -36,6 +36,59 @@ def test_overview_has_verdict_pairs_features_and_audit(run: Path):
     line = next(row for row in words.splitlines() if row.startswith(str(top["feature_id"])))
     assert signed(top["coef"]) in line and top["label"] in line
     assert "uncovered" in words
+
+
+def test_overview_grades_the_policy_and_says_what_to_do(run: Path):
+    words = shown(run)
+    line = next(row for row in words.splitlines() if row.startswith("F08"))
+    assert "0.59" in line and "correlation at least 0.8" in line and "warn" in line
+    assert "name the evaluation set" in line
+    line = next(row for row in words.splitlines() if row.startswith("F01"))
+    assert "0.66 [0.61, 0.70]" in line and "pass" in line and "do not read" not in line
+
+
+def test_overview_says_which_ranks_are_safe(run: Path):
+    words = shown(run)
+    table = words[words.index("Do the k strongest pairs") :].splitlines()
+    assert table[1].split()[:4] == ["by", "k", "=", "1"]
+    assert table[2].split()[:2] == ["|S|", "undecided"]
+    assert table[3].startswith("|mean y| on harmful  safe (100.0%)")
+
+
+def test_a_pair_shows_its_bound_only_where_there_is_one(run: Path):
+    first, second = load_view(run).certificates[:2]
+    assert "cannot be further off" not in shown(run, first["pair_id"])
+    power = common_power(
+        [r["score"] for r in load_view(run).summary if r["pair_id"] == second["pair_id"]]
+    )
+    words = shown(run, second["pair_id"])
+    assert f"an exact refit moves S by {signed(second['refit'], power=power)}" in words
+    assert f"further off than {number(second['score_bound'], power=power)}" in words
+
+
+def test_overview_and_feature_show_what_scaling_does(run: Path):
+    row = max(load_view(run).clamp[:-1], key=lambda r: abs(r["coef"]))
+    words = shown(run)
+    table = words[words.index("What the strongest features do when scaled") :].splitlines()
+    assert table[1].split() == [
+        "feature",
+        "coefficient",
+        "slope",
+        "0x",
+        "0.5x",
+        "2x",
+        "3x",
+        "adjusted",
+        "p",
+    ]
+    assert table[2].split()[:2] == [str(row["feature_id"]), signed(row["coef"])]
+    words = shown(run, str(row["feature_id"]))
+    assert "Scaled in the model on 24 prompts: slope" in words
+    table = words[words.index("Scaled in the model") :].splitlines()
+    assert [line.split()[0] for line in table[2:6]] == ["0x", "0.5x", "2x", "3x"]
+    assert table[5].split()[1] == signed(row["doses"][3]["value"])
+    off = load_view(run).clamp[-1]["feature_id"]
+    assert "Scaled in the model" not in shown(run, str(off))
 
 
 def test_overview_names_the_next_command(tmp_path: Path):

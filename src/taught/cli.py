@@ -239,6 +239,27 @@ def compare(
     return 0
 
 
+@app.command(sort_key=9)
+def clamp(source: str, /, *, prompts: int = 24, controls: int = 8,
+          overrides: Overrides = _NO_OVERRIDES, output: Output = _OUTPUT) -> int:  # fmt: skip
+    """Check the policy by edits in the model: scale each feature and read the behavior again.
+
+    Parameters
+    ----------
+    source
+        A run folder with a policy, or its study.
+    prompts
+        At most so many prompts a feature, of those on which it is active.
+    controls
+        Random directions a feature, for comparison.
+    """
+    from taught.manifest import NAME
+
+    if output.run is None and (Path(source) / NAME).is_file():
+        output = replace(output, run=Path(source))
+    return _study_stage("clamp", source, overrides, output, prompts=prompts, controls=controls)
+
+
 @app.command(sort_key=5)
 def sketch(study: str, /, *, overrides: Overrides = _NO_OVERRIDES, run: Path | None = None,
            quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False) -> int:  # fmt: skip
@@ -607,7 +628,9 @@ def run_command(argv: Sequence[str]) -> int:
         return 0
 
 
-def _study_stage(stage: str, source: str, overrides: Overrides, output: Output) -> int:
+def _study_stage(
+    stage: str, source: str, overrides: Overrides, output: Output, **options: int
+) -> int:
     study = _load(source, overrides)
     study.require_files()
     from taught import stages
@@ -616,7 +639,7 @@ def _study_stage(stage: str, source: str, overrides: Overrides, output: Output) 
     run = _run_folder(folder, (stage,) if output.fresh else ())
     before = run.manifest["stages"].get(stage)
     with _progress(output.quiet) as progress:
-        getattr(stages, stage)(study, run, progress)
+        getattr(stages, stage)(study, run, progress, **options)
     state = "was complete already" if run.manifest["stages"][stage] == before else "complete"
     if stage == "attribute":
         _say_dropped(run)

@@ -29,6 +29,7 @@ _POLICY = ("model", "sae", "readout", "behavior", "prompts", "features", "policy
 # stages read only the run folder, and are tied to what they read by its fingerprint (run.py).
 _SECTIONS = {
     "policy": _POLICY,
+    "clamp": _POLICY,
     "attribute": (*_POLICY, "pairs", "attribution", "sketch"),
     "curate": ("curation",),
     "validate": (*_POLICY, "pairs", "validation"),
@@ -53,7 +54,7 @@ def stage_inputs(stage: str, study: Study, extra: Mapping[str, Any] | None = Non
     Parameters
     ----------
     stage
-        ``policy``, ``attribute``, ``curate`` or ``report``.
+        One of ``taught.run.STAGES``.
     study
         The study; its local files are read for their checksums.
     extra

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-STAGES = ("policy", "attribute", "curate", "validate", "compare", "report")
+STAGES = ("policy", "clamp", "attribute", "curate", "validate", "compare", "report")
 _BEFORE = {
     "policy": (),
+    "clamp": ("policy",),
     "attribute": ("policy",),
     "curate": ("attribute",),
     "validate": ("attribute",),
@@ -46,15 +47,21 @@ _BEFORE = {
 # validate: its retrainings stand in a folder of their own, which knows what they depend on.
 _READERS = ("curate", "report")
 _REMADE = (*_READERS, "validate")
-_SHOWN_IF_THERE = {"report": ("attribute", "curate", "validate", "compare")}
+# These are told the run folder's study and do not replace it.
+_OF_THE_RUN = ("clamp", "compare", *_READERS)
+# Nothing asks for these again: they go when what they were made from is made anew.
+_GONE_WITH = {"policy": ("clamp",)}
+_SHOWN_IF_THERE = {"report": ("clamp", "attribute", "curate", "validate", "compare")}
 _WRITTEN_BY = {
     "policy": ("study.yaml", "prompts.parquet", "readouts.safetensors", "readouts.ids.json",
                "features.parquet", "activations.safetensors", "activations.ids.json", "labels.json",
-               "coefficients.parquet", "policy.json", "audit.parquet"),
+               "coefficients.parquet", "policy.json", "faithfulness.json", "audit.parquet"),
+    "clamp": ("clamp.parquet", "clamp.json"),
     "attribute": ("pairs.parquet", "influence.parquet", "summary.parquet",
                   "prompt_effects.safetensors", "prompt_effects.ids.json",
                   "feature_prompt_effects.safetensors", "feature_prompt_effects.ids.json",
-                  "comovement.safetensors", "comovement.ids.json", "sketch.json", "dropped.json"),
+                  "comovement.safetensors", "comovement.ids.json", "sketch.json", "dropped.json",
+                  "certificates.parquet", "statements.parquet"),
     "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
     "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
                  "validation.json"),
@@ -70,7 +77,7 @@ class Stage:
 
     Attributes
     ----------
-    name : policy, attribute, curate or report
+    name : one of ``STAGES``
     fingerprint : what its result depends on, as a digest
     done : its complete results are already there, under this fingerprint: nothing is to be done
     partial : finished pieces of an earlier attempt under this fingerprint; deleted on completion
@@ -201,7 +208,7 @@ class RunFolder:
         Parameters
         ----------
         name
-            policy, attribute, curate or report.
+            One of ``STAGES``.
         study
             What is to be computed.
         extra
@@ -422,9 +429,12 @@ class RunFolder:
         return [name for name, file in self._manifest["files"].items() if file["stage"] == stage]
 
     def _command_for(self, stage: str, *, fresh: bool = False) -> str:
-        if str(self._manifest.get("command", "")).startswith("taught demo"):
+        if stage == "clamp":
+            return f"taught clamp {self.folder}" + (" --fresh" if fresh else "")
+        demo = str(self._manifest.get("command", "")).startswith("taught demo")
+        if demo and stage not in ("validate", "compare"):
             return f"taught demo --run {self.folder}" + (" --fresh" if fresh else "")
-        if stage in _REMADE:  # these are told the run folder and are always made anew
+        if stage in _READERS:  # these are told the run folder and are always made anew
             return f"taught {stage} {self.folder}"
         return f"taught {stage} STUDY --run {self.folder}" + (" --fresh" if fresh else "")
 
@@ -454,7 +464,8 @@ class RunFolder:
         wanted = fingerprint(inputs)
         if name in self._fresh or name in _REMADE:
             self._fresh.discard(name)
-            self._forget(name)
+            for gone in (name, *_GONE_WITH.get(name, ())):
+                self._forget(gone)
         if self._record(name) is not None:
             self._refuse_other(name, self._manifest["inputs"][name], inputs)
         partial = PartialFolder(self.folder / "partial" / f"{name}-{wanted[:16]}")
@@ -505,7 +516,7 @@ class RunFolder:
         attempts = (self._record(stage.name) or {}).get("attempts", 0)
         self._manifest.update(taught=taught.__version__, versions=versions())
         self._manifest.setdefault("data", {}).update(_data_files(study, inputs))
-        if stage.name not in _REMADE:
+        if stage.name not in _OF_THE_RUN:
             self._manifest["study"] = study.to_dict()
             self._manifest["weights"] = dict(extra)
         self._manifest["command"] = self.command
@@ -520,7 +531,7 @@ class RunFolder:
         for file in self._files_of(stage.name):  # of an attempt that did not finish
             del self._manifest["files"][file]
         self._save()  # first: a killed run must leave a folder that is known as ours
-        if stage.name not in _REMADE:
+        if stage.name not in _OF_THE_RUN:
             files.write_bytes(self.path("study.yaml"), dump_study(study).encode())
 
     def _complete(self, stage: Stage, seconds: float) -> None:
@@ -529,7 +540,7 @@ class RunFolder:
             finished=now(),
             seconds=round(seconds, 2),
             peak_memory_gb=peak_memory_gb(),
-            float32_products=None if stage.name in _REMADE else products_by(),
+            float32_products=None if stage.name in _READERS else products_by(),
         )
         self._save()
         self._clear_partial(stage.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -76,6 +76,33 @@ def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tenso
     handle = module.register_forward_hook(hook)
     try:
         yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def edited_output(
+    module: nn.Module, columns: Tensor, edit: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """While in the body, the output [1, T, D] of ``module`` is edited before it is passed on.
+
+    Parameters
+    ----------
+    columns : int64 [M], each once
+        Tokens that are edited; the others pass unchanged.
+    edit
+        [M, D] -> [M, D], row by row.
+    """
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        h = output[0] if isinstance(output, tuple) else output
+        at = columns.to(h.device)
+        changed = h.index_copy(1, at, edit(h[0, at]).unsqueeze(0))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
     finally:
         handle.remove()
 

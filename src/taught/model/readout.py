@@ -104,6 +104,29 @@ def pack(
     return (_pack_group(prompts, group, behavior) for group in groups)
 
 
+def pack_apart(
+    prompts: Sequence[ReadPrompt], behavior: PrefixBehavior, *, tokens: int = PACK_TOKENS
+) -> Iterator[PackedPrompts]:
+    """As :func:`pack`, for editing h at the read-out tokens: no edit reaches another prompt.
+
+    Where a prompt's history holds a token at which another prompt of its tree is read and it
+    is not itself, each prompt of that tree stands alone.
+    """
+    for packed in pack(prompts, behavior, tokens=tokens):
+        if _reads_apart(packed):
+            yield packed
+        else:
+            yield from (_pack_group(prompts, [i], behavior) for i in packed.index)
+
+
+def _reads_apart(packed: PackedPrompts) -> bool:
+    history = packed.rows.mask[0][packed.predict].any(1)  # [n, T]
+    prompt = torch.arange(len(packed.index)).repeat_interleave(packed.offsets.diff())
+    own = torch.zeros_like(history)
+    own[prompt, packed.read] = True
+    return bool(((history & own.any(0)) == own).all())
+
+
 def _pack_group(
     prompts: Sequence[ReadPrompt], group: list[int], behavior: PrefixBehavior | None
 ) -> PackedPrompts:

@@ -181,10 +181,11 @@ def evaluate_policy(
     y_bar = _out_of_fold(rows, lambda train: np.full(len(y), rows.y[train].mean())).y_hat
     predicted = {
         "policy": _out_of_fold(rows, lambda train: _ridge(rows, train, alpha, fit_intercept, seed)),
-        "group": _out_of_fold(rows, lambda train: _group_means(rows, train)),
+        "group": _out_of_fold(rows, lambda train: group_means(rows.group, rows.y, train)),
     }
-    if rows.length is not None:
-        predicted["length"] = _out_of_fold(rows, lambda train: _length_line(rows, train))
+    length = rows.length
+    if length is not None:
+        predicted["length"] = _out_of_fold(rows, lambda train: straight_line(length, rows.y, train))
     table = _estimates(rows, predicted, y_bar, bootstrap, seed)
     back = np.argsort(order)
     return Evaluation(
@@ -233,7 +234,7 @@ def bootstrap_coefficients(
     X, y = X[order], y[order]
     full, _ = ridge(X, y, alpha, fit_intercept)
     draws = np.stack(
-        [ridge(X[i], y[i], alpha, fit_intercept)[0] for i in _resamples(len(y), n, seed)]
+        [ridge(X[i], y[i], alpha, fit_intercept)[0] for i in resamples(len(y), n, seed)]
     )
     lo, hi = np.percentile(draws, [2.5, 97.5], axis=0)
     same = (np.sign(draws) == np.sign(full)).mean(0)
@@ -334,31 +335,48 @@ def _out_of_fold(rows: _Rows, predict: Callable[[Bools], Floats]) -> _Predicted:
 def _ridge(
     rows: _Rows, train: Bools, alpha: float | None, fit_intercept: bool, seed: int
 ) -> Floats:
-    X, y = rows.X[train], rows.y[train]
-    if alpha is None:
-        inner = min(5, len(y))
-        alpha, _ = choose_alpha(X, y, fit_intercept=fit_intercept, folds=inner, seed=seed)
-    W, intercept = ridge(X, y, alpha, fit_intercept)
+    W, intercept = training_ridge(rows.X, rows.y, train, alpha, fit_intercept, seed)
     return rows.X @ W + intercept
 
 
-def _group_means(rows: _Rows, train: Bools) -> Floats:
-    overall = rows.y[train].mean()
-    y_hat = np.full(len(rows.y), overall)
-    names = np.asarray(rows.group)
-    for name in set(rows.group):
+def training_ridge(
+    X: Floats, y: Floats, train: Bools, alpha: float | None, fit_intercept: bool, seed: int
+) -> tuple[Floats, float]:
+    """Coefficients [d] and intercept of the policy fitted on the rows ``train`` only."""
+    alpha = training_alpha(X, y, train, alpha, fit_intercept, seed)
+    return ridge(X[train], y[train], alpha, fit_intercept)
+
+
+def training_alpha(
+    X: Floats, y: Floats, train: Bools, alpha: float | None, fit_intercept: bool, seed: int
+) -> float:
+    """Return the penalty; where it is None, the one chosen by cross-validation inside ``train``."""
+    if alpha is not None:
+        return alpha
+    inner = min(5, int(train.sum()))
+    chosen, _ = choose_alpha(
+        X[train], y[train], fit_intercept=fit_intercept, folds=inner, seed=seed
+    )
+    return chosen
+
+
+def group_means(groups: Sequence[str], y: Floats, train: Bools) -> Floats:
+    """For every row the mean y [N] of its group's training rows; of all, where it has none."""
+    names = np.asarray(groups)
+    y_hat = np.full(len(y), y[train].mean())
+    for name in set(groups):
         inside = names == name
         if (inside & train).any():
-            y_hat[inside] = rows.y[inside & train].mean()
+            y_hat[inside] = y[inside & train].mean()
     return y_hat
 
 
-def _length_line(rows: _Rows, train: Bools) -> Floats:
-    assert rows.length is not None
-    x0, y0 = rows.length[train].mean(), rows.y[train].mean()
-    x, y = rows.length[train] - x0, rows.y[train] - y0
-    slope = float(x @ y) / float(x @ x) if x.any() else 0.0
-    return np.asarray(y0 + slope * (rows.length - x0))
+def straight_line(x: Floats, y: Floats, train: Bools) -> Floats:
+    """For every row the value [N] of the least-squares line of y in x over the training rows."""
+    x0, y0 = x[train].mean(), y[train].mean()
+    own, yc = x[train] - x0, y[train] - y0
+    slope = float(own @ yc) / float(own @ own) if own.any() else 0.0
+    return np.asarray(y0 + slope * (x - x0))
 
 
 def _estimates(
@@ -380,7 +398,7 @@ def _estimates(
         return out
 
     values = statistics(np.arange(len(rows.y)))
-    draws = [statistics(i) for i in _resamples(len(rows.y), bootstrap, seed)]
+    draws = [statistics(i) for i in resamples(len(rows.y), bootstrap, seed)]
     return {
         name: Estimate(value, *interval(np.array([draw[name] for draw in draws])))
         for name, value in values.items()
@@ -396,7 +414,8 @@ def interval(draws: Floats) -> tuple[float, float]:
     return float(lo), float(hi)
 
 
-def _resamples(n: int, count: int, seed: int) -> Iterator[Ints]:
+def resamples(n: int, count: int, seed: int) -> Iterator[Ints]:
+    """Rows int64 [n] drawn with replacement, ``count`` times: the bootstrap of every statistic."""
     rng = np.random.default_rng(seed)
     return (rng.integers(0, n, size=n) for _ in range(count))
 

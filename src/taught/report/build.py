@@ -26,6 +26,7 @@ from taught.report.view import View
 HERE = Path(__file__).parent
 MAKES = {
     "policy": "taught policy STUDY",
+    "clamp": "taught clamp RUN",
     "attribute": "taught attribute STUDY",
     "curate": "taught curate RUN",
     "validate": "taught validate STUDY",

@@ -13,13 +13,26 @@ from taught.report.charts import Point, Scale
 from taught.report.compared import Cell, DesignTable, design_tables, removal_sentence, warnings
 from taught.report.stats import Estimate, mean_interval
 from taught.report.strongest import STRONGEST
-from taught.report.verdict import baselines, scored, trivial_correlations
+from taught.report.verdict import (
+    AGREEMENTS,
+    baselines,
+    rank_table,
+    scored,
+    trivial_correlations,
+)
 from taught.report.view import Row, Rows, View
 
 Json = dict[str, Any]
 
 MAX_PROMPT = 320
 FOREST = (6.0, 234.0)
+PREDICTORS = {
+    "group": "group label",
+    "category": "category label",
+    "length": "prompt length",
+    "direction": "difference of the groups’ mean residuals",
+    "words": "words of the prompt",
+}
 
 
 def sections(view: View) -> Json:
@@ -27,6 +40,8 @@ def sections(view: View) -> Json:
     return {
         "head": _head(view),
         "policy": _policy_section(view),
+        "trust": _trust_section(view),
+        "clamp": _clamp_section(view),
         "audit": _audit_section(view),
         "pairs": _pairs_section(view),
         "pathways": _pathways_section(view),
@@ -89,6 +104,52 @@ def _fit_rows(policy: Row) -> list[tuple[str, str, Estimate]]:
     named.append(("Accuracy", "policy, thresholded", Estimate.of(policy.get("accuracy"))))
     named.append(("Accuracy", "larger class always", Estimate.of(policy.get("majority"))))
     return [(measure, of, e) for measure, of, e in named if e is not None]
+
+
+def _trust_section(view: View) -> Json | None:
+    """The numbered checks, predictors without features, sets of prompts, and safe ranks."""
+    card = view.faithfulness
+    if card is None:
+        return None
+    found = [
+        (name, Estimate.of(row["r2"]), Estimate.of(row["gain"]))
+        for name, row in card["predictors"].items()
+    ]
+    known = [(name, r2, gain) for name, r2, gain in found if r2 and gain]
+    scale = Scale(*charts.span([gain for *_, gain in known]), *FOREST)
+    return {
+        "checks": [(check, Estimate.of(check)) for check in card["checks"]],
+        "counts": [sum(c["status"] == s for c in card["checks"]) for s in ("pass", "warn", "fail")],
+        "needed": Estimate.of(card["features"]["needed"]),
+        "share": card["features"]["share"],
+        "d": card["signs"]["n"],
+        "predictors": [(PREDICTORS.get(name, name), r2, gain) for name, r2, gain in known],
+        "scale": scale,
+        "axis": charts.forest_axis(scale),
+        "sets": card["sets"],
+        "ranks": rank_table(view.statements) if view.statements else None,
+    }
+
+
+def _clamp_section(view: View) -> Json | None:
+    """What editing each feature does to the behavior, beside its coefficient."""
+    if view.clamp is None or view.clamping is None:
+        return None
+    rows = sorted(view.clamp, key=lambda r: -abs(r["coef"]))
+    slopes = [Estimate.of([r["slope"], r["lo"], r["hi"]]) for r in rows]
+    scale = Scale(*charts.span([e for e in slopes if e]), *FOREST)
+    agreed = [(AGREEMENTS[name], found["n"], *(Estimate.of(found[key]) for key in
+               ("same_sign", "spearman", "size")))
+              for name, found in view.clamping["agreement"].items()]  # fmt: skip
+    return {
+        "it": view.clamping,
+        "agreed": agreed,
+        "rows": [(r, e, [d["value"] for d in r["doses"] or []])
+                 for r, e in zip(rows, slopes, strict=True)],
+        "labels": {r["feature_id"]: view.feature_label(r["feature_id"]) for r in rows},
+        "scale": scale,
+        "axis": charts.forest_axis(scale),
+    }  # fmt: skip
 
 
 def _audit_section(view: View) -> Json | None:

@@ -20,7 +20,7 @@ from rich.text import Text
 from taught.errors import UserError
 from taught.report.stats import Estimate
 from taught.report.text import common_power, count, number, percent, shorten, signed, tens
-from taught.report.verdict import scored, verdict
+from taught.report.verdict import rank_table, scored, verdict
 from taught.report.view import Row, Rows, View, load_view
 from taught.run import RunFolder
 
@@ -99,6 +99,12 @@ def _overview(view: View) -> RenderableType:
         parts.append(_top_features(view.coefficients))
     if view.audit:
         parts.append(_audit(view.audit))
+    if view.faithfulness:
+        parts.append(_checks(view.faithfulness["checks"]))
+    if view.clamp and view.clamping:
+        parts.append(_clamped(view.clamp, view.clamping))
+    if view.statements:
+        parts.append(_ranks(view.statements))
     missing = [command for name, command in NEXT if getattr(view, name) is None]
     parts += [Text(f"Not there yet: {command} makes it.", "dim") for command in missing]
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
@@ -191,6 +197,43 @@ def _audit(audit: Rows) -> Table:
     return table
 
 
+def _checks(checks: Rows) -> Table:
+    """Every check of the policy; what to do where it does not pass."""
+    table = _table("Can the policy be trusted? (docs/checks.md)", "code", "check", ">value",
+                   "passes", "status", "to do")  # fmt: skip
+    for c in checks:
+        value, passed = Estimate.of(c), c["status"] == "pass"
+        status = c["status"] if passed else Text(c["status"], "bold yellow")
+        shown = "–" if value is None else value.text()
+        _add(table, c["code"], c["name"], shown, c["threshold"], status,
+             "" if passed else c["action"])  # fmt: skip
+    return table
+
+
+def _clamped(rows: Rows, clamping: Row) -> Table:
+    """The strongest features' slopes beside their coefficients."""
+    scales = clamping["scales"]
+    title = "What the strongest features do when scaled in the model (change of y)"
+    table = _table(title, "feature", ">coefficient", ">slope", *(f">{s:g}x" for s in scales),
+                   ">adjusted p")  # fmt: skip
+    active = (row for row in rows if row["n"])
+    for r in sorted(active, key=lambda r: -abs(r["coef"]))[:TOP_FEATURES]:
+        line = Estimate(r["slope"], r["lo"], r["hi"]).text()
+        doses = (_sign(dose["value"]) for dose in r["doses"])
+        _add(table, r["feature_id"], _sign(r["coef"]), line, *doses, number(r["p_adjusted"], 3))
+    return table
+
+
+def _ranks(statements: Rows) -> Table:
+    """Whether the k strongest pairs stay the k strongest, for each ranking."""
+    sizes, rows = rank_table(statements)
+    title = "Do the k strongest pairs stay the k strongest? (share of resampled prompts)"
+    table = _table(title, "by", *(f"k = {k}" for k in sizes))
+    for name, cells in rows:
+        _add(table, name, *cells)
+    return table
+
+
 def _pair(view: View, row: Row) -> RenderableType:
     pair = next((p for p in view.pairs or [] if p["pair_id"] == row["pair_id"]), {})
     power = common_power(row[k] for k in ("score", "score_x", "score_y"))
@@ -207,12 +250,25 @@ def _pair(view: View, row: Row) -> RenderableType:
             f"a real step moves S by {signed(row['step_score'], power=power)}, an exact refit by "
             f"{signed(row['refit_score'], power=power)}{tens(power)}"
         )
+    facts += _certificate(view, row, power)
     parts += [Text(fact) for fact in facts]
     for name in ("prompt", "response"):
         if pair.get(name):
             parts += [Text(f"\n{name.capitalize()}", "dim"), Text(shorten(pair[name], 1500))]
     parts += _pair_coefficients(view, row) + _pair_moves(view, row)
     return Group(*parts)
+
+
+def _certificate(view: View, row: Row, power: int) -> list[str]:
+    """What the certificate says of the linear value, where dX of the pair is known."""
+    own = next((c for c in view.certificates or [] if c["pair_id"] == row["pair_id"]), {})
+    if own.get("score_bound") is None:
+        return []
+    bound = number(own["score_bound"], power=power)
+    return [
+        f"on the derivative's changes an exact refit moves S by {signed(own['refit'], power=power)}"
+        f"; the linear value cannot be further off than {bound}{tens(power)}"
+    ]
 
 
 def _error(row: Row, power: int) -> str:
@@ -271,9 +327,27 @@ def _feature(view: View, row: Row) -> RenderableType:
         parts.append(
             Text(f"mean activation {means} group; active on {percent(measured['rate'])} of prompts")
         )
+    parts += _doses(view, feature)
     parts += _examples("Prompts where it is strongest", label.get("top_prompts") or [], view)
     parts += _examples("Contrast: without it", label.get("contrast_prompts") or [], view)
     return Group(*parts, *_movers(view, feature))
+
+
+def _doses(view: View, feature: int) -> list[RenderableType]:
+    """Response of the behavior to the feature at each scale."""
+    row = next((r for r in view.clamp or [] if r["feature_id"] == feature and r["n"]), None)
+    if row is None:
+        return []
+    line = Estimate(row["slope"], row["lo"], row["hi"])
+    head = (
+        f"\nScaled in the model on {count(row['n'], 'prompt')}: slope {line.text()}, against "
+        f"random directions p = {number(row['p_adjusted'], 3)} (adjusted)"
+    )
+    table = _table("", ">scale", ">change of y", "95% interval")
+    for dose in row["doses"]:
+        ends = f"{signed(dose['lo'])} to {signed(dose['hi'])}"
+        _add(table, f"{dose['scale']:g}x", _sign(dose["value"]), ends)
+    return [Text(head), table]
 
 
 def _examples(title: str, records: Sequence[Row], view: View) -> list[RenderableType]:

@@ -40,15 +40,18 @@ class Sentence:
 
 
 def verdict(view: View) -> list[Sentence]:
-    """All sentences that the files of the run allow, at most nine."""
+    """All sentences that the files of the run allow, at most twelve."""
     summary = scored(view.summary or [])
     sentences = [
         view.policy and fit_sentence(view.policy),
+        view.faithfulness and trust_sentence(view.faithfulness["checks"]),
+        view.clamping and clamp_sentence(view.clamping),
         view.audit and audit_sentence(view.audit, positive_group(view)),
         summary and push_sentence(summary),
         summary and label_sentence(view.scores.finite),
         summary and step_sentence(summary),
         summary and sketch_sentence(view.scores.finite),
+        view.statements and ranking_sentence(view.statements),
         view.control and unintended_sentence(view.control),
         summary and trivial_sentence(view.scores.finite),
         view.curation and curation_sentence(view.curation),
@@ -113,6 +116,52 @@ def _accuracy(policy: Row) -> tuple[str, bool]:
     )
     fails = gain.value <= 0 if gain.lo is None else gain.lo <= 0
     return text + (", no gain that can be told from zero." if fails else "."), fails
+
+
+def trust_sentence(checks: Rows) -> Sentence:
+    """How many of the numbered checks of the policy pass, and which do not."""
+    of = {status: [c for c in checks if c["status"] == status] for status in ("fail", "warn")}
+    passed = len(checks) - sum(map(len, of.values()))
+    text = f"{passed} of {count(len(checks), 'check')} of the policy pass."
+    for status, verb in (("fail", "Fails"), ("warn", "Warns")):
+        if of[status]:
+            names = [f"{c['code']} {c['name']}" for c in of[status]]
+            text += f" {verb}: {listed(names, len(names))}."
+    if passed == len(checks):
+        return Sentence("Trust", "found", text)
+    return Sentence("Trust", "caution", f"{text} What they mean: docs/checks.md.")
+
+
+AGREEMENTS = {
+    "all": "all features",
+    "sure": "coefficients whose interval excludes 0",
+    "clear": "features that move y more than random directions",
+    "predicted": "all features, against what the policy predicts of the edit itself",
+    "control": "one random direction a feature (control)",
+}
+
+
+def clamp_sentence(clamping: Row) -> Sentence | None:
+    """Whether editing a feature in the model moves the behavior as its coefficient says."""
+    agreed = clamping["agreement"]["all"]
+    same, rank = Estimate.of(agreed["same_sign"]), Estimate.of(agreed["spearman"])
+    if same is None:
+        return None
+    scales = clamping["scales"]
+    text = (
+        f"Scaling a feature's part of the residual by {min(scales):g} to {max(scales):g} moves the "
+        f"behavior to the side of the coefficient for {percent(same.value)} of "
+        f"{count(agreed['n'], 'feature')} (95% {percent(same.lo)} to {percent(same.hi)})"
+    )
+    text += f"; rank correlation with the coefficients {rank.text()}." if rank else "."
+    text += (
+        f" {clamping['clear']} of them move it more than random directions of the same size do "
+        "(corrected for their number)."
+    )
+    if not (same.lo or 0) > 0.5:
+        text += " So the coefficients are not shown to be causes: read them as predictors."
+        return Sentence("Clamping", "caution", text)
+    return Sentence("Clamping", "found", text)
 
 
 def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
@@ -344,6 +393,47 @@ def sketch_sentence(scores: Scores) -> Sentence | None:
         text += " Larger sketches (sketch.dim) or the estimator adjoint give a surer ranking."
         return Sentence("Sketches", "caution", text)
     return Sentence("Sketches", "found", text)
+
+
+RANKED_BY = {"score": "|S|", "score_y": "|S| through output probability"}
+
+
+def ranked_by(target: str) -> str:
+    """What a ranking goes by, in words."""
+    return RANKED_BY.get(target, f"|mean y| on {target.removeprefix('mean_y:')}")
+
+
+def rank_table(statements: Rows) -> tuple[list[int], list[tuple[str, list[str]]]]:
+    """The sizes k, and for each ranking a cell per size: safe, or undecided and the share."""
+    sizes = sorted({row["k"] for row in statements})
+    found = {(row["target"], row["k"]): _ranked(row) for row in statements}
+    targets = dict.fromkeys(row["target"] for row in statements)
+    return sizes, [(ranked_by(t), [found.get((t, k), "–") for k in sizes]) for t in targets]
+
+
+def _ranked(row: Row) -> str:
+    share = "" if row["share"] is None else f" ({percent(row['share'], 1)})"
+    return f"{row['verdict']}{share}"
+
+
+def ranking_sentence(statements: Rows) -> Sentence:
+    """Which sets of strongest pairs stay the strongest, and why it is undecided of others."""
+    parts, undecided = [], False
+    for target in dict.fromkeys(row["target"] for row in statements):
+        own = [row for row in statements if row["target"] == target]
+        name = ranked_by(target)
+        safe = [str(row["k"]) for row in own if row["verdict"] == "safe"]
+        open_ = next((row for row in own if row["verdict"] != "safe"), None)
+        undecided |= not safe
+        text = f"by {name} the top {listed(safe, len(safe))} safe" if safe else f"by {name} none"
+        if open_ is not None:
+            text += f" (top {open_['k']} undecided: {open_['reason']})"
+        parts.append(text)
+    text = (
+        "That the strongest pairs stay the strongest, at 95%, for other prompts of the same kind "
+        f"and against the exact refit and the error of sketches: {'; '.join(parts)}."
+    )
+    return Sentence("Ranking", "caution" if undecided else "found", text)
 
 
 def curation_sentence(curation: Curated) -> Sentence:

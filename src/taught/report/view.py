@@ -59,7 +59,9 @@ class View:
 
     Attributes
     ----------
-    pairs, summary, shifts, effects : of the pairs that are listed, all of them unless ``large``
+    pairs, summary, certificates, shifts, effects
+        Of the pairs that are listed, all of them unless ``large``.
+    clamp, clamping : of each feature; over all features
     counted : columns over all pairs of a large run; None when all are listed
     """
 
@@ -67,6 +69,7 @@ class View:
     manifest: Row
     study: Row
     policy: Row | None
+    faithfulness: Row | None
     prompts: Rows | None
     features: Rows | None
     coefficients: Rows | None
@@ -78,8 +81,12 @@ class View:
     curves: Rows | None
     models: Rows | None
     costs: Rows | None
+    statements: Rows | None
+    clamp: Rows | None
+    clamping: Row | None
     pairs: Rows | None
     summary: Rows | None
+    certificates: Rows | None
     curation: Curated | None
     counted: Scores | None
     shifts: Shifts | None
@@ -151,6 +158,8 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
     manifest = cast(Row, cleaned(run.manifest))
     study = manifest.get("study") or {}
     policy = run.read_json("policy") if "policy.json" in files else None
+    card = run.read_json("faithfulness") if "faithfulness.json" in files else None
+    clamping = run.read_json("clamp") if "clamp.json" in files else None
     labels = run.read_json("labels") if "labels.json" in files else None
     estimator = (study.get("attribution") or {}).get("estimator")
     counted, listed = _large(run, files, estimator, also)
@@ -159,6 +168,8 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
         manifest=manifest,
         study=study,
         policy=cast("Row | None", cleaned(policy)),
+        faithfulness=cast("Row | None", cleaned(card)),
+        clamping=cast("Row | None", cleaned(clamping)),
         labels=labels
         and {int(key): _label(cast(Row, cleaned(row))) for key, row in labels.items()},
         counted=counted,
@@ -171,9 +182,9 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
     )
 
 
-_TABLES = ("prompts", "features", "coefficients", "audit", "lds", "trivial", "planted", "curves",
-           "models", "costs")  # fmt: skip
-_PAIR_TABLES = ("pairs", "summary")
+_TABLES = ("prompts", "features", "coefficients", "audit", "statements", "clamp", "lds", "trivial",
+           "planted", "curves", "models", "costs")  # fmt: skip
+_PAIR_TABLES = ("pairs", "summary", "certificates")
 
 
 def _large(

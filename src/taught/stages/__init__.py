@@ -1,8 +1,8 @@
 """One function per stage: reads the files of the stages before it, computes, writes its own files.
 
 The order of a run is ``policy``, ``attribute``, ``curate``, ``report``; ``check`` runs before and
-changes nothing; ``demo`` runs all on the shipped preset, and ``sketch`` fills a store that
-``attribute`` may read. File formats: docs/formats.md.
+changes nothing; ``demo`` runs these on the shipped preset, ``clamp`` checks a policy by edits in
+the model, and ``sketch`` fills a store that ``attribute`` may read. File formats: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from taught.check import CheckReport, check_study
 from taught.progress import Progress
 from taught.run import RunFolder
 from taught.stages.ask import Question, ask
+from taught.stages.clamp import clamp
 from taught.stages.comparing import compare
 from taught.stages.concept import ConceptRequest, concept
 from taught.stages.concept_influence import ConceptQuestion, agreement, concept_influence
@@ -28,6 +29,7 @@ __all__ = [
     "ask",
     "attribute",
     "check",
+    "clamp",
     "compare",
     "concept",
     "concept_influence",

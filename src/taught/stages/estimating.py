@@ -83,7 +83,7 @@ def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready
     encoded, truncated = encode_pairs(study, subject, data)
     kept = {pair.id for pair in encoded}
     pairs = replace(data.pairs, pairs=tuple(pair for pair in data.pairs if pair.id in kept))
-    fitted, groups = _read_policy(study, run)
+    fitted, groups = read_policy(study, run)
     prompts = {e.id: e for e in subject.chat.encode_prompts(data.prompts)}
     ordered = [prompts[prompt_id] for prompt_id in fitted.prompt_ids]
     features = subject.features(fitted.feature_ids.copy(), study)
@@ -175,7 +175,7 @@ def sketch_record(study: Study, run: RunFolder, ready: Ready, error: SketchError
     }
 
 
-def _read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[str]]]:
+def read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[str]]]:
     """The fitted policy from the run folder, and the prompt ids of each group."""
     arrays, ids = run.read_tensors("activations")
     readouts, reads = run.read_tensors("readouts")

@@ -17,7 +17,15 @@ from taught.features.sae import check_fit
 from taught.features.select import Selection, select_features
 from taught.model.readout import Readouts, ReadPrompt, check_trees, read_prompts
 from taught.policy.audit import audit_categories
-from taught.policy.evaluate import bootstrap_coefficients, evaluate_policy
+from taught.policy.checks import checks, measures
+from taught.policy.evaluate import (
+    CoefficientIntervals,
+    Evaluation,
+    bootstrap_coefficients,
+    evaluate_policy,
+)
+from taught.policy.faithfulness import Fit, faithfulness
+from taught.policy.predictors import Known
 from taught.policy.ridge import choose_alpha, fit_policy
 from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
@@ -134,8 +142,6 @@ def _write_labels(study: Study, run: RunFolder, subject: Subject, read: _Read) -
     with torch.no_grad():
         index = torch.as_tensor(ids.copy())
         acts = subject.sae.encode(read.readouts.h, index, encoder=study.sae.encoder)
-        position = study.readout.position
-        mean_h = pool(read.readouts.h, offsets, "mean_user" if position == "max_user" else position)
     decode = subject.loaded.tokenizer.decode
     described = describe_features(
         ids,
@@ -145,11 +151,20 @@ def _write_labels(study: Study, run: RunFolder, subject: Subject, read: _Read) -
         prompt_ids=read.ids,
         texts=[prompt.text for prompt in read.prompts],
         groups=read.groups,
-        h=mean_h.double().cpu().numpy(),
+        h=_pooled_h(study, read),
         labels=load_labels(study.features.labels) if study.features.labels else None,
     )
     run.write_json("labels", {str(item.feature_id): item.to_dict() for item in described})
     return {item.feature_id: item.label for item in described}
+
+
+def _pooled_h(study: Study, read: _Read) -> np.ndarray:
+    """The residual of each prompt, float64 [N, D], pooled as X is; means in place of maxima."""
+    position = study.readout.position
+    position = "mean_user" if position == "max_user" else position
+    pooled = pool(read.readouts.h, read.readouts.offsets, position)
+    h: np.ndarray = pooled.double().cpu().numpy()
+    return h
 
 
 def _write_policy(
@@ -194,7 +209,35 @@ def _write_policy(
     run.write_table("coefficients", pa.table(columns))
     fit = {"alpha": alpha, "alpha_table": tried, "intercept_value": fitted.intercept}
     run.write_json("policy", {**judged.to_dict(), **fit, **_policy_facts(study, subject, read)})
+    _write_faithfulness(run, study, read, judged, intervals, alpha)
     _write_prompts(run, read, judged.y_hat)
+
+
+def _write_faithfulness(
+    run: RunFolder,
+    study: Study,
+    read: _Read,
+    judged: Evaluation,
+    intervals: CoefficientIntervals,
+    alpha: float,
+) -> None:
+    """The faithfulness card and its numbered checks."""
+    spec = study.policy
+    known = Known(
+        read.groups,
+        study.prompts.positive_group,
+        study.prompts.negative_group,
+        categories=[prompt.category for prompt in read.prompts],
+        length=np.array([len(prompt.ids) for prompt in read.inputs], dtype=np.float64),
+        h=_pooled_h(study, read),
+        texts=[prompt.text for prompt in read.prompts],
+    )
+    fit = Fit(None if spec.alpha == "cv" else alpha, spec.intercept, spec.seed)
+    card = faithfulness(read.X, read.y, known, judged, intervals, fit=fit, alpha=alpha,
+                        bootstrap=spec.bootstrap, prompt_ids=read.ids)  # fmt: skip
+    graded = [check.to_dict() for check in checks(measures(judged, card, read.y))]
+    record = card.to_dict(read.selection.feature_ids.tolist())
+    run.write_json("faithfulness", {"checks": graded, **record})
 
 
 def _policy_facts(study: Study, subject: Subject, read: _Read) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from taught.policy.ridge import Policy
 from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
 from taught.setup import Subject, open_subject, prompt_inputs, refuse_combinations
+from taught.stages.certify import write_certificates
 from taught.stages.estimating import estimate, prepare, read_data, sketch_record, sketch_source
 from taught.study import Study
 
@@ -51,6 +52,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         _write_effects(run, fitted, effects)
         _write_pairs(run, pairs, encoded, effects)
         _write_summary(run, pairs, encoded, fitted, effects, intended, checks)
+        write_certificates(study, run, fitted, ready.groups, effects, checks)
         if effects.error is not None:
             run.write_json("sketch", sketch_record(study, run, ready, effects.error))
         run.write_json("dropped", {"overlap": data.overlapping, "truncated": ready.truncated})

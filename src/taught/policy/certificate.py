@@ -1,0 +1,320 @@
+"""Certificates: how far the linear shift may be from the exact refit, and which ranks are safe.
+
+**Remainder.** A step moves Xc by E (dX, centred with an intercept) and yc by f. With Z = Xc + E,
+U1 = Z'Z + alpha I, rho = f - E W and the linear shift L = U^-1 (Xc' rho + E' r), exactly
+
+    W(X + dX, y + dy) - W - L = R,    U1 R = E' (rho - Xc L) - Z' E L
+
+because Z'(yc + f) - U1 W = Xc' rho + E' r + E' rho (normal equations of W) and
+U1 - U = Xc'E + E'Xc + E'E = Z'E + E'Xc. Along v = U^-1 W, W = U v gives the remainder of the score,
+
+    W'R = (Ev)'(rho - Xc L) - (Zv)'(E L) - (Ev)'(Z R) - (Xc v)'(E R)
+
+All norms follow from e >= |E| (spectral) and from singular values s of Xc: those of Z are at least
+s0 = max(s_min - e, 0), hence |U1^-1| <= a, |Z U1^-1| <= b and |Z U1^-1 Z'| <= 1 with
+
+    a = 1 / (s0^2 + alpha),    b = max over s >= s0 of s / (s^2 + alpha)
+    |R|   <= a e |rho - Xc L| + b e |L|
+    |Z R| <= b e |rho - Xc L| + e |L|
+    |W'R| <= e |v| (|rho - Xc L| + |Z R|) + (|Xc v| + e |v|) e |L| + |Xc v| e |R|,  also |W| |R|
+
+|rho - Xc L| is at most |f - Xc L| + e |W| where L is known, and |f| + e |W| + e |r| |Xc U^-1| in
+any case; |L| is known or at most |Xc U^-1| (|f| + e |W|) + |U^-1| e |r|.
+
+**Ranks.** The k pairs with the largest absolute values stay the same k pairs under resampling of
+the prompts (the policy is fitted again on every resample), whatever the remainder within its bound
+and whatever the sketches' error within simultaneous limits. Source: remainder derived here;
+resampled sets: Efron, Halloran and Holmes 1996.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from taught.errors import UserError
+from taught.policy.evaluate import resamples
+from taught.policy.ridge import Floats, Ints, Policy
+
+LEVEL = 0.05  # a statement is safe at 1 - LEVEL
+SIZES = (1, 3, 5, 10, 20, 50)
+_CHUNK = 64  # resamples at a time
+
+
+class Remainder(NamedTuple):
+    """Upper bounds of |R| (coefficient units) and of |W'R| (unit of the score)."""
+
+    coef: float
+    score: float
+
+
+class RemainderBound:
+    """The bound for one policy. Cost: one singular value decomposition of Xc, then O(N d) a pair.
+
+    Parameters
+    ----------
+    policy
+        The policy whose linear shifts are judged.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        s = np.linalg.svd(policy.Xc, compute_uv=False)
+        self._policy = policy
+        self._s_min = float(s[-1]) if policy.n >= policy.d else 0.0
+        v = policy.solve(policy.coef)
+        self._W, self._r = _norm(policy.coef), _norm(policy.residual)
+        self._v, self._Xv = _norm(v), _norm(policy.Xc @ v)
+        self._inverse = 1 / (self._s_min**2 + policy.alpha)
+        self._gain = float((s / (s**2 + policy.alpha)).max())
+
+    def __call__(self, dX_norm: float, dy: ArrayLike, shift: ArrayLike | None = None) -> Remainder:
+        """Bound the remainder of a pair.
+
+        Parameters
+        ----------
+        dX_norm
+            Spectral norm of dX [N, d], or any number that it does not exceed.
+        dy : [N]
+            Change of the behavior.
+        shift : [d], optional
+            The linear shift, both pathways; with it the bound is closer.
+        """
+        e, f = dX_norm, self._centred(dy)
+        moved = _norm(f) + e * self._W  # |rho| is at most this
+        apart = moved + self._gain * e * self._r
+        L = self._gain * moved + self._inverse * e * self._r
+        if shift is not None:
+            shift = np.asarray(shift, dtype=np.float64)
+            apart = min(apart, _norm(f - self._policy.Xc @ shift) + e * self._W)
+            L = _norm(shift)
+        a, b = self._after(e)
+        R = a * e * apart + b * e * L
+        ZR = b * e * apart + e * L
+        along = e * self._v * (apart + ZR) + (self._Xv + e * self._v) * e * L
+        return Remainder(R, min(along + self._Xv * e * R, self._W * R))
+
+    def _after(self, e: float) -> tuple[float, float]:
+        """Bounds a of |U1^-1| and b of |Z U1^-1|."""
+        alpha, s0 = self._policy.alpha, max(self._s_min - e, 0.0)
+        peak = alpha**0.5
+        return 1 / (s0**2 + alpha), s0 / (s0**2 + alpha) if s0 > peak else 1 / (2 * peak)
+
+    def _centred(self, dy: ArrayLike) -> Floats:
+        dy = np.asarray(dy, dtype=np.float64)
+        if dy.shape != (self._policy.n,):
+            raise UserError(
+                "The change of the behavior does not fit the policy",
+                value=f"dy {list(dy.shape)}",
+                rule=f"one number for each of {self._policy.n} prompts",
+            )
+        return dy - dy.mean() if self._policy.fit_intercept else dy
+
+
+def _norm(values: NDArray[Any]) -> float:
+    return float(np.linalg.norm(values))
+
+
+# Scores on resampled prompts
+
+
+class Draws(NamedTuple):
+    """Scores on some resamples of the prompts, float64 [resamples, P].
+
+    Attributes
+    ----------
+    x : pathway x, or None where dX is not known
+    y : pathway y
+    counts : int64 [resamples, N], how often each prompt is drawn
+    """
+
+    x: Floats | None
+    y: Floats
+    counts: Ints
+
+
+def resampled_scores(
+    policy: Policy, dy: Floats, dX: NDArray[Any] | None, *, n: int, seed: int
+) -> Iterator[Draws]:
+    """Scores of every pair by the policies of ``n`` resamples of the prompts, some at a time.
+
+    Each resample has its own W, U and r. Pathway y needs dy of every prompt only; pathway x needs
+    dX of every feature on every prompt. Cost: a ridge and O(P N), with dX O(P N d), a resample.
+
+    Parameters
+    ----------
+    dy : [P, N]
+    dX : [P, N, d] or None
+        Both in the policy's order of prompts. Resamples are drawn over sorted prompt ids.
+    """
+    order = np.array(sorted(range(policy.n), key=lambda i: policy.prompt_ids[i]))
+    drawn = [order[i] for i in resamples(policy.n, n, seed)]
+    for start in range(0, n, _CHUNK):
+        chunk = drawn[start : start + _CHUNK]
+        counts = np.stack([np.bincount(i, minlength=policy.n) for i in chunk])
+        made = [_cotangents(policy, c) for c in counts]
+        y = np.stack([B for _, B in made]) @ dy.T
+        x = None
+        if dX is not None:
+            A = np.stack([A.ravel() for A, _ in made])
+            x = np.stack([A @ np.asarray(own, dtype=np.float64).ravel() for own in dX], 1)
+        yield Draws(x, y, counts)
+
+
+def _cotangents(policy: Policy, counts: Ints) -> tuple[Floats, Floats]:
+    """A [N, d] and B [N] of the score (``taught.target``), each prompt ``counts`` times."""
+    c, X, y = counts.astype(np.float64), policy.X, policy.y
+    if policy.fit_intercept:
+        X, y = X - c @ X / c.sum(), y - c @ y / c.sum()
+    weighted = X * c[:, None]
+    U = X.T @ weighted + policy.alpha * np.eye(policy.d)
+    W = np.linalg.solve(U, weighted.T @ y)
+    u = np.linalg.solve(U, W)
+    Xu = X @ u
+    A = c[:, None] * (np.outer(y - X @ W, u) - np.outer(Xu, W))
+    return A, c * Xu
+
+
+def resampled_means(dy: Floats, rows: Sequence[int], counts: Ints) -> Floats:
+    """Mean of dy [P, N] over the rows as often as they are drawn: [resamples, P]; nan if never."""
+    own = counts[:, list(rows)].astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(own @ dy[:, list(rows)].T / own.sum(1, keepdims=True))
+
+
+# Which ranks are safe
+
+
+class Ranking(NamedTuple):
+    """What is known of a ranking by absolute value.
+
+    Attributes
+    ----------
+    target : score, score_y or mean_y:GROUP
+    values : float64 [P]
+    bound : float64 [P], how far the exact refit may be from the value, nan where that is not known
+    errors : standard errors float64 [P]; None where the values are exact
+    reason : why there are no resamples, where there are none
+    """
+
+    target: str
+    values: Floats
+    bound: Floats
+    errors: Floats | None
+    reason: str | None = None
+
+
+class Statement(NamedTuple):
+    """That the k pairs with the largest absolute values stay the k largest.
+
+    Attributes
+    ----------
+    target, k
+    pair_ids : the k pairs, largest first
+    gap : least absolute value among them minus the largest of the others
+    share : share of the resamples of the prompts in which they stay the k largest; None if unknown
+    by_refit, by_sketch : safe, undecided or exact (nothing to be feared), each by itself
+    verdict : safe or undecided, all three together
+    reason : why it is undecided; empty where it is safe
+    """
+
+    target: str
+    k: int
+    pair_ids: list[str]
+    gap: float
+    share: float | None
+    by_refit: str
+    by_sketch: str
+    verdict: str
+    reason: str
+
+
+def rank_statements(
+    ranking: Ranking, pair_ids: Sequence[str], draws: Iterable[Floats] | None
+) -> list[Statement]:
+    """Judge "the top k stay the top k" for several k.
+
+    In every resample the least of the k, less its bound and sketch limit, must exceed the largest
+    of the others, plus theirs. The statement is safe if (1 + resamples in which it fails) / (1 +
+    resamples) is at most ``LEVEL``. Where there are sketches, half of ``LEVEL`` is theirs: their
+    errors stay within the normal quantile of LEVEL / 4P on either side for all pairs at once,
+    however they depend on one another (Bonferroni). All pairs are judged in one event, so each
+    statement is simultaneous over pairs; statements of different k are not counted together.
+
+    Parameters
+    ----------
+    draws : chunks float64 [resamples, P] of the values on resampled prompts, or None
+    """
+    P = len(pair_ids)
+    order = np.argsort(-np.abs(ranking.values), kind="stable")
+    sizes = [k for k in SIZES if k < P]
+    quantile = NormalDist().inv_cdf(1 - LEVEL / 4 / P)
+    limit = np.zeros(P) if ranking.errors is None else quantile * ranking.errors
+    margins = {"alone": np.zeros(P), "all": np.nan_to_num(ranking.bound) + limit}
+    failed, n = _failures(draws, order, sizes, margins)
+    known = bool(np.isfinite(ranking.bound).all())
+    statements = []
+    for place, k in enumerate(sizes):
+        at = ranking.values[None, :]
+        gap = float(_gaps(at, order, k, np.zeros(P))[0])
+        refit = _source(ranking.bound, known, at, order, k)
+        sketch = "exact" if ranking.errors is None else _source(limit, True, at, order, k)
+        share = None if n == 0 else float((n - failed["alone"][place]) / n)
+        level = LEVEL if ranking.errors is None else LEVEL / 2
+        alone, p = ((1 + failed[name][place]) / (1 + n) for name in ("alone", "all"))
+        safe = n > 0 and known and p <= level
+        stays = share if alone > level else None
+        reason = "" if safe else _reason(ranking, known, stays, refit, sketch)
+        ids = [pair_ids[i] for i in order[:k]]
+        verdict = "safe" if safe else "undecided"
+        statements.append(
+            Statement(ranking.target, k, ids, gap, share, refit, sketch, verdict, reason)
+        )
+    return statements
+
+
+def _failures(
+    draws: Iterable[Floats] | None, order: Ints, sizes: Sequence[int], margins: dict[str, Floats]
+) -> tuple[dict[str, Ints], int]:
+    """For each margin the resamples [sizes] in which the top k do not stay; how many there are."""
+    failed = {name: np.zeros(len(sizes), dtype=np.int64) for name in margins}
+    n = 0
+    for chunk in draws or ():
+        n += len(chunk)
+        for name, margin in margins.items():
+            for place, k in enumerate(sizes):
+                failed[name][place] += (~(_gaps(chunk, order, k, margin) > 0)).sum()
+    return failed, n
+
+
+def _gaps(values: Floats, order: Ints, k: int, margin: Floats) -> Floats:
+    """For each row of values [B, P]: least of the top k less margin, minus most of the rest."""
+    size = np.abs(values)
+    inside = (size - margin)[:, order[:k]].min(1)
+    return np.asarray(inside - (size + margin)[:, order[k:]].max(1))
+
+
+def _source(margin: Floats, known: bool, values: Floats, order: Ints, k: int) -> str:
+    if not known:
+        return "undecided"
+    if not margin.any():
+        return "exact"
+    return "safe" if _gaps(values, order, k, margin)[0] > 0 else "undecided"
+
+
+def _reason(ranking: Ranking, known: bool, stays: float | None, refit: str, sketch: str) -> str:
+    parts = []
+    if ranking.reason is not None:
+        parts.append(ranking.reason)
+    elif stays is not None:
+        parts.append(f"the prompts decide: they stay in {stays:.1%} of the resamples")
+    if not known:
+        parts.append("the linear value is not bounded against the exact refit for every pair")
+    elif refit == "undecided":
+        parts.append("the bound on the remainder is wider than the gap")
+    if sketch == "undecided":
+        parts.append("the sketches' error is wider than the gap")
+    return "; ".join(parts) or "prompts, remainder and sketches together are wider than the gap"

@@ -1,0 +1,183 @@
+"""Dose and response: whether the behavior moves with a feature as its coefficient says.
+
+The feature's part of the residual is scaled by s at the tokens at which X_i is read, and y_i is
+read again. X pools activations by last, mean or max, all homogeneous, so the edit is worth the dose
+(s - 1) X_ik in the unit of X_ik, whatever the pooling. The response per unit of dose is the line
+through the origin over prompts i and scales s,
+
+    slope_k = sum_is (s - 1) X_ik dy_is / sum_is ((s - 1) X_ik)^2
+
+in the unit of the coefficient W_k (natural log per activation); positive: more of the feature, more
+of the behavior. slope_k = W_k if coefficients were causes. They need not be: W_k is what the
+feature predicts beside the other features, over prompts, while slope_k is what the feature's
+direction does to one prompt, through all blocks behind it, the other features' parts held.
+
+*Controls.* R random directions of the norm of the feature's own, the same amounts at one scale.
+With c_kr the slopes at that scale along random directions and o_k the feature's own,
+
+    z_k = |o_k| / rms of c_kr, r > 1         z_kr = |c_kr| / rms of the other c_kr'
+    p_k = (1 + #{z_k'r >= z_k, all k', r}) / (1 + number of z_k'r)
+
+If a feature's direction does what random ones do, z_k is drawn as z_k1 is; that the z of different
+features have one distribution is assumed. Features are corrected for their number by
+Benjamini-Hochberg.
+
+Source: direct edits of the Sokoban agent's channels (arXiv 2506.10138); slope and test are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from taught.policy.evaluate import Bools, Estimate, interval, resamples
+from taught.policy.ridge import Floats
+from taught.rank import spearman
+
+LEVEL = 0.05
+FEWEST = 5  # prompts from which on there is an interval
+UNKNOWN = Estimate(np.nan, np.nan, np.nan)
+
+
+class Response(NamedTuple):
+    """Response of the behavior to one feature, 95% bootstrap over prompts.
+
+    Attributes
+    ----------
+    slope : Estimate
+        Natural log per unit of activation.
+    means : list of Estimate
+        Mean change of y at each scale.
+    """
+
+    slope: Estimate
+    means: list[Estimate]
+
+
+class Agreement(NamedTuple):
+    """Slopes against coefficients.
+
+    Attributes
+    ----------
+    n : features
+    same_sign : share of them whose slope has the coefficient's sign, with the exact binomial
+        (Clopper-Pearson) interval
+    spearman : rank correlation, 95% bootstrap over features
+    size : Estimate
+        sum_k D_k W_k slope_k / sum_k D_k W_k^2, D_k the mean of X_k^2: what is seen per unit of
+        what the coefficients predict, over all edits. 1 if coefficients are effects. 95% bootstrap
+        over features.
+    """
+
+    n: int
+    same_sign: Estimate
+    spearman: Estimate
+    size: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        found = ("same_sign", "spearman", "size")
+        return {"n": self.n, **{name: getattr(self, name).to_dict() for name in found}}
+
+
+def slope(x: ArrayLike, scales: ArrayLike, dy: ArrayLike) -> float:
+    """Slope through the origin for x [n], scales [S] and dy [S, n]; nan without a dose."""
+    dose, dy = _dose(x, scales), np.asarray(dy, dtype=np.float64)
+    total = float((dose**2).sum())
+    return float((dose * dy).sum()) / total if total > 0 else np.nan
+
+
+def response(
+    x: ArrayLike, scales: ArrayLike, dy: ArrayLike, *, bootstrap: int, seed: int
+) -> Response:
+    """Slope and mean changes of one feature.
+
+    Parameters
+    ----------
+    x : [n]
+        X of the feature on each prompt, n >= 1.
+    scales : [S]
+    dy : [S, n]
+        Change of y at each scale. With fewer than ``FEWEST`` prompts there are no intervals.
+    """
+    dose, dy = _dose(x, scales), np.asarray(dy, dtype=np.float64)
+    n = dy.shape[1]
+    draws = resamples(n, bootstrap if n >= FEWEST else 0, seed)
+    counts = np.array([np.bincount(i, minlength=n) for i in draws]).reshape(-1, n)
+    up, down = (dose * dy).sum(0), (dose**2).sum(0)
+    slopes = counts @ up / (counts @ down)
+    means = [Estimate(float(row.mean()), *interval(counts @ row / n)) for row in dy]
+    return Response(Estimate(slope(x, scales, dy), *interval(slopes)), means)
+
+
+def _dose(x: ArrayLike, scales: ArrayLike) -> Floats:
+    """(s - 1) x for every scale and prompt, [S, n]."""
+    x, scales = np.asarray(x, dtype=np.float64), np.asarray(scales, dtype=np.float64)
+    return np.asarray((scales[:, None] - 1) * x)
+
+
+def control_p(own: ArrayLike, controls: ArrayLike) -> Floats:
+    """p of each feature against random directions (module docstring), before correction.
+
+    Parameters
+    ----------
+    own : [d]
+        Slopes along the features' own directions.
+    controls : [d, R]
+        Slopes along random directions, R >= 2.
+    """
+    own = np.abs(np.asarray(own, dtype=np.float64))
+    squares = np.asarray(controls, dtype=np.float64) ** 2
+    others = np.sqrt((squares.sum(1, keepdims=True) - squares) / (squares.shape[1] - 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = np.sort((np.sqrt(squares) / others).ravel())
+        z = own / others[:, 0]
+    at_least = drawn.size - np.searchsorted(drawn, z, side="left")
+    return np.asarray((1 + at_least) / (1 + drawn.size))
+
+
+def agreement(
+    coef: ArrayLike, slopes: ArrayLike, rms_x: ArrayLike, *, bootstrap: int, seed: int
+) -> Agreement:
+    """Compare slopes [d] with coefficients [d]; ``rms_x`` [d]: root mean square of X_k."""
+    table = np.stack([np.asarray(values, dtype=np.float64) for values in (coef, slopes, rms_x)], 1)
+    n = len(table)
+    if n == 0:
+        return Agreement(0, UNKNOWN, UNKNOWN, UNKNOWN)
+    draws = np.array([_rank_and_size(table[i]) for i in resamples(n, bootstrap, seed)])
+    rank, size = (
+        Estimate(value, *interval(draws[:, j])) for j, value in enumerate(_rank_and_size(table))
+    )
+    same: Bools = table[:, 0] * table[:, 1] > 0
+    return Agreement(n, share_of(int(same.sum()), n), rank, size)
+
+
+def _rank_and_size(table: Floats) -> tuple[float, float]:
+    coef, slopes, rms_x = table.T
+    total = float(rms_x**2 @ coef**2)
+    size = float(rms_x**2 @ (coef * slopes)) / total if total > 0 else np.nan
+    return spearman(coef, slopes), size
+
+
+def share_of(k: int, n: int) -> Estimate:
+    """k / n with the exact 95% binomial interval of Clopper and Pearson (1934), n >= 1."""
+    return Estimate(k / n, 1 - _upper(n - k, n), _upper(k, n))
+
+
+def _upper(k: int, n: int) -> float:
+    """The p at which k or fewer of n have probability LEVEL / 2; 1 for k = n. By bisection."""
+    lo, hi = k / n, 1.0
+    while k < n and hi - lo > 1e-12:
+        middle = (lo + hi) / 2
+        lo, hi = (middle, hi) if _at_most(k, n, middle) > LEVEL / 2 else (lo, middle)
+    return hi
+
+
+def _at_most(k: int, n: int, p: float) -> float:
+    """P(X <= k) for X binomial, 0 < p < 1."""
+    j = np.arange(k + 1)
+    ways = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
+    return float(np.exp(ways + j * math.log(p) + (n - j) * math.log1p(-p)).sum())

@@ -1,0 +1,471 @@
+"""The faithfulness card: in how many ways a policy is an account of the behavior.
+
+Beside the held-out fit of ``evaluate.py``, on its folds and its resamples of the prompts:
+
+    calibration    y = a + b y_hat over held-out predictions; b = 1, a = 0 if they can be taken at
+                   their word. Error: sum over deciles of y_hat of n_b / N |mean y - mean y_hat|
+    features       held-out R^2 of the k features that weigh most, k = 1 .. d
+    signs          over resamples, and between policies of different sets of prompts
+    permutation    held-out R^2 lost when one feature, or all, are dealt anew over a fold's prompts
+    predictors     held-out R^2 beside that of predictors without features (``predictors.py``)
+
+Source: the list is that of "explanatory virtues" (arXiv 2505.01372); permutation importance:
+Breiman 2001, here as its exact expectation over all permutations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from taught.errors import UserError
+from taught.policy.evaluate import (
+    Bools,
+    CoefficientIntervals,
+    Estimate,
+    Evaluation,
+    interval,
+    resamples,
+    training_alpha,
+    training_ridge,
+)
+from taught.policy.predictors import Known, trivial_predictions
+from taught.policy.ridge import Floats, Ints, checked_data, ridge, row_order
+
+SHARE = 0.95  # of the held-out fit, for the number of features that carry it
+STABLE = 0.95  # share of resamples that keep a sign
+CONTROLS = 50  # random sets of prompts, for the comparison of sets
+BINS = 10
+
+
+class Fit(NamedTuple):
+    """How a policy is fitted, in every part of the card alike; alpha None: chosen inside folds."""
+
+    alpha: float | None
+    fit_intercept: bool
+    seed: int
+
+
+class Calibration(NamedTuple):
+    """Behavior against held-out prediction.
+
+    Attributes
+    ----------
+    slope, intercept : Estimate
+        Of the least-squares line y = intercept + slope y_hat. A slope above 1: predictions are too
+        timid, below 1: too bold.
+    error : Estimate
+        sum_b n_b / N |mean y - mean y_hat| over bins b of equal size by y_hat, natural log.
+    error_by_chance : float
+        What the error would be with perfect means, from the spread within the bins:
+        sum_b n_b / N sqrt(2 / pi) s_b / sqrt(n_b).
+    bins : list of (n, mean y_hat, mean y)
+    """
+
+    slope: Estimate
+    intercept: Estimate
+    error: Estimate
+    error_by_chance: float
+    bins: list[tuple[int, float, float]]
+
+
+class Comparison(NamedTuple):
+    """Policies fitted on two sets of prompts, and on random sets of the smaller one's size.
+
+    Attributes
+    ----------
+    sets, n : names and sizes of the two sets
+    correlation : of the coefficients of both; nan where one does not vary
+    flips : coefficients whose signs differ
+    sure_flips, sure : the same among coefficients whose interval excludes 0, and how many these are
+    control_correlation, control_flips, control_sure_flips
+        Means over random sets of all prompts, of the smaller set's size, against all prompts: what
+        the smaller number of prompts does by itself.
+    """
+
+    sets: tuple[str, str]
+    n: tuple[int, int]
+    correlation: float
+    flips: int
+    sure_flips: int
+    sure: int
+    control_correlation: float
+    control_flips: float
+    control_sure_flips: float
+
+
+@dataclass(frozen=True, eq=False)
+class Card:
+    """What the faithfulness card holds; R^2 is held out everywhere.
+
+    Attributes
+    ----------
+    calibration : Calibration
+    order : int64 [d]
+        Columns of X by |W_k| times the root mean square of Xc_k, largest first, fit on all prompts.
+    curve : float64 [d]
+        R^2 with the first 1 .. d features; each fold takes the order of its own training rows.
+    needed : Estimate
+        Smallest number of features with 95% of the R^2 of all; nan where that is not positive.
+    sign_stability : float64 [d]
+    sure : bool [d]
+        The interval of the coefficient excludes 0.
+    comparisons : tuple of Comparison
+    permuted : list of Estimate, length d
+        R^2 lost when the feature is permuted.
+    all_permuted : Estimate
+        The same when the prompts' activations are permuted as rows, all features together.
+    predictors : dict
+        name -> (R^2 of the predictor, R^2 of the policy - it, paired).
+    """
+
+    calibration: Calibration
+    order: Ints
+    curve: Floats
+    needed: Estimate
+    sign_stability: Floats
+    sure: Bools
+    comparisons: tuple[Comparison, ...]
+    permuted: list[Estimate]
+    all_permuted: Estimate
+    predictors: dict[str, tuple[Estimate, Estimate]]
+
+    def to_dict(self, feature_ids: Sequence[int]) -> dict[str, Any]:
+        """Ready for ``faithfulness.json``; ``feature_ids`` name the columns of X."""
+        at = self.calibration
+        bins = [{"n": n, "y_hat": y_hat, "y": y} for n, y_hat, y in at.bins]
+        curve = zip(self.order, self.curve, strict=True)
+        lost = zip(feature_ids, self.permuted, strict=True)
+        return {
+            "calibration": {
+                **{name: getattr(at, name).to_dict() for name in ("slope", "intercept", "error")},
+                "error_by_chance": _plain(at.error_by_chance),
+                "bins": bins,
+            },
+            "features": {
+                "share": SHARE,
+                "needed": self.needed.to_dict(),
+                "curve": [{"feature_id": int(feature_ids[k]), "r2": _plain(v)} for k, v in curve],
+            },
+            "signs": {
+                "n": len(self.sure),
+                "sure": int(self.sure.sum()),
+                "stable": int((self.sign_stability >= STABLE).sum()),
+                "median_stability": _plain(_median(self.sign_stability)),
+            },
+            "sets": [_record(comparison) for comparison in self.comparisons],
+            "permutation": {
+                "all": self.all_permuted.to_dict(),
+                "features": [{"feature_id": int(k), **e.to_dict()} for k, e in lost],
+            },
+            "predictors": {
+                name: {"r2": r2.to_dict(), "gain": gain.to_dict()}
+                for name, (r2, gain) in self.predictors.items()
+            },
+        }
+
+
+class _Rows(NamedTuple):
+    """The prompts sorted by id, so that random draws do not depend on the order given."""
+
+    X: Floats
+    y: Floats
+    y_hat: Floats
+    y_bar: Floats  # mean of the training rows of the prompt's fold
+    fold: Ints
+    counts: Floats  # [resamples, N]: how often each prompt is drawn
+    fit: Fit
+
+    @property
+    def folds(self) -> Iterator[tuple[Bools, Bools]]:
+        """Training and test rows of each fold."""
+        return ((self.fold != k, self.fold == k) for k in range(int(self.fold.max()) + 1))
+
+
+def faithfulness(
+    X: ArrayLike,
+    y: ArrayLike,
+    known: Known,
+    evaluation: Evaluation,
+    intervals: CoefficientIntervals,
+    *,
+    fit: Fit,
+    alpha: float,
+    bootstrap: int,
+    prompt_ids: Sequence[str] | None = None,
+) -> Card:
+    """Make the card of a policy. No model is needed.
+
+    Cost: per fold one Cholesky decomposition of [d, d] and one ridge on up to 512 words, and
+    ``CONTROLS`` policies. Statistics of resamples are products of counts with squared errors.
+
+    Parameters
+    ----------
+    X, y : [N, d], [N]
+        Activations and behavior.
+    known
+        What trivial predictors may use, one entry a prompt in the order of X.
+    evaluation, intervals
+        Of the same data by :func:`taught.policy.evaluate.evaluate_policy` and
+        ``bootstrap_coefficients``, made with the same ``fit`` and the same resamples.
+    fit
+        As ``evaluation`` was made.
+    alpha
+        Penalty of the policy on all prompts; the sets of prompts are compared at it.
+
+    Raises
+    ------
+    UserError
+        The evaluation or the intervals are of other data; ``known`` has another number of prompts.
+    """
+    X, y = checked_data(X, y, prompt_ids)
+    _check(X, known, evaluation, intervals)
+    order = row_order(prompt_ids, len(y))
+    rows = _rows(X[order], y[order], evaluation, order, fit, bootstrap)
+    known = known.taken(order)
+    curves = _nested_predictions(rows)
+    curve, curve_draws = _r2(rows, curves)
+    r2, r2_draws = curve[-1], curve_draws[:, -1]
+    lost, lost_draws = _r2_of_squares(rows, _permuted_squares(rows))
+    permuted = [
+        Estimate(float(r2 - v), *interval(r2_draws - b))
+        for v, b in zip(lost, lost_draws.T, strict=True)
+    ]
+    sure = np.asarray((intervals.lo > 0) | (intervals.hi < 0))
+    return Card(
+        calibration=_calibration(rows),
+        order=_by_weight(rows.X, ridge(rows.X, rows.y, alpha, fit.fit_intercept)[0], fit),
+        curve=curve,
+        needed=_needed(curve, curve_draws),
+        sign_stability=intervals.sign_stability,
+        sure=sure,
+        comparisons=tuple(_comparisons(rows, known, alpha, sure)),
+        permuted=permuted[:-1],
+        all_permuted=permuted[-1],
+        predictors=_against(rows, known),
+    )
+
+
+def _check(
+    X: Floats, known: Known, evaluation: Evaluation, intervals: CoefficientIntervals
+) -> None:
+    n, d = X.shape
+    if (evaluation.n, evaluation.d) != (n, d) or intervals.lo.shape != (d,):
+        raise UserError(
+            "The evaluation is not of this policy",
+            value=f"{evaluation.n} prompts, {evaluation.d} features, {intervals.lo.size} intervals",
+            rule=f"{n} prompts and {d} features, as X has",
+        )
+    for name in ("groups", "categories", "length", "h", "texts"):
+        given = getattr(known, name)
+        if given is not None and len(given) != n:
+            raise UserError(
+                "What is known of the prompts does not fit X",
+                value=f"{len(given)} {name}",
+                rule=f"one for each of {n} prompts",
+            )
+
+
+def _rows(
+    X: Floats, y: Floats, evaluation: Evaluation, order: Ints, fit: Fit, bootstrap: int
+) -> _Rows:
+    fold = evaluation.fold[order]
+    y_bar = np.empty(len(y))
+    for k in range(int(fold.max()) + 1):
+        y_bar[fold == k] = y[fold != k].mean()
+    draws = resamples(len(y), bootstrap, fit.seed)
+    counts = np.stack([np.bincount(i, minlength=len(y)) for i in draws]).astype(np.float64)
+    return _Rows(X, y, evaluation.y_hat[order], y_bar, fold, counts, fit)
+
+
+def _r2(rows: _Rows, y_hat: Floats) -> tuple[Floats, Floats]:
+    """R^2 [m] of m predictions [N, m], and on every resample [resamples, m]."""
+    return _r2_of_squares(rows, (rows.y[:, None] - y_hat) ** 2)
+
+
+def _r2_of_squares(rows: _Rows, squares: Floats) -> tuple[Floats, Floats]:
+    total = (rows.y - rows.y_bar) ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = 1 - squares.sum(0) / total.sum()
+        draws = 1 - rows.counts @ squares / (rows.counts @ total)[:, None]
+    defined = total.any()
+    return np.where(defined, value, np.nan), np.where(np.isfinite(draws) & defined, draws, np.nan)
+
+
+def _calibration(rows: _Rows) -> Calibration:
+    y, y_hat = rows.y, rows.y_hat
+    bins, wrong = _bins(y_hat), y - y_hat
+    sizes = np.bincount(bins)
+    spread = np.array([wrong[bins == b].std(ddof=1) for b in range(len(sizes))])
+    counts = np.vstack([np.ones(len(y)), rows.counts])  # first all prompts, then the resamples
+    slope, intercept = _lines(counts, y_hat, y)
+    error = _bin_errors(counts, bins, wrong)
+    return Calibration(
+        slope=Estimate(float(slope[0]), *interval(slope[1:])),
+        intercept=Estimate(float(intercept[0]), *interval(intercept[1:])),
+        error=Estimate(float(error[0]), *interval(error[1:])),
+        error_by_chance=float((np.sqrt(2 / np.pi * sizes) * spread).sum() / len(y)),
+        bins=[
+            (int(n), float(y_hat[bins == b].mean()), float(y[bins == b].mean()))
+            for b, n in enumerate(sizes)
+        ],
+    )
+
+
+def _bins(y_hat: Floats) -> Ints:
+    """Bin of each row, by the rank of its prediction; up to ten, of at least five rows each."""
+    n = len(y_hat)
+    bins = np.empty(n, dtype=np.int64)
+    bins[np.argsort(y_hat, kind="stable")] = np.arange(n) * max(min(BINS, n // 5), 1) // n
+    return bins
+
+
+def _bin_errors(counts: Floats, bins: Ints, wrong: Floats) -> Floats:
+    """sum_b n_b / N |mean of ``wrong`` in b| for each row of counts [B, N]."""
+    inside = bins[:, None] == np.arange(bins.max() + 1)
+    sums = counts @ (inside * wrong[:, None])
+    return np.asarray(np.abs(sums).sum(1) / counts.sum(1))
+
+
+def _lines(counts: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Slope and intercept [B] of the least-squares line of y in x, weighted by counts [B, N]."""
+    x0, y0 = x.mean(), y.mean()  # sums of squares cancel badly far from 0
+    sums = counts @ np.stack([x - x0, y - y0, (x - x0) ** 2, (x - x0) * (y - y0)], 1)
+    mx, my, xx, xy = (sums / counts.sum(1, keepdims=True)).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope = (xy - mx * my) / (xx - mx**2)
+    return slope, y0 + my - slope * (x0 + mx)
+
+
+def _by_weight(X: Floats, W: Floats, fit: Fit) -> Ints:
+    """Columns by |W_k| times the root mean square of Xc_k, largest first, ties as they stand."""
+    Xc = X - X.mean(0) if fit.fit_intercept else X
+    return np.argsort(-np.abs(W) * np.sqrt((Xc**2).mean(0)), kind="stable")
+
+
+def _nested_predictions(rows: _Rows) -> Floats:
+    """Held-out predictions [N, d] of the policies with the first 1 .. d features of the order.
+
+    With the columns in order, U = L L' and L z = Xc' yc. The leading block of L belongs to the
+    leading block of U, so the prediction with k features is the sum of the first k columns of
+    (Xc L^-T) z: one decomposition gives all d policies.
+    """
+    out = np.empty(rows.X.shape)
+    for train, test in rows.folds:
+        X, y, fit = rows.X[train], rows.y[train], rows.fit
+        alpha = training_alpha(rows.X, rows.y, train, fit.alpha, fit.fit_intercept, fit.seed)
+        order = _by_weight(X, ridge(X, y, alpha, fit.fit_intercept)[0], fit)
+        x0, y0 = (X.mean(0), y.mean()) if fit.fit_intercept else (np.zeros(X.shape[1]), 0.0)
+        Xc = (X - x0)[:, order]
+        L = np.linalg.cholesky(Xc.T @ Xc + alpha * np.eye(len(order)))
+        z = np.linalg.solve(L, Xc.T @ (y - y0))
+        out[test] = y0 + np.cumsum(np.linalg.solve(L, (rows.X[test] - x0)[:, order].T).T * z, 1)
+    return out
+
+
+def _needed(curve: Floats, draws: Floats) -> Estimate:
+    """Smallest k whose R^2 reaches the share, on all prompts and on every resample."""
+    return Estimate(_first_above(curve), *interval(np.array([_first_above(row) for row in draws])))
+
+
+def _first_above(curve: Floats) -> float:
+    reached = np.flatnonzero(curve >= SHARE * curve[-1])
+    return float(reached[0] + 1) if curve[-1] > 0 else np.nan
+
+
+def _permuted_squares(rows: _Rows) -> Floats:
+    """Expected squared errors [N, d + 1] when column k, in the end all, are permuted in each fold.
+
+    With e the error, m and v mean and variance of X_k over the fold's prompts, every permutation
+    equally likely: E (e_i + W_k (X_ik - X_pk))^2 = (e_i + W_k (X_ik - m))^2 + W_k^2 v.
+    """
+    out = np.empty((len(rows.y), rows.X.shape[1] + 1))
+    for train, test in rows.folds:
+        W, intercept = training_ridge(rows.X, rows.y, train, *rows.fit)
+        parts = rows.X[test] * W
+        parts = np.column_stack([parts, parts.sum(1)])
+        error = rows.y[test] - intercept - parts[:, -1]
+        out[test] = (error[:, None] + parts - parts.mean(0)) ** 2 + parts.var(0)
+    return out
+
+
+def _comparisons(rows: _Rows, known: Known, alpha: float, sure: Bools) -> Iterator[Comparison]:
+    sets = _sets(known, rows.fit.seed)
+    coef = {name: _coef(rows, at, alpha) for name, at in sets.items()}
+    names = list(sets)
+    for a, b in ((names[0], names[2]), (names[0], names[1]), (names[1], names[2])):
+        n = (int(sets[a].sum()), int(sets[b].sum()))
+        control = _control(rows, coef[names[2]], min(n), alpha, sure)
+        yield Comparison((a, b), n, *_agreement(coef[a], coef[b], sure), int(sure.sum()), *control)
+
+
+def _sets(known: Known, seed: int) -> dict[str, Bools]:
+    """The positive group; as many of the negative beside it; all prompts. Rows as [N] masks."""
+    names = np.asarray(known.groups)
+    sides = [np.flatnonzero(names == group) for group in (known.positive, known.negative)]
+    size = min(len(side) for side in sides)
+    rng = np.random.default_rng(seed)
+    balanced = np.zeros(len(names), dtype=bool)
+    for side in sides:
+        balanced[rng.permutation(side)[:size]] = True
+    everything = np.ones(len(names), dtype=bool)
+    return {f"{known.positive} only": names == known.positive, "balanced": balanced,
+            "all": everything}  # fmt: skip
+
+
+def _coef(rows: _Rows, at: Bools, alpha: float) -> Floats:
+    return ridge(rows.X[at], rows.y[at], alpha, rows.fit.fit_intercept)[0]
+
+
+def _agreement(a: Floats, b: Floats, sure: Bools) -> tuple[float, int, int]:
+    """Correlation of two policies' coefficients, sign flips, and flips among the sure ones."""
+    spread = a.std() * b.std()
+    r = float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread > 0 else np.nan
+    flipped = np.sign(a) * np.sign(b) < 0
+    return r, int(flipped.sum()), int((flipped & sure).sum())
+
+
+def _control(
+    rows: _Rows, everything: Floats, n: int, alpha: float, sure: Bools
+) -> tuple[float, float, float]:
+    rng = np.random.default_rng(rows.fit.seed)
+    drawn = []
+    for _ in range(CONTROLS):
+        at = np.zeros(len(rows.y), dtype=bool)
+        at[rng.permutation(len(rows.y))[:n]] = True
+        drawn.append(_agreement(_coef(rows, at, alpha), everything, sure))
+    r, flips, sure_flips = np.array(drawn, dtype=np.float64).mean(0)
+    return float(r), float(flips), float(sure_flips)
+
+
+def _against(rows: _Rows, known: Known) -> dict[str, tuple[Estimate, Estimate]]:
+    found = trivial_predictions(known, rows.y, rows.fold, rows.fit.seed)
+    value, draws = _r2(rows, np.stack([rows.y_hat, *found.values()], 1))
+    return {
+        name: (
+            Estimate(float(value[j]), *interval(draws[:, j])),
+            Estimate(float(value[0] - value[j]), *interval(draws[:, 0] - draws[:, j])),
+        )
+        for j, name in enumerate(found, 1)
+    }
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _median(values: Floats) -> float:
+    """Median of the numbers that are there; nan if there are none."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if known.size else np.nan
+
+
+def _record(comparison: Comparison) -> dict[str, Any]:
+    record = comparison._asdict()
+    for name in ("correlation", "control_correlation"):
+        record[name] = _plain(record[name])
+    return {**record, "sets": list(comparison.sets), "n": list(comparison.n)}

@@ -1,0 +1,238 @@
+"""The stage ``clamp``: scale each feature of the policy in the model, read the behavior again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from taught.errors import UserError
+from taught.features.clamp import Clamp, decoder_direction, random_directions
+from taught.model.forward import edited_output, get_block
+from taught.model.readout import PackedPrompts, ReadPrompt, pack_apart, read_packed
+from taught.policy.audit import benjamini_hochberg
+from taught.policy.dose import LEVEL, agreement, control_p, response, slope
+from taught.policy.ridge import Floats, Policy
+from taught.progress import Progress, SilentProgress
+from taught.run import RunFolder
+from taught.setup import Subject, open_subject, prompt_inputs, study_prompts
+from taught.stages.estimating import read_policy
+from taught.study import Study
+
+SCALES = (0.0, 0.5, 2.0, 3.0)
+CONTROL_SCALE = 2.0
+PROMPTS = 24
+CONTROLS = 8
+
+TABLE = pa.schema(
+    [
+        ("feature_id", pa.int64()),
+        ("coef", pa.float64()),
+        ("n", pa.int64()),
+        ("rms_x", pa.float64()),
+        ("slope", pa.float64()),
+        ("lo", pa.float64()),
+        ("hi", pa.float64()),
+        ("predicted", pa.float64()),
+        ("at_control", pa.float64()),
+        ("controls", pa.list_(pa.float64())),
+        ("p", pa.float64()),
+        ("p_adjusted", pa.float64()),
+        ("doses", pa.list_(pa.struct([
+            ("scale", pa.float64()), ("value", pa.float64()), ("lo", pa.float64()),
+            ("hi", pa.float64()),
+        ]))),
+    ]
+)  # fmt: skip
+
+
+def clamp(
+    study: Study,
+    run: RunFolder,
+    progress: Progress | None = None,
+    *,
+    prompts: int = PROMPTS,
+    controls: int = CONTROLS,
+) -> None:
+    """Write ``clamp.parquet`` and ``clamp.json``: what each feature does to y, beside W.
+
+    Cost: for every feature 1 + ``len(SCALES)`` + ``controls`` forward passes over up to ``prompts``
+    prompts. Killed, it continues behind the last feature.
+
+    Parameters
+    ----------
+    prompts
+        At most so many prompts a feature, drawn from those on which it is active.
+    controls
+        Random directions a feature.
+
+    Raises
+    ------
+    UserError
+        The policy is missing or of another study; fewer than two prompts or controls.
+    """
+    if prompts < 2 or controls < 2:
+        raise UserError("the check needs prompts and controls",
+                        value=f"{prompts} prompts, {controls} controls",
+                        rule="at least 2 prompts a feature and 2 random directions")  # fmt: skip
+    progress = progress or SilentProgress()
+    progress.step("load model and SAE")
+    subject = open_subject(study)
+    options = {"clamp.prompts": prompts, "clamp.controls": controls}
+    with run.stage("clamp", study, {**subject.identity, **options}) as stage:
+        if stage.done:
+            return
+        fitted, _ = read_policy(study, run)
+        inputs = _inputs(study, subject, fitted)
+        progress.step("clamp features", fitted.d)
+        measured = []
+        for column in range(fitted.d):
+            key = f"feature-{fitted.feature_ids[column]}"
+            found = stage.partial.load(key)
+            if found is None:
+                chosen = _chosen(fitted, column, prompts, study.policy.seed)
+                given = [inputs[i] for i in chosen]
+                found = {"x": fitted.X[chosen, column],
+                         **_measured(study, subject, fitted, given, column, controls)}  # fmt: skip
+                stage.partial.save(key, found)
+            measured.append(found)
+            progress.advance(1)
+        _write(run, study, fitted, measured, options)
+
+
+def _inputs(study: Study, subject: Subject, fitted: Policy) -> list[ReadPrompt]:
+    """Token inputs in the policy's order of prompts."""
+    encoded = {e.id: e for e in subject.chat.encode_prompts(study_prompts(study))}
+    return prompt_inputs([encoded[i] for i in fitted.prompt_ids], study.readout.position)
+
+
+def _chosen(fitted: Policy, column: int, prompts: int, seed: int) -> list[int]:
+    """Prompts on which the feature is active; where there are more, drawn over sorted ids."""
+    active = np.flatnonzero(fitted.X[:, column] > 0).tolist()
+    active.sort(key=lambda i: fitted.prompt_ids[i])
+    rng = np.random.default_rng([seed, int(fitted.feature_ids[column])])
+    return sorted(active[i] for i in rng.permutation(len(active))[:prompts])
+
+
+@torch.no_grad()
+def _measured(
+    study: Study,
+    subject: Subject,
+    fitted: Policy,
+    given: Sequence[ReadPrompt],
+    column: int,
+    controls: int,
+) -> dict[str, Floats]:
+    """Changes of y: ``dy`` [S, n] and ``control`` [R, n]; ``predicted`` [S, n] by the policy."""
+    feature, sae = int(fitted.feature_ids[column]), subject.sae
+    own = decoder_direction(sae, feature)
+    rng = np.random.default_rng([study.policy.seed, feature, 1])
+    scaled = [Clamp(sae, feature, study.sae.encoder, scale, own) for scale in SCALES]
+    drawn = [Clamp(sae, feature, study.sae.encoder, CONTROL_SCALE, direction)
+             for direction in random_directions(own, controls, rng)]  # fmt: skip
+    features = subject.features(fitted.feature_ids.copy(), study)
+    dy = np.empty((len(scaled) + controls, len(given)))
+    predicted = np.empty((len(scaled), len(given)))
+    for packed in pack_apart(given, subject.behavior):
+        at = list(packed.index)
+        h, y = _read(subject, packed, None)
+        before = features(h, packed.offsets)
+        for row, edit in enumerate([*scaled, *drawn]):
+            dy[row, at] = (_read(subject, packed, edit)[1] - y).numpy()
+        for row, edit in enumerate(scaled):
+            moved = (features(edit(h), packed.offsets) - before).double().cpu().numpy()
+            predicted[row, at] = moved @ fitted.coef
+    return {"dy": dy[: len(scaled)], "control": dy[len(scaled) :], "predicted": predicted}
+
+
+def _read(
+    subject: Subject, packed: PackedPrompts, edit: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """h [M, D] at the read-out tokens and y float64 [n], with h edited there."""
+    model, block = subject.loaded.model, subject.sae.block
+    columns = packed.read.unique()
+    with nullcontext() if edit is None else edited_output(get_block(model, block), columns, edit):
+        h, y = read_packed(model, packed, subject.behavior, block)
+    assert y is not None
+    return h, y.double().cpu()
+
+
+def _write(
+    run: RunFolder,
+    study: Study,
+    fitted: Policy,
+    measured: Sequence[dict[str, Floats]],
+    options: dict[str, int],
+) -> None:
+    rows = [_row(study, fitted, column, found) for column, found in enumerate(measured)]
+    active = [row for row in rows if row["n"]]
+    controls = np.array([row["controls"] for row in active])
+    p = control_p([row["at_control"] for row in active],
+                  controls.reshape(-1, options["clamp.controls"]))  # fmt: skip
+    for row, own, adjusted in zip(active, p, benjamini_hochberg(p), strict=True):
+        row["p"], row["p_adjusted"] = float(own), float(adjusted)
+    run.write_table("clamp", pa.Table.from_pylist(rows, TABLE))
+    clear = [row for row in active if row["p_adjusted"] <= LEVEL]
+    sure = _sure(run)
+    record = {
+        **{name.removeprefix("clamp."): value for name, value in options.items()},
+        "scales": list(SCALES),
+        "control_scale": CONTROL_SCALE,
+        "features": len(rows),
+        "active": len(active),
+        "clear": len(clear),
+        "agreement": {
+            "all": _compared(study, active),
+            "sure": _compared(study, [row for row in active if row["feature_id"] in sure]),
+            "clear": _compared(study, clear),
+            "predicted": _compared(study, [{**row, "coef": row["predicted"]} for row in active]),
+            "control": _compared(study, [{**row, "slope": row["controls"][0]} for row in active]),
+        },
+    }
+    run.write_json("clamp", record)
+
+
+def _row(study: Study, fitted: Policy, column: int, found: dict[str, Floats]) -> dict[str, Any]:
+    """One feature of the table, as far as it is known without the others."""
+    x = found["x"]
+    row: dict[str, Any] = {
+        "feature_id": int(fitted.feature_ids[column]),
+        "coef": float(fitted.coef[column]),
+        "n": len(x),
+    }
+    if not len(x):
+        return row
+    spec, twice = study.policy, [CONTROL_SCALE]
+    seen = response(x, SCALES, found["dy"], bootstrap=spec.bootstrap, seed=spec.seed)
+    line = seen.slope.to_dict()
+    return {
+        **row,
+        "rms_x": float(np.sqrt((x**2).mean())),
+        "slope": line["value"],
+        "lo": line["lo"],
+        "hi": line["hi"],
+        "predicted": slope(x, SCALES, found["predicted"]),
+        "at_control": slope(x, twice, found["dy"][[SCALES.index(CONTROL_SCALE)]]),
+        "controls": [slope(x, twice, dy[None]) for dy in found["control"]],
+        "doses": [{"scale": scale, **mean.to_dict()}
+                  for scale, mean in zip(SCALES, seen.means, strict=True)],
+    }  # fmt: skip
+
+
+def _sure(run: RunFolder) -> set[int]:
+    """Features whose coefficient's interval excludes 0."""
+    rows = run.read_table("coefficients", ["feature_id", "lo", "hi"]).to_pylist()
+    return {row["feature_id"] for row in rows if row["lo"] > 0 or row["hi"] < 0}
+
+
+def _compared(study: Study, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Agreement of slopes with coefficients over some features."""
+    spec = study.policy
+    columns = [[row[name] for row in rows] for name in ("coef", "slope", "rms_x")]
+    found = agreement(*columns, bootstrap=spec.bootstrap, seed=spec.seed)
+    return found.to_dict()
