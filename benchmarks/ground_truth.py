@@ -25,8 +25,8 @@ PLANTED = "planted_pairs.jsonl"
 REGIMES = {
     # Few steps on few pairs: what a step predicts should be near what training does.
     "short": {
-        "validation.designs": ("random", "matched", "removal"), "validation.size": 0.2,
-        "validation.subsets": 40, "validation.epochs": 2, "validation.lr": 1e-5,
+        "validation.designs": ("random", "matched", "removal"), "validation.size": 0.1,
+        "validation.subsets": 32, "validation.epochs": 2, "validation.lr": 1e-5,
         "validation.batch": 4,
     },
     # Many steps on nearly all pairs: nearer to what the field measures, and harder.
