@@ -188,7 +188,12 @@ def attribute(
 
 @app.command(sort_key=7)
 def validate(
-    study: str, /, *, overrides: Overrides = _NO_OVERRIDES, output: Output = _OUTPUT
+    study: str,
+    /,
+    *,
+    judge: str | None = None,
+    overrides: Overrides = _NO_OVERRIDES,
+    output: Output = _OUTPUT,
 ) -> int:
     """Train the model again on chosen pairs, and compare what that does with what was predicted.
 
@@ -199,8 +204,11 @@ def validate(
     ----------
     study
         A study file, a folder that holds study.yaml, or the name of a preset.
+    judge
+        With validation.answer_tokens: module:function that says of a prompt and an answer how much
+        it refuses, 0 to 1. Its module is imported and run. By default rules that read the words.
     """
-    _study_stage("validate", study, overrides, output)
+    _study_stage("validate", study, overrides, output, judge=judge)
     return compare(study, overrides=overrides, output=replace(output, fresh=True))
 
 

@@ -64,7 +64,7 @@ _WRITTEN_BY = {
                   "certificates.parquet", "statements.parquet"),
     "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
     "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
-                 "validation.json"),
+                 "answers.parquet", "validation.json"),
     "compare": ("lds.parquet", "lds_differences.parquet", "trivial.parquet", "planted.parquet",
                 "costs.parquet", "scores.parquet", "compare.json"),
     "report": ("report.html",),

@@ -243,6 +243,7 @@ class ValidationSpec(_Section):
     remove: float = _field(0.15, rules.number(above=0, maximum=1))
     remove_by: str = _field("mean_y:harmless", rules.text())
     controls: int = _field(5, rules.whole(5))
+    answer_tokens: int = _field(0, rules.whole(0))
 
 
 _SECTIONS: dict[str, type[_Section]] = {

@@ -17,9 +17,10 @@ from taught.setup import Subject, open_subject
 from taught.stages.estimating import Ready, prepare, read_data
 from taught.study import Study
 from taught.validation.curves import Curve, Plan, compare_curves, plan_curve
+from taught.validation.judge import Judge, judge_responses, load_judge
 from taught.validation.lds import table_of
 from taught.validation.outcomes import TargetName, changes, soft_metrics
-from taught.validation.retrain import Retrainer, Retraining
+from taught.validation.retrain import Answering, Retrainer, Retraining
 from taught.validation.subsets import (
     Subsets,
     leave_one_out,
@@ -52,17 +53,37 @@ MODELS = pa.schema(
         ("recall", pa.float64()),
         ("f1", pa.float64()),
         ("correctness", pa.float64()),
+        ("judged_positive", pa.float64()),
+        ("judged_negative", pa.float64()),
         ("seconds", pa.float64()),
         ("key", pa.string()),
     ]
 )
+ANSWERS = pa.schema(
+    [
+        ("design", pa.string()),
+        ("subset", pa.string()),
+        ("prompt_id", pa.string()),
+        ("answer", pa.string()),
+        ("refuses", pa.float64()),
+    ]
+)
 Designs = dict[str, Subsets]
+BASE = ("base", "base")
 
 
-def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
+def validate(
+    study: Study, run: RunFolder, progress: Progress | None = None, judge: str | None = None
+) -> None:
     """Train on each subset of the study's designs, read the prompts again, and keep what changed.
 
     Finished retrainings are kept in the folder ``retrained`` and never made twice.
+
+    Parameters
+    ----------
+    judge
+        ``module:function`` that reads the models' answers; None: the rules
+        (:mod:`taught.validation.judge`).
 
     Raises
     ------
@@ -71,6 +92,7 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         training diverges (finished retrainings are kept).
     """
     progress = progress or SilentProgress()
+    decide = load_judge(judge)
     data = read_data(study, progress)
     progress.step("load model and SAE")
     subject = open_subject(study)
@@ -84,21 +106,49 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         progress.step("the base model")
         base = retrainer.base()
         progress.step(f"{total} retrainings", _steps(designs, study.validation.epochs))
-        made = {
-            (design, name): retrainer.run(ids)
-            for design, subsets in designs.items()
-            for name, ids in zip(subsets.names, subsets.members, strict=True)
-        }
-        _write(study, run, ready, designs, base, made)
+        made = {BASE: base}
+        for design, subsets in designs.items():
+            for name, ids in zip(subsets.names, subsets.members, strict=True):
+                made[design, name] = retrainer.run(ids)
+        judged = _judged(run, subject, made, decide)
+        _write(study, run, ready, designs, made, judged)
 
 
 def _retrainer(
     study: Study, run: RunFolder, subject: Subject, ready: Ready, progress: Progress
 ) -> Retrainer:
+    tokenizer, limit = subject.loaded.tokenizer, study.validation.answer_tokens
+    answers = None
+    if limit:  # the tokens that end the pairs' responses end the model's own answers too
+        ends = {pair.ids[-1] for pair in ready.inputs} | {tokenizer.eos_token_id}
+        answers = Answering(limit, tuple(sorted(ends - {None})))
     return Retrainer(
         ready.problem, ready.inputs, Recipe.of(study.validation), run.path("retrained"),
-        weights=subject.loaded.weights, tokenizer=subject.loaded.tokenizer, progress=progress,
+        weights=subject.loaded.weights, tokenizer=tokenizer, answers=answers, progress=progress,
     )  # fmt: skip
+
+
+def _judged(
+    run: RunFolder,
+    subject: Subject,
+    made: Mapping[tuple[str, str], Retraining],
+    judge: Judge,
+) -> dict[tuple[str, str], dict[str, float]]:
+    """Model -> prompt id -> how much its answer refuses, written with the answers; {} without."""
+    text = {row["prompt_id"]: row["text"] for row in run.read_table("prompts").to_pylist()}
+    rows, found = [], {}
+    for name, model in made.items():
+        if model.answers is None:
+            continue
+        said = [subject.loaded.tokenizer.decode(ids, skip_special_tokens=True)
+                for ids in model.answers]  # fmt: skip
+        asked = [text[prompt_id] for prompt_id in model.prompt_ids]
+        values = judge_responses(judge, model.prompt_ids, asked, said).tolist()
+        found[name] = dict(zip(model.prompt_ids, values, strict=True))
+        rows += [(*name, *row) for row in zip(model.prompt_ids, said, values, strict=True)]
+    if rows:
+        run.write_table("answers", _table(ANSWERS, rows))
+    return found
 
 
 def _steps(designs: Designs, epochs: int) -> int:
@@ -200,24 +250,24 @@ def _write(
     run: RunFolder,
     ready: Ready,
     designs: Designs,
-    base: Retraining,
     made: Mapping[tuple[str, str], Retraining],
+    judged: Mapping[tuple[str, str], Mapping[str, float]],
 ) -> None:
     spec = study.prompts
     sides = [ready.groups[spec.positive_group], ready.groups[spec.negative_group]]
     groups = {**ready.groups, **_categories(run)}
-    subsets, outcomes, models = [], [], []
+    base = made[BASE]
+    models = [_model_row(BASE, base, sides, judged)]
+    subsets, outcomes = [], []
     for (design, name), after in made.items():
+        if (design, name) == BASE:
+            continue
         subsets += [(design, name, pair_id) for pair_id in after.ids]
         outcomes += [
             (design, name, *target, value)
             for target, value in changes(ready.fitted, base, after, groups).items()
         ]
-        models.append((
-            design, name, len(after.ids), after.seed, float(after.losses_before.mean()),
-            float(after.losses_after.mean()), *astuple(soft_metrics(after, *sides)),
-            after.seconds_training + after.seconds_reading, after.key,
-        ))  # fmt: skip
+        models.append(_model_row((design, name), after, sides, judged))
     if "removal" in designs:
         curve = _curve(study, run, ready, made)
         run.write_table("curves", table_of(curve.points))
@@ -229,6 +279,24 @@ def _write(
         "base": asdict(soft_metrics(base, *sides)),
         "inclusion": {design: dict(subsets.inclusion) for design, subsets in designs.items()},
     })  # fmt: skip
+
+
+def _model_row(
+    name: tuple[str, str],
+    model: Retraining,
+    sides: Sequence[Sequence[str]],
+    judged: Mapping[tuple[str, str], Mapping[str, float]],
+) -> tuple[Any, ...]:
+    """A row of the table ``models``."""
+    losses = [float(values.mean()) if values.size else None
+              for values in (model.losses_before, model.losses_after)]  # fmt: skip
+    shares = [None, None] if name not in judged else [
+        float(np.mean([judged[name][i] for i in side])) for side in sides
+    ]  # fmt: skip
+    return (
+        *name, len(model.ids), model.seed, *losses, *astuple(soft_metrics(model, *sides)), *shares,
+        model.seconds_training + model.seconds_reading, model.key,
+    )  # fmt: skip
 
 
 def _curve(
