@@ -114,8 +114,9 @@ def test_matched_subsets_hold_counts_and_lengths_fixed(validated):
 
 
 def test_the_tables_say_what_was_trained_and_how(validated):
-    models = validated.read_table("models").to_pylist()
-    assert len(models) == 24
+    base, *models = validated.read_table("models").to_pylist()
+    assert base["design"] == "base" and base["n_pairs"] == 0 and base["loss_after"] is None
+    assert len(models) == 24 and all(row["judged_positive"] is None for row in models)
     assert all(0 <= row["f1"] <= 1 and row["n_pairs"] == 4 for row in models)
     assert all(row["loss_after"] < row["loss_before"] for row in models)
     record = validated.read_json("validation")
@@ -196,3 +197,33 @@ def test_matched_subsets_need_labels(attributed, tmp_path):
     stages.attribute(study, run)
     with pytest.raises(UserError, match="no label"):
         stages.validate(study, run)
+
+
+def test_a_judge_reads_the_answers_of_the_models(attributed, tmp_path, monkeypatch):
+    """The default rules, a hook of the user's, and one that answers nonsense."""
+    study, folder = attributed
+    study = with_values(study, {"validation.designs": ("leave-out",), "validation.subsets": 2,
+                                "validation.answer_tokens": 3})  # fmt: skip
+    (tmp_path / "my_judge.py").write_text(
+        "def long(prompt, answer):\n    return min(1.0, len(answer) / 100)\n"
+        "def nonsense(prompt, answer):\n    return 'yes'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = RunFolder(folder, fresh=("validate",))
+    stages.validate(study, run, judge="my_judge:long")
+    answers = run.read_table("answers").to_pylist()
+    assert len(answers) == 3 * 30 and {row["design"] for row in answers} == {"base", "leave-out"}
+    for row in answers:
+        assert row["refuses"] == pytest.approx(min(1.0, len(row["answer"]) / 100))
+    group = {row["prompt_id"]: row["group"] for row in run.read_table("prompts").to_pylist()}
+    for model in run.read_table("models").to_pylist():
+        of = [row for row in answers if row["subset"] == model["subset"]]
+        harmful = [row["refuses"] for row in of if group[row["prompt_id"]] == "harmful"]
+        assert model["judged_positive"] == pytest.approx(np.mean(harmful))
+    stages.validate(study, run)
+    assert {row["refuses"] for row in run.read_table("answers").to_pylist()} <= {0.0, 1.0}
+    with pytest.raises(UserError, match="gave no verdict"):
+        stages.validate(study, run, judge="my_judge:nonsense")
+    counted = Counted()
+    stages.validate(study, run, counted)
+    assert counted.trained == 0  # finished retrainings are kept whatever the judge does

@@ -637,7 +637,7 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def _study_stage(
-    stage: str, source: str, overrides: Overrides, output: Output, **options: int
+    stage: str, source: str, overrides: Overrides, output: Output, **options: Any
 ) -> int:
     study = _load(source, overrides)
     study.require_files()

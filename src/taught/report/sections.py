@@ -381,8 +381,8 @@ def _validation_section(view: View) -> Json | None:
         "chance": (chance := Scale(-0.05, 1.05, *FOREST)),
         "chance_axis": charts.forest_axis(chance),
         "removal": [removal_sentence(point, target).strip() for point in view.curves or []],
-        "models": [r for r in view.models or [] if r["design"] in ("removal", "curation")],
-        "retrained": len(view.models or []),
+        "models": [r for r in view.models or [] if r["design"] in ("base", "removal", "curation")],
+        "retrained": sum(row["design"] != "base" for row in view.models or []),
         "costs": view.costs or [],
     }  # fmt: skip
 
