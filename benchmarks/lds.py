@@ -209,7 +209,7 @@ def truths(folder: Path) -> dict[str, tuple[Subsets, dict[str, dict[str, float]]
     return {
         design: (Subsets(tuple(some), tuple(map(tuple, some.values())), inclusion[design]),
                  outcomes[design])
-        for design, some in members.items() if design not in ("removal", "curation", "base")
+        for design, some in members.items() if design not in ("removal", "addition", "curation")
     }  # fmt: skip
 
 

@@ -453,7 +453,7 @@ CHANGES = {
     "validation.batch": 2, "validation.weight_decay": 0.1, "validation.schedule": "linear",
     "validation.warmup": 0.1, "validation.max_grad_norm": 1.0, "validation.seed": 3,
     "validation.designs": ["leave-out"], "validation.subsets": 3, "validation.size": 0.1,
-    "validation.leave_out": 0.2, "validation.remove": 0.2, "validation.remove_by": "score",
+    "validation.leave_out": 0.2, "validation.budgets": [0.2], "validation.remove_by": "score",
     "validation.controls": 7, "validation.answer_tokens": 8,
 }  # fmt: skip
 

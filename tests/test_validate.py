@@ -149,8 +149,9 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     monkeypatch.setattr("taught.stages.retraining.curate", lambda ids, *_, **__: [
         {"pair_id": i, "action": "keep" if i > "z02" else "drop"} for i in ids
     ])  # fmt: skip
-    study = with_values(study, {"validation.designs": ("removal", "curation", "leave-one-out"),
-                                "validation.remove": 0.25, "validation.subsets": 2,
+    study = with_values(study, {"validation.designs": ("removal", "addition", "curation",
+                                                       "leave-one-out"),
+                                "validation.budgets": (0.25,), "validation.subsets": 2,
                                 "validation.controls": 5})  # fmt: skip
     run = RunFolder(folder, fresh=("validate",))
     stages.validate(study, run)
@@ -159,7 +160,9 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     removal = members(run, "removal")
     assert set(rows) - set(removal["remove-2-named"]) == set(top)
     assert [len(ids) for ids in removal.values()] == [6] * 6
-    (point,) = run.read_table("curves").to_pylist()
+    assert set(members(run, "addition")["add-2-named"]) == set(top)
+    point, added = run.read_table("curves").to_pylist()
+    assert (point["design"], added["design"]) == ("removal", "addition")
     assert point["budget"] == 2 and point["lo"] <= point["difference"] <= point["hi"]
     change = outcomes(run, "removal")[TargetName("mean_y", group="harmless")]
     random = np.mean([change[f"remove-2-random-{i}"] for i in range(5)])

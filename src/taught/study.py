@@ -216,7 +216,9 @@ class CurationSpec(_Section):
     k: int = _field(20, rules.whole(1))
 
 
-DESIGNS = ("random", "matched", "leave-out", "leave-one-out", "removal", "curation")
+DESIGNS = (
+    "random", "matched", "leave-out", "leave-one-out", "removal", "addition", "curation",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ class ValidationSpec(_Section):
     subsets: int = _field(60, rules.whole(1))
     size: float = _field(0.5, rules.number(above=0, maximum=1))
     leave_out: float = _field(0.1, rules.number(above=0, maximum=1))
-    remove: float = _field(0.15, rules.number(above=0, maximum=1))
+    budgets: tuple[float, ...] = _field((0.15,), rules.list_of(rules.number(above=0, maximum=1)))
     remove_by: str = _field("mean_y:harmless", rules.text())
     controls: int = _field(5, rules.whole(5))
     answer_tokens: int = _field(0, rules.whole(0))

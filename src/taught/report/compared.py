@@ -113,13 +113,14 @@ def compared_tables(run: RunFolder) -> Iterator[RenderableType]:
         yield _planted_table(run.read_table("planted").to_pylist())
     if "curves" in there:
         for point in run.read_table("curves").to_pylist():
-            yield Text(removal_sentence(point, run.study.validation.remove_by))
+            yield Text("\n" + removal_sentence(point, run.study.validation.remove_by))
 
 
 def removal_sentence(point: Row, target: str) -> str:
-    """What removing the named pairs did, against random pairs as many."""
+    """What training without, or with only, the named pairs did, against random ones as many."""
+    how = "without" if point["design"] == "removal" else "only on"
     return (
-        f"\nTraining without the {point['budget']} pairs ({percent(point['share'])}) that raise "
+        f"Training {how} the {point['budget']} pairs ({percent(point['share'])}) that raise "
         f"{target} most, against as many random ones: {signed(point['difference'])} "
         f"[{signed(point['lo'])}, {signed(point['hi'])}]"
     )

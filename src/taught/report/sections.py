@@ -25,6 +25,7 @@ from taught.report.view import Row, Rows, View
 Json = dict[str, Any]
 
 MAX_PROMPT = 320
+WITH_METRICS = ("base", "removal", "addition", "curation")
 FOREST = (6.0, 234.0)
 PREDICTORS = {
     "group": "group label",
@@ -380,8 +381,8 @@ def _validation_section(view: View) -> Json | None:
         ],
         "chance": (chance := Scale(-0.05, 1.05, *FOREST)),
         "chance_axis": charts.forest_axis(chance),
-        "removal": [removal_sentence(point, target).strip() for point in view.curves or []],
-        "models": [r for r in view.models or [] if r["design"] in ("base", "removal", "curation")],
+        "removal": [removal_sentence(point, target) for point in view.curves or []],
+        "models": [r for r in view.models or [] if r["design"] in WITH_METRICS],
         "retrained": sum(row["design"] != "base" for row in view.models or []),
         "costs": view.costs or [],
     }  # fmt: skip

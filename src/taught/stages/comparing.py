@@ -299,7 +299,7 @@ def _truths(run: RunFolder, targets: Mapping[TargetName, str]) -> list[Truth]:
             outcomes[design],
         )
         for design, some in members.items()
-        if len(some) >= LEAST_SUBSETS and design not in ("removal", "curation")
+        if len(some) >= LEAST_SUBSETS and design not in ("removal", "addition", "curation")
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from taught.run import RunFolder
 from taught.setup import Subject, open_subject
 from taught.stages.estimating import Ready, prepare, read_data
 from taught.study import Study
-from taught.validation.curves import Curve, Plan, compare_curves, plan_curve
+from taught.validation.curves import CurvePoint, Kind, Plan, compare_curves, plan_curve
 from taught.validation.judge import Judge, judge_responses, load_judge
 from taught.validation.lds import table_of
 from taught.validation.outcomes import TargetName, changes, soft_metrics
@@ -176,16 +176,26 @@ def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
         "matched": matched,
         "leave-out": lambda: leave_share_out(ids, spec.leave_out, spec.subsets, seed=spec.seed),
         "leave-one-out": lambda: leave_one_out(ids, _strongest(study, run, spec.subsets)),
-        "removal": lambda: _removal(study, run, max(1, round(spec.remove * len(ids)))).subsets,
+        "removal": lambda: _plan("removal", study, run, ids).subsets,
+        "addition": lambda: _plan("addition", study, run, ids).subsets,
         "curation": lambda: _curation(study, run, ids),
     }
     return {name: drawn[name]() for name in spec.designs}
 
 
-def _removal(study: Study, run: RunFolder, k: int) -> Plan:
-    """Without the k pairs that raise the target most, and random subsets of that size."""
+CURVES: dict[str, Kind] = {"removal": "remove", "addition": "add"}
+
+
+def _plan(
+    design: str, study: Study, run: RunFolder, ids: Sequence[str], k: int | None = None
+) -> Plan:
+    """Without the pairs that raise the target most, or with them alone, and random ones as many.
+
+    k pairs, or the study's budgets.
+    """
     spec = study.validation
-    return plan_curve(_asked(study, run), [k], kind="remove", method="named",
+    budgets = [max(1, round(share * len(ids))) for share in spec.budgets] if k is None else [k]
+    return plan_curve(_asked(study, run), budgets, kind=CURVES[design], method="named",
                       runs=spec.controls, seed=spec.seed)  # fmt: skip
 
 
@@ -198,7 +208,7 @@ def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
         raise UserError("the published rule keeps all pairs or none", value=f"{len(kept)} kept",
                         rule="some are dropped and some are kept",
                         fix="leave curation out of validation.designs")  # fmt: skip
-    others = _removal(study, run, len(ids) - len(kept)).subsets
+    others = _plan("removal", study, run, ids, len(ids) - len(kept)).subsets
     return Subsets(
         ("all", "published-rule", *others.names), (tuple(sorted(ids)), kept, *others.members),
         others.inclusion,
@@ -268,9 +278,10 @@ def _write(
             for target, value in changes(ready.fitted, base, after, groups).items()
         ]
         models.append(_model_row((design, name), after, sides, judged))
-    if "removal" in designs:
-        curve = _curve(study, run, ready, made)
-        run.write_table("curves", table_of(curve.points))
+    points = [point for design in designs if design in CURVES
+              for point in _points(design, study, run, ready, made)]  # fmt: skip
+    if points:
+        run.write_table("curves", table_of(points))
     run.write_table("subsets", _table(SUBSETS, subsets))
     run.write_table("outcomes", _table(OUTCOMES, outcomes))
     run.write_table("models", _table(MODELS, models))
@@ -299,21 +310,33 @@ def _model_row(
     )  # fmt: skip
 
 
-def _curve(
-    study: Study, run: RunFolder, ready: Ready, made: Mapping[tuple[str, str], Retraining]
-) -> Curve:
-    """Mean y of the group without the pairs that were named, against random pairs as many."""
-    plan = _removal(study, run, max(1, round(study.validation.remove * len(ready.inputs))))
-    group = study.validation.remove_by.partition(":")[2]
-    rows = [i for i, prompt_id in enumerate(ready.fitted.prompt_ids)
-            if not group or prompt_id in set(ready.groups[group])]  # fmt: skip
+@dataclass(frozen=True)
+class Point(CurvePoint):
+    """A point of the curve of a design."""
+
+    design: str = ""
+
+
+def _points(
+    design: str,
+    study: Study,
+    run: RunFolder,
+    ready: Ready,
+    made: Mapping[tuple[str, str], Retraining],
+) -> list[Point]:
+    """Mean y of the group by the pairs that were named, against random ones; none for the score."""
+    target, _, group = study.validation.remove_by.partition(":")
+    if target != "mean_y":
+        return []
+    plan = _plan(design, study, run, [pair.id for pair in ready.inputs])
+    rows = [ready.fitted.prompt_ids.index(prompt_id) for prompt_id in ready.groups[group]]
 
     def outcomes(names: Sequence[str]) -> list[np.ndarray]:
-        return [made["removal", name].y[rows] for name in names]
+        return [made[design, name].y[rows] for name in names]
 
-    return compare_curves(
-        plan, np.array([outcomes(plan.chosen)]), np.array([outcomes(run) for run in plan.controls])
-    )
+    named = np.array([outcomes(plan.chosen)])
+    curve = compare_curves(plan, named, np.array([outcomes(names) for names in plan.controls]))
+    return [Point(**asdict(point), design=design) for point in curve.points]
 
 
 def _categories(run: RunFolder) -> dict[str, list[str]]:
