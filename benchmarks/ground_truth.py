@@ -65,7 +65,8 @@ def measure(args: argparse.Namespace) -> None:
             stage(study, folder, progress)
     out = args.out / args.regime
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("subsets.parquet", "outcomes.parquet", "models.parquet", "validation.json"):
+    for name in ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
+                 "validation.json"):  # fmt: skip
         files.write_bytes(out / name, folder.path(name).read_bytes())
     record = {
         "versions": versions(),
@@ -74,7 +75,8 @@ def measure(args: argparse.Namespace) -> None:
         "pairs sha256": files.sha256_file(args.work / "pairs.jsonl"),
     }
     files.write_bytes(out / "made.json", files.json_bytes(record))
-    text = dump_study(study).replace(str(args.work.resolve()), ".")
+    text = dump_study(study).replace(str(preset_path(PRESET)), PRESET)
+    text = text.replace(str(args.work.resolve()), ".")
     files.write_bytes(out / "study.yaml", text.encode())
     console.print(f"written: {out}", highlight=False)
 
