@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Auc", "Difference", "Interval", "LdsRow", "NoiseCeiling", "Resampled", "TrivialCheck", "auc",
-    "bca", "differences", "explained_by_trivial", "holm", "lds_rows", "noise_ceiling",
+    "bca", "differences", "explained_by_trivial", "holm", "lds_rows", "noise_ceiling", "p_values",
     "partial_spearman", "precision_at_k", "predicted", "rank_correlations", "spearman", "table_of",
 ]  # fmt: skip
 
