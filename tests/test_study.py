@@ -37,7 +37,7 @@ STUDIES = st.fixed_dictionaries(
             {},
             optional={
                 "revision": st.none() | words,
-                "dtype": st.sampled_from(["float32", "bfloat16", "float64"]),
+                "dtype": st.sampled_from(["float32", "bfloat16", "float16", "float64"]),
                 "device": words,
             },
         ),
@@ -206,7 +206,7 @@ WRONG = [
     ("name", "2024", "text, in quotes"),
     ("name", "a/b", "run folder"),
     ("name", '""', "text"),
-    ("model.dtype", "float16", "one of float32, bfloat16, float64"),
+    ("model.dtype", "int8", "one of float32, bfloat16, float16, float64"),
     ("model.id", "null", "text"),
     ("sae.block", "-1", "a whole number, at least 0, or null"),
     ("sae.block", "1.0", "a whole number"),

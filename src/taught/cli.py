@@ -24,6 +24,7 @@ from taught.errors import TaughtError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from taught.features.concept import Concept
     from taught.progress import Progress
     from taught.run import RunFolder
     from taught.study import Study
@@ -284,6 +285,141 @@ def ask(
     return 0
 
 
+@app.command(sort_key=10)
+def concept(
+    study: str,
+    /,
+    *,
+    source: str,
+    out: Path,
+    block: int | None = None,
+    position: str | None = None,
+    tokens: str = "mean_response",
+    method: Literal["logistic", "ridge"] = "logistic",
+    penalty: float = 1.0,
+    norm: Literal["unit", "none"] = "unit",
+    name: str | None = None,
+    sweep: Switch = False,
+    force: Switch = False,
+    overrides: Overrides = _NO_OVERRIDES,
+    quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False,
+) -> int:
+    """Make a concept: a direction in the residual stream, with a card that says how good it is.
+
+    Parameters
+    ----------
+    study
+        A study file, a folder that holds study.yaml, or the name of a preset.
+    source
+        difference (of the groups' means), probe (trained on the groups), feature:ID or
+        feature:ID=SHARE,ID=SHARE (of the SAE), file:PATH or file:PATH:TENSOR (safetensors).
+    out
+        Folder for concept.safetensors and concept.json.
+    block
+        Block whose output is read; the SAE's by default.
+    position
+        Tokens of a prompt that are read: last_user, last_prompt or mean_user. The study's by
+        default.
+    tokens
+        Tokens of a pair that are read: mean_response or last_response.
+    method
+        Of a probe.
+    penalty
+        Of a probe, on rows of unit mean square.
+    norm
+        unit: the direction has length 1. none: it stays as it is.
+    name
+        Name of the concept in tables; the folder's by default.
+    sweep
+        Show how well a direction of every block separates the groups.
+    force
+        Accept a direction that is no better than chance on prompts it has not seen.
+    """
+    loaded = _load(study, overrides)
+    loaded.require_files()
+    from taught import stages
+
+    request = stages.ConceptRequest(
+        source, block, position, tokens, method, penalty, norm, name, force, sweep
+    )
+    with _progress(quiet) as progress:
+        made = stages.concept(loaded, out, request, progress)
+    _show_card(made)
+    _out().print(str(out), soft_wrap=True, highlight=False)
+    return 0
+
+
+@app.command(sort_key=10)
+def concept_influence(
+    study: str,
+    /,
+    *,
+    concept: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative="")],
+    out: Path,
+    method: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (
+        "gradient",
+        "vector-filter",
+    ),
+    group: str | None = None,
+    read: Literal["prompts", "responses"] = "prompts",
+    checkpoint: str | None = None,
+    responses: Path | None = None,
+    max_new_tokens: int = 128,
+    tokens: int = 0,
+    overrides: Overrides = _NO_OVERRIDES,
+    quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False,
+) -> int:
+    """Score the pairs by concepts: what training on each one does to the read-out of a direction.
+
+    Parameters
+    ----------
+    study
+        A study file, a folder that holds study.yaml, or the name of a preset.
+    concept
+        Folders that `taught concept` wrote.
+    out
+        Parquet file: pair_id, concept, method, value.
+    method
+        Some of gradient, vector-filter, projection-difference-response and
+        projection-difference-training.
+    group
+        gradient: the read-out's mean is over the prompts of this group; over all by default.
+    read
+        gradient: read the evaluation prompts, or the responses of the pairs themselves (--group is
+        a label of pairs then).
+    checkpoint
+        projection-difference-training: the fine-tuned model, a folder or hub id.
+    responses
+        projection-difference-response: file that keeps the model's own responses; by default
+        own_responses.json beside the table.
+    max_new_tokens
+        Tokens that an own response may have.
+    tokens
+        gradient: split so many of the strongest pairs into shares of their response tokens, as
+        OUT.tokens.parquet.
+    """
+    loaded = _load(study, overrides)
+    loaded.require_files()
+    from taught import stages
+    from taught.files import table_bytes, write_bytes
+    from taught.report.cells import rich_table
+
+    file = responses or out.with_name("own_responses.json")
+    question = stages.ConceptQuestion(concept, method, group, checkpoint, file, max_new_tokens,
+                                      tokens, read)  # fmt: skip
+    with _progress(quiet) as progress:
+        answers = stages.concept_influence(loaded, question, progress)
+    files = {out: answers.table}
+    if tokens:
+        files[out.with_suffix(".tokens.parquet")] = answers.tokens
+    if len(method) > 1:
+        _out().print(rich_table(stages.agreement(answers.table)))
+    for path, table in files.items():
+        write_bytes(path, table_bytes(table))
+        _out().print(str(path), soft_wrap=True, highlight=False)
+    return 0
+
+
 @app.command(sort_key=6)
 def curate(
     run: Path,
@@ -535,6 +671,25 @@ def _show(run: RunFolder, item: str | None) -> None:
         if record["status"] != "complete":
             _err().print(f"{stage} was not finished in {run.folder}: its parts are missing or old")
     _out().print(show_run(run.folder, item=item))
+
+
+def _show_card(made: Concept) -> None:
+    """The quality card of a concept, and the sweep over blocks where there is one."""
+    card = made.card
+    auc, rows = card["auc"], card["n_positive"] + card["n_negative"]
+    how = "held out" if card["held_out"] else "nothing fitted"
+    _out().print(
+        f"{made.name}: block {made.block}, AUC {auc['value']:.3f} ({auc['lo']:.3f} to "
+        f"{auc['hi']:.3f}, {how}, {rows} prompts), cosine with the difference of means "
+        f"{card['difference_cosine']:.2f}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if "sweep" in card:
+        import pyarrow as pa
+
+        from taught.report.cells import rich_table
+
+        _out().print(rich_table(pa.Table.from_pylist(card["sweep"])))
 
 
 def _say_written(run: RunFolder, names: Sequence[str]) -> None:

@@ -69,7 +69,7 @@ class ModelSpec(_Section):
     section: ClassVar[str] = "model"
     id: str = _field("HuggingFaceTB/SmolLM2-135M-Instruct", rules.text())
     revision: str | None = _field(None, rules.optional(rules.text()))
-    dtype: str = _field("float32", rules.one_of("float32", "bfloat16", "float64"))
+    dtype: str = _field("float32", rules.one_of("float32", "bfloat16", "float16", "float64"))
     device: str = _field("cpu", rules.text())
     chat_template: str | None = _field(None, rules.optional(rules.path()))
     adapter: str | None = _field(None, rules.optional(rules.text()))

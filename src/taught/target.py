@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from taught.errors import UserError
 from taught.policy.ridge import Floats, Policy
 
-Kind = Literal["score", "coefficient", "mean_y", "raw_x"]
+Kind = Literal["score", "coefficient", "mean_y", "raw_x", "concept"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +40,9 @@ class Target:
     ----------
     name : str
         Unique among the targets of a run, such as ``coefficient:17:x``.
-    kind : {"score", "coefficient", "mean_y", "raw_x"}
-        ``raw_x`` are intermediate sums (:func:`raw_x_targets`), not questions of their own.
+    kind : {"score", "coefficient", "mean_y", "raw_x", "concept"}
+        ``raw_x`` are intermediate sums (:func:`raw_x_targets`), not questions of their own. Of a
+        ``concept`` X holds read-outs of concepts, not of features.
     feature_id, group
         What the target is about; None unless ``coefficient`` or ``raw_x``, and ``mean_y``.
     pathway : {"x", "y"}
@@ -98,6 +99,36 @@ def mean_y_target(prompt_ids: Sequence[str], groups: Sequence[str], group: str) 
         )
     B = inside / inside.sum()
     return Target(f"mean_y:{group}:y", "mean_y", None, group, "y", None, B, tuple(prompt_ids))
+
+
+def concept_targets(
+    prompt_ids: Sequence[str], names: Sequence[str], inside: ArrayLike | None = None
+) -> list[Target]:
+    """Ask for the mean read-out of each concept: A_ic = 1 / n on n prompts, 0 elsewhere.
+
+    Parameters
+    ----------
+    names
+        Names of the concepts, in the order of the columns of X.
+    inside : bool [N]
+        The prompts that the mean is over; None for all.
+    """
+    chosen = np.ones(len(prompt_ids), bool) if inside is None else np.asarray(inside, bool)
+    if chosen.shape != (len(prompt_ids),) or not chosen.any():
+        raise UserError(
+            "A concept is read on some of the prompts",
+            value=f"{int(chosen.sum())} of {len(prompt_ids)} prompts",
+            rule="one prompt at least",
+            fix="name a group that has prompts",
+        )
+    targets = []
+    for column, name in enumerate(names):
+        A = np.zeros((len(prompt_ids), len(names)))
+        A[chosen, column] = 1.0 / chosen.sum()
+        targets.append(
+            Target(f"concept:{name}", "concept", None, None, "x", A, None, tuple(prompt_ids))
+        )
+    return targets
 
 
 class RawXTargets(Sequence[Target]):

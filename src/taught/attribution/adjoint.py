@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from taught.attribution.pairs import PairBatch, PairInput, batch_pairs, refuse_nonfinite
+from taught.features.concept import ConceptMap
 from taught.features.pooling import FeatureMap
 from taught.model.behavior import PrefixBehavior
 from taught.model.blockwise import by_block, checkpointed, refuse_no_chain
@@ -59,7 +60,7 @@ class Problem:
     Attributes
     ----------
     model, prompts, behavior, block : as in :mod:`taught.model.readout`
-    features : h -> X
+    features : h -> X: activations of features, or read-outs of concepts
     lr : learning rate of the one SGD step
     batch_tokens : padded tokens a batch of examples may have
     memory_gb : working memory for gradients, in GiB
@@ -73,7 +74,7 @@ class Problem:
     prompts: Sequence[ReadPrompt]
     behavior: PrefixBehavior
     block: int
-    features: FeatureMap
+    features: FeatureMap | ConceptMap
     lr: float
     batch_tokens: int = 512
     memory_gb: float = 3.75
@@ -91,7 +92,12 @@ Queries = dict[str, Query]
 
 
 def target_effects(
-    problem: Problem, pairs: Sequence[PairInput], A: Tensor, B: Tensor, *, progress: Any = None
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    A: Tensor,
+    B: Tensor | None,
+    *,
+    progress: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Effect of every pair on a few targets.
 
@@ -99,8 +105,8 @@ def target_effects(
     ----------
     A : float64 [K, N, d]
         dF/dX of each target (zeros for a pure y target).
-    B : float64 [K, N]
-        dF/dy of each target.
+    B : float64 [K, N] or None
+        dF/dy of each target; None for zeros, and no pass beyond the block then.
 
     Returns
     -------
@@ -131,7 +137,7 @@ def feature_effects(
         dF/dX of each target.
     X : [N, d]
         The activations: dX is zero where X is (the gate is closed), so a target costs only the
-        prompts on which A * (X != 0) is not zero.
+        prompts on which A * (X != 0) is not zero. Concepts have no gate: :func:`target_effects`.
 
     Returns
     -------

@@ -6,6 +6,8 @@ pool the features (not the residuals) over the tokens of the user's message:
     last_user, last_prompt:  X_ik = f_k(h_it)          t: that token
     mean_user:               X_ik = mean_t f_k(h_it)   t over the user's tokens
     max_user:                X_ik = max_t f_k(h_it)
+
+Pairs are read at their response: ``last_response`` (its last token) and ``mean_response``.
 """
 
 from __future__ import annotations
@@ -44,11 +46,11 @@ def read_tokens(encoded: Any, position: str) -> list[int]:
 def pool(acts: Tensor, offsets: Tensor, how: str) -> Tensor:
     """Pool tokens [M, d] to prompts [N, d]; tokens offsets[i]:offsets[i+1] are prompt i's."""
     counts = offsets.diff()
-    if how in ("last_user", "last_prompt"):
+    if how.startswith("last_"):
         return acts
     prompts = torch.arange(len(counts), device=acts.device)
     segment = prompts.repeat_interleave(counts, output_size=len(acts))
-    if how == "mean_user":
+    if how.startswith("mean_"):
         total = acts.new_zeros(len(counts), acts.shape[1]).index_add(0, segment, acts)
         return total / counts.to(acts.dtype).unsqueeze(1)
     slot = torch.arange(len(acts), device=acts.device) - offsets[:-1].repeat_interleave(counts)

@@ -129,6 +129,12 @@ class SparseAutoencoder:
         """Reconstruction [..., D] from the activations [..., F] of all features."""
         return (acts / self._scale()) @ self.W_dec + self.b_dec
 
+    def decoder_rows(self, ids: Tensor | Sequence[int]) -> Tensor:
+        """[d, D]: what each of these features adds to the reconstruction per unit of activation."""
+        chosen = _checked_ids(ids, self.n_features).to(self.W_dec.device)
+        rows = self.W_dec[chosen]
+        return rows / rows.norm(dim=1, keepdim=True) if self.rescale_by_decoder_norm else rows
+
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> SparseAutoencoder:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -136,14 +136,7 @@ def forward(
         Residual stream after the block.
     logits : [B, K, V] or None
     """
-    dtype = next(model.parameters()).dtype
-    inputs = {
-        "input_ids": rows.ids,
-        "position_ids": rows.positions,
-        "attention_mask": rows.additive_mask(dtype),
-        "use_cache": False,
-        "logits_to_keep": keep,
-    }
+    inputs = _inputs(model, rows, keep)
     if block is None:
         return None, model(**inputs).logits
     with capture_output(get_block(model, block), stop_at_block) as seen:
@@ -152,3 +145,26 @@ def forward(
         except _StopForward:
             logits = None
     return seen[0], logits
+
+
+def _inputs(model: nn.Module, rows: Rows, keep: int | Tensor) -> dict[str, Any]:
+    return {
+        "input_ids": rows.ids,
+        "position_ids": rows.positions,
+        "attention_mask": rows.additive_mask(next(model.parameters()).dtype),
+        "use_cache": False,
+        "logits_to_keep": keep,
+    }
+
+
+def residuals(model: nn.Module, rows: Rows, blocks: Sequence[int]) -> list[Tensor]:
+    """Residual stream [B, T, D] after each of some blocks, in one pass that ends with the last."""
+    last = max(blocks)
+    with ExitStack() as hooks:
+        seen = {
+            block: hooks.enter_context(capture_output(get_block(model, block), block == last))
+            for block in set(blocks)
+        }
+        with suppress(_StopForward):
+            model(**_inputs(model, rows, 1))
+    return [seen[block][0] for block in blocks]

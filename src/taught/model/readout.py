@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from taught.errors import UserError
 from taught.model.behavior import PrefixBehavior
-from taught.model.forward import first_device, forward
+from taught.model.forward import first_device, forward, residuals
 from taught.model.tokens import Rows, TokenTree, build_tree, stack
 
 # Attention over a packed row is quadratic: this keeps it a small share of the work.
 PACK_TOKENS = 512
+
+_AT_ONCE = 512  # prompts that are laid out together where there may be many
 
 # How far y may differ between trees and plain passes: rounding of logits of about 16.
 _TREE_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.1}
@@ -196,16 +198,79 @@ def read_prompts(
     return _assemble(prompts, h, y)
 
 
+@torch.no_grad()
+def read_residuals(
+    model: nn.Module,
+    prompts: Sequence[ReadPrompt],
+    blocks: Sequence[int],
+    reduce: Callable[[Tensor, Tensor], Tensor],
+    *,
+    tokens: int = PACK_TOKENS,
+    progress: Any = None,
+) -> Tensor:
+    """What is made of the residuals after some blocks: float64 [blocks, N, ...], on the CPU.
+
+    Cost: one forward pass over the distinct tokens, up to the last of the blocks.
+
+    Parameters
+    ----------
+    prompts
+        Prompts, or pairs as prompts: what counts is where h is read.
+    reduce
+        (h [M, D] at the read-out tokens of n prompts, offsets [n + 1]) -> [n, ...], such as a
+        pooling or a feature map.
+    tokens
+        Size of a token tree.
+
+    Raises
+    ------
+    UserError
+        A value is not finite: the ids of the prompts.
+    """
+
+    def reduced(packed: PackedPrompts) -> Tensor:
+        rows = packed.rows.to(first_device(model))
+        return torch.stack([
+            reduce(h[0, packed.read.to(h.device)], packed.offsets.to(h.device)).double().cpu()
+            for h in residuals(model, rows, blocks)
+        ])  # fmt: skip
+
+    index: list[int] = []
+    parts: list[Tensor] = []
+    for packed in _packs(prompts, tokens):
+        values = reduced(packed)
+        if not values.isfinite().all():  # 0 * nan is nan: one prompt spoils its tree
+            bad = [i for i in packed.index
+                   if not reduced(_pack_group(prompts, [i], None)).isfinite().all()]  # fmt: skip
+            _refuse_nonfinite([prompts[i].id for i in bad or packed.index])
+        index += packed.index
+        parts.append(values)
+        if progress is not None:
+            progress.advance(len(packed.index))
+    return torch.cat(parts, 1)[:, torch.tensor(index).argsort()]
+
+
+def _packs(prompts: Sequence[ReadPrompt], tokens: int) -> Iterator[PackedPrompts]:
+    """Token trees of some prompts at a time: masks are quadratic, and there may be many prompts."""
+    for start in range(0, len(prompts), _AT_ONCE):
+        for packed in pack(prompts[start : start + _AT_ONCE], None, tokens=tokens):
+            yield replace(packed, index=tuple(start + i for i in packed.index))
+
+
 def _assemble(prompts: Sequence[ReadPrompt], h: Iterable[Any], y: Tensor) -> Readouts:
     pieces = list(h)
     bad = [p.id for p, piece, v in zip(prompts, pieces, y, strict=True)
            if not (torch.isfinite(v) and torch.isfinite(piece).all())]  # fmt: skip
-    if bad:
-        raise UserError("read-outs are not finite", value=bad[:10],
-                        rule="h and y must be finite numbers",
-                        fix="use --set model.dtype=float32, or remove these prompts")  # fmt: skip
+    _refuse_nonfinite(bad)
     offsets = torch.tensor([0, *[len(piece) for piece in pieces]]).cumsum(0)
     return Readouts(tuple(p.id for p in prompts), torch.cat(pieces), offsets, y)
+
+
+def _refuse_nonfinite(ids: Sequence[str]) -> None:
+    if ids:
+        raise UserError("read-outs are not finite", value=list(ids[:10]),
+                        rule="h and y must be finite numbers",
+                        fix="use --set model.dtype=float32, or remove these prompts")  # fmt: skip
 
 
 @torch.no_grad()

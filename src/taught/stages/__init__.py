@@ -12,17 +12,24 @@ from taught.progress import Progress
 from taught.run import RunFolder
 from taught.stages.ask import Question, ask
 from taught.stages.clamp import clamp
+from taught.stages.concept import ConceptRequest, concept
+from taught.stages.concept_influence import ConceptQuestion, agreement, concept_influence
 from taught.stages.decide import curate, report
 from taught.stages.fit import policy
 from taught.stages.influence import attribute, sketch
 from taught.study import Study, load_study
 
 __all__ = [
+    "ConceptQuestion",
+    "ConceptRequest",
     "Question",
+    "agreement",
     "ask",
     "attribute",
     "check",
     "clamp",
+    "concept",
+    "concept_influence",
     "curate",
     "demo",
     "policy",

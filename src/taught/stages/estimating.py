@@ -20,7 +20,10 @@ from taught.data.columns import columns_note
 from taught.data.pairs import PairSet
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
+from taught.features.concept import ConceptMap
+from taught.features.pooling import FeatureMap
 from taught.model.projection import Projection
+from taught.model.readout import ReadPrompt
 from taught.partial import Pieces
 from taught.policy.ridge import Policy, fit_policy
 from taught.progress import Progress
@@ -77,6 +80,26 @@ def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready
     UserError
         No pair is left; pairs are truncated; the run's files do not belong together.
     """
+    encoded, truncated = encode_pairs(study, subject, data)
+    kept = {pair.id for pair in encoded}
+    pairs = replace(data.pairs, pairs=tuple(pair for pair in data.pairs if pair.id in kept))
+    fitted, groups = read_policy(study, run)
+    prompts = {e.id: e for e in subject.chat.encode_prompts(data.prompts)}
+    ordered = [prompts[prompt_id] for prompt_id in fitted.prompt_ids]
+    features = subject.features(fitted.feature_ids.copy(), study)
+    problem = make_problem(study, subject, prompt_inputs(ordered, study.readout.position),
+                           subject.sae.block, features)  # fmt: skip
+    return Ready(pairs, encoded, truncated, fitted, groups, problem, pair_inputs(encoded))
+
+
+def encode_pairs(study: Study, subject: Subject, data: Data) -> tuple[list[EncodedPair], list[str]]:
+    """Tokens of the pairs that can be scored, and the ids of those that are truncated.
+
+    Raises
+    ------
+    UserError
+        No pair is left; pairs are truncated, and the study does not leave those out.
+    """
     encoded, truncated = subject.chat.encode_pairs(
         data.pairs, study.pairs.max_tokens, study.pairs.drop_truncated
     )
@@ -87,11 +110,7 @@ def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready
             rule="at least one pair is kept",
             fix="use other pairs or prompts, or raise pairs.max_tokens",
         )
-    kept = {pair.id for pair in encoded}
-    pairs = replace(data.pairs, pairs=tuple(pair for pair in data.pairs if pair.id in kept))
-    fitted, groups = read_policy(study, run)
-    problem = _problem(study, subject, data.prompts, fitted)
-    return Ready(pairs, encoded, truncated, fitted, groups, problem, pair_inputs(encoded))
+    return encoded, truncated
 
 
 def estimate(
@@ -113,7 +132,7 @@ def estimate(
                       progress=progress)  # fmt: skip
     if spec.checkpoints is not None:
         return _over_checkpoints(study, subject, ready, compute, progress, pieces), {}
-    problem = _with_curvature(study, ready.problem, ready.inputs, progress)
+    problem = with_curvature(study, ready.problem, ready.inputs, progress)
     effects = compute(problem, pieces=pieces)
     checks = step_checks(problem, ready.inputs, ready.fitted, effects, spec.exact_top,
                          progress=progress, pieces=pieces)  # fmt: skip
@@ -179,15 +198,20 @@ def read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[st
     return fitted, groups
 
 
-def _problem(study: Study, subject: Subject, prompts: PromptSet, fitted: Policy) -> Problem:
-    encoded = {e.id: e for e in subject.chat.encode_prompts(prompts)}
-    ordered = [encoded[prompt_id] for prompt_id in fitted.prompt_ids]
+def make_problem(
+    study: Study,
+    subject: Subject,
+    prompts: Sequence[ReadPrompt],
+    block: int,
+    features: FeatureMap | ConceptMap,
+) -> Problem:
+    """The study's problem for these prompts, read after this block."""
     return Problem(
         subject.loaded.model,
-        prompt_inputs(ordered, study.readout.position),
+        prompts,
         subject.behavior,
-        subject.sae.block,
-        subject.features(fitted.feature_ids.copy(), study),
+        block,
+        features,
         study.attribution.lr,
         study.attribution.batch_tokens,
         study.attribution.memory_gb,
@@ -196,9 +220,10 @@ def _problem(study: Study, subject: Subject, prompts: PromptSet, fitted: Policy)
     )
 
 
-def _with_curvature(
+def with_curvature(
     study: Study, problem: Problem, pairs: Sequence[PairInput], progress: Progress
 ) -> Problem:
+    """The problem in the metric of the study's optimizer."""
     spec = study.attribution
     if spec.curvature == "identity":
         return problem
@@ -237,7 +262,7 @@ def _at_checkpoints(
         model = open_checkpoint(study, checkpoint, subject)
         there = at_checkpoint(ready.problem, model, checkpoint.lr)
         del model
-        there = _with_curvature(study, there, ready.inputs, progress)
+        there = with_curvature(study, there, ready.inputs, progress)
         effects = compute(there, pieces=NumberedPieces(pieces, number))
         del there
         yield effects

@@ -1,0 +1,75 @@
+"""Gradient Concept Influence: what one SGD step on a pair does to the read-out of a concept.
+
+    F_c = mean over prompts of <v_c, h>         h pooled over the tokens that the concept names
+    effect(c, z) = -lr < C^-1 grad L(z), grad F_c >
+
+The target is a linear read-out of h like any other (``taught.target.concept_targets``), so every
+estimator and every curvature of the project applies. Source: Concept Influence, arXiv 2602.14869,
+where C is the EK-FAC approximation of the Hessian and the sign is that of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taught.attribution.adjoint import Problem, target_effects
+from taught.attribution.finite_step import Step, finite_steps
+from taught.attribution.forward_mode import Tangent, tangents
+from taught.attribution.pairs import PairInput, refuse_nonfinite
+from taught.model.readout import read_prompts
+from taught.target import Target
+
+
+def concept_effects(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    targets: Sequence[Target],
+    estimator: str = "adjoint",
+    *,
+    progress: Any = None,
+) -> Tensor:
+    """Effect of every pair on the mean read-out of every concept, float64 [P, C].
+
+    Parameters
+    ----------
+    problem
+        With a :class:`taught.features.concept.ConceptMap` in the place of features.
+    targets
+        :func:`taught.target.concept_targets`.
+    estimator
+        One of ``adjoint``, ``jvp`` and ``finite-step``.
+
+    Raises
+    ------
+    UserError
+        The gradients of some pairs are not finite.
+    """
+    if estimator == "adjoint":
+        A = torch.from_numpy(np.stack([target.A for target in targets if target.A is not None]))
+        effects, _ = target_effects(problem, pairs, A, None, progress=progress)
+    else:
+        moves = _ONE_BY_ONE[estimator](problem, pairs, progress)
+        effects = torch.tensor([[t.inner(move.dX, move.dy) for t in targets] for move in moves],
+                               dtype=torch.float64)  # fmt: skip
+    refuse_nonfinite(pairs, range(len(pairs)), effects, "gradient")
+    return effects
+
+
+def _tangents(problem: Problem, pairs: Sequence[PairInput], progress: Any) -> Iterator[Tangent]:
+    return tangents(problem, pairs, progress=progress)
+
+
+def _steps(problem: Problem, pairs: Sequence[PairInput], progress: Any) -> Iterator[Step]:
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+    return finite_steps(problem, pairs, baseline, progress=progress)
+
+
+_ONE_BY_ONE: dict[str, Callable[..., Iterator[Tangent | Step]]] = {
+    "jvp": _tangents,
+    "finite-step": _steps,
+}

@@ -1,0 +1,350 @@
+"""Concepts: directions in the residual stream of one block, and how they are read.
+
+    read-out of a prompt or pair:  f = < v, mean over its tokens t of h_t >
+
+v [D] comes from two groups of prompts (difference of means, a linear probe), from decoder rows of a
+sparse autoencoder, or from a file. By default |v| = 1, so that f is in units of the residual.
+Source: Concept Influence, arXiv 2602.14869; differences of means: Persona Vectors, arXiv
+2507.21509.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from taught.errors import UserError
+from taught.features.pooling import pool
+from taught.features.probe import Auc, Bools, Floats, auc, fit_direction, held_out
+from taught.features.sae import SparseAutoencoder
+from taught.files import json_bytes, sha256_bytes, tensors_bytes, tensors_from_bytes, write_bytes
+
+FORMAT = "taught concept 1"
+# A maximum over tokens is no linear read-out: which token counts would change with the model.
+PROMPT_POSITIONS = ("last_user", "last_prompt", "mean_user")
+PAIR_POSITIONS = ("mean_response", "last_response")
+NORMS = ("unit", "none")
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """A direction with all that is needed to read it, and where it is from.
+
+    Attributes
+    ----------
+    name : str
+        Its name in tables.
+    direction : float64 [D]
+        v; positive read-outs are towards it.
+    block : int
+        Block, counted from 0, whose output is read.
+    position : one of PROMPT_POSITIONS
+        Tokens of a prompt over which h is averaged.
+    tokens : one of PAIR_POSITIONS
+        Tokens of a pair: all of the response, or its last one (the end of the turn).
+    weights : dict
+        Identity of the model's weights, or empty where it is not known.
+    provenance : dict of JSON values
+        What the direction was made from, and how.
+    card : dict of JSON values
+        How well it separates two groups (see :func:`quality_card`).
+    """
+
+    name: str
+    direction: Floats
+    block: int
+    position: str = "mean_user"
+    tokens: str = "mean_response"
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        v = np.asarray(self.direction, np.float64)
+        object.__setattr__(self, "direction", v)
+        if v.ndim != 1 or not np.isfinite(v).all() or not v.any():
+            raise UserError("a concept is one direction", value=f"shape {list(v.shape)}",
+                            rule="[D], finite and not zero",
+                            fix="check the tensor or the features it is made of")  # fmt: skip
+        require_place(self.position, self.tokens)
+
+    @property
+    def width(self) -> int:
+        """D, the width of the residual stream."""
+        return len(self.direction)
+
+    def require_fit(self, *, width: int, blocks: int, weights: Mapping[str, Any]) -> None:
+        """Raise a UserError unless the concept belongs to this model."""
+        there = f"width {self.width}, block {self.block}"
+        if self.width != width or not 0 <= self.block < blocks:
+            raise UserError(f"the concept {self.name} does not fit the model", value=there,
+                            rule=f"width {width}, blocks 0 to {blocks - 1}",
+                            fix="use a concept that was made on this model")  # fmt: skip
+        if self.weights and dict(self.weights) != dict(weights):
+            raise UserError(f"the concept {self.name} was made on other weights",
+                            value=dict(self.weights), rule=f"the study's model: {dict(weights)}",
+                            fix="make the concept anew: taught concept STUDY")  # fmt: skip
+
+
+def require_place(position: str, tokens: str) -> None:
+    """Raise a UserError unless prompts can be read at ``position`` and pairs at ``tokens``."""
+    for key, value, allowed in (("position", position, PROMPT_POSITIONS),
+                                ("tokens", tokens, PAIR_POSITIONS)):  # fmt: skip
+        if value not in allowed:
+            raise UserError(f"a concept cannot be read at this place ({key})", value=value,
+                            rule=f"one of {', '.join(allowed)}",
+                            fix=f"pass --{key} {allowed[-1]}")  # fmt: skip
+
+
+def normalised(direction: ArrayLike, norm: str) -> Floats:
+    """The direction at unit length, or as it is (one of NORMS)."""
+    v = np.asarray(direction, np.float64)
+    length = float(np.linalg.norm(v))
+    return v / length if norm == "unit" and length > 0 else v
+
+
+# --- where directions come from ----------------------------------------------------------------
+
+
+def fitted_direction(
+    X: ArrayLike,
+    positive: ArrayLike,
+    method: str,
+    *,
+    penalty: float = 1.0,
+    force: bool = False,
+    **draws: Any,
+) -> tuple[Floats, dict[str, Any]]:
+    """Direction [D] from two groups of pooled residuals X [N, D], and its quality card.
+
+    Parameters
+    ----------
+    method, penalty : :func:`taught.features.probe.fit_direction`
+    force
+        Accept a direction that is no better than chance on rows it was not fitted on.
+    draws
+        folds, bootstrap, seed (:func:`taught.features.probe.held_out`).
+
+    Raises
+    ------
+    UserError
+        The interval of the held-out AUC begins at .5 or below, unless forced.
+    """
+
+    def fit(x: Floats, s: Bools) -> Floats:
+        return fit_direction(x, s, method, penalty)
+
+    found, parts = held_out(X, positive, fit, **draws)
+    if not (found.lo > 0.5 or force):
+        raise UserError("the probe is no better than chance on prompts that it has not seen",
+                        value=f"AUC {found.value:.3f}, 95% interval {found.lo:.3f} to "
+                              f"{found.hi:.3f}",
+                        rule="the interval lies above .5",
+                        fix="try another block (--sweep), more prompts, or pass --force",
+                        )  # fmt: skip
+    w = fit(np.asarray(X, np.float64), np.asarray(positive, bool))
+    card = quality_card(w, X, positive, found)
+    card["fold_cosine"] = min(_cosine(part, w) for part in parts)
+    return w, card
+
+
+def quality_card(
+    direction: ArrayLike,
+    X: ArrayLike,
+    positive: ArrayLike,
+    separation: Auc | None = None,
+    **draws: Any,
+) -> dict[str, Any]:
+    """How a direction separates two groups of pooled residuals X [N, D].
+
+    Parameters
+    ----------
+    separation
+        AUC on rows that the direction was not fitted on; None for a direction that was not fitted
+        on any of these, whose AUC is taken here.
+    draws
+        bootstrap, seed (:func:`taught.features.probe.auc`).
+
+    Returns
+    -------
+    dict
+        ``auc`` {value, lo, hi} and whether it is ``held_out`` (out of fold); ``n_positive``,
+        ``n_negative``; ``mean_positive``, ``mean_negative`` and ``spread`` (pooled standard
+        deviation) of the read-out along the unit direction; ``norm`` before normalisation;
+        ``difference_cosine`` with the difference of means. Directions that are fitted also have
+        ``fold_cosine``, the smallest cosine with the direction of a fold.
+    """
+    X, s = np.asarray(X, np.float64), np.asarray(positive, bool)
+    v = normalised(direction, "unit")
+    f = X @ v
+    a, b = f[s], f[~s]
+    measured = separation or auc(f, s, **draws)
+    return {
+        "auc": {key: float(value) for key, value in measured._asdict().items()},
+        "held_out": separation is not None,
+        "n_positive": len(a),
+        "n_negative": len(b),
+        "mean_positive": float(a.mean()),
+        "mean_negative": float(b.mean()),
+        "spread": float(np.sqrt((a.var() * len(a) + b.var() * len(b)) / len(f))),
+        "norm": float(np.linalg.norm(np.asarray(direction))),
+        "difference_cosine": _cosine(v, X[s].mean(0) - X[~s].mean(0)),
+    }
+
+
+def _cosine(a: Floats, b: Floats) -> float:
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size > 0 else 0.0
+
+
+def feature_direction(sae: SparseAutoencoder, shares: Mapping[int, float]) -> Floats:
+    """sum_k share_k (what feature k adds to the reconstruction per activation), [D].
+
+    Raises
+    ------
+    UserError
+        An id that the autoencoder does not have.
+    """
+    rows = sae.decoder_rows(list(shares)).double().cpu().numpy()
+    return np.asarray(np.array(list(shares.values())) @ rows)
+
+
+def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats, dict[str, Any]]:
+    """Direction [D] from a safetensors file, and its provenance.
+
+    Parameters
+    ----------
+    tensor
+        Name of the tensor, [D] or [1, D]; None where the file holds one only.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, has no such tensor or several, or the tensor is no vector.
+    """
+    file = Path(path).expanduser()
+    content, tensors = _read_tensors(file)
+    if tensor is None and len(tensors) == 1:
+        (tensor,) = tensors
+    if tensor is None or tensor not in tensors:
+        raise UserError("which tensor of the file is the direction?", value=tensor,
+                        rule="one of " + ", ".join(sorted(tensors)[:20]),
+                        fix="pass --source file:PATH:TENSOR")  # fmt: skip
+    value = tensors[tensor]
+    if value.size != max(value.shape, default=0):
+        raise UserError("the tensor is no vector", value=f"{tensor}: {list(value.shape)}",
+                        rule="[D], or [1, D]", fix="name another tensor")  # fmt: skip
+    origin = {"file": file.name, "tensor": tensor, "sha256": sha256_bytes(content)}
+    return value.reshape(-1).astype(np.float64), origin
+
+
+def _read_tensors(file: Path) -> tuple[bytes, dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        content = file.read_bytes()
+        # Through torch: numpy has no bfloat16.
+        return content, {k: t.to(torch.float64).numpy() for k, t in load(content).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError("the direction cannot be read", value=f"{file}: {error}",
+                        rule="a safetensors file", fix="check the path") from error  # fmt: skip
+
+
+# --- reading h ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptMap:
+    """h -> X for concepts that are read at one block and position: X_ic = <v_c, pooled h_i>.
+
+    It stands where a :class:`taught.features.pooling.FeatureMap` does, wherever changes of X are
+    asked for. One thing differs: the read-out is linear, has no gate, and where X_ic is 0 its
+    change need not be.
+
+    Attributes
+    ----------
+    directions : [C, D]
+    ids : int64 [d], rows of ``directions``, in the order of the columns of X
+    position : one of PROMPT_POSITIONS or PAIR_POSITIONS
+    """
+
+    directions: Tensor
+    ids: Tensor
+    position: str
+
+    def __call__(self, h: Tensor, offsets: Tensor) -> Tensor:
+        """X [N, d] from residuals h [M, D] at the tokens that are read."""
+        v = self.directions[self.ids]
+        return pool(h.to(v.device, v.dtype) @ v.T, offsets.to(v.device), self.position)
+
+    def response(self, h: Tensor, dh: Tensor, offsets: Tensor) -> Tensor:
+        """dX for a change dh: the read-out is linear, so it is the read-out of dh."""
+        del h
+        return self(dh, offsets)
+
+
+def concept_map(concepts: Sequence[Concept], position: str, like: Tensor) -> ConceptMap:
+    """The read-out of concepts of one block on the device of ``like``.
+
+    In its precision, or in float32 where that is less.
+    """
+    stacked = torch.from_numpy(np.stack([concept.direction for concept in concepts]))
+    ids = torch.arange(len(concepts), device=like.device)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return ConceptMap(stacked.to(like.device, dtype), ids, position)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def save_concept(concept: Concept, folder: Path) -> None:
+    """Write ``concept.safetensors`` (direction) and ``concept.json`` (the rest) into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = tensors_bytes({"direction": concept.direction})
+    record = {
+        "format": FORMAT,
+        "name": concept.name,
+        "width": concept.width,
+        "block": concept.block,
+        "position": concept.position,
+        "tokens": concept.tokens,
+        "weights": dict(concept.weights),
+        "provenance": dict(concept.provenance),
+        "card": dict(concept.card),
+        "sha256": sha256_bytes(content),
+    }
+    write_bytes(folder / "concept.safetensors", content)
+    write_bytes(folder / "concept.json", json_bytes(record))
+
+
+def load_concept(folder: str | Path) -> Concept:
+    """Read a concept that :func:`save_concept` wrote.
+
+    Raises
+    ------
+    UserError
+        Nothing is there, another format, or the two files do not belong together.
+    """
+    path = Path(folder).expanduser()
+    try:
+        record = json.loads((path / "concept.json").read_bytes())
+        content = (path / "concept.safetensors").read_bytes()
+        if record["format"] != FORMAT or record["sha256"] != sha256_bytes(content):
+            raise ValueError("the files are of another format, or not of one concept")
+        direction = tensors_from_bytes(content)["direction"]
+        rest = ("name", "block", "position", "tokens", "weights", "provenance", "card")
+        return Concept(direction=direction, **{key: record[key] for key in rest})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError("the concept cannot be read", value=f"{path}: {error!r}",
+                        rule="a folder with concept.json and concept.safetensors",
+                        fix="make it anew: taught concept STUDY --out FOLDER",
+                        ) from error  # fmt: skip

@@ -1,0 +1,243 @@
+"""Directions that tell two groups of residuals apart, and how well they do on rows not seen.
+
+With rows x_i [D], s_i = 1 in the positive group and -1 in the negative one:
+
+    difference   w = mean of the positive rows - mean of the negative rows
+    logistic     w = argmin  sum_i log(1 + exp(-s_i (x_i' w + b))) + penalty / 2 |w|^2
+    ridge        w = argmin  sum_i (s_i - x_i' w - b)^2 + penalty |w|^2
+
+For logistic and ridge the rows are centred and divided by one number, the root mean square of their
+entries, so that a penalty means the same at every block; w is given for the rows as they came. b is
+not penalised. Source: linear probes, Alain and Bengio, arXiv 1610.01644.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from taught.errors import UserError
+from taught.rank import ranks
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+METHODS = ("difference", "logistic", "ridge")
+_STEPS = 100  # Newton needs about ten
+
+
+class Auc(NamedTuple):
+    """Probability that a positive row is read higher than a negative one, 95% bootstrap interval.
+
+    Equal read-outs count half.
+    """
+
+    value: float
+    lo: float
+    hi: float
+
+
+def fit_direction(X: ArrayLike, positive: ArrayLike, method: str, penalty: float = 1.0) -> Floats:
+    """Direction w [D] that points from the negative group to the positive one; not normalised.
+
+    Parameters
+    ----------
+    X : float64 [N, D]
+        One row a prompt or pair.
+    positive : bool [N]
+    method
+        One of :data:`METHODS`.
+    penalty
+        Of logistic and ridge; larger draws w towards the difference of means.
+
+    Raises
+    ------
+    UserError
+        A group is empty, rows are not finite or all alike, an unknown method, a penalty not above
+        0.
+
+    Notes
+    -----
+    Cost: one singular value decomposition of [N, D] where D > N (the solution lies in the span of
+    the rows), and about ten solutions of min(N, D) equations.
+    """
+    X, positive = _checked(X, positive)
+    if method == "difference":
+        w: Floats = X[positive].mean(0) - X[~positive].mean(0)
+        return w
+    solve = {"logistic": _logistic, "ridge": _ridge}.get(method)
+    if solve is None or not penalty > 0:
+        raise UserError("a direction cannot be fitted like this",
+                        value=f"{method}, penalty {penalty}",
+                        rule=f"one of {', '.join(METHODS)}, with a penalty above 0",
+                        fix="use --source difference or --source probe")  # fmt: skip
+    centred = X - X.mean(0)
+    scale = float(np.sqrt(np.mean(centred**2)))
+    Z, basis = _in_span(centred / scale)
+    return np.asarray(solve(Z, positive, penalty) @ basis / scale)
+
+
+def held_out(
+    X: ArrayLike,
+    positive: ArrayLike,
+    fit: Callable[[Floats, Bools], Floats],
+    *,
+    folds: int = 5,
+    bootstrap: int = 500,
+    seed: int = 0,
+) -> tuple[Auc, list[Floats]]:
+    """AUC of read-outs <w, x> of rows that w was not fitted on, and the w [D] of each fold.
+
+    Folds hold both groups in equal shares. Rows are compared within their fold, since each fold has
+    a w of its own.
+
+    Parameters
+    ----------
+    fit
+        (X, positive) -> w, such as :func:`fit_direction`.
+    """
+    X, positive = _checked(X, positive)
+    fold = _stratified(positive, folds, seed)
+    found = [fit(X[fold != k], positive[fold != k]) for k in range(folds)]
+    score = np.einsum("nd,nd->n", X, np.stack(found)[fold])
+    return auc(score, positive, fold, bootstrap=bootstrap, seed=seed), found
+
+
+def auc(
+    score: ArrayLike,
+    positive: ArrayLike,
+    fold: ArrayLike | None = None,
+    *,
+    bootstrap: int = 500,
+    seed: int = 0,
+) -> Auc:
+    """AUC over the pairs of rows of one fold, resampled within fold and group.
+
+    Parameters
+    ----------
+    score : float64 [N]
+    positive : bool [N]
+    fold : int64 [N]
+        Only rows of one fold are compared; None: all are.
+    """
+    values, is_positive = np.asarray(score, np.float64), np.asarray(positive, bool)
+    part = np.zeros(len(values), np.int64) if fold is None else np.asarray(fold)
+    cells = [(values[is_positive & (part == k)], values[~is_positive & (part == k)])
+             for k in np.unique(part)]  # fmt: skip
+    rng = np.random.default_rng(seed)
+    draws = [
+        _wins([(rng.choice(a, len(a)), rng.choice(b, len(b))) for a, b in cells])
+        for _ in range(bootstrap)
+    ]
+    lo, hi = np.percentile(draws, [2.5, 97.5])
+    return Auc(_wins(cells), float(lo), float(hi))
+
+
+def _wins(cells: list[tuple[Floats, Floats]]) -> float:
+    """Share of (positive, negative) pairs within the cells that stand in order."""
+    won = total = 0.0
+    for a, b in cells:
+        won += float(ranks(np.concatenate([a, b]))[: len(a)].sum()) - len(a) * (len(a) - 1) / 2
+        total += len(a) * len(b)
+    return won / total
+
+
+def _stratified(positive: Bools, folds: int, seed: int) -> Ints:
+    """A fold for each row; each fold has both groups."""
+    smaller = int(min(positive.sum(), (~positive).sum()))
+    if not 2 <= folds <= smaller:
+        raise UserError("a group is too small to be split into folds",
+                        value=f"{smaller} rows in the smaller group, {folds} folds",
+                        rule="every fold needs rows of both groups, and there are two at least",
+                        fix="use more prompts in both groups")  # fmt: skip
+    rng = np.random.default_rng(seed)
+    fold = np.empty(len(positive), dtype=np.int64)
+    for group in (positive, ~positive):
+        members = rng.permutation(np.flatnonzero(group))
+        fold[members] = np.arange(len(members)) % folds
+    return fold
+
+
+def _checked(X: ArrayLike, positive: ArrayLike) -> tuple[Floats, Bools]:
+    rows, group = np.asarray(X, np.float64), np.asarray(positive, bool)
+    if rows.ndim != 2 or group.shape != rows.shape[:1] or not 0 < group.sum() < len(group):
+        raise UserError("a direction is fitted to two groups of rows",
+                        value=f"rows {list(rows.shape)}, {int(group.sum())} of them positive",
+                        rule="both groups have rows",
+                        fix="set prompts.positive_group and prompts.negative_group")  # fmt: skip
+    if not np.isfinite(rows).all() or (rows == rows[0]).all():
+        raise UserError("the rows do not vary, or are not finite", value=list(rows.shape),
+                        rule="finite numbers that differ between rows",
+                        fix="use model.dtype float32, or another block")  # fmt: skip
+    return rows, group
+
+
+def _in_span(X: Floats) -> tuple[Floats, Floats]:
+    """Z and basis with X = Z basis and basis basis' = 1: at most N columns."""
+    n, d = X.shape
+    if d <= n:
+        return X, np.eye(d)
+    U, S, basis = np.linalg.svd(X, full_matrices=False)
+    return U * S, basis
+
+
+def _ridge(Z: Floats, positive: Bools, penalty: float) -> Floats:
+    s = np.where(positive, 1.0, -1.0)
+    centred = Z - Z.mean(0)
+    solved = np.linalg.solve(centred.T @ centred + penalty * np.eye(Z.shape[1]), centred.T @ s)
+    return np.asarray(solved)
+
+
+def _logistic(Z: Floats, positive: Bools, penalty: float) -> Floats:
+    """Newton's method (iteratively reweighted least squares) with halved steps where needed."""
+    A = np.column_stack([Z, np.ones(len(Z))])
+    sides = np.where(positive, 1.0, -1.0)
+    P = penalty * np.append(np.ones(Z.shape[1]), 0.0)
+
+    def loss(beta: Floats) -> float:
+        return float(np.logaddexp(0, -sides * (A @ beta)).sum() + (P * beta**2).sum() / 2)
+
+    beta = np.zeros(A.shape[1])
+    for _ in range(_STEPS):
+        p = 0.5 * (1 + np.tanh(A @ beta / 2))
+        gradient = A.T @ (p - positive) + P * beta
+        step = np.linalg.solve((A.T * (p * (1 - p))) @ A + np.diag(P), gradient)
+        decrease = float(gradient @ step)
+        if decrease <= 1e-20 * (1 + loss(beta)):
+            return np.asarray(beta[:-1])
+        size = 1.0
+        while size > 1e-8 and loss(beta - size * step) > loss(beta) - 1e-4 * size * decrease:
+            size /= 2
+        if size <= 1e-8:  # the rounding of the loss is reached
+            return np.asarray(beta[:-1])
+        beta = beta - size * step
+    raise UserError("the probe did not converge", value=f"penalty {penalty}",
+                    rule=f"{_STEPS} Newton steps are enough where the penalty is not tiny",
+                    fix="raise --penalty")  # fmt: skip
+
+
+def sweep(
+    H: Any, positive: ArrayLike, method: str = "logistic", penalty: float = 1.0, **draws: Any
+) -> list[dict[str, Any]]:
+    """Held-out AUC of a direction fitted at each block.
+
+    Parameters
+    ----------
+    H : [L, N, D]
+        Pooled residuals after each block.
+    draws
+        folds, bootstrap, seed (:func:`held_out`).
+
+    Returns
+    -------
+    [{"block", "auc", "lo", "hi"}], block after block. The largest of many is favourable to itself.
+    """
+    rows = []
+    for block, X in enumerate(H):
+        found, _ = held_out(X, positive, lambda x, s: fit_direction(x, s, method, penalty), **draws)
+        rows.append({"block": block, "auc": found.value, "lo": found.lo, "hi": found.hi})
+    return rows

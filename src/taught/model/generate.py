@@ -1,0 +1,83 @@
+"""A model's own answers: greedy decoding, batched, with nothing but the logits deciding.
+
+Generation settings that models carry along (penalties, temperatures) are not applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from taught.model.forward import first_device
+from taught.model.gradients import evaluating
+from taught.model.tokens import batches_by_tokens
+
+
+@torch.no_grad()
+def greedy(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    ends: Collection[int],
+    limit: int,
+    *,
+    batch_tokens: int = 4096,
+) -> list[tuple[int, ...]]:
+    """Most probable next token after token, for each prompt, until one of ``ends`` or the limit.
+
+    Parameters
+    ----------
+    prompts
+        Token ids, with the generation prompt.
+    ends
+        Tokens that end an answer; the one that does is part of it.
+    limit
+        Tokens an answer may have.
+    batch_tokens
+        Padded tokens of a batch, answers at their limit included.
+
+    Returns
+    -------
+    One answer a prompt, of at least one token. Cost: ``limit`` steps with a cache of keys and
+    values for each batch.
+    """
+    answers: list[tuple[int, ...]] = [()] * len(prompts)
+    with evaluating(model):
+        for batch in batches_by_tokens([len(p) + limit for p in prompts], batch_tokens):
+            rows = _decode(model, [prompts[i] for i in batch], frozenset(ends), limit)
+            for i, row in zip(batch, rows, strict=True):
+                answers[i] = row
+    return answers
+
+
+def _decode(
+    model: nn.Module, prompts: Sequence[Sequence[int]], ends: frozenset[int], limit: int
+) -> list[tuple[int, ...]]:
+    ids, mask = _pad_left(prompts)
+    ids, mask = ids.to(first_device(model)), mask.to(first_device(model))
+    rows: list[list[int]] = [[] for _ in prompts]
+    cache = None
+    for _ in range(limit):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                    past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
+        cache, chosen = out.past_key_values, out.logits[:, -1].argmax(-1)
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if not row or row[-1] not in ends:
+                row.append(token)
+        if all(row[-1] in ends for row in rows):
+            break
+        ids = chosen.unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+    return [tuple(row) for row in rows]
+
+
+def _pad_left(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, width - len(sequence) :] = torch.tensor(sequence)
+        mask[row, width - len(sequence) :] = 1
+    return ids, mask

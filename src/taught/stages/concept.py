@@ -1,0 +1,209 @@
+"""The command ``concept``: a direction from two groups of prompts, from features or from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from taught.data.prompts import PromptSet
+from taught.errors import UserError
+from taught.features.concept import (
+    Concept,
+    feature_direction,
+    file_direction,
+    fitted_direction,
+    normalised,
+    quality_card,
+    require_place,
+    save_concept,
+)
+from taught.features.pooling import pool
+from taught.features.probe import Floats, sweep
+from taught.model.forward import find_blocks, get_block
+from taught.model.readout import check_trees, read_residuals
+from taught.progress import Progress, SilentProgress
+from taught.setup import Subject, open_subject, prompt_inputs, study_prompts
+from taught.study import Study
+
+_SOURCES = "difference, probe, feature:ID (or feature:ID=SHARE,ID=SHARE) or file:PATH[:TENSOR]"
+
+
+@dataclass(frozen=True)
+class ConceptRequest:
+    """What concept is to be made.
+
+    Attributes
+    ----------
+    source : difference, probe, feature:ID or file:PATH[:TENSOR]
+    block : block whose output is read; None: the SAE's
+    position, tokens : where prompts and pairs are read; position None: the study's
+    method, penalty : of a probe
+    norm : "unit" or "none"
+    name : None for the name of the folder
+    force : accept a direction that is no better than chance
+    sweep : fit at every block too, and put the table into the card
+    """
+
+    source: str
+    block: int | None = None
+    position: str | None = None
+    tokens: str = "mean_response"
+    method: Literal["logistic", "ridge"] = "logistic"
+    penalty: float = 1.0
+    norm: Literal["unit", "none"] = "unit"
+    name: str | None = None
+    force: bool = False
+    sweep: bool = False
+
+
+def concept(
+    study: Study, out: Path, request: ConceptRequest, progress: Progress | None = None
+) -> Concept:
+    """Make a concept and its quality card on the study's two groups of prompts, in folder ``out``.
+
+    Raises
+    ------
+    UserError
+        An unknown source, block or place; a direction that does not fit the model; a probe that is
+        no better than chance on prompts it has not seen.
+    """
+    progress = progress or SilentProgress()
+    kind, detail = _source(request)
+    position = request.position or study.readout.position
+    require_place(position, request.tokens)
+    prompts = study_prompts(study)
+    progress.step("load model and SAE")
+    subject = open_subject(study)
+    block = _block(request, kind, subject)
+    blocks = list(range(len(find_blocks(subject.loaded.model)))) if request.sweep else [block]
+    H, positive = _read(study, subject, prompts, position, blocks, progress)
+    X = H[blocks.index(block)]
+    progress.step("fit and judge the direction")
+    direction, card, origin = _direction(study, subject, request, (kind, detail), X, positive)
+    if request.sweep:
+        card["sweep"] = sweep(H, positive, _method(request, kind), request.penalty, **_draws(study))
+    made = Concept(
+        request.name or out.name,
+        normalised(direction, request.norm),
+        block,
+        position,
+        request.tokens,
+        dict(subject.loaded.weights),
+        {"source": request.source, "norm": request.norm, **origin, **_data(study, prompts)},
+        card,
+    )
+    save_concept(made, out)
+    return made
+
+
+def _source(request: ConceptRequest) -> tuple[str, str]:
+    kind, _, detail = request.source.partition(":")
+    plain = kind in ("difference", "probe")
+    if not (plain if not detail else kind in ("feature", "file")):
+        raise UserError("unknown source of a concept", value=request.source, rule=_SOURCES,
+                        fix="pass --source")  # fmt: skip
+    if request.sweep and not plain:
+        raise UserError("a sweep over blocks is of directions that are fitted",
+                        value=request.source, rule="--sweep goes with difference and probe",
+                        fix="leave out --sweep")  # fmt: skip
+    return kind, detail
+
+
+def _block(request: ConceptRequest, kind: str, subject: Subject) -> int:
+    block = subject.sae.block if request.block is None else request.block
+    if kind == "feature" and block != subject.sae.block:
+        raise UserError("a feature is a direction at the block of its SAE", value=block,
+                        rule=f"block {subject.sae.block}", fix="leave out --block")  # fmt: skip
+    get_block(subject.loaded.model, block)
+    return block
+
+
+def _read(
+    study: Study,
+    subject: Subject,
+    prompts: PromptSet,
+    position: str,
+    blocks: Sequence[int],
+    progress: Progress,
+) -> tuple[Floats, Any]:
+    """Pooled residuals [blocks, N, D] of the prompts of both groups, and which are positive."""
+    sides = (study.prompts.negative_group, study.prompts.positive_group)
+    chosen = [prompt for prompt in prompts if prompt.group in sides]
+    inputs = prompt_inputs(subject.chat.encode_prompts(chosen), position)
+    check_trees(subject.loaded.model, inputs, subject.behavior)
+    progress.step("read prompts", len(inputs))
+    H = read_residuals(subject.loaded.model, inputs, blocks, partial(pool, how=position),
+                       progress=progress)  # fmt: skip
+    return H.numpy(), np.array([prompt.group == sides[1] for prompt in chosen])
+
+
+def _direction(
+    study: Study,
+    subject: Subject,
+    request: ConceptRequest,
+    source: tuple[str, str],
+    X: Floats,
+    positive: Any,
+) -> tuple[Floats, dict[str, Any], dict[str, Any]]:
+    """Direction [D], quality card, and what it was made from."""
+    kind, detail = source
+    if kind in ("difference", "probe"):
+        method = _method(request, kind)
+        how = {"method": method, **({"penalty": request.penalty} if kind == "probe" else {})}
+        fitted = fitted_direction(X, positive, method, penalty=request.penalty,
+                                  force=request.force, **_draws(study))  # fmt: skip
+        return *fitted, {**how, **_draws(study)}
+    if kind == "feature":
+        shares = _shares(detail)
+        v = feature_direction(subject.sae, shares)
+        origin: dict[str, Any] = {"features": {str(k): share for k, share in shares.items()},
+                                  "sae": subject.sae.sha256()}  # fmt: skip
+    else:
+        v, origin = _from_file(detail)
+    if len(v) != X.shape[1]:
+        raise UserError("the direction does not fit the model", value=f"width {len(v)}",
+                        rule=f"width {X.shape[1]}",
+                        fix="use a direction that was made on this model")  # fmt: skip
+    spec = study.policy
+    return v, quality_card(v, X, positive, bootstrap=spec.bootstrap, seed=spec.seed), origin
+
+
+def _method(request: ConceptRequest, kind: str) -> str:
+    return request.method if kind == "probe" else "difference"
+
+
+def _draws(study: Study) -> dict[str, int]:
+    spec = study.policy
+    return {"folds": spec.folds, "bootstrap": spec.bootstrap, "seed": spec.seed}
+
+
+def _data(study: Study, prompts: PromptSet) -> dict[str, Any]:
+    groups = [study.prompts.positive_group, study.prompts.negative_group]
+    return {"prompts sha256": prompts.sha256, "groups": groups, "limit": study.prompts.limit}
+
+
+def _shares(detail: str) -> dict[int, float]:
+    """Shares of features from ``ID`` or ``ID=SHARE,ID=SHARE``."""
+    try:
+        parts = [part.partition("=") for part in detail.split(",")]
+        shares = {int(k): float(share) if sign else 1.0 for k, sign, share in parts}
+        if len(shares) != len(parts):
+            raise ValueError
+        return shares
+    except ValueError:
+        raise UserError("the features of the concept are not readable", value=detail,
+                        rule="feature:ID or feature:ID=SHARE,ID=SHARE, each id once",
+                        fix="for example --source feature:12=0.5,40=-1") from None  # fmt: skip
+
+
+def _from_file(detail: str) -> tuple[Floats, dict[str, Any]]:
+    """Direction from ``PATH`` or ``PATH:TENSOR``; a path may hold a colon itself."""
+    path, _, tensor = detail.rpartition(":")
+    if path and not Path(detail).expanduser().exists():
+        return file_direction(path, tensor)
+    return file_direction(detail)

@@ -1,0 +1,356 @@
+"""The command ``concept-influence``: what training on each pair does to concepts, by method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from taught.attribution.adjoint import Problem
+from taught.attribution.checkpoints import at_checkpoint
+from taught.attribution.concepts import concept_effects
+from taught.attribution.pairs import PairInput
+from taught.attribution.projections import project, response_reads
+from taught.attribution.token_effects import token_effects
+from taught.errors import UserError
+from taught.features.concept import Concept, ConceptMap, concept_map, load_concept
+from taught.model.forward import find_blocks
+from taught.model.readout import ReadPrompt, check_trees
+from taught.progress import Progress, SilentProgress
+from taught.rank import spearman
+from taught.setup import (
+    Subject,
+    open_checkpoint,
+    open_subject,
+    pair_inputs,
+    prompt_inputs,
+    refuse_combinations,
+)
+from taught.stages.estimating import Data, encode_pairs, make_problem, read_data, with_curvature
+from taught.stages.own_responses import own_pairs
+from taught.study import Checkpoint, Study
+from taught.target import Target, concept_targets
+
+SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("concept", pa.string()),
+        ("method", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+
+
+TOKENS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("concept", pa.string()),
+        ("position", pa.int64()),
+        ("token", pa.string()),
+        ("share", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ConceptQuestion:
+    """What is asked of every pair.
+
+    Attributes
+    ----------
+    concepts : folders that ``taught concept`` wrote
+    methods : some of METHODS
+    group : the gradient's mean is over the prompts of this group; None: over all
+    read : what the gradient's mean is over: the evaluation "prompts", or the "responses" of the
+        pairs themselves (group is a label then)
+    checkpoint : fine-tuned model (or adapter) for projection-difference-training
+    responses : file of the model's own answers for projection-difference-response
+    max_new_tokens : length of an own answer
+    tokens : so many pairs with the largest absolute gradient value are split into their tokens
+    """
+
+    concepts: tuple[Path, ...]
+    methods: tuple[str, ...] = ("gradient", "vector-filter")
+    group: str | None = None
+    checkpoint: str | None = None
+    responses: Path = Path("own_responses.json")
+    max_new_tokens: int = 128
+    tokens: int = 0
+    read: Literal["prompts", "responses"] = "prompts"
+
+
+class ConceptAnswers(NamedTuple):
+    """Tables in long form (docs/formats.md); ``tokens`` has no rows unless they were asked for."""
+
+    table: pa.Table
+    tokens: pa.Table
+
+
+class Place(NamedTuple):
+    """Where concepts are read: one pass serves all that are read at one place."""
+
+    block: int
+    where: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """The pairs and prompts, and what methods leave: base read-outs, once a place; token shares."""
+
+    study: Study
+    subject: Subject
+    data: Data
+    inputs: list[PairInput]
+    question: ConceptQuestion
+    progress: Progress
+    base: dict[Place, Tensor] = field(default_factory=dict)
+    shares: list[pa.Table] = field(default_factory=list)
+
+    def map_of(self, concepts: Sequence[Concept], place: Place) -> ConceptMap:
+        """The read-out of some concepts of one place."""
+        like = next(self.subject.loaded.model.parameters())
+        return concept_map(concepts, place.where, like)
+
+    def read(
+        self, model: Any, pairs: Sequence[PairInput], concepts: Sequence[Concept], place: Place
+    ) -> Tensor:
+        """Projections [P, C] of pairs by one model."""
+        return project(model, pairs, self.map_of(concepts, place), place.block,
+                       batch_tokens=self.study.attribution.batch_tokens,
+                       progress=self.progress)  # fmt: skip
+
+
+def concept_influence(
+    study: Study, question: ConceptQuestion, progress: Progress | None = None
+) -> ConceptAnswers:
+    """Value of every pair for every concept by every method; positive: towards the concept.
+
+    Raises
+    ------
+    UserError
+        A concept does not fit the model, two have one name; a method lacks what it needs; pairs
+        overlap the prompts, are truncated or have no finite value.
+    """
+    progress = progress or SilentProgress()
+    concepts = _load(question)
+    _refuse(study, question)
+    data = read_data(study, progress)
+    progress.step("load model and SAE")
+    subject = open_subject(study)
+    model = subject.loaded.model
+    for concept in concepts:
+        concept.require_fit(width=subject.sae.width, blocks=len(find_blocks(model)),
+                            weights=subject.loaded.weights)  # fmt: skip
+    encoded, truncated = encode_pairs(study, subject, data)
+    for kind, ids in (("overlap", data.overlapping), ("truncated", truncated)):
+        if ids:
+            progress.note(f"left out, {kind}: {len(ids)} pairs: {', '.join(ids)}")
+    check_trees(model, _prompts(subject, data, study.readout.position), subject.behavior)
+    work = _Work(study, subject, data, pair_inputs(encoded), question, progress)
+    parts = [
+        _long(work, concept.name, method, values[:, column].numpy())
+        for method in question.methods
+        for some, values in METHODS[method](work, concepts)
+        for column, concept in enumerate(some)
+    ]
+    return ConceptAnswers(
+        pa.concat_tables(parts), pa.concat_tables([TOKENS.empty_table(), *work.shares])
+    )
+
+
+def agreement(table: pa.Table) -> pa.Table:
+    """Rank correlation over pairs between each two methods, for each concept.
+
+    Methods that rank the pairs of a run differently measure different things (docs/methods.md).
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    for row in table.to_pylist():
+        values.setdefault(row["concept"], {}).setdefault(row["method"], []).append(row["value"])
+    rows = [
+        {"concept": concept, "method": a, "other": b, "rank_correlation": spearman(x, y)}
+        for concept, methods in values.items()
+        for (a, x), (b, y) in combinations(methods.items(), 2)
+    ]
+    return pa.Table.from_pylist(rows, schema=_AGREEMENT)
+
+
+_AGREEMENT = pa.schema(
+    [
+        ("concept", pa.string()),
+        ("method", pa.string()),
+        ("other", pa.string()),
+        ("rank_correlation", pa.float64()),
+    ]
+)
+
+
+def _load(question: ConceptQuestion) -> list[Concept]:
+    concepts = [load_concept(folder) for folder in question.concepts]
+    names = [concept.name for concept in concepts]
+    if not names or len(set(names)) < len(names):
+        raise UserError("concepts are told apart by their names", value=names,
+                        rule="one concept at least, each name once",
+                        fix="taught concept ... --name gives another one")  # fmt: skip
+    return concepts
+
+
+def _refuse(study: Study, question: ConceptQuestion) -> None:
+    """Say what cannot be done before the model is loaded."""
+    unknown = [method for method in question.methods if method not in METHODS]
+    if unknown or len(set(question.methods)) < len(question.methods) or not question.methods:
+        raise UserError("no such method, or one twice", value=list(question.methods),
+                        rule="some of " + ", ".join(METHODS), fix="set --method")  # fmt: skip
+    if "projection-difference-training" in question.methods and question.checkpoint is None:
+        raise UserError("the difference that training made needs a fine-tuned model",
+                        rule="activations of the fine-tuned model minus those of the base model",
+                        fix="pass --checkpoint FOLDER")  # fmt: skip
+    if question.tokens and (
+        "gradient" not in question.methods or study.attribution.estimator == "finite-step"
+    ):
+        raise UserError("shares of tokens are parts of a gradient",
+                        value=f"{', '.join(question.methods)}; {study.attribution.estimator}",
+                        rule="the method gradient, by adjoint or jvp",
+                        fix="leave out --tokens, or add --method gradient")  # fmt: skip
+    if "gradient" in question.methods:
+        refuse_combinations(study)
+        if study.attribution.estimator == "sketch":
+            raise UserError("sketches are of gradients of features, not of concepts",
+                            value="attribution.estimator: sketch",
+                            rule="adjoint, jvp or finite-step",
+                            fix="use --set attribution.estimator=adjoint")  # fmt: skip
+
+
+Values = Iterator[tuple[list[Concept], Tensor]]
+
+
+def _places(concepts: Sequence[Concept], where: str) -> dict[Place, list[Concept]]:
+    """Concepts that can be read together; ``where``: position (of prompts) or tokens (of pairs)."""
+    places: dict[Place, list[Concept]] = {}
+    for concept in concepts:
+        places.setdefault(Place(concept.block, getattr(concept, where)), []).append(concept)
+    return places
+
+
+def _gradient(work: _Work, concepts: Sequence[Concept]) -> Values:
+    study, inside = work.study, _inside(work)
+    responses = work.question.read == "responses"
+    for place, some in _places(concepts, "tokens" if responses else "position").items():
+        prompts = (
+            response_reads(work.inputs, place.where)
+            if responses
+            else _prompts(work.subject, work.data, place.where)
+        )
+        problem = make_problem(study, work.subject, prompts, place.block,
+                               work.map_of(some, place))  # fmt: skip
+        targets = concept_targets([p.id for p in prompts], [c.name for c in some], inside)
+        effects = [
+            concept_effects(there, work.inputs, targets, study.attribution.estimator,
+                            progress=work.progress)
+            for there in _problems(work, problem)
+        ]  # fmt: skip
+        values = sum(effects[1:], effects[0])
+        for column, concept in enumerate(some if work.question.tokens else ()):
+            work.shares.extend(_shares(work, problem, targets[column], concept, values[:, column]))
+        yield some, values
+
+
+def _shares(
+    work: _Work, problem: Problem, target: Target, concept: Concept, values: Tensor
+) -> Iterator[pa.Table]:
+    """Shares of the response tokens of the pairs with the largest absolute values."""
+    order = values.abs().argsort(descending=True, stable=True)[: work.question.tokens]
+    pairs = [work.inputs[i] for i in order.tolist()]
+    assert target.A is not None
+    A = torch.from_numpy(target.A)[None]
+    parts = [token_effects(there, pairs, A, None) for there in _problems(work, problem)]
+    decode = work.subject.loaded.tokenizer.decode
+    for pair, *shares in zip(pairs, *parts, strict=True):
+        n = pair.n_response
+        texts = [decode([token]) for token in pair.ids[pair.start :]]
+        columns = [[pair.id] * n, [concept.name] * n, range(n), texts,
+                   torch.stack(shares).sum(0)[:, 0].numpy()]  # fmt: skip
+        yield pa.table(dict(zip(TOKENS.names, columns, strict=True)), schema=TOKENS)
+
+
+def _prompts(subject: Subject, data: Data, position: str) -> list[ReadPrompt]:
+    return prompt_inputs(subject.chat.encode_prompts(data.prompts), position)
+
+
+def _inside(work: _Work) -> np.ndarray:
+    """bool [N]: the prompts, or the pairs, that the mean is over."""
+    group = work.question.group
+    groups = [prompt.group for prompt in work.data.prompts]
+    if work.question.read == "responses":
+        label = {pair.id: pair.label for pair in work.data.pairs}
+        groups = [label[pair.id] for pair in work.inputs]
+    if group is not None and group not in groups:
+        raise UserError("nothing is in this group", value=group,
+                        rule="one of " + ", ".join(sorted(set(groups))),
+                        fix="set --group")  # fmt: skip
+    return np.array([group in (None, name) for name in groups])
+
+
+def _problems(work: _Work, problem: Problem) -> Iterator[Problem]:
+    """The problem at the model's weights, or at each of the study's checkpoints."""
+    study, progress = work.study, work.progress
+    checkpoints = study.attribution.checkpoints
+    progress.step("gradients of the concepts and of the pairs")
+    if checkpoints is None:
+        yield with_curvature(study, problem, work.inputs, progress)
+    for checkpoint in checkpoints or ():
+        model = open_checkpoint(study, checkpoint, work.subject)
+        there = at_checkpoint(problem, model, checkpoint.lr)
+        yield with_curvature(study, there, work.inputs, progress)
+
+
+def _base(work: _Work, some: Sequence[Concept], place: Place) -> Tensor:
+    if place not in work.base:
+        work.progress.step("activations of the pairs", len(work.inputs))
+        work.base[place] = work.read(work.subject.loaded.model, work.inputs, some, place)
+    return work.base[place]
+
+
+def _vector_filter(work: _Work, concepts: Sequence[Concept]) -> Values:
+    for place, some in _places(concepts, "tokens").items():
+        yield some, _base(work, some, place)
+
+
+def _difference_response(work: _Work, concepts: Sequence[Concept]) -> Values:
+    own = own_pairs(work.study, work.subject, work.inputs, work.question.responses,
+                    work.question.max_new_tokens, work.progress)  # fmt: skip
+    for place, some in _places(concepts, "tokens").items():
+        work.progress.step("activations of the model's own responses", len(own))
+        theirs = work.read(work.subject.loaded.model, own, some, place)
+        yield some, _base(work, some, place) - theirs
+
+
+def _difference_training(work: _Work, concepts: Sequence[Concept]) -> Values:
+    assert work.question.checkpoint is not None
+    tuned = Checkpoint(work.question.checkpoint, work.study.attribution.lr)
+    model = open_checkpoint(work.study, tuned, work.subject)
+    for place, some in _places(concepts, "tokens").items():
+        work.progress.step("activations of the fine-tuned model", len(work.inputs))
+        after = work.read(model, work.inputs, some, place)
+        yield some, after - _base(work, some, place)
+
+
+METHODS: dict[str, Callable[[_Work, Sequence[Concept]], Values]] = {
+    "gradient": _gradient,
+    "vector-filter": _vector_filter,
+    "projection-difference-response": _difference_response,
+    "projection-difference-training": _difference_training,
+}
+
+
+def _long(work: _Work, concept: str, method: str, values: np.ndarray) -> pa.Table:
+    ids = [pair.id for pair in work.inputs]
+    n = len(ids)
+    columns = [ids, [concept] * n, [method] * n, values]
+    return pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
