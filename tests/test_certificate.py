@@ -209,6 +209,16 @@ def test_margins_of_refit_and_sketches_count():
     assert together.reason.startswith("prompts, remainder and sketches together")
 
 
+def test_half_of_the_level_goes_to_sketches_where_there_are_any():
+    values = np.array([10.0, 6.0, 1.0])
+    draws = np.tile(values, (100, 1))
+    draws[:3] = values[[1, 0, 2]]  # (1 + 3) / 101 is between .025 and .05
+    (exact,) = rank_statements(ranking(values), list("abc"), [draws])[:1]
+    (sketched,) = rank_statements(ranking(values, errors=1e-6), list("abc"), [draws])[:1]
+    assert (exact.verdict, sketched.verdict) == ("safe", "undecided")
+    assert "the prompts decide: they stay in 97.0% of the resamples" in sketched.reason
+
+
 def test_what_is_not_known_is_undecided_and_says_so():
     values, ids = [10.0, 1.0, 0.5], list("abc")
     still = [np.tile(values, (200, 1))]

@@ -335,6 +335,11 @@ def test_the_table_is_that_of_edits_in_plain_passes(study: Study, run: RunFolder
     assert_allclose(row["rms_x"], np.sqrt((x**2).mean()))
     doubled = dy[SCALES.index(CONTROL_SCALE)]
     assert_allclose(row["at_control"], (x @ doubled) / (x @ x), rtol=1e-3, atol=1e-5)
+    rng = np.random.default_rng([study.policy.seed, row["feature_id"], 1])
+    for direction, found in zip(random_directions(v, 3, rng), row["controls"], strict=True):
+        edit = Clamp(subject.sae, row["feature_id"], "sae", 2.0, direction)
+        dy = np.array([y(inputs[i], edit) for i in chosen]) - base
+        assert_allclose(found, (x @ dy) / (x @ x), rtol=1e-3, atol=1e-5)
 
 
 def test_what_the_policy_predicts_of_an_edit_is_its_coefficient_here(run: RunFolder) -> None:

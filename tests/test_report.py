@@ -512,22 +512,24 @@ def test_slopes_stand_in_the_page_beside_coefficients(run: Path, page: Page):
     assert "10 of 11 active features move the behavior more than 2 random directions" in page.text
 
 
-def clamping(lo: float) -> dict:
-    same = {"value": 0.7, "lo": lo, "hi": 0.8}
+def clamping(lo: float, clear: int = 4) -> dict:
+    same, size = {"value": 0.7, "lo": lo, "hi": 0.8}, {"value": 0.5, "lo": 0.1, "hi": 0.9}
     rank = {"value": None, "lo": None, "hi": None}
-    return {"scales": [0.0, 3.0], "clear": 4, "active": 10,
-            "agreement": {"all": {"n": 10, "same_sign": same, "spearman": rank}}}  # fmt: skip
+    found = {"n": 10, "same_sign": same, "spearman": rank, "size": size}
+    return {"scales": [0.0, 3.0], "clear": clear, "active": 10, "agreement": {"all": found}}
 
 
 def test_the_verdict_calls_coefficients_causes_only_where_signs_agree():
     found = verdict.clamp_sentence(clamping(0.55))
     assert found.tone == "found" and found.text == (
         "Scaling a feature's part of the residual by 0 to 3 moves the behavior to the side of the "
-        "coefficient for 70% of 10 features (95% 55% to 80%). 4 of them move it more than random "
-        "directions of the same size do (corrected for their number)."
+        "coefficient for 70% of 10 features (95% 55% to 80%), by 0.50 [0.10, 0.90] of what the "
+        "coefficients say. 4 of them move it more than random directions of the same size do "
+        "(corrected for their number)."
     )
-    unsure = verdict.clamp_sentence(clamping(0.45))
-    assert unsure.tone == "caution" and "not shown to be causes" in unsure.text
+    for unsure in (clamping(0.45), clamping(0.55, clear=0)):
+        sentence = verdict.clamp_sentence(unsure)
+        assert sentence.tone == "caution" and "not shown to be causes" in sentence.text
     nothing = clamping(0.0)
     nothing["agreement"]["all"]["same_sign"]["value"] = None
     assert verdict.clamp_sentence(nothing) is None

@@ -144,7 +144,7 @@ AGREEMENTS = {
 def clamp_sentence(clamping: Row) -> Sentence | None:
     """Whether editing a feature in the model moves the behavior as its coefficient says."""
     agreed = clamping["agreement"]["all"]
-    same, rank = Estimate.of(agreed["same_sign"]), Estimate.of(agreed["spearman"])
+    same, rank, size = (Estimate.of(agreed[k]) for k in ("same_sign", "spearman", "size"))
     if same is None:
         return None
     scales = clamping["scales"]
@@ -153,12 +153,13 @@ def clamp_sentence(clamping: Row) -> Sentence | None:
         f"behavior to the side of the coefficient for {percent(same.value)} of "
         f"{count(agreed['n'], 'feature')} (95% {percent(same.lo)} to {percent(same.hi)})"
     )
+    text += f", by {size.text()} of what the coefficients say" if size else ""
     text += f"; rank correlation with the coefficients {rank.text()}." if rank else "."
     text += (
         f" {clamping['clear']} of them move it more than random directions of the same size do "
         "(corrected for their number)."
     )
-    if not (same.lo or 0) > 0.5:
+    if not (same.lo or 0) > 0.5 or not clamping["clear"]:
         text += " So the coefficients are not shown to be causes: read them as predictors."
         return Sentence("Clamping", "caution", text)
     return Sentence("Clamping", "found", text)

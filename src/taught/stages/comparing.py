@@ -42,8 +42,6 @@ from taught.validation.subsets import Subsets
 METHODS = ("adjoint", "adjoint+adam", "sketch", "sketch+adam", "sketch+autocorrelation")
 COEFFICIENTS = 10  # so many of the largest are compared on
 LEAST_SUBSETS = 8  # fewer have no rank correlation worth an interval
-# What explains much of any training, whatever the method: stands beside every method.
-TRIVIAL = ("response-length", "loss")
 
 Scores = dict[str, dict[str, dict[str, float]]]  # method -> target -> pair id -> influence
 SCORES = pa.schema(
