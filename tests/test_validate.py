@@ -207,13 +207,13 @@ def test_a_judge_reads_the_answers_of_the_models(attributed, tmp_path, monkeypat
     study, folder = attributed
     study = with_values(study, {"validation.designs": ("leave-out",), "validation.subsets": 2,
                                 "validation.answer_tokens": 3})  # fmt: skip
-    (tmp_path / "my_judge.py").write_text(
+    (tmp_path / "judge_of_lengths.py").write_text(
         "def long(prompt, answer):\n    return min(1.0, len(answer) / 100)\n"
         "def nonsense(prompt, answer):\n    return 'yes'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     run = RunFolder(folder, fresh=("validate",))
-    stages.validate(study, run, judge="my_judge:long")
+    stages.validate(study, run, judge="judge_of_lengths:long")
     answers = run.read_table("answers").to_pylist()
     assert len(answers) == 3 * 30 and {row["design"] for row in answers} == {"base", "leave-out"}
     for row in answers:
@@ -226,7 +226,7 @@ def test_a_judge_reads_the_answers_of_the_models(attributed, tmp_path, monkeypat
     stages.validate(study, run)
     assert {row["refuses"] for row in run.read_table("answers").to_pylist()} <= {0.0, 1.0}
     with pytest.raises(UserError, match="gave no verdict"):
-        stages.validate(study, run, judge="my_judge:nonsense")
+        stages.validate(study, run, judge="judge_of_lengths:nonsense")
     counted = Counted()
     stages.validate(study, run, counted)
     assert counted.trained == 0  # finished retrainings are kept whatever the judge does
