@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from taught.report.text import clean, percent, signed
+from taught.report.text import MINUS, clean, percent, signed
 from taught.run import RunFolder
 
 Row = dict[str, Any]
@@ -79,20 +79,19 @@ def _median(rows: Sequence[Row]) -> Cell:
     return Cell(middle("raw"), None, middle("controlled"), None)
 
 
-def warnings(rows: Iterable[Row]) -> list[str]:
-    """A sentence for every method and target that a trivial predictor does as well on."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
+def warnings(rows: Sequence[Row], method: str) -> list[str]:
+    """A sentence for every target on which a trivial predictor does as well as the method."""
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["explained"]:
-            found.setdefault((row["method"], row["target"], row["subsets"]), []).append(row)
+        if row["explained"] and row["method"] == method:
+            if not row["target"].startswith("coefficient"):
+                found.setdefault((row["target"], row["subsets"]), []).append(row)
     sentences = []
-    for (method, target, design), some in found.items():
-        if target.startswith("coefficient"):
-            continue
+    for (target, design), some in found.items():
         best = max(some, key=lambda row: abs(row["trivial_lds"] or 0.0))
         sentences.append(
-            f"{method}, {target}, {design} subsets: {best['trivial']} alone predicts about as "
-            f"well ({signed(best['trivial_lds'])} against {signed(best['lds'])}); look at the "
+            f"{target}, {design} subsets: {best['trivial']} alone predicts about as well as "
+            f"{method} ({signed(best['trivial_lds'])} against {signed(best['lds'])}); look at the "
             "controlled value"
         )
     return sentences
@@ -107,7 +106,8 @@ def compared_tables(run: RunFolder) -> Iterator[RenderableType]:
                        f"{table.controls}", "bold")  # fmt: skip
             yield _lds_table(table)
     if "trivial" in there:
-        for sentence in warnings(run.read_table("trivial").to_pylist()):
+        rows = run.read_table("trivial").to_pylist()
+        for sentence in warnings(rows, rows[0]["method"]):
             yield Text(clean(sentence), "yellow")
     if "planted" in there:
         yield _planted_table(run.read_table("planted").to_pylist())
@@ -121,9 +121,14 @@ def removal_sentence(point: Row, target: str) -> str:
     how = "without" if point["design"] == "removal" else "only on"
     return (
         f"Training {how} the {point['budget']} pairs ({percent(point['share'])}) that raise "
-        f"{target} most, against as many random ones: {signed(point['difference'])} "
-        f"[{signed(point['lo'])}, {signed(point['hi'])}]"
+        f"{target} most, against as many random ones: {_digits(point['difference'])} "
+        f"[{_digits(point['lo'])}, {_digits(point['hi'])}]"
     )
+
+
+def _digits(value: float) -> str:
+    """Two digits that count, whatever the size."""
+    return f"{value:+.2g}".replace("-", MINUS)
 
 
 def _lds_table(table: DesignTable) -> Table:
@@ -145,17 +150,21 @@ def _two(value: float | None) -> str:
 
 
 def _planted_table(rows: Sequence[Row]) -> Table:
+    planted, others = rows[0]["planted"], rows[0]["others"]
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0),
-                  title=f"\nPlanted pairs ({rows[0]['planted']} of "
-                        f"{rows[0]['planted'] + rows[0]['others']})",
+                  title=f"\n{planted} planted pairs among {planted + others}: AUC",
                   title_justify="left", title_style="bold")  # fmt: skip
-    for name in ("method", "target", "AUC", "precision"):
-        shown.add_column(
-            Text(name, "dim"), justify="left" if name in ("method", "target") else "right"
-        )
-    for row in rows:
-        if row["target"].startswith("coefficient"):
-            continue
-        ends = f"{row['auc']:.2f} [{row['lo']:.2f}, {row['hi']:.2f}]"
-        shown.add_row(clean(row["method"]), clean(row["target"]), ends, f"{row['precision']:.2f}")
+    targets = [t for t in dict.fromkeys(row["target"] for row in rows)
+               if not t.startswith("coefficient")]  # fmt: skip
+    shown.add_column(Text("method", "dim"))
+    for target in targets:
+        shown.add_column(Text(clean(target), "dim"), justify="right")
+    of = {(row["method"], row["target"]): row for row in rows}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = [of.get((method, target)) for target in targets]
+        shown.add_row(clean(method), *("" if r is None else _auc(r) for r in found))
     return shown
+
+
+def _auc(row: Row) -> str:
+    return f"{row['auc']:.2f} [{row['lo']:.2f}, {row['hi']:.2f}]"

@@ -374,7 +374,7 @@ def _validation_section(view: View) -> Json | None:
         "designs": [(table, _lds_rows(table)) for table in design_tables(view.lds or [])],
         "scale": unit,
         "axis": charts.forest_axis(unit),
-        "warnings": warnings(view.trivial or []),
+        "warnings": warnings(view.trivial, view.trivial[0]["method"]) if view.trivial else [],
         "planted": [
             (r, Estimate(r["auc"], r["lo"], r["hi"])) for r in view.planted or []
             if not r["target"].startswith("coefficient")

@@ -214,7 +214,8 @@ class TrivialCheck:
     ----------
     lds, trivial_lds : raw values, with their signs
     value, lo, hi : |lds| - |trivial_lds| and its paired 95% interval
-    explained : the interval includes 0 or lies below it: the method is not shown to be better
+    explained : the interval includes 0 or lies below it: the method is not shown to be better;
+        never by a predictor that is the same for all subsets (its LDS is nan)
     """
 
     method: str
@@ -353,7 +354,7 @@ def explained_by_trivial(
                 checks.append(
                     TrivialCheck(
                         method, name, target, design, float(made.values[0]), float(other),
-                        *gap, explained=not gap.lo > 0,
+                        *gap, explained=math.isfinite(other) and not gap.lo > 0,
                     )
                 )  # fmt: skip
     return checks
