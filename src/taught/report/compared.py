@@ -83,9 +83,9 @@ def warnings(rows: Sequence[Row], method: str) -> list[str]:
     """A sentence for every target on which a trivial predictor does as well as the method."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["explained"] and row["method"] == method:
-            if not row["target"].startswith("coefficient"):
-                found.setdefault((row["target"], row["subsets"]), []).append(row)
+        of_one = row["target"].startswith("coefficient")
+        if row["explained"] and row["method"] == method and not of_one:
+            found.setdefault((row["target"], row["subsets"]), []).append(row)
     sentences = []
     for (target, design), some in found.items():
         best = max(some, key=lambda row: abs(row["trivial_lds"] or 0.0))
