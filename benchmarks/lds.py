@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from benchmarks.common import Results, Row, Setting, _opened, console, cotangents, kept, run
 from benchmarks.ground_truth import DATA, REGIMES, ground_truth_study
 from taught.environment import mark_memory, peak_memory_gb
+from taught.errors import UserError
 from taught.progress import RichProgress, SilentProgress
 from taught.target import Target, coefficient_targets, mean_y_target, score_targets
 from taught.validation.lds import (
@@ -61,6 +62,9 @@ def measure(args: argparse.Namespace) -> None:
                 progress.step(name)
                 with _costed(name, costs):
                     scores[name] = compute(setting, targets, Path(temporary))
+        if args.run is not None:
+            own, found = _of_run(args.run, setting, targets)
+            scores[own] = found
         progress.step("baselines")
         with _costed("all baselines", costs):
             baselines = _baselines(setting, targets)
@@ -160,6 +164,27 @@ METHODS: dict[str, Callable[[Setting, Targets, Path], Any]] = {
     "sketch": _sketch,
     "sketch+autocorrelation": lambda *all_: _sketch(*all_, solved=True),
 }
+
+
+def _of_run(folder: Path, setting: Setting, targets: Targets) -> tuple[str, Any]:
+    """The influence of a finished run on the same study, and what its method is called."""
+    from taught.run import RunFolder
+    from taught.stages.retraining import influence_of
+    from taught.validation.outcomes import TargetName
+
+    opened = RunFolder.open(folder)
+    spec, found = opened.manifest["study"]["attribution"], influence_of(opened)
+    name = str(spec["estimator"])
+    name += "" if spec["curvature"] == "identity" else f"+{spec['curvature']}"
+    by_name = {
+        target: found[TargetName(parts[0].kind, parts[0].feature_id, parts[0].group)]
+        for target, parts in targets.items()
+    }
+    ids = {pair.id for pair in setting.pairs}
+    if any(set(values) != ids for values in by_name.values()):
+        raise UserError("the run is of other pairs", value=str(folder),
+                        fix="name a run folder of the ground truth")  # fmt: skip
+    return name, by_name
 
 
 def _baselines(setting: Setting, targets: Targets) -> Scores:
@@ -278,7 +303,8 @@ def main() -> None:
     """Parse the flags and measure."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--regime", choices=REGIMES, default="short")
-    flags.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    flags.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    flags.add_argument("--run", type=Path, help="a run of the ground truth: its own influence too")
     flags.add_argument("--data", type=Path, default=DATA, help="folder of the data set")
     flags.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     run(measure, flags.parse_args())
