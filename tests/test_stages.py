@@ -13,6 +13,7 @@ import pytest
 import taught.attribution.adjoint as adjoint
 import taught.attribution.prompt_effects as pe
 from taught import stages
+from taught.cli import run_command
 from taught.errors import UserError
 from taught.run import RunFolder
 from taught.study import Study, load_study
@@ -217,8 +218,52 @@ def test_curation_by_a_groups_mean_names_its_target(copy: Path) -> None:
     assert all(d["score"] == value[d["pair_id"]] for d in decisions)
     stages.report(run)
     assert "mean_y:harmless" in run.read_text("report.html")
-    with pytest.raises(UserError, match="cannot be curated by"):
+    with pytest.raises(UserError, match=r"not a target of this run\n  value: mean_y:nobody"):
         stages.curate(run, rule="top-k", k=3, target="mean_y:nobody")
+    with pytest.raises(UserError, match="with --rule paper: score"):
+        stages.curate(run, rule="paper", target="mean_y:harmless")
+
+
+def test_a_curation_that_protects_a_second_target(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["curate", str(copy / "run"), "--rule", "keep-k", "--k", "2",
+               "--target", "mean_y:harmless", "--protect", "mean_y:harmful"]  # fmt: skip
+    assert run_command(command) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    run = RunFolder.open(copy / "run")
+    record, values = run.read_json("curation"), summary(run)
+    dropped = {row["id"] for row in rows(run.path("drop.jsonl"))}
+    may = {i for i, row in values.items() if row["mean_y_harmful"] <= 0}
+    by_harm = sorted(may, key=lambda i: (values[i]["mean_y_harmless"], i))
+    assert 0 < len(may) < 8 and dropped == set(by_harm[-6:])
+    assert record["dropped"] == len(dropped) and record["missing"] == 6 - len(dropped)
+    for key, column in (("change", "mean_y_harmless"), ("protected_change", "mean_y_harmful")):
+        assert record[key] == pytest.approx(-sum(values[i][column] for i in dropped), rel=1e-12)
+    assert record["lr"] == run.study.attribution.lr and record["protected_change"] >= 0
+    assert f"{len(dropped)} pair" in said and "mean_y:harmful (protected)" in said
+    assert ("fewer than asked for" in said) == (record["missing"] > 0)
+    stages.report(run)
+    page = run.read_text("report.html")
+    assert "mean_y:harmful (protected)" in page
+    assert "by mean_y:harmless, mean_y:harmful protected" in page
+    for wrong in ("mean_y:nobody", "loss"):
+        with pytest.raises(UserError, match="not a target of this run"):
+            stages.curate(run, rule="top-k", k=1, protect=wrong)
+    with pytest.raises(UserError, match="cannot be protected"):
+        stages.curate(run, rule="paper", protect="mean_y:harmful")
+
+
+def test_a_study_names_the_curation_and_flags_go_first(copy: Path) -> None:
+    run = attributed(copy, "named", curation__rule="keep-k", curation__k=3,
+                     curation__target="mean_y:harmful", curation__protect="score")  # fmt: skip
+    stages.curate(run)
+    record = run.read_json("curation")
+    assert [record[key] for key in ("rule", "k", "target", "protect")] == [
+        "keep-k", 3, "mean_y:harmful", "score",
+    ]  # fmt: skip
+    stages.curate(run, rule="top-k", target="mean_y:harmless")
+    assert run.read_json("curation")["target"] == "mean_y:harmless"
 
 
 def test_the_users_rows_come_back_with_a_reason_and_their_ids(copy: Path) -> None:
