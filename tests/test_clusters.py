@@ -34,7 +34,7 @@ CORE = [FEATURES[5 * g : 5 * g + 5] for g in range(3)]
 LABELS = {f: f"topic {(f - 100) // 5}" if f < 115 else None for f in FEATURES}
 
 
-def planted(rng: np.random.Generator, n: int = 90, keep: float = 0.9, noise: float = 0.08):
+def planted(rng: np.random.Generator, n: int = 90, keep: float = 0.97, noise: float = 0.03):
     """Pairs of three kinds: each has most of its kind's five features and few of the others."""
     kind = rng.permutation(np.arange(n) % 3)
     chance = np.array([[keep if f in CORE[g] else noise for f in FEATURES] for g in kind])
@@ -113,16 +113,23 @@ def test_planted_clusters_and_their_influence_are_found():
 def test_random_values_are_significant_no_more_often_than_alpha():
     """Influence that has nothing to do with the features: false alarms over 240 runs."""
     rng = np.random.default_rng(1)
-    any_found, raw = 0, []
+    any_found, raw = np.zeros(2), []
     for _ in range(240):
         ids, active, _ = planted(rng, n=36, keep=0.6, noise=0.3)
         values = {name: rng.standard_t(3, size=36) for name in ("score", "mean_y:a")}
-        found = cluster_pairs(ids, active, LABELS, values, k=3, draws=299)
-        any_found += any(e.p_holm <= 0.05 for e in found.effects)
-        raw += [e.p for e in found.effects]
-    assert any_found <= 24  # 12 expected, at most 24 with probability .9995
-    assert 0.03 < np.mean(np.array(raw) <= 0.05) < 0.07
-    assert np.mean(raw) == pytest.approx(0.5, abs=0.05)
+        labels = rng.choice(["a", "b"], 36).tolist()
+        found = cluster_pairs(ids, active, LABELS, values, k=3, kinds=labels, draws=299)
+        any_found += np.array(
+            [
+                any(e.p_holm <= 0.05 for e in found.effects),
+                any(e.matched_p_holm <= 0.05 for e in found.effects),
+            ]
+        )
+        raw += [(e.p, e.matched_p) for e in found.effects]
+    assert (any_found <= 24).all()  # 12 expected, at most 24 with probability .9995
+    share = (np.array(raw) <= 0.05).mean(0)
+    assert ((share > 0.03) & (share < 0.07)).all()
+    np.testing.assert_allclose(np.mean(raw, 0), 0.5, atol=0.05)
 
 
 def test_p_is_that_of_all_groups_of_the_size():
@@ -141,6 +148,44 @@ def test_p_is_that_of_all_groups_of_the_size():
     assert found.effects[0].p == small.p  # the rest of one cluster is the other
     assert found.effects[0].p_holm == min(1.0, 2 * small.p)
     assert small.lo is None and found.effects[0].lo is not None  # too few pairs for an interval
+
+
+def test_what_labels_explain_is_said():
+    """One label raises the target, and its pairs have features of their own."""
+    rng = np.random.default_rng(11)
+    ids, active, kind = planted(rng)
+    labels = ["b" if g == 1 else "a" for g in kind]
+    score = rng.normal(size=90) + 2 * (kind == 1)
+    other = rng.normal(size=90) + 2 * (kind == 2)  # within the label a
+    values = {"score": score, "mean_y:g": other}
+    found = cluster_pairs(ids, active, LABELS, values, kinds=labels)
+    groups = of_pair(found)
+    effect = {(e.cluster, e.target): e for e in found.effects}
+    first, second = (groups[ids[list(kind).index(g)]] for g in (1, 2))
+    assert effect[first, "score"].p_holm < 0.01 and effect[first, "score"].matched_p_holm == 1
+    assert effect[second, "mean_y:g"].p_holm < 0.01
+    assert effect[second, "mean_y:g"].matched_p_holm < 0.01
+    plain = cluster_pairs(ids, active, LABELS, values, kinds=["a"] * 90)
+    assert {e.matched_p for e in plain.effects} == {None}
+    assert [e.p for e in plain.effects] == [e.p for e in found.effects]
+
+
+def test_matched_p_is_that_of_all_groups_with_these_labels():
+    ids = [f"p{i}" for i in range(9)]
+    active = [[100, 101]] * 3 + [[105, 106]] * 6
+    labels = list("aababbabb")
+    score = np.array([2.0, 1.5, 0.2, 0.1, -1.0, 0.4, -0.3, 0.9, 0.0])
+    values = {"score": score}
+    found = cluster_pairs(ids, active, LABELS, values, kinds=labels, draws=20_000)
+    ones = [i for i in range(9) if labels[i] == "a"]
+    rest = [i for i in range(9) if labels[i] == "b"]
+    groups = np.array([
+        score[[*two, one]].mean() for two in itertools.combinations(ones, 2) for one in rest
+    ])  # fmt: skip
+    centre = (2 * score[ones].mean() + score[rest].mean()) / 3
+    assert groups.mean() == pytest.approx(centre)
+    expected = np.mean(np.abs(groups - centre) >= abs(score[:3].mean() - centre) - 1e-12)
+    assert found.effects[1].matched_p == pytest.approx(expected, abs=4 * np.sqrt(expected / 20_000))
 
 
 def test_constant_values_are_like_any_others():
@@ -295,7 +340,7 @@ def test_messages():
         cluster_pairs(*good, {"score": [0.0, float("nan")]})
     with pytest.raises(UserError, match="2 pairs, 2 sets of features, 1 values of score"):
         cluster_pairs(*good, {"score": [0.0]})
-    with pytest.raises(UserError, match="at least one target"):
+    with pytest.raises(UserError, match="at least one pair and one target"):
         cluster_pairs(*good, {})
     with pytest.raises(UserError, match="id repeats\n  value: a"):
         cluster_pairs(["a", "a"], [[100]] * 2, LABELS, {"score": [0.0, 1.0]})
@@ -412,20 +457,30 @@ def test_the_report_shows_them_and_asks_for_them(planted_run: Path, tmp_path: Pa
     assert "taught clusters RUN" in render(load_view(bare))
 
 
-def test_without_coefficients_nothing_is_said_of_interference(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("taught.stages.grouping._shifts", lambda *_: iter(()))
+def test_without_coefficients_nothing_is_said_of_interference(
+    tmp_path: Path, planted_run: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = build_synthetic_run(tmp_path / "run")
-    stages.clusters(RunFolder.open(path))
+    with monkeypatch.context() as patch:
+        patch.setattr("taught.stages.grouping._shifts", lambda *_: iter(()))
+        stages.clusters(RunFolder.open(path))
     rows = table(RunFolder.open(path), "clusters")
     assert {row["outside_share"] for row in rows} == {None}
-    assert "Outside:" not in render(load_view(path))
+    page = render(load_view(path))
+    assert "on features that are not active on the pair.</caption>" not in page
+    stages.clusters(RunFolder.open(planted_run))
+    page = render(load_view(planted_run))
+    assert "on features that are not active on the pair.</caption>" in page
 
 
-def test_markup_in_labels_and_ids_stays_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_markup_in_labels_and_ids_stays_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "300")
     path = build_synthetic_run(tmp_path / "run", hostile=True)
     assert run_command(["clusters", str(path)]) == 0
     said = capsys.readouterr().out
-    assert "\x1b" not in said and "[bold]x[/bold]" in "".join(said.split("\n"))
+    assert "\x1b" not in said and "asking to misuse </script>" in said
     page = render(load_view(path))
     assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;")[:20] in page
     start = page.index('id="clusters"')

@@ -515,7 +515,7 @@ def curate(
 @app.command(sort_key=6)
 def clusters(run: Path, /, *, k: int | None = None, target: str | None = None,
              csv: Switch = False) -> int:  # fmt: skip
-    """Cluster the pairs by the features active on them: what does each do, against random pairs?
+    """Cluster the pairs by the features active on them; what each does, beside random pairs.
 
     Parameters
     ----------

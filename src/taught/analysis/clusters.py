@@ -2,17 +2,19 @@
 
 A pair is the set of the policy's features that are active on it. As a vector z it has
 
-    w_j = log((n + 1) / n_j)        n pairs have any active feature, n_j of them feature j
+    sqrt(log((n + 1) / n_j))        n pairs have any active feature, n_j of them feature j
 
-in the places of its features and 0 elsewhere, divided by its length: a feature that is active
-everywhere says nothing. Pairs are joined by Ward's linkage on these vectors (at each step the two
-clusters whose union adds least to the sum of squared distances from their means), and the tree
-is cut where the mean silhouette on the cosine distance 1 - z z' is largest. Pairs with the same
-features are one point with a weight, so the result depends on neither ids nor order. Beyond
-``MOST`` different sets, that many of them are clustered and each other one goes to the nearest mean.
+in the places of its features and 0 elsewhere, divided by its length. So z z' weighs what two pairs
+share by how rare it is, and a feature that is active everywhere says nothing. Pairs are joined by
+Ward's linkage on these vectors (at each step the two clusters whose union adds least to the sum of
+squared distances from their means), and the tree is cut where the mean silhouette on the cosine
+distance 1 - z z' is largest. Pairs with the same features are one point with a weight, so the
+result depends on neither ids nor order. Beyond ``MOST`` different sets, that many are clustered and
+each other one goes to the nearest mean.
 
-What a cluster does stands beside as many pairs, drawn at random without replacement:
-a cluster may differ from zero and still do what any pairs do.
+What a cluster does stands beside as many pairs, drawn at random without replacement: it may differ
+from zero and still do what any pairs do. Features go with labels, so it stands also beside random
+pairs with as many of each label.
 
 Source: SAE clusters, Concept Influence, arXiv 2602.14869, which gives neither intervals nor
 controls; Ward 1963; nearest-neighbour chains: Murtagh 1983; silhouette: Rousseeuw 1987.
@@ -89,7 +91,8 @@ class Effect(NamedTuple):
     """Mean influence of a cluster's pairs on a target, in the unit of the influence.
 
     ``lo`` and ``hi``: 95% bootstrap over its pairs, None below 5; ``random_lo`` and ``random_hi``:
-    95% of as many random pairs; p against these, two-sided; p_holm over all rows.
+    95% of as many random pairs; p against these, two-sided; matched_p against random pairs with as
+    many of each label, None without labels; the endings holm: corrected for all rows.
     """
 
     cluster: int
@@ -101,6 +104,8 @@ class Effect(NamedTuple):
     random_hi: float
     p: float
     p_holm: float
+    matched_p: float | None
+    matched_p_holm: float | None
 
 
 class Clustering(NamedTuple):
@@ -133,6 +138,7 @@ def cluster_pairs(
     values: Mapping[str, ArrayLike],
     shifts: Iterable[tuple[int, Floats]] = (),
     *,
+    kinds: Sequence[str | None] | None = None,
     k: int | None = None,
     draws: int | None = None,
     seed: int = 0,
@@ -149,6 +155,8 @@ def cluster_pairs(
         Target -> influence [P] on it.
     shifts
         Parts of the coefficient shifts: a feature id and dW_j [P], 0 where another part has it.
+    kinds
+        Label of each pair, length P.
     k
         Number of clusters, those without features not counted; by the silhouette if None.
     draws
@@ -160,6 +168,7 @@ def cluster_pairs(
         Ids repeat, lengths differ, a value is not finite, a feature is not of the policy, or there
         are fewer than k different sets of features.
     """
+    kinds = [None] * len(pair_ids) if kinds is None else kinds
     _check(pair_ids, active, values)
     order = sorted(range(len(pair_ids)), key=pair_ids.__getitem__)
     ids = tuple(pair_ids[i] for i in order)
@@ -170,7 +179,8 @@ def cluster_pairs(
     n_clusters = len(np.unique(grouped.cluster))
     if draws is None:
         draws = max(40 * n_clusters * table.shape[1], min(DRAWS, WORK // len(ids)))
-    effects = _effects(grouped.cluster, tuple(values), table, draws, seed)
+    kind = np.unique([kinds[i] or "" for i in order], return_inverse=True)[1]
+    effects = _effects(grouped.cluster, tuple(values), table, kind, draws, seed)
     spread = _spread(matrix, features, shifts, np.array(order), grouped.cluster, draws, seed)
     clusters = []
     for c, own in _members(grouped.cluster).items():
@@ -199,9 +209,7 @@ class _Grouped(NamedTuple):
 def _group(matrix: Bools, k: int | None, rng: np.random.Generator) -> _Grouped:
     """Cluster the rows of ``matrix`` [P, d]; numbers by size, then by the first row."""
     told = matrix.any(1)
-    sets, row, counts = np.unique(
-        matrix[told], axis=0, return_inverse=True, return_counts=True
-    )
+    sets, row, counts = np.unique(matrix[told], axis=0, return_inverse=True, return_counts=True)
     row = row.reshape(-1)
     if k is not None and not 1 <= k <= len(sets):
         raise UserError(
@@ -232,13 +240,13 @@ def _group(matrix: Bools, k: int | None, rng: np.random.Generator) -> _Grouped:
 def _vectors(sets: Bools, counts: Ints) -> Floats:
     """Unit vectors of the sets [U, d], features weighted by inverse frequency."""
     frequency = counts @ sets
-    weight = np.log((counts.sum() + 1) / np.maximum(frequency, 1))
+    weight = np.sqrt(np.log((counts.sum() + 1) / np.maximum(frequency, 1)))
     z = np.asarray(sets * weight, dtype=np.float64)
     return np.asarray(z / np.linalg.norm(z, axis=1, keepdims=True))
 
 
 def _cut_best(z: Floats, counts: Ints, k: int | None) -> tuple[Ints, dict[int, float]]:
-    """Labels from 0 at k, or at the k from 2 to 20 of the largest silhouette (the least of these)."""
+    """Labels from 0 at k, or at the k from 2 to 20 of the largest silhouette, the least of them."""
     merges = ward(z, counts)
     if k is not None or len(z) < 2:
         return cut(merges, len(z), k or 1), {}
@@ -373,18 +381,27 @@ def _examples(ids: Sequence[str], own: Ints, similarity: Floats) -> tuple[str, .
 
 
 def _effects(
-    cluster: Ints, targets: Sequence[str], table: Floats, draws: int, seed: int
+    cluster: Ints, targets: Sequence[str], table: Floats, kind: Ints, draws: int, seed: int
 ) -> tuple[Effect, ...]:
-    """Mean influence of every cluster on every target; table [P, T]."""
+    """Mean influence of every cluster on every target; table [P, T], kind [P]."""
     size = np.array([len(own) for own in _members(cluster).values()], dtype=np.float64)
     observed, drawn = _against_random(cluster, table, draws, seed)
     observed, drawn = observed / size[:, None], drawn / size[:, None]
     p = _p(observed, drawn, table.mean(0))
-    adjusted = holm(p.ravel()).reshape(p.shape)
+    adjusted = _holm(p)
+    of_kind, matched, matched_holm = np.eye(kind.max() + 1)[kind], None, None
+    if kind.any():
+        expected = of_kind @ ((of_kind.T @ table) / of_kind.sum(0)[:, None])
+        centre = np.stack([expected[own].mean(0) for own in _members(cluster).values()])
+        _, alike = _against_random(cluster, table, draws, seed, kind)
+        matched = _p(observed, alike / size[:, None], centre)
+        matched_holm = _holm(matched)
     ends = np.quantile(drawn, [0.025, 0.975], axis=0)
     return tuple(
         Effect(c, target, float(observed[i, t]), lo, hi, float(ends[0, i, t]),
-               float(ends[1, i, t]), float(p[i, t]), float(adjusted[i, t]))
+               float(ends[1, i, t]), float(p[i, t]), float(adjusted[i, t]),
+               None if matched is None else float(matched[i, t]),
+               None if matched_holm is None else float(matched_holm[i, t]))
         for i, (c, own) in enumerate(_members(cluster).items())
         for t, (target, (lo, hi)) in enumerate(
             zip(targets, _intervals(table[own], np.random.default_rng([seed, c])), strict=True)
@@ -419,9 +436,7 @@ def _spread(
     random = _share(drawn[..., 0], drawn[..., 1])
     p = _p(share, random, float(table[:, 0].sum() / table[:, 1].sum()))
     ends = np.quantile(random, [0.025, 0.975], axis=0)
-    rows = np.stack(
-        [share, *ends, _share(observed[..., 2], observed[..., 1]), p, holm(p)], axis=1
-    )
+    rows = np.stack([share, *ends, _share(observed[..., 2], observed[..., 1]), p, holm(p)], axis=1)
     return {c: tuple(map(float, row)) for c, row in zip(_members(own), rows, strict=True)}
 
 
@@ -429,24 +444,35 @@ def _share(part: Floats, whole: Floats) -> Floats:
     return np.asarray(np.divide(part, whole, out=np.zeros_like(part), where=whole > 0))
 
 
+def _holm(p: Floats) -> Floats:
+    return holm(p.ravel()).reshape(p.shape)
+
+
 def _against_random(
-    cluster: Ints, table: Floats, draws: int, seed: int
+    cluster: Ints, table: Floats, draws: int, seed: int, kind: Ints | None = None
 ) -> tuple[Floats, Floats]:
     """Sums of the columns [P, V] over each cluster [C, V], and over as many random pairs.
 
-    One permutation of the pairs gives random ones for every cluster: [draws, C, V].
+    One permutation of the pairs gives random ones for every cluster: [draws, C, V]. With ``kind``
+    pairs change places with pairs of their kind only.
     """
     rng = np.random.default_rng(seed)
-    starts = np.flatnonzero(np.diff(np.sort(cluster), prepend=-1))
-    observed = np.add.reduceat(table[np.argsort(cluster, kind="stable")], starts, axis=0)
+    order = np.argsort(cluster, kind="stable")
+    starts = np.flatnonzero(np.diff(cluster[order], prepend=-1))
+    observed = np.add.reduceat(table[order], starts, axis=0)
     drawn = np.empty((draws, *observed.shape))
+    alike = [order] if kind is None else [order[kind[order] == one] for one in np.unique(kind)]
+    place = np.argsort(order)
+    taken = np.empty_like(order)
     for draw in range(draws):
-        drawn[draw] = np.add.reduceat(table[rng.permutation(len(table))], starts, axis=0)
+        for some in alike:
+            taken[place[some]] = rng.permutation(some)
+        drawn[draw] = np.add.reduceat(table[taken], starts, axis=0)
     return observed, drawn
 
 
-def _p(observed: Floats, drawn: Floats, centre: ArrayLike) -> Floats:
-    """Two-sided p: share of the draws at least as far from the centre, the observed one included."""
+def _p(observed: Floats, drawn: Floats, centre: Floats | float) -> Floats:
+    """Two-sided p: share of draws at least as far from the centre, the observed one included."""
     far = np.abs(observed - centre)
     slack = 1e-9 * far + 1e-12 * np.abs(drawn).max(0)
     reached = np.abs(drawn - centre) >= far - slack

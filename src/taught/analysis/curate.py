@@ -27,7 +27,6 @@ from typing import Any, Literal, NamedTuple
 
 from taught.errors import UserError
 
-
 RANKED = ("top-k", "keep-k")
 
 

@@ -29,7 +29,8 @@ def cluster_sentences(it: Clustered) -> list[Sentence]:
         sentences.append(_outside(it.clusters))
     if it.featureless:
         some = listed(it.featureless, 20)
-        text = f"{count(len(it.featureless), 'pair')} without an active feature (cluster 0): {some}."
+        found = count(len(it.featureless), "pair")
+        text = f"{found} without an active feature (cluster 0): {some}."
         sentences.append(Sentence("Without features", "caution", text))
     return sentences
 
@@ -66,11 +67,19 @@ def _influence(it: Clustered) -> Sentence:
         mean, lo, hi = (signed(row[key], power=power) for key in keys)
         parts.append(
             f"{row['target']}, cluster {row['cluster']} ({shorten(name[row['cluster']], NAME)}) "
-            f"{mean}, random {lo} to {hi}{tens(power)}"
+            f"{mean}, random {lo} to {hi}{tens(power)}{_beyond(row)}"
         )
     rest = f"; and {len(sure) - SAID} more" if len(sure) > SAID else ""
     text = f"Mean influence unlike that of as many random pairs: {'; '.join(parts)}{rest}."
     return Sentence("Influence", "found", text)
+
+
+def _beyond(row: Row) -> str:
+    """Whether the labels of the pairs may be all there is to it."""
+    if row["matched_p_holm"] is None:
+        return ""
+    alike = " (also" if row["matched_p_holm"] <= ALPHA else " (but not"
+    return f"{alike} unlike random pairs of the same labels)"
 
 
 def _outside(clusters: Sequence[Row]) -> Sentence:
@@ -79,7 +88,8 @@ def _outside(clusters: Sequence[Row]) -> Sentence:
     if not sure:
         text = (
             f"{NOTHING}: no cluster’s share of the change outside its pairs’ features differs from "
-            f"that of as many random pairs (smallest corrected p {_least(known, 'outside_p_holm')})."
+            "that of as many random pairs (smallest corrected p "
+            f"{_least(known, 'outside_p_holm')})."
         )
         return Sentence("Interference", "none", text)
     parts = [
@@ -113,16 +123,16 @@ def clusters_shown(it: Clustered) -> Iterator[RenderableType]:
 def _table(target: str, rows: Sequence[tuple[Row, Row]]) -> Table:
     power = influence_power(rows)
     title = Text(f"\nMean influence of a pair on {target}, per step{tens(power)}")
-    shown = Table(
-        title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    for head in ("cluster", "pairs", "mean", "random pairs", "corrected p", "outside"):
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    heads = ("cluster", "pairs", "mean", "random pairs", "corrected p", "same labels", "outside")
+    for head in heads:
         shown.add_column(Text(head, "dim"), justify="right")
     shown.add_column(Text("name", "dim"))
     for cluster, row in rows:
         mean = Estimate(row["mean"], row["lo"], row["hi"]).text(power=power)
         random = " to ".join(number(row[key], power=power) for key in ("random_lo", "random_hi"))
-        cells = (row["cluster"], cluster["n_pairs"], mean, random, number(row["p_holm"], 3),
+        p = (number(row[key], 3) for key in ("p_holm", "matched_p_holm"))
+        cells = (row["cluster"], cluster["n_pairs"], mean, random, *p,
                  percent(cluster["outside_share"]), shorten(cluster["name"], NAME))  # fmt: skip
         shown.add_row(*(Text(str(cell)) for cell in cells))
     return shown

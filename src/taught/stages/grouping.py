@@ -28,7 +28,7 @@ def clusters(run: RunFolder, k: int | None = None, target: str | None = None) ->
         groups = [name.removeprefix("mean_y_") for name in names if name.startswith("mean_y_")]
         targets = [target] if target else ["score", *(f"mean_y:{group}" for group in groups)]
         columns = {name: target_column(names, name) for name in targets}
-        summary = run.read_table("summary", ["pair_id", "intended", *columns.values()])
+        summary = run.read_table("summary", ["pair_id", "label", "intended", *columns.values()])
         pair_ids = summary["pair_id"].to_pylist()
         features = run.read_table("coefficients", ["feature_id", "label"])
         found = cluster_pairs(
@@ -37,6 +37,7 @@ def clusters(run: RunFolder, k: int | None = None, target: str | None = None) ->
             dict(zip(*(column.to_pylist() for column in features.columns), strict=True)),
             {name: _floats(summary[column]) for name, column in columns.items()},
             _shifts(run, pair_ids),
+            kinds=summary["label"].to_pylist(),
             k=k,
         )
         _write(run, found, k)
@@ -75,7 +76,8 @@ _CLUSTERS = pa.schema(
 _INFLUENCE = pa.schema(
     [("cluster", pa.int64()), ("target", pa.string())]
     + [(name, pa.float64()) for name in (
-        "mean", "lo", "hi", "random_lo", "random_hi", "p", "p_holm")]
+        "mean", "lo", "hi", "random_lo", "random_hi", "p", "p_holm", "matched_p",
+        "matched_p_holm")]
 )  # fmt: skip
 
 
