@@ -224,31 +224,40 @@ def test_curation_by_a_groups_mean_names_its_target(copy: Path) -> None:
         stages.curate(run, rule="paper", target="mean_y:harmless")
 
 
+@pytest.mark.parametrize(("protect", "column"), [("score", "score"), ("mean_y:harmful",) * 2])
 def test_a_curation_that_protects_a_second_target(
-    copy: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, capsys: pytest.CaptureFixture[str], protect: str, column: str
 ) -> None:
+    """In this study no pair raises the score and every pair the mean y of the harmful group."""
     command = ["curate", str(copy / "run"), "--rule", "keep-k", "--k", "2",
-               "--target", "mean_y:harmless", "--protect", "mean_y:harmful"]  # fmt: skip
+               "--target", "mean_y:harmless", "--protect", protect]  # fmt: skip
     assert run_command(command) == 0
     said = " ".join(capsys.readouterr().out.split())
-    run = RunFolder.open(copy / "run")
+    run, column = RunFolder.open(copy / "run"), column.replace(":", "_")
     record, values = run.read_json("curation"), summary(run)
     dropped = {row["id"] for row in rows(run.path("drop.jsonl"))}
-    may = {i for i, row in values.items() if row["mean_y_harmful"] <= 0}
+    may = {i for i, row in values.items() if row[column] <= 0}
     by_harm = sorted(may, key=lambda i: (values[i]["mean_y_harmless"], i))
-    assert 0 < len(may) < 8 and dropped == set(by_harm[-6:])
-    assert record["dropped"] == len(dropped) and record["missing"] == 6 - len(dropped)
-    for key, column in (("change", "mean_y_harmless"), ("protected_change", "mean_y_harmful")):
-        assert record[key] == pytest.approx(-sum(values[i][column] for i in dropped), rel=1e-12)
+    assert len(may) == (8 if protect == "score" else 0) and dropped == set(by_harm[-6:])
+    assert (record["dropped"], record["missing"]) == (len(dropped), 6 - len(dropped))
+    for row in run.read_table("curation").to_pylist():
+        assert row["score"] == values[row["pair_id"]]["mean_y_harmless"]
+        assert row["protect_score"] == values[row["pair_id"]][column]
+    for key, name in (("change", "mean_y_harmless"), ("protected_change", column)):
+        assert record[key] == pytest.approx(-sum(values[i][name] for i in dropped), rel=1e-12)
     assert record["lr"] == run.study.attribution.lr and record["protected_change"] >= 0
-    assert f"{len(dropped)} pair" in said and "mean_y:harmful (protected)" in said
-    assert ("fewer than asked for" in said) == (record["missing"] > 0)
+    assert f"{len(dropped)} pairs to drop" in said and f"{protect} (protected)" in said
+    assert ("6 pairs fewer than asked for" in said) == (not may)
     stages.report(run)
     page = run.read_text("report.html")
-    assert "mean_y:harmful (protected)" in page
-    assert "by mean_y:harmless, mean_y:harmful protected" in page
+    assert f"{protect} (protected)" in page
+    assert f"by mean_y:harmless, {protect} protected" in page
+
+
+def test_a_target_that_cannot_be_protected_is_named(copy: Path) -> None:
+    run = RunFolder.open(copy / "run")
     for wrong in ("mean_y:nobody", "loss"):
-        with pytest.raises(UserError, match="not a target of this run"):
+        with pytest.raises(UserError, match=f"not a target of this run\n  value: {wrong}"):
             stages.curate(run, rule="top-k", k=1, protect=wrong)
     with pytest.raises(UserError, match="cannot be protected"):
         stages.curate(run, rule="paper", protect="mean_y:harmful")
