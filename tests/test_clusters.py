@@ -132,6 +132,31 @@ def test_random_values_are_significant_no_more_often_than_alpha():
     np.testing.assert_allclose(np.mean(raw, 0), 0.5, atol=0.05)
 
 
+def test_the_sentence_says_what_is_beyond_the_labels():
+    row = {"target": "score", "mean": 2.0, "random_lo": -1.0, "random_hi": 1.0, "p_holm": 0.01}
+    rows = [
+        row | {"cluster": 1, "matched_p_holm": 0.3},
+        row | {"cluster": 2, "mean": -2.0, "matched_p_holm": 0.01},
+        row | {"cluster": 3, "p_holm": 0.4, "matched_p_holm": 0.01},
+    ]
+    made = {"pairs": 9, "without": 0, "k": 3, "silhouette": 0.2, "sets": 5, "clustered": 5}
+    clusters = [{"cluster": c, "name": "n", "outside_share": None} for c in (1, 2, 3)]
+
+    def said(some: list[dict]) -> tuple[str, str]:
+        sentences = cluster_sentences(Clustered(clusters, some, made, []))
+        assert "hardly apart" in sentences[0].text and len(sentences) == 2
+        return sentences[1].tone, sentences[1].text
+
+    assert said(rows) == ("found", (
+        "Mean influence unlike that of as many random pairs: score: cluster 1 (higher), 2 (lower). "
+        "Also unlike random pairs of the same labels: score: cluster 2 (lower)."
+    ))  # fmt: skip
+    tone, text = said([rows[0]])
+    assert tone == "caution" and text.endswith("the labels may be all there is to it.")
+    assert said([rows[0] | {"matched_p_holm": None}])[0] == "found"
+    assert said([rows[2]])[1].startswith("No effect found")
+
+
 def test_p_is_that_of_all_groups_of_the_size():
     ids = [f"p{i}" for i in range(9)]
     active = [[100, 101]] * 3 + [[105, 106]] * 6
@@ -440,7 +465,7 @@ def test_the_command_prints_a_table_or_csv(planted_run: Path, capsys: pytest.Cap
     assert run_command(["clusters", str(planted_run)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "1 pair without an active feature (cluster 0): pair-0004." in said
-    assert "mean_y:harmless, cluster" in said and "clusters.parquet" in said
+    assert "mean_y:harmless: cluster" in said and "clusters.parquet" in said
     assert run_command(["clusters", str(planted_run), "--k", "999"]) == 2
     assert "So many clusters" in capsys.readouterr().err
 

@@ -12,14 +12,14 @@ from rich.text import Text
 
 from taught.report.scores import Clustered
 from taught.report.stats import Estimate
-from taught.report.text import common_power, count, listed, number, percent, shorten, signed, tens
+from taught.report.text import common_power, count, listed, number, percent, shorten, tens
 from taught.report.verdict import NOTHING, Sentence
 
 Row = dict[str, Any]
 ALPHA = 0.05
 APART, HARDLY = 0.5, 0.25  # mean silhouettes: Kaufman and Rousseeuw (1990)
 SAID = 5
-NAME = 60
+NAME = 100
 
 
 def cluster_sentences(it: Clustered) -> list[Sentence]:
@@ -52,7 +52,6 @@ def _made(made: Row) -> Sentence:
 
 
 def _influence(it: Clustered) -> Sentence:
-    name = {row["cluster"]: row["name"] for row in it.clusters}
     sure = [row for row in it.influence if row["p_holm"] <= ALPHA]
     if not sure:
         text = (
@@ -60,26 +59,24 @@ def _influence(it: Clustered) -> Sentence:
             f"(smallest corrected p {_least(it.influence, 'p_holm')})."
         )
         return Sentence("Influence", "none", text)
-    parts = []
-    for row in sorted(sure, key=lambda r: (r["p_holm"], r["cluster"]))[:SAID]:
-        keys = ("mean", "random_lo", "random_hi")
-        power = common_power(row[key] for key in keys)
-        mean, lo, hi = (signed(row[key], power=power) for key in keys)
-        parts.append(
-            f"{row['target']}, cluster {row['cluster']} ({shorten(name[row['cluster']], NAME)}) "
-            f"{mean}, random {lo} to {hi}{tens(power)}{_beyond(row)}"
-        )
-    rest = f"; and {len(sure) - SAID} more" if len(sure) > SAID else ""
-    text = f"Mean influence unlike that of as many random pairs: {'; '.join(parts)}{rest}."
-    return Sentence("Influence", "found", text)
+    text = f"Mean influence unlike that of as many random pairs: {_by_target(sure)}."
+    if sure[0]["matched_p_holm"] is None:
+        return Sentence("Influence", "found", text)
+    beyond = [row for row in sure if row["matched_p_holm"] <= ALPHA]
+    if beyond:
+        text += f" Also unlike random pairs of the same labels: {_by_target(beyond)}."
+        return Sentence("Influence", "found", text)
+    text += " None is unlike random pairs of the same labels: the labels may be all there is to it."
+    return Sentence("Influence", "caution", text)
 
 
-def _beyond(row: Row) -> str:
-    """Whether the labels of the pairs may be all there is to it."""
-    if row["matched_p_holm"] is None:
-        return ""
-    alike = " (also" if row["matched_p_holm"] <= ALPHA else " (but not"
-    return f"{alike} unlike random pairs of the same labels)"
+def _by_target(rows: Sequence[Row]) -> str:
+    """``score: 1 (higher), 3 (lower); mean_y:harmless: 1 (lower)``."""
+    parts: dict[str, list[str]] = {}
+    for row in rows:
+        side = "higher" if row["mean"] > (row["random_lo"] + row["random_hi"]) / 2 else "lower"
+        parts.setdefault(row["target"], []).append(f"{row['cluster']} ({side})")
+    return "; ".join(f"{target}: cluster {', '.join(own)}" for target, own in parts.items())
 
 
 def _outside(clusters: Sequence[Row]) -> Sentence:
