@@ -300,6 +300,7 @@ def test_invariant_10_local_inputs_need_no_network_at_all(taught, tiny):
         ["policy", "study.yaml", "-q"],
         ["attribute", "study.yaml", "-q"],
         ["curate", "runs/tiny"],
+        ["clusters", "runs/tiny"],
         ["report", "runs/tiny"],
         ["show", "runs/tiny"],
         ["show", "runs/tiny", "z03"],

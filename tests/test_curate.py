@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taught.analysis.curate import curate
+from taught.analysis.curate import Outcome, curate, outcome
 from taught.errors import UserError
 
 LABELS = ["harmful-refusal", "harmless-compliance"]
@@ -52,7 +52,11 @@ def test_trap_9_worked_example_with_its_sentences():
     assert out[3]["reason"].endswith("is above the harmful-refusal median 3")
     assert (out[4]["threshold"], out[0]["threshold"]) == (None, 3.0)
     assert "'other'" in out[4]["reason"]
-    assert set(out[0]) == {"pair_id", "action", "rule", "target", "reason", "score", "threshold"}
+    assert set(out[0]) == {
+        "pair_id", "action", "rule", "target", "reason", "score", "threshold", "protect",
+        "protect_score",
+    }  # fmt: skip
+    assert outcome(out) == Outcome(2, 0, -5.0, None)
 
 
 def test_equal_to_the_median_is_kept():
@@ -92,5 +96,119 @@ def test_messages():
         curate(["a", "b"], LABELS[:1], [0.0, 1.0])
     with pytest.raises(UserError, match=r"value: None\n  rule:  0 <= k <= 2"):
         curate(["a", "b"], LABELS, [0.0, 1.0], rule="top-k")
-    with pytest.raises(UserError, match=r"value: median\n  rule:  paper or top-k"):
+    with pytest.raises(UserError, match=r"value: median\n  rule:  paper, top-k or keep-k"):
         curate(["a", "b"], LABELS, [0.0, 1.0], rule="median")
+    with pytest.raises(UserError, match=r"number of pairs to keep\n  value: 3\n  rule:  0 <= k"):
+        curate(["a", "b"], LABELS, [0.0, 1.0], rule="keep-k", k=3)
+
+
+# Keeping, and protecting a second target
+
+RANKED = st.sampled_from(["top-k", "keep-k"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(scores=st.lists(st.integers(-3, 3), min_size=1, max_size=15), data=st.data())
+def test_keep_k_keeps_what_raises_the_target_least(scores, data):
+    k = data.draw(st.integers(0, len(scores)))
+    order = data.draw(st.permutations(range(len(scores))))
+    rows = [(float(scores[i]), f"p{i:02d}") for i in order]
+    out = curate([p for _, p in rows], [None] * len(rows), [s for s, _ in rows], rule="keep-k", k=k)
+    kept = {row["pair_id"] for row in out if row["action"] == "keep"}
+    assert kept == {pair for _, pair in sorted(rows)[:k]}
+    assert outcome(out, k).missing == 0
+
+
+def naive_drops(rows: list[tuple[str, float, float]], rule: str, k: int) -> list[str]:
+    """One pair after the other goes, the one that raises the target most, while one may go."""
+    left, gone = list(rows), []
+    while len(gone) < (k if rule == "top-k" else len(rows) - k):
+        may = [row for row in left if not row[2] > 0]
+        if not may:
+            break
+        most = max(score for _, score, _ in may)
+        tied = sorted(pair for pair, score, _ in may if score == most)
+        gone.append(tied[0] if rule == "top-k" else tied[-1])
+        left = [row for row in left if row[0] != gone[-1]]
+    return gone
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    values=st.lists(st.tuples(st.integers(-3, 3), st.integers(-2, 2)), min_size=1, max_size=14),
+    rule=RANKED,
+    data=st.data(),
+)
+def test_protection_drops_only_what_does_not_lower_the_second_target(values, rule, data):
+    k = data.draw(st.integers(0, len(values)))
+    order = data.draw(st.permutations(range(len(values))))
+    rows = [(f"p{i:02d}", float(values[i][0]), float(values[i][1])) for i in order]
+    ids, scores, held = map(list, zip(*rows, strict=True))
+    out = curate(ids, [None] * len(ids), scores, rule=rule, k=k, target="score",
+                 protect="mean_y:g", protected=held)  # fmt: skip
+    assert [row["pair_id"] for row in out] == ids
+    dropped = {row["pair_id"] for row in out if row["action"] == "drop"}
+    assert dropped == set(naive_drops(rows, rule, k))
+    found = outcome(out, k)
+    wanted = k if rule == "top-k" else len(rows) - k
+    assert (found.dropped, found.missing) == (len(dropped), wanted - len(dropped))
+    # Removing pairs takes their influence away: what is left against all of them.
+    left = [row for row in rows if row[0] not in dropped]
+    assert found.change == sum(row[1] for row in left) - sum(scores)
+    assert found.protected_change == sum(row[2] for row in left) - sum(held)
+    assert found.protected_change >= 0
+    for row, value in zip(out, held, strict=True):
+        assert row["protect"] == "mean_y:g" and row["protect_score"] == value
+        assert ("is above 0" in row["reason"]) == (value > 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scores=st.lists(st.integers(-3, 3), min_size=1, max_size=10), rule=RANKED, data=st.data())
+def test_protecting_what_no_pair_raises_changes_nothing(scores, rule, data):
+    k = data.draw(st.integers(0, len(scores)))
+    ids = [f"p{i}" for i in range(len(scores))]
+    given_ = (ids, [None] * len(ids), [float(s) for s in scores])
+    free = curate(*given_, rule=rule, k=k)
+    held = curate(*given_, rule=rule, k=k, protect="other", protected=[0.0] * len(ids))
+    assert [row["action"] for row in free] == [row["action"] for row in held]
+    assert [row["threshold"] for row in free] == [row["threshold"] for row in held]
+
+
+def test_each_reason_says_which_constraint_held():
+    ids, labels = ["a", "b", "c", "d"], [None] * 4
+    scores, held = [4.0, 3.0, 2.0, 1.0], [0.5, -1.0, 0.0, 2.0]
+    out = curate(ids, labels, scores, rule="top-k", k=1, target="mean_y:harmless",
+                 protect="score", protected=held)  # fmt: skip
+    assert [row["reason"] for row in out] == [
+        "score 0.5 is above 0, dropping the pair would lower it; mean_y:harmless 4",
+        "mean_y:harmless 3 ranks 1 of 2 that may be dropped (score -1 is not above 0); "
+        "the first 1 are dropped",
+        "mean_y:harmless 2 ranks 2 of 2 that may be dropped (score 0 is not above 0); "
+        "the first 1 are dropped",
+        "score 2 is above 0, dropping the pair would lower it; mean_y:harmless 1",
+    ]
+    assert outcome(out, 1) == Outcome(1, 0, -3.0, 1.0)
+    out = curate(ids, labels, scores, rule="keep-k", k=1, protect="mean_y:g", protected=held)
+    assert [row["action"] for row in out] == ["keep", "drop", "drop", "keep"]
+    assert out[1]["reason"] == (
+        "score 3 ranks 2 of 2 from the lowest that may be dropped (mean_y:g -1 is not above 0); "
+        "the first 0 are kept, since only 2 of the 3 pairs asked for may be dropped"
+    )
+    assert outcome(out, 1) == Outcome(2, 1, -5.0, 1.0)
+    out = curate(ids, labels, scores, rule="keep-k", k=1)
+    assert out[0]["reason"] == "score 4 ranks 4 of 4 from the lowest; the first 1 are kept"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "paper", "protect": "b", "protected": [0.0, 0.0]}, "top-k or keep-k"),
+        ({"rule": "top-k", "protect": "a", "protected": [0.0, 0.0]}, "a second target beside"),
+        ({"rule": "top-k", "protect": "b"}, "cannot be protected"),
+        ({"rule": "top-k", "protect": "b", "protected": [0.0]}, "2 pairs, 1 values"),
+        ({"rule": "keep-k", "protect": "b", "protected": [0.0, float("inf")]}, "value: y"),
+    ],
+)
+def test_a_target_that_cannot_be_protected_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        curate(["x", "y"], LABELS, [0.0, 1.0], k=1, target="a", **options)

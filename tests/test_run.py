@@ -447,7 +447,8 @@ CHANGES = {
     "attribution.checkpoints": [{"id": "a/b", "lr": 1}], "model.adapter": "a/b",
     "sketch.store": "s", "sketch.error": 0.1,
     "sketch.dim": 128, "sketch.seed": 3, "sketch.sample": 2,
-    "curation.rule": "top-k", "curation.k": 3,
+    "curation.rule": "top-k", "curation.k": 3, "curation.target": "mean_y:harmless",
+    "curation.protect": "score",
     "validation.trainer": "trl", "validation.method": "lora", "validation.lora_rank": 2,
     "validation.optimizer": "sgd", "validation.lr": 1.0, "validation.epochs": 1,
     "validation.batch": 2, "validation.weight_decay": 0.1, "validation.schedule": "linear",
@@ -819,5 +820,5 @@ def test_the_manifest_cannot_be_changed_from_outside(folder, study):
 
 def test_stages_are_known_in_order():
     assert STAGES == (
-        "policy", "clamp", "attribute", "curate", "validate", "compare", "report",
+        "policy", "clamp", "attribute", "curate", "clusters", "validate", "compare", "report",
     )  # fmt: skip

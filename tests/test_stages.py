@@ -13,6 +13,7 @@ import pytest
 import taught.attribution.adjoint as adjoint
 import taught.attribution.prompt_effects as pe
 from taught import stages
+from taught.cli import run_command
 from taught.errors import UserError
 from taught.run import RunFolder
 from taught.study import Study, load_study
@@ -217,8 +218,61 @@ def test_curation_by_a_groups_mean_names_its_target(copy: Path) -> None:
     assert all(d["score"] == value[d["pair_id"]] for d in decisions)
     stages.report(run)
     assert "mean_y:harmless" in run.read_text("report.html")
-    with pytest.raises(UserError, match="cannot be curated by"):
+    with pytest.raises(UserError, match=r"not a target of this run\n  value: mean_y:nobody"):
         stages.curate(run, rule="top-k", k=3, target="mean_y:nobody")
+    with pytest.raises(UserError, match="with --rule paper: score"):
+        stages.curate(run, rule="paper", target="mean_y:harmless")
+
+
+@pytest.mark.parametrize(("protect", "column"), [("score", "score"), ("mean_y:harmful",) * 2])
+def test_a_curation_that_protects_a_second_target(
+    copy: Path, capsys: pytest.CaptureFixture[str], protect: str, column: str
+) -> None:
+    """In this study no pair raises the score and every pair the mean y of the harmful group."""
+    command = ["curate", str(copy / "run"), "--rule", "keep-k", "--k", "2",
+               "--target", "mean_y:harmless", "--protect", protect]  # fmt: skip
+    assert run_command(command) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    run, column = RunFolder.open(copy / "run"), column.replace(":", "_")
+    record, values = run.read_json("curation"), summary(run)
+    dropped = {row["id"] for row in rows(run.path("drop.jsonl"))}
+    may = {i for i, row in values.items() if row[column] <= 0}
+    by_harm = sorted(may, key=lambda i: (values[i]["mean_y_harmless"], i))
+    assert len(may) == (8 if protect == "score" else 0) and dropped == set(by_harm[-6:])
+    assert (record["dropped"], record["missing"]) == (len(dropped), 6 - len(dropped))
+    for row in run.read_table("curation").to_pylist():
+        assert row["score"] == values[row["pair_id"]]["mean_y_harmless"]
+        assert row["protect_score"] == values[row["pair_id"]][column]
+    for key, name in (("change", "mean_y_harmless"), ("protected_change", column)):
+        assert record[key] == pytest.approx(-sum(values[i][name] for i in dropped), rel=1e-12)
+    assert record["lr"] == run.study.attribution.lr and record["protected_change"] >= 0
+    assert f"{len(dropped)} pairs to drop" in said and f"{protect} (protected)" in said
+    assert ("6 pairs fewer than asked for" in said) == (not may)
+    stages.report(run)
+    page = run.read_text("report.html")
+    assert f"{protect} (protected)" in page
+    assert f"by mean_y:harmless, {protect} protected" in page
+
+
+def test_a_target_that_cannot_be_protected_is_named(copy: Path) -> None:
+    run = RunFolder.open(copy / "run")
+    for wrong in ("mean_y:nobody", "loss"):
+        with pytest.raises(UserError, match=f"not a target of this run\n  value: {wrong}"):
+            stages.curate(run, rule="top-k", k=1, protect=wrong)
+    with pytest.raises(UserError, match="cannot be protected"):
+        stages.curate(run, rule="paper", protect="mean_y:harmful")
+
+
+def test_a_study_names_the_curation_and_flags_go_first(copy: Path) -> None:
+    run = attributed(copy, "named", curation__rule="keep-k", curation__k=3,
+                     curation__target="mean_y:harmful", curation__protect="score")  # fmt: skip
+    stages.curate(run)
+    record = run.read_json("curation")
+    assert [record[key] for key in ("rule", "k", "target", "protect")] == [
+        "keep-k", 3, "mean_y:harmful", "score",
+    ]  # fmt: skip
+    stages.curate(run, rule="top-k", target="mean_y:harmless")
+    assert run.read_json("curation")["target"] == "mean_y:harmless"
 
 
 def test_the_users_rows_come_back_with_a_reason_and_their_ids(copy: Path) -> None:

@@ -231,7 +231,7 @@ WRONG = [
     ("policy.intercept", "1", "true or false"),
     ("attribution.lr", "fast", "a finite number, above 0"),
     ("attribution.estimator", "finite_step", "one of adjoint, finite-step"),
-    ("curation.rule", "topk", "one of paper, top-k"),
+    ("curation.rule", "topk", "one of paper, top-k, keep-k"),
 ]
 
 

@@ -486,9 +486,10 @@ def curate(
     run: Path,
     /,
     *,
-    rule: Literal["paper", "top-k"] | None = None,
+    rule: Literal["paper", "top-k", "keep-k"] | None = None,
     k: int | None = None,
     target: str | None = None,
+    protect: str | None = None,
 ) -> int:
     """Say which pairs to drop, with the rule and the evidence, as keep.jsonl and drop.jsonl.
 
@@ -497,18 +498,59 @@ def curate(
     run
         A run folder with scored pairs.
     rule
-        paper: compare with the median of the other label. top-k: the strongest k. The study's rule
-        by default.
+        paper: compare with the median of the other label. top-k: drop the k pairs that raise the
+        target most. keep-k: keep the k that raise it least. The study's rule by default.
     k
-        How many pairs top-k drops.
+        How many pairs top-k drops, or keep-k keeps.
     target
-        What top-k sorts by: score, or mean_y:GROUP.
+        What top-k and keep-k rank by: score, or mean_y:GROUP.
+    protect
+        A second target, score or mean_y:GROUP: only pairs are dropped without which it would not be
+        lower.
     """
     from taught import stages
+    from taught.report.text import clean
+    from taught.report.verdict import curation_change
 
     folder = _open(run)
-    stages.curate(folder, rule=rule, k=k, target=target)
+    stages.curate(folder, rule=rule, k=k, target=target, protect=protect)
+    text = curation_change(folder.read_json("curation"))
+    _out().print(clean(text), markup=False, highlight=False, soft_wrap=True)
     _say_written(folder, ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"))
+    return 0
+
+
+@app.command(sort_key=6)
+def clusters(run: Path, /, *, k: int | None = None, target: str | None = None,
+             csv: Switch = False) -> int:  # fmt: skip
+    """Cluster the pairs by the features active on them; what each does, beside random pairs.
+
+    Parameters
+    ----------
+    run
+        A run folder with scored pairs.
+    k
+        Number of clusters; by default the one that sets them apart best.
+    target
+        Only this target: score, or mean_y:GROUP. By default all of these.
+    csv
+        Write CSV, one row for each cluster and target.
+    """
+    from taught import stages
+    from taught.report.cells import write_csv
+    from taught.report.clustered import clusters_shown, flat
+    from taught.report.scores import Clustered
+
+    folder = _open(run)
+    stages.clusters(folder, k=k, target=target)
+    found = Clustered.read(folder)
+    if csv:
+        write_csv(flat(found), sys.stdout)
+        return 0
+    for part in clusters_shown(found):
+        _out().print(part)
+    _say_written(folder, ("clusters.parquet", "cluster_influence.parquet",
+                          "cluster_members.parquet", "clusters.json"))  # fmt: skip
     return 0
 
 

@@ -32,6 +32,7 @@ _SECTIONS = {
     "clamp": _POLICY,
     "attribute": (*_POLICY, "pairs", "attribution", "sketch"),
     "curate": ("curation",),
+    "clusters": (),
     "validate": (*_POLICY, "pairs", "validation"),
     "compare": (*_POLICY, "pairs", "attribution", "sketch", "validation"),
     "report": (),

@@ -33,25 +33,26 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-STAGES = ("policy", "clamp", "attribute", "curate", "validate", "compare", "report")
+STAGES = ("policy", "clamp", "attribute", "curate", "clusters", "validate", "compare", "report")
 _BEFORE = {
     "policy": (),
     "clamp": ("policy",),
     "attribute": ("policy",),
     "curate": ("attribute",),
+    "clusters": ("attribute",),
     "validate": ("attribute",),
     "compare": ("attribute", "validate"),
     "report": ("policy",),
 }
 # These take seconds and read only what stands in the folder, so they are always made again. So is
 # validate: its retrainings stand in a folder of their own, which knows what they depend on.
-_READERS = ("curate", "report")
+_READERS = ("curate", "clusters", "report")
 _REMADE = (*_READERS, "validate")
 # These are told the run folder's study and do not replace it.
 _OF_THE_RUN = ("clamp", "compare", *_READERS)
 # Nothing asks for these again: they go when what they were made from is made anew.
-_GONE_WITH = {"policy": ("clamp",)}
-_SHOWN_IF_THERE = {"report": ("clamp", "attribute", "curate", "validate", "compare")}
+_GONE_WITH = {"policy": ("clamp",), "attribute": ("clusters",)}
+_SHOWN_IF_THERE = {"report": ("clamp", "attribute", "curate", "clusters", "validate", "compare")}
 _WRITTEN_BY = {
     "policy": ("study.yaml", "prompts.parquet", "readouts.safetensors", "readouts.ids.json",
                "features.parquet", "activations.safetensors", "activations.ids.json", "labels.json",
@@ -62,7 +63,9 @@ _WRITTEN_BY = {
                   "feature_prompt_effects.safetensors", "feature_prompt_effects.ids.json",
                   "comovement.safetensors", "comovement.ids.json", "sketch.json", "dropped.json",
                   "certificates.parquet", "statements.parquet"),
-    "curate": ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
+    "curate": ("curation.parquet", "curation.json", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
+    "clusters": ("clusters.parquet", "cluster_members.parquet", "cluster_influence.parquet",
+                 "clusters.json"),
     "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
                  "answers.parquet", "validation.json"),
     "compare": ("lds.parquet", "lds_differences.parquet", "trivial.parquet", "planted.parquet",

@@ -212,8 +212,12 @@ class CurationSpec(_Section):
     """Which pairs are dropped."""
 
     section: ClassVar[str] = "curation"
-    rule: Literal["paper", "top-k"] = _field("paper", rules.one_of("paper", "top-k"))
+    rule: Literal["paper", "top-k", "keep-k"] = _field(
+        "paper", rules.one_of("paper", "top-k", "keep-k")
+    )
     k: int = _field(20, rules.whole(1))
+    target: str = _field("score", rules.text())
+    protect: str | None = _field(None, rules.optional(rules.text()))
 
 
 DESIGNS = (

@@ -6,7 +6,12 @@ the median score of the harmful-refusal pairs. Equal to the median: kept. Pairs 
 are kept, since the rule has no threshold for them.
 
 *top-k*: drop the k pairs that raise the chosen target most, such as the mean y of the harmless
-group (over-refusal).
+group (over-refusal). *keep-k*: keep the k safest, those that raise it least; drop the others.
+
+*Protection.* Removing a pair takes its influence away: the target moves by minus the influence. So
+under top-k and keep-k a pair may be dropped only if its influence on the protected target is at
+most 0, and what is dropped, one pair or all of them, does not lower that target to first order.
+Where fewer pairs may be dropped than the rule asks for, these are dropped and no others.
 
 No decision goes through a mask over rows: in a public reimplementation a wrong boolean mask
 changed 101 of 200 decisions unnoticed.
@@ -22,6 +27,8 @@ from typing import Any, Literal, NamedTuple
 
 from taught.errors import UserError
 
+RANKED = ("top-k", "keep-k")
+
 
 class Decision(NamedTuple):
     """What happens to one pair, and why."""
@@ -29,6 +36,24 @@ class Decision(NamedTuple):
     action: Literal["keep", "drop"]
     reason: str
     threshold: float | None
+
+
+class Outcome(NamedTuple):
+    """What all decisions come to.
+
+    Attributes
+    ----------
+    dropped : how many pairs
+    missing : how many more the rule asked for, and protection does not let go
+    change : predicted change of the target when the dropped pairs are not trained on: the sum over
+        them of minus their influence; unit: of the target, one step a pair at the run's lr
+    protected_change : the same of the protected target, never below 0; None without protection
+    """
+
+    dropped: int
+    missing: int
+    change: float
+    protected_change: float | None
 
 
 def curate(
@@ -39,6 +64,8 @@ def curate(
     rule: str = "paper",
     k: int | None = None,
     target: str = "score",
+    protect: str | None = None,
+    protected: Sequence[float] | None = None,
     refusal_label: str = "harmful-refusal",
     compliance_label: str = "harmless-compliance",
 ) -> list[dict[str, Any]]:
@@ -49,27 +76,34 @@ def curate(
     pair_ids, labels, scores : length P
         ``scores`` are the influence on the target: positive means that training on the pair raises
         it. Labels are needed by the paper's rule only.
-    rule : {"paper", "top-k"}
+    rule : {"paper", "top-k", "keep-k"}
     k
-        How many pairs to drop under ``top-k``; ties at the border go to the smaller pair id.
+        How many pairs to drop under ``top-k``, to keep under ``keep-k``; ties at the border go to
+        the smaller pair id.
     target
         What ``scores`` are the influence on; only named in the result.
+    protect, protected
+        A second target under ``top-k`` and ``keep-k``, and the influence on it, length P: only
+        pairs whose influence on it is at most 0 are dropped.
 
     Returns
     -------
     list of dict, in the order of ``pair_ids``
         ``pair_id``, ``action`` (``keep`` or ``drop``), ``rule``, ``target``, ``reason`` (a sentence
         with the numbers), ``score`` (the influence on the target), ``threshold`` (None for a label
-        without one).
+        without one), ``protect`` and ``protect_score`` (the protected target and the influence on
+        it, or None).
 
     Raises
     ------
     UserError
         Ids repeat, lengths differ, a score is not finite, a label is missing (pairs are named),
-        one of the two labels does not occur, or k does not fit.
+        one of the two labels does not occur, k does not fit, or a target is protected that the rule
+        does not look at.
     """
     _check(pair_ids, labels, scores)
     score = {pair: float(value) for pair, value in zip(pair_ids, scores, strict=True)}
+    guard = _guard(pair_ids, rule, target, protect, protected)
     if rule == "paper":
         label = _known_labels(pair_ids, labels)
         medians = _medians(label, score, refusal_label, compliance_label)
@@ -83,10 +117,10 @@ def curate(
             )
             for pair in score
         }
-    elif rule == "top-k":
-        decisions = _top_k(score, k, target)
+    elif rule in RANKED:
+        decisions = _by_rank(score, rule, k, target, guard, protect)
     else:
-        raise UserError("This curation rule is unknown", value=rule, rule="paper or top-k")
+        raise UserError("This curation rule is unknown", value=rule, rule="paper, top-k or keep-k")
     return [
         {
             "pair_id": pair,
@@ -96,9 +130,27 @@ def curate(
             "reason": decisions[pair].reason,
             "score": score[pair],
             "threshold": decisions[pair].threshold,
+            "protect": protect,
+            "protect_score": None if guard is None else guard[pair],
         }
         for pair in pair_ids
     ]
+
+
+def outcome(decisions: Sequence[Mapping[str, Any]], k: int | None = None) -> Outcome:
+    """Add up the rows of :func:`curate`; ``k`` as there."""
+    dropped = [row for row in decisions if row["action"] == "drop"]
+    rule = decisions[0]["rule"] if decisions else None
+    wanted = len(dropped)
+    if k is not None and rule in RANKED:
+        wanted = k if rule == "top-k" else len(decisions) - k
+    guarded = bool(decisions) and decisions[0]["protect"] is not None
+    return Outcome(
+        len(dropped),
+        wanted - len(dropped),
+        math.fsum(-row["score"] for row in dropped),
+        math.fsum(-row["protect_score"] for row in dropped) if guarded else None,
+    )
 
 
 def paper_decision(
@@ -138,24 +190,70 @@ def _medians(label: Mapping[str, str], score: Mapping[str, float], *names: str) 
     return medians
 
 
-def _top_k(score: Mapping[str, float], k: int | None, target: str) -> dict[str, Decision]:
+def _by_rank(
+    score: Mapping[str, float],
+    rule: str,
+    k: int | None,
+    target: str,
+    guard: Mapping[str, float] | None,
+    protect: str | None,
+) -> dict[str, Decision]:
+    """Rank the pairs that may be dropped: under top-k the first of them go, under keep-k the last.
+
+    Under top-k the highest stands first, under keep-k the lowest.
+    """
+    keeps = rule == "keep-k"
     if k is None or not 0 <= k <= len(score):
         raise UserError(
-            "The rule top-k needs a number of pairs to drop",
+            f"The rule {rule} needs a number of pairs to {'keep' if keeps else 'drop'}",
             value=str(k),
             rule=f"0 <= k <= {len(score)}",
             fix="set curation: k",
         )
-    ranking = sorted(score, key=lambda pair: (-score[pair], pair))
-    threshold = score[ranking[k - 1]] if k else None
-    return {
-        pair: Decision(
-            "drop" if rank <= k else "keep",
-            f"{target} {score[pair]:.4g} ranks {rank} of {len(ranking)}; the first {k} are dropped",
-            threshold,
+    free = [pair for pair in score if guard is None or guard[pair] <= 0]
+    ranking = sorted(free, key=lambda pair: (score[pair] if keeps else -score[pair], pair))
+    wanted = len(score) - k if keeps else k
+    n_drop = min(wanted, len(free))
+    first = len(free) - n_drop if keeps else n_drop
+    threshold = score[ranking[first - 1]] if first else None
+    order = " from the lowest" if keeps else ""
+    end = f"; the first {first} are {'kept' if keeps else 'dropped'}"
+    if n_drop < wanted:
+        end += f", since only {n_drop} of the {wanted} pairs asked for may be dropped"
+    decisions = {}
+    for rank, pair in enumerate(ranking, start=1):
+        reason = f"{target} {score[pair]:.4g} ranks {rank} of {len(free)}{order}"
+        if guard is not None:
+            reason += f" that may be dropped ({protect} {guard[pair]:.4g} is not above 0)"
+        action: Literal["keep", "drop"] = "keep" if keeps == (rank <= first) else "drop"
+        decisions[pair] = Decision(action, reason + end, threshold)
+    for pair, held in (guard or {}).items():
+        if pair not in decisions:
+            reason = f"{protect} {held:.4g} is above 0, dropping the pair would lower it"
+            decisions[pair] = Decision("keep", f"{reason}; {target} {score[pair]:.4g}", threshold)
+    return decisions
+
+
+def _guard(
+    pair_ids: Sequence[str],
+    rule: str,
+    target: str,
+    protect: str | None,
+    protected: Sequence[float] | None,
+) -> dict[str, float] | None:
+    """Pair -> influence on the protected target; None without one."""
+    if protect is None:
+        return None
+    if rule not in RANKED or protect == target or protected is None:
+        raise UserError(
+            "This target cannot be protected",
+            value=protect,
+            rule="a second target beside the one that pairs are ranked by, under the rule "
+            + " or ".join(RANKED),
+            fix="name another target, or leave protect out",
         )
-        for rank, pair in enumerate(ranking, start=1)
-    }
+    _check_scores(pair_ids, protected)
+    return {pair: float(value) for pair, value in zip(pair_ids, protected, strict=True)}
 
 
 def _check(pair_ids: Sequence[str], labels: Sequence[str | None], scores: Sequence[float]) -> None:
@@ -168,6 +266,16 @@ def _check(pair_ids: Sequence[str], labels: Sequence[str | None], scores: Sequen
     repeated = sorted(pair for pair, count in Counter(pair_ids).items() if count > 1)
     if repeated:
         raise UserError("A pair id repeats", value=", ".join(repeated), rule="ids are unique")
+    _check_scores(pair_ids, scores)
+
+
+def _check_scores(pair_ids: Sequence[str], scores: Sequence[float]) -> None:
+    if len(pair_ids) != len(scores):
+        raise UserError(
+            "Every pair needs an influence on the protected target",
+            value=f"{len(pair_ids)} pairs, {len(scores)} values",
+            rule="one per pair",
+        )
     bad = [p for p, value in zip(pair_ids, scores, strict=True) if not math.isfinite(value)]
     if bad:
         raise UserError(

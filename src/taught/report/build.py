@@ -29,6 +29,7 @@ MAKES = {
     "clamp": "taught clamp RUN",
     "attribute": "taught attribute STUDY",
     "curate": "taught curate RUN",
+    "clusters": "taught clusters RUN",
     "validate": "taught validate STUDY",
 }
 

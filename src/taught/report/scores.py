@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from taught.report.text import clean, cleaned
+from taught.run import RunFolder
 
 Row = dict[str, Any]
 COLUMNS = ("score", "score_x", "score_y", "score_se", "loss", "n_response")
@@ -90,7 +91,7 @@ class Curated:
 
     Attributes
     ----------
-    rule, target : what was decided by
+    rule, target, protect : what was decided by; the protected target is empty where there is none
     counts : label -> how many to keep and to drop
     drops : pairs to drop with their labels, lowest score first, at most ``MAX_DROPS``
     farthest : ids of the dropped pairs that lie farthest past their threshold
@@ -99,6 +100,7 @@ class Curated:
 
     rule: str
     target: str
+    protect: str
     counts: dict[str, dict[str, int]]
     drops: list[Row]
     farthest: list[str]
@@ -116,6 +118,7 @@ class Curated:
         return cls(
             clean(first["rule"]),
             clean(first.get("target", "score")),
+            clean(first.get("protect") or ""),
             _counts(table, labels),
             _labelled(drops.take(low), labels),
             [clean(pair) for pair in drops["pair_id"].take(far).to_pylist()],
@@ -131,6 +134,43 @@ class Curated:
     def n_drops(self) -> int:
         """How many of them to drop."""
         return sum(own["drop"] for own in self.counts.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Clustered:
+    """What the stage ``clusters`` wrote; text has lost control characters.
+
+    Attributes
+    ----------
+    clusters, influence : rows of the tables clusters and cluster_influence
+    made : clusters.json
+    featureless : ids of the pairs on which no feature is active
+    """
+
+    clusters: list[Row]
+    influence: list[Row]
+    made: Row
+    featureless: list[str]
+
+    @classmethod
+    def read(cls, run: RunFolder) -> Clustered:
+        """From a run folder in which the stage is complete."""
+        none = run.read_table("cluster_members", ["pair_id"], rows=pc.field("cluster") == 0)
+        return cls(
+            cast("list[Row]", cleaned(run.read_table("clusters").to_pylist())),
+            cast("list[Row]", cleaned(run.read_table("cluster_influence").to_pylist())),
+            cast(Row, cleaned(run.read_json("clusters"))),
+            [clean(pair) for pair in none["pair_id"].to_pylist()],
+        )
+
+    @property
+    def targets(self) -> dict[str, list[tuple[Row, Row]]]:
+        """Target -> for each cluster its row and its influence on the target."""
+        own = {row["cluster"]: row for row in self.clusters}
+        found: dict[str, list[tuple[Row, Row]]] = {}
+        for row in self.influence:
+            found.setdefault(row["target"], []).append((own[row["cluster"]], row))
+        return found
 
 
 def _counts(table: pa.Table, labels: pa.Table) -> dict[str, dict[str, int]]:

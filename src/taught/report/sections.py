@@ -10,12 +10,14 @@ import yaml
 from taught.analysis.interference import top_offenders
 from taught.report import charts, text
 from taught.report.charts import Point, Scale
+from taught.report.clustered import cluster_sentences, influence_power
 from taught.report.compared import Cell, DesignTable, design_tables, removal_sentence, warnings
 from taught.report.stats import Estimate, mean_interval
 from taught.report.strongest import STRONGEST
 from taught.report.verdict import (
     AGREEMENTS,
     baselines,
+    curation_change,
     rank_table,
     scored,
     trivial_correlations,
@@ -48,6 +50,7 @@ def sections(view: View) -> Json:
         "pathways": _pathways_section(view),
         "features": _features_section(view),
         "interference": _interference_section(view),
+        "clusters": _clusters_section(view),
         "trivial": _trivial_section(view),
         "curation": _curation_section(view),
         "validation": _validation_section(view),
@@ -340,6 +343,28 @@ def _offenders(view: View) -> list[tuple[int, Row]]:
     return [(index[r["pair_id"]], r) for r in top_offenders(view.shown, 10)]
 
 
+def _clusters_section(view: View) -> Json | None:
+    """Each cluster beside as many random pairs: on every target, and outside its features."""
+    it = view.clustered
+    if it is None:
+        return None
+    targets = []
+    for name, rows in it.targets.items():
+        power = influence_power(rows)
+        known = [Estimate(r["mean"], r["lo"], r["hi"]).scaled(10.0**-power) for _, r in rows]
+        scale = Scale(*charts.span(known), *FOREST)
+        shown = [(c, r, e) for (c, r), e in zip(rows, known, strict=True)]
+        targets.append({"name": name, "rows": shown, "power": power, "scale": scale,
+                        "axis": charts.forest_axis(scale)})  # fmt: skip
+    return {
+        "it": it,
+        "targets": targets,
+        "sentences": cluster_sentences(it),
+        "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
+        "spread": any(r["outside_share"] is not None for r in it.clusters),
+    }
+
+
 def _trivial_section(view: View) -> Json | None:
     if not view.summary:
         return None
@@ -356,6 +381,7 @@ def _curation_section(view: View) -> Json | None:
         return None
     return {
         "it": view.curation,
+        "change": curation_change(view.curating) if view.curating else None,
         "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
         "power": text.common_power([view.curation.largest]),
     }

@@ -441,6 +441,7 @@ def curation_sentence(curation: Curated) -> Sentence:
     """What to drop under the study's rule."""
     rule = curation.rule
     rule += "" if curation.target == "score" else f" by {curation.target}"
+    rule += f", {curation.protect} protected" if curation.protect else ""
     if not curation.n_drops:
         text = f"The rule “{rule}” keeps all {count(curation.n, 'pair')}: nothing to drop."
         return Sentence("Curation", "none", text)
@@ -452,3 +453,24 @@ def curation_sentence(curation: Curated) -> Sentence:
         "whether dropping them helps is known only after retraining."
     )
     return Sentence("Curation", "found", text)
+
+
+def curation_change(record: Row) -> str:
+    """What dropping is predicted to do to the target and to the protected one."""
+    changes = [(record["target"], record["change"])]
+    if record["protect"]:
+        changes.append((f"{record['protect']} (protected)", record["protected_change"]))
+    parts = []
+    for name, change in changes:
+        power = common_power([change])
+        parts.append(f"{name} {signed(change, power=power)}{tens(power)}")
+    text = (
+        f"{count(record['dropped'], 'pair')} to drop. Predicted change without them, one step a "
+        f"pair at lr {record['lr']:g}: {', '.join(parts)}."
+    )
+    if record["missing"]:
+        text += (
+            f" {count(record['missing'], 'pair')} fewer than asked for: the others raise "
+            f"{record['protect']}."
+        )
+    return text

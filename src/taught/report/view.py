@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from taught.report.scores import COLUMNS, Curated, Scores
+from taught.report.scores import COLUMNS, Clustered, Curated, Scores
 from taught.report.stats import Control, cluster_order, unintended_control
 from taught.report.strongest import listed_pairs
 from taught.report.text import clean, cleaned
@@ -62,6 +62,7 @@ class View:
     pairs, summary, certificates, shifts, effects
         Of the pairs that are listed, all of them unless ``large``.
     clamp, clamping : of each feature; over all features
+    curation, curating : of the pairs; what dropping does in all
     counted : columns over all pairs of a large run; None when all are listed
     """
 
@@ -88,6 +89,8 @@ class View:
     summary: Rows | None
     certificates: Rows | None
     curation: Curated | None
+    curating: Row | None
+    clustered: Clustered | None
     counted: Scores | None
     shifts: Shifts | None
     effects: Matrix | None
@@ -162,6 +165,7 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
     clamping = run.read_json("clamp") if "clamp.json" in files else None
     labels = run.read_json("labels") if "labels.json" in files else None
     estimator = (study.get("attribution") or {}).get("estimator")
+    curating = run.read_json("curation") if "curation.json" in files else None
     counted, listed = _large(run, files, estimator, also)
     return View(
         name=str(study.get("name") or run.folder.resolve().name),
@@ -174,6 +178,8 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
         and {int(key): _label(cast(Row, cleaned(row))) for key, row in labels.items()},
         counted=counted,
         curation=_curated(run, files),
+        curating=cast("Row | None", cleaned(curating)),
+        clustered=Clustered.read(run) if "clusters.json" in files else None,
         shifts=_shifts(run, files, estimator, listed),
         effects=_matrix(run, files, "prompt_effects", "dy", ("pair_ids", "prompt_ids"), listed),
         comovement=_matrix(run, files, "comovement", "r", ("feature_ids", "feature_ids")),

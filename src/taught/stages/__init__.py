@@ -2,7 +2,8 @@
 
 The order of a run is ``policy``, ``attribute``, ``curate``, ``report``; ``check`` runs before and
 changes nothing; ``demo`` runs these on the shipped preset, ``clamp`` checks a policy by edits in
-the model, and ``sketch`` fills a store that ``attribute`` may read. File formats: docs/formats.md.
+the model, ``clusters`` groups the pairs by their features, and ``sketch`` fills a store that
+``attribute`` may read. File formats: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from taught.stages.concept import ConceptRequest, concept
 from taught.stages.concept_influence import ConceptQuestion, agreement, concept_influence
 from taught.stages.decide import curate, report
 from taught.stages.fit import policy
+from taught.stages.grouping import clusters
 from taught.stages.influence import attribute, sketch
 from taught.stages.retraining import validate
 from taught.study import Study, load_study
@@ -30,6 +32,7 @@ __all__ = [
     "attribute",
     "check",
     "clamp",
+    "clusters",
     "compare",
     "concept",
     "concept_influence",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from taught.analysis.curate import RANKED, outcome
 from taught.analysis.curate import curate as decide
 from taught.data.pairs import load_pairs
 from taught.data.tables import read_rows
@@ -18,50 +20,87 @@ from taught.study import Study
 
 
 def curate(
-    run: RunFolder, rule: str | None = None, k: int | None = None, target: str | None = None
+    run: RunFolder,
+    rule: str | None = None,
+    k: int | None = None,
+    target: str | None = None,
+    protect: str | None = None,
 ) -> None:
     """Write which pairs to keep and which to drop, with the reason of each.
 
     Parameters
     ----------
-    rule, k
-        Instead of the study's.
-    target
-        What ``top-k`` sorts by: ``score`` or ``mean_y:GROUP``.
+    rule, k, target, protect
+        Instead of the study's. Targets are ``score`` or ``mean_y:GROUP``.
     """
     study = run.study
-    study = study if rule is None else study.replace("curation.rule", rule)
-    study = study if k is None else study.replace("curation.k", k)
-    target = target or "score"
-    with run.stage("curate", study, {"curation.target": target}):
+    given = {"rule": rule, "k": k, "target": target, "protect": protect}
+    for key, value in given.items():
+        study = study if value is None else study.replace(f"curation.{key}", value)
+    chosen = study.curation
+    if chosen.rule not in RANKED and chosen.target != "score":
+        raise _no_target(chosen.target, "with --rule paper: score")
+    k = chosen.k if chosen.rule in RANKED else None
+    with run.stage("curate", study):
         names = run.footer("summary").schema.to_arrow_schema().names
-        column = _score_column(names, study.curation.rule, target)
-        summary = run.read_table("summary", ["pair_id", "label", column])
+        column = target_column(names, chosen.target)
+        guard = None if chosen.protect is None else target_column(names, chosen.protect)
+        wanted = dict.fromkeys(("pair_id", "label", column, *([guard] if guard else [])))
+        summary = run.read_table("summary", list(wanted))
         decisions = decide(
             summary["pair_id"].to_pylist(),
             summary["label"].to_pylist(),
             summary[column].to_pylist(),
-            rule=study.curation.rule,
-            k=study.curation.k if study.curation.rule == "top-k" else None,
-            target=target,
+            rule=chosen.rule,
+            k=k,
+            target=chosen.target,
+            protect=chosen.protect,
+            protected=summary[guard].to_pylist() if guard else None,
         )
-        run.write_table("curation", pa.Table.from_pylist(decisions))
+        run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
+        found = outcome(decisions, k)
+        record = {"rule": chosen.rule, "k": k, "target": chosen.target, "protect": chosen.protect}
+        run.write_json("curation", record | {"lr": study.attribution.lr} | found._asdict())
         _write_choice(run, study, decisions)
 
 
-def _score_column(names: list[str], rule: str, target: str | None) -> str:
-    if target in (None, "score"):
-        return "score"
-    column = target.replace(":", "_") if target else ""
-    if rule != "top-k" or column not in names or not column.startswith("mean_y_"):
-        known = [name.replace("mean_y_", "mean_y:") for name in names if "mean_y_" in name]
-        raise UserError(
-            "this target cannot be curated by",
-            value=target,
-            rule=f"score, or with --rule top-k one of {', '.join(known)}",
-            fix="taught curate RUN --rule top-k --target mean_y:GROUP",
-        )
-    return column
+_CURATION = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("action", pa.string()),
+        ("rule", pa.string()),
+        ("target", pa.string()),
+        ("reason", pa.string()),
+        ("score", pa.float64()),
+        ("threshold", pa.float64()),
+        ("protect", pa.string()),
+        ("protect_score", pa.float64()),
+    ]
+)
+
+
+def target_column(names: Sequence[str], target: str) -> str:
+    """Column of the summary, whose columns are ``names``, that holds the influence on a target.
+
+    Raises
+    ------
+    UserError
+        Not ``score`` and not ``mean_y:GROUP`` of a group of the run.
+    """
+    groups = [name.removeprefix("mean_y_") for name in names if name.startswith("mean_y_")]
+    columns = {"score": "score"} | {f"mean_y:{group}": f"mean_y_{group}" for group in groups}
+    if target not in columns:
+        raise _no_target(target, f"one of {', '.join(columns)}")
+    return columns[target]
+
+
+def _no_target(target: str, rule: str) -> UserError:
+    return UserError(
+        "not a target of this run",
+        value=target,
+        rule=rule,
+        fix="for example: taught curate RUN --rule top-k --target mean_y:GROUP",
+    )
 
 
 def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:

@@ -1,0 +1,540 @@
+"""Clusters of pairs by the features that are active on them, and what training on them does.
+
+A pair is the set of the policy's features that are active on it. As a vector z it has
+
+    sqrt(log((n + 1) / n_j))        n pairs have any active feature, n_j of them feature j
+
+in the places of its features and 0 elsewhere, divided by its length. So z z' weighs what two pairs
+share by how rare it is, and a feature that is active everywhere says nothing. Pairs are joined by
+Ward's linkage on these vectors (at each step the two clusters whose union adds least to the sum of
+squared distances from their means), and the tree is cut where the mean silhouette on the cosine
+distance 1 - z z' is largest. Pairs with the same features are one point with a weight, so the
+result depends on neither ids nor order. Beyond ``MOST`` different sets, that many are clustered and
+each other one goes to the nearest mean.
+
+What a cluster does stands beside as many pairs, drawn at random without replacement: it may differ
+from zero and still do what any pairs do. Features go with labels, so it stands also beside random
+pairs with as many of each label.
+
+Source: SAE clusters, Concept Influence, arXiv 2602.14869, which gives neither intervals nor
+controls; Ward 1963; nearest-neighbour chains: Murtagh 1983; silhouette: Rousseeuw 1987.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from taught.errors import UserError
+from taught.validation.lds import holm
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+WITHOUT = 0  # the cluster of pairs on which no feature is active
+MOST = 3000  # different sets of features that are clustered; their distances take MOST^2 numbers
+LARGEST_K = 20
+NAMED = 3  # features in a name
+EXAMPLES = 5
+FEWEST = 5  # pairs for an interval
+MANY = 5000  # pairs; from here on the normal interval
+BOOTSTRAP = 2000
+DRAWS = 9999
+WORK = 200_000_000  # pairs x draws
+
+
+class ActiveFeature(NamedTuple):
+    """A feature of a cluster: on which share of its pairs it is active, and of the other pairs."""
+
+    feature_id: int
+    label: str | None
+    inside: float
+    outside: float
+
+
+class Cluster(NamedTuple):
+    """One cluster of pairs.
+
+    Attributes
+    ----------
+    cluster : from 1, the largest first; 0: pairs on which no feature is active
+    name : labels of ``features``
+    features : the up to three of the largest lift, inside minus outside
+    examples : ids of the pairs nearest to its mean
+    outside_share : sum over its pairs of |dW_j| of the features j that are not active on the pair,
+        over the sum of all |dW_j|; None without coefficients, and for cluster 0
+    outside_random_lo, outside_random_hi : 95% of as many random pairs
+    outside_by_chance : expected if each pair's features were as many random ones
+    outside_p, outside_p_holm : two-sided, against random pairs; corrected for all clusters
+    """
+
+    cluster: int
+    name: str
+    n_pairs: int
+    features: tuple[ActiveFeature, ...]
+    examples: tuple[str, ...]
+    outside_share: float | None
+    outside_random_lo: float | None
+    outside_random_hi: float | None
+    outside_by_chance: float | None
+    outside_p: float | None
+    outside_p_holm: float | None
+
+
+class Effect(NamedTuple):
+    """Mean influence of a cluster's pairs on a target, in the unit of the influence.
+
+    ``lo`` and ``hi``: 95% bootstrap over its pairs, None below 5; ``random_lo`` and ``random_hi``:
+    95% of as many random pairs; p against these, two-sided; matched_p against random pairs with as
+    many of each label, None without labels; the endings holm: corrected for all rows.
+    """
+
+    cluster: int
+    target: str
+    mean: float
+    lo: float | None
+    hi: float | None
+    random_lo: float
+    random_hi: float
+    p: float
+    p_holm: float
+    matched_p: float | None
+    matched_p_holm: float | None
+
+
+class Clustering(NamedTuple):
+    """All clusters.
+
+    Attributes
+    ----------
+    pair_ids : ascending
+    cluster, similarity : of each pair; cosine of its vector with its cluster's mean, nan in 0
+    silhouettes : k -> mean silhouette, where k was chosen
+    sets, clustered : different sets of features, and how many of them the tree was made of
+    draws : how often as many random pairs were drawn
+    """
+
+    pair_ids: tuple[str, ...]
+    cluster: Ints
+    similarity: Floats
+    clusters: tuple[Cluster, ...]
+    effects: tuple[Effect, ...]
+    silhouettes: dict[int, float]
+    sets: int
+    clustered: int
+    draws: int
+
+
+def cluster_pairs(
+    pair_ids: Sequence[str],
+    active: Sequence[Sequence[int]],
+    labels: Mapping[int, str | None],
+    values: Mapping[str, ArrayLike],
+    shifts: Iterable[tuple[int, Floats]] = (),
+    *,
+    kinds: Sequence[str | None] | None = None,
+    k: int | None = None,
+    draws: int | None = None,
+    seed: int = 0,
+) -> Clustering:
+    """Cluster pairs by their active features and compare each cluster with as many random pairs.
+
+    Parameters
+    ----------
+    pair_ids, active : length P
+        The features that are active on each pair; may be empty.
+    labels
+        Feature id -> label, all d features of the policy.
+    values
+        Target -> influence [P] on it.
+    shifts
+        Parts of the coefficient shifts: a feature id and dW_j [P], 0 where another part has it.
+    kinds
+        Label of each pair, length P.
+    k
+        Number of clusters, those without features not counted; by the silhouette if None.
+    draws
+        How often random pairs are drawn; by default 9,999 times, less often for many pairs.
+
+    Raises
+    ------
+    UserError
+        Ids repeat, lengths differ, a value is not finite, a feature is not of the policy, or there
+        are fewer than k different sets of features.
+    """
+    kinds = [None] * len(pair_ids) if kinds is None else kinds
+    _check(pair_ids, active, values)
+    order = sorted(range(len(pair_ids)), key=pair_ids.__getitem__)
+    ids = tuple(pair_ids[i] for i in order)
+    features = sorted(labels)
+    matrix = _matrix(ids, [active[i] for i in order], features)
+    grouped = _group(matrix, k, np.random.default_rng(seed))
+    table = np.stack([np.asarray(v, dtype=np.float64)[order] for v in values.values()], axis=1)
+    n_clusters = len(np.unique(grouped.cluster))
+    if draws is None:
+        draws = max(40 * n_clusters * table.shape[1], min(DRAWS, WORK // len(ids)))
+    kind = np.unique([kinds[i] or "" for i in order], return_inverse=True)[1]
+    effects = _effects(grouped.cluster, tuple(values), table, kind, draws, seed)
+    spread = _spread(matrix, features, shifts, np.array(order), grouped.cluster, draws, seed)
+    clusters = []
+    for c, own in _members(grouped.cluster).items():
+        named = _lifted(matrix, grouped.cluster == c, features, labels) if c else ()
+        clusters.append(
+            Cluster(c, _name(c, named), len(own), named, _examples(ids, own, grouped.similarity),
+                    *spread.get(c, (None,) * 6))
+        )  # fmt: skip
+    return Clustering(
+        ids, grouped.cluster, grouped.similarity, tuple(clusters), effects, grouped.silhouettes,
+        grouped.sets, grouped.clustered, draws,
+    )  # fmt: skip
+
+
+# Grouping
+
+
+class _Grouped(NamedTuple):
+    cluster: Ints
+    similarity: Floats
+    silhouettes: dict[int, float]
+    sets: int
+    clustered: int
+
+
+def _group(matrix: Bools, k: int | None, rng: np.random.Generator) -> _Grouped:
+    """Cluster the rows of ``matrix`` [P, d]; numbers by size, then by the first row."""
+    told = matrix.any(1)
+    sets, row, counts = np.unique(matrix[told], axis=0, return_inverse=True, return_counts=True)
+    row = row.reshape(-1)
+    if k is not None and not 1 <= k <= len(sets):
+        raise UserError(
+            "So many clusters cannot be made",
+            value=k,
+            rule=f"at least 1, and at most {len(sets)}: the different sets of active features",
+            fix="another --k, or none: then it is chosen",
+        )
+    cluster = np.full(len(matrix), WITHOUT, dtype=np.int64)
+    similarity = np.full(len(matrix), math.nan)
+    if not len(sets):
+        return _Grouped(cluster, similarity, {}, 0, 0)
+    z = _vectors(sets, counts)
+    some = np.arange(len(z))
+    if len(z) > MOST:
+        some = np.sort(rng.choice(len(z), MOST, replace=False))
+    label, silhouettes = _cut_best(z[some], counts[some], k)
+    means = _means(z[some], counts[some], label)
+    nearest = ((means**2).sum(1) - 2 * z @ means.T).argmin(1)
+    nearest[some] = label
+    means = _means(z, counts, nearest)
+    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-300)
+    cluster[told] = _numbered(nearest[row])
+    similarity[told] = (z * means[nearest]).sum(1)[row]
+    return _Grouped(cluster, similarity, silhouettes, len(sets), len(some))
+
+
+def _vectors(sets: Bools, counts: Ints) -> Floats:
+    """Unit vectors of the sets [U, d], features weighted by inverse frequency."""
+    frequency = counts @ sets
+    weight = np.sqrt(np.log((counts.sum() + 1) / np.maximum(frequency, 1)))
+    z = np.asarray(sets * weight, dtype=np.float64)
+    return np.asarray(z / np.linalg.norm(z, axis=1, keepdims=True))
+
+
+def _cut_best(z: Floats, counts: Ints, k: int | None) -> tuple[Ints, dict[int, float]]:
+    """Labels from 0 at k, or at the k from 2 to 20 of the largest silhouette, the least of them."""
+    merges = ward(z, counts)
+    if k is not None or len(z) < 2:
+        return cut(merges, len(z), k or 1), {}
+    distance = np.maximum(1 - z @ z.T, 0.0)
+    np.fill_diagonal(distance, 0.0)
+    found = {
+        some: silhouette(distance, counts, cut(merges, len(z), some))
+        for some in range(2, min(LARGEST_K, len(z)) + 1)
+    }
+    best = max(found, key=lambda some: (found[some], -some))
+    return cut(merges, len(z), best), found
+
+
+def ward(z: Floats, counts: Ints) -> list[tuple[float, int, int]]:
+    """Ward's tree over points z [U, d] of weight ``counts``, by nearest-neighbour chains.
+
+    Returns
+    -------
+    list of U - 1 joins, in any order: height (squared), and a point of either side
+    """
+    size = counts.astype(np.float64)
+    square = (z**2).sum(1)
+    d = np.maximum(square[:, None] + square - 2 * z @ z.T, 0.0)
+    d = np.maximum(d, d.T)
+    d *= 2 * np.outer(size, size) / np.add.outer(size, size)
+    np.fill_diagonal(d, np.inf)
+    merges: list[tuple[float, int, int]] = []
+    chain: list[int] = []
+    alive = np.ones(len(z), dtype=bool)
+    while len(merges) < len(z) - 1:
+        if not chain:
+            chain.append(int(alive.argmax()))
+        last = chain[-1]
+        near = int(d[last].argmin())
+        if len(chain) == 1 or d[last, near] < d[last, chain[-2]]:
+            chain.append(near)
+            continue
+        near = chain[-2]
+        del chain[-2:]
+        merges.append((float(d[last, near]), last, near))
+        joined = (size + size[last]) * d[last] + (size + size[near]) * d[near]
+        joined = (joined - size * d[last, near]) / (size + size[last] + size[near])
+        d[last], d[:, last] = joined, joined
+        d[last, last], d[near], d[:, near] = np.inf, np.inf, np.inf
+        size[last] += size[near]
+        alive[near] = False
+    return merges
+
+
+def cut(merges: Sequence[tuple[float, int, int]], n: int, k: int) -> Ints:
+    """Labels from 0 of n points when the lowest n - k joins of a tree are made."""
+    parent = list(range(n))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for _, a, b in sorted(merges, key=lambda join: join[0])[: n - k]:
+        parent[root(a)] = root(b)
+    return np.unique([root(i) for i in range(n)], return_inverse=True)[1].astype(np.int64)
+
+
+def silhouette(distance: Floats, counts: Ints, label: Ints) -> float:
+    """Mean silhouette (b - a) / max(a, b) of points of weight ``counts``; 0 for one by itself."""
+    at = np.arange(len(label))
+    member = np.zeros((len(label), label.max() + 1))
+    member[at, label] = counts
+    size = member.sum(0)
+    sums = distance @ member
+    own = size[label]
+    a = sums[at, label] / np.maximum(own - 1, 1)
+    others = sums / size
+    others[at, label] = np.inf
+    b = others.min(1)
+    width = np.maximum(a, b)
+    s = np.where((own > 1) & (width > 0), (b - a) / np.where(width > 0, width, 1), 0.0)
+    return float(counts @ s / counts.sum())
+
+
+def _means(z: Floats, counts: Ints, label: Ints) -> Floats:
+    sums = np.zeros((label.max() + 1, z.shape[1]))
+    np.add.at(sums, label, counts[:, None] * z)
+    return np.asarray(sums / np.bincount(label, weights=counts)[:, None])
+
+
+def _numbered(label: Ints) -> Ints:
+    """Numbers from 1: the largest cluster first, ties to the one whose pair comes first."""
+    _, first, inverse, size = np.unique(
+        label, return_index=True, return_inverse=True, return_counts=True
+    )
+    place = np.empty(len(size), dtype=np.int64)
+    place[np.lexsort((first, -size))] = np.arange(1, len(size) + 1)
+    return np.asarray(place[inverse])
+
+
+# Describing
+
+
+def _members(cluster: Ints) -> dict[int, Ints]:
+    return {int(c): np.flatnonzero(cluster == c) for c in np.unique(cluster)}
+
+
+def _lifted(
+    matrix: Bools, own: Bools, features: list[int], labels: Mapping[int, str | None]
+) -> tuple[ActiveFeature, ...]:
+    """Features of the largest lift above 0; ties to the smaller id."""
+    inside = matrix[own].mean(0)
+    outside = matrix[~own].mean(0) if not own.all() else np.zeros(len(features))
+    lift = inside - outside
+    first = [j for j in np.argsort(-lift, kind="stable")[:NAMED] if lift[j] > 0]
+    return tuple(
+        ActiveFeature(features[j], labels[features[j]], float(inside[j]), float(outside[j]))
+        for j in first
+    )
+
+
+def _name(c: int, named: Sequence[ActiveFeature]) -> str:
+    if c == WITHOUT:
+        return "no active feature"
+    words = " · ".join(f.label or f"feature {f.feature_id}" for f in named)
+    return words or "no feature more often than elsewhere"
+
+
+def _examples(ids: Sequence[str], own: Ints, similarity: Floats) -> tuple[str, ...]:
+    nearest = own[np.argsort(-np.nan_to_num(similarity[own]), kind="stable")[:EXAMPLES]]
+    return tuple(ids[i] for i in nearest)
+
+
+# Comparing
+
+
+def _effects(
+    cluster: Ints, targets: Sequence[str], table: Floats, kind: Ints, draws: int, seed: int
+) -> tuple[Effect, ...]:
+    """Mean influence of every cluster on every target; table [P, T], kind [P]."""
+    size = np.array([len(own) for own in _members(cluster).values()], dtype=np.float64)
+    observed, drawn = _against_random(cluster, table, draws, seed)
+    observed, drawn = observed / size[:, None], drawn / size[:, None]
+    p = _p(observed, drawn, table.mean(0))
+    adjusted = _holm(p)
+    of_kind, matched, matched_holm = np.eye(kind.max() + 1)[kind], None, None
+    if kind.any():
+        expected = of_kind @ ((of_kind.T @ table) / of_kind.sum(0)[:, None])
+        centre = np.stack([expected[own].mean(0) for own in _members(cluster).values()])
+        _, alike = _against_random(cluster, table, draws, seed, kind)
+        matched = _p(observed, alike / size[:, None], centre)
+        matched_holm = _holm(matched)
+    ends = np.quantile(drawn, [0.025, 0.975], axis=0)
+    return tuple(
+        Effect(c, target, float(observed[i, t]), lo, hi, float(ends[0, i, t]),
+               float(ends[1, i, t]), float(p[i, t]), float(adjusted[i, t]),
+               None if matched is None else float(matched[i, t]),
+               None if matched_holm is None else float(matched_holm[i, t]))
+        for i, (c, own) in enumerate(_members(cluster).items())
+        for t, (target, (lo, hi)) in enumerate(
+            zip(targets, _intervals(table[own], np.random.default_rng([seed, c])), strict=True)
+        )
+    )  # fmt: skip
+
+
+def _spread(
+    matrix: Bools,
+    features: list[int],
+    shifts: Iterable[tuple[int, Floats]],
+    order: Ints,
+    cluster: Ints,
+    draws: int,
+    seed: int,
+) -> dict[int, tuple[float, ...]]:
+    """The columns from ``outside_share`` on, for each cluster; empty without shifts."""
+    total, outside = np.zeros(len(matrix)), np.zeros(len(matrix))
+    column = {feature: j for j, feature in enumerate(features)}
+    for feature, shift in shifts:
+        size = np.abs(shift[order])
+        total += size
+        outside += np.where(matrix[:, column[feature]], 0.0, size)
+    told = cluster != WITHOUT
+    if not total[told].any():
+        return {}
+    own = cluster[told]
+    chance = total * (1 - matrix.mean(1))
+    table = np.stack([outside, total, chance], axis=1)[told]
+    observed, drawn = _against_random(own, table, draws, seed)
+    share = _share(observed[..., 0], observed[..., 1])
+    random = _share(drawn[..., 0], drawn[..., 1])
+    p = _p(share, random, float(table[:, 0].sum() / table[:, 1].sum()))
+    ends = np.quantile(random, [0.025, 0.975], axis=0)
+    rows = np.stack([share, *ends, _share(observed[..., 2], observed[..., 1]), p, holm(p)], axis=1)
+    return {c: tuple(map(float, row)) for c, row in zip(_members(own), rows, strict=True)}
+
+
+def _share(part: Floats, whole: Floats) -> Floats:
+    return np.asarray(np.divide(part, whole, out=np.zeros_like(part), where=whole > 0))
+
+
+def _holm(p: Floats) -> Floats:
+    return holm(p.ravel()).reshape(p.shape)
+
+
+def _against_random(
+    cluster: Ints, table: Floats, draws: int, seed: int, kind: Ints | None = None
+) -> tuple[Floats, Floats]:
+    """Sums of the columns [P, V] over each cluster [C, V], and over as many random pairs.
+
+    One permutation of the pairs gives random ones for every cluster: [draws, C, V]. With ``kind``
+    pairs change places with pairs of their kind only.
+    """
+    rng = np.random.default_rng(seed)
+    order = np.argsort(cluster, kind="stable")
+    starts = np.flatnonzero(np.diff(cluster[order], prepend=-1))
+    observed = np.add.reduceat(table[order], starts, axis=0)
+    drawn = np.empty((draws, *observed.shape))
+    alike = [order] if kind is None else [order[kind[order] == one] for one in np.unique(kind)]
+    place = np.argsort(order)
+    taken = np.empty_like(order)
+    for draw in range(draws):
+        for some in alike:
+            taken[place[some]] = rng.permutation(some)
+        drawn[draw] = np.add.reduceat(table[taken], starts, axis=0)
+    return observed, drawn
+
+
+def _p(observed: Floats, drawn: Floats, centre: Floats | float) -> Floats:
+    """Two-sided p: share of draws at least as far from the centre, the observed one included."""
+    far = np.abs(observed - centre)
+    slack = 1e-9 * far + 1e-12 * np.abs(drawn).max(0)
+    reached = np.abs(drawn - centre) >= far - slack
+    return np.asarray((1 + reached.sum(0)) / (1 + len(drawn)))
+
+
+def _intervals(
+    values: Floats, rng: np.random.Generator
+) -> list[tuple[float, float] | tuple[None, None]]:
+    """95% interval of the mean of each column [n, T]."""
+    n = len(values)
+    if n < FEWEST:
+        return [(None, None)] * values.shape[1]
+    if n > MANY:
+        half = 1.959963984540054 * values.std(0, ddof=1) / math.sqrt(n)
+        ends = np.stack([values.mean(0) - half, values.mean(0) + half])
+    else:
+        times = rng.multinomial(n, np.full(n, 1 / n), size=BOOTSTRAP)
+        ends = np.quantile(times @ values / n, [0.025, 0.975], axis=0)
+    return [(float(lo), float(hi)) for lo, hi in ends.T]
+
+
+# Checking
+
+
+def _check(
+    pair_ids: Sequence[str], active: Sequence[Sequence[int]], values: Mapping[str, ArrayLike]
+) -> None:
+    sizes = {len(pair_ids), len(active), *(np.shape(v)[0] for v in values.values())}
+    if len(sizes) != 1 or not len(pair_ids) or not values:
+        raise UserError(
+            "Every pair needs its features and its influence on every target",
+            value=f"{len(pair_ids)} pairs, {len(active)} sets of features, "
+            + ", ".join(f"{np.shape(v)[0]} values of {name}" for name, v in values.items()),
+            rule="one of each per pair, at least one pair and one target",
+        )
+    repeated = sorted(pair for pair, count in Counter(pair_ids).items() if count > 1)
+    if repeated:
+        raise UserError("A pair id repeats", value=", ".join(repeated), rule="ids are unique")
+    for name, column in values.items():
+        finite = np.isfinite(np.asarray(column, dtype=np.float64))
+        if not finite.all():
+            bad = [pair for pair, good in zip(pair_ids, finite, strict=True) if not good]
+            raise UserError(
+                f"The influence on {name} is not finite for {len(bad)} pairs",
+                value=", ".join(bad),
+                rule="every influence is a finite number",
+                fix="look at these pairs' loss in pairs.parquet",
+            )
+
+
+def _matrix(ids: Sequence[str], active: Sequence[Sequence[int]], features: list[int]) -> Bools:
+    """Which feature is active on which pair, [P, d]."""
+    column = {feature: j for j, feature in enumerate(features)}
+    matrix = np.zeros((len(ids), len(features)), dtype=bool)
+    for i, (pair, own) in enumerate(zip(ids, active, strict=True)):
+        unknown = [feature for feature in own if feature not in column]
+        if unknown:
+            raise UserError(
+                f"Pair {pair!r} has features that are not in the policy",
+                value=", ".join(map(str, unknown)),
+                rule="the features of a pair are among those of coefficients.parquet",
+            )
+        matrix[i, [column[feature] for feature in own]] = True
+    return matrix
