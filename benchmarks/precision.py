@@ -1,4 +1,4 @@
-"""What half precision costs: effects in bfloat16 and float16 beside those in float32.
+"""What half precision costs: effects in bfloat16 (or float16) beside those in float32.
 
 The policy, its targets and the features are those of float32 in every row, so that only the passes
 through the model differ; sums of gradients stay in float32. benchmarks/README.md says what the rows
@@ -29,7 +29,6 @@ from benchmarks.common import (
 from benchmarks.common import parser as common_parser
 from taught.progress import RichProgress
 
-DTYPES = ("float32", "bfloat16", "float16")
 Effects = dict[str, NDArray[np.float64]]
 
 
@@ -40,7 +39,7 @@ def measure(args: argparse.Namespace) -> None:
         results = Results(result_name("precision", args), conditions(setting, args), args.out)
         exact: Effects | None = None
         with kept(results, _COLUMNS):
-            for dtype in DTYPES:
+            for dtype in ("float32", *args.dtypes):
                 with Clock() as clock:
                     effects = _effects(setting, dtype, progress)
                 exact = effects if exact is None else exact
@@ -103,6 +102,8 @@ _COLUMNS = {
 def main() -> None:
     """Parse the flags and measure."""
     flags = common_parser(__doc__ or "")
+    flags.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16"],
+                       help="beside float32; CPUs take long for float16")  # fmt: skip
     run(measure, flags.parse_args())
 
 

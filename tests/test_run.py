@@ -197,13 +197,13 @@ def test_no_space_left_is_said_with_both_sizes_and_leaves_nothing(folder, study,
     fsync = os.fsync
 
     def full(handle):
-        if os.fstat(handle).st_size > 5000:
+        if os.fstat(handle).st_size > 50_000:
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
     monkeypatch.setattr(files, "free_bytes", lambda _folder: 1234)
-    noise = np.random.default_rng(0).normal(size=1000)
+    noise = np.random.default_rng(0).normal(size=10_000)
     with (
         pytest.raises(UserError, match="no space left") as caught,
         run.stage("policy", study, WEIGHTS),

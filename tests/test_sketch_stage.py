@@ -172,15 +172,14 @@ def test_torchrun_fills_the_store_that_one_process_fills(copy: Path) -> None:
     many = [{**row, "id": f"{row['id']}-{n}", "prompt": f"{row['prompt']} {n}"}
             for row in rows for n in range(2)]  # fmt: skip
     (copy / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
-    settings = ["--set", f"sketch.dim={DIM}", "--set", f"sketch.store={copy / 'two'}", "--quiet"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--"]
-    command = ["taught", "sketch", str(copy / "study.yaml"), "--run", str(copy / "run"), *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([*launcher, *command], check=True, env=environment, timeout=240)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fill_module, "PAIRS_A_SHARD", 256)
-        patched.setattr(fill_module, "PROMPTS_A_SHARD", 16)
-        stages.sketch(study_of(copy, sketch__store="one"), RunFolder.open(copy / "run"))
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--"]
+    for name, start in (("one", ["-m"]), ("two", launcher)):  # both in processes of their own
+        command = ["taught", "sketch", str(copy / "study.yaml"), "--run", str(copy / "run"),
+                   "--set", f"sketch.dim={DIM}", "--set", f"sketch.store={copy / name}",
+                   "--quiet"]  # fmt: skip
+        subprocess.run([sys.executable, *start, *command], check=True, env=environment,
+                       timeout=240)  # fmt: skip
     one, two = (sorted(p.name for p in (copy / n).iterdir()) for n in ("one", "two"))
     assert one == two
     for name in one:
