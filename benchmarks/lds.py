@@ -28,6 +28,7 @@ from benchmarks.ground_truth import DATA, REGIMES, ground_truth_study
 from taught.environment import mark_memory, peak_memory_gb
 from taught.errors import UserError
 from taught.progress import RichProgress, SilentProgress
+from taught.stages.comparing import truths
 from taught.target import Target, coefficient_targets, mean_y_target, score_targets
 from taught.validation.lds import (
     auc,
@@ -36,7 +37,7 @@ from taught.validation.lds import (
     lds_rows,
     precision_at_k,
 )
-from taught.validation.subsets import Subsets
+from taught.validation.outcomes import TargetName
 
 COEFFICIENTS = 10
 AT_ONCE = 4  # query gradients in memory
@@ -70,7 +71,7 @@ def measure(args: argparse.Namespace) -> None:
             baselines = _baselines(setting, targets)
         progress.step("intervals")
         with kept(results, _COLUMNS):
-            _compare(setting, folder, scores, baselines, results)
+            _compare(setting, folder, targets, scores, baselines, results)
             results.summary |= {"costs": costs, **_medians(results.rows)}
 
 
@@ -170,7 +171,6 @@ def _of_run(folder: Path, setting: Setting, targets: Targets) -> tuple[str, Any]
     """The influence of a finished run on the same study, and what its method is called."""
     from taught.run import RunFolder
     from taught.stages.retraining import influence_of
-    from taught.validation.outcomes import TargetName
 
     opened = RunFolder.open(folder)
     spec, found = opened.manifest["study"]["attribution"], influence_of(opened)
@@ -219,27 +219,13 @@ def _by_pair(setting: Setting, values: Sequence[float]) -> dict[str, float]:
 # --- against the ground truth ---------------------------------------------------------------------
 
 
-def truths(folder: Path) -> dict[str, tuple[Subsets, dict[str, dict[str, float]]]]:
-    """Design -> its subsets, and target -> subset -> what training on it changed."""
-    inclusion = json.loads((folder / "validation.json").read_text())["inclusion"]
-    members: dict[str, dict[str, list[str]]] = {}
-    for row in pq.read_table(folder / "subsets.parquet").to_pylist():
-        members.setdefault(row["design"], {}).setdefault(row["subset"], []).append(row["pair_id"])
-    outcomes: dict[str, dict[str, dict[str, float]]] = {}
-    for row in pq.read_table(folder / "outcomes.parquet").to_pylist():
-        detail = row["group"] if row["feature_id"] is None else row["feature_id"]
-        name = row["target"] if detail is None else f"{row['target']}:{detail}"
-        of = outcomes.setdefault(row["design"], {}).setdefault(name, {})
-        of[row["subset"]] = row["value"]
-    return {
-        design: (Subsets(tuple(some), tuple(map(tuple, some.values())), inclusion[design]),
-                 outcomes[design])
-        for design, some in members.items() if design not in ("removal", "addition", "curation")
-    }  # fmt: skip
-
-
 def _compare(
-    setting: Setting, folder: Path, scores: Scores, baselines: Scores, results: Results
+    setting: Setting,
+    folder: Path,
+    targets: Targets,
+    scores: Scores,
+    baselines: Scores,
+    results: Results,
 ) -> None:
     every = {**scores, **baselines}
     length = {pair.id: float(pair.n_response) for pair in setting.pairs}
@@ -251,8 +237,12 @@ def _compare(
     planted = {row.id for row in setting.pair_rows if row.flags.get("planted")}
     gaps: list[Any] = []
     trivial: list[Any] = []
-    for design, (subsets, outcomes) in truths(folder).items():
-        wanted = {name: outcomes[name] for name in next(iter(every.values()))}
+    inclusion = json.loads((folder / "validation.json").read_text())["inclusion"]
+    tables = [pq.read_table(folder / f"{name}.parquet") for name in ("subsets", "outcomes")]
+    names = {TargetName(p.kind, p.feature_id, p.group): name for name, (p, *_) in targets.items()}
+    for truth in truths(*tables, inclusion, names):
+        design, subsets = truth.design, truth.subsets
+        wanted = {name: truth.outcomes[name] for name in targets}
         controls = {"response-length": length, **({} if design == "matched" else indicators)}
         for row in lds_rows(subsets, wanted, every, controls, design=design):
             results.add(asdict(row))

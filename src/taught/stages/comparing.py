@@ -25,10 +25,9 @@ from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
 from taught.setup import Subject, open_subject
 from taught.stages.estimating import Data, Ready, estimate, prepare, read_data, sketch_source
-from taught.stages.retraining import influence_of
+from taught.stages.retraining import CURVES, influence_of
 from taught.study import Study
 from taught.validation.lds import (
-    Auc,
     auc,
     differences,
     explained_by_trivial,
@@ -143,9 +142,10 @@ def compare(
         costs.append(
             CostRow("all baselines", monotonic() - started, peak_memory_gb(recent=True) or 0.0)
         )
-        truths = _truths(run, targets)
+        found = truths(run.read_table("subsets"), run.read_table("outcomes"),
+                       run.read_json("validation")["inclusion"], targets)  # fmt: skip
         progress.step("intervals")
-        _write(run, ready, study, scores, baselines, costs, truths)
+        _write(run, ready, scores, baselines, costs, found)
 
 
 @contextmanager
@@ -278,45 +278,55 @@ def _positive_label(ready: Ready) -> str:
     return next((label for label in labels if "refusal" in label), labels[0])
 
 
-def _truths(run: RunFolder, targets: Mapping[TargetName, str]) -> list[Truth]:
-    """Designs of which a rank correlation can be taken: those with eight subsets or more."""
+def truths(
+    subsets: pa.Table,
+    outcomes: pa.Table,
+    inclusion: Mapping[str, Mapping[str, float]],
+    targets: Mapping[TargetName, str],
+) -> list[Truth]:
+    """Designs of which a rank correlation can be taken: those with eight subsets or more.
+
+    Parameters
+    ----------
+    subsets, outcomes, inclusion
+        As the stage ``validate`` writes them.
+    """
     members: dict[str, dict[str, list[str]]] = {}
-    for row in run.read_table("subsets").to_pylist():
+    for row in subsets.to_pylist():
         members.setdefault(row["design"], {}).setdefault(row["subset"], []).append(row["pair_id"])
-    outcomes: dict[str, dict[str, dict[str, float]]] = {}
-    for row in run.read_table("outcomes").to_pylist():
+    changed: dict[str, dict[str, dict[str, float]]] = {}
+    for row in outcomes.to_pylist():
         name = targets.get(TargetName(row["target"], row["feature_id"], row["group"]))
         if name is not None:
-            found = outcomes.setdefault(row["design"], {}).setdefault(name, {})
+            found = changed.setdefault(row["design"], {}).setdefault(name, {})
             found[row["subset"]] = row["value"]
-    inclusion = run.read_json("validation")["inclusion"]
     return [
         Truth(
             design,
             Subsets(tuple(some), tuple(map(tuple, some.values())), inclusion[design]),
-            outcomes[design],
+            changed[design],
         )
         for design, some in members.items()
-        if len(some) >= LEAST_SUBSETS and design not in ("removal", "addition", "curation")
+        if len(some) >= LEAST_SUBSETS and design not in (*CURVES, "curation")
     ]
 
 
 def _write(
     run: RunFolder,
     ready: Ready,
-    study: Study,
     scores: Scores,
     baselines: Scores,
     costs: Sequence[CostRow],
-    truths: Sequence[Truth],
+    found: Sequence[Truth],
 ) -> None:
     every = {**scores, **baselines}
     length = {pair.id: float(pair.n_response) for pair in ready.inputs}
     loss = baselines["loss"]["score"]
-    controls = {"response-length": length, **_label_indicators(ready)}
-    trivial = {"response-length": length, "loss": loss, **_label_indicators(ready)}
+    labels = _label_indicators(ready)
+    controls = {"response-length": length, **labels}
+    trivial = {"response-length": length, "loss": loss, **labels}
     lds, gaps, checks = [], [], []
-    for truth in truths:
+    for truth in found:
         kept = controls if truth.design != "matched" else {"response-length": length}
         lds += lds_rows(truth.subsets, truth.outcomes, every, kept, design=truth.design)
         gaps += differences(truth.subsets, truth.outcomes, every,
@@ -324,7 +334,7 @@ def _write(
         checks += explained_by_trivial(truth.subsets, truth.outcomes, scores, trivial,
                                        design=truth.design)  # fmt: skip
     for name, rows in (("lds", lds), ("lds_differences", gaps), ("trivial", checks),
-                       ("planted", _planted(ready, study, every)), ("costs", costs)):  # fmt: skip
+                       ("planted", _planted(ready, every)), ("costs", costs)):  # fmt: skip
         if rows:
             run.write_table(name, table_of(rows))
     long = [(m, t, i, v) for m, of in scores.items() for t, by in of.items() for i, v in by.items()]
@@ -342,7 +352,7 @@ def _label_indicators(ready: Ready) -> dict[str, dict[str, float]]:
     }  # fmt: skip
 
 
-def _planted(ready: Ready, study: Study, scores: Scores) -> list[PlantedRow]:
+def _planted(ready: Ready, scores: Scores) -> list[PlantedRow]:
     """AUC of the pairs that the column ``planted`` marks; none where there is no such column."""
     planted = {pair.id for pair in ready.pairs if pair.flags.get("planted") in (True, "true", 1)}
     if not planted or len(planted) == len(ready.pairs.pairs):
@@ -350,7 +360,7 @@ def _planted(ready: Ready, study: Study, scores: Scores) -> list[PlantedRow]:
     rows = []
     for method, of in scores.items():
         for target, values in of.items():
-            found: Auc = auc(values, planted)
+            found = auc(values, planted)
             rows.append(PlantedRow(
                 method, target, found.value, found.lo, found.hi,
                 precision_at_k(values, planted, len(planted)), found.planted, found.others,

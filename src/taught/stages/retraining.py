@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from taught.analysis.curate import curate
 from taught.errors import UserError
@@ -224,7 +225,8 @@ def _strongest(study: Study, run: RunFolder, k: int) -> list[str]:
 def _asked(study: Study, run: RunFolder) -> dict[str, float]:
     """Pair id -> influence of this run on the target that pairs are removed by."""
     target, _, group = study.validation.remove_by.partition(":")
-    rows = influence_of(run).get(TargetName(target, group=group or None))
+    of_target = pc.field("target") == target  # of a large table the other targets are not read
+    rows = influence_of(run, of_target).get(TargetName(target, group=group or None))
     if rows is None or target == "coefficient":
         raise UserError("this run has no influence on what pairs are to be removed by",
                         value=study.validation.remove_by, rule="score or mean_y:GROUP",
@@ -232,10 +234,12 @@ def _asked(study: Study, run: RunFolder) -> dict[str, float]:
     return rows
 
 
-def influence_of(run: RunFolder) -> dict[TargetName, dict[str, float]]:
-    """Total influence of the run: target -> pair id -> value."""
+def influence_of(
+    run: RunFolder, rows: pc.Expression | None = None
+) -> dict[TargetName, dict[str, float]]:
+    """Total influence of the run, or of some rows of its table: target -> pair id -> value."""
     table = run.read_table(
-        "influence", ["pair_id", "target", "feature_id", "group", "pathway", "value"]
+        "influence", ["pair_id", "target", "feature_id", "group", "pathway", "value"], rows
     )
     found: dict[TargetName, dict[str, float]] = {}
     for row in table.to_pylist():
