@@ -173,6 +173,40 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     assert set(members(run, "leave-one-out")) == {f"without:{i}" for i in top}
 
 
+def test_the_effect_of_the_named_pairs_is_asked_with_random_subsets_first(attributed):
+    """Where steps are small it is the sum of their influence, less that of as many average ones."""
+    study, folder = attributed
+    study = with_values(study, {"validation.designs": ("random", "chosen", "couples"),
+                                "validation.subsets": 10, "validation.budgets": (0.25,)})  # fmt: skip
+    run = RunFolder(folder, fresh=("validate",))
+    stages.validate(study, run)
+    rows = influence_of(run)[TargetName("mean_y", group="harmless")]
+    top = set(sorted(rows, key=lambda i: -rows[i])[:2])
+    random, chosen = members(run, "random"), members(run, "chosen")
+    assert {name: chosen[name] for name in random} == random  # trained once, read in both designs
+    for name, ids in members(run, "couples").items():
+        assert top <= set(ids) if name.startswith("with-") else not top & set(ids)
+    effect, added = run.read_table("effects").to_pylist()
+    assert (effect["design"], added["design"]) == ("chosen", "couples")
+    assert effect["retrainings"] == len(chosen) > 10 and added["retrainings"] == 20
+    assert effect["pairs"] == added["pairs"] == 2
+    asked = sum(rows[i] for i in top) - 2 * np.mean([rows[i] for i in rows if i not in top])
+    predicted = asked / 4  # one step on a subset of four moves by the mean of its influence
+    assert 0.5 * predicted < effect["value"] < 1.5 * predicted
+    assert effect["lo"] < effect["value"] < effect["hi"] and added["value"] > 0
+
+
+def test_random_subsets_need_no_influence_and_named_ones_do(attributed, tmp_path):
+    study = load_study(write_tiny_study(tmp_path))
+    study = with_values(study, {**SMALL_STEPS, "validation.designs": ("random",),
+                                "validation.subsets": 2})  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    stages.policy(study, run)
+    stages.validate(study, run)
+    with pytest.raises(UserError, match="attribute has not been run"):
+        stages.validate(study.replace("validation.designs", ("removal",)), run)
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [

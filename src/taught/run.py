@@ -40,7 +40,7 @@ _BEFORE = {
     "attribute": ("policy",),
     "curate": ("attribute",),
     "clusters": ("attribute",),
-    "validate": ("attribute",),
+    "validate": ("policy",),
     "compare": ("attribute", "validate"),
     "report": ("policy",),
 }
@@ -52,7 +52,11 @@ _REMADE = (*_READERS, "validate")
 _OF_THE_RUN = ("clamp", "compare", *_READERS)
 # Nothing asks for these again: they go when what they were made from is made anew.
 _GONE_WITH = {"policy": ("clamp",), "attribute": ("clusters",)}
-_SHOWN_IF_THERE = {"report": ("clamp", "attribute", "curate", "clusters", "validate", "compare")}
+# These read others where they are there: validate only for subsets that the influence names.
+_IF_THERE = {
+    "validate": ("attribute",),
+    "report": ("clamp", "attribute", "curate", "clusters", "validate", "compare"),
+}
 _WRITTEN_BY = {
     "policy": ("study.yaml", "prompts.parquet", "readouts.safetensors", "readouts.ids.json",
                "features.parquet", "activations.safetensors", "activations.ids.json", "labels.json",
@@ -67,7 +71,7 @@ _WRITTEN_BY = {
     "clusters": ("clusters.parquet", "cluster_members.parquet", "cluster_influence.parquet",
                  "clusters.json"),
     "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
-                 "answers.parquet", "validation.json"),
+                 "effects.parquet", "answers.parquet", "validation.json"),
     "compare": ("lds.parquet", "lds_differences.parquet", "trivial.parquet", "planted.parquet",
                 "costs.parquet", "scores.parquet", "compare.json"),
     "report": ("report.html",),
@@ -177,9 +181,11 @@ class RunFolder:
                 value=str(self.folder),
                 fix=self._command_for(stage),
             )
-        for before in _BEFORE[stage]:
+        inputs = self._manifest["inputs"][stage]
+        read = [name for name in _IF_THERE.get(stage, ()) if f"stage {name}" in inputs]
+        for before in (*_BEFORE[stage], *read):
             self.require(before)
-            made_with = self._manifest["inputs"][stage].get(f"stage {before}")
+            made_with = inputs.get(f"stage {before}")
             if made_with != self._manifest["stages"][before]["fingerprint"]:
                 raise UserError(
                     f"{stage} was made with an earlier result of {before}",
@@ -454,7 +460,7 @@ class RunFolder:
     def _chained(self, name: str, inputs: Inputs) -> Inputs:
         """Refuse stages before this one that do not belong to these inputs; add what they were."""
         chained = dict(inputs)
-        if_there = [stage for stage in _SHOWN_IF_THERE.get(name, ()) if self._is_complete(stage)]
+        if_there = [stage for stage in _IF_THERE.get(name, ()) if self._is_complete(stage)]
         for before in (*_BEFORE[name], *if_there):
             self.require(before)
             theirs = self._manifest["inputs"][before]

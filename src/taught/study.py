@@ -222,6 +222,7 @@ class CurationSpec(_Section):
 
 DESIGNS = (
     "random", "matched", "leave-out", "leave-one-out", "removal", "addition", "curation",
+    "chosen", "couples",
 )  # fmt: skip
 
 

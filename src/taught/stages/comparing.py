@@ -25,7 +25,7 @@ from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
 from taught.setup import Subject, open_subject
 from taught.stages.estimating import Data, Ready, estimate, prepare, read_data, sketch_source
-from taught.stages.retraining import CURVES, influence_of
+from taught.stages.retraining import influence_of
 from taught.study import Study
 from taught.validation.lds import (
     auc,
@@ -40,6 +40,7 @@ from taught.validation.subsets import Subsets
 
 METHODS = ("adjoint", "adjoint+adam", "sketch", "sketch+adam", "sketch+autocorrelation")
 COEFFICIENTS = 10  # so many of the largest are compared on
+RANK_DESIGNS = ("random", "matched", "leave-out", "leave-one-out")
 LEAST_SUBSETS = 8  # fewer have no rank correlation worth an interval
 
 Scores = dict[str, dict[str, dict[str, float]]]  # method -> target -> pair id -> influence
@@ -307,7 +308,7 @@ def truths(
             changed[design],
         )
         for design, some in members.items()
-        if len(some) >= LEAST_SUBSETS and design not in (*CURVES, "curation")
+        if len(some) >= LEAST_SUBSETS and design in RANK_DESIGNS
     ]
 
 

@@ -18,6 +18,15 @@ from taught.setup import Subject, open_subject
 from taught.stages.estimating import Ready, prepare, read_data
 from taught.study import Study
 from taught.validation.curves import CurvePoint, Kind, Plan, compare_curves, plan_curve
+from taught.validation.design import (
+    Chosen,
+    Couples,
+    Effect,
+    choose,
+    couple_effect,
+    couples,
+    estimate,
+)
 from taught.validation.judge import Judge, judge_responses, load_judge
 from taught.validation.lds import table_of
 from taught.validation.outcomes import TargetName, changes, soft_metrics
@@ -166,7 +175,7 @@ def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
         A design cannot be drawn from these pairs, or needs values that the run lacks.
     """
     spec, ids = study.validation, [pair.id for pair in ready.inputs]
-    size = max(1, round(spec.size * len(ids)))
+    size = _size(study, ids)
 
     def matched() -> Subsets:
         lengths = {pair.id: float(pair.n_response) for pair in ready.inputs}
@@ -180,6 +189,8 @@ def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
         "removal": lambda: _plan("removal", study, run, ids).subsets,
         "addition": lambda: _plan("addition", study, run, ids).subsets,
         "curation": lambda: _curation(study, run, ids),
+        "chosen": lambda: _chosen(study, run, ids).subsets,
+        "couples": lambda: _couples(study, run, ids).subsets,
     }
     return {name: drawn[name]() for name in spec.designs}
 
@@ -202,6 +213,7 @@ def _plan(
 
 def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
     """The published experiment: all pairs, the published rule, as many by this run, at random."""
+    run.require("attribute")
     summary = run.read_table("summary", ["pair_id", "label", "score"])
     decisions = curate(*(summary[name].to_pylist() for name in summary.column_names), rule="paper")
     kept = tuple(sorted(row["pair_id"] for row in decisions if row["action"] == "keep"))
@@ -216,6 +228,29 @@ def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
     )  # fmt: skip
 
 
+def _chosen(study: Study, run: RunFolder, ids: Sequence[str]) -> Chosen:
+    """Subsets for the effect of the named pairs, after those of the design ``random`` if asked."""
+    spec = study.validation
+    random = spec.subsets if "random" in spec.designs else 0
+    return choose(ids, "named", _named(study, run, ids), _size(study, ids), spec.subsets,
+                  seed=spec.seed, random=random)  # fmt: skip
+
+
+def _couples(study: Study, run: RunFolder, ids: Sequence[str]) -> Couples:
+    """Random subsets of the other pairs, each without the named pairs and with them."""
+    spec = study.validation
+    return couples(ids, "named", _named(study, run, ids), _size(study, ids), spec.subsets,
+                   seed=spec.seed)  # fmt: skip
+
+
+def _named(study: Study, run: RunFolder, ids: Sequence[str]) -> list[str]:
+    return _strongest(study, run, max(1, round(study.validation.budgets[0] * len(ids))))
+
+
+def _size(study: Study, ids: Sequence[str]) -> int:
+    return max(1, round(study.validation.size * len(ids)))
+
+
 def _strongest(study: Study, run: RunFolder, k: int) -> list[str]:
     """Ids of the k pairs that raise the study's target most, by the influence of this run."""
     rows = _asked(study, run)
@@ -224,14 +259,21 @@ def _strongest(study: Study, run: RunFolder, k: int) -> list[str]:
 
 def _asked(study: Study, run: RunFolder) -> dict[str, float]:
     """Pair id -> influence of this run on the target that pairs are removed by."""
-    target, _, group = study.validation.remove_by.partition(":")
-    of_target = pc.field("target") == target  # of a large table the other targets are not read
-    rows = influence_of(run, of_target).get(TargetName(target, group=group or None))
-    if rows is None or target == "coefficient":
+    run.require("attribute")
+    target = _target(study)
+    one = pc.field("target") == target.target  # of a large table the other targets are not read
+    rows = influence_of(run, one).get(target)
+    if rows is None or target.target == "coefficient":
         raise UserError("this run has no influence on what pairs are to be removed by",
                         value=study.validation.remove_by, rule="score or mean_y:GROUP",
                         fix="set validation.remove_by")  # fmt: skip
     return rows
+
+
+def _target(study: Study) -> TargetName:
+    """The target that pairs are named by."""
+    target, _, group = study.validation.remove_by.partition(":")
+    return TargetName(target, group=group or None)
 
 
 def influence_of(
@@ -286,6 +328,9 @@ def _write(
               for point in _points(design, study, run, ready, made)]  # fmt: skip
     if points:
         run.write_table("curves", table_of(points))
+    effects = _effects(study, run, designs, ready, outcomes)
+    if effects:
+        run.write_table("effects", table_of(effects))
     run.write_table("subsets", _table(SUBSETS, subsets))
     run.write_table("outcomes", _table(OUTCOMES, outcomes))
     run.write_table("models", _table(MODELS, models))
@@ -315,6 +360,43 @@ def _model_row(
 
 
 @dataclass(frozen=True)
+class NamedEffect(Effect):
+    """What training on the pairs that the influence names does to a target, by a design."""
+
+    design: str = ""
+    target: str = ""
+    pairs: int = 0
+
+
+def _effects(
+    study: Study,
+    run: RunFolder,
+    designs: Designs,
+    ready: Ready,
+    outcomes: Sequence[tuple[Any, ...]],
+) -> list[NamedEffect]:
+    """Effects by the designs ``chosen`` and ``couples``."""
+    asked = [name for name in ("chosen", "couples") if name in designs]
+    if not asked:
+        return []
+    ids = [pair.id for pair in ready.inputs]
+    target, scores = _target(study), _asked(study, run)
+    found = []
+    for design in asked:
+        changed = {row[1]: row[-1] for row in outcomes
+                   if row[0] == design and TargetName(*row[2:-1]) == target}  # fmt: skip
+        if design == "chosen":
+            plan = _chosen(study, run, ids)
+            effect = estimate(plan.question, plan.rounds, changed, scores)[0]
+        else:
+            effect = couple_effect(_couples(study, run, ids), changed)
+        found.append(NamedEffect(**asdict(effect), design=design,
+                                 target=study.validation.remove_by,
+                                 pairs=len(_named(study, run, ids))))  # fmt: skip
+    return found
+
+
+@dataclass(frozen=True)
 class Point(CurvePoint):
     """A point of the curve of a design."""
 
@@ -329,11 +411,11 @@ def _points(
     made: Mapping[tuple[str, str], Retraining],
 ) -> list[Point]:
     """Mean y of the group by the pairs that were named, against random ones; none for the score."""
-    target, _, group = study.validation.remove_by.partition(":")
-    if target != "mean_y":
+    target = _target(study)
+    if target.group is None:
         return []
     plan = _plan(design, study, run, [pair.id for pair in ready.inputs])
-    rows = [ready.fitted.prompt_ids.index(prompt_id) for prompt_id in ready.groups[group]]
+    rows = [ready.fitted.prompt_ids.index(prompt_id) for prompt_id in ready.groups[target.group]]
 
     def outcomes(names: Sequence[str]) -> list[np.ndarray]:
         return [made[design, name].y[rows] for name in names]

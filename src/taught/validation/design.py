@@ -50,6 +50,7 @@ Floats = NDArray[np.float64]
 
 MIX = 0.1
 FOLDS = 5
+POOL = 20  # subsets to choose from, for each that is drawn
 # Variance of theta over that of the noise, times the mean size of a membership's kernel.
 _RATIOS = np.array([0.0, *np.logspace(-3, 3, 13)])
 # Fewest outcomes that a datamodel is fitted to; of fewer the mean is taken.
@@ -215,6 +216,56 @@ def estimate(
         Effect(name, float(v), float(v - h), float(v + h), count)
         for name, v, h in zip(question.asked, value, half, strict=True)
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Subsets that were chosen for a question about one group, after random ones.
+
+    Attributes
+    ----------
+    question : of the pool they come from
+    rounds : the random ones if any, then the chosen ones
+    subsets : all different ones of the rounds
+    """
+
+    question: Question
+    rounds: tuple[Round, ...]
+    subsets: Subsets
+
+
+def choose(
+    ids: Sequence[str],
+    name: str,
+    group: Collection[str],
+    size: int,
+    count: int,
+    *,
+    seed: int,
+    random: int = 0,
+) -> Chosen:
+    """``count`` subsets of ``size`` pairs for the effect of a group, drawn as the module says.
+
+    Parameters
+    ----------
+    random : so many subsets of ``random_subsets`` with this size and seed are trained on anyway;
+        they are the first round
+
+    Raises
+    ------
+    UserError
+        As :func:`random_subsets` and :func:`ask`.
+    """
+    most = max(random, count, math.comb(len(ids), size) // 2)
+    pool = random_subsets(ids, size, min(POOL * (random + count), most), seed=seed)
+    question = ask(pool, {name: group})
+    earlier = (Round(question.reference, pool.names[:random]),) if random else ()
+    probabilities = next_probabilities(question, earlier, count)
+    rounds = (*earlier, draw(question, probabilities, count, seed=seed))
+    drawn = dict.fromkeys(name for done in rounds for name in done.drawn)
+    members = dict(zip(pool.names, pool.members, strict=True))
+    subsets = Subsets(tuple(drawn), tuple(members[name] for name in drawn), pool.inclusion)
+    return Chosen(question, rounds, subsets)
 
 
 @dataclass(frozen=True, eq=False)
