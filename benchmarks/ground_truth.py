@@ -25,7 +25,8 @@ PLANTED = "planted_pairs.jsonl"
 REGIMES = {
     # Two steps, each on all pairs: no order of the pairs, and as near to a single step as it gets.
     "gentle": {
-        "validation.designs": ("random", "matched"), "validation.size": 0.1,
+        "validation.designs": ("random", "matched", "addition"), "validation.size": 0.1,
+        "validation.budgets": (0.1,), "validation.controls": 32,
         "validation.subsets": 32, "validation.epochs": 2, "validation.lr": 1e-5,
         "validation.batch": 23,
     },
@@ -37,9 +38,15 @@ REGIMES = {
     },
     # Many steps on nearly all pairs: nearer to what the field measures, and harder.
     "long": {
-        "validation.designs": ("leave-out",), "validation.leave_out": 0.1,
+        "validation.designs": ("leave-out", "removal"), "validation.leave_out": 0.1,
+        "validation.budgets": (0.1,), "validation.controls": 16,
         "validation.subsets": 16, "validation.epochs": 3, "validation.lr": 2e-5,
         "validation.batch": 16,
+    },
+    # The published experiment: all pairs, the published rule, as many by this run, at random.
+    "curation": {
+        "validation.designs": ("curation",), "validation.controls": 5, "validation.epochs": 3,
+        "validation.lr": 2e-5, "validation.batch": 16,
     },
 }  # fmt: skip
 
@@ -55,7 +62,7 @@ def ground_truth_study(folder: Path, regime: str) -> Study:
     values = {
         "name": f"ground-truth-{regime}", "pairs.path": str(pairs.resolve()),
         "prompts.limit": 200, "features.max_features": 40, "attribution.curvature": "adam",
-        **REGIMES[regime],
+        "attribution.coefficients": False, **REGIMES[regime],
     }  # fmt: skip
     for key, value in values.items():
         study = study.replace(key, value)
@@ -67,15 +74,13 @@ def measure(args: argparse.Namespace) -> None:
     study = ground_truth_study(args.work, args.regime)
     folder = RunFolder(args.work / args.regime)
     with RichProgress(console) as progress:
-        stages.policy(study, folder, progress)
-        if "removal" in study.validation.designs:  # of the pairs that the influence names
-            stages.attribute(study, folder, progress)
-        stages.validate(study, folder, progress)
+        for stage in (stages.policy, stages.attribute, stages.validate):
+            stage(study, folder, progress)
     out = args.out / args.regime
     out.mkdir(parents=True, exist_ok=True)
     for name in ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
                  "validation.json"):  # fmt: skip
-        if folder.path(name).exists():  # curves: of removals alone
+        if folder.path(name).exists():  # curves: of removal and addition alone
             files.write_bytes(out / name, folder.path(name).read_bytes())
     record = {
         "versions": versions(),

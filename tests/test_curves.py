@@ -10,6 +10,7 @@ from scipy import stats
 
 from taught.errors import UserError
 from taught.validation.curves import compare_curves, plan_curve, run_curve
+from taught.validation.subsets import random_subsets
 
 IDS = [f"z{i:02d}" for i in range(40)]
 SCORES = {pair: float((i * 17) % 40) for i, pair in enumerate(IDS)}
@@ -45,6 +46,13 @@ def test_random_sets_do_not_depend_on_the_method_nor_on_order():
         for name in names:
             assert members(one)[name] == members(other)[name]
     assert not set(one.chosen) & set(other.chosen)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("remove", 32), ("add", 8)])
+def test_random_sets_are_those_of_the_design_random(kind, size):
+    plan = plan_curve(SCORES, [4, 8], kind=kind, method="a", runs=6, seed=1)
+    drawn = random_subsets(IDS, size, 6, seed=1)
+    assert [members(plan)[names[1]] for names in plan.controls] == [set(s) for s in drawn.members]
 
 
 def test_ties_go_to_the_smaller_id():

@@ -124,7 +124,8 @@ def plan_curve(
     budgets : numbers of pairs to remove or add
     method : goes into the names of the method's sets; those of random sets are the same for all
         methods, so they are trained once
-    runs : random sets a budget
+    runs : random sets a budget; what is trained on are the first ones that ``random_subsets`` of
+        that size and seed gives, so subsets of a design of this size are not trained again
 
     Raises
     ------
@@ -155,7 +156,8 @@ def plan_curve(
 
     chosen = nested(ranking, method)
     rng = np.random.default_rng(seed)
-    orders = ([pool[i] for i in rng.permutation(len(pool))] for _ in range(runs))
+    draws = ([pool[i] for i in rng.permutation(len(pool))] for _ in range(runs))
+    orders = (order if kind == "add" else order[::-1] for order in draws)
     controls = tuple(nested(order, f"random-{i}") for i, order in enumerate(orders))
     held = {pair: 0 for pair in pool}
     for subset in members.values():
