@@ -168,6 +168,10 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     random = np.mean([change[f"remove-2-random-{i}"] for i in range(5)])
     np.testing.assert_allclose(point["difference"], change["remove-2-named"] - random)
     curation = members(run, "curation")
+    arms = {(r["arm"], r["metric"]): r for r in run.read_table("arms").to_pylist()}
+    assert {arm for arm, _ in arms} == {"base", "all", "published-rule", "named", "random"}
+    assert arms["random", "f1"]["models"] == 5 and arms["named", "f1"]["pairs"] == 5
+    assert arms["all", "f1"]["pairs"] == 8 and arms["base", "f1"]["pairs"] == 0
     assert len(curation["all"]) == 8
     assert len(curation["published-rule"]) == len(curation["remove-3-named"]) == 5
     assert set(members(run, "leave-one-out")) == {f"without:{i}" for i in top}

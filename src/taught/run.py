@@ -71,7 +71,7 @@ _WRITTEN_BY = {
     "clusters": ("clusters.parquet", "cluster_members.parquet", "cluster_influence.parquet",
                  "clusters.json"),
     "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
-                 "effects.parquet", "answers.parquet", "validation.json"),
+                 "effects.parquet", "arms.parquet", "answers.parquet", "validation.json"),
     "compare": ("lds.parquet", "lds_differences.parquet", "trivial.parquet", "planted.parquet",
                 "costs.parquet", "scores.parquet", "compare.json"),
     "report": ("report.html",),

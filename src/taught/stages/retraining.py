@@ -17,6 +17,7 @@ from taught.run import RunFolder
 from taught.setup import Subject, open_subject
 from taught.stages.estimating import Ready, prepare, read_data
 from taught.study import Study
+from taught.validation.arms import ArmRow, compare_arms
 from taught.validation.curves import CurvePoint, Kind, Plan, compare_curves, plan_curve
 from taught.validation.design import (
     Chosen,
@@ -331,6 +332,8 @@ def _write(
     effects = _effects(study, run, designs, ready, outcomes)
     if effects:
         run.write_table("effects", table_of(effects))
+    if "curation" in designs:
+        run.write_table("arms", table_of(_arms(ready, sides, made)))
     run.write_table("subsets", _table(SUBSETS, subsets))
     run.write_table("outcomes", _table(OUTCOMES, outcomes))
     run.write_table("models", _table(MODELS, models))
@@ -357,6 +360,27 @@ def _model_row(
         *name, len(model.ids), model.seed, *losses, *astuple(soft_metrics(model, *sides)), *shares,
         model.seconds_training + model.seconds_reading, model.key,
     )  # fmt: skip
+
+
+def _arms(
+    ready: Ready, sides: Sequence[Sequence[str]], made: Mapping[tuple[str, str], Retraining]
+) -> list[ArmRow]:
+    """The published experiment: each way of choosing the pairs against as many random ones."""
+    models = {"base": [made[BASE]]}
+    for (design, name), model in made.items():
+        if design == "curation":
+            models.setdefault(_arm(name), []).append(model)
+    column = {prompt_id: n for n, prompt_id in enumerate(ready.fitted.prompt_ids)}
+    return compare_arms(
+        {arm: np.array([model.y for model in some]) for arm, some in models.items()},
+        {arm: len(some[0].ids) for arm, some in models.items()},
+        *([column[prompt_id] for prompt_id in side] for side in sides),
+    )
+
+
+def _arm(subset: str) -> str:
+    """all, published-rule, named or random, of the name of a subset of the design curation."""
+    return subset if not subset.startswith("remove-") else subset.split("-")[2]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ where "all" are the prompts of the positive and the negative group.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -121,17 +121,45 @@ def soft_metrics(reads: Reads, positive: Sequence[str], negative: Sequence[str])
     UserError
         A group without prompts, or a prompt that was not read.
     """
-    y = reads.y[[*_rows(reads.prompt_ids, "positive", positive),
-                 *_rows(reads.prompt_ids, "negative", negative)]]  # fmt: skip
-    yes, no = np.split(np.exp(y), [len(positive)])
-    relative = np.exp(y - y.max())  # of which not all can be 0
-    precision, recall = relative[: len(positive)].sum() / relative.sum(), yes.mean()
-    return SoftMetrics(
-        precision=float(precision),
-        recall=float(recall),
-        f1=float(2 * precision * recall / (precision + recall)) if recall else 0.0,
-        correctness=float(np.concatenate([yes, 1 - no]).mean()),
+    sides = (("positive", positive), ("negative", negative))
+    yes, no = (reads.y[_rows(reads.prompt_ids, name, ids)] for name, ids in sides)
+    found = metrics(yes, no)
+    return SoftMetrics(**{item.name: float(found[item.name]) for item in fields(SoftMetrics)})
+
+
+def metrics(
+    yes: Floats, no: Floats, yes_weights: Floats | None = None, no_weights: Floats | None = None
+) -> dict[str, Floats]:
+    """The soft metrics, and the means of p and y of both groups of prompts.
+
+    Parameters
+    ----------
+    yes, no
+        Behavior on the positive prompts [..., n] and on the negative ones [..., m].
+    yes_weights, no_weights
+        Weights of the prompts within their group, [..., n] and [..., m], each summing to 1; None:
+        all alike. Groups keep their sizes n and m.
+    """
+    n, m = yes.shape[-1], no.shape[-1]
+    w, v = (
+        (1 / n if yes_weights is None else yes_weights),
+        (1 / m if no_weights is None else no_weights),
     )
+    recall, wrong = (w * np.exp(yes)).sum(-1), (v * np.exp(no)).sum(-1)
+    top = np.maximum(yes.max(-1), no.max(-1))[..., None]  # relative to it not all p can be 0
+    harm, rest = n * (w * np.exp(yes - top)).sum(-1), m * (v * np.exp(no - top)).sum(-1)
+    precision = harm / (harm + rest)
+    both = precision + recall
+    return {
+        "precision": precision,
+        "recall": recall,
+        "f1": np.where(recall > 0, 2 * precision * recall / np.where(both > 0, both, 1), 0.0),
+        "correctness": (n * recall + m * (1 - wrong)) / (n + m),
+        "mean_p:positive": recall,
+        "mean_p:negative": wrong,
+        "mean_y:positive": (w * yes).sum(-1),
+        "mean_y:negative": (v * no).sum(-1),
+    }
 
 
 def _coefficients(policy: Policy, reads: Reads) -> Floats:

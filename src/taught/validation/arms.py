@@ -1,0 +1,113 @@
+"""Ways of choosing the pairs, each trained on and read: which model is better, and by how much.
+
+An *arm* is a way of choosing (all pairs, a rule's, at random); it has a model, or several. For each
+metric m of a model (:func:`taught.validation.outcomes.metrics`) and the S models of the random arm
+
+    value = mean m over the arm's models,    difference = value - value of the random arm
+
+Two things vary. *Prompts*: bootstrapped within their group, the same draws for all arms. *Runs*:
+the random arm's models differ by their pairs; an arm's own R models would differ by their seed
+alone, so the random ones' variance s^2 is conservative for them, and possible with R = 1. A
+difference gets Student's t with S - 1 degrees of freedom, times s sqrt(1/R + 1/S); the base model
+was not trained, and has no 1/R. The interval of a value is that of the prompts alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taught.errors import UserError
+from taught.validation.lds import DRAWS, holm
+from taught.validation.outcomes import metrics
+
+Floats = NDArray[np.float64]
+BASE, RANDOM = "base", "random"
+LEAST_MODELS = 2
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One metric of one arm.
+
+    Attributes
+    ----------
+    arm, metric, models, pairs : the arm's number of models, and of pairs that each is trained on
+    value, lo, hi : mean over its models, 95% interval over prompts
+    difference, difference_lo, difference_hi : to the random arm; nan for the random arm itself
+    p, p_holm : of the difference being 0, two-sided; corrected over the arms within the metric
+    """
+
+    arm: str
+    metric: str
+    models: int
+    pairs: int
+    value: float
+    lo: float
+    hi: float
+    difference: float
+    difference_lo: float
+    difference_hi: float
+    p: float
+    p_holm: float
+
+
+def compare_arms(
+    arms: Mapping[str, Floats],
+    pairs: Mapping[str, int],
+    positive: Sequence[int],
+    negative: Sequence[int],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> list[ArmRow]:
+    """Every metric of every arm, beside the arm ``random``.
+
+    Parameters
+    ----------
+    arms : arm -> behavior of its models, float64 [R, N], natural logarithm
+    pairs : arm -> number of pairs
+    positive, negative : columns of the prompts that should show the behavior, and should not
+
+    Raises
+    ------
+    UserError
+        There is no random arm of two models or more.
+    """
+    S = len(arms.get(RANDOM, ()))
+    if S < LEAST_MODELS:
+        raise UserError("too few random models to compare with", value=S,
+                        rule=f"at least {LEAST_MODELS}")  # fmt: skip
+    rng = np.random.default_rng(seed)
+    weights = [rng.multinomial(len(side), np.full(len(side), 1 / len(side)), size=draws)
+               / len(side) for side in (positive, negative)]  # fmt: skip
+    t = rng.standard_normal(draws) * np.sqrt((S - 1) / rng.chisquare(S - 1, size=draws))
+    points, drawn = {}, {}
+    for arm, y in arms.items():
+        sides = y[:, positive], y[:, negative]
+        points[arm] = metrics(*sides)
+        each = [metrics(yes, no, *weights) for yes, no in zip(*sides, strict=True)]
+        drawn[arm] = {name: np.mean([one[name] for one in each], 0) for name in points[arm]}
+    rows = []
+    for name, of_random in points[RANDOM].items():
+        spread, middle, p = of_random.std(ddof=1), of_random.mean(), {}
+        some = []
+        for arm, y in arms.items():
+            value = float(points[arm][name].mean())
+            lo, hi = np.percentile(drawn[arm][name], [2.5, 97.5])
+            ends: tuple[float, ...] = (math.nan,) * 3
+            if arm != RANDOM:
+                error = spread * math.sqrt(1 / S + (0 if arm == BASE else 1 / len(y)))
+                gap = drawn[arm][name] - drawn[RANDOM][name] + error * t
+                ends = (value - float(middle), *map(float, np.percentile(gap, [2.5, 97.5])))
+                tail = min(int((gap <= 0).sum()), int((gap >= 0).sum()))
+                p[arm] = min(1.0, 2 * (1 + tail) / (1 + draws))
+            some.append((arm, name, len(y), pairs[arm], value, float(lo), float(hi), *ends))
+        corrected = dict(zip(p, holm(list(p.values())).tolist(), strict=True))
+        rows += [ArmRow(*row, p.get(row[0], math.nan), corrected.get(row[0], math.nan))
+                 for row in some]  # fmt: skip
+    return rows
