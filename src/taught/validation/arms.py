@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taught.errors import UserError
-from taught.validation.lds import DRAWS, holm
+from taught.validation.curves import percentile_interval, two_sided
+from taught.validation.lds import DRAWS, Interval, holm
 from taught.validation.outcomes import metrics
 
 Floats = NDArray[np.float64]
@@ -94,20 +95,21 @@ def compare_arms(
         drawn[arm] = {name: np.mean([one[name] for one in each], 0) for name in points[arm]}
     rows = []
     for name, of_random in points[RANDOM].items():
-        spread, middle, p = of_random.std(ddof=1), of_random.mean(), {}
-        some = []
+        spread, p = float(of_random.std(ddof=1)), dict.fromkeys(arms, math.nan)
+        gaps = dict.fromkeys(arms, Interval(math.nan, math.nan, math.nan))
         for arm, y in arms.items():
-            value = float(points[arm][name].mean())
-            lo, hi = np.percentile(drawn[arm][name], [2.5, 97.5])
-            ends: tuple[float, ...] = (math.nan,) * 3
-            if arm != RANDOM:
-                error = spread * math.sqrt(1 / S + (0 if arm == BASE else 1 / len(y)))
-                gap = drawn[arm][name] - drawn[RANDOM][name] + error * t
-                ends = (value - float(middle), *map(float, np.percentile(gap, [2.5, 97.5])))
-                tail = min(int((gap <= 0).sum()), int((gap >= 0).sum()))
-                p[arm] = min(1.0, 2 * (1 + tail) / (1 + draws))
-            some.append((arm, name, len(y), pairs[arm], value, float(lo), float(hi), *ends))
-        corrected = dict(zip(p, holm(list(p.values())).tolist(), strict=True))
-        rows += [ArmRow(*row, p.get(row[0], math.nan), corrected.get(row[0], math.nan))
-                 for row in some]  # fmt: skip
+            if arm == RANDOM:
+                continue
+            error = spread * math.sqrt(1 / S + (0 if arm == BASE else 1 / len(y)))
+            gap = drawn[arm][name] - drawn[RANDOM][name] + error * t
+            gaps[arm] = percentile_interval(float(points[arm][name].mean() - of_random.mean()), gap)
+            p[arm] = two_sided(gap)
+        others = [arm for arm in arms if arm != RANDOM]
+        corrected = {RANDOM: math.nan}
+        corrected |= zip(others, holm([p[arm] for arm in others]).tolist(), strict=True)
+        for arm, y in arms.items():
+            value = percentile_interval(float(points[arm][name].mean()), drawn[arm][name])
+            rows.append(
+                ArmRow(arm, name, len(y), pairs[arm], *value, *gaps[arm], p[arm], corrected[arm])
+            )
     return rows

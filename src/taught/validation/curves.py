@@ -223,17 +223,17 @@ def compare_curves(
     shares = np.array(plan.budgets) / plan.pairs
     weights = _trapezoids(shares)
     value = gap.mean(1)
-    area = _interval(float(weights @ value), drawn @ weights)
-    p = np.array([_two_sided(drawn[:, k]) for k in range(len(value))])
+    area = percentile_interval(float(weights @ value), drawn @ weights)
+    p = np.array([two_sided(drawn[:, k]) for k in range(len(value))])
     points = []
     for k, (budget, adjusted) in enumerate(zip(plan.budgets, holm(p), strict=True)):
         means = float(method[:, k].mean()), float(random[:, k].mean())
-        ends = _interval(float(value[k]), drawn[:, k])
+        ends = percentile_interval(float(value[k]), drawn[:, k])
         points.append(
             CurvePoint(budget, float(shares[k]), *means, *ends, float(p[k]), float(adjusted))
         )
     return Curve(
-        plan.kind, tuple(points), *area, _two_sided(drawn @ weights), R, S, N
+        plan.kind, tuple(points), *area, two_sided(drawn @ weights), R, S, N
     )  # fmt: skip
 
 
@@ -252,12 +252,12 @@ def _trapezoids(shares: Floats) -> Floats:
     return weights / shares[-1]
 
 
-def _interval(value: float, draws: Floats) -> Interval:
+def percentile_interval(value: float, draws: Floats) -> Interval:
     lo, hi = np.percentile(draws, [2.5, 97.5])
     return Interval(value, float(lo), float(hi))
 
 
-def _two_sided(draws: Floats) -> float:
+def two_sided(draws: Floats) -> float:
     """p of the value being 0: at which level the percentile interval ends there."""
     tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     return min(1.0, 2 * (1 + tail) / (1 + len(draws)))
