@@ -253,6 +253,7 @@ def _trapezoids(shares: Floats) -> Floats:
 
 
 def percentile_interval(value: float, draws: Floats) -> Interval:
+    """A value with the middle 95% of its draws."""
     lo, hi = np.percentile(draws, [2.5, 97.5])
     return Interval(value, float(lo), float(hi))
 
