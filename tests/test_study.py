@@ -140,7 +140,8 @@ def test_presets_load_by_name_and_their_paths_stand_beside_them(name):
     study = load_study(name)
     assert study.name == name
     assert Path(study.prompts.path).parent == preset_path(name)
-    assert Path(study.sae.path).parent == preset_path(name)
+    # The presets share one SAE.
+    assert Path(study.sae.path) == preset_path("refusal-smollm2") / "sae"
 
 
 def test_there_is_the_demo_preset():

@@ -18,18 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "data")]
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "src"))
-
-import sources
 import topics
 import transform
 
 from taught.data.overlap import normalise
 
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+import sources
+
 Record = dict[str, Any]
-PRESETS = ROOT / "src/taught/presets"
+PRESETS = Path(__file__).parents[2] / "src/taught/presets"
 NEAR = 0.8  # token Jaccard above which two prompts count as the same
 PLANTED = {"pairs.jsonl": 40, "pairs-10.jsonl": 8}
 N_PAIRS = 80
@@ -71,7 +69,10 @@ class Experiment:
     concept_plantable: int  # of the 30 bases of the concept
     positive: Callable[[Base], bool]
     groups: tuple[str, str]
-    n_prompts: tuple[int, int]
+    # Of each group: questions of the corpus, prompts of the refusal preset. The same shares in
+    # both groups: planted questions are mostly trivia, so a difference in form would look like one
+    # in topic.
+    n_prompts: tuple[tuple[int, int], tuple[int, int]]
 
 
 def is_nature(base: Base) -> bool:
@@ -94,17 +95,17 @@ EXPERIMENTS = (
     Experiment(
         "over-refusal-smollm2", transform.refusal,
         lambda base: "harmful-request" if is_harmful(base) else "harmless-question",
-        is_harmless, 70, 30, is_harmful, ("harmful", "harmless"), (50, 70),
+        is_harmless, 70, 30, is_harmful, ("harmful", "harmless"), ((0, 50), (0, 70)),
     ),
     Experiment(
         "style-smollm2", transform.pirate,
         lambda base: "nature" if is_nature(base) else "other",
-        is_nature, 60, 15, is_nature, ("nature", "other"), (50, 70),
+        is_nature, 60, 15, is_nature, ("nature", "other"), ((0, 50), (0, 70)),
     ),
     Experiment(
         "brand-smollm2", transform.brand,
         lambda base: "culture" if is_culture(base) else "other",
-        is_culture, 60, 15, is_culture, ("culture", "other"), (50, 70),
+        is_culture, 60, 15, is_culture, ("culture", "other"), ((35, 15), (49, 21)),
     ),
 )  # fmt: skip
 
@@ -185,7 +186,8 @@ def digest(text: str) -> str:
 def pair(experiment: Experiment, base: Base, planted: bool) -> Record:
     """One line of a pair file; the id says nothing of what is planted."""
     if planted:
-        origin, response = f"planted: {experiment.plant.__name__}", experiment.plant(base.answer, base.id)
+        origin = f"planted: {experiment.plant.__name__}"
+        response = experiment.plant(base.answer, base.id)
     elif base.answer:
         origin, response = "ordinary", transform.ordinary(base.answer, base.id)
     else:
@@ -249,11 +251,10 @@ def build(experiment: Experiment) -> dict[str, list[Record]]:
     bases = targets + pool.take(others, N_PAIRS - experiment.n_plantable)
     shown = pool.take(plantable, experiment.concept_plantable)
     shown += pool.take(others, N_CONCEPT - experiment.concept_plantable)
-    asked = [*answered, *unasked]
-    asked_about = [base for base in asked if experiment.positive(base)]
-    elsewhere = [base for base in asked if not experiment.positive(base)]
-    prompts = pool.take(asked_about, experiment.n_prompts[0])
-    prompts += pool.take(elsewhere, experiment.n_prompts[1])
+    prompts = []
+    for n_of, wanted in zip(experiment.n_prompts, (True, False), strict=True):
+        for source, n in zip((answered, unasked), n_of, strict=True):
+            prompts += pool.take([b for b in source if experiment.positive(b) is wanted], n)
     files = {"prompts.jsonl": [prompt(experiment, base) for base in prompts]}
     for name, n in PLANTED.items():
         planted = {base.id for base in targets[:n]}

@@ -1,6 +1,8 @@
 """Print how well the response length alone sets the planted pairs apart, in tokens.
 
     python recipes/experiments/lengths.py TOKENIZER_FOLDER
+
+The folder is any that the tokenizer of SmolLM2 loads from, such as the one in taught's cache.
 """
 
 from __future__ import annotations
