@@ -57,6 +57,14 @@ def test_the_study_loads_and_its_files_are_there(name: str) -> None:
     assert groups == {study.prompts.positive_group: 50, study.prompts.negative_group: 70}
 
 
+def test_both_groups_of_prompts_have_the_same_share_of_corpus_questions(name: str) -> None:
+    found: dict[str, list[bool]] = {}
+    for row in rows(name, "prompts.jsonl"):
+        found.setdefault(row["group"], []).append(row["source"] == "chatterbot-corpus")
+    one, two = (sum(of_corpus) / len(of_corpus) for of_corpus in found.values())
+    assert one == two == (0.7 if name == "brand-smollm2" else 0)
+
+
 @pytest.mark.parametrize(("file", "n"), PAIR_FILES.items())
 def test_how_many_pairs_are_planted_and_that_no_label_says_so(name: str, file: str, n: int) -> None:
     pairs = load_pairs(preset_path(name) / file)

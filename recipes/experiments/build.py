@@ -252,8 +252,10 @@ def build(experiment: Experiment) -> dict[str, list[Record]]:
     shown = pool.take(plantable, experiment.concept_plantable)
     shown += pool.take(others, N_CONCEPT - experiment.concept_plantable)
     prompts = []
+    of_corpus = [base for base in answered if base.source == "chatterbot-corpus"]
+    of_preset = [base for base in unasked if base.source != "chatterbot-corpus"]
     for n_of, wanted in zip(experiment.n_prompts, (True, False), strict=True):
-        for source, n in zip((answered, unasked), n_of, strict=True):
+        for source, n in zip((of_corpus, of_preset), n_of, strict=True):
             prompts += pool.take([b for b in source if experiment.positive(b) is wanted], n)
     files = {"prompts.jsonl": [prompt(experiment, base) for base in prompts]}
     for name, n in PLANTED.items():
