@@ -214,10 +214,11 @@ def validate(
 
 @app.command(sort_key=8)
 def compare(
-    study: str,
+    source: str,
     /,
     *,
     method: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
+    scores: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative="")] = (),
     overrides: Overrides = _NO_OVERRIDES,
     output: Output = _OUTPUT,
 ) -> int:
@@ -225,20 +226,25 @@ def compare(
 
     Parameters
     ----------
-    study
-        A study file, a folder that holds study.yaml, or the name of a preset.
+    source
+        A run folder with retrainings, or its study.
     method
         Methods beside the run's own influence and the baselines: adjoint, adjoint+adam, sketch,
-        sketch+adam, sketch+autocorrelation.
+        sketch+autocorrelation.
+    scores
+        Tables of scores made elsewhere (Parquet, CSV, JSONL): pair_id, method, value (positive:
+        raises the target) and, if it is about one, target: score, mean_y:GROUP or coefficient:ID.
+        Tables of `taught concept-influence` too; their methods stand for every target.
     """
-    loaded = _load(study, overrides)
+    output = _in_its_folder(source, output)
+    loaded = _load(source, overrides)
     loaded.require_files()
     from taught import stages
 
     run = _run_folder(output.run or Path("runs") / loaded.name,
                       ("compare",) if output.fresh else ())  # fmt: skip
     with _progress(output.quiet) as progress:
-        stages.compare(loaded, run, method, progress)
+        stages.compare(loaded, run, method, progress, scores)
     from taught.report.compared import compared_tables
 
     for table in compared_tables(run):
@@ -261,10 +267,7 @@ def clamp(source: str, /, *, prompts: int = 24, controls: int = 8,
     controls
         Random directions a feature, for comparison.
     """
-    from taught.manifest import NAME
-
-    if output.run is None and (Path(source) / NAME).is_file():
-        output = replace(output, run=Path(source))
+    output = _in_its_folder(source, output)
     return _study_stage("clamp", source, overrides, output, prompts=prompts, controls=controls)
 
 
@@ -676,6 +679,14 @@ def run_command(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # `taught show RUN | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _in_its_folder(source: str, output: Output) -> Output:
+    """A study that is named by its run folder is worked on there."""
+    from taught.manifest import NAME
+
+    named = output.run is None and (Path(source) / NAME).is_file()
+    return replace(output, run=Path(source)) if named else output
 
 
 def _study_stage(

@@ -72,8 +72,9 @@ _WRITTEN_BY = {
                  "clusters.json"),
     "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
                  "effects.parquet", "arms.parquet", "answers.parquet", "validation.json"),
-    "compare": ("lds.parquet", "lds_differences.parquet", "trivial.parquet", "planted.parquet",
-                "costs.parquet", "scores.parquet", "compare.json"),
+    "compare": ("lds.parquet", "lds_differences.parquet", "trivial.parquet",
+                "noise_ceiling.parquet", "planted.parquet", "costs.parquet", "scores.parquet",
+                "compare.json"),
     "report": ("report.html",),
 }  # fmt: skip
 

@@ -245,6 +245,7 @@ class ValidationSpec(_Section):
     seed: int = _field(42, rules.whole(0))
     designs: tuple[str, ...] = _field(("random", "matched"), rules.list_of(rules.one_of(*DESIGNS)))
     subsets: int = _field(60, rules.whole(1))
+    repeats: int = _field(1, rules.whole(1))
     size: float = _field(0.5, rules.number(above=0, maximum=1))
     leave_out: float = _field(0.1, rules.number(above=0, maximum=1))
     budgets: tuple[float, ...] = _field((0.15,), rules.list_of(rules.number(above=0, maximum=1)))

@@ -45,6 +45,7 @@ from taught.model.gradients import (
     frozen,
     tap,
 )
+from taught.model.parameters import moving_parameters
 from taught.model.readout import PackedPrompts, ReadPrompt, pack, read_packed
 from taught.partial import Pieces, kept
 
@@ -173,8 +174,18 @@ def targets_per_chunk(problem: Problem, sites: Sequence[Site]) -> int:
     """How many X queries fit into the memory budget (moving parameters up to the block)."""
     shapes = dict(problem.model.named_parameters())
     seen = _sites_up_to_block(problem, sites)
-    size = sum(shapes[n].numel() for s in seen if s.kind != "embedding"
-               for n in (s.weight, s.bias) if n)  # fmt: skip
+    return _fitting(problem, sum(shapes[n].numel() for s in seen if s.kind != "embedding"
+                                 for n in (s.weight, s.bias) if n))  # fmt: skip
+
+
+def targets_at_once(problem: Problem) -> int:
+    """How many queries of any targets fit into the memory budget (all moving parameters)."""
+    moving = moving_parameters(problem.model, problem.parameters)
+    return _fitting(problem, sum(p.numel() for p in moving.values()))
+
+
+def _fitting(problem: Problem, size: int) -> int:
+    """How many queries of so many numbers fit into the memory budget."""
     itemsize = max(4, next(problem.model.parameters()).element_size())
     return max(1, int(problem.memory_gb * GB * _QUERIES / (itemsize * max(size, 1))))
 

@@ -17,6 +17,7 @@ from taught.run import RunFolder
 
 Row = dict[str, Any]
 COEFFICIENTS = "coefficients, median"
+CEILING = "noise ceiling"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class DesignTable:
-    """One design of subsets: methods (best first) by targets."""
+    """One design of subsets: methods by targets, the noise ceiling last where it is known."""
 
     design: str
     subsets: int
@@ -40,11 +41,17 @@ class DesignTable:
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
-def design_tables(rows: Sequence[Row]) -> list[DesignTable]:
-    """The table ``lds`` by design; the ten coefficients come down to their median."""
+def design_tables(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> list[DesignTable]:
+    """The tables ``lds`` and ``noise_ceiling`` by design; coefficients come down to their median.
+
+    No method can be expected above the ceiling: raw and controlled values are of noisy outcomes.
+    """
     tables = []
+    noise = [{**row, "method": CEILING, "raw": row["ceiling"], "raw_lo": row["lo"],
+              "raw_hi": row["hi"], "controlled": None, "controlled_lo": None,
+              "controlled_hi": None} for row in ceilings]  # fmt: skip
     for design in dict.fromkeys(row["subsets"] for row in rows):
-        some = [row for row in rows if row["subsets"] == design]
+        some = [row for row in (*rows, *noise) if row["subsets"] == design]
         plain = [t for t in dict.fromkeys(row["target"] for row in some) if ":" not in t
                  or t.startswith("mean_y")]  # fmt: skip
         of = {(row["method"], row["target"]): row for row in some}
@@ -101,7 +108,8 @@ def compared_tables(run: RunFolder) -> Iterator[RenderableType]:
     """Everything for the terminal."""
     there = run.finished_tables()
     if "lds" in there:
-        for table in design_tables(run.read_table("lds").to_pylist()):
+        noise = run.read_table("noise_ceiling").to_pylist() if "noise_ceiling" in there else []
+        for table in design_tables(run.read_table("lds").to_pylist(), noise):
             yield Text(f"\nLDS on {table.subsets} {table.design} subsets: raw / controlled for "
                        f"{table.controls}", "bold")  # fmt: skip
             yield _lds_table(table)

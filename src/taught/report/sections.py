@@ -397,7 +397,8 @@ def _validation_section(view: View) -> Json | None:
     unit = Scale(-1.05, 1.05, *FOREST)
     target = (view.study.get("validation") or {}).get("remove_by") or ""
     return {
-        "designs": [(table, _lds_rows(table)) for table in design_tables(view.lds or [])],
+        "designs": [(table, _lds_rows(table))
+                    for table in design_tables(view.lds or [], view.noise_ceiling or [])],
         "scale": unit,
         "axis": charts.forest_axis(unit),
         "warnings": warnings(view.trivial, view.trivial[0]["method"]) if view.trivial else [],

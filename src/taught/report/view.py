@@ -78,6 +78,7 @@ class View:
     audit: Rows | None
     lds: Rows | None
     trivial: Rows | None
+    noise_ceiling: Rows | None
     planted: Rows | None
     curves: Rows | None
     models: Rows | None
@@ -189,7 +190,7 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
 
 
 _TABLES = ("prompts", "features", "coefficients", "audit", "statements", "clamp", "lds", "trivial",
-           "planted", "curves", "models", "costs")  # fmt: skip
+           "noise_ceiling", "planted", "curves", "models", "costs")  # fmt: skip
 _PAIR_TABLES = ("pairs", "summary", "certificates")
 
 

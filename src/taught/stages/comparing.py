@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
+from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
+from taught.attribution.adjoint import Problem, target_effects, targets_at_once
 from taught.attribution.ask import ask, policy_queries
 from taught.attribution.autocorrelation import fit_autocorrelation
 from taught.attribution.baselines import BASELINES, Texts, baseline_scores
-from taught.attribution.estimate import Effects
 from taught.attribution.fill import pair_row, prompt_key
+from taught.attribution.pairs import PairInput, refuse_nonfinite
 from taught.attribution.sketched import fill
 from taught.environment import mark_memory, peak_memory_gb
 from taught.errors import UserError
-from taught.policy.ridge import Shift
+from taught.files import sha256_file
+from taught.partial import Pieces, kept
+from taught.policy.ridge import Floats
 from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
-from taught.setup import Subject, open_subject
-from taught.stages.estimating import Data, Ready, estimate, prepare, read_data, sketch_source
+from taught.setup import Subject, open_subject, refuse_combinations
+from taught.stages.estimating import Data, Ready, prepare, problems, read_data, sketch_source
 from taught.stages.retraining import influence_of
 from taught.study import Study
-from taught.validation.lds import (
-    auc,
-    differences,
-    explained_by_trivial,
-    lds_rows,
-    precision_at_k,
-    table_of,
+from taught.target import Target, coefficient_targets, mean_y_target, score_targets
+from taught.validation.comparison import (
+    Comparison,
+    Scores,
+    compared,
+    is_planted,
+    truths,
+    values_by_pair,
 )
-from taught.validation.outcomes import TargetName
-from taught.validation.subsets import Subsets
+from taught.validation.lds import table_of
+from taught.validation.score_tables import placed, read_scores
 
-METHODS = ("adjoint", "adjoint+adam", "sketch", "sketch+adam", "sketch+autocorrelation")
+METHODS = ("adjoint", "adjoint+adam", "sketch", "sketch+autocorrelation")
 COEFFICIENTS = 10  # so many of the largest are compared on
-RANK_DESIGNS = ("random", "matched", "leave-out", "leave-one-out")
-LEAST_SUBSETS = 8  # fewer have no rank correlation worth an interval
 
-Scores = dict[str, dict[str, dict[str, float]]]  # method -> target -> pair id -> influence
+Targets = dict[str, list[Target]]  # label of the target -> its pathways
 SCORES = pa.schema(
     [
         ("method", pa.string()),
@@ -55,26 +59,6 @@ SCORES = pa.schema(
 
 
 @dataclass(frozen=True)
-class PlantedRow:
-    """How well a method's influence on a target sets the planted pairs apart.
-
-    Attributes
-    ----------
-    auc, lo, hi : area under the ROC curve with its 95% interval; .5 by chance
-    precision : share of planted pairs among the k with the highest influence, k their number
-    """
-
-    method: str
-    target: str
-    auc: float
-    lo: float
-    hi: float
-    precision: float
-    planted: int
-    others: int
-
-
-@dataclass(frozen=True)
 class CostRow:
     """What a method took: seconds, and the peak memory of the process meanwhile (10^9 bytes)."""
 
@@ -83,20 +67,12 @@ class CostRow:
     memory_gb: float
 
 
-@dataclass(frozen=True, eq=False)
-class Truth:
-    """What retraining did, for one design: subsets, and target -> subset -> change."""
-
-    design: str
-    subsets: Subsets
-    outcomes: dict[str, dict[str, float]]
-
-
 def compare(
     study: Study,
     run: RunFolder,
     methods: Sequence[str] = (),
     progress: Progress | None = None,
+    tables: Sequence[Path] = (),
 ) -> None:
     """LDS of the run's own influence, of other methods and of baselines, on the same retrainings.
 
@@ -107,152 +83,193 @@ def compare(
     ----------
     methods
         Further ones of METHODS, each computed for all pairs.
+    tables
+        Scores that were made elsewhere (:mod:`taught.validation.score_tables`).
 
     Raises
     ------
     UserError
-        The run has no retrainings; an unknown method.
+        The run has no retrainings; an unknown method; a table that does not fit the run.
     """
     progress = progress or SilentProgress()
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise UserError("no such method", value=unknown, rule="some of " + ", ".join(METHODS),
                         fix="set --method")  # fmt: skip
+    given = [row for table in tables for row in read_scores(table)]
     data = read_data(study, progress)
     progress.step("load model and SAE")
     subject = open_subject(study)
-    inputs = {**subject.identity, "methods": sorted(set(methods))}
+    inputs = {**subject.identity, "methods": sorted(set(methods)),
+              "scores sha256": sorted(map(sha256_file, tables))}  # fmt: skip
     with run.stage("compare", study, inputs) as stage:
         if stage.done:
             return
         ready = prepare(study, run, subject, data)
-        targets = _targets(ready)
-        own = _own_name(study)
-        scores: Scores = {own: _named(influence_of(run), targets)}
-        costs = [CostRow(own, run.manifest["stages"]["attribute"]["seconds"],
-                         run.manifest["stages"]["attribute"]["peak_memory_gb"])]  # fmt: skip
-        for method in sorted(set(methods) - {own}):
-            mark_memory()
-            started = monotonic()
-            effects = _effects(method, study, run, subject, ready, progress)
-            scores[method] = _named(_by_target(effects, ready), targets)
-            costs.append(CostRow(method, monotonic() - started, peak_memory_gb(recent=True) or 0.0))
-        mark_memory()
-        started = monotonic()
-        baselines = _baselines(study, data, ready, targets, progress)
-        costs.append(
-            CostRow("all baselines", monotonic() - started, peak_memory_gb(recent=True) or 0.0)
-        )
-        found = truths(run.read_table("subsets"), run.read_table("outcomes"),
-                       run.read_json("validation")["inclusion"], targets)  # fmt: skip
+        targets = compared_targets(ready)
+        own = method_name(study)
+        further = sorted(set(methods) - {own})
+        ids = [pair.id for pair in ready.inputs]
+        elsewhere = placed(given, ids, list(targets), {own, *further, *BASELINES})
+        influence = {target.label: values for target, values in influence_of(run).items()}
+        scores: Scores = {own: {name: influence[name] for name in targets if name in influence}}
+        record = run.manifest["stages"]["attribute"]
+        costs = [CostRow(own, record["seconds"], record["peak_memory_gb"])]
+        for method in further:
+            progress.note(method)
+            with costed(method, costs):
+                scores[method] = method_scores(method, study, run, subject, ready, targets,
+                                               progress, stage.partial)  # fmt: skip
+        with costed("all baselines", costs):
+            baselines = baselines_by_target(study, data, ready, targets, progress)
+        scores |= elsewhere
         progress.step("intervals")
-        _write(run, ready, scores, baselines, costs, found)
+        found = compared(Comparison(
+            scores, baselines,
+            truths(run.read_table("subsets"), run.read_table("outcomes"),
+                   run.read_json("validation")["inclusion"], list(targets)),
+            {pair.id: pair.label for pair in ready.pairs},
+            {pair.id for pair in ready.pairs if is_planted(pair.flags)},
+            list(combinations(scores, 2)),
+        ))  # fmt: skip
+        for name, rows in (*found._asdict().items(), ("costs", costs)):
+            if rows:
+                run.write_table(name, table_of(rows))
+        run.write_table("scores", scores_table(scores))
+        run.write_json("compare", {"methods": list(scores), "baselines": list(baselines),
+                                   "given": list(elsewhere)})  # fmt: skip
 
 
 @contextmanager
-def _costed(method: str, costs: list[CostRow]) -> Iterator[None]:
+def costed(method: str, costs: list[CostRow]) -> Iterator[None]:
+    """Add what the body took, by the clock and in memory."""
     mark_memory()
     started = monotonic()
     yield
     costs.append(CostRow(method, monotonic() - started, peak_memory_gb(recent=True) or 0.0))
 
 
-def _own_name(study: Study) -> str:
+def method_name(study: Study) -> str:
+    """What the study's own way of attribution is called: estimator, or estimator+curvature."""
     spec = study.attribution
     return spec.estimator if spec.curvature == "identity" else f"{spec.estimator}+{spec.curvature}"
 
 
-def _targets(ready: Ready) -> dict[TargetName, str]:
-    """The targets that are compared on, and what they are called."""
-    order = np.argsort(-np.abs(ready.fitted.coef), kind="stable")[:COEFFICIENTS]
-    ids = ready.fitted.feature_ids[order].tolist()
+def compared_targets(ready: Ready) -> Targets:
+    """The score, the mean y of each group, the ten largest coefficients: label -> pathways."""
+    policy, group_of = ready.fitted, {i: g for g, ids in ready.groups.items() for i in ids}
+    names = [group_of[i] for i in policy.prompt_ids]
+    order = np.argsort(-np.abs(policy.coef), kind="stable")[:COEFFICIENTS]
     return {
-        TargetName("score"): "score",
-        **{TargetName("mean_y", group=group): f"mean_y:{group}" for group in ready.groups},
-        **{TargetName("coefficient", feature_id=k): f"coefficient:{k}" for k in ids},
-    }
+        "score": score_targets(policy),
+        **{f"mean_y:{group}": [mean_y_target(policy.prompt_ids, names, group)]
+           for group in ready.groups},
+        **{f"coefficient:{k}": coefficient_targets(policy, k)
+           for k in policy.feature_ids[order].tolist()},
+    }  # fmt: skip
 
 
-def _named(
-    found: Mapping[TargetName, dict[str, float]], targets: Mapping[TargetName, str]
+def method_scores(
+    method: str,
+    study: Study,
+    run: RunFolder,
+    subject: Subject,
+    ready: Ready,
+    targets: Targets,
+    progress: Progress,
+    pieces: Pieces | None = None,
 ) -> dict[str, dict[str, float]]:
-    return {name: found[target] for target, name in targets.items() if target in found}
+    """Total effect of every pair on every target by one of METHODS: target -> pair id -> value.
 
-
-def _effects(
-    method: str, study: Study, run: RunFolder, subject: Subject, ready: Ready, progress: Progress
-) -> Effects:
-    """Effects of all pairs by a method, without steps beside them."""
+    Raises
+    ------
+    UserError
+        The study's checkpoints do not go with the method; a gradient is not finite.
+    """
     estimator, _, curvature = method.partition("+")
-    other = (
+    adam = curvature == "adam"
+    study = (
         study.replace("attribution.estimator", estimator)
-        .replace("attribution.curvature", "adam" if curvature == "adam" else "identity")
-        .replace("attribution.exact_top", 0)
+        .replace("attribution.curvature", "adam" if adam else "identity")
+        .replace("attribution.moments", study.attribution.moments if adam else None)
     )
-    progress.note(method)
-    if curvature == "autocorrelation":
-        return _autocorrelated(other, run, subject, ready, progress)
-    pieces = _Apart(run.partial("compare"), method)
-    return estimate(other, run, subject, ready, progress, pieces)[0]
+    refuse_combinations(study)
+    if estimator == "sketch":
+        values = _sketched(study, run, subject, ready, targets, progress, solved=bool(curvature))
+    else:
+        values = _adjoint(study, subject, ready, targets, progress, pieces)
+    ids = [pair.id for pair in ready.inputs]
+    return {name: values_by_pair(ids, of) for name, of in zip(targets, values.T, strict=True)}
 
 
-@dataclass(frozen=True)
-class _Apart:
-    """Pieces of one method, apart from those of the others."""
+def _adjoint(
+    study: Study,
+    subject: Subject,
+    ready: Ready,
+    targets: Targets,
+    progress: Progress,
+    pieces: Pieces | None,
+) -> Floats:
+    """Effects [P, K]: pathways are summed before a gradient is taken, which is one a target then.
 
-    pieces: Any
-    method: str
+    Targets that fit into memory together share the passes over prompts and pairs.
+    """
+    policy, inputs = ready.fitted, ready.inputs
+    A = torch.zeros(len(targets), policy.n, policy.d, dtype=torch.float64)
+    B = torch.zeros(len(targets), policy.n, dtype=torch.float64)
+    for k, parts in enumerate(targets.values()):
+        for part in parts:
+            A[k] += 0 if part.A is None else torch.from_numpy(part.A)
+            B[k] += 0 if part.B is None else torch.from_numpy(part.B)
+    total = torch.zeros(len(inputs), len(targets), dtype=torch.float64)
+    for number, there in enumerate(problems(study, subject, ready.problem, inputs, progress)):
+        chunk = targets_at_once(there)
+        progress.step("gradients of the targets and of the pairs", None)
+        for start in range(0, len(targets), chunk):
+            some = slice(start, start + chunk)
+            key = f"{method_name(study)} {number} {start} {chunk}"
+            total[:, some] += kept(pieces, key, partial(_only_effects, there, inputs, A[some],
+                                                        B[some]))  # fmt: skip
+    refuse_nonfinite(inputs, range(len(inputs)), total, "gradient")
+    return total.numpy()
 
-    def load(self, key: str) -> Any:
-        return self.pieces.load(self._key(key))
 
-    def save(self, key: str, arrays: Any) -> None:
-        self.pieces.save(self._key(key), arrays)
-
-    def _key(self, key: str) -> str:
-        return f"{self.method.replace('+', '-')}-{key}"
+def _only_effects(
+    problem: Problem, pairs: Sequence[PairInput], A: torch.Tensor, B: torch.Tensor
+) -> torch.Tensor:
+    return target_effects(problem, pairs, A, B)[0]
 
 
-def _autocorrelated(
-    study: Study, run: RunFolder, subject: Subject, ready: Ready, progress: Progress
-) -> Effects:
-    """Effects from sketches in the metric of the pairs' autocorrelation (docs/methods.md)."""
+def _sketched(
+    study: Study,
+    run: RunFolder,
+    subject: Subject,
+    ready: Ready,
+    targets: Targets,
+    progress: Progress,
+    *,
+    solved: bool,
+) -> Floats:
+    """Effects [P, K] from sketches, in the plain metric or that of the pairs' autocorrelation."""
     source, policy = sketch_source(study, run, subject), ready.fitted
     fill(source, ready.problem, ready.inputs, progress=progress)
     digests = dict(prompt_key(prompt) for prompt in ready.problem.prompts)
-    queries, _ = policy_queries(source.store, policy, ready.groups, digests)
+    made, _ = policy_queries(source.store, policy, ready.groups, digests)
+    columns = {"score": made.few[:, 0] + made.few[:, 1]}
+    columns |= {f"mean_y:{group}": made.few[:, 2 + n] for n, group in enumerate(made.groups)}
+    for j, k in enumerate(policy.feature_ids.tolist()):
+        columns[f"coefficient:{k}"] = made.x[:, j] + made.y[:, j]
+    queries = np.stack([columns[name] for name in targets], 1)
     rows = [pair_row(pair) for pair in ready.inputs]
-    every = np.concatenate([queries.few, queries.x, queries.y], 1)
-    answers = ask(source.store, rows, fit_autocorrelation(source.store, rows).solve(every))
-    values = -study.attribution.lr * answers.values
-    few, x, y = np.split(values, np.cumsum([queries.few.shape[1], policy.d]), 1)
-    return Effects(
-        tuple(pair.id for pair in ready.inputs), "sketch", answers.losses, few[:, :2].T.copy(),
-        {group: few[:, 2 + n] for n, group in enumerate(ready.groups)}, Shift(x, y), None,
-    )  # fmt: skip
+    if solved:
+        queries = fit_autocorrelation(source.store, rows).solve(queries)
+    return -study.attribution.lr * ask(source.store, rows, queries).values
 
 
-def _by_target(effects: Effects, ready: Ready) -> dict[TargetName, dict[str, float]]:
-    def by_pair(values: Iterable[float]) -> dict[str, float]:
-        return dict(zip(effects.pair_ids, map(float, values), strict=True))
-
-    found = {TargetName("score"): by_pair(effects.score.sum(0))}
-    for group, values in effects.mean_y.items():
-        found[TargetName("mean_y", group=group)] = by_pair(values)
-    if effects.shift is not None:
-        ids = ready.fitted.feature_ids.tolist()
-        for feature_id, values in zip(ids, effects.shift.total.T, strict=True):
-            found[TargetName("coefficient", feature_id=feature_id)] = by_pair(values)
-    return found
-
-
-def _baselines(
-    study: Study,
-    data: Data,
-    ready: Ready,
-    targets: Mapping[TargetName, str],
-    progress: Progress,
+def baselines_by_target(
+    study: Study, data: Data, ready: Ready, targets: Targets, progress: Progress
 ) -> Scores:
+    """Every baseline: one about a group stands for its mean y, the positive group's for others."""
     progress.step("baselines", len(ready.inputs))
     texts = Texts(
         {pair.id: f"{pair.prompt}\n{pair.response}" for pair in ready.pairs},
@@ -264,11 +281,11 @@ def _baselines(
     made = baseline_scores(ready.problem, ready.inputs, ready.groups, texts, names=names,
                            progress=progress)  # fmt: skip
     found: Scores = {}
-    for target, name in targets.items():
+    for name, (target, *_) in targets.items():
         group = target.group or study.prompts.positive_group
         for scores in made:
             if scores.group in (None, group):
-                values = dict(zip(scores.pair_ids, scores.values.tolist(), strict=True))
+                values = values_by_pair(scores.pair_ids, scores.values)
                 found.setdefault(scores.baseline, {})[name] = values
     return found
 
@@ -279,91 +296,7 @@ def _positive_label(ready: Ready) -> str:
     return next((label for label in labels if "refusal" in label), labels[0])
 
 
-def truths(
-    subsets: pa.Table,
-    outcomes: pa.Table,
-    inclusion: Mapping[str, Mapping[str, float]],
-    targets: Mapping[TargetName, str],
-) -> list[Truth]:
-    """Designs of which a rank correlation can be taken: those with eight subsets or more.
-
-    Parameters
-    ----------
-    subsets, outcomes, inclusion
-        As the stage ``validate`` writes them.
-    """
-    members: dict[str, dict[str, list[str]]] = {}
-    for row in subsets.to_pylist():
-        members.setdefault(row["design"], {}).setdefault(row["subset"], []).append(row["pair_id"])
-    changed: dict[str, dict[str, dict[str, float]]] = {}
-    for row in outcomes.to_pylist():
-        name = targets.get(TargetName(row["target"], row["feature_id"], row["group"]))
-        if name is not None:
-            found = changed.setdefault(row["design"], {}).setdefault(name, {})
-            found[row["subset"]] = row["value"]
-    return [
-        Truth(
-            design,
-            Subsets(tuple(some), tuple(map(tuple, some.values())), inclusion[design]),
-            changed[design],
-        )
-        for design, some in members.items()
-        if len(some) >= LEAST_SUBSETS and design in RANK_DESIGNS
-    ]
-
-
-def _write(
-    run: RunFolder,
-    ready: Ready,
-    scores: Scores,
-    baselines: Scores,
-    costs: Sequence[CostRow],
-    found: Sequence[Truth],
-) -> None:
-    every = {**scores, **baselines}
-    length = {pair.id: float(pair.n_response) for pair in ready.inputs}
-    loss = baselines["loss"]["score"]
-    labels = _label_indicators(ready)
-    controls = {"response-length": length, **labels}
-    trivial = {"response-length": length, "loss": loss, **labels}
-    lds, gaps, checks = [], [], []
-    for truth in found:
-        kept = controls if truth.design != "matched" else {"response-length": length}
-        lds += lds_rows(truth.subsets, truth.outcomes, every, kept, design=truth.design)
-        gaps += differences(truth.subsets, truth.outcomes, every,
-                            list(combinations(scores, 2)), design=truth.design)  # fmt: skip
-        checks += explained_by_trivial(truth.subsets, truth.outcomes, scores, trivial,
-                                       design=truth.design)  # fmt: skip
-    for name, rows in (("lds", lds), ("lds_differences", gaps), ("trivial", checks),
-                       ("planted", _planted(ready, every)), ("costs", costs)):  # fmt: skip
-        if rows:
-            run.write_table(name, table_of(rows))
+def scores_table(scores: Mapping[str, Mapping[str | None, Mapping[str, float]]]) -> pa.Table:
+    """Scores in long form."""
     long = [(m, t, i, v) for m, of in scores.items() for t, by in of.items() for i, v in by.items()]
-    columns = [list(column) for column in zip(*long, strict=True)]
-    run.write_table("scores", pa.table(columns, schema=SCORES))
-    run.write_json("compare", {"methods": list(scores), "baselines": list(baselines)})
-
-
-def _label_indicators(ready: Ready) -> dict[str, dict[str, float]]:
-    """For every label: 1 for its pairs, 0 for the others. Their sums are the counts of labels."""
-    labels = sorted({pair.label for pair in ready.pairs})
-    return {
-        f"label {label}": {pair.id: float(pair.label == label) for pair in ready.pairs}
-        for label in labels if len(labels) > 1
-    }  # fmt: skip
-
-
-def _planted(ready: Ready, scores: Scores) -> list[PlantedRow]:
-    """AUC of the pairs that the column ``planted`` marks; none where there is no such column."""
-    planted = {pair.id for pair in ready.pairs if pair.flags.get("planted") in (True, "true", 1)}
-    if not planted or len(planted) == len(ready.pairs.pairs):
-        return []
-    rows = []
-    for method, of in scores.items():
-        for target, values in of.items():
-            found = auc(values, planted)
-            rows.append(PlantedRow(
-                method, target, found.value, found.lo, found.hi,
-                precision_at_k(values, planted, len(planted)), found.planted, found.others,
-            ))  # fmt: skip
-    return rows
+    return pa.table([list(column) for column in zip(*long, strict=True)], schema=SCORES)

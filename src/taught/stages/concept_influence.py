@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from taught.attribution.adjoint import Problem
-from taught.attribution.checkpoints import at_checkpoint
 from taught.attribution.concepts import concept_effects
 from taught.attribution.pairs import PairInput
 from taught.attribution.projections import project, response_reads
@@ -33,7 +32,7 @@ from taught.setup import (
     prompt_inputs,
     refuse_combinations,
 )
-from taught.stages.estimating import Data, encode_pairs, make_problem, read_data, with_curvature
+from taught.stages.estimating import Data, encode_pairs, make_problem, problems, read_data
 from taught.stages.own_responses import own_pairs
 from taught.study import Checkpoint, Study
 from taught.target import Target, concept_targets
@@ -298,16 +297,8 @@ def _inside(work: _Work) -> np.ndarray:
 
 
 def _problems(work: _Work, problem: Problem) -> Iterator[Problem]:
-    """The problem at the model's weights, or at each of the study's checkpoints."""
-    study, progress = work.study, work.progress
-    checkpoints = study.attribution.checkpoints
-    progress.step("gradients of the concepts and of the pairs")
-    if checkpoints is None:
-        yield with_curvature(study, problem, work.inputs, progress)
-    for checkpoint in checkpoints or ():
-        model = open_checkpoint(study, checkpoint, work.subject)
-        there = at_checkpoint(problem, model, checkpoint.lr)
-        yield with_curvature(study, there, work.inputs, progress)
+    work.progress.step("gradients of the concepts and of the pairs")
+    return problems(work.study, work.subject, problem, work.inputs, work.progress)
 
 
 def _base(work: _Work, some: Sequence[Concept], place: Place) -> Tensor:

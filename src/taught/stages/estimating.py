@@ -232,6 +232,22 @@ def with_curvature(
     return with_adam(problem, pairs, moments=spec.moments, eps=spec.adam_eps, progress=progress)
 
 
+def problems(
+    study: Study,
+    subject: Subject,
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    progress: Progress,
+) -> Iterator[Problem]:
+    """The problem at the model's weights, or at each checkpoint; effects add up over them."""
+    checkpoints = study.attribution.checkpoints
+    if checkpoints is None:
+        yield with_curvature(study, problem, pairs, progress)
+    for checkpoint in checkpoints or ():
+        there = at_checkpoint(problem, open_checkpoint(study, checkpoint, subject), checkpoint.lr)
+        yield with_curvature(study, there, pairs, progress)
+
+
 def _over_checkpoints(
     study: Study,
     subject: Subject,

@@ -45,6 +45,7 @@ OUTCOMES = pa.schema(
     [
         ("design", pa.string()),
         ("subset", pa.string()),
+        ("repeat", pa.int64()),
         ("target", pa.string()),
         ("feature_id", pa.int64()),
         ("group", pa.string()),
@@ -56,6 +57,7 @@ MODELS = pa.schema(
     [
         ("design", pa.string()),
         ("subset", pa.string()),
+        ("repeat", pa.int64()),
         ("n_pairs", pa.int64()),
         ("seed", pa.int64()),
         ("loss_before", pa.float64()),
@@ -74,13 +76,16 @@ ANSWERS = pa.schema(
     [
         ("design", pa.string()),
         ("subset", pa.string()),
+        ("repeat", pa.int64()),
         ("prompt_id", pa.string()),
         ("answer", pa.string()),
         ("refuses", pa.float64()),
     ]
 )
 Designs = dict[str, Subsets]
-BASE = ("base", "base")
+Name = tuple[str, str, int]  # design, subset, repeat
+BASE = ("base", "base", 0)
+REPEATED = ("random", "matched", "leave-out")  # what a rank correlation is taken over
 
 
 def validate(
@@ -113,14 +118,13 @@ def validate(
         ready = prepare(study, run, subject, data)
         designs = _designs(study, run, ready)
         retrainer = _retrainer(study, run, subject, ready, progress)
-        total = sum(map(len, designs.values()))
+        todo = _retrainings(designs, study.validation.repeats)
         progress.step("the base model")
-        base = retrainer.base()
-        progress.step(f"{total} retrainings", _steps(designs, study.validation.epochs))
-        made = {BASE: base}
-        for design, subsets in designs.items():
-            for name, ids in zip(subsets.names, subsets.members, strict=True):
-                made[design, name] = retrainer.run(ids)
+        made = {BASE: retrainer.base()}
+        progress.step(f"{len(todo)} retrainings",
+                      study.validation.epochs * sum(map(len, todo.values())))  # fmt: skip
+        for name, ids in todo.items():
+            made[name] = retrainer.run(ids, study.validation.seed + name[2])
         judged = _judged(run, subject, made, decide)
         _write(study, run, ready, designs, made, judged)
 
@@ -142,9 +146,9 @@ def _retrainer(
 def _judged(
     run: RunFolder,
     subject: Subject,
-    made: Mapping[tuple[str, str], Retraining],
+    made: Mapping[Name, Retraining],
     judge: Judge,
-) -> dict[tuple[str, str], dict[str, float]]:
+) -> dict[Name, dict[str, float]]:
     """Model -> prompt id -> how much its answer refuses, written with the answers; {} without."""
     text = {row["prompt_id"]: row["text"] for row in run.read_table("prompts").to_pylist()}
     rows, found = [], {}
@@ -162,9 +166,17 @@ def _judged(
     return found
 
 
-def _steps(designs: Designs, epochs: int) -> int:
-    """Pairs that training goes through, retraining by retraining."""
-    return epochs * sum(len(ids) for subsets in designs.values() for ids in subsets.members)
+def _retrainings(designs: Designs, repeats: int) -> dict[Name, tuple[str, ...]]:
+    """Name -> ids of the pairs to train on; repeat r of a subset has the seed of the study plus r.
+
+    All subsets are trained once before any is trained again.
+    """
+    return {
+        (design, name, repeat): ids
+        for repeat in range(repeats)
+        for design, subsets in designs.items() if repeat == 0 or design in REPEATED
+        for name, ids in zip(subsets.names, subsets.members, strict=True)
+    }  # fmt: skip
 
 
 def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
@@ -307,8 +319,8 @@ def _write(
     run: RunFolder,
     ready: Ready,
     designs: Designs,
-    made: Mapping[tuple[str, str], Retraining],
-    judged: Mapping[tuple[str, str], Mapping[str, float]],
+    made: Mapping[Name, Retraining],
+    judged: Mapping[Name, Mapping[str, float]],
 ) -> None:
     spec = study.prompts
     sides = [ready.groups[spec.positive_group], ready.groups[spec.negative_group]]
@@ -316,15 +328,16 @@ def _write(
     base = made[BASE]
     models = [_model_row(BASE, base, sides, judged)]
     subsets, outcomes = [], []
-    for (design, name), after in made.items():
-        if (design, name) == BASE:
+    for name, after in made.items():
+        if name == BASE:
             continue
-        subsets += [(design, name, pair_id) for pair_id in after.ids]
+        if name[2] == 0:
+            subsets += [(*name[:2], pair_id) for pair_id in after.ids]
         outcomes += [
-            (design, name, *target, value)
+            (*name, *target, value)
             for target, value in changes(ready.fitted, base, after, groups).items()
         ]
-        models.append(_model_row((design, name), after, sides, judged))
+        models.append(_model_row(name, after, sides, judged))
     points = [point for design in designs if design in CURVES
               for point in _points(design, study, run, ready, made)]  # fmt: skip
     if points:
@@ -345,10 +358,10 @@ def _write(
 
 
 def _model_row(
-    name: tuple[str, str],
+    name: Name,
     model: Retraining,
     sides: Sequence[Sequence[str]],
-    judged: Mapping[tuple[str, str], Mapping[str, float]],
+    judged: Mapping[Name, Mapping[str, float]],
 ) -> tuple[Any, ...]:
     """A row of the table ``models``."""
     losses = [float(values.mean()) if values.size else None
@@ -363,11 +376,11 @@ def _model_row(
 
 
 def _arms(
-    ready: Ready, sides: Sequence[Sequence[str]], made: Mapping[tuple[str, str], Retraining]
+    ready: Ready, sides: Sequence[Sequence[str]], made: Mapping[Name, Retraining]
 ) -> list[ArmRow]:
     """The published experiment: each way of choosing the pairs against as many random ones."""
     models = {"base": [made[BASE]]}
-    for (design, name), model in made.items():
+    for (design, name, _), model in made.items():
         if design == "curation":
             models.setdefault(_arm(name), []).append(model)
     column = {prompt_id: n for n, prompt_id in enumerate(ready.fitted.prompt_ids)}
@@ -408,7 +421,7 @@ def _effects(
     found = []
     for design in asked:
         changed = {row[1]: row[-1] for row in outcomes
-                   if row[0] == design and TargetName(*row[2:-1]) == target}  # fmt: skip
+                   if row[0] == design and TargetName(*row[3:-1]) == target}  # fmt: skip
         if design == "chosen":
             plan = _chosen(study, run, ids)
             effect = estimate(plan.question, plan.rounds, changed, scores)[0]
@@ -432,7 +445,7 @@ def _points(
     study: Study,
     run: RunFolder,
     ready: Ready,
-    made: Mapping[tuple[str, str], Retraining],
+    made: Mapping[Name, Retraining],
 ) -> list[Point]:
     """Mean y of the group by the pairs that were named, against random ones; none for the score."""
     target = _target(study)
@@ -442,7 +455,7 @@ def _points(
     rows = [ready.fitted.prompt_ids.index(prompt_id) for prompt_id in ready.groups[target.group]]
 
     def outcomes(names: Sequence[str]) -> list[np.ndarray]:
-        return [made[design, name].y[rows] for name in names]
+        return [made[design, name, 0].y[rows] for name in names]
 
     named = np.array([outcomes(plan.chosen)])
     curve = compare_curves(plan, named, np.array([outcomes(names) for names in plan.controls]))

@@ -25,7 +25,7 @@ percentiles of the draws fell to 89 for partial correlations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -256,23 +256,17 @@ def lds_rows(
     UserError
         A subset has no finite outcome, or a pair no finite score or control.
     """
-    subsets = _sorted(subsets)
-    covariates = [summed(subsets, values) for values in controls.values()]
+    covariates = [summed(_sorted(subsets), values) for values in controls.values()]
     rows = []
-    for target, measured in outcomes.items():
-        methods = [method for method in scores if target in scores[method]]
-        if not methods:
-            continue
-        outcome = _outcome(subsets, target, measured)
-        sums = [predicted(subsets, scores[method][target], how=how) for method in methods]
-        raw = bca(rank_correlations(sums, outcome, draws=draws, seed=seed))
-        controlled = [Interval(math.nan, math.nan, math.nan)] * len(methods)
+    for target, outcome, sums in _by_target(subsets, outcomes, scores, how):
+        of = list(sums.values())
+        raw = bca(rank_correlations(of, outcome, draws=draws, seed=seed))
+        controlled = [Interval(math.nan, math.nan, math.nan)] * len(of)
         if covariates:
-            found = rank_correlations(sums, outcome, covariates, draws=draws, seed=seed)
-            controlled = bca(found)
+            controlled = bca(rank_correlations(of, outcome, covariates, draws=draws, seed=seed))
         rows += [
             LdsRow(method, target, design, len(subsets), *a, *b, ", ".join(controls))
-            for method, a, b in zip(methods, raw, controlled, strict=True)
+            for method, a, b in zip(sums, raw, controlled, strict=True)
         ]
     return rows
 
@@ -297,18 +291,16 @@ def differences(
     controls : compare controlled values; None: raw ones
     outcomes, scores, design : as in :func:`lds_rows`
     """
-    subsets = _sorted(subsets)
-    covariates = [summed(subsets, values) for values in (controls or {}).values()]
+    covariates = [summed(_sorted(subsets), values) for values in (controls or {}).values()]
+    named = {method: scores[method] for both in comparisons for method in both}
     found: list[tuple[str, str, str, Interval, float]] = []
-    for target, measured in outcomes.items():
-        asked = [(a, b) for a, b in comparisons if target in scores[a] and target in scores[b]]
+    for target, outcome, sums in _by_target(subsets, outcomes, named, how):
+        asked = [(a, b) for a, b in comparisons if a in sums and b in sums]
         if not asked:
             continue
-        methods = sorted({method for both in asked for method in both})
-        column = {method: k for k, method in enumerate(methods)}
-        sums = [predicted(subsets, scores[method][target], how=how) for method in methods]
-        outcome = _outcome(subsets, target, measured)
-        made = rank_correlations(sums, outcome, covariates or None, draws=draws, seed=seed)
+        column = {method: k for k, method in enumerate(sums)}
+        made = rank_correlations(list(sums.values()), outcome, covariates or None, draws=draws,
+                                 seed=seed)  # fmt: skip
         left, right = ([column[both[side]] for both in asked] for side in (0, 1))
         gap = made.map(lambda x, i=left, j=right: x[..., i] - x[..., j])  # type: ignore[misc]
         parts = zip(asked, bca(gap), p_values(gap), strict=True)
@@ -340,14 +332,10 @@ def explained_by_trivial(
     trivial : name -> pair id -> value, such as response tokens, or 1 for the pairs of a label
     outcomes, scores, design : as in :func:`lds_rows`
     """
-    subsets = _sorted(subsets)
-    plain = [predicted(subsets, values, how=how) for values in trivial.values()]
+    plain = [predicted(_sorted(subsets), values, how=how) for values in trivial.values()]
     checks = []
-    for target, measured in outcomes.items():
-        methods = [method for method in scores if target in scores[method]]
-        sums = [predicted(subsets, scores[method][target], how=how) for method in methods]
-        outcome = _outcome(subsets, target, measured)
-        for method, sum_of in zip(methods, sums, strict=True):
+    for target, outcome, sums in _by_target(subsets, outcomes, scores, how):
+        for method, sum_of in sums.items():
             made = rank_correlations([sum_of, *plain], outcome, draws=draws, seed=seed)
             gaps = bca(made.map(lambda x: np.abs(x[..., :1]) - np.abs(x[..., 1:])))
             for name, other, gap in zip(trivial, made.values[1:], gaps, strict=True):
@@ -358,6 +346,21 @@ def explained_by_trivial(
                     )
                 )  # fmt: skip
     return checks
+
+
+def _by_target(
+    subsets: Subsets, outcomes: Mapping[str, Values], scores: Scores, how: str
+) -> Iterator[tuple[str, Floats, dict[str, Floats]]]:
+    """Target, its outcome [M], and the predictions [M] of the methods that have scores for it.
+
+    Subsets by name; targets that no method has scores for are left out.
+    """
+    subsets = _sorted(subsets)
+    for target, measured in outcomes.items():
+        sums = {method: predicted(subsets, of[target], how=how)
+                for method, of in scores.items() if target in of}  # fmt: skip
+        if sums:
+            yield target, _outcome(subsets, target, measured), sums
 
 
 def table_of(rows: Sequence[Any]) -> pa.Table:

@@ -43,6 +43,12 @@ class TargetName(NamedTuple):
     feature_id: int | None = None
     group: str | None = None
 
+    @property
+    def label(self) -> str:
+        """In one word: ``score``, ``coefficient:17``, ``mean_y:harmless``."""
+        about = self.group if self.feature_id is None else self.feature_id
+        return self.target if about is None else f"{self.target}:{about}"
+
 
 class Reads(Protocol):
     """Read-outs of one model: a :class:`taught.validation.retrain.Retraining`."""

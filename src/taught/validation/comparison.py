@@ -1,0 +1,228 @@
+"""Methods side by side on the same retrainings: what is known in, rows of tables out.
+
+LDS raw and controlled, differences between methods, trivial predictors, noise ceilings, and how
+well planted pairs stand out. Nothing is computed with a model here, and no file is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from taught.validation.lds import (
+    Difference,
+    LdsRow,
+    NoiseCeiling,
+    TrivialCheck,
+    auc,
+    differences,
+    explained_by_trivial,
+    lds_rows,
+    noise_ceiling,
+    precision_at_k,
+)
+from taught.validation.outcomes import TargetName
+from taught.validation.subsets import Subsets
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Scores = dict[str, dict[str, dict[str, float]]]  # method -> target -> pair id -> influence
+
+LEAST_SUBSETS = 8  # fewer have no rank correlation worth an interval
+RANK_DESIGNS = ("random", "matched", "leave-out", "leave-one-out")
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What retraining did, for one design.
+
+    Attributes
+    ----------
+    measured : target -> repeat (another seed of training) -> subset name -> change
+    """
+
+    design: str
+    subsets: Subsets
+    measured: dict[str, dict[int, dict[str, float]]]
+
+    def outcomes(self) -> dict[str, dict[str, float]]:
+        """Target -> subset -> change, the mean over the repeats; none where one is missing."""
+        return {
+            target: {
+                name: float(np.mean([of[name] for of in repeats.values()]))
+                for name in self.subsets.names
+                if all(name in of for of in repeats.values())
+            }
+            for target, repeats in self.measured.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What is set side by side.
+
+    Attributes
+    ----------
+    methods, baselines : scores of both kinds; among the baselines are "response-length" and "loss"
+    truths : what retraining did, design by design
+    labels : pair id -> label, of all pairs
+    planted : ids of planted pairs; with none of them, or all, there is nothing to set apart
+    rivals : (method, other) whose LDS is compared
+    """
+
+    methods: Scores
+    baselines: Scores
+    truths: Sequence[Truth]
+    labels: Mapping[str, str]
+    planted: Collection[str]
+    rivals: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class PlantedRow:
+    """How well a method's influence on a target sets the planted pairs apart.
+
+    Attributes
+    ----------
+    auc, lo, hi : area under the ROC curve with its 95% interval; .5 by chance
+    precision : share of planted pairs among the k with the highest influence, k their number
+    """
+
+    method: str
+    target: str
+    auc: float
+    lo: float
+    hi: float
+    precision: float
+    planted: int
+    others: int
+
+
+@dataclass(frozen=True)
+class CeilingRow(NoiseCeiling):
+    """The best LDS on a target that the noise of training allows, over one design."""
+
+    target: str
+    subsets: str
+
+
+class Compared(NamedTuple):
+    """Rows of the tables, in the order of the designs."""
+
+    lds: list[LdsRow]
+    lds_differences: list[Difference]
+    trivial: list[TrivialCheck]
+    noise_ceiling: list[CeilingRow]
+    planted: list[PlantedRow]
+
+
+def compared(it: Comparison) -> Compared:
+    """Every table of a comparison.
+
+    Controlled for are the summed response length and, where they vary, the counts of labels
+    (subsets of the design "matched" hold them fixed).
+
+    Raises
+    ------
+    UserError
+        A subset has no outcome, or a pair no finite score.
+    """
+    every = {**it.methods, **it.baselines}
+    length, loss = (next(iter(it.baselines[name].values())) for name in ("response-length", "loss"))
+    labels = _indicators(it.labels)
+    tables = Compared([], [], [], [], _planted(every, it.planted))
+    for truth in it.truths:
+        design, subsets, outcomes = truth.design, truth.subsets, truth.outcomes()
+        controls = {"response-length": length, **({} if design == "matched" else labels)}
+        trivial = {"response-length": length, "loss": loss, **labels}
+        tables.lds.extend(lds_rows(subsets, outcomes, every, controls, design=design))
+        tables.lds_differences.extend(
+            differences(subsets, outcomes, every, it.rivals, design=design)
+        )
+        tables.trivial.extend(
+            explained_by_trivial(subsets, outcomes, it.methods, trivial, design=design)
+        )
+        tables.noise_ceiling.extend(_ceilings(truth))
+    return tables
+
+
+def truths(
+    subsets: pa.Table,
+    outcomes: pa.Table,
+    inclusion: Mapping[str, Mapping[str, float]],
+    targets: Collection[str],
+) -> list[Truth]:
+    """Designs of which a rank correlation can be taken: those with eight subsets or more.
+
+    Parameters
+    ----------
+    subsets, outcomes, inclusion
+        As the stage ``validate`` writes them; outcomes of runs without repeats lack that column.
+    targets
+        Labels of the targets that are wanted (``TargetName.label``).
+    """
+    members: dict[str, dict[str, list[str]]] = {}
+    for row in subsets.to_pylist():
+        members.setdefault(row["design"], {}).setdefault(row["subset"], []).append(row["pair_id"])
+    found: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    for row in outcomes.to_pylist():
+        name = TargetName(row["target"], row["feature_id"], row["group"]).label
+        if name in targets:
+            repeats = found.setdefault(row["design"], {}).setdefault(name, {})
+            repeats.setdefault(row.get("repeat", 0), {})[row["subset"]] = row["value"]
+    return [
+        Truth(
+            design,
+            Subsets(tuple(some), tuple(map(tuple, some.values())), inclusion[design]),
+            {name: found[design][name] for name in targets if name in found[design]},
+        )
+        for design, some in members.items()
+        if len(some) >= LEAST_SUBSETS and design in RANK_DESIGNS
+    ]
+
+
+def _indicators(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """For every label: 1 for its pairs, 0 for the others. Their sums are the counts of labels."""
+    names = sorted(set(labels.values()))
+    return {
+        f"label {name}": {pair: float(label == name) for pair, label in labels.items()}
+        for name in names if len(names) > 1
+    }  # fmt: skip
+
+
+def _ceilings(truth: Truth) -> list[CeilingRow]:
+    """Of every target that was measured under two seeds or more."""
+    return [
+        CeilingRow(
+            **asdict(noise_ceiling(truth.subsets, {str(k): of for k, of in repeats.items()})),
+            target=target, subsets=truth.design,
+        )
+        for target, repeats in truth.measured.items() if len(repeats) > 1
+    ]  # fmt: skip
+
+
+def _planted(scores: Scores, planted: Collection[str]) -> list[PlantedRow]:
+    rows = []
+    for method, of in scores.items():
+        for target, values in of.items():
+            if 0 < len(planted) < len(values):
+                found = auc(values, planted)
+                rows.append(PlantedRow(
+                    method, target, found.value, found.lo, found.hi,
+                    precision_at_k(values, planted, len(planted)), found.planted, found.others,
+                ))  # fmt: skip
+    return rows
+
+
+def is_planted(flags: Mapping[str, object]) -> bool:
+    """Whether a pair's column ``planted`` marks it, as JSON, Parquet or CSV have it."""
+    return flags.get("planted") in (True, "true", 1)
+
+
+def values_by_pair(pair_ids: Iterable[str], values: Iterable[float]) -> dict[str, float]:
+    """Pair id -> value, as plain numbers."""
+    return dict(zip(pair_ids, map(float, values), strict=True))

@@ -1,0 +1,115 @@
+"""Tables of scores that were made elsewhere, to be compared with the methods of a run.
+
+Columns: ``pair_id``, ``method``, ``value``; optionally ``target`` (as in ``scores.parquet``: score,
+mean_y:GROUP, coefficient:ID; a row without one counts for every target) and ``concept`` (as
+``taught concept-influence`` writes it: the method is then called ``concept:method``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from taught.data.columns import name_ids
+from taught.data.tables import read_rows
+from taught.errors import UserError
+from taught.validation.comparison import Scores
+
+COLUMNS = ("pair_id", "method", "value")
+
+
+class ScoreRow(NamedTuple):
+    """A pair's value by a method; target None: for every target. Positive: raises the target."""
+
+    method: str
+    target: str | None
+    pair_id: str
+    value: float
+
+
+def read_scores(path: Path) -> list[ScoreRow]:
+    """Rows of a table of scores (Parquet, CSV, JSONL or JSON).
+
+    Raises
+    ------
+    UserError
+        The file cannot be read or is empty; a column is missing; a value is not a finite number.
+    """
+    rows = read_rows(path)
+    missing = [name for name in COLUMNS if not rows or any(name not in row for row in rows)]
+    if missing:
+        raise UserError(f"{path.name}: not a table of scores", value=f"without {', '.join(missing)}"
+                        if rows else "no rows",
+                        rule="columns pair_id, method and value; target and concept may be there",
+                        fix="name the columns like this")  # fmt: skip
+    return [_row(path, row) for row in rows]
+
+
+def _row(path: Path, row: dict[str, Any]) -> ScoreRow:
+    try:
+        value = float(row["value"])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{path.name}: a score is not a finite number",
+                        value=f"{row['value']} of the pair {row['pair_id']}",
+                        rule="every row has a number in the column value",
+                        fix="correct it, or leave the method out")  # fmt: skip
+    method, concept = str(row["method"]), row.get("concept")
+    return ScoreRow(f"{concept}:{method}" if concept else method, row.get("target") or None,
+                    str(row["pair_id"]), value)  # fmt: skip
+
+
+def placed(
+    rows: Iterable[ScoreRow],
+    pair_ids: Collection[str],
+    targets: Sequence[str],
+    taken: Collection[str] = (),
+) -> Scores:
+    """The scores by method and target, checked against the pairs and targets of a run.
+
+    Parameters
+    ----------
+    taken
+        Names that methods already have.
+
+    Raises
+    ------
+    UserError
+        A name is taken; a target or a pair is unknown; a pair has two values, or none.
+    """
+    found: Scores = {}
+    for row in rows:
+        if row.method in taken:
+            raise UserError("there is a method of this name already", value=row.method,
+                            rule="names of methods and baselines: " + ", ".join(sorted(taken)),
+                            fix="give the method another name in its table")  # fmt: skip
+        if row.target is not None and row.target not in targets:
+            raise UserError("scores are of a target that is not compared", value=row.target,
+                            rule="one of " + ", ".join(targets) + "; or none, for all of them",
+                            fix="leave these rows out")  # fmt: skip
+        for target in targets if row.target is None else (row.target,):
+            values = found.setdefault(row.method, {}).setdefault(target, {})
+            if row.pair_id in values:
+                raise UserError("a pair has two scores", value=f"{row.pair_id}, by {row.method}",
+                                rule="one for each method, target and pair",
+                                fix="leave one of the rows out")  # fmt: skip
+            values[row.pair_id] = row.value
+    for method, of in found.items():
+        for target, values in of.items():
+            _require_all(method, target, values.keys(), pair_ids)
+    return found
+
+
+def _require_all(
+    method: str, target: str, scored: Collection[str], pair_ids: Collection[str]
+) -> None:
+    unknown, missing = set(scored) - set(pair_ids), set(pair_ids) - set(scored)
+    if unknown or missing:
+        what = "are of unknown pairs" if unknown else "are missing"
+        raise UserError(f"scores by {method} {what} ({target})",
+                        value=name_ids(sorted(unknown or missing)),
+                        rule=f"one for each of the {len(pair_ids)} pairs of the run, no others",
+                        fix="score the pairs of this study")  # fmt: skip
