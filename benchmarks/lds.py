@@ -1,10 +1,12 @@
-"""Which method foresaw what retraining did: estimators, curvatures, baselines on one truth.
+"""Which method foresaw what retraining did: estimators, concepts, baselines on one truth.
 
-    python -m benchmarks.lds                           # on benchmarks/ground_truth/short
+    python -m benchmarks.lds                           # goes on where it was stopped
 
-Nothing is trained here: what training did stands in the data set (``benchmarks.ground_truth``).
-Targets: the score, the mean y of both groups, the ten largest coefficients. benchmarks/README.md
-says what the columns mean.
+Nothing is trained here: what training did stands in the data sets (``benchmarks.ground_truth``).
+Scores depend on the base model only. So they are computed once, method by method, and kept in
+``ground_truth/scores.parquet``; then they are compared on every regime that is there. Targets: the
+score, the mean y of both groups, the ten largest coefficients. benchmarks/README.md says what the
+columns mean.
 """
 
 from __future__ import annotations
@@ -12,254 +14,293 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from time import monotonic
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.common import Results, Row, Setting, _opened, console, cotangents, kept, run
+from benchmarks.common import Results, Row, console, kept, machine, run
 from benchmarks.ground_truth import DATA, REGIMES, ground_truth_study
-from taught.environment import mark_memory, peak_memory_gb
+from taught import files, stages
+from taught.data.pairs import load_pairs
+from taught.environment import versions
 from taught.errors import UserError
-from taught.progress import RichProgress, SilentProgress
-from taught.stages.comparing import truths
-from taught.target import Target, coefficient_targets, mean_y_target, score_targets
-from taught.validation.lds import (
-    auc,
-    differences,
-    explained_by_trivial,
-    lds_rows,
-    precision_at_k,
+from taught.fingerprint import code_version, differences, stage_inputs
+from taught.progress import Progress, RichProgress
+from taught.run import RunFolder
+from taught.stages import comparing
+from taught.stages.comparing import SCORES, CostRow, costed
+from taught.stages.estimating import prepare, read_data
+from taught.stages.retraining import influence_of
+from taught.study import Study
+from taught.validation.comparison import (
+    RANK_DESIGNS,
+    Comparison,
+    Scores,
+    compared,
+    is_planted,
+    truths,
 )
-from taught.validation.outcomes import TargetName
+from taught.validation.score_tables import ScoreRow, placed, read_scores
 
-COEFFICIENTS = 10
-AT_ONCE = 4  # query gradients in memory
-TRIVIAL = ("response-length", "loss", "label")
-Scores = dict[str, dict[str, dict[str, float]]]
+RANKED = [name for name, values in REGIMES.items()
+          if set(values["validation.designs"]) & set(RANK_DESIGNS)]  # fmt: skip
+OWN_TOKENS = 32  # of the model's own answers
+BASELINES = "all baselines"
+FIRST = "adjoint+adam"  # the others are compared with it
+_OF_METHODS = ("code", "attribution.estimator", "attribution.curvature", "attribution.exact_top",
+               "attribution.coefficients")  # fmt: skip
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Compute every method's influence, compare it with the data set, write the result."""
+    """Compute the scores that are missing, compare all of them on every regime."""
+    regimes = args.regime or [name for name in RANKED if (args.data / name).is_dir()]
     with RichProgress(console) as progress, tempfile.TemporaryDirectory() as temporary:
-        folder = args.data / args.regime
-        setting = _opened(ground_truth_study(Path(temporary), args.regime), progress)
-        targets = _targets(setting)
-        results = Results(f"lds_{args.regime}", {
-            "study": setting.study.name, "prompts": len(setting.problem.prompts),
-            "pairs": len(setting.pairs), "features": setting.policy.d, "targets": list(targets),
-            "data": json.loads((folder / "made.json").read_text())["sha256"],
-        }, args.out)  # fmt: skip
-        scores: Scores = {}
-        costs: dict[str, Row] = {}
-        for name, compute in METHODS.items():
-            if name in args.methods:
-                progress.step(name)
-                with _costed(name, costs):
-                    scores[name] = compute(setting, targets, Path(temporary))
+        study = ground_truth_study(Path(temporary) / "study", "short")
+        if args.memory_gb is not None:
+            study = study.replace("attribution.memory_gb", args.memory_gb)
+        table = ScoreTable.open(args.data, _conditions(study), fresh=args.fresh)
+        opened = Opened(study, Path(temporary), progress)
+        _compute(BASELINES, table, opened)
         if args.run is not None:
-            own, found = _of_run(args.run, setting, targets)
-            scores[own] = found
-        progress.step("baselines")
-        with _costed("all baselines", costs):
-            baselines = _baselines(setting, targets)
-        progress.step("intervals")
-        with kept(results, _COLUMNS):
-            _compare(setting, folder, targets, scores, baselines, results)
-            results.summary |= {"costs": costs, **_medians(results.rows)}
+            _add_run(table, args.run)
+        for method in args.methods:
+            _compute(method, table, opened)
+        given = [row for file in args.scores for row in read_scores(file)]
+        for regime in regimes:
+            progress.step(f"intervals, {regime}")
+            _compare(regime, args.data / regime, study, table, given, args.out)
 
 
-@contextmanager
-def _costed(name: str, costs: dict[str, Row]) -> Iterator[None]:
-    mark_memory()
-    started = monotonic()
-    yield
-    costs[name] = {"seconds": monotonic() - started, "memory_gb": peak_memory_gb(recent=True)}
+def _conditions(study: Study) -> Row:
+    """What all scores depend on; where files lie, and the code, are not part of it."""
+    inputs = stage_inputs("attribute", study)
+    return {key: value for key, value in inputs.items() if key not in _OF_METHODS}
 
 
-def _targets(setting: Setting) -> dict[str, list[Target]]:
-    """Name of the target -> its pathways."""
-    policy, groups = setting.policy, setting.groups
-    order = np.argsort(-np.abs(policy.coef), kind="stable")[:COEFFICIENTS]
-    return {
-        "score": score_targets(policy),
-        **{f"mean_y:{group}": [mean_y_target(policy.prompt_ids, groups, group)]
-           for group in dict.fromkeys(groups)},
-        **{f"coefficient:{k}": coefficient_targets(policy, k)
-           for k in policy.feature_ids[order].tolist()},
-    }  # fmt: skip
+# --- scores, computed once ------------------------------------------------------------------------
 
 
-# --- methods --------------------------------------------------------------------------------------
+@dataclass
+class ScoreTable:
+    """``scores.parquet`` (method, target, pair_id, value) and ``scores.json``.
 
-Targets = dict[str, list[Target]]
+    Attributes
+    ----------
+    conditions : what the scores depend on
+    targets : names of the targets that a row without one stands for
+    methods : method -> seconds, memory_gb, machine, versions, code; all baselines are one
+    rows : of the methods that are finished
+    """
 
+    folder: Path
+    conditions: Row
+    targets: list[str] = field(default_factory=list)
+    methods: dict[str, Row] = field(default_factory=dict)
+    rows: list[ScoreRow] = field(default_factory=list)
 
-def _adjoint(setting: Setting, targets: Targets, _: Path, *, adam: bool = False) -> Any:
-    """Total effect on every target: pathways are summed before the gradient is taken."""
-    import torch
+    @classmethod
+    def open(cls, folder: Path, conditions: Row, *, fresh: bool) -> ScoreTable:
+        """What is there, or nothing if ``fresh``; UserError if it is of other conditions."""
+        table = cls(folder, conditions)
+        if fresh or not (folder / "scores.json").exists():
+            return table
+        record = json.loads((folder / "scores.json").read_text())
+        changed = differences(record["conditions"], conditions)
+        if changed:
+            raise UserError("the scores were computed under other conditions",
+                            value="; ".join(f"{key}: was {was}, now {now}"
+                                            for key, (was, now) in changed.items()),
+                            rule="all methods of the table score the same pairs on the same model",
+                            fix="--fresh computes them again")  # fmt: skip
+        table.targets, table.methods = record["targets"], record["methods"]
+        finished = {*table.methods, *(_names() if BASELINES in table.methods else ())}
+        rows = read_scores(folder / "scores.parquet")
+        table.rows = [row for row in rows if row.method in finished]
+        return table
 
-    from taught.attribution.adjoint import target_effects
-    from taught.attribution.curvature import with_adam
-
-    problem = setting.problem
-    if adam:
-        spec = setting.study.attribution
-        problem = with_adam(problem, setting.pairs, moments=None, eps=spec.adam_eps)
-    found = {}
-    names = list(targets)
-    for start in range(0, len(names), AT_ONCE):
-        some = names[start : start + AT_ONCE]
-        parts = [cotangents(targets[name], setting.policy) for name in some]
-        A = np.stack([part[0].sum(0).numpy() for part in parts])
-        B = np.stack([part[1].sum(0).numpy() for part in parts])
-        effects, _losses = target_effects(
-            problem, setting.pairs, torch.from_numpy(A), torch.from_numpy(B)
+    def add(
+        self, method: str, rows: Iterable[ScoreRow], cost: CostRow, targets: Sequence[str]
+    ) -> None:
+        """Keep a finished method; the record is written last, without it nothing counts."""
+        if self.targets not in ([], list(targets)):
+            raise UserError("the targets are no longer the same", value=", ".join(targets),
+                            rule=", ".join(self.targets),
+                            fix="--fresh computes all scores again")  # fmt: skip
+        self.targets = list(targets)
+        self.rows += rows
+        self.methods[method] = {
+            **asdict(cost), "machine": machine(), "versions": versions(), "code": code_version(),
+        }  # fmt: skip
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = files.table_bytes(
+            pa.Table.from_pylist([row._asdict() for row in self.rows], schema=SCORES)
         )
-        for name, values in zip(some, effects.T.tolist(), strict=True):
-            found[name] = _by_pair(setting, values)
-    return found
+        files.write_bytes(self.folder / "scores.parquet", content)
+        record = {"conditions": self.conditions, "targets": self.targets, "methods": self.methods,
+                  "sha256": files.sha256_bytes(content)}  # fmt: skip
+        files.write_bytes(self.folder / "scores.json", files.json_bytes(record))
 
 
-def _sketch(setting: Setting, targets: Targets, folder: Path, *, solved: bool = False) -> Any:
-    """The same from sketches of the default size, in the plain metric or autocorrelation's."""
-    from taught.attribution.ask import ask, policy_queries
-    from taught.attribution.autocorrelation import fit_autocorrelation
-    from taught.attribution.fill import fill_pairs, fill_prompts, pair_row, prompt_key
-    from taught.model.projection import Projection
-    from taught.store import SketchStore
+class Opened:
+    """The study with its model and policy, opened when the first method asks for it."""
 
-    problem, policy = setting.problem, setting.policy
-    projection = Projection(problem.model, setting.study.sketch.size, 0)
-    store = SketchStore(folder / "sketches", projection.record())
-    store.prepare()
-    silent = SilentProgress()
-    fill_prompts(store, problem, projection, progress=silent)
-    fill_pairs(store, problem, projection, setting.pairs, progress=silent)
-    digests = dict(prompt_key(prompt) for prompt in problem.prompts)
-    groups: dict[str, list[str]] = {}
-    for prompt, group in zip(problem.prompts, setting.groups, strict=True):
-        groups.setdefault(group, []).append(prompt.id)
-    made, _ = policy_queries(store, policy, groups, digests)
-    columns = {"score": made.few[:, 0] + made.few[:, 1]}
-    columns |= {f"mean_y:{g}": made.few[:, 2 + n] for n, g in enumerate(made.groups)}
-    for j, k in enumerate(policy.feature_ids.tolist()):
-        columns[f"coefficient:{k}"] = made.x[:, j] + made.y[:, j]
-    queries = np.stack([columns[name] for name in targets], 1)
-    rows = [pair_row(pair) for pair in setting.pairs]
-    if solved:
-        queries = fit_autocorrelation(store, rows).solve(queries)
-    values = -problem.lr * ask(store, rows, queries).values
-    return {name: _by_pair(setting, values[:, n]) for n, name in enumerate(targets)}
+    def __init__(self, study: Study, folder: Path, progress: Progress) -> None:
+        self.study, self.folder, self.progress = study, folder, progress
+        self._parts: tuple[Any, ...] | None = None
+
+    def parts(self) -> tuple[Any, ...]:
+        """Run folder, subject, data, ready, targets."""
+        from taught.setup import open_subject
+
+        if self._parts is None:
+            run = RunFolder(self.folder / "run")
+            stages.policy(self.study, run, self.progress)
+            data, subject = read_data(self.study, self.progress), open_subject(self.study)
+            ready = prepare(self.study, run, subject, data)
+            self._parts = run, subject, data, ready, comparing.compared_targets(ready)
+        return self._parts
+
+    def targets(self) -> list[str]:
+        """Their labels."""
+        return list(self.parts()[-1])
 
 
-METHODS: dict[str, Callable[[Setting, Targets, Path], Any]] = {
-    "adjoint": _adjoint,
-    "adjoint+adam": lambda *all_: _adjoint(*all_, adam=True),
-    "sketch": _sketch,
-    "sketch+autocorrelation": lambda *all_: _sketch(*all_, solved=True),
+def _compute(method: str, table: ScoreTable, opened: Opened) -> None:
+    if method not in table.methods:
+        targets = opened.targets()
+        opened.progress.step(method)
+        costs: list[CostRow] = []
+        with costed(method, costs):
+            rows = METHODS[method](opened, method)
+        table.add(method, rows, costs[0], targets)
+
+
+def _effects(opened: Opened, method: str) -> list[ScoreRow]:
+    run, subject, _, ready, targets = opened.parts()
+    return _rows({method: comparing.method_scores(method, opened.study, run, subject, ready,
+                                                  targets, opened.progress)})  # fmt: skip
+
+
+def _baselines(opened: Opened, _: str) -> list[ScoreRow]:
+    _, _, data, ready, targets = opened.parts()
+    return _rows(comparing.baselines_by_target(opened.study, data, ready, targets,
+                                               opened.progress))  # fmt: skip
+
+
+def _concept(opened: Opened, method: str, curvature: str = "identity") -> list[ScoreRow]:
+    """By the difference of the groups' means at the SAE's block; one value for every target."""
+    study, concept = opened.study, opened.folder / "difference"
+    if not concept.exists():
+        stages.concept(study, concept, stages.ConceptRequest("difference"), opened.progress)
+    question = stages.ConceptQuestion(
+        (concept,), (method.partition(":")[2].partition("+")[0],),
+        responses=opened.folder / "own_responses.json", max_new_tokens=OWN_TOKENS,
+    )  # fmt: skip
+    study = study.replace("attribution.curvature", curvature)
+    found = stages.concept_influence(study, question, opened.progress).table.to_pylist()
+    return [ScoreRow(method, None, row["pair_id"], row["value"]) for row in found]
+
+
+def _rows(scores: Scores) -> list[ScoreRow]:
+    return [ScoreRow(method, target, pair_id, value) for method, of in scores.items()
+            for target, values in of.items() for pair_id, value in values.items()]  # fmt: skip
+
+
+def _names() -> tuple[str, ...]:
+    from taught.attribution.baselines import BASELINES as NAMES
+
+    return NAMES
+
+
+METHODS: dict[str, Callable[[Opened, str], list[ScoreRow]]] = {
+    BASELINES: _baselines,
+    "difference:vector-filter": _concept,
+    "difference:projection-difference-response": _concept,
+    "difference:gradient": _concept,
+    "difference:gradient+adam": partial(_concept, curvature="adam"),
+    **dict.fromkeys(comparing.METHODS, _effects),
 }
 
 
-def _of_run(folder: Path, setting: Setting, targets: Targets) -> tuple[str, Any]:
-    """The influence of a finished run on the same study, and what its method is called."""
-    from taught.run import RunFolder
-    from taught.stages.retraining import influence_of
-
+def _add_run(table: ScoreTable, folder: Path) -> None:
+    """The influence of a finished run on the same study, under the name of its method."""
     opened = RunFolder.open(folder)
-    spec, found = opened.manifest["study"]["attribution"], influence_of(opened)
-    name = str(spec["estimator"])
-    name += "" if spec["curvature"] == "identity" else f"+{spec['curvature']}"
-    by_name = {
-        target: found[TargetName(parts[0].kind, parts[0].feature_id, parts[0].group)]
-        for target, parts in targets.items()
-    }
-    ids = {pair.id for pair in setting.pairs}
-    if any(set(values) != ids for values in by_name.values()):
-        raise UserError("the run is of other pairs", value=str(folder),
+    spec, record = opened.manifest["study"]["attribution"], opened.manifest["stages"]["attribute"]
+    curved = "" if spec["curvature"] == "identity" else f"+{spec['curvature']}"
+    method = f"{spec['estimator']}{curved}"
+    if method in table.methods:
+        return
+    found = {target.label: values for target, values in influence_of(opened).items()}
+    missing = [name for name in table.targets if name not in found]
+    if missing:
+        raise UserError("the run has no influence on these targets", value=", ".join(missing),
                         fix="name a run folder of the ground truth")  # fmt: skip
-    return name, by_name
-
-
-def _baselines(setting: Setting, targets: Targets) -> Scores:
-    """Baselines about a group stand for its mean y; for other targets, the positive group's."""
-    from taught.attribution.baselines import Texts, baseline_scores
-    from taught.setup import study_prompts
-
-    prompts = setting.problem.prompts
-    groups: dict[str, list[str]] = {}
-    for prompt, group in zip(prompts, setting.groups, strict=True):
-        groups.setdefault(group, []).append(prompt.id)
-    texts = Texts(
-        {row.id: f"{row.prompt}\n{row.response}" for row in setting.pair_rows},
-        {row.id: row.text for row in study_prompts(setting.study)},
-        {row.id: row.label for row in setting.pair_rows},
-        "harmful-refusal",
-    )
-    found: Scores = {}
-    for made in baseline_scores(setting.problem, setting.pairs, groups, texts):
-        for name, (target, *_) in targets.items():
-            group = target.group or setting.study.prompts.positive_group
-            if made.group in (None, group):
-                values = dict(zip(made.pair_ids, made.values.tolist(), strict=True))
-                found.setdefault(made.baseline, {})[name] = values
-    return found
-
-
-def _by_pair(setting: Setting, values: Sequence[float]) -> dict[str, float]:
-    return {p.id: float(v) for p, v in zip(setting.pairs, values, strict=True)}
+    rows = _rows({method: {name: found[name] for name in table.targets}})
+    placed(rows, {row.pair_id for row in table.rows}, table.targets)
+    cost = CostRow(method, record["seconds"], record["peak_memory_gb"])
+    table.add(method, rows, cost, table.targets)
 
 
 # --- against the ground truth ---------------------------------------------------------------------
 
 
 def _compare(
-    setting: Setting,
+    regime: str,
     folder: Path,
-    targets: Targets,
-    scores: Scores,
-    baselines: Scores,
-    results: Results,
+    study: Study,
+    table: ScoreTable,
+    given: Sequence[ScoreRow],
+    out: Path,
 ) -> None:
-    every = {**scores, **baselines}
-    length = {pair.id: float(pair.n_response) for pair in setting.pairs}
-    label = {row.id: row.label for row in setting.pair_rows}
-    indicators = {
-        f"label {name}": {i: float(of == name) for i, of in label.items()}
-        for name in sorted(set(label.values()))
-    }
-    planted = {row.id for row in setting.pair_rows if row.flags.get("planted")}
-    gaps: list[Any] = []
-    trivial: list[Any] = []
-    inclusion = json.loads((folder / "validation.json").read_text())["inclusion"]
+    if not (folder / "validation.json").exists():
+        raise UserError("there is no such data set", value=str(folder),
+                        fix=f"make it: python -m benchmarks.ground_truth --regime {regime}",
+                        )  # fmt: skip
+    made = json.loads((folder / "made.json").read_text())
+    pairs = load_pairs(study.pairs.path).pairs
+    if made["pairs sha256"] != table.conditions["pairs.path sha256"]:
+        raise UserError("the data set is of other pairs than the scores", value=str(folder),
+                        fix="make it again: python -m benchmarks.ground_truth")  # fmt: skip
+    ids = {pair.id for pair in pairs}
+    every = placed(table.rows, ids, table.targets)
+    every |= placed(given, ids, table.targets, every)
+    baselines = {name: every.pop(name) for name in _names() if name in every}
+    scores = {name: every[name] for name in sorted(every, key=lambda name: name != FIRST)}
     tables = [pq.read_table(folder / f"{name}.parquet") for name in ("subsets", "outcomes")]
-    names = {TargetName(p.kind, p.feature_id, p.group): name for name, (p, *_) in targets.items()}
-    for truth in truths(*tables, inclusion, names):
-        design, subsets = truth.design, truth.subsets
-        wanted = {name: truth.outcomes[name] for name in targets}
-        controls = {"response-length": length, **({} if design == "matched" else indicators)}
-        for row in lds_rows(subsets, wanted, every, controls, design=design):
-            results.add(asdict(row))
-        others = [name for name in scores if name != "adjoint+adam"]
-        if "adjoint+adam" in scores:
-            gaps += differences(subsets, wanted, scores, [("adjoint+adam", o) for o in others],
-                                design=design)  # fmt: skip
-        plain = {name: baselines[name]["score"] for name in TRIVIAL}
-        trivial += explained_by_trivial(subsets, wanted, scores, plain, design=design)
-    target = f"mean_y:{setting.study.prompts.negative_group}"
-    results.summary["planted"] = {
-        method: {**asdict(auc(of[target], planted)),
-                 "precision": precision_at_k(of[target], planted, len(planted))}
-        for method, of in every.items() if target in of
-    }  # fmt: skip
-    results.summary["differences"] = [asdict(gap) for gap in gaps]
-    results.summary["explained_by_trivial"] = [asdict(row) for row in trivial if row.explained]
+    inclusion = json.loads((folder / "validation.json").read_text())["inclusion"]
+    results = Results(f"lds_{regime}", {
+        "study": f"ground-truth-{regime}", "prompts": study.prompts.limit, "pairs": len(pairs),
+        "features": study.features.max_features, "targets": table.targets, "data": made["sha256"],
+    }, out)  # fmt: skip
+    with kept(results, _COLUMNS):
+        found = compared(Comparison(
+            scores, baselines, truths(*tables, inclusion, table.targets),
+            {pair.id: pair.label for pair in pairs},
+            {pair.id for pair in pairs if is_planted(pair.flags)},
+            [(FIRST, other) for other in scores if other != FIRST and FIRST in scores],
+        ))  # fmt: skip
+        ceilings = {(row.target, row.subsets): row for row in found.noise_ceiling}
+        results.rows = [
+            {**asdict(row), "noise_ceiling": None if ceiling is None else ceiling.ceiling}
+            for row in found.lds
+            for ceiling in [ceilings.get((row.target, row.subsets))]
+        ]
+        target = f"mean_y:{study.prompts.negative_group}"
+        results.summary = {
+            "planted": {row.method: asdict(row) for row in found.planted if row.target == target},
+            "differences": [asdict(row) for row in found.lds_differences],
+            "explained_by_trivial": [asdict(row) for row in found.trivial if row.explained],
+            "noise_ceiling": [asdict(row) for row in found.noise_ceiling],
+            "costs": {name: {key: cost[key] for key in ("seconds", "memory_gb")}
+                      for name, cost in table.methods.items()},
+            **_medians(results.rows),
+        }  # fmt: skip
 
 
 def _medians(rows: Sequence[Row]) -> Row:
@@ -276,7 +317,7 @@ def _medians(rows: Sequence[Row]) -> Row:
     }}  # fmt: skip
 
 
-def _ends(row: Row, name: str) -> str:
+def _ends(row: Mapping[str, Any], name: str) -> str:
     return f"{row[name]:.2f} [{row[f'{name}_lo']:.2f}, {row[f'{name}_hi']:.2f}]"
 
 
@@ -286,18 +327,27 @@ _COLUMNS = {
     "subsets": lambda row: f"{row['n']} {row['subsets']}",
     "raw": lambda row: _ends(row, "raw"),
     "controlled": lambda row: _ends(row, "controlled"),
+    "ceiling": lambda row: "" if row["noise_ceiling"] is None else f"{row['noise_ceiling']:.2f}",
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and measure."""
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--regime", choices=REGIMES, default="short")
-    flags.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    flags.add_argument("--run", type=Path, help="a run of the ground truth: its own influence too")
-    flags.add_argument("--data", type=Path, default=DATA, help="folder of the data set")
+    flags.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS),
+                       help="baselines are always computed")  # fmt: skip
+    flags.add_argument("--regime", nargs="*", choices=RANKED,
+                       help="regimes to compare on (default: all that are there)")  # fmt: skip
+    flags.add_argument("--run", type=Path,
+                       help="a run of the ground truth: its influence is taken, not computed",
+                       )  # fmt: skip
+    flags.add_argument("--scores", type=Path, nargs="*", default=[],
+                       help="tables of further scores, as for taught compare")  # fmt: skip
+    flags.add_argument("--fresh", action="store_true", help="forget the scores that are there")
+    flags.add_argument("--memory-gb", type=float, help="for query gradients; 10: all at once")
+    flags.add_argument("--data", type=Path, default=DATA, help="folder of the data sets")
     flags.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    run(measure, flags.parse_args())
+    run(measure, flags.parse_args(argv))
 
 
 if __name__ == "__main__":

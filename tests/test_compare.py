@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from taught import stages
 from taught.errors import UserError
+from taught.files import sha256_file
 from taught.rank import spearman
-from taught.report.compared import compared_tables
+from taught.report.compared import compared_tables, design_tables
 from taught.run import RunFolder
 from taught.study import load_study
+from taught.validation.comparison import truths
+from taught.validation.score_tables import placed, read_scores
 from test_validate import SMALL_STEPS, with_values
 from tiny_study import write_tiny_study
 
@@ -125,3 +132,171 @@ def test_an_unknown_method_and_a_run_without_retrainings_are_refused(compared, t
     stages.attribute(study, run)
     with pytest.raises(UserError, match="validate has not been run"):
         stages.compare(study, run)
+
+
+# --- repeats and noise ----------------------------------------------------------------------------
+
+
+def test_repeats_train_the_same_subsets_with_other_seeds(compared):
+    """A second repeat leaves the first as it was; the LDS is of the mean, below its ceiling."""
+    study = with_values(compared.study, {"validation.designs": ("random",), "validation.lr": 3e-3,
+                                         "validation.batch": 2, "validation.subsets": 8,
+                                         "validation.repeats": 2})  # fmt: skip
+    run = RunFolder(compared.folder.with_name("repeats"))
+    for stage in (stages.policy, stages.attribute, stages.validate, stages.compare):
+        stage(study, run)
+    models = [r for r in run.read_table("models").to_pylist() if r["design"] == "random"]
+    assert {(r["repeat"], r["seed"]) for r in models} == {(0, 42), (1, 43)} and len(models) == 16
+    members = run.read_table("subsets").to_pylist()
+    assert len(members) == 8 * 7 == len({(r["subset"], r["pair_id"]) for r in members})
+    of: dict[int, dict[str, float]] = {0: {}, 1: {}}
+    for row in run.read_table("outcomes").to_pylist():
+        if row["target"] == "score":
+            of[row["repeat"]][row["subset"]] = row["value"]
+    assert all(of[0][name] != of[1][name] for name in of[0])  # another order of the pairs
+    influence = {
+        row["pair_id"]: row["value"] for row in run.read_table("influence").to_pylist()
+        if row["target"] == "score" and row["pathway"] == "total"
+    }  # fmt: skip
+    sums = {name: 0.0 for name in of[0]}
+    for row in members:
+        sums[row["subset"]] += influence[row["pair_id"]]
+    wanted = spearman(list(sums.values()), [(of[0][n] + of[1][n]) / 2 for n in sums])
+    assert lds(run)["adjoint", "score"]["raw"] == pytest.approx(wanted, abs=1e-12)
+    ceilings = {row["target"]: row for row in run.read_table("noise_ceiling").to_pylist()}
+    row = ceilings["score"]
+    between = spearman([of[0][n] for n in sums], [of[1][n] for n in sums])
+    assert row["between_seeds"] == pytest.approx(between, abs=1e-12) and row["seeds"] == 2
+    assert row["ceiling"] == pytest.approx(np.sqrt(2 * between / (1 + between)))
+    assert len(ceilings) == 3 + 6  # the score, two groups, six coefficients
+    (table,) = design_tables(run.read_table("lds").to_pylist(), list(ceilings.values()))
+    name, cells = table.rows[-1]
+    assert name == "noise ceiling" and cells[table.targets.index("score")].raw == row["ceiling"]
+
+
+def test_outcomes_without_repeats_are_read_as_one(compared):
+    plain = compared.read_table("outcomes").drop_columns("repeat")
+    subsets, inclusion = compared.read_table("subsets"), compared.read_json("validation")
+    (truth,) = truths(subsets, plain, inclusion["inclusion"], ["score"])
+    assert set(truth.measured["score"]) == {0} and len(truth.outcomes()["score"]) == 16
+    with pytest.raises(UserError, match="no outcomes of these targets"):
+        truths(subsets, plain, inclusion["inclusion"], ["score", "coefficient:999"])
+
+
+# --- scores made elsewhere ------------------------------------------------------------------------
+
+
+def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path):
+    """The run's own influence on the score as CSV, and a concept's values as Parquet."""
+    own = [r for r in compared.read_table("scores").to_pylist()
+           if (r["method"], r["target"]) == ("adjoint", "score")]  # fmt: skip
+    lines = [f"{r['pair_id']},theirs,score,{r['value']!r}\n" for r in own]
+    (tmp_path / "theirs.csv").write_text("pair_id,method,target,value\n" + "".join(lines))
+    table = pa.table({
+        "pair_id": [r["pair_id"] for r in own], "concept": ["refusal"] * 14,
+        "method": ["vector-filter"] * 14, "value": [r["value"] for r in own],
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "concept.parquet")
+    run = RunFolder(compared.folder, fresh=("compare",))
+    files = (tmp_path / "theirs.csv", tmp_path / "concept.parquet")
+    stages.compare(run.study, run, ALL, None, files)
+    rows = lds(run)
+    keys = ("raw", "raw_lo", "raw_hi", "controlled")
+    for name in ("theirs", "refusal:vector-filter"):
+        assert [rows[name, "score"][k] for k in keys] == [rows["adjoint", "score"][k] for k in keys]
+    assert {t for m, t in rows if m == "theirs"} == {"score"}
+    assert ({t for m, t in rows if m == "refusal:vector-filter"}
+            == {t for m, t in rows if m == "adjoint"})  # fmt: skip
+    assert run.read_json("compare")["given"] == ["theirs", "refusal:vector-filter"]
+    made = run.manifest["stages"]["compare"]
+    stages.compare(run.study, run, ALL, None, files)  # nothing has changed
+    assert run.manifest["stages"]["compare"] == made
+    (tmp_path / "theirs.csv").write_text("pair_id,method,target,value\n" + "".join(lines[::-1]))
+    with pytest.raises(UserError, match="scores sha256"):
+        stages.compare(run.study, run, ALL, None, files)
+
+
+IDS = ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ("pair_id,value\na,1\nb,2\n", "without method"),
+        ("pair_id,method,value\n", "no rows"),
+        ("pair_id,method,value\na,m,1\nb,m,nan\n", "not a finite number"),
+        ("pair_id,method,value\na,m,1\nb,m,high\n", "not a finite number"),
+        ("pair_id,method,value\na,m,1\nb,m,1\nc,m,1\n", "unknown pairs"),
+        ("pair_id,method,value\na,m,1\n", "missing"),
+        ("pair_id,method,target,value\na,m,score,1\nb,m,,1\n", "missing"),
+        ("pair_id,method,value\na,m,1\nb,m,1\na,m,2\n", "two scores"),
+        ("pair_id,method,value\na,loss,1\nb,loss,1\n", "of this name already"),
+        ("pair_id,method,target,value\na,m,scores,1\nb,m,scores,1\n", "not compared"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused_by_name(tmp_path, rows, what):
+    file = tmp_path / "scores.csv"
+    file.write_text(rows)
+    with pytest.raises(UserError, match=what):
+        placed(read_scores(file), IDS, ["score", "mean_y:harmless"], {"loss"})
+
+
+# --- the benchmark --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmark(compared, tmp_path, monkeypatch):
+    """``benchmarks.lds`` on the tiny study, and a call of it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    import benchmarks.lds as module
+
+    study = compared.study
+    monkeypatch.setattr(module, "ground_truth_study", lambda *_: study)
+    (tmp_path / "data/short").mkdir(parents=True)
+    for name in ("subsets.parquet", "outcomes.parquet", "validation.json"):
+        (tmp_path / "data/short" / name).write_bytes(compared.path(name).read_bytes())
+    made = {"pairs sha256": sha256_file(Path(study.pairs.path)), "sha256": {}}
+    (tmp_path / "data/short/made.json").write_text(json.dumps(made))
+
+    def call(*flags: str) -> dict:
+        monkeypatch.setattr("sys.argv", ["benchmarks/lds.py", *flags])
+        module.main([*flags, "--data", str(tmp_path / "data"), "--out", str(tmp_path)])
+        return json.loads((tmp_path / "lds_short.json").read_text())
+
+    return module, call
+
+
+def test_the_benchmark_agrees_with_the_stage_and_computes_nothing_twice(
+    compared, benchmark, tmp_path, monkeypatch
+):
+    module, call = benchmark
+    some = ("adjoint+adam", "difference:vector-filter", "difference:gradient")
+    first = call("--run", str(compared.folder), "--methods", *some)
+    assert first["complete"]
+    rows = {(r["method"], r["target"]): r for r in first["rows"] if r["subsets"] == "random"}
+    for key, row in lds(compared).items():
+        if key[0] in ("adjoint", "adjoint+adam", "random", "loss", "gradient-cosine"):
+            assert rows[key]["raw"] == pytest.approx(row["raw"], abs=1e-9)
+            assert rows[key]["controlled"] == pytest.approx(row["controlled"], abs=1e-9)
+    assert {"adjoint", *some, "bm25"} <= {method for method, _ in rows}
+    once = [r for r in pq.read_table(tmp_path / "data/scores.parquet").to_pylist()
+            if r["method"] == "difference:gradient"]  # fmt: skip
+    assert len(once) == 14 and all(row["target"] is None for row in once)  # for every target
+    assert {t for m, t in rows if m == "difference:gradient"} == {t for _, t in rows}
+    others = {row["other"] for row in first["summary"]["differences"]}
+    assert others == {"adjoint", "difference:vector-filter", "difference:gradient"}
+    assert {"all baselines", *some} <= set(first["summary"]["costs"])
+    assert first["summary"]["planted"]["adjoint+adam"]["planted"] == 6
+    monkeypatch.setattr(module, "METHODS", dict.fromkeys(module.METHODS))  # none can be called
+    second = call("--methods", *some)
+    assert second["rows"] == first["rows"]
+
+
+def test_the_benchmark_refuses_scores_of_another_model(compared, benchmark, monkeypatch, capsys):
+    module, call = benchmark
+    call("--methods")
+    study = compared.study.replace("readout.position", "last_user")
+    monkeypatch.setattr(module, "ground_truth_study", lambda *_: study)
+    with pytest.raises(SystemExit):
+        call("--methods")
+    assert "readout.position" in " ".join(capsys.readouterr().err.split())

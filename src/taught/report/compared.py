@@ -44,7 +44,7 @@ class DesignTable:
 def design_tables(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> list[DesignTable]:
     """The tables ``lds`` and ``noise_ceiling`` by design; coefficients come down to their median.
 
-    No method can be expected above the ceiling: raw and controlled values are of noisy outcomes.
+    A method that knew the outcome but for the noise of training would reach the ceiling (raw).
     """
     tables = []
     noise = [{**row, "method": CEILING, "raw": row["ceiling"], "raw_lo": row["lo"],

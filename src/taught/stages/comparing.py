@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -135,7 +135,7 @@ def compare(
         for name, rows in (*found._asdict().items(), ("costs", costs)):
             if rows:
                 run.write_table(name, table_of(rows))
-        run.write_table("scores", scores_table(scores))
+        run.write_table("scores", _scores_table(scores))
         run.write_json("compare", {"methods": list(scores), "baselines": list(baselines),
                                    "given": list(elsewhere)})  # fmt: skip
 
@@ -296,7 +296,7 @@ def _positive_label(ready: Ready) -> str:
     return next((label for label in labels if "refusal" in label), labels[0])
 
 
-def scores_table(scores: Mapping[str, Mapping[str | None, Mapping[str, float]]]) -> pa.Table:
+def _scores_table(scores: Scores) -> pa.Table:
     """Scores in long form."""
     long = [(m, t, i, v) for m, of in scores.items() for t, by in of.items() for i, v in by.items()]
     return pa.table([list(column) for column in zip(*long, strict=True)], schema=SCORES)

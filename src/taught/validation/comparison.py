@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from taught.errors import UserError
 from taught.validation.lds import (
     Difference,
     LdsRow,
@@ -164,6 +165,11 @@ def truths(
         As the stage ``validate`` writes them; outcomes of runs without repeats lack that column.
     targets
         Labels of the targets that are wanted (``TargetName.label``).
+
+    Raises
+    ------
+    UserError
+        Of a target no outcomes were measured.
     """
     members: dict[str, dict[str, list[str]]] = {}
     for row in subsets.to_pylist():
@@ -174,15 +180,23 @@ def truths(
         if name in targets:
             repeats = found.setdefault(row["design"], {}).setdefault(name, {})
             repeats.setdefault(row.get("repeat", 0), {})[row["subset"]] = row["value"]
+    ranked = [design for design, some in members.items()
+              if len(some) >= LEAST_SUBSETS and design in RANK_DESIGNS]  # fmt: skip
+    for design in ranked:
+        missing = [name for name in targets if name not in found.get(design, {})]
+        if missing:
+            raise UserError(f"retraining ({design}) has no outcomes of these targets",
+                            value=", ".join(missing), rule="outcomes are of the policy's targets",
+                            fix="run taught validate again")  # fmt: skip
     return [
         Truth(
             design,
-            Subsets(tuple(some), tuple(map(tuple, some.values())), inclusion[design]),
-            {name: found[design][name] for name in targets if name in found[design]},
+            Subsets(tuple(members[design]), tuple(map(tuple, members[design].values())),
+                    inclusion[design]),
+            {name: found[design][name] for name in targets},
         )
-        for design, some in members.items()
-        if len(some) >= LEAST_SUBSETS and design in RANK_DESIGNS
-    ]
+        for design in ranked
+    ]  # fmt: skip
 
 
 def _indicators(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
