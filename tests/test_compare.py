@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +198,7 @@ def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path):
         "method": ["vector-filter"] * 14, "value": [r["value"] for r in own],
     })  # fmt: skip
     pq.write_table(table, tmp_path / "concept.parquet")
-    run = RunFolder(compared.folder, fresh=("compare",))
+    run = RunFolder(shutil.copytree(compared.folder, tmp_path / "run"), fresh=("compare",))
     files = (tmp_path / "theirs.csv", tmp_path / "concept.parquet")
     stages.compare(run.study, run, ALL, None, files)
     rows = lds(run)
