@@ -13,11 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from taught import stages
+from taught.attribution.adjoint import targets_at_once
+from taught.cli import run_command
 from taught.errors import UserError
 from taught.files import sha256_file
+from taught.partial import PartialFolder
+from taught.progress import SilentProgress
 from taught.rank import spearman
 from taught.report.compared import compared_tables, design_tables
 from taught.run import RunFolder
+from taught.setup import open_subject
+from taught.stages import comparing
+from taught.stages.estimating import prepare, read_data
+from taught.stages.retraining import influence_of
 from taught.study import load_study
 from taught.validation.comparison import truths
 from taught.validation.score_tables import placed, read_scores
@@ -82,6 +90,28 @@ def test_in_small_steps_the_influence_predicts_and_random_numbers_do_not(compare
         assert rows["sketch", target]["raw"] > 0.9
     row = rows["random", "mean_y:harmless"]
     assert row["raw_lo"] < 0.5 and row["raw"] < rows["adjoint", "mean_y:harmless"]["raw"]
+
+
+def test_few_targets_at_a_time_give_what_the_run_has_for_all(compared, tmp_path, monkeypatch):
+    """Effects on total targets, two in memory at a time, and kept: the run's own influence."""
+    study = compared.study.replace("attribution.memory_gb", 1.5e-4)
+    data, subject = read_data(study, SilentProgress()), open_subject(study)
+    ready = prepare(study, compared, subject, data)
+    assert targets_at_once(ready.problem) == 2
+    targets = comparing.compared_targets(ready)
+
+    def found() -> dict[str, dict[str, float]]:
+        return comparing.method_scores("adjoint", study, compared, subject, ready, targets,
+                                       SilentProgress(), PartialFolder(tmp_path))  # fmt: skip
+
+    scores = found()
+    own = {target.label: values for target, values in influence_of(compared).items()}
+    for name in targets:
+        wanted = [own[name][i] for i in scores[name]]
+        size = np.abs(wanted).max()
+        np.testing.assert_allclose(list(scores[name].values()), wanted, atol=1e-4 * size)
+    monkeypatch.delattr(comparing, "target_effects")
+    assert found() == scores  # nothing is computed twice
 
 
 def test_planted_over_refusals_stand_out_from_the_other_harmless_pairs(compared):
@@ -170,6 +200,8 @@ def test_repeats_train_the_same_subsets_with_other_seeds(compared):
     assert row["between_seeds"] == pytest.approx(between, abs=1e-12) and row["seeds"] == 2
     assert row["ceiling"] == pytest.approx(np.sqrt(2 * between / (1 + between)))
     assert len(ceilings) == 3 + 6  # the score, two groups, six coefficients
+    stages.report(run)
+    assert ">noise ceiling<" in run.path("report.html").read_text()
     (table,) = design_tables(run.read_table("lds").to_pylist(), list(ceilings.values()))
     name, cells = table.rows[-1]
     assert name == "noise ceiling" and cells[table.targets.index("score")].raw == row["ceiling"]
@@ -187,8 +219,9 @@ def test_outcomes_without_repeats_are_read_as_one(compared):
 # --- scores made elsewhere ------------------------------------------------------------------------
 
 
-def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path):
+def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path, monkeypatch):
     """The run's own influence on the score as CSV, and a concept's values as Parquet."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the command sets it; here it is undone
     own = [r for r in compared.read_table("scores").to_pylist()
            if (r["method"], r["target"]) == ("adjoint", "score")]  # fmt: skip
     lines = [f"{r['pair_id']},theirs,score,{r['value']!r}\n" for r in own]
@@ -198,9 +231,11 @@ def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path):
         "method": ["vector-filter"] * 14, "value": [r["value"] for r in own],
     })  # fmt: skip
     pq.write_table(table, tmp_path / "concept.parquet")
-    run = RunFolder(shutil.copytree(compared.folder, tmp_path / "run"), fresh=("compare",))
+    folder = shutil.copytree(compared.folder, tmp_path / "run")
     files = (tmp_path / "theirs.csv", tmp_path / "concept.parquet")
-    stages.compare(run.study, run, ALL, None, files)
+    flags = ["--method", *ALL, "--scores", *map(str, files), "--fresh", "--quiet"]
+    assert run_command(["compare", str(folder), *flags]) == 0
+    run = RunFolder.open(folder)
     rows = lds(run)
     keys = ("raw", "raw_lo", "raw_hi", "controlled")
     for name in ("theirs", "refusal:vector-filter"):
