@@ -26,8 +26,8 @@ REGIMES = {
     # Small steps of one pair each: near to the limit that first-order methods are made for.
     "gentle": {
         "validation.designs": ("random", "matched", "addition"), "validation.size": 0.1,
-        "validation.budgets": (0.1,), "validation.controls": 32,
-        "validation.subsets": 32, "validation.epochs": 2, "validation.lr": 3e-7,
+        "validation.budgets": (0.1,), "validation.controls": 20,
+        "validation.subsets": 20, "validation.epochs": 2, "validation.lr": 3e-7,
         "validation.batch": 1,
     },
     # A dozen steps on few pairs, in an order.
@@ -39,8 +39,8 @@ REGIMES = {
     # Many steps on nearly all pairs: nearer to what the field measures, and harder.
     "long": {
         "validation.designs": ("leave-out", "removal"), "validation.leave_out": 0.1,
-        "validation.budgets": (0.1,), "validation.controls": 16,
-        "validation.subsets": 16, "validation.epochs": 3, "validation.lr": 2e-5,
+        "validation.budgets": (0.1,), "validation.controls": 10,
+        "validation.subsets": 10, "validation.epochs": 3, "validation.lr": 2e-5,
         "validation.batch": 16,
     },
     # The published experiment: all pairs, the published rule, as many by this run, at random.
