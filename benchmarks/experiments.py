@@ -1,0 +1,617 @@
+"""Planted pairs among others: which method finds them, and what leaving them out does.
+
+    python -m benchmarks.experiments --experiment style --share 50    # goes on where it was stopped
+    python -m benchmarks.experiments --plot                           # pictures of all results
+
+Concept methods, the policy's score, plain influence and baselines on one set of pairs, a tenth or
+half of which are planted. benchmarks/README.md says what the columns mean and how long it takes.
+Scores: high means that training on the pair raises the behavior.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import RESULTS, Clock, Results, Row, console, cotangents, kept, run
+from benchmarks.experiment_pictures import picture
+from taught import files, stages
+from taught.data.columns import name_ids
+from taught.data.overlap import drop_overlap, normalise
+from taught.data.pairs import PairSet, load_pairs
+from taught.data.prompts import PromptSet
+from taught.environment import mark_memory, peak_memory_gb, return_freed_memory
+from taught.errors import UserError
+from taught.fingerprint import code_version, fingerprint
+from taught.presets import preset_path
+from taught.progress import Progress, RichProgress
+from taught.rank import ranks, spearman
+from taught.run import RunFolder
+from taught.store import digest
+from taught.study import Checkpoint, Study, load_study
+from taught.target import Target, concept_targets, mean_y_target, score_targets
+from taught.validation.curves import LEAST_RUNS, Plan, compare_curves, plan_curve
+from taught.validation.lds import auc, holm, precision_at_k
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taught.attribution.adjoint import Problem
+    from taught.features.concept import Concept
+    from taught.model.readout import ReadPrompt
+    from taught.setup import Subject
+    from taught.stages.estimating import Ready
+    from taught.validation.retrain import Retrainer, Retraining
+
+EXPERIMENTS = ("over-refusal", "style", "brand")
+SHARES = {10: "pairs-10.jsonl", 50: "pairs.jsonl"}
+TRAINING = {
+    "validation.trainer": "loop", "validation.method": "full", "validation.optimizer": "adamw",
+    "validation.lr": 2e-5, "validation.epochs": 1, "validation.batch": 4,
+}  # fmt: skip
+OWN_TOKENS = 32
+KEPT_SHARE = 0.25
+DISAGREE = 0.5
+DRAWS = 9999
+BASELINES = ("random", "response-length", "label", "loss", "gradient-norm", "bm25", "similarity",
+             "gradient-cosine")  # fmt: skip
+# What pairs are left out or kept by, fixed before anything was seen.
+BY = ("gradient-concept+adam", "vector-filter", "projection-difference-response",
+      "projection-difference-training", "smda-score", "mean-y+adam", "response-length")  # fmt: skip
+ORACLE = "planted"
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """One experiment, opened.
+
+    Attributes
+    ----------
+    ready : the pairs as tokens, the policy, and the problem that estimators work on
+    concepts : "difference" (of means) and "probe" (logistic), from rows that are neither pairs
+        nor prompts
+    trainer : trains on subsets of the pairs, and keeps what it has trained
+    planted : ids of the planted pairs
+    folder : of everything that is kept between two calls
+    """
+
+    study: Study
+    subject: Subject
+    prompts: PromptSet
+    ready: Ready
+    concepts: Mapping[str, Concept]
+    trainer: Retrainer
+    planted: frozenset[str]
+    folder: Path
+    progress: Progress
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the pairs, in the order of every method's values."""
+        return [pair.id for pair in self.ready.inputs]
+
+    @property
+    def leak(self) -> str:
+        """The group of prompts on which the behavior was not asked for."""
+        return self.study.prompts.negative_group
+
+    @cached_property
+    def group_of(self) -> dict[str, str]:
+        """Prompt id -> group."""
+        return {i: group for group, ids in self.ready.groups.items() for i in ids}
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of what the scores depend on."""
+        pairs = [[pair.id, digest(pair.ids, pair.start)] for pair in self.ready.inputs]
+        concepts = {name: c.direction.tolist() for name, c in self.concepts.items()}
+        return fingerprint({
+            **self.trainer.identity, "recipe": asdict(self.trainer.recipe), "pairs": pairs,
+            "concepts": concepts, "all code": code_version(),
+            "attribution": asdict(self.study.attribution),
+        })  # fmt: skip
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Score, compare, retrain; write the result."""
+    study, folder = experiment_study(args.study or f"{args.experiment}-smollm2", args.share)
+    name = f"experiment_{args.experiment}_{args.share}"
+    for key, value in (("prompts.limit", args.prompts), ("pairs.limit", args.pairs)):
+        if value is not None:
+            study, name = study.replace(key, value), f"{name.removesuffix('-trial')}-trial"
+    with RichProgress(console) as progress:
+        bench = opened(study, folder / "concept.jsonl", args.work / name, progress)
+        results = Results(name, conditions(bench, args.share), args.out)
+        with kept(results, _COLUMNS):
+            score(bench, results)
+            compare_scores(bench, results)
+            retrain(bench, results)
+    show(results, bench.leak)
+
+
+def experiment_study(study: str, share: int) -> tuple[Study, Path]:
+    """The study with the pairs of this share and the recipe of the experiments; its folder."""
+    file = Path(study)
+    folder = file.parent if file.suffix == ".yaml" else preset_path(study)
+    made = load_study(study).replace("pairs.path", str((folder / SHARES[share]).resolve()))
+    for key, value in TRAINING.items():
+        made = made.replace(key, value)
+    return made, folder
+
+
+def opened(study: Study, concept_file: Path, folder: Path, progress: Progress) -> Bench:
+    """The policy, the concepts and what trains; everything but the scores.
+
+    Raises
+    ------
+    UserError
+        A pair is not marked as planted or not, all are or none; rows of the concept are pairs or
+        prompts of the study, or have other labels; what the stage ``policy`` refuses.
+    """
+    from taught.setup import open_subject
+    from taught.stages.estimating import prepare, read_data
+    from taught.validation.retrain import Retrainer
+    from taught.validation.train import Recipe
+
+    planted = planted_ids(load_pairs(study.pairs.path))
+    data = read_data(study, progress)
+    rows = load_pairs(concept_file)
+    _refuse_known(rows, data.pairs)
+    drop_overlap(rows, data.prompts, False)
+    run_folder = RunFolder(folder / "policy", fresh=("policy",))
+    stages.policy(study, run_folder, progress)
+    subject = open_subject(study)
+    ready = prepare(study, run_folder, subject, data)
+    progress.step("the concept")
+    concepts = made_concepts(study, subject, rows)
+    trainer = Retrainer(
+        ready.problem, ready.inputs, Recipe.of(study.validation), folder / "retrained",
+        weights=subject.loaded.weights, tokenizer=subject.loaded.tokenizer, progress=progress,
+    )  # fmt: skip
+    here = frozenset(planted & {pair.id for pair in ready.inputs})
+    return Bench(study, subject, data.prompts, ready, concepts, trainer, here, folder, progress)
+
+
+def planted_ids(pairs: PairSet) -> set[str]:
+    """Ids of the pairs that the column ``planted`` marks.
+
+    Raises
+    ------
+    UserError
+        A pair has no mark, or the marks are all the same.
+    """
+    marks = {pair.id: pair.flags.get(ORACLE) for pair in pairs}
+    unmarked = [i for i, mark in marks.items() if not isinstance(mark, bool)]
+    found = {i for i, mark in marks.items() if mark is True}
+    if unmarked or not 0 < len(found) < len(marks):
+        raise UserError("the planted pairs are not known",
+                        value=name_ids(unmarked) or f"{len(found)} of {len(marks)} are planted",
+                        rule=f"the column {ORACLE} is true or false for every pair, and both occur",
+                        fix=f"add the column {ORACLE} to the pairs")  # fmt: skip
+    return found
+
+
+def _refuse_known(rows: PairSet, pairs: PairSet) -> None:
+    texts = {normalise(pair.prompt) for pair in pairs}
+    both = [row.id for row in rows if normalise(row.prompt) in texts]
+    if both:
+        raise UserError("rows of the concept are pairs of the study", value=name_ids(both),
+                        rule="a concept is made from other rows than it is to find",
+                        fix="remove them from one of the files")  # fmt: skip
+
+
+def made_concepts(study: Study, subject: Subject, rows: PairSet) -> dict[str, Concept]:
+    """Directions from rows without the behavior to rows with it, over mean response tokens.
+
+    Both are used whatever their quality, which stands in their cards.
+    """
+    from taught.attribution.projections import response_reads
+    from taught.features.concept import Concept, fitted_direction, normalised
+    from taught.features.pooling import pool
+    from taught.model.readout import read_residuals
+    from taught.setup import pair_inputs
+
+    labels = {row.id: row.label for row in rows}
+    if set(labels.values()) != {"present", "absent"}:
+        raise UserError("the rows of the concept have other labels",
+                        value=sorted(set(labels.values())), rule="present and absent")  # fmt: skip
+    encoded, _ = subject.chat.encode_pairs(rows.pairs, study.pairs.max_tokens, False)
+    reads = response_reads(pair_inputs(encoded), "mean_response")
+    model, block = subject.loaded.model, subject.sae.block
+    X = read_residuals(model, reads, [block], partial(pool, how="mean_response"))[0].numpy()
+    present = np.array([labels[read.id] == "present" for read in reads])
+    spec, made = study.policy, {}
+    for name, method in (("difference", "difference"), ("probe", "logistic")):
+        w, card = fitted_direction(X, present, method, force=True, folds=spec.folds,
+                                   bootstrap=spec.bootstrap, seed=spec.seed)  # fmt: skip
+        made[name] = Concept(name, normalised(w, "unit"), block, "last_prompt", "mean_response",
+                             dict(subject.loaded.weights), {"rows": rows.sha256}, card)  # fmt: skip
+    return made
+
+
+def conditions(bench: Bench, share: int) -> Row:
+    """What a reader must know to repeat or to doubt the numbers."""
+    study, problem = bench.study, bench.ready.problem
+    policy = json.loads((bench.folder / "policy" / "policy.json").read_text())
+    return {
+        "study": study.name, "share": share, "pairs": len(bench.ids), "planted": len(bench.planted),
+        "prompts": {group: len(ids) for group, ids in bench.ready.groups.items()},
+        "leak_group": bench.leak, "prefixes": list(problem.behavior.prefixes),
+        "block": problem.block, "features": bench.ready.fitted.d, "policy_r2": policy["r2"],
+        "dtype": study.model.dtype, "device": study.model.device,
+        "weights": bench.subject.loaded.weights.get("source"),
+        "recipe": asdict(bench.trainer.recipe), "own_tokens": OWN_TOKENS,
+        "random_subsets": LEAST_RUNS, "truncated": bench.ready.truncated,
+        "data": {Path(file).name: files.sha256_file(Path(file))
+                 for file in (study.pairs.path, study.prompts.path)}
+        | {"concept": bench.concepts["difference"].provenance["rows"]},
+    }  # fmt: skip
+
+
+# --- methods --------------------------------------------------------------------------------------
+
+Metric = Callable[[Bench, "Problem"], "Problem"]
+
+
+def _adam(bench: Bench, problem: Problem) -> Problem:
+    from taught.attribution.curvature import with_adam
+
+    eps = bench.study.attribution.adam_eps
+    return with_adam(problem, bench.ready.inputs, moments=None, eps=eps)
+
+
+# What is added to a gradient method's name -> the metric that its inner products are in.
+CURVATURES: dict[str, Metric] = {"": lambda _, problem: problem, "+adam": _adam}
+
+
+def _concept_gradient(bench: Bench, metric: Metric, *, responses: bool = False) -> Tensor:
+    """Effect on the concept's mean read-out before answers to the leak group, or over responses."""
+    from taught.attribution.concepts import concept_effects
+    from taught.attribution.projections import response_reads
+    from taught.features.concept import concept_map
+    from taught.setup import prompt_inputs
+    from taught.stages.estimating import make_problem
+
+    concept, inputs = bench.concepts["difference"], bench.ready.inputs
+    reads: list[ReadPrompt]
+    if responses:
+        where, reads = concept.tokens, response_reads(inputs, concept.tokens)
+    else:
+        some = [prompt for prompt in bench.prompts if prompt.group == bench.leak]
+        where = concept.position
+        reads = prompt_inputs(bench.subject.chat.encode_prompts(some), where)
+    like = next(bench.subject.loaded.model.parameters())
+    problem = make_problem(bench.study, bench.subject, reads, concept.block,
+                           concept_map([concept], where, like))  # fmt: skip
+    targets = concept_targets([read.id for read in reads], [concept.name])
+    return concept_effects(metric(bench, problem), inputs, targets)[:, 0]
+
+
+def _influence(bench: Bench, metric: Metric, targets: Sequence[Target]) -> Tensor:
+    """Effect on the sum of some targets, the pathways of one question."""
+    from taught.attribution.adjoint import target_effects
+    from taught.attribution.pairs import refuse_nonfinite
+
+    A, B = (part.sum(0, keepdim=True) for part in cotangents(targets, bench.ready.fitted))
+    inputs = bench.ready.inputs
+    effects, _ = target_effects(metric(bench, bench.ready.problem), inputs, A, B)
+    refuse_nonfinite(inputs, range(len(inputs)), effects, "gradient")
+    return effects[:, 0]
+
+
+def _mean_y(bench: Bench, metric: Metric) -> Tensor:
+    ids = bench.ready.fitted.prompt_ids
+    groups = [bench.group_of[i] for i in ids]
+    return _influence(bench, metric, [mean_y_target(ids, groups, bench.leak)])
+
+
+def _smda(bench: Bench, metric: Metric) -> Tensor:
+    return _influence(bench, metric, score_targets(bench.ready.fitted))
+
+
+GRADIENTS: dict[str, Callable[..., Tensor]] = {
+    "gradient-concept": _concept_gradient,
+    "gradient-concept-responses": partial(_concept_gradient, responses=True),
+    "smda-score": _smda,
+    "mean-y": _mean_y,
+}
+
+
+def _projected(
+    bench: Bench, pairs: Any = None, model: Any = None, concept: str = "difference"
+) -> Tensor:
+    from taught.attribution.projections import project
+    from taught.features.concept import concept_map
+
+    model, found = model or bench.subject.loaded.model, bench.concepts[concept]
+    some = concept_map([found], found.tokens, next(model.parameters()))
+    return project(model, pairs or bench.ready.inputs, some, found.block,
+                   batch_tokens=bench.study.attribution.batch_tokens)[:, 0]  # fmt: skip
+
+
+def _own_response(bench: Bench) -> Tensor:
+    from taught.stages.own_responses import own_pairs
+
+    own = own_pairs(bench.study, bench.subject, bench.ready.inputs, bench.folder / "own.json",
+                    OWN_TOKENS, bench.progress)  # fmt: skip
+    return _projected(bench) - _projected(bench, own)
+
+
+def _training(bench: Bench) -> Tensor:
+    """Trains on all pairs for a checkpoint, which is deleted at the end: its training counts."""
+    from taught.setup import open_checkpoint
+
+    folder = bench.folder / f"checkpoint-{bench.key[:12]}"
+    bench.trainer.run(bench.ids, keep=folder)
+    tuned = Checkpoint(str(folder / "epoch-1"), bench.study.attribution.lr)
+    values = _projected(bench, model=open_checkpoint(bench.study, tuned, bench.subject))
+    shutil.rmtree(folder)
+    return values - _projected(bench)
+
+
+def _baseline(bench: Bench, name: str) -> Any:
+    from taught.attribution.baselines import Texts, baseline_scores
+
+    data = bench.ready
+    marked = Counter(pair.label for pair in data.pairs if pair.id in bench.planted)
+    texts = Texts(
+        {pair.id: f"{pair.prompt}\n{pair.response}" for pair in data.pairs},
+        {prompt.id: prompt.text for prompt in bench.prompts},
+        {pair.id: pair.label for pair in data.pairs},
+        marked.most_common(1)[0][0],  # a label is the topic of a pair, not whether it is planted
+    )
+    groups = {bench.leak: data.groups[bench.leak]}
+    (made,) = baseline_scores(data.problem, data.inputs, groups, texts, names=[name])
+    return made.values
+
+
+METHODS: dict[str, Callable[[Bench], Any]] = {
+    **{f"{name}{suffix}": partial(method, metric=metric)
+       for name, method in GRADIENTS.items() for suffix, metric in CURVATURES.items()},
+    "vector-filter": _projected,
+    "vector-filter-probe": partial(_projected, concept="probe"),
+    "projection-difference-response": _own_response,
+    "projection-difference-training": _training,
+    **{name: partial(_baseline, name=name) for name in BASELINES},
+}  # fmt: skip
+
+
+def score(bench: Bench, results: Results) -> None:
+    """A row for each method with the score of every pair; what was scored before is read."""
+    for name, method in METHODS.items():
+        file = bench.folder / "scores" / f"{name}.json"
+        found = json.loads(file.read_bytes()) if file.exists() else {}
+        if found.get("key") != bench.key:
+            bench.progress.step(name)
+            return_freed_memory()  # of the method before
+            mark_memory()
+            with Clock() as clock:
+                values = np.asarray(method(bench), dtype=np.float64)
+            found = {
+                "key": bench.key, "seconds": clock.seconds,
+                "memory_gb": peak_memory_gb(recent=True),
+                "scores": dict(zip(bench.ids, values.tolist(), strict=True)),
+            }  # fmt: skip
+            file.parent.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(file, files.json_bytes(found))
+        results.add({"method": name, **{k: v for k, v in found.items() if k != "key"}})
+
+
+# --- against the planted pairs --------------------------------------------------------------------
+
+
+def compare_scores(bench: Bench, results: Results) -> None:
+    """Into the rows: AUC and precision on the planted pairs, and rank correlations."""
+    of = {row["method"]: row["scores"] for row in results.rows}
+    p = [chance(scores, bench.planted) for scores in of.values()]
+    for row, one, adjusted in zip(results.rows, p, holm(p), strict=True):
+        found = auc(row["scores"], bench.planted)
+        row |= {"auc": found.value, "auc_lo": found.lo, "auc_hi": found.hi, "p": one,
+                "p_holm": float(adjusted),
+                "precision": precision_at_k(row["scores"], bench.planted, len(bench.planted)),
+                "correlation": {name: _correlation(row["scores"], scores)
+                                for name, scores in of.items()}}  # fmt: skip
+    cards = {name: concept.card for name, concept in bench.concepts.items()}
+    results.summary |= {
+        "concept_auc": {name: card["auc"]["value"] for name, card in cards.items()},
+        "disagree": disagreements(results.rows),
+    }
+    results.conditions["concepts"] = cards
+    results.write(complete=False)
+
+
+def chance(scores: Scores, planted: Collection[str], seed: int = 0) -> float:
+    """Two-sided p of an AUC of .5: the rank sum of the planted ids among random ids as many."""
+    ids = sorted(scores)
+    rank = ranks([scores[i] for i in ids])
+    inside = np.array([i in planted for i in ids])
+    m = int(inside.sum())
+    drawn = np.random.default_rng(seed).permuted(np.tile(rank, (DRAWS, 1)), axis=1)[:, :m].sum(1)
+    middle = m * (len(ids) - 1) / 2
+    as_far = np.abs(drawn - middle) >= abs(rank[inside].sum() - middle) - 1e-9
+    return (1 + int(as_far.sum())) / (1 + DRAWS)
+
+
+def _correlation(a: Scores, b: Scores) -> float:
+    return spearman(list(a.values()), [b[i] for i in a])
+
+
+def disagreements(rows: Sequence[Row]) -> dict[str, float]:
+    """Two methods that pairs are left out by -> their rank correlation where low, lowest first."""
+    shown = [row for row in rows if row["method"] in BY and row["method"] not in BASELINES]
+    low = {
+        f"{a['method']} | {b['method']}": a["correlation"][b["method"]]
+        for a, b in combinations(shown, 2)
+    }
+    return dict(sorted(((k, r) for k, r in low.items() if r < DISAGREE), key=lambda item: item[1]))
+
+
+# --- retraining -----------------------------------------------------------------------------------
+
+
+def plans(bench: Bench, scores: Mapping[str, Scores]) -> dict[str, dict[str, Plan]]:
+    """Way (drop, keep) -> method -> what is to be trained.
+
+    drop: all pairs but the k with the highest scores, k the number of planted ones. keep: the
+    quarter with the lowest scores alone. The random sets are the same for every method.
+    """
+    quarter = max(1, round(KEPT_SHARE * len(bench.ids)))
+    lowest = {name: {i: -v for i, v in of.items()} for name, of in scores.items()}
+    return {
+        "drop": {name: plan_curve(of, [len(bench.planted)], kind="remove", method=name)
+                 for name, of in scores.items()},
+        "keep": {name: plan_curve(of, [quarter], kind="add", method=name)
+                 for name, of in lowest.items()},
+    }  # fmt: skip
+
+
+def retrain(bench: Bench, results: Results) -> None:
+    """Into the rows: what training without a method's highest, and on its lowest, does.
+
+    A row for the planted column itself, the oracle, comes last. Mean y of both groups by each set
+    against the random sets; p is corrected over the methods, for each group and way.
+    """
+    results.add({"method": ORACLE, "scores": {i: float(i in bench.planted) for i in bench.ids}})
+    by = {row["method"]: row for row in results.rows if row["method"] in (*BY, ORACLE)}
+    todo = plans(bench, {name: row["scores"] for name, row in by.items()})
+    before, after = bench.trainer.base(), bench.trainer.run(bench.ids)
+    of_all = {"base": before, "all pairs": after}
+    results.summary["mean_y"] = {name: _means(bench, made) for name, made in of_all.items()}
+    models: dict[str, Retraining] = {before.key: before, after.key: after}
+    for way, by_method in todo.items():
+        bench.progress.step(f"{way}: {len(by_method) + LEAST_RUNS} retrainings")
+        for name, plan in by_method.items():
+            made = {subset: bench.trainer.run(ids) for subset, ids in
+                    zip(plan.subsets.names, plan.subsets.members, strict=True)}  # fmt: skip
+            models |= {model.key: model for model in made.values()}
+            by[name][way] = _outcomes(bench, plan, made)
+            results.write(complete=False)
+        for group in bench.ready.groups:
+            rows = [by[name][way][group] for name in by_method]
+            for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+                row["p_holm"] = float(p)
+        controls = [_means(bench, made[names[0]]) for names in plan.controls]
+        results.summary[f"{way}, random"] = {
+            group: [means[group] for means in controls] for group in bench.ready.groups
+        }
+    trained = [model.seconds_training + model.seconds_reading for model in models.values()]
+    results.summary["retrainings"] = {"n": len(models) - 1, "seconds": sum(trained)}
+
+
+def _values(bench: Bench, model: Retraining, group: str) -> np.ndarray:
+    """y of the prompts of a group."""
+    y = dict(zip(model.prompt_ids, model.y.tolist(), strict=True))
+    return np.array([y[i] for i in bench.ready.groups[group]])
+
+
+def _means(bench: Bench, model: Retraining) -> dict[str, float]:
+    return {group: float(_values(bench, model, group).mean()) for group in bench.ready.groups}
+
+
+def _outcomes(bench: Bench, plan: Plan, made: Mapping[str, Retraining]) -> dict[str, Row]:
+    """Group -> mean y by the method's set and the random ones, their difference and interval."""
+    found = {}
+    for group in bench.ready.groups:
+        chosen = _values(bench, made[plan.chosen[0]], group)[None, None]
+        controls = np.stack([_values(bench, made[n[0]], group)[None] for n in plan.controls])
+        (point,) = compare_curves(plan, chosen, controls).points
+        found[group] = asdict(point)
+    return found
+
+
+# --- shown ----------------------------------------------------------------------------------------
+
+
+def show(results: Results, leak: str) -> None:
+    """Print correlations and retrainings, on standard output."""
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    rows = [row for row in results.rows if row["method"] not in (*BASELINES, ORACLE)]
+    table = Table(title="rank correlation between methods", title_justify="left")
+    table.add_column("")
+    for number in range(len(rows)):
+        table.add_column(str(number + 1), justify="right")
+    for number, row in enumerate(rows, 1):
+        cells = (f"{row['correlation'][other['method']]:.2f}" for other in rows)
+        table.add_row(f"{number} {row['method']}", *cells)
+    out.print(table)
+    for way in ("drop", "keep"):
+        table = Table(title=f"{way}: mean y, and its difference to random pairs",
+                      title_justify="left")  # fmt: skip
+        table.add_column("by")
+        shown = [row for row in results.rows if way in row]
+        groups = sorted(shown[0][way], key=lambda group: group != leak)
+        for group in groups:
+            table.add_column(group, justify="right")
+        for row in shown:
+            table.add_row(row["method"], *(_point(row[way][group]) for group in groups))
+        out.print(table)
+
+
+def _point(of: Row) -> str:
+    ends = f"[{of['lo']:+.2f}, {of['hi']:+.2f}]"
+    return f"{of['method']:.2f}; {of['difference']:+.2f} {ends} p {of['p_holm']:.3f}"
+
+
+def _text(row: Row, key: str, digits: int) -> str:
+    return "" if row.get(key) is None else f"{row[key]:.{digits}f}"
+
+
+_COLUMNS = {
+    "method": lambda row: row["method"],
+    "AUC": lambda row: "" if "auc" not in row else
+    f"{row['auc']:.2f} [{row['auc_lo']:.2f}, {row['auc_hi']:.2f}]",
+    "p (Holm)": lambda row: _text(row, "p_holm", 4),
+    "precision": lambda row: _text(row, "precision", 2),
+    "s": lambda row: _text(row, "seconds", 1),
+    "GB": lambda row: _text(row, "memory_gb", 2),
+}  # fmt: skip
+
+
+def plot(args: argparse.Namespace) -> None:
+    """A picture beside each result."""
+    for file in sorted(args.out.glob("experiment_*.json")):
+        record = json.loads(file.read_text())
+        if not record["complete"]:
+            console.print(f"left out, not complete: {file.name}")
+            continue
+        files.write_bytes(file.with_suffix(".svg"), picture(record, BASELINES).encode())
+        console.print(f"written: {file.with_suffix('.svg')}", highlight=False)
+
+
+def main() -> None:
+    """Parse the flags; measure or plot."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--experiment", choices=EXPERIMENTS)
+    flags.add_argument("--share", type=int, choices=SHARES, help="percent of planted pairs")
+    flags.add_argument("--plot", action="store_true", help="draw the results that are there")
+    flags.add_argument("--study", help="a study file in place of the preset")
+    flags.add_argument("--prompts", type=int, help="at most so many prompts, as a trial")
+    flags.add_argument("--pairs", type=int, help="at most so many pairs, as a trial")
+    flags.add_argument("--work", type=Path, default=Path("runs/experiments"),
+                       help="folder of scores and retrainings")  # fmt: skip
+    flags.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    args = flags.parse_args()
+    if not args.plot and None in (args.experiment, args.share):
+        flags.error("--experiment and --share say what is to be run")
+    run(plot if args.plot else measure, args)
+
+
+if __name__ == "__main__":
+    main()
