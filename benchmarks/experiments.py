@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
     from taught.attribution.adjoint import Problem
     from taught.features.concept import Concept
-    from taught.model.readout import ReadPrompt
     from taught.setup import Subject
     from taught.stages.estimating import Ready
     from taught.validation.retrain import Retrainer, Retraining
@@ -70,7 +69,7 @@ BASELINES = ("random", "response-length", "label", "loss", "gradient-norm", "bm2
              "gradient-cosine")  # fmt: skip
 # What pairs are left out or kept by, fixed before anything was seen.
 BY = ("gradient-concept+adam", "vector-filter", "projection-difference-response",
-      "projection-difference-training", "smda-score", "mean-y+adam", "response-length")  # fmt: skip
+      "projection-difference-training", "smda-score", "mean-y+adam")  # fmt: skip
 ORACLE = "planted"
 Scores = dict[str, float]
 
@@ -281,22 +280,17 @@ def _adam(bench: Bench, problem: Problem) -> Problem:
 CURVATURES: dict[str, Metric] = {"": lambda _, problem: problem, "+adam": _adam}
 
 
-def _concept_gradient(bench: Bench, metric: Metric, *, responses: bool = False) -> Tensor:
-    """Effect on the concept's mean read-out before answers to the leak group, or over responses."""
+def _concept_gradient(bench: Bench, metric: Metric) -> Tensor:
+    """Effect on the concept's mean read-out before answers to the leak group."""
     from taught.attribution.concepts import concept_effects
-    from taught.attribution.projections import response_reads
     from taught.features.concept import concept_map
     from taught.setup import prompt_inputs
     from taught.stages.estimating import make_problem
 
     concept, inputs = bench.concepts["difference"], bench.ready.inputs
-    reads: list[ReadPrompt]
-    if responses:
-        where, reads = concept.tokens, response_reads(inputs, concept.tokens)
-    else:
-        some = [prompt for prompt in bench.prompts if prompt.group == bench.leak]
-        where = concept.position
-        reads = prompt_inputs(bench.subject.chat.encode_prompts(some), where)
+    some = [prompt for prompt in bench.prompts if prompt.group == bench.leak]
+    where = concept.position
+    reads = prompt_inputs(bench.subject.chat.encode_prompts(some), where)
     like = next(bench.subject.loaded.model.parameters())
     problem = make_problem(bench.study, bench.subject, reads, concept.block,
                            concept_map([concept], where, like))  # fmt: skip
@@ -328,7 +322,6 @@ def _smda(bench: Bench, metric: Metric) -> Tensor:
 
 GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "gradient-concept": _concept_gradient,
-    "gradient-concept-responses": partial(_concept_gradient, responses=True),
     "smda-score": _smda,
     "mean-y": _mean_y,
 }
@@ -455,7 +448,7 @@ def _correlation(a: Scores, b: Scores) -> float:
 
 def disagreements(rows: Sequence[Row]) -> dict[str, float]:
     """Two methods that pairs are left out by -> their rank correlation where low, lowest first."""
-    shown = [row for row in rows if row["method"] in BY and row["method"] not in BASELINES]
+    shown = [row for row in rows if row["method"] in BY]
     low = {
         f"{a['method']} | {b['method']}": a["correlation"][b["method"]]
         for a, b in combinations(shown, 2)

@@ -91,7 +91,7 @@ def test_the_matrix_is_symmetric_and_low_correlations_are_named(done, experiment
     matrix = np.array([[a["correlation"][b["method"]] for b in rows] for a in rows])
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-12)
     np.testing.assert_allclose(np.diag(matrix), 1)
-    main = [n for n, row in enumerate(rows) if row["method"] in experiments.BY[:-1]]
+    main = [n for n, row in enumerate(rows) if row["method"] in experiments.BY]
     assert len(main) == 6
     low = {f"{rows[i]['method']} | {rows[j]['method']}": matrix[i, j]
            for i in main for j in main if i < j and matrix[i, j] < 0.5}  # fmt: skip
@@ -137,7 +137,6 @@ def test_gradient_methods_are_what_a_step_does(tiny, experiments, tmp_path):
     from functools import partial
 
     from taught.attribution.finite_step import finite_steps, restored
-    from taught.attribution.projections import response_reads
     from taught.features.pooling import pool
     from taught.model.readout import read_prompts, read_residuals
     from taught.progress import SilentProgress
@@ -165,7 +164,6 @@ def test_gradient_methods_are_what_a_step_does(tiny, experiments, tmp_path):
     encoded = bench.subject.chat.encode_prompts(harmless)
     places = {
         "gradient-concept": (prompt_inputs(encoded, "last_prompt"), "last_prompt"),
-        "gradient-concept-responses": (response_reads(inputs, "mean_response"), "mean_response"),
     }
     v = bench.concepts["difference"].direction
 
