@@ -41,7 +41,7 @@ def one(tokens: int, checkpointing: bool) -> Row:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from benchmarks.flat_cost import _problem
-    from taught.attribution.adjoint import Problem, _build_queries, _contract_pairs
+    from taught.attribution.adjoint import Problem, _contract_pairs, build_queries
     from taught.attribution.pairs import PairInput
     from taught.model.gradients import find_sites, frozen
 
@@ -59,7 +59,7 @@ def one(tokens: int, checkpointing: bool) -> Row:
     pair = PairInput("z", tuple(draw.integers(10, 2000, tokens).tolist()), 16)
     sites = find_sites(model)
     with frozen(model):
-        queries = _build_queries(problem, sites, torch.zeros(1, 2, 64).double(),
+        queries = build_queries(problem, sites, torch.zeros(1, 2, 64).double(),
                                  torch.ones(1, 2).double(), None)  # fmt: skip
         Path("/proc/self/clear_refs").write_text("5")
         before = peak_memory_gb() or 0.0

@@ -80,7 +80,7 @@ def _gradient(problem: Any, pairs: list[Any]) -> tuple[float, float]:
     """Seconds of the pairs, and of the query gradient, by the adjoint."""
     import torch
 
-    from taught.attribution.adjoint import _build_queries, _contract_pairs
+    from taught.attribution.adjoint import _contract_pairs, build_queries
     from taught.model.gradients import find_sites, frozen
 
     n = len(problem.prompts)
@@ -88,7 +88,7 @@ def _gradient(problem: Any, pairs: list[Any]) -> tuple[float, float]:
     sites = find_sites(problem.model)
     with frozen(problem.model):
         with Clock() as once:
-            queries = _build_queries(problem, sites, A, None, None)
+            queries = build_queries(problem, sites, A, None, None)
         with Clock() as clock:
             _contract_pairs(problem, sites, pairs, queries, 1, None)
     return clock.seconds, once.seconds

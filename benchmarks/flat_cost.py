@@ -114,7 +114,7 @@ def _queries(problem: Any) -> Any:
     """Query gradients of three targets: one of X, one of y, one of both."""
     import torch
 
-    from taught.attribution.adjoint import _build_queries
+    from taught.attribution.adjoint import build_queries
     from taught.model.gradients import find_sites, frozen
 
     n, d = len(problem.prompts), 64
@@ -123,7 +123,7 @@ def _queries(problem: Any) -> Any:
     B = torch.randn(3, n, generator=gen, dtype=torch.float64)
     A[1], B[0] = 0, 0
     with frozen(problem.model):
-        return _build_queries(problem, find_sites(problem.model), A, B, None)
+        return build_queries(problem, find_sites(problem.model), A, B, None)
 
 
 def _contracted(problem: Any, pairs: list[Any], queries: Any) -> float:

@@ -117,7 +117,7 @@ def target_effects(
     """
     sites = find_sites(problem.model, problem.parameters)
     with frozen(problem.model):
-        queries = _build_queries(problem, sites, A, B, progress)
+        queries = build_queries(problem, sites, A, B, progress)
         return _contract_pairs(problem, sites, pairs, queries, len(A), progress)
 
 
@@ -151,7 +151,7 @@ def feature_effects(
     above = _Above(int(problem.memory_gb * GB * _ABOVE))
 
     def compute(part: Tensor) -> Tensor:
-        queries = _build_queries(problem, sites, part, None, progress)
+        queries = build_queries(problem, sites, part, None, progress)
         if problem.checkpointing:
             return _contract_pairs(problem, sites, pairs, queries, len(part), progress)[0]
         return _contract_below(problem, sites, pairs, queries, len(part), above, progress)
@@ -197,7 +197,7 @@ def _sites_up_to_block(problem: Problem, sites: Sequence[Site]) -> list[Site]:
         return [site for site, *_ in taps.seen]
 
 
-def _build_queries(
+def build_queries(
     problem: Problem, sites: Sequence[Site], A: Tensor, B: Tensor | None, progress: Any
 ) -> Queries:
     """C^-1 grad F of each target: parameter name -> [K, *shape].

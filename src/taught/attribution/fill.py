@@ -100,7 +100,7 @@ def _fill_prompts(
 
 def pair_row(pair: PairInput) -> Row:
     """The row of a pair."""
-    return Row(pair.id, digest(pair.ids, pair.start))
+    return Row(pair.id, digest(pair.ids, pair.start, *pair.masked))
 
 
 def prompt_key(prompt: ReadPrompt) -> tuple[str, str]:

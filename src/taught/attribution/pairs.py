@@ -16,16 +16,35 @@ from taught.model.tokens import Rows, batches_by_tokens, stack_sequences
 
 @dataclass(frozen=True)
 class PairInput:
-    """One pair as tokens: ``ids[start:]`` is the response, its end-of-turn token included."""
+    """One pair as tokens: ``ids[start:]`` is the response, its end-of-turn token included.
+
+    Attributes
+    ----------
+    masked : places in ``ids``, sorted, of response tokens that the loss leaves out; later tokens
+        still see them
+    """
 
     id: str
     ids: tuple[int, ...]
     start: int
+    masked: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        response = range(self.start, len(self.ids))
+        known = sorted(set(self.masked) & set(response))
+        if list(self.masked) != known or (known and len(known) == len(response)):
+            raise ValueError(f"{self.id}: masked are some, not all, of the response tokens, sorted")
 
     @property
     def n_response(self) -> int:
         """Number of response tokens."""
         return len(self.ids) - self.start
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of each response token in the loss: 1 / their number, and 0 where masked."""
+        each = 1.0 / max(self.n_response - len(self.masked), 1)
+        return [0.0 if t in self.masked else each for t in range(self.start, len(self.ids))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +55,20 @@ class PairBatch:
     rows: Rows
     keep: int
     targets: Tensor  # int64 [B, keep]
-    weights: Tensor  # float64 [B, keep]: 1 / n_response on response tokens, else 0
+    weights: Tensor  # float64 [B, keep]: of response tokens in their pair's loss, else 0
 
     def losses(self, model: nn.Module) -> Tensor:
         """Loss of each pair, [B], natural logarithm; float32, or float64 for a float64 model."""
+        return self.terms(model).sum(1)
+
+    def terms(self, model: nn.Module) -> Tensor:
+        """What each token adds to its pair's loss, [B, keep]."""
         _, logits = forward(model, self.rows.to(first_device(model)), keep=self.keep)
         assert logits is not None
         wide = logits if logits.dtype == torch.float64 else logits.float()
         targets = self.targets.to(wide.device).unsqueeze(-1)
         logp = torch.log_softmax(wide, -1).gather(-1, targets).squeeze(-1)
-        return -(logp * self.weights.to(logp)).sum(1)
+        return -(logp * self.weights.to(logp))
 
 
 def batch_pairs(pairs: Sequence[PairInput], budget: int) -> Iterator[PairBatch]:
@@ -69,7 +92,7 @@ def make_batch(pairs: Sequence[PairInput], index: Sequence[int]) -> PairBatch:
     weights = torch.zeros(len(chosen), keep, dtype=torch.float64)
     for row, pair in enumerate(chosen):
         targets[row, keep - pair.n_response :] = torch.tensor(pair.ids[pair.start :])
-        weights[row, keep - pair.n_response :] = 1.0 / pair.n_response
+        weights[row, keep - pair.n_response :] = torch.tensor(pair.weights, dtype=torch.float64)
     rows = stack_sequences([p.ids[:-1] for p in chosen])
     return PairBatch(tuple(index), rows, keep, targets, weights)
 

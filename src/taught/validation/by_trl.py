@@ -146,7 +146,7 @@ def _trainer(
     )
     rows = [
         {"pair_id": p.id, "input_ids": list(p.ids),
-         "labels": [-100] * p.start + list(p.ids[p.start :])}
+         "labels": [-100 if t < p.start or t in p.masked else i for t, i in enumerate(p.ids)]}
         for p in inputs
     ]  # fmt: skip
     trainer = SFTTrainer(
@@ -159,7 +159,10 @@ def _trainer(
 
 def _check_prepared(inputs: Sequence[PairInput], dataset: Any) -> None:
     """Refuse a data set that is not what was given: it drops rows whose labels are all masked."""
-    wanted = {p.id: (list(p.ids), list(p.ids[p.start :])) for p in inputs}
+    wanted = {
+        p.id: (list(p.ids), [i for t, i in enumerate(p.ids) if t >= p.start and t not in p.masked])
+        for p in inputs
+    }
     found = {
         row["pair_id"]: (row["input_ids"], [label for label in row["labels"] if label != -100])
         for row in dataset

@@ -214,7 +214,7 @@ class Retrainer:
         depends = {
             **self.identity,
             "recipe": {**asdict(self.recipe), "seed": seed} if ids else None,
-            "pairs": [[pair.id, digest(pair.ids, pair.start)] for pair in chosen],
+            "pairs": [[pair.id, digest(pair.ids, pair.start, *pair.masked)] for pair in chosen],
             "answers": None if self.answers is None else asdict(self.answers),
         }
         return fingerprint(depends)[:32]
