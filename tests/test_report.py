@@ -30,7 +30,7 @@ from taught.run import RunFolder
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 SECTIONS = [
     "verdict", "policy", "trust", "clamp", "coverage", "pairs", "pathways", "features",
-    "interference", "clusters", "trivial", "curation", "validation", "method", "provenance",
+    "interference", "clusters", "concepts", "trivial", "curation", "validation", "method", "provenance",
 ]  # fmt: skip
 
 

@@ -820,5 +820,6 @@ def test_the_manifest_cannot_be_changed_from_outside(folder, study):
 
 def test_stages_are_known_in_order():
     assert STAGES == (
-        "policy", "clamp", "attribute", "curate", "clusters", "validate", "compare", "report",
+        "policy", "clamp", "attribute", "curate", "clusters", "concept-influence", "validate",
+        "compare", "report",
     )  # fmt: skip

@@ -419,7 +419,8 @@ def concept_influence(
     /,
     *,
     concept: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative="")],
-    out: Path,
+    out: Path | None = None,
+    run: Path | None = None,
     method: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (
         "gradient",
         "vector-filter",
@@ -443,6 +444,9 @@ def concept_influence(
         Folders that `taught concept` wrote.
     out
         Parquet file: pair_id, concept, method, value.
+    run
+        In its place a run folder with scored pairs: the tables become part of it, and `taught
+        report` shows them.
     method
         Some of gradient, vector-filter, projection-difference-response and
         projection-difference-training.
@@ -455,29 +459,37 @@ def concept_influence(
         projection-difference-training: the fine-tuned model, a folder or hub id.
     responses
         projection-difference-response: file that keeps the model's own responses; by default
-        own_responses.json beside the table.
+        own_responses.json beside the table, or in the run folder.
     max_new_tokens
         Tokens that an own response may have.
     tokens
         gradient: split so many of the strongest pairs into shares of their response tokens, as
         OUT.tokens.parquet.
     """
+    if (out is None) == (run is None):
+        raise UserError("the answers are kept in one place", rule="either --out or --run",
+                        fix="for example: --out refusal.parquet")  # fmt: skip
     loaded = _load(study, overrides)
     loaded.require_files()
     from taught import stages
     from taught.files import table_bytes, write_bytes
     from taught.report.cells import rich_table
 
-    file = responses or out.with_name("own_responses.json")
+    beside = run if out is None else out.parent
+    assert beside is not None
+    file = responses or beside / "own_responses.json"
     question = stages.ConceptQuestion(concept, method, group, checkpoint, file, max_new_tokens,
                                       tokens, read)  # fmt: skip
     with _progress(quiet) as progress:
-        answers = stages.concept_influence(loaded, question, progress)
-    files = {out: answers.table}
-    if tokens:
-        files[out.with_suffix(".tokens.parquet")] = answers.tokens
+        folder = None if run is None else _run_folder(run, ())
+        answers = stages.concept_influence(loaded, question, progress, folder)
     if len(method) > 1:
         _out().print(rich_table(stages.agreement(answers.table)))
+    if folder is not None:
+        _say_written(folder, ("concept_influence.parquet", "concept_tokens.parquet"))
+    files = {} if out is None else {out: answers.table}
+    if tokens and out is not None:
+        files[out.with_suffix(".tokens.parquet")] = answers.tokens
     for path, table in files.items():
         write_bytes(path, table_bytes(table))
         _out().print(str(path), soft_wrap=True, highlight=False)

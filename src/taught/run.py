@@ -33,30 +33,34 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-STAGES = ("policy", "clamp", "attribute", "curate", "clusters", "validate", "compare", "report")
+STAGES = ("policy", "clamp", "attribute", "curate", "clusters", "concept-influence", "validate",
+          "compare", "report")  # fmt: skip
 _BEFORE = {
     "policy": (),
     "clamp": ("policy",),
     "attribute": ("policy",),
     "curate": ("attribute",),
     "clusters": ("attribute",),
+    "concept-influence": ("attribute",),
     "validate": ("policy",),
     "compare": ("attribute", "validate"),
     "report": ("policy",),
 }
 # These take seconds and read only what stands in the folder, so they are always made again. So is
-# validate: its retrainings stand in a folder of their own, which knows what they depend on.
+# validate: its retrainings stand in a folder of their own, which knows what they depend on; and
+# concept-influence, which is asked for concepts that are no part of the study.
 _READERS = ("curate", "clusters", "report")
-_REMADE = (*_READERS, "validate")
+_REMADE = (*_READERS, "concept-influence", "validate")
 # These are told the run folder's study and do not replace it.
 _OF_THE_RUN = ("clamp", "compare", *_READERS)
 # Nothing asks for these again: they go when what they were made from is made anew.
-_GONE_WITH = {"policy": ("clamp",), "attribute": ("clusters",)}
+_GONE_WITH = {"policy": ("clamp",), "attribute": ("clusters", "concept-influence")}
 # These read others where they are there: validate only for subsets that the influence names.
 _IF_THERE = {
     "validate": ("attribute",),
-    "report": ("clamp", "attribute", "curate", "clusters", "validate", "compare"),
-}
+    "report": ("clamp", "attribute", "curate", "clusters", "concept-influence", "validate",
+               "compare"),
+}  # fmt: skip
 _WRITTEN_BY = {
     "policy": ("study.yaml", "prompts.parquet", "readouts.safetensors", "readouts.ids.json",
                "features.parquet", "activations.safetensors", "activations.ids.json", "labels.json",
@@ -66,10 +70,12 @@ _WRITTEN_BY = {
                   "prompt_effects.safetensors", "prompt_effects.ids.json",
                   "feature_prompt_effects.safetensors", "feature_prompt_effects.ids.json",
                   "comovement.safetensors", "comovement.ids.json", "sketch.json", "dropped.json",
-                  "certificates.parquet", "statements.parquet"),
+                  "certificates.parquet", "statements.parquet", "token_shares.parquet"),
     "curate": ("curation.parquet", "curation.json", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
     "clusters": ("clusters.parquet", "cluster_members.parquet", "cluster_influence.parquet",
                  "clusters.json"),
+    "concept-influence": ("concept_influence.parquet", "concept_agreement.parquet",
+                          "concept_tokens.parquet", "concept_influence.json"),
     "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
                  "effects.parquet", "arms.parquet", "answers.parquet", "validation.json"),
     "compare": ("lds.parquet", "lds_differences.parquet", "trivial.parquet",
@@ -439,6 +445,8 @@ class RunFolder:
         return [name for name, file in self._manifest["files"].items() if file["stage"] == stage]
 
     def _command_for(self, stage: str, *, fresh: bool = False) -> str:
+        if stage == "concept-influence":
+            return f"taught concept-influence STUDY --concept FOLDER --run {self.folder}"
         if stage == "clamp":
             return f"taught clamp {self.folder}" + (" --fresh" if fresh else "")
         demo = str(self._manifest.get("command", "")).startswith("taught demo")

@@ -127,6 +127,9 @@ def attribution_cost(
         cost["second moments"] = 3 * one
     if exact_top and estimator != "finite-step":
         cost["finite steps"] = trees + min(exact_top, len(pairs)) * step
+    if exact_top and estimator in ("adjoint", "sketch"):  # two queries of all prompts, dual numbers
+        along = (1 + groups) * 3 * one / len(pairs)
+        cost["token shares"] = 2 * 3 * trees + min(exact_top, len(pairs)) * along
     return cost
 
 

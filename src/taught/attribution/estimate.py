@@ -31,6 +31,7 @@ from taught.attribution.finite_step import Step, finite_steps
 from taught.attribution.forward_mode import tangents
 from taught.attribution.pairs import PairInput, pair_losses, refuse_nonfinite
 from taught.attribution.prompt_effects import prompt_effects, prompt_steps
+from taught.attribution.token_effects import token_effects
 from taught.environment import return_freed_memory
 from taught.model.blockwise import split_sites
 from taught.model.readout import read_prompts
@@ -155,6 +156,16 @@ def few_effects(
     progress: Any = None,
 ) -> torch.Tensor:
     """Exact effects on the score along pathways x and y and on each group's mean y: [P, 2 + G]."""
+    A, B = _few_cotangents(policy, groups)
+    effects, _ = target_effects(problem, pairs, A, B, progress=progress)
+    refuse_nonfinite(pairs, range(len(pairs)), effects, "gradient")
+    return effects
+
+
+def _few_cotangents(
+    policy: Policy, groups: Mapping[str, Sequence[str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of the score along pathways x and y and of each group's mean y."""
     group_of = {i: name for name, ids in groups.items() for i in ids}
     names = [group_of[i] for i in policy.prompt_ids]
     targets = [
@@ -163,10 +174,34 @@ def few_effects(
     ]
     A = np.stack([np.zeros_like(policy.X) if t.A is None else t.A for t in targets])
     B = np.stack([np.zeros(policy.n) if t.B is None else t.B for t in targets])
-    effects, _ = target_effects(problem, pairs, torch.from_numpy(A), torch.from_numpy(B),
-                                progress=progress)  # fmt: skip
-    refuse_nonfinite(pairs, range(len(pairs)), effects, "gradient")
-    return effects
+    return torch.from_numpy(A), torch.from_numpy(B)
+
+
+def strongest_shares(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    policy: Policy,
+    groups: Mapping[str, Sequence[str]],
+    effects: Effects,
+    top: int,
+    *,
+    progress: Any,
+) -> list[tuple[PairInput, Floats]]:
+    """Shares of the response tokens of the ``top`` pairs by absolute score.
+
+    Returns
+    -------
+    For each of these pairs float64 [n_response, 1 + G]: in the score, both pathways together, and
+    in each group's mean y. Exact: for a sketch their sum is not its estimate.
+    """
+    chosen = _strongest(pairs, effects, top)
+    if not chosen:
+        return []
+    progress.step("shares of response tokens", None)
+    A, B = (torch.cat([part[:2].sum(0, keepdim=True), part[2:]])
+            for part in _few_cotangents(policy, groups))  # fmt: skip
+    shares = token_effects(problem, chosen, A, B)
+    return [(pair, share.numpy()) for pair, share in zip(chosen, shares, strict=True)]
 
 
 def finite_step_effects(

@@ -30,6 +30,7 @@ MAKES = {
     "attribute": "taught attribute STUDY",
     "curate": "taught curate RUN",
     "clusters": "taught clusters RUN",
+    "concept-influence": "taught concept-influence STUDY --concept FOLDER --run RUN",
     "validate": "taught validate STUDY",
 }
 

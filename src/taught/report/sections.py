@@ -12,7 +12,9 @@ from taught.report import charts, text
 from taught.report.charts import Point, Scale
 from taught.report.clustered import cluster_sentences, influence_power
 from taught.report.compared import Cell, DesignTable, design_tables, removal_sentence, warnings
+from taught.report.conceptual import AGREE
 from taught.report.stats import Estimate, mean_interval
+from taught.report.strips import Strip, strips
 from taught.report.strongest import STRONGEST
 from taught.report.verdict import (
     AGREEMENTS,
@@ -51,6 +53,7 @@ def sections(view: View) -> Json:
         "features": _features_section(view),
         "interference": _interference_section(view),
         "clusters": _clusters_section(view),
+        "concepts": _concepts_section(view),
         "trivial": _trivial_section(view),
         "curation": _curation_section(view),
         "validation": _validation_section(view),
@@ -192,7 +195,17 @@ def _pairs_section(view: View) -> Json | None:
         "largest": max((abs(r["score"]) for r in rows if r["score"] is not None), default=1.0),
         "unscored": len(view.scores) - len(view.scores.finite),
         "flagged": view.scores.unintended,
+        "strips": _pair_strips(view),
     }
+
+
+def _pair_strips(view: View) -> list[tuple[str, int | None, list[Strip]]]:
+    """Pair id, place in the page, and its strips: the score, then each group's mean y."""
+    found: dict[str, list[Strip]] = {}
+    for strip in strips(view.token_shares or []):
+        found.setdefault(strip.pair_id, []).append(strip)
+    index = {r["pair_id"]: i for i, r in enumerate(view.shown)}
+    return [(pair, index.get(pair), own) for pair, own in found.items()]
 
 
 def _kinds(view: View) -> dict[str, int]:
@@ -362,6 +375,19 @@ def _clusters_section(view: View) -> Json | None:
         "sentences": cluster_sentences(it),
         "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
         "spread": any(r["outside_share"] is not None for r in it.clusters),
+    }
+
+
+def _concepts_section(view: View) -> Json | None:
+    """For each concept the strongest pairs by every method, where methods differ, and strips."""
+    if view.concepts is None:
+        return None
+    label = {r["pair_id"]: str(r["label"]) for r in view.summary or []}
+    return {
+        "found": view.concepts,
+        "agree": AGREE,
+        "label": label,
+        "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
     }
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from taught.report.conceptual import ConceptFound, read_concepts
 from taught.report.scores import COLUMNS, Clustered, Curated, Scores
 from taught.report.stats import Control, cluster_order, unintended_control
 from taught.report.strongest import listed_pairs
@@ -92,6 +93,8 @@ class View:
     curation: Curated | None
     curating: Row | None
     clustered: Clustered | None
+    concepts: list[ConceptFound] | None
+    token_shares: Rows | None
     counted: Scores | None
     shifts: Shifts | None
     effects: Matrix | None
@@ -181,6 +184,7 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
         curation=_curated(run, files),
         curating=cast("Row | None", cleaned(curating)),
         clustered=Clustered.read(run) if "clusters.json" in files else None,
+        concepts=read_concepts(run) if "concept_influence.json" in files else None,
         shifts=_shifts(run, files, estimator, listed),
         effects=_matrix(run, files, "prompt_effects", "dy", ("pair_ids", "prompt_ids"), listed),
         comovement=_matrix(run, files, "comovement", "r", ("feature_ids", "feature_ids")),
@@ -190,7 +194,7 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
 
 
 _TABLES = ("prompts", "features", "coefficients", "audit", "statements", "clamp", "lds", "trivial",
-           "noise_ceiling", "planted", "curves", "models", "costs")  # fmt: skip
+           "noise_ceiling", "planted", "curves", "models", "costs", "token_shares")  # fmt: skip
 _PAIR_TABLES = ("pairs", "summary", "certificates")
 
 

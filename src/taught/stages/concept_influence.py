@@ -24,6 +24,7 @@ from taught.model.forward import find_blocks
 from taught.model.readout import ReadPrompt, check_trees
 from taught.progress import Progress, SilentProgress
 from taught.rank import spearman
+from taught.run import RunFolder
 from taught.setup import (
     Subject,
     open_checkpoint,
@@ -32,7 +33,14 @@ from taught.setup import (
     prompt_inputs,
     refuse_combinations,
 )
-from taught.stages.estimating import Data, encode_pairs, make_problem, problems, read_data
+from taught.stages.estimating import (
+    Data,
+    encode_pairs,
+    make_problem,
+    problems,
+    read_data,
+    token_texts,
+)
 from taught.stages.own_responses import own_pairs
 from taught.study import Checkpoint, Study
 from taught.target import Target, concept_targets
@@ -127,15 +135,24 @@ class _Work:
 
 
 def concept_influence(
-    study: Study, question: ConceptQuestion, progress: Progress | None = None
+    study: Study,
+    question: ConceptQuestion,
+    progress: Progress | None = None,
+    run: RunFolder | None = None,
 ) -> ConceptAnswers:
     """Value of every pair for every concept by every method; positive: towards the concept.
+
+    Parameters
+    ----------
+    run
+        A run folder of the study with scored pairs, to keep the answers in.
 
     Raises
     ------
     UserError
         A concept does not fit the model, two have one name; a method lacks what it needs; pairs
-        overlap the prompts, are truncated or have no finite value.
+        overlap the prompts, are truncated or have no finite value; the run folder is of another
+        study.
     """
     progress = progress or SilentProgress()
     concepts = _load(question)
@@ -143,6 +160,25 @@ def concept_influence(
     data = read_data(study, progress)
     progress.step("load model and SAE")
     subject = open_subject(study)
+    if run is None:
+        return _answers(study, question, concepts, subject, data, progress)
+    with run.stage("concept-influence", study, subject.identity):
+        answers = _answers(study, question, concepts, subject, data, progress)
+        run.write_table("concept_influence", answers.table)
+        run.write_table("concept_agreement", agreement(answers.table))
+        run.write_table("concept_tokens", answers.tokens)
+        run.write_json("concept_influence", _record(study, question, concepts))
+    return answers
+
+
+def _answers(
+    study: Study,
+    question: ConceptQuestion,
+    concepts: Sequence[Concept],
+    subject: Subject,
+    data: Data,
+    progress: Progress,
+) -> ConceptAnswers:
     model = subject.loaded.model
     for concept in concepts:
         concept.require_fit(width=subject.sae.width, blocks=len(find_blocks(model)),
@@ -162,6 +198,19 @@ def concept_influence(
     return ConceptAnswers(
         pa.concat_tables(parts), pa.concat_tables([TOKENS.empty_table(), *work.shares])
     )
+
+
+def _record(study: Study, question: ConceptQuestion, concepts: Sequence[Concept]) -> dict[str, Any]:
+    """What was asked, and of which concepts."""
+    fields = ("name", "block", "position", "tokens", "weights", "provenance", "card")
+    return {
+        "methods": list(question.methods),
+        "group": question.group,
+        "read": question.read,
+        "checkpoint": question.checkpoint,
+        "lr": study.attribution.lr,
+        "concepts": [{field: getattr(concept, field) for field in fields} for concept in concepts],
+    }
 
 
 def agreement(table: pa.Table) -> pa.Table:
@@ -269,11 +318,9 @@ def _shares(
     assert target.A is not None
     A = torch.from_numpy(target.A)[None]
     parts = [token_effects(there, pairs, A, None) for there in _problems(work, problem)]
-    decode = work.subject.loaded.tokenizer.decode
     for pair, *shares in zip(pairs, *parts, strict=True):
         n = pair.n_response
-        texts = [decode([token]) for token in pair.ids[pair.start :]]
-        columns = [[pair.id] * n, [concept.name] * n, range(n), texts,
+        columns = [[pair.id] * n, [concept.name] * n, range(n), token_texts(work.subject, pair),
                    torch.stack(shares).sum(0)[:, 0].numpy()]  # fmt: skip
         yield pa.table(dict(zip(TOKENS.names, columns, strict=True)), schema=TOKENS)
 

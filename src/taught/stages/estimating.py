@@ -7,11 +7,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from taught.attribution.adjoint import Problem
 from taught.attribution.ask import SketchError
 from taught.attribution.checkpoints import NumberedPieces, at_checkpoint, summed
 from taught.attribution.curvature import with_adam
-from taught.attribution.estimate import ESTIMATORS, Effects, exact_details, step_checks
+from taught.attribution.estimate import (
+    ESTIMATORS,
+    Effects,
+    exact_details,
+    step_checks,
+    strongest_shares,
+)
 from taught.attribution.fill import pair_row, prompt_key
 from taught.attribution.pairs import PairInput, pair_losses
 from taught.attribution.sketched import SketchSource, sketch_effects
@@ -40,6 +49,11 @@ from taught.store import SketchStore
 from taught.study import Study
 
 Checks = dict[str, dict[str, float]]
+Shares = list[tuple[PairInput, NDArray[np.float64]]]
+_BY_GRADIENTS = (
+    "adjoint",
+    "sketch",
+)  # the others also take models whose gradients they do not know
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +134,8 @@ def estimate(
     ready: Ready,
     progress: Progress,
     pieces: Pieces,
-) -> tuple[Effects, Checks]:
-    """Effects by the study's estimator, and steps and refits of the strongest pairs beside them."""
+) -> tuple[Effects, Checks, Shares]:
+    """Effects by the study's estimator; steps, refits and token shares of the strongest pairs."""
     spec = study.attribution
     compute: Callable[..., Effects]
     if spec.estimator == "sketch":
@@ -131,7 +145,7 @@ def estimate(
     compute = partial(compute, pairs=ready.inputs, policy=ready.fitted, groups=ready.groups,
                       progress=progress)  # fmt: skip
     if spec.checkpoints is not None:
-        return _over_checkpoints(study, subject, ready, compute, progress, pieces), {}
+        return _over_checkpoints(study, subject, ready, compute, progress, pieces), {}, []
     problem = with_curvature(study, ready.problem, ready.inputs, progress)
     effects = compute(problem, pieces=pieces)
     checks = step_checks(problem, ready.inputs, ready.fitted, effects, spec.exact_top,
@@ -142,7 +156,10 @@ def estimate(
             pieces=pieces,
         )  # fmt: skip
         checks = {i: {**found, **exact[i]} for i, found in checks.items()}
-    return effects, checks
+    top = spec.exact_top if spec.estimator in _BY_GRADIENTS else 0
+    shares = strongest_shares(problem, ready.inputs, ready.fitted, ready.groups, effects, top,
+                              progress=progress)  # fmt: skip
+    return effects, checks, shares
 
 
 def sketch_source(study: Study, run: RunFolder, subject: Subject) -> SketchSource:
@@ -173,6 +190,12 @@ def sketch_record(study: Study, run: RunFolder, ready: Ready, error: SketchError
         "prompts": dict(prompt_key(prompt) for prompt in ready.problem.prompts),
         "pairs": {pair.id: pair_row(pair).digest for pair in ready.inputs},
     }
+
+
+def token_texts(subject: Subject, pair: PairInput) -> list[str]:
+    """Each response token as text."""
+    decode = subject.loaded.tokenizer.decode
+    return [str(decode([token])) for token in pair.ids[pair.start :]]
 
 
 def read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[str]]]:

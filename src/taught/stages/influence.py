@@ -24,7 +24,15 @@ from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
 from taught.setup import Subject, open_subject, prompt_inputs, refuse_combinations
 from taught.stages.certify import write_certificates
-from taught.stages.estimating import estimate, prepare, read_data, sketch_record, sketch_source
+from taught.stages.estimating import (
+    Shares,
+    estimate,
+    prepare,
+    read_data,
+    sketch_record,
+    sketch_source,
+    token_texts,
+)
 from taught.study import Study
 
 
@@ -47,12 +55,14 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
             return
         ready = prepare(study, run, subject, data)
         pairs, encoded, fitted = ready.pairs, ready.encoded, ready.fitted
-        effects, checks = estimate(study, run, subject, ready, progress, stage.partial)
+        effects, checks, shares = estimate(study, run, subject, ready, progress, stage.partial)
         intended = _intended(study, subject, pairs, fitted)
         _write_effects(run, fitted, effects)
         _write_pairs(run, pairs, encoded, effects)
         _write_summary(run, pairs, encoded, fitted, effects, intended, checks)
         write_certificates(study, run, fitted, ready.groups, effects, checks)
+        if shares:
+            _write_shares(run, subject, ready.groups, shares)
         if effects.error is not None:
             run.write_json("sketch", sketch_record(study, run, ready, effects.error))
         run.write_json("dropped", {"overlap": data.overlapping, "truncated": ready.truncated})
@@ -283,6 +293,31 @@ def _write_summary(
     for name in ("exact_score", "step_score", "refit_score"):
         columns[name] = [checks.get(i, {}).get(name) for i in ids]
     run.write_table("summary", pa.table(columns))
+
+
+TOKEN_SHARES = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("target", pa.string()),
+        ("group", pa.string()),
+        ("position", pa.int64()),
+        ("token", pa.string()),
+        ("share", pa.float64()),
+    ]
+)
+
+
+def _write_shares(run: RunFolder, subject: Subject, groups: Iterable[str], shares: Shares) -> None:
+    """Shares of response tokens, target by target."""
+    targets = [("score", None), *(("mean_y", group) for group in groups)]
+    parts = []
+    for pair, values in shares:
+        n, texts = pair.n_response, token_texts(subject, pair)
+        for column, (target, group) in enumerate(targets):
+            columns = [[pair.id] * n, [target] * n, [group] * n, range(n), texts, values[:, column]]
+            parts.append(pa.table(dict(zip(TOKEN_SHARES.names, columns, strict=True)),
+                                  schema=TOKEN_SHARES))  # fmt: skip
+    run.write_table("token_shares", pa.concat_tables(parts))
 
 
 def _interference(

@@ -1,0 +1,80 @@
+"""Which response tokens carry a pair's influence: a strip of tokens, shaded by their shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from taught.report.text import common_power, signed, tens
+
+Row = Mapping[str, Any]
+LEVELS = 8  # classes of the style sheet
+NAMED = 3
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a strip.
+
+    Attributes
+    ----------
+    text : as the tokenizer gives it; a line feed also shows as an arrow
+    shade : classes of the style sheet: side (up, down) and level; empty for hardly any share
+    number : its share, with the sign
+    """
+
+    text: str
+    shade: str
+    number: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The response tokens of a pair and what they add to its influence on one target."""
+
+    pair_id: str
+    target: str
+    tokens: tuple[Token, ...]
+    total: str
+    largest: str
+
+
+def strips(rows: Iterable[Row], target: str = "target") -> list[Strip]:
+    """One strip for each pair and target, in the order of the rows.
+
+    Parameters
+    ----------
+    rows
+        pair_id, position, token, share, and what names the target: ``concept``, or ``target`` and
+        ``group``.
+    """
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        name = f"{row[target]}:{row['group']}" if row.get("group") else str(row[target])
+        found.setdefault((row["pair_id"], name), []).append(row)
+    return [_strip(*key, sorted(own, key=lambda r: r["position"])) for key, own in found.items()]
+
+
+def _strip(pair_id: str, target: str, rows: Sequence[Row]) -> Strip:
+    shares = [float(row["share"]) for row in rows]
+    largest = max(map(abs, shares))
+    total = math.fsum(shares)
+    power = common_power([*shares, total])
+    tokens = tuple(
+        Token(_shown(row["token"]), _shade(share, largest), signed(share, power=power))
+        for row, share in zip(rows, shares, strict=True)
+    )
+    strongest = sorted(range(len(rows)), key=lambda j: -abs(shares[j]))[:NAMED]
+    named = ", ".join(f"“{tokens[j].text.strip() or '␣'}” {tokens[j].number}" for j in strongest)
+    return Strip(pair_id, target, tokens, signed(total, power=power) + tens(power), named)
+
+
+def _shade(share: float, largest: float) -> str:
+    level = round(LEVELS * abs(share) / largest) if largest else 0
+    return f"{'up' if share > 0 else 'down'} s{level}" if level else ""
+
+
+def _shown(token: str) -> str:
+    return token.replace("\n", "↵\n")
