@@ -7,6 +7,7 @@ made-up activations (with intercept), the coefficient shifts come from made-up `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from taught.analysis.interference import comovement
 from taught.policy.certificate import Ranking, rank_statements
 from taught.policy.checks import checks
 from taught.policy.evaluate import Estimate
+from taught.rank import spearman
 from taught.run import RunFolder
 from taught.study import Study
 
@@ -74,7 +76,7 @@ def build_synthetic_run(
         synthetic_study(path),
     )
     writers = {"policy": _write_policy, "clamp": _write_clamp, "attribute": _write_attribute,
-               "curate": _write_curate}  # fmt: skip
+               "curate": _write_curate, "concept-influence": _write_concepts}  # fmt: skip
     for stage in stages:
         with run.stage(stage, study, {"model.weights": "5af571cb"}):
             writers[stage](run, made)
@@ -337,6 +339,7 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
     _write_influence(run, made)
     _write_summary(run, made)
     _write_certificates(run, made)
+    _write_token_shares(run, made)
     ids = {"pair_ids": made.pair_ids, "prompt_ids": made.prompt_ids}
     run.write_tensors("prompt_effects", {"dy": made.dy.astype(np.float32)}, ids)
     shifts = made.dW_x + made.dW_y
@@ -403,6 +406,57 @@ def _write_summary(run: RunFolder, made: _Made) -> None:
         "unintended": [int(f) not in c for f, c in zip(dominant, made.intended, strict=True)],
         "rank": np.argsort(np.argsort(-np.abs(score))) + 1,
         "refit_score": score * 1.01, "step_score": pa.nulls(made.p, pa.float64()),
+    })  # fmt: skip
+
+
+def _write_token_shares(run: RunFolder, made: _Made) -> None:
+    """Of the two strongest pairs; the shares add up to the score and to the groups' mean y."""
+    score = (made.dW_x + made.dW_y) @ made.W
+    rows = []
+    for i in np.argsort(-np.abs(score))[:2]:
+        wholes = [("score", None, float(score[i]))] + [
+            ("mean_y", group, float(made.dy[i][[g == group for g in made.groups]].mean()))
+            for group in ("harmful", "harmless")
+        ]
+        for target, group, whole in wholes:
+            for position, (token, share) in enumerate(_tokens(made, whole)):
+                rows.append({"pair_id": made.pair_ids[i], "target": target, "group": group,
+                             "position": position, "token": token, "share": share})  # fmt: skip
+    run.write_table("token_shares", pa.Table.from_pylist(rows))
+
+
+def _tokens(made: _Made, whole: float) -> list[tuple[str, float]]:
+    parts = [(made.text(" I"), 0.5), (" can't", 0.9), ("\n", 0.0), (" sorry", -0.4)]
+    return [(token, part * whole) for token, part in parts]
+
+
+CONCEPT_METHODS = ("gradient", "vector-filter", "projection-difference-response")
+
+
+def _write_concepts(run: RunFolder, made: _Made) -> None:
+    """One concept; the gradient agrees with the projection difference, not with the filter."""
+    name, base = made.text("refusal"), made.rng.normal(0, 1, made.p)
+    values = {"gradient": 1e-4 * base, "vector-filter": made.rng.normal(0, 3, made.p),
+              "projection-difference-response": base + made.rng.normal(0, 0.1, made.p)}  # fmt: skip
+    table = pa.Table.from_pylist([
+        {"pair_id": pair, "concept": name, "method": method, "value": float(value)}
+        for method, column in values.items()
+        for pair, value in zip(made.pair_ids, column, strict=True)
+    ])  # fmt: skip
+    run.write_table("concept_influence", table)
+    run.write_table("concept_agreement", pa.Table.from_pylist([
+        {"concept": name, "method": a, "other": b, "rank_correlation": spearman(values[a], values[b])}
+        for a, b in combinations(CONCEPT_METHODS, 2)
+    ]))  # fmt: skip
+    top = int(np.argmax(np.abs(base)))
+    run.write_table("concept_tokens", pa.Table.from_pylist([
+        {"pair_id": made.pair_ids[top], "concept": name, "position": position, "token": token,
+         "share": share}
+        for position, (token, share) in enumerate(_tokens(made, 1e-4 * float(base[top])))
+    ]))  # fmt: skip
+    run.write_json("concept_influence", {
+        "methods": list(CONCEPT_METHODS), "group": None, "read": "prompts", "checkpoint": None,
+        "lr": 1e-4, "concepts": [{"name": name, "block": 10, "provenance": {"source": "difference"}}],
     })  # fmt: skip
 
 

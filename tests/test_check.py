@@ -211,7 +211,8 @@ def test_features_grow_with_their_number(tiny):
 def test_exact_top_adds_finite_steps(tiny):
     none, two = (cost(check_study(tiny.replace("attribution.exact_top", n))) for n in (0, 2))
     assert "finite steps" not in none
-    assert two["total"] == pytest.approx(none["total"] + two["finite steps"], rel=0.01)
+    added = two["finite steps"] + two["token shares"]
+    assert two["total"] == pytest.approx(none["total"] + added, rel=0.01)
 
 
 def test_minutes_are_operations_over_the_measured_rate_and_called_an_estimate(tiny, monkeypatch):
@@ -237,6 +238,39 @@ def test_what_moves_is_counted(tiny):
 def test_memory_is_model_and_gradients_and_the_rest(tiny):
     study = tiny.replace("attribution.memory_gb", 2.5)
     assert row(check_study(study), "memory").startswith("about 5.5 GB (model 0.0, gradients 2.5,")
+
+
+def test_the_subsets_that_are_counted_are_those_that_validate_trains_on(tiny, tmp_path):
+    """Every design; of the published rule's own subset only that it is smaller than all."""
+    study = tiny
+    for key, value in {
+        "designs": ["random", "matched", "leave-out", "leave-one-out", "removal", "addition",
+                    "curation"],
+        "subsets": 3, "leave_out": 0.25, "budgets": [0.25, 0.5], "controls": 5, "epochs": 1,
+        "answer_tokens": 2,
+    }.items():  # fmt: skip
+        study = study.replace(f"validation.{key}", value)
+    report = check_study(study)
+    run = RunFolder(tmp_path / "run")
+    stages.policy(study, run)
+    stages.attribute(study, run)
+    stages.validate(study, run)
+    models = [r for r in run.read_table("models").to_pylist() if r["design"] != "base"]
+    counted = check_module.subset_sizes(study.validation, 8)
+    known = [r["n_pairs"] for r in models if r["design"] != "curation" or r["subset"] == "all"]
+    curation = [size for r, size in zip(models, counted, strict=True)
+                if r["design"] == "curation" and r["subset"] != "all"]  # fmt: skip
+    assert [size for r, size in zip(models, counted, strict=True)
+            if r["design"] != "curation" or r["subset"] == "all"] == known  # fmt: skip
+    assert curation == [4] * 7
+    assert row(report, "validate").startswith(f"{len(models)} retrainings on 2 to 8 pairs, about ")
+    kept = sum(path.stat().st_size for path in run.path("retrained").iterdir())
+    found = check_module.retrained_bytes(counted, 1, 30, 6)
+    assert found / 2.5 < kept < 2.5 * found
+
+
+def test_a_study_without_designs_announces_no_retrainings(tiny):
+    assert "validate" not in dict(check_study(tiny.replace("validation.designs", [])).rows)
 
 
 def test_what_the_estimator_refuses_is_a_problem(tiny, monkeypatch):

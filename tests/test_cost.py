@@ -12,18 +12,22 @@ from torch.utils.flop_counter import flop_registry
 
 from taught.attribution import cost
 from taught.attribution.adjoint import feature_effects, target_effects
-from taught.attribution.cost import attribution_cost
+from taught.attribution.cost import attribution_cost, validation_cost
 from taught.attribution.curvature import estimate_moments, with_adam
 from taught.attribution.finite_step import finite_steps
 from taught.attribution.forward_mode import tangents
 from taught.attribution.pairs import pair_losses
 from taught.attribution.prompt_effects import prompt_effects
 from taught.attribution.sketch import pair_sketches, prompt_sketches
+from taught.attribution.token_effects import token_effects
 from taught.errors import UserError
 from taught.model import kernels
 from taught.model.forward import find_blocks
 from taught.model.projection import Projection
 from taught.model.readout import read_prompts
+from taught.study import ValidationSpec
+from taught.validation.retrain import Answering, Retrainer
+from taught.validation.train import Recipe
 from tiny_models import MODELS, tiny_model, tiny_pairs, tiny_problem
 
 TARGETS = 5
@@ -156,6 +160,35 @@ def test_exact_top_adds_as_many_finite_steps(problem, coefficients):
     assert steps(0) == 0
     assert two - one == pytest.approx((all_pairs - one) / (len(tiny_pairs()) - 1))
     assert steps(1000) == all_pairs
+
+
+@pytest.mark.parametrize("batch_tokens", [24, 1000])
+def test_retraining_is_announced_as_it_is_done(problem, tmp_path, batch_tokens):
+    problem = replace(problem, batch_tokens=batch_tokens)
+    pairs = tiny_pairs()
+    recipe = replace(Recipe.of(ValidationSpec()), epochs=2, batch=2, optimizer="sgd")
+    answers = Answering(3, ())  # none ends an answer
+    made = Retrainer(problem, pairs, recipe, tmp_path, weights={}, answers=answers)
+    subsets = [[p.id for p in pairs], [p.id for p in pairs[:2]], [p.id for p in pairs[2:]]]
+
+    def work():
+        made.base()
+        for ids in subsets:
+            made.run(ids)
+
+    cost = validation_cost(problem, pairs, [4, 2, 2], epochs=2, batch=2, answer_tokens=3)
+    assert cost.keys() == {"training", "read-outs after it", "answers"}
+    assert sum(cost.values()) == pytest.approx(done(work), rel=0.15)
+
+
+def test_shares_of_tokens_are_announced_as_they_are_done(problem):
+    """The score over all prompts; two groups, each over its own."""
+    n = len(problem.prompts)
+    A, B = torch.ones(3, n, TARGETS).double(), torch.ones(3, n).double()
+    A[1:], B[1, : n // 2], B[2, n // 2 :] = 0, 0, 0
+    work = done(lambda: token_effects(problem, tiny_pairs(), A, B))
+    assert announced(problem, exact_top=4)["token shares"] == pytest.approx(work, rel=0.3)
+    assert "token shares" not in announced(problem, exact_top=4, estimator="jvp")
 
 
 def test_what_the_estimator_would_refuse_is_refused_here(problem):

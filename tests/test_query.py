@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from synthetic_run import LABELS, Size, build_synthetic_run
@@ -15,6 +17,7 @@ from taught import query
 from taught.cli import run_command
 from taught.errors import UserError
 from taught.report.view import load_view
+from taught.run import _WRITTEN_BY
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +97,26 @@ def test_quantiles_by_label(run, view):
 
 def test_every_table_is_a_view_that_can_be_counted(run):
     listed = query.tables(run).to_pylist()
-    assert [row["view"] for row in listed] == list(query._VIEWS)
+    on_disk = {path.stem for path in run.glob("*.parquet")}
+    assert {row["view"] for row in listed} == on_disk
+    assert all(row["about"] == query.ABOUT[row["view"]] for row in listed)
     for row in listed:
         counted = query.select(run, f"SELECT count(*) AS n FROM {row['view']}")
         assert counted.to_pydict() == {"n": [row["rows"]]}
-    assert "se double" in listed[0]["columns"]
+    assert "se double" in {row["view"]: row["columns"] for row in listed}["influence"]
+
+
+def test_every_table_that_a_stage_can_write_is_described_and_can_be_named(tmp_path):
+    """A new table of a stage that nobody described, or whose name SQL keeps for itself, is seen."""
+    written = {file for files in _WRITTEN_BY.values() for file in files}
+    names = {file.removesuffix(".parquet") for file in written if file.endswith(".parquet")}
+    assert set(query.ABOUT) == names
+    assert len(set(query.ABOUT.values())) == len(names)
+    path = tmp_path / "one.parquet"
+    pq.write_table(pa.table({"a": [1]}), path)
+    with query._connected(dict.fromkeys(names, path), 1.0) as connection:
+        for name in names:
+            assert connection.sql(f"SELECT a FROM {name}").fetchall() == [(1,)]
 
 
 def test_tables_of_stages_that_have_not_run_are_no_views(tmp_path):

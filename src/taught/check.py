@@ -13,7 +13,8 @@ from rich.text import Text
 from torch import Tensor
 
 from taught.attribution.adjoint import GB, Problem
-from taught.attribution.cost import ACTIVE, attribution_cost
+from taught.attribution.cost import ACTIVE, attribution_cost, validation_cost
+from taught.attribution.pairs import PairInput
 from taught.data.chat import EncodedPair, EncodedPrompt
 from taught.data.columns import name_ids
 from taught.data.overlap import find_overlap
@@ -32,7 +33,7 @@ from taught.setup import (
     refuse_combinations,
     study_prompts,
 )
-from taught.study import Study
+from taught.study import Study, ValidationSpec
 
 # Share of a product's pace that whole passes run at: .55 to .75 on SmolLM2's sizes on one core of
 # an idle machine, less with several cores.
@@ -214,6 +215,57 @@ def _estimate(
         report.add("moving", f"{count / 1e6:.3g}M parameters in {len(moving)} tensors")
     report.add("memory", _memory(study, subject, groups))
     report.add("disk", _disk(study, len(pairs), len(prompts), features, groups))
+    _estimate_validation(report, study, subject, problem, pair_inputs(pairs))
+
+
+def _estimate_validation(
+    report: CheckReport,
+    study: Study,
+    subject: Subject,
+    problem: Problem,
+    pairs: Sequence[PairInput],
+) -> None:
+    """Retrainings, operations, minutes and disk of ``taught validate``."""
+    spec = study.validation
+    subsets = subset_sizes(spec, len(pairs))
+    if not subsets:
+        return
+    cost = validation_cost(problem, pairs, subsets, epochs=spec.epochs, batch=spec.batch,
+                           answer_tokens=spec.answer_tokens)  # fmt: skip
+    total = sum(cost.values())
+    parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
+    report.add("validate", f"{len(subsets)} retrainings on {min(subsets)} to {max(subsets)} pairs, "
+                           f"about {total / 1e12:.3g} x 10^12 operations ({parts})")  # fmt: skip
+    report.add("validate, time", _minutes(total, product_rate(_a_weight(subject))))
+    kept = retrained_bytes(subsets, spec.epochs, len(problem.prompts), len(problem.features.ids))
+    report.add("validate, disk", f"about {max(kept, 10**6) / 1e6:.0f} MB of retrainings")
+
+
+def subset_sizes(spec: ValidationSpec, pairs: int) -> list[int]:
+    """Pairs of each subset that the designs train on, of so many in all.
+
+    How many pairs the published rule of the design ``curation`` keeps is known only with the
+    influence; it is taken to be half of them.
+    """
+    part = max(1, round(spec.size * pairs))
+    some = [max(1, round(share * pairs)) for share in spec.budgets]
+    runs = 1 + spec.controls  # the named pairs, and random ones
+    sizes = {
+        "random": spec.subsets * [part],
+        "matched": spec.subsets * [part],
+        "leave-out": spec.subsets * [pairs - round(spec.leave_out * pairs)],
+        "leave-one-out": min(spec.subsets, pairs) * [pairs - 1],
+        "removal": runs * [pairs - k for k in sorted(set(some))],
+        "addition": runs * sorted(set(some)),
+        "curation": [pairs, *(1 + runs) * [max(1, pairs // 2)]],
+    }
+    return [size for design in spec.designs for size in sizes[design]]
+
+
+def retrained_bytes(subsets: Sequence[int], epochs: int, prompts: int, features: int) -> int:
+    """What retrainings take on the disk: y and X as float64, and records of ids and steps."""
+    each = 8 * prompts * (1 + features) + 16 * prompts + 8 * features
+    return len(subsets) * each + (16 + 32 + 16 * epochs) * sum(subsets)
 
 
 def _a_weight(subject: Subject) -> Tensor:

@@ -1,9 +1,8 @@
 """Questions to the tables of a run, ready-made or in SQL: DuckDB reads only what they need.
 
-Each table of the run is a view: influence, summary, pairs, prompts, coefficients, audit, curation,
-features. Nothing else can be read and nothing written: a query is one SELECT, files other than the
-run's tables and the network are out of reach. DuckDB is an optional dependency,
-``pip install 'taught[query]'``.
+Each table that a finished stage wrote is a view, under the name of its file. Nothing else can be
+read and nothing written: a query is one SELECT, files other than the run's tables and the network
+are out of reach. DuckDB is an optional dependency, ``pip install 'taught[query]'``.
 
 A query compares the sizes of the tables with what was written, not their checksums, which would
 take seconds per gigabyte; ``taught show`` and ``taught report`` do.
@@ -26,8 +25,37 @@ TOP = 20
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 PATHWAYS = ("x", "y", "total")
 MEMORY_GB = 4.0
-_VIEWS = ("influence", "summary", "pairs", "prompts", "coefficients", "audit", "curation",
-          "features")  # fmt: skip
+ABOUT = {
+    "prompts": "evaluation prompts with their behavior y",
+    "features": "every feature of the SAE, on the prompts",
+    "coefficients": "the policy: a coefficient with its interval for each selected feature",
+    "audit": "mean behavior of each category of prompts",
+    "clamp": "what scaling each feature in the model does to y",
+    "pairs": "the pairs as they were scored",
+    "influence": "effect of every pair on every target, by pathway",
+    "summary": "one row a pair: score, pathways, interference",
+    "token_shares": "shares of the response tokens of the strongest pairs",
+    "certificates": "what the linear values of each pair leave out",
+    "statements": "do the strongest pairs stay the strongest",
+    "curation": "which pairs to keep and to drop, and why",
+    "clusters": "pairs grouped by their active features",
+    "cluster_members": "the cluster of each pair",
+    "cluster_influence": "mean influence of each cluster beside random pairs",
+    "concept_influence": "value of every pair for every concept, by method",
+    "concept_agreement": "rank correlation between concept methods",
+    "concept_tokens": "shares of response tokens in concept influence",
+    "subsets": "the pairs of each subset that was trained on",
+    "outcomes": "what training on each subset did to every target",
+    "models": "losses and soft metrics of the retrained models",
+    "curves": "training without, or only on, the strongest pairs, against random ones",
+    "answers": "the retrained models' own answers",
+    "lds": "how well each method foresaw the outcomes",
+    "lds_differences": "differences between methods in that",
+    "trivial": "how well trivial predictors do in their place",
+    "planted": "how well each method finds planted pairs",
+    "costs": "time and memory of the methods compared",
+    "scores": "values of the methods compared, pair by pair",
+}
 _CLOSED = {  # nothing is fetched, nothing spilled to disk, no variable of ours is a table
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
@@ -56,17 +84,20 @@ def select(run: RunFolder | Path | str, sql: str, *, memory_gb: float = MEMORY_G
 
 
 def tables(run: RunFolder | Path | str) -> pa.Table:
-    """List the tables that can be asked: view, rows, columns (name and type)."""
+    """List the tables that can be asked: view, what it is about, rows, columns (name and type)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    footers = {name: pq.read_metadata(path) for name, path in _paths(_opened(run)).items()}
+    footers = {
+        name: pq.read_metadata(path) for name, path in _opened(run).finished_tables().items()
+    }
     columns = [
         ", ".join(f"{field.name} {field.type}" for field in footer.schema.to_arrow_schema())
         for footer in footers.values()
     ]
     rows = [footer.num_rows for footer in footers.values()]
-    return pa.table({"view": list(footers), "rows": rows, "columns": columns})
+    about = [ABOUT.get(name, "") for name in footers]
+    return pa.table({"view": list(footers), "about": about, "rows": rows, "columns": columns})
 
 
 def top_pairs(
@@ -160,11 +191,6 @@ def _opened(run: RunFolder | Path | str) -> RunFolder:
     return run if isinstance(run, RunFolder) else RunFolder.open(run)
 
 
-def _paths(run: RunFolder) -> dict[str, Path]:
-    paths = run.finished_tables()
-    return {name: paths[name] for name in _VIEWS if name in paths}
-
-
 def _estimator(run: RunFolder) -> str:
     estimator: str = run.manifest["study"]["attribution"]["estimator"]
     return estimator
@@ -201,7 +227,7 @@ def _refuse_unknown(column: str, value: object, table: pa.Table) -> None:
 
 def _answer(run: RunFolder, sql: str, values: Sequence[Any], memory_gb: float) -> pa.Table:
     duckdb = _duckdb()
-    with _connected(_paths(run), memory_gb) as connection:
+    with _connected(run.finished_tables(), memory_gb) as connection:
         try:
             kinds = [statement.type for statement in connection.extract_statements(sql)]
             if kinds != [duckdb.StatementType.SELECT]:

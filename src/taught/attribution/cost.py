@@ -1,4 +1,4 @@
-"""Floating point operations of a study's attribution, counted before it is run.
+"""Floating point operations of a study's attribution and retraining, counted before they are run.
 
 Counted are the products with the weights of the blocks (2 operations a weight and token), attention
 (4 a width and pair of tokens in a row, in every block), the logits that are asked for, and the
@@ -130,6 +130,47 @@ def attribution_cost(
     if exact_top and estimator in ("adjoint", "sketch"):  # two queries of all prompts, dual numbers
         along = (1 + groups) * 3 * one / len(pairs)
         cost["token shares"] = 2 * 3 * trees + min(exact_top, len(pairs)) * along
+    return cost
+
+
+def validation_cost(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    subsets: Sequence[int],
+    *,
+    epochs: int,
+    batch: int,
+    answer_tokens: int,
+) -> dict[str, float]:
+    """Operations of retraining, by part; of a subset only its size is known, not its pairs.
+
+    Parameters
+    ----------
+    subsets
+        Number of pairs of each subset that is trained on.
+    epochs, batch, answer_tokens
+        As in the study. A step's batch is cut by ``problem.batch_tokens``; answers are taken to
+        have their full length.
+    """
+    sizes = _sizes(problem)
+    trees = sizes.forward([p.rows for p in pack(problem.prompts, problem.behavior)],
+                          len(problem.prompts) * problem.behavior.slots)  # fmt: skip
+    steps = [range(at, min(at + batch, len(pairs))) for at in range(0, len(pairs), batch)]
+    parts = [
+        [step[i] for i in index]
+        for step in steps
+        for index in batch_indices([pairs[i] for i in step], problem.batch_tokens)
+    ]
+    trained = _over_pairs(sizes, pairs, parts) / len(pairs)
+    read = _over_pairs(sizes, pairs, batch_indices(pairs, problem.batch_tokens)) / len(pairs)
+    models = 1 + len(subsets)
+    cost = {
+        "training": 3 * epochs * sum(subsets) * trained,
+        "read-outs after it": models * trees + (len(pairs) + sum(subsets)) * read,
+    }
+    if answer_tokens:
+        said = [(1, len(prompt.ids) + answer_tokens - 1) for prompt in problem.prompts]
+        cost["answers"] = models * sizes.over(said, answer_tokens * len(said))
     return cost
 
 
