@@ -1,17 +1,17 @@
 """Does leaving out the tokens that carry the influence take the behavior away, and random ones not?
 
-    python -m benchmarks.token_masks                   # SmolLM2, 30 planted refusals and 30 others
+    python -m benchmarks.token_masks                   # goes on where it was stopped
 
 Training on planted refusals of harmless questions raises the harmless prompts' mean y. Shares say
 which response tokens do that (``taught.attribution.token_effects``). The model is trained with a
 loss that skips, of every pair, the 40% of its tokens with the largest shares; as a control as many
-random ones of each pair, and the ones with the smallest shares. benchmarks/README.md says more.
+random ones of each pair, the first ones, and the ones with the smallest shares. SmolLM2, 30 planted
+pairs and 30 others; benchmarks/README.md says more.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,9 +45,9 @@ DRAWS = 1000
 
 def measure(args: argparse.Namespace) -> None:
     """Compute the shares, train under every mask, write the result."""
-    with RichProgress(console) as progress, tempfile.TemporaryDirectory() as temporary:
+    with RichProgress(console) as progress:
         if args.study is None:
-            study = ground_truth_study(Path(temporary), "short")
+            study = ground_truth_study(args.work, "short")
         else:
             study = load_study(args.study)
         setting = _opened(study, progress)
@@ -64,13 +64,13 @@ def measure(args: argparse.Namespace) -> None:
                        for key in ("optimizer", "lr", "epochs", "batch", "seed")},
         }, args.out)  # fmt: skip
         with kept(results, _COLUMNS):
-            base = _retrained(setting, pairs, Path(temporary), progress).base()
+            base = _retrained(setting, pairs, args.work, progress).base()
             progress.step(
                 f"{len(sets)} trainings", len(sets) * len(pairs) * study.validation.epochs
             )
             made = {}
             for name, some in sets.items():
-                made[name] = _retrained(setting, some, Path(temporary), progress).run(
+                made[name] = _retrained(setting, some, args.work, progress).run(
                     [pair.id for pair in some]
                 )
                 results.add(_row(setting, name, some, shares, base, made[name]))
@@ -126,6 +126,7 @@ def masked_sets(
     sets = {
         "largest shares": masked(lambda values: np.argsort(-values, kind="stable")),
         "smallest shares": masked(lambda values: np.argsort(values, kind="stable")),
+        "first tokens": masked(lambda values: np.arange(len(values))),
     }
     for seed in range(draws):
         rng = np.random.default_rng(seed)
@@ -175,7 +176,7 @@ def summary(changes: dict[str, NDArray[np.float64]], inside: NDArray[np.bool_]) 
         "change, no mask": float(rows["none"].mean()),
         "change, random masks": sorted(random.mean(1).tolist()),
     }
-    for name in ("largest shares", "smallest shares"):
+    for name in ("largest shares", "smallest shares", "first tokens"):
         gap = rows[name] - random.mean(0)
         lo, hi = np.quantile(gap[draws].mean(1), [0.025, 0.975])
         found[name] = {
@@ -211,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--others", type=int, default=30, help="pairs of other labels beside them")
     flags.add_argument("--share", type=float, default=0.4, help="share of the tokens left out")
     flags.add_argument("--random", type=int, default=5, help="random masks")
+    flags.add_argument("--work", type=Path, default=Path("runs/token-masks"),
+                       help="folder of the retrainings")  # fmt: skip
     flags.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     run(measure, flags.parse_args(argv))
 

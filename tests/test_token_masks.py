@@ -129,13 +129,15 @@ def test_every_mask_leaves_out_as_many_tokens_of_each_pair(token_masks) -> None:
     assert set(map(tuple, counts.values())) == {(2, 1, 1, 2, 0)}
     assert [p.masked for p in sets["largest shares"]][3] == (7, 9)  # 0 -1 2 -3 4 -5: 2 and 4
     assert [p.masked for p in sets["smallest shares"]][3] == (8, 10)
+    assert [p.masked for p in sets["first tokens"]][3] == (5, 6)
     assert len({tuple(p.masked for p in sets[f"random {k}"]) for k in range(3)}) > 1
 
 
 def test_the_summary_compares_with_random_masks(token_masks) -> None:
     inside = np.array([True] * 40 + [False] * 5)
     noise = np.random.default_rng(0).normal(0, 0.1, 45)
-    changes = {"none": 1 + noise, "largest shares": 0.2 + noise, "smallest shares": 0.9 + noise}
+    changes = {"none": 1 + noise, "largest shares": 0.2 + noise, "smallest shares": 0.9 + noise,
+               "first tokens": 0.3 + noise}  # fmt: skip
     changes |= {f"random {k}": 0.7 + 0.02 * k + noise for k in range(5)}
     for values in changes.values():
         values[~inside] = 99
@@ -149,11 +151,13 @@ def test_the_summary_compares_with_random_masks(token_masks) -> None:
 def test_it_runs_and_writes_a_row_a_mask(token_masks, tmp_path) -> None:
     study = write_tiny_study(tmp_path / "study")
     flags = ["--study", str(study), "--label", "harmful-refusal", "--others", "2", "--random", "2"]
-    token_masks.main([*flags, "--out", str(tmp_path)])
+    token_masks.main([*flags, "--work", str(tmp_path / "work"), "--out", str(tmp_path)])
     record = json.loads((tmp_path / "token_masks.json").read_text())
     assert record["complete"] and record["conditions"]["pairs"] == 6
     rows = {row["mask"]: row for row in record["rows"]}
-    assert list(rows) == ["none", "largest shares", "smallest shares", "random 0", "random 1"]
+    assert list(rows) == [
+        "none", "largest shares", "smallest shares", "first tokens", "random 0", "random 1",
+    ]  # fmt: skip
     assert len({row["masked_tokens"] for name, row in rows.items() if name != "none"}) == 1
     assert rows["largest shares"]["masked_influence"] > rows["random 0"]["masked_influence"]
-    assert len({row["change_negative"] for row in rows.values()}) == 5
+    assert len({row["change_negative"] for row in rows.values()}) == 6
