@@ -14,7 +14,7 @@ from taught.check import CheckReport, check_study
 from taught.errors import UserError
 from taught.run import RunFolder
 from taught.setup import study_pairs, study_prompts
-from taught.study import Study, load_study
+from taught.study import Study, ValidationSpec, load_study
 from tiny_study import write_tiny_study
 
 OVERLAP = {"id": "same", "label": "x", "prompt": "tell me about locks ", "response": "They lock."}
@@ -241,11 +241,9 @@ def test_memory_is_model_and_gradients_and_the_rest(tiny):
 
 
 def test_the_subsets_that_are_counted_are_those_that_validate_trains_on(tiny, tmp_path):
-    """Every design; of the published rule's own subset only that it is smaller than all."""
     study = tiny
     for key, value in {
-        "designs": ["random", "matched", "leave-out", "leave-one-out", "removal", "addition",
-                    "curation"],
+        "designs": ["random", "matched", "leave-out", "leave-one-out", "removal", "addition"],
         "subsets": 3, "leave_out": 0.25, "budgets": [0.25, 0.5], "controls": 5, "epochs": 1,
         "answer_tokens": 2,
     }.items():  # fmt: skip
@@ -257,20 +255,17 @@ def test_the_subsets_that_are_counted_are_those_that_validate_trains_on(tiny, tm
     stages.validate(study, run)
     models = [r for r in run.read_table("models").to_pylist() if r["design"] != "base"]
     counted = check_module.subset_sizes(study.validation, 8)
-    known = [r["n_pairs"] for r in models if r["design"] != "curation" or r["subset"] == "all"]
-    curation = [size for r, size in zip(models, counted, strict=True)
-                if r["design"] == "curation" and r["subset"] != "all"]  # fmt: skip
-    assert [size for r, size in zip(models, counted, strict=True)
-            if r["design"] != "curation" or r["subset"] == "all"] == known  # fmt: skip
-    assert curation == [4] * 7
-    assert row(report, "validate").startswith(f"{len(models)} retrainings on 2 to 8 pairs, about ")
+    by_design = [sorted(r["n_pairs"] for r in models if r["design"] == design)
+                 for design in study.validation.designs]  # fmt: skip
+    assert sorted(counted) == sorted(size for sizes in by_design for size in sizes)
+    assert row(report, "validate").startswith(f"{len(models)} retrainings on 2 to 7 pairs, about ")
     kept = sum(path.stat().st_size for path in run.path("retrained").iterdir())
-    found = check_module.retrained_bytes(counted, 1, 30, 6)
-    assert found / 2.5 < kept < 2.5 * found
+    assert kept / 2.5 < check_module.retrained_bytes(counted, 1, 30, 6) < 2.5 * kept
 
 
-def test_a_study_without_designs_announces_no_retrainings(tiny):
-    assert "validate" not in dict(check_study(tiny.replace("validation.designs", [])).rows)
+def test_the_published_rule_is_counted_with_all_pairs_and_its_controls():
+    spec = ValidationSpec(designs=("curation",), controls=6)
+    assert check_module.subset_sizes(spec, 9) == [9] + (1 + 1 + 6) * [4]
 
 
 def test_what_the_estimator_refuses_is_a_problem(tiny, monkeypatch):

@@ -228,8 +228,6 @@ def _estimate_validation(
     """Retrainings, operations, minutes and disk of ``taught validate``."""
     spec = study.validation
     subsets = subset_sizes(spec, len(pairs))
-    if not subsets:
-        return
     cost = validation_cost(problem, pairs, subsets, epochs=spec.epochs, batch=spec.batch,
                            answer_tokens=spec.answer_tokens)  # fmt: skip
     total = sum(cost.values())
