@@ -243,7 +243,8 @@ def test_memory_is_model_and_gradients_and_the_rest(tiny):
 def test_the_subsets_that_are_counted_are_those_that_validate_trains_on(tiny, tmp_path):
     study = tiny
     for key, value in {
-        "designs": ["random", "matched", "leave-out", "leave-one-out", "removal", "addition"],
+        "designs": ["random", "matched", "leave-out", "leave-one-out", "removal", "addition",
+                    "couples"],
         "subsets": 3, "leave_out": 0.25, "budgets": [0.25, 0.5], "controls": 5, "epochs": 1,
         "answer_tokens": 2,
     }.items():  # fmt: skip

@@ -245,7 +245,8 @@ def test_concepts_go_when_the_pairs_are_scored_anew(folder, study, run, tmp_path
     again = RunFolder(tmp_path / "run", fresh=("attribute",))
     stages.attribute(study, again)
     assert "concept-influence" not in again.manifest["stages"]
-    assert load_view(again).concepts is None
+    stages.report(again)
+    assert "Which response tokens carry the gradient" not in again.read_text("report.html")
 
 
 @pytest.mark.parametrize("flags", [[], ["--out", "a.parquet", "--run", "run"]])

@@ -243,7 +243,8 @@ def subset_sizes(spec: ValidationSpec, pairs: int) -> list[int]:
     """Pairs of each subset that the designs train on, of so many in all.
 
     How many pairs the published rule of the design ``curation`` keeps is known only with the
-    influence; it is taken to be half of them.
+    influence; it is taken to be half of them. Of ``chosen`` some may be drawn twice, and are
+    trained on once.
     """
     part = max(1, round(spec.size * pairs))
     some = [max(1, round(share * pairs)) for share in spec.budgets]
@@ -256,6 +257,8 @@ def subset_sizes(spec: ValidationSpec, pairs: int) -> list[int]:
         "removal": runs * [pairs - k for k in sorted(set(some))],
         "addition": runs * sorted(set(some)),
         "curation": [pairs, *(1 + runs) * [max(1, pairs // 2)]],
+        "chosen": spec.subsets * [part],
+        "couples": spec.subsets * [part, part + some[0]],
     }
     return [size for design in spec.designs for size in sizes[design]]
 
