@@ -246,7 +246,7 @@ def test_the_subsets_that_are_counted_are_those_that_validate_trains_on(tiny, tm
         "designs": ["random", "matched", "leave-out", "leave-one-out", "removal", "addition",
                     "couples"],
         "subsets": 3, "leave_out": 0.25, "budgets": [0.25, 0.5], "controls": 5, "epochs": 1,
-        "answer_tokens": 2,
+        "answer_tokens": 2, "repeats": 2,
     }.items():  # fmt: skip
         study = study.replace(f"validation.{key}", value)
     report = check_study(study)

@@ -33,7 +33,7 @@ from taught.setup import (
     refuse_combinations,
     study_prompts,
 )
-from taught.study import Study, ValidationSpec
+from taught.study import REPEATED, Study, ValidationSpec
 
 # Share of a product's pace that whole passes run at: .55 to .75 on SmolLM2's sizes on one core of
 # an idle machine, less with several cores.
@@ -260,7 +260,11 @@ def subset_sizes(spec: ValidationSpec, pairs: int) -> list[int]:
         "chosen": spec.subsets * [part],
         "couples": spec.subsets * [part, part + some[0]],
     }
-    return [size for design in spec.designs for size in sizes[design]]
+    return [
+        size
+        for design in spec.designs
+        for size in sizes[design] * (spec.repeats if design in REPEATED else 1)
+    ]
 
 
 def retrained_bytes(subsets: Sequence[int], epochs: int, prompts: int, features: int) -> int:

@@ -54,6 +54,7 @@ ABOUT = {
     "lds": "how well each method foresaw the outcomes",
     "lds_differences": "differences between methods in that",
     "trivial": "how well trivial predictors do in their place",
+    "noise_ceiling": "how well outcomes of other seeds foresee outcomes: what a method can reach",
     "planted": "how well each method finds planted pairs",
     "costs": "time and memory of the methods compared",
     "scores": "values of the methods compared, pair by pair",

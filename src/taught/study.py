@@ -224,6 +224,7 @@ DESIGNS = (
     "random", "matched", "leave-out", "leave-one-out", "removal", "addition", "curation",
     "chosen", "couples",
 )  # fmt: skip
+REPEATED = ("random", "matched", "leave-out")  # what a rank correlation is taken over
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
 from taught.setup import Subject, open_subject
 from taught.stages.estimating import Ready, prepare, read_data
-from taught.study import Study
+from taught.study import REPEATED, Study
 from taught.validation.arms import ArmRow, compare_arms
 from taught.validation.curves import CurvePoint, Kind, Plan, compare_curves, plan_curve
 from taught.validation.design import (
@@ -85,7 +85,6 @@ ANSWERS = pa.schema(
 Designs = dict[str, Subsets]
 Name = tuple[str, str, int]  # design, subset, repeat
 BASE = ("base", "base", 0)
-REPEATED = ("random", "matched", "leave-out")  # what a rank correlation is taken over
 
 
 def validate(
