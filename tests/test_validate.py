@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from taught import stages
 from taught.errors import UserError
 from taught.progress import SilentProgress
 from taught.rank import spearman
+from taught.report.compared import compared_tables
 from taught.run import RunFolder
 from taught.stages.retraining import influence_of
 from taught.study import Study, load_study
@@ -79,6 +82,13 @@ def members(run: RunFolder, design: str) -> dict[str, list[str]]:
         if row["design"] == design:
             found.setdefault(row["subset"], []).append(row["pair_id"])
     return found
+
+
+def printed(run: RunFolder) -> str:
+    console = Console(width=240, file=io.StringIO())
+    for table in compared_tables(run):
+        console.print(table)
+    return console.file.getvalue()
 
 
 @pytest.mark.parametrize("design", ["random", "matched"])
@@ -172,6 +182,9 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     assert {arm for arm, _ in arms} == {"base", "all", "published-rule", "named", "random"}
     assert arms["random", "f1"]["models"] == 5 and arms["named", "f1"]["pairs"] == 5
     assert arms["all", "f1"]["pairs"] == 8 and arms["base", "f1"]["pairs"] == 0
+    stages.report(run)
+    assert "<bdi>published-rule</bdi>" in run.path("report.html").read_text()
+    assert "published-rule" in printed(run)
     assert len(curation["all"]) == 8
     assert len(curation["published-rule"]) == len(curation["remove-3-named"]) == 5
     assert set(members(run, "leave-one-out")) == {f"without:{i}" for i in top}
@@ -190,7 +203,7 @@ def test_the_effect_of_the_named_pairs_is_asked_with_random_subsets_first(attrib
     assert {name: chosen[name] for name in random} == random  # trained once, read in both designs
     for name, ids in members(run, "couples").items():
         assert top <= set(ids) if name.startswith("with-") else not top & set(ids)
-    effect, added = run.read_table("effects").to_pylist()
+    effect, added = run.read_table("named_effects").to_pylist()
     assert (effect["design"], added["design"]) == ("chosen", "couples")
     assert effect["retrainings"] == len(chosen) > 10 and added["retrainings"] == 20
     assert effect["pairs"] == added["pairs"] == 2
@@ -198,6 +211,9 @@ def test_the_effect_of_the_named_pairs_is_asked_with_random_subsets_first(attrib
     predicted = asked / 4  # one step on a subset of four moves by the mean of its influence
     assert 0.5 * predicted < effect["value"] < 1.5 * predicted
     assert effect["lo"] < effect["value"] < effect["hi"] and added["value"] > 0
+    stages.report(run)
+    for sentence in ("in the place of average ones, change it by +", "(20 retrainings)"):
+        assert sentence in run.path("report.html").read_text() and sentence in printed(run)
 
 
 def test_random_subsets_need_no_influence_and_named_ones_do(attributed, tmp_path):

@@ -48,7 +48,7 @@ ABOUT = {
     "outcomes": "what training on each subset did to every target",
     "models": "losses and soft metrics of the retrained models",
     "curves": "training without, or only on, the strongest pairs, against random ones",
-    "effects": "effect of training with the strongest pairs, with its interval",
+    "named_effects": "effect of training with the strongest pairs, with its interval",
     "arms": "metrics of the published experiment's arms, against random ones",
     "answers": "the retrained models' own answers",
     "lds": "how well each method foresaw the outcomes",

@@ -77,7 +77,7 @@ _WRITTEN_BY = {
     "concept-influence": ("concept_influence.parquet", "concept_agreement.parquet",
                           "concept_tokens.parquet", "concept_influence.json"),
     "validate": ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
-                 "effects.parquet", "arms.parquet", "answers.parquet", "validation.json"),
+                 "named_effects.parquet", "arms.parquet", "answers.parquet", "validation.json"),
     "compare": ("lds.parquet", "lds_differences.parquet", "trivial.parquet",
                 "noise_ceiling.parquet", "planted.parquet", "costs.parquet", "scores.parquet",
                 "compare.json"),

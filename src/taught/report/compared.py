@@ -122,6 +122,11 @@ def compared_tables(run: RunFolder) -> Iterator[RenderableType]:
     if "curves" in there:
         for point in run.read_table("curves").to_pylist():
             yield Text("\n" + removal_sentence(point, run.study.validation.remove_by))
+    if "named_effects" in there:
+        for effect in run.read_table("named_effects").to_pylist():
+            yield Text("\n" + effect_sentence(effect))
+    if "arms" in there:
+        yield _arms_table(run.read_table("arms").to_pylist())
 
 
 def removal_sentence(point: Row, target: str) -> str:
@@ -132,6 +137,46 @@ def removal_sentence(point: Row, target: str) -> str:
         f"{target} most, against as many random ones: {_digits(point['difference'])} "
         f"[{_digits(point['lo'])}, {_digits(point['hi'])}]"
     )
+
+
+def effect_sentence(effect: Row) -> str:
+    """What training with the named pairs does, by the subsets that were chosen to ask for it."""
+    how = {"chosen": "in the place of average ones", "couples": "added to others"}
+    return (
+        f"The {effect['pairs']} pairs that raise {effect['target']} most, {how[effect['design']]}, "
+        f"change it by {_digits(effect['value'])} [{_digits(effect['lo'])}, "
+        f"{_digits(effect['hi'])}] ({effect['retrainings']} retrainings)"
+    )
+
+
+def arm_rows(rows: Sequence[Row]) -> tuple[list[str], list[tuple[str, int, list[Row]]]]:
+    """Metrics, and for each arm its name, its number of pairs and its rows in their order."""
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    of = {(row["arm"], row["metric"]): row for row in rows}
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    return metrics, [
+        (arm, of[arm, metrics[0]]["pairs"], [of[arm, metric] for metric in metrics]) for arm in arms
+    ]
+
+
+def _arms_table(rows: Sequence[Row]) -> Table:
+    metrics, arms = arm_rows(rows)
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left",
+                  title="\nWays of choosing pairs (* differs from random, Holm)",
+                  title_style="bold")  # fmt: skip
+    shown.add_column(Text("trained on", "dim"))
+    shown.add_column(Text("pairs", "dim"), justify="right")
+    for metric in metrics:
+        shown.add_column(Text(clean(metric), "dim"), justify="right")
+    for arm, pairs, cells in arms:
+        values = [f"{_digits(cell['value'])}{'*' if differs(cell) else ''}" for cell in cells]
+        shown.add_row(clean(arm), str(pairs), *values)
+    return shown
+
+
+def differs(cell: Row) -> bool:
+    """Whether an arm's metric differs from the random arm's after Holm's correction."""
+    return cell["p_holm"] is not None and cell["p_holm"] < 0.05
 
 
 def _digits(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,16 @@ from taught.analysis.interference import top_offenders
 from taught.report import charts, text
 from taught.report.charts import Point, Scale
 from taught.report.clustered import cluster_sentences, influence_power
-from taught.report.compared import Cell, DesignTable, design_tables, removal_sentence, warnings
+from taught.report.compared import (
+    Cell,
+    DesignTable,
+    arm_rows,
+    design_tables,
+    differs,
+    effect_sentence,
+    removal_sentence,
+    warnings,
+)
 from taught.report.conceptual import AGREE
 from taught.report.stats import Estimate, mean_interval
 from taught.report.strips import Strip, strips
@@ -434,10 +444,37 @@ def _validation_section(view: View) -> Json | None:
         ],
         "chance": (chance := Scale(-0.05, 1.05, *FOREST)),
         "chance_axis": charts.forest_axis(chance),
-        "removal": [removal_sentence(point, target) for point in view.curves or []],
+        "removal": [removal_sentence(point, target) for point in view.curves or []]
+        + [effect_sentence(effect) for effect in view.named_effects or []],
+        "arms": _arms(view.arms or []),
         "models": [r for r in view.models or [] if r["design"] in WITH_METRICS],
         "retrained": sum(row["design"] != "base" for row in view.models or []),
         "costs": view.costs or [],
+    }  # fmt: skip
+
+
+def _arms(rows: Sequence[Json]) -> Json | None:
+    """Arms by metrics: value with its interval, difference to random with its own."""
+    if not rows:
+        return None
+    metrics, arms = arm_rows(rows)
+
+    def interval(cell: Json, name: str, lo: str, hi: str) -> str | None:
+        if cell[name] is None:
+            return None
+        ends = (text.number(cell[end], 3) for end in (lo, hi))
+        return f"{text.number(cell[name], 3)} [{', '.join(ends)}]"
+
+    return {
+        "metrics": metrics,
+        "rows": [
+            (arm, pairs, [
+                (interval(cell, "value", "lo", "hi"),
+                 interval(cell, "difference", "difference_lo", "difference_hi"), differs(cell))
+                for cell in cells
+            ])
+            for arm, pairs, cells in arms
+        ],
     }  # fmt: skip
 
 

@@ -82,6 +82,8 @@ class View:
     noise_ceiling: Rows | None
     planted: Rows | None
     curves: Rows | None
+    named_effects: Rows | None
+    arms: Rows | None
     models: Rows | None
     costs: Rows | None
     statements: Rows | None
@@ -194,7 +196,8 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
 
 
 _TABLES = ("prompts", "features", "coefficients", "audit", "statements", "clamp", "lds", "trivial",
-           "noise_ceiling", "planted", "curves", "models", "costs", "token_shares")  # fmt: skip
+           "noise_ceiling", "planted", "curves", "named_effects", "arms", "models", "costs",
+           "token_shares")  # fmt: skip
 _PAIR_TABLES = ("pairs", "summary", "certificates")
 
 

@@ -343,7 +343,7 @@ def _write(
         run.write_table("curves", table_of(points))
     effects = _effects(study, run, designs, ready, outcomes)
     if effects:
-        run.write_table("effects", table_of(effects))
+        run.write_table("named_effects", table_of(effects))
     if "curation" in designs:
         run.write_table("arms", table_of(_arms(ready, sides, made)))
     run.write_table("subsets", _table(SUBSETS, subsets))
