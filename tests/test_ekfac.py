@@ -174,9 +174,7 @@ def test_every_estimator_divides_by_it(name: str, options) -> None:
     dy = prompt_effects(problem, tiny_pairs())
     moves = list(tangents(problem, tiny_pairs()))
     F = feature_effects(problem, tiny_pairs(), list(A), torch.ones(6, 5))
-    for number, (pair, step, move) in enumerate(
-        zip(tiny_pairs(), steps(name), moves, strict=True)
-    ):
+    for number, (pair, step, move) in enumerate(zip(tiny_pairs(), steps(name), moves, strict=True)):
         _, direction = step_direction(problem, pair)
         assert set(direction) == set(step)
         for layer, g in step.items():
@@ -252,7 +250,9 @@ class OneLayer(nn.Module):
 
     def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **_: object):
         logits = self.head(self.blocks[0](self.embed(input_ids)))
-        return type("Out", (), {"logits": logits[:, -logits_to_keep:] if logits_to_keep else logits})
+        return type(
+            "Out", (), {"logits": logits[:, -logits_to_keep:] if logits_to_keep else logits}
+        )
 
 
 def test_where_gradients_factorise_it_is_the_damped_fisher_matrix_itself(monkeypatch) -> None:
@@ -327,7 +327,9 @@ def test_layers_without_a_gradient_or_with_one_that_is_not_finite_are_refused() 
     model = tiny_model("untied")
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.down_proj.weight").zero_()
-    with pytest.raises(UserError, match=r"curvature of some layers is zero(.|\n)*layers\.1\.mlp\.up"):
+    with pytest.raises(
+        UserError, match=r"curvature of some layers is zero(.|\n)*layers\.1\.mlp\.up"
+    ):
         with_ekfac(tiny_problem(model), tiny_pairs(), damping=DAMPING)
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.down_proj.weight").fill_(float("nan"))

@@ -5,9 +5,9 @@ F of the read-outs, to first order, by
 
     influence(F, z) = -lr < C^-1 grad L(z), grad F >
 
-with C = 1, the metric of Adam (``taught.attribution.curvature``) or EK-FAC (``ekfac``). With F = sum A * X + sum B * y
-(``taught.target``) one backward pass over the prompts gives grad F, and one gradient a pair gives
-every inner product: N + P passes instead of N x P.
+with C = 1, the metric of Adam (``taught.attribution.curvature``) or EK-FAC (``ekfac``). With
+F = sum A * X + sum B * y (``taught.target``) one backward pass over the prompts gives grad F, and
+one gradient a pair gives every inner product: N + P passes instead of N x P.
 
  - :func:`target_effects`: a few targets (score, group means), any pathway.
  - :func:`feature_effects`: one target a feature, over the prompts on which the feature is active.

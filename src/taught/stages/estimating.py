@@ -234,8 +234,10 @@ def with_curvature(
         curved = with_ekfac(problem, pairs, damping=spec.damping, progress=progress)
         moving = moving_parameters(problem.model, problem.parameters)
         layers = len(curved.parameters or ())
-        progress.note(f"EK-FAC: {layers} linear layers of the blocks move, "
-                      f"{len(moving) - layers} other tensors have no curvature and do not")
+        progress.note(
+            f"EK-FAC: {layers} linear layers of the blocks move, "
+            f"{len(moving) - layers} other tensors have no curvature and do not"
+        )
         return curved
     if spec.moments is None:
         progress.step("second moments of the gradients", len(pairs))
