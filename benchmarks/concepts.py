@@ -13,7 +13,8 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from benchmarks.peers import HERE, environment
 from taught.progress import RichProgress
 
 OWN_TOKENS = 32
-GRADIENTS = ("gradient", "Bergson")
+
+Times = tuple[float, float]  # seconds, and of all threads together
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -48,33 +50,44 @@ def measure(args: argparse.Namespace) -> None:
         results = Results(result_name("concepts", args), facts, args.out)
         pairs, few = setting.pairs, setting.pairs[: args.few]
         with kept(results, _COLUMNS):
-            every, once, effects = _gradient(problem, pairs, args.rounds)
+            every, once = _gradient(problem, pairs, args.rounds)
             results.add(_row("gradient, adjoint", every, len(pairs), once))
             for name in ("jvp", "finite-step"):
-                results.add(_row(f"gradient, {name}", [_one_by_one(problem, few, name)], len(few)))
+                results.add(_row(f"gradient, {name}", _one_by_one(problem, few, name), len(few)))
             for name, every, once in _projections(setting, features, args.rounds):
                 results.add(_row(name, every, len(pairs), once))
             if args.bergson:
-                results.add(_bergson(args, problem, pairs, direction, effects))
-            results.summary = {
-                f"{base} over {row['method']}": _of(results.rows, base) / row["ms_a_pair"]
-                for base in [r["method"] for r in results.rows if r["method"].startswith(GRADIENTS)]
-                for row in results.rows
-                if row["method"] != base
-                and (base.startswith("Bergson") or not row["method"].startswith(GRADIENTS))
-            }
+                results.add(_bergson(args, problem, pairs, direction))
+            results.summary = summarised(results.rows)
 
 
-def _of(rows: list[dict[str, Any]], method: str) -> float:
-    (value,) = (row["ms_a_pair"] for row in rows if row["method"] == method)
-    return float(value)
+def summarised(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """CPU time a pair of each gradient method over that of the cheaper ones."""
+    return {
+        f"{base['method']} over {row['method']}": base["cpu_ms_a_pair"] / row["cpu_ms_a_pair"]
+        for base in rows
+        for row in rows
+        if base["method"].startswith(("gradient", "Bergson"))
+        and base["cpu_ms_a_pair"] > row["cpu_ms_a_pair"]
+    }
 
 
-def _row(method: str, every: list[float], pairs: int, once: float | None = None) -> dict[str, Any]:
-    """One method; the median of its rounds counts."""
-    seconds = statistics.median(every)
-    return {"method": method, "pairs": pairs, "seconds": seconds, "seconds_of_all_runs": every,
-            "ms_a_pair": 1000 * seconds / pairs, "seconds_once": once}  # fmt: skip
+def _row(method: str, every: list[Times], pairs: int, once: float | None = None) -> dict[str, Any]:
+    """One method; the medians of its rounds count."""
+    seconds, cpu = (statistics.median(values) for values in zip(*every, strict=True))
+    return {"method": method, "pairs": pairs, "seconds": seconds, "cpu_seconds": cpu,
+            "ms_a_pair": 1000 * seconds / pairs, "cpu_ms_a_pair": 1000 * cpu / pairs,
+            "seconds_and_cpu_seconds_of_all_runs": every, "seconds_once": once}  # fmt: skip
+
+
+def _timed(go: Callable[[], Any], rounds: int) -> list[Times]:
+    every = []
+    for _ in range(rounds):
+        begun = time.process_time()
+        with Clock() as clock:
+            go()
+        every.append((clock.seconds, time.process_time() - begun))
+    return every
 
 
 def _problem(setting: Setting) -> tuple[Any, Any, np.ndarray]:
@@ -95,8 +108,8 @@ def _problem(setting: Setting) -> tuple[Any, Any, np.ndarray]:
     return replace(problem, features=of_prompts), concept_map([concept], concept.tokens, like), v
 
 
-def _gradient(problem: Any, pairs: list[Any], rounds: int) -> tuple[list[float], float, np.ndarray]:
-    """By the adjoint: seconds of the pairs in each round, of the query gradient; the effects."""
+def _gradient(problem: Any, pairs: list[Any], rounds: int) -> tuple[list[Times], float]:
+    """By the adjoint: seconds of the pairs in each round, of the query gradient."""
     import torch
 
     from taught.attribution.adjoint import _build_queries, _contract_pairs
@@ -108,28 +121,30 @@ def _gradient(problem: Any, pairs: list[Any], rounds: int) -> tuple[list[float],
     with frozen(problem.model):
         with Clock() as once:
             queries = _build_queries(problem, sites, A, None, None)
-        every = []
-        for _ in range(rounds):
-            with Clock() as clock:
-                effects, _ = _contract_pairs(problem, sites, pairs, queries, 1, None)
-            every.append(clock.seconds)
-    return every, once.seconds, effects[:, 0].numpy()
+        every = _timed(
+            lambda: _contract_pairs(problem, sites, pairs, queries, 1, None), rounds
+        )  # fmt: skip
+    return every, once.seconds
 
 
-def _one_by_one(problem: Any, pairs: list[Any], estimator: str) -> float:
+def _one_by_one(problem: Any, pairs: list[Any], estimator: str) -> list[Times]:
+    return _timed(lambda: _effects(problem, pairs, estimator), 1)
+
+
+def _effects(problem: Any, pairs: list[Any], estimator: str = "adjoint") -> np.ndarray:
+    """Effect of each pair on the concept."""
     from taught.attribution.concepts import concept_effects
     from taught.target import concept_targets
 
     ids = [prompt.id for prompt in problem.prompts]
     targets = concept_targets(ids, ["difference"], np.ones(len(ids), dtype=bool))
-    with Clock() as clock:
-        concept_effects(problem, pairs, targets, estimator)
-    return clock.seconds
+    effects: np.ndarray = concept_effects(problem, pairs, targets, estimator)[:, 0].numpy()
+    return effects
 
 
 def _projections(
     setting: Setting, features: Any, rounds: int
-) -> list[tuple[str, list[float], float | None]]:
+) -> list[tuple[str, list[Times], float | None]]:
     """Each forward-only method: seconds of every round, and of what is done once."""
     from taught.attribution.projections import project
     from taught.model.generate import greedy
@@ -154,23 +169,16 @@ def _projections(
         # The tuned model is one of the same size: here the same one.
         ("projection difference, training", passes(pairs, pairs), None),
     ]
-    found = []
-    for name, go, once in ways:
-        every = []
-        for _ in range(rounds):
-            with Clock() as clock:
-                go()
-            every.append(clock.seconds)
-        found.append((name, every, once))
-    return found
+    return [(name, _timed(go, rounds), once) for name, go, once in ways]
 
 
 def _bergson(
-    args: argparse.Namespace, problem: Any, pairs: list[Any], direction: Any, effects: np.ndarray
+    args: argparse.Namespace, problem: Any, pairs: list[Any], direction: Any
 ) -> dict[str, Any]:
     """Bergson's row: the same concept, prompts and pairs, in a process of its own."""
     import torch
 
+    from taught.attribution.ekfac import curved_layers
     from taught.rank import spearman
 
     threads = torch.get_num_threads()
@@ -192,9 +200,18 @@ def _bergson(
             raise SystemExit(done.stderr[-3000:])
         report = json.loads((Path(folder) / "report.json").read_text())
         scores = np.load(Path(folder) / "scores.npy")
-    row = _row("Bergson, score", report["seconds_of_all_runs"], len(pairs), report["seconds_once"])
+    row = _row("Bergson, score", report["times"], len(pairs), report["seconds_once"])
     # Its scores are products of gradients of losses: larger means that training lowers F.
-    return {**report, **row, "spearman_with_adjoint": spearman(-scores, effects)}
+    layers = curved_layers(problem.model)  # what Bergson covers
+    same = _effects(replace(problem, parameters=layers), pairs)
+    found = -problem.lr * scores
+    return {
+        **report, **row, "spearman_with_adjoint": spearman(found, _effects(problem, pairs)),
+        "spearman_with_adjoint_of_its_layers": spearman(found, same),
+        "relative_difference_of_its_layers": float(
+            np.linalg.norm(found - same) / np.linalg.norm(same)
+        ),
+    }  # fmt: skip
 
 
 def write_job(folder: Path, job: dict[str, Any]) -> Path:
@@ -213,6 +230,7 @@ _COLUMNS = {
     "method": lambda row: row["method"],
     "pairs": lambda row: f"{row['pairs']:,}",
     "ms a pair": lambda row: f"{row['ms_a_pair']:.1f}",
+    "CPU ms a pair": lambda row: f"{row['cpu_ms_a_pair']:.1f}",
     "once, s": lambda row: "" if row["seconds_once"] is None else f"{row['seconds_once']:.1f}",
 }
 

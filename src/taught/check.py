@@ -254,7 +254,8 @@ def _memory(study: Study, subject: Subject, groups: int) -> str:
     if spec.curvature == "adam":
         gradients += moved  # the metric
     if spec.curvature == "ekfac":  # eigenvalues, and the eigenvectors of both sides of a layer
-        shapes = [moving[name].shape for name in curved_layers(subject.loaded.model, moving)]
+        layers = curved_layers(subject.loaded.model, subject.moving(study))
+        shapes = [moving[name].shape for name in layers]
         gradients += sum(4 * (m * n + m * m + n * n) for m, n in shapes) / GB
     return (
         f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
