@@ -1,14 +1,22 @@
 """What a pair costs by each concept method: the gradient by three estimators, and forward passes.
 
 One concept, the difference of the groups' means at the SAE's block. One-time work (the concept's
-query gradient over the prompts, the model's own answers) stands in a column of its own.
+query gradient over the prompts, the model's own answers) stands in a column of its own. Bergson's
+scoring of the same concept is a row where its interpreter is given.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,42 +33,65 @@ from benchmarks.common import (
     run,
 )
 from benchmarks.common import parser as common_parser
+from benchmarks.peers import HERE, environment
 from taught.progress import RichProgress
 
 OWN_TOKENS = 32
+
+Times = tuple[float, float]  # seconds, and of all threads together
 
 
 def measure(args: argparse.Namespace) -> None:
     """Time every method on the same pairs, write the result."""
     with RichProgress(console) as progress:
         setting = open_setting(args, progress)
-        problem, features = _problem(setting)
-        facts = {**conditions(setting, args), "own_tokens": OWN_TOKENS}
+        problem, features, direction = _problem(setting)
+        facts = {**conditions(setting, args), "own_tokens": OWN_TOKENS, "rounds": args.rounds}
         results = Results(result_name("concepts", args), facts, args.out)
-        few = setting.pairs[: args.few]
+        pairs, few = setting.pairs, setting.pairs[: args.few]
         with kept(results, _COLUMNS):
-            gradient, once = _gradient(problem, setting.pairs)
-            results.add(_row("gradient, adjoint", gradient, len(setting.pairs), once))
+            every, once = _gradient(problem, pairs, args.rounds)
+            results.add(_row("gradient, adjoint", every, len(pairs), once))
             for name in ("jvp", "finite-step"):
-                seconds = _one_by_one(problem, few, name)
-                results.add(_row(f"gradient, {name}", seconds, len(few), None))
-            forward, once = _projections(setting, features)
-            for name, seconds in forward.items():
-                results.add(_row(name, seconds, len(setting.pairs), once.get(name)))
-            base = results.rows[0]["ms_a_pair"]
-            results.summary = {
-                f"gradient over {row['method']}": base / row["ms_a_pair"]
-                for row in results.rows if not row["method"].startswith("gradient")
-            }  # fmt: skip
+                results.add(_row(f"gradient, {name}", _one_by_one(problem, few, name), len(few)))
+            for name, every, once in _projections(setting, features, args.rounds):
+                results.add(_row(name, every, len(pairs), once))
+            if args.bergson:
+                results.add(_bergson(args, problem, pairs, direction))
+            results.summary = summarised(results.rows)
 
 
-def _row(method: str, seconds: float, pairs: int, once: float | None) -> dict[str, Any]:
-    return {"method": method, "pairs": pairs, "seconds": seconds,
-            "ms_a_pair": 1000 * seconds / pairs, "seconds_once": once}  # fmt: skip
+def summarised(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """CPU time a pair of each gradient method over that of the cheaper ones."""
+    return {
+        f"{base['method']} over {row['method']}": base["cpu_ms_a_pair"] / row["cpu_ms_a_pair"]
+        for base in rows
+        for row in rows
+        if base["method"].startswith(("gradient", "Bergson"))
+        and base["cpu_ms_a_pair"] > row["cpu_ms_a_pair"]
+    }
 
 
-def _problem(setting: Setting) -> tuple[Any, Any]:
-    """The problem of one concept on the setting's prompts, and the concept's read-out of pairs."""
+def _row(method: str, every: list[Times], pairs: int, once: float | None = None) -> dict[str, Any]:
+    """One method; the medians of its rounds count."""
+    seconds, cpu = (statistics.median(values) for values in zip(*every, strict=True))
+    return {"method": method, "pairs": pairs, "seconds": seconds, "cpu_seconds": cpu,
+            "ms_a_pair": 1000 * seconds / pairs, "cpu_ms_a_pair": 1000 * cpu / pairs,
+            "seconds_and_cpu_seconds_of_all_runs": every, "seconds_once": once}  # fmt: skip
+
+
+def _timed(go: Callable[[], Any], rounds: int) -> list[Times]:
+    every = []
+    for _ in range(rounds):
+        begun = time.process_time()
+        with Clock() as clock:
+            go()
+        every.append((clock.seconds, time.process_time() - begun))
+    return every
+
+
+def _problem(setting: Setting) -> tuple[Any, Any, np.ndarray]:
+    """The problem of one concept on the setting's prompts, its read-out of pairs, its direction."""
     from taught.features.concept import Concept, concept_map
     from taught.features.pooling import pool
 
@@ -69,15 +100,16 @@ def _problem(setting: Setting) -> tuple[Any, Any]:
     H = pool(setting.baseline.h, setting.baseline.offsets, how).double().numpy()
     positive = np.array([group == study.prompts.positive_group for group in setting.groups])
     v = H[positive].mean(0) - H[~positive].mean(0)
-    concept = Concept("difference", v / np.linalg.norm(v), problem.block, how, "mean_response",
+    v /= np.linalg.norm(v)
+    concept = Concept("difference", v, problem.block, how, "mean_response",
                       {}, {}, {})  # fmt: skip
     like = next(problem.model.parameters())
     of_prompts = concept_map([concept], how, like)
-    return replace(problem, features=of_prompts), concept_map([concept], concept.tokens, like)
+    return replace(problem, features=of_prompts), concept_map([concept], concept.tokens, like), v
 
 
-def _gradient(problem: Any, pairs: list[Any]) -> tuple[float, float]:
-    """Seconds of the pairs, and of the query gradient, by the adjoint."""
+def _gradient(problem: Any, pairs: list[Any], rounds: int) -> tuple[list[Times], float]:
+    """By the adjoint: seconds of the pairs in each round, of the query gradient."""
     import torch
 
     from taught.attribution.adjoint import _contract_pairs, build_queries
@@ -89,58 +121,116 @@ def _gradient(problem: Any, pairs: list[Any]) -> tuple[float, float]:
     with frozen(problem.model):
         with Clock() as once:
             queries = build_queries(problem, sites, A, None, None)
-        with Clock() as clock:
-            _contract_pairs(problem, sites, pairs, queries, 1, None)
-    return clock.seconds, once.seconds
+        every = _timed(
+            lambda: _contract_pairs(problem, sites, pairs, queries, 1, None), rounds
+        )  # fmt: skip
+    return every, once.seconds
 
 
-def _one_by_one(problem: Any, pairs: list[Any], estimator: str) -> float:
+def _one_by_one(problem: Any, pairs: list[Any], estimator: str) -> list[Times]:
+    return _timed(lambda: _effects(problem, pairs, estimator), 1)
+
+
+def _effects(problem: Any, pairs: list[Any], estimator: str = "adjoint") -> np.ndarray:
+    """Effect of each pair on the concept."""
     from taught.attribution.concepts import concept_effects
     from taught.target import concept_targets
 
     ids = [prompt.id for prompt in problem.prompts]
     targets = concept_targets(ids, ["difference"], np.ones(len(ids), dtype=bool))
-    with Clock() as clock:
-        concept_effects(problem, pairs, targets, estimator)
-    return clock.seconds
+    effects: np.ndarray = concept_effects(problem, pairs, targets, estimator)[:, 0].numpy()
+    return effects
 
 
-def _projections(setting: Setting, features: Any) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of the forward-only methods, and of what they do once."""
+def _projections(
+    setting: Setting, features: Any, rounds: int
+) -> list[tuple[str, list[Times], float | None]]:
+    """Each forward-only method: seconds of every round, and of what is done once."""
     from taught.attribution.projections import project
     from taught.model.generate import greedy
 
     model, block, pairs = setting.problem.model, setting.problem.block, setting.pairs
-    tokens = setting.study.attribution.batch_tokens
-
-    def passes(*sets: list[Any]) -> Callable[[], None]:
-        def go() -> None:
-            for some in sets:
-                project(model, some, features, block, batch_tokens=tokens)
-
-        return go
-
     end = setting.pairs[0].ids[-1]
     with Clock() as answering:
         answers = greedy(model, [pair.ids[: pair.start] for pair in pairs], {end}, OWN_TOKENS)
     own = [replace(p, ids=(*p.ids[: p.start], *a)) for p, a in zip(pairs, answers, strict=True)]
-    ways = {
-        "vector filter": passes(pairs),
-        "projection difference, own response": passes(pairs, own),
-        "projection difference, training": passes(pairs, pairs),
-    }
-    seconds = {}
-    for name, go in ways.items():
-        with Clock() as clock:
-            go()
-        seconds[name] = clock.seconds
-    return seconds, {"projection difference, own response": answering.seconds}
+
+    def passes(*sets: list[Any]) -> Callable[[], None]:
+        def go() -> None:
+            for some in sets:
+                project(model, some, features, block)
+
+        return go
+
+    ways = [
+        ("vector filter", passes(pairs), None),
+        # As the command does: a pair and the own response share the tokens of their prompt.
+        ("projection difference, own response", passes([*pairs, *own]), answering.seconds),
+        # The tuned model is one of the same size: here the same one.
+        ("projection difference, training", passes(pairs, pairs), None),
+    ]
+    return [(name, _timed(go, rounds), once) for name, go, once in ways]
+
+
+def _bergson(
+    args: argparse.Namespace, problem: Any, pairs: list[Any], direction: Any
+) -> dict[str, Any]:
+    """Bergson's row: the same concept, prompts and pairs, in a process of its own."""
+    import torch
+
+    from taught.attribution.ekfac import curved_layers
+    from taught.rank import spearman
+
+    threads = torch.get_num_threads()
+    job = {
+        "model": os.path.abspath(problem.model.name_or_path), "threads": threads,
+        "tokens": problem.batch_tokens, "rounds": args.rounds, "block": problem.block,
+        "direction": direction.tolist(),
+        "prompts": [{"ids": list(p.ids), "read": list(p.read)} for p in problem.prompts],
+        "pairs": [{"ids": list(p.ids), "start": p.start} for p in pairs],
+    }  # fmt: skip
+    python = os.path.abspath(args.bergson)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_job(Path(folder), job)
+        done = subprocess.run(
+            [python, str(HERE / "peer_bergson_score.py"), str(path)], cwd=folder,
+            env=environment(threads, python), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        report = json.loads((Path(folder) / "report.json").read_text())
+        scores = np.load(Path(folder) / "scores.npy")
+    row = _row("Bergson, score", report["times"], len(pairs), report["seconds_once"])
+    # Its scores are products of gradients of losses: larger means that training lowers F.
+    layers = curved_layers(problem.model)  # what Bergson covers
+    same = _effects(replace(problem, parameters=layers), pairs)
+    found = -problem.lr * scores
+    return {
+        **report, **row, "spearman_with_adjoint": spearman(found, _effects(problem, pairs)),
+        "spearman_with_adjoint_of_its_layers": spearman(found, same),
+        "relative_difference_of_its_layers": float(
+            np.linalg.norm(found - same) / np.linalg.norm(same)
+        ),
+    }  # fmt: skip
+
+
+def write_job(folder: Path, job: dict[str, Any]) -> Path:
+    """Write what the worker is to do.
+
+    model (folder), direction [D], block, prompts (ids, read: where h is read, its mean counts),
+    pairs (ids, start: ``ids[start:]`` is the response), tokens (padded, a batch), rounds, threads,
+    out (the job's folder).
+    """
+    path = folder / "job.json"
+    path.write_text(json.dumps({**job, "out": str(folder)}))
+    return path
 
 
 _COLUMNS = {
     "method": lambda row: row["method"],
     "pairs": lambda row: f"{row['pairs']:,}",
     "ms a pair": lambda row: f"{row['ms_a_pair']:.1f}",
+    "CPU ms a pair": lambda row: f"{row['cpu_ms_a_pair']:.1f}",
     "once, s": lambda row: "" if row["seconds_once"] is None else f"{row['seconds_once']:.1f}",
 }
 
@@ -149,6 +239,10 @@ def main() -> None:
     """Parse the flags and measure."""
     flags = common_parser(__doc__ or "")
     flags.add_argument("--few", type=int, default=3, help="pairs for jvp and finite-step")
+    flags.add_argument(
+        "--rounds", type=int, default=3, help="runs of the others; the median counts"
+    )
+    flags.add_argument("--bergson", metavar="PYTHON", help="interpreter of Bergson's environment")
     run(measure, flags.parse_args())
 
 

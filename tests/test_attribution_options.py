@@ -63,7 +63,12 @@ SUBSET = ["*.1.mlp.*", "*norm.weight"]
 ADAM = {"curvature": "adam", "adam_eps": 1e-3, "lr": 5e-6}
 
 
-@pytest.mark.parametrize("changes", [{"parameters": SUBSET}, ADAM, {**ADAM, "parameters": SUBSET}])
+EKFAC = {"curvature": "ekfac", "lr": 1e-5}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"parameters": SUBSET}, ADAM, {**ADAM, "parameters": SUBSET}, EKFAC]
+)
 def test_every_estimator_makes_the_same_step(attributed, changes) -> None:
     adjoint = attributed(**changes)
     assert_alike(attributed(**changes, estimator="jvp"), adjoint)

@@ -235,6 +235,13 @@ def test_what_moves_is_counted(tiny):
     assert "matches none of the model's parameters" in wrong.problems[0]
 
 
+def test_under_ekfac_only_linear_layers_of_the_blocks_move(tiny):
+    report = check_study(tiny.replace("attribution.curvature", "ekfac"))
+    assert row(report, "moving").endswith(f"parameters in {3 * 7} tensors")
+    assert cost(report)["curvature"] > 0
+    assert cost(report).keys() - cost(check_study(tiny)).keys() == {"curvature"}
+
+
 def test_memory_is_model_and_gradients_and_the_rest(tiny):
     study = tiny.replace("attribution.memory_gb", 2.5)
     assert row(check_study(study), "memory").startswith("about 5.5 GB (model 0.0, gradients 2.5,")

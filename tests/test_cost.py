@@ -14,6 +14,7 @@ from taught.attribution import cost
 from taught.attribution.adjoint import feature_effects, target_effects
 from taught.attribution.cost import attribution_cost, validation_cost
 from taught.attribution.curvature import estimate_moments, with_adam
+from taught.attribution.ekfac import curved_layers, fit_ekfac
 from taught.attribution.finite_step import finite_steps
 from taught.attribution.forward_mode import tangents
 from taught.attribution.pairs import pair_losses
@@ -123,10 +124,18 @@ def test_steps_by_adam_are_announced_as_they_are_done(problem):
     adam = with_adam(problem, tiny_pairs(), moments=None, eps=1e-3)
     moments = done(lambda: estimate_moments(problem, tiny_pairs()))
     prompts = done(lambda: prompt_effects(adam, tiny_pairs()))
-    expected = announced(problem, adam=True)
+    expected = announced(problem, curvature="adam")
     assert expected["second moments"] == pytest.approx(moments, rel=0.15)
     assert expected["prompts"] == pytest.approx(prompts, rel=0.3)
-    assert "second moments" not in announced(problem, adam=True, estimated=False)
+    assert "second moments" not in announced(problem, curvature="adam", estimated=False)
+
+
+def test_ekfac_is_announced_as_it_is_done(problem):
+    layers = replace(problem, parameters=curved_layers(problem.model))
+    work = done(lambda: fit_ekfac(problem, tiny_pairs()))  # eigenvectors are not counted there
+    sides = [n for name in layers.parameters for n in problem.model.get_parameter(name).shape]
+    expected = announced(layers, curvature="ekfac")["curvature"] - sum(9 * n**3 for n in sides)
+    assert expected == pytest.approx(work, rel=0.3)
 
 
 def test_finite_steps_are_announced_as_they_are_done(problem):

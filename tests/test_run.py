@@ -444,6 +444,7 @@ CHANGES = {
     "attribution.batch_tokens": 4, "attribution.checkpointing": True,
     "attribution.parameters": ["*mlp*"],
     "attribution.curvature": "adam", "attribution.moments": __file__, "attribution.adam_eps": 0.1,
+    "attribution.damping": 0.2,
     "attribution.checkpoints": [{"id": "a/b", "lr": 1}], "model.adapter": "a/b",
     "sketch.store": "s", "sketch.error": 0.1,
     "sketch.dim": 128, "sketch.seed": 3, "sketch.sample": 2,

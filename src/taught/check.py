@@ -14,6 +14,7 @@ from torch import Tensor
 
 from taught.attribution.adjoint import GB, Problem
 from taught.attribution.cost import ACTIVE, attribution_cost, validation_cost
+from taught.attribution.ekfac import curved_layers
 from taught.attribution.pairs import PairInput
 from taught.data.chat import EncodedPair, EncodedPrompt
 from taught.data.columns import name_ids
@@ -187,6 +188,9 @@ def _estimate(
     times = len(spec.checkpoints or [None])
     try:
         refuse_combinations(study)
+        if spec.curvature == "ekfac":  # nothing else moves
+            layers = curved_layers(problem.model, problem.parameters)
+            problem = replace(problem, parameters=layers)
         cost = attribution_cost(
             problem,
             pair_inputs(pairs),
@@ -195,7 +199,7 @@ def _estimate(
             estimator=spec.estimator,
             coefficients=spec.coefficients,
             exact_top=spec.exact_top if spec.checkpoints is None else 0,
-            adam=spec.curvature == "adam",
+            curvature=spec.curvature,
             estimated=spec.moments is None,
         )
     except UserError as error:
@@ -306,6 +310,10 @@ def _memory(study: Study, subject: Subject, groups: int) -> str:
         gradients = (2 + groups) * moved  # one for each target
     if spec.curvature == "adam":
         gradients += moved  # the metric
+    if spec.curvature == "ekfac":  # eigenvalues, and the eigenvectors of both sides of a layer
+        layers = curved_layers(subject.loaded.model, subject.moving(study))
+        shapes = [moving[name].shape for name in layers]
+        gradients += sum(4 * (m * n + m * m + n * n) for m, n in shapes) / GB
     return (
         f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
         f"{gradients:.1f}, everything else about {_REST_GB})"

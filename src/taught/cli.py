@@ -229,8 +229,8 @@ def compare(
     source
         A run folder with retrainings, or its study.
     method
-        Methods beside the run's own influence and the baselines: adjoint, adjoint+adam, sketch,
-        sketch+autocorrelation.
+        Methods beside the run's own influence and the baselines: adjoint, adjoint+adam,
+        adjoint+ekfac, sketch, sketch+autocorrelation.
     scores
         Tables of scores made elsewhere (Parquet, CSV, JSONL): pair_id, method, value (positive:
         raises the target) and, if it is about one, target: score, mean_y:GROUP or coefficient:ID.

@@ -182,9 +182,12 @@ class AttributionSpec(_Section):
     batch_tokens: int = _field(512, rules.whole(1))
     checkpointing: bool = _field(False, rules.flag())
     parameters: tuple[str, ...] | None = _field(None, rules.optional(rules.list_of(rules.text())))
-    curvature: Literal["identity", "adam"] = _field("identity", rules.one_of("identity", "adam"))
+    curvature: Literal["identity", "adam", "ekfac"] = _field(
+        "identity", rules.one_of("identity", "adam", "ekfac")
+    )
     moments: str | None = _field(None, rules.optional(rules.path()))
     adam_eps: float = _field(1e-8, rules.number(above=0))
+    damping: float = _field(0.1, rules.number(above=0))
     checkpoints: tuple[Checkpoint, ...] | None = _field(
         None, rules.optional(rules.list_of(_CHECKPOINT))
     )

@@ -5,9 +5,9 @@ F of the read-outs, to first order, by
 
     influence(F, z) = -lr < C^-1 grad L(z), grad F >
 
-with C = 1, or the metric of Adam (``taught.attribution.curvature``). With F = sum A * X + sum B * y
-(``taught.target``) one backward pass over the prompts gives grad F, and one gradient a pair gives
-every inner product: N + P passes instead of N x P.
+with C = 1, the metric of Adam (``taught.attribution.curvature``) or EK-FAC (``ekfac``). With
+F = sum A * X + sum B * y (``taught.target``) one backward pass over the prompts gives grad F, and
+one gradient a pair gives every inner product: N + P passes instead of N x P.
 
  - :func:`target_effects`: a few targets (score, group means), any pathway.
  - :func:`feature_effects`: one target a feature, over the prompts on which the feature is active.
@@ -45,6 +45,7 @@ from taught.model.gradients import (
     frozen,
     tap,
 )
+from taught.model.kernels import product
 from taught.model.parameters import moving_parameters
 from taught.model.readout import PackedPrompts, ReadPrompt, pack, read_packed
 from taught.partial import Pieces, kept
@@ -52,6 +53,10 @@ from taught.partial import Pieces, kept
 GB = 1024**3
 # Shares of the memory budget; a batch of pairs comes on top.
 _QUERIES, _ABOVE = 0.7, 0.1
+
+
+# Orthonormal columns, [m, m] and [n, n], for a parameter [m, n]: G becomes rows' G columns.
+Basis = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +72,7 @@ class Problem:
     memory_gb : working memory for gradients, in GiB
     parameters : patterns of the parameters that the step moves (``moving_parameters``); None: all
     scale : diagonal of C^-1 by parameter name, in the parameter's shape; None: C = 1
+    basis : the basis by parameter name in which C is diagonal; None: the parameters' own
     X : float64 [N, d], activations at the model's weights; None: those of the policy
     checkpointing : run the blocks again for the pairs' gradients instead of keeping activations
     """
@@ -81,12 +87,32 @@ class Problem:
     memory_gb: float = 3.75
     parameters: tuple[str, ...] | None = None
     scale: Mapping[str, Tensor] | None = None
+    basis: Mapping[str, Basis] | None = None
     X: Tensor | None = None
     checkpointing: bool = False
 
     def scale_of(self, name: str) -> Tensor | None:
         """One parameter's diagonal of C^-1, or None for 1."""
         return None if self.scale is None else self.scale[name]
+
+    def divided(self, name: str, gradient: Tensor) -> Tensor:
+        """C^-1 G of one parameter, in its shape and the precision of G."""
+        if self.scale is None:
+            return gradient
+        if self.basis is None:
+            return gradient * self.scale[name]
+        rows, columns = self.basis[name]
+        inside = product(product(rows.T, gradient.to(rows).T), columns.T) * self.scale[name]
+        return product(product(rows, inside.T), columns).to(gradient)
+
+    def rotated(self, factor: Factor) -> Factor:
+        """The factor of a gradient in the basis in which C is diagonal."""
+        if self.basis is None:
+            return factor
+        assert factor.a is not None
+        rows, columns = self.basis[factor.param]
+        return replace(factor, d=product(factor.d.to(rows), rows.T),
+                       a=product(factor.a.to(rows), columns.T))  # fmt: skip
 
 
 Queries = dict[str, Query]
@@ -222,18 +248,19 @@ def build_queries(
         if progress is not None:
             progress.advance(len(targets))
     for name, query in queries.items():
-        _divide(query, problem.scale_of(name))
+        _divide(problem, name, query)
     return queries
 
 
-def _divide(query: Query, scale: Tensor | None) -> None:
-    """C^-1 Q, in place."""
-    if scale is None:
+def _divide(problem: Problem, name: str, query: Query) -> None:
+    """C^-1 Q of every target, in place."""
+    if problem.scale is None:
         return
-    if isinstance(query, RowSparse):
-        query.values.mul_(scale[query.rows])
-    else:
-        query.mul_(scale)
+    if isinstance(query, RowSparse):  # a look-up, which is in its own basis
+        query.values.mul_(problem.scale[name][query.rows])
+        return
+    for one in query:
+        one.copy_(problem.divided(name, one))
 
 
 def _add_batch(

@@ -5,7 +5,7 @@
 
 The target is a linear read-out of h like any other (``taught.target.concept_targets``), so every
 estimator and every curvature of the project applies. Source: Concept Influence, arXiv 2602.14869,
-where C is the EK-FAC approximation of the Hessian and the sign is that of the loss.
+where C is the EK-FAC approximation of the Hessian (``ekfac``) and the sign is that of the loss.
 """
 
 from __future__ import annotations

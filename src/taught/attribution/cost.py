@@ -75,7 +75,7 @@ def attribution_cost(
     estimator: str,
     coefficients: bool,
     exact_top: int,
-    adam: bool = False,
+    curvature: str = "identity",
     estimated: bool = True,
 ) -> dict[str, float]:
     """Operations by part.
@@ -88,8 +88,8 @@ def attribution_cost(
         Groups of prompts (``mean_y_target``).
     estimator, coefficients, exact_top
         As in the study.
-    adam, estimated
-        Whether steps are Adam's, and its moments are estimated from the pairs.
+    curvature, estimated
+        As in the study; whether Adam's moments are estimated from the pairs.
 
     Raises
     ------
@@ -116,15 +116,17 @@ def attribution_cost(
     elif coefficients:
         cost["features"] = _features(problem, sizes, targets, len(pairs), one)
         cost["prompts"] = _prompts(problem, sizes, pairs)
-        if adam:  # the output's gradients meet built, slot by slot
+        if curvature == "adam":  # the output's gradients meet built, slot by slot
             cost["prompts"] += 2.0 * len(pairs) * len(problem.prompts) * slots * sizes.moving_head
     else:
         # The score along both pathways asks for all prompts, each group's mean for its own.
         queries = 2 + groups
         contracted = 2.0 * len(pairs) * queries * sizes.moving
         cost["targets"] = (2 + 2 * 3) * trees + 3 * one + contracted
-    if adam and estimated:
+    if curvature == "adam" and estimated:
         cost["second moments"] = 3 * one
+    if curvature == "ekfac":  # labels, squares of both sides of every layer, the basis, gradients
+        cost["curvature"] = 6 * one + _ekfac(problem, pairs)
     if exact_top and estimator != "finite-step":
         cost["finite steps"] = trees + min(exact_top, len(pairs)) * step
     if exact_top and estimator in ("adjoint", "sketch"):  # two queries of all prompts, dual numbers
@@ -172,6 +174,13 @@ def validation_cost(
         said = [(1, len(prompt.ids) + answer_tokens - 1) for prompt in problem.prompts]
         cost["answers"] = models * sizes.over(said, answer_tokens * len(said))
     return cost
+
+
+def _ekfac(problem: Problem, pairs: Sequence[PairInput]) -> float:
+    """Products with [n, n], one for the sum and one for the basis, and eigenvectors (9 n^3)."""
+    tokens = sum(len(pair.ids) - 1 for pair in pairs)
+    shapes = (p.shape for p in moving_parameters(problem.model, problem.parameters).values())
+    return sum(4.0 * tokens * n**2 + 9.0 * n**3 for shape in shapes for n in shape)
 
 
 def _sizes(problem: Problem) -> _Sizes:

@@ -112,13 +112,13 @@ def estimate_moments(
             for factor in pair_gradients(problem, sites, batch, pairs)[1]:
                 by_parameter[factor.param].append(factor)
             for name, factors in by_parameter.items():
-                _add_squares(factors, totals[name])
+                add_squares(factors, totals[name])
             if progress is not None:
                 progress.advance(len(batch.index))
     return {name: total.detach().div_(len(pairs)) for name, total in totals.items()}
 
 
-def _add_squares(factors: Sequence[Factor], total: Tensor) -> None:
+def add_squares(factors: Sequence[Factor], total: Tensor) -> None:
     """Add each example's squared gradient."""
     gradient = torch.empty_like(total)
     for example in range(len(factors[0].d)):

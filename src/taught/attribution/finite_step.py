@@ -97,9 +97,7 @@ def pair_gradient(
 def step_direction(problem: Problem, pair: PairInput) -> tuple[float, dict[str, Tensor]]:
     """Loss of one pair and C^-1 grad L: a step is -lr times it."""
     loss, grads = pair_gradient(problem.model, pair, problem.parameters)
-    if problem.scale is not None:
-        grads = {name: g * problem.scale[name] for name, g in grads.items()}
-    return loss, grads
+    return loss, {name: problem.divided(name, g) for name, g in grads.items()}
 
 
 def _gradients(loss: Tensor, moving: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -157,13 +157,13 @@ def _meet(
     for index, rows in prompts:
         _, factors, traced = _trace_prompts(problem, sites, index, rows)
         right.append(traced)
-        outside.append(_by_param(factors))
+        outside.append(_by_param(problem, factors))
     left, top = [], []
     for some in chunk:
         losses, factors, traced = _trace_pairs(problem, sites, make_batch(pairs, some))
         refuse_nonfinite(pairs, some, losses)
         left.append(traced)
-        own = _by_param(factors)
+        own = _by_param(problem, factors)
         met = [_over(problem, own, other, len(some), len(t.index))
                for other, t in zip(outside, right, strict=True)]  # fmt: skip
         top.append(torch.cat(met, 1))
@@ -217,7 +217,8 @@ def _one_block(
 ) -> Tensor:
     """Inner products over the parameters of the last block that is left, float64."""
     ours, theirs = (
-        [_by_param(last_block(problem.model, sites, t)) for t in side] for side in (left, right)
+        [_by_param(problem, last_block(problem.model, sites, t)) for t in side]
+        for side in (left, right)
     )
     total: Any = 0.0
     for name in sorted({name for side in (ours, theirs) for factors in side for name in factors}):
@@ -233,8 +234,9 @@ def _room(problem: Problem) -> int:
     return int(problem.memory_gb * GB * _BUILT / itemsize)
 
 
-def _by_param(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
+def _by_param(problem: Problem, factors: Iterable[Factor]) -> dict[str, list[Factor]]:
+    """The factors of each parameter, in the basis in which C is diagonal."""
     out: dict[str, list[Factor]] = defaultdict(list)
     for factor in factors:
-        out[factor.param].append(factor)
+        out[factor.param].append(problem.rotated(factor))
     return out

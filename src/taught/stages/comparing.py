@@ -44,7 +44,7 @@ from taught.validation.comparison import (
 from taught.validation.lds import table_of
 from taught.validation.score_tables import placed, read_scores
 
-METHODS = ("adjoint", "adjoint+adam", "sketch", "sketch+autocorrelation")
+METHODS = ("adjoint", "adjoint+adam", "adjoint+ekfac", "sketch", "sketch+autocorrelation")
 COEFFICIENTS = 10  # so many of the largest are compared on
 
 Targets = dict[str, list[Target]]  # label of the target -> its pathways
@@ -187,11 +187,11 @@ def method_scores(
         The study's checkpoints do not go with the method; a gradient is not finite.
     """
     estimator, _, curvature = method.partition("+")
-    adam = curvature == "adam"
+    metric = curvature if curvature in ("adam", "ekfac") else "identity"
     study = (
         study.replace("attribution.estimator", estimator)
-        .replace("attribution.curvature", "adam" if adam else "identity")
-        .replace("attribution.moments", study.attribution.moments if adam else None)
+        .replace("attribution.curvature", metric)
+        .replace("attribution.moments", study.attribution.moments if metric == "adam" else None)
     )
     refuse_combinations(study)
     if estimator == "sketch":

@@ -364,9 +364,12 @@ def _difference_response(work: _Work, concepts: Sequence[Concept]) -> Values:
     own = own_pairs(work.study, work.subject, work.inputs, work.question.responses,
                     work.question.max_new_tokens, work.progress)  # fmt: skip
     for place, some in _places(concepts, "tokens").items():
-        work.progress.step("activations of the model's own responses", len(own))
-        theirs = work.read(work.subject.loaded.model, own, some, place)
-        yield some, _base(work, some, place) - theirs
+        # Read together, a pair and the model's own response share the tokens of their prompt.
+        both = own if place in work.base else [*work.inputs, *own]
+        work.progress.step("activations of the model's own responses", len(both))
+        read = work.read(work.subject.loaded.model, both, some, place)
+        work.base.setdefault(place, read[: -len(own)])
+        yield some, work.base[place] - read[-len(own) :]
 
 
 def _difference_training(work: _Work, concepts: Sequence[Concept]) -> Values:

@@ -14,6 +14,7 @@ from taught.attribution.adjoint import Problem
 from taught.attribution.ask import SketchError
 from taught.attribution.checkpoints import NumberedPieces, at_checkpoint, summed
 from taught.attribution.curvature import with_adam
+from taught.attribution.ekfac import with_ekfac
 from taught.attribution.estimate import (
     ESTIMATORS,
     Effects,
@@ -31,6 +32,7 @@ from taught.data.prompts import PromptSet
 from taught.errors import UserError
 from taught.features.concept import ConceptMap
 from taught.features.pooling import FeatureMap
+from taught.model.parameters import moving_parameters
 from taught.model.projection import Projection
 from taught.model.readout import ReadPrompt
 from taught.partial import Pieces
@@ -246,10 +248,20 @@ def make_problem(
 def with_curvature(
     study: Study, problem: Problem, pairs: Sequence[PairInput], progress: Progress
 ) -> Problem:
-    """The problem in the metric of the study's optimizer."""
+    """The problem in the study's metric: of its optimizer, or of the loss."""
     spec = study.attribution
     if spec.curvature == "identity":
         return problem
+    if spec.curvature == "ekfac":
+        progress.step("curvature of the loss", 2 * len(pairs))
+        curved = with_ekfac(problem, pairs, damping=spec.damping, progress=progress)
+        moving = moving_parameters(problem.model, problem.parameters)
+        layers = len(curved.parameters or ())
+        progress.note(
+            f"EK-FAC: {layers} linear layers of the blocks move, "
+            f"{len(moving) - layers} other tensors have no curvature and do not"
+        )
+        return curved
     if spec.moments is None:
         progress.step("second moments of the gradients", len(pairs))
     return with_adam(problem, pairs, moments=spec.moments, eps=spec.adam_eps, progress=progress)
