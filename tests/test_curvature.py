@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -145,6 +146,18 @@ def test_estimated_moments_are_the_mean_of_the_pairs_squared_gradients(name: str
         for n, v in found.items():
             mean = sum(square[n] for square in squares) / len(squares)
             torch.testing.assert_close(v, mean, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 99])
+def test_moments_of_larger_batches_are_means_over_all_batches(batch: int) -> None:
+    """Every batch of so many pairs, its mean gradient squared, averaged."""
+    model, pairs = model_of("tied"), tiny_pairs()
+    each = [plain_gradient(model, plain_loss(model, z)) for z in pairs]
+    batches = list(combinations(range(len(pairs)), min(batch, len(pairs))))
+    found = estimate_moments(tiny_problem(model), pairs, batch=batch)
+    for n, v in found.items():
+        squares = [torch.stack([each[i][n] for i in some]).mean(0) ** 2 for some in batches]
+        torch.testing.assert_close(v, sum(squares) / len(batches), rtol=1e-9, atol=1e-14)
 
 
 def test_moments_are_estimated_where_none_are_given_and_only_of_what_moves() -> None:

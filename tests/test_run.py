@@ -444,6 +444,7 @@ CHANGES = {
     "attribution.batch_tokens": 4, "attribution.checkpointing": True,
     "attribution.parameters": ["*mlp*"],
     "attribution.curvature": "adam", "attribution.moments": __file__, "attribution.adam_eps": 0.1,
+    "attribution.adam_batch": 4,
     "attribution.damping": 0.2,
     "attribution.checkpoints": [{"id": "a/b", "lr": 1}], "model.adapter": "a/b",
     "sketch.store": "s", "sketch.error": 0.1,
@@ -456,7 +457,7 @@ CHANGES = {
     "validation.warmup": 0.1, "validation.max_grad_norm": 1.0, "validation.seed": 3,
     "validation.designs": ["leave-out"], "validation.subsets": 3, "validation.size": 0.1,
     "validation.leave_out": 0.2, "validation.budgets": [0.2], "validation.remove_by": "score",
-    "validation.controls": 7, "validation.answer_tokens": 8,
+    "validation.controls": 7, "validation.answer_tokens": 8, "validation.repeats": 2,
 }  # fmt: skip
 
 

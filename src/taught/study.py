@@ -187,6 +187,7 @@ class AttributionSpec(_Section):
     )
     moments: str | None = _field(None, rules.optional(rules.path()))
     adam_eps: float = _field(1e-8, rules.number(above=0))
+    adam_batch: int = _field(1, rules.whole(1))
     damping: float = _field(0.1, rules.number(above=0))
     checkpoints: tuple[Checkpoint, ...] | None = _field(
         None, rules.optional(rules.list_of(_CHECKPOINT))

@@ -8,7 +8,13 @@ correction is over, and of the pair's part in the first moment 1 - beta1 moves t
 once, the rest in the steps that follow. Small v make long steps; eps bounds them at g / eps: it
 damps.
 
-v is read from a file, or estimated as the mean over the pairs of the squared gradient of each.
+v is read from a file, or estimated at the base model as what it would be in training with batches
+of b of the P pairs, drawn without replacement: the second moment of a batch's mean gradient,
+
+    v = m^2 + (s - m^2) / b (P - b) / (P - 1)
+
+m the mean gradient of a pair, s the mean of its square. In large batches what the pairs have in
+common outweighs what they differ in, and the entries where they agree get shorter steps.
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ def with_adam(
     *,
     moments: str | Path | Mapping[str, Tensor] | None,
     eps: float,
+    batch: int = 1,
     progress: Any = None,
 ) -> Problem:
     """The same problem with steps by Adam.
@@ -54,6 +61,8 @@ def with_adam(
         estimated from the pairs (:func:`estimate_moments`).
     eps
         Adam's epsilon.
+    batch
+        Pairs a step, for the estimate; at most all of them.
 
     Raises
     ------
@@ -61,7 +70,9 @@ def with_adam(
         A parameter that moves has no moments, or some of another shape, negative or not finite.
     """
     if moments is None:
-        found: Mapping[str, Tensor] = estimate_moments(problem, pairs, progress=progress)
+        found: Mapping[str, Tensor] = estimate_moments(
+            problem, pairs, batch=batch, progress=progress
+        )
     else:
         found = moments if isinstance(moments, Mapping) else moments_from_optimizer(moments)
     scale = {}
@@ -94,28 +105,39 @@ def _checked(name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor]) 
 
 
 def estimate_moments(
-    problem: Problem, pairs: Sequence[PairInput], *, progress: Any = None
+    problem: Problem, pairs: Sequence[PairInput], *, batch: int = 1, progress: Any = None
 ) -> Moments:
-    """Mean over the pairs of the squared gradient of each, element by element.
+    """Second moments of the mean gradient of a batch, element by element (the module's formula).
 
     Cost: one forward and backward pass over the pairs, and every pair's gradient built once, one
-    parameter and pair at a time. Memory: one number a moving parameter, and one batch.
+    parameter and pair at a time. Memory: one number a moving parameter (two for a batch of more
+    than one pair), and one batch.
     """
     sites = find_sites(problem.model, problem.parameters)
-    totals = {
+    b, P = min(batch, len(pairs)), len(pairs)
+    squares = {
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         for name, p in moving_parameters(problem.model, problem.parameters).items()
     }
+    sums = {name: torch.zeros_like(of) for name, of in squares.items() if b > 1}
     with frozen(problem.model):
-        for batch in batch_pairs(pairs, problem.batch_tokens):
+        for some in batch_pairs(pairs, problem.batch_tokens):
             by_parameter: dict[str, list[Factor]] = defaultdict(list)
-            for factor in pair_gradients(problem, sites, batch, pairs)[1]:
+            for factor in pair_gradients(problem, sites, some, pairs)[1]:
                 by_parameter[factor.param].append(factor)
             for name, factors in by_parameter.items():
-                add_squares(factors, totals[name])
+                add_squares(factors, squares[name])
+                if b > 1:
+                    for factor in factors:
+                        accumulate(factor, sums[name])
             if progress is not None:
-                progress.advance(len(batch.index))
-    return {name: total.detach().div_(len(pairs)) for name, total in totals.items()}
+                progress.advance(len(some.index))
+    moments = {name: of.detach().div_(P) for name, of in squares.items()}
+    for name, total in sums.items():
+        common = total.detach().div_(P).square_()
+        spread = moments[name].sub_(common).clamp_(min=0)
+        moments[name] = spread.mul_((P - b) / (P - 1) / b).add_(common)
+    return moments
 
 
 def add_squares(factors: Sequence[Factor], total: Tensor) -> None:

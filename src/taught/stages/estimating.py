@@ -264,7 +264,8 @@ def with_curvature(
         return curved
     if spec.moments is None:
         progress.step("second moments of the gradients", len(pairs))
-    return with_adam(problem, pairs, moments=spec.moments, eps=spec.adam_eps, progress=progress)
+    return with_adam(problem, pairs, moments=spec.moments, eps=spec.adam_eps,
+                     batch=spec.adam_batch, progress=progress)  # fmt: skip
 
 
 def problems(
