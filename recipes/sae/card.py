@@ -1,6 +1,6 @@
 """Measure the shipped SAE and write its card (card.json, CARD.md).
 
-    python card.py --acts /tmp/acts --sweep sweep.json
+    python card.py --acts acts --sweep sweep.json
 
 Held out: the first harvested shard, and all evaluation prompts (none of them is in the corpus).
 """

@@ -1,7 +1,7 @@
 """Residuals of the corpus after a block, as float16 shards on disk.
 
-    python harvest.py --out /tmp/acts --block 15 --tokens 1050000 --threads 1
-    python harvest.py --out /tmp/acts --block 15 --tokens 1050000 --threads 1 --reverse
+    python harvest.py --out acts --block 15 --tokens 1300000 --threads 1
+    python harvest.py --out acts --block 15 --tokens 1000000 --threads 1 --reverse
 
 The two commands take the shuffled pools from either end and can run side by side (two one-thread
 processes are steadier than one process with two threads). Chat examples share the chat template's

@@ -1,6 +1,6 @@
 """Train a BatchTopK sparse autoencoder on harvested residuals; save it as a SAELens JumpReLU folder.
 
-    python train.py --acts /tmp/acts --block 12 --features 6144 --k 32 --out sae/
+    python train.py --acts acts --block 15 --features 6144 --k 36 --tokens 3200000 --out sae
 
 BatchTopK (arXiv 2412.06410): in each batch of B tokens the k B largest activations stay. At inference
 that is a JumpReLU whose threshold is the running mean of the batches' cut, so L0 differs from k.
