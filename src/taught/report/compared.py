@@ -134,8 +134,8 @@ def removal_sentence(point: Row, target: str) -> str:
     how = "without" if point["design"] == "removal" else "only on"
     return (
         f"Training {how} the {point['budget']} pairs ({percent(point['share'])}) that raise "
-        f"{target} most, against as many random ones: {_digits(point['difference'])} "
-        f"[{_digits(point['lo'])}, {_digits(point['hi'])}]"
+        f"{target} most moves it by {_digits(point['difference'])} [{_digits(point['lo'])}, "
+        f"{_digits(point['hi'])}] against as many random ones"
     )
 
 

@@ -41,6 +41,7 @@ Json = dict[str, Any]
 MAX_PROMPT = 320
 WITH_METRICS = ("base", "removal", "addition", "curation")
 FOREST = (6.0, 234.0)
+METRIC = {"adam": "of Adam", "ekfac": "in the metric of EK-FAC"}  # by attribution.curvature
 PREDICTORS = {
     "group": "group label",
     "category": "category label",
@@ -504,7 +505,7 @@ def _method_section(view: View) -> Json:
         ("sae", "encoder"), ("sae", "block"), ("readout", "position"), ("features", "threshold"),
         ("features", "max_features"), ("policy", "alpha"), ("policy", "intercept"),
         ("policy", "folds"), ("policy", "bootstrap"), ("attribution", "estimator"),
-        ("attribution", "lr"), ("curation", "rule"),
+        ("attribution", "curvature"), ("attribution", "lr"),
     )  # fmt: skip
     values = ((f"{a}.{b}", (study.get(a) or {}).get(b)) for a, b in keys)
     settings = [
@@ -512,7 +513,16 @@ def _method_section(view: View) -> Json:
         for k, v in values
         if v is not None
     ]
-    return {"settings": settings, "lr": (study.get("attribution") or {}).get("lr", "lr")}
+    spec = study.get("attribution") or {}
+    metric = METRIC.get(spec.get("curvature"))
+    step = f"one step {metric}" if metric else "one plain SGD step"
+    points = len(spec.get("checkpoints") or [])
+    return {
+        "settings": settings,
+        "metric": metric,
+        "lr": "lr that of each checkpoint" if points else f"lr = {spec.get('lr', 'lr')}",
+        "step": f"{step} from each of {text.count(points, 'checkpoint')}, added up," if points else step,
+    }
 
 
 def _provenance_section(view: View) -> Json:
