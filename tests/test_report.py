@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from synthetic_run import HOSTILE, Size, build_synthetic_run, synthetic_study
 from taught.errors import UserError
-from taught.report import charts, stats, strongest, text, verdict
+from taught.report import charts, sections, stats, strongest, text, verdict
 from taught.report import view as views
 from taught.report.build import embed, render
 from taught.report.charts import Point, Scale
@@ -721,6 +722,55 @@ def test_curation_counts_by_label():
     assert "first of all p2, p1 and p0" in verdict.curation_sentence(curated(rows, pairs)).text
     assert "drop 3 of 8 pairs (2 a and 1 b)" in verdict.curation_sentence(curated(rows, pairs)).text
     assert "nothing to drop" in verdict.curation_sentence(curated(rows[3:], pairs)).text
+
+
+@pytest.mark.parametrize(
+    ("lo", "tone", "begins"),
+    [(-0.9, "found", "Training without the 8 pairs (15%) that raise mean_y:harmless most moves it"),
+     (-1.4, "none", "No effect found: training without the 8 pairs (15%)")],
+)  # fmt: skip
+def test_what_retraining_did_stands_in_the_verdict(run: Path, lo: float, tone: str, begins: str):
+    point = {"design": "removal", "budget": 8, "share": 0.15, "difference": -0.5,
+             "lo": lo, "hi": 0.3 if tone == "none" else -0.1}  # fmt: skip
+    view = load_view(run)
+    assert verdict.retraining_sentence(view) is None
+    tried = replace(view, curves=[{**point, "design": "addition"}, point])
+    sentence = verdict.verdict(tried)[-1]
+    assert (sentence.topic, sentence.tone) == ("Retraining", tone)
+    assert sentence.text.startswith(begins) and "by \u22120.5 [" in sentence.text
+
+
+def test_arms_stand_side_by_side_with_differences_to_random(run: Path):
+    def row(arm: str, metric: str, value: float, gap: float | None, p: float | None) -> dict:
+        return {"arm": arm, "metric": metric, "models": 1, "pairs": {"all": 9}.get(arm, 4),
+                "value": value, "lo": value / 2, "hi": 2 * value, "difference": gap,
+                "difference_lo": gap and gap - 1e-4, "difference_hi": gap and gap + 1e-4,
+                "p": p, "p_holm": p}  # fmt: skip
+
+    rows = [row("all", "recall", 4e-4, 3e-4, 0.01), row("all", "f1", 0.5, 0.2, 0.3),
+            row("random", "recall", 1e-4, None, None), row("random", "f1", 0.3, None, None)]  # fmt: skip
+    shown = sections.sections(replace(load_view(run), models=[], arms=rows))["validation"]["arms"]
+    assert shown["arms"] == [("all", 9), ("random", 4)]
+    (recall, power, (own, random)), (f1, plain, (one, _)) = shown["rows"]
+    assert (recall, power, f1, plain) == ("recall", -4, "f1", 0)
+    assert own == ("4.000", "[2.000, 8.000]", "+3.000", "[2.000, 4.000]", True)
+    assert random[:3] == ("1.000", "[0.500, 2.000]", None) and not random[-1]
+    assert one[2] == "+0.200" and not one[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "metric", "says"),
+    [({}, None, "one plain SGD step"),
+     ({"curvature": "adam"}, "of Adam", "one step of Adam"),
+     ({"curvature": "ekfac", "checkpoints": [{"id": "a", "lr": 1e-5}, {"id": "b", "lr": 1e-5}]},
+      "in the metric of EK-FAC", "from each of 2 checkpoints, added up,")],
+)  # fmt: skip
+def test_the_method_says_which_step_is_meant(run: Path, changes: dict, metric: str, says: str):
+    view = load_view(run)
+    study = {**view.study, "attribution": {**view.study["attribution"], **changes}}
+    shown = sections.sections(replace(view, study=study))["method"]
+    assert shown["metric"] == metric and says in shown["step"]
+    assert ("each checkpoint" in shown["lr"]) == ("checkpoints" in changes)
 
 
 def test_verdict_of_a_run_has_at_most_twelve_sentences(run: Path):

@@ -12,7 +12,16 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from taught.report.text import MINUS, clean, percent, signed
+from taught.report.text import (
+    MINUS,
+    clean,
+    common_power,
+    count,
+    number,
+    percent,
+    signed,
+    tens,
+)
 from taught.run import RunFolder
 
 Row = dict[str, Any]
@@ -55,7 +64,7 @@ def design_tables(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> list[Des
         plain = [t for t in dict.fromkeys(row["target"] for row in some) if ":" not in t
                  or t.startswith("mean_y")]  # fmt: skip
         of = {(row["method"], row["target"]): row for row in some}
-        methods = list(dict.fromkeys(row["method"] for row in some))
+        methods = list(dict.fromkeys(r["method"] for r in some if r["raw"] is not None))
         made = []
         for method in methods:
             cells = [_cell(of.get((method, target))) for target in plain]
@@ -98,8 +107,7 @@ def warnings(rows: Sequence[Row], method: str) -> list[str]:
         best = max(some, key=lambda row: abs(row["trivial_lds"] or 0.0))
         sentences.append(
             f"{target}, {design} subsets: {best['trivial']} alone predicts about as well as "
-            f"{method} ({signed(best['trivial_lds'])} against {signed(best['lds'])}); look at the "
-            "controlled value"
+            f"{method} ({signed(best['trivial_lds'])} against {signed(best['lds'])})"
         )
     return sentences
 
@@ -115,8 +123,10 @@ def compared_tables(run: RunFolder) -> Iterator[RenderableType]:
             yield _lds_table(table)
     if "trivial" in there:
         rows = run.read_table("trivial").to_pylist()
-        for sentence in warnings(rows, rows[0]["method"]):
-            yield Text(clean(sentence), "yellow")
+        found = warnings(rows, rows[0]["method"])
+        yield from (Text(clean(sentence), "yellow") for sentence in found)
+        if found:
+            yield Text("look at the controlled values there", "yellow")
     if "planted" in there:
         yield _planted_table(run.read_table("planted").to_pylist())
     if "curves" in there:
@@ -149,28 +159,30 @@ def effect_sentence(effect: Row) -> str:
     )
 
 
-def arm_rows(rows: Sequence[Row]) -> tuple[list[str], list[tuple[str, int, list[Row]]]]:
-    """Metrics, and for each arm its name, its number of pairs and its rows in their order."""
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+def arm_table(
+    rows: Sequence[Row],
+) -> tuple[list[tuple[str, int]], list[tuple[str, int, list[Row]]]]:
+    """Each arm with its pairs; each metric with the power of ten of its values, and every arm's."""
+    arms = {row["arm"]: row["pairs"] for row in rows}
     of = {(row["arm"], row["metric"]): row for row in rows}
-    arms = dict.fromkeys(row["arm"] for row in rows)
-    return metrics, [
-        (arm, of[arm, metrics[0]]["pairs"], [of[arm, metric] for metric in metrics]) for arm in arms
+    metrics = dict.fromkeys(row["metric"] for row in rows)
+    cells = {name: [of[arm, name] for arm in arms] for name in metrics}
+    return list(arms.items()), [
+        (name, common_power(row["value"] for row in some), some) for name, some in cells.items()
     ]
 
 
 def _arms_table(rows: Sequence[Row]) -> Table:
-    metrics, arms = arm_rows(rows)
+    arms, metrics = arm_table(rows)
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left",
                   title="\nWays of choosing pairs (* differs from random, Holm)",
                   title_style="bold")  # fmt: skip
     shown.add_column(Text("trained on", "dim"))
-    shown.add_column(Text("pairs", "dim"), justify="right")
-    for metric in metrics:
-        shown.add_column(Text(clean(metric), "dim"), justify="right")
-    for arm, pairs, cells in arms:
-        values = [f"{_digits(cell['value'])}{'*' if differs(cell) else ''}" for cell in cells]
-        shown.add_row(clean(arm), str(pairs), *values)
+    for arm, pairs in arms:
+        shown.add_column(Text(f"{clean(arm)}\n{count(pairs, 'pair')}", "dim"), justify="right")
+    for metric, power, cells in metrics:
+        values = [number(cell["value"], 3, power=power) + "*" * differs(cell) for cell in cells]
+        shown.add_row(f"{clean(metric)}{tens(power)}", *values)
     return shown
 
 
@@ -186,7 +198,7 @@ def _digits(value: float) -> str:
 
 def _lds_table(table: DesignTable) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    shown.add_column(Text("method", "dim"))
+    shown.add_column(Text("method", "dim"), no_wrap=True)
     for target in table.targets:
         shown.add_column(Text(clean(target), "dim"), justify="right")
     for method, cells in table.rows:

@@ -15,7 +15,7 @@ from taught.report.clustered import cluster_sentences, influence_power
 from taught.report.compared import (
     Cell,
     DesignTable,
-    arm_rows,
+    arm_table,
     design_tables,
     differs,
     effect_sentence,
@@ -42,6 +42,8 @@ MAX_PROMPT = 320
 WITH_METRICS = ("base", "removal", "addition", "curation")
 FOREST = (6.0, 234.0)
 METRIC = {"adam": "of Adam", "ekfac": "in the metric of EK-FAC"}  # by attribution.curvature
+SOFT = {"precision": "Precision", "recall": "Recall", "f1": "F1", "correctness": "Correctness"}
+JUDGED = {"judged_positive": "Judged, positive", "judged_negative": "Judged, negative"}
 PREDICTORS = {
     "group": "group label",
     "category": "category label",
@@ -448,7 +450,7 @@ def _validation_section(view: View) -> Json | None:
         "removal": [removal_sentence(point, target) for point in view.curves or []]
         + [effect_sentence(effect) for effect in view.named_effects or []],
         "arms": _arms(view.arms or []),
-        "models": [r for r in view.models or [] if r["design"] in WITH_METRICS],
+        **_models(view),
         "retrained": sum(row["design"] != "base" for row in view.models or []),
         "costs": view.costs or [],
     }  # fmt: skip
@@ -458,25 +460,43 @@ def _arms(rows: Sequence[Json]) -> Json | None:
     """Arms by metrics: value with its interval, difference to random with its own."""
     if not rows:
         return None
-    metrics, arms = arm_rows(rows)
+    arms, metrics = arm_table(rows)
 
-    def interval(cell: Json, name: str, lo: str, hi: str) -> str | None:
-        if cell[name] is None:
-            return None
-        ends = (text.number(cell[end], 3) for end in (lo, hi))
-        return f"{text.number(cell[name], 3)} [{', '.join(ends)}]"
+    def ends(cell: Json, power: int, *names: str) -> str:
+        return f"[{', '.join(text.number(cell[name], 3, power=power) for name in names)}]"
+
+    def gap(cell: Json, power: int) -> tuple[str | None, str]:
+        value = cell["difference"]
+        return (None if value is None else text.signed(value, 3, power=power),
+                ends(cell, power, "difference_lo", "difference_hi"))  # fmt: skip
 
     return {
-        "metrics": metrics,
+        "arms": arms,
         "rows": [
-            (arm, pairs, [
-                (interval(cell, "value", "lo", "hi"),
-                 interval(cell, "difference", "difference_lo", "difference_hi"), differs(cell))
+            (metric, power, [
+                (text.number(cell["value"], 3, power=power), ends(cell, power, "lo", "hi"),
+                 *gap(cell, power), differs(cell))
                 for cell in cells
             ])
-            for arm, pairs, cells in arms
+            for metric, power, cells in metrics
         ],
     }  # fmt: skip
+
+
+def _models(view: View) -> Json:
+    """Soft metrics of the models of some designs; the judge's shares where answers were read."""
+    rows = [r for r in view.models or [] if r["design"] in WITH_METRICS]
+    judged = any(r["judged_positive"] is not None for r in rows)
+    named = {**SOFT, **(JUDGED if judged else {})}
+    powers = {key: text.common_power(r[key] for r in rows) for key in named}
+    return {
+        "judged": judged,
+        "metrics": [(name, powers[key]) for key, name in named.items()],
+        "models": [
+            (r, [text.number(r[key], 3, power=power) for key, power in powers.items()])
+            for r in rows
+        ],
+    }
 
 
 def _lds_rows(table: DesignTable) -> list[tuple[str, list[tuple[Any, ...]]]]:
@@ -517,11 +537,13 @@ def _method_section(view: View) -> Json:
     metric = METRIC.get(spec.get("curvature"))
     step = f"one step {metric}" if metric else "one plain SGD step"
     points = len(spec.get("checkpoints") or [])
+    if points:
+        step += f" from each of {text.count(points, 'checkpoint')}, added up,"
     return {
         "settings": settings,
         "metric": metric,
         "lr": "lr that of each checkpoint" if points else f"lr = {spec.get('lr', 'lr')}",
-        "step": f"{step} from each of {text.count(points, 'checkpoint')}, added up," if points else step,
+        "step": step,
     }
 
 

@@ -242,7 +242,7 @@ def _pair(view: View, row: Row) -> RenderableType:
         f"S {signed(row['score'], power=power)}, x {signed(row['score_x'], power=power)}, "
         f"y {signed(row['score_y'], power=power)}{tens(power)} per step" + _error(row, power),
         f"loss {number(row['loss'])}, {count(row['n_response'], 'response token')}",
-        f"{percent(row['outside_share'])} of the change on features not active on its own prompt; "
+        f"{percent(row['outside_share'])} of the change on features that it is not about; "
         f"acts mainly on {row['dominant_feature']}{' (unintended)' if row['unintended'] else ''}",
     ]
     if row.get("step_score") is not None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from taught.report.compared import removal_sentence
 from taught.report.scores import Curated, Scores
 from taught.report.stats import Control, Estimate, mean_interval, spearman_interval
 from taught.report.text import common_power, count, listed, number, percent, signed, tens
@@ -40,7 +41,7 @@ class Sentence:
 
 
 def verdict(view: View) -> list[Sentence]:
-    """All sentences that the files of the run allow, at most twelve."""
+    """All sentences that the files of the run allow, at most thirteen."""
     summary = scored(view.summary or [])
     sentences = [
         view.policy and fit_sentence(view.policy),
@@ -55,6 +56,7 @@ def verdict(view: View) -> list[Sentence]:
         view.control and unintended_sentence(view.control),
         summary and trivial_sentence(view.scores.finite),
         view.curation and curation_sentence(view.curation),
+        retraining_sentence(view),
     ]
     return [s for s in sentences if isinstance(s, Sentence)]
 
@@ -83,7 +85,8 @@ def fit_sentence(policy: Row) -> Sentence | None:
     )
     rivals = [name for name, e in trivial if not _beats(r2, e)]
     if rivals:
-        text += f" Caution: {listed(rivals)} does about as well, so the features may add nothing."
+        do = "does" if len(rivals) == 1 else "do"
+        text += f" Caution: {listed(rivals)} {do} about as well, so the features may add nothing."
     return Sentence("Fit", "caution" if rivals or accuracy_fails else "found", text)
 
 
@@ -299,12 +302,12 @@ def positive_group(view: View) -> str | None:
 
 
 def unintended_sentence(control: Control) -> Sentence:
-    """How many pairs act mainly on features that are not active on their own prompt."""
+    """How many pairs act mainly on features that they are not about."""
     lo, hi = control.random.lo, control.random.hi
     text = (
         f"{control.flagged} of {count(control.n, 'pair')} ({percent(control.flagged / control.n)}) "
-        "act mainly on a feature that is not active on their own prompt; random features of the "
-        f"same number would give {control.random.text(0)}"
+        "act mainly on a feature that they are not about; random features of the same number "
+        f"would give {control.random.text(0)}"
     )
     if lo is not None and hi is not None and lo <= control.flagged <= hi:
         return Sentence("Interference", "none", f"{NOTHING}: {text}, which is no different.")
@@ -474,3 +477,14 @@ def curation_change(record: Row) -> str:
             f"{record['protect']}."
         )
     return text
+
+
+def retraining_sentence(view: View) -> Sentence | None:
+    """What training without the named pairs did, at the first budget; None if it was not tried."""
+    point = next((row for row in view.curves or [] if row["design"] == "removal"), None)
+    if point is None:
+        return None
+    done = removal_sentence(point, view.study["validation"]["remove_by"])
+    if point["lo"] <= 0 <= point["hi"]:
+        return Sentence("Retraining", "none", f"{NOTHING}: {done[0].lower()}{done[1:]}.")
+    return Sentence("Retraining", "found", f"{done}.")
