@@ -557,6 +557,21 @@ def test_a_report_is_refused_when_its_curation_is_of_earlier_scores(folder, stud
     run.verify()
 
 
+def test_an_old_report_does_not_hide_later_results(folder, study):
+    policy(folder, study)
+    attribute(folder, study)
+    run = RunFolder.open(folder)
+    with run.stage("report", run.study):
+        run.write_text("report.html", "one")
+    attribute(folder, study.replace("attribution.lr", 0.5), fresh=["attribute"])
+    run = RunFolder.open(folder)
+    run.verify()
+    assert "summary" in run.finished_tables()
+    (folder / "report.html").write_text("two")
+    with pytest.raises(UserError, match=r"report\.html"):
+        run.verify()
+
+
 def test_a_report_needs_neither_scores_nor_the_data_files(folder, study):
     policy(folder, study)
     Path(study.prompts.path).unlink()
