@@ -13,6 +13,7 @@ from taught.errors import UserError
 from taught.report.show import show_run
 from taught.report.text import common_power, number, signed
 from taught.report.view import load_view
+from taught.run import RunFolder
 
 
 def shown(run: Path, item: str | None = None) -> str:
@@ -95,6 +96,17 @@ def test_overview_names_the_next_command(tmp_path: Path):
     words = shown(build_synthetic_run(tmp_path / "run", stages=("policy",)))
     assert "taught attribute STUDY makes it" in words and "taught curate RUN makes it" in words
     assert "taught policy" not in words
+
+
+def test_an_older_report_hides_nothing(tmp_path: Path):
+    built = build_synthetic_run(tmp_path / "run")
+    run = RunFolder.open(built)
+    with run.stage("report", run.study):
+        run.write_text("report.html", "")
+    assert "dropping them helps" in shown(built)
+    with run.stage("curate", run.study):
+        run.write_text("keep.jsonl", "")
+    assert "S " in shown(built, "pair-0000") and "dropping them helps" not in shown(built)
 
 
 def test_pair_in_detail(run: Path):

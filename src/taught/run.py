@@ -384,7 +384,7 @@ class RunFolder:
         takes longer to hash than most questions to answer.
         """
         found: dict[str, Path] = {}
-        for stage in self._together():
+        for stage in self.together():
             for name in self._files_of(stage):
                 if name.endswith(".parquet"):
                     self._compare(name, None, self._existing(name).stat().st_size)
@@ -425,9 +425,16 @@ class RunFolder:
         rows = files.tensor_rows(self.path(_with_suffix(name, ".safetensors")), tensor, places)
         return [ids[axis][place] for place in places], rows, ids
 
+    def together(self) -> Iterator[str]:
+        """Finished stages; UserError unless they belong together, but for an older report."""
+        for stage in filter(self._is_complete, STAGES):
+            if stage != "report":
+                self.require(stage)
+            yield stage
+
     def verify(self) -> None:
         """Raise a UserError unless the finished stages belong together and no file has changed."""
-        for stage in self._together():
+        for stage in self.together():
             for name in self._files_of(stage):
                 self._check(name)
 
@@ -438,13 +445,6 @@ class RunFolder:
         return {stage: code for stage, code in made_by.items() if code != present}
 
     # Inside
-
-    def _together(self) -> Iterator[str]:
-        """Finished stages; UserError unless they belong together, but for an older report."""
-        for stage in filter(self._is_complete, STAGES):
-            if stage != "report":
-                self.require(stage)
-            yield stage
 
     def _files_of(self, stage: str) -> list[str]:
         return [name for name, file in self._manifest["files"].items() if file["stage"] == stage]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -200,18 +199,18 @@ def _lds_table(table: DesignTable) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     shown.add_column(Text("method", "dim"), no_wrap=True)
     for target in table.targets:
-        shown.add_column(Text(clean(target), "dim"), justify="right")
+        shown.add_column(Text(clean(target), "dim"), justify="right", overflow="fold")
     for method, cells in table.rows:
         shown.add_row(clean(method), *(_short(cell) for cell in cells))
     return shown
 
 
 def _short(cell: Cell) -> str:
-    return "" if cell.raw is None else f"{_two(cell.raw)} / {_two(cell.controlled)}"
+    return "" if cell.raw is None else f"{_two(cell.raw)}\u00a0/\u00a0{_two(cell.controlled)}"
 
 
 def _two(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.2f}"
+    return number(value)
 
 
 def _planted_table(rows: Sequence[Row]) -> Table:

@@ -534,7 +534,7 @@ def _method_section(view: View) -> Json:
         if v is not None
     ]
     spec = study.get("attribution") or {}
-    metric = METRIC.get(spec.get("curvature"))
+    metric = METRIC.get(spec.get("curvature", "identity"))
     step = f"one step {metric}" if metric else "one plain SGD step"
     points = len(spec.get("checkpoints") or [])
     if points:

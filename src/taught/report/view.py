@@ -241,11 +241,8 @@ def _split(token: str, context: str) -> Row:
 
 
 def _complete_files(run: RunFolder) -> set[str]:
-    manifest = run.manifest
-    done = {name for name, record in manifest["stages"].items() if record["status"] == "complete"}
-    for stage in done:
-        run.require(stage)
-    return {name for name, record in manifest["files"].items() if record["stage"] in done}
+    done = set(run.together())
+    return {name for name, record in run.manifest["files"].items() if record["stage"] in done}
 
 
 def _rows(
