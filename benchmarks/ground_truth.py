@@ -39,8 +39,8 @@ REGIMES = {
     # Many steps on nearly all pairs: nearer to what the field measures, and harder.
     "long": {
         "validation.designs": ("leave-out", "removal"), "validation.leave_out": 0.1,
-        "validation.budgets": (0.1,), "validation.controls": 10,
-        "validation.subsets": 10, "validation.epochs": 3, "validation.lr": 2e-5,
+        "validation.budgets": (0.1,), "validation.controls": 8,
+        "validation.subsets": 8, "validation.epochs": 3, "validation.lr": 2e-5,
         "validation.batch": 16,
     },
     # The published experiment: all pairs, the published rule, as many by this run, at random.
