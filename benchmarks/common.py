@@ -130,7 +130,7 @@ def kept(results: Results, columns: Mapping[str, Callable[[Row], str]]) -> Itera
 
 
 def command() -> str:
-    """What repeats the measurement, from the root of the repository; of full paths the last name."""
+    """What repeats the measurement, from the repository's root; of full paths the last name."""
     stem = Path(sys.argv[0]).stem
     given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return " ".join(["python", "-m", f"benchmarks.{stem}", *map(shlex.quote, given)])
