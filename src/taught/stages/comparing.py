@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import combinations
 from pathlib import Path
 from time import monotonic
@@ -29,7 +29,14 @@ from taught.policy.ridge import Floats
 from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
 from taught.setup import Subject, open_subject, refuse_combinations
-from taught.stages.estimating import Data, Ready, prepare, problems, read_data, sketch_source
+from taught.stages.estimating import (
+    Data,
+    Ready,
+    over_checkpoints,
+    prepare,
+    read_data,
+    sketch_source,
+)
 from taught.stages.retraining import influence_of
 from taught.study import Study
 from taught.target import Target, coefficient_targets, mean_y_target, score_targets
@@ -221,15 +228,19 @@ def _adjoint(
         for part in parts:
             A[k] += 0 if part.A is None else torch.from_numpy(part.A)
             B[k] += 0 if part.B is None else torch.from_numpy(part.B)
-    total = torch.zeros(len(inputs), len(targets), dtype=torch.float64)
-    for number, there in enumerate(problems(study, subject, ready.problem, inputs, progress)):
-        chunk = targets_at_once(there)
+
+    def effects(there: Problem, number: int) -> torch.Tensor:
+        chunk, parts = targets_at_once(there), []
         progress.step("gradients of the targets and of the pairs", None)
         for start in range(0, len(targets), chunk):
             some = slice(start, start + chunk)
             key = f"{method_name(study)} {number} {start} {chunk}"
-            total[:, some] += kept(pieces, key, partial(_only_effects, there, inputs, A[some],
-                                                        B[some]))  # fmt: skip
+            compute = partial(_only_effects, there, inputs, A[some], B[some])
+            parts.append(kept(pieces, key, compute))
+        return torch.cat(parts, 1)
+
+    total = reduce(torch.add, over_checkpoints(study, subject, ready.problem, inputs, progress,
+                                               effects))  # fmt: skip
     refuse_nonfinite(inputs, range(len(inputs)), total, "gradient")
     return total.numpy()
 
