@@ -12,6 +12,7 @@ from time import monotonic
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from taught.attribution.adjoint import Problem, target_effects, targets_at_once
@@ -25,7 +26,7 @@ from taught.environment import mark_memory, peak_memory_gb
 from taught.errors import UserError
 from taught.files import sha256_file
 from taught.partial import Pieces, kept
-from taught.policy.ridge import Floats
+from taught.policy.ridge import Floats, Policy
 from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
 from taught.setup import Subject, open_subject, refuse_combinations
@@ -41,6 +42,8 @@ from taught.stages.retraining import influence_of
 from taught.study import Study
 from taught.target import Target, coefficient_targets, mean_y_target, score_targets
 from taught.validation.comparison import (
+    LEAST_SUBSETS,
+    RANK_DESIGNS,
     Comparison,
     Scores,
     compared,
@@ -118,7 +121,8 @@ def compare(
         further = sorted(set(methods) - {own})
         ids = [pair.id for pair in ready.inputs]
         elsewhere = placed(given, ids, list(targets), {own, *further, *BASELINES})
-        influence = {target.label: values for target, values in influence_of(run).items()}
+        few = pc.field("feature_id").is_null() | pc.field("feature_id").isin(largest(ready.fitted))
+        influence = {target.label: of for target, of in influence_of(run, few).items()}
         scores: Scores = {own: {name: influence[name] for name in targets if name in influence}}
         record = run.manifest["stages"]["attribute"]
         costs = [CostRow(own, record["seconds"], record["peak_memory_gb"])]
@@ -130,11 +134,15 @@ def compare(
         with costed("all baselines", costs):
             baselines = baselines_by_target(study, data, ready, targets, progress)
         scores |= elsewhere
+        known = truths(run.read_table("subsets"), run.read_table("outcomes"),
+                       run.read_json("validation")["inclusion"], list(targets))  # fmt: skip
+        for design in sorted(
+            {*RANK_DESIGNS} & {*study.validation.designs} - {t.design for t in known}
+        ):
+            progress.note(f"{design}: fewer than {LEAST_SUBSETS} subsets, no rank correlation")
         progress.step("intervals")
         found = compared(Comparison(
-            scores, baselines,
-            truths(run.read_table("subsets"), run.read_table("outcomes"),
-                   run.read_json("validation")["inclusion"], list(targets)),
+            scores, baselines, known,
             {pair.id: pair.label for pair in ready.pairs},
             {pair.id for pair in ready.pairs if is_planted(pair.flags)},
             list(combinations(scores, 2)),
@@ -166,14 +174,19 @@ def compared_targets(ready: Ready) -> Targets:
     """The score, the mean y of each group, the ten largest coefficients: label -> pathways."""
     policy, group_of = ready.fitted, {i: g for g, ids in ready.groups.items() for i in ids}
     names = [group_of[i] for i in policy.prompt_ids]
-    order = np.argsort(-np.abs(policy.coef), kind="stable")[:COEFFICIENTS]
     return {
         "score": score_targets(policy),
         **{f"mean_y:{group}": [mean_y_target(policy.prompt_ids, names, group)]
            for group in ready.groups},
-        **{f"coefficient:{k}": coefficient_targets(policy, k)
-           for k in policy.feature_ids[order].tolist()},
+        **{f"coefficient:{k}": coefficient_targets(policy, k) for k in largest(policy)},
     }  # fmt: skip
+
+
+def largest(policy: Policy) -> list[int]:
+    """Feature ids of the ten largest coefficients."""
+    order = np.argsort(-np.abs(policy.coef), kind="stable")[:COEFFICIENTS]
+    ids: list[int] = policy.feature_ids[order].tolist()
+    return ids
 
 
 def method_scores(
