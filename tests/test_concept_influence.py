@@ -483,6 +483,10 @@ def test_the_command_line_writes_the_table_and_shows_where_methods_agree(taught,
     assert "rank_correlation" in done.stdout
     assert pq.read_table(tmp_path / "t.parquet").num_rows == 8 * 2 * 2
     assert pq.read_table(tmp_path / "t.tokens.parquet").num_rows > 2 * 2
+    none = taught("concept-influence", str(folder), "--concept", str(folder / "c1"),
+                  "--run", str(tmp_path / "none"))  # fmt: skip
+    assert none.returncode == 2 and "not a run folder" in none.stderr
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_pooled_tokens_of_a_pair_are_its_response_with_the_end_of_the_turn(study: Study):
