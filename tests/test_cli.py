@@ -55,6 +55,18 @@ def test_version_and_help(taught):
     assert positions == sorted(positions)
 
 
+def test_help_names_every_method_and_says_what_a_study_is(taught):
+    from taught.stages.comparing import METHODS
+    from taught.stages.concept_influence import METHODS as CONCEPT_METHODS
+
+    for verb, methods in (("compare", METHODS), ("concept-influence", CONCEPT_METHODS)):
+        words = taught(verb, "--help").stdout.replace("│", " ").split()
+        assert {*methods} <= {word.strip(",.") for word in words}
+    for verb in ("check", "policy", "attribute", "validate", "sketch", "concept"):
+        shown = " ".join(taught(verb, "--help").stdout.replace("│", " ").split())
+        assert "A study file, a folder that holds study.yaml, or the name of a preset." in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

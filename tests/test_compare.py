@@ -27,12 +27,22 @@ from taught.stages import comparing
 from taught.stages.estimating import prepare, read_data
 from taught.stages.retraining import influence_of
 from taught.study import load_study
-from taught.validation.comparison import truths
+from taught.validation.comparison import is_planted, truths
 from taught.validation.score_tables import placed, read_scores
 from test_validate import SMALL_STEPS, with_values
 from tiny_study import write_tiny_study
 
 ALL = ("adjoint+adam", "sketch", "sketch+autocorrelation")
+
+
+class Notes(SilentProgress):
+    """Keeps the notes of a stage."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +173,23 @@ def test_an_unknown_method_and_a_run_without_retrainings_are_refused(compared, t
     stages.attribute(study, run)
     with pytest.raises(UserError, match="validate has not been run"):
         stages.compare(study, run)
+
+
+@pytest.mark.parametrize("cell", [True, 1, 1.0, "true", "True", "TRUE", "1"])
+def test_a_pair_is_planted_however_its_file_says_so(cell):
+    assert is_planted({"planted": cell})
+    assert not any(is_planted({"planted": no}) for no in (False, 0, 0.0, "false", "", None))
+    assert not is_planted({})
+
+
+def test_a_design_of_few_subsets_is_named_and_has_no_lds(compared, tmp_path):
+    study = with_values(compared.study, {"validation.subsets": 7})
+    run = RunFolder(shutil.copytree(compared.folder, tmp_path / "run"), fresh=("compare",))
+    stages.validate(study, run)
+    notes = []
+    stages.compare(study, run, progress=Notes(notes))
+    assert "random: fewer than 8 subsets, no rank correlation" in notes
+    assert "lds" not in run.finished_tables() and "planted" in run.finished_tables()
 
 
 # --- repeats and noise ----------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,7 @@ from taught.features.concept import Concept, concept_map, load_concept, save_con
 from taught.model.generate import greedy
 from taught.model.projection import Projection
 from taught.setup import open_subject, study_pairs, study_prompts
-from taught.stages import ConceptQuestion, ConceptRequest
+from taught.stages import ConceptQuestion, ConceptRequest, estimating
 from taught.stages.concept_influence import METHODS
 from taught.study import Study, load_study
 from taught.target import concept_targets
@@ -344,6 +346,35 @@ def test_shares_of_tokens_spell_the_strongest_pairs_and_add_up_to_their_values(s
                 assert sum(row["share"] for row in own) == pytest.approx(values[pair_id], rel=1e-3)
 
 
+def test_the_metric_is_found_once_for_all_concepts_and_their_shares(study: Study, monkeypatch):
+    fits = []
+    real = estimating.with_adam
+    monkeypatch.setattr(estimating, "with_adam", lambda *a, **k: fits.append(1) or real(*a, **k))
+    adam = study.replace("attribution.curvature", "adam").replace("attribution.adam_eps", 1e-3)
+    table, tokens = stages.concept_influence(adam, question_of(study, "gradient", tokens=2))
+    assert len(fits) == 1
+    plain, _ = stages.concept_influence(study, question_of(study, "gradient"))
+    assert not np.allclose(table["value"], plain["value"], rtol=0.1)
+    values = {(row["concept"], row["pair_id"]): row["value"] for row in table.to_pylist()}
+    sums: dict[tuple[str, str], float] = {}
+    for row in tokens.to_pylist():
+        key = row["concept"], row["pair_id"]
+        sums[key] = sums.get(key, 0.0) + row["share"]
+    assert len(sums) == 4
+    assert sums == pytest.approx({key: values[key] for key in sums}, rel=1e-3)
+
+
+def test_methods_agree_by_pair_whatever_the_order_of_rows(study: Study):
+    table, _ = stages.concept_influence(study, question_of(study, "gradient", "vector-filter"))
+    by_value = table.sort_by([("concept", "ascending"), ("value", "ascending")])
+    found, wanted = (
+        {(r["concept"], frozenset((r["method"], r["other"]))): r["rank_correlation"]
+         for r in stages.agreement(rows).to_pylist()}
+        for rows in (by_value, table)
+    )  # fmt: skip
+    assert len(wanted) == 2 and found == pytest.approx(wanted, abs=1e-12)
+
+
 def test_the_mean_over_responses_is_that_of_the_pairs_one_by_one(study: Study):
     """Their influence on all responses is the mean of their influences on each label's."""
 
@@ -371,7 +402,18 @@ def test_the_study_s_estimator_is_used(study: Study, estimator: str):
     assert np.abs(a - b).max() < 0.05 * np.abs(b).max()
 
 
-def test_checkpoints_add_up(study: Study):
+def test_checkpoints_add_up_and_one_is_held_at_a_time(study: Study, monkeypatch):
+    opened: list[weakref.ref] = []
+    real = estimating.open_checkpoint
+
+    def opens(*given):
+        gc.collect()
+        assert all(ref() is None for ref in opened)
+        model = real(*given)
+        opened.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(estimating, "open_checkpoint", opens)
     question = question_of(study, "gradient")
     base, tuned = ({"id": str(folder_of(study) / name), "lr": 1e-3} for name in ("model", "tuned"))
 
@@ -381,6 +423,7 @@ def test_checkpoints_add_up(study: Study):
         return np.array(table["value"].to_pylist())
 
     np.testing.assert_allclose(run(base, tuned), run(base) + run(tuned), rtol=1e-6, atol=1e-12)
+    assert len(opened) == 8  # two places
 
 
 def test_own_responses_are_generated_once_and_of_one_setting(study: Study, monkeypatch):
@@ -425,6 +468,7 @@ def test_what_is_asked_in_vain_is_said(study: Study, tmp_path: Path):
          "lower --max-new-tokens"),
         (sketch, question_of(study, "gradient"), "estimator=adjoint"),
         (study, question_of(study, "vector-filter", tokens=2), "add --method gradient"),
+        (study, question_of(study, "gradient", tokens=-1), "set --tokens"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             stages.concept_influence(changed, question)
@@ -439,6 +483,10 @@ def test_the_command_line_writes_the_table_and_shows_where_methods_agree(taught,
     assert "rank_correlation" in done.stdout
     assert pq.read_table(tmp_path / "t.parquet").num_rows == 8 * 2 * 2
     assert pq.read_table(tmp_path / "t.tokens.parquet").num_rows > 2 * 2
+    none = taught("concept-influence", str(folder), "--concept", str(folder / "c1"),
+                  "--run", str(tmp_path / "none"))  # fmt: skip
+    assert none.returncode == 2 and "not a run folder" in none.stderr
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_pooled_tokens_of_a_pair_are_its_response_with_the_end_of_the_turn(study: Study):

@@ -276,14 +276,14 @@ def test_couples_that_cannot_be_made_or_read_are_refused():
     del y[made.without[1]]
     with pytest.raises(UserError, match=made.without[1]):
         couple_effect(made, y)
-    one = couples(IDS, "g", ["z00"], 9, 1, seed=0)
-    with pytest.raises(UserError, match="1 couple"):
-        couple_effect(one, outcomes_of(one.subsets, linear()[0]))
+    with pytest.raises(UserError, match="too few couples"):
+        couples(IDS, "g", ["z00"], 9, 1, seed=0)
 
 
-@pytest.mark.parametrize("degrees", [4, 5, 9, 30, 200])
+@pytest.mark.parametrize("degrees", [1, 2, 4, 5, 9, 30, 200])
 def test_students_quantile(degrees):
     assert student_t(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-3)
+    assert student_t(3) == pytest.approx(stats.t.ppf(0.975, 3), rel=2e-3)
 
 
 # --- the simulation -------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from taught.run import RunFolder
 from taught.stages.retraining import influence_of
 from taught.study import Study, load_study
 from taught.validation.outcomes import TargetName
+from taught.validation.retrain import Retrainer
 from tiny_study import write_tiny_study
 
 SMALL_STEPS = {
@@ -233,9 +234,14 @@ def test_random_subsets_need_no_influence_and_named_ones_do(attributed, tmp_path
         ({"validation.remove_by": "mean_y:nobody"}, "no influence"),
         ({"validation.remove_by": "coefficient:3"}, "no influence"),
         ({"validation.designs": ("curation",)}, "keeps all pairs or none"),
+        ({"validation.designs": ("chosen",), "validation.subsets": 9}, "too few retrainings"),
+        ({"validation.designs": ("couples",), "validation.subsets": 1}, "too few couples"),
     ],
 )
-def test_what_cannot_be_validated_is_refused_by_name(attributed, changes, what):
+def test_what_cannot_be_validated_is_refused_before_it_trains(
+    attributed, changes, what, monkeypatch
+):
+    monkeypatch.setattr(Retrainer, "run", None)
     study, folder = attributed
     study = with_values(study, {"validation.designs": ("removal",), **changes})
     with pytest.raises(UserError, match=what):

@@ -34,7 +34,7 @@ from taught.setup import (
     refuse_combinations,
     study_prompts,
 )
-from taught.study import REPEATED, Study, ValidationSpec
+from taught.study import Study, ValidationSpec
 
 # Share of a product's pace that whole passes run at: .55 to .75 on SmolLM2's sizes on one core of
 # an idle machine, less with several cores.
@@ -250,8 +250,7 @@ def subset_sizes(spec: ValidationSpec, pairs: int) -> list[int]:
     influence; it is taken to be half of them. Of ``chosen`` some may be drawn twice, and are
     trained on once.
     """
-    part = max(1, round(spec.size * pairs))
-    some = [max(1, round(share * pairs)) for share in spec.budgets]
+    part, some = spec.part_of(pairs), spec.named_of(pairs)
     runs = 1 + spec.controls  # the named pairs, and random ones
     sizes = {
         "random": spec.subsets * [part],
@@ -264,11 +263,7 @@ def subset_sizes(spec: ValidationSpec, pairs: int) -> list[int]:
         "chosen": spec.subsets * [part],
         "couples": spec.subsets * [part, part + some[0]],
     }
-    return [
-        size
-        for design in spec.designs
-        for size in sizes[design] * (spec.repeats if design in REPEATED else 1)
-    ]
+    return [size for design in spec.designs for size in sizes[design] * spec.times(design)]
 
 
 def retrained_bytes(subsets: Sequence[int], epochs: int, prompts: int, features: int) -> int:

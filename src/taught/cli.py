@@ -39,6 +39,11 @@ app = App(
 
 
 Switch = Annotated[bool, Parameter(negative="", show_default=False)]
+Quiet = Annotated[Switch, Parameter(name=["--quiet", "-q"], help="Show no progress.")]
+Several = Parameter(consume_multiple=True, negative="")
+StudyName = Annotated[
+    str, Parameter(help="A study file, a folder that holds study.yaml, or the name of a preset.")
+]
 
 
 @Parameter(name="*")
@@ -70,8 +75,7 @@ class Output:
     fresh: Switch = False
     "Delete this stage's earlier results in the run folder and make them anew."
 
-    quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False
-    "Show no progress."
+    quiet: Quiet = False
 
 
 _NO_OVERRIDES = Overrides()
@@ -143,16 +147,9 @@ def init(path: Path = Path("study.yaml"), /, *, force: Switch = False) -> int:
 
 
 @app.command(sort_key=3)
-def check(study: str, /, *, overrides: Overrides = _NO_OVERRIDES) -> int:
-    """Say what would run: model, SAE, counts, overlaps, truncations, cost. Changes nothing.
-
-    Parameters
-    ----------
-    study
-        A study file, a folder that holds study.yaml, or the name of a preset.
-    """
+def check(study: StudyName, /, *, overrides: Overrides = _NO_OVERRIDES) -> int:
+    """Say what would run: model, SAE, counts, overlaps, truncations, cost. Changes nothing."""
     loaded = _load(study, overrides)
-    loaded.require_files()
     from taught import stages
 
     report = stages.check(loaded)
@@ -161,34 +158,24 @@ def check(study: str, /, *, overrides: Overrides = _NO_OVERRIDES) -> int:
 
 
 @app.command(sort_key=4)
-def policy(study: str, /, *, overrides: Overrides = _NO_OVERRIDES, output: Output = _OUTPUT) -> int:
-    """Fit the policy: which features the behavior rests on, how well, and where the gaps are.
-
-    Parameters
-    ----------
-    study
-        A study file, a folder that holds study.yaml, or the name of a preset.
-    """
+def policy(
+    study: StudyName, /, *, overrides: Overrides = _NO_OVERRIDES, output: Output = _OUTPUT
+) -> int:
+    """Fit the policy: which features the behavior rests on, how well, and where the gaps are."""
     return _study_stage("policy", study, overrides, output)
 
 
 @app.command(sort_key=5)
 def attribute(
-    study: str, /, *, overrides: Overrides = _NO_OVERRIDES, output: Output = _OUTPUT
+    study: StudyName, /, *, overrides: Overrides = _NO_OVERRIDES, output: Output = _OUTPUT
 ) -> int:
-    """Score the pairs: how training on each one shifts the policy, and through what.
-
-    Parameters
-    ----------
-    study
-        A study file, a folder that holds study.yaml, or the name of a preset.
-    """
+    """Score the pairs: how training on each one shifts the policy, and through what."""
     return _study_stage("attribute", study, overrides, output)
 
 
 @app.command(sort_key=7)
 def validate(
-    study: str,
+    study: StudyName,
     /,
     *,
     judge: str | None = None,
@@ -202,8 +189,6 @@ def validate(
 
     Parameters
     ----------
-    study
-        A study file, a folder that holds study.yaml, or the name of a preset.
     judge
         With validation.answer_tokens: module:function that says of a prompt and an answer how much
         it refuses, 0 to 1. Its module is imported and run. By default rules that read the words.
@@ -217,8 +202,8 @@ def compare(
     source: str,
     /,
     *,
-    method: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (),
-    scores: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative="")] = (),
+    method: Annotated[tuple[str, ...], Several] = (),
+    scores: Annotated[tuple[Path, ...], Several] = (),
     overrides: Overrides = _NO_OVERRIDES,
     output: Output = _OUTPUT,
 ) -> int:
@@ -238,7 +223,6 @@ def compare(
     """
     output = _in_its_folder(source, output)
     loaded = _load(source, overrides)
-    loaded.require_files()
     from taught import stages
 
     run = _run_folder(output.run or Path("runs") / loaded.name,
@@ -272,23 +256,18 @@ def clamp(source: str, /, *, prompts: int = 24, controls: int = 8,
 
 
 @app.command(sort_key=5)
-def sketch(study: str, /, *, overrides: Overrides = _NO_OVERRIDES, run: Path | None = None,
-           quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False) -> int:  # fmt: skip
+def sketch(study: StudyName, /, *, overrides: Overrides = _NO_OVERRIDES, run: Path | None = None,
+           quiet: Quiet = False) -> int:  # fmt: skip
     """Fill a store of sketches for `attribute --set attribution.estimator=sketch`.
 
     May run as several processes: torchrun --nproc-per-node 2 -m -- taught sketch STUDY.
 
     Parameters
     ----------
-    study
-        A study file, a folder that holds study.yaml, or the name of a preset.
     run
         Run folder with the policy; by default runs/NAME.
-    quiet
-        Show no progress.
     """
     loaded = _load(study, overrides)
-    loaded.require_files()
     from taught import stages
 
     folder = _open(run or Path("runs") / loaded.name)
@@ -351,7 +330,7 @@ def ask(
 
 @app.command(sort_key=10)
 def concept(
-    study: str,
+    study: StudyName,
     /,
     *,
     source: str,
@@ -366,14 +345,12 @@ def concept(
     sweep: Switch = False,
     force: Switch = False,
     overrides: Overrides = _NO_OVERRIDES,
-    quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Make a concept: a direction in the residual stream, with a card that says how good it is.
 
     Parameters
     ----------
-    study
-        A study file, a folder that holds study.yaml, or the name of a preset.
     source
         difference (of the groups' means), probe (trained on the groups), feature:ID or
         feature:ID=SHARE,ID=SHARE (of the SAE), file:PATH or file:PATH:TENSOR (safetensors).
@@ -400,7 +377,6 @@ def concept(
         Accept a direction that is no better than chance on prompts it has not seen.
     """
     loaded = _load(study, overrides)
-    loaded.require_files()
     from taught import stages
 
     request = stages.ConceptRequest(
@@ -415,13 +391,13 @@ def concept(
 
 @app.command(sort_key=10)
 def concept_influence(
-    study: str,
+    study: StudyName,
     /,
     *,
-    concept: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative="")],
+    concept: Annotated[tuple[Path, ...], Several],
     out: Path | None = None,
     run: Path | None = None,
-    method: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = (
+    method: Annotated[tuple[str, ...], Several] = (
         "gradient",
         "vector-filter",
     ),
@@ -432,14 +408,12 @@ def concept_influence(
     max_new_tokens: int = 128,
     tokens: int = 0,
     overrides: Overrides = _NO_OVERRIDES,
-    quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Score the pairs by concepts: what training on each one does to the read-out of a direction.
 
     Parameters
     ----------
-    study
-        A study file, a folder that holds study.yaml, or the name of a preset.
     concept
         Folders that `taught concept` wrote.
     out
@@ -470,18 +444,17 @@ def concept_influence(
         raise UserError("the answers are kept in one place", rule="either --out or --run",
                         fix="for example: --out refusal.parquet")  # fmt: skip
     loaded = _load(study, overrides)
-    loaded.require_files()
     from taught import stages
     from taught.files import table_bytes, write_bytes
     from taught.report.cells import rich_table
 
+    folder = None if run is None else _open(run)
     beside = run if out is None else out.parent
     assert beside is not None
     file = responses or beside / "own_responses.json"
     question = stages.ConceptQuestion(concept, method, group, checkpoint, file, max_new_tokens,
                                       tokens, read)  # fmt: skip
     with _progress(quiet) as progress:
-        folder = None if run is None else _run_folder(run, ())
         answers = stages.concept_influence(loaded, question, progress, folder)
     if len(method) > 1:
         _out().print(rich_table(stages.agreement(answers.table)))
@@ -705,7 +678,6 @@ def _study_stage(
     stage: str, source: str, overrides: Overrides, output: Output, **options: Any
 ) -> int:
     study = _load(source, overrides)
-    study.require_files()
     from taught import stages
 
     folder = output.run or Path("runs") / study.name
@@ -751,6 +723,7 @@ def _load(source: str, overrides: Overrides) -> Study:
         study = study.replace("pairs.drop_truncated", True)
     if overrides.chat_template is not None:
         study = study.replace("model.chat_template", str(overrides.chat_template))
+    study.require_files()
     _quiet_libraries()
     if Path(study.model.id).is_absolute() and Path(study.sae.path).is_absolute():
         os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local: nothing may go out

@@ -51,8 +51,8 @@ _BEFORE = {
 # concept-influence, which is asked for concepts that are no part of the study.
 _READERS = ("curate", "clusters", "report")
 _REMADE = (*_READERS, "concept-influence", "validate")
-# These are told the run folder's study and do not replace it.
-_OF_THE_RUN = ("clamp", "compare", *_READERS)
+# These go by the run folder's study, or one that differs in what they do not read: they leave it.
+_OF_THE_RUN = ("clamp", "compare", "concept-influence", *_READERS)
 # Nothing asks for these again: they go when what they were made from is made anew.
 _GONE_WITH = {"policy": ("clamp",), "attribute": ("clusters", "concept-influence")}
 # These read others where they are there: validate only for subsets that the influence names.

@@ -228,7 +228,7 @@ DESIGNS = (
     "random", "matched", "leave-out", "leave-one-out", "removal", "addition", "curation",
     "chosen", "couples",
 )  # fmt: skip
-REPEATED = ("random", "matched", "leave-out")  # what a rank correlation is taken over
+REPEATED = ("random", "matched", "leave-out")  # trained under several seeds, if asked
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,18 @@ class ValidationSpec(_Section):
     remove_by: str = _field("mean_y:harmless", rules.text())
     controls: int = _field(5, rules.whole(5))
     answer_tokens: int = _field(0, rules.whole(0))
+
+    def part_of(self, pairs: int) -> int:
+        """Pairs of a random subset, of so many in all."""
+        return max(1, round(self.size * pairs))
+
+    def named_of(self, pairs: int) -> list[int]:
+        """Pairs that each budget is, of so many in all."""
+        return [max(1, round(share * pairs)) for share in self.budgets]
+
+    def times(self, design: str) -> int:
+        """How often each subset of a design is trained on."""
+        return self.repeats if design in REPEATED else 1
 
 
 _SECTIONS: dict[str, type[_Section]] = {

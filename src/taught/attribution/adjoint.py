@@ -20,7 +20,7 @@ Nothing here changes a weight. Memory: the queries (parameters x targets, in chu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -444,6 +444,14 @@ def refuse_unfit(problem: Problem, sites: Sequence[Site], pairs: Sequence[PairIn
         (batch,) = batch_pairs(pairs[:1], problem.batch_tokens)
         run = partial(batch.losses, problem.model)
         refuse_no_chain(problem.model, by_block(problem.model, sites), run)
+
+
+def by_parameter(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
+    """The factors of each parameter: one that is used twice has several."""
+    found: dict[str, list[Factor]] = defaultdict(list)
+    for factor in factors:
+        found[factor.param].append(factor)
+    return found
 
 
 def pair_gradients(

@@ -19,7 +19,6 @@ common outweighs what they differ in, and the entries where they agree get short
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taught.attribution.adjoint import Problem, pair_gradients
+from taught.attribution.adjoint import Problem, by_parameter, pair_gradients
 from taught.attribution.pairs import PairInput, batch_pairs
 from taught.errors import UserError
 from taught.model.gradients import Factor, accumulate, find_sites, frozen
@@ -122,10 +121,8 @@ def estimate_moments(
     sums = {name: torch.zeros_like(of) for name, of in squares.items() if b > 1}
     with frozen(problem.model):
         for some in batch_pairs(pairs, problem.batch_tokens):
-            by_parameter: dict[str, list[Factor]] = defaultdict(list)
-            for factor in pair_gradients(problem, sites, some, pairs)[1]:
-                by_parameter[factor.param].append(factor)
-            for name, factors in by_parameter.items():
+            found = pair_gradients(problem, sites, some, pairs)[1]
+            for name, factors in by_parameter(found).items():
                 add_squares(factors, squares[name])
                 if b > 1:
                     for factor in factors:

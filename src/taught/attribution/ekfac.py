@@ -23,7 +23,6 @@ models, damping 0.1); Kunstner et al., arXiv 1905.12558 (why labels are drawn).
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taught.attribution.adjoint import Basis, Problem, pair_gradients
+from taught.attribution.adjoint import Basis, Problem, by_parameter, pair_gradients
 from taught.attribution.curvature import add_squares
 from taught.attribution.pairs import PairBatch, PairInput, batch_pairs
 from taught.errors import UserError
@@ -169,10 +168,7 @@ def _gradients(
     batches = batch_pairs(pairs, problem.batch_tokens)
     for batch, drawn in zip(batches, labels, strict=True):
         sampled = replace(batch, targets=drawn, weights=batch.weights.sqrt())
-        factors: Factors = defaultdict(list)
-        for factor in pair_gradients(problem, sites, sampled, pairs)[1]:
-            factors[factor.param].append(factor)
-        yield batch, factors
+        yield batch, by_parameter(pair_gradients(problem, sites, sampled, pairs)[1])
         if progress is not None:
             progress.advance(len(batch.index))
 

@@ -10,7 +10,6 @@ and prompts; every chunk of pairs then meets every chunk of prompts.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taught.attribution.adjoint import GB, Problem
+from taught.attribution.adjoint import GB, Problem, by_parameter
 from taught.attribution.pairs import (
     PairBatch,
     PairInput,
@@ -236,7 +235,4 @@ def _room(problem: Problem) -> int:
 
 def _by_param(problem: Problem, factors: Iterable[Factor]) -> dict[str, list[Factor]]:
     """The factors of each parameter, in the basis in which C is diagonal."""
-    out: dict[str, list[Factor]] = defaultdict(list)
-    for factor in factors:
-        out[factor.param].append(problem.rotated(factor))
-    return out
+    return by_parameter(map(problem.rotated, factors))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import combinations
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from taught.attribution.adjoint import Problem, target_effects, targets_at_once
@@ -25,15 +26,24 @@ from taught.environment import mark_memory, peak_memory_gb
 from taught.errors import UserError
 from taught.files import sha256_file
 from taught.partial import Pieces, kept
-from taught.policy.ridge import Floats
+from taught.policy.ridge import Floats, Policy
 from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
 from taught.setup import Subject, open_subject, refuse_combinations
-from taught.stages.estimating import Data, Ready, prepare, problems, read_data, sketch_source
+from taught.stages.estimating import (
+    Data,
+    Ready,
+    over_checkpoints,
+    prepare,
+    read_data,
+    sketch_source,
+)
 from taught.stages.retraining import influence_of
 from taught.study import Study
 from taught.target import Target, coefficient_targets, mean_y_target, score_targets
 from taught.validation.comparison import (
+    LEAST_SUBSETS,
+    RANK_DESIGNS,
     Comparison,
     Scores,
     compared,
@@ -111,7 +121,8 @@ def compare(
         further = sorted(set(methods) - {own})
         ids = [pair.id for pair in ready.inputs]
         elsewhere = placed(given, ids, list(targets), {own, *further, *BASELINES})
-        influence = {target.label: values for target, values in influence_of(run).items()}
+        few = pc.field("feature_id").is_null() | pc.field("feature_id").isin(largest(ready.fitted))
+        influence = {target.label: of for target, of in influence_of(run, few).items()}
         scores: Scores = {own: {name: influence[name] for name in targets if name in influence}}
         record = run.manifest["stages"]["attribute"]
         costs = [CostRow(own, record["seconds"], record["peak_memory_gb"])]
@@ -123,11 +134,15 @@ def compare(
         with costed("all baselines", costs):
             baselines = baselines_by_target(study, data, ready, targets, progress)
         scores |= elsewhere
+        known = truths(run.read_table("subsets"), run.read_table("outcomes"),
+                       run.read_json("validation")["inclusion"], list(targets))  # fmt: skip
+        for design in sorted(
+            {*RANK_DESIGNS} & {*study.validation.designs} - {t.design for t in known}
+        ):
+            progress.note(f"{design}: fewer than {LEAST_SUBSETS} subsets, no rank correlation")
         progress.step("intervals")
         found = compared(Comparison(
-            scores, baselines,
-            truths(run.read_table("subsets"), run.read_table("outcomes"),
-                   run.read_json("validation")["inclusion"], list(targets)),
+            scores, baselines, known,
             {pair.id: pair.label for pair in ready.pairs},
             {pair.id for pair in ready.pairs if is_planted(pair.flags)},
             list(combinations(scores, 2)),
@@ -159,14 +174,19 @@ def compared_targets(ready: Ready) -> Targets:
     """The score, the mean y of each group, the ten largest coefficients: label -> pathways."""
     policy, group_of = ready.fitted, {i: g for g, ids in ready.groups.items() for i in ids}
     names = [group_of[i] for i in policy.prompt_ids]
-    order = np.argsort(-np.abs(policy.coef), kind="stable")[:COEFFICIENTS]
     return {
         "score": score_targets(policy),
         **{f"mean_y:{group}": [mean_y_target(policy.prompt_ids, names, group)]
            for group in ready.groups},
-        **{f"coefficient:{k}": coefficient_targets(policy, k)
-           for k in policy.feature_ids[order].tolist()},
+        **{f"coefficient:{k}": coefficient_targets(policy, k) for k in largest(policy)},
     }  # fmt: skip
+
+
+def largest(policy: Policy) -> list[int]:
+    """Feature ids of the ten largest coefficients."""
+    order = np.argsort(-np.abs(policy.coef), kind="stable")[:COEFFICIENTS]
+    ids: list[int] = policy.feature_ids[order].tolist()
+    return ids
 
 
 def method_scores(
@@ -221,15 +241,19 @@ def _adjoint(
         for part in parts:
             A[k] += 0 if part.A is None else torch.from_numpy(part.A)
             B[k] += 0 if part.B is None else torch.from_numpy(part.B)
-    total = torch.zeros(len(inputs), len(targets), dtype=torch.float64)
-    for number, there in enumerate(problems(study, subject, ready.problem, inputs, progress)):
-        chunk = targets_at_once(there)
+
+    def effects(there: Problem, number: int) -> torch.Tensor:
+        chunk, parts = targets_at_once(there), []
         progress.step("gradients of the targets and of the pairs", None)
         for start in range(0, len(targets), chunk):
             some = slice(start, start + chunk)
             key = f"{method_name(study)} {number} {start} {chunk}"
-            total[:, some] += kept(pieces, key, partial(_only_effects, there, inputs, A[some],
-                                                        B[some]))  # fmt: skip
+            compute = partial(_only_effects, there, inputs, A[some], B[some])
+            parts.append(kept(pieces, key, compute))
+        return torch.cat(parts, 1)
+
+    total = reduce(torch.add, over_checkpoints(study, subject, ready.problem, inputs, progress,
+                                               effects))  # fmt: skip
     refuse_nonfinite(inputs, range(len(inputs)), total, "gradient")
     return total.numpy()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,14 +38,16 @@ from taught.stages.estimating import (
     Data,
     encode_pairs,
     make_problem,
-    problems,
+    over_checkpoints,
     read_data,
     token_texts,
+    with_curvature,
 )
 from taught.stages.own_responses import own_pairs
 from taught.study import Checkpoint, Study
 from taught.target import Target, concept_targets
 
+T = TypeVar("T")
 SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -53,8 +56,6 @@ SCHEMA = pa.schema(
         ("value", pa.float64()),
     ]
 )
-
-
 TOKENS = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -132,6 +133,13 @@ class _Work:
         return project(model, pairs, self.map_of(concepts, place), place.block,
                        batch_tokens=self.study.attribution.batch_tokens,
                        progress=self.progress)  # fmt: skip
+
+    def over_checkpoints(
+        self, problem: Problem, compute: Callable[[Problem, int], T]
+    ) -> Iterator[T]:
+        """What is computed at each checkpoint, or at the model's weights."""
+        return over_checkpoints(self.study, self.subject, problem, self.inputs, self.progress,
+                                compute)  # fmt: skip
 
 
 def concept_influence(
@@ -218,14 +226,16 @@ def agreement(table: pa.Table) -> pa.Table:
 
     Methods that rank the pairs of a run differently measure different things (docs/methods.md).
     """
-    values: dict[str, dict[str, list[float]]] = {}
+    values: dict[str, dict[str, dict[str, float]]] = {}
     for row in table.to_pylist():
-        values.setdefault(row["concept"], {}).setdefault(row["method"], []).append(row["value"])
+        of_method = values.setdefault(row["concept"], {}).setdefault(row["method"], {})
+        of_method[row["pair_id"]] = row["value"]
     rows = [
-        {"concept": concept, "method": a, "other": b, "rank_correlation": spearman(x, y)}
+        {"concept": concept, "method": a, "other": b,
+         "rank_correlation": spearman(list(x.values()), [y[pair_id] for pair_id in x])}
         for concept, methods in values.items()
         for (a, x), (b, y) in combinations(methods.items(), 2)
-    ]
+    ]  # fmt: skip
     return pa.Table.from_pylist(rows, schema=_AGREEMENT)
 
 
@@ -259,6 +269,9 @@ def _refuse(study: Study, question: ConceptQuestion) -> None:
         raise UserError("the difference that training made needs a fine-tuned model",
                         rule="activations of the fine-tuned model minus those of the base model",
                         fix="pass --checkpoint FOLDER")  # fmt: skip
+    if question.tokens < 0:
+        raise UserError("how many pairs are split into tokens", value=question.tokens,
+                        rule="a whole number, at least 0", fix="set --tokens")  # fmt: skip
     if question.tokens and (
         "gradient" not in question.methods or study.attribution.estimator == "finite-step"
     ):
@@ -289,6 +302,7 @@ def _places(concepts: Sequence[Concept], where: str) -> dict[Place, list[Concept
 def _gradient(work: _Work, concepts: Sequence[Concept]) -> Values:
     study, inside = work.study, _inside(work)
     responses = work.question.read == "responses"
+    metric: Problem | None = None
     for place, some in _places(concepts, "tokens" if responses else "position").items():
         prompts = (
             response_reads(work.inputs, place.where)
@@ -298,31 +312,45 @@ def _gradient(work: _Work, concepts: Sequence[Concept]) -> Values:
         problem = make_problem(study, work.subject, prompts, place.block,
                                work.map_of(some, place))  # fmt: skip
         targets = concept_targets([p.id for p in prompts], [c.name for c in some], inside)
-        effects = [
-            concept_effects(there, work.inputs, targets, study.attribution.estimator,
-                            progress=work.progress)
-            for there in _problems(work, problem)
-        ]  # fmt: skip
-        values = sum(effects[1:], effects[0])
-        for column, concept in enumerate(some if work.question.tokens else ()):
-            work.shares.extend(_shares(work, problem, targets[column], concept, values[:, column]))
+        if study.attribution.checkpoints is None:  # one metric for all places, and for the shares
+            metric = metric or with_curvature(study, problem, work.inputs, work.progress)
+            problem = replace(metric, prompts=prompts, block=place.block, features=problem.features)
+        work.progress.step("gradients of the concepts and of the pairs")
+        compute = partial(_effects, work, targets)
+        values = reduce(torch.add, work.over_checkpoints(problem, compute))
+        if work.question.tokens:
+            work.shares.extend(_shares(work, problem, targets, some, values))
         yield some, values
 
 
+def _effects(work: _Work, targets: Sequence[Target], problem: Problem, _: int) -> Tensor:
+    return concept_effects(problem, work.inputs, targets, work.study.attribution.estimator,
+                           progress=work.progress)  # fmt: skip
+
+
 def _shares(
-    work: _Work, problem: Problem, target: Target, concept: Concept, values: Tensor
+    work: _Work,
+    problem: Problem,
+    targets: Sequence[Target],
+    concepts: Sequence[Concept],
+    values: Tensor,
 ) -> Iterator[pa.Table]:
-    """Shares of the response tokens of the pairs with the largest absolute values."""
-    order = values.abs().argsort(descending=True, stable=True)[: work.question.tokens]
-    pairs = [work.inputs[i] for i in order.tolist()]
-    assert target.A is not None
-    A = torch.from_numpy(target.A)[None]
-    parts = [token_effects(there, pairs, A, None) for there in _problems(work, problem)]
-    for pair, *shares in zip(pairs, *parts, strict=True):
-        n = pair.n_response
-        columns = [[pair.id] * n, [concept.name] * n, range(n), token_texts(work.subject, pair),
-                   torch.stack(shares).sum(0)[:, 0].numpy()]  # fmt: skip
-        yield pa.table(dict(zip(TOKENS.names, columns, strict=True)), schema=TOKENS)
+    """Shares of the response tokens of each concept's pairs with the largest absolute values."""
+    order = values.abs().argsort(dim=0, descending=True, stable=True)[: work.question.tokens]
+    chosen = [[work.inputs[i] for i in column] for column in order.T.tolist()]
+    A = [torch.from_numpy(target.A)[None] for target in targets if target.A is not None]
+
+    def shares(there: Problem, _: int) -> list[list[Tensor]]:
+        return [token_effects(there, pairs, a, None)
+                for pairs, a in zip(chosen, A, strict=True)]  # fmt: skip
+
+    by_concept = zip(*work.over_checkpoints(problem, shares), strict=True)
+    for concept, pairs, parts in zip(concepts, chosen, by_concept, strict=True):
+        for pair, *own in zip(pairs, *parts, strict=True):
+            n = pair.n_response
+            columns = [[pair.id] * n, [concept.name] * n, range(n), token_texts(work.subject, pair),
+                       torch.stack(own).sum(0)[:, 0].numpy()]  # fmt: skip
+            yield pa.table(dict(zip(TOKENS.names, columns, strict=True)), schema=TOKENS)
 
 
 def _prompts(subject: Subject, data: Data, position: str) -> list[ReadPrompt]:
@@ -341,11 +369,6 @@ def _inside(work: _Work) -> np.ndarray:
                         rule="one of " + ", ".join(sorted(set(groups))),
                         fix="set --group")  # fmt: skip
     return np.array([group in (None, name) for name in groups])
-
-
-def _problems(work: _Work, problem: Problem) -> Iterator[Problem]:
-    work.progress.step("gradients of the concepts and of the pairs")
-    return problems(work.study, work.subject, problem, work.inputs, work.progress)
 
 
 def _base(work: _Work, some: Sequence[Concept], place: Place) -> Tensor:

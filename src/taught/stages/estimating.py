@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,10 +52,9 @@ from taught.study import Study
 
 Checks = dict[str, dict[str, float]]
 Shares = list[tuple[PairInput, NDArray[np.float64]]]
-_BY_GRADIENTS = (
-    "adjoint",
-    "sketch",
-)  # the others also take models whose gradients they do not know
+T = TypeVar("T")
+# The others also take models whose gradients they do not know.
+_BY_GRADIENTS = ("adjoint", "sketch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,9 +247,9 @@ def make_problem(
 def with_curvature(
     study: Study, problem: Problem, pairs: Sequence[PairInput], progress: Progress
 ) -> Problem:
-    """The problem in the study's metric: of its optimizer, or of the loss."""
+    """The problem in the study's metric, of its optimizer or of the loss; left in one it has."""
     spec = study.attribution
-    if spec.curvature == "identity":
+    if spec.curvature == "identity" or problem.scale is not None:
         return problem
     if spec.curvature == "ekfac":
         progress.step("curvature of the loss", 2 * len(pairs))
@@ -268,20 +267,29 @@ def with_curvature(
                      batch=spec.adam_batch, progress=progress)  # fmt: skip
 
 
-def problems(
+def over_checkpoints(
     study: Study,
     subject: Subject,
     problem: Problem,
     pairs: Sequence[PairInput],
     progress: Progress,
-) -> Iterator[Problem]:
-    """The problem at the model's weights, or at each checkpoint; effects add up over them."""
+    compute: Callable[[Problem, int], T],
+) -> Iterator[T]:
+    """What is computed at the model's weights, or at each checkpoint; effects add up over them.
+
+    One checkpoint's model is held at a time, beside the base one: ``compute``, which is given the
+    problem in the study's metric and the checkpoint's number, keeps nothing of it.
+    """
     checkpoints = study.attribution.checkpoints
     if checkpoints is None:
-        yield with_curvature(study, problem, pairs, progress)
-    for checkpoint in checkpoints or ():
+        yield compute(with_curvature(study, problem, pairs, progress), 0)
+    for number, checkpoint in enumerate(checkpoints or ()):
+        progress.step(f"checkpoint {number + 1} of {len(checkpoints or ())}")
         there = at_checkpoint(problem, open_checkpoint(study, checkpoint, subject), checkpoint.lr)
-        yield with_curvature(study, there, pairs, progress)
+        there = with_curvature(study, there, pairs, progress)
+        found = compute(there, number)
+        del there
+        yield found
 
 
 def _over_checkpoints(
@@ -293,28 +301,10 @@ def _over_checkpoints(
     pieces: Pieces,
 ) -> Effects:
     """Effects summed over the checkpoints; losses are those of the base model."""
-    effects = summed(_at_checkpoints(study, subject, ready, compute, progress, pieces))
+    effects = summed(over_checkpoints(
+        study, subject, ready.problem, ready.inputs, progress,
+        lambda there, number: compute(there, pieces=NumberedPieces(pieces, number)),
+    ))  # fmt: skip
     problem = ready.problem
     losses = pair_losses(problem.model, ready.inputs, problem.batch_tokens)
     return replace(effects, losses=losses.numpy())
-
-
-def _at_checkpoints(
-    study: Study,
-    subject: Subject,
-    ready: Ready,
-    compute: Callable[..., Effects],
-    progress: Progress,
-    pieces: Pieces,
-) -> Iterator[Effects]:
-    """Effects at each checkpoint; one of their models is held at a time, beside the base one."""
-    checkpoints = study.attribution.checkpoints or ()
-    for number, checkpoint in enumerate(checkpoints):
-        progress.step(f"checkpoint {number + 1} of {len(checkpoints)}")
-        model = open_checkpoint(study, checkpoint, subject)
-        there = at_checkpoint(ready.problem, model, checkpoint.lr)
-        del model
-        there = with_curvature(study, there, ready.inputs, progress)
-        effects = compute(there, pieces=NumberedPieces(pieces, number))
-        del there
-        yield effects

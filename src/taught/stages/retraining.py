@@ -16,7 +16,7 @@ from taught.progress import Progress, SilentProgress
 from taught.run import RunFolder
 from taught.setup import Subject, open_subject
 from taught.stages.estimating import Ready, prepare, read_data
-from taught.study import REPEATED, Study
+from taught.study import Study, ValidationSpec
 from taught.validation.arms import ArmRow, compare_arms
 from taught.validation.curves import CurvePoint, Kind, Plan, compare_curves, plan_curve
 from taught.validation.design import (
@@ -117,7 +117,7 @@ def validate(
         ready = prepare(study, run, subject, data)
         designs = _designs(study, run, ready)
         retrainer = _retrainer(study, run, subject, ready, progress)
-        todo = _retrainings(designs, study.validation.repeats)
+        todo = _retrainings(designs, study.validation)
         progress.step("the base model")
         made = {BASE: retrainer.base()}
         progress.step(f"{len(todo)} retrainings",
@@ -165,15 +165,15 @@ def _judged(
     return found
 
 
-def _retrainings(designs: Designs, repeats: int) -> dict[Name, tuple[str, ...]]:
+def _retrainings(designs: Designs, spec: ValidationSpec) -> dict[Name, tuple[str, ...]]:
     """Name -> ids of the pairs to train on; repeat r of a subset has the seed of the study plus r.
 
     All subsets are trained once before any is trained again.
     """
     return {
         (design, name, repeat): ids
-        for repeat in range(repeats)
-        for design, subsets in designs.items() if repeat == 0 or design in REPEATED
+        for repeat in range(spec.repeats)
+        for design, subsets in designs.items() if repeat < spec.times(design)
         for name, ids in zip(subsets.names, subsets.members, strict=True)
     }  # fmt: skip
 
@@ -187,7 +187,7 @@ def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
         A design cannot be drawn from these pairs, or needs values that the run lacks.
     """
     spec, ids = study.validation, [pair.id for pair in ready.inputs]
-    size = _size(study, ids)
+    size = spec.part_of(len(ids))
 
     def matched() -> Subsets:
         lengths = {pair.id: float(pair.n_response) for pair in ready.inputs}
@@ -218,7 +218,7 @@ def _plan(
     k pairs, or the study's budgets.
     """
     spec = study.validation
-    budgets = [max(1, round(share * len(ids))) for share in spec.budgets] if k is None else [k]
+    budgets = spec.named_of(len(ids)) if k is None else [k]
     return plan_curve(_asked(study, run), budgets, kind=CURVES[design], method="named",
                       runs=spec.controls, seed=spec.seed)  # fmt: skip
 
@@ -244,23 +244,19 @@ def _chosen(study: Study, run: RunFolder, ids: Sequence[str]) -> Chosen:
     """Subsets for the effect of the named pairs, after those of the design ``random`` if asked."""
     spec = study.validation
     random = spec.subsets if "random" in spec.designs else 0
-    return choose(ids, "named", _named(study, run, ids), _size(study, ids), spec.subsets,
+    return choose(ids, "named", _named(study, run, ids), spec.part_of(len(ids)), spec.subsets,
                   seed=spec.seed, random=random)  # fmt: skip
 
 
 def _couples(study: Study, run: RunFolder, ids: Sequence[str]) -> Couples:
     """Random subsets of the other pairs, each without the named pairs and with them."""
     spec = study.validation
-    return couples(ids, "named", _named(study, run, ids), _size(study, ids), spec.subsets,
+    return couples(ids, "named", _named(study, run, ids), spec.part_of(len(ids)), spec.subsets,
                    seed=spec.seed)  # fmt: skip
 
 
 def _named(study: Study, run: RunFolder, ids: Sequence[str]) -> list[str]:
-    return _strongest(study, run, max(1, round(study.validation.budgets[0] * len(ids))))
-
-
-def _size(study: Study, ids: Sequence[str]) -> int:
-    return max(1, round(study.validation.size * len(ids)))
+    return _strongest(study, run, study.validation.named_of(len(ids))[0])
 
 
 def _strongest(study: Study, run: RunFolder, k: int) -> list[str]:
@@ -275,7 +271,7 @@ def _asked(study: Study, run: RunFolder) -> dict[str, float]:
     target = _target(study)
     one = pc.field("target") == target.target  # of a large table the other targets are not read
     rows = influence_of(run, one).get(target)
-    if rows is None or target.target == "coefficient":
+    if rows is None:
         raise UserError("this run has no influence on what pairs are to be removed by",
                         value=study.validation.remove_by, rule="score or mean_y:GROUP",
                         fix="set validation.remove_by")  # fmt: skip
@@ -292,14 +288,13 @@ def influence_of(
     run: RunFolder, rows: pc.Expression | None = None
 ) -> dict[TargetName, dict[str, float]]:
     """Total influence of the run, or of some rows of its table: target -> pair id -> value."""
-    table = run.read_table(
-        "influence", ["pair_id", "target", "feature_id", "group", "pathway", "value"], rows
-    )
+    total = (pc.field("pathway") == "total") | (pc.field("target") == "mean_y")
+    columns = ["pair_id", "target", "feature_id", "group", "value"]
+    table = run.read_table("influence", columns, total if rows is None else total & rows)
     found: dict[TargetName, dict[str, float]] = {}
     for row in table.to_pylist():
-        if row["pathway"] == ("y" if row["target"] == "mean_y" else "total"):
-            name = TargetName(row["target"], row["feature_id"], row["group"])
-            found.setdefault(name, {})[row["pair_id"]] = row["value"]
+        name = TargetName(row["target"], row["feature_id"], row["group"])
+        found.setdefault(name, {})[row["pair_id"]] = row["value"]
     return found
 
 
@@ -428,7 +423,7 @@ def _effects(
             effect = couple_effect(_couples(study, run, ids), changed)
         found.append(NamedEffect(**asdict(effect), design=design,
                                  target=study.validation.remove_by,
-                                 pairs=len(_named(study, run, ids))))  # fmt: skip
+                                 pairs=study.validation.named_of(len(ids))[0]))  # fmt: skip
     return found
 
 

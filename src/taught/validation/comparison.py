@@ -234,7 +234,7 @@ def _planted(scores: Scores, planted: Collection[str]) -> list[PlantedRow]:
 
 def is_planted(flags: Mapping[str, object]) -> bool:
     """Whether a pair's column ``planted`` marks it, as JSON, Parquet or CSV have it."""
-    return flags.get("planted") in (True, "true", 1)
+    return str(flags.get("planted")).strip().lower() in ("true", "1", "1.0")
 
 
 def values_by_pair(pair_ids: Iterable[str], values: Iterable[float]) -> dict[str, float]:

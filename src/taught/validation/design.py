@@ -195,9 +195,7 @@ def estimate(
     fold = np.arange(len(drawn)) % folds
     source = np.repeat(np.arange(len(rounds)), [len(done.drawn) for done in rounds])
     y = _known(question, drawn, outcomes)
-    if np.bincount(fold, minlength=folds).min() < 2:
-        raise UserError("too few retrainings for an estimate", value=len(drawn),
-                        rule=f"at least 2 for each of {folds} folds")  # fmt: skip
+    _refuse_few(len(drawn), folds)
     value, variance = np.zeros(len(question.asked)), np.zeros(len(question.asked))
     model = None if scores is None else _Datamodel(question.pool, scores)
     for k in range(folds):
@@ -254,8 +252,9 @@ def choose(
     Raises
     ------
     UserError
-        As :func:`random_subsets` and :func:`ask`.
+        As :func:`random_subsets` and :func:`ask`; or too few for an estimate.
     """
+    _refuse_few(random + count, FOLDS)
     most = max(random, count, math.comb(len(ids), size) // 2)
     pool = random_subsets(ids, size, min(POOL * (random + count), most), seed=seed)
     question = ask(pool, {name: group})
@@ -293,8 +292,12 @@ def couples(
     Raises
     ------
     UserError
-        The group holds ids that are not among the pairs; or as :func:`random_subsets`.
+        The group holds ids that are not among the pairs; fewer than 2 couples; or as
+        :func:`random_subsets`.
     """
+    if count < 2:
+        raise UserError("too few couples for an interval", value=count, rule="at least 2",
+                        fix="raise validation.subsets")  # fmt: skip
     strangers = sorted(set(group) - set(ids))
     if strangers:
         raise UserError("the group holds unknown pairs", value=strangers[:8])
@@ -314,14 +317,15 @@ def couple_effect(made: Couples, outcomes: Mapping[str, float]) -> Effect:
     Raises
     ------
     UserError
-        Fewer than 2 couples, or a subset without a finite outcome.
+        A subset has no finite outcome.
     """
     names = [*made.without, *made.including]
     missing = [name for name in names if not math.isfinite(outcomes.get(name, math.nan))]
     count = len(made.without)
-    if missing or count < 2:
-        raise UserError("the couples have no effect yet", value=missing[:8] or f"{count} couple",
-                        rule="2 couples or more, all with a finite outcome")  # fmt: skip
+    if missing:
+        raise UserError("the couples have no effect yet", value=missing[:8],
+                        rule="every subset has a finite outcome",
+                        fix="finish their retraining")  # fmt: skip
     pairs = zip(made.without, made.including, strict=True)
     gap = np.array([outcomes[b] - outcomes[a] for a, b in pairs])
     half = student_t(count - 1) * float(gap.std(ddof=1)) / math.sqrt(count)
@@ -330,7 +334,9 @@ def couple_effect(made: Couples, outcomes: Mapping[str, float]) -> Effect:
 
 
 def student_t(degrees: int) -> float:
-    """97.5% quantile of Student's t; below 0.1% off from 4 degrees on (Abramowitz 26.7.5)."""
+    """97.5% quantile of Student's t; at most 0.2% off (Abramowitz 26.7.5; 1 and 2 are exact)."""
+    if degrees <= 2:
+        return math.tan(0.475 * math.pi) if degrees == 1 else 0.95 / math.sqrt(0.04875)
     z = NormalDist().inv_cdf(0.975)
     terms = (
         (z**3 + z) / 4,
@@ -397,6 +403,13 @@ def _level(best: Floats, before: Floats, count: int) -> float:
     order = np.argsort(before[positive] / best[positive], kind="stable")
     levels = (count + before[positive][order].cumsum()) / best[positive][order].cumsum()
     return float(levels[np.flatnonzero(levels > start)[-1]])
+
+
+def _refuse_few(drawn: int, folds: int) -> None:
+    if drawn < 2 * folds:
+        raise UserError("too few retrainings for an estimate", value=drawn,
+                        rule=f"at least 2 for each of {folds} folds",
+                        fix="raise validation.subsets")  # fmt: skip
 
 
 def _known(question: Question, drawn: NDArray[np.int64], outcomes: Mapping[str, float]) -> Floats:
