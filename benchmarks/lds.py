@@ -42,6 +42,7 @@ from taught.validation.comparison import (
     RANK_DESIGNS,
     Comparison,
     Scores,
+    by_length,
     compared,
     is_planted,
     truths,
@@ -271,6 +272,8 @@ def _compare(
     every = placed(table.rows, ids, table.targets)
     every |= placed(given, ids, table.targets, every)
     baselines = {name: every.pop(name) for name in _names() if name in every}
+    norms = next(iter(baselines["gradient-norm"].values()))
+    every |= by_length({name: every[name] for name in comparing.METHODS if name in every}, norms)
     scores = {name: every[name] for name in sorted(every, key=lambda name: name != FIRST)}
     tables = [pq.read_table(folder / f"{name}.parquet") for name in ("subsets", "outcomes")]
     inclusion = json.loads((folder / "validation.json").read_text())["inclusion"]

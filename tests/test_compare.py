@@ -153,6 +153,24 @@ def test_every_method_is_there_with_its_cost_and_its_trivial_rivals(compared):
     assert len({row["pair_id"] for row in scores}) == 14
 
 
+def test_values_over_the_length_of_the_gradient_are_cosines(compared):
+    """Of the adjoint on a mean y; the baseline computes norms and products by another route."""
+    rows = {(row["method"], row["target"], row["subsets"]): row
+            for row in compared.read_table("lds").to_pylist()}  # fmt: skip
+    for group in ("harmful", "harmless"):
+        by_norm, cosine = (
+            rows[method, f"mean_y:{group}", "random"]
+            for method in ("adjoint/norm", "gradient-cosine")
+        )
+        assert by_norm["raw"] == cosine["raw"] and by_norm["controlled"] == cosine["controlled"]
+    scores = {(row["method"], row["target"], row["pair_id"]): row["value"]
+              for row in compared.read_table("scores").to_pylist()}  # fmt: skip
+    plain = {key[1:]: value for key, value in scores.items() if key[0] == "adjoint+adam"}
+    unit = {key[1:]: value for key, value in scores.items() if key[0] == "adjoint+adam/norm"}
+    assert plain.keys() == unit.keys() and len(plain) > 30
+    assert all(np.sign(plain[key]) == np.sign(unit[key]) for key in plain)
+
+
 def test_tables_for_the_terminal_show_every_method(compared):
     from rich.console import Console
 
@@ -347,7 +365,8 @@ def test_the_benchmark_agrees_with_the_stage_and_computes_nothing_twice(
     assert len(once) == 14 and all(row["target"] is None for row in once)  # for every target
     assert {t for m, t in rows if m == "difference:gradient"} == {t for _, t in rows}
     others = {row["other"] for row in first["summary"]["differences"]}
-    assert others == {"adjoint", "difference:vector-filter", "difference:gradient"}
+    assert others == {"adjoint", "difference:vector-filter", "difference:gradient",
+                      "adjoint/norm", "adjoint+adam/norm"}  # fmt: skip
     assert {"all baselines", *some} <= set(first["summary"]["costs"])
     assert first["summary"]["planted"]["adjoint+adam"]["planted"] == 6
     monkeypatch.setattr(module, "METHODS", dict.fromkeys(module.METHODS))  # none can be called

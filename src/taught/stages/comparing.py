@@ -46,6 +46,7 @@ from taught.validation.comparison import (
     RANK_DESIGNS,
     Comparison,
     Scores,
+    by_length,
     compared,
     is_planted,
     truths,
@@ -88,6 +89,7 @@ def compare(
 
     Targets: the score, the mean y of each group, the ten largest coefficients. Of the baselines,
     those that are about a group stand for its mean y; for the others they take the positive group.
+    Beside each method stands METHOD/norm, its values over the lengths of the pairs' gradients.
 
     Parameters
     ----------
@@ -120,7 +122,9 @@ def compare(
         own = method_name(study)
         further = sorted(set(methods) - {own})
         ids = [pair.id for pair in ready.inputs]
-        elsewhere = placed(given, ids, list(targets), {own, *further, *BASELINES})
+        names = {own, *further, *BASELINES}
+        names |= {f"{method}/norm" for method in (own, *further)}
+        elsewhere = placed(given, ids, list(targets), names)
         few = pc.field("feature_id").is_null() | pc.field("feature_id").isin(largest(ready.fitted))
         influence = {target.label: of for target, of in influence_of(run, few).items()}
         scores: Scores = {own: {name: influence[name] for name in targets if name in influence}}
@@ -133,7 +137,9 @@ def compare(
                                                progress, stage.partial)  # fmt: skip
         with costed("all baselines", costs):
             baselines = baselines_by_target(study, data, ready, targets, progress)
-        scores |= elsewhere
+        rivals = [*scores, *elsewhere]
+        norms = next(iter(baselines["gradient-norm"].values()))
+        scores |= by_length(scores, norms) | elsewhere
         known = truths(run.read_table("subsets"), run.read_table("outcomes"),
                        run.read_json("validation")["inclusion"], list(targets))  # fmt: skip
         for design in sorted(
@@ -145,7 +151,7 @@ def compare(
             scores, baselines, known,
             {pair.id: pair.label for pair in ready.pairs},
             {pair.id for pair in ready.pairs if is_planted(pair.flags)},
-            list(combinations(scores, 2)),
+            list(combinations(rivals, 2)),
         ))  # fmt: skip
         for name, rows in (*found._asdict().items(), ("costs", costs)):
             if rows:

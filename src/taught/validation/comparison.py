@@ -111,6 +111,26 @@ class CeilingRow(NoiseCeiling):
     subsets: str
 
 
+def by_length(methods: Scores, norms: Mapping[str, float]) -> Scores:
+    """Each method's values over the length of the pair's gradient, as METHOD/norm.
+
+    Training by Adam moves the parameters about as far for a short gradient as for a long one, so
+    the direction of a pair's gradient may say more than its length (TrackStar, arXiv 2410.17413,
+    does likewise). A gradient of length 0 has influence 0.
+
+    Parameters
+    ----------
+    norms : pair id -> |grad L(pair)|
+    """
+    return {
+        f"{method}/norm": {
+            target: {i: value / norms[i] if norms[i] else 0.0 for i, value in values.items()}
+            for target, values in of.items()
+        }
+        for method, of in methods.items()
+    }
+
+
 class Compared(NamedTuple):
     """Rows of the tables, in the order of the designs."""
 
