@@ -47,6 +47,7 @@ from taught.validation.comparison import (
     is_planted,
     truths,
 )
+from taught.validation.lds import Difference, TrivialCheck
 from taught.validation.score_tables import ScoreRow, placed, read_scores
 
 RANKED = [name for name, values in REGIMES.items()
@@ -297,13 +298,19 @@ def _compare(
         target = f"mean_y:{study.prompts.negative_group}"
         results.summary = {
             "planted": {row.method: asdict(row) for row in found.planted if row.target == target},
-            "differences": [asdict(row) for row in found.lds_differences],
-            "explained_by_trivial": [asdict(row) for row in found.trivial if row.explained],
+            "differences": [asdict(row) for row in found.lds_differences if plain(row)],
+            "explained_by_trivial": [asdict(row) for row in found.trivial
+                                     if row.explained and plain(row)],
             "noise_ceiling": [asdict(row) for row in found.noise_ceiling],
             "costs": {name: {key: cost[key] for key in ("seconds", "memory_gb")}
                       for name, cost in table.methods.items()},
             **_medians(results.rows),
         }  # fmt: skip
+
+
+def plain(row: Difference | TrivialCheck) -> bool:
+    """Whether a row is about the score or a group: there are ten coefficients."""
+    return not row.target.startswith("coefficient")
 
 
 def _medians(rows: Sequence[Row]) -> Row:
