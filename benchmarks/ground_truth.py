@@ -79,8 +79,8 @@ def measure(args: argparse.Namespace) -> None:
     out = args.out / args.regime
     out.mkdir(parents=True, exist_ok=True)
     for name in ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
-                 "validation.json"):  # fmt: skip
-        if folder.path(name).exists():  # curves: of removal and addition alone
+                 "arms.parquet", "validation.json"):  # fmt: skip
+        if folder.path(name).exists():  # curves and arms: of some designs alone
             files.write_bytes(out / name, folder.path(name).read_bytes())
     record = {
         "versions": versions(),
