@@ -16,8 +16,8 @@ No method of data attribution wins everywhere, and cheap ones often come close (
 The last four are about a group of prompts, the others about no target. Sign: the last two are
 positive where training on the pair raises the group's mean y (gradient-dot is the effect of a plain
 SGD step divided by the learning rate); ``label`` and ``random`` and all others are only what they
-say, and a table of correlations shows which way they work. There is no sentence embedding here: it
-would need a second model; the model's own residual stands for it.
+say, and a table of correlations shows which way they work. A sentence embedding
+needs a second model: recipes/embedding makes a table of it for ``taught compare --scores``.
 """
 
 from __future__ import annotations

