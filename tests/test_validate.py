@@ -14,7 +14,7 @@ from taught import stages
 from taught.errors import UserError
 from taught.progress import SilentProgress
 from taught.rank import spearman
-from taught.report.compared import compared_tables
+from taught.report.compared import compared_tables, curve_sentences
 from taught.run import RunFolder
 from taught.stages.retraining import influence_of
 from taught.study import Study, load_study
@@ -175,6 +175,9 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     point, added = run.read_table("curves").to_pylist()
     assert (point["design"], added["design"]) == ("removal", "addition")
     assert point["budget"] == 2 and point["lo"] <= point["difference"] <= point["hi"]
+    for row in (point, added):  # one budget: a triangle from no pair to this one
+        assert row["area"] == pytest.approx(row["difference"] / 2)
+        assert row["area_lo"] == pytest.approx(row["lo"] / 2)
     change = outcomes(run, "removal")[TargetName("mean_y", group="harmless")]
     random = np.mean([change[f"remove-2-random-{i}"] for i in range(5)])
     np.testing.assert_allclose(point["difference"], change["remove-2-named"] - random)
@@ -215,6 +218,14 @@ def test_the_effect_of_the_named_pairs_is_asked_with_random_subsets_first(attrib
     stages.report(run)
     for sentence in ("in the place of average ones, change it by +", "(20 retrainings)"):
         assert sentence in run.path("report.html").read_text() and sentence in printed(run)
+
+
+def test_several_budgets_have_an_area():
+    points = [{"design": "removal", "budget": n, "share": n / 10, "difference": -0.5, "lo": -0.8,
+               "hi": -0.2, "area": -0.3, "area_lo": -0.6, "area_hi": -0.1} for n in (1, 2)]  # fmt: skip
+    *each, area = curve_sentences(points, "mean_y:harmless")
+    assert len(each) == 2 and "2 budgets" in area and "−0.3 [−0.6, −0.1]" in area
+    assert len(curve_sentences(points[:1], "mean_y:harmless")) == 1
 
 
 def test_random_subsets_need_no_influence_and_named_ones_do(attributed, tmp_path):

@@ -129,13 +129,28 @@ def compared_tables(run: RunFolder) -> Iterator[RenderableType]:
     if "planted" in there:
         yield _planted_table(run.read_table("planted").to_pylist())
     if "curves" in there:
-        for point in run.read_table("curves").to_pylist():
-            yield Text("\n" + removal_sentence(point, run.study.validation.remove_by))
+        for sentence in curve_sentences(
+            run.read_table("curves").to_pylist(), run.study.validation.remove_by
+        ):
+            yield Text("\n" + sentence)
     if "named_effects" in there:
         for effect in run.read_table("named_effects").to_pylist():
             yield Text("\n" + effect_sentence(effect))
     if "arms" in there:
         yield _arms_table(run.read_table("arms").to_pylist())
+
+
+def curve_sentences(points: Sequence[Row], target: str) -> list[str]:
+    """One for every budget, and of several budgets one for the area of the curve."""
+    sentences = []
+    for design in dict.fromkeys(point["design"] for point in points):
+        some = [point for point in points if point["design"] == design]
+        sentences += [removal_sentence(point, target) for point in some]
+        if len(some) > 1:
+            area, lo, hi = (_digits(some[0][name]) for name in ("area", "area_lo", "area_hi"))
+            sentences.append(f"Over these {len(some)} budgets the mean difference ({design}) is "
+                             f"{area} [{lo}, {hi}]")  # fmt: skip
+    return sentences
 
 
 def removal_sentence(point: Row, target: str) -> str:

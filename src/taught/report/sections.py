@@ -16,10 +16,10 @@ from taught.report.compared import (
     Cell,
     DesignTable,
     arm_table,
+    curve_sentences,
     design_tables,
     differs,
     effect_sentence,
-    removal_sentence,
     warnings,
 )
 from taught.report.conceptual import AGREE
@@ -447,7 +447,7 @@ def _validation_section(view: View) -> Json | None:
         ],
         "chance": (chance := Scale(-0.05, 1.05, *FOREST)),
         "chance_axis": charts.forest_axis(chance),
-        "removal": [removal_sentence(point, target) for point in view.curves or []]
+        "removal": curve_sentences(view.curves or [], target)
         + [effect_sentence(effect) for effect in view.named_effects or []],
         "arms": _arms(view.arms or []),
         **_models(view),

@@ -429,9 +429,12 @@ def _effects(
 
 @dataclass(frozen=True)
 class Point(CurvePoint):
-    """A point of the curve of a design."""
+    """A point of the curve of a design, and the area of the whole curve (``validation.curves``)."""
 
     design: str = ""
+    area: float = 0.0
+    area_lo: float = 0.0
+    area_hi: float = 0.0
 
 
 def _points(
@@ -453,7 +456,10 @@ def _points(
 
     named = np.array([outcomes(plan.chosen)])
     curve = compare_curves(plan, named, np.array([outcomes(names) for names in plan.controls]))
-    return [Point(**asdict(point), design=design) for point in curve.points]
+    return [
+        Point(**asdict(point), design=design, area=curve.area, area_lo=curve.lo, area_hi=curve.hi)
+        for point in curve.points
+    ]
 
 
 def _categories(run: RunFolder) -> dict[str, list[str]]:
