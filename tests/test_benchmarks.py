@@ -149,6 +149,7 @@ def test_big_tables_asks_what_it_wrote_and_leaves_no_run_behind(tmp_path, python
     assert [path.name for path in tmp_path.glob("tmp*")] == []
 
 
+@pytest.mark.slow
 def test_load_runs_every_command_and_says_what_a_pair_costs(tmp_path, python):
     done = python(
         "-m", "benchmarks.load", "--pairs", "6", "12", "--estimators", "adjoint", "--folder",
@@ -254,6 +255,7 @@ def test_record_writes_null_for_what_is_not_defined(tmp_path, benchmarks, monkey
     assert "text" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_peers_builds_a_store_and_names_who_is_left_out(tiny, tmp_path, python):
     done = python(
         "-m", "benchmarks.peers", "--study", str(tiny), "--out", str(tmp_path), "--pairs", "6",
