@@ -433,11 +433,7 @@ def cotangents(targets: Sequence[Target], policy: Policy) -> tuple[Tensor, Tenso
     """A [K, N, d] and B [K, N] of some targets, float64."""
     import torch
 
-    A = torch.zeros(len(targets), policy.n, policy.d, dtype=torch.float64)
-    B = torch.zeros(len(targets), policy.n, dtype=torch.float64)
-    for k, target in enumerate(targets):
-        if target.A is not None:
-            A[k] = torch.from_numpy(target.A)
-        if target.B is not None:
-            B[k] = torch.from_numpy(target.B)
-    return A, B
+    from taught.target import cotangents as stacked
+
+    A, B = stacked(targets, policy)
+    return torch.from_numpy(A), torch.from_numpy(B)

@@ -48,10 +48,11 @@ def embed(texts: Sequence[str], source: str) -> np.ndarray:
 def scores(study_file: str, source: str) -> pa.Table:
     """Columns pair_id, method, target, value; a row for each pair and group."""
     study = load_study(study_file)
-    prompts = list(study_prompts(study))
-    pairs = list(study_pairs(study, study_prompts(study))[0])
-    of_pairs = embed([f"{pair.prompt}\n{pair.response}" for pair in pairs], source)
-    of_prompts = embed([prompt.text for prompt in prompts], source)
+    prompts = study_prompts(study)
+    pairs = study_pairs(study, prompts)[0]
+    texts = [f"{pair.prompt}\n{pair.response}" for pair in pairs]
+    embedded = embed([*texts, *(prompt.text for prompt in prompts)], source)
+    of_pairs, of_prompts = np.split(embedded, [len(texts)])
     rows = []
     for group in (study.prompts.positive_group, study.prompts.negative_group):
         inside = np.array([prompt.group == group for prompt in prompts])

@@ -131,6 +131,13 @@ def concept_targets(
     return targets
 
 
+def cotangents(targets: Sequence[Target], policy: Policy) -> tuple[Floats, Floats]:
+    """A [K, N, d] and B [K, N] of K targets, float64; zeros where a target has none."""
+    A = np.stack([np.zeros_like(policy.X) if t.A is None else t.A for t in targets])
+    B = np.stack([np.zeros(policy.n) if t.B is None else t.B for t in targets])
+    return A, B
+
+
 class RawXTargets(Sequence[Target]):
     """The targets of :func:`raw_x_targets`, made one at a time: all take N d^2 numbers."""
 

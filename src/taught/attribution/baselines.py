@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from taught.attribution.adjoint import Problem, pair_gradients, refuse_unfit
+from taught.attribution.adjoint import Problem, by_parameter, pair_gradients, refuse_unfit
 from taught.attribution.pairs import PairInput, batch_pairs, pair_losses, refuse_nonfinite
 from taught.errors import UserError
 from taught.model.gradients import (
@@ -328,11 +328,9 @@ def gradient_products(
         refuse_unfit(problem, sites, pairs)
         queries = _queries(problem, sites, groups)
         for batch in batch_pairs(pairs, problem.batch_tokens):
-            by_parameter: dict[str, list[Factor]] = defaultdict(list)
-            for factor in pair_gradients(problem, sites, batch, pairs)[1]:
-                by_parameter[factor.param].append(factor)
+            found = pair_gradients(problem, sites, batch, pairs)[1]
             index = list(batch.index)
-            for name, factors in by_parameter.items():
+            for name, factors in by_parameter(found).items():
                 norms[index] += _squared_norms(factors)
                 if name in queries:
                     for factor in factors:

@@ -44,7 +44,13 @@ from taught.policy.ridge import (
     pathway_sums,
     score,
 )
-from taught.target import combine_raw_x, mean_y_target, raw_x_targets, score_targets
+from taught.target import (
+    combine_raw_x,
+    cotangents,
+    mean_y_target,
+    raw_x_targets,
+    score_targets,
+)
 
 Floats = NDArray[np.float64]
 
@@ -172,8 +178,7 @@ def _few_cotangents(
         *score_targets(policy),
         *(mean_y_target(policy.prompt_ids, names, g) for g in groups),
     ]
-    A = np.stack([np.zeros_like(policy.X) if t.A is None else t.A for t in targets])
-    B = np.stack([np.zeros(policy.n) if t.B is None else t.B for t in targets])
+    A, B = cotangents(targets, policy)
     return torch.from_numpy(A), torch.from_numpy(B)
 
 

@@ -40,7 +40,7 @@ from taught.stages.estimating import (
 )
 from taught.stages.retraining import influence_of
 from taught.study import Study
-from taught.target import Target, coefficient_targets, mean_y_target, score_targets
+from taught.target import Target, coefficient_targets, cotangents, mean_y_target, score_targets
 from taught.validation.comparison import (
     LEAST_SUBSETS,
     RANK_DESIGNS,
@@ -241,12 +241,9 @@ def _adjoint(
     Targets that fit into memory together share the passes over prompts and pairs.
     """
     policy, inputs = ready.fitted, ready.inputs
-    A = torch.zeros(len(targets), policy.n, policy.d, dtype=torch.float64)
-    B = torch.zeros(len(targets), policy.n, dtype=torch.float64)
-    for k, parts in enumerate(targets.values()):
-        for part in parts:
-            A[k] += 0 if part.A is None else torch.from_numpy(part.A)
-            B[k] += 0 if part.B is None else torch.from_numpy(part.B)
+    pathways = [cotangents(parts, policy) for parts in targets.values()]
+    A = torch.from_numpy(np.stack([of_x.sum(0) for of_x, _ in pathways]))
+    B = torch.from_numpy(np.stack([of_y.sum(0) for _, of_y in pathways]))
 
     def effects(there: Problem, number: int) -> torch.Tensor:
         chunk, parts = targets_at_once(there), []
