@@ -1,8 +1,8 @@
-"""What a pair costs by each concept method: the gradient by three estimators, and forward passes.
+"""What a pair costs by each concept method: gradients by estimator and curvature, forward passes.
 
 One concept, the difference of the groups' means at the SAE's block. One-time work (the concept's
-query gradient over the prompts, the model's own answers) stands in a column of its own. Bergson's
-scoring of the same concept is a row where its interpreter is given.
+query gradient over the prompts, eigendecompositions, the model's own answers) stands in a column of
+its own. Bergson's scoring of the same concept is a row where its interpreter is given.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def measure(args: argparse.Namespace) -> None:
         with kept(results, _COLUMNS):
             every, once = _gradient(problem, pairs, args.rounds)
             results.add(_row("gradient, adjoint", every, len(pairs), once))
+            results.add(_ekfac(problem, pairs, args.rounds))
             for name in ("jvp", "finite-step"):
                 results.add(_row(f"gradient, {name}", _one_by_one(problem, few, name), len(few)))
             for name, every, once in _projections(setting, features, args.rounds):
@@ -125,6 +126,31 @@ def _gradient(problem: Any, pairs: list[Any], rounds: int) -> tuple[list[Times],
             lambda: _contract_pairs(problem, sites, pairs, queries, 1, None), rounds
         )  # fmt: skip
     return every, once.seconds
+
+
+def _ekfac(problem: Any, pairs: list[Any], rounds: int) -> dict[str, Any]:
+    """By the adjoint with EK-FAC fitted to the pairs, the published method (arXiv 2602.14869).
+
+    A fit passes over the pairs several times and then decomposes matrices whose number and size do
+    not depend on them: fits to half of the pairs and to all tell the two apart, token by token.
+    """
+    from taught.attribution.ekfac import with_ekfac
+
+    fits = []
+    for some in (pairs[::2], pairs):
+        curved: Any = None  # that of the half is let go of
+        begun = time.process_time()
+        with Clock() as clock:
+            curved = with_ekfac(problem, some, damping=0.1)
+        cpu = time.process_time() - begun
+        fits.append(np.array([clock.seconds, cpu, sum(len(pair.ids) for pair in some)]))
+    *grown, tokens = fits[1] - fits[0]
+    passes = np.array(grown) / tokens * fits[1][2]
+    every, once = _gradient(curved, pairs, rounds)
+    total = [(wall + passes[0], cpu + passes[1]) for wall, cpu in every]
+    row = _row("gradient, adjoint, EK-FAC", total, len(pairs), once + fits[1][0] - passes[0])
+    return {**row, "cpu_ms_a_pair_of_fitting": 1000 * passes[1] / len(pairs),
+            "fits_seconds_cpu_tokens": [fit.tolist() for fit in fits]}  # fmt: skip
 
 
 def _one_by_one(problem: Any, pairs: list[Any], estimator: str) -> list[Times]:

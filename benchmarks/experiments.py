@@ -68,8 +68,9 @@ DRAWS = 9999
 BASELINES = ("random", "response-length", "label", "loss", "gradient-norm", "bm25", "similarity",
              "gradient-cosine")  # fmt: skip
 # What pairs are left out or kept by, fixed before anything was seen.
-BY = ("gradient-concept+adam", "vector-filter", "projection-difference-response",
-      "projection-difference-training", "smda-score", "mean-y+adam")  # fmt: skip
+BY = ("gradient-concept+adam", "gradient-concept+ekfac", "vector-filter",
+      "projection-difference-response", "projection-difference-training", "smda-score",
+      "mean-y+adam")  # fmt: skip
 ORACLE = "planted"
 Scores = dict[str, float]
 
@@ -276,8 +277,18 @@ def _adam(bench: Bench, problem: Problem) -> Problem:
     return with_adam(problem, bench.ready.inputs, moments=None, eps=eps)
 
 
+def _ekfac(bench: Bench, problem: Problem) -> Problem:
+    from taught.attribution.ekfac import with_ekfac
+
+    return with_ekfac(problem, bench.ready.inputs, damping=bench.study.attribution.damping)
+
+
 # What is added to a gradient method's name -> the metric that its inner products are in.
-CURVATURES: dict[str, Metric] = {"": lambda _, problem: problem, "+adam": _adam}
+CURVATURES: dict[str, Metric] = {
+    "": lambda _, problem: problem,
+    "+adam": _adam,
+    "+ekfac": _ekfac,
+}
 
 
 def _concept_gradient(bench: Bench, metric: Metric) -> Tensor:

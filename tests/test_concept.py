@@ -254,6 +254,68 @@ def test_every_source_gives_a_concept_and_a_sweep_a_row_for_every_block(study, t
     np.testing.assert_allclose(four, expected)
 
 
+def write_control_vector(file: Path, tensors: dict[str, np.ndarray]) -> str:
+    """As repeng writes it."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(file, "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    for name, value in tensors.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(file)
+
+
+def test_a_control_vector_is_read_after_the_block_it_is_added_to(study: Study, tmp_path: Path):
+    rows = np.random.default_rng(0).normal(size=(3, STUDY_WIDTH)).astype(np.float32)
+    stored = {f"direction.{n}": row for n, row in enumerate(rows)}
+    stored["direction.2"] = rows[2].astype(np.float16)
+    file = write_control_vector(tmp_path / "v.gguf", stored)
+    for source, options, block in (
+        (f"file:{file}", {}, BLOCK),
+        (f"file:{file}", {"block": 0}, 0),
+        (f"file:{file}:direction.2", {}, 2),
+        (f"file:{file}:direction.2", {"block": 2}, 2),
+    ):
+        made = stages.concept(study, tmp_path / "c", ConceptRequest(source, **options))
+        assert made.block == block
+        expected = rows[block] / np.linalg.norm(rows[block])
+        np.testing.assert_allclose(made.direction, expected, atol=1e-3 if block == 2 else 1e-7)
+        assert made.provenance["tensor"] == f"direction.{block}"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "options", "message"),
+    [
+        (":direction.0", {"block": 1}, "of another block"),
+        (":direction.x", {}, "no direction of a control vector"),
+        (":direction.1", {}, "which tensor of the file"),
+        (":direction.9", {}, "no such block"),
+        ("", {}, "which tensor of the file"),  # the SAE's block is not in it
+    ],
+)
+def test_a_control_vector_that_does_not_fit_is_refused(
+    study: Study, tmp_path: Path, tensor, options, message
+):
+    file = write_control_vector(
+        tmp_path / "v.gguf", {f"direction.{n}": np.ones(STUDY_WIDTH, np.float32) for n in (0, 2)}
+    )
+    with pytest.raises(UserError, match=message):
+        stages.concept(study, tmp_path / "c", ConceptRequest(f"file:{file}{tensor}", **options))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_file_that_is_no_control_vector_is_refused(study: Study, tmp_path: Path):
+    (tmp_path / "v.gguf").write_bytes(b"GGUF, but not really")
+    with pytest.raises(UserError, match="cannot be read"):
+        stages.concept(study, tmp_path / "c", ConceptRequest(f"file:{tmp_path}/v.gguf"))
+    with pytest.raises(UserError, match="cannot be read"):
+        stages.concept(study, tmp_path / "c", ConceptRequest(f"file:{tmp_path}/none.gguf"))
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

@@ -353,7 +353,8 @@ def concept(
     ----------
     source
         difference (of the groups' means), probe (trained on the groups), feature:ID or
-        feature:ID=SHARE,ID=SHARE (of the SAE), file:PATH or file:PATH:TENSOR (safetensors).
+        feature:ID=SHARE,ID=SHARE (of the SAE), file:PATH or file:PATH:TENSOR (safetensors, or a
+        control vector as GGUF: direction.N belongs to block N).
     out
         Folder for concept.safetensors and concept.json.
     block

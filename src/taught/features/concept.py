@@ -218,7 +218,7 @@ def feature_direction(sae: SparseAutoencoder, shares: Mapping[int, float]) -> Fl
 
 
 def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats, dict[str, Any]]:
-    """Direction [D] from a safetensors file, and its provenance.
+    """Direction [D] from a safetensors file or a control vector, and its provenance.
 
     Parameters
     ----------
@@ -231,7 +231,8 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
         The file cannot be read, has no such tensor or several, or the tensor is no vector.
     """
     file = Path(path).expanduser()
-    content, tensors = _read_tensors(file)
+    read = _read_control_vector if is_control_vector(file) else _read_tensors
+    content, tensors = read(file)
     if tensor is None and len(tensors) == 1:
         (tensor,) = tensors
     if tensor is None or tensor not in tensors:
@@ -256,7 +257,51 @@ def _read_tensors(file: Path) -> tuple[bytes, dict[str, Any]]:
         return content, {k: t.to(torch.float64).numpy() for k, t in load(content).items()}
     except (OSError, SafetensorError) as error:
         raise UserError("the direction cannot be read", value=f"{file}: {error}",
-                        rule="a safetensors file", fix="check the path") from error  # fmt: skip
+                        rule="a safetensors file, or a control vector (GGUF)",
+                        fix="check the path") from error  # fmt: skip
+
+
+def is_control_vector(path: str | Path) -> bool:
+    """Whether the file is in the format of repeng and llama.cpp: GGUF."""
+    return Path(path).suffix.lower() == ".gguf"
+
+
+def control_tensor(block: int) -> str:
+    """Name of a control vector's direction that is added to the output of a block."""
+    return f"direction.{block}"
+
+
+def control_block(tensor: str) -> int:
+    """The block, counted from 0, whose output a control vector's tensor is added to.
+
+    Raises
+    ------
+    UserError
+        Not a name of the format.
+    """
+    head, _, number = tensor.partition(".")
+    if head != "direction" or not number.isdecimal():
+        raise UserError("this is no direction of a control vector", value=tensor,
+                        rule="direction.N, N the block that it is added to",
+                        fix="for example --source file:PATH:direction.15")  # fmt: skip
+    return int(number)
+
+
+def _read_control_vector(file: Path) -> tuple[bytes, dict[str, Any]]:
+    try:
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+    except ImportError as error:
+        raise UserError("reading a control vector needs the package gguf", value=str(file),
+                        fix="pip install gguf") from error  # fmt: skip
+    try:
+        content = file.read_bytes()
+        found = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(file).tensors}
+    except (OSError, ValueError, LookupError, NotImplementedError) as error:
+        raise UserError("the control vector cannot be read", value=f"{file}: {error}",
+                        rule="a GGUF file with the tensors direction.N",
+                        fix="check the path") from error  # fmt: skip
+    return content, {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
 # --- reading h ---------------------------------------------------------------------------------

@@ -14,9 +14,12 @@ from taught.data.prompts import PromptSet
 from taught.errors import UserError
 from taught.features.concept import (
     Concept,
+    control_block,
+    control_tensor,
     feature_direction,
     file_direction,
     fitted_direction,
+    is_control_vector,
     normalised,
     quality_card,
     require_place,
@@ -40,7 +43,7 @@ class ConceptRequest:
     Attributes
     ----------
     source : difference, probe, feature:ID or file:PATH[:TENSOR]
-    block : block whose output is read; None: the SAE's
+    block : block whose output is read; None: that of a control vector's tensor, else the SAE's
     position, tokens : where prompts and pairs are read; position None: the study's
     method, penalty : of a probe
     norm : "unit" or "none"
@@ -79,7 +82,7 @@ def concept(
     prompts = study_prompts(study)
     progress.step("load model and SAE")
     subject = open_subject(study)
-    block = _block(request, kind, subject)
+    block, detail = _block(request, kind, detail, subject)
     blocks = list(range(len(find_blocks(subject.loaded.model)))) if request.sweep else [block]
     H, positive = _read(study, subject, prompts, position, blocks, progress)
     X = H[blocks.index(block)]
@@ -114,13 +117,24 @@ def _source(request: ConceptRequest) -> tuple[str, str]:
     return kind, detail
 
 
-def _block(request: ConceptRequest, kind: str, subject: Subject) -> int:
+def _block(request: ConceptRequest, kind: str, detail: str, subject: Subject) -> tuple[int, str]:
+    """The block that is read, and the source's detail with the tensor of that block."""
     block = subject.sae.block if request.block is None else request.block
     if kind == "feature" and block != subject.sae.block:
         raise UserError("a feature is a direction at the block of its SAE", value=block,
                         rule=f"block {subject.sae.block}", fix="leave out --block")  # fmt: skip
+    path, tensor = _file_parts(detail) if kind == "file" else ("", None)
+    if is_control_vector(path):
+        tensor = tensor or control_tensor(block)
+        own = control_block(tensor)
+        if request.block not in (None, own):
+            raise UserError("the direction is of another block", value=f"{tensor}, --block {block}",
+                            rule="direction.N is added to the output of block N",
+                            fix=f"leave out --block, or name {control_tensor(block)}",
+                            )  # fmt: skip
+        block, detail = own, f"{path}:{tensor}"
     get_block(subject.loaded.model, block)
-    return block
+    return block, detail
 
 
 def _read(
@@ -164,7 +178,7 @@ def _direction(
         origin: dict[str, Any] = {"features": {str(k): share for k, share in shares.items()},
                                   "sae": subject.sae.sha256()}  # fmt: skip
     else:
-        v, origin = _from_file(detail)
+        v, origin = file_direction(*_file_parts(detail))
     if len(v) != X.shape[1]:
         raise UserError("the direction does not fit the model", value=f"width {len(v)}",
                         rule=f"width {X.shape[1]}",
@@ -201,9 +215,9 @@ def _shares(detail: str) -> dict[int, float]:
                         fix="for example --source feature:12=0.5,40=-1") from None  # fmt: skip
 
 
-def _from_file(detail: str) -> tuple[Floats, dict[str, Any]]:
-    """Direction from ``PATH`` or ``PATH:TENSOR``; a path may hold a colon itself."""
+def _file_parts(detail: str) -> tuple[str, str | None]:
+    """Path and tensor of ``PATH`` or ``PATH:TENSOR``; a path may hold a colon itself."""
     path, _, tensor = detail.rpartition(":")
     if path and not Path(detail).expanduser().exists():
-        return file_direction(path, tensor)
-    return file_direction(detail)
+        return path, tensor
+    return detail, None
