@@ -445,8 +445,8 @@ def _write_concepts(run: RunFolder, made: _Made) -> None:
     ])  # fmt: skip
     run.write_table("concept_influence", table)
     run.write_table("concept_agreement", pa.Table.from_pylist([
-        {"concept": name, "method": a, "other": b, "rank_correlation": spearman(values[a], values[b])}
-        for a, b in combinations(CONCEPT_METHODS, 2)
+        {"concept": name, "method": a, "other": b, "rank_correlation": r, "lo": r - 0.1, "hi": r + 0.1}
+        for a, b in combinations(CONCEPT_METHODS, 2) for r in [spearman(values[a], values[b])]
     ]))  # fmt: skip
     top = int(np.argmax(np.abs(base)))
     run.write_table("concept_tokens", pa.Table.from_pylist([
@@ -456,7 +456,8 @@ def _write_concepts(run: RunFolder, made: _Made) -> None:
     ]))  # fmt: skip
     run.write_json("concept_influence", {
         "methods": list(CONCEPT_METHODS), "group": None, "read": "prompts", "checkpoint": None,
-        "lr": 1e-4, "concepts": [{"name": name, "block": 10, "provenance": {"source": "difference"}}],
+        "lr": 1e-4, "concepts": [{"name": name, "block": 10, "provenance": {"source": "difference"},
+                      "card": {"auc": {"value": 0.91, "lo": 0.84, "hi": 0.97}, "held_out": True}}],
     })  # fmt: skip
 
 

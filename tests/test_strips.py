@@ -133,6 +133,8 @@ def test_concepts_have_their_strongest_pairs_and_disagreement_is_flagged(tmp_pat
     page = section(render(view), "concepts")
     assert page.count("<strong>Disagree</strong>") == 2
     assert page.count('class="badge warn"') == 2 * 2
+    assert all(f"{r.lo:.2f}".replace("-", "−") in page for _, _, r in concept.apart)
+    assert "AUC 0.91 [0.84, 0.97] between the two groups" in page
     assert len(Spans(page).strips) == 1
 
 

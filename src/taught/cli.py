@@ -492,10 +492,11 @@ def curate(
     k
         How many pairs top-k drops, or keep-k keeps.
     target
-        What top-k and keep-k rank by: score, or mean_y:GROUP.
+        What top-k and keep-k rank by: score, mean_y:GROUP, or after `concept-influence --run`
+        concept:NAME (its gradient) or concept:NAME:METHOD.
     protect
-        A second target, score or mean_y:GROUP: only pairs are dropped without which it would not be
-        lower.
+        A second target, score, mean_y:GROUP or concept:NAME: only pairs are dropped without which
+        it would not be lower.
     """
     from taught import stages
     from taught.report.text import clean
@@ -521,7 +522,8 @@ def clusters(run: Path, /, *, k: int | None = None, target: str | None = None,
     k
         Number of clusters; by default the one that sets them apart best.
     target
-        Only this target: score, or mean_y:GROUP. By default all of these.
+        Only this target: score, mean_y:GROUP, concept:NAME or concept:NAME:METHOD. By default the
+        score and every group's mean y.
     csv
         Write CSV, one row for each cluster and target.
     """

@@ -189,8 +189,8 @@ class RunFolder:
                 fix=self._command_for(stage),
             )
         inputs = self._manifest["inputs"][stage]
-        read = [name for name in _IF_THERE.get(stage, ()) if f"stage {name}" in inputs]
-        for before in (*_BEFORE[stage], *read):
+        read = [name for name in STAGES if f"stage {name}" in inputs]
+        for before in dict.fromkeys((*_BEFORE[stage], *read)):
             self.require(before)
             made_with = inputs.get(f"stage {before}")
             if made_with != self._manifest["stages"][before]["fingerprint"]:
@@ -214,7 +214,11 @@ class RunFolder:
 
     @contextmanager
     def stage(
-        self, name: str, study: Study, extra: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        study: Study,
+        extra: Mapping[str, Any] | None = None,
+        reads: Collection[str] = (),
     ) -> Iterator[Stage]:
         """Run one stage: ``with run.stage("policy", study) as stage: if stage.done: return ...``.
 
@@ -230,6 +234,8 @@ class RunFolder:
         extra
             Further things that the result depends on and only the caller knows, as plain values:
             ``{"model.weights": sha256, "model.source": "..."}``.
+        reads
+            Stages that are read this time, beside those that this one always reads.
 
         Raises
         ------
@@ -239,7 +245,7 @@ class RunFolder:
         """
         with self.locked():
             started = time.monotonic()
-            inputs = self._chained(name, stage_inputs(name, study, extra))
+            inputs = self._chained(name, stage_inputs(name, study, extra), reads)
             stage = self._begin(name, inputs)
             if stage.done:
                 self._clear_partial(name)  # killed between its completion and this
@@ -471,11 +477,11 @@ class RunFolder:
         record = self._record(stage)
         return record is not None and record["status"] == "complete"
 
-    def _chained(self, name: str, inputs: Inputs) -> Inputs:
+    def _chained(self, name: str, inputs: Inputs, reads: Collection[str] = ()) -> Inputs:
         """Refuse stages before this one that do not belong to these inputs; add what they were."""
         chained = dict(inputs)
         if_there = [stage for stage in _IF_THERE.get(name, ()) if self._is_complete(stage)]
-        for before in (*_BEFORE[name], *if_there):
+        for before in (*_BEFORE[name], *if_there, *reads):
             self.require(before)
             theirs = self._manifest["inputs"][before]
             if name not in _READERS:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow.compute as pc
 
+from taught.report.stats import Estimate
 from taught.report.strips import Strip, strips
 from taught.report.text import clean, cleaned, common_power
 from taught.run import RunFolder
@@ -33,16 +34,18 @@ class ConceptFound:
     Attributes
     ----------
     rankings : by method
-    agreement : method -> other method -> rank correlation over pairs; nan where it is not defined
+    separation : AUC of the direction between the two groups of prompts, or None
+    agreement : method -> other method -> rank correlation over pairs; None where it is not defined
     apart : couples of methods whose rank correlation is below ``AGREE``
     strips : of the pairs that were split into tokens
     """
 
     name: str
     facts: Row
+    separation: Estimate | None
     rankings: list[Ranking]
-    agreement: dict[str, dict[str, float]]
-    apart: list[tuple[str, str, float]]
+    agreement: dict[str, dict[str, Estimate | None]]
+    apart: list[tuple[str, str, Estimate]]
     strips: list[Strip]
 
 
@@ -56,15 +59,20 @@ def read_concepts(run: RunFolder) -> list[ConceptFound]:
 
 def _concept(run: RunFolder, name: str, facts: Row, methods: list[str]) -> ConceptFound:
     of_one = pc.field("concept") == name
-    pairs = run.read_table("concept_agreement", rows=of_one).to_pylist()
-    couples = [(row["method"], row["other"], row["rank_correlation"]) for row in pairs]
-    matrix: dict[str, dict[str, float]] = {method: {method: 1.0} for method in methods}
+    couples = [
+        (row["method"], row["other"],
+         Estimate.of([row["rank_correlation"], row.get("lo"), row.get("hi")]))
+        for row in run.read_table("concept_agreement", rows=of_one).to_pylist()
+    ]  # fmt: skip
+    matrix: dict[str, dict[str, Estimate | None]] = {method: {} for method in methods}
     for a, b, value in couples:
         matrix[a][b] = matrix[b][a] = value
+    apart = [(a, b, r) for a, b, r in couples if r is not None and r.value < AGREE]
     tokens = cast("list[Row]", cleaned(run.read_table("concept_tokens", rows=of_one).to_pylist()))
     return ConceptFound(
-        clean(name), facts, [_ranking(run, name, method) for method in methods], matrix,
-        [couple for couple in couples if not couple[2] >= AGREE], strips(tokens, "concept"),
+        clean(name), facts, Estimate.of(facts.get("card", {}).get("auc")),
+        [_ranking(run, name, method) for method in methods], matrix, apart,
+        strips(tokens, "concept"),
     )  # fmt: skip
 
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from taught import rank
 from taught.analysis.interference import random_control
-from taught.rank import spearman
+from taught.rank import DRAWS, MANY, NORMAL
 from taught.report.text import number
 
-DRAWS = 500
-MANY = 5000  # rows; from here on the normal interval, which the bootstrap then only repeats
-NORMAL = 1.959963984540054  # 97.5% point
 MAX_WORK = 20_000_000
 
 
@@ -85,21 +83,9 @@ class Control:
 
 
 def spearman_interval(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Estimate | None:
-    """Rank correlation with a 95% interval over rows, percentile bootstrap; None if undefined."""
-    both = np.stack([np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)])
-    both = both[:, np.isfinite(both).all(0)]
-    value = spearman(*both) if both.size else math.nan
-    if math.isnan(value):
-        return None
-    rng = np.random.default_rng(seed)
-    n = both.shape[1]
-    if n >= MANY:  # standard error on Fisher's scale: Bonett and Wright (2000)
-        at, half = math.atanh(min(max(value, -1 + 1e-12), 1 - 1e-12)), NORMAL / math.sqrt(n - 3)
-        half *= math.sqrt(1 + value**2 / 2)
-        return Estimate(value, math.tanh(at - half), math.tanh(at + half))
-    draws = [spearman(*both[:, rng.integers(0, n, n)]) for _ in range(DRAWS)]
-    lo, hi = np.nanquantile(draws, [0.025, 0.975])
-    return Estimate(value, float(lo), float(hi))
+    """:func:`taught.rank.spearman_interval` as an estimate."""
+    found = rank.spearman_interval(a, b, seed)
+    return None if found is None else Estimate(*found)
 
 
 def mean_interval(values: ArrayLike, seed: int = 0) -> Estimate | None:

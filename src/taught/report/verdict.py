@@ -465,12 +465,17 @@ def curation_change(record: Row) -> str:
         changes.append((f"{record['protect']} (protected)", record["protected_change"]))
     parts = []
     for name, change in changes:
-        power = common_power([change])
-        parts.append(f"{name} {signed(change, power=power)}{tens(power)}")
-    text = (
-        f"{count(record['dropped'], 'pair')} to drop. Predicted change without them, one step a "
-        f"pair at lr {record['lr']:g}: {', '.join(parts)}."
-    )
+        if change is not None:
+            power = common_power([change])
+            parts.append(f"{name} {signed(change, power=power)}{tens(power)}")
+    text = f"{count(record['dropped'], 'pair')} to drop."
+    if parts:
+        text += (
+            f" Predicted change without them, one step a pair at lr {record['lr']:g}: "
+            f"{', '.join(parts)}."
+        )
+    if record["change"] is None:
+        text += f" {record['target']} ranks pairs, and predicts no change."
     if record["missing"]:
         text += (
             f" {count(record['missing'], 'pair')} fewer than asked for: the others raise "

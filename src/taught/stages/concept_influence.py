@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, reduce
 from itertools import combinations
 from pathlib import Path
@@ -21,10 +21,11 @@ from taught.attribution.projections import project, response_reads
 from taught.attribution.token_effects import token_effects
 from taught.errors import UserError
 from taught.features.concept import Concept, ConceptMap, concept_map, load_concept
+from taught.fingerprint import fingerprint
 from taught.model.forward import find_blocks
 from taught.model.readout import ReadPrompt, check_trees
 from taught.progress import Progress, SilentProgress
-from taught.rank import spearman
+from taught.rank import spearman_interval
 from taught.run import RunFolder
 from taught.setup import (
     Subject,
@@ -170,7 +171,8 @@ def concept_influence(
     subject = open_subject(study)
     if run is None:
         return _answers(study, question, concepts, subject, data, progress)
-    with run.stage("concept-influence", study, subject.identity):
+    asked = {"concept-influence": fingerprint(_asked(question, concepts))}
+    with run.stage("concept-influence", study, {**subject.identity, **asked}):
         answers = _answers(study, question, concepts, subject, data, progress)
         run.write_table("concept_influence", answers.table)
         run.write_table("concept_agreement", agreement(answers.table))
@@ -208,6 +210,14 @@ def _answers(
     )
 
 
+def _asked(question: ConceptQuestion, concepts: Sequence[Concept]) -> dict[str, Any]:
+    """What the answers depend on beside the study: by content, wherever it lies."""
+    options = {k: v for k, v in asdict(question).items() if k not in ("concepts", "responses")}
+    return options | {
+        f"concept {c.name}": [c.direction.tolist(), c.block, c.position, c.tokens] for c in concepts
+    }
+
+
 def _record(study: Study, question: ConceptQuestion, concepts: Sequence[Concept]) -> dict[str, Any]:
     """What was asked, and of which concepts."""
     fields = ("name", "block", "position", "tokens", "weights", "provenance", "card")
@@ -224,19 +234,26 @@ def _record(study: Study, question: ConceptQuestion, concepts: Sequence[Concept]
 def agreement(table: pa.Table) -> pa.Table:
     """Rank correlation over pairs between each two methods, for each concept.
 
-    Methods that rank the pairs of a run differently measure different things (docs/methods.md).
+    With its 95% interval; null where a method gives all pairs one value. Methods that rank the
+    pairs of a run differently measure different things (docs/methods.md).
     """
     values: dict[str, dict[str, dict[str, float]]] = {}
     for row in table.to_pylist():
         of_method = values.setdefault(row["concept"], {}).setdefault(row["method"], {})
         of_method[row["pair_id"]] = row["value"]
     rows = [
-        {"concept": concept, "method": a, "other": b,
-         "rank_correlation": spearman(list(x.values()), [y[pair_id] for pair_id in x])}
+        {"concept": concept, "method": a, "other": b, **_correlation(x, y)}
         for concept, methods in values.items()
         for (a, x), (b, y) in combinations(methods.items(), 2)
-    ]  # fmt: skip
+    ]
     return pa.Table.from_pylist(rows, schema=_AGREEMENT)
+
+
+def _correlation(x: Mapping[str, float], y: Mapping[str, float]) -> dict[str, float]:
+    found = spearman_interval(list(x.values()), [y[pair_id] for pair_id in x])
+    if found is None:
+        return {}
+    return {"rank_correlation": found.value, "lo": found.lo, "hi": found.hi}
 
 
 _AGREEMENT = pa.schema(
@@ -245,6 +262,8 @@ _AGREEMENT = pa.schema(
         ("method", pa.string()),
         ("other", pa.string()),
         ("rank_correlation", pa.float64()),
+        ("lo", pa.float64()),
+        ("hi", pa.float64()),
     ]
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from taught.errors import UserError
 from taught.files import json_line
 from taught.fingerprint import content_digest
 from taught.run import RunFolder
+from taught.stages.targets import stages_read, target_values
 from taught.study import Study
 
 
@@ -31,7 +31,12 @@ def curate(
     Parameters
     ----------
     rule, k, target, protect
-        Instead of the study's. Targets are ``score`` or ``mean_y:GROUP``.
+        Instead of the study's. Targets as in :mod:`taught.stages.targets`.
+
+    Raises
+    ------
+    UserError
+        Not a target of this run, or one that cannot be protected; what the rule refuses.
     """
     study = run.study
     given = {"rule": rule, "k": k, "target": target, "protect": protect}
@@ -39,28 +44,35 @@ def curate(
         study = study if value is None else study.replace(f"curation.{key}", value)
     chosen = study.curation
     if chosen.rule not in RANKED and chosen.target != "score":
-        raise _no_target(chosen.target, "with --rule paper: score")
+        raise UserError(
+            "the published rule compares scores",
+            value=chosen.target,
+            rule="with --rule paper: score",
+            fix="for example: taught curate RUN --rule top-k --target mean_y:GROUP",
+        )
     k = chosen.k if chosen.rule in RANKED else None
-    with run.stage("curate", study):
-        names = run.footer("summary").schema.to_arrow_schema().names
-        column = target_column(names, chosen.target)
-        guard = None if chosen.protect is None else target_column(names, chosen.protect)
-        wanted = dict.fromkeys(("pair_id", "label", column, *([guard] if guard else [])))
-        summary = run.read_table("summary", list(wanted))
+    with run.stage("curate", study, reads=stages_read(chosen.target, chosen.protect)):
+        ranked = target_values(run, chosen.target)
+        guard = None if chosen.protect is None else target_values(run, chosen.protect)
+        if guard is not None and not guard.influence:
+            raise _no_protection(guard.name)
+        summary = run.read_table("summary", ["pair_id", "label"])
         decisions = decide(
             summary["pair_id"].to_pylist(),
             summary["label"].to_pylist(),
-            summary[column].to_pylist(),
+            ranked.values.tolist(),
             rule=chosen.rule,
             k=k,
             target=chosen.target,
             protect=chosen.protect,
-            protected=summary[guard].to_pylist() if guard else None,
+            protected=None if guard is None else guard.values.tolist(),
         )
         run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
-        found = outcome(decisions, k)
+        found = outcome(decisions, k)._asdict()
+        if not ranked.influence:  # values that are not of a step say nothing about a change
+            found["change"] = None
         record = {"rule": chosen.rule, "k": k, "target": chosen.target, "protect": chosen.protect}
-        run.write_json("curation", record | {"lr": study.attribution.lr} | found._asdict())
+        run.write_json("curation", record | {"lr": study.attribution.lr} | found)
         _write_choice(run, study, decisions)
 
 
@@ -79,27 +91,12 @@ _CURATION = pa.schema(
 )
 
 
-def target_column(names: Sequence[str], target: str) -> str:
-    """Column of the summary, whose columns are ``names``, that holds the influence on a target.
-
-    Raises
-    ------
-    UserError
-        Not ``score`` and not ``mean_y:GROUP`` of a group of the run.
-    """
-    groups = [name.removeprefix("mean_y_") for name in names if name.startswith("mean_y_")]
-    columns = {"score": "score"} | {f"mean_y:{group}": f"mean_y_{group}" for group in groups}
-    if target not in columns:
-        raise _no_target(target, f"one of {', '.join(columns)}")
-    return columns[target]
-
-
-def _no_target(target: str, rule: str) -> UserError:
+def _no_protection(target: str) -> UserError:
     return UserError(
-        "not a target of this run",
+        "this target cannot be protected",
         value=target,
-        rule=rule,
-        fix="for example: taught curate RUN --rule top-k --target mean_y:GROUP",
+        rule="only the sign of an influence says whether dropping a pair lowers the target",
+        fix="protect score, mean_y:GROUP or concept:NAME",
     )
 
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from taught.analysis.clusters import Clustering, cluster_pairs
 from taught.run import RunFolder
-from taught.stages.decide import target_column
+from taught.stages.targets import stages_read, summary_targets, target_values
 
 
 def clusters(run: RunFolder, k: int | None = None, target: str | None = None) -> None:
@@ -21,30 +21,24 @@ def clusters(run: RunFolder, k: int | None = None, target: str | None = None) ->
     k
         Number of clusters; by the silhouette if None.
     target
-        ``score`` or ``mean_y:GROUP``; by default the score and every group's mean y.
+        One target (:mod:`taught.stages.targets`); by default the score and every group's mean y.
     """
-    with run.stage("clusters", run.study, {"clusters.k": k, "clusters.target": target}):
-        names = run.footer("summary").schema.to_arrow_schema().names
-        groups = [name.removeprefix("mean_y_") for name in names if name.startswith("mean_y_")]
-        targets = [target] if target else ["score", *(f"mean_y:{group}" for group in groups)]
-        columns = {name: target_column(names, name) for name in targets}
-        summary = run.read_table("summary", ["pair_id", "label", "intended", *columns.values()])
+    inputs = {"clusters.k": k, "clusters.target": target}
+    with run.stage("clusters", run.study, inputs, reads=stages_read(target)):
+        targets = [target] if target else list(summary_targets(run))
+        summary = run.read_table("summary", ["pair_id", "label", "intended"])
         pair_ids = summary["pair_id"].to_pylist()
         features = run.read_table("coefficients", ["feature_id", "label"])
         found = cluster_pairs(
             pair_ids,
             [own or [] for own in summary["intended"].to_pylist()],
             dict(zip(*(column.to_pylist() for column in features.columns), strict=True)),
-            {name: _floats(summary[column]) for name, column in columns.items()},
+            {name: target_values(run, name).values for name in targets},
             _shifts(run, pair_ids),
             kinds=summary["label"].to_pylist(),
             k=k,
         )
         _write(run, found, k)
-
-
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    return np.asarray(column.cast(pa.float64()).to_numpy())
 
 
 def _shifts(run: RunFolder, pair_ids: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
