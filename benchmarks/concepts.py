@@ -118,7 +118,7 @@ def _gradient(problem: Any, pairs: list[Any], rounds: int) -> tuple[list[Times],
 
     n = len(problem.prompts)
     A = torch.full((1, n, 1), 1 / n, dtype=torch.float64)
-    sites = find_sites(problem.model)
+    sites = find_sites(problem.model, problem.parameters)
     with frozen(problem.model):
         with Clock() as once:
             queries = build_queries(problem, sites, A, None, None)

@@ -30,7 +30,7 @@ from benchmarks.common import RESULTS, Clock, Results, Row, console, cotangents,
 from benchmarks.experiment_pictures import picture
 from taught import files, stages
 from taught.data.columns import name_ids
-from taught.data.overlap import drop_overlap, normalise
+from taught.data.overlap import drop_overlap, refuse_shared
 from taught.data.pairs import PairSet, load_pairs
 from taught.data.prompts import PromptSet
 from taught.environment import mark_memory, peak_memory_gb, return_freed_memory
@@ -173,14 +173,14 @@ def opened(study: Study, concept_file: Path, folder: Path, progress: Progress) -
     planted = planted_ids(load_pairs(study.pairs.path))
     data = read_data(study, progress)
     rows = load_pairs(concept_file)
-    _refuse_known(rows, data.pairs)
+    refuse_shared(rows, data.pairs)
     drop_overlap(rows, data.prompts, False)
     run_folder = RunFolder(folder / "policy", fresh=("policy",))
     stages.policy(study, run_folder, progress)
     subject = open_subject(study)
     ready = prepare(study, run_folder, subject, data)
     progress.step("the concept")
-    concepts = made_concepts(study, subject, rows)
+    concepts = made_concepts(study, subject, rows, progress)
     trainer = Retrainer(
         ready.problem, ready.inputs, Recipe.of(study.validation), folder / "retrained",
         weights=subject.loaded.weights, tokenizer=subject.loaded.tokenizer, progress=progress,
@@ -208,40 +208,24 @@ def planted_ids(pairs: PairSet) -> set[str]:
     return found
 
 
-def _refuse_known(rows: PairSet, pairs: PairSet) -> None:
-    texts = {normalise(pair.prompt) for pair in pairs}
-    both = [row.id for row in rows if normalise(row.prompt) in texts]
-    if both:
-        raise UserError("rows of the concept are pairs of the study", value=name_ids(both),
-                        rule="a concept is made from other rows than it is to find",
-                        fix="remove them from one of the files")  # fmt: skip
-
-
-def made_concepts(study: Study, subject: Subject, rows: PairSet) -> dict[str, Concept]:
+def made_concepts(
+    study: Study, subject: Subject, rows: PairSet, progress: Progress
+) -> dict[str, Concept]:
     """Directions from rows without the behavior to rows with it, over mean response tokens.
 
     Both are used whatever their quality, which stands in their cards.
     """
-    from taught.attribution.projections import response_reads
     from taught.features.concept import Concept, fitted_direction, normalised
-    from taught.features.pooling import pool
-    from taught.model.readout import read_residuals
-    from taught.setup import pair_inputs
+    from taught.stages.concept import read_examples
 
-    labels = {row.id: row.label for row in rows}
-    if set(labels.values()) != {"present", "absent"}:
-        raise UserError("the rows of the concept have other labels",
-                        value=sorted(set(labels.values())), rule="present and absent")  # fmt: skip
-    encoded, _ = subject.chat.encode_pairs(rows.pairs, study.pairs.max_tokens, False)
-    reads = response_reads(pair_inputs(encoded), "mean_response")
-    model, block = subject.loaded.model, subject.sae.block
-    X = read_residuals(model, reads, [block], partial(pool, how="mean_response"))[0].numpy()
-    present = np.array([labels[read.id] == "present" for read in reads])
+    block, tokens = subject.sae.block, "mean_response"
+    (X,), present = read_examples(study, subject, rows, ("present", "absent"), tokens, [block],
+                                  progress)  # fmt: skip
     spec, made = study.policy, {}
     for name, method in (("difference", "difference"), ("probe", "logistic")):
         w, card = fitted_direction(X, present, method, force=True, folds=spec.folds,
                                    bootstrap=spec.bootstrap, seed=spec.seed)  # fmt: skip
-        made[name] = Concept(name, normalised(w, "unit"), block, "last_prompt", "mean_response",
+        made[name] = Concept(name, normalised(w, "unit"), block, "last_prompt", tokens,
                              dict(subject.loaded.weights), {"rows": rows.sha256}, card)  # fmt: skip
     return made
 

@@ -71,6 +71,28 @@ def test_smda_loop_writes_every_way_and_says_what_is_extrapolated(tiny, tmp_path
     assert done.stdout.count("(extrapolated)") == 2 and done.stdout.count("(measured)") == 2
 
 
+def test_concepts_times_every_method_on_the_same_pairs(tiny, tmp_path, python):
+    done = python("-m", "benchmarks.concepts", "--study", str(tiny), "--out", str(tmp_path),
+                  "--few", "1", "--rounds", "2", cwd=ROOT)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = read(tmp_path, "concepts")
+    check_circumstances(record, "concepts")
+    assert record["complete"]
+    rows = {row["method"]: row for row in record["rows"]}
+    gradients = [f"gradient, {how}" for how in ("adjoint", "adjoint, EK-FAC", "jvp", "finite-step")]
+    assert list(rows) == [*gradients, "vector filter", "projection difference, own response",
+                          "projection difference, training"]  # fmt: skip
+    for row in rows.values():
+        assert row["ms_a_pair"] == pytest.approx(1000 * row["seconds"] / row["pairs"])
+    half, every = rows["gradient, adjoint, EK-FAC"]["fits_seconds_cpu_tokens"]
+    passes = (every[1] - half[1]) / (every[2] - half[2]) * every[2]
+    fitting = rows["gradient, adjoint, EK-FAC"]["cpu_ms_a_pair_of_fitting"]
+    assert fitting == pytest.approx(1000 * passes / 8)
+    ratio = record["summary"]["gradient, jvp over vector filter"]
+    costs = [rows[name]["cpu_ms_a_pair"] for name in ("gradient, jvp", "vector filter")]
+    assert ratio == pytest.approx(costs[0] / costs[1])
+
+
 @pytest.mark.parametrize("name", ["smda_loop", "adjoint_vs_step"])
 def test_a_benchmark_also_runs_as_a_file_from_anywhere(name, python):
     done = python(str(ROOT / "benchmarks" / f"{name}.py"), "--help")

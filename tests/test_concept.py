@@ -39,7 +39,7 @@ from tiny_models import (
     tiny_prompts,
     tiny_sae,
 )
-from tiny_study import BLOCK, write_tiny_study
+from tiny_study import BLOCK, TOPICS, write_tiny_study
 from tiny_study import WIDTH as STUDY_WIDTH
 
 
@@ -252,6 +252,91 @@ def test_every_source_gives_a_concept_and_a_sweep_a_row_for_every_block(study, t
     expected = np.zeros(STUDY_WIDTH)
     expected[3], expected[4] = 0.5, 2.0
     np.testing.assert_allclose(four, expected)
+
+
+def write_examples(file: Path, rows: int = 24, **changes) -> Path:
+    """Answers of three lengths, half of them with an exclamation."""
+    lines = [
+        {"id": f"e{n}", "prompt": f"Say {TOPICS[n % 10]} {n}?",
+         "response": f"{'Arr! ' if n % 2 else ''}{TOPICS[(n * 3) % 10]}{' and so on' * (n % 3)}.",
+         "label": "with" if n % 2 else "without", **changes}
+        for n in range(rows)
+    ]  # fmt: skip
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+WITH = {"positive": "with", "negative": "without"}
+
+
+@pytest.mark.parametrize("tokens", ["mean_response", "last_response"])
+def test_a_concept_from_examples_is_the_difference_of_plain_passes_at_their_responses(
+    study: Study, tmp_path: Path, tokens: str
+):
+    file = write_examples(tmp_path / "e.jsonl")
+    request = ConceptRequest(
+        "difference", block=0, tokens=tokens, examples=file, force=True, **WITH
+    )
+    made = stages.concept(study, tmp_path / "c", request)
+    subject, found, positive = open_subject(study), [], []
+    for row in map(json.loads, file.read_text().splitlines()):
+        text = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        start = len(subject.loaded.tokenizer(text).input_ids)
+        ids = subject.loaded.tokenizer(f"{text}{row['response']}<|im_end|>").input_ids
+        with torch.no_grad():
+            out = subject.loaded.model(torch.tensor([ids]), output_hidden_states=True)
+        h = out.hidden_states[1][0, start:].double()
+        found.append((h.mean(0) if tokens == "mean_response" else h[-1]).numpy())
+        positive.append(row["label"] == "with")
+    X, s = np.stack(found), np.array(positive)
+    v = X[s].mean(0) - X[~s].mean(0)
+    np.testing.assert_allclose(made.direction, v / np.linalg.norm(v), atol=1e-5)
+    assert (made.card["n_positive"], made.card["n_negative"]) == (12, 12)
+    assert made.provenance["labels"] == ["with", "without"]
+    assert made.provenance["examples sha256"] and "groups" not in made.provenance
+
+
+def test_examples_judge_directions_that_come_from_elsewhere(study: Study, tmp_path: Path):
+    file = write_examples(tmp_path / "e.jsonl")
+    made = stages.concept(study, tmp_path / "c",
+                          ConceptRequest("feature:3", examples=file, **WITH))  # fmt: skip
+    assert made.card["n_positive"] == 12 and not made.card["held_out"]
+    swept = stages.concept(study, tmp_path / "s", ConceptRequest(
+        "probe", examples=file, sweep=True, force=True, **WITH))  # fmt: skip
+    assert [row["block"] for row in swept.card["sweep"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sides", "said"),
+    [
+        ({}, {}, r"present or absent(.|\n)*--positive"),
+        ({"label": "with"}, WITH, "all are with"),
+        ({"response": ""}, WITH, "empty"),
+    ],
+)
+def test_examples_that_say_nothing_are_refused(study, tmp_path: Path, changes, sides, said):
+    file = write_examples(tmp_path / "e.jsonl", **changes)
+    with pytest.raises(UserError, match=said):
+        stages.concept(study, tmp_path / "c", ConceptRequest("probe", examples=file, **sides))
+    assert not (tmp_path / "c").exists()
+
+
+def test_examples_that_are_pairs_or_prompts_of_the_study_are_refused(study, tmp_path: Path):
+    pair = json.loads(Path(study.pairs.path).read_text().splitlines()[0])
+    prompt = json.loads(Path(study.prompts.path).read_text().splitlines()[0])
+    for text, said in ((pair["prompt"], "are pairs of the study"), (prompt["prompt"], "evaluation")):
+        file = write_examples(tmp_path / "e.jsonl", prompt=text)
+        with pytest.raises(UserError, match=said):
+            stages.concept(study, tmp_path / "c", ConceptRequest("probe", examples=file, **WITH))
+
+
+def test_the_command_line_reads_examples(taught, study, tmp_path: Path):
+    file = write_examples(tmp_path / "e.jsonl")
+    done = taught("concept", str(Path(study.model.id).parent), "--source", "probe", "--examples",
+                  str(file), "--positive", "with", "--negative", "without", "--force",
+                  "--out", str(tmp_path / "c"), "--quiet")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "24 examples" in done.stdout
 
 
 def write_control_vector(file: Path, tensors: dict[str, np.ndarray]) -> str:

@@ -260,7 +260,7 @@ def test_concept_rows_that_are_pairs_are_refused(tiny, experiments, tmp_path):
 
     study, _ = experiments.experiment_study(str(tiny), 50)
     write(tmp_path / "concept.jsonl", [row | {"label": "present"} for row in rows("a")])
-    with pytest.raises(UserError, match="rows of the concept are pairs"):
+    with pytest.raises(UserError, match="examples of the concept are pairs"):
         experiments.opened(study, tmp_path / "concept.jsonl", tmp_path, SilentProgress())
 
 

@@ -338,6 +338,9 @@ def concept(
     block: int | None = None,
     position: str | None = None,
     tokens: str = "mean_response",
+    examples: Path | None = None,
+    positive: str = "present",
+    negative: str = "absent",
     method: Literal["logistic", "ridge"] = "logistic",
     penalty: float = 1.0,
     norm: Literal["unit", "none"] = "unit",
@@ -352,7 +355,7 @@ def concept(
     Parameters
     ----------
     source
-        difference (of the groups' means), probe (trained on the groups), feature:ID or
+        difference (of two groups' means), probe (trained on the groups), feature:ID or
         feature:ID=SHARE,ID=SHARE (of the SAE), file:PATH or file:PATH:TENSOR (safetensors, or a
         control vector as GGUF: direction.N belongs to block N).
     out
@@ -364,6 +367,13 @@ def concept(
         default.
     tokens
         Tokens of a pair that are read: mean_response or last_response.
+    examples
+        Pairs with labels (JSONL, Parquet, CSV): the groups are these, read at their responses, in
+        place of the study's prompts. Best where you have answers with the behavior and without.
+    positive
+        Label of the examples with the behavior.
+    negative
+        Label of the examples without it.
     method
         Of a probe.
     penalty
@@ -375,14 +385,15 @@ def concept(
     sweep
         Show how well a direction of every block separates the groups.
     force
-        Accept a direction that is no better than chance on prompts it has not seen.
+        Accept a direction that is no better than chance on rows it has not seen.
     """
     loaded = _load(study, overrides)
     from taught import stages
 
     request = stages.ConceptRequest(
-        source, block, position, tokens, method, penalty, norm, name, force, sweep
-    )
+        source, block, position, tokens, examples, positive, negative, method, penalty, norm, name,
+        force, sweep,
+    )  # fmt: skip
     with _progress(quiet) as progress:
         made = stages.concept(loaded, out, request, progress)
     _show_card(made)
@@ -780,9 +791,10 @@ def _show_card(made: Concept) -> None:
     card = made.card
     auc, rows = card["auc"], card["n_positive"] + card["n_negative"]
     how = "held out" if card["held_out"] else "nothing fitted"
+    what = "examples" if "examples sha256" in made.provenance else "prompts"
     _out().print(
         f"{made.name}: block {made.block}, AUC {auc['value']:.3f} ({auc['lo']:.3f} to "
-        f"{auc['hi']:.3f}, {how}, {rows} prompts), cosine with the difference of means "
+        f"{auc['hi']:.3f}, {how}, {rows} {what}), cosine with the difference of means "
         f"{card['difference_cosine']:.2f}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -49,6 +49,24 @@ def find_overlap(pairs: PairSet, prompts: PromptSet) -> list[tuple[str, str]]:
     ]
 
 
+def refuse_shared(examples: PairSet, pairs: PairSet) -> None:
+    """Refuse examples of a concept whose prompt is that of a pair.
+
+    A concept that was made from the rows that it is to find would find them for that reason.
+
+    Raises
+    ------
+    UserError
+        There are some: their ids.
+    """
+    texts = {normalise(pair.prompt) for pair in pairs}
+    both = [row.id for row in examples if normalise(row.prompt) in texts]
+    if both:
+        raise UserError("examples of the concept are pairs of the study", value=name_ids(both),
+                        rule="a concept is made from other rows than it is to find",
+                        fix="remove them from one of the files")  # fmt: skip
+
+
 def drop_overlap(
     pairs: PairSet, prompts: PromptSet, drop: bool
 ) -> tuple[PairSet, list[tuple[str, str]]]:

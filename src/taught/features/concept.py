@@ -144,11 +144,11 @@ def fitted_direction(
 
     found, parts = held_out(X, positive, fit, **draws)
     if not (found.lo > 0.5 or force):
-        raise UserError("the probe is no better than chance on prompts that it has not seen",
+        raise UserError("the direction is no better than chance on rows that it has not seen",
                         value=f"AUC {found.value:.3f}, 95% interval {found.lo:.3f} to "
                               f"{found.hi:.3f}",
                         rule="the interval lies above .5",
-                        fix="try another block (--sweep), more prompts, or pass --force",
+                        fix="try another block (--sweep), more rows, or pass --force",
                         )  # fmt: skip
     w = fit(np.asarray(X, np.float64), np.asarray(positive, bool))
     card = quality_card(w, X, positive, found)

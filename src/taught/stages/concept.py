@@ -1,4 +1,8 @@
-"""The command ``concept``: a direction from two groups of prompts, from features or from a file."""
+"""The command ``concept``: a direction from two groups of rows, from features or from a file.
+
+The groups are those of the evaluation prompts, read before an answer, or labelled examples of
+answers, read at their response.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from taught.attribution.projections import response_reads
+from taught.data.columns import name_ids
+from taught.data.overlap import drop_overlap, refuse_shared
+from taught.data.pairs import PairSet, load_pairs
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
 from taught.features.concept import (
@@ -26,11 +34,11 @@ from taught.features.concept import (
     save_concept,
 )
 from taught.features.pooling import pool
-from taught.features.probe import Floats, sweep
+from taught.features.probe import Bools, Floats, sweep
 from taught.model.forward import find_blocks, get_block
 from taught.model.readout import check_trees, read_residuals
 from taught.progress import Progress, SilentProgress
-from taught.setup import Subject, open_subject, prompt_inputs, study_prompts
+from taught.setup import Subject, open_subject, pair_inputs, prompt_inputs, study_prompts
 from taught.study import Study
 
 _SOURCES = "difference, probe, feature:ID (or feature:ID=SHARE,ID=SHARE) or file:PATH[:TENSOR]"
@@ -45,6 +53,8 @@ class ConceptRequest:
     source : difference, probe, feature:ID or file:PATH[:TENSOR]
     block : block whose output is read; None: that of a control vector's tensor, else the SAE's
     position, tokens : where prompts and pairs are read; position None: the study's
+    examples : file of pairs, labelled: the two groups are these in place of the prompts
+    positive, negative : labels of the examples with the behavior and without
     method, penalty : of a probe
     norm : "unit" or "none"
     name : None for the name of the folder
@@ -56,6 +66,9 @@ class ConceptRequest:
     block: int | None = None
     position: str | None = None
     tokens: str = "mean_response"
+    examples: Path | None = None
+    positive: str = "present"
+    negative: str = "absent"
     method: Literal["logistic", "ridge"] = "logistic"
     penalty: float = 1.0
     norm: Literal["unit", "none"] = "unit"
@@ -67,13 +80,14 @@ class ConceptRequest:
 def concept(
     study: Study, out: Path, request: ConceptRequest, progress: Progress | None = None
 ) -> Concept:
-    """Make a concept and its quality card on the study's two groups of prompts, in folder ``out``.
+    """Make a concept and its quality card on two groups of prompts or examples, in folder ``out``.
 
     Raises
     ------
     UserError
-        An unknown source, block or place; a direction that does not fit the model; a probe that is
-        no better than chance on prompts it has not seen.
+        An unknown source, block or place; a direction that does not fit the model; examples with
+        other labels, or that are prompts or pairs of the study; a probe that is no better than
+        chance on rows it has not seen.
     """
     progress = progress or SilentProgress()
     kind, detail = _source(request)
@@ -84,7 +98,16 @@ def concept(
     subject = open_subject(study)
     block, detail = _block(request, kind, detail, subject)
     blocks = list(range(len(find_blocks(subject.loaded.model)))) if request.sweep else [block]
-    H, positive = _read(study, subject, prompts, position, blocks, progress)
+    if request.examples is None:
+        H, positive = _read(study, subject, prompts, position, blocks, progress)
+        data = _data(study, prompts)
+    else:
+        rows = load_pairs(request.examples)
+        refuse_shared(rows, load_pairs(study.pairs.path))
+        drop_overlap(rows, prompts, False)
+        sides = (request.positive, request.negative)
+        H, positive = read_examples(study, subject, rows, sides, request.tokens, blocks, progress)
+        data = {"examples sha256": rows.sha256, "labels": list(sides)}
     X = H[blocks.index(block)]
     progress.step("fit and judge the direction")
     direction, card, origin = _direction(study, subject, request, (kind, detail), X, positive)
@@ -97,7 +120,7 @@ def concept(
         position,
         request.tokens,
         dict(subject.loaded.weights),
-        {"source": request.source, "norm": request.norm, **origin, **_data(study, prompts)},
+        {"source": request.source, "norm": request.norm, **origin, **data},
         card,
     )
     save_concept(made, out)
@@ -154,6 +177,44 @@ def _read(
     H = read_residuals(subject.loaded.model, inputs, blocks, partial(pool, how=position),
                        progress=progress)  # fmt: skip
     return H.numpy(), np.array([prompt.group == sides[1] for prompt in chosen])
+
+
+def read_examples(
+    study: Study,
+    subject: Subject,
+    rows: PairSet,
+    sides: tuple[str, str],
+    tokens: str,
+    blocks: Sequence[int],
+    progress: Progress,
+) -> tuple[Floats, Bools]:
+    """Pooled residuals [blocks, N, D] of labelled examples at their responses, which are positive.
+
+    Parameters
+    ----------
+    sides : labels of the examples with the behavior and without
+    tokens : one of :data:`taught.features.concept.PAIR_POSITIONS`
+
+    Raises
+    ------
+    UserError
+        A row has another label, or all have one; a response is empty, or cut off at
+        ``pairs.max_tokens``.
+    """
+    others = [row.id for row in rows if row.label not in sides]
+    if others or {row.label for row in rows} != set(sides):
+        raise UserError("the examples are not labelled in two",
+                        value=name_ids(others) or f"all are {rows.pairs[0].label}",
+                        rule=f"every row is labelled {sides[0]} or {sides[1]}, and both occur",
+                        fix="pass --positive and --negative, or correct the column label",
+                        )  # fmt: skip
+    encoded, _ = subject.chat.encode_pairs(rows.pairs, study.pairs.max_tokens, False)
+    reads = response_reads(pair_inputs(encoded), tokens)
+    progress.step("read examples", len(reads))
+    H = read_residuals(subject.loaded.model, reads, blocks, partial(pool, how=tokens),
+                       progress=progress)  # fmt: skip
+    label = {row.id: row.label for row in rows}
+    return H.numpy(), np.array([label[read.id] == sides[0] for read in reads])
 
 
 def _direction(
