@@ -30,7 +30,6 @@ from benchmarks.common import RESULTS, Clock, Results, Row, console, cotangents,
 from benchmarks.experiment_pictures import picture
 from taught import files, stages
 from taught.data.columns import name_ids
-from taught.data.overlap import drop_overlap, refuse_shared
 from taught.data.pairs import PairSet, load_pairs
 from taught.data.prompts import PromptSet
 from taught.environment import mark_memory, peak_memory_gb, return_freed_memory
@@ -166,15 +165,14 @@ def opened(study: Study, concept_file: Path, folder: Path, progress: Progress) -
         prompts of the study, or have other labels; what the stage ``policy`` refuses.
     """
     from taught.setup import open_subject
+    from taught.stages.concept import load_examples
     from taught.stages.estimating import prepare, read_data
     from taught.validation.retrain import Retrainer
     from taught.validation.train import Recipe
 
     planted = planted_ids(load_pairs(study.pairs.path))
     data = read_data(study, progress)
-    rows = load_pairs(concept_file)
-    refuse_shared(rows, data.pairs)
-    drop_overlap(rows, data.prompts, False)
+    rows = load_examples(concept_file, study, data.prompts, progress)
     run_folder = RunFolder(folder / "policy", fresh=("policy",))
     stages.policy(study, run_folder, progress)
     subject = open_subject(study)

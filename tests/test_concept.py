@@ -310,7 +310,7 @@ def test_examples_judge_directions_that_come_from_elsewhere(study: Study, tmp_pa
     ("changes", "sides", "said"),
     [
         ({}, {}, r"present or absent(.|\n)*--positive"),
-        ({"label": "with"}, WITH, "all are with"),
+        ({"label": "with"}, WITH, "24 rows"),
         ({"response": ""}, WITH, "empty"),
     ],
 )
@@ -324,10 +324,23 @@ def test_examples_that_say_nothing_are_refused(study, tmp_path: Path, changes, s
 def test_examples_that_are_pairs_or_prompts_of_the_study_are_refused(study, tmp_path: Path):
     pair = json.loads(Path(study.pairs.path).read_text().splitlines()[0])
     prompt = json.loads(Path(study.prompts.path).read_text().splitlines()[0])
-    for text, said in ((pair["prompt"], "are pairs of the study"), (prompt["prompt"], "evaluation")):
+    for text, said in (
+        (pair["prompt"], "are pairs of the study"),
+        (prompt["prompt"], "evaluation"),
+    ):
         file = write_examples(tmp_path / "e.jsonl", prompt=text)
         with pytest.raises(UserError, match=said):
             stages.concept(study, tmp_path / "c", ConceptRequest("probe", examples=file, **WITH))
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        others = json.loads(write_examples(file).read_text().splitlines()[0])["prompt"]
+        rows[4:] = [row | {"prompt": others} for row in rows[4:]]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made = stages.concept(
+            study.replace("pairs.drop_overlap", True),
+            tmp_path / "d",
+            ConceptRequest("difference", examples=file, force=True, **WITH),
+        )
+        assert made.card["n_positive"] + made.card["n_negative"] == 20
 
 
 def test_the_command_line_reads_examples(taught, study, tmp_path: Path):

@@ -49,22 +49,31 @@ def find_overlap(pairs: PairSet, prompts: PromptSet) -> list[tuple[str, str]]:
     ]
 
 
-def refuse_shared(examples: PairSet, pairs: PairSet) -> None:
-    """Refuse examples of a concept whose prompt is that of a pair.
+def drop_shared(examples: PairSet, pairs: PairSet, drop: bool) -> tuple[PairSet, list[str]]:
+    """Return the examples of a concept whose prompt is no pair's, and the ids that were dropped.
 
     A concept that was made from the rows that it is to find would find them for that reason.
+
+    Parameters
+    ----------
+    drop
+        False: a shared prompt is an error.
 
     Raises
     ------
     UserError
-        There are some: their ids.
+        There are some and ``drop`` is false: their ids.
     """
     texts = {normalise(pair.prompt) for pair in pairs}
     both = [row.id for row in examples if normalise(row.prompt) in texts]
-    if both:
+    if both and not drop:
         raise UserError("examples of the concept are pairs of the study", value=name_ids(both),
                         rule="a concept is made from other rows than it is to find",
-                        fix="remove them from one of the files")  # fmt: skip
+                        fix="remove them from one of the files, or pass --drop-overlap",
+                        )  # fmt: skip
+    gone = set(both)
+    kept = tuple(row for row in examples if row.id not in gone)
+    return replace(examples, pairs=kept), both
 
 
 def drop_overlap(

@@ -5,6 +5,7 @@ Generation settings that models carry along (penalties, temperatures) are not ap
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Sequence
 
 import torch
@@ -57,12 +58,12 @@ def _decode(
     ids, mask = _pad_left(prompts)
     ids, mask = ids.to(first_device(model)), mask.to(first_device(model))
     rows: list[list[int]] = [[] for _ in prompts]
-    cache = None
+    name, cache = _cache_name(model), None
     for _ in range(limit):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                    past_key_values=cache, use_cache=True, logits_to_keep=1)  # fmt: skip
-        cache, chosen = out.past_key_values, out.logits[:, -1].argmax(-1)
+                    use_cache=True, logits_to_keep=1, **{name: cache})  # fmt: skip
+        cache, chosen = getattr(out, name), out.logits[:, -1].argmax(-1)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if not row or row[-1] not in ends:
                 row.append(token)
@@ -71,6 +72,12 @@ def _decode(
         ids = chosen.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
     return [tuple(row) for row in rows]
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What this version of transformers calls the keys and values of earlier tokens."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def _pad_left(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from taught.attribution.projections import response_reads
 from taught.data.columns import name_ids
-from taught.data.overlap import drop_overlap, refuse_shared
+from taught.data.overlap import drop_overlap, drop_shared
 from taught.data.pairs import PairSet, load_pairs
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
@@ -102,9 +102,7 @@ def concept(
         H, positive = _read(study, subject, prompts, position, blocks, progress)
         data = _data(study, prompts)
     else:
-        rows = load_pairs(request.examples)
-        refuse_shared(rows, load_pairs(study.pairs.path))
-        drop_overlap(rows, prompts, False)
+        rows = load_examples(request.examples, study, prompts, progress)
         sides = (request.positive, request.negative)
         H, positive = read_examples(study, subject, rows, sides, request.tokens, blocks, progress)
         data = {"examples sha256": rows.sha256, "labels": list(sides)}
@@ -179,6 +177,22 @@ def _read(
     return H.numpy(), np.array([prompt.group == sides[1] for prompt in chosen])
 
 
+def load_examples(file: Path, study: Study, prompts: PromptSet, progress: Progress) -> PairSet:
+    """Read examples that are neither pairs nor prompts of the study.
+
+    Raises
+    ------
+    UserError
+        Some are, and ``pairs.drop_overlap`` does not leave them out.
+    """
+    drop = study.pairs.drop_overlap
+    rows, of_pairs = drop_shared(load_pairs(file), load_pairs(study.pairs.path), drop)
+    rows, of_prompts = drop_overlap(rows, prompts, drop)
+    if gone := [*of_pairs, *(example for example, _ in of_prompts)]:
+        progress.note(f"examples left out, overlap: {len(gone)}: {', '.join(gone)}")
+    return rows
+
+
 def read_examples(
     study: Study,
     subject: Subject,
@@ -204,7 +218,7 @@ def read_examples(
     others = [row.id for row in rows if row.label not in sides]
     if others or {row.label for row in rows} != set(sides):
         raise UserError("the examples are not labelled in two",
-                        value=name_ids(others) or f"all are {rows.pairs[0].label}",
+                        value=name_ids(others) or f"{len(rows)} rows",
                         rule=f"every row is labelled {sides[0]} or {sides[1]}, and both occur",
                         fix="pass --positive and --negative, or correct the column label",
                         )  # fmt: skip
