@@ -37,7 +37,7 @@ from taught.errors import UserError
 from taught.fingerprint import code_version, fingerprint
 from taught.presets import preset_path
 from taught.progress import Progress, RichProgress
-from taught.rank import ranks, spearman
+from taught.rank import Correlation, ranks, spearman, spearman_interval
 from taught.run import RunFolder
 from taught.store import digest
 from taught.study import Checkpoint, Study, load_study
@@ -439,14 +439,20 @@ def _correlation(a: Scores, b: Scores) -> float:
     return spearman(list(a.values()), [b[i] for i in a])
 
 
-def disagreements(rows: Sequence[Row]) -> dict[str, float]:
-    """Two methods that pairs are left out by -> their rank correlation where low, lowest first."""
+def disagreements(rows: Sequence[Row]) -> dict[str, Correlation]:
+    """Two methods that pairs are left out by -> their rank correlation where low, lowest first.
+
+    With a 95% interval over pairs: only one that ends below ``DISAGREE`` says that they disagree.
+    """
     shown = [row for row in rows if row["method"] in BY]
-    low = {
-        f"{a['method']} | {b['method']}": a["correlation"][b["method"]]
+    found = {
+        f"{a['method']} | {b['method']}": spearman_interval(
+            list(a["scores"].values()), [b["scores"][i] for i in a["scores"]]
+        )
         for a, b in combinations(shown, 2)
     }
-    return dict(sorted(((k, r) for k, r in low.items() if r < DISAGREE), key=lambda item: item[1]))
+    low = [(names, r) for names, r in found.items() if r is not None and r.value < DISAGREE]
+    return dict(sorted(low, key=lambda item: item[1].value))
 
 
 # --- retraining -----------------------------------------------------------------------------------
@@ -571,7 +577,7 @@ _COLUMNS = {
 
 
 def plot(args: argparse.Namespace) -> None:
-    """A picture beside each result."""
+    """A picture beside each result; which methods disagree is printed."""
     for file in sorted(args.out.glob("experiment_*.json")):
         record = json.loads(file.read_text())
         if not record["complete"]:
@@ -579,6 +585,9 @@ def plot(args: argparse.Namespace) -> None:
             continue
         files.write_bytes(file.with_suffix(".svg"), picture(record, BASELINES).encode())
         console.print(f"written: {file.with_suffix('.svg')}", highlight=False)
+        for names, (r, lo, hi) in disagreements(record["rows"]).items():
+            said = "disagree" if hi < DISAGREE else "may disagree"
+            console.print(f"  {said}: {names} {r:.2f} [{lo:.2f}, {hi:.2f}]", highlight=False)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from taught import stages
 from taught.cli import run_command
 from taught.errors import UserError
 from taught.report.build import render
+from taught.report.stats import Estimate
 from taught.report.strips import LEVELS, strips
 from taught.report.view import load_view
 from taught.run import RunFolder
@@ -136,6 +138,11 @@ def test_concepts_have_their_strongest_pairs_and_disagreement_is_flagged(tmp_pat
     assert all(f"{r.lo:.2f}".replace("-", "−") in page for _, _, r in concept.apart)
     assert "AUC 0.91 [0.84, 0.97] between the two groups" in page
     assert len(Spans(page).strips) == 1
+    few = replace(concept, apart=[(a, b, Estimate(0.3, -0.1, 0.6)) for a, b, _ in concept.apart],
+                  facts={**concept.facts, "provenance": {"examples sha256": "x"}})  # fmt: skip
+    page = section(render(replace(view, concepts=[few])), "concepts")
+    assert page.count("<strong>Undecided</strong>") == 2 and "<strong>Disagree" not in page
+    assert "between examples with and without the behavior" in page
 
 
 def test_without_the_stage_the_section_says_what_makes_it(tmp_path):

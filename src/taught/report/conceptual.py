@@ -34,7 +34,7 @@ class ConceptFound:
     Attributes
     ----------
     rankings : by method
-    separation : AUC of the direction between the two groups of prompts, or None
+    separation : AUC of the direction between the two groups that judge it, or None
     agreement : method -> other method -> rank correlation over pairs; None where it is not defined
     apart : couples of methods whose rank correlation is below ``AGREE``
     strips : of the pairs that were split into tokens
@@ -47,6 +47,11 @@ class ConceptFound:
     agreement: dict[str, dict[str, Estimate | None]]
     apart: list[tuple[str, str, Estimate]]
     strips: list[Strip]
+
+    @property
+    def from_examples(self) -> bool:
+        """Whether labelled answers judge the direction, in place of the groups of prompts."""
+        return "examples sha256" in self.facts.get("provenance", {})
 
 
 def read_concepts(run: RunFolder) -> list[ConceptFound]:
