@@ -272,6 +272,10 @@ def test_the_subsets_that_are_counted_are_those_that_validate_trains_on(tiny, tm
 
 
 def test_the_published_rule_is_counted_with_all_pairs_and_its_controls():
+    assert check_module.subset_sizes(ValidationSpec(designs=("curated",), controls=5), 80) == [
+        80,
+        *6 * [40],
+    ]
     spec = ValidationSpec(designs=("curation",), controls=6)
     assert check_module.subset_sizes(spec, 9) == [9] + (1 + 1 + 6) * [4]
 

@@ -750,7 +750,10 @@ def test_arms_stand_side_by_side_with_differences_to_random(run: Path):
 
     rows = [row("all", "recall", 4e-4, 3e-4, 0.01), row("all", "f1", 0.5, 0.2, 0.3),
             row("random", "recall", 1e-4, None, None), row("random", "f1", 0.3, None, None)]  # fmt: skip
-    shown = sections.sections(replace(load_view(run), models=[], arms=rows))["validation"]["arms"]
+    other = [row | {"design": "curated"} for row in rows]
+    view = replace(load_view(run), models=[], arms=[*rows, *other])
+    shown, kept = sections.sections(view)["validation"]["arms"]
+    assert kept == shown | {"design": "What taught curate kept"}
     assert shown["arms"] == [("all", 9), ("random", 4)]
     (recall, power, (own, random)), (f1, plain, (one, _)) = shown["rows"]
     assert (recall, power, f1, plain) == ("recall", -4, "f1", 0)

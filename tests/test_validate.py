@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,36 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     assert len(curation["all"]) == 8
     assert len(curation["published-rule"]) == len(curation["remove-3-named"]) == 5
     assert set(members(run, "leave-one-out")) == {f"without:{i}" for i in top}
+
+
+def test_what_was_curated_is_trained_on_beside_random_pairs(attributed, tmp_path):
+    study, folder = attributed
+    shutil.copytree(folder, tmp_path / "run")
+    study = with_values(study, {"validation.designs": ("curated",), "validation.controls": 5})
+    run = RunFolder(tmp_path / "run", fresh=("validate",))
+    with pytest.raises(UserError, match="curate has not been run"):
+        stages.validate(study, run)
+    stages.curate(run, rule="top-k", k=8, target="mean_y:harmless")
+    with pytest.raises(UserError, match="0 of 8 pairs kept"):
+        stages.validate(study, run)
+    stages.curate(run, rule="keep-k", k=5, target="mean_y:harmless", protect="score")
+    stages.validate(study, run)
+    kept = [json.loads(line)["id"] for line in run.read_text("keep.jsonl").splitlines()]
+    trained = members(run, "curated")
+    assert set(trained["kept"]) == set(kept) and len(trained["all"]) == 8
+    random = [ids for name, ids in trained.items() if name.startswith("random-")]
+    assert [len(ids) for ids in random] == [len(kept)] * 5
+    arms = {(r["arm"], r["metric"]): r for r in run.read_table("arms").to_pylist()}
+    assert {arm for arm, _ in arms} == {"base", "all", "kept", "random"}
+    change = outcomes(run, "curated")[TargetName("mean_y", group="harmless")]
+    gap = change["kept"] - np.mean([change[name] for name in trained if "random" in name])
+    assert arms["kept", "mean_y:negative"]["difference"] == pytest.approx(gap)
+    assert "What taught curate kept" in printed(run)
+    stages.report(run)
+    run.verify()
+    stages.curate(run, rule="top-k", k=2, target="score")
+    with pytest.raises(UserError, match="validate was made with an earlier result of curate"):
+        run.verify()
 
 
 def test_the_effect_of_the_named_pairs_is_asked_with_random_subsets_first(attributed):

@@ -246,9 +246,9 @@ def _estimate_validation(
 def subset_sizes(spec: ValidationSpec, pairs: int) -> list[int]:
     """Pairs of each subset that the designs train on, of so many in all.
 
-    How many pairs the published rule of the design ``curation`` keeps is known only with the
-    influence; it is taken to be half of them. Of ``chosen`` some may be drawn twice, and are
-    trained on once.
+    How many pairs the published rule of the design ``curation`` keeps, or ``taught curate`` did, is
+    known only with the influence; it is taken to be half of them. Of ``chosen`` some may be drawn
+    twice, and are trained on once.
     """
     part, some = spec.part_of(pairs), spec.named_of(pairs)
     runs = 1 + spec.controls  # the named pairs, and random ones
@@ -260,6 +260,7 @@ def subset_sizes(spec: ValidationSpec, pairs: int) -> list[int]:
         "removal": runs * [pairs - k for k in sorted(set(some))],
         "addition": runs * sorted(set(some)),
         "curation": [pairs, *(1 + runs) * [max(1, pairs // 2)]],
+        "curated": [pairs, *runs * [max(1, pairs // 2)]],
         "chosen": spec.subsets * [part],
         "couples": spec.subsets * [part, part + some[0]],
     }

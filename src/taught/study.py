@@ -226,7 +226,7 @@ class CurationSpec(_Section):
 
 DESIGNS = (
     "random", "matched", "leave-out", "leave-one-out", "removal", "addition", "curation",
-    "chosen", "couples",
+    "curated", "chosen", "couples",
 )  # fmt: skip
 REPEATED = ("random", "matched", "leave-out")  # trained under several seeds, if asked
 

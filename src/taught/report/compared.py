@@ -26,6 +26,10 @@ from taught.run import RunFolder
 Row = dict[str, Any]
 COEFFICIENTS = "coefficients, median"
 CEILING = "noise ceiling"
+ARM_DESIGNS = {
+    "curation": "The published way of choosing pairs, and others",
+    "curated": "What taught curate kept",
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ def compared_tables(run: RunFolder) -> Iterator[RenderableType]:
         for effect in run.read_table("named_effects").to_pylist():
             yield Text("\n" + effect_sentence(effect))
     if "arms" in there:
-        yield _arms_table(run.read_table("arms").to_pylist())
+        for design, rows in arms_by_design(run.read_table("arms").to_pylist()).items():
+            yield _arms_table(design, rows)
 
 
 def curve_sentences(points: Sequence[Row], target: str) -> list[str]:
@@ -173,6 +178,14 @@ def effect_sentence(effect: Row) -> str:
     )
 
 
+def arms_by_design(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """What was compared -> the rows of its arms."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(ARM_DESIGNS[row.get("design", "curation")], []).append(row)
+    return found
+
+
 def arm_table(
     rows: Sequence[Row],
 ) -> tuple[list[tuple[str, int]], list[tuple[str, int, list[Row]]]]:
@@ -186,10 +199,10 @@ def arm_table(
     ]
 
 
-def _arms_table(rows: Sequence[Row]) -> Table:
+def _arms_table(design: str, rows: Sequence[Row]) -> Table:
     arms, metrics = arm_table(rows)
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left",
-                  title="\nWays of choosing pairs (* differs from random, Holm)",
+                  title=f"\n{design} (* differs from random, Holm)",
                   title_style="bold")  # fmt: skip
     shown.add_column(Text("trained on", "dim"))
     for arm, pairs in arms:

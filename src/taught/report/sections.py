@@ -16,6 +16,7 @@ from taught.report.compared import (
     Cell,
     DesignTable,
     arm_table,
+    arms_by_design,
     curve_sentences,
     design_tables,
     differs,
@@ -39,7 +40,7 @@ from taught.report.view import Row, Rows, View
 Json = dict[str, Any]
 
 MAX_PROMPT = 320
-WITH_METRICS = ("base", "removal", "addition", "curation")
+WITH_METRICS = ("base", "removal", "addition", "curation", "curated")
 FOREST = (6.0, 234.0)
 METRIC = {"adam": "of Adam", "ekfac": "in the metric of EK-FAC"}  # by attribution.curvature
 SOFT = {"precision": "Precision", "recall": "Recall", "f1": "F1", "correctness": "Correctness"}
@@ -449,17 +450,15 @@ def _validation_section(view: View) -> Json | None:
         "chance_axis": charts.forest_axis(chance),
         "removal": curve_sentences(view.curves or [], target)
         + [effect_sentence(effect) for effect in view.named_effects or []],
-        "arms": _arms(view.arms or []),
+        "arms": [_arms(design, rows) for design, rows in arms_by_design(view.arms or []).items()],
         **_models(view),
         "retrained": sum(row["design"] != "base" for row in view.models or []),
         "costs": view.costs or [],
     }  # fmt: skip
 
 
-def _arms(rows: Sequence[Json]) -> Json | None:
+def _arms(design: str, rows: Sequence[Json]) -> Json:
     """Arms by metrics: value with its interval, difference to random with its own."""
-    if not rows:
-        return None
     arms, metrics = arm_table(rows)
 
     def ends(cell: Json, power: int, *names: str) -> str:
@@ -471,6 +470,7 @@ def _arms(rows: Sequence[Json]) -> Json | None:
                 ends(cell, power, "difference_lo", "difference_hi"))  # fmt: skip
 
     return {
+        "design": design,
         "arms": arms,
         "rows": [
             (metric, power, [

@@ -111,7 +111,8 @@ def validate(
     data = read_data(study, progress)
     progress.step("load model and SAE")
     subject = open_subject(study)
-    with run.stage("validate", study, subject.identity) as stage:
+    reads = ("curate",) if "curated" in study.validation.designs else ()
+    with run.stage("validate", study, subject.identity, reads) as stage:
         if stage.done:
             return
         ready = prepare(study, run, subject, data)
@@ -201,6 +202,7 @@ def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
         "removal": lambda: _plan("removal", study, run, ids).subsets,
         "addition": lambda: _plan("addition", study, run, ids).subsets,
         "curation": lambda: _curation(study, run, ids),
+        "curated": lambda: _curated(study, run, ids),
         "chosen": lambda: _chosen(study, run, ids).subsets,
         "couples": lambda: _couples(study, run, ids).subsets,
     }
@@ -236,6 +238,23 @@ def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
     others = _plan("removal", study, run, ids, len(ids) - len(kept)).subsets
     return Subsets(
         ("all", "published-rule", *others.names), (tuple(sorted(ids)), kept, *others.members),
+        others.inclusion,
+    )  # fmt: skip
+
+
+def _curated(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
+    """What ``taught curate`` decided in this run: all pairs, those it kept, as many at random."""
+    rows = run.read_table("curation", ["pair_id", "action"]).to_pylist()
+    kept = tuple(sorted(row["pair_id"] for row in rows if row["action"] == "keep"))
+    if not 0 < len(kept) < len(ids) or {row["pair_id"] for row in rows} != set(ids):
+        raise UserError("what taught curate kept cannot be compared with random pairs",
+                        value=f"{len(kept)} of {len(rows)} pairs kept, {len(ids)} to train on",
+                        rule="it decides on all pairs of the run, keeps some and drops some",
+                        fix=f"taught curate {run.folder} with another --k or --rule")  # fmt: skip
+    spec = study.validation
+    others = random_subsets(ids, len(kept), spec.controls, seed=spec.seed)
+    return Subsets(
+        ("all", "kept", *others.names), (tuple(sorted(ids)), kept, *others.members),
         others.inclusion,
     )  # fmt: skip
 
@@ -339,8 +358,10 @@ def _write(
     effects = _effects(study, run, designs, ready, outcomes)
     if effects:
         run.write_table("named_effects", table_of(effects))
-    if "curation" in designs:
-        run.write_table("arms", table_of(_arms(ready, sides, made)))
+    arms = [row for design in ARMS if design in designs
+            for row in _arms(design, ready, sides, made)]  # fmt: skip
+    if arms:
+        run.write_table("arms", table_of(arms))
     run.write_table("subsets", _table(SUBSETS, subsets))
     run.write_table("outcomes", _table(OUTCOMES, outcomes))
     run.write_table("models", _table(MODELS, models))
@@ -369,25 +390,41 @@ def _model_row(
     )  # fmt: skip
 
 
+ARMS = ("curation", "curated")
+
+
+@dataclass(frozen=True)
+class DesignArm(ArmRow):
+    """A metric of an arm of one design."""
+
+    design: str = ""
+
+
 def _arms(
-    ready: Ready, sides: Sequence[Sequence[str]], made: Mapping[Name, Retraining]
-) -> list[ArmRow]:
-    """The published experiment: each way of choosing the pairs against as many random ones."""
+    design: str,
+    ready: Ready,
+    sides: Sequence[Sequence[str]],
+    made: Mapping[Name, Retraining],
+) -> list[DesignArm]:
+    """Each way of choosing the pairs against as many random ones."""
     models = {"base": [made[BASE]]}
-    for (design, name, _), model in made.items():
-        if design == "curation":
+    for (of, name, _), model in made.items():
+        if of == design:
             models.setdefault(_arm(name), []).append(model)
     column = {prompt_id: n for n, prompt_id in enumerate(ready.fitted.prompt_ids)}
-    return compare_arms(
+    rows = compare_arms(
         {arm: np.array([model.y for model in some]) for arm, some in models.items()},
         {arm: len(some[0].ids) for arm, some in models.items()},
         *([column[prompt_id] for prompt_id in side] for side in sides),
     )
+    return [DesignArm(**asdict(row), design=design) for row in rows]
 
 
 def _arm(subset: str) -> str:
-    """all, published-rule, named or random, of the name of a subset of the design curation."""
-    return subset if not subset.startswith("remove-") else subset.split("-")[2]
+    """all, published-rule, kept, named or random, of the name of a subset."""
+    if subset.startswith("remove-"):
+        return subset.split("-")[2]
+    return "random" if subset.startswith("random-") else subset
 
 
 @dataclass(frozen=True)
