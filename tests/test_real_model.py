@@ -15,15 +15,20 @@ import pytest
 import torch
 
 from taught.attribution.adjoint import Problem, feature_effects, target_effects
+from taught.attribution.concepts import concept_effects
+from taught.attribution.projections import project
 from taught.attribution.prompt_effects import prompt_effects
 from taught.attribution.sketch import pair_sketches, prompt_sketches
+from taught.attribution.token_effects import token_effects
+from taught.features.concept import Concept, concept_map
 from taught.model import load
+from taught.model.generate import greedy
 from taught.model.projection import Projection
 from taught.model.readout import read_prompts
 from taught.policy.ridge import Policy, fit_policy
 from taught.setup import open_subject, pair_inputs, prompt_inputs, study_pairs, study_prompts
 from taught.study import load_study
-from taught.target import raw_x_targets, score_targets
+from taught.target import concept_targets, raw_x_targets, score_targets
 
 pytestmark = [
     pytest.mark.slow,  # loads the real model, two minutes on two cores
@@ -160,3 +165,43 @@ def test_inner_products_of_sketches_are_those_of_gradients(setting, reference) -
         for j, q in enumerate(found[f"{prompt.id} -1"] for prompt in problem.prompts[:4])
     ]
     assert 0.5 < np.sqrt(np.mean(np.square(z))) < 2
+
+
+def by_concept(problem: Problem, pairs: list[Any], concept: Concept) -> dict[str, np.ndarray]:
+    """Gradient, shares of tokens summed up, and Vector Filter of one concept."""
+    like = next(problem.model.parameters())
+    there = replace(problem, features=concept_map([concept], concept.position, like))
+    targets = concept_targets([prompt.id for prompt in problem.prompts], [concept.name])
+    A = torch.from_numpy(targets[0].A)[None]
+    shares = token_effects(there, pairs[:2], A, None)
+    gradient = concept_effects(there, pairs, targets)[:, 0].numpy()
+    filtered = project(problem.model, pairs, concept_map([concept], concept.tokens, like),
+                       problem.block, batch_tokens=problem.batch_tokens)  # fmt: skip
+    return {"gradient": gradient, "shares": np.array([share.sum().item() for share in shares]),
+            "vector-filter": filtered[:, 0].numpy()}  # fmt: skip
+
+
+def test_concepts_do_not_depend_on_batches_order_or_neighbours(setting) -> None:
+    problem, pairs = setting
+    width = int(problem.model.config.hidden_size)
+    v = np.random.default_rng(0).normal(size=width)
+    concept = Concept("random", v / np.linalg.norm(v), problem.block)
+    expected = by_concept(problem, pairs, concept)
+    agree({"shares": expected["gradient"][:2]}, {"shares": expected["shares"]})
+    agree(by_concept(replace(problem, batch_tokens=1), pairs, concept), expected)
+    turned = by_concept(replace(problem, prompts=problem.prompts[::-1]), pairs[::-1], concept)
+    agree({name: turned[name][::-1] for name in ("gradient", "vector-filter")},
+          {name: expected[name] for name in ("gradient", "vector-filter")})  # fmt: skip
+    alone = by_concept(problem, pairs[1:2], concept)
+    for name in ("gradient", "vector-filter"):
+        gap = np.abs(alone[name] - expected[name][1]).item()
+        assert gap <= ROUNDING * np.abs(expected[name]).max(), name
+
+
+def test_own_answers_do_not_depend_on_their_batch(setting) -> None:
+    problem, pairs = setting
+    prompts = [pair.ids[: pair.start] for pair in pairs]
+    ends = {pairs[0].ids[-1]}
+    together = greedy(problem.model, prompts, ends, 6)
+    assert together == [greedy(problem.model, [prompt], ends, 6)[0] for prompt in prompts]
+    assert together[::-1] == greedy(problem.model, prompts[::-1], ends, 6, batch_tokens=80)
