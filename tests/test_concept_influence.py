@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -25,6 +26,8 @@ from taught.errors import UserError
 from taught.features.concept import Concept, concept_map, load_concept, save_concept
 from taught.model.generate import greedy
 from taught.model.projection import Projection
+from taught.rank import spearman
+from taught.run import RunFolder
 from taught.setup import open_subject, study_pairs, study_prompts
 from taught.stages import ConceptQuestion, ConceptRequest, estimating
 from taught.stages.concept_influence import METHODS
@@ -312,7 +315,8 @@ def test_every_method_gives_every_pair_a_value_for_every_concept(study: Study):
     methods = tuple(METHODS)
     table, tokens = stages.concept_influence(study, question_of(study, *methods))
     assert tokens.num_rows == 0
-    assert table.column_names == ["pair_id", "concept", "method", "value"]
+    assert table.column_names == ["pair_id", "concept", "method", "value", "se"]
+    assert table["se"].null_count == table.num_rows
     assert table.num_rows == 8 * 2 * 4
     for concept in ("c1", "c2"):
         every = [values_of(table, concept, method) for method in methods]
@@ -402,6 +406,42 @@ def test_the_study_s_estimator_is_used(study: Study, estimator: str):
     assert np.abs(a - b).max() < 0.05 * np.abs(b).max()
 
 
+def test_sketches_answer_for_concepts_within_their_stated_error(
+    study: Study, tmp_path, monkeypatch
+):
+    sketch = study.replace("attribution.estimator", "sketch").replace("sketch.dim", 8192)
+    sketch = sketch.replace("sketch.store", str(tmp_path / "store"))
+    for options in ({}, {"group": "harmful"}, {"read": "responses"}):
+        exact = stages.concept_influence(study, question_of(study, "gradient", **options)).table
+        found, tokens = stages.concept_influence(sketch, question_of(
+            study, "gradient", "vector-filter", tokens=2, **options))  # fmt: skip
+        filtered = found.filter(pc.equal(found["method"], "vector-filter"))
+        assert filtered["se"].null_count == len(filtered) and tokens.num_rows > 2 * 2
+        found = found.filter(pc.equal(found["method"], "gradient"))
+        assert found["pair_id"].equals(exact["pair_id"])
+        gap = found["value"].to_numpy() - exact["value"].to_numpy()
+        assert 0.5 < np.sqrt(np.mean((gap / found["se"].to_numpy()) ** 2)) < 2
+        for concept in ("c1", "c2"):
+            assert spearman(*(values_of(t, concept, "gradient") for t in (found, exact))) > 0.85
+
+    def never(*_args, **_options):
+        raise AssertionError("sketched again")
+
+    monkeypatch.setattr("taught.attribution.fill.pair_sketches", never)
+    again = stages.concept_influence(sketch, question_of(sketch, "gradient", **options)).table
+    assert again["value"].equals(found["value"]), "a later concept costs its own query alone"
+
+
+def test_the_store_of_a_run_serves_its_concepts(study: Study, tmp_path: Path, monkeypatch):
+    sketch = study.replace("attribution.estimator", "sketch").replace("sketch.dim", 2048)
+    run = RunFolder(tmp_path / "run")
+    stages.policy(sketch, run)
+    stages.attribute(sketch, run)
+    monkeypatch.setattr("taught.attribution.fill.pair_sketches", None)
+    stages.concept_influence(sketch, question_of(study, "gradient"), run=run)
+    assert run.read_table("concept_influence")["se"].null_count == 0
+
+
 def test_checkpoints_add_up_and_one_is_held_at_a_time(study: Study, monkeypatch):
     opened: list[weakref.ref] = []
     real = estimating.open_checkpoint
@@ -466,7 +506,9 @@ def test_what_is_asked_in_vain_is_said(study: Study, tmp_path: Path):
          "--checkpoint"),
         (study, question_of(study, "projection-difference-response", max_new_tokens=500),
          "lower --max-new-tokens"),
-        (sketch, question_of(study, "gradient"), "estimator=adjoint"),
+        (sketch, question_of(study, "gradient"), "sketch.store=FOLDER"),
+        (sketch.replace("attribution.curvature", "adam"), question_of(study, "gradient"),
+         "plain gradients"),
         (study, question_of(study, "vector-filter", tokens=2), "add --method gradient"),
         (study, question_of(study, "gradient", tokens=-1), "set --tokens"),
     ):  # fmt: skip

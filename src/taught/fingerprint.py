@@ -33,7 +33,7 @@ _SECTIONS = {
     "attribute": (*_POLICY, "pairs", "attribution", "sketch"),
     "curate": ("curation",),
     "clusters": (),
-    "concept-influence": (*_POLICY, "pairs", "attribution"),
+    "concept-influence": (*_POLICY, "pairs", "attribution", "sketch"),
     "validate": (*_POLICY, "pairs", "validation"),
     "compare": (*_POLICY, "pairs", "attribution", "sketch", "validation"),
     "report": (),

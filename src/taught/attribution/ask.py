@@ -235,6 +235,12 @@ class SketchError:
         return self.unit * self.query_norms[target, column, group, pathway] * self.pair_norms
 
 
+def error_factor(found: Floats, exact: Floats, scale: Floats) -> float:
+    """Root mean square of found - exact in units of ``scale``, the error of the theory."""
+    used = scale > 0
+    return float(np.sqrt(np.mean(((found - exact)[used] / scale[used]) ** 2)))
+
+
 def measure_error(
     queries: Queries,
     pair_norms: Floats,
@@ -261,8 +267,7 @@ def measure_error(
         * np.outer(pair_norms[chosen], np.linalg.norm(queries.few, axis=0))
     )
     found = few[chosen]
-    used = scale > 0
-    factor = float(np.sqrt(np.mean(((found - exact)[used] / scale[used]) ** 2)))
+    factor = error_factor(found, exact, scale)
     names = ["score:x", "score:y", *(f"mean_y:{group}" for group in queries.groups)]
     sample = tuple(
         {"pair_id": pair_id, "target": name, "exact": exact[n, t], "sketch": found[n, t],

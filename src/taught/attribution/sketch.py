@@ -27,7 +27,7 @@ from taught.attribution.pairs import PairInput, batch_pairs, refuse_nonfinite
 from taught.model.forward import first_device, forward
 from taught.model.gradients import Site, find_sites, frozen, tap
 from taught.model.projection import Projection, SharedInputs
-from taught.model.readout import ReadPrompt, prompt_tree
+from taught.model.readout import ReadPrompt, pack, prompt_tree, read_packed
 from taught.model.tokens import batches_by_tokens, stack
 
 
@@ -89,6 +89,38 @@ def prompt_sketches(
         for index in batches_by_tokens(ends, problem.batch_tokens):
             found += _feature_sketches(problem, projection, sites, prompts, index)
     return found
+
+
+def target_sketches(problem: Problem, projection: Projection, A: Tensor) -> Tensor:
+    """Sketches of the gradients of targets of X alone: s(grad sum A * X), float64 [C, K].
+
+    The sum is over the prompts, so they share token trees; those that no target asks for are left
+    out.
+
+    Parameters
+    ----------
+    A : float64 [C, N, d]
+        dF/dX of each target, such as the mean read-out of a concept.
+
+    Notes
+    -----
+    Cost: one forward pass over the prompts, up to the block, and a backward pass a target.
+    """
+    sites = find_sites(problem.model, problem.parameters)
+    total = torch.zeros(len(A), projection.dim, dtype=torch.float64)
+    asked = A.abs().sum((0, 2)).nonzero().flatten().tolist()
+    prompts, A = [problem.prompts[i] for i in asked], A[:, asked]
+    with frozen(problem.model):
+        for packed in pack(prompts, None):
+            with tap(problem.model, sites) as taps:
+                h, _ = read_packed(problem.model, packed, None, problem.block)
+                X = problem.features(h, packed.offsets.to(h.device))
+                inputs = SharedInputs({x.data_ptr() for _, _, x, _ in taps.seen})
+                values = (A[:, list(packed.index)].to(X) * X).sum((1, 2))
+                for c, value in enumerate(values):
+                    factors = taps.factors(value, retain_graph=c + 1 < len(A))
+                    total[c] += projection.sketch(factors, 1, inputs)[0].double().cpu()
+    return total
 
 
 def _y_sketches(

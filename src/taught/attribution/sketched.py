@@ -1,4 +1,4 @@
-"""All effects of a run from a store of sketches, which is filled first where it lacks something."""
+"""Effects of a run or on concepts from a store of sketches, which is filled where it lacks some."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from taught.attribution.adjoint import Problem
-from taught.attribution.ask import Singles, ask, measure_error, policy_queries
+from taught.attribution.ask import Singles, ask, error_factor, measure_error, policy_queries
+from taught.attribution.concepts import concept_effects
 from taught.attribution.estimate import Effects, few_effects
 from taught.attribution.fill import fill_pairs, fill_prompts, pair_row, prompt_key
 from taught.attribution.pairs import PairInput
+from taught.attribution.sketch import target_sketches
 from taught.model.projection import Projection
 from taught.partial import Pieces, kept
 from taught.policy.ridge import Floats, Policy, Shift
 from taught.store import SketchStore
+from taught.target import Target
 
 # dy of so many pairs and prompts is kept; for more, ask the store.
 LARGEST_DY = 50_000_000
@@ -94,6 +98,38 @@ def sketch_effects(
         dy[0] if dy else None,
         error=error,
     )
+
+
+def sketched_concepts(
+    problem: Problem,
+    pairs: Sequence[PairInput],
+    targets: Sequence[Target],
+    *,
+    source: SketchSource,
+    progress: Any,
+) -> tuple[Floats, Floats]:
+    """Effect of every pair on the mean read-out of every concept, and standard errors: [P, C].
+
+    The store's sketches of the pairs are those of any other question; a concept adds its own query,
+    a forward and a backward pass over the prompts. The error is measured on ``source.sample`` pairs
+    against the exact adjoint.
+    """
+    source.store.prepare()
+    fill_pairs(source.store, problem, source.projection, pairs, progress=progress)
+    A = torch.from_numpy(np.stack([target.A for target in targets if target.A is not None]))
+    progress.step("sketches of the concepts", None)
+    queries = target_sketches(problem, source.projection, A).numpy().T
+    answers = ask(source.store, [pair_row(pair) for pair in pairs], queries)
+    values = -problem.lr * answers.values
+    size = (
+        problem.lr
+        / np.sqrt(len(queries))
+        * np.outer(answers.norms, np.linalg.norm(queries, axis=0))
+    )
+    chosen = _sample(pairs, source.sample)
+    progress.step("exact effects of a sample", None)
+    exact = concept_effects(problem, [pairs[i] for i in chosen], targets).numpy()
+    return values, size * error_factor(values[chosen], exact, size[chosen])
 
 
 def _sample(pairs: Sequence[PairInput], size: int) -> list[int]:

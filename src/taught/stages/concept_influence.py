@@ -18,6 +18,7 @@ from taught.attribution.adjoint import Problem
 from taught.attribution.concepts import concept_effects
 from taught.attribution.pairs import PairInput
 from taught.attribution.projections import project, response_reads
+from taught.attribution.sketched import sketched_concepts
 from taught.attribution.token_effects import token_effects
 from taught.errors import UserError
 from taught.features.concept import Concept, ConceptMap, concept_map, load_concept
@@ -41,6 +42,7 @@ from taught.stages.estimating import (
     make_problem,
     over_checkpoints,
     read_data,
+    sketch_source,
     token_texts,
     with_curvature,
 )
@@ -55,6 +57,7 @@ SCHEMA = pa.schema(
         ("concept", pa.string()),
         ("method", pa.string()),
         ("value", pa.float64()),
+        ("se", pa.float64()),
     ]
 )
 TOKENS = pa.schema(
@@ -111,7 +114,14 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """The pairs and prompts, and what methods leave: base read-outs, once a place; token shares."""
+    """The pairs and prompts, and what methods leave.
+
+    Attributes
+    ----------
+    base : read-outs of the base model, once a place
+    shares : of the tokens of the strongest pairs
+    errors : target -> standard errors [P], where the gradient is estimated
+    """
 
     study: Study
     subject: Subject
@@ -119,8 +129,10 @@ class _Work:
     inputs: list[PairInput]
     question: ConceptQuestion
     progress: Progress
+    run: RunFolder | None = None
     base: dict[Place, Tensor] = field(default_factory=dict)
     shares: list[pa.Table] = field(default_factory=list)
+    errors: dict[str, np.ndarray] = field(default_factory=dict)
 
     def map_of(self, concepts: Sequence[Concept], place: Place) -> ConceptMap:
         """The read-out of some concepts of one place."""
@@ -170,10 +182,10 @@ def concept_influence(
     progress.step("load model and SAE")
     subject = open_subject(study)
     if run is None:
-        return _answers(study, question, concepts, subject, data, progress)
+        return _answers(study, question, concepts, subject, data, progress, run)
     asked = {"concept-influence": fingerprint(_asked(question, concepts))}
     with run.stage("concept-influence", study, {**subject.identity, **asked}):
-        answers = _answers(study, question, concepts, subject, data, progress)
+        answers = _answers(study, question, concepts, subject, data, progress, run)
         run.write_table("concept_influence", answers.table)
         run.write_table("concept_agreement", agreement(answers.table))
         run.write_table("concept_tokens", answers.tokens)
@@ -188,6 +200,7 @@ def _answers(
     subject: Subject,
     data: Data,
     progress: Progress,
+    run: RunFolder | None,
 ) -> ConceptAnswers:
     model = subject.loaded.model
     for concept in concepts:
@@ -198,7 +211,7 @@ def _answers(
         if ids:
             progress.note(f"left out, {kind}: {len(ids)} pairs: {', '.join(ids)}")
     check_trees(model, _prompts(subject, data, study.readout.position), subject.behavior)
-    work = _Work(study, subject, data, pair_inputs(encoded), question, progress)
+    work = _Work(study, subject, data, pair_inputs(encoded), question, progress, run)
     parts = [
         _long(work, concept.name, method, values[:, column].numpy())
         for method in question.methods
@@ -296,15 +309,10 @@ def _refuse(study: Study, question: ConceptQuestion) -> None:
     ):
         raise UserError("shares of tokens are parts of a gradient",
                         value=f"{', '.join(question.methods)}; {study.attribution.estimator}",
-                        rule="the method gradient, by adjoint or jvp",
+                        rule="the method gradient, by adjoint, jvp or sketch",
                         fix="leave out --tokens, or add --method gradient")  # fmt: skip
     if "gradient" in question.methods:
         refuse_combinations(study)
-        if study.attribution.estimator == "sketch":
-            raise UserError("sketches are of gradients of features, not of concepts",
-                            value="attribution.estimator: sketch",
-                            rule="adjoint, jvp or finite-step",
-                            fix="use --set attribution.estimator=adjoint")  # fmt: skip
 
 
 Values = Iterator[tuple[list[Concept], Tensor]]
@@ -335,7 +343,8 @@ def _gradient(work: _Work, concepts: Sequence[Concept]) -> Values:
             metric = metric or with_curvature(study, problem, work.inputs, work.progress)
             problem = replace(metric, prompts=prompts, block=place.block, features=problem.features)
         work.progress.step("gradients of the concepts and of the pairs")
-        compute = partial(_effects, work, targets)
+        compute = partial(_sketched if study.attribution.estimator == "sketch" else _effects,
+                          work, targets)  # fmt: skip
         values = reduce(torch.add, work.over_checkpoints(problem, compute))
         if work.question.tokens:
             work.shares.extend(_shares(work, problem, targets, some, values))
@@ -345,6 +354,14 @@ def _gradient(work: _Work, concepts: Sequence[Concept]) -> Values:
 def _effects(work: _Work, targets: Sequence[Target], problem: Problem, _: int) -> Tensor:
     return concept_effects(problem, work.inputs, targets, work.study.attribution.estimator,
                            progress=work.progress)  # fmt: skip
+
+
+def _sketched(work: _Work, targets: Sequence[Target], problem: Problem, _: int) -> Tensor:
+    source = sketch_source(work.study, work.run, work.subject)
+    values, errors = sketched_concepts(problem, work.inputs, targets, source=source,
+                                       progress=work.progress)  # fmt: skip
+    work.errors.update(zip((target.name for target in targets), errors.T, strict=True))
+    return torch.from_numpy(values)
 
 
 def _shares(
@@ -435,5 +452,6 @@ METHODS: dict[str, Callable[[_Work, Sequence[Concept]], Values]] = {
 def _long(work: _Work, concept: str, method: str, values: np.ndarray) -> pa.Table:
     ids = [pair.id for pair in work.inputs]
     n = len(ids)
-    columns = [ids, [concept] * n, [method] * n, values]
+    errors = work.errors.get(f"concept:{concept}") if method == "gradient" else None
+    columns = [ids, [concept] * n, [method] * n, values, [None] * n if errors is None else errors]
     return pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)

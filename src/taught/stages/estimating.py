@@ -163,9 +163,19 @@ def estimate(
     return effects, checks, shares
 
 
-def sketch_source(study: Study, run: RunFolder, subject: Subject) -> SketchSource:
-    """The study's store of sketches and its projection; a store of other conditions is refused."""
+def sketch_source(study: Study, run: RunFolder | None, subject: Subject) -> SketchSource:
+    """The study's store of sketches and its projection; a store of other conditions is refused.
+
+    Raises
+    ------
+    UserError
+        There is neither ``sketch.store`` nor a run folder to keep it in; other conditions.
+    """
     spec, model = study.sketch, subject.loaded.model
+    folder = spec.store or (None if run is None else run.path("sketches"))
+    if folder is None:
+        raise UserError("sketches have no place to be kept", rule="sketch.store, or a run folder",
+                        fix="pass --run RUN, or --set sketch.store=FOLDER")  # fmt: skip
     projection = Projection(model, spec.size, spec.seed)
     identity = {
         **subject.identity,
@@ -177,7 +187,7 @@ def sketch_source(study: Study, run: RunFolder, subject: Subject) -> SketchSourc
         "behavior.tokens": [list(ids) for ids in subject.behavior.tokens],
         **projection.record(),
     }
-    store = SketchStore(spec.store or run.path("sketches"), identity)
+    store = SketchStore(folder, identity)
     return SketchSource(store, projection, spec.sample)
 
 
