@@ -77,6 +77,20 @@ def taught(python):
 
 
 @pytest.fixture
+def taught_here(capsys):
+    """The same in this process, which saves the seconds in which torch is imported."""
+    from taught.cli import run_command
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        code = run_command(args)
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(args, code, out, err)
+
+    return run
+
+
+@pytest.fixture
 def taught_with(python):
     """Run the command line with stand-ins for the stages: ``taught_with(SOURCE, "policy", ...)``."""
 

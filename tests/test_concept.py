@@ -343,9 +343,9 @@ def test_examples_that_are_pairs_or_prompts_of_the_study_are_refused(study, tmp_
         assert made.card["n_positive"] + made.card["n_negative"] == 20
 
 
-def test_the_command_line_reads_examples(taught, study, tmp_path: Path):
+def test_the_command_line_reads_examples(taught_here, study, tmp_path: Path):
     file = write_examples(tmp_path / "e.jsonl")
-    done = taught("concept", str(Path(study.model.id).parent), "--source", "probe", "--examples",
+    done = taught_here("concept", str(Path(study.model.id).parent), "--source", "probe", "--examples",
                   str(file), "--positive", "with", "--negative", "without", "--force",
                   "--out", str(tmp_path / "c"), "--quiet")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -434,9 +434,9 @@ def test_what_cannot_be_made_is_said(study: Study, tmp_path: Path, request_, mes
     assert not (tmp_path / "c").exists()
 
 
-def test_the_command_line_shows_the_card_and_the_sweep(taught, study, tmp_path: Path):
+def test_the_command_line_shows_the_card_and_the_sweep(taught_here, study, tmp_path: Path):
     folder = Path(study.model.id).parent
-    done = taught("concept", str(folder), "--source", "difference", "--position", "mean_user",
+    done = taught_here("concept", str(folder), "--source", "difference", "--position", "mean_user",
                   "--sweep", "--out", str(tmp_path / "c"), "--quiet")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "c: block 1, AUC" in done.stdout and "30 prompts" in done.stdout

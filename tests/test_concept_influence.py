@@ -516,16 +516,18 @@ def test_what_is_asked_in_vain_is_said(study: Study, tmp_path: Path):
             stages.concept_influence(changed, question)
 
 
-def test_the_command_line_writes_the_table_and_shows_where_methods_agree(taught, study, tmp_path):
+def test_the_command_line_writes_the_table_and_shows_where_methods_agree(
+    taught_here, study, tmp_path
+):
     folder = folder_of(study)
-    done = taught("concept-influence", str(folder), "--concept", str(folder / "c1"),
+    done = taught_here("concept-influence", str(folder), "--concept", str(folder / "c1"),
                   str(folder / "c2"), "--method", "gradient", "vector-filter",
                   "--tokens", "2", "--out", str(tmp_path / "t.parquet"), "-q")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "rank_correlation" in done.stdout
     assert pq.read_table(tmp_path / "t.parquet").num_rows == 8 * 2 * 2
     assert pq.read_table(tmp_path / "t.tokens.parquet").num_rows > 2 * 2
-    none = taught("concept-influence", str(folder), "--concept", str(folder / "c1"),
+    none = taught_here("concept-influence", str(folder), "--concept", str(folder / "c1"),
                   "--run", str(tmp_path / "none"))  # fmt: skip
     assert none.returncode == 2 and "not a run folder" in none.stderr
     assert not (tmp_path / "none").exists()

@@ -138,12 +138,14 @@ def test_other_names_are_refused_with_those_there_are(run: RunFolder, target: st
     assert said in str(error.value)
 
 
-def test_without_concepts_it_is_said_how_to_get_them(made: Path, tmp_path: Path, taught) -> None:
+def test_without_concepts_it_is_said_how_to_get_them(
+    made: Path, tmp_path: Path, taught_here
+) -> None:
     shutil.copytree(made / "run", tmp_path / "run")
     run = RunFolder.open(tmp_path / "run")
     with run.locked():
         run._forget("concept-influence")
-    done = taught("curate", str(tmp_path / "run"), "--rule", "top-k", "--k", "2",
+    done = taught_here("curate", str(tmp_path / "run"), "--rule", "top-k", "--k", "2",
                   "--target", "concept:c:d")  # fmt: skip
     assert done.returncode == 2
     said = " ".join(done.stderr.split())
@@ -167,8 +169,8 @@ def test_what_a_concept_decided_belongs_to_its_values(run: RunFolder, made: Path
     assert "concept:c:d" in run.read_text("report.html")
 
 
-def test_the_command_says_that_a_projection_predicts_no_change(folder: Path, taught) -> None:
-    done = taught("curate", str(folder / "run"), "--rule", "top-k", "--k", "2",
+def test_the_command_says_that_a_projection_predicts_no_change(folder: Path, taught_here) -> None:
+    done = taught_here("curate", str(folder / "run"), "--rule", "top-k", "--k", "2",
                   "--target", "concept:c:d:vector-filter")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "predicts no change" in done.stdout and "Predicted change" not in done.stdout

@@ -98,6 +98,8 @@ def concept(
     subject = open_subject(study)
     block, detail = _block(request, kind, detail, subject)
     blocks = list(range(len(find_blocks(subject.loaded.model)))) if request.sweep else [block]
+    some = prompt_inputs(subject.chat.encode_prompts(prompts.prompts[:2]), position)
+    check_trees(subject.loaded.model, some, subject.behavior)
     if request.examples is None:
         H, positive = _read(study, subject, prompts, position, blocks, progress)
         data = _data(study, prompts)
@@ -170,7 +172,6 @@ def _read(
     sides = (study.prompts.negative_group, study.prompts.positive_group)
     chosen = [prompt for prompt in prompts if prompt.group in sides]
     inputs = prompt_inputs(subject.chat.encode_prompts(chosen), position)
-    check_trees(subject.loaded.model, inputs, subject.behavior)
     progress.step("read prompts", len(inputs))
     H = read_residuals(subject.loaded.model, inputs, blocks, partial(pool, how=position),
                        progress=progress)  # fmt: skip
