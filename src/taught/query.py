@@ -49,7 +49,7 @@ ABOUT = {
     "models": "losses and soft metrics of the retrained models",
     "curves": "training without, or only on, the strongest pairs, against random ones",
     "named_effects": "effect of training with the strongest pairs, with its interval",
-    "arms": "metrics of the published experiment's arms, against random ones",
+    "arms": "metrics of ways of choosing pairs, against random ones",
     "answers": "the retrained models' own answers",
     "lds": "how well each method foresaw the outcomes",
     "lds_differences": "differences between methods in that",
