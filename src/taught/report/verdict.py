@@ -452,8 +452,8 @@ def curation_sentence(curation: Curated) -> Sentence:
     split = listed([f"{own['drop']} {name}" for name, own in kinds if own["drop"]], 4)
     text = (
         f"The rule “{rule}” suggests to drop {curation.n_drops} of {count(curation.n, 'pair')} "
-        f"({split}), first of all {listed(curation.farthest)}. It rests on one-step estimates; "
-        "whether dropping them helps is known only after retraining."
+        f"({split}), first of all {listed(curation.farthest)}. It rests on estimates before "
+        "training; whether dropping them helps is known only after retraining."
     )
     return Sentence("Curation", "found", text)
 
