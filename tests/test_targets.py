@@ -14,7 +14,7 @@ from taught.errors import UserError
 from taught.features.concept import Concept, save_concept
 from taught.run import RunFolder
 from taught.stages.concept_influence import ConceptQuestion
-from taught.stages.targets import target_values
+from taught.stages.targets import read_targets
 from taught.study import Study, load_study
 from tiny_study import BLOCK, write_tiny_study
 from tiny_study import WIDTH as STUDY_WIDTH
@@ -64,7 +64,7 @@ def values_of(run: RunFolder, method: str) -> dict[str, float]:
      ("concept:c:d:vector-filter", "vector-filter")],
 )  # fmt: skip
 def test_values_are_joined_by_pair_id(run: RunFolder, target: str, method: str) -> None:
-    found = target_values(run, target)
+    (found,) = read_targets(run, target)
     ids = run.read_table("summary", ["pair_id"])["pair_id"].to_pylist()
     expected = values_of(run, method)
     assert found.values.tolist() == [expected[i] for i in ids]
@@ -72,12 +72,13 @@ def test_values_are_joined_by_pair_id(run: RunFolder, target: str, method: str) 
 
 
 def test_values_do_not_depend_on_the_order_of_the_table(run: RunFolder) -> None:
-    before = target_values(run, "concept:c:d").values
+    (before,) = read_targets(run, "concept:c:d")
     table, record = run.read_table("concept_influence"), run.read_json("concept_influence")
     with run.stage("concept-influence", run.study):
         run.write_table("concept_influence", table.take(list(reversed(range(len(table))))))
         run.write_json("concept_influence", record)
-    np.testing.assert_array_equal(target_values(run, "concept:c:d").values, before)
+    (after,) = read_targets(run, "concept:c:d")
+    np.testing.assert_array_equal(after.values, before.values)
 
 
 @pytest.mark.parametrize(("rule", "highest"), [("top-k", True), ("keep-k", False)])

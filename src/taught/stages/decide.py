@@ -15,7 +15,7 @@ from taught.errors import UserError
 from taught.files import json_line
 from taught.fingerprint import content_digest
 from taught.run import RunFolder
-from taught.stages.targets import stages_read, target_values
+from taught.stages.targets import read_targets, stages_read
 from taught.study import Study
 
 
@@ -52,8 +52,9 @@ def curate(
         )
     k = chosen.k if chosen.rule in RANKED else None
     with run.stage("curate", study, reads=stages_read(chosen.target, chosen.protect)):
-        ranked = target_values(run, chosen.target)
-        guard = None if chosen.protect is None else target_values(run, chosen.protect)
+        asked = [chosen.target] + ([] if chosen.protect is None else [chosen.protect])
+        ranked, *guards = read_targets(run, *asked)
+        guard = guards[0] if guards else None
         if guard is not None and not guard.influence:
             raise _no_protection(guard.name)
         summary = run.read_table("summary", ["pair_id", "label"])

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from taught.analysis.clusters import Clustering, cluster_pairs
 from taught.run import RunFolder
-from taught.stages.targets import stages_read, summary_targets, target_values
+from taught.stages.targets import read_targets, stages_read, summary_targets
 
 
 def clusters(run: RunFolder, k: int | None = None, target: str | None = None) -> None:
@@ -33,7 +33,7 @@ def clusters(run: RunFolder, k: int | None = None, target: str | None = None) ->
             pair_ids,
             [own or [] for own in summary["intended"].to_pylist()],
             dict(zip(*(column.to_pylist() for column in features.columns), strict=True)),
-            {name: target_values(run, name).values for name in targets},
+            {found.name: found.values for found in read_targets(run, *targets)},
             _shifts(run, pair_ids),
             kinds=summary["label"].to_pylist(),
             k=k,

@@ -48,21 +48,26 @@ def stages_read(*targets: str | None) -> tuple[str, ...]:
     return (STAGE,) if any(t is not None and t.startswith(CONCEPT) for t in targets) else ()
 
 
-def target_values(run: RunFolder, target: str) -> TargetValues:
-    """Values of every pair for a target.
+def read_targets(run: RunFolder, *targets: str) -> list[TargetValues]:
+    """Values of every pair for some targets; the summary is read once.
 
     Raises
     ------
     UserError
         Not a target of this run; the concept's pairs are not those of the run.
     """
-    if target.startswith(CONCEPT):
-        return _of_concept(run, target)
     columns = summary_targets(run)
-    if target not in columns:
-        raise _unknown(run, target)
-    values = run.read_table("summary", [columns[target]])[columns[target]]
-    return TargetValues(target, _floats(values), True)
+    for target in targets:
+        if not target.startswith(CONCEPT) and target not in columns:
+            raise _unknown(run, target)
+    asked = dict.fromkeys(columns[target] for target in targets if target in columns)
+    summary = run.read_table("summary", ["pair_id", *asked])
+    return [
+        TargetValues(target, _floats(summary[columns[target]]), True)
+        if target in columns
+        else _of_concept(run, target, summary["pair_id"])
+        for target in targets
+    ]
 
 
 def summary_targets(run: RunFolder) -> dict[str, str]:
@@ -72,7 +77,7 @@ def summary_targets(run: RunFolder) -> dict[str, str]:
     return {"score": "score"} | {f"mean_y:{group}": f"mean_y_{group}" for group in groups}
 
 
-def _of_concept(run: RunFolder, target: str) -> TargetValues:
+def _of_concept(run: RunFolder, target: str, pair_ids: pa.ChunkedArray) -> TargetValues:
     run.require(STAGE)
     known = _concept_targets(run)
     if target not in known:
@@ -80,7 +85,6 @@ def _of_concept(run: RunFolder, target: str) -> TargetValues:
     name, method = known[target]
     rows = (pc.field("concept") == name) & (pc.field("method") == method)
     found = run.read_table("concept_influence", ["pair_id", "value"], rows)
-    pair_ids = run.read_table("summary", ["pair_id"])["pair_id"]
     place = pc.index_in(pair_ids, found["pair_id"].combine_chunks())
     if place.null_count or len(found) != len(pair_ids):
         missing = pair_ids.filter(pc.is_null(place)).to_pylist()
