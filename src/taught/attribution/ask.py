@@ -235,6 +235,11 @@ class SketchError:
         return self.unit * self.query_norms[target, column, group, pathway] * self.pair_norms
 
 
+def theory_error(pair_norms: Floats, queries: Floats, lr: float) -> Floats:
+    """lr |s(pair)| |q| / sqrt(K) of pairs [P] and queries [K, Q]: [P, Q]."""
+    return lr / np.sqrt(len(queries)) * np.outer(pair_norms, np.linalg.norm(queries, axis=0))
+
+
 def error_factor(found: Floats, exact: Floats, scale: Floats) -> float:
     """Root mean square of found - exact in units of ``scale``, the error of the theory."""
     used = scale > 0
@@ -261,11 +266,7 @@ def measure_error(
     exact : [n, 2 + G], by the adjoint
     few : [P, 2 + G], by sketches
     """
-    scale = (
-        lr
-        / np.sqrt(len(queries.few))
-        * np.outer(pair_norms[chosen], np.linalg.norm(queries.few, axis=0))
-    )
+    scale = theory_error(pair_norms[chosen], queries.few, lr)
     found = few[chosen]
     factor = error_factor(found, exact, scale)
     names = ["score:x", "score:y", *(f"mean_y:{group}" for group in queries.groups)]

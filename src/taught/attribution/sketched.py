@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from taught.attribution.adjoint import Problem
-from taught.attribution.ask import Singles, ask, error_factor, measure_error, policy_queries
+from taught.attribution.ask import (
+    Singles,
+    ask,
+    error_factor,
+    measure_error,
+    policy_queries,
+    theory_error,
+)
 from taught.attribution.concepts import concept_effects
 from taught.attribution.estimate import Effects, few_effects
 from taught.attribution.fill import fill_pairs, fill_prompts, pair_row, prompt_key
@@ -45,12 +52,16 @@ def fill(
 ) -> None:
     """Compute what the store lacks; damaged shards are made anew. ``share``: ``fill_pairs``."""
     if share[0] == 0:
-        damaged = source.store.drop_damaged()
-        if damaged:
-            progress.note(f"damaged shards are made anew: {', '.join(damaged)}")
+        _drop_damaged(source, progress)
     source.store.prepare()
     fill_prompts(source.store, problem, source.projection, share=share, progress=progress)
     fill_pairs(source.store, problem, source.projection, pairs, share=share, progress=progress)
+
+
+def _drop_damaged(source: SketchSource, progress: Any) -> None:
+    damaged = source.store.drop_damaged()
+    if damaged:
+        progress.note(f"damaged shards are made anew: {', '.join(damaged)}")
 
 
 def sketch_effects(
@@ -114,6 +125,7 @@ def sketched_concepts(
     a forward and a backward pass over the prompts. The error is measured on ``source.sample`` pairs
     against the exact adjoint.
     """
+    _drop_damaged(source, progress)
     source.store.prepare()
     fill_pairs(source.store, problem, source.projection, pairs, progress=progress)
     A = torch.from_numpy(np.stack([target.A for target in targets if target.A is not None]))
@@ -121,11 +133,7 @@ def sketched_concepts(
     queries = target_sketches(problem, source.projection, A).numpy().T
     answers = ask(source.store, [pair_row(pair) for pair in pairs], queries)
     values = -problem.lr * answers.values
-    size = (
-        problem.lr
-        / np.sqrt(len(queries))
-        * np.outer(answers.norms, np.linalg.norm(queries, axis=0))
-    )
+    size = theory_error(answers.norms, queries, problem.lr)
     chosen = _sample(pairs, source.sample)
     progress.step("exact effects of a sample", None)
     exact = concept_effects(problem, [pairs[i] for i in chosen], targets).numpy()
