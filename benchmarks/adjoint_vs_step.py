@@ -1,8 +1,8 @@
-"""Does the adjoint give what the finite step gives? Score S of single pairs, both pathways.
+"""Does the adjoint give what the finite step gives? Score S of single examples, both pathways.
 
     python -m benchmarks.adjoint_vs_step [--top 20] [--small 5] [--float64 2]
 
-The adjoint gives S of every pair. Then, for the pairs with the largest |S| and for some drawn from
+The adjoint gives S of every example. Then, for the examples with the largest |S| and for some drawn from
 the half with the smallest, one real SGD step each:
 
     step        S of a step at the learning rate lr
@@ -12,7 +12,7 @@ the half with the smallest, one real SGD step each:
 
 A step differs from the adjoint by its second order, a lr^2 + ..., which halving halves, and by the
 rounding of read-outs in float32, which halving doubles. --float64 repeats the step of some small
-pairs in double precision throughout (transformers' norms compute in float32 even in a float64
+examples in double precision throughout (transformers' norms compute in float32 even in a float64
 model; that is undone here): what is left there is not rounding. Relative differences are over the
 step's absolute value.
 """
@@ -34,15 +34,15 @@ from benchmarks import common
 from benchmarks.common import Clock, Results, Row, Setting
 from taught.progress import RichProgress
 
-TOLERANCE, RANKS = 0.05, 0.99  # what the top pairs must keep
+TOLERANCE, RANKS = 0.05, 0.99  # what the top examples must keep
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = common.parser("Adjoint against finite step, pair by pair.")
-    parser.add_argument("--top", type=int, default=20, help="pairs with the largest |S|")
-    parser.add_argument("--small", type=int, default=5, help="pairs from the smaller half of |S|")
-    parser.add_argument("--float64", type=int, default=2, help="small pairs repeated in float64")
-    parser.add_argument("--seed", type=int, default=0, help="which small pairs are drawn")
+    parser = common.parser("Adjoint against finite step, example by example.")
+    parser.add_argument("--top", type=int, default=20, help="examples with the largest |S|")
+    parser.add_argument("--small", type=int, default=5, help="examples from the smaller half of |S|")
+    parser.add_argument("--float64", type=int, default=2, help="small examples repeated in float64")
+    parser.add_argument("--seed", type=int, default=0, help="which small examples are drawn")
     common.run(measure, parser.parse_args(argv))
 
 
@@ -54,34 +54,32 @@ def measure(args: argparse.Namespace) -> None:
         with common.kept(results, COLUMNS):
             effects = _adjoint(setting, progress, results)
             top, small = choose(effects.sum(1), args.top, args.small, args.seed)
-            progress.step("pairs, two steps each", len(top) + len(small))
+            progress.step("examples, two steps each", len(top) + len(small))
             for kind, chosen in (("top", top), ("small", small)):
-                for pair in chosen:
-                    results.add(_row(setting, effects, pair, kind))
+                for example in chosen:
+                    results.add(_row(setting, effects, example, kind))
                     results.summary = summarise(results.rows)
                     progress.advance(1)
             _in_float64(setting, [*small, *top][: args.float64], results, progress)
 
 
 def _adjoint(setting: Setting, progress: RichProgress, results: Results) -> Any:
-    """S of every pair on pathway x and y, [P, 2]."""
-    from taught.attribution.adjoint import target_effects
-    from taught.target import score_targets
+    """S of every example on pathway x and y, [P, 2]."""
+    from taught.core.target import score_targets
+    from taught.estimators.adjoint import target_effects
 
-    progress.step("adjoint", 2 + len(setting.pairs))
+    progress.step("adjoint", 2 + len(setting.examples))
     with Clock() as clock:
         A, B = common.cotangents(score_targets(setting.policy), setting.policy)
-        effects, _ = target_effects(setting.problem, setting.pairs, A, B, progress=progress)
+        effects, _ = target_effects(setting.problem, setting.examples, A, B, progress=progress)
     results.conditions["seconds_adjoint"] = clock.seconds
-    ids = [pair.id for pair in setting.pairs]
-    results.conditions["adjoint_of_all_pairs"] = dict(
-        zip(ids, effects.sum(1).tolist(), strict=True)
-    )
+    ids = [example.id for example in setting.examples]
+    results.conditions["adjoint_of_all_examples"] = dict(zip(ids, effects.sum(1).tolist(), strict=True))
     return effects.numpy()
 
 
 def choose(scores: Any, top: int, small: int, seed: int) -> tuple[list[int], list[int]]:
-    """Pairs with the largest |S|, largest first, and some drawn from the half with the smallest."""
+    """Examples with the largest |S|, largest first, and some drawn from the half with the smallest."""
     import numpy as np
 
     order = np.argsort(-np.abs(scores), kind="stable")
@@ -90,15 +88,15 @@ def choose(scores: Any, top: int, small: int, seed: int) -> tuple[list[int], lis
     return [int(i) for i in leading], [int(i) for i in drawn]
 
 
-def _row(setting: Setting, effects: Any, pair: int, kind: str) -> Row:
+def _row(setting: Setting, effects: Any, example: int, kind: str) -> Row:
     with Clock() as clock:
-        full = step_scores(setting, pair, 1.0)
-        half = step_scores(setting, pair, 0.5)
-    adjoint = {"x": float(effects[pair, 0]), "y": float(effects[pair, 1])}
+        full = step_scores(setting, example, 1.0)
+        half = step_scores(setting, example, 0.5)
+    adjoint = {"x": float(effects[example, 0]), "y": float(effects[example, 1])}
     adjoint["total"] = adjoint["x"] + adjoint["y"]
     return {
-        "pair_id": setting.pairs[pair].id,
-        "label": setting.pair_rows[pair].label,
+        "example_id": setting.examples[example].id,
+        "label": setting.example_rows[example].label,
         "set": kind,
         **compare(adjoint, full, half),
         "seconds": clock.seconds,
@@ -106,16 +104,23 @@ def _row(setting: Setting, effects: Any, pair: int, kind: str) -> Row:
 
 
 def compare(adjoint: Row, full: Row, half: Row) -> Row:
-    """Put the numbers of one pair side by side: S and its pathways, with relative differences."""
+    """Put the numbers of one example side by side: S and its pathways, with relative differences."""
     row: Row = {}
     for path, suffix in (("total", ""), ("x", "_x"), ("y", "_y")):
         step, twice = full[path], 2 * half[path]
-        row |= {f"adjoint{suffix}": adjoint[path], f"step{suffix}": step, f"half{suffix}": twice,
-                f"richardson{suffix}": 2 * twice - step}  # fmt: skip
+        row |= {
+            f"adjoint{suffix}": adjoint[path],
+            f"step{suffix}": step,
+            f"half{suffix}": twice,
+            f"richardson{suffix}": 2 * twice - step,
+        }
     for name in ("step", "half", "richardson"):
         row[f"relative_{name}"] = relative(row["adjoint"], row[name])
-    row |= {"refit": full["refit"], "refit_encoded_anew": full["refit_encoded_anew"],
-            "relative_refit": relative(row["adjoint"], full["refit"])}  # fmt: skip
+    row |= {
+        "refit": full["refit"],
+        "refit_encoded_anew": full["refit_encoded_anew"],
+        "relative_refit": relative(row["adjoint"], full["refit"]),
+    }
     return row
 
 
@@ -124,17 +129,17 @@ def relative(value: float, reference: float) -> float:
     return abs(value - reference) / abs(reference) if reference else float("nan")
 
 
-def step_scores(setting: Setting, pair: int, share: float) -> Row:
+def step_scores(setting: Setting, example: int, share: float) -> Row:
     """S of one SGD step at ``share`` of the learning rate: linear by pathway, and refitted.
 
     ``refit`` holds the gates of the baseline in dX, ``refit_encoded_anew`` lets them switch.
     """
-    from taught.attribution.finite_step import finite_steps
+    from taught.estimators.finite_step import finite_steps
     from taught.policy.ridge import coefficient_shift, exact_shift, score
 
     policy, problem = setting.policy, setting.problem
     problem = dataclasses.replace(problem, lr=share * problem.lr)
-    (step,) = finite_steps(problem, [setting.pairs[pair]], setting.baseline)
+    (step,) = finite_steps(problem, [setting.examples[example]], setting.baseline)
     dX, anew, dy = step.dX.numpy(), step.dX_exact.numpy(), step.dy.numpy()
     shift = coefficient_shift(policy, dX, dy)
     return {
@@ -146,32 +151,28 @@ def step_scores(setting: Setting, pair: int, share: float) -> Row:
     }
 
 
-def _in_float64(
-    setting: Setting, pairs: Sequence[int], results: Results, progress: RichProgress
-) -> None:
+def _in_float64(setting: Setting, examples: Sequence[int], results: Results, progress: RichProgress) -> None:
     """Repeat the steps in double precision; the policy stays, so only rounding changes."""
     from taught.model.readout import read_prompts
 
-    if not pairs:
+    if not examples:
         return
     import torch
 
     problem = setting.problem
-    progress.step("float64: read-outs before, then two steps a pair", 1 + len(pairs))
+    progress.step("float64: read-outs before, then two steps an example", 1 + len(examples))
     model = problem.model.double()
-    features = dataclasses.replace(
-        problem.features, sae=problem.features.sae.to(None, torch.float64)
-    )
+    features = dataclasses.replace(problem.features, sae=problem.features.sae.to(None, torch.float64))
     problem = dataclasses.replace(problem, model=model, features=features)
     with common.double_throughout():
         baseline = read_prompts(model, problem.prompts, problem.behavior, problem.block)
     double = dataclasses.replace(setting, problem=problem, baseline=baseline)
     progress.advance(1)
-    by_id = {row["pair_id"]: row for row in results.rows}
-    for pair in pairs:
-        row = by_id[setting.pairs[pair].id]
+    by_id = {row["example_id"]: row for row in results.rows}
+    for example in examples:
+        row = by_id[setting.examples[example].id]
         with common.double_throughout():
-            step, half = (step_scores(double, pair, share)["total"] for share in (1.0, 0.5))
+            step, half = (step_scores(double, example, share)["total"] for share in (1.0, 0.5))
         row["step_float64"], row["richardson_float64"] = step, 4 * half - step
         row["relative_float64"] = relative(row["adjoint"], row["richardson_float64"])
         results.summary = summarise(results.rows)
@@ -182,7 +183,7 @@ def _in_float64(
 def summarise(rows: Sequence[Row]) -> Row:
     """Largest and median relative differences and rank correlations, over what was compared.
 
-    ``passed``: the top pairs are at most 5% apart with a Spearman correlation of at least .99.
+    ``passed``: the top examples are at most 5% apart with a Spearman correlation of at least .99.
     """
     top, small = ([row for row in rows if row["set"] == kind] for kind in ("top", "small"))
     out = {"top": _group(top), "small": _group(small), "all": {"n": len(rows), **_ranks(rows)}}
@@ -207,7 +208,7 @@ def _group(rows: Sequence[Row]) -> Row:
 
 
 def _ranks(rows: Sequence[Row]) -> Row:
-    from taught.rank import spearman
+    from taught.stats.ranks import spearman
 
     if len(rows) < 2:
         return {"spearman": None}
@@ -227,7 +228,7 @@ def _percent(key: str) -> Callable[[Row], str]:
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "pair": lambda row: row["pair_id"],
+    "example": lambda row: row["example_id"],
     "set": lambda row: row["set"],
     "adjoint": _number("adjoint"),
     "step": _number("step"),

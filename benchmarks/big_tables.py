@@ -1,6 +1,6 @@
-"""How fast a run with very many pairs is written and asked, and in how much memory.
+"""How fast a run with very many examples is written and asked, and in how much memory.
 
-    python -m benchmarks.big_tables     # a million pairs, 75 features: 5 GB of disk
+    python -m benchmarks.big_tables     # a million examples, 75 features: 5 GB of disk
     python -m benchmarks.big_tables --pairs 50000
 
 A run folder of made-up numbers is written by the writer that ``taught attribute`` uses, then asked
@@ -28,9 +28,9 @@ if __package__ in (None, ""):  # run as a file
 from benchmarks import common
 from benchmarks.common import Clock, Results, Row
 from taught.environment import peak_memory_gb
-from taught.run import RunFolder
-from taught.stages.influence import Part, write_influence
-from taught.study import Study
+from taught.run.folder import RunFolder
+from taught.stages.attribute import Part, write_influence
+from taught.study.schema import Study
 
 LABELS = ("harmful-refusal", "harmless-compliance")
 GROUPS = ("harmful", "harmless")
@@ -38,7 +38,7 @@ ASK = """
 import json, time
 from taught.environment import peak_memory_gb
 start = time.perf_counter()
-from taught import query
+from taught.run import query
 from taught.report.build import render
 from taught.report.view import load_view
 answer = {call}
@@ -55,7 +55,7 @@ COLUMNS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A run with very many pairs.")
+    parser = argparse.ArgumentParser(description="A run with very many examples.")
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--features", type=int, default=75)
     parser.add_argument("--folder", type=Path, help="where to make the run (default: temporary)")
@@ -64,14 +64,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    size = {"pairs": args.pairs, "features": args.features, "groups": len(GROUPS)}
+    size = {"examples": args.examples, "features": args.features, "groups": len(GROUPS)}
     results = Results("big_tables", size, args.out)
-    with (
-        common.kept(results, COLUMNS),
-        tempfile.TemporaryDirectory(dir=args.folder) as folder,
-    ):
+    with common.kept(results, COLUMNS), tempfile.TemporaryDirectory(dir=args.folder) as folder:
         run = Path(folder) / "run"
-        _write(run, args.pairs, args.features, results)
+        _write(run, args.examples, args.features, results)
         for name, call in _questions(args.features).items():
             results.add(_asked(name, call.replace("RUN", repr(str(run)))))
 
@@ -80,31 +77,29 @@ def _questions(features: int) -> dict[str, str]:
     feature, label = features // 2, LABELS[0]
     return {
         "list the tables": "query.tables(RUN)",
-        "top 20 by score": "query.top_pairs(RUN)",
-        "top 20 of a coefficient": f"query.top_pairs(RUN, feature={feature})",
-        "top 20 of a coefficient, pathway x, one label":
-            f"query.top_pairs(RUN, feature={feature}, pathway='x', label={label!r})",
-        "top 20 by a group's mean y": f"query.top_pairs(RUN, group={GROUPS[0]!r})",
+        "top 20 by score": "query.top_examples(RUN)",
+        "top 20 of a coefficient": f"query.top_examples(RUN, feature={feature})",
+        "top 20 of a coefficient, pathway x, one label": (
+            f"query.top_examples(RUN, feature={feature}, pathway='x', label={label!r})"
+        ),
+        "top 20 by a group's mean y": f"query.top_examples(RUN, group={GROUPS[0]!r})",
         "quantiles of score and mean y by label": "query.quantiles(RUN)",
         "quantiles of a coefficient by label": f"query.quantiles(RUN, feature={feature})",
-        "SQL: one pair's coefficients, all row groups":
-            "query.select(RUN, \"SELECT feature_id, value FROM influence WHERE pathway = 'total' "
-            "AND pair_id = (SELECT max(pair_id) FROM pairs)\")",
+        "SQL: one example's coefficients, all row groups": "query.select(RUN, \"SELECT feature_id, value FROM influence WHERE pathway = 'total' "
+        'AND example_id = (SELECT max(example_id) FROM examples)")',
         "the report": "(view := load_view(RUN), render(view))[0].summary",
-    }  # fmt: skip
+    }
 
 
 def _asked(name: str, call: str) -> Row:
-    done = subprocess.run(
-        [sys.executable, "-c", ASK.format(call=call)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", ASK.format(call=call)], capture_output=True, text=True, check=True)
     seconds, memory, rows = json.loads(done.stdout)
     return {"step": name, "seconds": seconds, "rows": rows, "peak_memory_gb": memory}
 
 
-def _write(path: Path, pairs: int, features: int, results: Results) -> None:
+def _write(path: Path, examples: int, features: int, results: Results) -> None:
     study = _study(path)
-    run, made = RunFolder(path), _Made(pairs, features)
+    run, made = RunFolder(path), _Made(examples, features)
     with run.stage("policy", study):
         made.write_policy(run)
     with run.stage("attribute", study):
@@ -113,7 +108,7 @@ def _write(path: Path, pairs: int, features: int, results: Results) -> None:
         results.add(_written("write influence", clock.seconds, run, "influence"))
         with Clock() as clock:
             made.write_summary(run)
-        results.add(_written("write summary and pairs", clock.seconds, run, "summary"))
+        results.add(_written("write summary and examples", clock.seconds, run, "summary"))
 
 
 def _written(name: str, seconds: float, run: RunFolder, table: str) -> Row:
@@ -139,10 +134,10 @@ def _study(path: Path) -> Study:
 class _Made:
     """Made-up numbers, drawn when they are written: no two row groups are in memory at once."""
 
-    def __init__(self, pairs: int, features: int) -> None:
+    def __init__(self, examples: int, features: int) -> None:
         self.rng = np.random.default_rng(0)
-        self.ids = [hashlib.sha256(str(i).encode()).hexdigest()[:16] for i in range(pairs)]
-        self.label = [LABELS[i % 2] for i in range(pairs)]
+        self.ids = [hashlib.sha256(str(i).encode()).hexdigest()[:16] for i in range(examples)]
+        self.label = [LABELS[i % 2] for i in range(examples)]
         self.features = features
         self.score = self._draw(), self._draw()
         self.means = {group: self._draw() for group in GROUPS}
@@ -165,9 +160,13 @@ class _Made:
     def write_policy(self, run: RunFolder) -> None:
         ids, coef = np.arange(self.features), self.rng.normal(size=self.features)
         columns = {
-            "feature_id": ids, "coef": coef, "lo": coef - 1, "hi": coef + 1,
-            "sign_stability": np.full(len(ids), 0.9), "label": ["made up"] * len(ids),
-        }  # fmt: skip
+            "feature_id": ids,
+            "coef": coef,
+            "lo": coef - 1,
+            "hi": coef + 1,
+            "sign_stability": np.full(len(ids), 0.9),
+            "label": ["made up"] * len(ids),
+        }
         run.write_table("coefficients", pa.table(columns))
         prompts = {"prompt_id": list(GROUPS), "text": list(GROUPS), "group": list(GROUPS)}
         run.write_table("prompts", pa.table(prompts))
@@ -176,17 +175,31 @@ class _Made:
         n, (x, y) = len(self.ids), self.score
         loss, length = self.rng.gamma(4, 0.3, n), self.rng.integers(8, 300, n)
         dominant = self.rng.integers(0, self.features, n)
-        run.write_table("summary", pa.table({
-            "pair_id": self.ids, "label": self.label, "score": x + y, "score_x": x, "score_y": y,
-            **{f"mean_y_{group}": values for group, values in self.means.items()},
-            "loss": loss, "n_response": length, "intended": [[0, 1]] * n,
-            "outside_share": np.full(n, 0.5), "outside_change": np.abs(x),
-            "dominant_feature": dominant, "dominant_share": np.full(n, 0.1),
-            "unintended": dominant > 1, "step_score": pa.nulls(n, pa.float64()),
-        }))  # fmt: skip
+        run.write_table(
+            "summary",
+            pa.table(
+                {
+                    "example_id": self.ids,
+                    "label": self.label,
+                    "score": x + y,
+                    "score_x": x,
+                    "score_y": y,
+                    **{f"mean_y_{group}": values for group, values in self.means.items()},
+                    "loss": loss,
+                    "n_response": length,
+                    "intended": [[0, 1]] * n,
+                    "outside_share": np.full(n, 0.5),
+                    "outside_change": np.abs(x),
+                    "dominant_feature": dominant,
+                    "dominant_share": np.full(n, 0.1),
+                    "unintended": dominant > 1,
+                    "step_score": pa.nulls(n, pa.float64()),
+                }
+            ),
+        )
         text = {"prompt": [f"Question {i}" for i in self.ids], "response": ["An answer."] * n}
         rest = {"label": self.label, "category": ["x"] * n, "source": ["made up"] * n}
-        run.write_table("pairs", pa.table({"pair_id": self.ids, **text, **rest}))
+        run.write_table("examples", pa.table({"example_id": self.ids, **text, **rest}))
 
 
 if __name__ == "__main__":

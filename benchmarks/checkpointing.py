@@ -1,7 +1,7 @@
-"""What checkpointing saves: memory and time of one long pair's gradient, with and without it.
+"""What checkpointing saves: memory and time of one long example's gradient, with and without it.
 
 A model of SmolLM2-135M's shape with random weights and a small vocabulary. Each measurement is a
-process of its own (Linux: the peak of its memory is set back before the pair's turn comes).
+process of its own (Linux: the peak of its memory is set back before the example's turn comes).
 """
 
 from __future__ import annotations
@@ -19,60 +19,79 @@ TOKENS = (256, 512, 1024, 2048)
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Score one pair of each length twice, write the result."""
-    results = Results("checkpointing", {
-        "model": "random Llama, 30 blocks, width 576", "dtype": "float32", "targets": 1,
-    }, args.out)  # fmt: skip
+    """Score one example of each length twice, write the result."""
+    results = Results(
+        "checkpointing", {"model": "random Llama, 30 blocks, width 576", "dtype": "float32", "targets": 1}, args.out
+    )
     with kept(results, _COLUMNS):
         for tokens in args.tokens:
             for checkpointing in (False, True):
-                command = [sys.executable, "-m", "benchmarks.checkpointing", "--one", str(tokens),
-                           "--threads", str(args.threads)]  # fmt: skip
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.checkpointing",
+                    "--one",
+                    str(tokens),
+                    "--threads",
+                    str(args.threads),
+                ]
                 command += ["--checkpointing"] if checkpointing else []
-                done = subprocess.run(command, capture_output=True, text=True, check=True,
-                                      cwd=Path(__file__).parents[1])  # fmt: skip
+                done = subprocess.run(
+                    command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+                )
                 results.add(json.loads(done.stdout))
 
 
 def one(tokens: int, checkpointing: bool) -> Row:
-    """Peak memory above what the model and the query need, and seconds, of one pair."""
+    """Peak memory above what the model and the query need, and seconds, of one example."""
     import numpy as np
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from benchmarks.flat_cost import _problem
-    from taught.attribution.adjoint import Problem, _contract_pairs, build_queries
-    from taught.attribution.pairs import PairInput
+    from taught.core.example import Example
+    from taught.estimators.adjoint import Problem, _contract_examples, build_queries
     from taught.model.gradients import find_sites, frozen
 
     keep_freed_memory()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=2048, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )).eval()  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=2048,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+        )
+    ).eval()
     like = _problem(model, 2, width=576)
-    problem = Problem(model, like.prompts, like.behavior, 15, like.features, 1e-4,
-                      batch_tokens=tokens, checkpointing=checkpointing)  # fmt: skip
+    problem = Problem(
+        model, like.prompts, like.behavior, 15, like.features, 1e-4, batch_tokens=tokens, checkpointing=checkpointing
+    )
     draw = np.random.default_rng(0)
-    pair = PairInput("z", tuple(draw.integers(10, 2000, tokens).tolist()), 16)
+    example = Example("z", tuple(draw.integers(10, 2000, tokens).tolist()), 16)
     sites = find_sites(model)
     with frozen(model):
-        queries = build_queries(problem, sites, torch.zeros(1, 2, 64).double(),
-                                 torch.ones(1, 2).double(), None)  # fmt: skip
+        queries = build_queries(problem, sites, torch.zeros(1, 2, 64).double(), torch.ones(1, 2).double(), None)
         Path("/proc/self/clear_refs").write_text("5")
         before = peak_memory_gb() or 0.0
         with Clock() as clock:
-            _contract_pairs(problem, sites, [pair], queries, 1, None)
-    return {"tokens": tokens, "checkpointing": checkpointing, "seconds": clock.seconds,
-            "memory_gb": (peak_memory_gb() or 0.0) - before}  # fmt: skip
+            _contract_examples(problem, sites, [example], queries, 1, None)
+    return {
+        "tokens": tokens,
+        "checkpointing": checkpointing,
+        "seconds": clock.seconds,
+        "memory_gb": (peak_memory_gb() or 0.0) - before,
+    }
 
 
 _COLUMNS = {
-    "tokens of the pair": lambda row: f"{row['tokens']:,}",
+    "tokens of the example": lambda row: f"{row['tokens']:,}",
     "checkpointing": lambda row: "yes" if row["checkpointing"] else "no",
-    "memory of the pair, GB": lambda row: f"{row['memory_gb']:.2f}",
+    "memory of the example, GB": lambda row: f"{row['memory_gb']:.2f}",
     "seconds": lambda row: f"{row['seconds']:.2f}",
 }
 

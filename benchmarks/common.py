@@ -24,23 +24,23 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from taught import files
 from taught.environment import keep_freed_memory, peak_memory_gb, versions
 from taught.errors import UserError
-from taught.fingerprint import code_version
 from taught.progress import RichProgress
-from taught.study import Study, load_study
+from taught.run import files
+from taught.run.fingerprint import code_version
+from taught.study.schema import Study, load_study
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from taught.attribution.adjoint import Problem
-    from taught.attribution.pairs import PairInput
-    from taught.data.pairs import Pair
+    from taught.core.example import Example
+    from taught.core.target import Target
+    from taught.data.examples import Pair
+    from taught.estimators.adjoint import Problem
     from taught.model.readout import Readouts
     from taught.policy.ridge import Policy
-    from taught.setup import Subject
-    from taught.target import Target
+    from taught.stages.subject import Subject
 
 RESULTS = Path(__file__).parent / "results"
 PRESET = "refusal-smollm2"
@@ -213,7 +213,7 @@ class Setting:
     Attributes
     ----------
     problem : model, prompts, behavior, features, learning rate
-    pairs, pair_rows : the pairs as tokens, and as they stand in the file, in the same order
+    examples, example_rows : the examples as tokens, and as they stand in the file, in the same order
     groups : group of each prompt
     baseline : read-outs at the base parameters, from token trees
     policy : the ridge on them
@@ -223,8 +223,8 @@ class Setting:
     study: Study
     subject: Subject
     problem: Problem
-    pairs: list[PairInput]
-    pair_rows: list[Pair]
+    examples: list[Example]
+    example_rows: list[Pair]
     groups: list[str]
     baseline: Readouts
     policy: Policy
@@ -236,10 +236,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--study", default=PRESET, help="a study file or the name of a preset")
     made.add_argument("--prompts", type=int, help="at most so many prompts (default: all)")
-    made.add_argument("--pairs", type=int, help="at most so many pairs (default: all)")
+    made.add_argument("--pairs", type=int, help="at most so many examples (default: all)")
     made.add_argument("--threads", type=int, help="threads of torch (default: as torch chooses)")
-    made.add_argument("--random-sae", type=int, metavar="FEATURES",
-                      help="a random SAE in place of the study's, for a trial")  # fmt: skip
+    made.add_argument(
+        "--random-sae", type=int, metavar="FEATURES", help="a random SAE in place of the study's, for a trial"
+    )
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     return made
 
@@ -264,53 +265,62 @@ def open_setting(args: argparse.Namespace, progress: RichProgress) -> Setting:
     if args.threads:
         torch.set_num_threads(args.threads)
     study = load_study(args.study)
-    for key, value in (("prompts.limit", args.prompts), ("pairs.limit", args.pairs)):
+    for key, value in (("prompts.limit", args.prompts), ("examples.limit", args.examples)):
         study = study if value is None else study.replace(key, value)
     if not args.random_sae:
         return _opened(study, progress)
     with tempfile.TemporaryDirectory() as folder:
         _write_random_sae(Path(folder), study, args.random_sae)
-        return _opened(
-            study.replace("sae.path", folder).replace("features.threshold", 0.0), progress
-        )
+        return _opened(study.replace("sae.path", folder).replace("features.threshold", 0.0), progress)
 
 
 def _opened(study: Study, progress: RichProgress) -> Setting:
-    from taught.attribution.adjoint import Problem
+    from taught.estimators.adjoint import Problem
     from taught.model.readout import read_prompts
-    from taught.setup import open_subject, pair_inputs, prompt_inputs, study_pairs, study_prompts
+    from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
 
     progress.step("loading the model")
     subject = open_subject(study)
     prompts = study_prompts(study)
-    pair_set, _ = study_pairs(study, prompts)
-    encoded, cut = subject.chat.encode_pairs(
-        pair_set.pairs, study.pairs.max_tokens, study.pairs.drop_truncated
+    example_set, _ = study_examples(study, prompts)
+    encoded, cut = subject.chat.encode_examples(
+        example_set.examples, study.examples.max_tokens, study.examples.drop_truncated
     )
     reads = prompt_inputs(subject.chat.encode_prompts(prompts.prompts), study.readout.position)
     block, groups = subject.sae.block, [prompt.group for prompt in prompts.prompts]
     progress.step("read-outs", len(reads))
     with Clock() as reading:
-        baseline = read_prompts(
-            subject.loaded.model, reads, subject.behavior, block, progress=progress
-        )
+        baseline = read_prompts(subject.loaded.model, reads, subject.behavior, block, progress=progress)
     features = subject.features(_chosen(study, subject, baseline, groups), study)
     with Clock() as fitting:
         X = features(baseline.h, baseline.offsets)
         policy = _policy(study, X, baseline, features.ids.tolist())
     settings = study.attribution
     problem = Problem(
-        subject.loaded.model, reads, subject.behavior, block, features, settings.lr,
-        settings.batch_tokens, settings.memory_gb,
-    )  # fmt: skip
-    rows = [pair for pair in pair_set.pairs if pair.id not in set(cut)]
-    return Setting(study, subject, problem, pair_inputs(encoded), rows, groups, baseline, policy,
-                   reading.seconds + fitting.seconds)  # fmt: skip
+        subject.loaded.model,
+        reads,
+        subject.behavior,
+        block,
+        features,
+        settings.lr,
+        settings.batch_tokens,
+        settings.memory_gb,
+    )
+    rows = [example for example in example_set.examples if example.id not in set(cut)]
+    return Setting(
+        study,
+        subject,
+        problem,
+        example_inputs(encoded),
+        rows,
+        groups,
+        baseline,
+        policy,
+        reading.seconds + fitting.seconds,
+    )
 
 
-def _chosen(
-    study: Study, subject: Subject, baseline: Readouts, groups: Sequence[str], step: int = 64
-) -> list[int]:
+def _chosen(study: Study, subject: Subject, baseline: Readouts, groups: Sequence[str], step: int = 64) -> list[int]:
     """Ids of the policy's features; all features are encoded a few prompts at a time."""
     import torch
 
@@ -340,10 +350,10 @@ def _policy(study: Study, X: Tensor, baseline: Readouts, feature_ids: list[int])
     acts, y, ids = X.double().cpu().numpy(), baseline.y.numpy(), baseline.prompt_ids
     spec, alpha = study.policy, study.policy.alpha
     if isinstance(alpha, str):
-        alpha, _ = choose_alpha(acts, y, fit_intercept=spec.intercept, folds=spec.folds,
-                                seed=spec.seed, prompt_ids=ids)  # fmt: skip
-    return fit_policy(acts, y, prompt_ids=ids, feature_ids=feature_ids, alpha=float(alpha),
-                      fit_intercept=spec.intercept)  # fmt: skip
+        alpha, _ = choose_alpha(acts, y, fit_intercept=spec.intercept, folds=spec.folds, seed=spec.seed, prompt_ids=ids)
+    return fit_policy(
+        acts, y, prompt_ids=ids, feature_ids=feature_ids, alpha=float(alpha), fit_intercept=spec.intercept
+    )
 
 
 def _write_random_sae(folder: Path, study: Study, features: int, k: int = 32) -> None:
@@ -359,12 +369,16 @@ def _write_random_sae(folder: Path, study: Study, features: int, k: int = 32) ->
     width, block = config.hidden_size, config.num_hidden_layers // 2
     W = torch.randn(width, features, generator=torch.Generator().manual_seed(0))
     W /= W.norm(dim=0)
-    weights = {"W_enc": W, "b_enc": torch.zeros(features), "W_dec": W.T.contiguous(),
-               "b_dec": torch.zeros(width)}  # fmt: skip
+    weights = {"W_enc": W, "b_enc": torch.zeros(features), "W_dec": W.T.contiguous(), "b_dec": torch.zeros(width)}
     save_file(weights, folder / "sae_weights.safetensors")
     hook = f"blocks.{block}.hook_resid_post"
-    content = {"architecture": "topk", "k": min(k, features), "d_in": width, "d_sae": features,
-               "metadata": {"hook_name": hook}}  # fmt: skip
+    content = {
+        "architecture": "topk",
+        "k": min(k, features),
+        "d_in": width,
+        "d_sae": features,
+        "metadata": {"hook_name": hook},
+    }
     (folder / "cfg.json").write_text(json.dumps(content))
 
 
@@ -381,8 +395,8 @@ def conditions(setting: Setting, args: argparse.Namespace) -> Row:
         "prompts": len(problem.prompts),
         "prompt_tokens": plain,
         "tree_tokens": tree_tokens(problem),
-        "pairs": len(setting.pairs),
-        "pair_tokens": sum(len(pair.ids) - 1 for pair in setting.pairs),
+        "examples": len(setting.examples),
+        "example_tokens": sum(len(example.ids) - 1 for example in setting.examples),
         "features": setting.policy.d,
         "block": problem.block,
         "position": study.readout.position,
@@ -433,7 +447,7 @@ def cotangents(targets: Sequence[Target], policy: Policy) -> tuple[Tensor, Tenso
     """A [K, N, d] and B [K, N] of some targets, float64."""
     import torch
 
-    from taught.target import cotangents as stacked
+    from taught.core.target import cotangents as stacked
 
     A, B = stacked(targets, policy)
     return torch.from_numpy(A), torch.from_numpy(B)

@@ -1,4 +1,4 @@
-"""What a pair costs by each concept method: gradients by estimator and curvature, forward passes.
+"""What an example costs by each concept method: gradients by estimator and curvature, forward passes.
 
 One concept, the difference of the groups' means at the SAE's block. One-time work (the concept's
 query gradient over the prompts, eigendecompositions, the model's own answers) stands in a column of
@@ -21,17 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import (
-    Clock,
-    Results,
-    Setting,
-    conditions,
-    console,
-    kept,
-    open_setting,
-    result_name,
-    run,
-)
+from benchmarks.common import Clock, Results, Setting, conditions, console, kept, open_setting, result_name, run
 from benchmarks.common import parser as common_parser
 from benchmarks.peers import HERE, environment
 from taught.progress import RichProgress
@@ -42,43 +32,49 @@ Times = tuple[float, float]  # seconds, and of all threads together
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Time every method on the same pairs, write the result."""
+    """Time every method on the same examples, write the result."""
     with RichProgress(console) as progress:
         setting = open_setting(args, progress)
         problem, features, direction = _problem(setting)
         facts = {**conditions(setting, args), "own_tokens": OWN_TOKENS, "rounds": args.rounds}
         results = Results(result_name("concepts", args), facts, args.out)
-        pairs, few = setting.pairs, setting.pairs[: args.few]
+        examples, few = setting.examples, setting.examples[: args.few]
         with kept(results, _COLUMNS):
-            every, once = _gradient(problem, pairs, args.rounds)
-            results.add(_row("gradient, adjoint", every, len(pairs), once))
-            results.add(_ekfac(problem, pairs, args.rounds))
+            every, once = _gradient(problem, examples, args.rounds)
+            results.add(_row("gradient, adjoint", every, len(examples), once))
+            results.add(_ekfac(problem, examples, args.rounds))
             for name in ("jvp", "finite-step"):
                 results.add(_row(f"gradient, {name}", _one_by_one(problem, few, name), len(few)))
             for name, every, once in _projections(setting, features, args.rounds):
-                results.add(_row(name, every, len(pairs), once))
+                results.add(_row(name, every, len(examples), once))
             if args.bergson:
-                results.add(_bergson(args, problem, pairs, direction))
+                results.add(_bergson(args, problem, examples, direction))
             results.summary = summarised(results.rows)
 
 
 def summarised(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """CPU time a pair of each gradient method over that of the cheaper ones."""
+    """CPU time an example of each gradient method over that of the cheaper ones."""
     return {
-        f"{base['method']} over {row['method']}": base["cpu_ms_a_pair"] / row["cpu_ms_a_pair"]
+        f"{base['method']} over {row['method']}": base["cpu_ms_a_example"] / row["cpu_ms_a_example"]
         for base in rows
         for row in rows
-        if base["method"].startswith(("gradient", "Bergson"))
-        and base["cpu_ms_a_pair"] > row["cpu_ms_a_pair"]
+        if base["method"].startswith(("gradient", "Bergson")) and base["cpu_ms_a_example"] > row["cpu_ms_a_example"]
     }
 
 
-def _row(method: str, every: list[Times], pairs: int, once: float | None = None) -> dict[str, Any]:
+def _row(method: str, every: list[Times], examples: int, once: float | None = None) -> dict[str, Any]:
     """One method; the medians of its rounds count."""
     seconds, cpu = (statistics.median(values) for values in zip(*every, strict=True))
-    return {"method": method, "pairs": pairs, "seconds": seconds, "cpu_seconds": cpu,
-            "ms_a_pair": 1000 * seconds / pairs, "cpu_ms_a_pair": 1000 * cpu / pairs,
-            "seconds_and_cpu_seconds_of_all_runs": every, "seconds_once": once}  # fmt: skip
+    return {
+        "method": method,
+        "examples": examples,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "ms_a_example": 1000 * seconds / examples,
+        "cpu_ms_a_example": 1000 * cpu / examples,
+        "seconds_and_cpu_seconds_of_all_runs": every,
+        "seconds_once": once,
+    }
 
 
 def _timed(go: Callable[[], Any], rounds: int) -> list[Times]:
@@ -92,7 +88,7 @@ def _timed(go: Callable[[], Any], rounds: int) -> list[Times]:
 
 
 def _problem(setting: Setting) -> tuple[Any, Any, np.ndarray]:
-    """The problem of one concept on the setting's prompts, its read-out of pairs, its direction."""
+    """The problem of one concept on the setting's prompts, its read-out of examples, its direction."""
     from taught.features.concept import Concept, concept_map
     from taught.features.pooling import pool
 
@@ -102,18 +98,17 @@ def _problem(setting: Setting) -> tuple[Any, Any, np.ndarray]:
     positive = np.array([group == study.prompts.positive_group for group in setting.groups])
     v = H[positive].mean(0) - H[~positive].mean(0)
     v /= np.linalg.norm(v)
-    concept = Concept("difference", v, problem.block, how, "mean_response",
-                      {}, {}, {})  # fmt: skip
+    concept = Concept("difference", v, problem.block, how, "mean_response", {}, {}, {})
     like = next(problem.model.parameters())
     of_prompts = concept_map([concept], how, like)
     return replace(problem, features=of_prompts), concept_map([concept], concept.tokens, like), v
 
 
-def _gradient(problem: Any, pairs: list[Any], rounds: int) -> tuple[list[Times], float]:
-    """By the adjoint: seconds of the pairs in each round, of the query gradient."""
+def _gradient(problem: Any, examples: list[Any], rounds: int) -> tuple[list[Times], float]:
+    """By the adjoint: seconds of the examples in each round, of the query gradient."""
     import torch
 
-    from taught.attribution.adjoint import _contract_pairs, build_queries
+    from taught.estimators.adjoint import _contract_examples, build_queries
     from taught.model.gradients import find_sites, frozen
 
     n = len(problem.prompts)
@@ -122,64 +117,63 @@ def _gradient(problem: Any, pairs: list[Any], rounds: int) -> tuple[list[Times],
     with frozen(problem.model):
         with Clock() as once:
             queries = build_queries(problem, sites, A, None, None)
-        every = _timed(
-            lambda: _contract_pairs(problem, sites, pairs, queries, 1, None), rounds
-        )  # fmt: skip
+        every = _timed(lambda: _contract_examples(problem, sites, examples, queries, 1, None), rounds)
     return every, once.seconds
 
 
-def _ekfac(problem: Any, pairs: list[Any], rounds: int) -> dict[str, Any]:
-    """By the adjoint with EK-FAC fitted to the pairs, the published method (arXiv 2602.14869).
+def _ekfac(problem: Any, examples: list[Any], rounds: int) -> dict[str, Any]:
+    """By the adjoint with EK-FAC fitted to the examples, the published method (arXiv 2602.14869).
 
-    A fit passes over the pairs several times and then decomposes matrices whose number and size do
-    not depend on them: fits to half of the pairs and to all tell the two apart, token by token.
+    A fit passes over the examples several times and then decomposes matrices whose number and size do
+    not depend on them: fits to half of the examples and to all tell the two apart, token by token.
     """
-    from taught.attribution.ekfac import with_ekfac
+    from taught.curvatures.ekfac import with_ekfac
 
     fits = []
-    for some in (pairs[::2], pairs):
+    for some in (examples[::2], examples):
         curved: Any = None  # that of the half is let go of
         begun = time.process_time()
         with Clock() as clock:
             curved = with_ekfac(problem, some, damping=0.1)
         cpu = time.process_time() - begun
-        fits.append(np.array([clock.seconds, cpu, sum(len(pair.ids) for pair in some)]))
+        fits.append(np.array([clock.seconds, cpu, sum(len(example.ids) for example in some)]))
     *grown, tokens = fits[1] - fits[0]
     passes = np.array(grown) / tokens * fits[1][2]
-    every, once = _gradient(curved, pairs, rounds)
+    every, once = _gradient(curved, examples, rounds)
     total = [(wall + passes[0], cpu + passes[1]) for wall, cpu in every]
-    row = _row("gradient, adjoint, EK-FAC", total, len(pairs), once + fits[1][0] - passes[0])
-    return {**row, "cpu_ms_a_pair_of_fitting": 1000 * passes[1] / len(pairs),
-            "fits_seconds_cpu_tokens": [fit.tolist() for fit in fits]}  # fmt: skip
+    row = _row("gradient, adjoint, EK-FAC", total, len(examples), once + fits[1][0] - passes[0])
+    return {
+        **row,
+        "cpu_ms_a_example_of_fitting": 1000 * passes[1] / len(examples),
+        "fits_seconds_cpu_tokens": [fit.tolist() for fit in fits],
+    }
 
 
-def _one_by_one(problem: Any, pairs: list[Any], estimator: str) -> list[Times]:
-    return _timed(lambda: _effects(problem, pairs, estimator), 1)
+def _one_by_one(problem: Any, examples: list[Any], estimator: str) -> list[Times]:
+    return _timed(lambda: _effects(problem, examples, estimator), 1)
 
 
-def _effects(problem: Any, pairs: list[Any], estimator: str = "adjoint") -> np.ndarray:
-    """Effect of each pair on the concept."""
-    from taught.attribution.concepts import concept_effects
-    from taught.target import concept_targets
+def _effects(problem: Any, examples: list[Any], estimator: str = "adjoint") -> np.ndarray:
+    """Effect of each example on the concept."""
+    from taught.core.target import concept_targets
+    from taught.estimators.concepts import concept_effects
 
     ids = [prompt.id for prompt in problem.prompts]
     targets = concept_targets(ids, ["difference"], np.ones(len(ids), dtype=bool))
-    effects: np.ndarray = concept_effects(problem, pairs, targets, estimator)[:, 0].numpy()
+    effects: np.ndarray = concept_effects(problem, examples, targets, estimator)[:, 0].numpy()
     return effects
 
 
-def _projections(
-    setting: Setting, features: Any, rounds: int
-) -> list[tuple[str, list[Times], float | None]]:
+def _projections(setting: Setting, features: Any, rounds: int) -> list[tuple[str, list[Times], float | None]]:
     """Each forward-only method: seconds of every round, and of what is done once."""
-    from taught.attribution.projections import project
+    from taught.baselines.activations import project
     from taught.model.generate import greedy
 
-    model, block, pairs = setting.problem.model, setting.problem.block, setting.pairs
-    end = setting.pairs[0].ids[-1]
+    model, block, examples = setting.problem.model, setting.problem.block, setting.examples
+    end = setting.examples[0].ids[-1]
     with Clock() as answering:
-        answers = greedy(model, [pair.ids[: pair.start] for pair in pairs], {end}, OWN_TOKENS)
-    own = [replace(p, ids=(*p.ids[: p.start], *a)) for p, a in zip(pairs, answers, strict=True)]
+        answers = greedy(model, [example.ids[: example.start] for example in examples], {end}, OWN_TOKENS)
+    own = [replace(p, ids=(*p.ids[: p.start], *a)) for p, a in zip(examples, answers, strict=True)]
 
     def passes(*sets: list[Any]) -> Callable[[], None]:
         def go() -> None:
@@ -189,62 +183,67 @@ def _projections(
         return go
 
     ways = [
-        ("vector filter", passes(pairs), None),
-        # As the command does: a pair and the own response share the tokens of their prompt.
-        ("projection difference, own response", passes([*pairs, *own]), answering.seconds),
+        ("vector filter", passes(examples), None),
+        # As the command does: an example and the own response share the tokens of their prompt.
+        ("projection difference, own response", passes([*examples, *own]), answering.seconds),
         # The tuned model is one of the same size: here the same one.
-        ("projection difference, training", passes(pairs, pairs), None),
+        ("projection difference, training", passes(examples, examples), None),
     ]
     return [(name, _timed(go, rounds), once) for name, go, once in ways]
 
 
-def _bergson(
-    args: argparse.Namespace, problem: Any, pairs: list[Any], direction: Any
-) -> dict[str, Any]:
-    """Bergson's row: the same concept, prompts and pairs, in a process of its own."""
+def _bergson(args: argparse.Namespace, problem: Any, examples: list[Any], direction: Any) -> dict[str, Any]:
+    """Bergson's row: the same concept, prompts and examples, in a process of its own."""
     import torch
 
-    from taught.attribution.ekfac import curved_layers
-    from taught.rank import spearman
+    from taught.curvatures.ekfac import curved_layers
+    from taught.stats.ranks import spearman
 
     threads = torch.get_num_threads()
     job = {
-        "model": os.path.abspath(problem.model.name_or_path), "threads": threads,
-        "tokens": problem.batch_tokens, "rounds": args.rounds, "block": problem.block,
+        "model": os.path.abspath(problem.model.name_or_path),
+        "threads": threads,
+        "tokens": problem.batch_tokens,
+        "rounds": args.rounds,
+        "block": problem.block,
         "direction": direction.tolist(),
         "prompts": [{"ids": list(p.ids), "read": list(p.read)} for p in problem.prompts],
-        "pairs": [{"ids": list(p.ids), "start": p.start} for p in pairs],
-    }  # fmt: skip
+        "examples": [{"ids": list(p.ids), "start": p.start} for p in examples],
+    }
     python = os.path.abspath(args.bergson)
     with tempfile.TemporaryDirectory() as folder:
         path = write_job(Path(folder), job)
         done = subprocess.run(
-            [python, str(HERE / "peer_bergson_score.py"), str(path)], cwd=folder,
-            env=environment(threads, python), capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            [python, str(HERE / "peer_bergson_score.py"), str(path)],
+            cwd=folder,
+            env=environment(threads, python),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise SystemExit(done.stderr[-3000:])
         report = json.loads((Path(folder) / "report.json").read_text())
         scores = np.load(Path(folder) / "scores.npy")
-    row = _row("Bergson, score", report["times"], len(pairs), report["seconds_once"])
+    row = _row("Bergson, score", report["times"], len(examples), report["seconds_once"])
     # Its scores are products of gradients of losses: larger means that training lowers F.
     layers = curved_layers(problem.model)  # what Bergson covers
-    same = _effects(replace(problem, parameters=layers), pairs)
+    same = _effects(replace(problem, parameters=layers), examples)
     found = -problem.lr * scores
     return {
-        **report, **row, "spearman_with_adjoint": spearman(found, _effects(problem, pairs)),
+        **report,
+        **row,
+        "spearman_with_adjoint": spearman(found, _effects(problem, examples)),
         "spearman_with_adjoint_of_its_layers": spearman(found, same),
-        "relative_difference_of_its_layers": float(
-            np.linalg.norm(found - same) / np.linalg.norm(same)
-        ),
-    }  # fmt: skip
+        "relative_difference_of_its_layers": float(np.linalg.norm(found - same) / np.linalg.norm(same)),
+    }
 
 
 def write_job(folder: Path, job: dict[str, Any]) -> Path:
     """Write what the worker is to do.
 
     model (folder), direction [D], block, prompts (ids, read: where h is read, its mean counts),
-    pairs (ids, start: ``ids[start:]`` is the response), tokens (padded, a batch), rounds, threads,
+    examples (ids, start: ``ids[start:]`` is the response), tokens (padded, a batch), rounds, threads,
     out (the job's folder).
     """
     path = folder / "job.json"
@@ -254,9 +253,9 @@ def write_job(folder: Path, job: dict[str, Any]) -> Path:
 
 _COLUMNS = {
     "method": lambda row: row["method"],
-    "pairs": lambda row: f"{row['pairs']:,}",
-    "ms a pair": lambda row: f"{row['ms_a_pair']:.1f}",
-    "CPU ms a pair": lambda row: f"{row['cpu_ms_a_pair']:.1f}",
+    "examples": lambda row: f"{row['examples']:,}",
+    "ms an example": lambda row: f"{row['ms_a_example']:.1f}",
+    "CPU ms an example": lambda row: f"{row['cpu_ms_a_example']:.1f}",
     "once, s": lambda row: "" if row["seconds_once"] is None else f"{row['seconds_once']:.1f}",
 }
 
@@ -264,10 +263,8 @@ _COLUMNS = {
 def main() -> None:
     """Parse the flags and measure."""
     flags = common_parser(__doc__ or "")
-    flags.add_argument("--few", type=int, default=3, help="pairs for jvp and finite-step")
-    flags.add_argument(
-        "--rounds", type=int, default=3, help="runs of the others; the median counts"
-    )
+    flags.add_argument("--few", type=int, default=3, help="examples for jvp and finite-step")
+    flags.add_argument("--rounds", type=int, default=3, help="runs of the others; the median counts")
     flags.add_argument("--bergson", metavar="PYTHON", help="interpreter of Bergson's environment")
     run(measure, flags.parse_args())
 

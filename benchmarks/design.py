@@ -1,8 +1,8 @@
 """How many retrainings a chosen design saves against random subsets, in simulations.
 
-Outcomes of training on a subset are made up: a sum of effects of its pairs, products of pairs (a
+Outcomes of training on a subset are made up: a sum of effects of its examples, products of examples (a
 tenth of its variance), and noise of the training seed. Influence scores are these effects with
-errors. Asked is the effect of one pair, or of the group of planted pairs. Every way of choosing and
+errors. Asked is the effect of one example, or of the group of planted examples. Every way of choosing and
 estimating is unbiased (taught.validation.design); compared is how long its 95% interval is.
 """
 
@@ -18,16 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.common import RESULTS, Results, console, kept, run
 from taught.progress import RichProgress
-from taught.validation.design import (
-    Effect,
-    Question,
-    ask,
-    couple_effect,
-    couples,
-    draw,
-    estimate,
-    next_probabilities,
-)
+from taught.validation.design import Effect, Question, ask, couple_effect, couples, draw, estimate, next_probabilities
 from taught.validation.subsets import Subsets, random_subsets
 
 Floats = NDArray[np.float64]
@@ -42,11 +33,7 @@ INTERACTIONS = 0.1
 
 
 def from_pool(
-    question: Question,
-    outcomes: Mapping[str, float],
-    scores: Mapping[str, float],
-    count: int,
-    seed: int,
+    question: Question, outcomes: Mapping[str, float], scores: Mapping[str, float], count: int, seed: int
 ) -> dict[str, Effect]:
     """The effect by ``count`` draws from a pool whose outcomes are known, one way after another."""
     by_chance = draw(question, question.reference, count, seed=seed)
@@ -63,20 +50,20 @@ def from_pool(
 
 
 class World:
-    """Effects of P pairs, and what training on subsets of them gives."""
+    """Effects of P examples, and what training on subsets of them gives."""
 
-    def __init__(self, pairs: int, accuracy: float, noise: float, seed: int) -> None:
+    def __init__(self, examples: int, accuracy: float, noise: float, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.ids = [f"z{i:03d}" for i in range(pairs)]
-        self.theta = self.rng.standard_normal(pairs)
-        error = self.rng.standard_normal(pairs)
+        self.ids = [f"z{i:03d}" for i in range(examples)]
+        self.theta = self.rng.standard_normal(examples)
+        error = self.rng.standard_normal(examples)
         found = accuracy * self.theta + math.sqrt(1 - accuracy**2) * error
         self.scores = dict(zip(self.ids, found.tolist(), strict=True))
-        self.spread = math.sqrt(pairs / 4)  # of a random half's sum
+        self.spread = math.sqrt(examples / 4)  # of a random half's sum
         self.noise = noise * self.spread
         # sum_ij (m_i - 1/2) b_ij (m_j - 1/2), b ~ N(0, 1): variance P^2 / 16 over random halves
-        size = math.sqrt(INTERACTIONS) * self.spread / (pairs / 4)
-        self.b = size * self.rng.standard_normal((pairs, pairs))
+        size = math.sqrt(INTERACTIONS) * self.spread / (examples / 4)
+        self.b = size * self.rng.standard_normal((examples, examples))
 
     def train(self, subsets: Subsets) -> dict[str, float]:
         """Outcome of each subset, under one seed each."""
@@ -87,25 +74,23 @@ class World:
 
     def added(self, group: Sequence[str], backgrounds: Subsets) -> float:
         """What adding the group to these backgrounds gives on average, without noise."""
-        inside = np.array([pair in set(group) for pair in self.ids], dtype=np.float64)
+        inside = np.array([example in set(group) for example in self.ids], dtype=np.float64)
         m = backgrounds.membership(self.ids).astype(np.float64)
         cross = (m - 0.5) @ (self.b + self.b.T) @ inside
         return float(inside @ self.theta + inside @ self.b @ inside + cross.mean())
 
 
-def once(
-    args: argparse.Namespace, accuracy: float, noise: float, planted: int, seed: int
-) -> list[dict[str, Any]]:
+def once(args: argparse.Namespace, accuracy: float, noise: float, planted: int, seed: int) -> list[dict[str, Any]]:
     """One made-up world: intervals and errors of every way at every budget."""
-    world = World(args.pairs, accuracy, noise, seed)
+    world = World(args.examples, accuracy, noise, seed)
     group = world.ids[:planted]
-    pool = random_subsets(world.ids, args.pairs // 2, args.pool, seed=seed)
+    pool = random_subsets(world.ids, args.examples // 2, args.pool, seed=seed)
     question = ask(pool, {"group": group})
     outcomes = world.train(pool)
     row = [outcomes[name] for name in pool.names]
     truth = float(question.weights[0] @ (question.reference * row))
-    others = [pair for pair in world.ids if pair not in set(group)]
-    size = (args.pairs - planted) // 2
+    others = [example for example in world.ids if example not in set(group)]
+    size = (args.examples - planted) // 2
     background = random_subsets(others, size, args.pool, seed=seed + 1)
     added = world.added(group, background)
     found = []
@@ -115,11 +100,16 @@ def once(
         ways[COUPLES] = couple_effect(made, world.train(made.subsets))
         for way, effect in ways.items():
             right = added if way == COUPLES else truth
-            found.append({
-                "way": way, "count": count, "retrainings": effect.retrainings,
-                "half_width": (effect.hi - effect.lo) / 2, "error": effect.value - right,
-                "covered": effect.lo <= right <= effect.hi,
-            })  # fmt: skip
+            found.append(
+                {
+                    "way": way,
+                    "count": count,
+                    "retrainings": effect.retrainings,
+                    "half_width": (effect.hi - effect.lo) / 2,
+                    "error": effect.value - right,
+                    "covered": effect.lo <= right <= effect.hi,
+                }
+            )
     return found
 
 
@@ -137,16 +127,23 @@ def needed(rows: Sequence[Mapping[str, float]], width: float) -> float:
 
 def measure(args: argparse.Namespace) -> None:
     """All settings, one after another."""
-    results = Results("design", {
-        "pairs": args.pairs, "pool": args.pool, "planted": args.planted,
-        "repetitions": args.repetitions, "budgets": args.counts, "interactions": INTERACTIONS,
-        "subsets": "random halves",
-    }, args.out)  # fmt: skip
+    results = Results(
+        "design",
+        {
+            "examples": args.examples,
+            "pool": args.pool,
+            "planted": args.planted,
+            "repetitions": args.repetitions,
+            "budgets": args.counts,
+            "interactions": INTERACTIONS,
+            "subsets": "random halves",
+        },
+        args.out,
+    )
     settings = [(a, n, g) for a in args.accuracy for n in args.noise for g in (1, args.planted)]
     with RichProgress(console) as progress, kept(results, _COLUMNS):
         for accuracy, noise, planted in settings:
-            progress.step(f"accuracy {accuracy:g}, noise {noise:g}, group of {planted}",
-                          args.repetitions)  # fmt: skip
+            progress.step(f"accuracy {accuracy:g}, noise {noise:g}, group of {planted}", args.repetitions)
             worlds = []
             for seed in range(args.repetitions):
                 worlds += once(args, accuracy, noise, planted, seed)
@@ -164,12 +161,14 @@ def summarised(worlds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         budgets = []
         for count in sorted({row["count"] for row in worlds}):
             some = [row for row in worlds if (row["way"], row["count"]) == (way, count)]
-            budgets.append({
-                "retrainings": float(np.mean([row["retrainings"] for row in some])),
-                "half_width": float(np.mean([row["half_width"] for row in some])),
-                "rmse": float(np.sqrt(np.mean([row["error"] ** 2 for row in some]))),
-                "coverage": float(np.mean([row["covered"] for row in some])),
-            })  # fmt: skip
+            budgets.append(
+                {
+                    "retrainings": float(np.mean([row["retrainings"] for row in some])),
+                    "half_width": float(np.mean([row["half_width"] for row in some])),
+                    "rmse": float(np.sqrt(np.mean([row["error"] ** 2 for row in some]))),
+                    "coverage": float(np.mean([row["covered"] for row in some])),
+                }
+            )
         rows.append({"way": way, **budgets[-1], "budgets": budgets})
     reach = {row["way"]: row["half_width"] for row in rows}
     for row in rows:
@@ -209,10 +208,12 @@ def main() -> None:
     flags.add_argument("--planted", type=int, default=30)
     flags.add_argument("--pool", type=int, default=800, help="random subsets to choose from")
     flags.add_argument("--counts", type=int, nargs="+", default=[12, 20, 30, 42, 60])
-    flags.add_argument("--accuracy", type=float, nargs="+", default=[0.5, 0.9],
-                       help="correlation of the scores with the effects")  # fmt: skip
-    flags.add_argument("--noise", type=float, nargs="+", default=[0.1, 0.4],
-                       help="sd of the seeds over that of the outcomes")  # fmt: skip
+    flags.add_argument(
+        "--accuracy", type=float, nargs="+", default=[0.5, 0.9], help="correlation of the scores with the effects"
+    )
+    flags.add_argument(
+        "--noise", type=float, nargs="+", default=[0.1, 0.4], help="sd of the seeds over that of the outcomes"
+    )
     flags.add_argument("--repetitions", type=int, default=100)
     flags.add_argument("--out", default=RESULTS, type=type(RESULTS))
     run(measure, flags.parse_args())

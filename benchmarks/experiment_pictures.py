@@ -44,7 +44,7 @@ def picture(record: Row, baselines: Collection[str]) -> str:
 
 def _aucs(rows: list[Row]) -> tuple[str, float]:
     scale = Scale(0, 1, NAMES, WIDTH - EDGE)
-    parts = [_text(EDGE, 14, "AUC of the planted pairs, 95% interval", "title")]
+    parts = [_text(EDGE, 14, "AUC of the planted examples, 95% interval", "title")]
     parts.append(_axis(scale, 24, len(rows), middle=0.5))
     for i, row in enumerate(rows):
         at = 24 + (i + 0.5) * STEP
@@ -75,19 +75,15 @@ def _outcomes(record: Row) -> tuple[str, float]:
         rows = [row for row in record["rows"] if way in row]
         for group in sorted(rows[0][way], key=lambda name: name != leak):
             random = summary[f"{way}, random"][group]
-            marks = {"base": summary["mean_y"]["base"][group],
-                     "all": summary["mean_y"]["all pairs"][group]}  # fmt: skip
-            title = (f"Mean y of {group}, {said}; grey: random sets, green: base model, "
-                     "orange: trained on all")  # fmt: skip
+            marks = {"base": summary["mean_y"]["base"][group], "all": summary["mean_y"]["all examples"][group]}
+            title = f"Mean y of {group}, {said}; grey: random sets, green: base model, orange: trained on all"
             part = _dots([(row["method"], row[way][group]) for row in rows], random, marks, title)
             parts.append(f'<g transform="translate(0 {y:g})">{part}</g>')
             y += 24 + len(rows) * STEP + 30
     return "".join(parts), y
 
 
-def _dots(
-    rows: list[tuple[str, Row]], random: list[float], marks: Mapping[str, float], title: str
-) -> str:
+def _dots(rows: list[tuple[str, Row]], random: list[float], marks: Mapping[str, float], title: str) -> str:
     """Dots with the interval of their difference, set at the mean of the random sets."""
     ends = [e for _, of in rows for e in (of["random"] + of["lo"], of["random"] + of["hi"])]
     ends += [*random, *marks.values(), *(of["method"] for _, of in rows)]
@@ -95,8 +91,10 @@ def _dots(
     scale = Scale(min(ends) - pad, max(ends) + pad, NAMES, WIDTH - EDGE)
     height = len(rows) * STEP
     left, right = scale(min(random)), scale(max(random))
-    parts = [_text(EDGE, 14, title, "title"), f'<rect class="band" x="{left}" y="24" '
-             f'width="{right - left:.2f}" height="{height}"/>']  # fmt: skip
+    parts = [
+        _text(EDGE, 14, title, "title"),
+        f'<rect class="band" x="{left}" y="24" width="{right - left:.2f}" height="{height}"/>',
+    ]
     parts.append(_axis(scale, 24, len(rows), middle=sum(random) / len(random)))
     parts += [_line(name, scale(value), 24, 24 + height) for name, value in marks.items()]
     for i, (name, of) in enumerate(rows):

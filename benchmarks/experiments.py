@@ -1,11 +1,11 @@
-"""Planted pairs among others: which method finds them, and what leaving them out does.
+"""Planted examples among others: which method finds them, and what leaving them out does.
 
     python -m benchmarks.experiments --experiment style --share 50    # goes on where it was stopped
     python -m benchmarks.experiments --plot                           # pictures of all results
 
-Concept methods, the policy's score, plain influence and baselines on one set of pairs, a tenth or
+Concept methods, the policy's score, plain influence and baselines on one set of examples, a tenth or
 half of which are planted. benchmarks/README.md says what the columns mean and how long it takes.
-Scores: high means that training on the pair raises the behavior.
+Scores: high means that training on the example raises the behavior.
 """
 
 from __future__ import annotations
@@ -28,48 +28,58 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS, Clock, Results, Row, console, cotangents, kept, run
 from benchmarks.experiment_pictures import picture
-from taught import files, stages
+from taught import stages
+from taught.core.target import Target, concept_targets, mean_y_target, score_targets
 from taught.data.columns import name_ids
-from taught.data.pairs import PairSet, load_pairs
+from taught.data.examples import ExampleSet
 from taught.data.prompts import PromptSet
 from taught.environment import mark_memory, peak_memory_gb, return_freed_memory
 from taught.errors import UserError
-from taught.fingerprint import code_version, fingerprint
 from taught.presets import preset_path
 from taught.progress import Progress, RichProgress
-from taught.rank import Correlation, ranks, spearman, spearman_interval
-from taught.run import RunFolder
-from taught.store import digest
-from taught.study import Checkpoint, Study, load_study
-from taught.target import Target, concept_targets, mean_y_target, score_targets
+from taught.run import files
+from taught.run.fingerprint import code_version, fingerprint
+from taught.run.folder import RunFolder
+from taught.sketches.store import digest
+from taught.stats.ranks import Correlation, ranks, spearman, spearman_interval
+from taught.study.schema import Checkpoint, Study, load_study
 from taught.validation.curves import LEAST_RUNS, Plan, compare_curves, plan_curve
 from taught.validation.lds import auc, holm, precision_at_k
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from taught.attribution.adjoint import Problem
+    from taught.estimators.adjoint import Problem
     from taught.features.concept import Concept
-    from taught.setup import Subject
     from taught.stages.estimating import Ready
-    from taught.validation.retrain import Retrainer, Retraining
+    from taught.stages.subject import Subject
+    from taught.training.retrain import Retrainer, Retraining
 
 EXPERIMENTS = ("over-refusal", "style", "brand")
-SHARES = {10: "pairs-10.jsonl", 50: "pairs.jsonl"}
+SHARES = {10: "examples-10.jsonl", 50: "pairs.jsonl"}
 TRAINING = {
-    "validation.trainer": "loop", "validation.method": "full", "validation.optimizer": "adamw",
-    "validation.lr": 2e-5, "validation.epochs": 1, "validation.batch": 4,
-}  # fmt: skip
+    "validation.trainer": "loop",
+    "validation.method": "full",
+    "validation.optimizer": "adamw",
+    "validation.lr": 2e-5,
+    "validation.epochs": 1,
+    "validation.batch": 4,
+}
 OWN_TOKENS = 32
 KEPT_SHARE = 0.25
 DISAGREE = 0.5
 DRAWS = 9999
-BASELINES = ("random", "response-length", "label", "loss", "gradient-norm", "bm25", "similarity",
-             "gradient-cosine")  # fmt: skip
-# What pairs are left out or kept by, fixed before anything was seen.
-BY = ("gradient-concept+adam", "gradient-concept+ekfac", "vector-filter",
-      "projection-difference-response", "projection-difference-training", "smda-score",
-      "mean-y+adam")  # fmt: skip
+BASELINES = ("random", "response-length", "label", "loss", "gradient-norm", "bm25", "similarity", "gradient-cosine")
+# What examples are left out or kept by, fixed before anything was seen.
+BY = (
+    "gradient-concept+adam",
+    "gradient-concept+ekfac",
+    "vector-filter",
+    "projection-difference-response",
+    "projection-difference-training",
+    "smda-score",
+    "mean-y+adam",
+)
 ORACLE = "planted"
 Scores = dict[str, float]
 
@@ -80,11 +90,11 @@ class Bench:
 
     Attributes
     ----------
-    ready : the pairs as tokens, the policy, and the problem that estimators work on
-    concepts : "difference" (of means) and "probe" (logistic), from rows that are neither pairs
+    ready : the examples as tokens, the policy, and the problem that estimators work on
+    concepts : "difference" (of means) and "probe" (logistic), from rows that are neither examples
         nor prompts
-    trainer : trains on subsets of the pairs, and keeps what it has trained
-    planted : ids of the planted pairs
+    trainer : trains on subsets of the examples, and keeps what it has trained
+    planted : ids of the planted examples
     folder : of everything that is kept between two calls
     """
 
@@ -100,8 +110,8 @@ class Bench:
 
     @property
     def ids(self) -> list[str]:
-        """Ids of the pairs, in the order of every method's values."""
-        return [pair.id for pair in self.ready.inputs]
+        """Ids of the examples, in the order of every method's values."""
+        return [example.id for example in self.ready.inputs]
 
     @property
     def leak(self) -> str:
@@ -116,13 +126,18 @@ class Bench:
     @cached_property
     def key(self) -> str:
         """Digest of what the scores depend on."""
-        pairs = [[pair.id, digest(pair.ids, pair.start)] for pair in self.ready.inputs]
+        examples = [[example.id, digest(example.ids, example.start)] for example in self.ready.inputs]
         concepts = {name: c.direction.tolist() for name, c in self.concepts.items()}
-        return fingerprint({
-            **self.trainer.identity, "recipe": asdict(self.trainer.recipe), "pairs": pairs,
-            "concepts": concepts, "all code": code_version(),
-            "attribution": asdict(self.study.attribution),
-        })  # fmt: skip
+        return fingerprint(
+            {
+                **self.trainer.identity,
+                "recipe": asdict(self.trainer.recipe),
+                "examples": examples,
+                "concepts": concepts,
+                "all code": code_version(),
+                "attribution": asdict(self.study.attribution),
+            }
+        )
 
 
 # --- opening --------------------------------------------------------------------------------------
@@ -132,7 +147,7 @@ def measure(args: argparse.Namespace) -> None:
     """Score, compare, retrain; write the result."""
     study, folder = experiment_study(args.study or f"{args.experiment}-smollm2", args.share)
     name = f"experiment_{args.experiment}_{args.share}"
-    for key, value in (("prompts.limit", args.prompts), ("pairs.limit", args.pairs)):
+    for key, value in (("prompts.limit", args.prompts), ("examples.limit", args.examples)):
         if value is not None:
             study, name = study.replace(key, value), f"{name.removesuffix('-trial')}-trial"
     with RichProgress(console) as progress:
@@ -146,10 +161,10 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def experiment_study(study: str, share: int) -> tuple[Study, Path]:
-    """The study with the pairs of this share and the recipe of the experiments; its folder."""
+    """The study with the examples of this share and the recipe of the experiments; its folder."""
     file = Path(study)
     folder = file.parent if file.suffix == ".yaml" else preset_path(study)
-    made = load_study(study).replace("pairs.path", str((folder / SHARES[share]).resolve()))
+    made = load_study(study).replace("examples.path", str((folder / SHARES[share]).resolve()))
     for key, value in TRAINING.items():
         made = made.replace(key, value)
     return made, folder
@@ -161,16 +176,16 @@ def opened(study: Study, concept_file: Path, folder: Path, progress: Progress) -
     Raises
     ------
     UserError
-        A pair is not marked as planted or not, all are or none; rows of the concept are pairs or
+        An example is not marked as planted or not, all are or none; rows of the concept are examples or
         prompts of the study, or have other labels; what the stage ``policy`` refuses.
     """
-    from taught.setup import open_subject
     from taught.stages.concept import load_examples
     from taught.stages.estimating import prepare, read_data
-    from taught.validation.retrain import Retrainer
-    from taught.validation.train import Recipe
+    from taught.stages.subject import open_subject
+    from taught.training.loop import Recipe
+    from taught.training.retrain import Retrainer
 
-    planted = planted_ids(load_pairs(study.pairs.path))
+    planted = planted_ids(load_examples(study.examples.path))
     data = read_data(study, progress)
     rows = load_examples(concept_file, study, data.prompts, progress)
     run_folder = RunFolder(folder / "policy", fresh=("policy",))
@@ -180,35 +195,40 @@ def opened(study: Study, concept_file: Path, folder: Path, progress: Progress) -
     progress.step("the concept")
     concepts = made_concepts(study, subject, rows, progress)
     trainer = Retrainer(
-        ready.problem, ready.inputs, Recipe.of(study.validation), folder / "retrained",
-        weights=subject.loaded.weights, tokenizer=subject.loaded.tokenizer, progress=progress,
-    )  # fmt: skip
-    here = frozenset(planted & {pair.id for pair in ready.inputs})
+        ready.problem,
+        ready.inputs,
+        Recipe.of(study.validation),
+        folder / "retrained",
+        weights=subject.loaded.weights,
+        tokenizer=subject.loaded.tokenizer,
+        progress=progress,
+    )
+    here = frozenset(planted & {example.id for example in ready.inputs})
     return Bench(study, subject, data.prompts, ready, concepts, trainer, here, folder, progress)
 
 
-def planted_ids(pairs: PairSet) -> set[str]:
-    """Ids of the pairs that the column ``planted`` marks.
+def planted_ids(examples: ExampleSet) -> set[str]:
+    """Ids of the examples that the column ``planted`` marks.
 
     Raises
     ------
     UserError
-        A pair has no mark, or the marks are all the same.
+        An example has no mark, or the marks are all the same.
     """
-    marks = {pair.id: pair.flags.get(ORACLE) for pair in pairs}
+    marks = {example.id: example.flags.get(ORACLE) for example in examples}
     unmarked = [i for i, mark in marks.items() if not isinstance(mark, bool)]
     found = {i for i, mark in marks.items() if mark is True}
     if unmarked or not 0 < len(found) < len(marks):
-        raise UserError("the planted pairs are not known",
-                        value=name_ids(unmarked) or f"{len(found)} of {len(marks)} are planted",
-                        rule=f"the column {ORACLE} is true or false for every pair, and both occur",
-                        fix=f"add the column {ORACLE} to the pairs")  # fmt: skip
+        raise UserError(
+            "the planted examples are not known",
+            value=name_ids(unmarked) or f"{len(found)} of {len(marks)} are planted",
+            rule=f"the column {ORACLE} is true or false for every example, and both occur",
+            fix=f"add the column {ORACLE} to the examples",
+        )
     return found
 
 
-def made_concepts(
-    study: Study, subject: Subject, rows: PairSet, progress: Progress
-) -> dict[str, Concept]:
+def made_concepts(study: Study, subject: Subject, rows: ExampleSet, progress: Progress) -> dict[str, Concept]:
     """Directions from rows without the behavior to rows with it, over mean response tokens.
 
     Both are used whatever their quality, which stands in their cards.
@@ -217,14 +237,22 @@ def made_concepts(
     from taught.stages.concept import read_examples
 
     block, tokens = subject.sae.block, "mean_response"
-    (X,), present = read_examples(study, subject, rows, ("present", "absent"), tokens, [block],
-                                  progress)  # fmt: skip
+    (X,), present = read_examples(study, subject, rows, ("present", "absent"), tokens, [block], progress)
     spec, made = study.policy, {}
     for name, method in (("difference", "difference"), ("probe", "logistic")):
-        w, card = fitted_direction(X, present, method, force=True, folds=spec.folds,
-                                   bootstrap=spec.bootstrap, seed=spec.seed)  # fmt: skip
-        made[name] = Concept(name, normalised(w, "unit"), block, "last_prompt", tokens,
-                             dict(subject.loaded.weights), {"rows": rows.sha256}, card)  # fmt: skip
+        w, card = fitted_direction(
+            X, present, method, force=True, folds=spec.folds, bootstrap=spec.bootstrap, seed=spec.seed
+        )
+        made[name] = Concept(
+            name,
+            normalised(w, "unit"),
+            block,
+            "last_prompt",
+            tokens,
+            dict(subject.loaded.weights),
+            {"rows": rows.sha256},
+            card,
+        )
     return made
 
 
@@ -233,18 +261,26 @@ def conditions(bench: Bench, share: int) -> Row:
     study, problem = bench.study, bench.ready.problem
     policy = json.loads((bench.folder / "policy" / "policy.json").read_text())
     return {
-        "study": study.name, "share": share, "pairs": len(bench.ids), "planted": len(bench.planted),
+        "study": study.name,
+        "share": share,
+        "examples": len(bench.ids),
+        "planted": len(bench.planted),
         "prompts": {group: len(ids) for group, ids in bench.ready.groups.items()},
-        "leak_group": bench.leak, "prefixes": list(problem.behavior.prefixes),
-        "block": problem.block, "features": bench.ready.fitted.d, "policy_r2": policy["r2"],
-        "dtype": study.model.dtype, "device": study.model.device,
+        "leak_group": bench.leak,
+        "prefixes": list(problem.behavior.prefixes),
+        "block": problem.block,
+        "features": bench.ready.fitted.d,
+        "policy_r2": policy["r2"],
+        "dtype": study.model.dtype,
+        "device": study.model.device,
         "weights": bench.subject.loaded.weights.get("source"),
-        "recipe": asdict(bench.trainer.recipe), "own_tokens": OWN_TOKENS,
-        "random_subsets": LEAST_RUNS, "truncated": bench.ready.truncated,
-        "data": {Path(file).name: files.sha256_file(Path(file))
-                 for file in (study.pairs.path, study.prompts.path)}
+        "recipe": asdict(bench.trainer.recipe),
+        "own_tokens": OWN_TOKENS,
+        "random_subsets": LEAST_RUNS,
+        "truncated": bench.ready.truncated,
+        "data": {Path(file).name: files.sha256_file(Path(file)) for file in (study.examples.path, study.prompts.path)}
         | {"concept": bench.concepts["difference"].provenance["rows"]},
-    }  # fmt: skip
+    }
 
 
 # --- methods --------------------------------------------------------------------------------------
@@ -253,48 +289,43 @@ Metric = Callable[[Bench, "Problem"], "Problem"]
 
 
 def _adam(bench: Bench, problem: Problem) -> Problem:
-    from taught.attribution.curvature import with_adam
+    from taught.curvatures.adam import with_adam
 
     eps = bench.study.attribution.adam_eps
     return with_adam(problem, bench.ready.inputs, moments=None, eps=eps)
 
 
 def _ekfac(bench: Bench, problem: Problem) -> Problem:
-    from taught.attribution.ekfac import with_ekfac
+    from taught.curvatures.ekfac import with_ekfac
 
     return with_ekfac(problem, bench.ready.inputs, damping=bench.study.attribution.damping)
 
 
 # What is added to a gradient method's name -> the metric that its inner products are in.
-CURVATURES: dict[str, Metric] = {
-    "": lambda _, problem: problem,
-    "+adam": _adam,
-    "+ekfac": _ekfac,
-}
+CURVATURES: dict[str, Metric] = {"": lambda _, problem: problem, "+adam": _adam, "+ekfac": _ekfac}
 
 
 def _concept_gradient(bench: Bench, metric: Metric) -> Tensor:
     """Effect on the concept's mean read-out before answers to the leak group."""
-    from taught.attribution.concepts import concept_effects
+    from taught.estimators.concepts import concept_effects
     from taught.features.concept import concept_map
-    from taught.setup import prompt_inputs
     from taught.stages.estimating import make_problem
+    from taught.stages.subject import prompt_inputs
 
     concept, inputs = bench.concepts["difference"], bench.ready.inputs
     some = [prompt for prompt in bench.prompts if prompt.group == bench.leak]
     where = concept.position
     reads = prompt_inputs(bench.subject.chat.encode_prompts(some), where)
     like = next(bench.subject.loaded.model.parameters())
-    problem = make_problem(bench.study, bench.subject, reads, concept.block,
-                           concept_map([concept], where, like))  # fmt: skip
+    problem = make_problem(bench.study, bench.subject, reads, concept.block, concept_map([concept], where, like))
     targets = concept_targets([read.id for read in reads], [concept.name])
     return concept_effects(metric(bench, problem), inputs, targets)[:, 0]
 
 
 def _influence(bench: Bench, metric: Metric, targets: Sequence[Target]) -> Tensor:
     """Effect on the sum of some targets, the pathways of one question."""
-    from taught.attribution.adjoint import target_effects
-    from taught.attribution.pairs import refuse_nonfinite
+    from taught.core.example import refuse_nonfinite
+    from taught.estimators.adjoint import target_effects
 
     A, B = (part.sum(0, keepdim=True) for part in cotangents(targets, bench.ready.fitted))
     inputs = bench.ready.inputs
@@ -320,29 +351,29 @@ GRADIENTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _projected(
-    bench: Bench, pairs: Any = None, model: Any = None, concept: str = "difference"
-) -> Tensor:
-    from taught.attribution.projections import project
+def _projected(bench: Bench, examples: Any = None, model: Any = None, concept: str = "difference") -> Tensor:
+    from taught.baselines.activations import project
     from taught.features.concept import concept_map
 
     model, found = model or bench.subject.loaded.model, bench.concepts[concept]
     some = concept_map([found], found.tokens, next(model.parameters()))
-    return project(model, pairs or bench.ready.inputs, some, found.block,
-                   batch_tokens=bench.study.attribution.batch_tokens)[:, 0]  # fmt: skip
+    return project(
+        model, examples or bench.ready.inputs, some, found.block, batch_tokens=bench.study.attribution.batch_tokens
+    )[:, 0]
 
 
 def _own_response(bench: Bench) -> Tensor:
-    from taught.stages.own_responses import own_pairs
+    from taught.stages.own_responses import own_examples
 
-    own = own_pairs(bench.study, bench.subject, bench.ready.inputs, bench.folder / "own.json",
-                    OWN_TOKENS, bench.progress)  # fmt: skip
+    own = own_examples(
+        bench.study, bench.subject, bench.ready.inputs, bench.folder / "own.json", OWN_TOKENS, bench.progress
+    )
     return _projected(bench) - _projected(bench, own)
 
 
 def _training(bench: Bench) -> Tensor:
-    """Trains on all pairs for a checkpoint, which is deleted at the end: its training counts."""
-    from taught.setup import open_checkpoint
+    """Trains on all examples for a checkpoint, which is deleted at the end: its training counts."""
+    from taught.stages.subject import open_checkpoint
 
     folder = bench.folder / f"checkpoint-{bench.key[:12]}"
     bench.trainer.run(bench.ids, keep=folder)
@@ -353,15 +384,15 @@ def _training(bench: Bench) -> Tensor:
 
 
 def _baseline(bench: Bench, name: str) -> Any:
-    from taught.attribution.baselines import Texts, baseline_scores
+    from taught.baselines.baselines import Texts, baseline_scores
 
     data = bench.ready
-    marked = Counter(pair.label for pair in data.pairs if pair.id in bench.planted)
+    marked = Counter(example.label for example in data.examples if example.id in bench.planted)
     texts = Texts(
-        {pair.id: f"{pair.prompt}\n{pair.response}" for pair in data.pairs},
+        {example.id: f"{example.prompt}\n{example.response}" for example in data.examples},
         {prompt.id: prompt.text for prompt in bench.prompts},
-        {pair.id: pair.label for pair in data.pairs},
-        marked.most_common(1)[0][0],  # a label is the topic of a pair, not whether it is planted
+        {example.id: example.label for example in data.examples},
+        marked.most_common(1)[0][0],  # a label is the topic of an example, not whether it is planted
     )
     groups = {bench.leak: data.groups[bench.leak]}
     (made,) = baseline_scores(data.problem, data.inputs, groups, texts, names=[name])
@@ -369,18 +400,21 @@ def _baseline(bench: Bench, name: str) -> Any:
 
 
 METHODS: dict[str, Callable[[Bench], Any]] = {
-    **{f"{name}{suffix}": partial(method, metric=metric)
-       for name, method in GRADIENTS.items() for suffix, metric in CURVATURES.items()},
+    **{
+        f"{name}{suffix}": partial(method, metric=metric)
+        for name, method in GRADIENTS.items()
+        for suffix, metric in CURVATURES.items()
+    },
     "vector-filter": _projected,
     "vector-filter-probe": partial(_projected, concept="probe"),
     "projection-difference-response": _own_response,
     "projection-difference-training": _training,
     **{name: partial(_baseline, name=name) for name in BASELINES},
-}  # fmt: skip
+}
 
 
 def score(bench: Bench, results: Results) -> None:
-    """A row for each method with the score of every pair; what was scored before is read."""
+    """A row for each method with the score of every example; what was scored before is read."""
     for name, method in METHODS.items():
         file = bench.folder / "scores" / f"{name}.json"
         found = json.loads(file.read_bytes()) if file.exists() else {}
@@ -391,29 +425,34 @@ def score(bench: Bench, results: Results) -> None:
             with Clock() as clock:
                 values = np.asarray(method(bench), dtype=np.float64)
             found = {
-                "key": bench.key, "seconds": clock.seconds,
+                "key": bench.key,
+                "seconds": clock.seconds,
                 "memory_gb": peak_memory_gb(recent=True),
                 "scores": dict(zip(bench.ids, values.tolist(), strict=True)),
-            }  # fmt: skip
+            }
             file.parent.mkdir(parents=True, exist_ok=True)
             files.write_bytes(file, files.json_bytes(found))
         results.add({"method": name, **{k: v for k, v in found.items() if k != "key"}})
 
 
-# --- against the planted pairs --------------------------------------------------------------------
+# --- against the planted examples --------------------------------------------------------------------
 
 
 def compare_scores(bench: Bench, results: Results) -> None:
-    """Into the rows: AUC and precision on the planted pairs, and rank correlations."""
+    """Into the rows: AUC and precision on the planted examples, and rank correlations."""
     of = {row["method"]: row["scores"] for row in results.rows}
     p = [chance(scores, bench.planted) for scores in of.values()]
     for row, one, adjusted in zip(results.rows, p, holm(p), strict=True):
         found = auc(row["scores"], bench.planted)
-        row |= {"auc": found.value, "auc_lo": found.lo, "auc_hi": found.hi, "p": one,
-                "p_holm": float(adjusted),
-                "precision": precision_at_k(row["scores"], bench.planted, len(bench.planted)),
-                "correlation": {name: _correlation(row["scores"], scores)
-                                for name, scores in of.items()}}  # fmt: skip
+        row |= {
+            "auc": found.value,
+            "auc_lo": found.lo,
+            "auc_hi": found.hi,
+            "p": one,
+            "p_holm": float(adjusted),
+            "precision": precision_at_k(row["scores"], bench.planted, len(bench.planted)),
+            "correlation": {name: _correlation(row["scores"], scores) for name, scores in of.items()},
+        }
     cards = {name: concept.card for name, concept in bench.concepts.items()}
     results.summary |= {
         "concept_auc": {name: card["auc"]["value"] for name, card in cards.items()},
@@ -440,9 +479,9 @@ def _correlation(a: Scores, b: Scores) -> float:
 
 
 def disagreements(rows: Sequence[Row]) -> dict[str, Correlation]:
-    """Two methods that pairs are left out by -> their rank correlation where low, lowest first.
+    """Two methods that examples are left out by -> their rank correlation where low, lowest first.
 
-    With a 95% interval over pairs: only one that ends below ``DISAGREE`` says that they disagree.
+    With a 95% interval over examples: only one that ends below ``DISAGREE`` says that they disagree.
     """
     shown = [row for row in rows if row["method"] in BY]
     found = {
@@ -461,17 +500,15 @@ def disagreements(rows: Sequence[Row]) -> dict[str, Correlation]:
 def plans(bench: Bench, scores: Mapping[str, Scores]) -> dict[str, dict[str, Plan]]:
     """Way (drop, keep) -> method -> what is to be trained.
 
-    drop: all pairs but the k with the highest scores, k the number of planted ones. keep: the
+    drop: all examples but the k with the highest scores, k the number of planted ones. keep: the
     quarter with the lowest scores alone. The random sets are the same for every method.
     """
     quarter = max(1, round(KEPT_SHARE * len(bench.ids)))
     lowest = {name: {i: -v for i, v in of.items()} for name, of in scores.items()}
     return {
-        "drop": {name: plan_curve(of, [len(bench.planted)], kind="remove", method=name)
-                 for name, of in scores.items()},
-        "keep": {name: plan_curve(of, [quarter], kind="add", method=name)
-                 for name, of in lowest.items()},
-    }  # fmt: skip
+        "drop": {name: plan_curve(of, [len(bench.planted)], kind="remove", method=name) for name, of in scores.items()},
+        "keep": {name: plan_curve(of, [quarter], kind="add", method=name) for name, of in lowest.items()},
+    }
 
 
 def retrain(bench: Bench, results: Results) -> None:
@@ -484,14 +521,16 @@ def retrain(bench: Bench, results: Results) -> None:
     by = {row["method"]: row for row in results.rows if row["method"] in (*BY, ORACLE)}
     todo = plans(bench, {name: row["scores"] for name, row in by.items()})
     before, after = bench.trainer.base(), bench.trainer.run(bench.ids)
-    of_all = {"base": before, "all pairs": after}
+    of_all = {"base": before, "all examples": after}
     results.summary["mean_y"] = {name: _means(bench, made) for name, made in of_all.items()}
     models: dict[str, Retraining] = {before.key: before, after.key: after}
     for way, by_method in todo.items():
         bench.progress.step(f"{way}: {len(by_method) + LEAST_RUNS} retrainings")
         for name, plan in by_method.items():
-            made = {subset: bench.trainer.run(ids) for subset, ids in
-                    zip(plan.subsets.names, plan.subsets.members, strict=True)}  # fmt: skip
+            made = {
+                subset: bench.trainer.run(ids)
+                for subset, ids in zip(plan.subsets.names, plan.subsets.members, strict=True)
+            }
             models |= {model.key: model for model in made.values()}
             by[name][way] = _outcomes(bench, plan, made)
             results.write(complete=False)
@@ -544,8 +583,7 @@ def show(results: Results, leak: str) -> None:
         table.add_row(f"{number} {row['method']}", *cells)
     out.print(table)
     for way in ("drop", "keep"):
-        table = Table(title=f"{way}: mean y, and its difference to random pairs",
-                      title_justify="left")  # fmt: skip
+        table = Table(title=f"{way}: mean y, and its difference to random examples", title_justify="left")
         table.add_column("by")
         shown = [row for row in results.rows if way in row]
         groups = sorted(shown[0][way], key=lambda group: group != leak)
@@ -567,13 +605,12 @@ def _text(row: Row, key: str, digits: int) -> str:
 
 _COLUMNS = {
     "method": lambda row: row["method"],
-    "AUC": lambda row: "" if "auc" not in row else
-    f"{row['auc']:.2f} [{row['auc_lo']:.2f}, {row['auc_hi']:.2f}]",
+    "AUC": lambda row: "" if "auc" not in row else f"{row['auc']:.2f} [{row['auc_lo']:.2f}, {row['auc_hi']:.2f}]",
     "p (Holm)": lambda row: _text(row, "p_holm", 4),
     "precision": lambda row: _text(row, "precision", 2),
     "s": lambda row: _text(row, "seconds", 1),
     "GB": lambda row: _text(row, "memory_gb", 2),
-}  # fmt: skip
+}
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -594,13 +631,12 @@ def main() -> None:
     """Parse the flags; measure or plot."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--experiment", choices=EXPERIMENTS)
-    flags.add_argument("--share", type=int, choices=SHARES, help="percent of planted pairs")
+    flags.add_argument("--share", type=int, choices=SHARES, help="percent of planted examples")
     flags.add_argument("--plot", action="store_true", help="draw the results that are there")
     flags.add_argument("--study", help="a study file in place of the preset")
     flags.add_argument("--prompts", type=int, help="at most so many prompts, as a trial")
-    flags.add_argument("--pairs", type=int, help="at most so many pairs, as a trial")
-    flags.add_argument("--work", type=Path, default=Path("runs/experiments"),
-                       help="folder of scores and retrainings")  # fmt: skip
+    flags.add_argument("--pairs", type=int, help="at most so many examples, as a trial")
+    flags.add_argument("--work", type=Path, default=Path("runs/experiments"), help="folder of scores and retrainings")
     flags.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = flags.parse_args()
     if not args.plot and None in (args.experiment, args.share):

@@ -1,8 +1,8 @@
-"""Ground truth by retraining: SmolLM2 trained again on many subsets of 230 pairs, 30 planted.
+"""Ground truth by retraining: SmolLM2 trained again on many subsets of 230 examples, 30 planted.
 
     python -m benchmarks.ground_truth                  # goes on where it was stopped
 
-The pairs are the preset's 200 and its 30 planted refusals of harmless questions. The result is a
+The examples are the preset's 200 and its 30 planted refusals of harmless questions. The result is a
 data set: which subsets, and what training on each one did to every target. It is kept in
 benchmarks/ground_truth/ and is what estimators are compared on; benchmarks/README.md says how long
 it takes.
@@ -14,56 +14,75 @@ import argparse
 from pathlib import Path
 
 from benchmarks.common import PRESET, console, run
-from taught import files, stages
+from taught import stages
 from taught.environment import versions
 from taught.progress import RichProgress
-from taught.run import RunFolder
-from taught.study import Study, dump_study, load_study, preset_path
+from taught.run import files
+from taught.run.folder import RunFolder
+from taught.study.schema import Study, dump_study, load_study, preset_path
 
 DATA = Path(__file__).parent / "ground_truth"
 PLANTED = "planted_pairs.jsonl"
 REGIMES = {
-    # Small steps of one pair each: near to the limit that first-order methods are made for.
+    # Small steps of one example each: near to the limit that first-order methods are made for.
     "gentle": {
-        "validation.designs": ("random", "matched", "addition"), "validation.size": 0.1,
-        "validation.budgets": (0.1,), "validation.controls": 20,
-        "validation.subsets": 20, "validation.epochs": 2, "validation.lr": 3e-7,
+        "validation.designs": ("random", "matched", "addition"),
+        "validation.size": 0.1,
+        "validation.budgets": (0.1,),
+        "validation.controls": 20,
+        "validation.subsets": 20,
+        "validation.epochs": 2,
+        "validation.lr": 3e-7,
         "validation.batch": 1,
     },
-    # A dozen steps on few pairs, in an order.
+    # A dozen steps on few examples, in an order.
     "short": {
-        "validation.designs": ("random", "matched", "removal"), "validation.size": 0.1,
-        "validation.subsets": 32, "validation.epochs": 2, "validation.lr": 1e-5,
+        "validation.designs": ("random", "matched", "removal"),
+        "validation.size": 0.1,
+        "validation.subsets": 32,
+        "validation.epochs": 2,
+        "validation.lr": 1e-5,
         "validation.batch": 4,
     },
-    # Many steps on nearly all pairs: nearer to what the field measures, and harder.
+    # Many steps on nearly all examples: nearer to what the field measures, and harder.
     "long": {
-        "validation.designs": ("leave-out", "removal"), "validation.leave_out": 0.1,
-        "validation.budgets": (0.1,), "validation.controls": 8,
-        "validation.subsets": 8, "validation.epochs": 3, "validation.lr": 2e-5,
+        "validation.designs": ("leave-out", "removal"),
+        "validation.leave_out": 0.1,
+        "validation.budgets": (0.1,),
+        "validation.controls": 8,
+        "validation.subsets": 8,
+        "validation.epochs": 3,
+        "validation.lr": 2e-5,
         "validation.batch": 16,
     },
-    # The published experiment: all pairs, the published rule, as many by this run, at random.
+    # The published experiment: all examples, the published rule, as many by this run, at random.
     "curation": {
-        "validation.designs": ("curation",), "validation.controls": 5, "validation.epochs": 3,
-        "validation.lr": 2e-5, "validation.batch": 16,
+        "validation.designs": ("curation",),
+        "validation.controls": 5,
+        "validation.epochs": 3,
+        "validation.lr": 2e-5,
+        "validation.batch": 16,
     },
-}  # fmt: skip
+}
 
 
 def ground_truth_study(folder: Path, regime: str) -> Study:
-    """The preset on 200 prompts and 40 features, with the planted pairs among the others."""
+    """The preset on 200 prompts and 40 features, with the planted examples among the others."""
     folder.mkdir(parents=True, exist_ok=True)
     preset = preset_path(PRESET)
-    pairs = folder / "pairs.jsonl"
+    examples = folder / "pairs.jsonl"
     rows = [(preset / name).read_bytes() for name in ("pairs.jsonl", PLANTED)]
-    files.write_bytes(pairs, b"".join(rows))
+    files.write_bytes(examples, b"".join(rows))
     study = load_study(PRESET)
     values = {
-        "name": f"ground-truth-{regime}", "pairs.path": str(pairs.resolve()),
-        "prompts.limit": 200, "features.max_features": 40, "attribution.curvature": "adam",
-        "attribution.coefficients": False, **REGIMES[regime],
-    }  # fmt: skip
+        "name": f"ground-truth-{regime}",
+        "examples.path": str(examples.resolve()),
+        "prompts.limit": 200,
+        "features.max_features": 40,
+        "attribution.curvature": "adam",
+        "attribution.coefficients": False,
+        **REGIMES[regime],
+    }
     for key, value in values.items():
         study = study.replace(key, value)
     return study
@@ -78,15 +97,21 @@ def measure(args: argparse.Namespace) -> None:
             stage(study, folder, progress)
     out = args.out / args.regime
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("subsets.parquet", "outcomes.parquet", "models.parquet", "curves.parquet",
-                 "arms.parquet", "validation.json"):  # fmt: skip
+    for name in (
+        "subsets.parquet",
+        "outcomes.parquet",
+        "models.parquet",
+        "curves.parquet",
+        "arms.parquet",
+        "validation.json",
+    ):
         if folder.path(name).exists():  # curves and arms: of some designs alone
             files.write_bytes(out / name, folder.path(name).read_bytes())
     record = {
         "versions": versions(),
         "stages": {name: stage["seconds"] for name, stage in folder.manifest["stages"].items()},
         "sha256": {file.name: files.sha256_file(file) for file in sorted(out.glob("*.parquet"))},
-        "pairs sha256": files.sha256_file(args.work / "pairs.jsonl"),
+        "examples sha256": files.sha256_file(args.work / "pairs.jsonl"),
     }
     files.write_bytes(out / "made.json", files.json_bytes(record))
     text = dump_study(study).replace(str(preset_path(PRESET)), PRESET)
@@ -99,8 +124,9 @@ def main() -> None:
     """Parse the flags and measure."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--regime", choices=REGIMES, default="short")
-    flags.add_argument("--work", type=Path, default=Path("runs/ground-truth"),
-                       help="folder of the runs and their retrainings")  # fmt: skip
+    flags.add_argument(
+        "--work", type=Path, default=Path("runs/ground-truth"), help="folder of the runs and their retrainings"
+    )
     flags.add_argument("--out", type=Path, default=DATA, help="folder of the data set")
     run(measure, flags.parse_args())
 

@@ -67,9 +67,8 @@ def _bmm(d: Any, a: Any, out: Any) -> None:
 
 
 def _row(
-    name: str, work: int, args: argparse.Namespace, plain: Callable[..., Any],
-    fast: Callable[..., Any], *inputs: Any,
-) -> Row:  # fmt: skip
+    name: str, work: int, args: argparse.Namespace, plain: Callable[..., Any], fast: Callable[..., Any], *inputs: Any
+) -> Row:
     times: dict[str, list[float]] = {"torch": [], "fast": []}
     for turn in range(args.repeat + 2):
         for which, function in (("torch", plain), ("fast", fast)):

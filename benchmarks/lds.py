@@ -26,37 +26,34 @@ import pyarrow.parquet as pq
 
 from benchmarks.common import Results, Row, console, kept, machine, run
 from benchmarks.ground_truth import DATA, REGIMES, ground_truth_study
-from taught import files, stages
-from taught.data.pairs import load_pairs
+from taught import stages
+from taught.data.examples import load_examples
 from taught.environment import versions
 from taught.errors import UserError
-from taught.fingerprint import code_version, differences, stage_inputs
 from taught.progress import Progress, RichProgress
-from taught.run import RunFolder
-from taught.stages import comparing
-from taught.stages.comparing import SCORES, CostRow, costed
+from taught.run import files
+from taught.run.fingerprint import code_version, differences, stage_inputs
+from taught.run.folder import RunFolder
+from taught.stages import compare as comparing
+from taught.stages.compare import SCORES, CostRow, costed
 from taught.stages.estimating import prepare, read_data
-from taught.stages.retraining import influence_of
-from taught.study import Study
-from taught.validation.comparison import (
-    RANK_DESIGNS,
-    Comparison,
-    Scores,
-    by_length,
-    compared,
-    is_planted,
-    truths,
-)
+from taught.stages.validate import influence_of
+from taught.study.schema import Study
+from taught.validation.comparison import RANK_DESIGNS, Comparison, Scores, by_length, compared, is_planted, truths
 from taught.validation.lds import Difference, TrivialCheck
 from taught.validation.score_tables import ScoreRow, placed, read_scores
 
-RANKED = [name for name, values in REGIMES.items()
-          if set(values["validation.designs"]) & set(RANK_DESIGNS)]  # fmt: skip
+RANKED = [name for name, values in REGIMES.items() if set(values["validation.designs"]) & set(RANK_DESIGNS)]
 OWN_TOKENS = 32  # of the model's own answers
 BASELINES = "all baselines"
 FIRST = "adjoint+adam"  # the others are compared with it
-_OF_METHODS = ("code", "attribution.estimator", "attribution.curvature", "attribution.exact_top",
-               "attribution.coefficients")  # fmt: skip
+_OF_METHODS = (
+    "code",
+    "attribution.estimator",
+    "attribution.curvature",
+    "attribution.exact_top",
+    "attribution.coefficients",
+)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -90,7 +87,7 @@ def _conditions(study: Study) -> Row:
 
 @dataclass
 class ScoreTable:
-    """``scores.parquet`` (method, target, pair_id, value) and ``scores.json``.
+    """``scores.parquet`` (method, target, example_id, value) and ``scores.json``.
 
     Attributes
     ----------
@@ -115,37 +112,39 @@ class ScoreTable:
         record = json.loads((folder / "scores.json").read_text())
         changed = differences(record["conditions"], conditions)
         if changed:
-            raise UserError("the scores were computed under other conditions",
-                            value="; ".join(f"{key}: was {was}, now {now}"
-                                            for key, (was, now) in changed.items()),
-                            rule="all methods of the table score the same pairs on the same model",
-                            fix="--fresh computes them again")  # fmt: skip
+            raise UserError(
+                "the scores were computed under other conditions",
+                value="; ".join(f"{key}: was {was}, now {now}" for key, (was, now) in changed.items()),
+                rule="all methods of the table score the same examples on the same model",
+                fix="--fresh computes them again",
+            )
         table.targets, table.methods = record["targets"], record["methods"]
         finished = {*table.methods, *(_names() if BASELINES in table.methods else ())}
         rows = read_scores(folder / "scores.parquet")
         table.rows = [row for row in rows if row.method in finished]
         return table
 
-    def add(
-        self, method: str, rows: Iterable[ScoreRow], cost: CostRow, targets: Sequence[str]
-    ) -> None:
+    def add(self, method: str, rows: Iterable[ScoreRow], cost: CostRow, targets: Sequence[str]) -> None:
         """Keep a finished method; the record is written last, without it nothing counts."""
         if self.targets not in ([], list(targets)):
-            raise UserError("the targets are no longer the same", value=", ".join(targets),
-                            rule=", ".join(self.targets),
-                            fix="--fresh computes all scores again")  # fmt: skip
+            raise UserError(
+                "the targets are no longer the same",
+                value=", ".join(targets),
+                rule=", ".join(self.targets),
+                fix="--fresh computes all scores again",
+            )
         self.targets = list(targets)
         self.rows += rows
-        self.methods[method] = {
-            **asdict(cost), "machine": machine(), "versions": versions(), "code": code_version(),
-        }  # fmt: skip
+        self.methods[method] = {**asdict(cost), "machine": machine(), "versions": versions(), "code": code_version()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = files.table_bytes(
-            pa.Table.from_pylist([row._asdict() for row in self.rows], schema=SCORES)
-        )
+        content = files.table_bytes(pa.Table.from_pylist([row._asdict() for row in self.rows], schema=SCORES))
         files.write_bytes(self.folder / "scores.parquet", content)
-        record = {"conditions": self.conditions, "targets": self.targets, "methods": self.methods,
-                  "sha256": files.sha256_bytes(content)}  # fmt: skip
+        record = {
+            "conditions": self.conditions,
+            "targets": self.targets,
+            "methods": self.methods,
+            "sha256": files.sha256_bytes(content),
+        }
         files.write_bytes(self.folder / "scores.json", files.json_bytes(record))
 
 
@@ -158,7 +157,7 @@ class Opened:
 
     def parts(self) -> tuple[Any, ...]:
         """Run folder, subject, data, ready, targets."""
-        from taught.setup import open_subject
+        from taught.stages.subject import open_subject
 
         if self._parts is None:
             run = RunFolder(self.folder / "run")
@@ -185,14 +184,12 @@ def _compute(method: str, table: ScoreTable, opened: Opened) -> None:
 
 def _effects(opened: Opened, method: str) -> list[ScoreRow]:
     run, subject, _, ready, targets = opened.parts()
-    return _rows({method: comparing.method_scores(method, opened.study, run, subject, ready,
-                                                  targets, opened.progress)})  # fmt: skip
+    return _rows({method: comparing.method_scores(method, opened.study, run, subject, ready, targets, opened.progress)})
 
 
 def _baselines(opened: Opened, _: str) -> list[ScoreRow]:
     _, _, data, ready, targets = opened.parts()
-    return _rows(comparing.baselines_by_target(opened.study, data, ready, targets,
-                                               opened.progress))  # fmt: skip
+    return _rows(comparing.baselines_by_target(opened.study, data, ready, targets, opened.progress))
 
 
 def _concept(opened: Opened, method: str, curvature: str = "identity") -> list[ScoreRow]:
@@ -201,21 +198,27 @@ def _concept(opened: Opened, method: str, curvature: str = "identity") -> list[S
     if not concept.exists():
         stages.concept(study, concept, stages.ConceptRequest("difference"), opened.progress)
     question = stages.ConceptQuestion(
-        (concept,), (method.partition(":")[2].partition("+")[0],),
-        responses=opened.folder / "own_responses.json", max_new_tokens=OWN_TOKENS,
-    )  # fmt: skip
+        (concept,),
+        (method.partition(":")[2].partition("+")[0],),
+        responses=opened.folder / "own_responses.json",
+        max_new_tokens=OWN_TOKENS,
+    )
     study = study.replace("attribution.curvature", curvature)
     found = stages.concept_influence(study, question, opened.progress).table.to_pylist()
-    return [ScoreRow(method, None, row["pair_id"], row["value"]) for row in found]
+    return [ScoreRow(method, None, row["example_id"], row["value"]) for row in found]
 
 
 def _rows(scores: Scores) -> list[ScoreRow]:
-    return [ScoreRow(method, target, pair_id, value) for method, of in scores.items()
-            for target, values in of.items() for pair_id, value in values.items()]  # fmt: skip
+    return [
+        ScoreRow(method, target, example_id, value)
+        for method, of in scores.items()
+        for target, values in of.items()
+        for example_id, value in values.items()
+    ]
 
 
 def _names() -> tuple[str, ...]:
-    from taught.attribution.baselines import BASELINES as NAMES
+    from taught.baselines.baselines import BASELINES as NAMES
 
     return NAMES
 
@@ -241,10 +244,13 @@ def _add_run(table: ScoreTable, folder: Path) -> None:
     found = {target.label: values for target, values in influence_of(opened).items()}
     missing = [name for name in table.targets if name not in found]
     if missing:
-        raise UserError("the run has no influence on these targets", value=", ".join(missing),
-                        fix="name a run folder of the ground truth")  # fmt: skip
+        raise UserError(
+            "the run has no influence on these targets",
+            value=", ".join(missing),
+            fix="name a run folder of the ground truth",
+        )
     rows = _rows({method: {name: found[name] for name in table.targets}})
-    placed(rows, {row.pair_id for row in table.rows}, table.targets)
+    placed(rows, {row.example_id for row in table.rows}, table.targets)
     cost = CostRow(method, record["seconds"], record["peak_memory_gb"])
     table.add(method, rows, cost, table.targets)
 
@@ -252,24 +258,22 @@ def _add_run(table: ScoreTable, folder: Path) -> None:
 # --- against the ground truth ---------------------------------------------------------------------
 
 
-def _compare(
-    regime: str,
-    folder: Path,
-    study: Study,
-    table: ScoreTable,
-    given: Sequence[ScoreRow],
-    out: Path,
-) -> None:
+def _compare(regime: str, folder: Path, study: Study, table: ScoreTable, given: Sequence[ScoreRow], out: Path) -> None:
     if not (folder / "validation.json").exists():
-        raise UserError("there is no such data set", value=str(folder),
-                        fix=f"make it: python -m benchmarks.ground_truth --regime {regime}",
-                        )  # fmt: skip
+        raise UserError(
+            "there is no such data set",
+            value=str(folder),
+            fix=f"make it: python -m benchmarks.ground_truth --regime {regime}",
+        )
     made = json.loads((folder / "made.json").read_text())
-    pairs = load_pairs(study.pairs.path).pairs
-    if made["pairs sha256"] != table.conditions["pairs.path sha256"]:
-        raise UserError("the data set is of other pairs than the scores", value=str(folder),
-                        fix="make it again: python -m benchmarks.ground_truth")  # fmt: skip
-    ids = {pair.id for pair in pairs}
+    examples = load_examples(study.examples.path).examples
+    if made["examples sha256"] != table.conditions["examples.path sha256"]:
+        raise UserError(
+            "the data set is of other examples than the scores",
+            value=str(folder),
+            fix="make it again: python -m benchmarks.ground_truth",
+        )
+    ids = {example.id for example in examples}
     every = placed(table.rows, ids, table.targets)
     every |= placed(given, ids, table.targets, every)
     baselines = {name: every.pop(name) for name in _names() if name in every}
@@ -278,17 +282,29 @@ def _compare(
     scores = {name: every[name] for name in sorted(every, key=lambda name: name != FIRST)}
     tables = [pq.read_table(folder / f"{name}.parquet") for name in ("subsets", "outcomes")]
     inclusion = json.loads((folder / "validation.json").read_text())["inclusion"]
-    results = Results(f"lds_{regime}", {
-        "study": f"ground-truth-{regime}", "prompts": study.prompts.limit, "pairs": len(pairs),
-        "features": study.features.max_features, "targets": table.targets, "data": made["sha256"],
-    }, out)  # fmt: skip
+    results = Results(
+        f"lds_{regime}",
+        {
+            "study": f"ground-truth-{regime}",
+            "prompts": study.prompts.limit,
+            "examples": len(examples),
+            "features": study.features.max_features,
+            "targets": table.targets,
+            "data": made["sha256"],
+        },
+        out,
+    )
     with kept(results, _COLUMNS):
-        found = compared(Comparison(
-            scores, baselines, truths(*tables, inclusion, table.targets),
-            {pair.id: pair.label for pair in pairs},
-            {pair.id for pair in pairs if is_planted(pair.flags)},
-            [(FIRST, other) for other in scores if other != FIRST and FIRST in scores],
-        ))  # fmt: skip
+        found = compared(
+            Comparison(
+                scores,
+                baselines,
+                truths(*tables, inclusion, table.targets),
+                {example.id: example.label for example in examples},
+                {example.id for example in examples if is_planted(example.flags)},
+                [(FIRST, other) for other in scores if other != FIRST and FIRST in scores],
+            )
+        )
         ceilings = {(row.target, row.subsets): row for row in found.noise_ceiling}
         results.rows = [
             {**asdict(row), "noise_ceiling": None if ceiling is None else ceiling.ceiling}
@@ -299,13 +315,13 @@ def _compare(
         results.summary = {
             "planted": {row.method: asdict(row) for row in found.planted if row.target == target},
             "differences": [asdict(row) for row in found.lds_differences if plain(row)],
-            "explained_by_trivial": [asdict(row) for row in found.trivial
-                                     if row.explained and plain(row)],
+            "explained_by_trivial": [asdict(row) for row in found.trivial if row.explained and plain(row)],
             "noise_ceiling": [asdict(row) for row in found.noise_ceiling],
-            "costs": {name: {key: cost[key] for key in ("seconds", "memory_gb")}
-                      for name, cost in table.methods.items()},
+            "costs": {
+                name: {key: cost[key] for key in ("seconds", "memory_gb")} for name, cost in table.methods.items()
+            },
             **_medians(results.rows),
-        }  # fmt: skip
+        }
 
 
 def plain(row: Difference | TrivialCheck) -> bool:
@@ -322,9 +338,11 @@ def _medians(rows: Sequence[Row]) -> Row:
             of = found.setdefault(name, {"raw": [], "controlled": []})
             for kind, values in of.items():
                 values.append(row[kind])
-    return {"coefficients, median": {
-        key: {name: median(values) for name, values in of.items()} for key, of in found.items()
-    }}  # fmt: skip
+    return {
+        "coefficients, median": {
+            key: {name: median(values) for name, values in of.items()} for key, of in found.items()
+        }
+    }
 
 
 def _ends(row: Mapping[str, Any], name: str) -> str:
@@ -344,15 +362,16 @@ _COLUMNS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and measure."""
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS),
-                       help="baselines are always computed")  # fmt: skip
-    flags.add_argument("--regime", nargs="*", choices=RANKED,
-                       help="regimes to compare on (default: all that are there)")  # fmt: skip
-    flags.add_argument("--run", type=Path,
-                       help="a run of the ground truth: its influence is taken, not computed",
-                       )  # fmt: skip
-    flags.add_argument("--scores", type=Path, nargs="*", default=[],
-                       help="tables of further scores, as for taught compare")  # fmt: skip
+    flags.add_argument(
+        "--methods", nargs="*", choices=METHODS, default=list(METHODS), help="baselines are always computed"
+    )
+    flags.add_argument(
+        "--regime", nargs="*", choices=RANKED, help="regimes to compare on (default: all that are there)"
+    )
+    flags.add_argument("--run", type=Path, help="a run of the ground truth: its influence is taken, not computed")
+    flags.add_argument(
+        "--scores", type=Path, nargs="*", default=[], help="tables of further scores, as for taught compare"
+    )
     flags.add_argument("--fresh", action="store_true", help="forget the scores that are there")
     flags.add_argument("--memory-gb", type=float, help="for query gradients; 10: all at once")
     flags.add_argument("--data", type=Path, default=DATA, help="folder of the data sets")

@@ -32,28 +32,28 @@ def main() -> None:
 
     torch.set_num_threads(job["threads"])
     config = IndexConfig(
-        str(out / "index"), model=job["model"], precision="fp32", loss_reduction="mean",
-        token_batch_size=job["tokens"],
-    )  # fmt: skip
+        str(out / "index"), model=job["model"], precision="fp32", loss_reduction="mean", token_batch_size=job["tokens"]
+    )
     model, modules = setup_model_and_peft(config)
     covered = HookCollectorBase.discover_targets(model.base_model, modules)
     # Each layer keeps p by p numbers: p so that all of them are nearest to the number asked for.
     config.projection_dim = max(1, round(math.sqrt(job["numbers"] / len(covered))))
-    pairs = job["pairs"]
-    data = Dataset.from_dict({
-        "input_ids": [pair["ids"] for pair in pairs],
-        "labels": [[-100] * pair["start"] + pair["ids"][pair["start"] :] for pair in pairs],
-        "length": [len(pair["ids"]) for pair in pairs],
-    })  # fmt: skip
+    examples = job["examples"]
+    data = Dataset.from_dict(
+        {
+            "input_ids": [example["ids"] for example in examples],
+            "labels": [[-100] * example["start"] + example["ids"][example["start"] :] for example in examples],
+            "length": [len(example["ids"]) for example in examples],
+        }
+    )
 
     started, begun = time.perf_counter(), time.process_time()
     config.partial_run_path.mkdir(parents=True)
     processor = create_processor(model, config, modules)
     batches = allocate_batches(data["length"][:], config.token_batch_size)
     collect_gradients(
-        model, data, processor, config,
-        batches=batches, target_modules=modules, preprocess_cfg=PreprocessConfig(),
-    )  # fmt: skip
+        model, data, processor, config, batches=batches, target_modules=modules, preprocess_cfg=PreprocessConfig()
+    )
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - begun
 
     folder = config.partial_run_path

@@ -1,10 +1,10 @@
-"""Worker of :mod:`benchmarks.concepts`: score pairs against a concept by Bergson.
+"""Worker of :mod:`benchmarks.concepts`: score examples against a concept by Bergson.
 
 Called in Bergson's environment with a job file (``concepts.write_job`` says what it holds); writes
 ``report.json`` and ``scores.npy`` (of the last round) into the job's folder. Two things are timed:
 the query gradient, one forward and backward pass a prompt under its ``TraceCollector``, and what
 ``bergson score`` does after model, data and query are loaded (``score_worker``): gradients of the
-pairs against the query, unprojected, as is its default. Only layers that the query has a gradient
+examples against the query, unprojected, as is its default. Only layers that the query has a gradient
 for are collected.
 """
 
@@ -35,18 +35,19 @@ def main() -> None:
 
     torch.set_num_threads(job["threads"])
     config = IndexConfig(
-        str(out / "index"), model=job["model"], precision="fp32", loss_reduction="mean",
-        token_batch_size=job["tokens"],
-    )  # fmt: skip
+        str(out / "index"), model=job["model"], precision="fp32", loss_reduction="mean", token_batch_size=job["tokens"]
+    )
     model, modules = setup_model_and_peft(config)
     config.partial_run_path.mkdir(parents=True)
     processor = create_processor(model, config, modules)
-    pairs = job["pairs"]
-    data = Dataset.from_dict({
-        "input_ids": [pair["ids"] for pair in pairs],
-        "labels": [[-100] * pair["start"] + pair["ids"][pair["start"] :] for pair in pairs],
-        "length": [len(pair["ids"]) for pair in pairs],
-    })  # fmt: skip
+    examples = job["examples"]
+    data = Dataset.from_dict(
+        {
+            "input_ids": [example["ids"] for example in examples],
+            "labels": [[-100] * example["start"] + example["ids"][example["start"] :] for example in examples],
+            "length": [len(example["ids"]) for example in examples],
+        }
+    )
 
     started = time.perf_counter()
     query = _query(model, processor, modules, job)
@@ -60,17 +61,26 @@ def main() -> None:
     for number in range(job["rounds"]):
         started, begun = time.perf_counter(), time.process_time()
         scorer = create_scorer(
-            out / f"scores-{number}", data, ScoreConfig(query_path=str(out / "query")),
-            PreprocessConfig(), torch.device("cpu"), torch.float32,
-        )  # fmt: skip
+            out / f"scores-{number}",
+            data,
+            ScoreConfig(query_path=str(out / "query")),
+            PreprocessConfig(),
+            torch.device("cpu"),
+            torch.float32,
+        )
         collect_gradients(
-            model=model, data=data, processor=processor, cfg=config, target_modules=set(sizes),
-            batches=allocate_batches(data["length"][:], config.token_batch_size), scorer=scorer,
-        )  # fmt: skip
+            model=model,
+            data=data,
+            processor=processor,
+            cfg=config,
+            target_modules=set(sizes),
+            batches=allocate_batches(data["length"][:], config.token_batch_size),
+            scorer=scorer,
+        )
         scorer.writer.flush()
         every.append((time.perf_counter() - started, time.process_time() - begun))
     names = scorer.writer.scores.dtype.names
-    np.save(out / "scores.npy", np.asarray(scorer.writer.scores[names[0]]).reshape(len(pairs)))
+    np.save(out / "scores.npy", np.asarray(scorer.writer.scores[names[0]]).reshape(len(examples)))
     report = {
         "times": every,
         "seconds_once": seconds_once,
@@ -91,12 +101,11 @@ def _query(model: Any, processor: Any, modules: Any, job: dict[str, Any]) -> dic
     seen: list[Any] = []
     block = model.base_model.layers[job["block"]]
     handle = block.register_forward_hook(
-        lambda _module, _args, output: seen.append(
-            output[0] if isinstance(output, tuple) else output
-        )
+        lambda _module, _args, output: seen.append(output[0] if isinstance(output, tuple) else output)
     )
-    collector = TraceCollector(model=model.base_model, processor=processor, target_modules=modules,
-                               device="cpu", dtype=torch.float32)  # fmt: skip
+    collector = TraceCollector(
+        model=model.base_model, processor=processor, target_modules=modules, device="cpu", dtype=torch.float32
+    )
     for prompt in job["prompts"]:
         seen.clear()
         with collector:

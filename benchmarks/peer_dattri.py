@@ -43,30 +43,30 @@ def main() -> None:
 
 
 def factored(job: dict[str, Any], model: Any, out: Path) -> dict[str, Any]:
-    """Cache the projected gradients of all pairs and write them."""
+    """Cache the projected gradients of all examples and write them."""
     import numpy as np
     import torch
     from dattri.algorithm.logra import LoGraAttributor
     from dattri.task import AttributionTask
     from torch.utils.data import DataLoader
 
-    pairs = job["pairs"]
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["ids"]))
-    examples = max(1, job["tokens"] * len(pairs) // sum(len(pair["ids"]) for pair in pairs))
-    names = [name for name, module in model.base_model.named_modules()
-             if isinstance(module, torch.nn.Linear)]  # fmt: skip
+    examples = job["examples"]
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["ids"]))
+    batch = max(1, job["tokens"] * len(examples) // sum(len(example["ids"]) for example in examples))
+    names = [name for name, module in model.base_model.named_modules() if isinstance(module, torch.nn.Linear)]
     names = [f"{model.base_model_prefix}.{name}" for name in names]
     p = max(1, round(math.sqrt(job["numbers"] / len(names))))
     model.requires_grad_(False)  # what is kept is the hooks' work; the graph begins at the inputs
     model.enable_input_require_grads()
 
     started, begun = time.perf_counter(), time.process_time()
-    task = AttributionTask(loss_func=mean_loss, model=model, checkpoints=[{}],
-                           checkpoints_load_func=lambda model, _: model)  # fmt: skip
-    attributor = LoGraAttributor(task, layer_names=names, hessian="Identity", proj_dim=p * p,
-                                 offload="cpu", cache_dir=str(out / "cache"))  # fmt: skip
-    attributor.cache(DataLoader([pairs[i] for i in order], batch_size=examples,
-                                collate_fn=padded))  # fmt: skip
+    task = AttributionTask(
+        loss_func=mean_loss, model=model, checkpoints=[{}], checkpoints_load_func=lambda model, _: model
+    )
+    attributor = LoGraAttributor(
+        task, layer_names=names, hessian="Identity", proj_dim=p * p, offload="cpu", cache_dir=str(out / "cache")
+    )
+    attributor.cache(DataLoader([examples[i] for i in order], batch_size=batch, collate_fn=padded))
     kept = attributor.offload_manager.cached_gradients
     rows = torch.cat([kept[batch] for batch in sorted(kept)])
     back = torch.empty(len(order), dtype=torch.long)
@@ -89,17 +89,17 @@ def _compile_off() -> bool:
     return os.environ.get("TORCHDYNAMO_DISABLE") == "1"
 
 
-def padded(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Pairs as one batch, padded on the right; -100 where there is nothing to predict."""
+def padded(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Examples as one batch, padded on the right; -100 where there is nothing to predict."""
     import torch
 
-    width = max(len(pair["ids"]) for pair in pairs)
-    ids = torch.zeros(len(pairs), width, dtype=torch.long)
-    labels = torch.full((len(pairs), width), -100)
-    for row, pair in enumerate(pairs):
-        tokens = torch.tensor(pair["ids"])
+    width = max(len(example["ids"]) for example in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    labels = torch.full((len(examples), width), -100)
+    for row, example in enumerate(examples):
+        tokens = torch.tensor(example["ids"])
         ids[row, : len(tokens)] = tokens
-        labels[row, pair["start"] : len(tokens)] = tokens[pair["start"] :]
+        labels[row, example["start"] : len(tokens)] = tokens[example["start"] :]
     return {"input_ids": ids, "labels": labels}
 
 
@@ -120,13 +120,13 @@ def mean_loss(model: Any, batch: dict[str, Any], device: str) -> Any:
 
 
 def dense(job: dict[str, Any], model: Any, out: Path) -> dict[str, Any]:
-    """Time some blocks of the random matrix on a gradient of one pair, within the job's limit."""
+    """Time some blocks of the random matrix on a gradient of one example, within the job's limit."""
     import torch
     from dattri.func.projection import BasicProjector, ProjectionType
 
-    pair, numbers = job["pairs"][len(job["pairs"]) // 2], job["numbers"]
+    example, numbers = job["examples"][len(job["examples"]) // 2], job["numbers"]
     started = time.perf_counter()
-    mean_loss(model, padded([pair]), "cpu").backward()
+    mean_loss(model, padded([example]), "cpu").backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])[None]
     model.zero_grad(set_to_none=True)
     for_gradient = time.perf_counter() - started
@@ -149,17 +149,17 @@ def dense(job: dict[str, Any], model: Any, out: Path) -> dict[str, Any]:
     fastest = min(seconds, key=seconds.__getitem__)
     return {
         # The matrix is drawn anew for every call; at best all gradients are in one call.
-        "seconds": seconds[fastest] + len(job["pairs"]) * for_gradient,
+        "seconds": seconds[fastest] + len(job["examples"]) * for_gradient,
         "seconds_of_one_call": seconds,
         "seconds_of_one_gradient": for_gradient,
-        "examples": len(job["pairs"]),
+        "examples": len(job["examples"]),
         "numbers_per_example": numbers,
         "bytes_per_example": numbers * 4,
         "covers": ["all parameters"],
         "extrapolated": True,
         "how": f"BasicProjector, {fastest}; blocks of {columns} columns (its own 100 need "
         f"{400 * size / 1e9:.0f} GB), timed for {job['limit']:.0f} s and extrapolated, as if all "
-        f"gradients were projected in one call ({4e-9 * size * len(job['pairs']):.0f} GB)",
+        f"gradients were projected in one call ({4e-9 * size * len(job['examples']):.0f} GB)",
     }
 
 

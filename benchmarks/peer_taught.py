@@ -22,22 +22,22 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from taught.attribution.adjoint import Problem
-    from taught.attribution.fill import fill_pairs
-    from taught.attribution.pairs import PairInput
+    from taught.core.example import Example
     from taught.environment import keep_freed_memory, peak_memory_gb, versions
+    from taught.estimators.adjoint import Problem
     from taught.model import kernels
     from taught.model.load import load_model
-    from taught.model.projection import Projection
     from taught.progress import SilentProgress
-    from taught.store import SketchStore
+    from taught.sketches.fill import fill_examples
+    from taught.sketches.project import Projection
+    from taught.sketches.store import SketchStore
 
     keep_freed_memory()  # as the command line does
     torch.set_num_threads(job["threads"])
     if job.get("products") == "torch":
         kernels._onednn = lambda: None  # type: ignore[assignment]
     model = load_model(job["model"]).model
-    pairs = [PairInput(pair["id"], tuple(pair["ids"]), pair["start"]) for pair in job["pairs"]]
+    examples = [Example(example["id"], tuple(example["ids"]), example["start"]) for example in job["examples"]]
     unused: Any = None
     problem = Problem(model, [], unused, 0, unused, lr=1.0, batch_tokens=job["tokens"])
 
@@ -45,12 +45,15 @@ def main() -> None:
     projection = Projection(model, job["numbers"])
     store = SketchStore(out / "store", projection.record())
     store.prepare()
-    fill_pairs(store, problem, projection, pairs, progress=SilentProgress())
+    fill_examples(store, problem, projection, examples, progress=SilentProgress())
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - begun
 
-    found = {row.id: sketch for shard, values in store.read("pairs")
-             for row, sketch in zip(shard.rows, values, strict=True)}  # fmt: skip
-    np.save(out / "rows.npy", np.stack([found[pair.id] for pair in pairs]))
+    found = {
+        row.id: sketch
+        for shard, values in store.read("examples")
+        for row, sketch in zip(shard.rows, values, strict=True)
+    }
+    np.save(out / "rows.npy", np.stack([found[example.id] for example in examples]))
     report = {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,

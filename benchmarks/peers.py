@@ -28,7 +28,7 @@ from benchmarks.common import PRESET, RESULTS, Results, Row, console, kept, run
 from taught.progress import RichProgress
 
 if TYPE_CHECKING:
-    from taught.attribution.pairs import PairInput
+    from taught.core.example import Example
 
 Floats = NDArray[np.float64]
 HERE = Path(__file__).parent
@@ -67,8 +67,12 @@ class Contestant:
             done = subprocess.run(
                 [self.python, str(HERE / self.worker), str(path)],
                 env=environment(shared["threads"], self.python) | self.env,
-                cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False,
-            )  # fmt: skip
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             self.error = f"more than {TIMEOUT:.0f} s"
             return
@@ -85,7 +89,7 @@ class Contestant:
 def write_job(folder: Path, job: Row) -> Path:
     """Write what a worker is to do.
 
-    model (folder or hub id), pairs (id, ids, start: ``ids[start:]`` is the response), numbers (an
+    model (folder or hub id), examples (id, ids, start: ``ids[start:]`` is the response), numbers (an
     example), tokens (padded, a batch), threads, out (the job's folder).
     """
     path = folder / "job.json"
@@ -95,8 +99,13 @@ def write_job(folder: Path, job: Row) -> Path:
 
 def environment(threads: int, python: str) -> dict[str, str]:
     """Variables of a worker: its threads; no network; a peer does not see this checkout."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
-           "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     env["PYTHONSAFEPATH"] = "1"  # kernels.py beside the workers is not the package of that name
     paths = env.pop("PYTHONPATH", "")
     if python == sys.executable and paths:
@@ -110,28 +119,35 @@ def contestants(args: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
 
     for flag, python in (("--bergson", args.bergson), ("--dattri", args.dattri)):
         if python and not os.access(python, os.X_OK):
-            raise UserError("there is no such interpreter", value=python,
-                            fix=f"give {flag} the path of an environment's bin/python")  # fmt: skip
+            raise UserError(
+                "there is no such interpreter", value=python, fix=f"give {flag} the path of an environment's bin/python"
+            )
     first, left_out = args.tokens[0], []
     found = [
-        Contestant(f"taught, {first} tokens a batch", "taught", sys.executable,
-                   "peer_taught.py", {"tokens": first}),
-        Contestant(f"taught, {first} tokens, torch's products", "taught", sys.executable,
-                   "peer_taught.py", {"tokens": first, "products": "torch"}),
-    ]  # fmt: skip
+        Contestant(f"taught, {first} tokens a batch", "taught", sys.executable, "peer_taught.py", {"tokens": first}),
+        Contestant(
+            f"taught, {first} tokens, torch's products",
+            "taught",
+            sys.executable,
+            "peer_taught.py",
+            {"tokens": first, "products": "torch"},
+        ),
+    ]
     if args.bergson:
         python = os.path.abspath(args.bergson)  # workers run elsewhere
-        found += [Contestant(f"Bergson, {tokens} tokens a batch", "Bergson", python,
-                             "peer_bergson.py", {"tokens": tokens})
-                  for tokens in args.tokens]  # fmt: skip
+        found += [
+            Contestant(f"Bergson, {tokens} tokens a batch", "Bergson", python, "peer_bergson.py", {"tokens": tokens})
+            for tokens in args.tokens
+        ]
     else:
         left_out.append("Bergson: --bergson was not given")
     if args.dattri:
         job = {"tokens": first, "way": "factored"}
         env = {} if args.dattri_compile else {"TORCHDYNAMO_DISABLE": "1"}
         python = os.path.abspath(args.dattri)
-        found.append(Contestant(f"dattri (LoGra), {first} tokens a batch", "dattri", python,
-                                "peer_dattri.py", job, env))  # fmt: skip
+        found.append(
+            Contestant(f"dattri (LoGra), {first} tokens a batch", "dattri", python, "peer_dattri.py", job, env)
+        )
     else:
         left_out.append("dattri: --dattri was not given")
     return found, left_out
@@ -153,27 +169,37 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     with RichProgress(console) as progress, tempfile.TemporaryDirectory() as temporary:
         progress.step("loading the model")
-        subject, pairs = _opened(args)
+        subject, examples = _opened(args)
         shared = {
             "model": _absolute(subject.loaded.model.name_or_path),
-            "pairs": [{"id": p.id, "ids": list(p.ids), "start": p.start} for p in pairs],
+            "examples": [{"id": p.id, "ids": list(p.ids), "start": p.start} for p in examples],
             "numbers": args.numbers,
             "threads": args.threads,
         }
         turns, left_out = contestants(args)
         others = singles(args)
-        results = Results("peers", {
-            "study": args.study, "weights": subject.loaded.weights.get("source"),
-            "dtype": "float32", "threads": args.threads, "rounds": args.rounds,
-            "pairs": len(pairs), "pair_tokens": sum(len(p.ids) - 1 for p in pairs),
-            "lengths": _quantiles([len(p.ids) for p in pairs]),
-            "numbers_asked_for": args.numbers, "checked": args.checked, "left_out": left_out,
-        }, args.out)  # fmt: skip
+        results = Results(
+            "peers",
+            {
+                "study": args.study,
+                "weights": subject.loaded.weights.get("source"),
+                "dtype": "float32",
+                "threads": args.threads,
+                "rounds": args.rounds,
+                "examples": len(examples),
+                "example_tokens": sum(len(p.ids) - 1 for p in examples),
+                "lengths": _quantiles([len(p.ids) for p in examples]),
+                "numbers_asked_for": args.numbers,
+                "checked": args.checked,
+                "left_out": left_out,
+            },
+            args.out,
+        )
         with kept(results, _COLUMNS):
             progress.step("exact inner products")
-            checked = spread_over(pairs, args.checked)
+            checked = spread_over(examples, args.checked)
             exact = exact_products(subject.loaded.model, checked)
-            places = [pairs.index(pair) for pair in checked]
+            places = [examples.index(example) for example in checked]
             progress.step("building", args.rounds * len(turns) + len(others))
             for number in range(args.rounds):
                 for place, contestant in enumerate(turns):
@@ -195,36 +221,36 @@ def _absolute(name: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def _opened(args: argparse.Namespace) -> tuple[Any, list[PairInput]]:
-    """The model and the chosen pairs, none longer than a batch may be."""
-    from taught.setup import open_subject, pair_inputs, study_pairs, study_prompts
-    from taught.study import load_study
+def _opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:
+    """The model and the chosen examples, none longer than a batch may be."""
+    from taught.stages.subject import example_inputs, open_subject, study_examples, study_prompts
+    from taught.study.schema import load_study
 
     study = load_study(args.study)
     subject = open_subject(study)
-    pair_set, _ = study_pairs(study, study_prompts(study))
-    encoded, _ = subject.chat.encode_pairs(
-        pair_set.pairs, study.pairs.max_tokens, study.pairs.drop_truncated
+    example_set, _ = study_examples(study, study_prompts(study))
+    encoded, _ = subject.chat.encode_examples(
+        example_set.examples, study.examples.max_tokens, study.examples.drop_truncated
     )
-    fitting = [p for p in pair_inputs(encoded) if len(p.ids) <= min(args.tokens)]
-    return subject, spread_over(fitting, args.pairs)
+    fitting = [p for p in example_inputs(encoded) if len(p.ids) <= min(args.tokens)]
+    return subject, spread_over(fitting, args.examples)
 
 
-def spread_over(pairs: Sequence[PairInput], count: int) -> list[PairInput]:
-    """Choose so many pairs spread evenly over the lengths, shortest to longest."""
-    ordered = sorted(pairs, key=lambda pair: (len(pair.ids), pair.id))
+def spread_over(examples: Sequence[Example], count: int) -> list[Example]:
+    """Choose so many examples spread evenly over the lengths, shortest to longest."""
+    ordered = sorted(examples, key=lambda example: (len(example.ids), example.id))
     if count >= len(ordered):
         return ordered
     places = np.linspace(0, len(ordered) - 1, count).round().astype(int)
     return [ordered[i] for i in places]
 
 
-def exact_products(model: Any, pairs: Sequence[PairInput]) -> dict[str, Floats]:
+def exact_products(model: Any, examples: Sequence[Example]) -> dict[str, Floats]:
     """Inner products of whole gradients, [n, n]: over all parameters, and over the blocks' layers.
 
     They are computed from factors without a projection (``taught.model.gradients``).
     """
-    from taught.attribution.pairs import batch_pairs
+    from taught.core.example import batch_examples
     from taught.model.gradients import Factor, dots, find_sites, frozen, tap
 
     head = id(model.get_output_embeddings().weight)
@@ -232,7 +258,7 @@ def exact_products(model: Any, pairs: Sequence[PairInput]) -> dict[str, Floats]:
     order: list[int] = []
     sites = find_sites(model)
     with frozen(model):
-        for batch in batch_pairs(pairs, 512):
+        for batch in batch_examples(examples, 512):
             order += batch.index
             with tap(model, sites) as taps:
                 uses: dict[str, list[Factor]] = {}
@@ -240,8 +266,8 @@ def exact_products(model: Any, pairs: Sequence[PairInput]) -> dict[str, Floats]:
                     uses.setdefault(factor.param, []).append(factor)
             for name, factors in uses.items():
                 by_name.setdefault(name, []).append(factors)
-    found = {"all parameters": np.zeros((len(pairs),) * 2)}
-    found["linear layers of the blocks"] = np.zeros((len(pairs),) * 2)
+    found = {"all parameters": np.zeros((len(examples),) * 2)}
+    found["linear layers of the blocks"] = np.zeros((len(examples),) * 2)
     back = np.argsort(order)
     for name, batches in by_name.items():
         met = dots(batches, batches, room=1 << 27).double().cpu().numpy()[np.ix_(back, back)]
@@ -260,11 +286,7 @@ def error(found: Floats, exact: Floats) -> float:
 
 
 def described(
-    contestant: Contestant,
-    ours: Contestant,
-    exact: Mapping[str, Floats],
-    places: Sequence[int],
-    shared: Row,
+    contestant: Contestant, ours: Contestant, exact: Mapping[str, Floats], places: Sequence[int], shared: Row
 ) -> Row:
     """The row of one contestant: times, what it stores, how good its inner products are."""
     row: Row = {"method": contestant.name, "tool": contestant.tool, **contestant.job}
@@ -274,11 +296,15 @@ def described(
     every = [one["seconds"] for one in contestant.reports]
     seconds = statistics.median(every)
     of_cpu = [one["cpu_seconds"] for one in contestant.reports if "cpu_seconds" in one]
-    tokens = sum(len(pair["ids"]) - 1 for pair in shared["pairs"])
-    row |= {**report, "seconds": seconds, "seconds_of_all_runs": every,
-            "cpu_seconds": statistics.median(of_cpu) if of_cpu else None,
-            "ms_per_example": 1000 * seconds / report["examples"],
-            "pair_tokens_per_second": tokens / seconds}  # fmt: skip
+    tokens = sum(len(example["ids"]) - 1 for example in shared["examples"])
+    row |= {
+        **report,
+        "seconds": seconds,
+        "seconds_of_all_runs": every,
+        "cpu_seconds": statistics.median(of_cpu) if of_cpu else None,
+        "ms_per_example": 1000 * seconds / report["examples"],
+        "example_tokens_per_second": tokens / seconds,
+    }
     if contestant.rows is None:
         return row
     gram, covers = contestant.rows @ contestant.rows.T, report["covers"][0]
@@ -295,11 +321,13 @@ def described(
 
 def agreement(gram: Floats, ours: Floats) -> Row:
     """Correlation of the inner products of different examples with those from taught's rows."""
-    from taught.rank import spearman
+    from taught.stats.ranks import spearman
 
     off = np.triu_indices(len(gram), 1)
-    return {"pearson_with_taught": float(np.corrcoef(gram[off], ours[off])[0, 1]),
-            "spearman_with_taught": spearman(gram[off], ours[off])}  # fmt: skip
+    return {
+        "pearson_with_taught": float(np.corrcoef(gram[off], ours[off])[0, 1]),
+        "spearman_with_taught": spearman(gram[off], ours[off]),
+    }
 
 
 def summarised(rows: Sequence[Row]) -> Row:
@@ -313,11 +341,17 @@ def summarised(rows: Sequence[Row]) -> Row:
     if plain is not None:
         found["seconds_taught_with_torchs_products"] = plain["seconds"]
     for tool in ("Bergson", "dattri"):
-        best = min((row for row in timed if row["tool"] == tool and not row.get("extrapolated")),
-                   key=lambda row: row["seconds"], default=None)  # fmt: skip
+        best = min(
+            (row for row in timed if row["tool"] == tool and not row.get("extrapolated")),
+            key=lambda row: row["seconds"],
+            default=None,
+        )
         if best is not None:
-            found |= {f"fastest_{tool}": best["method"], f"seconds_{tool}": best["seconds"],
-                      f"{tool}_over_taught": best["seconds"] / ours["seconds"]}  # fmt: skip
+            found |= {
+                f"fastest_{tool}": best["method"],
+                f"seconds_{tool}": best["seconds"],
+                f"{tool}_over_taught": best["seconds"] / ours["seconds"],
+            }
             if plain is not None:
                 ratio = best["seconds"] / plain["seconds"]
                 found[f"{tool}_over_taught_with_torchs_products"] = ratio
@@ -343,7 +377,7 @@ _COLUMNS = {
     "method": lambda row: row["method"],
     "seconds": _seconds,
     "CPU seconds": lambda row: _number(row, "cpu_seconds", "{:,.1f}"),
-    "ms a pair": lambda row: _number(row, "ms_per_example", "{:,.0f}"),
+    "ms an example": lambda row: _number(row, "ms_per_example", "{:,.0f}"),
     "numbers": lambda row: _number(row, "numbers_per_example", "{:,}"),
     "covers": lambda row: ", ".join(row.get("covers", ["-"])),
     "error²": lambda row: _number(row, "squared_error_of_covered", "{:.1e}"),
@@ -360,16 +394,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--dattri", metavar="PYTHON", help="interpreter of dattri's environment")
     flags.add_argument("--pairs", type=int, default=64)
     flags.add_argument("--numbers", type=int, default=13440, help="stored numbers an example")
-    flags.add_argument("--tokens", type=int, nargs="+", default=[512, 256],
-                       help="padded tokens a batch: the first for all, the others for Bergson too",
-                       )  # fmt: skip
+    flags.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[512, 256],
+        help="padded tokens a batch: the first for all, the others for Bergson too",
+    )
     flags.add_argument("--rounds", type=int, default=3, help="runs of each, in turns")
-    flags.add_argument("--checked", type=int, default=16, help="pairs with exact inner products")
-    flags.add_argument("--limit", type=float, default=40.0,
-                       help="seconds for blocks of dattri's dense matrix; 0: not at all",
-                       )  # fmt: skip
-    flags.add_argument("--dattri-compile", action="store_true",
-                       help="leave torch.compile on in dattri")  # fmt: skip
+    flags.add_argument("--checked", type=int, default=16, help="examples with exact inner products")
+    flags.add_argument(
+        "--limit", type=float, default=40.0, help="seconds for blocks of dattri's dense matrix; 0: not at all"
+    )
+    flags.add_argument("--dattri-compile", action="store_true", help="leave torch.compile on in dattri")
     flags.add_argument("--threads", type=int, default=2)
     flags.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     run(measure, flags.parse_args(argv))

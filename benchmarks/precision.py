@@ -14,18 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import (
-    Clock,
-    Results,
-    Row,
-    Setting,
-    conditions,
-    console,
-    kept,
-    open_setting,
-    result_name,
-    run,
-)
+from benchmarks.common import Clock, Results, Row, Setting, conditions, console, kept, open_setting, result_name, run
 from benchmarks.common import parser as common_parser
 from taught.progress import RichProgress
 
@@ -43,15 +32,14 @@ def measure(args: argparse.Namespace) -> None:
                 with Clock() as clock:
                     effects = _effects(setting, dtype, progress)
                 exact = effects if exact is None else exact
-                results.add({"dtype": dtype, "seconds": clock.seconds,
-                             **_compare(effects, exact)})  # fmt: skip
+                results.add({"dtype": dtype, "seconds": clock.seconds, **_compare(effects, exact)})
 
 
 def _effects(setting: Setting, dtype: str, progress: Any) -> Effects:
     """score [P], mean_y [P, groups] and coefficients [P, d] by the adjoint."""
     import torch
 
-    from taught.attribution.estimate import adjoint_effects
+    from taught.estimators.estimate import adjoint_effects
 
     kind = getattr(torch, dtype)
     problem = setting.problem
@@ -61,8 +49,7 @@ def _effects(setting: Setting, dtype: str, progress: Any) -> Effects:
     groups: dict[str, list[str]] = {}
     for prompt, name in zip(problem.prompts, setting.groups, strict=True):
         groups.setdefault(name, []).append(prompt.id)
-    found = adjoint_effects(half, setting.pairs, setting.policy, groups, coefficients=True,
-                            progress=progress)  # fmt: skip
+    found = adjoint_effects(half, setting.examples, setting.policy, groups, coefficients=True, progress=progress)
     assert found.shift is not None
     return {
         "score": found.score[0] + found.score[1],
@@ -72,11 +59,11 @@ def _effects(setting: Setting, dtype: str, progress: Any) -> Effects:
 
 
 def _compare(found: Effects, exact: Effects) -> Row:
-    from taught.rank import spearman
+    from taught.stats.ranks import spearman
 
     def columns(name: str) -> list[float]:
-        pairs = zip(found[name].T, exact[name].T, strict=True)
-        return [spearman(a, b) for a, b in pairs]
+        examples = zip(found[name].T, exact[name].T, strict=True)
+        return [spearman(a, b) for a, b in examples]
 
     change = found["score"] - exact["score"]
     return {
@@ -102,8 +89,13 @@ _COLUMNS = {
 def main() -> None:
     """Parse the flags and measure."""
     flags = common_parser(__doc__ or "")
-    flags.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16"],
-                       help="beside float32; CPUs take long for float16")  # fmt: skip
+    flags.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["bfloat16"],
+        choices=["bfloat16", "float16"],
+        help="beside float32; CPUs take long for float16",
+    )
     run(measure, flags.parse_args())
 
 

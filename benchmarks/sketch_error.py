@@ -16,18 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import (
-    Clock,
-    Results,
-    Row,
-    Setting,
-    conditions,
-    console,
-    kept,
-    open_setting,
-    result_name,
-    run,
-)
+from benchmarks.common import Clock, Results, Row, Setting, conditions, console, kept, open_setting, result_name, run
 from benchmarks.common import parser as common_parser
 from taught.progress import RichProgress
 
@@ -37,9 +26,9 @@ Floats = NDArray[np.float64]
 
 def measure(args: argparse.Namespace) -> None:
     """Fill a store, compare each size with the exact effects, write the result."""
-    from taught.attribution.fill import fill_pairs, fill_prompts
-    from taught.model.projection import COLUMNS, Projection
-    from taught.store import SketchStore
+    from taught.sketches.fill import fill_examples, fill_prompts
+    from taught.sketches.project import COLUMNS, Projection
+    from taught.sketches.store import SketchStore
 
     with RichProgress(console) as progress, tempfile.TemporaryDirectory() as temporary:
         setting = open_setting(args, progress)
@@ -49,18 +38,24 @@ def measure(args: argparse.Namespace) -> None:
         store.prepare()
         with Clock() as for_prompts:
             fill_prompts(store, setting.problem, projection, progress=progress)
-        with Clock() as for_pairs:
-            fill_pairs(store, setting.problem, projection, setting.pairs, progress=progress)
-        tokens = sum(len(pair.ids) for pair in setting.pairs)
-        results = Results(result_name("sketch_error", args), {
-            **conditions(setting, args), "columns": COLUMNS, "seed": args.seed,
-            "exact_from": str(args.exact or "computed here"),
-        }, args.out)  # fmt: skip
+        with Clock() as for_examples:
+            fill_examples(store, setting.problem, projection, setting.examples, progress=progress)
+        tokens = sum(len(example.ids) for example in setting.examples)
+        results = Results(
+            result_name("sketch_error", args),
+            {
+                **conditions(setting, args),
+                "columns": COLUMNS,
+                "seed": args.seed,
+                "exact_from": str(args.exact or "computed here"),
+            },
+            args.out,
+        )
         results.summary = {
             "seconds_exact": seconds_exact,
             "seconds_prompts": for_prompts.seconds,
-            "seconds_pairs": for_pairs.seconds,
-            "pair_tokens_per_second": tokens / max(for_pairs.seconds, 1e-9),
+            "seconds_examples": for_examples.seconds,
+            "example_tokens_per_second": tokens / max(for_examples.seconds, 1e-9),
         }
         with kept(results, _COLUMNS):
             for size in sorted(args.sizes):
@@ -77,7 +72,7 @@ class _Folded:
         return self.store.shards(kind)
 
     def values(self, shard: Any) -> NDArray[np.float32]:
-        from taught.model.projection import COLUMNS
+        from taught.sketches.project import COLUMNS
 
         full = self.store.values(shard)
         rows = full.reshape(len(full), -1, self.dim // COLUMNS, COLUMNS)
@@ -93,14 +88,15 @@ Effects = dict[str, Floats]
 
 def _exact(setting: Setting, folder: Path | None, progress: Any) -> tuple[Effects, float | None]:
     """score [P, 2], x and y [P, d] by the adjoint, and how long it took."""
-    from taught.attribution.estimate import adjoint_effects
+    from taught.estimators.estimate import adjoint_effects
 
     if folder is not None:
         return _from_run(setting, folder), None
     groups = _groups(setting)
     with Clock() as clock:
-        effects = adjoint_effects(setting.problem, setting.pairs, setting.policy, groups,
-                                  coefficients=True, progress=progress)  # fmt: skip
+        effects = adjoint_effects(
+            setting.problem, setting.examples, setting.policy, groups, coefficients=True, progress=progress
+        )
     assert effects.shift is not None
     return {"x": effects.shift.x, "y": effects.shift.y}, clock.seconds
 
@@ -114,20 +110,20 @@ def _groups(setting: Setting) -> dict[str, list[str]]:
 
 def _from_run(setting: Setting, folder: Path) -> Effects:
     from taught.errors import UserError
-    from taught.run import RunFolder
+    from taught.run.folder import RunFolder
 
     table = RunFolder.open(folder).read_table("influence").to_pylist()
-    place = {pair.id: i for i, pair in enumerate(setting.pairs)}
+    place = {example.id: i for i, example in enumerate(setting.examples)}
     column = {int(k): j for j, k in enumerate(setting.policy.feature_ids)}
     found = {path: np.full((len(place), len(column)), np.nan) for path in ("x", "y")}
     for row in table:
-        known = row["pair_id"] in place and row["feature_id"] in column
+        known = row["example_id"] in place and row["feature_id"] in column
         if known and row["target"] == "coefficient" and row["pathway"] in found:
-            where = place[row["pair_id"]], column[row["feature_id"]]
+            where = place[row["example_id"]], column[row["feature_id"]]
             found[row["pathway"]][where] = row["value"]
     if any(np.isnan(values).any() for values in found.values()):
         raise UserError(
-            "the run lacks pairs or features of this study",
+            "the run lacks examples or features of this study",
             value=str(folder),
             fix="name a run folder of the same study, attributed by adjoint",
         )
@@ -135,14 +131,14 @@ def _from_run(setting: Setting, folder: Path) -> Effects:
 
 
 def _compare(setting: Setting, exact: Effects, store: Any, size: int) -> Row:
-    from taught.attribution.ask import ask, policy_queries
-    from taught.attribution.fill import pair_row, prompt_key
-    from taught.rank import spearman
+    from taught.sketches.answer import ask, policy_queries
+    from taught.sketches.fill import example_row, prompt_key
+    from taught.stats.ranks import spearman
 
     policy = setting.policy
     digests = dict(prompt_key(prompt) for prompt in setting.problem.prompts)
     queries, _ = policy_queries(store, policy, _groups(setting), digests)
-    rows = [pair_row(pair) for pair in setting.pairs]
+    rows = [example_row(example) for example in setting.examples]
     d = policy.d
     answers = ask(store, rows, np.concatenate([queries.x, queries.y], 1))
     values = -setting.problem.lr * answers.values
@@ -155,7 +151,7 @@ def _compare(setting: Setting, exact: Effects, store: Any, size: int) -> Row:
     scale = unit * np.outer(answers.norms, np.linalg.norm(queries.x + queries.y, axis=0))
     return {
         "K": size,
-        "bytes_a_pair": 2 * size + 4,
+        "bytes_a_example": 2 * size + 4,
         **{f"spearman_score_{p}": spearman(*scores[p]) for p in scores},
         **{f"median_spearman_coefficient_{p}": float(np.median(v)) for p, v in by_feature.items()},
         "least_spearman_coefficient_total": float(np.min(by_feature["total"])),
@@ -165,7 +161,7 @@ def _compare(setting: Setting, exact: Effects, store: Any, size: int) -> Row:
 
 _COLUMNS = {
     "K": lambda row: f"{row['K']:,}",
-    "bytes a pair": lambda row: f"{row['bytes_a_pair']:,}",
+    "bytes an example": lambda row: f"{row['bytes_a_example']:,}",
     "Spearman S": lambda row: f"{row['spearman_score_total']:.3f}",
     "S, x": lambda row: f"{row['spearman_score_x']:.3f}",
     "S, y": lambda row: f"{row['spearman_score_y']:.3f}",

@@ -1,18 +1,18 @@
 """Time of the published loop against the adjoint, on the same machine in the same run.
 
-    python -m benchmarks.smda_loop [--prompts N] [--pairs P] [--loop-pairs 3] [--coefficients]
+    python -m benchmarks.smda_loop [--prompts N] [--pairs P] [--loop-examples 3] [--coefficients]
 
-Four ways to the effect of every pair on the policy:
+Four ways to the effect of every example on the policy:
 
- - the published loop (arXiv 2606.29171): for each pair one SGD step, then over all prompts one pass
+ - the published loop (arXiv 2606.29171): for each example one SGD step, then over all prompts one pass
    for h and one per prefix, plain padded batches, float32;
  - our finite step: the same, with one pass over token trees in place of the 1 + prefixes passes;
- - the adjoint of the score (both pathways) and of the mean behavior of both groups, all pairs;
+ - the adjoint of the score (both pathways) and of the mean behavior of both groups, all examples;
  - with --coefficients the adjoint of every coefficient on both pathways and of every prompt's y:
-   all that the loop gives, all pairs.
+   all that the loop gives, all examples.
 
-The first two are timed on a few pairs, evenly spaced in length, and extrapolated linearly to all
-(each pair costs the same passes over the prompts); the table says so. The adjoint is never
+The first two are timed on a few examples, evenly spaced in length, and extrapolated linearly to all
+(each example costs the same passes over the prompts); the table says so. The adjoint is never
 extrapolated. Every way includes its own read-outs before the step. Not included anywhere:
 loading, tokenising, and the choice of the features, which all ways share.
 """
@@ -39,13 +39,10 @@ SCORE, FULL = "adjoint: score, group means", "adjoint: every coefficient and pro
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.parser("Time of the published loop against the adjoint.")
-    parser.add_argument("--loop-pairs", type=int, default=3, help="pairs the loop is timed on")
-    parser.add_argument(
-        "--tree-pairs", type=int, default=1, help="pairs our finite step is timed on"
-    )
+    parser.add_argument("--loop-examples", type=int, default=3, help="examples the loop is timed on")
+    parser.add_argument("--tree-examples", type=int, default=1, help="examples our finite step is timed on")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts per batch of the loop")
-    parser.add_argument("--coefficients", action="store_true",
-                        help="also time every coefficient on both pathways")  # fmt: skip
+    parser.add_argument("--coefficients", action="store_true", help="also time every coefficient on both pathways")
     common.run(measure, parser.parse_args(argv))
 
 
@@ -53,17 +50,17 @@ def measure(args: argparse.Namespace) -> None:
     with RichProgress(common.console) as progress:
         setting = common.open_setting(args, progress)
         facts = common.conditions(setting, args) | {
-            "passes_per_pair_of_the_loop": 1 + len(setting.problem.behavior.tokens),
+            "passes_per_example_of_the_loop": 1 + len(setting.problem.behavior.tokens),
             "batch_size_of_the_loop": args.batch_size,
         }
         results = Results(common.result_name("smda_loop", args), facts, args.out)
         with common.kept(results, COLUMNS):
             scores = _time_score(setting, results, progress)
-            for pair, step in _steps(setting, args.tree_pairs, TREES, results, progress):
-                _compare(results, setting, pair, step, scores)
+            for example, step in _steps(setting, args.tree_examples, TREES, results, progress):
+                _compare(results, setting, example, step, scores)
             read = _plain_reader(args.batch_size, progress)
-            for pair, step in _steps(setting, args.loop_pairs, LOOP, results, progress, read):
-                _compare(results, setting, pair, step, scores)
+            for example, step in _steps(setting, args.loop_examples, LOOP, results, progress, read):
+                _compare(results, setting, example, step, scores)
             if args.coefficients:
                 _time_coefficients(setting, results, progress, scores)
 
@@ -72,43 +69,42 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def _time_score(setting: Setting, results: Results, progress: RichProgress) -> Any:
-    """S of every pair, [P], by the adjoint of the score and of both groups' mean y."""
-    from taught.attribution.adjoint import target_effects
-    from taught.target import mean_y_target, score_targets
+    """S of every example, [P], by the adjoint of the score and of both groups' mean y."""
+    from taught.core.target import mean_y_target, score_targets
+    from taught.estimators.adjoint import target_effects
 
     policy, study = setting.policy, setting.study
-    progress.step(SCORE, 4 + len(setting.pairs))
+    progress.step(SCORE, 4 + len(setting.examples))
     with Clock() as clock:
         targets = score_targets(policy) + [
             mean_y_target(policy.prompt_ids, setting.groups, group)
             for group in (study.prompts.positive_group, study.prompts.negative_group)
         ]
         A, B = common.cotangents(targets, policy)
-        effects, _ = target_effects(setting.problem, setting.pairs, A, B, progress=progress)
+        effects, _ = target_effects(setting.problem, setting.examples, A, B, progress=progress)
     _add_adjoint(results, SCORE, setting, clock.seconds)
     return effects[:, :2].sum(1).numpy()
 
 
-def _time_coefficients(
-    setting: Setting, results: Results, progress: RichProgress, scores: Any
-) -> None:
-    """Every coefficient on both pathways and dy of every prompt, for all pairs."""
+def _time_coefficients(setting: Setting, results: Results, progress: RichProgress, scores: Any) -> None:
+    """Every coefficient on both pathways and dy of every prompt, for all examples."""
     import numpy as np
     import torch
 
-    from taught.attribution.adjoint import feature_effects
-    from taught.attribution.prompt_effects import prompt_effects
+    from taught.core.target import combine_raw_x, raw_x_targets
+    from taught.estimators.adjoint import feature_effects
+    from taught.estimators.every_prompt import prompt_effects
     from taught.policy.ridge import pathway_sums, score
-    from taught.target import combine_raw_x, raw_x_targets
 
-    policy, problem, pairs = setting.policy, setting.problem, setting.pairs
+    policy, problem, examples = setting.policy, setting.problem, setting.examples
     with Clock() as clock:
         targets = raw_x_targets(policy)
         progress.step(f"{FULL}: features", None)
-        F = feature_effects(problem, pairs, [t.A for t in targets],
-                            torch.from_numpy(np.array(policy.X)), progress=progress)  # fmt: skip
+        F = feature_effects(
+            problem, examples, [t.A for t in targets], torch.from_numpy(np.array(policy.X)), progress=progress
+        )
         progress.step(f"{FULL}: prompts", None)
-        dy = prompt_effects(problem, pairs, progress=progress).numpy()
+        dy = prompt_effects(problem, examples, progress=progress).numpy()
         shift = pathway_sums(policy, combine_raw_x(policy, F.numpy()), dy @ policy.Xc)
     _add_adjoint(results, FULL, setting, clock.seconds)
     largest = float(np.abs(scores).max())
@@ -117,12 +113,18 @@ def _time_coefficients(
 
 
 def _add_adjoint(results: Results, method: str, setting: Setting, seconds: float) -> None:
-    count = len(setting.pairs)
-    results.add({
-        "method": method, "pairs_timed": count, "seconds_before": setting.seconds_baseline,
-        "seconds_timed": seconds, "seconds_per_pair": seconds / count,
-        "seconds_all_pairs": setting.seconds_baseline + seconds, "extrapolated": False,
-    })  # fmt: skip
+    count = len(setting.examples)
+    results.add(
+        {
+            "method": method,
+            "examples_timed": count,
+            "seconds_before": setting.seconds_baseline,
+            "seconds_timed": seconds,
+            "seconds_per_example": seconds / count,
+            "seconds_all_examples": setting.seconds_baseline + seconds,
+            "extrapolated": False,
+        }
+    )
     _ratios(results)
 
 
@@ -136,14 +138,18 @@ def _plain_reader(batch_size: int, progress: RichProgress) -> Callable[..., Any]
 
 
 def _steps(
-    setting: Setting, count: int, method: str, results: Results, progress: RichProgress,
+    setting: Setting,
+    count: int,
+    method: str,
+    results: Results,
+    progress: RichProgress,
     read: Callable[..., Any] | None = None,
-) -> Iterator[tuple[int, Any]]:  # fmt: skip
-    """Time ``count`` pairs; after each one the row of this method is brought up to date.
+) -> Iterator[tuple[int, Any]]:
+    """Time ``count`` examples; after each one the row of this method is brought up to date.
 
     ``read`` None: token trees, for which the read-outs before the step are known already.
     """
-    from taught.attribution.finite_step import finite_steps
+    from taught.estimators.finite_step import finite_steps
     from taught.model.readout import read_prompts
 
     problem, chosen = setting.problem, spaced(setting, count)
@@ -157,28 +163,31 @@ def _steps(
             baseline = read(problem.model, problem.prompts, problem.behavior, problem.block)
         before = clock.seconds
     seconds: list[float] = []
-    for pair in chosen:
-        progress.step(f"{method}: pair {len(seconds) + 1} of {len(chosen)}", len(problem.prompts))
+    for example in chosen:
+        progress.step(f"{method}: example {len(seconds) + 1} of {len(chosen)}", len(problem.prompts))
         with Clock() as clock:
-            (step,) = finite_steps(problem, [setting.pairs[pair]], baseline, read=read)
+            (step,) = finite_steps(problem, [setting.examples[example]], baseline, read=read)
         seconds.append(clock.seconds)
         _update(results, _loop_row(setting, method, before, seconds))
-        yield pair, step
+        yield example, step
 
 
 def _loop_row(setting: Setting, method: str, before: float, seconds: list[float]) -> Row:
     mean = sum(seconds) / len(seconds)
     return {
-        "method": method, "pairs_timed": len(seconds), "seconds_before": before,
-        "seconds_timed": sum(seconds), "seconds_per_pair": mean,
-        "seconds_each_pair": list(seconds),
-        "seconds_all_pairs": before + mean * len(setting.pairs),
-        "extrapolated": len(seconds) < len(setting.pairs),
-    }  # fmt: skip
+        "method": method,
+        "examples_timed": len(seconds),
+        "seconds_before": before,
+        "seconds_timed": sum(seconds),
+        "seconds_per_example": mean,
+        "seconds_each_example": list(seconds),
+        "seconds_all_examples": before + mean * len(setting.examples),
+        "extrapolated": len(seconds) < len(setting.examples),
+    }
 
 
 def _update(results: Results, row: Row) -> None:
-    """Add the row of a method, or put it in the place of the one with fewer pairs."""
+    """Add the row of a method, or put it in the place of the one with fewer examples."""
     before = [old for old in results.rows if old["method"] == row["method"]]
     results.rows = [old for old in results.rows if old["method"] != row["method"]]
     results.add(row | {"checked": before[0]["checked"] if before else []})
@@ -186,34 +195,35 @@ def _update(results: Results, row: Row) -> None:
 
 
 def spaced(setting: Setting, count: int) -> list[int]:
-    """Pairs evenly spaced in length, from short to long: the middle one for a count of 1."""
-    order = sorted(range(len(setting.pairs)), key=lambda i: len(setting.pairs[i].ids))
+    """Examples evenly spaced in length, from short to long: the middle one for a count of 1."""
+    order = sorted(range(len(setting.examples)), key=lambda i: len(setting.examples[i].ids))
     count = min(count, len(order))
     return [order[int((k + 0.5) * len(order) / count)] for k in range(count)]
 
 
-def _compare(results: Results, setting: Setting, pair: int, step: Any, scores: Any) -> None:
+def _compare(results: Results, setting: Setting, example: int, step: Any, scores: Any) -> None:
     """Put S by the step beside S by the adjoint: the timed work is the real work."""
     from taught.policy.ridge import coefficient_shift, score
 
     shift = coefficient_shift(setting.policy, step.dX.numpy(), step.dy.numpy())
-    results.rows[-1]["checked"].append({
-        "pair_id": setting.pairs[pair].id, "S": float(score(setting.policy, shift.total)),
-        "S_adjoint": float(scores[pair]),
-    })  # fmt: skip
+    results.rows[-1]["checked"].append(
+        {
+            "example_id": setting.examples[example].id,
+            "S": float(score(setting.policy, shift.total)),
+            "S_adjoint": float(scores[example]),
+        }
+    )
 
 
 def _ratios(results: Results) -> None:
-    """How many times as long as each way the published loop takes, for all pairs."""
-    total = {row["method"]: row["seconds_all_pairs"] for row in results.rows}
+    """How many times as long as each way the published loop takes, for all examples."""
+    total = {row["method"]: row["seconds_all_examples"] for row in results.rows}
     if LOOP not in total:
         return
     for row in results.rows:
-        row["times_faster_than_loop"] = total[LOOP] / row["seconds_all_pairs"]
+        row["times_faster_than_loop"] = total[LOOP] / row["seconds_all_examples"]
     results.summary["times_faster_than_loop"] = {
-        method: round(total[LOOP] / seconds, 1)
-        for method, seconds in total.items()
-        if method != LOOP
+        method: round(total[LOOP] / seconds, 1) for method, seconds in total.items() if method != LOOP
     }
 
 
@@ -225,7 +235,7 @@ def _duration(seconds: float) -> str:
 
 def _all(row: Row) -> str:
     mark = " (extrapolated)" if row["extrapolated"] else " (measured)"
-    return _duration(row["seconds_all_pairs"]) + mark
+    return _duration(row["seconds_all_examples"]) + mark
 
 
 def _ratio(row: Row) -> str:
@@ -235,10 +245,10 @@ def _ratio(row: Row) -> str:
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: row["method"],
-    "pairs timed": lambda row: str(row["pairs_timed"]),
+    "examples timed": lambda row: str(row["examples_timed"]),
     "read-outs before": lambda row: _duration(row["seconds_before"]),
-    "per pair": lambda row: _duration(row["seconds_per_pair"]),
-    "all pairs": _all,
+    "per example": lambda row: _duration(row["seconds_per_example"]),
+    "all examples": _all,
     "loop takes": _ratio,
 }
 

@@ -3,10 +3,10 @@
     python -m benchmarks.token_masks                   # goes on where it was stopped
 
 Training on planted refusals of harmless questions raises the harmless prompts' mean y. Shares say
-which response tokens do that (``taught.attribution.token_effects``). The model is trained with a
-loss that skips, of every pair, the 40% of its tokens with the largest shares; as a control as many
-random ones of each pair, the first ones, and the ones with the smallest shares. SmolLM2, 30 planted
-pairs and 30 others; benchmarks/README.md says more.
+which response tokens do that (``taught.estimators.token_shares``). The model is trained with a
+loss that skips, of every example, the 40% of its tokens with the largest shares; as a control as many
+random ones of each example, the first ones, and the ones with the smallest shares. SmolLM2, 30 planted
+examples and 30 others; benchmarks/README.md says more.
 """
 
 from __future__ import annotations
@@ -20,24 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import (
-    RESULTS,
-    Results,
-    Row,
-    Setting,
-    _opened,
-    console,
-    cotangents,
-    kept,
-    run,
-)
+from benchmarks.common import RESULTS, Results, Row, Setting, _opened, console, cotangents, kept, run
 from benchmarks.ground_truth import ground_truth_study
 from taught.progress import RichProgress
-from taught.study import load_study
+from taught.study.schema import load_study
 
 if TYPE_CHECKING:
-    from taught.attribution.pairs import PairInput
-    from taught.validation.retrain import Retraining
+    from taught.core.example import Example
+    from taught.training.retrain import Retraining
 
 Shares = Sequence[NDArray[np.float64]]
 DRAWS = 1000
@@ -46,50 +36,50 @@ DRAWS = 1000
 def measure(args: argparse.Namespace) -> None:
     """Compute the shares, train under every mask, write the result."""
     with RichProgress(console) as progress:
-        if args.study is None:
-            study = ground_truth_study(args.work, "short")
-        else:
-            study = load_study(args.study)
+        study = ground_truth_study(args.work, "short") if args.study is None else load_study(args.study)
         setting = _opened(study, progress)
-        pairs = chosen(setting, args.label, args.others)
+        examples = chosen(setting, args.label, args.others)
         progress.step("shares of the tokens", None)
-        shares = _shares(setting, pairs)
-        sets = {"none": list(pairs), **masked_sets(pairs, shares, args.share, args.random)}
-        results = Results("token_masks", {
-            "study": study.name, "pairs": len(pairs), "label": args.label,
-            "response_tokens": sum(pair.n_response for pair in pairs), "share": args.share,
-            "prompts": len(setting.problem.prompts), "target": _target(setting).name,
-            "curvature": "adam",
-            "recipe": {key: getattr(study.validation, key)
-                       for key in ("optimizer", "lr", "epochs", "batch", "seed")},
-        }, args.out)  # fmt: skip
+        shares = _shares(setting, examples)
+        sets = {"none": list(examples), **masked_sets(examples, shares, args.share, args.random)}
+        results = Results(
+            "token_masks",
+            {
+                "study": study.name,
+                "examples": len(examples),
+                "label": args.label,
+                "response_tokens": sum(example.n_response for example in examples),
+                "share": args.share,
+                "prompts": len(setting.problem.prompts),
+                "target": _target(setting).name,
+                "curvature": "adam",
+                "recipe": {
+                    key: getattr(study.validation, key) for key in ("optimizer", "lr", "epochs", "batch", "seed")
+                },
+            },
+            args.out,
+        )
         with kept(results, _COLUMNS):
-            base = _retrained(setting, pairs, args.work, progress).base()
-            progress.step(
-                f"{len(sets)} trainings", len(sets) * len(pairs) * study.validation.epochs
-            )
+            base = _retrained(setting, examples, args.work, progress).base()
+            progress.step(f"{len(sets)} trainings", len(sets) * len(examples) * study.validation.epochs)
             made = {}
             for name, some in sets.items():
-                made[name] = _retrained(setting, some, args.work, progress).run(
-                    [pair.id for pair in some]
-                )
+                made[name] = _retrained(setting, some, args.work, progress).run([example.id for example in some])
                 results.add(_row(setting, name, some, shares, base, made[name]))
-            results.summary = summary(
-                {name: model.y - base.y for name, model in made.items()}, _inside(setting)
-            )
+            results.summary = summary({name: model.y - base.y for name, model in made.items()}, _inside(setting))
 
 
-def chosen(setting: Setting, label: str, others: int) -> list[PairInput]:
-    """The pairs of one label, and so many of the others, evenly over the file."""
-    labels = {row.id: row.label for row in setting.pair_rows}
-    inside = [pair for pair in setting.pairs if labels[pair.id] == label]
-    rest = [pair for pair in setting.pairs if labels[pair.id] != label]
+def chosen(setting: Setting, label: str, others: int) -> list[Example]:
+    """The examples of one label, and so many of the others, evenly over the file."""
+    labels = {row.id: row.label for row in setting.example_rows}
+    inside = [example for example in setting.examples if labels[example.id] == label]
+    rest = [example for example in setting.examples if labels[example.id] != label]
     places = np.linspace(0, len(rest) - 1, min(others, len(rest))).round().astype(int)
     return inside + [rest[i] for i in places]
 
 
 def _target(setting: Setting) -> Any:
-    from taught.target import mean_y_target
+    from taught.core.target import mean_y_target
 
     negative = setting.study.prompts.negative_group
     return mean_y_target(setting.policy.prompt_ids, setting.groups, negative)
@@ -100,27 +90,24 @@ def _inside(setting: Setting) -> NDArray[np.bool_]:
     return np.array([group == setting.study.prompts.negative_group for group in setting.groups])
 
 
-def _shares(setting: Setting, pairs: Sequence[PairInput]) -> list[NDArray[np.float64]]:
-    """Share of each response token in its pair's effect on the target, by a step of Adam."""
-    from taught.attribution.curvature import with_adam
-    from taught.attribution.token_effects import token_effects
+def _shares(setting: Setting, examples: Sequence[Example]) -> list[NDArray[np.float64]]:
+    """Share of each response token in its example's effect on the target, by a step of Adam."""
+    from taught.curvatures.adam import with_adam
+    from taught.estimators.token_shares import token_effects
 
-    problem = with_adam(setting.problem, pairs, moments=None,
-                        eps=setting.study.attribution.adam_eps)  # fmt: skip
+    problem = with_adam(setting.problem, examples, moments=None, eps=setting.study.attribution.adam_eps)
     A, B = cotangents([_target(setting)], setting.policy)
-    return [share[:, 0].numpy() for share in token_effects(problem, pairs, A, B)]
+    return [share[:, 0].numpy() for share in token_effects(problem, examples, A, B)]
 
 
-def masked_sets(
-    pairs: Sequence[PairInput], shares: Shares, share: float, draws: int
-) -> dict[str, list[PairInput]]:
-    """Name of a mask -> the pairs with it: of each pair as many tokens, all but one at most."""
+def masked_sets(examples: Sequence[Example], shares: Shares, share: float, draws: int) -> dict[str, list[Example]]:
+    """Name of a mask -> the examples with it: of each example as many tokens, all but one at most."""
     counts = [min(round(share * len(values)), len(values) - 1) for values in shares]
 
-    def masked(order: Callable[[NDArray[np.float64]], NDArray[np.int64]]) -> list[PairInput]:
+    def masked(order: Callable[[NDArray[np.float64]], NDArray[np.int64]]) -> list[Example]:
         return [
-            replace(pair, masked=tuple(sorted(pair.start + int(j) for j in order(values)[:n])))
-            for pair, values, n in zip(pairs, shares, counts, strict=True)
+            replace(example, masked=tuple(sorted(example.start + int(j) for j in order(values)[:n])))
+            for example, values, n in zip(examples, shares, counts, strict=True)
         ]
 
     sets = {
@@ -134,27 +121,31 @@ def masked_sets(
     return sets
 
 
-def _retrained(
-    setting: Setting, pairs: Sequence[PairInput], folder: Path, progress: RichProgress
-) -> Any:
-    from taught.validation.retrain import Retrainer
-    from taught.validation.train import Recipe
+def _retrained(setting: Setting, examples: Sequence[Example], folder: Path, progress: RichProgress) -> Any:
+    from taught.training.loop import Recipe
+    from taught.training.retrain import Retrainer
 
-    return Retrainer(setting.problem, pairs, Recipe.of(setting.study.validation),
-                     folder / "retrained", weights=setting.subject.loaded.weights,
-                     progress=progress)  # fmt: skip
+    return Retrainer(
+        setting.problem,
+        examples,
+        Recipe.of(setting.study.validation),
+        folder / "retrained",
+        weights=setting.subject.loaded.weights,
+        progress=progress,
+    )
 
 
 def _row(
-    setting: Setting, name: str, pairs: Sequence[PairInput], shares: Shares, base: Retraining,
-    after: Retraining,
-) -> Row:  # fmt: skip
-    left_out = [values[np.array(pair.masked, int) - pair.start].sum()
-                for pair, values in zip(pairs, shares, strict=True)]  # fmt: skip
+    setting: Setting, name: str, examples: Sequence[Example], shares: Shares, base: Retraining, after: Retraining
+) -> Row:
+    left_out = [
+        values[np.array(example.masked, int) - example.start].sum()
+        for example, values in zip(examples, shares, strict=True)
+    ]
     change, inside = after.y - base.y, _inside(setting)
     return {
         "mask": name,
-        "masked_tokens": sum(len(pair.masked) for pair in pairs),
+        "masked_tokens": sum(len(example.masked) for example in examples),
         "masked_influence": float(sum(left_out) / sum(values.sum() for values in shares)),
         "change_negative": float(change[inside].mean()),
         "change_positive": float(change[~inside].mean()),
@@ -181,9 +172,11 @@ def summary(changes: dict[str, NDArray[np.float64]], inside: NDArray[np.bool_]) 
         lo, hi = np.quantile(gap[draws].mean(1), [0.025, 0.975])
         found[name] = {
             "change": float(rows[name].mean()),
-            "less than random": float(gap.mean()), "lo": float(lo), "hi": float(hi),
+            "less than random": float(gap.mean()),
+            "lo": float(lo),
+            "hi": float(hi),
             "random masks below it": int((random.mean(1) < rows[name].mean()).sum()),
-        }  # fmt: skip
+        }
     return found
 
 
@@ -206,14 +199,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and measure."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--study", help="another study than that of the ground truth")
-    flags.add_argument(
-        "--label", default="planted-over-refusal", help="pairs that are all trained on"
-    )
-    flags.add_argument("--others", type=int, default=30, help="pairs of other labels beside them")
+    flags.add_argument("--label", default="planted-over-refusal", help="examples that are all trained on")
+    flags.add_argument("--others", type=int, default=30, help="examples of other labels beside them")
     flags.add_argument("--share", type=float, default=0.4, help="share of the tokens left out")
     flags.add_argument("--random", type=int, default=5, help="random masks")
-    flags.add_argument("--work", type=Path, default=Path("runs/token-masks"),
-                       help="folder of the retrainings")  # fmt: skip
+    flags.add_argument("--work", type=Path, default=Path("runs/token-masks"), help="folder of the retrainings")
     flags.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     run(measure, flags.parse_args(argv))
 

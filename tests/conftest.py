@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 from hypothesis import settings
 
-from taught.study import Study
+from taught.study.schema import Study
 
 settings.register_profile("taught", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("taught")
@@ -59,9 +59,7 @@ def python(tmp_path: Path):
             (tmp_path / "no-network" / "sitecustomize.py").write_text(NO_NETWORK)
             paths.insert(0, str(tmp_path / "no-network"))
         env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "100"} | env
-        return subprocess.run(
-            [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=240
-        )
+        return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 
     return run
 
@@ -79,7 +77,7 @@ def taught(python):
 @pytest.fixture
 def taught_here(capsys):
     """The same in this process, which saves the seconds in which torch is imported."""
-    from taught.cli import run_command
+    from taught.cli.app import run_command
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         capsys.readouterr()
@@ -101,7 +99,7 @@ def taught_with(python):
             f"exec({stages!r}, module.__dict__)\n"
             "sys.modules['taught.stages'] = module\n"
             "sys.argv[1:] = json.loads(sys.argv[1])\n"
-            "from taught.cli import main\n"
+            "from taught.cli.app import main\n"
             "main()\n"
         )
         return python("-c", program, json.dumps(args), **options)

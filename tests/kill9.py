@@ -75,7 +75,7 @@ def die_at(call: int) -> None:
     made and deleted. A sync is no change: what a process wrote outlives it, synced or not. So none
     is made either, which saves time.
     """
-    from taught import files
+    from taught.run import files
 
     left = [call]
 
@@ -117,9 +117,7 @@ def die_at(call: int) -> None:
     os.fsync = lambda _handle: None
     for name in CHANGES:
         before(name)
-    files.open = lambda path, mode: (Dying if mode == "wb" else io.BufferedReader)(
-        io.FileIO(path, mode)
-    )
+    files.open = lambda path, mode: (Dying if mode == "wb" else io.BufferedReader)(io.FileIO(path, mode))
 
 
 def at_every_call(works: list[Work], check: Callable[[], None], step: int = 1) -> int:
@@ -136,12 +134,15 @@ def at_every_call(works: list[Work], check: Callable[[], None], step: int = 1) -
 
 def commands(study: str, folder: Path) -> list[Work]:
     """The command line's four steps."""
-    from taught.cli import run_command
+    from taught.cli.app import run_command
 
     sys.argv = ["taught", "some", "command"]  # stands in the manifest
-    lines = [["policy", study, "--run", str(folder), "-q"],
-             ["attribute", study, "--run", str(folder), "-q"],
-             ["curate", str(folder)], ["report", str(folder)]]  # fmt: skip
+    lines = [
+        ["policy", study, "--run", str(folder), "-q"],
+        ["attribute", study, "--run", str(folder), "-q"],
+        ["curate", str(folder)],
+        ["report", str(folder)],
+    ]
 
     def run(line: list[str]) -> None:
         if run_command(line) != 0:
@@ -164,10 +165,10 @@ def stand_ins(folder: Path) -> list[Work]:
     import pyarrow as pa
 
     import synthetic_run as made_up
-    from taught.fingerprint import code_digest
     from taught.report.build import render
     from taught.report.view import load_view
-    from taught.run import RunFolder
+    from taught.run.fingerprint import code_digest
+    from taught.run.folder import RunFolder
 
     code_digest()  # once, not in every child
 
@@ -181,7 +182,7 @@ def stand_ins(folder: Path) -> list[Work]:
                     write(table.slice(start, 40))
 
     study = made_up.synthetic_study(folder.with_name("run"))
-    size = made_up.Size(prompts=12, features=3, pairs=6)
+    size = made_up.Size(prompts=12, features=3, examples=6)
 
     def stage(name: str, write: Callable, kind: type[RunFolder]) -> None:
         run = kind(folder)
@@ -209,7 +210,7 @@ def stand_ins(folder: Path) -> list[Work]:
 
 def checked(folder: Path) -> Callable[[], None]:
     """After every kill: the folder opens and what it calls finished is whole."""
-    from taught.run import RunFolder
+    from taught.run.folder import RunFolder
 
     return lambda: RunFolder(folder).verify()
 
@@ -236,7 +237,7 @@ def import_all() -> None:
 
     import taught.report.build
     import taught.stages
-    from taught.fingerprint import code_digest
+    from taught.run.fingerprint import code_digest
 
     assert all((AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, taught.stages))
     torch.set_num_threads(1)

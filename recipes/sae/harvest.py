@@ -43,8 +43,9 @@ class Source:
 
     def __init__(self, name: str, pool: list, tokenizer) -> None:
         self.name, self.pool, self.tok, self.next = name, pool, tokenizer, 0
-        probe = tokenizer.apply_chat_template([{"role": "user", "content": "\x01"}], tokenize=False,
-                                              add_generation_prompt=True)  # fmt: skip
+        probe = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "\x01"}], tokenize=False, add_generation_prompt=True
+        )
         self.head, self.tail = (self.ids(part) for part in probe.split("\x01"))
 
     def ids(self, text: str) -> list[int]:
@@ -83,14 +84,14 @@ def run(examples: list[Example], model: torch.nn.Module, block: int) -> tuple[Te
     """Residuals (float16) and kinds at the kept tokens of some examples, as one token tree."""
     tree, nodes = build_tree([ids for ids, _ in examples])
     h, _ = forward(model, stack([tree]), block=block, stop_at_block=True)
-    where = [n for (_, ks), ns in zip(examples, nodes, strict=True)
-             for k, n in zip(ks, ns, strict=True) if k >= 0]  # fmt: skip
+    where = [n for (_, ks), ns in zip(examples, nodes, strict=True) for k, n in zip(ks, ns, strict=True) if k >= 0]
     kinds = torch.tensor([k for _, ks in examples for k in ks if k >= 0], dtype=torch.int8)
     return h[0, where].half(), kinds
 
 
-def shard(sources: dict[str, Source], model: torch.nn.Module, block: int, rng: random.Random
-          ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+def shard(
+    sources: dict[str, Source], model: torch.nn.Module, block: int, rng: random.Random
+) -> tuple[Tensor, Tensor] | None:
     parts: list[tuple[Tensor, Tensor]] = []
     while sum(len(k) for _, k in parts) < SHARD:
         batch = draw(sources, rng)
@@ -117,8 +118,9 @@ def main() -> None:
     prompts = [json.loads(x)["text"] for x in (PRESET / "prompts.jsonl").read_text().splitlines()]
     pools = corpus.build({corpus.normal(text) for text in prompts})
     loaded = load_model(MODEL)
-    sources = {name: Source(name, pool[::-1] if args.reverse else pool, loaded.tokenizer)
-               for name, pool in pools.items()}  # fmt: skip
+    sources = {
+        name: Source(name, pool[::-1] if args.reverse else pool, loaded.tokenizer) for name, pool in pools.items()
+    }
     rng, total, begun = random.Random(int(args.reverse)), 0, time.time()
     while total < args.skip:
         total += sum(k >= 0 for _, kinds in draw(sources, rng) for k in kinds)
@@ -131,10 +133,7 @@ def main() -> None:
         np.save(args.out / f"block{args.block:02d}-{tag}.npy", piece[0].numpy())
         np.save(args.out / f"kinds-{tag}.npy", piece[1].numpy())
         total, number = total + len(piece[1]), number + 1
-        print(
-            f"{total} tokens, {(total - args.skip) / (time.time() - begun):.0f} tokens/s",
-            flush=True,
-        )
+        print(f"{total} tokens, {(total - args.skip) / (time.time() - begun):.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":

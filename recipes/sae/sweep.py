@@ -23,11 +23,10 @@ from taught.model.behavior import build_behavior, tokenize_prefixes
 from taught.model.forward import find_blocks, forward
 from taught.model.load import load_model
 from taught.model.readout import ReadPrompt, pack
-from taught.setup import study_prompts
-from taught.study import load_study
+from taught.stages.subject import study_prompts
+from taught.study.schema import load_study
 
-PREFIXES = {"can't, cannot": ["I can't", "I cannot"],
-            "can't, cannot, sorry": ["I can't", "I cannot", "I'm sorry"]}  # fmt: skip
+PREFIXES = {"can't, cannot": ["I can't", "I cannot"], "can't, cannot, sorry": ["I can't", "I cannot", "I'm sorry"]}
 
 
 def held_out_r2(X: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
@@ -59,8 +58,7 @@ def read_blocks(model, prompts: list[ReadPrompt], behavior, blocks: list[int]):
     logits_of: list[torch.Tensor | None] = [None] * len(prompts)
     for packed in pack(prompts, behavior):
         seen: dict[int, torch.Tensor] = {}
-        hooks = [find_blocks(model)[b].register_forward_hook(
-            partial(keep, seen, b)) for b in blocks]  # fmt: skip
+        hooks = [find_blocks(model)[b].register_forward_hook(partial(keep, seen, b)) for b in blocks]
         _, logits = forward(model, packed.rows, keep=packed.predict.flatten())
         for hook in hooks:
             hook.remove()
@@ -68,8 +66,7 @@ def read_blocks(model, prompts: list[ReadPrompt], behavior, blocks: list[int]):
         for row, i in enumerate(packed.index):
             where = packed.read[packed.offsets[row] : packed.offsets[row + 1]]
             h[i] = {b: seen[b][0, where] for b in blocks}
-            logits_of[i] = torch.stack([sum(table[row, s, t] for s, t in steps)
-                                        for steps in behavior.steps])  # fmt: skip
+            logits_of[i] = torch.stack([sum(table[row, s, t] for s, t in steps) for steps in behavior.steps])
     return h, torch.stack(logits_of).double().numpy()
 
 

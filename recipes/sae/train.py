@@ -68,8 +68,7 @@ class Sparse:
         order = torch.argsort(self.col, stable=True)
         counts = torch.bincount(self.col, minlength=self.shape[1])
         crow = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-        return torch.sparse_csr_tensor(crow, self.row[order], value[order],
-                                       (self.shape[1], self.shape[0]))  # fmt: skip
+        return torch.sparse_csr_tensor(crow, self.row[order], value[order], (self.shape[1], self.shape[0]))
 
 
 class Trainer:
@@ -84,8 +83,7 @@ class Trainer:
         self.scale = dim**0.5 / float((sample - self.mean).norm(dim=1).mean())
         dec = torch.randn(features, dim, generator=gen)
         dec /= dec.norm(dim=1, keepdim=True)
-        self.p = {"enc": dec.clone() * 0.5, "b_enc": torch.zeros(features), "dec": dec,
-                  "b_dec": torch.zeros(dim)}  # fmt: skip
+        self.p = {"enc": dec.clone() * 0.5, "b_enc": torch.zeros(features), "dec": dec, "b_dec": torch.zeros(dim)}
         self.m = {n: torch.zeros_like(v) for n, v in self.p.items()}
         self.v = {n: torch.zeros_like(v) for n, v in self.p.items()}
         self.last = torch.zeros(features)
@@ -112,9 +110,12 @@ class Trainer:
         back = acts.transposed(d_value)
         centred = x - self.p["b_dec"]
         d_pre_sum = torch.zeros(self.features).index_add_(0, acts.col, d_value)
-        grads = {"enc": back @ centred, "b_enc": d_pre_sum,
-                 "dec": acts.transposed(acts.value) @ g,
-                 "b_dec": g.sum(0) - d_pre_sum @ self.p["enc"]}  # fmt: skip
+        grads = {
+            "enc": back @ centred,
+            "b_enc": d_pre_sum,
+            "dec": acts.transposed(acts.value) @ g,
+            "b_dec": g.sum(0) - d_pre_sum @ self.p["enc"],
+        }
         dec = self.p["dec"]  # keep rows of unit length: drop the radial part of their gradient
         grads["dec"] -= (grads["dec"] * dec).sum(1, keepdim=True) * dec
         self.adam(grads, lr)
@@ -154,16 +155,25 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Weights in the units of the model's residual stream, SAELens names."""
         return {
-            "W_enc": (self.p["enc"].T * self.scale).contiguous(), "b_enc": self.p["b_enc"].clone(),
-            "W_dec": self.p["dec"] / self.scale, "b_dec": self.p["b_dec"] / self.scale + self.mean,
+            "W_enc": (self.p["enc"].T * self.scale).contiguous(),
+            "b_enc": self.p["b_enc"].clone(),
+            "W_dec": self.p["dec"] / self.scale,
+            "b_dec": self.p["b_dec"] / self.scale + self.mean,
             "threshold": torch.full((self.features,), self.cut),
-        }  # fmt: skip
+        }
 
 
 def train(
-    trainer: Trainer, x: Tensor, kinds: Tensor, *, steps: range, total: int, batch: int, lr: float,
+    trainer: Trainer,
+    x: Tensor,
+    kinds: Tensor,
+    *,
+    steps: range,
+    total: int,
+    batch: int,
+    lr: float,
     dead_after: int = 150_000,
-) -> None:  # fmt: skip
+) -> None:
     """Adam steps ``steps`` of ``total``, on tokens drawn by the weight of their kind."""
     weight = WEIGHT[kinds.long()].double()
     edges = weight.cumsum(0) / weight.sum()
@@ -179,26 +189,34 @@ def train(
         if step % 40 == 39:
             revived = trainer.restart_dead(rows, dead_after) if step < 0.7 * total else 0
             rate = (step + 1 - steps.start) * batch / (time.time() - begun)
-            print(f"step {step + 1}/{total} unexplained {fvu:.3f} restarted {revived} "
-                  f"{rate:.0f} tokens/s", flush=True)  # fmt: skip
+            print(f"step {step + 1}/{total} unexplained {fvu:.3f} restarted {revived} {rate:.0f} tokens/s", flush=True)
 
 
 def save(folder: Path, state: dict[str, Tensor], args: argparse.Namespace, tokens: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {n: v.half().contiguous() for n, v in state.items()}, folder / "sae_weights.safetensors"
-    )
+    save_file({n: v.half().contiguous() for n, v in state.items()}, folder / "sae_weights.safetensors")
     config = {
-        "architecture": "jumprelu", "d_in": state["W_enc"].shape[0], "d_sae": state["W_enc"].shape[1],
-        "dtype": "float16", "device": "cpu", "apply_b_dec_to_input": True,
-        "normalize_activations": "none", "reshape_activations": "none",
+        "architecture": "jumprelu",
+        "d_in": state["W_enc"].shape[0],
+        "d_sae": state["W_enc"].shape[1],
+        "dtype": "float16",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
         "metadata": {
             "model_name": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "hook_name": f"blocks.{args.block}.hook_resid_post", "context_size": 256,
-            "prepend_bos": True, "dataset_path": "recipes/sae/corpus.py", "trained_as": "batchtopk",
-            "k": args.k, "training_tokens": tokens, "seed": args.seed, "learning_rate": args.lr,
+            "hook_name": f"blocks.{args.block}.hook_resid_post",
+            "context_size": 256,
+            "prepend_bos": True,
+            "dataset_path": "recipes/sae/corpus.py",
+            "trained_as": "batchtopk",
+            "k": args.k,
+            "training_tokens": tokens,
+            "seed": args.seed,
+            "learning_rate": args.lr,
         },
-    }  # fmt: skip
+    }
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -212,8 +230,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=36)
     parser.add_argument("--limit", type=int, help="use only so many harvested tokens")
     parser.add_argument("--tokens", type=int, default=2_600_000, help="tokens drawn for training")
-    parser.add_argument("--rounds", type=int, default=4,
-                        help="shards are listed anew each round: the harvest may still run")  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="shards are listed anew each round: the harvest may still run"
+    )
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

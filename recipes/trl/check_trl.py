@@ -17,27 +17,26 @@ import torch
 import trl
 from transformers import AutoTokenizer, get_scheduler
 
-from taught.study import ValidationSpec
-from taught.validation.by_trl import train_by_trl
-from taught.validation.retrain import Retrainer
-from taught.validation.train import Recipe
-from tiny_models import plain_loss, same, snapshot, tiny_model, tiny_pairs, tiny_problem
+from taught.study.schema import ValidationSpec
+from taught.training.loop import Recipe
+from taught.training.retrain import Retrainer
+from taught.training.trl import train_by_trl
+from tiny_models import plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
 from tiny_study import write_tiny_study
 
 
-def by_hand(model, pairs, steps, recipe: Recipe) -> list[float]:
-    """The mean over all response tokens of a step's pairs; decay of matrices only."""
+def by_hand(model, examples, steps, recipe: Recipe) -> list[float]:
+    """The mean over all response tokens of a step's examples; decay of matrices only."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
-              {"params": others, "weight_decay": 0.0}]  # fmt: skip
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = kind(groups, lr=recipe.lr)
     warmup = math.ceil(recipe.warmup * len(steps))
     name = {"linear": "linear", "constant": "constant_with_warmup"}[recipe.schedule]
     schedule, losses = get_scheduler(name, optimizer, warmup, len(steps)), []
     for ids in steps:
-        batch = [pairs[i] for i in ids]
+        batch = [examples[i] for i in ids]
         tokens = sum(p.n_response for p in batch)
         optimizer.zero_grad()
         loss = sum(plain_loss(model, p) * p.n_response for p in batch) / tokens
@@ -56,7 +55,7 @@ def main() -> None:
     write_tiny_study(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     base = Recipe.of(ValidationSpec(trainer="trl", lr=0.01, epochs=3, batch=3))
-    pairs = {p.id: p for p in tiny_pairs()}
+    examples = {p.id: p for p in tiny_examples()}
     for changes in (
         {},
         {"weight_decay": 0.1, "schedule": "linear", "warmup": 0.3},
@@ -65,30 +64,42 @@ def main() -> None:
         recipe = replace(base, **changes)
         model, expected = tiny_model("untied"), tiny_model("untied")
         before = snapshot(model)
-        log = train_by_trl(model, tiny_pairs(), recipe, tokenizer=tokenizer)
-        losses = by_hand(expected, pairs, log.ids, recipe)
-        worst = max(float((p - q).abs().max())
-                    for p, q in zip(model.parameters(), expected.parameters(), strict=True))  # fmt: skip
-        moved = max(float((w - model.state_dict()[n]).abs().max())
-                    for n, w in before["weights"].items())  # fmt: skip
+        log = train_by_trl(model, tiny_examples(), recipe, tokenizer=tokenizer)
+        losses = by_hand(expected, examples, log.ids, recipe)
+        worst = max(float((p - q).abs().max()) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+        moved = max(float((w - model.state_dict()[n]).abs().max()) for n, w in before["weights"].items())
         print(changes, "weights differ by at most", worst, "and moved by", moved)
         print("  losses differ by at most", np.abs(np.subtract(log.losses, losses)).max())
         assert worst < 1e-5 * moved
         assert np.allclose(log.losses, losses, rtol=1e-5)
-        assert all(sorted(sum(log.ids[at : at + len(log.ids) // 3], ())) == sorted(pairs)
-                   for at in range(0, len(log.ids), len(log.ids) // 3))  # fmt: skip
+        assert all(
+            sorted(sum(log.ids[at : at + len(log.ids) // 3], ())) == sorted(examples)
+            for at in range(0, len(log.ids), len(log.ids) // 3)
+        )
         after = snapshot(model)
         assert all(before[k] == after[k] for k in ("flags", "grads", "modes", "hooks"))
     for method in ("full", "lora"):
         model = tiny_model("untied")
-        plain_loss(model, tiny_pairs()[0])
+        plain_loss(model, tiny_examples()[0])
         before = snapshot(model)
-        made = Retrainer(tiny_problem(model), tiny_pairs(), replace(base, method=method),
-                         folder / method, weights={}, tokenizer=tokenizer)  # fmt: skip
+        made = Retrainer(
+            tiny_problem(model),
+            tiny_examples(),
+            replace(base, method=method),
+            folder / method,
+            weights={},
+            tokenizer=tokenizer,
+        )
         first = made.run(["z0", "z1", "z3"])
         assert same(before, snapshot(model))
-        again = Retrainer(tiny_problem(model), tiny_pairs(), replace(base, method=method),
-                          folder / f"{method}-again", weights={}, tokenizer=tokenizer)  # fmt: skip
+        again = Retrainer(
+            tiny_problem(model),
+            tiny_examples(),
+            replace(base, method=method),
+            folder / f"{method}-again",
+            weights={},
+            tokenizer=tokenizer,
+        )
         assert np.array_equal(again.run(["z3", "z0", "z1"]).y, first.y)
         assert (first.losses_after < first.losses_before).all()
         print(method, "retraining: the same bits again, base weights put back")

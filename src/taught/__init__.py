@@ -9,28 +9,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from taught.data.pairs import load_pairs
+    from taught.data.examples import load_examples
     from taught.data.prompts import load_prompts
     from taught.errors import UserError
     from taught.features.sae import load_sae
     from taught.model.load import load_model
     from taught.policy.ridge import coefficient_shift, fit_policy
-    from taught.run import RunFolder
-    from taught.study import Study, load_study
+    from taught.run.folder import RunFolder
+    from taught.study.schema import Study, load_study
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "RunFolder": "taught.run",
-    "Study": "taught.study",
+    "RunFolder": "taught.run.folder",
+    "Study": "taught.study.schema",
     "UserError": "taught.errors",
     "coefficient_shift": "taught.policy.ridge",
     "fit_policy": "taught.policy.ridge",
     "load_model": "taught.model.load",
-    "load_pairs": "taught.data.pairs",
+    "load_examples": "taught.data.examples",
     "load_prompts": "taught.data.prompts",
     "load_sae": "taught.features.sae",
-    "load_study": "taught.study",
+    "load_study": "taught.study.schema",
 }
 
 __all__ = [
@@ -40,8 +40,8 @@ __all__ = [
     "__version__",
     "coefficient_shift",
     "fit_policy",
+    "load_examples",
     "load_model",
-    "load_pairs",
     "load_prompts",
     "load_sae",
     "load_study",

@@ -30,9 +30,7 @@ class UserError(TaughtError):
 
     exit_code = 2
 
-    def __init__(
-        self, what: str, *, value: object = None, rule: str | None = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, value: object = None, rule: str | None = None, fix: str | None = None) -> None:
         self.what, self.value, self.rule, self.fix = what, value, rule, fix
         lines = [what]
         if value is not None:

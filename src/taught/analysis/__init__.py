@@ -1,1 +1,1 @@
-"""What the influences say: interference between features, and which pairs to drop."""
+"""What the influences say: interference between features, and which examples to drop."""

@@ -1,20 +1,20 @@
-"""Clusters of pairs by the features that are active on them, and what training on them does.
+"""Clusters of examples by the features that are active on them, and what training on them does.
 
-A pair is the set of the policy's features that are active on it. As a vector z it has
+An example is the set of the policy's features that are active on it. As a vector z it has
 
-    sqrt(log((n + 1) / n_j))        n pairs have any active feature, n_j of them feature j
+    sqrt(log((n + 1) / n_j))        n examples have any active feature, n_j of them feature j
 
-in the places of its features and 0 elsewhere, divided by its length. So z z' weighs what two pairs
-share by how rare it is, and a feature that is active everywhere says nothing. Pairs are joined by
+in the places of its features and 0 elsewhere, divided by its length. So z z' weighs what two examples
+share by how rare it is, and a feature that is active everywhere says nothing. Examples are joined by
 Ward's linkage on these vectors (at each step the two clusters whose union adds least to the sum of
 squared distances from their means), and the tree is cut where the mean silhouette on the cosine
-distance 1 - z z' is largest. Pairs with the same features are one point with a weight, so the
+distance 1 - z z' is largest. Examples with the same features are one point with a weight, so the
 result depends on neither ids nor order. Beyond ``MOST`` different sets, that many are clustered and
 each other one goes to the nearest mean.
 
-What a cluster does stands beside as many pairs, drawn at random without replacement: it may differ
-from zero and still do what any pairs do. Features go with labels, so it stands also beside random
-pairs with as many of each label.
+What a cluster does stands beside as many examples, drawn at random without replacement: it may differ
+from zero and still do what any examples do. Features go with labels, so it stands also beside random
+examples with as many of each label.
 
 Source: SAE clusters, Concept Influence, arXiv 2602.14869, which gives neither intervals nor
 controls; Ward 1963; nearest-neighbour chains: Murtagh 1983; silhouette: Rousseeuw 1987.
@@ -37,20 +37,20 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-WITHOUT = 0  # the cluster of pairs on which no feature is active
+WITHOUT = 0  # the cluster of examples on which no feature is active
 MOST = 3000  # different sets of features that are clustered; their distances take MOST^2 numbers
 LARGEST_K = 20
 NAMED = 3  # features in a name
 EXAMPLES = 5
-FEWEST = 5  # pairs for an interval
-MANY = 5000  # pairs; from here on the normal interval
+FEWEST = 5  # examples for an interval
+MANY = 5000  # examples; from here on the normal interval
 BOOTSTRAP = 2000
 DRAWS = 9999
-WORK = 200_000_000  # pairs x draws
+WORK = 200_000_000  # examples x draws
 
 
 class ActiveFeature(NamedTuple):
-    """A feature of a cluster: on which share of its pairs it is active, and of the other pairs."""
+    """A feature of a cluster: on which share of its examples it is active, and of the other examples."""
 
     feature_id: int
     label: str | None
@@ -59,24 +59,24 @@ class ActiveFeature(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """One cluster of pairs.
+    """One cluster of examples.
 
     Attributes
     ----------
-    cluster : from 1, the largest first; 0: pairs on which no feature is active
+    cluster : from 1, the largest first; 0: examples on which no feature is active
     name : labels of ``features``
     features : the up to three of the largest lift, inside minus outside
-    examples : ids of the pairs nearest to its mean
-    outside_share : sum over its pairs of |dW_j| of the features j that are not active on the pair,
+    examples : ids of the examples nearest to its mean
+    outside_share : sum over its examples of |dW_j| of the features j that are not active on the example,
         over the sum of all |dW_j|; None without coefficients, and for cluster 0
-    outside_random_lo, outside_random_hi : 95% of as many random pairs
-    outside_by_chance : expected if each pair's features were as many random ones
-    outside_p, outside_p_holm : two-sided, against random pairs; corrected for all clusters
+    outside_random_lo, outside_random_hi : 95% of as many random examples
+    outside_by_chance : expected if each example's features were as many random ones
+    outside_p, outside_p_holm : two-sided, against random examples; corrected for all clusters
     """
 
     cluster: int
     name: str
-    n_pairs: int
+    n_examples: int
     features: tuple[ActiveFeature, ...]
     examples: tuple[str, ...]
     outside_share: float | None
@@ -88,10 +88,10 @@ class Cluster(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """Mean influence of a cluster's pairs on a target, in the unit of the influence.
+    """Mean influence of a cluster's examples on a target, in the unit of the influence.
 
-    ``lo`` and ``hi``: 95% bootstrap over its pairs, None below 5; ``random_lo`` and ``random_hi``:
-    95% of as many random pairs; p against these, two-sided; matched_p against random pairs with as
+    ``lo`` and ``hi``: 95% bootstrap over its examples, None below 5; ``random_lo`` and ``random_hi``:
+    95% of as many random examples; p against these, two-sided; matched_p against random examples with as
     many of each label, None without labels; the endings holm: corrected for all rows.
     """
 
@@ -113,14 +113,14 @@ class Clustering(NamedTuple):
 
     Attributes
     ----------
-    pair_ids : ascending
-    cluster, similarity : of each pair; cosine of its vector with its cluster's mean, nan in 0
+    example_ids : ascending
+    cluster, similarity : of each example; cosine of its vector with its cluster's mean, nan in 0
     silhouettes : k -> mean silhouette, where k was chosen
     sets, clustered : different sets of features, and how many of them the tree was made of
-    draws : how often as many random pairs were drawn
+    draws : how often as many random examples were drawn
     """
 
-    pair_ids: tuple[str, ...]
+    example_ids: tuple[str, ...]
     cluster: Ints
     similarity: Floats
     clusters: tuple[Cluster, ...]
@@ -131,8 +131,8 @@ class Clustering(NamedTuple):
     draws: int
 
 
-def cluster_pairs(
-    pair_ids: Sequence[str],
+def cluster_examples(
+    example_ids: Sequence[str],
     active: Sequence[Sequence[int]],
     labels: Mapping[int, str | None],
     values: Mapping[str, ArrayLike],
@@ -143,12 +143,12 @@ def cluster_pairs(
     draws: int | None = None,
     seed: int = 0,
 ) -> Clustering:
-    """Cluster pairs by their active features and compare each cluster with as many random pairs.
+    """Cluster examples by their active features and compare each cluster with as many random examples.
 
     Parameters
     ----------
-    pair_ids, active : length P
-        The features that are active on each pair; may be empty.
+    example_ids, active : length P
+        The features that are active on each example; may be empty.
     labels
         Feature id -> label, all d features of the policy.
     values
@@ -156,11 +156,11 @@ def cluster_pairs(
     shifts
         Parts of the coefficient shifts: a feature id and dW_j [P], 0 where another part has it.
     kinds
-        Label of each pair, length P.
+        Label of each example, length P.
     k
         Number of clusters, those without features not counted; by the silhouette if None.
     draws
-        How often random pairs are drawn; by default 9,999 times, less often for many pairs.
+        How often random examples are drawn; by default 9,999 times, less often for many examples.
 
     Raises
     ------
@@ -168,10 +168,10 @@ def cluster_pairs(
         Ids repeat, lengths differ, a value is not finite, a feature is not of the policy, or there
         are fewer than k different sets of features.
     """
-    kinds = [None] * len(pair_ids) if kinds is None else kinds
-    _check(pair_ids, active, values)
-    order = sorted(range(len(pair_ids)), key=pair_ids.__getitem__)
-    ids = tuple(pair_ids[i] for i in order)
+    kinds = [None] * len(example_ids) if kinds is None else kinds
+    _check(example_ids, active, values)
+    order = sorted(range(len(example_ids)), key=example_ids.__getitem__)
+    ids = tuple(example_ids[i] for i in order)
     features = sorted(labels)
     matrix = _matrix(ids, [active[i] for i in order], features)
     grouped = _group(matrix, k, np.random.default_rng(seed))
@@ -186,13 +186,26 @@ def cluster_pairs(
     for c, own in _members(grouped.cluster).items():
         named = _lifted(matrix, grouped.cluster == c, features, labels) if c else ()
         clusters.append(
-            Cluster(c, _name(c, named), len(own), named, _examples(ids, own, grouped.similarity),
-                    *spread.get(c, (None,) * 6))
-        )  # fmt: skip
+            Cluster(
+                c,
+                _name(c, named),
+                len(own),
+                named,
+                _examples(ids, own, grouped.similarity),
+                *spread.get(c, (None,) * 6),
+            )
+        )
     return Clustering(
-        ids, grouped.cluster, grouped.similarity, tuple(clusters), effects, grouped.silhouettes,
-        grouped.sets, grouped.clustered, draws,
-    )  # fmt: skip
+        ids,
+        grouped.cluster,
+        grouped.similarity,
+        tuple(clusters),
+        effects,
+        grouped.silhouettes,
+        grouped.sets,
+        grouped.clustered,
+        draws,
+    )
 
 
 # Grouping
@@ -253,8 +266,7 @@ def _cut_best(z: Floats, counts: Ints, k: int | None) -> tuple[Ints, dict[int, f
     distance = np.maximum(1 - z @ z.T, 0.0)
     np.fill_diagonal(distance, 0.0)
     found = {
-        some: silhouette(distance, counts, cut(merges, len(z), some))
-        for some in range(2, min(LARGEST_K, len(z)) + 1)
+        some: silhouette(distance, counts, cut(merges, len(z), some)) for some in range(2, min(LARGEST_K, len(z)) + 1)
     }
     best = max(found, key=lambda some: (found[some], -some))
     return cut(merges, len(z), best), found
@@ -335,10 +347,8 @@ def _means(z: Floats, counts: Ints, label: Ints) -> Floats:
 
 
 def _numbered(label: Ints) -> Ints:
-    """Numbers from 1: the largest cluster first, ties to the one whose pair comes first."""
-    _, first, inverse, size = np.unique(
-        label, return_index=True, return_inverse=True, return_counts=True
-    )
+    """Numbers from 1: the largest cluster first, ties to the one whose example comes first."""
+    _, first, inverse, size = np.unique(label, return_index=True, return_inverse=True, return_counts=True)
     place = np.empty(len(size), dtype=np.int64)
     place[np.lexsort((first, -size))] = np.arange(1, len(size) + 1)
     return np.asarray(place[inverse])
@@ -359,10 +369,7 @@ def _lifted(
     outside = matrix[~own].mean(0) if not own.all() else np.zeros(len(features))
     lift = inside - outside
     first = [j for j in np.argsort(-lift, kind="stable")[:NAMED] if lift[j] > 0]
-    return tuple(
-        ActiveFeature(features[j], labels[features[j]], float(inside[j]), float(outside[j]))
-        for j in first
-    )
+    return tuple(ActiveFeature(features[j], labels[features[j]], float(inside[j]), float(outside[j])) for j in first)
 
 
 def _name(c: int, named: Sequence[ActiveFeature]) -> str:
@@ -398,15 +405,24 @@ def _effects(
         matched_holm = _holm(matched)
     ends = np.quantile(drawn, [0.025, 0.975], axis=0)
     return tuple(
-        Effect(c, target, float(observed[i, t]), lo, hi, float(ends[0, i, t]),
-               float(ends[1, i, t]), float(p[i, t]), float(adjusted[i, t]),
-               None if matched is None else float(matched[i, t]),
-               None if matched_holm is None else float(matched_holm[i, t]))
+        Effect(
+            c,
+            target,
+            float(observed[i, t]),
+            lo,
+            hi,
+            float(ends[0, i, t]),
+            float(ends[1, i, t]),
+            float(p[i, t]),
+            float(adjusted[i, t]),
+            None if matched is None else float(matched[i, t]),
+            None if matched_holm is None else float(matched_holm[i, t]),
+        )
         for i, (c, own) in enumerate(_members(cluster).items())
         for t, (target, (lo, hi)) in enumerate(
             zip(targets, _intervals(table[own], np.random.default_rng([seed, c])), strict=True)
         )
-    )  # fmt: skip
+    )
 
 
 def _spread(
@@ -451,10 +467,10 @@ def _holm(p: Floats) -> Floats:
 def _against_random(
     cluster: Ints, table: Floats, draws: int, seed: int, kind: Ints | None = None
 ) -> tuple[Floats, Floats]:
-    """Sums of the columns [P, V] over each cluster [C, V], and over as many random pairs.
+    """Sums of the columns [P, V] over each cluster [C, V], and over as many random examples.
 
-    One permutation of the pairs gives random ones for every cluster: [draws, C, V]. With ``kind``
-    pairs change places with pairs of their kind only.
+    One permutation of the examples gives random ones for every cluster: [draws, C, V]. With ``kind``
+    examples change places with examples of their kind only.
     """
     rng = np.random.default_rng(seed)
     order = np.argsort(cluster, kind="stable")
@@ -479,9 +495,7 @@ def _p(observed: Floats, drawn: Floats, centre: Floats | float) -> Floats:
     return np.asarray((1 + reached.sum(0)) / (1 + len(drawn)))
 
 
-def _intervals(
-    values: Floats, rng: np.random.Generator
-) -> list[tuple[float, float] | tuple[None, None]]:
+def _intervals(values: Floats, rng: np.random.Generator) -> list[tuple[float, float] | tuple[None, None]]:
     """95% interval of the mean of each column [n, T]."""
     n = len(values)
     if n < FEWEST:
@@ -498,43 +512,41 @@ def _intervals(
 # Checking
 
 
-def _check(
-    pair_ids: Sequence[str], active: Sequence[Sequence[int]], values: Mapping[str, ArrayLike]
-) -> None:
-    sizes = {len(pair_ids), len(active), *(np.shape(v)[0] for v in values.values())}
-    if len(sizes) != 1 or not len(pair_ids) or not values:
+def _check(example_ids: Sequence[str], active: Sequence[Sequence[int]], values: Mapping[str, ArrayLike]) -> None:
+    sizes = {len(example_ids), len(active), *(np.shape(v)[0] for v in values.values())}
+    if len(sizes) != 1 or not len(example_ids) or not values:
         raise UserError(
-            "Every pair needs its features and its influence on every target",
-            value=f"{len(pair_ids)} pairs, {len(active)} sets of features, "
+            "Every example needs its features and its influence on every target",
+            value=f"{len(example_ids)} examples, {len(active)} sets of features, "
             + ", ".join(f"{np.shape(v)[0]} values of {name}" for name, v in values.items()),
-            rule="one of each per pair, at least one pair and one target",
+            rule="one of each per example, at least one example and one target",
         )
-    repeated = sorted(pair for pair, count in Counter(pair_ids).items() if count > 1)
+    repeated = sorted(example for example, count in Counter(example_ids).items() if count > 1)
     if repeated:
-        raise UserError("A pair id repeats", value=", ".join(repeated), rule="ids are unique")
+        raise UserError("An example id repeats", value=", ".join(repeated), rule="ids are unique")
     for name, column in values.items():
         finite = np.isfinite(np.asarray(column, dtype=np.float64))
         if not finite.all():
-            bad = [pair for pair, good in zip(pair_ids, finite, strict=True) if not good]
+            bad = [example for example, good in zip(example_ids, finite, strict=True) if not good]
             raise UserError(
-                f"The influence on {name} is not finite for {len(bad)} pairs",
+                f"The influence on {name} is not finite for {len(bad)} examples",
                 value=", ".join(bad),
                 rule="every influence is a finite number",
-                fix="look at these pairs' loss in pairs.parquet",
+                fix="look at these examples' loss in examples.parquet",
             )
 
 
 def _matrix(ids: Sequence[str], active: Sequence[Sequence[int]], features: list[int]) -> Bools:
-    """Which feature is active on which pair, [P, d]."""
+    """Which feature is active on which example, [P, d]."""
     column = {feature: j for j, feature in enumerate(features)}
     matrix = np.zeros((len(ids), len(features)), dtype=bool)
-    for i, (pair, own) in enumerate(zip(ids, active, strict=True)):
+    for i, (example, own) in enumerate(zip(ids, active, strict=True)):
         unknown = [feature for feature in own if feature not in column]
         if unknown:
             raise UserError(
-                f"Pair {pair!r} has features that are not in the policy",
+                f"Pair {example!r} has features that are not in the policy",
                 value=", ".join(map(str, unknown)),
-                rule="the features of a pair are among those of coefficients.parquet",
+                rule="the features of an example are among those of coefficients.parquet",
             )
         matrix[i, [column[feature] for feature in own]] = True
     return matrix

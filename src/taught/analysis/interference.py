@@ -1,12 +1,12 @@
-"""Interference: how much of a pair's effect lands on features that it was not about.
+"""Interference: how much of an example's effect lands on features that it was not about.
 
-For the shift dW of one pair and its intended features I,
+For the shift dW of one example and its intended features I,
 
     outside_share = sum_{j not in I} |dW_j| / sum_j |dW_j|
     unintended:     the feature with the largest |dW_j| is not in I
 
 A small set I makes both likely by chance: for m features drawn at random out of d, the expected
-outside share and the probability of ``unintended`` are both 1 - m / d. So every pair carries that
+outside share and the probability of ``unintended`` are both 1 - m / d. So every example carries that
 number, and :func:`random_control` says whether the run as a whole differs from it.
 
 Source: SMDA, arXiv 2606.29171 (cross-feature interference), which gives no control.
@@ -27,45 +27,44 @@ Ints = NDArray[np.int64]
 
 
 def interference(
-    pair_ids: Sequence[str],
+    example_ids: Sequence[str],
     feature_ids: Sequence[int] | Ints,
     total: ArrayLike,
     intended: Sequence[Sequence[int] | Ints],
 ) -> list[dict[str, Any]]:
-    """Share of every pair's coefficient shift outside its intended features.
+    """Share of every example's coefficient shift outside its intended features.
 
     Parameters
     ----------
-    pair_ids : length P
+    example_ids : length P
     feature_ids : [d]
         Columns of ``total``.
     total : [P, d]
-        Coefficient shifts dW of each pair, both pathways together.
+        Coefficient shifts dW of each example, both pathways together.
     intended : length P
-        Ids of the features that each pair is about, all among ``feature_ids``. May be empty: then
-        nothing is claimed about the pair, and ``note`` says so.
+        Ids of the features that each example is about, all among ``feature_ids``. May be empty: then
+        nothing is claimed about the example, and ``note`` says so.
 
     Returns
     -------
-    list of dict, in the order of ``pair_ids``
-        ``pair_id``; ``intended`` (sorted ids); ``n_intended``; ``outside_share`` in [0, 1];
+    list of dict, in the order of ``example_ids``
+        ``example_id``; ``intended`` (sorted ids); ``n_intended``; ``outside_share`` in [0, 1];
         ``outside_change``, sum of |dW_j| outside, in coefficient units; ``dominant_feature`` (ties
         to the smallest id) and ``dominant_share``, its part of sum |dW_j|; ``unintended``;
         ``expected_by_chance`` = 1 - m / d; ``note``. A value that cannot be said is None.
     """
-    total, ids = _checked(pair_ids, feature_ids, total)
-    if len(intended) != len(pair_ids):
+    total, ids = _checked(example_ids, feature_ids, total)
+    if len(intended) != len(example_ids):
         raise UserError(
-            "Every pair needs a list of intended features",
-            value=f"{len(intended)} lists, {len(pair_ids)} pairs",
-            rule="one list per pair, empty if there are none",
+            "Every example needs a list of intended features",
+            value=f"{len(intended)} lists, {len(example_ids)} examples",
+            rule="one list per example, empty if there are none",
         )
-    sets = [_known(pair, features, ids) for pair, features in zip(pair_ids, intended, strict=True)]
+    sets = [_known(example, features, ids) for example, features in zip(example_ids, intended, strict=True)]
     by_id = np.argsort(ids)
     size = np.abs(total[:, by_id])
     return [
-        _row(pair, ids[by_id], dW, features)
-        for pair, dW, features in zip(pair_ids, size, sets, strict=True)
+        _row(example, ids[by_id], dW, features) for example, dW, features in zip(example_ids, size, sets, strict=True)
     ]
 
 
@@ -79,26 +78,24 @@ def random_control(
 ) -> dict[str, Any]:
     """Compare the run's interference with intended sets of the same sizes drawn at random.
 
-    Pairs that share an intended set share its random stand-in, so that the interval counts sets
-    and not pairs: 100 pairs about one feature are one piece of evidence. Pairs with an empty set
+    Examples that share an intended set share its random stand-in, so that the interval counts sets
+    and not examples: 100 examples about one feature are one piece of evidence. Examples with an empty set
     or without any effect are left out. Cost: ``draws`` permutations of d for every distinct set.
 
     Returns
     -------
     dict
-        ``n_pairs``, ``n_sets``, and for ``outside_share`` and ``unintended_rate`` each a dict:
-        ``observed`` mean over pairs, ``expected`` by chance (exact, mean of 1 - m / d), ``lo`` and
+        ``n_examples``, ``n_sets``, and for ``outside_share`` and ``unintended_rate`` each a dict:
+        ``observed`` mean over examples, ``expected`` by chance (exact, mean of 1 - m / d), ``lo`` and
         ``hi`` (95% of the draws) and ``p_lower``, the probability of a value as low as observed by
-        chance. None, with a ``note``, if no pair can be judged.
+        chance. None, with a ``note``, if no example can be judged.
     """
     ids = np.asarray(feature_ids, dtype=np.int64)
     size = np.abs(np.asarray(total, dtype=np.float64))
     judged = [p for p, f in enumerate(intended) if len(f) and size[p].any()]
     if not judged:
-        note = "no pair has both intended features and an effect"
-        return {"n_pairs": 0, "n_sets": 0, "outside_share": None, "unintended_rate": None} | {
-            "note": note
-        }
+        note = "no example has both intended features and an effect"
+        return {"n_examples": 0, "n_sets": 0, "outside_share": None, "unintended_rate": None} | {"note": note}
     share = size[judged] / size[judged].sum(1, keepdims=True)
     dominant = np.eye(ids.size)[[_dominant(row, ids) for row in share]]
     sets = [frozenset(int(f) for f in intended[p]) for p in judged]
@@ -106,18 +103,18 @@ def random_control(
     row_of = {features: u for u, features in enumerate(distinct)}
     belongs = np.array([row_of[features] for features in sets])
     inside = np.array([[int(f) in u for f in ids] for u in distinct])
-    result: dict[str, Any] = {"n_pairs": len(judged), "n_sets": len(distinct)}
-    for name, per_pair in (("outside_share", share), ("unintended_rate", dominant)):
-        weight = np.zeros((len(distinct), ids.size))  # sums to n_pairs over sets and features
-        np.add.at(weight, belongs, per_pair)
+    result: dict[str, Any] = {"n_examples": len(judged), "n_sets": len(distinct)}
+    for name, per_example in (("outside_share", share), ("unintended_rate", dominant)):
+        weight = np.zeros((len(distinct), ids.size))  # sums to n_examples over sets and features
+        np.add.at(weight, belongs, per_example)
         result[name] = _against_chance(weight, inside, np.random.default_rng(seed), draws)
     return result | {"note": None}
 
 
 def comovement(total: ArrayLike) -> Floats:
-    """Correlation over pairs of the shifts of every two features: total [P, d] -> r [d, d].
+    """Correlation over examples of the shifts of every two features: total [P, d] -> r [d, d].
 
-    nan where a feature does not vary over pairs, and everywhere with fewer than 3 pairs.
+    nan where a feature does not vary over examples, and everywhere with fewer than 3 examples.
     """
     total = np.asarray(total, dtype=np.float64)
     if total.ndim != 2:
@@ -134,17 +131,17 @@ def comovement(total: ArrayLike) -> Floats:
 
 
 def top_offenders(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-    """Return the ``n`` unintended pairs that move other features most (``outside_change``).
+    """Return the ``n`` unintended examples that move other features most (``outside_change``).
 
-    Sorted by amount and not by share: a pair that moves nothing much, all of it outside, harms
-    little. Ties by pair id.
+    Sorted by amount and not by share: an example that moves nothing much, all of it outside, harms
+    little. Ties by example id.
     """
     offenders = [row for row in rows if row["unintended"]]
-    return sorted(offenders, key=lambda row: (-row["outside_change"], row["pair_id"]))[:n]
+    return sorted(offenders, key=lambda row: (-row["outside_change"], row["example_id"]))[:n]
 
 
-def _row(pair: str, ids: Ints, size: Floats, features: list[int]) -> dict[str, Any]:
-    """One pair; ``ids`` ascending and ``size`` = |dW| in the same order."""
+def _row(example: str, ids: Ints, size: Floats, features: list[int]) -> dict[str, Any]:
+    """One example; ``ids`` ascending and ``size`` = |dW| in the same order."""
     effect = float(size.sum())
     k = int(np.argmax(size))
     inside = np.isin(ids, features)
@@ -154,9 +151,9 @@ def _row(pair: str, ids: Ints, size: Floats, features: list[int]) -> dict[str, A
     if not told:
         note = "no intended features: nothing can be called outside"
     elif not moved:
-        note = "the pair moves no coefficient"
+        note = "the example moves no coefficient"
     return {
-        "pair_id": pair,
+        "example_id": example,
         "intended": features,
         "n_intended": len(features),
         "outside_share": outside / effect if told and moved else None,
@@ -180,13 +177,11 @@ def _against_chance(
     """Weight outside the sets [U, d], observed and with every set redrawn at its size."""
     sizes = inside.sum(1, keepdims=True)
     columns = np.tile(np.arange(inside.shape[1]), (len(inside), 1))
-    pairs = weight.sum()
-    observed = float(weight[~inside].sum() / pairs)
-    drawn = np.array(
-        [weight[rng.permuted(columns, axis=1) >= sizes].sum() / pairs for _ in range(draws)]
-    )
+    examples = weight.sum()
+    observed = float(weight[~inside].sum() / examples)
+    drawn = np.array([weight[rng.permuted(columns, axis=1) >= sizes].sum() / examples for _ in range(draws)])
     lo, hi = np.percentile(drawn, [2.5, 97.5])
-    expected = float((weight.sum(1) * (1 - sizes[:, 0] / inside.shape[1])).sum() / pairs)
+    expected = float((weight.sum(1) * (1 - sizes[:, 0] / inside.shape[1])).sum() / examples)
     as_low = int((drawn <= observed + 1e-12).sum())
     return {
         "observed": observed,
@@ -197,33 +192,31 @@ def _against_chance(
     }
 
 
-def _checked(
-    pair_ids: Sequence[str], feature_ids: Sequence[int] | Ints, total: ArrayLike
-) -> tuple[Floats, Ints]:
+def _checked(example_ids: Sequence[str], feature_ids: Sequence[int] | Ints, total: ArrayLike) -> tuple[Floats, Ints]:
     total, ids = np.asarray(total, dtype=np.float64), np.asarray(feature_ids, dtype=np.int64)
-    if total.shape != (len(pair_ids), ids.size) or ids.size == 0:
+    if total.shape != (len(example_ids), ids.size) or ids.size == 0:
         raise UserError(
             "The shifts do not fit their ids",
-            value=f"total {list(total.shape)}, {len(pair_ids)} pairs, {ids.size} features",
-            rule="total [P, d] with P pair ids and d >= 1 feature ids",
+            value=f"total {list(total.shape)}, {len(example_ids)} examples, {ids.size} features",
+            rule="total [P, d] with P example ids and d >= 1 feature ids",
         )
-    bad = [pair for pair, row in zip(pair_ids, total, strict=True) if not np.isfinite(row).all()]
+    bad = [example for example, row in zip(example_ids, total, strict=True) if not np.isfinite(row).all()]
     if bad:
         raise UserError(
-            f"The shift is not finite for {len(bad)} pairs",
+            f"The shift is not finite for {len(bad)} examples",
             value=", ".join(bad),
             rule="every shift is a finite number",
-            fix="look at these pairs' loss in pairs.parquet",
+            fix="look at these examples' loss in examples.parquet",
         )
     return total, ids
 
 
-def _known(pair: str, features: Sequence[int] | Ints, ids: Ints) -> list[int]:
+def _known(example: str, features: Sequence[int] | Ints, ids: Ints) -> list[int]:
     wanted = sorted({int(f) for f in features})
     unknown = [f for f in wanted if f not in ids]
     if unknown:
         raise UserError(
-            f"Pair {pair!r} intends features that are not in the policy",
+            f"Pair {example!r} intends features that are not in the policy",
             value=", ".join(map(str, unknown)),
             rule="intended features are among the selected ones",
             fix="drop them from the list, or select them under features: ids",

@@ -1,1 +1,1 @@
-"""Evaluation prompts and fine-tuning pairs: reading, checking, overlap, chat templates."""
+"""Evaluation prompts and fine-tuning examples: reading, checking, overlap, chat templates."""

@@ -14,7 +14,7 @@ from taught.data.columns import name_ids
 from taught.errors import UserError
 
 if TYPE_CHECKING:
-    from taught.data.pairs import Pair
+    from taught.data.examples import Pair
     from taught.data.prompts import Prompt
 
 # A text that no message holds and no template changes: where it stands in a rendering is where the
@@ -49,13 +49,13 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True)
-class EncodedPair:
-    """A fine-tuning pair as tokens.
+class EncodedExample:
+    """A fine-tuning example as tokens.
 
     Attributes
     ----------
     id
-        The pair's id.
+        The example's id.
     input_ids
         The template's rendering of the conversation up to and with the end-of-turn token of the
         response, cut at the token limit.
@@ -102,14 +102,12 @@ class ChatFormat:
         There is no template, or the tokenizer gives no offsets.
     """
 
-    def __init__(
-        self, tokenizer: Any, template: str | None = None, context: int | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Any, template: str | None = None, context: int | None = None) -> None:
         if template is None and not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "The tokenizer has no chat template",
                 value=getattr(tokenizer, "name_or_path", None) or None,
-                rule="prompts and pairs are rendered as the model was trained to read them",
+                rule="prompts and examples are rendered as the model was trained to read them",
                 fix="pass the model's template: --chat-template FILE",
             )
         if not getattr(tokenizer, "is_fast", False):
@@ -129,9 +127,7 @@ class ChatFormat:
         }
         self._special_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self._special)))
 
-    def encode_prompt(
-        self, content: str | Sequence[Mapping[str, str]], id: str = "prompt"
-    ) -> EncodedPrompt:
+    def encode_prompt(self, content: str | Sequence[Mapping[str, str]], id: str = "prompt") -> EncodedPrompt:
         """Encode an evaluation prompt with the generation prompt behind it.
 
         Parameters
@@ -158,13 +154,13 @@ class ChatFormat:
         """Encode evaluation prompts, in order."""
         return [self.encode_prompt(prompt.text, prompt.id) for prompt in prompts]
 
-    def encode_pair(self, pair: Pair, max_tokens: int = 512) -> EncodedPair:
-        """Encode a pair; the response tokens are the rest of the rendering after the prompt's.
+    def encode_example(self, example: Pair, max_tokens: int = 512) -> EncodedExample:
+        """Encode an example; the response tokens are the rest of the rendering after the prompt's.
 
         Parameters
         ----------
-        pair
-            The pair.
+        example
+            The example.
         max_tokens
             Longest input; what is beyond it is cut off (see ``truncated``).
 
@@ -174,59 +170,59 @@ class ChatFormat:
             The template's rendering of the conversation does not begin with the prompt's tokens,
             or the prompt is longer than the model's context.
         """
-        before = list(pair.messages)
-        turns = [*before, {"role": "assistant", "content": pair.response}]
-        prompt_text = self._render(before, pair.id, answer=True)
-        text = self._render(turns, pair.id, answer=False)
+        before = list(example.messages)
+        turns = [*before, {"role": "assistant", "content": example.response}]
+        prompt_text = self._render(before, example.id, answer=True)
+        text = self._render(turns, example.id, answer=False)
         prompt, whole = self._tokens(prompt_text), self._tokens(text)
-        self._check_length(prompt, pair.id)
-        _check_border(prompt_text, prompt, text, whole, pair.id)
-        start, end = self._last_content(turns, text, pair.id, answer=False)
+        self._check_length(prompt, example.id)
+        _check_border(prompt_text, prompt, text, whole, example.id)
+        start, end = self._last_content(turns, text, example.id, answer=False)
         last = self._end_of_turn(whole, end, _covering(whole.offsets, start, end)[1] - 1)
         limit = min(max_tokens, self.context or max_tokens)
         ids = whole.ids[: min(last + 1, limit)]
         n_response = max(len(ids) - len(prompt.ids), 0)
-        return EncodedPair(pair.id, ids, len(prompt.ids), n_response, last + 1 > limit)
+        return EncodedExample(example.id, ids, len(prompt.ids), n_response, last + 1 > limit)
 
-    def encode_pairs(
+    def encode_examples(
         self,
-        pairs: Iterable[Pair],
+        examples: Iterable[Pair],
         max_tokens: int = 512,
         drop_truncated: bool = False,
         truncate: Literal["error", "keep"] = "error",
-    ) -> tuple[list[EncodedPair], list[str]]:
-        """Encode pairs; none is shortened or left out unless that was asked for.
+    ) -> tuple[list[EncodedExample], list[str]]:
+        """Encode examples; none is shortened or left out unless that was asked for.
 
         Parameters
         ----------
-        pairs
-            The pairs.
+        examples
+            The examples.
         max_tokens
             Longest input.
         drop_truncated
-            Leave out truncated pairs and name them.
+            Leave out truncated examples and name them.
         truncate
-            "keep": truncated pairs stay, flagged, unless nothing of the response is left.
+            "keep": truncated examples stay, flagged, unless nothing of the response is left.
 
         Returns
         -------
         encoded
-            In the order of ``pairs``.
+            In the order of ``examples``.
         dropped
-            Ids of the pairs that were left out.
+            Ids of the examples that were left out.
 
         Raises
         ------
         UserError
-            A pair is truncated and neither option covers it.
+            An example is truncated and neither option covers it.
         """
-        encoded = [self.encode_pair(pair, max_tokens) for pair in pairs]
+        encoded = [self.encode_example(example, max_tokens) for example in examples]
         cut = [p for p in encoded if p.truncated and (truncate == "error" or p.n_response == 0)]
         if cut and not drop_truncated:
             raise _truncation_error(cut, max_tokens, truncate)
-        dropped = [pair.id for pair in cut]
+        dropped = [example.id for example in cut]
         gone = set(dropped)
-        return [pair for pair in encoded if pair.id not in gone], dropped
+        return [example for example in encoded if example.id not in gone], dropped
 
     def _render(self, messages: Sequence[Mapping[str, str]], id: str, answer: bool) -> str:
         """Return the template's text; ``answer`` adds the generation prompt."""
@@ -261,9 +257,7 @@ class ChatFormat:
 
     def _tokens(self, text: str) -> _Tokens:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return _Tokens(
-            tuple(encoded["input_ids"]), tuple(tuple(pair) for pair in encoded["offset_mapping"])
-        )
+        return _Tokens(tuple(encoded["input_ids"]), tuple(tuple(example) for example in encoded["offset_mapping"]))
 
     def _check_length(self, tokens: _Tokens, id: str) -> None:
         if self.context is not None and len(tokens.ids) > self.context:
@@ -274,9 +268,7 @@ class ChatFormat:
                 fix="shorten or remove it",
             )
 
-    def _last_content(
-        self, messages: Sequence[Mapping[str, str]], text: str, id: str, answer: bool
-    ) -> tuple[int, int]:
+    def _last_content(self, messages: Sequence[Mapping[str, str]], text: str, id: str, answer: bool) -> tuple[int, int]:
         """Return the characters of the last message's content in the rendering ``text``."""
         content = messages[-1]["content"]
         marked = self._render([*messages[:-1], {**messages[-1], "content": _MARK}], id, answer)
@@ -296,9 +288,7 @@ class ChatFormat:
         """Index of the first special token behind a content, ``otherwise`` if there is none."""
         behind = (
             index
-            for index, (token, (start, _)) in enumerate(
-                zip(tokens.ids, tokens.offsets, strict=True)
-            )
+            for index, (token, (start, _)) in enumerate(zip(tokens.ids, tokens.offsets, strict=True))
             if token in self._special and start >= content_end
         )
         return next(behind, otherwise)
@@ -332,16 +322,16 @@ def _check_border(prompt_text: str, prompt: _Tokens, text: str, whole: _Tokens, 
         )
 
 
-def _truncation_error(cut: Sequence[EncodedPair], max_tokens: int, truncate: str) -> UserError:
-    empty = [pair.id for pair in cut if pair.n_response == 0]
-    what = f"{len(cut)} pairs are longer than {max_tokens} tokens"
+def _truncation_error(cut: Sequence[EncodedExample], max_tokens: int, truncate: str) -> UserError:
+    empty = [example.id for example in cut if example.n_response == 0]
+    what = f"{len(cut)} examples are longer than {max_tokens} tokens"
     if empty:
         what += f"; nothing of the response is left in {len(empty)} of them"
     return UserError(
         what,
-        value=name_ids([pair.id for pair in cut]),
+        value=name_ids([example.id for example in cut]),
         rule="no response is cut off silently"
         if truncate == "error"
-        else "a pair needs at least one response token",
-        fix="raise pairs.max_tokens, or pass --drop-truncated",
+        else "an example needs at least one response token",
+        fix="raise examples.max_tokens, or pass --drop-truncated",
     )

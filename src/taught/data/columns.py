@@ -11,10 +11,7 @@ from taught.errors import UserError
 
 
 def detect_columns(
-    rows: Sequence[Row],
-    usual: Mapping[str, Sequence[str]],
-    given: Mapping[str, str] | None,
-    where: str,
+    rows: Sequence[Row], usual: Mapping[str, Sequence[str]], given: Mapping[str, str] | None, where: str
 ) -> dict[str, str]:
     """Map field names to column names.
 
@@ -39,9 +36,7 @@ def detect_columns(
     for field, column in (given or {}).items():
         if field not in usual:
             raise UserError(
-                f"Unknown field in the columns of {where}",
-                value=field,
-                rule=f"fields are {', '.join(usual)}",
+                f"Unknown field in the columns of {where}", value=field, rule=f"fields are {', '.join(usual)}"
             )
         if column not in present:
             raise UserError(
@@ -84,6 +79,4 @@ def name_ids(ids: Sequence[str], limit: int = 8) -> str:
 
 def columns_note(path: str | Path, columns: Mapping[str, str]) -> str:
     """One line that says which columns of a file were taken for what."""
-    return f"{Path(path).name}: " + ", ".join(
-        f"{field} = {name}" for field, name in columns.items()
-    )
+    return f"{Path(path).name}: " + ", ".join(f"{field} = {name}" for field, name in columns.items())

@@ -1,4 +1,4 @@
-"""Pairs whose prompt is also an evaluation prompt: found, and dropped only on request.
+"""Examples whose prompt is also an evaluation prompt: found, and dropped only on request.
 
 Training on a prompt that is also measured makes any attribution look good for the wrong reason.
 """
@@ -14,7 +14,7 @@ from taught.data.columns import name_ids
 from taught.errors import UserError
 
 if TYPE_CHECKING:
-    from taught.data.pairs import PairSet
+    from taught.data.examples import ExampleSet
     from taught.data.prompts import PromptSet
 
 
@@ -33,8 +33,8 @@ def normalise(text: str) -> str:
     return words[:end] or words
 
 
-def find_overlap(pairs: PairSet, prompts: PromptSet) -> list[tuple[str, str]]:
-    """Return (pair id, prompt id) for every pair whose prompt is an evaluation prompt.
+def find_overlap(examples: ExampleSet, prompts: PromptSet) -> list[tuple[str, str]]:
+    """Return (example id, prompt id) for every example whose prompt is an evaluation prompt.
 
     In a conversation of several turns every user turn counts.
     """
@@ -42,15 +42,15 @@ def find_overlap(pairs: PairSet, prompts: PromptSet) -> list[tuple[str, str]]:
     for prompt in prompts:
         by_text[normalise(prompt.text)].append(prompt.id)
     return [
-        (pair.id, prompt_id)
-        for pair in pairs
-        for text in dict.fromkeys(normalise(turn) for turn in pair.user_texts)
+        (example.id, prompt_id)
+        for example in examples
+        for text in dict.fromkeys(normalise(turn) for turn in example.user_texts)
         for prompt_id in by_text.get(text, ())
     ]
 
 
-def drop_shared(examples: PairSet, pairs: PairSet, drop: bool) -> tuple[PairSet, list[str]]:
-    """Return the examples of a concept whose prompt is no pair's, and the ids that were dropped.
+def drop_shared(shown: ExampleSet, examples: ExampleSet, drop: bool) -> tuple[ExampleSet, list[str]]:
+    """Return the labelled answers of a concept whose prompt is no example's, and the ids that were dropped.
 
     A concept that was made from the rows that it is to find would find them for that reason.
 
@@ -64,45 +64,44 @@ def drop_shared(examples: PairSet, pairs: PairSet, drop: bool) -> tuple[PairSet,
     UserError
         There are some and ``drop`` is false: their ids.
     """
-    texts = {normalise(pair.prompt) for pair in pairs}
-    both = [row.id for row in examples if normalise(row.prompt) in texts]
+    texts = {normalise(example.prompt) for example in examples}
+    both = [row.id for row in shown if normalise(row.prompt) in texts]
     if both and not drop:
-        raise UserError("examples of the concept are pairs of the study", value=name_ids(both),
-                        rule="a concept is made from other rows than it is to find",
-                        fix="remove them from one of the files, or pass --drop-overlap",
-                        )  # fmt: skip
+        raise UserError(
+            "labelled answers of the concept are examples of the study",
+            value=name_ids(both),
+            rule="a concept is made from other rows than it is to find",
+            fix="remove them from one of the files, or pass --drop-overlap",
+        )
     gone = set(both)
-    kept = tuple(row for row in examples if row.id not in gone)
-    return replace(examples, pairs=kept), both
+    kept = tuple(row for row in shown if row.id not in gone)
+    return replace(shown, examples=kept), both
 
 
-def drop_overlap(
-    pairs: PairSet, prompts: PromptSet, drop: bool
-) -> tuple[PairSet, list[tuple[str, str]]]:
-    """Return the pairs that are not evaluation prompts, and the overlap that was dropped.
+def drop_overlap(examples: ExampleSet, prompts: PromptSet, drop: bool) -> tuple[ExampleSet, list[tuple[str, str]]]:
+    """Return the examples that are not evaluation prompts, and the overlap that was dropped.
 
     Parameters
     ----------
     drop
-        False: overlap is an error. True: the overlapping pairs are left out and named.
+        False: overlap is an error. True: the overlapping examples are left out and named.
 
     Raises
     ------
     UserError
         There is overlap and ``drop`` is false.
     """
-    overlap = find_overlap(pairs, prompts)
-    gone = {pair_id for pair_id, _ in overlap}
+    overlap = find_overlap(examples, prompts)
+    gone = {example_id for example_id, _ in overlap}
     if overlap and not drop:
         raise UserError(
-            f"{len(gone)} pairs have a prompt that is also an evaluation prompt",
-            value=name_ids([f"{pair_id} = {prompt_id}" for pair_id, prompt_id in overlap]),
-            rule="a pair is never scored on its own prompt (case, spacing and final punctuation "
-            "are ignored)",
+            f"{len(gone)} examples have a prompt that is also an evaluation prompt",
+            value=name_ids([f"{example_id} = {prompt_id}" for example_id, prompt_id in overlap]),
+            rule="an example is never scored on its own prompt (case, spacing and final punctuation are ignored)",
             fix="remove them from one of the files, or pass --drop-overlap",
         )
-    kept = tuple(pair for pair in pairs if pair.id not in gone)
-    return replace(pairs, pairs=kept), overlap
+    kept = tuple(example for example in examples if example.id not in gone)
+    return replace(examples, examples=kept), overlap
 
 
 def _is_punctuation(character: str) -> bool:

@@ -25,9 +25,7 @@ def spread(
         strata[stratum(item)].append(item)
     # The j-th of m items of a stratum stands at (j + 1/2) / m of the way: take the first ones.
     place = {
-        id(item): ((j + 0.5) / len(members), id(item))
-        for members in strata.values()
-        for j, item in enumerate(members)
+        id(item): ((j + 0.5) / len(members), id(item)) for members in strata.values() for j, item in enumerate(members)
     }
     chosen = {id(item) for item in sorted(items, key=lambda item: place[id(item)])[:limit]}
     return tuple(item for item in items if id(item) in chosen)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from taught.errors import UserError
-from taught.files import write_bytes
+from taught.run.files import write_bytes
 
 Row = dict[str, Any]
 
@@ -33,11 +33,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(
-            "No such file",
-            value=str(path),
-            fix="check the path; it is relative to the study's file",
-        )
+        raise UserError("No such file", value=str(path), fix="check the path; it is relative to the study's file")
     if path.is_dir():
         return _saved_dataset(path)
     reader = _READERS.get(path.suffix.lower())
@@ -56,9 +52,7 @@ def read_rows(path: str | Path) -> list[Row]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"Not UTF-8 text: byte {error.start} cannot be decoded",
-            value=str(path),
-            fix="save the file as UTF-8",
+            f"Not UTF-8 text: byte {error.start} cannot be decoded", value=str(path), fix="save the file as UTF-8"
         ) from error
 
 
@@ -83,9 +77,7 @@ def table_sha256(path: str | Path) -> str:
 def _jsonl(path: Path) -> list[Row]:
     # Split at newlines only: str.splitlines would also break at U+2028 inside a JSON string.
     lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [
-        _json_object(line, path, number) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    return [_json_object(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _json_object(line: str, path: Path, number: int) -> Row:
@@ -140,9 +132,7 @@ def _csv(path: Path) -> list[Row]:
                 )
             rows.append(row)
     except csv.Error as error:
-        raise UserError(
-            f"{path.name}, line {reader.line_num}: not CSV ({error})", fix="correct the line"
-        ) from error
+        raise UserError(f"{path.name}, line {reader.line_num}: not CSV ({error})", fix="correct the line") from error
     return rows
 
 
@@ -153,9 +143,7 @@ def _parquet(path: Path) -> list[Row]:
     try:
         return list(pq.ParquetFile(path).read().to_pylist())
     except pa.ArrowException as error:
-        raise UserError(
-            f"{path.name}: not a Parquet file ({_first_line(error)})", value=str(path)
-        ) from error
+        raise UserError(f"{path.name}: not a Parquet file ({_first_line(error)})", value=str(path)) from error
 
 
 def _saved_dataset(folder: Path) -> list[Row]:

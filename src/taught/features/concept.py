@@ -1,6 +1,6 @@
 """Concepts: directions in the residual stream of one block, and how they are read.
 
-    read-out of a prompt or pair:  f = < v, mean over its tokens t of h_t >
+    read-out of a prompt or example:  f = < v, mean over its tokens t of h_t >
 
 v [D] comes from two groups of prompts (difference of means, a linear probe), from decoder rows of a
 sparse autoencoder, or from a file. By default |v| = 1, so that f is in units of the residual.
@@ -25,7 +25,7 @@ from taught.errors import UserError
 from taught.features.pooling import pool
 from taught.features.probe import Auc, Bools, Floats, auc, fit_direction, held_out
 from taught.features.sae import SparseAutoencoder
-from taught.files import json_bytes, sha256_bytes, tensors_bytes, tensors_from_bytes, write_bytes
+from taught.run.files import json_bytes, sha256_bytes, tensors_bytes, tensors_from_bytes, write_bytes
 
 FORMAT = "taught concept 1"
 # A maximum over tokens is no linear read-out: which token counts would change with the model.
@@ -49,7 +49,7 @@ class Concept:
     position : one of PROMPT_POSITIONS
         Tokens of a prompt over which h is averaged.
     tokens : one of PAIR_POSITIONS
-        Tokens of a pair: all of the response, or its last one (the end of the turn).
+        Tokens of an example: all of the response, or its last one (the end of the turn).
     weights : dict
         Identity of the model's weights, or empty where it is not known.
     provenance : dict of JSON values
@@ -71,9 +71,12 @@ class Concept:
         v = np.asarray(self.direction, np.float64)
         object.__setattr__(self, "direction", v)
         if v.ndim != 1 or not np.isfinite(v).all() or not v.any():
-            raise UserError("a concept is one direction", value=f"shape {list(v.shape)}",
-                            rule="[D], finite and not zero",
-                            fix="check the tensor or the features it is made of")  # fmt: skip
+            raise UserError(
+                "a concept is one direction",
+                value=f"shape {list(v.shape)}",
+                rule="[D], finite and not zero",
+                fix="check the tensor or the features it is made of",
+            )
         require_place(self.position, self.tokens)
 
     @property
@@ -85,23 +88,31 @@ class Concept:
         """Raise a UserError unless the concept belongs to this model."""
         there = f"width {self.width}, block {self.block}"
         if self.width != width or not 0 <= self.block < blocks:
-            raise UserError(f"the concept {self.name} does not fit the model", value=there,
-                            rule=f"width {width}, blocks 0 to {blocks - 1}",
-                            fix="use a concept that was made on this model")  # fmt: skip
+            raise UserError(
+                f"the concept {self.name} does not fit the model",
+                value=there,
+                rule=f"width {width}, blocks 0 to {blocks - 1}",
+                fix="use a concept that was made on this model",
+            )
         if self.weights and dict(self.weights) != dict(weights):
-            raise UserError(f"the concept {self.name} was made on other weights",
-                            value=dict(self.weights), rule=f"the study's model: {dict(weights)}",
-                            fix="make the concept anew: taught concept STUDY")  # fmt: skip
+            raise UserError(
+                f"the concept {self.name} was made on other weights",
+                value=dict(self.weights),
+                rule=f"the study's model: {dict(weights)}",
+                fix="make the concept anew: taught concept STUDY",
+            )
 
 
 def require_place(position: str, tokens: str) -> None:
-    """Raise a UserError unless prompts can be read at ``position`` and pairs at ``tokens``."""
-    for key, value, allowed in (("position", position, PROMPT_POSITIONS),
-                                ("tokens", tokens, PAIR_POSITIONS)):  # fmt: skip
+    """Raise a UserError unless prompts can be read at ``position`` and examples at ``tokens``."""
+    for key, value, allowed in (("position", position, PROMPT_POSITIONS), ("tokens", tokens, PAIR_POSITIONS)):
         if value not in allowed:
-            raise UserError(f"a concept cannot be read at this place ({key})", value=value,
-                            rule=f"one of {', '.join(allowed)}",
-                            fix=f"pass --{key} {allowed[-1]}")  # fmt: skip
+            raise UserError(
+                f"a concept cannot be read at this place ({key})",
+                value=value,
+                rule=f"one of {', '.join(allowed)}",
+                fix=f"pass --{key} {allowed[-1]}",
+            )
 
 
 def normalised(direction: ArrayLike, norm: str) -> Floats:
@@ -115,13 +126,7 @@ def normalised(direction: ArrayLike, norm: str) -> Floats:
 
 
 def fitted_direction(
-    X: ArrayLike,
-    positive: ArrayLike,
-    method: str,
-    *,
-    penalty: float = 1.0,
-    force: bool = False,
-    **draws: Any,
+    X: ArrayLike, positive: ArrayLike, method: str, *, penalty: float = 1.0, force: bool = False, **draws: Any
 ) -> tuple[Floats, dict[str, Any]]:
     """Direction [D] from two groups of pooled residuals X [N, D], and its quality card.
 
@@ -144,12 +149,12 @@ def fitted_direction(
 
     found, parts = held_out(X, positive, fit, **draws)
     if not (found.lo > 0.5 or force):
-        raise UserError("the direction is no better than chance on rows that it has not seen",
-                        value=f"AUC {found.value:.3f}, 95% interval {found.lo:.3f} to "
-                              f"{found.hi:.3f}",
-                        rule="the interval lies above .5",
-                        fix="try another block (--sweep), more rows, or pass --force",
-                        )  # fmt: skip
+        raise UserError(
+            "the direction is no better than chance on rows that it has not seen",
+            value=f"AUC {found.value:.3f}, 95% interval {found.lo:.3f} to {found.hi:.3f}",
+            rule="the interval lies above .5",
+            fix="try another block (--sweep), more rows, or pass --force",
+        )
     w = fit(np.asarray(X, np.float64), np.asarray(positive, bool))
     card = quality_card(w, X, positive, found)
     card["fold_cosine"] = min(_cosine(part, w) for part in parts)
@@ -157,11 +162,7 @@ def fitted_direction(
 
 
 def quality_card(
-    direction: ArrayLike,
-    X: ArrayLike,
-    positive: ArrayLike,
-    separation: Auc | None = None,
-    **draws: Any,
+    direction: ArrayLike, X: ArrayLike, positive: ArrayLike, separation: Auc | None = None, **draws: Any
 ) -> dict[str, Any]:
     """How a direction separates two groups of pooled residuals X [N, D].
 
@@ -236,13 +237,20 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
     if tensor is None and len(tensors) == 1:
         (tensor,) = tensors
     if tensor is None or tensor not in tensors:
-        raise UserError("which tensor of the file is the direction?", value=tensor,
-                        rule="one of " + ", ".join(sorted(tensors)[:20]),
-                        fix="pass --source file:PATH:TENSOR")  # fmt: skip
+        raise UserError(
+            "which tensor of the file is the direction?",
+            value=tensor,
+            rule="one of " + ", ".join(sorted(tensors)[:20]),
+            fix="pass --source file:PATH:TENSOR",
+        )
     value = tensors[tensor]
     if value.size != max(value.shape, default=0):
-        raise UserError("the tensor is no vector", value=f"{tensor}: {list(value.shape)}",
-                        rule="[D], or [1, D]", fix="name another tensor")  # fmt: skip
+        raise UserError(
+            "the tensor is no vector",
+            value=f"{tensor}: {list(value.shape)}",
+            rule="[D], or [1, D]",
+            fix="name another tensor",
+        )
     origin = {"file": file.name, "tensor": tensor, "sha256": sha256_bytes(content)}
     return value.reshape(-1).astype(np.float64), origin
 
@@ -256,9 +264,12 @@ def _read_tensors(file: Path) -> tuple[bytes, dict[str, Any]]:
         # Through torch: numpy has no bfloat16.
         return content, {k: t.to(torch.float64).numpy() for k, t in load(content).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError("the direction cannot be read", value=f"{file}: {error}",
-                        rule="a safetensors file, or a control vector (GGUF)",
-                        fix="check the path") from error  # fmt: skip
+        raise UserError(
+            "the direction cannot be read",
+            value=f"{file}: {error}",
+            rule="a safetensors file, or a control vector (GGUF)",
+            fix="check the path",
+        ) from error
 
 
 def is_control_vector(path: str | Path) -> bool:
@@ -281,9 +292,12 @@ def control_block(tensor: str) -> int:
     """
     head, _, number = tensor.partition(".")
     if head != "direction" or not number.isdecimal():
-        raise UserError("this is no direction of a control vector", value=tensor,
-                        rule="direction.N, N the block that it is added to",
-                        fix="for example --source file:PATH:direction.15")  # fmt: skip
+        raise UserError(
+            "this is no direction of a control vector",
+            value=tensor,
+            rule="direction.N, N the block that it is added to",
+            fix="for example --source file:PATH:direction.15",
+        )
     return int(number)
 
 
@@ -292,15 +306,19 @@ def _read_control_vector(file: Path) -> tuple[bytes, dict[str, Any]]:
         from gguf import GGUFReader
         from gguf.quants import dequantize
     except ImportError as error:
-        raise UserError("reading a control vector needs the package gguf", value=str(file),
-                        fix="pip install gguf") from error  # fmt: skip
+        raise UserError(
+            "reading a control vector needs the package gguf", value=str(file), fix="pip install gguf"
+        ) from error
     try:
         content = file.read_bytes()
         found = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(file).tensors}
     except (OSError, ValueError, LookupError, NotImplementedError) as error:
-        raise UserError("the control vector cannot be read", value=f"{file}: {error}",
-                        rule="a GGUF file with the tensors direction.N",
-                        fix="check the path") from error  # fmt: skip
+        raise UserError(
+            "the control vector cannot be read",
+            value=f"{file}: {error}",
+            rule="a GGUF file with the tensors direction.N",
+            fix="check the path",
+        ) from error
     return content, {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
@@ -389,7 +407,9 @@ def load_concept(folder: str | Path) -> Concept:
         rest = ("name", "block", "position", "tokens", "weights", "provenance", "card")
         return Concept(direction=direction, **{key: record[key] for key in rest})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError("the concept cannot be read", value=f"{path}: {error!r}",
-                        rule="a folder with concept.json and concept.safetensors",
-                        fix="make it anew: taught concept STUDY --out FOLDER",
-                        ) from error  # fmt: skip
+        raise UserError(
+            "the concept cannot be read",
+            value=f"{path}: {error!r}",
+            rule="a folder with concept.json and concept.safetensors",
+            fix="make it anew: taught concept STUDY --out FOLDER",
+        ) from error

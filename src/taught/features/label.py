@@ -90,14 +90,21 @@ class TokenActivations:
 
     def __post_init__(self) -> None:
         m, n = len(self.tokens), len(self.prompt_ids)
-        shapes = [self.acts.shape == (m, len(self.feature_ids)), len(self.prompt) == m,
-                  len(self.texts) == n, len(self.groups) == n, len(self.h) == n,
-                  not m or (self.prompt.min() >= 0 and self.prompt.max() < n)]  # fmt: skip
+        shapes = [
+            self.acts.shape == (m, len(self.feature_ids)),
+            len(self.prompt) == m,
+            len(self.texts) == n,
+            len(self.groups) == n,
+            len(self.h) == n,
+            not m or (self.prompt.min() >= 0 and self.prompt.max() < n),
+        ]
         if not all(shapes):
-            raise UserError("the inputs of the labels do not fit together",
-                            value=f"acts {self.acts.shape}, tokens {m}, prompts {n}",
-                            rule="acts [M, d], one token text and prompt index per row",
-                            fix="pass arrays of the same prompts")  # fmt: skip
+            raise UserError(
+                "the inputs of the labels do not fit together",
+                value=f"acts {self.acts.shape}, tokens {m}, prompts {n}",
+                rule="acts [M, d], one token text and prompt index per row",
+                fix="pass arrays of the same prompts",
+            )
 
 
 def describe_features(
@@ -129,14 +136,20 @@ def describe_features(
     UserError
         The inputs do not fit together.
     """
-    data = TokenActivations(np.asarray(feature_ids, np.int64), np.asarray(acts, np.float64), tokens,
-                            np.asarray(prompt, np.int64), prompt_ids, texts, groups,
-                            np.asarray(h, np.float64))  # fmt: skip
+    data = TokenActivations(
+        np.asarray(feature_ids, np.int64),
+        np.asarray(acts, np.float64),
+        tokens,
+        np.asarray(prompt, np.int64),
+        prompt_ids,
+        texts,
+        groups,
+        np.asarray(h, np.float64),
+    )
     words, word_of = _words(data)
     units = data.h / np.maximum(np.linalg.norm(data.h, axis=1, keepdims=True), 1e-30)
     return [
-        _describe(data, column, words, word_of, units, labels or {}, top)
-        for column in range(len(data.feature_ids))
+        _describe(data, column, words, word_of, units, labels or {}, top) for column in range(len(data.feature_ids))
     ]
 
 
@@ -181,9 +194,7 @@ def _prompt_row(data: TokenActivations, i: int, strongest: Floats) -> dict[str, 
     }
 
 
-def _contrasts(
-    data: TokenActivations, leading: list[int], strongest: Floats, units: Floats
-) -> list[dict[str, Any]]:
+def _contrasts(data: TokenActivations, leading: list[int], strongest: Floats, units: Floats) -> list[dict[str, Any]]:
     """For each leading prompt the most similar prompt of its group with the feature off, once."""
     off = strongest <= 0
     out: list[dict[str, Any]] = []
@@ -194,8 +205,7 @@ def _contrasts(
         similarity = units[candidates] @ units[i]
         j = candidates[int(np.argmax(similarity))]
         off[j] = False
-        out.append({**_prompt_row(data, j, strongest), "similarity": float(similarity.max()),
-                    "to": data.prompt_ids[i]})  # fmt: skip
+        out.append({**_prompt_row(data, j, strongest), "similarity": float(similarity.max()), "to": data.prompt_ids[i]})
     return out
 
 
@@ -204,9 +214,13 @@ def _token_row(data: TokenActivations, acts: Floats, i: int) -> dict[str, Any]:
     rows = np.flatnonzero(data.prompt == i).tolist()
     at = int(np.argmax(acts[rows]))
     text = [data.tokens[row] for row in rows]
-    return {"token": text[at], "before": "".join(text[max(at - CONTEXT, 0) : at]),
-            "after": "".join(text[at + 1 : at + 1 + CONTEXT]),
-            "activation": float(acts[rows[at]]), "prompt_id": data.prompt_ids[i]}  # fmt: skip
+    return {
+        "token": text[at],
+        "before": "".join(text[max(at - CONTEXT, 0) : at]),
+        "after": "".join(text[at + 1 : at + 1 + CONTEXT]),
+        "activation": float(acts[rows[at]]),
+        "prompt_id": data.prompt_ids[i],
+    }
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -221,12 +235,7 @@ def _words(data: TokenActivations) -> tuple[list[str], Ints]:
     span_of = np.empty(len(data.tokens), dtype=np.int64)
     for row, token in enumerate(data.tokens):
         begins = row == 0 or data.prompt[row] != data.prompt[row - 1]
-        if (
-            begins
-            or token[:1].isspace()
-            or not _is_word(token)
-            or not _is_word(data.tokens[row - 1])
-        ):
+        if begins or token[:1].isspace() or not _is_word(token) or not _is_word(data.tokens[row - 1]):
             spans.append("")
         spans[-1] += token
         span_of[row] = len(spans) - 1
@@ -239,14 +248,10 @@ def _words(data: TokenActivations) -> tuple[list[str], Ints]:
 def _is_word(text: str) -> bool:
     """Letters and digits (and marks inside a word), not a special token like <|im_end|>."""
     inner = text.strip()
-    return bool(inner) and all(c.isalnum() or c in "'’-_" for c in inner) and any(
-        c.isalnum() for c in inner
-    )  # fmt: skip
+    return bool(inner) and all(c.isalnum() or c in "'’-_" for c in inner) and any(c.isalnum() for c in inner)
 
 
-def _scored_words(
-    acts: Floats, words: list[str], word_of: Ints, limit: int = 5
-) -> list[tuple[str, float]]:
+def _scored_words(acts: Floats, words: list[str], word_of: Ints, limit: int = 5) -> list[tuple[str, float]]:
     """Words with the largest activation share times log-odds; only positive ones."""
     part = word_of >= 0
     total = float(acts[part].sum())
@@ -290,17 +295,23 @@ def load_labels(file: str | Path) -> dict[int, str]:
     try:
         entries = _label_entries(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError("the label file cannot be read", value=f"{path}: {error!r}",
-                        rule=".json or .yaml with id: label, or .csv with columns id and label",
-                        fix="check features.labels") from error  # fmt: skip
+        raise UserError(
+            "the label file cannot be read",
+            value=f"{path}: {error!r}",
+            rule=".json or .yaml with id: label, or .csv with columns id and label",
+            fix="check features.labels",
+        ) from error
     labels: dict[int, str] = {}
     for key, label in entries:
         text = str(key).strip()
         named = isinstance(label, str) and label.strip()
         if not text.isdecimal() or int(text) in labels or not named:
-            raise UserError("the label file has a bad entry", value=f"{key!r}: {label!r}",
-                            rule="feature ids are whole numbers, each once, with a label",
-                            fix=f"correct it in {path.name}")  # fmt: skip
+            raise UserError(
+                "the label file has a bad entry",
+                value=f"{key!r}: {label!r}",
+                rule="feature ids are whole numbers, each once, with a label",
+                fix=f"correct it in {path.name}",
+            )
         labels[int(text)] = str(label).strip()
     return labels
 
@@ -310,17 +321,17 @@ def _label_entries(path: Path) -> list[tuple[object, object]]:
     if path.suffix.lower() == ".csv":
         return [(row["id"], row["label"]) for row in csv.DictReader(text.splitlines())]
     if path.suffix.lower() == ".json":
-        # Pairs, so that an id that stands twice is seen.
-        return _mapping(json.loads(text, object_pairs_hook=_Pairs))
+        # Examples, so that an id that stands twice is seen.
+        return _mapping(json.loads(text, object_pairs_hook=_Examples))
     return _yaml_entries(text)
 
 
-class _Pairs(list):
-    """The (key, value) pairs of a JSON object."""
+class _Examples(list):
+    """The (key, value) examples of a JSON object."""
 
 
 def _mapping(value: object) -> list[tuple[object, object]]:
-    if not isinstance(value, _Pairs):
+    if not isinstance(value, _Examples):
         raise ValueError("not a mapping of id: label")
     return value
 

@@ -7,7 +7,7 @@ pool the features (not the residuals) over the tokens of the user's message:
     mean_user:               X_ik = mean_t f_k(h_it)   t over the user's tokens
     max_user:                X_ik = max_t f_k(h_it)
 
-Pairs are read at their response: ``last_response`` (its last token) and ``mean_response``.
+Examples are read at their response: ``last_response`` (its last token) and ``mean_response``.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def read_tokens(encoded: Any, position: str) -> list[int]:
         return [len(encoded.input_ids) - 1]
     if position in ("mean_user", "max_user"):
         return list(range(*encoded.user_span))
-    raise UserError("unknown read-out position", value=position, rule=f"one of {POSITIONS}",
-                    fix="set readout.position")  # fmt: skip
+    raise UserError("unknown read-out position", value=position, rule=f"one of {POSITIONS}", fix="set readout.position")
 
 
 def pool(acts: Tensor, offsets: Tensor, how: str) -> Tensor:

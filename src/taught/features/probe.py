@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError
-from taught.rank import ranks
+from taught.stats.ranks import ranks
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -47,7 +47,7 @@ def fit_direction(X: ArrayLike, positive: ArrayLike, method: str, penalty: float
     Parameters
     ----------
     X : float64 [N, D]
-        One row a prompt or pair.
+        One row a prompt or example.
     positive : bool [N]
     method
         One of :data:`METHODS`.
@@ -71,10 +71,12 @@ def fit_direction(X: ArrayLike, positive: ArrayLike, method: str, penalty: float
         return w
     solve = {"logistic": _logistic, "ridge": _ridge}.get(method)
     if solve is None or not penalty > 0:
-        raise UserError("a direction cannot be fitted like this",
-                        value=f"{method}, penalty {penalty}",
-                        rule=f"one of {', '.join(METHODS)}, with a penalty above 0",
-                        fix="use --source difference or --source probe")  # fmt: skip
+        raise UserError(
+            "a direction cannot be fitted like this",
+            value=f"{method}, penalty {penalty}",
+            rule=f"one of {', '.join(METHODS)}, with a penalty above 0",
+            fix="use --source difference or --source probe",
+        )
     centred = X - X.mean(0)
     scale = float(np.sqrt(np.mean(centred**2)))
     Z, basis = _in_span(centred / scale)
@@ -108,14 +110,9 @@ def held_out(
 
 
 def auc(
-    score: ArrayLike,
-    positive: ArrayLike,
-    fold: ArrayLike | None = None,
-    *,
-    bootstrap: int = 500,
-    seed: int = 0,
+    score: ArrayLike, positive: ArrayLike, fold: ArrayLike | None = None, *, bootstrap: int = 500, seed: int = 0
 ) -> Auc:
-    """AUC over the pairs of rows of one fold, resampled within fold and group.
+    """AUC over the examples of rows of one fold, resampled within fold and group.
 
     Parameters
     ----------
@@ -126,19 +123,15 @@ def auc(
     """
     values, is_positive = np.asarray(score, np.float64), np.asarray(positive, bool)
     part = np.zeros(len(values), np.int64) if fold is None else np.asarray(fold)
-    cells = [(values[is_positive & (part == k)], values[~is_positive & (part == k)])
-             for k in np.unique(part)]  # fmt: skip
+    cells = [(values[is_positive & (part == k)], values[~is_positive & (part == k)]) for k in np.unique(part)]
     rng = np.random.default_rng(seed)
-    draws = [
-        _wins([(rng.choice(a, len(a)), rng.choice(b, len(b))) for a, b in cells])
-        for _ in range(bootstrap)
-    ]
+    draws = [_wins([(rng.choice(a, len(a)), rng.choice(b, len(b))) for a, b in cells]) for _ in range(bootstrap)]
     lo, hi = np.percentile(draws, [2.5, 97.5])
     return Auc(_wins(cells), float(lo), float(hi))
 
 
 def _wins(cells: list[tuple[Floats, Floats]]) -> float:
-    """Share of (positive, negative) pairs within the cells that stand in order."""
+    """Share of (positive, negative) examples within the cells that stand in order."""
     won = total = 0.0
     for a, b in cells:
         won += float(ranks(np.concatenate([a, b]))[: len(a)].sum()) - len(a) * (len(a) - 1) / 2
@@ -150,10 +143,12 @@ def _stratified(positive: Bools, folds: int, seed: int) -> Ints:
     """A fold for each row; each fold has both groups."""
     smaller = int(min(positive.sum(), (~positive).sum()))
     if not 2 <= folds <= smaller:
-        raise UserError("a group is too small to be split into folds",
-                        value=f"{smaller} rows in the smaller group, {folds} folds",
-                        rule="every fold needs rows of both groups, and there are two at least",
-                        fix="use more prompts in both groups")  # fmt: skip
+        raise UserError(
+            "a group is too small to be split into folds",
+            value=f"{smaller} rows in the smaller group, {folds} folds",
+            rule="every fold needs rows of both groups, and there are two at least",
+            fix="use more prompts in both groups",
+        )
     rng = np.random.default_rng(seed)
     fold = np.empty(len(positive), dtype=np.int64)
     for group in (positive, ~positive):
@@ -165,14 +160,19 @@ def _stratified(positive: Bools, folds: int, seed: int) -> Ints:
 def _checked(X: ArrayLike, positive: ArrayLike) -> tuple[Floats, Bools]:
     rows, group = np.asarray(X, np.float64), np.asarray(positive, bool)
     if rows.ndim != 2 or group.shape != rows.shape[:1] or not 0 < group.sum() < len(group):
-        raise UserError("a direction is fitted to two groups of rows",
-                        value=f"rows {list(rows.shape)}, {int(group.sum())} of them positive",
-                        rule="both groups have rows",
-                        fix="set prompts.positive_group and prompts.negative_group")  # fmt: skip
+        raise UserError(
+            "a direction is fitted to two groups of rows",
+            value=f"rows {list(rows.shape)}, {int(group.sum())} of them positive",
+            rule="both groups have rows",
+            fix="set prompts.positive_group and prompts.negative_group",
+        )
     if not np.isfinite(rows).all() or (rows == rows[0]).all():
-        raise UserError("the rows do not vary, or are not finite", value=list(rows.shape),
-                        rule="finite numbers that differ between rows",
-                        fix="use model.dtype float32, or another block")  # fmt: skip
+        raise UserError(
+            "the rows do not vary, or are not finite",
+            value=list(rows.shape),
+            rule="finite numbers that differ between rows",
+            fix="use model.dtype float32, or another block",
+        )
     return rows, group
 
 
@@ -215,9 +215,12 @@ def _logistic(Z: Floats, positive: Bools, penalty: float) -> Floats:
         if size <= 1e-8:  # the rounding of the loss is reached
             return np.asarray(beta[:-1])
         beta = beta - size * step
-    raise UserError("the probe did not converge", value=f"penalty {penalty}",
-                    rule=f"{_STEPS} Newton steps are enough where the penalty is not tiny",
-                    fix="raise --penalty")  # fmt: skip
+    raise UserError(
+        "the probe did not converge",
+        value=f"penalty {penalty}",
+        rule=f"{_STEPS} Newton steps are enough where the penalty is not tiny",
+        fix="raise --penalty",
+    )
 
 
 def sweep(

@@ -84,9 +84,7 @@ class SparseAutoencoder:
         """F, the number of features."""
         return self.W_enc.shape[1]
 
-    def encode(
-        self, h: Tensor, ids: Tensor | Sequence[int] | None = None, encoder: Encoder = "sae"
-    ) -> Tensor:
+    def encode(self, h: Tensor, ids: Tensor | Sequence[int] | None = None, encoder: Encoder = "sae") -> Tensor:
         """Feature activations.
 
         Parameters
@@ -111,8 +109,9 @@ class SparseAutoencoder:
         Costs D d multiply-adds a token; TopK needs all F features to know which are the k largest.
         """
         if encoder not in ENCODERS:
-            raise UserError("unknown encoder", value=encoder, rule="one of " + ", ".join(ENCODERS),
-                            fix="set sae.encoder")  # fmt: skip
+            raise UserError(
+                "unknown encoder", value=encoder, rule="one of " + ", ".join(ENCODERS), fix="set sae.encoder"
+            )
         chosen = None if ids is None else _checked_ids(ids, self.n_features).to(h.device)
         if encoder == "relu":
             return torch.relu(self._pre(h, chosen))
@@ -135,9 +134,7 @@ class SparseAutoencoder:
         rows = self.W_dec[chosen]
         return rows / rows.norm(dim=1, keepdim=True) if self.rescale_by_decoder_norm else rows
 
-    def to(
-        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> SparseAutoencoder:
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> SparseAutoencoder:
         """Return the same autoencoder on another device or in another precision."""
         moved = {
             name: getattr(self, name).to(device=device, dtype=dtype)
@@ -191,16 +188,24 @@ def _check_shapes(sae: SparseAutoencoder) -> None:
 
 
 def _bad_shapes(name: str, value: object, rule: str) -> UserError:
-    return UserError("the SAE's weights do not fit together", value=f"{name}: {value}", rule=rule,
-                     fix="check that the weights and cfg.json are of one SAE")  # fmt: skip
+    return UserError(
+        "the SAE's weights do not fit together",
+        value=f"{name}: {value}",
+        rule=rule,
+        fix="check that the weights and cfg.json are of one SAE",
+    )
 
 
 def _checked_ids(ids: Tensor | Sequence[int], features: int) -> Tensor:
     chosen = torch.as_tensor(ids, dtype=torch.long)
     bad = chosen[(chosen < 0) | (chosen >= features)]
     if len(bad):
-        raise UserError("the SAE has no such feature", value=bad.tolist(),
-                        rule=f"ids from 0 to {features - 1}", fix="check features.ids")  # fmt: skip
+        raise UserError(
+            "the SAE has no such feature",
+            value=bad.tolist(),
+            rule=f"ids from 0 to {features - 1}",
+            fix="check features.ids",
+        )
     return chosen
 
 
@@ -237,18 +242,24 @@ def load_sae(path: str | Path, *, block: int | None = None) -> SparseAutoencoder
     for name, read in readers.items():
         if (folder / name).is_file():
             return read(config, _read_weights(folder / name), block, {"folder": folder.name})
-    raise UserError("the SAE folder holds no weights", value=str(folder),
-                    rule="sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)",
-                    fix="check sae.path")  # fmt: skip
+    raise UserError(
+        "the SAE folder holds no weights",
+        value=str(folder),
+        rule="sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)",
+        fix="check sae.path",
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError("the SAE folder has no readable cfg.json", value=f"{folder}: {error}",
-                        rule="a SAELens or sparsify folder, or release:sae_id",
-                        fix="check sae.path") from error  # fmt: skip
+        raise UserError(
+            "the SAE folder has no readable cfg.json",
+            value=f"{folder}: {error}",
+            rule="a SAELens or sparsify folder, or release:sae_id",
+            fix="check sae.path",
+        ) from error
     if not isinstance(config, dict):
         raise UserError("cfg.json is not a JSON object", value=str(folder), fix="check sae.path")
     return config
@@ -258,16 +269,16 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError("the SAE's weights cannot be read", value=f"{file}: {error}",
-                        rule="a safetensors file", fix="copy or download it again",
-                        ) from error  # fmt: skip
+        raise UserError(
+            "the SAE's weights cannot be read",
+            value=f"{file}: {error}",
+            rule="a safetensors file",
+            fix="copy or download it again",
+        ) from error
 
 
 def _read_saelens(
-    config: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    block: int | None,
-    source: Mapping[str, Any],
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], block: int | None, source: Mapping[str, Any]
 ) -> SparseAutoencoder:
     """Build from what SAELens saves; old files keep the metadata at the top level."""
     metadata = {**config, **(config.get("metadata") or {})}
@@ -290,10 +301,7 @@ def _read_saelens(
 
 
 def _refuse_saelens(
-    config: Mapping[str, Any],
-    metadata: Mapping[str, Any],
-    architecture: str,
-    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any], metadata: Mapping[str, Any], architecture: str, weights: Mapping[str, Tensor]
 ) -> None:
     """Refuse by name what would change the activations and is not computed here."""
     if architecture not in ARCHITECTURES:
@@ -320,10 +328,7 @@ def _refuse_saelens(
 
 
 def _read_sparsify(
-    config: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    block: int | None,
-    source: Mapping[str, Any],
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], block: int | None, source: Mapping[str, Any]
 ) -> SparseAutoencoder:
     """Build from what sparsify saves: TopK, or GroupMax, which is refused."""
     # multi_topk is not among them: it concerns the training loss only.
@@ -339,18 +344,26 @@ def _read_sparsify(
         raise _refused("weights", extra, ", ".join(sorted(known)))
     hook = str(config.get("hookpoint", config.get("hook_name", source.get("folder", ""))))
     encoder = weights.get("encoder.weight")
-    parts = {"W_enc": None if encoder is None else encoder.T.contiguous(),
-             "b_enc": weights.get("encoder.bias"), "W_dec": weights.get("W_dec"),
-             "b_dec": weights.get("b_dec")}  # fmt: skip
-    return _build(parts, threshold=None, k=int(config["k"]), architecture="topk",
-                  apply_b_dec_to_input=True, rescale_by_decoder_norm=False,
-                  block=_block(hook, block), hook=hook,
-                  provenance={**source, "format": "sparsify"})  # fmt: skip
+    parts = {
+        "W_enc": None if encoder is None else encoder.T.contiguous(),
+        "b_enc": weights.get("encoder.bias"),
+        "W_dec": weights.get("W_dec"),
+        "b_dec": weights.get("b_dec"),
+    }
+    return _build(
+        parts,
+        threshold=None,
+        k=int(config["k"]),
+        architecture="topk",
+        apply_b_dec_to_input=True,
+        rescale_by_decoder_norm=False,
+        block=_block(hook, block),
+        hook=hook,
+        provenance={**source, "format": "sparsify"},
+    )
 
 
-def _build(
-    parts: Mapping[str, Tensor | None], *, threshold: Tensor | None, **rest: Any
-) -> SparseAutoencoder:
+def _build(parts: Mapping[str, Tensor | None], *, threshold: Tensor | None, **rest: Any) -> SparseAutoencoder:
     if missing := [name for name, value in parts.items() if value is None]:
         raise _refused("weights without", missing, "W_enc, b_enc, W_dec, b_dec")
     tensors: dict[str, Any] = {k: value.float() for k, value in parts.items() if value is not None}
@@ -359,9 +372,12 @@ def _build(
 
 
 def _refused(key: str, value: object, rule: str) -> UserError:
-    return UserError("this kind of SAE is not supported", value=f"{key}: {value}", rule=rule,
-                     fix="use another SAE, or save this one in a form that folds it in",
-                     )  # fmt: skip
+    return UserError(
+        "this kind of SAE is not supported",
+        value=f"{key}: {value}",
+        rule=rule,
+        fix="use another SAE, or save this one in a form that folds it in",
+    )
 
 
 # Names of the *output* of a block. hook_resid_pre of block l + 1 is the same tensor as the output
@@ -381,13 +397,19 @@ def _block(hook: str, asked: int | None) -> int:
     if found is None and hook.startswith("blocks."):
         raise _refused("hook_name", hook, "blocks.N.hook_resid_post (or hook_resid_pre, N > 0)")
     if found is None and asked is None:
-        raise UserError("the SAE does not say which block it reads", value=hook or None,
-                        rule="blocks.N.hook_resid_post or layers.N",
-                        fix="set sae.block")  # fmt: skip
+        raise UserError(
+            "the SAE does not say which block it reads",
+            value=hook or None,
+            rule="blocks.N.hook_resid_post or layers.N",
+            fix="set sae.block",
+        )
     if found is not None and asked is not None and found != asked:
-        raise UserError("the SAE was made for another block", value=f"{hook}, not block {asked}",
-                        rule="sae.block is the block that the SAE names, or is left out",
-                        fix=f"set sae.block to {found}")  # fmt: skip
+        raise UserError(
+            "the SAE was made for another block",
+            value=f"{hook}, not block {asked}",
+            rule="sae.block is the block that the SAE names, or is left out",
+            fix=f"set sae.block to {found}",
+        )
     return int(found if found is not None else asked)  # type: ignore[arg-type]
 
 
@@ -396,17 +418,21 @@ def _load_release(release: str, sae_id: str, block: int | None) -> SparseAutoenc
     try:
         sae_lens = importlib.import_module("sae_lens")
     except ImportError as error:
-        raise UserError("reading a public release needs the package sae-lens",
-                        value=f"{release}:{sae_id}", rule="an optional dependency",
-                        fix="pip install 'taught[saelens]'") from error  # fmt: skip
+        raise UserError(
+            "reading a public release needs the package sae-lens",
+            value=f"{release}:{sae_id}",
+            rule="an optional dependency",
+            fix="pip install 'taught[saelens]'",
+        ) from error
     try:
         sae = sae_lens.SAE.from_pretrained(release=release, sae_id=sae_id, device="cpu")
     except Exception as error:  # sae-lens raises whatever its many loaders raise
-        raise UserError("sae-lens cannot load this release",
-                        value=f"{release}:{sae_id}: {error}",
-                        rule="a release and SAE id of SAELens",
-                        fix="see https://decoderesearch.github.io/SAELens for the names",
-                        ) from error  # fmt: skip
+        raise UserError(
+            "sae-lens cannot load this release",
+            value=f"{release}:{sae_id}: {error}",
+            rule="a release and SAE id of SAELens",
+            fix="see https://decoderesearch.github.io/SAELens for the names",
+        ) from error
     sae = sae[0] if isinstance(sae, tuple) else sae
     weights = {name: value.detach() for name, value in sae.state_dict().items()}
     return _read_saelens(sae.cfg.to_dict(), weights, block, {"release": f"{release}:{sae_id}"})
@@ -436,14 +462,18 @@ def check_fit(sae: SparseAutoencoder, h: Tensor, limit: float = 0.9) -> float:
         The widths differ, or the fraction is above ``limit`` (or not a number).
     """
     if h.shape[-1] != sae.width:
-        raise UserError("the SAE does not fit the model's width",
-                        value=f"SAE {sae.width}, model {h.shape[-1]}",
-                        rule="both have the width of the residual stream",
-                        fix="use an SAE that was trained on this model")  # fmt: skip
+        raise UserError(
+            "the SAE does not fit the model's width",
+            value=f"SAE {sae.width}, model {h.shape[-1]}",
+            rule="both have the width of the residual stream",
+            fix="use an SAE that was trained on this model",
+        )
     value = fraction_variance_unexplained(sae, h)
     if not value <= limit:
-        raise UserError("the SAE does not describe these residuals",
-                        value=f"fraction of variance unexplained {value:.3g} at block {sae.block}",
-                        rule=f"at most {limit:g} (sae.max_fvu)",
-                        fix="check the model and sae.block: one block off shows here")  # fmt: skip
+        raise UserError(
+            "the SAE does not describe these residuals",
+            value=f"fraction of variance unexplained {value:.3g} at block {sae.block}",
+            rule=f"at most {limit:g} (sae.max_fvu)",
+            fix="check the model and sae.block: one block off shows here",
+        )
     return value

@@ -101,11 +101,7 @@ def select_features(
     _check_groups(means, positive, negative)
     difference = means[positive] - means[negative]
     rate = (X > 0).mean(axis=0)
-    chosen = (
-        _largest(difference, threshold, max_features)
-        if ids is None
-        else _checked_ids(ids, X.shape[1])
-    )
+    chosen = _largest(difference, threshold, max_features) if ids is None else _checked_ids(ids, X.shape[1])
     return Selection(chosen, means, difference, rate, rate >= ALWAYS_ON)
 
 
@@ -114,44 +110,65 @@ def _largest(difference: Floats, threshold: float, max_features: int) -> Ints:
     order = np.argsort(-size, kind="stable")[:max_features]
     chosen = order[size[order] > threshold]
     if not len(chosen):
-        raise UserError("no feature tells the groups apart",
-                        value=f"largest difference of means {size.max(initial=0.0):.3g}",
-                        rule=f"above {threshold:g} (features.threshold)",
-                        fix="lower features.threshold, or name features.ids")  # fmt: skip
+        raise UserError(
+            "no feature tells the groups apart",
+            value=f"largest difference of means {size.max(initial=0.0):.3g}",
+            rule=f"above {threshold:g} (features.threshold)",
+            fix="lower features.threshold, or name features.ids",
+        )
     return np.sort(chosen).astype(np.int64)
 
 
 def _checked_ids(ids: Sequence[int], features: int) -> Ints:
     chosen = np.asarray(ids, dtype=np.int64)
     if not len(chosen):
-        raise UserError("no features given", value=[], rule="features.ids names at least one",
-                        fix="leave features.ids out to have them selected")  # fmt: skip
+        raise UserError(
+            "no features given",
+            value=[],
+            rule="features.ids names at least one",
+            fix="leave features.ids out to have them selected",
+        )
     if len(bad := chosen[(chosen < 0) | (chosen >= features)]):
-        raise UserError("the SAE has no such feature", value=bad.tolist(),
-                        rule=f"ids from 0 to {features - 1}", fix="check features.ids")  # fmt: skip
+        raise UserError(
+            "the SAE has no such feature",
+            value=bad.tolist(),
+            rule=f"ids from 0 to {features - 1}",
+            fix="check features.ids",
+        )
     unique, counts = np.unique(chosen, return_counts=True)
     if len(twice := unique[counts > 1]):
-        raise UserError("a feature is named twice", value=twice.tolist(), rule="each id once",
-                        fix="remove the repetition from features.ids")  # fmt: skip
+        raise UserError(
+            "a feature is named twice",
+            value=twice.tolist(),
+            rule="each id once",
+            fix="remove the repetition from features.ids",
+        )
     return unique
 
 
 def _check(X: Floats, names: NDArray[np.object_]) -> None:
     if X.ndim != 2 or len(X) != len(names):
-        raise UserError("activations and groups do not fit together",
-                        value=f"activations {X.shape}, groups {len(names)}",
-                        rule="one row and one group per prompt",
-                        fix="pass both for the same prompts")  # fmt: skip
+        raise UserError(
+            "activations and groups do not fit together",
+            value=f"activations {X.shape}, groups {len(names)}",
+            rule="one row and one group per prompt",
+            fix="pass both for the same prompts",
+        )
     if len(bad := np.flatnonzero(~np.isfinite(X).all(axis=1))):
-        raise UserError("activations are not finite", value=f"prompts {bad[:10].tolist()}",
-                        rule="finite numbers", fix="use dtype float32")  # fmt: skip
+        raise UserError(
+            "activations are not finite",
+            value=f"prompts {bad[:10].tolist()}",
+            rule="finite numbers",
+            fix="use dtype float32",
+        )
 
 
 def _check_groups(means: Mapping[str, Floats], positive: str, negative: str) -> None:
     missing = [group for group in (positive, negative) if group not in means]
     if missing or positive == negative:
-        raise UserError("features are selected between two groups of prompts",
-                        value=f"{positive!r} against {negative!r}; groups: {sorted(means)}",
-                        rule="both groups have prompts, and they differ",
-                        fix="set prompts.positive_group and prompts.negative_group, "
-                        "or name features.ids")  # fmt: skip
+        raise UserError(
+            "features are selected between two groups of prompts",
+            value=f"{positive!r} against {negative!r}; groups: {sorted(means)}",
+            rule="both groups have prompts, and they differ",
+            fix="set prompts.positive_group and prompts.negative_group, or name features.ids",
+        )

@@ -15,16 +15,14 @@ from typing import Any
 from safetensors import safe_open
 
 from taught.errors import UserError
-from taught.files import sha256_file
+from taught.run.files import sha256_file
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What training an adapter moves: its own layers, and the layers that it keeps whole copies of.
 _PATTERNS = ("*lora_*", "*.modules_to_save.*")
 
 
-def add_adapter(
-    model: Any, adapter: str, revision: str | None = None
-) -> tuple[Any, dict[str, Any]]:
+def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[Any, dict[str, Any]]:
     """Put a LoRA adapter on a model, in the model's own precision.
 
     Parameters
@@ -45,9 +43,12 @@ def add_adapter(
         peft is missing; there is no such adapter; it is not a LoRA, or of another model.
     """
     if importlib.util.find_spec("peft") is None:
-        raise UserError("reading an adapter needs the package peft", value=adapter,
-                        rule="only where model.adapter is set",
-                        fix="pip install 'taught[peft]'")  # fmt: skip
+        raise UserError(
+            "reading an adapter needs the package peft",
+            value=adapter,
+            rule="only where model.adapter is set",
+            fix="pip install 'taught[peft]'",
+        )
     from peft import PeftModel
 
     folder = _find(adapter, revision)
@@ -58,10 +59,12 @@ def add_adapter(
             model, str(folder), autocast_adapter_dtype=False, torch_device=str(first.device)
         )
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError("the adapter does not fit the model", value=f"{adapter}: {error}",
-                        rule="an adapter is put on the model that it was trained on",
-                        fix="set model.id to its base_model_name_or_path",
-                        ) from error  # fmt: skip
+        raise UserError(
+            "the adapter does not fit the model",
+            value=f"{adapter}: {error}",
+            rule="an adapter is put on the model that it was trained on",
+            fix="set model.id to its base_model_name_or_path",
+        ) from error
     adapted = wrapped.get_base_model().to(device=first.device, dtype=first.dtype).eval()
     _check_complete(adapted, folder / _WEIGHTS)
     return adapted, {"source": adapter, "sha256": sha256_file(folder / _WEIGHTS)}
@@ -80,10 +83,12 @@ def _find(adapter: str, revision: str | None) -> Path:
         folder = _fetch(adapter, revision)
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError("there is no such adapter", value=str(folder / name),
-                            rule=f"{_CONFIG} and {_WEIGHTS}; a pickle (*.bin) is never opened",
-                            fix="save it with save_pretrained(..., safe_serialization=True)",
-                            )  # fmt: skip
+            raise UserError(
+                "there is no such adapter",
+                value=str(folder / name),
+                rule=f"{_CONFIG} and {_WEIGHTS}; a pickle (*.bin) is never opened",
+                fix="save it with save_pretrained(..., safe_serialization=True)",
+            )
     return folder
 
 
@@ -93,10 +98,12 @@ def _fetch(adapter: str, revision: str | None) -> Path:
     try:
         found = snapshot_download(adapter, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS])
     except Exception as error:
-        raise UserError("the adapter cannot be fetched from the hub", value=f"{adapter}: {error}",
-                        rule="network access, or the adapter in the Hugging Face cache",
-                        fix="check the id, or give a local folder as model.adapter",
-                        ) from error  # fmt: skip
+        raise UserError(
+            "the adapter cannot be fetched from the hub",
+            value=f"{adapter}: {error}",
+            rule="network access, or the adapter in the Hugging Face cache",
+            fix="check the id, or give a local folder as model.adapter",
+        ) from error
     return Path(found)
 
 
@@ -106,19 +113,25 @@ def _check_complete(model: Any, weights: Path) -> None:
         stored = sum("lora_" in name for name in file.keys())  # noqa: SIM118
     there = sum("lora_" in name for name, _ in model.named_parameters())
     if stored != there:
-        raise UserError("the adapter does not fit the model",
-                        value=f"{stored} tensors in {weights.name}, {there} in the model",
-                        rule="an adapter is put on the model that it was trained on",
-                        fix="set model.id to its base_model_name_or_path")  # fmt: skip
+        raise UserError(
+            "the adapter does not fit the model",
+            value=f"{stored} tensors in {weights.name}, {there} in the model",
+            rule="an adapter is put on the model that it was trained on",
+            fix="set model.id to its base_model_name_or_path",
+        )
 
 
 def _check_kind(folder: Path) -> None:
     try:
         kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError("the adapter's configuration cannot be read", value=f"{folder}: {error}",
-                        fix="save it with save_pretrained") from None  # fmt: skip
+        raise UserError(
+            "the adapter's configuration cannot be read", value=f"{folder}: {error}", fix="save it with save_pretrained"
+        ) from None
     if kind != "LORA":
-        raise UserError("the adapter is of another kind", value=kind, rule="LORA",
-                        fix="merge it into the model, and give the merged model as model.id",
-                        )  # fmt: skip
+        raise UserError(
+            "the adapter is of another kind",
+            value=kind,
+            rule="LORA",
+            fix="merge it into the model, and give the merged model as model.id",
+        )

@@ -30,7 +30,7 @@ class PrefixBehavior:
         the shorter one's, so counting both would count it twice)
     inner : token ids of the tree's inner nodes (every token after which another one is predicted)
     inner_parents : parent of each inner node; 0 is the prompt's last token, node k is slot k + 1
-    steps : for each prefix its (slot, token) pairs: ``token`` is predicted at ``slot``
+    steps : for each prefix its (slot, token) examples: ``token`` is predicted at ``slot``
     """
 
     prefixes: tuple[str, ...]
@@ -100,10 +100,13 @@ def build_behavior(prefixes: Sequence[str], tokens: Sequence[Sequence[int]]) -> 
                 inner.append(ids[cut - 1])
         steps.append(tuple((slot_of[ids[:j]], token) for j, token in enumerate(ids)))
     return PrefixBehavior(
-        prefixes=tuple(text for text, _ in kept), tokens=tuple(ids for _, ids in kept),
-        dropped=tuple(dropped), inner=tuple(inner), inner_parents=tuple(parents),
+        prefixes=tuple(text for text, _ in kept),
+        tokens=tuple(ids for _, ids in kept),
+        dropped=tuple(dropped),
+        inner=tuple(inner),
+        inner_parents=tuple(parents),
         steps=tuple(steps),
-    )  # fmt: skip
+    )
 
 
 def _without_extensions(
@@ -113,9 +116,7 @@ def _without_extensions(
     kept, dropped = [], []
     for i, (text, ids) in enumerate(zip(prefixes, tokens, strict=True)):
         covered = any(
-            ids[: len(other)] == other and (len(other) < len(ids) or j < i)
-            for j, other in enumerate(tokens)
-            if j != i
+            ids[: len(other)] == other and (len(other) < len(ids) or j < i) for j, other in enumerate(tokens) if j != i
         )
         if covered:
             dropped.append(text)

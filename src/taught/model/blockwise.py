@@ -108,12 +108,7 @@ class Trace:
 
 
 def trace(
-    model: nn.Module,
-    sites: BlockSites,
-    index: Sequence[int],
-    values: Callable[[], Tensor],
-    *,
-    training: bool = False,
+    model: nn.Module, sites: BlockSites, index: Sequence[int], values: Callable[[], Tensor], *, training: bool = False
 ) -> tuple[Tensor, list[Factor], Trace]:
     """Run a batch forward and backward; keep every block's input.
 
@@ -139,9 +134,7 @@ def trace(
 
 
 @contextmanager
-def _watched(
-    model: nn.Module, lowest: int
-) -> Iterator[tuple[list[Tensor], list[Any], list[Tensor]]]:
+def _watched(model: nn.Module, lowest: int) -> Iterator[tuple[list[Tensor], list[Any], list[Tensor]]]:
     """Inputs, other arguments and outputs of the blocks from the lowest on, in forward passes."""
     inputs: list[Tensor] = []
     calls: list[Any] = []
@@ -202,11 +195,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def checkpointed(
-    model: nn.Module,
-    sites: BlockSites,
-    values: Callable[[], Tensor],
-    *,
-    training: bool = False,
+    model: nn.Module, sites: BlockSites, values: Callable[[], Tensor], *, training: bool = False
 ) -> tuple[Tensor, Iterator[Factor]]:
     """Factors of a batch, last to first, with the activations of one part of the model at a time.
 

@@ -81,9 +81,7 @@ def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tenso
 
 
 @contextmanager
-def edited_output(
-    module: nn.Module, columns: Tensor, edit: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
+def edited_output(module: nn.Module, columns: Tensor, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While in the body, the output [1, T, D] of ``module`` is edited before it is passed on.
 
     Parameters
@@ -108,12 +106,7 @@ def edited_output(
 
 
 def forward(
-    model: nn.Module,
-    rows: Rows,
-    *,
-    block: int | None = None,
-    keep: int | Tensor = 0,
-    stop_at_block: bool = False,
+    model: nn.Module, rows: Rows, *, block: int | None = None, keep: int | Tensor = 0, stop_at_block: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """One forward pass.
 
@@ -162,8 +155,7 @@ def residuals(model: nn.Module, rows: Rows, blocks: Sequence[int]) -> list[Tenso
     last = max(blocks)
     with ExitStack() as hooks:
         seen = {
-            block: hooks.enter_context(capture_output(get_block(model, block), block == last))
-            for block in set(blocks)
+            block: hooks.enter_context(capture_output(get_block(model, block), block == last)) for block in set(blocks)
         }
         with suppress(_StopForward):
             model(**_inputs(model, rows, 1))

@@ -18,12 +18,7 @@ from taught.model.tokens import batches_by_tokens
 
 @torch.no_grad()
 def greedy(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    ends: Collection[int],
-    limit: int,
-    *,
-    batch_tokens: int = 4096,
+    model: nn.Module, prompts: Sequence[Sequence[int]], ends: Collection[int], limit: int, *, batch_tokens: int = 4096
 ) -> list[tuple[int, ...]]:
     """Most probable next token after token, for each prompt, until one of ``ends`` or the limit.
 
@@ -61,8 +56,14 @@ def _decode(
     name, cache = _cache_name(model), None
     for _ in range(limit):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                    use_cache=True, logits_to_keep=1, **{name: cache})  # fmt: skip
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{name: cache},
+        )
         cache, chosen = getattr(out, name), out.logits[:, -1].argmax(-1)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if not row or row[-1] not in ends:

@@ -228,9 +228,7 @@ class Taps:
     seen: list[tuple[Site, nn.Module, Tensor, Tensor]] = field(default_factory=list)
     recording: bool = True
 
-    def factors(
-        self, value: Tensor, *, retain_graph: bool = False, training: bool = False
-    ) -> Iterator[Factor]:
+    def factors(self, value: Tensor, *, retain_graph: bool = False, training: bool = False) -> Iterator[Factor]:
         """Factors of the gradient of ``value`` (a scalar: the sum over independent examples).
 
         With ``training`` the gradient is the one that an optimizer is given: look-ups of an
@@ -242,12 +240,7 @@ class Taps:
         yield from self.factors_and(value, (), retain_graph=retain_graph, training=training)[0]
 
     def factors_and(
-        self,
-        value: Tensor,
-        others: Sequence[Tensor],
-        *,
-        retain_graph: bool = False,
-        training: bool = False,
+        self, value: Tensor, others: Sequence[Tensor], *, retain_graph: bool = False, training: bool = False
     ) -> tuple[list[Factor], list[Tensor]]:
         """The same, and the gradients of ``value`` by some other tensors of the graph."""
         self.recording = False  # norms are called again below
@@ -255,9 +248,7 @@ class Taps:
         if not outputs and not others:
             return [], []
         _check_batched(self.seen)
-        grads = torch.autograd.grad(
-            value, [*outputs, *others], retain_graph=retain_graph, allow_unused=True
-        )
+        grads = torch.autograd.grad(value, [*outputs, *others], retain_graph=retain_graph, allow_unused=True)
         factors: list[Factor] = []
         for (site, module, x, _), d in zip(self.seen, grads, strict=False):
             if d is not None:
@@ -381,8 +372,7 @@ def contract(factor: Factor, query: Query) -> Tensor:
         return torch.stack(per_query, 1)
     flat = query.flatten(1)
     step = max(_FEWEST, _FEW // flat.shape[1])
-    return torch.cat([product(_gradient(d[b : b + step], a[b : b + step]), flat)
-                      for b in range(0, len(d), step)])  # fmt: skip
+    return torch.cat([product(_gradient(d[b : b + step], a[b : b + step]), flat) for b in range(0, len(d), step)])
 
 
 def _gradient(d: Tensor, a: Tensor) -> Tensor:
@@ -431,13 +421,7 @@ def _slots(total: RowSparse, ids: Tensor) -> Tensor:
 Batches = Sequence[Sequence[Factor]]
 
 
-def dot(
-    left: Sequence[Factor],
-    right: Sequence[Factor],
-    *,
-    scale: Tensor | None = None,
-    room: int = 0,
-) -> Tensor:
+def dot(left: Sequence[Factor], right: Sequence[Factor], *, scale: Tensor | None = None, room: int = 0) -> Tensor:
     """Inner products between all examples of two batches over one parameter: [B_left, B_right].
 
     ``left`` and ``right`` are the factors of the same parameter (several where it is used several
@@ -501,9 +485,7 @@ def dots(left: Batches, right: Batches, *, room: int, scale: Tensor | None = Non
     [examples on the left, examples on the right], batch after batch
     """
     kinds = {f.kind for batch in (*left, *right) for f in batch}
-    building = kinds == {"vector"} or (
-        kinds == {"linear"} and (scale is not None or _building_is_cheaper(left, right))
-    )
+    building = kinds == {"vector"} or (kinds == {"linear"} and (scale is not None or _building_is_cheaper(left, right)))
     if not building:
         met = [[dot(a, b, scale=scale, room=room) for b in right] for a in left]
         return torch.cat([torch.cat(row, 1) for row in met])

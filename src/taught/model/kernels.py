@@ -151,7 +151,5 @@ def use_fast_products(model: nn.Module) -> None:
     if _onednn() is None:
         return
     for module in model.modules():
-        if type(module) is nn.Linear and not hasattr(
-            module, "_hf_hook"
-        ):  # accelerate's own forward
+        if type(module) is nn.Linear and not hasattr(module, "_hf_hook"):  # accelerate's own forward
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]

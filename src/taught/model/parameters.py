@@ -11,9 +11,7 @@ from torch import nn
 from taught.errors import UserError
 
 
-def moving_parameters(
-    model: nn.Module, patterns: Sequence[str] | None = None
-) -> dict[str, nn.Parameter]:
+def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """The parameters that a step moves, by name, in the model's order.
 
     Parameters
@@ -38,7 +36,10 @@ def moving_parameters(
 
 def _no_match(pattern: str, names: Sequence[str]) -> UserError:
     close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
-    return UserError("a pattern matches none of the model's parameters", value=pattern,
-                     rule="* stands for anything, ? for one character, [12] for one of these; "
-                          "a tied parameter goes by its first name",
-                     fix=f"names of the model are like {', '.join(close)}")  # fmt: skip
+    return UserError(
+        "a pattern matches none of the model's parameters",
+        value=pattern,
+        rule="* stands for anything, ? for one character, [12] for one of these; "
+        "a tied parameter goes by its first name",
+        fix=f"names of the model are like {', '.join(close)}",
+    )

@@ -79,10 +79,7 @@ def prompt_tree(
 
 
 def pack(
-    prompts: Sequence[ReadPrompt],
-    behavior: PrefixBehavior | None,
-    *,
-    tokens: int = PACK_TOKENS,
+    prompts: Sequence[ReadPrompt], behavior: PrefixBehavior | None, *, tokens: int = PACK_TOKENS
 ) -> Iterator[PackedPrompts]:
     """Lay prompts out as token trees of about ``tokens`` tokens, each made when its turn comes.
 
@@ -127,14 +124,11 @@ def _reads_apart(packed: PackedPrompts) -> bool:
     return bool(((history & own.any(0)) == own).all())
 
 
-def _pack_group(
-    prompts: Sequence[ReadPrompt], group: list[int], behavior: PrefixBehavior | None
-) -> PackedPrompts:
+def _pack_group(prompts: Sequence[ReadPrompt], group: list[int], behavior: PrefixBehavior | None) -> PackedPrompts:
     tree, read, predict = prompt_tree([prompts[i] for i in group], behavior)
     flat = [node for nodes in read for node in nodes]
     offsets = torch.tensor([0, *[len(nodes) for nodes in read]]).cumsum(0)
-    return PackedPrompts(tuple(group), stack([tree]), torch.tensor(flat), offsets,
-                         torch.tensor(predict))  # fmt: skip
+    return PackedPrompts(tuple(group), stack([tree]), torch.tensor(flat), offsets, torch.tensor(predict))
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -163,12 +157,7 @@ def read_packed(
 
 @torch.no_grad()
 def read_prompts(
-    model: nn.Module,
-    prompts: Sequence[ReadPrompt],
-    behavior: PrefixBehavior,
-    block: int,
-    *,
-    progress: Any = None,
+    model: nn.Module, prompts: Sequence[ReadPrompt], behavior: PrefixBehavior, block: int, *, progress: Any = None
 ) -> Readouts:
     """Read-outs of all prompts in one forward pass over their token trees.
 
@@ -215,7 +204,7 @@ def read_residuals(
     Parameters
     ----------
     prompts
-        Prompts, or pairs as prompts: what counts is where h is read.
+        Prompts, or examples as prompts: what counts is where h is read.
     reduce
         (h [M, D] at the read-out tokens of n prompts, offsets [n + 1]) -> [n, ...], such as a
         pooling or a feature map.
@@ -230,18 +219,19 @@ def read_residuals(
 
     def reduced(packed: PackedPrompts) -> Tensor:
         rows = packed.rows.to(first_device(model))
-        return torch.stack([
-            reduce(h[0, packed.read.to(h.device)], packed.offsets.to(h.device)).double().cpu()
-            for h in residuals(model, rows, blocks)
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                reduce(h[0, packed.read.to(h.device)], packed.offsets.to(h.device)).double().cpu()
+                for h in residuals(model, rows, blocks)
+            ]
+        )
 
     index: list[int] = []
     parts: list[Tensor] = []
     for packed in _packs(prompts, tokens):
         values = reduced(packed)
         if not values.isfinite().all():  # 0 * nan is nan: one prompt spoils its tree
-            bad = [i for i in packed.index
-                   if not reduced(_pack_group(prompts, [i], None)).isfinite().all()]  # fmt: skip
+            bad = [i for i in packed.index if not reduced(_pack_group(prompts, [i], None)).isfinite().all()]
             _refuse_nonfinite([prompts[i].id for i in bad or packed.index])
         index += packed.index
         parts.append(values)
@@ -259,8 +249,11 @@ def _packs(prompts: Sequence[ReadPrompt], tokens: int) -> Iterator[PackedPrompts
 
 def _assemble(prompts: Sequence[ReadPrompt], h: Iterable[Any], y: Tensor) -> Readouts:
     pieces = list(h)
-    bad = [p.id for p, piece, v in zip(prompts, pieces, y, strict=True)
-           if not (torch.isfinite(v) and torch.isfinite(piece).all())]  # fmt: skip
+    bad = [
+        p.id
+        for p, piece, v in zip(prompts, pieces, y, strict=True)
+        if not (torch.isfinite(v) and torch.isfinite(piece).all())
+    ]
     _refuse_nonfinite(bad)
     offsets = torch.tensor([0, *[len(piece) for piece in pieces]]).cumsum(0)
     return Readouts(tuple(p.id for p in prompts), torch.cat(pieces), offsets, y)
@@ -268,9 +261,12 @@ def _assemble(prompts: Sequence[ReadPrompt], h: Iterable[Any], y: Tensor) -> Rea
 
 def _refuse_nonfinite(ids: Sequence[str]) -> None:
     if ids:
-        raise UserError("read-outs are not finite", value=list(ids[:10]),
-                        rule="h and y must be finite numbers",
-                        fix="use --set model.dtype=float32, or remove these prompts")  # fmt: skip
+        raise UserError(
+            "read-outs are not finite",
+            value=list(ids[:10]),
+            rule="h and y must be finite numbers",
+            fix="use --set model.dtype=float32, or remove these prompts",
+        )
 
 
 @torch.no_grad()
@@ -316,18 +312,19 @@ def _pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 def _plain_hidden(model: nn.Module, ids: Tensor, mask: Tensor, block: int) -> Tensor:
     device = first_device(model)
-    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False,
-                output_hidden_states=True)  # fmt: skip
+    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, output_hidden_states=True)
     # hidden_states[l] is the input of block l. The last entry is normed, so block L-1 needs a hook.
     if block + 2 == len(out.hidden_states):
-        raise UserError("the plain read-out cannot read the last block", value=block,
-                        rule="its hidden state is normed", fix="use an earlier block")  # fmt: skip
+        raise UserError(
+            "the plain read-out cannot read the last block",
+            value=block,
+            rule="its hidden state is normed",
+            fix="use an earlier block",
+        )
     return out.hidden_states[block + 1]
 
 
-def _plain_prefix(
-    model: nn.Module, prompts: Sequence[Sequence[int]], prefix: Sequence[int]
-) -> Tensor:
+def _plain_prefix(model: nn.Module, prompts: Sequence[Sequence[int]], prefix: Sequence[int]) -> Tensor:
     device = first_device(model)
     ids, mask = _pad_right([(*p, *prefix) for p in prompts])
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
@@ -337,8 +334,7 @@ def _plain_prefix(
     return sum(logp[rows, first + j, token] for j, token in enumerate(prefix))  # type: ignore[return-value]
 
 
-def check_trees(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: PrefixBehavior,
-                *, count: int = 2) -> float:  # fmt: skip
+def check_trees(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: PrefixBehavior, *, count: int = 2) -> float:
     """Largest difference in y between token trees and plain passes on the first prompts.
 
     Raises

@@ -117,13 +117,7 @@ def benjamini_hochberg(p: ArrayLike) -> Floats:
 
 
 def _rows(
-    group: _Group,
-    policy: Policy,
-    coef_lo: Floats,
-    coef_hi: Floats,
-    rng: np.random.Generator,
-    n_boot: int,
-    min_n: int,
+    group: _Group, policy: Policy, coef_lo: Floats, coef_hi: Floats, rng: np.random.Generator, n_boot: int, min_n: int
 ) -> list[dict[str, Any]]:
     counts = np.bincount(group.category, minlength=len(group.names))
     means = np.bincount(group.category, group.y) / counts
@@ -170,9 +164,7 @@ def _gaps_and_t(y: Floats, category: Ints, counts: Ints) -> tuple[Floats, Floats
     return gap, np.where(np.isnan(t), 0.0, t)
 
 
-def _permutation_p(
-    group: _Group, counts: Ints, t: Floats, rng: np.random.Generator, n: int
-) -> Floats:
+def _permutation_p(group: _Group, counts: Ints, t: Floats, rng: np.random.Generator, n: int) -> Floats:
     """Two-sided p (1 + #{|t*| >= |t|}) / (1 + n), the same permutations for all categories."""
     at_least = np.zeros(len(counts))
     near = np.abs(t) * (1 - 1e-9)  # the same sum in another order is a tie, not a smaller value
@@ -193,9 +185,7 @@ def _bootstrap_gaps(group: _Group, counts: Ints, rng: np.random.Generator, n: in
     return np.asarray(sums / counts - rest)
 
 
-def _tied_features(
-    group: _Group, c: int, policy: Policy, lo: Floats, hi: Floats
-) -> list[dict[str, Any]]:
+def _tied_features(group: _Group, c: int, policy: Policy, lo: Floats, hi: Floats) -> list[dict[str, Any]]:
     inside = group.category == c
     if inside.all():
         return []
@@ -215,12 +205,7 @@ def _tied_features(
 
 
 def _group(
-    name: str,
-    y: Floats,
-    X: Floats,
-    groups: Sequence[str],
-    categories: Sequence[str | None],
-    prompt_ids: Sequence[str],
+    name: str, y: Floats, X: Floats, groups: Sequence[str], categories: Sequence[str | None], prompt_ids: Sequence[str]
 ) -> _Group:
     rows = [i for i in row_order(prompt_ids, len(y)) if groups[i] == name]
     if not rows:

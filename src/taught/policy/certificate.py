@@ -21,7 +21,7 @@ s0 = max(s_min - e, 0), hence |U1^-1| <= a, |Z U1^-1| <= b and |Z U1^-1 Z'| <= 1
 |rho - Xc L| is at most |f - Xc L| + e |W| where L is known, and |f| + e |W| + e |r| |Xc U^-1| in
 any case; |L| is known or at most |Xc U^-1| (|f| + e |W|) + |U^-1| e |r|.
 
-**Ranks.** The k pairs with the largest absolute values stay the same k pairs under resampling of
+**Ranks.** The k examples with the largest absolute values stay the same k examples under resampling of
 the prompts (the policy is fitted again on every resample), whatever the remainder within its bound
 and whatever the sketches' error within simultaneous limits. Source: remainder derived here;
 resampled sets: Efron, Halloran and Holmes 1996.
@@ -53,7 +53,7 @@ class Remainder(NamedTuple):
 
 
 class RemainderBound:
-    """The bound for one policy. Cost: one singular value decomposition of Xc, then O(N d) a pair.
+    """The bound for one policy. Cost: one singular value decomposition of Xc, then O(N d) an example.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class RemainderBound:
         self._gain = float((s / (s**2 + policy.alpha)).max())
 
     def __call__(self, dX_norm: float, dy: ArrayLike, shift: ArrayLike | None = None) -> Remainder:
-        """Bound the remainder of a pair.
+        """Bound the remainder of an example.
 
         Parameters
         ----------
@@ -136,10 +136,8 @@ class Draws(NamedTuple):
     counts: Ints
 
 
-def resampled_scores(
-    policy: Policy, dy: Floats, dX: NDArray[Any] | None, *, n: int, seed: int
-) -> Iterator[Draws]:
-    """Scores of every pair by the policies of ``n`` resamples of the prompts, some at a time.
+def resampled_scores(policy: Policy, dy: Floats, dX: NDArray[Any] | None, *, n: int, seed: int) -> Iterator[Draws]:
+    """Scores of every example by the policies of ``n`` resamples of the prompts, some at a time.
 
     Each resample has its own W, U and r. Pathway y needs dy of every prompt only; pathway x needs
     dX of every feature on every prompt. Cost: a ridge and O(P N), with dX O(P N d), a resample.
@@ -165,7 +163,7 @@ def resampled_scores(
 
 
 def _cotangents(policy: Policy, counts: Ints) -> tuple[Floats, Floats]:
-    """A [N, d] and B [N] of the score (``taught.target``), each prompt ``counts`` times."""
+    """A [N, d] and B [N] of the score (``taught.core.target``), each prompt ``counts`` times."""
     c, X, y = counts.astype(np.float64), policy.X, policy.y
     if policy.fit_intercept:
         X, y = X - c @ X / c.sum(), y - c @ y / c.sum()
@@ -208,12 +206,12 @@ class Ranking(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """That the k pairs with the largest absolute values stay the k largest.
+    """That the k examples with the largest absolute values stay the k largest.
 
     Attributes
     ----------
     target, k
-    pair_ids : the k pairs, largest first
+    example_ids : the k examples, largest first
     gap : least absolute value among them minus the largest of the others
     share : share of the resamples of the prompts in which they stay the k largest; None if unknown
     by_refit, by_sketch : safe, undecided or exact (nothing to be feared), each by itself
@@ -223,7 +221,7 @@ class Statement(NamedTuple):
 
     target: str
     k: int
-    pair_ids: list[str]
+    example_ids: list[str]
     gap: float
     share: float | None
     by_refit: str
@@ -232,23 +230,21 @@ class Statement(NamedTuple):
     reason: str
 
 
-def rank_statements(
-    ranking: Ranking, pair_ids: Sequence[str], draws: Iterable[Floats] | None
-) -> list[Statement]:
+def rank_statements(ranking: Ranking, example_ids: Sequence[str], draws: Iterable[Floats] | None) -> list[Statement]:
     """Judge "the top k stay the top k" for several k.
 
     In every resample the least of the k, less its bound and sketch limit, must exceed the largest
     of the others, plus theirs. The statement is safe if (1 + resamples in which it fails) / (1 +
     resamples) is at most ``LEVEL``. Where there are sketches, half of ``LEVEL`` is theirs: their
-    errors stay within the normal quantile of LEVEL / 4P on either side for all pairs at once,
-    however they depend on one another (Bonferroni). All pairs are judged in one event, so each
-    statement is simultaneous over pairs; statements of different k are not counted together.
+    errors stay within the normal quantile of LEVEL / 4P on either side for all examples at once,
+    however they depend on one another (Bonferroni). All examples are judged in one event, so each
+    statement is simultaneous over examples; statements of different k are not counted together.
 
     Parameters
     ----------
     draws : chunks float64 [resamples, P] of the values on resampled prompts, or None
     """
-    P = len(pair_ids)
+    P = len(example_ids)
     order = np.argsort(-np.abs(ranking.values), kind="stable")
     sizes = [k for k in SIZES if k < P]
     quantile = NormalDist().inv_cdf(1 - LEVEL / 4 / P)
@@ -268,11 +264,9 @@ def rank_statements(
         safe = n > 0 and known and p <= level
         stays = share if alone > level else None
         reason = "" if safe else _reason(ranking, known, stays, refit, sketch)
-        ids = [pair_ids[i] for i in order[:k]]
+        ids = [example_ids[i] for i in order[:k]]
         verdict = "safe" if safe else "undecided"
-        statements.append(
-            Statement(ranking.target, k, ids, gap, share, refit, sketch, verdict, reason)
-        )
+        statements.append(Statement(ranking.target, k, ids, gap, share, refit, sketch, verdict, reason))
     return statements
 
 
@@ -312,7 +306,7 @@ def _reason(ranking: Ranking, known: bool, stays: float | None, refit: str, sket
     elif stays is not None:
         parts.append(f"the prompts decide: they stay in {stays:.1%} of the resamples")
     if not known:
-        parts.append("the linear value is not bounded against the exact refit for every pair")
+        parts.append("the linear value is not bounded against the exact refit for every example")
     elif refit == "undecided":
         parts.append("the bound on the remainder is wider than the gap")
     if sketch == "undecided":

@@ -63,11 +63,10 @@ class Rule(NamedTuple):
 def checks(measures: Mapping[str, Estimate]) -> list[Check]:
     """Grade every number that is there, in the order of the codes."""
     return [
-        Check(r.code, r.name, value := measures[r.measure], r.threshold, r.grade(value), r.meaning,
-              r.action)
+        Check(r.code, r.name, value := measures[r.measure], r.threshold, r.grade(value), r.meaning, r.action)
         for r in RULES
         if r.measure in measures
-    ]  # fmt: skip
+    ]
 
 
 def measures(evaluation: Evaluation, card: Card, y: Floats) -> dict[str, Estimate]:
@@ -139,107 +138,160 @@ def _near_one(warn: float, fail: float) -> Grade:
 
 
 def _against(code: str, name: str, what: str, meaning: str, action: str) -> Rule:
-    return Rule(code, f"Against {what}", f"gain over {name}", _gain,
-                "the interval of the difference in R² lies above 0", meaning, action)  # fmt: skip
+    return Rule(
+        code,
+        f"Against {what}",
+        f"gain over {name}",
+        _gain,
+        "the interval of the difference in R² lies above 0",
+        meaning,
+        action,
+    )
 
 
 MORE = "add prompts, or choose features that follow the behavior (features.threshold, features.ids)"
 RULES = (
     Rule(
-        "F01", "Held-out fit", "r2", _above_zero(0.3),
+        "F01",
+        "Held-out fit",
+        "r2",
+        _above_zero(0.3),
         "R² at least 0.3, its interval above 0",
         "the share of the behavior's variance that the features explain on prompts not fitted on",
         "do not read the coefficients or scores as an account of the behavior; " + MORE,
     ),
     Rule(
-        "F02", "Rank correlation", "spearman", _above_zero(0.5),
+        "F02",
+        "Rank correlation",
+        "spearman",
+        _above_zero(0.5),
         "at least 0.5, its interval above 0",
         "whether prompts are put in the order of their behavior, whatever the scale",
         MORE,
     ),
     Rule(
-        "F03", "Accuracy minus majority", "accuracy gain", _gain,
+        "F03",
+        "Accuracy minus majority",
+        "accuracy gain",
+        _gain,
         "the interval of the difference lies above 0",
         "what the thresholded prediction adds to always naming the larger class",
         "do not use the policy as a classifier of the groups; judge it by R²",
     ),
     Rule(
-        "F04", "Calibration slope", "slope", _near_one(1.25, 2.0),
+        "F04",
+        "Calibration slope",
+        "slope",
+        _near_one(1.25, 2.0),
         "between 0.8 and 1.25",
         "above 1 predictions are too timid (a large penalty), below 1 too bold (overfitting)",
         "set policy.alpha to cv; with policy.intercept off, try it on",
     ),
     Rule(
-        "F05", "Calibration error", "calibration error", _at_most(0.1, 0.25),
+        "F05",
+        "Calibration error",
+        "calibration error",
+        _at_most(0.1, 0.25),
         "at most 0.1 of the behavior's standard deviation beyond chance",
         "how far the mean behavior is from the predicted one, over tenths of the predictions",
         "look at the bins in faithfulness.json: a bend means that the relation is not linear",
     ),
     Rule(
-        "F06", "Features for 95% of the fit", "needed", _at_least(2.0, 0.0),
+        "F06",
+        "Features for 95% of the fit",
+        "needed",
+        _at_least(2.0, 0.0),
         "at least 2",
         "how many of the strongest features give 95% of the held-out fit; the rest hardly matter",
         "with one feature, read the policy as that feature; without a number there is no fit",
     ),
     Rule(
-        "F07", "Signs over resamples", "sure signs", _at_least(0.5, 0.2),
+        "F07",
+        "Signs over resamples",
+        "sure signs",
+        _at_least(0.5, 0.2),
         "at least half of the coefficients",
         "the share of coefficients whose 95% interval excludes 0",
         "read only the features whose interval excludes 0; lower features.max_features",
     ),
     Rule(
-        "F08", "Coefficients over evaluation sets", "set correlation", _at_least(0.8, 0.5),
+        "F08",
+        "Coefficients over evaluation sets",
+        "set correlation",
+        _at_least(0.8, 0.5),
         "correlation at least 0.8",
         "whether prompts of the positive group alone give the policy that all prompts give",
         "name the evaluation set with every result; compare with the control beside it",
     ),
     Rule(
-        "F09", "Sign flips over evaluation sets", "set flips", _at_most(0.0, 0.1),
+        "F09",
+        "Sign flips over evaluation sets",
+        "set flips",
+        _at_most(0.0, 0.1),
         "none",
         "the share of coefficients with a sure sign that turn it on the positive group alone",
         "do not interpret the features that flip; they stand for the group, not the behavior",
     ),
     Rule(
-        "F10", "All features permuted", "all permuted", _above_zero(),
+        "F10",
+        "All features permuted",
+        "all permuted",
+        _above_zero(),
         "the interval of the loss in R² lies above 0",
         "what is lost when activations are dealt to other prompts: what the features do at all",
         "do not read the coefficients as an account of the behavior; " + MORE,
     ),
     Rule(
-        "F11", "Features that are felt", "felt features", _at_least(0.25, 1e-9),
+        "F11",
+        "Features that are felt",
+        "felt features",
+        _at_least(0.25, 1e-9),
         "at least a quarter of the features",
         "the share of features whose permutation lowers R², interval above 0",
         "features that stand for one another hide each other; lower features.max_features",
     ),
     _against(
-        "F12", "group", "the group label",
+        "F12",
+        "group",
+        "the group label",
         "whether the policy knows more of the behavior than which group a prompt is in",
         "read coefficients as differences between groups; give prompts that vary within groups",
     ),
     _against(
-        "F13", "category", "the category label",
+        "F13",
+        "category",
+        "the category label",
         "whether the policy knows more than a table of the categories' means",
         "read coefficients as differences between categories",
     ),
     _against(
-        "F14", "length", "prompt length",
+        "F14",
+        "length",
+        "prompt length",
         "whether the policy knows more than how long a prompt is",
         "match the lengths of the groups' prompts",
     ),
     _against(
-        "F15", "direction", "one direction of the residual",
+        "F15",
+        "direction",
+        "one direction of the residual",
         "whether the features know more than the difference of the groups' mean residuals",
         "the sparse features add nothing here; say so, or choose other features or another block",
     ),
     _against(
-        "F16", "words", "the words of the prompt",
+        "F16",
+        "words",
+        "the words of the prompt",
         "whether the features know more than a bag of words of the prompt's text",
         "the behavior stands in the text; use prompts that say the same in other words",
     ),
     Rule(
-        "F17", "Prompts per feature", "prompts per feature", _at_least(10.0, 2.0),
+        "F17",
+        "Prompts per feature",
+        "prompts per feature",
+        _at_least(10.0, 2.0),
         "at least 10",
         "with few prompts for each coefficient the penalty decides much of the policy",
         "add prompts, or lower features.max_features",
     ),
-)  # fmt: skip
+)

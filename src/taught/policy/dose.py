@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike
 
 from taught.policy.evaluate import Bools, Estimate, interval, resamples
 from taught.policy.ridge import Floats
-from taught.rank import spearman
+from taught.stats.ranks import spearman
 
 LEVEL = 0.05
 FEWEST = 5  # prompts from which on there is an interval
@@ -90,9 +90,7 @@ def slope(x: ArrayLike, scales: ArrayLike, dy: ArrayLike) -> float:
     return float((dose * dy).sum()) / total if total > 0 else np.nan
 
 
-def response(
-    x: ArrayLike, scales: ArrayLike, dy: ArrayLike, *, bootstrap: int, seed: int
-) -> Response:
+def response(x: ArrayLike, scales: ArrayLike, dy: ArrayLike, *, bootstrap: int, seed: int) -> Response:
     """Slope and mean changes of one feature.
 
     Parameters
@@ -139,18 +137,14 @@ def control_p(own: ArrayLike, controls: ArrayLike) -> Floats:
     return np.asarray((1 + at_least) / (1 + drawn.size))
 
 
-def agreement(
-    coef: ArrayLike, slopes: ArrayLike, rms_x: ArrayLike, *, bootstrap: int, seed: int
-) -> Agreement:
+def agreement(coef: ArrayLike, slopes: ArrayLike, rms_x: ArrayLike, *, bootstrap: int, seed: int) -> Agreement:
     """Compare slopes [d] with coefficients [d]; ``rms_x`` [d]: root mean square of X_k."""
     table = np.stack([np.asarray(values, dtype=np.float64) for values in (coef, slopes, rms_x)], 1)
     n = len(table)
     if n == 0:
         return Agreement(0, UNKNOWN, UNKNOWN, UNKNOWN)
     draws = np.array([_rank_and_size(table[i]) for i in resamples(n, bootstrap, seed)])
-    rank, size = (
-        Estimate(value, *interval(draws[:, j])) for j, value in enumerate(_rank_and_size(table))
-    )
+    rank, size = (Estimate(value, *interval(draws[:, j])) for j, value in enumerate(_rank_and_size(table)))
     same: Bools = table[:, 0] * table[:, 1] > 0
     return Agreement(n, share_of(int(same.sum()), n), rank, size)
 

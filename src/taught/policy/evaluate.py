@@ -17,17 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError
-from taught.policy.ridge import (
-    Floats,
-    Ints,
-    check_alpha,
-    check_folds,
-    checked_data,
-    choose_alpha,
-    ridge,
-    row_order,
-)
-from taught.rank import spearman
+from taught.policy.ridge import Floats, Ints, check_alpha, check_folds, checked_data, choose_alpha, ridge, row_order
+from taught.stats.ranks import spearman
 
 Bools = NDArray[np.bool_]
 
@@ -41,10 +32,7 @@ class Estimate(NamedTuple):
 
     def to_dict(self) -> dict[str, float | None]:
         """``{"value", "lo", "hi"}`` for JSON, with None for nan."""
-        return {
-            name: float(number) if np.isfinite(number) else None
-            for name, number in self._asdict().items()
-        }
+        return {name: float(number) if np.isfinite(number) else None for name, number in self._asdict().items()}
 
 
 class Finding(NamedTuple):
@@ -110,8 +98,7 @@ class Evaluation:
             "d": self.d,
             **{name: getattr(self, name).to_dict() for name in names},
             "baselines": {
-                name: {key: estimate.to_dict() for key, estimate in row.items()}
-                for name, row in self.baselines.items()
+                name: {key: estimate.to_dict() for key, estimate in row.items()} for name, row in self.baselines.items()
             },
             "warnings": [finding._asdict() for finding in self.warnings],
         }
@@ -227,15 +214,11 @@ def bootstrap_coefficients(
     X, y = checked_data(X, y, prompt_ids)
     check_alpha(alpha)
     if n < 1:
-        raise UserError(
-            "The bootstrap needs resamples", value=n, rule="n >= 1", fix="set policy: bootstrap"
-        )
+        raise UserError("The bootstrap needs resamples", value=n, rule="n >= 1", fix="set policy: bootstrap")
     order = row_order(prompt_ids, len(y))
     X, y = X[order], y[order]
     full, _ = ridge(X, y, alpha, fit_intercept)
-    draws = np.stack(
-        [ridge(X[i], y[i], alpha, fit_intercept)[0] for i in resamples(len(y), n, seed)]
-    )
+    draws = np.stack([ridge(X[i], y[i], alpha, fit_intercept)[0] for i in resamples(len(y), n, seed)])
     lo, hi = np.percentile(draws, [2.5, 97.5], axis=0)
     same = (np.sign(draws) == np.sign(full)).mean(0)
     return CoefficientIntervals(lo, hi, np.where(full == 0, np.nan, same))
@@ -259,9 +242,7 @@ def class_threshold(y_hat: ArrayLike, positive: ArrayLike) -> float:
 def _check_groups(groups: Sequence[str], n: int, positive: str, negative: str) -> None:
     if len(groups) != n:
         raise UserError(
-            "Every prompt needs a group",
-            value=f"{len(groups)} groups, {n} prompts",
-            rule="as many groups as prompts",
+            "Every prompt needs a group", value=f"{len(groups)} groups, {n} prompts", rule="as many groups as prompts"
         )
     for name in (positive, negative):
         count = sum(group == name for group in groups)
@@ -332,9 +313,7 @@ def _out_of_fold(rows: _Rows, predict: Callable[[Bools], Floats]) -> _Predicted:
     return _Predicted(y_hat, says_positive)
 
 
-def _ridge(
-    rows: _Rows, train: Bools, alpha: float | None, fit_intercept: bool, seed: int
-) -> Floats:
+def _ridge(rows: _Rows, train: Bools, alpha: float | None, fit_intercept: bool, seed: int) -> Floats:
     W, intercept = training_ridge(rows.X, rows.y, train, alpha, fit_intercept, seed)
     return rows.X @ W + intercept
 
@@ -347,16 +326,12 @@ def training_ridge(
     return ridge(X[train], y[train], alpha, fit_intercept)
 
 
-def training_alpha(
-    X: Floats, y: Floats, train: Bools, alpha: float | None, fit_intercept: bool, seed: int
-) -> float:
+def training_alpha(X: Floats, y: Floats, train: Bools, alpha: float | None, fit_intercept: bool, seed: int) -> float:
     """Return the penalty; where it is None, the one chosen by cross-validation inside ``train``."""
     if alpha is not None:
         return alpha
     inner = min(5, int(train.sum()))
-    chosen, _ = choose_alpha(
-        X[train], y[train], fit_intercept=fit_intercept, folds=inner, seed=seed
-    )
+    chosen, _ = choose_alpha(X[train], y[train], fit_intercept=fit_intercept, folds=inner, seed=seed)
     return chosen
 
 
@@ -400,8 +375,7 @@ def _estimates(
     values = statistics(np.arange(len(rows.y)))
     draws = [statistics(i) for i in resamples(len(rows.y), bootstrap, seed)]
     return {
-        name: Estimate(value, *interval(np.array([draw[name] for draw in draws])))
-        for name, value in values.items()
+        name: Estimate(value, *interval(np.array([draw[name] for draw in draws]))) for name, value in values.items()
     }
 
 
@@ -429,9 +403,7 @@ def _mean(values: NDArray[Any]) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def _baselines(
-    predicted: dict[str, _Predicted], table: dict[str, Estimate]
-) -> dict[str, dict[str, Estimate]]:
+def _baselines(predicted: dict[str, _Predicted], table: dict[str, Estimate]) -> dict[str, dict[str, Estimate]]:
     out = {}
     for name in predicted.keys() - {"policy"}:
         # The group names the class, so its accuracy would be 1 by construction and say nothing.

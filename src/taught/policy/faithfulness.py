@@ -163,8 +163,7 @@ class Card:
                 "features": [{"feature_id": int(k), **e.to_dict()} for k, e in lost],
             },
             "predictors": {
-                name: {"r2": r2.to_dict(), "gain": gain.to_dict()}
-                for name, (r2, gain) in self.predictors.items()
+                name: {"r2": r2.to_dict(), "gain": gain.to_dict()} for name, (r2, gain) in self.predictors.items()
             },
         }
 
@@ -231,10 +230,7 @@ def faithfulness(
     curve, curve_draws = _r2(rows, curves)
     r2, r2_draws = curve[-1], curve_draws[:, -1]
     lost, lost_draws = _r2_of_squares(rows, _permuted_squares(rows))
-    permuted = [
-        Estimate(float(r2 - v), *interval(r2_draws - b))
-        for v, b in zip(lost, lost_draws.T, strict=True)
-    ]
+    permuted = [Estimate(float(r2 - v), *interval(r2_draws - b)) for v, b in zip(lost, lost_draws.T, strict=True)]
     sure = np.asarray((intervals.lo > 0) | (intervals.hi < 0))
     return Card(
         calibration=_calibration(rows),
@@ -250,9 +246,7 @@ def faithfulness(
     )
 
 
-def _check(
-    X: Floats, known: Known, evaluation: Evaluation, intervals: CoefficientIntervals
-) -> None:
+def _check(X: Floats, known: Known, evaluation: Evaluation, intervals: CoefficientIntervals) -> None:
     n, d = X.shape
     if (evaluation.n, evaluation.d) != (n, d) or intervals.lo.shape != (d,):
         raise UserError(
@@ -270,9 +264,7 @@ def _check(
             )
 
 
-def _rows(
-    X: Floats, y: Floats, evaluation: Evaluation, order: Ints, fit: Fit, bootstrap: int
-) -> _Rows:
+def _rows(X: Floats, y: Floats, evaluation: Evaluation, order: Ints, fit: Fit, bootstrap: int) -> _Rows:
     fold = evaluation.fold[order]
     y_bar = np.empty(len(y))
     for k in range(int(fold.max()) + 1):
@@ -309,10 +301,7 @@ def _calibration(rows: _Rows) -> Calibration:
         intercept=Estimate(float(intercept[0]), *interval(intercept[1:])),
         error=Estimate(float(error[0]), *interval(error[1:])),
         error_by_chance=float((np.sqrt(2 / np.pi * sizes) * spread).sum() / len(y)),
-        bins=[
-            (int(n), float(y_hat[bins == b].mean()), float(y[bins == b].mean()))
-            for b, n in enumerate(sizes)
-        ],
+        bins=[(int(n), float(y_hat[bins == b].mean()), float(y[bins == b].mean())) for b, n in enumerate(sizes)],
     )
 
 
@@ -413,8 +402,7 @@ def _sets(known: Known, seed: int) -> dict[str, Bools]:
     for side in sides:
         balanced[rng.permutation(side)[:size]] = True
     everything = np.ones(len(names), dtype=bool)
-    return {f"{known.positive} only": names == known.positive, "balanced": balanced,
-            "all": everything}  # fmt: skip
+    return {f"{known.positive} only": names == known.positive, "balanced": balanced, "all": everything}
 
 
 def _coef(rows: _Rows, at: Bools, alpha: float) -> Floats:
@@ -429,9 +417,7 @@ def _agreement(a: Floats, b: Floats, sure: Bools) -> tuple[float, int, int]:
     return r, int(flipped.sum()), int((flipped & sure).sum())
 
 
-def _control(
-    rows: _Rows, everything: Floats, n: int, alpha: float, sure: Bools
-) -> tuple[float, float, float]:
+def _control(rows: _Rows, everything: Floats, n: int, alpha: float, sure: Bools) -> tuple[float, float, float]:
     rng = np.random.default_rng(rows.fit.seed)
     drawn = []
     for _ in range(CONTROLS):

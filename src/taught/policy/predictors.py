@@ -81,14 +81,12 @@ def word_counts(texts: Sequence[str], limit: int = WORDS) -> Floats:
     return np.log1p(np.array(table, dtype=np.float64).reshape(len(texts), len(chosen)))
 
 
-def _predictors(
-    known: Known, y: Floats, seed: int
-) -> Iterator[tuple[str, Callable[[Bools], Floats]]]:
+def _predictors(known: Known, y: Floats, seed: int) -> Iterator[tuple[str, Callable[[Bools], Floats]]]:
     length, h = known.length, known.h
     yield "group", lambda train: group_means(known.groups, y, train)
     if known.categories is not None and any(known.categories):
-        pairs = zip(known.groups, known.categories, strict=True)
-        cells = [f"{group}\n{category}" for group, category in pairs]
+        examples = zip(known.groups, known.categories, strict=True)
+        cells = [f"{group}\n{category}" for group, category in examples]
         yield "category", lambda train: group_means(cells, y, train)
     if length is not None:
         yield "length", lambda train: straight_line(length, y, train)

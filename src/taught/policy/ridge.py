@@ -208,7 +208,7 @@ def exact_shift(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> Floats:
 
 
 def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
-    """Coefficient shifts of P pairs from the sums that the adjoint computes, without any dX.
+    """Coefficient shifts of P examples from the sums that the adjoint computes, without any dX.
 
     With s_i = sum_k W_k dX_ik,
 
@@ -219,7 +219,7 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
     Parameters
     ----------
     x_raw, y_raw : [P, d]
-        One row per pair. ``taught.target.combine_raw_x`` makes ``x_raw``.
+        One row per example. ``taught.core.target.combine_raw_x`` makes ``x_raw``.
 
     Returns
     -------
@@ -313,9 +313,7 @@ def check_folds(folds: int, n: int) -> None:
         )
 
 
-def checked_data(
-    X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None
-) -> tuple[Floats, Floats]:
+def checked_data(X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None) -> tuple[Floats, Floats]:
     """Copy X [N, d] and y [N] to float64 after checking shapes, ids and finiteness."""
     X, y = np.array(X, dtype=np.float64), np.array(y, dtype=np.float64)
     n_ids = y.size if prompt_ids is None else len(prompt_ids)
@@ -369,9 +367,7 @@ def _checked_feature_ids(feature_ids: Sequence[int] | Ints, d: int) -> Ints:
     if not np.issubdtype(ids.dtype, np.integer):
         # Text sorts '10' before '9': columns then stand against the wrong rows of the encoder.
         raise UserError(
-            "Feature ids must be integers",
-            value=repr(ids.dtype),
-            rule="the row of the SAE's decoder, as int64",
+            "Feature ids must be integers", value=repr(ids.dtype), rule="the row of the SAE's decoder, as int64"
         )
     _check_unique(ids, "feature id")
     return ids.astype(np.int64)
@@ -405,9 +401,7 @@ def _grid(X: Floats, fit_intercept: bool) -> Floats:
     return (scale if scale > 0 else 1.0) * np.logspace(-5, 2, 15)
 
 
-def _held_out_sse(
-    X: Floats, y: Floats, test: NDArray[np.bool_], alphas: Floats, fit_intercept: bool
-) -> Floats:
+def _held_out_sse(X: Floats, y: Floats, test: NDArray[np.bool_], alphas: Floats, fit_intercept: bool) -> Floats:
     """Squared error on the test rows for every alpha [A], from one eigendecomposition."""
     X_test, y_test, X, y = X[test], y[test], X[~test], y[~test]
     x0, y0 = (X.mean(0), y.mean()) if fit_intercept else (np.zeros(X.shape[1]), 0.0)

@@ -38,9 +38,8 @@ MAKES = {
 def render(view: View) -> str:
     """Return the page of a run."""
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     for name in ("number", "signed", "percent", "tens", "count", "shorten"):
         environment.filters[name] = getattr(text, name)
     environment.globals["forest_row"] = charts.forest_row

@@ -54,9 +54,7 @@ def tick_text(value: float, values: Sequence[float]) -> str:
 
 def span(estimates: Sequence[Estimate], *, zero: bool = True) -> tuple[float, float]:
     """The range that holds all intervals (and zero), a little wider."""
-    ends = [
-        v for e in estimates for v in (e.value, e.lo, e.hi) if v is not None and math.isfinite(v)
-    ]
+    ends = [v for e in estimates for v in (e.value, e.lo, e.hi) if v is not None and math.isfinite(v)]
     ends += [0.0] if zero or not ends else []
     lo, hi = min(ends), max(ends)
     pad = 0.04 * (hi - lo) or 1.0
@@ -80,9 +78,7 @@ def forest_row(estimate: Estimate, scale: Scale, *, height: int = 18) -> Markup:
             f'x2="{scale(estimate.hi)}" y2="{mid:g}"/>'
         )
     hollow = " hollow" if estimate.includes_zero else ""
-    parts.append(
-        f'<circle class="dot {kind}{hollow}" cx="{scale(estimate.value)}" cy="{mid:g}" r="3.5"/>'
-    )
+    parts.append(f'<circle class="dot {kind}{hollow}" cx="{scale(estimate.value)}" cy="{mid:g}" r="3.5"/>')
     return _hidden_svg("".join(parts), scale.end + scale.start, height, "forest")
 
 
@@ -100,9 +96,7 @@ def forest_axis(scale: Scale, *, height: int = 18) -> Markup:
 def bar(value: float, largest: float, *, width: int = 48, height: int = 10) -> Markup:
     """A small bar from the middle, to the right if positive."""
     half = width / 2
-    length = (
-        0.0 if not largest or not math.isfinite(value) else half * min(abs(value) / largest, 1.0)
-    )
+    length = 0.0 if not largest or not math.isfinite(value) else half * min(abs(value) / largest, 1.0)
     x = half if value >= 0 else half - length
     body = (
         f'<rect class="{sign_class(value)}" x="{x:.1f}" y="1" width="{length:.1f}" '
@@ -118,15 +112,12 @@ def _box(width: float, height: float) -> str:
 
 
 def _hidden_svg(body: str, width: float, height: float, kind: str) -> Markup:
-    return Markup(
-        f'<svg class="{kind}" {_box(width, height)} '
-        f'aria-hidden="true" focusable="false">{body}</svg>'
-    )
+    return Markup(f'<svg class="{kind}" {_box(width, height)} aria-hidden="true" focusable="false">{body}</svg>')
 
 
 @dataclass(frozen=True)
 class Point:
-    """One pair in the scatter: position, which mark, its place in the page's data and its text."""
+    """One example in the scatter: position, which mark, its place in the page's data and its text."""
 
     x: float
     y: float
@@ -141,8 +132,7 @@ SIZE, LEFT, BOTTOM, EDGE = 440, 56, 44, 12
 def one_scale(points: Sequence[Point]) -> bool:
     """Whether one scale for both axes leaves each pathway at least a quarter of the room."""
     spreads = sorted(
-        max((abs(v) for v in side), default=0.0)
-        for side in ([p.x for p in points], [p.y for p in points])
+        max((abs(v) for v in side), default=0.0) for side in ([p.x for p in points], [p.y for p in points])
     )
     return spreads[0] * 4 >= spreads[1]
 
@@ -157,10 +147,7 @@ def scatter(points: Sequence[Point], names: tuple[str, str], title: str) -> Mark
         x = y = (min(x[0], y[0]), max(x[1], y[1]))
     at_x, at_y = Scale(*x, LEFT, SIZE - EDGE), Scale(*y, SIZE - BOTTOM, EDGE)
     start, end = max(x[0], -y[1]), min(x[1], -y[0])
-    even = (
-        f'<line class="even" x1="{at_x(start)}" y1="{at_y(-start)}" '
-        f'x2="{at_x(end)}" y2="{at_y(-end)}"/>'
-    )
+    even = f'<line class="even" x1="{at_x(start)}" y1="{at_y(-start)}" x2="{at_x(end)}" y2="{at_y(-end)}"/>'
     marks = "".join(_mark(p, at_x(p.x), at_y(p.y)) for p in points)
     return _titled_svg(_frame(at_x, at_y, names) + even + marks, SIZE, SIZE, "scatter", title)
 
@@ -206,14 +193,12 @@ def _mark(point: Point, x: float, y: float) -> str:
     kind = point.kind % len(shapes)
     tag = "circle" if kind == 0 else "rect" if kind == 2 else "path"
     title = f"<title>{escape(point.text)}</title>"
-    return f'{shapes[kind]} class="mark k{kind}" data-pair="{point.index}">{title}</{tag}>'
+    return f'{shapes[kind]} class="mark k{kind}" data-example="{point.index}">{title}</{tag}>'
 
 
 def legend_mark(kind: int) -> Markup:
     """The mark of a label, for the legend."""
-    return _hidden_svg(
-        _mark(Point(0, 0, kind, -1, ""), 7, 7).replace(' data-pair="-1"', ""), 14, 14, "key"
-    )
+    return _hidden_svg(_mark(Point(0, 0, kind, -1, ""), 7, 7).replace(' data-example="-1"', ""), 14, 14, "key")
 
 
 def heatmap(values: ArrayLike, names: Sequence[str], title: str) -> Markup:
@@ -239,9 +224,7 @@ def heatmap(values: ArrayLike, names: Sequence[str], title: str) -> Markup:
         f'<rect class="plate" width="{d}" height="{d}"/>{"".join(paths)}</g>'
         f"{_sides(names, cell, margin)}"
     )
-    return _titled_svg(
-        body, size, size, f"heat cell{cell}", title, f'data-margin="{margin:g}" data-cell="{cell}"'
-    )
+    return _titled_svg(body, size, size, f"heat cell{cell}", title, f'data-margin="{margin:g}" data-cell="{cell}"')
 
 
 def _sides(names: Sequence[str], cell: int, margin: float) -> str:
@@ -249,9 +232,7 @@ def _sides(names: Sequence[str], cell: int, margin: float) -> str:
     for i, name in enumerate(names):
         at = margin + (i + 0.5) * cell
         low = at + 0.3 * cell
-        parts.append(
-            f'<text x="{margin - 3:g}" y="{low:.1f}" text-anchor="end">{escape(name)}</text>'
-        )
+        parts.append(f'<text x="{margin - 3:g}" y="{low:.1f}" text-anchor="end">{escape(name)}</text>')
         parts.append(
             f'<text x="{low:.1f}" y="{margin - 3:g}" '
             f'transform="rotate(-90 {low:.1f} {margin - 3:g})">{escape(name)}</text>'
@@ -259,10 +240,7 @@ def _sides(names: Sequence[str], cell: int, margin: float) -> str:
     return "".join(parts)
 
 
-def _titled_svg(
-    body: str, width: float, height: float, kind: str, title: str, extra: str = ""
-) -> Markup:
+def _titled_svg(body: str, width: float, height: float, kind: str, title: str, extra: str = "") -> Markup:
     return Markup(
-        f'<svg class="{kind}" {_box(width, height)} role="img" '
-        f'aria-label="{escape(title)}" {extra}>{body}</svg>'
+        f'<svg class="{kind}" {_box(width, height)} role="img" aria-label="{escape(title)}" {extra}>{body}</svg>'
     )

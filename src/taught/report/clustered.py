@@ -23,13 +23,13 @@ NAME = 100
 
 
 def cluster_sentences(it: Clustered) -> list[Sentence]:
-    """How clear the clusters are, what they do that random pairs do not, and the pairs in none."""
+    """How clear the clusters are, what they do that random examples do not, and the examples in none."""
     sentences = [_made(it.made), _influence(it)]
     if any(row["outside_share"] is not None for row in it.clusters):
         sentences.append(_outside(it.clusters))
     if it.featureless:
         some = listed(it.featureless, 20)
-        found = count(len(it.featureless), "pair")
+        found = count(len(it.featureless), "example")
         text = f"{found} without an active feature (cluster 0): {some}."
         sentences.append(Sentence("Without features", "caution", text))
     return sentences
@@ -37,7 +37,7 @@ def cluster_sentences(it: Clustered) -> list[Sentence]:
 
 def _made(made: Row) -> Sentence:
     value = made["silhouette"]
-    found = count(made["pairs"] - made["without"], "pair")
+    found = count(made["examples"] - made["without"], "example")
     text = f"{found} in {count(made['k'], 'cluster')} by their active features"
     if value is not None:
         clear = "apart" if value > APART else "weakly apart" if value > HARDLY else "hardly apart"
@@ -55,18 +55,18 @@ def _influence(it: Clustered) -> Sentence:
     sure = [row for row in it.influence if row["p_holm"] <= ALPHA]
     if not sure:
         text = (
-            f"{NOTHING}: no cluster’s mean influence differs from that of as many random pairs "
+            f"{NOTHING}: no cluster’s mean influence differs from that of as many random examples "
             f"(smallest corrected p {_least(it.influence, 'p_holm')})."
         )
         return Sentence("Influence", "none", text)
-    text = f"Mean influence unlike that of as many random pairs: {_by_target(sure)}."
+    text = f"Mean influence unlike that of as many random examples: {_by_target(sure)}."
     if sure[0]["matched_p_holm"] is None:
         return Sentence("Influence", "found", text)
     beyond = [row for row in sure if row["matched_p_holm"] <= ALPHA]
     if beyond:
-        text += f" Also unlike random pairs of the same labels: {_by_target(beyond)}."
+        text += f" Also unlike random examples of the same labels: {_by_target(beyond)}."
         return Sentence("Influence", "found", text)
-    text += " None is unlike random pairs of the same labels: the labels may be all there is to it."
+    text += " None is unlike random examples of the same labels: the labels may be all there is to it."
     return Sentence("Influence", "caution", text)
 
 
@@ -84,18 +84,18 @@ def _outside(clusters: Sequence[Row]) -> Sentence:
     sure = [row for row in known if row["outside_p_holm"] <= ALPHA]
     if not sure:
         text = (
-            f"{NOTHING}: no cluster’s share of the change outside its pairs’ features differs from "
-            "that of as many random pairs (smallest corrected p "
+            f"{NOTHING}: no cluster’s share of the change outside its examples’ features differs from "
+            "that of as many random examples (smallest corrected p "
             f"{_least(known, 'outside_p_holm')})."
         )
         return Sentence("Interference", "none", text)
     parts = [
-        f"cluster {r['cluster']} {percent(r['outside_share'])} (random pairs "
+        f"cluster {r['cluster']} {percent(r['outside_share'])} (random examples "
         f"{percent(r['outside_random_lo'])} to {percent(r['outside_random_hi'])}, as many random "
         f"features {percent(r['outside_by_chance'])})"
         for r in sure
     ]
-    text = f"Share of the change outside the pairs’ own features: {listed(parts, SAID)}."
+    text = f"Share of the change outside the examples’ own features: {listed(parts, SAID)}."
     return Sentence("Interference", "found", text)
 
 
@@ -119,9 +119,9 @@ def clusters_shown(it: Clustered) -> Iterator[RenderableType]:
 
 def _table(target: str, rows: Sequence[tuple[Row, Row]]) -> Table:
     power = influence_power(rows)
-    title = Text(f"\nMean influence of a pair on {target}, per step{tens(power)}")
+    title = Text(f"\nMean influence of an example on {target}, per step{tens(power)}")
     shown = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    heads = ("cluster", "pairs", "mean", "random pairs", "corrected p", "same labels", "outside")
+    heads = ("cluster", "examples", "mean", "random examples", "corrected p", "same labels", "outside")
     for head in heads:
         shown.add_column(Text(head, "dim"), justify="right")
     shown.add_column(Text("name", "dim"))
@@ -129,8 +129,15 @@ def _table(target: str, rows: Sequence[tuple[Row, Row]]) -> Table:
         mean = Estimate(row["mean"], row["lo"], row["hi"]).text(power=power)
         random = " to ".join(number(row[key], power=power) for key in ("random_lo", "random_hi"))
         p = (number(row[key], 3) for key in ("p_holm", "matched_p_holm"))
-        cells = (row["cluster"], cluster["n_pairs"], mean, random, *p,
-                 percent(cluster["outside_share"]), shorten(cluster["name"], NAME))  # fmt: skip
+        cells = (
+            row["cluster"],
+            cluster["n_examples"],
+            mean,
+            random,
+            *p,
+            percent(cluster["outside_share"]),
+            shorten(cluster["name"], NAME),
+        )
         shown.add_row(*(Text(str(cell)) for cell in cells))
     return shown
 
@@ -138,9 +145,9 @@ def _table(target: str, rows: Sequence[tuple[Row, Row]]) -> Table:
 def flat(it: Clustered) -> pa.Table:
     """One row for each cluster and target, with what is known of the cluster."""
     rows = []
-    for pairs in it.targets.values():
-        for cluster, row in pairs:
-            facts = {key: cluster[key] for key in ("cluster", "name", "n_pairs")}
+    for examples in it.targets.values():
+        for cluster, row in examples:
+            facts = {key: cluster[key] for key in ("cluster", "name", "n_examples")}
             spread = {key: cluster[key] for key in cluster if key.startswith("outside_")}
             rows.append(facts | row | spread)
     return pa.Table.from_pylist(rows)

@@ -1,4 +1,4 @@
-"""What ``compare`` and ``validate`` found: methods by targets, planted pairs, removal."""
+"""What ``compare`` and ``validate`` found: methods by targets, planted examples, removal."""
 
 from __future__ import annotations
 
@@ -11,25 +11,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from taught.report.text import (
-    MINUS,
-    clean,
-    common_power,
-    count,
-    number,
-    percent,
-    signed,
-    tens,
-)
-from taught.run import RunFolder
+from taught.report.text import MINUS, clean, common_power, count, number, percent, signed, tens
+from taught.run.folder import RunFolder
 
 Row = dict[str, Any]
 COEFFICIENTS = "coefficients, median"
 CEILING = "noise ceiling"
-ARM_DESIGNS = {
-    "curation": "The published way of choosing pairs, and others",
-    "curated": "What taught curate kept",
-}
+ARM_DESIGNS = {"curation": "The published way of choosing examples, and others", "curated": "What taught curate kept"}
 
 
 @dataclass(frozen=True)
@@ -59,23 +47,30 @@ def design_tables(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> list[Des
     A method that knew the outcome but for the noise of training would reach the ceiling (raw).
     """
     tables = []
-    noise = [{**row, "method": CEILING, "raw": row["ceiling"], "raw_lo": row["lo"],
-              "raw_hi": row["hi"], "controlled": None, "controlled_lo": None,
-              "controlled_hi": None} for row in ceilings]  # fmt: skip
+    noise = [
+        {
+            **row,
+            "method": CEILING,
+            "raw": row["ceiling"],
+            "raw_lo": row["lo"],
+            "raw_hi": row["hi"],
+            "controlled": None,
+            "controlled_lo": None,
+            "controlled_hi": None,
+        }
+        for row in ceilings
+    ]
     for design in dict.fromkeys(row["subsets"] for row in rows):
         some = [row for row in (*rows, *noise) if row["subsets"] == design]
-        plain = [t for t in dict.fromkeys(row["target"] for row in some) if ":" not in t
-                 or t.startswith("mean_y")]  # fmt: skip
+        plain = [t for t in dict.fromkeys(row["target"] for row in some) if ":" not in t or t.startswith("mean_y")]
         of = {(row["method"], row["target"]): row for row in some}
         methods = list(dict.fromkeys(r["method"] for r in some if r["raw"] is not None))
         made = []
         for method in methods:
             cells = [_cell(of.get((method, target))) for target in plain]
-            coefficients = [row for row in some if row["method"] == method
-                            and row["target"].startswith("coefficient")]  # fmt: skip
+            coefficients = [row for row in some if row["method"] == method and row["target"].startswith("coefficient")]
             made.append((method, (*cells, _median(coefficients))))
-        tables.append(DesignTable(design, some[0]["n"], some[0]["controls"],
-                                  (*plain, COEFFICIENTS), tuple(made)))  # fmt: skip
+        tables.append(DesignTable(design, some[0]["n"], some[0]["controls"], (*plain, COEFFICIENTS), tuple(made)))
     return tables
 
 
@@ -121,8 +116,9 @@ def compared_tables(run: RunFolder) -> Iterator[RenderableType]:
     if "lds" in there:
         noise = run.read_table("noise_ceiling").to_pylist() if "noise_ceiling" in there else []
         for table in design_tables(run.read_table("lds").to_pylist(), noise):
-            yield Text(f"\nLDS on {table.subsets} {table.design} subsets: raw / controlled for "
-                       f"{table.controls}", "bold")  # fmt: skip
+            yield Text(
+                f"\nLDS on {table.subsets} {table.design} subsets: raw / controlled for {table.controls}", "bold"
+            )
             yield _lds_table(table)
     if "trivial" in there:
         rows = run.read_table("trivial").to_pylist()
@@ -133,9 +129,7 @@ def compared_tables(run: RunFolder) -> Iterator[RenderableType]:
     if "planted" in there:
         yield _planted_table(run.read_table("planted").to_pylist())
     if "curves" in there:
-        for sentence in curve_sentences(
-            run.read_table("curves").to_pylist(), run.study.validation.remove_by
-        ):
+        for sentence in curve_sentences(run.read_table("curves").to_pylist(), run.study.validation.remove_by):
             yield Text("\n" + sentence)
     if "named_effects" in there:
         for effect in run.read_table("named_effects").to_pylist():
@@ -153,26 +147,25 @@ def curve_sentences(points: Sequence[Row], target: str) -> list[str]:
         sentences += [removal_sentence(point, target) for point in some]
         if len(some) > 1:
             area, lo, hi = (_digits(some[0][name]) for name in ("area", "area_lo", "area_hi"))
-            sentences.append(f"Over these {len(some)} budgets the mean difference ({design}) is "
-                             f"{area} [{lo}, {hi}]")  # fmt: skip
+            sentences.append(f"Over these {len(some)} budgets the mean difference ({design}) is {area} [{lo}, {hi}]")
     return sentences
 
 
 def removal_sentence(point: Row, target: str) -> str:
-    """What training without, or with only, the named pairs did, against random ones as many."""
+    """What training without, or with only, the named examples did, against random ones as many."""
     how = "without" if point["design"] == "removal" else "only on"
     return (
-        f"Training {how} the {point['budget']} pairs ({percent(point['share'])}) that raise "
+        f"Training {how} the {point['budget']} examples ({percent(point['share'])}) that raise "
         f"{target} most moves it by {_digits(point['difference'])} [{_digits(point['lo'])}, "
         f"{_digits(point['hi'])}] against as many random ones"
     )
 
 
 def effect_sentence(effect: Row) -> str:
-    """What training with the named pairs does, by the subsets that were chosen to ask for it."""
+    """What training with the named examples does, by the subsets that were chosen to ask for it."""
     how = {"chosen": "in the place of average ones", "couples": "added to others"}
     return (
-        f"The {effect['pairs']} pairs that raise {effect['target']} most, {how[effect['design']]}, "
+        f"The {effect['examples']} examples that raise {effect['target']} most, {how[effect['design']]}, "
         f"change it by {_digits(effect['value'])} [{_digits(effect['lo'])}, "
         f"{_digits(effect['hi'])}] ({effect['retrainings']} retrainings)"
     )
@@ -186,11 +179,9 @@ def arms_by_design(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def arm_table(
-    rows: Sequence[Row],
-) -> tuple[list[tuple[str, int]], list[tuple[str, int, list[Row]]]]:
-    """Each arm with its pairs; each metric with the power of ten of its values, and every arm's."""
-    arms = {row["arm"]: row["pairs"] for row in rows}
+def arm_table(rows: Sequence[Row]) -> tuple[list[tuple[str, int]], list[tuple[str, int, list[Row]]]]:
+    """Each arm with its examples; each metric with the power of ten of its values, and every arm's."""
+    arms = {row["arm"]: row["examples"] for row in rows}
     of = {(row["arm"], row["metric"]): row for row in rows}
     metrics = dict.fromkeys(row["metric"] for row in rows)
     cells = {name: [of[arm, name] for arm in arms] for name in metrics}
@@ -201,12 +192,17 @@ def arm_table(
 
 def _arms_table(design: str, rows: Sequence[Row]) -> Table:
     arms, metrics = arm_table(rows)
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left",
-                  title=f"\n{design} (* differs from random, Holm)",
-                  title_style="bold")  # fmt: skip
+    shown = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        title_justify="left",
+        title=f"\n{design} (* differs from random, Holm)",
+        title_style="bold",
+    )
     shown.add_column(Text("trained on", "dim"))
-    for arm, pairs in arms:
-        shown.add_column(Text(f"{clean(arm)}\n{count(pairs, 'pair')}", "dim"), justify="right")
+    for arm, examples in arms:
+        shown.add_column(Text(f"{clean(arm)}\n{count(examples, 'example')}", "dim"), justify="right")
     for metric, power, cells in metrics:
         values = [number(cell["value"], 3, power=power) + "*" * differs(cell) for cell in cells]
         shown.add_row(f"{clean(metric)}{tens(power)}", *values)
@@ -243,11 +239,15 @@ def _two(value: float | None) -> str:
 
 def _planted_table(rows: Sequence[Row]) -> Table:
     planted, others = rows[0]["planted"], rows[0]["others"]
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0),
-                  title=f"\n{planted} planted pairs among {planted + others}: AUC",
-                  title_justify="left", title_style="bold")  # fmt: skip
-    targets = [t for t in dict.fromkeys(row["target"] for row in rows)
-               if not t.startswith("coefficient")]  # fmt: skip
+    shown = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        title=f"\n{planted} planted examples among {planted + others}: AUC",
+        title_justify="left",
+        title_style="bold",
+    )
+    targets = [t for t in dict.fromkeys(row["target"] for row in rows) if not t.startswith("coefficient")]
     shown.add_column(Text("method", "dim"))
     for target in targets:
         shown.add_column(Text(clean(target), "dim"), justify="right")

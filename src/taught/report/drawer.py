@@ -1,4 +1,4 @@
-"""The page's data block: what the script shows of one pair, and of a cell of the heat map."""
+"""The page's data block: what the script shows of one example, and of a cell of the heat map."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ TOP_PROMPTS = 4
 
 
 def page_data(view: View) -> Json:
-    """What the script needs for the pair drawer and the read-out of the heat map."""
+    """What the script needs for the example drawer and the read-out of the heat map."""
     if not view.summary:
-        return {"pairs": []}
+        return {"examples": []}
     prompts: dict[str, int] = {}
-    pairs = _pair_records(view, prompts)
+    examples = _example_records(view, prompts)
     texts = {p["prompt_id"]: p for p in view.prompts or []}
     shown = [texts.get(p, {}) for p in prompts]
     data: Json = {
-        "pairs": pairs,
+        "examples": examples,
         "prompts": [
             [p, str(t.get("group", "")), text.shorten(str(t.get("text", "")), MAX_PROMPT)]
             for p, t in zip(prompts, shown, strict=True)
         ],
-        "features": {
-            str(r["feature_id"]): str(r.get("label") or "") for r in view.coefficients or []
-        },
+        "features": {str(r["feature_id"]): str(r.get("label") or "") for r in view.coefficients or []},
         "powers": _powers(view),
     }
     if view.comovement is not None:
@@ -47,35 +45,38 @@ def page_data(view: View) -> Json:
 
 def _powers(view: View) -> dict[str, int]:
     power = {"S": text.common_power(r["score"] for r in view.summary or [])}
-    power["W"] = (
-        0 if view.shifts is None else text.common_power(np.abs(view.shifts.total).max(1).tolist())
-    )
-    power["y"] = (
-        0
-        if view.effects is None
-        else text.common_power(np.abs(view.effects.values).max(1).tolist())
-    )
+    power["W"] = 0 if view.shifts is None else text.common_power(np.abs(view.shifts.total).max(1).tolist())
+    power["y"] = 0 if view.effects is None else text.common_power(np.abs(view.effects.values).max(1).tolist())
     return power
 
 
-def _pair_records(view: View, prompts: dict[str, int]) -> list[Json]:
-    texts = {p["pair_id"]: p for p in view.pairs or []}
-    at_shift = {p: i for i, p in enumerate(view.shifts.pair_ids)} if view.shifts else {}
+def _example_records(view: View, prompts: dict[str, int]) -> list[Json]:
+    texts = {p["example_id"]: p for p in view.examples or []}
+    at_shift = {p: i for i, p in enumerate(view.shifts.example_ids)} if view.shifts else {}
     at_effect = {p: i for i, p in enumerate(view.effects.rows)} if view.effects else {}
     records = []
     for row in view.shown:
-        pair = texts.get(row["pair_id"], {})
-        records.append({
-            "id": row["pair_id"], "label": str(row["label"]),
-            "category": str(pair.get("category") or ""), "source": str(pair.get("source") or ""),
-            "S": row["score"], "x": row["score_x"], "y": row["score_y"],
-            "loss": row["loss"], "n": row["n_response"], "intended": row["intended"] or [],
-            "dominant": row["dominant_feature"], "unintended": bool(row["unintended"]),
-            "prompt": text.shorten(str(pair.get("prompt", "")), MAX_TEXT),
-            "response": text.shorten(str(pair.get("response", "")), MAX_TEXT),
-            "top": _top_coefficients(view, at_shift.get(row["pair_id"])),
-            "moves": _top_moves(view, at_effect.get(row["pair_id"]), prompts),
-        })  # fmt: skip
+        example = texts.get(row["example_id"], {})
+        records.append(
+            {
+                "id": row["example_id"],
+                "label": str(row["label"]),
+                "category": str(example.get("category") or ""),
+                "source": str(example.get("source") or ""),
+                "S": row["score"],
+                "x": row["score_x"],
+                "y": row["score_y"],
+                "loss": row["loss"],
+                "n": row["n_response"],
+                "intended": row["intended"] or [],
+                "dominant": row["dominant_feature"],
+                "unintended": bool(row["unintended"]),
+                "prompt": text.shorten(str(example.get("prompt", "")), MAX_TEXT),
+                "response": text.shorten(str(example.get("response", "")), MAX_TEXT),
+                "top": _top_coefficients(view, at_shift.get(row["example_id"])),
+                "moves": _top_moves(view, at_effect.get(row["example_id"]), prompts),
+            }
+        )
     return records
 
 
@@ -88,14 +89,10 @@ def _top_coefficients(view: View, i: int | None) -> list[tuple[int, float, float
 
 
 def _top_moves(view: View, i: int | None, prompts: dict[str, int]) -> list[tuple[int, float]]:
-    """Prompts whose y a pair raises and lowers most; ``prompts`` collects what is shown."""
+    """Prompts whose y an example raises and lowers most; ``prompts`` collects what is shown."""
     if view.effects is None or i is None:
         return []
     dy = np.nan_to_num(view.effects.values[i])
     order = np.argsort(-dy)
-    chosen = [j for j in order[:TOP_PROMPTS] if dy[j] > 0] + [
-        j for j in order[-TOP_PROMPTS:] if dy[j] < 0
-    ]
-    return [
-        (prompts.setdefault(view.effects.columns[j], len(prompts)), float(dy[j])) for j in chosen
-    ]
+    chosen = [j for j in order[:TOP_PROMPTS] if dy[j] > 0] + [j for j in order[-TOP_PROMPTS:] if dy[j] < 0]
+    return [(prompts.setdefault(view.effects.columns[j], len(prompts)), float(dy[j])) for j in chosen]

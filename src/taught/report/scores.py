@@ -1,4 +1,4 @@
-"""What the report says about all pairs, also about those that it does not list: columns, no rows.
+"""What the report says about all examples, also about those that it does not list: columns, no rows.
 
 A million rows as Python values would not fit into memory; their columns do.
 """
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from taught.report.text import clean, cleaned
-from taught.run import RunFolder
+from taught.run.folder import RunFolder
 
 Row = dict[str, Any]
 COLUMNS = ("score", "score_x", "score_y", "score_se", "loss", "n_response")
@@ -26,14 +26,14 @@ FARTHEST = 3
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Columns of the summary, all pairs.
+    """Columns of the summary, all examples.
 
     Attributes
     ----------
-    names, label : the labels in order of their first pair, and for each pair the place of its own
+    names, label : the labels in order of their first example, and for each example the place of its own
     columns : score, score_x, score_y, score_se, loss and n_response, float64 [P], nan where there
         is none
-    unintended : how many pairs act mainly on an unintended feature
+    unintended : how many examples act mainly on an unintended feature
     """
 
     names: list[str]
@@ -57,14 +57,14 @@ class Scores:
 
     @cached_property
     def finite(self) -> Scores:
-        """Pairs that have a score; the others gave a loss that is not finite."""
+        """Examples that have a score; the others gave a loss that is not finite."""
         kept = np.isfinite(self.columns["score"])
         present, label = np.unique(self.label[kept], return_inverse=True)
         columns = {name: values[kept] for name, values in self.columns.items()}
         return Scores([self.names[i] for i in present], label, columns, self.unintended)
 
     def own(self, name: str, column: str) -> NDArray[np.float64]:
-        """One column of the pairs with this label."""
+        """One column of the examples with this label."""
         return self.columns[column][self.label == self.names.index(name)]
 
 
@@ -87,14 +87,14 @@ def floats(table: pa.Table, name: str) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, eq=False)
 class Curated:
-    """What to keep and what to drop, counted over all pairs.
+    """What to keep and what to drop, counted over all examples.
 
     Attributes
     ----------
     rule, target, protect : what was decided by; the protected target is empty where there is none
     counts : label -> how many to keep and to drop
-    drops : pairs to drop with their labels, lowest score first, at most ``MAX_DROPS``
-    farthest : ids of the dropped pairs that lie farthest past their threshold
+    drops : examples to drop with their labels, lowest score first, at most ``MAX_DROPS``
+    farthest : ids of the dropped examples that lie farthest past their threshold
     largest : largest absolute score or threshold
     """
 
@@ -108,7 +108,7 @@ class Curated:
 
     @classmethod
     def of(cls, table: pa.Table, labels: pa.Table) -> Curated:
-        """From curation.parquet and a table of pair_id and label."""
+        """From curation.parquet and a table of example_id and label."""
         first = table.slice(0, 1).to_pylist()[0]
         drops = table.filter(pc.equal(table["action"], "drop"))
         past = np.abs(floats(drops, "score") - np.nan_to_num(floats(drops, "threshold")))
@@ -121,13 +121,13 @@ class Curated:
             clean(first.get("protect") or ""),
             _counts(table, labels),
             _labelled(drops.take(low), labels),
-            [clean(pair) for pair in drops["pair_id"].take(far).to_pylist()],
+            [clean(example) for example in drops["example_id"].take(far).to_pylist()],
             float(np.nanmax(sizes)),
         )
 
     @property
     def n(self) -> int:
-        """How many pairs were decided on."""
+        """How many examples were decided on."""
         return self.n_drops + sum(own["keep"] for own in self.counts.values())
 
     @property
@@ -144,7 +144,7 @@ class Clustered:
     ----------
     clusters, influence : rows of the tables clusters and cluster_influence
     made : clusters.json
-    featureless : ids of the pairs on which no feature is active
+    featureless : ids of the examples on which no feature is active
     """
 
     clusters: list[Row]
@@ -155,12 +155,12 @@ class Clustered:
     @classmethod
     def read(cls, run: RunFolder) -> Clustered:
         """From a run folder in which the stage is complete."""
-        none = run.read_table("cluster_members", ["pair_id"], rows=pc.field("cluster") == 0)
+        none = run.read_table("cluster_members", ["example_id"], rows=pc.field("cluster") == 0)
         return cls(
             cast("list[Row]", cleaned(run.read_table("clusters").to_pylist())),
             cast("list[Row]", cleaned(run.read_table("cluster_influence").to_pylist())),
             cast(Row, cleaned(run.read_json("clusters"))),
-            [clean(pair) for pair in none["pair_id"].to_pylist()],
+            [clean(example) for example in none["example_id"].to_pylist()],
         )
 
     @property
@@ -174,7 +174,7 @@ class Clustered:
 
 
 def _counts(table: pa.Table, labels: pa.Table) -> dict[str, dict[str, int]]:
-    joined = table.select(["pair_id", "action"]).join(labels, "pair_id")
+    joined = table.select(["example_id", "action"]).join(labels, "example_id")
     counts: dict[str, dict[str, int]] = {}
     for row in joined.group_by(["label", "action"]).aggregate([([], "count_all")]).to_pylist():
         own = counts.setdefault(clean(row["label"] or "unlabelled"), {"keep": 0, "drop": 0})
@@ -183,7 +183,7 @@ def _counts(table: pa.Table, labels: pa.Table) -> dict[str, dict[str, int]]:
 
 
 def _labelled(drops: pa.Table, labels: pa.Table) -> list[Row]:
-    known = labels.filter(pc.is_in(labels["pair_id"], drops["pair_id"].combine_chunks()))
-    label = dict(zip(known["pair_id"].to_pylist(), known["label"].to_pylist(), strict=True))
-    rows = [row | {"label": label.get(row["pair_id"]) or "unlabelled"} for row in drops.to_pylist()]
+    known = labels.filter(pc.is_in(labels["example_id"], drops["example_id"].combine_chunks()))
+    label = dict(zip(known["example_id"].to_pylist(), known["label"].to_pylist(), strict=True))
+    rows = [row | {"label": label.get(row["example_id"]) or "unlabelled"} for row in drops.to_pylist()]
     return cast("list[Row]", cleaned(rows))

@@ -83,33 +83,33 @@
     window.addEventListener("beforeprint", () => { fold(table, false); label(); });
   });
 
-  // Filters of the pair table.
-  const pairTable = document.getElementById("pair-table");
+  // Filters of the example table.
+  const pairTable = document.getElementById("example-table");
   const filters = document.getElementById("filters");
   const visible = () => [...pairTable.tBodies[0].rows].filter((row) => !row.hidden).map((row) => Number(row.dataset.index));
   if (pairTable && filters) {
-    const texts = data.pairs.map((p) => [p.id, p.label, p.category, p.source, p.prompt, p.response].join("\n").toLowerCase());
+    const texts = data.examples.map((p) => [p.id, p.label, p.category, p.source, p.prompt, p.response].join("\n").toLowerCase());
     const apply = () => {
       const field = filters.elements;
       const words = field.q.value.toLowerCase().split(/\s+/).filter(Boolean);
       const category = field.category ? field.category.value : "";
       let shown = 0;
       for (const row of pairTable.tBodies[0].rows) {
-        const pair = data.pairs[row.dataset.index];
+        const example = data.examples[row.dataset.index];
         const fits = words.every((w) => texts[row.dataset.index].includes(w))
-          && (!field.label.value || pair.label === field.label.value)
-          && (!category || pair.category === category)
-          && (!field.unintended.checked || pair.unintended);
+          && (!field.label.value || example.label === field.label.value)
+          && (!category || example.category === category)
+          && (!field.unintended.checked || example.unintended);
         row.hidden = !fits;
         shown += fits;
       }
-      field.count.textContent = `${shown} of ${data.pairs.length}`;
+      field.count.textContent = `${shown} of ${data.examples.length}`;
     };
     filters.addEventListener("input", apply);
     filters.addEventListener("submit", (event) => event.preventDefault());
   }
 
-  // The drawer with one pair.
+  // The drawer with one example.
   const drawer = document.getElementById("drawer");
   const featureName = (id) => data.features[id] || "";
   const stacked = (x, y, largest) => {
@@ -126,22 +126,22 @@
     return svg;
   };
   const swatch = (cls, text) => [make("span", { cls: `swatch ${cls}` }), ` ${text} `];
-  const coefficients = (pair) => {
-    if (!pair.top.length) return [];
+  const coefficients = (example) => {
+    if (!example.top.length) return [];
     const power = data.powers.W;
-    const largest = Math.max(...pair.top.map(([, x, y]) => Math.max(Math.abs(x) + Math.abs(y))));
+    const largest = Math.max(...example.top.map(([, x, y]) => Math.max(Math.abs(x) + Math.abs(y))));
     const head = make("div", { cls: "shift header" }, make("span", { text: "bold: intended" }), make("span", {}, ...swatch("px", "x"), ...swatch("py", "y")),
       make("span", { cls: "num", text: "x" }), make("span", { cls: "num", text: "y" }));
-    const rows = pair.top.map(([id, x, y]) => make("div", { cls: "shift" },
-      make("span", { cls: pair.intended.includes(id) ? "name own" : "name", title: featureName(id) },
+    const rows = example.top.map(([id, x, y]) => make("div", { cls: "shift" },
+      make("span", { cls: example.intended.includes(id) ? "name own" : "name", title: featureName(id) },
         make("a", { href: `#feature-${id}`, text: String(id) }), ` ${featureName(id)}`),
       stacked(x, y, largest), make("span", { cls: "num", text: signed(x, power) }), make("span", { cls: "num", text: signed(y, power) })));
     return [make("h4", { text: `Coefficients that move most${tens(power)}` }), head, ...rows];
   };
-  const moves = (pair) => {
-    if (!pair.moves.length) return [];
+  const moves = (example) => {
+    if (!example.moves.length) return [];
     const power = data.powers.y;
-    const rows = pair.moves.map(([at, dy]) => {
+    const rows = example.moves.map(([at, dy]) => {
       const [id, group, text] = data.prompts[at];
       return make("li", {}, make("span", { cls: `num ${dy > 0 ? "posText" : "negText"}`, text: signed(dy, power) }),
         make("span", { cls: "words" }, make("bdi", { text }), " ", make("span", { cls: "soft", text: `${id} · ${group}` })));
@@ -149,16 +149,16 @@
     return [make("h4", { text: `Evaluation prompts whose y moves most${tens(power)}` }), make("ol", { cls: "examples" }, ...rows)];
   };
   const fact = (name, value) => make("div", {}, make("dt", { text: name }), make("dd", { text: value }));
-  const body = (pair) => make("div", { cls: "drawer-body" },
-    make("h3", { id: "drawer-title", text: pair.id }),
-    make("p", { cls: "sub", text: [pair.label, pair.category, pair.source].filter(Boolean).join(" · ") }),
+  const body = (example) => make("div", { cls: "drawer-body" },
+    make("h3", { id: "drawer-title", text: example.id }),
+    make("p", { cls: "sub", text: [example.label, example.category, example.source].filter(Boolean).join(" · ") }),
     make("dl", { cls: "facts small" },
-      fact(`S${tens(data.powers.S)}`, signed(pair.S, data.powers.S)), fact("x path", signed(pair.x, data.powers.S)),
-      fact("y path", signed(pair.y, data.powers.S)), fact("Loss", pair.loss === null ? "–" : pair.loss.toFixed(2)),
-      fact("Response tokens", String(pair.n)), fact("Acts mainly on", `${pair.dominant ?? "–"}${pair.unintended ? " (unintended)" : ""}`)),
-    make("h4", { text: "Prompt" }), make("p", { cls: "said", dir: "auto", tabindex: "0", text: pair.prompt }),
-    make("h4", { text: "Response" }), make("p", { cls: "said", dir: "auto", tabindex: "0", text: pair.response }),
-    ...coefficients(pair), ...moves(pair));
+      fact(`S${tens(data.powers.S)}`, signed(example.S, data.powers.S)), fact("x path", signed(example.x, data.powers.S)),
+      fact("y path", signed(example.y, data.powers.S)), fact("Loss", example.loss === null ? "–" : example.loss.toFixed(2)),
+      fact("Response tokens", String(example.n)), fact("Acts mainly on", `${example.dominant ?? "–"}${example.unintended ? " (unintended)" : ""}`)),
+    make("h4", { text: "Prompt" }), make("p", { cls: "said", dir: "auto", tabindex: "0", text: example.prompt }),
+    make("h4", { text: "Response" }), make("p", { cls: "said", dir: "auto", tabindex: "0", text: example.response }),
+    ...coefficients(example), ...moves(example));
   const open = (index) => {
     const order = visible(), place = order.indexOf(index);
     const button = (text, cls, to) => {
@@ -171,14 +171,14 @@
     const next = place >= 0 ? order[place + 1] : undefined;
     const bar = make("div", { cls: "drawer-bar" }, button("Previous", "previous", previous), button("Next", "next", next), button("Close", "close", null));
     const held = drawer.contains(document.activeElement) ? document.activeElement.className : "close";
-    drawer.replaceChildren(bar, body(data.pairs[index]));
+    drawer.replaceChildren(bar, body(data.examples[index]));
     if (!drawer.open) drawer.showModal();
     const again = bar.querySelector(`.${["previous", "next"].includes(held) ? held : "close"}:enabled`) || bar.querySelector(".close");
     again.focus();
     drawer.scrollTop = 0;
   };
-  document.querySelectorAll("span.pair[data-pair]").forEach((span) => {
-    const button = make("button", { cls: "pair id", type: "button", text: span.textContent, title: span.title, "data-pair": span.dataset.pair });
+  document.querySelectorAll("span.example[data-example]").forEach((span) => {
+    const button = make("button", { cls: "example id", type: "button", text: span.textContent, title: span.title, "data-example": span.dataset.example });
     span.replaceWith(button);
   });
   document.addEventListener("click", (event) => {
@@ -186,9 +186,9 @@
     const link = event.target.closest("a");
     if (link) { if (drawer.open) drawer.close(); return; }
     if (drawer.contains(event.target)) return;
-    const named = event.target.closest("[data-pair]");
-    const row = event.target.closest("#pair-table tbody tr");
-    if (named) open(Number(named.dataset.pair));
+    const named = event.target.closest("[data-example]");
+    const row = event.target.closest("#example-table tbody tr");
+    if (named) open(Number(named.dataset.example));
     else if (row && !String(window.getSelection())) open(Number(row.dataset.index));
   });
 

@@ -27,14 +27,7 @@ from taught.report.conceptual import AGREE
 from taught.report.stats import Estimate, mean_interval
 from taught.report.strips import Strip, strips
 from taught.report.strongest import STRONGEST
-from taught.report.verdict import (
-    AGREEMENTS,
-    baselines,
-    curation_change,
-    rank_table,
-    scored,
-    trivial_correlations,
-)
+from taught.report.verdict import AGREEMENTS, baselines, curation_change, rank_table, scored, trivial_correlations
 from taught.report.view import Row, Rows, View
 
 Json = dict[str, Any]
@@ -62,7 +55,7 @@ def sections(view: View) -> Json:
         "trust": _trust_section(view),
         "clamp": _clamp_section(view),
         "audit": _audit_section(view),
-        "pairs": _pairs_section(view),
+        "examples": _examples_section(view),
         "pathways": _pathways_section(view),
         "features": _features_section(view),
         "interference": _interference_section(view),
@@ -91,7 +84,7 @@ def _head(view: View) -> Json:
     if view.coefficients is not None:
         facts.append(("Features", f"{len(view.coefficients)}"))
     if view.summary is not None:
-        facts.append(("Pairs", f"{len(view.scores):,}"))
+        facts.append(("Examples", f"{len(view.scores):,}"))
     return {"name": view.name, "facts": facts}
 
 
@@ -112,8 +105,7 @@ def _policy_section(view: View) -> Json | None:
         "fit_scale": (unit := Scale(-0.05, 1.05, *FOREST)),
         "fit_axis": charts.forest_axis(unit),
         "warnings": [
-            w["message"] if isinstance(w, dict) else str(w)
-            for w in (view.policy or {}).get("warnings") or []
+            w["message"] if isinstance(w, dict) else str(w) for w in (view.policy or {}).get("warnings") or []
         ],
     }
 
@@ -132,10 +124,7 @@ def _trust_section(view: View) -> Json | None:
     card = view.faithfulness
     if card is None:
         return None
-    found = [
-        (name, Estimate.of(row["r2"]), Estimate.of(row["gain"]))
-        for name, row in card["predictors"].items()
-    ]
+    found = [(name, Estimate.of(row["r2"]), Estimate.of(row["gain"])) for name, row in card["predictors"].items()]
     known = [(name, r2, gain) for name, r2, gain in found if r2 and gain]
     scale = Scale(*charts.span([gain for *_, gain in known]), *FOREST)
     return {
@@ -159,42 +148,36 @@ def _clamp_section(view: View) -> Json | None:
     rows = sorted(view.clamp, key=lambda r: -abs(r["coef"]))
     slopes = [Estimate.of([r["slope"], r["lo"], r["hi"]]) for r in rows]
     scale = Scale(*charts.span([e for e in slopes if e]), *FOREST)
-    agreed = [(AGREEMENTS[name], found["n"], *(Estimate.of(found[key]) for key in
-               ("same_sign", "spearman", "size")))
-              for name, found in view.clamping["agreement"].items()]  # fmt: skip
+    agreed = [
+        (AGREEMENTS[name], found["n"], *(Estimate.of(found[key]) for key in ("same_sign", "spearman", "size")))
+        for name, found in view.clamping["agreement"].items()
+    ]
     return {
         "it": view.clamping,
         "agreed": agreed,
-        "rows": [(r, e, [d["value"] for d in r["doses"] or []])
-                 for r, e in zip(rows, slopes, strict=True)],
+        "rows": [(r, e, [d["value"] for d in r["doses"] or []]) for r, e in zip(rows, slopes, strict=True)],
         "labels": {r["feature_id"]: view.feature_label(r["feature_id"]) for r in rows},
         "scale": scale,
         "axis": charts.forest_axis(scale),
-    }  # fmt: skip
+    }
 
 
 def _audit_section(view: View) -> Json | None:
     if view.audit is None:
         return None
     rank = {group: i for i, group in enumerate(view.groups)}
-    rows = sorted(
-        view.audit, key=lambda r: (rank.get(r["group"], 99), not r["uncovered"], r["gap"] or 0.0)
-    )
+    rows = sorted(view.audit, key=lambda r: (rank.get(r["group"], 99), not r["uncovered"], r["gap"] or 0.0))
     estimates = [Estimate.of([r["gap"], r["lo"], r["hi"]]) for r in rows]
     scale = Scale(*charts.span([e for e in estimates if e]), *FOREST)
-    return {
-        "rows": list(zip(rows, estimates, strict=True)),
-        "scale": scale,
-        "axis": charts.forest_axis(scale),
-    }
+    return {"rows": list(zip(rows, estimates, strict=True)), "scale": scale, "axis": charts.forest_axis(scale)}
 
 
-def _pairs_section(view: View) -> Json | None:
-    """Rows of the pair table, strongest first, and the powers of ten of its columns."""
+def _examples_section(view: View) -> Json | None:
+    """Rows of the example table, strongest first, and the powers of ten of its columns."""
     if view.summary is None:
         return None
     rows = view.shown
-    category = {p["pair_id"]: p.get("category") for p in view.pairs or []}
+    category = {p["example_id"]: p.get("category") for p in view.examples or []}
     means = [k for k in rows[0] if k.startswith("mean_y_")] if rows else []
     return {
         "rows": rows,
@@ -202,24 +185,24 @@ def _pairs_section(view: View) -> Json | None:
         "strongest": STRONGEST,
         "category": category,
         "labels": sorted({str(r["label"]) for r in rows}),
-        "categories": sorted({str(category.get(r["pair_id"]) or "") for r in rows} - {""}),
+        "categories": sorted({str(category.get(r["example_id"]) or "") for r in rows} - {""}),
         "means": [(k, k.removeprefix("mean_y_")) for k in means],
         "power": text.common_power(r["score"] for r in rows),
         "mean_power": text.common_power(r[k] for r in rows for k in means),
         "largest": max((abs(r["score"]) for r in rows if r["score"] is not None), default=1.0),
         "unscored": len(view.scores) - len(view.scores.finite),
         "flagged": view.scores.unintended,
-        "strips": _pair_strips(view),
+        "strips": _example_strips(view),
     }
 
 
-def _pair_strips(view: View) -> list[tuple[str, int | None, list[Strip]]]:
-    """Pair id, place in the page, and its strips: the score, then each group's mean y."""
+def _example_strips(view: View) -> list[tuple[str, int | None, list[Strip]]]:
+    """Example id, place in the page, and its strips: the score, then each group's mean y."""
     found: dict[str, list[Strip]] = {}
     for strip in strips(view.token_shares or []):
-        found.setdefault(strip.pair_id, []).append(strip)
-    index = {r["pair_id"]: i for i, r in enumerate(view.shown)}
-    return [(pair, index.get(pair), own) for pair, own in found.items()]
+        found.setdefault(strip.example_id, []).append(strip)
+    index = {r["example_id"]: i for i, r in enumerate(view.shown)}
+    return [(example, index.get(example), own) for example, own in found.items()]
 
 
 def _kinds(view: View) -> dict[str, int]:
@@ -238,14 +221,14 @@ def _pathways_section(view: View) -> Json | None:
             r["score_y"] / unit,
             kinds[str(r["label"])],
             i,
-            f"{r['pair_id']} ({r['label']}): x {text.signed(r['score_x'], power=power)}, "
+            f"{r['example_id']} ({r['label']}): x {text.signed(r['score_x'], power=power)}, "
             f"y {text.signed(r['score_y'], power=power)}{text.tens(power)}",
         )
         for i, r in enumerate(rows)
         if scored([r])
     ]
     names = (f"x: feature activation{text.tens(power)}", f"y: output probability{text.tens(power)}")
-    title = f"Scatter of the two pathways of the score for {len(points)} pairs"
+    title = f"Scatter of the two pathways of the score for {len(points)} examples"
     means = _label_means(view, kinds)
     power = text.common_power(v for *_, e in means for v in (e.value, e.lo, e.hi))
     means = [(*of, e.scaled(10.0**-power)) for *of, e in means]
@@ -279,13 +262,11 @@ def _features_section(view: View) -> list[Json] | None:
     rows = sorted(view.coefficients, key=lambda r: -abs(r["coef"]))
     measured = {f["feature_id"]: f for f in view.features or []}
     prompts = {p["prompt_id"]: p for p in view.prompts or []}
-    index = {r["pair_id"]: i for i, r in enumerate(view.shown)}
+    index = {r["example_id"]: i for i, r in enumerate(view.shown)}
     return [_card(view, row, measured.get(row["feature_id"], {}), prompts, index) for row in rows]
 
 
-def _card(
-    view: View, row: Row, measured: Row, prompts: dict[str, Row], index: dict[str, int]
-) -> Json:
+def _card(view: View, row: Row, measured: Row, prompts: dict[str, Row], index: dict[str, int]) -> Json:
     feature = row["feature_id"]
     label = (view.labels or {}).get(feature, {})
     return {
@@ -300,26 +281,17 @@ def _card(
     }
 
 
-def _examples(
-    records: Rows | None, prompts: dict[str, Row]
-) -> list[tuple[str, str, str, float | None]]:
+def _examples(records: Rows | None, prompts: dict[str, Row]) -> list[tuple[str, str, str, float | None]]:
     found = []
     for record in records or []:
         prompt = prompts.get(record["prompt_id"], {})
         words = text.shorten(str(prompt.get("text", "")), MAX_PROMPT)
-        found.append(
-            (
-                record["prompt_id"],
-                str(prompt.get("category") or ""),
-                words,
-                record.get("activation"),
-            )
-        )
+        found.append((record["prompt_id"], str(prompt.get("category") or ""), words, record.get("activation")))
     return found
 
 
 def _movers(view: View, feature: int, index: dict[str, int]) -> Json | None:
-    """The three pairs that raise a coefficient most and the three that lower it most."""
+    """The three examples that raise a coefficient most and the three that lower it most."""
     shifts = view.shifts
     if shifts is None or feature not in shifts.feature_ids:
         return None
@@ -328,13 +300,7 @@ def _movers(view: View, feature: int, index: dict[str, int]) -> Json | None:
     order = np.argsort(-total)
     chosen = [i for i in order[:3] if total[i] > 0] + [i for i in order[-3:] if total[i] < 0]
     rows = [
-        (
-            shifts.pair_ids[i],
-            index.get(shifts.pair_ids[i]),
-            total[i],
-            shifts.x[i, j],
-            shifts.y[i, j],
-        )
+        (shifts.example_ids[i], index.get(shifts.example_ids[i]), total[i], shifts.x[i, j], shifts.y[i, j])
         for i in chosen
     ]
     return {"rows": rows, "power": text.common_power(float(r[2]) for r in rows)}
@@ -347,9 +313,7 @@ def _interference_section(view: View) -> Json | None:
     order = view.comovement_order
     r, ids = r[np.ix_(order, order)], [ids[i] for i in order]
     return {
-        "chart": charts.heatmap(
-            r, [str(i) for i in ids], f"Co-movement of {len(ids)} features over pairs"
-        ),
+        "chart": charts.heatmap(r, [str(i) for i in ids], f"Co-movement of {len(ids)} features over examples"),
         "strongest": _strongest(view, r, ids),
         "offenders": _offenders(view),
         "control": view.control,
@@ -365,13 +329,13 @@ def _strongest(view: View, r: np.ndarray, ids: list[int]) -> list[tuple[int, str
 
 
 def _offenders(view: View) -> list[tuple[int, Row]]:
-    """Flagged pairs with the largest coefficient shift outside their intended features."""
-    index = {r["pair_id"]: i for i, r in enumerate(view.shown)}
-    return [(index[r["pair_id"]], r) for r in top_offenders(view.shown, 10)]
+    """Flagged examples with the largest coefficient shift outside their intended features."""
+    index = {r["example_id"]: i for i, r in enumerate(view.shown)}
+    return [(index[r["example_id"]], r) for r in top_offenders(view.shown, 10)]
 
 
 def _clusters_section(view: View) -> Json | None:
-    """Each cluster beside as many random pairs: on every target, and outside its features."""
+    """Each cluster beside as many random examples: on every target, and outside its features."""
     it = view.clustered
     if it is None:
         return None
@@ -381,27 +345,26 @@ def _clusters_section(view: View) -> Json | None:
         known = [Estimate(r["mean"], r["lo"], r["hi"]).scaled(10.0**-power) for _, r in rows]
         scale = Scale(*charts.span(known), *FOREST)
         shown = [(c, r, e) for (c, r), e in zip(rows, known, strict=True)]
-        targets.append({"name": name, "rows": shown, "power": power, "scale": scale,
-                        "axis": charts.forest_axis(scale)})  # fmt: skip
+        targets.append({"name": name, "rows": shown, "power": power, "scale": scale, "axis": charts.forest_axis(scale)})
     return {
         "it": it,
         "targets": targets,
         "sentences": cluster_sentences(it),
-        "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
+        "index": {r["example_id"]: i for i, r in enumerate(view.shown)},
         "spread": any(r["outside_share"] is not None for r in it.clusters),
     }
 
 
 def _concepts_section(view: View) -> Json | None:
-    """For each concept the strongest pairs by every method, where methods differ, and strips."""
+    """For each concept the strongest examples by every method, where methods differ, and strips."""
     if view.concepts is None:
         return None
-    label = {r["pair_id"]: str(r["label"]) for r in view.summary or []}
+    label = {r["example_id"]: str(r["label"]) for r in view.summary or []}
     return {
         "found": view.concepts,
         "agree": AGREE,
         "label": label,
-        "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
+        "index": {r["example_id"]: i for i, r in enumerate(view.shown)},
     }
 
 
@@ -409,11 +372,7 @@ def _trivial_section(view: View) -> Json | None:
     if not view.summary:
         return None
     scale = Scale(-1.05, 1.05, *FOREST)
-    return {
-        "rows": trivial_correlations(view.scores),
-        "scale": scale,
-        "axis": charts.forest_axis(scale),
-    }
+    return {"rows": trivial_correlations(view.scores), "scale": scale, "axis": charts.forest_axis(scale)}
 
 
 def _curation_section(view: View) -> Json | None:
@@ -422,13 +381,13 @@ def _curation_section(view: View) -> Json | None:
     return {
         "it": view.curation,
         "change": curation_change(view.curating) if view.curating else None,
-        "index": {r["pair_id"]: i for i, r in enumerate(view.shown)},
+        "index": {r["example_id"]: i for i, r in enumerate(view.shown)},
         "power": text.common_power([view.curation.largest]),
     }
 
 
 def _validation_section(view: View) -> Json | None:
-    """LDS of every method by design and target, planted pairs, removal; None without retrainings.
+    """LDS of every method by design and target, planted examples, removal; None without retrainings.
 
     Shown target by target, the ten coefficients as their median (without interval).
     """
@@ -437,13 +396,13 @@ def _validation_section(view: View) -> Json | None:
     unit = Scale(-1.05, 1.05, *FOREST)
     target = (view.study.get("validation") or {}).get("remove_by") or ""
     return {
-        "designs": [(table, _lds_rows(table))
-                    for table in design_tables(view.lds or [], view.noise_ceiling or [])],
+        "designs": [(table, _lds_rows(table)) for table in design_tables(view.lds or [], view.noise_ceiling or [])],
         "scale": unit,
         "axis": charts.forest_axis(unit),
         "warnings": warnings(view.trivial, view.trivial[0]["method"]) if view.trivial else [],
         "planted": [
-            (r, Estimate(r["auc"], r["lo"], r["hi"])) for r in view.planted or []
+            (r, Estimate(r["auc"], r["lo"], r["hi"]))
+            for r in view.planted or []
             if not r["target"].startswith("coefficient")
         ],
         "chance": (chance := Scale(-0.05, 1.05, *FOREST)),
@@ -454,7 +413,7 @@ def _validation_section(view: View) -> Json | None:
         **_models(view),
         "retrained": sum(row["design"] != "base" for row in view.models or []),
         "costs": view.costs or [],
-    }  # fmt: skip
+    }
 
 
 def _arms(design: str, rows: Sequence[Json]) -> Json:
@@ -466,21 +425,31 @@ def _arms(design: str, rows: Sequence[Json]) -> Json:
 
     def gap(cell: Json, power: int) -> tuple[str | None, str]:
         value = cell["difference"]
-        return (None if value is None else text.signed(value, 3, power=power),
-                ends(cell, power, "difference_lo", "difference_hi"))  # fmt: skip
+        return (
+            None if value is None else text.signed(value, 3, power=power),
+            ends(cell, power, "difference_lo", "difference_hi"),
+        )
 
     return {
         "design": design,
         "arms": arms,
         "rows": [
-            (metric, power, [
-                (text.number(cell["value"], 3, power=power), ends(cell, power, "lo", "hi"),
-                 *gap(cell, power), differs(cell))
-                for cell in cells
-            ])
+            (
+                metric,
+                power,
+                [
+                    (
+                        text.number(cell["value"], 3, power=power),
+                        ends(cell, power, "lo", "hi"),
+                        *gap(cell, power),
+                        differs(cell),
+                    )
+                    for cell in cells
+                ],
+            )
             for metric, power, cells in metrics
         ],
-    }  # fmt: skip
+    }
 
 
 def _models(view: View) -> Json:
@@ -492,27 +461,20 @@ def _models(view: View) -> Json:
     return {
         "judged": judged,
         "metrics": [(name, powers[key]) for key, name in named.items()],
-        "models": [
-            (r, [text.number(r[key], 3, power=power) for key, power in powers.items()])
-            for r in rows
-        ],
+        "models": [(r, [text.number(r[key], 3, power=power) for key, power in powers.items()]) for r in rows],
     }
 
 
 def _lds_rows(table: DesignTable) -> list[tuple[str, list[tuple[Any, ...]]]]:
     """Target by target: each method with its raw and its controlled estimate."""
     return [
-        (name, [(method, *map(_estimate, _two(cells[k]))) for method, cells in table.rows
-                if cells[k].raw is not None])
+        (name, [(method, *map(_estimate, _two(cells[k]))) for method, cells in table.rows if cells[k].raw is not None])
         for k, name in enumerate(table.targets)
-    ]  # fmt: skip
+    ]
 
 
 def _two(cell: Cell) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    return (
-        (cell.raw, *(cell.raw_ends or (None, None))),
-        (cell.controlled, *(cell.controlled_ends or (None, None))),
-    )
+    return ((cell.raw, *(cell.raw_ends or (None, None))), (cell.controlled, *(cell.controlled_ends or (None, None))))
 
 
 def _estimate(numbers: tuple[Any, ...]) -> Estimate | None:
@@ -522,17 +484,21 @@ def _estimate(numbers: tuple[Any, ...]) -> Estimate | None:
 def _method_section(view: View) -> Json:
     study = view.study
     keys = (
-        ("sae", "encoder"), ("sae", "block"), ("readout", "position"), ("features", "threshold"),
-        ("features", "max_features"), ("policy", "alpha"), ("policy", "intercept"),
-        ("policy", "folds"), ("policy", "bootstrap"), ("attribution", "estimator"),
-        ("attribution", "curvature"), ("attribution", "lr"),
-    )  # fmt: skip
+        ("sae", "encoder"),
+        ("sae", "block"),
+        ("readout", "position"),
+        ("features", "threshold"),
+        ("features", "max_features"),
+        ("policy", "alpha"),
+        ("policy", "intercept"),
+        ("policy", "folds"),
+        ("policy", "bootstrap"),
+        ("attribution", "estimator"),
+        ("attribution", "curvature"),
+        ("attribution", "lr"),
+    )
     values = ((f"{a}.{b}", (study.get(a) or {}).get(b)) for a, b in keys)
-    settings = [
-        (k, str(v).lower() if v is True or v is False else str(v))
-        for k, v in values
-        if v is not None
-    ]
+    settings = [(k, str(v).lower() if v is True or v is False else str(v)) for k, v in values if v is not None]
     spec = study.get("attribution") or {}
     metric = METRIC.get(spec.get("curvature", "identity"))
     step = f"one step {metric}" if metric else "one plain SGD step"

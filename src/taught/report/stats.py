@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught import rank
 from taught.analysis.interference import random_control
-from taught.rank import DRAWS, MANY, NORMAL
 from taught.report.text import number
+from taught.stats import ranks as rank
+from taught.stats.ranks import DRAWS, MANY, NORMAL
 
 MAX_WORK = 20_000_000
 
@@ -32,9 +32,7 @@ class Estimate:
         if isinstance(record, Mapping):
             record = [record.get("value"), record.get("lo"), record.get("hi")]
         parts = list(record) if isinstance(record, list | tuple) else [record]
-        known = [
-            float(p) if isinstance(p, int | float) and math.isfinite(p) else None for p in parts
-        ]
+        known = [float(p) if isinstance(p, int | float) and math.isfinite(p) else None for p in parts]
         if not known or known[0] is None:
             return None
         lo, hi = known[1:3] if len(known) >= 3 else (None, None)
@@ -61,19 +59,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Control:
-    """How many pairs act mainly on unintended features, against chance.
+    """How many examples act mainly on unintended features, against chance.
 
     Attributes
     ----------
     n : int
-        Pairs that have intended features and an effect.
+        Examples that have intended features and an effect.
     flagged : int
-        Of these, pairs whose dominant feature is not among the intended ones.
+        Of these, examples whose dominant feature is not among the intended ones.
     random : Estimate
         Expected ``flagged`` if each intended set were a random set of the same size; 95% of draws.
     swapped : float
-        Expected ``flagged`` if each pair had the intended set of another pair. Near ``flagged``:
-        what a pair is about makes no difference to what it moves.
+        Expected ``flagged`` if each example had the intended set of another example. Near ``flagged``:
+        what an example is about makes no difference to what it moves.
     """
 
     n: int
@@ -83,7 +81,7 @@ class Control:
 
 
 def spearman_interval(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Estimate | None:
-    """:func:`taught.rank.spearman_interval` as an estimate."""
+    """:func:`taught.stats.ranks.spearman_interval` as an estimate."""
     found = rank.spearman_interval(a, b, seed)
     return None if found is None else Estimate(*found)
 
@@ -112,23 +110,19 @@ def unintended_control(
     ----------
     feature_ids : [d]
     total : [P, d]
-        Coefficient shifts of each pair.
+        Coefficient shifts of each example.
     intended : length P
-        Ids of each pair's intended features. Pairs without any, or without effect, are left out.
+        Ids of each example's intended features. Examples without any, or without effect, are left out.
     """
     total = np.asarray(total, dtype=np.float64)
     work = max(len({frozenset(i) for i in intended}) * len(feature_ids), 1)
     draws = int(np.clip(MAX_WORK // work, 100, 1000))
     result = random_control(feature_ids, total, intended, seed=seed, draws=draws)
-    rate, n = result["unintended_rate"], result["n_pairs"]
+    rate, n = result["unintended_rate"], result["n_examples"]
     if rate is None:
         return None
     ends = (n * rate[key] for key in ("expected", "lo", "hi"))
-    rows = [
-        (frozenset(i), size)
-        for i, size in zip(intended, np.abs(total), strict=True)
-        if i and size.any()
-    ]
+    rows = [(frozenset(i), size) for i, size in zip(intended, np.abs(total), strict=True) if i and size.any()]
     dominant = [(chosen, int(feature_ids[int(size.argmax())])) for chosen, size in rows]
     return Control(n, round(n * rate["observed"]), Estimate(*ends), _swapped(dominant))
 

@@ -1,4 +1,4 @@
-"""Which response tokens carry a pair's influence: a strip of tokens, shaded by their shares."""
+"""Which response tokens carry an example's influence: a strip of tokens, shaded by their shares."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Strip:
-    """The response tokens of a pair and what they add to its influence on one target."""
+    """The response tokens of an example and what they add to its influence on one target."""
 
-    pair_id: str
+    example_id: str
     target: str
     tokens: tuple[Token, ...]
     total: str
@@ -42,22 +42,22 @@ class Strip:
 
 
 def strips(rows: Iterable[Row], target: str = "target") -> list[Strip]:
-    """One strip for each pair and target, in the order of the rows.
+    """One strip for each example and target, in the order of the rows.
 
     Parameters
     ----------
     rows
-        pair_id, position, token, share, and what names the target: ``concept``, or ``target`` and
+        example_id, position, token, share, and what names the target: ``concept``, or ``target`` and
         ``group``.
     """
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         name = f"{row[target]}:{row['group']}" if row.get("group") else str(row[target])
-        found.setdefault((row["pair_id"], name), []).append(row)
+        found.setdefault((row["example_id"], name), []).append(row)
     return [_strip(*key, sorted(own, key=lambda r: r["position"])) for key, own in found.items()]
 
 
-def _strip(pair_id: str, target: str, rows: Sequence[Row]) -> Strip:
+def _strip(example_id: str, target: str, rows: Sequence[Row]) -> Strip:
     shares = [float(row["share"]) for row in rows]
     largest = max(map(abs, shares))
     total = math.fsum(shares)
@@ -68,7 +68,7 @@ def _strip(pair_id: str, target: str, rows: Sequence[Row]) -> Strip:
     )
     strongest = sorted(range(len(rows)), key=lambda j: -abs(shares[j]))[:NAMED]
     named = ", ".join(f"“{tokens[j].text.strip() or '␣'}” {tokens[j].number}" for j in strongest)
-    return Strip(pair_id, target, tokens, signed(total, power=power) + tens(power), named)
+    return Strip(example_id, target, tokens, signed(total, power=power) + tens(power), named)
 
 
 def _shade(share: float, largest: float) -> str:

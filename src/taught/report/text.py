@@ -19,10 +19,7 @@ def clean(text: object) -> str:
 
 
 def _hidden(c: str) -> bool:
-    return (
-        unicodedata.category(c) in {"Cc", "Cs"}
-        or c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-    )
+    return unicodedata.category(c) in {"Cc", "Cs"} or c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def cleaned(value: object) -> object:
@@ -64,11 +61,7 @@ def _fixed(value: float | None, digits: int, power: int, sign: str) -> str:
 
 def percent(value: float | None, digits: int = 0) -> str:
     """A share as a percentage."""
-    return (
-        "–"
-        if value is None or not math.isfinite(value)
-        else f"{100 * value:.{digits}f}%".replace("-", MINUS)
-    )
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%".replace("-", MINUS)
 
 
 def tens(power: int) -> str:
@@ -86,7 +79,7 @@ def common_power(values: Iterable[float | None]) -> int:
 
 
 def count(n: int, noun: str, plural: str | None = None) -> str:
-    """``1 pair``, ``2 pairs``."""
+    """``1 example``, ``2 examples``."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 

@@ -24,11 +24,7 @@ STEP_TOLERANCE = 0.05  # between S and a real step
 RELIABLE = 0.95  # correlation with the exact S from which a ranking by sketches is taken as it is
 NEGLIGIBLE = 0.02  # of the largest |S|
 MAINLY = 1.5  # one pathway this many times the other carries the score
-BASELINES = {
-    "group": "the group label alone",
-    "length": "prompt length alone",
-    "constant": "a constant",
-}
+BASELINES = {"group": "the group label alone", "length": "prompt length alone", "constant": "a constant"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def verdict(view: View) -> list[Sentence]:
 
 
 def scored(summary: Rows) -> Rows:
-    """Pairs that have a score; the others gave a loss that is not finite."""
+    """Examples that have a score; the others gave a loss that is not finite."""
     return [r for r in summary if r["score"] is not None and math.isfinite(r["score"])]
 
 
@@ -178,22 +174,16 @@ def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
     positive
         The group that should show the behavior; None: all groups count as such.
     """
-    tested = count(
-        sum(r["uncovered"] is not None for r in audit), "tested category", "tested categories"
-    )
+    tested = count(sum(r["uncovered"] is not None for r in audit), "tested category", "tested categories")
     marked = sorted((r for r in audit if r["uncovered"]), key=lambda r: -abs(r["gap"]))
     short = [_named(r) for r in marked if positive in (None, r["group"])]
     spill = [_named(r) for r in marked if positive not in (None, r["group"])]
     if not marked:
-        text = (
-            f"{NOTHING}: none of {tested} stands out from the rest of its group after correction."
-        )
+        text = f"{NOTHING}: none of {tested} stands out from the rest of its group after correction."
         return Sentence("Coverage", "none", text)
     parts = []
     if short:
-        parts.append(
-            f"{len(short)} of {tested} not covered: the behavior falls short in {listed(short)}."
-        )
+        parts.append(f"{len(short)} of {tested} not covered: the behavior falls short in {listed(short)}.")
     if spill:
         parts.append(f"{len(spill)} of {tested} with the behavior uncalled for: {listed(spill)}.")
     return Sentence("Coverage", "caution", " ".join(parts))
@@ -213,37 +203,31 @@ def _p(p: float) -> str:
 
 
 def push_sentence(summary: Rows) -> Sentence | None:
-    """The pairs that push the policy most, and along which pathway."""
+    """The examples that push the policy most, and along which pathway."""
     if not summary:
         return None
     power = common_power(r["score"] for r in summary)
     top, bottom = max(summary, key=lambda r: r["score"]), min(summary, key=lambda r: r["score"])
     largest = max(top["score"], -bottom["score"])
     if largest <= 0:
-        return Sentence("Pairs", "none", f"{NOTHING}: every pair has a score of zero.")
+        return Sentence("Examples", "none", f"{NOTHING}: every example has a score of zero.")
     parts = []
     for row, size, does in (
         (top, top["score"], "pushes the policy along itself"),
-        (
-            bottom,
-            -bottom["score"],
-            "pushes against it" if top["score"] > 0 else "pushes against the policy",
-        ),
+        (bottom, -bottom["score"], "pushes against it" if top["score"] > 0 else "pushes against the policy"),
     ):
         if size >= NEGLIGIBLE * largest:
             parts.append(_pushed(row, f"{does} most", power))
         else:
             first = "no" if parts else "No"
-            parts.append(
-                f"{first} pair {does} by more than {percent(NEGLIGIBLE)} of the largest |S|"
-            )
-    ending = "That a pair strengthens the policy does not by itself mean more of the behavior."
+            parts.append(f"{first} example {does} by more than {percent(NEGLIGIBLE)} of the largest |S|")
+    ending = "That an example strengthens the policy does not by itself mean more of the behavior."
     text = "; ".join(parts)
-    return Sentence("Pairs", "found", f"{text}. {ending}{_direct(summary)}")
+    return Sentence("Examples", "found", f"{text}. {ending}{_direct(summary)}")
 
 
 def _direct(summary: Rows) -> str:
-    """The pair that changes the behavior itself most, by group of prompts."""
+    """The example that changes the behavior itself most, by group of prompts."""
     groups = [k.removeprefix("mean_y_") for k in summary[0] if k.startswith("mean_y_")]
     sizes = [max((abs(r[f"mean_y_{g}"] or 0.0) for g in groups), default=0.0) for r in summary]
     if not max(sizes):
@@ -252,7 +236,7 @@ def _direct(summary: Rows) -> str:
     power = common_power(sizes)
     changes = [f"{signed(row[f'mean_y_{g}'], power=power)}{tens(power)} on {g}" for g in groups]
     return (
-        f" The behavior itself moves most with {row['pair_id']} ({row['label']}): mean y "
+        f" The behavior itself moves most with {row['example_id']} ({row['label']}): mean y "
         f"{listed(changes)} prompts, per step."
     )
 
@@ -261,7 +245,7 @@ def _pushed(row: Row, does: str, power: int) -> str:
     x, y = (signed(row[k], power=power) for k in ("score_x", "score_y"))
     total = f"{signed(row['score'], power=power)}{tens(power)}"
     through = _through(row["score_x"], row["score_y"])
-    name = f"{row['pair_id']} ({row['label']})"
+    name = f"{row['example_id']} ({row['label']})"
     return f"{name} {does}: S\u00a0=\u00a0{total} per step, {through} (x {x}, y {y})"
 
 
@@ -283,7 +267,7 @@ def label_sentence(scores: Scores) -> Sentence | None:
         return None
     power = common_power([end for e in known.values() for end in (e.value, e.lo, e.hi)])
     parts = [
-        f"{name} pairs average S\u00a0=\u00a0{e.text(power=power)}{tens(power)}"
+        f"{name} examples average S\u00a0=\u00a0{e.text(power=power)}{tens(power)}"
         + (f" ({NOTHING.lower()}: the interval includes zero)" if e.includes_zero else "")
         for name, e in known.items()
     ]
@@ -302,17 +286,17 @@ def positive_group(view: View) -> str | None:
 
 
 def unintended_sentence(control: Control) -> Sentence:
-    """How many pairs act mainly on features that they are not about."""
+    """How many examples act mainly on features that they are not about."""
     lo, hi = control.random.lo, control.random.hi
     text = (
-        f"{control.flagged} of {count(control.n, 'pair')} ({percent(control.flagged / control.n)}) "
+        f"{control.flagged} of {count(control.n, 'example')} ({percent(control.flagged / control.n)}) "
         "act mainly on a feature that they are not about; random features of the same number "
         f"would give {control.random.text(0)}"
     )
     if lo is not None and hi is not None and lo <= control.flagged <= hi:
         return Sentence("Interference", "none", f"{NOTHING}: {text}, which is no different.")
     side = "fewer" if control.flagged < control.random.value else "more"
-    text += f", so {side} than chance. With the intended features of another pair it would be "
+    text += f", so {side} than chance. With the intended features of another example it would be "
     return Sentence("Interference", "found", f"{text}{number(control.swapped, 0)}.")
 
 
@@ -332,15 +316,13 @@ def trivial_correlations(scores: Scores) -> list[tuple[str, Estimate]]:
 
 
 def trivial_sentence(scores: Scores) -> Sentence | None:
-    """Whether something trivial ranks the pairs as the score does."""
+    """Whether something trivial ranks the examples as the score does."""
     found = trivial_correlations(scores)
     if not found:
         return None
     parts = listed([f"{e.text()} with {name}" for name, e in found], 4)
     text = f"The score's rank correlation is {parts}."
-    strong = [
-        name.split(" (")[0] for name, e in found if abs(e.value) >= STRONG and not e.includes_zero
-    ]
+    strong = [name.split(" (")[0] for name, e in found if abs(e.value) >= STRONG and not e.includes_zero]
     if strong:
         text += f" Caution: {listed(strong)} alone gives much of the same ranking."
         return Sentence("Trivial predictors", "caution", text)
@@ -351,9 +333,9 @@ def trivial_sentence(scores: Scores) -> Sentence | None:
 
 
 def step_sentence(summary: Rows) -> Sentence | None:
-    """How far the linear value is from a real step, on the pairs where one was taken.
+    """How far the linear value is from a real step, on the examples where one was taken.
 
-    Where S is an estimate, these pairs have an exact one too, and that is compared.
+    Where S is an estimate, these examples have an exact one too, and that is compared.
     """
     rows = [r for r in scored(summary) if r.get("step_score") and r["score"]]
     if not rows:
@@ -366,20 +348,18 @@ def step_sentence(summary: Rows) -> Sentence | None:
     differences = " and ".join(f"{percent(value, 1)} ({name})" for name, value in apart.items())
     good = max(apart.values()) <= STEP_TOLERANCE
     text = (
-        f"S is the first-order effect of one step. On the {count(len(rows), 'pair')} with the "
+        f"S is the first-order effect of one step. On the {count(len(rows), 'example')} with the "
         f"largest |S| it differs by at most {differences} from what the step does."
     )
     if not good:
-        text += (
-            f" That is above {percent(STEP_TOLERANCE)}: with a smaller lr it shrinks in proportion."
-        )
+        text += f" That is above {percent(STEP_TOLERANCE)}: with a smaller lr it shrinks in proportion."
     return Sentence("Linear value", "found" if good else "caution", text)
 
 
 def sketch_sentence(scores: Scores) -> Sentence | None:
     """How far the ranking by S can be trusted where S comes from sketches.
 
-    Of the variance of S over the pairs, mean(se^2) is the sketches' error; what is left, as a
+    Of the variance of S over the examples, mean(se^2) is the sketches' error; what is left, as a
     share, is the reliability, and its square root the correlation with the exact S to be expected.
     """
     score, se = scores.columns["score"], scores.columns["score_se"]
@@ -389,7 +369,7 @@ def sketch_sentence(scores: Scores) -> Sentence | None:
     reliability = max(0.0, 1 - float(np.mean(se**2)) / spread) if spread > 0 else 0.0
     clear = int((np.abs(score) > 2 * se).sum())
     text = (
-        f"S is estimated from sketches of gradients. {clear:,} of {count(len(score), 'pair')} have "
+        f"S is estimated from sketches of gradients. {clear:,} of {count(len(score), 'example')} have "
         "an S more than two standard errors from zero; a correlation of about "
         f"{number(math.sqrt(reliability), 3)} with the exact S is to be expected."
     )
@@ -421,7 +401,7 @@ def _ranked(row: Row) -> str:
 
 
 def ranking_sentence(statements: Rows) -> Sentence:
-    """Which sets of strongest pairs stay the strongest, and why it is undecided of others."""
+    """Which sets of strongest examples stay the strongest, and why it is undecided of others."""
     parts, undecided = [], False
     for target in dict.fromkeys(row["target"] for row in statements):
         own = [row for row in statements if row["target"] == target]
@@ -434,7 +414,7 @@ def ranking_sentence(statements: Rows) -> Sentence:
             text += f" (top {open_['k']} undecided: {open_['reason']})"
         parts.append(text)
     text = (
-        "That the strongest pairs stay the strongest, at 95%, for other prompts of the same kind "
+        "That the strongest examples stay the strongest, at 95%, for other prompts of the same kind "
         f"and against the exact refit and the error of sketches: {'; '.join(parts)}."
     )
     return Sentence("Ranking", "caution" if undecided else "found", text)
@@ -446,12 +426,12 @@ def curation_sentence(curation: Curated) -> Sentence:
     rule += "" if curation.target == "score" else f" by {curation.target}"
     rule += f", {curation.protect} protected" if curation.protect else ""
     if not curation.n_drops:
-        text = f"The rule “{rule}” keeps all {count(curation.n, 'pair')}: nothing to drop."
+        text = f"The rule “{rule}” keeps all {count(curation.n, 'example')}: nothing to drop."
         return Sentence("Curation", "none", text)
     kinds = sorted(curation.counts.items(), key=lambda item: -item[1]["drop"])
     split = listed([f"{own['drop']} {name}" for name, own in kinds if own["drop"]], 4)
     text = (
-        f"The rule “{rule}” suggests to drop {curation.n_drops} of {count(curation.n, 'pair')} "
+        f"The rule “{rule}” suggests to drop {curation.n_drops} of {count(curation.n, 'example')} "
         f"({split}), first of all {listed(curation.farthest)}. It rests on estimates before "
         "training; whether dropping them helps is known only after retraining."
     )
@@ -468,24 +448,18 @@ def curation_change(record: Row) -> str:
         if change is not None:
             power = common_power([change])
             parts.append(f"{name} {signed(change, power=power)}{tens(power)}")
-    text = f"{count(record['dropped'], 'pair')} to drop."
+    text = f"{count(record['dropped'], 'example')} to drop."
     if parts:
-        text += (
-            f" Predicted change without them, one step a pair at lr {record['lr']:g}: "
-            f"{', '.join(parts)}."
-        )
+        text += f" Predicted change without them, one step an example at lr {record['lr']:g}: {', '.join(parts)}."
     if record["change"] is None:
-        text += f" {record['target']} ranks pairs, and predicts no change."
+        text += f" {record['target']} ranks examples, and predicts no change."
     if record["missing"]:
-        text += (
-            f" {count(record['missing'], 'pair')} fewer than asked for: the others raise "
-            f"{record['protect']}."
-        )
+        text += f" {count(record['missing'], 'example')} fewer than asked for: the others raise {record['protect']}."
     return text
 
 
 def retraining_sentence(view: View) -> Sentence | None:
-    """What training without the named pairs did, at the first budget; None if it was not tried."""
+    """What training without the named examples did, at the first budget; None if it was not tried."""
     point = next((row for row in view.curves or [] if row["design"] == "removal"), None)
     if point is None:
         return None

@@ -1,6 +1,6 @@
 """A run folder as the report reads it: tables by id, None for what is not there yet.
 
-Of a run with many pairs only some are read as rows (``strongest.py``); what is said about all pairs
+Of a run with many examples only some are read as rows (``strongest.py``); what is said about all examples
 comes from columns (``scores.py``).
 """
 
@@ -20,21 +20,21 @@ from numpy.typing import NDArray
 from taught.report.conceptual import ConceptFound, read_concepts
 from taught.report.scores import COLUMNS, Clustered, Curated, Scores
 from taught.report.stats import Control, cluster_order, unintended_control
-from taught.report.strongest import listed_pairs
+from taught.report.strongest import listed_examples
 from taught.report.text import clean, cleaned
-from taught.run import RunFolder
+from taught.run.folder import RunFolder
 
 Row = dict[str, Any]
 Rows = list[Row]
 Floats = NDArray[np.float64]
-LARGE = 2000  # more pairs than these are not all listed
+LARGE = 2000  # more examples than these are not all listed
 
 
 @dataclass(frozen=True, eq=False)
 class Shifts:
-    """Coefficient shifts of every pair on both pathways, float64 [P, d], rows and columns by id."""
+    """Coefficient shifts of every example on both pathways, float64 [P, d], rows and columns by id."""
 
-    pair_ids: list[str]
+    example_ids: list[str]
     feature_ids: list[int]
     x: Floats
     y: Floats
@@ -60,11 +60,11 @@ class View:
 
     Attributes
     ----------
-    pairs, summary, certificates, shifts, effects
-        Of the pairs that are listed, all of them unless ``large``.
+    examples, summary, certificates, shifts, effects
+        Of the examples that are listed, all of them unless ``large``.
     clamp, clamping : of each feature; over all features
-    curation, curating : of the pairs; what dropping does in all
-    counted : columns over all pairs of a large run; None when all are listed
+    curation, curating : of the examples; what dropping does in all
+    counted : columns over all examples of a large run; None when all are listed
     """
 
     name: str
@@ -89,7 +89,7 @@ class View:
     statements: Rows | None
     clamp: Rows | None
     clamping: Row | None
-    pairs: Rows | None
+    examples: Rows | None
     summary: Rows | None
     certificates: Rows | None
     curation: Curated | None
@@ -111,11 +111,11 @@ class View:
 
     @cached_property
     def control(self) -> Control | None:
-        """Pairs that act mainly on unintended features, against chance; None without all shifts."""
+        """Examples that act mainly on unintended features, against chance; None without all shifts."""
         if self.summary is None or self.shifts is None or self.large:
             return None
-        intended = {r["pair_id"]: r["intended"] or [] for r in self.summary}
-        sets = [intended.get(pair, []) for pair in self.shifts.pair_ids]
+        intended = {r["example_id"]: r["intended"] or [] for r in self.summary}
+        sets = [intended.get(example, []) for example in self.shifts.example_ids]
         return unintended_control(self.shifts.feature_ids, self.shifts.total, sets)
 
     @cached_property
@@ -125,17 +125,17 @@ class View:
 
     @cached_property
     def shown(self) -> Rows:
-        """Pairs of the pair table, largest |S| first; a pair's place is its index in the page."""
+        """Examples of the example table, largest |S| first; an example's place is its index in the page."""
         return sorted(self.summary or [], key=lambda r: -abs(r["score"] or 0.0))
 
     @property
     def large(self) -> bool:
-        """Whether there are more pairs than those that are listed."""
+        """Whether there are more examples than those that are listed."""
         return self.counted is not None
 
     @cached_property
     def scores(self) -> Scores:
-        """What is counted over all pairs."""
+        """What is counted over all examples."""
         return self.counted or Scores.of(self.summary or [])
 
     @property
@@ -154,7 +154,7 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
     Parameters
     ----------
     also
-        Ids of pairs to list in any case, where the run has too many to list them all.
+        Ids of examples to list in any case, where the run has too many to list them all.
 
     Raises
     ------
@@ -180,44 +180,58 @@ def load_view(run: RunFolder | Path | str, also: Collection[str] = ()) -> View:
         policy=cast("Row | None", cleaned(policy)),
         faithfulness=cast("Row | None", cleaned(card)),
         clamping=cast("Row | None", cleaned(clamping)),
-        labels=labels
-        and {int(key): _label(cast(Row, cleaned(row))) for key, row in labels.items()},
+        labels=labels and {int(key): _label(cast(Row, cleaned(row))) for key, row in labels.items()},
         counted=counted,
         curation=_curated(run, files),
         curating=cast("Row | None", cleaned(curating)),
         clustered=Clustered.read(run) if "clusters.json" in files else None,
         concepts=read_concepts(run) if "concept_influence.json" in files else None,
         shifts=_shifts(run, files, estimator, listed),
-        effects=_matrix(run, files, "prompt_effects", "dy", ("pair_ids", "prompt_ids"), listed),
+        effects=_matrix(run, files, "prompt_effects", "dy", ("example_ids", "prompt_ids"), listed),
         comovement=_matrix(run, files, "comovement", "r", ("feature_ids", "feature_ids")),
         **{name: _rows(run, files, name) for name in _TABLES},
         **{name: _rows(run, files, name, listed) for name in _PAIR_TABLES},
     )
 
 
-_TABLES = ("prompts", "features", "coefficients", "audit", "statements", "clamp", "lds", "trivial",
-           "noise_ceiling", "planted", "curves", "named_effects", "arms", "models", "costs",
-           "token_shares")  # fmt: skip
-_PAIR_TABLES = ("pairs", "summary", "certificates")
+_TABLES = (
+    "prompts",
+    "features",
+    "coefficients",
+    "audit",
+    "statements",
+    "clamp",
+    "lds",
+    "trivial",
+    "noise_ceiling",
+    "planted",
+    "curves",
+    "named_effects",
+    "arms",
+    "models",
+    "costs",
+    "token_shares",
+)
+_PAIR_TABLES = ("examples", "summary", "certificates")
 
 
 def _large(
     run: RunFolder, files: set[str], estimator: str | None, also: Collection[str]
 ) -> tuple[Scores | None, list[str] | None]:
-    """Columns over all pairs and the ids of those to list; None where all are listed."""
+    """Columns over all examples and the ids of those to list; None where all are listed."""
     if "summary.parquet" not in files or (footer := run.footer("summary")).num_rows <= LARGE:
         return None, None
     names = footer.schema.to_arrow_schema().names
     means = [name for name in names if name.startswith("mean_y_")]
-    wanted = ["pair_id", "label", *COLUMNS, "unintended", "outside_change", "step_score", *means]
+    wanted = ["example_id", "label", *COLUMNS, "unintended", "outside_change", "step_score", *means]
     summary = run.read_table("summary", [name for name in wanted if name in names])
-    return Scores.of(summary), listed_pairs(run, summary, estimator, also)
+    return Scores.of(summary), listed_examples(run, summary, estimator, also)
 
 
 def _curated(run: RunFolder, files: set[str]) -> Curated | None:
     if "curation.parquet" not in files:
         return None
-    return Curated.of(run.read_table("curation"), run.read_table("summary", ["pair_id", "label"]))
+    return Curated.of(run.read_table("curation"), run.read_table("summary", ["example_id", "label"]))
 
 
 def _label(row: Row) -> Row:
@@ -245,26 +259,23 @@ def _complete_files(run: RunFolder) -> set[str]:
     return {name for name, record in run.manifest["files"].items() if record["stage"] in done}
 
 
-def _rows(
-    run: RunFolder, files: set[str], name: str, listed: list[str] | None = None
-) -> Rows | None:
+def _rows(run: RunFolder, files: set[str], name: str, listed: list[str] | None = None) -> Rows | None:
     if f"{name}.parquet" not in files:
         return None
-    rows = cast(Rows, cleaned(run.read_table(name, rows=_of_pairs(listed)).to_pylist()))
+    rows = cast(Rows, cleaned(run.read_table(name, rows=_of_examples(listed)).to_pylist()))
     for row in rows:
         if "label" in row and name in _PAIR_TABLES:
             row["label"] = str(row["label"] or "unlabelled")
     return rows
 
 
-def _of_pairs(listed: list[str] | None) -> pc.Expression | None:
-    return None if listed is None else pc.field("pair_id").isin(listed)
+def _of_examples(listed: list[str] | None) -> pc.Expression | None:
+    return None if listed is None else pc.field("example_id").isin(listed)
 
 
 def _matrix(
-    run: RunFolder, files: set[str], name: str, tensor: str, axes: tuple[str, str],
-    listed: list[str] | None = None,
-) -> Matrix | None:  # fmt: skip
+    run: RunFolder, files: set[str], name: str, tensor: str, axes: tuple[str, str], listed: list[str] | None = None
+) -> Matrix | None:
     if f"{name}.safetensors" not in files:
         return None
     if listed is None:
@@ -276,31 +287,29 @@ def _matrix(
     return Matrix(row_ids, column_ids, values.astype(np.float64))
 
 
-def _shifts(
-    run: RunFolder, files: set[str], estimator: str | None, listed: list[str] | None
-) -> Shifts | None:
+def _shifts(run: RunFolder, files: set[str], estimator: str | None, listed: list[str] | None) -> Shifts | None:
     if "influence.parquet" not in files:
         return None
     rows = (pc.field("target") == "coefficient") & pc.field("pathway").isin(["x", "y"])
-    chosen = _of_pairs(listed)
+    chosen = _of_examples(listed)
     rows = rows if chosen is None else rows & chosen
-    columns = ["pair_id", "feature_id", "pathway", "value", "estimator"]
+    columns = ["example_id", "feature_id", "pathway", "value", "estimator"]
     parts = [part for part in run.read_parts("influence", columns, rows) if part.num_rows]
     if not parts:
         return None
     table = pa.concat_tables(parts)
     table = _one_estimator(table, estimator)
-    pair = table["pair_id"].combine_chunks().dictionary_encode()
+    example = table["example_id"].combine_chunks().dictionary_encode()
     feature = table["feature_id"].combine_chunks().dictionary_encode()
-    row, column = pair.indices.to_numpy(), feature.indices.to_numpy()
+    row, column = example.indices.to_numpy(), feature.indices.to_numpy()
     value = table["value"].to_numpy()
     out = {}
     for pathway in ("x", "y"):
         at = pc.equal(table["pathway"], pathway).to_numpy()
-        out[pathway] = np.zeros((len(pair.dictionary), len(feature.dictionary)))
+        out[pathway] = np.zeros((len(example.dictionary), len(feature.dictionary)))
         out[pathway][row[at], column[at]] = value[at]
-    pair_ids = [clean(p) for p in pair.dictionary.to_pylist()]
-    return Shifts(pair_ids, feature.dictionary.to_pylist(), out["x"], out["y"])
+    example_ids = [clean(p) for p in example.dictionary.to_pylist()]
+    return Shifts(example_ids, feature.dictionary.to_pylist(), out["x"], out["y"])
 
 
 def _one_estimator(table: pa.Table, estimator: str | None) -> pa.Table:

@@ -2,26 +2,26 @@
 
 The order of a run is ``policy``, ``attribute``, ``curate``, ``report``; ``check`` runs before and
 changes nothing; ``demo`` runs these on the shipped preset, ``clamp`` checks a policy by edits in
-the model, ``clusters`` groups the pairs by their features, and ``sketch`` fills a store that
+the model, ``clusters`` groups the examples by their features, and ``sketch`` fills a store that
 ``attribute`` may read. File formats: docs/formats.md.
 """
 
 from __future__ import annotations
 
-from taught.check import CheckReport, check_study
 from taught.progress import Progress
-from taught.run import RunFolder
+from taught.run.folder import RunFolder
 from taught.stages.ask import Question, ask
+from taught.stages.attribute import attribute, sketch
+from taught.stages.check import CheckReport, check_study
 from taught.stages.clamp import clamp
-from taught.stages.comparing import compare
+from taught.stages.clusters import clusters
+from taught.stages.compare import compare
 from taught.stages.concept import ConceptRequest, concept
 from taught.stages.concept_influence import ConceptQuestion, agreement, concept_influence
-from taught.stages.decide import curate, report
-from taught.stages.fit import policy
-from taught.stages.grouping import clusters
-from taught.stages.influence import attribute, sketch
-from taught.stages.retraining import validate
-from taught.study import Study, load_study
+from taught.stages.curate import curate, report
+from taught.stages.policy import policy
+from taught.stages.validate import validate
+from taught.study.schema import Study, load_study
 
 __all__ = [
     "ConceptQuestion",
@@ -53,7 +53,7 @@ def check(study: Study) -> CheckReport:
 def demo(
     run: RunFolder,
     prompts: int = 200,
-    pairs: int = 48,
+    examples: int = 48,
     features: int = 40,
     full: bool = False,
     progress: Progress | None = None,
@@ -61,7 +61,7 @@ def demo(
     """Run every stage on the shipped preset, on a part of it unless ``full``."""
     study = load_study("refusal-smollm2")
     if not full:
-        limits = {"prompts.limit": prompts, "pairs.limit": pairs, "features.max_features": features}
+        limits = {"prompts.limit": prompts, "examples.limit": examples, "features.max_features": features}
         for key, value in limits.items():
             study = study.replace(key, value)
     policy(study, run, progress)

@@ -9,21 +9,21 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from taught.attribution.ask import ask as meet
-from taught.attribution.ask import policy_queries
-from taught.attribution.autocorrelation import fit_autocorrelation
+from taught.curvatures.autocorrelation import fit_autocorrelation
 from taught.errors import UserError
 from taught.policy.ridge import Floats, Policy, choose_alpha, fit_policy
-from taught.run import RunFolder
-from taught.store import Row, SketchStore
-from taught.study import Study
+from taught.run.folder import RunFolder
+from taught.sketches.answer import ask as meet
+from taught.sketches.answer import policy_queries
+from taught.sketches.store import Row, SketchStore
+from taught.study.schema import Study
 
 _TARGETS = "score, coefficient:FEATURE, mean_y:GROUP, mean_y:CATEGORY or y:PROMPT"
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every pair.
+    """What is asked of every example.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class Question:
     intercept : None for the run's
     features : ids of the policy's features, or None for the run's
     groups : fit the policy on the prompts of these groups or categories only, or None
-    curvature : identity, or autocorrelation of the run's pairs
+    curvature : identity, or autocorrelation of the run's examples
     """
 
     target: str = "score"
@@ -44,11 +44,11 @@ class Question:
 
 
 def ask(run: RunFolder, question: Question) -> pa.Table:
-    """Effect of one step on each pair of the run on the target, from its store of sketches.
+    """Effect of one step on each example of the run on the target, from its store of sketches.
 
     Returns
     -------
-    Table with one row a pair, strongest first: pair_id, label, x, y, total (change of the target
+    Table with one row an example, strongest first: example_id, label, x, y, total (change of the target
     per step along both pathways and in all), se (standard error of the total).
 
     Raises
@@ -71,14 +71,14 @@ def ask(run: RunFolder, question: Question) -> pa.Table:
     policy = _policy(run, question, {row["prompt_id"]: row for row in table})
     sets = _named_sets(policy, table)
     x, y = _queries(store, policy, question.target, sets, record["prompts"])
-    pairs = [Row(pair_id, digest) for pair_id, digest in record["pairs"].items()]
+    examples = [Row(example_id, digest) for example_id, digest in record["examples"].items()]
     queries = np.stack([x, y], 1)
     if question.curvature == "autocorrelation":
-        queries = fit_autocorrelation(store, pairs).solve(queries)
-    answers = meet(store, pairs, queries)
+        queries = fit_autocorrelation(store, examples).solve(queries)
+    answers = meet(store, examples, queries)
     values = -record["lr"] * answers.values
     unit = record["lr"] * record["error_factor"] / np.sqrt(store.dim)
-    return _table(run, pairs, values, unit * np.linalg.norm(queries.sum(1)) * answers.norms)
+    return _table(run, examples, values, unit * np.linalg.norm(queries.sum(1)) * answers.norms)
 
 
 def _policy(run: RunFolder, question: Question, prompts: dict[str, dict[str, Any]]) -> Policy:
@@ -94,11 +94,22 @@ def _policy(run: RunFolder, question: Question, prompts: dict[str, dict[str, Any
     if question.alpha is None:
         alpha = run.read_json("policy")["alpha"]
     elif alpha == "cv":
-        alpha, _ = choose_alpha(X, y, fit_intercept=study.policy.intercept, prompt_ids=kept,
-                                folds=study.policy.folds, seed=study.policy.seed)  # fmt: skip
-    return fit_policy(X, y, prompt_ids=kept, alpha=float(alpha),
-                      feature_ids=[ids["feature_ids"][j] for j in columns],
-                      fit_intercept=study.policy.intercept)  # fmt: skip
+        alpha, _ = choose_alpha(
+            X,
+            y,
+            fit_intercept=study.policy.intercept,
+            prompt_ids=kept,
+            folds=study.policy.folds,
+            seed=study.policy.seed,
+        )
+    return fit_policy(
+        X,
+        y,
+        prompt_ids=kept,
+        alpha=float(alpha),
+        feature_ids=[ids["feature_ids"][j] for j in columns],
+        fit_intercept=study.policy.intercept,
+    )
 
 
 def _with(study: Study, question: Question) -> Study:
@@ -108,18 +119,15 @@ def _with(study: Study, question: Question) -> Study:
     return study
 
 
-def _rows(
-    ids: Sequence[str], prompts: dict[str, dict[str, Any]], groups: Sequence[str] | None
-) -> list[int]:
+def _rows(ids: Sequence[str], prompts: dict[str, dict[str, Any]], groups: Sequence[str] | None) -> list[int]:
     if groups is None:
         return list(range(len(ids)))
     known = {row[key] for row in prompts.values() for key in ("group", "category")}
     _refuse_unknown("groups or categories", [g for g in groups if g not in known], known)
     wanted = set(groups)
     return [
-        i for i, prompt_id in enumerate(ids)
-        if wanted & {prompts[prompt_id]["group"], prompts[prompt_id]["category"]}
-    ]  # fmt: skip
+        i for i, prompt_id in enumerate(ids) if wanted & {prompts[prompt_id]["group"], prompts[prompt_id]["category"]}
+    ]
 
 
 def _columns(ids: Sequence[int], features: Sequence[int] | None) -> list[int]:
@@ -132,8 +140,7 @@ def _columns(ids: Sequence[int], features: Sequence[int] | None) -> list[int]:
 def _refuse_unknown(what: str, unknown: Sequence[Any], known: Any) -> None:
     if unknown:
         listed = ", ".join(map(str, sorted(known, key=str)))
-        raise UserError(f"the run does not have these {what}", value=unknown, rule=listed,
-                        fix="name some of these")  # fmt: skip
+        raise UserError(f"the run does not have these {what}", value=unknown, rule=listed, fix="name some of these")
 
 
 def _named_sets(policy: Policy, table: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
@@ -148,11 +155,7 @@ def _named_sets(policy: Policy, table: Sequence[dict[str, Any]]) -> dict[str, li
 
 
 def _queries(
-    store: SketchStore,
-    policy: Policy,
-    target: str,
-    sets: dict[str, list[str]],
-    digests: dict[str, str],
+    store: SketchStore, policy: Policy, target: str, sets: dict[str, list[str]], digests: dict[str, str]
 ) -> tuple[Floats, Floats]:
     """The target's query along both pathways, [K] each."""
     kind, _, name = target.partition(":")
@@ -164,8 +167,9 @@ def _queries(
         chosen = {}
     column = _feature(policy, kind, name)
     if not (chosen or column is not None or target == "score"):
-        raise UserError("no such target", value=target, rule=_TARGETS,
-                        fix="taught show RUN lists features, groups and categories")  # fmt: skip
+        raise UserError(
+            "no such target", value=target, rule=_TARGETS, fix="taught show RUN lists features, groups and categories"
+        )
     found, _ = policy_queries(store, policy, chosen, digests)
     if chosen:
         return np.zeros(store.dim), found.few[:, 2]
@@ -180,14 +184,14 @@ def _feature(policy: Policy, kind: str, name: str) -> int | None:
     return ids.index(int(name)) if known else None
 
 
-def _table(run: RunFolder, pairs: Sequence[Row], values: Floats, se: Floats) -> pa.Table:
-    summary = run.read_table("summary").select(["pair_id", "label"]).to_pydict()
-    label = dict(zip(summary["pair_id"], summary["label"], strict=True))
+def _table(run: RunFolder, examples: Sequence[Row], values: Floats, se: Floats) -> pa.Table:
+    summary = run.read_table("summary").select(["example_id", "label"]).to_pydict()
+    label = dict(zip(summary["example_id"], summary["label"], strict=True))
     total = values.sum(1)
     order = np.argsort(-np.abs(total), kind="stable")
     columns = {
-        "pair_id": [pairs[i].id for i in order],
-        "label": [label[pairs[i].id] for i in order],
+        "example_id": [examples[i].id for i in order],
+        "label": [label[examples[i].id] for i in order],
         "x": values[order, 0],
         "y": values[order, 1],
         "total": total[order],

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from taught.attribution.estimate import Effects
+from taught.estimators.estimate import Effects
 from taught.policy.certificate import (
     Ranking,
     RemainderBound,
@@ -18,15 +18,15 @@ from taught.policy.certificate import (
     resampled_scores,
 )
 from taught.policy.ridge import Floats, Policy, exact_shift, score
-from taught.run import RunFolder
-from taught.study import Study
+from taught.run.folder import RunFolder
+from taught.study.schema import Study
 
 NO_DY = "resampled prompts need dy of every prompt (attribution.coefficients)"
 NO_DX = "resampled prompts need dX of every feature (attribution.estimator jvp)"
 
 REMAINDERS = pa.schema(
     [
-        ("pair_id", pa.string()),
+        ("example_id", pa.string()),
         ("score", pa.float64()),
         ("refit", pa.float64()),
         ("refit_of", pa.string()),
@@ -41,7 +41,7 @@ STATEMENTS = pa.schema(
     [
         ("target", pa.string()),
         ("k", pa.int64()),
-        ("pair_ids", pa.list_(pa.string())),
+        ("example_ids", pa.list_(pa.string())),
         ("gap", pa.float64()),
         ("share", pa.float64()),
         ("by_refit", pa.string()),
@@ -65,7 +65,7 @@ def write_certificates(
     Parameters
     ----------
     checks
-        Pair id -> ``refit_score`` of a real step, and with sketches ``exact_score``, for the pairs
+        Example id -> ``refit_score`` of a real step, and with sketches ``exact_score``, for the examples
         where one was made.
     """
     table = _remainders(fitted, effects, checks)
@@ -75,11 +75,9 @@ def write_certificates(
     run.write_table("statements", pa.Table.from_pylist(rows, STATEMENTS))
 
 
-def _remainders(
-    fitted: Policy, effects: Effects, checks: Mapping[str, Mapping[str, float]]
-) -> pa.Table:
-    """Linear value, refit and bound of every pair; null where the run does not have them."""
-    ids, dX = effects.pair_ids, _whole_dX(effects)
+def _remainders(fitted: Policy, effects: Effects, checks: Mapping[str, Mapping[str, float]]) -> pa.Table:
+    """Linear value, refit and bound of every example; null where the run does not have them."""
+    ids, dX = effects.example_ids, _whole_dX(effects)
     columns = {field.name: np.full(len(ids), np.nan) for field in REMAINDERS}
     columns["score"] = effects.score.sum(0)
     exact = columns["score"].copy()
@@ -96,14 +94,13 @@ def _remainders(
             for name, value in _certified(fitted, effects, bound, i, own).items():
                 columns[name][i] = value
     columns["remainder"] = columns["refit"] - exact
-    given = {"pair_id": pa.array(ids, pa.string()), "refit_of": pa.array(made_of, pa.string())}
-    cells = [given[f.name] if f.name in given else pa.array(columns[f.name], from_pandas=True)
-             for f in REMAINDERS]  # fmt: skip
+    given = {"example_id": pa.array(ids, pa.string()), "refit_of": pa.array(made_of, pa.string())}
+    cells = [given[f.name] if f.name in given else pa.array(columns[f.name], from_pandas=True) for f in REMAINDERS]
     return pa.Table.from_arrays(cells, schema=REMAINDERS)
 
 
 def _whole_dX(effects: Effects) -> NDArray[np.float32] | None:
-    """Exact dX [P, N, d] of every pair; None where the run does not have it (all but jvp)."""
+    """Exact dX [P, N, d] of every example; None where the run does not have it (all but jvp)."""
     return effects.dX if effects.error is None else None
 
 
@@ -120,28 +117,28 @@ def _certified(
 
 
 def _statements(
-    study: Study,
-    fitted: Policy,
-    groups: Mapping[str, Sequence[str]],
-    effects: Effects,
-    remainders: pa.Table,
+    study: Study, fitted: Policy, groups: Mapping[str, Sequence[str]], effects: Effects, remainders: pa.Table
 ) -> list[Statement]:
     found = []
     for ranking in _rankings(effects, remainders):
         draws = None if ranking.reason else _draws(study, fitted, groups, effects, ranking.target)
-        found += rank_statements(ranking, effects.pair_ids, draws)
+        found += rank_statements(ranking, effects.example_ids, draws)
     return found
 
 
 def _rankings(effects: Effects, remainders: pa.Table) -> Iterator[Ranking]:
-    """What pairs are ranked by: the score, its pathway y, the mean y of each group."""
-    exact = np.zeros(len(effects.pair_ids))
+    """What examples are ranked by: the score, its pathway y, the mean y of each group."""
+    exact = np.zeros(len(effects.example_ids))
     no_dy = NO_DY if effects.dy is None else None
     no_dX = NO_DX if _whole_dX(effects) is None else None
-    yield Ranking("score", effects.score.sum(0), _allowed(remainders),
-                  effects.errors("score", None, None, "total"), no_dy or no_dX)  # fmt: skip
-    yield Ranking("score_y", effects.score[1], exact,
-                  effects.errors("score", None, None, "y"), no_dy)  # fmt: skip
+    yield Ranking(
+        "score",
+        effects.score.sum(0),
+        _allowed(remainders),
+        effects.errors("score", None, None, "total"),
+        no_dy or no_dX,
+    )
+    yield Ranking("score_y", effects.score[1], exact, effects.errors("score", None, None, "y"), no_dy)
     for group, values in effects.mean_y.items():
         errors = effects.errors("mean_y", None, group, "y")
         yield Ranking(f"mean_y:{group}", values, exact, errors, no_dy)
@@ -155,11 +152,7 @@ def _allowed(remainders: pa.Table) -> Floats:
 
 
 def _draws(
-    study: Study,
-    fitted: Policy,
-    groups: Mapping[str, Sequence[str]],
-    effects: Effects,
-    target: str,
+    study: Study, fitted: Policy, groups: Mapping[str, Sequence[str]], effects: Effects, target: str
 ) -> Iterator[Floats]:
     """Values of one target on resampled prompts, in chunks [resamples, P]."""
     assert effects.dy is not None

@@ -19,10 +19,10 @@ from taught.policy.audit import benjamini_hochberg
 from taught.policy.dose import LEVEL, agreement, control_p, response, slope
 from taught.policy.ridge import Floats, Policy
 from taught.progress import Progress, SilentProgress
-from taught.run import RunFolder
-from taught.setup import Subject, open_subject, prompt_inputs, study_prompts
+from taught.run.folder import RunFolder
 from taught.stages.estimating import read_policy
-from taught.study import Study
+from taught.stages.subject import Subject, open_subject, prompt_inputs, study_prompts
+from taught.study.schema import Study
 
 SCALES = (0.0, 0.5, 2.0, 3.0)
 CONTROL_SCALE = 2.0
@@ -43,21 +43,20 @@ TABLE = pa.schema(
         ("controls", pa.list_(pa.float64())),
         ("p", pa.float64()),
         ("p_adjusted", pa.float64()),
-        ("doses", pa.list_(pa.struct([
-            ("scale", pa.float64()), ("value", pa.float64()), ("lo", pa.float64()),
-            ("hi", pa.float64()),
-        ]))),
+        (
+            "doses",
+            pa.list_(
+                pa.struct(
+                    [("scale", pa.float64()), ("value", pa.float64()), ("lo", pa.float64()), ("hi", pa.float64())]
+                )
+            ),
+        ),
     ]
-)  # fmt: skip
+)
 
 
 def clamp(
-    study: Study,
-    run: RunFolder,
-    progress: Progress | None = None,
-    *,
-    prompts: int = PROMPTS,
-    controls: int = CONTROLS,
+    study: Study, run: RunFolder, progress: Progress | None = None, *, prompts: int = PROMPTS, controls: int = CONTROLS
 ) -> None:
     """Write ``clamp.parquet`` and ``clamp.json``: what each feature does to y, beside W.
 
@@ -77,9 +76,11 @@ def clamp(
         The policy is missing or of another study; fewer than two prompts or controls.
     """
     if prompts < 2 or controls < 2:
-        raise UserError("the check needs prompts and controls",
-                        value=f"{prompts} prompts, {controls} controls",
-                        rule="at least 2 prompts a feature and 2 random directions")  # fmt: skip
+        raise UserError(
+            "the check needs prompts and controls",
+            value=f"{prompts} prompts, {controls} controls",
+            rule="at least 2 prompts a feature and 2 random directions",
+        )
     progress = progress or SilentProgress()
     progress.step("load model and SAE")
     subject = open_subject(study)
@@ -97,8 +98,7 @@ def clamp(
             if found is None:
                 chosen = _chosen(fitted, column, prompts, study.policy.seed)
                 given = [inputs[i] for i in chosen]
-                found = {"x": fitted.X[chosen, column],
-                         **_measured(study, subject, fitted, given, column, controls)}  # fmt: skip
+                found = {"x": fitted.X[chosen, column], **_measured(study, subject, fitted, given, column, controls)}
                 stage.partial.save(key, found)
             measured.append(found)
             progress.advance(1)
@@ -121,20 +121,17 @@ def _chosen(fitted: Policy, column: int, prompts: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def _measured(
-    study: Study,
-    subject: Subject,
-    fitted: Policy,
-    given: Sequence[ReadPrompt],
-    column: int,
-    controls: int,
+    study: Study, subject: Subject, fitted: Policy, given: Sequence[ReadPrompt], column: int, controls: int
 ) -> dict[str, Floats]:
     """Changes of y: ``dy`` [S, n] and ``control`` [R, n]; ``predicted`` [S, n] by the policy."""
     feature, sae = int(fitted.feature_ids[column]), subject.sae
     own = decoder_direction(sae, feature)
     rng = np.random.default_rng([study.policy.seed, feature, 1])
     scaled = [Clamp(sae, feature, study.sae.encoder, scale, own) for scale in SCALES]
-    drawn = [Clamp(sae, feature, study.sae.encoder, CONTROL_SCALE, direction)
-             for direction in random_directions(own, controls, rng)]  # fmt: skip
+    drawn = [
+        Clamp(sae, feature, study.sae.encoder, CONTROL_SCALE, direction)
+        for direction in random_directions(own, controls, rng)
+    ]
     features = subject.features(fitted.feature_ids.copy(), study)
     dy = np.empty((len(scaled) + controls, len(given)))
     predicted = np.empty((len(scaled), len(given)))
@@ -150,9 +147,7 @@ def _measured(
     return {"dy": dy[: len(scaled)], "control": dy[len(scaled) :], "predicted": predicted}
 
 
-def _read(
-    subject: Subject, packed: PackedPrompts, edit: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def _read(subject: Subject, packed: PackedPrompts, edit: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
     """h [M, D] at the read-out tokens and y float64 [n], with h edited there."""
     model, block = subject.loaded.model, subject.sae.block
     columns = packed.read.unique()
@@ -163,17 +158,12 @@ def _read(
 
 
 def _write(
-    run: RunFolder,
-    study: Study,
-    fitted: Policy,
-    measured: Sequence[dict[str, Floats]],
-    options: dict[str, int],
+    run: RunFolder, study: Study, fitted: Policy, measured: Sequence[dict[str, Floats]], options: dict[str, int]
 ) -> None:
     rows = [_row(study, fitted, column, found) for column, found in enumerate(measured)]
     active = [row for row in rows if row["n"]]
     controls = np.array([row["controls"] for row in active])
-    p = control_p([row["at_control"] for row in active],
-                  controls.reshape(-1, options["clamp.controls"]))  # fmt: skip
+    p = control_p([row["at_control"] for row in active], controls.reshape(-1, options["clamp.controls"]))
     for row, own, adjusted in zip(active, p, benjamini_hochberg(p), strict=True):
         row["p"], row["p_adjusted"] = float(own), float(adjusted)
     run.write_table("clamp", pa.Table.from_pylist(rows, TABLE))
@@ -219,9 +209,8 @@ def _row(study: Study, fitted: Policy, column: int, found: dict[str, Floats]) ->
         "predicted": slope(x, SCALES, found["predicted"]),
         "at_control": slope(x, twice, found["dy"][[SCALES.index(CONTROL_SCALE)]]),
         "controls": [slope(x, twice, dy[None]) for dy in found["control"]],
-        "doses": [{"scale": scale, **mean.to_dict()}
-                  for scale, mean in zip(SCALES, seen.means, strict=True)],
-    }  # fmt: skip
+        "doses": [{"scale": scale, **mean.to_dict()} for scale, mean in zip(SCALES, seen.means, strict=True)],
+    }
 
 
 def _sure(run: RunFolder) -> set[int]:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from taught.attribution.projections import response_reads
+from taught.baselines.activations import response_reads
 from taught.data.columns import name_ids
+from taught.data.examples import ExampleSet, load_examples
 from taught.data.overlap import drop_overlap, drop_shared
-from taught.data.pairs import PairSet, load_pairs
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
 from taught.features.concept import (
@@ -38,8 +38,8 @@ from taught.features.probe import Bools, Floats, sweep
 from taught.model.forward import find_blocks, get_block
 from taught.model.readout import check_trees, read_residuals
 from taught.progress import Progress, SilentProgress
-from taught.setup import Subject, open_subject, pair_inputs, prompt_inputs, study_prompts
-from taught.study import Study
+from taught.stages.subject import Subject, example_inputs, open_subject, prompt_inputs, study_prompts
+from taught.study.schema import Study
 
 _SOURCES = "difference, probe, feature:ID (or feature:ID=SHARE,ID=SHARE) or file:PATH[:TENSOR]"
 
@@ -52,8 +52,8 @@ class ConceptRequest:
     ----------
     source : difference, probe, feature:ID or file:PATH[:TENSOR]
     block : block whose output is read; None: that of a control vector's tensor, else the SAE's
-    position, tokens : where prompts and pairs are read; position None: the study's
-    examples : file of pairs, labelled: the two groups are these in place of the prompts
+    position, tokens : where prompts and examples are read; position None: the study's
+    examples : file of examples, labelled: the two groups are these in place of the prompts
     positive, negative : labels of the examples with the behavior and without
     method, penalty : of a probe
     norm : "unit" or "none"
@@ -77,16 +77,14 @@ class ConceptRequest:
     sweep: bool = False
 
 
-def concept(
-    study: Study, out: Path, request: ConceptRequest, progress: Progress | None = None
-) -> Concept:
+def concept(study: Study, out: Path, request: ConceptRequest, progress: Progress | None = None) -> Concept:
     """Make a concept and its quality card on two groups of prompts or examples, in folder ``out``.
 
     Raises
     ------
     UserError
         An unknown source, block or place; a direction that does not fit the model; examples with
-        other labels, or that are prompts or pairs of the study; a probe that is no better than
+        other labels, or that are prompts or examples of the study; a probe that is no better than
         chance on rows it has not seen.
     """
     progress = progress or SilentProgress()
@@ -104,7 +102,7 @@ def concept(
         H, positive = _read(study, subject, prompts, position, blocks, progress)
         data = _data(study, prompts)
     else:
-        rows = load_examples(request.examples, study, prompts, progress)
+        rows = load_answers(request.examples, study, prompts, progress)
         sides = (request.positive, request.negative)
         H, positive = read_examples(study, subject, rows, sides, request.tokens, blocks, progress)
         data = {"examples sha256": rows.sha256, "labels": list(sides)}
@@ -131,12 +129,14 @@ def _source(request: ConceptRequest) -> tuple[str, str]:
     kind, _, detail = request.source.partition(":")
     plain = kind in ("difference", "probe")
     if not (plain if not detail else kind in ("feature", "file")):
-        raise UserError("unknown source of a concept", value=request.source, rule=_SOURCES,
-                        fix="pass --source")  # fmt: skip
+        raise UserError("unknown source of a concept", value=request.source, rule=_SOURCES, fix="pass --source")
     if request.sweep and not plain:
-        raise UserError("a sweep over blocks is of directions that are fitted",
-                        value=request.source, rule="--sweep goes with difference and probe",
-                        fix="leave out --sweep")  # fmt: skip
+        raise UserError(
+            "a sweep over blocks is of directions that are fitted",
+            value=request.source,
+            rule="--sweep goes with difference and probe",
+            fix="leave out --sweep",
+        )
     return kind, detail
 
 
@@ -144,52 +144,52 @@ def _block(request: ConceptRequest, kind: str, detail: str, subject: Subject) ->
     """The block that is read, and the source's detail with the tensor of that block."""
     block = subject.sae.block if request.block is None else request.block
     if kind == "feature" and block != subject.sae.block:
-        raise UserError("a feature is a direction at the block of its SAE", value=block,
-                        rule=f"block {subject.sae.block}", fix="leave out --block")  # fmt: skip
+        raise UserError(
+            "a feature is a direction at the block of its SAE",
+            value=block,
+            rule=f"block {subject.sae.block}",
+            fix="leave out --block",
+        )
     path, tensor = _file_parts(detail) if kind == "file" else ("", None)
     if is_control_vector(path):
         tensor = tensor or control_tensor(block)
         own = control_block(tensor)
         if request.block not in (None, own):
-            raise UserError("the direction is of another block", value=f"{tensor}, --block {block}",
-                            rule="direction.N is added to the output of block N",
-                            fix=f"leave out --block, or name {control_tensor(block)}",
-                            )  # fmt: skip
+            raise UserError(
+                "the direction is of another block",
+                value=f"{tensor}, --block {block}",
+                rule="direction.N is added to the output of block N",
+                fix=f"leave out --block, or name {control_tensor(block)}",
+            )
         block, detail = own, f"{path}:{tensor}"
     get_block(subject.loaded.model, block)
     return block, detail
 
 
 def _read(
-    study: Study,
-    subject: Subject,
-    prompts: PromptSet,
-    position: str,
-    blocks: Sequence[int],
-    progress: Progress,
+    study: Study, subject: Subject, prompts: PromptSet, position: str, blocks: Sequence[int], progress: Progress
 ) -> tuple[Floats, Any]:
     """Pooled residuals [blocks, N, D] of the prompts of both groups, and which are positive."""
     sides = (study.prompts.negative_group, study.prompts.positive_group)
     chosen = [prompt for prompt in prompts if prompt.group in sides]
     inputs = prompt_inputs(subject.chat.encode_prompts(chosen), position)
     progress.step("read prompts", len(inputs))
-    H = read_residuals(subject.loaded.model, inputs, blocks, partial(pool, how=position),
-                       progress=progress)  # fmt: skip
+    H = read_residuals(subject.loaded.model, inputs, blocks, partial(pool, how=position), progress=progress)
     return H.numpy(), np.array([prompt.group == sides[1] for prompt in chosen])
 
 
-def load_examples(file: Path, study: Study, prompts: PromptSet, progress: Progress) -> PairSet:
-    """Read examples that are neither pairs nor prompts of the study.
+def load_answers(file: Path, study: Study, prompts: PromptSet, progress: Progress) -> ExampleSet:
+    """Read examples that are neither examples nor prompts of the study.
 
     Raises
     ------
     UserError
-        Some are, and ``pairs.drop_overlap`` does not leave them out.
+        Some are, and ``examples.drop_overlap`` does not leave them out.
     """
-    drop = study.pairs.drop_overlap
-    rows, of_pairs = drop_shared(load_pairs(file), load_pairs(study.pairs.path), drop)
+    drop = study.examples.drop_overlap
+    rows, of_examples = drop_shared(load_examples(file), load_examples(study.examples.path), drop)
     rows, of_prompts = drop_overlap(rows, prompts, drop)
-    if gone := [*of_pairs, *(example for example, _ in of_prompts)]:
+    if gone := [*of_examples, *(example for example, _ in of_prompts)]:
         progress.note(f"examples left out, overlap: {len(gone)}: {', '.join(gone)}")
     return rows
 
@@ -197,7 +197,7 @@ def load_examples(file: Path, study: Study, prompts: PromptSet, progress: Progre
 def read_examples(
     study: Study,
     subject: Subject,
-    rows: PairSet,
+    rows: ExampleSet,
     sides: tuple[str, str],
     tokens: str,
     blocks: Sequence[int],
@@ -214,51 +214,50 @@ def read_examples(
     ------
     UserError
         A row has another label, or all have one; a response is empty, or cut off at
-        ``pairs.max_tokens``.
+        ``examples.max_tokens``.
     """
     others = [row.id for row in rows if row.label not in sides]
     if others or {row.label for row in rows} != set(sides):
-        raise UserError("the examples are not labelled in two",
-                        value=name_ids(others) or f"{len(rows)} rows",
-                        rule=f"every row is labelled {sides[0]} or {sides[1]}, and both occur",
-                        fix="pass --positive and --negative, or correct the column label",
-                        )  # fmt: skip
-    encoded, _ = subject.chat.encode_pairs(rows.pairs, study.pairs.max_tokens, False)
-    reads = response_reads(pair_inputs(encoded), tokens)
+        raise UserError(
+            "the examples are not labelled in two",
+            value=name_ids(others) or f"{len(rows)} rows",
+            rule=f"every row is labelled {sides[0]} or {sides[1]}, and both occur",
+            fix="pass --positive and --negative, or correct the column label",
+        )
+    encoded, _ = subject.chat.encode_examples(rows.examples, study.examples.max_tokens, False)
+    reads = response_reads(example_inputs(encoded), tokens)
     progress.step("read examples", len(reads))
-    H = read_residuals(subject.loaded.model, reads, blocks, partial(pool, how=tokens),
-                       progress=progress)  # fmt: skip
+    H = read_residuals(subject.loaded.model, reads, blocks, partial(pool, how=tokens), progress=progress)
     label = {row.id: row.label for row in rows}
     return H.numpy(), np.array([label[read.id] == sides[0] for read in reads])
 
 
 def _direction(
-    study: Study,
-    subject: Subject,
-    request: ConceptRequest,
-    source: tuple[str, str],
-    X: Floats,
-    positive: Any,
+    study: Study, subject: Subject, request: ConceptRequest, source: tuple[str, str], X: Floats, positive: Any
 ) -> tuple[Floats, dict[str, Any], dict[str, Any]]:
     """Direction [D], quality card, and what it was made from."""
     kind, detail = source
     if kind in ("difference", "probe"):
         method = _method(request, kind)
         how = {"method": method, **({"penalty": request.penalty} if kind == "probe" else {})}
-        fitted = fitted_direction(X, positive, method, penalty=request.penalty,
-                                  force=request.force, **_draws(study))  # fmt: skip
+        fitted = fitted_direction(X, positive, method, penalty=request.penalty, force=request.force, **_draws(study))
         return *fitted, {**how, **_draws(study)}
     if kind == "feature":
         shares = _shares(detail)
         v = feature_direction(subject.sae, shares)
-        origin: dict[str, Any] = {"features": {str(k): share for k, share in shares.items()},
-                                  "sae": subject.sae.sha256()}  # fmt: skip
+        origin: dict[str, Any] = {
+            "features": {str(k): share for k, share in shares.items()},
+            "sae": subject.sae.sha256(),
+        }
     else:
         v, origin = file_direction(*_file_parts(detail))
     if len(v) != X.shape[1]:
-        raise UserError("the direction does not fit the model", value=f"width {len(v)}",
-                        rule=f"width {X.shape[1]}",
-                        fix="use a direction that was made on this model")  # fmt: skip
+        raise UserError(
+            "the direction does not fit the model",
+            value=f"width {len(v)}",
+            rule=f"width {X.shape[1]}",
+            fix="use a direction that was made on this model",
+        )
     spec = study.policy
     return v, quality_card(v, X, positive, bootstrap=spec.bootstrap, seed=spec.seed), origin
 
@@ -286,9 +285,12 @@ def _shares(detail: str) -> dict[int, float]:
             raise ValueError
         return shares
     except ValueError:
-        raise UserError("the features of the concept are not readable", value=detail,
-                        rule="feature:ID or feature:ID=SHARE,ID=SHARE, each id once",
-                        fix="for example --source feature:12=0.5,40=-1") from None  # fmt: skip
+        raise UserError(
+            "the features of the concept are not readable",
+            value=detail,
+            rule="feature:ID or feature:ID=SHARE,ID=SHARE, each id once",
+            fix="for example --source feature:12=0.5,40=-1",
+        ) from None
 
 
 def _file_parts(detail: str) -> tuple[str, str | None]:

@@ -1,4 +1,4 @@
-"""The command ``concept-influence``: what training on each pair does to concepts, by method."""
+"""The command ``concept-influence``: what training on each example does to concepts, by method."""
 
 from __future__ import annotations
 
@@ -14,31 +14,23 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from taught.attribution.adjoint import Problem
-from taught.attribution.concepts import concept_effects
-from taught.attribution.pairs import PairInput
-from taught.attribution.projections import project, response_reads
-from taught.attribution.sketched import sketched_concepts
-from taught.attribution.token_effects import token_effects
+from taught.baselines.activations import project, response_reads
+from taught.core.example import Example
+from taught.core.target import Target, concept_targets
 from taught.errors import UserError
+from taught.estimators.adjoint import Problem
+from taught.estimators.concepts import concept_effects
+from taught.estimators.token_shares import token_effects
 from taught.features.concept import Concept, ConceptMap, concept_map, load_concept
-from taught.fingerprint import fingerprint
 from taught.model.forward import find_blocks
 from taught.model.readout import ReadPrompt, check_trees
 from taught.progress import Progress, SilentProgress
-from taught.rank import spearman_interval
-from taught.run import RunFolder
-from taught.setup import (
-    Subject,
-    open_checkpoint,
-    open_subject,
-    pair_inputs,
-    prompt_inputs,
-    refuse_combinations,
-)
+from taught.run.fingerprint import fingerprint
+from taught.run.folder import RunFolder
+from taught.sketches.estimator import sketched_concepts
 from taught.stages.estimating import (
     Data,
-    encode_pairs,
+    encode_examples,
     make_problem,
     over_checkpoints,
     read_data,
@@ -46,14 +38,22 @@ from taught.stages.estimating import (
     token_texts,
     with_curvature,
 )
-from taught.stages.own_responses import own_pairs
-from taught.study import Checkpoint, Study
-from taught.target import Target, concept_targets
+from taught.stages.own_responses import own_examples
+from taught.stages.subject import (
+    Subject,
+    example_inputs,
+    open_checkpoint,
+    open_subject,
+    prompt_inputs,
+    refuse_combinations,
+)
+from taught.stats.ranks import spearman_interval
+from taught.study.schema import Checkpoint, Study
 
 T = TypeVar("T")
 SCHEMA = pa.schema(
     [
-        ("pair_id", pa.string()),
+        ("example_id", pa.string()),
         ("concept", pa.string()),
         ("method", pa.string()),
         ("value", pa.float64()),
@@ -62,7 +62,7 @@ SCHEMA = pa.schema(
 )
 TOKENS = pa.schema(
     [
-        ("pair_id", pa.string()),
+        ("example_id", pa.string()),
         ("concept", pa.string()),
         ("position", pa.int64()),
         ("token", pa.string()),
@@ -73,7 +73,7 @@ TOKENS = pa.schema(
 
 @dataclass(frozen=True)
 class ConceptQuestion:
-    """What is asked of every pair.
+    """What is asked of every example.
 
     Attributes
     ----------
@@ -81,11 +81,11 @@ class ConceptQuestion:
     methods : some of METHODS
     group : the gradient's mean is over the prompts of this group; None: over all
     read : what the gradient's mean is over: the evaluation "prompts", or the "responses" of the
-        pairs themselves (group is a label then)
+        examples themselves (group is a label then)
     checkpoint : fine-tuned model (or adapter) for projection-difference-training
     responses : file of the model's own answers for projection-difference-response
     max_new_tokens : length of an own answer
-    tokens : so many pairs with the largest absolute gradient value are split into their tokens
+    tokens : so many examples with the largest absolute gradient value are split into their tokens
     """
 
     concepts: tuple[Path, ...]
@@ -114,19 +114,19 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """The pairs and prompts, and what methods leave.
+    """The examples and prompts, and what methods leave.
 
     Attributes
     ----------
     base : read-outs of the base model, once a place
-    shares : of the tokens of the strongest pairs
+    shares : of the tokens of the strongest examples
     errors : target -> standard errors [P], where the gradient is estimated
     """
 
     study: Study
     subject: Subject
     data: Data
-    inputs: list[PairInput]
+    inputs: list[Example]
     question: ConceptQuestion
     progress: Progress
     run: RunFolder | None = None
@@ -139,39 +139,36 @@ class _Work:
         like = next(self.subject.loaded.model.parameters())
         return concept_map(concepts, place.where, like)
 
-    def read(
-        self, model: Any, pairs: Sequence[PairInput], concepts: Sequence[Concept], place: Place
-    ) -> Tensor:
-        """Projections [P, C] of pairs by one model."""
-        return project(model, pairs, self.map_of(concepts, place), place.block,
-                       batch_tokens=self.study.attribution.batch_tokens,
-                       progress=self.progress)  # fmt: skip
+    def read(self, model: Any, examples: Sequence[Example], concepts: Sequence[Concept], place: Place) -> Tensor:
+        """Projections [P, C] of examples by one model."""
+        return project(
+            model,
+            examples,
+            self.map_of(concepts, place),
+            place.block,
+            batch_tokens=self.study.attribution.batch_tokens,
+            progress=self.progress,
+        )
 
-    def over_checkpoints(
-        self, problem: Problem, compute: Callable[[Problem, int], T]
-    ) -> Iterator[T]:
+    def over_checkpoints(self, problem: Problem, compute: Callable[[Problem, int], T]) -> Iterator[T]:
         """What is computed at each checkpoint, or at the model's weights."""
-        return over_checkpoints(self.study, self.subject, problem, self.inputs, self.progress,
-                                compute)  # fmt: skip
+        return over_checkpoints(self.study, self.subject, problem, self.inputs, self.progress, compute)
 
 
 def concept_influence(
-    study: Study,
-    question: ConceptQuestion,
-    progress: Progress | None = None,
-    run: RunFolder | None = None,
+    study: Study, question: ConceptQuestion, progress: Progress | None = None, run: RunFolder | None = None
 ) -> ConceptAnswers:
-    """Value of every pair for every concept by every method; positive: towards the concept.
+    """Value of every example for every concept by every method; positive: towards the concept.
 
     Parameters
     ----------
     run
-        A run folder of the study with scored pairs, to keep the answers in.
+        A run folder of the study with scored examples, to keep the answers in.
 
     Raises
     ------
     UserError
-        A concept does not fit the model, two have one name; a method lacks what it needs; pairs
+        A concept does not fit the model, two have one name; a method lacks what it needs; examples
         overlap the prompts, are truncated or have no finite value; the run folder is of another
         study.
     """
@@ -204,31 +201,26 @@ def _answers(
 ) -> ConceptAnswers:
     model = subject.loaded.model
     for concept in concepts:
-        concept.require_fit(width=subject.sae.width, blocks=len(find_blocks(model)),
-                            weights=subject.loaded.weights)  # fmt: skip
-    encoded, truncated = encode_pairs(study, subject, data)
+        concept.require_fit(width=subject.sae.width, blocks=len(find_blocks(model)), weights=subject.loaded.weights)
+    encoded, truncated = encode_examples(study, subject, data)
     for kind, ids in (("overlap", data.overlapping), ("truncated", truncated)):
         if ids:
-            progress.note(f"left out, {kind}: {len(ids)} pairs: {', '.join(ids)}")
+            progress.note(f"left out, {kind}: {len(ids)} examples: {', '.join(ids)}")
     check_trees(model, _prompts(subject, data, study.readout.position), subject.behavior)
-    work = _Work(study, subject, data, pair_inputs(encoded), question, progress, run)
+    work = _Work(study, subject, data, example_inputs(encoded), question, progress, run)
     parts = [
         _long(work, concept.name, method, values[:, column].numpy())
         for method in question.methods
         for some, values in METHODS[method](work, concepts)
         for column, concept in enumerate(some)
     ]
-    return ConceptAnswers(
-        pa.concat_tables(parts), pa.concat_tables([TOKENS.empty_table(), *work.shares])
-    )
+    return ConceptAnswers(pa.concat_tables(parts), pa.concat_tables([TOKENS.empty_table(), *work.shares]))
 
 
 def _asked(question: ConceptQuestion, concepts: Sequence[Concept]) -> dict[str, Any]:
     """What the answers depend on beside the study: by content, wherever it lies."""
     options = {k: v for k, v in asdict(question).items() if k not in ("concepts", "responses")}
-    return options | {
-        f"concept {c.name}": [c.direction.tolist(), c.block, c.position, c.tokens] for c in concepts
-    }
+    return options | {f"concept {c.name}": [c.direction.tolist(), c.block, c.position, c.tokens] for c in concepts}
 
 
 def _record(study: Study, question: ConceptQuestion, concepts: Sequence[Concept]) -> dict[str, Any]:
@@ -245,15 +237,15 @@ def _record(study: Study, question: ConceptQuestion, concepts: Sequence[Concept]
 
 
 def agreement(table: pa.Table) -> pa.Table:
-    """Rank correlation over pairs between each two methods, for each concept.
+    """Rank correlation over examples between each two methods, for each concept.
 
-    With its 95% interval; null where a method gives all pairs one value. Methods that rank the
-    pairs of a run differently measure different things (docs/methods.md).
+    With its 95% interval; null where a method gives all examples one value. Methods that rank the
+    examples of a run differently measure different things (docs/methods.md).
     """
     values: dict[str, dict[str, dict[str, float]]] = {}
     for row in table.to_pylist():
         of_method = values.setdefault(row["concept"], {}).setdefault(row["method"], {})
-        of_method[row["pair_id"]] = row["value"]
+        of_method[row["example_id"]] = row["value"]
     rows = [
         {"concept": concept, "method": a, "other": b, **_correlation(x, y)}
         for concept, methods in values.items()
@@ -263,7 +255,7 @@ def agreement(table: pa.Table) -> pa.Table:
 
 
 def _correlation(x: Mapping[str, float], y: Mapping[str, float]) -> dict[str, float]:
-    found = spearman_interval(list(x.values()), [y[pair_id] for pair_id in x])
+    found = spearman_interval(list(x.values()), [y[example_id] for example_id in x])
     if found is None:
         return {}
     return {"rank_correlation": found.value, "lo": found.lo, "hi": found.hi}
@@ -285,9 +277,12 @@ def _load(question: ConceptQuestion) -> list[Concept]:
     concepts = [load_concept(folder) for folder in question.concepts]
     names = [concept.name for concept in concepts]
     if not names or len(set(names)) < len(names):
-        raise UserError("concepts are told apart by their names", value=names,
-                        rule="one concept at least, each name once",
-                        fix="taught concept ... --name gives another one")  # fmt: skip
+        raise UserError(
+            "concepts are told apart by their names",
+            value=names,
+            rule="one concept at least, each name once",
+            fix="taught concept ... --name gives another one",
+        )
     return concepts
 
 
@@ -295,22 +290,32 @@ def _refuse(study: Study, question: ConceptQuestion) -> None:
     """Say what cannot be done before the model is loaded."""
     unknown = [method for method in question.methods if method not in METHODS]
     if unknown or len(set(question.methods)) < len(question.methods) or not question.methods:
-        raise UserError("no such method, or one twice", value=list(question.methods),
-                        rule="some of " + ", ".join(METHODS), fix="set --method")  # fmt: skip
+        raise UserError(
+            "no such method, or one twice",
+            value=list(question.methods),
+            rule="some of " + ", ".join(METHODS),
+            fix="set --method",
+        )
     if "projection-difference-training" in question.methods and question.checkpoint is None:
-        raise UserError("the difference that training made needs a fine-tuned model",
-                        rule="activations of the fine-tuned model minus those of the base model",
-                        fix="pass --checkpoint FOLDER")  # fmt: skip
+        raise UserError(
+            "the difference that training made needs a fine-tuned model",
+            rule="activations of the fine-tuned model minus those of the base model",
+            fix="pass --checkpoint FOLDER",
+        )
     if question.tokens < 0:
-        raise UserError("how many pairs are split into tokens", value=question.tokens,
-                        rule="a whole number, at least 0", fix="set --tokens")  # fmt: skip
-    if question.tokens and (
-        "gradient" not in question.methods or study.attribution.estimator == "finite-step"
-    ):
-        raise UserError("shares of tokens are parts of a gradient",
-                        value=f"{', '.join(question.methods)}; {study.attribution.estimator}",
-                        rule="the method gradient, by adjoint, jvp or sketch",
-                        fix="leave out --tokens, or add --method gradient")  # fmt: skip
+        raise UserError(
+            "how many examples are split into tokens",
+            value=question.tokens,
+            rule="a whole number, at least 0",
+            fix="set --tokens",
+        )
+    if question.tokens and ("gradient" not in question.methods or study.attribution.estimator == "finite-step"):
+        raise UserError(
+            "shares of tokens are parts of a gradient",
+            value=f"{', '.join(question.methods)}; {study.attribution.estimator}",
+            rule="the method gradient, by adjoint, jvp or sketch",
+            fix="leave out --tokens, or add --method gradient",
+        )
     if "gradient" in question.methods:
         refuse_combinations(study)
 
@@ -319,7 +324,7 @@ Values = Iterator[tuple[list[Concept], Tensor]]
 
 
 def _places(concepts: Sequence[Concept], where: str) -> dict[Place, list[Concept]]:
-    """Concepts that can be read together; ``where``: position (of prompts) or tokens (of pairs)."""
+    """Concepts that can be read together; ``where``: position (of prompts) or tokens (of examples)."""
     places: dict[Place, list[Concept]] = {}
     for concept in concepts:
         places.setdefault(Place(concept.block, getattr(concept, where)), []).append(concept)
@@ -332,19 +337,15 @@ def _gradient(work: _Work, concepts: Sequence[Concept]) -> Values:
     metric: Problem | None = None
     for place, some in _places(concepts, "tokens" if responses else "position").items():
         prompts = (
-            response_reads(work.inputs, place.where)
-            if responses
-            else _prompts(work.subject, work.data, place.where)
+            response_reads(work.inputs, place.where) if responses else _prompts(work.subject, work.data, place.where)
         )
-        problem = make_problem(study, work.subject, prompts, place.block,
-                               work.map_of(some, place))  # fmt: skip
+        problem = make_problem(study, work.subject, prompts, place.block, work.map_of(some, place))
         targets = concept_targets([p.id for p in prompts], [c.name for c in some], inside)
         if study.attribution.checkpoints is None:  # one metric for all places, and for the shares
             metric = metric or with_curvature(study, problem, work.inputs, work.progress)
             problem = replace(metric, prompts=prompts, block=place.block, features=problem.features)
-        work.progress.step("gradients of the concepts and of the pairs")
-        compute = partial(_sketched if study.attribution.estimator == "sketch" else _effects,
-                          work, targets)  # fmt: skip
+        work.progress.step("gradients of the concepts and of the examples")
+        compute = partial(_sketched if study.attribution.estimator == "sketch" else _effects, work, targets)
         values = reduce(torch.add, work.over_checkpoints(problem, compute))
         if work.question.tokens:
             work.shares.extend(_shares(work, problem, targets, some, values))
@@ -352,40 +353,38 @@ def _gradient(work: _Work, concepts: Sequence[Concept]) -> Values:
 
 
 def _effects(work: _Work, targets: Sequence[Target], problem: Problem, _: int) -> Tensor:
-    return concept_effects(problem, work.inputs, targets, work.study.attribution.estimator,
-                           progress=work.progress)  # fmt: skip
+    return concept_effects(problem, work.inputs, targets, work.study.attribution.estimator, progress=work.progress)
 
 
 def _sketched(work: _Work, targets: Sequence[Target], problem: Problem, _: int) -> Tensor:
     source = sketch_source(work.study, work.run, work.subject)
-    values, errors = sketched_concepts(problem, work.inputs, targets, source=source,
-                                       progress=work.progress)  # fmt: skip
+    values, errors = sketched_concepts(problem, work.inputs, targets, source=source, progress=work.progress)
     work.errors.update(zip((target.name for target in targets), errors.T, strict=True))
     return torch.from_numpy(values)
 
 
 def _shares(
-    work: _Work,
-    problem: Problem,
-    targets: Sequence[Target],
-    concepts: Sequence[Concept],
-    values: Tensor,
+    work: _Work, problem: Problem, targets: Sequence[Target], concepts: Sequence[Concept], values: Tensor
 ) -> Iterator[pa.Table]:
-    """Shares of the response tokens of each concept's pairs with the largest absolute values."""
+    """Shares of the response tokens of each concept's examples with the largest absolute values."""
     order = values.abs().argsort(dim=0, descending=True, stable=True)[: work.question.tokens]
     chosen = [[work.inputs[i] for i in column] for column in order.T.tolist()]
     A = [torch.from_numpy(target.A)[None] for target in targets if target.A is not None]
 
     def shares(there: Problem, _: int) -> list[list[Tensor]]:
-        return [token_effects(there, pairs, a, None)
-                for pairs, a in zip(chosen, A, strict=True)]  # fmt: skip
+        return [token_effects(there, examples, a, None) for examples, a in zip(chosen, A, strict=True)]
 
     by_concept = zip(*work.over_checkpoints(problem, shares), strict=True)
-    for concept, pairs, parts in zip(concepts, chosen, by_concept, strict=True):
-        for pair, *own in zip(pairs, *parts, strict=True):
-            n = pair.n_response
-            columns = [[pair.id] * n, [concept.name] * n, range(n), token_texts(work.subject, pair),
-                       torch.stack(own).sum(0)[:, 0].numpy()]  # fmt: skip
+    for concept, examples, parts in zip(concepts, chosen, by_concept, strict=True):
+        for example, *own in zip(examples, *parts, strict=True):
+            n = example.n_response
+            columns = [
+                [example.id] * n,
+                [concept.name] * n,
+                range(n),
+                token_texts(work.subject, example),
+                torch.stack(own).sum(0)[:, 0].numpy(),
+            ]
             yield pa.table(dict(zip(TOKENS.names, columns, strict=True)), schema=TOKENS)
 
 
@@ -394,22 +393,22 @@ def _prompts(subject: Subject, data: Data, position: str) -> list[ReadPrompt]:
 
 
 def _inside(work: _Work) -> np.ndarray:
-    """bool [N]: the prompts, or the pairs, that the mean is over."""
+    """bool [N]: the prompts, or the examples, that the mean is over."""
     group = work.question.group
     groups = [prompt.group for prompt in work.data.prompts]
     if work.question.read == "responses":
-        label = {pair.id: pair.label for pair in work.data.pairs}
-        groups = [label[pair.id] for pair in work.inputs]
+        label = {example.id: example.label for example in work.data.examples}
+        groups = [label[example.id] for example in work.inputs]
     if group is not None and group not in groups:
-        raise UserError("nothing is in this group", value=group,
-                        rule="one of " + ", ".join(sorted(set(groups))),
-                        fix="set --group")  # fmt: skip
+        raise UserError(
+            "nothing is in this group", value=group, rule="one of " + ", ".join(sorted(set(groups))), fix="set --group"
+        )
     return np.array([group in (None, name) for name in groups])
 
 
 def _base(work: _Work, some: Sequence[Concept], place: Place) -> Tensor:
     if place not in work.base:
-        work.progress.step("activations of the pairs", len(work.inputs))
+        work.progress.step("activations of the examples", len(work.inputs))
         work.base[place] = work.read(work.subject.loaded.model, work.inputs, some, place)
     return work.base[place]
 
@@ -420,10 +419,11 @@ def _vector_filter(work: _Work, concepts: Sequence[Concept]) -> Values:
 
 
 def _difference_response(work: _Work, concepts: Sequence[Concept]) -> Values:
-    own = own_pairs(work.study, work.subject, work.inputs, work.question.responses,
-                    work.question.max_new_tokens, work.progress)  # fmt: skip
+    own = own_examples(
+        work.study, work.subject, work.inputs, work.question.responses, work.question.max_new_tokens, work.progress
+    )
     for place, some in _places(concepts, "tokens").items():
-        # Read together, a pair and the model's own response share the tokens of their prompt.
+        # Read together, an example and the model's own response share the tokens of their prompt.
         both = own if place in work.base else [*work.inputs, *own]
         work.progress.step("activations of the model's own responses", len(both))
         read = work.read(work.subject.loaded.model, both, some, place)
@@ -450,7 +450,7 @@ METHODS: dict[str, Callable[[_Work, Sequence[Concept]], Values]] = {
 
 
 def _long(work: _Work, concept: str, method: str, values: np.ndarray) -> pa.Table:
-    ids = [pair.id for pair in work.inputs]
+    ids = [example.id for example in work.inputs]
     n = len(ids)
     errors = work.errors.get(f"concept:{concept}") if method == "gradient" else None
     columns = [ids, [concept] * n, [method] * n, values, [None] * n if errors is None else errors]

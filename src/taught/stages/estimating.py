@@ -10,48 +10,35 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from taught.attribution.adjoint import Problem
-from taught.attribution.ask import SketchError
-from taught.attribution.checkpoints import NumberedPieces, at_checkpoint, summed
-from taught.attribution.curvature import with_adam
-from taught.attribution.ekfac import with_ekfac
-from taught.attribution.estimate import (
-    ESTIMATORS,
-    Effects,
-    exact_details,
-    step_checks,
-    strongest_shares,
-)
-from taught.attribution.fill import pair_row, prompt_key
-from taught.attribution.pairs import PairInput, pair_losses
-from taught.attribution.sketched import SketchSource, sketch_effects
-from taught.data.chat import EncodedPair
+from taught.core.example import Example, example_losses
+from taught.curvatures.adam import with_adam
+from taught.curvatures.ekfac import with_ekfac
+from taught.data.chat import EncodedExample
 from taught.data.columns import columns_note
-from taught.data.pairs import PairSet
+from taught.data.examples import ExampleSet
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
+from taught.estimators.adjoint import Problem
+from taught.estimators.estimate import ESTIMATORS, Effects, exact_details, step_checks, strongest_shares
 from taught.features.concept import ConceptMap
 from taught.features.pooling import FeatureMap
 from taught.model.parameters import moving_parameters
-from taught.model.projection import Projection
 from taught.model.readout import ReadPrompt
-from taught.partial import Pieces
 from taught.policy.ridge import Policy, fit_policy
 from taught.progress import Progress
-from taught.run import RunFolder
-from taught.setup import (
-    Subject,
-    open_checkpoint,
-    pair_inputs,
-    prompt_inputs,
-    study_pairs,
-    study_prompts,
-)
-from taught.store import SketchStore
-from taught.study import Study
+from taught.run.folder import RunFolder
+from taught.run.pieces import Pieces
+from taught.sketches.answer import SketchError
+from taught.sketches.estimator import SketchSource, sketch_effects
+from taught.sketches.fill import example_row, prompt_key
+from taught.sketches.project import Projection
+from taught.sketches.store import SketchStore
+from taught.stages.subject import Subject, example_inputs, open_checkpoint, prompt_inputs, study_examples, study_prompts
+from taught.study.schema import Study
+from taught.trajectories.checkpoints import NumberedPieces, at_checkpoint, summed
 
 Checks = dict[str, dict[str, float]]
-Shares = list[tuple[PairInput, NDArray[np.float64]]]
+Shares = list[tuple[Example, NDArray[np.float64]]]
 T = TypeVar("T")
 # The others also take models whose gradients they do not know.
 _BY_GRADIENTS = ("adjoint", "sketch")
@@ -59,107 +46,97 @@ _BY_GRADIENTS = ("adjoint", "sketch")
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Prompts and pairs of a study, and the ids of pairs that were left out for overlap."""
+    """Prompts and examples of a study, and the ids of examples that were left out for overlap."""
 
     prompts: PromptSet
-    pairs: PairSet
+    examples: ExampleSet
     overlapping: list[str]
 
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """What an estimator is given, and the pairs that it is about, as they were read."""
+    """What an estimator is given, and the examples that it is about, as they were read."""
 
-    pairs: PairSet
-    encoded: list[EncodedPair]
+    examples: ExampleSet
+    encoded: list[EncodedExample]
     truncated: list[str]
     fitted: Policy
     groups: dict[str, list[str]]
     problem: Problem
-    inputs: list[PairInput]
+    inputs: list[Example]
 
 
 def read_data(study: Study, progress: Progress) -> Data:
     """Read the study's files."""
     prompts = study_prompts(study)
-    pairs, overlapping = study_pairs(study, prompts)
-    progress.note(columns_note(study.pairs.path, pairs.columns))
-    return Data(prompts, pairs, overlapping)
+    examples, overlapping = study_examples(study, prompts)
+    progress.note(columns_note(study.examples.path, examples.columns))
+    return Data(prompts, examples, overlapping)
 
 
 def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready:
-    """Tokens of the pairs, the policy of the run, and the problem that estimators work on.
+    """Tokens of the examples, the policy of the run, and the problem that estimators work on.
 
     Raises
     ------
     UserError
-        No pair is left; pairs are truncated; the run's files do not belong together.
+        No example is left; examples are truncated; the run's files do not belong together.
     """
-    encoded, truncated = encode_pairs(study, subject, data)
-    kept = {pair.id for pair in encoded}
-    pairs = replace(data.pairs, pairs=tuple(pair for pair in data.pairs if pair.id in kept))
+    encoded, truncated = encode_examples(study, subject, data)
+    kept = {example.id for example in encoded}
+    examples = replace(data.examples, examples=tuple(example for example in data.examples if example.id in kept))
     fitted, groups = read_policy(study, run)
     prompts = {e.id: e for e in subject.chat.encode_prompts(data.prompts)}
     ordered = [prompts[prompt_id] for prompt_id in fitted.prompt_ids]
     features = subject.features(fitted.feature_ids.copy(), study)
-    problem = make_problem(study, subject, prompt_inputs(ordered, study.readout.position),
-                           subject.sae.block, features)  # fmt: skip
-    return Ready(pairs, encoded, truncated, fitted, groups, problem, pair_inputs(encoded))
+    problem = make_problem(study, subject, prompt_inputs(ordered, study.readout.position), subject.sae.block, features)
+    return Ready(examples, encoded, truncated, fitted, groups, problem, example_inputs(encoded))
 
 
-def encode_pairs(study: Study, subject: Subject, data: Data) -> tuple[list[EncodedPair], list[str]]:
-    """Tokens of the pairs that can be scored, and the ids of those that are truncated.
+def encode_examples(study: Study, subject: Subject, data: Data) -> tuple[list[EncodedExample], list[str]]:
+    """Tokens of the examples that can be scored, and the ids of those that are truncated.
 
     Raises
     ------
     UserError
-        No pair is left; pairs are truncated, and the study does not leave those out.
+        No example is left; examples are truncated, and the study does not leave those out.
     """
-    encoded, truncated = subject.chat.encode_pairs(
-        data.pairs, study.pairs.max_tokens, study.pairs.drop_truncated
+    encoded, truncated = subject.chat.encode_examples(
+        data.examples, study.examples.max_tokens, study.examples.drop_truncated
     )
     if not encoded:
         raise UserError(
-            "no pair is left to be scored",
+            "no example is left to be scored",
             value=f"{len(data.overlapping)} overlap the prompts, {len(truncated)} are truncated",
-            rule="at least one pair is kept",
-            fix="use other pairs or prompts, or raise pairs.max_tokens",
+            rule="at least one example is kept",
+            fix="use other examples or prompts, or raise examples.max_tokens",
         )
     return encoded, truncated
 
 
 def estimate(
-    study: Study,
-    run: RunFolder,
-    subject: Subject,
-    ready: Ready,
-    progress: Progress,
-    pieces: Pieces,
+    study: Study, run: RunFolder, subject: Subject, ready: Ready, progress: Progress, pieces: Pieces
 ) -> tuple[Effects, Checks, Shares]:
-    """Effects by the study's estimator; steps, refits and token shares of the strongest pairs."""
+    """Effects by the study's estimator; steps, refits and token shares of the strongest examples."""
     spec = study.attribution
     compute: Callable[..., Effects]
     if spec.estimator == "sketch":
         compute = partial(sketch_effects, source=sketch_source(study, run, subject))
     else:
         compute = partial(ESTIMATORS[spec.estimator], coefficients=spec.coefficients)
-    compute = partial(compute, pairs=ready.inputs, policy=ready.fitted, groups=ready.groups,
-                      progress=progress)  # fmt: skip
+    compute = partial(compute, examples=ready.inputs, policy=ready.fitted, groups=ready.groups, progress=progress)
     if spec.checkpoints is not None:
         return _over_checkpoints(study, subject, ready, compute, progress, pieces), {}, []
     problem = with_curvature(study, ready.problem, ready.inputs, progress)
     effects = compute(problem, pieces=pieces)
-    checks = step_checks(problem, ready.inputs, ready.fitted, effects, spec.exact_top,
-                         progress=progress, pieces=pieces)  # fmt: skip
+    checks = step_checks(problem, ready.inputs, ready.fitted, effects, spec.exact_top, progress=progress, pieces=pieces)
     if effects.error is not None:
         effects, exact = exact_details(
-            problem, ready.inputs, ready.fitted, effects, spec.exact_top, progress=progress,
-            pieces=pieces,
-        )  # fmt: skip
+            problem, ready.inputs, ready.fitted, effects, spec.exact_top, progress=progress, pieces=pieces
+        )
         checks = {i: {**found, **exact[i]} for i, found in checks.items()}
     top = spec.exact_top if spec.estimator in _BY_GRADIENTS else 0
-    shares = strongest_shares(problem, ready.inputs, ready.fitted, ready.groups, effects, top,
-                              progress=progress)  # fmt: skip
+    shares = strongest_shares(problem, ready.inputs, ready.fitted, ready.groups, effects, top, progress=progress)
     return effects, checks, shares
 
 
@@ -174,8 +151,11 @@ def sketch_source(study: Study, run: RunFolder | None, subject: Subject) -> Sket
     spec, model = study.sketch, subject.loaded.model
     folder = spec.store or (None if run is None else run.path("sketches"))
     if folder is None:
-        raise UserError("sketches have no place to be kept", rule="sketch.store, or a run folder",
-                        fix="pass --run RUN, or --set sketch.store=FOLDER")  # fmt: skip
+        raise UserError(
+            "sketches have no place to be kept",
+            rule="sketch.store, or a run folder",
+            fix="pass --run RUN, or --set sketch.store=FOLDER",
+        )
     projection = Projection(model, spec.size, spec.seed)
     identity = {
         **subject.identity,
@@ -199,14 +179,14 @@ def sketch_record(study: Study, run: RunFolder, ready: Ready, error: SketchError
         "error_factor": error.factor,
         "sample": list(error.sample),
         "prompts": dict(prompt_key(prompt) for prompt in ready.problem.prompts),
-        "pairs": {pair.id: pair_row(pair).digest for pair in ready.inputs},
+        "examples": {example.id: example_row(example).digest for example in ready.inputs},
     }
 
 
-def token_texts(subject: Subject, pair: PairInput) -> list[str]:
+def token_texts(subject: Subject, example: Example) -> list[str]:
     """Each response token as text."""
     decode = subject.loaded.tokenizer.decode
-    return [str(decode([token])) for token in pair.ids[pair.start :]]
+    return [str(decode([token])) for token in example.ids[example.start :]]
 
 
 def read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[str]]]:
@@ -214,9 +194,7 @@ def read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[st
     arrays, ids = run.read_tensors("activations")
     readouts, reads = run.read_tensors("readouts")
     if reads["prompt_ids"] != ids["prompt_ids"]:
-        raise UserError(
-            "activations and read-outs are of different prompts", fix="run policy again, --fresh"
-        )
+        raise UserError("activations and read-outs are of different prompts", fix="run policy again, --fresh")
     record = run.read_json("policy")
     fitted = fit_policy(
         arrays["X"],
@@ -233,11 +211,7 @@ def read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[st
 
 
 def make_problem(
-    study: Study,
-    subject: Subject,
-    prompts: Sequence[ReadPrompt],
-    block: int,
-    features: FeatureMap | ConceptMap,
+    study: Study, subject: Subject, prompts: Sequence[ReadPrompt], block: int, features: FeatureMap | ConceptMap
 ) -> Problem:
     """The study's problem for these prompts, read after this block."""
     return Problem(
@@ -254,16 +228,14 @@ def make_problem(
     )
 
 
-def with_curvature(
-    study: Study, problem: Problem, pairs: Sequence[PairInput], progress: Progress
-) -> Problem:
+def with_curvature(study: Study, problem: Problem, examples: Sequence[Example], progress: Progress) -> Problem:
     """The problem in the study's metric, of its optimizer or of the loss; left in one it has."""
     spec = study.attribution
     if spec.curvature == "identity" or problem.scale is not None:
         return problem
     if spec.curvature == "ekfac":
-        progress.step("curvature of the loss", 2 * len(pairs))
-        curved = with_ekfac(problem, pairs, damping=spec.damping, progress=progress)
+        progress.step("curvature of the loss", 2 * len(examples))
+        curved = with_ekfac(problem, examples, damping=spec.damping, progress=progress)
         moving = moving_parameters(problem.model, problem.parameters)
         layers = len(curved.parameters or ())
         progress.note(
@@ -272,16 +244,17 @@ def with_curvature(
         )
         return curved
     if spec.moments is None:
-        progress.step("second moments of the gradients", len(pairs))
-    return with_adam(problem, pairs, moments=spec.moments, eps=spec.adam_eps,
-                     batch=spec.adam_batch, progress=progress)  # fmt: skip
+        progress.step("second moments of the gradients", len(examples))
+    return with_adam(
+        problem, examples, moments=spec.moments, eps=spec.adam_eps, batch=spec.adam_batch, progress=progress
+    )
 
 
 def over_checkpoints(
     study: Study,
     subject: Subject,
     problem: Problem,
-    pairs: Sequence[PairInput],
+    examples: Sequence[Example],
     progress: Progress,
     compute: Callable[[Problem, int], T],
 ) -> Iterator[T]:
@@ -292,29 +265,30 @@ def over_checkpoints(
     """
     checkpoints = study.attribution.checkpoints
     if checkpoints is None:
-        yield compute(with_curvature(study, problem, pairs, progress), 0)
+        yield compute(with_curvature(study, problem, examples, progress), 0)
     for number, checkpoint in enumerate(checkpoints or ()):
         progress.step(f"checkpoint {number + 1} of {len(checkpoints or ())}")
         there = at_checkpoint(problem, open_checkpoint(study, checkpoint, subject), checkpoint.lr)
-        there = with_curvature(study, there, pairs, progress)
+        there = with_curvature(study, there, examples, progress)
         found = compute(there, number)
         del there
         yield found
 
 
 def _over_checkpoints(
-    study: Study,
-    subject: Subject,
-    ready: Ready,
-    compute: Callable[..., Effects],
-    progress: Progress,
-    pieces: Pieces,
+    study: Study, subject: Subject, ready: Ready, compute: Callable[..., Effects], progress: Progress, pieces: Pieces
 ) -> Effects:
     """Effects summed over the checkpoints; losses are those of the base model."""
-    effects = summed(over_checkpoints(
-        study, subject, ready.problem, ready.inputs, progress,
-        lambda there, number: compute(there, pieces=NumberedPieces(pieces, number)),
-    ))  # fmt: skip
+    effects = summed(
+        over_checkpoints(
+            study,
+            subject,
+            ready.problem,
+            ready.inputs,
+            progress,
+            lambda there, number: compute(there, pieces=NumberedPieces(pieces, number)),
+        )
+    )
     problem = ready.problem
-    losses = pair_losses(problem.model, ready.inputs, problem.batch_tokens)
+    losses = example_losses(problem.model, ready.inputs, problem.batch_tokens)
     return replace(effects, losses=losses.numpy())

@@ -1,11 +1,11 @@
-"""What a run's pairs can be ranked by, by name.
+"""What a run's examples can be ranked by, by name.
 
 score, mean_y:GROUP
     Influence on the policy's score, on the mean y of a group of prompts.
 concept:NAME
     Influence on a concept's read-out: the method ``gradient`` of ``taught concept-influence``.
 concept:NAME:METHOD
-    A pair's value by any of its methods.
+    An example's value by any of its methods.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from taught.data.columns import name_ids
 from taught.errors import UserError
-from taught.run import RunFolder
+from taught.run.folder import RunFolder
 
 CONCEPT = "concept:"
 STAGE = "concept-influence"
@@ -28,7 +28,7 @@ GRADIENT = "gradient"
 
 @dataclass(frozen=True, eq=False)
 class TargetValues:
-    """One value for each pair of a run.
+    """One value for each example of a run.
 
     Attributes
     ----------
@@ -49,23 +49,23 @@ def stages_read(*targets: str | None) -> tuple[str, ...]:
 
 
 def read_targets(run: RunFolder, *targets: str) -> list[TargetValues]:
-    """Values of every pair for some targets; the summary is read once.
+    """Values of every example for some targets; the summary is read once.
 
     Raises
     ------
     UserError
-        Not a target of this run; the concept's pairs are not those of the run.
+        Not a target of this run; the concept's examples are not those of the run.
     """
     columns = summary_targets(run)
     for target in targets:
         if not target.startswith(CONCEPT) and target not in columns:
             raise _unknown(run, target)
     asked = dict.fromkeys(columns[target] for target in targets if target in columns)
-    summary = run.read_table("summary", ["pair_id", *asked])
+    summary = run.read_table("summary", ["example_id", *asked])
     return [
         TargetValues(target, _floats(summary[columns[target]]), True)
         if target in columns
-        else _of_concept(run, target, summary["pair_id"])
+        else _of_concept(run, target, summary["example_id"])
         for target in targets
     ]
 
@@ -77,21 +77,23 @@ def summary_targets(run: RunFolder) -> dict[str, str]:
     return {"score": "score"} | {f"mean_y:{group}": f"mean_y_{group}" for group in groups}
 
 
-def _of_concept(run: RunFolder, target: str, pair_ids: pa.ChunkedArray) -> TargetValues:
+def _of_concept(run: RunFolder, target: str, example_ids: pa.ChunkedArray) -> TargetValues:
     run.require(STAGE)
     known = _concept_targets(run)
     if target not in known:
         raise _unknown(run, target)
     name, method = known[target]
     rows = (pc.field("concept") == name) & (pc.field("method") == method)
-    found = run.read_table("concept_influence", ["pair_id", "value"], rows)
-    place = pc.index_in(pair_ids, found["pair_id"].combine_chunks())
-    if place.null_count or len(found) != len(pair_ids):
-        missing = pair_ids.filter(pc.is_null(place)).to_pylist()
-        raise UserError("the concept was read on other pairs than the run's",
-                        value=name_ids(missing) or f"{len(found)} and {len(pair_ids)} pairs",
-                        rule="every pair of the run has one value",
-                        fix="run taught concept-influence again, with --run")  # fmt: skip
+    found = run.read_table("concept_influence", ["example_id", "value"], rows)
+    place = pc.index_in(example_ids, found["example_id"].combine_chunks())
+    if place.null_count or len(found) != len(example_ids):
+        missing = example_ids.filter(pc.is_null(place)).to_pylist()
+        raise UserError(
+            "the concept was read on other examples than the run's",
+            value=name_ids(missing) or f"{len(found)} and {len(example_ids)} examples",
+            rule="every example of the run has one value",
+            fix="run taught concept-influence again, with --run",
+        )
     return TargetValues(target, _floats(found["value"].take(place)), method == GRADIENT)
 
 

@@ -1,1 +1,1 @@
-"""Ground truth by retraining: what training on chosen pairs does to the read-outs."""
+"""Ground truth by retraining: what training on chosen examples does to the read-outs."""

@@ -1,12 +1,12 @@
-"""Ways of choosing the pairs, each trained on and read: which model is better, and by how much.
+"""Ways of choosing the examples, each trained on and read: which model is better, and by how much.
 
-An *arm* is a way of choosing (all pairs, a rule's, at random); it has a model, or several. For each
+An *arm* is a way of choosing (all examples, a rule's, at random); it has a model, or several. For each
 metric m of a model (:func:`taught.validation.outcomes.metrics`) and the S models of the random arm
 
     value = mean m over the arm's models,    difference = value - value of the random arm
 
 Two things vary. *Prompts*: bootstrapped within their group, the same draws for all arms. *Runs*:
-the random arm's models differ by their pairs; an arm's own R models would differ by their seed
+the random arm's models differ by their examples; an arm's own R models would differ by their seed
 alone, so the random ones' variance s^2 is conservative for them, and possible with R = 1. A
 difference gets Student's t with S - 1 degrees of freedom, times s sqrt(1/R + 1/S); the base model
 was not trained, and has no 1/R. The interval of a value is that of the prompts alone.
@@ -37,7 +37,7 @@ class ArmRow:
 
     Attributes
     ----------
-    arm, metric, models, pairs : the arm's number of models, and of pairs that each is trained on
+    arm, metric, models, examples : the arm's number of models, and of examples that each is trained on
     value, lo, hi : mean over its models, 95% interval over prompts
     difference, difference_lo, difference_hi : to the random arm; nan for the random arm itself
     p, p_holm : of the difference being 0, two-sided; corrected over the arms within the metric
@@ -46,7 +46,7 @@ class ArmRow:
     arm: str
     metric: str
     models: int
-    pairs: int
+    examples: int
     value: float
     lo: float
     hi: float
@@ -59,7 +59,7 @@ class ArmRow:
 
 def compare_arms(
     arms: Mapping[str, Floats],
-    pairs: Mapping[str, int],
+    examples: Mapping[str, int],
     positive: Sequence[int],
     negative: Sequence[int],
     *,
@@ -71,7 +71,7 @@ def compare_arms(
     Parameters
     ----------
     arms : arm -> behavior of its models, float64 [R, N], natural logarithm
-    pairs : arm -> number of pairs
+    examples : arm -> number of examples
     positive, negative : columns of the prompts that should show the behavior, and should not
 
     Raises
@@ -81,11 +81,12 @@ def compare_arms(
     """
     S = len(arms.get(RANDOM, ()))
     if S < LEAST_MODELS:
-        raise UserError("too few random models to compare with", value=S,
-                        rule=f"at least {LEAST_MODELS}")  # fmt: skip
+        raise UserError("too few random models to compare with", value=S, rule=f"at least {LEAST_MODELS}")
     rng = np.random.default_rng(seed)
-    weights = [rng.multinomial(len(side), np.full(len(side), 1 / len(side)), size=draws)
-               / len(side) for side in (positive, negative)]  # fmt: skip
+    weights = [
+        rng.multinomial(len(side), np.full(len(side), 1 / len(side)), size=draws) / len(side)
+        for side in (positive, negative)
+    ]
     t = rng.standard_normal(draws) * np.sqrt((S - 1) / rng.chisquare(S - 1, size=draws))
     points, drawn = {}, {}
     for arm, y in arms.items():
@@ -109,7 +110,5 @@ def compare_arms(
         corrected |= zip(others, holm([p[arm] for arm in others]).tolist(), strict=True)
         for arm, y in arms.items():
             value = percentile_interval(float(points[arm][name].mean()), drawn[arm][name])
-            rows.append(
-                ArmRow(arm, name, len(y), pairs[arm], *value, *gaps[arm], p[arm], corrected[arm])
-            )
+            rows.append(ArmRow(arm, name, len(y), examples[arm], *value, *gaps[arm], p[arm], corrected[arm]))
     return rows

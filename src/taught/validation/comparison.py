@@ -1,7 +1,7 @@
 """Methods side by side on the same retrainings: what is known in, rows of tables out.
 
 LDS raw and controlled, differences between methods, trivial predictors, noise ceilings, and how
-well planted pairs stand out. Nothing is computed with a model here, and no file is read.
+well planted examples stand out. Nothing is computed with a model here, and no file is read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from taught.validation.subsets import Subsets
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Scores = dict[str, dict[str, dict[str, float]]]  # method -> target -> pair id -> influence
+Scores = dict[str, dict[str, dict[str, float]]]  # method -> target -> example id -> influence
 
 LEAST_SUBSETS = 8  # fewer have no rank correlation worth an interval
 RANK_DESIGNS = ("random", "matched", "leave-out", "leave-one-out")
@@ -70,8 +70,8 @@ class Comparison:
     ----------
     methods, baselines : scores of both kinds; among the baselines are "response-length" and "loss"
     truths : what retraining did, design by design
-    labels : pair id -> label, of all pairs
-    planted : ids of planted pairs; with none of them, or all, there is nothing to set apart
+    labels : example id -> label, of all examples
+    planted : ids of planted examples; with none of them, or all, there is nothing to set apart
     rivals : (method, other) whose LDS is compared
     """
 
@@ -85,12 +85,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PlantedRow:
-    """How well a method's influence on a target sets the planted pairs apart.
+    """How well a method's influence on a target sets the planted examples apart.
 
     Attributes
     ----------
     auc, lo, hi : area under the ROC curve with its 95% interval; .5 by chance
-    precision : share of planted pairs among the k with the highest influence, k their number
+    precision : share of planted examples among the k with the highest influence, k their number
     """
 
     method: str
@@ -112,15 +112,15 @@ class CeilingRow(NoiseCeiling):
 
 
 def by_length(methods: Scores, norms: Mapping[str, float]) -> Scores:
-    """Each method's values over the length of the pair's gradient, as METHOD/norm.
+    """Each method's values over the length of the example's gradient, as METHOD/norm.
 
     Training by Adam moves the parameters about as far for a short gradient as for a long one, so
-    the direction of a pair's gradient may say more than its length (TrackStar, arXiv 2410.17413,
+    the direction of an example's gradient may say more than its length (TrackStar, arXiv 2410.17413,
     does likewise). A gradient of length 0 has influence 0.
 
     Parameters
     ----------
-    norms : pair id -> |grad L(pair)|
+    norms : example id -> |grad L(example)|
     """
     return {
         f"{method}/norm": {
@@ -150,7 +150,7 @@ def compared(it: Comparison) -> Compared:
     Raises
     ------
     UserError
-        A subset has no outcome, or a pair no finite score.
+        A subset has no outcome, or an example no finite score.
     """
     every = {**it.methods, **it.baselines}
     length, loss = (next(iter(it.baselines[name].values())) for name in ("response-length", "loss"))
@@ -161,21 +161,14 @@ def compared(it: Comparison) -> Compared:
         controls = {"response-length": length, **({} if design == "matched" else labels)}
         trivial = {"response-length": length, "loss": loss, **labels}
         tables.lds.extend(lds_rows(subsets, outcomes, every, controls, design=design))
-        tables.lds_differences.extend(
-            differences(subsets, outcomes, every, it.rivals, design=design)
-        )
-        tables.trivial.extend(
-            explained_by_trivial(subsets, outcomes, it.methods, trivial, design=design)
-        )
+        tables.lds_differences.extend(differences(subsets, outcomes, every, it.rivals, design=design))
+        tables.trivial.extend(explained_by_trivial(subsets, outcomes, it.methods, trivial, design=design))
         tables.noise_ceiling.extend(_ceilings(truth))
     return tables
 
 
 def truths(
-    subsets: pa.Table,
-    outcomes: pa.Table,
-    inclusion: Mapping[str, Mapping[str, float]],
-    targets: Collection[str],
+    subsets: pa.Table, outcomes: pa.Table, inclusion: Mapping[str, Mapping[str, float]], targets: Collection[str]
 ) -> list[Truth]:
     """Designs of which a rank correlation can be taken: those with eight subsets or more.
 
@@ -193,39 +186,41 @@ def truths(
     """
     members: dict[str, dict[str, list[str]]] = {}
     for row in subsets.to_pylist():
-        members.setdefault(row["design"], {}).setdefault(row["subset"], []).append(row["pair_id"])
+        members.setdefault(row["design"], {}).setdefault(row["subset"], []).append(row["example_id"])
     found: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
     for row in outcomes.to_pylist():
         name = TargetName(row["target"], row["feature_id"], row["group"]).label
         if name in targets:
             repeats = found.setdefault(row["design"], {}).setdefault(name, {})
             repeats.setdefault(row.get("repeat", 0), {})[row["subset"]] = row["value"]
-    ranked = [design for design, some in members.items()
-              if len(some) >= LEAST_SUBSETS and design in RANK_DESIGNS]  # fmt: skip
+    ranked = [design for design, some in members.items() if len(some) >= LEAST_SUBSETS and design in RANK_DESIGNS]
     for design in ranked:
         missing = [name for name in targets if name not in found.get(design, {})]
         if missing:
-            raise UserError(f"retraining ({design}) has no outcomes of these targets",
-                            value=", ".join(missing), rule="outcomes are of the policy's targets",
-                            fix="run taught validate again")  # fmt: skip
+            raise UserError(
+                f"retraining ({design}) has no outcomes of these targets",
+                value=", ".join(missing),
+                rule="outcomes are of the policy's targets",
+                fix="run taught validate again",
+            )
     return [
         Truth(
             design,
-            Subsets(tuple(members[design]), tuple(map(tuple, members[design].values())),
-                    inclusion[design]),
+            Subsets(tuple(members[design]), tuple(map(tuple, members[design].values())), inclusion[design]),
             {name: found[design][name] for name in targets},
         )
         for design in ranked
-    ]  # fmt: skip
+    ]
 
 
 def _indicators(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """For every label: 1 for its pairs, 0 for the others. Their sums are the counts of labels."""
+    """For every label: 1 for its examples, 0 for the others. Their sums are the counts of labels."""
     names = sorted(set(labels.values()))
     return {
-        f"label {name}": {pair: float(label == name) for pair, label in labels.items()}
-        for name in names if len(names) > 1
-    }  # fmt: skip
+        f"label {name}": {example: float(label == name) for example, label in labels.items()}
+        for name in names
+        if len(names) > 1
+    }
 
 
 def _ceilings(truth: Truth) -> list[CeilingRow]:
@@ -233,10 +228,12 @@ def _ceilings(truth: Truth) -> list[CeilingRow]:
     return [
         CeilingRow(
             **asdict(noise_ceiling(truth.subsets, {str(k): of for k, of in repeats.items()})),
-            target=target, subsets=truth.design,
+            target=target,
+            subsets=truth.design,
         )
-        for target, repeats in truth.measured.items() if len(repeats) > 1
-    ]  # fmt: skip
+        for target, repeats in truth.measured.items()
+        if len(repeats) > 1
+    ]
 
 
 def _planted(scores: Scores, planted: Collection[str]) -> list[PlantedRow]:
@@ -245,18 +242,26 @@ def _planted(scores: Scores, planted: Collection[str]) -> list[PlantedRow]:
         for target, values in of.items():
             if 0 < len(planted) < len(values):
                 found = auc(values, planted)
-                rows.append(PlantedRow(
-                    method, target, found.value, found.lo, found.hi,
-                    precision_at_k(values, planted, len(planted)), found.planted, found.others,
-                ))  # fmt: skip
+                rows.append(
+                    PlantedRow(
+                        method,
+                        target,
+                        found.value,
+                        found.lo,
+                        found.hi,
+                        precision_at_k(values, planted, len(planted)),
+                        found.planted,
+                        found.others,
+                    )
+                )
     return rows
 
 
 def is_planted(flags: Mapping[str, object]) -> bool:
-    """Whether a pair's column ``planted`` marks it, as JSON, Parquet or CSV have it."""
+    """Whether an example's column ``planted`` marks it, as JSON, Parquet or CSV have it."""
     return str(flags.get("planted")).strip().lower() in ("true", "1", "1.0")
 
 
-def values_by_pair(pair_ids: Iterable[str], values: Iterable[float]) -> dict[str, float]:
-    """Pair id -> value, as plain numbers."""
-    return dict(zip(pair_ids, map(float, values), strict=True))
+def values_by_example(example_ids: Iterable[str], values: Iterable[float]) -> dict[str, float]:
+    """Example id -> value, as plain numbers."""
+    return dict(zip(example_ids, map(float, values), strict=True))

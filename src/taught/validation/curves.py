@@ -1,7 +1,7 @@
-"""Removal and addition curves: what a method names against as many random pairs.
+"""Removal and addition curves: what a method names against as many random examples.
 
-*Removal*: train on all pairs but the k with the highest score. *Addition*: train on these k alone.
-Beside each stand sets of k random pairs. At every budget k
+*Removal*: train on all examples but the k with the highest score. *Addition*: train on these k alone.
+Beside each stand sets of k random examples. At every budget k
 
     difference = outcome of the method's set - mean outcome of the random sets
 
@@ -9,14 +9,14 @@ and over the budgets the area between the two curves, in units of the outcome,
 
     area = 1 / b_K  integral from 0 to b_K of difference(b) db    (trapezoids, difference(0) = 0)
 
-b the share of the pairs. Removing what raises a target should lower it: a good method has a
+b the share of the examples. Removing what raises a target should lower it: a good method has a
 negative difference there, and a positive one under addition.
 
 Two things vary. *Prompts*: bootstrapped, the same draws for both sides. *Runs* (random sets, and
 seeds of training): with S random runs and R of the method, the mean difference gets an error of
 Student's t with S - 1 degrees of freedom and the covariance over budgets of the random runs, times
 1/R + 1/S. A bootstrap of five runs would be too short by a third. The method's runs differ by their
-seed alone, the random ones by their pairs as well, so taking the covariance from these is
+seed alone, the random ones by their examples as well, so taking the covariance from these is
 conservative, and possible with R = 1.
 """
 
@@ -46,15 +46,15 @@ class Plan:
     Attributes
     ----------
     kind : "remove" or "add"
-    pairs : P, number of pairs
-    budgets : K numbers of pairs removed or added, ascending
+    examples : P, number of examples
+    budgets : K numbers of examples removed or added, ascending
     subsets : everything to train on, by name
     chosen : K names, the method's sets
     controls : S runs of K names each, the random sets; within a run they are nested
     """
 
     kind: Kind
-    pairs: int
+    examples: int
     budgets: tuple[int, ...]
     subsets: Subsets
     chosen: tuple[str, ...]
@@ -67,7 +67,7 @@ class CurvePoint:
 
     Attributes
     ----------
-    budget, share : number of pairs removed or added, and their share of all
+    budget, share : number of examples removed or added, and their share of all
     method, random : mean outcomes
     difference, lo, hi : method - random, with its 95% interval
     p, p_holm : two-sided, and corrected for all budgets of the curve
@@ -120,8 +120,8 @@ def plan_curve(
 
     Parameters
     ----------
-    scores : pair id -> score; the highest go first, ties to the smaller id
-    budgets : numbers of pairs to remove or add
+    scores : example id -> score; the highest go first, ties to the smaller id
+    budgets : numbers of examples to remove or add
     method : goes into the names of the method's sets; those of random sets are the same for all
         methods, so they are trained once
     runs : random sets a budget; what is trained on are the first ones that ``random_subsets`` of
@@ -130,20 +130,23 @@ def plan_curve(
     Raises
     ------
     UserError
-        No budget, one that leaves no pair or takes none, a score that is not finite, too few runs.
+        No budget, one that leaves no example or takes none, a score that is not finite, too few runs.
     """
-    bad = sorted(pair for pair, value in scores.items() if not np.isfinite(value))
+    bad = sorted(example for example, value in scores.items() if not np.isfinite(value))
     if bad:
         raise UserError("scores are not finite", value=bad[:8], rule="every score is a number")
     steps = tuple(sorted(set(budgets)))
     if not steps or steps[0] < 1 or steps[-1] >= len(scores):
-        raise UserError("these budgets make no curve", value=list(budgets),
-                        rule=f"numbers of pairs from 1 to {len(scores) - 1}",
-                        fix="give other budgets")  # fmt: skip
+        raise UserError(
+            "these budgets make no curve",
+            value=list(budgets),
+            rule=f"numbers of examples from 1 to {len(scores) - 1}",
+            fix="give other budgets",
+        )
     if runs < LEAST_RUNS:
         raise UserError("too few random sets", value=runs, rule=f"at least {LEAST_RUNS}")
     pool = sorted(scores)
-    ranking = sorted(pool, key=lambda pair: (-scores[pair], pair))
+    ranking = sorted(pool, key=lambda example: (-scores[example], example))
     members: dict[str, tuple[str, ...]] = {}
 
     def nested(order: Sequence[str], name: str) -> tuple[str, ...]:
@@ -159,11 +162,11 @@ def plan_curve(
     draws = ([pool[i] for i in rng.permutation(len(pool))] for _ in range(runs))
     orders = (order if kind == "add" else order[::-1] for order in draws)
     controls = tuple(nested(order, f"random-{i}") for i, order in enumerate(orders))
-    held = {pair: 0 for pair in pool}
+    held = {example: 0 for example in pool}
     for subset in members.values():
-        for pair in subset:
-            held[pair] += 1
-    inclusion = {pair: count / len(members) for pair, count in held.items()}
+        for example in subset:
+            held[example] += 1
+    inclusion = {example: count / len(members) for example, count in held.items()}
     subsets = Subsets(tuple(members), tuple(members.values()), inclusion)
     return Plan(kind, len(pool), steps, subsets, chosen, controls)
 
@@ -183,7 +186,7 @@ def run_curve(
 
     Parameters
     ----------
-    retrain : (pair ids, training seed) -> outcome of each prompt, by prompt id
+    retrain : (example ids, training seed) -> outcome of each prompt, by prompt id
 
     Raises
     ------
@@ -193,18 +196,13 @@ def run_curve(
     members = dict(zip(plan.subsets.names, plan.subsets.members, strict=True))
     method = [[retrain(members[name], s) for name in plan.chosen] for s in seeds]
     random = [
-        [retrain(members[name], seeds[run % len(seeds)]) for name in names]
-        for run, names in enumerate(plan.controls)
+        [retrain(members[name], seeds[run % len(seeds)]) for name in names] for run, names in enumerate(plan.controls)
     ]
     prompts = sorted(method[0][0])
-    return compare_curves(
-        plan, _stacked(method, prompts), _stacked(random, prompts), draws=draws, seed=seed
-    )
+    return compare_curves(plan, _stacked(method, prompts), _stacked(random, prompts), draws=draws, seed=seed)
 
 
-def compare_curves(
-    plan: Plan, method: Floats, random: Floats, *, draws: int = DRAWS, seed: int = 0
-) -> Curve:
+def compare_curves(plan: Plan, method: Floats, random: Floats, *, draws: int = DRAWS, seed: int = 0) -> Curve:
     """The curve of a plan from its outcomes.
 
     Parameters
@@ -220,7 +218,7 @@ def compare_curves(
     counts = rng.multinomial(N, np.full(N, 1 / N), size=draws) / N
     noise = _run_noise(random.mean(2), draws, rng) * np.sqrt(1 / R + 1 / S)
     drawn = counts @ gap.T + noise  # [draws, K]
-    shares = np.array(plan.budgets) / plan.pairs
+    shares = np.array(plan.budgets) / plan.examples
     weights = _trapezoids(shares)
     value = gap.mean(1)
     area = percentile_interval(float(weights @ value), drawn @ weights)
@@ -229,12 +227,8 @@ def compare_curves(
     for k, (budget, adjusted) in enumerate(zip(plan.budgets, holm(p), strict=True)):
         means = float(method[:, k].mean()), float(random[:, k].mean())
         ends = percentile_interval(float(value[k]), drawn[:, k])
-        points.append(
-            CurvePoint(budget, float(shares[k]), *means, *ends, float(p[k]), float(adjusted))
-        )
-    return Curve(
-        plan.kind, tuple(points), *area, two_sided(drawn @ weights), R, S, N
-    )  # fmt: skip
+        points.append(CurvePoint(budget, float(shares[k]), *means, *ends, float(p[k]), float(adjusted)))
+    return Curve(plan.kind, tuple(points), *area, two_sided(drawn @ weights), R, S, N)
 
 
 def _run_noise(runs: Floats, draws: int, rng: np.random.Generator) -> Floats:
@@ -268,13 +262,14 @@ def _stacked(runs: Sequence[Sequence[Mapping[str, float]]], prompts: Sequence[st
     for run in runs:
         for outcome in run:
             if sorted(outcome) != prompts:
-                raise UserError("retrainings were read on different prompts",
-                                value=sorted(set(outcome) ^ set(prompts))[:8],
-                                rule="the same prompts for every subset")  # fmt: skip
+                raise UserError(
+                    "retrainings were read on different prompts",
+                    value=sorted(set(outcome) ^ set(prompts))[:8],
+                    rule="the same prompts for every subset",
+                )
     table = np.array([[[outcome[i] for i in prompts] for outcome in run] for run in runs])
     bad = ~np.isfinite(table).all((0, 1))
     if bad.any():
         names = [prompt for prompt, spoilt in zip(prompts, bad, strict=True) if spoilt]
-        raise UserError("outcomes of some prompts are not finite", value=names[:8],
-                        rule="every outcome is a number")  # fmt: skip
+        raise UserError("outcomes of some prompts are not finite", value=names[:8], rule="every outcome is a number")
     return table

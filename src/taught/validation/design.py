@@ -1,12 +1,12 @@
 """Which retraining next: subsets chosen so that the variance of an asked effect falls fastest.
 
 A pool of Q subsets with a reference distribution (uniform: "a random subset") defines what is asked
-without a model of training. With x the number of members of a group of n pairs in a subset,
+without a model of training. With x the number of members of a group of n examples in a subset,
 
     effect = n Cov(x, outcome) / Var(x) = sum_q reference_q g_q outcome_q,
     g_q = n (x_q - mean x) / Var(x)
 
-the slope of the outcome on x, for the whole group; n = 1 asks for one pair. In a linear datamodel,
+the slope of the outcome on x, for the whole group; n = 1 asks for one example. In a linear datamodel,
 outcome = constant + sum of theta over the members (Ilyas et al., arXiv 2202.00622), it is the sum
 of the group's theta; in subsets of one size, where whoever joins takes another's place, minus that
 of as many average others.
@@ -107,14 +107,12 @@ class Effect:
     retrainings: int
 
 
-def ask(
-    pool: Subsets, groups: Mapping[str, Collection[str]], reference: Floats | None = None
-) -> Question:
-    """Ask for the effects of groups of pairs (of one id: of that pair).
+def ask(pool: Subsets, groups: Mapping[str, Collection[str]], reference: Floats | None = None) -> Question:
+    """Ask for the effects of groups of examples (of one id: of that example).
 
     Parameters
     ----------
-    groups : name -> pair ids
+    groups : name -> example ids
     reference : float64 [Q], or None for uniform
 
     Raises
@@ -127,19 +125,20 @@ def ask(
     rho = np.full(len(pool), 1 / len(pool)) if reference is None else reference
     weights = []
     for name, group in groups.items():
-        x = held[:, [pair in group for pair in ids]].sum(1)
+        x = held[:, [example in group for example in ids]].sum(1)
         if np.ptp(x[rho > 0]) == 0:
-            raise UserError("the pool says nothing about this group", value=name,
-                            rule="its number of members differs between subsets",
-                            fix="use another pool")  # fmt: skip
+            raise UserError(
+                "the pool says nothing about this group",
+                value=name,
+                rule="its number of members differs between subsets",
+                fix="use another pool",
+            )
         off = x - rho @ x
         weights.append(len(group) * off / (rho @ off**2))
     return Question(tuple(groups), pool, rho, np.stack(weights))
 
 
-def next_probabilities(
-    question: Question, earlier: Sequence[Round], count: int, *, mix: float = MIX
-) -> Floats:
+def next_probabilities(question: Question, earlier: Sequence[Round], count: int, *, mix: float = MIX) -> Floats:
     """Probabilities [Q] of the next ``count`` draws: those that bring all rounds nearest to p*.
 
     Parameters
@@ -182,7 +181,7 @@ def estimate(
     rounds : all retrainings there are, random ones included; probabilities must not have been
         chosen by outcomes
     outcomes : subset name -> measured change
-    scores : pair id -> influence, the datamodel's prior; None: the mean outcome of the other folds
+    scores : example id -> influence, the datamodel's prior; None: the mean outcome of the other folds
         is all that is subtracted
 
     Raises
@@ -233,16 +232,9 @@ class Chosen:
 
 
 def choose(
-    ids: Sequence[str],
-    name: str,
-    group: Collection[str],
-    size: int,
-    count: int,
-    *,
-    seed: int,
-    random: int = 0,
+    ids: Sequence[str], name: str, group: Collection[str], size: int, count: int, *, seed: int, random: int = 0
 ) -> Chosen:
-    """``count`` subsets of ``size`` pairs for the effect of a group, drawn as the module says.
+    """``count`` subsets of ``size`` examples for the effect of a group, drawn as the module says.
 
     Parameters
     ----------
@@ -269,7 +261,7 @@ def choose(
 
 @dataclass(frozen=True, eq=False)
 class Couples:
-    """Subsets in couples: a background of pairs, and the same with a group added.
+    """Subsets in couples: a background of examples, and the same with a group added.
 
     Attributes
     ----------
@@ -284,24 +276,23 @@ class Couples:
     including: tuple[str, ...]
 
 
-def couples(
-    ids: Sequence[str], name: str, group: Collection[str], size: int, count: int, *, seed: int
-) -> Couples:
-    """``count`` random backgrounds of ``size`` pairs outside the group, without and with it.
+def couples(ids: Sequence[str], name: str, group: Collection[str], size: int, count: int, *, seed: int) -> Couples:
+    """``count`` random backgrounds of ``size`` examples outside the group, without and with it.
 
     Raises
     ------
     UserError
-        The group holds ids that are not among the pairs; fewer than 2 couples; or as
+        The group holds ids that are not among the examples; fewer than 2 couples; or as
         :func:`random_subsets`.
     """
     if count < 2:
-        raise UserError("too few couples for an interval", value=count, rule="at least 2",
-                        fix="raise validation.subsets")  # fmt: skip
+        raise UserError(
+            "too few couples for an interval", value=count, rule="at least 2", fix="raise validation.subsets"
+        )
     strangers = sorted(set(group) - set(ids))
     if strangers:
-        raise UserError("the group holds unknown pairs", value=strangers[:8])
-    others = [pair for pair in ids if pair not in set(group)]
+        raise UserError("the group holds unknown examples", value=strangers[:8])
+    others = [example for example in ids if example not in set(group)]
     backgrounds = random_subsets(others, size, count, seed=seed)
     without = tuple(f"without-{name}-{i:04d}" for i in range(count))
     including = tuple(f"with-{name}-{i:04d}" for i in range(count))
@@ -323,11 +314,14 @@ def couple_effect(made: Couples, outcomes: Mapping[str, float]) -> Effect:
     missing = [name for name in names if not math.isfinite(outcomes.get(name, math.nan))]
     count = len(made.without)
     if missing:
-        raise UserError("the couples have no effect yet", value=missing[:8],
-                        rule="every subset has a finite outcome",
-                        fix="finish their retraining")  # fmt: skip
-    pairs = zip(made.without, made.including, strict=True)
-    gap = np.array([outcomes[b] - outcomes[a] for a, b in pairs])
+        raise UserError(
+            "the couples have no effect yet",
+            value=missing[:8],
+            rule="every subset has a finite outcome",
+            fix="finish their retraining",
+        )
+    examples = zip(made.without, made.including, strict=True)
+    gap = np.array([outcomes[b] - outcomes[a] for a, b in examples])
     half = student_t(count - 1) * float(gap.std(ddof=1)) / math.sqrt(count)
     value = float(gap.mean())
     return Effect(made.asked, value, value - half, value + half, 2 * count)
@@ -407,16 +401,22 @@ def _level(best: Floats, before: Floats, count: int) -> float:
 
 def _refuse_few(drawn: int, folds: int) -> None:
     if drawn < 2 * folds:
-        raise UserError("too few retrainings for an estimate", value=drawn,
-                        rule=f"at least 2 for each of {folds} folds",
-                        fix="raise validation.subsets")  # fmt: skip
+        raise UserError(
+            "too few retrainings for an estimate",
+            value=drawn,
+            rule=f"at least 2 for each of {folds} folds",
+            fix="raise validation.subsets",
+        )
 
 
 def _known(question: Question, drawn: NDArray[np.int64], outcomes: Mapping[str, float]) -> Floats:
     names = [question.pool.names[q] for q in drawn]
     missing = sorted({n for n in names if not math.isfinite(outcomes.get(n, math.nan))})
     if missing:
-        raise UserError("drawn subsets have no finite outcome", value=missing[:8],
-                        rule="one number for each subset",
-                        fix="finish their retraining")  # fmt: skip
+        raise UserError(
+            "drawn subsets have no finite outcome",
+            value=missing[:8],
+            rule="one number for each subset",
+            fix="finish their retraining",
+        )
     return np.array([outcomes[name] for name in names], dtype=np.float64)

@@ -123,13 +123,14 @@ def load_judge(name: str | None = None) -> Judge:
     try:
         judge: Any = getattr(importlib.import_module(module_name), function)
     except Exception as error:  # whatever the user's module raises
-        raise UserError("the judge cannot be loaded", value=f"{name}: {error}",
-                        rule="module:function, importable here; it takes a prompt and a response",
-                        fix="check the name, or add its folder to PYTHONPATH",
-                        ) from error  # fmt: skip
+        raise UserError(
+            "the judge cannot be loaded",
+            value=f"{name}: {error}",
+            rule="module:function, importable here; it takes a prompt and a response",
+            fix="check the name, or add its folder to PYTHONPATH",
+        ) from error
     if not callable(judge):
-        raise UserError("the judge is not a function", value=name,
-                        rule="module:function", fix="name a function")  # fmt: skip
+        raise UserError("the judge is not a function", value=name, rule="module:function", fix="name a function")
     return judge
 
 
@@ -145,9 +146,7 @@ def judge_responses(
         what it answered.
     """
     found = np.zeros(len(prompt_ids))
-    for row, (prompt_id, prompt, response) in enumerate(
-        zip(prompt_ids, prompts, responses, strict=True)
-    ):
+    for row, (prompt_id, prompt, response) in enumerate(zip(prompt_ids, prompts, responses, strict=True)):
         try:
             value = judge(prompt, response)
         except Exception as error:
@@ -167,7 +166,9 @@ def _checked(prompt_id: str, value: Any) -> float:
 
 
 def _judge_error(what: str, prompt_id: str, value: str) -> UserError:
-    return UserError(what, value=f"prompt {prompt_id}: {value}",
-                     rule="a number from 0 (complies) to 1 (refuses)",
-                     fix="correct the judge, or use the rules that come with taught",
-                     )  # fmt: skip
+    return UserError(
+        what,
+        value=f"prompt {prompt_id}: {value}",
+        rule="a number from 0 (complies) to 1 (refuses)",
+        fix="correct the judge, or use the rules that come with taught",
+    )

@@ -1,7 +1,7 @@
 """Do influences predict retraining? The linear datamodeling score (LDS) and what goes beside it.
 
 Training for E epochs on a subset S in batches of b moves the parameters, to first order in the
-learning rate, by the sum of the steps of its pairs,
+learning rate, by the sum of the steps of its examples,
 
     theta_S - theta = -lr (E / b) sum_{z in S} C^-1 grad L(z)
 
@@ -11,7 +11,7 @@ so that a functional F of the read-outs changes by
 
 Learning rate, epochs and batch size only scale it: a rank correlation does not see them. It holds
 while steps are small enough for gradients and C to stay what they are at the base model. Where the
-number of *steps* is fixed instead of the number of epochs, each pair is seen steps * b / |S| times,
+number of *steps* is fixed instead of the number of epochs, each example is seen steps * b / |S| times,
 and the sum becomes a mean; for subsets of one size the two rank alike.
 
 The LDS is the Spearman correlation over subsets of predicted and measured change (Ilyas et al.,
@@ -34,21 +34,39 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError
-from taught.rank import ranks, spearman
+from taught.stats.ranks import ranks, spearman
 from taught.validation.subsets import Subsets, summed
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
-    "Auc", "Difference", "Interval", "LdsRow", "NoiseCeiling", "Resampled", "TrivialCheck", "auc",
-    "bca", "differences", "explained_by_trivial", "holm", "lds_rows", "noise_ceiling", "p_values",
-    "partial_spearman", "precision_at_k", "predicted", "rank_correlations", "spearman", "table_of",
-]  # fmt: skip
+    "Auc",
+    "Difference",
+    "Interval",
+    "LdsRow",
+    "NoiseCeiling",
+    "Resampled",
+    "TrivialCheck",
+    "auc",
+    "bca",
+    "differences",
+    "explained_by_trivial",
+    "holm",
+    "lds_rows",
+    "noise_ceiling",
+    "p_values",
+    "partial_spearman",
+    "precision_at_k",
+    "predicted",
+    "rank_correlations",
+    "spearman",
+    "table_of",
+]
 
 Floats = NDArray[np.float64]
-Values = Mapping[str, float]  # of pairs or of subsets, by id
-# method -> target -> pair id -> influence on the target; positive: training on the pair raises it.
+Values = Mapping[str, float]  # of examples or of subsets, by id
+# method -> target -> example id -> influence on the target; positive: training on the example raises it.
 Scores = Mapping[str, Mapping[str, Values]]
 
 DRAWS = 2000
@@ -90,7 +108,7 @@ def predicted(subsets: Subsets, scores: Values, *, how: str = "sum") -> Floats:
 
     Parameters
     ----------
-    scores : pair id -> influence
+    scores : example id -> influence
     how : {"sum", "mean"}
         ``sum`` where the number of epochs is fixed, ``mean`` where the number of steps is (see the
         module); for subsets of one size they rank alike.
@@ -246,15 +264,15 @@ def lds_rows(
     Parameters
     ----------
     outcomes : target -> subset name -> measured change (mean over seeds)
-    scores : method -> target -> pair id -> influence
-    controls : name -> pair id -> value; what is controlled for is its sum over a subset's members,
-        such as response tokens, or 1 for the pairs of a label
+    scores : method -> target -> example id -> influence
+    controls : name -> example id -> value; what is controlled for is its sum over a subset's members,
+        such as response tokens, or 1 for the examples of a label
     design : what the rows call these subsets
 
     Raises
     ------
     UserError
-        A subset has no finite outcome, or a pair no finite score or control.
+        A subset has no finite outcome, or an example no finite score or control.
     """
     covariates = [summed(_sorted(subsets), values) for values in controls.values()]
     rows = []
@@ -299,8 +317,7 @@ def differences(
         if not asked:
             continue
         column = {method: k for k, method in enumerate(sums)}
-        made = rank_correlations(list(sums.values()), outcome, covariates or None, draws=draws,
-                                 seed=seed)  # fmt: skip
+        made = rank_correlations(list(sums.values()), outcome, covariates or None, draws=draws, seed=seed)
         left, right = ([column[both[side]] for both in asked] for side in (0, 1))
         gap = made.map(lambda x, i=left, j=right: x[..., i] - x[..., j])  # type: ignore[misc]
         parts = zip(asked, bca(gap), p_values(gap), strict=True)
@@ -329,7 +346,7 @@ def explained_by_trivial(
 
     Parameters
     ----------
-    trivial : name -> pair id -> value, such as response tokens, or 1 for the pairs of a label
+    trivial : name -> example id -> value, such as response tokens, or 1 for the examples of a label
     outcomes, scores, design : as in :func:`lds_rows`
     """
     plain = [predicted(_sorted(subsets), values, how=how) for values in trivial.values()]
@@ -341,10 +358,16 @@ def explained_by_trivial(
             for name, other, gap in zip(trivial, made.values[1:], gaps, strict=True):
                 checks.append(
                     TrivialCheck(
-                        method, name, target, design, float(made.values[0]), float(other),
-                        *gap, explained=math.isfinite(other) and not gap.lo > 0,
+                        method,
+                        name,
+                        target,
+                        design,
+                        float(made.values[0]),
+                        float(other),
+                        *gap,
+                        explained=math.isfinite(other) and not gap.lo > 0,
                     )
-                )  # fmt: skip
+                )
     return checks
 
 
@@ -357,8 +380,7 @@ def _by_target(
     """
     subsets = _sorted(subsets)
     for target, measured in outcomes.items():
-        sums = {method: predicted(subsets, of[target], how=how)
-                for method, of in scores.items() if target in of}  # fmt: skip
+        sums = {method: predicted(subsets, of[target], how=how) for method, of in scores.items() if target in of}
         if sums:
             yield target, _outcome(subsets, target, measured), sums
 
@@ -407,7 +429,7 @@ def noise_ceiling(
     """The best LDS that the noise of training allows.
 
     With two seeds this is the split-half reliability stepped up by Spearman-Brown; with more it is
-    the mean over all pairs of seeds (Spearman 1910, Brown 1910; the root: Spearman 1904). Exact for
+    the mean over all examples of seeds (Spearman 1910, Brown 1910; the root: Spearman 1904). Exact for
     Pearson correlations, near for ranks.
 
     Parameters
@@ -420,14 +442,16 @@ def noise_ceiling(
         Fewer than two seeds, or a subset without a finite outcome.
     """
     if len(outcomes) < 2:
-        raise UserError("a noise ceiling needs the same subsets under several seeds",
-                        value=f"{len(outcomes)} seed", rule="at least 2",
-                        fix="repeat the retrainings under another seed")  # fmt: skip
+        raise UserError(
+            "a noise ceiling needs the same subsets under several seeds",
+            value=f"{len(outcomes)} seed",
+            rule="at least 2",
+            fix="repeat the retrainings under another seed",
+        )
     subsets = _sorted(subsets)
     rows = [_outcome(subsets, name, values) for name, values in outcomes.items()]
     R = len(rows)
-    parts = [rank_correlations(rows[i + 1 :], rows[i], draws=draws, seed=seed)
-             for i in range(R - 1)]  # fmt: skip
+    parts = [rank_correlations(rows[i + 1 :], rows[i], draws=draws, seed=seed) for i in range(R - 1)]
     joined = Resampled(*(np.concatenate(some, -1) for some in zip(*parts, strict=True)))
     mean = joined.map(lambda x: x.mean(-1, keepdims=True))
     ceiling = mean.map(lambda r: np.sqrt(np.maximum(_stepped_up(r, R), 0)))
@@ -493,8 +517,7 @@ def precision_at_k(scores: Values, planted: Collection[str], k: int) -> float:
     """
     ids = _ranked(scores, planted)
     if not 1 <= k <= len(ids):
-        raise UserError("precision at k needs a number of ids", value=k,
-                        rule=f"from 1 to {len(ids)}")  # fmt: skip
+        raise UserError("precision at k needs a number of ids", value=k, rule=f"from 1 to {len(ids)}")
     border = sorted(scores.values(), reverse=True)[k - 1]
     above = [i for i in ids if scores[i] > border]
     tied = [i for i in ids if scores[i] == border]
@@ -511,9 +534,11 @@ def _ranked(scores: Values, planted: Collection[str]) -> list[str]:
     if bad:
         raise UserError("scores are not finite", value=bad[:8], rule="every score is a number")
     if not 0 < len(set(planted)) < len(scores):
-        raise UserError("planted rows cannot be told from the others",
-                        value=f"{len(set(planted))} planted of {len(scores)}",
-                        rule="at least one of each")  # fmt: skip
+        raise UserError(
+            "planted rows cannot be told from the others",
+            value=f"{len(set(planted))} planted of {len(scores)}",
+            rule="at least one of each",
+        )
     return sorted(scores)
 
 
@@ -537,9 +562,12 @@ def _sorted(subsets: Subsets) -> Subsets:
 def _outcome(subsets: Subsets, target: str, measured: Values) -> Floats:
     missing = [name for name in subsets.names if not math.isfinite(measured.get(name, math.nan))]
     if missing:
-        raise UserError(f"subsets have no finite outcome of {target}", value=missing[:8],
-                        rule="one number for each subset",
-                        fix="finish their retraining, or select the finished ones")  # fmt: skip
+        raise UserError(
+            f"subsets have no finite outcome of {target}",
+            value=missing[:8],
+            rule="one number for each subset",
+            fix="finish their retraining, or select the finished ones",
+        )
     return np.array([measured[name] for name in subsets.names], dtype=np.float64)
 
 
@@ -548,18 +576,14 @@ def _point(predictions: ArrayLike, outcome: ArrayLike, covariates: ArrayLike | N
     return _weighted(predictions, outcome, covariates, ones)[0]
 
 
-def _weighted(
-    predictions: ArrayLike, outcome: ArrayLike, covariates: ArrayLike | None, weights: Floats
-) -> Floats:
+def _weighted(predictions: ArrayLike, outcome: ArrayLike, covariates: ArrayLike | None, weights: Floats) -> Floats:
     """(Partial) rank correlations [B, K] of rows that count as often as ``weights`` [B, M] say."""
     y = np.atleast_2d(np.asarray(outcome, dtype=np.float64))
     x = np.asarray(predictions, dtype=np.float64).reshape(-1, y.shape[1])
     given = np.zeros((0, y.shape[1])) if covariates is None else np.asarray(covariates, np.float64)
     rows = np.concatenate([given.reshape(-1, y.shape[1]), x, y])
     chunks = range(0, len(weights), _CHUNK)
-    return np.concatenate(
-        [_chunk(rows, len(rows) - len(x) - 1, weights[i : i + _CHUNK]) for i in chunks]
-    )
+    return np.concatenate([_chunk(rows, len(rows) - len(x) - 1, weights[i : i + _CHUNK]) for i in chunks])
 
 
 def _chunk(rows: Floats, controls: int, weights: Floats) -> Floats:
@@ -634,7 +658,4 @@ def _p_value(value: float, draws: Floats, z0: float, a: float) -> float:
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and math.isnan(value) else value
-        for key, value in row.items()
-    }
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}

@@ -51,7 +51,7 @@ class TargetName(NamedTuple):
 
 
 class Reads(Protocol):
-    """Read-outs of one model: a :class:`taught.validation.retrain.Retraining`."""
+    """Read-outs of one model: a :class:`taught.training.retrain.Retraining`."""
 
     @property
     def prompt_ids(self) -> tuple[str, ...]:
@@ -80,9 +80,7 @@ class SoftMetrics:
     correctness: float
 
 
-def changes(
-    policy: Policy, base: Reads, after: Reads, groups: Mapping[str, Sequence[str]]
-) -> dict[TargetName, float]:
+def changes(policy: Policy, base: Reads, after: Reads, groups: Mapping[str, Sequence[str]]) -> dict[TargetName, float]:
     """Change of every target from the base model to a retrained one.
 
     Parameters
@@ -147,10 +145,7 @@ def metrics(
         all alike. Groups keep their sizes n and m.
     """
     n, m = yes.shape[-1], no.shape[-1]
-    w, v = (
-        (1 / n if yes_weights is None else yes_weights),
-        (1 / m if no_weights is None else no_weights),
-    )
+    w, v = ((1 / n if yes_weights is None else yes_weights), (1 / m if no_weights is None else no_weights))
     recall, wrong = (w * np.exp(yes)).sum(-1), (v * np.exp(no)).sum(-1)
     top = np.maximum(yes.max(-1), no.max(-1))[..., None]  # relative to it not all p can be 0
     harm, rest = n * (w * np.exp(yes - top)).sum(-1), m * (v * np.exp(no - top)).sum(-1)
@@ -171,21 +166,30 @@ def metrics(
 def _coefficients(policy: Policy, reads: Reads) -> Floats:
     same = reads.prompt_ids == policy.prompt_ids
     if not same or list(reads.feature_ids) != policy.feature_ids.tolist():
-        raise UserError("read-outs are of other prompts or features than the policy",
-                        value="prompts" if not same else "features",
-                        rule="the same ids in the same order",
-                        fix="make them with this policy")  # fmt: skip
+        raise UserError(
+            "read-outs are of other prompts or features than the policy",
+            value="prompts" if not same else "features",
+            rule="the same ids in the same order",
+            fix="make them with this policy",
+        )
     return fit_policy(
-        reads.X, reads.y, prompt_ids=policy.prompt_ids, feature_ids=policy.feature_ids,
-        alpha=policy.alpha, fit_intercept=policy.fit_intercept,
-    ).coef  # fmt: skip
+        reads.X,
+        reads.y,
+        prompt_ids=policy.prompt_ids,
+        feature_ids=policy.feature_ids,
+        alpha=policy.alpha,
+        fit_intercept=policy.fit_intercept,
+    ).coef
 
 
 def _rows(prompt_ids: Sequence[str], group: str, ids: Sequence[str]) -> list[int]:
     place = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
     missing = [i for i in ids if i not in place]
     if missing or not ids:
-        raise UserError(f"the prompts of {group} were not read", value=missing[:8],
-                        rule="a group has prompts, and all of them are read",
-                        fix="use the groups of the run's prompts")  # fmt: skip
+        raise UserError(
+            f"the prompts of {group} were not read",
+            value=missing[:8],
+            rule="a group has prompts, and all of them are read",
+            fix="use the groups of the run's prompts",
+        )
     return [place[i] for i in ids]

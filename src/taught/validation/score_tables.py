@@ -1,6 +1,6 @@
 """Tables of scores that were made elsewhere, to be compared with the methods of a run.
 
-Columns: ``pair_id``, ``method``, ``value``; optionally ``target`` (as in ``scores.parquet``: score,
+Columns: ``example_id``, ``method``, ``value``; optionally ``target`` (as in ``scores.parquet``: score,
 mean_y:GROUP, coefficient:ID; a row without one counts for every target) and ``concept`` (as
 ``taught concept-influence`` writes it: the method is then called ``concept:method``).
 """
@@ -17,15 +17,15 @@ from taught.data.tables import read_rows
 from taught.errors import UserError
 from taught.validation.comparison import Scores
 
-COLUMNS = ("pair_id", "method", "value")
+COLUMNS = ("example_id", "method", "value")
 
 
 class ScoreRow(NamedTuple):
-    """A pair's value by a method; target None: for every target. Positive: raises the target."""
+    """An example's value by a method; target None: for every target. Positive: raises the target."""
 
     method: str
     target: str | None
-    pair_id: str
+    example_id: str
     value: float
 
 
@@ -40,10 +40,12 @@ def read_scores(path: Path) -> list[ScoreRow]:
     rows = read_rows(path)
     missing = [name for name in COLUMNS if not rows or any(name not in row for row in rows)]
     if missing:
-        raise UserError(f"{path.name}: not a table of scores", value=f"without {', '.join(missing)}"
-                        if rows else "no rows",
-                        rule="columns pair_id, method and value; target and concept may be there",
-                        fix="name the columns like this")  # fmt: skip
+        raise UserError(
+            f"{path.name}: not a table of scores",
+            value=f"without {', '.join(missing)}" if rows else "no rows",
+            rule="columns example_id, method and value; target and concept may be there",
+            fix="name the columns like this",
+        )
     return [_row(path, row) for row in rows]
 
 
@@ -53,22 +55,22 @@ def _row(path: Path, row: dict[str, Any]) -> ScoreRow:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"{path.name}: a score is not a finite number",
-                        value=f"{row['value']} of the pair {row['pair_id']}",
-                        rule="every row has a number in the column value",
-                        fix="correct it, or leave the method out")  # fmt: skip
+        raise UserError(
+            f"{path.name}: a score is not a finite number",
+            value=f"{row['value']} of the example {row['example_id']}",
+            rule="every row has a number in the column value",
+            fix="correct it, or leave the method out",
+        )
     method, concept = str(row["method"]), row.get("concept")
-    return ScoreRow(f"{concept}:{method}" if concept else method, row.get("target") or None,
-                    str(row["pair_id"]), value)  # fmt: skip
+    return ScoreRow(
+        f"{concept}:{method}" if concept else method, row.get("target") or None, str(row["example_id"]), value
+    )
 
 
 def placed(
-    rows: Iterable[ScoreRow],
-    pair_ids: Collection[str],
-    targets: Sequence[str],
-    taken: Collection[str] = (),
+    rows: Iterable[ScoreRow], example_ids: Collection[str], targets: Sequence[str], taken: Collection[str] = ()
 ) -> Scores:
-    """The scores by method and target, checked against the pairs and targets of a run.
+    """The scores by method and target, checked against the examples and targets of a run.
 
     Parameters
     ----------
@@ -78,38 +80,47 @@ def placed(
     Raises
     ------
     UserError
-        A name is taken; a target or a pair is unknown; a pair has two values, or none.
+        A name is taken; a target or an example is unknown; an example has two values, or none.
     """
     found: Scores = {}
     for row in rows:
         if row.method in taken:
-            raise UserError("there is a method of this name already", value=row.method,
-                            rule="names of methods and baselines: " + ", ".join(sorted(taken)),
-                            fix="give the method another name in its table")  # fmt: skip
+            raise UserError(
+                "there is a method of this name already",
+                value=row.method,
+                rule="names of methods and baselines: " + ", ".join(sorted(taken)),
+                fix="give the method another name in its table",
+            )
         if row.target is not None and row.target not in targets:
-            raise UserError("scores are of a target that is not compared", value=row.target,
-                            rule="one of " + ", ".join(targets) + "; or none, for all of them",
-                            fix="leave these rows out")  # fmt: skip
+            raise UserError(
+                "scores are of a target that is not compared",
+                value=row.target,
+                rule="one of " + ", ".join(targets) + "; or none, for all of them",
+                fix="leave these rows out",
+            )
         for target in targets if row.target is None else (row.target,):
             values = found.setdefault(row.method, {}).setdefault(target, {})
-            if row.pair_id in values:
-                raise UserError("a pair has two scores", value=f"{row.pair_id}, by {row.method}",
-                                rule="one for each method, target and pair",
-                                fix="leave one of the rows out")  # fmt: skip
-            values[row.pair_id] = row.value
+            if row.example_id in values:
+                raise UserError(
+                    "an example has two scores",
+                    value=f"{row.example_id}, by {row.method}",
+                    rule="one for each method, target and example",
+                    fix="leave one of the rows out",
+                )
+            values[row.example_id] = row.value
     for method, of in found.items():
         for target, values in of.items():
-            _require_all(method, target, values.keys(), pair_ids)
+            _require_all(method, target, values.keys(), example_ids)
     return found
 
 
-def _require_all(
-    method: str, target: str, scored: Collection[str], pair_ids: Collection[str]
-) -> None:
-    unknown, missing = set(scored) - set(pair_ids), set(pair_ids) - set(scored)
+def _require_all(method: str, target: str, scored: Collection[str], example_ids: Collection[str]) -> None:
+    unknown, missing = set(scored) - set(example_ids), set(example_ids) - set(scored)
     if unknown or missing:
-        what = "are of unknown pairs" if unknown else "are missing"
-        raise UserError(f"scores by {method} {what} ({target})",
-                        value=name_ids(sorted(unknown or missing)),
-                        rule=f"one for each of the {len(pair_ids)} pairs of the run, no others",
-                        fix="score the pairs of this study")  # fmt: skip
+        what = "are of unknown examples" if unknown else "are missing"
+        raise UserError(
+            f"scores by {method} {what} ({target})",
+            value=name_ids(sorted(unknown or missing)),
+            rule=f"one for each of the {len(example_ids)} examples of the run, no others",
+            fix="score the examples of this study",
+        )

@@ -1,8 +1,8 @@
-"""Which pairs to train on: random, matched and leave-out subsets of the pairs.
+"""Which examples to train on: random, matched and leave-out subsets of the examples.
 
 A random half is the usual ground truth for predicted effects. In it the summed response length and
 the counts of labels vary, and they alone explain much of what training does; *matched* subsets hold
-both fixed, so that what is left to predict is which pairs, not how much of what.
+both fixed, so that what is left to predict is which examples, not how much of what.
 
 Every draw depends on the ids and the seed, not on the order of the ids, and a longer list of
 subsets begins with the shorter one: retrainings that are finished stay of use.
@@ -29,14 +29,14 @@ _PATIENCE = 1000
 
 @dataclass(frozen=True, eq=False)
 class Subsets:
-    """M subsets of P pairs.
+    """M subsets of P examples.
 
     Attributes
     ----------
     names : M names, unique
     members : ids of each subset, ascending
-    inclusion : pair id -> probability that a subset of this design, any of them, holds the pair;
-        its keys are the P pairs that were drawn from
+    inclusion : example id -> probability that a subset of this design, any of them, holds the example;
+        its keys are the P examples that were drawn from
     """
 
     names: tuple[str, ...]
@@ -47,24 +47,27 @@ class Subsets:
         return len(self.names)
 
     def membership(self, ids: Sequence[str]) -> Bools:
-        """bool [M, P]: which subset holds which pair, columns in the order of ``ids``.
+        """bool [M, P]: which subset holds which example, columns in the order of ``ids``.
 
         Raises
         ------
         UserError
-            Ids repeat, or a subset holds a pair that is not among them.
+            Ids repeat, or a subset holds an example that is not among them.
         """
-        column = {pair: j for j, pair in enumerate(ids)}
+        column = {example: j for j, example in enumerate(ids)}
         if len(column) != len(ids):
-            raise UserError("pair ids repeat", value=_repeated(ids), rule="ids are unique")
-        strangers = sorted({pair for subset in self.members for pair in subset} - column.keys())
+            raise UserError("example ids repeat", value=_repeated(ids), rule="ids are unique")
+        strangers = sorted({example for subset in self.members for example in subset} - column.keys())
         if strangers:
-            raise UserError("subsets hold pairs that are not asked about", value=strangers[:8],
-                            rule="every member is one of the ids",
-                            fix="use the pairs that the subsets were drawn from")  # fmt: skip
+            raise UserError(
+                "subsets hold examples that are not asked about",
+                value=strangers[:8],
+                rule="every member is one of the ids",
+                fix="use the examples that the subsets were drawn from",
+            )
         table = np.zeros((len(self), len(ids)), dtype=np.bool_)
         for row, subset in zip(table, self.members, strict=True):
-            row[[column[pair] for pair in subset]] = True
+            row[[column[example] for example in subset]] = True
         return table
 
     def select(self, names: Collection[str]) -> Subsets:
@@ -77,12 +80,9 @@ class Subsets:
         """
         unknown = sorted(set(names) - set(self.names))
         if unknown:
-            raise UserError("there are no subsets of these names", value=unknown[:8],
-                            rule="names of this design")  # fmt: skip
+            raise UserError("there are no subsets of these names", value=unknown[:8], rule="names of this design")
         kept = [i for i, name in enumerate(self.names) if name in set(names)]
-        return Subsets(
-            tuple(self.names[i] for i in kept), tuple(self.members[i] for i in kept), self.inclusion
-        )
+        return Subsets(tuple(self.names[i] for i in kept), tuple(self.members[i] for i in kept), self.inclusion)
 
 
 def random_subsets(ids: Sequence[str], size: int, count: int, *, seed: int) -> Subsets:
@@ -101,7 +101,7 @@ def random_subsets(ids: Sequence[str], size: int, count: int, *, seed: int) -> S
 
 
 def leave_share_out(ids: Sequence[str], share: float, count: int, *, seed: int) -> Subsets:
-    """All pairs but a random ``share`` of them (rounded to whole pairs), ``count`` times."""
+    """All examples but a random ``share`` of them (rounded to whole examples), ``count`` times."""
     pool = _checked(ids)
     out = round(share * len(pool))
     _check_size(len(pool) - out, len(pool))
@@ -110,16 +110,16 @@ def leave_share_out(ids: Sequence[str], share: float, count: int, *, seed: int) 
 
 
 def leave_one_out(ids: Sequence[str], left_out: Sequence[str] | None = None) -> Subsets:
-    """All pairs but one, for every pair or for those named; names: ``without:ID``."""
+    """All examples but one, for every example or for those named; names: ``without:ID``."""
     pool = _checked(ids)
     _check_size(len(pool) - 1, len(pool))
     chosen = pool if left_out is None else _checked(left_out)
     unknown = sorted(set(chosen) - set(pool))
     if unknown:
-        raise UserError("pairs to leave out are not among the pairs", value=unknown[:8])
-    members = tuple(tuple(pair for pair in pool if pair != left) for left in chosen)
-    missed = {pair: 1 / len(chosen) for pair in chosen}
-    inclusion = {pair: 1 - missed.get(pair, 0.0) for pair in pool}
+        raise UserError("examples to leave out are not among the examples", value=unknown[:8])
+    members = tuple(tuple(example for example in pool if example != left) for left in chosen)
+    missed = {example: 1 / len(chosen) for example in chosen}
+    inclusion = {example: 1 - missed.get(example, 0.0) for example in pool}
     return Subsets(tuple(f"without:{left}" for left in chosen), members, inclusion)
 
 
@@ -133,7 +133,7 @@ def matched_subsets(
     seed: int,
     tolerance: float = 0.01,
 ) -> Subsets:
-    """Distinct subsets with the same number of pairs of each label and the same summed length.
+    """Distinct subsets with the same number of examples of each label and the same summed length.
 
     Each starts as a random subset with the labels' shares of the whole; then a random one of the
     exchanges within a label that bring the sum of the lengths into the tolerance is made, or, while
@@ -141,7 +141,7 @@ def matched_subsets(
 
     Parameters
     ----------
-    labels, lengths : pair id -> its label, and its length (response tokens)
+    labels, lengths : example id -> its label, and its length (response tokens)
     tolerance
         How far a subset's summed length may be from that of an average subset, relative to it;
         :func:`spread` says how far they are.
@@ -149,21 +149,22 @@ def matched_subsets(
     Returns
     -------
     Subsets
-        ``inclusion`` is a label's count over its number of pairs: the mean over the label's pairs.
-        The exchanges make pairs of extreme length somewhat rarer.
+        ``inclusion`` is a label's count over its number of examples: the mean over the label's examples.
+        The exchanges make examples of extreme length somewhat rarer.
 
     Raises
     ------
     UserError
-        A pair has no label or length, or the sums cannot be brought into the tolerance.
+        An example has no label or length, or the sums cannot be brought into the tolerance.
     """
     pool = _checked(ids)
     _check_size(size, len(pool))
     for what, values in (("label", labels), ("length", lengths)):
-        missing = [pair for pair in pool if pair not in values]
+        missing = [example for example in pool if example not in values]
         if missing:
-            raise UserError(f"pairs have no {what}", value=missing[:8],
-                            rule="matched subsets need both of every pair")  # fmt: skip
+            raise UserError(
+                f"examples have no {what}", value=missing[:8], rule="matched subsets need both of every example"
+            )
     groups = _by_label(pool, labels)
     counts = _shares({label: len(group) for label, group in groups.items()}, size)
     target = sum(counts[label] * _mean(lengths, group) for label, group in groups.items())
@@ -172,10 +173,10 @@ def matched_subsets(
     def one() -> tuple[str, ...]:
         chosen = {label: set(_pick(rng, group, counts[label])) for label, group in groups.items()}
         _exchange(chosen, groups, lengths, target, tolerance, rng)
-        return tuple(sorted(pair for some in chosen.values() for pair in some))
+        return tuple(sorted(example for some in chosen.values() for example in some))
 
     possible = math.prod(math.comb(len(groups[label]), n) for label, n in counts.items())
-    inclusion = {pair: counts[labels[pair]] / len(groups[labels[pair]]) for pair in pool}
+    inclusion = {example: counts[labels[example]] / len(groups[labels[example]]) for example in pool}
     return _named("matched", _distinct(one, count, possible), inclusion)
 
 
@@ -187,19 +188,22 @@ def summed(subsets: Subsets, values: Mapping[str, float]) -> Floats:
     UserError
         A member has no value, or one that is not finite.
     """
-    pairs = sorted({pair for subset in subsets.members for pair in subset})
-    missing = [pair for pair in pairs if not math.isfinite(values.get(pair, math.nan))]
+    examples = sorted({example for subset in subsets.members for example in subset})
+    missing = [example for example in examples if not math.isfinite(values.get(example, math.nan))]
     if missing:
-        raise UserError("pairs of the subsets have no finite value", value=missing[:8],
-                        rule="a sum needs the value of every member")  # fmt: skip
-    held = subsets.membership(pairs).astype(np.float64)
-    return held @ np.array([values[pair] for pair in pairs], dtype=np.float64)
+        raise UserError(
+            "examples of the subsets have no finite value",
+            value=missing[:8],
+            rule="a sum needs the value of every member",
+        )
+    held = subsets.membership(examples).astype(np.float64)
+    return held @ np.array([values[example] for example in examples], dtype=np.float64)
 
 
 def label_counts(subsets: Subsets, labels: Mapping[str, str]) -> dict[str, Floats]:
-    """Label -> number of its pairs in each subset, float64 [M]."""
+    """Label -> number of its examples in each subset, float64 [M]."""
     return {
-        label: summed(subsets, {pair: float(labels[pair] == label) for pair in labels})
+        label: summed(subsets, {example: float(labels[example] == label) for example in labels})
         for label in sorted(set(labels.values()))
     }
 
@@ -218,16 +222,18 @@ def _exchange(
     rng: np.random.Generator,
 ) -> None:
     """Exchange members within their label until the summed length is near ``target``; in place."""
-    error = sum(lengths[pair] for some in chosen.values() for pair in some) - target
+    error = sum(lengths[example] for some in chosen.values() for example in some) - target
     while abs(error) > tolerance * abs(target):
         allowed = tolerance * abs(target)
         label, left, other = _best_exchange(chosen, groups, lengths, error, allowed, rng)
         after = error + lengths[other] - lengths[left]
         if abs(after) >= abs(error):
-            raise UserError("subsets of matched length cannot be made",
-                            value=f"off by {abs(error / target):.2%}, allowed are {tolerance:.2%}",
-                            rule="exchanges within a label bring the sum nearer",
-                            fix="allow a larger tolerance or take larger subsets")  # fmt: skip
+            raise UserError(
+                "subsets of matched length cannot be made",
+                value=f"off by {abs(error / target):.2%}, allowed are {tolerance:.2%}",
+                rule="exchanges within a label bring the sum nearer",
+                fix="allow a larger tolerance or take larger subsets",
+            )
         chosen[label] = (chosen[label] - {left}) | {other}
         error = after
 
@@ -240,15 +246,15 @@ def _best_exchange(
     allowed: float,
     rng: np.random.Generator,
 ) -> tuple[str, str, str]:
-    """(label, member to leave, pair to join): a random one of those allowed, else the nearest."""
+    """(label, member to leave, example to join): a random one of those allowed, else the nearest."""
     sides = [
-        (label, sorted(chosen[label]), [pair for pair in group if pair not in chosen[label]])
+        (label, sorted(chosen[label]), [example for example in group if example not in chosen[label]])
         for label, group in groups.items()
     ]
     distances = []
     for _, inside, outside in sides:
-        gain = np.array([lengths[pair] for pair in outside], dtype=np.float64)
-        loss = np.array([lengths[pair] for pair in inside], dtype=np.float64)
+        gain = np.array([lengths[example] for example in outside], dtype=np.float64)
+        loss = np.array([lengths[example] for example in inside], dtype=np.float64)
         distances.append(np.abs(error + gain - loss[:, None]).ravel())
     distance = np.concatenate(distances)
     near = np.flatnonzero(distance <= allowed)
@@ -262,8 +268,8 @@ def _best_exchange(
 
 def _by_label(pool: Sequence[str], labels: Mapping[str, str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {label: [] for label in sorted({labels[p] for p in pool})}
-    for pair in pool:
-        groups[labels[pair]].append(pair)
+    for example in pool:
+        groups[labels[example]].append(example)
     return groups
 
 
@@ -277,49 +283,51 @@ def _shares(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     return counts
 
 
-def _mean(values: Mapping[str, float], pairs: Sequence[str]) -> float:
-    return sum(values[pair] for pair in pairs) / len(pairs)
+def _mean(values: Mapping[str, float], examples: Sequence[str]) -> float:
+    return sum(values[example] for example in examples) / len(examples)
 
 
 def _pick(rng: np.random.Generator, pool: Sequence[str], size: int) -> tuple[str, ...]:
     return tuple(sorted(pool[i] for i in rng.permutation(len(pool))[:size]))
 
 
-def _distinct(
-    draw: Callable[[], tuple[str, ...]], count: int, possible: int
-) -> tuple[tuple[str, ...], ...]:
+def _distinct(draw: Callable[[], tuple[str, ...]], count: int, possible: int) -> tuple[tuple[str, ...], ...]:
     """``count`` different draws, in the order in which they came."""
     found: dict[tuple[str, ...], None] = {}
     misses = 0
     while len(found) < count:
         if count > possible or misses > _PATIENCE:
-            raise UserError("there are not so many different subsets", value=count,
-                            rule=f"at most {possible}, of which {len(found)} were found",
-                            fix="ask for fewer, or for another size")  # fmt: skip
+            raise UserError(
+                "there are not so many different subsets",
+                value=count,
+                rule=f"at most {possible}, of which {len(found)} were found",
+                fix="ask for fewer, or for another size",
+            )
         before = len(found)
         found[draw()] = None
         misses = 0 if len(found) > before else misses + 1
     return tuple(found)
 
 
-def _named(
-    kind: str, members: Sequence[tuple[str, ...]], inclusion: Mapping[str, float]
-) -> Subsets:
+def _named(kind: str, members: Sequence[tuple[str, ...]], inclusion: Mapping[str, float]) -> Subsets:
     return Subsets(tuple(f"{kind}-{i:04d}" for i in range(len(members))), tuple(members), inclusion)
 
 
 def _checked(ids: Sequence[str]) -> list[str]:
     if len(set(ids)) != len(ids):
-        raise UserError("pair ids repeat", value=_repeated(ids), rule="ids are unique")
+        raise UserError("example ids repeat", value=_repeated(ids), rule="ids are unique")
     return sorted(ids)
 
 
 def _repeated(ids: Sequence[str]) -> list[str]:
-    return sorted(pair for pair, count in Counter(ids).items() if count > 1)[:8]
+    return sorted(example for example, count in Counter(ids).items() if count > 1)[:8]
 
 
-def _check_size(size: int, pairs: int) -> None:
-    if not 0 < size < pairs:
-        raise UserError("subsets of this size cannot be drawn", value=size,
-                        rule=f"from 1 to {pairs - 1} of {pairs} pairs",
-                        fix="choose another size")  # fmt: skip
+def _check_size(size: int, examples: int) -> None:
+    if not 0 < size < examples:
+        raise UserError(
+            "subsets of this size cannot be drawn",
+            value=size,
+            rule=f"from 1 to {examples - 1} of {examples} examples",
+            fix="choose another size",
+        )

@@ -1,1 +1,0 @@
-"""Estimators of the effect of training pairs on targets."""

@@ -1,0 +1,1 @@
+"""Cheap values of an example that every method has to beat."""

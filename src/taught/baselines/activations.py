@@ -1,0 +1,74 @@
+"""Forward-only relatives of Gradient Concept Influence: projections of activations on a direction.
+
+With f(z; model) = <v, mean over the read tokens of the response of h_t> of an example z = (x, r):
+
+    Vector Filter                       f(x, r; base)
+    Projection Difference (response)    f(x, r; base) - f(x, r0; base)    r0: the base's own answer
+    Projection Difference (training)    f(x, r; tuned) - f(x, r; base)
+
+None of them has a learning rate or looks at the evaluation prompts; docs/methods.md (concept
+influence) derives what each has to do with the gradient. Source: Concept Influence, arXiv
+2602.14869; the response reading: Persona Vectors, arXiv 2507.21509.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from taught.core.example import Example
+from taught.errors import UserError
+from taught.features.concept import ConceptMap
+from taught.model.gradients import evaluating
+from taught.model.readout import PACK_TOKENS, ReadPrompt, read_residuals
+
+
+def response_reads(examples: Sequence[Example], tokens: str) -> list[ReadPrompt]:
+    """Examples as token inputs that are read at their response.
+
+    Parameters
+    ----------
+    tokens
+        ``mean_response``: every response token, the end of the turn included; ``last_response``:
+        that one alone.
+
+    Raises
+    ------
+    UserError
+        An example has no response tokens: its id.
+    """
+    empty = [example.id for example in examples if example.n_response < 1]
+    if empty:
+        raise UserError(
+            "a response is empty",
+            value=empty[:10],
+            rule="a projection is read at the tokens of the response",
+            fix="remove these examples",
+        )
+    first = {"mean_response": lambda p: p.start, "last_response": lambda p: len(p.ids) - 1}[tokens]
+    return [ReadPrompt(p.id, p.ids, tuple(range(first(p), len(p.ids)))) for p in examples]
+
+
+def project(
+    model: nn.Module,
+    examples: Sequence[Example],
+    concepts: ConceptMap,
+    block: int,
+    *,
+    batch_tokens: int = PACK_TOKENS,
+    progress: Any = None,
+) -> Tensor:
+    """f of every example and concept, float64 [P, C]: the Vector Filter where the model is the base.
+
+    Cost: one forward pass over the examples, up to the block.
+
+    Raises
+    ------
+    UserError
+        A response is empty, or a read-out is not finite: the ids of the examples.
+    """
+    reads = response_reads(examples, concepts.position)
+    with evaluating(model):
+        return read_residuals(model, reads, [block], concepts, tokens=batch_tokens, progress=progress)[0]

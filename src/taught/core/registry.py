@@ -1,0 +1,165 @@
+"""What a study can name: behaviors, targets, curvatures, trajectories and estimators.
+
+A method is one class in one file. The file registers it, and everything else follows from what is
+registered: the keys of a study, the help, what ``taught check`` counts, the words of an error.
+
+    @CURVATURES.register("ekfac")
+    @dataclass(frozen=True)
+    class Ekfac:
+        '''What it is, in one line: the help shows it.'''
+
+        damping: float = setting(0.1, rules.number(above=0), "share of the mean eigenvalue that is added")
+
+A package of its own registers through the entry point ``taught.plugins``, whose value is the module
+that does so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar, cast
+
+from taught.core.rules import Rule
+from taught.errors import UserError
+
+T = TypeVar("T")
+GROUP = "taught.plugins"
+
+
+class Registry(Generic[T]):
+    """Names of one kind of method, and the classes that they stand for.
+
+    Parameters
+    ----------
+    what : the kind in one word, as errors name it
+    own : name -> module of the package that registers it; imported when the name is used first
+    """
+
+    def __init__(self, what: str, own: Mapping[str, str]) -> None:
+        self.what = what
+        self._own = dict(own)
+        self._found: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Make a class known under a name; one name, one class."""
+
+        def add(found: T) -> T:
+            if name in self._found and self._found[name] is not found:
+                raise ValueError(f"{self.what} {name} is registered twice")
+            self._found[name] = found
+            return found
+
+        return add
+
+    def names(self) -> tuple[str, ...]:
+        """All names, the package's own first. Loads plugins, imports no method of the package."""
+        _load_plugins()
+        return tuple(dict.fromkeys((*self._own, *self._found)))
+
+    def get(self, name: str) -> T:
+        """What a name stands for.
+
+        Raises
+        ------
+        UserError
+            Nothing has this name: the known ones, and the closest.
+        """
+        if name not in self._found and name in self._own:
+            importlib.import_module(self._own[name])
+        if name not in self._found:
+            self.require(name)
+        return self._found[name]
+
+    def require(self, name: str) -> str:
+        """The name, if it is known; nothing of the package is imported."""
+        if name in self._own or name in self._found or name in self.names():
+            return name
+        close = difflib.get_close_matches(name, self.names(), n=1, cutoff=0.5)
+        raise UserError(
+            f"there is no {self.what} of this name",
+            value=name,
+            rule="one of " + ", ".join(self.names()),
+            fix=f"did you mean {close[0]}?" if close else "`taught init` lists them with their keys",
+        )
+
+
+_LOADED: set[str] = set()
+
+
+def _load_plugins() -> None:
+    """Import the modules of other packages that register methods, each once."""
+    for point in entry_points(group=GROUP):
+        if point.value not in _LOADED:
+            _LOADED.add(point.value)
+            point.load()
+
+
+def setting(default: Any, rule: Rule, doc: str) -> Any:
+    """A parameter of a method: its default, what it may be, and what it means in one line."""
+    return field(default=default, metadata={"rule": rule, "doc": doc})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method as a study names it: which, and those of its parameters that the study gives.
+
+    It is made into the method only where it is used (:meth:`make`), so that reading a study with
+    nothing but names in it imports neither torch nor the method.
+    """
+
+    kind: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self, registry: Registry[Any]) -> Any:
+        """The method, with these parameters."""
+        return registry.get(self.kind)(**self.values)
+
+    def plain(self) -> Any:
+        """As YAML has it: the name alone, or a mapping with ``kind``."""
+        return self.kind if not self.values else {"kind": self.kind, **self.values}
+
+
+def parameters(method: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The parameters of a registered method: name -> field, with ``rule`` and ``doc`` in its metadata."""
+    return {item.name: item for item in dataclasses.fields(cast(Any, method)) if "rule" in item.metadata}
+
+
+BEHAVIORS: Registry[Any] = Registry(
+    "behavior", {name: f"taught.behaviors.{name}" for name in ("prefixes", "answer", "choice", "loss")}
+)
+TARGETS: Registry[Any] = Registry(
+    "target",
+    {
+        "behavior": "taught.targets.behavior",
+        "prompt": "taught.targets.behavior",
+        "score": "taught.targets.policy",
+        "coefficient": "taught.targets.policy",
+        "concept": "taught.targets.concept",
+    },
+)
+CURVATURES: Registry[Any] = Registry(
+    "curvature",
+    {
+        "identity": "taught.core.curvature",
+        "adam": "taught.curvatures.adam",
+        "ekfac": "taught.curvatures.ekfac",
+        "autocorrelation": "taught.curvatures.autocorrelation",
+    },
+)
+TRAJECTORIES: Registry[Any] = Registry(
+    "trajectory", {"base": "taught.core.trajectory", "checkpoints": "taught.trajectories.checkpoints"}
+)
+ESTIMATORS: Registry[Any] = Registry(
+    "estimator",
+    {
+        "adjoint": "taught.estimators.adjoint",
+        "forward": "taught.estimators.forward",
+        "finite-step": "taught.estimators.finite_step",
+        "sketch": "taught.sketches.estimator",
+    },
+)

@@ -1,0 +1,1 @@
+"""The metrics of a step: C in < C^-1 grad L, grad F >."""

@@ -1,0 +1,225 @@
+"""The metric of a step: training by Adam moves the parameters by -lr C^-1 g, not by -lr g.
+
+    C = diag(sqrt(v) + eps)
+
+with v the second moments of the gradients that the optimizer has seen. This is what a batch of one
+example adds to training by Adam in a state of long training: one step hardly changes v, bias
+correction is over, and of the example's part in the first moment 1 - beta1 moves the parameters at
+once, the rest in the steps that follow. Small v make long steps; eps bounds them at g / eps: it
+damps.
+
+v is read from a file, or estimated at the base model as what it would be in training with batches
+of b of the P examples, drawn without replacement: the second moment of a batch's mean gradient,
+
+    v = m^2 + (s - m^2) / b (P - b) / (P - 1)
+
+m the mean gradient of an example, s the mean of its square. In large batches what the examples have in
+common outweighs what they differ in, and the entries where they agree get shorter steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taught.core.example import Example, batch_examples
+from taught.errors import UserError
+from taught.estimators.adjoint import Problem, by_parameter, example_gradients
+from taught.model.gradients import Factor, accumulate, find_sites, frozen
+from taught.model.parameters import moving_parameters
+
+Moments = dict[str, Tensor]
+
+_SUFFIX = ".exp_avg_sq"
+_CONVERT = (
+    "torch.load the file where you trust it, and save_file({f'{name}.exp_avg_sq': v}, "
+    "'moments.safetensors'): docs/methods.md, curvature"
+)
+
+
+def with_adam(
+    problem: Problem,
+    examples: Sequence[Example],
+    *,
+    moments: str | Path | Mapping[str, Tensor] | None,
+    eps: float,
+    batch: int = 1,
+    progress: Any = None,
+) -> Problem:
+    """The same problem with steps by Adam.
+
+    Parameters
+    ----------
+    moments
+        Second moments by parameter name, or a file of them (:func:`moments_from_optimizer`); None:
+        estimated from the examples (:func:`estimate_moments`).
+    eps
+        Adam's epsilon.
+    batch
+        Examples a step, for the estimate; at most all of them.
+
+    Raises
+    ------
+    UserError
+        A parameter that moves has no moments, or some of another shape, negative or not finite.
+    """
+    if moments is None:
+        found: Mapping[str, Tensor] = estimate_moments(problem, examples, batch=batch, progress=progress)
+    else:
+        found = moments if isinstance(moments, Mapping) else moments_from_optimizer(moments)
+    scale = {}
+    for name, p in moving_parameters(problem.model, problem.parameters).items():
+        v = _checked(name, p, found)
+        scale[name] = (v.to(p.device).sqrt() + eps).reciprocal().to(p.dtype)
+        if not scale[name].isfinite().all():
+            raise UserError(
+                "a step by Adam is not finite",
+                value=f"{name}: 1 / (sqrt(v) + {eps:g}) in {p.dtype}",
+                rule="finite for every element",
+                fix="raise attribution.adam_eps",
+            )
+    return replace(problem, scale=scale)
+
+
+def _checked(name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> Tensor:
+    if name not in moments:
+        raise UserError(
+            "a parameter that moves has no second moments",
+            value=name,
+            rule="one tensor for each, under the model's name of the parameter",
+            fix="complete the file, or set attribution.parameters",
+        )
+    v = moments[name]
+    if v.shape != parameter.shape:
+        raise UserError(
+            "second moments of another shape than their parameter",
+            value=f"{name}: {list(v.shape)}, parameter {list(parameter.shape)}",
+            fix="use the optimizer state of this model",
+        )
+    if not bool((v >= 0).all() & v.isfinite().all()):
+        raise UserError(
+            "second moments that are negative or not finite",
+            value=name,
+            rule="means of squares",
+            fix="store exp_avg_sq, not exp_avg",
+        )
+    return v
+
+
+def estimate_moments(problem: Problem, examples: Sequence[Example], *, batch: int = 1, progress: Any = None) -> Moments:
+    """Second moments of the mean gradient of a batch, element by element (the module's formula).
+
+    Cost: one forward and backward pass over the examples, and every example's gradient built once, one
+    parameter and example at a time. Memory: one number a moving parameter (two for a batch of more
+    than one example), and one batch.
+    """
+    sites = find_sites(problem.model, problem.parameters)
+    b, P = min(batch, len(examples)), len(examples)
+    squares = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        for name, p in moving_parameters(problem.model, problem.parameters).items()
+    }
+    sums = {name: torch.zeros_like(of) for name, of in squares.items() if b > 1}
+    with frozen(problem.model):
+        for some in batch_examples(examples, problem.batch_tokens):
+            found = example_gradients(problem, sites, some, examples)[1]
+            for name, factors in by_parameter(found).items():
+                add_squares(factors, squares[name])
+                if b > 1:
+                    for factor in factors:
+                        accumulate(factor, sums[name])
+            if progress is not None:
+                progress.advance(len(some.index))
+    moments = {name: of.detach().div_(P) for name, of in squares.items()}
+    for name, total in sums.items():
+        common = total.detach().div_(P).square_()
+        spread = moments[name].sub_(common).clamp_(min=0)
+        moments[name] = spread.mul_((P - b) / (P - 1) / b).add_(common)
+    return moments
+
+
+def add_squares(factors: Sequence[Factor], total: Tensor) -> None:
+    """Add each example's squared gradient."""
+    gradient = torch.empty_like(total)
+    for example in range(len(factors[0].d)):
+        gradient.zero_()
+        for factor in factors:
+            accumulate(factor.examples(slice(example, example + 1)), gradient)
+        total.addcmul_(gradient, gradient)
+
+
+def moments_from_optimizer(state: str | Path | Mapping[str, Any], names: Sequence[str] | None = None) -> Moments:
+    """Second moments by parameter name, from the state of a torch optimizer (Adam, AdamW).
+
+    Parameters
+    ----------
+    state
+        What ``optimizer.state_dict()`` gives; or a safetensors file with a tensor
+        ``NAME.exp_avg_sq``, or ``NAME`` alone, for each parameter. Pickles are never opened.
+    names
+        For a ``state_dict``: the parameters' names in the order in which the optimizer was given
+        them, all groups in a row. Not needed where the optimizer was given ``named_parameters()``.
+
+    Returns
+    -------
+    name -> v; of a ``state_dict`` with Adam's bias correction, as Adam itself divides by it.
+
+    Raises
+    ------
+    UserError
+        The file is a pickle, or holds no moments; the names do not fit the state.
+    """
+    if isinstance(state, Mapping):
+        return _from_state(state, names)
+    stored = _read_file(Path(state))
+    moments = {name.removesuffix(_SUFFIX): v for name, v in stored.items() if name.endswith(_SUFFIX)}
+    return moments or stored
+
+
+def _read_file(path: Path) -> Moments:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UserError(
+            "the second moments cannot be read", value=f"{path}: {error}", fix="correct attribution.moments"
+        ) from None
+    except SafetensorError:
+        raise UserError(
+            "the second moments are not a safetensors file",
+            value=str(path),
+            rule="a pickle (*.pt, *.bin) runs code when it is opened: it never is",
+            fix=_CONVERT,
+        ) from None
+
+
+def _from_state(state: Mapping[str, Any], names: Sequence[str] | None) -> Moments:
+    groups = state["param_groups"]
+    if names is None:
+        names = [name for group in groups for name in group.get("param_names", ())]
+    numbers = [number for group in groups for number in group["params"]]
+    if len(names) != len(numbers):
+        raise UserError(
+            "the names do not fit the optimizer's parameters",
+            value=f"{len(names)} names, {len(numbers)} parameters",
+            rule="one name each, in the order the optimizer was given them",
+            fix="pass names, or give the optimizer model.named_parameters()",
+        )
+    decay = {number: group["betas"][1] for group in groups for number in group["params"]}
+    return {
+        name: _corrected(state["state"][number], decay[number])
+        for name, number in zip(names, numbers, strict=True)
+        if number in state["state"]
+    }
+
+
+def _corrected(moments: Mapping[str, Any], decay: float) -> Tensor:
+    v: Tensor = moments["exp_avg_sq"]
+    return v / (1 - decay ** float(moments["step"]))

@@ -1,0 +1,109 @@
+"""Gradient autocorrelation as curvature, in the space of sketches.
+
+    C = R + damping I,    R = mean over examples of s s'          effect = - lr < s(example), C^-1 q >
+
+Directions in which all examples' gradients lie anyway count for less: what sets an example apart counts
+for more (TrackStar, arXiv 2410.17413, uses R^-1/2 on both sides; with one set of gradients this is
+the same product). R is never built: with S [n, K] the examples' sketches,
+
+    C^-1 q = (q - S' (S S' + n damping I)^-1 S q) / damping
+
+The damping is the one under which gradients of examples that R was not made from are most likely, if
+they are drawn from a normal distribution with covariance C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taught.errors import UserError
+from taught.policy.ridge import Floats
+from taught.sketches.store import Row, SketchStore
+
+# More examples than these do not make a better R, but a larger one.
+LARGEST = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Autocorrelation:
+    """C = S'S / n + damping I.
+
+    Attributes
+    ----------
+    sketches : float32 [n, K]
+    damping : in the unit of a squared sketch
+    """
+
+    sketches: NDArray[np.float32]
+    damping: float
+
+    def solve(self, queries: Floats) -> Floats:
+        """C^-1 q for queries [K, Q]. Cost: n^2 K + n K Q."""
+        S = self.sketches.astype(np.float64)
+        inner = S @ S.T + len(S) * self.damping * np.eye(len(S))
+        found: Floats = (queries - S.T @ np.linalg.solve(inner, S @ queries)) / self.damping
+        return found
+
+
+def fit_autocorrelation(store: SketchStore, examples: Sequence[Row]) -> Autocorrelation:
+    """R from the examples (at most 4,096, evenly chosen), the damping from every third of them.
+
+    Raises
+    ------
+    UserError
+        Fewer than six examples, or all gradients are zero.
+    """
+    if len(examples) < 6:
+        raise UserError(
+            "too few examples for an autocorrelation",
+            value=len(examples),
+            rule="at least 6: a third of them choose the damping",
+            fix="use --curvature identity",
+        )
+    S = _sketches(store, examples)
+    held_out = np.arange(len(S)) % 3 == 2
+    return Autocorrelation(S, choose_damping(S[~held_out], S[held_out]))
+
+
+def choose_damping(fitted: NDArray[np.float32], held_out: NDArray[np.float32]) -> float:
+    """The most likely of 41 values, from 1e-6 to 1e4 times the mean square of a sketch's numbers.
+
+    With e_i, v_i the eigenvalues and vectors of S S' / n, the directions S' v_i / sqrt(n e_i) hold
+    all of R, and for a held-out s with coordinates c_i
+
+        - 2 log p = (|s|^2 - sum_i c_i^2 e_i / (e_i + damping)) / damping
+                    + sum_i log(e_i + damping) + (K - n) log damping
+    """
+    S, T = fitted.astype(np.float64), held_out.astype(np.float64)
+    n, K = S.shape
+    mean_square = float((S**2).mean())
+    if mean_square == 0:
+        raise UserError(
+            "all gradients of the examples are zero", rule="R must not vanish", fix="use --curvature identity"
+        )
+    e, V = np.linalg.eigh(S @ S.T / n)
+    kept = e > 1e-10 * e[-1]
+    e, V = e[kept], V[:, kept]
+    c2 = ((T @ S.T) @ V) ** 2 / (n * e)
+    dampings = mean_square * np.logspace(-6, 4, 41)
+    cost = [
+        ((T**2).sum(1) - c2 @ (e / (e + d))).mean() / d + np.log(e + d).sum() + (K - len(e)) * np.log(d)
+        for d in dampings
+    ]
+    return float(dampings[int(np.argmin(cost))])
+
+
+def _sketches(store: SketchStore, examples: Sequence[Row]) -> NDArray[np.float32]:
+    places = np.unique(np.linspace(0, len(examples) - 1, min(len(examples), LARGEST)).astype(int))
+    wanted = {examples[i]: n for n, i in enumerate(places)}
+    S = np.zeros((len(wanted), store.dim), dtype=np.float32)
+    for shard in store.shards("examples"):
+        found = [(n, wanted[row]) for n, row in enumerate(shard.rows) if row in wanted]
+        if found:
+            theirs, ours = map(list, zip(*found, strict=True))
+            S[ours] = store.values(shard)[theirs]
+    return S

@@ -1,0 +1,208 @@
+"""EK-FAC: the curvature of the loss, layer by layer, in the eigenbasis of two small covariances.
+
+C is the Gauss-Newton Hessian of the mean of L over the examples, which for a cross-entropy is the
+Fisher matrix. With labels drawn from the model's own distribution at every response token of example z
+and n of these, it is the mean of G G' with
+
+    G(z) = n^-1/2 sum over response tokens t of the gradient of -log p(label t)
+
+(the root: of independent labels only squares are left, and L is their mean, not their sum). For one
+linear layer with input a [in] and gradient d [out] at its output, G = sum over tokens d a', and
+
+    A = sum over tokens a a',   S = sum over tokens d d',   Q_A, Q_S: their eigenvectors
+    Lambda = mean over examples of (Q_S' G Q_A)^2                                [out, in]
+    C^-1 G = Q_S ((Q_S' G Q_A) / (Lambda + damping * mean(Lambda))) Q_A'
+
+Every layer has a block of its own. Only the weights of linear layers inside the model's blocks have
+one: everything else (norms, biases, embeddings, the output layer) does not move in a step.
+
+Source: George et al., arXiv 1806.03884 (EK-FAC); Grosse et al., arXiv 2308.03296 (for language
+models, damping 0.1); Kunstner et al., arXiv 1905.12558 (why labels are drawn).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taught.core.example import Example, ExampleBatch, batch_examples
+from taught.curvatures.adam import add_squares
+from taught.errors import UserError
+from taught.estimators.adjoint import Basis, Problem, by_parameter, example_gradients
+from taught.model.forward import find_blocks, first_device, forward
+from taught.model.gradients import Factor, find_sites, frozen
+from taught.model.kernels import product
+from taught.model.parameters import moving_parameters
+
+Factors = dict[str, list[Factor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Ekfac:
+    """Eigenbasis and eigenvalues of every layer, by parameter name.
+
+    Attributes
+    ----------
+    basis : orthonormal columns (rows of the weight [m, m], its columns [n, n])
+    eigenvalues : [m, n], at least 0
+    """
+
+    basis: Mapping[str, Basis]
+    eigenvalues: Mapping[str, Tensor]
+
+
+def with_ekfac(
+    problem: Problem, examples: Sequence[Example], *, damping: float, seed: int = 0, progress: Any = None
+) -> Problem:
+    """The same problem in the metric of EK-FAC; its steps move the layers that have a curvature.
+
+    Parameters
+    ----------
+    damping
+        Added to the eigenvalues of a layer, as a share of their mean.
+    seed
+        Of the labels.
+
+    Raises
+    ------
+    UserError
+        No linear layer of the blocks moves; a curvature is zero or not finite: the layers' names.
+    """
+    found = fit_ekfac(problem, examples, seed=seed, progress=progress)
+    scale = {name: (v + damping * v.mean()).reciprocal() for name, v in found.eigenvalues.items()}
+    return replace(problem, parameters=tuple(scale), scale=scale, basis=found.basis)
+
+
+def curved_layers(model: nn.Module, parameters: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Names of the moving weights of linear layers inside the model's blocks.
+
+    Raises
+    ------
+    UserError
+        There is none; a pattern matches nothing; a module is not understood (``find_sites``).
+    """
+    inside = {id(module) for block in find_blocks(model) for module in block.modules()}
+    names = dict.fromkeys(
+        site.weight
+        for site in find_sites(model, parameters)
+        if site.kind in ("linear", "linear_t") and id(model.get_submodule(site.module)) in inside
+    )
+    found = tuple(name for name in names if name is not None)
+    if not found:
+        raise UserError(
+            "no parameter has an EK-FAC curvature",
+            value=list(parameters or ()),
+            rule="the weights of linear layers inside the blocks have one",
+            fix="let some of them move: attribution.parameters",
+        )
+    return found
+
+
+def fit_ekfac(problem: Problem, examples: Sequence[Example], *, seed: int = 0, progress: Any = None) -> Ekfac:
+    """The curvature at the model's weights, from the tokens of the examples.
+
+    Cost: three forward passes over the examples and two backward ones, every example's gradient built
+    once, two eigendecompositions a layer. Memory: the squares of both sides of every layer, one
+    number a weight, and one batch.
+    """
+    names = curved_layers(problem.model, problem.parameters)
+    problem = replace(problem, parameters=names)
+    with frozen(problem.model):
+        labels = [
+            draw_labels(problem.model, batch, examples, seed)
+            for batch in batch_examples(examples, problem.batch_tokens)
+        ]
+        basis = _bases(problem, examples, labels, progress)
+        totals = {name: rows.new_zeros(len(rows), len(columns)) for name, (rows, columns) in basis.items()}
+        rotated = replace(problem, basis=basis)
+        for _, factors in _gradients(problem, examples, labels, progress):
+            for name, uses in factors.items():
+                add_squares([rotated.rotated(use) for use in uses], totals[name])
+    flat = [name for name, total in totals.items() if not total.sum() > 0]
+    if flat:
+        raise UserError(
+            "the curvature of some layers is zero",
+            value=flat[:5],
+            rule="the examples' gradients reach every layer that moves",
+            fix="leave these out: attribution.parameters",
+        )
+    return Ekfac(basis, {name: total.div_(len(examples)) for name, total in totals.items()})
+
+
+@torch.no_grad()
+def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Sequence[Example], seed: int) -> Tensor:
+    """A label for every response token, from the model's distribution there: int64 [B, keep].
+
+    What is drawn depends on the seed, the example's id and the model, not on the batch.
+    """
+    _, logits = forward(model, batch.rows.to(first_device(model)), keep=batch.keep)
+    assert logits is not None
+    labels = torch.zeros_like(batch.targets)
+    for row, number in enumerate(batch.index):
+        example = examples[number]
+        start = batch.keep - example.n_response
+        ends = torch.softmax(logits[row, start:].double(), -1).cumsum(-1)
+        digest = hashlib.sha256(f"{seed} {example.id}".encode()).digest()
+        level = np.random.default_rng(list(digest)).random((example.n_response, 1))
+        drawn = torch.searchsorted(ends, ends[:, -1:] * torch.from_numpy(level).to(ends))
+        labels[row, start:] = drawn.squeeze(1).clamp(max=ends.shape[1] - 1).cpu()
+    return labels
+
+
+def _gradients(
+    problem: Problem, examples: Sequence[Example], labels: Sequence[Tensor], progress: Any
+) -> Iterator[tuple[ExampleBatch, Factors]]:
+    """Each batch with the factors of G by parameter."""
+    sites = find_sites(problem.model, problem.parameters)
+    batches = batch_examples(examples, problem.batch_tokens)
+    for batch, drawn in zip(batches, labels, strict=True):
+        sampled = replace(batch, targets=drawn, weights=batch.weights.sqrt())
+        yield batch, by_parameter(example_gradients(problem, sites, sampled, examples)[1])
+        if progress is not None:
+            progress.advance(len(batch.index))
+
+
+def _bases(problem: Problem, examples: Sequence[Example], labels: Sequence[Tensor], progress: Any) -> dict[str, Basis]:
+    """Eigenvectors of S and A (of a transposed layer: of A and S)."""
+    sums = {
+        name: tuple(
+            torch.zeros(n, n, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device) for n in p.shape
+        )
+        for name, p in moving_parameters(problem.model, problem.parameters).items()
+    }
+    for batch, factors in _gradients(problem, examples, labels, progress):
+        for name, uses in factors.items():
+            for use in uses:
+                assert use.a is not None
+                for side, total in zip((use.d, use.a), sums[name], strict=True):
+                    x = side[_real(batch).to(side.device)].to(total.dtype)
+                    total.add_(product(x.T, x.T))
+    bad = [name for name, both in sums.items() if not all(x.isfinite().all() for x in both)]
+    if bad:
+        raise UserError(
+            "the curvature of some layers is not finite",
+            value=bad[:5],
+            rule="inputs and gradients of every layer are finite",
+            fix="use --set model.dtype=float32",
+        )
+    bases = {}
+    while sums:  # the squares of a layer are let go of as its eigenvectors come
+        name, (rows, columns) = sums.popitem()
+        bases[name] = (_eigenvectors(rows), _eigenvectors(columns))
+    return bases
+
+
+def _real(batch: ExampleBatch) -> Tensor:
+    """bool [B, T]: tokens, not padding."""
+    width = batch.rows.ids.shape[1]
+    return torch.arange(width) >= width - batch.rows.lengths[:, None]
+
+
+def _eigenvectors(square: Tensor) -> Tensor:
+    return torch.linalg.eigh(square.double()).eigenvectors.to(square.dtype)

@@ -1,0 +1,1 @@
+"""How the inner product of an example with a query is obtained."""

@@ -1,0 +1,214 @@
+"""Change of y of every prompt for every example, exactly: all inner products of two sets of gradients.
+
+    dy_i = -lr <grad L(z), grad y_i>        for all examples z and prompts i: [P, N]
+
+All gradients meet block by block of the model (``taught.model.blockwise``). Cost: two forward and
+backward passes over examples and prompts, the building of their gradients, and one multiplication per
+example, prompt and parameter. What does not fit into the memory budget is split into chunks of examples
+and prompts; every chunk of examples then meets every chunk of prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taught.core.example import Example, ExampleBatch, batch_indices, make_batch, refuse_nonfinite
+from taught.estimators.adjoint import GB, Problem, by_parameter
+from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
+from taught.model.forward import first_device, forward
+from taught.model.gradients import Factor, dot, dots, frozen
+from taught.model.readout import prompt_tree
+from taught.model.tokens import Rows, batches_by_tokens, stack
+from taught.run.pieces import Pieces, kept
+
+# Shares of the memory budget. No batch with all its activations comes on top while blocks are gone
+# through, so together they may be a little more than one.
+_TRACES, _BUILT = 0.92, 0.15
+
+
+def prompt_effects(
+    problem: Problem, examples: Sequence[Example], *, progress: Any = None, pieces: Pieces | None = None
+) -> Tensor:
+    """Change of y of every prompt per step on every example: float64 [P, N].
+
+    Raises
+    ------
+    UserError
+        The loss of an example is not finite; the model's blocks do not form a chain, or share
+        parameters.
+    """
+    sites = split_sites(problem.model, problem.parameters)
+    effects = torch.zeros(len(examples), len(problem.prompts), dtype=torch.float64)
+    with frozen(problem.model):
+        for prompts, chunk in prompt_chunks(problem, sites, examples):
+            rows = [i for index in chunk for i in index]
+            columns = [i for index, _ in prompts for i in index]
+            compute = partial(_meet, problem, sites, examples, chunk, prompts, progress)
+            block = kept(pieces, f"examples {rows} prompts {columns}", compute)
+            effects[torch.tensor(rows)[:, None], torch.tensor(columns)] = block
+    return effects.mul_(-problem.lr)
+
+
+def prompt_steps(problem: Problem, examples: Sequence[Example]) -> int:
+    """How often :func:`prompt_effects` reports progress."""
+    sites = split_sites(problem.model, problem.parameters)
+    return len(prompt_chunks(problem, sites, examples)) * sites.depth
+
+
+PromptBatch = tuple[list[int], Rows]
+
+
+def prompt_chunks(
+    problem: Problem, sites: BlockSites, examples: Sequence[Example]
+) -> list[tuple[list[PromptBatch], list[list[int]]]]:
+    """Chunks of prompts and of examples that fit into the budget together, in all combinations.
+
+    Examples are named batch by batch.
+    """
+    trees = [prompt_tree([p], problem.behavior)[0] for p in problem.prompts]
+    prompts = [
+        (index, stack([trees[i] for i in index]))
+        for index in batches_by_tokens([len(t) for t in trees], problem.batch_tokens)
+    ]
+    batches = batch_indices(examples, problem.batch_tokens)
+    per_token, per_prompt = _bytes(problem, sites)
+    example_need = [len(b) * max(len(examples[i].ids) - 1 for i in b) * per_token for b in batches]
+    prompt_need = [rows.ids.numel() * per_token + len(index) * per_prompt for index, rows in prompts]
+    budget = problem.memory_gb * GB * _TRACES
+    for_examples = max(budget / 2, budget - sum(prompt_need))
+    chunks = _split(batches, example_need, for_examples)
+    largest = max(sum(need) for _, need in chunks)
+    return [
+        (some, chunk)
+        for some, _ in _split(prompts, prompt_need, budget - min(largest, for_examples))
+        for chunk, _ in chunks
+    ]
+
+
+def _split(items: Sequence[Any], needs: Sequence[float], budget: float) -> list[tuple[list, list]]:
+    """Neighbours in as few chunks as fit the budget, the largest as small as it can be.
+
+    At least one item in each, also where it alone takes more.
+    """
+    enough = max(budget, *needs)
+    count, low, high = len(_filled(needs, enough)), sum(needs) / len(needs), enough
+    for _ in range(30):  # the least limit that needs no more chunks
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(_filled(needs, middle)) <= count else (middle, high)
+    chunks = _filled(needs, high)
+    return [([items[i] for i in chunk], [needs[i] for i in chunk]) for chunk in chunks]
+
+
+def _filled(needs: Sequence[float], limit: float) -> list[list[int]]:
+    """Neighbours together until the next one would be too much."""
+    chunks: list[list[int]] = []
+    used = 0.0
+    for i, need in enumerate(needs):
+        if not chunks or used + need > limit:
+            chunks.append([])
+            used = 0.0
+        chunks[-1].append(i)
+        used += need
+    return chunks
+
+
+def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float]:
+    """Memory that a token's trace and one block's factors take; that a prompt's head takes."""
+    shapes = {name: p.shape for name, p in problem.model.named_parameters()}
+    itemsize = next(problem.model.parameters()).element_size()
+    config: Any = problem.model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    factors = max(
+        sum(sum(shapes[s.weight]) for s in block if s.weight and s.kind != "elementwise") for block in sites.blocks
+    )
+    width = int(config.hidden_size)
+    per_token = itemsize * ((sites.depth + 3) * width + factors)
+    return float(per_token), float(itemsize * problem.behavior.slots * int(config.vocab_size))
+
+
+def _meet(
+    problem: Problem,
+    sites: BlockSites,
+    examples: Sequence[Example],
+    chunk: Sequence[Sequence[int]],
+    prompts: Sequence[PromptBatch],
+    progress: Any,
+) -> Tensor:
+    """<grad L(z), grad y_i> of a chunk of examples and a chunk of prompts, float64."""
+    right, outside = [], []
+    for index, rows in prompts:
+        _, factors, traced = _trace_prompts(problem, sites, index, rows)
+        right.append(traced)
+        outside.append(_by_param(problem, factors))
+    left, top = [], []
+    for some in chunk:
+        losses, factors, traced = _trace_examples(problem, sites, make_batch(examples, some))
+        refuse_nonfinite(examples, some, losses)
+        left.append(traced)
+        own = _by_param(problem, factors)
+        met = [_over(problem, own, other, len(some), len(t.index)) for other, t in zip(outside, right, strict=True)]
+        top.append(torch.cat(met, 1))
+    del outside
+    effects = torch.cat(top)
+    for _ in range(sites.depth):
+        effects += _one_block(problem, sites, left, right)
+        if progress is not None:
+            progress.advance(1)
+    return effects
+
+
+def _trace_examples(problem: Problem, sites: BlockSites, batch: ExampleBatch) -> tuple[Tensor, list[Factor], Trace]:
+    run = partial(batch.losses, problem.model)
+    return trace(problem.model, sites, batch.index, run, training=True)
+
+
+def _trace_prompts(
+    problem: Problem, sites: BlockSites, index: Sequence[int], rows: Rows
+) -> tuple[Tensor, list[Factor], Trace]:
+    """Prompts apart: no tokens are shared between them."""
+
+    def run() -> Tensor:
+        device = first_device(problem.model)
+        _, logits = forward(problem.model, rows.to(device), keep=problem.behavior.slots)
+        assert logits is not None
+        return problem.behavior.log_probability(logits)
+
+    return trace(problem.model, sites, index, run)
+
+
+def _over(
+    problem: Problem, left: dict[str, list[Factor]], right: dict[str, list[Factor]], rows: int, columns: int
+) -> Tensor:
+    """Inner products of two batches over all parameters that both depend on, float64."""
+    total = torch.zeros(rows, columns, dtype=torch.float64)
+    for name in sorted(left.keys() & right.keys()):
+        met = dot(left[name], right[name], scale=problem.scale_of(name), room=_room(problem))
+        total += met.double().cpu()
+    return total
+
+
+def _one_block(problem: Problem, sites: BlockSites, left: Sequence[Trace], right: Sequence[Trace]) -> Tensor:
+    """Inner products over the parameters of the last block that is left, float64."""
+    ours, theirs = ([_by_param(problem, last_block(problem.model, sites, t)) for t in side] for side in (left, right))
+    total: Any = 0.0
+    for name in sorted({name for side in (ours, theirs) for factors in side for name in factors}):
+        a, b = ([factors.pop(name) for factors in side] for side in (ours, theirs))
+        met = dots(a, b, room=_room(problem), scale=problem.scale_of(name))
+        total = total + met.double().cpu()
+    return total
+
+
+def _room(problem: Problem) -> int:
+    """Numbers that built gradients may take at a time."""
+    itemsize = next(problem.model.parameters()).element_size()
+    return int(problem.memory_gb * GB * _BUILT / itemsize)
+
+
+def _by_param(problem: Problem, factors: Iterable[Factor]) -> dict[str, list[Factor]]:
+    """The factors of each parameter, in the basis in which C is diagonal."""
+    return by_parameter(map(problem.rotated, factors))

@@ -1,0 +1,122 @@
+"""Which response tokens carry an example's effect: shares that add up to it exactly.
+
+The loss of an example is a sum over its response tokens, L = sum_j l_j with l_j = -log p(token j) / n
+under all tokens before it, and effects are linear in the gradient of the loss:
+
+    effect = sum_j share_j,    share_j = -lr < C^-1 grad l_j, grad F > = -lr < grad l_j, q >
+
+with the query q = C^-1 grad F. The last form is the derivative of l_j along q, so one forward pass
+in dual numbers along -lr q gives the shares of all tokens at once.
+Source: the decomposition follows from the loss; it is not an ablation of the token as *input*,
+which later tokens see too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from taught.core.example import Example, ExampleBatch, batch_examples, refuse_nonfinite
+from taught.estimators.adjoint import Problem, build_queries
+from taught.model.gradients import RowSparse, Site, find_sites, frozen
+
+
+class _Terms(nn.Module):
+    """Parameters -> what each token adds to the loss of its example."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: ExampleBatch) -> Tensor:
+        return batch.terms(self.model)
+
+
+def token_effects(
+    problem: Problem, examples: Sequence[Example], A: Tensor, B: Tensor | None, *, progress: Any = None
+) -> list[Tensor]:
+    """Share of every response token in its example's effect on a few targets.
+
+    Parameters
+    ----------
+    A, B
+        Cotangents of K targets, as in :func:`taught.estimators.adjoint.target_effects`.
+
+    Returns
+    -------
+    For each example float64 [n_response, K]; the end of the turn is the last token, a masked token has
+    no share. Sums over tokens are the example's effects.
+
+    Raises
+    ------
+    UserError
+        Shares of some examples are not finite.
+
+    Notes
+    -----
+    Cost: the queries once, and for each target about three forward passes over the examples. Memory:
+    the queries, and one of them once more. Attention runs without fused kernels.
+    """
+    model, sites = problem.model, find_sites(problem.model, problem.parameters)
+    terms, shares = _Terms(model), [torch.zeros(p.n_response, len(A)).double() for p in examples]
+    with frozen(model):
+        queries = build_queries(problem, sites, A, B, progress)
+        base = {f"model.{name}": model.get_parameter(name).detach() for name in queries}
+        for k in range(len(A)):
+            step = {
+                f"model.{name}": -problem.lr * _dense(query, k, model.get_parameter(name))
+                for name, query in queries.items()
+            }
+            for batch in batch_examples(examples, problem.batch_tokens):
+                moved = _along(model, sites, terms, batch, base, step)
+                for row, i in zip(moved.double().cpu(), batch.index, strict=True):
+                    shares[i][:, k] = row[batch.keep - examples[i].n_response :]
+    sums = torch.stack([share.sum(0) for share in shares]) if shares else torch.zeros(0, 1)
+    refuse_nonfinite(examples, range(len(examples)), sums, "gradient")
+    return shares
+
+
+def _along(
+    model: nn.Module,
+    sites: Sequence[Site],
+    terms: nn.Module,
+    batch: ExampleBatch,
+    base: dict[str, Tensor],
+    step: dict[str, Tensor],
+) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH), _as_in_training(model, sites):
+        return jvp(lambda p: functional_call(terms, p, (batch,)), (base,), (step,))[1].detach()
+
+
+@contextmanager
+def _as_in_training(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """Look-ups of an embedding's padding row do not move, as an optimizer does not move them."""
+    handles = []
+    for site in sites:
+        if site.padding is not None:
+            module = model.get_submodule(site.module)
+            device = next(module.parameters()).device
+            row = module(torch.tensor([[site.padding]], device=device)).detach()[0, 0]
+
+            def hook(_: nn.Module, args: Any, out: Tensor, padding: int = site.padding, row: Tensor = row) -> Tensor:
+                return torch.where((args[0] == padding).unsqueeze(-1), row, out)
+
+            handles.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _dense(query: Tensor | RowSparse, k: int, weight: Tensor) -> Tensor:
+    """The k-th query in the parameter's shape and precision."""
+    if isinstance(query, RowSparse):
+        return torch.zeros_like(weight).index_copy(0, query.rows, query.values[k].to(weight))
+    return query[k].to(weight)

@@ -1,0 +1,246 @@
+"""Whole files or none: every write goes to a temporary file beside the target, then replaces it.
+
+Contents are built in memory first, so that their size and checksum are known before anything
+touches the disk. Only the largest tables are written in parts (``row_groups``).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from taught.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+_TEMPORARY = ".tmp"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``: a reader sees the old file or the new one, never a part.
+
+    Raises
+    ------
+    UserError
+        No space left, or the folder cannot be written to.
+    """
+    with replacing(path, needed=len(content)) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path, *, needed: int | None = None) -> Iterator[IO[bytes]]:
+    """A file beside ``path`` that takes its place when the body ends without an exception.
+
+    The body does nothing but write: what it cannot write is the user's to be told.
+
+    Parameters
+    ----------
+    needed
+        Bytes that will be written, where that is known.
+
+    Raises
+    ------
+    UserError
+        No space left, or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error, needed=needed) from error
+    finally:
+        with suppress(OSError):  # what went wrong is said above; a read-only disk refuses this too
+            temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a killed write left behind. Only for the holder of the folder's lock."""
+    for leftover in folder.glob(f".*{_TEMPORARY}"):
+        with suppress(OSError):  # nothing reads it; the next write says why it cannot be done
+            leftover.unlink()
+
+
+def sha256_bytes(content: bytes) -> str:
+    """Hex digest of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_bytes(record: object) -> bytes:
+    """UTF-8 JSON, indented; NaN and infinity are refused because JSON has neither."""
+    return (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def json_line(record: object) -> str:
+    """One line of a JSONL file; NaN and infinity are refused."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """Return an Arrow table as Parquet; equal tables give equal bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+@contextmanager
+def row_groups(
+    file: IO[bytes], schema: pa.Schema, unique: Collection[str] = ()
+) -> Iterator[Callable[[pa.Table], None]]:
+    """Write Parquet in parts, each a row group of its own: only one part is in memory.
+
+    Readers skip row groups by their statistics, so a part should hold one value of each column that
+    queries select by. Equal parts give equal bytes.
+
+    Parameters
+    ----------
+    unique
+        Text columns of which no value stands twice in a part: a dictionary would only add to them.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(
+        file,
+        schema,
+        compression="zstd",
+        use_dictionary=[name for name in schema.names if name not in unique],
+        column_encoding=dict.fromkeys(unique, "DELTA_BYTE_ARRAY"),
+    ) as writer:
+        yield lambda part: writer.write_table(part, row_group_size=max(part.num_rows, 1))
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None, rows: pc.Expression | None = None) -> pa.Table:
+    """Return an Arrow table, or those of its columns and rows that are asked for.
+
+    Parameters
+    ----------
+    rows
+        A condition; row groups whose statistics exclude it are not read.
+    """
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=columns, filters=rows)
+
+
+def parquet_parts(path: Path, columns: Sequence[str], rows: pc.Expression) -> Iterator[pa.Table]:
+    """The same, a row group at a time, for what would not fit into memory."""
+    import pyarrow.dataset as ds
+
+    for file in ds.dataset(path).get_fragments():
+        for part in file.split_by_row_group(rows):
+            yield part.to_table(columns=list(columns), filter=rows)
+
+
+def tensors_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return named arrays as safetensors."""
+    import numpy as np
+    from safetensors.numpy import save
+
+    # safetensors writes the memory as it lies: a transposed view would be stored scrambled.
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+def tensors_from_bytes(content: bytes) -> dict[str, np.ndarray]:
+    """Return the named arrays of a safetensors file."""
+    from safetensors.numpy import load
+
+    return load(content)
+
+
+def tensor_rows(path: Path, name: str, places: Sequence[int]) -> np.ndarray:
+    """Return some rows of an array of a safetensors file, without reading the others."""
+    import numpy as np
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as tensors:
+        whole = tensors.get_slice(name)
+        return np.concatenate([whole[place : place + 1] for place in places])
+
+
+def free_bytes(folder: Path) -> int:
+    """Space left for the user on the disk of ``folder``, which need not exist yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def write_error(path: Path, error: OSError, *, needed: int | None = None) -> UserError:
+    """What to tell the user when ``path`` cannot be made or written.
+
+    Parameters
+    ----------
+    needed
+        Bytes that were to be written, where that is known.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        wanted = "" if needed is None else f"{needed:,} bytes needed, "
+        return UserError(
+            f"no space left to write {path}",
+            value=f"{wanted}{free_bytes(path.parent):,} bytes free",
+            rule="nothing was written; finished work is kept",
+            fix="free some space and run the same command again, or choose another --run folder",
+        )
+    return UserError(
+        f"{path} cannot be written",
+        value=str(error),
+        rule="nothing was written",
+        fix="choose a --run folder that you may write to",
+    )
+
+
+def plain_ids(ids: Sequence[Any]) -> list[Any]:
+    """Ids as JSON holds them: numpy arrays and scalars become Python values."""
+    listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    return [item.item() if hasattr(item, "item") else item for item in listed]
+
+
+def check_ids(
+    arrays: Mapping[str, np.ndarray], ids: Mapping[str, list[Any]], axes: Mapping[str, Sequence[str | None]] | None
+) -> None:
+    """Raise ValueError unless ids are unique and as many as the axes that they name."""
+    for key, values in ids.items():
+        if len(set(values)) != len(values):
+            raise ValueError(f"{key}: an id stands twice")
+        if axes is None and not any(len(values) in array.shape for array in arrays.values()):
+            shapes = {name: array.shape for name, array in arrays.items()}
+            raise ValueError(f"{key}: {len(values)} ids fit no axis of {shapes}")
+    for name, names in (axes or {}).items():
+        expected = tuple(None if key is None else len(ids[key]) for key in names)
+        shape = arrays[name].shape
+        fits = len(shape) == len(expected) and all(
+            want in (None, have) for want, have in zip(expected, shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{name}: shape {shape}, but the ids {tuple(names)} say {expected}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,662 @@
+"""Run folder: where the stages of one study keep their results, and when these may be reused.
+
+A stage's results count only when the manifest says that the stage is complete, under the same
+fingerprint (``fingerprint.py``), and each file still has the checksum that was recorded when it was
+written. Everything else is refused by name or computed again; nothing is reused silently.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import taught
+from taught.environment import peak_memory_gb, products_by, versions
+from taught.errors import UserError
+from taught.run import files
+from taught.run.fingerprint import Inputs, code_version, differences, fingerprint, stage_inputs
+from taught.run.lock import locked_file
+from taught.run.manifest import NAME as MANIFEST
+from taught.run.manifest import load_manifest, now, save_manifest
+from taught.run.pieces import PartialFolder
+from taught.study.schema import Study, dump_study, study_from_dict
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+STAGES = ("policy", "clamp", "attribute", "curate", "clusters", "concept-influence", "validate", "compare", "report")
+_BEFORE = {
+    "policy": (),
+    "clamp": ("policy",),
+    "attribute": ("policy",),
+    "curate": ("attribute",),
+    "clusters": ("attribute",),
+    "concept-influence": ("attribute",),
+    "validate": ("policy",),
+    "compare": ("attribute", "validate"),
+    "report": ("policy",),
+}
+# These take seconds and read only what stands in the folder, so they are always made again. So is
+# validate: its retrainings stand in a folder of their own, which knows what they depend on; and
+# concept-influence, which is asked for concepts that are no part of the study.
+_READERS = ("curate", "clusters", "report")
+_REMADE = (*_READERS, "concept-influence", "validate")
+# These go by the run folder's study, or one that differs in what they do not read: they leave it.
+_OF_THE_RUN = ("clamp", "compare", "concept-influence", *_READERS)
+# Nothing asks for these again: they go when what they were made from is made anew.
+_GONE_WITH = {"policy": ("clamp",), "attribute": ("clusters", "concept-influence")}
+# These read others where they are there: validate only for subsets that the influence names.
+_IF_THERE = {
+    "validate": ("attribute",),
+    "report": ("clamp", "attribute", "curate", "clusters", "concept-influence", "validate", "compare"),
+}
+_WRITTEN_BY = {
+    "policy": (
+        "study.yaml",
+        "prompts.parquet",
+        "readouts.safetensors",
+        "readouts.ids.json",
+        "features.parquet",
+        "activations.safetensors",
+        "activations.ids.json",
+        "labels.json",
+        "coefficients.parquet",
+        "policy.json",
+        "faithfulness.json",
+        "audit.parquet",
+    ),
+    "clamp": ("clamp.parquet", "clamp.json"),
+    "attribute": (
+        "examples.parquet",
+        "influence.parquet",
+        "summary.parquet",
+        "prompt_effects.safetensors",
+        "prompt_effects.ids.json",
+        "feature_prompt_effects.safetensors",
+        "feature_prompt_effects.ids.json",
+        "comovement.safetensors",
+        "comovement.ids.json",
+        "sketch.json",
+        "dropped.json",
+        "certificates.parquet",
+        "statements.parquet",
+        "token_shares.parquet",
+    ),
+    "curate": ("curation.parquet", "curation.json", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
+    "clusters": ("clusters.parquet", "cluster_members.parquet", "cluster_influence.parquet", "clusters.json"),
+    "concept-influence": (
+        "concept_influence.parquet",
+        "concept_agreement.parquet",
+        "concept_tokens.parquet",
+        "concept_influence.json",
+    ),
+    "validate": (
+        "subsets.parquet",
+        "outcomes.parquet",
+        "models.parquet",
+        "curves.parquet",
+        "named_effects.parquet",
+        "arms.parquet",
+        "answers.parquet",
+        "validation.json",
+    ),
+    "compare": (
+        "lds.parquet",
+        "lds_differences.parquet",
+        "trivial.parquet",
+        "noise_ceiling.parquet",
+        "planted.parquet",
+        "costs.parquet",
+        "scores.parquet",
+        "compare.json",
+    ),
+    "report": ("report.html",),
+}
+
+
+@dataclass
+class Stage:
+    """One stage while it runs.
+
+    Attributes
+    ----------
+    name : one of ``STAGES``
+    fingerprint : what its result depends on, as a digest
+    done : its complete results are already there, under this fingerprint: nothing is to be done
+    partial : finished pieces of an earlier attempt under this fingerprint; deleted on completion
+    """
+
+    name: str
+    fingerprint: str
+    done: bool
+    partial: PartialFolder
+
+
+class RunFolder:
+    """A run folder, created when missing.
+
+    Parameters
+    ----------
+    path
+        The folder. One that holds other files and no manifest is refused.
+    fresh
+        Stages whose earlier results are deleted, once, when the stage begins; nothing else is.
+    command
+        The command that repeats the run, kept in the manifest.
+
+    Raises
+    ------
+    UserError
+        Not a run folder, a damaged manifest, a newer format.
+    """
+
+    def __init__(self, path: str | Path, *, fresh: Collection[str] = (), command: str | None = None) -> None:
+        self.folder = Path(path).expanduser()
+        self.command = command
+        self._fresh = set(fresh)
+        self._active: Stage | None = None
+        self._locked = False
+        self._manifest = load_manifest(self.folder)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Open a run folder that exists; UserError when there is none."""
+        if not (Path(path).expanduser() / MANIFEST).is_file():
+            raise UserError(
+                "not a run folder",
+                value=str(path),
+                rule=f"a run folder holds {MANIFEST}",
+                fix="name the folder that `taught policy STUDY --run FOLDER` made",
+            )
+        return cls(path)
+
+    # What is there
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest, as a copy."""
+        return cast(dict[str, Any], json.loads(json.dumps(self._manifest)))
+
+    @property
+    def study(self) -> Study:
+        """The study of this run, as ``policy`` and ``attribute`` used it; study.yaml shows it."""
+        self._existing("study.yaml")
+        return study_from_dict(self._manifest["study"], self.folder)
+
+    def path(self, name: str) -> Path:
+        """Path of a file in this folder; it need not exist."""
+        if Path(name).name != name:
+            raise ValueError(f"a plain file name is wanted: {name!r}")
+        return self.folder / name
+
+    def is_done(self, stage: str, wanted: str) -> bool:
+        """Whether the stage is complete under the fingerprint ``wanted``, with all its files.
+
+        Raises
+        ------
+        UserError
+            A file of the stage has changed since it was written.
+        """
+        if not self._is_complete(stage) or self._manifest["stages"][stage]["fingerprint"] != wanted:
+            return False
+        names = self._files_of(stage)
+        if not all(self.path(name).is_file() for name in names):
+            return False
+        for name in names:
+            self._check(name)
+        return True
+
+    def require(self, stage: str) -> None:
+        """Raise a UserError unless a stage and those before it are complete and belong together."""
+        if not self._is_complete(stage):
+            state = "was not finished" if self._record(stage) else "has not been run"
+            raise UserError(f"{stage} {state} in this run folder", value=str(self.folder), fix=self._command_for(stage))
+        inputs = self._manifest["inputs"][stage]
+        read = [name for name in STAGES if f"stage {name}" in inputs]
+        for before in dict.fromkeys((*_BEFORE[stage], *read)):
+            self.require(before)
+            made_with = inputs.get(f"stage {before}")
+            if made_with != self._manifest["stages"][before]["fingerprint"]:
+                raise UserError(
+                    f"{stage} was made with an earlier result of {before}",
+                    value=str(self.folder),
+                    rule=f"{before} was run again since, under another study, data or code",
+                    fix=self._command_for(stage, fresh=True),
+                )
+
+    def require_before(self, name: str, study: Study, extra: Mapping[str, Any] | None = None) -> None:
+        """Raise a UserError unless the stages before ``name`` are complete and of this study.
+
+        Parameters as in :meth:`stage`; nothing is locked or changed.
+        """
+        self._chained(name, stage_inputs(name, study, extra))
+
+    # Running a stage
+
+    @contextmanager
+    def stage(
+        self, name: str, study: Study, extra: Mapping[str, Any] | None = None, reads: Collection[str] = ()
+    ) -> Iterator[Stage]:
+        """Run one stage: ``with run.stage("policy", study) as stage: if stage.done: return ...``.
+
+        The folder is locked meanwhile. The stage becomes complete when the body ends without an
+        exception; otherwise it stays incomplete, is never trusted, and keeps its partial pieces.
+
+        Parameters
+        ----------
+        name
+            One of ``STAGES``.
+        study
+            What is to be computed.
+        extra
+            Further things that the result depends on and only the caller knows, as plain values:
+            ``{"model.weights": sha256, "model.source": "..."}``.
+        reads
+            Stages that are read this time, beside those that this one always reads.
+
+        Raises
+        ------
+        UserError
+            The folder holds results of another study, data, model or code; an earlier stage is
+            missing; another command is writing here.
+        """
+        with self.locked():
+            started = time.monotonic()
+            inputs = self._chained(name, stage_inputs(name, study, extra), reads)
+            stage = self._begin(name, inputs)
+            if stage.done:
+                self._clear_partial(name)  # killed between its completion and this
+            else:
+                self._write_head(stage, study, inputs, extra or {})
+                self._active = stage
+            try:
+                yield stage
+            finally:
+                self._active = None
+            if not stage.done:
+                self._complete(stage, time.monotonic() - started)
+
+    def partial(self, stage: str) -> PartialFolder:
+        """Finished pieces of the stage that is running."""
+        if self._active is None or self._active.name != stage:
+            raise RuntimeError(f"stage {stage} is not running")
+        return self._active.partial
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other commands from writing here. A dead process holds no lock."""
+        if self._locked:
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                "the run folder cannot be made", value=str(error), fix="choose another --run folder"
+            ) from None
+        with locked_file(self.folder / ".lock"):
+            for folder in (self.folder, *(self.folder / "partial").glob("*")):
+                files.remove_temporaries(folder)
+            self._manifest = load_manifest(self.folder)
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
+
+    # Writing
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write ``NAME.parquet``."""
+        self._write(_with_suffix(name, ".parquet"), files.table_bytes(table))
+
+    @contextmanager
+    def table_writer(
+        self, name: str, schema: pa.Schema, unique: Collection[str] = ()
+    ) -> Iterator[Callable[[pa.Table], None]]:
+        """Write ``NAME.parquet`` in parts: ``with run.table_writer(...) as write: write(part)``.
+
+        Each part is a row group of its own. The file is there when the body ends without an
+        exception, and whole; the body does nothing else that could fail on the disk.
+
+        Parameters
+        ----------
+        unique
+            Text columns of which no value stands twice in a part.
+        """
+        name = _with_suffix(name, ".parquet")
+        self._require_active(name)
+        with files.replacing(self.path(name)) as file, files.row_groups(file, schema, unique) as write:
+            yield write
+        self._list(name, files.sha256_file(self.path(name)), self.path(name).stat().st_size)
+
+    def write_json(self, name: str, record: object) -> None:
+        """Write ``NAME.json``; NaN and infinity are refused (write null)."""
+        self._write(_with_suffix(name, ".json"), files.json_bytes(record))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file under the name as given."""
+        self._write(name, text.encode())
+
+    def write_tensors(
+        self,
+        name: str,
+        arrays: Mapping[str, np.ndarray],
+        ids: Mapping[str, Sequence[Any]],
+        axes: Mapping[str, Sequence[str | None]] | None = None,
+    ) -> None:
+        """Write ``NAME.safetensors`` and ``NAME.ids.json``.
+
+        Parameters
+        ----------
+        arrays
+            Name -> array.
+        ids
+            Name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``. No id
+            may stand twice.
+        axes
+            Array name -> name of the ids of each axis (None: an axis without ids), checked for
+            length. Without it, each list of ids must have the length of some axis.
+
+        Raises
+        ------
+        ValueError
+            The ids do not fit the arrays.
+        """
+        listed = {key: files.plain_ids(values) for key, values in ids.items()}
+        files.check_ids(arrays, listed, axes)
+        self._write(_with_suffix(name, ".safetensors"), files.tensors_bytes(arrays))
+        self._write(f"{_stem(name)}.ids.json", files.json_bytes(listed))
+
+    # Reading
+
+    def read_table(
+        self, name: str, columns: Sequence[str] | None = None, rows: pc.Expression | None = None
+    ) -> pa.Table:
+        """Read ``NAME.parquet``, or those columns and rows of it that are asked for."""
+        return files.read_parquet(self.table_path(name), columns, rows)
+
+    def footer(self, name: str) -> pq.FileMetaData:
+        """What ``NAME.parquet`` holds (rows, columns), without reading it."""
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(self.table_path(name))
+
+    def read_parts(self, name: str, columns: Sequence[str], rows: pc.Expression) -> Iterator[pa.Table]:
+        """Read columns and rows of ``NAME.parquet``, a row group at a time."""
+        return files.parquet_parts(self.table_path(name), columns, rows)
+
+    def table_path(self, name: str) -> Path:
+        """Path of ``NAME.parquet``, unchanged since a stage wrote it; for reading it in parts."""
+        name = _with_suffix(name, ".parquet")
+        self._check(name)
+        return self.path(name)
+
+    def finished_tables(self) -> dict[str, Path]:
+        """Name -> path of the tables of the finished stages.
+
+        Their sizes are compared with what was written. Checksums are not, since a large table
+        takes longer to hash than most questions to answer.
+        """
+        found: dict[str, Path] = {}
+        for stage in self.together():
+            for name in self._files_of(stage):
+                if name.endswith(".parquet"):
+                    self._compare(name, None, self._existing(name).stat().st_size)
+                    found[name.removesuffix(".parquet")] = self.path(name)
+        return found
+
+    def read_json(self, name: str) -> Any:
+        """Read ``NAME.json``."""
+        return json.loads(self._verified(_with_suffix(name, ".json")))
+
+    def read_text(self, name: str) -> str:
+        """Read a text file."""
+        return self._verified(name).decode()
+
+    def read_tensors(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
+        """Read ``NAME.safetensors`` and its ids."""
+        arrays = files.tensors_from_bytes(self._verified(_with_suffix(name, ".safetensors")))
+        ids = json.loads(self._verified(f"{_stem(name)}.ids.json"))
+        return arrays, ids
+
+    def read_tensor_rows(
+        self, name: str, tensor: str, axis: str, wanted: Collection[Any]
+    ) -> tuple[list[Any], np.ndarray, dict[str, list[Any]]]:
+        """Read those rows of one array of ``NAME.safetensors`` whose ids are wanted.
+
+        Parameters
+        ----------
+        axis
+            Name of the ids of the rows, e.g. ``example_ids``.
+
+        Returns
+        -------
+        ids of the rows, in the order of the file; the rows; all ids
+        """
+        self._check(_with_suffix(name, ".safetensors"))
+        ids = self.read_json(f"{_stem(name)}.ids.json")
+        places = [place for place, key in enumerate(ids[axis]) if key in wanted]
+        rows = files.tensor_rows(self.path(_with_suffix(name, ".safetensors")), tensor, places)
+        return [ids[axis][place] for place in places], rows, ids
+
+    def together(self) -> Iterator[str]:
+        """Finished stages; UserError unless they belong together, but for an older report."""
+        for stage in filter(self._is_complete, STAGES):
+            if stage != "report":
+                self.require(stage)
+            yield stage
+
+    def verify(self) -> None:
+        """Raise a UserError unless the finished stages belong together and no file has changed."""
+        for stage in self.together():
+            for name in self._files_of(stage):
+                self._check(name)
+
+    def made_by_other_code(self) -> dict[str, str]:
+        """Stages that another version of the code made, and which: to be said, not hidden."""
+        present = code_version()
+        made_by = {stage: inputs["code"] for stage, inputs in self._manifest["inputs"].items()}
+        return {stage: code for stage, code in made_by.items() if code != present}
+
+    # Inside
+
+    def _files_of(self, stage: str) -> list[str]:
+        return [name for name, file in self._manifest["files"].items() if file["stage"] == stage]
+
+    def _command_for(self, stage: str, *, fresh: bool = False) -> str:
+        if stage == "concept-influence":
+            return f"taught concept-influence STUDY --concept FOLDER --run {self.folder}"
+        if stage == "clamp":
+            return f"taught clamp {self.folder}" + (" --fresh" if fresh else "")
+        demo = str(self._manifest.get("command", "")).startswith("taught demo")
+        if demo and stage not in ("validate", "compare"):
+            return f"taught demo --run {self.folder}" + (" --fresh" if fresh else "")
+        if stage in _READERS:  # these are told the run folder and are always made anew
+            return f"taught {stage} {self.folder}"
+        return f"taught {stage} STUDY --run {self.folder}" + (" --fresh" if fresh else "")
+
+    def _save(self) -> None:
+        save_manifest(self.folder, self._manifest)
+
+    def _record(self, stage: str) -> dict[str, Any] | None:
+        return cast("dict[str, Any] | None", self._manifest["stages"].get(stage))
+
+    def _is_complete(self, stage: str) -> bool:
+        record = self._record(stage)
+        return record is not None and record["status"] == "complete"
+
+    def _chained(self, name: str, inputs: Inputs, reads: Collection[str] = ()) -> Inputs:
+        """Refuse stages before this one that do not belong to these inputs; add what they were."""
+        chained = dict(inputs)
+        if_there = [stage for stage in _IF_THERE.get(name, ()) if self._is_complete(stage)]
+        for before in (*_BEFORE[name], *if_there, *reads):
+            self.require(before)
+            theirs = self._manifest["inputs"][before]
+            if name not in _READERS:
+                self._refuse_other(before, theirs, inputs, theirs.keys() & inputs)
+            chained[f"stage {before}"] = self._manifest["stages"][before]["fingerprint"]
+        return chained
+
+    def _begin(self, name: str, inputs: Inputs) -> Stage:
+        wanted = fingerprint(inputs)
+        if name in self._fresh or name in _REMADE:
+            self._fresh.discard(name)
+            for gone in (name, *_GONE_WITH.get(name, ())):
+                self._forget(gone)
+        if self._record(name) is not None:
+            self._refuse_other(name, self._manifest["inputs"][name], inputs)
+        partial = PartialFolder(self.folder / "partial" / f"{name}-{wanted[:16]}")
+        return Stage(name, wanted, self.is_done(name, wanted), partial)
+
+    def _refuse_other(self, stage: str, old: Inputs, new: Inputs, keys: Collection[str] | None = None) -> None:
+        changed = differences(old, new, keys)
+        if not changed:
+            return
+        raise UserError(
+            f"{self.folder} holds {stage} results made under other inputs: " + ", ".join(changed),
+            value="; ".join(f"{key}: was {_shown(was)}, now {_shown(now)}" for key, (was, now) in changed.items()),
+            rule="results are never reused under another study, model, data or code",
+            fix="choose another --run folder, or make them anew: " + self._command_for(stage, fresh=True),
+        )
+
+    def _forget(self, name: str) -> None:
+        """Delete one stage's own files and its record."""
+        listed = self._files_of(name)
+        self._manifest["stages"].pop(name, None)
+        self._manifest["inputs"].pop(name, None)
+        for file in listed:
+            del self._manifest["files"][file]
+        self._save()  # first: a file that is still there and not listed is never trusted
+        for file in {*listed, *_WRITTEN_BY[name]} - {"study.yaml"}:
+            try:
+                self.path(file).unlink(missing_ok=True)
+            except OSError as error:
+                raise files.write_error(self.path(file), error) from error
+        self._clear_partial(name)
+
+    def _clear_partial(self, name: str) -> None:
+        for pieces in (self.folder / "partial").glob(f"{name}-*"):
+            shutil.rmtree(pieces, ignore_errors=True)
+        with suppress(OSError):  # not there, not empty, or a disk that takes no change: no harm
+            (self.folder / "partial").rmdir()
+
+    def _write_head(self, stage: Stage, study: Study, inputs: Inputs, extra: Mapping[str, Any]) -> None:
+        """Say in the manifest what is about to run, before the first result is written."""
+        attempts = (self._record(stage.name) or {}).get("attempts", 0)
+        self._manifest.update(taught=taught.__version__, versions=versions())
+        self._manifest.setdefault("data", {}).update(_data_files(study, inputs))
+        if stage.name not in _OF_THE_RUN:
+            self._manifest["study"] = study.to_dict()
+            self._manifest["weights"] = dict(extra)
+        self._manifest["command"] = self.command
+        self._manifest["stages"][stage.name] = {
+            "status": "running",
+            "fingerprint": stage.fingerprint,
+            "command": self.command,
+            "started": now(),
+            "attempts": attempts + 1,
+        }
+        self._manifest["inputs"][stage.name] = inputs
+        for file in self._files_of(stage.name):  # of an attempt that did not finish
+            del self._manifest["files"][file]
+        self._save()  # first: a killed run must leave a folder that is known as ours
+        if stage.name not in _OF_THE_RUN:
+            files.write_bytes(self.path("study.yaml"), dump_study(study).encode())
+
+    def _complete(self, stage: Stage, seconds: float) -> None:
+        self._manifest["stages"][stage.name].update(
+            status="complete",
+            finished=now(),
+            seconds=round(seconds, 2),
+            peak_memory_gb=peak_memory_gb(),
+            float32_products=None if stage.name in _READERS else products_by(),
+        )
+        self._save()
+        self._clear_partial(stage.name)
+
+    def _write(self, name: str, content: bytes) -> None:
+        self._require_active(name)
+        files.write_bytes(self.path(name), content)
+        self._list(name, files.sha256_bytes(content), len(content))
+
+    def _require_active(self, name: str) -> Stage:
+        if self._active is None:
+            raise RuntimeError(f"{name} is written outside a stage")
+        return self._active
+
+    def _list(self, name: str, sha256: str, size: int) -> None:
+        """Record a file that the running stage has written."""
+        stage = self._require_active(name).name
+        self._manifest["files"][name] = {"stage": stage, "sha256": sha256, "bytes": size}
+        self._save()
+
+    def _existing(self, name: str) -> Path:
+        if not self.path(name).is_file():
+            maker = next((s for s in STAGES if name in _WRITTEN_BY[s]), None)
+            raise UserError(
+                f"{name} is not in the run folder",
+                value=str(self.folder),
+                rule=f"it is written by {maker}" if maker else None,
+                fix=self._command_for(maker) if maker else None,
+            )
+        return self.path(name)
+
+    def _verified(self, name: str) -> bytes:
+        """Return the content of a file that a stage wrote, unchanged since."""
+        content = self._existing(name).read_bytes()
+        self._compare(name, files.sha256_bytes(content), len(content))
+        return content
+
+    def _check(self, name: str) -> None:
+        """Refuse a file that has changed since it was written; it may be larger than the memory."""
+        path = self._existing(name)
+        self._compare(name, files.sha256_file(path), path.stat().st_size)
+
+    def _compare(self, name: str, sha256: str | None, size: int) -> None:
+        """Refuse a file whose size, or whose checksum where it is given, is not the one written."""
+        written = self._manifest["files"].get(name)
+        if written is None:
+            raise UserError(
+                f"{name} was not written by a stage of this run",
+                value=str(self.path(name)),
+                fix="move it away and run the stage again",
+            )
+        if size != written["bytes"] or sha256 not in (None, written["sha256"]):
+            raise UserError(
+                f"{name} has changed since it was written",
+                value=f"{self.path(name)}: {size} bytes, {written['bytes']} were written",
+                rule="a result is read only with the checksum that was recorded for it",
+                fix=f"make it anew: {self._command_for(written['stage'], fresh=True)}",
+            )
+
+
+def _data_files(study: Study, inputs: Inputs) -> dict[str, Any]:
+    return {
+        key: {"path": study.get(key), "sha256": inputs[f"{key} sha256"]}
+        for key in study.flat()
+        if f"{key} sha256" in inputs
+    }
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    is_digest = isinstance(value, str) and len(value) == 64 and value.isalnum()
+    return text[1:13] if is_digest else text
+
+
+def _with_suffix(name: str, suffix: str) -> str:
+    return name if name.endswith(suffix) else name + suffix
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".safetensors")

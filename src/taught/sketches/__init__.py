@@ -1,0 +1,1 @@
+"""Projected gradients that are kept, and what can be asked of them."""

@@ -1,0 +1,165 @@
+"""Sketches of gradients: of each example's loss, and of each prompt's y and active features.
+
+    example      s(grad L(z))             one an example
+    y         s(grad y_i)              one a prompt
+    feature   s(grad X_ik)             one a prompt and feature that is active on it
+
+Every effect is a sum of inner products of the first kind with the other two, whatever the policy,
+so these sketches answer questions that nobody had asked when they were made: another alpha, other
+features of those stored, other groups of prompts, without the model. See
+:mod:`taught.sketches.project` for what a sketch is, :mod:`taught.sketches.fill` for how a store
+is filled, :mod:`taught.sketches.answer` for how a policy becomes inner products.
+
+Cost of a prompt: one forward pass, and for y and for each active feature a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taught.core.example import Example, batch_examples, refuse_nonfinite
+from taught.estimators.adjoint import Problem, example_gradients, refuse_unfit
+from taught.model.forward import first_device, forward
+from taught.model.gradients import Site, find_sites, frozen, tap
+from taught.model.readout import ReadPrompt, pack, prompt_tree, read_packed
+from taught.model.tokens import batches_by_tokens, stack
+from taught.sketches.project import Projection, SharedInputs
+
+
+@dataclass(frozen=True, eq=False)
+class Sketches:
+    """Sketches of some examples.
+
+    Attributes
+    ----------
+    index : positions in the caller's list
+    features : columns of X that they are about; -1 for y and for examples
+    values : [n, K]
+    losses : float64 [n], of examples; else None
+    """
+
+    index: tuple[int, ...]
+    features: tuple[int, ...]
+    values: Tensor
+    losses: Tensor | None = None
+
+
+def example_sketches(
+    problem: Problem, projection: Projection, examples: Sequence[Example], *, progress: Any = None
+) -> list[Sketches]:
+    """Sketches of the gradients of the examples' losses, batch by batch.
+
+    Raises
+    ------
+    UserError
+        The loss or the gradient of an example is not finite.
+    """
+    sites, found = find_sites(problem.model, problem.parameters), []
+    with frozen(problem.model):
+        refuse_unfit(problem, sites, examples)
+        for batch in batch_examples(examples, problem.batch_tokens):
+            values, factors = example_gradients(problem, sites, batch, examples)
+            made = projection.sketch(factors, len(batch.index)).cpu()
+            refuse_nonfinite(examples, batch.index, made, "gradient")
+            if progress is not None:
+                progress.advance(len(batch.index))
+            found.append(Sketches(batch.index, (-1,) * len(batch.index), made, values))
+    return found
+
+
+def prompt_sketches(problem: Problem, projection: Projection, prompts: Sequence[ReadPrompt]) -> list[Sketches]:
+    """Sketches of the gradients of y and of every active feature, batch by batch of prompts.
+
+    Prompts stand apart: what they share is computed for each, since its gradients differ. The k-th
+    active features of a batch's prompts take one backward pass together.
+    """
+    sites, found = find_sites(problem.model, problem.parameters), []
+    with frozen(problem.model):
+        trees = [prompt_tree([p], problem.behavior)[0] for p in prompts]
+        for index in batches_by_tokens([len(t) for t in trees], problem.batch_tokens):
+            found.append(_y_sketches(problem, projection, sites, prompts, index))
+        ends = [max(p.read) + 1 for p in prompts]
+        for index in batches_by_tokens(ends, problem.batch_tokens):
+            found += _feature_sketches(problem, projection, sites, prompts, index)
+    return found
+
+
+def target_sketches(problem: Problem, projection: Projection, A: Tensor) -> Tensor:
+    """Sketches of the gradients of targets of X alone: s(grad sum A * X), float64 [C, K].
+
+    The sum is over the prompts, so they share token trees; those that no target asks for are left
+    out.
+
+    Parameters
+    ----------
+    A : float64 [C, N, d]
+        dF/dX of each target, such as the mean read-out of a concept.
+
+    Notes
+    -----
+    Cost: one forward pass over the prompts, up to the block, and a backward pass a target.
+    """
+    sites = find_sites(problem.model, problem.parameters)
+    total = torch.zeros(len(A), projection.dim, dtype=torch.float64)
+    asked = A.abs().sum((0, 2)).nonzero().flatten().tolist()
+    prompts, A = [problem.prompts[i] for i in asked], A[:, asked]
+    with frozen(problem.model):
+        for packed in pack(prompts, None):
+            with tap(problem.model, sites) as taps:
+                h, _ = read_packed(problem.model, packed, None, problem.block)
+                X = problem.features(h, packed.offsets.to(h.device))
+                inputs = SharedInputs({x.data_ptr() for _, _, x, _ in taps.seen})
+                values = (A[:, list(packed.index)].to(X) * X).sum((1, 2))
+                for c, value in enumerate(values):
+                    factors = taps.factors(value, retain_graph=c + 1 < len(A))
+                    total[c] += projection.sketch(factors, 1, inputs)[0].double().cpu()
+    return total
+
+
+def _y_sketches(
+    problem: Problem, projection: Projection, sites: Sequence[Site], prompts: Sequence[ReadPrompt], index: Sequence[int]
+) -> Sketches:
+    trees = [prompt_tree([prompts[i]], problem.behavior)[0] for i in index]
+    device = first_device(problem.model)
+    with tap(problem.model, sites) as taps:
+        _, logits = forward(problem.model, stack(trees).to(device), keep=problem.behavior.slots)
+        assert logits is not None
+        y = problem.behavior.log_probability(logits)
+        made = projection.sketch(taps.factors(y.sum()), len(index))
+    return Sketches(tuple(index), (-1,) * len(index), made.cpu())
+
+
+def _feature_sketches(
+    problem: Problem, projection: Projection, sites: Sequence[Site], prompts: Sequence[ReadPrompt], index: Sequence[int]
+) -> Iterator[Sketches]:
+    """One :class:`Sketches` for each backward pass."""
+    trees = [prompt_tree([prompts[i]], None)[0] for i in index]
+    device = first_device(problem.model)
+    with tap(problem.model, sites) as taps:
+        h, _ = forward(problem.model, stack(trees).to(device), block=problem.block, stop_at_block=True)
+        assert h is not None
+        X = problem.features(*_read(h, [prompts[i] for i in index], [len(t) for t in trees]))
+        active = [row.nonzero().flatten().tolist() for row in X.detach()]
+        inputs = SharedInputs({x.data_ptr() for _, _, x, _ in taps.seen})
+        slots = max(map(len, active))
+        for slot in range(slots):
+            rows = [row for row, columns in enumerate(active) if slot < len(columns)]
+            columns = [active[row][slot] for row in rows]
+            value = X[rows, columns].sum()
+            factors = taps.factors(value, retain_graph=slot + 1 < slots)
+            made = projection.sketch(factors, len(index), inputs)
+            yield Sketches(tuple(index[row] for row in rows), tuple(columns), made[rows].cpu())
+
+
+def _read(h: Tensor, prompts: Sequence[ReadPrompt], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """h at the read-out tokens [M, D], and offsets, from rows that are padded on the left."""
+    width = h.shape[1]
+    rows = [row for row, prompt in enumerate(prompts) for _ in prompt.read]
+    columns = [width - n + t for prompt, n in zip(prompts, lengths, strict=True) for t in prompt.read]
+    offsets = torch.tensor([0, *[len(prompt.read) for prompt in prompts]]).cumsum(0)
+    return h[rows, columns], offsets.to(h.device)

@@ -1,0 +1,335 @@
+"""``taught check``: what a study would run, counted and estimated before it is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from taught.core.example import Example
+from taught.curvatures.ekfac import curved_layers
+from taught.data.chat import EncodedExample, EncodedPrompt
+from taught.data.columns import name_ids
+from taught.data.examples import ExampleSet
+from taught.data.overlap import find_overlap
+from taught.data.prompts import PromptSet
+from taught.errors import UserError
+from taught.estimators.adjoint import GB, Problem
+from taught.estimators.cost import ACTIVE, attribution_cost, validation_cost
+from taught.model.forward import get_block
+from taught.model.kernels import product_rate
+from taught.model.parameters import moving_parameters
+from taught.stages.subject import (
+    Subject,
+    chosen_examples,
+    example_inputs,
+    open_subject,
+    prompt_inputs,
+    refuse_combinations,
+    study_prompts,
+)
+from taught.study.schema import Study, ValidationSpec
+
+# Share of a product's pace that whole passes run at: .55 to .75 on SmolLM2's sizes on one core of
+# an idle machine, less with several cores.
+PACE = 0.5
+# Python and torch with their libraries, one batch of activations, tables.
+_REST_GB = 3
+
+
+@dataclass
+class CheckReport:
+    """What was found.
+
+    Attributes
+    ----------
+    rows : (what, value) examples in reading order
+    problems : messages of what would stop the run
+    """
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, what: str, value: object) -> None:
+        """Add one row."""
+        self.rows.append((what, str(value)))
+
+    def __rich__(self) -> RenderableType:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(style="bold")
+        table.add_column()
+        for what, value in self.rows:
+            table.add_row(what, Text(value))
+        if not self.problems:
+            return Group(table, Text("nothing stands in the way", style="green"))
+        return Group(table, *(Text(f"problem: {p}", style="red") for p in self.problems))
+
+
+def check_study(study: Study) -> CheckReport:
+    """Load everything that a run would load, count and estimate; nothing is written.
+
+    Notes
+    -----
+    Estimating runs one prompt through the model, and products of matrices for under half a second.
+    """
+    report = CheckReport()
+    subject = open_subject(study)
+    _describe_subject(report, study, subject)
+    prompts = study_prompts(study)
+    encoded = subject.chat.encode_prompts(prompts)
+    report.add("prompts", f"{len(prompts)} ({_counts(p.group for p in prompts)})")
+    report.add("prompt columns", _columns(prompts.columns))
+    report.add("prompt tokens", _spread([len(e.input_ids) for e in encoded]))
+    examples = _check_examples(report, study, subject, prompts)
+    if examples:
+        _estimate(report, study, subject, encoded, examples, len(prompts.groups))
+    return report
+
+
+def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> None:
+    model, sae = subject.loaded.model, subject.sae
+    parameters = sum(p.numel() for p in model.parameters())
+    report.add(
+        "model",
+        f"{subject.loaded.model_id}, {parameters / 1e6:.1f}M parameters, {study.model.dtype} on {study.model.device}",
+    )
+    report.add("weights", subject.loaded.weights.get("source", "local folder"))
+    if study.model.adapter is not None:
+        report.add("adapter", study.model.adapter)
+    report.add("SAE", f"{sae.n_features} features ({sae.architecture}), block {sae.block}, encoder {study.sae.encoder}")
+    report.add("read-out", study.readout.position)
+    for text, ids in zip(subject.behavior.prefixes, subject.behavior.tokens, strict=True):
+        tokens = " | ".join(subject.loaded.tokenizer.decode([i]) for i in ids)
+        report.add("prefix", f"{text!r} = {tokens}")
+    if subject.behavior.dropped:
+        report.add("prefixes left out", f"{subject.behavior.dropped}: contained in a shorter one")
+
+
+def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts: PromptSet) -> list[EncodedExample]:
+    """The examples that would be scored, as tokens; none where something is wrong with one of them."""
+    examples = chosen_examples(study)
+    report.add("examples", f"{len(examples)} ({_counts(p.label for p in examples)})")
+    report.add("example columns", _columns(examples.columns))
+    examples = _check_overlap(report, study, examples, prompts)
+    try:
+        encoded = [subject.chat.encode_example(example, study.examples.max_tokens) for example in examples]
+    except UserError as error:
+        report.problems.append(str(error))
+        return []
+    scored = _check_truncation(report, study, encoded)
+    if not scored:
+        report.problems.append("no example is left to be scored")
+        return []
+    report.add("example tokens", _spread([len(e.input_ids) for e in scored]))
+    report.add("response tokens", _spread([e.n_response for e in scored]))
+    return scored
+
+
+def _check_overlap(report: CheckReport, study: Study, examples: ExampleSet, prompts: PromptSet) -> ExampleSet:
+    ids = list(dict.fromkeys(example_id for example_id, _ in find_overlap(examples, prompts)))
+    drop = study.examples.drop_overlap
+    what = f"{len(ids)} examples are evaluation prompts"
+    report.add("overlap", what + _fate(ids, drop))
+    if ids and not drop:
+        report.problems.append(f"{what}: {name_ids(ids)}; --drop-overlap leaves them out")
+        return examples
+    gone = set(ids)
+    return replace(examples, examples=tuple(example for example in examples if example.id not in gone))
+
+
+def _check_truncation(report: CheckReport, study: Study, encoded: Sequence[EncodedExample]) -> list[EncodedExample]:
+    """The examples without those that the limit leaves nothing of, or that are dropped on request."""
+    ids = [example.id for example in encoded if example.truncated]
+    drop = study.examples.drop_truncated
+    what = f"{len(ids)} examples are longer than {study.examples.max_tokens} tokens"
+    report.add("truncated", what + _fate(ids, drop))
+    if ids and not drop:
+        report.problems.append(f"{what}: {name_ids(ids)}; --drop-truncated leaves them out")
+    return [example for example in encoded if example.n_response > 0 and not (drop and example.truncated)]
+
+
+def _fate(ids: Sequence[str], drop: bool) -> str:
+    return "" if not ids else f", dropped on request: {name_ids(ids)}" if drop else ", an error"
+
+
+def _estimate(
+    report: CheckReport,
+    study: Study,
+    subject: Subject,
+    prompts: Sequence[EncodedPrompt],
+    examples: Sequence[EncodedExample],
+    groups: int,
+) -> None:
+    """Operations, minutes and memory of the policy and its attribution."""
+    spec, ids = study.attribution, study.features.ids
+    features = len(ids) if ids else min(study.features.max_features, subject.sae.n_features)
+    problem = Problem(
+        subject.loaded.model,
+        prompt_inputs(prompts, study.readout.position),
+        subject.behavior,
+        subject.sae.block,
+        subject.features(range(features), study),  # which ones they are costs nothing
+        spec.lr,
+        spec.batch_tokens,
+        spec.memory_gb,
+        subject.moving(study),
+    )
+    times = len(spec.checkpoints or [None])
+    try:
+        refuse_combinations(study)
+        if spec.curvature == "ekfac":  # nothing else moves
+            layers = curved_layers(problem.model, problem.parameters)
+            problem = replace(problem, parameters=layers)
+        cost = attribution_cost(
+            problem,
+            example_inputs(examples),
+            targets=features + int(study.policy.intercept),
+            groups=groups,
+            estimator=spec.estimator,
+            coefficients=spec.coefficients,
+            exact_top=spec.exact_top if spec.checkpoints is None else 0,
+            curvature=spec.curvature,
+            estimated=spec.moments is None,
+        )
+    except UserError as error:
+        report.problems.append(str(error))
+        return
+    cost = {part: times * value for part, value in cost.items()}
+    parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
+    total = sum(cost.values())
+    report.add("cost", f"about {total / 1e12:.3g} x 10^12 floating point operations ({parts})")
+    minutes = _minutes(total, product_rate(_a_weight(subject)))
+    if "features" in cost:
+        minutes += f", and {features} features to be active on {ACTIVE:.0%} of the prompts"
+    report.add("time", minutes)
+    if problem.parameters is not None:
+        moving = moving_parameters(subject.loaded.model, problem.parameters).values()
+        count = sum(p.numel() for p in moving)
+        report.add("moving", f"{count / 1e6:.3g}M parameters in {len(moving)} tensors")
+    report.add("memory", _memory(study, subject, groups))
+    report.add("disk", _disk(study, len(examples), len(prompts), features, groups))
+    _estimate_validation(report, study, subject, problem, example_inputs(examples))
+
+
+def _estimate_validation(
+    report: CheckReport, study: Study, subject: Subject, problem: Problem, examples: Sequence[Example]
+) -> None:
+    """Retrainings, operations, minutes and disk of ``taught validate``."""
+    spec = study.validation
+    subsets = subset_sizes(spec, len(examples))
+    cost = validation_cost(
+        problem, examples, subsets, epochs=spec.epochs, batch=spec.batch, answer_tokens=spec.answer_tokens
+    )
+    total = sum(cost.values())
+    parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
+    report.add(
+        "validate",
+        f"{len(subsets)} retrainings on {min(subsets)} to {max(subsets)} examples, "
+        f"about {total / 1e12:.3g} x 10^12 operations ({parts})",
+    )
+    report.add("validate, time", _minutes(total, product_rate(_a_weight(subject))))
+    kept = retrained_bytes(subsets, spec.epochs, len(problem.prompts), len(problem.features.ids))
+    report.add("validate, disk", f"about {max(kept, 10**6) / 1e6:.0f} MB of retrainings")
+
+
+def subset_sizes(spec: ValidationSpec, examples: int) -> list[int]:
+    """Examples of each subset that the designs train on, of so many in all.
+
+    How many examples the published rule of the design ``curation`` keeps, or ``taught curate`` did, is
+    known only with the influence; it is taken to be half of them. Of ``chosen`` some may be drawn
+    twice, and are trained on once.
+    """
+    part, some = spec.part_of(examples), spec.named_of(examples)
+    runs = 1 + spec.controls  # the named examples, and random ones
+    sizes = {
+        "random": spec.subsets * [part],
+        "matched": spec.subsets * [part],
+        "leave-out": spec.subsets * [examples - round(spec.leave_out * examples)],
+        "leave-one-out": min(spec.subsets, examples) * [examples - 1],
+        "removal": runs * [examples - k for k in sorted(set(some))],
+        "addition": runs * sorted(set(some)),
+        "curation": [examples, *(1 + runs) * [max(1, examples // 2)]],
+        "curated": [examples, *runs * [max(1, examples // 2)]],
+        "chosen": spec.subsets * [part],
+        "couples": spec.subsets * [part, part + some[0]],
+    }
+    return [size for design in spec.designs for size in sizes[design] * spec.times(design)]
+
+
+def retrained_bytes(subsets: Sequence[int], epochs: int, prompts: int, features: int) -> int:
+    """What retrainings take on the disk: y and X as float64, and records of ids and steps."""
+    each = 8 * prompts * (1 + features) + 16 * prompts + 8 * features
+    return len(subsets) * each + (16 + 32 + 16 * epochs) * sum(subsets)
+
+
+def _a_weight(subject: Subject) -> Tensor:
+    block = get_block(subject.loaded.model, 0)
+    return next(p for p in block.parameters() if p.ndim == 2)
+
+
+def _minutes(operations: float, rate: float) -> str:
+    minutes = operations / (PACE * rate) / 60
+    said = f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute or less"
+    return (
+        f"{said}: an estimate, taking passes to run at {PACE:.0%} of what a product of matrices "
+        f"just did ({rate / 1e9:.0f} x 10^9 operations a second)"
+    )
+
+
+def _memory(study: Study, subject: Subject, groups: int) -> str:
+    """The model, the gradients that are held at a time, and what else a process of torch takes."""
+    spec = study.attribution
+    moving = moving_parameters(subject.loaded.model, subject.moving(study))
+    model, moved = (
+        sum(p.numel() * p.element_size() for p in some) / GB
+        for some in (subject.loaded.model.parameters(), moving.values())
+    )
+    model *= 1 if spec.checkpoints is None else 2  # the base model, and a checkpoint's
+    if spec.estimator == "sketch":
+        gradients = (2 + groups) * moved  # the exact sample; sketches take less
+    elif spec.estimator != "adjoint":
+        gradients = 2 * moved  # one gradient, and a copy of the weights or what they move by
+    elif spec.coefficients:
+        gradients = spec.memory_gb
+    else:
+        gradients = (2 + groups) * moved  # one for each target
+    if spec.curvature == "adam":
+        gradients += moved  # the metric
+    if spec.curvature == "ekfac":  # eigenvalues, and the eigenvectors of both sides of a layer
+        layers = curved_layers(subject.loaded.model, subject.moving(study))
+        shapes = [moving[name].shape for name in layers]
+        gradients += sum(4 * (m * n + m * m + n * n) for m, n in shapes) / GB
+    return (
+        f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
+        f"{gradients:.1f}, everything else about {_REST_GB})"
+    )
+
+
+def _disk(study: Study, examples: int, prompts: int, features: int, groups: int) -> str:
+    """The tables of a run, and the store of sketches where there is one."""
+    spec = study.attribution
+    values = examples * (3 + groups + 3 * features * (spec.coefficients or spec.estimator == "sketch"))
+    tables = 8 * values + 4 * examples * prompts * (1 + features * (spec.estimator == "jvp"))
+    said = f"about {max(tables, 10**6) / 1e6:.0f} MB of tables"
+    if spec.estimator == "sketch":
+        rows = examples + prompts * (1 + ACTIVE * features)
+        said += f", {rows * (2 * study.sketch.size + 4) / 1e6:.0f} MB of sketches"
+    return said
+
+
+def _counts(values: Iterable[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in Counter(values).items())
+
+
+def _columns(columns: Mapping[str, str]) -> str:
+    return ", ".join(f"{field_} = {name}" for field_, name in columns.items())
+
+
+def _spread(lengths: Sequence[int]) -> str:
+    return f"median {np.median(lengths):.0f}, longest {max(lengths)}, in all {sum(lengths)}"

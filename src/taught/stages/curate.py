@@ -1,0 +1,149 @@
+"""The stages ``curate`` and ``report``: what follows from the tables, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from taught.analysis.curate import RANKED, outcome
+from taught.analysis.curate import curate as decide
+from taught.data.examples import load_examples
+from taught.data.tables import read_rows
+from taught.errors import UserError
+from taught.run.files import json_line
+from taught.run.fingerprint import content_digest
+from taught.run.folder import RunFolder
+from taught.stages.targets import read_targets, stages_read
+from taught.study.schema import Study
+
+
+def curate(
+    run: RunFolder, rule: str | None = None, k: int | None = None, target: str | None = None, protect: str | None = None
+) -> None:
+    """Write which examples to keep and which to drop, with the reason of each.
+
+    Parameters
+    ----------
+    rule, k, target, protect
+        Instead of the study's. Targets as in :mod:`taught.stages.targets`.
+
+    Raises
+    ------
+    UserError
+        Not a target of this run, or one that cannot be protected; what the rule refuses.
+    """
+    study = run.study
+    given = {"rule": rule, "k": k, "target": target, "protect": protect}
+    for key, value in given.items():
+        study = study if value is None else study.replace(f"curation.{key}", value)
+    chosen = study.curation
+    if chosen.rule not in RANKED and chosen.target != "score":
+        raise UserError(
+            "the published rule compares scores",
+            value=chosen.target,
+            rule="with --rule paper: score",
+            fix="for example: taught curate RUN --rule top-k --target mean_y:GROUP",
+        )
+    k = chosen.k if chosen.rule in RANKED else None
+    with run.stage("curate", study, reads=stages_read(chosen.target, chosen.protect)):
+        asked = [chosen.target] + ([] if chosen.protect is None else [chosen.protect])
+        ranked, *guards = read_targets(run, *asked)
+        guard = guards[0] if guards else None
+        if guard is not None and not guard.influence:
+            raise _no_protection(guard.name)
+        summary = run.read_table("summary", ["example_id", "label"])
+        decisions = decide(
+            summary["example_id"].to_pylist(),
+            summary["label"].to_pylist(),
+            ranked.values.tolist(),
+            rule=chosen.rule,
+            k=k,
+            target=chosen.target,
+            protect=chosen.protect,
+            protected=None if guard is None else guard.values.tolist(),
+        )
+        run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
+        found = outcome(decisions, k)._asdict()
+        if not ranked.influence:  # values that are not of a step say nothing about a change
+            found["change"] = None
+        record = {"rule": chosen.rule, "k": k, "target": chosen.target, "protect": chosen.protect}
+        run.write_json("curation", record | {"lr": study.attribution.lr} | found)
+        _write_choice(run, study, decisions)
+
+
+_CURATION = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("action", pa.string()),
+        ("rule", pa.string()),
+        ("target", pa.string()),
+        ("reason", pa.string()),
+        ("score", pa.float64()),
+        ("threshold", pa.float64()),
+        ("protect", pa.string()),
+        ("protect_score", pa.float64()),
+    ]
+)
+
+
+def _no_protection(target: str) -> UserError:
+    return UserError(
+        "this target cannot be protected",
+        value=target,
+        rule="only the sign of an influence says whether dropping an example lowers the target",
+        fix="protect score, mean_y:GROUP or concept:NAME",
+    )
+
+
+def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:
+    """The rows of the example file, split by decision; a row is in exactly one of the files."""
+    rows = _scored_rows(run, study)
+    files: dict[str, list[str]] = {"keep": [], "drop": [], "unscored": []}
+    for decision in decisions:
+        row = rows.pop(decision["example_id"])
+        files[decision["action"]].append(_line(decision["example_id"], row, decision["reason"]))
+    dropped = run.read_json("dropped")
+    why = {example_id: f"not scored: {kind}" for kind, ids in dropped.items() for example_id in ids}
+    for example_id, row in rows.items():
+        reason = why.get(example_id, "not scored: examples.limit")
+        files["unscored"].append(_line(example_id, row, reason))
+    for name, lines in files.items():
+        run.write_text(f"{name}.jsonl", "".join(lines))
+
+
+def _scored_rows(run: RunFolder, study: Study) -> dict[str, dict[str, Any]]:
+    """Example id -> its row, from a file that has not changed since it was scored."""
+    path = Path(study.examples.path)
+    scored = run.manifest["inputs"]["attribute"].get("examples.path sha256")
+    if content_digest("examples.path", path) != scored:
+        raise UserError(
+            "the example file has changed since it was scored",
+            value=str(path),
+            rule="decisions belong to the examples that were scored",
+            fix=f"restore the file, or taught attribute STUDY --run {run.folder} --fresh",
+        )
+    return dict(zip(load_examples(path).ids, read_rows(path), strict=True))
+
+
+def _line(example_id: str, row: dict[str, Any], reason: str) -> str:
+    try:
+        return json_line({**row, "id": example_id, "curation_reason": reason})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            "a row of the example file cannot be written as JSON",
+            value=f"{example_id}: {error}",
+            rule="keep.jsonl and drop.jsonl hold the rows of your file",
+            fix="turn the column into text or numbers, or leave it out",
+        ) from None
+
+
+def report(run: RunFolder) -> None:
+    """Write ``report.html``."""
+    from taught.report.build import render
+    from taught.report.view import load_view
+
+    with run.stage("report", run.study):
+        run.verify()
+        run.write_text("report.html", render(load_view(run.folder)))

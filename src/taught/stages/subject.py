@@ -1,0 +1,210 @@
+"""From a study to the objects that the stages work on: data, model, SAE, behavior, token inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from taught.data.chat import ChatFormat, EncodedExample, EncodedPrompt
+from taught.data.examples import ExampleSet, load_examples
+from taught.data.overlap import drop_overlap
+from taught.data.prompts import PromptSet, load_prompts
+from taught.data.subset import spread
+from taught.errors import UserError
+from taught.features.pooling import FeatureMap, read_tokens
+from taught.features.sae import SparseAutoencoder, load_sae
+from taught.model.adapter import adapter_patterns
+from taught.model.behavior import PrefixBehavior, build_behavior, tokenize_prefixes
+from taught.model.forward import get_block
+from taught.model.load import LoadedModel, load_model
+from taught.model.readout import ReadPrompt
+from taught.study.schema import Checkpoint, Study
+
+if TYPE_CHECKING:
+    from taught.core.example import Example
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The model under study with what is read from it.
+
+    Attributes
+    ----------
+    loaded : the model, its tokenizer and which weights were used
+    chat : its chat format
+    sae : the sparse autoencoder, in the model's dtype and on its device
+    behavior : the prefixes as a token tree
+    """
+
+    loaded: LoadedModel
+    chat: ChatFormat
+    sae: SparseAutoencoder
+    behavior: PrefixBehavior
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on beyond the study's text: the weights that were loaded.
+
+        A hub may serve other weights under the same name tomorrow.
+        """
+        return {"model.weights": dict(self.loaded.weights), "sae.weights": self.sae.sha256()}
+
+    def moving(self, study: Study) -> tuple[str, ...] | None:
+        """Patterns of the parameters that a step moves: an adapter's alone where there is one."""
+        if study.attribution.parameters is None and study.model.adapter is not None:
+            return adapter_patterns(self.loaded.model)
+        return study.attribution.parameters
+
+    def features(self, ids: Any, study: Study) -> FeatureMap:
+        """h -> X for the given feature ids."""
+        import torch
+
+        index = torch.as_tensor(ids, device=self.sae.W_enc.device)
+        return FeatureMap(self.sae, index, study.sae.encoder, study.readout.position)
+
+
+def open_subject(study: Study) -> Subject:
+    """Load the model, its chat format, the SAE and the behavior.
+
+    Raises
+    ------
+    UserError
+        Something is missing or does not fit: the SAE's width, its block, the chat template.
+    """
+    loaded = load_model(
+        study.model.id,
+        revision=study.model.revision,
+        dtype=study.model.dtype,
+        device=study.model.device,
+        chat_template=study.model.chat_template,
+        adapter=study.model.adapter,
+    )
+    parameter = next(loaded.model.parameters())
+    sae = load_sae(study.sae.path, block=study.sae.block).to(parameter.device, parameter.dtype)
+    get_block(loaded.model, sae.block)
+    width = loaded.model.config.get_text_config().hidden_size
+    if sae.width != width:
+        raise UserError(
+            "the SAE does not fit the model's width",
+            value=f"SAE {sae.width}, model {width}",
+            rule="both have the width of the residual stream",
+            fix="use an SAE that was trained on this model",
+        )
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    chat = ChatFormat(loaded.tokenizer, context=context)
+    texts = study.behavior.prefixes
+    behavior = build_behavior(texts, tokenize_prefixes(loaded.tokenizer, texts))
+    return Subject(loaded, chat, sae, behavior)
+
+
+def open_checkpoint(study: Study, checkpoint: Checkpoint, subject: Subject) -> Any:
+    """Load the model of a checkpoint of the same training run.
+
+    Where the study has an adapter, a checkpoint is an adapter of the same model.
+
+    Raises
+    ------
+    UserError
+        It has another vocabulary or another width, or lacks the SAE's block.
+    """
+    whole = study.model.adapter is None
+    loaded = load_model(
+        checkpoint.id if whole else study.model.id,
+        revision=checkpoint.revision if whole else study.model.revision,
+        dtype=study.model.dtype,
+        device=study.model.device,
+        chat_template=study.model.chat_template,
+        adapter=None if whole else checkpoint.id,
+        adapter_revision=None if whole else checkpoint.revision,
+    )
+    if loaded.tokenizer.get_vocab() != subject.loaded.tokenizer.get_vocab():
+        raise UserError(
+            "a checkpoint has another tokenizer than the model",
+            value=checkpoint.id,
+            rule="examples and prompts are the same tokens at every checkpoint",
+            fix="use checkpoints of one training run",
+        )
+    width = loaded.model.config.get_text_config().hidden_size
+    if width != subject.sae.width:
+        raise UserError(
+            "a checkpoint has another width than the model",
+            value=f"{checkpoint.id}: {width}, model {subject.sae.width}",
+            rule="one SAE reads every checkpoint",
+            fix="use checkpoints of one training run",
+        )
+    get_block(loaded.model, subject.sae.block)
+    return loaded.model
+
+
+def refuse_combinations(study: Study) -> None:
+    """Raise a UserError for values of the section ``attribution`` that do not go together."""
+    spec = study.attribution
+    if spec.checkpoints is not None and spec.estimator == "finite-step":
+        raise UserError(
+            "the finite step cannot be taken at several checkpoints",
+            value="attribution.checkpoints",
+            rule="a real step is one step from one set of weights; a sum of them is none",
+            fix="use --set attribution.estimator=adjoint, or jvp",
+        )
+    if spec.estimator == "sketch" and (spec.checkpoints is not None or spec.curvature != "identity"):
+        raise UserError(
+            "sketches are of plain gradients at one set of weights",
+            value="attribution.checkpoints" if spec.checkpoints else f"curvature {spec.curvature}",
+            rule="curvature identity and no checkpoints go with the estimator sketch",
+            fix="use --set attribution.estimator=adjoint, or taught ask --curvature",
+        )
+    if spec.checkpoints is not None and spec.moments is not None:
+        raise UserError(
+            "one file of second moments cannot hold for several checkpoints",
+            value=spec.moments,
+            rule="each checkpoint has moments of its own",
+            fix="set attribution.moments to null: they are estimated at each checkpoint",
+        )
+    if spec.moments is not None and spec.curvature != "adam":
+        raise UserError(
+            "second moments are given, but steps are not Adam's",
+            value=spec.moments,
+            rule="attribution.moments goes with attribution.curvature: adam",
+            fix="use --set attribution.curvature=adam, or leave moments out",
+        )
+
+
+def study_prompts(study: Study) -> PromptSet:
+    """The evaluation prompts of the study, at most ``prompts.limit``; both groups must occur."""
+    prompts = load_prompts(study.prompts.path)
+    chosen = spread(prompts.prompts, study.prompts.limit, lambda p: (p.group, p.category), lambda p: p.id)
+    for group in (study.prompts.positive_group, study.prompts.negative_group):
+        if all(prompt.group != group for prompt in chosen):
+            raise UserError(
+                "a group has no prompts",
+                value=group,
+                rule=f"groups in the file: {', '.join(prompts.groups)}",
+                fix="set prompts.positive_group and prompts.negative_group",
+            )
+    return replace(prompts, prompts=chosen)
+
+
+def chosen_examples(study: Study) -> ExampleSet:
+    """The examples of the study, at most ``examples.limit``; overlap is not looked at."""
+    examples = load_examples(study.examples.path)
+    chosen = spread(examples.examples, study.examples.limit, lambda p: p.label, lambda p: p.id)
+    return replace(examples, examples=chosen)
+
+
+def study_examples(study: Study, prompts: PromptSet) -> tuple[ExampleSet, list[str]]:
+    """The examples, at most ``examples.limit``, and the ids that were dropped for overlap."""
+    kept, overlap = drop_overlap(chosen_examples(study), prompts, study.examples.drop_overlap)
+    return kept, [example_id for example_id, _ in overlap]
+
+
+def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str) -> list[ReadPrompt]:
+    """Token inputs of evaluation prompts with the tokens at which h is read."""
+    return [ReadPrompt(prompt.id, tuple(prompt.input_ids), tuple(read_tokens(prompt, position))) for prompt in encoded]
+
+
+def example_inputs(encoded: Sequence[EncodedExample]) -> list[Example]:
+    """Token inputs of examples."""
+    from taught.core.example import Example
+
+    return [Example(example.id, tuple(example.input_ids), example.response_start) for example in encoded]

@@ -1,0 +1,494 @@
+"""The stage ``validate``: the model trained again on chosen examples, and what that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from taught.analysis.curate import curate
+from taught.errors import UserError
+from taught.progress import Progress, SilentProgress
+from taught.run.folder import RunFolder
+from taught.stages.estimating import Ready, prepare, read_data
+from taught.stages.subject import Subject, open_subject
+from taught.study.schema import Study, ValidationSpec
+from taught.training.loop import Recipe
+from taught.training.retrain import Answering, Retrainer, Retraining
+from taught.validation.arms import ArmRow, compare_arms
+from taught.validation.curves import CurvePoint, Kind, Plan, compare_curves, plan_curve
+from taught.validation.design import Chosen, Couples, Effect, choose, couple_effect, couples, estimate
+from taught.validation.judge import Judge, judge_responses, load_judge
+from taught.validation.lds import table_of
+from taught.validation.outcomes import TargetName, changes, soft_metrics
+from taught.validation.subsets import Subsets, leave_one_out, leave_share_out, matched_subsets, random_subsets
+
+OUTCOMES = pa.schema(
+    [
+        ("design", pa.string()),
+        ("subset", pa.string()),
+        ("repeat", pa.int64()),
+        ("target", pa.string()),
+        ("feature_id", pa.int64()),
+        ("group", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+SUBSETS = pa.schema([("design", pa.string()), ("subset", pa.string()), ("example_id", pa.string())])
+MODELS = pa.schema(
+    [
+        ("design", pa.string()),
+        ("subset", pa.string()),
+        ("repeat", pa.int64()),
+        ("n_examples", pa.int64()),
+        ("seed", pa.int64()),
+        ("loss_before", pa.float64()),
+        ("loss_after", pa.float64()),
+        ("precision", pa.float64()),
+        ("recall", pa.float64()),
+        ("f1", pa.float64()),
+        ("correctness", pa.float64()),
+        ("judged_positive", pa.float64()),
+        ("judged_negative", pa.float64()),
+        ("seconds", pa.float64()),
+        ("key", pa.string()),
+    ]
+)
+ANSWERS = pa.schema(
+    [
+        ("design", pa.string()),
+        ("subset", pa.string()),
+        ("repeat", pa.int64()),
+        ("prompt_id", pa.string()),
+        ("answer", pa.string()),
+        ("refuses", pa.float64()),
+    ]
+)
+Designs = dict[str, Subsets]
+Name = tuple[str, str, int]  # design, subset, repeat
+BASE = ("base", "base", 0)
+
+
+def validate(study: Study, run: RunFolder, progress: Progress | None = None, judge: str | None = None) -> None:
+    """Train on each subset of the study's designs, read the prompts again, and keep what changed.
+
+    Finished retrainings are kept in the folder ``retrained`` and never made twice.
+
+    Parameters
+    ----------
+    judge
+        ``module:function`` that reads the models' answers; None: the rules
+        (:mod:`taught.validation.judge`).
+
+    Raises
+    ------
+    UserError
+        The policy or the influence is missing or of another study; a subset cannot be drawn;
+        training diverges (finished retrainings are kept).
+    """
+    progress = progress or SilentProgress()
+    decide = load_judge(judge)
+    data = read_data(study, progress)
+    progress.step("load model and SAE")
+    subject = open_subject(study)
+    reads = ("curate",) if "curated" in study.validation.designs else ()
+    with run.stage("validate", study, subject.identity, reads) as stage:
+        if stage.done:
+            return
+        ready = prepare(study, run, subject, data)
+        designs = _designs(study, run, ready)
+        retrainer = _retrainer(study, run, subject, ready, progress)
+        todo = _retrainings(designs, study.validation)
+        progress.step("the base model")
+        made = {BASE: retrainer.base()}
+        progress.step(f"{len(todo)} retrainings", study.validation.epochs * sum(map(len, todo.values())))
+        for name, ids in todo.items():
+            made[name] = retrainer.run(ids, study.validation.seed + name[2])
+        judged = _judged(run, subject, made, decide)
+        _write(study, run, ready, designs, made, judged)
+
+
+def _retrainer(study: Study, run: RunFolder, subject: Subject, ready: Ready, progress: Progress) -> Retrainer:
+    tokenizer, limit = subject.loaded.tokenizer, study.validation.answer_tokens
+    answers = None
+    if limit:  # the tokens that end the examples' responses end the model's own answers too
+        ends = {example.ids[-1] for example in ready.inputs} | {tokenizer.eos_token_id}
+        answers = Answering(limit, tuple(sorted(ends - {None})))
+    return Retrainer(
+        ready.problem,
+        ready.inputs,
+        Recipe.of(study.validation),
+        run.path("retrained"),
+        weights=subject.loaded.weights,
+        tokenizer=tokenizer,
+        answers=answers,
+        progress=progress,
+    )
+
+
+def _judged(
+    run: RunFolder, subject: Subject, made: Mapping[Name, Retraining], judge: Judge
+) -> dict[Name, dict[str, float]]:
+    """Model -> prompt id -> how much its answer refuses, written with the answers; {} without."""
+    text = {row["prompt_id"]: row["text"] for row in run.read_table("prompts").to_pylist()}
+    rows, found = [], {}
+    for name, model in made.items():
+        if model.answers is None:
+            continue
+        said = [subject.loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in model.answers]
+        asked = [text[prompt_id] for prompt_id in model.prompt_ids]
+        values = judge_responses(judge, model.prompt_ids, asked, said).tolist()
+        found[name] = dict(zip(model.prompt_ids, values, strict=True))
+        rows += [(*name, *row) for row in zip(model.prompt_ids, said, values, strict=True)]
+    if rows:
+        run.write_table("answers", _table(ANSWERS, rows))
+    return found
+
+
+def _retrainings(designs: Designs, spec: ValidationSpec) -> dict[Name, tuple[str, ...]]:
+    """Name -> ids of the examples to train on; repeat r of a subset has the seed of the study plus r.
+
+    All subsets are trained once before any is trained again.
+    """
+    return {
+        (design, name, repeat): ids
+        for repeat in range(spec.repeats)
+        for design, subsets in designs.items()
+        if repeat < spec.times(design)
+        for name, ids in zip(subsets.names, subsets.members, strict=True)
+    }
+
+
+def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
+    """The subsets of every design that the study names.
+
+    Raises
+    ------
+    UserError
+        A design cannot be drawn from these examples, or needs values that the run lacks.
+    """
+    spec, ids = study.validation, [example.id for example in ready.inputs]
+    size = spec.part_of(len(ids))
+
+    def matched() -> Subsets:
+        lengths = {example.id: float(example.n_response) for example in ready.inputs}
+        return matched_subsets(ids, _labels(ready), lengths, size, spec.subsets, seed=spec.seed)
+
+    drawn: dict[str, Callable[[], Subsets]] = {
+        "random": lambda: random_subsets(ids, size, spec.subsets, seed=spec.seed),
+        "matched": matched,
+        "leave-out": lambda: leave_share_out(ids, spec.leave_out, spec.subsets, seed=spec.seed),
+        "leave-one-out": lambda: leave_one_out(ids, _strongest(study, run, spec.subsets)),
+        "removal": lambda: _plan("removal", study, run, ids).subsets,
+        "addition": lambda: _plan("addition", study, run, ids).subsets,
+        "curation": lambda: _curation(study, run, ids),
+        "curated": lambda: _curated(study, run, ids),
+        "chosen": lambda: _chosen(study, run, ids).subsets,
+        "couples": lambda: _couples(study, run, ids).subsets,
+    }
+    return {name: drawn[name]() for name in spec.designs}
+
+
+CURVES: dict[str, Kind] = {"removal": "remove", "addition": "add"}
+
+
+def _plan(design: str, study: Study, run: RunFolder, ids: Sequence[str], k: int | None = None) -> Plan:
+    """Without the examples that raise the target most, or with them alone, and random ones as many.
+
+    k examples, or the study's budgets.
+    """
+    spec = study.validation
+    budgets = spec.named_of(len(ids)) if k is None else [k]
+    return plan_curve(
+        _asked(study, run), budgets, kind=CURVES[design], method="named", runs=spec.controls, seed=spec.seed
+    )
+
+
+def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
+    """The published experiment: all examples, the published rule, as many by this run, at random."""
+    run.require("attribute")
+    summary = run.read_table("summary", ["example_id", "label", "score"])
+    decisions = curate(*(summary[name].to_pylist() for name in summary.column_names), rule="paper")
+    kept = tuple(sorted(row["example_id"] for row in decisions if row["action"] == "keep"))
+    if not 0 < len(kept) < len(ids):
+        raise UserError(
+            "the published rule keeps all examples or none",
+            value=f"{len(kept)} kept",
+            rule="some are dropped and some are kept",
+            fix="leave curation out of validation.designs",
+        )
+    others = _plan("removal", study, run, ids, len(ids) - len(kept)).subsets
+    return Subsets(
+        ("all", "published-rule", *others.names), (tuple(sorted(ids)), kept, *others.members), others.inclusion
+    )
+
+
+def _curated(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
+    """What ``taught curate`` decided in this run: all examples, those it kept, as many at random."""
+    rows = run.read_table("curation", ["example_id", "action"]).to_pylist()
+    kept = tuple(sorted(row["example_id"] for row in rows if row["action"] == "keep"))
+    if not 0 < len(kept) < len(ids) or {row["example_id"] for row in rows} != set(ids):
+        raise UserError(
+            "what taught curate kept cannot be compared with random examples",
+            value=f"{len(kept)} of {len(rows)} examples kept, {len(ids)} to train on",
+            rule="it decides on all examples of the run, keeps some and drops some",
+            fix=f"taught curate {run.folder} with another --k or --rule",
+        )
+    spec = study.validation
+    others = random_subsets(ids, len(kept), spec.controls, seed=spec.seed)
+    return Subsets(("all", "kept", *others.names), (tuple(sorted(ids)), kept, *others.members), others.inclusion)
+
+
+def _chosen(study: Study, run: RunFolder, ids: Sequence[str]) -> Chosen:
+    """Subsets for the effect of the named examples, after those of the design ``random`` if asked."""
+    spec = study.validation
+    random = spec.subsets if "random" in spec.designs else 0
+    return choose(
+        ids, "named", _named(study, run, ids), spec.part_of(len(ids)), spec.subsets, seed=spec.seed, random=random
+    )
+
+
+def _couples(study: Study, run: RunFolder, ids: Sequence[str]) -> Couples:
+    """Random subsets of the other examples, each without the named examples and with them."""
+    spec = study.validation
+    return couples(ids, "named", _named(study, run, ids), spec.part_of(len(ids)), spec.subsets, seed=spec.seed)
+
+
+def _named(study: Study, run: RunFolder, ids: Sequence[str]) -> list[str]:
+    return _strongest(study, run, study.validation.named_of(len(ids))[0])
+
+
+def _strongest(study: Study, run: RunFolder, k: int) -> list[str]:
+    """Ids of the k examples that raise the study's target most, by the influence of this run."""
+    rows = _asked(study, run)
+    return sorted(rows, key=lambda i: (-rows[i], i))[:k]
+
+
+def _asked(study: Study, run: RunFolder) -> dict[str, float]:
+    """Example id -> influence of this run on the target that examples are removed by."""
+    run.require("attribute")
+    target = _target(study)
+    one = pc.field("target") == target.target  # of a large table the other targets are not read
+    rows = influence_of(run, one).get(target)
+    if rows is None:
+        raise UserError(
+            "this run has no influence on what examples are to be removed by",
+            value=study.validation.remove_by,
+            rule="score or mean_y:GROUP",
+            fix="set validation.remove_by",
+        )
+    return rows
+
+
+def _target(study: Study) -> TargetName:
+    """The target that examples are named by."""
+    target, _, group = study.validation.remove_by.partition(":")
+    return TargetName(target, group=group or None)
+
+
+def influence_of(run: RunFolder, rows: pc.Expression | None = None) -> dict[TargetName, dict[str, float]]:
+    """Total influence of the run, or of some rows of its table: target -> example id -> value."""
+    total = (pc.field("pathway") == "total") | (pc.field("target") == "mean_y")
+    columns = ["example_id", "target", "feature_id", "group", "value"]
+    table = run.read_table("influence", columns, total if rows is None else total & rows)
+    found: dict[TargetName, dict[str, float]] = {}
+    for row in table.to_pylist():
+        name = TargetName(row["target"], row["feature_id"], row["group"])
+        found.setdefault(name, {})[row["example_id"]] = row["value"]
+    return found
+
+
+def _labels(ready: Ready) -> dict[str, str]:
+    labels = {example.id: example.label for example in ready.examples}
+    missing = sorted(example_id for example_id, label in labels.items() if not label)
+    if missing:
+        raise UserError(
+            "examples have no label",
+            value=missing[:8],
+            rule="matched subsets hold the counts of labels fixed",
+            fix="leave matched out of validation.designs",
+        )
+    return labels
+
+
+def _write(
+    study: Study,
+    run: RunFolder,
+    ready: Ready,
+    designs: Designs,
+    made: Mapping[Name, Retraining],
+    judged: Mapping[Name, Mapping[str, float]],
+) -> None:
+    spec = study.prompts
+    sides = [ready.groups[spec.positive_group], ready.groups[spec.negative_group]]
+    groups = {**ready.groups, **_categories(run)}
+    base = made[BASE]
+    models = [_model_row(BASE, base, sides, judged)]
+    subsets, outcomes = [], []
+    for name, after in made.items():
+        if name == BASE:
+            continue
+        if name[2] == 0:
+            subsets += [(*name[:2], example_id) for example_id in after.ids]
+        outcomes += [(*name, *target, value) for target, value in changes(ready.fitted, base, after, groups).items()]
+        models.append(_model_row(name, after, sides, judged))
+    points = [point for design in designs if design in CURVES for point in _points(design, study, run, ready, made)]
+    if points:
+        run.write_table("curves", table_of(points))
+    effects = _effects(study, run, designs, ready, outcomes)
+    if effects:
+        run.write_table("named_effects", table_of(effects))
+    arms = [row for design in ARMS if design in designs for row in _arms(design, ready, sides, made)]
+    if arms:
+        run.write_table("arms", table_of(arms))
+    run.write_table("subsets", _table(SUBSETS, subsets))
+    run.write_table("outcomes", _table(OUTCOMES, outcomes))
+    run.write_table("models", _table(MODELS, models))
+    run.write_json(
+        "validation",
+        {
+            "recipe": asdict(Recipe.of(study.validation)),
+            "base": asdict(soft_metrics(base, *sides)),
+            "inclusion": {design: dict(subsets.inclusion) for design, subsets in designs.items()},
+        },
+    )
+
+
+def _model_row(
+    name: Name, model: Retraining, sides: Sequence[Sequence[str]], judged: Mapping[Name, Mapping[str, float]]
+) -> tuple[Any, ...]:
+    """A row of the table ``models``."""
+    losses = [float(values.mean()) if values.size else None for values in (model.losses_before, model.losses_after)]
+    shares = [None, None] if name not in judged else [float(np.mean([judged[name][i] for i in side])) for side in sides]
+    return (
+        *name,
+        len(model.ids),
+        model.seed,
+        *losses,
+        *astuple(soft_metrics(model, *sides)),
+        *shares,
+        model.seconds_training + model.seconds_reading,
+        model.key,
+    )
+
+
+ARMS = ("curation", "curated")
+
+
+@dataclass(frozen=True)
+class DesignArm(ArmRow):
+    """A metric of an arm of one design."""
+
+    design: str = ""
+
+
+def _arms(
+    design: str, ready: Ready, sides: Sequence[Sequence[str]], made: Mapping[Name, Retraining]
+) -> list[DesignArm]:
+    """Each way of choosing the examples against as many random ones."""
+    models = {"base": [made[BASE]]}
+    for (of, name, _), model in made.items():
+        if of == design:
+            models.setdefault(_arm(name), []).append(model)
+    column = {prompt_id: n for n, prompt_id in enumerate(ready.fitted.prompt_ids)}
+    rows = compare_arms(
+        {arm: np.array([model.y for model in some]) for arm, some in models.items()},
+        {arm: len(some[0].ids) for arm, some in models.items()},
+        *([column[prompt_id] for prompt_id in side] for side in sides),
+    )
+    return [DesignArm(**asdict(row), design=design) for row in rows]
+
+
+def _arm(subset: str) -> str:
+    """all, published-rule, kept, named or random, of the name of a subset."""
+    if subset.startswith("remove-"):
+        return subset.split("-")[2]
+    return "random" if subset.startswith("random-") else subset
+
+
+@dataclass(frozen=True)
+class NamedEffect(Effect):
+    """What training on the examples that the influence names does to a target, by a design."""
+
+    design: str = ""
+    target: str = ""
+    examples: int = 0
+
+
+def _effects(
+    study: Study, run: RunFolder, designs: Designs, ready: Ready, outcomes: Sequence[tuple[Any, ...]]
+) -> list[NamedEffect]:
+    """Effects by the designs ``chosen`` and ``couples``."""
+    asked = [name for name in ("chosen", "couples") if name in designs]
+    if not asked:
+        return []
+    ids = [example.id for example in ready.inputs]
+    target, scores = _target(study), _asked(study, run)
+    found = []
+    for design in asked:
+        changed = {row[1]: row[-1] for row in outcomes if row[0] == design and TargetName(*row[3:-1]) == target}
+        if design == "chosen":
+            plan = _chosen(study, run, ids)
+            effect = estimate(plan.question, plan.rounds, changed, scores)[0]
+        else:
+            effect = couple_effect(_couples(study, run, ids), changed)
+        found.append(
+            NamedEffect(
+                **asdict(effect),
+                design=design,
+                target=study.validation.remove_by,
+                examples=study.validation.named_of(len(ids))[0],
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Point(CurvePoint):
+    """A point of the curve of a design, and the area of the whole curve (``validation.curves``)."""
+
+    design: str = ""
+    area: float = 0.0
+    area_lo: float = 0.0
+    area_hi: float = 0.0
+
+
+def _points(design: str, study: Study, run: RunFolder, ready: Ready, made: Mapping[Name, Retraining]) -> list[Point]:
+    """Mean y of the group by the examples that were named, against random ones; none for the score."""
+    target = _target(study)
+    if target.group is None:
+        return []
+    plan = _plan(design, study, run, [example.id for example in ready.inputs])
+    rows = [ready.fitted.prompt_ids.index(prompt_id) for prompt_id in ready.groups[target.group]]
+
+    def outcomes(names: Sequence[str]) -> list[np.ndarray]:
+        return [made[design, name, 0].y[rows] for name in names]
+
+    named = np.array([outcomes(plan.chosen)])
+    curve = compare_curves(plan, named, np.array([outcomes(names) for names in plan.controls]))
+    return [
+        Point(**asdict(point), design=design, area=curve.area, area_lo=curve.lo, area_hi=curve.hi)
+        for point in curve.points
+    ]
+
+
+def _categories(run: RunFolder) -> dict[str, list[str]]:
+    """Category -> ids of its prompts, of those that have one that is not the name of a group."""
+    found: dict[str, list[str]] = {}
+    rows = run.read_table("prompts").select(["prompt_id", "group", "category"]).to_pylist()
+    groups = {row["group"] for row in rows}
+    for row in rows:
+        if row["category"] is not None and row["category"] not in groups:
+            found.setdefault(row["category"], []).append(row["prompt_id"])
+    return found
+
+
+def _table(schema: pa.Schema, rows: Sequence[tuple[Any, ...]]) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+    return pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+    )

@@ -1,0 +1,1 @@
+"""Ranks, intervals, corrections: one of each."""

@@ -1,0 +1,1 @@
+"""The study: one question, as a file."""

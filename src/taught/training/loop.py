@@ -1,0 +1,318 @@
+"""Supervised fine-tuning on chosen examples: a plain deterministic loop.
+
+Loss of a step: the mean over the examples of its batch of each example's own mean cross-entropy over its
+response tokens. That is L(z), with the mask, whose gradient every estimator uses
+(``taught.core.example``), so with SGD one step on one example is the finite step.
+
+Order: in every epoch the examples are sorted by a hash of (seed, epoch, example id). Two subsets see
+their common examples in the same order whatever else they hold (common random numbers), so that their
+difference holds less of the order's own noise than with a shuffle of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taught.core.example import Example, batch_indices, make_batch
+from taught.curvatures.adam import moments_from_optimizer
+from taught.data.columns import name_ids
+from taught.errors import UserError
+from taught.model.adapter import adapter_patterns
+from taught.model.gradients import evaluating
+from taught.model.kernels import use_fast_products
+from taught.model.parameters import moving_parameters
+from taught.run.files import json_bytes
+from taught.study.schema import ValidationSpec
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What training depends on besides the model and the examples.
+
+    Attributes
+    ----------
+    trainer : "loop" or "trl"
+    method : "full" (every parameter that moves) or "lora" (fresh layers of rank ``lora_rank``)
+    optimizer : "adamw" (betas .9 and .999, eps 1e-8, decoupled decay) or "sgd" (no momentum)
+    lr : the largest learning rate
+    epochs : how often each example is seen
+    batch : examples of one step; the last step of an epoch may have fewer
+    weight_decay : of every parameter that moves
+    schedule : "constant", or "linear" down to 0 behind the last step
+    warmup : share of the steps, rounded up, over which the learning rate rises from 0
+    max_grad_norm : longer gradients are scaled down to this norm; None: they are not
+    seed : of the order of the examples and of a LoRA's first weights
+    """
+
+    trainer: str
+    method: str
+    lora_rank: int
+    optimizer: str
+    lr: float
+    epochs: int
+    batch: int
+    weight_decay: float
+    schedule: str
+    warmup: float
+    max_grad_norm: float | None
+    seed: int
+
+    @classmethod
+    def of(cls, spec: ValidationSpec) -> Recipe:
+        """The recipe of a study's section ``validation``."""
+        return cls(**{item.name: getattr(spec, item.name) for item in fields(cls)})
+
+
+@dataclass(frozen=True)
+class TrainLog:
+    """What training did, step by step.
+
+    Attributes
+    ----------
+    ids : ids of the examples of each step, in the order seen
+    losses : loss of each step before it is made, natural logarithm
+    lrs : learning rate of each step
+    """
+
+    ids: tuple[tuple[str, ...], ...]
+    losses: tuple[float, ...]
+    lrs: tuple[float, ...]
+
+
+def plan(ids: Sequence[str], recipe: Recipe) -> list[list[int]]:
+    """Which examples each step holds, all epochs in a row; each example once an epoch."""
+    steps = []
+    for epoch in range(recipe.epochs):
+        order = sorted(range(len(ids)), key=lambda i: _rank(recipe.seed, epoch, ids[i]))
+        steps += [order[at : at + recipe.batch] for at in range(0, len(ids), recipe.batch)]
+    return steps
+
+
+def _rank(seed: int, epoch: int, example_id: str) -> str:
+    return hashlib.sha256(f"{seed}\0{epoch}\0{example_id}".encode()).hexdigest()
+
+
+def learning_rates(recipe: Recipe, steps: int) -> list[float]:
+    """The learning rate of each step, as transformers' schedules of these names have it."""
+    warmup = math.ceil(recipe.warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return (steps - step) / (steps - warmup) if recipe.schedule == "linear" else 1.0
+
+    return [recipe.lr * factor(step) for step in range(steps)]
+
+
+def train(
+    model: nn.Module,
+    inputs: Sequence[Example],
+    recipe: Recipe,
+    *,
+    parameters: Sequence[str] | None = None,
+    batch_tokens: int = 512,
+    progress: Any = None,
+    keep: Path | None = None,
+) -> TrainLog:
+    """Train the model on the examples, in place. Same inputs, same bits, on a CPU.
+
+    Dropout is off; flags, modes and gradients are put back, weights are not (``restored``). The
+    order of ``inputs`` does not matter.
+
+    Parameters
+    ----------
+    parameters
+        Patterns of the parameters that move (``moving_parameters``); None for all.
+    batch_tokens
+        Padded tokens of a micro-batch; the gradients of a step's micro-batches are added up.
+    keep
+        A new folder for a checkpoint after every epoch (:func:`_keep`); None: none are kept.
+
+    Raises
+    ------
+    UserError
+        No examples, an id that stands twice; parameters in half precision; a loss or weights that are
+        not finite, with the step and the ids of the examples.
+    """
+    inputs = sorted(inputs, key=lambda example: example.id)
+    moving = moving_parameters(model, parameters)
+    check_inputs(inputs, moving)
+    ids = [example.id for example in inputs]
+    steps = plan(ids, recipe)
+    lrs, losses = learning_rates(recipe, len(steps)), []
+    with evaluating(model), only_moving(model, moving):
+        optimizer = _optimizer(recipe, moving)
+        for number, (index, lr) in enumerate(zip(steps, lrs, strict=True), 1):
+            batch = [inputs[i] for i in index]
+            losses.append(_add_gradients(model, batch, batch_tokens, number))
+            if recipe.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(moving.values(), recipe.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            if progress is not None:
+                progress.advance(len(batch))
+            if keep is not None and number * recipe.epochs % len(steps) == 0:
+                _keep(keep, number * recipe.epochs // len(steps), model, optimizer, lrs[number - 1])
+    seen = tuple(tuple(ids[i] for i in index) for index in steps)
+    if not all(bool(p.isfinite().all()) for p in moving.values()):
+        raise _diverged("weights are not finite", len(steps), seen[-1])
+    return TrainLog(seen, tuple(losses), tuple(lrs))
+
+
+def check_inputs(inputs: Sequence[Example], moving: Mapping[str, nn.Parameter]) -> None:
+    """Refuse no examples, an id that stands twice, and moving parameters in half precision."""
+    ids = [example.id for example in inputs]
+    if not ids:
+        raise UserError(
+            "there are no examples to train on",
+            value="an empty subset",
+            rule="at least one example",
+            fix="choose other examples",
+        )
+    twice = sorted({i for i in ids if ids.count(i) > 1})
+    if twice:
+        raise UserError(
+            "an example stands twice in what is trained on",
+            value=name_ids(twice),
+            rule="each example once; epochs repeat them",
+            fix="name it once",
+        )
+    half = [name for name, p in moving.items() if p.element_size() < 4]
+    if half:
+        raise UserError(
+            "steps of training round away in half precision",
+            value=f"{half[0]}: {moving[half[0]].dtype}",
+            rule="parameters that move are float32 or float64",
+            fix="use --set model.dtype=float32",
+        )
+
+
+@contextmanager
+def only_moving(model: nn.Module, moving: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients for the parameters that move and for no others; flags as before on exit."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in moving)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+            p.grad = None
+
+
+def _optimizer(recipe: Recipe, moving: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    fused = {p.device.type for p in moving.values()} <= {"cpu", "cuda"}  # one pass over memory
+    kind: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer]
+    made: torch.optim.Optimizer = kind(
+        list(moving.items()), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused
+    )
+    return made
+
+
+def _add_gradients(model: nn.Module, batch: Sequence[Example], batch_tokens: int, number: int) -> float:
+    """Add the gradient of a step's loss, micro-batch by micro-batch; the loss."""
+    total = 0.0
+    for index in batch_indices(batch, batch_tokens):
+        losses = make_batch(batch, index).losses(model)
+        bad = [batch[i].id for i, fine in zip(index, losses.isfinite().tolist(), strict=True) if not fine]
+        if bad:
+            raise _diverged("a loss is not finite", number, bad)
+        part = losses.sum() / len(batch)
+        part.backward()
+        total += float(part.detach())
+    return total
+
+
+def _diverged(what: str, step: int, ids: Sequence[str]) -> UserError:
+    return UserError(
+        f"training diverged: {what}",
+        value=f"step {step}, examples {name_ids(ids)}",
+        rule="losses and weights stay finite numbers",
+        fix="lower validation.lr, or set validation.max_grad_norm",
+    )
+
+
+def _keep(folder: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Write ``epoch-E/`` (the weights, or the adapter) and ``epoch-E.moments.safetensors``.
+
+    The folder is what ``attribution.checkpoints`` takes once the tokenizer is beside the weights,
+    with the learning rate in ``epoch-E.json``; the moments, those of Adam with its bias correction,
+    are what ``attribution.moments`` takes.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / f"epoch-{epoch}"
+    target.mkdir(parents=True)
+    if hasattr(model, "peft_config"):
+        _save_adapter(model, target)
+    else:
+        model.save_pretrained(target)  # type: ignore[operator]
+    (folder / f"epoch-{epoch}.json").write_bytes(json_bytes({"id": target.name, "lr": lr}))
+    if isinstance(optimizer, torch.optim.AdamW):
+        moments = moments_from_optimizer(optimizer.state_dict())
+        named: dict[str, Tensor] = {f"{name}.exp_avg_sq": v for name, v in moments.items()}
+        save_file(named, folder / f"epoch-{epoch}.moments.safetensors")
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    (name, config), *_ = model.peft_config.items()
+    weights = get_peft_model_state_dict(model, adapter_name=name)
+    tensors = {f"base_model.model.{key}": v.contiguous() for key, v in weights.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+@contextmanager
+def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
+    """Fresh LoRA layers on every linear layer but the output; yields the patterns of what moves.
+
+    Scaling 2 (alpha = 2 rank). B starts as zeros, so the model computes what it did before. On exit
+    the layers are gone and every flag is as it was, also after an exception.
+
+    Raises
+    ------
+    UserError
+        peft is missing, or the model has an adapter already.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(
+            "training a LoRA needs the package peft", value="validation.method: lora", fix="pip install 'taught[peft]'"
+        )
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            "the model has an adapter already",
+            value="validation.method: lora",
+            rule="one adapter at a time; method full trains the one that is there",
+            fix="use --set validation.method=full",
+        )
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = LoraModel(model, config, "default")
+    try:
+        use_fast_products(model)
+        yield adapter_patterns(model)
+    finally:
+        layers.unload()
+        for p, flag in flags:
+            p.requires_grad_(flag)

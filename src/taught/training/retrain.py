@@ -1,0 +1,495 @@
+"""Retraining: train on a subset of the examples from the base weights, read the prompts again.
+
+Every retraining begins at the same weights and puts them back to the bit. Finished ones are kept in
+a folder under a key that is a digest of all that they depend on, and are never made twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import taught
+from taught.core.example import Example, example_losses
+from taught.data.columns import name_ids
+from taught.errors import UserError
+from taught.estimators.adjoint import Problem
+from taught.estimators.finite_step import restored
+from taught.features.pooling import FeatureMap
+from taught.model.generate import greedy
+from taught.model.gradients import evaluating
+from taught.model.readout import read_prompts
+from taught.run import files
+from taught.run.fingerprint import differences, fingerprint
+from taught.sketches.store import digest
+from taught.training.loop import Recipe, TrainLog, lora_layers, train
+from taught.training.trl import train_by_trl
+
+Floats = NDArray[np.float64]
+
+NAME, FORMAT = "retrained.json", 1
+
+# The sources that a retraining's numbers come from. Others may change without its being made again:
+# a retraining takes long, and reports, estimators and stages have no part in it.
+_COMPUTING = (
+    "estimators/finite_step.py",
+    "core/example.py",
+    "features/pooling.py",
+    "features/sae.py",
+    "model/adapter.py",
+    "model/behavior.py",
+    "model/forward.py",
+    "model/generate.py",
+    "model/gradients.py",
+    "model/kernels.py",
+    "model/load.py",
+    "model/parameters.py",
+    "model/readout.py",
+    "model/tokens.py",
+    "training/trl.py",
+    "training/retrain.py",
+    "training/loop.py",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Retraining:
+    """What the model is after training on some of the examples.
+
+    Attributes
+    ----------
+    key : what names it in its folder
+    ids : ids of the examples that were asked for, sorted; none for the base model
+    kept : ids of the examples that the trainer has seen, sorted; the same, or it is an error
+    seed : of the order of the examples; None for the base model
+    prompt_ids, feature_ids : of the rows of X and y, of the columns of X
+    y : float64 [N], behavior, natural logarithm
+    X : float64 [N, d], activations, encoded at the retrained weights
+    losses_before, losses_after : float64, of ``ids``, natural logarithm
+    answers : the model's own answers to the prompts, as tokens, in their order; or None
+    log : the steps, or None for the base model
+    seconds_training, seconds_reading : of the wall clock; losses count as reading
+    """
+
+    key: str
+    ids: tuple[str, ...]
+    kept: tuple[str, ...]
+    seed: int | None
+    prompt_ids: tuple[str, ...]
+    feature_ids: tuple[int, ...]
+    y: Floats
+    X: Floats
+    losses_before: Floats
+    losses_after: Floats
+    answers: tuple[tuple[int, ...], ...] | None
+    log: TrainLog | None
+    seconds_training: float
+    seconds_reading: float
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How the model's own answers are taken: greedily, nothing is drawn.
+
+    Attributes
+    ----------
+    limit : tokens an answer may have
+    ends : tokens that end an answer
+    """
+
+    limit: int
+    ends: tuple[int, ...]
+
+
+class Retrainer:
+    """Retrains one model on subsets of its examples, by one recipe.
+
+    Parameters
+    ----------
+    problem
+        The model, prompts, behavior, block, features and parameters that move; the policy's.
+    examples
+        All examples that subsets are of, as tokens.
+    recipe
+        How to train.
+    folder
+        Where finished retrainings are kept; made when missing.
+    weights
+        What identifies the model's weights (``LoadedModel.weights``).
+    tokenizer
+        Is saved beside checkpoints (``run(keep=...)``) and wanted by the trainer "trl".
+    answers
+        How the model's own answers to the prompts are taken too; None: they are not.
+    progress
+        ``advance`` is called with the number of examples of each step.
+
+    Raises
+    ------
+    UserError
+        The folder holds retrainings of another model, other prompts, features or code (what differs
+        is named), or cannot be read or written; two examples have one id.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        examples: Sequence[Example],
+        recipe: Recipe,
+        folder: Path,
+        *,
+        weights: Mapping[str, Any],
+        tokenizer: Any = None,
+        answers: Answering | None = None,
+        progress: Any = None,
+    ) -> None:
+        if recipe.trainer == "trl" and tokenizer is None:
+            raise ValueError("the trainer trl wants the tokenizer")
+        self.problem, self.recipe, self.folder = problem, recipe, folder
+        self.answers = answers
+        self.examples = {example.id: example for example in examples}
+        if len(self.examples) != len(examples):
+            raise UserError("two examples have one id", rule="ids are unique")
+        self._tokenizer, self._progress = tokenizer, progress
+        self._before: dict[str, float] = {}
+        self.identity = _identity(problem, weights)
+        _claim(folder, self.identity)
+
+    def base(self) -> Retraining:
+        """The model as it is: no training. Cost: one forward pass over the prompts, once."""
+        return self._made((), None, None)
+
+    def run(self, ids: Sequence[str], seed: int | None = None, *, keep: Path | None = None) -> Retraining:
+        """Train on the examples of these ids, in any order, and read the prompts; or what is there.
+
+        Parameters
+        ----------
+        seed
+            Of the order of the examples; None: the recipe's.
+        keep
+            A folder for a checkpoint and Adam's second moments after every epoch (``train``).
+            Where it is missing, training is made again for it. By the trainer "loop" only.
+
+        Raises
+        ------
+        UserError
+            No ids, unknown ones or one twice; training diverges; what is there is damaged.
+        """
+        if keep is not None and self.recipe.trainer != "loop":
+            raise UserError(
+                "checkpoints are kept by the plain loop",
+                value=self.recipe.trainer,
+                rule="validation.trainer: loop",
+                fix="use --set validation.trainer=loop",
+            )
+        if not ids:
+            raise UserError("a subset is empty", rule="at least one example to train on", fix="choose other subsets")
+        unknown = sorted(set(ids) - set(self.examples))
+        if unknown:
+            raise UserError(
+                "these are not examples of the study",
+                value=name_ids(unknown),
+                fix="use ids of the example file that are not left out",
+            )
+        if len(set(ids)) != len(ids):
+            raise UserError(
+                "an example stands twice in a subset",
+                value=name_ids(sorted({i for i in ids if list(ids).count(i) > 1})),
+                rule="each example once; epochs repeat them",
+            )
+        return self._made(tuple(sorted(ids)), self.recipe.seed if seed is None else seed, keep)
+
+    def finished(self) -> list[Retraining]:
+        """The retrainings in the folder by this recipe, at any seed, on examples as they are now.
+
+        The base model is not among them. Sorted by key.
+        """
+        found = []
+        for file in sorted(self.folder.glob("*.json")):
+            if file.name == NAME:
+                continue
+            record = _read_record(file)
+            ids = tuple(record["ids"])
+            if ids and set(ids) <= set(self.examples) and self.key(ids, record["seed"]) == file.stem:
+                found.append(_load(self.folder, file.stem))
+        return found
+
+    def key(self, ids: Sequence[str], seed: int | None) -> str:
+        """Digest of all that a retraining depends on; the order of the ids is not part of it."""
+        chosen = [self.examples[i] for i in sorted(ids)]
+        depends = {
+            **self.identity,
+            "recipe": {**asdict(self.recipe), "seed": seed} if ids else None,
+            "examples": [[example.id, digest(example.ids, example.start, *example.masked)] for example in chosen],
+            "answers": None if self.answers is None else asdict(self.answers),
+        }
+        return fingerprint(depends)[:32]
+
+    def _made(self, ids: tuple[str, ...], seed: int | None, keep: Path | None) -> Retraining:
+        key = self.key(ids, seed)
+        if (self.folder / f"{key}.json").is_file() and (keep is None or keep.exists()):
+            return _load(self.folder, key)
+        made = self._read(key) if seed is None else self._train(key, ids, seed, keep)
+        _save(self.folder, made)
+        return made
+
+    def _read(self, key: str) -> Retraining:
+        """The model as it stands, with no examples."""
+        started, problem, answers = time.monotonic(), self.problem, None
+        with evaluating(problem.model), torch.no_grad():
+            reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+            X = problem.features(reads.h, reads.offsets).double().cpu().numpy()
+            if self.answers is not None:
+                tokens = [prompt.ids for prompt in problem.prompts]
+                answers = tuple(greedy(problem.model, tokens, self.answers.ends, self.answers.limit))
+        none = np.zeros(0)
+        return Retraining(
+            key,
+            (),
+            (),
+            None,
+            reads.prompt_ids,
+            _features(problem),
+            reads.y.numpy(),
+            X,
+            none,
+            none,
+            answers,
+            None,
+            0.0,
+            time.monotonic() - started,
+        )
+
+    def _train(self, key: str, ids: tuple[str, ...], seed: int, keep: Path | None) -> Retraining:
+        started = time.monotonic()
+        inputs = [self.examples[i] for i in ids]
+        before = self._losses_before(inputs)
+        recipe = replace(self.recipe, seed=seed)
+        with self._ready(recipe) as parameters:
+            begun = time.monotonic()
+            with _whole_folder(keep) as place:
+                log = self._fit(inputs, recipe, parameters, place)
+            kept = _verified(ids, log, recipe.epochs)
+            trained = time.monotonic()
+            after = example_losses(self.problem.model, inputs, self.problem.batch_tokens).numpy()
+            read = self._read(key)
+        seconds = trained - begun
+        return replace(
+            read,
+            ids=ids,
+            kept=kept,
+            seed=seed,
+            losses_before=before,
+            losses_after=after,
+            log=log,
+            seconds_training=seconds,
+            seconds_reading=time.monotonic() - started - seconds,
+        )
+
+    def _fit(
+        self, inputs: Sequence[Example], recipe: Recipe, parameters: Sequence[str] | None, keep: Path | None
+    ) -> TrainLog:
+        model, progress = self.problem.model, self._progress
+        if recipe.trainer == "trl":
+            return train_by_trl(
+                model, inputs, recipe, tokenizer=self._tokenizer, parameters=parameters, progress=progress
+            )
+        log = train(
+            model,
+            inputs,
+            recipe,
+            parameters=parameters,
+            batch_tokens=self.problem.batch_tokens,
+            progress=progress,
+            keep=keep,
+        )
+        for folder in keep.glob("epoch-*/") if keep is not None and self._tokenizer else ():
+            self._tokenizer.save_pretrained(folder)
+        return log
+
+    def _losses_before(self, inputs: Sequence[Example]) -> Floats:
+        new = [example for example in inputs if example.id not in self._before]
+        if new:
+            losses = example_losses(self.problem.model, new, self.problem.batch_tokens).tolist()
+            self._before.update({p.id: loss for p, loss in zip(new, losses, strict=True)})
+        return np.array([self._before[example.id] for example in inputs])
+
+    @contextmanager
+    def _ready(self, recipe: Recipe) -> Iterator[Sequence[str] | None]:
+        """The model ready to be trained, and which parameters move; the base model on exit."""
+        model = self.problem.model
+        if recipe.method == "lora":
+            with lora_layers(model, recipe.lora_rank, recipe.seed) as parameters:
+                yield parameters
+        else:
+            with restored(model, self.problem.parameters):
+                yield self.problem.parameters
+
+
+def _features(problem: Problem) -> tuple[int, ...]:
+    if not isinstance(problem.features, FeatureMap):
+        raise TypeError("retraining reads a policy's features")
+    return tuple(problem.features.ids.tolist())
+
+
+def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What every retraining depends on besides examples and recipe, as plain values."""
+    features: Any = problem.features
+    prompts = [[p.id, list(p.ids), list(p.read)] for p in problem.prompts]
+    return {
+        "model.weights": dict(weights),
+        "model.dtype": str(next(problem.model.parameters()).dtype),
+        "parameters": list(problem.parameters or ()),
+        "prompts": fingerprint({"prompts": prompts}),
+        "behavior.tokens": [list(ids) for ids in problem.behavior.tokens],
+        "sae.weights": features.sae.sha256(),
+        "sae.block": problem.block,
+        "sae.encoder": features.encoder,
+        "readout.position": features.position,
+        "features": list(_features(problem)),
+        "code": _code_version(),
+    }
+
+
+def _code_version() -> str:
+    """Version of the package and digest of the sources that retrainings come from."""
+    root = Path(taught.__file__).parent
+    digests = {name: files.sha256_file(root / name) for name in _COMPUTING}
+    return f"taught {taught.__version__}, sources {fingerprint(digests)[:16]}"
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder, or refuse one that was made under another identity."""
+    found = _read_record(folder / NAME) if (folder / NAME).exists() else None
+    if found is None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise files.write_error(folder, error) from error
+        record = {"format": FORMAT, "identity": dict(identity)}
+        files.write_bytes(folder / NAME, files.json_bytes(record))
+        return
+    if found["format"] != FORMAT:
+        raise UserError(
+            "the retrainings are of another format",
+            value=found["format"],
+            rule=f"format {FORMAT}",
+            fix="use another run folder",
+        )
+    changed = differences(found["identity"], identity)
+    if changed:
+        raise UserError(
+            f"{folder} holds retrainings made under other conditions: " + ", ".join(changed),
+            value="; ".join(f"{k}: was {was}, now {now}" for k, (was, now) in changed.items()),
+            rule="results are never reused under another study, model, data or code",
+            fix="use another run folder",
+        )
+
+
+def _verified(ids: tuple[str, ...], log: TrainLog, epochs: int) -> tuple[str, ...]:
+    """The ids that were trained on; refuse a trainer that dropped, added or repeated some."""
+    seen = sorted(i for step in log.ids for i in step)
+    if seen != sorted(ids * epochs):
+        missing = sorted(set(ids) - set(seen))
+        raise UserError(
+            "training did not see the examples that it was given",
+            value=f"missing: {name_ids(missing) or 'none'}; {len(seen)} seen, {len(ids) * epochs} expected",
+            rule="each example once an epoch",
+            fix="use --set validation.trainer=loop",
+        )
+    return tuple(sorted(set(seen)))
+
+
+@contextmanager
+def _whole_folder(target: Path | None) -> Iterator[Path | None]:
+    """A folder beside ``target`` that takes its place when the body ends without an exception."""
+    if target is None:
+        yield None
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise files.write_error(target, error) from error
+    try:
+        yield work
+        os.replace(work, target)
+    except OSError as error:
+        raise files.write_error(target, error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _save(folder: Path, made: Retraining) -> None:
+    """Arrays first, the record last: without it a retraining does not count."""
+    arrays = {"y": made.y, "X": made.X, "losses_before": made.losses_before, "losses_after": made.losses_after}
+    content = files.tensors_bytes(arrays)
+    record = {
+        "ids": made.ids,
+        "kept": made.kept,
+        "seed": made.seed,
+        "prompt_ids": made.prompt_ids,
+        "feature_ids": made.feature_ids,
+        "answers": made.answers,
+        "log": None if made.log is None else asdict(made.log),
+        "seconds_training": made.seconds_training,
+        "seconds_reading": made.seconds_reading,
+        "sha256": files.sha256_bytes(content),
+    }
+    files.write_bytes(folder / f"{made.key}.safetensors", content)
+    files.write_bytes(folder / f"{made.key}.json", files.json_bytes(record))
+
+
+def _load(folder: Path, key: str) -> Retraining:
+    record = _read_record(folder / f"{key}.json")
+    file = folder / f"{key}.safetensors"
+    content = file.read_bytes() if file.is_file() else b""
+    if files.sha256_bytes(content) != record["sha256"]:
+        raise UserError(
+            "a finished retraining is damaged",
+            value=str(file),
+            rule="its checksum is the one that was recorded when it was written",
+            fix=f"delete {file.with_suffix('.json').name}: it is made again",
+        )
+    arrays, log = files.tensors_from_bytes(content), record["log"]
+    steps = None if log is None else TrainLog(tuple(map(tuple, log["ids"])), tuple(log["losses"]), tuple(log["lrs"]))
+    answers = None if record["answers"] is None else tuple(map(tuple, record["answers"]))
+    return Retraining(
+        key,
+        tuple(record["ids"]),
+        tuple(record["kept"]),
+        record["seed"],
+        tuple(record["prompt_ids"]),
+        tuple(record["feature_ids"]),
+        arrays["y"],
+        arrays["X"],
+        arrays["losses_before"],
+        arrays["losses_after"],
+        answers,
+        steps,
+        record["seconds_training"],
+        record["seconds_reading"],
+    )
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(file.read_bytes())
+        return record
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "a record of retrainings cannot be read",
+            value=f"{file}: {error}",
+            fix="delete this file: what it names is made again",
+        ) from None

@@ -1,0 +1,183 @@
+"""The same training by the SFTTrainer of the package trl, for those whose models are made by it.
+
+It is given tokens and labels, so the response mask is the influence's own; nothing is tokenised,
+truncated or packed anew. Three things are its own and differ from the plain loop
+(``taught.training.loop``):
+
+ - the loss of a step is the mean over all response tokens of its examples, so that long responses
+   weigh more; the loop takes the mean over examples of each one's mean
+ - the order of the examples is its own shuffle by the seed: subsets share no order
+ - dropout is on, where a model has any; weight decay leaves out norms and biases
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taught.core.example import Example
+from taught.data.columns import name_ids
+from taught.errors import UserError
+from taught.model.forward import first_device
+from taught.model.parameters import moving_parameters
+from taught.training.loop import Recipe, TrainLog, check_inputs, only_moving
+
+
+def train_by_trl(
+    model: nn.Module,
+    inputs: Sequence[Example],
+    recipe: Recipe,
+    *,
+    tokenizer: Any,
+    parameters: Sequence[str] | None = None,
+    progress: Any = None,
+) -> TrainLog:
+    """Train the model on the examples, in place, batches of one example with accumulated gradients.
+
+    The trainer works on a copy of the model, since it changes more than weights; the trained
+    weights are copied back.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's; it is saved nowhere and encodes nothing.
+
+    Raises
+    ------
+    UserError
+        trl is missing; the trainer dropped examples; as in ``taught.training.loop.train``.
+    """
+    if importlib.util.find_spec("trl") is None:
+        raise UserError(
+            "training by trl needs the package trl",
+            value="validation.trainer: trl",
+            fix="pip install 'taught[trl]', or use --set validation.trainer=loop",
+        )
+    inputs = sorted(inputs, key=lambda example: example.id)
+    moving = moving_parameters(model, parameters)
+    check_inputs(inputs, moving)
+    trained = copy.deepcopy(model)
+    collator = _Collator(progress)
+    with only_moving(trained, moving), tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(trained, inputs, recipe, tokenizer, collator, folder)
+        _check_prepared(inputs, trainer.train_dataset)
+        trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    size = recipe.batch
+    epochs = [collator.seen[at : at + len(inputs)] for at in range(0, len(collator.seen), len(inputs))]
+    seen = tuple(tuple(ids[at : at + size]) for ids in epochs for at in range(0, len(ids), size))
+    losses = tuple(float(entry["loss"]) for entry in steps)
+    bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+    new = dict(trained.named_parameters())
+    if bad or not all(bool(new[name].isfinite().all()) for name in moving):
+        at = bad[0] if bad else len(seen) - 1
+        raise UserError(
+            "training diverged",
+            value=f"step {at + 1}, examples {name_ids(seen[at])}",
+            rule="losses and weights stay finite numbers",
+            fix="lower validation.lr, or set validation.max_grad_norm",
+        )
+    with torch.no_grad():
+        for name, p in moving.items():
+            p.copy_(new[name])
+    return TrainLog(seen, losses, tuple(float(entry["learning_rate"]) for entry in steps))
+
+
+class _Collator:
+    """Pads one batch on the right and remembers whose examples it was, in order."""
+
+    def __init__(self, progress: Any) -> None:
+        self.seen: list[str] = []
+        self._progress = progress
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        self.seen += [row["example_id"] for row in rows]
+        if self._progress is not None:
+            self._progress.advance(len(rows))
+        width = max(len(row["input_ids"]) for row in rows)
+
+        def padded(name: str, fill: int) -> Tensor:
+            return torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
+
+        mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
+        return {
+            "input_ids": padded("input_ids", 0),
+            "attention_mask": torch.tensor(mask),
+            "labels": padded("labels", -100),
+        }
+
+
+def _trainer(
+    model: nn.Module, inputs: Sequence[Example], recipe: Recipe, tokenizer: Any, collator: _Collator, folder: str
+) -> Any:
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    steps = recipe.epochs * math.ceil(len(inputs) / recipe.batch)
+    config = SFTConfig(
+        output_dir=folder,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=recipe.batch,
+        learning_rate=recipe.lr,
+        optim="adamw_torch" if recipe.optimizer == "adamw" else "sgd",
+        weight_decay=recipe.weight_decay,
+        lr_scheduler_type="linear" if recipe.schedule == "linear" else "constant_with_warmup",
+        warmup_steps=math.ceil(recipe.warmup * steps),
+        max_grad_norm=recipe.max_grad_norm or 0.0,  # 0: gradients are left as they are
+        seed=recipe.seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=first_device(model).type == "cpu",
+        max_length=None,
+        packing=False,
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = [
+        {
+            "example_id": p.id,
+            "input_ids": list(p.ids),
+            "labels": [-100 if t < p.start or t in p.masked else i for t, i in enumerate(p.ids)],
+        }
+        for p in inputs
+    ]
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collator,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _check_prepared(inputs: Sequence[Example], dataset: Any) -> None:
+    """Refuse a data set that is not what was given: it drops rows whose labels are all masked."""
+    wanted = {
+        p.id: (list(p.ids), [i for t, i in enumerate(p.ids) if t >= p.start and t not in p.masked]) for p in inputs
+    }
+    found = {
+        row["example_id"]: (row["input_ids"], [label for label in row["labels"] if label != -100]) for row in dataset
+    }
+    if found != wanted:
+        differing = sorted(i for i in wanted if found.get(i) != wanted[i])
+        raise UserError(
+            "trl dropped or changed examples when it prepared them",
+            value=name_ids(differing),
+            rule="every example is trained on as it is",
+            fix="use --set validation.trainer=loop",
+        )

@@ -1,0 +1,1 @@
+"""The legs of a training run that effects are summed over."""

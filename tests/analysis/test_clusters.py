@@ -1,0 +1,548 @@
+"""Clusters of examples by their features: what is found, what is not, and against what."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.cluster.hierarchy import fcluster, linkage
+from sklearn.metrics import silhouette_score
+
+import synthetic_run
+from synthetic_run import HOSTILE, Size, build_synthetic_run, synthetic_study
+from taught import stages
+from taught.analysis import clusters as under_test
+from taught.analysis.clusters import Clustering, cluster_examples, cut, silhouette, ward
+from taught.cli.app import run_command
+from taught.errors import UserError
+from taught.report.build import render
+from taught.report.clustered import cluster_sentences
+from taught.report.scores import Clustered
+from taught.report.view import load_view
+from taught.run.folder import RunFolder
+
+FEATURES = list(range(100, 118))
+CORE = [FEATURES[5 * g : 5 * g + 5] for g in range(3)]
+LABELS = {f: f"topic {(f - 100) // 5}" if f < 115 else None for f in FEATURES}
+
+
+def planted(rng: np.random.Generator, n: int = 90, keep: float = 0.97, noise: float = 0.03):
+    """Examples of three kinds: each has most of its kind's five features and few of the others."""
+    kind = rng.permutation(np.arange(n) % 3)
+    chance = np.array([[keep if f in CORE[g] else noise for f in FEATURES] for g in kind])
+    matrix = rng.random((n, len(FEATURES))) < chance
+    matrix[~matrix.any(1), 0] = True
+    active = [[f for f, on in zip(FEATURES, row, strict=True) if on] for row in matrix]
+    return [f"z{i:03d}" for i in range(n)], active, kind
+
+
+def partition(groups: Mapping[str, int]) -> set[frozenset[str]]:
+    return {frozenset(i for i in groups if groups[i] == c) for c in set(groups.values())}
+
+
+def of_example(found: Clustering) -> dict[str, int]:
+    return dict(zip(found.example_ids, found.cluster.tolist(), strict=True))
+
+
+# The tree and where it is cut
+
+
+@given(st.integers(2, 25), st.integers(0, 99))
+def test_ward_is_scipys_with_repeated_points(n: int, seed: int):
+    rng = np.random.default_rng(seed)
+    points, counts = rng.normal(size=(n, 4)), rng.integers(1, 4, n)
+    merges = ward(points, counts)
+    tree = linkage(np.repeat(points, counts, axis=0), "ward")
+    first = np.cumsum(counts) - counts
+    heights = np.sort([height for height, _, _ in merges])
+    np.testing.assert_allclose(np.sqrt(heights), tree[-(n - 1) :, 2], rtol=1e-7)
+    for k in range(1, n + 1):
+        own, theirs = cut(merges, n, k), fcluster(tree, k, "maxclust")[first]
+        assert len(set(own)) == k
+        assert len(set(zip(own, theirs, strict=True))) == k
+
+
+@given(st.integers(4, 20), st.integers(0, 99))
+def test_silhouette_is_scikit_learns_with_repeated_points(n: int, seed: int):
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(n, 3))
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    counts, label = rng.integers(1, 4, n), rng.integers(0, 3, n)
+    label[:3] = [0, 1, 2]
+    distance = np.maximum(1 - z @ z.T, 0)
+    np.fill_diagonal(distance, 0)
+    whole = np.repeat(np.arange(n), counts)
+    expected = silhouette_score(distance[np.ix_(whole, whole)], label[whole], metric="precomputed")
+    assert silhouette(distance, counts, label) == pytest.approx(expected, abs=1e-12)
+
+
+# What is found
+
+
+def test_planted_clusters_and_their_influence_are_found():
+    rng = np.random.default_rng(0)
+    ids, active, kind = planted(rng)
+    score = rng.normal(size=90) + 1.5 * (kind == 1)
+    other = rng.normal(size=90)
+    found = cluster_examples(ids, active, LABELS, {"score": score, "mean_y:a": other})
+    assert partition(of_example(found)) == partition(dict(zip(ids, kind.tolist(), strict=True)))
+    assert max(found.silhouettes, key=lambda k: found.silhouettes[k]) == 3
+    of_kind = {int(kind[ids.index(c.examples[0])]): c for c in found.clusters}
+    for g, cluster in of_kind.items():
+        assert cluster.name == " · ".join([f"topic {g}"] * 3)
+        assert {f.feature_id for f in cluster.features} <= set(CORE[g])
+        assert all(f.inside > 0.7 and f.outside < 0.3 for f in cluster.features)
+        assert cluster.outside_share is None  # no coefficients were given
+    effect = {(e.cluster, e.target): e for e in found.effects}
+    raised = effect[of_kind[1].cluster, "score"]
+    assert raised.p_holm < 0.01 and raised.lo <= raised.mean <= raised.hi
+    assert raised.mean == pytest.approx(score[kind == 1].mean())
+    assert raised.mean > raised.random_hi
+    assert all(e.p_holm > 0.05 for e in found.effects if e.target == "mean_y:a")
+    assert min(c.n_examples for c in found.clusters) == 30
+
+
+def test_random_values_are_significant_no_more_often_than_alpha():
+    """Influence that has nothing to do with the features: false alarms over 240 runs."""
+    rng = np.random.default_rng(1)
+    any_found, raw = np.zeros(2), []
+    for _ in range(240):
+        ids, active, _ = planted(rng, n=36, keep=0.6, noise=0.3)
+        values = {name: rng.standard_t(3, size=36) for name in ("score", "mean_y:a")}
+        labels = rng.choice(["a", "b"], 36).tolist()
+        found = cluster_examples(ids, active, LABELS, values, k=3, kinds=labels, draws=299)
+        any_found += np.array(
+            [any(e.p_holm <= 0.05 for e in found.effects), any(e.matched_p_holm <= 0.05 for e in found.effects)]
+        )
+        raw += [(e.p, e.matched_p) for e in found.effects]
+    assert (any_found <= 24).all()  # 12 expected, at most 24 with probability .9995
+    share = (np.array(raw) <= 0.05).mean(0)
+    assert ((share > 0.03) & (share < 0.07)).all()
+    np.testing.assert_allclose(np.mean(raw, 0), 0.5, atol=0.05)
+
+
+def test_the_sentence_says_what_is_beyond_the_labels():
+    row = {"target": "score", "mean": 2.0, "random_lo": -1.0, "random_hi": 1.0, "p_holm": 0.01}
+    rows = [
+        row | {"cluster": 1, "matched_p_holm": 0.3},
+        row | {"cluster": 2, "mean": -2.0, "matched_p_holm": 0.01},
+        row | {"cluster": 3, "p_holm": 0.4, "matched_p_holm": 0.01},
+    ]
+    made = {"examples": 9, "without": 0, "k": 3, "silhouette": 0.2, "sets": 5, "clustered": 5}
+    clusters = [{"cluster": c, "name": "n", "outside_share": None} for c in (1, 2, 3)]
+
+    def said(some: list[dict]) -> tuple[str, str]:
+        sentences = cluster_sentences(Clustered(clusters, some, made, []))
+        assert "hardly apart" in sentences[0].text and len(sentences) == 2
+        return sentences[1].tone, sentences[1].text
+
+    assert said(rows) == (
+        "found",
+        (
+            "Mean influence unlike that of as many random examples: score: cluster 1 (higher), 2 (lower). "
+            "Also unlike random examples of the same labels: score: cluster 2 (lower)."
+        ),
+    )
+    tone, text = said([rows[0]])
+    assert tone == "caution" and text.endswith("the labels may be all there is to it.")
+    assert said([rows[0] | {"matched_p_holm": None}])[0] == "found"
+    assert said([rows[2]])[1].startswith("No effect found")
+
+
+def test_p_is_that_of_all_groups_of_the_size():
+    ids = [f"p{i}" for i in range(9)]
+    active = [[100, 101]] * 3 + [[105, 106]] * 6
+    score = np.array([2.0, 1.5, 0.2, 0.1, -1.0, 0.4, -0.3, 0.9, 0.0])
+    found = cluster_examples(ids, active, LABELS, {"score": score}, draws=20_000)
+    sizes = {e.cluster: c.n_examples for e, c in zip(found.effects, found.clusters, strict=True)}
+    assert sizes == {1: 6, 2: 3}
+    far = abs(score[:3].mean() - score.mean())
+    groups = [np.mean(some) for some in itertools.combinations(score, 3)]
+    expected = np.mean(np.abs(np.array(groups) - score.mean()) >= far - 1e-12)
+    small = found.effects[1]
+    assert small.p == pytest.approx(expected, abs=4 * np.sqrt(expected / 20_000))
+    assert small.random_lo == pytest.approx(np.quantile(groups, 0.025), abs=0.1)
+    assert found.effects[0].p == small.p  # the rest of one cluster is the other
+    assert found.effects[0].p_holm == min(1.0, 2 * small.p)
+    assert small.lo is None and found.effects[0].lo is not None  # too few examples for an interval
+
+
+def test_what_labels_explain_is_said():
+    """One label raises the target, and its examples have features of their own."""
+    rng = np.random.default_rng(11)
+    ids, active, kind = planted(rng)
+    labels = ["b" if g == 1 else "a" for g in kind]
+    score = rng.normal(size=90) + 2 * (kind == 1)
+    other = rng.normal(size=90) + 2 * (kind == 2)  # within the label a
+    values = {"score": score, "mean_y:g": other}
+    found = cluster_examples(ids, active, LABELS, values, kinds=labels)
+    groups = of_example(found)
+    effect = {(e.cluster, e.target): e for e in found.effects}
+    first, second = (groups[ids[list(kind).index(g)]] for g in (1, 2))
+    assert effect[first, "score"].p_holm < 0.01 and effect[first, "score"].matched_p_holm == 1
+    assert effect[second, "mean_y:g"].p_holm < 0.01
+    assert effect[second, "mean_y:g"].matched_p_holm < 0.01
+    plain = cluster_examples(ids, active, LABELS, values, kinds=["a"] * 90)
+    assert {e.matched_p for e in plain.effects} == {None}
+    assert [e.p for e in plain.effects] == [e.p for e in found.effects]
+
+
+def test_matched_p_is_that_of_all_groups_with_these_labels():
+    ids = [f"p{i}" for i in range(9)]
+    active = [[100, 101]] * 3 + [[105, 106]] * 6
+    labels = list("aababbabb")
+    score = np.array([2.0, 1.5, 0.2, 0.1, -1.0, 0.4, -0.3, 0.9, 0.0])
+    values = {"score": score}
+    found = cluster_examples(ids, active, LABELS, values, kinds=labels, draws=20_000)
+    ones = [i for i in range(9) if labels[i] == "a"]
+    rest = [i for i in range(9) if labels[i] == "b"]
+    groups = np.array([score[[*two, one]].mean() for two in itertools.combinations(ones, 2) for one in rest])
+    centre = (2 * score[ones].mean() + score[rest].mean()) / 3
+    assert groups.mean() == pytest.approx(centre)
+    expected = np.mean(np.abs(groups - centre) >= abs(score[:3].mean() - centre) - 1e-12)
+    assert found.effects[1].matched_p == pytest.approx(expected, abs=4 * np.sqrt(expected / 20_000))
+
+
+def test_constant_values_are_like_any_others():
+    ids, active, _ = planted(np.random.default_rng(2), n=30)
+    found = cluster_examples(ids, active, LABELS, {"score": np.full(30, 0.1)}, k=3, draws=99)
+    assert {e.p for e in found.effects} == {1.0}
+
+
+def test_intervals_are_those_of_a_mean():
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(400, 1))
+    half = 1.96 * values.std(ddof=1) / 20
+    (ends,) = under_test._intervals(values, rng)
+    np.testing.assert_allclose(ends, [values.mean() - half, values.mean() + half], atol=0.01)
+    (many,) = under_test._intervals(np.tile(values, (20, 1)), rng)
+    half = 1.96 * values.std() / np.sqrt(8000)
+    np.testing.assert_allclose(many, [values.mean() - half, values.mean() + half], atol=1e-4)
+
+
+def test_interference_against_loops():
+    rng = np.random.default_rng(4)
+    ids, active, kind = planted(rng, n=60)
+    shifts = rng.normal(size=(60, len(FEATURES)))
+    own = np.array([[f in some for f in FEATURES] for some in active])
+    shifts[(kind == 2)[:, None] & ~own] *= 6  # these examples move what they are not about
+    parts = [(f, shifts[:, j]) for j, f in enumerate(FEATURES)]
+    found = cluster_examples(ids, active, LABELS, {"score": rng.normal(size=60)}, iter(parts), k=3)
+    groups = of_example(found)
+    for cluster in found.clusters:
+        outside = whole = chance = 0.0
+        for i, example in enumerate(ids):
+            if groups[example] == cluster.cluster:
+                size = np.abs(shifts[i])
+                outside += sum(s for s, f in zip(size, FEATURES, strict=True) if f not in active[i])
+                whole += size.sum()
+                chance += size.sum() * (1 - len(active[i]) / len(FEATURES))
+        assert cluster.outside_share == pytest.approx(outside / whole)
+        assert cluster.outside_by_chance == pytest.approx(chance / whole)
+        loud = kind[ids.index(cluster.examples[0])] == 2
+        assert (cluster.outside_share > cluster.outside_random_hi) == loud
+        assert cluster.outside_p_holm < 0.05 or not loud
+
+
+# Examples and their order
+
+
+def test_the_order_of_examples_and_parts_is_irrelevant():
+    rng = np.random.default_rng(5)
+    ids, active, _ = planted(rng, n=40, keep=0.6, noise=0.3)
+    active[7] = []
+    score, shifts = rng.normal(size=40), rng.normal(size=(40, len(FEATURES)))
+
+    def result(order, columns):
+        return cluster_examples(
+            [ids[i] for i in order],
+            [active[i][::-1] for i in order],
+            dict(reversed(LABELS.items())),
+            {"score": score[order]},
+            [(FEATURES[j], shifts[order, j]) for j in columns],
+            draws=99,
+        )
+
+    first = result(np.arange(40), np.arange(18))
+    again = result(rng.permutation(40), np.arange(18))
+    assert again.example_ids == first.example_ids and again.effects == first.effects
+    assert (again.cluster == first.cluster).all() and again.clusters == first.clusters
+    np.testing.assert_array_equal(again.similarity, first.similarity)
+    parts = result(rng.permutation(40), rng.permutation(18))
+    assert [c.outside_p for c in parts.clusters] == [c.outside_p for c in first.clusters]
+
+
+def test_other_ids_give_the_same_groups():
+    ids, active, _ = planted(np.random.default_rng(6), n=40, keep=0.5, noise=0.4)
+    score = {"score": np.zeros(40)}
+    first = of_example(cluster_examples(ids, active, LABELS, score, draws=9))
+    renamed = {i: f"x{(7 * n) % 40}" for n, i in enumerate(ids)}
+    other = of_example(cluster_examples(list(renamed.values()), active, LABELS, score, draws=9))
+    assert partition({renamed[i]: c for i, c in first.items()}) == partition(other)
+
+
+def test_examples_without_active_features_are_a_cluster_of_their_own():
+    rng = np.random.default_rng(7)
+    ids, active, _ = planted(rng, n=60)
+    for i in (3, 20, 50):
+        active[i] = []
+    score = rng.normal(size=60)
+    score[[3, 20, 50]] += 9
+    shifts = [(f, np.ones(60)) for f in FEATURES]
+    found = cluster_examples(ids, active, LABELS, {"score": score}, shifts)
+    own = found.clusters[0]
+    assert (own.cluster, own.n_examples, own.features) == (0, 3, ())
+    assert own.examples == ("z003", "z020", "z050") and own.name == "no active feature"
+    assert {i for i, c in of_example(found).items() if c == 0} == set(own.examples)
+    assert found.effects[0].p_holm < 0.05
+    # With no feature of its own, all an example does is outside: nothing is claimed.
+    assert own.outside_share is None and found.clusters[1].outside_share is not None
+    assert np.isnan(found.similarity[found.cluster == 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("active", "clusters"),
+    [([[]] * 4, [0]), ([[100]] * 4, [1]), ([[100], [101], [101], [100]], [1, 2]), ([[100]], [1])],
+    ids=["none", "all alike", "two sets", "one example"],
+)
+def test_small_cases(active, clusters):
+    ids = [f"p{i}" for i in range(len(active))]
+    values = {"score": np.arange(len(active), dtype=float)}
+    found = cluster_examples(ids, active, LABELS, values, draws=9)
+    assert [c.cluster for c in found.clusters] == clusters
+    if len(clusters) == 1:
+        assert {e.p for e in found.effects} == {1.0}
+
+
+def test_a_number_of_clusters_can_be_given():
+    ids, active, _ = planted(np.random.default_rng(8), n=40)
+    sets = len({tuple(some) for some in active})
+    values = {"score": np.zeros(40)}
+    for k in (1, 2, 7, sets):
+        found = cluster_examples(ids, active, LABELS, values, k=k, draws=9)
+        assert [c.cluster for c in found.clusters] == list(range(1, k + 1))
+        sizes = [c.n_examples for c in found.clusters]
+        assert sizes == sorted(sizes, reverse=True) and sum(sizes) == 40
+        assert found.silhouettes == {}
+    for k in (0, sets + 1):
+        with pytest.raises(UserError, match=f"So many clusters.*\n  value: {k}\n.*most {sets}"):
+            cluster_examples(ids, active, LABELS, values, k=k)
+
+
+def test_beyond_a_few_thousand_sets_some_are_clustered_and_the_rest_assigned(monkeypatch):
+    monkeypatch.setattr(under_test, "MOST", 30)
+    ids, active, kind = planted(np.random.default_rng(9), n=120)
+    found = cluster_examples(ids, active, LABELS, {"score": np.zeros(120)}, draws=9)
+    assert found.clustered == 30 < found.sets
+    assert partition(of_example(found)) == partition(dict(zip(ids, kind.tolist(), strict=True)))
+    said = cluster_sentences(
+        Clustered(
+            [row._asdict() for row in found.clusters],
+            [e._asdict() for e in found.effects],
+            {"examples": 120, "without": 0, "k": 3, "silhouette": 0.6, "sets": found.sets, "clustered": 30},
+            [],
+        )
+    )
+    assert f"the tree is of 30 of {found.sets} different sets" in said[0].text
+    assert said[1].tone == "none" and said[1].text.startswith("No effect found")
+
+
+def test_draws_are_enough_for_all_comparisons_and_bounded_in_work(monkeypatch):
+    ids, active, _ = planted(np.random.default_rng(10), n=40)
+    values = {"score": np.zeros(40)}
+    monkeypatch.setattr(under_test, "WORK", 4000)
+    assert cluster_examples(ids, active, LABELS, values, k=2).draws == 100
+    assert cluster_examples(ids, active, LABELS, values, k=5).draws == 200
+
+
+def test_messages():
+    good = (["a", "b"], [[100], [101]], LABELS)
+    with pytest.raises(UserError, match="not finite for 1 examples\n  value: b"):
+        cluster_examples(*good, {"score": [0.0, float("nan")]})
+    with pytest.raises(UserError, match="2 examples, 2 sets of features, 1 values of score"):
+        cluster_examples(*good, {"score": [0.0]})
+    with pytest.raises(UserError, match="at least one example and one target"):
+        cluster_examples(*good, {})
+    with pytest.raises(UserError, match="id repeats\n  value: a"):
+        cluster_examples(["a", "a"], [[100]] * 2, LABELS, {"score": [0.0, 1.0]})
+    with pytest.raises(UserError, match="Pair 'b' has features.*\n  value: 7"):
+        cluster_examples(["a", "b"], [[100], [7, 101]], LABELS, {"score": [0.0, 1.0]})
+
+
+# The stage, on a whole run
+
+
+class Kinds(synthetic_run._Made):
+    """Examples of three kinds by their features; one kind raises the mean y of the harmless group."""
+
+    def _examples(self) -> None:
+        super()._examples()
+        blocks = np.array_split(self.feature_ids, 3)
+        self.kind = [i % 3 for i in range(self.p)]
+        self.intended = [
+            [int(f) for f in blocks[kind] if self.rng.random() < 0.9] or [int(blocks[kind][0])] for kind in self.kind
+        ]
+        self.intended[4] = []
+        harmless = np.array([g == "harmless" for g in self.groups])
+        chosen = np.array(self.kind) == 2
+        self.dy[np.ix_(chosen, harmless)] += 6 * np.abs(self.dy).mean()
+
+
+@pytest.fixture(scope="module")
+def planted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic_run, "_Made", Kinds)
+        path = build_synthetic_run(tmp_path_factory.mktemp("kinds") / "run", Size(examples=60))
+    stages.clusters(RunFolder.open(path))
+    return path
+
+
+def table(run: RunFolder, name: str) -> list[dict]:
+    return run.read_table(name).to_pylist()
+
+
+def test_the_stage_finds_what_was_planted_and_writes_numbers_of_the_run(planted_run: Path):
+    run = RunFolder.open(planted_run)
+    members = {row["example_id"]: row["cluster"] for row in table(run, "cluster_members")}
+    kinds = {f"example-{i:04d}": i % 3 for i in range(60)} | {"example-0004": 9}
+    assert partition(members) == partition(kinds)
+    assert members["example-0004"] == 0
+    summary = {row["example_id"]: row for row in table(run, "summary")}
+    effects = table(run, "cluster_influence")
+    assert {e["target"] for e in effects} == {"score", "mean_y:harmful", "mean_y:harmless"}
+    for row in effects:
+        own = [summary[i] for i, c in members.items() if c == row["cluster"]]
+        column = row["target"].replace(":", "_")
+        assert row["mean"] == pytest.approx(np.mean([r[column] for r in own]))
+        raised = row["cluster"] == members["example-0002"] and row["target"] == "mean_y:harmless"
+        assert row["p_holm"] < 0.05 or not raised
+    shift: dict[str, dict[int, float]] = {}
+    for row in table(run, "influence"):
+        if (row["target"], row["pathway"], row["estimator"]) == ("coefficient", "total", "adjoint"):
+            shift.setdefault(row["example_id"], {})[row["feature_id"]] = abs(row["value"])
+    for row in table(run, "clusters"):
+        own = [i for i, c in members.items() if c == row["cluster"]]
+        assert row["n_examples"] == len(own)
+        if row["cluster"]:
+            outside = sum(v for i in own for f, v in shift[i].items() if f not in summary[i]["intended"])
+            whole = sum(sum(shift[i].values()) for i in own)
+            assert row["outside_share"] == pytest.approx(outside / whole)
+    made = run.read_json("clusters")
+    assert (made["k"], made["without"], made["examples"], made["given"]) == (3, 1, 60, False)
+    assert max(made["silhouettes"], key=lambda s: s["silhouette"])["k"] == 3
+
+
+def test_a_run_whose_examples_do_what_any_do_says_so(tmp_path: Path):
+    path = build_synthetic_run(tmp_path / "run", Size(examples=40))
+    run = RunFolder.open(path)
+    stages.clusters(run, k=3, target="score")
+    assert {row["target"] for row in table(run, "cluster_influence")} == {"score"}
+    said = " ".join(s.text for s in cluster_sentences(Clustered.read(run)))
+    assert said.count("No effect found") == 2
+    assert "40 examples in 3 clusters by their active features." in said
+    with pytest.raises(UserError, match=r"not a target of this run\n  value: mean_y:nobody"):
+        stages.clusters(run, target="mean_y:nobody")
+
+
+def test_the_command_prints_a_table_or_csv(planted_run: Path, capsys: pytest.CaptureFixture[str]):
+    assert run_command(["clusters", str(planted_run), "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    run = RunFolder.open(planted_run)
+    effects = table(run, "cluster_influence")
+    assert [(int(r["cluster"]), r["target"]) for r in rows] == [
+        (e["cluster"], e["target"])
+        for t in ("score", "mean_y:harmful", "mean_y:harmless")
+        for e in effects
+        if e["target"] == t
+    ]
+    assert {"name", "n_examples", "mean", "lo", "hi", "random_lo", "p_holm", "outside_share"} <= set(rows[0])
+    assert run_command(["clusters", str(planted_run)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 example without an active feature (cluster 0): example-0004." in said
+    assert "mean_y:harmless: cluster" in said and "clusters.parquet" in said
+    assert run_command(["clusters", str(planted_run), "--k", "999"]) == 2
+    assert "So many clusters" in capsys.readouterr().err
+
+
+def test_the_report_shows_them_and_asks_for_them(planted_run: Path, tmp_path: Path):
+    stages.clusters(RunFolder.open(planted_run))
+    page = render(load_view(planted_run))
+    for row in table(RunFolder.open(planted_run), "clusters"):
+        assert row["name"].split(" · ")[0] in page
+    assert "Influence of the clusters on mean_y:harmless" in page
+    assert "1 example without an active feature (cluster 0)" in page and "example-0004" in page
+    assert "taught clusters RUN" not in page
+    bare = build_synthetic_run(tmp_path / "bare")
+    assert "taught clusters RUN" in render(load_view(bare))
+
+
+def test_without_coefficients_nothing_is_said_of_interference(
+    tmp_path: Path, planted_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = build_synthetic_run(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("taught.stages.clusters._shifts", lambda *_: iter(()))
+        stages.clusters(RunFolder.open(path))
+    rows = table(RunFolder.open(path), "clusters")
+    assert {row["outside_share"] for row in rows} == {None}
+    page = render(load_view(path))
+    assert "on features that are not active on the example.</caption>" not in page
+    stages.clusters(RunFolder.open(planted_run))
+    page = render(load_view(planted_run))
+    assert "on features that are not active on the example.</caption>" in page
+
+
+def test_markup_in_labels_and_ids_stays_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "300")
+    path = build_synthetic_run(tmp_path / "run", hostile=True)
+    assert run_command(["clusters", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "asking to misuse </script>" in said
+    page = render(load_view(path))
+    assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;")[:20] in page
+    start = page.index('id="clusters"')
+    section = page[start : page.index("</section>", start)]
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in section
+    assert "<script" not in section and "<img" not in section and "\x1b" not in section
+
+
+def test_clusters_go_when_the_examples_are_scored_anew(tmp_path: Path):
+    path = build_synthetic_run(tmp_path / "run")
+    stages.clusters(RunFolder.open(path))
+    run, study = RunFolder(path, fresh=("attribute",)), synthetic_study(path)
+    made = synthetic_run._Made(Size(), False, np.random.default_rng(1))
+    with run.stage("attribute", study, {"model.weights": "5af571cb"}):
+        synthetic_run._write_attribute(run, made)
+    assert "clusters" not in run.manifest["stages"] and not run.path("clusters.parquet").exists()
+
+
+def test_a_table_of_many_row_groups_gives_the_same(tmp_path: Path):
+    whole = build_synthetic_run(tmp_path / "whole")
+    stages.clusters(RunFolder.open(whole))
+
+    class InParts(RunFolder):
+        def write_table(self, name: str, content: pa.Table) -> None:
+            if name != "influence":
+                super().write_table(name, content)
+                return
+            with self.table_writer(name, content.schema) as write:
+                for start in range(0, content.num_rows, 37):
+                    write(content.slice(start, 37))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic_run, "RunFolder", InParts)
+        parts = build_synthetic_run(tmp_path / "parts")
+    stages.clusters(RunFolder.open(parts))
+    one, other = (table(RunFolder.open(path), "clusters") for path in (whole, parts))
+    assert [row["n_examples"] for row in one] == [row["n_examples"] for row in other]
+    assert [row["outside_share"] for row in one] == pytest.approx([row["outside_share"] for row in other])

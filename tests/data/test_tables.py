@@ -1,0 +1,126 @@
+"""Reading and writing tables of rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from taught.data.tables import read_rows, table_sha256, write_jsonl
+from taught.errors import UserError
+
+ROWS = [{"id": "a", "text": "one, “two”\nthree"}, {"id": "b", "text": "vier"}]
+
+
+@pytest.fixture
+def rows_in(tmp_path: Path):
+    """Write ROWS in one format and return the path."""
+
+    def write(kind: str) -> Path:
+        path = tmp_path / f"rows.{kind}"
+        if kind == "jsonl":
+            path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+        elif kind == "json":
+            path.write_text(json.dumps(ROWS, indent=1))
+        elif kind == "csv":
+            path.write_text('id,text\na,"one, “two”\nthree"\nb,vier\n', encoding="utf-8-sig")
+        else:
+            pq.write_table(pa.Table.from_pylist(ROWS), path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_every_format_gives_the_same_rows(rows_in, kind: str) -> None:
+    assert read_rows(rows_in(kind)) == ROWS
+
+
+def test_a_folder_saved_by_datasets_is_read_in_the_order_of_its_state(tmp_path: Path) -> None:
+    for name, row in (("z.arrow", ROWS[0]), ("a.arrow", ROWS[1])):
+        table = pa.Table.from_pylist([row])
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as w:
+            w.write_table(table)
+    state = {"_data_files": [{"filename": "z.arrow"}, {"filename": "a.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert read_rows(tmp_path) == ROWS
+
+
+def test_a_dataset_dict_names_its_splits(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="name one split: train"):
+        read_rows(tmp_path)
+
+
+json_values = st.none() | st.booleans() | st.integers() | st.text()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.dictionaries(st.text(), json_values | st.lists(json_values), min_size=1)))
+def test_jsonl_round_trip_of_any_text(tmp_path: Path, rows: list[dict]) -> None:
+    # Surrogates alone are not UTF-8; hypothesis leaves them out of st.text().
+    write_jsonl(tmp_path / "any.jsonl", rows)
+    assert read_rows(tmp_path / "any.jsonl") == rows
+
+
+def test_unicode_line_separators_do_not_split_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "a\u2028b\u0085c"}, ensure_ascii=False), encoding="utf-8")
+    assert read_rows(path) == [{"text": "a\u2028b\u0085c"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"x": 1}\n{"x": \n', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"x": 1}\n\n[1]\n', "a.jsonl, line 3: not a JSON object"),
+        ("a.json", b'[{"x": 1},\n{"x": }]', "a.json, line 2: not JSON"),
+        ("a.json", b'{"x": 1}', "a.json: not a list of objects"),
+        ("a.csv", b"x,y\n1,2\n3\n", "a.csv, line 3: not as many cells as the header"),
+        ("a.csv", b"x,y\n1,2,3\n", "a.csv, line 2: not as many cells as the header"),
+        ("a.parquet", b"no parquet", "a.parquet: not a Parquet file"),
+        ("a.jsonl", b'{"x": "\xff"}\n', "Not UTF-8 text: byte 7"),
+        ("a.txt", b"", "Unknown kind of table"),
+    ],
+)
+def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_rows(tmp_path / name)
+    assert len(str(caught.value).splitlines()) <= 4
+
+
+def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, ROWS)
+
+    def broken():
+        yield {"id": "new"}
+        raise RuntimeError("stopped half way")
+
+    with pytest.raises(RuntimeError):
+        write_jsonl(path, broken())
+    assert read_rows(path) == ROWS
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_digest_sees_contents_and_names(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    first = table_sha256(folder)
+    (folder / "a").rename(folder / "b")
+    assert table_sha256(folder) != first
+    (folder / "b").write_text("2")
+    assert table_sha256(folder / "b") != table_sha256(folder)

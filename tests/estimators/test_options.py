@@ -1,0 +1,97 @@
+"""Options of the study's section ``attribution``, through the stages: what a run then rests on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from taught import stages
+from taught.errors import UserError
+from taught.run.folder import RunFolder
+from taught.study.schema import load_study
+from tiny_study import write_tiny_study
+
+
+@pytest.fixture(scope="module")
+def with_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    study = load_study(write_tiny_study(folder))
+    stages.policy(study, RunFolder(folder / "run"))
+    return folder
+
+
+@pytest.fixture
+def attributed(with_policy: Path, tmp_path: Path):
+    """Runs the stage ``attribute`` with other values below ``attribution``; its run folder."""
+    runs = iter(range(100))
+
+    def run(**changes: Any) -> RunFolder:
+        folder = tmp_path / f"run{next(runs)}"
+        shutil.copytree(with_policy / "run", folder)
+        study = load_study(with_policy / "study.yaml").replace("attribution.exact_top", 0)
+        for key, value in changes.items():
+            study = study.replace(f"attribution.{key}", value)
+        made = RunFolder(folder)
+        stages.attribute(study, made)
+        return made
+
+    return run
+
+
+def effects(run: RunFolder) -> dict[tuple, float]:
+    keys = ("example_id", "target", "feature_id", "group", "pathway")
+    rows = run.read_table("influence").to_pylist()
+    return {tuple(row[k] for k in keys): row["value"] for row in rows}
+
+
+def assert_alike(run: RunFolder, other: RunFolder, relative: float = 1e-3) -> None:
+    found, expected = effects(run), effects(other)
+    assert set(found) <= set(expected)
+    for target in ("score", "coefficient", "mean_y"):
+        size = max(abs(v) for k, v in expected.items() if k[1] == target)
+        for key in (k for k in found if k[1] == target):
+            assert found[key] == pytest.approx(expected[key], rel=relative, abs=relative * size)
+
+
+SUBSET = ["*.1.mlp.*", "*norm.weight"]
+# Short: Adam's step is long in every direction, and its second order large at the default lr.
+ADAM = {"curvature": "adam", "adam_eps": 1e-3, "lr": 5e-6}
+
+
+EKFAC = {"curvature": "ekfac", "lr": 1e-5}
+
+
+@pytest.mark.parametrize("changes", [{"parameters": SUBSET}, ADAM, {**ADAM, "parameters": SUBSET}, EKFAC])
+def test_every_estimator_makes_the_same_step(attributed, changes) -> None:
+    adjoint = attributed(**changes)
+    assert_alike(attributed(**changes, estimator="jvp"), adjoint)
+    assert_alike(attributed(**changes, coefficients=False), adjoint)
+    step = attributed(**changes, estimator="finite-step", exact_top=2)
+    assert_alike(step, adjoint, 0.1)
+    plain = effects(attributed(lr=changes.get("lr", 1e-4)))
+    assert any(abs(value - plain[key]) > 0.1 * abs(plain[key]) for key, value in effects(adjoint).items())
+
+
+def test_real_steps_beside_the_linear_value_are_by_adam_too(attributed) -> None:
+    rows = attributed(**ADAM, exact_top=2).read_table("summary")
+    for row in sorted(rows.to_pylist(), key=lambda r: r["rank"])[:2]:
+        assert row["step_score"] == pytest.approx(row["score"], rel=0.2)
+
+
+def test_invariant_8_moments_are_an_input_by_their_content(attributed, with_policy, tmp_path) -> None:
+    weights = load_file(with_policy / "model" / "model.safetensors")
+    v = {name: torch.rand(w.shape) for name, w in weights.items()}
+    for name in ("a", "same", "other"):
+        save_file({n: t * (2 if name == "other" else 1) for n, t in v.items()}, tmp_path / f"{name}.safetensors")
+    prints = {}
+    for name in ("a", "same", "other"):
+        run = attributed(**ADAM, moments=str(tmp_path / f"{name}.safetensors"), coefficients=False)
+        prints[name] = run.manifest["stages"]["attribute"]["fingerprint"]
+    assert prints["a"] == prints["same"] != prints["other"]
+    with pytest.raises(UserError, match=r"attribution\.moments does not exist"):
+        attributed(**ADAM, moments=str(tmp_path / "none.safetensors"))

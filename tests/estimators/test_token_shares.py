@@ -1,0 +1,87 @@
+"""Shares of response tokens: each against autograd of its own loss term, their sum to rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from taught.core.target import concept_targets
+from taught.curvatures.adam import with_adam
+from taught.estimators.adjoint import target_effects
+from taught.estimators.concepts import concept_effects
+from taught.estimators.token_shares import token_effects
+from taught.features.concept import Concept, concept_map
+from tiny_models import (
+    BLOCK,
+    MODELS,
+    PROMPT_IDS,
+    WIDTH,
+    plain_gradient,
+    plain_read,
+    plain_y,
+    tiny_examples,
+    tiny_model,
+    tiny_problem,
+    tiny_prompts,
+)
+
+
+def close(ours, reference, relative: float) -> None:
+    ours, reference = np.asarray(ours), np.asarray(reference)
+    assert np.abs(reference).max() > 0
+    np.testing.assert_allclose(ours, reference, rtol=relative, atol=relative * np.abs(reference).max())
+
+
+def cotangents(problem, targets: int = 3):
+    gen = torch.Generator().manual_seed(0)
+    n, d = len(problem.prompts), len(problem.features.ids)
+    A = torch.randn(targets, n, d, dtype=torch.float64, generator=gen)
+    return A, torch.randn(targets, n, dtype=torch.float64, generator=gen)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [{}, {"batch_tokens": 1000}, {"checkpointing": True}])
+def test_shares_add_up_to_the_example_s_effect(name: str, options) -> None:
+    problem = tiny_problem(tiny_model(name), "jumprelu", "max_user", **options)
+    A, B = cotangents(problem)
+    effects, _ = target_effects(problem, tiny_examples(), A, B)
+    shares = token_effects(problem, tiny_examples(), A, B)
+    for example, ours, whole in zip(tiny_examples(), shares, effects, strict=True):
+        assert ours.shape == (example.n_response, 3)
+        close(ours.sum(0), whole, 1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_share_is_the_effect_of_its_own_term_of_the_loss(name: str) -> None:
+    model = tiny_model(name)
+    problem = tiny_problem(model, lr=1e-3)
+    A = torch.zeros(1, len(problem.prompts), len(problem.features.ids), dtype=torch.float64)
+    B = torch.linspace(-1, 2, len(problem.prompts), dtype=torch.float64)[None]
+    shares = token_effects(problem, tiny_examples(), A, B)
+    # The derivative of F has the look-ups of the padding row, the optimizer's gradient has not.
+    table = model.get_input_embeddings()
+    padding, table.padding_idx = table.padding_idx, None
+    F = sum(b * plain_y(model, ids) for b, ids in zip(B[0], PROMPT_IDS, strict=True))
+    query = plain_gradient(model, F)
+    table.padding_idx = padding
+    for example, ours in zip(tiny_examples(), shares, strict=True):
+        expected = []
+        for t in range(example.start, len(example.ids)):
+            term = -plain_read(model, example.ids)[1][t - 1, example.ids[t]] / example.n_response
+            gradient = plain_gradient(model, term)
+            expected.append(-1e-3 * sum((gradient[n] * query[n]).sum() for n in query))
+        close(ours[:, 0], torch.stack(expected).detach(), 1e-8)
+
+
+def test_shares_of_concepts_in_adam_s_metric_add_up_too() -> None:
+    model = tiny_model("tied")
+    concept = Concept("a", np.linspace(-1, 1, WIDTH), BLOCK)
+    features = concept_map([concept], "mean_user", next(model.parameters()))
+    problem = tiny_problem(model, features=features, prompts=tiny_prompts("mean_user"))
+    problem = with_adam(problem, tiny_examples(), moments=None, eps=1e-3, progress=None)
+    targets = concept_targets([p.id for p in problem.prompts], ["a"])
+    A = torch.from_numpy(np.stack([target.A for target in targets]))
+    whole = concept_effects(problem, tiny_examples(), targets)
+    shares = token_effects(problem, tiny_examples(), A, None)
+    close(torch.stack([share.sum(0) for share in shares]), whole, 1e-10)

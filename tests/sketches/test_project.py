@@ -1,0 +1,148 @@
+"""Sketches against gradients that autograd gives whole and that are projected by the formula."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import taught.sketches.project as projection_module
+from taught.errors import UserError
+from taught.sketches.project import Projection
+from taught.sketches.sketch import example_sketches, prompt_sketches
+from tiny_models import (
+    MODELS,
+    PROMPT_IDS,
+    plain_gradient,
+    plain_loss,
+    plain_read,
+    plain_y,
+    same,
+    snapshot,
+    tiny_examples,
+    tiny_features,
+    tiny_model,
+    tiny_problem,
+)
+
+DIM = 96
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four columns: the tiny models' layers are wider, so that inputs are projected as well."""
+    monkeypatch.setattr(projection_module, "COLUMNS", 4)
+
+
+def by_formula(projection: Projection, grads: dict[str, torch.Tensor]) -> torch.Tensor:
+    """s_bj = sum over o of e_oj H_oj, entry by entry."""
+    total = np.zeros((projection.rows, 4))
+    for name, G in grads.items():
+        drawn = projection._map(name)
+        signs = drawn.signs.numpy().astype(float)
+        if G.ndim == 1:
+            flat = total.reshape(-1)
+            for i, value in enumerate((G.numpy() * signs).tolist()):
+                flat[(drawn.first * 4 + i) % flat.size] += value
+        else:
+            H = G.numpy() @ drawn.right.double().numpy().T * signs
+            for o, row in enumerate(H):
+                total[(drawn.first + o) % projection.rows] += row
+    return torch.from_numpy(total.reshape(-1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sketch_of_a_example_is_the_projection_of_its_whole_gradient(name: str) -> None:
+    model = tiny_model(name)
+    projection = Projection(model, DIM)
+    examples = tiny_examples()
+    seen = 0
+    for part in example_sketches(tiny_problem(model), projection, examples):
+        for i, found, loss in zip(part.index, part.values, part.losses, strict=True):
+            value = plain_loss(model, examples[i])
+            wanted = by_formula(projection, plain_gradient(model, value))
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+            assert float(loss) == pytest.approx(float(value.detach()), rel=1e-9)
+            seen += 1
+    assert seen == len(examples)
+
+
+@pytest.mark.parametrize("position", ["last_user", "mean_user", "max_user"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sketches_of_a_prompt_are_those_of_y_and_of_each_active_feature(name: str, position: str) -> None:
+    model = tiny_model(name)
+    projection = Projection(model, DIM)
+    problem = tiny_problem(model, position=position)
+    found = prompt_sketches(problem, projection, problem.prompts)
+    features = tiny_features(position=position)
+    model.get_input_embeddings().padding_idx = None  # the target's side is the true derivative
+    seen = set()
+    for part in found:
+        for i, column, sketch in zip(part.index, part.features, part.values, strict=True):
+            if column < 0:
+                value = plain_y(model, PROMPT_IDS[i])
+            else:
+                h = plain_read(model, PROMPT_IDS[i])[0][list(problem.prompts[i].read)]
+                value = features(h, torch.tensor([0, len(h)]))[0, column]
+            wanted = by_formula(projection, plain_gradient(model, value))
+            torch.testing.assert_close(sketch, wanted, rtol=1e-8, atol=1e-11)
+            seen.add((i, column))
+    active = set()
+    for i, prompt in enumerate(problem.prompts):
+        h = plain_read(model, PROMPT_IDS[i])[0][list(prompt.read)]
+        X = features(h, torch.tensor([0, len(h)]))[0]
+        active |= {(i, -1), *((i, k) for k in X.nonzero().flatten().tolist())}
+    assert seen == active
+
+
+def test_inner_products_of_sketches_are_unbiased_and_as_noisy_as_stated() -> None:
+    model = tiny_model("tied")
+    problem, examples = tiny_problem(model), tiny_examples()
+    grads = [plain_gradient(model, plain_loss(model, example)) for example in examples]
+    flat = torch.stack([torch.cat([g.flatten() for g in one.values()]) for one in grads])
+    exact = flat @ flat.T
+    found = []
+    for seed in range(300):
+        (part,) = example_sketches(problem, Projection(model, DIM, seed), examples[:2])
+        found.append(part.values[part.index.index(0)] @ part.values[part.index.index(1)])
+    values = torch.stack(found)
+    error = values.std() / 300**0.5
+    assert abs(values.mean() - exact[0, 1]) < 3.5 * error
+    stated = ((exact[0, 0] * exact[1, 1] + exact[0, 1] ** 2) / DIM) ** 0.5
+    assert 0.8 < values.std() / stated < 2.0  # R adds to it on a model of three layers
+
+
+def test_invariant_4_weights_and_hooks_are_as_before() -> None:
+    model = tiny_model("tied")
+    before = snapshot(model)
+    problem = tiny_problem(model)
+    example_sketches(problem, Projection(model, DIM), tiny_examples())
+    prompt_sketches(problem, Projection(model, DIM), problem.prompts)
+    assert same(before, snapshot(model))
+
+
+def test_invariant_3_sketches_do_not_depend_on_batches() -> None:
+    model = tiny_model("padded")
+    projection = Projection(model, DIM)
+    rows = []
+    for tokens in (1, 24, 1000):
+        found = {}
+        problem = tiny_problem(model, batch_tokens=tokens)
+        for part in prompt_sketches(problem, projection, problem.prompts):
+            found.update(zip(zip(part.index, part.features, strict=True), part.values, strict=True))
+        rows.append(found)
+    for other in rows[1:]:
+        assert other.keys() == rows[0].keys()
+        for key, value in other.items():
+            torch.testing.assert_close(value, rows[0][key], rtol=1e-9, atol=1e-11)
+
+
+def test_another_seed_is_another_projection_and_the_same_seed_the_same() -> None:
+    model = tiny_model("tied")
+    assert Projection(model, DIM, 1).digest() == Projection(model, DIM, 1).digest()
+    assert Projection(model, DIM, 1).digest() != Projection(model, DIM, 2).digest()
+
+
+def test_a_size_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match="multiple of 4"):
+        Projection(tiny_model("tied"), 30)

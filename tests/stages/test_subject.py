@@ -1,0 +1,96 @@
+"""What a result rests on beyond the study's text: the weights that a name stood for."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from taught import stages
+from taught.errors import UserError
+from taught.run.folder import RunFolder
+from taught.stages.subject import open_subject
+from taught.study.schema import load_study
+from tiny_models import tiny_sae
+from tiny_study import BLOCK, write_tiny_study
+
+
+@pytest.fixture
+def release(tmp_path, monkeypatch):
+    """The tiny study with its SAE as a release of SAELens; the dict of weights that it serves."""
+    study = load_study(write_tiny_study(tmp_path)).replace("sae.path", "some-release:block-1")
+    served = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    config = {
+        "architecture": "standard",
+        "apply_b_dec_to_input": False,
+        "metadata": {"hook_name": f"blocks.{BLOCK}.hook_resid_post"},
+    }
+    sae = types.SimpleNamespace(cfg=types.SimpleNamespace(to_dict=lambda: config), state_dict=lambda: dict(served))
+    hub = types.SimpleNamespace(from_pretrained=lambda release, sae_id, device: sae)
+    monkeypatch.setitem(sys.modules, "sae_lens", types.SimpleNamespace(SAE=hub))
+    return types.SimpleNamespace(study=study, served=served, config=config)
+
+
+def test_identity_holds_the_weights_of_model_and_sae(release):
+    identity = open_subject(release.study).identity
+    assert set(identity) == {"model.weights", "sae.weights"}
+    assert identity == open_subject(release.study).identity
+    assert len(identity["sae.weights"]) == 64
+
+
+def test_invariant_8_another_sae_under_the_same_release_name_is_refused(release, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    stages.policy(release.study, run)
+    stages.policy(release.study, run)  # the same weights: complete already
+    assert run.manifest["stages"]["policy"]["attempts"] == 1
+    assert run.manifest["weights"]["sae.weights"] == run.manifest["inputs"]["policy"]["sae.weights"]
+    release.served["W_dec"] = release.served["W_dec"] * 2
+    for stage in (stages.policy, stages.attribute):
+        with pytest.raises(UserError, match=r"other inputs: sae\.weights"):
+            stage(release.study, run)
+
+
+def changed(sae, name):
+    value = getattr(sae, name).clone()
+    value.flatten()[-1] += 1e-6
+    return dataclasses.replace(sae, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_one_number_of_any_tensor_changes_the_saes_digest(name):
+    sae = tiny_sae("jumprelu")
+    assert changed(sae, name).sha256() != sae.sha256()
+
+
+@pytest.mark.parametrize(
+    "change", [{"apply_b_dec_to_input": False}, {"k": 2}, {"rescale_by_decoder_norm": False}, {"block": 0}]
+)
+def test_another_use_of_the_same_tensors_changes_the_saes_digest(change):
+    sae = tiny_sae("topk")
+    assert all(getattr(sae, name) != value for name, value in change.items())
+    assert dataclasses.replace(sae, **change).sha256() != sae.sha256()
+
+
+def test_the_same_bytes_in_another_place_change_the_saes_digest():
+    sae = tiny_sae("standard", width=6, n=6)
+    swapped = dataclasses.replace(sae, b_enc=sae.b_dec, b_dec=sae.b_enc)
+    assert not torch.equal(sae.b_enc, sae.b_dec)
+    assert swapped.sha256() != sae.sha256()
+
+
+def test_the_saes_digest_is_of_values_and_not_of_how_they_lie_in_memory():
+    sae = tiny_sae("standard")
+    strided = dataclasses.replace(sae, W_enc=sae.W_enc.T.contiguous().T)
+    assert not strided.W_enc.is_contiguous()
+    assert strided.sha256() == sae.sha256()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_saes_digest_takes_every_precision(dtype):
+    sae = tiny_sae("jumprelu").to(dtype=dtype)
+    assert sae.sha256() == sae.to("cpu").sha256()
+    assert sae.sha256() != sae.to(dtype=torch.float64).sha256()
