@@ -85,7 +85,8 @@ def _questions(features: int) -> dict[str, str]:
         "top 20 by a group's mean y": f"query.top_examples(RUN, group={GROUPS[0]!r})",
         "quantiles of score and mean y by label": "query.quantiles(RUN)",
         "quantiles of a coefficient by label": f"query.quantiles(RUN, feature={feature})",
-        "SQL: one example's coefficients, all row groups": "query.select(RUN, \"SELECT feature_id, value FROM influence WHERE pathway = 'total' "
+        "SQL: one example's coefficients, all row groups": 'query.select(RUN, "SELECT feature_id, value '
+        "FROM influence WHERE pathway = 'total' "
         'AND example_id = (SELECT max(example_id) FROM examples)")',
         "the report": "(view := load_view(RUN), render(view))[0].summary",
     }

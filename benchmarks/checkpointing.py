@@ -49,7 +49,7 @@ def one(tokens: int, checkpointing: bool) -> Row:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from benchmarks.flat_cost import _problem
-    from taught.core.example import Example
+    from taught.core.example import sft
     from taught.estimators.adjoint import Problem, _contract_examples, build_queries
     from taught.model.gradients import find_sites, frozen
 
@@ -72,7 +72,7 @@ def one(tokens: int, checkpointing: bool) -> Row:
         model, like.prompts, like.behavior, 15, like.features, 1e-4, batch_tokens=tokens, checkpointing=checkpointing
     )
     draw = np.random.default_rng(0)
-    example = Example("z", tuple(draw.integers(10, 2000, tokens).tolist()), 16)
+    example = sft("z", tuple(draw.integers(10, 2000, tokens).tolist()), 16)
     sites = find_sites(model)
     with frozen(model):
         queries = build_queries(problem, sites, torch.zeros(1, 2, 64).double(), torch.ones(1, 2).double(), None)

@@ -131,10 +131,10 @@ def _problem(model: Any, count: int, width: int = 256) -> Any:
 
 
 def _examples(count: int) -> list[Any]:
-    from taught.core.example import Example
+    from taught.core.example import sft
 
     draw = np.random.default_rng(1)
-    return [Example(f"z{i}", tuple(draw.integers(10, 2000, LENGTH).tolist()), LENGTH - RESPONSE) for i in range(count)]
+    return [sft(f"z{i}", tuple(draw.integers(10, 2000, LENGTH).tolist()), LENGTH - RESPONSE) for i in range(count)]
 
 
 def _queries(problem: Any) -> Any:

@@ -22,7 +22,7 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from taught.core.example import Example
+    from taught.core.example import sft
     from taught.environment import keep_freed_memory, peak_memory_gb, versions
     from taught.estimators.adjoint import Problem
     from taught.model import kernels
@@ -37,7 +37,7 @@ def main() -> None:
     if job.get("products") == "torch":
         kernels._onednn = lambda: None  # type: ignore[assignment]
     model = load_model(job["model"]).model
-    examples = [Example(example["id"], tuple(example["ids"]), example["start"]) for example in job["examples"]]
+    examples = [sft(example["id"], tuple(example["ids"]), example["start"]) for example in job["examples"]]
     unused: Any = None
     problem = Problem(model, [], unused, 0, unused, lr=1.0, batch_tokens=job["tokens"])
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from taught.progress import RichProgress
 from taught.study.schema import load_study
 
 if TYPE_CHECKING:
-    from taught.core.example import Example
+    from taught.core.example import Example, sft
     from taught.training.retrain import Retraining
 
 Shares = Sequence[NDArray[np.float64]]
@@ -106,7 +105,7 @@ def masked_sets(examples: Sequence[Example], shares: Shares, share: float, draws
 
     def masked(order: Callable[[NDArray[np.float64]], NDArray[np.int64]]) -> list[Example]:
         return [
-            replace(example, masked=tuple(sorted(example.start + int(j) for j in order(values)[:n])))
+            sft(example.id, example.ids, example.start, [example.start + int(j) for j in order(values)[:n]])
             for example, values, n in zip(examples, shares, counts, strict=True)
         ]
 
@@ -119,6 +118,11 @@ def masked_sets(examples: Sequence[Example], shares: Shares, share: float, draws
         rng = np.random.default_rng(seed)
         sets[f"random {seed}"] = masked(lambda values, rng=rng: rng.permutation(len(values)))
     return sets
+
+
+def masked_places(example: Example, n: int) -> list[int]:
+    """Of the n tokens of a response, which ones the loss leaves out."""
+    return [j for j, weight in enumerate(example.weights[0][-n:]) if not weight]
 
 
 def _retrained(setting: Setting, examples: Sequence[Example], folder: Path, progress: RichProgress) -> Any:
@@ -138,14 +142,12 @@ def _retrained(setting: Setting, examples: Sequence[Example], folder: Path, prog
 def _row(
     setting: Setting, name: str, examples: Sequence[Example], shares: Shares, base: Retraining, after: Retraining
 ) -> Row:
-    left_out = [
-        values[np.array(example.masked, int) - example.start].sum()
-        for example, values in zip(examples, shares, strict=True)
-    ]
+    unscored = [masked_places(example, len(values)) for example, values in zip(examples, shares, strict=True)]
+    left_out = [values[places].sum() for values, places in zip(shares, unscored, strict=True)]
     change, inside = after.y - base.y, _inside(setting)
     return {
         "mask": name,
-        "masked_tokens": sum(len(example.masked) for example in examples),
+        "masked_tokens": sum(map(len, unscored)),
         "masked_influence": float(sum(left_out) / sum(values.sum() for values in shares)),
         "change_negative": float(change[inside].mean()),
         "change_positive": float(change[~inside].mean()),

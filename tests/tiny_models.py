@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from taught.core.example import Example
+from taught.core.example import Example, sft
 from taught.estimators.adjoint import Problem
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder
@@ -134,7 +134,7 @@ def tiny_behavior(tokens: tuple[tuple[int, ...], ...] = PREFIXES) -> PrefixBehav
 
 
 def tiny_examples() -> list[Example]:
-    return [Example(f"z{i}", ids, start) for i, (ids, start) in enumerate(PAIRS)]
+    return [sft(f"z{i}", ids, start) for i, (ids, start) in enumerate(PAIRS)]
 
 
 def tiny_sae(kind: str = "standard", *, width: int = WIDTH, n: int = 10) -> SparseAutoencoder:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import taught.estimators.adjoint as adjoint
 import taught.estimators.every_prompt as pe
-from taught.core.example import Example
+from taught.core.example import sft
 from taught.core.target import raw_x_targets, score_targets
 from taught.errors import UserError
 from taught.estimators.adjoint import feature_effects, target_effects
@@ -257,7 +257,7 @@ def test_influence_is_linear_in_the_learning_rate() -> None:
 def test_training_on_a_prefix_raises_it_for_the_same_prompt() -> None:
     # The plainest sign there is: an example that answers prompt q0 with a prefix of the behavior.
     prompt = tiny_prompts()[0]
-    example = Example("z", (*prompt.ids, 15, 16, 17), len(prompt.ids))
+    example = sft("z", (*prompt.ids, 15, 16, 17), len(prompt.ids))
     dy = prompt_effects(tiny_problem(tiny_model("tied")), [example])
     assert dy[0, 0] > 0
 
@@ -266,7 +266,7 @@ def test_trap_8_influence_sees_response_tokens_only() -> None:
     # Trap 8: with the loss on all tokens another number comes out.
     problem = tiny_problem(tiny_model("untied"), lr=1.0)
     ids, start = PAIRS[0]
-    masked, whole = Example("a", ids, start), Example("b", ids, 1)
+    masked, whole = sft("a", ids, start), sft("b", ids, 1)
     dy = prompt_effects(problem, [masked, whole])
     y = [plain_y(problem.model, p.ids) for p in problem.prompts]
     for row, example in enumerate((masked, whole)):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taught.core.example import Example, batch_examples
+from taught.core.example import batch_examples, sft
 from tiny_models import MODELS, plain_loss, tiny_examples, tiny_model
 
 
@@ -34,11 +34,11 @@ def test_loss_agrees_with_transformers_own_labels() -> None:
 
 def test_only_response_tokens_are_predicted() -> None:
     model, (example, *_) = tiny_model("untied"), tiny_examples()
-    whole = Example("all", example.ids, 1)
-    assert whole.n_response == len(example.ids) - 1 and example.n_response == 4
+    whole = sft("all", example.ids, 1)
+    assert whole.n_scored == len(example.ids) - 1 and example.n_scored == 4
     assert abs(float(losses(model, [example], 99) - losses(model, [whole], 99))) > 1e-3
     # Another last token of the response changes the loss, though nothing follows it.
-    other = Example("z", (*example.ids[:-1], 9), example.start)
+    other = sft("z", (*example.ids[:-1], 9), example.start)
     assert abs(float(losses(model, [example], 99) - losses(model, [other], 99))) > 1e-3
 
 
@@ -54,6 +54,6 @@ def test_weights_average_over_each_example_s_own_response() -> None:
     torch.testing.assert_close(batch.weights.sum(1), torch.ones(4).double())
     for row, index in enumerate(batch.index):
         example = tiny_examples()[index]
-        assert int((batch.weights[row] > 0).sum()) == example.n_response
-        shown = batch.targets[row, -example.n_response :].tolist()
+        assert int((batch.weights[row] > 0).sum()) == example.n_scored
+        shown = batch.targets[row, : example.n_scored].tolist()
         assert shown == list(example.ids[example.start :])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reference import Readouts, close
-from taught.core.example import Example, batch_examples, make_batch
+from taught.core.example import Example, batch_examples, make_batch, sft
 from taught.curvatures import ekfac
 from taught.curvatures.ekfac import curved_layers, draw_labels, fit_ekfac, with_ekfac
 from taught.errors import UserError
@@ -42,7 +42,7 @@ def labels_of(model: nn.Module, example: Example, seed: int = 0) -> list[int]:
 
 
 def log_probabilities(model: nn.Module, example: Example) -> Tensor:
-    """One plain pass: [n_response, V]."""
+    """One plain pass: [n_scored, V]."""
     logits = model(input_ids=torch.tensor([example.ids])).logits[0]
     return torch.log_softmax(logits, -1)[example.start - 1 : -1]
 
@@ -65,7 +65,7 @@ def dense(name: str) -> dict[str, tuple[Tensor, Tensor]]:
         for example in tiny_examples():
             seen = []
             handle = module.register_forward_hook(lambda m, a, out, s=seen: s.append((a[0], out)))
-            value = sampled(model, Example(example.id, example.ids, example.start))
+            value = sampled(model, sft(example.id, example.ids, example.start))
             handle.remove()
             x, out = seen[0]
             (d,) = torch.autograd.grad(value, out)
@@ -196,7 +196,7 @@ def test_batches_padding_and_order_do_not_matter(name: str) -> None:
         drawn = draw_labels(model_of(name), batch, tiny_examples(), 0)
         for row, number in enumerate(batch.index):
             example = tiny_examples()[number]
-            assert drawn[row, batch.keep - example.n_response :].tolist() == by_id[example.id]
+            assert drawn[row, batch.keep - example.n_scored :].tolist() == by_id[example.id]
     for layer, v in found.eigenvalues.items():
         torch.testing.assert_close(v.sum(), other.eigenvalues[layer].sum(), rtol=1e-10, atol=0)
         metric = [
@@ -256,7 +256,7 @@ def test_where_gradients_factorise_it_is_the_damped_fisher_matrix_itself(monkeyp
     examples = []
     for token in range(3):
         for label in range(4):
-            example = Example(f"{token} {label}", (token, 7), 1)
+            example = sft(f"{token} {label}", (token, 7), 1)
             examples.append(example)
             labels[example.id] = label
 
@@ -282,7 +282,7 @@ def test_where_gradients_factorise_it_is_the_damped_fisher_matrix_itself(monkeyp
 def test_the_mean_over_labels_is_the_gauss_newton_matrix_of_the_mean_loss() -> None:
     """E G G' over all labels of an example, against J' (diag p - p p') J / n: C is on the loss' scale."""
     model = model_of("untied")
-    example = Example("z", (0, 5, 21, 3, 9), 3)  # two response tokens
+    example = sft("z", (0, 5, 21, 3, 9), 3)  # two response tokens
     weight = model.get_parameter("model.layers.2.mlp.up_proj.weight")
     logp = log_probabilities(model, example)
     n = len(logp)

@@ -386,9 +386,10 @@ def test_the_loss_that_dattri_is_given_is_taughts(tiny, benchmarks):
 
 
 def test_peers_chooses_examples_over_all_lengths(tiny, benchmarks):
-    from taught.core.example import Example
 
-    examples = [Example(str(n), tuple(range(n)), 1) for n in (9, 3, 30, 5, 12)]
+    from taught.core.example import sft
+
+    examples = [sft(str(n), tuple(range(n)), 1) for n in (9, 3, 30, 5, 12)]
     chosen = benchmarks.peers.spread_over(examples, 3)
     assert [len(example.ids) for example in chosen] == [3, 9, 30]
     assert len(benchmarks.peers.spread_over(examples, 9)) == 5

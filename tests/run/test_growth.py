@@ -14,7 +14,7 @@ import pytest
 
 from taught.analysis.curate import curate
 from taught.analysis.interference import interference
-from taught.core.example import Example, batch_examples
+from taught.core.example import batch_examples, sft
 from taught.data.chat import ChatFormat, EncodedExample
 from taught.data.columns import repeated
 from taught.data.examples import ExampleSet, Pair
@@ -90,7 +90,7 @@ def test_no_id_meets_all_the_others(work: Callable[[ExampleSet], object]) -> Non
 
 
 def test_a_batch_is_made_when_its_turn_comes_and_not_kept() -> None:
-    examples = [Example(f"z{i}", tuple(range(1, 12)), 8) for i in range(40)]
+    examples = [sft(f"z{i}", tuple(range(1, 12)), 8) for i in range(40)]
     batches = batch_examples(examples, 30)
     seen = [weakref.ref(batch) for batch in batches]
     assert len(seen) == 14

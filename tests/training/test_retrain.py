@@ -14,7 +14,7 @@ import torch
 import taught
 import taught.training.retrain as module
 from taught import stages
-from taught.core.example import Example
+from taught.core.example import sft
 from taught.errors import UserError
 from taught.model.readout import read_prompts_plain
 from taught.progress import SilentProgress
@@ -225,7 +225,7 @@ def test_the_key_follows_everything_that_matters(tmp_path) -> None:
         keys.append(changed.key(["z0", "z1"], 42))
     first, *others = tiny_examples()
     for tokens, start in (((*first.ids[:-1], 9), first.start), (first.ids, first.start + 1)):
-        changed = retrainer(tmp_path, examples=[Example("z0", tokens, start), *others])
+        changed = retrainer(tmp_path, examples=[sft("z0", tokens, start), *others])
         keys.append(changed.key(["z0", "z1"], 42))
     assert len(set(keys)) == len(keys) == 15
     fewer = retrainer(tmp_path, examples=tiny_examples()[:2][::-1])  # the others have no part in it

@@ -39,7 +39,7 @@ def response_reads(examples: Sequence[Example], tokens: str) -> list[ReadPrompt]
     UserError
         An example has no response tokens: its id.
     """
-    empty = [example.id for example in examples if example.n_response < 1]
+    empty = [example.id for example in examples if example.n_scored < 1]
     if empty:
         raise UserError(
             "a response is empty",

@@ -126,7 +126,7 @@ def baseline_scores(
     ids = tuple(example.id for example in examples)
     makers: dict[str, Callable[[], Mapping[str | None, Floats]]] = {
         "random": lambda: {None: random_scores(ids, seed)},
-        "response-length": lambda: {None: np.array([float(p.n_response) for p in examples])},
+        "response-length": lambda: {None: np.array([float(p.n_scored) for p in examples])},
         "label": lambda: {None: label_scores(ids, texts.labels, texts.positive_label)},
         "loss": lambda: {None: example_losses(problem.model, examples, problem.batch_tokens).numpy()},
         "bm25": lambda: {

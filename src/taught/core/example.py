@@ -1,9 +1,19 @@
-"""The loss of fine-tuning examples: mean cross-entropy of the response tokens, one value an example."""
+"""Training examples and their losses: weighted log-probabilities of tokens, one value an example.
+
+    L(z) = f( sum over scored tokens t of  - w_t log p(t | tokens before it) )
+
+with f the identity for what is trained on as it stands. An SFT pair scores the tokens of its
+response, each with weight 1 / their number; a document scores all its tokens but the first; of a
+conversation those turns count that training counts. An example with more than one sequence (a chosen
+and a rejected answer to one prompt) lies in one row as a token tree, each branch blind to the others,
+so that whatever takes gradients of examples needs to know nothing of their kind.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,64 +21,131 @@ from torch import Tensor, nn
 from taught.errors import UserError
 from taught.model.forward import first_device, forward
 from taught.model.gradients import evaluating
-from taught.model.tokens import Rows, batches_by_tokens, stack_sequences
+from taught.model.tokens import Rows, batches_by_tokens, build_tree, stack, stack_sequences
+
+
+class Link(Protocol):
+    """f: from the weighted sums of a batch of examples, [B], to their losses."""
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        """Losses [B]; differentiable, each from its own sum alone."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example as tokens: ``ids[start:]`` is the response, its end-of-turn token included.
+    """One training example as tokens.
 
     Attributes
     ----------
-    masked : places in ``ids``, sorted, of response tokens that the loss leaves out; later tokens
-        still see them
+    id : what names it in every result
+    sequences : token ids; one sequence, or several that are compared with one another
+    weights : for each sequence the weight of every token in the loss, 0 where it is not scored; the
+        first token of a sequence cannot be scored
+    link : from the weighted sum to the loss; None: it is the loss
     """
 
     id: str
-    ids: tuple[int, ...]
-    start: int
-    masked: tuple[int, ...] = ()
+    sequences: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+    link: Link | None = None
 
     def __post_init__(self) -> None:
-        response = range(self.start, len(self.ids))
-        known = sorted(set(self.masked) & set(response))
-        if list(self.masked) != known or (known and len(known) == len(response)):
-            raise ValueError(f"{self.id}: masked are some, not all, of the response tokens, sorted")
+        shapes = [len(s) for s in self.sequences]
+        if not shapes or shapes != [len(w) for w in self.weights] or any(w[0] for w in self.weights if w):
+            raise ValueError(f"{self.id}: a weight for each token of each sequence, 0 for the first")
 
     @property
-    def n_response(self) -> int:
-        """Number of response tokens."""
-        return len(self.ids) - self.start
+    def ids(self) -> tuple[int, ...]:
+        """Tokens of the first sequence."""
+        return self.sequences[0]
 
     @property
-    def weights(self) -> list[float]:
-        """Weight of each response token in the loss: 1 / their number, and 0 where masked."""
-        each = 1.0 / max(self.n_response - len(self.masked), 1)
-        return [0.0 if t in self.masked else each for t in range(self.start, len(self.ids))]
+    def scored(self) -> list[tuple[int, int]]:
+        """(sequence, place) of each token that has a weight, in order."""
+        return [(s, t) for s, of in enumerate(self.weights) for t, w in enumerate(of) if w]
+
+    @property
+    def start(self) -> int:
+        """Place of the first scored token of the first sequence; its length if there is none."""
+        return next((t for t, w in enumerate(self.weights[0]) if w), len(self.ids))
+
+    @property
+    def n_scored(self) -> int:
+        """Number of tokens that have a weight."""
+        return sum(1 for of in self.weights for w in of if w)
+
+    @property
+    def length(self) -> int:
+        """Tokens that a pass over it has, at most: none is predicted after the last of a sequence."""
+        return sum(len(s) - 1 for s in self.sequences)
+
+
+def sft(id: str, ids: Sequence[int], start: int, masked: Sequence[int] = ()) -> Example:
+    """A pair: the tokens from ``start`` on are the response, its end-of-turn token included.
+
+    Parameters
+    ----------
+    masked : places of response tokens that the loss leaves out; later tokens still see them
+    """
+    out = set(masked)
+    if not out <= set(range(start, len(ids))) or (out and len(out) == len(ids) - start):
+        raise ValueError(f"{id}: masked are some, not all, of the response tokens")
+    each = 1.0 / max(len(ids) - start - len(out), 1)
+    return Example(id, (tuple(ids),), (tuple(0.0 if t < start or t in out else each for t in range(len(ids))),))
+
+
+def conversation(id: str, ids: Sequence[int], scored: Iterable[int]) -> Example:
+    """A conversation: the tokens at these places are scored, all alike."""
+    places = set(scored)
+    each = 1.0 / max(len(places), 1)
+    return Example(id, (tuple(ids),), (tuple(each if t in places else 0.0 for t in range(len(ids))),))
+
+
+def document(id: str, ids: Sequence[int], seen: int = 1) -> Example:
+    """A text: every token is scored behind the first ``seen``, which a window before it has scored."""
+    return sft(id, ids, max(seen, 1))
 
 
 @dataclass(frozen=True, eq=False)
 class ExampleBatch:
-    """Examples padded on the left; the last ``n_response`` columns of a row predict its response."""
+    """Examples padded on the left, one a row.
+
+    Attributes
+    ----------
+    index : places of the examples in the caller's list
+    rows : tokens
+    keep : logits are wanted at the last so many columns
+    columns : int64 [B, K], of these the one that predicts each scored token
+    targets : int64 [B, K], the scored tokens; K the largest number of them
+    weights : float64 [B, K], their weights; 0 behind an example's last
+    links : of each example
+    """
 
     index: tuple[int, ...]
     rows: Rows
     keep: int
-    targets: Tensor  # int64 [B, keep]
-    weights: Tensor  # float64 [B, keep]: of response tokens in their example's loss, else 0
+    columns: Tensor
+    targets: Tensor
+    weights: Tensor
+    links: tuple[Link | None, ...]
 
     def losses(self, model: nn.Module) -> Tensor:
         """Loss of each example, [B], natural logarithm; float32, or float64 for a float64 model."""
-        return self.terms(model).sum(1)
+        sums = self.terms(model).sum(1)
+        if not any(self.links):
+            return sums
+        parts = [s if f is None else f(s[None])[0] for s, f in zip(sums, self.links, strict=True)]
+        return torch.stack(parts)
 
     def terms(self, model: nn.Module) -> Tensor:
-        """What each token adds to its example's loss, [B, keep]."""
+        """What each scored token adds to its example's sum, [B, K]."""
         _, logits = forward(model, self.rows.to(first_device(model)), keep=self.keep)
         assert logits is not None
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        targets = self.targets.to(wide.device).unsqueeze(-1)
-        logp = torch.log_softmax(wide, -1).gather(-1, targets).squeeze(-1)
-        return -(logp * self.weights.to(logp))
+        logp = torch.log_softmax(wide, -1)
+        row = torch.arange(len(self.index), device=logp.device)[:, None]
+        found = logp[row, self.columns.to(logp.device), self.targets.to(logp.device)]
+        return -(found * self.weights.to(found))
 
 
 def batch_examples(examples: Sequence[Example], budget: int) -> Iterator[ExampleBatch]:
@@ -81,20 +158,34 @@ def batch_examples(examples: Sequence[Example], budget: int) -> Iterator[Example
 
 def batch_indices(examples: Sequence[Example], budget: int) -> list[list[int]]:
     """Which examples each batch holds."""
-    return batches_by_tokens([len(p.ids) - 1 for p in examples], budget)
+    return batches_by_tokens([p.length for p in examples], budget)
 
 
 def make_batch(examples: Sequence[Example], index: Sequence[int]) -> ExampleBatch:
     """Some of the examples as one batch."""
     chosen = [examples[i] for i in index]
-    keep = max(p.n_response for p in chosen)
-    targets = torch.zeros(len(chosen), keep, dtype=torch.long)
-    weights = torch.zeros(len(chosen), keep, dtype=torch.float64)
-    for row, example in enumerate(chosen):
-        targets[row, keep - example.n_response :] = torch.tensor(example.ids[example.start :])
-        weights[row, keep - example.n_response :] = torch.tensor(example.weights, dtype=torch.float64)
-    rows = stack_sequences([p.ids[:-1] for p in chosen])
-    return ExampleBatch(tuple(index), rows, keep, targets, weights)
+    if all(len(p.sequences) == 1 for p in chosen):
+        rows = stack_sequences([p.ids[:-1] for p in chosen])
+        nodes = [[list(range(len(p.ids) - 1))] for p in chosen]
+    else:
+        trees = [build_tree([s[:-1] for s in p.sequences]) for p in chosen]
+        rows = stack([tree for tree, _ in trees])
+        nodes = [paths for _, paths in trees]
+    width, lengths = rows.ids.shape[1], rows.lengths.tolist()
+    places = [
+        [width - n + paths[s][t - 1] for s, t in p.scored] for p, paths, n in zip(chosen, nodes, lengths, strict=True)
+    ]
+    keep = width - min((c for own in places for c in own), default=width - 1)
+    most = max((len(own) for own in places), default=0)
+    shape = (len(chosen), most)
+    columns, targets = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    weights = torch.zeros(shape, dtype=torch.float64)
+    for row, (p, own) in enumerate(zip(chosen, places, strict=True)):
+        n = len(own)
+        columns[row, :n] = torch.tensor(own, dtype=torch.long) - (width - keep)
+        targets[row, :n] = torch.tensor([p.sequences[s][t] for s, t in p.scored], dtype=torch.long)
+        weights[row, :n] = torch.tensor([p.weights[s][t] for s, t in p.scored], dtype=torch.float64)
+    return ExampleBatch(tuple(index), rows, keep, columns, targets, weights, tuple(p.link for p in chosen))
 
 
 @torch.no_grad()

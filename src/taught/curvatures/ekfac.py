@@ -137,7 +137,7 @@ def fit_ekfac(problem: Problem, examples: Sequence[Example], *, seed: int = 0, p
 
 @torch.no_grad()
 def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Sequence[Example], seed: int) -> Tensor:
-    """A label for every response token, from the model's distribution there: int64 [B, keep].
+    """A label for every scored token, from the model's distribution there: int64 [B, K].
 
     What is drawn depends on the seed, the example's id and the model, not on the batch.
     """
@@ -146,12 +146,12 @@ def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Sequence[Exampl
     labels = torch.zeros_like(batch.targets)
     for row, number in enumerate(batch.index):
         example = examples[number]
-        start = batch.keep - example.n_response
-        ends = torch.softmax(logits[row, start:].double(), -1).cumsum(-1)
+        n = example.n_scored
+        ends = torch.softmax(logits[row, batch.columns[row, :n].to(logits.device)].double(), -1).cumsum(-1)
         digest = hashlib.sha256(f"{seed} {example.id}".encode()).digest()
-        level = np.random.default_rng(list(digest)).random((example.n_response, 1))
+        level = np.random.default_rng(list(digest)).random((n, 1))
         drawn = torch.searchsorted(ends, ends[:, -1:] * torch.from_numpy(level).to(ends))
-        labels[row, start:] = drawn.squeeze(1).clamp(max=ends.shape[1] - 1).cpu()
+        labels[row, :n] = drawn.squeeze(1).clamp(max=ends.shape[1] - 1).cpu()
     return labels
 
 

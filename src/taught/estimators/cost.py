@@ -219,7 +219,7 @@ def _sides(blocks: Iterable[nn.Module]) -> tuple[int, int]:
 def _over_examples(sizes: _Sizes, examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> float:
     """One forward pass over some batches of the examples."""
     shapes = [(len(index), max(len(examples[i].ids) for i in index) - 1) for index in batches]
-    keep = [len(index) * max(examples[i].n_response for i in index) for index in batches]
+    keep = [len(index) * max(len(examples[i].ids) - examples[i].start for i in index) for index in batches]
     return sizes.over(shapes, sum(keep))
 
 

@@ -50,8 +50,8 @@ def token_effects(
 
     Returns
     -------
-    For each example float64 [n_response, K]; the end of the turn is the last token, a masked token has
-    no share. Sums over tokens are the example's effects.
+    For each example float64 [n scored tokens, K]; the end of the turn is the last one. Sums
+    over tokens are the example's effects.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def token_effects(
     the queries, and one of them once more. Attention runs without fused kernels.
     """
     model, sites = problem.model, find_sites(problem.model, problem.parameters)
-    terms, shares = _Terms(model), [torch.zeros(p.n_response, len(A)).double() for p in examples]
+    terms, shares = _Terms(model), [torch.zeros(p.n_scored, len(A)).double() for p in examples]
     with frozen(model):
         queries = build_queries(problem, sites, A, B, progress)
         base = {f"model.{name}": model.get_parameter(name).detach() for name in queries}
@@ -76,7 +76,7 @@ def token_effects(
             for batch in batch_examples(examples, problem.batch_tokens):
                 moved = _along(model, sites, terms, batch, base, step)
                 for row, i in zip(moved.double().cpu(), batch.index, strict=True):
-                    shares[i][:, k] = row[batch.keep - examples[i].n_response :]
+                    shares[i][:, k] = row[: examples[i].n_scored]
     sums = torch.stack([share.sum(0) for share in shares]) if shares else torch.zeros(0, 1)
     refuse_nonfinite(examples, range(len(examples)), sums, "gradient")
     return shares

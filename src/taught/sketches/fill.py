@@ -14,7 +14,7 @@ from taught.model.readout import ReadPrompt
 from taught.sketches.answer import covered_features
 from taught.sketches.project import Projection
 from taught.sketches.sketch import example_sketches, prompt_sketches
-from taught.sketches.store import Row, SketchStore, digest
+from taught.sketches.store import Row, SketchStore, digest, example_digest
 
 # Small enough that a killed run loses little, large enough for full batches.
 PAIRS_A_SHARD, PROMPTS_A_SHARD = 256, 16
@@ -95,7 +95,7 @@ def _fill_prompts(
 
 def example_row(example: Example) -> Row:
     """The row of an example."""
-    return Row(example.id, digest(example.ids, example.start, *example.masked))
+    return Row(example.id, example_digest(example))
 
 
 def prompt_key(prompt: ReadPrompt) -> tuple[str, str]:

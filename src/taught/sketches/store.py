@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taught.core.example import Example
 from taught.errors import UserError
 from taught.run import files
 from taught.run.fingerprint import differences
@@ -63,9 +64,14 @@ class Shard:
     sha256: str
 
 
-def digest(tokens: Sequence[int], *more: int) -> str:
+def digest(tokens: Sequence[int], *more: float) -> str:
     """What a row's tokens come to: the first 32 hex digits of a SHA-256."""
     return hashlib.sha256(json.dumps([list(tokens), *more]).encode()).hexdigest()[:32]
+
+
+def example_digest(example: Example) -> str:
+    """What an example's tokens and their weights come to."""
+    return digest([n for s in example.sequences for n in (*s, -1)], *(w for of in example.weights for w in of))
 
 
 class SketchStore:

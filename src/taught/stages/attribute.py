@@ -292,7 +292,7 @@ def _write_shares(run: RunFolder, subject: Subject, groups: Iterable[str], share
     targets = [("score", None), *(("mean_y", group) for group in groups)]
     parts = []
     for example, values in shares:
-        n, texts = example.n_response, token_texts(subject, example)
+        n, texts = example.n_scored, token_texts(subject, example)
         for column, (target, group) in enumerate(targets):
             columns = [[example.id] * n, [target] * n, [group] * n, range(n), texts, values[:, column]]
             parts.append(pa.table(dict(zip(TOKEN_SHARES.names, columns, strict=True)), schema=TOKEN_SHARES))

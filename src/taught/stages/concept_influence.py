@@ -377,7 +377,7 @@ def _shares(
     by_concept = zip(*work.over_checkpoints(problem, shares), strict=True)
     for concept, examples, parts in zip(concepts, chosen, by_concept, strict=True):
         for example, *own in zip(examples, *parts, strict=True):
-            n = example.n_response
+            n = example.n_scored
             columns = [
                 [example.id] * n,
                 [concept.name] * n,

@@ -186,7 +186,7 @@ def sketch_record(study: Study, run: RunFolder, ready: Ready, error: SketchError
 def token_texts(subject: Subject, example: Example) -> list[str]:
     """Each response token as text."""
     decode = subject.loaded.tokenizer.decode
-    return [str(decode([token])) for token in example.ids[example.start :]]
+    return [str(decode([example.sequences[s][t]])) for s, t in example.scored]
 
 
 def read_policy(study: Study, run: RunFolder) -> tuple[Policy, dict[str, list[str]]]:

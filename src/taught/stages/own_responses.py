@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from taught.core.example import Example
+from taught.core.example import Example, sft
 from taught.errors import UserError
 from taught.model.generate import greedy
 from taught.progress import Progress
@@ -51,7 +50,7 @@ def own_examples(
         record = {"format": FORMAT, "settings": settings, "responses": kept}
         write_bytes(file, json_bytes(record))
         progress.advance(len(some))
-    return [replace(p, ids=(*p.ids[: p.start], *kept[_key(p)]["tokens"])) for p in examples]
+    return [sft(p.id, (*p.ids[: p.start], *kept[_key(p)]["tokens"]), p.start) for p in examples]
 
 
 def _settings(study: Study, subject: Subject, examples: Sequence[Example], limit: int) -> dict[str, Any]:

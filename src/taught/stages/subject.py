@@ -205,6 +205,6 @@ def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str) -> list[ReadP
 
 def example_inputs(encoded: Sequence[EncodedExample]) -> list[Example]:
     """Token inputs of examples."""
-    from taught.core.example import Example
+    from taught.core.example import sft
 
-    return [Example(example.id, tuple(example.input_ids), example.response_start) for example in encoded]
+    return [sft(example.id, example.input_ids, example.response_start) for example in encoded]

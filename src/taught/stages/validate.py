@@ -175,7 +175,7 @@ def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
     size = spec.part_of(len(ids))
 
     def matched() -> Subsets:
-        lengths = {example.id: float(example.n_response) for example in ready.inputs}
+        lengths = {example.id: float(example.n_scored) for example in ready.inputs}
         return matched_subsets(ids, _labels(ready), lengths, size, spec.subsets, seed=spec.seed)
 
     drawn: dict[str, Callable[[], Subsets]] = {

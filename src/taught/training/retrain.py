@@ -33,7 +33,7 @@ from taught.model.gradients import evaluating
 from taught.model.readout import read_prompts
 from taught.run import files
 from taught.run.fingerprint import differences, fingerprint
-from taught.sketches.store import digest
+from taught.sketches.store import example_digest
 from taught.training.loop import Recipe, TrainLog, lora_layers, train
 from taught.training.trl import train_by_trl
 
@@ -231,7 +231,7 @@ class Retrainer:
         depends = {
             **self.identity,
             "recipe": {**asdict(self.recipe), "seed": seed} if ids else None,
-            "examples": [[example.id, digest(example.ids, example.start, *example.masked)] for example in chosen],
+            "examples": [[example.id, example_digest(example)] for example in chosen],
             "answers": None if self.answers is None else asdict(self.answers),
         }
         return fingerprint(depends)[:32]

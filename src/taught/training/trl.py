@@ -150,7 +150,7 @@ def _trainer(
         {
             "example_id": p.id,
             "input_ids": list(p.ids),
-            "labels": [-100 if t < p.start or t in p.masked else i for t, i in enumerate(p.ids)],
+            "labels": [i if w else -100 for i, w in zip(p.ids, p.weights[0], strict=True)],
         }
         for p in inputs
     ]
@@ -167,9 +167,7 @@ def _trainer(
 
 def _check_prepared(inputs: Sequence[Example], dataset: Any) -> None:
     """Refuse a data set that is not what was given: it drops rows whose labels are all masked."""
-    wanted = {
-        p.id: (list(p.ids), [i for t, i in enumerate(p.ids) if t >= p.start and t not in p.masked]) for p in inputs
-    }
+    wanted = {p.id: (list(p.ids), [i for i, w in zip(p.ids, p.weights[0], strict=True) if w]) for p in inputs}
     found = {
         row["example_id"]: (row["input_ids"], [label for label in row["labels"] if label != -100]) for row in dataset
     }
