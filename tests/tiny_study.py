@@ -115,7 +115,7 @@ def _write_data(folder: Path) -> None:
     ]
     for number, row in enumerate(examples):
         row["id"] = f"z{number:02d}"
-    for name, rows in (("prompts", prompts), ("examples", examples)):
+    for name, rows in (("prompts", prompts), ("pairs", examples)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines)
 
