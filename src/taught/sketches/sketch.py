@@ -17,17 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from taught.core.example import Example, batch_examples, refuse_nonfinite
-from taught.estimators.adjoint import Problem, example_gradients, refuse_unfit
+from taught.core.gradient import example_gradients, refuse_unfit
+from taught.core.problem import Problem
 from taught.model.forward import first_device, forward
 from taught.model.gradients import Site, find_sites, frozen, tap
-from taught.model.readout import ReadPrompt, pack, prompt_tree, read_packed
+from taught.model.readout import ReadPrompt, prompt_tree
 from taught.model.tokens import batches_by_tokens, stack
+from taught.progress import Progress, SilentProgress
 from taught.sketches.project import Projection, SharedInputs
 
 
@@ -50,7 +51,7 @@ class Sketches:
 
 
 def example_sketches(
-    problem: Problem, projection: Projection, examples: Sequence[Example], *, progress: Any = None
+    problem: Problem, projection: Projection, examples: Sequence[Example], *, progress: Progress | None = None
 ) -> list[Sketches]:
     """Sketches of the gradients of the examples' losses, batch by batch.
 
@@ -66,8 +67,7 @@ def example_sketches(
             values, factors = example_gradients(problem, sites, batch, examples)
             made = projection.sketch(factors, len(batch.index)).cpu()
             refuse_nonfinite(examples, batch.index, made, "gradient")
-            if progress is not None:
-                progress.advance(len(batch.index))
+            (progress or SilentProgress()).advance(len(batch.index))
             found.append(Sketches(batch.index, (-1,) * len(batch.index), made, values))
     return found
 
@@ -83,42 +83,12 @@ def prompt_sketches(problem: Problem, projection: Projection, prompts: Sequence[
         trees = [prompt_tree([p], problem.behavior)[0] for p in prompts]
         for index in batches_by_tokens([len(t) for t in trees], problem.batch_tokens):
             found.append(_y_sketches(problem, projection, sites, prompts, index))
+        if problem.features is None:
+            return found
         ends = [max(p.read) + 1 for p in prompts]
         for index in batches_by_tokens(ends, problem.batch_tokens):
             found += _feature_sketches(problem, projection, sites, prompts, index)
     return found
-
-
-def target_sketches(problem: Problem, projection: Projection, A: Tensor) -> Tensor:
-    """Sketches of the gradients of targets of X alone: s(grad sum A * X), float64 [C, K].
-
-    The sum is over the prompts, so they share token trees; those that no target asks for are left
-    out.
-
-    Parameters
-    ----------
-    A : float64 [C, N, d]
-        dF/dX of each target, such as the mean read-out of a concept.
-
-    Notes
-    -----
-    Cost: one forward pass over the prompts, up to the block, and a backward pass a target.
-    """
-    sites = find_sites(problem.model, problem.parameters)
-    total = torch.zeros(len(A), projection.dim, dtype=torch.float64)
-    asked = A.abs().sum((0, 2)).nonzero().flatten().tolist()
-    prompts, A = [problem.prompts[i] for i in asked], A[:, asked]
-    with frozen(problem.model):
-        for packed in pack(prompts, None):
-            with tap(problem.model, sites) as taps:
-                h, _ = read_packed(problem.model, packed, None, problem.block)
-                X = problem.features(h, packed.offsets.to(h.device))
-                inputs = SharedInputs({x.data_ptr() for _, _, x, _ in taps.seen})
-                values = (A[:, list(packed.index)].to(X) * X).sum((1, 2))
-                for c, value in enumerate(values):
-                    factors = taps.factors(value, retain_graph=c + 1 < len(A))
-                    total[c] += projection.sketch(factors, 1, inputs)[0].double().cpu()
-    return total
 
 
 def _y_sketches(
@@ -143,6 +113,7 @@ def _feature_sketches(
     with tap(problem.model, sites) as taps:
         h, _ = forward(problem.model, stack(trees).to(device), block=problem.block, stop_at_block=True)
         assert h is not None
+        assert problem.features is not None
         X = problem.features(*_read(h, [prompts[i] for i in index], [len(t) for t in trees]))
         active = [row.nonzero().flatten().tolist() for row in X.detach()]
         inputs = SharedInputs({x.data_ptr() for _, _, x, _ in taps.seen})
