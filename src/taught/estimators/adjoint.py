@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taught.core.behavior import Behavior
 from taught.core.example import Example, ExampleBatch, batch_examples, refuse_nonfinite
 from taught.features.concept import ConceptMap
 from taught.features.pooling import FeatureMap
-from taught.model.behavior import PrefixBehavior
 from taught.model.blockwise import by_block, checkpointed, refuse_no_chain
 from taught.model.forward import capture_output, first_device, forward, get_block
 from taught.model.gradients import Factor, Query, RowSparse, Site, accumulate, contract, find_sites, frozen, tap
@@ -69,7 +69,7 @@ class Problem:
 
     model: nn.Module
     prompts: Sequence[ReadPrompt]
-    behavior: PrefixBehavior
+    behavior: Behavior
     block: int
     features: FeatureMap | ConceptMap
     lr: float

@@ -23,8 +23,8 @@ from taught.model.blockwise import split_sites
 from taught.model.forward import find_blocks
 from taught.model.gradients import find_sites
 from taught.model.parameters import moving_parameters
-from taught.model.readout import pack, prompt_tree
-from taught.model.tokens import Rows, TokenTree, batches_by_tokens, stack
+from taught.model.readout import pack, pack_rows
+from taught.model.tokens import Rows
 from taught.sketches.project import COLUMNS
 
 # Share of the prompts on which a selected feature is active; known only once X is.
@@ -98,9 +98,7 @@ def attribution_cost(
         would refuse it too.
     """
     sizes = _sizes(problem)
-    slots = problem.behavior.slots
-    packed = pack(problem.prompts, problem.behavior)
-    trees = sizes.forward([p.rows for p in packed], len(problem.prompts) * slots)
+    trees = _trees(problem, sizes)
     one = _over_examples(sizes, examples, batch_indices(examples, problem.batch_tokens))
     gradient = 3 * one / len(examples)  # weights have gradients here: a backward pass is two
     step = trees + gradient
@@ -116,8 +114,9 @@ def attribution_cost(
     elif coefficients:
         cost["features"] = _features(problem, sizes, targets, len(examples), one)
         cost["prompts"] = _prompts(problem, sizes, examples)
-        if curvature == "adam":  # the output's gradients meet built, slot by slot
-            cost["prompts"] += 2.0 * len(examples) * len(problem.prompts) * slots * sizes.moving_head
+        if curvature == "adam":  # the output's gradients meet built, token by token
+            logits = sum(1 + len(prompt.histories) for prompt in problem.prompts)
+            cost["prompts"] += 2.0 * len(examples) * logits * sizes.moving_head
     else:
         # The score along both pathways asks for all prompts, each group's mean for its own.
         queries = 2 + groups
@@ -155,9 +154,7 @@ def validation_cost(
         have their full length.
     """
     sizes = _sizes(problem)
-    trees = sizes.forward(
-        [p.rows for p in pack(problem.prompts, problem.behavior)], len(problem.prompts) * problem.behavior.slots
-    )
+    trees = _trees(problem, sizes)
     steps = [range(at, min(at + batch, len(examples))) for at in range(0, len(examples), batch)]
     parts = [
         [step[i] for i in index]
@@ -239,10 +236,11 @@ def _sketched(
 
     A sketch is projected inputs, once a forward pass, and what they make with output gradients.
     """
-    whole = [prompt_tree([p], problem.behavior)[0] for p in problem.prompts]
-    read = [prompt_tree([p], None)[0] for p in problem.prompts]
-    y, x = (_stacked(trees, problem.batch_tokens) for trees in (whole, read))
-    slots = problem.behavior.slots * len(problem.prompts)
+    whole, read = (
+        pack_rows(problem.prompts, behavior, tokens=problem.batch_tokens) for behavior in (problem.behavior, None)
+    )
+    y, x = ([p.rows for p in packs] for packs in (whole, read))
+    logits = sum(len(p.index) * len(p.keep) for p in whole)
     to_block = sizes.share * sizes.forward(x, 0)
     inner, out = (2.0 * COLUMNS * side for side in sizes.sides_to_block)
     tokens = sum(rows.ids.numel() for rows in x)
@@ -250,22 +248,23 @@ def _sketched(
     both = 2.0 * COLUMNS * sum(sizes.sides)
     y_tokens = sum(rows.ids.numel() for rows in y)
     return {
-        "sketches of prompts": features + 2 * sizes.forward(y, slots) + y_tokens * both,
+        "sketches of prompts": features + 2 * sizes.forward(y, logits) + y_tokens * both,
         "sketches of examples": passes + both * sum(len(example.ids) for example in examples),
     }
 
 
-def _stacked(trees: Sequence[TokenTree], budget: int) -> list[Rows]:
-    return [stack([trees[i] for i in index]) for index in batches_by_tokens([len(tree) for tree in trees], budget)]
+def _trees(problem: Problem, sizes: _Sizes) -> float:
+    """One forward pass over the prompts' token trees."""
+    packs = list(pack(problem.prompts, problem.behavior))
+    return sizes.forward([p.rows for p in packs], sum(len(p.keep) for p in packs))
 
 
 def _prompts(problem: Problem, sizes: _Sizes, examples: Sequence[Example]) -> float:
     """``prompt_effects``: two passes a chunk over what meets in it, then every example and prompt."""
-    slots = problem.behavior.slots
     passes = 0.0
     sites = split_sites(problem.model, problem.parameters)
     for prompts, batches in prompt_chunks(problem, sites, examples):
-        logits = slots * sum(len(index) for index, _ in prompts)
-        both = sizes.forward([rows for _, rows in prompts], logits) + _over_examples(sizes, examples, batches)
+        logits = sum(len(p.index) * len(p.keep) for p in prompts)
+        both = sizes.forward([p.rows for p in prompts], logits) + _over_examples(sizes, examples, batches)
         passes += 5 * both  # forward and backward twice, and the gradients built once
     return passes + 2.0 * len(examples) * len(problem.prompts) * sizes.moving
