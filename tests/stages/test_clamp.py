@@ -310,7 +310,7 @@ def test_the_table_is_that_of_edits_in_plain_passes(study: Study, run: RunFolder
     subject, rows = open_subject(study), rows_of(run)
     model, block = subject.loaded.model, subject.sae.block
     arrays, ids = run.read_tensors("activations")
-    encoded = subject.chat.encode_prompts(study_prompts(study))
+    encoded = subject.encode(study_prompts(study))
     inputs = {p.id: p for p in prompt_inputs(encoded, study.readout.position)}
 
     def y(prompt, edit) -> float:

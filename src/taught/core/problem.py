@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taught.core.behavior import Behavior
 from taught.core.curvature import Metric
 from taught.features.concept import ConceptMap
 from taught.features.pooling import FeatureMap
-from taught.model.behavior import PrefixBehavior
 from taught.model.readout import ReadPrompt, read_prompts
 
 GB = 1024**3
@@ -41,7 +41,7 @@ class Problem:
 
     model: nn.Module
     prompts: Sequence[ReadPrompt]
-    behavior: PrefixBehavior
+    behavior: Behavior
     lr: float
     block: int | None = None
     features: FeatureMap | ConceptMap | None = None

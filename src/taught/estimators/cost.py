@@ -25,8 +25,8 @@ from taught.model.blockwise import split_sites
 from taught.model.forward import find_blocks
 from taught.model.gradients import find_sites
 from taught.model.parameters import moving_parameters
-from taught.model.readout import pack, prompt_tree
-from taught.model.tokens import Rows, TokenTree, batches_by_tokens, stack
+from taught.model.readout import pack, pack_rows
+from taught.model.tokens import Rows
 from taught.sketches.project import COLUMNS
 
 if TYPE_CHECKING:
@@ -126,19 +126,16 @@ class _Passes:
     """Operations of one pass over the prompts' trees, over the examples, and of one example's gradient."""
 
     sizes: _Sizes
-    slots: int
     trees: float
     examples: float
     gradient: float
 
     @classmethod
     def of(cls, problem: Problem, examples: Sequence[Example]) -> _Passes:
-        sizes, slots = _sizes(problem), problem.behavior.slots
-        packed = pack(problem.prompts, problem.behavior)
-        trees = sizes.forward([p.rows for p in packed], len(problem.prompts) * slots)
+        sizes, trees = _sizes(problem), _trees(problem, _sizes(problem))
         one = _over_examples(sizes, examples, batch_indices(examples, problem.batch_tokens))
         # Weights have gradients in a step of its own: a backward pass is two then.
-        return cls(sizes, slots, trees, one, 3 * one / len(examples))
+        return cls(sizes, trees, one, 3 * one / len(examples))
 
     @property
     def step(self) -> float:
@@ -184,9 +181,10 @@ def one_pass(problem: Problem, examples: Sequence[Example]) -> float:
 
 
 def prompt_head(problem: Problem, examples: Sequence[Example]) -> float:
-    """Products of built gradients of the output with those of the prompts, slot by slot."""
+    """Products of built gradients of the output with those of the prompts, token by token."""
     it = _Passes.of(problem, examples)
-    return 2.0 * len(examples) * len(problem.prompts) * it.slots * it.sizes.moving_head
+    logits = sum(1 + len(prompt.histories) for prompt in problem.prompts)
+    return 2.0 * len(examples) * logits * it.sizes.moving_head
 
 
 def validation_cost(
@@ -209,9 +207,7 @@ def validation_cost(
         have their full length.
     """
     sizes = _sizes(problem)
-    trees = sizes.forward(
-        [p.rows for p in pack(problem.prompts, problem.behavior)], len(problem.prompts) * problem.behavior.slots
-    )
+    trees = _trees(problem, sizes)
     steps = [range(at, min(at + batch, len(examples))) for at in range(0, len(examples), batch)]
     parts = [
         [step[i] for i in index]
@@ -287,10 +283,11 @@ def _sketched(
 
     A sketch is projected inputs, once a forward pass, and what they make with output gradients.
     """
-    whole = [prompt_tree([p], problem.behavior)[0] for p in problem.prompts]
-    read = [prompt_tree([p], None)[0] for p in problem.prompts]
-    y, x = (_stacked(trees, problem.batch_tokens) for trees in (whole, read))
-    slots = problem.behavior.slots * len(problem.prompts)
+    whole, read = (
+        pack_rows(problem.prompts, behavior, tokens=problem.batch_tokens) for behavior in (problem.behavior, None)
+    )
+    y, x = ([p.rows for p in packs] for packs in (whole, read))
+    logits = sum(len(p.index) * len(p.keep) for p in whole)
     to_block = sizes.share * sizes.forward(x, 0)
     inner, out = (2.0 * COLUMNS * side for side in sizes.sides_to_block)
     tokens = sum(rows.ids.numel() for rows in x)
@@ -298,22 +295,23 @@ def _sketched(
     both = 2.0 * COLUMNS * sum(sizes.sides)
     y_tokens = sum(rows.ids.numel() for rows in y)
     return {
-        "sketches of prompts": features + 2 * sizes.forward(y, slots) + y_tokens * both,
+        "sketches of prompts": features + 2 * sizes.forward(y, logits) + y_tokens * both,
         "sketches of examples": passes + both * sum(len(example.ids) for example in examples),
     }
 
 
-def _stacked(trees: Sequence[TokenTree], budget: int) -> list[Rows]:
-    return [stack([trees[i] for i in index]) for index in batches_by_tokens([len(tree) for tree in trees], budget)]
+def _trees(problem: Problem, sizes: _Sizes) -> float:
+    """One forward pass over the prompts' token trees."""
+    packs = list(pack(problem.prompts, problem.behavior))
+    return sizes.forward([p.rows for p in packs], sum(len(p.keep) for p in packs))
 
 
 def _prompts(problem: Problem, sizes: _Sizes, examples: Sequence[Example]) -> float:
     """``prompt_effects``: two passes a chunk over what meets in it, then every example and prompt."""
-    slots = problem.behavior.slots
     passes = 0.0
     sites = split_sites(problem.model, problem.parameters)
     for prompts, batches in prompt_chunks(problem, sites, examples):
-        logits = slots * sum(len(index) for index, _ in prompts)
-        both = sizes.forward([rows for _, rows in prompts], logits) + _over_examples(sizes, examples, batches)
+        logits = sum(len(p.index) * len(p.keep) for p in prompts)
+        both = sizes.forward([p.rows for p in prompts], logits) + _over_examples(sizes, examples, batches)
         passes += 5 * both  # forward and backward twice, and the gradients built once
     return passes + 2.0 * len(examples) * len(problem.prompts) * sizes.moving

@@ -103,7 +103,7 @@ def example_row(example: Example) -> Row:
 
 def prompt_key(prompt: ReadPrompt) -> tuple[str, str]:
     """Id and digest of a prompt's rows."""
-    return prompt.id, digest(prompt.ids, *prompt.read)
+    return prompt.id, digest(prompt.ids, *prompt.read, -1, *(t for s in prompt.suffixes for t in (-1, *s)))
 
 
 def _share(items: Sequence[Any], size: int, share: tuple[int, int]) -> list[Sequence[Any]]:

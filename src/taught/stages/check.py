@@ -82,7 +82,8 @@ def check_study(study: Study) -> CheckReport:
     subject = open_subject(study)
     _describe_subject(report, study, subject)
     prompts = study_prompts(study)
-    encoded = subject.chat.encode_prompts(prompts)
+    encoded = subject.encode(prompts)
+    _describe_scored(report, subject, encoded[0])
     report.add("prompts", f"{len(prompts)} ({_counts(p.group for p in prompts)})")
     report.add("prompt columns", _columns(prompts.columns))
     report.add("prompt tokens", _spread([len(e.input_ids) for e in encoded]))
@@ -104,11 +105,16 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
         report.add("adapter", study.model.adapter)
     report.add("SAE", f"{sae.n_features} features ({sae.architecture}), block {sae.block}, encoder {study.sae.encoder}")
     report.add("read-out", study.readout.position)
-    for text, ids in zip(subject.behavior.prefixes, subject.behavior.tokens, strict=True):
-        tokens = " | ".join(subject.loaded.tokenizer.decode([i]) for i in ids)
-        report.add("prefix", f"{text!r} = {tokens}")
-    if subject.behavior.dropped:
-        report.add("prefixes left out", f"{subject.behavior.dropped}: contained in a shorter one")
+    report.add("behavior", f"{subject.behavior.meaning} ({subject.behavior.unit})")
+
+
+def _describe_scored(report: CheckReport, subject: Subject, first: EncodedPrompt) -> None:
+    """What is scored behind the first prompt, token by token."""
+    decode = subject.loaded.tokenizer.decode
+    for ids in first.suffixes:
+        report.add(f"scored after {first.id}", " | ".join(decode([i]) for i in ids))
+    if first.left_out:
+        report.add("left out", f"{first.left_out}: contained in a shorter one")
 
 
 def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts: PromptSet) -> list[EncodedExample]:

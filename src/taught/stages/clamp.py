@@ -107,7 +107,7 @@ def clamp(
 
 def _inputs(study: Study, subject: Subject, fitted: Policy) -> list[ReadPrompt]:
     """Token inputs in the policy's order of prompts."""
-    encoded = {e.id: e for e in subject.chat.encode_prompts(study_prompts(study))}
+    encoded = {e.id: e for e in subject.encode(study_prompts(study))}
     return prompt_inputs([encoded[i] for i in fitted.prompt_ids], study.readout.position)
 
 

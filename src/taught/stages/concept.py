@@ -96,7 +96,7 @@ def concept(study: Study, out: Path, request: ConceptRequest, progress: Progress
     subject = open_subject(study)
     block, detail = _block(request, kind, detail, subject)
     blocks = list(range(len(find_blocks(subject.loaded.model)))) if request.sweep else [block]
-    some = prompt_inputs(subject.chat.encode_prompts(prompts.prompts[:2]), position)
+    some = prompt_inputs(subject.encode(prompts), position)
     check_trees(subject.loaded.model, some, subject.behavior)
     if request.examples is None:
         H, positive = _read(study, subject, prompts, position, blocks, progress)
@@ -172,7 +172,7 @@ def _read(
     """Pooled residuals [blocks, N, D] of the prompts of both groups, and which are positive."""
     sides = (study.prompts.negative_group, study.prompts.positive_group)
     chosen = [prompt for prompt in prompts if prompt.group in sides]
-    inputs = prompt_inputs(subject.chat.encode_prompts(chosen), position)
+    inputs = prompt_inputs(subject.encode(chosen), position)
     progress.step("read prompts", len(inputs))
     H = read_residuals(subject.loaded.model, inputs, blocks, partial(pool, how=position), progress=progress)
     return H.numpy(), np.array([prompt.group == sides[1] for prompt in chosen])

@@ -389,7 +389,7 @@ def _shares(
 
 
 def _prompts(subject: Subject, data: Data, position: str) -> list[ReadPrompt]:
-    return prompt_inputs(subject.chat.encode_prompts(data.prompts), position)
+    return prompt_inputs(subject.encode(data.prompts), position)
 
 
 def _inside(work: _Work) -> np.ndarray:

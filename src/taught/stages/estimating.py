@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from taught.core.behavior import behavior_record
 from taught.core.example import Example, example_losses
 from taught.curvatures.adam import with_adam
 from taught.curvatures.ekfac import with_ekfac
@@ -86,7 +87,7 @@ def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready
     kept = {example.id for example in encoded}
     examples = replace(data.examples, examples=tuple(example for example in data.examples if example.id in kept))
     fitted, groups = read_policy(study, run)
-    prompts = {e.id: e for e in subject.chat.encode_prompts(data.prompts)}
+    prompts = {e.id: e for e in subject.encode(data.prompts)}
     ordered = [prompts[prompt_id] for prompt_id in fitted.prompt_ids]
     features = subject.features(fitted.feature_ids.copy(), study)
     problem = make_problem(study, subject, prompt_inputs(ordered, study.readout.position), subject.sae.block, features)
@@ -164,7 +165,7 @@ def sketch_source(study: Study, run: RunFolder | None, subject: Subject) -> Sket
         "sae.block": subject.sae.block,
         "sae.encoder": study.sae.encoder,
         "readout.position": study.readout.position,
-        "behavior.tokens": [list(ids) for ids in subject.behavior.tokens],
+        "behavior": behavior_record(subject.behavior),
         **projection.record(),
     }
     store = SketchStore(folder, identity)

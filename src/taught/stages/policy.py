@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from taught.data.chat import EncodedPrompt
 from taught.data.columns import columns_note
 from taught.data.prompts import PromptSet
 from taught.features.label import describe_features, load_labels
@@ -33,6 +34,7 @@ class _Read:
     """What the policy is made of: prompts, their tokens, read-outs, the chosen features' X."""
 
     prompts: PromptSet
+    encoded: list[EncodedPrompt]
     inputs: list[ReadPrompt]
     readouts: Readouts
     selection: Selection
@@ -78,7 +80,8 @@ def policy(study: Study, run: RunFolder, progress: Progress | None = None) -> No
 
 def _read(study: Study, subject: Subject, prompts: PromptSet, progress: Progress) -> _Read:
     """One forward pass over the prompts; features chosen on all of them."""
-    inputs = prompt_inputs(subject.chat.encode_prompts(prompts), study.readout.position)
+    encoded = subject.encode(prompts)
+    inputs = prompt_inputs(encoded, study.readout.position)
     model, block = subject.loaded.model, subject.sae.block
     check_trees(model, inputs, subject.behavior)
     progress.step("read prompts", len(inputs))
@@ -96,7 +99,7 @@ def _read(study: Study, subject: Subject, prompts: PromptSet, progress: Progress
         max_features=study.features.max_features,
         ids=study.features.ids,
     )
-    return _Read(prompts, inputs, readouts, selection, acts[:, selection.feature_ids], fvu)
+    return _Read(prompts, encoded, inputs, readouts, selection, acts[:, selection.feature_ids], fvu)
 
 
 def _write_readouts(run: RunFolder, study: Study, read: _Read) -> None:
@@ -246,11 +249,9 @@ def _policy_facts(study: Study, subject: Subject, read: _Read) -> dict[str, Any]
         "block": subject.sae.block,
         "unexplained_variance": read.fvu,
         "always_on_features": int(read.selection.always_on[chosen].sum()),
-        "prefixes": [
-            {"text": text, "tokens": [decode([i]) for i in ids]}
-            for text, ids in zip(behavior.prefixes, behavior.tokens, strict=True)
-        ],
-        "dropped_prefixes": list(behavior.dropped),
+        "behavior": {"meaning": behavior.meaning, "unit": behavior.unit},
+        "scored": [[decode([i]) for i in ids] for ids in read.encoded[0].suffixes],
+        "left_out": list(read.encoded[0].left_out),
     }
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from taught.core.behavior import Behavior, encode_prompts
+from taught.core.registry import BEHAVIORS
 from taught.data.chat import ChatFormat, EncodedExample, EncodedPrompt
 from taught.data.examples import ExampleSet, load_examples
 from taught.data.overlap import drop_overlap
-from taught.data.prompts import PromptSet, load_prompts
+from taught.data.prompts import Prompt, PromptSet, load_prompts
 from taught.data.subset import spread
 from taught.errors import UserError
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder, load_sae
 from taught.model.adapter import adapter_patterns
-from taught.model.behavior import PrefixBehavior, build_behavior, tokenize_prefixes
 from taught.model.forward import get_block
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
@@ -34,13 +35,13 @@ class Subject:
     loaded : the model, its tokenizer and which weights were used
     chat : its chat format
     sae : the sparse autoencoder, in the model's dtype and on its device
-    behavior : the prefixes as a token tree
+    behavior : what is measured on every prompt
     """
 
     loaded: LoadedModel
     chat: ChatFormat
     sae: SparseAutoencoder
-    behavior: PrefixBehavior
+    behavior: Behavior
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -55,6 +56,10 @@ class Subject:
         if study.attribution.parameters is None and study.model.adapter is not None:
             return adapter_patterns(self.loaded.model)
         return study.attribution.parameters
+
+    def encode(self, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
+        """Prompts as tokens, with what the behavior scores behind each."""
+        return encode_prompts(self.behavior, prompts, self.chat)
 
     def features(self, ids: Any, study: Study) -> FeatureMap:
         """h -> X for the given feature ids."""
@@ -93,8 +98,7 @@ def open_subject(study: Study) -> Subject:
         )
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     chat = ChatFormat(loaded.tokenizer, context=context)
-    texts = study.behavior.prefixes
-    behavior = build_behavior(texts, tokenize_prefixes(loaded.tokenizer, texts))
+    behavior = BEHAVIORS.get("prefixes")(study.behavior.prefixes)
     return Subject(loaded, chat, sae, behavior)
 
 
@@ -198,9 +202,12 @@ def study_examples(study: Study, prompts: PromptSet) -> tuple[ExampleSet, list[s
     return kept, [example_id for example_id, _ in overlap]
 
 
-def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str) -> list[ReadPrompt]:
-    """Token inputs of evaluation prompts with the tokens at which h is read."""
-    return [ReadPrompt(prompt.id, tuple(prompt.input_ids), tuple(read_tokens(prompt, position))) for prompt in encoded]
+def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str | None) -> list[ReadPrompt]:
+    """Token inputs of evaluation prompts with the tokens at which h is read; none without a position."""
+    return [
+        ReadPrompt(e.id, tuple(e.input_ids), tuple(read_tokens(e, position) if position else ()), e.suffixes)
+        for e in encoded
+    ]
 
 
 def example_inputs(encoded: Sequence[EncodedExample]) -> list[Example]:
