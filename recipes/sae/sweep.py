@@ -24,7 +24,7 @@ from taught.model.forward import find_blocks, forward
 from taught.model.load import load_model
 from taught.model.readout import ReadPrompt, pack
 from taught.stages.subject import study_prompts
-from taught.study.schema import load_study
+from taught.study.load import load_study
 
 PREFIXES = {"can't, cannot": ["I can't", "I cannot"], "can't, cannot, sorry": ["I can't", "I cannot", "I'm sorry"]}
 

@@ -81,7 +81,7 @@ def with_adam(
                 "a step by Adam is not finite",
                 value=f"{name}: 1 / (sqrt(v) + {eps:g}) in {p.dtype}",
                 rule="finite for every element",
-                fix="raise attribution.adam_eps",
+                fix="raise attribution.curvature.eps",
             )
     return replace(problem, scale=scale)
 
@@ -189,7 +189,7 @@ def _read_file(path: Path) -> Moments:
         return load_file(path)
     except OSError as error:
         raise UserError(
-            "the second moments cannot be read", value=f"{path}: {error}", fix="correct attribution.moments"
+            "the second moments cannot be read", value=f"{path}: {error}", fix="correct attribution.curvature.moments"
         ) from None
     except SafetensorError:
         raise UserError(

@@ -107,7 +107,7 @@ def attribution_cost(
     cost = {"read-outs": trees + one}
     if estimator == "finite-step":
         cost = {"read-outs": 2 * trees, "finite steps": len(examples) * step}
-    elif estimator == "jvp":  # x W moves with x and with W: three products in place of one
+    elif estimator == "forward":  # x W moves with x and with W: three products in place of one
         cost["forward mode"] = len(examples) * (3 * trees + gradient)
     elif estimator == "sketch":
         cost |= _sketched(problem, sizes, targets, 2 * one, examples)

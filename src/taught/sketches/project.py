@@ -103,7 +103,7 @@ class Projection:
                 "the size of a sketch does not fit",
                 value=self.dim,
                 rule=f"a multiple of {COLUMNS}",
-                fix="set sketch.dim",
+                fix="set attribution.estimator.dim",
             )
 
     @property
