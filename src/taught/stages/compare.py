@@ -112,7 +112,7 @@ def compare(
         names |= {f"{method}/norm" for method in (own, *further)}
         elsewhere = placed(given, ids, list(targets), names)
         few = pc.field("feature_id").is_null() | pc.field("feature_id").isin(largest(ready.fitted))
-        influence = {target.label: of for target, of in influence_of(run, few).items()}
+        influence = influence_of(run, few)
         scores: Scores = {own: {name: influence[name] for name in targets if name in influence}}
         record = run.manifest["stages"]["attribute"]
         costs = [CostRow(own, record["seconds"], record["peak_memory_gb"])]
@@ -172,7 +172,7 @@ def compared_targets(ready: Ready) -> Targets:
     names = [group_of[i] for i in policy.prompt_ids]
     return {
         "score": score_targets(policy),
-        **{f"mean_y:{group}": [mean_y_target(policy.prompt_ids, names, group)] for group in ready.groups},
+        **{f"behavior:{group}": [mean_y_target(policy.prompt_ids, names, group)] for group in ready.groups},
         **{f"coefficient:{k}": coefficient_targets(policy, k) for k in largest(policy)},
     }
 
@@ -257,7 +257,7 @@ def _sketched(
     digests = dict(prompt_key(prompt) for prompt in ready.problem.prompts)
     made, _ = policy_queries(source.store, policy, ready.groups, digests)
     columns = {"score": made.few[:, 0] + made.few[:, 1]}
-    columns |= {f"mean_y:{group}": made.few[:, 2 + n] for n, group in enumerate(made.groups)}
+    columns |= {f"behavior:{group}": made.few[:, 2 + n] for n, group in enumerate(made.groups)}
     for j, k in enumerate(policy.feature_ids.tolist()):
         columns[f"coefficient:{k}"] = made.x[:, j] + made.y[:, j]
     queries = np.stack([columns[name] for name in targets], 1)

@@ -252,7 +252,7 @@ class ValidationSpec(_Section):
     size: float = _field(0.5, rules.number(above=0, maximum=1))
     leave_out: float = _field(0.1, rules.number(above=0, maximum=1))
     budgets: tuple[float, ...] = _field((0.15,), rules.list_of(rules.number(above=0, maximum=1)))
-    remove_by: str = _field("mean_y:harmless", rules.text())
+    remove_by: str = _field("behavior:harmless", rules.text())
     controls: int = _field(5, rules.whole(5))
     answer_tokens: int = _field(0, rules.whole(0))
 
