@@ -16,8 +16,8 @@ import pyarrow as pa
 from taught.analysis.interference import comovement
 from taught.policy.certificate import Ranking, rank_statements
 from taught.policy.checks import checks
-from taught.policy.evaluate import Estimate
 from taught.run.folder import RunFolder
+from taught.stats.intervals import Interval
 from taught.stats.ranks import spearman
 from taught.study.schema import Study
 
@@ -290,11 +290,11 @@ def _policy_record(made: _Made) -> dict:
 def _faithfulness_record(made: _Made) -> dict:
     nan = float("nan")
     given = {
-        "r2": Estimate(0.662, 0.611, 0.704),
-        "slope": Estimate(1.04, 0.97, 1.12),
-        "set correlation": Estimate(0.59, nan, nan),
-        "set flips": Estimate(0.22, nan, nan),
-        "needed": Estimate(7.0, 5.0, 9.0),
+        "r2": Interval(0.662, 0.611, 0.704),
+        "slope": Interval(1.04, 0.97, 1.12),
+        "set correlation": Interval(0.59, nan, nan),
+        "set flips": Interval(0.22, nan, nan),
+        "needed": Interval(7.0, 5.0, 9.0),
     }
     curve = [{"feature_id": int(f), "r2": 0.662} for f in made.feature_ids]
     gain = {"r2": _estimate(0.221, 0.164, 0.281), "gain": _estimate(0.441, 0.37, 0.51)}

@@ -30,15 +30,14 @@ resampled sets: Efron, Halloran and Holmes 1996.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError
-from taught.policy.evaluate import resamples
-from taught.policy.ridge import Floats, Ints, Policy
+from taught.policy.ridge import Floats, Ints, Policy, row_order
+from taught.stats.intervals import NORMAL, resamples
 
 LEVEL = 0.05  # a statement is safe at 1 - LEVEL
 SIZES = (1, 3, 5, 10, 20, 50)
@@ -107,7 +106,7 @@ class RemainderBound:
         dy = np.asarray(dy, dtype=np.float64)
         if dy.shape != (self._policy.n,):
             raise UserError(
-                "The change of the behavior does not fit the policy",
+                "the change of the behavior does not fit the policy",
                 value=f"dy {list(dy.shape)}",
                 rule=f"one number for each of {self._policy.n} prompts",
             )
@@ -240,7 +239,7 @@ def rank_statements(ranking: Ranking, example_ids: Sequence[str], draws: Iterabl
     P = len(example_ids)
     order = np.argsort(-np.abs(ranking.values), kind="stable")
     sizes = [k for k in SIZES if k < P]
-    quantile = NormalDist().inv_cdf(1 - LEVEL / 4 / P)
+    quantile = NORMAL.inv_cdf(1 - LEVEL / 4 / P)
     limit = np.zeros(P) if ranking.errors is None else quantile * ranking.errors
     margins = {"alone": np.zeros(P), "all": np.nan_to_num(ranking.bound) + limit}
     failed, n = _failures(draws, order, sizes, margins)

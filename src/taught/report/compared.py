@@ -62,7 +62,7 @@ def design_tables(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> list[Des
     ]
     for design in dict.fromkeys(row["subsets"] for row in rows):
         some = [row for row in (*rows, *noise) if row["subsets"] == design]
-        plain = [t for t in dict.fromkeys(row["target"] for row in some) if ":" not in t or t.startswith("mean_y")]
+        plain = [t for t in dict.fromkeys(row["target"] for row in some) if ":" not in t or t.startswith("behavior:")]
         of = {(row["method"], row["target"]): row for row in some}
         methods = list(dict.fromkeys(r["method"] for r in some if r["raw"] is not None))
         made = []

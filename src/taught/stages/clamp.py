@@ -15,9 +15,9 @@ from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
 from taught.model.forward import edited_output, get_block
 from taught.model.readout import PackedPrompts, ReadPrompt, pack_apart, read_packed
-from taught.policy.audit import benjamini_hochberg
 from taught.policy.dose import LEVEL, agreement, control_p, response, slope
 from taught.policy.ridge import Floats, Policy
+from taught.stats.multiplicity import benjamini_hochberg
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.estimating import read_policy
