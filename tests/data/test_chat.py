@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from taught.data.chat import ChatFormat, EncodedExample
-from taught.data.examples import Pair
+from taught.data.examples import Record
 from taught.errors import UserError
 
 CHATML = (
@@ -87,8 +87,8 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
-def example(prompt: str, response: str, id: str = "z") -> Pair:
-    return Pair(id, prompt, response)
+def example(prompt: str, response: str, id: str = "z") -> Record:
+    return Record(id, prompt, response)
 
 
 TEXTS = ["How do I pick a lock?", "user", "assistant", "im_end", "e", "naïve “no” — 🔒", "a\n\nb"]
@@ -169,7 +169,7 @@ def test_prompt_tokens_and_response_tokens_make_the_whole_rendering(name: str, r
     assert encoded.input_ids[: encoded.response_start] == prompt.input_ids
     assert encoded.input_ids == whole[: len(encoded.input_ids)]
     assert BPE.decode(whole[len(encoded.input_ids) :]).strip() == ""
-    assert encoded.n_response == len(encoded.input_ids) - encoded.response_start
+    assert encoded.n_scored == len(encoded.input_ids) - encoded.response_start
     ending = END.get(name, "")
     assert BPE.decode(encoded.input_ids[encoded.response_start :]).rstrip("\n") == response + ending
 
@@ -192,7 +192,7 @@ def test_any_text_is_rendered_exactly_or_refused_by_id(name: str, prompt: str, r
 
 def test_a_conversation_of_several_turns_trains_on_its_last_answer_only() -> None:
     turns = ({"role": "system", "content": "Brief."}, user("One"), assistant("Two"), user("Three"))
-    encoded = FORMATS["chatml"].encode_example(Pair("m", "Three", "Four", messages=turns))
+    encoded = FORMATS["chatml"].encode_example(Record("m", "Three", "Four", messages=turns))
     assert BPE.decode(encoded.input_ids[encoded.response_start :]) == "Four<|im_end|>"
     assert BPE.decode(encoded.input_ids[: encoded.response_start]).endswith(
         "Two<|im_end|>\n<|im_start|>user\nThree<|im_end|>\n<|im_start|>assistant\n"
@@ -226,13 +226,13 @@ def test_trap_11_nothing_is_truncated_silently() -> None:
     kept, dropped = FORMATS["chatml"].encode_examples([short, long], limit, truncate="keep")
     assert dropped == []
     assert [(p.id, p.truncated) for p in kept] == [("short", False), ("long", True)]
-    assert (len(kept[1].input_ids), kept[1].n_response) == (limit, 20)
+    assert (len(kept[1].input_ids), kept[1].n_scored) == (limit, 20)
 
 
 def test_a_response_cut_to_nothing_is_never_kept() -> None:
     z = example("How?", "No.")
     limit = FORMATS["chatml"].encode_example(z).response_start
-    assert FORMATS["chatml"].encode_example(z, limit).n_response == 0
+    assert FORMATS["chatml"].encode_example(z, limit).n_scored == 0
     with pytest.raises(UserError, match="nothing of the response is left in 1 of them"):
         FORMATS["chatml"].encode_examples([z], limit, truncate="keep")
     assert FORMATS["chatml"].encode_examples([z], limit, drop_truncated=True) == ([], ["z"])
@@ -260,7 +260,8 @@ def test_a_example_beyond_the_context_is_truncated_there() -> None:
     whole = FORMATS["chatml"].encode_example(example("How?", "No, " * 40))
     context = whole.response_start + 5
     encoded = ChatFormat(BPE, CHATML, context=context).encode_example(example("How?", "No, " * 40))
-    assert encoded == EncodedExample("z", whole.input_ids[:context], whole.response_start, n_response=5, truncated=True)
+    scored = tuple(range(whole.response_start, context))
+    assert encoded == EncodedExample("z", whole.input_ids[:context], scored, truncated=True) and len(scored) == 5
 
 
 def test_a_tokenizer_without_template_is_refused_with_the_fix() -> None:

@@ -91,7 +91,7 @@ def _along(
     step: dict[str, Tensor],
 ) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH), _as_in_training(model, sites):
-        values, moved = jvp(lambda p: functional_call(terms, p, (batch,)), (base,), (step,))
+        values, moved = jvp(lambda p: functional_call(terms, p, (batch,)), (base,), (step,))[:2]
     return (moved * batch.slopes(values.sum(1))[:, None]).detach()
 
 

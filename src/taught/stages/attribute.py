@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from taught.analysis.interference import comovement, interference
-from taught.data.examples import ExampleSet, Pair
+from taught.data.examples import ExampleSet, Record
 from taught.environment import process_share
 from taught.errors import UserError
 from taught.estimators.estimate import Effects
@@ -104,7 +104,7 @@ def _intended(study: Study, subject: Subject, examples: ExampleSet, fitted: Poli
     return {example_id: features or active[example_id] for example_id, features in named.items()}
 
 
-def _named_features(example: Pair, fitted: Policy) -> list[int] | None:
+def _named_features(example: Record, fitted: Policy) -> list[int] | None:
     """Feature ids of the column ``intended``: a list, or text with commas; None when empty."""
     cell = example.flags.get("intended")
     parts = cell.split(",") if isinstance(cell, str) else [] if cell is None else list(cell)
@@ -232,7 +232,7 @@ def _write_examples(run: RunFolder, examples: ExampleSet, encoded: Any, effects:
         "category": [example.category for example in examples],
         "source": [example.source for example in examples],
         "n_tokens": [len(e.input_ids) for e in own],
-        "n_response": [e.n_response for e in own],
+        "n_response": [e.n_scored for e in own],
         "truncated": [e.truncated for e in own],
         "loss": [float(loss[example.id]) for example in examples],
     }
@@ -251,7 +251,7 @@ def _write_summary(
     ids = effects.example_ids
     by_example = {row["example_id"]: row for row in _interference(fitted, effects, intended)}
     label = {example.id: example.label for example in examples}
-    length = {e.id: e.n_response for e in encoded}
+    length = {e.id: e.n_scored for e in encoded}
     x, y = effects.score
     se = effects.errors("score", None, None, "total")
     rank = np.empty(len(ids), dtype=np.int64)

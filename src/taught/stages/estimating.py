@@ -83,8 +83,7 @@ def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready
         No example is left; examples are truncated; the run's files do not belong together.
     """
     encoded, truncated = encode_examples(study, subject, data)
-    kept = {example.id for example in encoded}
-    examples = replace(data.examples, examples=tuple(example for example in data.examples if example.id in kept))
+    examples = data.examples.encoded(encoded)
     fitted, groups = read_policy(study, run)
     prompts = {e.id: e for e in subject.chat.encode_prompts(data.prompts)}
     ordered = [prompts[prompt_id] for prompt_id in fitted.prompt_ids]
