@@ -199,6 +199,33 @@ def test_a_conversation_of_several_turns_trains_on_its_last_answer_only() -> Non
     )
 
 
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """A tokenizer of the SentencePiece kind: a space belongs to the word behind it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["[INST] How are you? [/INST] I can't say", "[INST] you [/INST] I can"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def test_an_answer_is_tokenised_in_its_place() -> None:
+    # Alone "I can't" is other tokens than behind "[/INST] ": here its first one covers the space.
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+    )
+    tokenizer = sentencepiece()
+    turns = (user("How are you?"), assistant("I can"), user("you"))
+    record = Record("m", "you", "I can't say", messages=turns, counted=(1,))
+    encoded = ChatFormat(tokenizer, template).encode_example(record)
+    text = "[INST] How are you? [/INST] I can</s>[INST] you [/INST] I can't say</s>"
+    assert encoded.input_ids == tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokens = [tokenizer.convert_ids_to_tokens(encoded.input_ids[place]) for place in encoded.scored]
+    first = tokens.index("</s>") + 1
+    assert "".join(tokens[:first]) == "▁I▁can</s>" and "".join(tokens[first:]) == "▁I▁can't▁say</s>"
+
+
 def test_a_merge_across_the_border_is_an_error_with_the_id() -> None:
     # "\n" ends the generation prompt, "\n" begins the response, and "\n\n" is one token.
     with pytest.raises(UserError, match="merges the end of the prompt of z with its response"):
