@@ -100,8 +100,7 @@ def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready
         No example is left; examples are truncated; the run's files do not belong together.
     """
     encoded, truncated = encode_examples(study, subject, data)
-    kept = {example.id for example in encoded}
-    examples = replace(data.examples, examples=tuple(e for e in data.examples if e.id in kept))
+    examples = data.examples.encoded(encoded)
     readings = run_readings(run)
     prompts = {e.id: e for e in subject.encode(data.prompts)}
     ordered = [prompts[prompt_id] for prompt_id in readings.prompt_ids]

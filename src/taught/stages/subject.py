@@ -207,6 +207,4 @@ def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str | None) -> lis
 
 def example_inputs(encoded: Sequence[EncodedExample]) -> list[Example]:
     """Token inputs of examples."""
-    from taught.core.example import sft
-
-    return [sft(example.id, example.input_ids, example.response_start) for example in encoded]
+    return [example.example() for example in encoded]
