@@ -29,7 +29,8 @@ from taught.errors import UserError
 from taught.progress import RichProgress
 from taught.run import files
 from taught.run.fingerprint import code_version
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -42,7 +42,9 @@ from taught.run.fingerprint import code_version, fingerprint
 from taught.run.folder import RunFolder
 from taught.sketches.store import digest
 from taught.stats.ranks import Correlation, ranks, spearman, spearman_interval
-from taught.study.schema import Checkpoint, Study, load_study
+from taught.study.load import load_study
+from taught.study.methods import Checkpoint
+from taught.study.schema import Study
 from taught.validation.curves import LEAST_RUNS, Plan, compare_curves, plan_curve
 from taught.validation.lds import auc, holm, precision_at_k
 

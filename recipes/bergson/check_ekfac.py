@@ -30,7 +30,7 @@ from taught.model.gradients import find_sites, frozen
 from taught.stages.estimating import make_problem
 from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
 from taught.stats.ranks import spearman
-from taught.study.schema import load_study
+from taught.study.load import load_study
 
 
 def opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:

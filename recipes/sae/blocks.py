@@ -12,7 +12,7 @@ import torch
 from taught.features.sae import fraction_variance_unexplained
 from taught.model.readout import read_prompts
 from taught.stages.subject import open_subject, prompt_inputs, study_prompts
-from taught.study.schema import load_study
+from taught.study.load import load_study
 
 PROMPTS = 120
 BLOCKS = (5, 10, 12, 13, 14, 15, 16, 17, 18, 20, 25)

@@ -28,7 +28,7 @@ from taught.policy.ridge import Policy, fit_policy
 from taught.sketches.project import Projection
 from taught.sketches.sketch import example_sketches, prompt_sketches
 from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
-from taught.study.schema import load_study
+from taught.study.load import load_study
 
 pytestmark = [
     pytest.mark.slow,  # loads the real model, two minutes on two cores

@@ -20,7 +20,8 @@ from taught.errors import UserError
 from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
 from taught.sketches.store import SketchStore
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_study import write_tiny_study
 
 DIM = 8192

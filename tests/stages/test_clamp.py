@@ -22,7 +22,8 @@ from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.clamp import CONTROL_SCALE, SCALES
 from taught.stages.subject import open_subject, prompt_inputs, study_prompts
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_models import (
     BLOCK,
     ENCODERS,

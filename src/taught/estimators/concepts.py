@@ -42,7 +42,7 @@ def concept_effects(
     targets
         :func:`taught.core.target.concept_targets`.
     estimator
-        One of ``adjoint``, ``jvp`` and ``finite-step``.
+        One of ``adjoint``, ``forward`` and ``finite-step``.
 
     Raises
     ------
@@ -68,4 +68,4 @@ def _steps(problem: Problem, examples: Sequence[Example], progress: Any) -> Iter
     return finite_steps(problem, examples, baseline, progress=progress)
 
 
-_ONE_BY_ONE: dict[str, Callable[..., Iterator[Tangent | Step]]] = {"jvp": _tangents, "finite-step": _steps}
+_ONE_BY_ONE: dict[str, Callable[..., Iterator[Tangent | Step]]] = {"forward": _tangents, "finite-step": _steps}

@@ -44,13 +44,13 @@ class Effects:
     Attributes
     ----------
     example_ids : P ids
-    estimator : "adjoint", "finite-step", "jvp" or "sketch"
+    estimator : "adjoint", "finite-step", "forward" or "sketch"
     losses : float64 [P], before the step
     score : float64 [2, P], pathways x and y
     mean_y : group -> float64 [P]
     shift : Shift with x and y float64 [P, d], or None
     dy : float64 [P, N] in the policy's order of prompts, or None
-    dX : float32 [len(detailed), N, d], or None: change of each feature on each prompt, by jvp
+    dX : float32 [len(detailed), N, d], or None: change of each feature on each prompt, by forward
     detailed : ids of the examples that dX is about
     error : standard errors of all of it (sketch), or None
     """
@@ -222,7 +222,7 @@ def jvp_effects(
         moved = _tangent(problem, example, progress, pieces)
         shift = coefficient_shift(policy, moved["dX"], moved["dy"])
         dX[i], dy[i], x[i], y[i] = moved["dX"], moved["dy"], shift.x, shift.y
-    made = _effects("jvp", examples, policy, groups, Shift(x, y), dy, losses.numpy())
+    made = _effects("forward", examples, policy, groups, Shift(x, y), dy, losses.numpy())
     return replace(made, dX=dX, detailed=made.example_ids)
 
 
@@ -239,7 +239,7 @@ def _tangent(problem: Problem, example: Example, progress: Any, pieces: Pieces |
     return arrays
 
 
-ESTIMATORS = {"adjoint": adjoint_effects, "finite-step": finite_step_effects, "jvp": jvp_effects}
+ESTIMATORS = {"adjoint": adjoint_effects, "finite-step": finite_step_effects, "forward": jvp_effects}
 
 
 def _effects(

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from taught.core.example import Example, ExampleBatch, batch_indices, make_batch, refuse_nonfinite
-from taught.estimators.adjoint import GB, Problem, by_parameter
+from taught.core.gradient import by_parameter
+from taught.core.problem import GB, Problem
 from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
 from taught.model.gradients import Factor, dot, dots, frozen
 from taught.model.readout import PackedPrompts, pack_rows, read_packed
+from taught.progress import Progress, SilentProgress
 from taught.run.pieces import Pieces, kept
 
 # Shares of the memory budget. No batch with all its activations comes on top while blocks are gone
@@ -30,7 +32,7 @@ _TRACES, _BUILT = 0.92, 0.15
 
 
 def prompt_effects(
-    problem: Problem, examples: Sequence[Example], *, progress: Any = None, pieces: Pieces | None = None
+    problem: Problem, examples: Sequence[Example], *, progress: Progress | None = None, pieces: Pieces | None = None
 ) -> Tensor:
     """Change of y of every prompt per step on every example: float64 [P, N].
 
@@ -128,7 +130,7 @@ def _meet(
     examples: Sequence[Example],
     chunk: Sequence[Sequence[int]],
     prompts: Sequence[PackedPrompts],
-    progress: Any,
+    progress: Progress | None,
 ) -> Tensor:
     """<grad L(z), grad y_i> of a chunk of examples and a chunk of prompts, float64."""
     right, outside = [], []
@@ -148,8 +150,7 @@ def _meet(
     effects = torch.cat(top)
     for _ in range(sites.depth):
         effects += _one_block(problem, sites, left, right)
-        if progress is not None:
-            progress.advance(1)
+        (progress or SilentProgress()).advance(1)
     return effects
 
 
@@ -175,7 +176,7 @@ def _over(
     """Inner products of two batches over all parameters that both depend on, float64."""
     total = torch.zeros(rows, columns, dtype=torch.float64)
     for name in sorted(left.keys() & right.keys()):
-        met = dot(left[name], right[name], scale=problem.scale_of(name), room=_room(problem))
+        met = dot(left[name], right[name], scale=problem.metric.scale_of(name), room=_room(problem))
         total += met.double().cpu()
     return total
 
@@ -186,7 +187,7 @@ def _one_block(problem: Problem, sites: BlockSites, left: Sequence[Trace], right
     total: Any = 0.0
     for name in sorted({name for side in (ours, theirs) for factors in side for name in factors}):
         a, b = ([factors.pop(name) for factors in side] for side in (ours, theirs))
-        met = dots(a, b, room=_room(problem), scale=problem.scale_of(name))
+        met = dots(a, b, room=_room(problem), scale=problem.metric.scale_of(name))
         total = total + met.double().cpu()
     return total
 
@@ -199,4 +200,4 @@ def _room(problem: Problem) -> int:
 
 def _by_param(problem: Problem, factors: Iterable[Factor]) -> dict[str, list[Factor]]:
     """The factors of each parameter, in the basis in which C is diagonal."""
-    return by_parameter(map(problem.rotated, factors))
+    return by_parameter(map(problem.metric.rotated, factors))

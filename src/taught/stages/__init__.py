@@ -21,7 +21,8 @@ from taught.stages.concept_influence import ConceptQuestion, agreement, concept_
 from taught.stages.curate import curate, report
 from taught.stages.policy import policy
 from taught.stages.validate import validate
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 
 __all__ = [
     "ConceptQuestion",

@@ -21,8 +21,8 @@ from taught.policy.ridge import Floats, Policy, exact_shift, score
 from taught.run.folder import RunFolder
 from taught.study.schema import Study
 
-NO_DY = "resampled prompts need dy of every prompt (attribution.coefficients)"
-NO_DX = "resampled prompts need dX of every feature (attribution.estimator jvp)"
+NO_DY = "resampled prompts need dy of every prompt (no coefficient:* among attribution.targets)"
+NO_DX = "resampled prompts need dX of every feature (--set attribution.estimator=forward)"
 
 REMAINDERS = pa.schema(
     [

@@ -44,7 +44,7 @@ def clusters(run: RunFolder, k: int | None = None, target: str | None = None) ->
 def _shifts(run: RunFolder, example_ids: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
     """Parts of the change of each coefficient by each example, in the order of ``example_ids``."""
     rows = (pc.field("target") == "coefficient") & (pc.field("pathway") == "total")
-    rows &= pc.field("estimator") == run.study.attribution.estimator
+    rows &= pc.field("estimator") == run.study.attribution.estimator.kind
     ids = pa.array(example_ids, pa.string())
     for part in run.read_parts("influence", ["example_id", "feature_id", "value"], rows):
         place = pc.index_in(part["example_id"], ids).to_numpy()

@@ -163,7 +163,8 @@ def costed(method: str, costs: list[CostRow]) -> Iterator[None]:
 def method_name(study: Study) -> str:
     """What the study's own way of attribution is called: estimator, or estimator+curvature."""
     spec = study.attribution
-    return spec.estimator if spec.curvature == "identity" else f"{spec.estimator}+{spec.curvature}"
+    metric = spec.curvature.kind
+    return spec.estimator.kind if metric == "identity" else f"{spec.estimator.kind}+{metric}"
 
 
 def compared_targets(ready: Ready) -> Targets:
@@ -172,7 +173,7 @@ def compared_targets(ready: Ready) -> Targets:
     names = [group_of[i] for i in policy.prompt_ids]
     return {
         "score": score_targets(policy),
-        **{f"mean_y:{group}": [mean_y_target(policy.prompt_ids, names, group)] for group in ready.groups},
+        **{f"behavior:{group}": [mean_y_target(policy.prompt_ids, names, group)] for group in ready.groups},
         **{f"coefficient:{k}": coefficient_targets(policy, k) for k in largest(policy)},
     }
 
@@ -203,11 +204,10 @@ def method_scores(
     """
     estimator, _, curvature = method.partition("+")
     metric = curvature if curvature in ("adam", "ekfac") else "identity"
-    study = (
-        study.replace("attribution.estimator", estimator)
-        .replace("attribution.curvature", metric)
-        .replace("attribution.moments", study.attribution.moments if metric == "adam" else None)
-    )
+    if study.attribution.estimator.kind != estimator:
+        study = study.replace("attribution.estimator", estimator)
+    if study.attribution.curvature.kind != metric:
+        study = study.replace("attribution.curvature", metric)
     refuse_combinations(study)
     if estimator == "sketch":
         values = _sketched(study, run, subject, ready, targets, progress, solved=bool(curvature))
@@ -257,7 +257,7 @@ def _sketched(
     digests = dict(prompt_key(prompt) for prompt in ready.problem.prompts)
     made, _ = policy_queries(source.store, policy, ready.groups, digests)
     columns = {"score": made.few[:, 0] + made.few[:, 1]}
-    columns |= {f"mean_y:{group}": made.few[:, 2 + n] for n, group in enumerate(made.groups)}
+    columns |= {f"behavior:{group}": made.few[:, 2 + n] for n, group in enumerate(made.groups)}
     for j, k in enumerate(policy.feature_ids.tolist()):
         columns[f"coefficient:{k}"] = made.x[:, j] + made.y[:, j]
     queries = np.stack([columns[name] for name in targets], 1)

@@ -48,7 +48,8 @@ from taught.stages.subject import (
     refuse_combinations,
 )
 from taught.stats.ranks import spearman_interval
-from taught.study.schema import Checkpoint, Study
+from taught.study.methods import Checkpoint
+from taught.study.schema import Study
 
 T = TypeVar("T")
 SCHEMA = pa.schema(
@@ -309,11 +310,11 @@ def _refuse(study: Study, question: ConceptQuestion) -> None:
             rule="a whole number, at least 0",
             fix="set --tokens",
         )
-    if question.tokens and ("gradient" not in question.methods or study.attribution.estimator == "finite-step"):
+    if question.tokens and ("gradient" not in question.methods or study.attribution.estimator.kind == "finite-step"):
         raise UserError(
             "shares of tokens are parts of a gradient",
-            value=f"{', '.join(question.methods)}; {study.attribution.estimator}",
-            rule="the method gradient, by adjoint, jvp or sketch",
+            value=f"{', '.join(question.methods)}; {study.attribution.estimator.kind}",
+            rule="the method gradient, by adjoint, forward or sketch",
             fix="leave out --tokens, or add --method gradient",
         )
     if "gradient" in question.methods:
@@ -341,11 +342,11 @@ def _gradient(work: _Work, concepts: Sequence[Concept]) -> Values:
         )
         problem = make_problem(study, work.subject, prompts, place.block, work.map_of(some, place))
         targets = concept_targets([p.id for p in prompts], [c.name for c in some], inside)
-        if study.attribution.checkpoints is None:  # one metric for all places, and for the shares
+        if study.attribution.trajectory.kind == "base":  # one metric for all places, and for the shares
             metric = metric or with_curvature(study, problem, work.inputs, work.progress)
             problem = replace(metric, prompts=prompts, block=place.block, features=problem.features)
         work.progress.step("gradients of the concepts and of the examples")
-        compute = partial(_sketched if study.attribution.estimator == "sketch" else _effects, work, targets)
+        compute = partial(_sketched if study.attribution.estimator.kind == "sketch" else _effects, work, targets)
         values = reduce(torch.add, work.over_checkpoints(problem, compute))
         if work.question.tokens:
             work.shares.extend(_shares(work, problem, targets, some, values))
@@ -353,7 +354,7 @@ def _gradient(work: _Work, concepts: Sequence[Concept]) -> Values:
 
 
 def _effects(work: _Work, targets: Sequence[Target], problem: Problem, _: int) -> Tensor:
-    return concept_effects(problem, work.inputs, targets, work.study.attribution.estimator, progress=work.progress)
+    return concept_effects(problem, work.inputs, targets, work.study.attribution.estimator.kind, progress=work.progress)
 
 
 def _sketched(work: _Work, targets: Sequence[Target], problem: Problem, _: int) -> Tensor:

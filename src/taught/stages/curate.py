@@ -39,16 +39,17 @@ def curate(
     for key, value in given.items():
         study = study if value is None else study.replace(f"curation.{key}", value)
     chosen = study.curation
-    if chosen.rule not in RANKED and chosen.target != "score":
+    target = chosen.target or "score"
+    if chosen.rule not in RANKED and target != "score":
         raise UserError(
             "the published rule compares scores",
-            value=chosen.target,
+            value=target,
             rule="with --rule paper: score",
-            fix="for example: taught curate RUN --rule top-k --target mean_y:GROUP",
+            fix="for example: taught curate RUN --rule top-k --target behavior:GROUP",
         )
     k = chosen.k if chosen.rule in RANKED else None
-    with run.stage("curate", study, reads=stages_read(chosen.target, chosen.protect)):
-        asked = [chosen.target] + ([] if chosen.protect is None else [chosen.protect])
+    with run.stage("curate", study, reads=stages_read(target, chosen.protect)):
+        asked = [target] + ([] if chosen.protect is None else [chosen.protect])
         ranked, *guards = read_targets(run, *asked)
         guard = guards[0] if guards else None
         if guard is not None and not guard.influence:
@@ -60,15 +61,17 @@ def curate(
             ranked.values.tolist(),
             rule=chosen.rule,
             k=k,
-            target=chosen.target,
+            target=target,
             protect=chosen.protect,
             protected=None if guard is None else guard.values.tolist(),
+            refusal_label=study.examples.positive_label or "",
+            compliance_label=study.examples.negative_label or "",
         )
         run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
         found = outcome(decisions, k)._asdict()
         if not ranked.influence:  # values that are not of a step say nothing about a change
             found["change"] = None
-        record = {"rule": chosen.rule, "k": k, "target": chosen.target, "protect": chosen.protect}
+        record = {"rule": chosen.rule, "k": k, "target": target, "protect": chosen.protect}
         run.write_json("curation", record | {"lr": study.attribution.lr} | found)
         _write_choice(run, study, decisions)
 
@@ -93,7 +96,7 @@ def _no_protection(target: str) -> UserError:
         "this target cannot be protected",
         value=target,
         rule="only the sign of an influence says whether dropping an example lowers the target",
-        fix="protect score, mean_y:GROUP or concept:NAME",
+        fix="protect score, behavior:GROUP or concept:NAME",
     )
 
 

@@ -10,7 +10,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+<<<<<<< HEAD
 from taught.core.behavior import behavior_record
+=======
+from taught.core import registry
+>>>>>>> study
 from taught.core.example import Example, example_losses
 from taught.curvatures.adam import with_adam
 from taught.curvatures.ekfac import with_ekfac
@@ -35,6 +39,7 @@ from taught.sketches.fill import example_row, prompt_key
 from taught.sketches.project import Projection
 from taught.sketches.store import SketchStore
 from taught.stages.subject import Subject, example_inputs, open_checkpoint, prompt_inputs, study_examples, study_prompts
+from taught.study.methods import made
 from taught.study.schema import Study
 from taught.trajectories.checkpoints import NumberedPieces, at_checkpoint, summed
 
@@ -121,12 +126,13 @@ def estimate(
     """Effects by the study's estimator; steps, refits and token shares of the strongest examples."""
     spec = study.attribution
     compute: Callable[..., Effects]
-    if spec.estimator == "sketch":
+    name = spec.estimator.kind
+    if name == "sketch":
         compute = partial(sketch_effects, source=sketch_source(study, run, subject))
     else:
-        compute = partial(ESTIMATORS[spec.estimator], coefficients=spec.coefficients)
+        compute = partial(ESTIMATORS[name], coefficients=wants_coefficients(study))
     compute = partial(compute, examples=ready.inputs, policy=ready.fitted, groups=ready.groups, progress=progress)
-    if spec.checkpoints is not None:
+    if spec.trajectory.kind == "checkpoints":
         return _over_checkpoints(study, subject, ready, compute, progress, pieces), {}, []
     problem = with_curvature(study, ready.problem, ready.inputs, progress)
     effects = compute(problem, pieces=pieces)
@@ -136,7 +142,7 @@ def estimate(
             problem, ready.inputs, ready.fitted, effects, spec.exact_top, progress=progress, pieces=pieces
         )
         checks = {i: {**found, **exact[i]} for i, found in checks.items()}
-    top = spec.exact_top if spec.estimator in _BY_GRADIENTS else 0
+    top = spec.exact_top if spec.estimator.kind in _BY_GRADIENTS else 0
     shares = strongest_shares(problem, ready.inputs, ready.fitted, ready.groups, effects, top, progress=progress)
     return effects, checks, shares
 
@@ -147,15 +153,15 @@ def sketch_source(study: Study, run: RunFolder | None, subject: Subject) -> Sket
     Raises
     ------
     UserError
-        There is neither ``sketch.store`` nor a run folder to keep it in; other conditions.
+        There is neither ``attribution.estimator.store`` nor a run folder to keep it in; other conditions.
     """
-    spec, model = study.sketch, subject.loaded.model
+    spec, model = made(study.attribution.estimator, registry.ESTIMATORS), subject.loaded.model
     folder = spec.store or (None if run is None else run.path("sketches"))
     if folder is None:
         raise UserError(
             "sketches have no place to be kept",
-            rule="sketch.store, or a run folder",
-            fix="pass --run RUN, or --set sketch.store=FOLDER",
+            rule="attribution.estimator.store, or a run folder",
+            fix="pass --run RUN, or --set attribution.estimator.store=FOLDER",
         )
     projection = Projection(model, spec.size, spec.seed)
     identity = {
@@ -175,13 +181,19 @@ def sketch_source(study: Study, run: RunFolder | None, subject: Subject) -> Sket
 def sketch_record(study: Study, run: RunFolder, ready: Ready, error: SketchError) -> dict[str, Any]:
     """What a later question to the store needs: which rows are this run's, and the error."""
     return {
-        "store": str(study.sketch.store or run.path("sketches").resolve()),
+        "store": str(study.attribution.estimator.values.get("store") or run.path("sketches").resolve()),
         "lr": study.attribution.lr,
         "error_factor": error.factor,
         "sample": list(error.sample),
         "prompts": dict(prompt_key(prompt) for prompt in ready.problem.prompts),
         "examples": {example.id: example_row(example).digest for example in ready.inputs},
     }
+
+
+def wants_coefficients(study: Study) -> bool:
+    """Whether the study asks for the coefficients of the policy."""
+    targets = study.attribution.targets
+    return targets is None or any(name.startswith("coefficient:") for name in targets)
 
 
 def token_texts(subject: Subject, example: Example) -> list[str]:
@@ -232,11 +244,12 @@ def make_problem(
 def with_curvature(study: Study, problem: Problem, examples: Sequence[Example], progress: Progress) -> Problem:
     """The problem in the study's metric, of its optimizer or of the loss; left in one it has."""
     spec = study.attribution
-    if spec.curvature == "identity" or problem.scale is not None:
+    if spec.curvature.kind == "identity" or problem.scale is not None:
         return problem
-    if spec.curvature == "ekfac":
+    metric: Any = made(spec.curvature, registry.CURVATURES)
+    if spec.curvature.kind == "ekfac":
         progress.step("curvature of the loss", 2 * len(examples))
-        curved = with_ekfac(problem, examples, damping=spec.damping, progress=progress)
+        curved = with_ekfac(problem, examples, damping=metric.damping, progress=progress)
         moving = moving_parameters(problem.model, problem.parameters)
         layers = len(curved.parameters or ())
         progress.note(
@@ -244,11 +257,9 @@ def with_curvature(study: Study, problem: Problem, examples: Sequence[Example], 
             f"{len(moving) - layers} other tensors have no curvature and do not"
         )
         return curved
-    if spec.moments is None:
+    if metric.moments is None:
         progress.step("second moments of the gradients", len(examples))
-    return with_adam(
-        problem, examples, moments=spec.moments, eps=spec.adam_eps, batch=spec.adam_batch, progress=progress
-    )
+    return with_adam(problem, examples, moments=metric.moments, eps=metric.eps, batch=metric.batch, progress=progress)
 
 
 def over_checkpoints(
@@ -264,7 +275,8 @@ def over_checkpoints(
     One checkpoint's model is held at a time, beside the base one: ``compute``, which is given the
     problem in the study's metric and the checkpoint's number, keeps nothing of it.
     """
-    checkpoints = study.attribution.checkpoints
+    trajectory = study.attribution.trajectory
+    checkpoints = trajectory.values["checkpoints"] if trajectory.kind == "checkpoints" else None
     if checkpoints is None:
         yield compute(with_curvature(study, problem, examples, progress), 0)
     for number, checkpoint in enumerate(checkpoints or ()):

@@ -90,11 +90,12 @@ def _read(study: Study, subject: Subject, prompts: PromptSet, progress: Progress
     with torch.no_grad():
         tokens = subject.sae.encode(readouts.h, encoder=study.sae.encoder)
         acts = pool(tokens, readouts.offsets, study.readout.position).double().cpu().numpy()
+    positive, negative = study.prompts.sides
     selection = select_features(
         acts,
         [prompt.group for prompt in prompts],
-        positive=study.prompts.positive_group,
-        negative=study.prompts.negative_group,
+        positive=positive,
+        negative=negative,
         threshold=study.features.threshold,
         max_features=study.features.max_features,
         ids=study.features.ids,
@@ -117,10 +118,11 @@ def _write_readouts(run: RunFolder, study: Study, read: _Read) -> None:
         axes={"X": ("prompt_ids", "feature_ids")},
     )
     every = np.arange(len(selection.rate))
+    positive, negative = study.prompts.sides
     columns = {
         "feature_id": every,
-        "mean_positive": selection.means[study.prompts.positive_group],
-        "mean_negative": selection.means[study.prompts.negative_group],
+        "mean_positive": selection.means[positive],
+        "mean_negative": selection.means[negative],
         "difference": selection.difference,
         "rate": selection.rate,
         "always_on": selection.always_on,
@@ -164,7 +166,7 @@ def _write_policy(study: Study, run: RunFolder, subject: Subject, read: _Read, l
     """Fit, judge out of fold, resample, audit; every random draw follows prompt ids."""
     spec, X, y, ids = study.policy, read.X, read.y, read.ids
     draws: dict[str, Any] = {"fit_intercept": spec.intercept, "seed": spec.seed, "prompt_ids": ids}
-    positive, negative = study.prompts.positive_group, study.prompts.negative_group
+    positive, negative = study.prompts.sides
     tried: list[dict[str, float]] = []
     if spec.alpha == "cv":
         alpha, tried = choose_alpha(X, y, folds=spec.folds, **draws)
@@ -222,8 +224,7 @@ def _write_faithfulness(
     spec = study.policy
     known = Known(
         read.groups,
-        study.prompts.positive_group,
-        study.prompts.negative_group,
+        *study.prompts.sides,
         categories=[prompt.category for prompt in read.prompts],
         length=np.array([len(prompt.ids) for prompt in read.inputs], dtype=np.float64),
         h=_pooled_h(study, read),

@@ -20,7 +20,8 @@ from taught.model.adapter import adapter_patterns
 from taught.model.forward import get_block
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
-from taught.study.schema import Checkpoint, Study
+from taught.study.methods import Checkpoint
+from taught.study.schema import Study
 
 if TYPE_CHECKING:
     from taught.core.example import Example
@@ -86,6 +87,10 @@ def open_subject(study: Study) -> Subject:
         adapter=study.model.adapter,
     )
     parameter = next(loaded.model.parameters())
+    if study.sae.path is None:
+        raise UserError(
+            "no SAE is named", rule="the policy is written in features of an SAE", fix="pass --set sae.path=FOLDER"
+        )
     sae = load_sae(study.sae.path, block=study.sae.block).to(parameter.device, parameter.dtype)
     get_block(loaded.model, sae.block)
     width = loaded.model.config.get_text_config().hidden_size
@@ -98,7 +103,7 @@ def open_subject(study: Study) -> Subject:
         )
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     chat = ChatFormat(loaded.tokenizer, context=context)
-    behavior = BEHAVIORS.get("prefixes")(study.behavior.prefixes)
+    behavior = study.behavior.make(BEHAVIORS, "behavior")
     return Subject(loaded, chat, sae, behavior)
 
 
@@ -144,33 +149,29 @@ def open_checkpoint(study: Study, checkpoint: Checkpoint, subject: Subject) -> A
 def refuse_combinations(study: Study) -> None:
     """Raise a UserError for values of the section ``attribution`` that do not go together."""
     spec = study.attribution
-    if spec.checkpoints is not None and spec.estimator == "finite-step":
+    estimator, curvature = spec.estimator.kind, spec.curvature.kind
+    checkpoints = spec.trajectory.kind == "checkpoints"
+    if checkpoints and estimator == "finite-step":
         raise UserError(
             "the finite step cannot be taken at several checkpoints",
-            value="attribution.checkpoints",
+            value="attribution.trajectory",
             rule="a real step is one step from one set of weights; a sum of them is none",
-            fix="use --set attribution.estimator=adjoint, or jvp",
+            fix="use --set attribution.estimator=adjoint, or forward",
         )
-    if spec.estimator == "sketch" and (spec.checkpoints is not None or spec.curvature != "identity"):
+    if estimator == "sketch" and (checkpoints or curvature != "identity"):
         raise UserError(
             "sketches are of plain gradients at one set of weights",
-            value="attribution.checkpoints" if spec.checkpoints else f"curvature {spec.curvature}",
+            value="attribution.trajectory" if checkpoints else f"curvature {curvature}",
             rule="curvature identity and no checkpoints go with the estimator sketch",
-            fix="use --set attribution.estimator=adjoint, or taught ask --curvature",
+            fix="use --set attribution.estimator=adjoint",
         )
-    if spec.checkpoints is not None and spec.moments is not None:
+    moments = spec.curvature.values.get("moments")
+    if checkpoints and moments is not None:
         raise UserError(
             "one file of second moments cannot hold for several checkpoints",
-            value=spec.moments,
+            value=moments,
             rule="each checkpoint has moments of its own",
-            fix="set attribution.moments to null: they are estimated at each checkpoint",
-        )
-    if spec.moments is not None and spec.curvature != "adam":
-        raise UserError(
-            "second moments are given, but steps are not Adam's",
-            value=spec.moments,
-            rule="attribution.moments goes with attribution.curvature: adam",
-            fix="use --set attribution.curvature=adam, or leave moments out",
+            fix="use --set attribution.curvature.moments=null: they are estimated at each checkpoint",
         )
 
 
@@ -179,7 +180,7 @@ def study_prompts(study: Study) -> PromptSet:
     prompts = load_prompts(study.prompts.path)
     chosen = spread(prompts.prompts, study.prompts.limit, lambda p: (p.group, p.category), lambda p: p.id)
     for group in (study.prompts.positive_group, study.prompts.negative_group):
-        if all(prompt.group != group for prompt in chosen):
+        if group is not None and all(prompt.group != group for prompt in chosen):
             raise UserError(
                 "a group has no prompts",
                 value=group,

@@ -1,6 +1,6 @@
 """What a run's examples can be ranked by, by name.
 
-score, mean_y:GROUP
+score, behavior:GROUP
     Influence on the policy's score, on the mean y of a group of prompts.
 concept:NAME
     Influence on a concept's read-out: the method ``gradient`` of ``taught concept-influence``.
@@ -74,7 +74,7 @@ def summary_targets(run: RunFolder) -> dict[str, str]:
     """Targets whose influence stands in ``summary.parquet``, and their columns."""
     names = run.footer("summary").schema.to_arrow_schema().names
     groups = [name.removeprefix("mean_y_") for name in names if name.startswith("mean_y_")]
-    return {"score": "score"} | {f"mean_y:{group}": f"mean_y_{group}" for group in groups}
+    return {"score": "score"} | {f"behavior:{group}": f"mean_y_{group}" for group in groups}
 
 
 def _of_concept(run: RunFolder, target: str, example_ids: pa.ChunkedArray) -> TargetValues:
@@ -114,7 +114,7 @@ def _unknown(run: RunFolder, target: str) -> UserError:
         "not a target of this run",
         value=target,
         rule=f"one of {', '.join(known)}",
-        fix="for example --target mean_y:GROUP; concepts come from "
+        fix="for example --target behavior:GROUP; concepts come from "
         "taught concept-influence STUDY --concept FOLDER --run RUN",
     )
 

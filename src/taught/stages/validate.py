@@ -278,7 +278,7 @@ def _asked(study: Study, run: RunFolder) -> dict[str, float]:
         raise UserError(
             "this run has no influence on what examples are to be removed by",
             value=study.validation.remove_by,
-            rule="score or mean_y:GROUP",
+            rule="score or behavior:GROUP",
             fix="set validation.remove_by",
         )
     return rows
@@ -287,7 +287,7 @@ def _asked(study: Study, run: RunFolder) -> dict[str, float]:
 def _target(study: Study) -> TargetName:
     """The target that examples are named by."""
     target, _, group = study.validation.remove_by.partition(":")
-    return TargetName(target, group=group or None)
+    return TargetName({"behavior": "mean_y"}.get(target, target), group=group or None)
 
 
 def influence_of(run: RunFolder, rows: pc.Expression | None = None) -> dict[TargetName, dict[str, float]]:
@@ -324,7 +324,7 @@ def _write(
     judged: Mapping[Name, Mapping[str, float]],
 ) -> None:
     spec = study.prompts
-    sides = [ready.groups[spec.positive_group], ready.groups[spec.negative_group]]
+    sides = [ready.groups[group] for group in spec.sides]
     groups = {**ready.groups, **_categories(run)}
     base = made[BASE]
     models = [_model_row(BASE, base, sides, judged)]

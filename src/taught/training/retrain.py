@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 import taught
 from taught.core.behavior import behavior_record
 from taught.core.example import Example, example_losses
+from taught.core.problem import Problem
 from taught.data.columns import name_ids
 from taught.errors import UserError
-from taught.estimators.adjoint import Problem
 from taught.estimators.finite_step import restored
 from taught.features.pooling import FeatureMap
 from taught.model.generate import greedy
