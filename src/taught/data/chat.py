@@ -151,7 +151,7 @@ class ChatFormat:
         messages = _messages(content)
         text = self._render(messages, id, answer=True)
         tokens = self._tokens(text)
-        self._check_length(tokens, id)
+        self._check_length(tokens.ids, id)
         start, end = self._last_content(messages, text, id, answer=True)
         span = _covering(tokens.offsets, start, end)
         return EncodedPrompt(id, tokens.ids, span, self._end_of_turn(tokens, end, span[1] - 1))
@@ -203,7 +203,7 @@ class ChatFormat:
         text = self._render(turns, id, answer=False)
         start, end = self._last_content(turns, text, id, answer=False)
         whole = self._tokens(text[:end])
-        self._check_length(whole, id)
+        self._check_length(whole.ids, id)
         heads = (text[:start], text[:start].rstrip()) if text[len(prompt_text) : start].strip() else (prompt_text,)
         for head in heads:
             prompt = self._tokens(head)
@@ -218,10 +218,9 @@ class ChatFormat:
         All its tokens are scored but the first: the one that begins every text (BOS) where the
         tokenizer adds it.
         """
-        encoded = self.tokenizer(text)["input_ids"]
-        tokens = _Tokens(tuple(encoded), ())
-        self._check_length(tokens, id)
-        return EncodedPrompt(id, tokens.ids[:1], (0, 0), 0, (tokens.ids[1:],))
+        ids = tuple(self.tokenizer(text, verbose=False)["input_ids"])
+        self._check_length(ids, id)
+        return EncodedPrompt(id, ids[:1], (0, 0), 0, (ids[1:],))
 
     def encode_example(self, example: Pair, max_tokens: int = 512) -> EncodedExample:
         """Encode an example; the response tokens are the rest of the rendering after the prompt's.
@@ -244,7 +243,7 @@ class ChatFormat:
         prompt_text = self._render(before, example.id, answer=True)
         text = self._render(turns, example.id, answer=False)
         prompt, whole = self._tokens(prompt_text), self._tokens(text)
-        self._check_length(prompt, example.id)
+        self._check_length(prompt.ids, example.id)
         _check_border(prompt_text, prompt, text, whole, example.id)
         start, end = self._last_content(turns, text, example.id, answer=False)
         last = self._end_of_turn(whole, end, _covering(whole.offsets, start, end)[1] - 1)
@@ -328,11 +327,11 @@ class ChatFormat:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return _Tokens(tuple(encoded["input_ids"]), tuple(tuple(example) for example in encoded["offset_mapping"]))
 
-    def _check_length(self, tokens: _Tokens, id: str) -> None:
-        if self.context is not None and len(tokens.ids) > self.context:
+    def _check_length(self, ids: Sequence[int], id: str) -> None:
+        if self.context is not None and len(ids) > self.context:
             raise UserError(
                 f"The prompt of {id} is longer than the model's context",
-                value=f"{len(tokens.ids)} tokens",
+                value=f"{len(ids)} tokens",
                 rule=f"at most {self.context} tokens",
                 fix="shorten or remove it",
             )
