@@ -104,7 +104,11 @@ def encode_prompts(behavior: Behavior, prompts: Iterable[Prompt], chat: ChatForm
 
 def behavior_record(behavior: Behavior) -> dict[str, Any]:
     """What y depends on besides the prompts' tokens, as plain values: the kind and its parameters."""
-    return {"kind": type(behavior).__name__, **asdict(behavior)}  # type: ignore[call-overload]
+    values = asdict(behavior)  # type: ignore[call-overload]
+    return {
+        "kind": type(behavior).__name__,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
+    }
 
 
 def in_rows(values: Tensor, group: Tensor, n: int, fill: float) -> Tensor:

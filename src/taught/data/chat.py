@@ -231,7 +231,7 @@ class ChatFormat:
         text = self._render(turns, id, answer=False)
         start, end = self._last_content(turns, text, id, answer=False)
         whole = self._tokens(text[:end])
-        self._check_length(whole, id)
+        self._check_length(whole.ids, id)
         heads = (text[:start], text[:start].rstrip()) if text[len(prompt_text) : start].strip() else (prompt_text,)
         for head in heads:
             prompt = self._tokens(head)
@@ -246,10 +246,9 @@ class ChatFormat:
         All its tokens are scored but the first: the one that begins every text (BOS) where the
         tokenizer adds it.
         """
-        encoded = self.tokenizer(text)["input_ids"]
-        tokens = _Tokens(tuple(encoded), ())
-        self._check_length(tokens, id)
-        return EncodedPrompt(id, tokens.ids[:1], (0, 0), 0, (tokens.ids[1:],))
+        ids = tuple(self.tokenizer(text, verbose=False)["input_ids"])
+        self._check_length(ids, id)
+        return EncodedPrompt(id, ids[:1], (0, 0), 0, (ids[1:],))
 
     def encode_example(self, example: Record, max_tokens: int = 512) -> EncodedExample:
         """Encode a conversation; the loss is on its response, and on the other answers that count.
