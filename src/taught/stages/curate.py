@@ -141,9 +141,9 @@ def _line(example_id: str, row: dict[str, Any], reason: str) -> str:
 
 def report(run: RunFolder) -> None:
     """Write ``report.html``."""
-    from taught.report.build import render
-    from taught.report.view import load_view
+    from taught.report.html import render
+    from taught.report.tables import Tables
 
     with run.stage("report", run.study):
         run.verify()
-        run.write_text("report.html", render(load_view(run.folder)))
+        run.write_text("report.html", render(Tables(run)))
