@@ -18,7 +18,6 @@ from taught.errors import UserError
 if TYPE_CHECKING:
     from taught.core.example import Example
     from taught.data.examples import Record
-    from taught.data.prompts import Prompt
 
 # A text that no message holds and no template changes: where it stands in a rendering is where the
 # template puts a message.

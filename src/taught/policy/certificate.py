@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError
-from taught.policy.ridge import Floats, Ints, Policy, row_order
+from taught.policy.ridge import Floats, Ints, Policy
 from taught.stats.intervals import NORMAL, resamples
 
 LEVEL = 0.05  # a statement is safe at 1 - LEVEL

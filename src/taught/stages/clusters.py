@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pyarrow as pa
 
 from taught.analysis.clusters import Clustering, cluster_examples
-from taught.run.folder import RunFolder
 from taught.progress import Progress
+from taught.run.folder import RunFolder
 from taught.stages.scored import read_scores, read_shifts, run_targets
 from taught.study.schema import ClustersSpec, Study
 

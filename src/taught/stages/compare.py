@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from time import monotonic
@@ -14,19 +14,17 @@ import pyarrow as pa
 
 from taught.baselines.baselines import BASELINES, Texts, baseline_scores
 from taught.core import driver
-from taught.core.driver import Method
 from taught.core.estimator import Work
 from taught.core.names import TargetName
 from taught.core.scores import Scores, scores_schema
 from taught.core.target import TargetSet, kind_of
 from taught.environment import mark_memory, peak_memory_gb
-from taught.errors import UserError
 from taught.policy.ridge import Policy
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
 from taught.run.pieces import Prefixed
 from taught.stages.ready import Data, Ready, method_of, prepare, read_data
-from taught.stages.scored import own_method, read_scores, run_targets
+from taught.stages.scored import read_scores, run_targets
 from taught.stages.subject import open_subject
 from taught.study.schema import Study
 from taught.validation.comparison import (
