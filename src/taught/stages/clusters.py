@@ -9,22 +9,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from taught.analysis.clusters import Clustering, cluster_examples
+from taught.progress import Progress
 from taught.run.folder import RunFolder
 from taught.stages.targets import read_targets, stages_read, summary_targets
+from taught.study.schema import ClustersSpec, Study
 
 
-def clusters(run: RunFolder, k: int | None = None, target: str | None = None) -> None:
-    """Cluster the examples of a run and compare each cluster with as many random examples.
-
-    Parameters
-    ----------
-    k
-        Number of clusters; by the silhouette if None.
-    target
-        One target (:mod:`taught.stages.targets`); by default the score and every group's mean y.
-    """
-    inputs = {"clusters.k": k, "clusters.target": target}
-    with run.stage("clusters", run.study, inputs, reads=stages_read(target)):
+def clusters(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
+    """Cluster the examples of a run and compare each cluster with as many random examples."""
+    spec = study.clusters or ClustersSpec()
+    k, target = spec.k, spec.target
+    with run.stage("clusters", study, reads=stages_read(target)):
         targets = [target] if target else list(summary_targets(run))
         summary = run.read_table("summary", ["example_id", "label", "intended"])
         example_ids = summary["example_id"].to_pylist()

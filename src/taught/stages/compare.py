@@ -24,7 +24,6 @@ from taught.errors import UserError
 from taught.estimators.adjoint import Problem, target_effects, targets_at_once
 from taught.policy.ridge import Floats, Policy
 from taught.progress import Progress, SilentProgress
-from taught.run.files import sha256_file
 from taught.run.folder import RunFolder
 from taught.run.pieces import Pieces, kept
 from taught.sketches.answer import ask, policy_queries
@@ -66,41 +65,30 @@ class CostRow:
     memory_gb: float
 
 
-def compare(
-    study: Study,
-    run: RunFolder,
-    methods: Sequence[str] = (),
-    progress: Progress | None = None,
-    tables: Sequence[Path] = (),
-) -> None:
+def compare(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
     """LDS of the run's own influence, of other methods and of baselines, on the same retrainings.
 
     Targets: the score, the mean y of each group, the ten largest coefficients. Of the baselines,
     those that are about a group stand for its mean y; for the others they take the positive group.
     Beside each method stands METHOD/norm, its values over the lengths of the examples' gradients.
 
-    Parameters
-    ----------
-    methods
-        Further ones of METHODS, each computed for all examples.
-    tables
-        Scores that were made elsewhere (:mod:`taught.validation.score_tables`).
-
     Raises
     ------
     UserError
         The run has no retrainings; an unknown method; a table that does not fit the run.
     """
+    methods, tables = study.validation.methods, study.validation.scores
     progress = progress or SilentProgress()
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
-        raise UserError("no such method", value=unknown, rule="some of " + ", ".join(METHODS), fix="set --method")
-    given = [row for table in tables for row in read_scores(table)]
+        raise UserError(
+            "no such method", value=unknown, rule="some of " + ", ".join(METHODS), fix="set validation.methods"
+        )
+    given = [row for table in tables for row in read_scores(Path(table))]
     data = read_data(study, progress)
     progress.step("load model and SAE")
     subject = open_subject(study)
-    inputs = {**subject.identity, "methods": sorted(set(methods)), "scores sha256": sorted(map(sha256_file, tables))}
-    with run.stage("compare", study, inputs) as stage:
+    with run.stage("compare", study, subject.identity) as stage:
         if stage.done:
             return
         ready = prepare(study, run, subject, data)
@@ -147,7 +135,7 @@ def compare(
         for name, rows in (*found._asdict().items(), ("costs", costs)):
             if rows:
                 run.write_table(name, table_of(rows))
-        run.write_table("scores", _scores_table(scores))
+        run.write_table("compared_scores", _scores_table(scores))
         run.write_json("compare", {"methods": list(scores), "baselines": list(baselines), "given": list(elsewhere)})
 
 

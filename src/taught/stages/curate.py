@@ -1,4 +1,4 @@
-"""The stages ``curate`` and ``report``: what follows from the tables, without a model."""
+"""The stage ``curate``: which examples to keep and to drop, from the tables of a run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from taught.analysis.curate import curate as decide
 from taught.data.examples import load_examples
 from taught.data.tables import read_rows
 from taught.errors import UserError
+from taught.progress import Progress
 from taught.run.files import json_line
 from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
@@ -19,25 +20,14 @@ from taught.stages.targets import read_targets, stages_read
 from taught.study.schema import Study
 
 
-def curate(
-    run: RunFolder, rule: str | None = None, k: int | None = None, target: str | None = None, protect: str | None = None
-) -> None:
+def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
     """Write which examples to keep and which to drop, with the reason of each.
-
-    Parameters
-    ----------
-    rule, k, target, protect
-        Instead of the study's. Targets as in :mod:`taught.stages.targets`.
 
     Raises
     ------
     UserError
         Not a target of this run, or one that cannot be protected; what the rule refuses.
     """
-    study = run.study
-    given = {"rule": rule, "k": k, "target": target, "protect": protect}
-    for key, value in given.items():
-        study = study if value is None else study.replace(f"curation.{key}", value)
     chosen = study.curation
     target = chosen.target or "score"
     if chosen.rule not in RANKED and target != "score":
@@ -46,6 +36,13 @@ def curate(
             value=target,
             rule="with --rule paper: score",
             fix="for example: taught curate RUN --rule top-k --target behavior:GROUP",
+        )
+    labels = (study.examples.positive_label, study.examples.negative_label)
+    if chosen.rule not in RANKED and None in labels:
+        raise UserError(
+            "the published rule compares examples of two labels",
+            rule="examples.positive_label and examples.negative_label name them",
+            fix="use --set examples.positive_label=LABEL --set examples.negative_label=LABEL, or --rule top-k",
         )
     k = chosen.k if chosen.rule in RANKED else None
     with run.stage("curate", study, reads=stages_read(target, chosen.protect)):
@@ -64,8 +61,8 @@ def curate(
             target=target,
             protect=chosen.protect,
             protected=None if guard is None else guard.values.tolist(),
-            refusal_label=study.examples.positive_label or "",
-            compliance_label=study.examples.negative_label or "",
+            refusal_label=labels[0] or "",
+            compliance_label=labels[1] or "",
         )
         run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
         found = outcome(decisions, k)._asdict()
@@ -125,7 +122,7 @@ def _scored_rows(run: RunFolder, study: Study) -> dict[str, dict[str, Any]]:
             "the example file has changed since it was scored",
             value=str(path),
             rule="decisions belong to the examples that were scored",
-            fix=f"restore the file, or taught attribute STUDY --run {run.folder} --fresh",
+            fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
         )
     return dict(zip(load_examples(path).ids, read_rows(path), strict=True))
 
@@ -140,13 +137,3 @@ def _line(example_id: str, row: dict[str, Any], reason: str) -> str:
             rule="keep.jsonl and drop.jsonl hold the rows of your file",
             fix="turn the column into text or numbers, or leave it out",
         ) from None
-
-
-def report(run: RunFolder) -> None:
-    """Write ``report.html``."""
-    from taught.report.build import render
-    from taught.report.view import load_view
-
-    with run.stage("report", run.study):
-        run.verify()
-        run.write_text("report.html", render(load_view(run.folder)))

@@ -73,16 +73,10 @@ Name = tuple[str, str, int]  # design, subset, repeat
 BASE = ("base", "base", 0)
 
 
-def validate(study: Study, run: RunFolder, progress: Progress | None = None, judge: str | None = None) -> None:
+def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
     """Train on each subset of the study's designs, read the prompts again, and keep what changed.
 
     Finished retrainings are kept in the folder ``retrained`` and never made twice.
-
-    Parameters
-    ----------
-    judge
-        ``module:function`` that reads the models' answers; None: the rules
-        (:mod:`taught.validation.judge`).
 
     Raises
     ------
@@ -91,7 +85,7 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None, jud
         training diverges (finished retrainings are kept).
     """
     progress = progress or SilentProgress()
-    decide = load_judge(judge)
+    decide = load_judge(study.validation.judge)
     data = read_data(study, progress)
     progress.step("load model and SAE")
     subject = open_subject(study)
