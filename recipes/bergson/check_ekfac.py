@@ -43,7 +43,7 @@ def opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:
     encoded, _ = subject.chat.encode_examples(
         example_set.examples, study.examples.max_tokens, study.examples.drop_truncated
     )
-    reads = prompt_inputs(subject.chat.encode_prompts(prompts.prompts), study.readout.position)
+    reads = prompt_inputs(subject.encode(prompts), study.readout.position)
     features = subject.features([0], study)
     return make_problem(study, subject, reads, subject.sae.block, features), example_inputs(encoded)
 

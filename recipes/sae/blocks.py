@@ -21,7 +21,7 @@ BLOCKS = (5, 10, 12, 13, 14, 15, 16, 17, 18, 20, 25)
 def main() -> None:
     study = load_study("refusal-smollm2").replace("prompts.limit", PROMPTS)
     subject = open_subject(study)
-    encoded = subject.chat.encode_prompts(study_prompts(study))
+    encoded = subject.encode(study_prompts(study))
     prompts = prompt_inputs(encoded, study.readout.position)
     print("| block | FVU |\n|---:|---:|")
     for block in BLOCKS:

@@ -113,9 +113,9 @@ def _run(study: Study, folder: RunFolder, to: str | None, only: str | None, quie
     before = folder.manifest["stages"]
     with console.progress_on(quiet) as progress:
         if process_share()[1] > 1:
-            from taught.stages.attribute import sketch
+            from taught.stages.sketches import sketches
 
-            sketch(study, folder, progress)
+            sketches(study, folder, progress)
             return 0
         for stage in stages:
             stage(study, folder, progress)
@@ -170,9 +170,9 @@ def show(
         A run folder.
     what
         An example's or a feature's id, for its details. A table's name, for its rows; tables, for their
-        names. "SELECT ...", answered by DuckDB. A target, such as score, coefficient:17 or
-        behavior:harmless, for the examples that move it most; one that was not computed is answered from
-        the run's sketches, where it has them.
+        names. A section of the report, such as validation. "SELECT ...", answered by DuckDB. A target, such
+        as score, coefficient:17 or behavior:harmless, for the examples that move it most; one that was not
+        computed is answered from the run's sketches, where it has them.
     top
         So many examples, or rows of a table.
     label
@@ -236,8 +236,8 @@ def curate(
     protect
         A second target: only examples are dropped without which it would not be lower.
     """
+    from taught.report.sections.curation import curation_change
     from taught.report.text import clean
-    from taught.report.verdict import curation_change
     from taught.stages import BY_NAME
 
     folder = given.open_run(run)
@@ -271,7 +271,6 @@ def validate(
         it shows the behavior, 0 to 1. Its module is imported and run. By default rules that read the
         words.
     """
-    from taught.report.compared import compared_tables
     from taught.stages import asked
 
     loaded = given.study_of(study, question)
@@ -281,8 +280,7 @@ def validate(
     with console.progress_on(where.quiet) as progress:
         for stage in asked(loaded, to="compare"):
             stage(loaded, folder, progress)
-    for table in compared_tables(folder):
-        console.out().print(table)
+    _show(folder, "validation")
     console.say(f"{folder.folder}: {console.cost(folder)}", console.err())
     console.say_written(folder, ("report.html",))
     return 0

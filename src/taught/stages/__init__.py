@@ -84,7 +84,11 @@ STAGES = (
     Stage(
         "concepts",
         "make the study's concepts: directions in the residual stream, each with a card",
-        {"concepts.json": "each concept: name, folder, block, position, tokens, weights, provenance, card"},
+        {
+            "concepts.safetensors": "`directions` float64 [C, D]; ids: names",
+            "concepts.ids.json": "ids of the rows",
+            "concepts.json": "each concept: name, block, position, tokens, weights, provenance, card",
+        },
         needs=("readings",),
         reads=(*_READ, "concepts"),
         asked=lambda study: bool(study.concepts),
@@ -99,7 +103,7 @@ STAGES = (
             "row group for a method and a target",
             "summary.parquet": "one row an example: its label, its value for each target that is no coefficient, "
             "rank, interference; below",
-            "influence.parquet": "effects in the long form, by pathway",
+            "attribution.json": "method, targets, what examples are ranked by, and of sketches the store and its error",
             "agreement.parquet": "rank correlation between two methods on one target, with its interval",
             "prompt_effects.safetensors": "`dy` float32 [P, N]: change of y of each prompt; ids: example_ids, "
             "prompt_ids",
@@ -109,7 +113,6 @@ STAGES = (
             "feature_prompt_effects.ids.json": "ids of the axes",
             "comovement.safetensors": "`r` float64 [d, d]: correlation over examples of the coefficients' changes",
             "comovement.ids.json": "ids of the rows and columns",
-            "sketch.json": "of sketches: the store, their error, digests of prompts and examples",
             "dropped.json": "ids of examples that were left out: overlap, truncated",
             "certificates.parquet": "what the linear values of each example leave out",
             "statements.parquet": "do the strongest examples stay the strongest",

@@ -11,16 +11,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
 from taught.model.forward import edited_output, get_block
 from taught.model.readout import PackedPrompts, ReadPrompt, pack_apart, read_packed
-from taught.policy.audit import benjamini_hochberg
 from taught.policy.dose import LEVEL, agreement, control_p, response, slope
 from taught.policy.ridge import Floats, Policy
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
-from taught.stages.estimating import read_policy
+from taught.stages.ready import run_readings
 from taught.stages.subject import Subject, open_subject, prompt_inputs, study_prompts
+from taught.stats.multiplicity import benjamini_hochberg
 from taught.study.schema import ClampSpec, Study
 
 SCALES = (0.0, 0.5, 2.0, 3.0)
@@ -70,7 +71,7 @@ def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> Non
     with run.stage("clamp", study, subject.identity) as stage:
         if stage.done:
             return
-        fitted, _ = read_policy(study, run)
+        fitted = _policy(run)
         inputs = _inputs(study, subject, fitted)
         progress.step("clamp features", fitted.d)
         measured = []
@@ -90,9 +91,16 @@ def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> Non
         _write(run, study, fitted, measured, spec)
 
 
+def _policy(run: RunFolder) -> Policy:
+    policy = run_readings(run).policy
+    if policy is None:
+        raise UserError("there is no policy to check", rule="it needs an SAE", fix="pass --set sae.path=FOLDER")
+    return policy
+
+
 def _inputs(study: Study, subject: Subject, fitted: Policy) -> list[ReadPrompt]:
     """Token inputs in the policy's order of prompts."""
-    encoded = {e.id: e for e in subject.chat.encode_prompts(study_prompts(study))}
+    encoded = {e.id: e for e in subject.encode(study_prompts(study))}
     return prompt_inputs([encoded[i] for i in fitted.prompt_ids], study.readout.position)
 
 
@@ -109,7 +117,7 @@ def _measured(
     study: Study, subject: Subject, fitted: Policy, given: Sequence[ReadPrompt], column: int, controls: int
 ) -> dict[str, Floats]:
     """Changes of y: ``dy`` [S, n] and ``control`` [R, n]; ``predicted`` [S, n] by the policy."""
-    feature, sae = int(fitted.feature_ids[column]), subject.sae
+    feature, sae = int(fitted.feature_ids[column]), subject.required_sae
     own = decoder_direction(sae, feature)
     rng = np.random.default_rng([study.policy.seed, feature, 1])
     scaled = [Clamp(sae, feature, study.sae.encoder, scale, own) for scale in SCALES]
@@ -134,7 +142,7 @@ def _measured(
 
 def _read(subject: Subject, packed: PackedPrompts, edit: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
     """h [M, D] at the read-out tokens and y float64 [n], with h edited there."""
-    model, block = subject.loaded.model, subject.sae.block
+    model, block = subject.loaded.model, subject.required_sae.block
     columns = packed.read.unique()
     with nullcontext() if edit is None else edited_output(get_block(model, block), columns, edit):
         h, y = read_packed(model, packed, subject.behavior, block)

@@ -16,7 +16,7 @@ from taught.progress import Progress
 from taught.run.files import json_line
 from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
-from taught.stages.targets import read_targets, stages_read
+from taught.stages.scored import default_target, read_scores
 from taught.study.schema import Study
 
 
@@ -29,38 +29,36 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
         Not a target of this run, or one that cannot be protected; what the rule refuses.
     """
     chosen = study.curation
-    target = chosen.target or "score"
-    if chosen.rule not in RANKED and target != "score":
-        raise UserError(
-            "the published rule compares scores",
-            value=target,
-            rule="with --rule paper: score",
-            fix="for example: taught curate RUN --rule top-k --target behavior:GROUP",
-        )
+    target = chosen.target or default_target(run)
     labels = (study.examples.positive_label, study.examples.negative_label)
-    if chosen.rule not in RANKED and None in labels:
-        raise UserError(
-            "the published rule compares examples of two labels",
-            rule="examples.positive_label and examples.negative_label name them",
-            fix="use --set examples.positive_label=LABEL --set examples.negative_label=LABEL, or --rule top-k",
-        )
+    if chosen.rule not in RANKED:
+        if target != "score":
+            raise UserError(
+                "the published rule compares scores of a policy",
+                value=target,
+                rule="with --rule paper: score",
+                fix="for example: taught curate RUN --rule top-k --target behavior:GROUP",
+            )
+        if None in labels:
+            raise UserError(
+                "the published rule compares examples of two labels",
+                rule="examples.positive_label and examples.negative_label name them",
+                fix="set them in the study, or: taught curate RUN --rule top-k",
+            )
     k = chosen.k if chosen.rule in RANKED else None
-    with run.stage("curate", study, reads=stages_read(target, chosen.protect)):
-        asked = [target] + ([] if chosen.protect is None else [chosen.protect])
-        ranked, *guards = read_targets(run, *asked)
-        guard = guards[0] if guards else None
-        if guard is not None and not guard.influence:
-            raise _no_protection(guard.name)
+    with run.stage("curate", study):
+        ranked = read_scores(run, [target], chosen.method)
+        guard = None if chosen.protect is None else read_scores(run, [chosen.protect])
         summary = run.read_table("summary", ["example_id", "label"])
         decisions = decide(
             summary["example_id"].to_pylist(),
             summary["label"].to_pylist(),
-            ranked.values.tolist(),
+            ranked[target].tolist(),
             rule=chosen.rule,
             k=k,
             target=target,
             protect=chosen.protect,
-            protected=None if guard is None else guard.values.tolist(),
+            protected=None if guard is None else guard[guard.targets[0]].tolist(),
             refusal_label=labels[0] or "",
             compliance_label=labels[1] or "",
         )
@@ -68,7 +66,7 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
         found = outcome(decisions, k)._asdict()
         if not ranked.influence:  # values that are not of a step say nothing about a change
             found["change"] = None
-        record = {"rule": chosen.rule, "k": k, "target": target, "protect": chosen.protect}
+        record = {"rule": chosen.rule, "k": k, "target": target, "method": ranked.method, "protect": chosen.protect}
         run.write_json("curation", record | {"lr": study.attribution.lr} | found)
         _write_choice(run, study, decisions)
 
@@ -86,15 +84,6 @@ _CURATION = pa.schema(
         ("protect_score", pa.float64()),
     ]
 )
-
-
-def _no_protection(target: str) -> UserError:
-    return UserError(
-        "this target cannot be protected",
-        value=target,
-        rule="only the sign of an influence says whether dropping an example lowers the target",
-        fix="protect score, behavior:GROUP or concept:NAME",
-    )
 
 
 def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:

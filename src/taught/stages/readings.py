@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from taught.data.chat import EncodedPrompt
 from taught.data.columns import columns_note
 from taught.data.prompts import PromptSet
 from taught.features.label import describe_features, load_labels
 from taught.features.pooling import pool, pooled_residuals
-from taught.features.sae import check_fit
+from taught.features.sae import SparseAutoencoder, check_fit
 from taught.features.select import Selection, select_features
 from taught.model.readout import Readouts, ReadPrompt, check_trees, read_prompts
 from taught.progress import Progress, SilentProgress
@@ -23,27 +24,19 @@ from taught.study.schema import Study
 
 
 @dataclass(frozen=True, eq=False)
-class _Read:
-    """Prompts, their tokens, read-outs, the chosen features' X."""
+class _Features:
+    """What is read with an SAE: the chosen features, their X, what the SAE leaves unexplained."""
 
-    prompts: PromptSet
-    inputs: list[ReadPrompt]
-    readouts: Readouts
+    sae: SparseAutoencoder
     selection: Selection
     X: np.ndarray
     fvu: float
 
-    @property
-    def ids(self) -> list[str]:
-        return list(self.readouts.prompt_ids)
-
-    @property
-    def groups(self) -> list[str]:
-        return [prompt.group for prompt in self.prompts]
-
 
 def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
-    """Read the prompts and choose features.
+    """Read the prompts: the behavior, and with an SAE its features, of which some are chosen.
+
+    Cost: one forward pass over the prompts.
 
     Raises
     ------
@@ -53,29 +46,32 @@ def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> 
     progress = progress or SilentProgress()
     prompts = study_prompts(study)
     progress.note(columns_note(study.prompts.path, prompts.columns))
-    progress.step("load model and SAE")
+    progress.step("load the model")
     subject = open_subject(study)
     with run.stage("readings", study, subject.identity) as stage:
         if stage.done:
             return
-        read = _read(study, subject, prompts, progress)
-        _write_readouts(run, study, read)
-        _write_labels(study, run, subject, read)
-        _write_prompts(run, read)
-        run.write_json("readings", _facts(study, subject, read))
+        encoded = subject.encode(prompts)
+        inputs = prompt_inputs(encoded, study.readout.position if subject.sae is not None else None)
+        model, block = subject.loaded.model, None if subject.sae is None else subject.sae.block
+        check_trees(model, inputs, subject.behavior)
+        progress.step("read prompts", len(inputs))
+        read = read_prompts(model, inputs, subject.behavior, block, progress=progress)
+        features = None if subject.sae is None else _features(study, subject.sae, prompts, read)
+        _write_readouts(run, read, with_residuals=features is not None)
+        if features is not None:
+            _write_features(study, run, features, read)
+            _write_labels(study, run, subject, features, prompts, inputs, read)
+        _write_prompts(run, prompts, inputs, read)
+        run.write_json("readings", {**_scored(subject, encoded[0]), **_facts(study, features)})
 
 
-def _read(study: Study, subject: Subject, prompts: PromptSet, progress: Progress) -> _Read:
-    """One forward pass over the prompts; features chosen on all of them."""
-    inputs = prompt_inputs(subject.chat.encode_prompts(prompts), study.readout.position)
-    model, block = subject.loaded.model, subject.sae.block
-    check_trees(model, inputs, subject.behavior)
-    progress.step("read prompts", len(inputs))
-    readouts = read_prompts(model, inputs, subject.behavior, block, progress=progress)
-    fvu = check_fit(subject.sae, readouts.h, study.sae.max_fvu)
-    with torch.no_grad():
-        tokens = subject.sae.encode(readouts.h, encoder=study.sae.encoder)
-        acts = pool(tokens, readouts.offsets, study.readout.position).double().cpu().numpy()
+@torch.no_grad()
+def _features(study: Study, sae: SparseAutoencoder, prompts: PromptSet, read: Readouts) -> _Features:
+    """Features chosen on all prompts."""
+    fvu = check_fit(sae, read.h, study.sae.max_fvu)
+    tokens = sae.encode(read.h, encoder=study.sae.encoder)
+    acts = pool(tokens, read.offsets, study.readout.position).double().cpu().numpy()
     positive, negative = study.prompts.sides
     selection = select_features(
         acts,
@@ -86,21 +82,27 @@ def _read(study: Study, subject: Subject, prompts: PromptSet, progress: Progress
         max_features=study.features.max_features,
         ids=study.features.ids,
     )
-    return _Read(prompts, inputs, readouts, selection, acts[:, selection.feature_ids], fvu)
+    return _Features(sae, selection, acts[:, selection.feature_ids], fvu)
 
 
-def _write_readouts(run: RunFolder, study: Study, read: _Read) -> None:
-    readouts, selection = read.readouts, read.selection
+def _write_readouts(run: RunFolder, read: Readouts, *, with_residuals: bool) -> None:
+    arrays, axes = {"y": read.y.numpy()}, {"y": ("prompt_ids",)}
+    if with_residuals:
+        arrays |= {"h": read.h.float().numpy(), "offsets": read.offsets.numpy()}
     run.write_tensors(
         "readouts",
-        {"h": readouts.h.float().numpy(), "offsets": readouts.offsets.numpy(), "y": readouts.y.numpy()},
-        {"prompt_ids": read.ids},
-        axes={"y": ("prompt_ids",), "h": (None, None), "offsets": (None,)},
+        arrays,
+        {"prompt_ids": list(read.prompt_ids)},
+        axes={**axes, **{name: (None,) * array.ndim for name, array in arrays.items() if name != "y"}},
     )
+
+
+def _write_features(study: Study, run: RunFolder, features: _Features, read: Readouts) -> None:
+    selection = features.selection
     run.write_tensors(
         "activations",
-        {"X": read.X},
-        {"prompt_ids": read.ids, "feature_ids": selection.feature_ids.tolist()},
+        {"X": features.X},
+        {"prompt_ids": list(read.prompt_ids), "feature_ids": selection.feature_ids.tolist()},
         axes={"X": ("prompt_ids", "feature_ids")},
     )
     every = np.arange(len(selection.rate))
@@ -117,46 +119,58 @@ def _write_readouts(run: RunFolder, study: Study, read: _Read) -> None:
     run.write_table("features", pa.table(columns))
 
 
-def _write_labels(study: Study, run: RunFolder, subject: Subject, read: _Read) -> None:
+@torch.no_grad()
+def _write_labels(
+    study: Study,
+    run: RunFolder,
+    subject: Subject,
+    features: _Features,
+    prompts: PromptSet,
+    inputs: list[ReadPrompt],
+    read: Readouts,
+) -> None:
     """Describe the chosen features by the prompts and tokens on which they are active."""
-    ids, offsets = read.selection.feature_ids, read.readouts.offsets
-    with torch.no_grad():
-        index = torch.as_tensor(ids.copy())
-        acts = subject.sae.encode(read.readouts.h, index, encoder=study.sae.encoder)
-    decode = subject.loaded.tokenizer.decode
+    ids, decode = features.selection.feature_ids, subject.loaded.tokenizer.decode
+    acts = features.sae.encode(read.h, torch.as_tensor(ids.copy()), encoder=study.sae.encoder)
     described = describe_features(
         ids,
         acts.double().cpu().numpy(),
-        [decode([prompt.ids[t]]) for prompt in read.inputs for t in prompt.read],
-        np.repeat(np.arange(len(read.inputs)), np.diff(offsets.numpy())),
-        prompt_ids=read.ids,
-        texts=[prompt.text for prompt in read.prompts],
-        groups=read.groups,
-        h=pooled_residuals(read.readouts.h, offsets, study.readout.position),
+        [decode([prompt.ids[t]]) for prompt in inputs for t in prompt.read],
+        np.repeat(np.arange(len(inputs)), np.diff(read.offsets.numpy())),
+        prompt_ids=list(read.prompt_ids),
+        texts=[prompt.text for prompt in prompts],
+        groups=[prompt.group for prompt in prompts],
+        h=pooled_residuals(read.h, read.offsets, study.readout.position),
         labels=load_labels(study.features.labels) if study.features.labels else None,
     )
     run.write_json("labels", {str(item.feature_id): item.to_dict() for item in described})
 
 
-def _facts(study: Study, subject: Subject, read: _Read) -> dict[str, Any]:
-    """What was read with."""
-    behavior, decode = subject.behavior, subject.loaded.tokenizer.decode
-    chosen = read.selection.feature_ids
+def _scored(subject: Subject, first: EncodedPrompt) -> dict[str, Any]:
+    """What the behavior is, and what it scores behind the first prompt."""
+    decode, behavior = subject.loaded.tokenizer.decode, subject.behavior
     return {
-        "readout": study.readout.position,
-        "encoder": study.sae.encoder,
-        "block": subject.sae.block,
-        "unexplained_variance": read.fvu,
-        "always_on_features": int(read.selection.always_on[chosen].sum()),
-        "prefixes": [
-            {"text": text, "tokens": [decode([i]) for i in ids]}
-            for text, ids in zip(behavior.prefixes, behavior.tokens, strict=True)
-        ],
-        "dropped_prefixes": list(behavior.dropped),
+        "behavior": {"meaning": behavior.meaning, "unit": behavior.unit},
+        "scored": [[decode([i]) for i in ids] for ids in first.suffixes],
+        "left_out": list(first.left_out),
     }
 
 
-def _write_prompts(run: RunFolder, read: _Read) -> None:
+def _facts(study: Study, features: _Features | None) -> dict[str, Any]:
+    """What the features were read with."""
+    if features is None:
+        return {}
+    selection = features.selection
+    return {
+        "readout": study.readout.position,
+        "encoder": study.sae.encoder,
+        "block": features.sae.block,
+        "unexplained_variance": features.fvu,
+        "always_on_features": int(selection.always_on[selection.feature_ids].sum()),
+    }
+
+
+def _write_prompts(run: RunFolder, prompts: PromptSet, inputs: list[ReadPrompt], read: Readouts) -> None:
     rows = [
         {
             "prompt_id": prompt.id,
@@ -168,6 +182,6 @@ def _write_prompts(run: RunFolder, read: _Read) -> None:
             "n_tokens": len(tokens.ids),
             "y": value,
         }
-        for prompt, tokens, value in zip(read.prompts, read.inputs, read.readouts.y.tolist(), strict=True)
+        for prompt, tokens, value in zip(prompts, inputs, read.y.tolist(), strict=True)
     ]
     run.write_table("prompts", pa.Table.from_pylist(rows))

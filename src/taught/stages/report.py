@@ -1,4 +1,4 @@
-"""The stage ``report``: everything that a run has, as one page."""
+"""The stage ``report``: one self-contained page, from the tables of a run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from taught.study.schema import Study
 
 def report(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
     """Write ``report.html``."""
-    from taught.report.build import render
-    from taught.report.view import load_view
+    from taught.report.html import render
+    from taught.report.tables import Tables
 
     with run.stage("report", study):
         run.verify()
-        run.write_text("report.html", render(load_view(run.folder)))
+        run.write_text("report.html", render(Tables(run)))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from taught.analysis.curate import curate
+from taught.core.names import TargetName
 from taught.errors import UserError
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
@@ -24,7 +25,7 @@ from taught.validation.curves import CurvePoint, Kind, Plan, compare_curves, pla
 from taught.validation.design import Chosen, Couples, Effect, choose, couple_effect, couples, estimate
 from taught.validation.judge import Judge, judge_responses, load_judge
 from taught.validation.lds import table_of
-from taught.validation.outcomes import TargetName, changes, soft_metrics
+from taught.validation.outcomes import changes, soft_metrics
 from taught.validation.subsets import Subsets, leave_one_out, leave_share_out, matched_subsets, random_subsets
 
 OUTCOMES = pa.schema(
@@ -33,8 +34,6 @@ OUTCOMES = pa.schema(
         ("subset", pa.string()),
         ("repeat", pa.int64()),
         ("target", pa.string()),
-        ("feature_id", pa.int64()),
-        ("group", pa.string()),
         ("value", pa.float64()),
     ]
 )
@@ -266,8 +265,8 @@ def _asked(study: Study, run: RunFolder) -> dict[str, float]:
     """Example id -> influence of this run on the target that examples are removed by."""
     run.require("attribute")
     target = _target(study)
-    one = pc.field("target") == target.target  # of a large table the other targets are not read
-    rows = influence_of(run, one).get(target)
+    kind = "mean_y" if target.kind == "behavior" else target.kind
+    rows = influence_of(run, pc.field("target") == kind).get(str(target))  # of a large table no others are read
     if rows is None:
         raise UserError(
             "this run has no influence on what examples are to be removed by",
@@ -280,18 +279,20 @@ def _asked(study: Study, run: RunFolder) -> dict[str, float]:
 
 def _target(study: Study) -> TargetName:
     """The target that examples are named by."""
-    target, _, group = study.validation.remove_by.partition(":")
-    return TargetName({"behavior": "mean_y"}.get(target, target), group=group or None)
+    kind, _, about = study.validation.remove_by.partition(":")
+    return TargetName(kind, about or None)
 
 
-def influence_of(run: RunFolder, rows: pc.Expression | None = None) -> dict[TargetName, dict[str, float]]:
+def influence_of(run: RunFolder, rows: pc.Expression | None = None) -> dict[str, dict[str, float]]:
     """Total influence of the run, or of some rows of its table: target -> example id -> value."""
     total = (pc.field("pathway") == "total") | (pc.field("target") == "mean_y")
     columns = ["example_id", "target", "feature_id", "group", "value"]
     table = run.read_table("influence", columns, total if rows is None else total & rows)
-    found: dict[TargetName, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for row in table.to_pylist():
-        name = TargetName(row["target"], row["feature_id"], row["group"])
+        kind = "behavior" if row["target"] == "mean_y" else row["target"]
+        about = row["group"] if row["feature_id"] is None else str(row["feature_id"])
+        name = str(TargetName(kind, about))
         found.setdefault(name, {})[row["example_id"]] = row["value"]
     return found
 
@@ -328,7 +329,7 @@ def _write(
             continue
         if name[2] == 0:
             subsets += [(*name[:2], example_id) for example_id in after.ids]
-        outcomes += [(*name, *target, value) for target, value in changes(ready.fitted, base, after, groups).items()]
+        outcomes += [(*name, target, value) for target, value in changes(ready.fitted, base, after, groups).items()]
         models.append(_model_row(name, after, sides, judged))
     points = [point for design in designs if design in CURVES for point in _points(design, study, run, ready, made)]
     if points:
@@ -424,7 +425,7 @@ def _effects(
     target, scores = _target(study), _asked(study, run)
     found = []
     for design in asked:
-        changed = {row[1]: row[-1] for row in outcomes if row[0] == design and TargetName(*row[3:-1]) == target}
+        changed = {row[1]: row[-1] for row in outcomes if row[0] == design and row[3] == str(target)}
         if design == "chosen":
             plan = _chosen(study, run, ids)
             effect = estimate(plan.question, plan.rounds, changed, scores)[0]
@@ -454,10 +455,10 @@ class Point(CurvePoint):
 def _points(design: str, study: Study, run: RunFolder, ready: Ready, made: Mapping[Name, Retraining]) -> list[Point]:
     """Mean y of the group by the examples that were named, against random ones; none for the score."""
     target = _target(study)
-    if target.group is None:
+    if target.kind != "behavior" or target.about not in ready.groups:
         return []
     plan = _plan(design, study, run, [example.id for example in ready.inputs])
-    rows = [ready.fitted.prompt_ids.index(prompt_id) for prompt_id in ready.groups[target.group]]
+    rows = [ready.fitted.prompt_ids.index(prompt_id) for prompt_id in ready.groups[target.about]]
 
     def outcomes(names: Sequence[str]) -> list[np.ndarray]:
         return [made[design, name, 0].y[rows] for name in names]

@@ -31,7 +31,6 @@ from taught.core.registry import (
 from taught.core.rules import Rule, Visit
 from taught.errors import UserError
 from taught.study import gone
-from taught.study.methods import known as registered
 
 __all__ = [
     "AttributionSpec",
@@ -99,7 +98,7 @@ def _method(key: str, registry: Registry[Any], default: str, doc: str) -> Any:
     def walk(key: str, value: Choice, visit: Visit) -> Choice:
         if not value.values:
             return value
-        known = parameters(registered(registry, value.kind))
+        known = parameters(registry.get(value.kind))
         values = {
             name: known[name].metadata["rule"].visited(f"{key}.{name}", item, visit)
             for name, item in value.values.items()
@@ -112,7 +111,7 @@ def _method(key: str, registry: Registry[Any], default: str, doc: str) -> Any:
 
 def _checked_parameters(key: str, registry: Registry[Any], kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters, in the method's order, without those that are at their defaults."""
-    known = parameters(registered(registry, kind))
+    known = parameters(registry.get(kind))
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
@@ -139,7 +138,7 @@ def _target() -> Rule:
         if value.startswith("mean_y:"):
             fix = f"write behavior:{value.removeprefix('mean_y:')}"
             raise UserError("no target has this name any more", value=value, fix=fix)
-        registered(TARGETS, value.partition(":")[0])
+        TARGETS.get(value.partition(":")[0])
         return str(TargetName.parse(value))
 
     return Rule("the name of a target, such as behavior:GROUP", parse)
@@ -352,6 +351,14 @@ class ConceptSpec(Section):
     method: Literal["logistic", "ridge"] = setting("logistic", rules.one_of("logistic", "ridge"), "of a probe")
     penalty: float = setting(1.0, rules.number(above=0), "of a probe, on rows of unit mean square")
     norm: Literal["unit", "none"] = setting("unit", rules.one_of("unit", "none"), "unit | none: as it is")
+    read: Literal["prompts", "responses"] = setting(
+        "prompts",
+        rules.one_of("prompts", "responses"),
+        "what the target's mean is over: prompts | responses of the examples",
+    )
+    group: str | None = setting(
+        None, rules.optional(rules.text()), "of these prompts only, or of examples with this label; null: all"
+    )
     force: bool = setting(False, rules.flag(), "true: also a direction that is no better than chance")
     sweep: bool = setting(False, rules.flag(), "true: the card shows every block")
 
@@ -407,12 +414,6 @@ class AttributionSpec(Section):
         None, rules.optional(rules.folder_or_hub_id()), "the fine-tuned model, for projection-difference-training"
     )
     max_new_tokens: int = setting(128, rules.whole(1), "of an own answer, for projection-difference-response")
-
-    @property
-    def method(self) -> str:
-        """What the run's own scores are called: ``adjoint``, ``adjoint+ekfac``, ``sketch``."""
-        metric = self.curvature.kind
-        return self.estimator.kind if metric == "identity" else f"{self.estimator.kind}+{metric}"
 
 
 @dataclass(frozen=True)
@@ -624,7 +625,7 @@ class Study:
         registry: Registry[Any] | None = None
         for part in key.split("."):
             if isinstance(owner, Choice) and registry is not None:
-                known = parameters(registered(registry, owner.kind))
+                known = parameters(registry.get(owner.kind))
                 if part not in known:
                     raise unknown_key(key, None)
                 return owner.values.get(part, known[part].default)
@@ -719,7 +720,7 @@ def filled(owner: Any, only: Collection[str] | None = None) -> dict[str, Any]:
             continue
         value = getattr(owner, item.name)
         if isinstance(value, Choice):
-            known = parameters(registered(item.metadata["registry"], value.kind))
+            known = parameters(item.metadata["registry"].get(value.kind))
             given = {name: value.values.get(name, part.default) for name, part in known.items()}
             found[item.name] = {"kind": value.kind, **{name: plain(own) for name, own in given.items()}}
         else:

@@ -1,10 +1,10 @@
 """What a retraining did: the change of every target that attribution predicts, and soft metrics.
 
-    mean_y of a group    mean over its prompts of y(retrained) - y(base)
-    coefficient j        dW_j = W_j(X', y') - W_j(X, y), both fitted anew with the policy's alpha
-    score                S = sum_j dW_j W_j, W of the base
+    behavior:GROUP    mean over its prompts of y(retrained) - y(base)
+    coefficient:j     dW_j = W_j(X', y') - W_j(X, y), both fitted anew with the policy's alpha
+    score             S = sum_j dW_j W_j, W of the base
 
-Targets bear the names they have in ``influence.parquet``. The soft metrics are the published ones
+The soft metrics are the published ones
 (SMDA, arXiv 2606.29171) with p = exp(y), the probability of the behavior, as its degree:
 
     precision = sum of p over positive / sum of p over all,   recall = mean p over positive,
@@ -18,56 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from taught.core.names import TargetName
 from taught.errors import UserError
 from taught.policy.ridge import Policy, fit_policy
 
+if TYPE_CHECKING:
+    from taught.training.retrain import Retraining
+
 Floats = NDArray[np.float64]
-
-
-class TargetName(NamedTuple):
-    """What a value is about, as in ``influence.parquet`` (pathway ``total``; of mean_y ``y``).
-
-    Attributes
-    ----------
-    target : "score", "coefficient" or "mean_y"
-    feature_id : None unless "coefficient"
-    group : a group, or a category; None unless "mean_y"
-    """
-
-    target: str
-    feature_id: int | None = None
-    group: str | None = None
-
-    @property
-    def label(self) -> str:
-        """In one word: ``score``, ``coefficient:17``, ``mean_y:harmless``."""
-        about = self.group if self.feature_id is None else self.feature_id
-        return self.target if about is None else f"{self.target}:{about}"
-
-
-class Reads(Protocol):
-    """Read-outs of one model: a :class:`taught.training.retrain.Retraining`."""
-
-    @property
-    def prompt_ids(self) -> tuple[str, ...]:
-        """Ids of the N prompts."""
-
-    @property
-    def feature_ids(self) -> tuple[int, ...]:
-        """Ids of the d features."""
-
-    @property
-    def y(self) -> Floats:
-        """Behavior, float64 [N]."""
-
-    @property
-    def X(self) -> Floats:
-        """Activations, float64 [N, d]."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +43,9 @@ class SoftMetrics:
     correctness: float
 
 
-def changes(policy: Policy, base: Reads, after: Reads, groups: Mapping[str, Sequence[str]]) -> dict[TargetName, float]:
+def changes(
+    policy: Policy, base: Retraining, after: Retraining, groups: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
     """Change of every target from the base model to a retrained one.
 
     Parameters
@@ -93,8 +58,8 @@ def changes(policy: Policy, base: Reads, after: Reads, groups: Mapping[str, Sequ
 
     Returns
     -------
-    target -> change; score first, then coefficients in the policy's order, then groups. Positive:
-    training raised the target. Cost: two ridge regressions.
+    name of the target, as :class:`taught.core.names.TargetName` spells it -> change; score first, then
+    coefficients in the policy's order, then groups. Positive: training raised the target. Cost: two ridge regressions.
 
     Raises
     ------
@@ -103,16 +68,16 @@ def changes(policy: Policy, base: Reads, after: Reads, groups: Mapping[str, Sequ
     """
     W, moved = _coefficients(policy, base), _coefficients(policy, after)
     dW, dy = moved - W, after.y - base.y
-    found = {TargetName("score"): float(dW @ W)}
+    found = {str(TargetName("score")): float(dW @ W)}
     for feature_id, value in zip(policy.feature_ids.tolist(), dW, strict=True):
-        found[TargetName("coefficient", feature_id=feature_id)] = float(value)
+        found[str(TargetName("coefficient", str(feature_id)))] = float(value)
     for group, ids in groups.items():
         rows = _rows(policy.prompt_ids, group, ids)
-        found[TargetName("mean_y", group=group)] = float(dy[rows].mean())
+        found[str(TargetName("behavior", group))] = float(dy[rows].mean())
     return found
 
 
-def soft_metrics(reads: Reads, positive: Sequence[str], negative: Sequence[str]) -> SoftMetrics:
+def soft_metrics(reads: Retraining, positive: Sequence[str], negative: Sequence[str]) -> SoftMetrics:
     """Soft precision, recall, F1 and correctness of one model.
 
     Parameters
@@ -156,14 +121,14 @@ def metrics(
         "recall": recall,
         "f1": np.where(recall > 0, 2 * precision * recall / np.where(both > 0, both, 1), 0.0),
         "correctness": (n * recall + m * (1 - wrong)) / (n + m),
-        "mean_p:positive": recall,
-        "mean_p:negative": wrong,
-        "mean_y:positive": (w * yes).sum(-1),
-        "mean_y:negative": (v * no).sum(-1),
+        "probability:positive": recall,
+        "probability:negative": wrong,
+        "behavior:positive": (w * yes).sum(-1),
+        "behavior:negative": (v * no).sum(-1),
     }
 
 
-def _coefficients(policy: Policy, reads: Reads) -> Floats:
+def _coefficients(policy: Policy, reads: Retraining) -> Floats:
     same = reads.prompt_ids == policy.prompt_ids
     if not same or list(reads.feature_ids) != policy.feature_ids.tolist():
         raise UserError(
