@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from taught.core.example import Example
     from taught.core.target import Target
-    from taught.data.examples import Pair
+    from taught.data.examples import Record
     from taught.estimators.adjoint import Problem
     from taught.model.readout import Readouts
     from taught.policy.ridge import Policy
@@ -225,7 +225,7 @@ class Setting:
     subject: Subject
     problem: Problem
     examples: list[Example]
-    example_rows: list[Pair]
+    example_rows: list[Record]
     groups: list[str]
     baseline: Readouts
     policy: Policy

@@ -41,12 +41,13 @@ from taught.run import files
 from taught.run.fingerprint import code_version, fingerprint
 from taught.run.folder import RunFolder
 from taught.sketches.store import digest
-from taught.stats.ranks import Correlation, ranks, spearman, spearman_interval
+from taught.stats.auc import auc, precision_at_k
+from taught.stats.intervals import Interval
+from taught.stats.multiplicity import holm
+from taught.stats.ranks import ranks, spearman, spearman_interval
 from taught.study.load import load_study
-from taught.study.methods import Checkpoint
 from taught.study.schema import Study
 from taught.validation.curves import LEAST_RUNS, Plan, compare_curves, plan_curve
-from taught.validation.lds import auc, holm, precision_at_k
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -445,14 +446,15 @@ def compare_scores(bench: Bench, results: Results) -> None:
     of = {row["method"]: row["scores"] for row in results.rows}
     p = [chance(scores, bench.planted) for scores in of.values()]
     for row, one, adjusted in zip(results.rows, p, holm(p), strict=True):
-        found = auc(row["scores"], bench.planted)
+        score, planted = list(row["scores"].values()), [i in bench.planted for i in row["scores"]]
+        found = auc(score, planted)
         row |= {
             "auc": found.value,
             "auc_lo": found.lo,
             "auc_hi": found.hi,
             "p": one,
             "p_holm": float(adjusted),
-            "precision": precision_at_k(row["scores"], bench.planted, len(bench.planted)),
+            "precision": precision_at_k(score, planted, len(bench.planted)),
             "correlation": {name: _correlation(row["scores"], scores) for name, scores in of.items()},
         }
     cards = {name: concept.card for name, concept in bench.concepts.items()}
@@ -480,7 +482,7 @@ def _correlation(a: Scores, b: Scores) -> float:
     return spearman(list(a.values()), [b[i] for i in a])
 
 
-def disagreements(rows: Sequence[Row]) -> dict[str, Correlation]:
+def disagreements(rows: Sequence[Row]) -> dict[str, Interval]:
     """Two methods that examples are left out by -> their rank correlation where low, lowest first.
 
     With a 95% interval over examples: only one that ends below ``DISAGREE`` says that they disagree.

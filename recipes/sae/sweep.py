@@ -22,15 +22,9 @@ from taught.data.chat import ChatFormat
 from taught.features.pooling import POSITIONS, pool, read_tokens
 from taught.model.forward import residuals
 from taught.model.load import load_model
-<<<<<<< HEAD
 from taught.model.readout import ReadPrompt, pack, read_prompts
 from taught.stages.subject import prompt_inputs, study_prompts
-from taught.study.schema import load_study
-=======
-from taught.model.readout import ReadPrompt, pack
-from taught.stages.subject import study_prompts
 from taught.study.load import load_study
->>>>>>> study
 
 PREFIXES = {"can't, cannot": ["I can't", "I cannot"], "can't, cannot, sorry": ["I can't", "I cannot", "I'm sorry"]}
 

@@ -80,7 +80,7 @@ def groups(shift: float):
 @pytest.mark.parametrize("method", ["difference", "logistic", "ridge"])
 def test_a_direction_that_is_no_better_than_chance_is_refused_unless_forced(method: str):
     X, positive = groups(0.0)
-    with pytest.raises(UserError, match=r"no better than chance(.|\n)*--force"):
+    with pytest.raises(UserError, match=r"no better than chance(.|\n)*force to true"):
         fitted_direction(X, positive, method)
     v, card = fitted_direction(X, positive, method, force=True)
     assert v.shape == (WIDTH,)

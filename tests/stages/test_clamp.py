@@ -17,7 +17,7 @@ from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
 from taught.model.forward import edited_output, get_block
 from taught.model.readout import pack, pack_apart, read_packed, read_prompts_plain
-from taught.policy.dose import agreement, control_p, response, share_of, slope
+from taught.policy.dose import agreement, control_p, response, slope
 from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.clamp import CONTROL_SCALE, SCALES
@@ -222,14 +222,6 @@ def test_few_prompts_have_a_slope_and_no_interval() -> None:
     found = response(np.ones(4), [2.0], np.ones((1, 4)), bootstrap=50, seed=0)
     assert found.slope.to_dict() == {"value": 1.0, "lo": None, "hi": None}
     assert found.means[0].to_dict() == {"value": 1.0, "lo": None, "hi": None}
-
-
-@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 40), (27, 40), (40, 40), (700, 1200)])
-def test_share_has_the_exact_binomial_interval(k: int, n: int) -> None:
-    scipy = pytest.importorskip("scipy.stats")
-    theirs = scipy.binomtest(k, n).proportion_ci(0.95, "exact")
-    found = share_of(k, n)
-    assert_allclose(found, (k / n, theirs.low, theirs.high), atol=1e-9)
 
 
 def test_p_of_controls_is_that_of_loops() -> None:

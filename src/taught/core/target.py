@@ -16,18 +16,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from taught.core.names import EVERY, TargetName
 from taught.core.readings import Moves, Readings
 from taught.core.registry import TARGETS
 from taught.errors import UserError
 from taught.policy.ridge import Shift, coefficient_shift
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = NDArray[np.float64]
 Cotangents = tuple[Floats | None, Floats | None]
@@ -41,6 +42,8 @@ class TargetKind:
     about : whether a name is needed behind the kind
     pathways : whether it acts along pathway x (features) and y (output), each of which can be asked for
     reads : what it is a functional of
+    rows : whether ``kind:*`` gives rows of the table of scores; else it asks for the change on every prompt
+        (``TargetSet.every_prompt``), which is kept as a matrix
     many : whether a run has one for each feature or prompt, too many for a column each
     spelling, instance : how it is written, and an example, for errors and help
     """
@@ -49,6 +52,7 @@ class TargetKind:
     pathways: ClassVar[bool] = False
     reads: ClassVar[Literal["behavior", "policy", "concepts"]] = "behavior"
     many: ClassVar[bool] = False
+    rows: ClassVar[bool] = True
     spelling: ClassVar[str] = ""
     instance: ClassVar[str] = ""
 
@@ -67,6 +71,23 @@ class TargetKind:
     def combine(self, name: TargetName, readings: Readings, moves: Moves) -> Floats | None:
         """The change by each example, [P], from the sums of ``moves``; None: from the cotangents only."""
         return None
+
+    def resampled(
+        self, name: TargetName, readings: Readings, dy: Floats, dX: Floats | None, counts: NDArray[np.int64]
+    ) -> Floats | str:
+        """Values [R, P] on R resamples of the prompts, from the change of every prompt (and of every feature).
+
+        Parameters
+        ----------
+        dy : [P, N]
+        dX : [P, N, d] or None where it is not known
+        counts : [R, N], how often each prompt is drawn
+
+        Returns
+        -------
+        The values, or in a sentence why there are none.
+        """
+        return "what this target is on other prompts is not known"
 
     def words(self, name: TargetName) -> str:
         """The target in words, for the report."""
@@ -99,10 +120,12 @@ class TargetSet:
     ----------
     names : T targets
     readings : at the base weights
+    every_prompt : whether the change on every prompt is wanted too (``Scores.details["dy"]``)
     """
 
     names: tuple[TargetName, ...]
     readings: Readings
+    every_prompt: bool = False
 
     @classmethod
     def of(cls, wanted: Iterable[TargetName | str], readings: Readings) -> TargetSet:
@@ -114,15 +137,19 @@ class TargetSet:
             An unknown target; one that needs features or concepts where none are read.
         """
         found: dict[str, TargetName] = {}
+        every_prompt = False
         for name in wanted:
             name = TargetName.parse(name) if isinstance(name, str) else name
+            if name.about == EVERY and not kind_of(name).rows:
+                every_prompt = True
+                continue
             for one in expand(name, readings):
                 found[str(one)] = one
-        return cls(tuple(found.values()), readings)
+        return cls(tuple(found.values()), readings, every_prompt)
 
     def select(self, names: Sequence[TargetName]) -> TargetSet:
         """Some of these targets."""
-        return TargetSet(tuple(names), self.readings)
+        return TargetSet(tuple(names), self.readings, self.every_prompt and len(names) == len(self.names))
 
     @cached_property
     def direct(self) -> tuple[TargetName, ...]:
@@ -150,6 +177,8 @@ class TargetSet:
 
     def cotangents(self, names: Sequence[TargetName] | None = None) -> tuple[Tensor | None, Tensor | None]:
         """A [K, N, d] and B [K, N] of some targets (the direct ones), float64; None where all are zero."""
+        import torch
+
         found = [self._cotangents(name) for name in (self.direct if names is None else names)]
         A = B = None
         if self.readings.X is not None and any(a is not None for a, _ in found):

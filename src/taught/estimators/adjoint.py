@@ -263,7 +263,8 @@ class Adjoint:
     ) -> Scores:
         """A query for each target; of many coefficients or prompts, sums of one basis."""
         many = sum(kind_of(name).many for name in targets.direct)
-        summed = targets.combinable if queries is None and many > max(FEW, problem.d) else ()
+        whole = targets.every_prompt or many > max(FEW, problem.d)
+        summed = targets.combinable if queries is None and whole else ()
         parts = []
         if summed:
             parts.append(_from_basis(problem, examples, targets.select(summed), work))

@@ -98,7 +98,6 @@ def attribution_cost(problem: Problem, examples: Sequence[Example], asked: Asked
         The model's gradients are not understood, or its blocks share parameters: the estimator
         would refuse it too.
     """
-<<<<<<< HEAD
     method.refuse()
     estimator = method.estimator.make(ESTIMATORS)
     curvature = method.curvature.make(CURVATURES)
@@ -186,44 +185,6 @@ def prompt_head(problem: Problem, examples: Sequence[Example]) -> float:
     it = _Passes.of(problem, examples)
     logits = sum(1 + len(prompt.histories) for prompt in problem.prompts)
     return 2.0 * len(examples) * logits * it.sizes.moving_head
-=======
-    sizes = _sizes(problem)
-    slots = problem.behavior.slots
-    packed = pack(problem.prompts, problem.behavior)
-    trees = sizes.forward([p.rows for p in packed], len(problem.prompts) * slots)
-    one = _over_examples(sizes, examples, batch_indices(examples, problem.batch_tokens))
-    gradient = 3 * one / len(examples)  # weights have gradients here: a backward pass is two
-    step = trees + gradient
-    cost = {"read-outs": trees + one}
-    if estimator == "finite-step":
-        cost = {"read-outs": 2 * trees, "finite steps": len(examples) * step}
-    elif estimator == "forward":  # x W moves with x and with W: three products in place of one
-        cost["forward mode"] = len(examples) * (3 * trees + gradient)
-    elif estimator == "sketch":
-        cost |= _sketched(problem, sizes, targets, 2 * one, examples)
-        cost["exact sample"] = (2 + 2 * 3) * trees
-        cost["forward mode"] = min(exact_top, len(examples)) * (3 * trees + gradient)
-    elif coefficients:
-        cost["features"] = _features(problem, sizes, targets, len(examples), one)
-        cost["prompts"] = _prompts(problem, sizes, examples)
-        if curvature == "adam":  # the output's gradients meet built, slot by slot
-            cost["prompts"] += 2.0 * len(examples) * len(problem.prompts) * slots * sizes.moving_head
-    else:
-        # The score along both pathways asks for all prompts, each group's mean for its own.
-        queries = 2 + groups
-        contracted = 2.0 * len(examples) * queries * sizes.moving
-        cost["targets"] = (2 + 2 * 3) * trees + 3 * one + contracted
-    if curvature == "adam" and estimated:
-        cost["second moments"] = 3 * one
-    if curvature == "ekfac":  # labels, squares of both sides of every layer, the basis, gradients
-        cost["curvature"] = 6 * one + _ekfac(problem, examples)
-    if exact_top and estimator != "finite-step":
-        cost["finite steps"] = trees + min(exact_top, len(examples)) * step
-    if exact_top and estimator in ("adjoint", "sketch"):  # two queries of all prompts, dual numbers
-        along = (1 + groups) * 3 * one / len(examples)
-        cost["token shares"] = 2 * 3 * trees + min(exact_top, len(examples)) * along
-    return cost
->>>>>>> study
 
 
 def validation_cost(

@@ -199,6 +199,7 @@ class FiniteStep:
     """The published loop: a real step on each example, all read-outs again, the difference."""
 
     exact: ClassVar[bool] = True
+    real: ClassVar[bool] = True
 
     def refuses(self, curvature: Curvature, trajectory: Trajectory) -> str | None:
         """A real step is one step from one set of weights."""

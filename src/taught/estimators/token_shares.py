@@ -1,12 +1,12 @@
-"""Which response tokens carry an example's effect: shares that add up to it exactly.
+"""Which scored tokens carry an example's effect: shares that add up to it exactly.
 
-The loss of an example is a sum over its response tokens, L = sum_j l_j with l_j = -log p(token j) / n
-under all tokens before it, and effects are linear in the gradient of the loss:
+The loss of an example is L = f(sum_j l_j) with l_j = -w_j log p(token j) under all tokens before it
+(w_j = 1 / n and f the identity for a response), and effects are linear in the gradient of the loss:
 
-    effect = sum_j share_j,    share_j = -lr < C^-1 grad l_j, grad F > = -lr < grad l_j, q >
+    effect = sum_j share_j,    share_j = -lr < C^-1 f' grad l_j, grad F > = -lr f' < grad l_j, q >
 
-with the query q = C^-1 grad F. The last form is the derivative of l_j along q, so one forward pass
-in dual numbers along -lr q gives the shares of all tokens at once.
+with the query q = C^-1 grad F and f' at the example's sum. The product is the derivative of l_j along
+q, so one forward pass in dual numbers along -lr q gives the shares of all tokens at once.
 Source: the decomposition follows from the loss; it is not an ablation of the token as *input*,
 which later tokens see too.
 """
@@ -48,7 +48,7 @@ def token_effects(
     *,
     progress: Progress | None = None,
 ) -> list[Tensor]:
-    """Share of every response token in its example's effect on a few targets.
+    """Share of every scored token in its example's effect on a few targets.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def token_effects(
 
     Returns
     -------
-    For each example float64 [n scored tokens, K]; the end of the turn is the last one. Sums
+    For each example float64 [n scored tokens, K], in the order of ``Example.scored``. Sums
     over tokens are the example's effects.
 
     Raises
@@ -99,7 +99,8 @@ def _along(
     step: dict[str, Tensor],
 ) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH), _as_in_training(model, sites):
-        return jvp(lambda p: functional_call(terms, p, (batch,)), (base,), (step,))[1].detach()
+        values, moved = jvp(lambda p: functional_call(terms, p, (batch,)), (base,), (step,))[:2]
+    return (moved * batch.slopes(values.sum(1))[:, None]).detach()
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class FeatureMap:
         return pool(acts, offsets.to(device), self.position)
 
     def response(self, h: Tensor, dh: Tensor, offsets: Tensor) -> Tensor:
-        """dX = gate(h) * (dh W_enc), pooled: the change of X for a change dh, gates held (trap 2).
+        """dX = gate(h) * (dh W_enc), pooled: the change of X for a change dh, gates held.
 
         The encoder is piecewise linear, so this is its exact derivative at h in direction dh.
         Forward mode; independent of the reverse-mode route that ``adjoint`` takes.

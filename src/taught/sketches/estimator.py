@@ -44,7 +44,7 @@ class Sketch:
     """An approximation of known error, from projected gradients that answer later questions too."""
 
     store: str | None = setting(
-        None, rules.optional(rules.path()), "folder of sketches, kept and grown; null: sketches in the run folder"
+        None, rules.optional(rules.place()), "folder of sketches, kept and grown; null: sketches in the run folder"
     )
     dim: int = setting(16384, rules.whole(64), "numbers a sketch has; the error falls as 1 / sqrt(dim)")
     error: float | None = setting(

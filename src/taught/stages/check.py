@@ -136,7 +136,7 @@ def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts
         report.problems.append("no example is left to be scored")
         return []
     report.add("example tokens", _spread([len(e.input_ids) for e in scored]))
-    report.add("response tokens", _spread([e.n_response for e in scored]))
+    report.add("response tokens", _spread([e.n_scored for e in scored]))
     return scored
 
 
@@ -160,7 +160,7 @@ def _check_truncation(report: CheckReport, study: Study, encoded: Sequence[Encod
     report.add("truncated", what + _fate(ids, drop))
     if ids and not drop:
         report.problems.append(f"{what}: {name_ids(ids)}; --drop-truncated leaves them out")
-    return [example for example in encoded if example.n_response > 0 and not (drop and example.truncated)]
+    return [example for example in encoded if example.n_scored > 0 and not (drop and example.truncated)]
 
 
 def _fate(ids: Sequence[str], drop: bool) -> str:

@@ -20,10 +20,11 @@ from taught.model.adapter import adapter_patterns
 from taught.model.forward import get_block
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
-from taught.study.methods import Checkpoint
 from taught.study.schema import Study
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from taught.core.example import Example
 
 
@@ -35,13 +36,13 @@ class Subject:
     ----------
     loaded : the model, its tokenizer and which weights were used
     chat : its chat format
-    sae : the sparse autoencoder, in the model's dtype and on its device
+    sae : the sparse autoencoder, in the model's dtype and on its device; None: there is none
     behavior : what is measured on every prompt
     """
 
     loaded: LoadedModel
     chat: ChatFormat
-    sae: SparseAutoencoder
+    sae: SparseAutoencoder | None
     behavior: Behavior
 
     @property
@@ -50,7 +51,30 @@ class Subject:
 
         A hub may serve other weights under the same name tomorrow.
         """
-        return {"model.weights": dict(self.loaded.weights), "sae.weights": self.sae.sha256()}
+        found: dict[str, Any] = {"model.weights": dict(self.loaded.weights)}
+        return found if self.sae is None else {**found, "sae.weights": self.sae.sha256()}
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return int(self.loaded.model.config.get_text_config().hidden_size)
+
+    @property
+    def required_sae(self) -> SparseAutoencoder:
+        """The sparse autoencoder.
+
+        Raises
+        ------
+        UserError
+            The study has none.
+        """
+        if self.sae is None:
+            raise UserError(
+                "this needs a sparse autoencoder, and the study has none",
+                rule="a policy is written in the features of an SAE",
+                fix="set sae.path in the study",
+            )
+        return self.sae
 
     def moving(self, study: Study) -> tuple[str, ...] | None:
         """Patterns of the parameters that a step moves: an adapter's alone where there is one."""
@@ -66,12 +90,13 @@ class Subject:
         """h -> X for the given feature ids."""
         import torch
 
-        index = torch.as_tensor(ids, device=self.sae.W_enc.device)
-        return FeatureMap(self.sae, index, study.sae.encoder, study.readout.position)
+        sae = self.required_sae
+        index = torch.as_tensor(ids, device=sae.W_enc.device)
+        return FeatureMap(sae, index, study.sae.encoder, study.readout.position)
 
 
 def open_subject(study: Study) -> Subject:
-    """Load the model, its chat format, the SAE and the behavior.
+    """Load the model, its chat format, the SAE (if the study has one) and the behavior.
 
     Raises
     ------
@@ -86,28 +111,25 @@ def open_subject(study: Study) -> Subject:
         chat_template=study.model.chat_template,
         adapter=study.model.adapter,
     )
-    parameter = next(loaded.model.parameters())
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    chat = ChatFormat(loaded.tokenizer, context=context)
+    subject = Subject(loaded, chat, None, study.behavior.make(BEHAVIORS, "behavior"))
     if study.sae.path is None:
-        raise UserError(
-            "no SAE is named", rule="the policy is written in features of an SAE", fix="pass --set sae.path=FOLDER"
-        )
+        return subject
+    parameter = next(loaded.model.parameters())
     sae = load_sae(study.sae.path, block=study.sae.block).to(parameter.device, parameter.dtype)
     get_block(loaded.model, sae.block)
-    width = loaded.model.config.get_text_config().hidden_size
-    if sae.width != width:
+    if sae.width != subject.width:
         raise UserError(
             "the SAE does not fit the model's width",
-            value=f"SAE {sae.width}, model {width}",
+            value=f"SAE {sae.width}, model {subject.width}",
             rule="both have the width of the residual stream",
             fix="use an SAE that was trained on this model",
         )
-    context = getattr(loaded.model.config, "max_position_embeddings", None)
-    chat = ChatFormat(loaded.tokenizer, context=context)
-    behavior = study.behavior.make(BEHAVIORS, "behavior")
-    return Subject(loaded, chat, sae, behavior)
+    return replace(subject, sae=sae)
 
 
-def open_checkpoint(study: Study, checkpoint: Checkpoint, subject: Subject) -> Any:
+def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | None) -> nn.Module:
     """Load the model of a checkpoint of the same training run.
 
     Where the study has an adapter, a checkpoint is an adapter of the same model.
@@ -119,60 +141,32 @@ def open_checkpoint(study: Study, checkpoint: Checkpoint, subject: Subject) -> A
     """
     whole = study.model.adapter is None
     loaded = load_model(
-        checkpoint.id if whole else study.model.id,
-        revision=checkpoint.revision if whole else study.model.revision,
+        id if whole else study.model.id,
+        revision=revision if whole else study.model.revision,
         dtype=study.model.dtype,
         device=study.model.device,
         chat_template=study.model.chat_template,
-        adapter=None if whole else checkpoint.id,
-        adapter_revision=None if whole else checkpoint.revision,
+        adapter=None if whole else id,
+        adapter_revision=None if whole else revision,
     )
     if loaded.tokenizer.get_vocab() != subject.loaded.tokenizer.get_vocab():
         raise UserError(
             "a checkpoint has another tokenizer than the model",
-            value=checkpoint.id,
+            value=id,
             rule="examples and prompts are the same tokens at every checkpoint",
             fix="use checkpoints of one training run",
         )
     width = loaded.model.config.get_text_config().hidden_size
-    if width != subject.sae.width:
+    if width != subject.width:
         raise UserError(
             "a checkpoint has another width than the model",
-            value=f"{checkpoint.id}: {width}, model {subject.sae.width}",
-            rule="one SAE reads every checkpoint",
+            value=f"{id}: {width}, model {subject.width}",
+            rule="what is read is read alike at every checkpoint",
             fix="use checkpoints of one training run",
         )
-    get_block(loaded.model, subject.sae.block)
+    if subject.sae is not None:
+        get_block(loaded.model, subject.sae.block)
     return loaded.model
-
-
-def refuse_combinations(study: Study) -> None:
-    """Raise a UserError for values of the section ``attribution`` that do not go together."""
-    spec = study.attribution
-    estimator, curvature = spec.estimator.kind, spec.curvature.kind
-    checkpoints = spec.trajectory.kind == "checkpoints"
-    if checkpoints and estimator == "finite-step":
-        raise UserError(
-            "the finite step cannot be taken at several checkpoints",
-            value="attribution.trajectory",
-            rule="a real step is one step from one set of weights; a sum of them is none",
-            fix="use --set attribution.estimator=adjoint, or forward",
-        )
-    if estimator == "sketch" and (checkpoints or curvature != "identity"):
-        raise UserError(
-            "sketches are of plain gradients at one set of weights",
-            value="attribution.trajectory" if checkpoints else f"curvature {curvature}",
-            rule="curvature identity and no checkpoints go with the estimator sketch",
-            fix="use --set attribution.estimator=adjoint",
-        )
-    moments = spec.curvature.values.get("moments")
-    if checkpoints and moments is not None:
-        raise UserError(
-            "one file of second moments cannot hold for several checkpoints",
-            value=moments,
-            rule="each checkpoint has moments of its own",
-            fix="use --set attribution.curvature.moments=null: they are estimated at each checkpoint",
-        )
 
 
 def study_prompts(study: Study) -> PromptSet:
@@ -213,6 +207,4 @@ def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str | None) -> lis
 
 def example_inputs(encoded: Sequence[EncodedExample]) -> list[Example]:
     """Token inputs of examples."""
-    from taught.core.example import sft
-
-    return [sft(example.id, example.input_ids, example.response_start) for example in encoded]
+    return [example.example() for example in encoded]

@@ -31,7 +31,6 @@ from taught.core.registry import (
 from taught.core.rules import Rule, Visit
 from taught.errors import UserError
 from taught.study import gone
-from taught.study.methods import known as registered
 
 __all__ = [
     "AttributionSpec",
@@ -99,7 +98,7 @@ def _method(key: str, registry: Registry[Any], default: str, doc: str) -> Any:
     def walk(key: str, value: Choice, visit: Visit) -> Choice:
         if not value.values:
             return value
-        known = parameters(registered(registry, value.kind))
+        known = parameters(registry.get(value.kind))
         values = {
             name: known[name].metadata["rule"].visited(f"{key}.{name}", item, visit)
             for name, item in value.values.items()
@@ -112,7 +111,7 @@ def _method(key: str, registry: Registry[Any], default: str, doc: str) -> Any:
 
 def _checked_parameters(key: str, registry: Registry[Any], kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters, in the method's order, without those that are at their defaults."""
-    known = parameters(registered(registry, kind))
+    known = parameters(registry.get(kind))
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
@@ -139,7 +138,7 @@ def _target() -> Rule:
         if value.startswith("mean_y:"):
             fix = f"write behavior:{value.removeprefix('mean_y:')}"
             raise UserError("no target has this name any more", value=value, fix=fix)
-        registered(TARGETS, value.partition(":")[0])
+        TARGETS.get(value.partition(":")[0])
         return str(TargetName.parse(value))
 
     return Rule("the name of a target, such as behavior:GROUP", parse)
@@ -352,6 +351,14 @@ class ConceptSpec(Section):
     method: Literal["logistic", "ridge"] = setting("logistic", rules.one_of("logistic", "ridge"), "of a probe")
     penalty: float = setting(1.0, rules.number(above=0), "of a probe, on rows of unit mean square")
     norm: Literal["unit", "none"] = setting("unit", rules.one_of("unit", "none"), "unit | none: as it is")
+    read: Literal["prompts", "responses"] = setting(
+        "prompts",
+        rules.one_of("prompts", "responses"),
+        "what the target's mean is over: prompts | responses of the examples",
+    )
+    group: str | None = setting(
+        None, rules.optional(rules.text()), "of these prompts only, or of examples with this label; null: all"
+    )
     force: bool = setting(False, rules.flag(), "true: also a direction that is no better than chance")
     sweep: bool = setting(False, rules.flag(), "true: the card shows every block")
 
@@ -499,7 +506,11 @@ class ValidationSpec(Section):
         rules.list_of(rules.number(above=0, maximum=1)),
         "removal: without, addition: only with these shares of the examples that the run names",
     )
-    remove_by: str = setting("behavior:harmless", _target(), "the examples named are those that raise this target most")
+    remove_by: str | None = setting(
+        None,
+        rules.optional(_target()),
+        "the examples named raise this target most; null: curation.target, or the behavior where it is not wanted",
+    )
     controls: int = setting(
         5, rules.whole(5), "random subsets beside those of removal, addition, curation, curated, as large"
     )
@@ -618,7 +629,7 @@ class Study:
         registry: Registry[Any] | None = None
         for part in key.split("."):
             if isinstance(owner, Choice) and registry is not None:
-                known = parameters(registered(registry, owner.kind))
+                known = parameters(registry.get(owner.kind))
                 if part not in known:
                     raise unknown_key(key, None)
                 return owner.values.get(part, known[part].default)

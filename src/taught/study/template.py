@@ -14,7 +14,6 @@ from typing import Any, cast
 import yaml
 
 from taught.core.registry import Choice, Registry, parameters
-from taught.study.methods import known as registered
 from taught.study.schema import Section, Study, plain
 
 HEAD = """\
@@ -61,10 +60,10 @@ def _method(item: Field, indent: str) -> Iterator[str]:
     default, names = cast(Choice, item.default).kind, registry.names()
     yield from _line(f"{indent}{item.name}:", item.metadata["doc"])
     yield from _line(f"{indent}  kind: {default}", " | ".join(names))
-    for part in parameters(registered(registry, default)).values():
+    for part in parameters(registry.get(default)).values():
         yield from _value(part, f"{indent}  ")
     for name in names:
-        known = parameters(registered(registry, name))
+        known = parameters(registry.get(name))
         if known and name != default:
             yield f"{indent}  # kind: {name}"
             yield from (f"{indent}  # {line}" for part in known.values() for line in _value(part, ""))

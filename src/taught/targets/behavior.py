@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from taught.core.names import TargetName
 from taught.core.readings import Moves, Readings
 from taught.core.registry import TARGETS
 from taught.core.target import Cotangents, Floats, TargetKind
 from taught.errors import UserError
+from taught.policy.certificate import resampled_means
 
 
 class MeanBehavior(TargetKind):
@@ -42,6 +44,12 @@ class MeanBehavior(TargetKind):
         mean: Floats = moves.dy[:, readings.rows(name.about)].mean(1)
         return mean
 
+    def resampled(
+        self, name: TargetName, readings: Readings, dy: Floats, dX: Floats | None, counts: NDArray[np.int64]
+    ) -> Floats | str:
+        """Mean over the prompts as often as they are drawn; nan if never."""
+        return resampled_means(dy, readings.rows(name.about), counts)
+
     def words(self, name: TargetName) -> str:
         """In words."""
         return "behavior" if name.about is None else f"behavior on {name.about}"
@@ -51,6 +59,7 @@ class PromptBehavior(TargetKind):
     """Behavior on one prompt."""
 
     many = True
+    rows = False
     spelling = "prompt:ID"
     instance = "prompt:p1"
 

@@ -22,6 +22,7 @@ from taught.core.readings import Moves, Readings
 from taught.core.registry import TARGETS
 from taught.core.target import Cotangents, Floats, TargetKind
 from taught.errors import UserError
+from taught.policy.certificate import resampled_score
 from taught.policy.ridge import Policy
 
 
@@ -77,6 +78,15 @@ class Score(_OfPolicy):
     def weights(self, name: TargetName, policy: Policy) -> Floats:
         """W."""
         return policy.coef
+
+    def resampled(
+        self, name: TargetName, readings: Readings, dy: Floats, dX: Floats | None, counts: NDArray[np.int64]
+    ) -> Floats | str:
+        """Each resample has its own policy; pathway x needs dX of every feature."""
+        if name.pathway != "y" and dX is None:
+            return "resampled prompts need dX of every feature (--set attribution.estimator=forward)"
+        x, y = resampled_score(policy_of(readings), counts, dy, None if name.pathway == "y" else dX)
+        return y if x is None else x if name.pathway == "x" else x + y
 
     def words(self, name: TargetName) -> str:
         """In words."""

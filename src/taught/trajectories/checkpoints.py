@@ -32,7 +32,9 @@ class Checkpoint:
     revision: str | None = None
 
 
-_CHECKPOINT = rules.record(Checkpoint, id=rules.text(), lr=rules.number(above=0), revision=rules.optional(rules.text()))
+_CHECKPOINT = rules.record(
+    Checkpoint, id=rules.folder_or_hub_id(), lr=rules.number(above=0), revision=rules.optional(rules.text())
+)
 
 
 @TRAJECTORIES.register("checkpoints")
