@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.common import RESULTS, Results, Row, Setting, _opened, console, cotangents, kept, run
 from benchmarks.ground_truth import ground_truth_study
 from taught.progress import RichProgress
-from taught.study.schema import load_study
+from taught.study.load import load_study
 
 if TYPE_CHECKING:
     from taught.core.example import Example

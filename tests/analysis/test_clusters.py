@@ -218,14 +218,13 @@ def test_constant_values_are_like_any_others():
 
 
 def test_intervals_are_those_of_a_mean():
-    rng = np.random.default_rng(3)
-    values = rng.normal(size=(400, 1))
-    half = 1.96 * values.std(ddof=1) / 20
-    (ends,) = under_test._intervals(values, rng)
-    np.testing.assert_allclose(ends, [values.mean() - half, values.mean() + half], atol=0.01)
-    (many,) = under_test._intervals(np.tile(values, (20, 1)), rng)
-    half = 1.96 * values.std() / np.sqrt(8000)
-    np.testing.assert_allclose(many, [values.mean() - half, values.mean() + half], atol=1e-4)
+    values = np.random.default_rng(3).normal(size=400)
+    for times, near in ((1, 0.01), (20, 1e-4)):  # resampled, and normal
+        some = np.tile(values, times)
+        ids = [f"e{i:04d}" for i in range(len(some))]
+        (found,) = cluster_examples(ids, [[100]] * len(ids), LABELS, {"score": some}, k=1, draws=9).effects
+        half = 1.96 * some.std(ddof=1) / np.sqrt(len(some))
+        np.testing.assert_allclose([found.lo, found.hi], [values.mean() - half, values.mean() + half], atol=near)
 
 
 def test_interference_against_loops():
@@ -333,7 +332,7 @@ def test_a_number_of_clusters_can_be_given():
         assert sizes == sorted(sizes, reverse=True) and sum(sizes) == 40
         assert found.silhouettes == {}
     for k in (0, sets + 1):
-        with pytest.raises(UserError, match=f"So many clusters.*\n  value: {k}\n.*most {sets}"):
+        with pytest.raises(UserError, match=f"so many clusters.*\n  value: {k}\n.*most {sets}"):
             cluster_examples(ids, active, LABELS, values, k=k)
 
 
@@ -373,7 +372,7 @@ def test_messages():
         cluster_examples(*good, {})
     with pytest.raises(UserError, match="id repeats\n  value: a"):
         cluster_examples(["a", "a"], [[100]] * 2, LABELS, {"score": [0.0, 1.0]})
-    with pytest.raises(UserError, match="Pair 'b' has features.*\n  value: 7"):
+    with pytest.raises(UserError, match="the example 'b' has features.*\n  value: 7"):
         cluster_examples(["a", "b"], [[100], [7, 101]], LABELS, {"score": [0.0, 1.0]})
 
 
@@ -469,7 +468,7 @@ def test_the_command_prints_a_table_or_csv(planted_run: Path, capsys: pytest.Cap
     assert "1 example without an active feature (cluster 0): example-0004." in said
     assert "mean_y:harmless: cluster" in said and "clusters.parquet" in said
     assert run_command(["clusters", str(planted_run), "--k", "999"]) == 2
-    assert "So many clusters" in capsys.readouterr().err
+    assert "so many clusters" in capsys.readouterr().err
 
 
 def test_the_report_shows_them_and_asks_for_them(planted_run: Path, tmp_path: Path):

@@ -135,7 +135,7 @@ def test_lengths_with_the_presets_own_tokenizer() -> None:
     folder = Path(next(iter(spec.submodule_search_locations or ())))
     gguf = next(folder.glob("*.gguf")).name
     chat = ChatFormat(AutoTokenizer.from_pretrained(folder, gguf_file=gguf))
-    prompts = chat.encode_prompts(PROMPTS)
+    prompts = [chat.encode_prompt(prompt.content, prompt.id) for prompt in PROMPTS]
     assert max(p.user_span[1] - p.user_span[0] for p in prompts) <= 60
     encoded, dropped = chat.encode_examples(ExampleSet((*PAIRS, *PLANTED), {}, ""), 128)
     assert dropped == []

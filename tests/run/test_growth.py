@@ -109,7 +109,7 @@ def _calls(folder: Path, n: int) -> dict[str, int]:
     """Python and C functions that each stage calls on n examples."""
     from taught import stages
     from taught.run.folder import RunFolder
-    from taught.study.schema import load_study
+    from taught.study.load import load_study
 
     folder = folder / str(n)
     folder.mkdir()

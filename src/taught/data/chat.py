@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from taught.data.columns import name_ids
@@ -18,7 +18,6 @@ from taught.errors import UserError
 if TYPE_CHECKING:
     from taught.core.example import Example
     from taught.data.examples import Record
-    from taught.data.prompts import Prompt
 
 # A text that no message holds and no template changes: where it stands in a rendering is where the
 # template puts a message.
@@ -45,18 +44,25 @@ class EncodedPrompt:
     id
         The prompt's id.
     input_ids
-        The template's rendering, with the generation prompt.
+        The template's rendering, with the generation prompt and what the template writes between
+        that and an answer.
     user_span
-        Token range (start, end) of the last user message's content.
+        Token range (start, end) of the last user message's content; empty for a text by itself.
     end_of_turn
         Index of the token that ends the last user turn; the last token of the content where the
         template marks the end of a turn by no special token.
+    suffixes
+        Tokens of what is scored behind the prompt.
+    left_out
+        Texts that are not scored, since what another one says contains them.
     """
 
     id: str
     input_ids: tuple[int, ...]
     user_span: tuple[int, int]
     end_of_turn: int
+    suffixes: tuple[tuple[int, ...], ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,9 +183,71 @@ class ChatFormat:
         span = _covering(tokens.offsets, start, end)
         return EncodedPrompt(id, tokens.ids, span, self._end_of_turn(tokens, end, span[1] - 1))
 
-    def encode_prompts(self, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
-        """Encode evaluation prompts, in order."""
-        return [self.encode_prompt(prompt.text, prompt.id) for prompt in prompts]
+    def encode_answers(
+        self, content: str | Sequence[Mapping[str, str]], answers: Sequence[str], id: str = "prompt"
+    ) -> EncodedPrompt:
+        """Encode an evaluation prompt with the beginnings of answers that are scored behind it.
+
+        The tokens of an answer are those that the rendered conversation has behind the prompt, up to
+        the end of the text: not those of the text alone, which may begin otherwise. What the template
+        writes between the generation prompt and an answer, such as an empty block of thoughts,
+        belongs to the prompt; white space that the tokenizer joins to the answer belongs to that.
+
+        Parameters
+        ----------
+        content
+            The user's message, or messages that end in one.
+        answers
+            Texts that the assistant's answer begins with.
+        id
+            The prompt's id, for messages of errors.
+
+        Raises
+        ------
+        UserError
+            As in :meth:`encode_prompt`, of the prompt or an answer; the tokenizer merges the end of
+            the prompt with an answer; the template writes something else before each answer.
+        """
+        prompt = self.encode_prompt(content, id)
+        before = _messages(content)
+        prompt_text = self._render(before, id, answer=True)
+        found = [self._answered(before, prompt_text, answer, id) for answer in answers]
+        heads = list(dict.fromkeys(head for head, _ in found))
+        if len(heads) > 1:
+            raise UserError(
+                f"the template writes something else before each answer to {id}",
+                value=[self.tokenizer.decode(head)[-40:] for head in heads],
+                rule="all answers of a prompt follow the same tokens",
+                fix="pass a --chat-template FILE that adds nothing to an answer",
+            )
+        return replace(prompt, input_ids=heads[0], suffixes=tuple(answer for _, answer in found))
+
+    def _answered(
+        self, before: Sequence[Mapping[str, str]], prompt_text: str, answer: str, id: str
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokens of the conversation before an answer, and those of the answer."""
+        turns = [*before, {"role": "assistant", "content": answer}]
+        text = self._render(turns, id, answer=False)
+        start, end = self._last_content(turns, text, id, answer=False)
+        whole = self._tokens(text[:end])
+        self._check_length(whole.ids, id)
+        heads = (text[:start], text[:start].rstrip()) if text[len(prompt_text) : start].strip() else (prompt_text,)
+        for head in heads:
+            prompt = self._tokens(head)
+            if whole.ids[: len(prompt.ids)] == prompt.ids:
+                break
+        _check_border(prompt_text, prompt, text, whole, id)
+        return prompt.ids, whole.ids[len(prompt.ids) :]
+
+    def encode_text(self, text: str, id: str = "prompt") -> EncodedPrompt:
+        """Encode a text by itself, without a template, as in pretraining.
+
+        All its tokens are scored but the first: the one that begins every text (BOS) where the
+        tokenizer adds it.
+        """
+        ids = tuple(self.tokenizer(text, verbose=False)["input_ids"])
+        self._check_length(ids, id)
+        return EncodedPrompt(id, ids[:1], (0, 0), 0, (ids[1:],))
 
     def encode_example(self, example: Record, max_tokens: int = 512) -> EncodedExample:
         """Encode a conversation; the loss is on its response, and on the other answers that count.

@@ -23,8 +23,10 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.core.example import Example, ExampleBatch, batch_examples, refuse_nonfinite
-from taught.estimators.adjoint import Problem, build_queries
+from taught.core.problem import Problem
+from taught.core.query import build_queries
 from taught.model.gradients import RowSparse, Site, find_sites, frozen
+from taught.progress import Progress
 
 
 class _Terms(nn.Module):
@@ -39,7 +41,12 @@ class _Terms(nn.Module):
 
 
 def token_effects(
-    problem: Problem, examples: Sequence[Example], A: Tensor, B: Tensor | None, *, progress: Any = None
+    problem: Problem,
+    examples: Sequence[Example],
+    A: Tensor | None,
+    B: Tensor | None,
+    *,
+    progress: Progress | None = None,
 ) -> list[Tensor]:
     """Share of every scored token in its example's effect on a few targets.
 
@@ -64,11 +71,12 @@ def token_effects(
     the queries, and one of them once more. Attention runs without fused kernels.
     """
     model, sites = problem.model, find_sites(problem.model, problem.parameters)
-    terms, shares = _Terms(model), [torch.zeros(p.n_scored, len(A)).double() for p in examples]
+    count = next(len(part) for part in (A, B) if part is not None)
+    terms, shares = _Terms(model), [torch.zeros(p.n_scored, count).double() for p in examples]
     with frozen(model):
         queries = build_queries(problem, sites, A, B, progress)
         base = {f"model.{name}": model.get_parameter(name).detach() for name in queries}
-        for k in range(len(A)):
+        for k in range(count):
             step = {
                 f"model.{name}": -problem.lr * _dense(query, k, model.get_parameter(name))
                 for name, query in queries.items()

@@ -33,6 +33,13 @@ def read_tokens(encoded: Any, position: str) -> list[int]:
     position
         One of :data:`POSITIONS`.
     """
+    if encoded.user_span[0] == encoded.user_span[1]:
+        raise UserError(
+            f"there is no user's turn in {encoded.id} at which features could be read",
+            value="a text by itself",
+            rule="X is read at a prompt of a chat",
+            fix="leave sae.path and concepts empty, or use --set behavior.of=answer",
+        )
     if position == "last_user":
         return [encoded.end_of_turn]
     if position == "last_prompt":
@@ -81,7 +88,7 @@ class FeatureMap:
         return pool(acts, offsets.to(device), self.position)
 
     def response(self, h: Tensor, dh: Tensor, offsets: Tensor) -> Tensor:
-        """dX = gate(h) * (dh W_enc), pooled: the change of X for a change dh, gates held (trap 2).
+        """dX = gate(h) * (dh W_enc), pooled: the change of X for a change dh, gates held.
 
         The encoder is piecewise linear, so this is its exact derivative at h in direction dh.
         Forward mode; independent of the reverse-mode route that ``adjoint`` takes.
