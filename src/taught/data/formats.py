@@ -162,7 +162,7 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
     system = text_cell(row, columns, "system", name)
     given = cell(row, columns, "messages")
     if given is not None:
-        turns = _turns(given, name)
+        turns = read_turns(given, name)
         _refuse_beside(row, columns, turns, name)
     elif not {"prompt", "response"} <= set(columns):
         raise UserError(
@@ -242,7 +242,14 @@ def _mark(turn: Message, name: str) -> bool | None:
     return next((bool(value) for value in given.values()), None)
 
 
-def _turns(value: object, name: str) -> list[Message]:
+def read_turns(value: object, name: str) -> list[Message]:
+    """Messages of a conversation, as {role, content} or ShareGPT's {from, value}.
+
+    Raises
+    ------
+    UserError
+        A message has no role, or no text as its content.
+    """
     turns = []
     for turn in value if isinstance(value, list | tuple) else [value]:
         given: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
@@ -272,7 +279,7 @@ def _part(row: Row, columns: Mapping[str, str], field: str, role: str, name: str
     """The turns of a prompt or a response: a text, or messages."""
     value = cell(row, columns, field)
     if isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
-        return _turns(value, name)
+        return read_turns(value, name)
     return [{"role": role, "content": text_cell(row, columns, field, name)}]
 
 
@@ -311,7 +318,7 @@ def _refuse_beside(row: Row, columns: Mapping[str, str], turns: Sequence[Message
         if not _holds(value):
             continue
         part = isinstance(value, list | tuple) and all(isinstance(turn, Mapping) for turn in value)
-        texts = [turn["content"] for turn in _turns(value, name)] if part else [str(value)]
+        texts = [turn["content"] for turn in read_turns(value, name)] if part else [str(value)]
         if not all(any(text in turn["content"] for turn in turns) for text in texts):
             raise UserError(
                 f"{name} has messages and a {columns[field]} that is not among them",
