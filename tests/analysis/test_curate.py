@@ -70,7 +70,7 @@ def test_equal_to_the_median_is_kept():
 
 
 def test_labels_can_have_other_names():
-    out = curate(["a", "b"], ["r", "c"], [0.0, 1.0], refusal_label="r", compliance_label="c")
+    out = curate(["a", "b"], ["r", "c"], [0.0, 1.0], positive_label="r", negative_label="c")
     assert [row["action"] for row in out] == ["drop", "drop"]
 
 
