@@ -45,7 +45,8 @@ from taught.stats.auc import auc, precision_at_k
 from taught.stats.intervals import Interval
 from taught.stats.multiplicity import holm
 from taught.stats.ranks import ranks, spearman, spearman_interval
-from taught.study.schema import Checkpoint, Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from taught.validation.curves import LEAST_RUNS, Plan, compare_curves, plan_curve
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def conditions(bench: Bench, share: int) -> Row:
         "planted": len(bench.planted),
         "prompts": {group: len(ids) for group, ids in bench.ready.groups.items()},
         "leak_group": bench.leak,
-        "prefixes": list(problem.behavior.prefixes),
+        **asdict(problem.behavior),
         "block": problem.block,
         "features": bench.ready.fitted.d,
         "policy_r2": policy["r2"],
@@ -317,7 +318,7 @@ def _concept_gradient(bench: Bench, metric: Metric) -> Tensor:
     concept, inputs = bench.concepts["difference"], bench.ready.inputs
     some = [prompt for prompt in bench.prompts if prompt.group == bench.leak]
     where = concept.position
-    reads = prompt_inputs(bench.subject.chat.encode_prompts(some), where)
+    reads = prompt_inputs(bench.subject.encode(some), where)
     like = next(bench.subject.loaded.model.parameters())
     problem = make_problem(bench.study, bench.subject, reads, concept.block, concept_map([concept], where, like))
     targets = concept_targets([read.id for read in reads], [concept.name])

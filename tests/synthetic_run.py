@@ -6,6 +6,7 @@ made-up activations (with intercept), the coefficient shifts come from made-up `
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from taught.analysis.interference import comovement
+from taught.core.scores import Scores, scores_schema
 from taught.policy.certificate import Ranking, rank_statements
 from taught.policy.checks import checks
 from taught.run.folder import RunFolder
@@ -65,6 +67,9 @@ def build_synthetic_run(
     *,
     stages: tuple[str, ...] = ("policy", "clamp", "attribute", "curate"),
     hostile: bool = False,
+    sae: bool = True,
+    concepts: bool = False,
+    extra: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Path:
     """Write a run folder up to the given stages and return its path.
@@ -79,22 +84,37 @@ def build_synthetic_run(
         Which stages have run.
     hostile
         Put markup, scripts and terminal escapes into every text of the data.
+    sae
+        Without one there is no policy, and the targets are behaviors.
+    concepts
+        Add a concept with three methods to the scores.
+    extra
+        Further targets, as a plugin would add them.
     seed
         Seed of the made-up numbers.
     """
     made = _Made(size, hostile, np.random.default_rng(seed))
+    made.sae, made.concepts, made.extra = sae, concepts, extra
     run, study = (RunFolder(path, command="taught demo"), synthetic_study(path))
     writers = {
-        "policy": _write_policy,
+        "policy": _write_policy if sae else _write_prompts,
         "clamp": _write_clamp,
         "attribute": _write_attribute,
         "curate": _write_curate,
-        "concept-influence": _write_concepts,
     }
     for stage in stages:
         with run.stage(stage, study, {"model.weights": "5af571cb"}):
             writers[stage](run, made)
+    if not sae:
+        _forget_sae(run)
     return path
+
+
+def _forget_sae(run: RunFolder) -> None:
+    """The study of the manifest asks for no SAE."""
+    manifest = run.manifest
+    manifest["study"]["sae"]["path"] = None
+    run.path("manifest.json").write_text(json.dumps(manifest))
 
 
 class _Made:
@@ -160,6 +180,29 @@ class _Made:
         self.loss = rng.gamma(4, 0.3, p)
         self.length = rng.integers(8, 300, p)
 
+    def targets(self) -> dict[str, np.ndarray]:
+        """Target -> value of every example; with a policy also coefficients and pathways."""
+        found = {}
+        if self.sae:
+            for name, shift in (("", self.dW_x + self.dW_y), (":x", self.dW_x), (":y", self.dW_y)):
+                found[f"score{name}"] = shift @ self.W
+                found |= {f"coefficient:{f}{name}": shift[:, j] for j, f in enumerate(self.feature_ids)}
+        for group in ("harmful", "harmless"):
+            found[f"behavior:{group}"] = self.dy[:, [g == group for g in self.groups]].mean(1)
+        found |= {name: np.sin(np.arange(self.p) + 1.0) * 1e-3 for name in self.extra}
+        if self.concepts:
+            found[f"concept:{self.text('refusal')}"] = 1e-4 * np.random.default_rng(7).normal(0, 1, self.p)
+        return found
+
+    def concept_values(self) -> dict[str, np.ndarray]:
+        """Method -> its values for the concept: the gradient agrees with the difference, not with the filter."""
+        own, rng = self.targets()[f"concept:{self.text('refusal')}"], np.random.default_rng(8)
+        return {
+            "adjoint": own,
+            "vector-filter": rng.normal(0, 3, self.p),
+            "projection-difference-response": 1e4 * own + rng.normal(0, 0.1, self.p),
+        }
+
 
 def synthetic_study(path: Path) -> Study:
     """The study of the run at ``path``; its files are stubs, which is all that a run looks at."""
@@ -176,7 +219,7 @@ def _table(run: RunFolder, name: str, columns: dict[str, object]) -> None:
     run.write_table(name, pa.table(columns))
 
 
-def _write_policy(run: RunFolder, made: _Made) -> None:
+def _write_prompts(run: RunFolder, made: _Made) -> None:
     y_hat = made.y.mean() + made.Xc @ made.W + made.rng.normal(0, 0.3, made.n)
     texts = [
         made.text(FORMS[i % 2 if g == "harmful" else 2 + i % 2].format(TOPICS[i % len(TOPICS)]))
@@ -207,6 +250,10 @@ def _write_policy(run: RunFolder, made: _Made) -> None:
         },
         {"prompt_ids": made.prompt_ids},
     )
+
+
+def _write_policy(run: RunFolder, made: _Made) -> None:
+    _write_prompts(run, made)
     ids = {"prompt_ids": made.prompt_ids, "feature_ids": made.feature_ids.tolist()}
     run.write_tensors("activations", {"X": made.X}, ids)
     _write_features(run, made)
@@ -414,20 +461,23 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
             "category": [HARMFUL[i % 6] if i % 2 == 0 else HARMLESS[i % 3] for i in range(made.p)],
             "source": ["synthetic"] * made.p,
             "n_tokens": made.length + 20,
-            "n_response": made.length,
+            "n_scored": made.length,
             "truncated": [False] * made.p,
             "loss": made.loss,
         },
     )
-    _write_influence(run, made)
+    _write_scores(run, made)
     _write_summary(run, made)
-    _write_certificates(run, made)
     _write_token_shares(run, made)
+    if made.sae:
+        _write_certificates(run, made)
+        run.write_tensors(
+            "comovement", {"r": comovement(made.dW_x + made.dW_y)}, {"feature_ids": made.feature_ids.tolist()}
+        )
+    if made.concepts:
+        _write_concepts(run, made)
     ids = {"example_ids": made.example_ids, "prompt_ids": made.prompt_ids}
     run.write_tensors("prompt_effects", {"dy": made.dy.astype(np.float32)}, ids)
-    shifts = made.dW_x + made.dW_y
-    ids = {"feature_ids": made.feature_ids.tolist()}
-    run.write_tensors("comovement", {"r": comovement(shifts)}, ids)
 
 
 def _write_certificates(run: RunFolder, made: _Made) -> None:
@@ -451,90 +501,78 @@ def _write_certificates(run: RunFolder, made: _Made) -> None:
     mean_y, nothing = made.dy.mean(1), np.zeros(made.p)
     found = rank_statements(
         Ranking("score", score, 0.01 * np.abs(score), None, "needs dX"), made.example_ids, None
-    ) + rank_statements(Ranking("mean_y:harmful", mean_y, nothing, None), made.example_ids, [np.tile(mean_y, (40, 1))])
+    ) + rank_statements(
+        Ranking("behavior:harmful", mean_y, nothing, None), made.example_ids, [np.tile(mean_y, (40, 1))]
+    )
     run.write_table("statements", pa.Table.from_pylist([row._asdict() for row in found]))
 
 
-def _write_influence(run: RunFolder, made: _Made) -> None:
-    rows = []
-    for i, example in enumerate(made.example_ids):
-        parts = {"x": made.dW_x[i], "y": made.dW_y[i], "total": made.dW_x[i] + made.dW_y[i]}
-        for pathway, shift in parts.items():
-            rows.append((example, "score", None, None, pathway, float(shift @ made.W)))
-            rows += [
-                (example, "coefficient", int(f), None, pathway, float(v))
-                for f, v in zip(made.feature_ids, shift, strict=True)
-            ]
-        for group in ("harmful", "harmless"):
-            at = [g == group for g in made.groups]
-            rows.append((example, "mean_y", None, group, "y", float(made.dy[i][at].mean())))
-    rows = [(*row, "adjoint") for row in rows]
-    checked = set(made.example_ids[:3])  # a second estimator, slightly different, for the first examples
-    rows += [(*r[:5], 1.01 * r[5], "finite-step") for r in rows if r[0] in checked]
-    names = ("example_id", "target", "feature_id", "group", "pathway", "value", "estimator")
-    columns = {name: [r[k] for r in rows] for k, name in enumerate(names)}
-    columns["feature_id"] = pa.array(columns["feature_id"], pa.int64())
-    columns["se"] = pa.nulls(len(rows), pa.float64())
-    _table(run, "influence", columns)
+def _write_scores(run: RunFolder, made: _Made) -> None:
+    """The run's own method, a second one, slightly different, for the first examples, and a concept's."""
+    found = [("adjoint", target, values, made.example_ids) for target, values in made.targets().items()]
+    found += [("finite-step", target, 1.01 * values[:3], made.example_ids[:3]) for _, target, values, _ in found]
+    if made.concepts:
+        name = f"concept:{made.text('refusal')}"
+        found += [(m, name, v, made.example_ids) for m, v in made.concept_values().items() if m != "adjoint"]
+    parts = [
+        Scores(method, tuple(ids), (_Named(target),), np.asarray(values)[:, None]).part(_Named(target))
+        for method, target, values, ids in found
+    ]
+    with run.table_writer("scores", scores_schema()) as write:
+        for part in parts:
+            write(part)
+
+
+class _Named(str):
+    """A target whose kind nobody registered."""
 
 
 def _write_summary(run: RunFolder, made: _Made) -> None:
-    shifts = made.dW_x + made.dW_y
-    harmful = np.array([g == "harmful" for g in made.groups])
-    score_x, score_y = made.dW_x @ made.W, made.dW_y @ made.W
-    score = score_x + score_y
-    size = np.abs(shifts)
+    found = {name: values for name, values in made.targets().items() if not name.startswith("coefficient:")}
+    first = next(iter(found.values()))
+    columns = {
+        "example_id": made.example_ids,
+        "label": made.example_labels,
+        **found,
+        "loss": made.loss,
+        "n_scored": made.length,
+        "rank": np.argsort(np.argsort(-np.abs(first))) + 1,
+    }
+    _table(run, "summary", columns | (_interference(made) if made.sae else {}))
+
+
+def _interference(made: _Made) -> dict[str, object]:
+    size = np.abs(made.dW_x + made.dW_y)
     dominant = made.feature_ids[size.argmax(1)]
     inside = np.array([np.isin(made.feature_ids, chosen) for chosen in made.intended])
-    _table(
-        run,
-        "summary",
-        {
-            "example_id": made.example_ids,
-            "label": made.example_labels,
-            "score": score,
-            "score_x": score_x,
-            "score_y": score_y,
-            "score_se": pa.nulls(len(score), pa.float64()),
-            "mean_y_harmful": made.dy[:, harmful].mean(1),
-            "mean_y_harmless": made.dy[:, ~harmful].mean(1),
-            "loss": made.loss,
-            "n_response": made.length,
-            "intended": made.intended,
-            "outside_share": (size * ~inside).sum(1) / size.sum(1),
-            "outside_change": (size * ~inside).sum(1),
-            "dominant_feature": dominant,
-            "dominant_share": size.max(1) / size.sum(1),
-            "unintended": [int(f) not in c for f, c in zip(dominant, made.intended, strict=True)],
-            "rank": np.argsort(np.argsort(-np.abs(score))) + 1,
-            "refit_score": score * 1.01,
-            "step_score": pa.nulls(made.p, pa.float64()),
-        },
-    )
+    return {
+        "score se": pa.nulls(made.p, pa.float64()),
+        "intended": made.intended,
+        "outside_share": (size * ~inside).sum(1) / size.sum(1),
+        "outside_change": (size * ~inside).sum(1),
+        "dominant_feature": dominant,
+        "dominant_share": size.max(1) / size.sum(1),
+        "unintended": [int(f) not in c for f, c in zip(dominant, made.intended, strict=True)],
+        "refit_score": made.targets()["score"] * 1.01,
+        "step_score": pa.nulls(made.p, pa.float64()),
+    }
 
 
 def _write_token_shares(run: RunFolder, made: _Made) -> None:
-    """Of the two strongest examples; the shares add up to the score and to the groups' mean y."""
-    score = (made.dW_x + made.dW_y) @ made.W
-    rows = []
-    for i in np.argsort(-np.abs(score))[:2]:
-        wholes = [("score", None, float(score[i]))] + [
-            ("mean_y", group, float(made.dy[i][[g == group for g in made.groups]].mean()))
-            for group in ("harmful", "harmless")
-        ]
-        for target, group, whole in wholes:
-            for position, (token, share) in enumerate(_tokens(made, whole)):
-                rows.append(
-                    {
-                        "example_id": made.example_ids[i],
-                        "target": target,
-                        "group": group,
-                        "position": position,
-                        "token": token,
-                        "share": share,
-                    }
-                )
+    """Of the two strongest examples; the shares add up to their values."""
+    found = {name: values for name, values in made.targets().items() if name.partition(":")[0] in SHARED}
+    found = {name: values for name, values in found.items() if name[-2:] not in (":x", ":y")}
+    first = next(iter(found.values()))
+    rows = [
+        {"example_id": made.example_ids[i], "target": target, "position": position, "token": token, "share": share}
+        for i in np.argsort(-np.abs(first))[:2]
+        for target, values in found.items()
+        for position, (token, share) in enumerate(_tokens(made, float(values[i])))
+    ]
     run.write_table("token_shares", pa.Table.from_pylist(rows))
+
+
+SHARED = ("score", "behavior", "concept")
 
 
 def _tokens(made: _Made, whole: float) -> list[tuple[str, float]]:
@@ -542,73 +580,36 @@ def _tokens(made: _Made, whole: float) -> list[tuple[str, float]]:
     return [(token, part * whole) for token, part in parts]
 
 
-CONCEPT_METHODS = ("gradient", "vector-filter", "projection-difference-response")
-
-
 def _write_concepts(run: RunFolder, made: _Made) -> None:
-    """One concept; the gradient agrees with the projection difference, not with the filter."""
-    name, base = made.text("refusal"), made.rng.normal(0, 1, made.p)
-    values = {
-        "gradient": 1e-4 * base,
-        "vector-filter": made.rng.normal(0, 3, made.p),
-        "projection-difference-response": base + made.rng.normal(0, 0.1, made.p),
+    name, values = made.text("refusal"), made.concept_values()
+    couples = [(a, b, spearman(values[a], values[b])) for a, b in combinations(values, 2)]
+    run.write_table(
+        "agreement",
+        pa.Table.from_pylist(
+            [
+                {
+                    "target": f"concept:{name}",
+                    "method": a,
+                    "other": b,
+                    "rank_correlation": r,
+                    "lo": r - 0.1,
+                    "hi": r + 0.1,
+                }
+                for a, b, r in couples
+            ]
+        ),
+    )
+    concept = {
+        "name": name,
+        "block": 10,
+        "provenance": {"source": "difference"},
+        "card": {"auc": {"value": 0.91, "lo": 0.84, "hi": 0.97}, "held_out": True},
     }
-    table = pa.Table.from_pylist(
-        [
-            {"example_id": example, "concept": name, "method": method, "value": float(value)}
-            for method, column in values.items()
-            for example, value in zip(made.example_ids, column, strict=True)
-        ]
-    )
-    run.write_table("concept_influence", table)
-    run.write_table(
-        "concept_agreement",
-        pa.Table.from_pylist(
-            [
-                {"concept": name, "method": a, "other": b, "rank_correlation": r, "lo": r - 0.1, "hi": r + 0.1}
-                for a, b in combinations(CONCEPT_METHODS, 2)
-                for r in [spearman(values[a], values[b])]
-            ]
-        ),
-    )
-    top = int(np.argmax(np.abs(base)))
-    run.write_table(
-        "concept_tokens",
-        pa.Table.from_pylist(
-            [
-                {
-                    "example_id": made.example_ids[top],
-                    "concept": name,
-                    "position": position,
-                    "token": token,
-                    "share": share,
-                }
-                for position, (token, share) in enumerate(_tokens(made, 1e-4 * float(base[top])))
-            ]
-        ),
-    )
-    run.write_json(
-        "concept_influence",
-        {
-            "methods": list(CONCEPT_METHODS),
-            "group": None,
-            "read": "prompts",
-            "checkpoint": None,
-            "lr": 1e-4,
-            "concepts": [
-                {
-                    "name": name,
-                    "block": 10,
-                    "provenance": {"source": "difference"},
-                    "card": {"auc": {"value": 0.91, "lo": 0.84, "hi": 0.97}, "held_out": True},
-                }
-            ],
-        },
-    )
+    run.write_json("concepts", {"concepts": [concept]})
 
 
 def _write_curate(run: RunFolder, made: _Made) -> None:
-    score = (made.dW_x + made.dW_y) @ made.W
+    target, score = next(iter(made.targets().items()))
     refusal = np.array([lab == LABELS[0] for lab in made.example_labels])
     low, high = float(np.median(score[~refusal])), float(np.median(score[refusal]))
     drop = np.where(refusal, score < low, score > high)
@@ -624,6 +625,7 @@ def _write_curate(run: RunFolder, made: _Made) -> None:
             "example_id": made.example_ids,
             "action": ["drop" if k else "keep" for k in drop],
             "rule": ["paper"] * made.p,
+            "target": [target] * made.p,
             "reason": reason,
             "score": score,
             "threshold": threshold,

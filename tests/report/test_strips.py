@@ -20,7 +20,8 @@ from taught.report.strips import LEVELS, strips
 from taught.report.view import load_view
 from taught.run.folder import RunFolder
 from taught.stages import ConceptQuestion, ConceptRequest
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_study import write_tiny_study
 
 ALL = ("policy", "attribute", "concept-influence")

@@ -22,7 +22,8 @@ from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.clamp import CONTROL_SCALE, SCALES
 from taught.stages.subject import open_subject, prompt_inputs, study_prompts
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_models import (
     BLOCK,
     ENCODERS,
@@ -302,7 +303,7 @@ def test_the_table_is_that_of_edits_in_plain_passes(study: Study, run: RunFolder
     subject, rows = open_subject(study), rows_of(run)
     model, block = subject.loaded.model, subject.sae.block
     arrays, ids = run.read_tensors("activations")
-    encoded = subject.chat.encode_prompts(study_prompts(study))
+    encoded = subject.encode(study_prompts(study))
     inputs = {p.id: p for p in prompt_inputs(encoded, study.readout.position)}
 
     def y(prompt, edit) -> float:

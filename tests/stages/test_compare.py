@@ -26,7 +26,7 @@ from taught.stages.estimating import prepare, read_data
 from taught.stages.subject import open_subject
 from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman
-from taught.study.schema import load_study
+from taught.study.load import load_study
 from taught.validation.comparison import is_planted, truths
 from taught.validation.score_tables import placed, read_scores
 from tiny_study import SMALL_STEPS, with_values, write_tiny_study

@@ -32,7 +32,8 @@ from taught.stages import ConceptQuestion, ConceptRequest, estimating
 from taught.stages.concept_influence import METHODS
 from taught.stages.subject import open_subject, study_examples, study_prompts
 from taught.stats.ranks import spearman
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_models import (
     BLOCK,
     MODELS,

@@ -15,7 +15,8 @@ from taught.features.concept import Concept, save_concept
 from taught.run.folder import RunFolder
 from taught.stages.concept_influence import ConceptQuestion
 from taught.stages.targets import read_targets
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_study import BLOCK, write_tiny_study
 from tiny_study import WIDTH as STUDY_WIDTH
 

@@ -18,7 +18,8 @@ from taught.report.compared import compared_tables, curve_sentences
 from taught.run.folder import RunFolder
 from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from taught.training.retrain import Retrainer
 from tiny_study import SMALL_STEPS, with_values, write_tiny_study
 

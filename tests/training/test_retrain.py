@@ -21,7 +21,9 @@ from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.estimating import prepare, read_data
 from taught.stages.subject import open_checkpoint, open_subject
-from taught.study.schema import Checkpoint, ValidationSpec, load_study
+from taught.study.load import load_study
+from taught.study.methods import Checkpoint
+from taught.study.schema import ValidationSpec
 from taught.training.loop import Recipe, train
 from taught.training.retrain import Answering, Retrainer, Retraining
 from tiny_models import BLOCK, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem

@@ -21,7 +21,9 @@ from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages import estimating
 from taught.stages.check import check_study
-from taught.study.schema import Checkpoint, Study, dump_study, load_study
+from taught.study.load import dump_study, load_study
+from taught.study.methods import Checkpoint
+from taught.study.schema import Study
 from taught.trajectories import checkpoints
 from taught.trajectories.checkpoints import NumberedPieces, at_checkpoint, summed
 from tiny_models import plain_loss, tiny_examples, tiny_model, tiny_problem, tiny_prompts

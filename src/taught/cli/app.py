@@ -122,7 +122,7 @@ def init(path: Path = Path("study.yaml"), /, *, force: Switch = False) -> int:
         Replace the file if it exists.
     """
     from taught.run.files import write_bytes
-    from taught.study.schema import COMMENTED_TEMPLATE
+    from taught.study.template import template
 
     if path.is_dir():
         path = path / "study.yaml"
@@ -130,7 +130,7 @@ def init(path: Path = Path("study.yaml"), /, *, force: Switch = False) -> int:
         raise UserError("the file exists already", value=str(path), fix="name another file, or pass --force")
     if not path.parent.is_dir():
         raise UserError("no such folder", value=str(path.parent), fix="make the folder first")
-    write_bytes(path, COMMENTED_TEMPLATE.encode())
+    write_bytes(path, template().encode())
     _out().print(f"{path} written; edit it, then: taught check {path}", highlight=False)
     return 0
 
@@ -701,7 +701,7 @@ def _cost(run: RunFolder, *stages: str) -> str:
 
 
 def _load(source: str, overrides: Overrides) -> Study:
-    from taught.study.schema import load_study
+    from taught.study.load import load_study
 
     study = load_study(source)
     for text in overrides.set:

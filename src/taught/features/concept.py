@@ -81,6 +81,26 @@ class Concept:
             )
         require_place(self.position, self.tokens)
 
+    def record(self) -> dict[str, Any]:
+        """All but the direction, as plain values."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "width": self.width,
+            "block": self.block,
+            "position": self.position,
+            "tokens": self.tokens,
+            "weights": dict(self.weights),
+            "provenance": dict(self.provenance),
+            "card": dict(self.card),
+        }
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], direction: ArrayLike) -> Concept:
+        """A concept from its record and its direction."""
+        names = ("name", "block", "position", "tokens", "weights", "provenance", "card")
+        return cls(direction=np.asarray(direction, np.float64), **{name: record[name] for name in names})
+
     @property
     def width(self) -> int:
         """D, the width of the residual stream."""
@@ -101,7 +121,7 @@ class Concept:
                 f"the concept {self.name} was made on other weights",
                 value=dict(self.weights),
                 rule=f"the study's model: {dict(weights)}",
-                fix="make the concept anew, from this model",
+                fix="make the concept anew: taught run STUDY --only concepts --fresh",
             )
 
 
@@ -375,18 +395,7 @@ def save_concept(concept: Concept, folder: Path) -> None:
     """Write ``concept.safetensors`` (direction) and ``concept.json`` (the rest) into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     content = tensors_bytes({"direction": concept.direction})
-    record = {
-        "format": FORMAT,
-        "name": concept.name,
-        "width": concept.width,
-        "block": concept.block,
-        "position": concept.position,
-        "tokens": concept.tokens,
-        "weights": dict(concept.weights),
-        "provenance": dict(concept.provenance),
-        "card": dict(concept.card),
-        "sha256": sha256_bytes(content),
-    }
+    record = {**concept.record(), "sha256": sha256_bytes(content)}
     write_bytes(folder / "concept.safetensors", content)
     write_bytes(folder / "concept.json", json_bytes(record))
 

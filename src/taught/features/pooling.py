@@ -33,6 +33,13 @@ def read_tokens(encoded: Any, position: str) -> list[int]:
     position
         One of :data:`POSITIONS`.
     """
+    if encoded.user_span[0] == encoded.user_span[1]:
+        raise UserError(
+            f"there is no user's turn in {encoded.id} at which features could be read",
+            value="a text by itself",
+            rule="X is read at a prompt of a chat",
+            fix="leave sae.path and concepts empty, or use --set behavior.of=answer",
+        )
     if position == "last_user":
         return [encoded.end_of_turn]
     if position == "last_prompt":

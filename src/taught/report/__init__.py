@@ -1,6 +1,6 @@
-"""What a run says, as one HTML page (``build``) and in the terminal (``show``).
+"""What a run says, as one HTML page (``html``) and in the terminal (``terminal``, ``show``).
 
-    run folder -> view (tables by id) -> verdict, charts -> build (HTML), show (terminal)
+    run folder -> tables -> sections, each a list of blocks -> HTML, terminal
 
-Nothing here computes attribution; a missing file makes a section say which command writes it.
+Nothing here computes attribution; a missing table makes a section say which command writes it.
 """

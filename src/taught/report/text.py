@@ -83,6 +83,19 @@ def count(n: int, noun: str, plural: str | None = None) -> str:
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
+def words(target: str) -> str:
+    """A target in words: ``behavior:harmless`` is read as ``behavior on harmless``."""
+    kind, _, about = target.partition(":")
+    if f" - {kind}:" in about:
+        left, right = about.split(f" - {kind}:", 1)
+        return f"{words(f'{kind}:{left}')} minus {words(f'{kind}:{right}')}"
+    if kind == "score":
+        return "S" + {"x": " through feature activation", "y": " through output probability"}.get(about, "")
+    if kind == "behavior":
+        return f"behavior on {about}" if about else "behavior on all prompts"
+    return f"behavior on prompt {about}" if kind == "prompt" else target
+
+
 def listed(items: list[str], limit: int = 3) -> str:
     """``a, b and c``; beyond ``limit`` the rest is counted."""
     if len(items) > limit:

@@ -25,7 +25,8 @@ from taught.run.lock import locked_file
 from taught.run.manifest import NAME as MANIFEST
 from taught.run.manifest import load_manifest, now, save_manifest
 from taught.run.pieces import PartialFolder
-from taught.study.schema import Study, dump_study, study_from_dict
+from taught.study.load import dump_study, study_from_dict
+from taught.study.schema import Study
 
 if TYPE_CHECKING:
     import numpy as np

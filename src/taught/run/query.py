@@ -191,8 +191,7 @@ def _opened(run: RunFolder | Path | str) -> RunFolder:
 
 
 def _estimator(run: RunFolder) -> str:
-    estimator: str = run.manifest["study"]["attribution"]["estimator"]
-    return estimator
+    return run.study.attribution.estimator.kind
 
 
 def _target(run: RunFolder, feature: int | None, group: str | None, pathway: str | None) -> tuple[str, str, str]:

@@ -11,36 +11,34 @@ from __future__ import annotations
 from taught.progress import Progress
 from taught.run.folder import RunFolder
 from taught.stages.ask import Question, ask
-from taught.stages.attribute import attribute, sketch
+from taught.stages.attribute import attribute
 from taught.stages.check import CheckReport, check_study
 from taught.stages.clamp import clamp
 from taught.stages.clusters import clusters
 from taught.stages.compare import compare
-from taught.stages.concept import ConceptRequest, concept
-from taught.stages.concept_influence import ConceptQuestion, agreement, concept_influence
-from taught.stages.curate import curate, report
+from taught.stages.concepts import concepts
+from taught.stages.curate import curate
 from taught.stages.policy import policy
+from taught.stages.report import report
+from taught.stages.sketches import sketches
 from taught.stages.validate import validate
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 
 __all__ = [
-    "ConceptQuestion",
-    "ConceptRequest",
     "Question",
-    "agreement",
     "ask",
     "attribute",
     "check",
     "clamp",
     "clusters",
     "compare",
-    "concept",
-    "concept_influence",
+    "concepts",
     "curate",
     "demo",
     "policy",
     "report",
-    "sketch",
+    "sketches",
     "validate",
 ]
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from taught.core.example import Example
+from taught.core.registry import ESTIMATORS
 from taught.curvatures.ekfac import curved_layers
 from taught.data.chat import EncodedExample, EncodedPrompt
 from taught.data.columns import name_ids
@@ -25,6 +26,7 @@ from taught.estimators.cost import ACTIVE, attribution_cost, validation_cost
 from taught.model.forward import get_block
 from taught.model.kernels import product_rate
 from taught.model.parameters import moving_parameters
+from taught.stages.estimating import wants_coefficients
 from taught.stages.subject import (
     Subject,
     chosen_examples,
@@ -34,6 +36,7 @@ from taught.stages.subject import (
     refuse_combinations,
     study_prompts,
 )
+from taught.study.methods import made
 from taught.study.schema import Study, ValidationSpec
 
 # Share of a product's pace that whole passes run at: .55 to .75 on SmolLM2's sizes on one core of
@@ -82,7 +85,8 @@ def check_study(study: Study) -> CheckReport:
     subject = open_subject(study)
     _describe_subject(report, study, subject)
     prompts = study_prompts(study)
-    encoded = subject.chat.encode_prompts(prompts)
+    encoded = subject.encode(prompts)
+    _describe_scored(report, subject, encoded[0])
     report.add("prompts", f"{len(prompts)} ({_counts(p.group for p in prompts)})")
     report.add("prompt columns", _columns(prompts.columns))
     report.add("prompt tokens", _spread([len(e.input_ids) for e in encoded]))
@@ -104,11 +108,16 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
         report.add("adapter", study.model.adapter)
     report.add("SAE", f"{sae.n_features} features ({sae.architecture}), block {sae.block}, encoder {study.sae.encoder}")
     report.add("read-out", study.readout.position)
-    for text, ids in zip(subject.behavior.prefixes, subject.behavior.tokens, strict=True):
-        tokens = " | ".join(subject.loaded.tokenizer.decode([i]) for i in ids)
-        report.add("prefix", f"{text!r} = {tokens}")
-    if subject.behavior.dropped:
-        report.add("prefixes left out", f"{subject.behavior.dropped}: contained in a shorter one")
+    report.add("behavior", f"{subject.behavior.meaning} ({subject.behavior.unit})")
+
+
+def _describe_scored(report: CheckReport, subject: Subject, first: EncodedPrompt) -> None:
+    """What is scored behind the first prompt, token by token."""
+    decode = subject.loaded.tokenizer.decode
+    for ids in first.suffixes:
+        report.add(f"scored after {first.id}", " | ".join(decode([i]) for i in ids))
+    if first.left_out:
+        report.add("left out", f"{first.left_out}: contained in a shorter one")
 
 
 def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts: PromptSet) -> list[EncodedExample]:
@@ -127,7 +136,7 @@ def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts
         report.problems.append("no example is left to be scored")
         return []
     report.add("example tokens", _spread([len(e.input_ids) for e in scored]))
-    report.add("response tokens", _spread([e.n_response for e in scored]))
+    report.add("response tokens", _spread([e.n_scored for e in scored]))
     return scored
 
 
@@ -151,7 +160,7 @@ def _check_truncation(report: CheckReport, study: Study, encoded: Sequence[Encod
     report.add("truncated", what + _fate(ids, drop))
     if ids and not drop:
         report.problems.append(f"{what}: {name_ids(ids)}; --drop-truncated leaves them out")
-    return [example for example in encoded if example.n_response > 0 and not (drop and example.truncated)]
+    return [example for example in encoded if example.n_scored > 0 and not (drop and example.truncated)]
 
 
 def _fate(ids: Sequence[str], drop: bool) -> str:
@@ -180,10 +189,10 @@ def _estimate(
         spec.memory_gb,
         subject.moving(study),
     )
-    times = len(spec.checkpoints or [None])
+    times = len(spec.trajectory.values.get("checkpoints", [None]))
     try:
         refuse_combinations(study)
-        if spec.curvature == "ekfac":  # nothing else moves
+        if spec.curvature.kind == "ekfac":  # nothing else moves
             layers = curved_layers(problem.model, problem.parameters)
             problem = replace(problem, parameters=layers)
         cost = attribution_cost(
@@ -191,11 +200,11 @@ def _estimate(
             example_inputs(examples),
             targets=features + int(study.policy.intercept),
             groups=groups,
-            estimator=spec.estimator,
-            coefficients=spec.coefficients,
-            exact_top=spec.exact_top if spec.checkpoints is None else 0,
-            curvature=spec.curvature,
-            estimated=spec.moments is None,
+            estimator=spec.estimator.kind,
+            coefficients=wants_coefficients(study),
+            exact_top=spec.exact_top if spec.trajectory.kind == "base" else 0,
+            curvature=spec.curvature.kind,
+            estimated=spec.curvature.values.get("moments") is None,
         )
     except UserError as error:
         report.problems.append(str(error))
@@ -290,18 +299,18 @@ def _memory(study: Study, subject: Subject, groups: int) -> str:
         sum(p.numel() * p.element_size() for p in some) / GB
         for some in (subject.loaded.model.parameters(), moving.values())
     )
-    model *= 1 if spec.checkpoints is None else 2  # the base model, and a checkpoint's
-    if spec.estimator == "sketch":
+    model *= 1 if spec.trajectory.kind == "base" else 2  # the base model, and a checkpoint's
+    if spec.estimator.kind == "sketch":
         gradients = (2 + groups) * moved  # the exact sample; sketches take less
-    elif spec.estimator != "adjoint":
+    elif spec.estimator.kind != "adjoint":
         gradients = 2 * moved  # one gradient, and a copy of the weights or what they move by
-    elif spec.coefficients:
+    elif wants_coefficients(study):
         gradients = spec.memory_gb
     else:
         gradients = (2 + groups) * moved  # one for each target
-    if spec.curvature == "adam":
+    if spec.curvature.kind == "adam":
         gradients += moved  # the metric
-    if spec.curvature == "ekfac":  # eigenvalues, and the eigenvectors of both sides of a layer
+    if spec.curvature.kind == "ekfac":  # eigenvalues, and the eigenvectors of both sides of a layer
         layers = curved_layers(subject.loaded.model, subject.moving(study))
         shapes = [moving[name].shape for name in layers]
         gradients += sum(4 * (m * n + m * m + n * n) for m, n in shapes) / GB
@@ -314,12 +323,12 @@ def _memory(study: Study, subject: Subject, groups: int) -> str:
 def _disk(study: Study, examples: int, prompts: int, features: int, groups: int) -> str:
     """The tables of a run, and the store of sketches where there is one."""
     spec = study.attribution
-    values = examples * (3 + groups + 3 * features * (spec.coefficients or spec.estimator == "sketch"))
-    tables = 8 * values + 4 * examples * prompts * (1 + features * (spec.estimator == "jvp"))
+    values = examples * (3 + groups + 3 * features * (wants_coefficients(study) or spec.estimator.kind == "sketch"))
+    tables = 8 * values + 4 * examples * prompts * (1 + features * (spec.estimator.kind == "forward"))
     said = f"about {max(tables, 10**6) / 1e6:.0f} MB of tables"
-    if spec.estimator == "sketch":
+    if spec.estimator.kind == "sketch":
         rows = examples + prompts * (1 + ACTIVE * features)
-        said += f", {rows * (2 * study.sketch.size + 4) / 1e6:.0f} MB of sketches"
+        said += f", {rows * (2 * made(spec.estimator, ESTIMATORS).size + 4) / 1e6:.0f} MB of sketches"
     return said
 
 

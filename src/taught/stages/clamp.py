@@ -17,11 +17,11 @@ from taught.model.forward import edited_output, get_block
 from taught.model.readout import PackedPrompts, ReadPrompt, pack_apart, read_packed
 from taught.policy.dose import LEVEL, agreement, control_p, response, slope
 from taught.policy.ridge import Floats, Policy
-from taught.stats.multiplicity import benjamini_hochberg
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.estimating import read_policy
 from taught.stages.subject import Subject, open_subject, prompt_inputs, study_prompts
+from taught.stats.multiplicity import benjamini_hochberg
 from taught.study.schema import Study
 
 SCALES = (0.0, 0.5, 2.0, 3.0)
@@ -107,7 +107,7 @@ def clamp(
 
 def _inputs(study: Study, subject: Subject, fitted: Policy) -> list[ReadPrompt]:
     """Token inputs in the policy's order of prompts."""
-    encoded = {e.id: e for e in subject.chat.encode_prompts(study_prompts(study))}
+    encoded = {e.id: e for e in subject.encode(study_prompts(study))}
     return prompt_inputs([encoded[i] for i in fitted.prompt_ids], study.readout.position)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from taught.data.chat import EncodedPrompt
 from taught.data.columns import columns_note
 from taught.data.prompts import PromptSet
 from taught.features.label import describe_features, load_labels
@@ -33,6 +34,7 @@ class _Read:
     """What the policy is made of: prompts, their tokens, read-outs, the chosen features' X."""
 
     prompts: PromptSet
+    encoded: list[EncodedPrompt]
     inputs: list[ReadPrompt]
     readouts: Readouts
     selection: Selection
@@ -78,7 +80,8 @@ def policy(study: Study, run: RunFolder, progress: Progress | None = None) -> No
 
 def _read(study: Study, subject: Subject, prompts: PromptSet, progress: Progress) -> _Read:
     """One forward pass over the prompts; features chosen on all of them."""
-    inputs = prompt_inputs(subject.chat.encode_prompts(prompts), study.readout.position)
+    encoded = subject.encode(prompts)
+    inputs = prompt_inputs(encoded, study.readout.position)
     model, block = subject.loaded.model, subject.sae.block
     check_trees(model, inputs, subject.behavior)
     progress.step("read prompts", len(inputs))
@@ -87,16 +90,17 @@ def _read(study: Study, subject: Subject, prompts: PromptSet, progress: Progress
     with torch.no_grad():
         tokens = subject.sae.encode(readouts.h, encoder=study.sae.encoder)
         acts = pool(tokens, readouts.offsets, study.readout.position).double().cpu().numpy()
+    positive, negative = study.prompts.sides
     selection = select_features(
         acts,
         [prompt.group for prompt in prompts],
-        positive=study.prompts.positive_group,
-        negative=study.prompts.negative_group,
+        positive=positive,
+        negative=negative,
         threshold=study.features.threshold,
         max_features=study.features.max_features,
         ids=study.features.ids,
     )
-    return _Read(prompts, inputs, readouts, selection, acts[:, selection.feature_ids], fvu)
+    return _Read(prompts, encoded, inputs, readouts, selection, acts[:, selection.feature_ids], fvu)
 
 
 def _write_readouts(run: RunFolder, study: Study, read: _Read) -> None:
@@ -114,10 +118,11 @@ def _write_readouts(run: RunFolder, study: Study, read: _Read) -> None:
         axes={"X": ("prompt_ids", "feature_ids")},
     )
     every = np.arange(len(selection.rate))
+    positive, negative = study.prompts.sides
     columns = {
         "feature_id": every,
-        "mean_positive": selection.means[study.prompts.positive_group],
-        "mean_negative": selection.means[study.prompts.negative_group],
+        "mean_positive": selection.means[positive],
+        "mean_negative": selection.means[negative],
         "difference": selection.difference,
         "rate": selection.rate,
         "always_on": selection.always_on,
@@ -161,7 +166,7 @@ def _write_policy(study: Study, run: RunFolder, subject: Subject, read: _Read, l
     """Fit, judge out of fold, resample, audit; every random draw follows prompt ids."""
     spec, X, y, ids = study.policy, read.X, read.y, read.ids
     draws: dict[str, Any] = {"fit_intercept": spec.intercept, "seed": spec.seed, "prompt_ids": ids}
-    positive, negative = study.prompts.positive_group, study.prompts.negative_group
+    positive, negative = study.prompts.sides
     tried: list[dict[str, float]] = []
     if spec.alpha == "cv":
         alpha, tried = choose_alpha(X, y, folds=spec.folds, **draws)
@@ -219,8 +224,7 @@ def _write_faithfulness(
     spec = study.policy
     known = Known(
         read.groups,
-        study.prompts.positive_group,
-        study.prompts.negative_group,
+        *study.prompts.sides,
         categories=[prompt.category for prompt in read.prompts],
         length=np.array([len(prompt.ids) for prompt in read.inputs], dtype=np.float64),
         h=_pooled_h(study, read),
@@ -246,11 +250,9 @@ def _policy_facts(study: Study, subject: Subject, read: _Read) -> dict[str, Any]
         "block": subject.sae.block,
         "unexplained_variance": read.fvu,
         "always_on_features": int(read.selection.always_on[chosen].sum()),
-        "prefixes": [
-            {"text": text, "tokens": [decode([i]) for i in ids]}
-            for text, ids in zip(behavior.prefixes, behavior.tokens, strict=True)
-        ],
-        "dropped_prefixes": list(behavior.dropped),
+        "behavior": {"meaning": behavior.meaning, "unit": behavior.unit},
+        "scored": [[decode([i]) for i in ids] for ids in read.encoded[0].suffixes],
+        "left_out": list(read.encoded[0].left_out),
     }
 
 

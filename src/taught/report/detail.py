@@ -1,0 +1,282 @@
+"""One example, or one feature, in detail: for the page's data block and for ``taught show RUN ID``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from taught.report.blocks import Block, Column, Example, Excerpt, Excerpts, Facts, Heading, Pre, Table
+from taught.report.examples import SE, shifts, shown, summary_schema, targets, texts
+from taught.report.stats import Estimate, cluster_order
+from taught.report.tables import Matrix, Row, Rows, Tables
+from taught.report.text import clean, common_power, number, percent, shorten, signed, tens, words
+
+Json = dict[str, Any]
+MAX_TEXT = 4000
+MAX_PROMPT = 320
+TOP_COEFFICIENTS = 10
+TOP_PROMPTS = 4
+TOP = 5
+MAX_TARGETS = 12
+
+
+def with_pathways(tables: Tables) -> list[str]:
+    """The first targets of the summary, each followed by its pathways where it has them."""
+    there = {clean(name) for name in summary_schema(tables).names}
+    names = [name for target in targets(tables) for name in (target, f"{target}:x", f"{target}:y") if name in there]
+    return names[:MAX_TARGETS]
+
+
+def effects(tables: Tables) -> Matrix | None:
+    """Changes of the behavior on every prompt by the listed examples."""
+    return tables.matrix("prompt_effects", "dy", ("example_ids", "prompt_ids"))
+
+
+def ordered_comovement(tables: Tables) -> tuple[list[int], Any] | None:
+    """Features and their co-movement, those that move together side by side."""
+    found = tables.matrix("comovement", "r", ("feature_ids", "feature_ids"))
+    if found is None:
+        return None
+    order = tables.once("comovement order", lambda: cluster_order(found.values))
+    return [found.rows[i] for i in order], found.values[np.ix_(order, order)]
+
+
+def prompt_texts(tables: Tables) -> dict[str, Row]:
+    """Prompt id -> its row."""
+    return tables.once("prompt texts", lambda: {p["prompt_id"]: p for p in tables.rows("prompts") or []})
+
+
+def feature_labels(tables: Tables) -> dict[int, str]:
+    """Feature id -> its label, of the policy's features."""
+    rows = tables.rows("coefficients") or []
+    return tables.once("feature labels", lambda: {r["feature_id"]: str(r.get("label") or "") for r in rows})
+
+
+# The page
+
+
+def page_data(tables: Tables) -> Json:
+    """What the script needs for the example drawer and the read-out of the heat map."""
+    rows = shown(tables)
+    if not rows:
+        return {"examples": []}
+    names, prompts = with_pathways(tables), dict[str, int]()
+    examples = [_record(tables, row, names, prompts) for row in rows]
+    known = prompt_texts(tables)
+    said = [known.get(p, {}) for p in prompts]
+    data: Json = {
+        "examples": examples,
+        "targets": [[words(name), common_power(row[name] for row in rows)] for name in names],
+        "prompts": [
+            [p, str(t.get("group", "")), shorten(str(t.get("text", "")), MAX_PROMPT)]
+            for p, t in zip(prompts, said, strict=True)
+        ],
+        "features": {str(feature): label for feature, label in feature_labels(tables).items()},
+        "powers": _powers(tables),
+    }
+    if (found := ordered_comovement(tables)) is not None:
+        data["heat"] = {"ids": found[0], "r": np.nan_to_num(found[1]).round(2).tolist()}
+    return data
+
+
+def _powers(tables: Tables) -> dict[str, int]:
+    moved, dy = shifts(tables), effects(tables)
+    sizes = {"W": None if moved is None else moved.total, "y": None if dy is None else dy.values}
+    return {key: 0 if values is None else common_power(np.abs(values).max(1).tolist()) for key, values in sizes.items()}
+
+
+def _record(tables: Tables, row: Row, names: Sequence[str], prompts: dict[str, int]) -> Json:
+    example = texts(tables).get(row["example_id"], {})
+    moves = [(prompts.setdefault(p, len(prompts)), dy) for p, dy in _moves(tables, row["example_id"])]
+    return {
+        "id": row["example_id"],
+        "label": row["label"],
+        "category": str(example.get("category") or ""),
+        "source": str(example.get("source") or ""),
+        "values": [row[name] for name in names],
+        "loss": row.get("loss"),
+        "n": row.get("n_scored"),
+        "intended": row.get("intended") or [],
+        "dominant": row.get("dominant_feature"),
+        "unintended": bool(row.get("unintended")),
+        "prompt": shorten(str(example.get("prompt", "")), MAX_TEXT),
+        "response": shorten(str(example.get("response", "")), MAX_TEXT),
+        "top": _coefficients(tables, row["example_id"]),
+        "moves": moves,
+    }
+
+
+def _coefficients(tables: Tables, example: str) -> list[tuple[int, float, float]]:
+    """The coefficients that an example moves most, along both pathways."""
+    moved = shifts(tables)
+    found = None if moved is None else moved.of(example)
+    if moved is None or found is None:
+        return []
+    x, y = found
+    order = np.argsort(-np.abs(x + y))[:TOP_COEFFICIENTS]
+    return [(moved.feature_ids[j], float(x[j]), float(y[j])) for j in order]
+
+
+def _moves(tables: Tables, example: str) -> list[tuple[str, float]]:
+    """Prompts whose behavior an example raises most, and those where it lowers it most."""
+    found = effects(tables)
+    if found is None or example not in found.rows:
+        return []
+    dy = np.nan_to_num(found.values[found.rows.index(example)])
+    order = np.argsort(-dy)
+    chosen = [j for j in order[:TOP_PROMPTS] if dy[j] > 0] + [j for j in order[-TOP_PROMPTS:] if dy[j] < 0]
+    return [(found.columns[j], float(dy[j])) for j in chosen]
+
+
+# An example
+
+
+def example_blocks(tables: Tables, row: Row) -> list[Block]:
+    """Everything that the run says of one example."""
+    example, text = row["example_id"], texts(tables).get(row["example_id"], {})
+    names = with_pathways(tables)
+    facts = [(words(name), _effect(row, name)) for name in names]
+    facts.append(("loss", f"{number(row.get('loss'))} over {number(row.get('n_scored'), 0)} tokens"))
+    facts += _interference(row) + _checks(row) + _certificate(tables, row)
+    blocks: list[Block] = [Heading(f"{example}  ({row['label']})"), Facts(facts, "list")]
+    said = [(name, str(text[name])) for name in ("prompt", "response") if text.get(name)]
+    blocks += [Pre(shorten(words_, 1500), name.capitalize()) for name, words_ in said]
+    if moved := _coefficients(tables, example):
+        power = common_power(x + y for _, x, y in moved)
+        own, known = row.get("intended") or [], feature_labels(tables)
+        columns = [Column("feature", "id"), *(Column(c, "signed", power=power) for c in ("total", "x", "y"))]
+        rows = [(f, x + y, x, y, "intended" if f in own else "", known.get(f, "")) for f, x, y in moved]
+        blocks.append(Table([*columns, Column(""), Column("label")], rows, "Coefficients that move most"))
+    if moves := _moves(tables, example):
+        blocks.append(_moved_prompts(tables, moves))
+    return blocks
+
+
+def _moved_prompts(tables: Tables, moves: Sequence[tuple[str, float]]) -> Excerpts:
+    known = prompt_texts(tables)
+    rows = [Excerpt(dy, str(known.get(p, {}).get("text", "")), about=p, change=True) for p, dy in moves]
+    return Excerpts("Prompts whose behavior moves most", rows, common_power(dy for _, dy in moves))
+
+
+def _effect(row: Row, name: str) -> str:
+    power, se = common_power([row[name]]), row.get(name + SE)
+    error = "" if se is None else f" (standard error {number(se, power=power)})"
+    return f"{signed(row[name], power=power)}{tens(power)} per step{error}"
+
+
+def _interference(row: Row) -> list[tuple[str, str]]:
+    if row.get("dominant_feature") is None:
+        return []
+    mark = " (unintended)" if row["unintended"] else ""
+    share = f"{percent(row['outside_share'])} of the change on features that it is not about"
+    return [("acts mainly on", f"{row['dominant_feature']}{mark}; {share}")]
+
+
+def _checks(row: Row) -> list[tuple[str, str]]:
+    power = common_power([row.get("score")])
+    named = (("a real step", "step_score"), ("an exact refit", "refit_score"))
+    return [
+        (f"{name} moves S by", f"{signed(row[key], power=power)}{tens(power)}")
+        for name, key in named
+        if row.get(key) is not None
+    ]
+
+
+def _certificate(tables: Tables, row: Row) -> list[tuple[str, str]]:
+    """What the certificate says of the linear value, where dX of the example is known."""
+    own = next((c for c in tables.rows("certificates") or [] if c["example_id"] == row["example_id"]), {})
+    if own.get("score_bound") is None:
+        return []
+    power = common_power([row["score"]])
+    bound = number(own["score_bound"], power=power)
+    text = (
+        f"on the derivative's changes an exact refit moves S by {signed(own['refit'], power=power)}"
+        f"; the linear value cannot be further off than {bound}{tens(power)}"
+    )
+    return [("certificate", text)]
+
+
+# A feature
+
+
+def feature_blocks(tables: Tables, row: Row) -> list[Block]:
+    """Everything that the run says of one feature: its card on the page."""
+    feature = row["feature_id"]
+    label = (tables.json("labels") or {}).get(str(feature), {})
+    facts: list[tuple[str, Any]] = [
+        ("Coefficient", Estimate(row["coef"], row["lo"], row["hi"])),
+        ("Same sign", f"{percent(row['sign_stability'])} of resamples"),
+    ]
+    measured = next((f for f in tables.rows("features") or [] if f["feature_id"] == feature), None)
+    if measured:
+        facts += [(f"Mean, {side} group", number(measured[f"mean_{side}"])) for side in ("positive", "negative")]
+        always = "; always on" if measured["always_on"] else ""
+        facts.append(("Active on", f"{percent(measured['rate'])} of prompts{always}"))
+    if label.get("label_source"):
+        facts.append(("Label from", label["label_source"]))
+    tokens = [_in_context(t) for t in label.get("top_tokens") or []]
+    contrast = label.get("contrast_prompts") or label.get("contrastive_prompts")
+    return [
+        Facts(facts),
+        *_doses(tables, feature),
+        Excerpts("Top tokens in context", tokens),
+        Excerpts("Prompts where it is strongest", _prompts(tables, label.get("top_prompts"))),
+        Excerpts("Contrast: without it", _prompts(tables, contrast)),
+        *_movers(tables, feature),
+    ]
+
+
+def _in_context(token: Row) -> Excerpt:
+    if "before" not in token:
+        token = {**token, **split(str(token["token"]), str(token.get("context") or ""))}
+    return Excerpt(token.get("activation"), token["before"], token["token"], token["after"])
+
+
+def split(token: str, context: str) -> Row:
+    """Split a context at the token's occurrence nearest to its middle."""
+    if not token or token not in context:
+        return {"before": context, "token": "" if context else token, "after": ""}
+    places = [i for i in range(len(context)) if context.startswith(token, i)]
+    middle = (len(context) - len(token)) / 2
+    at = min(places, key=lambda place: abs(place - middle))
+    return {"before": context[:at], "token": token, "after": context[at + len(token) :]}
+
+
+def _prompts(tables: Tables, records: Rows | None) -> list[Excerpt]:
+    found = []
+    for record in records or []:
+        prompt = prompt_texts(tables).get(record["prompt_id"], {})
+        about = " · ".join(filter(None, (record["prompt_id"], str(prompt.get("category") or ""))))
+        found.append(Excerpt(record.get("activation"), shorten(str(prompt.get("text", "")), MAX_PROMPT), about=about))
+    return found
+
+
+def _doses(tables: Tables, feature: int) -> list[Block]:
+    """Response of the behavior to the feature at each scale."""
+    row = next((r for r in tables.rows("clamp") or [] if r["feature_id"] == feature and r["n"]), None)
+    if row is None:
+        return []
+    line = Estimate(row["slope"], row["lo"], row["hi"])
+    caption = (
+        f"Scaled in the model on {row['n']} prompts: slope {line.text()}, against "
+        f"random directions p = {number(row['p_adjusted'], 3)} (adjusted)"
+    )
+    rows = [(f"{d['scale']:g}×", Estimate(d["value"], d["lo"], d["hi"])) for d in row["doses"]]
+    return [Table([Column("scale"), Column("change of y", "interval")], rows, caption)]
+
+
+def _movers(tables: Tables, feature: int) -> list[Block]:
+    """The examples that raise a coefficient most and those that lower it most."""
+    moved = shifts(tables)
+    if moved is None or feature not in moved.feature_ids:
+        return []
+    j = moved.feature_ids.index(feature)
+    total = moved.total[:, j]
+    order = np.argsort(-total)
+    chosen = [i for i in order[:3] if total[i] > 0] + [i for i in order[-3:] if total[i] < 0]
+    rows = [(Example(moved.example_ids[i]), *(float(v[i, j]) for v in (moved.total, moved.x, moved.y))) for i in chosen]
+    power = common_power(float(moved.total[i, j]) for i in chosen)
+    columns = [Column("Example"), *(Column(c, "signed", power=power) for c in ("Change", "x", "y"))]
+    return [Table(columns, rows, "Examples that move this coefficient most")] if rows else []

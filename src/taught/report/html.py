@@ -1,0 +1,380 @@
+"""One self-contained HTML page for a run: no network, works without JavaScript, opens from disk.
+
+Text from data reaches the page in two ways only: escaped (markupsafe), or as JSON in a data block
+that the script puts in place with ``textContent``. Script and style are allowed by their hash,
+nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from taught.report import charts
+from taught.report.blocks import (
+    Badge,
+    Beside,
+    Block,
+    Cards,
+    Cell,
+    Code,
+    Column,
+    Details,
+    Example,
+    Excerpt,
+    Excerpts,
+    Facts,
+    Feature,
+    File,
+    Heading,
+    Heatmap,
+    Items,
+    Line,
+    Note,
+    Pre,
+    Scatter,
+    Soft,
+    Strips,
+    Table,
+    Text,
+    Verdict,
+    plain,
+    value_of,
+)
+from taught.report.charts import Scale
+from taught.report.detail import page_data
+from taught.report.examples import shown
+from taught.report.sections import blocks_of, in_report
+from taught.report.sections.verdict import head_facts
+from taught.report.stats import Estimate
+from taught.report.tables import Tables
+from taught.report.text import number, signed, tens
+
+HERE = Path(__file__).parent
+FOREST = (6.0, 234.0)
+TONES = {"found": "", "none": "no effect", "caution": "caution"}
+STRIP_KEY = (
+    ": training on the token raises the target. ",
+    ": it lowers it. The darker, the larger the share; shares of a strip add up to its total, in the same unit. "
+    "Point at a token for its share.",
+)
+
+
+def render(tables: Tables) -> str:
+    """Return the page of a run."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    script, style = _asset("script.js"), _asset("style.css")
+    page = _Page({row["example_id"]: i for i, row in enumerate(shown(tables))})
+    return environment.get_template("page.html.j2").render(
+        name=tables.name,
+        facts=page.block(Facts(head_facts(tables))),
+        sections=[(section, page.blocks(blocks_of(section, tables))) for section in in_report(tables)],
+        script=Markup(script),
+        style=Markup(style),
+        csp=_policy_of(script, style),
+        data=Markup(embed(page_data(tables))),
+    )
+
+
+def embed(record: object) -> str:
+    """Return JSON that cannot end its script element: no ``<``, ``>``, ``&`` or line separator."""
+    raw = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for char in "<>&\u2028\u2029":
+        raw = raw.replace(char, f"\\u{ord(char):04x}")
+    return raw
+
+
+def tag(name: str, /, *children: object, cls: str = "", **attributes: object) -> Markup:
+    """An element; children and attributes are escaped unless they are markup, None attributes left out."""
+    given = ({"class": cls} if cls else {}) | {key.rstrip("_").replace("_", "-"): v for key, v in attributes.items()}
+    written = "".join(f' {key}="{escape(value)}"' for key, value in given.items() if value is not None)
+    return Markup(f"<{name}{written}>{''.join(map(escape, children))}</{name}>")
+
+
+class _Page:
+    """Renders blocks; knows the place of each example in the data block."""
+
+    def __init__(self, places: Mapping[str, int]) -> None:
+        self.places = places
+        self.of: dict[type, Callable[[Any], Markup]] = {
+            Text: lambda it: tag("p", self.inline(it.text), cls="lede"),
+            Note: lambda it: tag("p", self.inline(it.text), cls="note"),
+            Heading: lambda it: tag("h3", self.inline(it.text)),
+            Items: self._items,
+            Pre: self._pre,
+            Verdict: self._verdict,
+            Facts: self._facts,
+            Table: self._table,
+            Scatter: self._scatter,
+            Heatmap: self._heatmap,
+            Strips: self._strips,
+            Excerpts: self._excerpts,
+            Details: self._details,
+            Cards: self._cards,
+            Beside: self._beside,
+        }
+
+    def blocks(self, blocks: Iterable[Block]) -> Markup:
+        return Markup("\n").join(self.block(block) for block in blocks)
+
+    def block(self, block: Block) -> Markup:
+        return self.of[type(block)](block)
+
+    def inline(self, cell: Cell) -> Markup:
+        """A cell as it stands in running text."""
+        if isinstance(cell, Line):
+            between = Markup("<br>") if cell.between == "\n" else cell.between
+            return escape(between).join(self.inline(part) for part in cell.parts)
+        if isinstance(cell, Example):
+            return tag("span", cell.id, cls="example id", title=cell.id, data_example=self.places.get(cell.id))
+        if isinstance(cell, Feature):
+            link = tag("a", cell.id, cls="id", href=f"#feature-{cell.id}")
+            return link + " " + tag("span", tag("bdi", cell.label), cls="soft") if cell.label else link
+        if isinstance(cell, Badge):
+            return tag("span", cell.text, cls="badge warn")
+        if isinstance(cell, Soft):
+            return tag("span", tag("bdi", cell.text), cls="soft")
+        if isinstance(cell, Code):
+            return tag("code", cell.text)
+        if isinstance(cell, File):
+            return tag("a", cell.name, href=cell.name)
+        return escape(plain(cell))
+
+    def _items(self, it: Items) -> Markup:
+        cls = "warnings" if it.warning else "reading"
+        return tag("ul", *(tag("li", tag("bdi", self.inline(item))) for item in it.items), cls=cls)
+
+    def _pre(self, it: Pre) -> Markup:
+        title = tag("h4", it.title) if it.title else Markup("")
+        return title + tag("pre", tag("code", it.text), cls="command")
+
+    def _verdict(self, it: Verdict) -> Markup:
+        rows = (
+            tag(
+                "div",
+                tag("dt", s.topic, tag("span", TONES[s.tone], cls="tone")),
+                tag("dd", tag("bdi", s.text)),
+                cls=f"tone-{s.tone}",
+            )
+            for s in it.sentences
+        )
+        return tag("dl", *rows, cls="verdict")
+
+    def _facts(self, it: Facts) -> Markup:
+        cls = {"line": "facts small", "list": "settings wide", "equations": "equations"}[it.style]
+        eq = "eq" if it.style == "equations" else ""
+        rows = (tag("div", tag("dt", name), tag("dd", self.inline(value), cls=eq)) for name, value in it.pairs)
+        return tag("dl", *rows, cls=cls)
+
+    # Tables
+
+    def _table(self, it: Table) -> Markup:
+        columns = [(i, c) for i, c in enumerate(it.columns) if c.only != "terminal"]
+        parts = [_Drawn.of(c, [row[i] for row in it.rows]) for i, c in columns]
+        head = [self._head(c, drawn, it.sortable) for (_, c), drawn in zip(columns, parts, strict=True)]
+        body = [
+            self._row(it, place, [(c, drawn, row[i]) for (i, c), drawn in zip(columns, parts, strict=True)])
+            for place, row in enumerate(it.rows)
+        ] or [tag("tr", tag("td", it.empty or "Nothing.", cls="soft", colspan=len(columns)))]
+        name = plain(it.caption) or "Table"
+        table = tag(
+            "table",
+            tag("caption", tag("bdi", self.inline(it.caption))) if it.caption else "",
+            tag("thead", tag("tr", *head)),
+            tag("tbody", Markup("\n").join(body)),
+            cls=("sortable" if it.sortable else "plain") + " fold" * bool(it.fold) + " pin" * it.tall,
+            data_fold=it.fold or None,
+            id="example-table" if it.filters is not None else None,
+        )
+        box = tag("div", table, cls="scroll" + " tall" * it.tall, tabindex=0, role="region", aria_label=name)
+        return self._filters(it.filters, len(it.rows)) + box if it.filters is not None else box
+
+    def _head(self, column: Column, drawn: _Drawn, sortable: bool) -> Markup:
+        unit = tag("small", tens(column.power)) if column.power else ""
+        sort = ("text" if column.kind == "text" else "number") if sortable else None
+        cls = "num" if column.right else ""
+        cells = tag("th", column.title, unit, cls=cls, scope="col", data_sort=sort)
+        if drawn.scale is not None:
+            axis = charts.forest_axis(drawn.scale)
+            cells += tag("th", axis, cls="plot", scope="col", aria_label=f"Interval plot, {column.title}")
+        if column.bar:
+            cells += tag("th", cls="barcell", scope="col", aria_label=f"Bar of {column.title}")
+        return cells
+
+    def _row(self, it: Table, place: int, cells: Sequence[tuple[Column, _Drawn, Cell]]) -> Markup:
+        first = self._cell(*cells[0], head=it.tall)
+        rest = (self._cell(*cell) for cell in cells[1:])
+        index = place if it.filters is not None else None
+        return tag("tr", first, *rest, cls="flag" if place in it.flagged else "", data_index=index)
+
+    def _cell(self, column: Column, drawn: _Drawn, value: Cell, head: bool = False) -> Markup:
+        """One cell, and beside it its plot or bar where the column has one."""
+        number_of = None if column.kind == "text" else value_of(value)
+        inside: object
+        if isinstance(value, Line | Example | Feature | Badge | Soft | Code | File):
+            inside = self.inline(value)
+        else:
+            inside = tag("bdi", column.shown(value)) if isinstance(value, str) else column.shown(value)
+        cls = "num" if column.right else "ids" if column.kind == "id" else _width(value)
+        name = "th" if head else "td"
+        cell = tag(name, inside, cls=cls, data_v=number_of, scope="row" if head else None)
+        if drawn.scale is not None:
+            plot = charts.forest_row(value.scaled(10.0**-column.power), drawn.scale) if _drawable(value) else ""
+            cell += tag("td", plot, cls="plot")
+        if column.bar:
+            cell += tag("td", charts.bar(number_of or 0.0, drawn.largest), cls="barcell")
+        return cell
+
+    def _filters(self, fields: Mapping[str, Sequence[str]], n: int) -> Markup:
+        search = tag("label", "Search ", Markup(_SEARCH.format("q", "id, text, category")))
+        chosen = [
+            tag("label", f"{name.capitalize()} ", tag("select", *self._options(values), name=name))
+            for name, values in fields.items()
+            if values
+        ]
+        box = tag("label", Markup('<input type="checkbox" name="unintended"> unintended only'), cls="check")
+        if "unintended" in fields:
+            chosen.append(box)
+        count = tag("output", f"{n} of {n}", name="count", aria_live="polite")
+        return tag("form", search, *chosen, count, cls="filters js-only", id="filters")
+
+    def _options(self, values: Sequence[str]) -> Iterable[Markup]:
+        return (tag("option", "all", value=""), *(tag("option", value) for value in values))
+
+    # Charts
+
+    def _scatter(self, it: Scatter) -> Markup:
+        chart = charts.scatter(it.points, it.axes, it.title)
+        scales = "Both axes have one scale." if charts.one_scale(it.points) else "The axes have different scales."
+        return tag("figure", chart, tag("figcaption", self.inline(it.caption), " ", scales))
+
+    def _heatmap(self, it: Heatmap) -> Markup:
+        chart = charts.heatmap(it.values, it.ids, it.title)
+        box = tag("div", chart, cls="scroll", tabindex=0, role="region", aria_label=it.title)
+        caption = tag(
+            "figcaption",
+            tag("span", cls="swatch pos"),
+            " move together ",
+            tag("span", cls="swatch neg"),
+            " move apart. ",
+            self.inline(it.caption),
+            " ",
+            tag("output", "Point at a cell to read it.", id="heat-out", cls="js-only", aria_live="off"),
+        )
+        return tag("figure", box, caption, cls="wide")
+
+    def _strips(self, it: Strips) -> Markup:
+        made = []
+        for name, strip in it.rows:
+            tokens = (tag("span", t.text, cls=t.shade, title=t.number) for t in strip.tokens)
+            said = tag("p", tag("b", self.inline(name)), f" {strip.total}, most by {strip.largest}", cls="note")
+            made.append(tag("div", said, tag("p", *tokens, cls="strip", dir="auto"), cls="carried"))
+        if it.key:
+            up, down = (
+                tag("span", tag("span", text, cls=f"{side} s8"), cls="strip")
+                for side, text in (("up", "Solid line"), ("down", "Dotted line"))
+            )
+            made.append(tag("p", up, STRIP_KEY[0], down, STRIP_KEY[1], cls="note"))
+        return Markup("\n").join(made)
+
+    # Text
+
+    def _excerpts(self, it: Excerpts) -> Markup:
+        if not it.rows:
+            return Markup("")
+        title = tag("h4", it.title + tens(it.power))
+        return title + tag("ol", *(self._excerpt(row, it.power) for row in it.rows), cls="examples")
+
+    def _excerpt(self, row: Excerpt, power: int) -> Markup:
+        marked = tag("mark", row.marked) if row.marked else ""
+        about = tag("span", row.about, cls="soft") if row.about else ""
+        words = tag("span", tag("bdi", row.before, marked, row.after), " ", about, cls="words")
+        value = (signed if row.change else number)(row.value, power=power)
+        return tag("li", tag("span", value, cls="num"), " ", words)
+
+    def _details(self, it: Details) -> Markup:
+        title = tag("summary", self.inline(it.title))
+        opened = {"open": ""} if it.open else {}
+        return tag("details", title, self.blocks(it.blocks), cls="more", **opened)
+
+    def _cards(self, it: Cards) -> Markup:
+        box = Markup('<input type="search" id="feature-search" placeholder="id or label" autocomplete="off">')
+        cards = []
+        for card in it.cards:
+            title = tag(
+                "summary",
+                tag("span", card.feature, cls="id"),
+                tag("span", signed(card.value), cls="num"),
+                charts.bar(card.value, card.largest),
+                tag("span", tag("bdi", card.label or "unlabelled"), cls="label"),
+            )
+            body = tag("div", self.blocks(card.blocks), cls="card")
+            cards.append(tag("details", title, body, cls="feature", id=f"feature-{card.feature}"))
+        return tag("label", "Search ", box, cls="filters js-only") + Markup("\n").join(cards)
+
+    def _beside(self, it: Beside) -> Markup:
+        cls = "columns lean" if it.lean else "columns even"
+        return tag("div", tag("div", self.blocks(it.left)), tag("div", self.blocks(it.right)), cls=cls)
+
+
+class _Drawn:
+    """What the drawings of a column have in common: the scale of its plot, the largest of its bars."""
+
+    def __init__(self, scale: Scale | None, largest: float) -> None:
+        self.scale, self.largest = scale, largest
+
+    @classmethod
+    def of(cls, column: Column, values: Sequence[Cell]) -> _Drawn:
+        largest = max((abs(v) for v in map(value_of, values) if v is not None), default=1.0)
+        if column.plot is None:
+            return cls(None, largest)
+        known = [v.scaled(10.0**-column.power) for v in values if _drawable(v)]
+        ends = charts.span(known) if column.plot == "fit" else column.plot
+        return cls(Scale(*ends, *FOREST), largest)
+
+
+_SEARCH = '<input type="search" name="{}" placeholder="{}" autocomplete="off">'
+
+
+def _drawable(value: Cell) -> bool:
+    return isinstance(value, Estimate)
+
+
+def _width(value: Cell) -> str:
+    """The class of a cell of text: short words stay on one line."""
+    words = plain(value)
+    return "nowrap" if len(words) <= 24 else "reason" if len(words) > 60 else "label"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _asset(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _policy_of(script: str, style: str) -> str:
+    def digest(body: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {digest(script)}; style-src {digest(style)}; "
+        "base-uri 'none'; form-action 'none'"
+    )

@@ -1,0 +1,235 @@
+"""How sure the ranking of examples is: labels, trivial predictors, real steps, sketches, safe ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from taught.report.blocks import Block, Code, Column, Line, Note, Sentence, Table, Text
+from taught.report.examples import PRIMARY, SE, Summary, is_behavior, primary, scored, shown, targets
+from taught.report.sections import SECTIONS, Section
+from taught.report.sections.examples import NOTHING
+from taught.report.stats import Estimate, mean_interval, spearman_interval
+from taught.report.tables import Rows, Tables
+from taught.report.text import common_power, count, listed, number, percent, tens, words
+
+STRONG = 0.5  # rank correlation from which a trivial predictor gives much of the ranking
+STEP_TOLERANCE = 0.05  # between S and a real step
+RELIABLE = 0.95  # correlation with the exact S from which a ranking by sketches is taken as it is
+MAX_LABELS = 4
+TRIVIAL = {"n_scored": "response length", "loss": "loss"}
+
+
+def _blocks(tables: Tables) -> Iterator[Block]:
+    summary = Summary.read(tables)
+    assert summary is not None
+    yield Text(
+        "If something trivial ranks the examples as a target does, the values may be measuring just that. Labels "
+        "are a control too: where the interval of a label’s mean includes zero, its examples have no common effect."
+    )
+    ranked = main_targets(tables)
+    rows = [(words(t), name, e) for t in ranked for name, e in trivial_correlations(summary, t)]
+    columns = [Column("Target"), Column("Predictor"), Column("Rank correlation", "interval", plot=(-1.05, 1.05))]
+    yield Table(columns, rows, "Rank correlation with trivial predictors, 95% bootstrap intervals over examples")
+    if means := [_label_means(summary, t) for t in behaviors(tables) if len(summary.finite.names) <= MAX_LABELS]:
+        yield from means
+    if statements := tables.rows("statements"):
+        sizes, ranks = rank_table(statements)
+        caption = (
+            "Do the k strongest examples stay the k strongest? In brackets: share of resampled sets of prompts in "
+            "which they do"
+        )
+        yield Table(
+            [Column("Ranked by"), *(Column(f"k = {k}") for k in sizes)], [[n, *cells] for n, cells in ranks], caption
+        )
+        note = (
+            "Safe: at 95%, against other prompts of the same kind, the exact refit and the error of sketches "
+            "together; reasons stand in "
+        )
+        yield Note(Line((note, Code("statements.parquet"), ".")))
+
+
+def behaviors(tables: Tables) -> list[str]:
+    """The first behaviors that the summary has."""
+    return [t for t in targets(tables) if is_behavior(t)][:MAX_LABELS]
+
+
+def main_targets(tables: Tables) -> list[str]:
+    """What the ranking goes by: the score of a policy, without one the behaviors."""
+    return [PRIMARY] if primary(tables) == PRIMARY else behaviors(tables) or [primary(tables)]
+
+
+def _label_means(summary: Summary, target: str) -> Table:
+    means = [(name, e) for name, e in label_means(summary, target)]
+    power = common_power(v for _, e in means for v in (e.value, e.lo, e.hi))
+    columns = [Column("Label"), Column("Examples", "number", 0), Column("Mean", "interval", power=power, plot="fit")]
+    n = summary.finite
+    rows = [(name, len(n.own(name, target)), e) for name, e in means]
+    return Table(columns, rows, f"Mean effect of an example on {words(target)} by label, 95% bootstrap intervals")
+
+
+def label_means(summary: Summary, target: str) -> list[tuple[str, Estimate]]:
+    """The mean of each label's examples with its interval."""
+    found = ((name, mean_interval(summary.finite.own(name, target))) for name in summary.finite.names)
+    return [(name, e) for name, e in found if e is not None]
+
+
+def trivial_correlations(summary: Summary, target: str) -> list[tuple[str, Estimate]]:
+    """Rank correlation of a target with response length, loss and, with two labels, the label."""
+    known = summary.finite
+    columns = {name: known.columns[key] for key, name in TRIVIAL.items() if key in known.columns}
+    if len(known.names) == 2:
+        first = min(known.names)
+        columns[f"the label ({first} = 1)"] = (known.label == known.names.index(first)).astype(np.float64)
+    found = ((name, spearman_interval(known.columns[target], values)) for name, values in columns.items())
+    return [(name, e) for name, e in found if e is not None]
+
+
+# The verdict
+
+
+def _sentences(tables: Tables) -> list[Sentence | None]:
+    summary, rows = Summary.read(tables), shown(tables)
+    statements = tables.rows("statements")
+    if summary is None or not len(summary.finite):
+        return []
+    first = primary(tables)
+    return [
+        (statements and ranking_sentence(statements)) or None,
+        label_sentence(summary.finite, first),
+        trivial_sentence(summary, first),
+        step_sentence(rows),
+        sketch_sentence(summary.finite, first),
+    ]
+
+
+def label_sentence(scores: Summary, target: str) -> Sentence | None:
+    """The mean effect of each label with its interval, and of a score the share of each pathway."""
+    if len(scores.names) > MAX_LABELS:
+        return None
+    known = label_means(scores, target)
+    if not known:
+        return None
+    power = common_power([end for _, e in known for end in (e.value, e.lo, e.hi)])
+    parts = [
+        f"{name} examples average {words(target)}\u00a0=\u00a0{e.text(power=power)}{tens(power)}"
+        + (f" ({NOTHING.lower()}: the interval includes zero)" if e.includes_zero else "")
+        for name, e in known
+    ]
+    share = ""
+    if f"{target}:x" in scores.columns:
+        x, y = (float(np.abs(scores.columns[f"{target}:{k}"]).sum()) for k in ("x", "y"))
+        if x + y > 0:
+            share = f" {percent(y / (x + y))} of the absolute effect runs through output probability, "
+            share += f"{percent(x / (x + y))} through feature activation."
+    nothing = all(e.includes_zero for _, e in known)
+    return Sentence("Labels", "none" if nothing else "found", f"{'; '.join(parts)}.{share}")
+
+
+def trivial_sentence(summary: Summary, target: str) -> Sentence | None:
+    """Whether something trivial ranks the examples as the target does."""
+    found = trivial_correlations(summary, target)
+    if not found:
+        return None
+    parts = listed([f"{e.text()} with {name}" for name, e in found], 4)
+    text = f"The rank correlation of {words(target)} is {parts}."
+    strong = [name.split(" (")[0] for name, e in found if abs(e.value) >= STRONG and not e.includes_zero]
+    if strong:
+        text += f" Caution: {listed(strong)} alone gives much of the same ranking."
+        return Sentence("Trivial predictors", "caution", text)
+    if all(e.includes_zero for _, e in found):
+        text = f"{NOTHING}: every interval includes zero. {text}"
+        return Sentence("Trivial predictors", "none", text)
+    return Sentence("Trivial predictors", "found", text)
+
+
+def step_sentence(summary: Rows) -> Sentence | None:
+    """How far the linear value is from a real step, on the examples where one was taken.
+
+    Where S is an estimate, these examples have an exact one too, and that is compared.
+    """
+    rows = [r for r in scored(summary, PRIMARY) if r.get("step_score") and r[PRIMARY]]
+    if not rows:
+        return None
+    apart = {
+        name: max(abs(r[key] / (r.get("exact_score") or r[PRIMARY]) - 1) for r in rows)
+        for name, key in (("a real step", "step_score"), ("an exact refit", "refit_score"))
+        if all(r.get(key) for r in rows)
+    }
+    differences = " and ".join(f"{percent(value, 1)} ({name})" for name, value in apart.items())
+    good = max(apart.values()) <= STEP_TOLERANCE
+    text = (
+        f"S is the first-order effect of one step. On the {count(len(rows), 'example')} with the "
+        f"largest |S| it differs by at most {differences} from what the step does."
+    )
+    if not good:
+        text += f" That is above {percent(STEP_TOLERANCE)}: with a smaller lr it shrinks in proportion."
+    return Sentence("Linear value", "found" if good else "caution", text)
+
+
+def sketch_sentence(scores: Summary, target: str) -> Sentence | None:
+    """How far the ranking can be trusted where the values come from sketches.
+
+    Of the variance over the examples, mean(se^2) is the sketches' error; what is left, as a share, is
+    the reliability, and its square root the correlation with the exact values to be expected.
+    """
+    value, se = scores.columns[target], scores.columns.get(target + SE)
+    if se is None or not len(value) or not np.isfinite(se).all():
+        return None
+    spread = float(np.var(value))
+    reliability = max(0.0, 1 - float(np.mean(se**2)) / spread) if spread > 0 else 0.0
+    clear = int((np.abs(value) > 2 * se).sum())
+    name = words(target)
+    text = (
+        f"{name} is estimated from sketches of gradients. {clear:,} of {count(len(value), 'example')} have "
+        f"a value more than two standard errors from zero; a correlation of about "
+        f"{number(math.sqrt(reliability), 3)} with the exact one is to be expected."
+    )
+    if reliability**0.5 < RELIABLE:
+        text += " Larger sketches (attribution.estimator.dim) or the estimator adjoint give a surer ranking."
+        return Sentence("Sketches", "caution", text)
+    return Sentence("Sketches", "found", text)
+
+
+def rank_table(statements: Rows) -> tuple[list[int], list[tuple[str, list[str]]]]:
+    """The sizes k, and for each ranking a cell per size: safe, or undecided and the share."""
+    sizes = sorted({row["k"] for row in statements})
+    found = {(row["target"], row["k"]): row for row in statements}
+    ranked = dict.fromkeys(row["target"] for row in statements)
+
+    def cell(row: dict[str, object] | None) -> str:
+        if row is None:
+            return "–"
+        share = row["share"]
+        return f"{row['verdict']}" + (f" ({percent(share, 1)})" if isinstance(share, float) else "")
+
+    return sizes, [(f"|{words(t)}|", [cell(found.get((t, k))) for k in sizes]) for t in ranked]
+
+
+def ranking_sentence(statements: Rows) -> Sentence:
+    """Which sets of strongest examples stay the strongest, and why it is undecided of others."""
+    parts, undecided = [], False
+    for target in dict.fromkeys(row["target"] for row in statements):
+        own = [row for row in statements if row["target"] == target]
+        safe = [str(row["k"]) for row in own if row["verdict"] == "safe"]
+        open_ = next((row for row in own if row["verdict"] != "safe"), None)
+        undecided |= not safe
+        name = f"|{words(target)}|"
+        text = f"by {name} the top {listed(safe, len(safe))} safe" if safe else f"by {name} none"
+        if open_ is not None:
+            text += f" (top {open_['k']} undecided: {open_['reason']})"
+        parts.append(text)
+    text = (
+        "That the strongest examples stay the strongest, at 95%, for other prompts of the same kind "
+        f"and against the exact refit and the error of sketches: {'; '.join(parts)}."
+    )
+    return Sentence("Ranking", "caution" if undecided else "found", text)
+
+
+SECTIONS.register("certainty")(
+    Section(
+        "certainty", "How sure", ("summary",), _blocks, _sentences, overview=True, heading="How sure is the ranking?"
+    )
+)

@@ -1,0 +1,103 @@
+"""What editing each feature in the model does to the behavior, beside its coefficient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text
+from taught.report.detail import feature_labels
+from taught.report.sections import SECTIONS, Section
+from taught.report.stats import Estimate
+from taught.report.tables import Row, Tables
+from taught.report.text import count, percent, shorten
+
+AGREEMENTS = {
+    "all": "all features",
+    "sure": "coefficients whose interval excludes 0",
+    "clear": "features that move y more than random directions",
+    "predicted": "all features, against what the policy predicts of the edit itself",
+    "control": "one random direction a feature (control)",
+}
+MEASURES = ("same_sign", "spearman", "size")
+
+
+def _blocks(tables: Tables) -> Iterator[Block]:
+    it = cast(Row, tables.json("clamp"))
+    yield Text(
+        "Each feature’s part of the residual is scaled in the model, at the tokens at which the policy reads it, and "
+        "the behavior is read again. A coefficient says what a feature predicts beside the others; the slope says "
+        "what its direction does. If coefficients were causes, they would be equal. "
+        f"{it['clear']} of {count(it['active'], 'active feature')} move the behavior more than {it['controls']} random "
+        "directions of the same size."
+    )
+    yield Table(
+        [
+            Column("Over"),
+            Column("Features", "number", 0),
+            *(Column(name, "interval") for name in ("Same sign", "Rank correlation", "Seen per predicted")),
+        ],
+        [
+            [AGREEMENTS.get(name, name), found["n"], *(Estimate.of(found[key]) for key in MEASURES)]
+            for name, found in it["agreement"].items()
+        ],
+        "Agreement of slopes with coefficients, 95% intervals (same sign: exact binomial; the others: bootstrap over "
+        "features)",
+    )
+    yield _slopes(tables, it["scales"])
+
+
+def _slopes(tables: Tables, scales: list[float]) -> Table:
+    rows = sorted(tables.rows("clamp") or [], key=lambda r: -abs(r["coef"]))
+    labels = feature_labels(tables)
+    columns = [
+        Column("Feature", "id"),
+        Column("Label", only="page"),
+        Column("Coefficient", "signed"),
+        Column("Slope", "interval", plot="fit"),
+        Column("p", "p"),
+        Column("Prompts", "number", 0),
+        *(Column(f"{s:g}×", "signed") for s in scales),
+    ]
+    made = []
+    for r in rows:
+        slope = Estimate.of([r.get(key) for key in ("slope", "lo", "hi")]) or "not active on any prompt"
+        doses = [d["value"] for d in r.get("doses") or []] or [None] * len(scales)
+        label = shorten(labels.get(r["feature_id"], ""), 60)
+        made.append([Feature(r["feature_id"]), label, r["coef"], slope, r.get("p_adjusted"), r["n"], *doses])
+    caption = (
+        "Slope: change of y per unit of activation, 95% bootstrap over prompts on which the feature is active; mean "
+        "change of y at each scale; p against random directions, corrected for the number of features"
+    )
+    return Table(columns, made, caption, tall=True)
+
+
+def _sentences(tables: Tables) -> list[Sentence | None]:
+    return [clamp_sentence(cast(Row, tables.json("clamp")))]
+
+
+def clamp_sentence(clamping: Row) -> Sentence | None:
+    """Whether editing a feature in the model moves the behavior as its coefficient says."""
+    agreed = clamping["agreement"]["all"]
+    same, rank, size = (Estimate.of(agreed[k]) for k in MEASURES)
+    if same is None:
+        return None
+    scales = clamping["scales"]
+    text = (
+        f"Scaling a feature's part of the residual by {min(scales):g} to {max(scales):g} moves the "
+        f"behavior to the side of the coefficient for {percent(same.value)} of "
+        f"{count(agreed['n'], 'feature')} (95% {percent(same.lo)} to {percent(same.hi)})"
+    )
+    text += f", by {size.text()} of what the coefficients say" if size else ""
+    text += f"; rank correlation with the coefficients {rank.text()}." if rank else "."
+    text += (
+        f" {clamping['clear']} of them move it more than random directions of the same size do "
+        "(corrected for their number)."
+    )
+    if not (same.lo or 0) > 0.5 or not clamping["clear"]:
+        text += " So the coefficients are not shown to be causes: read them as predictors."
+        return Sentence("Clamping", "caution", text)
+    return Sentence("Clamping", "found", text)
+
+
+SECTIONS.register("clamp")(Section("clamp", "Clamping", ("coefficients", "clamp"), _blocks, _sentences, overview=True))

@@ -1,0 +1,76 @@
+"""Concepts: the strongest examples by every method, where methods differ, and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow.compute as pc
+
+from taught.report.agreement import agreement_blocks
+from taught.report.blocks import Block, Column, Example, Heading, Line, Note, Soft, Strips, Table, Text
+from taught.report.examples import own_method, score_index, shown
+from taught.report.sections import SECTIONS, Section
+from taught.report.stats import Estimate
+from taught.report.strips import strips
+from taught.report.tables import Row, Tables
+from taught.report.text import clean, common_power, signed, tens
+
+STRONGEST = 5
+KIND = "concept:"
+
+
+def _blocks(tables: Tables) -> Iterator[Block]:
+    yield Text(
+        "What training on each example does to the read-out of a direction. The gradient is a change per step; the "
+        "other methods read activations and differ in unit, so methods are compared by rank."
+    )
+    facts = {concept["name"]: concept for concept in (tables.json("concepts") or {}).get("concepts", [])}
+    named = list(dict.fromkeys(target for _, target in score_index(tables) if target.startswith(KIND)))
+    if not named:
+        yield Note("No concept is among the targets of this run.")
+    for target in named:
+        yield from _concept(tables, target, facts.get(clean(target.removeprefix(KIND)), {}))
+
+
+def _concept(tables: Tables, target: str, facts: Row) -> Iterator[Block]:
+    provenance = facts.get("provenance", {})
+    about = [f"block {facts['block']}" if "block" in facts else "", str(provenance.get("source") or "")]
+    yield Heading(Line((clean(target.removeprefix(KIND)), " ", Soft(", ".join(filter(None, about))))))
+    card = facts.get("card", {})
+    if separation := Estimate.of(card.get("auc")):
+        # Labelled answers judge the direction, in place of the groups of prompts.
+        sides = (
+            "examples with and without the behavior" if "examples sha256" in provenance else "the two groups of prompts"
+        )
+        held = ", on rows it was not fitted on" if card.get("held_out") else ""
+        yield Text(f"Quality: AUC {separation.text()} between {sides}{held}; .5 is chance.")
+    yield from agreement_blocks(tables, clean(target))
+    yield _strongest(tables, target)
+    own = [s for s in strips(tables.rows("token_shares") or []) if s.target == clean(target)]
+    if own:
+        yield Strips([(Example(s.example_id), s) for s in own], key=True)
+
+
+def _strongest(tables: Tables, target: str) -> Table:
+    labels = {row["example_id"]: row["label"] for row in shown(tables)}
+    methods = [method for method, own in score_index(tables) if own == target]
+    own = own_method(tables)
+    rows = []
+    for method in sorted(dict.fromkeys(methods), key=lambda name: name != own):
+        found = tables.columns(
+            "scores", ["example_id", "value"], (pc.field("target") == target) & (pc.field("method") == method)
+        )
+        assert found is not None
+        values = found["value"].to_numpy()
+        order = np.argsort(-np.abs(values), kind="stable")[:STRONGEST]
+        power = common_power(values[order].tolist())
+        for i, example in zip(order, found["example_id"].take(order).to_pylist(), strict=True):
+            example = clean(example)
+            value = f"{signed(float(values[i]), power=power)}{tens(power)}"
+            rows.append((clean(method), Example(example), value, labels.get(example, "")))
+    columns = [Column("Method"), Column("Example"), Column("Value", "number"), Column("Label")]
+    return Table(columns, rows, "Examples with the largest absolute values, positive: towards the concept", head=20)
+
+
+SECTIONS.register("concepts")(Section("concepts", "Concepts", ("concepts", "scores"), _blocks))

@@ -1,0 +1,86 @@
+"""Which categories of prompts the behavior does not cover, and where it shows up uncalled for."""
+
+from __future__ import annotations
+
+from taught.report.blocks import Badge, Block, Column, Feature, Line, Sentence, Soft, Table, Text
+from taught.report.sections import SECTIONS, Section
+from taught.report.sections.examples import NOTHING
+from taught.report.stats import Estimate
+from taught.report.tables import Row, Rows, Tables
+from taught.report.text import count, listed
+
+
+def _blocks(tables: Tables) -> list[Block]:
+    rows = sorted(tables.rows("audit") or [], key=lambda r: (not r["uncovered"], r["gap"] or 0.0))
+    lede = (
+        "Mean behavior of each category of prompts against the rest of its group. A category is uncovered when, after "
+        "correction for the number of categories, the behavior falls short where it is wanted or shows up where it is "
+        "not."
+    )
+    columns = [
+        Column("Category"),
+        Column("Group"),
+        Column("n", "number", 0),
+        Column("Mean y", "number"),
+        Column("Gap", "interval", plot="fit"),
+        Column("Adjusted p", "p"),
+        Column("Covered"),
+        Column("Tied features", "id"),
+    ]
+    flagged = frozenset(i for i, r in enumerate(rows) if r["uncovered"])
+    caption = "Audit by category: gap of mean y to the rest of the group, with 95% interval"
+    return [Text(lede), Table(columns, [_row(r) for r in rows], caption, head=20, sortable=True, flagged=flagged)]
+
+
+def _row(r: Row) -> list[object]:
+    covered = Soft("not tested" if r["uncovered"] is None else "yes")
+    return [
+        r["category"],
+        r["group"],
+        r["n"],
+        r["mean_y"],
+        Estimate.of([r["gap"], r["lo"], r["hi"]]),
+        r["p_adjusted"],
+        Badge("uncovered") if r["uncovered"] else covered,
+        Line([Feature(f) for f in r["features"] or []], " "),
+    ]
+
+
+def _sentences(tables: Tables) -> list[Sentence]:
+    return [audit_sentence(tables.rows("audit") or [], tables.setting("prompts.positive_group"))]
+
+
+def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
+    """Which categories the policy does not cover, and where the behavior shows up uncalled for.
+
+    Parameters
+    ----------
+    audit
+        Rows of ``audit.parquet``.
+    positive
+        The group that should show the behavior; None: all groups count as such.
+    """
+    tested = count(sum(r["uncovered"] is not None for r in audit), "tested category", "tested categories")
+    marked = sorted((r for r in audit if r["uncovered"]), key=lambda r: -abs(r["gap"]))
+    short = [_named(r) for r in marked if positive in (None, r["group"])]
+    spill = [_named(r) for r in marked if positive not in (None, r["group"])]
+    if not marked:
+        text = f"{NOTHING}: none of {tested} stands out from the rest of its group after correction."
+        return Sentence("Coverage", "none", text)
+    parts = []
+    if short:
+        parts.append(f"{len(short)} of {tested} not covered: the behavior falls short in {listed(short)}.")
+    if spill:
+        parts.append(f"{len(spill)} of {tested} with the behavior uncalled for: {listed(spill)}.")
+    return Sentence("Coverage", "caution", " ".join(parts))
+
+
+def _named(row: Row) -> str:
+    gap = Estimate(row["gap"], row.get("lo"), row.get("hi")).text()
+    p = "p < 0.001" if row["p_adjusted"] < 0.001 else f"p = {row['p_adjusted']:.3f}"
+    return f"{row['category']} (mean y {gap} against the rest of its group, adjusted {p}, n = {row['n']})"
+
+
+SECTIONS.register("coverage")(
+    Section("coverage", "Coverage", ("coefficients", "audit"), _blocks, _sentences, overview=True)
+)

@@ -1,0 +1,280 @@
+"""Who moves what: the strongest examples for every target, all listed examples, and their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from taught.report.agreement import agreement_blocks
+from taught.report.blocks import (
+    Block,
+    Code,
+    Column,
+    Details,
+    Example,
+    Feature,
+    File,
+    Line,
+    Note,
+    Sentence,
+    Strips,
+    Table,
+    Text,
+)
+from taught.report.examples import (
+    PRIMARY,
+    SE,
+    STRONGEST,
+    Summary,
+    ends,
+    is_behavior,
+    primary,
+    scored,
+    shown,
+    summary_schema,
+    targets,
+    texts,
+)
+from taught.report.sections import SECTIONS, Section
+from taught.report.stats import Estimate
+from taught.report.strips import Strip, strips
+from taught.report.tables import Row, Rows, Tables
+from taught.report.text import clean, common_power, count, listed, percent, shorten, signed, tens, words
+
+NOTHING = "No effect found"
+NEGLIGIBLE = 0.02  # of the largest absolute value
+MAINLY = 1.5  # one pathway this many times the other carries the score
+ENDS = 5
+NORMAL = 1.96
+MAX_COLUMNS = 8
+SAID = 4  # targets that a sentence names
+OTHERS = ("prompt:", "concept:")  # single prompts are too many, concepts have a section of their own
+
+
+def named_targets(names: Sequence[str]) -> list[str]:
+    """Targets whose strongest examples are named: behaviors, then others, then the policy's score."""
+    own = [name for name in names if not name.startswith(OTHERS)]
+    return sorted(own, key=lambda name: name == PRIMARY)
+
+
+def _blocks(tables: Tables) -> list[Block]:
+    rows = shown(tables)
+    lede = "What one training step on each example does to the targets. Positive: training on it raises the target."
+    if PRIMARY in targets(tables):
+        lede += (
+            " S is the policy’s score. S > 0: the coefficient vector moves along itself, so the policy grows "
+            "stronger as it is; that alone does not mean more of the behavior."
+        )
+    movers = [_movers(tables, rows, target) for target in named_targets(targets(tables))[:MAX_COLUMNS]]
+    return [Text(lede), *movers, *_strips(tables), *_all(tables, rows), *_agreement(tables)]
+
+
+def _movers(tables: Tables, rows: Rows, target: str) -> Table:
+    """The examples that raise a target most, then those that lower it most."""
+    up, down = ends(rows, target, ENDS)
+    power = common_power(row[target] for row in (*up, *down))
+    value = Column("Change per step", "signed", power=power, plot="fit" if target + SE in (rows or [{}])[0] else None)
+    columns = [Column("Example"), value, Column("Label"), Column("Prompt")]
+    shown_ = [
+        (
+            Example(row["example_id"]),
+            _with_error(row, target),
+            row["label"],
+            shorten(str(texts(tables).get(row["example_id"], {}).get("prompt", "")), 90),
+        )
+        for row in (*up, *reversed(down))
+    ]
+    caption = f"{_capital(words(target))}: the examples that raise it most, and those that lower it most"
+    return Table(columns, shown_, caption, empty="No example moves it.", head=2 * ENDS)
+
+
+def _with_error(row: Row, target: str) -> float | Estimate | None:
+    value, se = row[target], row.get(target + SE)
+    if value is None or se is None:
+        return None if value is None else float(value)
+    return Estimate(value, value - NORMAL * se, value + NORMAL * se)
+
+
+def _strips(tables: Tables) -> list[Block]:
+    found: dict[str, list[tuple[str, Strip]]] = {}
+    for strip in strips(tables.rows("token_shares") or []):
+        if not strip.target.startswith(OTHERS):
+            found.setdefault(strip.example_id, []).append((words(strip.target), strip))
+    if not found:
+        return []
+    text = (
+        "Which tokens carry it: the effect of a step on an example is a sum over the tokens that it teaches. Here "
+        f"for the {count(len(found), 'example')} with the largest effects; numbers stand in "
+    )
+    every = [
+        Details(Example(example), [Strips(own, key=i == len(found) - 1)], open=i == 0)
+        for i, (example, own) in enumerate(found.items())
+    ]
+    return [Text(Line((text, Code("token_shares.parquet"), "."))), *every]
+
+
+def _all(tables: Tables, rows: Rows) -> list[Block]:
+    """All listed examples with everything that the summary says, to be sorted and filtered."""
+    summary = Summary.read(tables)
+    assert summary is not None
+    first, names = primary(tables), targets(tables)
+    there = {clean(name) for name in summary_schema(tables).names}
+    columns, keys = [Column("Example")], ["example_id"]
+    for name in names[:MAX_COLUMNS]:
+        powers = common_power(row[key] for row in rows for key in names if _kind(key) == _kind(name))
+        columns.append(Column(words(name), "signed", power=powers, bar=name == first))
+        keys.append(name)
+        for path in (f"{name}:x", f"{name}:y"):
+            if path in there:
+                columns.append(Column(f"{path[-1]} path", "signed", power=powers))
+                keys.append(path)
+    columns[2:2], keys[2:2] = [Column("Label"), Column("Category")], ["label", "category"]
+    if tables.with_policy and "outside_share" in there:
+        columns += [Column("Outside", "percent"), Column("Acts mainly on", "id")]
+        keys += ["outside_share", "dominant"]
+    columns += [Column("Tokens", "number", digits=0), Column("Loss", "number")]
+    keys += ["n_scored", "loss"]
+    categories = {i: str(row.get("category") or "") for i, row in texts(tables).items()}
+    made = [_row(row, categories.get(row["example_id"], ""), keys) for row in rows]
+    filters = {"label": sorted({row["label"] for row in rows}), "category": sorted({*categories.values()} - {""})}
+    if "unintended" in there:
+        filters["unintended"] = []
+    caption = _caption(len(summary), len(rows), words(first))
+    table = Table(columns, made, caption, head=0, sortable=True, tall=True, filters=filters)
+    return [table, Note(_note(tables, summary, len(names)))]
+
+
+def _kind(target: str) -> str:
+    return target.partition(":")[0]
+
+
+def _row(row: Row, category: str, keys: Sequence[str]) -> list[object]:
+    own = {**row, "example_id": Example(row["example_id"]), "category": category}
+    if row.get("dominant_feature") is not None:
+        mark = {True: " unintended", False: " intended"}.get(row["unintended"], "")
+        own["dominant"] = Line((Feature(row["dominant_feature"]), mark))
+    return [own.get(key) for key in keys]
+
+
+def _caption(total: int, listed_: int, first: str) -> Line:
+    parts: list[object] = [count(total, "example")]
+    if total > listed_:
+        parts += [
+            f", showing {listed_:,} of {total:,}: the {STRONGEST} with the largest |{first}| and those that this "
+            "page names; all in ",
+            File("summary.parquet"),
+        ]
+    return Line([*parts, f", in order of |{first}| unless sorted"])
+
+
+def _note(tables: Tables, summary: Summary, n_targets: int) -> str:
+    text = "Tokens: those that the example teaches; loss: their mean."
+    if tables.with_policy:
+        text = (
+            "Outside: share of the absolute coefficient change on features that are not intended: not named so in "
+            "the data or, without names, not active on the example’s own prompt. Acts mainly on: the feature that "
+            f"moves most; “unintended” when it is one of those ({summary.unintended} of {len(summary)}). {text}"
+        )
+    if n_targets > MAX_COLUMNS:
+        text += f" {count(n_targets - MAX_COLUMNS, 'more target')} in summary.parquet."
+    unscored = len(summary) - len(summary.finite)
+    return text + (f" {count(unscored, 'example')} without a score: see examples.parquet." if unscored else "")
+
+
+def _agreement(tables: Tables) -> list[Block]:
+    named = dict.fromkeys(row["target"] for row in tables.rows("agreement") or [])
+    return [block for t in named if not t.startswith(OTHERS) for block in agreement_blocks(tables, t)]
+
+
+# The verdict
+
+
+def _sentences(tables: Tables) -> list[Sentence | None]:
+    rows, names = shown(tables), named_targets(targets(tables))
+    behaviors = [name for name in names if is_behavior(name)]
+    others = [name for name in names if not is_behavior(name) and name != PRIMARY]
+    return [
+        moved_sentence("Behavior", rows, behaviors),
+        moved_sentence("Other targets", rows, others),
+        push_sentence(rows) if PRIMARY in names else None,
+    ]
+
+
+def moved_sentence(topic: str, rows: Rows, names: Sequence[str]) -> Sentence | None:
+    """The examples that raise and lower each target most, by how much."""
+    found = [_moved(rows, name) for name in names[:SAID]]
+    if not found:
+        return None
+    parts = [text for text in found if text]
+    if not parts:
+        return Sentence(topic, "none", f"{NOTHING}: no example moves {listed([words(n) for n in names])}.")
+    more = f" {count(len(names) - SAID, 'more target')} in the section on examples." if len(names) > SAID else ""
+    return Sentence(topic, "found", f"{'; '.join(parts)}. Changes are per training step.{more}")
+
+
+def _moved(rows: Rows, target: str) -> str:
+    (up, down), power = ends(rows, target, 1), common_power(row[target] for row in scored(rows, target))
+    parts = [
+        f"{row['example_id']} ({row['label']}) {does} it most, {_amount(row, target, power)}"
+        for does, own in (("raises", up), ("lowers", down))
+        for row in own
+    ]
+    return f"{_capital(words(target))}: {', '.join(parts)}" if parts else ""
+
+
+def _amount(row: Row, target: str, power: int) -> str:
+    found = _with_error(row, target)
+    if isinstance(found, Estimate):
+        return f"{found.text(power=power)}{tens(power)}"
+    return f"{signed(found, power=power)}{tens(power)}"
+
+
+def push_sentence(rows: Rows) -> Sentence | None:
+    """The examples that push the policy most, and along which pathway."""
+    known = scored(rows, PRIMARY)
+    if not known:
+        return None
+    power = common_power(r[PRIMARY] for r in known)
+    top, bottom = max(known, key=lambda r: r[PRIMARY]), min(known, key=lambda r: r[PRIMARY])
+    largest = max(top[PRIMARY], -bottom[PRIMARY])
+    if largest <= 0:
+        return Sentence("Policy", "none", f"{NOTHING}: every example has a score of zero.")
+    parts = []
+    for row, size, does in (
+        (top, top[PRIMARY], "pushes the policy along itself"),
+        (bottom, -bottom[PRIMARY], "pushes against it" if top[PRIMARY] > 0 else "pushes against the policy"),
+    ):
+        if size >= NEGLIGIBLE * largest:
+            parts.append(_pushed(row, f"{does} most", power))
+        else:
+            first = "no" if parts else "No"
+            parts.append(f"{first} example {does} by more than {percent(NEGLIGIBLE)} of the largest |S|")
+    ending = "That an example strengthens the policy does not by itself mean more of the behavior."
+    return Sentence("Policy", "found", f"{'; '.join(parts)}. {ending}")
+
+
+def _pushed(row: Row, does: str, power: int) -> str:
+    total = f"{signed(row[PRIMARY], power=power)}{tens(power)}"
+    x, y = row.get("score:x"), row.get("score:y")
+    through = "" if x is None or y is None else f", {_through(x, y)} (x {_short(x, power)}, y {_short(y, power)})"
+    return f"{row['example_id']} ({row['label']}) {does}: S\u00a0=\u00a0{total} per step{through}"
+
+
+def _short(value: float, power: int) -> str:
+    return signed(value, power=power)
+
+
+def _through(x: float, y: float) -> str:
+    if abs(x) > MAINLY * abs(y):
+        return "mainly through feature activation"
+    if abs(y) > MAINLY * abs(x):
+        return "mainly through output probability"
+    return "through both pathways"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+SECTIONS.register("examples")(
+    Section("examples", "Examples", ("summary",), _blocks, _sentences, overview=True, heading="Who moves it")
+)

@@ -1,0 +1,89 @@
+"""Equations, how to read signs and units, and the settings that numbers depend on."""
+
+from __future__ import annotations
+
+from taught.report.blocks import Beside, Block, Facts, Heading, Items, Note
+from taught.report.sections import SECTIONS, Section
+from taught.report.tables import Tables
+from taught.report.text import count
+
+METRIC = {"identity": "", "adam": " of Adam", "ekfac": " in the metric of EK-FAC"}  # by attribution.curvature
+SETTINGS = (
+    "sae.encoder",
+    "sae.block",
+    "readout.position",
+    "features.threshold",
+    "features.max_features",
+    "policy.alpha",
+    "policy.intercept",
+    "policy.folds",
+    "policy.bootstrap",
+    "attribution.estimator",
+    "attribution.curvature",
+    "attribution.trajectory",
+    "attribution.lr",
+)
+
+
+def _blocks(tables: Tables) -> list[Block]:
+    curvature = tables.setting("attribution.curvature") or "identity"
+    points = len(_checkpoints(tables))
+    lr = "lr that of each checkpoint" if points else f"lr = {tables.setting('attribution.lr')}"
+    inverse = "" if curvature == "identity" else "C⁻¹ "
+    equations = [
+        ("One step on an example", f"δθ = −lr {inverse}∇L(example),   {lr}"),
+        ("Influence on a target F", "⟨∇F, δθ⟩"),
+    ]
+    if tables.with_policy:
+        equations = [
+            ("Policy", "W = U⁻¹ Xᵀy,   U = XᵀX + α I"),
+            ("Residual", "r = y − X W"),
+            equations[0],
+            ("Feature-activation pathway, x", "ΔW(x) = U⁻¹ (ΔXᵀ r − Xᵀ ΔX W)"),
+            ("Output-probability pathway, y", "ΔW(y) = U⁻¹ Xᵀ Δy"),
+            ("Score", "S = Σⱼ Wⱼ (ΔW(x)ⱼ + ΔW(y)ⱼ)"),
+        ]
+    left: list[Block] = [Facts(equations, "equations")]
+    if tables.with_policy:
+        source = "Source: Symbolic Mechanistic Data Attribution (arXiv 2606.29171)."
+        left.append(Note(f"{source} With an intercept, X and y are centred over prompts."))
+    shown = [(key, value) for key in SETTINGS if (value := tables.setting(key)) is not None]
+    settings = [(key, str(value).lower() if isinstance(value, bool) else str(value)) for key, value in shown]
+    reading = Items(_reading(tables, f"{_step(curvature)}{_legs(points)}"))
+    right: list[Block] = [Heading("How to read signs and units"), reading, Heading("Settings"), Facts(settings, "list")]
+    return [Beside(left, right)]
+
+
+def _checkpoints(tables: Tables) -> list[object]:
+    """Of the study's trajectory, where it has one."""
+    spec = tables.study.get("attribution") or {}
+    trajectory = spec.get("trajectory")
+    own = trajectory.get("checkpoints") if isinstance(trajectory, dict) else None
+    return list(own or spec.get("checkpoints") or [])
+
+
+def _step(curvature: str) -> str:
+    if curvature == "identity":
+        return "one plain SGD step"
+    return "one step" + METRIC.get(curvature, f" in the metric of {curvature}")
+
+
+def _legs(points: int) -> str:
+    return f" from each of {count(points, 'checkpoint')}, added up," if points else ""
+
+
+def _reading(tables: Tables, step: str) -> list[str]:
+    said = [
+        "A positive value raises its target when the model is trained on the example.",
+        f"Values are changes per {step} at the learning rate above; the behavior is in natural logarithms.",
+        "Everything is a first-order estimate around the model as it is, not the effect of a whole training run.",
+    ]
+    if tables.with_policy:
+        said += [
+            "S > 0: the example pushes the coefficient vector along itself. It is not by itself more of the behavior.",
+            "Intended features of an example: those that its column intended names, else those active on its prompt.",
+        ]
+    return said
+
+
+SECTIONS.register("method")(Section("method", "Method", (), _blocks))

@@ -1,0 +1,67 @@
+"""The two pathways of the score: feature activation against output probability."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from taught.report.blocks import Beside, Block, Column, Line, Scatter, Table, Text
+from taught.report.charts import Point, legend_mark
+from taught.report.examples import PRIMARY, Summary, scored, shown
+from taught.report.sections import SECTIONS, Section
+from taught.report.stats import mean_interval
+from taught.report.tables import Tables
+from taught.report.text import common_power, signed, tens
+
+PATHS = ((PRIMARY, "S"), ("score:x", "x"), ("score:y", "y"))
+
+
+def _blocks(tables: Tables) -> Iterator[Block]:
+    summary = Summary.read(tables)
+    rows = scored(shown(tables), PRIMARY)
+    if summary is None or not rows:
+        yield Text("No example has a score.")
+        return
+    kinds = {name: i for i, name in enumerate(sorted(summary.names))}
+    power = common_power(r[k] for r in rows for k in ("score:x", "score:y"))
+    unit = 10.0**power
+    points = [
+        Point(
+            r["score:x"] / unit,
+            r["score:y"] / unit,
+            kinds[r["label"]],
+            i,
+            f"{r['example_id']} ({r['label']}): x {signed(r['score:x'], power=power)}, "
+            f"y {signed(r['score:y'], power=power)}{tens(power)}",
+        )
+        for i, r in enumerate(shown(tables))
+        if scored([r], PRIMARY)
+    ]
+    axes = (f"x: feature activation{tens(power)}", f"y: output probability{tens(power)}")
+    caption = "Each mark is an example. Above the dashed line S = x + y is positive, below it negative."
+    chart = Scatter(points, axes, f"Scatter of the two pathways of the score for {len(points)} examples", caption)
+    text = (
+        "An example reaches the policy by two pathways. x, feature activation: the step changes how strongly the "
+        "features fire. y, output probability: it changes the probability of the behavior while the features stay."
+    )
+    yield Beside([chart], [Text(text), _means(summary, kinds)])
+
+
+def _means(summary: Summary, kinds: dict[str, int]) -> Table:
+    rows = []
+    for label, kind in kinds.items():
+        own = [] if label not in summary.finite.names else PATHS
+        for key, name in own:
+            estimate = mean_interval(summary.finite.own(label, key))
+            mark = Line((legend_mark(kind), " ", label)) if name == "S" else ""
+            rows.append((mark, name, len(summary.finite.own(label, key)), estimate))
+    power = common_power(v for *_, e in rows if e for v in (e.value, e.lo, e.hi))
+    columns = [
+        Column("Label"),
+        Column("Path"),
+        Column("Examples", "number", 0),
+        Column("Mean", "interval", power=power, plot="fit"),
+    ]
+    return Table(columns, rows, "Mean per label, 95% bootstrap intervals over examples")
+
+
+SECTIONS.register("pathways")(Section("pathways", "Pathways", ("coefficients", "summary"), _blocks))

@@ -1,0 +1,114 @@
+"""The policy: how well it explains the behavior, and its coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from taught.report.blocks import Block, Column, Feature, Note, Sentence, Table, Text
+from taught.report.sections import SECTIONS, Section
+from taught.report.sections.examples import NOTHING
+from taught.report.stats import Estimate
+from taught.report.tables import Row, Tables
+from taught.report.text import count, listed, percent
+
+BASELINES = {"group": "the group label alone", "length": "prompt length alone", "constant": "a constant"}
+
+
+def _blocks(tables: Tables) -> Iterator[Block]:
+    rows = sorted(tables.rows("coefficients") or [], key=lambda r: -abs(r["coef"]))
+    estimates = [Estimate(r["coef"], r["lo"], r["hi"]) for r in rows]
+    yield Text(
+        "A ridge regression of the behavior y (natural logarithm of the answer’s probability) on the features’ "
+        "activations. A positive coefficient: the more active the feature, the likelier the behavior."
+    )
+    if fit := _fit(tables.json("policy") or {}):
+        own = frozenset(i for i, (_, of, _) in enumerate(fit) if of.startswith("policy"))
+        columns = [Column("Measure"), Column("Of"), Column("Value", "interval", plot=(-0.05, 1.05))]
+        yield Table(columns, fit, "Fit on held-out prompts, with 95% intervals", flagged=own)
+    unsure = sum(e.includes_zero for e in estimates)
+    yield Table(
+        [
+            Column("Feature", "id"),
+            Column("Label"),
+            Column("Coefficient", "interval", plot="fit"),
+            Column("Same sign", "percent"),
+        ],
+        [
+            (Feature(r["feature_id"]), r["label"] or "", e, r["sign_stability"])
+            for r, e in zip(rows, estimates, strict=True)
+        ],
+        f"{count(len(rows), 'coefficient')} with 95% bootstrap intervals, strongest first. Hollow: the interval "
+        f"includes zero ({unsure}).",
+        fold=20,
+        sortable=True,
+    )
+    yield Note("Same sign: share of bootstrap resamples of the prompts in which the coefficient keeps its sign.")
+
+
+def _fit(policy: Row) -> list[tuple[str, str, Estimate]]:
+    named = [("R²", "policy", Estimate.of(policy.get("r2")))]
+    named += [("R²", name, e) for name, e in baselines(policy)]
+    named.append(("Rank correlation", "policy", Estimate.of(policy.get("spearman"))))
+    named.append(("Accuracy", "policy, thresholded", Estimate.of(policy.get("accuracy"))))
+    named.append(("Accuracy", "larger class always", Estimate.of(policy.get("majority"))))
+    return [(measure, of, e) for measure, of, e in named if e is not None]
+
+
+def _sentences(tables: Tables) -> list[Sentence | None]:
+    return [fit_sentence(tables.json("policy") or {})]
+
+
+def fit_sentence(policy: Row) -> Sentence | None:
+    """How much of the behavior the policy explains on held-out prompts."""
+    r2 = Estimate.of(policy.get("r2"))
+    if r2 is None:
+        return None
+    trivial = baselines(policy)
+    beside = listed([f"{e.text()} from {name}" for name, e in trivial], 4)
+    against = f", against {beside}" if beside else ""
+    accuracy, accuracy_fails = _accuracy(policy)
+    if r2.lo is not None and r2.lo <= 0:
+        text = f"{NOTHING}: what the policy explains on held-out prompts cannot be told from zero"
+        return Sentence("Fit", "none", f"{text} (R²\u00a0{r2.text()}){against}.{accuracy}")
+    text = (
+        f"On held-out prompts the policy of {count(policy['d'], 'feature')} explains "
+        f"{percent(r2.value)} of the variance of the behavior (R²\u00a0{r2.text()}){against}."
+        f"{accuracy}"
+    )
+    rivals = [name for name, e in trivial if not _beats(r2, e)]
+    if rivals:
+        do = "does" if len(rivals) == 1 else "do"
+        text += f" Caution: {listed(rivals)} {do} about as well, so the features may add nothing."
+    return Sentence("Fit", "caution" if rivals or accuracy_fails else "found", text)
+
+
+def baselines(policy: Row) -> list[tuple[str, Estimate]]:
+    """Held-out R² of the trivial predictors, with a readable name each."""
+    found = []
+    for name, record in (policy.get("baselines") or {}).items():
+        estimate = Estimate.of(record.get("r2", record) if isinstance(record, dict) else record)
+        if estimate is not None:
+            found.append((BASELINES.get(name, name.replace("_", " ")), estimate))
+    return found
+
+
+def _beats(ours: Estimate, theirs: Estimate) -> bool:
+    low = ours.value if ours.lo is None else ours.lo
+    return low > (theirs.value if theirs.hi is None else theirs.hi)
+
+
+def _accuracy(policy: Row) -> tuple[str, bool]:
+    accuracy, majority = (Estimate.of(policy.get(key)) for key in ("accuracy", "majority"))
+    if accuracy is None or majority is None:
+        return "", False
+    gain = Estimate.of(policy.get("accuracy_gain")) or Estimate(accuracy.value - majority.value)
+    text = (
+        f" With a threshold it is right on {percent(accuracy.value, 1)} of them, against "
+        f"{percent(majority.value, 1)} for always naming the larger class: "
+        f"{gain.scaled(100).text(1)} points more"
+    )
+    fails = gain.value <= 0 if gain.lo is None else gain.lo <= 0
+    return text + (", no gain that can be told from zero." if fails else "."), fails
+
+
+SECTIONS.register("policy")(Section("policy", "Policy", ("coefficients", "policy"), _blocks, _sentences, overview=True))

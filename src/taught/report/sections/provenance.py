@@ -1,0 +1,51 @@
+"""What made the run: commands, stages, versions, hashes, the study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import yaml
+
+from taught.report.blocks import Block, Column, Details, Facts, Pre, Table, Text
+from taught.report.sections import SECTIONS, Section
+from taught.report.tables import Row, Tables
+
+ELSEWHERE = {"study", "stages", "command", "inputs", "files"}
+
+
+def _blocks(tables: Tables) -> Iterator[Block]:
+    manifest, stages = tables.manifest, tables.manifest.get("stages") or {}
+    commands = [manifest.get("command"), *(s.get("command") for s in stages.values())]
+    known = list(dict.fromkeys(str(c) for c in commands if c))
+    if known:
+        yield Text("This command repeats the run:" if len(known) == 1 else "These commands repeat the run:")
+        yield Pre("\n".join(known))
+    if stages:
+        columns = [
+            Column("Stage"),
+            Column("Status"),
+            Column("Seconds", "number", 1),
+            Column("Peak memory, GB", "number"),
+        ]
+        columns += [Column("Finished"), Column("Fingerprint")]
+        yield Table(columns, [_stage(*item) for item in stages.items()], "Stages")
+    rest = {key: value for key, value in manifest.items() if key not in ELSEWHERE}
+    files = [(f"file · {name}", f["sha256"]) for name, f in (manifest.get("files") or {}).items()]
+    yield Details("Versions, hashes and weights", [Facts([*_flat(rest), *files], "list")])
+    yield Details("Study", [Pre(yaml.safe_dump(tables.study, sort_keys=False, allow_unicode=True))])
+
+
+def _stage(name: str, s: Row) -> list[object]:
+    fingerprint = (s.get("fingerprint") or "")[:12]
+    return [name, s["status"], s.get("seconds"), s.get("peak_memory_gb"), s.get("finished") or "–", fingerprint]
+
+
+def _flat(record: Row, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key} · ")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
+SECTIONS.register("provenance")(Section("provenance", "Provenance", (), _blocks))

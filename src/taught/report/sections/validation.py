@@ -1,0 +1,246 @@
+"""What retraining showed: methods by targets, planted examples, removal, ways of choosing examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from taught.report.blocks import Block, Cell, Column, Heading, Items, Line, Note, Sentence, Soft, Table, Text
+from taught.report.sections import SECTIONS, Section
+from taught.report.sections.examples import NOTHING
+from taught.report.stats import Estimate
+from taught.report.tables import Row, Rows, Tables
+from taught.report.text import MINUS, common_power, count, number, percent, signed, tens, words
+
+COEFFICIENTS = "coefficients, median"
+CEILING = "noise ceiling"
+OF_ONE = ("coefficient:", "prompt:")  # targets that are too many to be shown one by one
+DESIGNS = {"curation": "The published way of choosing examples, and others", "curated": "What taught curate kept"}
+WITH_METRICS = ("base", "removal", "addition", "curation", "curated")
+SOFT = {"precision": "Precision", "recall": "Recall", "f1": "F1", "correctness": "Correctness"}
+JUDGED = {"judged_positive": "Judged, positive", "judged_negative": "Judged, negative"}
+UNIT = (-1.05, 1.05)
+
+
+def _blocks(tables: Tables) -> Iterator[Block]:
+    models = tables.rows("models") or []
+    yield Text(
+        f"The model was trained again {count(sum(row['design'] != 'base' for row in models), 'time')} on chosen "
+        "examples. LDS: rank correlation, over subsets, of the sum of the examples’ influence with what training on "
+        "them changed. Controlled: given the summed response length and the counts of labels, which alone explain "
+        "much of any training."
+    )
+    said = curve_sentences(tables.rows("curves") or [], tables.setting("validation.remove_by") or "")
+    said += [effect_sentence(effect) for effect in tables.rows("named_effects") or []]
+    yield from (Text(f"{sentence}.") for sentence in said)
+    trivial = tables.rows("trivial")
+    if trivial and (found := warnings(trivial, trivial[0]["method"])):
+        yield Items([*found, "Look at the controlled values there."], warning=True)
+    yield from lds_blocks(tables.rows("lds") or [], tables.rows("noise_ceiling") or [])
+    yield from _planted(tables.rows("planted") or [])
+    for design, rows in _by_design(tables.rows("arms") or []).items():
+        yield arms_table(design, rows)
+    yield from _models([r for r in models if r["design"] in WITH_METRICS])
+    if costs := tables.rows("costs"):
+        parts = (f"{r['method']} {number(r['seconds'], 0)} s, {number(r['memory_gb'], 1)} GB" for r in costs)
+        yield Note(f"Time and peak memory: {'; '.join(parts)}.")
+
+
+# How well methods foresaw the outcomes
+
+
+def lds_blocks(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> Iterator[Block]:
+    """LDS design by design and target by target; coefficients come down to their median.
+
+    A method that knew the outcome but for the noise of training would reach the ceiling (raw).
+    """
+    for design in dict.fromkeys(row["subsets"] for row in rows):
+        some = [row for row in rows if row["subsets"] == design]
+        yield Heading(f"{some[0]['n']} {design} subsets, controlled for {some[0]['controls']}")
+        noise = {row["target"]: row for row in ceilings if row["subsets"] == design}
+        for target in dict.fromkeys(row["target"] for row in some):
+            if not target.startswith(OF_ONE):
+                made = [(r["method"], *_pair(r)) for r in some if r["target"] == target and r["raw"] is not None]
+                if limit := noise.get(target):
+                    made.append((CEILING, Estimate(limit["ceiling"], limit["lo"], limit["hi"]), None))
+                yield _lds_table(f"{words(target)}, 95% bootstrap intervals over subsets", made)
+        if medians := _medians([row for row in some if row["target"].startswith("coefficient:")]):
+            yield _lds_table(COEFFICIENTS, medians)
+
+
+def _lds_table(caption: str, rows: Sequence[Sequence[Cell]]) -> Table:
+    columns = [Column("Method"), *(Column(name, "interval", plot=UNIT) for name in ("Raw", "Controlled"))]
+    return Table(columns, rows, caption, head=20)
+
+
+def _pair(row: Row) -> list[Estimate | None]:
+    return [Estimate.of([row[name], row[f"{name}_lo"], row[f"{name}_hi"]]) for name in ("raw", "controlled")]
+
+
+def _medians(rows: Rows) -> list[Sequence[Cell]]:
+    made: list[Sequence[Cell]] = []
+    for method in dict.fromkeys(row["method"] for row in rows if row["raw"] is not None):
+        own = [row for row in rows if row["method"] == method]
+        known = ([row[name] for row in own if row[name] is not None] for name in ("raw", "controlled"))
+        made.append((method, *(Estimate(median(values)) if values else None for values in known)))
+    return made
+
+
+def warnings(rows: Sequence[Row], method: str) -> list[str]:
+    """A sentence for every target on which a trivial predictor does as well as the method."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["explained"] and row["method"] == method and not row["target"].startswith(OF_ONE):
+            found.setdefault((row["target"], row["subsets"]), []).append(row)
+    sentences = []
+    for (target, design), some in found.items():
+        best = max(some, key=lambda row: abs(row["trivial_lds"] or 0.0))
+        sentences.append(
+            f"{words(target)}, {design} subsets: {best['trivial']} alone predicts about as well as "
+            f"{method} ({signed(best['trivial_lds'])} against {signed(best['lds'])})"
+        )
+    return sentences
+
+
+def _planted(rows: Rows) -> Iterator[Block]:
+    shown = [r for r in rows if not r["target"].startswith(OF_ONE)]
+    if shown:
+        columns = [
+            Column("Method"),
+            Column("Target"),
+            Column("AUC", "interval", plot=(-0.05, 1.05)),
+            Column("Precision", "number"),
+        ]
+        made = [(r["method"], words(r["target"]), Estimate(r["auc"], r["lo"], r["hi"]), r["precision"]) for r in shown]
+        n = f"{shown[0]['planted']} planted examples among {shown[0]['planted'] + shown[0]['others']}"
+        caption = (
+            f"{n}: area under the ROC curve (.5 by chance) with 95% interval; share of them among the first as many"
+        )
+        yield Table(columns, made, caption, head=40)
+
+
+# What retraining did
+
+
+def curve_sentences(points: Sequence[Row], target: str) -> list[str]:
+    """One for every budget, and of several budgets one for the area of the curve."""
+    sentences = []
+    for design in dict.fromkeys(point["design"] for point in points):
+        some = [point for point in points if point["design"] == design]
+        sentences += [removal_sentence(point, target) for point in some]
+        if len(some) > 1:
+            area, lo, hi = (_digits(some[0][name]) for name in ("area", "area_lo", "area_hi"))
+            sentences.append(f"Over these {len(some)} budgets the mean difference ({design}) is {area} [{lo}, {hi}]")
+    return sentences
+
+
+def removal_sentence(point: Row, target: str) -> str:
+    """What training without, or with only, the named examples did, against random ones as many."""
+    how = "without" if point["design"] == "removal" else "only on"
+    return (
+        f"Training {how} the {point['budget']} examples ({percent(point['share'])}) that raise "
+        f"{words(target)} most moves it by {_digits(point['difference'])} [{_digits(point['lo'])}, "
+        f"{_digits(point['hi'])}] against as many random ones"
+    )
+
+
+def effect_sentence(effect: Row) -> str:
+    """What training with the named examples does, by the subsets that were chosen to ask for it."""
+    how = {"chosen": "in the place of average ones", "couples": "added to others"}
+    return (
+        f"The {effect['examples']} examples that raise {words(effect['target'])} most, {how[effect['design']]}, "
+        f"change it by {_digits(effect['value'])} [{_digits(effect['lo'])}, "
+        f"{_digits(effect['hi'])}] ({effect['retrainings']} retrainings)"
+    )
+
+
+def _digits(value: float) -> str:
+    """Two digits that count, whatever the size."""
+    return f"{value:+.2g}".replace("-", MINUS)
+
+
+# Ways of choosing examples
+
+
+def _by_design(rows: Rows) -> dict[str, Rows]:
+    """What was compared -> the rows of its arms."""
+    found: dict[str, Rows] = {}
+    for row in rows:
+        found.setdefault(DESIGNS[row.get("design", "curation")], []).append(row)
+    return found
+
+
+def arms_table(design: str, rows: Sequence[Row]) -> Table:
+    """Arms by metrics: value with its interval, difference to random with its own."""
+    arms = {row["arm"]: row["examples"] for row in rows}
+    of = {(row["arm"], row["metric"]): row for row in rows}
+    made = []
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        power = common_power(of[arm, metric]["value"] for arm in arms)
+        made.append([f"{metric}{tens(power)}", *(_arm(of[arm, metric], power) for arm in arms)])
+    caption = (
+        f"{design}: each metric [95%, prompts]; below it the difference to random examples [95%, prompts and runs], "
+        "* where it is told from 0 after Holm’s correction"
+    )
+    columns = [Column("Metric"), *(Column(f"{arm}, {count(n, 'example')}", "number") for arm, n in arms.items())]
+    return Table(columns, made, caption)
+
+
+def _arm(cell: Row, power: int) -> Line:
+    value = Estimate(cell["value"], cell["lo"], cell["hi"]).text(3, power=power)
+    if cell["difference"] is None:
+        return Line([value])
+    gap = Estimate(cell["difference"], cell["difference_lo"], cell["difference_hi"])
+    _, ends = gap.text(3, power=power).split(" ", 1)
+    mark = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
+    return Line([value, Soft(f"{signed(gap.value, 3, power=power)}{mark} {ends}")], "\n")
+
+
+def _models(rows: Rows) -> Iterator[Block]:
+    """Soft metrics of the models of some designs; the judge's shares where answers were read."""
+    if not rows:
+        return
+    judged = any(r.get("judged_positive") is not None for r in rows)
+    named = {**SOFT, **(JUDGED if judged else {})}
+    metrics = [Column(name, "number", 3, power=common_power(r.get(key) for r in rows)) for key, name in named.items()]
+    made = [(r["design"], r["subset"], r["n_examples"], *(r.get(key) for key in named)) for r in rows]
+    caption = "Soft metrics of the retrained models, with p = exp(y) as degree of the behavior"
+    if judged:
+        caption += "; judged: share of the group’s prompts whose answer refuses"
+    yield Table([Column("Design"), Column("Trained on"), Column("n", "number", 0), *metrics], made, caption)
+
+
+# The verdict
+
+
+def _sentences(tables: Tables) -> list[Sentence | None]:
+    curves = tables.rows("curves") or []
+    retrained = retraining_sentence(curves, tables.setting("validation.remove_by") or "")
+    return [retrained, foreseen_sentence(tables.rows("lds") or [])]
+
+
+def retraining_sentence(curves: Rows, target: str) -> Sentence | None:
+    """What training without the named examples did, at the first budget; None if it was not tried."""
+    point = next((row for row in curves if row["design"] == "removal"), None)
+    if point is None:
+        return None
+    done = removal_sentence(point, target)
+    if point["lo"] <= 0 <= point["hi"]:
+        return Sentence("Retraining", "none", f"{NOTHING}: {done[0].lower()}{done[1:]}.")
+    return Sentence("Retraining", "found", f"{done}.")
+
+
+def foreseen_sentence(lds: Rows) -> Sentence | None:
+    """How well the run's own method foresaw what retraining did; None if it was not compared."""
+    own = [r for r in lds if r["method"] == lds[0]["method"] and not r["target"].startswith(OF_ONE)]
+    pairs = [(r, Estimate.of([r["raw"], r["raw_lo"], r["raw_hi"]])) for r in own]
+    known = [(r, e) for r, e in pairs if e is not None]
+    if not known:
+        return None
+    said = "; ".join(f"{words(r['target'])} {e.text()} ({r['subsets']})" for r, e in known[:4])
+    sure = any((e.lo or 0.0) > 0 for _, e in known)
+    text = f"Rank correlation of {own[0]['method']} with what retraining on subsets did: {said}."
+    return Sentence("Checked", "found" if sure else "caution", text)
+
+
+SECTIONS.register("validation")(Section("validation", "Validation", ("models",), _blocks, _sentences, overview=True))

@@ -1,0 +1,51 @@
+"""The result in a few plain sentences, with numbers and intervals and no causal overclaim."""
+
+from __future__ import annotations
+
+from taught.report.blocks import Block, Items, Note, Verdict
+from taught.report.examples import Summary
+from taught.report.sections import SECTIONS, Section, sentences_of
+from taught.report.tables import Tables
+
+WITHOUT_SAE = (
+    "This run has no SAE. One would add which features the behavior rests on, how far they explain it, and "
+    "through which of them an example acts: sae: in the study."
+)
+
+
+def _blocks(tables: Tables) -> list[Block]:
+    found: list[Block] = []
+    if sentences := sentences_of(tables):
+        found.append(Verdict(sentences))
+    else:
+        found.append(Note("Nothing was computed in this run yet. taught run STUDY computes what the study asks for."))
+    warnings = (tables.json("policy") or {}).get("warnings") or []
+    if warnings:
+        said = [w["message"] if isinstance(w, dict) else str(w) for w in warnings]
+        found.append(Items([f"Note: {text}" for text in said], warning=True))
+    return found if tables.with_policy else [*found, Note(WITHOUT_SAE)]
+
+
+def head_facts(tables: Tables) -> list[tuple[str, str]]:
+    """What went into the run."""
+    facts = []
+    if tables.setting("model.id"):
+        facts.append(("Model", str(tables.setting("model.id"))))
+    behavior = tables.study.get("behavior") or {}
+    if behavior.get("prefixes"):
+        facts.append(("Behavior", "answer begins " + " or ".join(f"“{p}”" for p in behavior["prefixes"])))
+    elif behavior.get("kind"):
+        facts.append(("Behavior", str(behavior["kind"])))
+    if (prompts := tables.rows("prompts")) is not None:
+        groups = [str(p.get("group") or "ungrouped") for p in prompts]
+        first = tables.setting("prompts.positive_group")
+        names = sorted(dict.fromkeys(groups), key=lambda name: name != first)
+        facts.append(("Prompts", ", ".join(f"{groups.count(name):,} {name}" for name in names)))
+    if (coefficients := tables.rows("coefficients")) is not None:
+        facts.append(("Features", f"{len(coefficients)}"))
+    if (summary := Summary.read(tables)) is not None:
+        facts.append(("Examples", f"{len(summary):,}"))
+    return facts
+
+
+SECTIONS.register("verdict")(Section("verdict", "Verdict", (), _blocks, overview=True))

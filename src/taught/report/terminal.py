@@ -1,0 +1,170 @@
+"""Blocks as text for a terminal.
+
+All text from data is put in :class:`rich.text.Text`, which parses no markup, and lost its control
+characters when the run was read, so that it can neither style nor steer the terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table as Grid
+from rich.text import Text as Words
+
+from taught.report.blocks import (
+    Badge,
+    Beside,
+    Block,
+    Cell,
+    Code,
+    Column,
+    Details,
+    Excerpts,
+    Facts,
+    Heading,
+    Items,
+    Line,
+    Note,
+    Pre,
+    Sentence,
+    Soft,
+    Strips,
+    Table,
+    Text,
+    Verdict,
+    plain,
+    value_of,
+)
+from taught.report.text import clean, count, number, shorten, signed, tens
+
+STYLES = {"found": "", "none": "dim", "caution": "yellow"}
+MAX_CELL = 100
+
+
+def render(blocks: Iterable[Block]) -> RenderableType:
+    """Blocks under each other, ready for a rich console."""
+    return Group(*(Padding(part, (0, 0, 1, 0)) for part in _parts(blocks)))
+
+
+def _parts(blocks: Iterable[Block]) -> Iterable[RenderableType]:
+    for block in blocks:
+        if isinstance(block, Beside):
+            yield from _parts((*block.left, *block.right))
+        elif isinstance(block, Details):
+            if block.open:
+                yield Words(clean(plain(block.title)), "bold")
+                yield from _parts(block.blocks)
+        elif isinstance(block, Table) and not block.head:
+            continue
+        elif type(block) in _RENDER:
+            yield _RENDER[type(block)](block)
+
+
+def words(cell: Cell, style: str = "") -> Words:
+    """A cell as it stands in running text."""
+    if isinstance(cell, Line):
+        return Words(cell.between).join([words(part, style) for part in cell.parts])
+    own = {Badge: "bold yellow", Soft: "dim", Code: "bold"}.get(type(cell), style)
+    return Words(clean(plain(cell)), own)
+
+
+def _verdict(it: Verdict) -> Grid:
+    grid = Grid.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for s in it.sentences:
+        grid.add_row(Words(s.topic, "bold"), _sentence(s))
+    return grid
+
+
+def _sentence(s: Sentence) -> Words:
+    return Words(clean(s.text), STYLES[s.tone])
+
+
+def _items(it: Items) -> Words:
+    return Words("\n").join([Words("- ") + words(item, "yellow" if it.warning else "") for item in it.items])
+
+
+def _facts(it: Facts) -> Words:
+    lines = [Words(f"{name}  ", "dim") + words(value) for name, value in it.pairs]
+    return Words("\n").join(lines)
+
+
+def _pre(it: Pre) -> Words:
+    title = Words(f"{it.title}\n", "dim") if it.title else Words()
+    return title + Words(clean(it.text))
+
+
+def _table(it: Table) -> RenderableType:
+    columns = [(i, column) for i, column in enumerate(it.columns) if column.only != "page"]
+    grid = Grid(title=words(it.caption, "italic"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for _, column in columns:
+        grid.add_column(
+            Words(clean(column.title) + tens(column.power), "dim"), justify="right" if column.right else "left"
+        )
+    for row in it.rows[: it.head]:
+        grid.add_row(*(_cell(column, row[i]) for i, column in columns))
+    rest = len(it.rows) - it.head
+    if not it.rows:
+        return Group(words(it.caption, "italic"), Words(it.empty or "Nothing.", "dim"))
+    return grid if rest <= 0 else Group(grid, Words(f"{count(rest, 'more row')} on the page", "dim"))
+
+
+def _cell(column: Column, value: Cell) -> Words:
+    if isinstance(value, Line):
+        return Words(value.between).join([_cell(column, part) for part in value.parts])
+    if not isinstance(value, int | float | str | None) and not hasattr(value, "lo"):
+        return words(value)
+    text = shorten(clean(column.shown(value)), MAX_CELL)
+    at = value_of(value) if column.kind == "signed" else None
+    return Words(text, "" if not at else "blue" if at > 0 else "yellow")
+
+
+def _strips(it: Strips) -> Words:
+    """What carries most, and the tokens: those that raise underlined, those that lower in reverse."""
+    lines = []
+    for name, strip in it.rows:
+        line = words(name, "bold") + Words(f" {strip.total}, most by {clean(strip.largest)}\n  ")
+        for token in strip.tokens:
+            line += Words(clean(token.text), _shade(token.shade))
+        lines.append(line)
+    return Words("\n").join(lines)
+
+
+def _shade(shade: str) -> str:
+    """Solid and dotted lines of the page: blue underlined raises, yellow lowers; faint shares are plain."""
+    side, _, level = shade.partition(" s")
+    if not level or int(level) < 3:
+        return ""
+    return ("blue underline" if side == "up" else "yellow reverse") + (" bold" if int(level) > 5 else "")
+
+
+def _excerpts(it: Excerpts) -> RenderableType:
+    if not it.rows:
+        return Words()
+    grid = Grid(title=Words(it.title + tens(it.power)), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    grid.add_column(justify="right")
+    grid.add_column()
+    for row in it.rows:
+        value = (signed if row.change else number)(row.value, power=it.power)
+        text = Words(clean(shorten(row.before, 120))) + Words(clean(row.marked), "bold") + Words(clean(row.after))
+        grid.add_row(Words(value), text + Words(f"  {clean(row.about)}", "dim"))
+    return grid
+
+
+# Drawings, and the cards of all features, are for the page only.
+_RENDER: dict[type, Callable[[Any], RenderableType]] = {
+    Text: lambda it: words(it.text),
+    Note: lambda it: words(it.text, "dim"),
+    Heading: lambda it: words(it.text, "bold"),
+    Items: _items,
+    Pre: _pre,
+    Verdict: _verdict,
+    Facts: _facts,
+    Table: _table,
+    Strips: _strips,
+    Excerpts: _excerpts,
+}
