@@ -65,8 +65,8 @@ def curate(
     target: str = "score",
     protect: str | None = None,
     protected: Sequence[float] | None = None,
-    positive_label: str | None = "harmful-refusal",
-    negative_label: str | None = "harmless-compliance",
+    positive_label: str | None = None,
+    negative_label: str | None = None,
 ) -> list[dict[str, Any]]:
     """Decide for every example whether to keep it.
 

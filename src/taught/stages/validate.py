@@ -217,11 +217,12 @@ def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
     """The published experiment: all examples, the published rule, as many by this run, at random."""
     run.require("attribute")
     summary = run.read_table("summary", ["example_id", "label", "score"])
-    labels = {
-        "refusal_label": study.examples.positive_label or "",
-        "compliance_label": study.examples.negative_label or "",
-    }
-    decisions = curate(*(summary[name].to_pylist() for name in summary.column_names), rule="paper", **labels)
+    decisions = curate(
+        *(summary[name].to_pylist() for name in summary.column_names),
+        rule="paper",
+        positive_label=study.examples.positive_label,
+        negative_label=study.examples.negative_label,
+    )
     kept = tuple(sorted(row["example_id"] for row in decisions if row["action"] == "keep"))
     if not 0 < len(kept) < len(ids):
         raise UserError(
