@@ -7,7 +7,7 @@ traceback. Anything else is a defect of ours and ends with exit code 1.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 
 class TaughtError(Exception):
@@ -63,3 +63,14 @@ def refuse_repeated(ids: Iterable[object], what: str) -> None:
     """Raise a UserError that names the ids that stand more than once, if any do."""
     counts = Counter(ids)
     refuse([name for name, count in counts.items() if count > 1], f"{what} repeats", rule="each stands once")
+
+
+def misfit(what: str, rule: str, **given: object) -> UserError:
+    """The error for things of which there are not as many as of others: arrays (by shape), lists, numbers."""
+
+    def size(value: object) -> object:
+        shape = getattr(value, "shape", None)
+        return list(shape) if shape else len(value) if isinstance(value, Sized) else value
+
+    parts = (f"{name} {size(value)}" for name, value in given.items())
+    return UserError(f"{what} do not fit together", value=", ".join(parts), rule=rule)

@@ -102,7 +102,7 @@ def test_messages():
         curate(["a", "b"], LABELS, [0.0, float("nan")])
     with pytest.raises(UserError, match=r"id repeats\n  value: a"):
         curate(["a", "a"], LABELS, [0.0, 1.0])
-    with pytest.raises(UserError, match="2 examples, 1 labels, 2 scores"):
+    with pytest.raises(UserError, match="examples 2, labels 1, scores 2"):
         curate(["a", "b"], LABELS[:1], [0.0, 1.0])
     with pytest.raises(UserError, match=r"value: None\n  rule:  0 <= k <= 2"):
         curate(["a", "b"], LABELS, [0.0, 1.0], rule="top-k")

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError, refuse, refuse_repeated
+from taught.errors import UserError, misfit, refuse, refuse_repeated
 from taught.stats.intervals import MANY, Z, middle, plain
 from taught.stats.multiplicity import holm
 
@@ -462,11 +462,12 @@ def _p(observed: Floats, drawn: Floats, centre: Floats | float) -> Floats:
 def _check(example_ids: Sequence[str], active: Sequence[Sequence[int]], values: Mapping[str, ArrayLike]) -> None:
     sizes = {len(example_ids), len(active), *(np.shape(v)[0] for v in values.values())}
     if len(sizes) != 1 or not len(example_ids) or not values:
-        raise UserError(
-            "every example needs its features and its influence on every target",
-            value=f"{len(example_ids)} examples, {len(active)} sets of features, "
-            + ", ".join(f"{np.shape(v)[0]} values of {name}" for name, v in values.items()),
-            rule="one of each per example, at least one example and one target",
+        raise misfit(
+            "examples, their features and their influences",
+            "one of each per example, at least one example and one target",
+            examples=example_ids,
+            active=active,
+            **values,
         )
     refuse_repeated(example_ids, "an example id")
     for name, column in values.items():

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
-from taught.errors import UserError, refuse, refuse_repeated
+from taught.errors import UserError, misfit, refuse, refuse_repeated
 
 RANKED = ("top-k", "keep-k")
 
@@ -239,10 +239,8 @@ def _guard(
 
 def _check(example_ids: Sequence[str], labels: Sequence[str | None], scores: Sequence[float]) -> None:
     if not len(example_ids) == len(labels) == len(scores):
-        raise UserError(
-            "every example needs a label and a score",
-            value=f"{len(example_ids)} examples, {len(labels)} labels, {len(scores)} scores",
-            rule="one of each per example",
+        raise misfit(
+            "examples, labels and scores", "one of each per example", examples=example_ids, labels=labels, scores=scores
         )
     refuse_repeated(example_ids, "an example id")
     _check_scores(example_ids, scores)
@@ -250,10 +248,11 @@ def _check(example_ids: Sequence[str], labels: Sequence[str | None], scores: Seq
 
 def _check_scores(example_ids: Sequence[str], scores: Sequence[float]) -> None:
     if len(example_ids) != len(scores):
-        raise UserError(
-            "every example needs an influence on the protected target",
-            value=f"{len(example_ids)} examples, {len(scores)} values",
-            rule="one per example",
+        raise misfit(
+            "examples and their influence on the protected target",
+            "one per example",
+            examples=example_ids,
+            values=scores,
         )
     bad = [example for example, value in zip(example_ids, scores, strict=True) if not math.isfinite(value)]
     what, fix = f"the score is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError, refuse
+from taught.errors import UserError, misfit, refuse
 from taught.stats.intervals import middle
 
 Floats = NDArray[np.float64]
@@ -56,10 +56,11 @@ def interference(
     """
     total, ids = _checked(example_ids, feature_ids, total)
     if len(intended) != len(example_ids):
-        raise UserError(
-            "every example needs a list of intended features",
-            value=f"{len(intended)} lists, {len(example_ids)} examples",
-            rule="one list per example, empty if there are none",
+        raise misfit(
+            "examples and their intended features",
+            "one list per example, empty if there are none",
+            lists=intended,
+            examples=example_ids,
         )
     sets = [_known(example, features, ids) for example, features in zip(example_ids, intended, strict=True)]
     by_id = np.argsort(ids)
@@ -185,10 +186,12 @@ def _against_chance(
 def _checked(example_ids: Sequence[str], feature_ids: Sequence[int] | Ints, total: ArrayLike) -> tuple[Floats, Ints]:
     total, ids = np.asarray(total, dtype=np.float64), np.asarray(feature_ids, dtype=np.int64)
     if total.shape != (len(example_ids), ids.size) or ids.size == 0:
-        raise UserError(
-            "the shifts do not fit their ids",
-            value=f"total {list(total.shape)}, {len(example_ids)} examples, {ids.size} features",
-            rule="total [P, d] with P example ids and d >= 1 feature ids",
+        raise misfit(
+            "the shifts and their ids",
+            "total [P, d] with P example ids and d >= 1 feature ids",
+            total=total,
+            examples=example_ids,
+            features=ids.size,
         )
     bad = [example for example, row in zip(example_ids, total, strict=True) if not np.isfinite(row).all()]
     what, fix = f"the shift is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"

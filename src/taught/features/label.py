@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, misfit
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -103,11 +103,15 @@ def describe_features(
     m, n = len(tokens), len(prompt_ids)
     fits = acts.shape == (m, len(ids)) and len(at) == m and len(texts) == len(groups) == len(h) == n
     if not fits or (m and not 0 <= at.min() <= at.max() < n):
-        raise UserError(
-            "the inputs of the labels do not fit together",
-            value=f"acts {acts.shape}, tokens {m}, prompts {n}",
-            rule="acts [M, d], one token text and prompt index per row",
-            fix="pass arrays of the same prompts",
+        raise misfit(
+            "the inputs of the labels",
+            "acts [M, d], one token text and prompt index per row, N of each of the others",
+            acts=acts,
+            tokens=m,
+            prompts=n,
+            texts=texts,
+            groups=groups,
+            h=h,
         )
     words, word_of = _words(tokens, at)
     units = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-30)

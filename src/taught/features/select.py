@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError, refuse, refuse_repeated
+from taught.errors import UserError, misfit, refuse, refuse_repeated
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -136,12 +136,7 @@ def _checked_ids(ids: Sequence[int], features: int) -> Ints:
 
 def _check(X: Floats, names: NDArray[np.object_]) -> None:
     if X.ndim != 2 or len(X) != len(names):
-        raise UserError(
-            "activations and groups do not fit together",
-            value=f"activations {X.shape}, groups {len(names)}",
-            rule="one row and one group per prompt",
-            fix="pass both for the same prompts",
-        )
+        raise misfit("activations and groups", "one row and one group per prompt", activations=X, groups=names)
     bad = np.flatnonzero(~np.isfinite(X).all(axis=1)).tolist()
     refuse([f"prompt {i}" for i in bad], "activations are not finite", rule="finite numbers", fix="use dtype float32")
 

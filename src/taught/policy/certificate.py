@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError
+from taught.errors import misfit
 from taught.policy.ridge import Floats, Ints, Policy
 from taught.stats.intervals import NORMAL, resamples
 
@@ -105,10 +105,8 @@ class RemainderBound:
     def _centred(self, dy: ArrayLike) -> Floats:
         dy = np.asarray(dy, dtype=np.float64)
         if dy.shape != (self._policy.n,):
-            raise UserError(
-                "the change of the behavior does not fit the policy",
-                value=f"dy {list(dy.shape)}",
-                rule=f"one number for each of {self._policy.n} prompts",
+            raise misfit(
+                "the change of the behavior and the policy", f"one for each of {self._policy.n} prompts", dy=dy
             )
         return dy - dy.mean() if self._policy.fit_intercept else dy
 

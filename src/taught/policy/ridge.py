@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError, refuse, refuse_repeated
+from taught.errors import UserError, misfit, refuse, refuse_repeated
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -215,11 +215,7 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
     """
     x_raw, y_raw = np.asarray(x_raw, dtype=np.float64), np.asarray(y_raw, dtype=np.float64)
     if x_raw.shape != y_raw.shape or x_raw.shape[-1:] != (policy.d,):
-        raise UserError(
-            "the pathway sums do not fit the policy",
-            value=f"x_raw {list(x_raw.shape)}, y_raw {list(y_raw.shape)}",
-            rule=f"both [P, d] with d = {policy.d}",
-        )
+        raise misfit("the pathway sums and the policy", f"both [P, d] with d = {policy.d}", x_raw=x_raw, y_raw=y_raw)
     return Shift(x=policy.solve(x_raw), y=policy.solve(y_raw))
 
 
@@ -308,11 +304,7 @@ def checked_data(X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None) -
     X, y = np.array(X, dtype=np.float64), np.array(y, dtype=np.float64)
     n_ids = y.size if prompt_ids is None else len(prompt_ids)
     if X.ndim != 2 or y.ndim != 1 or not X.shape[0] == len(y) == n_ids:
-        raise UserError(
-            "X, y and prompt_ids do not fit together",
-            value=f"X {list(X.shape)}, y {list(y.shape)}, {n_ids} prompt ids",
-            rule="X [N, d], y [N] and N ids",
-        )
+        raise misfit("X, y and prompt_ids", "X [N, d], y [N] and N ids", X=X, y=y, ids=n_ids)
     if X.shape[0] == 0 or X.shape[1] == 0:
         missing = "prompts" if X.shape[0] == 0 else "features"
         raise UserError(
@@ -332,11 +324,7 @@ def checked_data(X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None) -
 def _checked_feature_ids(feature_ids: Sequence[int] | Ints, d: int) -> Ints:
     ids = np.asarray(feature_ids)
     if ids.shape != (d,):
-        raise UserError(
-            "X and feature_ids do not fit together",
-            value=f"X has {d} columns, feature_ids {list(ids.shape)}",
-            rule="one id per column",
-        )
+        raise misfit("X and feature_ids", "one id per column", columns=d, feature_ids=ids)
     if not np.issubdtype(ids.dtype, np.integer):
         # Text sorts '10' before '9': columns then stand against the wrong rows of the encoder.
         rule = "the row of the SAE's decoder, as int64"
@@ -359,11 +347,7 @@ def check_alpha(alpha: float) -> None:
 def _checked_change(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> tuple[Floats, Floats]:
     dX, dy = np.asarray(dX, dtype=np.float64), np.asarray(dy, dtype=np.float64)
     if dX.shape != policy.X.shape or dy.shape != policy.y.shape:
-        raise UserError(
-            "the changes do not fit the policy",
-            value=f"dX {list(dX.shape)}, dy {list(dy.shape)}",
-            rule=f"dX {list(policy.X.shape)}, dy {list(policy.y.shape)}, in its row order",
-        )
+        raise misfit("the changes and the policy", "the shapes of its X and y, in its row order", dX=dX, dy=dy)
     return dX, dy
 
 
