@@ -16,16 +16,16 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from taught.report.build import embed, render
+from taught.report.scores import Curated, Scores
+from taught.report.view import _split, load_view
 
 from synthetic_run import HOSTILE, Size, build_synthetic_run, synthetic_study
 from taught.errors import UserError
 from taught.report import charts, sections, stats, strongest, text, verdict
 from taught.report import view as views
-from taught.report.build import embed, render
 from taught.report.charts import Point, Scale
-from taught.report.scores import Curated, Scores
 from taught.report.stats import Control, Estimate
-from taught.report.view import _split, load_view
 from taught.run.folder import RunFolder
 from taught.stats import ranks as rank
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from taught.report.view import load_view
 
 from synthetic_run import build_synthetic_run
 from taught.errors import UserError
 from taught.report.show import show_run
 from taught.report.text import common_power, number, signed
-from taught.report.view import load_view
 from taught.run.folder import RunFolder
 
 

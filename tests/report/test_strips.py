@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from taught.report.build import render
+from taught.report.view import load_view
 
 from synthetic_run import HOSTILE, build_synthetic_run
 from taught import stages
 from taught.cli.app import run_command
 from taught.errors import UserError
-from taught.report.build import render
 from taught.report.stats import Estimate
 from taught.report.strips import LEVELS, strips
-from taught.report.view import load_view
 from taught.run.folder import RunFolder
 from taught.stages import ConceptQuestion, ConceptRequest
 from taught.study.load import load_study

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from taught.report.compared import compared_tables, curve_sentences
 
 from taught import stages
 from taught.errors import UserError
 from taught.progress import SilentProgress
-from taught.report.compared import compared_tables, curve_sentences
 from taught.run.folder import RunFolder
 from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman

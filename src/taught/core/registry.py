@@ -75,6 +75,12 @@ class Registry(Generic[T]):
             self.require(name)
         return self._found[name]
 
+    def module(self, name: str) -> str:
+        """The module that a method is defined in; nothing of the package is imported."""
+        if name in self._own:
+            return self._own[name]
+        return str(getattr(self.get(name), "__module__", ""))
+
     def require(self, name: str) -> str:
         """The name, if it is known; nothing of the package is imported."""
         if name in self._own or name in self._found or name in self.names():

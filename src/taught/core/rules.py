@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# What is done with each path inside a value: (key, path, kind) -> path. The kinds: ``file`` (it must
-# be there), ``hub`` (a folder that is there, or a hub id), ``made`` (a place for what is computed).
+# What is done with each path inside a value: (key, path, kind) -> path. The kinds: ``file`` and
+# ``folder`` (it must be there), ``hub`` (a folder that is there, or a hub id), ``made`` (a place for what is computed).
 Visit = Callable[[str, str, str], str]
 
 
@@ -159,8 +159,13 @@ def record(made: type, **fields: Rule) -> Rule:
 
 
 def path() -> Rule:
-    """Return the rule for a file or folder that is there; relative ones are resolved against their file."""
+    """Return the rule for a file, or a folder of tables, that is there; relative to the file it stands in."""
     return Rule("a path", text().parse, walk=lambda key, value, visit: visit(key, value, "file"))
+
+
+def folder() -> Rule:
+    """Return the rule for a folder that is there, such as a saved concept."""
+    return Rule("a path", text().parse, walk=lambda key, value, visit: visit(key, value, "folder"))
 
 
 def folder_or_hub_id() -> Rule:

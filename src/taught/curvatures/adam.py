@@ -80,6 +80,10 @@ class Adam:
             found = moments_from_optimizer(self.moments)
         return adam_metric(problem, found, self.eps)
 
+    def numbers(self, problem: Problem) -> int:
+        """Numbers that the metric holds."""
+        return sum(p.numel() for p in moving_parameters(problem.model, problem.parameters).values())
+
     def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
         """Every gradient built once; where prompts are asked for, the output's gradients meet built."""
         found = {} if self.moments is not None else {"second moments": 3 * one_pass(problem, examples)}

@@ -92,6 +92,11 @@ class Ekfac:
         """The parameters that have a curvature: the only ones that move."""
         return curved_layers(problem.model, problem.parameters)
 
+    def numbers(self, problem: Problem) -> int:
+        """Eigenvalues, and the eigenvectors of both sides of every layer."""
+        shapes = [p.shape for p in moving_parameters(problem.model, self.curved(problem)).values()]
+        return sum(m * n + m * m + n * n for m, n in shapes)
+
     def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
         """Labels, squares of both sides of every layer, gradients in the basis, and eigenvectors (9 n^3)."""
         tokens = sum(len(example.ids) - 1 for example in examples)

@@ -199,6 +199,7 @@ class FiniteStep:
     """The published loop: a real step on each example, all read-outs again, the difference."""
 
     exact: ClassVar[bool] = True
+    gradients: ClassVar[int] = 2  # held at a time: one, and a copy of the weights or what they move by
     real: ClassVar[bool] = True
 
     def refuses(self, curvature: Curvature, trajectory: Trajectory) -> str | None:

@@ -132,6 +132,7 @@ class Forward:
     """Exact first-order effects example by example, with every feature on every prompt (``dX``)."""
 
     exact: ClassVar[bool] = True
+    gradients: ClassVar[int] = 2  # held at a time: one, and a copy of the weights or what they move by
 
     def refuses(self, curvature: Curvature, trajectory: Trajectory) -> str | None:
         """Goes with everything that has gradients."""

@@ -15,7 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from taught.errors import UserError
@@ -62,6 +64,19 @@ def pool(acts: Tensor, offsets: Tensor, how: str) -> Tensor:
     slot = torch.arange(len(acts), device=acts.device) - offsets[:-1].repeat_interleave(counts)
     padded = acts.new_full((len(counts), int(counts.max()), acts.shape[1]), -torch.inf)
     return padded.index_put((segment, slot), acts).max(dim=1).values
+
+
+def pooled_residuals(h: Any, offsets: Any, how: str) -> NDArray[np.float64]:
+    """The residual of each prompt, float64 [N, D], pooled as X is; means in place of maxima.
+
+    Parameters
+    ----------
+    h, offsets
+        Tensors or arrays, as :func:`pool` takes them.
+    """
+    how = "mean_user" if how == "max_user" else how
+    pooled: NDArray[np.float64] = pool(torch.as_tensor(h), torch.as_tensor(offsets), how).double().cpu().numpy()
+    return pooled
 
 
 @dataclass(frozen=True, eq=False)

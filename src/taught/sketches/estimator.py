@@ -145,6 +145,10 @@ class Sketch:
         ids = tuple(example.id for example in examples)
         return Scores("sketch", ids, targets.names, values, factor * scale, answers.losses, True, details)
 
+    def kept_bytes(self, examples: int, prompts: int, features: int) -> float:
+        """Size of the store; each active feature of a prompt has a sketch of its own."""
+        return (examples + prompts * (1 + cost.ACTIVE * features)) * (2 * self.size + 4)
+
     def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
         """Filling a store that is empty yet, and the exact sample."""
         return cost.sketch(problem, examples, asked)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -332,7 +332,7 @@ class ConceptSpec(Section):
 
     section: ClassVar[str] = "concepts"
     name: str = setting("concept", rules.text(), "the target is concept:NAME")
-    path: str | None = setting(None, rules.optional(rules.path()), "a folder of a saved concept; then nothing else")
+    path: str | None = setting(None, rules.optional(rules.folder()), "a folder of a saved concept; then nothing else")
     source: str | None = setting(
         None,
         rules.optional(_source()),
@@ -698,6 +698,14 @@ class Study:
         )
 
 
+def methods_of(study: Study) -> Iterator[tuple[str, Registry[Any], Choice]]:
+    """The methods that a study names: key, registry, choice."""
+    for prefix, owner in (("", study), ("attribution.", study.attribution)):
+        for item in dataclasses.fields(owner):
+            if "registry" in item.metadata:
+                yield f"{prefix}{item.name}", item.metadata["registry"], getattr(owner, item.name)
+
+
 def plain(value: Any) -> Any:
     """A value of a study as YAML has it."""
     if isinstance(value, Choice):
@@ -706,6 +714,22 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def filled(owner: Any, only: Collection[str] | None = None) -> dict[str, Any]:
+    """A study, some of its sections, or a section as YAML has it, with every parameter of its methods."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(owner):
+        if only is not None and item.name not in only:
+            continue
+        value = getattr(owner, item.name)
+        if isinstance(value, Choice):
+            known = parameters(item.metadata["registry"].get(value.kind))
+            given = {name: value.values.get(name, part.default) for name, part in known.items()}
+            found[item.name] = {"kind": value.kind, **{name: plain(own) for name, own in given.items()}}
+        else:
+            found[item.name] = filled(value) if isinstance(value, Section) else plain(value)
+    return found
 
 
 def _leaves(owner: Any, prefix: str) -> Iterator[tuple[str, Any]]:
