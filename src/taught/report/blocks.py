@@ -41,6 +41,13 @@ class Feature:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """The mark of a label in a scatter, by the label's place."""
+
+    kind: int
+
+
+@dataclass(frozen=True)
 class Badge:
     """Words that stand out."""
 
@@ -74,6 +81,9 @@ class Line:
 
     parts: Sequence[Cell]
     between: str = ""
+
+
+Inline = Example | Feature | Mark | Badge | Soft | Code | File | Line
 
 
 # Blocks
@@ -325,7 +335,7 @@ def plain(cell: Cell) -> str:
         return cell.name
     if isinstance(cell, Estimate):
         return cell.text()
-    return "" if cell is None else str(cell)
+    return "" if cell is None or isinstance(cell, Mark) else str(cell)
 
 
 def value_of(cell: Cell) -> float | None:

@@ -11,7 +11,7 @@ from rich.text import Text as Words
 
 from taught.errors import UserError
 from taught.report import terminal
-from taught.report.blocks import Block, Column, Example, Heading, Line, Note, Table
+from taught.report.blocks import Block, Column, Example, Heading, Line, Note, Table, Text
 from taught.report.detail import example_blocks, feature_blocks
 from taught.report.examples import Summary
 from taught.report.sections import Section, blocks_of, in_report
@@ -72,7 +72,7 @@ def _overview(tables: Tables) -> RenderableType:
     there = [section for section in in_report(tables) if section.overview]
     for section in there:
         if all(name in tables for name in section.needs):
-            parts.append(terminal.render(_section(section, tables)))
+            parts.append(terminal.render(b for b in _section(section, tables) if not isinstance(b, Text | Note)))
     absent = [s for s in there if not all(name in tables for name in s.needs)]
     parts.append(terminal.render([_absent(section, tables) for section in absent]))
     return Group(*parts)

@@ -114,7 +114,7 @@ def label_sentence(scores: Summary, target: str) -> Sentence | None:
         return None
     power = common_power([end for _, e in known for end in (e.value, e.lo, e.hi)])
     parts = [
-        f"{name} examples average {words(target)}\u00a0=\u00a0{e.text(power=power)}{tens(power)}"
+        f"{name} examples move {words(target)} by {e.text(power=power)}{tens(power)} on average"
         + (f" ({NOTHING.lower()}: the interval includes zero)" if e.includes_zero else "")
         for name, e in known
     ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from taught.report.blocks import Beside, Block, Column, Line, Scatter, Table, Text
-from taught.report.charts import Point, legend_mark
+from taught.report.blocks import Beside, Block, Column, Line, Mark, Scatter, Table, Text
+from taught.report.charts import Point
 from taught.report.examples import PRIMARY, Summary, scored, shown
 from taught.report.sections import SECTIONS, Section
 from taught.report.stats import mean_interval
@@ -52,7 +52,7 @@ def _means(summary: Summary, kinds: dict[str, int]) -> Table:
         own = [] if label not in summary.finite.names else PATHS
         for key, name in own:
             estimate = mean_interval(summary.finite.own(label, key))
-            mark = Line((legend_mark(kind), " ", label)) if name == "S" else ""
+            mark = Line((Mark(kind), " ", label)) if name == "S" else ""
             rows.append((mark, name, len(summary.finite.own(label, key)), estimate))
     power = common_power(v for *_, e in rows if e for v in (e.value, e.lo, e.hi))
     columns = [

@@ -22,9 +22,8 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "activations. A positive coefficient: the more active the feature, the likelier the behavior."
     )
     if fit := _fit(tables.json("policy") or {}):
-        own = frozenset(i for i, (_, of, _) in enumerate(fit) if of.startswith("policy"))
         columns = [Column("Measure"), Column("Of"), Column("Value", "interval", plot=(-0.05, 1.05))]
-        yield Table(columns, fit, "Fit on held-out prompts, with 95% intervals", flagged=own)
+        yield Table(columns, fit, "Fit on held-out prompts, with 95% intervals")
     unsure = sum(e.includes_zero for e in estimates)
     yield Table(
         [

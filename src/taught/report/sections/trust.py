@@ -33,7 +33,8 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     yield Table(
         [
             Column("Code"),
-            Column("Check"),
+            Column("Check", only="page"),
+            Column("Check", only="terminal"),
             Column("Value", "interval"),
             Column("Passes"),
             Column("Status"),
@@ -67,7 +68,7 @@ def _check(c: Row) -> list[object]:
         said.append(Soft(f"To do: {c['action']}"))
     status = c["status"] if passed else Badge(c["status"])
     action = "" if passed else c["action"]
-    return [c["code"], Line(said, "\n"), Estimate.of(c), c["threshold"], status, action]
+    return [c["code"], Line(said, "\n"), c["name"], Estimate.of(c), c["threshold"], status, action]
 
 
 def _set(s: Row, d: int) -> list[str]:
