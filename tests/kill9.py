@@ -165,8 +165,8 @@ def stand_ins(folder: Path) -> list[Work]:
     import pyarrow as pa
 
     import synthetic_run as made_up
-    from taught.report.build import render
-    from taught.report.view import load_view
+    from taught.report.html import render
+    from taught.report.tables import Tables
     from taught.run.fingerprint import code_digest
     from taught.run.folder import RunFolder
 
@@ -198,7 +198,7 @@ def stand_ins(folder: Path) -> list[Work]:
         run = RunFolder.open(folder)
         with run.stage("report", run.study):
             run.verify()
-            run.write_text("report.html", render(load_view(folder)))
+            run.write_text("report.html", render(Tables(folder)))
 
     return [
         lambda: stage("policy", made_up._write_policy, RunFolder),
@@ -235,7 +235,7 @@ def import_all() -> None:
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    import taught.report.build
+    import taught.report.html
     import taught.stages
     from taught.run.fingerprint import code_digest
 

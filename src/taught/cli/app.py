@@ -208,10 +208,9 @@ def compare(
     run = _run_folder(output.run or Path("runs") / loaded.name, ("compare",) if output.fresh else ())
     with _progress(output.quiet) as progress:
         stages.compare(loaded, run, method, progress, scores)
-    from taught.report.compared import compared_tables
+    from taught.report.show import show_run
 
-    for table in compared_tables(run):
-        _out().print(table)
+    _out().print(show_run(run.folder, "validation"))
     _err().print(f"compare complete in {run.folder} ({_cost(run, 'compare')})", highlight=False)
     return 0
 
@@ -493,8 +492,8 @@ def curate(
         it would not be lower.
     """
     from taught import stages
+    from taught.report.sections.curation import curation_change
     from taught.report.text import clean
-    from taught.report.verdict import curation_change
 
     folder = _open(run)
     stages.curate(folder, rule=rule, k=k, target=target, protect=protect)
@@ -522,17 +521,16 @@ def clusters(run: Path, /, *, k: int | None = None, target: str | None = None, c
     """
     from taught import stages
     from taught.report.cells import write_csv
-    from taught.report.clustered import clusters_shown, flat
-    from taught.report.scores import Clustered
+    from taught.report.sections.clusters import Clustered
+    from taught.report.show import show_run
+    from taught.report.tables import Tables
 
     folder = _open(run)
     stages.clusters(folder, k=k, target=target)
-    found = Clustered.read(folder)
     if csv:
-        write_csv(flat(found), sys.stdout)
+        write_csv(Clustered.read(Tables(folder)).flat(), sys.stdout)
         return 0
-    for part in clusters_shown(found):
-        _out().print(part)
+    _out().print(show_run(folder, "clusters"))
     _say_written(folder, ("clusters.parquet", "cluster_influence.parquet", "cluster_members.parquet", "clusters.json"))
     return 0
 

@@ -78,17 +78,17 @@ def _pre(it: b.Pre) -> Words:
 
 def _table(it: Table) -> RenderableType:
     columns = [(i, column) for i, column in enumerate(it.columns) if column.only != "page"]
-    grid = Grid(title=words(it.caption, "italic"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for _, column in columns:
-        grid.add_column(
-            Words(clean(column.title) + tens(column.power), "dim"), justify="right" if column.right else "left"
-        )
+        title = Words(clean(column.title) + tens(column.power), "dim")
+        grid.add_column(title, justify="right" if column.right else "left")
     for row in it.rows[: it.head]:
         grid.add_row(*(_cell(column, row[i]) for i, column in columns))
-    rest = len(it.rows) - it.head
-    if not it.rows:
-        return Group(words(it.caption, "italic"), Words(it.empty or "Nothing.", "dim"))
-    return grid if rest <= 0 else Group(grid, Words(f"{count(rest, 'more row')} on the page", "dim"))
+    parts: list[RenderableType] = [words(it.caption, "italic")] if it.caption else []
+    parts.append(grid if it.rows else Words(it.empty or "Nothing.", "dim"))
+    if len(it.rows) > it.head:
+        parts.append(Words(f"{count(len(it.rows) - it.head, 'more row')} on the page", "dim"))
+    return Group(*parts)
 
 
 def _cell(column: Column, value: Cell) -> Words:
