@@ -9,10 +9,11 @@ import pytest
 
 from synthetic_run import HOSTILE, build_synthetic_run, rewritten
 from taught.report.agreement import agreement_blocks
-from taught.report.blocks import Badge, Items, Table
+from taught.report.blocks import Items, Table, Word
 from taught.report.html import render
 from taught.report.strips import LEVELS, strips
 from taught.report.tables import Tables
+from taught.report.text import number
 from taught.run.folder import RunFolder
 
 
@@ -124,7 +125,7 @@ def test_concepts_have_their_strongest_examples_and_disagreement_is_flagged(tmp_
     apart = [r for r in run.read_table("agreement").to_pylist() if r["rank_correlation"] < 0.5]
     assert page.count("Disagree: ") == len(apart) == 2
     assert page.count('class="badge warn"') == 2 * 2
-    assert all(f"{r['lo']:.2f}".replace("-", "\u2212") in page for r in apart)
+    assert all(number(r["lo"]) in page for r in apart)
     assert "AUC 0.91 [0.84, 0.97] between the two groups" in page
     assert len(Spans(page).strips) == 2
 
@@ -135,7 +136,7 @@ def test_methods_that_may_still_agree_are_undecided_on_any_target(tmp_path):
     rewritten(path, "agreement", [{**of, "rank_correlation": 0.3, "lo": -0.1, "hi": 0.6}])
     items, table = agreement_blocks(Tables(path), "score")
     assert isinstance(items, Items) and items.items[0].startswith("Undecided: adjoint and sketch")
-    assert isinstance(table, Table) and isinstance(table.rows[0][2], Badge)
+    assert isinstance(table, Table) and table.rows[0][2] == Word("0.30 [−0.10, 0.60]", "badge")
     assert "Undecided" in section(render(Tables(path)), "examples")
     assert agreement_blocks(Tables(path), "behavior:harmful") == []
 

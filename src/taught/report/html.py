@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,12 @@ from taught.report.text import number, signed, tens
 
 HERE = Path(__file__).parent
 FOREST = (6.0, 234.0)
+WORDS = {
+    "badge": ("span", {"cls": "badge warn"}),
+    "soft": ("span", {"cls": "soft"}),
+    "code": ("code", {}),
+    "file": ("a", {}),
+}
 TONES = {"found": "", "none": "no effect", "caution": "caution"}
 STRIP_KEY = (
     ": training on the token raises the target. ",
@@ -78,29 +84,14 @@ class _Page:
 
     def __init__(self, places: Mapping[str, int]) -> None:
         self.places = places
-        self.of: dict[type, Callable[[Any], Markup]] = {
-            b.Text: lambda it: tag("p", self.inline(it.text), cls="lede"),
-            b.Note: lambda it: tag("p", self.inline(it.text), cls="note"),
-            b.Heading: lambda it: tag("h3", self.inline(it.text)),
-            b.Items: self._items,
-            b.Pre: self._pre,
-            b.Verdict: self._verdict,
-            b.Facts: self._facts,
-            Table: self._table,
-            b.Scatter: self._scatter,
-            b.Heatmap: self._heatmap,
-            b.Strips: self._strips,
-            b.Excerpts: self._excerpts,
-            b.Details: self._details,
-            b.Cards: self._cards,
-            b.Beside: self._beside,
-        }
 
     def blocks(self, blocks: Iterable[Block]) -> Markup:
         return Markup("\n").join(self.block(block) for block in blocks)
 
     def block(self, block: Block) -> Markup:
-        return self.of[type(block)](block)
+        """The method with the name of the block's class."""
+        made: Markup = getattr(self, f"_{type(block).__name__.lower()}")(block)
+        return made
 
     def inline(self, cell: Cell) -> Markup:
         """A cell as it stands in running text."""
@@ -114,15 +105,15 @@ class _Page:
             return link + " " + tag("span", tag("bdi", cell.label), cls="soft") if cell.label else link
         if isinstance(cell, b.Mark):
             return charts.legend_mark(cell.kind)
-        if isinstance(cell, b.Badge):
-            return tag("span", cell.text, cls="badge warn")
-        if isinstance(cell, b.Soft):
-            return tag("span", tag("bdi", cell.text), cls="soft")
-        if isinstance(cell, b.Code):
-            return tag("code", cell.text)
-        if isinstance(cell, b.File):
-            return tag("a", cell.name, href=cell.name)
+        if isinstance(cell, b.Word):
+            name, attributes = WORDS[cell.style]
+            href = {"href": cell.text} if cell.style == "file" else {}
+            return tag(name, tag("bdi", cell.text) if cell.style == "soft" else cell.text, **attributes, **href)
         return escape(plain(cell))
+
+    def _text(self, it: b.Text) -> Markup:
+        cls = {"text": "lede", "note": "note", "title": ""}[it.role]
+        return tag("h3" if it.role == "title" else "p", self.inline(it.text), cls=cls)
 
     def _items(self, it: b.Items) -> Markup:
         cls = "warnings" if it.warning else "reading"

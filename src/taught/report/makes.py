@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from taught.report.blocks import Cell, Code
+from taught.report.blocks import Cell, Word
 
 _WRITTEN_BY: Mapping[str, tuple[str, ...]] = {
     "readings": ("prompts", "readouts", "features", "activations", "labels"),
@@ -43,5 +43,5 @@ def how_to_make(table: str) -> tuple[Cell, ...]:
     if stage is None:
         return (f"No stage of this version writes {table}.",)
     command = _COMMANDS.get(stage, f"taught run STUDY --to {stage}")
-    asked = (", with ", Code(f"{stage}:"), " in the study") if stage in _ENTRIES else ()
-    return (Code(command), " makes it", *asked, "; then ", Code("taught report RUN"), " again.")
+    asked = (", with ", Word(f"{stage}:", "code"), " in the study") if stage in _ENTRIES else ()
+    return (Word(command, "code"), " makes it", *asked, "; then ", Word("taught report RUN", "code"), " again.")

@@ -19,7 +19,8 @@ from taught.report.blocks import Block, Cell, Column, Line, Table, plain, value_
 from taught.report.text import clean, count, number, shorten, signed, tens
 
 STYLES = {"found": "", "none": "dim", "caution": "yellow"}
-MAX_CELL = 100
+WORDS = {"badge": "bold yellow", "soft": "dim", "code": "bold", "file": ""}
+MAX_CELL = 400
 
 
 def render(blocks: Iterable[Block]) -> RenderableType:
@@ -45,7 +46,7 @@ def words(cell: Cell, style: str = "") -> Words:
     """A cell as it stands in running text."""
     if isinstance(cell, Line):
         return Words(cell.between).join([words(part, style) for part in cell.parts])
-    own = {b.Badge: "bold yellow", b.Soft: "dim", b.Code: "bold"}.get(type(cell), style)
+    own = WORDS[cell.style] if isinstance(cell, b.Word) else style
     return Words(clean(plain(cell)), own)
 
 
@@ -81,7 +82,7 @@ def _table(it: Table) -> RenderableType:
     grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for _, column in columns:
         title = Words(clean(column.title) + tens(column.power), "dim")
-        grid.add_column(title, justify="right" if column.right else "left")
+        grid.add_column(title, justify="right" if column.right else "left", overflow="fold")
     for row in it.rows[: it.head]:
         grid.add_row(*(_cell(column, row[i]) for i, column in columns))
     parts: list[RenderableType] = [words(it.caption, "italic")] if it.caption else []
@@ -135,9 +136,7 @@ def _excerpts(it: b.Excerpts) -> RenderableType:
 
 # Drawings, and the cards of all features, are for the page only.
 _RENDER: dict[type, Callable[[Any], RenderableType]] = {
-    b.Text: lambda it: words(it.text),
-    b.Note: lambda it: words(it.text, "dim"),
-    b.Heading: lambda it: words(it.text, "bold"),
+    b.Text: lambda it: words(it.text, {"text": "", "note": "dim", "title": "bold"}[it.role]),
     b.Items: _items,
     b.Pre: _pre,
     b.Verdict: _verdict,

@@ -5,21 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from taught.report.agreement import agreement_blocks
-from taught.report.blocks import (
-    Block,
-    Code,
-    Column,
-    Details,
-    Example,
-    Feature,
-    File,
-    Line,
-    Note,
-    Sentence,
-    Strips,
-    Table,
-    Text,
-)
+from taught.report.blocks import Block, Column, Details, Example, Feature, Line, Sentence, Strips, Table, Text, Word
 from taught.report.examples import (
     PRIMARY,
     SE,
@@ -110,7 +96,7 @@ def _strips(tables: Tables) -> list[Block]:
         Details(Example(example), [Strips(own, key=i == len(found) - 1)], open=i == 0)
         for i, (example, own) in enumerate(found.items())
     ]
-    return [Text(Line((text, Code("token_shares.parquet"), "."))), *every]
+    return [Text(Line((text, Word("token_shares.parquet", "code"), "."))), *every]
 
 
 def _all(tables: Tables, rows: Rows) -> list[Block]:
@@ -141,7 +127,7 @@ def _all(tables: Tables, rows: Rows) -> list[Block]:
         filters["unintended"] = []
     caption = _caption(len(summary), len(rows), words(first))
     table = Table(columns, made, caption, head=0, sortable=True, tall=True, filters=filters)
-    return [table, Note(_note(tables, summary, len(names)))]
+    return [table, Text(_note(tables, summary, len(names)), "note")]
 
 
 def _kind(target: str) -> str:
@@ -162,7 +148,7 @@ def _caption(total: int, listed_: int, first: str) -> Line:
         parts += [
             f", showing {listed_:,} of {total:,}: the {STRONGEST} with the largest |{first}| and those that this "
             "page names; all in ",
-            File("summary.parquet"),
+            Word("summary.parquet", "file"),
         ]
     return Line([*parts, f", in order of |{first}| unless sorted"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from taught.report.blocks import Block, Column, Feature, Note, Sentence, Table, Text
+from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
 from taught.report.stats import Estimate
@@ -41,7 +41,9 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         fold=20,
         sortable=True,
     )
-    yield Note("Same sign: share of bootstrap resamples of the prompts in which the coefficient keeps its sign.")
+    yield Text(
+        "Same sign: share of bootstrap resamples of the prompts in which the coefficient keeps its sign.", "note"
+    )
 
 
 def _fit(policy: Row) -> list[tuple[str, str, Estimate]]:
