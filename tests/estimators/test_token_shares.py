@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from taught.estimators.concepts import concept_effects
 
 from taught.core.example import Example
-from taught.core.target import concept_targets
-from taught.curvatures.adam import with_adam
+from taught.curvatures.adam import adam_metric, estimate_moments
 from taught.estimators.adjoint import target_effects
 from taught.estimators.token_shares import token_effects
 from taught.features.concept import Concept, concept_map
@@ -80,10 +78,11 @@ def test_shares_of_concepts_in_adam_s_metric_add_up_too() -> None:
     concept = Concept("a", np.linspace(-1, 1, WIDTH), BLOCK)
     features = concept_map([concept], "mean_user", next(model.parameters()))
     problem = tiny_problem(model, features=features, prompts=tiny_prompts("mean_user"))
-    problem = with_adam(problem, tiny_examples(), moments=None, eps=1e-3, progress=None)
-    targets = concept_targets([p.id for p in problem.prompts], ["a"])
-    A = torch.from_numpy(np.stack([target.A for target in targets]))
-    whole = concept_effects(problem, tiny_examples(), targets)
+    moments = estimate_moments(problem, tiny_examples())
+    problem = problem.within(adam_metric(problem, moments, 1e-3))
+    n = len(problem.prompts)
+    A = torch.full((1, n, 1), 1 / n, dtype=torch.float64)
+    whole, _ = target_effects(problem, tiny_examples(), A, None)
     shares = token_effects(problem, tiny_examples(), A, None)
     close(torch.stack([share.sum(0) for share in shares]), whole, 1e-10)
 
