@@ -93,8 +93,9 @@ def soft_metrics(
         A group without prompts, or a prompt that was not read.
     """
     sides = (("positive", positive), ("negative", negative))
-    with np.errstate(divide="ignore"):
-        yes, no = (np.log(degree(reads.y[_rows(reads.prompt_ids, name, ids)])) for name, ids in sides)
+    y, p = reads.y, np.asarray(degree(reads.y), dtype=np.float64)
+    log_p = np.where(p > 0, np.log(np.where(p > 0, p, 1)), y)  # so small that it rounds to 0: y is its logarithm
+    yes, no = (log_p[_rows(reads.prompt_ids, name, ids)] for name, ids in sides)
     found = metrics(yes, no)
     return SoftMetrics(**{item.name: float(found[item.name]) for item in fields(SoftMetrics)})
 
