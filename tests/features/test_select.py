@@ -27,7 +27,7 @@ def choose(**how):
 
 def test_trap_4_selects_by_the_difference_of_means_in_ascending_numeric_order():
     chosen = choose(threshold=0.42)
-    # As strings: '10' < '11' < '9' (trap 4).
+    # As strings: '10' < '11' < '9'.
     assert chosen.feature_ids.tolist() == [9, 10, 11]
     assert chosen.feature_ids.dtype == np.int64
     expected = [0.05 * k * (-1) ** k for k in range(12)]
