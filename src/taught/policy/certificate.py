@@ -36,8 +36,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import misfit
-from taught.policy.ridge import Floats, Ints, Policy, row_order
+from taught.policy.ridge import Policy, row_order
 from taught.stats import intervals
+from taught.stats.arrays import Floats, Ints
 
 LEVEL = 0.05  # a statement is safe at 1 - LEVEL
 SIZES = (1, 3, 5, 10, 20, 50)

@@ -21,17 +21,15 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from taught.core.names import TargetName
 from taught.core.readings import Readings
 from taught.core.target import value
 from taught.errors import UserError
+from taught.stats.arrays import Floats
 
 if TYPE_CHECKING:
     from taught.training.retrain import Retraining
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
