@@ -45,19 +45,6 @@ class Selection:
     rate: Floats
     always_on: Bools
 
-    def rows(self) -> list[dict[str, object]]:
-        """One plain dict per selected feature, for JSON or a table."""
-        return [
-            {
-                "feature_id": int(k),
-                "difference": float(self.difference[k]),
-                "rate_active": float(self.rate[k]),
-                "always_on": bool(self.always_on[k]),
-                "means": {group: float(mean[k]) for group, mean in self.means.items()},
-            }
-            for k in self.feature_ids
-        ]
-
 
 def select_features(
     acts: ArrayLike,
