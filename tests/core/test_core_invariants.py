@@ -263,7 +263,7 @@ def test_training_on_a_prefix_raises_it_for_the_same_prompt() -> None:
 
 
 def test_trap_8_influence_sees_response_tokens_only() -> None:
-    # Trap 8: with the loss on all tokens another number comes out.
+    # With the loss on all tokens another number comes out.
     problem = tiny_problem(tiny_model("untied"), lr=1.0)
     ids, start = PAIRS[0]
     masked, whole = sft("a", ids, start), sft("b", ids, 1)
@@ -280,7 +280,7 @@ def test_trap_8_influence_sees_response_tokens_only() -> None:
 
 
 def test_trap_2_a_closed_gate_carries_no_effect() -> None:
-    # Trap 2: with every gate closed only y can move, and X and its effects are exactly zero.
+    # With every gate closed only y can move, and X and its effects are exactly zero.
     features = tiny_features()
     closed = replace(features.sae, b_enc=features.sae.b_enc - 1e3)
     problem = tiny_problem(tiny_model("tied"), features=replace(features, sae=closed))
@@ -293,7 +293,6 @@ def test_trap_2_a_closed_gate_carries_no_effect() -> None:
 
 
 def test_trap_7_the_proxy_and_the_true_encoder_give_different_effects() -> None:
-    # Trap 7.
     A, B = torch.ones(1, 6, 5, dtype=torch.float64), torch.zeros(1, 6, dtype=torch.float64)
     model = tiny_model("tied")
     found = [
