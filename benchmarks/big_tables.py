@@ -39,8 +39,8 @@ import json, time
 from taught.environment import peak_memory_gb
 start = time.perf_counter()
 from taught.run import query
-from taught.report.build import render
-from taught.report.view import load_view
+from taught.report.html import render
+from taught.report.tables import Tables
 answer = {call}
 seconds = time.perf_counter() - start
 print(json.dumps([seconds, peak_memory_gb(), len(answer)]))
@@ -88,7 +88,7 @@ def _questions(features: int) -> dict[str, str]:
         "SQL: one example's coefficients, all row groups": 'query.select(RUN, "SELECT feature_id, value '
         "FROM influence WHERE pathway = 'total' "
         'AND example_id = (SELECT max(example_id) FROM examples)")',
-        "the report": "(view := load_view(RUN), render(view))[0].summary",
+        "the report": "(tables := Tables(RUN), render(tables))[0].rows('summary')",
     }
 
 

@@ -6,6 +6,7 @@ made-up activations (with intercept), the coefficient shifts come from made-up `
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from taught.analysis.interference import comovement
 from taught.core.scores import Scores, scores_schema
@@ -115,6 +117,16 @@ def _forget_sae(run: RunFolder) -> None:
     manifest = run.manifest
     manifest["study"]["sae"]["path"] = None
     run.path("manifest.json").write_text(json.dumps(manifest))
+
+
+def rewritten(path: Path, name: str, rows: list[dict]) -> None:
+    """Replace a table of a run as the stage that wrote it would have."""
+    schema = pq.read_schema(path / f"{name}.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema), path / f"{name}.parquet")
+    content = (path / f"{name}.parquet").read_bytes()
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][f"{name}.parquet"].update(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 class _Made:

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from taught.behaviors.prefixes import Prefixes
 from taught.core.example import Example, sft
-from taught.estimators.adjoint import Problem
+from taught.core.problem import Problem
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder
 from taught.model.readout import ReadPrompt

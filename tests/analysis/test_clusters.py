@@ -15,6 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import silhouette_score
+from taught.report.build import render
+from taught.report.clustered import cluster_sentences
+from taught.report.scores import Clustered
+from taught.report.view import load_view
 
 import synthetic_run
 from synthetic_run import HOSTILE, Size, build_synthetic_run, synthetic_study
@@ -23,10 +27,6 @@ from taught.analysis import clusters as under_test
 from taught.analysis.clusters import Clustering, cluster_examples, cut, silhouette, ward
 from taught.cli.app import run_command
 from taught.errors import UserError
-from taught.report.build import render
-from taught.report.clustered import cluster_sentences
-from taught.report.scores import Clustered
-from taught.report.view import load_view
 from taught.run.folder import RunFolder
 
 FEATURES = list(range(100, 118))
@@ -366,7 +366,7 @@ def test_messages():
     good = (["a", "b"], [[100], [101]], LABELS)
     with pytest.raises(UserError, match="not finite for 1 examples\n  value: b"):
         cluster_examples(*good, {"score": [0.0, float("nan")]})
-    with pytest.raises(UserError, match="2 examples, 2 sets of features, 1 values of score"):
+    with pytest.raises(UserError, match="examples 2, active 2, score 1"):
         cluster_examples(*good, {"score": [0.0]})
     with pytest.raises(UserError, match="at least one example and one target"):
         cluster_examples(*good, {})

@@ -57,8 +57,9 @@ def test_version_and_help(taught):
 
 
 def test_help_names_every_method_and_says_what_a_study_is(taught):
-    from taught.stages.compare import METHODS
     from taught.stages.concept_influence import METHODS as CONCEPT_METHODS
+
+    from taught.stages.compare import METHODS
 
     for verb, methods in (("compare", METHODS), ("concept-influence", CONCEPT_METHODS)):
         words = taught(verb, "--help").stdout.replace("│", " ").split()

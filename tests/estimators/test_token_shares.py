@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from taught.estimators.concepts import concept_effects
 
 from taught.core.example import Example
 from taught.core.target import concept_targets
 from taught.curvatures.adam import with_adam
 from taught.estimators.adjoint import target_effects
-from taught.estimators.concepts import concept_effects
 from taught.estimators.token_shares import token_effects
 from taught.features.concept import Concept, concept_map
 from tiny_models import (

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from taught.estimators.concepts import concept_effects
 
 from taught.baselines.activations import project
 from taught.core.target import concept_targets, raw_x_targets, score_targets
 from taught.estimators.adjoint import Problem, feature_effects, target_effects
-from taught.estimators.concepts import concept_effects
 from taught.estimators.every_prompt import prompt_effects
 from taught.estimators.token_shares import token_effects
 from taught.features.concept import Concept, concept_map

@@ -6,48 +6,52 @@ import base64
 import hashlib
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synthetic_run import HOSTILE, Size, build_synthetic_run, synthetic_study
+from synthetic_run import HOSTILE, Size, build_synthetic_run, rewritten, synthetic_study
 from taught.errors import UserError
-from taught.report import charts, sections, stats, strongest, text, verdict
-from taught.report import view as views
-from taught.report.build import embed, render
+from taught.report import charts, examples, stats, text
+from taught.report import tables as reading
+from taught.report.blocks import Column, Table, Text, plain
 from taught.report.charts import Point, Scale
-from taught.report.scores import Curated, Scores
+from taught.report.detail import effects, split
+from taught.report.examples import Summary, shifts, shown
+from taught.report.html import embed, render
+from taught.report.sections import SECTIONS, Section, blocks_of, sentences_of
+from taught.report.sections.certainty import (
+    label_sentence,
+    rank_table,
+    ranking_sentence,
+    sketch_sentence,
+    step_sentence,
+    trivial_correlations,
+    trivial_sentence,
+)
+from taught.report.sections.clamp import clamp_sentence
+from taught.report.sections.coverage import audit_sentence
+from taught.report.sections.curation import Curated, curation_sentence
+from taught.report.sections.examples import moved_sentence
+from taught.report.sections.interference import unintended_sentence
+from taught.report.sections.policy import fit_sentence
+from taught.report.sections.trust import trust_sentence
+from taught.report.sections.validation import arms_table, foreseen_sentence, retraining_sentence
 from taught.report.stats import Control, Estimate
-from taught.report.view import _split, load_view
+from taught.report.tables import Tables
 from taught.run.folder import RunFolder
 from taught.stats import ranks as rank
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-SECTIONS = [
-    "verdict",
-    "policy",
-    "trust",
-    "clamp",
-    "coverage",
-    "examples",
-    "pathways",
-    "features",
-    "interference",
-    "clusters",
-    "concepts",
-    "trivial",
-    "curation",
-    "validation",
-    "method",
-    "provenance",
-]
+IDS = list(SECTIONS.names())
+OF_POLICY = ["pathways", "clusters", "policy", "trust", "clamp", "coverage", "features", "interference"]
 
 
 class Page(HTMLParser):
@@ -98,7 +102,7 @@ class Page(HTMLParser):
 
 def build_report(run: RunFolder | Path) -> Path:
     path = (run.folder if isinstance(run, RunFolder) else run) / "report.html"
-    path.write_text(render(load_view(run)), encoding="utf-8")
+    path.write_text(render(Tables(run)), encoding="utf-8")
     return path
 
 
@@ -129,10 +133,8 @@ def hostile(tmp_path_factory) -> str:
 def test_every_section_and_nav_target_is_there_once(page: Page):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    assert [a["id"] for a in page.all("section")] == SECTIONS
-    assert [a["href"] for a in page.all("a") if a["href"] and a["href"][1:] in SECTIONS] == [
-        f"#{name}" for name in SECTIONS
-    ]
+    assert [a["id"] for a in page.all("section")] == IDS
+    assert [a["href"] for a in page.all("a") if a["href"] and a["href"][1:] in IDS] == [f"#{name}" for name in IDS]
 
 
 def test_every_link_leads_to_something_inside_the_page(page: Page):
@@ -187,10 +189,11 @@ def test_control_characters_do_not_reach_the_page(hostile: str):
 def test_page_opens_without_the_stages_after_policy(tmp_path: Path):
     run = build_synthetic_run(tmp_path / "run", stages=("policy",))
     page = Page(build_report(run).read_text(encoding="utf-8"))
-    assert [a["id"] for a in page.all("section")] == SECTIONS
-    assert page.text.count("taught attribute STUDY makes it") == 4
+    assert [a["id"] for a in page.all("section")] == IDS
+    assert page.text.count("taught run STUDY --to attribute makes it") == 4
     assert page.text.count("taught curate RUN makes it") == 1
-    assert "taught policy STUDY makes it" not in page.text
+    assert "taught run STUDY --to clusters makes it, with clusters: in the study" in page.text
+    assert "--to policy" not in page.text
     assert page.data == {"examples": []}
     assert "chemical_biological" in page.text
 
@@ -199,7 +202,7 @@ def test_page_opens_for_a_run_with_nothing_in_it(tmp_path: Path):
     run = RunFolder(tmp_path / "run")
     with run.stage("policy", synthetic_study(tmp_path / "run")):
         pass
-    assert "taught policy STUDY makes it" in Page(build_report(run).read_text("utf-8")).text
+    assert "taught run STUDY --to policy makes it" in Page(build_report(run).read_text("utf-8")).text
 
 
 def test_files_of_an_unfinished_stage_are_not_shown(tmp_path: Path):
@@ -210,7 +213,8 @@ def test_files_of_an_unfinished_stage_are_not_shown(tmp_path: Path):
         run.write_table("curation", pa.table({"example_id": ["half"]}))
         raise RuntimeError("killed")
     assert (path / "curation.parquet").is_file()
-    assert load_view(path).curation is None and load_view(path).summary is not None
+    tables = Tables(path)
+    assert tables.columns("curation") is None and "curation" not in tables and tables.rows("summary")
 
 
 def test_a_changed_file_is_refused_by_name(tmp_path: Path):
@@ -227,7 +231,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
 
 
 def test_report_is_the_same_twice(run: Path, html: str):
-    assert render(load_view(run)) == html
+    assert render(Tables(run)) == html
 
 
 def test_full_size_stays_small(tmp_path: Path):
@@ -239,78 +243,155 @@ def test_full_size_stays_small(tmp_path: Path):
 
 
 def test_every_id_is_in_the_page(run: Path, page: Page):
-    view = load_view(run)
-    for row in view.summary:
+    tables = Tables(run)
+    for row in tables.rows("summary"):
         assert row["example_id"] in page.text
     cards = {a.get("id") for a in page.all("details")}
-    assert {f"feature-{r['feature_id']}" for r in view.coefficients} <= cards
-    for row in view.audit:
+    assert {f"feature-{r['feature_id']}" for r in tables.rows("coefficients")} <= cards
+    for row in tables.rows("audit"):
         assert row["category"] in page.text
 
 
 def test_example_table_has_exact_values_for_sorting(run: Path, html: str):
-    view = load_view(run)
+    summary = Tables(run).rows("summary")
     body = re.search(r'id="example-table".*?<tbody>(.*?)</tbody>', html, re.S).group(1)
     rows = re.findall(r'<tr data-index="(\d+)">(.*?)</tr>', body, re.S)
-    assert [int(i) for i, _ in rows] == list(range(len(view.summary)))
-    by_id = {r["example_id"]: r for r in view.summary}
+    assert [int(i) for i, _ in rows] == list(range(len(summary)))
+    by_id = {r["example_id"]: r for r in summary}
     for _, cells in rows:
         example = re.search(r'data-example="\d+">([^<]+)<', cells).group(1)
         values = [float(v) for v in re.findall(r'class="num[^"]*" data-v="([^"]+)"', cells)]
         row = by_id[example]
-        names = ("score", "score_x", "score_y", "mean_y_harmful", "mean_y_harmless")
+        names = ("score", "score:x", "score:y", "behavior:harmful", "behavior:harmless")
         assert values[:5] == [row[name] for name in names]
-        assert values[-2:] == [row["n_response"], row["loss"]]
+        assert values[-2:] == [row["n_scored"], row["loss"]]
     scores = [abs(by_id[re.search(r">([^<]+)<", c).group(1)]["score"]) for _, c in rows]
     assert scores == sorted(scores, reverse=True)
 
 
+NAMED = ("score", "score:x", "score:y", "behavior:harmful", "behavior:harmless")
+
+
 def test_data_block_belongs_to_its_example(run: Path, page: Page):
-    view = load_view(run)
-    shifts, effects = view.shifts, view.effects
+    tables = Tables(run)
+    moved, changes = shifts(tables), effects(tables)
     for i, example in enumerate(page.data["examples"]):
-        assert example["id"] == view.shown[i]["example_id"]
-        row = shifts.example_ids.index(example["id"])
+        assert example["id"] == shown(tables)[i]["example_id"]
+        row = moved.example_ids.index(example["id"])
         for feature, x, y in example["top"]:
-            column = shifts.feature_ids.index(feature)
-            assert x == pytest.approx(shifts.x[row, column], rel=1e-5)
-            assert y == pytest.approx(shifts.y[row, column], rel=1e-5)
+            column = moved.feature_ids.index(feature)
+            assert x == pytest.approx(moved.x[row, column], rel=1e-5)
+            assert y == pytest.approx(moved.y[row, column], rel=1e-5)
         assert len(example["top"]) == 10
-        values = effects.values[effects.rows.index(example["id"])]
+        values = changes.values[changes.rows.index(example["id"])]
         extreme = values.argmax() if values.max() > 0 else values.argmin()
         at, dy = example["moves"][0 if values.max() > 0 else -1]
         assert dy == pytest.approx(values[extreme], rel=1e-5)
-        assert page.data["prompts"][at][0] == effects.columns[int(extreme)]
+        assert page.data["prompts"][at][0] == changes.columns[int(extreme)]
+        assert example["values"] == pytest.approx([shown(tables)[i][name] for name in NAMED], rel=1e-5)
+    assert [name for name, _ in page.data["targets"]] == list(map(text.words, NAMED))
 
 
 def test_shifts_are_joined_by_id_and_take_one_estimator(run: Path):
-    view = load_view(run)
-    coef = {r["feature_id"]: r["coef"] for r in view.coefficients}
-    weights = np.array([coef[f] for f in view.shifts.feature_ids])
-    score = {r["example_id"]: r["score"] for r in view.summary}
-    expected = [score[p] for p in view.shifts.example_ids]
-    np.testing.assert_allclose(view.shifts.total @ weights, expected, rtol=1e-9)
+    tables = Tables(run)
+    coef = {r["feature_id"]: r["coef"] for r in tables.rows("coefficients")}
+    moved = shifts(tables)
+    score = {r["example_id"]: r["score"] for r in tables.rows("summary")}
+    expected = [score[p] for p in moved.example_ids]
+    np.testing.assert_allclose(moved.total @ np.array([coef[f] for f in moved.feature_ids]), expected, rtol=1e-9)
 
 
 def test_coefficients_stand_strongest_first(run: Path, html: str):
-    coef = {r["feature_id"]: abs(r["coef"]) for r in load_view(run).coefficients}
+    coef = {r["feature_id"]: abs(r["coef"]) for r in Tables(run).rows("coefficients")}
     cards = [int(i) for i in re.findall(r'id="feature-(\d+)"', html)]
-    table = [int(i) for i in re.findall(r'<tr><td data-v="(\d+)"><a class="id"', html)]
-    assert cards == table == sorted(coef, key=lambda f: -coef[f])
+    table = re.search(r'<section id="policy".*?</section>', html, re.S)[0]
+    rows = [int(i) for i in re.findall(r'<tr><td class="ids" data-v="(\d+)"><a class="id"', table)]
+    assert cards == rows == sorted(coef, key=lambda f: -coef[f])
 
 
-def test_examples_without_a_score_are_counted_and_left_out(run: Path):
-    view = load_view(run)
-    lost = [view.summary[0], view.summary[5]]
-    for row in lost:
-        row.update(dict.fromkeys(("score", "score_x", "score_y", "dominant_feature", "unintended")))
-        row.update(label="unlabelled", outside_share=None, loss=float("nan"))
-    page = Page(render(view))
+def test_examples_without_a_score_are_counted_and_left_out(tmp_path: Path):
+    path = build_synthetic_run(tmp_path / "run")
+    table = pq.read_table(path / "summary.parquet").to_pylist()
+    for row in (table[0], table[5]):
+        row.update(dict.fromkeys(("score", "score:x", "score:y", "dominant_feature", "unintended", "outside_share")))
+        row.update(label=None, loss=float("nan"))
+    rewritten(path, "summary", table)
+    page = Page(build_report(path).read_text(encoding="utf-8"))
     assert "2 examples without a score" in page.text
-    assert "unlabelled examples average" not in page.text
+    assert "unlabelled examples move" not in page.text
     marks = [a for tag, a in page.tags if tag in {"circle", "path"} and "data-example" in a]
-    assert len(marks) == len(view.summary) - 2
-    assert lost[0]["example_id"] in page.text
+    assert len(marks) == len(table) - 2
+    assert table[0]["example_id"] in page.text
+
+
+# Without an SAE, and with targets of other packages
+
+
+@pytest.fixture(scope="module")
+def without_sae(tmp_path_factory) -> Path:
+    stages = ("policy", "attribute", "curate")
+    return build_synthetic_run(tmp_path_factory.mktemp("plain") / "run", sae=False, stages=stages)
+
+
+def test_without_an_sae_sections_of_a_policy_are_left_out_and_one_line_says_what_it_would_add(without_sae: Path):
+    page = Page(build_report(without_sae).read_text(encoding="utf-8"))
+    assert [a["id"] for a in page.all("section")] == [name for name in IDS if name not in OF_POLICY]
+    assert page.text.count("This run has no SAE.") == 1
+    assert "S is the policy" not in page.text and "Outside" not in page.text
+
+
+def test_without_an_sae_the_verdict_begins_with_who_moves_the_behavior_on_each_group(without_sae: Path):
+    tables = Tables(without_sae)
+    first, second = sentences_of(tables)[:2]
+    rows = tables.rows("summary")
+    assert (first.topic, second.topic) == ("Behavior", "To drop")
+    for group in ("harmful", "harmless"):
+        for end in (max, min):
+            assert end(rows, key=lambda r: r[f"behavior:{group}"])["example_id"] in first.text
+        assert f"ehavior on {group}" in first.text
+    assert "paper by behavior on harmful" in second.text
+    titles = [plain(block.caption) for block in blocks_of(SECTIONS.get("examples"), tables) if isinstance(block, Table)]
+    assert titles[0].startswith("Behavior on harmful: the examples that raise it most")
+    order = sorted(rows, key=lambda r: -abs(r["behavior:harmful"]))
+    assert [e["id"] for e in Page(render(tables)).data["examples"]] == [r["example_id"] for r in order]
+
+
+def test_a_target_that_nobody_registered_is_shown_everywhere(tmp_path: Path):
+    tables = Tables(build_synthetic_run(tmp_path / "run", extra=("spread:all",)))
+    rows = tables.rows("summary")
+    (sentence,) = (s for s in sentences_of(tables) if s.topic == "Other targets")
+    most, least = (end(rows, key=lambda r: r["spread:all"])["example_id"] for end in (max, min))
+    assert re.match(rf"spread:all: {most} .* raises it most, .*{least} .* lowers it most", sentence.text)
+    page = Page(render(tables))
+    assert "spread:all" in [name for name, _ in page.data["targets"]]
+    assert page.text.count("spread:all") >= 3  # the verdict, its strongest examples, a column of the table
+
+
+def test_a_section_of_another_package_stands_in_the_page_and_its_navigation(run: Path, monkeypatch):
+    monkeypatch.setattr(SECTIONS, "_found", dict(SECTIONS._found))
+    tables = Tables(run)
+    shape = Table([Column("n", "number", 0)], [(len(tables.rows("summary")),)], "How many")
+    SECTIONS.register("spread")(Section("spread", "Spread", ("summary",), lambda _: [Text("Ours <b>"), shape]))
+    SECTIONS.register("absent")(Section("absent", "Absent", ("nowhere",), lambda _: []))
+    page = Page(render(tables))
+    assert {"#spread", "#absent"} <= {a["href"] for a in page.all("a")}
+    assert "Ours <b>" in page.text and "No stage of this version writes nowhere" in page.text
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("behavior:harmless", "behavior on harmless"),
+        ("behavior", "behavior on all prompts"),
+        ("behavior:a - behavior:b", "behavior on a minus behavior on b"),
+        ("score:y", "S through output probability"),
+        ("prompt:q-1", "behavior on prompt q-1"),
+        ("spread:all", "spread:all"),
+        ("concept:a - b", "concept:a - b"),
+    ],
+)
+def test_targets_in_words(target: str, said: str):
+    assert text.words(target) == said
 
 
 # Runs with more examples than a page can list
@@ -320,61 +401,71 @@ def test_examples_without_a_score_are_counted_and_left_out(run: Path):
 def many(tmp_path: Path, monkeypatch) -> Path:
     """A run of 80 examples, of which a page lists the 6 strongest."""
     run = build_synthetic_run(tmp_path / "run", Size(examples=80))
-    monkeypatch.setattr(views, "LARGE", 20)
-    monkeypatch.setattr(strongest, "STRONGEST", 6)
-    monkeypatch.setattr(strongest, "ENDS", 1)
+    monkeypatch.setattr(reading, "LARGE", 20)
+    monkeypatch.setattr(examples, "STRONGEST", 6)
+    monkeypatch.setattr(examples, "ENDS", 1)
+    monkeypatch.setattr("taught.report.sections.examples.ENDS", 1)
     return run
 
 
-def whole_view(run: Path, monkeypatch) -> views.View:
+@pytest.fixture
+def whole(many: Path, monkeypatch) -> Tables:
+    """The same run with all its examples listed."""
     with monkeypatch.context() as patch:
-        patch.setattr(views, "LARGE", 10**6)
-        return load_view(run)
+        patch.setattr(reading, "LARGE", 10**6)
+        tables = Tables(many)
+        assert tables.listed is None
+        return tables
 
 
-def test_a_large_run_lists_the_strongest_examples_and_those_it_names(many: Path, monkeypatch):
-    view, whole = load_view(many), whole_view(many, monkeypatch)
-    assert view.large and not whole.large
-    listed = {r["example_id"] for r in view.summary}
-    assert {r["example_id"] for r in whole.shown[:6]} <= listed and len(listed) < 80
-    shifts = whole.shifts
-    for j in range(len(shifts.feature_ids)):
-        for end in (shifts.total[:, j].argmax(), shifts.total[:, j].argmin()):
-            assert shifts.example_ids[end] in listed
-    assert {p["example_id"] for p in view.examples} == listed == set(view.shifts.example_ids)
-    assert set(view.effects.rows) == listed
-    rows = {r["example_id"]: r for r in whole.summary}
-    assert all(rows[r["example_id"]] == r for r in view.summary)
-    for i, example in enumerate(view.shifts.example_ids):
-        at = shifts.example_ids.index(example)
-        assert np.array_equal(view.shifts.x[i], shifts.x[at])
-        assert np.array_equal(view.shifts.y[i], shifts.y[at])
-        at = whole.effects.rows.index(example)
-        row = view.effects.values[view.effects.rows.index(example)]
-        assert np.array_equal(row, whole.effects.values[at])
+def test_a_large_run_lists_the_strongest_examples_and_those_it_names(many: Path, whole: Tables):
+    tables = Tables(many)
+    listed = set(tables.listed)
+    assert {r["example_id"] for r in tables.rows("summary")} == listed
+    assert {r["example_id"] for r in shown(whole)[:6]} <= listed and len(listed) < 80
+    moved, all_ = shifts(tables), shifts(whole)
+    for j in range(len(all_.feature_ids)):
+        for end in (all_.total[:, j].argmax(), all_.total[:, j].argmin()):
+            assert all_.example_ids[end] in listed
+    assert {p["example_id"] for p in tables.rows("examples")} == listed == set(moved.example_ids)
+    assert set(effects(tables).rows) == listed
+    rows = {r["example_id"]: r for r in whole.rows("summary")}
+    assert all(rows[r["example_id"]] == r for r in tables.rows("summary"))
+    for i, example in enumerate(moved.example_ids):
+        at = all_.example_ids.index(example)
+        assert np.array_equal(moved.x[i], all_.x[at]) and np.array_equal(moved.y[i], all_.y[at])
+        row = effects(tables).values[effects(tables).rows.index(example)]
+        assert np.array_equal(row, effects(whole).values[effects(whole).rows.index(example)])
 
 
-def test_a_large_run_says_the_same_about_all_its_examples(many: Path, monkeypatch):
-    found, expected = (
-        {s.topic: s for s in verdict.verdict(view)} for view in (load_view(many), whole_view(many, monkeypatch))
-    )
+def test_a_large_run_says_the_same_about_all_its_examples(many: Path, whole: Tables):
+    found, expected = ({s.topic: s for s in sentences_of(tables)} for tables in (Tables(many), whole))
     del expected["Interference"]  # it would take the shifts of all examples
     assert found == expected
 
 
 def test_the_page_of_a_large_run_says_what_it_leaves_out_and_where_it_is(many: Path):
     page = build_report(many).read_text(encoding="utf-8")
-    n = len(load_view(many).summary)
-    assert f"80 examples, showing {n} of 80" in page
+    n = len(Tables(many).rows("summary"))
+    assert f"80 examples, showing {n} of 80" in Page(page).text
     assert '<a href="summary.parquet">summary.parquet</a>' in page
     assert f"{n} of {n}</output>" in page  # the filters count what is in the page
     assert len(Page(page).data["examples"]) == n
 
 
-def test_a_example_that_a_large_run_does_not_list_can_be_shown(many: Path, monkeypatch):
-    listed = {r["example_id"] for r in load_view(many).summary}
+def test_an_example_that_a_large_run_does_not_list_can_be_shown(many: Path):
+    listed = {r["example_id"] for r in Tables(many).rows("summary")}
     other = next(f"example-{i:04d}" for i in range(80) if f"example-{i:04d}" not in listed)
-    assert other in {r["example_id"] for r in load_view(many, also=[other]).summary}
+    assert other in {r["example_id"] for r in Tables(many, also=[other]).rows("summary")}
+
+
+def test_methods_and_targets_of_scores_are_found_in_one_row_group_as_in_many(many: Path):
+    tables = Tables(many)
+    index = examples.score_index(tables)
+    table = pq.read_table(many / "scores.parquet")
+    assert set(index) == set(zip(table["method"].to_pylist(), table["target"].to_pylist(), strict=True))
+    rewritten(many, "scores", table.to_pylist())
+    assert set(examples.score_index(Tables(many))) == set(index)
 
 
 def test_with_many_rows_the_normal_interval_takes_the_bootstraps_place(monkeypatch):
@@ -396,8 +487,7 @@ def test_tiny_runs_have_a_page(tmp_path: Path, size: Size):
 
 
 def test_offenders_are_flagged_examples(page: Page, run: Path):
-    view = load_view(run)
-    flagged = {r["example_id"] for r in view.summary if r["unintended"]}
+    flagged = {r["example_id"] for r in Tables(run).rows("summary") if r["unintended"]}
     assert flagged and sum(example["unintended"] for example in page.data["examples"]) == len(flagged)
 
 
@@ -419,14 +509,14 @@ def test_embed_and_clean_keep_what_is_harmless(words: str):
 @pytest.mark.parametrize(
     ("token", "context", "expected"),
     [
-        ("lock", "a lock here", {"before": "a ", "after": " here"}),
-        ("a", "a b a c a", {"before": "a b ", "after": " c a"}),
+        ("lock", "a lock here", {"before": "a ", "token": "lock", "after": " here"}),
+        ("a", "a b a c a", {"before": "a b ", "token": "a", "after": " c a"}),
         ("x", "no such token", {"before": "no such token", "token": "", "after": ""}),
         ("x", "", {"before": "", "token": "x", "after": ""}),
     ],
 )
 def test_token_is_marked_nearest_to_the_middle(token, context, expected):
-    assert _split(token, context) == expected
+    assert split(token, context) == expected
 
 
 def test_tokens_are_marked_in_their_context(html: str):
@@ -449,7 +539,7 @@ GOOD = {
 
 
 def test_good_policy_is_stated_with_intervals_and_baselines():
-    sentence = verdict.fit_sentence(GOOD)
+    sentence = fit_sentence(GOOD)
     assert sentence.tone == "found"
     for part in (
         "66%",
@@ -464,19 +554,19 @@ def test_good_policy_is_stated_with_intervals_and_baselines():
 
 
 def test_policy_whose_interval_includes_zero_explains_nothing():
-    sentence = verdict.fit_sentence(GOOD | {"r2": {"value": 0.02, "lo": -0.05, "hi": 0.08}})
+    sentence = fit_sentence(GOOD | {"r2": {"value": 0.02, "lo": -0.05, "hi": 0.08}})
     assert sentence.tone == "none" and sentence.text.startswith("No effect found")
     assert "0.02 [−0.05, 0.08]" in sentence.text and "explains 2%" not in sentence.text
 
 
 def test_trivial_predictor_that_does_as_well_is_warned_of():
     rival = {"group": {"r2": {"value": 0.60, "lo": 0.55, "hi": 0.65}}}
-    sentence = verdict.fit_sentence(GOOD | {"baselines": rival})
+    sentence = fit_sentence(GOOD | {"baselines": rival})
     assert sentence.tone == "caution" and "the group label alone does about as well" in sentence.text
 
 
 def test_accuracy_without_gain_is_warned_of():
-    sentence = verdict.fit_sentence(GOOD | {"accuracy_gain": {"value": 0.01, "lo": -0.02, "hi": 0.04}})
+    sentence = fit_sentence(GOOD | {"accuracy_gain": {"value": 0.01, "lo": -0.02, "hi": 0.04}})
     assert sentence.tone == "caution" and "no gain that can be told from zero" in sentence.text
 
 
@@ -500,17 +590,17 @@ def test_checks_that_do_not_pass_are_named_and_told_where_they_are_explained():
         {"code": f"F0{i}", "name": n, "status": s}
         for i, (n, s) in enumerate([("fit", "pass"), ("signs", "warn"), ("words", "fail")])
     ]
-    sentence = verdict.trust_sentence(given)
+    sentence = trust_sentence(given)
     assert sentence.tone == "caution"
     assert sentence.text == (
         "1 of 3 checks of the policy pass. Fails: F02 words. Warns: F01 signs. What they mean: docs/checks.md."
     )
-    assert verdict.trust_sentence(given[:1]).tone == "found"
-    assert verdict.trust_sentence(given[:1]).text == "1 of 1 check of the policy pass."
+    assert trust_sentence(given[:1]).tone == "found"
+    assert trust_sentence(given[:1]).text == "1 of 1 check of the policy pass."
 
 
 def test_every_check_stands_in_the_page_with_value_and_status(run: Path, page: Page):
-    for check in load_view(run).faithfulness["checks"]:
+    for check in Tables(run).json("faithfulness")["checks"]:
         assert f"{check['code']}{check['name']}: {check['meaning']}" in page.text
         assert (f"To do: {check['action']}" in page.text) == (check["status"] != "pass")
     assert "0.66 [0.61, 0.70]R² at least 0.3" in page.text
@@ -519,8 +609,8 @@ def test_every_check_stands_in_the_page_with_value_and_status(run: Path, page: P
 
 
 def test_slopes_stand_in_the_page_beside_coefficients(run: Path, page: Page):
-    view = load_view(run)
-    strongest, off = max(view.clamp, key=lambda r: abs(r["coef"])), view.clamp[-1]
+    slopes = Tables(run).rows("clamp")
+    strongest, off = max(slopes, key=lambda r: abs(r["coef"])), slopes[-1]
     line = Estimate(strongest["slope"], strongest["lo"], strongest["hi"]).text()
     assert f"{text.signed(strongest['coef'])}{line}" in page.text
     assert page.text.count("not active on any prompt") == 1 and off["n"] == 0
@@ -537,7 +627,7 @@ def clamping(lo: float, clear: int = 4) -> dict:
 
 
 def test_the_verdict_calls_coefficients_causes_only_where_signs_agree():
-    found = verdict.clamp_sentence(clamping(0.55))
+    found = clamp_sentence(clamping(0.55))
     assert found.tone == "found" and found.text == (
         "Scaling a feature's part of the residual by 0 to 3 moves the behavior to the side of the "
         "coefficient for 70% of 10 features (95% 55% to 80%), by 0.50 [0.10, 0.90] of what the "
@@ -545,26 +635,26 @@ def test_the_verdict_calls_coefficients_causes_only_where_signs_agree():
         "(corrected for their number)."
     )
     for unsure in (clamping(0.45), clamping(0.55, clear=0)):
-        sentence = verdict.clamp_sentence(unsure)
+        sentence = clamp_sentence(unsure)
         assert sentence.tone == "caution" and "not shown to be causes" in sentence.text
     nothing = clamping(0.0)
     nothing["agreement"]["all"]["same_sign"]["value"] = None
-    assert verdict.clamp_sentence(nothing) is None
+    assert clamp_sentence(nothing) is None
 
 
 def test_safe_ranks_stand_in_the_page(page: Page):
     assert "|S|undecidedundecided" in page.text
-    assert "|mean y| on harmfulsafe (100.0%)safe (100.0%)" in page.text
+    assert "|behavior on harmful|safe (100.0%)safe (100.0%)" in page.text
 
 
 def test_a_ranking_without_a_size_has_a_dash():
     rows = [
         {"target": "score", "k": 1, "verdict": "undecided", "share": 0.934},
-        {"target": "score_y", "k": 3, "verdict": "safe", "share": 1.0},
+        {"target": "score:y", "k": 3, "verdict": "safe", "share": 1.0},
     ]
-    sizes, cells = verdict.rank_table(rows)
+    sizes, cells = rank_table(rows)
     assert sizes == [1, 3]
-    assert cells == [("|S|", ["undecided (93.4%)", "–"]), ("|S| through output probability", ["–", "safe (100.0%)"])]
+    assert cells == [("|S|", ["undecided (93.4%)", "–"]), ("|S through output probability|", ["–", "safe (100.0%)"])]
 
 
 def test_audit_names_gaps_and_spill_and_counts_only_what_was_tested():
@@ -574,11 +664,11 @@ def test_audit_names_gaps_and_spill_and_counts_only_what_was_tested():
         audit_row("tiny", "harmful", -3.0, None),
         audit_row("over", "harmless", 1.7, True),
     ]
-    sentence = verdict.audit_sentence(rows, "harmful")
+    sentence = audit_sentence(rows, "harmful")
     assert "1 of 3 tested categories not covered: the behavior falls short in chemical" in sentence.text
     assert "−2.10 [−2.60, −1.60]" in sentence.text and "p < 0.001" in sentence.text
     assert "uncalled for: over" in sentence.text and "tiny" not in sentence.text
-    nothing = verdict.audit_sentence(rows[1:2], "harmful")
+    nothing = audit_sentence(rows[1:2], "harmful")
     assert nothing.tone == "none" and nothing.text.startswith("No effect found")
 
 
@@ -589,46 +679,56 @@ def example_rows(scores: list[float], labels: list[str] | None = None) -> list[d
             "example_id": f"p{i}",
             "label": label,
             "score": s,
-            "score_x": 0.2 * s,
-            "score_y": 0.8 * s,
-            "n_response": 10 + (7 * i) % 11,
+            "score:x": 0.2 * s,
+            "score:y": 0.8 * s,
+            "n_scored": 10 + (7 * i) % 11,
             "loss": 1.0 + ((5 * i) % 7) / 7,
         }
         for i, (s, label) in enumerate(zip(scores, labels, strict=True))
     ]
 
 
+def moved(rows: list[dict], *names: str):
+    return moved_sentence("", rows, names or ("score",))
+
+
 def test_strongest_examples_are_named_with_pathway_and_no_overclaim():
-    sentence = verdict.push_sentence(example_rows([2e-4, 5e-4, -1e-4]))
-    assert "p1 (refusal) pushes the policy along itself most: S\u00a0=\u00a0+5.00\u00a0×10⁻⁴" in sentence.text
-    assert "p2 (refusal) pushes against it most" in sentence.text
+    sentence = moved(example_rows([2e-4, 5e-4, -1e-4]))
+    assert "S: p1 (refusal) raises it most, +5.00\u00a0×10⁻⁴" in sentence.text.replace("S: ", "S: ")
+    assert "p2 (refusal) lowers it most, −1.00" in sentence.text
     assert "mainly through output probability (x +1.00, y +4.00)" in sentence.text
     assert "does not by itself mean more of the behavior" in sentence.text
-    both = verdict.push_sentence([example_rows([1.0])[0] | {"score_x": 0.5, "score_y": 0.5}])
+    both = moved([example_rows([1.0])[0] | {"score:x": 0.5, "score:y": 0.5}])
     assert "through both pathways" in both.text
-    assert "no example pushes against it by more than 2% of the largest |S|" in both.text
-    down = verdict.push_sentence(example_rows([1e-3, -1.0])).text
-    assert down.startswith("No example pushes the policy along itself by more than 2%")
-    assert "p1 (refusal) pushes against it most" in down
+    assert "no example lowers it by more than 2% of the largest change" in both.text
+    down = moved(example_rows([1e-3, -1.0])).text
+    assert down.startswith("S: no example raises it by more than 2%")
+    assert "p1 (refusal) lowers it most" in down
 
 
-def test_behavior_itself_is_told_apart_from_the_score():
+def test_behavior_is_told_apart_by_group_and_with_its_error():
     rows = example_rows([5e-4, 1e-4])
     for row, harmful, harmless in zip(rows, (1e-5, -4e-3), (2e-5, 1e-3), strict=True):
-        row.update(mean_y_harmful=harmful, mean_y_harmless=harmless)
-    words = verdict.push_sentence(rows).text.replace("\u00a0", " ")
-    assert "p0 (refusal) pushes the policy along itself most" in words
-    assert "moves most with p1 (refusal): mean y −4.00 ×10⁻³ on harmful and +1.00 ×10⁻³ on" in words
+        row.update({"behavior:harmful": harmful, "behavior:harmless": harmless, "behavior:harmless se": 1e-4})
+    words = moved(rows, "behavior:harmful", "behavior:harmless").text.replace("\u00a0", " ")
+    assert "Behavior on harmful: no example raises it by more than 2%" in words
+    assert "p1 (refusal) lowers it most, −4.00 ×10⁻³; Behavior on harmless: p1 (refusal) raises it most, " in words
+    assert "1.00 [0.80, 1.20] ×10⁻³" in words
 
 
-def test_scores_of_zero_are_no_effect():
-    assert verdict.push_sentence(example_rows([0.0, 0.0])).tone == "none"
+def test_values_of_zero_are_no_effect():
+    assert moved(example_rows([0.0, 0.0])).tone == "none" and moved([], "behavior:x").tone == "none"
+    assert moved_sentence("", example_rows([1.0]), []) is None
+
+
+def summary(rows: list[dict]) -> Summary:
+    return Summary.of(pa.Table.from_pylist(rows))
 
 
 def test_label_whose_interval_includes_zero_has_no_effect():
     rng = np.random.default_rng(0)
     scores = [*(1 + 0.1 * rng.normal(size=40)), *rng.normal(size=40)]
-    sentence = verdict.label_sentence(Scores.of(example_rows(scores, ["a"] * 40 + ["b"] * 40)))
+    sentence = label_sentence(summary(example_rows(scores, ["a"] * 40 + ["b"] * 40)), "score")
     a, b = sentence.text.split(";")
     assert "no effect found" not in a and "no effect found: the interval includes zero" in b
     assert "80% of the absolute effect runs through output probability, 20%" in sentence.text
@@ -639,7 +739,7 @@ def test_label_whose_interval_includes_zero_has_no_effect():
     [(20, "found", "fewer than chance"), (70, "none", "No effect found"), (95, "found", "more than chance")],
 )
 def test_unintended_effects_are_judged_against_chance(flagged, tone, part):
-    sentence = verdict.unintended_sentence(Control(100, flagged, Estimate(70, 61, 79), 66.0))
+    sentence = unintended_sentence(Control(100, flagged, Estimate(70, 61, 79), 66.0))
     assert sentence.tone == tone and part in sentence.text
     assert f"{flagged} of 100 examples ({flagged}%)" in sentence.text and "70 [61, 79]" in sentence.text
 
@@ -647,31 +747,31 @@ def test_unintended_effects_are_judged_against_chance(flagged, tone, part):
 def test_label_that_ranks_like_the_score_is_warned_of():
     scores = [*np.linspace(1, 2, 30), *np.linspace(-2, -1, 30)]
     rows = example_rows([float(s) for s in scores], ["refusal"] * 30 + ["answer"] * 30)
-    sentence = verdict.trivial_sentence(Scores.of(rows))
+    sentence = trivial_sentence(summary(rows), "score")
     assert sentence.tone == "caution" and "label alone gives much of the same ranking" in sentence.text
     for row, length in zip(rows, np.argsort(np.argsort(scores)), strict=True):
-        row["label"], row["n_response"] = "refusal", int(length)
-    found = dict(verdict.trivial_correlations(Scores.of(rows)))
+        row["label"], row["n_scored"] = "refusal", int(length)
+    found = dict(trivial_correlations(summary(rows), "score"))
     assert found["response length"].value == pytest.approx(1.0) and "label" not in str(found)
 
 
 def test_no_trivial_predictor_is_said_so():
     rng = np.random.default_rng(2)
-    sentence = verdict.trivial_sentence(Scores.of(example_rows(rng.normal(size=60).tolist())))
+    sentence = trivial_sentence(summary(example_rows(rng.normal(size=60).tolist())), "score")
     assert sentence.tone == "none" and sentence.text.startswith("No effect found")
 
 
 def test_the_linear_value_is_said_to_be_as_good_as_its_steps() -> None:
     rows = example_rows([2.0, -1.0, 0.5])
-    assert verdict.step_sentence(rows) is None
+    assert step_sentence(rows) is None
     rows[0] |= {"step_score": 2.04, "refit_score": 1.98}
     rows[1] |= {"step_score": -0.99, "refit_score": -1.0}
-    sentence = verdict.step_sentence(rows)
+    sentence = step_sentence(rows)
     assert sentence.tone == "found"
     assert "2 examples" in sentence.text
     assert "2.0% (a real step) and 1.0% (an exact refit)" in sentence.text
     rows[1]["step_score"] = -0.9
-    assert verdict.step_sentence(rows).tone == "caution"
+    assert step_sentence(rows).tone == "caution"
 
 
 def curated(rows: list[dict], examples: list[dict]) -> Curated:
@@ -684,15 +784,15 @@ def test_the_verdict_says_how_far_a_ranking_by_sketches_can_be_trusted():
     exact = draw.normal(size=4000)
     for se in (0.1, 1.0):
         score = exact + se * draw.normal(size=4000)
-        rows = [{"label": "a", "score": s, "score_se": se, "unintended": False} for s in score]
-        sentence = verdict.sketch_sentence(Scores.of(rows))
+        rows = [{"label": "a", "score": s, "score se": se, "unintended": False} for s in score]
+        sentence = sketch_sentence(summary(rows), "score")
         expected = np.corrcoef(score, exact)[0, 1]
         (said,) = re.findall(r"about (\d\.\d{3}) with", sentence.text)
         assert float(said) == pytest.approx(expected, abs=0.01)
         assert sentence.tone == ("found" if se == 0.1 else "caution")
         assert f"{(np.abs(score) > 2 * se).sum():,} of 4,000 examples" in sentence.text
-    rows = [{"label": "a", "score": 1.0, "score_se": None, "unintended": False}]
-    assert verdict.sketch_sentence(Scores.of(rows)) is None
+    rows = [{"label": "a", "score": 1.0, "score se": None, "unintended": False}]
+    assert sketch_sentence(summary(rows), "score") is None
 
 
 def test_rankings_are_said_to_be_safe_or_why_they_are_not():
@@ -702,15 +802,15 @@ def test_rankings_are_said_to_be_safe_or_why_they_are_not():
     some = [
         row("score", 1, "undecided", "needs dX"),
         row("score", 3, "undecided", "needs dX"),
-        row("mean_y:odd", 1, "safe"),
-        row("mean_y:odd", 3, "safe"),
-        row("mean_y:odd", 5, "undecided", "too near"),
+        row("behavior:odd", 1, "safe"),
+        row("behavior:odd", 3, "safe"),
+        row("behavior:odd", 5, "undecided", "too near"),
     ]
-    sentence = verdict.ranking_sentence(some)
+    sentence = ranking_sentence(some)
     assert sentence.tone == "caution"
-    assert "by |S| none (top 1 undecided: needs dX); by |mean y| on odd the top 1 and 3 safe " in (sentence.text)
+    assert "by |S| none (top 1 undecided: needs dX); by |behavior on odd| the top 1 and 3 safe " in (sentence.text)
     assert sentence.text.endswith("(top 5 undecided: too near).")
-    assert verdict.ranking_sentence(some[2:]).tone == "found"
+    assert ranking_sentence(some[2:]).tone == "found"
 
 
 def test_curation_by_another_target_says_so() -> None:
@@ -719,12 +819,12 @@ def test_curation_by_another_target_says_so() -> None:
             "example_id": "p",
             "action": "drop",
             "rule": "top-k",
-            "target": "mean_y:harmless",
+            "target": "behavior:harmless",
             "score": 1.0,
             "threshold": 1.0,
         }
     ]
-    assert "“top-k by mean_y:harmless”" in verdict.curation_sentence(curated(rows, [])).text
+    assert "“top-k by behavior on harmless”" in curation_sentence(curated(rows, [])).text
 
 
 def test_curation_counts_by_label():
@@ -739,19 +839,19 @@ def test_curation_counts_by_label():
         for i in range(8)
     ]
     examples = example_rows([0.0] * 8, ["a", "b", "a", "a", "a", "b", "b", "b"])
-    assert "first of all p2, p1 and p0" in verdict.curation_sentence(curated(rows, examples)).text
-    assert "drop 3 of 8 examples (2 a and 1 b)" in verdict.curation_sentence(curated(rows, examples)).text
-    assert "nothing to drop" in verdict.curation_sentence(curated(rows[3:], examples)).text
+    assert "first of all p2, p1 and p0" in curation_sentence(curated(rows, examples)).text
+    assert "drop 3 of 8 examples (2 a and 1 b)" in curation_sentence(curated(rows, examples)).text
+    assert "nothing to drop" in curation_sentence(curated(rows[3:], examples)).text
 
 
 @pytest.mark.parametrize(
     ("lo", "tone", "begins"),
     [
-        (-0.9, "found", "Training without the 8 examples (15%) that raise mean_y:harmless most moves it"),
+        (-0.9, "found", "Training without the 8 examples (15%) that raise behavior on harmless most moves it"),
         (-1.4, "none", "No effect found: training without the 8 examples (15%)"),
     ],
 )
-def test_what_retraining_did_stands_in_the_verdict(run: Path, lo: float, tone: str, begins: str):
+def test_what_retraining_did_stands_in_the_verdict(lo: float, tone: str, begins: str):
     point = {
         "design": "removal",
         "budget": 8,
@@ -760,15 +860,22 @@ def test_what_retraining_did_stands_in_the_verdict(run: Path, lo: float, tone: s
         "lo": lo,
         "hi": 0.3 if tone == "none" else -0.1,
     }
-    view = load_view(run)
-    assert verdict.retraining_sentence(view) is None
-    tried = replace(view, curves=[{**point, "design": "addition"}, point])
-    sentence = verdict.verdict(tried)[-1]
+    assert retraining_sentence([], "") is None
+    sentence = retraining_sentence([{**point, "design": "addition"}, point], "behavior:harmless")
     assert (sentence.topic, sentence.tone) == ("Retraining", tone)
     assert sentence.text.startswith(begins) and "by \u22120.5 [" in sentence.text
 
 
-def test_arms_stand_side_by_side_with_differences_to_random(run: Path):
+def test_the_verdict_says_how_well_retraining_was_foreseen():
+    row = {"method": "adjoint", "target": "behavior:x", "subsets": "random", "raw": 0.6, "raw_lo": 0.4, "raw_hi": 0.7}
+    rows = [row, {**row, "target": "coefficient:1", "raw": 0.9}, {**row, "method": "length", "raw": 0.1}]
+    sentence = foreseen_sentence(rows)
+    assert sentence.tone == "found" and "behavior on x 0.60 [0.40, 0.70] (random)" in sentence.text
+    assert "0.90" not in sentence.text and "0.10" not in sentence.text
+    assert foreseen_sentence([{**row, "raw_lo": -0.1}]).tone == "caution" and foreseen_sentence([]) is None
+
+
+def test_arms_stand_side_by_side_with_differences_to_random():
     def row(arm: str, metric: str, value: float, gap: float | None, p: float | None) -> dict:
         return {
             "arm": arm,
@@ -791,41 +898,42 @@ def test_arms_stand_side_by_side_with_differences_to_random(run: Path):
         row("random", "recall", 1e-4, None, None),
         row("random", "f1", 0.3, None, None),
     ]
-    other = [row | {"design": "curated"} for row in rows]
-    view = replace(load_view(run), models=[], arms=[*rows, *other])
-    shown, kept = sections.sections(view)["validation"]["arms"]
-    assert kept == shown | {"design": "What taught curate kept"}
-    assert shown["arms"] == [("all", 9), ("random", 4)]
-    (recall, power, (own, random)), (f1, plain, (one, _)) = shown["rows"]
-    assert (recall, power, f1, plain) == ("recall", -4, "f1", 0)
-    assert own == ("4.000", "[2.000, 8.000]", "+3.000", "[2.000, 4.000]", True)
-    assert random[:3] == ("1.000", "[0.500, 2.000]", None) and not random[-1]
-    assert one[2] == "+0.200" and not one[-1]
+    table = arms_table("Ways", rows)
+    assert [c.title for c in table.columns] == ["Metric", "all, 9 examples", "random, 4 examples"]
+    (recall, own, random), (f1, one, _) = ([plain(cell) for cell in row] for row in table.rows)
+    assert (recall, f1) == ("recall\u00a0×10⁻⁴", "f1")
+    assert own.splitlines() == ["4.000 [2.000, 8.000]", "+3.000* [2.000, 4.000]"]
+    assert random == "1.000 [0.500, 2.000]" and "+0.200 [" in one
 
 
 @pytest.mark.parametrize(
-    ("changes", "metric", "says"),
+    ("changes", "inverse", "says"),
     [
-        ({}, None, "one plain SGD step"),
-        ({"curvature": "adam"}, "of Adam", "one step of Adam"),
+        ({}, False, "one plain SGD step"),
+        ({"curvature": "adam"}, True, "one step of Adam"),
         (
-            {"curvature": "ekfac", "checkpoints": [{"id": "a", "lr": 1e-5}, {"id": "b", "lr": 1e-5}]},
-            "in the metric of EK-FAC",
-            "from each of 2 checkpoints, added up,",
+            {
+                "curvature": {"kind": "ekfac", "damping": 0.1},
+                "trajectory": {"kind": "checkpoints", "checkpoints": [{"id": "a"}, {"id": "b"}]},
+            },
+            True,
+            "in the metric of EK-FAC from each of 2 checkpoints, added up,",
         ),
+        ({"curvature": "hessian"}, True, "in the metric of hessian"),
     ],
 )
-def test_the_method_says_which_step_is_meant(run: Path, changes: dict, metric: str, says: str):
-    view = load_view(run)
-    study = {**view.study, "attribution": {**view.study["attribution"], **changes}}
-    shown = sections.sections(replace(view, study=study))["method"]
-    assert shown["metric"] == metric and says in shown["step"]
-    assert ("each checkpoint" in shown["lr"]) == ("checkpoints" in changes)
+def test_the_method_says_which_step_is_meant(run: Path, changes: dict, inverse: bool, says: str):
+    tables = Tables(run)
+    tables.study = {**tables.study, "attribution": {**tables.study["attribution"], **changes}}
+    page = Page(render(tables)).text
+    assert says in page and ("−lr C⁻¹ ∇L" in page) == inverse
+    assert ("lr that of each checkpoint" in page) == ("trajectory" in changes)
 
 
 def test_verdict_of_a_run_has_at_most_twelve_sentences(run: Path):
-    sentences = verdict.verdict(load_view(run))
+    sentences = sentences_of(Tables(run))
     assert 4 <= len(sentences) <= 12 and len({s.topic for s in sentences}) == len(sentences)
+    assert [s.topic for s in sentences][:3] == ["Behavior", "Policy", "To drop"]
 
 
 # Numbers

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from synthetic_run import HOSTILE, build_synthetic_run
-from taught import stages
-from taught.cli.app import run_command
-from taught.errors import UserError
-from taught.report.build import render
-from taught.report.stats import Estimate
+from synthetic_run import HOSTILE, build_synthetic_run, rewritten
+from taught.report.agreement import agreement_blocks
+from taught.report.blocks import Items, Table, Word
+from taught.report.html import render
 from taught.report.strips import LEVELS, strips
-from taught.report.view import load_view
+from taught.report.tables import Tables
+from taught.report.text import number
 from taught.run.folder import RunFolder
-from taught.stages import ConceptQuestion, ConceptRequest
-from taught.study.load import load_study
-from taught.study.schema import Study
-from tiny_study import write_tiny_study
-
-ALL = ("policy", "attribute", "concept-influence")
-METHODS = ("gradient", "vector-filter")
 
 
 class Spans(HTMLParser):
@@ -61,9 +50,9 @@ def section(html: str, name: str) -> str:
 # One strip
 
 
-def rows(*shares: float, target: str = "score", group: str | None = None) -> list[dict]:
+def rows(*shares: float, target: str = "score") -> list[dict]:
     return [
-        {"example_id": "z", "target": target, "group": group, "position": j, "token": f"t{j}", "share": share}
+        {"example_id": "z", "target": target, "position": j, "token": f"t{j}", "share": share}
         for j, share in enumerate(shares)
     ]
 
@@ -84,10 +73,10 @@ def test_a_strip_without_any_share_is_plain():
 
 def test_examples_and_targets_have_strips_of_their_own():
     other = [{**row, "example_id": "y"} for row in rows(1.0)]
-    named = [*rows(1.0), *rows(2.0, target="mean_y", group="harmless"), *other]
+    named = [*rows(1.0), *rows(2.0, target="behavior:harmless"), *other]
     assert [(s.example_id, s.target) for s in strips(named)] == [
         ("z", "score"),
-        ("z", "mean_y:harmless"),
+        ("z", "behavior:harmless"),
         ("y", "score"),
     ]
 
@@ -103,7 +92,7 @@ def test_a_line_feed_and_a_space_can_be_seen():
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory) -> str:
-    return render(load_view(build_synthetic_run(tmp_path_factory.mktemp("run") / "r", stages=ALL)))
+    return render(Tables(build_synthetic_run(tmp_path_factory.mktemp("run") / "r", concepts=True)))
 
 
 def test_the_strongest_examples_have_a_strip_for_each_target(html):
@@ -125,159 +114,42 @@ def test_every_shade_is_in_the_style_sheet_and_sides_differ_without_color(html):
 
 
 def test_concepts_have_their_strongest_examples_and_disagreement_is_flagged(tmp_path):
-    run = RunFolder.open(build_synthetic_run(tmp_path / "r", stages=ALL))
-    view = load_view(run)
-    (concept,) = view.concepts
-    table = run.read_table("concept_influence").to_pylist()
-    for ranking in concept.rankings:
-        own = sorted((r for r in table if r["method"] == ranking.method), key=lambda r: -abs(r["value"]))[:5]
-        assert ranking.rows == [(r["example_id"], r["value"]) for r in own]
-    agreed = {(r["method"], r["other"]): r["rank_correlation"] for r in run.read_table("concept_agreement").to_pylist()}
-    assert {(a, b) for a, b, _ in concept.apart} == {k for k, r in agreed.items() if r < 0.5}
-    assert len(concept.apart) == 2
-    page = section(render(view), "concepts")
-    assert page.count("<strong>Disagree</strong>") == 2
+    path = build_synthetic_run(tmp_path / "r", concepts=True)
+    run = RunFolder.open(path)
+    page = section(render(Tables(run)), "concepts")
+    table = [r for r in run.read_table("scores").to_pylist() if r["target"] == "concept:refusal"]
+    for method in dict.fromkeys(r["method"] for r in table):
+        own = sorted((r for r in table if r["method"] == method), key=lambda r: -abs(r["value"]))[:5]
+        shown = re.findall(rf"<bdi>{method}</bdi></td><td[^>]*><span class=.example[^>]*>([^<]+)</span>", page)
+        assert shown == [r["example_id"] for r in own]
+    apart = [r for r in run.read_table("agreement").to_pylist() if r["rank_correlation"] < 0.5]
+    assert page.count("Disagree: ") == len(apart) == 2
     assert page.count('class="badge warn"') == 2 * 2
-    assert all(f"{r.lo:.2f}".replace("-", "−") in page for _, _, r in concept.apart)
+    assert all(number(r["lo"]) in page for r in apart)
     assert "AUC 0.91 [0.84, 0.97] between the two groups" in page
-    assert len(Spans(page).strips) == 1
-    few = replace(
-        concept,
-        apart=[(a, b, Estimate(0.3, -0.1, 0.6)) for a, b, _ in concept.apart],
-        facts={**concept.facts, "provenance": {"examples sha256": "x"}},
-    )
-    page = section(render(replace(view, concepts=[few])), "concepts")
-    assert page.count("<strong>Undecided</strong>") == 2 and "<strong>Disagree" not in page
-    assert "between examples with and without the behavior" in page
+    assert len(Spans(page).strips) == 2
+
+
+def test_methods_that_may_still_agree_are_undecided_on_any_target(tmp_path):
+    path = build_synthetic_run(tmp_path / "r", concepts=True)
+    of = {"target": "score", "method": "adjoint", "other": "sketch"}
+    rewritten(path, "agreement", [{**of, "rank_correlation": 0.3, "lo": -0.1, "hi": 0.6}])
+    items, table = agreement_blocks(Tables(path), "score")
+    assert isinstance(items, Items) and items.items[0].startswith("Undecided: adjoint and sketch")
+    assert isinstance(table, Table) and table.rows[0][2] == Word("0.30 [−0.10, 0.60]", "badge")
+    assert "Undecided" in section(render(Tables(path)), "examples")
+    assert agreement_blocks(Tables(path), "behavior:harmful") == []
 
 
 def test_without_the_stage_the_section_says_what_makes_it(tmp_path):
     run = build_synthetic_run(tmp_path / "r", stages=("policy",))
-    page = section(render(load_view(run)), "concepts")
-    assert "taught concept-influence STUDY --concept FOLDER --run RUN" in page
+    page = section(render(Tables(run)), "concepts")
+    assert "<code>taught run STUDY --to concepts</code> makes it, with <code>concepts:</code> in the study" in page
 
 
 def test_tokens_and_names_of_concepts_are_text(tmp_path):
-    html = render(load_view(build_synthetic_run(tmp_path / "r", stages=ALL, hostile=True)))
+    html = render(Tables(build_synthetic_run(tmp_path / "r", concepts=True, hostile=True)))
     for name in ("examples", "concepts"):
         page = section(html, name)
         assert "<img" not in page and "<script" not in page and "\x1b" not in page
         assert HOSTILE in Spans(page).strips[0][0][2]
-
-
-# The stages
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_tiny_study(tmp_path_factory.mktemp("tiny")).parent
-
-
-@pytest.fixture(scope="module")
-def study(folder) -> Study:
-    return load_study(folder / "study.yaml").replace("attribution.exact_top", 2)
-
-
-@pytest.fixture(scope="module")
-def run(folder, study) -> RunFolder:
-    run = RunFolder(folder / "run")
-    stages.policy(study, run)
-    stages.attribute(study, run)
-    request = ConceptRequest("difference", force=True)
-    stages.concept(study, folder / "kind", request)
-    return run
-
-
-def question(folder: Path, **options) -> ConceptQuestion:
-    return ConceptQuestion((folder / "kind",), METHODS, tokens=2, **options)
-
-
-def test_shares_of_the_strongest_examples_add_up_to_their_effects(run):
-    summary = {row["example_id"]: row for row in run.read_table("summary").to_pylist()}
-    table = run.read_table("token_shares").to_pylist()
-    top = [example for example, row in summary.items() if row["rank"] <= 2]
-    assert {row["example_id"] for row in table} == set(top)
-    largest = max(abs(row["share"]) for row in table)
-    for example in top:
-        for target, group in (("score", None), ("mean_y", "harmful"), ("mean_y", "harmless")):
-            own = [row for row in table if (row["example_id"], row["target"], row["group"]) == (example, target, group)]
-            assert [row["position"] for row in own] == list(range(summary[example]["n_response"]))
-            column = "score" if group is None else f"mean_y_{group}"
-            whole = sum(row["share"] for row in own)
-            assert whole == pytest.approx(summary[example][column], rel=1e-3, abs=1e-4 * largest)
-            assert "".join(row["token"] for row in own).endswith("<|im_end|>")
-
-
-@pytest.mark.parametrize("changes", [{"exact_top": 0}, {"estimator": "finite-step"}])
-def test_shares_are_left_out_where_no_gradient_is_split(folder, study, run, tmp_path, changes):
-    import shutil
-
-    shutil.copytree(run.folder, tmp_path / "run")
-    for key, value in changes.items():
-        study = study.replace(f"attribution.{key}", value)
-    again = RunFolder(tmp_path / "run", fresh=("attribute",))
-    stages.attribute(study, again)
-    assert "token_shares.parquet" not in again.manifest["files"]
-    assert not again.path("token_shares.parquet").exists()
-
-
-def test_concepts_become_part_of_a_run_and_of_its_report(folder, study, run):
-    before = run.study
-    other = study.replace("validation.remove_by", "score")  # says what validate did, and not this
-    answers = stages.concept_influence(other, question(folder), run=run)
-    assert run.study == before != other
-    assert run.read_table("concept_influence").equals(answers.table)
-    assert run.read_table("concept_tokens").equals(answers.tokens)
-    assert run.read_table("concept_agreement").equals(stages.agreement(answers.table))
-    again = stages.concept_influence(study, question(folder, group="harmful"), run=run)
-    assert not again.table.equals(answers.table)
-    assert run.read_table("concept_influence").equals(again.table), "asked anew, made anew"
-    assert run.read_json("concept_influence")["group"] == "harmful"
-    (concept,) = load_view(run).concepts
-    assert [ranking.method for ranking in concept.rankings] == list(METHODS)
-    values = {r["example_id"]: r["value"] for r in again.table.to_pylist() if r["method"] == "gradient"}
-    strip = concept.strips[0]
-    assert abs(values[strip.example_id]) == max(map(abs, values.values()))
-    stages.report(run)
-    assert "Which response tokens carry the gradient" in run.read_text("report.html")
-
-
-def test_concepts_of_another_study_do_not_enter_a_run(folder, study, run):
-    before = run.manifest
-    with pytest.raises(UserError, match="made under other inputs: attribution.lr"):
-        stages.concept_influence(study.replace("attribution.lr", 1e-3), question(folder), run=run)
-    assert run.manifest == before
-
-
-def test_concepts_go_when_the_examples_are_scored_anew(folder, study, run, tmp_path):
-    import shutil
-
-    shutil.copytree(run.folder, tmp_path / "run")
-    stages.concept_influence(study, question(folder), run=RunFolder(tmp_path / "run"))
-    again = RunFolder(tmp_path / "run", fresh=("attribute",))
-    stages.attribute(study, again)
-    assert "concept-influence" not in again.manifest["stages"]
-    stages.report(again)
-    assert "Which response tokens carry the gradient" not in again.read_text("report.html")
-
-
-@pytest.mark.parametrize("flags", [[], ["--out", "a.parquet", "--run", "run"]])
-def test_the_command_keeps_its_answers_in_one_place(folder, flags, capsys):
-    argv = ["concept-influence", str(folder / "study.yaml"), "--concept", str(folder / "kind")]
-    assert run_command([*argv, *flags]) == 2
-    assert "either --out or --run" in capsys.readouterr().err
-
-
-def test_the_command_writes_into_a_run(folder, run, capsys):
-    argv = [
-        "concept-influence",
-        str(folder / "study.yaml"),
-        "--concept",
-        str(folder / "kind"),
-        "--set",
-        "attribution.exact_top=2",
-        "-q",
-    ]
-    assert run_command([*argv, "--run", str(run.folder)]) == 0
-    assert "concept_influence.parquet" in capsys.readouterr().out
-    assert np.isfinite(RunFolder(run.folder).read_table("concept_influence")["value"].to_numpy()).all()

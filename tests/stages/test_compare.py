@@ -11,18 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from taught.report.compared import compared_tables, design_tables
+from taught.stages.estimating import prepare, read_data
 
 from taught import stages
 from taught.cli.app import run_command
 from taught.errors import UserError
 from taught.estimators.adjoint import targets_at_once
 from taught.progress import SilentProgress
-from taught.report.compared import compared_tables, design_tables
 from taught.run.files import sha256_file
 from taught.run.folder import RunFolder
 from taught.run.pieces import PartialFolder
 from taught.stages import compare as comparing
-from taught.stages.estimating import prepare, read_data
 from taught.stages.subject import open_subject
 from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
+from taught.estimators.estimate import adjoint_effects
 
 from taught.errors import UserError
-from taught.estimators.estimate import adjoint_effects
 from taught.policy.ridge import fit_policy
 from taught.progress import SilentProgress
 from taught.study.schema import ValidationSpec

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taught.report.blocks import Badge, Block, Cell, Column, Items, Table
+from taught.report.blocks import Block, Cell, Column, Items, Table, Word
 from taught.report.stats import Estimate
 from taught.report.tables import Tables
 from taught.report.text import number, words
@@ -39,4 +39,4 @@ def _apart(a: str, b: str, r: Estimate) -> str:
 
 
 def _cell(r: Estimate | None) -> Cell:
-    return r if r is None or r.value >= AGREE else Badge(r.text())
+    return r if r is None or r.value >= AGREE else Word(r.text(), "badge")

@@ -17,23 +17,24 @@ from taught.report.stats import Estimate
 from taught.report.strips import Strip
 from taught.report.text import number, percent, signed
 
-Cell = Any  # text, a number, an Estimate, None, or one of the classes below
+Cell = Any  # text, a number, an Estimate, None, or something Inline
 Kind = Literal["text", "id", "number", "signed", "percent", "p", "interval"]
 Tone = Literal["found", "none", "caution"]
 
 
-# What stands in a cell, or in running text
+class Inline:
+    """What stands in a cell or in running text and is more than text or a number."""
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(Inline):
     """The id of a training example; on the page it opens the example."""
 
     id: str
 
 
 @dataclass(frozen=True)
-class Feature:
+class Feature(Inline):
     """The id of a feature, with its label where there is room; on the page it leads to its card."""
 
     id: int
@@ -41,67 +42,42 @@ class Feature:
 
 
 @dataclass(frozen=True)
-class Badge:
-    """Words that stand out."""
+class Mark(Inline):
+    """The mark of a label in a scatter, by the label's place."""
+
+    kind: int
+
+
+@dataclass(frozen=True)
+class Word(Inline):
+    """Words that stand out (badge) or back (soft), are typed (code), or name a file of the run folder."""
 
     text: str
+    style: Literal["badge", "soft", "code", "file"]
 
 
 @dataclass(frozen=True)
-class Soft:
-    """Words that stand back."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Code:
-    """A name or a command, as it is typed."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of the run folder, beside the page."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Line:
+class Line(Inline):
     """Several cells as one; ``between`` may be a line feed."""
 
     parts: Sequence[Cell]
     between: str = ""
 
 
-# Blocks
+class Block:
+    """What a section is made of."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """A paragraph."""
+class Text(Block):
+    """A paragraph, a note for who wants to know more, or the title of what follows."""
 
     text: Cell
+    role: Literal["text", "note", "title"] = "text"
 
 
 @dataclass(frozen=True)
-class Note:
-    """A paragraph for who wants to know more."""
-
-    text: Cell
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A title inside a section."""
-
-    text: Cell
-
-
-@dataclass(frozen=True)
-class Items:
+class Items(Block):
     """A list of sentences; ``warning``: of what to look out for."""
 
     items: Sequence[Cell]
@@ -109,7 +85,7 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Pre:
+class Pre(Block):
     """Lines as they are: a command, a file, a prompt."""
 
     text: str
@@ -126,14 +102,14 @@ class Sentence:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Block):
     """The result in sentences."""
 
     sentences: Sequence[Sentence]
 
 
 @dataclass(frozen=True)
-class Facts:
+class Facts(Block):
     """Names with values; ``style``: side by side, one a line, or equations."""
 
     pairs: Sequence[tuple[str, Cell]]
@@ -182,7 +158,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Block):
     """Rows of cells under columns.
 
     Attributes
@@ -208,7 +184,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Scatter:
+class Scatter(Block):
     """Points over two axes, with the line on which their sum is zero."""
 
     points: Sequence[Point]
@@ -218,7 +194,7 @@ class Scatter:
 
 
 @dataclass(frozen=True)
-class Heatmap:
+class Heatmap(Block):
     """A symmetric matrix in [-1, 1] with the ids of its rows."""
 
     values: Any
@@ -228,7 +204,7 @@ class Heatmap:
 
 
 @dataclass(frozen=True)
-class Strips:
+class Strips(Block):
     """Tokens shaded by their shares, a strip a name."""
 
     rows: Sequence[tuple[Cell, Strip]]
@@ -248,7 +224,7 @@ class Excerpt:
 
 
 @dataclass(frozen=True)
-class Excerpts:
+class Excerpts(Block):
     """Pieces of text under a title."""
 
     title: str
@@ -257,7 +233,7 @@ class Excerpts:
 
 
 @dataclass(frozen=True)
-class Details:
+class Details(Block):
     """Blocks behind a title; the terminal shows them only where they are ``open``."""
 
     title: Cell
@@ -277,38 +253,19 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Cards:
+class Cards(Block):
     """Cards that can be searched."""
 
     cards: Sequence[Card]
 
 
 @dataclass(frozen=True)
-class Beside:
+class Beside(Block):
     """Two lists of blocks side by side where there is room; ``lean``: the left as narrow as it can be."""
 
     left: Sequence[Block]
     right: Sequence[Block]
     lean: bool = False
-
-
-Block = (
-    Text
-    | Note
-    | Heading
-    | Items
-    | Pre
-    | Verdict
-    | Facts
-    | Table
-    | Scatter
-    | Heatmap
-    | Strips
-    | Excerpts
-    | Details
-    | Cards
-    | Beside
-)
 
 
 def plain(cell: Cell) -> str:
@@ -317,15 +274,9 @@ def plain(cell: Cell) -> str:
         return cell.between.join(plain(part) for part in cell.parts)
     if isinstance(cell, Feature):
         return f"{cell.id} {cell.label}".rstrip()
-    if isinstance(cell, Example):
-        return cell.id
-    if isinstance(cell, Badge | Soft | Code):
-        return cell.text
-    if isinstance(cell, File):
-        return cell.name
-    if isinstance(cell, Estimate):
-        return cell.text()
-    return "" if cell is None else str(cell)
+    if isinstance(cell, Example | Word | Estimate):
+        return cell.id if isinstance(cell, Example) else cell.text if isinstance(cell, Word) else cell.text()
+    return "" if cell is None or isinstance(cell, Mark) else str(cell)
 
 
 def value_of(cell: Cell) -> float | None:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import IO
 
 import pyarrow as pa
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import RenderableType
 
+from taught.report.blocks import Block, Column, Table, Text
+from taught.report.terminal import render
 from taught.report.text import clean, count, shorten
 
 ROWS = 200
@@ -20,16 +20,16 @@ WIDTH = 400
 
 def rich_table(table: pa.Table) -> RenderableType:
     """The first rows, numbers to the right; says how many there are beyond them."""
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for field in table.schema:
-        number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
-        header = Text(clean(field.name), "dim")
-        shown.add_column(header, justify="right" if number else "left", overflow="fold")
-    for row in _rows(table.slice(0, ROWS)):
-        shown.add_row(*(Text(_shown(cell)) for cell in row))
-    if table.num_rows <= ROWS:
-        return shown
-    return Group(shown, Text(f"{count(table.num_rows - ROWS, 'more row')}; --csv has all", "dim"))
+    columns = [Column(field.name, "number" if _is_number(field.type) else "text") for field in table.schema]
+    rows = [[_shown(cell) for cell in row] for row in _rows(table.slice(0, ROWS))]
+    blocks: list[Block] = [Table(columns, rows, head=ROWS)]
+    if table.num_rows > ROWS:
+        blocks.append(Text(f"{count(table.num_rows - ROWS, 'more row')}; --csv has all", "note"))
+    return render(blocks)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def write_csv(table: pa.Table, out: IO[str]) -> None:

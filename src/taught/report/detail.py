@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from taught.report.blocks import Block, Column, Example, Excerpt, Excerpts, Facts, Heading, Pre, Table
+from taught.report.blocks import Beside, Block, Column, Example, Excerpt, Excerpts, Facts, Pre, Table, Text
 from taught.report.examples import SE, shifts, shown, summary_schema, targets, texts
 from taught.report.stats import Estimate, cluster_order
 from taught.report.tables import Matrix, Row, Rows, Tables
@@ -140,7 +140,7 @@ def example_blocks(tables: Tables, row: Row) -> list[Block]:
     facts = [(words(name), _effect(row, name)) for name in names]
     facts.append(("loss", f"{number(row.get('loss'))} over {number(row.get('n_scored'), 0)} tokens"))
     facts += _interference(row) + _checks(row) + _certificate(tables, row)
-    blocks: list[Block] = [Heading(f"{example}  ({row['label']})"), Facts(facts, "list")]
+    blocks: list[Block] = [Text(f"{example}  ({row['label']})", "title"), Facts(facts, "list")]
     said = [(name, str(text[name])) for name in ("prompt", "response") if text.get(name)]
     blocks += [Pre(shorten(words_, 1500), name.capitalize()) for name, words_ in said]
     if moved := _coefficients(tables, example):
@@ -222,8 +222,10 @@ def feature_blocks(tables: Tables, row: Row) -> list[Block]:
         Facts(facts),
         *_doses(tables, feature),
         Excerpts("Top tokens in context", tokens),
-        Excerpts("Prompts where it is strongest", _prompts(tables, label.get("top_prompts"))),
-        Excerpts("Contrast: without it", _prompts(tables, contrast)),
+        Beside(
+            [Excerpts("Prompts where it is strongest", _prompts(tables, label.get("top_prompts")))],
+            [Excerpts("Contrast: without it", _prompts(tables, contrast))],
+        ),
         *_movers(tables, feature),
     ]
 

@@ -11,44 +11,16 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from taught.report import blocks as b
 from taught.report import charts
-from taught.report.blocks import (
-    Badge,
-    Beside,
-    Block,
-    Cards,
-    Cell,
-    Code,
-    Column,
-    Details,
-    Example,
-    Excerpt,
-    Excerpts,
-    Facts,
-    Feature,
-    File,
-    Heading,
-    Heatmap,
-    Items,
-    Line,
-    Note,
-    Pre,
-    Scatter,
-    Soft,
-    Strips,
-    Table,
-    Text,
-    Verdict,
-    plain,
-    value_of,
-)
+from taught.report.blocks import Block, Cell, Column, Line, Table, plain, value_of
 from taught.report.charts import Scale
 from taught.report.detail import page_data
 from taught.report.examples import shown
@@ -60,6 +32,12 @@ from taught.report.text import number, signed, tens
 
 HERE = Path(__file__).parent
 FOREST = (6.0, 234.0)
+WORDS = {
+    "badge": ("span", {"cls": "badge warn"}),
+    "soft": ("span", {"cls": "soft"}),
+    "code": ("code", {}),
+    "file": ("a", {}),
+}
 TONES = {"found": "", "none": "no effect", "caution": "caution"}
 STRIP_KEY = (
     ": training on the token raises the target. ",
@@ -77,7 +55,7 @@ def render(tables: Tables) -> str:
     page = _Page({row["example_id"]: i for i, row in enumerate(shown(tables))})
     return environment.get_template("page.html.j2").render(
         name=tables.name,
-        facts=page.block(Facts(head_facts(tables))),
+        facts=page.block(b.Facts(head_facts(tables))),
         sections=[(section, page.blocks(blocks_of(section, tables))) for section in in_report(tables)],
         script=Markup(script),
         style=Markup(style),
@@ -106,59 +84,46 @@ class _Page:
 
     def __init__(self, places: Mapping[str, int]) -> None:
         self.places = places
-        self.of: dict[type, Callable[[Any], Markup]] = {
-            Text: lambda it: tag("p", self.inline(it.text), cls="lede"),
-            Note: lambda it: tag("p", self.inline(it.text), cls="note"),
-            Heading: lambda it: tag("h3", self.inline(it.text)),
-            Items: self._items,
-            Pre: self._pre,
-            Verdict: self._verdict,
-            Facts: self._facts,
-            Table: self._table,
-            Scatter: self._scatter,
-            Heatmap: self._heatmap,
-            Strips: self._strips,
-            Excerpts: self._excerpts,
-            Details: self._details,
-            Cards: self._cards,
-            Beside: self._beside,
-        }
 
     def blocks(self, blocks: Iterable[Block]) -> Markup:
         return Markup("\n").join(self.block(block) for block in blocks)
 
     def block(self, block: Block) -> Markup:
-        return self.of[type(block)](block)
+        """The method with the name of the block's class."""
+        made: Markup = getattr(self, f"_{type(block).__name__.lower()}")(block)
+        return made
 
     def inline(self, cell: Cell) -> Markup:
         """A cell as it stands in running text."""
         if isinstance(cell, Line):
             between = Markup("<br>") if cell.between == "\n" else cell.between
             return escape(between).join(self.inline(part) for part in cell.parts)
-        if isinstance(cell, Example):
+        if isinstance(cell, b.Example):
             return tag("span", cell.id, cls="example id", title=cell.id, data_example=self.places.get(cell.id))
-        if isinstance(cell, Feature):
+        if isinstance(cell, b.Feature):
             link = tag("a", cell.id, cls="id", href=f"#feature-{cell.id}")
             return link + " " + tag("span", tag("bdi", cell.label), cls="soft") if cell.label else link
-        if isinstance(cell, Badge):
-            return tag("span", cell.text, cls="badge warn")
-        if isinstance(cell, Soft):
-            return tag("span", tag("bdi", cell.text), cls="soft")
-        if isinstance(cell, Code):
-            return tag("code", cell.text)
-        if isinstance(cell, File):
-            return tag("a", cell.name, href=cell.name)
+        if isinstance(cell, b.Mark):
+            return charts.legend_mark(cell.kind)
+        if isinstance(cell, b.Word):
+            name, attributes = WORDS[cell.style]
+            href = {"href": cell.text} if cell.style == "file" else {}
+            return tag(name, tag("bdi", cell.text) if cell.style == "soft" else cell.text, **attributes, **href)
         return escape(plain(cell))
 
-    def _items(self, it: Items) -> Markup:
+    def _text(self, it: b.Text) -> Markup:
+        cls = {"text": "lede", "note": "note", "title": ""}[it.role]
+        return tag("h3" if it.role == "title" else "p", self.inline(it.text), cls=cls)
+
+    def _items(self, it: b.Items) -> Markup:
         cls = "warnings" if it.warning else "reading"
         return tag("ul", *(tag("li", tag("bdi", self.inline(item))) for item in it.items), cls=cls)
 
-    def _pre(self, it: Pre) -> Markup:
+    def _pre(self, it: b.Pre) -> Markup:
         title = tag("h4", it.title) if it.title else Markup("")
         return title + tag("pre", tag("code", it.text), cls="command")
 
-    def _verdict(self, it: Verdict) -> Markup:
+    def _verdict(self, it: b.Verdict) -> Markup:
         rows = (
             tag(
                 "div",
@@ -170,7 +135,7 @@ class _Page:
         )
         return tag("dl", *rows, cls="verdict")
 
-    def _facts(self, it: Facts) -> Markup:
+    def _facts(self, it: b.Facts) -> Markup:
         cls = {"line": "facts small", "list": "settings wide", "equations": "equations"}[it.style]
         eq = "eq" if it.style == "equations" else ""
         rows = (tag("div", tag("dt", name), tag("dd", self.inline(value), cls=eq)) for name, value in it.pairs)
@@ -221,7 +186,7 @@ class _Page:
         """One cell, and beside it its plot or bar where the column has one."""
         number_of = None if column.kind == "text" else value_of(value)
         inside: object
-        if isinstance(value, Line | Example | Feature | Badge | Soft | Code | File):
+        if isinstance(value, b.Inline):
             inside = self.inline(value)
         else:
             inside = tag("bdi", column.shown(value)) if isinstance(value, str) else column.shown(value)
@@ -253,12 +218,12 @@ class _Page:
 
     # Charts
 
-    def _scatter(self, it: Scatter) -> Markup:
+    def _scatter(self, it: b.Scatter) -> Markup:
         chart = charts.scatter(it.points, it.axes, it.title)
         scales = "Both axes have one scale." if charts.one_scale(it.points) else "The axes have different scales."
         return tag("figure", chart, tag("figcaption", self.inline(it.caption), " ", scales))
 
-    def _heatmap(self, it: Heatmap) -> Markup:
+    def _heatmap(self, it: b.Heatmap) -> Markup:
         chart = charts.heatmap(it.values, it.ids, it.title)
         box = tag("div", chart, cls="scroll", tabindex=0, role="region", aria_label=it.title)
         caption = tag(
@@ -273,7 +238,7 @@ class _Page:
         )
         return tag("figure", box, caption, cls="wide")
 
-    def _strips(self, it: Strips) -> Markup:
+    def _strips(self, it: b.Strips) -> Markup:
         made = []
         for name, strip in it.rows:
             tokens = (tag("span", t.text, cls=t.shade, title=t.number) for t in strip.tokens)
@@ -289,25 +254,25 @@ class _Page:
 
     # Text
 
-    def _excerpts(self, it: Excerpts) -> Markup:
+    def _excerpts(self, it: b.Excerpts) -> Markup:
         if not it.rows:
             return Markup("")
         title = tag("h4", it.title + tens(it.power))
         return title + tag("ol", *(self._excerpt(row, it.power) for row in it.rows), cls="examples")
 
-    def _excerpt(self, row: Excerpt, power: int) -> Markup:
+    def _excerpt(self, row: b.Excerpt, power: int) -> Markup:
         marked = tag("mark", row.marked) if row.marked else ""
         about = tag("span", row.about, cls="soft") if row.about else ""
         words = tag("span", tag("bdi", row.before, marked, row.after), " ", about, cls="words")
         value = (signed if row.change else number)(row.value, power=power)
         return tag("li", tag("span", value, cls="num"), " ", words)
 
-    def _details(self, it: Details) -> Markup:
+    def _details(self, it: b.Details) -> Markup:
         title = tag("summary", self.inline(it.title))
         opened = {"open": ""} if it.open else {}
         return tag("details", title, self.blocks(it.blocks), cls="more", **opened)
 
-    def _cards(self, it: Cards) -> Markup:
+    def _cards(self, it: b.Cards) -> Markup:
         box = Markup('<input type="search" id="feature-search" placeholder="id or label" autocomplete="off">')
         cards = []
         for card in it.cards:
@@ -322,8 +287,8 @@ class _Page:
             cards.append(tag("details", title, body, cls="feature", id=f"feature-{card.feature}"))
         return tag("label", "Search ", box, cls="filters js-only") + Markup("\n").join(cards)
 
-    def _beside(self, it: Beside) -> Markup:
-        cls = "columns lean" if it.lean else "columns even"
+    def _beside(self, it: b.Beside) -> Markup:
+        cls = "columns lean" if it.lean else "columns" if isinstance(it.left[0], b.Scatter) else "columns even"
         return tag("div", tag("div", self.blocks(it.left)), tag("div", self.blocks(it.right)), cls=cls)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from taught.report.blocks import Cell, Word
+
 _WRITTEN_BY: Mapping[str, tuple[str, ...]] = {
     "readings": ("prompts", "readouts", "features", "activations", "labels"),
     "policy": ("coefficients", "policy", "faithfulness", "audit"),
@@ -35,10 +37,11 @@ def made_by(table: str) -> str | None:
     return _STAGE.get(table)
 
 
-def how_to_make(table: str) -> str:
-    """``taught run STUDY --to clamp makes it, with clamp: in the study``."""
+def how_to_make(table: str) -> tuple[Cell, ...]:
+    """Which command makes a table, and what it asks of the study."""
     stage = made_by(table)
     if stage is None:
-        return f"No stage of this version writes {table}"
+        return (f"No stage of this version writes {table}.",)
     command = _COMMANDS.get(stage, f"taught run STUDY --to {stage}")
-    return f"{command} makes it" + (f", with {stage}: in the study" if stage in _ENTRIES else "")
+    asked = (", with ", Word(f"{stage}:", "code"), " in the study") if stage in _ENTRIES else ()
+    return (Word(command, "code"), " makes it", *asked, "; then ", Word("taught report RUN", "code"), " again.")

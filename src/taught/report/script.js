@@ -84,22 +84,22 @@
   });
 
   // Filters of the example table.
-  const pairTable = document.getElementById("example-table");
+  const exampleTable = document.getElementById("example-table");
   const filters = document.getElementById("filters");
-  const visible = () => [...pairTable.tBodies[0].rows].filter((row) => !row.hidden).map((row) => Number(row.dataset.index));
-  if (pairTable && filters) {
+  const visible = () => [...exampleTable.tBodies[0].rows].filter((row) => !row.hidden).map((row) => Number(row.dataset.index));
+  if (exampleTable && filters) {
     const texts = data.examples.map((p) => [p.id, p.label, p.category, p.source, p.prompt, p.response].join("\n").toLowerCase());
     const apply = () => {
       const field = filters.elements;
       const words = field.q.value.toLowerCase().split(/\s+/).filter(Boolean);
       const category = field.category ? field.category.value : "";
       let shown = 0;
-      for (const row of pairTable.tBodies[0].rows) {
+      for (const row of exampleTable.tBodies[0].rows) {
         const example = data.examples[row.dataset.index];
         const fits = words.every((w) => texts[row.dataset.index].includes(w))
-          && (!field.label.value || example.label === field.label.value)
+          && (!field.label || !field.label.value || example.label === field.label.value)
           && (!category || example.category === category)
-          && (!field.unintended.checked || example.unintended);
+          && (!field.unintended || !field.unintended.checked || example.unintended);
         row.hidden = !fits;
         shown += fits;
       }
@@ -146,16 +146,16 @@
       return make("li", {}, make("span", { cls: `num ${dy > 0 ? "posText" : "negText"}`, text: signed(dy, power) }),
         make("span", { cls: "words" }, make("bdi", { text }), " ", make("span", { cls: "soft", text: `${id} · ${group}` })));
     });
-    return [make("h4", { text: `Evaluation prompts whose y moves most${tens(power)}` }), make("ol", { cls: "examples" }, ...rows)];
+    return [make("h4", { text: `Evaluation prompts whose behavior moves most${tens(power)}` }), make("ol", { cls: "examples" }, ...rows)];
   };
   const fact = (name, value) => make("div", {}, make("dt", { text: name }), make("dd", { text: value }));
   const body = (example) => make("div", { cls: "drawer-body" },
     make("h3", { id: "drawer-title", text: example.id }),
     make("p", { cls: "sub", text: [example.label, example.category, example.source].filter(Boolean).join(" · ") }),
     make("dl", { cls: "facts small" },
-      fact(`S${tens(data.powers.S)}`, signed(example.S, data.powers.S)), fact("x path", signed(example.x, data.powers.S)),
-      fact("y path", signed(example.y, data.powers.S)), fact("Loss", example.loss === null ? "–" : example.loss.toFixed(2)),
-      fact("Response tokens", String(example.n)), fact("Acts mainly on", `${example.dominant ?? "–"}${example.unintended ? " (unintended)" : ""}`)),
+      ...data.targets.map(([name, power], i) => fact(name + tens(power), signed(example.values[i], power))),
+      fact("Loss", example.loss === null ? "–" : example.loss.toFixed(2)), fact("Tokens", String(example.n ?? "–")),
+      ...(example.dominant === null ? [] : [fact("Acts mainly on", `${example.dominant}${example.unintended ? " (unintended)" : ""}`)])),
     make("h4", { text: "Prompt" }), make("p", { cls: "said", dir: "auto", tabindex: "0", text: example.prompt }),
     make("h4", { text: "Response" }), make("p", { cls: "said", dir: "auto", tabindex: "0", text: example.response }),
     ...coefficients(example), ...moves(example));

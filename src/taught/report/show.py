@@ -11,7 +11,7 @@ from rich.text import Text as Words
 
 from taught.errors import UserError
 from taught.report import terminal
-from taught.report.blocks import Block, Column, Example, Heading, Line, Note, Table
+from taught.report.blocks import Block, Column, Example, Line, Table, Text
 from taught.report.detail import example_blocks, feature_blocks
 from taught.report.examples import Summary
 from taught.report.sections import Section, blocks_of, in_report
@@ -45,7 +45,7 @@ def show_run(run: RunFolder | Path | str, item: str | None = None) -> Renderable
             blocks += example_blocks(tables, row)
     for row in tables.rows("coefficients") or []:
         if str(row["feature_id"]) == item:
-            blocks += [Heading(f"Feature {item}  {row['label'] or ''}"), *feature_blocks(tables, row)]
+            blocks += [Text(f"Feature {item}  {row['label'] or ''}", "title"), *feature_blocks(tables, row)]
     for section in in_report(tables):
         if section.id == item:
             blocks += _section(section, tables)
@@ -72,20 +72,24 @@ def _overview(tables: Tables) -> RenderableType:
     there = [section for section in in_report(tables) if section.overview]
     for section in there:
         if all(name in tables for name in section.needs):
-            parts.append(terminal.render(_section(section, tables)))
+            parts.append(terminal.render(b for b in _section(section, tables) if not _is_prose(b)))
     absent = [s for s in there if not all(name in tables for name in s.needs)]
     parts.append(terminal.render([_absent(section, tables) for section in absent]))
     return Group(*parts)
 
 
 def _section(section: Section, tables: Tables) -> list[Block]:
-    return [Heading(section.heading or section.title), *blocks_of(section, tables)]
+    return [Text(section.heading or section.title, "title"), *blocks_of(section, tables)]
+
+
+def _is_prose(block: Block) -> bool:
+    return isinstance(block, Text) and block.role != "title"
 
 
 def _absent(section: Section, tables: Tables) -> Block:
     (note,) = blocks_of(section, tables)
-    assert isinstance(note, Note)
-    return Note(Line((f"{section.title}: ", note.text)))
+    assert isinstance(note, Text)
+    return Text(Line((f"{section.title}: ", note.text)), "note")
 
 
 def _unknown(tables: Tables, item: str) -> UserError:

@@ -41,19 +41,17 @@ class Strip:
     largest: str
 
 
-def strips(rows: Iterable[Row], target: str = "target") -> list[Strip]:
+def strips(rows: Iterable[Row]) -> list[Strip]:
     """One strip for each example and target, in the order of the rows.
 
     Parameters
     ----------
     rows
-        example_id, position, token, share, and what names the target: ``concept``, or ``target`` and
-        ``group``.
+        example_id, target, position, token, share.
     """
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        name = f"{row[target]}:{row['group']}" if row.get("group") else str(row[target])
-        found.setdefault((row["example_id"], name), []).append(row)
+        found.setdefault((row["example_id"], row["target"]), []).append(row)
     return [_strip(*key, sorted(own, key=lambda r: r["position"])) for key, own in found.items()]
 
 

@@ -14,34 +14,13 @@ from rich.padding import Padding
 from rich.table import Table as Grid
 from rich.text import Text as Words
 
-from taught.report.blocks import (
-    Badge,
-    Beside,
-    Block,
-    Cell,
-    Code,
-    Column,
-    Details,
-    Excerpts,
-    Facts,
-    Heading,
-    Items,
-    Line,
-    Note,
-    Pre,
-    Sentence,
-    Soft,
-    Strips,
-    Table,
-    Text,
-    Verdict,
-    plain,
-    value_of,
-)
+from taught.report import blocks as b
+from taught.report.blocks import Block, Cell, Column, Line, Table, plain, value_of
 from taught.report.text import clean, count, number, shorten, signed, tens
 
 STYLES = {"found": "", "none": "dim", "caution": "yellow"}
-MAX_CELL = 100
+WORDS = {"badge": "bold yellow", "soft": "dim", "code": "bold", "file": ""}
+MAX_CELL = 400
 
 
 def render(blocks: Iterable[Block]) -> RenderableType:
@@ -51,9 +30,9 @@ def render(blocks: Iterable[Block]) -> RenderableType:
 
 def _parts(blocks: Iterable[Block]) -> Iterable[RenderableType]:
     for block in blocks:
-        if isinstance(block, Beside):
+        if isinstance(block, b.Beside):
             yield from _parts((*block.left, *block.right))
-        elif isinstance(block, Details):
+        elif isinstance(block, b.Details):
             if block.open:
                 yield Words(clean(plain(block.title)), "bold")
                 yield from _parts(block.blocks)
@@ -67,11 +46,11 @@ def words(cell: Cell, style: str = "") -> Words:
     """A cell as it stands in running text."""
     if isinstance(cell, Line):
         return Words(cell.between).join([words(part, style) for part in cell.parts])
-    own = {Badge: "bold yellow", Soft: "dim", Code: "bold"}.get(type(cell), style)
+    own = WORDS[cell.style] if isinstance(cell, b.Word) else style
     return Words(clean(plain(cell)), own)
 
 
-def _verdict(it: Verdict) -> Grid:
+def _verdict(it: b.Verdict) -> Grid:
     grid = Grid.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column()
@@ -80,50 +59,50 @@ def _verdict(it: Verdict) -> Grid:
     return grid
 
 
-def _sentence(s: Sentence) -> Words:
+def _sentence(s: b.Sentence) -> Words:
     return Words(clean(s.text), STYLES[s.tone])
 
 
-def _items(it: Items) -> Words:
+def _items(it: b.Items) -> Words:
     return Words("\n").join([Words("- ") + words(item, "yellow" if it.warning else "") for item in it.items])
 
 
-def _facts(it: Facts) -> Words:
+def _facts(it: b.Facts) -> Words:
     lines = [Words(f"{name}  ", "dim") + words(value) for name, value in it.pairs]
     return Words("\n").join(lines)
 
 
-def _pre(it: Pre) -> Words:
+def _pre(it: b.Pre) -> Words:
     title = Words(f"{it.title}\n", "dim") if it.title else Words()
     return title + Words(clean(it.text))
 
 
 def _table(it: Table) -> RenderableType:
     columns = [(i, column) for i, column in enumerate(it.columns) if column.only != "page"]
-    grid = Grid(title=words(it.caption, "italic"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for _, column in columns:
-        grid.add_column(
-            Words(clean(column.title) + tens(column.power), "dim"), justify="right" if column.right else "left"
-        )
+        title = Words(clean(column.title) + tens(column.power), "dim")
+        grid.add_column(title, justify="right" if column.right else "left", overflow="fold")
     for row in it.rows[: it.head]:
         grid.add_row(*(_cell(column, row[i]) for i, column in columns))
-    rest = len(it.rows) - it.head
-    if not it.rows:
-        return Group(words(it.caption, "italic"), Words(it.empty or "Nothing.", "dim"))
-    return grid if rest <= 0 else Group(grid, Words(f"{count(rest, 'more row')} on the page", "dim"))
+    parts: list[RenderableType] = [words(it.caption, "italic")] if it.caption else []
+    parts.append(grid if it.rows else Words(it.empty or "Nothing.", "dim"))
+    if len(it.rows) > it.head:
+        parts.append(Words(f"{count(len(it.rows) - it.head, 'more row')} on the page", "dim"))
+    return Group(*parts)
 
 
 def _cell(column: Column, value: Cell) -> Words:
     if isinstance(value, Line):
         return Words(value.between).join([_cell(column, part) for part in value.parts])
-    if not isinstance(value, int | float | str | None) and not hasattr(value, "lo"):
+    if isinstance(value, b.Inline):
         return words(value)
     text = shorten(clean(column.shown(value)), MAX_CELL)
     at = value_of(value) if column.kind == "signed" else None
     return Words(text, "" if not at else "blue" if at > 0 else "yellow")
 
 
-def _strips(it: Strips) -> Words:
+def _strips(it: b.Strips) -> Words:
     """What carries most, and the tokens: those that raise underlined, those that lower in reverse."""
     lines = []
     for name, strip in it.rows:
@@ -142,7 +121,7 @@ def _shade(shade: str) -> str:
     return ("blue underline" if side == "up" else "yellow reverse") + (" bold" if int(level) > 5 else "")
 
 
-def _excerpts(it: Excerpts) -> RenderableType:
+def _excerpts(it: b.Excerpts) -> RenderableType:
     if not it.rows:
         return Words()
     grid = Grid(title=Words(it.title + tens(it.power)), title_justify="left", box=None, padding=(0, 2, 0, 0))
@@ -157,14 +136,12 @@ def _excerpts(it: Excerpts) -> RenderableType:
 
 # Drawings, and the cards of all features, are for the page only.
 _RENDER: dict[type, Callable[[Any], RenderableType]] = {
-    Text: lambda it: words(it.text),
-    Note: lambda it: words(it.text, "dim"),
-    Heading: lambda it: words(it.text, "bold"),
-    Items: _items,
-    Pre: _pre,
-    Verdict: _verdict,
-    Facts: _facts,
+    b.Text: lambda it: words(it.text, {"text": "", "note": "dim", "title": "bold"}[it.role]),
+    b.Items: _items,
+    b.Pre: _pre,
+    b.Verdict: _verdict,
+    b.Facts: _facts,
     Table: _table,
-    Strips: _strips,
-    Excerpts: _excerpts,
+    b.Strips: _strips,
+    b.Excerpts: _excerpts,
 }

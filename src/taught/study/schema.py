@@ -506,7 +506,11 @@ class ValidationSpec(Section):
         rules.list_of(rules.number(above=0, maximum=1)),
         "removal: without, addition: only with these shares of the examples that the run names",
     )
-    remove_by: str = setting("behavior:harmless", _target(), "the examples named are those that raise this target most")
+    remove_by: str | None = setting(
+        None,
+        rules.optional(_target()),
+        "the examples named raise this target most; null: curation.target, or the behavior where it is not wanted",
+    )
     controls: int = setting(
         5, rules.whole(5), "random subsets beside those of removal, addition, curation, curated, as large"
     )

@@ -254,7 +254,9 @@ class Retrainer:
         started, problem, answers = time.monotonic(), self.problem, None
         with evaluating(problem.model), torch.no_grad():
             reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
-            X = problem.features(reads.h, reads.offsets).double().cpu().numpy()
+            X = np.zeros((len(problem.prompts), 0))
+            if problem.features is not None:
+                X = problem.features(reads.h, reads.offsets).double().cpu().numpy()
             if self.answers is not None:
                 tokens = [prompt.ids for prompt in problem.prompts]
                 answers = tuple(greedy(problem.model, tokens, self.answers.ends, self.answers.limit))
@@ -343,14 +345,20 @@ class Retrainer:
 
 
 def _features(problem: Problem) -> tuple[int, ...]:
-    if not isinstance(problem.features, FeatureMap):
-        raise TypeError("retraining reads a policy's features")
-    return tuple(problem.features.ids.tolist())
+    return tuple(problem.features.ids.tolist()) if isinstance(problem.features, FeatureMap) else ()
 
 
 def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
     """What every retraining depends on besides examples and recipe, as plain values."""
-    features: Any = problem.features
+    features = problem.features
+    read = {}
+    if isinstance(features, FeatureMap):
+        read = {
+            "sae.weights": features.sae.sha256(),
+            "sae.block": problem.block,
+            "sae.encoder": features.encoder,
+            "readout.position": features.position,
+        }
     prompts = [[p.id, list(p.ids), list(p.read), list(map(list, p.suffixes))] for p in problem.prompts]
     return {
         "model.weights": dict(weights),
@@ -358,10 +366,7 @@ def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": list(problem.parameters or ()),
         "prompts": fingerprint({"prompts": prompts}),
         "behavior": behavior_record(problem.behavior),
-        "sae.weights": features.sae.sha256(),
-        "sae.block": problem.block,
-        "sae.encoder": features.encoder,
-        "readout.position": features.position,
+        **read,
         "features": list(_features(problem)),
         "code": _code_version(),
     }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from taught.core.registry import Registry
-from taught.report.blocks import Block, Code, Line, Note, Sentence
+from taught.report.blocks import Block, Line, Sentence, Text
 from taught.report.makes import how_to_make
 from taught.report.tables import Tables, of_policy
 
@@ -78,8 +78,7 @@ def blocks_of(section: Section, tables: Tables) -> list[Block]:
     """What a section shows, or what would make it."""
     missing = [name for name in section.needs if name not in tables]
     if missing:
-        how = how_to_make(missing[0])
-        return [Note(Line(("Not computed in this run. ", Code(how), "; then ", Code("taught report RUN"), " again.")))]
+        return [Text(Line(("Not computed in this run. ", *how_to_make(missing[0]))), "note")]
     return list(section.blocks(tables))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
-from taught.report.blocks import Block, Code, Column, Line, Note, Sentence, Table, Text
+from taught.report.blocks import Block, Column, Line, Mark, Sentence, Table, Text, Word
 from taught.report.examples import PRIMARY, SE, Summary, is_behavior, primary, scored, shown, targets
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
@@ -33,8 +34,8 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     rows = [(words(t), name, e) for t in ranked for name, e in trivial_correlations(summary, t)]
     columns = [Column("Target"), Column("Predictor"), Column("Rank correlation", "interval", plot=(-1.05, 1.05))]
     yield Table(columns, rows, "Rank correlation with trivial predictors, 95% bootstrap intervals over examples")
-    if means := [_label_means(summary, t) for t in behaviors(tables) if len(summary.finite.names) <= MAX_LABELS]:
-        yield from means
+    if len(summary.finite.names) <= MAX_LABELS:
+        yield label_table(summary, behaviors(tables))
     if statements := tables.rows("statements"):
         sizes, ranks = rank_table(statements)
         caption = (
@@ -48,7 +49,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
             "Safe: at 95%, against other prompts of the same kind, the exact refit and the error of sketches "
             "together; reasons stand in "
         )
-        yield Note(Line((note, Code("statements.parquet"), ".")))
+        yield Text(Line((note, Word("statements.parquet", "code"), ".")), "note")
 
 
 def behaviors(tables: Tables) -> list[str]:
@@ -61,13 +62,19 @@ def main_targets(tables: Tables) -> list[str]:
     return [PRIMARY] if primary(tables) == PRIMARY else behaviors(tables) or [primary(tables)]
 
 
-def _label_means(summary: Summary, target: str) -> Table:
-    means = [(name, e) for name, e in label_means(summary, target)]
-    power = common_power(v for _, e in means for v in (e.value, e.lo, e.hi))
-    columns = [Column("Label"), Column("Examples", "number", 0), Column("Mean", "interval", power=power, plot="fit")]
-    n = summary.finite
-    rows = [(name, len(n.own(name, target)), e) for name, e in means]
-    return Table(columns, rows, f"Mean effect of an example on {words(target)} by label, 95% bootstrap intervals")
+def label_table(summary: Summary, names: Sequence[str], marks: Mapping[str, int] = MappingProxyType({})) -> Table:
+    """The mean of each label on each target; ``marks``: label -> its mark in a scatter."""
+    known = summary.finite
+    means = [(label, name, e) for name in names for label, e in label_means(summary, name)]
+    means.sort(key=lambda row: known.names.index(row[0]))
+    power = common_power(v for *_, e in means for v in (e.value, e.lo, e.hi))
+    columns = [Column("Label"), Column("Of"), Column("Examples", "number", 0)]
+    rows = [
+        (Line((Mark(marks[label]), " ", label)) if marks else label, words(name), len(known.own(label, name)), e)
+        for label, name, e in means
+    ]
+    caption = "Mean effect of an example by label, with 95% bootstrap intervals over examples"
+    return Table([*columns, Column("Mean", "interval", power=power, plot="fit")], rows, caption, head=20)
 
 
 def label_means(summary: Summary, target: str) -> list[tuple[str, Estimate]]:
@@ -114,7 +121,7 @@ def label_sentence(scores: Summary, target: str) -> Sentence | None:
         return None
     power = common_power([end for _, e in known for end in (e.value, e.lo, e.hi)])
     parts = [
-        f"{name} examples average {words(target)}\u00a0=\u00a0{e.text(power=power)}{tens(power)}"
+        f"{name} examples move {words(target)} by {e.text(power=power)}{tens(power)} on average"
         + (f" ({NOTHING.lower()}: the interval includes zero)" if e.includes_zero else "")
         for name, e in known
     ]

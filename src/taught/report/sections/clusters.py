@@ -9,20 +9,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from taught.report.blocks import (
-    Block,
-    Column,
-    Details,
-    Example,
-    Feature,
-    Items,
-    Line,
-    Note,
-    Sentence,
-    Soft,
-    Table,
-    Text,
-)
+from taught.report.blocks import Block, Column, Details, Example, Feature, Items, Line, Sentence, Table, Text, Word
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
 from taught.report.stats import Estimate
@@ -99,10 +86,11 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         rest = " and others, all in cluster_members.parquet" if len(it.featureless) > MAX_FEATURELESS else ""
         title = f"{count(len(it.featureless), 'example')} without an active feature (cluster 0)"
         yield Details(title, [Text(Line((some, rest)))])
-    yield Note(
+    yield Text(
         "Corrected p: two-sided, against as many random examples, by Holm’s method over all clusters and targets; for "
         "the share outside over all clusters. Same labels: the same p against random examples with as many of each "
-        "label, since features go with labels."
+        "label, since features go with labels.",
+        "note",
     )
 
 
@@ -126,7 +114,7 @@ def _cluster(r: Row, spread: bool) -> list[object]:
         Line(
             (
                 Feature(f["feature_id"], shorten(f["label"] or "", 60)),
-                Soft(f" {percent(f['inside'])} against {percent(f['outside'])}"),
+                Word(f" {percent(f['inside'])} against {percent(f['outside'])}", "soft"),
             )
         )
         for f in r["features"]

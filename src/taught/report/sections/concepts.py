@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from taught.report.agreement import agreement_blocks
-from taught.report.blocks import Block, Column, Example, Heading, Line, Note, Soft, Strips, Table, Text
+from taught.report.blocks import Block, Column, Example, Line, Strips, Table, Text, Word
 from taught.report.examples import own_method, score_index, shown
 from taught.report.sections import SECTIONS, Section
 from taught.report.stats import Estimate
@@ -28,7 +28,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     facts = {concept["name"]: concept for concept in (tables.json("concepts") or {}).get("concepts", [])}
     named = list(dict.fromkeys(target for _, target in score_index(tables) if target.startswith(KIND)))
     if not named:
-        yield Note("No concept is among the targets of this run.")
+        yield Text("No concept is among the targets of this run.", "note")
     for target in named:
         yield from _concept(tables, target, facts.get(clean(target.removeprefix(KIND)), {}))
 
@@ -36,7 +36,8 @@ def _blocks(tables: Tables) -> Iterator[Block]:
 def _concept(tables: Tables, target: str, facts: Row) -> Iterator[Block]:
     provenance = facts.get("provenance", {})
     about = [f"block {facts['block']}" if "block" in facts else "", str(provenance.get("source") or "")]
-    yield Heading(Line((clean(target.removeprefix(KIND)), " ", Soft(", ".join(filter(None, about))))))
+    title = Line((clean(target.removeprefix(KIND)), " ", Word(", ".join(filter(None, about)), "soft")))
+    yield Text(title, "title")
     card = facts.get("card", {})
     if separation := Estimate.of(card.get("auc")):
         # Labelled answers judge the direction, in place of the groups of prompts.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taught.report.blocks import Badge, Block, Column, Feature, Line, Sentence, Soft, Table, Text
+from taught.report.blocks import Block, Column, Feature, Line, Sentence, Table, Text, Word
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
 from taught.report.stats import Estimate
@@ -33,7 +33,7 @@ def _blocks(tables: Tables) -> list[Block]:
 
 
 def _row(r: Row) -> list[object]:
-    covered = Soft("not tested" if r["uncovered"] is None else "yes")
+    covered = Word("not tested" if r["uncovered"] is None else "yes", "soft")
     return [
         r["category"],
         r["group"],
@@ -41,7 +41,7 @@ def _row(r: Row) -> list[object]:
         r["mean_y"],
         Estimate.of([r["gap"], r["lo"], r["hi"]]),
         r["p_adjusted"],
-        Badge("uncovered") if r["uncovered"] else covered,
+        Word("uncovered", "badge") if r["uncovered"] else covered,
         Line([Feature(f) for f in r["features"] or []], " "),
     ]
 

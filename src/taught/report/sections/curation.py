@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from taught.report.blocks import Beside, Block, Code, Column, Example, File, Line, Sentence, Table, Text
+from taught.report.blocks import Beside, Block, Column, Example, Line, Sentence, Table, Text, Word
 from taught.report.examples import PRIMARY, floats
 from taught.report.sections import SECTIONS, Section
 from taught.report.tables import UNLABELLED, Row, Rows, Tables
@@ -21,90 +22,63 @@ FARTHEST = 3
 
 @dataclass(frozen=True, eq=False)
 class Curated:
-    """What to keep and what to drop, counted over all examples.
+    """What to keep and what to drop: curation.parquet with the examples' labels, in the order of their ids."""
 
-    Attributes
-    ----------
-    rule, target, protect : what was decided by; the protected target is empty where there is none
-    counts : label -> how many to keep and to drop
-    drops : examples to drop with their labels, lowest score first, at most ``MAX_DROPS``
-    farthest : ids of the dropped examples that lie farthest past their threshold
-    largest : largest absolute score or threshold
-    """
-
-    rule: str
-    target: str
-    protect: str
-    counts: dict[str, dict[str, int]]
-    drops: Rows
-    farthest: list[str]
-    largest: float
+    table: pa.Table
 
     @classmethod
     def of(cls, table: pa.Table, labels: pa.Table) -> Curated:
-        """From curation.parquet and a table of example_id and label."""
-        first = table.slice(0, 1).to_pylist()[0]
-        drops = table.filter(pc.equal(table["action"], "drop"))
-        past = np.abs(floats(drops, "score") - np.nan_to_num(floats(drops, "threshold")))
-        far = np.argsort(-past, kind="stable")[:FARTHEST]
-        low = np.argsort(floats(drops, "score"), kind="stable")[:MAX_DROPS]
-        sizes = np.abs([floats(table, name) for name in ("score", "threshold")])
-        return cls(
-            clean(first["rule"]),
-            clean(first.get("target") or PRIMARY),
-            clean(first.get("protect") or ""),
-            _counts(table, labels),
-            _labelled(drops.take(low), labels),
-            [clean(example) for example in drops["example_id"].take(far).to_pylist()],
-            float(np.nanmax(sizes)),
-        )
+        """From the table of the stage and one of example_id and label."""
+        return cls(table.join(labels, "example_id").sort_by("example_id"))
 
     @classmethod
     def read(cls, tables: Tables) -> Curated:
         """Of a run in which the stage is complete."""
-        return tables.once("curated", lambda: cls._read(tables))
-
-    @classmethod
-    def _read(cls, tables: Tables) -> Curated:
         table, labels = tables.columns("curation"), tables.columns("summary", ["example_id", "label"])
         assert table is not None and labels is not None
-        return cls.of(table, labels)
+        return tables.once("curated", lambda: cls.of(table, labels))
+
+    def one(self, name: str) -> str:
+        """The rule, the target or the protected target: the same in every row, empty where there is none."""
+        return clean(self.table[name][0].as_py() or "") if name in self.table.column_names else ""
+
+    @cached_property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Label -> how many to keep and to drop."""
+        counts: dict[str, dict[str, int]] = {}
+        for row in self.table.group_by(["label", "action"]).aggregate([([], "count_all")]).to_pylist():
+            counts.setdefault(clean(row["label"] or UNLABELLED), {"keep": 0, "drop": 0})[row["action"]] += row[
+                "count_all"
+            ]
+        return dict(sorted(counts.items()))
+
+    @cached_property
+    def dropped(self) -> pa.Table:
+        """The rows to drop."""
+        return self.table.filter(pc.equal(self.table["action"], "drop"))
 
     @property
-    def n(self) -> int:
-        """How many examples were decided on."""
-        return self.n_drops + sum(own["keep"] for own in self.counts.values())
+    def drops(self) -> Rows:
+        """The first ``MAX_DROPS`` of them, lowest score first."""
+        low = np.argsort(floats(self.dropped, "score"), kind="stable")[:MAX_DROPS]
+        return cast(Rows, cleaned(self.dropped.take(low).to_pylist()))
 
     @property
-    def n_drops(self) -> int:
-        """How many of them to drop."""
-        return sum(own["drop"] for own in self.counts.values())
-
-
-def _counts(table: pa.Table, labels: pa.Table) -> dict[str, dict[str, int]]:
-    joined = table.select(["example_id", "action"]).join(labels, "example_id")
-    counts: dict[str, dict[str, int]] = {}
-    for row in joined.group_by(["label", "action"]).aggregate([([], "count_all")]).to_pylist():
-        own = counts.setdefault(clean(row["label"] or UNLABELLED), {"keep": 0, "drop": 0})
-        own[row["action"]] += row["count_all"]
-    return dict(sorted(counts.items()))
-
-
-def _labelled(drops: pa.Table, labels: pa.Table) -> Rows:
-    known = labels.filter(pc.is_in(labels["example_id"], drops["example_id"].combine_chunks()))
-    label = dict(zip(known["example_id"].to_pylist(), known["label"].to_pylist(), strict=True))
-    rows = [row | {"label": label.get(row["example_id"]) or UNLABELLED} for row in drops.to_pylist()]
-    return cast(Rows, cleaned(rows))
+    def farthest(self) -> list[str]:
+        """Ids of those that lie farthest past their threshold."""
+        past = np.abs(floats(self.dropped, "score") - np.nan_to_num(floats(self.dropped, "threshold")))
+        far = np.argsort(-past, kind="stable")[:FARTHEST]
+        return [clean(example) for example in self.dropped["example_id"].take(far).to_pylist()]
 
 
 def _blocks(tables: Tables) -> list[Block]:
     it, record = Curated.read(tables), tables.json("curation")
     lede = Line(
         (
-            f"Rule “{it.rule}”. The rows themselves stand in ",
-            Code("keep.jsonl"),
+            f"Rule “{it.one('rule')}”. The rows themselves stand in ",
+            Word("keep.jsonl", "code"),
             " and ",
-            Code("drop.jsonl"),
+            Word("drop.jsonl", "code"),
             ". The rule rests on estimates before training; only retraining shows whether dropping helps.",
         )
     )
@@ -118,11 +92,16 @@ def _blocks(tables: Tables) -> list[Block]:
 
 
 def _drops(it: Curated) -> Table:
-    caption: list[object] = [f"{count(it.n_drops, 'example')} to drop"]
-    if it.n_drops > len(it.drops):
-        caption += [f", the first {len(it.drops)} shown; all in ", File("drop.jsonl")]
-    value = Column(words(it.target), "signed", power=common_power([it.largest]))
-    rows = [(Example(r["example_id"]), r["label"], r["score"], r["reason"]) for r in it.drops]
+    drops, n = it.drops, it.dropped.num_rows
+    caption: list[object] = [f"{count(n, 'example')} to drop"]
+    if n > len(drops):
+        caption += [f", the first {len(drops)} shown; all in ", Word("drop.jsonl", "file")]
+    value = Column(
+        words(it.one("target") or PRIMARY),
+        "signed",
+        power=common_power(np.abs([floats(it.table, name) for name in ("score", "threshold")]).ravel()),
+    )
+    rows = [(Example(r["example_id"]), r["label"] or UNLABELLED, r["score"], r["reason"]) for r in drops]
     columns = [Column("Example"), Column("Label"), value, Column("Reason")]
     return Table(columns, rows, Line(caption), empty="Nothing to drop.", fold=12, sortable=True)
 
@@ -133,16 +112,17 @@ def _sentences(tables: Tables) -> list[Sentence]:
 
 def curation_sentence(curation: Curated) -> Sentence:
     """What to drop under the study's rule."""
-    rule = curation.rule
-    rule += "" if curation.target == PRIMARY else f" by {words(curation.target)}"
-    rule += f", {words(curation.protect)} protected" if curation.protect else ""
-    if not curation.n_drops:
-        text = f"The rule “{rule}” keeps all {count(curation.n, 'example')}: nothing to drop."
+    rule, target, protect = (curation.one(name) for name in ("rule", "target", "protect"))
+    rule += "" if target in ("", PRIMARY) else f" by {words(target)}"
+    rule += f", {words(protect)} protected" if protect else ""
+    n, drops = curation.table.num_rows, curation.dropped.num_rows
+    if not drops:
+        text = f"The rule “{rule}” keeps all {count(n, 'example')}: nothing to drop."
         return Sentence("To drop", "none", text)
     kinds = sorted(curation.counts.items(), key=lambda item: -item[1]["drop"])
     split = listed([f"{own['drop']} {name}" for name, own in kinds if own["drop"]], 4)
     text = (
-        f"The rule “{rule}” suggests to drop {curation.n_drops} of {count(curation.n, 'example')} "
+        f"The rule “{rule}” suggests to drop {drops} of {count(n, 'example')} "
         f"({split}), first of all {listed(curation.farthest)}. It rests on estimates before "
         "training; whether dropping them helps is known only after retraining."
     )

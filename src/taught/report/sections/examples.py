@@ -5,21 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from taught.report.agreement import agreement_blocks
-from taught.report.blocks import (
-    Block,
-    Code,
-    Column,
-    Details,
-    Example,
-    Feature,
-    File,
-    Line,
-    Note,
-    Sentence,
-    Strips,
-    Table,
-    Text,
-)
+from taught.report.blocks import Block, Column, Details, Example, Feature, Line, Sentence, Strips, Table, Text, Word
 from taught.report.examples import (
     PRIMARY,
     SE,
@@ -72,7 +58,8 @@ def _movers(tables: Tables, rows: Rows, target: str) -> Table:
     """The examples that raise a target most, then those that lower it most."""
     up, down = ends(rows, target, ENDS)
     power = common_power(row[target] for row in (*up, *down))
-    value = Column("Change per step", "signed", power=power, plot="fit" if target + SE in (rows or [{}])[0] else None)
+    errors = any(row.get(target + SE) for row in (*up, *down))
+    value = Column("Change per step", "signed", power=power, plot="fit" if errors else None)
     columns = [Column("Example"), value, Column("Label"), Column("Prompt")]
     shown_ = [
         (
@@ -109,7 +96,7 @@ def _strips(tables: Tables) -> list[Block]:
         Details(Example(example), [Strips(own, key=i == len(found) - 1)], open=i == 0)
         for i, (example, own) in enumerate(found.items())
     ]
-    return [Text(Line((text, Code("token_shares.parquet"), "."))), *every]
+    return [Text(Line((text, Word("token_shares.parquet", "code"), "."))), *every]
 
 
 def _all(tables: Tables, rows: Rows) -> list[Block]:
@@ -140,7 +127,7 @@ def _all(tables: Tables, rows: Rows) -> list[Block]:
         filters["unintended"] = []
     caption = _caption(len(summary), len(rows), words(first))
     table = Table(columns, made, caption, head=0, sortable=True, tall=True, filters=filters)
-    return [table, Note(_note(tables, summary, len(names)))]
+    return [table, Text(_note(tables, summary, len(names)), "note")]
 
 
 def _kind(target: str) -> str:
@@ -161,7 +148,7 @@ def _caption(total: int, listed_: int, first: str) -> Line:
         parts += [
             f", showing {listed_:,} of {total:,}: the {STRONGEST} with the largest |{first}| and those that this "
             "page names; all in ",
-            File("summary.parquet"),
+            Word("summary.parquet", "file"),
         ]
     return Line([*parts, f", in order of |{first}| unless sorted"])
 
@@ -195,72 +182,43 @@ def _sentences(tables: Tables) -> list[Sentence | None]:
     return [
         moved_sentence("Behavior", rows, behaviors),
         moved_sentence("Other targets", rows, others),
-        push_sentence(rows) if PRIMARY in names else None,
+        moved_sentence("Policy", rows, [name for name in names if name == PRIMARY]),
     ]
 
 
 def moved_sentence(topic: str, rows: Rows, names: Sequence[str]) -> Sentence | None:
-    """The examples that raise and lower each target most, by how much."""
-    found = [_moved(rows, name) for name in names[:SAID]]
-    if not found:
+    """The examples that raise and lower each target most, by how much and along which pathway."""
+    if not names:
         return None
-    parts = [text for text in found if text]
+    parts = [text for name in names[:SAID] if (text := _moved(rows, name))]
     if not parts:
         return Sentence(topic, "none", f"{NOTHING}: no example moves {listed([words(n) for n in names])}.")
-    more = f" {count(len(names) - SAID, 'more target')} in the section on examples." if len(names) > SAID else ""
-    return Sentence(topic, "found", f"{'; '.join(parts)}. Changes are per training step.{more}")
+    text = f"{'; '.join(parts)}. Changes are per training step."
+    if PRIMARY in names:
+        text += " That an example strengthens the policy does not by itself mean more of the behavior."
+    if len(names) > SAID:
+        text += f" {count(len(names) - SAID, 'more target')} in the section on examples."
+    return Sentence(topic, "found", text)
 
 
 def _moved(rows: Rows, target: str) -> str:
-    (up, down), power = ends(rows, target, 1), common_power(row[target] for row in scored(rows, target))
-    parts = [
-        f"{row['example_id']} ({row['label']}) {does} it most, {_amount(row, target, power)}"
-        for does, own in (("raises", up), ("lowers", down))
-        for row in own
-    ]
-    return f"{_capital(words(target))}: {', '.join(parts)}" if parts else ""
+    known = scored(rows, target)
+    power, largest = common_power(row[target] for row in known), max((abs(r[target]) for r in known), default=0.0)
+    parts = []
+    for does, own in zip(("raises", "lowers"), ends(known, target, 1), strict=True):
+        if own and abs(own[0][target]) >= NEGLIGIBLE * largest:
+            parts.append(f"{own[0]['example_id']} ({own[0]['label']}) {does} it most, {_amount(own[0], target, power)}")
+        else:
+            parts.append(f"no example {does} it by more than {percent(NEGLIGIBLE)} of the largest change")
+    return f"{_capital(words(target))}: {', '.join(parts)}" if largest else ""
 
 
 def _amount(row: Row, target: str, power: int) -> str:
-    found = _with_error(row, target)
-    if isinstance(found, Estimate):
-        return f"{found.text(power=power)}{tens(power)}"
-    return f"{signed(found, power=power)}{tens(power)}"
-
-
-def push_sentence(rows: Rows) -> Sentence | None:
-    """The examples that push the policy most, and along which pathway."""
-    known = scored(rows, PRIMARY)
-    if not known:
-        return None
-    power = common_power(r[PRIMARY] for r in known)
-    top, bottom = max(known, key=lambda r: r[PRIMARY]), min(known, key=lambda r: r[PRIMARY])
-    largest = max(top[PRIMARY], -bottom[PRIMARY])
-    if largest <= 0:
-        return Sentence("Policy", "none", f"{NOTHING}: every example has a score of zero.")
-    parts = []
-    for row, size, does in (
-        (top, top[PRIMARY], "pushes the policy along itself"),
-        (bottom, -bottom[PRIMARY], "pushes against it" if top[PRIMARY] > 0 else "pushes against the policy"),
-    ):
-        if size >= NEGLIGIBLE * largest:
-            parts.append(_pushed(row, f"{does} most", power))
-        else:
-            first = "no" if parts else "No"
-            parts.append(f"{first} example {does} by more than {percent(NEGLIGIBLE)} of the largest |S|")
-    ending = "That an example strengthens the policy does not by itself mean more of the behavior."
-    return Sentence("Policy", "found", f"{'; '.join(parts)}. {ending}")
-
-
-def _pushed(row: Row, does: str, power: int) -> str:
-    total = f"{signed(row[PRIMARY], power=power)}{tens(power)}"
-    x, y = row.get("score:x"), row.get("score:y")
-    through = "" if x is None or y is None else f", {_through(x, y)} (x {_short(x, power)}, y {_short(y, power)})"
-    return f"{row['example_id']} ({row['label']}) {does}: S\u00a0=\u00a0{total} per step{through}"
-
-
-def _short(value: float, power: int) -> str:
-    return signed(value, power=power)
+    found, x, y = _with_error(row, target), row.get(f"{target}:x"), row.get(f"{target}:y")
+    text = found.text(power=power) if isinstance(found, Estimate) else signed(found, power=power)
+    if x is None or y is None:
+        return text + tens(power)
+    return f"{text}{tens(power)}, {_through(x, y)} (x {signed(x, power=power)}, y {signed(y, power=power)})"
 
 
 def _through(x: float, y: float) -> str:
@@ -272,7 +230,8 @@ def _through(x: float, y: float) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """Words begin with a capital letter, a name that is typed like this stays."""
+    return text[:1].upper() + text[1:] if " " in text else text
 
 
 SECTIONS.register("examples")(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taught.report.blocks import Beside, Block, Facts, Heading, Items, Note
+from taught.report.blocks import Beside, Block, Facts, Items, Text
 from taught.report.sections import SECTIONS, Section
 from taught.report.tables import Tables
 from taught.report.text import count
@@ -46,11 +46,16 @@ def _blocks(tables: Tables) -> list[Block]:
     left: list[Block] = [Facts(equations, "equations")]
     if tables.with_policy:
         source = "Source: Symbolic Mechanistic Data Attribution (arXiv 2606.29171)."
-        left.append(Note(f"{source} With an intercept, X and y are centred over prompts."))
+        left.append(Text(f"{source} With an intercept, X and y are centred over prompts.", "note"))
     shown = [(key, value) for key in SETTINGS if (value := tables.setting(key)) is not None]
     settings = [(key, str(value).lower() if isinstance(value, bool) else str(value)) for key, value in shown]
     reading = Items(_reading(tables, f"{_step(curvature)}{_legs(points)}"))
-    right: list[Block] = [Heading("How to read signs and units"), reading, Heading("Settings"), Facts(settings, "list")]
+    right: list[Block] = [
+        Text("How to read signs and units", "title"),
+        reading,
+        Text("Settings", "title"),
+        Facts(settings, "list"),
+    ]
     return [Beside(left, right)]
 
 

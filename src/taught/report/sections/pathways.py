@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from taught.report.blocks import Beside, Block, Column, Line, Scatter, Table, Text
-from taught.report.charts import Point, legend_mark
+from taught.report.blocks import Beside, Block, Scatter, Text
+from taught.report.charts import Point
 from taught.report.examples import PRIMARY, Summary, scored, shown
 from taught.report.sections import SECTIONS, Section
-from taught.report.stats import mean_interval
+from taught.report.sections.certainty import label_table
 from taught.report.tables import Tables
 from taught.report.text import common_power, signed, tens
 
-PATHS = ((PRIMARY, "S"), ("score:x", "x"), ("score:y", "y"))
+PATHS = (PRIMARY, "score:x", "score:y")
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
@@ -43,25 +43,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "An example reaches the policy by two pathways. x, feature activation: the step changes how strongly the "
         "features fire. y, output probability: it changes the probability of the behavior while the features stay."
     )
-    yield Beside([chart], [Text(text), _means(summary, kinds)])
-
-
-def _means(summary: Summary, kinds: dict[str, int]) -> Table:
-    rows = []
-    for label, kind in kinds.items():
-        own = [] if label not in summary.finite.names else PATHS
-        for key, name in own:
-            estimate = mean_interval(summary.finite.own(label, key))
-            mark = Line((legend_mark(kind), " ", label)) if name == "S" else ""
-            rows.append((mark, name, len(summary.finite.own(label, key)), estimate))
-    power = common_power(v for *_, e in rows if e for v in (e.value, e.lo, e.hi))
-    columns = [
-        Column("Label"),
-        Column("Path"),
-        Column("Examples", "number", 0),
-        Column("Mean", "interval", power=power, plot="fit"),
-    ]
-    return Table(columns, rows, "Mean per label, 95% bootstrap intervals over examples")
+    yield Beside([chart], [Text(text), label_table(summary, PATHS, kinds)])
 
 
 SECTIONS.register("pathways")(Section("pathways", "Pathways", ("coefficients", "summary"), _blocks))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from taught.report.blocks import Block, Column, Feature, Note, Sentence, Table, Text
+from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
 from taught.report.stats import Estimate
@@ -22,9 +22,8 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "activations. A positive coefficient: the more active the feature, the likelier the behavior."
     )
     if fit := _fit(tables.json("policy") or {}):
-        own = frozenset(i for i, (_, of, _) in enumerate(fit) if of.startswith("policy"))
         columns = [Column("Measure"), Column("Of"), Column("Value", "interval", plot=(-0.05, 1.05))]
-        yield Table(columns, fit, "Fit on held-out prompts, with 95% intervals", flagged=own)
+        yield Table(columns, fit, "Fit on held-out prompts, with 95% intervals")
     unsure = sum(e.includes_zero for e in estimates)
     yield Table(
         [
@@ -42,7 +41,9 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         fold=20,
         sortable=True,
     )
-    yield Note("Same sign: share of bootstrap resamples of the prompts in which the coefficient keeps its sign.")
+    yield Text(
+        "Same sign: share of bootstrap resamples of the prompts in which the coefficient keeps its sign.", "note"
+    )
 
 
 def _fit(policy: Row) -> list[tuple[str, str, Estimate]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-from taught.report.blocks import Badge, Block, Code, Column, Line, Sentence, Soft, Table, Text
+from taught.report.blocks import Block, Column, Line, Sentence, Table, Text, Word
 from taught.report.sections import SECTIONS, Section
 from taught.report.stats import Estimate
 from taught.report.tables import Row, Rows, Tables
@@ -29,11 +29,12 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         share = percent(card["features"]["share"])
         text += f" {needed.text(0)} of {count(d, 'feature')} give {share} of the held-out fit."
     text += " Everything is held out; thresholds are rules of thumb. Each check has a section in "
-    yield Text(Line((text, Code("docs/checks.md"), ".")))
+    yield Text(Line((text, Word("docs/checks.md", "code"), ".")))
     yield Table(
         [
             Column("Code"),
-            Column("Check"),
+            Column("Check", only="page"),
+            Column("Check", only="terminal"),
             Column("Value", "interval"),
             Column("Passes"),
             Column("Status"),
@@ -64,10 +65,10 @@ def _check(c: Row) -> list[object]:
     passed = c["status"] == "pass"
     said: list[object] = [f"{c['name']}: {c['meaning']}"]
     if not passed:
-        said.append(Soft(f"To do: {c['action']}"))
-    status = c["status"] if passed else Badge(c["status"])
+        said.append(Word(f"To do: {c['action']}", "soft"))
+    status = c["status"] if passed else Word(c["status"], "badge")
     action = "" if passed else c["action"]
-    return [c["code"], Line(said, "\n"), Estimate.of(c), c["threshold"], status, action]
+    return [c["code"], Line(said, "\n"), c["name"], Estimate.of(c), c["threshold"], status, action]
 
 
 def _set(s: Row, d: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from taught.report.blocks import Block, Cell, Column, Heading, Items, Line, Note, Sentence, Soft, Table, Text
+from taught.report.blocks import Block, Cell, Column, Items, Line, Sentence, Table, Text, Word
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
 from taught.report.stats import Estimate
@@ -43,7 +43,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     yield from _models([r for r in models if r["design"] in WITH_METRICS])
     if costs := tables.rows("costs"):
         parts = (f"{r['method']} {number(r['seconds'], 0)} s, {number(r['memory_gb'], 1)} GB" for r in costs)
-        yield Note(f"Time and peak memory: {'; '.join(parts)}.")
+        yield Text(f"Time and peak memory: {'; '.join(parts)}.", "note")
 
 
 # How well methods foresaw the outcomes
@@ -56,7 +56,7 @@ def lds_blocks(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> Iterator[Bl
     """
     for design in dict.fromkeys(row["subsets"] for row in rows):
         some = [row for row in rows if row["subsets"] == design]
-        yield Heading(f"{some[0]['n']} {design} subsets, controlled for {some[0]['controls']}")
+        yield Text(f"{some[0]['n']} {design} subsets, controlled for {some[0]['controls']}", "title")
         noise = {row["target"]: row for row in ceilings if row["subsets"] == design}
         for target in dict.fromkeys(row["target"] for row in some):
             if not target.startswith(OF_ONE):
@@ -193,7 +193,7 @@ def _arm(cell: Row, power: int) -> Line:
     gap = Estimate(cell["difference"], cell["difference_lo"], cell["difference_hi"])
     _, ends = gap.text(3, power=power).split(" ", 1)
     mark = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
-    return Line([value, Soft(f"{signed(gap.value, 3, power=power)}{mark} {ends}")], "\n")
+    return Line([value, Word(f"{signed(gap.value, 3, power=power)}{mark} {ends}", "soft")], "\n")
 
 
 def _models(rows: Rows) -> Iterator[Block]:

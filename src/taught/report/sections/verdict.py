@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taught.report.blocks import Block, Items, Note, Verdict
+from taught.report.blocks import Block, Items, Text, Verdict
 from taught.report.examples import Summary
 from taught.report.sections import SECTIONS, Section, sentences_of
 from taught.report.tables import Tables
@@ -18,12 +18,14 @@ def _blocks(tables: Tables) -> list[Block]:
     if sentences := sentences_of(tables):
         found.append(Verdict(sentences))
     else:
-        found.append(Note("Nothing was computed in this run yet. taught run STUDY computes what the study asks for."))
+        found.append(
+            Text("Nothing was computed in this run yet. taught run STUDY computes what the study asks for.", "note")
+        )
     warnings = (tables.json("policy") or {}).get("warnings") or []
     if warnings:
         said = [w["message"] if isinstance(w, dict) else str(w) for w in warnings]
         found.append(Items([f"Note: {text}" for text in said], warning=True))
-    return found if tables.with_policy else [*found, Note(WITHOUT_SAE)]
+    return found if tables.with_policy else [*found, Text(WITHOUT_SAE, "note")]
 
 
 def head_facts(tables: Tables) -> list[tuple[str, str]]:
