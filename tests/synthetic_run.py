@@ -23,6 +23,7 @@ from taught.policy.checks import checks
 from taught.run.folder import RunFolder
 from taught.stats.intervals import Interval
 from taught.stats.ranks import spearman
+from taught.study.load import study_from_dict
 from taught.study.schema import Study
 
 HARMFUL = ["chemical_biological", "cybercrime", "fraud", "harassment", "self_harm", "weapons"]
@@ -97,26 +98,18 @@ def build_synthetic_run(
     """
     made = _Made(size, hostile, np.random.default_rng(seed))
     made.sae, made.concepts, made.extra = sae, concepts, extra
-    run, study = (RunFolder(path, command="taught demo"), synthetic_study(path))
+    run, study = (RunFolder(path, command="taught demo"), synthetic_study(path, sae=sae))
     writers = {
-        "policy": _write_policy if sae else _write_prompts,
+        "readings": _write_readings,
+        "policy": _write_policy,
         "clamp": _write_clamp,
         "attribute": _write_attribute,
         "curate": _write_curate,
     }
-    for stage in stages:
+    for stage in ("readings", *(name for name in stages if sae or name not in ("policy", "clamp"))):
         with run.stage(stage, study, {"model.weights": "5af571cb"}):
             writers[stage](run, made)
-    if not sae:
-        _forget_sae(run)
     return path
-
-
-def _forget_sae(run: RunFolder) -> None:
-    """The study of the manifest asks for no SAE."""
-    manifest = run.manifest
-    manifest["study"]["sae"]["path"] = None
-    run.path("manifest.json").write_text(json.dumps(manifest))
 
 
 def rewritten(path: Path, name: str, rows: list[dict]) -> None:
@@ -216,15 +209,24 @@ class _Made:
         }
 
 
-def synthetic_study(path: Path) -> Study:
+def synthetic_study(path: Path, *, sae: bool = True) -> Study:
     """The study of the run at ``path``; its files are stubs, which is all that a run looks at."""
     folder = path.with_name(path.name + "-inputs")
     (folder / "sae").mkdir(parents=True, exist_ok=True)
     (folder / "sae" / "cfg.json").write_text("{}")
     for name in ("prompts.jsonl", "pairs.jsonl"):
         (folder / name).write_text("{}\n")
-    study = Study().resolved(folder).replace("policy.intercept", True)
-    return study.replace("name", "refusal-smollm2")
+    groups = {"positive_group": "harmful", "negative_group": "harmless"}
+    return study_from_dict(
+        {
+            "name": "refusal-smollm2",
+            "sae": {"path": "./sae" if sae else None},
+            "prompts": groups,
+            "examples": {"path": "pairs.jsonl"},
+            "policy": {"intercept": True},
+        },
+        folder,
+    )
 
 
 def _table(run: RunFolder, name: str, columns: dict[str, object]) -> None:
@@ -232,7 +234,6 @@ def _table(run: RunFolder, name: str, columns: dict[str, object]) -> None:
 
 
 def _write_prompts(run: RunFolder, made: _Made) -> None:
-    y_hat = made.y.mean() + made.Xc @ made.W + made.rng.normal(0, 0.3, made.n)
     texts = [
         made.text(FORMS[i % 2 if g == "harmful" else 2 + i % 2].format(TOPICS[i % len(TOPICS)]))
         for i, g in enumerate(made.groups)
@@ -249,7 +250,6 @@ def _write_prompts(run: RunFolder, made: _Made) -> None:
             "licence": ["CC0"] * made.n,
             "n_tokens": [len(t.split()) for t in texts],
             "y": made.y,
-            "y_hat": y_hat,
         },
     )
     rng = np.random.default_rng(1)
@@ -264,11 +264,16 @@ def _write_prompts(run: RunFolder, made: _Made) -> None:
     )
 
 
-def _write_policy(run: RunFolder, made: _Made) -> None:
+def _write_readings(run: RunFolder, made: _Made) -> None:
     _write_prompts(run, made)
-    ids = {"prompt_ids": made.prompt_ids, "feature_ids": made.feature_ids.tolist()}
-    run.write_tensors("activations", {"X": made.X}, ids)
-    _write_features(run, made)
+    if made.sae:
+        ids = {"prompt_ids": made.prompt_ids, "feature_ids": made.feature_ids.tolist()}
+        run.write_tensors("activations", {"X": made.X}, ids)
+        _write_features(run, made)
+
+
+def _write_policy(run: RunFolder, made: _Made) -> None:
+    _write_coefficients(run, made)
     run.write_json("policy", _policy_record(made))
     run.write_json("faithfulness", _faithfulness_record(made))
     _write_audit(run, made)
@@ -292,6 +297,10 @@ def _write_features(run: RunFolder, made: _Made) -> None:
             "selected": [True] * made.d + [False],
         },
     )
+    run.write_json("labels", {str(f): _label(made, j) for j, f in enumerate(made.feature_ids)})
+
+
+def _write_coefficients(run: RunFolder, made: _Made) -> None:
     _table(
         run,
         "coefficients",
@@ -304,7 +313,6 @@ def _write_features(run: RunFolder, made: _Made) -> None:
             "label": made.labels,
         },
     )
-    run.write_json("labels", {str(f): _label(made, j) for j, f in enumerate(made.feature_ids)})
 
 
 def _label(made: _Made, j: int) -> dict:

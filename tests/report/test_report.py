@@ -200,7 +200,7 @@ def test_page_opens_without_the_stages_after_policy(tmp_path: Path):
 
 def test_page_opens_for_a_run_with_nothing_in_it(tmp_path: Path):
     run = RunFolder(tmp_path / "run")
-    with run.stage("policy", synthetic_study(tmp_path / "run")):
+    with run.stage("readings", synthetic_study(tmp_path / "run")):
         pass
     assert "taught run STUDY --to policy makes it" in Page(build_report(run).read_text("utf-8")).text
 
