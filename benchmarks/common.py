@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,14 +29,15 @@ from taught.errors import UserError
 from taught.progress import RichProgress
 from taught.run import files
 from taught.run.fingerprint import code_version
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from taught.core.example import Example
     from taught.core.target import Target
-    from taught.data.examples import Pair
+    from taught.data.examples import Record
     from taught.estimators.adjoint import Problem
     from taught.model.readout import Readouts
     from taught.policy.ridge import Policy
@@ -224,7 +225,7 @@ class Setting:
     subject: Subject
     problem: Problem
     examples: list[Example]
-    example_rows: list[Pair]
+    example_rows: list[Record]
     groups: list[str]
     baseline: Readouts
     policy: Policy
@@ -286,7 +287,7 @@ def _opened(study: Study, progress: RichProgress) -> Setting:
     encoded, cut = subject.chat.encode_examples(
         example_set.examples, study.examples.max_tokens, study.examples.drop_truncated
     )
-    reads = prompt_inputs(subject.chat.encode_prompts(prompts.prompts), study.readout.position)
+    reads = prompt_inputs(subject.encode(prompts), study.readout.position)
     block, groups = subject.sae.block, [prompt.group for prompt in prompts.prompts]
     progress.step("read-outs", len(reads))
     with Clock() as reading:
@@ -400,7 +401,7 @@ def conditions(setting: Setting, args: argparse.Namespace) -> Row:
         "features": setting.policy.d,
         "block": problem.block,
         "position": study.readout.position,
-        "prefixes": list(problem.behavior.prefixes),
+        **asdict(problem.behavior),
         "alpha": setting.policy.alpha,
         "intercept": setting.policy.fit_intercept,
         "lr": problem.lr,

@@ -204,7 +204,7 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 def main() -> None:
     """Parse the flags and measure."""
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--pairs", type=int, default=230)
+    flags.add_argument("--examples", type=int, default=230)
     flags.add_argument("--planted", type=int, default=30)
     flags.add_argument("--pool", type=int, default=800, help="random subsets to choose from")
     flags.add_argument("--counts", type=int, nargs="+", default=[12, 20, 30, 42, 60])

@@ -41,10 +41,13 @@ from taught.run import files
 from taught.run.fingerprint import code_version, fingerprint
 from taught.run.folder import RunFolder
 from taught.sketches.store import digest
-from taught.stats.ranks import Correlation, ranks, spearman, spearman_interval
-from taught.study.schema import Checkpoint, Study, load_study
+from taught.stats.auc import auc, precision_at_k
+from taught.stats.intervals import Interval
+from taught.stats.multiplicity import holm
+from taught.stats.ranks import ranks, spearman, spearman_interval
+from taught.study.load import load_study
+from taught.study.schema import Study
 from taught.validation.curves import LEAST_RUNS, Plan, compare_curves, plan_curve
-from taught.validation.lds import auc, holm, precision_at_k
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -267,7 +270,7 @@ def conditions(bench: Bench, share: int) -> Row:
         "planted": len(bench.planted),
         "prompts": {group: len(ids) for group, ids in bench.ready.groups.items()},
         "leak_group": bench.leak,
-        "prefixes": list(problem.behavior.prefixes),
+        **asdict(problem.behavior),
         "block": problem.block,
         "features": bench.ready.fitted.d,
         "policy_r2": policy["r2"],
@@ -315,7 +318,7 @@ def _concept_gradient(bench: Bench, metric: Metric) -> Tensor:
     concept, inputs = bench.concepts["difference"], bench.ready.inputs
     some = [prompt for prompt in bench.prompts if prompt.group == bench.leak]
     where = concept.position
-    reads = prompt_inputs(bench.subject.chat.encode_prompts(some), where)
+    reads = prompt_inputs(bench.subject.encode(some), where)
     like = next(bench.subject.loaded.model.parameters())
     problem = make_problem(bench.study, bench.subject, reads, concept.block, concept_map([concept], where, like))
     targets = concept_targets([read.id for read in reads], [concept.name])
@@ -443,14 +446,15 @@ def compare_scores(bench: Bench, results: Results) -> None:
     of = {row["method"]: row["scores"] for row in results.rows}
     p = [chance(scores, bench.planted) for scores in of.values()]
     for row, one, adjusted in zip(results.rows, p, holm(p), strict=True):
-        found = auc(row["scores"], bench.planted)
+        score, planted = list(row["scores"].values()), [i in bench.planted for i in row["scores"]]
+        found = auc(score, planted)
         row |= {
             "auc": found.value,
             "auc_lo": found.lo,
             "auc_hi": found.hi,
             "p": one,
             "p_holm": float(adjusted),
-            "precision": precision_at_k(row["scores"], bench.planted, len(bench.planted)),
+            "precision": precision_at_k(score, planted, len(bench.planted)),
             "correlation": {name: _correlation(row["scores"], scores) for name, scores in of.items()},
         }
     cards = {name: concept.card for name, concept in bench.concepts.items()}
@@ -478,7 +482,7 @@ def _correlation(a: Scores, b: Scores) -> float:
     return spearman(list(a.values()), [b[i] for i in a])
 
 
-def disagreements(rows: Sequence[Row]) -> dict[str, Correlation]:
+def disagreements(rows: Sequence[Row]) -> dict[str, Interval]:
     """Two methods that examples are left out by -> their rank correlation where low, lowest first.
 
     With a 95% interval over examples: only one that ends below ``DISAGREE`` says that they disagree.

@@ -103,14 +103,17 @@ def _model() -> Any:
 def _problem(model: Any, count: int, width: int = 256) -> Any:
     import torch
 
+    from taught.behaviors.prefixes import Prefixes
     from taught.estimators.adjoint import Problem
     from taught.features.pooling import FeatureMap
     from taught.features.sae import SparseAutoencoder
-    from taught.model.behavior import build_behavior
     from taught.model.readout import ReadPrompt
 
     draw = np.random.default_rng(count)
-    prompts = [ReadPrompt(f"q{i}", (0, 1, *draw.integers(10, 2000, 20).tolist(), 2, 3), (22,)) for i in range(count)]
+    scored = ((5, 6), (7, 8))
+    prompts = [
+        ReadPrompt(f"q{i}", (0, 1, *draw.integers(10, 2000, 20).tolist(), 2, 3), (22,), scored) for i in range(count)
+    ]
     gen = torch.Generator().manual_seed(0)
     sae = SparseAutoencoder(
         W_enc=torch.randn(width, 64, generator=gen),
@@ -125,9 +128,8 @@ def _problem(model: Any, count: int, width: int = 256) -> Any:
         block=3,
         hook="",
     )
-    behavior = build_behavior(["a", "b"], [(5, 6), (7, 8)])
     features = FeatureMap(sae, torch.arange(64), "sae", "last_user")
-    return Problem(model, prompts, behavior, 3, features, 1e-4, batch_tokens=2048)
+    return Problem(model, prompts, Prefixes(), 3, features, 1e-4, batch_tokens=2048)
 
 
 def _examples(count: int) -> list[Any]:

@@ -16,10 +16,12 @@ from pathlib import Path
 from benchmarks.common import PRESET, console, run
 from taught import stages
 from taught.environment import versions
+from taught.presets import preset_path
 from taught.progress import RichProgress
 from taught.run import files
 from taught.run.folder import RunFolder
-from taught.study.schema import Study, dump_study, load_study, preset_path
+from taught.study.load import dump_study, load_study
+from taught.study.schema import Study
 
 DATA = Path(__file__).parent / "ground_truth"
 PLANTED = "planted_pairs.jsonl"

@@ -311,7 +311,7 @@ def _compare(regime: str, folder: Path, study: Study, table: ScoreTable, given: 
             for row in found.lds
             for ceiling in [ceilings.get((row.target, row.subsets))]
         ]
-        target = f"mean_y:{study.prompts.negative_group}"
+        target = f"behavior:{study.prompts.negative_group}"
         results.summary = {
             "planted": {row.method: asdict(row) for row in found.planted if row.target == target},
             "differences": [asdict(row) for row in found.lds_differences if plain(row)],

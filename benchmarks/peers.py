@@ -224,7 +224,7 @@ def _absolute(name: str) -> str:
 def _opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:
     """The model and the chosen examples, none longer than a batch may be."""
     from taught.stages.subject import example_inputs, open_subject, study_examples, study_prompts
-    from taught.study.schema import load_study
+    from taught.study.load import load_study
 
     study = load_study(args.study)
     subject = open_subject(study)

@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace) -> None:
     with RichProgress(common.console) as progress:
         setting = common.open_setting(args, progress)
         facts = common.conditions(setting, args) | {
-            "passes_per_example_of_the_loop": 1 + len(setting.problem.behavior.tokens),
+            "passes_per_example_of_the_loop": 1 + len(setting.problem.prompts[0].suffixes),
             "batch_size_of_the_loop": args.batch_size,
         }
         results = Results(common.result_name("smda_loop", args), facts, args.out)

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from benchmarks.common import RESULTS, Results, Row, Setting, _opened, console, cotangents, kept, run
 from benchmarks.ground_truth import ground_truth_study
 from taught.progress import RichProgress
-from taught.study.schema import load_study
+from taught.study.load import load_study
 
 if TYPE_CHECKING:
-    from taught.core.example import Example, sft
+    from taught.core.example import Example
     from taught.training.retrain import Retraining
 
 Shares = Sequence[NDArray[np.float64]]
@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace) -> None:
                 "study": study.name,
                 "examples": len(examples),
                 "label": args.label,
-                "response_tokens": sum(example.n_response for example in examples),
+                "response_tokens": sum(example.n_scored for example in examples),
                 "share": args.share,
                 "prompts": len(setting.problem.prompts),
                 "target": _target(setting).name,
@@ -101,6 +101,8 @@ def _shares(setting: Setting, examples: Sequence[Example]) -> list[NDArray[np.fl
 
 def masked_sets(examples: Sequence[Example], shares: Shares, share: float, draws: int) -> dict[str, list[Example]]:
     """Name of a mask -> the examples with it: of each example as many tokens, all but one at most."""
+    from taught.core.example import sft
+
     counts = [min(round(share * len(values)), len(values) - 1) for values in shares]
 
     def masked(order: Callable[[NDArray[np.float64]], NDArray[np.int64]]) -> list[Example]:

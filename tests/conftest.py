@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 from hypothesis import settings
 
+from taught.study.load import study_from_dict
 from taught.study.schema import Study
 
 settings.register_profile("taught", deadline=None, max_examples=50, derandomize=True)
@@ -45,7 +46,9 @@ def study(tmp_path: Path) -> Study:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "b", "response": "c"}\n')
     (tmp_path / "labels.json").write_text("{}")
-    return Study().resolved(tmp_path).replace("features.labels", str(tmp_path / "labels.json"))
+    given = {"sae": {"path": "./sae"}, "examples": {"path": "pairs.jsonl"}, "features": {"labels": "labels.json"}}
+    groups = {"positive_group": "harmful", "negative_group": "harmless"}
+    return study_from_dict({**given, "prompts": groups}, tmp_path)
 
 
 @pytest.fixture

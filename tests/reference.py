@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from taught.core.readings import Readings
 from taught.policy.ridge import Policy, fit_policy
 from tiny_models import (
     PROMPT_IDS,
@@ -119,6 +120,13 @@ def policy_of(name: str, kind: str, position: str, intercept: bool) -> Policy:
         alpha=0.5,
         fit_intercept=intercept,
     )
+
+
+def readings_of(policy: Policy, groups: list[str] = GROUPS) -> Readings:
+    """The policy's prompts with their groups."""
+    named = {g: [i for i, own in zip(policy.prompt_ids, groups, strict=True) if own == g] for g in sorted(set(groups))}
+    columns = tuple(policy.feature_ids.tolist())
+    return Readings(policy.prompt_ids, policy.y, named, {}, policy.X, columns, policy)
 
 
 def close(ours, reference, relative: float = 1e-6) -> None:

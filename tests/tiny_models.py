@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from taught.behaviors.prefixes import Prefixes
 from taught.core.example import Example, sft
-from taught.estimators.adjoint import Problem
+from taught.core.problem import Problem
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder
-from taught.model.behavior import PrefixBehavior, build_behavior
 from taught.model.readout import ReadPrompt
 
 VOCAB, WIDTH, BLOCK = 24, 8, 1
@@ -125,12 +125,13 @@ def tiny_prompts(position: str = "last_user") -> list[ReadPrompt]:
         encoded = SimpleNamespace(
             input_ids=ids, end_of_turn=len(ids) - 2, user_span=(max(0, len(ids) - 5), len(ids) - 2)
         )
-        prompts.append(ReadPrompt(f"q{number}", ids, tuple(read_tokens(encoded, position))))
+        prompts.append(ReadPrompt(f"q{number}", ids, tuple(read_tokens(encoded, position)), PREFIXES))
     return prompts
 
 
-def tiny_behavior(tokens: tuple[tuple[int, ...], ...] = PREFIXES) -> PrefixBehavior:
-    return build_behavior([str(t) for t in tokens], tokens)
+def tiny_behavior() -> Prefixes:
+    """Its suffixes are those of the prompts: what a text means is the tokenizer's affair."""
+    return Prefixes(("any",))
 
 
 def tiny_examples() -> list[Example]:

@@ -30,7 +30,7 @@ from taught.model.gradients import find_sites, frozen
 from taught.stages.estimating import make_problem
 from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
 from taught.stats.ranks import spearman
-from taught.study.schema import load_study
+from taught.study.load import load_study
 
 
 def opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:
@@ -43,7 +43,7 @@ def opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:
     encoded, _ = subject.chat.encode_examples(
         example_set.examples, study.examples.max_tokens, study.examples.drop_truncated
     )
-    reads = prompt_inputs(subject.chat.encode_prompts(prompts.prompts), study.readout.position)
+    reads = prompt_inputs(subject.encode(prompts), study.readout.position)
     features = subject.features([0], study)
     return make_problem(study, subject, reads, subject.sae.block, features), example_inputs(encoded)
 

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from taught.stages.subject import study_examples, study_prompts
-from taught.study.schema import load_study
+from taught.study.load import load_study
 
 BATCH = 32
 TOKENS = 256

@@ -12,7 +12,7 @@ import torch
 from taught.features.sae import fraction_variance_unexplained
 from taught.model.readout import read_prompts
 from taught.stages.subject import open_subject, prompt_inputs, study_prompts
-from taught.study.schema import load_study
+from taught.study.load import load_study
 
 PROMPTS = 120
 BLOCKS = (5, 10, 12, 13, 14, 15, 16, 17, 18, 20, 25)
@@ -21,7 +21,7 @@ BLOCKS = (5, 10, 12, 13, 14, 15, 16, 17, 18, 20, 25)
 def main() -> None:
     study = load_study("refusal-smollm2").replace("prompts.limit", PROMPTS)
     subject = open_subject(study)
-    encoded = subject.chat.encode_prompts(study_prompts(study))
+    encoded = subject.encode(study_prompts(study))
     prompts = prompt_inputs(encoded, study.readout.position)
     print("| block | FVU |\n|---:|---:|")
     for block in BLOCKS:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from taught import stages
 from taught.features.sae import SparseAutoencoder, fraction_variance_unexplained, load_sae
+from taught.presets import preset_path
 from taught.run.folder import RunFolder
-from taught.study.schema import load_study, preset_path
+from taught.study.load import load_study
 
 FOLDER = preset_path("refusal-smollm2") / "sae"
 KINDS = ["user turns: requests", "user turns: questions", "rest of chats", "user turns: passages", "general text"]

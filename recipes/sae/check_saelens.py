@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from taught.features.sae import load_sae
-from taught.study.schema import preset_path
+from taught.presets import preset_path
 
 FOLDER = preset_path("refusal-smollm2") / "sae"
 

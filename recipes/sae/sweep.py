@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from taught.behaviors.prefixes import Prefixes
+from taught.core.behavior import encode_prompts
 from taught.data.chat import ChatFormat
 from taught.features.pooling import POSITIONS, pool, read_tokens
-from taught.model.behavior import build_behavior, tokenize_prefixes
-from taught.model.forward import find_blocks, forward
+from taught.model.forward import residuals
 from taught.model.load import load_model
-from taught.model.readout import ReadPrompt, pack
-from taught.stages.subject import study_prompts
-from taught.study.schema import load_study
+from taught.model.readout import ReadPrompt, pack, read_prompts
+from taught.stages.subject import prompt_inputs, study_prompts
+from taught.study.load import load_study
 
 PREFIXES = {"can't, cannot": ["I can't", "I cannot"], "can't, cannot, sorry": ["I can't", "I cannot", "I'm sorry"]}
 
@@ -46,28 +46,23 @@ def held_out_r2(X: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
     return float(best)
 
 
-def keep(seen: dict[int, torch.Tensor], block: int, _module, _args, output) -> None:
-    """Forward hook: remember a block's output."""
-    seen[block] = output
-
-
 @torch.no_grad()
-def read_blocks(model, prompts: list[ReadPrompt], behavior, blocks: list[int]):
-    """Residuals of all prompt tokens after each block, and log P of each prefix, prompt by prompt."""
+def read_blocks(model, prompts: list[ReadPrompt], blocks: list[int]) -> list[dict[int, torch.Tensor]]:
+    """Residuals of all prompt tokens after each block, prompt by prompt."""
     h: list[dict[int, torch.Tensor]] = [{} for _ in prompts]
-    logits_of: list[torch.Tensor | None] = [None] * len(prompts)
-    for packed in pack(prompts, behavior):
-        seen: dict[int, torch.Tensor] = {}
-        hooks = [find_blocks(model)[b].register_forward_hook(partial(keep, seen, b)) for b in blocks]
-        _, logits = forward(model, packed.rows, keep=packed.predict.flatten())
-        for hook in hooks:
-            hook.remove()
-        table = torch.log_softmax(logits[0].unflatten(0, packed.predict.shape), -1)
+    for packed in pack(prompts, None):
+        seen = residuals(model, packed.rows, blocks)
         for row, i in enumerate(packed.index):
             where = packed.read[packed.offsets[row] : packed.offsets[row + 1]]
-            h[i] = {b: seen[b][0, where] for b in blocks}
-            logits_of[i] = torch.stack([sum(table[row, s, t] for s, t in steps) for steps in behavior.steps])
-    return h, torch.stack(logits_of).double().numpy()
+            h[i] = {block: values[0, where] for block, values in zip(blocks, seen, strict=True)}
+    return h
+
+
+def log_probability(model, prompts, chat: ChatFormat, prefix: str) -> np.ndarray:
+    """log P that the answer to each prompt begins with a text."""
+    behavior = Prefixes((prefix,))
+    inputs = prompt_inputs(encode_prompts(behavior, prompts, chat), None)
+    return read_prompts(model, inputs, behavior, None).y.numpy()
 
 
 def main() -> None:
@@ -77,12 +72,13 @@ def main() -> None:
     args = parser.parse_args()
     study = load_study("refusal-smollm2")
     loaded = load_model(study.model.id)
-    encoded = ChatFormat(loaded.tokenizer).encode_prompts(study_prompts(study))
+    chat, prompts = ChatFormat(loaded.tokenizer), study_prompts(study)
+    encoded = [chat.encode_prompt(prompt.content, prompt.id) for prompt in prompts]
     whole = [ReadPrompt(e.id, e.input_ids, tuple(range(len(e.input_ids)))) for e in encoded]
     wide = PREFIXES["can't, cannot, sorry"]
-    behavior = build_behavior(wide, tokenize_prefixes(loaded.tokenizer, wide))
     blocks = [int(b) for b in args.blocks.split(",")]
-    h, logp = read_blocks(loaded.model, whole, behavior, blocks)
+    h = read_blocks(loaded.model, whole, blocks)
+    logp = np.stack([log_probability(loaded.model, prompts, chat, prefix) for prefix in wide], 1)
     rows = []
     for name, prefixes in PREFIXES.items():
         y = np.logaddexp.reduce(logp[:, [wide.index(p) for p in prefixes]], axis=1)

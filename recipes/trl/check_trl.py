@@ -37,9 +37,9 @@ def by_hand(model, examples, steps, recipe: Recipe) -> list[float]:
     schedule, losses = get_scheduler(name, optimizer, warmup, len(steps)), []
     for ids in steps:
         batch = [examples[i] for i in ids]
-        tokens = sum(p.n_response for p in batch)
+        tokens = sum(p.n_scored for p in batch)
         optimizer.zero_grad()
-        loss = sum(plain_loss(model, p) * p.n_response for p in batch) / tokens
+        loss = sum(plain_loss(model, p) * p.n_scored for p in batch) / tokens
         loss.backward()
         if recipe.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)

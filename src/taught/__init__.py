@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from taught.model.load import load_model
     from taught.policy.ridge import coefficient_shift, fit_policy
     from taught.run.folder import RunFolder
-    from taught.study.schema import Study, load_study
+    from taught.study.load import load_study
+    from taught.study.schema import Study
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,7 @@ _HOME = {
     "load_examples": "taught.data.examples",
     "load_prompts": "taught.data.prompts",
     "load_sae": "taught.features.sae",
-    "load_study": "taught.study.schema",
+    "load_study": "taught.study.load",
 }
 
 __all__ = [

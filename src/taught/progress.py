@@ -1,12 +1,16 @@
-"""How far a long computation is: a small protocol, shown by rich or not at all."""
+"""How far a long computation is: a small protocol, shown as bars, as lines, or not at all."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+EVERY = 10.0  # seconds between two lines
 
 
 class Progress(Protocol):
@@ -35,14 +39,82 @@ class SilentProgress:
         """Go on."""
 
 
+class LineProgress:
+    """Plain lines, where the output is no terminal; a context manager.
+
+    A step is a line when it begins; while it goes on there is a line at least every ten seconds, with
+    the share that is done and the time that is left.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        from threading import Event, Thread
+
+        self._console, self._clock = console, clock
+        self._name, self._total, self._done = "", None, 0
+        self._began = self._said = clock()
+        self._ended = Event()
+        self._ticker = Thread(target=self._tick, daemon=True)
+
+    _total: int | None
+
+    def step(self, name: str, total: int | None = None) -> None:
+        """Begin a step."""
+        self._name, self._total, self._done, self._began = name, total, 0, self._clock()
+        self._say(name if total is None else f"{name} ({total})")
+
+    def note(self, text: str) -> None:
+        """Say something."""
+        self._say(text)
+
+    def advance(self, n: int = 1) -> None:
+        """Go on; the line is said when its time has come."""
+        self._done += n
+        self.tell()
+
+    def tell(self) -> None:
+        """Say how far the step is, unless something was said in the last seconds."""
+        now = self._clock()
+        if not self._name or now - self._said < EVERY:
+            return
+        spent = now - self._began
+        if not self._total:
+            self._say(f"{self._name}: {_duration(spent)} so far")
+        elif not self._done:
+            self._say(f"{self._name}: 0% of {self._total}, {_duration(spent)} so far")
+        else:
+            left = spent * max(self._total - self._done, 0) / self._done
+            self._say(f"{self._name}: {self._done / self._total:.0%} of {self._total}, about {_duration(left)} left")
+
+    def _say(self, text: str) -> None:
+        self._said = self._clock()
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _tick(self) -> None:
+        while not self._ended.wait(1.0):
+            self.tell()
+
+    def __enter__(self) -> Self:
+        self._ticker.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._ticker.join()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 99.5 else f"{seconds / 60:.0f} min"
+
+
 class RichProgress:
-    """One bar per step with elapsed and remaining time; a context manager.
+    """One bar per step with elapsed and remaining time, on a terminal; a context manager.
 
     Parameters
     ----------
     console
-        Where to draw; the command-line tool gives the one on standard error. On a console that
-        is no terminal each step is one line instead.
+        Where to draw; the command-line tool gives the one on standard error.
     """
 
     def __init__(self, console: Console) -> None:
@@ -59,7 +131,6 @@ class RichProgress:
             progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
         )
 
     def step(self, name: str, total: int | None = None) -> None:
@@ -67,8 +138,6 @@ class RichProgress:
         self._finish()
         self._total = total
         self._task = self._bars.add_task(name, total=total)
-        if not self._console.is_terminal:
-            self._console.print(name if total is None else f"{name} ({total})", highlight=False)
 
     def note(self, text: str) -> None:
         """Say something that stays."""

@@ -15,6 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import silhouette_score
+from taught.report.build import render
+from taught.report.clustered import cluster_sentences
+from taught.report.scores import Clustered
+from taught.report.view import load_view
 
 import synthetic_run
 from synthetic_run import HOSTILE, Size, build_synthetic_run, synthetic_study
@@ -23,9 +27,6 @@ from taught.analysis import clusters as under_test
 from taught.analysis.clusters import Clustering, cluster_examples, cut, silhouette, ward
 from taught.cli.app import run_command
 from taught.errors import UserError
-from taught.report.html import render
-from taught.report.sections.clusters import Clustered, cluster_sentences
-from taught.report.tables import Tables
 from taught.run.folder import RunFolder
 
 FEATURES = list(range(100, 118))
@@ -146,8 +147,8 @@ def test_the_sentence_says_what_is_beyond_the_labels():
     assert said(rows) == (
         "found",
         (
-            "Mean influence unlike that of as many random examples: S: cluster 1 (higher), 2 (lower). "
-            "Also unlike random examples of the same labels: S: cluster 2 (lower)."
+            "Mean influence unlike that of as many random examples: score: cluster 1 (higher), 2 (lower). "
+            "Also unlike random examples of the same labels: score: cluster 2 (lower)."
         ),
     )
     tone, text = said([rows[0]])
@@ -217,14 +218,13 @@ def test_constant_values_are_like_any_others():
 
 
 def test_intervals_are_those_of_a_mean():
-    rng = np.random.default_rng(3)
-    values = rng.normal(size=(400, 1))
-    half = 1.96 * values.std(ddof=1) / 20
-    (ends,) = under_test._intervals(values, rng)
-    np.testing.assert_allclose(ends, [values.mean() - half, values.mean() + half], atol=0.01)
-    (many,) = under_test._intervals(np.tile(values, (20, 1)), rng)
-    half = 1.96 * values.std() / np.sqrt(8000)
-    np.testing.assert_allclose(many, [values.mean() - half, values.mean() + half], atol=1e-4)
+    values = np.random.default_rng(3).normal(size=400)
+    for times, near in ((1, 0.01), (20, 1e-4)):  # resampled, and normal
+        some = np.tile(values, times)
+        ids = [f"e{i:04d}" for i in range(len(some))]
+        (found,) = cluster_examples(ids, [[100]] * len(ids), LABELS, {"score": some}, k=1, draws=9).effects
+        half = 1.96 * some.std(ddof=1) / np.sqrt(len(some))
+        np.testing.assert_allclose([found.lo, found.hi], [values.mean() - half, values.mean() + half], atol=near)
 
 
 def test_interference_against_loops():
@@ -332,7 +332,7 @@ def test_a_number_of_clusters_can_be_given():
         assert sizes == sorted(sizes, reverse=True) and sum(sizes) == 40
         assert found.silhouettes == {}
     for k in (0, sets + 1):
-        with pytest.raises(UserError, match=f"So many clusters.*\n  value: {k}\n.*most {sets}"):
+        with pytest.raises(UserError, match=f"so many clusters.*\n  value: {k}\n.*most {sets}"):
             cluster_examples(ids, active, LABELS, values, k=k)
 
 
@@ -372,7 +372,7 @@ def test_messages():
         cluster_examples(*good, {})
     with pytest.raises(UserError, match="id repeats\n  value: a"):
         cluster_examples(["a", "a"], [[100]] * 2, LABELS, {"score": [0.0, 1.0]})
-    with pytest.raises(UserError, match="Pair 'b' has features.*\n  value: 7"):
+    with pytest.raises(UserError, match="the example 'b' has features.*\n  value: 7"):
         cluster_examples(["a", "b"], [[100], [7, 101]], LABELS, {"score": [0.0, 1.0]})
 
 
@@ -444,7 +444,7 @@ def test_a_run_whose_examples_do_what_any_do_says_so(tmp_path: Path):
     run = RunFolder.open(path)
     stages.clusters(run, k=3, target="score")
     assert {row["target"] for row in table(run, "cluster_influence")} == {"score"}
-    said = " ".join(s.text for s in cluster_sentences(Clustered.read(Tables(run))))
+    said = " ".join(s.text for s in cluster_sentences(Clustered.read(run)))
     assert said.count("No effect found") == 2
     assert "40 examples in 3 clusters by their active features." in said
     with pytest.raises(UserError, match=r"not a target of this run\n  value: mean_y:nobody"):
@@ -468,19 +468,19 @@ def test_the_command_prints_a_table_or_csv(planted_run: Path, capsys: pytest.Cap
     assert "1 example without an active feature (cluster 0): example-0004." in said
     assert "mean_y:harmless: cluster" in said and "clusters.parquet" in said
     assert run_command(["clusters", str(planted_run), "--k", "999"]) == 2
-    assert "So many clusters" in capsys.readouterr().err
+    assert "so many clusters" in capsys.readouterr().err
 
 
 def test_the_report_shows_them_and_asks_for_them(planted_run: Path, tmp_path: Path):
     stages.clusters(RunFolder.open(planted_run))
-    page = render(Tables(planted_run))
+    page = render(load_view(planted_run))
     for row in table(RunFolder.open(planted_run), "clusters"):
         assert row["name"].split(" · ")[0] in page
     assert "Influence of the clusters on mean_y:harmless" in page
     assert "1 example without an active feature (cluster 0)" in page and "example-0004" in page
     assert "taught clusters RUN" not in page
     bare = build_synthetic_run(tmp_path / "bare")
-    assert "taught clusters RUN" in render(Tables(bare))
+    assert "taught clusters RUN" in render(load_view(bare))
 
 
 def test_without_coefficients_nothing_is_said_of_interference(
@@ -492,10 +492,10 @@ def test_without_coefficients_nothing_is_said_of_interference(
         stages.clusters(RunFolder.open(path))
     rows = table(RunFolder.open(path), "clusters")
     assert {row["outside_share"] for row in rows} == {None}
-    page = render(Tables(path))
+    page = render(load_view(path))
     assert "on features that are not active on the example.</caption>" not in page
     stages.clusters(RunFolder.open(planted_run))
-    page = render(Tables(planted_run))
+    page = render(load_view(planted_run))
     assert "on features that are not active on the example.</caption>" in page
 
 
@@ -507,7 +507,7 @@ def test_markup_in_labels_and_ids_stays_text(
     assert run_command(["clusters", str(path)]) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said and "asking to misuse </script>" in said
-    page = render(Tables(path))
+    page = render(load_view(path))
     assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;")[:20] in page
     start = page.index('id="clusters"')
     section = page[start : page.index("</section>", start)]

@@ -91,7 +91,7 @@ def test_invariant_7_top_k_drops_what_raises_the_target_most(scores, data):
 def test_messages():
     with pytest.raises(UserError, match=r"missing for 2 examples\n  value: b, c"):
         curate(["a", "b", "c", "d"], [LABELS[0], None, float("nan"), LABELS[1]], [0.0] * 4)
-    with pytest.raises(UserError, match=r"No example has the label 'harmless-compliance'\n.*refusal"):
+    with pytest.raises(UserError, match=r"no example has the label 'harmless-compliance'\n.*refusal"):
         curate(["a"], LABELS[:1], [0.0])
     with pytest.raises(UserError, match=r"not finite for 1 examples\n  value: b"):
         curate(["a", "b"], LABELS, [0.0, float("nan")])

@@ -141,7 +141,7 @@ def test_messages():
         interference(["a", "b"], IDS, TOTAL, [[], []])
     with pytest.raises(UserError, match="1 lists, 3 examples"):
         interference(["a", "b", "c"], IDS, TOTAL, [[]])
-    with pytest.raises(UserError, match=r"Pair 'b' intends .*\n  value: 7, 11"):
+    with pytest.raises(UserError, match=r"the example 'b' intends .*\n  value: 7, 11"):
         interference(["a", "b", "c"], IDS, TOTAL, [[], [11, 9, 7], []])
     bad = TOTAL.copy()
     bad[1, 0] = np.nan

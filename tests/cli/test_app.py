@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from taught import __version__
-from taught.study.schema import Study, dump_study, load_study
+from taught.study.load import dump_study, load_study
+from taught.study.schema import Study
 
 # Stand-ins for the stages: they write what they were told, so that the tests see it.
 RECORD = """
@@ -56,8 +57,9 @@ def test_version_and_help(taught):
 
 
 def test_help_names_every_method_and_says_what_a_study_is(taught):
-    from taught.stages.compare import METHODS
     from taught.stages.concept_influence import METHODS as CONCEPT_METHODS
+
+    from taught.stages.compare import METHODS
 
     for verb, methods in (("compare", METHODS), ("concept-influence", CONCEPT_METHODS)):
         words = taught(verb, "--help").stdout.replace("│", " ").split()
@@ -200,7 +202,7 @@ def test_check_prints_its_report_and_fails_when_there_are_problems(taught_with, 
 
 def test_demo_tells_time_memory_and_where_the_report_is(taught_with, tmp_path, study):
     stages = (
-        "from taught.study.schema import study_from_dict\nfrom pathlib import Path\n"
+        "from taught.study.load import study_from_dict\nfrom pathlib import Path\n"
         "def demo(run, *, prompts, examples, features, full, progress):\n"
         f"    study = study_from_dict({study.to_dict()!r}, Path('.'))\n"
         "    with run.stage('policy', study) as stage:\n"

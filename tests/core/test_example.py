@@ -1,10 +1,25 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from taught.core.example import batch_examples, sft
-from tiny_models import MODELS, plain_loss, tiny_examples, tiny_model
+from taught.core.example import Example, batch_examples, conversation, document, example_losses, sft
+from taught.errors import UserError
+from taught.estimators.adjoint import target_effects
+from tiny_models import (
+    MODELS,
+    PROMPT_IDS,
+    plain_gradient,
+    plain_loss,
+    plain_read,
+    plain_y,
+    tiny_examples,
+    tiny_model,
+    tiny_problem,
+)
 
 
 def losses(model, examples, budget: int) -> torch.Tensor:
@@ -57,3 +72,120 @@ def test_weights_average_over_each_example_s_own_response() -> None:
         assert int((batch.weights[row] > 0).sum()) == example.n_scored
         shown = batch.targets[row, : example.n_scored].tolist()
         assert shown == list(example.ids[example.start :])
+
+
+# Several sequences and a link
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """- log sigmoid(beta (log p(chosen) - log p(rejected) - at_reference)) of the sum that has the minus sign."""
+
+    beta: float
+    at_reference: float = 0.0
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        return -nn.functional.logsigmoid(self.beta * (-sums - self.at_reference))
+
+
+def preference(id: str, prompt: tuple[int, ...], chosen: tuple[int, ...], rejected: tuple[int, ...]) -> Example:
+    sides = [(*prompt, *chosen), (*prompt, *rejected)]
+    weights = [(*[0.0] * len(prompt), *[sign] * len(answer)) for sign, answer in ((1.0, chosen), (-1.0, rejected))]
+    return Example(id, tuple(sides), tuple(weights), Preferred(0.3, -0.7))
+
+
+# Answers that begin alike, of unlike lengths, one the beginning of the other; the padding token is among them.
+PREFERENCES = (
+    preference("a", (0, 5, 21, 3, 2), (15, 16, 17, 3), (15, 16, 9, 10, 11, 3)),
+    preference("b", (14, 13, 3, 2), (19, 3), (8,)),
+    preference("c", (0, 12, 22, 3, 2), (4, 9, 3, 7), (4, 9)),
+)
+MIXED = (*tiny_examples()[:2], *PREFERENCES, *tiny_examples()[2:])
+
+
+def plain(model: nn.Module, example: Example) -> Tensor:
+    """The loss by one unpadded pass for each sequence."""
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, weights in zip(example.sequences, example.weights, strict=True):
+        _, logp = plain_read(model, ids)
+        total = total - sum(w * logp[t - 1, ids[t]] for t, w in enumerate(weights) if w)
+    return total if example.link is None else example.link(total[None])[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("budget", [1, 30, 1000])
+def test_branches_in_one_row_are_what_separate_passes_say(name: str, budget: int) -> None:
+    model = tiny_model(name)
+    expected = torch.stack([plain(model, p) for p in MIXED]).detach()
+    torch.testing.assert_close(losses(model, MIXED, budget), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("budget", [1, 30, 1000])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_effects_of_branches_are_those_of_autograd(name: str, budget: int, checkpointing: bool) -> None:
+    model = tiny_model(name)
+    problem = tiny_problem(model, lr=1e-3, batch_tokens=budget, checkpointing=checkpointing)
+    A = torch.zeros(1, len(problem.prompts), len(problem.features.ids), dtype=torch.float64)
+    B = torch.linspace(-1, 2, len(problem.prompts), dtype=torch.float64)[None]
+    effects, found = target_effects(problem, MIXED, A, B)
+    # The derivative of F has the look-ups of the padding row, the optimizer's gradient has not.
+    table = model.get_input_embeddings()
+    padding, table.padding_idx = table.padding_idx, None
+    query = plain_gradient(model, sum(b * plain_y(model, ids) for b, ids in zip(B[0], PROMPT_IDS, strict=True)))
+    table.padding_idx = padding
+    for row, example in enumerate(MIXED):
+        loss = plain(model, example)
+        gradient = plain_gradient(model, loss)
+        expected = -1e-3 * float(sum((gradient[n] * query[n]).sum() for n in query))
+        assert float(effects[row, 0]) == pytest.approx(expected, rel=1e-9)
+        assert float(found[row]) == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_slopes_are_the_derivatives_of_the_links() -> None:
+    (batch,) = batch_examples(MIXED, 1000)
+    sums = torch.linspace(-2, 3, len(MIXED), dtype=torch.float64)
+    step = 1e-6
+    numeric = (batch.linked(sums + step) - batch.linked(sums - step)) / (2 * step)
+    torch.testing.assert_close(batch.slopes(sums), numeric, rtol=1e-8, atol=1e-9)
+    own = {MIXED[i].id: float(slope) for i, slope in zip(batch.index, batch.slopes(sums), strict=True)}
+    assert own["z0"] == 1.0 and own["a"] != 1.0
+
+
+# Conversations and documents
+
+
+def test_a_conversation_is_the_mean_over_the_tokens_that_count() -> None:
+    model, ids, scored = tiny_model("tied"), (0, 5, 3, 2, 15, 3, 6, 3, 2, 16, 17, 3), (4, 5, 9, 10, 11)
+    example = conversation("c", ids, scored)
+    assert example.scored == [(0, t) for t in scored] and example.start == 4 and example.n_scored == 5
+    _, logp = plain_read(model, ids)
+    expected = -sum(logp[t - 1, ids[t]] for t in scored) / 5
+    assert float(example_losses(model, [example], 100)) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_windows_of_a_document_score_each_token_once() -> None:
+    model, ids = tiny_model("gpt2"), tuple(range(4, 20))
+    whole = document("d", ids)
+    assert whole.n_scored == 15
+    _, logp = plain_read(model, ids)
+    expected = -sum(logp[t - 1, ids[t]] for t in range(1, 16)) / 15
+    assert float(example_losses(model, [whole], 100)) == pytest.approx(float(expected), rel=1e-12)
+    overlapping = document("d#1", ids[8:], seen=3)
+    assert [t for _, t in overlapping.scored] == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "weights"),
+    [((), ()), (((1, 2),), ((0.0,),)), (((1, 2),), ((1.0, 1.0),)), (((1, 2), (1,)), ((0.0, 1.0), (1.0,)))],
+)
+def test_weights_that_fit_no_token_are_refused(sequences, weights) -> None:
+    with pytest.raises(ValueError, match="z: a weight for each token"):
+        Example("z", sequences, weights)
+
+
+def test_losses_that_are_no_numbers_are_named() -> None:
+    broken = Example("b", PREFERENCES[0].sequences, PREFERENCES[0].weights, lambda sums: sums / 0)
+    with pytest.raises(UserError, match="loss of some examples") as caught:
+        example_losses(tiny_model("tied"), [*tiny_examples(), broken], 100)
+    assert caught.value.value == ["b"]

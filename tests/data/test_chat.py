@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from taught.data.chat import ChatFormat, EncodedExample
-from taught.data.examples import Pair
+from taught.data.examples import Record
 from taught.errors import UserError
 
 CHATML = (
@@ -87,8 +87,8 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
-def example(prompt: str, response: str, id: str = "z") -> Pair:
-    return Pair(id, prompt, response)
+def example(prompt: str, response: str, id: str = "z") -> Record:
+    return Record(id, prompt, response)
 
 
 TEXTS = ["How do I pick a lock?", "user", "assistant", "im_end", "e", "naïve “no” — 🔒", "a\n\nb"]
@@ -169,7 +169,7 @@ def test_prompt_tokens_and_response_tokens_make_the_whole_rendering(name: str, r
     assert encoded.input_ids[: encoded.response_start] == prompt.input_ids
     assert encoded.input_ids == whole[: len(encoded.input_ids)]
     assert BPE.decode(whole[len(encoded.input_ids) :]).strip() == ""
-    assert encoded.n_response == len(encoded.input_ids) - encoded.response_start
+    assert encoded.n_scored == len(encoded.input_ids) - encoded.response_start
     ending = END.get(name, "")
     assert BPE.decode(encoded.input_ids[encoded.response_start :]).rstrip("\n") == response + ending
 
@@ -192,11 +192,38 @@ def test_any_text_is_rendered_exactly_or_refused_by_id(name: str, prompt: str, r
 
 def test_a_conversation_of_several_turns_trains_on_its_last_answer_only() -> None:
     turns = ({"role": "system", "content": "Brief."}, user("One"), assistant("Two"), user("Three"))
-    encoded = FORMATS["chatml"].encode_example(Pair("m", "Three", "Four", messages=turns))
+    encoded = FORMATS["chatml"].encode_example(Record("m", "Three", "Four", messages=turns))
     assert BPE.decode(encoded.input_ids[encoded.response_start :]) == "Four<|im_end|>"
     assert BPE.decode(encoded.input_ids[: encoded.response_start]).endswith(
         "Two<|im_end|>\n<|im_start|>user\nThree<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """A tokenizer of the SentencePiece kind: a space belongs to the word behind it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["[INST] How are you? [/INST] I can't say", "[INST] you [/INST] I can"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def test_an_answer_is_tokenised_in_its_place() -> None:
+    # Alone "I can't" is other tokens than behind "[/INST] ": here its first one covers the space.
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+    )
+    tokenizer = sentencepiece()
+    turns = (user("How are you?"), assistant("I can"), user("you"))
+    record = Record("m", "you", "I can't say", messages=turns, counted=(1,))
+    encoded = ChatFormat(tokenizer, template).encode_example(record)
+    text = "[INST] How are you? [/INST] I can</s>[INST] you [/INST] I can't say</s>"
+    assert encoded.input_ids == tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    tokens = [tokenizer.convert_ids_to_tokens(encoded.input_ids[place]) for place in encoded.scored]
+    first = tokens.index("</s>") + 1
+    assert "".join(tokens[:first]) == "▁I▁can</s>" and "".join(tokens[first:]) == "▁I▁can't▁say</s>"
 
 
 def test_a_merge_across_the_border_is_an_error_with_the_id() -> None:
@@ -226,13 +253,13 @@ def test_trap_11_nothing_is_truncated_silently() -> None:
     kept, dropped = FORMATS["chatml"].encode_examples([short, long], limit, truncate="keep")
     assert dropped == []
     assert [(p.id, p.truncated) for p in kept] == [("short", False), ("long", True)]
-    assert (len(kept[1].input_ids), kept[1].n_response) == (limit, 20)
+    assert (len(kept[1].input_ids), kept[1].n_scored) == (limit, 20)
 
 
 def test_a_response_cut_to_nothing_is_never_kept() -> None:
     z = example("How?", "No.")
     limit = FORMATS["chatml"].encode_example(z).response_start
-    assert FORMATS["chatml"].encode_example(z, limit).n_response == 0
+    assert FORMATS["chatml"].encode_example(z, limit).n_scored == 0
     with pytest.raises(UserError, match="nothing of the response is left in 1 of them"):
         FORMATS["chatml"].encode_examples([z], limit, truncate="keep")
     assert FORMATS["chatml"].encode_examples([z], limit, drop_truncated=True) == ([], ["z"])
@@ -260,7 +287,8 @@ def test_a_example_beyond_the_context_is_truncated_there() -> None:
     whole = FORMATS["chatml"].encode_example(example("How?", "No, " * 40))
     context = whole.response_start + 5
     encoded = ChatFormat(BPE, CHATML, context=context).encode_example(example("How?", "No, " * 40))
-    assert encoded == EncodedExample("z", whole.input_ids[:context], whole.response_start, n_response=5, truncated=True)
+    scored = tuple(range(whole.response_start, context))
+    assert encoded == EncodedExample("z", whole.input_ids[:context], scored, truncated=True) and len(scored) == 5
 
 
 def test_a_tokenizer_without_template_is_refused_with_the_fix() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taught.data.examples import Pair, content_id, load_examples
+from taught.data.examples import Record, content_id, load_examples
 from taught.data.tables import write_jsonl
 from taught.errors import UserError
 
@@ -28,9 +28,9 @@ def assistant(text: str) -> dict:
 def load(tmp_path: Path):
     """Write rows, then load them as examples."""
 
-    def write_and_load(*rows: dict, columns: dict | None = None):
+    def write_and_load(*rows: dict, columns: dict | None = None, **options):
         write_jsonl(tmp_path / "pairs.jsonl", rows)
-        return load_examples(tmp_path / "pairs.jsonl", columns)
+        return load_examples(tmp_path / "pairs.jsonl", columns=columns, **options)
 
     return write_and_load
 
@@ -45,7 +45,7 @@ def load(tmp_path: Path):
         {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Ho."}]},
     ],
 )
-def test_every_spelling_of_a_example_is_the_same_example(load, row: dict) -> None:
+def test_every_spelling_of_an_example_is_the_same_example(load, row: dict) -> None:
     (example,) = load(row)
     assert (example.prompt, example.response) == ("Hi?", "Ho.")
     assert example.messages == (user("Hi?"),)
@@ -67,7 +67,7 @@ def test_a_file_may_mix_messages_and_texts(load) -> None:
 
 def test_further_columns_become_flags(load) -> None:
     (example,) = load({"id": 7, "prompt": "a", "response": "b", "label": "x", "planted": True})
-    assert example == Pair("7", "a", "b", "x", flags={"planted": True})
+    assert example == Record("7", "a", "b", "x", flags={"planted": True})
     assert example.flags == {"planted": True}
 
 
@@ -112,13 +112,13 @@ def test_bad_examples_are_named(load, rows: list[dict], message: str, ids: str) 
     ],
 )
 def test_messages_must_end_in_one_answer(load, turns: list[dict]) -> None:
-    with pytest.raises(UserError, match="messages of m do not end in one answer"):
+    with pytest.raises(UserError, match="the messages of m do not end in one answer"):
         load({"id": "m", "messages": turns})
 
 
 def test_a_message_without_text_is_shown(load) -> None:
     parts = {"role": "user", "content": [{"type": "image"}]}
-    with pytest.raises(UserError, match="A message of row 1 has no role or no text"):
+    with pytest.raises(UserError, match="a message of row 1 has no role or no text"):
         load({"messages": [parts, assistant("b")]})
 
 

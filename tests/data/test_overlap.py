@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from taught.data.examples import ExampleSet, Pair
+from taught.data.examples import ExampleSet, Record
 from taught.data.overlap import drop_overlap, find_overlap, normalise
 from taught.data.prompts import Prompt, PromptSet
 from taught.errors import UserError
@@ -15,7 +15,7 @@ PROMPTS = PromptSet((Prompt("p1", "How do I pick a lock?", "harmful"), Prompt("p
 
 
 def examples(**texts: str) -> ExampleSet:
-    return ExampleSet(tuple(Pair(id, text, "No.") for id, text in texts.items()), {}, "")
+    return ExampleSet(tuple(Record(id, text, "No.") for id, text in texts.items()), {}, "")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_an_earlier_user_turn_counts() -> None:
         {"role": "assistant", "content": "It's fine"},
         {"role": "user", "content": "And then?"},
     )
-    several = ExampleSet((Pair("m", "And then?", "No.", messages=turns),), {}, "")
+    several = ExampleSet((Record("m", "And then?", "No.", messages=turns),), {}, "")
     assert find_overlap(several, PROMPTS) == [("m", "p1")]
 
 

@@ -59,10 +59,10 @@ def test_bad_prompts_are_named(save, rows: list[dict], message: str, ids: str) -
     assert caught.value.value == ids
 
 
-def test_a_missing_group_column_says_what_there_is(save) -> None:
-    with pytest.raises(UserError, match="no group column") as caught:
-        load_prompts(save({"id": "a", "text": "One", "risk": "high"}))
-    assert "columns: id, text, risk" in str(caught.value)
+def test_a_missing_text_column_says_what_there_is(save) -> None:
+    with pytest.raises(UserError, match="no text column") as caught:
+        load_prompts(save({"id": "a", "words": "One", "risk": "high"}))
+    assert "columns: id, words, risk" in str(caught.value)
     assert "fix:" in str(caught.value)
 
 
@@ -81,5 +81,5 @@ def test_given_columns_are_checked(save, columns: dict, message: str) -> None:
 
 
 def test_no_rows_is_an_error(save) -> None:
-    with pytest.raises(UserError, match="No prompts in the file"):
+    with pytest.raises(UserError, match="there are no prompts"):
         load_prompts(save())

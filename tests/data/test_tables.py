@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taught.data.tables import read_rows, table_sha256, write_jsonl
+from taught.data.tables import open_table, read_rows, table_sha256, write_jsonl
 from taught.errors import UserError
 
 ROWS = [{"id": "a", "text": "one, “two”\nthree"}, {"id": "b", "text": "vier"}]
@@ -58,13 +59,13 @@ def test_a_dataset_dict_names_its_splits(tmp_path: Path) -> None:
         read_rows(tmp_path)
 
 
-json_values = st.none() | st.booleans() | st.integers() | st.text()
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+json_values = st.none() | st.booleans() | st.integers() | texts
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.dictionaries(st.text(), json_values | st.lists(json_values), min_size=1)))
+@given(rows=st.lists(st.dictionaries(texts, json_values | st.lists(json_values), min_size=1)))
 def test_jsonl_round_trip_of_any_text(tmp_path: Path, rows: list[dict]) -> None:
-    # Surrogates alone are not UTF-8; hypothesis leaves them out of st.text().
     write_jsonl(tmp_path / "any.jsonl", rows)
     assert read_rows(tmp_path / "any.jsonl") == rows
 
@@ -124,3 +125,106 @@ def test_the_digest_sees_contents_and_names(tmp_path: Path) -> None:
     assert table_sha256(folder) != first
     (folder / "b").write_text("2")
     assert table_sha256(folder / "b") != table_sha256(folder)
+
+
+# What is no text, and what is no table
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"x": "fine"}\n{"x": ["\\ud83d"]}\n'),
+        ("a.jsonl", b'{"x": "fine"}\n{"\\udc00": 1}\n'),
+        ("a.jsonl", b'{"x": "fine"}\n{"x": {"y": "a\\u0000b"}}\n'),
+        ("a.json", b'[{"x": "fine"}, {"x": "\\ud83d!"}]'),
+        ("a.csv", b"x,y\n1,2\n3,a\0b\n"),
+    ],
+)
+def test_half_characters_and_nul_bytes_are_named_with_the_row(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}, row 2: a text holds a NUL byte or half of a character"):
+        read_rows(tmp_path / name)
+
+
+def test_a_nul_byte_in_parquet_is_named_with_the_row(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([*ROWS, {"id": "c", "text": "\0"}]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet, row 3: a text holds"):
+        read_rows(tmp_path / "a.parquet")
+
+
+def test_both_halves_of_a_character_are_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"x": "\\ud83d\\ude00"}')
+    assert read_rows(tmp_path / "a.jsonl") == [{"x": "😀"}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"x": ' * 100_000, '{"x": ' + "9" * 5000 + "}"])
+def test_json_beyond_all_limits_is_a_user_error(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}, line 1: not JSON"):
+        read_rows(tmp_path / name)
+
+
+def test_a_row_may_be_nested_as_deeply_as_json_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"x": ' + "[" * 900 + "]" * 900 + "}")
+    assert len(read_rows(tmp_path / "a.jsonl")) == 1
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y,x\n1,2,3\n")
+    with pytest.raises(UserError, match="two columns have one name") as caught:
+        read_rows(tmp_path / "a.csv")
+    assert caught.value.value == "x"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"train": [], "test": []}, "no rows can be read(.|\n)*dict of train, test(.|\n)*one split"),
+        (7, "no rows can be read(.|\n)*int"),
+        ([{"x": 1}, "prompt"], "the data, row 2: not a mapping(.|\n)*to_dict"),
+        ([{"x": "\ud800"}], "the data, row 1: a text holds"),
+    ],
+)
+def test_what_is_no_table_in_memory_is_refused(source, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_table(source)
+
+
+class Hub:
+    """The library ``datasets`` as far as it is asked."""
+
+    def __init__(self, found: object) -> None:
+        self.found, self.asked = found, None
+
+    def load_dataset(self, name: str, split: str | None) -> object:
+        self.asked = (name, split)
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("source", "found", "asked"),
+    [("hf:o/n:train[:10]", ROWS, ("o/n", "train[:10]")), ("hf:o/n", {"train": ROWS}, ("o/n", None))],
+)
+def test_a_data_set_of_the_hub_is_read_when_it_is_asked_for(monkeypatch, source: str, found, asked) -> None:
+    hub = Hub(found)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    table = open_table(source)
+    assert (table.rows, table.name, table.path, hub.asked) == (ROWS, source, None, asked)
+    assert table.sha256 == open_table(ROWS).sha256
+
+
+@pytest.mark.parametrize(
+    ("hub", "message"),
+    [
+        (None, r"needs the library datasets(.|\n)*pip install 'taught\[datasets\]'"),
+        (Hub({"train": ROWS, "test": ROWS}), "several splits(.|\n)*train, test(.|\n)*hf:o/n:train"),
+        (Hub(ConnectionError("no network")), "cannot load the data set o/n .ConnectionError: no network"),
+    ],
+)
+def test_a_data_set_that_cannot_be_had_says_why(monkeypatch, hub, message: str) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    with pytest.raises(UserError, match=message):
+        open_table("hf:o/n")

@@ -4,67 +4,55 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from reference import GROUPS, LR, close, differences, forward_mode, model_of, naive_X, policy_of
+from reference import GROUPS, LR, close, differences, forward_mode, model_of, naive_X, policy_of, readings_of
+from taught.core.estimator import Work
 from taught.core.example import batch_indices
-from taught.core.target import coefficient_targets, combine_raw_x, mean_y_target, raw_x_targets, score_targets
+from taught.core.target import TargetSet
 from taught.errors import UserError
-from taught.estimators.adjoint import feature_effects, target_effects
-from taught.estimators.every_prompt import prompt_effects
+from taught.estimators.adjoint import Adjoint, feature_effects, target_effects
 from taught.estimators.forward import tangents
 from taught.features.pooling import POSITIONS
 from taught.model.forward import find_blocks
-from taught.policy.ridge import Policy, coefficient_shift, pathway_sums, score
+from taught.policy.ridge import coefficient_shift, score
 from tiny_models import ENCODERS, MODELS, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
 
-
-def stacked(targets, policy: Policy):
-    zero_a, zero_b = np.zeros(policy.X.shape), np.zeros(policy.n)
-    A = np.stack([zero_a if t.A is None else t.A for t in targets])
-    B = np.stack([zero_b if t.B is None else t.B for t in targets])
-    return torch.from_numpy(A), torch.from_numpy(B)
-
-
-def questions(policy: Policy):
-    groups = [mean_y_target(policy.prompt_ids, GROUPS, g) for g in ("a", "b")]
-    return [*score_targets(policy), *coefficient_targets(policy, 3), *groups]
+ASKED = ["score:x", "score:y", "coefficient:3:x", "coefficient:3:y", "behavior:a", "behavior:b"]
 
 
 def check(name: str, kind: str, position: str, intercept: bool, reference, **options) -> None:
     """Every number the adjoint gives for every example against one reference route."""
     policy = policy_of(name, kind, position, intercept)
+    readings = readings_of(policy)
     problem = tiny_problem(model_of(name), kind, position, lr=LR, **options)
     examples = tiny_examples()
-    effects, _ = target_effects(problem, examples, *stacked(questions(policy), policy))
-    F = feature_effects(problem, examples, [t.A for t in raw_x_targets(policy)], torch.tensor(policy.X))
-    dy = prompt_effects(problem, examples)
-    shift = pathway_sums(policy, combine_raw_x(policy, F.numpy()), dy.numpy() @ policy.Xc)
+    few = TargetSet.of(ASKED, readings)
+    every = TargetSet.of([*ASKED, "coefficient:*", "prompt:*"], readings)
+    by_queries = Adjoint().estimate(problem, examples, few, Work())
+    from_basis = Adjoint().estimate(problem, examples, every, Work())
+    dy = from_basis.details["dy"]
     for number in range(len(examples)):
         (h, _), (dh, dy_ref) = reference(name, number)
         dX_ref = naive_X(h, kind, position, dh).numpy()
         exact = coefficient_shift(policy, dX_ref, dy_ref.numpy())
         close(dy[number], dy_ref)
-        close(shift.x[number], exact.x)
-        close(shift.y[number], exact.y)
-        expected = [t.inner(dX_ref, dy_ref.numpy()) for t in questions(policy)]
-        for ours, other in zip(effects[number].tolist(), expected, strict=True):
-            close(ours, other)
-        close(effects[number, 0] + effects[number, 1], score(policy, exact.total))
-        column = policy.column(3)
-        close(effects[number, 2:4], [exact.x[column], exact.y[column]])
+        ids = policy.feature_ids.tolist()
+        for suffix, shift in ((":x", exact.x), (":y", exact.y), ("", exact.total)):
+            close([from_basis[f"coefficient:{k}{suffix}"][number] for k in ids], shift)
+        close(by_queries.values[number], few.changes(dX_ref, dy_ref.numpy()))
+        close(by_queries.values[number, :2].sum(), score(policy, exact.total))
     # The same question asked in two ways gives one answer.
-    close(score(policy, shift.total), effects[:, :2].sum(1))
-    for column, group in ((4, "a"), (5, "b")):
+    close(from_basis.select(ASKED).values, by_queries.values)
+    for group in ("a", "b"):
         inside = [i for i, g in enumerate(GROUPS) if g == group]
-        close(dy[:, inside].mean(1), effects[:, column])
+        close(dy[:, inside].mean(1), by_queries[f"behavior:{group}"])
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.parametrize("position", POSITIONS)
-def test_invariant_2_adjoint_is_the_forward_mode_derivative(kind: str, position: str) -> None:
+def test_adjoint_is_the_forward_mode_derivative(kind: str, position: str) -> None:
     check("tied", kind, position, POSITIONS.index(position) % 2 == 0, forward_mode)
 
 
@@ -76,19 +64,19 @@ def test_both_intercept_settings_agree_with_forward_mode(kind: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("intercept", [False, True])
-def test_invariant_2_adjoint_is_the_forward_mode_derivative_in_every_model(name: str, intercept: bool) -> None:
+def test_adjoint_is_the_forward_mode_derivative_in_every_model(name: str, intercept: bool) -> None:
     check(name, "jumprelu", "max_user", intercept, forward_mode)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_invariant_2_adjoint_is_the_central_difference(name: str) -> None:
+def test_adjoint_is_the_central_difference(name: str) -> None:
     check(name, "standard", "last_user", True, differences)
     check(name, "relu", "mean_user", False, differences, memory_gb=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_invariant_2_forward_mode_gives_every_feature_on_every_prompt(name: str, kind: str) -> None:
+def test_forward_mode_gives_every_feature_on_every_prompt(name: str, kind: str) -> None:
     position = POSITIONS[ENCODERS.index(kind)]
     problem = tiny_problem(model_of(name), kind, position, lr=LR)
     for number, found in enumerate(tangents(problem, tiny_examples())):
@@ -99,7 +87,7 @@ def test_invariant_2_forward_mode_gives_every_feature_on_every_prompt(name: str,
         close(found.loss, plain_loss(model_of(name), tiny_examples()[number]).detach())
 
 
-def test_invariant_4_forward_mode_leaves_the_model_as_it_was() -> None:
+def test_forward_mode_leaves_the_model_as_it_was() -> None:
     model = tiny_model("tied")
     before = snapshot(model)
     list(tangents(tiny_problem(model), tiny_examples()))
@@ -174,7 +162,7 @@ def test_what_is_above_the_block_is_gone_through_once(name: str, room: float, mo
     X = torch.ones(n, d)
     wanted, _ = target_effects(problem, tiny_examples(), torch.stack(A), torch.zeros(5, n).double())
     monkeypatch.setattr(adjoint, "_ABOVE", room)
-    monkeypatch.setattr(adjoint, "targets_per_chunk", lambda *_: 2)  # three chunks
+    monkeypatch.setattr(adjoint, "x_queries_at_once", lambda *_: 2)  # three chunks
     blocks = find_blocks(model)
     calls: list[int] = []
     blocks[-1].register_forward_hook(lambda *_: calls.append(1))

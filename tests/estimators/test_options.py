@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from taught import stages
 from taught.errors import UserError
 from taught.run.folder import RunFolder
-from taught.study.schema import load_study
+from taught.study.load import load_study
 from tiny_study import write_tiny_study
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from taught.estimators.concepts import concept_effects
 
+from taught.core.example import Example
 from taught.core.target import concept_targets
 from taught.curvatures.adam import with_adam
 from taught.estimators.adjoint import target_effects
-from taught.estimators.concepts import concept_effects
 from taught.estimators.token_shares import token_effects
 from taught.features.concept import Concept, concept_map
 from tiny_models import (
@@ -48,7 +49,7 @@ def test_shares_add_up_to_the_example_s_effect(name: str, options) -> None:
     effects, _ = target_effects(problem, tiny_examples(), A, B)
     shares = token_effects(problem, tiny_examples(), A, B)
     for example, ours, whole in zip(tiny_examples(), shares, effects, strict=True):
-        assert ours.shape == (example.n_response, 3)
+        assert ours.shape == (example.n_scored, 3)
         close(ours.sum(0), whole, 1e-10)
 
 
@@ -68,7 +69,7 @@ def test_a_share_is_the_effect_of_its_own_term_of_the_loss(name: str) -> None:
     for example, ours in zip(tiny_examples(), shares, strict=True):
         expected = []
         for t in range(example.start, len(example.ids)):
-            term = -plain_read(model, example.ids)[1][t - 1, example.ids[t]] / example.n_response
+            term = -plain_read(model, example.ids)[1][t - 1, example.ids[t]] / example.n_scored
             gradient = plain_gradient(model, term)
             expected.append(-1e-3 * sum((gradient[n] * query[n]).sum() for n in query))
         close(ours[:, 0], torch.stack(expected).detach(), 1e-8)
@@ -85,3 +86,26 @@ def test_shares_of_concepts_in_adam_s_metric_add_up_too() -> None:
     whole = concept_effects(problem, tiny_examples(), targets)
     shares = token_effects(problem, tiny_examples(), A, None)
     close(torch.stack([share.sum(0) for share in shares]), whole, 1e-10)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shares_of_a_linked_example_have_the_slope_of_its_link(name: str) -> None:
+    problem = tiny_problem(tiny_model(name))
+    pair = tiny_examples()[0]
+    answers = (pair.ids, (*pair.ids[: pair.start], 15, 9, 3))
+    weights = tuple(
+        tuple(sign * (t >= pair.start) for t in range(len(a))) for a, sign in zip(answers, (1, -2), strict=True)
+    )
+    linked = Example("linked", answers, weights, lambda sums: -torch.nn.functional.logsigmoid(-0.4 * sums))
+    examples = [linked, *tiny_examples()]
+    A, B = cotangents(problem)
+    effects, _ = target_effects(problem, examples, A, B)
+    shares = token_effects(problem, examples, A, B)
+    assert shares[0].shape == (len(answers[0]) + len(answers[1]) - 2 * pair.start, 3)
+    for ours, whole in zip(shares, effects, strict=True):
+        close(ours.sum(0), whole, 1e-10)
+    # Tokens of the first answer go one way, those of the second the other way.
+    first = tiny_problem(tiny_model(name))
+    alone = token_effects(first, [Example("alone", answers[:1], weights[:1])], A, B)[0]
+    ratio = shares[0][: len(alone)] / alone
+    close(ratio, ratio[0, 0].expand_as(ratio), 1e-9)

@@ -28,7 +28,8 @@ from taught.features.pooling import pool
 from taught.model.readout import read_residuals
 from taught.stages import ConceptRequest
 from taught.stages.subject import open_subject, study_prompts
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_models import ENCODERS, MODELS, PROMPT_IDS, WIDTH, plain_read, tiny_model, tiny_prompts, tiny_sae
 from tiny_study import BLOCK, TOPICS, write_tiny_study
 from tiny_study import WIDTH as STUDY_WIDTH
@@ -79,7 +80,7 @@ def groups(shift: float):
 @pytest.mark.parametrize("method", ["difference", "logistic", "ridge"])
 def test_a_direction_that_is_no_better_than_chance_is_refused_unless_forced(method: str):
     X, positive = groups(0.0)
-    with pytest.raises(UserError, match=r"no better than chance(.|\n)*--force"):
+    with pytest.raises(UserError, match=r"no better than chance(.|\n)*force to true"):
         fitted_direction(X, positive, method)
     v, card = fitted_direction(X, positive, method, force=True)
     assert v.shape == (WIDTH,)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import roc_auc_score
 
 from taught.errors import UserError
-from taught.features.probe import METHODS, auc, fit_direction, held_out, sweep
+from taught.features.probe import METHODS, fit_direction, held_out, sweep
 
 
 def rows(n: int = 60, d: int = 7, shift: float = 1.0, seed: int = 0):
@@ -77,19 +76,6 @@ def test_difference_is_the_difference_of_means():
     X, positive = rows()
     expected = X[positive].mean(0) - X[~positive].mean(0)
     np.testing.assert_allclose(fit_direction(X, positive, "difference"), expected, rtol=1e-14)
-
-
-def test_auc_is_that_of_scikit_learn_with_ties_and_within_folds():
-    rng = np.random.default_rng(0)
-    score, positive = rng.integers(0, 5, 40) * 1.0, rng.random(40) < 0.4
-    assert auc(score, positive).value == pytest.approx(roc_auc_score(positive, score))
-    fold = np.arange(40) % 2
-    won, total = 0.0, 0
-    for i in np.flatnonzero(positive):
-        for j in np.flatnonzero(~positive & (fold == fold[i])):
-            won += (score[i] > score[j]) + 0.5 * (score[i] == score[j])
-            total += 1
-    assert auc(score, positive, fold).value == pytest.approx(won / total)
 
 
 def test_a_row_never_takes_part_in_the_direction_that_it_is_judged_by():

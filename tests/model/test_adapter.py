@@ -26,7 +26,7 @@ from taught.model.readout import read_prompts
 from taught.run.folder import RunFolder
 from taught.stages.check import check_study
 from taught.stages.subject import open_subject
-from taught.study.schema import load_study
+from taught.study.load import load_study
 from tiny_models import BLOCK, moved, plain_gradient, plain_loss, tiny_examples, tiny_model, tiny_problem
 from tiny_study import write_tiny_study
 

@@ -182,7 +182,7 @@ def test_read_outs_that_are_not_finite_name_their_prompts(read) -> None:
 
 
 def test_ids_and_offsets_follow_the_caller_s_order() -> None:
-    prompts = [ReadPrompt("b", PROMPT_IDS[3], (1, 2)), ReadPrompt("a", PROMPT_IDS[0], (4,))]
+    prompts = [ReadPrompt("b", PROMPT_IDS[3], (1, 2), PREFIXES), ReadPrompt("a", PROMPT_IDS[0], (4,), PREFIXES)]
     reads = read_prompts(tiny_model("tied"), prompts, tiny_behavior(), BLOCK)
     assert reads.prompt_ids == ("b", "a")
     assert reads.offsets.tolist() == [0, 2, 3]

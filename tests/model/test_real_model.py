@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from taught.estimators.concepts import concept_effects
 
 from taught.baselines.activations import project
 from taught.core.target import concept_targets, raw_x_targets, score_targets
 from taught.estimators.adjoint import Problem, feature_effects, target_effects
-from taught.estimators.concepts import concept_effects
 from taught.estimators.every_prompt import prompt_effects
 from taught.estimators.token_shares import token_effects
 from taught.features.concept import Concept, concept_map
@@ -28,7 +28,7 @@ from taught.policy.ridge import Policy, fit_policy
 from taught.sketches.project import Projection
 from taught.sketches.sketch import example_sketches, prompt_sketches
 from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
-from taught.study.schema import load_study
+from taught.study.load import load_study
 
 pytestmark = [
     pytest.mark.slow,  # loads the real model, two minutes on two cores
@@ -43,7 +43,7 @@ def setting() -> tuple[Problem, list[Any]]:
     subject, prompts = open_subject(study), study_prompts(study)
     examples, _ = study_examples(study, prompts)
     encoded, _ = subject.chat.encode_examples(examples, study.examples.max_tokens)
-    reads = prompt_inputs(subject.chat.encode_prompts(prompts), study.readout.position)
+    reads = prompt_inputs(subject.encode(prompts), study.readout.position)
     every = subject.features(range(subject.sae.n_features), study)
     read = read_prompts(subject.loaded.model, reads, subject.behavior, subject.sae.block)
     with torch.no_grad():

@@ -181,7 +181,7 @@ def test_gradient_methods_are_what_a_step_does(tiny, experiments, tmp_path):
     np.testing.assert_allclose(found["smda-score"], score, rtol=0.05, atol=1e-5)
 
     harmless = [prompt for prompt in bench.prompts if prompt.group == "harmless"]
-    encoded = bench.subject.chat.encode_prompts(harmless)
+    encoded = bench.subject.encode(harmless)
     places = {"gradient-concept": (prompt_inputs(encoded, "last_prompt"), "last_prompt")}
     v = bench.concepts["difference"].direction
 

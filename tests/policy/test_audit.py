@@ -7,8 +7,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 from taught.errors import UserError
-from taught.policy.audit import _gaps_and_t, audit_categories, benjamini_hochberg
+from taught.policy.audit import _gaps_and_t, audit_categories
 from taught.policy.ridge import fit_policy
+from taught.stats.multiplicity import benjamini_hochberg
 
 HARMFUL = ["weapons", "fraud", "religion", "drugs"]
 HARMLESS = ["cooking", "travel", "killing a process"]

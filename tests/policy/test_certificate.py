@@ -10,8 +10,8 @@ from numpy.testing import assert_allclose
 
 from taught.errors import UserError
 from taught.policy.certificate import SIZES, Ranking, RemainderBound, rank_statements, resampled_means, resampled_scores
-from taught.policy.evaluate import resamples
 from taught.policy.ridge import coefficient_shift, exact_shift, fit_policy, score
+from taught.stats.intervals import resamples
 
 both = pytest.mark.parametrize("fit_intercept", [False, True])
 

@@ -12,15 +12,15 @@ import pytest
 
 from planted_policy import made, planted
 from taught.policy.checks import RULES, checks, measures
-from taught.policy.evaluate import Estimate
+from taught.stats.intervals import Interval
 
 CODES = [rule.code for rule in RULES]
 DOCS = Path(__file__).parents[2] / "docs" / "checks.md"
 NAN = float("nan")
 
 
-def at(value: float, lo: float = NAN, hi: float = NAN) -> Estimate:
-    return Estimate(value, lo, hi)
+def at(value: float, lo: float = NAN, hi: float = NAN) -> Interval:
+    return Interval(value, lo, hi)
 
 
 # For each code: values with the status that its threshold asks for.

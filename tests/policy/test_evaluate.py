@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from taught.errors import UserError
-from taught.policy.evaluate import bootstrap_coefficients, class_threshold, evaluate_policy, spearman, stratified_folds
+from taught.policy.evaluate import bootstrap_coefficients, class_threshold, evaluate_policy, stratified_folds
 from taught.policy.ridge import fit_policy
+from taught.stats.ranks import spearman
 
 OPTIONS = dict(alpha=1.0, fit_intercept=True, folds=4, seed=0, bootstrap=60, positive="harmful", negative="harmless")
 

@@ -135,11 +135,11 @@ def test_lengths_with_the_presets_own_tokenizer() -> None:
     folder = Path(next(iter(spec.submodule_search_locations or ())))
     gguf = next(folder.glob("*.gguf")).name
     chat = ChatFormat(AutoTokenizer.from_pretrained(folder, gguf_file=gguf))
-    prompts = chat.encode_prompts(PROMPTS)
+    prompts = [chat.encode_prompt(prompt.content, prompt.id) for prompt in PROMPTS]
     assert max(p.user_span[1] - p.user_span[0] for p in prompts) <= 60
     encoded, dropped = chat.encode_examples(ExampleSet((*PAIRS, *PLANTED), {}, ""), 128)
     assert dropped == []
-    assert all(5 <= example.n_response <= 61 for example in encoded)
+    assert all(5 <= example.n_scored <= 61 for example in encoded)
 
 
 @pytest.mark.slow  # reads eight source packages and the GGUF tokenizer

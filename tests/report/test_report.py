@@ -192,7 +192,7 @@ def test_page_opens_without_the_stages_after_policy(tmp_path: Path):
     assert [a["id"] for a in page.all("section")] == IDS
     assert page.text.count("taught run STUDY --to attribute makes it") == 4
     assert page.text.count("taught curate RUN makes it") == 1
-    assert "taught run STUDY --to clusters makes it, with clusters: in the study" in page.text
+    assert "taught run STUDY --to clusters --set clusters=true makes it" in page.text
     assert "--to policy" not in page.text
     assert page.data == {"examples": []}
     assert "chemical_biological" in page.text
@@ -200,7 +200,7 @@ def test_page_opens_without_the_stages_after_policy(tmp_path: Path):
 
 def test_page_opens_for_a_run_with_nothing_in_it(tmp_path: Path):
     run = RunFolder(tmp_path / "run")
-    with run.stage("policy", synthetic_study(tmp_path / "run")):
+    with run.stage("readings", synthetic_study(tmp_path / "run")):
         pass
     assert "taught run STUDY --to policy makes it" in Page(build_report(run).read_text("utf-8")).text
 
@@ -329,7 +329,7 @@ def test_examples_without_a_score_are_counted_and_left_out(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def without_sae(tmp_path_factory) -> Path:
-    stages = ("policy", "attribute", "curate")
+    stages = ("attribute", "curate")
     return build_synthetic_run(tmp_path_factory.mktemp("plain") / "run", sae=False, stages=stages)
 
 

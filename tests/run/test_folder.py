@@ -739,7 +739,7 @@ SLOW_STAGE = """
     import os, sys, time
     import numpy as np
     from taught.run.folder import RunFolder
-    from taught.study.schema import load_study
+    from taught.study.load import load_study
     run = RunFolder(sys.argv[1])
     with run.stage("policy", load_study(sys.argv[2])) as stage:
         for i in range(4):
@@ -762,7 +762,7 @@ SLOW_STAGE = """
 
 @pytest.fixture
 def slow_stage(python, study, tmp_path):
-    from taught.study.schema import dump_study
+    from taught.study.load import dump_study
 
     (tmp_path / "study.yaml").write_text(dump_study(study))
 
@@ -796,7 +796,7 @@ def test_killed_before_anything_was_written_the_folder_is_still_ours(tmp_path, s
 
 
 def test_one_command_at_a_time_and_a_dead_one_does_not_count(folder, study, tmp_path):
-    from taught.study.schema import dump_study
+    from taught.study.load import dump_study
 
     (tmp_path / "study.yaml").write_text(dump_study(study))
     args = [sys.executable, "-c", textwrap.dedent(SLOW_STAGE), folder, tmp_path / "study.yaml"]

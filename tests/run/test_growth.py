@@ -17,7 +17,7 @@ from taught.analysis.interference import interference
 from taught.core.example import batch_examples, sft
 from taught.data.chat import ChatFormat, EncodedExample
 from taught.data.columns import repeated
-from taught.data.examples import ExampleSet, Pair
+from taught.data.examples import ExampleSet, Record
 from taught.data.overlap import drop_overlap
 from taught.data.prompts import Prompt, PromptSet
 from taught.data.subset import spread
@@ -42,16 +42,16 @@ class Id(str):
 
 
 def example_set(n: int) -> ExampleSet:
-    examples = [Pair(Id(f"z{i}"), f"Question {i % 7}", "Yes.", LABELS[i % 2]) for i in range(n)]
+    examples = [Record(Id(f"z{i}"), f"Question {i % 7}", "Yes.", LABELS[i % 2]) for i in range(n)]
     return ExampleSet(tuple(examples), {}, "")
 
 
 class _AllTruncated(ChatFormat):
     def __init__(self) -> None:
-        pass
+        self.context = None
 
-    def encode_example(self, example: Pair, max_tokens: int = 512) -> EncodedExample:
-        return EncodedExample(example.id, (1, 2), 1, 1, truncated=True)
+    def encode_example(self, example: Record, max_tokens: int = 512) -> EncodedExample:
+        return EncodedExample(example.id, (1, 2), (1,), truncated=True)
 
 
 def _overlap(examples: ExampleSet) -> object:
@@ -109,7 +109,7 @@ def _calls(folder: Path, n: int) -> dict[str, int]:
     """Python and C functions that each stage calls on n examples."""
     from taught import stages
     from taught.run.folder import RunFolder
-    from taught.study.schema import load_study
+    from taught.study.load import load_study
 
     folder = folder / str(n)
     folder.mkdir()

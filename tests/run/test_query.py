@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from taught.report.view import load_view
 
 from synthetic_run import LABELS, Size, build_synthetic_run
 from taught.cli.app import run_command
 from taught.errors import UserError
-from taught.report.view import load_view
 from taught.run import query
 from taught.run.folder import _WRITTEN_BY
 

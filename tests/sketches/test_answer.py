@@ -15,7 +15,7 @@ from taught.cli.app import run_command
 from taught.curvatures.autocorrelation import Autocorrelation, choose_damping
 from taught.errors import UserError
 from taught.run.folder import RunFolder
-from taught.study.schema import load_study
+from taught.study.load import load_study
 from tiny_study import write_tiny_study
 
 

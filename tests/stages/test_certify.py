@@ -10,7 +10,7 @@ import pytest
 from taught import stages
 from taught.policy.ridge import coefficient_shift, exact_shift, fit_policy
 from taught.run.folder import RunFolder
-from taught.study.schema import load_study
+from taught.study.load import load_study
 from tiny_study import write_tiny_study
 
 

@@ -14,7 +14,8 @@ from taught.run.folder import RunFolder
 from taught.stages import check as check_module
 from taught.stages.check import CheckReport, check_study
 from taught.stages.subject import study_examples, study_prompts
-from taught.study.schema import Study, ValidationSpec, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study, ValidationSpec
 from tiny_study import write_tiny_study
 
 OVERLAP = {"id": "same", "label": "x", "prompt": "tell me about locks ", "response": "They lock."}
@@ -296,7 +297,7 @@ def test_what_the_estimator_refuses_is_a_problem(tiny, monkeypatch):
 
 @pytest.mark.parametrize(("rows", "code"), [((), 0), ((OVERLAP,), 2)])
 def test_the_exit_code_is_0_without_problems_and_2_with_some(taught, with_examples, tmp_path, rows, code):
-    from taught.study.schema import dump_study
+    from taught.study.load import dump_study
 
     (tmp_path / "study.yaml").write_text(dump_study(with_examples(*rows)))
     done = taught("check", "study.yaml")

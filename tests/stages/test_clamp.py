@@ -17,12 +17,13 @@ from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
 from taught.model.forward import edited_output, get_block
 from taught.model.readout import pack, pack_apart, read_packed, read_prompts_plain
-from taught.policy.dose import agreement, control_p, response, share_of, slope
+from taught.policy.dose import agreement, control_p, response, slope
 from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.clamp import CONTROL_SCALE, SCALES
 from taught.stages.subject import open_subject, prompt_inputs, study_prompts
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_models import (
     BLOCK,
     ENCODERS,
@@ -223,14 +224,6 @@ def test_few_prompts_have_a_slope_and_no_interval() -> None:
     assert found.means[0].to_dict() == {"value": 1.0, "lo": None, "hi": None}
 
 
-@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 40), (27, 40), (40, 40), (700, 1200)])
-def test_share_has_the_exact_binomial_interval(k: int, n: int) -> None:
-    scipy = pytest.importorskip("scipy.stats")
-    theirs = scipy.binomtest(k, n).proportion_ci(0.95, "exact")
-    found = share_of(k, n)
-    assert_allclose(found, (k / n, theirs.low, theirs.high), atol=1e-9)
-
-
 def test_p_of_controls_is_that_of_loops() -> None:
     rng = np.random.default_rng(3)
     own, controls = rng.normal(size=7), rng.normal(size=(7, 4)) * rng.gamma(2, 1, (7, 1))
@@ -310,7 +303,7 @@ def test_the_table_is_that_of_edits_in_plain_passes(study: Study, run: RunFolder
     subject, rows = open_subject(study), rows_of(run)
     model, block = subject.loaded.model, subject.sae.block
     arrays, ids = run.read_tensors("activations")
-    encoded = subject.chat.encode_prompts(study_prompts(study))
+    encoded = subject.encode(study_prompts(study))
     inputs = {p.id: p for p in prompt_inputs(encoded, study.readout.position)}
 
     def y(prompt, edit) -> float:

@@ -11,23 +11,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from taught.report.compared import compared_tables, design_tables
+from taught.stages.estimating import prepare, read_data
 
 from taught import stages
 from taught.cli.app import run_command
 from taught.errors import UserError
 from taught.estimators.adjoint import targets_at_once
 from taught.progress import SilentProgress
-from taught.report.sections.validation import CEILING, lds_blocks
-from taught.report.show import show_run
 from taught.run.files import sha256_file
 from taught.run.folder import RunFolder
 from taught.run.pieces import PartialFolder
 from taught.stages import compare as comparing
-from taught.stages.estimating import prepare, read_data
 from taught.stages.subject import open_subject
 from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman
-from taught.study.schema import load_study
+from taught.study.load import load_study
 from taught.validation.comparison import is_planted, truths
 from taught.validation.score_tables import placed, read_scores
 from tiny_study import SMALL_STEPS, with_values, write_tiny_study
@@ -100,11 +99,11 @@ def test_the_lds_is_the_rank_correlation_of_sums_with_outcomes(compared):
 
 def test_in_small_steps_the_influence_predicts_and_random_numbers_do_not(compared):
     rows = lds(compared)
-    for target in ("score", "mean_y:harmful", "mean_y:harmless"):
+    for target in ("score", "behavior:harmful", "behavior:harmless"):
         assert rows["adjoint", target]["raw"] > 0.95
         assert rows["sketch", target]["raw"] > 0.9
-    row = rows["random", "mean_y:harmless"]
-    assert row["raw_lo"] < 0.5 and row["raw"] < rows["adjoint", "mean_y:harmless"]["raw"]
+    row = rows["random", "behavior:harmless"]
+    assert row["raw_lo"] < 0.5 and row["raw"] < rows["adjoint", "behavior:harmless"]["raw"]
 
 
 def test_few_targets_at_a_time_give_what_the_run_has_for_all(compared, tmp_path, monkeypatch):
@@ -132,7 +131,7 @@ def test_few_targets_at_a_time_give_what_the_run_has_for_all(compared, tmp_path,
 
 def test_planted_over_refusals_stand_out_from_the_other_harmless_examples(compared):
     rows = {(r["method"], r["target"]): r for r in compared.read_table("planted").to_pylist()}
-    found = rows["adjoint", "mean_y:harmless"]
+    found = rows["adjoint", "behavior:harmless"]
     assert (found["planted"], found["others"]) == (6, 8)
     harmless = [
         row for row in compared.read_table("summary").to_pylist() if row["label"] in ("planted", "harmless-compliance")
@@ -144,7 +143,7 @@ def test_planted_over_refusals_stand_out_from_the_other_harmless_examples(compar
                 for other in harmless
                 if other["label"] != "planted"
             )
-    random = rows["random", "mean_y:harmless"]
+    random = rows["random", "behavior:harmless"]
     assert random["lo"] < 0.5 < random["hi"]
 
 
@@ -163,7 +162,9 @@ def test_values_over_the_length_of_the_gradient_are_cosines(compared):
     """Of the adjoint on a mean y; the baseline computes norms and products by another route."""
     rows = {(row["method"], row["target"], row["subsets"]): row for row in compared.read_table("lds").to_pylist()}
     for group in ("harmful", "harmless"):
-        by_norm, cosine = (rows[method, f"mean_y:{group}", "random"] for method in ("adjoint/norm", "gradient-cosine"))
+        by_norm, cosine = (
+            rows[method, f"behavior:{group}", "random"] for method in ("adjoint/norm", "gradient-cosine")
+        )
         assert by_norm["raw"] == cosine["raw"] and by_norm["controlled"] == cosine["controlled"]
     scores = {
         (row["method"], row["target"], row["example_id"]): row["value"]
@@ -179,7 +180,8 @@ def test_tables_for_the_terminal_show_every_method(compared):
     from rich.console import Console
 
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(show_run(compared, "validation"))
+    for table in compared_tables(compared):
+        console.print(table)
     text = console.export_text()
     for method in ("adjoint", *ALL, "response-length"):
         assert method in text
@@ -258,9 +260,9 @@ def test_repeats_train_the_same_subsets_with_other_seeds(compared):
     assert len(ceilings) == 3 + 6  # the score, two groups, six coefficients
     stages.report(run)
     assert ">noise ceiling<" in run.path("report.html").read_text()
-    _, table, *_ = lds_blocks(run.read_table("lds").to_pylist(), list(ceilings.values()))
-    name, raw, controlled = table.rows[-1]
-    assert table.caption.startswith("S,") and name == CEILING and raw.value == row["ceiling"] and controlled is None
+    (table,) = design_tables(run.read_table("lds").to_pylist(), list(ceilings.values()))
+    name, cells = table.rows[-1]
+    assert name == "noise ceiling" and cells[table.targets.index("score")].raw == row["ceiling"]
 
 
 def test_outcomes_without_repeats_are_read_as_one(compared):
@@ -332,7 +334,7 @@ def test_tables_that_do_not_fit_are_refused_by_name(tmp_path, rows, what):
     file = tmp_path / "scores.csv"
     file.write_text(rows)
     with pytest.raises(UserError, match=what):
-        placed(read_scores(file), IDS, ["score", "mean_y:harmless"], {"loss"})
+        placed(read_scores(file), IDS, ["score", "behavior:harmless"], {"loss"})
 
 
 # --- the benchmark --------------------------------------------------------------------------------

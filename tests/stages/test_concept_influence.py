@@ -16,23 +16,24 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from taught.estimators.concepts import concept_effects
+from taught.stages.concept_influence import METHODS
 
 from taught import stages
 from taught.baselines.activations import project, response_reads
 from taught.core.target import concept_targets
 from taught.curvatures.adam import with_adam
 from taught.errors import UserError
-from taught.estimators.concepts import concept_effects
 from taught.features.concept import Concept, concept_map, load_concept, save_concept
 from taught.model.generate import greedy
 from taught.run.folder import RunFolder
 from taught.sketches.project import Projection
 from taught.sketches.sketch import prompt_sketches
 from taught.stages import ConceptQuestion, ConceptRequest, estimating
-from taught.stages.concept_influence import METHODS
 from taught.stages.subject import open_subject, study_examples, study_prompts
 from taught.stats.ranks import spearman
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_models import (
     BLOCK,
     MODELS,

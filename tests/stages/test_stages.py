@@ -16,7 +16,8 @@ from taught import stages
 from taught.cli.app import run_command
 from taught.errors import UserError
 from taught.run.folder import RunFolder
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_study import write_tiny_study
 
 
@@ -69,7 +70,7 @@ def attributed(folder: Path, name: str, **changes: Any) -> RunFolder:
 
 
 def test_without_coefficients_score_and_group_means_are_the_same(copy: Path) -> None:
-    run = attributed(copy, "few", attribution__coefficients=False)
+    run = attributed(copy, "few", attribution__targets=["score", "behavior:*"])
     full, few = summary(RunFolder.open(copy / "run")), summary(run)
     largest = max(abs(row["score"]) for row in full.values())
     for example_id, row in full.items():
@@ -91,7 +92,7 @@ def test_finite_step_and_adjoint_write_the_same_tables(copy: Path) -> None:
 
 
 def test_forward_mode_writes_the_same_tables_and_every_feature_on_every_prompt(copy: Path) -> None:
-    run = attributed(copy, "jvp", attribution__estimator="jvp")
+    run = attributed(copy, "jvp", attribution__estimator="forward")
     forward, adjoint_ = summary(run), summary(RunFolder.open(copy / "run"))
     largest = max(abs(row["score"]) for row in adjoint_.values())
     for example_id, row in forward.items():
@@ -207,7 +208,7 @@ def test_a_limit_leaves_examples_unscored_by_name(copy: Path) -> None:
 
 def test_curation_by_a_groups_mean_names_its_target(copy: Path) -> None:
     run = RunFolder.open(copy / "run")
-    stages.curate(run, rule="top-k", k=3, target="mean_y:harmless")
+    stages.curate(run, rule="top-k", k=3, target="behavior:harmless")
     decisions = run.read_table("curation").to_pylist()
     assert {d["target"] for d in decisions} == {"mean_y:harmless"}
     value = {i: row["mean_y_harmless"] for i, row in summary(run).items()}
@@ -216,10 +217,10 @@ def test_curation_by_a_groups_mean_names_its_target(copy: Path) -> None:
     assert all(d["score"] == value[d["example_id"]] for d in decisions)
     stages.report(run)
     assert "mean_y:harmless" in run.read_text("report.html")
-    with pytest.raises(UserError, match=r"not a target of this run\n  value: mean_y:nobody"):
-        stages.curate(run, rule="top-k", k=3, target="mean_y:nobody")
+    with pytest.raises(UserError, match=r"not a target of this run\n  value: behavior:nobody"):
+        stages.curate(run, rule="top-k", k=3, target="behavior:nobody")
     with pytest.raises(UserError, match="with --rule paper: score"):
-        stages.curate(run, rule="paper", target="mean_y:harmless")
+        stages.curate(run, rule="paper", target="behavior:harmless")
 
 
 @pytest.mark.parametrize(("protect", "column"), [("score", "score"), ("mean_y:harmful",) * 2])
@@ -264,7 +265,7 @@ def test_a_curation_that_protects_a_second_target(
 
 def test_a_target_that_cannot_be_protected_is_named(copy: Path) -> None:
     run = RunFolder.open(copy / "run")
-    for wrong in ("mean_y:nobody", "loss"):
+    for wrong in ("behavior:nobody", "loss"):
         with pytest.raises(UserError, match=f"not a target of this run\n  value: {wrong}"):
             stages.curate(run, rule="top-k", k=1, protect=wrong)
     with pytest.raises(UserError, match="cannot be protected"):
@@ -283,7 +284,7 @@ def test_a_study_names_the_curation_and_flags_go_first(copy: Path) -> None:
     stages.curate(run)
     record = run.read_json("curation")
     assert [record[key] for key in ("rule", "k", "target", "protect")] == ["keep-k", 3, "mean_y:harmful", "score"]
-    stages.curate(run, rule="top-k", target="mean_y:harmless")
+    stages.curate(run, rule="top-k", target="behavior:harmless")
     assert run.read_json("curation")["target"] == "mean_y:harmless"
 
 

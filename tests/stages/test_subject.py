@@ -14,7 +14,7 @@ from taught import stages
 from taught.errors import UserError
 from taught.run.folder import RunFolder
 from taught.stages.subject import open_subject
-from taught.study.schema import load_study
+from taught.study.load import load_study
 from tiny_models import tiny_sae
 from tiny_study import BLOCK, write_tiny_study
 

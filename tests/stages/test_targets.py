@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from taught.stages.concept_influence import ConceptQuestion
+from taught.stages.targets import read_targets
 
 from taught import stages
 from taught.errors import UserError
 from taught.features.concept import Concept, save_concept
 from taught.run.folder import RunFolder
-from taught.stages.concept_influence import ConceptQuestion
-from taught.stages.targets import read_targets
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from tiny_study import BLOCK, write_tiny_study
 from tiny_study import WIDTH as STUDY_WIDTH
 

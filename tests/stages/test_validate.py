@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from taught.report.compared import compared_tables, curve_sentences
 
 from taught import stages
 from taught.errors import UserError
 from taught.progress import SilentProgress
-from taught.report.sections.validation import curve_sentences
-from taught.report.show import show_run
 from taught.run.folder import RunFolder
 from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman
-from taught.study.schema import Study, load_study
+from taught.study.load import load_study
+from taught.study.schema import Study
 from taught.training.retrain import Retrainer
-from taught.validation.outcomes import TargetName
 from tiny_study import SMALL_STEPS, with_values, write_tiny_study
 
 
@@ -58,12 +57,11 @@ def validated(attributed) -> RunFolder:
     return run
 
 
-def outcomes(run: RunFolder, design: str) -> dict[TargetName, dict[str, float]]:
-    found: dict[TargetName, dict[str, float]] = {}
+def outcomes(run: RunFolder, design: str) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
     for row in run.read_table("outcomes").to_pylist():
         if row["design"] == design:
-            name = TargetName(row["target"], row["feature_id"], row["group"])
-            found.setdefault(name, {})[row["subset"]] = row["value"]
+            found.setdefault(row["target"], {})[row["subset"]] = row["value"]
     return found
 
 
@@ -77,7 +75,8 @@ def members(run: RunFolder, design: str) -> dict[str, list[str]]:
 
 def printed(run: RunFolder) -> str:
     console = Console(width=240, file=io.StringIO())
-    console.print(show_run(run, "validation"))
+    for table in compared_tables(run):
+        console.print(table)
     return console.file.getvalue()
 
 
@@ -87,11 +86,11 @@ def test_where_steps_are_small_retraining_does_what_was_predicted(validated, des
     influence, chosen = influence_of(validated), members(validated, design)
     found = outcomes(validated, design)
     assert len(chosen) == 12
-    for target in (TargetName("score"), TargetName("mean_y", group="harmful"), TargetName("mean_y", group="harmless")):
+    for target in ("score", "behavior:harmful", "behavior:harmless"):
         predicted = [np.mean([influence[target][i] for i in ids]) for ids in chosen.values()]
         true = [found[target][subset] for subset in chosen]
         assert spearman(predicted, true) >= 0.95
-    coefficients = [t for t in influence if t.target == "coefficient"]
+    coefficients = [t for t in influence if t.startswith("coefficient:")]
     agreement = [
         spearman(
             [np.mean([influence[t][i] for i in ids]) for ids in chosen.values()],
@@ -160,7 +159,7 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     )
     run = RunFolder(folder, fresh=("validate",))
     stages.validate(study, run)
-    rows = influence_of(run)[TargetName("mean_y", group="harmless")]
+    rows = influence_of(run)["behavior:harmless"]
     top = sorted(rows, key=lambda i: -rows[i])[:2]
     removal = members(run, "removal")
     assert set(rows) - set(removal["remove-2-named"]) == set(top)
@@ -172,7 +171,7 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     for row in (point, added):  # one budget: a triangle from no example to this one
         assert row["area"] == pytest.approx(row["difference"] / 2)
         assert row["area_lo"] == pytest.approx(row["lo"] / 2)
-    change = outcomes(run, "removal")[TargetName("mean_y", group="harmless")]
+    change = outcomes(run, "removal")["behavior:harmless"]
     random = np.mean([change[f"remove-2-random-{i}"] for i in range(5)])
     np.testing.assert_allclose(point["difference"], change["remove-2-named"] - random)
     curation = members(run, "curation")
@@ -207,9 +206,9 @@ def test_what_was_curated_is_trained_on_beside_random_examples(attributed, tmp_p
     assert [len(ids) for ids in random] == [len(kept)] * 5
     arms = {(r["arm"], r["metric"]): r for r in run.read_table("arms").to_pylist()}
     assert {arm for arm, _ in arms} == {"base", "all", "kept", "random"}
-    change = outcomes(run, "curated")[TargetName("mean_y", group="harmless")]
+    change = outcomes(run, "curated")["behavior:harmless"]
     gap = change["kept"] - np.mean([change[name] for name in trained if "random" in name])
-    assert arms["kept", "mean_y:negative"]["difference"] == pytest.approx(gap)
+    assert arms["kept", "behavior:negative"]["difference"] == pytest.approx(gap)
     assert "What taught curate kept" in printed(run)
     stages.report(run)
     run.verify()
@@ -231,7 +230,7 @@ def test_the_effect_of_the_named_examples_is_asked_with_random_subsets_first(att
     )
     run = RunFolder(folder, fresh=("validate",))
     stages.validate(study, run)
-    rows = influence_of(run)[TargetName("mean_y", group="harmless")]
+    rows = influence_of(run)["behavior:harmless"]
     top = set(sorted(rows, key=lambda i: -rows[i])[:2])
     random, chosen = members(run, "random"), members(run, "chosen")
     assert {name: chosen[name] for name in random} == random  # trained once, read in both designs
@@ -265,9 +264,9 @@ def test_several_budgets_have_an_area():
         }
         for n in (1, 2)
     ]
-    *each, area = curve_sentences(points, "mean_y:harmless")
+    *each, area = curve_sentences(points, "behavior:harmless")
     assert len(each) == 2 and "2 budgets" in area and "−0.3 [−0.6, −0.1]" in area
-    assert len(curve_sentences(points[:1], "mean_y:harmless")) == 1
+    assert len(curve_sentences(points[:1], "behavior:harmless")) == 1
 
 
 def test_random_subsets_need_no_influence_and_named_ones_do(attributed, tmp_path):
@@ -283,7 +282,7 @@ def test_random_subsets_need_no_influence_and_named_ones_do(attributed, tmp_path
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"validation.remove_by": "mean_y:nobody"}, "no influence"),
+        ({"validation.remove_by": "behavior:nobody"}, "no influence"),
         ({"validation.remove_by": "coefficient:3"}, "no influence"),
         ({"validation.designs": ("curation",)}, "keeps all examples or none"),
         ({"validation.designs": ("chosen",), "validation.subsets": 9}, "too few retrainings"),

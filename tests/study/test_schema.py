@@ -7,13 +7,16 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taught.core import rules
+from taught.core.registry import CURVATURES, Choice, setting
 from taught.errors import UserError
 from taught.presets import list_presets, preset_path
-from taught.study.schema import COMMENTED_TEMPLATE, Checkpoint, Study, dump_study, load_study, study_from_dict
+from taught.study.load import dump_study, load_study, study_from_dict
+from taught.study.schema import Study
+from taught.study.template import template
 
 ROOT = Path(__file__).parents[2]
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1).filter(
@@ -42,7 +45,10 @@ STUDIES = st.fixed_dictionaries(
                 "max_fvu": positive,
             },
         ),
-        "behavior": st.fixed_dictionaries({"prefixes": st.lists(words, min_size=1, max_size=5, unique=True)}),
+        "behavior": st.builds(
+            lambda prefixes: {"kind": "prefixes", "prefixes": prefixes},
+            st.lists(words, min_size=1, max_size=5, unique=True),
+        ),
         "prompts": st.fixed_dictionaries({}, optional={"limit": maybe_counts}),
         "examples": st.fixed_dictionaries({}, optional={"max_tokens": counts, "drop_overlap": st.booleans()}),
         "features": st.fixed_dictionaries(
@@ -57,16 +63,15 @@ STUDIES = st.fixed_dictionaries(
             {},
             optional={
                 "lr": positive,
-                "checkpoints": st.none()
-                | st.lists(
-                    st.builds(Checkpoint, st.just("org/model"), positive, st.none() | words),
-                    min_size=1,
-                    max_size=3,
-                    unique=True,
+                "trajectory": st.just("base")
+                | st.builds(
+                    lambda checkpoints: {"kind": "checkpoints", "checkpoints": checkpoints},
+                    st.lists(
+                        st.fixed_dictionaries({"id": st.just("org/model"), "lr": positive}), min_size=1, max_size=1
+                    ),
                 ),
-                "curvature": st.sampled_from(["identity", "adam", "ekfac"]),
-                "adam_eps": positive,
-                "damping": positive,
+                "curvature": st.sampled_from(["identity", "adam", "ekfac"])
+                | st.builds(lambda damping: {"kind": "ekfac", "damping": damping}, positive),
                 "parameters": st.none() | st.lists(words, min_size=1, max_size=3, unique=True),
             },
         ),
@@ -95,23 +100,38 @@ def test_yaml_round_trip_is_exact(content, tmp_path_factory):
     assert load_study(write(elsewhere, dump_study(study))) == study
     for section, values in content.items():
         for name, value in values.items():
-            kept = study.get(f"{section}.{name}")
-            assert kept == (tuple(value) if isinstance(value, list) else value)
+            if name not in ("kind", "curvature", "trajectory"):
+                kept = study.get(f"{section}.{name}")
+                assert kept == (tuple(value) if isinstance(value, list) else value)
+            elif name != "kind":
+                kept = study.flat()[f"attribution.{name}"]
+                assert kept == (value["kind"] if isinstance(value, dict) else value)
 
 
 def test_template_loads_back_to_the_defaults(tmp_path):
-    assert load_study(write(tmp_path, COMMENTED_TEMPLATE)) == Study().resolved(tmp_path)
+    assert load_study(write(tmp_path, template())) == Study().resolved(tmp_path)
 
 
-def test_template_names_every_key_and_nothing_else():
-    content = yaml.safe_load(COMMENTED_TEMPLATE)
-    named = {f"{s}.{k}" for s, v in content.items() if isinstance(v, dict) for k in v}
-    assert named | {"name"} == set(Study().flat())
+def test_template_names_every_key_and_every_parameter_of_a_method():
+    named = set(re.findall(r"^[ #-]*([a-z_]+):", template(), re.MULTILINE))
+    assert {key.rpartition(".")[2] for key in Study().flat()} <= named
+    assert {"kind", "prefixes", "damping", "moments", "checkpoints", "dim", "controls", "source"} <= named
 
 
-def test_the_defaults_in_the_documentation_are_the_defaults(tmp_path):
-    (block,) = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "docs" / "formats.md").read_text(), re.DOTALL)
-    assert load_study(write(tmp_path, block)) == Study().resolved(tmp_path)
+def test_a_method_from_outside_stands_in_the_template_and_in_a_study(tmp_path):
+    @CURVATURES.register("test-bent")
+    @dataclasses.dataclass(frozen=True)
+    class Bent:
+        """Bent."""
+
+        bend: float = setting(0.5, rules.number(above=0), "how much it bends")
+
+    try:
+        assert re.search(r"# kind: test-bent\n +# bend: 0.5 +# how much it bends", template())
+        study = load_study(write(tmp_path, "attribution: {curvature: {kind: test-bent, bend: 2}}"))
+        assert study.attribution.curvature.make(CURVATURES) == Bent(2.0)
+    finally:
+        del CURVATURES._found["test-bent"]
 
 
 def test_an_empty_file_is_the_default_study(tmp_path):
@@ -192,7 +212,7 @@ WRONG = [
     ("name", "a/b", "run folder"),
     ("name", '""', "text"),
     ("model.dtype", "int8", "one of float32, bfloat16, float16, float64"),
-    ("model.id", "null", "text"),
+    ("model.id", "null", "a folder or a hub id"),
     ("sae.block", "-1", "a whole number, at least 0, or null"),
     ("sae.block", "1.0", "a whole number"),
     ("sae.block", "true", "a whole number"),
@@ -203,6 +223,11 @@ WRONG = [
     ("behavior.prefixes", "[no]", "in quotes"),
     ("behavior.prefixes", "[a, a]", "without repetitions"),
     ("prompts.positive_group", "no", "in quotes"),
+    ("examples.kind", "text", "pair, document"),
+    ("attribution.targets", "[score, score]", "without repetitions"),
+    ("attribution.curvature", "3", "the name of a method"),
+    ("clamp.prompts", "1", "at least 2"),
+    ("concepts", "{name: a}", "a list"),
     ("prompts.limit", "0", "at least 1, or null"),
     ("examples.drop_overlap", "1", "true or false"),
     ("features.ids", "[3, 3]", "without repetitions"),
@@ -215,7 +240,7 @@ WRONG = [
     ("policy.folds", "1", "at least 2"),
     ("policy.intercept", "1", "true or false"),
     ("attribution.lr", "fast", "a finite number, above 0"),
-    ("attribution.estimator", "finite_step", "one of adjoint, finite-step"),
+    ("attribution.estimator", "finite_step", "one of adjoint, forward, finite-step"),
     ("curation.rule", "topk", "one of paper, top-k, keep-k"),
 ]
 
@@ -311,8 +336,8 @@ def test_replace_changes_one_value_and_nothing_else(study):
 
 
 def test_replace_refuses_what_yaml_refuses(study):
-    with pytest.raises(UserError, match="unknown key policy"):
-        study.replace("policy", {})
+    with pytest.raises(UserError, match="policy is a section"):
+        study.replace("policy", {"alpha": 1})
     with pytest.raises(UserError, match="did you mean policy.alpha"):
         study.replace("policy.alhpa", 1)
     with pytest.raises(UserError, match="policy.alpha is not valid"):
@@ -329,3 +354,117 @@ def test_paths_in_flags_are_relative_to_the_current_folder(study, tmp_path, monk
 def test_a_study_cannot_be_changed_in_place(study):
     with pytest.raises(dataclasses.FrozenInstanceError):
         study.policy.alpha = 3.0
+
+
+# Methods
+
+
+def test_a_method_is_a_name_or_a_mapping_with_its_parameters(tmp_path):
+    short = load_study(write(tmp_path, "attribution: {curvature: ekfac}"))
+    long = load_study(write(tmp_path, "attribution: {curvature: {kind: ekfac, damping: 0.1}}"))
+    assert short == long and short.attribution.curvature == Choice("ekfac")
+    own = load_study(write(tmp_path, "attribution: {curvature: {kind: ekfac, damping: 5e-2}}"))
+    assert own.attribution.curvature == Choice("ekfac", {"damping": 0.05})
+    assert own.flat()["attribution.curvature"] == "ekfac"
+    assert own.flat()["attribution.curvature.damping"] == 0.05
+    assert short.get("attribution.curvature.damping") == 0.1  # the default of the method
+
+
+def test_parameters_are_set_by_their_key_and_go_with_the_method():
+    study = Study().replace("attribution.curvature", "ekfac").replace("attribution.curvature.damping", 0.05)
+    assert study.attribution.curvature == Choice("ekfac", {"damping": 0.05})
+    assert study.replace("attribution.curvature", "adam").attribution.curvature == Choice("adam")
+    assert study.replace("attribution.curvature.kind", "identity").attribution.curvature == Choice("identity")
+    with pytest.raises(UserError, match=r"unknown key attribution\.curvature\.damping"):
+        Study().replace("attribution.curvature.damping", 0.05)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("attribution.curvature", "ekfak", "did you mean ekfac?"),
+        ("attribution.curvature", {"kind": "ekfac", "dampin": 1}, "did you mean attribution.curvature.damping?"),
+        ("attribution.curvature", {"kind": "ekfac", "damping": -1}, "attribution.curvature.damping is not valid"),
+        ("attribution.curvature", {"kind": "identity", "damping": 1}, "identity has no parameters"),
+        ("behavior", "prefix", "did you mean prefixes?"),
+        ("attribution.targets", ["scor"], "did you mean score?"),
+        ("attribution.targets", ["coefficient"], "coefficient does not name a target like this"),
+    ],
+)
+def test_a_method_or_a_target_that_is_not_there(key, value, said):
+    with pytest.raises(UserError) as caught:
+        Study().replace(key, value)
+    assert said in str(caught.value) and key in caught.value.what
+
+
+def test_targets_are_kept_as_they_print(tmp_path):
+    study = load_study(write(tmp_path, "attribution: {targets: [score, 'coefficient:*', 'behavior:a - behavior:b']}"))
+    assert study.attribution.targets == ("score", "coefficient:*", "behavior:a - behavior:b")
+
+
+def test_paths_among_parameters_and_in_lists_are_resolved(tmp_path):
+    (tmp_path / "early").mkdir()
+    text = """
+attribution:
+  trajectory: {kind: checkpoints, checkpoints: [{id: early, lr: 1e-5}, {id: org/late, lr: 1e-5}]}
+  estimator: {kind: sketch, store: sketches}
+concepts:
+  - {name: a, source: "file:v.safetensors:w"}
+  - {name: b, path: saved}
+validation: {scores: [s.csv]}
+"""
+    study = load_study(write(tmp_path, text))
+    ids = [checkpoint.id for checkpoint in study.attribution.trajectory.values["checkpoints"]]
+    assert ids == [str(tmp_path / "early"), "org/late"]
+    assert study.attribution.estimator.values["store"] == str(tmp_path / "sketches")
+    assert study.concepts[0].source == f"file:{tmp_path / 'v.safetensors'}:w"
+    assert study.concepts[1].path == str(tmp_path / "saved")
+    assert study.validation.scores == (str(tmp_path / "s.csv"),)
+    with pytest.raises(UserError, match=r"prompts\.path does not exist"):
+        study.require_files()
+
+
+# Sections that may be null, and concepts
+
+
+def test_clamp_and_clusters_are_asked_for_by_their_keys(tmp_path):
+    assert Study().clamp is None and Study().clusters is None
+    assert load_study(write(tmp_path, "clamp: {}")).clamp.prompts == 24
+    assert Study().replace("clamp", True).clamp.controls == 8
+    assert Study().replace("clusters.k", 4).clusters.k == 4
+    assert Study().replace("clusters.k", 4).replace("clusters", None).clusters is None
+
+
+@pytest.mark.parametrize(
+    ("concepts", "said"),
+    [
+        ("[{name: a}]", "either source or path"),
+        ("[{name: a, source: probe, path: x}]", "either source or path"),
+        ("[{name: a, source: guess}]", "one of difference, probe"),
+        ("[{nam: a, source: probe}]", "did you mean concepts.name?"),
+        ("[{name: a, source: probe}, {name: a, source: difference}]", "each name once"),
+    ],
+)
+def test_a_concept_that_is_wrong(tmp_path, concepts, said):
+    assert said in refused(tmp_path, f"concepts: {concepts}")
+
+
+# Keys and values of earlier studies
+
+
+@pytest.mark.parametrize(
+    ("text", "became"),
+    [
+        ("pairs: {path: a}", "it is examples now"),
+        ("sketch: {dim: 64}", "kind: sketch"),
+        ("attribution: {damping: 0.2}", "attribution.curvature.damping"),
+        ("attribution: {moments: m}", "kind: adam"),
+        ("attribution: {checkpoints: null}", "kind: checkpoints"),
+        ("attribution: {coefficients: false}", "attribution.targets"),
+        ("attribution: {estimator: jvp}", "forward"),
+        ("validation: {remove_by: 'mean_y:harmless'}", "write behavior:harmless"),
+        ("curation: {target: 'mean_y:a:b'}", "write behavior:a:b"),
+    ],
+)
+def test_what_became_of_an_old_key_is_said(tmp_path, text, became):
+    assert became in refused(tmp_path, text).split("fix:")[1]

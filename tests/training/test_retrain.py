@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from taught.stages.estimating import prepare, read_data
+from taught.study.methods import Checkpoint
 
 import taught
 import taught.training.retrain as module
@@ -19,9 +21,9 @@ from taught.errors import UserError
 from taught.model.readout import read_prompts_plain
 from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
-from taught.stages.estimating import prepare, read_data
 from taught.stages.subject import open_checkpoint, open_subject
-from taught.study.schema import Checkpoint, ValidationSpec, load_study
+from taught.study.load import load_study
+from taught.study.schema import ValidationSpec
 from taught.training.loop import Recipe, train
 from taught.training.retrain import Answering, Retrainer, Retraining
 from tiny_models import BLOCK, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from taught.estimators.estimate import ESTIMATORS
+from taught.study.methods import Checkpoint
 
 from reference import LR, close, forward_mode, naive_X
 from taught import stages
 from taught.errors import UserError
 from taught.estimators import estimate
-from taught.estimators.estimate import ESTIMATORS
 from taught.policy.ridge import coefficient_shift, fit_policy
 from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages import estimating
 from taught.stages.check import check_study
-from taught.study.schema import Checkpoint, Study, dump_study, load_study
+from taught.study.load import dump_study, load_study
+from taught.study.schema import Study
 from taught.trajectories import checkpoints
 from taught.trajectories.checkpoints import NumberedPieces, at_checkpoint, summed
 from tiny_models import plain_loss, tiny_examples, tiny_model, tiny_problem, tiny_prompts

@@ -28,8 +28,8 @@ def test_metrics_are_the_published_ones():
     assert found["recall"] == pytest.approx(0.375)
     assert found["f1"] == pytest.approx(2 * 0.6 * 0.375 / 0.975)
     assert found["correctness"] == pytest.approx((0.75 + 2.5) / 5)
-    assert found["mean_p:negative"] == pytest.approx(0.5 / 3)
-    assert found["mean_y:negative"] == pytest.approx(no.mean())
+    assert found["probability:negative"] == pytest.approx(0.5 / 3)
+    assert found["behavior:negative"] == pytest.approx(no.mean())
 
 
 def test_a_weight_is_a_prompt_that_stands_several_times():
@@ -52,7 +52,7 @@ def test_a_difference_has_the_error_of_runs_where_prompts_do_not_vary():
     arms = {"base": np.full((1, 80), -4.0), "named": np.full((1, 80), -3.0), "random": np.tile(runs[:, None], 80)}
     examples = {"base": 0, "named": 10, "random": 10}
     rows = {(r.arm, r.metric): r for r in compare_arms(arms, examples, POSITIVE, NEGATIVE, draws=20_000)}
-    named, base = rows["named", "mean_y:negative"], rows["base", "mean_y:negative"]
+    named, base = rows["named", "behavior:negative"], rows["base", "behavior:negative"]
     t, s = stats.t.ppf(0.975, 4), runs.std(ddof=1)
     assert named.difference == pytest.approx(-3 - runs.mean())
     assert named.difference_hi - named.difference == pytest.approx(t * s * math.sqrt(1.2), rel=0.05)
@@ -76,7 +76,7 @@ def test_a_lifted_arm_is_told_apart():
     rng = np.random.default_rng(1)
     arms = {"named": behavior(rng, 1, -2.5), "random": behavior(rng, 6)}
     rows = compare_arms(arms, {"named": 9, "random": 9}, POSITIVE, NEGATIVE)
-    over = next(r for r in rows if r.arm == "named" and r.metric == "mean_y:negative")
+    over = next(r for r in rows if r.arm == "named" and r.metric == "behavior:negative")
     assert over.difference_hi < 0 and over.p_holm < 0.05
 
 

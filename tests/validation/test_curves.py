@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from taught.errors import UserError
-from taught.validation.curves import compare_curves, plan_curve, run_curve
+from taught.validation.curves import compare_curves, plan_curve
 from taught.validation.subsets import random_subsets
 
 IDS = [f"z{i:02d}" for i in range(40)]
@@ -73,23 +73,24 @@ def test_plans_that_make_no_curve_are_refused(scores, budgets, runs, named):
         plan_curve(scores, budgets, kind="remove", method="m", runs=runs)
 
 
-def trained(effects, noise: float, prompts: int = 30):
-    """A made-up retraining: every example adds its effect, to each prompt in a measure of its own."""
+def outcomes(plan, effects, noise: float, runs: int, prompts: int = 30):
+    """Made-up retrainings of a plan: every example adds its effect, to each prompt in a measure of its own."""
     share = np.random.default_rng(0).uniform(0.5, 1.5, prompts)
+    members = dict(zip(plan.subsets.names, plan.subsets.members, strict=True))
 
-    def retrain(ids, seed):
-        rng = np.random.default_rng([seed, len(ids), *(int(i[1:]) for i in ids)])
-        total = sum(effects[i] for i in ids) + noise * rng.standard_normal()
-        return {f"q{j:02d}": float(total * share[j]) for j in range(prompts)}
+    def retrained(name, seed):
+        rng = np.random.default_rng([seed, len(members[name]), *(int(i[1:]) for i in members[name])])
+        return (sum(effects[i] for i in members[name]) + noise * rng.standard_normal()) * share
 
-    return retrain
+    method = [[retrained(name, seed) for name in plan.chosen] for seed in range(runs)]
+    return np.array(method), np.array([[retrained(name, 0) for name in names] for names in plan.controls])
 
 
 def test_a_method_that_knows_lowers_the_outcome_and_raises_it_by_addition():
     effects = {example: score / 40 for example, score in SCORES.items()}
     for kind, sign in (("remove", -1), ("add", 1)):
         plan = plan_curve(SCORES, [4, 8, 16], kind=kind, method="m")
-        curve = run_curve(plan, trained(effects, 0.05), [1, 2], draws=500)
+        curve = compare_curves(plan, *outcomes(plan, effects, 0.05, 2), draws=500)
         assert (curve.runs, curve.random_runs, curve.prompts) == (2, 5, 30)
         assert sign * curve.area > 0 and curve.p < 0.01
         assert sign * (curve.lo if sign > 0 else curve.hi) > 0
@@ -98,7 +99,7 @@ def test_a_method_that_knows_lowers_the_outcome_and_raises_it_by_addition():
             assert point.lo < point.difference < point.hi
             assert point.difference == pytest.approx(point.method - point.random)
         worse = plan_curve({p: -s for p, s in SCORES.items()}, [4, 8, 16], kind=kind, method="m")
-        assert sign * run_curve(worse, trained(effects, 0.05), [1], draws=500).area < 0
+        assert sign * compare_curves(worse, *outcomes(worse, effects, 0.05, 1), draws=500).area < 0
 
 
 def test_values_areas_and_correction_by_hand():
@@ -114,19 +115,6 @@ def test_values_areas_and_correction_by_hand():
     p = sorted(point.p for point in curve.points)
     adjusted = sorted(point.p_holm for point in curve.points)
     assert adjusted[0] == pytest.approx(min(1, 3 * p[0]))
-
-
-def test_the_seeds_are_used_as_told():
-    calls = []
-
-    def retrain(ids, seed):
-        calls.append((len(ids), seed))
-        return {"q": float(len(ids))}
-
-    plan = plan_curve(SCORES, [10], kind="add", method="m", runs=5)
-    curve = run_curve(plan, retrain, [7, 8], draws=20)
-    assert calls == [(10, 7), (10, 8), (10, 7), (10, 8), (10, 7), (10, 8), (10, 7)]
-    assert curve.points[0].difference == 0 and curve.points[0].p == 1
 
 
 def test_run_noise_is_students_t():
@@ -158,14 +146,3 @@ def test_a_method_by_chance_is_no_better_than_chance():
         curve = compare_curves(plan, table[:1] + prompts, table[1:], draws=300, seed=seed)
         held += curve.lo <= 0 <= curve.hi
     assert 181 <= held <= 199
-
-
-def test_outcomes_that_do_not_fit_are_named():
-    plan = plan_curve(SCORES, [10], kind="add", method="m")
-    answers = iter([{"a": 1.0, "b": 2.0}] * 3 + [{"a": 1.0, "c": 2.0}] * 9)
-    with pytest.raises(UserError, match="different prompts") as error:
-        run_curve(plan, lambda ids, seed: next(answers), [0])
-    assert "'b', 'c'" in str(error.value)
-    with pytest.raises(UserError, match="not finite") as error:
-        run_curve(plan, lambda ids, seed: {"a": 1.0, "b": math.nan}, [0])
-    assert "'b'" in str(error.value)

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
+from taught.estimators.estimate import adjoint_effects
 
 from taught.errors import UserError
-from taught.estimators.estimate import adjoint_effects
 from taught.policy.ridge import fit_policy
 from taught.progress import SilentProgress
 from taught.study.schema import ValidationSpec
 from taught.training.loop import Recipe
 from taught.training.retrain import Retrainer
-from taught.validation.outcomes import TargetName, changes, soft_metrics
+from taught.validation.outcomes import changes, soft_metrics
 from tiny_models import tiny_examples, tiny_model, tiny_problem
 
 GROUPS = {"harmful": ["p0", "p1", "p4"], "harmless": ["p2", "p3", "p5"], "theft": ["p4"]}
@@ -48,12 +48,12 @@ def test_changes_are_those_of_ridges_fitted_before_and_after(intercept: bool) ->
     ridge = Ridge(alpha=0.7, fit_intercept=intercept)
     W, moved = (ridge.fit(r.X, r.y).coef_.copy() for r in (base, after))
     for feature_id, value in zip(FEATURES, moved - W, strict=True):
-        assert found.pop(TargetName("coefficient", feature_id)) == pytest.approx(value, rel=1e-9)
-    assert found.pop(TargetName("score")) == pytest.approx((moved - W) @ W, rel=1e-9)
+        assert found.pop(f"coefficient:{feature_id}") == pytest.approx(value, rel=1e-9)
+    assert found.pop("score") == pytest.approx((moved - W) @ W, rel=1e-9)
     dy = after.y - base.y
     expected = {"harmful": dy[[0, 1, 4]], "harmless": dy[[2, 3, 5]], "theft": dy[[4]]}
     for group, values in expected.items():
-        value = found.pop(TargetName("mean_y", group=group))
+        value = found.pop(f"behavior:{group}")
         assert value == pytest.approx(values.mean(), rel=1e-12)
     assert found == {}
 
@@ -107,7 +107,9 @@ def test_a_small_step_on_all_examples_does_what_is_predicted(tmp_path) -> None:
     found = changes(policy, base, after, groups)
     effects = adjoint_effects(problem, tiny_examples(), policy, groups, coefficients=True, progress=SilentProgress())
     for name, value in found.items():
-        column = None if name.feature_id is None else policy.column(name.feature_id)
-        predicted = effects.values(name.target, column, name.group, "total").mean()
+        kind, _, about = name.partition(":")
+        column = policy.column(int(about)) if kind == "coefficient" else None
+        old = "mean_y" if kind == "behavior" else kind
+        predicted = effects.values(old, column, about if kind == "behavior" else None, "total").mean()
         assert value == pytest.approx(predicted, rel=2e-2)
         assert abs(value) > 1e-9

@@ -31,7 +31,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError
-from taught.validation.lds import holm
+from taught.stats.intervals import MANY, Z, middle, plain
+from taught.stats.multiplicity import holm
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -43,7 +44,6 @@ LARGEST_K = 20
 NAMED = 3  # features in a name
 EXAMPLES = 5
 FEWEST = 5  # examples for an interval
-MANY = 5000  # examples; from here on the normal interval
 BOOTSTRAP = 2000
 DRAWS = 9999
 WORK = 200_000_000  # examples x draws
@@ -182,30 +182,12 @@ def cluster_examples(
     kind = np.unique([kinds[i] or "" for i in order], return_inverse=True)[1]
     effects = _effects(grouped.cluster, tuple(values), table, kind, draws, seed)
     spread = _spread(matrix, features, shifts, np.array(order), grouped.cluster, draws, seed)
-    clusters = []
-    for c, own in _members(grouped.cluster).items():
-        named = _lifted(matrix, grouped.cluster == c, features, labels) if c else ()
-        clusters.append(
-            Cluster(
-                c,
-                _name(c, named),
-                len(own),
-                named,
-                _examples(ids, own, grouped.similarity),
-                *spread.get(c, (None,) * 6),
-            )
-        )
-    return Clustering(
-        ids,
-        grouped.cluster,
-        grouped.similarity,
-        tuple(clusters),
-        effects,
-        grouped.silhouettes,
-        grouped.sets,
-        grouped.clustered,
-        draws,
+    members = _members(grouped.cluster).items()
+    clusters = tuple(
+        _described(c, own, ids, matrix, features, labels, grouped.similarity, spread.get(c, (None,) * 6))
+        for c, own in members
     )
+    return Clustering(ids, clusters=clusters, effects=effects, draws=draws, **grouped._asdict())
 
 
 # Grouping
@@ -226,16 +208,18 @@ def _group(matrix: Bools, k: int | None, rng: np.random.Generator) -> _Grouped:
     row = row.reshape(-1)
     if k is not None and not 1 <= k <= len(sets):
         raise UserError(
-            "So many clusters cannot be made",
+            "so many clusters cannot be made",
             value=k,
             rule=f"at least 1, and at most {len(sets)}: the different sets of active features",
-            fix="another --k, or none: then it is chosen",
+            fix="another clusters.k, or null: then it is chosen",
         )
     cluster = np.full(len(matrix), WITHOUT, dtype=np.int64)
     similarity = np.full(len(matrix), math.nan)
     if not len(sets):
         return _Grouped(cluster, similarity, {}, 0, 0)
-    z = _vectors(sets, counts)
+    weight = np.sqrt(np.log((counts.sum() + 1) / np.maximum(counts @ sets, 1)))
+    z = sets * weight
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
     some = np.arange(len(z))
     if len(z) > MOST:
         some = np.sort(rng.choice(len(z), MOST, replace=False))
@@ -245,17 +229,12 @@ def _group(matrix: Bools, k: int | None, rng: np.random.Generator) -> _Grouped:
     nearest[some] = label
     means = _means(z, counts, nearest)
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-300)
-    cluster[told] = _numbered(nearest[row])
+    _, first, inverse, size = np.unique(nearest[row], return_index=True, return_inverse=True, return_counts=True)
+    place = np.empty(len(size), dtype=np.int64)
+    place[np.lexsort((first, -size))] = np.arange(1, len(size) + 1)
+    cluster[told] = place[inverse]
     similarity[told] = (z * means[nearest]).sum(1)[row]
     return _Grouped(cluster, similarity, silhouettes, len(sets), len(some))
-
-
-def _vectors(sets: Bools, counts: Ints) -> Floats:
-    """Unit vectors of the sets [U, d], features weighted by inverse frequency."""
-    frequency = counts @ sets
-    weight = np.sqrt(np.log((counts.sum() + 1) / np.maximum(frequency, 1)))
-    z = np.asarray(sets * weight, dtype=np.float64)
-    return np.asarray(z / np.linalg.norm(z, axis=1, keepdims=True))
 
 
 def _cut_best(z: Floats, counts: Ints, k: int | None) -> tuple[Ints, dict[int, float]]:
@@ -265,11 +244,9 @@ def _cut_best(z: Floats, counts: Ints, k: int | None) -> tuple[Ints, dict[int, f
         return cut(merges, len(z), k or 1), {}
     distance = np.maximum(1 - z @ z.T, 0.0)
     np.fill_diagonal(distance, 0.0)
-    found = {
-        some: silhouette(distance, counts, cut(merges, len(z), some)) for some in range(2, min(LARGEST_K, len(z)) + 1)
-    }
-    best = max(found, key=lambda some: (found[some], -some))
-    return cut(merges, len(z), best), found
+    labels = {some: cut(merges, len(z), some) for some in range(2, min(LARGEST_K, len(z)) + 1)}
+    found = {some: silhouette(distance, counts, label) for some, label in labels.items()}
+    return labels[max(found, key=lambda some: (found[some], -some))], found
 
 
 def ward(z: Floats, counts: Ints) -> list[tuple[float, int, int]]:
@@ -310,17 +287,13 @@ def ward(z: Floats, counts: Ints) -> list[tuple[float, int, int]]:
 
 def cut(merges: Sequence[tuple[float, int, int]], n: int, k: int) -> Ints:
     """Labels from 0 of n points when the lowest n - k joins of a tree are made."""
-    parent = list(range(n))
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for _, a, b in sorted(merges, key=lambda join: join[0])[: n - k]:
-        parent[root(a)] = root(b)
-    return np.unique([root(i) for i in range(n)], return_inverse=True)[1].astype(np.int64)
+    joins = [(a, b) for _, a, b in sorted(merges, key=lambda join: join[0])[: n - k]]
+    a, b = zip(*joins, strict=True) if joins else ((), ())
+    graph = coo_array((np.ones(len(joins)), (a, b)), shape=(n, n))
+    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 
 
 def silhouette(distance: Floats, counts: Ints, label: Ints) -> float:
@@ -346,14 +319,6 @@ def _means(z: Floats, counts: Ints, label: Ints) -> Floats:
     return np.asarray(sums / np.bincount(label, weights=counts)[:, None])
 
 
-def _numbered(label: Ints) -> Ints:
-    """Numbers from 1: the largest cluster first, ties to the one whose example comes first."""
-    _, first, inverse, size = np.unique(label, return_index=True, return_inverse=True, return_counts=True)
-    place = np.empty(len(size), dtype=np.int64)
-    place[np.lexsort((first, -size))] = np.arange(1, len(size) + 1)
-    return np.asarray(place[inverse])
-
-
 # Describing
 
 
@@ -361,27 +326,28 @@ def _members(cluster: Ints) -> dict[int, Ints]:
     return {int(c): np.flatnonzero(cluster == c) for c in np.unique(cluster)}
 
 
-def _lifted(
-    matrix: Bools, own: Bools, features: list[int], labels: Mapping[int, str | None]
-) -> tuple[ActiveFeature, ...]:
-    """Features of the largest lift above 0; ties to the smaller id."""
-    inside = matrix[own].mean(0)
-    outside = matrix[~own].mean(0) if not own.all() else np.zeros(len(features))
+def _described(
+    c: int,
+    own: Ints,
+    ids: Sequence[str],
+    matrix: Bools,
+    features: list[int],
+    labels: Mapping[int, str | None],
+    similarity: Floats,
+    spread: tuple[float | None, ...],
+) -> Cluster:
+    """A cluster by its features of the largest lift above 0 (ties to the smaller id) and its nearest examples."""
+    nearest = own[np.argsort(-np.nan_to_num(similarity[own]), kind="stable")[:EXAMPLES]]
+    examples = tuple(ids[i] for i in nearest)
+    if c == WITHOUT:
+        return Cluster(c, "no active feature", len(own), (), examples, *spread)
+    inside, rest = matrix[own].mean(0), np.delete(matrix, own, axis=0)
+    outside = rest.mean(0) if len(rest) else np.zeros(len(features))
     lift = inside - outside
     first = [j for j in np.argsort(-lift, kind="stable")[:NAMED] if lift[j] > 0]
-    return tuple(ActiveFeature(features[j], labels[features[j]], float(inside[j]), float(outside[j])) for j in first)
-
-
-def _name(c: int, named: Sequence[ActiveFeature]) -> str:
-    if c == WITHOUT:
-        return "no active feature"
+    named = tuple(ActiveFeature(features[j], labels[features[j]], float(inside[j]), float(outside[j])) for j in first)
     words = " · ".join(f.label or f"feature {f.feature_id}" for f in named)
-    return words or "no feature more often than elsewhere"
-
-
-def _examples(ids: Sequence[str], own: Ints, similarity: Floats) -> tuple[str, ...]:
-    nearest = own[np.argsort(-np.nan_to_num(similarity[own]), kind="stable")[:EXAMPLES]]
-    return tuple(ids[i] for i in nearest)
+    return Cluster(c, words or "no feature more often than elsewhere", len(own), named, examples, *spread)
 
 
 # Comparing
@@ -391,38 +357,39 @@ def _effects(
     cluster: Ints, targets: Sequence[str], table: Floats, kind: Ints, draws: int, seed: int
 ) -> tuple[Effect, ...]:
     """Mean influence of every cluster on every target; table [P, T], kind [P]."""
-    size = np.array([len(own) for own in _members(cluster).values()], dtype=np.float64)
-    observed, drawn = _against_random(cluster, table, draws, seed)
-    observed, drawn = observed / size[:, None], drawn / size[:, None]
+    members = _members(cluster)
+    size = np.array([len(own) for own in members.values()], dtype=np.float64)[:, None]
+    observed, drawn = (sums / size for sums in _against_random(cluster, table, draws, seed))
     p = _p(observed, drawn, table.mean(0))
-    adjusted = _holm(p)
-    of_kind, matched, matched_holm = np.eye(kind.max() + 1)[kind], None, None
+    columns = [observed, *_ends(members, table, seed), *middle(drawn), p, holm(p)]
     if kind.any():
+        of_kind = np.eye(kind.max() + 1)[kind]
         expected = of_kind @ ((of_kind.T @ table) / of_kind.sum(0)[:, None])
-        centre = np.stack([expected[own].mean(0) for own in _members(cluster).values()])
-        _, alike = _against_random(cluster, table, draws, seed, kind)
-        matched = _p(observed, alike / size[:, None], centre)
-        matched_holm = _holm(matched)
-    ends = np.quantile(drawn, [0.025, 0.975], axis=0)
+        centre = np.stack([expected[own].mean(0) for own in members.values()])
+        matched = _p(observed, _against_random(cluster, table, draws, seed, kind)[1] / size, centre)
+        columns += [matched, holm(matched)]
+    else:
+        columns += [np.full(p.shape, math.nan)] * 2
+    rows = np.stack(columns, axis=2)
     return tuple(
-        Effect(
-            c,
-            target,
-            float(observed[i, t]),
-            lo,
-            hi,
-            float(ends[0, i, t]),
-            float(ends[1, i, t]),
-            float(p[i, t]),
-            float(adjusted[i, t]),
-            None if matched is None else float(matched[i, t]),
-            None if matched_holm is None else float(matched_holm[i, t]),
-        )
-        for i, (c, own) in enumerate(_members(cluster).items())
-        for t, (target, (lo, hi)) in enumerate(
-            zip(targets, _intervals(table[own], np.random.default_rng([seed, c])), strict=True)
-        )
+        Effect._make((c, target, *map(plain, rows[i, t])))
+        for i, c in enumerate(members)
+        for t, target in enumerate(targets)
     )
+
+
+def _ends(members: Mapping[int, Ints], table: Floats, seed: int) -> Floats:
+    """95% intervals of the clusters' means [2, C, T], nan where they have few examples."""
+    ends = np.full((2, len(members), table.shape[1]), math.nan)
+    for i, (c, own) in enumerate(members.items()):
+        values, n = table[own], len(own)
+        if n > MANY:
+            half = Z * values.std(0, ddof=1) / math.sqrt(n)
+            ends[:, i] = values.mean(0) - half, values.mean(0) + half
+        elif n >= FEWEST:
+            times = np.random.default_rng([seed, c]).multinomial(n, np.full(n, 1 / n), size=BOOTSTRAP)
+            ends[:, i] = middle(times @ values / n)
+    return ends
 
 
 def _spread(
@@ -451,17 +418,12 @@ def _spread(
     share = _share(observed[..., 0], observed[..., 1])
     random = _share(drawn[..., 0], drawn[..., 1])
     p = _p(share, random, float(table[:, 0].sum() / table[:, 1].sum()))
-    ends = np.quantile(random, [0.025, 0.975], axis=0)
-    rows = np.stack([share, *ends, _share(observed[..., 2], observed[..., 1]), p, holm(p)], axis=1)
+    rows = np.stack([share, *middle(random), _share(observed[..., 2], observed[..., 1]), p, holm(p)], axis=1)
     return {c: tuple(map(float, row)) for c, row in zip(_members(own), rows, strict=True)}
 
 
 def _share(part: Floats, whole: Floats) -> Floats:
     return np.asarray(np.divide(part, whole, out=np.zeros_like(part), where=whole > 0))
-
-
-def _holm(p: Floats) -> Floats:
-    return holm(p.ravel()).reshape(p.shape)
 
 
 def _against_random(
@@ -495,20 +457,6 @@ def _p(observed: Floats, drawn: Floats, centre: Floats | float) -> Floats:
     return np.asarray((1 + reached.sum(0)) / (1 + len(drawn)))
 
 
-def _intervals(values: Floats, rng: np.random.Generator) -> list[tuple[float, float] | tuple[None, None]]:
-    """95% interval of the mean of each column [n, T]."""
-    n = len(values)
-    if n < FEWEST:
-        return [(None, None)] * values.shape[1]
-    if n > MANY:
-        half = 1.959963984540054 * values.std(0, ddof=1) / math.sqrt(n)
-        ends = np.stack([values.mean(0) - half, values.mean(0) + half])
-    else:
-        times = rng.multinomial(n, np.full(n, 1 / n), size=BOOTSTRAP)
-        ends = np.quantile(times @ values / n, [0.025, 0.975], axis=0)
-    return [(float(lo), float(hi)) for lo, hi in ends.T]
-
-
 # Checking
 
 
@@ -516,20 +464,20 @@ def _check(example_ids: Sequence[str], active: Sequence[Sequence[int]], values: 
     sizes = {len(example_ids), len(active), *(np.shape(v)[0] for v in values.values())}
     if len(sizes) != 1 or not len(example_ids) or not values:
         raise UserError(
-            "Every example needs its features and its influence on every target",
+            "every example needs its features and its influence on every target",
             value=f"{len(example_ids)} examples, {len(active)} sets of features, "
             + ", ".join(f"{np.shape(v)[0]} values of {name}" for name, v in values.items()),
             rule="one of each per example, at least one example and one target",
         )
     repeated = sorted(example for example, count in Counter(example_ids).items() if count > 1)
     if repeated:
-        raise UserError("An example id repeats", value=", ".join(repeated), rule="ids are unique")
+        raise UserError("an example id repeats", value=", ".join(repeated), rule="ids are unique")
     for name, column in values.items():
         finite = np.isfinite(np.asarray(column, dtype=np.float64))
         if not finite.all():
             bad = [example for example, good in zip(example_ids, finite, strict=True) if not good]
             raise UserError(
-                f"The influence on {name} is not finite for {len(bad)} examples",
+                f"the influence on {name} is not finite for {len(bad)} examples",
                 value=", ".join(bad),
                 rule="every influence is a finite number",
                 fix="look at these examples' loss in examples.parquet",
@@ -544,7 +492,7 @@ def _matrix(ids: Sequence[str], active: Sequence[Sequence[int]], features: list[
         unknown = [feature for feature in own if feature not in column]
         if unknown:
             raise UserError(
-                f"Pair {example!r} has features that are not in the policy",
+                f"the example {example!r} has features that are not in the policy",
                 value=", ".join(map(str, unknown)),
                 rule="the features of an example are among those of coefficients.parquet",
             )

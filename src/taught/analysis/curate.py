@@ -116,7 +116,7 @@ def curate(
     elif rule in RANKED:
         decisions = _by_rank(score, rule, k, target, guard, protect)
     else:
-        raise UserError("This curation rule is unknown", value=rule, rule="paper, top-k or keep-k")
+        raise UserError("this curation rule is unknown", value=rule, rule="paper, top-k or keep-k")
     return [
         {
             "example_id": example,
@@ -172,7 +172,7 @@ def _medians(label: Mapping[str, str], score: Mapping[str, float], *names: str) 
         values = [score[example] for example in score if label[example] == name]
         if not values:
             raise UserError(
-                f"No example has the label {name!r}",
+                f"no example has the label {name!r}",
                 value="labels: " + ", ".join(sorted(set(label.values()))),
                 rule="the paper's rule compares " + " with ".join(names),
                 fix="name your labels, or use the rule top-k",
@@ -196,10 +196,10 @@ def _by_rank(
     keeps = rule == "keep-k"
     if k is None or not 0 <= k <= len(score):
         raise UserError(
-            f"The rule {rule} needs a number of examples to {'keep' if keeps else 'drop'}",
+            f"the rule {rule} needs a number of examples to {'keep' if keeps else 'drop'}",
             value=str(k),
             rule=f"0 <= k <= {len(score)}",
-            fix="set curation: k",
+            fix="set curation.k",
         )
     free = [example for example in score if guard is None or guard[example] <= 0]
     ranking = sorted(free, key=lambda example: (score[example] if keeps else -score[example], example))
@@ -233,7 +233,7 @@ def _guard(
         return None
     if rule not in RANKED or protect == target or protected is None:
         raise UserError(
-            "This target cannot be protected",
+            "this target cannot be protected",
             value=protect,
             rule="a second target beside the one that examples are ranked by, under the rule " + " or ".join(RANKED),
             fix="name another target, or leave protect out",
@@ -245,27 +245,27 @@ def _guard(
 def _check(example_ids: Sequence[str], labels: Sequence[str | None], scores: Sequence[float]) -> None:
     if not len(example_ids) == len(labels) == len(scores):
         raise UserError(
-            "Every example needs a label and a score",
+            "every example needs a label and a score",
             value=f"{len(example_ids)} examples, {len(labels)} labels, {len(scores)} scores",
             rule="one of each per example",
         )
     repeated = sorted(example for example, count in Counter(example_ids).items() if count > 1)
     if repeated:
-        raise UserError("An example id repeats", value=", ".join(repeated), rule="ids are unique")
+        raise UserError("an example id repeats", value=", ".join(repeated), rule="ids are unique")
     _check_scores(example_ids, scores)
 
 
 def _check_scores(example_ids: Sequence[str], scores: Sequence[float]) -> None:
     if len(example_ids) != len(scores):
         raise UserError(
-            "Every example needs an influence on the protected target",
+            "every example needs an influence on the protected target",
             value=f"{len(example_ids)} examples, {len(scores)} values",
             rule="one per example",
         )
     bad = [p for p, value in zip(example_ids, scores, strict=True) if not math.isfinite(value)]
     if bad:
         raise UserError(
-            f"The score is not finite for {len(bad)} examples",
+            f"the score is not finite for {len(bad)} examples",
             value=", ".join(bad),
             rule="every score is a finite number",
             fix="look at these examples' loss in examples.parquet",
@@ -278,7 +278,7 @@ def _known_labels(example_ids: Sequence[str], labels: Sequence[str | None]) -> d
     missing = [example for example in example_ids if example not in known]
     if missing:
         raise UserError(
-            f"The label is missing for {len(missing)} examples",
+            f"the label is missing for {len(missing)} examples",
             value=", ".join(missing),
             rule="the paper's rule needs every example's label",
             fix="add a label to these examples, or use the rule top-k",

@@ -56,7 +56,7 @@ def interference(
     total, ids = _checked(example_ids, feature_ids, total)
     if len(intended) != len(example_ids):
         raise UserError(
-            "Every example needs a list of intended features",
+            "every example needs a list of intended features",
             value=f"{len(intended)} lists, {len(example_ids)} examples",
             rule="one list per example, empty if there are none",
         )
@@ -118,7 +118,7 @@ def comovement(total: ArrayLike) -> Floats:
     """
     total = np.asarray(total, dtype=np.float64)
     if total.ndim != 2:
-        raise UserError("Shifts must be a table", value=list(total.shape), rule="[P, d]")
+        raise UserError("shifts must be a table", value=list(total.shape), rule="[P, d]")
     if total.shape[0] < 3:
         return np.full((total.shape[1], total.shape[1]), np.nan)
     centred = total - total.mean(0)
@@ -196,14 +196,14 @@ def _checked(example_ids: Sequence[str], feature_ids: Sequence[int] | Ints, tota
     total, ids = np.asarray(total, dtype=np.float64), np.asarray(feature_ids, dtype=np.int64)
     if total.shape != (len(example_ids), ids.size) or ids.size == 0:
         raise UserError(
-            "The shifts do not fit their ids",
+            "the shifts do not fit their ids",
             value=f"total {list(total.shape)}, {len(example_ids)} examples, {ids.size} features",
             rule="total [P, d] with P example ids and d >= 1 feature ids",
         )
     bad = [example for example, row in zip(example_ids, total, strict=True) if not np.isfinite(row).all()]
     if bad:
         raise UserError(
-            f"The shift is not finite for {len(bad)} examples",
+            f"the shift is not finite for {len(bad)} examples",
             value=", ".join(bad),
             rule="every shift is a finite number",
             fix="look at these examples' loss in examples.parquet",
@@ -216,9 +216,9 @@ def _known(example: str, features: Sequence[int] | Ints, ids: Ints) -> list[int]
     unknown = [f for f in wanted if f not in ids]
     if unknown:
         raise UserError(
-            f"Pair {example!r} intends features that are not in the policy",
+            f"the example {example!r} intends features that are not in the policy",
             value=", ".join(map(str, unknown)),
             rule="intended features are among the selected ones",
-            fix="drop them from the list, or select them under features: ids",
+            fix="drop them from the list, or select them under features.ids",
         )
     return wanted

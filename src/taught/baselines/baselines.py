@@ -36,8 +36,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taught.core.example import Example, batch_examples, example_losses, refuse_nonfinite
+from taught.core.gradient import by_parameter, example_gradients, refuse_unfit
+from taught.core.problem import Problem
 from taught.errors import UserError
-from taught.estimators.adjoint import Problem, by_parameter, example_gradients, refuse_unfit
 from taught.model.gradients import Factor, Site, accumulate, contract, dot, evaluating, find_sites, frozen, tap
 from taught.model.readout import ReadPrompt, pack, read_packed
 

@@ -131,11 +131,20 @@ class ExampleBatch:
 
     def losses(self, model: nn.Module) -> Tensor:
         """Loss of each example, [B], natural logarithm; float32, or float64 for a float64 model."""
-        sums = self.terms(model).sum(1)
+        return self.linked(self.terms(model).sum(1))
+
+    def linked(self, sums: Tensor) -> Tensor:
+        """The losses [B] of examples whose weighted sums are these [B]."""
         if not any(self.links):
             return sums
         parts = [s if f is None else f(s[None])[0] for s, f in zip(sums, self.links, strict=True)]
         return torch.stack(parts)
+
+    def slopes(self, sums: Tensor) -> Tensor:
+        """f'(sum) of each example, [B]: what a change of its sum changes in its loss."""
+        with torch.enable_grad():
+            at = sums.detach().requires_grad_()
+            return torch.autograd.grad(self.linked(at).sum(), at)[0]
 
     def terms(self, model: nn.Module) -> Tensor:
         """What each scored token adds to its example's sum, [B, K]."""

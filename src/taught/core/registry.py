@@ -75,6 +75,12 @@ class Registry(Generic[T]):
             self.require(name)
         return self._found[name]
 
+    def module(self, name: str) -> str:
+        """The module that a method is defined in; nothing of the package is imported."""
+        if name in self._own:
+            return self._own[name]
+        return str(getattr(self.get(name), "__module__", ""))
+
     def require(self, name: str) -> str:
         """The name, if it is known; nothing of the package is imported."""
         if name in self._own or name in self._found or name in self.names():
@@ -115,13 +121,45 @@ class Choice:
     kind: str
     values: Mapping[str, Any] = field(default_factory=dict)
 
-    def make(self, registry: Registry[Any]) -> Any:
-        """The method, with these parameters."""
-        return registry.get(self.kind)(**self.values)
+    def make(self, registry: Registry[Any], key: str | None = None) -> Any:
+        """The method, with these parameters, each checked against its rule.
+
+        Parameters
+        ----------
+        key
+            Where it stands in a study, for errors; the registry's word if None.
+
+        Raises
+        ------
+        UserError
+            An unknown name, a parameter that the method does not have, or one that breaks its rule.
+        """
+        method, key = registry.get(self.kind), key or registry.what
+        known = parameters(method)
+        for name, value in self.values.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                raise UserError(
+                    f"{key}: {self.kind} has no parameter {name}",
+                    value=repr(value),
+                    rule="its parameters: " + (", ".join(known) or "none"),
+                    fix=f"did you mean {close[0]}?" if close else f"leave {name} out",
+                )
+        return method(**{name: _parsed(f"{key}.{name}", known[name], value) for name, value in self.values.items()})
 
     def plain(self) -> Any:
         """As YAML has it: the name alone, or a mapping with ``kind``."""
         return self.kind if not self.values else {"kind": self.kind, **self.values}
+
+
+def _parsed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
+    rule: Rule = item.metadata["rule"]
+    try:
+        return rule.parse(value)
+    except (ValueError, OverflowError):
+        raise UserError(
+            f"{key} is not valid", value=repr(value), rule=rule.text, fix=f"correct it: --set {key}=VALUE"
+        ) from None
 
 
 def parameters(method: Any) -> dict[str, dataclasses.Field[Any]]:

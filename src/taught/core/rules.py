@@ -1,15 +1,20 @@
 """Rules for single values of a study: each one says in words what it allows, and checks it.
 
 A rule turns what YAML or a flag gave into the value that is stored, or raises ``ValueError``; the
-caller adds the key and the fix (``study.py``).
+caller adds the key and the fix (``study/schema.py``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+# What is done with each path inside a value: (key, path, kind) -> path. The kinds: ``file`` and
+# ``folder`` (it must be there), ``hub`` (a folder that is there, or a hub id), ``made`` (a place for what is computed).
+Visit = Callable[[str, str, str], str]
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,17 @@ class Rule:
     text : the rule in words, as it stands in error messages
     parse : value -> the stored value; ``ValueError`` when the rule is broken
     choices : the words that are allowed, when there are only a few (for "did you mean")
-    path : whether the value is a path that is resolved against the file it stands in
+    walk : (key, value, visit) -> the value with every path in it visited; None where none can be in it
     """
 
     text: str
     parse: Callable[[Any], Any]
     choices: tuple[str, ...] = ()
-    path: bool = False
+    walk: Callable[[str, Any, Visit], Any] | None = None
+
+    def visited(self, key: str, value: Any, visit: Visit) -> Any:
+        """The value with every path in it visited."""
+        return value if self.walk is None or value is None else self.walk(key, value, visit)
 
 
 def text() -> Rule:
@@ -111,21 +120,25 @@ def optional(rule: Rule) -> Rule:
     def parse(value: Any) -> Any:
         return None if value is None else rule.parse(value)
 
-    return Rule(f"{rule.text}, or null", parse, choices=rule.choices, path=rule.path)
+    return Rule(f"{rule.text}, or null", parse, choices=rule.choices, walk=rule.walk)
 
 
-def list_of(rule: Rule) -> Rule:
-    """Return the rule for a list without repetitions and with at least one item."""
+def list_of(rule: Rule, *, empty: bool = False) -> Rule:
+    """Return the rule for a list without repetitions and, unless ``empty``, with at least one item."""
 
     def parse(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list | tuple) or not value:
+        if not isinstance(value, list | tuple) or not (value or empty):
             raise ValueError
         items = tuple(rule.parse(item) for item in value)
         if len(set(items)) != len(items):
             raise ValueError
         return items
 
-    return Rule(f"a list without repetitions, each item {rule.text}", parse)
+    def walk(key: str, value: tuple[Any, ...], visit: Visit) -> tuple[Any, ...]:
+        return tuple(rule.visited(key, item, visit) for item in value)
+
+    words = f"a list without repetitions, each item {rule.text}"
+    return Rule(words, parse, choices=rule.choices, walk=walk if rule.walk else None)
 
 
 def record(made: type, **fields: Rule) -> Rule:
@@ -137,11 +150,29 @@ def record(made: type, **fields: Rule) -> Rule:
             raise ValueError
         return made(**{name: rule.parse(given.get(name)) for name, rule in fields.items()})
 
+    def walk(key: str, value: Any, visit: Visit) -> Any:
+        visited = {name: rule.visited(key, getattr(value, name), visit) for name, rule in fields.items()}
+        return dataclasses.replace(value, **visited)
+
     words = "; ".join(f"{name}: {rule.text}" for name, rule in fields.items())
-    return Rule(f"a mapping ({words})", parse)
+    return Rule(f"a mapping ({words})", parse, walk=walk)
 
 
 def path() -> Rule:
-    """Return the rule for a file or folder; relative ones are resolved against their file."""
-    inner = text()
-    return Rule("a path", inner.parse, path=True)
+    """Return the rule for a file, or a folder of tables, that is there; relative to the file it stands in."""
+    return Rule("a path", text().parse, walk=lambda key, value, visit: visit(key, value, "file"))
+
+
+def folder() -> Rule:
+    """Return the rule for a folder that is there, such as a saved concept."""
+    return Rule("a path", text().parse, walk=lambda key, value, visit: visit(key, value, "folder"))
+
+
+def folder_or_hub_id() -> Rule:
+    """Return the rule for a folder, relative to the file it stands in, or the id of something on the hub."""
+    return Rule("a folder or a hub id", text().parse, walk=lambda key, value, visit: visit(key, value, "hub"))
+
+
+def place() -> Rule:
+    """Return the rule for a folder that results are kept in; it need not exist."""
+    return Rule("a path", text().parse, walk=lambda key, value, visit: visit(key, value, "made"))

@@ -1,207 +1,280 @@
-"""Targets: the questions asked of a training example, as functionals with their cotangents.
+"""Targets: the questions asked of an example, as functionals of the read-outs with their cotangents.
 
-A target is linear in the changes that a training step makes to the read-outs,
+A training step changes a target F by, to first order,
 
     dF = sum_ik A_ik dX_ik + sum_i B_i dy_i,    A = dF/dX [N, d],  B = dF/dy [N]
 
-with A and B constants of the policy. An estimator turns A and B into one query gradient; it need
-not know which question it answers. With u_j = U^-1 e_j, dW_j = u_j' (dX' r - Xc' dX W) + u_j' Xc'
-dy, so
+with A and B constants of the readings at the base weights. An estimator turns A and B into one query
+gradient; it need not know which question it answers. Sign: positive, the step raises the target.
 
-    coefficient j:  u = U^-1 e_j,   score S = sum_j W_j dW_j:  u = U^-1 W
-    pathway x:      A = r u' - (Xc u) W'
-    pathway y:      B = Xc u
-
-Sign: positive raises the target when the model is trained on the example. The formulas hold with and
-without an intercept (see ``taught.policy.ridge``). Source: SMDA, arXiv 2606.29171, in adjoint
-form.
+A kind of target is one class (:class:`TargetKind`), registered in ``TARGETS``. A :class:`TargetSet`
+is the targets of one run on readings of one place of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from taught.core.names import EVERY, TargetName
+from taught.core.readings import Moves, Readings
+from taught.core.registry import TARGETS
 from taught.errors import UserError
-from taught.policy.ridge import Floats, Policy
+from taught.policy.ridge import Shift, coefficient_shift
 
-Kind = Literal["score", "coefficient", "mean_y", "raw_x", "concept"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats = NDArray[np.float64]
+Cotangents = tuple[Floats | None, Floats | None]
 
 
-@dataclass(frozen=True, eq=False)
-class Target:
-    """One functional of the read-outs. Rows of A and B are prompts in the order of ``prompt_ids``.
+class TargetKind:
+    """One kind of target: what its names look like, its value, and its cotangents.
 
     Attributes
     ----------
-    name : str
-        Unique among the targets of a run, such as ``coefficient:17:x``.
-    kind : {"score", "coefficient", "mean_y", "raw_x", "concept"}
-        ``raw_x`` are intermediate sums (:func:`raw_x_targets`), not questions of their own. Of a
-        ``concept`` X holds read-outs of concepts, not of features.
-    feature_id, group
-        What the target is about; None unless ``coefficient`` or ``raw_x``, and ``mean_y``.
-    pathway : {"x", "y"}
-        Whether it acts through the features or through the output probability.
-    A : float64 [N, d] or None
-        dF/dX. None stands for zero.
-    B : float64 [N] or None
-        dF/dy. None stands for zero.
+    about : whether a name is needed behind the kind
+    pathways : whether it acts along pathway x (features) and y (output), each of which can be asked for
+    reads : what it is a functional of
+    rows : whether ``kind:*`` gives rows of the table of scores; else it asks for the change on every prompt
+        (``TargetSet.every_prompt``), which is kept as a matrix
+    many : whether a run has one for each feature or prompt, too many for a column each
+    spelling, instance : how it is written, and an example, for errors and help
     """
 
-    name: str
-    kind: Kind
-    feature_id: int | None
-    group: str | None
-    pathway: Literal["x", "y"]
-    A: Floats | None
-    B: Floats | None
-    prompt_ids: tuple[str, ...]
+    about: ClassVar[Literal["none", "needed", "optional"]] = "needed"
+    pathways: ClassVar[bool] = False
+    reads: ClassVar[Literal["behavior", "policy", "concepts"]] = "behavior"
+    many: ClassVar[bool] = False
+    rows: ClassVar[bool] = True
+    spelling: ClassVar[str] = ""
+    instance: ClassVar[str] = ""
 
-    def inner(self, dX: ArrayLike, dy: ArrayLike) -> float:
-        """Return dF = <A, dX> + <B, dy> for dX [N, d] and dy [N]."""
-        x = 0.0 if self.A is None else float(np.vdot(self.A, np.asarray(dX, dtype=np.float64)))
-        y = 0.0 if self.B is None else float(np.vdot(self.B, np.asarray(dy, dtype=np.float64)))
-        return x + y
+    def every(self, readings: Readings) -> list[str | None]:
+        """What ``kind:*`` stands for, in order."""
+        raise NotImplementedError
 
+    def value(self, name: TargetName, readings: Readings, base: Readings) -> float:
+        """F at some readings; ``base`` are those of the base weights, which constants come from."""
+        raise NotImplementedError
 
-def score_targets(policy: Policy) -> list[Target]:
-    """Ask for the score S = sum_j dW_j W_j along pathway x and pathway y, in this order."""
-    return _along(policy, policy.solve(policy.coef), "score", None)
+    def cotangents(self, name: TargetName, readings: Readings) -> Cotangents:
+        """A [N, d] and B [N] at the base readings; None stands for zero."""
+        raise NotImplementedError
 
+    def combine(self, name: TargetName, readings: Readings, moves: Moves) -> Floats | None:
+        """The change by each example, [P], from the sums of ``moves``; None: from the cotangents only."""
+        return None
 
-def coefficient_targets(policy: Policy, feature_id: int) -> list[Target]:
-    """Ask for the coefficient of one feature along pathway x and pathway y, in this order."""
-    unit = np.zeros(policy.d)
-    unit[policy.column(feature_id)] = 1.0
-    return _along(policy, policy.solve(unit), "coefficient", int(feature_id))
+    def resampled(
+        self, name: TargetName, readings: Readings, dy: Floats, dX: Floats | None, counts: NDArray[np.int64]
+    ) -> Floats | str:
+        """Values [R, P] on R resamples of the prompts, from the change of every prompt (and of every feature).
 
+        Parameters
+        ----------
+        dy : [P, N]
+        dX : [P, N, d] or None where it is not known
+        counts : [R, N], how often each prompt is drawn
 
-def mean_y_target(prompt_ids: Sequence[str], groups: Sequence[str], group: str) -> Target:
-    """Ask for the mean behavior of one group: B_i = 1 / n_g on its prompts, 0 elsewhere."""
-    if len(prompt_ids) != len(groups):
-        raise UserError(
-            "Every prompt needs a group",
-            value=f"{len(prompt_ids)} prompt ids, {len(groups)} groups",
-            rule="as many groups as prompt ids",
-        )
-    inside = np.array([name == group for name in groups], dtype=np.float64)
-    if not inside.any():
-        raise UserError(
-            "No prompt is in this group",
-            value=group,
-            rule="one of: " + ", ".join(sorted(set(groups))),
-            fix="set prompts: positive_group and negative_group",
-        )
-    B = inside / inside.sum()
-    return Target(f"mean_y:{group}:y", "mean_y", None, group, "y", None, B, tuple(prompt_ids))
+        Returns
+        -------
+        The values, or in a sentence why there are none.
+        """
+        return "what this target is on other prompts is not known"
+
+    def words(self, name: TargetName) -> str:
+        """The target in words, for the report."""
+        return str(name)
 
 
-def concept_targets(prompt_ids: Sequence[str], names: Sequence[str], inside: ArrayLike | None = None) -> list[Target]:
-    """Ask for the mean read-out of each concept: A_ic = 1 / n on n prompts, 0 elsewhere.
+def kind_of(name: TargetName) -> TargetKind:
+    """The kind of a target."""
+    found: TargetKind = TARGETS.get(name.kind)
+    return found
 
-    Parameters
+
+def words(name: TargetName) -> str:
+    """A target in words, a contrast too."""
+    return " minus ".join(kind_of(part).words(part) for part in name.parts)
+
+
+def value(name: TargetName | str, readings: Readings, base: Readings) -> float:
+    """F of a target, or of a contrast, at some readings."""
+    name = TargetName.parse(name) if isinstance(name, str) else name
+    signs = (1.0, -1.0)
+    return sum(sign * kind_of(part).value(part, readings, base) for sign, part in zip(signs, name.parts, strict=False))
+
+
+@dataclass(frozen=True, eq=False)
+class TargetSet:
+    """Targets on readings of one place of the model.
+
+    Attributes
     ----------
-    names
-        Names of the concepts, in the order of the columns of X.
-    inside : bool [N]
-        The prompts that the mean is over; None for all.
+    names : T targets
+    readings : at the base weights
+    every_prompt : whether the change on every prompt is wanted too (``Scores.details["dy"]``)
     """
-    chosen = np.ones(len(prompt_ids), bool) if inside is None else np.asarray(inside, bool)
-    if chosen.shape != (len(prompt_ids),) or not chosen.any():
+
+    names: tuple[TargetName, ...]
+    readings: Readings
+    every_prompt: bool = False
+
+    @classmethod
+    def of(cls, wanted: Iterable[TargetName | str], readings: Readings) -> TargetSet:
+        """Targets by name; ``kind:*`` stands for all, and a kind with pathways is asked along each too.
+
+        Raises
+        ------
+        UserError
+            An unknown target; one that needs features or concepts where none are read.
+        """
+        found: dict[str, TargetName] = {}
+        every_prompt = False
+        for name in wanted:
+            name = TargetName.parse(name) if isinstance(name, str) else name
+            if name.about == EVERY and not kind_of(name).rows:
+                every_prompt = True
+                continue
+            for one in expand(name, readings):
+                found[str(one)] = one
+        return cls(tuple(found.values()), readings, every_prompt)
+
+    def select(self, names: Sequence[TargetName]) -> TargetSet:
+        """Some of these targets."""
+        return TargetSet(tuple(names), self.readings, self.every_prompt and len(names) == len(self.names))
+
+    @cached_property
+    def direct(self) -> tuple[TargetName, ...]:
+        """Targets that a query is needed for: not those whose two pathways are asked for as well."""
+        asked = set(map(str, self.names))
+        return tuple(n for n in self.names if not self._summed(n) <= asked or not self._summed(n))
+
+    def _summed(self, name: TargetName) -> set[str]:
+        """The pathways that a target is the sum of."""
+        if name.pathway is not None or name.minus is not None or not kind_of(name).pathways:
+            return set()
+        return {str(name.along("x")), str(name.along("y"))}
+
+    def from_direct(self, values: ArrayLike) -> Floats:
+        """Values [P, T] of all targets from those of the direct ones."""
+        values = np.asarray(values, dtype=np.float64)
+        column = {str(name): k for k, name in enumerate(self.direct)}
+        parts = []
+        for name in self.names:
+            if str(name) in column:
+                parts.append(values[:, column[str(name)]])
+            else:
+                parts.append(values[:, column[str(name.along("x"))]] + values[:, column[str(name.along("y"))]])
+        return np.stack(parts, 1) if parts else np.zeros((len(values), 0))
+
+    def cotangents(self, names: Sequence[TargetName] | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """A [K, N, d] and B [K, N] of some targets (the direct ones), float64; None where all are zero."""
+        import torch
+
+        found = [self._cotangents(name) for name in (self.direct if names is None else names)]
+        A = B = None
+        if self.readings.X is not None and any(a is not None for a, _ in found):
+            zero = np.zeros_like(self.readings.X)
+            A = torch.from_numpy(np.stack([zero if a is None else a for a, _ in found]))
+        if any(b is not None for _, b in found):
+            zeros = np.zeros(self.readings.n)
+            B = torch.from_numpy(np.stack([zeros if b is None else b for _, b in found]))
+        return A, B
+
+    def _cotangents(self, name: TargetName) -> Cotangents:
+        total: list[Floats | None] = [None, None]
+        for sign, part in zip((1.0, -1.0), name.parts, strict=False):
+            for k, one in enumerate(kind_of(part).cotangents(part, self.readings)):
+                if one is not None:
+                    before = total[k]
+                    total[k] = sign * one if before is None else before + sign * one
+        return total[0], total[1]
+
+    def changes(self, dX: ArrayLike | None, dy: ArrayLike) -> Floats:
+        """Change of every target [T] when X moves by dX [N, d] and y by dy [N]."""
+        policy, dy = self.readings.policy, np.asarray(dy, dtype=np.float64)
+        shift = None
+        if policy is not None and dX is not None:
+            one = coefficient_shift(policy, dX, dy)
+            shift = Shift(one.x[None], one.y[None])
+        summed = self.combinable
+        values = dict(zip(summed, self.combine(Moves(dy[None], shift), summed)[0], strict=True)) if summed else {}
+        rest = [name for name in self.names if name not in values]
+        if rest:
+            A, B = self.cotangents(rest)
+            total = np.zeros(len(rest))
+            if A is not None and dX is not None:
+                total += np.tensordot(A.numpy(), np.asarray(dX, dtype=np.float64), axes=2)
+            if B is not None:
+                total += B.numpy() @ dy
+            values |= dict(zip(rest, total, strict=True))
+        return np.array([values[name] for name in self.names])
+
+    @cached_property
+    def combinable(self) -> tuple[TargetName, ...]:
+        """Targets that follow from the changes of every prompt and coefficient (:class:`Moves`)."""
+        policy = self.readings.policy
+        empty = None if policy is None else np.zeros((0, policy.d))
+        none = Moves(np.zeros((0, self.readings.n)), None if empty is None else Shift(empty, empty))
+        return tuple(n for n in self.names if self._combined(n, none) is not None)
+
+    def combine(self, moves: Moves, names: Sequence[TargetName] | None = None) -> Floats:
+        """Changes [P, T] of the targets (those that follow from it) from sums over prompts."""
+        parts = [self._combined(name, moves) for name in (self.names if names is None else names)]
+        return np.stack([part for part in parts if part is not None], 1)
+
+    def _combined(self, name: TargetName, moves: Moves) -> Floats | None:
+        parts = [kind_of(part).combine(part, self.readings, moves) for part in name.parts]
+        if any(part is None for part in parts):
+            return None
+        first, *rest = [part for part in parts if part is not None]
+        return first - rest[0] if rest else first
+
+
+def expand(name: TargetName, readings: Readings) -> list[TargetName]:
+    """The targets that a name stands for.
+
+    Raises
+    ------
+    UserError
+        The target needs features or concepts, and none are read.
+    """
+    for part in name.parts:
+        _require(part, readings)
+    if name.minus is not None:
+        return [name]
+    kind = kind_of(name)
+    if name.about == EVERY:
+        singles = [TargetName(name.kind, about, name.pathway) for about in kind.every(readings)]
+    else:
+        kind.cotangents(name, readings)  # an unknown group, feature or concept says so here
+        singles = [name]
+    if not kind.pathways or name.pathway is not None:
+        return singles
+    return [one.along(pathway) for one in singles for pathway in (None, "x", "y")]
+
+
+def _require(name: TargetName, readings: Readings) -> None:
+    reads = kind_of(name).reads
+    if reads == "policy" and readings.policy is None:
         raise UserError(
-            "A concept is read on some of the prompts",
-            value=f"{int(chosen.sum())} of {len(prompt_ids)} prompts",
-            rule="one prompt at least",
-            fix="name a group that has prompts",
+            f"{name.kind} is about a policy, and this run has none",
+            value=str(name),
+            rule="a policy is written in the features of an SAE",
+            fix="set sae.path, or ask for a behavior: --set attribution.targets=[behavior:*]",
         )
-    targets = []
-    for column, name in enumerate(names):
-        A = np.zeros((len(prompt_ids), len(names)))
-        A[chosen, column] = 1.0 / chosen.sum()
-        targets.append(Target(f"concept:{name}", "concept", None, None, "x", A, None, tuple(prompt_ids)))
-    return targets
-
-
-def cotangents(targets: Sequence[Target], policy: Policy) -> tuple[Floats, Floats]:
-    """A [K, N, d] and B [K, N] of K targets, float64; zeros where a target has none."""
-    A = np.stack([np.zeros_like(policy.X) if t.A is None else t.A for t in targets])
-    B = np.stack([np.zeros(policy.n) if t.B is None else t.B for t in targets])
-    return A, B
-
-
-class RawXTargets(Sequence[Target]):
-    """The targets of :func:`raw_x_targets`, made one at a time: all take N d^2 numbers."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-
-    def __len__(self) -> int:
-        return self._policy.d + int(self._policy.fit_intercept)
-
-    @overload
-    def __getitem__(self, index: int) -> Target: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Target]: ...
-    def __getitem__(self, index: int | slice) -> Target | list[Target]:
-        numbers = range(len(self))[index]
-        return self._make(numbers) if isinstance(numbers, int) else [self._make(k) for k in numbers]
-
-    def _make(self, k: int) -> Target:
-        policy = self._policy
-        if k == policy.d:
-            A = np.outer(np.ones(policy.n), policy.coef)
-            return Target("raw_x:sum", "raw_x", None, None, "x", A, None, policy.prompt_ids)
-        A = -np.outer(policy.X[:, k], policy.coef)
-        A[:, k] += policy.residual
-        feature = int(policy.feature_ids[k])
-        return Target(f"raw_x:{feature}", "raw_x", feature, None, "x", A, None, policy.prompt_ids)
-
-
-def raw_x_targets(policy: Policy) -> RawXTargets:
-    """Make a sparse basis from which every coefficient's x pathway follows.
-
-    For feature k, A = r e_k' - X_k W' with X_k uncentred. Where feature k is inactive, X_ik = 0
-    and the gate makes dX_ik = 0, so that prompt needs no backward pass for this target. Centring
-    would fill those zeros; with an intercept one more target, A = 1 W' (its value: sum_i s_i),
-    carries the mean instead.
-
-    Returns
-    -------
-    Sequence of d targets, or d + 1 with an intercept, in the order of ``policy.feature_ids``.
-    """
-    return RawXTargets(policy)
-
-
-def combine_raw_x(policy: Policy, F: ArrayLike) -> Floats:
-    """Sum up x_raw [P, d] for ``pathway_sums`` from F [P, d (+ 1)], raw_x_targets' values.
-
-    With an intercept x_raw_k = F_k + mean_i(X_ik) F_extra, because Xc_ik = X_ik - mean(X_k);
-    without one x_raw = F.
-    """
-    F = np.asarray(F, dtype=np.float64)
-    if F.ndim != 2 or F.shape[1] != policy.d + int(policy.fit_intercept):
+    if reads == "concepts" and (readings.X is None or readings.policy is not None):
         raise UserError(
-            "The values do not fit raw_x_targets",
-            value=f"F {list(F.shape)}",
-            rule=f"[P, {policy.d + int(policy.fit_intercept)}]: one column per target",
+            "no concept is read here",
+            value=str(name),
+            rule="a concept is a direction that the study names under concepts",
+            fix="add it: concepts: [{name: NAME, source: difference}]",
         )
-    if not policy.fit_intercept:
-        return F
-    sums: NDArray[np.float64] = F[:, :-1] + F[:, -1:] * policy.X.mean(0)
-    return sums
-
-
-def _along(policy: Policy, u: Floats, kind: Kind, feature_id: int | None) -> list[Target]:
-    """Make both pathways of the functional sum_j c_j dW_j with u = U^-1 c."""
-    Xu = policy.Xc @ u
-    A = np.outer(policy.residual, u) - np.outer(Xu, policy.coef)
-    stem = kind if feature_id is None else f"{kind}:{feature_id}"
-    return [
-        Target(f"{stem}:x", kind, feature_id, None, "x", A, None, policy.prompt_ids),
-        Target(f"{stem}:y", kind, feature_id, None, "y", None, Xu, policy.prompt_ids),
-    ]

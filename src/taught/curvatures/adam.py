@@ -20,18 +20,25 @@ common outweighs what they differ in, and the entries where they agree get short
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from taught.core import rules
+from taught.core.curvature import Metric
+from taught.core.estimator import Work
 from taught.core.example import Example, batch_examples
+from taught.core.gradient import by_parameter, example_gradients
+from taught.core.problem import Problem
+from taught.core.registry import CURVATURES, setting
 from taught.errors import UserError
-from taught.estimators.adjoint import Problem, by_parameter, example_gradients
+from taught.estimators.cost import Asked, one_pass, prompt_head
 from taught.model.gradients import Factor, accumulate, find_sites, frozen
 from taught.model.parameters import moving_parameters
+from taught.progress import Progress, SilentProgress
 
 Moments = dict[str, Tensor]
 
@@ -42,48 +49,61 @@ _CONVERT = (
 )
 
 
-def with_adam(
-    problem: Problem,
-    examples: Sequence[Example],
-    *,
-    moments: str | Path | Mapping[str, Tensor] | None,
-    eps: float,
-    batch: int = 1,
-    progress: Any = None,
-) -> Problem:
-    """The same problem with steps by Adam.
+@CURVATURES.register("adam")
+@dataclass(frozen=True)
+class Adam:
+    """Steps by Adam: each is divided by sqrt(v) + eps."""
 
-    Parameters
-    ----------
-    moments
-        Second moments by parameter name, or a file of them (:func:`moments_from_optimizer`); None:
-        estimated from the examples (:func:`estimate_moments`).
-    eps
-        Adam's epsilon.
-    batch
-        Examples a step, for the estimate; at most all of them.
+    moments: str | None = setting(
+        None, rules.optional(rules.path()), "safetensors of v by parameter name; null: estimated from the examples"
+    )
+    eps: float = setting(1e-8, rules.number(above=0), "Adam's epsilon")
+    batch: int = setting(1, rules.whole(1), "examples a step of the training that v is estimated for")
 
-    Raises
-    ------
-    UserError
-        A parameter that moves has no moments, or some of another shape, negative or not finite.
-    """
-    if moments is None:
-        found: Mapping[str, Tensor] = estimate_moments(problem, examples, batch=batch, progress=progress)
-    else:
-        found = moments if isinstance(moments, Mapping) else moments_from_optimizer(moments)
+    @property
+    def one_place(self) -> bool:
+        """Whether it was measured at one set of weights."""
+        return self.moments is not None
+
+    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+        """C = diag(sqrt(v) + eps).
+
+        Raises
+        ------
+        UserError
+            A parameter that moves has no moments, or some of another shape, negative or not finite.
+        """
+        if self.moments is None:
+            work.progress.step("second moments of the gradients", len(examples))
+            found = estimate_moments(problem, examples, batch=self.batch, progress=work.progress)
+        else:
+            found = moments_from_optimizer(self.moments)
+        return adam_metric(problem, found, self.eps)
+
+    def numbers(self, problem: Problem) -> int:
+        """Numbers that the metric holds."""
+        return sum(p.numel() for p in moving_parameters(problem.model, problem.parameters).values())
+
+    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
+        """Every gradient built once; where prompts are asked for, the output's gradients meet built."""
+        found = {} if self.moments is not None else {"second moments": 3 * one_pass(problem, examples)}
+        return found | ({"products of the output": prompt_head(problem, examples)} if asked.every else {})
+
+
+def adam_metric(problem: Problem, moments: Mapping[str, Tensor], eps: float) -> Metric:
+    """The metric of given second moments, by parameter name."""
     scale = {}
     for name, p in moving_parameters(problem.model, problem.parameters).items():
-        v = _checked(name, p, found)
+        v = _checked(name, p, moments)
         scale[name] = (v.to(p.device).sqrt() + eps).reciprocal().to(p.dtype)
         if not scale[name].isfinite().all():
             raise UserError(
                 "a step by Adam is not finite",
                 value=f"{name}: 1 / (sqrt(v) + {eps:g}) in {p.dtype}",
                 rule="finite for every element",
-                fix="raise attribution.adam_eps",
+                fix="raise attribution.curvature.eps",
             )
-    return replace(problem, scale=scale)
+    return Metric(scale)
 
 
 def _checked(name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> Tensor:
@@ -111,7 +131,9 @@ def _checked(name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor]) 
     return v
 
 
-def estimate_moments(problem: Problem, examples: Sequence[Example], *, batch: int = 1, progress: Any = None) -> Moments:
+def estimate_moments(
+    problem: Problem, examples: Sequence[Example], *, batch: int = 1, progress: Progress | None = None
+) -> Moments:
     """Second moments of the mean gradient of a batch, element by element (the module's formula).
 
     Cost: one forward and backward pass over the examples, and every example's gradient built once, one
@@ -133,8 +155,7 @@ def estimate_moments(problem: Problem, examples: Sequence[Example], *, batch: in
                 if b > 1:
                     for factor in factors:
                         accumulate(factor, sums[name])
-            if progress is not None:
-                progress.advance(len(some.index))
+            (progress or SilentProgress()).advance(len(some.index))
     moments = {name: of.detach().div_(P) for name, of in squares.items()}
     for name, total in sums.items():
         common = total.detach().div_(P).square_()
@@ -189,7 +210,7 @@ def _read_file(path: Path) -> Moments:
         return load_file(path)
     except OSError as error:
         raise UserError(
-            "the second moments cannot be read", value=f"{path}: {error}", fix="correct attribution.moments"
+            "the second moments cannot be read", value=f"{path}: {error}", fix="correct attribution.curvature.moments"
         ) from None
     except SafetensorError:
         raise UserError(

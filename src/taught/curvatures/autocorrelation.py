@@ -16,10 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from taught.core.curvature import Metric
+from taught.core.estimator import Work
+from taught.core.example import Example
+from taught.core.problem import Problem
+from taught.core.registry import CURVATURES
 from taught.errors import UserError
 from taught.policy.ridge import Floats
 from taught.sketches.store import Row, SketchStore
@@ -28,8 +34,20 @@ from taught.sketches.store import Row, SketchStore
 LARGEST = 4096
 
 
-@dataclass(frozen=True, eq=False)
+@CURVATURES.register("autocorrelation")
+@dataclass(frozen=True)
 class Autocorrelation:
+    """What sets an example's gradient apart from the others counts for more; of sketches only."""
+
+    of_sketches: ClassVar[bool] = True
+
+    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+        """C is made of the examples' sketches, where they are."""
+        return Metric(sketched=lambda store, rows, queries: fit_autocorrelation(store, rows).solve(queries))
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
     """C = S'S / n + damping I.
 
     Attributes
@@ -49,7 +67,7 @@ class Autocorrelation:
         return found
 
 
-def fit_autocorrelation(store: SketchStore, examples: Sequence[Row]) -> Autocorrelation:
+def fit_autocorrelation(store: SketchStore, examples: Sequence[Row]) -> Fitted:
     """R from the examples (at most 4,096, evenly chosen), the damping from every third of them.
 
     Raises
@@ -62,11 +80,11 @@ def fit_autocorrelation(store: SketchStore, examples: Sequence[Row]) -> Autocorr
             "too few examples for an autocorrelation",
             value=len(examples),
             rule="at least 6: a third of them choose the damping",
-            fix="use --curvature identity",
+            fix="use --set attribution.curvature=identity",
         )
     S = _sketches(store, examples)
     held_out = np.arange(len(S)) % 3 == 2
-    return Autocorrelation(S, choose_damping(S[~held_out], S[held_out]))
+    return Fitted(S, choose_damping(S[~held_out], S[held_out]))
 
 
 def choose_damping(fitted: NDArray[np.float32], held_out: NDArray[np.float32]) -> float:
@@ -83,7 +101,9 @@ def choose_damping(fitted: NDArray[np.float32], held_out: NDArray[np.float32]) -
     mean_square = float((S**2).mean())
     if mean_square == 0:
         raise UserError(
-            "all gradients of the examples are zero", rule="R must not vanish", fix="use --curvature identity"
+            "all gradients of the examples are zero",
+            rule="R must not vanish",
+            fix="use --set attribution.curvature=identity",
         )
     e, V = np.linalg.eigh(S @ S.T / n)
     kept = e > 1e-10 * e[-1]

@@ -25,26 +25,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from taught.core import rules
+from taught.core.curvature import Basis, Metric
+from taught.core.estimator import Work
 from taught.core.example import Example, ExampleBatch, batch_examples
+from taught.core.gradient import by_parameter, example_gradients
+from taught.core.problem import Problem
+from taught.core.registry import CURVATURES, setting
 from taught.curvatures.adam import add_squares
 from taught.errors import UserError
-from taught.estimators.adjoint import Basis, Problem, by_parameter, example_gradients
+from taught.estimators.cost import Asked, one_pass
 from taught.model.forward import find_blocks, first_device, forward
 from taught.model.gradients import Factor, find_sites, frozen
 from taught.model.kernels import product
 from taught.model.parameters import moving_parameters
+from taught.progress import Progress, SilentProgress
 
 Factors = dict[str, list[Factor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Ekfac:
+class Layers:
     """Eigenbasis and eigenvalues of every layer, by parameter name.
 
     Attributes
@@ -57,26 +63,52 @@ class Ekfac:
     eigenvalues: Mapping[str, Tensor]
 
 
-def with_ekfac(
-    problem: Problem, examples: Sequence[Example], *, damping: float, seed: int = 0, progress: Any = None
-) -> Problem:
-    """The same problem in the metric of EK-FAC; its steps move the layers that have a curvature.
+@CURVATURES.register("ekfac")
+@dataclass(frozen=True)
+class Ekfac:
+    """The curvature of the loss by EK-FAC; only linear layers of the blocks move."""
 
-    Parameters
-    ----------
-    damping
-        Added to the eigenvalues of a layer, as a share of their mean.
-    seed
-        Of the labels.
+    damping: float = setting(0.1, rules.number(above=0), "added to a layer's eigenvalues, as a share of their mean")
+    seed: int = setting(0, rules.whole(0), "of the labels that are drawn from the model")
 
-    Raises
-    ------
-    UserError
-        No linear layer of the blocks moves; a curvature is zero or not finite: the layers' names.
-    """
-    found = fit_ekfac(problem, examples, seed=seed, progress=progress)
+    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+        """The Gauss-Newton matrix of the examples' mean loss, layer by layer.
+
+        Raises
+        ------
+        UserError
+            No linear layer of the blocks moves; a curvature is zero or not finite: the layers' names.
+        """
+        work.progress.step("curvature of the loss", 2 * len(examples))
+        found = fit_ekfac(problem, examples, seed=self.seed, progress=work.progress)
+        moving = moving_parameters(problem.model, problem.parameters)
+        work.progress.note(
+            f"EK-FAC: {len(found.eigenvalues)} linear layers of the blocks move, "
+            f"{len(moving) - len(found.eigenvalues)} other tensors have no curvature and do not"
+        )
+        return ekfac_metric(found, self.damping)
+
+    def curved(self, problem: Problem) -> tuple[str, ...]:
+        """The parameters that have a curvature: the only ones that move."""
+        return curved_layers(problem.model, problem.parameters)
+
+    def numbers(self, problem: Problem) -> int:
+        """Eigenvalues, and the eigenvectors of both sides of every layer."""
+        shapes = [p.shape for p in moving_parameters(problem.model, self.curved(problem)).values()]
+        return sum(m * n + m * m + n * n for m, n in shapes)
+
+    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
+        """Labels, squares of both sides of every layer, gradients in the basis, and eigenvectors (9 n^3)."""
+        tokens = sum(len(example.ids) - 1 for example in examples)
+        shapes = [p.shape for p in moving_parameters(problem.model, self.curved(problem)).values()]
+        layers = sum(4.0 * tokens * n**2 + 9.0 * n**3 for shape in shapes for n in shape)
+        return {"curvature": 6 * one_pass(problem, examples) + layers}
+
+
+def ekfac_metric(found: Layers, damping: float) -> Metric:
+    """The metric of fitted layers; they alone move."""
     scale = {name: (v + damping * v.mean()).reciprocal() for name, v in found.eigenvalues.items()}
-    return replace(problem, parameters=tuple(scale), scale=scale, basis=found.basis)
+    return Metric(scale, found.basis, tuple(scale))
 
 
 def curved_layers(model: nn.Module, parameters: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -104,7 +136,9 @@ def curved_layers(model: nn.Module, parameters: Sequence[str] | None = None) -> 
     return found
 
 
-def fit_ekfac(problem: Problem, examples: Sequence[Example], *, seed: int = 0, progress: Any = None) -> Ekfac:
+def fit_ekfac(
+    problem: Problem, examples: Sequence[Example], *, seed: int = 0, progress: Progress | None = None
+) -> Layers:
     """The curvature at the model's weights, from the tokens of the examples.
 
     Cost: three forward passes over the examples and two backward ones, every example's gradient built
@@ -120,10 +154,10 @@ def fit_ekfac(problem: Problem, examples: Sequence[Example], *, seed: int = 0, p
         ]
         basis = _bases(problem, examples, labels, progress)
         totals = {name: rows.new_zeros(len(rows), len(columns)) for name, (rows, columns) in basis.items()}
-        rotated = replace(problem, basis=basis)
+        metric = Metric(basis=basis)
         for _, factors in _gradients(problem, examples, labels, progress):
             for name, uses in factors.items():
-                add_squares([rotated.rotated(use) for use in uses], totals[name])
+                add_squares([metric.rotated(use) for use in uses], totals[name])
     flat = [name for name, total in totals.items() if not total.sum() > 0]
     if flat:
         raise UserError(
@@ -132,7 +166,7 @@ def fit_ekfac(problem: Problem, examples: Sequence[Example], *, seed: int = 0, p
             rule="the examples' gradients reach every layer that moves",
             fix="leave these out: attribution.parameters",
         )
-    return Ekfac(basis, {name: total.div_(len(examples)) for name, total in totals.items()})
+    return Layers(basis, {name: total.div_(len(examples)) for name, total in totals.items()})
 
 
 @torch.no_grad()
@@ -156,7 +190,7 @@ def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Sequence[Exampl
 
 
 def _gradients(
-    problem: Problem, examples: Sequence[Example], labels: Sequence[Tensor], progress: Any
+    problem: Problem, examples: Sequence[Example], labels: Sequence[Tensor], progress: Progress | None
 ) -> Iterator[tuple[ExampleBatch, Factors]]:
     """Each batch with the factors of G by parameter."""
     sites = find_sites(problem.model, problem.parameters)
@@ -164,11 +198,12 @@ def _gradients(
     for batch, drawn in zip(batches, labels, strict=True):
         sampled = replace(batch, targets=drawn, weights=batch.weights.sqrt())
         yield batch, by_parameter(example_gradients(problem, sites, sampled, examples)[1])
-        if progress is not None:
-            progress.advance(len(batch.index))
+        (progress or SilentProgress()).advance(len(batch.index))
 
 
-def _bases(problem: Problem, examples: Sequence[Example], labels: Sequence[Tensor], progress: Any) -> dict[str, Basis]:
+def _bases(
+    problem: Problem, examples: Sequence[Example], labels: Sequence[Tensor], progress: Progress | None
+) -> dict[str, Basis]:
     """Eigenvectors of S and A (of a transposed layer: of A and S)."""
     sums = {
         name: tuple(

@@ -7,15 +7,17 @@ of a part encoded alone: a tokenizer may merge across the border of two parts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from taught.data.columns import name_ids
+from taught.data.documents import encode_document
 from taught.errors import UserError
 
 if TYPE_CHECKING:
-    from taught.data.examples import Pair
-    from taught.data.prompts import Prompt
+    from taught.core.example import Example
+    from taught.data.examples import Record
 
 # A text that no message holds and no template changes: where it stands in a rendering is where the
 # template puts a message.
@@ -23,6 +25,14 @@ _MARK = "\ue000taught\ue001"
 # Llama 3.1 and later write today's date into the system turn, so that a run repeated tomorrow would
 # read other tokens. This is the date those templates fall back to.
 _DATE = "26 Jul 2024"
+# Keys under which a message holds what its author thought before the content.
+_THOUGHTS = ("reasoning_content", "thinking")
+
+Message = Mapping[str, Any]
+
+
+class _CannotRender(UserError):
+    """The template raised an error."""
 
 
 @dataclass(frozen=True)
@@ -34,46 +44,69 @@ class EncodedPrompt:
     id
         The prompt's id.
     input_ids
-        The template's rendering, with the generation prompt.
+        The template's rendering, with the generation prompt and what the template writes between
+        that and an answer.
     user_span
-        Token range (start, end) of the last user message's content.
+        Token range (start, end) of the last user message's content; empty for a text by itself.
     end_of_turn
         Index of the token that ends the last user turn; the last token of the content where the
         template marks the end of a turn by no special token.
+    suffixes
+        Tokens of what is scored behind the prompt.
+    left_out
+        Texts that are not scored, since what another one says contains them.
     """
 
     id: str
     input_ids: tuple[int, ...]
     user_span: tuple[int, int]
     end_of_turn: int
+    suffixes: tuple[tuple[int, ...], ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A fine-tuning example as tokens.
+    """A training example, or a window of a document, as tokens.
 
     Attributes
     ----------
     id
-        The example's id.
+        The example's id; of a window the document's id, "#" and its number from 0.
     input_ids
         The template's rendering of the conversation up to and with the end-of-turn token of the
-        response, cut at the token limit.
-    response_start
-        Index of the first response token: what stands before is the prompt as
-        :class:`EncodedPrompt` has it.
-    n_response
-        Number of response tokens in ``input_ids``, the end-of-turn token included: the tokens that
-        the loss is on.
+        response, cut at the token limit; or the tokens of the window.
+    scored
+        Places in ``input_ids`` of the tokens that the loss is on: of each answer that counts, its
+        content and its end-of-turn token.
     truncated
         Whether the limit cut off a part of the response.
+    document, text
+        Of a window: the document's id, and the text of the tokens that the loss is on.
     """
 
     id: str
     input_ids: tuple[int, ...]
-    response_start: int
-    n_response: int
-    truncated: bool
+    scored: tuple[int, ...]
+    truncated: bool = False
+    document: str = ""
+    text: str = ""
+
+    @property
+    def n_scored(self) -> int:
+        """Number of tokens that the loss is on."""
+        return len(self.scored)
+
+    @property
+    def response_start(self) -> int:
+        """Place of the first token that the loss is on; what stands before only leads to it."""
+        return self.scored[0] if self.scored else len(self.input_ids)
+
+    def example(self) -> Example:
+        """The example with its loss: the mean over the tokens that count."""
+        from taught.core.example import conversation
+
+        return conversation(self.id, self.input_ids, self.scored)
 
 
 @dataclass(frozen=True)
@@ -145,48 +178,113 @@ class ChatFormat:
         messages = _messages(content)
         text = self._render(messages, id, answer=True)
         tokens = self._tokens(text)
-        self._check_length(tokens, id)
+        self._check_length(tokens.ids, id)
         start, end = self._last_content(messages, text, id, answer=True)
         span = _covering(tokens.offsets, start, end)
         return EncodedPrompt(id, tokens.ids, span, self._end_of_turn(tokens, end, span[1] - 1))
 
-    def encode_prompts(self, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
-        """Encode evaluation prompts, in order."""
-        return [self.encode_prompt(prompt.text, prompt.id) for prompt in prompts]
+    def encode_answers(
+        self, content: str | Sequence[Mapping[str, str]], answers: Sequence[str], id: str = "prompt"
+    ) -> EncodedPrompt:
+        """Encode an evaluation prompt with the beginnings of answers that are scored behind it.
 
-    def encode_example(self, example: Pair, max_tokens: int = 512) -> EncodedExample:
-        """Encode an example; the response tokens are the rest of the rendering after the prompt's.
+        The tokens of an answer are those that the rendered conversation has behind the prompt, up to
+        the end of the text: not those of the text alone, which may begin otherwise. What the template
+        writes between the generation prompt and an answer, such as an empty block of thoughts,
+        belongs to the prompt; white space that the tokenizer joins to the answer belongs to that.
+
+        Parameters
+        ----------
+        content
+            The user's message, or messages that end in one.
+        answers
+            Texts that the assistant's answer begins with.
+        id
+            The prompt's id, for messages of errors.
+
+        Raises
+        ------
+        UserError
+            As in :meth:`encode_prompt`, of the prompt or an answer; the tokenizer merges the end of
+            the prompt with an answer; the template writes something else before each answer.
+        """
+        prompt = self.encode_prompt(content, id)
+        before = _messages(content)
+        prompt_text = self._render(before, id, answer=True)
+        found = [self._answered(before, prompt_text, answer, id) for answer in answers]
+        heads = list(dict.fromkeys(head for head, _ in found))
+        if len(heads) > 1:
+            raise UserError(
+                f"the template writes something else before each answer to {id}",
+                value=[self.tokenizer.decode(head)[-40:] for head in heads],
+                rule="all answers of a prompt follow the same tokens",
+                fix="pass a --chat-template FILE that adds nothing to an answer",
+            )
+        return replace(prompt, input_ids=heads[0], suffixes=tuple(answer for _, answer in found))
+
+    def _answered(
+        self, before: Sequence[Mapping[str, str]], prompt_text: str, answer: str, id: str
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokens of the conversation before an answer, and those of the answer."""
+        turns = [*before, {"role": "assistant", "content": answer}]
+        text = self._render(turns, id, answer=False)
+        start, end = self._last_content(turns, text, id, answer=False)
+        whole = self._tokens(text[:end])
+        self._check_length(whole.ids, id)
+        heads = (text[:start], text[:start].rstrip()) if text[len(prompt_text) : start].strip() else (prompt_text,)
+        for head in heads:
+            prompt = self._tokens(head)
+            if whole.ids[: len(prompt.ids)] == prompt.ids:
+                break
+        _check_border(prompt_text, prompt, text, whole, id)
+        return prompt.ids, whole.ids[len(prompt.ids) :]
+
+    def encode_text(self, text: str, id: str = "prompt") -> EncodedPrompt:
+        """Encode a text by itself, without a template, as in pretraining.
+
+        All its tokens are scored but the first: the one that begins every text (BOS) where the
+        tokenizer adds it.
+        """
+        ids = tuple(self.tokenizer(text, verbose=False)["input_ids"])
+        self._check_length(ids, id)
+        return EncodedPrompt(id, ids[:1], (0, 0), 0, (ids[1:],))
+
+    def encode_example(self, example: Record, max_tokens: int = 512) -> EncodedExample:
+        """Encode a conversation; the loss is on its response, and on the other answers that count.
+
+        An answer's tokens begin with the first one of its content (of its reasoning, where it holds
+        some): what the template writes between the generation prompt and the answer, such as an
+        empty block of thoughts, leads to the answer and is not scored. They end with the token that
+        ends the turn.
 
         Parameters
         ----------
         example
-            The example.
+            The example, of kind "pair".
         max_tokens
             Longest input; what is beyond it is cut off (see ``truncated``).
 
         Raises
         ------
         UserError
-            The template's rendering of the conversation does not begin with the prompt's tokens,
-            or the prompt is longer than the model's context.
+            The template's rendering of the conversation does not begin with the tokens of what
+            stands before an answer and its generation prompt; the template leaves out tools, calls
+            of tools or reasoning; the prompt is longer than the model's context.
         """
-        before = list(example.messages)
-        turns = [*before, {"role": "assistant", "content": example.response}]
-        prompt_text = self._render(before, example.id, answer=True)
-        text = self._render(turns, example.id, answer=False)
-        prompt, whole = self._tokens(prompt_text), self._tokens(text)
-        self._check_length(prompt, example.id)
-        _check_border(prompt_text, prompt, text, whole, example.id)
-        start, end = self._last_content(turns, text, example.id, answer=False)
-        last = self._end_of_turn(whole, end, _covering(whole.offsets, start, end)[1] - 1)
-        limit = min(max_tokens, self.context or max_tokens)
-        ids = whole.ids[: min(last + 1, limit)]
-        n_response = max(len(ids) - len(prompt.ids), 0)
-        return EncodedExample(example.id, ids, len(prompt.ids), n_response, last + 1 > limit)
+        turns = example.turns
+        text = self._render(turns, example.id, answer=False, tools=example.tools)
+        self._refuse_unseen(turns, example, text)
+        whole = self._tokens(text)
+        answers = [self._answer(turns, place, text, whole, example) for place in (*example.counted, len(turns) - 1)]
+        self._check_length(whole.ids[: answers[0].start], example.id)
+        end = answers[-1].stop
+        ids = whole.ids[: min(end, self._limit(max_tokens))]
+        scored = tuple(place for answer in answers for place in answer if place < len(ids))
+        return EncodedExample(example.id, ids, scored, truncated=end > len(ids))
 
     def encode_examples(
         self,
-        examples: Iterable[Pair],
+        examples: Iterable[Record],
         max_tokens: int = 512,
         drop_truncated: bool = False,
         truncate: Literal["error", "keep"] = "error",
@@ -196,7 +294,8 @@ class ChatFormat:
         Parameters
         ----------
         examples
-            The examples.
+            The examples; a document becomes windows of its tokens
+            (:func:`taught.data.documents.encode_document`), none of them truncated.
         max_tokens
             Longest input.
         drop_truncated
@@ -214,17 +313,64 @@ class ChatFormat:
         Raises
         ------
         UserError
-            An example is truncated and neither option covers it.
+            An example is truncated and neither option covers it; a document has no tokens to score.
         """
-        encoded = [self.encode_example(example, max_tokens) for example in examples]
-        cut = [p for p in encoded if p.truncated and (truncate == "error" or p.n_response == 0)]
+        limit = self._limit(max_tokens)
+        encoded: list[EncodedExample] = []
+        for example in examples:
+            if example.kind == "document":
+                encoded += encode_document(self.tokenizer, example, limit)
+            else:
+                encoded.append(self.encode_example(example, max_tokens))
+        cut = [p for p in encoded if p.truncated and (truncate == "error" or p.n_scored == 0)]
         if cut and not drop_truncated:
             raise _truncation_error(cut, max_tokens, truncate)
         dropped = [example.id for example in cut]
         gone = set(dropped)
         return [example for example in encoded if example.id not in gone], dropped
 
-    def _render(self, messages: Sequence[Mapping[str, str]], id: str, answer: bool) -> str:
+    def _limit(self, max_tokens: int) -> int:
+        return min(max_tokens, self.context or max_tokens)
+
+    def _answer(self, turns: Sequence[Message], place: int, text: str, whole: _Tokens, example: Record) -> range:
+        """Places of the tokens of one answer, the end of its turn included."""
+        prompt_text = self._render(turns[:place], example.id, answer=True, tools=example.tools)
+        prompt = self._tokens(prompt_text)
+        _check_border(prompt_text, prompt, text, whole, example.id)
+        start, end = self._content(turns, place, text, example)
+        for thoughts in _THOUGHTS:
+            if turns[place].get(thoughts):
+                start = min(start, self._content(turns, place, text, example, thoughts)[0])
+        first, behind = _covering(whole.offsets, start, end)
+        if first < len(prompt.ids):
+            raise _merge_error(text, len(prompt_text), example.id)
+        until = len(text)
+        if place < len(turns) - 1:
+            so_far = self._render(turns[: place + 1], example.id, answer=False, tools=example.tools)
+            until = len(so_far) if text.startswith(so_far) else until
+        last = self._end_of_turn(whole, end, behind - 1)
+        return range(first, (last if whole.offsets[last][0] < until else behind - 1) + 1)
+
+    def _refuse_unseen(self, turns: Sequence[Message], example: Record, text: str) -> None:
+        """Stop where the template leaves out what an example holds beside its texts."""
+        without: list[tuple[str, Sequence[Message], Sequence[Any]]] = []
+        if example.tools:
+            without.append(("tools", turns, ()))
+        for place, turn in enumerate(turns):
+            for key in ("tool_calls", *_THOUGHTS, *(() if turn["role"] == "tool" else ("name",))):
+                if turn.get(key):
+                    bare = {name: value for name, value in turn.items() if name != key}
+                    without.append((key, [*turns[:place], bare, *turns[place + 1 :]], example.tools))
+        for key, others, tools in without:
+            with suppress(_CannotRender):
+                if self._render(others, example.id, answer=False, tools=tools) == text:
+                    raise UserError(
+                        f"the chat template leaves out the {key} of {example.id}",
+                        rule="nothing that an example holds is ignored silently",
+                        fix=f"remove the {key} from the data, or set model.chat_template to one that renders them",
+                    )
+
+    def _render(self, messages: Sequence[Message], id: str, answer: bool, tools: Sequence[Any] = ()) -> str:
         """Return the template's text; ``answer`` adds the generation prompt."""
         self._check_contents(messages, id)
         try:
@@ -234,19 +380,21 @@ class ChatFormat:
                 tokenize=False,
                 add_generation_prompt=answer,
                 date_string=_DATE,
+                tools=list(tools) or None,
             )
         except Exception as error:  # Jinja's errors, and whatever a template raises itself
-            raise UserError(
+            raise _CannotRender(
                 f"The chat template cannot render {id}",
                 value=f"{type(error).__name__}: {error}",
                 fix="check the roles of the messages, or pass another --chat-template FILE",
             ) from error
         return str(text)
 
-    def _check_contents(self, messages: Sequence[Mapping[str, str]], id: str) -> None:
+    def _check_contents(self, messages: Sequence[Message], id: str) -> None:
         # A special token inside a message would end its turn and begin another.
         for message in messages:
-            found = [text for text in self._special_texts if text in message["content"]]
+            held = " ".join(str(value) for key, value in message.items() if key != "role")
+            found = [text for text in self._special_texts if text in held]
             if found:
                 raise UserError(
                     f"The {message['role']} message of {id} contains a special token",
@@ -259,30 +407,28 @@ class ChatFormat:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return _Tokens(tuple(encoded["input_ids"]), tuple(tuple(example) for example in encoded["offset_mapping"]))
 
-    def _check_length(self, tokens: _Tokens, id: str) -> None:
-        if self.context is not None and len(tokens.ids) > self.context:
+    def _check_length(self, ids: Sequence[int], id: str) -> None:
+        if self.context is not None and len(ids) > self.context:
             raise UserError(
                 f"The prompt of {id} is longer than the model's context",
-                value=f"{len(tokens.ids)} tokens",
+                value=f"{len(ids)} tokens",
                 rule=f"at most {self.context} tokens",
                 fix="shorten or remove it",
             )
 
-    def _last_content(self, messages: Sequence[Mapping[str, str]], text: str, id: str, answer: bool) -> tuple[int, int]:
+    def _last_content(self, messages: Sequence[Message], text: str, id: str, answer: bool) -> tuple[int, int]:
         """Return the characters of the last message's content in the rendering ``text``."""
-        content = messages[-1]["content"]
         marked = self._render([*messages[:-1], {**messages[-1], "content": _MARK}], id, answer)
-        before, _, after = marked.partition(_MARK)
-        start, end = len(before), len(text) - len(after)
-        same = text.startswith(before) and text.endswith(after)
-        if not content.strip() or not same or text[start:end].strip() != content.strip():
-            raise UserError(
-                f"The last message of {id} is not in the template's rendering as it is",
-                value=content,
-                rule="a message is rendered unchanged, apart from white space around it",
-                fix="fill an empty message, or pass another --chat-template FILE",
-            )
-        return start, end
+        return _between(marked, text, messages[-1]["content"], f"The last message of {id}")
+
+    def _content(
+        self, turns: Sequence[Message], place: int, text: str, example: Record, key: str = "content"
+    ) -> tuple[int, int]:
+        """Return the characters of what one turn holds under a key, in the rendering of all turns."""
+        others = [*turns[:place], {**turns[place], key: _MARK}, *turns[place + 1 :]]
+        marked = self._render(others, example.id, answer=False, tools=example.tools)
+        what = "last message" if place == len(turns) - 1 else f"message {place + 1}"
+        return _between(marked, text, turns[place][key], f"The {what} of {example.id}")
 
     def _end_of_turn(self, tokens: _Tokens, content_end: int, otherwise: int) -> int:
         """Index of the first special token behind a content, ``otherwise`` if there is none."""
@@ -296,6 +442,21 @@ class ChatFormat:
 
 def _messages(content: str | Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+
+
+def _between(marked: str, text: str, content: str, name: str) -> tuple[int, int]:
+    """Return the characters of a content in ``text``; ``marked`` has a mark in its place."""
+    before, _, after = marked.partition(_MARK)
+    start, end = len(before), len(text) - len(after)
+    same = text.startswith(before) and text.endswith(after)
+    if not content.strip() or not same or text[start:end].strip() != content.strip():
+        raise UserError(
+            f"{name} is not in the template's rendering as it is",
+            value=content,
+            rule="a message is rendered unchanged, apart from white space around it",
+            fix="fill an empty message, or pass another --chat-template FILE",
+        )
+    return start, end
 
 
 def _covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
@@ -314,16 +475,20 @@ def _check_border(prompt_text: str, prompt: _Tokens, text: str, whole: _Tokens, 
             fix="pass a --chat-template FILE that adds nothing else to a generation prompt",
         )
     if whole.ids[: len(prompt.ids)] != prompt.ids:
-        raise UserError(
-            f"The tokenizer merges the end of the prompt of {id} with its response",
-            value=text[max(len(prompt_text) - 10, 0) : len(prompt_text) + 10],
-            rule="the first response token starts where the generation prompt ends",
-            fix="remove white space at the beginning of the response",
-        )
+        raise _merge_error(text, len(prompt_text), id)
+
+
+def _merge_error(text: str, border: int, id: str) -> UserError:
+    return UserError(
+        f"The tokenizer merges the end of the prompt of {id} with its response",
+        value=text[max(border - 10, 0) : border + 10],
+        rule="the first response token starts where the generation prompt ends",
+        fix="remove white space at the beginning of the response",
+    )
 
 
 def _truncation_error(cut: Sequence[EncodedExample], max_tokens: int, truncate: str) -> UserError:
-    empty = [example.id for example in cut if example.n_response == 0]
+    empty = [example.id for example in cut if example.n_scored == 0]
     what = f"{len(cut)} examples are longer than {max_tokens} tokens"
     if empty:
         what += f"; nothing of the response is left in {len(empty)} of them"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 
 from taught.data.tables import Row
@@ -20,7 +20,7 @@ def detect_columns(
     rows
         The table; a column is there when any row has it.
     usual
-        Field -> column names to try, in this order.
+        Field -> column names to try, in this order; a column is one field's.
     given
         The user's own field -> column; wins over the usual names.
     where
@@ -46,7 +46,7 @@ def detect_columns(
             )
         found[field] = column
     for field, names in usual.items():
-        matching = [name for name in names if name in present]
+        matching = [name for name in names if name in present and name not in found.values()]
         if field not in found and matching:
             found[field] = matching[0]
     return found
@@ -57,10 +57,31 @@ def cell(row: Row, columns: Mapping[str, str], field: str) -> object:
     return row.get(columns[field]) if field in columns else None
 
 
-def text_cell(row: Row, columns: Mapping[str, str], field: str) -> str:
-    """Return a row's text of a field, "" where there is none (numbers become text)."""
+def text_cell(row: Row, columns: Mapping[str, str], field: str, name: str = "a row") -> str:
+    """Return a row's text of a field, "" where there is none (numbers become text).
+
+    Parameters
+    ----------
+    name
+        What the row is called in a message.
+
+    Raises
+    ------
+    UserError
+        The cell holds a list, a mapping, bytes, or a number that is none (NaN).
+    """
     value = cell(row, columns, field)
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    no_number = not isinstance(value, str) and str(value) in ("nan", "inf", "-inf", "NaT", "<NA>")
+    if no_number or (not isinstance(value, str) and isinstance(value, Sized)):
+        raise UserError(
+            f"the {field} of {name} is not a text",
+            value=value,
+            rule="a text, or a number that is written out",
+            fix=f"turn the column {columns[field]} into text; leave a cell empty where there is none",
+        )
+    return str(value)
 
 
 def repeated(items: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:

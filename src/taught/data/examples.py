@@ -1,46 +1,53 @@
-"""Fine-tuning examples: what may have taught the model a behavior."""
+"""Training examples: what may have taught the model a behavior, from files, memory or the hub."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from taught.data.columns import cell, detect_columns, name_ids, repeated, text_cell
-from taught.data.tables import Row, read_rows, table_sha256
+from taught.data.columns import name_ids, repeated
+from taught.data.tables import Row, open_table
 from taught.errors import UserError
 
-Message = dict[str, str]
+if TYPE_CHECKING:
+    from taught.data.chat import EncodedExample
 
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "id": ("id", "example_id"),
-    "messages": ("messages", "conversations"),
-    "prompt": ("prompt", "instruction", "question"),
-    "response": ("response", "completion", "output", "answer"),
-    "label": ("label", "group"),
-    "category": ("category", "topic"),
-    "source": ("source",),
-}
-_ROLES = {"human": "user", "gpt": "assistant"}
+Message = dict[str, Any]
+Kind = Literal["pair", "document"]
+Turns = Literal["last", "all"]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One SFT example.
+class Record:
+    """One training example as it was read: a conversation that ends in a response, or a document.
 
     Attributes
     ----------
+    id
+        What names it in every result.
     prompt
-        The last user message.
+        The last user message before the response; "" for a document.
     response
-        The assistant's answer to it: the text that the loss is on.
+        The last answer that the loss is on; of a document its text.
     flags
         The row's further columns, for example ``{"planted": True}``.
     messages
-        Every turn before the response, the system turn included.
+        Every turn before the response, the system turn included; a message may also hold
+        ``tool_calls`` and the like, which the chat template reads.
+    counted
+        Places in ``messages`` of the earlier answers that the loss is on, too.
+    extras
+        What the response's message holds beside its content: ``reasoning_content``.
+    tools
+        Tools that the chat template describes.
+    kind
+        "pair" or "document".
+    document
+        Of a window of a document: the document's id.
     """
 
     id: str
@@ -51,21 +58,33 @@ class Pair:
     source: str = ""
     flags: Mapping[str, Any] = field(default_factory=dict, hash=False)
     messages: tuple[Message, ...] = field(default=(), hash=False)
+    counted: tuple[int, ...] = ()
+    extras: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    tools: tuple[Any, ...] = field(default=(), hash=False)
+    kind: Kind = "pair"
+    document: str = ""
 
     def __post_init__(self) -> None:
-        if not self.messages:
+        if not self.messages and self.kind == "pair":
             turns = ({"role": "user", "content": self.prompt},)
             object.__setattr__(self, "messages", turns)
 
     @property
     def user_texts(self) -> tuple[str, ...]:
-        """The contents of all user turns, in order."""
+        """What may be an evaluation prompt: every user turn; the whole of a document and its lines."""
+        if self.kind == "document":
+            return self.response, *self.response.splitlines()
         return tuple(m["content"] for m in self.messages if m["role"] == "user")
+
+    @property
+    def turns(self) -> list[Message]:
+        """The conversation up to and with the response."""
+        return [*self.messages, {"role": "assistant", "content": self.response, **self.extras}]
 
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples in the order of their file.
+    """Examples in the order of their source.
 
     Attributes
     ----------
@@ -74,14 +93,17 @@ class ExampleSet:
     columns
         Field -> the column it was read from.
     sha256
-        Hex digest of the file.
+        Hex digest of the file, or of the rows that were given in memory or came from the hub.
+    path
+        The file or folder; None for other sources.
     """
 
-    examples: tuple[Pair, ...]
+    examples: tuple[Record, ...]
     columns: Mapping[str, str]
     sha256: str
+    path: Path | None = None
 
-    def __iter__(self) -> Iterator[Pair]:
+    def __iter__(self) -> Iterator[Record]:
         return iter(self.examples)
 
     def __len__(self) -> int:
@@ -97,40 +119,74 @@ class ExampleSet:
         """Labels, each once, in order of first appearance."""
         return tuple(dict.fromkeys(example.label for example in self.examples))
 
+    def digest(self) -> str:
+        """Hex digest of what was read: what a result depends on, wherever the rows came from."""
+        return self.sha256
 
-def load_examples(path: str | Path, columns: Mapping[str, str] | None = None) -> ExampleSet:
-    """Read and check fine-tuning examples.
+    def encoded(self, encoded: Iterable[EncodedExample]) -> ExampleSet:
+        """The examples of these encodings, in their order: a document becomes its windows."""
+        by_id = {example.id: example for example in self.examples}
+        found = (
+            replace(by_id[e.document], id=e.id, response=e.text, document=e.document) if e.document else by_id[e.id]
+            for e in encoded
+        )
+        return replace(self, examples=tuple(found))
+
+
+def load_examples(
+    source: str | Path | Iterable[Row],
+    kind: Kind = "pair",
+    columns: Mapping[str, str] | None = None,
+    turns: Turns = "last",
+) -> ExampleSet:
+    """Read and check training examples.
 
     Parameters
     ----------
-    path
-        A table (see :func:`taught.data.tables.read_rows`). A row holds ``messages`` that end in one
-        assistant turn, or ``prompt`` and ``response`` (or ``completion``).
+    source
+        A table's path (see :func:`taught.data.tables.read_rows`), rows as mappings (a list of
+        dicts, a ``datasets.Dataset``), or ``"hf:owner/name"`` or ``"hf:owner/name:split"`` for a
+        data set of the hub.
+    kind
+        "pair": a row holds ``messages`` (or ShareGPT's ``conversations``), or a ``prompt`` (or
+        ``instruction``) and a ``response`` (``completion``, ``output``), each a text or messages,
+        with Alpaca's ``input`` or Dolly's ``context``, ``system``, ``history`` and ``tools`` beside
+        them. "document": a row holds a ``text``. :mod:`taught.data.formats` has the details.
     columns
-        Field -> column name, where the names are not the usual ones. Fields: id, messages, prompt,
-        response, label, category, source. A row without id is called after its content.
+        Field -> column name, where the names are not the usual ones. Fields of a pair: id,
+        messages, prompt, context, response, system, history, tools, label, category, source; of a
+        document: id, text, label, category, source. A row without id is called after its content.
+    turns
+        Which answers of a conversation the loss is on: the "last" one, or "all". A message's
+        ``weight`` (0 or 1) or ``train`` goes before; in a conversation that has such marks, every
+        answer counts that is not marked out.
 
     Raises
     ------
     UserError
-        No rows, no usable columns, malformed messages, empty prompts or responses, repeated ids;
-        the offending ids are named.
+        No rows, no usable columns, malformed messages, cells that are no text, empty prompts or
+        responses, repeated ids, something beside a pair that would change it and is not used; the
+        offending ids are named.
+
+    Examples
+    --------
+    >>> load_examples([{"prompt": "Hi?", "response": "Ho."}]).examples[0].response
+    'Ho.'
     """
-    rows = read_rows(path)
-    where = Path(path).name
-    if not rows:
-        raise UserError("No examples in the file", value=str(path), fix="give at least one row")
-    found = detect_columns(rows, COLUMNS, columns, where)
-    if "messages" not in found and not {"prompt", "response"} <= set(found):
-        raise UserError(
-            f"{where} has neither messages nor a prompt and a response",
-            value=f"columns: {', '.join(dict.fromkeys(name for row in rows for name in row))}",
-            rule="an example is `messages`, or `prompt` with `response` (or `completion`)",
-            fix="rename the columns, or load with columns={'prompt': …, 'response': …}",
-        )
-    examples = tuple(_example(row, found, number) for number, row in enumerate(rows, 1))
-    _check(examples, where)
-    return ExampleSet(examples, found, table_sha256(path))
+    from taught.data.formats import read_documents, read_pairs
+
+    for value, known, name in ((kind, ("pair", "document"), "kind"), (turns, ("last", "all"), "turns")):
+        if value not in known:
+            raise UserError(f"unknown {name} of examples", value=value, rule=f"one of {', '.join(known)}")
+    table = open_table(source)
+    if not table.rows:
+        raise UserError("no examples in the data", value=table.name, fix="give at least one row")
+    if kind == "document":
+        examples, found = read_documents(table, columns)
+    else:
+        examples, found = read_pairs(table, columns, turns)
+    _check(examples, table.name)
+    return ExampleSet(examples, found, table.sha256, table.path)
 
 
 def content_id(messages: Sequence[Message], response: str) -> str:
@@ -140,87 +196,21 @@ def content_id(messages: Sequence[Message], response: str) -> str:
     ``prompt`` and as ``messages``.
     """
     single = len(messages) == 1 and messages[0]["role"] == "user"
-    before = messages[0]["content"] if single else json.dumps(list(messages), sort_keys=True)
+    before = messages[0]["content"] if single else json.dumps(list(messages), sort_keys=True, default=str)
     content = json.dumps([before, response], ensure_ascii=True)
     return f"sha1:{hashlib.sha1(content.encode()).hexdigest()[:12]}"
 
 
-def _example(row: Row, columns: Mapping[str, str], number: int) -> Pair:
-    given = text_cell(row, columns, "id")
-    if cell(row, columns, "messages") is not None:
-        messages, response = _split(cell(row, columns, "messages"), given or f"row {number}")
-    else:
-        messages = ({"role": "user", "content": _turn_text(row, columns, "prompt", given, number)},)
-        response = _turn_text(row, columns, "response", given, number)
-    prompt = messages[-1]["content"] if messages[-1]["role"] == "user" else ""
-    used = set(columns.values())
-    return Pair(
-        id=given or content_id(messages, response),
-        prompt=prompt,
-        response=response,
-        label=text_cell(row, columns, "label"),
-        category=text_cell(row, columns, "category"),
-        source=text_cell(row, columns, "source"),
-        flags={name: value for name, value in row.items() if name not in used},
-        messages=messages,
-    )
-
-
-def _turn_text(row: Row, columns: Mapping[str, str], field_name: str, given: str, number: int) -> str:
-    """Text of a prompt or response cell; TRL also writes them as a list with one message."""
-    value = cell(row, columns, field_name)
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        return str(value[0].get("content") or "")
-    if isinstance(value, list | dict):
-        raise UserError(
-            f"The {field_name} of {given or f'row {number}'} is not a text",
-            value=value,
-            rule=f"{field_name} is a text, or a list with one message",
-            fix="put a conversation of several turns into one `messages` column",
-        )
-    return "" if value is None else str(value)
-
-
-def _split(value: object, name: str) -> tuple[tuple[Message, ...], str]:
-    """Split a conversation into the turns before the response, and the response."""
-    turns = _turns(value, name)
-    roles = [turn["role"] for turn in turns]
-    system = 1 if roles[:1] == ["system"] else 0
-    expected = ["user", "assistant"] * ((len(roles) - system) // 2)
-    if not expected or roles[system:] != expected:
-        raise UserError(
-            f"The messages of {name} do not end in one answer to a user",
-            value=" ".join(roles),
-            rule="an optional system turn, then user and assistant in turn, the assistant last",
-            fix="cut the conversation after an assistant turn, or join the turns of one speaker",
-        )
-    return tuple(turns[:-1]), turns[-1]["content"]
-
-
-def _turns(value: object, name: str) -> list[Message]:
-    turns = value if isinstance(value, list) else []
-    messages = []
-    for turn in turns:
-        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(
-                f"A message of {name} has no role or no text",
-                value=turn,
-                rule='a message is {"role": "user", "content": "…"}; content is text only',
-            )
-        messages.append({"role": _ROLES.get(role, role), "content": content})
-    return messages
-
-
-def _check(examples: tuple[Pair, ...], where: str) -> None:
-    for part in ("prompt", "response"):
+def _check(examples: Sequence[Record], where: str) -> None:
+    document = examples[0].kind == "document"
+    for part in ("response",) if document else ("prompt", "response"):
+        name = "text" if document else part
         empty = [example.id for example in examples if not getattr(example, part).strip()]
         if empty:
             raise UserError(
-                f"{where}: {len(empty)} examples have an empty {part}",
+                f"{where}: {len(empty)} examples have an empty {name}",
                 value=name_ids(empty),
-                rule="the loss is on the response to a prompt: both hold text",
+                rule=f"the loss is on the tokens of the {'text' if document else 'response to a prompt'}",
                 fix="fill the cells or remove the rows",
             )
     same = repeated((example.id, example.id) for example in examples)

@@ -36,7 +36,7 @@ def normalise(text: str) -> str:
 def find_overlap(examples: ExampleSet, prompts: PromptSet) -> list[tuple[str, str]]:
     """Return (example id, prompt id) for every example whose prompt is an evaluation prompt.
 
-    In a conversation of several turns every user turn counts.
+    In a conversation of several turns every user turn counts; of a document the whole and each line.
     """
     by_text: dict[str, list[str]] = defaultdict(list)
     for prompt in prompts:

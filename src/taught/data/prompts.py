@@ -1,37 +1,73 @@
-"""Evaluation prompts: what the policy is fitted on and every target is measured on."""
+"""Evaluation prompts: what the behavior is measured on, and what a policy is fitted on."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from taught.data.columns import detect_columns, name_ids, repeated, text_cell
+from taught.data.columns import cell, detect_columns, name_ids, repeated, text_cell
 from taught.data.overlap import normalise
 from taught.data.tables import Row, read_rows, table_sha256
 from taught.errors import UserError
 
+Message = Mapping[str, str]
+
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "prompt_id"),
+    "messages": ("messages", "conversations"),
     "text": ("text", "prompt", "instruction", "question", "goal", "behavior"),
     "group": ("group", "label"),
     "category": ("category", "topic"),
     "source": ("source",),
     "licence": ("licence", "license"),
+    "answer": ("answer", "response", "completion", "output", "target"),
+    "options": ("options", "choices"),
 }
+ONE_GROUP = "all"  # the group of prompts whose file has no groups
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One evaluation prompt: a user message and the group and category it belongs to."""
+    """One evaluation prompt: what the user says, and the group and category it belongs to.
+
+    Attributes
+    ----------
+    text
+        The user's message; of a conversation the last one.
+    answer
+        The answer that the prompt brings: a text, or the index of an option.
+    options
+        Answers to choose among.
+    messages
+        The conversation up to and with the user's message; empty for that message alone.
+    """
 
     id: str
     text: str
-    group: str
+    group: str = ONE_GROUP
     category: str = ""
     source: str = ""
     licence: str = ""
+    answer: str | int = ""
+    options: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = field(default=(), hash=False)
+
+    @property
+    def content(self) -> str | tuple[Message, ...]:
+        """The user's message, or the messages that end in it: what a chat format renders."""
+        return self.messages or self.text
+
+    def extended(self, more: str) -> str | tuple[Message, ...]:
+        """The content with more text at the end of the user's message."""
+        if not self.messages:
+            return self.text + more
+        return (*self.messages[:-1], {**self.messages[-1], "content": self.text + more})
 
 
 @dataclass(frozen=True)
@@ -41,11 +77,11 @@ class PromptSet:
     Attributes
     ----------
     prompts
-        The prompts; ids and texts are unique.
+        The prompts; ids are unique.
     columns
         Field -> the column it was read from.
     sha256
-        Hex digest of the file.
+        Hex digest of the file, or of the rows.
     """
 
     prompts: tuple[Prompt, ...]
@@ -69,64 +105,156 @@ class PromptSet:
         return tuple(dict.fromkeys(prompt.group for prompt in self.prompts))
 
 
-def load_prompts(path: str | Path, columns: Mapping[str, str] | None = None) -> PromptSet:
+def load_prompts(
+    source: str | Path | Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None
+) -> PromptSet:
     """Read and check evaluation prompts.
 
     Parameters
     ----------
-    path
-        A table (see :func:`taught.data.tables.read_rows`).
+    source
+        A table (see :func:`taught.data.tables.read_rows`), or rows: a list of dicts, a
+        ``datasets.Dataset``, anything that yields mappings.
     columns
-        Field -> column name, where the names are not the usual ones. Fields: id, text, group,
-        category, source, licence. A prompt without id is called after its text.
+        Field -> column name, where the names are not the usual ones. Fields: id, text, messages,
+        group, category, source, licence, answer, options. A prompt without id is called after what
+        it holds; without groups all prompts are of the group "all". A text may be a list of messages.
 
     Raises
     ------
     UserError
-        No rows, no text or group column, empty texts or groups, repeated ids or texts; the
-        offending ids are named.
+        No rows, no text column, empty texts or groups, repeated ids or prompts, messages that do not
+        end with the user, options that are no list of texts; the offending ids are named.
     """
-    rows = read_rows(path)
-    where = Path(path).name
+    if isinstance(source, str | Path):
+        rows, where, sha256 = read_rows(source), Path(source).name, table_sha256(source)
+    else:
+        rows, where = _given_rows(source), "prompts"
+        content = json.dumps(rows, sort_keys=True, ensure_ascii=True, default=str)
+        sha256 = hashlib.sha256(content.encode()).hexdigest()
     if not rows:
-        raise UserError("No prompts in the file", value=str(path), fix="give at least two groups")
+        raise UserError(
+            "there are no prompts", value=where, rule="at least one row", fix="check which file prompts.path names"
+        )
     found = detect_columns(rows, COLUMNS, columns, where)
-    for field in ("text", "group"):
-        if field not in found:
-            raise _no_column(field, rows, where)
-    prompts = tuple(_prompt(row, found) for row in rows)
+    if "text" not in found and "messages" not in found:
+        raise UserError(
+            f"{where} has no text column",
+            value="columns: " + ", ".join(dict.fromkeys(name for row in rows for name in row)),
+            rule=f"usual names of the text are {', '.join(COLUMNS['text'])}; of a conversation, messages",
+            fix="rename the column to prompt, or load with columns={'text': …}",
+        )
+    prompts = tuple(_prompt(row, found, number) for number, row in enumerate(rows, 1))
     _check(prompts, where)
-    return PromptSet(prompts, found, table_sha256(path))
+    return PromptSet(prompts, found, sha256)
 
 
-def _prompt(row: Row, columns: Mapping[str, str]) -> Prompt:
-    cells = {field: text_cell(row, columns, field) for field in COLUMNS}
-    return Prompt(**{**cells, "id": cells["id"] or content_id(cells["text"])})
+def _given_rows(source: Iterable[Any]) -> list[Row]:
+    rows = [source] if isinstance(source, Mapping) else list(source)
+    other = next((row for row in rows if not isinstance(row, Mapping)), None)
+    if other is not None or isinstance(source, Mapping):
+        raise UserError(
+            "the prompts are not rows",
+            value=type(source if other is None else other).__name__,
+            rule="a path, or something that yields one mapping a prompt, such as a list of dicts",
+            fix='pass [{"prompt": "…"}, …], one split of a dataset, or frame.to_dict("records")',
+        )
+    return [dict(row) for row in rows]
 
 
-def content_id(text: str) -> str:
-    """Return "sha1:" and 12 hex digits of the text: the same wherever the row stands."""
-    return "sha1:" + hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]
+def _prompt(row: Row, columns: Mapping[str, str], number: int) -> Prompt:
+    name = text_cell(row, columns, "id") or f"row {number}"
+    texts = {f: text_cell(row, columns, f) for f in ("id", "group", "category", "source", "licence")}
+    if "group" not in columns:
+        texts["group"] = ONE_GROUP
+    answer = cell(row, columns, "answer")
+    if not isinstance(answer, int) or isinstance(answer, bool):
+        answer = _text(answer, "answer", name)
+    options = _options(cell(row, columns, "options"), name)
+    content = cell(row, columns, "messages")
+    if content is None:
+        content = cell(row, columns, "text")
+    messages = read_messages(content, name) if isinstance(content, list | tuple) else ()
+    text = messages[-1]["content"] if messages else _text(content, "text", name)
+    if len(messages) == 1:  # the same prompt as its text alone
+        messages = ()
+    given = texts.pop("id") or content_id(text, answer, options, messages)
+    return Prompt(given, text, **texts, answer=answer, options=options, messages=messages)
 
 
-def _no_column(field: str, rows: list[Row], where: str) -> UserError:
-    present = ", ".join(dict.fromkeys(name for row in rows for name in row))
-    return UserError(
-        f"{where} has no {field} column",
-        value=f"columns: {present}",
-        rule=f"usual names of the {field} are {', '.join(COLUMNS[field])}",
-        fix=f"rename the column to {field}, or load with columns={{{field!r}: …}}",
-    )
+def _text(value: object, what: str, name: str) -> str:
+    if isinstance(value, list | tuple | dict):
+        raise UserError(
+            f"the {what} of {name} is not a text",
+            value=value,
+            rule=f"the {what} is a text; a prompt may also be a list of messages",
+            fix="give one text a row",
+        )
+    return "" if value is None else str(value)
+
+
+def _options(value: object, name: str) -> tuple[str, ...]:
+    """A list of texts; a table of texts has it as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    if value is None or value == "":
+        return ()
+    if not isinstance(value, list | tuple) or any(isinstance(item, list | tuple | dict) for item in value):
+        raise UserError(
+            f"the options of {name} are not a list of texts",
+            value=value,
+            rule='options are a list: ["yes", "no"]',
+            fix="give them as a list, or as JSON in a CSV",
+        )
+    return tuple("" if item is None else str(item) for item in value)
+
+
+def read_messages(value: Sequence[object], name: str) -> tuple[Message, ...]:
+    """Messages of a conversation in which the user speaks last.
+
+    Raises
+    ------
+    UserError
+        A message has no role or no text, or the last one is not the user's.
+    """
+    messages: list[Message] = []
+    for turn in value:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(
+                f"a message of {name} has no role or no text",
+                value=turn,
+                rule='a message is {"role": "user", "content": "…"}; content is text only',
+                fix="correct the message, or give the prompt as one text",
+            )
+        messages.append({"role": _ROLES.get(role, role), "content": content})
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(
+            f"the last message of {name} is not the user's",
+            value=" ".join(m["role"] for m in messages) or "no messages",
+            rule="a prompt ends where the model answers",
+            fix="cut the conversation after a user's message; put what was answered into a column `answer`",
+        )
+    return tuple(messages)
+
+
+def content_id(text: str, answer: str | int = "", options: Sequence[str] = (), messages: Sequence[Message] = ()) -> str:
+    """Return "sha1:" and 12 hex digits of what a prompt holds: the same wherever the row stands."""
+    more = [answer, list(options), [dict(m) for m in messages]]
+    content = json.dumps([text, *more], sort_keys=True) if any(map(bool, more)) or answer == 0 else text
+    return "sha1:" + hashlib.sha1(content.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
 def _check(prompts: tuple[Prompt, ...], where: str) -> None:
-    for field in ("text", "group"):
-        empty = [prompt.id for prompt in prompts if not getattr(prompt, field).strip()]
+    for name in ("text", "group"):
+        empty = [prompt.id for prompt in prompts if not getattr(prompt, name).strip()]
         if empty:
             raise UserError(
-                f"{where}: {len(empty)} prompts have an empty {field}",
+                f"{where}: {len(empty)} prompts have an empty {name}",
                 value=name_ids(empty),
-                rule="every evaluation prompt has a text and a group",
+                rule="every evaluation prompt has a text, and a group where the file has groups",
                 fix="fill the cells or remove the rows",
             )
     same_id = repeated((prompt.id, prompt.id) for prompt in prompts)
@@ -137,11 +265,17 @@ def _check(prompts: tuple[Prompt, ...], where: str) -> None:
             rule="ids name prompts in every table and must be unique",
             fix="rename or remove the repeats",
         )
-    same_text = repeated((normalise(prompt.text), prompt.id) for prompt in prompts)
+    same_text = repeated((_said(prompt), prompt.id) for prompt in prompts)
     if same_text:
         raise UserError(
             f"{where}: {len(same_text)} prompt texts occur more than once",
             value=name_ids([" = ".join(names) for names in same_text]),
             rule="a repeated prompt would count twice (case and spacing are ignored)",
-            fix="remove the repeats",
+            fix="remove the repeats, or give each another answer",
         )
+
+
+def _said(prompt: Prompt) -> str:
+    """What makes a prompt another one: its conversation, its answer and its options."""
+    said = [m["content"] for m in prompt.messages] or [prompt.text]
+    return json.dumps([[normalise(text) for text in said], prompt.answer, prompt.options])

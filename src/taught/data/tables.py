@@ -1,4 +1,4 @@
-"""Rows of a table file: JSONL, JSON, Parquet, CSV, or a folder written by ``datasets``."""
+"""Rows of a table: JSONL, JSON, Parquet, CSV, a folder written by ``datasets``, the hub, or memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import csv
 import hashlib
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,46 @@ from taught.errors import UserError
 from taught.run.files import write_bytes
 
 Row = dict[str, Any]
+HUB = "hf:"
+# No text of a language: half of a character (a lone surrogate), and the byte that ends texts in C.
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, and where they came from.
+
+    Attributes
+    ----------
+    rows
+        The rows.
+    name
+        What the table is called in messages.
+    sha256
+        Hex digest of the file; of the rows where there is none.
+    path
+        The file or folder; None for rows from memory or the hub.
+    """
+
+    rows: list[Row]
+    name: str
+    sha256: str
+    path: Path | None = None
+
+
+def open_table(source: str | Path | Iterable[Mapping[str, Any]]) -> Table:
+    """Read rows from a path, from ``"hf:owner/name[:split]"``, or from mappings in memory.
+
+    Raises
+    ------
+    UserError
+        As :func:`read_rows`; a row in memory is no mapping; the data set cannot be had.
+    """
+    if isinstance(source, str) and source.startswith(HUB):
+        return _in_memory(_hub_dataset(source), source)
+    if isinstance(source, str | Path):
+        return Table(read_rows(source), Path(source).name, table_sha256(source), Path(source))
+    return _in_memory(source, "the data")
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -28,15 +71,13 @@ def read_rows(path: str | Path) -> list[Row]:
     Raises
     ------
     UserError
-        Missing or unreadable file, unknown ending, or a line that is not a JSON object (the line is
-        named).
+        Missing or unreadable file, unknown ending, a line that is not a JSON object (the line is
+        named), or a text with a NUL or half a character (the row is named).
     """
     path = Path(path)
     if not path.exists():
         raise UserError("No such file", value=str(path), fix="check the path; it is relative to the study's file")
-    if path.is_dir():
-        return _saved_dataset(path)
-    reader = _READERS.get(path.suffix.lower())
+    reader = _saved_dataset if path.is_dir() else _READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(
             "Unknown kind of table",
@@ -45,7 +86,7 @@ def read_rows(path: str | Path) -> list[Row]:
             fix="rename the file, or convert it to JSONL",
         )
     try:
-        return reader(path)
+        rows = reader(path)
     except OSError as error:
         raise UserError(
             f"Cannot read the file: {error.strerror}", value=str(path), fix="check its permissions"
@@ -54,6 +95,8 @@ def read_rows(path: str | Path) -> list[Row]:
         raise UserError(
             f"Not UTF-8 text: byte {error.start} cannot be decoded", value=str(path), fix="save the file as UTF-8"
         ) from error
+    _refuse_no_text(rows, path.name)
+    return rows
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -83,9 +126,9 @@ def _jsonl(path: Path) -> list[Row]:
 def _json_object(line: str, path: Path, number: int) -> Row:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path.name}, line {number}: not JSON ({error.msg}, column {error.colno})",
+            f"{path.name}, line {number}: not JSON ({_why(error)})",
             value=line,
             rule="every line of a .jsonl file is one JSON object",
             fix=f"correct line {number}",
@@ -103,10 +146,11 @@ def _json(path: Path) -> list[Row]:
     text = path.read_text(encoding="utf-8-sig")
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
         raise UserError(
-            f"{path.name}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})",
-            value=text.split("\n")[error.lineno - 1],
+            f"{path.name}, line {line}: not JSON ({_why(error)})",
+            value=text.split("\n")[line - 1],
             fix="correct the line; a file with one object per line ends in .jsonl",
         ) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -123,6 +167,11 @@ def _csv(path: Path) -> list[Row]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     try:
+        twice = [column for column, times in Counter(reader.fieldnames or ()).items() if times > 1]
+        if twice:
+            raise UserError(
+                f"{path.name}, line 1: two columns have one name", value=", ".join(twice), fix="rename one of them"
+            )
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(
@@ -176,6 +225,96 @@ def _saved_dataset(folder: Path) -> list[Row]:
                 f"Cannot read {name} of a saved dataset ({_first_line(error)})", value=str(folder)
             ) from error
     return rows
+
+
+def _why(error: BaseException) -> str:
+    """Why a text is no JSON: its error, a number of thousands of digits, brackets in thousands."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else _first_line(error)
+
+
+def _in_memory(source: Iterable[Any], name: str) -> Table:
+    if not isinstance(source, Iterable) or isinstance(source, Mapping):
+        raise UserError(
+            f"{name}: no rows can be read from this",
+            value=f"{type(source).__name__}"
+            + (f" of {', '.join(map(str, source))}" if isinstance(source, Mapping) else ""),
+            rule="rows are a list of dicts, a datasets.Dataset, or a file",
+            fix="pass one split of a DatasetDict, a list of dicts, or a path",
+        )
+    rows = []
+    for number, row in enumerate(source, 1):
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f"{name}, row {number}: not a mapping",
+                value=row,
+                rule='every row has named fields: {"prompt": …}',
+                fix="pass a list of dicts (of a data frame: frame.to_dict('records'))",
+            )
+        rows.append({str(key): value for key, value in row.items()})
+    _refuse_no_text(rows, name)
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return Table(rows, name, digest.hexdigest())
+
+
+def _hub_dataset(source: str) -> Iterable[Any]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(
+            "reading a data set of the hub needs the library datasets",
+            value=source,
+            fix="pip install 'taught[datasets]', or download the data set to a file",
+        ) from error
+    name, _, split = source.removeprefix(HUB).partition(":")
+    try:
+        found = load_dataset(name, split=split or None)
+    except Exception as error:  # the library's own, and those of the network below it
+        raise UserError(
+            f"cannot load the data set {name} ({type(error).__name__}: {_first_line(error)})",
+            value=source,
+            rule="hf:owner/name, or hf:owner/name:split",
+            fix="check the name and the network",
+        ) from error
+    if isinstance(found, Mapping):
+        if len(found) > 1:
+            raise UserError(
+                f"the data set {name} has several splits",
+                value=", ".join(found),
+                fix=f"name one: {HUB}{name}:{next(iter(found))}",
+            )
+        (found,) = found.values()
+    return found
+
+
+def _refuse_no_text(rows: Iterable[Row], name: str) -> None:
+    for number, row in enumerate(rows, 1):
+        bad = _no_text(row)
+        if bad is not None:
+            raise UserError(
+                f"{name}, row {number}: a text holds a NUL byte or half of a character",
+                value=ascii(bad[:80]),
+                rule="every text can be written as UTF-8 and has no NUL",
+                fix="remove the character, or write a surrogate together with its other half",
+            )
+
+
+def _no_text(row: Row) -> str | None:
+    """The first text in a row, its names included, that is none."""
+    parts: list[Any] = [row]
+    while parts:
+        value = parts.pop()
+        if isinstance(value, str):
+            if _NO_TEXT.search(value):
+                return value
+        elif isinstance(value, Mapping):
+            parts += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            parts += value
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,103 +19,55 @@ Nothing here changes a weight. Memory: the queries (parameters x targets, in chu
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from taught.core.example import Example, ExampleBatch, batch_examples, refuse_nonfinite
-from taught.features.concept import ConceptMap
-from taught.features.pooling import FeatureMap
-from taught.model.behavior import PrefixBehavior
-from taught.model.blockwise import by_block, checkpointed, refuse_no_chain
+from taught.core.curvature import Curvature
+from taught.core.estimator import Work, needs_gradients
+from taught.core.example import Example, ExampleBatch, batch_examples, example_losses, refuse_nonfinite
+from taught.core.gradient import example_gradients, refuse_unfit
+from taught.core.problem import GB, Problem
+from taught.core.query import build_queries, queries_at_once, sites_up_to_block, token_rows, x_queries_at_once
+from taught.core.readings import Moves
+from taught.core.registry import ESTIMATORS
+from taught.core.scores import Scores
+from taught.core.target import TargetSet, kind_of
+from taught.core.trajectory import Queries, Trajectory
+from taught.environment import return_freed_memory
+from taught.estimators import cost
+from taught.estimators.cost import Asked
+from taught.estimators.every_prompt import prompt_effects, prompt_steps
+from taught.model.blockwise import split_sites
 from taught.model.forward import capture_output, first_device, forward, get_block
-from taught.model.gradients import Factor, Query, RowSparse, Site, accumulate, contract, find_sites, frozen, tap
-from taught.model.kernels import product
-from taught.model.parameters import moving_parameters
-from taught.model.readout import PackedPrompts, ReadPrompt, pack, read_packed
+from taught.model.gradients import Factor, RowSparse, Site, contract, find_sites, frozen, tap
+from taught.policy.ridge import pathway_sums
+from taught.progress import Progress, SilentProgress
 from taught.run.pieces import Pieces, kept
+from taught.targets.policy import RawX, combine_raw_x
 
-GB = 1024**3
-# Shares of the memory budget; a batch of examples comes on top.
-_QUERIES, _ABOVE = 0.7, 0.1
-
-
-# Orthonormal columns, [m, m] and [n, n], for a parameter [m, n]: G becomes rows' G columns.
-Basis = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """Everything an effect depends on besides the examples and the targets.
-
-    Attributes
-    ----------
-    model, prompts, behavior, block : as in :mod:`taught.model.readout`
-    features : h -> X: activations of features, or read-outs of concepts
-    lr : learning rate of the one SGD step
-    batch_tokens : padded tokens a batch of examples may have
-    memory_gb : working memory for gradients, in GiB
-    parameters : patterns of the parameters that the step moves (``moving_parameters``); None: all
-    scale : diagonal of C^-1 by parameter name, in the parameter's shape; None: C = 1
-    basis : the basis by parameter name in which C is diagonal; None: the parameters' own
-    X : float64 [N, d], activations at the model's weights; None: those of the policy
-    checkpointing : run the blocks again for the examples' gradients instead of keeping activations
-    """
-
-    model: nn.Module
-    prompts: Sequence[ReadPrompt]
-    behavior: PrefixBehavior
-    block: int
-    features: FeatureMap | ConceptMap
-    lr: float
-    batch_tokens: int = 512
-    memory_gb: float = 3.75
-    parameters: tuple[str, ...] | None = None
-    scale: Mapping[str, Tensor] | None = None
-    basis: Mapping[str, Basis] | None = None
-    X: Tensor | None = None
-    checkpointing: bool = False
-
-    def scale_of(self, name: str) -> Tensor | None:
-        """One parameter's diagonal of C^-1, or None for 1."""
-        return None if self.scale is None else self.scale[name]
-
-    def divided(self, name: str, gradient: Tensor) -> Tensor:
-        """C^-1 G of one parameter, in its shape and the precision of G."""
-        if self.scale is None:
-            return gradient
-        if self.basis is None:
-            return gradient * self.scale[name]
-        rows, columns = self.basis[name]
-        inside = product(product(rows.T, gradient.to(rows).T), columns.T) * self.scale[name]
-        return product(product(rows, inside.T), columns).to(gradient)
-
-    def rotated(self, factor: Factor) -> Factor:
-        """The factor of a gradient in the basis in which C is diagonal."""
-        if self.basis is None:
-            return factor
-        assert factor.a is not None
-        rows, columns = self.basis[factor.param]
-        return replace(factor, d=product(factor.d.to(rows), rows.T), a=product(factor.a.to(rows), columns.T))
-
-
-Queries = dict[str, Query]
+# Share of the memory budget that is kept of what lies above the block.
+_ABOVE = 0.1
 
 
 def target_effects(
-    problem: Problem, examples: Sequence[Example], A: Tensor, B: Tensor | None, *, progress: Any = None
+    problem: Problem,
+    examples: Sequence[Example],
+    A: Tensor | None,
+    B: Tensor | None,
+    *,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Effect of every example on a few targets.
 
     Parameters
     ----------
-    A : float64 [K, N, d]
-        dF/dX of each target (zeros for a pure y target).
+    A : float64 [K, N, d] or None
+        dF/dX of each target; None for zeros.
     B : float64 [K, N] or None
         dF/dy of each target; None for zeros, and no pass beyond the block then.
 
@@ -128,7 +80,7 @@ def target_effects(
     sites = find_sites(problem.model, problem.parameters)
     with frozen(problem.model):
         queries = build_queries(problem, sites, A, B, progress)
-        return _contract_examples(problem, sites, examples, queries, len(A), progress)
+        return contract_examples(problem, sites, examples, queries, progress)
 
 
 def feature_effects(
@@ -137,7 +89,7 @@ def feature_effects(
     A: Sequence[Any],
     X: Tensor,
     *,
-    progress: Any = None,
+    progress: Progress | None = None,
     pieces: Pieces | None = None,
 ) -> Tensor:
     """Effect of every example on many targets of X alone, each sparse over the prompts.
@@ -155,7 +107,7 @@ def feature_effects(
     float64 [P, K]
     """
     sites = find_sites(problem.model, problem.parameters)
-    chunk = targets_per_chunk(problem, sites)
+    chunk = x_queries_at_once(problem, sites)
     effects = []
 
     above = _Above(int(problem.memory_gb * GB * _ABOVE))
@@ -163,7 +115,7 @@ def feature_effects(
     def compute(part: Tensor) -> Tensor:
         queries = build_queries(problem, sites, part, None, progress)
         if problem.checkpointing:
-            return _contract_examples(problem, sites, examples, queries, len(part), progress)[0]
+            return contract_examples(problem, sites, examples, queries, progress)[0]
         return _contract_below(problem, sites, examples, queries, len(part), above, progress)
 
     with frozen(problem.model):
@@ -176,147 +128,17 @@ def feature_effects(
 
 def feature_steps(problem: Problem, examples: int, targets: int) -> int:
     """How often :func:`feature_effects` reports progress."""
-    chunk = targets_per_chunk(problem, find_sites(problem.model, problem.parameters))
+    chunk = x_queries_at_once(problem, find_sites(problem.model, problem.parameters))
     return targets + -(-targets // chunk) * examples
 
 
-def targets_per_chunk(problem: Problem, sites: Sequence[Site]) -> int:
-    """How many X queries fit into the memory budget (moving parameters up to the block)."""
-    shapes = dict(problem.model.named_parameters())
-    seen = _sites_up_to_block(problem, sites)
-    return _fitting(
-        problem, sum(shapes[n].numel() for s in seen if s.kind != "embedding" for n in (s.weight, s.bias) if n)
-    )
-
-
-def targets_at_once(problem: Problem) -> int:
-    """How many queries of any targets fit into the memory budget (all moving parameters)."""
-    moving = moving_parameters(problem.model, problem.parameters)
-    return _fitting(problem, sum(p.numel() for p in moving.values()))
-
-
-def _fitting(problem: Problem, size: int) -> int:
-    """How many queries of so many numbers fit into the memory budget."""
-    itemsize = max(4, next(problem.model.parameters()).element_size())
-    return max(1, int(problem.memory_gb * GB * _QUERIES / (itemsize * max(size, 1))))
-
-
-def _sites_up_to_block(problem: Problem, sites: Sequence[Site]) -> list[Site]:
-    packed = next(pack(problem.prompts[:1], None))
-    with tap(problem.model, sites) as taps, torch.no_grad():
-        read_packed(problem.model, packed, None, problem.block)
-        return [site for site, *_ in taps.seen]
-
-
-def build_queries(problem: Problem, sites: Sequence[Site], A: Tensor, B: Tensor | None, progress: Any) -> Queries:
-    """C^-1 grad F of each target: parameter name -> [K, *shape].
-
-    Targets that ask for the same prompts share one forward pass; a target whose cotangents vanish
-    on a prompt does not visit it.
-    """
-    queries: Queries = {}
-    supports: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for k in range(len(A)):
-        active = A[k].abs().sum(1) != 0
-        if B is not None:
-            active = active | (B[k] != 0)
-        supports[tuple(active.nonzero().flatten().tolist())].append(k)
-    for support, targets in supports.items():
-        needs_y = B is not None and bool((B[targets] != 0).any())
-        chosen = [problem.prompts[i] for i in support]
-        for packed in pack(chosen, problem.behavior if needs_y else None) if chosen else []:
-            index = torch.tensor(support)[list(packed.index)]
-            _add_batch(
-                problem,
-                sites,
-                packed,
-                targets,
-                A[:, index],
-                None if B is None else B[:, index],
-                queries,
-                len(A),
-                needs_y,
-            )
-        if progress is not None:
-            progress.advance(len(targets))
-    for name, query in queries.items():
-        _divide(problem, name, query)
-    return queries
-
-
-def _divide(problem: Problem, name: str, query: Query) -> None:
-    """C^-1 Q of every target, in place."""
-    if problem.scale is None:
-        return
-    if isinstance(query, RowSparse):  # a look-up, which is in its own basis
-        query.values.mul_(problem.scale[name][query.rows])
-        return
-    for one in query:
-        one.copy_(problem.divided(name, one))
-
-
-def _add_batch(
-    problem: Problem,
-    sites: Sequence[Site],
-    packed: PackedPrompts,
-    targets: list[int],
-    A: Tensor,
-    B: Tensor | None,
-    queries: Queries,
-    count: int,
-    needs_y: bool,
-) -> None:
-    behavior = problem.behavior if needs_y else None
-    with tap(problem.model, sites) as taps:
-        h, y = read_packed(problem.model, packed, behavior, problem.block)
-        X = problem.features(h, packed.offsets.to(h.device))
-        values = []
-        for k in targets:
-            value = (A[k].to(X) * X).sum()
-            if B is not None and y is not None:
-                value = value + (B[k].to(y) * y).sum()
-            values.append((k, value))
-        for k, value in values:
-            for factor in taps.factors(value, retain_graph=k != targets[-1]):
-                accumulate(factor, _slot(problem, queries, factor, count, B is None, k))
-
-
-def _slot(problem: Problem, queries: Queries, factor: Factor, count: int, only_x: bool, k: int) -> Query:
-    """The k-th query of the factor's parameter, allocated as zeros when first asked for."""
-    if factor.param not in queries:
-        queries[factor.param] = _zeros(problem, factor, count, only_x)
-    total = queries[factor.param]
-    if isinstance(total, RowSparse):
-        return RowSparse(total.rows, total.slot, total.values[k])
-    return total[k]
-
-
-def _zeros(problem: Problem, factor: Factor, count: int, only_x: bool) -> Query:
-    """Zeros for ``count`` queries; X queries touch only the prompts' rows of the embedding."""
-    weight = problem.model.get_parameter(factor.param)
-    dtype = torch.promote_types(factor.d.dtype, torch.float32)  # sums of half precision in float32
-    rows = _token_rows(problem, weight) if factor.kind == "embedding" and only_x else None
-    if rows is not None:
-        slot = torch.full((len(weight),), -1, device=weight.device)
-        slot[rows] = torch.arange(len(rows), device=weight.device)
-        values = torch.zeros(count, len(rows), weight.shape[1], dtype=dtype, device=weight.device)
-        return RowSparse(rows, slot, values)
-    return torch.zeros(count, *weight.shape, dtype=dtype, device=weight.device)
-
-
-def _token_rows(problem: Problem, weight: Tensor) -> Tensor | None:
-    """Rows of the token embedding that the prompts look up; None for all, or another parameter."""
-    tokens = problem.model.get_input_embeddings()  # type: ignore[operator]
-    used = {token for prompt in problem.prompts for token in prompt.ids}
-    if weight is not tokens.weight or len(used) == len(weight):
-        return None
-    return torch.tensor(sorted(used), device=weight.device)
-
-
-def _contract_examples(
-    problem: Problem, sites: Sequence[Site], examples: Sequence[Example], queries: Queries, count: int, progress: Any
+def contract_examples(
+    problem: Problem, sites: Sequence[Site], examples: Sequence[Example], queries: Queries, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
-    effects = torch.zeros(len(examples), count, dtype=torch.float64)
+    """- lr <grad L(z), q> of every example and query, float64 [P, K], and the losses [P]."""
+    progress = progress or SilentProgress()
+    counts = [len(q.values if isinstance(q, RowSparse) else q) for q in queries.values()]
+    effects = torch.zeros(len(examples), counts[0] if counts else 0, dtype=torch.float64)
     losses = torch.zeros(len(examples), dtype=torch.float64)
     needed = [s for s in sites if s.weight in queries or s.bias in queries]
     refuse_unfit(problem, needed, examples)
@@ -326,8 +148,7 @@ def _contract_examples(
         for factor in factors:
             if factor.param in queries:
                 effects[index] -= problem.lr * contract(factor, queries[factor.param]).double().cpu()
-        if progress is not None:
-            progress.advance(len(index))
+        progress.advance(len(index))
     return effects, losses
 
 
@@ -363,11 +184,11 @@ def _contract_below(
     queries: Queries,
     count: int,
     above: _Above,
-    progress: Any,
+    progress: Progress | None,
 ) -> Tensor:
-    """``_contract_examples`` for queries of X: the second time, batches go up to the block only."""
+    """``contract_examples`` for queries of X: the second time, batches go up to the block only."""
     effects = torch.zeros(len(examples), count, dtype=torch.float64)
-    below = _sites_up_to_block(problem, sites)
+    below = sites_up_to_block(problem, sites)
     names = {name for site in below for name in (site.weight, site.bias)}
     tied = [s for s in sites if s not in below and s.weight in names]
     for batch in batch_examples(examples, problem.batch_tokens):
@@ -375,8 +196,7 @@ def _contract_below(
             if factor.param in queries:
                 found = contract(factor, queries[factor.param]).double().cpu()
                 effects[list(batch.index)] -= problem.lr * found
-        if progress is not None:
-            progress.advance(len(batch.index))
+        (progress or SilentProgress()).advance(len(batch.index))
     return effects
 
 
@@ -406,6 +226,7 @@ def _go_above(
 ) -> tuple[Tensor, Tensor, list[Factor]]:
     """The block's output, the gradient of the losses there, and the factors of ``tied``."""
     model = problem.model
+    assert problem.block is not None
     with capture_output(get_block(model, problem.block)) as seen, tap(model, tied) as high:
         losses = batch.losses(model)
         refuse_nonfinite(examples, batch.index, losses.detach().double().cpu())
@@ -415,47 +236,93 @@ def _go_above(
 
 def _cut(problem: Problem, factor: Factor) -> Factor:
     """A tied output's factor with the rows that X queries have."""
-    rows = _token_rows(problem, problem.model.get_parameter(factor.param))
+    rows = token_rows(problem, problem.model.get_parameter(factor.param))
     if rows is None or factor.kind != "linear":
         return factor
     return replace(factor, d=factor.d[..., rows])
 
 
-def refuse_unfit(problem: Problem, sites: Sequence[Site], examples: Sequence[Example]) -> None:
-    """Raise a UserError where checkpointing is asked for and the model's blocks are not a chain."""
-    if problem.checkpointing:
-        (batch,) = batch_examples(examples[:1], problem.batch_tokens)
-        run = partial(batch.losses, problem.model)
-        refuse_no_chain(problem.model, by_block(problem.model, sites), run)
+@ESTIMATORS.register("adjoint")
+@dataclass(frozen=True)
+class Adjoint:
+    """Exact first-order effects in reverse mode: one gradient a target, one an example."""
+
+    exact: ClassVar[bool] = True
+
+    def refuses(self, curvature: Curvature, trajectory: Trajectory) -> str | None:
+        """Goes with everything that has gradients."""
+        return needs_gradients(curvature)
+
+    def estimate(
+        self,
+        problem: Problem,
+        examples: Sequence[Example],
+        targets: TargetSet,
+        work: Work,
+        queries: Queries | None = None,
+    ) -> Scores:
+        """A query for each target; of many coefficients or prompts, sums of one basis."""
+        many = sum(kind_of(name).many for name in targets.direct)
+        whole = targets.every_prompt or many > max(FEW, problem.d)
+        summed = targets.combinable if queries is None and whole else ()
+        parts = []
+        if summed:
+            parts.append(_from_basis(problem, examples, targets.select(summed), work))
+        if len(summed) < len(targets.names):
+            rest = targets.select([name for name in targets.names if name not in summed])
+            parts.append(_by_queries(problem, examples, rest, work, queries))
+        found = parts[0].joined(parts[1]) if len(parts) > 1 else parts[0]
+        return replace(found.select(targets.names), details=found.details)
+
+    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+        """A few targets, or every feature and every prompt."""
+        return cost.adjoint(problem, examples, asked)
 
 
-def by_parameter(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
-    """The factors of each parameter: one that is used twice has several."""
-    found: dict[str, list[Factor]] = defaultdict(list)
-    for factor in factors:
-        found[factor.param].append(factor)
-    return found
+# Up to so many coefficients or prompts have a query each, also where there are fewer features.
+FEW = 16
 
 
-def example_gradients(
-    problem: Problem, sites: Sequence[Site], batch: ExampleBatch, examples: Sequence[Example]
-) -> tuple[Tensor, Iterator[Factor]]:
-    """Losses of a batch of examples (float64 [B]) and the factors of their gradients, to be used once.
+def _by_queries(
+    problem: Problem, examples: Sequence[Example], targets: TargetSet, work: Work, queries: Queries | None
+) -> Scores:
+    """One query a target, as many at a time as fit into memory."""
+    ids, progress = tuple(z.id for z in examples), work.progress
+    progress.step("gradients of the targets and of the examples", None)
+    if queries is not None:
+        sites = find_sites(problem.model, problem.parameters)
+        with frozen(problem.model):
+            values, losses = contract_examples(problem, sites, examples, queries, progress)
+        return Scores("adjoint", ids, targets.names, targets.from_direct(values.numpy()), losses=losses.numpy())
+    A, B = targets.cotangents()
+    losses = example_losses(problem.model, examples, problem.batch_tokens)
+    chunk, parts = queries_at_once(problem), []
+    for start in range(0, len(targets.direct), chunk):
+        some = slice(start, start + chunk)
+        own = [None if part is None else part[some] for part in (A, B)]
+        key = f"queries {[str(name) for name in targets.direct[some]]}"
+        compute = partial(target_effects, problem, examples, own[0], own[1], progress=progress)
+        parts.append(kept(work.pieces, key, lambda run=compute: run()[0]))  # type: ignore[misc]
+    found = targets.from_direct(torch.cat(parts, 1).numpy())
+    return Scores("adjoint", ids, targets.names, found, losses=losses.numpy())
 
-    Raises
-    ------
-    UserError
-        A loss is not finite: the ids of the examples.
-    """
-    model = problem.model
-    if problem.checkpointing:
-        run = partial(batch.losses, model)
-        losses, parts = checkpointed(model, by_block(model, sites), run, training=True)
-        values = losses.double().cpu()
-        refuse_nonfinite(examples, batch.index, values)
-        return values, parts
-    with tap(model, sites) as taps:
-        losses = batch.losses(model)
-        values = losses.detach().double().cpu()
-        refuse_nonfinite(examples, batch.index, values)
-        return values, iter(taps.factors_and(losses.sum(), (), training=True)[0])
+
+def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSet, work: Work) -> Scores:
+    """Every coefficient on both pathways and every prompt, and what follows from them."""
+    losses = example_losses(problem.model, examples, problem.batch_tokens)
+    # What cannot be done block by block is said before the long part.
+    split_sites(problem.model, problem.parameters)
+    policy, x_raw, progress = targets.readings.policy, None, work.progress
+    if policy is not None:
+        basis = RawX(policy)
+        progress.step("features: gradients of X", feature_steps(problem, len(examples), len(basis)))
+        X = torch.from_numpy(policy.X.copy()) if problem.X is None else problem.X
+        F = feature_effects(problem, examples, basis, X, progress=progress, pieces=work.pieces)
+        x_raw = combine_raw_x(policy, F.numpy())
+        return_freed_memory()
+    progress.step("prompts: gradients of y", prompt_steps(problem, examples))
+    dy = prompt_effects(problem, examples, progress=progress, pieces=work.pieces).numpy()
+    shift = None if policy is None or x_raw is None else pathway_sums(policy, x_raw, dy @ policy.Xc)
+    values = targets.combine(Moves(dy, shift))
+    ids = tuple(z.id for z in examples)
+    return Scores("adjoint", ids, targets.names, values, losses=losses.numpy(), details={"dy": dy})

@@ -1,7 +1,7 @@
 """Floating point operations of a study's attribution and retraining, counted before they are run.
 
 Counted are the products with the weights of the blocks (2 operations a weight and token), attention
-(4 a width and example of tokens in a row, in every block), the logits that are asked for, and the
+(4 a width and pair of tokens in a row, in every block), the logits that are asked for, and the
 products of gradients (2 an example, query and weight). A backward pass is as much as a forward one:
 weights are frozen, only activations have gradients; what is built of both, a gradient, is as much
 once more. Everything else is left out. Where few parameters move, passes are counted as if all did:
@@ -11,21 +11,26 @@ they are cheaper than is said.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from taught.core.example import Example, batch_indices
-from taught.estimators.adjoint import Problem, targets_per_chunk
+from taught.core.problem import Problem
+from taught.core.query import x_queries_at_once
+from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
 from taught.estimators.every_prompt import prompt_chunks
 from taught.model.blockwise import split_sites
 from taught.model.forward import find_blocks
 from taught.model.gradients import find_sites
 from taught.model.parameters import moving_parameters
-from taught.model.readout import pack, prompt_tree
-from taught.model.tokens import Rows, TokenTree, batches_by_tokens, stack
+from taught.model.readout import pack, pack_rows
+from taught.model.tokens import Rows
 from taught.sketches.project import COLUMNS
+
+if TYPE_CHECKING:
+    from taught.core.driver import Method
 
 # Share of the prompts on which a selected feature is active; known only once X is.
 ACTIVE = 0.4
@@ -66,30 +71,26 @@ class _Sizes:
         return self.to_block / self.blocks
 
 
-def attribution_cost(
-    problem: Problem,
-    examples: Sequence[Example],
-    *,
-    targets: int,
-    groups: int,
-    estimator: str,
-    coefficients: bool,
-    exact_top: int,
-    curvature: str = "identity",
-    estimated: bool = True,
-) -> dict[str, float]:
-    """Operations by part.
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of every example.
 
-    Parameters
+    Attributes
     ----------
-    targets
-        Features of the policy, and one more with an intercept (``raw_x_targets``).
-    groups
-        Groups of prompts (``mean_y_target``).
-    estimator, coefficients, exact_top
-        As in the study.
-    curvature, estimated
-        As in the study; whether Adam's moments are estimated from the examples.
+    features : features of the policy, and one more with an intercept; 0 without a policy
+    queries : targets that would have a query each
+    every : whether every coefficient or every prompt is asked for
+    top : examples with the largest effects that get a real step and the shares of their tokens
+    """
+
+    features: int
+    queries: int
+    every: bool
+    top: int = 0
+
+
+def attribution_cost(problem: Problem, examples: Sequence[Example], asked: Asked, method: Method) -> dict[str, float]:
+    """Operations by part: what the estimator and the curvature say, and the checks of the strongest.
 
     Raises
     ------
@@ -97,42 +98,93 @@ def attribution_cost(
         The model's gradients are not understood, or its blocks share parameters: the estimator
         would refuse it too.
     """
-    sizes = _sizes(problem)
-    slots = problem.behavior.slots
-    packed = pack(problem.prompts, problem.behavior)
-    trees = sizes.forward([p.rows for p in packed], len(problem.prompts) * slots)
-    one = _over_examples(sizes, examples, batch_indices(examples, problem.batch_tokens))
-    gradient = 3 * one / len(examples)  # weights have gradients here: a backward pass is two
-    step = trees + gradient
-    cost = {"read-outs": trees + one}
-    if estimator == "finite-step":
-        cost = {"read-outs": 2 * trees, "finite steps": len(examples) * step}
-    elif estimator == "jvp":  # x W moves with x and with W: three products in place of one
-        cost["forward mode"] = len(examples) * (3 * trees + gradient)
-    elif estimator == "sketch":
-        cost |= _sketched(problem, sizes, targets, 2 * one, examples)
-        cost["exact sample"] = (2 + 2 * 3) * trees
-        cost["forward mode"] = min(exact_top, len(examples)) * (3 * trees + gradient)
-    elif coefficients:
-        cost["features"] = _features(problem, sizes, targets, len(examples), one)
-        cost["prompts"] = _prompts(problem, sizes, examples)
-        if curvature == "adam":  # the output's gradients meet built, slot by slot
-            cost["prompts"] += 2.0 * len(examples) * len(problem.prompts) * slots * sizes.moving_head
-    else:
-        # The score along both pathways asks for all prompts, each group's mean for its own.
-        queries = 2 + groups
-        contracted = 2.0 * len(examples) * queries * sizes.moving
-        cost["targets"] = (2 + 2 * 3) * trees + 3 * one + contracted
-    if curvature == "adam" and estimated:
-        cost["second moments"] = 3 * one
-    if curvature == "ekfac":  # labels, squares of both sides of every layer, the basis, gradients
-        cost["curvature"] = 6 * one + _ekfac(problem, examples)
-    if exact_top and estimator != "finite-step":
-        cost["finite steps"] = trees + min(exact_top, len(examples)) * step
-    if exact_top and estimator in ("adjoint", "sketch"):  # two queries of all prompts, dual numbers
-        along = (1 + groups) * 3 * one / len(examples)
-        cost["token shares"] = 2 * 3 * trees + min(exact_top, len(examples)) * along
-    return cost
+    method.refuse()
+    estimator = method.estimator.make(ESTIMATORS)
+    curvature = method.curvature.make(CURVATURES)
+    curved = getattr(curvature, "curved", None)
+    if curved is not None:  # nothing else moves
+        problem = replace(problem, parameters=curved(problem))
+    found = dict(estimator.cost(problem, examples, asked)) | curvature_cost(curvature, problem, examples, asked)
+    passes = _Passes.of(problem, examples)
+    if asked.top:
+        found["finite steps"] = passes.trees + min(asked.top, len(examples)) * passes.step
+        along = 3 * passes.examples / len(examples)
+        found["token shares"] = 2 * 3 * passes.trees + min(asked.top, len(examples)) * along
+    legs = method.trajectory.make(TRAJECTORIES)
+    times = 1 if legs.single else len(legs)
+    return {part: times * value for part, value in found.items()}
+
+
+def curvature_cost(curvature: Any, problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
+    """What fitting a curvature costs, where it says so."""
+    cost = getattr(curvature, "cost", None)
+    return {} if cost is None else dict(cost(problem, examples, asked))
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Operations of one pass over the prompts' trees, over the examples, and of one example's gradient."""
+
+    sizes: _Sizes
+    trees: float
+    examples: float
+    gradient: float
+
+    @classmethod
+    def of(cls, problem: Problem, examples: Sequence[Example]) -> _Passes:
+        sizes, trees = _sizes(problem), _trees(problem, _sizes(problem))
+        one = _over_examples(sizes, examples, batch_indices(examples, problem.batch_tokens))
+        # Weights have gradients in a step of its own: a backward pass is two then.
+        return cls(sizes, trees, one, 3 * one / len(examples))
+
+    @property
+    def step(self) -> float:
+        """One real step, and all read-outs after it."""
+        return self.trees + self.gradient
+
+
+def adjoint(problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
+    """Operations of ``taught.estimators.adjoint``."""
+    it = _Passes.of(problem, examples)
+    cost = {"read-outs": it.trees + it.examples}
+    if asked.every:
+        if asked.features:
+            cost["features"] = _features(problem, it.sizes, asked.features, len(examples), it.examples)
+        return cost | {"prompts": _prompts(problem, it.sizes, examples)}
+    contracted = 2.0 * len(examples) * asked.queries * it.sizes.moving
+    return cost | {"targets": (2 + 2 * 3) * it.trees + 3 * it.examples + contracted}
+
+
+def finite_step(problem: Problem, examples: Sequence[Example]) -> dict[str, float]:
+    """Operations of ``taught.estimators.finite_step``."""
+    it = _Passes.of(problem, examples)
+    return {"read-outs": 2 * it.trees, "finite steps": len(examples) * it.step}
+
+
+def forward(problem: Problem, examples: Sequence[Example]) -> dict[str, float]:
+    """Operations of ``taught.estimators.forward``: x W moves with x and with W, three products for one."""
+    it = _Passes.of(problem, examples)
+    cost = {"read-outs": it.trees + it.examples}
+    return cost | {"forward mode": len(examples) * (3 * it.trees + it.gradient)}
+
+
+def sketch(problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
+    """Operations of ``taught.sketches``, with a store that is empty yet."""
+    it = _Passes.of(problem, examples)
+    cost = {"read-outs": it.trees + it.examples, "exact sample": (2 + 2 * 3) * it.trees}
+    return cost | _sketched(problem, it.sizes, asked.features, 2 * it.examples, examples)
+
+
+def one_pass(problem: Problem, examples: Sequence[Example]) -> float:
+    """One forward pass over the examples."""
+    return _Passes.of(problem, examples).examples
+
+
+def prompt_head(problem: Problem, examples: Sequence[Example]) -> float:
+    """Products of built gradients of the output with those of the prompts, token by token."""
+    it = _Passes.of(problem, examples)
+    logits = sum(1 + len(prompt.histories) for prompt in problem.prompts)
+    return 2.0 * len(examples) * logits * it.sizes.moving_head
 
 
 def validation_cost(
@@ -155,9 +207,7 @@ def validation_cost(
         have their full length.
     """
     sizes = _sizes(problem)
-    trees = sizes.forward(
-        [p.rows for p in pack(problem.prompts, problem.behavior)], len(problem.prompts) * problem.behavior.slots
-    )
+    trees = _trees(problem, sizes)
     steps = [range(at, min(at + batch, len(examples))) for at in range(0, len(examples), batch)]
     parts = [
         [step[i] for i in index]
@@ -177,13 +227,6 @@ def validation_cost(
     return cost
 
 
-def _ekfac(problem: Problem, examples: Sequence[Example]) -> float:
-    """Products with [n, n], one for the sum and one for the basis, and eigenvectors (9 n^3)."""
-    tokens = sum(len(example.ids) - 1 for example in examples)
-    shapes = (p.shape for p in moving_parameters(problem.model, problem.parameters).values())
-    return sum(4.0 * tokens * n**2 + 9.0 * n**3 for shape in shapes for n in shape)
-
-
 def _sizes(problem: Problem) -> _Sizes:
     model: Any = problem.model
     each = [_matrices(block) for block in find_blocks(model)]
@@ -191,13 +234,14 @@ def _sizes(problem: Problem) -> _Sizes:
     moving = [_matrices(block, ids) for block in find_blocks(model)]
     head = model.get_output_embeddings()
     width = int(model.config.get_text_config().hidden_size)
+    last = 0 if problem.block is None else problem.block + 1
     return _Sizes(
         blocks=sum(each),
-        to_block=sum(each[: problem.block + 1]),
+        to_block=sum(each[:last]),
         moving=sum(moving),
-        moving_to_block=sum(moving[: problem.block + 1]),
+        moving_to_block=sum(moving[:last]),
         sides=_sides(find_blocks(model)),
-        sides_to_block=_sides(list(find_blocks(model))[: problem.block + 1]),
+        sides_to_block=_sides(list(find_blocks(model))[:last]),
         moving_head=0 if head is None else _matrices(head, ids),
         head=0 if head is None else _matrices(head),
         attention=width * len(each),
@@ -227,7 +271,7 @@ def _features(problem: Problem, sizes: _Sizes, targets: int, examples: int, one:
     """``feature_effects``: per target its active prompts up to the block, per chunk the examples."""
     to_block = sizes.share * sizes.forward([p.rows for p in pack(problem.prompts, None)], 0)
     sites = find_sites(problem.model, problem.parameters)
-    chunks = -(-targets // targets_per_chunk(problem, sites))
+    chunks = -(-targets // x_queries_at_once(problem, sites))
     contracted = 2.0 * examples * targets * sizes.moving_to_block
     return targets * ACTIVE * 3 * to_block + chunks * (2 + sizes.share) * one + contracted
 
@@ -239,10 +283,11 @@ def _sketched(
 
     A sketch is projected inputs, once a forward pass, and what they make with output gradients.
     """
-    whole = [prompt_tree([p], problem.behavior)[0] for p in problem.prompts]
-    read = [prompt_tree([p], None)[0] for p in problem.prompts]
-    y, x = (_stacked(trees, problem.batch_tokens) for trees in (whole, read))
-    slots = problem.behavior.slots * len(problem.prompts)
+    whole, read = (
+        pack_rows(problem.prompts, behavior, tokens=problem.batch_tokens) for behavior in (problem.behavior, None)
+    )
+    y, x = ([p.rows for p in packs] for packs in (whole, read))
+    logits = sum(len(p.index) * len(p.keep) for p in whole)
     to_block = sizes.share * sizes.forward(x, 0)
     inner, out = (2.0 * COLUMNS * side for side in sizes.sides_to_block)
     tokens = sum(rows.ids.numel() for rows in x)
@@ -250,22 +295,23 @@ def _sketched(
     both = 2.0 * COLUMNS * sum(sizes.sides)
     y_tokens = sum(rows.ids.numel() for rows in y)
     return {
-        "sketches of prompts": features + 2 * sizes.forward(y, slots) + y_tokens * both,
+        "sketches of prompts": features + 2 * sizes.forward(y, logits) + y_tokens * both,
         "sketches of examples": passes + both * sum(len(example.ids) for example in examples),
     }
 
 
-def _stacked(trees: Sequence[TokenTree], budget: int) -> list[Rows]:
-    return [stack([trees[i] for i in index]) for index in batches_by_tokens([len(tree) for tree in trees], budget)]
+def _trees(problem: Problem, sizes: _Sizes) -> float:
+    """One forward pass over the prompts' token trees."""
+    packs = list(pack(problem.prompts, problem.behavior))
+    return sizes.forward([p.rows for p in packs], sum(len(p.keep) for p in packs))
 
 
 def _prompts(problem: Problem, sizes: _Sizes, examples: Sequence[Example]) -> float:
     """``prompt_effects``: two passes a chunk over what meets in it, then every example and prompt."""
-    slots = problem.behavior.slots
     passes = 0.0
     sites = split_sites(problem.model, problem.parameters)
     for prompts, batches in prompt_chunks(problem, sites, examples):
-        logits = slots * sum(len(index) for index, _ in prompts)
-        both = sizes.forward([rows for _, rows in prompts], logits) + _over_examples(sizes, examples, batches)
+        logits = sum(len(p.index) * len(p.keep) for p in prompts)
+        both = sizes.forward([p.rows for p in prompts], logits) + _over_examples(sizes, examples, batches)
         passes += 5 * both  # forward and backward twice, and the gradients built once
     return passes + 2.0 * len(examples) * len(problem.prompts) * sizes.moving

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from taught.core.example import Example, ExampleBatch, batch_indices, make_batch, refuse_nonfinite
-from taught.estimators.adjoint import GB, Problem, by_parameter
+from taught.core.gradient import by_parameter
+from taught.core.problem import GB, Problem
 from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
-from taught.model.forward import first_device, forward
 from taught.model.gradients import Factor, dot, dots, frozen
-from taught.model.readout import prompt_tree
-from taught.model.tokens import Rows, batches_by_tokens, stack
+from taught.model.readout import PackedPrompts, pack_rows, read_packed
+from taught.progress import Progress, SilentProgress
 from taught.run.pieces import Pieces, kept
 
 # Shares of the memory budget. No batch with all its activations comes on top while blocks are gone
@@ -32,7 +32,7 @@ _TRACES, _BUILT = 0.92, 0.15
 
 
 def prompt_effects(
-    problem: Problem, examples: Sequence[Example], *, progress: Any = None, pieces: Pieces | None = None
+    problem: Problem, examples: Sequence[Example], *, progress: Progress | None = None, pieces: Pieces | None = None
 ) -> Tensor:
     """Change of y of every prompt per step on every example: float64 [P, N].
 
@@ -47,7 +47,7 @@ def prompt_effects(
     with frozen(problem.model):
         for prompts, chunk in prompt_chunks(problem, sites, examples):
             rows = [i for index in chunk for i in index]
-            columns = [i for index, _ in prompts for i in index]
+            columns = [i for packed in prompts for i in packed.index]
             compute = partial(_meet, problem, sites, examples, chunk, prompts, progress)
             block = kept(pieces, f"examples {rows} prompts {columns}", compute)
             effects[torch.tensor(rows)[:, None], torch.tensor(columns)] = block
@@ -60,25 +60,18 @@ def prompt_steps(problem: Problem, examples: Sequence[Example]) -> int:
     return len(prompt_chunks(problem, sites, examples)) * sites.depth
 
 
-PromptBatch = tuple[list[int], Rows]
-
-
 def prompt_chunks(
     problem: Problem, sites: BlockSites, examples: Sequence[Example]
-) -> list[tuple[list[PromptBatch], list[list[int]]]]:
+) -> list[tuple[list[PackedPrompts], list[list[int]]]]:
     """Chunks of prompts and of examples that fit into the budget together, in all combinations.
 
     Examples are named batch by batch.
     """
-    trees = [prompt_tree([p], problem.behavior)[0] for p in problem.prompts]
-    prompts = [
-        (index, stack([trees[i] for i in index]))
-        for index in batches_by_tokens([len(t) for t in trees], problem.batch_tokens)
-    ]
+    prompts = pack_rows(problem.prompts, problem.behavior, tokens=problem.batch_tokens)
     batches = batch_indices(examples, problem.batch_tokens)
-    per_token, per_prompt = _bytes(problem, sites)
+    per_token, per_logit = _bytes(problem, sites)
     example_need = [len(b) * max(len(examples[i].ids) - 1 for i in b) * per_token for b in batches]
-    prompt_need = [rows.ids.numel() * per_token + len(index) * per_prompt for index, rows in prompts]
+    prompt_need = [p.rows.ids.numel() * per_token + len(p.index) * len(p.keep) * per_logit for p in prompts]
     budget = problem.memory_gb * GB * _TRACES
     for_examples = max(budget / 2, budget - sum(prompt_need))
     chunks = _split(batches, example_need, for_examples)
@@ -118,7 +111,7 @@ def _filled(needs: Sequence[float], limit: float) -> list[list[int]]:
 
 
 def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float]:
-    """Memory that a token's trace and one block's factors take; that a prompt's head takes."""
+    """Memory that a token's trace and one block's factors take; that the head at one token takes."""
     shapes = {name: p.shape for name, p in problem.model.named_parameters()}
     itemsize = next(problem.model.parameters()).element_size()
     config: Any = problem.model.config
@@ -128,7 +121,7 @@ def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float]:
     )
     width = int(config.hidden_size)
     per_token = itemsize * ((sites.depth + 3) * width + factors)
-    return float(per_token), float(itemsize * problem.behavior.slots * int(config.vocab_size))
+    return float(per_token), float(itemsize * int(config.vocab_size))
 
 
 def _meet(
@@ -136,13 +129,13 @@ def _meet(
     sites: BlockSites,
     examples: Sequence[Example],
     chunk: Sequence[Sequence[int]],
-    prompts: Sequence[PromptBatch],
-    progress: Any,
+    prompts: Sequence[PackedPrompts],
+    progress: Progress | None,
 ) -> Tensor:
     """<grad L(z), grad y_i> of a chunk of examples and a chunk of prompts, float64."""
     right, outside = [], []
-    for index, rows in prompts:
-        _, factors, traced = _trace_prompts(problem, sites, index, rows)
+    for packed in prompts:
+        _, factors, traced = _trace_prompts(problem, sites, packed)
         right.append(traced)
         outside.append(_by_param(problem, factors))
     left, top = [], []
@@ -157,8 +150,7 @@ def _meet(
     effects = torch.cat(top)
     for _ in range(sites.depth):
         effects += _one_block(problem, sites, left, right)
-        if progress is not None:
-            progress.advance(1)
+        (progress or SilentProgress()).advance(1)
     return effects
 
 
@@ -167,18 +159,15 @@ def _trace_examples(problem: Problem, sites: BlockSites, batch: ExampleBatch) ->
     return trace(problem.model, sites, batch.index, run, training=True)
 
 
-def _trace_prompts(
-    problem: Problem, sites: BlockSites, index: Sequence[int], rows: Rows
-) -> tuple[Tensor, list[Factor], Trace]:
+def _trace_prompts(problem: Problem, sites: BlockSites, packed: PackedPrompts) -> tuple[Tensor, list[Factor], Trace]:
     """Prompts apart: no tokens are shared between them."""
 
     def run() -> Tensor:
-        device = first_device(problem.model)
-        _, logits = forward(problem.model, rows.to(device), keep=problem.behavior.slots)
-        assert logits is not None
-        return problem.behavior.log_probability(logits)
+        _, y = read_packed(problem.model, packed, problem.behavior, None)
+        assert y is not None
+        return y
 
-    return trace(problem.model, sites, index, run)
+    return trace(problem.model, sites, packed.index, run)
 
 
 def _over(
@@ -187,7 +176,7 @@ def _over(
     """Inner products of two batches over all parameters that both depend on, float64."""
     total = torch.zeros(rows, columns, dtype=torch.float64)
     for name in sorted(left.keys() & right.keys()):
-        met = dot(left[name], right[name], scale=problem.scale_of(name), room=_room(problem))
+        met = dot(left[name], right[name], scale=problem.metric.scale_of(name), room=_room(problem))
         total += met.double().cpu()
     return total
 
@@ -198,7 +187,7 @@ def _one_block(problem: Problem, sites: BlockSites, left: Sequence[Trace], right
     total: Any = 0.0
     for name in sorted({name for side in (ours, theirs) for factors in side for name in factors}):
         a, b = ([factors.pop(name) for factors in side] for side in (ours, theirs))
-        met = dots(a, b, room=_room(problem), scale=problem.scale_of(name))
+        met = dots(a, b, room=_room(problem), scale=problem.metric.scale_of(name))
         total = total + met.double().cpu()
     return total
 
@@ -211,4 +200,4 @@ def _room(problem: Problem) -> int:
 
 def _by_param(problem: Problem, factors: Iterable[Factor]) -> dict[str, list[Factor]]:
     """The factors of each parameter, in the basis in which C is diagonal."""
-    return by_parameter(map(problem.rotated, factors))
+    return by_parameter(map(problem.metric.rotated, factors))

@@ -10,20 +10,34 @@ carries rounding noise of about 1e-6 in h and 1e-5 in y, so small effects are no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from taught.core.curvature import Curvature
+from taught.core.estimator import Work, needs_gradients
 from taught.core.example import Example, make_batch
+from taught.core.problem import Problem
+from taught.core.registry import ESTIMATORS
+from taught.core.scores import Scores
+from taught.core.target import TargetSet
+from taught.core.trajectory import Queries, Trajectory
 from taught.errors import UserError
-from taught.estimators.adjoint import Problem
+from taught.estimators import cost
+from taught.estimators.cost import Asked
 from taught.model.gradients import evaluating
 from taught.model.parameters import moving_parameters
 from taught.model.readout import Readouts, read_prompts
+from taught.progress import Progress, SilentProgress
+from taught.run.pieces import piece_key
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,21 +48,21 @@ class Step:
     ----------
     example_id : str
     loss : loss of the example before the step
-    dX : float64 [N, d], change of X with the baseline's gates
+    dX : float64 [N, d], change of X with the baseline's gates; None where no X is read
     dX_exact : float64 [N, d], change of X as encoded anew (gates may open and close)
     dy : float64 [N], change of y
     """
 
     example_id: str
     loss: float
-    dX: Tensor
-    dX_exact: Tensor
+    dX: Tensor | None
+    dX_exact: Tensor | None
     dy: Tensor
 
 
 @contextmanager
 def restored(model: nn.Module, parameters: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
-    """Yield exact copies of the moving parameters and put them back on exit, always (trap 6)."""
+    """Yield exact copies of the moving parameters and put them back on exit, always."""
     moving = moving_parameters(model, parameters)
     copies = {name: p.detach().clone() for name, p in moving.items()}
     try:
@@ -98,7 +112,7 @@ def example_gradient(
 def step_direction(problem: Problem, example: Example) -> tuple[float, dict[str, Tensor]]:
     """Loss of one example and C^-1 grad L: a step is -lr times it."""
     loss, grads = example_gradient(problem.model, example, problem.parameters)
-    return loss, {name: problem.divided(name, g) for name, g in grads.items()}
+    return loss, {name: problem.metric.solve(name, g) for name, g in grads.items()}
 
 
 def _gradients(loss: Tensor, moving: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -115,19 +129,18 @@ def finite_steps(
     baseline: Readouts,
     *,
     read: Callable[..., Readouts] = read_prompts,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> Iterator[Step]:
     """One :class:`Step` per example, in order.
 
     Parameters
     ----------
     baseline
-        Read-outs of the same prompts at the base parameters, taken with the same ``read`` (never a
-        cached y with a fresh h: trap 12).
+        Read-outs of the same prompts at the base parameters, taken with the same ``read``: a y that
+        was read otherwise differs by rounding, which is as large as small effects are.
     read
         How read-outs are taken: token trees, or the published one-pass-per-prefix loop.
     """
-    X = problem.features(baseline.h, baseline.offsets)
     moving = moving_parameters(problem.model, problem.parameters)
     with evaluating(problem.model), restored(problem.model, problem.parameters) as base:
         for example in examples:
@@ -142,14 +155,75 @@ def finite_steps(
             with torch.no_grad():
                 for name, p in moving.items():
                     p.copy_(base[name])
-            yield _difference(problem, example.id, loss, X, baseline, after)
-            if progress is not None:
-                progress.advance(1)
+            yield _difference(problem, example.id, loss, baseline, after)
+            (progress or SilentProgress()).advance(1)
 
 
-def _difference(problem: Problem, example_id: str, loss: float, X: Tensor, before: Readouts, after: Readouts) -> Step:
+def _difference(problem: Problem, example_id: str, loss: float, before: Readouts, after: Readouts) -> Step:
     if before.prompt_ids != after.prompt_ids:
         raise ValueError("read-outs before and after a step are of different prompts")
+    if problem.features is None:
+        return Step(example_id, loss, None, None, after.y - before.y)
+    X = problem.features(before.h, before.offsets)
     dX = problem.features.response(before.h, after.h - before.h, before.offsets)
     exact = problem.features(after.h, after.offsets) - X
     return Step(example_id, loss, dX.double().cpu(), exact.double().cpu(), after.y - before.y)
+
+
+def kept_steps(problem: Problem, examples: Sequence[Example], work: Work) -> dict[str, dict[str, Floats]]:
+    """Example id -> dX, dX_exact [N, d] (where X is read), dy [N], loss [1]; one piece an example."""
+    rows: dict[str, dict[str, Floats]] = {}
+    for example in examples if work.pieces is not None else ():
+        assert work.pieces is not None
+        found = work.pieces.load(piece_key("step", example.id))
+        if found is not None:
+            rows[example.id] = found
+    todo = [example for example in examples if example.id not in rows]
+    work.progress.step("finite steps", len(todo))
+    if not todo:
+        return rows
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+    for step in finite_steps(problem, todo, baseline, progress=work.progress):
+        row = {"dy": step.dy.numpy(), "loss": np.array([step.loss])}
+        if step.dX is not None and step.dX_exact is not None:
+            row |= {"dX": step.dX.numpy(), "dX_exact": step.dX_exact.numpy()}
+        rows[step.example_id] = row
+        if work.pieces is not None:
+            work.pieces.save(piece_key("step", step.example_id), row)
+    return rows
+
+
+@ESTIMATORS.register("finite-step")
+@dataclass(frozen=True)
+class FiniteStep:
+    """The published loop: a real step on each example, all read-outs again, the difference."""
+
+    exact: ClassVar[bool] = True
+    gradients: ClassVar[int] = 2  # held at a time: one, and a copy of the weights or what they move by
+    real: ClassVar[bool] = True
+
+    def refuses(self, curvature: Curvature, trajectory: Trajectory) -> str | None:
+        """A real step is one step from one set of weights."""
+        if not trajectory.single:
+            return "a real step is one step from one set of weights; a sum of them at several is none"
+        return needs_gradients(curvature)
+
+    def estimate(
+        self,
+        problem: Problem,
+        examples: Sequence[Example],
+        targets: TargetSet,
+        work: Work,
+        queries: Queries | None = None,
+    ) -> Scores:
+        """dX (with the baseline's gates) and dy of each step; targets are sums of these."""
+        found = kept_steps(problem, examples, work)
+        rows = [found[example.id] for example in examples]
+        values = np.stack([targets.changes(row.get("dX"), row["dy"]) for row in rows])
+        losses = np.array([float(row["loss"][0]) for row in rows])
+        details = {"dy": np.stack([row["dy"] for row in rows])}
+        return Scores("finite-step", tuple(z.id for z in examples), targets.names, values, None, losses, True, details)
+
+    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+        """A step and a pass over all prompts an example."""
+        return cost.finite_step(problem, examples)

@@ -15,21 +15,32 @@ forward mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from taught.core.example import Example
-from taught.estimators.adjoint import Problem
+from taught.core.curvature import Curvature
+from taught.core.estimator import Work, needs_gradients
+from taught.core.example import Example, example_losses
+from taught.core.problem import Problem
+from taught.core.registry import ESTIMATORS
+from taught.core.scores import Scores
+from taught.core.target import TargetSet
+from taught.core.trajectory import Queries, Trajectory
+from taught.estimators import cost
+from taught.estimators.cost import Asked
 from taught.estimators.finite_step import step_direction
 from taught.model.gradients import frozen
 from taught.model.parameters import moving_parameters
 from taught.model.readout import PackedPrompts, pack, read_packed
+from taught.progress import Progress
+from taught.run.pieces import piece_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +73,12 @@ class _Reader(nn.Module):
         problem = self._problem
         h, y = read_packed(self.model, packed, problem.behavior, problem.block)
         assert y is not None
+        if problem.features is None:
+            return y[:0], y
         return problem.features(h, packed.offsets.to(h.device)), y
 
 
-def tangents(problem: Problem, examples: Sequence[Example], *, progress: Any = None) -> Iterator[Tangent]:
+def tangents(problem: Problem, examples: Sequence[Example], *, progress: Progress | None = None) -> Iterator[Tangent]:
     """One :class:`Tangent` per example, in order. No weight is changed.
 
     Raises
@@ -100,13 +113,65 @@ def _along(
     loss: float,
 ) -> Tangent:
     count = len(problem.prompts)
-    dX = torch.zeros(count, len(problem.features.ids), dtype=torch.float64)
+    dX = torch.zeros(count, problem.d, dtype=torch.float64)
     dy = torch.zeros(count, dtype=torch.float64)
     for packed in packs:
         with sdpa_kernel(SDPBackend.MATH):
             moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
         X_moves, y_moves = moved[1]
         index = list(packed.index)
-        dX[index] = X_moves.detach().double().cpu()
+        if problem.features is not None:
+            dX[index] = X_moves.detach().double().cpu()
         dy[index] = y_moves.detach().double().cpu()
     return Tangent(example_id, loss, dX, dy)
+
+
+@ESTIMATORS.register("forward")
+@dataclass(frozen=True)
+class Forward:
+    """Exact first-order effects example by example, with every feature on every prompt (``dX``)."""
+
+    exact: ClassVar[bool] = True
+    gradients: ClassVar[int] = 2  # held at a time: one, and a copy of the weights or what they move by
+
+    def refuses(self, curvature: Curvature, trajectory: Trajectory) -> str | None:
+        """Goes with everything that has gradients."""
+        return needs_gradients(curvature)
+
+    def estimate(
+        self,
+        problem: Problem,
+        examples: Sequence[Example],
+        targets: TargetSet,
+        work: Work,
+        queries: Queries | None = None,
+    ) -> Scores:
+        """dX and dy of each example, one piece an example; targets are sums of these."""
+        losses = example_losses(problem.model, examples, problem.batch_tokens)
+        work.progress.step("forward mode", len(examples))
+        moved = [_kept(problem, example, work) for example in examples]
+        values = np.stack([targets.changes(one.get("dX"), one["dy"]) for one in moved])
+        details: dict[str, Any] = {"dy": np.stack([one["dy"] for one in moved])}
+        if problem.features is not None:
+            details["dX"] = np.stack([one["dX"] for one in moved]).astype(np.float32)
+            details["detailed"] = tuple(z.id for z in examples)
+        ids = tuple(z.id for z in examples)
+        return Scores("forward", ids, targets.names, values, losses=losses.numpy(), details=details)
+
+    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+        """About three forward passes over the prompts an example."""
+        return cost.forward(problem, examples)
+
+
+def _kept(problem: Problem, example: Example, work: Work) -> dict[str, Any]:
+    """dX and dy of one example, from an earlier attempt or computed and kept."""
+    key = piece_key(example.id, "tangent")
+    found: dict[str, Any] | None = work.pieces.load(key) if work.pieces is not None else None
+    if found is not None:
+        work.progress.advance(1)
+        return found
+    (tangent,) = tangents(problem, [example], progress=work.progress)
+    arrays = {"dy": tangent.dy.numpy()} | ({} if problem.features is None else {"dX": tangent.dX.numpy()})
+    if work.pieces is not None:
+        work.pieces.save(key, arrays)
+    return arrays

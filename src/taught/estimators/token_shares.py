@@ -1,12 +1,12 @@
-"""Which response tokens carry an example's effect: shares that add up to it exactly.
+"""Which scored tokens carry an example's effect: shares that add up to it exactly.
 
-The loss of an example is a sum over its response tokens, L = sum_j l_j with l_j = -log p(token j) / n
-under all tokens before it, and effects are linear in the gradient of the loss:
+The loss of an example is L = f(sum_j l_j) with l_j = -w_j log p(token j) under all tokens before it
+(w_j = 1 / n and f the identity for a response), and effects are linear in the gradient of the loss:
 
-    effect = sum_j share_j,    share_j = -lr < C^-1 grad l_j, grad F > = -lr < grad l_j, q >
+    effect = sum_j share_j,    share_j = -lr < C^-1 f' grad l_j, grad F > = -lr f' < grad l_j, q >
 
-with the query q = C^-1 grad F. The last form is the derivative of l_j along q, so one forward pass
-in dual numbers along -lr q gives the shares of all tokens at once.
+with the query q = C^-1 grad F and f' at the example's sum. The product is the derivative of l_j along
+q, so one forward pass in dual numbers along -lr q gives the shares of all tokens at once.
 Source: the decomposition follows from the loss; it is not an ablation of the token as *input*,
 which later tokens see too.
 """
@@ -23,8 +23,10 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.core.example import Example, ExampleBatch, batch_examples, refuse_nonfinite
-from taught.estimators.adjoint import Problem, build_queries
+from taught.core.problem import Problem
+from taught.core.query import build_queries
 from taught.model.gradients import RowSparse, Site, find_sites, frozen
+from taught.progress import Progress
 
 
 class _Terms(nn.Module):
@@ -39,9 +41,14 @@ class _Terms(nn.Module):
 
 
 def token_effects(
-    problem: Problem, examples: Sequence[Example], A: Tensor, B: Tensor | None, *, progress: Any = None
+    problem: Problem,
+    examples: Sequence[Example],
+    A: Tensor | None,
+    B: Tensor | None,
+    *,
+    progress: Progress | None = None,
 ) -> list[Tensor]:
-    """Share of every response token in its example's effect on a few targets.
+    """Share of every scored token in its example's effect on a few targets.
 
     Parameters
     ----------
@@ -50,7 +57,7 @@ def token_effects(
 
     Returns
     -------
-    For each example float64 [n scored tokens, K]; the end of the turn is the last one. Sums
+    For each example float64 [n scored tokens, K], in the order of ``Example.scored``. Sums
     over tokens are the example's effects.
 
     Raises
@@ -64,11 +71,12 @@ def token_effects(
     the queries, and one of them once more. Attention runs without fused kernels.
     """
     model, sites = problem.model, find_sites(problem.model, problem.parameters)
-    terms, shares = _Terms(model), [torch.zeros(p.n_scored, len(A)).double() for p in examples]
+    count = next(len(part) for part in (A, B) if part is not None)
+    terms, shares = _Terms(model), [torch.zeros(p.n_scored, count).double() for p in examples]
     with frozen(model):
         queries = build_queries(problem, sites, A, B, progress)
         base = {f"model.{name}": model.get_parameter(name).detach() for name in queries}
-        for k in range(len(A)):
+        for k in range(count):
             step = {
                 f"model.{name}": -problem.lr * _dense(query, k, model.get_parameter(name))
                 for name, query in queries.items()
@@ -91,7 +99,8 @@ def _along(
     step: dict[str, Tensor],
 ) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH), _as_in_training(model, sites):
-        return jvp(lambda p: functional_call(terms, p, (batch,)), (base,), (step,))[1].detach()
+        values, moved = jvp(lambda p: functional_call(terms, p, (batch,)), (base,), (step,))[:2]
+    return (moved * batch.slopes(values.sum(1))[:, None]).detach()
 
 
 @contextmanager

@@ -23,9 +23,11 @@ from torch import Tensor
 
 from taught.errors import UserError
 from taught.features.pooling import pool
-from taught.features.probe import Auc, Bools, Floats, auc, fit_direction, held_out
+from taught.features.probe import Bools, Floats, fit_direction, held_out
 from taught.features.sae import SparseAutoencoder
 from taught.run.files import json_bytes, sha256_bytes, tensors_bytes, tensors_from_bytes, write_bytes
+from taught.stats.auc import auc_within
+from taught.stats.intervals import Interval
 
 FORMAT = "taught concept 1"
 # A maximum over tokens is no linear read-out: which token counts would change with the model.
@@ -79,6 +81,26 @@ class Concept:
             )
         require_place(self.position, self.tokens)
 
+    def record(self) -> dict[str, Any]:
+        """All but the direction, as plain values."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "width": self.width,
+            "block": self.block,
+            "position": self.position,
+            "tokens": self.tokens,
+            "weights": dict(self.weights),
+            "provenance": dict(self.provenance),
+            "card": dict(self.card),
+        }
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], direction: ArrayLike) -> Concept:
+        """A concept from its record and its direction."""
+        names = ("name", "block", "position", "tokens", "weights", "provenance", "card")
+        return cls(direction=np.asarray(direction, np.float64), **{name: record[name] for name in names})
+
     @property
     def width(self) -> int:
         """D, the width of the residual stream."""
@@ -99,7 +121,7 @@ class Concept:
                 f"the concept {self.name} was made on other weights",
                 value=dict(self.weights),
                 rule=f"the study's model: {dict(weights)}",
-                fix="make the concept anew: taught concept STUDY",
+                fix="make the concept anew: taught run STUDY --only concepts --fresh",
             )
 
 
@@ -111,7 +133,7 @@ def require_place(position: str, tokens: str) -> None:
                 f"a concept cannot be read at this place ({key})",
                 value=value,
                 rule=f"one of {', '.join(allowed)}",
-                fix=f"pass --{key} {allowed[-1]}",
+                fix=f"set the concept's {key} to {allowed[-1]}",
             )
 
 
@@ -153,7 +175,7 @@ def fitted_direction(
             "the direction is no better than chance on rows that it has not seen",
             value=f"AUC {found.value:.3f}, 95% interval {found.lo:.3f} to {found.hi:.3f}",
             rule="the interval lies above .5",
-            fix="try another block (--sweep), more rows, or pass --force",
+            fix="try another block or more rows, or set the concept's force to true",
         )
     w = fit(np.asarray(X, np.float64), np.asarray(positive, bool))
     card = quality_card(w, X, positive, found)
@@ -162,7 +184,7 @@ def fitted_direction(
 
 
 def quality_card(
-    direction: ArrayLike, X: ArrayLike, positive: ArrayLike, separation: Auc | None = None, **draws: Any
+    direction: ArrayLike, X: ArrayLike, positive: ArrayLike, separation: Interval | None = None, **draws: Any
 ) -> dict[str, Any]:
     """How a direction separates two groups of pooled residuals X [N, D].
 
@@ -172,7 +194,7 @@ def quality_card(
         AUC on rows that the direction was not fitted on; None for a direction that was not fitted
         on any of these, whose AUC is taken here.
     draws
-        bootstrap, seed (:func:`taught.features.probe.auc`).
+        bootstrap, seed.
 
     Returns
     -------
@@ -187,9 +209,9 @@ def quality_card(
     v = normalised(direction, "unit")
     f = X @ v
     a, b = f[s], f[~s]
-    measured = separation or auc(f, s, **draws)
+    measured = separation or auc_within(f, s, np.zeros(len(f)), **{"bootstrap": 500, "seed": 0, **draws})
     return {
-        "auc": {key: float(value) for key, value in measured._asdict().items()},
+        "auc": measured.to_dict(),
         "held_out": separation is not None,
         "n_positive": len(a),
         "n_negative": len(b),
@@ -241,7 +263,7 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
             "which tensor of the file is the direction?",
             value=tensor,
             rule="one of " + ", ".join(sorted(tensors)[:20]),
-            fix="pass --source file:PATH:TENSOR",
+            fix="set the concept's source to file:PATH:TENSOR",
         )
     value = tensors[tensor]
     if value.size != max(value.shape, default=0):
@@ -296,7 +318,7 @@ def control_block(tensor: str) -> int:
             "this is no direction of a control vector",
             value=tensor,
             rule="direction.N, N the block that it is added to",
-            fix="for example --source file:PATH:direction.15",
+            fix="for example the source file:PATH:direction.15",
         )
     return int(number)
 
@@ -373,18 +395,7 @@ def save_concept(concept: Concept, folder: Path) -> None:
     """Write ``concept.safetensors`` (direction) and ``concept.json`` (the rest) into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     content = tensors_bytes({"direction": concept.direction})
-    record = {
-        "format": FORMAT,
-        "name": concept.name,
-        "width": concept.width,
-        "block": concept.block,
-        "position": concept.position,
-        "tokens": concept.tokens,
-        "weights": dict(concept.weights),
-        "provenance": dict(concept.provenance),
-        "card": dict(concept.card),
-        "sha256": sha256_bytes(content),
-    }
+    record = {**concept.record(), "sha256": sha256_bytes(content)}
     write_bytes(folder / "concept.safetensors", content)
     write_bytes(folder / "concept.json", json_bytes(record))
 
@@ -411,5 +422,5 @@ def load_concept(folder: str | Path) -> Concept:
             "the concept cannot be read",
             value=f"{path}: {error!r}",
             rule="a folder with concept.json and concept.safetensors",
-            fix="make it anew: taught concept STUDY --out FOLDER",
+            fix="make it anew, or name another folder",
         ) from error

@@ -15,7 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from taught.errors import UserError
@@ -33,6 +35,13 @@ def read_tokens(encoded: Any, position: str) -> list[int]:
     position
         One of :data:`POSITIONS`.
     """
+    if encoded.user_span[0] == encoded.user_span[1]:
+        raise UserError(
+            f"there is no user's turn in {encoded.id} at which features could be read",
+            value="a text by itself",
+            rule="X is read at a prompt of a chat",
+            fix="leave sae.path and concepts empty, or use --set behavior.of=answer",
+        )
     if position == "last_user":
         return [encoded.end_of_turn]
     if position == "last_prompt":
@@ -55,6 +64,19 @@ def pool(acts: Tensor, offsets: Tensor, how: str) -> Tensor:
     slot = torch.arange(len(acts), device=acts.device) - offsets[:-1].repeat_interleave(counts)
     padded = acts.new_full((len(counts), int(counts.max()), acts.shape[1]), -torch.inf)
     return padded.index_put((segment, slot), acts).max(dim=1).values
+
+
+def pooled_residuals(h: Any, offsets: Any, how: str) -> NDArray[np.float64]:
+    """The residual of each prompt, float64 [N, D], pooled as X is; means in place of maxima.
+
+    Parameters
+    ----------
+    h, offsets
+        Tensors or arrays, as :func:`pool` takes them.
+    """
+    how = "mean_user" if how == "max_user" else how
+    pooled: NDArray[np.float64] = pool(torch.as_tensor(h), torch.as_tensor(offsets), how).double().cpu().numpy()
+    return pooled
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +103,7 @@ class FeatureMap:
         return pool(acts, offsets.to(device), self.position)
 
     def response(self, h: Tensor, dh: Tensor, offsets: Tensor) -> Tensor:
-        """dX = gate(h) * (dh W_enc), pooled: the change of X for a change dh, gates held (trap 2).
+        """dX = gate(h) * (dh W_enc), pooled: the change of X for a change dh, gates held.
 
         The encoder is piecewise linear, so this is its exact derivative at h in direction dh.
         Forward mode; independent of the reverse-mode route that ``adjoint`` takes.

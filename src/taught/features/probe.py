@@ -14,31 +14,20 @@ not penalised. Source: linear probes, Alain and Bengio, arXiv 1610.01644.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError
-from taught.stats.ranks import ranks
+from taught.stats.auc import auc_within
+from taught.stats.intervals import Interval
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 METHODS = ("difference", "logistic", "ridge")
-_STEPS = 100  # Newton needs about ten
-
-
-class Auc(NamedTuple):
-    """Probability that a positive row is read higher than a negative one, 95% bootstrap interval.
-
-    Equal read-outs count half.
-    """
-
-    value: float
-    lo: float
-    hi: float
 
 
 def fit_direction(X: ArrayLike, positive: ArrayLike, method: str, penalty: float = 1.0) -> Floats:
@@ -69,18 +58,25 @@ def fit_direction(X: ArrayLike, positive: ArrayLike, method: str, penalty: float
     if method == "difference":
         w: Floats = X[positive].mean(0) - X[~positive].mean(0)
         return w
-    solve = {"logistic": _logistic, "ridge": _ridge}.get(method)
-    if solve is None or not penalty > 0:
+    if method not in METHODS or not penalty > 0:
         raise UserError(
             "a direction cannot be fitted like this",
             value=f"{method}, penalty {penalty}",
             rule=f"one of {', '.join(METHODS)}, with a penalty above 0",
-            fix="use --source difference or --source probe",
+            fix="set the concept's source to difference or probe",
         )
     centred = X - X.mean(0)
     scale = float(np.sqrt(np.mean(centred**2)))
-    Z, basis = _in_span(centred / scale)
-    return np.asarray(solve(Z, positive, penalty) @ basis / scale)
+    Z, basis = centred / scale, np.eye(X.shape[1])
+    if X.shape[1] > len(X):  # the rows in an orthonormal basis of their span: at most N columns
+        U, S, basis = np.linalg.svd(Z, full_matrices=False)
+        Z = U * S
+    if method == "ridge":
+        Z = Z - Z.mean(0)
+        v = np.linalg.solve(Z.T @ Z + penalty * np.eye(Z.shape[1]), Z.T @ np.where(positive, 1.0, -1.0))
+    else:
+        v = _logistic(Z, positive, penalty)
+    return np.asarray(v @ basis / scale)
 
 
 def held_out(
@@ -91,7 +87,7 @@ def held_out(
     folds: int = 5,
     bootstrap: int = 500,
     seed: int = 0,
-) -> tuple[Auc, list[Floats]]:
+) -> tuple[Interval, list[Floats]]:
     """AUC of read-outs <w, x> of rows that w was not fitted on, and the w [D] of each fold.
 
     Folds hold both groups in equal shares. Rows are compared within their fold, since each fold has
@@ -106,37 +102,7 @@ def held_out(
     fold = _stratified(positive, folds, seed)
     found = [fit(X[fold != k], positive[fold != k]) for k in range(folds)]
     score = np.einsum("nd,nd->n", X, np.stack(found)[fold])
-    return auc(score, positive, fold, bootstrap=bootstrap, seed=seed), found
-
-
-def auc(
-    score: ArrayLike, positive: ArrayLike, fold: ArrayLike | None = None, *, bootstrap: int = 500, seed: int = 0
-) -> Auc:
-    """AUC over the examples of rows of one fold, resampled within fold and group.
-
-    Parameters
-    ----------
-    score : float64 [N]
-    positive : bool [N]
-    fold : int64 [N]
-        Only rows of one fold are compared; None: all are.
-    """
-    values, is_positive = np.asarray(score, np.float64), np.asarray(positive, bool)
-    part = np.zeros(len(values), np.int64) if fold is None else np.asarray(fold)
-    cells = [(values[is_positive & (part == k)], values[~is_positive & (part == k)]) for k in np.unique(part)]
-    rng = np.random.default_rng(seed)
-    draws = [_wins([(rng.choice(a, len(a)), rng.choice(b, len(b))) for a, b in cells]) for _ in range(bootstrap)]
-    lo, hi = np.percentile(draws, [2.5, 97.5])
-    return Auc(_wins(cells), float(lo), float(hi))
-
-
-def _wins(cells: list[tuple[Floats, Floats]]) -> float:
-    """Share of (positive, negative) examples within the cells that stand in order."""
-    won = total = 0.0
-    for a, b in cells:
-        won += float(ranks(np.concatenate([a, b]))[: len(a)].sum()) - len(a) * (len(a) - 1) / 2
-        total += len(a) * len(b)
-    return won / total
+    return auc_within(score, positive, fold, bootstrap=bootstrap, seed=seed), found
 
 
 def _stratified(positive: Bools, folds: int, seed: int) -> Ints:
@@ -176,51 +142,33 @@ def _checked(X: ArrayLike, positive: ArrayLike) -> tuple[Floats, Bools]:
     return rows, group
 
 
-def _in_span(X: Floats) -> tuple[Floats, Floats]:
-    """Z and basis with X = Z basis and basis basis' = 1: at most N columns."""
-    n, d = X.shape
-    if d <= n:
-        return X, np.eye(d)
-    U, S, basis = np.linalg.svd(X, full_matrices=False)
-    return U * S, basis
-
-
-def _ridge(Z: Floats, positive: Bools, penalty: float) -> Floats:
-    s = np.where(positive, 1.0, -1.0)
-    centred = Z - Z.mean(0)
-    solved = np.linalg.solve(centred.T @ centred + penalty * np.eye(Z.shape[1]), centred.T @ s)
-    return np.asarray(solved)
-
-
 def _logistic(Z: Floats, positive: Bools, penalty: float) -> Floats:
-    """Newton's method (iteratively reweighted least squares) with halved steps where needed."""
+    """Newton's method (iteratively reweighted least squares) in a trust region."""
+    from scipy.optimize import minimize
+
     A = np.column_stack([Z, np.ones(len(Z))])
     sides = np.where(positive, 1.0, -1.0)
     P = penalty * np.append(np.ones(Z.shape[1]), 0.0)
 
-    def loss(beta: Floats) -> float:
-        return float(np.logaddexp(0, -sides * (A @ beta)).sum() + (P * beta**2).sum() / 2)
+    def share(beta: Floats) -> Floats:
+        return 0.5 * (1 + np.tanh(A @ beta / 2))
 
-    beta = np.zeros(A.shape[1])
-    for _ in range(_STEPS):
-        p = 0.5 * (1 + np.tanh(A @ beta / 2))
-        gradient = A.T @ (p - positive) + P * beta
-        step = np.linalg.solve((A.T * (p * (1 - p))) @ A + np.diag(P), gradient)
-        decrease = float(gradient @ step)
-        if decrease <= 1e-20 * (1 + loss(beta)):
-            return np.asarray(beta[:-1])
-        size = 1.0
-        while size > 1e-8 and loss(beta - size * step) > loss(beta) - 1e-4 * size * decrease:
-            size /= 2
-        if size <= 1e-8:  # the rounding of the loss is reached
-            return np.asarray(beta[:-1])
-        beta = beta - size * step
-    raise UserError(
-        "the probe did not converge",
-        value=f"penalty {penalty}",
-        rule=f"{_STEPS} Newton steps are enough where the penalty is not tiny",
-        fix="raise --penalty",
+    found = minimize(
+        lambda beta: np.logaddexp(0, -sides * (A @ beta)).sum() + (P * beta**2).sum() / 2,
+        np.zeros(A.shape[1]),
+        jac=lambda beta: A.T @ (share(beta) - positive) + P * beta,
+        hess=lambda beta: (A.T * (share(beta) * (1 - share(beta)))) @ A + np.diag(P),
+        method="trust-exact",
+        options={"gtol": 1e-10, "maxiter": 100},
     )
+    if not np.abs(found.jac).max() < 1e-6:
+        raise UserError(
+            "the probe did not converge",
+            value=f"penalty {penalty}",
+            rule="a few Newton steps are enough where the penalty is not tiny",
+            fix="raise the concept's penalty",
+        )
+    return np.asarray(found.x[:-1])
 
 
 def sweep(

@@ -82,7 +82,7 @@ def by_block(model: nn.Module, sites: Iterable[Site]) -> BlockSites:
             "some parameters are shared between blocks",
             value=shared[:5],
             rule="effects on single prompts are taken block by block",
-            fix="use --set attribution.coefficients=false, or the finite-step estimator",
+            fix="use --set attribution.targets=[score], or the finite-step estimator",
         )
     return BlockSites(tuple(map(tuple, blocks)), tuple(outside))
 
@@ -185,7 +185,7 @@ def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]
             "the model's blocks are not a chain",
             value="the gradient at the lowest block's output, taken block by block, is another one",
             rule="each block takes the output of the one before and nothing else of it",
-            fix="use --set attribution.coefficients=false, or the finite-step estimator",
+            fix="use --set attribution.targets=[score], or the finite-step estimator",
         )
     return factors
 

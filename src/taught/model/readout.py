@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taught.core.behavior import Behavior, in_rows
 from taught.errors import UserError
-from taught.model.behavior import PrefixBehavior
 from taught.model.forward import first_device, forward, residuals
-from taught.model.tokens import Rows, TokenTree, build_tree, stack
+from taught.model.tokens import Rows, TokenTree, batches_by_tokens, build_tree, stack
 
 # Attention over a packed row is quadratic: this keeps it a small share of the work.
 PACK_TOKENS = 512
@@ -25,31 +25,70 @@ _TREE_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.1}
 
 @dataclass(frozen=True)
 class ReadPrompt:
-    """One evaluation prompt: token ids with the generation prompt, and where h is read."""
+    """One evaluation prompt as tokens.
+
+    Attributes
+    ----------
+    ids : tokens, with the generation prompt
+    read : places of the tokens at which h is read; none where nothing asks for h
+    suffixes : token sequences behind the prompt whose log-probabilities make y
+    """
 
     id: str
     ids: tuple[int, ...]
-    read: tuple[int, ...]
+    read: tuple[int, ...] = ()
+    suffixes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def histories(self) -> set[tuple[int, ...]]:
+        """What may stand behind the prompt where a token of a suffix is predicted, itself left out."""
+        return {suffix[:cut] for suffix in self.suffixes for cut in range(1, len(suffix))}
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Where the suffixes of some prompts are read, token by token.
+
+    Attributes
+    ----------
+    at : int64 [t], place in the logits [B * K] that predicts a token
+    tokens : int64 [t], the tokens
+    suffix : int64 [t], ascending: the suffix that each belongs to
+    lengths : int64 [S], tokens of each suffix
+    prompt : int64 [S], ascending: the prompt of each
+    """
+
+    at: Tensor
+    tokens: Tensor
+    suffix: Tensor
+    lengths: Tensor
+    prompt: Tensor
+
+    def to(self, device: torch.device) -> Scored:
+        """The same on another device."""
+        return Scored(*(x.to(device) for x in (self.at, self.tokens, self.suffix, self.lengths, self.prompt)))
 
 
 @dataclass(frozen=True, eq=False)
 class PackedPrompts:
-    """Some prompts laid out as one token tree.
+    """Some prompts laid out as token trees: all in one row, or each in a row of its own.
 
     Attributes
     ----------
     index : positions of these prompts in the caller's list
-    rows : one row
-    read : int64 [M], columns at which h is read, prompt by prompt
+    rows : B rows of T tokens
+    read : int64 [M], places in [B * T] at which h is read, prompt by prompt
     offsets : int64 [n + 1], prompt i reads ``read[offsets[i]:offsets[i + 1]]``
-    predict : int64 [n, slots], columns whose logits the behavior needs
+    keep : int64 [K], ascending: the columns whose logits the suffixes need
+    scored : the suffixes; of no token where no behavior is asked for
     """
 
     index: tuple[int, ...]
     rows: Rows
     read: Tensor
     offsets: Tensor
-    predict: Tensor
+    keep: Tensor
+    scored: Scored
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,23 +102,33 @@ class Readouts:
 
 
 def prompt_tree(
-    prompts: Sequence[ReadPrompt], behavior: PrefixBehavior | None
-) -> tuple[TokenTree, list[list[int]], list[list[int]]]:
-    """Tree of prompts, the behavior's inner nodes under each, with read and predict nodes."""
-    paths = behavior.inner_paths() if behavior is not None else []
+    prompts: Sequence[ReadPrompt], behavior: Behavior | None
+) -> tuple[TokenTree, list[list[int]], list[list[list[int]]]]:
+    """Tree of prompts with their suffixes, whose last tokens predict nothing and are left out.
+
+    Returns
+    -------
+    tree : TokenTree
+    read : nodes at which each prompt's h is read
+    predict : for each prompt and suffix the nodes that predict its tokens; without a behavior none
+    """
     sequences: list[tuple[int, ...]] = []
     for prompt in prompts:
-        ids = prompt.ids if behavior is not None else prompt.ids[: max(prompt.read) + 1]
-        sequences += [ids, *[(*ids, *path) for path in paths]]
+        end = max(prompt.read, default=len(prompt.ids) - 1) + 1 if behavior is None else len(prompt.ids)
+        suffixes = () if behavior is None else prompt.suffixes
+        sequences += [prompt.ids[:end], *((*prompt.ids, *suffix[:-1]) for suffix in suffixes)]
     tree, nodes = build_tree(sequences)
-    step = 1 + len(paths)
-    read = [[nodes[i * step][t] for t in prompt.read] for i, prompt in enumerate(prompts)]
-    predict = [[nodes[i * step + k][-1] for k in range(step)] for i in range(len(prompts))]
+    each = iter(nodes)
+    read, predict = [], []
+    for prompt in prompts:
+        own = next(each)
+        read.append([own[t] for t in prompt.read])
+        predict.append([next(each)[len(prompt.ids) - 1 :] for _ in (() if behavior is None else prompt.suffixes)])
     return tree, read, predict
 
 
 def pack(
-    prompts: Sequence[ReadPrompt], behavior: PrefixBehavior | None, *, tokens: int = PACK_TOKENS
+    prompts: Sequence[ReadPrompt], behavior: Behavior | None, *, tokens: int = PACK_TOKENS
 ) -> Iterator[PackedPrompts]:
     """Lay prompts out as token trees of about ``tokens`` tokens, each made when its turn comes.
 
@@ -91,18 +140,28 @@ def pack(
     size = 0
     for i in order:
         shared = _common(prompts[groups[-1][-1]].ids, prompts[i].ids) if groups else 0
-        extra = len(prompts[i].ids) - shared + (len(behavior.inner) if behavior else 0)
+        extra = len(prompts[i].ids) - shared + (len(prompts[i].histories) if behavior else 0)
         if groups and size + extra <= tokens:
             groups[-1].append(i)
             size += extra
         else:
             groups.append([i])
-            size = len(prompts[i].ids)
+            size = extra + shared
     return (_pack_group(prompts, group, behavior) for group in groups)
 
 
+def pack_rows(prompts: Sequence[ReadPrompt], behavior: Behavior | None, *, tokens: int) -> list[PackedPrompts]:
+    """Lay prompts out one a row, at most ``tokens`` padded tokens at a time: nothing is shared.
+
+    For what is asked of every prompt's own gradient.
+    """
+    trees = [prompt_tree([prompt], behavior) for prompt in prompts]
+    batches = batches_by_tokens([len(tree) for tree, _, _ in trees], tokens)
+    return [_laid_out(prompts, index, [trees[i] for i in index]) for index in batches]
+
+
 def pack_apart(
-    prompts: Sequence[ReadPrompt], behavior: PrefixBehavior, *, tokens: int = PACK_TOKENS
+    prompts: Sequence[ReadPrompt], behavior: Behavior, *, tokens: int = PACK_TOKENS
 ) -> Iterator[PackedPrompts]:
     """As :func:`pack`, for editing h at the read-out tokens: no edit reaches another prompt.
 
@@ -117,18 +176,48 @@ def pack_apart(
 
 
 def _reads_apart(packed: PackedPrompts) -> bool:
-    history = packed.rows.mask[0][packed.predict].any(1)  # [n, T]
+    scored, mask = packed.scored, packed.rows.mask[0]
+    history = torch.zeros(len(packed.index), len(mask), dtype=torch.long)  # [n, T]
+    history = history.index_add(0, scored.prompt[scored.suffix], mask[packed.keep[scored.at]].long()) > 0
     prompt = torch.arange(len(packed.index)).repeat_interleave(packed.offsets.diff())
     own = torch.zeros_like(history)
     own[prompt, packed.read] = True
     return bool(((history & own.any(0)) == own).all())
 
 
-def _pack_group(prompts: Sequence[ReadPrompt], group: list[int], behavior: PrefixBehavior | None) -> PackedPrompts:
-    tree, read, predict = prompt_tree([prompts[i] for i in group], behavior)
-    flat = [node for nodes in read for node in nodes]
-    offsets = torch.tensor([0, *[len(nodes) for nodes in read]]).cumsum(0)
-    return PackedPrompts(tuple(group), stack([tree]), torch.tensor(flat), offsets, torch.tensor(predict))
+def _pack_group(prompts: Sequence[ReadPrompt], group: Sequence[int], behavior: Behavior | None) -> PackedPrompts:
+    return _laid_out(prompts, group, [prompt_tree([prompts[i] for i in group], behavior)])
+
+
+def _laid_out(
+    prompts: Sequence[ReadPrompt],
+    index: Sequence[int],
+    trees: Sequence[tuple[TokenTree, list[list[int]], list[list[list[int]]]]],
+) -> PackedPrompts:
+    """Trees as rows that are padded on the left."""
+    rows = stack([tree for tree, _, _ in trees])
+    width = rows.ids.shape[1]
+    read, predict = [], []
+    for row, (tree, read_nodes, predict_nodes) in enumerate(trees):
+        start = row * width + width - len(tree)
+        read += [[start + node for node in nodes] for nodes in read_nodes]
+        predict += [[[start + node for node in nodes] for nodes in own] for own in predict_nodes]
+    places = _longs(place for own in predict for nodes in own for place in nodes)
+    keep, kept = (places % width).unique(return_inverse=True)
+    lengths = _longs(len(nodes) for own in predict for nodes in own)
+    scored = Scored(
+        at=places // width * len(keep) + kept,
+        tokens=_longs(t for i, own in zip(index, predict, strict=True) if own for s in prompts[i].suffixes for t in s),
+        suffix=torch.arange(len(lengths)).repeat_interleave(lengths),
+        lengths=lengths,
+        prompt=_longs(k for k, own in enumerate(predict) for _ in own),
+    )
+    offsets = torch.tensor([0, *map(len, read)]).cumsum(0)
+    return PackedPrompts(tuple(index), rows, _longs(place for own in read for place in own), offsets, keep, scored)
+
+
+def _longs(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.long)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -141,23 +230,28 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def read_packed(
-    model: nn.Module, packed: PackedPrompts, behavior: PrefixBehavior | None, block: int
+    model: nn.Module, packed: PackedPrompts, behavior: Behavior | None, block: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """h [M, D] at the read-out tokens and y [n] of one packed tree, as autograd sees them."""
+    """h [M, D] at the read-out tokens and y [n] of some packed prompts, as autograd sees them.
+
+    Without a block h is empty, [0, 0].
+    """
     device = first_device(model)
     rows = packed.rows.to(device)
-    keep = packed.predict.flatten().to(device)
-    h, logits = forward(model, rows, block=block, keep=keep, stop_at_block=behavior is None)
-    assert h is not None
-    read = h[0, packed.read.to(h.device)]
+    h, logits = forward(model, rows, block=block, keep=packed.keep.to(device), stop_at_block=behavior is None)
+    read = rows.ids.new_zeros(0, 0, dtype=torch.float32) if h is None else h.flatten(0, 1)[packed.read.to(h.device)]
     if behavior is None or logits is None:
         return read, None
-    return read, behavior.log_probability(logits[0].unflatten(0, packed.predict.shape))
+    logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1).flatten(0, 1)
+    scored = packed.scored.to(logp.device)
+    tokens = logp[scored.at, scored.tokens]
+    suffixes = in_rows(tokens, scored.suffix, len(scored.lengths), 0.0).sum(1)
+    return read, behavior.value(suffixes, scored.lengths, scored.prompt, len(packed.index))
 
 
 @torch.no_grad()
 def read_prompts(
-    model: nn.Module, prompts: Sequence[ReadPrompt], behavior: PrefixBehavior, block: int, *, progress: Any = None
+    model: nn.Module, prompts: Sequence[ReadPrompt], behavior: Behavior, block: int | None, *, progress: Any = None
 ) -> Readouts:
     """Read-outs of all prompts in one forward pass over their token trees.
 
@@ -273,28 +367,35 @@ def _refuse_nonfinite(ids: Sequence[str]) -> None:
 def read_prompts_plain(
     model: nn.Module,
     prompts: Sequence[ReadPrompt],
-    behavior: PrefixBehavior,
-    block: int,
+    behavior: Behavior,
+    block: int | None,
     *,
     batch_size: int = 16,
     progress: Any = None,
 ) -> Readouts:
-    """The same read-outs as the published loop takes them: one pass for h, one per prefix.
+    """The same read-outs as the published loop takes them: one pass for h, one per suffix.
 
     Plain padded batches, nothing shared: the reference that :func:`read_prompts` is checked
-    against, and the baseline of benchmarks/smda_loop.py. Each prefix is appended before padding and
+    against, and the baseline of benchmarks/smda_loop.py. Each suffix is appended before padding and
     indexed row by row (trap 3).
     """
-    h: list[Tensor | None] = [None] * len(prompts)
+    h: list[Tensor] = [torch.zeros(0, 0)] * len(prompts)
     y = torch.zeros(len(prompts), dtype=torch.float64)
     for start in range(0, len(prompts), batch_size):
-        chunk = list(range(start, min(start + batch_size, len(prompts))))
-        ids, mask = _pad_right([prompts[i].ids for i in chunk])
-        hidden = _plain_hidden(model, ids, mask, block)
-        for row, i in enumerate(chunk):
-            h[i] = hidden[row, list(prompts[i].read)].cpu()
-        terms = [_plain_prefix(model, [prompts[i].ids for i in chunk], p) for p in behavior.tokens]
-        y[chunk] = torch.logsumexp(torch.stack(terms), 0).double().cpu()
+        chunk = prompts[start : start + batch_size]
+        if block is not None:
+            hidden = _plain_hidden(model, *_pad_right([prompt.ids for prompt in chunk]), block)
+            h[start : start + len(chunk)] = [hidden[row, list(p.read)].cpu() for row, p in enumerate(chunk)]
+        logp = [[torch.empty(0)] * len(prompt.suffixes) for prompt in chunk]
+        for number in range(max(len(prompt.suffixes) for prompt in chunk)):
+            rows = [row for row, prompt in enumerate(chunk) if number < len(prompt.suffixes)]
+            found = _plain_suffixes(model, [(chunk[row].ids, chunk[row].suffixes[number]) for row in rows])
+            for row, value in zip(rows, found, strict=True):
+                logp[row][number] = value
+        flat = torch.stack([value for own in logp for value in own])
+        lengths = _longs(len(s) for prompt in chunk for s in prompt.suffixes).to(flat.device)
+        of = _longs(row for row, prompt in enumerate(chunk) for _ in prompt.suffixes).to(flat.device)
+        y[start : start + len(chunk)] = behavior.value(flat, lengths, of, len(chunk)).double().cpu()
         if progress is not None:
             progress.advance(len(chunk))
     return _assemble(prompts, h, y)
@@ -324,29 +425,36 @@ def _plain_hidden(model: nn.Module, ids: Tensor, mask: Tensor, block: int) -> Te
     return out.hidden_states[block + 1]
 
 
-def _plain_prefix(model: nn.Module, prompts: Sequence[Sequence[int]], prefix: Sequence[int]) -> Tensor:
+def _plain_suffixes(model: nn.Module, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
+    """Log-probability of one suffix behind each of some prompts, [n]."""
     device = first_device(model)
-    ids, mask = _pad_right([(*p, *prefix) for p in prompts])
+    ids, mask = _pad_right([(*prompt, *suffix) for prompt, suffix in rows])
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
-    rows = torch.arange(len(prompts), device=logp.device)
-    first = torch.tensor([len(p) - 1 for p in prompts], device=logp.device)
-    return sum(logp[rows, first + j, token] for j, token in enumerate(prefix))  # type: ignore[return-value]
+    return torch.stack(
+        [
+            logp[row, len(prompt) - 1 : len(prompt) - 1 + len(suffix)]
+            .gather(1, logp.new_tensor(suffix).long()[:, None])
+            .sum()
+            for row, (prompt, suffix) in enumerate(rows)
+        ]
+    )
 
 
-def check_trees(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: PrefixBehavior, *, count: int = 2) -> float:
-    """Largest difference in y between token trees and plain passes on the first prompts.
+def check_trees(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: Behavior, *, count: int = 2) -> float:
+    """Largest difference in y between token trees and plain passes, on the first prompts and the longest.
 
     Raises
     ------
     UserError
         The model does not compute the same in a tree (a recurrent state, positions that ignore
-        ``position_ids``, a mask of its own): token trees must not be used with it.
+        ``position_ids``, a mask of its own, a sliding window): token trees must not be used with it.
     """
-    some = list(prompts[:count])
-    plain = read_prompts_plain(model, some, behavior, block=0).y  # only y is compared
+    longest = max(prompts, key=lambda p: len(p.ids) + max(map(len, p.suffixes)))
+    some = [*prompts[:count], *([] if longest in prompts[:count] else [longest])]
+    plain = read_prompts_plain(model, some, behavior, None).y
     tolerance = _TREE_TOLERANCE.get(next(model.parameters()).dtype, 1e-2)
-    worst = float((read_prompts(model, some, behavior, 0).y - plain).abs().max())
+    worst = float((read_prompts(model, some, behavior, None).y - plain).abs().max())
     if not worst <= tolerance:
         raise UserError(
             "the model does not give the same read-outs in a token tree as in plain passes",

@@ -25,11 +25,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from taught.errors import UserError
-from taught.policy.evaluate import interval
 from taught.policy.ridge import Floats, Ints, Policy, checked_data, row_order
+from taught.stats.intervals import middle, plain
+from taught.stats.multiplicity import benjamini_hochberg
 
 LEVEL = 0.05  # false discovery rate at which a category is called uncovered
 TOP_FEATURES = 5
@@ -106,27 +107,20 @@ def audit_categories(
     return rows
 
 
-def benjamini_hochberg(p: ArrayLike) -> Floats:
-    """Adjust p-values [m]: p_(i) m / i, made monotone from the largest down, at most 1."""
-    p = np.asarray(p, dtype=np.float64)
-    order = np.argsort(p)[::-1]
-    ranks = np.arange(p.size, 0, -1)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.minimum.accumulate(p[order] * p.size / ranks))
-    return adjusted
-
-
 def _rows(
     group: _Group, policy: Policy, coef_lo: Floats, coef_hi: Floats, rng: np.random.Generator, n_boot: int, min_n: int
 ) -> list[dict[str, Any]]:
     counts = np.bincount(group.category, minlength=len(group.names))
     means = np.bincount(group.category, group.y) / counts
     gaps, t = _gaps_and_t(group.y, group.category, counts)
-    p = _permutation_p(group, counts, t, rng, max(n_boot, 100 * len(group.names)))
-    draws = _bootstrap_gaps(group, counts, rng, n_boot)
+    n = max(n_boot, 100 * len(group.names))
+    at_least = np.zeros(len(counts))
+    near = np.abs(t) * (1 - 1e-9)  # the same sum in another order is a tie, not a smaller value
+    for _ in range(n):  # the same permutations for all categories
+        at_least += np.abs(_gaps_and_t(rng.permutation(group.y), group.category, counts)[1]) >= near
+    lo, hi = middle(_bootstrap_gaps(group, counts, rng, n_boot))
     rows = []
     for c, name in enumerate(group.names):
-        lo, hi = interval(draws[:, c])
         tested = counts[c] >= max(min_n, 2) and len(group.y) - counts[c] >= 2
         details = _tied_features(group, c, policy, coef_lo, coef_hi)
         rows.append(
@@ -135,10 +129,10 @@ def _rows(
                 "category": name,
                 "n": int(counts[c]),
                 "mean_y": float(means[c]),
-                "gap": float(gaps[c]) if np.isfinite(gaps[c]) else None,
-                "lo": lo if tested else None,
-                "hi": hi if tested else None,
-                "p": float(p[c]) if tested else None,
+                "gap": plain(gaps[c]),
+                "lo": plain(lo[c]) if tested else None,
+                "hi": plain(hi[c]) if tested else None,
+                "p": float((1 + at_least[c]) / (1 + n)) if tested else None,
                 "p_adjusted": None,
                 "uncovered": None,
                 "features": [row["feature_id"] for row in details],
@@ -162,16 +156,6 @@ def _gaps_and_t(y: Floats, category: Ints, counts: Ints) -> tuple[Floats, Floats
         t = gap / np.sqrt(np.maximum(v_in, 0) / m + np.maximum(v_out, 0) / (n - m))
     # No spread on either side: any gap is infinitely many standard errors, no gap is none.
     return gap, np.where(np.isnan(t), 0.0, t)
-
-
-def _permutation_p(group: _Group, counts: Ints, t: Floats, rng: np.random.Generator, n: int) -> Floats:
-    """Two-sided p (1 + #{|t*| >= |t|}) / (1 + n), the same permutations for all categories."""
-    at_least = np.zeros(len(counts))
-    near = np.abs(t) * (1 - 1e-9)  # the same sum in another order is a tie, not a smaller value
-    for _ in range(n):
-        _, drawn = _gaps_and_t(rng.permutation(group.y), group.category, counts)
-        at_least += np.abs(drawn) >= near
-    return np.asarray((1 + at_least) / (1 + n))
 
 
 def _bootstrap_gaps(group: _Group, counts: Ints, rng: np.random.Generator, n: int) -> Floats:
@@ -210,10 +194,10 @@ def _group(
     rows = [i for i in row_order(prompt_ids, len(y)) if groups[i] == name]
     if not rows:
         raise UserError(
-            "The audit found no prompt in this group",
+            "the audit found no prompt in this group",
             value=name,
             rule="one of: " + ", ".join(sorted(set(groups))),
-            fix="set prompts: positive_group and negative_group",
+            fix="set prompts.positive_group and prompts.negative_group",
         )
     labels = ["(none)" if categories[i] is None else str(categories[i]) for i in rows]
     names, category = np.unique(labels, return_inverse=True)
@@ -221,23 +205,17 @@ def _group(
 
 
 def _check(
-    n: int,
-    X: Floats,
-    groups: Sequence[str],
-    categories: Sequence[str | None],
-    lo: NDArray[Any],
-    hi: NDArray[Any],
-    policy: Policy,
+    n: int, X: Floats, groups: Sequence[str], categories: Sequence[str | None], lo: Floats, hi: Floats, policy: Policy
 ) -> None:
     if not len(groups) == len(categories) == n or X.shape[1] != policy.d:
         raise UserError(
-            "The audit's inputs do not fit the policy",
+            "the audit's inputs do not fit the policy",
             value=f"X {list(X.shape)}, {len(groups)} groups, {len(categories)} categories",
             rule=f"{policy.n} prompts and {policy.d} features",
         )
     if not lo.shape == hi.shape == (policy.d,):
         raise UserError(
-            "The intervals do not fit the policy",
+            "the intervals do not fit the policy",
             value=f"lo {list(lo.shape)}, hi {list(hi.shape)}",
             rule=f"one number for each of {policy.d} features",
         )

@@ -30,15 +30,14 @@ resampled sets: Efron, Halloran and Holmes 1996.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError
-from taught.policy.evaluate import resamples
 from taught.policy.ridge import Floats, Ints, Policy
+from taught.stats.intervals import NORMAL, resamples
 
 LEVEL = 0.05  # a statement is safe at 1 - LEVEL
 SIZES = (1, 3, 5, 10, 20, 50)
@@ -107,7 +106,7 @@ class RemainderBound:
         dy = np.asarray(dy, dtype=np.float64)
         if dy.shape != (self._policy.n,):
             raise UserError(
-                "The change of the behavior does not fit the policy",
+                "the change of the behavior does not fit the policy",
                 value=f"dy {list(dy.shape)}",
                 rule=f"one number for each of {self._policy.n} prompts",
             )
@@ -121,45 +120,38 @@ def _norm(values: NDArray[Any]) -> float:
 # Scores on resampled prompts
 
 
-class Draws(NamedTuple):
-    """Scores on some resamples of the prompts, float64 [resamples, P].
+def resample_counts(prompt_ids: Sequence[str], *, n: int, seed: int) -> Iterator[Ints]:
+    """How often each prompt is drawn in ``n`` resamples, int64 [R, N], some resamples at a time.
 
-    Attributes
-    ----------
-    x : pathway x, or None where dX is not known
-    y : pathway y
-    counts : int64 [resamples, N], how often each prompt is drawn
+    Resamples are drawn over sorted prompt ids, so that they do not depend on the order of the prompts.
     """
+    count = len(prompt_ids)
+    order = np.array(sorted(range(count), key=lambda i: prompt_ids[i]))
+    drawn = [order[i] for i in resamples(count, n, seed)]
+    for start in range(0, n, _CHUNK):
+        yield np.stack([np.bincount(i, minlength=count) for i in drawn[start : start + _CHUNK]])
 
-    x: Floats | None
-    y: Floats
-    counts: Ints
 
-
-def resampled_scores(policy: Policy, dy: Floats, dX: NDArray[Any] | None, *, n: int, seed: int) -> Iterator[Draws]:
-    """Scores of every example by the policies of ``n`` resamples of the prompts, some at a time.
+def resampled_score(policy: Policy, counts: Ints, dy: Floats, dX: NDArray[Any] | None) -> tuple[Floats | None, Floats]:
+    """Scores of every example by the policies of R resamples of the prompts, along pathways x and y, [R, P].
 
     Each resample has its own W, U and r. Pathway y needs dy of every prompt only; pathway x needs
-    dX of every feature on every prompt. Cost: a ridge and O(P N), with dX O(P N d), a resample.
+    dX of every feature on every prompt, and is None without. Cost: a ridge and O(P N), with dX
+    O(P N d), a resample.
 
     Parameters
     ----------
+    counts : [R, N], how often each prompt is drawn
     dy : [P, N]
     dX : [P, N, d] or None
-        Both in the policy's order of prompts. Resamples are drawn over sorted prompt ids.
+        Both in the policy's order of prompts.
     """
-    order = np.array(sorted(range(policy.n), key=lambda i: policy.prompt_ids[i]))
-    drawn = [order[i] for i in resamples(policy.n, n, seed)]
-    for start in range(0, n, _CHUNK):
-        chunk = drawn[start : start + _CHUNK]
-        counts = np.stack([np.bincount(i, minlength=policy.n) for i in chunk])
-        made = [_cotangents(policy, c) for c in counts]
-        y = np.stack([B for _, B in made]) @ dy.T
-        x = None
-        if dX is not None:
-            A = np.stack([A.ravel() for A, _ in made])
-            x = np.stack([A @ np.asarray(own, dtype=np.float64).ravel() for own in dX], 1)
-        yield Draws(x, y, counts)
+    made = [_cotangents(policy, c) for c in counts]
+    y = np.stack([B for _, B in made]) @ dy.T if made else np.zeros((0, len(dy)))
+    if dX is None:
+        return None, y
+    A = np.stack([A.ravel() for A, _ in made]) if made else np.zeros((0, policy.n * policy.d))
+    return np.stack([A @ np.asarray(own, dtype=np.float64).ravel() for own in dX], 1), y
 
 
 def _cotangents(policy: Policy, counts: Ints) -> tuple[Floats, Floats]:
@@ -191,7 +183,7 @@ class Ranking(NamedTuple):
 
     Attributes
     ----------
-    target : score, score_y or mean_y:GROUP
+    target : its name, such as score:y or behavior:GROUP
     values : float64 [P]
     bound : float64 [P], how far the exact refit may be from the value, nan where that is not known
     errors : standard errors float64 [P]; None where the values are exact
@@ -247,7 +239,7 @@ def rank_statements(ranking: Ranking, example_ids: Sequence[str], draws: Iterabl
     P = len(example_ids)
     order = np.argsort(-np.abs(ranking.values), kind="stable")
     sizes = [k for k in SIZES if k < P]
-    quantile = NormalDist().inv_cdf(1 - LEVEL / 4 / P)
+    quantile = NORMAL.inv_cdf(1 - LEVEL / 4 / P)
     limit = np.zeros(P) if ranking.errors is None else quantile * ranking.errors
     margins = {"alone": np.zeros(P), "all": np.nan_to_num(ranking.bound) + limit}
     failed, n = _failures(draws, order, sizes, margins)

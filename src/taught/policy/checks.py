@@ -12,12 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from taught.policy.evaluate import Estimate, Evaluation
+from taught.policy.evaluate import Evaluation
 from taught.policy.faithfulness import Card
 from taught.policy.ridge import Floats
+from taught.stats.intervals import Interval
 
 Status = Literal["pass", "warn", "fail"]
-Grade = Callable[[Estimate], Status]
+Grade = Callable[[Interval], Status]
 
 
 class Check(NamedTuple):
@@ -26,7 +27,7 @@ class Check(NamedTuple):
     Attributes
     ----------
     code, name : F01 and so on, and what is checked
-    value : Estimate
+    value : Interval
         The graded number; lo and hi are nan where it has no interval.
     threshold : when it passes, in words
     status : pass, warn or fail
@@ -36,7 +37,7 @@ class Check(NamedTuple):
 
     code: str
     name: str
-    value: Estimate
+    value: Interval
     threshold: str
     status: Status
     meaning: str
@@ -60,7 +61,7 @@ class Rule(NamedTuple):
     action: str
 
 
-def checks(measures: Mapping[str, Estimate]) -> list[Check]:
+def checks(measures: Mapping[str, Interval]) -> list[Check]:
     """Grade every number that is there, in the order of the codes."""
     return [
         Check(r.code, r.name, value := measures[r.measure], r.threshold, r.grade(value), r.meaning, r.action)
@@ -69,7 +70,7 @@ def checks(measures: Mapping[str, Estimate]) -> list[Check]:
     ]
 
 
-def measures(evaluation: Evaluation, card: Card, y: Floats) -> dict[str, Estimate]:
+def measures(evaluation: Evaluation, card: Card, y: Floats) -> dict[str, Interval]:
     """Collect the numbers that the checks grade, by name."""
     at, spread = card.calibration, float(np.std(y))
     excess = max(at.error.value - at.error_by_chance, 0.0) / spread if spread > 0 else np.nan
@@ -81,45 +82,41 @@ def measures(evaluation: Evaluation, card: Card, y: Floats) -> dict[str, Estimat
         "spearman": evaluation.spearman,
         "accuracy gain": evaluation.accuracy_gain,
         "slope": at.slope,
-        "calibration error": _bare(excess),
+        "calibration error": Interval(excess),
         "needed": card.needed,
-        "sure signs": _bare(card.sure.mean()),
-        "set correlation": _bare(both.correlation),
-        "set flips": _bare(flipped),
+        "sure signs": Interval(card.sure.mean()),
+        "set correlation": Interval(both.correlation),
+        "set flips": Interval(flipped),
         "all permuted": card.all_permuted,
-        "felt features": _bare(felt),
+        "felt features": Interval(felt),
         **{f"gain over {name}": gain for name, (_, gain) in card.predictors.items()},
-        "prompts per feature": _bare(evaluation.n / evaluation.d),
+        "prompts per feature": Interval(evaluation.n / evaluation.d),
     }
-
-
-def _bare(value: float) -> Estimate:
-    return Estimate(float(value), np.nan, np.nan)
 
 
 def _above_zero(warn: float = -np.inf) -> Grade:
     """Fails unless the whole interval lies above 0; warns below ``warn``."""
 
-    def grade(e: Estimate) -> Status:
+    def grade(e: Interval) -> Status:
         return "fail" if not e.lo > 0 else "warn" if e.value < warn else "pass"
 
     return grade
 
 
-def _gain(e: Estimate) -> Status:
+def _gain(e: Interval) -> Status:
     """Fails where the whole interval lies below 0, warns where it includes it."""
     return "pass" if e.lo > 0 else "fail" if e.hi < 0 else "warn"
 
 
 def _at_least(warn: float, fail: float) -> Grade:
-    def grade(e: Estimate) -> Status:
+    def grade(e: Interval) -> Status:
         return "fail" if e.value < fail else "pass" if e.value >= warn else "warn"
 
     return grade
 
 
 def _at_most(warn: float, fail: float) -> Grade:
-    def grade(e: Estimate) -> Status:
+    def grade(e: Interval) -> Status:
         return "fail" if e.value > fail else "pass" if e.value <= warn else "warn"
 
     return grade
@@ -128,11 +125,11 @@ def _at_most(warn: float, fail: float) -> Grade:
 def _near_one(warn: float, fail: float) -> Grade:
     """Within a factor of 1, either way."""
 
-    def grade(e: Estimate) -> Status:
+    def grade(e: Interval) -> Status:
         if e.value <= 0:
             return "fail"
         away = max(e.value, 1 / e.value) if e.value > 0 else np.nan
-        return _at_most(warn, fail)(_bare(away))
+        return _at_most(warn, fail)(Interval(away))
 
     return grade
 

@@ -27,19 +27,17 @@ Source: direct edits of the Sokoban agent's channels (arXiv 2506.10138); slope a
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from taught.policy.evaluate import Bools, Estimate, interval, resamples
 from taught.policy.ridge import Floats
+from taught.stats.intervals import UNKNOWN, Interval, resample_counts, resamples, share_of
 from taught.stats.ranks import spearman
 
 LEVEL = 0.05
 FEWEST = 5  # prompts from which on there is an interval
-UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 
 
 class Response(NamedTuple):
@@ -47,14 +45,14 @@ class Response(NamedTuple):
 
     Attributes
     ----------
-    slope : Estimate
+    slope : Interval
         Natural log per unit of activation.
-    means : list of Estimate
+    means : list of Interval
         Mean change of y at each scale.
     """
 
-    slope: Estimate
-    means: list[Estimate]
+    slope: Interval
+    means: list[Interval]
 
 
 class Agreement(NamedTuple):
@@ -66,16 +64,16 @@ class Agreement(NamedTuple):
     same_sign : share of them whose slope has the coefficient's sign, with the exact binomial
         (Clopper-Pearson) interval
     spearman : rank correlation, 95% bootstrap over features
-    size : Estimate
+    size : Interval
         sum_k D_k W_k slope_k / sum_k D_k W_k^2, D_k the mean of X_k^2: what is seen per unit of
         what the coefficients predict, over all edits. 1 if coefficients are effects. 95% bootstrap
         over features.
     """
 
     n: int
-    same_sign: Estimate
-    spearman: Estimate
-    size: Estimate
+    same_sign: Interval
+    spearman: Interval
+    size: Interval
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -103,12 +101,11 @@ def response(x: ArrayLike, scales: ArrayLike, dy: ArrayLike, *, bootstrap: int, 
     """
     dose, dy = _dose(x, scales), np.asarray(dy, dtype=np.float64)
     n = dy.shape[1]
-    draws = resamples(n, bootstrap if n >= FEWEST else 0, seed)
-    counts = np.array([np.bincount(i, minlength=n) for i in draws]).reshape(-1, n)
+    counts = resample_counts(n, bootstrap if n >= FEWEST else 0, seed)
     up, down = (dose * dy).sum(0), (dose**2).sum(0)
     slopes = counts @ up / (counts @ down)
-    means = [Estimate(float(row.mean()), *interval(counts @ row / n)) for row in dy]
-    return Response(Estimate(slope(x, scales, dy), *interval(slopes)), means)
+    means = [Interval.of(float(row.mean()), counts @ row / n) for row in dy]
+    return Response(Interval.of(slope(x, scales, dy), slopes), means)
 
 
 def _dose(x: ArrayLike, scales: ArrayLike) -> Floats:
@@ -144,8 +141,8 @@ def agreement(coef: ArrayLike, slopes: ArrayLike, rms_x: ArrayLike, *, bootstrap
     if n == 0:
         return Agreement(0, UNKNOWN, UNKNOWN, UNKNOWN)
     draws = np.array([_rank_and_size(table[i]) for i in resamples(n, bootstrap, seed)])
-    rank, size = (Estimate(value, *interval(draws[:, j])) for j, value in enumerate(_rank_and_size(table)))
-    same: Bools = table[:, 0] * table[:, 1] > 0
+    rank, size = (Interval.of(value, draws[:, j]) for j, value in enumerate(_rank_and_size(table)))
+    same = table[:, 0] * table[:, 1] > 0
     return Agreement(n, share_of(int(same.sum()), n), rank, size)
 
 
@@ -154,24 +151,3 @@ def _rank_and_size(table: Floats) -> tuple[float, float]:
     total = float(rms_x**2 @ coef**2)
     size = float(rms_x**2 @ (coef * slopes)) / total if total > 0 else np.nan
     return spearman(coef, slopes), size
-
-
-def share_of(k: int, n: int) -> Estimate:
-    """k / n with the exact 95% binomial interval of Clopper and Pearson (1934), n >= 1."""
-    return Estimate(k / n, 1 - _upper(n - k, n), _upper(k, n))
-
-
-def _upper(k: int, n: int) -> float:
-    """The p at which k or fewer of n have probability LEVEL / 2; 1 for k = n. By bisection."""
-    lo, hi = k / n, 1.0
-    while k < n and hi - lo > 1e-12:
-        middle = (lo + hi) / 2
-        lo, hi = (middle, hi) if _at_most(k, n, middle) > LEVEL / 2 else (lo, middle)
-    return hi
-
-
-def _at_most(k: int, n: int, p: float) -> float:
-    """P(X <= k) for X binomial, 0 < p < 1."""
-    j = np.arange(k + 1)
-    ways = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
-    return float(np.exp(ways + j * math.log(p) + (n - j) * math.log1p(-p)).sum())

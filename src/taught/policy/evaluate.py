@@ -18,21 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError
 from taught.policy.ridge import Floats, Ints, check_alpha, check_folds, checked_data, choose_alpha, ridge, row_order
+from taught.stats.intervals import Interval, middle, resamples
 from taught.stats.ranks import spearman
 
 Bools = NDArray[np.bool_]
-
-
-class Estimate(NamedTuple):
-    """A number with its 95% bootstrap interval; nan where it is not defined."""
-
-    value: float
-    lo: float
-    hi: float
-
-    def to_dict(self) -> dict[str, float | None]:
-        """``{"value", "lo", "hi"}`` for JSON, with None for nan."""
-        return {name: float(number) if np.isfinite(number) else None for name, number in self._asdict().items()}
 
 
 class Finding(NamedTuple):
@@ -60,16 +49,16 @@ class Evaluation:
         Prediction for each prompt by the policy fitted without its fold, in the order given.
     fold : int64 [N]
         The fold of each prompt.
-    r2 : Estimate
+    r2 : Interval
         1 - sum (y - y_hat)^2 / sum (y - mean of the training rows)^2. Negative: worse than a
         constant.
-    spearman : Estimate
+    spearman : Interval
         Rank correlation of y and y_hat over all prompts.
-    accuracy : Estimate
+    accuracy : Interval
         Share of the prompts of the two classes whose class the thresholded y_hat gives.
-    majority : Estimate
+    majority : Interval
         Accuracy of always naming the larger class.
-    accuracy_gain : Estimate
+    accuracy_gain : Interval
         accuracy - majority, paired over the same resamples.
     baselines : dict
         Predictors of y without the features, on the same folds: ``group`` (training mean of the
@@ -82,12 +71,12 @@ class Evaluation:
     fold: Ints
     n: int
     d: int
-    r2: Estimate
-    spearman: Estimate
-    accuracy: Estimate
-    majority: Estimate
-    accuracy_gain: Estimate
-    baselines: dict[str, dict[str, Estimate]]
+    r2: Interval
+    spearman: Interval
+    accuracy: Interval
+    majority: Interval
+    accuracy_gain: Interval
+    baselines: dict[str, dict[str, Interval]]
     warnings: tuple[Finding, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,10 +98,8 @@ class _Rows(NamedTuple):
 
     X: Floats
     y: Floats
-    group: list[str]
     positive: Bools  # the class: in the positive group
     classed: Bools  # in the positive or the negative group
-    length: Floats | None
     fold: Ints
 
 
@@ -158,19 +145,26 @@ def evaluate_policy(
         When given, folds and resamples are drawn over sorted ids: the order of rows cannot matter.
     """
     X, y = checked_data(X, y, prompt_ids)
-    _check_groups(groups, len(y), positive, negative)
-    _check_length(prompts_length, len(y))
+    _check(len(y), groups, positive, negative, prompts_length)
     check_folds(folds, len(y))
     if alpha is not None:
         check_alpha(alpha)
     order = row_order(prompt_ids, len(y))
-    rows = _sorted_rows(X, y, groups, positive, negative, prompts_length, order, folds, seed)
+    length = None if prompts_length is None else np.asarray(prompts_length, dtype=np.float64)[order]
+    names = np.asarray(groups, dtype=object)[order]
+    classed = (names == positive) | (names == negative)
+    fold = stratified_folds(names.tolist(), folds, seed)
+    rows = _Rows(X[order], y[order], names == positive, classed, fold)
+
+    def policy(train: Bools) -> Floats:
+        W, intercept = training_ridge(rows.X, rows.y, train, alpha, fit_intercept, seed)
+        return rows.X @ W + intercept
+
     y_bar = _out_of_fold(rows, lambda train: np.full(len(y), rows.y[train].mean())).y_hat
     predicted = {
-        "policy": _out_of_fold(rows, lambda train: _ridge(rows, train, alpha, fit_intercept, seed)),
-        "group": _out_of_fold(rows, lambda train: group_means(rows.group, rows.y, train)),
+        "policy": _out_of_fold(rows, policy),
+        "group": _out_of_fold(rows, lambda train: group_means(names.tolist(), rows.y, train)),
     }
-    length = rows.length
     if length is not None:
         predicted["length"] = _out_of_fold(rows, lambda train: straight_line(length, rows.y, train))
     table = _estimates(rows, predicted, y_bar, bootstrap, seed)
@@ -185,7 +179,12 @@ def evaluate_policy(
         accuracy=table["policy accuracy"],
         majority=table["majority"],
         accuracy_gain=table["accuracy gain"],
-        baselines=_baselines(predicted, table),
+        # The group names the class, so its accuracy would be 1 by construction and say nothing.
+        baselines={
+            name: {key: table[f"{name} {key}"] for key in ("r2", "spearman", "accuracy")[: 2 if name == "group" else 3]}
+            for name in predicted
+            if name != "policy"
+        },
         warnings=tuple(_findings(table, len(y), X.shape[1])),
     )
 
@@ -214,12 +213,12 @@ def bootstrap_coefficients(
     X, y = checked_data(X, y, prompt_ids)
     check_alpha(alpha)
     if n < 1:
-        raise UserError("The bootstrap needs resamples", value=n, rule="n >= 1", fix="set policy: bootstrap")
+        raise UserError("the bootstrap needs resamples", value=n, rule="n >= 1", fix="set policy.bootstrap")
     order = row_order(prompt_ids, len(y))
     X, y = X[order], y[order]
     full, _ = ridge(X, y, alpha, fit_intercept)
     draws = np.stack([ridge(X[i], y[i], alpha, fit_intercept)[0] for i in resamples(len(y), n, seed)])
-    lo, hi = np.percentile(draws, [2.5, 97.5], axis=0)
+    lo, hi = middle(draws)
     same = (np.sign(draws) == np.sign(full)).mean(0)
     return CoefficientIntervals(lo, hi, np.where(full == 0, np.nan, same))
 
@@ -239,53 +238,23 @@ def class_threshold(y_hat: ArrayLike, positive: ArrayLike) -> float:
     return float(cuts[int(np.argmax(correct))])
 
 
-def _check_groups(groups: Sequence[str], n: int, positive: str, negative: str) -> None:
-    if len(groups) != n:
-        raise UserError(
-            "Every prompt needs a group", value=f"{len(groups)} groups, {n} prompts", rule="as many groups as prompts"
-        )
+def _check(n: int, groups: Sequence[str], positive: str, negative: str, length: ArrayLike | None) -> None:
+    for what, given in (("group", groups), ("length", length)):
+        if given is not None and np.shape(given) != (n,):
+            raise UserError(
+                f"every prompt needs a {what}",
+                value=f"{np.size(given)} {what}s, {n} prompts",
+                rule=f"as many {what}s as prompts",
+            )
     for name in (positive, negative):
         count = sum(group == name for group in groups)
         if count < 2:
             raise UserError(
-                f"The policy is judged between two groups, and {name!r} has {count} prompts",
+                f"the policy is judged between two groups, and {name!r} has {count} prompts",
                 value="groups: " + ", ".join(sorted(set(groups))),
                 rule=f"at least 2 prompts in {positive!r} and in {negative!r}",
-                fix="set prompts: positive_group and negative_group, or add prompts",
+                fix="set prompts.positive_group and prompts.negative_group, or add prompts",
             )
-
-
-def _check_length(length: ArrayLike | None, n: int) -> None:
-    if length is not None and np.shape(length) != (n,):
-        raise UserError(
-            "Every prompt needs a length",
-            value=f"{np.size(length)} lengths, {n} prompts",
-            rule="as many lengths as prompts",
-        )
-
-
-def _sorted_rows(
-    X: Floats,
-    y: Floats,
-    groups: Sequence[str],
-    positive: str,
-    negative: str,
-    length: ArrayLike | None,
-    order: Ints,
-    folds: int,
-    seed: int,
-) -> _Rows:
-    group = [groups[i] for i in order]
-    is_positive = np.array([name == positive for name in group])
-    return _Rows(
-        X=X[order],
-        y=y[order],
-        group=group,
-        positive=is_positive,
-        classed=is_positive | np.array([name == negative for name in group]),
-        length=None if length is None else np.asarray(length, dtype=np.float64)[order],
-        fold=stratified_folds(group, folds, seed),
-    )
 
 
 def stratified_folds(groups: Sequence[str], folds: int, seed: int) -> Ints:
@@ -311,11 +280,6 @@ def _out_of_fold(rows: _Rows, predict: Callable[[Bools], Floats]) -> _Predicted:
         cut = class_threshold(fitted[learned], rows.positive[learned])
         y_hat[~train], says_positive[~train] = fitted[~train], fitted[~train] > cut
     return _Predicted(y_hat, says_positive)
-
-
-def _ridge(rows: _Rows, train: Bools, alpha: float | None, fit_intercept: bool, seed: int) -> Floats:
-    W, intercept = training_ridge(rows.X, rows.y, train, alpha, fit_intercept, seed)
-    return rows.X @ W + intercept
 
 
 def training_ridge(
@@ -356,7 +320,7 @@ def straight_line(x: Floats, y: Floats, train: Bools) -> Floats:
 
 def _estimates(
     rows: _Rows, predicted: dict[str, _Predicted], y_bar: Floats, bootstrap: int, seed: int
-) -> dict[str, Estimate]:
+) -> dict[str, Interval]:
     """Every statistic on all rows and on the same resamples, so that differences are paired."""
     majority_right = rows.positive == (rows.positive[rows.classed].mean() > 0.5)
 
@@ -374,24 +338,7 @@ def _estimates(
 
     values = statistics(np.arange(len(rows.y)))
     draws = [statistics(i) for i in resamples(len(rows.y), bootstrap, seed)]
-    return {
-        name: Estimate(value, *interval(np.array([draw[name] for draw in draws]))) for name, value in values.items()
-    }
-
-
-def interval(draws: Floats) -> tuple[float, float]:
-    """2.5% and 97.5% percentiles of the finite draws; nan if there are none."""
-    draws = draws[np.isfinite(draws)]
-    if draws.size == 0:
-        return float("nan"), float("nan")
-    lo, hi = np.percentile(draws, [2.5, 97.5])
-    return float(lo), float(hi)
-
-
-def resamples(n: int, count: int, seed: int) -> Iterator[Ints]:
-    """Rows int64 [n] drawn with replacement, ``count`` times: the bootstrap of every statistic."""
-    rng = np.random.default_rng(seed)
-    return (rng.integers(0, n, size=n) for _ in range(count))
+    return {name: Interval.of(value, [draw[name] for draw in draws]) for name, value in values.items()}
 
 
 def _r2(y: Floats, y_hat: Floats, y_bar: Floats) -> float:
@@ -399,20 +346,11 @@ def _r2(y: Floats, y_hat: Floats, y_bar: Floats) -> float:
     return 1 - float(((y - y_hat) ** 2).sum()) / total if total > 0 else float("nan")
 
 
-def _mean(values: NDArray[Any]) -> float:
+def _mean(values: Bools) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def _baselines(predicted: dict[str, _Predicted], table: dict[str, Estimate]) -> dict[str, dict[str, Estimate]]:
-    out = {}
-    for name in predicted.keys() - {"policy"}:
-        # The group names the class, so its accuracy would be 1 by construction and say nothing.
-        keys = ("r2", "spearman") if name == "group" else ("r2", "spearman", "accuracy")
-        out[name] = {key: table[f"{name} {key}"] for key in keys}
-    return dict(sorted(out.items()))
-
-
-def _findings(table: dict[str, Estimate], n: int, d: int) -> Iterator[Finding]:
+def _findings(table: dict[str, Interval], n: int, d: int) -> Iterator[Finding]:
     r2, accuracy, gain = table["policy r2"], table["policy accuracy"], table["accuracy gain"]
     if n < d:
         yield Finding("fewer-prompts-than-features", f"{n} prompts for {d} features")

@@ -23,18 +23,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from taught.errors import UserError
-from taught.policy.evaluate import (
-    Bools,
-    CoefficientIntervals,
-    Estimate,
-    Evaluation,
-    interval,
-    resamples,
-    training_alpha,
-    training_ridge,
-)
+from taught.policy.evaluate import Bools, CoefficientIntervals, Evaluation, training_alpha, training_ridge
 from taught.policy.predictors import Known, trivial_predictions
 from taught.policy.ridge import Floats, Ints, checked_data, ridge, row_order
+from taught.stats.intervals import Interval, plain, resample_counts
 
 SHARE = 0.95  # of the held-out fit, for the number of features that carry it
 STABLE = 0.95  # share of resamples that keep a sign
@@ -55,10 +47,10 @@ class Calibration(NamedTuple):
 
     Attributes
     ----------
-    slope, intercept : Estimate
+    slope, intercept : Interval
         Of the least-squares line y = intercept + slope y_hat. A slope above 1: predictions are too
         timid, below 1: too bold.
-    error : Estimate
+    error : Interval
         sum_b n_b / N |mean y - mean y_hat| over bins b of equal size by y_hat, natural log.
     error_by_chance : float
         What the error would be with perfect means, from the spread within the bins:
@@ -66,9 +58,9 @@ class Calibration(NamedTuple):
     bins : list of (n, mean y_hat, mean y)
     """
 
-    slope: Estimate
-    intercept: Estimate
-    error: Estimate
+    slope: Interval
+    intercept: Interval
+    error: Interval
     error_by_chance: float
     bins: list[tuple[int, float, float]]
 
@@ -97,6 +89,11 @@ class Comparison(NamedTuple):
     control_flips: float
     control_sure_flips: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for ``faithfulness.json``."""
+        known = {name: plain(getattr(self, name)) for name in ("correlation", "control_correlation")}
+        return {**self._asdict(), **known, "sets": list(self.sets), "n": list(self.n)}
+
 
 @dataclass(frozen=True, eq=False)
 class Card:
@@ -109,15 +106,15 @@ class Card:
         Columns of X by |W_k| times the root mean square of Xc_k, largest first, fit on all prompts.
     curve : float64 [d]
         R^2 with the first 1 .. d features; each fold takes the order of its own training rows.
-    needed : Estimate
+    needed : Interval
         Smallest number of features with 95% of the R^2 of all; nan where that is not positive.
     sign_stability : float64 [d]
     sure : bool [d]
         The interval of the coefficient excludes 0.
     comparisons : tuple of Comparison
-    permuted : list of Estimate, length d
+    permuted : list of Interval, length d
         R^2 lost when the feature is permuted.
-    all_permuted : Estimate
+    all_permuted : Interval
         The same when the prompts' activations are permuted as rows, all features together.
     predictors : dict
         name -> (R^2 of the predictor, R^2 of the policy - it, paired).
@@ -126,13 +123,13 @@ class Card:
     calibration: Calibration
     order: Ints
     curve: Floats
-    needed: Estimate
+    needed: Interval
     sign_stability: Floats
     sure: Bools
     comparisons: tuple[Comparison, ...]
-    permuted: list[Estimate]
-    all_permuted: Estimate
-    predictors: dict[str, tuple[Estimate, Estimate]]
+    permuted: list[Interval]
+    all_permuted: Interval
+    predictors: dict[str, tuple[Interval, Interval]]
 
     def to_dict(self, feature_ids: Sequence[int]) -> dict[str, Any]:
         """Ready for ``faithfulness.json``; ``feature_ids`` name the columns of X."""
@@ -140,24 +137,25 @@ class Card:
         bins = [{"n": n, "y_hat": y_hat, "y": y} for n, y_hat, y in at.bins]
         curve = zip(self.order, self.curve, strict=True)
         lost = zip(feature_ids, self.permuted, strict=True)
+        known = self.sign_stability[np.isfinite(self.sign_stability)]
         return {
             "calibration": {
                 **{name: getattr(at, name).to_dict() for name in ("slope", "intercept", "error")},
-                "error_by_chance": _plain(at.error_by_chance),
+                "error_by_chance": plain(at.error_by_chance),
                 "bins": bins,
             },
             "features": {
                 "share": SHARE,
                 "needed": self.needed.to_dict(),
-                "curve": [{"feature_id": int(feature_ids[k]), "r2": _plain(v)} for k, v in curve],
+                "curve": [{"feature_id": int(feature_ids[k]), "r2": plain(v)} for k, v in curve],
             },
             "signs": {
                 "n": len(self.sure),
                 "sure": int(self.sure.sum()),
                 "stable": int((self.sign_stability >= STABLE).sum()),
-                "median_stability": _plain(_median(self.sign_stability)),
+                "median_stability": plain(np.median(known)) if known.size else None,
             },
-            "sets": [_record(comparison) for comparison in self.comparisons],
+            "sets": [comparison.to_dict() for comparison in self.comparisons],
             "permutation": {
                 "all": self.all_permuted.to_dict(),
                 "features": [{"feature_id": int(k), **e.to_dict()} for k, e in lost],
@@ -224,19 +222,21 @@ def faithfulness(
     X, y = checked_data(X, y, prompt_ids)
     _check(X, known, evaluation, intervals)
     order = row_order(prompt_ids, len(y))
-    rows = _rows(X[order], y[order], evaluation, order, fit, bootstrap)
+    X, y, fold = X[order], y[order], evaluation.fold[order]
+    y_bar = np.array([y[fold != k].mean() for k in range(int(fold.max()) + 1)])[fold]
+    rows = _Rows(X, y, evaluation.y_hat[order], y_bar, fold, resample_counts(len(y), bootstrap, fit.seed), fit)
     known = known.taken(order)
     curves = _nested_predictions(rows)
     curve, curve_draws = _r2(rows, curves)
     r2, r2_draws = curve[-1], curve_draws[:, -1]
     lost, lost_draws = _r2_of_squares(rows, _permuted_squares(rows))
-    permuted = [Estimate(float(r2 - v), *interval(r2_draws - b)) for v, b in zip(lost, lost_draws.T, strict=True)]
+    permuted = [Interval.of(float(r2 - v), r2_draws - b) for v, b in zip(lost, lost_draws.T, strict=True)]
     sure = np.asarray((intervals.lo > 0) | (intervals.hi < 0))
     return Card(
         calibration=_calibration(rows),
         order=_by_weight(rows.X, ridge(rows.X, rows.y, alpha, fit.fit_intercept)[0], fit),
         curve=curve,
-        needed=_needed(curve, curve_draws),
+        needed=Interval.of(_first_above(curve), [_first_above(row) for row in curve_draws]),
         sign_stability=intervals.sign_stability,
         sure=sure,
         comparisons=tuple(_comparisons(rows, known, alpha, sure)),
@@ -250,7 +250,7 @@ def _check(X: Floats, known: Known, evaluation: Evaluation, intervals: Coefficie
     n, d = X.shape
     if (evaluation.n, evaluation.d) != (n, d) or intervals.lo.shape != (d,):
         raise UserError(
-            "The evaluation is not of this policy",
+            "the evaluation is not of this policy",
             value=f"{evaluation.n} prompts, {evaluation.d} features, {intervals.lo.size} intervals",
             rule=f"{n} prompts and {d} features, as X has",
         )
@@ -258,20 +258,10 @@ def _check(X: Floats, known: Known, evaluation: Evaluation, intervals: Coefficie
         given = getattr(known, name)
         if given is not None and len(given) != n:
             raise UserError(
-                "What is known of the prompts does not fit X",
+                "what is known of the prompts does not fit X",
                 value=f"{len(given)} {name}",
                 rule=f"one for each of {n} prompts",
             )
-
-
-def _rows(X: Floats, y: Floats, evaluation: Evaluation, order: Ints, fit: Fit, bootstrap: int) -> _Rows:
-    fold = evaluation.fold[order]
-    y_bar = np.empty(len(y))
-    for k in range(int(fold.max()) + 1):
-        y_bar[fold == k] = y[fold != k].mean()
-    draws = resamples(len(y), bootstrap, fit.seed)
-    counts = np.stack([np.bincount(i, minlength=len(y)) for i in draws]).astype(np.float64)
-    return _Rows(X, y, evaluation.y_hat[order], y_bar, fold, counts, fit)
 
 
 def _r2(rows: _Rows, y_hat: Floats) -> tuple[Floats, Floats]:
@@ -289,45 +279,28 @@ def _r2_of_squares(rows: _Rows, squares: Floats) -> tuple[Floats, Floats]:
 
 
 def _calibration(rows: _Rows) -> Calibration:
-    y, y_hat = rows.y, rows.y_hat
-    bins, wrong = _bins(y_hat), y - y_hat
-    sizes = np.bincount(bins)
-    spread = np.array([wrong[bins == b].std(ddof=1) for b in range(len(sizes))])
-    counts = np.vstack([np.ones(len(y)), rows.counts])  # first all prompts, then the resamples
-    slope, intercept = _lines(counts, y_hat, y)
-    error = _bin_errors(counts, bins, wrong)
-    return Calibration(
-        slope=Estimate(float(slope[0]), *interval(slope[1:])),
-        intercept=Estimate(float(intercept[0]), *interval(intercept[1:])),
-        error=Estimate(float(error[0]), *interval(error[1:])),
-        error_by_chance=float((np.sqrt(2 / np.pi * sizes) * spread).sum() / len(y)),
-        bins=[(int(n), float(y_hat[bins == b].mean()), float(y[bins == b].mean())) for b, n in enumerate(sizes)],
-    )
-
-
-def _bins(y_hat: Floats) -> Ints:
-    """Bin of each row, by the rank of its prediction; up to ten, of at least five rows each."""
-    n = len(y_hat)
-    bins = np.empty(n, dtype=np.int64)
-    bins[np.argsort(y_hat, kind="stable")] = np.arange(n) * max(min(BINS, n // 5), 1) // n
-    return bins
-
-
-def _bin_errors(counts: Floats, bins: Ints, wrong: Floats) -> Floats:
-    """sum_b n_b / N |mean of ``wrong`` in b| for each row of counts [B, N]."""
-    inside = bins[:, None] == np.arange(bins.max() + 1)
-    sums = counts @ (inside * wrong[:, None])
-    return np.asarray(np.abs(sums).sum(1) / counts.sum(1))
-
-
-def _lines(counts: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Slope and intercept [B] of the least-squares line of y in x, weighted by counts [B, N]."""
-    x0, y0 = x.mean(), y.mean()  # sums of squares cancel badly far from 0
-    sums = counts @ np.stack([x - x0, y - y0, (x - x0) ** 2, (x - x0) * (y - y0)], 1)
-    mx, my, xx, xy = (sums / counts.sum(1, keepdims=True)).T
+    """Line and bins, on all prompts and on every resample of them."""
+    y, y_hat, n = rows.y, rows.y_hat, len(rows.y)
+    counts = np.vstack([np.ones(n), rows.counts])  # first all prompts, then the resamples
+    size = counts.sum(1)
+    x0, y0 = y_hat.mean(), y.mean()  # sums of squares cancel badly far from 0
+    x, wrong = y_hat - x0, y - y_hat
+    mx, my, xx, xy = (counts @ np.stack([x, y - y0, x**2, x * (y - y0)], 1) / size[:, None]).T
     with np.errstate(divide="ignore", invalid="ignore"):
         slope = (xy - mx * my) / (xx - mx**2)
-    return slope, y0 + my - slope * (x0 + mx)
+    intercept = y0 + my - slope * (x0 + mx)
+    bins = np.empty(n, dtype=np.int64)  # by the rank of the prediction, of at least five rows each
+    bins[np.argsort(y_hat, kind="stable")] = np.arange(n) * max(min(BINS, n // 5), 1) // n
+    inside = bins[:, None] == np.arange(bins.max() + 1)
+    error = np.abs(counts @ (inside * wrong[:, None])).sum(1) / size
+    spread = np.array([wrong[own].std(ddof=1) for own in inside.T])
+    return Calibration(
+        slope=Interval.of(slope[0], slope[1:]),
+        intercept=Interval.of(intercept[0], intercept[1:]),
+        error=Interval.of(error[0], error[1:]),
+        error_by_chance=float((np.sqrt(2 / np.pi * inside.sum(0)) * spread).sum() / n),
+        bins=[(int(own.sum()), float(y_hat[own].mean()), float(y[own].mean())) for own in inside.T],
+    )
 
 
 def _by_weight(X: Floats, W: Floats, fit: Fit) -> Ints:
@@ -356,12 +329,8 @@ def _nested_predictions(rows: _Rows) -> Floats:
     return out
 
 
-def _needed(curve: Floats, draws: Floats) -> Estimate:
-    """Smallest k whose R^2 reaches the share, on all prompts and on every resample."""
-    return Estimate(_first_above(curve), *interval(np.array([_first_above(row) for row in draws])))
-
-
 def _first_above(curve: Floats) -> float:
+    """Smallest number of features whose R^2 reaches the share of that of all."""
     reached = np.flatnonzero(curve >= SHARE * curve[-1])
     return float(reached[0] + 1) if curve[-1] > 0 else np.nan
 
@@ -383,30 +352,26 @@ def _permuted_squares(rows: _Rows) -> Floats:
 
 
 def _comparisons(rows: _Rows, known: Known, alpha: float, sure: Bools) -> Iterator[Comparison]:
-    sets = _sets(known, rows.fit.seed)
-    coef = {name: _coef(rows, at, alpha) for name, at in sets.items()}
-    names = list(sets)
-    for a, b in ((names[0], names[2]), (names[0], names[1]), (names[1], names[2])):
-        n = (int(sets[a].sum()), int(sets[b].sum()))
-        control = _control(rows, coef[names[2]], min(n), alpha, sure)
-        yield Comparison((a, b), n, *_agreement(coef[a], coef[b], sure), int(sure.sum()), *control)
+    """The positive group, as many of the negative beside it, and all prompts, two by two."""
+    names, n = np.asarray(known.groups), len(rows.y)
 
+    def coef(at: Bools | Ints) -> Floats:
+        return ridge(rows.X[at], rows.y[at], alpha, rows.fit.fit_intercept)[0]
 
-def _sets(known: Known, seed: int) -> dict[str, Bools]:
-    """The positive group; as many of the negative beside it; all prompts. Rows as [N] masks."""
-    names = np.asarray(known.groups)
     sides = [np.flatnonzero(names == group) for group in (known.positive, known.negative)]
-    size = min(len(side) for side in sides)
-    rng = np.random.default_rng(seed)
-    balanced = np.zeros(len(names), dtype=bool)
-    for side in sides:
-        balanced[rng.permutation(side)[:size]] = True
-    everything = np.ones(len(names), dtype=bool)
-    return {f"{known.positive} only": names == known.positive, "balanced": balanced, "all": everything}
-
-
-def _coef(rows: _Rows, at: Bools, alpha: float) -> Floats:
-    return ridge(rows.X[at], rows.y[at], alpha, rows.fit.fit_intercept)[0]
+    smaller = min(map(len, sides))
+    rng = np.random.default_rng(rows.fit.seed)
+    balanced = np.sort(np.concatenate([rng.permutation(side)[:smaller] for side in sides]))
+    sets = {f"{known.positive} only": sides[0], "balanced": balanced, "all": np.arange(n)}
+    fitted = {name: coef(at) for name, at in sets.items()}
+    first, second, everything = sets
+    for a, b in ((first, everything), (first, second), (second, everything)):
+        sizes = len(sets[a]), len(sets[b])
+        rng = np.random.default_rng(rows.fit.seed)
+        drawn = (np.sort(rng.permutation(n)[: min(sizes)]) for _ in range(CONTROLS))
+        control = np.array([_agreement(coef(at), fitted[everything], sure) for at in drawn], dtype=np.float64).mean(0)
+        r, flips, sure_flips = _agreement(fitted[a], fitted[b], sure)
+        yield Comparison((a, b), sizes, r, flips, sure_flips, int(sure.sum()), *control.tolist())
 
 
 def _agreement(a: Floats, b: Floats, sure: Bools) -> tuple[float, int, int]:
@@ -417,41 +382,13 @@ def _agreement(a: Floats, b: Floats, sure: Bools) -> tuple[float, int, int]:
     return r, int(flipped.sum()), int((flipped & sure).sum())
 
 
-def _control(rows: _Rows, everything: Floats, n: int, alpha: float, sure: Bools) -> tuple[float, float, float]:
-    rng = np.random.default_rng(rows.fit.seed)
-    drawn = []
-    for _ in range(CONTROLS):
-        at = np.zeros(len(rows.y), dtype=bool)
-        at[rng.permutation(len(rows.y))[:n]] = True
-        drawn.append(_agreement(_coef(rows, at, alpha), everything, sure))
-    r, flips, sure_flips = np.array(drawn, dtype=np.float64).mean(0)
-    return float(r), float(flips), float(sure_flips)
-
-
-def _against(rows: _Rows, known: Known) -> dict[str, tuple[Estimate, Estimate]]:
+def _against(rows: _Rows, known: Known) -> dict[str, tuple[Interval, Interval]]:
     found = trivial_predictions(known, rows.y, rows.fold, rows.fit.seed)
     value, draws = _r2(rows, np.stack([rows.y_hat, *found.values()], 1))
     return {
         name: (
-            Estimate(float(value[j]), *interval(draws[:, j])),
-            Estimate(float(value[0] - value[j]), *interval(draws[:, 0] - draws[:, j])),
+            Interval.of(float(value[j]), draws[:, j]),
+            Interval.of(float(value[0] - value[j]), draws[:, 0] - draws[:, j]),
         )
         for j, name in enumerate(found, 1)
     }
-
-
-def _plain(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _median(values: Floats) -> float:
-    """Median of the numbers that are there; nan if there are none."""
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if known.size else np.nan
-
-
-def _record(comparison: Comparison) -> dict[str, Any]:
-    record = comparison._asdict()
-    for name in ("correlation", "control_correlation"):
-        record[name] = _plain(record[name])
-    return {**record, "sets": list(comparison.sets), "n": list(comparison.n)}

@@ -91,10 +91,10 @@ class Policy:
         hits = np.flatnonzero(self.feature_ids == feature_id)
         if hits.size == 0:
             raise UserError(
-                "This feature is not in the policy",
+                "this feature is not in the policy",
                 value=int(feature_id),
                 rule=f"one of the {self.d} selected features",
-                fix="pick an id from coefficients.parquet or add it under features: ids",
+                fix="pick an id from coefficients.parquet or add it under features.ids",
             )
         return int(hits[0])
 
@@ -229,7 +229,7 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
     x_raw, y_raw = np.asarray(x_raw, dtype=np.float64), np.asarray(y_raw, dtype=np.float64)
     if x_raw.shape != y_raw.shape or x_raw.shape[-1:] != (policy.d,):
         raise UserError(
-            "The pathway sums do not fit the policy",
+            "the pathway sums do not fit the policy",
             value=f"x_raw {list(x_raw.shape)}, y_raw {list(y_raw.shape)}",
             rule=f"both [P, d] with d = {policy.d}",
         )
@@ -306,10 +306,10 @@ def check_folds(folds: int, n: int) -> None:
     """Refuse fewer than two folds or more folds than prompts."""
     if not 2 <= folds <= n:
         raise UserError(
-            "Cannot split the prompts into these folds",
+            "cannot split the prompts into these folds",
             value=f"{folds} folds, {n} prompts",
             rule="2 <= folds <= number of prompts",
-            fix="set policy: folds, or give more prompts",
+            fix="set policy.folds, or give more prompts",
         )
 
 
@@ -326,10 +326,10 @@ def checked_data(X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None) -
     if X.shape[0] == 0 or X.shape[1] == 0:
         missing = "prompts" if X.shape[0] == 0 else "features"
         raise UserError(
-            f"A policy needs {missing}, and there are none",
+            f"a policy needs {missing}, and there are none",
             value=f"X {list(X.shape)}",
             rule="at least one prompt and one feature",
-            fix="lower features: threshold" if missing == "features" else "check prompts: path",
+            fix="lower features.threshold" if missing == "features" else "check prompts.path",
         )
     _check_unique(() if prompt_ids is None else prompt_ids, "prompt id")
     _check_finite(X, y, prompt_ids)
@@ -353,7 +353,7 @@ def _check_unique(ids: Sequence[object] | Ints, what: str) -> None:
     values, counts = np.unique(np.asarray(ids), return_counts=True)
     if (counts > 1).any():
         repeated = ", ".join(str(value) for value in values[counts > 1])
-        raise UserError(f"A {what} repeats", value=repeated, rule=f"each {what} stands once")
+        raise UserError(f"a {what} repeats", value=repeated, rule=f"each {what} stands once")
 
 
 def _checked_feature_ids(feature_ids: Sequence[int] | Ints, d: int) -> Ints:
@@ -367,7 +367,7 @@ def _checked_feature_ids(feature_ids: Sequence[int] | Ints, d: int) -> Ints:
     if not np.issubdtype(ids.dtype, np.integer):
         # Text sorts '10' before '9': columns then stand against the wrong rows of the encoder.
         raise UserError(
-            "Feature ids must be integers", value=repr(ids.dtype), rule="the row of the SAE's decoder, as int64"
+            "feature ids must be integers", value=repr(ids.dtype), rule="the row of the SAE's decoder, as int64"
         )
     _check_unique(ids, "feature id")
     return ids.astype(np.int64)
@@ -377,10 +377,10 @@ def check_alpha(alpha: float) -> None:
     """Refuse a penalty that is not a positive number."""
     if not (np.isfinite(alpha) and alpha > 0):
         raise UserError(
-            "The ridge penalty must be positive",
+            "the ridge penalty must be positive",
             value=alpha,
             rule="alpha > 0, so that X'X + alpha I can be inverted",
-            fix="set policy: alpha (the paper uses 5)",
+            fix="set policy.alpha (the paper uses 5)",
         )
 
 
@@ -388,7 +388,7 @@ def _checked_change(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> tuple[Float
     dX, dy = np.asarray(dX, dtype=np.float64), np.asarray(dy, dtype=np.float64)
     if dX.shape != policy.X.shape or dy.shape != policy.y.shape:
         raise UserError(
-            "The changes do not fit the policy",
+            "the changes do not fit the policy",
             value=f"dX {list(dX.shape)}, dy {list(dy.shape)}",
             rule=f"dX {list(policy.X.shape)}, dy {list(policy.y.shape)}, in its row order",
         )

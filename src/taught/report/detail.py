@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from taught.report.blocks import Beside, Block, Column, Example, Excerpt, Excerpts, Facts, Pre, Table, Text
-from taught.report.examples import SE, shifts, shown, summary_schema, targets, texts
+from taught.report.examples import PRIMARY, SE, primary, shifts, shown, summary_schema, targets, texts
 from taught.report.stats import Estimate, cluster_order
 from taught.report.tables import Matrix, Row, Rows, Tables
 from taught.report.text import clean, common_power, number, percent, shorten, signed, tens, words
@@ -139,7 +139,7 @@ def example_blocks(tables: Tables, row: Row) -> list[Block]:
     names = with_pathways(tables)
     facts = [(words(name), _effect(row, name)) for name in names]
     facts.append(("loss", f"{number(row.get('loss'))} over {number(row.get('n_scored'), 0)} tokens"))
-    facts += _interference(row) + _checks(row) + _certificate(tables, row)
+    facts += _interference(row) + _checks(row, primary(tables)) + _certificate(tables, row)
     blocks: list[Block] = [Text(f"{example}  ({row['label']})", "title"), Facts(facts, "list")]
     said = [(name, str(text[name])) for name in ("prompt", "response") if text.get(name)]
     blocks += [Pre(shorten(words_, 1500), name.capitalize()) for name, words_ in said]
@@ -174,12 +174,12 @@ def _interference(row: Row) -> list[tuple[str, str]]:
     return [("acts mainly on", f"{row['dominant_feature']}{mark}; {share}")]
 
 
-def _checks(row: Row) -> list[tuple[str, str]]:
-    power = common_power([row.get("score")])
-    named = (("a real step", "step_score"), ("an exact refit", "refit_score"))
+def _checks(row: Row, first: str) -> list[tuple[str, str]]:
+    power = common_power([row.get("step_score"), row.get("refit_score")])
+    named = (("a real step", "step_score", first), ("an exact refit", "refit_score", PRIMARY))
     return [
-        (f"{name} moves S by", f"{signed(row[key], power=power)}{tens(power)}")
-        for name, key in named
+        (f"{name} moves {words(of)} by", f"{signed(row[key], power=power)}{tens(power)}")
+        for name, key, of in named
         if row.get(key) is not None
     ]
 

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from taught.analysis.interference import random_control
 from taught.report.text import number
+from taught.stats import intervals
 from taught.stats import ranks as rank
-from taught.stats.ranks import DRAWS, MANY, NORMAL
 
 MAX_WORK = 20_000_000
 
@@ -87,18 +87,9 @@ def spearman_interval(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Estimate | N
 
 
 def mean_interval(values: ArrayLike, seed: int = 0) -> Estimate | None:
-    """Mean with a 95% interval over rows, percentile bootstrap; None without rows."""
-    known = np.asarray(values, dtype=np.float64)
-    known = known[np.isfinite(known)]
-    if known.size == 0:
-        return None
-    if known.size >= MANY:
-        half = NORMAL * float(known.std(ddof=1)) / math.sqrt(known.size)
-        return Estimate(float(known.mean()), float(known.mean()) - half, float(known.mean()) + half)
-    rng = np.random.default_rng(seed)
-    draws = [known[rng.integers(0, known.size, known.size)].mean() for _ in range(DRAWS)]
-    lo, hi = np.quantile(draws, [0.025, 0.975])
-    return Estimate(float(known.mean()), float(lo), float(hi))
+    """:func:`taught.stats.intervals.mean_interval` as an estimate."""
+    found = intervals.mean_interval(values, seed)
+    return None if found is None else Estimate(*found)
 
 
 def unintended_control(

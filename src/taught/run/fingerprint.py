@@ -3,69 +3,39 @@
 A record maps a name (``policy.alpha``, ``examples.path sha256``, ``code``) to a plain value. Two runs
 may share results only when their records are equal; when they differ, the record says in what.
 Left out on purpose, because the result does not depend on them: where a file lies (its content
-counts), the name of the study, ``attribution.memory_gb``, ``attribution.batch_tokens`` and
-``sketch.store`` (a store knows by itself what it holds).
+counts), the name of the study, how much memory is used and how much is computed at once, and where
+sketches are kept (a store knows by itself what it holds).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import taught
 from taught.data.tables import table_sha256
 from taught.errors import UserError
+from taught.run.code import code_version
 from taught.run.files import sha256_file
-from taught.study.schema import Study
+from taught.run.stage import Stage
+from taught.study.schema import Study, methods_of
 
 Inputs = dict[str, Any]
 
-_POLICY = ("model", "sae", "readout", "behavior", "prompts", "features", "policy")
-# Attribution runs the model again, so it names what the policy names: the two must agree. The later
-# stages read only the run folder, and are tied to what they read by its fingerprint (run.py).
-_SECTIONS = {
-    "policy": _POLICY,
-    "clamp": _POLICY,
-    "attribute": (*_POLICY, "examples", "attribution", "sketch"),
-    "curate": ("curation",),
-    "clusters": (),
-    "concept-influence": (*_POLICY, "examples", "attribution", "sketch"),
-    "validate": (*_POLICY, "examples", "validation"),
-    "compare": (*_POLICY, "examples", "attribution", "sketch", "validation"),
-    "report": (),
-}
-_CONTENT_KEYS = (
-    "model.id",
-    "model.adapter",
-    "model.chat_template",
-    "sae.path",
-    "prompts.path",
-    "examples.path",
-    "features.labels",
-    "attribution.moments",
-)
-_IGNORED = ("attribution.memory_gb", "attribution.batch_tokens", "attribution.checkpointing", "sketch.store")
-_CHECKPOINTS = "attribution.checkpoints"
-_FOLDERS = ("model.id", "model.adapter", "sae.path", _CHECKPOINTS)
 # Files of a model or SAE folder that define it (a README does not).
 _DEFINING = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf", "*.txt")
-# Files that only show results: changing them does not change what a stage computes.
-_PRESENTATION = ("cli/", "__main__.py", "progress.py", "run/query.py", "report/")
 
 
-def stage_inputs(stage: str, study: Study, extra: Mapping[str, Any] | None = None) -> Inputs:
+def stage_inputs(stage: Stage, study: Study, extra: Mapping[str, Any] | None = None) -> Inputs:
     """Everything that the result of a stage depends on.
 
     Parameters
     ----------
-    stage
-        One of ``taught.run.folder.STAGES``.
     study
-        The study; its local files are read for their checksums.
+        Its local files are read for their checksums.
     extra
         What only the caller knows: ``Subject.identity``, the weights that a name stands for.
 
@@ -74,25 +44,30 @@ def stage_inputs(stage: str, study: Study, extra: Mapping[str, Any] | None = Non
     UserError
         A file of the study is missing or cannot be read.
     """
+    digests: dict[str, str] = {}
+    left_out = set(Study.pace_keys())
+
+    def visit(key: str, path: str, kind: str) -> str:
+        if kind == "made":
+            left_out.add(key)
+        elif stage.depends_on(key) and Path(path).is_absolute():
+            digests[key] = content_digest(key, Path(path), table=kind == "file")
+            return digests[key]
+        return path
+
     inputs: Inputs = {}
-    for key, value in study.flat().items():
-        if key.split(".")[0] not in _SECTIONS[stage] or key in _IGNORED:
-            continue
-        if key in _CONTENT_KEYS and value is not None and Path(value).is_absolute():
-            inputs[f"{key} sha256"] = content_digest(key, Path(value))
-        elif key == _CHECKPOINTS and value is not None:
-            inputs[key] = [_by_content(item) for item in value]
-        else:
-            inputs[key] = value
-    inputs["code"] = code_version()
+    for key, value in study.visited(visit).flat().items():
+        if stage.depends_on(key) and key not in left_out:
+            inputs[f"{key} sha256" if value is not None and digests.get(key) == value else key] = value
+    inputs["code"] = stage_code(stage, study)
     return {**inputs, **(extra or {})}
 
 
-def _by_content(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A local folder by the digest of its content, a hub id by its name."""
-    path = Path(checkpoint["id"])
-    known = content_digest(_CHECKPOINTS, path) if path.is_absolute() else checkpoint["id"]
-    return {**checkpoint, "id": known}
+def stage_code(stage: Stage, study: Study) -> str:
+    """Version and digest of the sources that a stage's numbers come from."""
+    named = methods_of(study)
+    chosen = [registry.module(choice.kind) for key, registry, choice in named if stage.depends_on(key)]
+    return code_version((stage.module, *stage.code, *chosen))
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
@@ -109,32 +84,26 @@ def differences(
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
-def content_digest(key: str, path: Path) -> str:
-    """Digest of a table, or of the files that define a model or an SAE."""
+def content_digest(key: str, path: Path, *, table: bool = True) -> str:
+    """Digest of a table, or of the files that define a model, an SAE or a concept."""
     if not path.exists():
         raise UserError(f"{key} does not exist", value=str(path), fix=f"correct {key} in the study")
     try:
-        if key not in _FOLDERS:
+        if table:
             return table_sha256(path)
-        files = sorted({file for pattern in _DEFINING for file in path.glob(pattern)})
-        lines = [f"{sha256_file(file)}  {file.name}\n" for file in files]
+        lines = [f"{_file_digest(*of)}  {of[0].name}\n" for of in _defining(path)]
     except OSError as error:
         raise UserError(f"{key} cannot be read", value=str(error)) from None
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def code_version() -> str:
-    """Return the version of the package and the digest of the sources that compute."""
-    return f"taught {taught.__version__}, sources {code_digest()}"
+def _defining(folder: Path) -> Iterator[tuple[Path, int, int]]:
+    for file in sorted({file for pattern in _DEFINING for file in folder.glob(pattern)}):
+        about = file.stat()
+        yield file, about.st_size, about.st_mtime_ns
 
 
 @cache
-def code_digest() -> str:
-    """First 16 hex digits of a digest over the package's sources, those that only show left out."""
-    root = Path(taught.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        name = file.relative_to(root).as_posix()
-        if not name.startswith(_PRESENTATION):
-            digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+def _file_digest(file: Path, size: int, changed: int) -> str:
+    """Of a file that has not changed meanwhile: several stages of one command ask for the same weights."""
+    return sha256_file(file)

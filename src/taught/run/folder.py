@@ -16,16 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from filelock import FileLock, Timeout
+
 import taught
 from taught.environment import peak_memory_gb, products_by, versions
 from taught.errors import UserError
 from taught.run import files
-from taught.run.fingerprint import Inputs, code_version, differences, fingerprint, stage_inputs
-from taught.run.lock import locked_file
+from taught.run.fingerprint import Inputs, differences, fingerprint, stage_code, stage_inputs
 from taught.run.manifest import NAME as MANIFEST
 from taught.run.manifest import load_manifest, now, save_manifest
 from taught.run.pieces import PartialFolder
-from taught.study.schema import Study, dump_study, study_from_dict
+from taught.run.stage import Stage
+from taught.stages import BY_NAME, STAGES
+from taught.study.load import dump_study, study_from_dict
+from taught.study.schema import Study, filled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,103 +37,14 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-STAGES = ("policy", "clamp", "attribute", "curate", "clusters", "concept-influence", "validate", "compare", "report")
-_BEFORE = {
-    "policy": (),
-    "clamp": ("policy",),
-    "attribute": ("policy",),
-    "curate": ("attribute",),
-    "clusters": ("attribute",),
-    "concept-influence": ("attribute",),
-    "validate": ("policy",),
-    "compare": ("attribute", "validate"),
-    "report": ("policy",),
-}
-# These take seconds and read only what stands in the folder, so they are always made again. So is
-# validate: its retrainings stand in a folder of their own, which knows what they depend on; and
-# concept-influence, which is asked for concepts that are no part of the study.
-_READERS = ("curate", "clusters", "report")
-_REMADE = (*_READERS, "concept-influence", "validate")
-# These go by the run folder's study, or one that differs in what they do not read: they leave it.
-_OF_THE_RUN = ("clamp", "compare", "concept-influence", *_READERS)
-# Nothing asks for these again: they go when what they were made from is made anew.
-_GONE_WITH = {"policy": ("clamp",), "attribute": ("clusters", "concept-influence")}
-# These read others where they are there: validate only for subsets that the influence names.
-_IF_THERE = {
-    "validate": ("attribute",),
-    "report": ("clamp", "attribute", "curate", "clusters", "concept-influence", "validate", "compare"),
-}
-_WRITTEN_BY = {
-    "policy": (
-        "study.yaml",
-        "prompts.parquet",
-        "readouts.safetensors",
-        "readouts.ids.json",
-        "features.parquet",
-        "activations.safetensors",
-        "activations.ids.json",
-        "labels.json",
-        "coefficients.parquet",
-        "policy.json",
-        "faithfulness.json",
-        "audit.parquet",
-    ),
-    "clamp": ("clamp.parquet", "clamp.json"),
-    "attribute": (
-        "examples.parquet",
-        "influence.parquet",
-        "summary.parquet",
-        "prompt_effects.safetensors",
-        "prompt_effects.ids.json",
-        "feature_prompt_effects.safetensors",
-        "feature_prompt_effects.ids.json",
-        "comovement.safetensors",
-        "comovement.ids.json",
-        "sketch.json",
-        "dropped.json",
-        "certificates.parquet",
-        "statements.parquet",
-        "token_shares.parquet",
-    ),
-    "curate": ("curation.parquet", "curation.json", "keep.jsonl", "drop.jsonl", "unscored.jsonl"),
-    "clusters": ("clusters.parquet", "cluster_members.parquet", "cluster_influence.parquet", "clusters.json"),
-    "concept-influence": (
-        "concept_influence.parquet",
-        "concept_agreement.parquet",
-        "concept_tokens.parquet",
-        "concept_influence.json",
-    ),
-    "validate": (
-        "subsets.parquet",
-        "outcomes.parquet",
-        "models.parquet",
-        "curves.parquet",
-        "named_effects.parquet",
-        "arms.parquet",
-        "answers.parquet",
-        "validation.json",
-    ),
-    "compare": (
-        "lds.parquet",
-        "lds_differences.parquet",
-        "trivial.parquet",
-        "noise_ceiling.parquet",
-        "planted.parquet",
-        "costs.parquet",
-        "scores.parquet",
-        "compare.json",
-    ),
-    "report": ("report.html",),
-}
-
 
 @dataclass
-class Stage:
+class Running:
     """One stage while it runs.
 
     Attributes
     ----------
-    name : one of ``STAGES``
+    name : one of ``taught.stages.STAGES``
     fingerprint : what its result depends on, as a digest
     done : its complete results are already there, under this fingerprint: nothing is to be done
     partial : finished pieces of an earlier attempt under this fingerprint; deleted on completion
@@ -149,7 +64,8 @@ class RunFolder:
     path
         The folder. One that holds other files and no manifest is refused.
     fresh
-        Stages whose earlier results are deleted, once, when the stage begins; nothing else is.
+        Stages whose earlier results are deleted, once, when the stage begins; and with them what was
+        made from them, where they are made under other inputs now.
     command
         The command that repeats the run, kept in the manifest.
 
@@ -163,7 +79,7 @@ class RunFolder:
         self.folder = Path(path).expanduser()
         self.command = command
         self._fresh = set(fresh)
-        self._active: Stage | None = None
+        self._active: Running | None = None
         self._locked = False
         self._manifest = load_manifest(self.folder)
 
@@ -175,7 +91,7 @@ class RunFolder:
                 "not a run folder",
                 value=str(path),
                 rule=f"a run folder holds {MANIFEST}",
-                fix="name the folder that `taught policy STUDY --run FOLDER` made",
+                fix="name the folder that `taught run STUDY --run FOLDER` made",
             )
         return cls(path)
 
@@ -188,7 +104,7 @@ class RunFolder:
 
     @property
     def study(self) -> Study:
-        """The study of this run, as ``policy`` and ``attribute`` used it; study.yaml shows it."""
+        """The study of this run, each section as a stage used it last; study.yaml shows it."""
         self._existing("study.yaml")
         return study_from_dict(self._manifest["study"], self.folder)
 
@@ -220,11 +136,8 @@ class RunFolder:
         if not self._is_complete(stage):
             state = "was not finished" if self._record(stage) else "has not been run"
             raise UserError(f"{stage} {state} in this run folder", value=str(self.folder), fix=self._command_for(stage))
-        inputs = self._manifest["inputs"][stage]
-        read = [name for name in STAGES if f"stage {name}" in inputs]
-        for before in dict.fromkeys((*_BEFORE[stage], *read)):
+        for before, made_with in self._made_from(stage).items():
             self.require(before)
-            made_with = inputs.get(f"stage {before}")
             if made_with != self._manifest["stages"][before]["fingerprint"]:
                 raise UserError(
                     f"{stage} was made with an earlier result of {before}",
@@ -238,14 +151,14 @@ class RunFolder:
 
         Parameters as in :meth:`stage`; nothing is locked or changed.
         """
-        self._chained(name, stage_inputs(name, study, extra))
+        self._chained(BY_NAME[name], study, extra)
 
     # Running a stage
 
     @contextmanager
     def stage(
         self, name: str, study: Study, extra: Mapping[str, Any] | None = None, reads: Collection[str] = ()
-    ) -> Iterator[Stage]:
+    ) -> Iterator[Running]:
         """Run one stage: ``with run.stage("policy", study) as stage: if stage.done: return ...``.
 
         The folder is locked meanwhile. The stage becomes complete when the body ends without an
@@ -254,7 +167,7 @@ class RunFolder:
         Parameters
         ----------
         name
-            One of ``STAGES``.
+            One of ``taught.stages.STAGES``.
         study
             What is to be computed.
         extra
@@ -271,7 +184,7 @@ class RunFolder:
         """
         with self.locked():
             started = time.monotonic()
-            inputs = self._chained(name, stage_inputs(name, study, extra), reads)
+            inputs = self._chained(BY_NAME[name], study, extra, reads)
             stage = self._begin(name, inputs)
             if stage.done:
                 self._clear_partial(name)  # killed between its completion and this
@@ -303,7 +216,7 @@ class RunFolder:
             raise UserError(
                 "the run folder cannot be made", value=str(error), fix="choose another --run folder"
             ) from None
-        with locked_file(self.folder / ".lock"):
+        with self._lock():
             for folder in (self.folder, *(self.folder / "partial").glob("*")):
                 files.remove_temporaries(folder)
             self._manifest = load_manifest(self.folder)
@@ -312,6 +225,26 @@ class RunFolder:
                 yield
             finally:
                 self._locked = False
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        path = self.folder / ".lock"
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                "another command is writing to this run folder",
+                value=str(self.folder),
+                rule="one command at a time writes to a run folder",
+                fix="wait until it ends, or choose another --run folder",
+            ) from None
+        except OSError as error:
+            raise files.write_error(path, error) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     # Writing
 
@@ -451,7 +384,7 @@ class RunFolder:
 
     def together(self) -> Iterator[str]:
         """Finished stages; UserError unless they belong together, but for an older report."""
-        for stage in filter(self._is_complete, STAGES):
+        for stage in filter(self._is_complete, BY_NAME):
             if stage != "report":
                 self.require(stage)
             yield stage
@@ -464,9 +397,9 @@ class RunFolder:
 
     def made_by_other_code(self) -> dict[str, str]:
         """Stages that another version of the code made, and which: to be said, not hidden."""
-        present = code_version()
         made_by = {stage: inputs["code"] for stage, inputs in self._manifest["inputs"].items()}
-        return {stage: code for stage, code in made_by.items() if code != present}
+        study = self.study
+        return {stage: code for stage, code in made_by.items() if code != stage_code(BY_NAME[stage], study)}
 
     # Inside
 
@@ -474,16 +407,12 @@ class RunFolder:
         return [name for name, file in self._manifest["files"].items() if file["stage"] == stage]
 
     def _command_for(self, stage: str, *, fresh: bool = False) -> str:
-        if stage == "concept-influence":
-            return f"taught concept-influence STUDY --concept FOLDER --run {self.folder}"
-        if stage == "clamp":
-            return f"taught clamp {self.folder}" + (" --fresh" if fresh else "")
-        demo = str(self._manifest.get("command", "")).startswith("taught demo")
-        if demo and stage not in ("validate", "compare"):
-            return f"taught demo --run {self.folder}" + (" --fresh" if fresh else "")
-        if stage in _READERS:  # these are told the run folder and are always made anew
+        if stage in ("curate", "validate", "report"):
             return f"taught {stage} {self.folder}"
-        return f"taught {stage} STUDY --run {self.folder}" + (" --fresh" if fresh else "")
+        demo = str(self._manifest.get("command", "")).startswith("taught demo")
+        if demo and not BY_NAME[stage].trains:
+            return f"taught demo --run {self.folder}" + (" --fresh" if fresh else "")
+        return f"taught run STUDY --run {self.folder} --to {stage}" + (f" --fresh {stage}" if fresh else "")
 
     def _save(self) -> None:
         save_manifest(self.folder, self._manifest)
@@ -495,28 +424,45 @@ class RunFolder:
         record = self._record(stage)
         return record is not None and record["status"] == "complete"
 
-    def _chained(self, name: str, inputs: Inputs, reads: Collection[str] = ()) -> Inputs:
-        """Refuse stages before this one that do not belong to these inputs; add what they were."""
-        chained = dict(inputs)
-        if_there = [stage for stage in _IF_THERE.get(name, ()) if self._is_complete(stage)]
-        for before in (*_BEFORE[name], *if_there, *reads):
+    def _made_from(self, stage: str) -> dict[str, str]:
+        """The stages whose results a stage was made from, and their fingerprints."""
+        inputs = self._manifest["inputs"].get(stage, {})
+        return {name: inputs[f"stage {name}"] for name in BY_NAME if f"stage {name}" in inputs}
+
+    def _chained(
+        self, stage: Stage, study: Study, extra: Mapping[str, Any] | None, reads: Collection[str] = ()
+    ) -> Inputs:
+        """What the result depends on; stages before it that do not belong to this study are refused."""
+        chained = stage_inputs(stage, study, extra)
+        needed = [name for name in stage.needs if BY_NAME[name].asked(study)]
+        if_there = [name for name in stage.uses if self._is_complete(name)]
+        for before in (*needed, *if_there, *reads):
             self.require(before)
-            theirs = self._manifest["inputs"][before]
-            if name not in _READERS:
-                self._refuse_other(before, theirs, inputs, theirs.keys() & inputs)
+            if not stage.light:  # these look at nothing but the folder
+                made, wanted = self._manifest["inputs"][before], stage_inputs(BY_NAME[before], study)
+                known = {**wanted, **{key: value for key, value in (extra or {}).items() if key in made}}
+                self._refuse_other(before, made, known, known)
             chained[f"stage {before}"] = self._manifest["stages"][before]["fingerprint"]
         return chained
 
-    def _begin(self, name: str, inputs: Inputs) -> Stage:
-        wanted = fingerprint(inputs)
-        if name in self._fresh or name in _REMADE:
+    def _begin(self, name: str, inputs: Inputs) -> Running:
+        wanted, record = fingerprint(inputs), self._record(name)
+        if name in self._fresh or BY_NAME[name].remade:
             self._fresh.discard(name)
-            for gone in (name, *_GONE_WITH.get(name, ())):
-                self._forget(gone)
+            self._forget(name)
+            if record is not None and record["fingerprint"] != wanted:
+                self._forget_made_from(name)
         if self._record(name) is not None:
             self._refuse_other(name, self._manifest["inputs"][name], inputs)
         partial = PartialFolder(self.folder / "partial" / f"{name}-{wanted[:16]}")
-        return Stage(name, wanted, self.is_done(name, wanted), partial)
+        return Running(name, wanted, self.is_done(name, wanted), partial)
+
+    def _forget_made_from(self, name: str) -> None:
+        """Delete what was made from a stage's earlier result; an older report hides nothing and stays."""
+        for later in BY_NAME:
+            if name in self._made_from(later) and later != "report":
+                self._forget(later)
+                self._forget_made_from(later)
 
     def _refuse_other(self, stage: str, old: Inputs, new: Inputs, keys: Collection[str] | None = None) -> None:
         changed = differences(old, new, keys)
@@ -537,7 +483,7 @@ class RunFolder:
         for file in listed:
             del self._manifest["files"][file]
         self._save()  # first: a file that is still there and not listed is never trusted
-        for file in {*listed, *_WRITTEN_BY[name]} - {"study.yaml"}:
+        for file in {*listed, *BY_NAME[name].writes} - {"study.yaml"}:
             try:
                 self.path(file).unlink(missing_ok=True)
             except OSError as error:
@@ -550,13 +496,13 @@ class RunFolder:
         with suppress(OSError):  # not there, not empty, or a disk that takes no change: no harm
             (self.folder / "partial").rmdir()
 
-    def _write_head(self, stage: Stage, study: Study, inputs: Inputs, extra: Mapping[str, Any]) -> None:
+    def _write_head(self, stage: Running, study: Study, inputs: Inputs, extra: Mapping[str, Any]) -> None:
         """Say in the manifest what is about to run, before the first result is written."""
         attempts = (self._record(stage.name) or {}).get("attempts", 0)
         self._manifest.update(taught=taught.__version__, versions=versions())
         self._manifest.setdefault("data", {}).update(_data_files(study, inputs))
-        if stage.name not in _OF_THE_RUN:
-            self._manifest["study"] = study.to_dict()
+        self._manifest["study"] = self._used(BY_NAME[stage.name], study)
+        if extra:
             self._manifest["weights"] = dict(extra)
         self._manifest["command"] = self.command
         self._manifest["stages"][stage.name] = {
@@ -570,16 +516,23 @@ class RunFolder:
         for file in self._files_of(stage.name):  # of an attempt that did not finish
             del self._manifest["files"][file]
         self._save()  # first: a killed run must leave a folder that is known as ours
-        if stage.name not in _OF_THE_RUN:
-            files.write_bytes(self.path("study.yaml"), dump_study(study).encode())
+        used = study_from_dict(self._manifest["study"], self.folder)
+        files.write_bytes(self.path("study.yaml"), dump_study(used).encode())
 
-    def _complete(self, stage: Stage, seconds: float) -> None:
+    def _used(self, stage: Stage, study: Study) -> dict[str, Any]:
+        """The study of the run: what a stage reads as it has it, the rest as stages before it had it."""
+        if not stage.needs or "study" not in self._manifest:
+            return filled(study)
+        read = {key.partition(".")[0] for key in stage.reads}
+        return {**self._manifest["study"], **filled(study, only=read)}
+
+    def _complete(self, stage: Running, seconds: float) -> None:
         self._manifest["stages"][stage.name].update(
             status="complete",
             finished=now(),
             seconds=round(seconds, 2),
             peak_memory_gb=peak_memory_gb(),
-            float32_products=None if stage.name in _READERS else products_by(),
+            float32_products=None if BY_NAME[stage.name].light else products_by(),
         )
         self._save()
         self._clear_partial(stage.name)
@@ -589,7 +542,7 @@ class RunFolder:
         files.write_bytes(self.path(name), content)
         self._list(name, files.sha256_bytes(content), len(content))
 
-    def _require_active(self, name: str) -> Stage:
+    def _require_active(self, name: str) -> Running:
         if self._active is None:
             raise RuntimeError(f"{name} is written outside a stage")
         return self._active
@@ -602,7 +555,7 @@ class RunFolder:
 
     def _existing(self, name: str) -> Path:
         if not self.path(name).is_file():
-            maker = next((s for s in STAGES if name in _WRITTEN_BY[s]), None)
+            maker = next((stage.name for stage in STAGES if name in stage.writes), None)
             raise UserError(
                 f"{name} is not in the run folder",
                 value=str(self.folder),

@@ -75,11 +75,16 @@ class Pieces(Protocol):
         """Keep a piece."""
 
 
+def piece_key(*parts: str) -> str:
+    """A key for a piece of which only the description is known, such as an example's id."""
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
+
+
 def kept(pieces: Pieces | None, key: str, compute: Callable[[], Tensor]) -> Tensor:
     """A piece from an earlier attempt, or computed and kept."""
     import torch
 
-    name = hashlib.sha256(key.encode()).hexdigest()[:24]
+    name = piece_key(key)
     found = pieces.load(name) if pieces is not None else None
     if found is not None:
         return torch.from_numpy(found["effects"])
@@ -87,3 +92,18 @@ def kept(pieces: Pieces | None, key: str, compute: Callable[[], Tensor]) -> Tens
     if pieces is not None:
         pieces.save(name, {"effects": effects.numpy()})
     return effects
+
+
+class Prefixed:
+    """Pieces of one part of a computation, apart from those of the others."""
+
+    def __init__(self, pieces: Pieces, prefix: str) -> None:
+        self._pieces, self._prefix = pieces, f"{prefix}-" if prefix else ""
+
+    def load(self, key: str) -> Any:
+        """Arrays of a piece, or None."""
+        return self._pieces.load(self._prefix + key)
+
+    def save(self, key: str, arrays: Any) -> None:
+        """Keep a piece."""
+        self._pieces.save(self._prefix + key, arrays)

@@ -1,87 +1,57 @@
-"""Answers from a store of sketches, without the model.
+"""Answers from a store of sketches.
 
     effect(target, example) = - lr < s(grad L(example)), q >,    q = sketch of the target's gradient
 
 A target's gradient is a sum of gradients of y and of features over the prompts, and a sketch is
-linear, so q is the same sum of sketches (:class:`QueryBuilder`).
+linear, so q is the same sum of sketches (:class:`QueryBuilder`), and no model is needed.
 
 Error: each inner product of sketches has a standard deviation of about |s(G)| |q| / sqrt(K) around
 the true one. The factor in front is measured: a sample of the examples is given to the exact adjoint
-as well (:func:`measure_error`), and what comes out stands beside every value.
+as well (:func:`error_factor`), and what comes out stands beside every value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from taught.core.target import combine_raw_x
+from taught.core.readings import Moves, Readings
+from taught.core.target import TargetSet
 from taught.errors import UserError
-from taught.policy.ridge import Floats, Policy, pathway_sums
+from taught.policy.ridge import Floats, pathway_sums
 from taught.sketches.store import Row, SketchStore
+from taught.targets.policy import combine_raw_x
 
 Singles = NDArray[np.float32]
-# Target, column of the feature, group, pathway.
-Name = tuple[str, int | None, str | None, str]
-
-
-@dataclass(frozen=True, eq=False)
-class Queries:
-    """What a policy asks of an example's sketch: effect = - lr <s(example), query>.
-
-    Attributes
-    ----------
-    few : float64 [K, 2 + G], the score along pathways x and y, then each group's mean y
-    x, y : float64 [K, d], every coefficient along both pathways
-    groups : names of the G groups
-    """
-
-    few: Floats
-    x: Floats
-    y: Floats
-    groups: tuple[str, ...]
-
-    def norms(self) -> dict[Name, float]:
-        """|q| of every target, by its name."""
-        columns: dict[Name, Floats] = {}
-        for name, column, x, y in (
-            ("score", None, *self.few[:, :2].T),
-            *(("coefficient", j, self.x[:, j], self.y[:, j]) for j in range(self.x.shape[1])),
-        ):
-            for pathway, query in (("x", x), ("y", y), ("total", x + y)):
-                columns[name, column, None, pathway] = query
-        for n, group in enumerate(self.groups):
-            columns["mean_y", None, group, "y"] = self.few[:, 2 + n]
-        return {name: float(np.linalg.norm(query)) for name, query in columns.items()}
 
 
 class QueryBuilder:
-    """Sums the sketches of prompts into the queries of one policy, a few rows at a time.
+    """Sums the sketches of prompts into queries, a few rows at a time.
 
-    With Z_ik = s(grad X_ik), T_i = sum_k W_k Z_ik and r = y - X W, the sums of ``raw_x_targets``
-    are F_k = sum_i r_i Z_ik - X_ik T_i (and sum_i T_i for the intercept); what follows from sums
-    of dX and dy follows from sums of sketches likewise, being linear (``taught.core.target``).
+    With Z_ik = s(grad X_ik), T_i = sum_k W_k Z_ik and r = y - X W, the sums of
+    ``taught.targets.policy.RawX`` are F_k = sum_i r_i Z_ik - X_ik T_i (and sum_i T_i for the
+    intercept); what follows from sums of dX and dy follows from sums of sketches likewise, being linear.
 
     Parameters
     ----------
-    policy : the policy, over prompts and features that the sketches are of
+    readings : of prompts and features that the sketches are of
     dim : K
     """
 
-    def __init__(self, policy: Policy, dim: int) -> None:
-        self.policy = policy
-        self._r = np.zeros((policy.d, dim))
-        self._T = np.zeros((policy.n, dim))
-        self.y = np.zeros((policy.n, dim), dtype=np.float32)
-        self._row = {prompt_id: i for i, prompt_id in enumerate(policy.prompt_ids)}
-        self._column = {int(k): j for j, k in enumerate(policy.feature_ids)}
+    def __init__(self, readings: Readings, dim: int) -> None:
+        self._readings, policy = readings, readings.policy
+        self._r = np.zeros((0 if policy is None else policy.d, dim))
+        self._T = np.zeros((readings.n if policy is not None else 0, dim))
+        self._y = np.zeros((readings.n, dim), dtype=np.float32)
+        self._row = {prompt_id: i for i, prompt_id in enumerate(readings.prompt_ids)}
+        ids = [] if policy is None else policy.feature_ids.tolist()
+        self._column = {k: j for j, k in enumerate(ids)}
 
     def add(self, prompt_ids: Sequence[str], features: Sequence[int], values: Singles) -> None:
-        """Take in rows: feature -1 is y; prompts and features that the policy lacks are left out.
+        """Take in rows: feature -1 is y; prompts and features that are not asked about are left out.
 
         A row must be handed in once.
         """
@@ -94,64 +64,61 @@ class QueryBuilder:
             return
         numbers, rows, columns = (np.array(part) for part in zip(*kept, strict=True))
         about_y = np.array([features[n] < 0 for n in numbers])
-        self.y[rows[about_y]] = values[numbers[about_y]]
-        n, i, j = numbers[~about_y], rows[~about_y], columns[~about_y]
-        Z = values[n].astype(np.float64)
-        np.add.at(self._r, j, self.policy.residual[i, None] * Z)
-        np.add.at(self._T, i, self.policy.coef[j, None] * Z)
+        self._y[rows[about_y]] = values[numbers[about_y]]
+        policy = self._readings.policy
+        if policy is not None and not about_y.all():
+            n, i, j = numbers[~about_y], rows[~about_y], columns[~about_y]
+            Z = values[n].astype(np.float64)
+            np.add.at(self._r, j, policy.residual[i, None] * Z)
+            np.add.at(self._T, i, policy.coef[j, None] * Z)
 
-    def queries(self, groups: Mapping[str, Sequence[str]]) -> Queries:
-        """The policy's queries; ``groups``: group -> ids of its prompts."""
-        policy = self.policy
+    def moves(self) -> Moves:
+        """The sums as those of K examples, one for each number of a sketch."""
+        policy, dy = self._readings.policy, self._y.T.astype(np.float64)
+        if policy is None:
+            return Moves(dy)
         F = self._r - policy.X.T @ self._T
         if policy.fit_intercept:
             F = np.concatenate([F, self._T.sum(0, keepdims=True)])
-        y = self.y.astype(np.float64)
-        shift = pathway_sums(policy, combine_raw_x(policy, F.T), y.T @ policy.Xc)
-        means = [y[[self._row[i] for i in ids]].mean(0) for ids in groups.values()]
-        few = np.stack([shift.x @ policy.coef, shift.y @ policy.coef, *means], 1)
-        return Queries(few, shift.x, shift.y, tuple(groups))
+        return Moves(dy, pathway_sums(policy, combine_raw_x(policy, F.T), dy @ policy.Xc))
 
 
-def policy_queries(
-    store: SketchStore, policy: Policy, groups: Mapping[str, Sequence[str]], digests: Mapping[str, str]
-) -> tuple[Queries, Singles]:
-    """Queries of a policy, and the sketches of y [N, K] in its order of prompts.
+def stored_queries(store: SketchStore, targets: TargetSet, digests: Mapping[str, str]) -> tuple[Floats, Moves]:
+    """Queries [K, T] of targets that follow from prompts and features, and the sums that they are made of.
 
     Parameters
     ----------
-    groups
-        Group -> ids of its prompts.
     digests
         Prompt id -> digest of its tokens (``fill.prompt_key``).
 
     Raises
     ------
     UserError
-        The store lacks prompts or features of the policy.
+        The store lacks prompts or features of the targets.
     """
-    _refuse_missing(store, policy, digests)
-    builder, seen = QueryBuilder(policy, store.dim), set[Row]()
+    _refuse_missing(store, targets.readings, digests)
+    builder, seen = QueryBuilder(targets.readings, store.dim), set[Row]()
     for shard, values in store.read("prompts"):
         new = [n for n, row in enumerate(shard.rows) if row not in seen and digests.get(row.id) == row.digest]
         seen.update(shard.rows[n] for n in new)
         rows = [shard.rows[n] for n in new]
         builder.add([row.id for row in rows], [row.feature for row in rows], values[new])
-    return builder.queries(groups), builder.y
+    moves = builder.moves()
+    return targets.combine(moves), moves
 
 
-def _refuse_missing(store: SketchStore, policy: Policy, digests: Mapping[str, str]) -> None:
+def _refuse_missing(store: SketchStore, readings: Readings, digests: Mapping[str, str]) -> None:
     covered = covered_features(store)
-    wanted = set(policy.feature_ids.tolist()) | {-1}
-    lacking = {i: wanted - covered.get((i, digests.get(i, "")), set()) for i in policy.prompt_ids}
+    wanted = {-1} if readings.policy is None else {-1, *readings.policy.feature_ids.tolist()}
+    lacking = {i: wanted - covered.get((i, digests.get(i, "")), set()) for i in readings.prompt_ids}
     prompts = [i for i, missing in lacking.items() if missing]
     if prompts:
         features = sorted(set.union(*lacking.values()) - {-1})
         raise UserError(
-            "the store lacks some sketches of this policy",
+            "the store lacks some sketches of these targets",
             value=f"{len(prompts)} prompts ({', '.join(prompts[:5])}), features {features[:10]}",
             rule="every prompt with y and every feature of the policy",
-            fix="taught sketch STUDY, with the same store, computes what is missing",
+            fix="taught run STUDY --only attribute, with the same store, computes what is missing",
         )
 
 
@@ -180,7 +147,7 @@ class Answers:
     losses: Floats
 
 
-def ask(store: SketchStore, examples: Sequence[Row], queries: Floats | Singles) -> Answers:
+def answer(store: SketchStore, examples: Sequence[Row], queries: Floats | Singles) -> Answers:
     """Meet examples with queries [K, Q]; one shard of examples is in memory at a time.
 
     Raises
@@ -205,33 +172,9 @@ def ask(store: SketchStore, examples: Sequence[Row], queries: Floats | Singles) 
             "the store lacks some examples",
             value=f"{len(lacking)}: {lacking[:5]}",
             rule="every example that is asked about",
-            fix="taught sketch STUDY, with the same store",
+            fix="taught run STUDY --only attribute, with the same store, computes what is missing",
         )
     return Answers(values, norms, losses)
-
-
-@dataclass(frozen=True, eq=False)
-class SketchError:
-    """Standard error of every effect: unit * |s(example)| * |q|, in the unit of the effect.
-
-    Attributes
-    ----------
-    factor : measured against the exact adjoint; about 1 when the errors are those of the theory
-    unit : lr * factor / sqrt(K)
-    example_norms : float64 [P]
-    query_norms : |q| of every target
-    sample : what the factor was measured on, one row an example and target
-    """
-
-    factor: float
-    unit: float
-    example_norms: Floats
-    query_norms: Mapping[Name, float]
-    sample: tuple[dict[str, Any], ...]
-
-    def of(self, target: str, column: int | None, group: str | None, pathway: str) -> Floats:
-        """Standard errors of one target's effects, float64 [P]."""
-        return self.unit * self.query_norms[target, column, group, pathway] * self.example_norms
 
 
 def theory_error(example_norms: Floats, queries: Floats, lr: float) -> Floats:
@@ -242,43 +185,4 @@ def theory_error(example_norms: Floats, queries: Floats, lr: float) -> Floats:
 def error_factor(found: Floats, exact: Floats, scale: Floats) -> float:
     """Root mean square of found - exact in units of ``scale``, the error of the theory."""
     used = scale > 0
-    return float(np.sqrt(np.mean(((found - exact)[used] / scale[used]) ** 2)))
-
-
-def measure_error(
-    queries: Queries,
-    example_norms: Floats,
-    lr: float,
-    ids: Sequence[str],
-    chosen: Sequence[int],
-    exact: Floats,
-    few: Floats,
-) -> SketchError:
-    """Compare effects by sketches with exact ones on a sample.
-
-    The factor is the root mean square of (sketch - exact) sqrt(K) / (lr |s(example)| |q|).
-
-    Parameters
-    ----------
-    example_norms : [P]
-    ids, chosen : the sample's n examples, and their places among the P
-    exact : [n, 2 + G], by the adjoint
-    few : [P, 2 + G], by sketches
-    """
-    scale = theory_error(example_norms[chosen], queries.few, lr)
-    found = few[chosen]
-    factor = error_factor(found, exact, scale)
-    names = ["score:x", "score:y", *(f"mean_y:{group}" for group in queries.groups)]
-    sample = tuple(
-        {
-            "example_id": example_id,
-            "target": name,
-            "exact": exact[n, t],
-            "sketch": found[n, t],
-            "se": factor * scale[n, t],
-        }
-        for n, example_id in enumerate(ids)
-        for t, name in enumerate(names)
-    )
-    unit = lr * factor / np.sqrt(len(queries.few))
-    return SketchError(factor, unit, example_norms, queries.norms(), sample)
+    return float(np.sqrt(np.mean(((found - exact)[used] / scale[used]) ** 2))) if used.any() else 0.0

@@ -1,136 +1,218 @@
-"""Effects of a run or on concepts from a store of sketches, which is filled where it lacks some."""
+"""The estimator ``sketch``: effects from projected gradients that are kept, with standard errors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import ceil
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
+from taught.core import rules
+from taught.core.curvature import Curvature
+from taught.core.estimator import Work
 from taught.core.example import Example
-from taught.core.target import Target
-from taught.estimators.adjoint import Problem
-from taught.estimators.concepts import concept_effects
-from taught.estimators.estimate import Effects, few_effects
-from taught.policy.ridge import Floats, Policy, Shift
-from taught.run.pieces import Pieces, kept
-from taught.sketches.answer import Singles, ask, error_factor, measure_error, policy_queries, theory_error
+from taught.core.problem import Problem
+from taught.core.query import build_queries, queries_at_once
+from taught.core.registry import ESTIMATORS, setting
+from taught.core.scores import Scores
+from taught.core.target import TargetSet, kind_of
+from taught.core.trajectory import Queries, Trajectory
+from taught.errors import UserError
+from taught.estimators import cost
+from taught.estimators.adjoint import Adjoint
+from taught.estimators.cost import Asked
+from taught.features.concept import ConceptMap
+from taught.model.gradients import find_sites, frozen
+from taught.policy.ridge import Floats
+from taught.progress import Progress
+from taught.run.pieces import Prefixed
+from taught.sketches.answer import answer, error_factor, stored_queries, theory_error
 from taught.sketches.fill import example_row, fill_examples, fill_prompts, prompt_key
 from taught.sketches.project import Projection
-from taught.sketches.sketch import target_sketches
 from taught.sketches.store import SketchStore
 
 # dy of so many examples and prompts is kept; for more, ask the store.
 LARGEST_DY = 50_000_000
 
 
-@dataclass(frozen=True, eq=False)
-class SketchSource:
-    """A store, the projection that fills it, and how many examples are computed exactly as well."""
+@ESTIMATORS.register("sketch")
+@dataclass(frozen=True)
+class Sketch:
+    """An approximation of known error, from projected gradients that answer later questions too."""
 
-    store: SketchStore
-    projection: Projection
-    sample: int
+    store: str | None = setting(
+        None, rules.optional(rules.place()), "folder of sketches, kept and grown; null: sketches in the run folder"
+    )
+    dim: int = setting(16384, rules.whole(64), "numbers a sketch has; the error falls as 1 / sqrt(dim)")
+    error: float | None = setting(
+        None,
+        rules.optional(rules.number(above=0)),
+        "instead of dim: a standard error over |gradient| |query|, e.g. 0.01",
+    )
+    seed: int = setting(0, rules.whole(0), "another seed is another projection")
+    sample: int = setting(8, rules.whole(1), "so many examples are computed exactly too, to measure the error")
+    exact: ClassVar[bool] = False
+
+    @property
+    def size(self) -> int:
+        """K: ``dim``, or the least multiple of 64 with 1 / sqrt(K) at most ``error``."""
+        return self.dim if self.error is None else 64 * max(1, ceil(1 / self.error**2 / 64))
+
+    def refuses(self, curvature: Curvature, trajectory: Trajectory) -> str | None:
+        """The store's sketches are of gradients at one set of weights."""
+        if not trajectory.single:
+            return "sketches are of gradients at one set of weights"
+        return None
+
+    def open(self, problem: Problem, work: Work) -> tuple[SketchStore, Projection]:
+        """The store and the projection that fills it.
+
+        Raises
+        ------
+        UserError
+            There is neither ``store`` nor a folder to keep it in; it was made under other conditions.
+        """
+        folder = self.store or (None if work.folder is None else work.folder / "sketches")
+        if folder is None:
+            raise UserError(
+                "sketches have no place to be kept",
+                rule="a folder, or a run folder",
+                fix="pass --run RUN, or --set attribution.estimator.store=FOLDER",
+            )
+        projection = Projection(problem.model, self.size, self.seed)
+        return SketchStore(folder, {**problem.identity, **projection.record()}), projection
+
+    def fill(self, problem: Problem, examples: Sequence[Example], work: Work, share: tuple[int, int] = (0, 1)) -> None:
+        """Compute what the store lacks; damaged shards are made anew. ``share``: ``fill_examples``."""
+        store, projection = self.open(problem, work)
+        if share[0] == 0:
+            _drop_damaged(store, work.progress)
+        store.prepare()
+        if not isinstance(problem.features, ConceptMap):
+            fill_prompts(store, problem, projection, share=share, progress=work.progress)
+        fill_examples(store, problem, projection, examples, share=share, progress=work.progress)
+
+    def estimate(
+        self,
+        problem: Problem,
+        examples: Sequence[Example],
+        targets: TargetSet,
+        work: Work,
+        queries: Queries | None = None,
+    ) -> Scores:
+        """Inner products of the examples' sketches with each target's.
+
+        In the plain metric the queries of coefficients and prompts are sums of stored sketches; other
+        targets, and every target in a curvature, have the gradient C^-1 grad F taken and projected. The
+        error is measured on ``sample`` examples, for which the exact adjoint gives some targets as well.
+        """
+        plain = problem.metric.scale is None
+        self.fill(problem.plain or problem, examples, work)
+        store, projection = self.open(problem, work)
+        rows = [example_row(example) for example in examples]
+        stored = targets.combinable if plain and not isinstance(problem.features, ConceptMap) else ()
+        parts: dict[Any, Floats] = {}
+        dy = None
+        if stored:
+            digests = dict(prompt_key(prompt) for prompt in problem.prompts)
+            made, moves = stored_queries(store, targets.select(stored), digests)
+            parts |= dict(zip(stored, made.T, strict=True))
+            dy = moves.dy
+        rest = targets.select([name for name in targets.names if name not in parts])
+        if rest.names:
+            parts |= dict(zip(rest.names, _projected(problem, projection, rest, work).T, strict=True))
+        q = np.stack([parts[name] for name in targets.names], 1)
+        if problem.metric.sketched is not None:
+            q = problem.metric.sketched(store, rows, q)
+        details: dict[str, Any] = {}
+        every = q
+        if dy is not None and len(rows) * dy.shape[1] <= LARGEST_DY and problem.metric.sketched is None:
+            every = np.concatenate([q, dy], 1)
+        work.progress.step("inner products of sketches", None)
+        answers = answer(store, rows, every.astype(np.float32))
+        answers.values[...] *= -problem.lr  # in place: the largest array there is
+        if every is not q:
+            details["dy"] = answers.values[:, q.shape[1] :]
+        values = answers.values[:, : q.shape[1]]
+        scale = theory_error(answers.norms, q, problem.lr)
+        factor, sample = self._measured(problem, examples, targets, work, values, scale)
+        details |= {"error_factor": factor, "sample": sample, "store": str(store.folder)}
+        details["prompts"] = dict(prompt_key(prompt) for prompt in problem.prompts)
+        details["rows"] = {row.id: row.digest for row in rows}
+        ids = tuple(example.id for example in examples)
+        return Scores("sketch", ids, targets.names, values, factor * scale, answers.losses, True, details)
+
+    def kept_bytes(self, examples: int, prompts: int, features: int) -> float:
+        """Size of the store; each active feature of a prompt has a sketch of its own."""
+        return (examples + prompts * (1 + cost.ACTIVE * features)) * (2 * self.size + 4)
+
+    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+        """Filling a store that is empty yet, and the exact sample."""
+        return cost.sketch(problem, examples, asked)
+
+    def _measured(
+        self,
+        problem: Problem,
+        examples: Sequence[Example],
+        targets: TargetSet,
+        work: Work,
+        values: Floats,
+        scale: Floats,
+    ) -> tuple[float, list[dict[str, Any]]]:
+        """The factor of the error, and the sample that it was measured on.
+
+        In a curvature of sketches nothing is exact to compare with: the plain metric's factor is taken.
+        """
+        if problem.metric.sketched is not None:
+            return 1.0, []
+        order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), examples[i].id))
+        places = np.linspace(0, len(order) - 1, min(self.sample, len(order))).round().astype(int)
+        chosen = [order[place] for place in places]
+        few = [name for name in targets.direct if not kind_of(name).many] or list(targets.direct[:4])
+        work.progress.step("exact effects of a sample", None)
+        some = Work(pieces=None if work.pieces is None else Prefixed(work.pieces, "sample"))
+        exact = Adjoint().estimate(problem, [examples[i] for i in chosen], targets.select(few), some)
+        columns = [targets.names.index(name) for name in few]
+        found, theory = values[np.ix_(chosen, columns)], scale[np.ix_(chosen, columns)]
+        factor = error_factor(found, exact.values, theory)
+        sample = [
+            {
+                "example_id": examples[i].id,
+                "target": str(name),
+                "exact": float(exact.values[n, t]),
+                "sketch": float(found[n, t]),
+                "se": float(factor * theory[n, t]),
+            }
+            for n, i in enumerate(chosen)
+            for t, name in enumerate(few)
+        ]
+        return factor, sample
 
 
-def fill(
-    source: SketchSource,
-    problem: Problem,
-    examples: Sequence[Example],
-    *,
-    share: tuple[int, int] = (0, 1),
-    progress: Any,
-) -> None:
-    """Compute what the store lacks; damaged shards are made anew. ``share``: ``fill_examples``."""
-    if share[0] == 0:
-        _drop_damaged(source, progress)
-    source.store.prepare()
-    fill_prompts(source.store, problem, source.projection, share=share, progress=progress)
-    fill_examples(source.store, problem, source.projection, examples, share=share, progress=progress)
-
-
-def _drop_damaged(source: SketchSource, progress: Any) -> None:
-    damaged = source.store.drop_damaged()
+def _drop_damaged(store: SketchStore, progress: Progress) -> None:
+    damaged = store.drop_damaged()
     if damaged:
         progress.note(f"damaged shards are made anew: {', '.join(damaged)}")
 
 
-def sketch_effects(
-    problem: Problem,
-    examples: Sequence[Example],
-    policy: Policy,
-    groups: Mapping[str, Sequence[str]],
-    *,
-    source: SketchSource,
-    progress: Any,
-    pieces: Pieces | None = None,
-) -> Effects:
-    """All effects from sketches, with their standard errors.
-
-    The error is measured on ``source.sample`` examples, for which the exact adjoint gives the score
-    and the groups' mean y as well: about the cost of those targets' query gradients.
-    """
-    fill(source, problem, examples, progress=progress)
-    chosen = _sample(examples, source.sample)
-    some = [examples[i] for i in chosen]
-    progress.step("exact effects of a sample", None)
-    exact = kept(
-        pieces, f"exact {[example.id for example in some]}", lambda: few_effects(problem, some, policy, groups)
-    ).numpy()
-    progress.step("inner products of sketches", None)
-    digests = dict(prompt_key(prompt) for prompt in problem.prompts)
-    queries, y = policy_queries(source.store, policy, groups, digests)
-    parts: list[Floats | Singles] = [queries.few, queries.x, queries.y]
-    if len(examples) * policy.n <= LARGEST_DY:
-        parts.append(y.T)
-    every = np.concatenate([part.astype(np.float32) for part in parts], 1)
-    answers = ask(source.store, [example_row(example) for example in examples], every)
-    ends = np.cumsum([part.shape[1] for part in parts])[:-1]
-    values = answers.values
-    values *= -problem.lr  # in place: the largest array there is
-    few, x, y_shift, *dy = np.split(values, ends, 1)
-    sample = [example.id for example in some]
-    error = measure_error(queries, answers.norms, problem.lr, sample, chosen, exact, few)
-    return Effects(
-        tuple(example.id for example in examples),
-        "sketch",
-        answers.losses,
-        few[:, :2].T.copy(),
-        {group: few[:, 2 + n] for n, group in enumerate(groups)},
-        Shift(x, y_shift),
-        dy[0] if dy else None,
-        error=error,
-    )
+def _projected(problem: Problem, projection: Projection, targets: TargetSet, work: Work) -> Floats:
+    """Sketches of C^-1 grad F of every target, float64 [K, T]."""
+    work.progress.step("sketches of the targets", None)
+    sites = find_sites(problem.model, problem.parameters)
+    A, B = targets.cotangents()
+    chunk, parts = queries_at_once(problem), []
+    with frozen(problem.model):
+        for start in range(0, len(targets.direct), chunk):
+            some = slice(start, start + chunk)
+            own = [None if part is None else part[some] for part in (A, B)]
+            queries = build_queries(problem, sites, own[0], own[1], work.progress)
+            parts.append(projection.matrices(queries, len(targets.direct[some])).numpy())
+    return targets.from_direct(np.concatenate(parts).T)
 
 
-def sketched_concepts(
-    problem: Problem, examples: Sequence[Example], targets: Sequence[Target], *, source: SketchSource, progress: Any
-) -> tuple[Floats, Floats]:
-    """Effect of every example on the mean read-out of every concept, and standard errors: [P, C].
-
-    The store's sketches of the examples are those of any other question; a concept adds its own query,
-    a forward and a backward pass over the prompts. The error is measured on ``source.sample`` examples
-    against the exact adjoint.
-    """
-    _drop_damaged(source, progress)
-    source.store.prepare()
-    fill_examples(source.store, problem, source.projection, examples, progress=progress)
-    A = torch.from_numpy(np.stack([target.A for target in targets if target.A is not None]))
-    progress.step("sketches of the concepts", None)
-    queries = target_sketches(problem, source.projection, A).numpy().T
-    answers = ask(source.store, [example_row(example) for example in examples], queries)
-    values = -problem.lr * answers.values
-    size = theory_error(answers.norms, queries, problem.lr)
-    chosen = _sample(examples, source.sample)
-    progress.step("exact effects of a sample", None)
-    exact = concept_effects(problem, [examples[i] for i in chosen], targets).numpy()
-    return values, size * error_factor(values[chosen], exact, size[chosen])
-
-
-def _sample(examples: Sequence[Example], size: int) -> list[int]:
-    """Places of examples spread evenly over the numbers of tokens."""
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), examples[i].id))
-    places = np.linspace(0, len(order) - 1, min(size, len(order))).round().astype(int)
-    return [order[place] for place in places]
+def store_folder(estimator: Sketch, run: Path) -> Path:
+    """Where the sketches of a run lie."""
+    return Path(estimator.store) if estimator.store else run / "sketches"

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from taught.core.example import Example
-from taught.estimators.adjoint import Problem
+from taught.core.problem import Problem
 from taught.model.readout import ReadPrompt
+from taught.progress import Progress
 from taught.sketches.answer import covered_features
 from taught.sketches.project import Projection
 from taught.sketches.sketch import example_sketches, prompt_sketches
@@ -27,7 +28,7 @@ def fill_examples(
     examples: Sequence[Example],
     *,
     share: tuple[int, int] = (0, 1),
-    progress: Any,
+    progress: Progress,
 ) -> None:
     """Sketch the examples that the store lacks, shard by shard.
 
@@ -51,14 +52,14 @@ def fill_examples(
 
 
 def fill_prompts(
-    store: SketchStore, problem: Problem, projection: Projection, *, share: tuple[int, int] = (0, 1), progress: Any
+    store: SketchStore, problem: Problem, projection: Projection, *, share: tuple[int, int] = (0, 1), progress: Progress
 ) -> None:
     """Sketch y and the features of the problem on the prompts, where the store lacks them.
 
     ``share`` as in :func:`fill_examples`.
     """
     covered = covered_features(store)
-    wanted = set(problem.features.ids.tolist())
+    wanted = set() if problem.features is None else set(problem.features.ids.tolist())
     todo = []
     for chunk in _share(problem.prompts, PROMPTS_A_SHARD, share):
         lacking = [p for p in chunk if not wanted | {-1} <= covered.get(prompt_key(p), set())]
@@ -80,8 +81,10 @@ def _fill_prompts(
     had: Sequence[set[int]],
 ) -> None:
     """One shard: what the prompts have already is left out."""
-    index = torch.tensor(features, dtype=torch.long, device=problem.features.ids.device)
-    narrowed = replace(problem, features=replace(problem.features, ids=index))
+    narrowed = problem
+    if problem.features is not None:
+        index = torch.tensor(features, dtype=torch.long, device=problem.features.ids.device)
+        narrowed = replace(problem, features=replace(problem.features, ids=index))
     rows, values = [], []
     for part in prompt_sketches(narrowed, projection, prompts):
         ids = [-1 if column < 0 else features[column] for column in part.features]
@@ -100,7 +103,7 @@ def example_row(example: Example) -> Row:
 
 def prompt_key(prompt: ReadPrompt) -> tuple[str, str]:
     """Id and digest of a prompt's rows."""
-    return prompt.id, digest(prompt.ids, *prompt.read)
+    return prompt.id, digest(prompt.ids, *prompt.read, -1, *(t for s in prompt.suffixes for t in (-1, *s)))
 
 
 def _share(items: Sequence[Any], size: int, share: tuple[int, int]) -> list[Sequence[Any]]:

@@ -25,7 +25,7 @@ is not wider than k.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from taught.errors import UserError
-from taught.model.gradients import Factor
+from taught.model.gradients import Factor, Query, RowSparse
 from taught.model.kernels import outer_products, product
 
 # Columns of H: what R keeps of a layer's inputs.
@@ -103,7 +103,7 @@ class Projection:
                 "the size of a sketch does not fit",
                 value=self.dim,
                 rule=f"a multiple of {COLUMNS}",
-                fix="set sketch.dim",
+                fix="set attribution.estimator.dim",
             )
 
     @property
@@ -133,6 +133,29 @@ class Projection:
             self._add(factor, total, inputs or SharedInputs())
         if total is None:
             return torch.zeros(batch, self.dim)
+        return total.flatten(1)
+
+    def matrices(self, gradients: Mapping[str, Query], count: int) -> Tensor:
+        """Sketches of ``count`` gradients that are given whole, by parameter name: float64 [count, K].
+
+        The same numbers that :meth:`sketch` makes of their factors.
+        """
+        total = torch.zeros(count, self.rows, COLUMNS, dtype=torch.float64)
+        for name, given in gradients.items():
+            drawn = self._map(name)
+            for k in range(count):
+                one = total[k : k + 1]
+                if isinstance(given, RowSparse):
+                    self._add_lookups(given.rows[None], given.values[k][None].cpu(), _on_cpu(drawn), one)
+                    continue
+                whole = given[k].cpu()
+                if whole.ndim == 1:
+                    flat = (whole.double() * drawn.signs.cpu())[None, :, None]
+                    _fold(flat, drawn.first * COLUMNS, one.flatten(1).unsqueeze(-1))
+                else:
+                    assert drawn.right is not None
+                    H = product(whole, drawn.right.cpu().to(whole.dtype)).double() * drawn.signs.cpu()
+                    _fold(H[None], drawn.first, one)
         return total.flatten(1)
 
     def record(self) -> dict[str, Any]:
@@ -202,6 +225,10 @@ class Projection:
                 right = torch.randn(COLUMNS, width, generator=draw) / COLUMNS**0.5
             right = right.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         return _Map(right, signs.to(weight.device), first)
+
+
+def _on_cpu(drawn: _Map) -> _Map:
+    return _Map(None if drawn.right is None else drawn.right.cpu(), drawn.signs.cpu(), drawn.first)
 
 
 def _fold(x: Tensor, first: int, total: Tensor) -> None:

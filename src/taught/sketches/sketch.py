@@ -17,17 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from taught.core.example import Example, batch_examples, refuse_nonfinite
-from taught.estimators.adjoint import Problem, example_gradients, refuse_unfit
-from taught.model.forward import first_device, forward
+from taught.core.gradient import example_gradients, refuse_unfit
+from taught.core.problem import Problem
 from taught.model.gradients import Site, find_sites, frozen, tap
-from taught.model.readout import ReadPrompt, pack, prompt_tree, read_packed
-from taught.model.tokens import batches_by_tokens, stack
+from taught.model.readout import PackedPrompts, ReadPrompt, pack_rows, read_packed
+from taught.progress import Progress, SilentProgress
 from taught.sketches.project import Projection, SharedInputs
 
 
@@ -50,7 +48,7 @@ class Sketches:
 
 
 def example_sketches(
-    problem: Problem, projection: Projection, examples: Sequence[Example], *, progress: Any = None
+    problem: Problem, projection: Projection, examples: Sequence[Example], *, progress: Progress | None = None
 ) -> list[Sketches]:
     """Sketches of the gradients of the examples' losses, batch by batch.
 
@@ -66,8 +64,7 @@ def example_sketches(
             values, factors = example_gradients(problem, sites, batch, examples)
             made = projection.sketch(factors, len(batch.index)).cpu()
             refuse_nonfinite(examples, batch.index, made, "gradient")
-            if progress is not None:
-                progress.advance(len(batch.index))
+            (progress or SilentProgress()).advance(len(batch.index))
             found.append(Sketches(batch.index, (-1,) * len(batch.index), made, values))
     return found
 
@@ -80,70 +77,32 @@ def prompt_sketches(problem: Problem, projection: Projection, prompts: Sequence[
     """
     sites, found = find_sites(problem.model, problem.parameters), []
     with frozen(problem.model):
-        trees = [prompt_tree([p], problem.behavior)[0] for p in prompts]
-        for index in batches_by_tokens([len(t) for t in trees], problem.batch_tokens):
-            found.append(_y_sketches(problem, projection, sites, prompts, index))
-        ends = [max(p.read) + 1 for p in prompts]
-        for index in batches_by_tokens(ends, problem.batch_tokens):
-            found += _feature_sketches(problem, projection, sites, prompts, index)
+        for packed in pack_rows(prompts, problem.behavior, tokens=problem.batch_tokens):
+            found.append(_y_sketches(problem, projection, sites, packed))
+        if problem.features is None:
+            return found
+        for packed in pack_rows(prompts, None, tokens=problem.batch_tokens):
+            found += _feature_sketches(problem, projection, sites, packed)
     return found
 
 
-def target_sketches(problem: Problem, projection: Projection, A: Tensor) -> Tensor:
-    """Sketches of the gradients of targets of X alone: s(grad sum A * X), float64 [C, K].
-
-    The sum is over the prompts, so they share token trees; those that no target asks for are left
-    out.
-
-    Parameters
-    ----------
-    A : float64 [C, N, d]
-        dF/dX of each target, such as the mean read-out of a concept.
-
-    Notes
-    -----
-    Cost: one forward pass over the prompts, up to the block, and a backward pass a target.
-    """
-    sites = find_sites(problem.model, problem.parameters)
-    total = torch.zeros(len(A), projection.dim, dtype=torch.float64)
-    asked = A.abs().sum((0, 2)).nonzero().flatten().tolist()
-    prompts, A = [problem.prompts[i] for i in asked], A[:, asked]
-    with frozen(problem.model):
-        for packed in pack(prompts, None):
-            with tap(problem.model, sites) as taps:
-                h, _ = read_packed(problem.model, packed, None, problem.block)
-                X = problem.features(h, packed.offsets.to(h.device))
-                inputs = SharedInputs({x.data_ptr() for _, _, x, _ in taps.seen})
-                values = (A[:, list(packed.index)].to(X) * X).sum((1, 2))
-                for c, value in enumerate(values):
-                    factors = taps.factors(value, retain_graph=c + 1 < len(A))
-                    total[c] += projection.sketch(factors, 1, inputs)[0].double().cpu()
-    return total
-
-
-def _y_sketches(
-    problem: Problem, projection: Projection, sites: Sequence[Site], prompts: Sequence[ReadPrompt], index: Sequence[int]
-) -> Sketches:
-    trees = [prompt_tree([prompts[i]], problem.behavior)[0] for i in index]
-    device = first_device(problem.model)
+def _y_sketches(problem: Problem, projection: Projection, sites: Sequence[Site], packed: PackedPrompts) -> Sketches:
     with tap(problem.model, sites) as taps:
-        _, logits = forward(problem.model, stack(trees).to(device), keep=problem.behavior.slots)
-        assert logits is not None
-        y = problem.behavior.log_probability(logits)
-        made = projection.sketch(taps.factors(y.sum()), len(index))
-    return Sketches(tuple(index), (-1,) * len(index), made.cpu())
+        _, y = read_packed(problem.model, packed, problem.behavior, None)
+        assert y is not None
+        made = projection.sketch(taps.factors(y.sum()), len(packed.index))
+    return Sketches(packed.index, (-1,) * len(packed.index), made.cpu())
 
 
 def _feature_sketches(
-    problem: Problem, projection: Projection, sites: Sequence[Site], prompts: Sequence[ReadPrompt], index: Sequence[int]
+    problem: Problem, projection: Projection, sites: Sequence[Site], packed: PackedPrompts
 ) -> Iterator[Sketches]:
     """One :class:`Sketches` for each backward pass."""
-    trees = [prompt_tree([prompts[i]], None)[0] for i in index]
-    device = first_device(problem.model)
+    index = packed.index
     with tap(problem.model, sites) as taps:
-        h, _ = forward(problem.model, stack(trees).to(device), block=problem.block, stop_at_block=True)
-        assert h is not None
-        X = problem.features(*_read(h, [prompts[i] for i in index], [len(t) for t in trees]))
+        h, _ = read_packed(problem.model, packed, None, problem.block)
+        assert problem.features is not None and h is not None
+        X = problem.features(h, packed.offsets.to(h.device))
         active = [row.nonzero().flatten().tolist() for row in X.detach()]
         inputs = SharedInputs({x.data_ptr() for _, _, x, _ in taps.seen})
         slots = max(map(len, active))
@@ -154,12 +113,3 @@ def _feature_sketches(
             factors = taps.factors(value, retain_graph=slot + 1 < slots)
             made = projection.sketch(factors, len(index), inputs)
             yield Sketches(tuple(index[row] for row in rows), tuple(columns), made[rows].cpu())
-
-
-def _read(h: Tensor, prompts: Sequence[ReadPrompt], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """h at the read-out tokens [M, D], and offsets, from rows that are padded on the left."""
-    width = h.shape[1]
-    rows = [row for row, prompt in enumerate(prompts) for _ in prompt.read]
-    columns = [width - n + t for prompt, n in zip(prompts, lengths, strict=True) for t in prompt.read]
-    offsets = torch.tensor([0, *[len(prompt.read) for prompt in prompts]]).cumsum(0)
-    return h[rows, columns], offsets.to(h.device)

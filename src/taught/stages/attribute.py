@@ -1,10 +1,9 @@
-"""The stage ``attribute``: from the policy and the examples to the influence tables."""
+"""The stage ``attribute``: from readings and examples to the scores of every example."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,274 +11,148 @@ import pyarrow as pa
 import torch
 
 from taught.analysis.interference import comovement, interference
-from taught.data.examples import ExampleSet, Pair
-from taught.environment import process_share
+from taught.core import driver
+from taught.core.driver import fitted, strongest
+from taught.core.estimator import Work
+from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
+from taught.core.scores import Scores, scores_schema
+from taught.core.target import kind_of
+from taught.data.examples import ExampleSet
 from taught.errors import UserError
-from taught.estimators.estimate import Effects
+from taught.estimators.finite_step import kept_steps
+from taught.estimators.token_shares import token_effects
 from taught.model.readout import pack as pack_prompts
 from taught.model.readout import read_packed
-from taught.policy.ridge import Policy
+from taught.policy.ridge import Policy, exact_shift
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
-from taught.sketches.estimator import fill
 from taught.stages.certify import write_certificates
-from taught.stages.estimating import Shares, estimate, prepare, read_data, sketch_record, sketch_source, token_texts
-from taught.stages.subject import Subject, open_subject, prompt_inputs, refuse_combinations
+from taught.stages.concepts import concept_method_scores, run_concepts
+from taught.stages.ready import Ask, Ready, asks, prepare, read_data, token_texts, wanted_targets
+from taught.stages.subject import open_subject, prompt_inputs
 from taught.study.schema import Study
+
+Checks = dict[str, dict[str, float]]
 
 
 def attribute(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
-    """Effect of one SGD step on each example: on the score, the coefficients and the groups' mean y.
+    """Effect of one step on each example on every target that the study asks for.
 
     Raises
     ------
     UserError
-        The policy is missing or of another study; examples overlap, are truncated or have no finite
-        loss.
+        The readings are missing or of another study; examples overlap, are truncated or have no finite
+        loss; a target that the run cannot answer; a method that does not go together.
     """
     progress = progress or SilentProgress()
-    refuse_combinations(study)
     data = read_data(study, progress)
-    progress.step("load model and SAE")
+    progress.step("load the model")
     subject = open_subject(study)
     with run.stage("attribute", study, subject.identity) as stage:
         if stage.done:
             return
         ready = prepare(study, run, subject, data)
-        examples, encoded, fitted = ready.examples, ready.encoded, ready.fitted
-        effects, checks, shares = estimate(study, run, subject, ready, progress, stage.partial)
-        intended = _intended(study, subject, examples, fitted)
-        _write_effects(run, fitted, effects)
-        _write_examples(run, examples, encoded, effects)
-        _write_summary(run, examples, encoded, fitted, effects, intended, checks)
-        write_certificates(study, run, fitted, ready.groups, effects, checks)
+        ready.method.refuse()
+        work = Work(progress, stage.partial, run.folder)
+        concepts = run_concepts(study, run, subject)
+        asked = asks(ready, wanted_targets(study, ready.readings, [c.name for c in concepts]), concepts, progress)
+        asked = in_one_metric(ready, asked, work)
+        parts = [driver.scores(ask.problem, ready.inputs, ask.targets, ready.method, work) for ask in asked]
+        scores = parts[0]
+        for part in parts[1:]:
+            scores = scores.joined(part)
+        ranked = scores.targets[0]
+        top = strongest(scores, study.attribution.exact_top)
+        checks = _checks(ready, asked[0], scores, top, work)
+        shares = _shares(ready, asked, top, work)
+        others = concept_method_scores(study, subject, run, ready.inputs, concepts, progress)
+        _write_scores(run, [scores, *others])
+        _write_details(run, ready, scores)
+        _write_examples(run, ready, scores)
+        _write_summary(run, ready, scores, checks)
+        policy = ready.readings.policy
+        shift = None if policy is None else shift_of(scores, policy.feature_ids.tolist())
+        write_certificates(study, run, asked[0].targets, scores, shift, checks)
         if shares:
-            _write_shares(run, subject, ready.groups, shares)
-        if effects.error is not None:
-            run.write_json("sketch", sketch_record(study, run, ready, effects.error))
+            _write_shares(run, shares)
+        run.write_json(
+            "attribution",
+            {
+                "method": scores.method,
+                "ranked_by": str(ranked),
+                "lr": study.attribution.lr,
+                "targets": [str(name) for name in scores.targets],
+                **_store_record(scores),
+            },
+        )
         run.write_json("dropped", {"overlap": data.overlapping, "truncated": ready.truncated})
 
 
-def sketch(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
-    """Fill the store of sketches and nothing else; the estimator ``sketch`` reads it.
-
-    Several processes may do this at once (torchrun, ``accelerate launch``): each takes its share of
-    the shards, and none waits for another.
-
-    Raises
-    ------
-    UserError
-        As :func:`attribute`; the store was made under other conditions.
-    """
-    progress = progress or SilentProgress()
-    data = read_data(study, progress)
-    progress.step("load model and SAE")
-    if study.model.device == "cuda" and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    subject = open_subject(study)
-    run.require_before("attribute", study, subject.identity)
-    ready = prepare(study, run, subject, data)
-    fill(sketch_source(study, run, subject), ready.problem, ready.inputs, share=process_share(), progress=progress)
-
-
-@torch.no_grad()
-def _intended(study: Study, subject: Subject, examples: ExampleSet, fitted: Policy) -> dict[str, list[int]]:
-    """For each example the features it is about: its column ``intended``, or its prompt's active ones.
-
-    Raises
-    ------
-    UserError
-        A named feature is not one of the policy's.
-    """
-    named = {example.id: _named_features(example, fitted) for example in examples}
-    others = (example for example in examples if not named[example.id])
-    encoded = [subject.chat.encode_prompt(example.messages, example.id) for example in others]
-    inputs = prompt_inputs(encoded, study.readout.position)
-    features = subject.features(fitted.feature_ids.copy(), study)
-    active: dict[str, list[int]] = {}
-    for packed in pack_prompts(inputs, None):
-        h, _ = read_packed(subject.loaded.model, packed, None, subject.sae.block)
-        for i, row in zip(packed.index, features(h, packed.offsets), strict=True):
-            active[inputs[i].id] = fitted.feature_ids[(row > 0).cpu().numpy()].tolist()
-    return {example_id: features or active[example_id] for example_id, features in named.items()}
-
-
-def _named_features(example: Pair, fitted: Policy) -> list[int] | None:
-    """Feature ids of the column ``intended``: a list, or text with commas; None when empty."""
-    cell = example.flags.get("intended")
-    parts = cell.split(",") if isinstance(cell, str) else [] if cell is None else list(cell)
-    known = set(fitted.feature_ids.tolist())
-    try:
-        named = sorted({int(part) for part in parts if str(part).strip()})
-    except (TypeError, ValueError):
-        named = [-1]
-    if not known.issuperset(named):
-        raise UserError(
-            "an example names intended features that the policy does not have",
-            value=f"{example.id}: {cell}",
-            rule="ids of features in coefficients.parquet, as a list or with commas",
-            fix="correct the column intended, or set features.ids",
+def in_one_metric(ready: Ready, asked: Sequence[Ask], work: Work) -> list[Ask]:
+    """The same targets in one metric: a curvature depends on the examples, not on what is read."""
+    method = ready.method
+    if not method.trajectory.make(TRAJECTORIES).single:
+        return list(asked)
+    curved = fitted(asked[0].problem, ready.inputs, method.curvature.make(CURVATURES), work)
+    return [
+        replace(
+            ask, problem=replace(ask.problem, metric=curved.metric, parameters=curved.parameters, plain=ask.problem)
         )
-    return named or None
-
-
-def _write_effects(run: RunFolder, fitted: Policy, effects: Effects) -> None:
-    write_influence(run, effects.example_ids, effects.estimator, _parts(fitted, effects))
-    if effects.shift is not None:
-        r = comovement(effects.shift.total)
-        run.write_tensors(
-            "comovement",
-            {"r": r},
-            {"feature_ids": fitted.feature_ids.tolist()},
-            axes={"r": ("feature_ids", "feature_ids")},
-        )
-    if effects.dy is not None:
-        run.write_tensors(
-            "prompt_effects",
-            {"dy": effects.dy.astype(np.float32)},
-            {"example_ids": list(effects.example_ids), "prompt_ids": list(fitted.prompt_ids)},
-            axes={"dy": ("example_ids", "prompt_ids")},
-        )
-    if effects.dX is not None:
-        run.write_tensors(
-            "feature_prompt_effects",
-            {"dX": effects.dX},
-            {
-                "example_ids": list(effects.detailed),
-                "prompt_ids": list(fitted.prompt_ids),
-                "feature_ids": fitted.feature_ids.tolist(),
-            },
-            axes={"dX": ("example_ids", "prompt_ids", "feature_ids")},
-        )
-
-
-INFLUENCE = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("target", pa.string()),
-        ("feature_id", pa.int64()),
-        ("group", pa.string()),
-        ("pathway", pa.string()),
-        ("value", pa.float64()),
-        ("se", pa.float64()),
-        ("estimator", pa.string()),
+        for ask in asked
     ]
-)
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """One value of every example: a row group of ``influence.parquet``.
+def _checks(ready: Ready, ask: Ask, scores: Scores, top: Sequence[int], work: Work) -> Checks:
+    """A real step of the strongest examples beside the linear value; with a policy an exact refit too.
 
-    Attributes
-    ----------
-    key : target, feature id, group and pathway, as the columns of that name
-    values : float64 [P]
-    errors : float64 [P], their standard errors; None where they are exact
+    Where values are estimates, the exact derivative as well.
     """
-
-    key: tuple[str, int | None, str | None, str]
-    values: np.ndarray
-    errors: np.ndarray | None = None
-
-
-def write_influence(run: RunFolder, example_ids: Sequence[str], estimator: str, parts: Iterable[Part]) -> None:
-    """Write the long table part by part, so that only one part is in memory."""
-    ids = pa.array(example_ids, pa.string())
-    with run.table_writer("influence", INFLUENCE, unique=("example_id",)) as write:
-        for part in parts:
-            write(_long(ids, estimator, part))
-
-
-def _parts(fitted: Policy, effects: Effects) -> Iterator[Part]:
-    features = fitted.feature_ids.tolist() if effects.shift is not None else []
-    for pathway in ("x", "y", "total"):
-        yield _part(effects, "score", None, None, None, pathway)
-    for group in effects.mean_y:
-        yield _part(effects, "mean_y", None, None, group, "y")
-    for column, feature_id in enumerate(features):
-        for pathway in ("x", "y", "total"):
-            yield _part(effects, "coefficient", column, feature_id, None, pathway)
+    method, name = ready.method, scores.targets[0]
+    if not method.trajectory.make(TRAJECTORIES).single or not top:
+        return {}
+    estimator = method.estimator.make(ESTIMATORS)
+    real = getattr(estimator, "real", False)
+    chosen = list(ready.inputs) if real else [ready.inputs[i] for i in top]
+    rows, policy = kept_steps(ask.problem, chosen, work), ready.readings.policy
+    targets = ask.targets.select([name])
+    found: Checks = {}
+    for example in chosen:
+        row = rows[example.id]
+        found[example.id] = {"step_score": float(targets.changes(row.get("dX"), row["dy"])[0])}
+        if policy is not None:
+            moved = exact_shift(policy, row["dX_exact"], row["dy"])
+            found[example.id]["refit_score"] = float(moved @ policy.coef)
+    if not estimator.exact:
+        exact = ESTIMATORS.get("adjoint")().estimate(ask.problem, chosen, targets, Work())
+        for example_id, value in exact.by_example(name).items():
+            found[example_id]["exact_score"] = value
+    return found
 
 
-def _part(
-    effects: Effects, target: str, column: int | None, feature_id: int | None, group: str | None, pathway: str
-) -> Part:
-    name = (target, column, group, pathway)
-    key = (target, feature_id, group, pathway)
-    return Part(key, effects.values(*name), effects.errors(*name))
-
-
-def _long(ids: pa.Array, estimator: str, part: Part) -> pa.Table:
-    """Rows of one part in long form. Exact estimators have no standard error: null."""
-    cells = (*part.key, part.values, part.errors, estimator)
-    columns = [ids]
-    for field, cell in zip(list(INFLUENCE)[1:], cells, strict=True):
-        whole = isinstance(cell, np.ndarray)
-        columns.append(pa.array(cell) if whole else pa.repeat(pa.scalar(cell, field.type), len(ids)))
-    return pa.Table.from_arrays(columns, schema=INFLUENCE)
-
-
-def _write_examples(run: RunFolder, examples: ExampleSet, encoded: Any, effects: Effects) -> None:
-    tokens = {e.id: e for e in encoded}
-    own = [tokens[example.id] for example in examples]
-    loss = dict(zip(effects.example_ids, effects.losses, strict=True))
-    columns = {
-        "example_id": [example.id for example in examples],
-        "prompt": [example.prompt for example in examples],
-        "response": [example.response for example in examples],
-        "label": [example.label for example in examples],
-        "category": [example.category for example in examples],
-        "source": [example.source for example in examples],
-        "n_tokens": [len(e.input_ids) for e in own],
-        "n_response": [e.n_response for e in own],
-        "truncated": [e.truncated for e in own],
-        "loss": [float(loss[example.id]) for example in examples],
-    }
-    run.write_table("examples", pa.table(columns))
-
-
-def _write_summary(
-    run: RunFolder,
-    examples: ExampleSet,
-    encoded: Any,
-    fitted: Policy,
-    effects: Effects,
-    intended: dict[str, list[int]],
-    checks: dict[str, dict[str, float]],
-) -> None:
-    ids = effects.example_ids
-    by_example = {row["example_id"]: row for row in _interference(fitted, effects, intended)}
-    label = {example.id: example.label for example in examples}
-    length = {e.id: e.n_response for e in encoded}
-    x, y = effects.score
-    se = effects.errors("score", None, None, "total")
-    rank = np.empty(len(ids), dtype=np.int64)
-    rank[np.argsort(-np.abs(x + y), kind="stable")] = np.arange(1, len(ids) + 1)
-    columns: dict[str, Any] = {
-        "example_id": list(ids),
-        "label": [label[i] for i in ids],
-        "score": x + y,
-        "score_x": x,
-        "score_y": y,
-        "score_se": pa.nulls(len(ids), pa.float64()) if se is None else se,
-        **{f"mean_y_{group}": values for group, values in effects.mean_y.items()},
-        "loss": effects.losses,
-        "n_response": [length[i] for i in ids],
-        "rank": rank,
-    }
-    said = [name for name in by_example[ids[0]] if name != "example_id"]
-    columns |= {name: [by_example[i][name] for i in ids] for name in said}
-    for name in ("exact_score", "step_score", "refit_score"):
-        columns[name] = [checks.get(i, {}).get(name) for i in ids]
-    run.write_table("summary", pa.table(columns))
+def _shares(ready: Ready, asked: Sequence[Ask], top: Sequence[int], work: Work) -> list[pa.Table]:
+    """Shares of the scored tokens of the strongest examples in every target that is no coefficient."""
+    if not ready.method.trajectory.make(TRAJECTORIES).single or not top:
+        return []
+    work.progress.step("shares of tokens", None)
+    chosen, tables = [ready.inputs[i] for i in top], []
+    for ask in asked:
+        few = [n for n in ask.targets.names if not kind_of(n).many and n.pathway is None]
+        if not few or getattr(ask.problem.metric, "sketched", None) is not None:
+            continue
+        A, B = ask.targets.cotangents(few)
+        shares = token_effects(ask.problem, chosen, A, B, progress=work.progress)
+        for example, own in zip(chosen, shares, strict=True):
+            n, texts = example.n_scored, token_texts(ready.subject, example)
+            for column, name in enumerate(few):
+                columns = [[example.id] * n, [str(name)] * n, range(n), texts, own[:, column].numpy()]
+                tables.append(pa.table(dict(zip(TOKEN_SHARES.names, columns, strict=True)), schema=TOKEN_SHARES))
+    return tables
 
 
 TOKEN_SHARES = pa.schema(
     [
         ("example_id", pa.string()),
         ("target", pa.string()),
-        ("group", pa.string()),
         ("position", pa.int64()),
         ("token", pa.string()),
         ("share", pa.float64()),
@@ -287,38 +160,165 @@ TOKEN_SHARES = pa.schema(
 )
 
 
-def _write_shares(run: RunFolder, subject: Subject, groups: Iterable[str], shares: Shares) -> None:
-    """Shares of response tokens, target by target."""
-    targets = [("score", None), *(("mean_y", group) for group in groups)]
-    parts = []
-    for example, values in shares:
-        n, texts = example.n_scored, token_texts(subject, example)
-        for column, (target, group) in enumerate(targets):
-            columns = [[example.id] * n, [target] * n, [group] * n, range(n), texts, values[:, column]]
-            parts.append(pa.table(dict(zip(TOKEN_SHARES.names, columns, strict=True)), schema=TOKEN_SHARES))
-    run.write_table("token_shares", pa.concat_tables(parts))
+def _write_shares(run: RunFolder, tables: Sequence[pa.Table]) -> None:
+    run.write_table("token_shares", pa.concat_tables(tables))
 
 
-def _interference(fitted: Policy, effects: Effects, intended: dict[str, list[int]]) -> list[dict[str, Any]]:
-    if effects.shift is None:  # without coefficients nothing can be said
-        unknown = dict.fromkeys(
-            (
-                "outside_share",
-                "outside_change",
-                "dominant_feature",
-                "dominant_share",
-                "unintended",
-                "expected_by_chance",
-            )
+def _write_scores(run: RunFolder, every: Iterable[Scores]) -> None:
+    """Write the long table target by target, so that only one is in memory."""
+    with run.table_writer("scores", scores_schema(), unique=("example_id",)) as write:
+        for scores in every:
+            for target in scores.targets:
+                write(scores.part(target))
+
+
+def _store_record(scores: Scores) -> dict[str, Any]:
+    """What a later question to a store of sketches needs; {} without one."""
+    found = scores.details
+    if "store" not in found:
+        return {}
+    names = ("store", "error_factor", "sample", "prompts", "rows")
+    return {"sketches": {name: found[name] for name in names}}
+
+
+def shift_of(scores: Scores, feature_ids: Sequence[int]) -> np.ndarray | None:
+    """Change of every coefficient by every example, float64 [P, d]; None unless all were asked for."""
+    names = [f"coefficient:{k}" for k in feature_ids]
+    known = {str(name): column for column, name in enumerate(scores.targets)}
+    if not all(name in known for name in names):
+        return None
+    return scores.values[:, [known[name] for name in names]]
+
+
+def _write_details(run: RunFolder, ready: Ready, scores: Scores) -> None:
+    policy, details = ready.readings.policy, scores.details
+    prompt_ids = list(ready.readings.prompt_ids)
+    ids = policy.feature_ids.tolist() if policy is not None else []
+    shift = shift_of(scores, ids) if ids else None
+    if shift is not None:
+        axes = {"r": ("feature_ids", "feature_ids")}
+        run.write_tensors("comovement", {"r": comovement(shift)}, {"feature_ids": ids}, axes=axes)
+    if "dy" in details:
+        run.write_tensors(
+            "prompt_effects",
+            {"dy": details["dy"].astype(np.float32)},
+            {"example_ids": list(scores.example_ids), "prompt_ids": prompt_ids},
+            axes={"dy": ("example_ids", "prompt_ids")},
         )
-        note = "coefficients were not computed"
+    if "dX" in details and policy is not None:
+        run.write_tensors(
+            "feature_prompt_effects",
+            {"dX": details["dX"]},
+            {"example_ids": list(details["detailed"]), "prompt_ids": prompt_ids, "feature_ids": ids},
+            axes={"dX": ("example_ids", "prompt_ids", "feature_ids")},
+        )
+
+
+def _write_examples(run: RunFolder, ready: Ready, scores: Scores) -> None:
+    tokens = {e.id: e for e in ready.encoded}
+    scored = {z.id: z.n_scored for z in ready.inputs}
+    loss = {} if scores.losses is None else dict(zip(scores.example_ids, scores.losses, strict=True))
+    own = list(ready.examples)
+    columns = {
+        "example_id": [example.id for example in own],
+        "prompt": [example.prompt for example in own],
+        "response": [example.response for example in own],
+        "label": [example.label for example in own],
+        "category": [example.category for example in own],
+        "source": [example.source for example in own],
+        "n_tokens": [len(tokens[example.id].input_ids) for example in own],
+        "n_scored": [scored[example.id] for example in own],
+        "truncated": [tokens[example.id].truncated for example in own],
+        "loss": [float(loss[example.id]) for example in own],
+    }
+    run.write_table("examples", pa.table(columns))
+
+
+def _write_summary(run: RunFolder, ready: Ready, scores: Scores, checks: Mapping[str, Mapping[str, float]]) -> None:
+    """One row an example: its value on every target that is no coefficient and no prompt."""
+    ids = list(scores.example_ids)
+    label = {example.id: example.label for example in ready.examples}
+    scored = {z.id: z.n_scored for z in ready.inputs}
+    ranked = scores[scores.targets[0]]
+    rank = np.empty(len(ids), dtype=np.int64)
+    rank[np.argsort(-np.abs(ranked), kind="stable")] = np.arange(1, len(ids) + 1)
+    columns: dict[str, Any] = {"example_id": ids, "label": pa.array([label[i] for i in ids], pa.string())}
+    for name in scores.targets:
+        if not kind_of(name).many:
+            columns[str(name)] = scores[name]
+            se = scores.error(name)
+            if se is not None:
+                columns[f"{name} se"] = se
+    columns |= {"loss": scores.losses, "n_scored": [scored[i] for i in ids], "rank": rank}
+    if ready.readings.policy is not None:
+        by_example = {row["example_id"]: row for row in _interference(ready, scores)}
+        said = [name for name in by_example[ids[0]] if name != "example_id"]
+        columns |= {name: [by_example[i][name] for i in ids] for name in said}
+    for check in ("exact_score", "step_score", "refit_score"):
+        columns[check] = pa.array([checks.get(i, {}).get(check) for i in ids], pa.float64())
+    run.write_table("summary", pa.table(columns))
+
+
+def _interference(ready: Ready, scores: Scores) -> list[dict[str, Any]]:
+    policy = ready.readings.policy
+    assert policy is not None
+    intended = _intended(ready, policy)
+    shift = shift_of(scores, policy.feature_ids.tolist())
+    if shift is None:  # without coefficients nothing can be said
+        said = (
+            "outside_share",
+            "outside_change",
+            "dominant_feature",
+            "dominant_share",
+            "unintended",
+            "expected_by_chance",
+        )
+        unknown = dict.fromkeys(said) | {"note": "coefficients were not asked for"}
         return [
-            {"example_id": i, "intended": intended[i], "n_intended": len(intended[i]), **unknown, "note": note}
-            for i in effects.example_ids
+            {"example_id": i, "intended": intended[i], "n_intended": len(intended[i]), **unknown}
+            for i in scores.example_ids
         ]
-    return interference(
-        effects.example_ids,
-        fitted.feature_ids,
-        effects.shift.total,
-        [intended[example_id] for example_id in effects.example_ids],
-    )
+    return interference(scores.example_ids, policy.feature_ids, shift, [intended[i] for i in scores.example_ids])
+
+
+@torch.no_grad()
+def _intended(ready: Ready, policy: Policy) -> dict[str, list[int]]:
+    """For each example the features it is about: its column ``intended``, or its prompt's active ones.
+
+    Raises
+    ------
+    UserError
+        A named feature is not one of the policy's.
+    """
+    named = _named_features(ready.examples, policy)
+    others = [example for example in ready.examples if not named[example.id]]
+    encoded = [ready.subject.chat.encode_prompt(example.messages, example.id) for example in others]
+    inputs = prompt_inputs(encoded, ready.study.readout.position)
+    features = ready.subject.features(policy.feature_ids.copy(), ready.study)
+    active: dict[str, list[int]] = {}
+    for packed in pack_prompts(inputs, None):
+        h, _ = read_packed(ready.subject.loaded.model, packed, None, ready.subject.required_sae.block)
+        for i, row in zip(packed.index, features(h, packed.offsets), strict=True):
+            active[inputs[i].id] = policy.feature_ids[(row > 0).cpu().numpy()].tolist()
+    return {example_id: features or active[example_id] for example_id, features in named.items()}
+
+
+def _named_features(examples: ExampleSet, policy: Policy) -> dict[str, list[int] | None]:
+    """Feature ids of the column ``intended``: a list, or text with commas; None when empty."""
+    known, found = set(policy.feature_ids.tolist()), {}
+    for example in examples:
+        cell = example.flags.get("intended")
+        parts = cell.split(",") if isinstance(cell, str) else [] if cell is None else list(cell)
+        try:
+            named = sorted({int(part) for part in parts if str(part).strip()})
+        except (TypeError, ValueError):
+            named = [-1]
+        if not known.issuperset(named):
+            raise UserError(
+                "an example names intended features that the policy does not have",
+                value=f"{example.id}: {cell}",
+                rule="ids of features in coefficients.parquet, as a list or with commas",
+                fix="correct the column intended, or set features.ids",
+            )
+        found[example.id] = named or None
+    return found

@@ -13,29 +13,24 @@ from rich.text import Text
 from torch import Tensor
 
 from taught.core.example import Example
-from taught.curvatures.ekfac import curved_layers
+from taught.core.problem import Problem
+from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
 from taught.data.chat import EncodedExample, EncodedPrompt
 from taught.data.columns import name_ids
 from taught.data.examples import ExampleSet
 from taught.data.overlap import find_overlap
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
-from taught.estimators.adjoint import GB, Problem
-from taught.estimators.cost import ACTIVE, attribution_cost, validation_cost
+from taught.estimators.cost import ACTIVE, Asked, attribution_cost, validation_cost
 from taught.model.forward import get_block
 from taught.model.kernels import product_rate
 from taught.model.parameters import moving_parameters
-from taught.stages.subject import (
-    Subject,
-    chosen_examples,
-    example_inputs,
-    open_subject,
-    prompt_inputs,
-    refuse_combinations,
-    study_prompts,
-)
+from taught.stages import asked
+from taught.stages.ready import make_problem, method_of
+from taught.stages.subject import Subject, chosen_examples, example_inputs, open_subject, prompt_inputs, study_prompts
 from taught.study.schema import Study, ValidationSpec
 
+GB = 2**30
 # Share of a product's pace that whole passes run at: .55 to .75 on SmolLM2's sizes on one core of
 # an idle machine, less with several cores.
 PACE = 0.5
@@ -82,11 +77,14 @@ def check_study(study: Study) -> CheckReport:
     subject = open_subject(study)
     _describe_subject(report, study, subject)
     prompts = study_prompts(study)
-    encoded = subject.chat.encode_prompts(prompts)
+    encoded = subject.encode(prompts)
+    _describe_scored(report, subject, encoded[0])
     report.add("prompts", f"{len(prompts)} ({_counts(p.group for p in prompts)})")
     report.add("prompt columns", _columns(prompts.columns))
     report.add("prompt tokens", _spread([len(e.input_ids) for e in encoded]))
+    _check_groups(report, study, subject)
     examples = _check_examples(report, study, subject, prompts)
+    report.add("stages", ", ".join(stage.name for stage in asked(study)))
     if examples:
         _estimate(report, study, subject, encoded, examples, len(prompts.groups))
     return report
@@ -102,13 +100,31 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
     report.add("weights", subject.loaded.weights.get("source", "local folder"))
     if study.model.adapter is not None:
         report.add("adapter", study.model.adapter)
-    report.add("SAE", f"{sae.n_features} features ({sae.architecture}), block {sae.block}, encoder {study.sae.encoder}")
-    report.add("read-out", study.readout.position)
-    for text, ids in zip(subject.behavior.prefixes, subject.behavior.tokens, strict=True):
-        tokens = " | ".join(subject.loaded.tokenizer.decode([i]) for i in ids)
-        report.add("prefix", f"{text!r} = {tokens}")
-    if subject.behavior.dropped:
-        report.add("prefixes left out", f"{subject.behavior.dropped}: contained in a shorter one")
+    if sae is None:
+        report.add("SAE", "none: with one (sae.path), a policy says through which features the examples act")
+    else:
+        what = f"{sae.n_features} features ({sae.architecture}), block {sae.block}, encoder {study.sae.encoder}"
+        report.add("SAE", what)
+        report.add("read-out", study.readout.position)
+    report.add("behavior", f"{subject.behavior.meaning} ({subject.behavior.unit})")
+
+
+def _check_groups(report: CheckReport, study: Study, subject: Subject) -> None:
+    """A policy is written in features that tell two groups apart."""
+    if subject.sae is not None:
+        try:
+            report.add("groups", "{} against {}".format(*study.prompts.sides))
+        except UserError as error:
+            report.problems.append(str(error))
+
+
+def _describe_scored(report: CheckReport, subject: Subject, first: EncodedPrompt) -> None:
+    """What is scored behind the first prompt, token by token."""
+    decode = subject.loaded.tokenizer.decode
+    for ids in first.suffixes:
+        report.add(f"scored after {first.id}", " | ".join(decode([i]) for i in ids))
+    if first.left_out:
+        report.add("left out", f"{first.left_out}: contained in a shorter one")
 
 
 def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts: PromptSet) -> list[EncodedExample]:
@@ -127,7 +143,7 @@ def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts
         report.problems.append("no example is left to be scored")
         return []
     report.add("example tokens", _spread([len(e.input_ids) for e in scored]))
-    report.add("response tokens", _spread([e.n_response for e in scored]))
+    report.add("response tokens", _spread([e.n_scored for e in scored]))
     return scored
 
 
@@ -151,7 +167,7 @@ def _check_truncation(report: CheckReport, study: Study, encoded: Sequence[Encod
     report.add("truncated", what + _fate(ids, drop))
     if ids and not drop:
         report.problems.append(f"{what}: {name_ids(ids)}; --drop-truncated leaves them out")
-    return [example for example in encoded if example.n_response > 0 and not (drop and example.truncated)]
+    return [example for example in encoded if example.n_scored > 0 and not (drop and example.truncated)]
 
 
 def _fate(ids: Sequence[str], drop: bool) -> str:
@@ -166,55 +182,52 @@ def _estimate(
     examples: Sequence[EncodedExample],
     groups: int,
 ) -> None:
-    """Operations, minutes and memory of the policy and its attribution."""
-    spec, ids = study.attribution, study.features.ids
-    features = len(ids) if ids else min(study.features.max_features, subject.sae.n_features)
-    problem = Problem(
-        subject.loaded.model,
-        prompt_inputs(prompts, study.readout.position),
-        subject.behavior,
-        subject.sae.block,
-        subject.features(range(features), study),  # which ones they are costs nothing
-        spec.lr,
-        spec.batch_tokens,
-        spec.memory_gb,
-        subject.moving(study),
-    )
-    times = len(spec.checkpoints or [None])
+    """Operations, minutes, memory and disk of the attribution, and of training again."""
+    problem = _problem(study, subject, prompts)
+    inputs, method = example_inputs(examples), method_of(study)
     try:
-        refuse_combinations(study)
-        if spec.curvature == "ekfac":  # nothing else moves
-            layers = curved_layers(problem.model, problem.parameters)
-            problem = replace(problem, parameters=layers)
-        cost = attribution_cost(
-            problem,
-            example_inputs(examples),
-            targets=features + int(study.policy.intercept),
-            groups=groups,
-            estimator=spec.estimator,
-            coefficients=spec.coefficients,
-            exact_top=spec.exact_top if spec.checkpoints is None else 0,
-            curvature=spec.curvature,
-            estimated=spec.moments is None,
-        )
+        wanted = _asked(study, problem, groups)
+        cost = attribution_cost(problem, inputs, wanted, method)
     except UserError as error:
         report.problems.append(str(error))
         return
-    cost = {part: times * value for part, value in cost.items()}
     parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
     total = sum(cost.values())
     report.add("cost", f"about {total / 1e12:.3g} x 10^12 floating point operations ({parts})")
     minutes = _minutes(total, product_rate(_a_weight(subject)))
     if "features" in cost:
-        minutes += f", and {features} features to be active on {ACTIVE:.0%} of the prompts"
+        minutes += f", and {problem.d} features to be active on {ACTIVE:.0%} of the prompts"
     report.add("time", minutes)
-    if problem.parameters is not None:
-        moving = moving_parameters(subject.loaded.model, problem.parameters).values()
+    curvature = method.curvature.make(CURVATURES)
+    patterns = curvature.curved(problem) if hasattr(curvature, "curved") else problem.parameters
+    if patterns is not None:
+        moving = moving_parameters(subject.loaded.model, patterns).values()
         count = sum(p.numel() for p in moving)
         report.add("moving", f"{count / 1e6:.3g}M parameters in {len(moving)} tensors")
-    report.add("memory", _memory(study, subject, groups))
-    report.add("disk", _disk(study, len(examples), len(prompts), features, groups))
-    _estimate_validation(report, study, subject, problem, example_inputs(examples))
+    report.add("memory", _memory(study, problem, wanted))
+    report.add("disk", _disk(study, problem, len(inputs), wanted))
+    _estimate_validation(report, study, subject, problem, inputs)
+
+
+def _problem(study: Study, subject: Subject, prompts: Sequence[EncodedPrompt]) -> Problem:
+    if subject.sae is None:
+        return make_problem(study, subject, prompt_inputs(prompts, None), None, None)
+    ids = study.features.ids
+    count = len(ids) if ids else min(study.features.max_features, subject.sae.n_features)
+    features = subject.features(range(count), study)  # which ones they are costs nothing
+    return make_problem(study, subject, prompt_inputs(prompts, study.readout.position), subject.sae.block, features)
+
+
+def _asked(study: Study, problem: Problem, groups: int) -> Asked:
+    """What the study's targets amount to; both pathways of a target are asked for apart."""
+    names = study.attribution.targets
+    if names is None:
+        names = ("score", "coefficient:*", "behavior:*", "prompt:*") if problem.d else ("behavior:*",)
+    every = any(name.startswith(("coefficient:", "prompt:*")) for name in names)
+    queries = sum({"score": 2, "behavior:*": groups}.get(name, 1) for name in names)
+    single = method_of(study).trajectory.make(TRAJECTORIES).single
+    features = problem.d + int(study.policy.intercept) if problem.d else 0
+    return Asked(features, queries, every, study.attribution.exact_top if single else 0)
 
 
 def _estimate_validation(
@@ -234,7 +247,7 @@ def _estimate_validation(
         f"about {total / 1e12:.3g} x 10^12 operations ({parts})",
     )
     report.add("validate, time", _minutes(total, product_rate(_a_weight(subject))))
-    kept = retrained_bytes(subsets, spec.epochs, len(problem.prompts), len(problem.features.ids))
+    kept = retrained_bytes(subsets, spec.epochs, len(problem.prompts), problem.d)
     report.add("validate, disk", f"about {max(kept, 10**6) / 1e6:.0f} MB of retrainings")
 
 
@@ -282,44 +295,36 @@ def _minutes(operations: float, rate: float) -> str:
     )
 
 
-def _memory(study: Study, subject: Subject, groups: int) -> str:
+def _memory(study: Study, problem: Problem, wanted: Asked) -> str:
     """The model, the gradients that are held at a time, and what else a process of torch takes."""
-    spec = study.attribution
-    moving = moving_parameters(subject.loaded.model, subject.moving(study))
+    method = method_of(study)
+    estimator, curvature = method.estimator.make(ESTIMATORS), method.curvature.make(CURVATURES)
+    moving = moving_parameters(problem.model, problem.parameters).values()
     model, moved = (
-        sum(p.numel() * p.element_size() for p in some) / GB
-        for some in (subject.loaded.model.parameters(), moving.values())
+        sum(p.numel() * p.element_size() for p in some) / GB for some in (problem.model.parameters(), moving)
     )
-    model *= 1 if spec.checkpoints is None else 2  # the base model, and a checkpoint's
-    if spec.estimator == "sketch":
-        gradients = (2 + groups) * moved  # the exact sample; sketches take less
-    elif spec.estimator != "adjoint":
-        gradients = 2 * moved  # one gradient, and a copy of the weights or what they move by
-    elif spec.coefficients:
-        gradients = spec.memory_gb
+    model *= 1 if method.trajectory.make(TRAJECTORIES).single else 2  # the base model, and a checkpoint's
+    held = getattr(estimator, "gradients", None)
+    if held is None and wanted.every:
+        gradients = study.attribution.memory_gb
     else:
-        gradients = (2 + groups) * moved  # one for each target
-    if spec.curvature == "adam":
-        gradients += moved  # the metric
-    if spec.curvature == "ekfac":  # eigenvalues, and the eigenvectors of both sides of a layer
-        layers = curved_layers(subject.loaded.model, subject.moving(study))
-        shapes = [moving[name].shape for name in layers]
-        gradients += sum(4 * (m * n + m * m + n * n) for m, n in shapes) / GB
+        gradients = (wanted.queries if held is None else held) * moved
+    if hasattr(curvature, "numbers"):
+        gradients += 4 * curvature.numbers(problem) / GB
     return (
         f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
         f"{gradients:.1f}, everything else about {_REST_GB})"
     )
 
 
-def _disk(study: Study, examples: int, prompts: int, features: int, groups: int) -> str:
-    """The tables of a run, and the store of sketches where there is one."""
-    spec = study.attribution
-    values = examples * (3 + groups + 3 * features * (spec.coefficients or spec.estimator == "sketch"))
-    tables = 8 * values + 4 * examples * prompts * (1 + features * (spec.estimator == "jvp"))
+def _disk(study: Study, problem: Problem, examples: int, wanted: Asked) -> str:
+    """The tables of a run, and what its estimator keeps."""
+    estimator, prompts = study.attribution.estimator.make(ESTIMATORS), len(problem.prompts)
+    values = examples * (1 + wanted.queries + 3 * wanted.features * wanted.every)
+    tables = 8 * values + 4 * examples * prompts
     said = f"about {max(tables, 10**6) / 1e6:.0f} MB of tables"
-    if spec.estimator == "sketch":
-        rows = examples + prompts * (1 + ACTIVE * features)
-        said += f", {rows * (2 * study.sketch.size + 4) / 1e6:.0f} MB of sketches"
+    if hasattr(estimator, "kept_bytes"):
+        said += f", {estimator.kept_bytes(examples, prompts, wanted.features) / 1e6:.0f} MB kept by the estimator"
     return said
 
 

@@ -15,19 +15,17 @@ from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
 from taught.model.forward import edited_output, get_block
 from taught.model.readout import PackedPrompts, ReadPrompt, pack_apart, read_packed
-from taught.policy.audit import benjamini_hochberg
 from taught.policy.dose import LEVEL, agreement, control_p, response, slope
 from taught.policy.ridge import Floats, Policy
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
-from taught.stages.estimating import read_policy
+from taught.stages.ready import run_readings
 from taught.stages.subject import Subject, open_subject, prompt_inputs, study_prompts
-from taught.study.schema import Study
+from taught.stats.multiplicity import benjamini_hochberg
+from taught.study.schema import ClampSpec, Study
 
 SCALES = (0.0, 0.5, 2.0, 3.0)
 CONTROL_SCALE = 2.0
-PROMPTS = 24
-CONTROLS = 8
 
 TABLE = pa.schema(
     [
@@ -55,40 +53,25 @@ TABLE = pa.schema(
 )
 
 
-def clamp(
-    study: Study, run: RunFolder, progress: Progress | None = None, *, prompts: int = PROMPTS, controls: int = CONTROLS
-) -> None:
+def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
     """Write ``clamp.parquet`` and ``clamp.json``: what each feature does to y, beside W.
 
-    Cost: for every feature 1 + ``len(SCALES)`` + ``controls`` forward passes over up to ``prompts``
-    prompts. Killed, it continues behind the last feature.
-
-    Parameters
-    ----------
-    prompts
-        At most so many prompts a feature, drawn from those on which it is active.
-    controls
-        Random directions a feature.
+    Cost: for every feature 1 + ``len(SCALES)`` + ``clamp.controls`` forward passes over up to
+    ``clamp.prompts`` prompts. Killed, it continues behind the last feature.
 
     Raises
     ------
     UserError
-        The policy is missing or of another study; fewer than two prompts or controls.
+        The policy is missing or of another study.
     """
-    if prompts < 2 or controls < 2:
-        raise UserError(
-            "the check needs prompts and controls",
-            value=f"{prompts} prompts, {controls} controls",
-            rule="at least 2 prompts a feature and 2 random directions",
-        )
+    spec = study.clamp or ClampSpec()
     progress = progress or SilentProgress()
     progress.step("load model and SAE")
     subject = open_subject(study)
-    options = {"clamp.prompts": prompts, "clamp.controls": controls}
-    with run.stage("clamp", study, {**subject.identity, **options}) as stage:
+    with run.stage("clamp", study, subject.identity) as stage:
         if stage.done:
             return
-        fitted, _ = read_policy(study, run)
+        fitted = _policy(run)
         inputs = _inputs(study, subject, fitted)
         progress.step("clamp features", fitted.d)
         measured = []
@@ -96,18 +79,28 @@ def clamp(
             key = f"feature-{fitted.feature_ids[column]}"
             found = stage.partial.load(key)
             if found is None:
-                chosen = _chosen(fitted, column, prompts, study.policy.seed)
+                chosen = _chosen(fitted, column, spec.prompts, study.policy.seed)
                 given = [inputs[i] for i in chosen]
-                found = {"x": fitted.X[chosen, column], **_measured(study, subject, fitted, given, column, controls)}
+                found = {
+                    "x": fitted.X[chosen, column],
+                    **_measured(study, subject, fitted, given, column, spec.controls),
+                }
                 stage.partial.save(key, found)
             measured.append(found)
             progress.advance(1)
-        _write(run, study, fitted, measured, options)
+        _write(run, study, fitted, measured, spec)
+
+
+def _policy(run: RunFolder) -> Policy:
+    policy = run_readings(run).policy
+    if policy is None:
+        raise UserError("there is no policy to check", rule="it needs an SAE", fix="pass --set sae.path=FOLDER")
+    return policy
 
 
 def _inputs(study: Study, subject: Subject, fitted: Policy) -> list[ReadPrompt]:
     """Token inputs in the policy's order of prompts."""
-    encoded = {e.id: e for e in subject.chat.encode_prompts(study_prompts(study))}
+    encoded = {e.id: e for e in subject.encode(study_prompts(study))}
     return prompt_inputs([encoded[i] for i in fitted.prompt_ids], study.readout.position)
 
 
@@ -124,7 +117,7 @@ def _measured(
     study: Study, subject: Subject, fitted: Policy, given: Sequence[ReadPrompt], column: int, controls: int
 ) -> dict[str, Floats]:
     """Changes of y: ``dy`` [S, n] and ``control`` [R, n]; ``predicted`` [S, n] by the policy."""
-    feature, sae = int(fitted.feature_ids[column]), subject.sae
+    feature, sae = int(fitted.feature_ids[column]), subject.required_sae
     own = decoder_direction(sae, feature)
     rng = np.random.default_rng([study.policy.seed, feature, 1])
     scaled = [Clamp(sae, feature, study.sae.encoder, scale, own) for scale in SCALES]
@@ -149,7 +142,7 @@ def _measured(
 
 def _read(subject: Subject, packed: PackedPrompts, edit: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
     """h [M, D] at the read-out tokens and y float64 [n], with h edited there."""
-    model, block = subject.loaded.model, subject.sae.block
+    model, block = subject.loaded.model, subject.required_sae.block
     columns = packed.read.unique()
     with nullcontext() if edit is None else edited_output(get_block(model, block), columns, edit):
         h, y = read_packed(model, packed, subject.behavior, block)
@@ -158,19 +151,20 @@ def _read(subject: Subject, packed: PackedPrompts, edit: Callable[[Tensor], Tens
 
 
 def _write(
-    run: RunFolder, study: Study, fitted: Policy, measured: Sequence[dict[str, Floats]], options: dict[str, int]
+    run: RunFolder, study: Study, fitted: Policy, measured: Sequence[dict[str, Floats]], spec: ClampSpec
 ) -> None:
     rows = [_row(study, fitted, column, found) for column, found in enumerate(measured)]
     active = [row for row in rows if row["n"]]
     controls = np.array([row["controls"] for row in active])
-    p = control_p([row["at_control"] for row in active], controls.reshape(-1, options["clamp.controls"]))
+    p = control_p([row["at_control"] for row in active], controls.reshape(-1, spec.controls))
     for row, own, adjusted in zip(active, p, benjamini_hochberg(p), strict=True):
         row["p"], row["p_adjusted"] = float(own), float(adjusted)
     run.write_table("clamp", pa.Table.from_pylist(rows, TABLE))
     clear = [row for row in active if row["p_adjusted"] <= LEVEL]
     sure = _sure(run)
     record = {
-        **{name.removeprefix("clamp."): value for name, value in options.items()},
+        "prompts": spec.prompts,
+        "controls": spec.controls,
         "scales": list(SCALES),
         "control_scale": CONTROL_SCALE,
         "features": len(rows),

@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from taught.analysis.clusters import Clustering, cluster_examples
+from taught.progress import Progress
 from taught.run.folder import RunFolder
-from taught.stages.targets import read_targets, stages_read, summary_targets
+from taught.stages.scored import read_scores, read_shifts, run_targets
+from taught.study.schema import ClustersSpec, Study
 
 
-def clusters(run: RunFolder, k: int | None = None, target: str | None = None) -> None:
-    """Cluster the examples of a run and compare each cluster with as many random examples.
-
-    Parameters
-    ----------
-    k
-        Number of clusters; by the silhouette if None.
-    target
-        One target (:mod:`taught.stages.targets`); by default the score and every group's mean y.
-    """
-    inputs = {"clusters.k": k, "clusters.target": target}
-    with run.stage("clusters", run.study, inputs, reads=stages_read(target)):
-        targets = [target] if target else list(summary_targets(run))
+def clusters(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
+    """Cluster the examples of a run and compare each cluster with as many random examples."""
+    spec = study.clusters or ClustersSpec()
+    with run.stage("clusters", study):
+        targets = [spec.target] if spec.target else [n for n in run_targets(run) if not n.endswith((":x", ":y"))]
         summary = run.read_table("summary", ["example_id", "label", "intended"])
         example_ids = summary["example_id"].to_pylist()
         features = run.read_table("coefficients", ["feature_id", "label"])
+        scores = read_scores(run, targets)
         found = cluster_examples(
             example_ids,
             [own or [] for own in summary["intended"].to_pylist()],
             dict(zip(*(column.to_pylist() for column in features.columns), strict=True)),
-            {found.name: found.values for found in read_targets(run, *targets)},
-            _shifts(run, example_ids),
+            {str(name): scores[name] for name in scores.targets},
+            read_shifts(run, example_ids),
             kinds=summary["label"].to_pylist(),
-            k=k,
+            k=spec.k,
         )
-        _write(run, found, k)
-
-
-def _shifts(run: RunFolder, example_ids: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """Parts of the change of each coefficient by each example, in the order of ``example_ids``."""
-    rows = (pc.field("target") == "coefficient") & (pc.field("pathway") == "total")
-    rows &= pc.field("estimator") == run.study.attribution.estimator
-    ids = pa.array(example_ids, pa.string())
-    for part in run.read_parts("influence", ["example_id", "feature_id", "value"], rows):
-        place = pc.index_in(part["example_id"], ids).to_numpy()
-        feature, value = part["feature_id"].to_numpy(), part["value"].to_numpy()
-        for one in np.unique(feature):
-            at = feature == one
-            shift = np.zeros(len(example_ids))
-            shift[place[at]] = value[at]
-            yield int(one), shift
+        _write(run, found, spec.k)
 
 
 _FEATURE = pa.struct(

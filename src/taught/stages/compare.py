@@ -2,59 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
 from itertools import combinations
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import torch
 
 from taught.baselines.baselines import BASELINES, Texts, baseline_scores
-from taught.core.example import Example, refuse_nonfinite
-from taught.core.target import Target, coefficient_targets, cotangents, mean_y_target, score_targets
-from taught.curvatures.autocorrelation import fit_autocorrelation
+from taught.core import driver
+from taught.core.estimator import Work
+from taught.core.names import TargetName
+from taught.core.scores import Scores, scores_schema
+from taught.core.target import TargetSet, kind_of
 from taught.environment import mark_memory, peak_memory_gb
-from taught.errors import UserError
-from taught.estimators.adjoint import Problem, target_effects, targets_at_once
-from taught.policy.ridge import Floats, Policy
+from taught.policy.ridge import Policy
 from taught.progress import Progress, SilentProgress
-from taught.run.files import sha256_file
 from taught.run.folder import RunFolder
-from taught.run.pieces import Pieces, kept
-from taught.sketches.answer import ask, policy_queries
-from taught.sketches.estimator import fill
-from taught.sketches.fill import example_row, prompt_key
-from taught.stages.estimating import Data, Ready, over_checkpoints, prepare, read_data, sketch_source
-from taught.stages.subject import Subject, open_subject, refuse_combinations
-from taught.stages.validate import influence_of
+from taught.run.pieces import Prefixed
+from taught.stages.ready import Data, Ready, method_of, prepare, read_data
+from taught.stages.scored import read_scores, run_targets
+from taught.stages.subject import open_subject
 from taught.study.schema import Study
 from taught.validation.comparison import (
     LEAST_SUBSETS,
     RANK_DESIGNS,
     Comparison,
-    Scores,
     by_length,
     compared,
     is_planted,
     truths,
-    values_by_example,
 )
 from taught.validation.lds import table_of
-from taught.validation.score_tables import placed, read_scores
+from taught.validation.score_tables import placed
+from taught.validation.score_tables import read_scores as read_table
 
-METHODS = ("adjoint", "adjoint+adam", "adjoint+ekfac", "sketch", "sketch+autocorrelation")
 COEFFICIENTS = 10  # so many of the largest are compared on
-
-Targets = dict[str, list[Target]]  # label of the target -> its pathways
-SCORES = pa.schema(
-    [("method", pa.string()), ("target", pa.string()), ("example_id", pa.string()), ("value", pa.float64())]
-)
+ByTarget = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -66,25 +53,13 @@ class CostRow:
     memory_gb: float
 
 
-def compare(
-    study: Study,
-    run: RunFolder,
-    methods: Sequence[str] = (),
-    progress: Progress | None = None,
-    tables: Sequence[Path] = (),
-) -> None:
+def compare(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
     """LDS of the run's own influence, of other methods and of baselines, on the same retrainings.
 
-    Targets: the score, the mean y of each group, the ten largest coefficients. Of the baselines,
-    those that are about a group stand for its mean y; for the others they take the positive group.
-    Beside each method stands METHOD/norm, its values over the lengths of the examples' gradients.
-
-    Parameters
-    ----------
-    methods
-        Further ones of METHODS, each computed for all examples.
-    tables
-        Scores that were made elsewhere (:mod:`taught.validation.score_tables`).
+    Targets: those of the run that are no coefficient, and the ten largest coefficients. Of the
+    baselines, those that are about a group stand for the behavior on it; for the other targets they
+    take the positive group. Beside each method stands METHOD/norm, its values over the lengths of the
+    examples' gradients.
 
     Raises
     ------
@@ -92,45 +67,40 @@ def compare(
         The run has no retrainings; an unknown method; a table that does not fit the run.
     """
     progress = progress or SilentProgress()
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise UserError("no such method", value=unknown, rule="some of " + ", ".join(METHODS), fix="set --method")
-    given = [row for table in tables for row in read_scores(table)]
+    own = method_of(study)
+    further = {name: own.named(name) for name in study.validation.methods}
+    for method in further.values():
+        method.refuse()
+    given = [row for table in study.validation.scores for row in read_table(Path(table))]
     data = read_data(study, progress)
-    progress.step("load model and SAE")
+    progress.step("load the model")
     subject = open_subject(study)
-    inputs = {**subject.identity, "methods": sorted(set(methods)), "scores sha256": sorted(map(sha256_file, tables))}
-    with run.stage("compare", study, inputs) as stage:
+    with run.stage("compare", study, subject.identity) as stage:
         if stage.done:
             return
         ready = prepare(study, run, subject, data)
-        targets = compared_targets(ready)
-        own = method_name(study)
-        further = sorted(set(methods) - {own})
-        ids = [example.id for example in ready.inputs]
-        names = {own, *further, *BASELINES}
-        names |= {f"{method}/norm" for method in (own, *further)}
-        elsewhere = placed(given, ids, list(targets), names)
-        few = pc.field("feature_id").is_null() | pc.field("feature_id").isin(largest(ready.fitted))
-        influence = {target.label: of for target, of in influence_of(run, few).items()}
-        scores: Scores = {own: {name: influence[name] for name in targets if name in influence}}
+        targets = compared_targets(run, ready)
+        names = [str(name) for name in targets.names]
+        scores = {own.name: in_words(read_scores(run, _known(run, targets)))}
         record = run.manifest["stages"]["attribute"]
-        costs = [CostRow(own, record["seconds"], record["peak_memory_gb"])]
-        for method in further:
-            progress.note(method)
-            with costed(method, costs):
-                scores[method] = method_scores(method, study, run, subject, ready, targets, progress, stage.partial)
+        costs = [CostRow(own.name, record["seconds"], record["peak_memory_gb"])]
+        for name, method in further.items():
+            if method.name == own.name:
+                continue
+            progress.note(name)
+            work = Work(progress, Prefixed(stage.partial, str(len(scores))), run.folder)
+            with costed(method.name, costs):
+                made = driver.scores(ready.problem, ready.inputs, targets, method, work)
+            scores[method.name] = in_words(made)
+        taken = {*scores, *BASELINES, *(f"{method}/norm" for method in scores)}
+        elsewhere = placed(given, [z.id for z in ready.inputs], names, taken)
         with costed("all baselines", costs):
             baselines = baselines_by_target(study, data, ready, targets, progress)
         rivals = [*scores, *elsewhere]
         norms = next(iter(baselines["gradient-norm"].values()))
         scores |= by_length(scores, norms) | elsewhere
-        known = truths(
-            run.read_table("subsets"),
-            run.read_table("outcomes"),
-            run.read_json("validation")["inclusion"],
-            list(targets),
-        )
+        validation = run.read_json("validation")
+        known = truths(run.read_table("subsets"), run.read_table("outcomes"), validation["inclusion"], names)
         for design in sorted({*RANK_DESIGNS} & {*study.validation.designs} - {t.design for t in known}):
             progress.note(f"{design}: fewer than {LEAST_SUBSETS} subsets, no rank correlation")
         progress.step("intervals")
@@ -147,7 +117,7 @@ def compare(
         for name, rows in (*found._asdict().items(), ("costs", costs)):
             if rows:
                 run.write_table(name, table_of(rows))
-        run.write_table("scores", _scores_table(scores))
+        run.write_table("compared_scores", _long(scores))
         run.write_json("compare", {"methods": list(scores), "baselines": list(baselines), "given": list(elsewhere)})
 
 
@@ -160,21 +130,14 @@ def costed(method: str, costs: list[CostRow]) -> Iterator[None]:
     costs.append(CostRow(method, monotonic() - started, peak_memory_gb(recent=True) or 0.0))
 
 
-def method_name(study: Study) -> str:
-    """What the study's own way of attribution is called: estimator, or estimator+curvature."""
-    spec = study.attribution
-    return spec.estimator if spec.curvature == "identity" else f"{spec.estimator}+{spec.curvature}"
-
-
-def compared_targets(ready: Ready) -> Targets:
-    """The score, the mean y of each group, the ten largest coefficients: label -> pathways."""
-    policy, group_of = ready.fitted, {i: g for g, ids in ready.groups.items() for i in ids}
-    names = [group_of[i] for i in policy.prompt_ids]
-    return {
-        "score": score_targets(policy),
-        **{f"mean_y:{group}": [mean_y_target(policy.prompt_ids, names, group)] for group in ready.groups},
-        **{f"coefficient:{k}": coefficient_targets(policy, k) for k in largest(policy)},
-    }
+def compared_targets(run: RunFolder, ready: Ready) -> TargetSet:
+    """The run's targets that a retraining measures, without pathways; the ten largest coefficients."""
+    names = [TargetName.parse(name) for name in run_targets(run)]
+    names = [n for n in names if n.pathway is None and all(kind_of(p).reads != "concepts" for p in n.parts)]
+    policy = ready.readings.policy
+    if policy is not None:
+        names += [TargetName("coefficient", str(k)) for k in largest(policy)]
+    return TargetSet(tuple(names), ready.readings)
 
 
 def largest(policy: Policy) -> list[int]:
@@ -184,117 +147,43 @@ def largest(policy: Policy) -> list[int]:
     return ids
 
 
-def method_scores(
-    method: str,
-    study: Study,
-    run: RunFolder,
-    subject: Subject,
-    ready: Ready,
-    targets: Targets,
-    progress: Progress,
-    pieces: Pieces | None = None,
-) -> dict[str, dict[str, float]]:
-    """Total effect of every example on every target by one of METHODS: target -> example id -> value.
-
-    Raises
-    ------
-    UserError
-        The study's checkpoints do not go with the method; a gradient is not finite.
-    """
-    estimator, _, curvature = method.partition("+")
-    metric = curvature if curvature in ("adam", "ekfac") else "identity"
-    study = (
-        study.replace("attribution.estimator", estimator)
-        .replace("attribution.curvature", metric)
-        .replace("attribution.moments", study.attribution.moments if metric == "adam" else None)
-    )
-    refuse_combinations(study)
-    if estimator == "sketch":
-        values = _sketched(study, run, subject, ready, targets, progress, solved=bool(curvature))
-    else:
-        values = _adjoint(study, subject, ready, targets, progress, pieces)
-    ids = [example.id for example in ready.inputs]
-    return {name: values_by_example(ids, of) for name, of in zip(targets, values.T, strict=True)}
+def _known(run: RunFolder, targets: TargetSet) -> list[str]:
+    there = set(run_targets(run, many=True))
+    return [str(name) for name in targets.names if str(name) in there]
 
 
-def _adjoint(
-    study: Study, subject: Subject, ready: Ready, targets: Targets, progress: Progress, pieces: Pieces | None
-) -> Floats:
-    """Effects [P, K]: pathways are summed before a gradient is taken, which is one a target then.
-
-    Targets that fit into memory together share the passes over prompts and examples.
-    """
-    policy, inputs = ready.fitted, ready.inputs
-    pathways = [cotangents(parts, policy) for parts in targets.values()]
-    A = torch.from_numpy(np.stack([of_x.sum(0) for of_x, _ in pathways]))
-    B = torch.from_numpy(np.stack([of_y.sum(0) for _, of_y in pathways]))
-
-    def effects(there: Problem, number: int) -> torch.Tensor:
-        chunk, parts = targets_at_once(there), []
-        progress.step("gradients of the targets and of the examples", None)
-        for start in range(0, len(targets), chunk):
-            some = slice(start, start + chunk)
-            key = f"{method_name(study)} {number} {start} {chunk}"
-            compute = partial(_only_effects, there, inputs, A[some], B[some])
-            parts.append(kept(pieces, key, compute))
-        return torch.cat(parts, 1)
-
-    total = reduce(torch.add, over_checkpoints(study, subject, ready.problem, inputs, progress, effects))
-    refuse_nonfinite(inputs, range(len(inputs)), total, "gradient")
-    return total.numpy()
+def in_words(scores: Scores) -> ByTarget:
+    """Target -> example id -> value."""
+    return {str(name): scores.by_example(name) for name in scores.targets}
 
 
-def _only_effects(problem: Problem, examples: Sequence[Example], A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    return target_effects(problem, examples, A, B)[0]
-
-
-def _sketched(
-    study: Study, run: RunFolder, subject: Subject, ready: Ready, targets: Targets, progress: Progress, *, solved: bool
-) -> Floats:
-    """Effects [P, K] from sketches, in the plain metric or that of the examples' autocorrelation."""
-    source, policy = sketch_source(study, run, subject), ready.fitted
-    fill(source, ready.problem, ready.inputs, progress=progress)
-    digests = dict(prompt_key(prompt) for prompt in ready.problem.prompts)
-    made, _ = policy_queries(source.store, policy, ready.groups, digests)
-    columns = {"score": made.few[:, 0] + made.few[:, 1]}
-    columns |= {f"mean_y:{group}": made.few[:, 2 + n] for n, group in enumerate(made.groups)}
-    for j, k in enumerate(policy.feature_ids.tolist()):
-        columns[f"coefficient:{k}"] = made.x[:, j] + made.y[:, j]
-    queries = np.stack([columns[name] for name in targets], 1)
-    rows = [example_row(example) for example in ready.inputs]
-    if solved:
-        queries = fit_autocorrelation(source.store, rows).solve(queries)
-    return -study.attribution.lr * ask(source.store, rows, queries).values
-
-
-def baselines_by_target(study: Study, data: Data, ready: Ready, targets: Targets, progress: Progress) -> Scores:
-    """Every baseline: one about a group stands for its mean y, the positive group's for others."""
+def baselines_by_target(
+    study: Study, data: Data, ready: Ready, targets: TargetSet, progress: Progress
+) -> dict[str, ByTarget]:
+    """Every baseline: one about a group stands for the behavior on it, the positive group's for others."""
     progress.step("baselines", len(ready.inputs))
+    labels = {example.id: example.label or "" for example in ready.examples}
     texts = Texts(
         {example.id: f"{example.prompt}\n{example.response}" for example in ready.examples},
         {prompt.id: prompt.text for prompt in data.prompts},
-        {example.id: example.label for example in ready.examples},
-        _positive_label(ready),
+        labels,
+        study.examples.positive_label or "",
     )
-    names = [n for n in BASELINES if n != "label" or all(texts.labels.values())]
-    made = baseline_scores(ready.problem, ready.inputs, ready.groups, texts, names=names, progress=progress)
-    found: Scores = {}
-    for name, (target, *_) in targets.items():
-        group = target.group or study.prompts.positive_group
+    names = [n for n in BASELINES if n != "label" or study.examples.positive_label is not None]
+    groups = ready.readings.groups
+    made = baseline_scores(ready.problem, ready.inputs, groups, texts, names=names, progress=progress)
+    other = study.prompts.positive_group or next(iter(groups))
+    found: dict[str, ByTarget] = {}
+    for name in targets.names:
+        group = name.about if name.about in groups else other
         for scores in made:
             if scores.group in (None, group):
-                values = values_by_example(scores.example_ids, scores.values)
-                found.setdefault(scores.baseline, {})[name] = values
+                values = dict(zip(scores.example_ids, map(float, scores.values), strict=True))
+                found.setdefault(scores.baseline, {})[str(name)] = values
     return found
 
 
-def _positive_label(ready: Ready) -> str:
-    """The label that names refusal, or else the first one."""
-    labels = sorted({example.label for example in ready.examples})
-    return next((label for label in labels if "refusal" in label), labels[0])
-
-
-def _scores_table(scores: Scores) -> pa.Table:
+def _long(scores: Mapping[str, ByTarget]) -> pa.Table:
     """Scores in long form."""
-    long = [(m, t, i, v) for m, of in scores.items() for t, by in of.items() for i, v in by.items()]
-    return pa.table([list(column) for column in zip(*long, strict=True)], schema=SCORES)
+    rows = [(i, m, t, v, None) for m, of in scores.items() for t, by in of.items() for i, v in by.items()]
+    return pa.table([list(column) for column in zip(*rows, strict=True)], schema=scores_schema())

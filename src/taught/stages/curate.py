@@ -1,4 +1,4 @@
-"""The stages ``curate`` and ``report``: what follows from the tables, without a model."""
+"""The stage ``curate``: which examples to keep and to drop, from the tables of a run."""
 
 from __future__ import annotations
 
@@ -12,63 +12,61 @@ from taught.analysis.curate import curate as decide
 from taught.data.examples import load_examples
 from taught.data.tables import read_rows
 from taught.errors import UserError
+from taught.progress import Progress
 from taught.run.files import json_line
 from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
-from taught.stages.targets import read_targets, stages_read
+from taught.stages.scored import default_target, read_scores
 from taught.study.schema import Study
 
 
-def curate(
-    run: RunFolder, rule: str | None = None, k: int | None = None, target: str | None = None, protect: str | None = None
-) -> None:
+def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
     """Write which examples to keep and which to drop, with the reason of each.
-
-    Parameters
-    ----------
-    rule, k, target, protect
-        Instead of the study's. Targets as in :mod:`taught.stages.targets`.
 
     Raises
     ------
     UserError
         Not a target of this run, or one that cannot be protected; what the rule refuses.
     """
-    study = run.study
-    given = {"rule": rule, "k": k, "target": target, "protect": protect}
-    for key, value in given.items():
-        study = study if value is None else study.replace(f"curation.{key}", value)
     chosen = study.curation
-    if chosen.rule not in RANKED and chosen.target != "score":
-        raise UserError(
-            "the published rule compares scores",
-            value=chosen.target,
-            rule="with --rule paper: score",
-            fix="for example: taught curate RUN --rule top-k --target mean_y:GROUP",
-        )
+    target = chosen.target or default_target(run)
+    labels = (study.examples.positive_label, study.examples.negative_label)
+    if chosen.rule not in RANKED:
+        if target != "score":
+            raise UserError(
+                "the published rule compares scores of a policy",
+                value=target,
+                rule="with --rule paper: score",
+                fix="for example: taught curate RUN --rule top-k --target behavior:GROUP",
+            )
+        if None in labels:
+            raise UserError(
+                "the published rule compares examples of two labels",
+                rule="examples.positive_label and examples.negative_label name them",
+                fix="set them in the study, or: taught curate RUN --rule top-k",
+            )
     k = chosen.k if chosen.rule in RANKED else None
-    with run.stage("curate", study, reads=stages_read(chosen.target, chosen.protect)):
-        asked = [chosen.target] + ([] if chosen.protect is None else [chosen.protect])
-        ranked, *guards = read_targets(run, *asked)
-        guard = guards[0] if guards else None
-        if guard is not None and not guard.influence:
-            raise _no_protection(guard.name)
+    with run.stage("curate", study):
+        ranked = read_scores(run, [target], chosen.method)
+        guard = None if chosen.protect is None else read_scores(run, [chosen.protect])
         summary = run.read_table("summary", ["example_id", "label"])
         decisions = decide(
             summary["example_id"].to_pylist(),
             summary["label"].to_pylist(),
-            ranked.values.tolist(),
+            ranked[target].tolist(),
             rule=chosen.rule,
             k=k,
-            target=chosen.target,
+            target=target,
             protect=chosen.protect,
-            protected=None if guard is None else guard.values.tolist(),
+            protected=None if guard is None else guard[guard.targets[0]].tolist(),
+            refusal_label=labels[0] or "",
+            compliance_label=labels[1] or "",
         )
         run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
         found = outcome(decisions, k)._asdict()
         if not ranked.influence:  # values that are not of a step say nothing about a change
             found["change"] = None
-        record = {"rule": chosen.rule, "k": k, "target": chosen.target, "protect": chosen.protect}
+        record = {"rule": chosen.rule, "k": k, "target": target, "method": ranked.method, "protect": chosen.protect}
         run.write_json("curation", record | {"lr": study.attribution.lr} | found)
         _write_choice(run, study, decisions)
 
@@ -86,15 +84,6 @@ _CURATION = pa.schema(
         ("protect_score", pa.float64()),
     ]
 )
-
-
-def _no_protection(target: str) -> UserError:
-    return UserError(
-        "this target cannot be protected",
-        value=target,
-        rule="only the sign of an influence says whether dropping an example lowers the target",
-        fix="protect score, mean_y:GROUP or concept:NAME",
-    )
 
 
 def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:
@@ -122,7 +111,7 @@ def _scored_rows(run: RunFolder, study: Study) -> dict[str, dict[str, Any]]:
             "the example file has changed since it was scored",
             value=str(path),
             rule="decisions belong to the examples that were scored",
-            fix=f"restore the file, or taught attribute STUDY --run {run.folder} --fresh",
+            fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
         )
     return dict(zip(load_examples(path).ids, read_rows(path), strict=True))
 
@@ -137,13 +126,3 @@ def _line(example_id: str, row: dict[str, Any], reason: str) -> str:
             rule="keep.jsonl and drop.jsonl hold the rows of your file",
             fix="turn the column into text or numbers, or leave it out",
         ) from None
-
-
-def report(run: RunFolder) -> None:
-    """Write ``report.html``."""
-    from taught.report.html import render
-    from taught.report.tables import Tables
-
-    with run.stage("report", run.study):
-        run.verify()
-        run.write_text("report.html", render(Tables(run)))

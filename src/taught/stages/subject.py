@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from taught.core.behavior import Behavior, encode_prompts
+from taught.core.registry import BEHAVIORS
 from taught.data.chat import ChatFormat, EncodedExample, EncodedPrompt
 from taught.data.examples import ExampleSet, load_examples
 from taught.data.overlap import drop_overlap
-from taught.data.prompts import PromptSet, load_prompts
+from taught.data.prompts import Prompt, PromptSet, load_prompts
 from taught.data.subset import spread
 from taught.errors import UserError
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder, load_sae
 from taught.model.adapter import adapter_patterns
-from taught.model.behavior import PrefixBehavior, build_behavior, tokenize_prefixes
 from taught.model.forward import get_block
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
-from taught.study.schema import Checkpoint, Study
+from taught.study.schema import Study
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from taught.core.example import Example
 
 
@@ -33,14 +36,14 @@ class Subject:
     ----------
     loaded : the model, its tokenizer and which weights were used
     chat : its chat format
-    sae : the sparse autoencoder, in the model's dtype and on its device
-    behavior : the prefixes as a token tree
+    sae : the sparse autoencoder, in the model's dtype and on its device; None: there is none
+    behavior : what is measured on every prompt
     """
 
     loaded: LoadedModel
     chat: ChatFormat
-    sae: SparseAutoencoder
-    behavior: PrefixBehavior
+    sae: SparseAutoencoder | None
+    behavior: Behavior
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -48,7 +51,30 @@ class Subject:
 
         A hub may serve other weights under the same name tomorrow.
         """
-        return {"model.weights": dict(self.loaded.weights), "sae.weights": self.sae.sha256()}
+        found: dict[str, Any] = {"model.weights": dict(self.loaded.weights)}
+        return found if self.sae is None else {**found, "sae.weights": self.sae.sha256()}
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return int(self.loaded.model.config.get_text_config().hidden_size)
+
+    @property
+    def required_sae(self) -> SparseAutoencoder:
+        """The sparse autoencoder.
+
+        Raises
+        ------
+        UserError
+            The study has none.
+        """
+        if self.sae is None:
+            raise UserError(
+                "this needs a sparse autoencoder, and the study has none",
+                rule="a policy is written in the features of an SAE",
+                fix="set sae.path in the study",
+            )
+        return self.sae
 
     def moving(self, study: Study) -> tuple[str, ...] | None:
         """Patterns of the parameters that a step moves: an adapter's alone where there is one."""
@@ -56,16 +82,21 @@ class Subject:
             return adapter_patterns(self.loaded.model)
         return study.attribution.parameters
 
+    def encode(self, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
+        """Prompts as tokens, with what the behavior scores behind each."""
+        return encode_prompts(self.behavior, prompts, self.chat)
+
     def features(self, ids: Any, study: Study) -> FeatureMap:
         """h -> X for the given feature ids."""
         import torch
 
-        index = torch.as_tensor(ids, device=self.sae.W_enc.device)
-        return FeatureMap(self.sae, index, study.sae.encoder, study.readout.position)
+        sae = self.required_sae
+        index = torch.as_tensor(ids, device=sae.W_enc.device)
+        return FeatureMap(sae, index, study.sae.encoder, study.readout.position)
 
 
 def open_subject(study: Study) -> Subject:
-    """Load the model, its chat format, the SAE and the behavior.
+    """Load the model, its chat format, the SAE (if the study has one) and the behavior.
 
     Raises
     ------
@@ -80,25 +111,25 @@ def open_subject(study: Study) -> Subject:
         chat_template=study.model.chat_template,
         adapter=study.model.adapter,
     )
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    chat = ChatFormat(loaded.tokenizer, context=context)
+    subject = Subject(loaded, chat, None, study.behavior.make(BEHAVIORS, "behavior"))
+    if study.sae.path is None:
+        return subject
     parameter = next(loaded.model.parameters())
     sae = load_sae(study.sae.path, block=study.sae.block).to(parameter.device, parameter.dtype)
     get_block(loaded.model, sae.block)
-    width = loaded.model.config.get_text_config().hidden_size
-    if sae.width != width:
+    if sae.width != subject.width:
         raise UserError(
             "the SAE does not fit the model's width",
-            value=f"SAE {sae.width}, model {width}",
+            value=f"SAE {sae.width}, model {subject.width}",
             rule="both have the width of the residual stream",
             fix="use an SAE that was trained on this model",
         )
-    context = getattr(loaded.model.config, "max_position_embeddings", None)
-    chat = ChatFormat(loaded.tokenizer, context=context)
-    texts = study.behavior.prefixes
-    behavior = build_behavior(texts, tokenize_prefixes(loaded.tokenizer, texts))
-    return Subject(loaded, chat, sae, behavior)
+    return replace(subject, sae=sae)
 
 
-def open_checkpoint(study: Study, checkpoint: Checkpoint, subject: Subject) -> Any:
+def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | None) -> nn.Module:
     """Load the model of a checkpoint of the same training run.
 
     Where the study has an adapter, a checkpoint is an adapter of the same model.
@@ -110,64 +141,32 @@ def open_checkpoint(study: Study, checkpoint: Checkpoint, subject: Subject) -> A
     """
     whole = study.model.adapter is None
     loaded = load_model(
-        checkpoint.id if whole else study.model.id,
-        revision=checkpoint.revision if whole else study.model.revision,
+        id if whole else study.model.id,
+        revision=revision if whole else study.model.revision,
         dtype=study.model.dtype,
         device=study.model.device,
         chat_template=study.model.chat_template,
-        adapter=None if whole else checkpoint.id,
-        adapter_revision=None if whole else checkpoint.revision,
+        adapter=None if whole else id,
+        adapter_revision=None if whole else revision,
     )
     if loaded.tokenizer.get_vocab() != subject.loaded.tokenizer.get_vocab():
         raise UserError(
             "a checkpoint has another tokenizer than the model",
-            value=checkpoint.id,
+            value=id,
             rule="examples and prompts are the same tokens at every checkpoint",
             fix="use checkpoints of one training run",
         )
     width = loaded.model.config.get_text_config().hidden_size
-    if width != subject.sae.width:
+    if width != subject.width:
         raise UserError(
             "a checkpoint has another width than the model",
-            value=f"{checkpoint.id}: {width}, model {subject.sae.width}",
-            rule="one SAE reads every checkpoint",
+            value=f"{id}: {width}, model {subject.width}",
+            rule="what is read is read alike at every checkpoint",
             fix="use checkpoints of one training run",
         )
-    get_block(loaded.model, subject.sae.block)
+    if subject.sae is not None:
+        get_block(loaded.model, subject.sae.block)
     return loaded.model
-
-
-def refuse_combinations(study: Study) -> None:
-    """Raise a UserError for values of the section ``attribution`` that do not go together."""
-    spec = study.attribution
-    if spec.checkpoints is not None and spec.estimator == "finite-step":
-        raise UserError(
-            "the finite step cannot be taken at several checkpoints",
-            value="attribution.checkpoints",
-            rule="a real step is one step from one set of weights; a sum of them is none",
-            fix="use --set attribution.estimator=adjoint, or jvp",
-        )
-    if spec.estimator == "sketch" and (spec.checkpoints is not None or spec.curvature != "identity"):
-        raise UserError(
-            "sketches are of plain gradients at one set of weights",
-            value="attribution.checkpoints" if spec.checkpoints else f"curvature {spec.curvature}",
-            rule="curvature identity and no checkpoints go with the estimator sketch",
-            fix="use --set attribution.estimator=adjoint, or taught ask --curvature",
-        )
-    if spec.checkpoints is not None and spec.moments is not None:
-        raise UserError(
-            "one file of second moments cannot hold for several checkpoints",
-            value=spec.moments,
-            rule="each checkpoint has moments of its own",
-            fix="set attribution.moments to null: they are estimated at each checkpoint",
-        )
-    if spec.moments is not None and spec.curvature != "adam":
-        raise UserError(
-            "second moments are given, but steps are not Adam's",
-            value=spec.moments,
-            rule="attribution.moments goes with attribution.curvature: adam",
-            fix="use --set attribution.curvature=adam, or leave moments out",
-        )
 
 
 def study_prompts(study: Study) -> PromptSet:
@@ -175,7 +174,7 @@ def study_prompts(study: Study) -> PromptSet:
     prompts = load_prompts(study.prompts.path)
     chosen = spread(prompts.prompts, study.prompts.limit, lambda p: (p.group, p.category), lambda p: p.id)
     for group in (study.prompts.positive_group, study.prompts.negative_group):
-        if all(prompt.group != group for prompt in chosen):
+        if group is not None and all(prompt.group != group for prompt in chosen):
             raise UserError(
                 "a group has no prompts",
                 value=group,
@@ -198,13 +197,14 @@ def study_examples(study: Study, prompts: PromptSet) -> tuple[ExampleSet, list[s
     return kept, [example_id for example_id, _ in overlap]
 
 
-def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str) -> list[ReadPrompt]:
-    """Token inputs of evaluation prompts with the tokens at which h is read."""
-    return [ReadPrompt(prompt.id, tuple(prompt.input_ids), tuple(read_tokens(prompt, position))) for prompt in encoded]
+def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str | None) -> list[ReadPrompt]:
+    """Token inputs of evaluation prompts with the tokens at which h is read; none without a position."""
+    return [
+        ReadPrompt(e.id, tuple(e.input_ids), tuple(read_tokens(e, position) if position else ()), e.suffixes)
+        for e in encoded
+    ]
 
 
 def example_inputs(encoded: Sequence[EncodedExample]) -> list[Example]:
     """Token inputs of examples."""
-    from taught.core.example import sft
-
-    return [sft(example.id, example.input_ids, example.response_start) for example in encoded]
+    return [example.example() for example in encoded]

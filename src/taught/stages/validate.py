@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from taught.analysis.curate import curate
+from taught.core.names import TargetName
+from taught.core.readings import Readings
+from taught.core.target import TargetSet, kind_of
 from taught.errors import UserError
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
-from taught.stages.estimating import Ready, prepare, read_data
+from taught.stages.ready import Ready, prepare, read_data
+from taught.stages.scored import default_target, read_scores, run_targets
 from taught.stages.subject import Subject, open_subject
 from taught.study.schema import Study, ValidationSpec
 from taught.training.loop import Recipe
@@ -24,7 +27,7 @@ from taught.validation.curves import CurvePoint, Kind, Plan, compare_curves, pla
 from taught.validation.design import Chosen, Couples, Effect, choose, couple_effect, couples, estimate
 from taught.validation.judge import Judge, judge_responses, load_judge
 from taught.validation.lds import table_of
-from taught.validation.outcomes import TargetName, changes, soft_metrics
+from taught.validation.outcomes import changes, soft_metrics
 from taught.validation.subsets import Subsets, leave_one_out, leave_share_out, matched_subsets, random_subsets
 
 OUTCOMES = pa.schema(
@@ -33,8 +36,6 @@ OUTCOMES = pa.schema(
         ("subset", pa.string()),
         ("repeat", pa.int64()),
         ("target", pa.string()),
-        ("feature_id", pa.int64()),
-        ("group", pa.string()),
         ("value", pa.float64()),
     ]
 )
@@ -73,27 +74,21 @@ Name = tuple[str, str, int]  # design, subset, repeat
 BASE = ("base", "base", 0)
 
 
-def validate(study: Study, run: RunFolder, progress: Progress | None = None, judge: str | None = None) -> None:
+def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
     """Train on each subset of the study's designs, read the prompts again, and keep what changed.
 
     Finished retrainings are kept in the folder ``retrained`` and never made twice.
 
-    Parameters
-    ----------
-    judge
-        ``module:function`` that reads the models' answers; None: the rules
-        (:mod:`taught.validation.judge`).
-
     Raises
     ------
     UserError
-        The policy or the influence is missing or of another study; a subset cannot be drawn;
+        The readings or the influence are missing or of another study; a subset cannot be drawn;
         training diverges (finished retrainings are kept).
     """
     progress = progress or SilentProgress()
-    decide = load_judge(judge)
+    decide = load_judge(study.validation.judge)
     data = read_data(study, progress)
-    progress.step("load model and SAE")
+    progress.step("load the model")
     subject = open_subject(study)
     reads = ("curate",) if "curated" in study.validation.designs else ()
     with run.stage("validate", study, subject.identity, reads) as stage:
@@ -110,6 +105,16 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None, jud
             made[name] = retrainer.run(ids, study.validation.seed + name[2])
         judged = _judged(run, subject, made, decide)
         _write(study, run, ready, designs, made, judged)
+
+
+def measured_targets(study: Study, readings: Readings) -> list[TargetName]:
+    """What a retraining can be measured on: all that the run asks for, but pathways and concepts."""
+    wanted = ["behavior:*", *(f"behavior:{name}" for name in readings.categories)]
+    if readings.policy is not None:
+        wanted = ["score", "coefficient:*", *wanted]
+    names = [TargetName.parse(text) for text in (*wanted, *(study.attribution.targets or ()))]
+    own = [n for n in names if all(kind_of(part).reads != "concepts" for part in n.parts)]
+    return [name for name in TargetSet.of(own, readings).names if name.pathway is None]
 
 
 def _retrainer(study: Study, run: RunFolder, subject: Subject, ready: Ready, progress: Progress) -> Retrainer:
@@ -212,7 +217,12 @@ def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
     """The published experiment: all examples, the published rule, as many by this run, at random."""
     run.require("attribute")
     summary = run.read_table("summary", ["example_id", "label", "score"])
-    decisions = curate(*(summary[name].to_pylist() for name in summary.column_names), rule="paper")
+    decisions = curate(
+        *(summary[name].to_pylist() for name in summary.column_names),
+        rule="paper",
+        refusal_label=study.examples.positive_label or "",
+        compliance_label=study.examples.negative_label or "",
+    )
     kept = tuple(sorted(row["example_id"] for row in decisions if row["action"] == "keep"))
     if not 0 < len(kept) < len(ids):
         raise UserError(
@@ -271,35 +281,18 @@ def _strongest(study: Study, run: RunFolder, k: int) -> list[str]:
 def _asked(study: Study, run: RunFolder) -> dict[str, float]:
     """Example id -> influence of this run on the target that examples are removed by."""
     run.require("attribute")
-    target = _target(study)
-    one = pc.field("target") == target.target  # of a large table the other targets are not read
-    rows = influence_of(run, one).get(target)
-    if rows is None:
-        raise UserError(
-            "this run has no influence on what examples are to be removed by",
-            value=study.validation.remove_by,
-            rule="score or mean_y:GROUP",
-            fix="set validation.remove_by",
-        )
-    return rows
+    target = _target(study, run)
+    return read_scores(run, [str(target)]).by_example(target)
 
 
-def _target(study: Study) -> TargetName:
-    """The target that examples are named by."""
-    target, _, group = study.validation.remove_by.partition(":")
-    return TargetName(target, group=group or None)
-
-
-def influence_of(run: RunFolder, rows: pc.Expression | None = None) -> dict[TargetName, dict[str, float]]:
-    """Total influence of the run, or of some rows of its table: target -> example id -> value."""
-    total = (pc.field("pathway") == "total") | (pc.field("target") == "mean_y")
-    columns = ["example_id", "target", "feature_id", "group", "value"]
-    table = run.read_table("influence", columns, total if rows is None else total & rows)
-    found: dict[TargetName, dict[str, float]] = {}
-    for row in table.to_pylist():
-        name = TargetName(row["target"], row["feature_id"], row["group"])
-        found.setdefault(name, {})[row["example_id"]] = row["value"]
-    return found
+def _target(study: Study, run: RunFolder) -> TargetName:
+    """The target that examples are named by: the study's, that of the curation, or what the run ranks by."""
+    spec = study.validation.remove_by or study.curation.target
+    if spec is None:
+        behaviors = [name for name in run_targets(run) if name.startswith("behavior")]
+        negative = f"behavior:{study.prompts.negative_group}"
+        spec = negative if negative in behaviors else next(iter(behaviors), default_target(run))
+    return TargetName.parse(spec)
 
 
 def _labels(ready: Ready) -> dict[str, str]:
@@ -323,26 +316,27 @@ def _write(
     made: Mapping[Name, Retraining],
     judged: Mapping[Name, Mapping[str, float]],
 ) -> None:
-    spec = study.prompts
-    sides = [ready.groups[spec.positive_group], ready.groups[spec.negative_group]]
-    groups = {**ready.groups, **_categories(run)}
-    base = made[BASE]
-    models = [_model_row(BASE, base, sides, judged)]
+    readings, base = ready.readings, made[BASE]
+    sides = _sides(study, readings)
+    measured = measured_targets(study, readings)
+    degree = ready.subject.behavior.degree
+    models = [_model_row(BASE, base, sides, judged, degree)]
     subsets, outcomes = [], []
     for name, after in made.items():
         if name == BASE:
             continue
         if name[2] == 0:
             subsets += [(*name[:2], example_id) for example_id in after.ids]
-        outcomes += [(*name, *target, value) for target, value in changes(ready.fitted, base, after, groups).items()]
-        models.append(_model_row(name, after, sides, judged))
+        outcomes += [(*name, target, value) for target, value in changes(readings, base, after, measured).items()]
+        models.append(_model_row(name, after, sides, judged, degree))
     points = [point for design in designs if design in CURVES for point in _points(design, study, run, ready, made)]
     if points:
         run.write_table("curves", table_of(points))
     effects = _effects(study, run, designs, ready, outcomes)
     if effects:
         run.write_table("named_effects", table_of(effects))
-    arms = [row for design in ARMS if design in designs for row in _arms(design, ready, sides, made)]
+    published = bool(sides) and np.allclose(np.log(degree(base.y)), base.y)  # the metrics take y for a log probability
+    arms = [row for design in ARMS if design in designs and published for row in _arms(design, ready, sides, made)]
     if arms:
         run.write_table("arms", table_of(arms))
     run.write_table("subsets", _table(SUBSETS, subsets))
@@ -352,24 +346,41 @@ def _write(
         "validation",
         {
             "recipe": asdict(Recipe.of(study.validation)),
-            "base": asdict(soft_metrics(base, *sides)),
+            "base": asdict(soft_metrics(base, sides[0], sides[1], degree)) if sides else None,
             "inclusion": {design: dict(subsets.inclusion) for design, subsets in designs.items()},
         },
     )
 
 
+def _sides(study: Study, readings: Readings) -> list[Sequence[str]]:
+    """Prompts that should show the behavior and those that should not; empty where the study does not say."""
+    spec = study.prompts
+    if spec.positive_group is None or spec.negative_group is None:
+        return []
+    return [readings.groups[group] for group in spec.sides]
+
+
 def _model_row(
-    name: Name, model: Retraining, sides: Sequence[Sequence[str]], judged: Mapping[Name, Mapping[str, float]]
+    name: Name,
+    model: Retraining,
+    sides: Sequence[Sequence[str]],
+    judged: Mapping[Name, Mapping[str, float]],
+    degree: Callable[[Any], Any],
 ) -> tuple[Any, ...]:
-    """A row of the table ``models``."""
+    """A row of the table ``models``; metrics are null where the study does not say what is wanted."""
+    metrics = astuple(soft_metrics(model, sides[0], sides[1], degree)) if sides else (None,) * 4
     losses = [float(values.mean()) if values.size else None for values in (model.losses_before, model.losses_after)]
-    shares = [None, None] if name not in judged else [float(np.mean([judged[name][i] for i in side])) for side in sides]
+    shares = (
+        [None, None]
+        if name not in judged or not sides
+        else [float(np.mean([judged[name][i] for i in side])) for side in sides]
+    )
     return (
         *name,
         len(model.ids),
         model.seed,
         *losses,
-        *astuple(soft_metrics(model, *sides)),
+        *metrics,
         *shares,
         model.seconds_training + model.seconds_reading,
         model.key,
@@ -394,7 +405,7 @@ def _arms(
     for (of, name, _), model in made.items():
         if of == design:
             models.setdefault(_arm(name), []).append(model)
-    column = {prompt_id: n for n, prompt_id in enumerate(ready.fitted.prompt_ids)}
+    column = {prompt_id: n for n, prompt_id in enumerate(ready.readings.prompt_ids)}
     rows = compare_arms(
         {arm: np.array([model.y for model in some]) for arm, some in models.items()},
         {arm: len(some[0].ids) for arm, some in models.items()},
@@ -427,10 +438,10 @@ def _effects(
     if not asked:
         return []
     ids = [example.id for example in ready.inputs]
-    target, scores = _target(study), _asked(study, run)
+    target, scores = _target(study, run), _asked(study, run)
     found = []
     for design in asked:
-        changed = {row[1]: row[-1] for row in outcomes if row[0] == design and TargetName(*row[3:-1]) == target}
+        changed = {row[1]: row[-1] for row in outcomes if row[0] == design and row[3] == str(target)}
         if design == "chosen":
             plan = _chosen(study, run, ids)
             effect = estimate(plan.question, plan.rounds, changed, scores)[0]
@@ -438,10 +449,7 @@ def _effects(
             effect = couple_effect(_couples(study, run, ids), changed)
         found.append(
             NamedEffect(
-                **asdict(effect),
-                design=design,
-                target=study.validation.remove_by,
-                examples=study.validation.named_of(len(ids))[0],
+                **asdict(effect), design=design, target=str(target), examples=study.validation.named_of(len(ids))[0]
             )
         )
     return found
@@ -458,12 +466,13 @@ class Point(CurvePoint):
 
 
 def _points(design: str, study: Study, run: RunFolder, ready: Ready, made: Mapping[Name, Retraining]) -> list[Point]:
-    """Mean y of the group by the examples that were named, against random ones; none for the score."""
-    target = _target(study)
-    if target.group is None:
+    """Behavior on the target's prompts by the examples that were named, against random ones."""
+    target = _target(study, run)
+    _, B = kind_of(target).cotangents(target, ready.readings)
+    if kind_of(target).reads != "behavior" or target.minus is not None or B is None:
         return []
     plan = _plan(design, study, run, [example.id for example in ready.inputs])
-    rows = [ready.fitted.prompt_ids.index(prompt_id) for prompt_id in ready.groups[target.group]]
+    rows = np.flatnonzero(B)
 
     def outcomes(names: Sequence[str]) -> list[np.ndarray]:
         return [made[design, name, 0].y[rows] for name in names]
@@ -474,17 +483,6 @@ def _points(design: str, study: Study, run: RunFolder, ready: Ready, made: Mappi
         Point(**asdict(point), design=design, area=curve.area, area_lo=curve.lo, area_hi=curve.hi)
         for point in curve.points
     ]
-
-
-def _categories(run: RunFolder) -> dict[str, list[str]]:
-    """Category -> ids of its prompts, of those that have one that is not the name of a group."""
-    found: dict[str, list[str]] = {}
-    rows = run.read_table("prompts").select(["prompt_id", "group", "category"]).to_pylist()
-    groups = {row["group"] for row in rows}
-    for row in rows:
-        if row["category"] is not None and row["category"] not in groups:
-            found.setdefault(row["category"], []).append(row["prompt_id"])
-    return found
 
 
 def _table(schema: pa.Schema, rows: Sequence[tuple[Any, ...]]) -> pa.Table:

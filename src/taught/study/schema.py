@@ -1,31 +1,42 @@
-"""Study: the frozen description of one question, read from YAML, with flags overriding it.
+"""Study: the frozen description of one question. A key is a field: its default, its rule, its meaning.
 
-The fields, their defaults and their meaning stand in docs/formats.md. Nothing here imports torch.
+Behavior, estimator, curvature and trajectory are methods: a name, or a mapping of ``kind`` and
+parameters, which the registered method itself declares. Nothing here imports torch; a method is
+imported only where a study gives it parameters.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-import yaml
-
 from taught.core import rules
-from taught.core.rules import Rule
+from taught.core.names import TargetName
+from taught.core.registry import (
+    BEHAVIORS,
+    CURVATURES,
+    ESTIMATORS,
+    TARGETS,
+    TRAJECTORIES,
+    Choice,
+    Registry,
+    parameters,
+    setting,
+)
+from taught.core.rules import Rule, Visit
 from taught.errors import UserError
-from taught.presets import list_presets, preset_path
+from taught.study import gone
 
 __all__ = [
-    "COMMENTED_TEMPLATE",
     "AttributionSpec",
-    "BehaviorSpec",
-    "Checkpoint",
+    "ClampSpec",
+    "ClustersSpec",
+    "ConceptSpec",
     "CurationSpec",
     "ExamplesSpec",
     "FeaturesSpec",
@@ -34,184 +45,413 @@ __all__ = [
     "PromptsSpec",
     "ReadoutSpec",
     "SaeSpec",
-    "SketchSpec",
     "Study",
     "ValidationSpec",
-    "dump_study",
-    "list_presets",
-    "load_study",
-    "preset_path",
+    "plain",
 ]
 
-
-# What `taught init` writes: every key with its default and a comment.
-COMMENTED_TEMPLATE = (Path(__file__).parent / "template.yaml").read_text("utf-8")
+POSITIONS = ("last_user", "last_prompt", "mean_user", "max_user")
 
 
-def _field(default: Any, rule: Rule) -> Any:
-    return field(default=default, metadata={"rule": rule})
+def _pace(default: Any, rule: Rule, doc: str) -> Any:
+    """A key that changes how fast results come, and nothing about them."""
+    return field(default=default, metadata={"rule": rule, "doc": doc, "pace": True})
 
 
-class _Section:
+# Rules that know their key: a section, a method, a target
+
+
+def _section(spec: type[Section], *, optional: bool = False) -> Any:
+    """A field that is a section; an optional one is null by default."""
+
+    def parse(value: Any) -> Section | None:
+        if isinstance(value, spec) or (optional and value is None):
+            return value
+        return spec() if value is None or (optional and value is True) else _section_from(spec, value)
+
+    def walk(key: str, value: Section, visit: Visit) -> Section:
+        return _visited(value, f"{key}.", visit)
+
+    metadata = {"rule": Rule("a section", parse, walk=walk), "doc": spec.__doc__, "section": spec}
+    return field(default=None, metadata=metadata) if optional else field(default_factory=spec, metadata=metadata)
+
+
+def _method(key: str, registry: Registry[Any], default: str, doc: str) -> Any:
+    """A field that names a registered method, with or without parameters."""
+
+    def parse(value: Any) -> Choice:
+        if isinstance(value, Choice):
+            value = value.plain()
+        if not isinstance(value, str | Mapping):
+            raise ValueError
+        given = {"kind": value} if isinstance(value, str) else dict(value)
+        kind = given.pop("kind", default)
+        if not isinstance(kind, str):
+            raise ValueError
+        try:
+            registry.require(kind)
+        except UserError as error:
+            fix = gone.value(key, kind) or error.fix
+            raise UserError(f"{key}: {error.what}", value=kind, rule=error.rule, fix=fix) from None
+        return Choice(kind, _checked_parameters(key, registry, kind, given) if given else {})
+
+    def walk(key: str, value: Choice, visit: Visit) -> Choice:
+        if not value.values:
+            return value
+        known = parameters(registry.get(value.kind))
+        values = {
+            name: known[name].metadata["rule"].visited(f"{key}.{name}", item, visit)
+            for name, item in value.values.items()
+        }
+        return Choice(value.kind, values)
+
+    rule = Rule("the name of a method, or a mapping of kind and parameters", parse, walk=walk)
+    return field(default=Choice(default), metadata={"rule": rule, "doc": doc, "registry": registry})
+
+
+def _checked_parameters(key: str, registry: Registry[Any], kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters, in the method's order, without those that are at their defaults."""
+    known = parameters(registry.get(kind))
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            raise UserError(
+                f"unknown key {key}.{name}",
+                value=given[name],
+                rule=f"parameters of {kind}: {', '.join(known)}" if known else f"{kind} has no parameters",
+                fix=f"did you mean {key}.{close[0]}?" if close else "remove it",
+            )
+    checked = {
+        name: _checked(f"{key}.{name}", item.metadata["rule"], given[name])
+        for name, item in known.items()
+        if name in given
+    }
+    return {name: value for name, value in checked.items() if value != known[name].default}
+
+
+def _target() -> Rule:
+    """The rule for the name of a target, kept as it prints."""
+
+    def parse(value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError
+        if value.startswith("mean_y:"):
+            fix = f"write behavior:{value.removeprefix('mean_y:')}"
+            raise UserError("no target has this name any more", value=value, fix=fix)
+        TARGETS.get(value.partition(":")[0])
+        return str(TargetName.parse(value))
+
+    return Rule("the name of a target, such as behavior:GROUP", parse)
+
+
+def _source() -> Rule:
+    """The rule for what a concept is made of; the file in it is a path."""
+    kinds = ("difference", "probe", "feature:ID", "file:PATH")
+
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or value.partition(":")[0] not in ("difference", "probe", "feature", "file"):
+            raise ValueError
+        return value
+
+    def walk(key: str, value: str, visit: Visit) -> str:
+        if not value.startswith("file:"):
+            return value
+        path, colon, tensor = value.removeprefix("file:").partition(":")
+        return f"file:{visit(key, path, 'file')}{colon}{tensor}"
+
+    return Rule("one of " + ", ".join(kinds), parse, walk=walk)
+
+
+# Sections
+
+
+class Section:
     """Checks each field against its rule when an instance is made, by whatever route."""
 
     section: ClassVar[str]
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(cast(Any, self)):
-            value = _checked(f"{self.section}.{item.name}", _rule(item), getattr(self, item.name))
-            object.__setattr__(self, item.name, value)
+            value = getattr(self, item.name)
+            if value is not item.default:  # the default is right, and checking it may import a method
+                checked = _checked(f"{self.section}.{item.name}", item.metadata["rule"], value)
+                object.__setattr__(self, item.name, checked)
 
 
 @dataclass(frozen=True)
-class ModelSpec(_Section):
+class ModelSpec(Section):
     """The model under study, in evaluation mode; its weights never change."""
 
     section: ClassVar[str] = "model"
-    id: str = _field("HuggingFaceTB/SmolLM2-135M-Instruct", rules.text())
-    revision: str | None = _field(None, rules.optional(rules.text()))
-    dtype: str = _field("float32", rules.one_of("float32", "bfloat16", "float16", "float64"))
-    device: str = _field("cpu", rules.text())
-    chat_template: str | None = _field(None, rules.optional(rules.path()))
-    adapter: str | None = _field(None, rules.optional(rules.text()))
+    id: str = setting("HuggingFaceTB/SmolLM2-135M-Instruct", rules.folder_or_hub_id(), "hub id, or a folder (./mine)")
+    revision: str | None = setting(None, rules.optional(rules.text()), "a branch, tag or commit of the hub")
+    dtype: str = setting(
+        "float32", rules.one_of("float32", "bfloat16", "float16", "float64"), "float32 | bfloat16 | float16 | float64"
+    )
+    device: str = setting("cpu", rules.text(), "cpu | cuda | cuda:1 | mps | auto (spread over GPUs)")
+    chat_template: str | None = setting(
+        None, rules.optional(rules.path()), "a Jinja file, for a tokenizer that has no chat template"
+    )
+    adapter: str | None = setting(
+        None,
+        rules.optional(rules.folder_or_hub_id()),
+        "a LoRA adapter of peft, folder or hub id; then only its parameters move",
+    )
 
 
 @dataclass(frozen=True)
-class SaeSpec(_Section):
-    """The sparse autoencoder whose features describe the model."""
+class SaeSpec(Section):
+    """The sparse autoencoder whose features describe the model; without one there is no policy."""
 
     section: ClassVar[str] = "sae"
-    path: str = _field("sae", rules.text())
-    block: int | None = _field(None, rules.optional(rules.whole(0)))
-    encoder: Literal["sae", "relu"] = _field("sae", rules.one_of("sae", "relu"))
-    max_fvu: float = _field(0.9, rules.number(above=0))
+    path: str | None = setting(
+        None,
+        rules.optional(rules.folder_or_hub_id()),
+        "folder in the format of SAELens or sparsify, or release:sae_id; null: no SAE, no policy",
+    )
+    block: int | None = setting(
+        None, rules.optional(rules.whole(0)), "block whose output the SAE reads; null: what its cfg.json says"
+    )
+    encoder: Literal["sae", "relu"] = setting(
+        "sae", rules.one_of("sae", "relu"), "sae: its true encoder | relu: the dense proxy of the paper"
+    )
+    max_fvu: float = setting(
+        0.9, rules.number(above=0), "refuse an SAE that leaves more unexplained; set it near your SAE's own"
+    )
 
 
 @dataclass(frozen=True)
-class ReadoutSpec(_Section):
+class ReadoutSpec(Section):
     """Where in a prompt the residual stream is read."""
 
     section: ClassVar[str] = "readout"
-    position: Literal["last_user", "last_prompt", "mean_user", "max_user"] = _field(
-        "mean_user", rules.one_of("last_user", "last_prompt", "mean_user", "max_user")
+    position: Literal["last_user", "last_prompt", "mean_user", "max_user"] = setting(
+        "mean_user", rules.one_of(*POSITIONS), " | ".join(POSITIONS)
     )
 
 
 @dataclass(frozen=True)
-class BehaviorSpec(_Section):
-    """The behavior: log of the summed probability of these beginnings of a response."""
-
-    section: ClassVar[str] = "behavior"
-    prefixes: tuple[str, ...] = _field(("I can't", "I cannot", "I'm sorry"), rules.list_of(rules.text()))
-
-
-@dataclass(frozen=True)
-class PromptsSpec(_Section):
+class PromptsSpec(Section):
     """The evaluation prompts."""
 
     section: ClassVar[str] = "prompts"
-    path: str = _field("prompts.jsonl", rules.path())
-    positive_group: str = _field("harmful", rules.text())
-    negative_group: str = _field("harmless", rules.text())
-    limit: int | None = _field(None, rules.optional(rules.whole(1)))
+    path: str = setting("prompts.jsonl", rules.path(), "JSONL, Parquet or CSV")
+    positive_group: str | None = setting(
+        None,
+        rules.optional(rules.text()),
+        "the group that should show the behavior, such as harmful; a policy needs both",
+    )
+    negative_group: str | None = setting(
+        None, rules.optional(rules.text()), "the group that should not, such as harmless"
+    )
+    limit: int | None = setting(
+        None, rules.optional(rules.whole(1)), "at most so many prompts, spread over groups and categories"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positive_group is not None and self.positive_group == self.negative_group:
+            raise UserError(
+                "prompts.positive_group and prompts.negative_group are the same",
+                value=self.positive_group,
+                rule="the features are chosen by the difference between two groups",
+                fix="name two groups of the prompt file",
+            )
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The positive and the negative group; UserError where the study does not name both."""
+        if self.positive_group is None or self.negative_group is None:
+            raise UserError(
+                "the study does not say which prompts should show the behavior",
+                rule="prompts.positive_group and prompts.negative_group name two groups of the prompts",
+                fix="for example: --set prompts.positive_group=harmful --set prompts.negative_group=harmless",
+            )
+        return self.positive_group, self.negative_group
 
 
 @dataclass(frozen=True)
-class ExamplesSpec(_Section):
-    """The fine-tuning examples whose effect is asked for."""
+class ExamplesSpec(Section):
+    """The training examples whose effect is asked for."""
 
     section: ClassVar[str] = "examples"
-    path: str = _field("pairs.jsonl", rules.path())
-    max_tokens: int = _field(512, rules.whole(1))
-    limit: int | None = _field(None, rules.optional(rules.whole(1)))
-    drop_overlap: bool = _field(False, rules.flag())
-    drop_truncated: bool = _field(False, rules.flag())
+    path: str = setting("examples.jsonl", rules.path(), "JSONL, Parquet or CSV: messages, prompt + response, or text")
+    kind: Literal["pair", "document"] = setting(
+        "pair",
+        rules.one_of("pair", "document"),
+        "pair: the response's tokens are trained on | document: all tokens of a text",
+    )
+    max_tokens: int = setting(
+        512, rules.whole(1), "a longer example is an error, or left out with drop_truncated; a document is cut up"
+    )
+    limit: int | None = setting(None, rules.optional(rules.whole(1)), "at most so many examples, spread over labels")
+    drop_overlap: bool = setting(
+        False, rules.flag(), "true: leave out examples whose prompt is an evaluation prompt, and list them"
+    )
+    drop_truncated: bool = setting(
+        False, rules.flag(), "true: leave out examples whose response is cut off, and list them"
+    )
+    positive_label: str | None = setting(
+        None, rules.optional(rules.text()), "the label of examples that should teach the behavior; null: not known"
+    )
+    negative_label: str | None = setting(
+        None, rules.optional(rules.text()), "the label of those that should teach its absence"
+    )
 
 
 @dataclass(frozen=True)
-class FeaturesSpec(_Section):
+class FeaturesSpec(Section):
     """Which features of the SAE the policy is written in."""
 
     section: ClassVar[str] = "features"
-    ids: tuple[int, ...] | None = _field(None, rules.optional(rules.list_of(rules.whole(0))))
-    threshold: float = _field(0.1, rules.number(minimum=0))
-    max_features: int = _field(75, rules.whole(1))
-    labels: str | None = _field(None, rules.optional(rules.path()))
+    ids: tuple[int, ...] | None = setting(
+        None, rules.optional(rules.list_of(rules.whole(0))), "feature ids, e.g. [12, 407]; null: chosen by the contrast"
+    )
+    threshold: float = setting(0.1, rules.number(minimum=0), "difference of the group means that a feature must exceed")
+    max_features: int = setting(75, rules.whole(1), "at most so many, the strongest first")
+    labels: str | None = setting(None, rules.optional(rules.path()), "a file with your own labels")
 
 
 @dataclass(frozen=True)
-class PolicySpec(_Section):
+class PolicySpec(Section):
     """The ridge regression of the behavior on the features."""
 
     section: ClassVar[str] = "policy"
-    alpha: float | Literal["cv"] = _field(5.0, rules.either("cv", rules.number(above=0)))
-    intercept: bool = _field(False, rules.flag())
-    folds: int = _field(5, rules.whole(2))
-    bootstrap: int = _field(500, rules.whole(20))
-    seed: int = _field(0, rules.whole(0))
+    alpha: float | Literal["cv"] = setting(
+        5.0, rules.either("cv", rules.number(above=0)), "ridge penalty: a number, or cv (cross-validation)"
+    )
+    intercept: bool = setting(False, rules.flag(), "false is the paper's")
+    folds: int = setting(5, rules.whole(2), "of the cross-validation")
+    bootstrap: int = setting(500, rules.whole(20), "resamples for the intervals")
+    seed: int = setting(0, rules.whole(0), "of every draw")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """Weights that a training run passed through, and its learning rate there."""
+class ConceptSpec(Section):
+    """A direction in the residual stream, made of two groups, features or a file, or a saved one."""
 
-    id: str
-    lr: float
-    revision: str | None = None
+    section: ClassVar[str] = "concepts"
+    name: str = setting("concept", rules.text(), "the target is concept:NAME")
+    path: str | None = setting(None, rules.optional(rules.folder()), "a folder of a saved concept; then nothing else")
+    source: str | None = setting(
+        None,
+        rules.optional(_source()),
+        "difference (of two groups' means) | probe | feature:ID or feature:ID=SHARE,ID=SHARE | file:PATH[:TENSOR]",
+    )
+    block: int | None = setting(None, rules.optional(rules.whole(0)), "whose output is read; null: the SAE's")
+    position: str | None = setting(
+        None, rules.optional(rules.one_of(*POSITIONS)), "tokens of a prompt that are read; null: readout.position"
+    )
+    tokens: str = setting("mean_response", rules.text(), "tokens of an example: mean_response | last_response")
+    examples: str | None = setting(
+        None, rules.optional(rules.path()), "labelled examples: the groups are these, in place of the prompts"
+    )
+    positive: str = setting("present", rules.text(), "label of the examples with the behavior")
+    negative: str = setting("absent", rules.text(), "label of the examples without it")
+    method: Literal["logistic", "ridge"] = setting("logistic", rules.one_of("logistic", "ridge"), "of a probe")
+    penalty: float = setting(1.0, rules.number(above=0), "of a probe, on rows of unit mean square")
+    norm: Literal["unit", "none"] = setting("unit", rules.one_of("unit", "none"), "unit | none: as it is")
+    read: Literal["prompts", "responses"] = setting(
+        "prompts",
+        rules.one_of("prompts", "responses"),
+        "what the target's mean is over: prompts | responses of the examples",
+    )
+    group: str | None = setting(
+        None, rules.optional(rules.text()), "of these prompts only, or of examples with this label; null: all"
+    )
+    force: bool = setting(False, rules.flag(), "true: also a direction that is no better than chance")
+    sweep: bool = setting(False, rules.flag(), "true: the card shows every block")
 
-
-_CHECKPOINT = rules.record(Checkpoint, id=rules.text(), lr=rules.number(above=0), revision=rules.optional(rules.text()))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.path is None) == (self.source is None):
+            raise UserError(
+                "a concept is made, or saved already",
+                value=self.name,
+                rule="either source or path",
+                fix="for example: {name: refusal, source: difference}",
+            )
 
 
 @dataclass(frozen=True)
-class AttributionSpec(_Section):
-    """How the effect of an example is computed."""
+class AttributionSpec(Section):
+    """How the effect of an example is computed, and on what."""
 
     section: ClassVar[str] = "attribution"
-    estimator: Literal["adjoint", "finite-step", "jvp", "sketch"] = _field(
-        "adjoint", rules.one_of("adjoint", "finite-step", "jvp", "sketch")
+    targets: tuple[str, ...] | None = setting(
+        None,
+        rules.optional(rules.list_of(_target())),
+        "score, coefficient:*, behavior:*, behavior:GROUP, prompt:*, concept:*, A - B ...; null: all that there are",
     )
-    lr: float = _field(1e-4, rules.number(above=0))
-    coefficients: bool = _field(True, rules.flag())
-    exact_top: int = _field(3, rules.whole(0))
-    memory_gb: float = _field(3.75, rules.number(above=0))
-    batch_tokens: int = _field(512, rules.whole(1))
-    checkpointing: bool = _field(False, rules.flag())
-    parameters: tuple[str, ...] | None = _field(None, rules.optional(rules.list_of(rules.text())))
-    curvature: Literal["identity", "adam", "ekfac"] = _field("identity", rules.one_of("identity", "adam", "ekfac"))
-    moments: str | None = _field(None, rules.optional(rules.path()))
-    adam_eps: float = _field(1e-8, rules.number(above=0))
-    adam_batch: int = _field(1, rules.whole(1))
-    damping: float = _field(0.1, rules.number(above=0))
-    checkpoints: tuple[Checkpoint, ...] | None = _field(None, rules.optional(rules.list_of(_CHECKPOINT)))
+    estimator: Choice = _method("attribution.estimator", ESTIMATORS, "adjoint", "how the inner product is obtained")
+    curvature: Choice = _method(
+        "attribution.curvature", CURVATURES, "identity", "identity: plain SGD; else steps in another metric"
+    )
+    trajectory: Choice = _method(
+        "attribution.trajectory", TRAJECTORIES, "base", "base: at the model's weights; else along a training run"
+    )
+    lr: float = setting(1e-4, rules.number(above=0), "learning rate of the one SGD step")
+    exact_top: int = setting(
+        3, rules.whole(0), "so many top examples get a real step, an exact refit and shares of their tokens too"
+    )
+    memory_gb: float = _pace(3.75, rules.number(above=0), "working memory for gradients")
+    batch_tokens: int = _pace(512, rules.whole(1), "tokens that go through the model at once")
+    checkpointing: bool = _pace(False, rules.flag(), "true: long examples in about half the memory, and more time")
+    parameters: tuple[str, ...] | None = setting(
+        None,
+        rules.optional(rules.list_of(rules.text())),
+        'only what matches moves, e.g. ["model.layers.1?.mlp.*"]; null: all',
+    )
+    concept_methods: tuple[str, ...] = setting(
+        (),
+        rules.list_of(
+            rules.one_of("vector-filter", "projection-difference-response", "projection-difference-training"),
+            empty=True,
+        ),
+        "beside the influence: vector-filter, projection-difference-response, projection-difference-training",
+    )
+    checkpoint: str | None = setting(
+        None, rules.optional(rules.folder_or_hub_id()), "the fine-tuned model, for projection-difference-training"
+    )
+    max_new_tokens: int = setting(128, rules.whole(1), "of an own answer, for projection-difference-response")
 
 
 @dataclass(frozen=True)
-class SketchSpec(_Section):
-    """The store of sketches that the estimator ``sketch`` fills and reads."""
+class ClampSpec(Section):
+    """A check of the policy by edits in the model: each feature is scaled, the behavior read again."""
 
-    section: ClassVar[str] = "sketch"
-    store: str | None = _field(None, rules.optional(rules.path()))
-    dim: int = _field(16384, rules.whole(64))
-    error: float | None = _field(None, rules.optional(rules.number(above=0)))
-    seed: int = _field(0, rules.whole(0))
-    sample: int = _field(8, rules.whole(1))
-
-    @property
-    def size(self) -> int:
-        """K: ``dim``, or the least multiple of 64 with 1 / sqrt(K) at most ``error``."""
-        return self.dim if self.error is None else 64 * max(1, math.ceil(1 / self.error**2 / 64))
+    section: ClassVar[str] = "clamp"
+    prompts: int = setting(24, rules.whole(2), "at most so many prompts a feature, of those on which it is active")
+    controls: int = setting(8, rules.whole(2), "random directions a feature, for comparison")
 
 
 @dataclass(frozen=True)
-class CurationSpec(_Section):
+class ClustersSpec(Section):
+    """Groups of examples by their active features."""
+
+    section: ClassVar[str] = "clusters"
+    k: int | None = setting(None, rules.optional(rules.whole(2)), "number of clusters; null: by the silhouette")
+    target: str | None = setting(None, rules.optional(_target()), "one target; null: the score and every behavior:*")
+
+
+@dataclass(frozen=True)
+class CurationSpec(Section):
     """Which examples are dropped."""
 
     section: ClassVar[str] = "curation"
-    rule: Literal["paper", "top-k", "keep-k"] = _field("paper", rules.one_of("paper", "top-k", "keep-k"))
-    k: int = _field(20, rules.whole(1))
-    target: str = _field("score", rules.text())
-    protect: str | None = _field(None, rules.optional(rules.text()))
+    rule: Literal["paper", "top-k", "keep-k"] = setting(
+        "paper",
+        rules.one_of("paper", "top-k", "keep-k"),
+        "paper | top-k (drops the k highest) | keep-k (keeps the k lowest)",
+    )
+    k: int = setting(20, rules.whole(1), "of top-k and keep-k")
+    target: str | None = setting(
+        None, rules.optional(_target()), "what top-k and keep-k rank by; null: score, or the first behavior target"
+    )
+    method: str | None = setting(None, rules.optional(rules.text()), "whose scores; null: the run's own")
+    protect: str | None = setting(
+        None, rules.optional(_target()), "a second target that dropping examples must not lower"
+    )
 
 
 DESIGNS = (
@@ -230,31 +470,62 @@ REPEATED = ("random", "matched", "leave-out")  # trained under several seeds, if
 
 
 @dataclass(frozen=True)
-class ValidationSpec(_Section):
+class ValidationSpec(Section):
     """How the model is trained again on some of the examples, to see what that does."""
 
     section: ClassVar[str] = "validation"
-    trainer: Literal["loop", "trl"] = _field("loop", rules.one_of("loop", "trl"))
-    method: Literal["full", "lora"] = _field("full", rules.one_of("full", "lora"))
-    lora_rank: int = _field(8, rules.whole(1))
-    optimizer: Literal["adamw", "sgd"] = _field("adamw", rules.one_of("adamw", "sgd"))
-    lr: float = _field(2e-5, rules.number(above=0))
-    epochs: int = _field(3, rules.whole(1))
-    batch: int = _field(16, rules.whole(1))
-    weight_decay: float = _field(0.0, rules.number(minimum=0))
-    schedule: Literal["constant", "linear"] = _field("constant", rules.one_of("constant", "linear"))
-    warmup: float = _field(0.0, rules.number(minimum=0, maximum=1))
-    max_grad_norm: float | None = _field(None, rules.optional(rules.number(above=0)))
-    seed: int = _field(42, rules.whole(0))
-    designs: tuple[str, ...] = _field(("random", "matched"), rules.list_of(rules.one_of(*DESIGNS)))
-    subsets: int = _field(60, rules.whole(1))
-    repeats: int = _field(1, rules.whole(1))
-    size: float = _field(0.5, rules.number(above=0, maximum=1))
-    leave_out: float = _field(0.1, rules.number(above=0, maximum=1))
-    budgets: tuple[float, ...] = _field((0.15,), rules.list_of(rules.number(above=0, maximum=1)))
-    remove_by: str = _field("mean_y:harmless", rules.text())
-    controls: int = _field(5, rules.whole(5))
-    answer_tokens: int = _field(0, rules.whole(0))
+    trainer: Literal["loop", "trl"] = setting(
+        "loop", rules.one_of("loop", "trl"), "loop: plain and deterministic, the influence's own loss | trl"
+    )
+    method: Literal["full", "lora"] = setting("full", rules.one_of("full", "lora"), "full | lora")
+    lora_rank: int = setting(8, rules.whole(1), "of lora")
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", rules.one_of("adamw", "sgd"), "adamw | sgd")
+    lr: float = setting(2e-5, rules.number(above=0), "learning rate")
+    epochs: int = setting(3, rules.whole(1), "passes over the examples")
+    batch: int = setting(16, rules.whole(1), "examples a step")
+    weight_decay: float = setting(0.0, rules.number(minimum=0), "of adamw")
+    schedule: Literal["constant", "linear"] = setting(
+        "constant", rules.one_of("constant", "linear"), "constant | linear"
+    )
+    warmup: float = setting(0.0, rules.number(minimum=0, maximum=1), "share of the steps")
+    max_grad_norm: float | None = setting(
+        None, rules.optional(rules.number(above=0)), "a number: longer gradients are scaled down to it"
+    )
+    seed: int = setting(42, rules.whole(0), "order of the examples, first weights of a LoRA, draws of subsets")
+    designs: tuple[str, ...] = setting(
+        ("random", "matched"), rules.list_of(rules.one_of(*DESIGNS)), "which subsets: " + " | ".join(DESIGNS)
+    )
+    subsets: int = setting(60, rules.whole(1), "so many of each design that draws them")
+    repeats: int = setting(
+        1, rules.whole(1), "each of these trained so many times, with other seeds: the noise of training"
+    )
+    size: float = setting(0.5, rules.number(above=0, maximum=1), "share of the examples in a random or matched subset")
+    leave_out: float = setting(0.1, rules.number(above=0, maximum=1), "share of the examples that leave-out leaves out")
+    budgets: tuple[float, ...] = setting(
+        (0.15,),
+        rules.list_of(rules.number(above=0, maximum=1)),
+        "removal: without, addition: only with these shares of the examples that the run names",
+    )
+    remove_by: str | None = setting(
+        None,
+        rules.optional(_target()),
+        "the examples named raise this target most; null: curation.target, or the behavior where it is not wanted",
+    )
+    controls: int = setting(
+        5, rules.whole(5), "random subsets beside those of removal, addition, curation, curated, as large"
+    )
+    answer_tokens: int = setting(
+        0, rules.whole(0), "30: the retrained models answer the prompts too, and a judge reads it"
+    )
+    judge: str | None = setting(
+        None, rules.optional(rules.text()), "module:function that reads the answers; null: rules that read the words"
+    )
+    methods: tuple[str, ...] = setting(
+        (), rules.list_of(rules.text(), empty=True), "further methods to compare, such as adjoint+ekfac"
+    )
+    scores: tuple[str, ...] = setting(
+        (), rules.list_of(rules.path(), empty=True), "files of scores that were made elsewhere, to compare"
+    )
 
     def part_of(self, examples: int) -> int:
         """Examples of a random subset, of so many in all."""
@@ -269,28 +540,19 @@ class ValidationSpec(_Section):
         return self.repeats if design in REPEATED else 1
 
 
-_SECTIONS: dict[str, type[_Section]] = {
-    "model": ModelSpec,
-    "sae": SaeSpec,
-    "readout": ReadoutSpec,
-    "behavior": BehaviorSpec,
-    "prompts": PromptsSpec,
-    "examples": ExamplesSpec,
-    "features": FeaturesSpec,
-    "policy": PolicySpec,
-    "attribution": AttributionSpec,
-    "sketch": SketchSpec,
-    "curation": CurationSpec,
-    "validation": ValidationSpec,
-}
-_NAME_RULE = rules.text()
-# A model or an SAE is a folder or a hub id; which one is decided by _folder_or_hub_id.
-_HUB_KEYS = ("model.id", "model.adapter", "sae.path", "attribution.checkpoints")
+def _concepts() -> Any:
+    one = Rule(
+        "a mapping of the keys of a concept",
+        lambda value: value if isinstance(value, ConceptSpec) else _section_from(ConceptSpec, value),
+        walk=lambda key, value, visit: _visited(value, f"{key}.", visit),
+    )
+    metadata = {"rule": rules.list_of(one, empty=True), "doc": ConceptSpec.__doc__, "each": ConceptSpec}
+    return field(default=(), metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Study:
-    """One question: a model, its features, a behavior, prompts, examples, and how to compute.
+    """One question: a model, a behavior, prompts, examples, and how to compute.
 
     Raises
     ------
@@ -298,22 +560,27 @@ class Study:
         A value breaks its rule; the message names the key, the value, the rule and the fix.
     """
 
-    name: str = "my-study"
-    model: ModelSpec = field(default_factory=ModelSpec)
-    sae: SaeSpec = field(default_factory=SaeSpec)
-    readout: ReadoutSpec = field(default_factory=ReadoutSpec)
-    behavior: BehaviorSpec = field(default_factory=BehaviorSpec)
-    prompts: PromptsSpec = field(default_factory=PromptsSpec)
-    examples: ExamplesSpec = field(default_factory=ExamplesSpec)
-    features: FeaturesSpec = field(default_factory=FeaturesSpec)
-    policy: PolicySpec = field(default_factory=PolicySpec)
-    attribution: AttributionSpec = field(default_factory=AttributionSpec)
-    sketch: SketchSpec = field(default_factory=SketchSpec)
-    curation: CurationSpec = field(default_factory=CurationSpec)
-    validation: ValidationSpec = field(default_factory=ValidationSpec)
+    name: str = setting("my-study", rules.text(), "also the name of the run folder: runs/my-study")
+    model: ModelSpec = _section(ModelSpec)
+    sae: SaeSpec = _section(SaeSpec)
+    readout: ReadoutSpec = _section(ReadoutSpec)
+    behavior: Choice = _method("behavior", BEHAVIORS, "prefixes", "The behavior: a number for each prompt.")
+    prompts: PromptsSpec = _section(PromptsSpec)
+    examples: ExamplesSpec = _section(ExamplesSpec)
+    features: FeaturesSpec = _section(FeaturesSpec)
+    policy: PolicySpec = _section(PolicySpec)
+    concepts: tuple[ConceptSpec, ...] = _concepts()
+    attribution: AttributionSpec = _section(AttributionSpec)
+    clamp: ClampSpec | None = _section(ClampSpec, optional=True)
+    clusters: ClustersSpec | None = _section(ClustersSpec, optional=True)
+    curation: CurationSpec = _section(CurationSpec)
+    validation: ValidationSpec = _section(ValidationSpec)
 
     def __post_init__(self) -> None:
-        _checked("name", _NAME_RULE, self.name)
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value is not item.default:
+                object.__setattr__(self, item.name, _checked(item.name, item.metadata["rule"], value))
         if Path(self.name).name != self.name or self.name in (".", ".."):
             raise UserError(
                 "name is not a plain name",
@@ -321,34 +588,55 @@ class Study:
                 rule="a study's name is also the name of its run folder: no / and no ..",
                 fix="choose another name",
             )
-        if self.prompts.positive_group == self.prompts.negative_group:
+        names = [concept.name for concept in self.concepts]
+        if len(set(names)) < len(names):
             raise UserError(
-                "prompts.positive_group and prompts.negative_group are the same",
-                value=self.prompts.positive_group,
-                rule="the features are chosen by the difference between two groups",
-                fix="name two groups of the prompt file",
+                "concepts are told apart by their names",
+                value=names,
+                rule="each name once",
+                fix="correct concepts in the study",
             )
 
+    @classmethod
+    def from_dict(cls, content: object) -> Study:
+        """Build a study from nested mappings; see :func:`taught.study.load.study_from_dict`."""
+        if not isinstance(content, Mapping):
+            raise UserError(
+                "a study is a mapping of keys to values",
+                value=content,
+                fix="start from the file that `taught init` writes",
+            )
+        for key, value in content.items():
+            if key not in _names(cls):
+                raise unknown_key(str(key), value)
+        return cls(**content)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, in the order of docs/formats.md."""
-        return cast(dict[str, Any], _plain(dataclasses.asdict(self)))
+        """Plain dicts, lists, strings and numbers, in the order of the keys."""
+        return cast(dict[str, Any], plain(self))
 
     def flat(self) -> dict[str, Any]:
-        """Each value under its dotted key, e.g. ``policy.alpha``."""
-        flat: dict[str, Any] = {}
-        for key, value in self.to_dict().items():
-            if isinstance(value, dict):
-                flat.update({f"{key}.{name}": item for name, item in value.items()})
-            else:
-                flat[key] = value
-        return flat
+        """Each value under its dotted key, e.g. ``policy.alpha``.
+
+        A method's kind stands under the method's key and the parameters given below it:
+        ``attribution.curvature``, ``attribution.curvature.damping``.
+        """
+        return dict(_leaves(self, ""))
 
     def get(self, key: str) -> Any:
         """Return the value under a dotted key; UserError for a key that does not exist."""
-        _known_key(key)
         owner: Any = self
+        registry: Registry[Any] | None = None
         for part in key.split("."):
-            owner = getattr(owner, part)
+            if isinstance(owner, Choice) and registry is not None:
+                known = parameters(registry.get(owner.kind))
+                if part not in known:
+                    raise unknown_key(key, None)
+                return owner.values.get(part, known[part].default)
+            item = _field(type(owner), part)
+            if item is None:
+                raise unknown_key(key, None)
+            owner, registry = getattr(owner, part), item.metadata.get("registry")
         return owner
 
     def replace(self, key: str, value: object, *, base: Path | None = None) -> Study:
@@ -357,141 +645,184 @@ class Study:
         Parameters
         ----------
         key
-            Dotted key, e.g. ``policy.alpha``.
+            Dotted key, e.g. ``policy.alpha`` or ``attribution.curvature.damping``. Another method
+            (``attribution.curvature``) drops the parameters of the one before.
         value
             The new value, as YAML would give it.
         base
             Folder that a relative path is resolved against; the current one by default.
         """
-        _known_key(key)
-        if key == "name":
-            return dataclasses.replace(self, name=cast(str, value))
-        section, name = key.split(".")
-        spec = dataclasses.replace(getattr(self, section), **{name: value})
-        changed = dataclasses.replace(self, **{section: spec})
-        return _resolve_key(changed, key, base or Path.cwd()) if key in _path_keys() else changed
+        changed = cast(Study, _replaced(self, key.split("."), value, key))
+        return changed._resolved(base or Path.cwd(), lambda at: at == key or at.startswith(f"{key}."))
 
     def resolved(self, base: Path) -> Study:
         """Return a copy whose relative paths are made absolute against the folder ``base``."""
-        study = self
-        for key in _path_keys():
-            study = _resolve_key(study, key, base)
-        return study
+        return self._resolved(base, lambda key: True)
+
+    def _resolved(self, base: Path, where: Callable[[str], bool]) -> Study:
+        def resolve(key: str, path: str, kind: str) -> str:
+            if not where(key):
+                return path
+            return _folder_or_hub_id(path, base) if kind == "hub" else str(_absolute(path, base))
+
+        return self.visited(resolve)
+
+    def visited(self, visit: Visit) -> Study:
+        """Return a copy with ``visit(key, path, kind)`` in place of each path (:data:`taught.core.rules.Visit`)."""
+        return _visited(self, "", visit)
 
     def require_files(self) -> None:
         """Raise a UserError that names the key when a local file of the study is missing."""
-        for key in _path_keys():
-            for value in () if key == "sketch.store" else _paths(self.get(key)):
-                if not Path(value).is_absolute() or Path(value).exists():
-                    continue
+
+        def require(key: str, path: str, kind: str) -> str:
+            if kind != "made" and Path(path).is_absolute() and not Path(path).exists():
                 raise UserError(
                     f"{key} does not exist",
-                    value=value,
+                    value=path,
                     rule="a relative path is relative to the file it stands in",
                     fix=f"correct {key} in the study, or pass --set {key}=PATH",
                 )
+            return path
 
+        self.visited(require)
 
-def load_study(source: str | Path) -> Study:
-    """Read a study.
-
-    Parameters
-    ----------
-    source
-        A YAML file, a folder that holds ``study.yaml`` (such as a run folder), or the name of a
-        preset.
-
-    Raises
-    ------
-    UserError
-        No such file or preset, not YAML, an unknown key, a value that breaks its rule.
-    """
-    file = _find_study(source)
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML", value=str(error), fix="correct the line that is named") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read", value=str(error)) from None
-    return study_from_dict({} if content is None else content, file.resolve().parent)
-
-
-def study_from_dict(content: object, base: Path) -> Study:
-    """Build a study from nested mappings; relative paths are resolved against ``base``."""
-    if not isinstance(content, Mapping):
-        raise UserError(
-            "a study is a mapping of keys to values", value=content, fix="start from the file that `taught init` writes"
+    @staticmethod
+    def pace_keys() -> frozenset[str]:
+        """Keys that change how fast results come, and nothing about them."""
+        return frozenset(
+            f"{item.name}.{part.name}"
+            for item in dataclasses.fields(Study)
+            if "section" in item.metadata
+            for part in dataclasses.fields(item.metadata["section"])
+            if part.metadata.get("pace")
         )
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        if key == "name":
-            values["name"] = value
-        elif key in _SECTIONS:
-            values[key] = _section_from(key, value)
+
+
+def methods_of(study: Study) -> Iterator[tuple[str, Registry[Any], Choice]]:
+    """The methods that a study names: key, registry, choice."""
+    for prefix, owner in (("", study), ("attribution.", study.attribution)):
+        for item in dataclasses.fields(owner):
+            if "registry" in item.metadata:
+                yield f"{prefix}{item.name}", item.metadata["registry"], getattr(owner, item.name)
+
+
+def plain(value: Any) -> Any:
+    """A value of a study as YAML has it."""
+    if isinstance(value, Choice):
+        kept = value.plain()
+        return kept if isinstance(kept, str) else {name: plain(item) for name, item in kept.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def filled(owner: Any, only: Collection[str] | None = None) -> dict[str, Any]:
+    """A study, some of its sections, or a section as YAML has it, with every parameter of its methods."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(owner):
+        if only is not None and item.name not in only:
+            continue
+        value = getattr(owner, item.name)
+        if isinstance(value, Choice):
+            known = parameters(item.metadata["registry"].get(value.kind))
+            given = {name: value.values.get(name, part.default) for name, part in known.items()}
+            found[item.name] = {"kind": value.kind, **{name: plain(own) for name, own in given.items()}}
         else:
-            raise _unknown_key(str(key), value)
-    return Study(**values).resolved(base)
+            found[item.name] = filled(value) if isinstance(value, Section) else plain(value)
+    return found
 
 
-def dump_study(study: Study) -> str:
-    """Return the study as YAML with every default filled in; ``load_study`` gives it back."""
-    return yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+def _leaves(owner: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for item in dataclasses.fields(owner):
+        key, value = f"{prefix}{item.name}", getattr(owner, item.name)
+        if isinstance(value, Section):
+            yield from _leaves(value, f"{key}.")
+        elif isinstance(value, Choice):
+            yield key, value.kind
+            yield from ((f"{key}.{name}", plain(item)) for name, item in value.values.items())
+        else:
+            yield key, plain(value)
 
 
-def _section_from(section: str, value: object) -> _Section:
-    if value is None:
-        return _SECTIONS[section]()
+def _visited(owner: Any, prefix: str, visit: Visit) -> Any:
+    """A copy of a section, or of a study, with every path in it visited."""
+    changed = {}
+    for item in dataclasses.fields(owner):
+        value = getattr(owner, item.name)
+        new = item.metadata["rule"].visited(f"{prefix}{item.name}", value, visit)
+        if new != value:
+            changed[item.name] = new
+    return dataclasses.replace(owner, **changed) if changed else owner
+
+
+def _replaced(owner: Any, parts: list[str], value: object, key: str) -> Any:
+    """A copy of a section, or of a study, with one value changed."""
+    name, *rest = parts
+    item = _field(type(owner), name)
+    if item is None:
+        raise unknown_key(key, value)
+    current, section = getattr(owner, name), item.metadata.get("section")
+    if not rest and section is not None and item.default is MISSING:
+        raise _not_a_value(section, value)
+    if rest and section is not None:
+        value = _replaced(section() if current is None else current, rest, value, key)
+    elif rest and isinstance(current, Choice) and len(rest) == 1:
+        value = value if rest == ["kind"] else {"kind": current.kind, **current.values, rest[0]: value}
+    elif rest:
+        raise unknown_key(key, value)
+    return dataclasses.replace(owner, **{name: value})
+
+
+def _section_from(spec: type[Section], value: object) -> Section:
     if not isinstance(value, Mapping):
-        raise UserError(
-            f"{section} is a section, not a value",
-            value=value,
-            rule="its keys: " + ", ".join(_names(section)),
-            fix=f"write `{section}:` and its keys below it, indented",
-        )
+        raise _not_a_value(spec, value)
     for key, item in value.items():
-        if key not in _names(section):
-            raise _unknown_key(f"{section}.{key}", item)
-    return _SECTIONS[section](**value)
+        if key not in _names(spec):
+            raise unknown_key(f"{spec.section}.{key}", item)
+    return spec(**value)
 
 
-def _names(section: str) -> list[str]:
-    return [item.name for item in dataclasses.fields(cast(Any, _SECTIONS[section]))]
+def _not_a_value(spec: type[Section], value: object) -> UserError:
+    return UserError(
+        f"{spec.section} is a section, not a value",
+        value=value,
+        rule="its keys: " + ", ".join(_names(spec)),
+        fix=f"write `{spec.section}:` and its keys below it, indented",
+    )
+
+
+def _names(spec: Any) -> list[str]:
+    return [item.name for item in dataclasses.fields(spec)]
+
+
+def _field(spec: Any, name: str) -> dataclasses.Field[Any] | None:
+    if not dataclasses.is_dataclass(spec):
+        return None
+    return next((item for item in dataclasses.fields(spec) if item.name == name), None)
 
 
 def _all_keys() -> list[str]:
-    return ["name"] + [f"{section}.{name}" for section in _SECTIONS for name in _names(section)]
-
-
-def _rule(item: dataclasses.Field[Any]) -> Rule:
-    return cast(Rule, item.metadata["rule"])
-
-
-def _path_keys() -> list[str]:
-    keys = list(_HUB_KEYS)
-    for section, spec in _SECTIONS.items():
-        fields = dataclasses.fields(cast(Any, spec))
-        keys += [f"{section}.{item.name}" for item in fields if _rule(item).path]
+    keys = []
+    for item in dataclasses.fields(Study):
+        spec = item.metadata.get("section") or item.metadata.get("each")
+        keys += [f"{item.name}.{name}" for name in _names(spec)] if spec else [item.name]
     return keys
 
 
-def _known_key(key: str) -> None:
-    if key not in _all_keys():
-        raise _unknown_key(key, None)
-
-
-def _unknown_key(key: str, value: object) -> UserError:
-    """Suggest the closest key, also one of the same name in another section."""
+def unknown_key(key: str, value: object) -> UserError:
+    """Say what became of an old key; else suggest the closest, also one of the same name elsewhere."""
+    became = gone.key(key)
     name = key.rsplit(".", 1)[-1]
     same_name = [known for known in _all_keys() if known.rsplit(".", 1)[-1] == name]
-    close = difflib.get_close_matches(key, [*_all_keys(), *_SECTIONS], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(key, [*_all_keys(), *_names(Study)], n=1, cutoff=0.6)
     guess = next(iter([*same_name, *close]), None)
-    section = key.split(".")[0]
-    known = _names(section) if "." in key and section in _SECTIONS else ["name", *_SECTIONS]
+    section = _field(Study, key.split(".")[0])
+    spec = None if section is None else section.metadata.get("section") or section.metadata.get("each")
     return UserError(
         f"unknown key {key}",
         value=value,
-        rule="known keys here: " + ", ".join(known),
-        fix=f"did you mean {guess}?" if guess else "remove it, or see docs/formats.md",
+        rule="known keys here: " + ", ".join(_names(spec if spec and "." in key else Study)),
+        fix=became or (f"did you mean {guess}?" if guess else "remove it, or see docs/formats.md"),
     )
 
 
@@ -502,28 +833,10 @@ def _checked(key: str, rule: Rule, value: object) -> Any:
         close = difflib.get_close_matches(str(value), rule.choices, n=1, cutoff=0.5)
         fix = f"did you mean {close[0]}?" if close else f"correct {key} in the study"
         raise UserError(f"{key} is not valid", value=repr(value), rule=rule.text, fix=fix) from None
-
-
-def _resolve_key(study: Study, key: str, base: Path) -> Study:
-    value = study.get(key)
-    if value is None:
-        return study
-    resolved: Any
-    if isinstance(value, tuple):
-        resolved = tuple(dataclasses.replace(item, id=_folder_or_hub_id(item.id, base)) for item in value)
-    elif key in _HUB_KEYS:
-        resolved = _folder_or_hub_id(value, base)
-    else:
-        resolved = str(_absolute(value, base))
-    section, name = key.split(".")
-    spec = dataclasses.replace(getattr(study, section), **{name: resolved})
-    return dataclasses.replace(study, **{section: spec})
-
-
-def _paths(value: str | tuple[Checkpoint, ...] | None) -> list[str]:
-    if isinstance(value, tuple):
-        return [item.id for item in value]
-    return [] if value is None else [value]
+    except UserError as error:
+        if key.split(".")[0] in error.what:
+            raise
+        raise UserError(f"{key}: {error.what}", value=error.value, rule=error.rule, fix=error.fix) from None
 
 
 def _absolute(value: str, base: Path) -> Path:
@@ -536,40 +849,3 @@ def _folder_or_hub_id(value: str, base: Path) -> str:
     candidate = _absolute(value, base)
     looks_local = value.startswith(("./", "../", "/", "~")) or value in (".", "..")
     return str(candidate) if looks_local or candidate.is_dir() else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _find_study(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    for candidate in (path, path / "study.yaml"):
-        if candidate.is_file():
-            return candidate
-    if str(source) in list_presets():
-        return preset_path(str(source)) / "study.yaml"
-    close = difflib.get_close_matches(str(source), list_presets(), n=1)
-    raise UserError(
-        "no such study",
-        value=str(source),
-        rule="a YAML file, a folder with study.yaml, or a preset: " + ", ".join(list_presets()),
-        fix=f"did you mean {close[0]}?" if close else "`taught init` writes a study to start from",
-    )
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice (YAML itself would keep the last one)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        twice = {key for key in keys if isinstance(key, Hashable) and keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice.pop()!r} stands twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)

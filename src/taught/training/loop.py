@@ -248,9 +248,9 @@ def _diverged(what: str, step: int, ids: Sequence[str]) -> UserError:
 def _keep(folder: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Write ``epoch-E/`` (the weights, or the adapter) and ``epoch-E.moments.safetensors``.
 
-    The folder is what ``attribution.checkpoints`` takes once the tokenizer is beside the weights,
+    The folder is what ``attribution.trajectory.checkpoints`` takes once the tokenizer is beside the weights,
     with the learning rate in ``epoch-E.json``; the moments, those of Adam with its bias correction,
-    are what ``attribution.moments`` takes.
+    are what ``attribution.curvature.moments`` takes.
     """
     from safetensors.torch import save_file
 

@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 
 import taught
+from taught.core.behavior import behavior_record
 from taught.core.example import Example, example_losses
+from taught.core.problem import Problem
 from taught.data.columns import name_ids
 from taught.errors import UserError
-from taught.estimators.adjoint import Problem
 from taught.estimators.finite_step import restored
 from taught.features.pooling import FeatureMap
 from taught.model.generate import greedy
@@ -45,11 +46,15 @@ NAME, FORMAT = "retrained.json", 1
 # a retraining takes long, and reports, estimators and stages have no part in it.
 _COMPUTING = (
     "estimators/finite_step.py",
+    "behaviors/answer.py",
+    "behaviors/choice.py",
+    "behaviors/loss.py",
+    "behaviors/prefixes.py",
+    "core/behavior.py",
     "core/example.py",
     "features/pooling.py",
     "features/sae.py",
     "model/adapter.py",
-    "model/behavior.py",
     "model/forward.py",
     "model/generate.py",
     "model/gradients.py",
@@ -249,7 +254,9 @@ class Retrainer:
         started, problem, answers = time.monotonic(), self.problem, None
         with evaluating(problem.model), torch.no_grad():
             reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
-            X = problem.features(reads.h, reads.offsets).double().cpu().numpy()
+            X = np.zeros((len(problem.prompts), 0))
+            if problem.features is not None:
+                X = problem.features(reads.h, reads.offsets).double().cpu().numpy()
             if self.answers is not None:
                 tokens = [prompt.ids for prompt in problem.prompts]
                 answers = tuple(greedy(problem.model, tokens, self.answers.ends, self.answers.limit))
@@ -338,25 +345,28 @@ class Retrainer:
 
 
 def _features(problem: Problem) -> tuple[int, ...]:
-    if not isinstance(problem.features, FeatureMap):
-        raise TypeError("retraining reads a policy's features")
-    return tuple(problem.features.ids.tolist())
+    return tuple(problem.features.ids.tolist()) if isinstance(problem.features, FeatureMap) else ()
 
 
 def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
     """What every retraining depends on besides examples and recipe, as plain values."""
-    features: Any = problem.features
-    prompts = [[p.id, list(p.ids), list(p.read)] for p in problem.prompts]
+    features = problem.features
+    read = {}
+    if isinstance(features, FeatureMap):
+        read = {
+            "sae.weights": features.sae.sha256(),
+            "sae.block": problem.block,
+            "sae.encoder": features.encoder,
+            "readout.position": features.position,
+        }
+    prompts = [[p.id, list(p.ids), list(p.read), list(map(list, p.suffixes))] for p in problem.prompts]
     return {
         "model.weights": dict(weights),
         "model.dtype": str(next(problem.model.parameters()).dtype),
         "parameters": list(problem.parameters or ()),
         "prompts": fingerprint({"prompts": prompts}),
-        "behavior.tokens": [list(ids) for ids in problem.behavior.tokens],
-        "sae.weights": features.sae.sha256(),
-        "sae.block": problem.block,
-        "sae.encoder": features.encoder,
-        "readout.position": features.position,
+        "behavior": behavior_record(problem.behavior),
+        **read,
         "features": list(_features(problem)),
         "code": _code_version(),
     }

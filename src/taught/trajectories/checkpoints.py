@@ -1,68 +1,70 @@
-"""Effects along a training run: the sum over checkpoints of each one's effects (TracIn).
+"""Sums over checkpoints of a training run (TracIn, arXiv 2002.08484).
 
     effect(F, z) = sum over c of -lr_c < C_c^-1 grad L_c(z), grad F_c >
 
 L_c and F_c are loss and functional at the weights of checkpoint c, with c's own gates of X; the
-functional's cotangents A and B are those of the base model's policy, so that all checkpoints answer
+functional's cotangents A and B are those of the base model's readings, so that all checkpoints answer
 one question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-from torch import nn
-
-from taught.estimators.adjoint import Problem
-from taught.estimators.estimate import Effects
-from taught.model.readout import read_prompts
-from taught.policy.ridge import Shift
-from taught.run.pieces import Pieces
+from taught.core import rules
+from taught.core.curvature import Curvature
+from taught.core.estimator import Work
+from taught.core.problem import Problem
+from taught.core.registry import TRAJECTORIES, setting
+from taught.core.target import TargetSet
+from taught.core.trajectory import Leg, Queries
+from taught.errors import UserError
 
 
 @dataclass(frozen=True)
-class NumberedPieces:
-    """Pieces of one checkpoint, apart from those of the others."""
+class Checkpoint:
+    """Weights that a training run passed through, and its learning rate there."""
 
-    pieces: Pieces
-    number: int
-
-    def load(self, key: str) -> Any:
-        """Arrays of a piece, or None."""
-        return self.pieces.load(f"checkpoint{self.number}-{key}")
-
-    def save(self, key: str, arrays: Any) -> None:
-        """Keep a piece."""
-        self.pieces.save(f"checkpoint{self.number}-{key}", arrays)
+    id: str
+    lr: float
+    revision: str | None = None
 
 
-def at_checkpoint(problem: Problem, model: nn.Module, lr: float) -> Problem:
-    """The same problem at other weights. Cost: one forward pass over the prompts, for the gates."""
-    reads = read_prompts(model, problem.prompts, problem.behavior, problem.block)
-    with torch.no_grad():
-        X = problem.features(reads.h, reads.offsets)
-    return replace(problem, model=model, lr=lr, X=X.double().cpu())
+_CHECKPOINT = rules.record(
+    Checkpoint, id=rules.folder_or_hub_id(), lr=rules.number(above=0), revision=rules.optional(rules.text())
+)
 
 
-def summed(parts: Iterable[Effects]) -> Effects:
-    """The sum of effects of the same examples; the losses are those of the first part."""
-    return reduce(_add, parts)
+@TRAJECTORIES.register("checkpoints")
+@dataclass(frozen=True)
+class Checkpoints:
+    """One step at each checkpoint of a training run, added up."""
 
-
-def _add(a: Effects, b: Effects) -> Effects:
-    """All effects are linear in the step, so they add up field by field."""
-    shift = None
-    if a.shift is not None and b.shift is not None:
-        shift = Shift(a.shift.x + b.shift.x, a.shift.y + b.shift.y)
-    return replace(
-        a,
-        score=a.score + b.score,
-        mean_y={group: values + b.mean_y[group] for group, values in a.mean_y.items()},
-        shift=shift,
-        dy=None if a.dy is None or b.dy is None else a.dy + b.dy,
-        dX=None if a.dX is None or b.dX is None else a.dX + b.dX,
+    checkpoints: tuple[Checkpoint, ...] = setting(
+        (), rules.list_of(_CHECKPOINT), "[{id: folder or hub id, lr: 2.0e-5}, ...]"
     )
+    single: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def refuses(self, curvature: Curvature) -> str | None:
+        """What was measured at one set of weights does not hold at the others."""
+        if getattr(curvature, "one_place", False):
+            return "each checkpoint has second moments of its own; leave them out and they are estimated there"
+        return None
+
+    def legs(self, problem: Problem, work: Work) -> Iterator[Leg]:
+        """The problem at each checkpoint, the last first; one model is held at a time, beside the base one."""
+        if problem.opener is None:
+            raise UserError("checkpoints cannot be opened here", rule="a study, or a problem with an opener")
+        for number, checkpoint in reversed(list(enumerate(self.checkpoints))):
+            work.progress.step(f"checkpoint {number + 1} of {len(self)}")
+            model = problem.opener(checkpoint.id, checkpoint.revision)
+            yield Leg(problem.at(model, checkpoint.lr), f"checkpoint{number}")
+
+    def carry(self, queries: Queries | None, leg: Leg, targets: TargetSet, work: Work) -> Queries | None:
+        """Nothing is carried: each checkpoint takes the gradient of F at its own weights."""
+        return None

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taught.errors import UserError
-from taught.validation.curves import percentile_interval, two_sided
-from taught.validation.lds import DRAWS, Interval, holm
+from taught.stats.intervals import UNKNOWN, Interval, two_sided
+from taught.stats.multiplicity import holm
+from taught.validation.lds import DRAWS
 from taught.validation.outcomes import metrics
 
 Floats = NDArray[np.float64]
@@ -97,18 +98,18 @@ def compare_arms(
     rows = []
     for name, of_random in points[RANDOM].items():
         spread, p = float(of_random.std(ddof=1)), dict.fromkeys(arms, math.nan)
-        gaps = dict.fromkeys(arms, Interval(math.nan, math.nan, math.nan))
+        gaps = dict.fromkeys(arms, UNKNOWN)
         for arm, y in arms.items():
             if arm == RANDOM:
                 continue
             error = spread * math.sqrt(1 / S + (0 if arm == BASE else 1 / len(y)))
             gap = drawn[arm][name] - drawn[RANDOM][name] + error * t
-            gaps[arm] = percentile_interval(float(points[arm][name].mean() - of_random.mean()), gap)
+            gaps[arm] = Interval.of(float(points[arm][name].mean() - of_random.mean()), gap)
             p[arm] = two_sided(gap)
         others = [arm for arm in arms if arm != RANDOM]
         corrected = {RANDOM: math.nan}
         corrected |= zip(others, holm([p[arm] for arm in others]).tolist(), strict=True)
         for arm, y in arms.items():
-            value = percentile_interval(float(points[arm][name].mean()), drawn[arm][name])
+            value = Interval.of(float(points[arm][name].mean()), drawn[arm][name])
             rows.append(ArmRow(arm, name, len(y), examples[arm], *value, *gaps[arm], p[arm], corrected[arm]))
     return rows

@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from taught.errors import UserError
+from taught.stats.auc import auc, precision_at_k
 from taught.validation.lds import (
     Difference,
     LdsRow,
     NoiseCeiling,
     TrivialCheck,
-    auc,
     differences,
     explained_by_trivial,
     lds_rows,
     noise_ceiling,
-    precision_at_k,
 )
-from taught.validation.outcomes import TargetName
 from taught.validation.subsets import Subsets
 
 if TYPE_CHECKING:
@@ -154,7 +152,12 @@ def compared(it: Comparison) -> Compared:
     """
     every = {**it.methods, **it.baselines}
     length, loss = (next(iter(it.baselines[name].values())) for name in ("response-length", "loss"))
-    labels = _indicators(it.labels)
+    names = sorted(set(it.labels.values()))
+    labels = {  # 1 for the label's examples; their sums are the counts of labels
+        f"label {name}": {example: float(label == name) for example, label in it.labels.items()}
+        for name in names
+        if len(names) > 1
+    }
     tables = Compared([], [], [], [], _planted(every, it.planted))
     for truth in it.truths:
         design, subsets, outcomes = truth.design, truth.subsets, truth.outcomes()
@@ -163,7 +166,10 @@ def compared(it: Comparison) -> Compared:
         tables.lds.extend(lds_rows(subsets, outcomes, every, controls, design=design))
         tables.lds_differences.extend(differences(subsets, outcomes, every, it.rivals, design=design))
         tables.trivial.extend(explained_by_trivial(subsets, outcomes, it.methods, trivial, design=design))
-        tables.noise_ceiling.extend(_ceilings(truth))
+        for target, repeats in truth.measured.items():
+            if len(repeats) > 1:
+                ceiling = noise_ceiling(subsets, {str(k): of for k, of in repeats.items()})
+                tables.noise_ceiling.append(CeilingRow(**asdict(ceiling), target=target, subsets=design))
     return tables
 
 
@@ -177,7 +183,7 @@ def truths(
     subsets, outcomes, inclusion
         As the stage ``validate`` writes them; outcomes of runs without repeats lack that column.
     targets
-        Labels of the targets that are wanted (``TargetName.label``).
+        Names of the targets that are wanted.
 
     Raises
     ------
@@ -189,7 +195,7 @@ def truths(
         members.setdefault(row["design"], {}).setdefault(row["subset"], []).append(row["example_id"])
     found: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
     for row in outcomes.to_pylist():
-        name = TargetName(row["target"], row["feature_id"], row["group"]).label
+        name = row["target"]
         if name in targets:
             repeats = found.setdefault(row["design"], {}).setdefault(name, {})
             repeats.setdefault(row.get("repeat", 0), {})[row["subset"]] = row["value"]
@@ -213,47 +219,14 @@ def truths(
     ]
 
 
-def _indicators(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """For every label: 1 for its examples, 0 for the others. Their sums are the counts of labels."""
-    names = sorted(set(labels.values()))
-    return {
-        f"label {name}": {example: float(label == name) for example, label in labels.items()}
-        for name in names
-        if len(names) > 1
-    }
-
-
-def _ceilings(truth: Truth) -> list[CeilingRow]:
-    """Of every target that was measured under two seeds or more."""
-    return [
-        CeilingRow(
-            **asdict(noise_ceiling(truth.subsets, {str(k): of for k, of in repeats.items()})),
-            target=target,
-            subsets=truth.design,
-        )
-        for target, repeats in truth.measured.items()
-        if len(repeats) > 1
-    ]
-
-
 def _planted(scores: Scores, planted: Collection[str]) -> list[PlantedRow]:
     rows = []
     for method, of in scores.items():
         for target, values in of.items():
-            if 0 < len(planted) < len(values):
-                found = auc(values, planted)
-                rows.append(
-                    PlantedRow(
-                        method,
-                        target,
-                        found.value,
-                        found.lo,
-                        found.hi,
-                        precision_at_k(values, planted, len(planted)),
-                        found.planted,
-                        found.others,
-                    )
-                )
+            inside, m, n = [i in planted for i in values], len(planted), len(values)
+            if 0 < m < n:
+                value = list(values.values())
+                rows.append(PlantedRow(method, target, *auc(value, inside), precision_at_k(value, inside, m), m, n - m))
     return rows
 
 

@@ -22,7 +22,8 @@ conservative, and possible with R = 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taught.errors import UserError
-from taught.validation.lds import DRAWS, Interval, holm
+from taught.stats.intervals import Interval, two_sided
+from taught.stats.multiplicity import holm
+from taught.validation.lds import DRAWS
 from taught.validation.subsets import Subsets
 
 Floats = NDArray[np.float64]
@@ -162,44 +165,10 @@ def plan_curve(
     draws = ([pool[i] for i in rng.permutation(len(pool))] for _ in range(runs))
     orders = (order if kind == "add" else order[::-1] for order in draws)
     controls = tuple(nested(order, f"random-{i}") for i, order in enumerate(orders))
-    held = {example: 0 for example in pool}
-    for subset in members.values():
-        for example in subset:
-            held[example] += 1
-    inclusion = {example: count / len(members) for example, count in held.items()}
+    held = Counter(example for subset in members.values() for example in subset)
+    inclusion = {example: held[example] / len(members) for example in pool}
     subsets = Subsets(tuple(members), tuple(members.values()), inclusion)
     return Plan(kind, len(pool), steps, subsets, chosen, controls)
-
-
-def run_curve(
-    plan: Plan,
-    retrain: Callable[[tuple[str, ...], int], Mapping[str, float]],
-    seeds: Sequence[int],
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Curve:
-    """Train on every subset of a plan and compare.
-
-    The method's sets are trained under every seed; run i of the random ones under ``seeds[i mod
-    len(seeds)]``.
-
-    Parameters
-    ----------
-    retrain : (example ids, training seed) -> outcome of each prompt, by prompt id
-
-    Raises
-    ------
-    UserError
-        Retrainings were read on different prompts, or an outcome is not finite.
-    """
-    members = dict(zip(plan.subsets.names, plan.subsets.members, strict=True))
-    method = [[retrain(members[name], s) for name in plan.chosen] for s in seeds]
-    random = [
-        [retrain(members[name], seeds[run % len(seeds)]) for name in names] for run, names in enumerate(plan.controls)
-    ]
-    prompts = sorted(method[0][0])
-    return compare_curves(plan, _stacked(method, prompts), _stacked(random, prompts), draws=draws, seed=seed)
 
 
 def compare_curves(plan: Plan, method: Floats, random: Floats, *, draws: int = DRAWS, seed: int = 0) -> Curve:
@@ -216,60 +185,19 @@ def compare_curves(plan: Plan, method: Floats, random: Floats, *, draws: int = D
     gap = method.mean(0) - random.mean(0)  # [K, N]
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(N, np.full(N, 1 / N), size=draws) / N
-    noise = _run_noise(random.mean(2), draws, rng) * np.sqrt(1 / R + 1 / S)
+    runs = random.mean(2)  # [S, K]; their t vector has the covariance of the runs, S - 1 degrees
+    noise = rng.standard_normal((draws, S)) @ (runs - runs.mean(0)) / np.sqrt(S - 1)
+    noise *= np.sqrt((S - 1) / rng.chisquare(S - 1, size=(draws, 1))) * np.sqrt(1 / R + 1 / S)
     drawn = counts @ gap.T + noise  # [draws, K]
     shares = np.array(plan.budgets) / plan.examples
-    weights = _trapezoids(shares)
+    steps = np.diff(shares, prepend=0.0)
+    weights = (steps + np.append(steps[1:], 0.0)) / 2 / shares[-1]  # of the trapezoids, from (0, 0) on
     value = gap.mean(1)
-    area = percentile_interval(float(weights @ value), drawn @ weights)
+    area = Interval.of(float(weights @ value), drawn @ weights)
     p = np.array([two_sided(drawn[:, k]) for k in range(len(value))])
     points = []
     for k, (budget, adjusted) in enumerate(zip(plan.budgets, holm(p), strict=True)):
         means = float(method[:, k].mean()), float(random[:, k].mean())
-        ends = percentile_interval(float(value[k]), drawn[:, k])
+        ends = Interval.of(float(value[k]), drawn[:, k])
         points.append(CurvePoint(budget, float(shares[k]), *means, *ends, float(p[k]), float(adjusted)))
     return Curve(plan.kind, tuple(points), *area, two_sided(drawn @ weights), R, S, N)
-
-
-def _run_noise(runs: Floats, draws: int, rng: np.random.Generator) -> Floats:
-    """Draws [draws, K] of a t vector with the covariance of the runs [S, K], S - 1 degrees."""
-    degrees = len(runs) - 1
-    normal = rng.standard_normal((draws, len(runs))) @ (runs - runs.mean(0)) / np.sqrt(degrees)
-    return normal * np.sqrt(degrees / rng.chisquare(degrees, size=(draws, 1)))
-
-
-def _trapezoids(shares: Floats) -> Floats:
-    """Weights of the area under a curve that starts at (0, 0), divided by the last share."""
-    steps = np.diff(shares, prepend=0.0)
-    weights = steps / 2
-    weights[:-1] += steps[1:] / 2
-    return weights / shares[-1]
-
-
-def percentile_interval(value: float, draws: Floats) -> Interval:
-    """A value with the middle 95% of its draws."""
-    lo, hi = np.percentile(draws, [2.5, 97.5])
-    return Interval(value, float(lo), float(hi))
-
-
-def two_sided(draws: Floats) -> float:
-    """p of the value being 0: at which level the percentile interval ends there."""
-    tail = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
-    return min(1.0, 2 * (1 + tail) / (1 + len(draws)))
-
-
-def _stacked(runs: Sequence[Sequence[Mapping[str, float]]], prompts: Sequence[str]) -> Floats:
-    for run in runs:
-        for outcome in run:
-            if sorted(outcome) != prompts:
-                raise UserError(
-                    "retrainings were read on different prompts",
-                    value=sorted(set(outcome) ^ set(prompts))[:8],
-                    rule="the same prompts for every subset",
-                )
-    table = np.array([[[outcome[i] for i in prompts] for outcome in run] for run in runs])
-    bad = ~np.isfinite(table).all((0, 1))
-    if bad.any():
-        names = [prompt for prompt, spoilt in zip(prompts, bad, strict=True) if spoilt]
-        raise UserError("outcomes of some prompts are not finite", value=names[:8], rule="every outcome is a number")
-    return table

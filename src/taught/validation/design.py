@@ -38,12 +38,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
 from taught.errors import UserError
+from taught.stats.intervals import student_t
 from taught.validation.subsets import Subsets, random_subsets, summed
 
 Floats = NDArray[np.float64]
@@ -193,7 +193,7 @@ def estimate(
     drawn = np.array([row[name] for done in rounds for name in done.drawn], dtype=np.int64)
     fold = np.arange(len(drawn)) % folds
     source = np.repeat(np.arange(len(rounds)), [len(done.drawn) for done in rounds])
-    y = _known(question, drawn, outcomes)
+    y = _known([question.pool.names[q] for q in drawn], outcomes)
     _refuse_few(len(drawn), folds)
     value, variance = np.zeros(len(question.asked)), np.zeros(len(question.asked))
     model = None if scores is None else _Datamodel(question.pool, scores)
@@ -310,35 +310,11 @@ def couple_effect(made: Couples, outcomes: Mapping[str, float]) -> Effect:
     UserError
         A subset has no finite outcome.
     """
-    names = [*made.without, *made.including]
-    missing = [name for name in names if not math.isfinite(outcomes.get(name, math.nan))]
     count = len(made.without)
-    if missing:
-        raise UserError(
-            "the couples have no effect yet",
-            value=missing[:8],
-            rule="every subset has a finite outcome",
-            fix="finish their retraining",
-        )
-    examples = zip(made.without, made.including, strict=True)
-    gap = np.array([outcomes[b] - outcomes[a] for a, b in examples])
+    gap = _known(made.including, outcomes) - _known(made.without, outcomes)
     half = student_t(count - 1) * float(gap.std(ddof=1)) / math.sqrt(count)
     value = float(gap.mean())
     return Effect(made.asked, value, value - half, value + half, 2 * count)
-
-
-def student_t(degrees: int) -> float:
-    """97.5% quantile of Student's t; at most 0.2% off (Abramowitz 26.7.5; 1 and 2 are exact)."""
-    if degrees <= 2:
-        return math.tan(0.475 * math.pi) if degrees == 1 else 0.95 / math.sqrt(0.04875)
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / degrees**k for k, term in enumerate(terms, 1))
 
 
 class _Datamodel:
@@ -352,42 +328,29 @@ class _Datamodel:
         self.features = pool.membership(sorted(pool.inclusion)).astype(np.float64)
         total = summed(pool, scores)
         spread = float(total.std())
-        columns = [np.ones(len(pool))]
-        if spread > 0:
-            columns.append((total - total.mean()) / spread)
-        self.fixed = np.stack(columns, 1)
+        columns = [np.ones(len(pool)), (total - total.mean()) / (spread or 1.0)]
+        self.fixed = np.stack(columns[: 2 if spread > 0 else 1], 1)
 
     def predict(self, rows: NDArray[np.int64], y: Floats) -> Floats:
         """Expected outcome of every subset of the pool, [Q], from the outcomes y of some rows."""
         if len(rows) < _FEWEST:
             return np.full(len(self.fixed), y.mean())
         H, kernel = self.fixed[rows], self.features @ self.features[rows].T
-        basis = _complement(H)
+        u, s, _ = np.linalg.svd(H)
+        basis = u[:, int((s > 1e-9 * s[0]).sum()) :]  # [n, n - rank], orthogonal to the columns of H
         values, vectors = np.linalg.eigh(basis.T @ kernel[rows] @ basis)
         values = np.maximum(values, 0)
         z = vectors.T @ (basis.T @ y)
-        best = max(_RATIOS, key=lambda ratio: _likelihood(ratio, values, z))
-        scale = _scale(best, values)
+        mean = float(values.mean())
+        scales = _RATIOS / mean if mean > 0 else np.zeros(1)
+        d = 1 + scales[:, None] * values
+        noise = (z**2 / d).mean(1)
+        with np.errstate(divide="ignore"):
+            likelihood = -(len(z) * np.log(noise) + np.log(d).sum(1))
+        scale = scales[int(np.where(noise > 0, likelihood, -np.inf).argmax())]
         alpha = basis @ (vectors @ (z / (1 + scale * values)))
         left = y - scale * kernel[rows] @ alpha - alpha
         return self.fixed @ (np.linalg.pinv(H) @ left) + scale * kernel @ alpha
-
-
-def _complement(H: Floats) -> Floats:
-    """Orthonormal basis [n, n - rank] of what is orthogonal to the columns of H."""
-    u, s, _ = np.linalg.svd(H)
-    return u[:, int((s > 1e-9 * s[0]).sum()) :]
-
-
-def _scale(ratio: float, values: Floats) -> float:
-    mean = float(values.mean())
-    return float(ratio / mean) if mean > 0 else 0.0
-
-
-def _likelihood(ratio: float, values: Floats, z: Floats) -> float:
-    d = 1 + _scale(ratio, values) * values
-    noise = float((z**2 / d).mean())
-    return -math.inf if noise <= 0 else -(len(z) * math.log(noise) + float(np.log(d).sum()))
 
 
 def _level(best: Floats, before: Floats, count: int) -> float:
@@ -409,12 +372,12 @@ def _refuse_few(drawn: int, folds: int) -> None:
         )
 
 
-def _known(question: Question, drawn: NDArray[np.int64], outcomes: Mapping[str, float]) -> Floats:
-    names = [question.pool.names[q] for q in drawn]
-    missing = sorted({n for n in names if not math.isfinite(outcomes.get(n, math.nan))})
+def _known(names: Sequence[str], outcomes: Mapping[str, float]) -> Floats:
+    """Outcomes of subsets, float64, checked."""
+    missing = sorted({name for name in names if not math.isfinite(outcomes.get(name, math.nan))})
     if missing:
         raise UserError(
-            "drawn subsets have no finite outcome",
+            "subsets have no finite outcome",
             value=missing[:8],
             rule="one number for each subset",
             fix="finish their retraining",

@@ -1,10 +1,10 @@
 """What a retraining did: the change of every target that attribution predicts, and soft metrics.
 
-    mean_y of a group    mean over its prompts of y(retrained) - y(base)
-    coefficient j        dW_j = W_j(X', y') - W_j(X, y), both fitted anew with the policy's alpha
-    score                S = sum_j dW_j W_j, W of the base
+    behavior:GROUP    mean over its prompts of y(retrained) - y(base)
+    coefficient:j     dW_j = W_j(X', y') - W_j(X, y), both fitted anew with the policy's alpha
+    score             S = sum_j dW_j W_j, W of the base
 
-Targets bear the names they have in ``influence.parquet``. The soft metrics are the published ones
+The soft metrics are the published ones
 (SMDA, arXiv 2606.29171) with p = exp(y), the probability of the behavior, as its degree:
 
     precision = sum of p over positive / sum of p over all,   recall = mean p over positive,
@@ -16,58 +16,22 @@ where "all" are the prompts of the positive and the negative group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from taught.core.names import TargetName
+from taught.core.readings import Readings
+from taught.core.target import value
 from taught.errors import UserError
-from taught.policy.ridge import Policy, fit_policy
+
+if TYPE_CHECKING:
+    from taught.training.retrain import Retraining
 
 Floats = NDArray[np.float64]
-
-
-class TargetName(NamedTuple):
-    """What a value is about, as in ``influence.parquet`` (pathway ``total``; of mean_y ``y``).
-
-    Attributes
-    ----------
-    target : "score", "coefficient" or "mean_y"
-    feature_id : None unless "coefficient"
-    group : a group, or a category; None unless "mean_y"
-    """
-
-    target: str
-    feature_id: int | None = None
-    group: str | None = None
-
-    @property
-    def label(self) -> str:
-        """In one word: ``score``, ``coefficient:17``, ``mean_y:harmless``."""
-        about = self.group if self.feature_id is None else self.feature_id
-        return self.target if about is None else f"{self.target}:{about}"
-
-
-class Reads(Protocol):
-    """Read-outs of one model: a :class:`taught.training.retrain.Retraining`."""
-
-    @property
-    def prompt_ids(self) -> tuple[str, ...]:
-        """Ids of the N prompts."""
-
-    @property
-    def feature_ids(self) -> tuple[int, ...]:
-        """Ids of the d features."""
-
-    @property
-    def y(self) -> Floats:
-        """Behavior, float64 [N]."""
-
-    @property
-    def X(self) -> Floats:
-        """Activations, float64 [N, d]."""
 
 
 @dataclass(frozen=True)
@@ -80,45 +44,48 @@ class SoftMetrics:
     correctness: float
 
 
-def changes(policy: Policy, base: Reads, after: Reads, groups: Mapping[str, Sequence[str]]) -> dict[TargetName, float]:
-    """Change of every target from the base model to a retrained one.
+def changes(readings: Readings, base: Retraining, after: Retraining, names: Sequence[TargetName]) -> dict[str, float]:
+    """Change of every target from the base model to a retrained one: F(after) - F(base).
 
     Parameters
     ----------
-    policy
-        Its alpha, intercept, prompts and features; the coefficients are fitted to ``base`` anew, so
-        that what is subtracted was read the same way as what it is subtracted from.
-    groups
-        Group or category -> ids of its prompts.
+    readings
+        Of the run: prompts, groups and the policy. The policy is fitted to ``base`` anew, so that what
+        is subtracted was read the same way as what it is subtracted from.
 
     Returns
     -------
-    target -> change; score first, then coefficients in the policy's order, then groups. Positive:
-    training raised the target. Cost: two ridge regressions.
+    name -> change. Positive: training raised the target. Cost: two ridge regressions.
 
     Raises
     ------
     UserError
-        Read-outs of other prompts or features than the policy's; a group without prompts.
+        Read-outs of other prompts or features than the run's; a group without prompts.
     """
-    W, moved = _coefficients(policy, base), _coefficients(policy, after)
-    dW, dy = moved - W, after.y - base.y
-    found = {TargetName("score"): float(dW @ W)}
-    for feature_id, value in zip(policy.feature_ids.tolist(), dW, strict=True):
-        found[TargetName("coefficient", feature_id=feature_id)] = float(value)
-    for group, ids in groups.items():
-        rows = _rows(policy.prompt_ids, group, ids)
-        found[TargetName("mean_y", group=group)] = float(dy[rows].mean())
-    return found
+    for reads in (base, after):
+        same = reads.prompt_ids == readings.prompt_ids
+        if not same or list(reads.feature_ids) != [int(k) for k in readings.columns]:
+            raise UserError(
+                "read-outs are of other prompts or features than the run",
+                value="prompts" if not same else "features",
+                rule="the same ids in the same order",
+                fix="taught validate RUN makes them anew",
+            )
+    before, moved = (readings.refitted(reads.y, reads.X if readings.columns else None) for reads in (base, after))
+    return {str(name): value(name, moved, before) - value(name, before, before) for name in names}
 
 
-def soft_metrics(reads: Reads, positive: Sequence[str], negative: Sequence[str]) -> SoftMetrics:
+def soft_metrics(
+    reads: Retraining, positive: Sequence[str], negative: Sequence[str], degree: Callable[[Any], Any] = np.exp
+) -> SoftMetrics:
     """Soft precision, recall, F1 and correctness of one model.
 
     Parameters
     ----------
     positive, negative
         Ids of the prompts that should show the behavior, and of those that should not.
+    degree
+        From y to how much of the behavior is shown, 0 to 1.
 
     Raises
     ------
@@ -126,7 +93,8 @@ def soft_metrics(reads: Reads, positive: Sequence[str], negative: Sequence[str])
         A group without prompts, or a prompt that was not read.
     """
     sides = (("positive", positive), ("negative", negative))
-    yes, no = (reads.y[_rows(reads.prompt_ids, name, ids)] for name, ids in sides)
+    with np.errstate(divide="ignore"):
+        yes, no = (np.log(degree(reads.y[_rows(reads.prompt_ids, name, ids)])) for name, ids in sides)
     found = metrics(yes, no)
     return SoftMetrics(**{item.name: float(found[item.name]) for item in fields(SoftMetrics)})
 
@@ -156,30 +124,11 @@ def metrics(
         "recall": recall,
         "f1": np.where(recall > 0, 2 * precision * recall / np.where(both > 0, both, 1), 0.0),
         "correctness": (n * recall + m * (1 - wrong)) / (n + m),
-        "mean_p:positive": recall,
-        "mean_p:negative": wrong,
-        "mean_y:positive": (w * yes).sum(-1),
-        "mean_y:negative": (v * no).sum(-1),
+        "probability:positive": recall,
+        "probability:negative": wrong,
+        "behavior:positive": (w * yes).sum(-1),
+        "behavior:negative": (v * no).sum(-1),
     }
-
-
-def _coefficients(policy: Policy, reads: Reads) -> Floats:
-    same = reads.prompt_ids == policy.prompt_ids
-    if not same or list(reads.feature_ids) != policy.feature_ids.tolist():
-        raise UserError(
-            "read-outs are of other prompts or features than the policy",
-            value="prompts" if not same else "features",
-            rule="the same ids in the same order",
-            fix="make them with this policy",
-        )
-    return fit_policy(
-        reads.X,
-        reads.y,
-        prompt_ids=policy.prompt_ids,
-        feature_ids=policy.feature_ids,
-        alpha=policy.alpha,
-        fit_intercept=policy.fit_intercept,
-    ).coef
 
 
 def _rows(prompt_ids: Sequence[str], group: str, ids: Sequence[str]) -> list[int]:

@@ -1,7 +1,7 @@
 """Tables of scores that were made elsewhere, to be compared with the methods of a run.
 
 Columns: ``example_id``, ``method``, ``value``; optionally ``target`` (as in ``scores.parquet``: score,
-mean_y:GROUP, coefficient:ID; a row without one counts for every target) and ``concept`` (as
+behavior:GROUP, coefficient:ID; a row without one counts for every target) and ``concept`` (as
 ``taught concept-influence`` writes it: the method is then called ``concept:method``).
 """
 
@@ -110,17 +110,12 @@ def placed(
             values[row.example_id] = row.value
     for method, of in found.items():
         for target, values in of.items():
-            _require_all(method, target, values.keys(), example_ids)
+            unknown, missing = values.keys() - set(example_ids), set(example_ids) - values.keys()
+            if unknown or missing:
+                raise UserError(
+                    f"scores by {method} {'are of unknown examples' if unknown else 'are missing'} ({target})",
+                    value=name_ids(sorted(unknown or missing)),
+                    rule=f"one for each of the {len(example_ids)} examples of the run, no others",
+                    fix="score the examples of this study",
+                )
     return found
-
-
-def _require_all(method: str, target: str, scored: Collection[str], example_ids: Collection[str]) -> None:
-    unknown, missing = set(scored) - set(example_ids), set(example_ids) - set(scored)
-    if unknown or missing:
-        what = "are of unknown examples" if unknown else "are missing"
-        raise UserError(
-            f"scores by {method} {what} ({target})",
-            value=name_ids(sorted(unknown or missing)),
-            rule=f"one for each of the {len(example_ids)} examples of the run, no others",
-            fix="score the examples of this study",
-        )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,20 +69,6 @@ class Subsets:
         for row, subset in zip(table, self.members, strict=True):
             row[[column[example] for example in subset]] = True
         return table
-
-    def select(self, names: Collection[str]) -> Subsets:
-        """The subsets of these names, in this object's order.
-
-        Raises
-        ------
-        UserError
-            A name is unknown.
-        """
-        unknown = sorted(set(names) - set(self.names))
-        if unknown:
-            raise UserError("there are no subsets of these names", value=unknown[:8], rule="names of this design")
-        kept = [i for i, name in enumerate(self.names) if name in set(names)]
-        return Subsets(tuple(self.names[i] for i in kept), tuple(self.members[i] for i in kept), self.inclusion)
 
 
 def random_subsets(ids: Sequence[str], size: int, count: int, *, seed: int) -> Subsets:
@@ -143,8 +129,7 @@ def matched_subsets(
     ----------
     labels, lengths : example id -> its label, and its length (response tokens)
     tolerance
-        How far a subset's summed length may be from that of an average subset, relative to it;
-        :func:`spread` says how far they are.
+        How far a subset's summed length may be from that of an average subset, relative to it
 
     Returns
     -------
@@ -165,9 +150,13 @@ def matched_subsets(
             raise UserError(
                 f"examples have no {what}", value=missing[:8], rule="matched subsets need both of every example"
             )
-    groups = _by_label(pool, labels)
+    groups = {
+        label: [example for example in pool if labels[example] == label]
+        for label in sorted(set(labels[p] for p in pool))
+    }
     counts = _shares({label: len(group) for label, group in groups.items()}, size)
-    target = sum(counts[label] * _mean(lengths, group) for label, group in groups.items())
+    sums = {label: sum(lengths[example] for example in group) for label, group in groups.items()}
+    target = sum(counts[label] * (sums[label] / len(group)) for label, group in groups.items())
     rng = np.random.default_rng(seed)
 
     def one() -> tuple[str, ...]:
@@ -198,19 +187,6 @@ def summed(subsets: Subsets, values: Mapping[str, float]) -> Floats:
         )
     held = subsets.membership(examples).astype(np.float64)
     return held @ np.array([values[example] for example in examples], dtype=np.float64)
-
-
-def label_counts(subsets: Subsets, labels: Mapping[str, str]) -> dict[str, Floats]:
-    """Label -> number of its examples in each subset, float64 [M]."""
-    return {
-        label: summed(subsets, {example: float(labels[example] == label) for example in labels})
-        for label in sorted(set(labels.values()))
-    }
-
-
-def spread(sums: Floats) -> float:
-    """Largest distance of a subset's sum from the mean sum, relative to the mean."""
-    return float(np.abs(sums / sums.mean() - 1).max())
 
 
 def _exchange(
@@ -266,13 +242,6 @@ def _best_exchange(
     return label, inside[row], outside[column]
 
 
-def _by_label(pool: Sequence[str], labels: Mapping[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {label: [] for label in sorted({labels[p] for p in pool})}
-    for example in pool:
-        groups[labels[example]].append(example)
-    return groups
-
-
 def _shares(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     """``total`` split in proportion to ``sizes``, by largest remainders (ties: first name)."""
     whole = sum(sizes.values())
@@ -281,10 +250,6 @@ def _shares(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     for label in rest[: total - sum(counts.values())]:
         counts[label] += 1
     return counts
-
-
-def _mean(values: Mapping[str, float], examples: Sequence[str]) -> float:
-    return sum(values[example] for example in examples) / len(examples)
 
 
 def _pick(rng: np.random.Generator, pool: Sequence[str], size: int) -> tuple[str, ...]:

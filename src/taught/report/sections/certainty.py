@@ -58,8 +58,9 @@ def behaviors(tables: Tables) -> list[str]:
 
 
 def main_targets(tables: Tables) -> list[str]:
-    """What the ranking goes by: the score of a policy, without one the behaviors."""
-    return [PRIMARY] if primary(tables) == PRIMARY else behaviors(tables) or [primary(tables)]
+    """What the ranking goes by, and where it is a behavior the others too."""
+    first = primary(tables)
+    return list(dict.fromkeys([first, *(behaviors(tables) if is_behavior(first) else ())]))
 
 
 def label_table(summary: Summary, names: Sequence[str], marks: Mapping[str, int] = MappingProxyType({})) -> Table:
@@ -107,7 +108,7 @@ def _sentences(tables: Tables) -> list[Sentence | None]:
         (statements and ranking_sentence(statements)) or None,
         label_sentence(summary.finite, first),
         trivial_sentence(summary, first),
-        step_sentence(rows),
+        step_sentence(rows, first),
         sketch_sentence(summary.finite, first),
     ]
 
@@ -152,24 +153,25 @@ def trivial_sentence(summary: Summary, target: str) -> Sentence | None:
     return Sentence("Trivial predictors", "found", text)
 
 
-def step_sentence(summary: Rows) -> Sentence | None:
+def step_sentence(summary: Rows, target: str) -> Sentence | None:
     """How far the linear value is from a real step, on the examples where one was taken.
 
-    Where S is an estimate, these examples have an exact one too, and that is compared.
+    Where values are estimates, these examples have an exact one too, and that is compared. A refit is
+    of the policy, so it is compared with its score.
     """
-    rows = [r for r in scored(summary, PRIMARY) if r.get("step_score") and r[PRIMARY]]
+    rows = [r for r in scored(summary, target) if r.get("step_score") and r[target]]
     if not rows:
         return None
     apart = {
-        name: max(abs(r[key] / (r.get("exact_score") or r[PRIMARY]) - 1) for r in rows)
-        for name, key in (("a real step", "step_score"), ("an exact refit", "refit_score"))
-        if all(r.get(key) for r in rows)
+        name: max(abs(r[key] / ((of == target and r.get("exact_score")) or r[of]) - 1) for r in rows)
+        for name, key, of in (("a real step", "step_score", target), ("an exact refit", "refit_score", PRIMARY))
+        if all(r.get(key) and r.get(of) for r in rows)
     }
     differences = " and ".join(f"{percent(value, 1)} ({name})" for name, value in apart.items())
     good = max(apart.values()) <= STEP_TOLERANCE
     text = (
-        f"S is the first-order effect of one step. On the {count(len(rows), 'example')} with the "
-        f"largest |S| it differs by at most {differences} from what the step does."
+        f"Values are first-order effects of one step. On the {count(len(rows), 'example')} with the largest "
+        f"|{words(target)}| they differ by at most {differences} from what the step does."
     )
     if not good:
         text += f" That is above {percent(STEP_TOLERANCE)}: with a smaller lr it shrinks in proportion."

@@ -1,0 +1,95 @@
+"""y = log-odds of the right option against the others.
+
+    y_i = log p(right | prompt_i) - log sum_{o other} p(o | prompt_i)
+
+By letter the options stand in the question, "A. ..." line by line, and p is that of the letter. As
+cloze they do not, and p is that of the option's text; per token (`normalise`) p is the geometric mean
+over its tokens, so that a long option is not less likely for its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taught.core import rules
+from taught.core.behavior import Unscorable, in_rows
+from taught.core.registry import BEHAVIORS, setting
+from taught.data.chat import ChatFormat, EncodedPrompt
+from taught.data.prompts import Prompt
+
+
+@BEHAVIORS.register("choice")
+@dataclass(frozen=True)
+class Choice:
+    """The right one of the options that each prompt brings (columns `options`, `answer`)."""
+
+    style: str = setting("letter", rules.one_of("letter", "cloze"), "score the option's letter, or its text")
+    normalise: bool = setting(False, rules.flag(), "per token of the option; for cloze")
+    unit: ClassVar[str] = "nats"
+
+    @property
+    def meaning(self) -> str:
+        """What y is."""
+        by = "letter" if self.style == "letter" else "text, per token" if self.normalise else "text"
+        return f"log-odds of the right option against the others, by its {by}"
+
+    def encode(self, prompt: Prompt, chat: ChatFormat) -> EncodedPrompt:
+        """The prompt with its options, the right one first."""
+        options = [option.strip() for option in prompt.options]
+        _check(options)
+        right = _right(prompt.answer, options)
+        order = [right, *(i for i in range(len(options)) if i != right)]
+        if self.style == "cloze":
+            return chat.encode_answers(prompt.content, [options[i] for i in order], prompt.id)
+        lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+        asked = prompt.extended("\n" + "\n".join(lines))
+        return chat.encode_answers(asked, [ascii_uppercase[i] for i in order], prompt.id)
+
+    def value(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
+        """Log-odds of each prompt's first suffix."""
+        rows = in_rows(logp / lengths if self.normalise else logp, prompt, n, -torch.inf)
+        return rows[:, 0] - torch.logsumexp(rows[:, 1:], 1)
+
+    def degree(self, y: Any) -> Any:
+        """Probability of the right option among the options."""
+        return 1 / (1 + np.exp(-np.asarray(y)))
+
+
+def _check(options: Sequence[str]) -> None:
+    if not all(options) or not 2 <= len(options) <= len(ascii_uppercase):
+        raise Unscorable(
+            "options are missing or empty",
+            f"a choice is among 2 to {len(ascii_uppercase)} options, each a text",
+            "fill the column `options`: a list of texts",
+        )
+    if len(set(options)) < len(options):
+        raise Unscorable(
+            "some options are equal",
+            "each option is another text (white space around it is ignored)",
+            "correct the column `options`",
+        )
+
+
+def _right(answer: str | int, options: Sequence[str]) -> int:
+    """Index of the right option, which is named by its text, its index or its letter."""
+    if isinstance(answer, int):
+        found = answer
+    elif answer.strip() in options:
+        found = options.index(answer.strip())
+    else:
+        letter = answer.strip()
+        found = ascii_uppercase.index(letter) if len(letter) == 1 and letter in ascii_uppercase else -1
+    if not 0 <= found < len(options):
+        raise Unscorable(
+            "the answer is not among the options",
+            "the right option is named by its text, its index (a number from 0) or its letter",
+            "correct the column `answer`",
+        )
+    return found

@@ -1,0 +1,79 @@
+"""What a command says, and where: results to standard output, the rest to standard error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from taught.progress import Progress
+    from taught.run.folder import RunFolder
+
+
+def out() -> Console:
+    """Standard output."""
+    from rich.console import Console
+
+    return Console()
+
+
+def err() -> Console:
+    """Standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def say(text: str, console: Console | None = None) -> None:
+    """A line as it is: no markup, no colors, no breaks."""
+    (console or out()).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def complain(message: str, fix: str | None = None) -> None:
+    """An error."""
+    lines = [message.strip()] + ([f"  fix:   {fix}"] if fix else [])
+    say("error: " + "\n".join(lines), err())
+
+
+def say_written(run: RunFolder, names: Sequence[str]) -> None:
+    """The paths of those files that the run has."""
+    for name in names:
+        if name in run.manifest["files"]:
+            say(str(run.path(name)))
+
+
+def cost(run: RunFolder, *stages: str) -> str:
+    """Time of the stages (all by default) and the largest memory of the process that ran them."""
+    records = run.manifest["stages"]
+    used = {stage: records[stage] for stage in stages or records if "seconds" in records[stage]}
+    parts = [f"{stage} {record['seconds']:.1f} s" for stage, record in used.items()]
+    memory = max(record["peak_memory_gb"] or 0.0 for record in used.values())
+    return ", ".join(parts) + f", peak memory {memory:.1f} GB"
+
+
+@contextmanager
+def progress_on(quiet: bool) -> Iterator[Progress]:
+    """Bars on a terminal, plain lines elsewhere, nothing if quiet."""
+    from taught.progress import LineProgress, RichProgress, SilentProgress
+
+    console = err()
+    if quiet:
+        yield SilentProgress()
+    elif console.is_terminal:
+        with RichProgress(console) as bars:
+            yield bars
+    else:
+        with LineProgress(console) as lines:
+            yield lines
+
+
+def quiet_libraries() -> None:
+    """Before transformers is imported: no bars and advice of its own, no telemetry."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of the conversion of a GGUF file
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -1,0 +1,168 @@
+"""From the arguments of a command to a study and a run folder."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from taught.cli.console import err, quiet_libraries
+from taught.errors import UserError
+
+if TYPE_CHECKING:
+    from taught.run.folder import RunFolder
+    from taught.study.schema import Study
+
+Switch = Annotated[bool, Parameter(negative="", show_default=False)]
+Several = Parameter(consume_multiple=True, negative="")
+Repeated = Parameter(negative="", show_default=False)
+Sets = Annotated[tuple[str, ...], Parameter(name="--set", negative="", show_default=False)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Question:
+    """Keys of the study that have a flag of their own; each goes before what the study says."""
+
+    model: str | None = None
+    "The model: a hub id or a folder."
+
+    pairs: Path | None = None
+    "Training examples whose responses are trained on: messages, or prompt and response."
+
+    documents: Path | None = None
+    "Training examples that are trained on as a whole: text. In place of --pairs."
+
+    prompts: Path | None = None
+    "Evaluation prompts on which the behavior is read."
+
+    behavior: str | None = None
+    "What is read on them: prefixes, answer, choice, loss."
+
+    sae: str | None = None
+    "A sparse autoencoder: a folder, or release:sae_id. With it there is a policy."
+
+    target: Annotated[tuple[str, ...], Repeated] = ()
+    "What the influence is on, e.g. behavior:harmless or score. May be repeated; by default everything."
+
+    set: Sets = ()
+    "Change one value of the study, e.g. --set policy.alpha=3. May be repeated."
+
+    def values(self) -> dict[str, Any]:
+        """Key of the study -> value."""
+        if self.pairs is not None and self.documents is not None:
+            raise UserError("examples are pairs or documents", value="--pairs and --documents", fix="give one of them")
+        examples = self.pairs or self.documents
+        given: dict[str, Any] = {
+            "model.id": self.model,
+            "examples.path": examples and str(examples),
+            "examples.kind": examples and ("pair" if self.pairs else "document"),
+            "prompts.path": self.prompts and str(self.prompts),
+            "behavior": self.behavior,
+            "sae.path": self.sae,
+            "attribution.targets": list(self.target) or None,
+        }
+        return {key: value for key, value in given.items() if value is not None}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Where:
+    """Where results go."""
+
+    run: Path | None = None
+    "Run folder; by default runs/NAME, with the name of the study."
+
+    fresh: Annotated[tuple[str, ...], Repeated] = ()
+    "Delete the earlier results of a stage and make them anew; without a stage, of all."
+
+    quiet: Annotated[Switch, Parameter(name=["--quiet", "-q"])] = False
+    "Show no progress."
+
+
+def study_of(source: str | None, question: Question) -> Study:
+    """The study that a command is about.
+
+    Raises
+    ------
+    UserError
+        There is neither a study nor the flags that make one; a value breaks its rule; a file is missing.
+    """
+    from taught.study.load import load_study
+    from taught.study.schema import Study
+
+    given = question.values()
+    if source is not None:
+        study = load_study(source)
+    else:
+        missing = {"model.id": "--model", "examples.path": "--pairs", "prompts.path": "--prompts"}
+        lacking = [flag for key, flag in missing.items() if key not in given]
+        if lacking:
+            raise UserError(
+                "nothing says what to run on",
+                value="missing: " + ", ".join(lacking),
+                rule="a study, or --model, --pairs (or --documents) and --prompts",
+                fix="for example: taught run --model MODEL --pairs PAIRS --prompts PROMPTS",
+            )
+        study = Study(name=Path(given["examples.path"]).stem)
+    for key, value in {**given, **dict(map(parse_set, question.set))}.items():
+        study = study.replace(key, value)
+    study.require_files()
+    quiet_libraries()
+    if Path(study.model.id).is_absolute() and (study.sae.path is None or Path(study.sae.path).is_absolute()):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local: nothing may go out
+    return study
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """Key and value of a ``--set``."""
+    import yaml
+
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise UserError("--set needs a key and a value", value=text, fix="for example: --set policy.alpha=3")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError("the value of --set is not valid YAML", value=text, fix="put it in quotes") from None
+
+
+def run_folder(source: str | None, study: Study, where: Where) -> RunFolder:
+    """The run folder of a command; a study that is named by its run folder is worked on there."""
+    from taught.run.folder import RunFolder
+    from taught.run.manifest import NAME
+
+    inside = source is not None and (Path(source) / NAME).is_file()
+    default = Path(source) if inside and source is not None else Path("runs") / study.name
+    return RunFolder(where.run or default, fresh=stages_of(where.fresh), command=_typed())
+
+
+def stages_of(fresh: Collection[str]) -> tuple[str, ...]:
+    """Stages that are to be made anew."""
+    from taught.stages import BY_NAME
+
+    unknown = [name for name in fresh if name not in BY_NAME and name != "all"]
+    if unknown:
+        raise UserError("there is no stage of this name", value=unknown[0], rule="one of " + ", ".join(BY_NAME))
+    return tuple(BY_NAME) if "all" in fresh else tuple(fresh)
+
+
+def open_run(path: Path) -> RunFolder:
+    """A run folder that is there; says which stages another version of the code made."""
+    from taught.run.folder import RunFolder
+
+    run = RunFolder.open(path)
+    run.command = _typed()
+    for stage, code in run.made_by_other_code().items():
+        err().print(f"note: {stage} was made by another version of the code: {code}")
+    return run
+
+
+def _typed() -> str:
+    return shlex.join(["taught", *sys.argv[1:]])

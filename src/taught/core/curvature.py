@@ -1,0 +1,91 @@
+"""The metric of a step: training moves the parameters by - lr C^-1 grad L.
+
+A curvature is how C is found; fitted to a problem it is a :class:`Metric`. C = 1 is plain SGD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from taught.core.registry import CURVATURES
+from taught.model.gradients import Factor, Query, RowSparse
+from taught.model.kernels import product
+
+if TYPE_CHECKING:
+    from taught.core.estimator import Work
+    from taught.core.example import Example
+    from taught.core.problem import Problem
+
+# Orthonormal columns, [m, m] and [n, n], for a parameter [m, n]: G becomes rows' G columns.
+Basis = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """C of one problem, diagonal in a basis of each parameter.
+
+    Attributes
+    ----------
+    scale : diagonal of C^-1 by parameter name, in the parameter's shape; None: C = 1
+    basis : the basis by parameter name in which C is diagonal; None: the parameters' own
+    sketched : what divides sketches of queries, (store, rows, [K, Q]) -> [K, Q]; None: nothing does
+    parameters : the only ones that have a curvature and move; None: all that the problem moves
+    """
+
+    scale: Mapping[str, Tensor] | None = None
+    basis: Mapping[str, Basis] | None = None
+    parameters: tuple[str, ...] | None = None
+    sketched: Callable[..., Any] | None = None
+
+    def scale_of(self, name: str) -> Tensor | None:
+        """One parameter's diagonal of C^-1, or None for 1."""
+        return None if self.scale is None else self.scale[name]
+
+    def solve(self, name: str, gradient: Tensor) -> Tensor:
+        """C^-1 G of one parameter, in its shape and the precision of G."""
+        if self.scale is None:
+            return gradient
+        if self.basis is None:
+            return gradient * self.scale[name]
+        rows, columns = self.basis[name]
+        inside = product(product(rows.T, gradient.to(rows).T), columns.T) * self.scale[name]
+        return product(product(rows, inside.T), columns).to(gradient)
+
+    def solve_query(self, name: str, query: Query) -> None:
+        """C^-1 Q of each of some queries [K, *shape], in place."""
+        if self.scale is None:
+            return
+        if isinstance(query, RowSparse):  # a look-up, which is in its own basis
+            query.values.mul_(self.scale[name][query.rows])
+            return
+        for one in query:
+            one.copy_(self.solve(name, one))
+
+    def rotated(self, factor: Factor) -> Factor:
+        """The factor of a gradient in the basis in which C is diagonal."""
+        if self.basis is None:
+            return factor
+        assert factor.a is not None
+        rows, columns = self.basis[factor.param]
+        return replace(factor, d=product(factor.d.to(rows), rows.T), a=product(factor.a.to(rows), columns.T))
+
+
+class Curvature(Protocol):
+    """A way to find C; a frozen dataclass of its parameters, registered in ``CURVATURES``."""
+
+    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+        """C at the problem's weights, from the examples that are trained on."""
+
+
+@CURVATURES.register("identity")
+@dataclass(frozen=True)
+class Identity:
+    """Plain SGD: C = 1."""
+
+    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+        """Nothing is fitted."""
+        return Metric()

@@ -1,0 +1,147 @@
+"""Queries: C^-1 grad F of targets, from one backward pass over the prompts for each target."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from taught.core.problem import GB, Problem
+from taught.core.trajectory import Queries
+from taught.model.gradients import Factor, Query, RowSparse, Site, accumulate, tap
+from taught.model.parameters import moving_parameters
+from taught.model.readout import PackedPrompts, pack, read_packed
+from taught.progress import Progress, SilentProgress
+
+# Share of the memory budget that queries take; a batch of examples comes on top.
+_SHARE = 0.7
+
+
+def queries_at_once(problem: Problem) -> int:
+    """How many queries of any targets fit into the memory budget (all moving parameters)."""
+    moving = moving_parameters(problem.model, problem.parameters)
+    return fitting(problem, sum(p.numel() for p in moving.values()))
+
+
+def x_queries_at_once(problem: Problem, sites: Sequence[Site]) -> int:
+    """How many queries of X fit into the memory budget (moving parameters up to the block)."""
+    shapes = dict(problem.model.named_parameters())
+    seen = sites_up_to_block(problem, sites)
+    return fitting(
+        problem, sum(shapes[n].numel() for s in seen if s.kind != "embedding" for n in (s.weight, s.bias) if n)
+    )
+
+
+def sites_up_to_block(problem: Problem, sites: Sequence[Site]) -> list[Site]:
+    """The uses of parameters that X depends on."""
+    packed = next(pack(problem.prompts[:1], None))
+    with tap(problem.model, sites) as taps, torch.no_grad():
+        read_packed(problem.model, packed, None, problem.block)
+        return [site for site, *_ in taps.seen]
+
+
+def fitting(problem: Problem, size: int) -> int:
+    """How many queries of so many numbers fit into the memory budget."""
+    itemsize = max(4, next(problem.model.parameters()).element_size())
+    return max(1, int(problem.memory_gb * GB * _SHARE / (itemsize * max(size, 1))))
+
+
+def build_queries(
+    problem: Problem, sites: Sequence[Site], A: Tensor | None, B: Tensor | None, progress: Progress | None = None
+) -> Queries:
+    """C^-1 grad F of each target: parameter name -> [K, *shape].
+
+    Targets that ask for the same prompts share one forward pass; a target whose cotangents vanish
+    on a prompt does not visit it.
+
+    Parameters
+    ----------
+    A : float64 [K, N, d] or None
+        dF/dX of each target; None for zeros.
+    B : float64 [K, N] or None
+        dF/dy of each target; None for zeros, and no pass beyond the block then.
+    """
+    progress = progress or SilentProgress()
+    queries: Queries = {}
+    count = next(len(part) for part in (A, B) if part is not None)
+    active = torch.zeros(count, len(problem.prompts), dtype=torch.bool)
+    for part in (A, B):
+        if part is not None:
+            active |= part.reshape(count, len(problem.prompts), -1).abs().sum(2) != 0
+    supports: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for k in range(count):
+        supports[tuple(active[k].nonzero().flatten().tolist())].append(k)
+    for support, targets in supports.items():
+        needs_y = B is not None and bool((B[targets] != 0).any())
+        chosen = [problem.prompts[i] for i in support]
+        for packed in pack(chosen, problem.behavior if needs_y else None) if chosen else []:
+            index = torch.tensor(support)[list(packed.index)]
+            own = [None if part is None else part[:, index] for part in (A, B)]
+            _add_batch(problem, sites, packed, targets, own[0], own[1], queries, count, needs_y)
+        progress.advance(len(targets))
+    for name, query in queries.items():
+        problem.metric.solve_query(name, query)
+    return queries
+
+
+def _add_batch(
+    problem: Problem,
+    sites: Sequence[Site],
+    packed: PackedPrompts,
+    targets: list[int],
+    A: Tensor | None,
+    B: Tensor | None,
+    queries: Queries,
+    count: int,
+    needs_y: bool,
+) -> None:
+    with tap(problem.model, sites) as taps:
+        h, y = read_packed(problem.model, packed, problem.behavior if needs_y else None, problem.block)
+        X = None
+        if problem.features is not None and A is not None and h is not None:
+            X = problem.features(h, packed.offsets.to(h.device))
+        values = []
+        for k in targets:
+            parts = []
+            if X is not None and A is not None:
+                parts.append((A[k].to(X) * X).sum())
+            if y is not None and B is not None:
+                parts.append((B[k].to(y) * y).sum())
+            values.append((k, sum(parts[1:], parts[0])))
+        for k, value in values:
+            for factor in taps.factors(value, retain_graph=k != targets[-1]):
+                accumulate(factor, _slot(problem, queries, factor, count, B is None, k))
+
+
+def _slot(problem: Problem, queries: Queries, factor: Factor, count: int, only_x: bool, k: int) -> Query:
+    """The k-th query of the factor's parameter, allocated as zeros when first asked for."""
+    if factor.param not in queries:
+        queries[factor.param] = _zeros(problem, factor, count, only_x)
+    total = queries[factor.param]
+    if isinstance(total, RowSparse):
+        return RowSparse(total.rows, total.slot, total.values[k])
+    return total[k]
+
+
+def _zeros(problem: Problem, factor: Factor, count: int, only_x: bool) -> Query:
+    """Zeros for ``count`` queries; X queries touch only the prompts' rows of the embedding."""
+    weight = problem.model.get_parameter(factor.param)
+    dtype = torch.promote_types(factor.d.dtype, torch.float32)  # sums of half precision in float32
+    rows = token_rows(problem, weight) if factor.kind == "embedding" and only_x else None
+    if rows is not None:
+        slot = torch.full((len(weight),), -1, device=weight.device)
+        slot[rows] = torch.arange(len(rows), device=weight.device)
+        values = torch.zeros(count, len(rows), weight.shape[1], dtype=dtype, device=weight.device)
+        return RowSparse(rows, slot, values)
+    return torch.zeros(count, *weight.shape, dtype=dtype, device=weight.device)
+
+
+def token_rows(problem: Problem, weight: Tensor) -> Tensor | None:
+    """Rows of the token embedding that the prompts look up; None for all, or another parameter."""
+    tokens = problem.model.get_input_embeddings()  # type: ignore[operator]
+    used = {token for prompt in problem.prompts for token in prompt.ids}
+    if weight is not tokens.weight or len(used) == len(weight):
+        return None
+    return torch.tensor(sorted(used), device=weight.device)

@@ -1,0 +1,82 @@
+"""The legs of a training run that effects are summed over.
+
+    influence(F, z) = sum over legs c of - lr_c < C_c^-1 grad L_c(z), q_c >,    q at the end of training = grad F
+
+At the base model alone there is one leg. A trajectory either lets each leg ask for the gradient of F at
+its own weights (sums over checkpoints), or carries the query from the end of training back to its
+beginning (:meth:`Trajectory.carry`), as methods do that follow the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from taught.core.registry import TRAJECTORIES
+from taught.model.gradients import Query
+
+if TYPE_CHECKING:
+    from taught.core.curvature import Curvature
+    from taught.core.estimator import Work
+    from taught.core.problem import Problem
+    from taught.core.target import TargetSet
+
+Queries = dict[str, Query]
+
+
+@dataclass(frozen=True, eq=False)
+class Leg:
+    """One part of a training run.
+
+    Attributes
+    ----------
+    problem : at the weights and the learning rate of this leg
+    name : what progress and pieces call it
+    """
+
+    problem: Problem
+    name: str = ""
+
+
+class Trajectory(Protocol):
+    """The legs of a run, from its end to its beginning; a frozen dataclass, registered in ``TRAJECTORIES``.
+
+    Attributes
+    ----------
+    single : whether there is one leg alone, at the base weights
+    """
+
+    single: bool
+
+    def refuses(self, curvature: Curvature) -> str | None:
+        """Why this trajectory does not go with a curvature, in a sentence; None: it does."""
+
+    def legs(self, problem: Problem, work: Work) -> Iterator[Leg]:
+        """Each leg when its turn comes; its model may be freed when the next is asked for."""
+
+    def carry(self, queries: Queries | None, leg: Leg, targets: TargetSet, work: Work) -> Queries | None:
+        """Queries for a leg from those of the leg after it in training (None at the end of training).
+
+        None: the leg takes grad F at its own weights.
+        """
+
+
+@TRAJECTORIES.register("base")
+@dataclass(frozen=True)
+class Base:
+    """One step from the model as it is."""
+
+    single = True
+
+    def refuses(self, curvature: Curvature) -> str | None:
+        """Goes with everything."""
+        return None
+
+    def legs(self, problem: Problem, work: Work) -> Iterator[Leg]:
+        """The problem itself."""
+        yield Leg(problem)
+
+    def carry(self, queries: Queries | None, leg: Leg, targets: TargetSet, work: Work) -> Queries | None:
+        """Nothing is carried."""
+        return None

@@ -1,0 +1,375 @@
+"""The formats that training data come in, each turned into records.
+
+    messages          ``messages`` or ShareGPT's ``conversations``: a list of {role, content} or {from, value}
+    prompt, response  also ``instruction`` or ``question`` with ``completion``, ``output`` or ``answer``; each a
+                      text or a list of messages
+    Alpaca, Dolly     ``instruction`` with ``input`` or ``context``: the user's turn is both, a line break between
+                      them; with ``system`` and ``history`` ([[question, answer], ...])
+    text              a document, where documents are asked for
+
+``system`` is a system turn, ``tools`` go to the chat template. Whatever else is known to change an
+example (``chosen`` and ``rejected``, pictures, a weight of the row, keys of a message that no template
+gets) is refused by name where it holds something; other columns of a row are kept as its flags.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from taught.data.columns import cell, detect_columns, name_ids, text_cell
+from taught.data.examples import Message, Record, Turns, content_id
+from taught.data.tables import Row, Table
+from taught.errors import UserError
+
+PAIR_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "id": ("id", "example_id"),
+    "messages": ("messages", "conversations", "conversation"),
+    "prompt": ("prompt", "instruction", "question", "input"),
+    "context": ("input", "context"),
+    "response": ("response", "completion", "output", "answer"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools",),
+    "label": ("label", "group"),
+    "category": ("category", "topic"),
+    "source": ("source",),
+}
+DOCUMENT_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "id": ("id", "example_id", "document_id"),
+    "text": ("text", "document", "content"),
+    "label": ("label", "group"),
+    "category": ("category", "topic"),
+    "source": ("source",),
+}
+# Columns that change what a model is trained on and that nothing here reads.
+_REFUSED = (
+    *("functions", "function_call", "tool_calls", "reasoning_content", "thinking", "documents", "chat_template_kwargs"),
+    *("weight", "train", "image", "images", "audio", "audios", "video", "videos"),
+)
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_MARKS = ("weight", "train", "training")
+# Keys of a message that its chat template gets, and keys that only say where it came from.
+_FOR_TEMPLATE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+_NOTES = ("id", "message_id", "timestamp", "created_at", "model", "language", "lang", "index", "token_count")
+_ORDER = re.compile("s?(u(at+)*a)+")
+
+
+def read_pairs(
+    table: Table, columns: Mapping[str, str] | None, turns: Turns
+) -> tuple[tuple[Record, ...], dict[str, str]]:
+    """Read a record from every row, and which column was taken for what."""
+    found = detect_columns(table.rows, PAIR_COLUMNS, columns, table.name)
+    present = {name for row in table.rows for name in row}
+    if {"chosen", "rejected"} <= present and not columns:
+        raise UserError(
+            f"{table.name} holds preference pairs (chosen, rejected)",
+            value=f"columns: {', '.join(sorted(present))}",
+            rule="preference data comes later; now an example has one response",
+            fix="rename one of the columns to response to attribute to training on it alone",
+        )
+    if "messages" not in found and not {"prompt", "response"} <= set(found):
+        text = "text" in present
+        raise UserError(
+            f"{table.name} has neither messages nor a prompt and a response",
+            value=f"columns: {', '.join(dict.fromkeys(name for row in table.rows for name in row))}",
+            rule="an example is `messages`, or `prompt` with `response` (or `completion`)",
+            fix="use --set examples.kind=document"
+            if text
+            else "rename the columns, or load with columns={'prompt': …, 'response': …}",
+        )
+    names = _row_names(table, found)
+    _refuse_columns(table, found, names)
+    _refuse_keys(table, found, names)
+    rows = zip(table.rows, names, strict=True)
+    return tuple(_pair(row, found, name, turns) for row, name in rows), found
+
+
+def read_documents(table: Table, columns: Mapping[str, str] | None) -> tuple[tuple[Record, ...], dict[str, str]]:
+    """Read a document from every row, and which column was taken for what."""
+    found = detect_columns(table.rows, DOCUMENT_COLUMNS, columns, table.name)
+    if "text" not in found:
+        raise UserError(
+            f"{table.name} has no text",
+            value=f"columns: {', '.join(dict.fromkeys(name for row in table.rows for name in row))}",
+            rule="a document is a `text`",
+            fix="rename the column, or use --set examples.kind=pair",
+        )
+    return tuple(
+        _record(row, found, name, content_id((), text), prompt="", response=text, kind="document")
+        for row, name in zip(table.rows, _row_names(table, found), strict=True)
+        for text in [text_cell(row, found, "text", name)]
+    ), found
+
+
+def _row_names(table: Table, columns: Mapping[str, str]) -> list[str]:
+    """What a row is called in messages: its id, or its number."""
+    return [
+        text_cell(row, columns, "id", f"row {number}") or f"row {number}" for number, row in enumerate(table.rows, 1)
+    ]
+
+
+def _record(row: Row, columns: Mapping[str, str], name: str, otherwise: str, **fields: Any) -> Record:
+    used = set(columns.values())
+    return Record(
+        id=text_cell(row, columns, "id", name) or otherwise,
+        label=text_cell(row, columns, "label", name),
+        category=text_cell(row, columns, "category", name),
+        source=text_cell(row, columns, "source", name),
+        flags={key: value for key, value in row.items() if key not in used},
+        **fields,
+    )
+
+
+def _pair(row: Row, columns: Mapping[str, str], name: str, turns: Turns) -> Record:
+    given = _conversation(row, columns, name)
+    messages = [{key: value for key, value in turn.items() if key not in _MARKS} for turn in given]
+    counted = _counted(given, turns, name)
+    last = counted[-1]
+    before, response = tuple(messages[:last]), messages[last]
+    for place in counted:
+        if messages[place].get("tool_calls"):
+            raise UserError(
+                f"an answer of {name} that counts calls a tool",
+                value=messages[place]["tool_calls"],
+                rule="the loss is on answers in words; calls of tools stand before them",
+                fix="mark that message with weight: 0, or end the conversation with an answer",
+            )
+        if place != last and not messages[place]["content"].strip():
+            raise UserError(
+                f"an answer of {name} that counts is empty",
+                value=messages[place],
+                fix="fill it, or mark it with weight: 0",
+            )
+    return _record(
+        row,
+        columns,
+        name,
+        content_id(before, response["content"]),
+        prompt=next(turn["content"] for turn in reversed(before) if turn["role"] == "user"),
+        response=response["content"],
+        messages=before,
+        counted=tuple(counted[:-1]),
+        extras={key: value for key, value in response.items() if key not in ("role", "content")},
+        tools=_tools(cell(row, columns, "tools"), name),
+    )
+
+
+def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Message]:
+    """All turns of a row, in the order that a conversation has."""
+    system = text_cell(row, columns, "system", name)
+    given = cell(row, columns, "messages")
+    if given is not None:
+        turns = _turns(given, name)
+        _refuse_beside(row, columns, turns, name)
+    else:
+        prompt = _part(row, columns, "prompt", "user", name)
+        _add_context(row, columns, prompt, name)
+        turns = [
+            *_history(cell(row, columns, "history"), name),
+            *prompt,
+            *_part(row, columns, "response", "assistant", name),
+        ]
+        if turns[0]["role"] != "system" and prompt[0]["role"] == "system":
+            raise UserError(
+                f"{name} has a history before its system turn",
+                value=prompt[0]["content"],
+                fix="put the whole conversation into one `messages` column",
+            )
+    if system and turns and turns[0]["role"] == "system" and turns[0]["content"] != system:
+        raise UserError(
+            f"{name} has two system texts",
+            value=f"{system!r} beside the turn {turns[0]['content']!r}",
+            rule="a conversation has one system turn",
+            fix="keep one of them",
+        )
+    if system and not (turns and turns[0]["role"] == "system"):
+        turns = [{"role": "system", "content": system}, *turns]
+    roles = [turn["role"] for turn in turns]
+    letters = "".join(
+        {"system": "s", "developer": "s", "user": "u", "assistant": "a", "tool": "t"}.get(r, "?") for r in roles
+    )
+    if not _ORDER.fullmatch(letters):
+        raise UserError(
+            f"the messages of {name} do not end in one answer to a user",
+            value=" ".join(roles),
+            rule="an optional system turn, then user and assistant in turn, the assistant last",
+            fix="cut the conversation after an assistant turn, or join the turns of one speaker",
+        )
+    return turns
+
+
+def _counted(turns: Sequence[Message], which: Turns, name: str) -> list[int]:
+    """Places of the answers that the loss is on."""
+    marks = [_mark(turn, name) for turn in turns]
+    answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    marked = any(marks[place] is not None for place in answers)
+    otherwise = {place: marked or which == "all" or place == answers[-1] for place in answers}
+    counted = [place for place in answers if (otherwise[place] if marks[place] is None else marks[place])]
+    if any(marks[place] for place in range(len(turns)) if place not in otherwise):
+        raise UserError(
+            f"a turn of {name} that is no answer is marked to count",
+            rule="the loss is on turns of the assistant",
+            fix="remove the weight, or set it to 0",
+        )
+    if not counted:
+        raise UserError(
+            f"no answer of {name} counts",
+            rule="the loss is on one answer at least; weight: 0 and train: false leave an answer out",
+            fix="remove the row, or mark an answer with weight: 1",
+        )
+    return counted
+
+
+def _mark(turn: Message, name: str) -> bool | None:
+    """Whether a message says that the loss is on it; None where it says nothing."""
+    given = {key: turn[key] for key in _MARKS if turn.get(key) is not None}
+    if any(value not in (0, 1) for value in given.values()) or len({bool(v) for v in given.values()}) > 1:
+        raise UserError(
+            f"a message of {name} has a weight that is neither 0 nor 1",
+            value=given,
+            rule="an answer counts or it does not: weight 0 or 1, train false or true",
+            fix="use 0 or 1",
+        )
+    return next((bool(value) for value in given.values()), None)
+
+
+def _turns(value: object, name: str) -> list[Message]:
+    turns = []
+    for turn in value if isinstance(value, list | tuple) else [value]:
+        given: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
+        role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
+        kept = {key: given[key] for key in (*_MARKS, *_FOR_TEMPLATE) if _holds(given.get(key))}
+        content = "" if content is None and "tool_calls" in kept else content
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(
+                f"a message of {name} has no role or no text",
+                value=turn,
+                rule='a message is {"role": "user", "content": "…"}; content is text only',
+                fix="write the content as one text",
+            )
+        turns.append({"role": _ROLES.get(role, role), "content": content, **kept})
+    return turns
+
+
+def _part(row: Row, columns: Mapping[str, str], field: str, role: str, name: str) -> list[Message]:
+    """The turns of a prompt or a response: a text, or messages."""
+    value = cell(row, columns, field)
+    if isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
+        return _turns(value, name)
+    return [{"role": role, "content": text_cell(row, columns, field, name)}]
+
+
+def _history(value: object, name: str) -> Iterator[Message]:
+    for turn in value if isinstance(value, list | tuple) else [value] if _holds(value) else []:
+        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise UserError(
+                f"the history of {name} is no list of [question, answer]",
+                value=turn,
+                fix="put the whole conversation into one `messages` column",
+            )
+        yield {"role": "user", "content": turn[0]}
+        yield {"role": "assistant", "content": turn[1]}
+
+
+def _add_context(row: Row, columns: Mapping[str, str], prompt: list[Message], name: str) -> None:
+    """Put Alpaca's input, Dolly's context behind the instruction, as a part of the user's turn."""
+    context = text_cell(row, columns, "context", name)
+    if not context.strip():
+        return
+    if columns["prompt"] == "instruction" and len(prompt) == 1:
+        prompt[0]["content"] += "\n" + context
+    elif not any(context in turn["content"] for turn in prompt):
+        raise UserError(
+            f"{name} has a {columns['context']} beside its {columns['prompt']}",
+            value=context,
+            rule="only what stands beside an `instruction` has a known place in the user's turn",
+            fix=f"rename the {columns['prompt']} to instruction, or put both into one text",
+        )
+
+
+def _refuse_beside(row: Row, columns: Mapping[str, str], turns: Sequence[Message], name: str) -> None:
+    """Refuse texts beside messages that the messages do not hold."""
+    for field in ("prompt", "context", "response", "history"):
+        value = cell(row, columns, field)
+        if not _holds(value):
+            continue
+        part = isinstance(value, list | tuple) and all(isinstance(turn, Mapping) for turn in value)
+        texts = [turn["content"] for turn in _turns(value, name)] if part else [str(value)]
+        if not all(any(text in turn["content"] for turn in turns) for text in texts):
+            raise UserError(
+                f"{name} has messages and a {columns[field]} that is not among them",
+                value=value,
+                rule="an example is given once: as messages, or as a prompt and a response",
+                fix=f"remove the {columns[field]}, or put it into the messages",
+            )
+
+
+def _tools(value: object, name: str) -> tuple[Any, ...]:
+    given = value
+    if isinstance(value, str) and value.strip():
+        try:
+            given = json.loads(value)
+        except ValueError:
+            given = value
+    if not _holds(given):
+        return ()
+    if not isinstance(given, list | tuple) or not all(isinstance(tool, Mapping) for tool in given):
+        raise UserError(
+            f"the tools of {name} are no list of descriptions",
+            value=value,
+            rule="a tool is a JSON schema, as the chat template reads it",
+            fix="write a list of objects, or leave the cell empty",
+        )
+    return tuple(given)
+
+
+def _refuse_columns(table: Table, columns: Mapping[str, str], names: Sequence[str]) -> None:
+    used = set(columns.values())
+    for column in _REFUSED:
+        if column in used:
+            continue
+        neutral = (1, True) if column in ("weight", "train") else ()
+        holding = [
+            name
+            for row, name in zip(table.rows, names, strict=True)
+            if _holds(row.get(column)) and row[column] not in neutral
+        ]
+        if holding:
+            raise UserError(
+                f"{table.name}: the column {column} would change {len(holding)} examples and is not used",
+                value=name_ids(holding),
+                rule="nothing that a model is trained on is ignored silently",
+                fix=f"rename the column {column} if it is a note, or remove it",
+            )
+
+
+def _refuse_keys(table: Table, columns: Mapping[str, str], names: Sequence[str]) -> None:
+    """Refuse keys of messages that are neither used nor known to be notes."""
+    known = {"role", "from", "content", "value", *_MARKS, *_FOR_TEMPLATE, *_NOTES}
+    holding: dict[str, dict[str, None]] = defaultdict(dict)
+    for row, name in zip(table.rows, names, strict=True):
+        for field in ("messages", "prompt", "response"):
+            value = cell(row, columns, field)
+            for turn in value if isinstance(value, list | tuple) else ():
+                for key in set(turn) - known if isinstance(turn, Mapping) else ():
+                    if _holds(turn[key]):
+                        holding[key][name] = None
+    if holding:
+        key, ids = sorted(holding.items())[0]
+        raise UserError(
+            f"{table.name}: messages of {len(ids)} examples have a {key}, which is not used",
+            value=name_ids(list(ids)),
+            rule=f"of a message are used: role, content, weight, train, {', '.join(_FOR_TEMPLATE)}",
+            fix="remove the key from the messages",
+        )
+
+
+def _holds(value: object) -> bool:
+    """Whether a cell says something: not null, nor an empty text, list or mapping."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    return value is not None and not (isinstance(value, list | tuple | Mapping) and not value)

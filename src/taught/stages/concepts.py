@@ -1,0 +1,454 @@
+"""The stage ``concepts``: directions from two groups of rows, from features or from a file.
+
+The groups are those of the evaluation prompts, read before an answer, or labelled examples of
+answers, read at their response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from taught.baselines.activations import project, response_reads
+from taught.core.example import Example
+from taught.core.names import TargetName
+from taught.core.scores import Scores
+from taught.data.columns import name_ids
+from taught.data.examples import ExampleSet, load_examples
+from taught.data.overlap import drop_overlap, drop_shared
+from taught.data.prompts import PromptSet
+from taught.errors import UserError
+from taught.features.concept import (
+    Concept,
+    concept_map,
+    control_block,
+    control_tensor,
+    feature_direction,
+    file_direction,
+    fitted_direction,
+    is_control_vector,
+    load_concept,
+    normalised,
+    quality_card,
+    require_place,
+)
+from taught.features.pooling import pool
+from taught.features.probe import Bools, Floats, sweep
+from taught.model.forward import find_blocks, get_block
+from taught.model.readout import check_trees, read_residuals
+from taught.progress import Progress, SilentProgress
+from taught.run.folder import RunFolder
+from taught.stages.own_responses import own_examples
+from taught.stages.subject import Subject, example_inputs, open_checkpoint, open_subject, prompt_inputs, study_prompts
+from taught.study.schema import ConceptSpec, Study
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """A concept of a study, and what its mean is over: the prompts or the examples' responses, of a group."""
+
+    concept: Concept
+    over: str
+    group: str | None
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.concept.name
+
+
+def concepts(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
+    """Make the concepts of the study, each with a card that says how well it separates two groups.
+
+    Raises
+    ------
+    UserError
+        An unknown source, block or place; a direction that does not fit the model; examples with
+        other labels, or that are prompts or examples of the study; a probe that is no better than
+        chance on rows it has not seen.
+    """
+    progress = progress or SilentProgress()
+    prompts = study_prompts(study)
+    progress.step("load the model")
+    subject = open_subject(study)
+    with run.stage("concepts", study, subject.identity) as stage:
+        if stage.done:
+            return
+        made = [_made(study, subject, spec, prompts, progress) for spec in study.concepts]
+        if made:
+            run.write_tensors(
+                "concepts",
+                {"directions": np.stack([concept.direction for concept in made])},
+                {"names": [concept.name for concept in made]},
+                axes={"directions": ("names", None)},
+            )
+        run.write_json("concepts", {"concepts": [concept.record() for concept in made]})
+
+
+def run_concepts(study: Study, run: RunFolder, subject: Subject) -> list[Read]:
+    """The concepts of a run, in the study's order.
+
+    Raises
+    ------
+    UserError
+        One does not fit the model.
+    """
+    if not study.concepts:
+        return []
+    run.require("concepts")
+    arrays, ids = run.read_tensors("concepts")
+    records = {record["name"]: record for record in run.read_json("concepts")["concepts"]}
+    direction = dict(zip(ids["names"], arrays["directions"], strict=True))
+    found = []
+    for spec in study.concepts:
+        concept = Concept.of(records[spec.name], direction[spec.name])
+        _require_fit(concept, subject)
+        found.append(Read(concept, spec.read, spec.group))
+    return found
+
+
+def _require_fit(concept: Concept, subject: Subject) -> None:
+    blocks = len(find_blocks(subject.loaded.model))
+    concept.require_fit(width=subject.width, blocks=blocks, weights=subject.loaded.weights)
+
+
+def _made(study: Study, subject: Subject, spec: ConceptSpec, prompts: PromptSet, progress: Progress) -> Concept:
+    """One concept, made or loaded."""
+    if spec.path is not None:
+        saved = replace(_saved(Path(spec.path), spec.name), name=spec.name)
+        _require_fit(saved, subject)
+        return saved
+    kind, detail = _source(spec)
+    position = spec.position or study.readout.position
+    require_place(position, spec.tokens)
+    block, detail = _block(spec, kind, detail, subject)
+    blocks = list(range(len(find_blocks(subject.loaded.model)))) if spec.sweep else [block]
+    some = prompt_inputs(subject.encode(prompts), position)
+    check_trees(subject.loaded.model, some, subject.behavior)
+    if spec.examples is None:
+        H, positive = _read(study, subject, prompts, position, blocks, progress)
+        data = {"prompts sha256": prompts.sha256, "groups": list(study.prompts.sides), "limit": study.prompts.limit}
+    else:
+        rows = load_answers(Path(spec.examples), study, prompts, progress)
+        sides = (spec.positive, spec.negative)
+        H, positive = read_examples(study, subject, rows, sides, spec.tokens, blocks, progress)
+        data = {"examples sha256": rows.sha256, "labels": list(sides)}
+    X = H[blocks.index(block)]
+    progress.step("fit and judge the direction")
+    direction, card, origin = _direction(study, subject, spec, (kind, detail), X, positive)
+    if spec.sweep:
+        card["sweep"] = sweep(H, positive, _method(spec, kind), spec.penalty, **_draws(study))
+    return Concept(
+        spec.name,
+        normalised(direction, spec.norm),
+        block,
+        position,
+        spec.tokens,
+        dict(subject.loaded.weights),
+        {"source": spec.source, "norm": spec.norm, **origin, **data},
+        card,
+    )
+
+
+def _saved(folder: Path, name: str) -> Concept:
+    """A concept that was saved, or one of another run by its name."""
+    if not (folder / "concepts.json").is_file():
+        return load_concept(folder)
+    run = RunFolder.open(folder)
+    arrays, ids = run.read_tensors("concepts")
+    for record in run.read_json("concepts")["concepts"]:
+        if record["name"] == name:
+            return Concept.of(record, arrays["directions"][ids["names"].index(name)])
+    raise UserError(
+        "the run has no concept of this name",
+        value=name,
+        rule="one of " + ", ".join(ids["names"]),
+        fix=f"correct the name under concepts, or its path {folder}",
+    )
+
+
+# Methods that read activations and take no gradient
+
+
+def concept_method_scores(
+    study: Study,
+    subject: Subject,
+    run: RunFolder,
+    inputs: Sequence[Example],
+    concepts: Sequence[Read],
+    progress: Progress,
+) -> list[Scores]:
+    """Values of every example for every concept by the study's ``attribution.concept_methods``.
+
+    Raises
+    ------
+    UserError
+        There are no concepts; a method lacks what it needs.
+    """
+    methods = study.attribution.concept_methods
+    if methods and not concepts:
+        raise UserError(
+            "methods for concepts are asked for, and there are no concepts",
+            value=", ".join(methods),
+            rule="they project activations on a concept's direction",
+            fix="add one: concepts: [{name: NAME, source: difference}]",
+        )
+    projector = _Projector(study, subject, run, inputs, [read.concept for read in concepts], progress)
+    ids = tuple(z.id for z in inputs)
+    names = tuple(TargetName("concept", read.name) for read in concepts)
+    return [
+        Scores(
+            method,
+            ids,
+            names,
+            np.stack([getattr(projector, method.replace("-", "_"))()[n.about] for n in names], 1),
+            influence=False,
+        )
+        for method in methods
+    ]
+
+
+@dataclass(eq=False)
+class _Projector:
+    """Projections of examples on concepts; one pass a place serves all methods."""
+
+    study: Study
+    subject: Subject
+    run: RunFolder
+    inputs: Sequence[Example]
+    concepts: Sequence[Concept]
+    progress: Progress
+    base: dict[str, Floats] = field(default_factory=dict)
+
+    def _read(self, model: Any, examples: Sequence[Example], what: str) -> dict[str, Floats]:
+        """Concept -> projection of each example, [P]."""
+        places: dict[tuple[int, str], list[Concept]] = {}
+        for concept in self.concepts:
+            places.setdefault((concept.block, concept.tokens), []).append(concept)
+        like = next(self.subject.loaded.model.parameters())
+        found: dict[str, Floats] = {}
+        for (block, tokens), some in places.items():
+            self.progress.step(f"activations of {what}", len(examples))
+            values = project(
+                model,
+                examples,
+                concept_map(some, tokens, like),
+                block,
+                batch_tokens=self.study.attribution.batch_tokens,
+                progress=self.progress,
+            )
+            found |= {concept.name: values[:, c].numpy() for c, concept in enumerate(some)}
+        return found
+
+    def vector_filter(self) -> dict[str, Floats]:
+        """Projection of the base model's activations on each example."""
+        if not self.base:
+            self.base = self._read(self.subject.loaded.model, self.inputs, "the examples")
+        return self.base
+
+    def projection_difference_response(self) -> dict[str, Floats]:
+        """The same minus the projection of the model's own answer to the example's prompt."""
+        limit = self.study.attribution.max_new_tokens
+        own = own_examples(
+            self.study, self.subject, self.inputs, self.run.path("own_responses.json"), limit, self.progress
+        )
+        theirs = self._read(self.subject.loaded.model, own, "the model's own responses")
+        return {name: values - theirs[name] for name, values in self.vector_filter().items()}
+
+    def projection_difference_training(self) -> dict[str, Floats]:
+        """The fine-tuned model's projection minus the base model's."""
+        checkpoint = self.study.attribution.checkpoint
+        if checkpoint is None:
+            raise UserError(
+                "the difference that training made needs a fine-tuned model",
+                rule="activations of the fine-tuned model minus those of the base model",
+                fix="set attribution.checkpoint to its folder or hub id",
+            )
+        model = open_checkpoint(self.study, self.subject, checkpoint, None)
+        after = self._read(model, self.inputs, "the examples by the fine-tuned model")
+        return {name: after[name] - values for name, values in self.vector_filter().items()}
+
+
+# Where directions come from
+
+
+def _source(spec: ConceptSpec) -> tuple[str, str]:
+    kind, _, detail = str(spec.source).partition(":")
+    plain = kind in ("difference", "probe")
+    if not (plain if not detail else kind in ("feature", "file")):
+        raise UserError(
+            "unknown source of a concept",
+            value=spec.source,
+            rule="difference, probe, feature:ID (or feature:ID=SHARE,ID=SHARE) or file:PATH[:TENSOR]",
+            fix=f"correct the source of {spec.name} under concepts",
+        )
+    if spec.sweep and not plain:
+        raise UserError(
+            "a sweep over blocks is of directions that are fitted",
+            value=spec.source,
+            rule="sweep goes with difference and probe",
+            fix="leave out sweep",
+        )
+    return kind, detail
+
+
+def _block(spec: ConceptSpec, kind: str, detail: str, subject: Subject) -> tuple[int, str]:
+    """The block that is read, and the source's detail with the tensor of that block."""
+    block = spec.block
+    if block is None:
+        block = len(find_blocks(subject.loaded.model)) // 2 if subject.sae is None else subject.sae.block
+    if kind == "feature" and block != subject.required_sae.block:
+        raise UserError(
+            "a feature is a direction at the block of its SAE",
+            value=block,
+            rule=f"block {subject.required_sae.block}",
+            fix="leave out block",
+        )
+    path, tensor = _file_parts(detail) if kind == "file" else ("", None)
+    if is_control_vector(path):
+        tensor = tensor or control_tensor(block)
+        own = control_block(tensor)
+        if spec.block not in (None, own):
+            raise UserError(
+                "the direction is of another block",
+                value=f"{tensor}, block {block}",
+                rule="direction.N is added to the output of block N",
+                fix=f"leave out block, or name {control_tensor(block)}",
+            )
+        block, detail = own, f"{path}:{tensor}"
+    get_block(subject.loaded.model, block)
+    return block, detail
+
+
+def _read(
+    study: Study, subject: Subject, prompts: PromptSet, position: str, blocks: Sequence[int], progress: Progress
+) -> tuple[Floats, Any]:
+    """Pooled residuals [blocks, N, D] of the prompts of both groups, and which are positive."""
+    positive, negative = study.prompts.sides
+    chosen = [prompt for prompt in prompts if prompt.group in (positive, negative)]
+    inputs = prompt_inputs(subject.encode(chosen), position)
+    progress.step("read prompts", len(inputs))
+    H = read_residuals(subject.loaded.model, inputs, blocks, partial(pool, how=position), progress=progress)
+    return H.numpy(), np.array([prompt.group == positive for prompt in chosen])
+
+
+def load_answers(file: Path, study: Study, prompts: PromptSet, progress: Progress) -> ExampleSet:
+    """Read examples that are neither examples nor prompts of the study.
+
+    Raises
+    ------
+    UserError
+        Some are, and ``examples.drop_overlap`` does not leave them out.
+    """
+    drop = study.examples.drop_overlap
+    rows, of_examples = drop_shared(load_examples(file), load_examples(study.examples.path), drop)
+    rows, of_prompts = drop_overlap(rows, prompts, drop)
+    if gone := [*of_examples, *(example for example, _ in of_prompts)]:
+        progress.note(f"examples left out, overlap: {len(gone)}: {', '.join(gone)}")
+    return rows
+
+
+def read_examples(
+    study: Study,
+    subject: Subject,
+    rows: ExampleSet,
+    sides: tuple[str, str],
+    tokens: str,
+    blocks: Sequence[int],
+    progress: Progress,
+) -> tuple[Floats, Bools]:
+    """Pooled residuals [blocks, N, D] of labelled examples at their responses, which are positive.
+
+    Parameters
+    ----------
+    sides : labels of the examples with the behavior and without
+    tokens : one of :data:`taught.features.concept.PAIR_POSITIONS`
+
+    Raises
+    ------
+    UserError
+        A row has another label, or all have one; a response is empty, or cut off at
+        ``examples.max_tokens``.
+    """
+    others = [row.id for row in rows if row.label not in sides]
+    if others or {row.label for row in rows} != set(sides):
+        raise UserError(
+            "the examples are not labelled in two",
+            value=name_ids(others) or f"{len(rows)} rows",
+            rule=f"every row is labelled {sides[0]} or {sides[1]}, and both occur",
+            fix="set positive and negative of the concept, or correct the column label",
+        )
+    encoded, _ = subject.chat.encode_examples(rows.examples, study.examples.max_tokens, False)
+    reads = response_reads(example_inputs(encoded), tokens)
+    progress.step("read examples", len(reads))
+    H = read_residuals(subject.loaded.model, reads, blocks, partial(pool, how=tokens), progress=progress)
+    label = {row.id: row.label for row in rows}
+    return H.numpy(), np.array([label[read.id] == sides[0] for read in reads])
+
+
+def _direction(
+    study: Study, subject: Subject, spec: ConceptSpec, source: tuple[str, str], X: Floats, positive: Any
+) -> tuple[Floats, dict[str, Any], dict[str, Any]]:
+    """Direction [D], quality card, and what it was made from."""
+    kind, detail = source
+    if kind in ("difference", "probe"):
+        method = _method(spec, kind)
+        how = {"method": method, **({"penalty": spec.penalty} if kind == "probe" else {})}
+        fitted = fitted_direction(X, positive, method, penalty=spec.penalty, force=spec.force, **_draws(study))
+        return *fitted, {**how, **_draws(study)}
+    if kind == "feature":
+        shares = _shares(detail)
+        v = feature_direction(subject.required_sae, shares)
+        origin: dict[str, Any] = {
+            "features": {str(k): share for k, share in shares.items()},
+            "sae": subject.required_sae.sha256(),
+        }
+    else:
+        v, origin = file_direction(*_file_parts(detail))
+    if len(v) != X.shape[1]:
+        raise UserError(
+            "the direction does not fit the model",
+            value=f"width {len(v)}",
+            rule=f"width {X.shape[1]}",
+            fix="use a direction that was made on this model",
+        )
+    card = quality_card(v, X, positive, bootstrap=study.policy.bootstrap, seed=study.policy.seed)
+    return v, card, origin
+
+
+def _method(spec: ConceptSpec, kind: str) -> str:
+    return spec.method if kind == "probe" else "difference"
+
+
+def _draws(study: Study) -> dict[str, int]:
+    return {"folds": study.policy.folds, "bootstrap": study.policy.bootstrap, "seed": study.policy.seed}
+
+
+def _shares(detail: str) -> dict[int, float]:
+    """Shares of features from ``ID`` or ``ID=SHARE,ID=SHARE``."""
+    try:
+        parts = [part.partition("=") for part in detail.split(",")]
+        shares = {int(k): float(share) if sign else 1.0 for k, sign, share in parts}
+        if len(shares) != len(parts):
+            raise ValueError
+        return shares
+    except ValueError:
+        raise UserError(
+            "the features of the concept are not readable",
+            value=detail,
+            rule="feature:ID or feature:ID=SHARE,ID=SHARE, each id once",
+            fix="for example source: feature:12=0.5,40=-1",
+        ) from None
+
+
+def _file_parts(detail: str) -> tuple[str, str | None]:
+    """Path and tensor of ``PATH`` or ``PATH:TENSOR``; a path may hold a colon itself."""
+    path, _, tensor = detail.rpartition(":")
+    if path and not Path(detail).expanduser().exists():
+        return path, tensor
+    return detail, None

@@ -1,0 +1,187 @@
+"""The stage ``readings``: run the model on the prompts, read the behavior and the SAE's features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from taught.data.chat import EncodedPrompt
+from taught.data.columns import columns_note
+from taught.data.prompts import PromptSet
+from taught.features.label import describe_features, load_labels
+from taught.features.pooling import pool, pooled_residuals
+from taught.features.sae import SparseAutoencoder, check_fit
+from taught.features.select import Selection, select_features
+from taught.model.readout import Readouts, ReadPrompt, check_trees, read_prompts
+from taught.progress import Progress, SilentProgress
+from taught.run.folder import RunFolder
+from taught.stages.subject import Subject, open_subject, prompt_inputs, study_prompts
+from taught.study.schema import Study
+
+
+@dataclass(frozen=True, eq=False)
+class _Features:
+    """What is read with an SAE: the chosen features, their X, what the SAE leaves unexplained."""
+
+    sae: SparseAutoencoder
+    selection: Selection
+    X: np.ndarray
+    fvu: float
+
+
+def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
+    """Read the prompts: the behavior, and with an SAE its features, of which some are chosen.
+
+    Cost: one forward pass over the prompts.
+
+    Raises
+    ------
+    UserError
+        Data, model and SAE do not fit together; see docs/formats.md for what is written.
+    """
+    progress = progress or SilentProgress()
+    prompts = study_prompts(study)
+    progress.note(columns_note(study.prompts.path, prompts.columns))
+    progress.step("load the model")
+    subject = open_subject(study)
+    with run.stage("readings", study, subject.identity) as stage:
+        if stage.done:
+            return
+        encoded = subject.encode(prompts)
+        inputs = prompt_inputs(encoded, study.readout.position if subject.sae is not None else None)
+        model, block = subject.loaded.model, None if subject.sae is None else subject.sae.block
+        check_trees(model, inputs, subject.behavior)
+        progress.step("read prompts", len(inputs))
+        read = read_prompts(model, inputs, subject.behavior, block, progress=progress)
+        features = None if subject.sae is None else _features(study, subject.sae, prompts, read)
+        _write_readouts(run, read, with_residuals=features is not None)
+        if features is not None:
+            _write_features(study, run, features, read)
+            _write_labels(study, run, subject, features, prompts, inputs, read)
+        _write_prompts(run, prompts, inputs, read)
+        run.write_json("readings", {**_scored(subject, encoded[0]), **_facts(study, features)})
+
+
+@torch.no_grad()
+def _features(study: Study, sae: SparseAutoencoder, prompts: PromptSet, read: Readouts) -> _Features:
+    """Features chosen on all prompts."""
+    fvu = check_fit(sae, read.h, study.sae.max_fvu)
+    tokens = sae.encode(read.h, encoder=study.sae.encoder)
+    acts = pool(tokens, read.offsets, study.readout.position).double().cpu().numpy()
+    positive, negative = study.prompts.sides
+    selection = select_features(
+        acts,
+        [prompt.group for prompt in prompts],
+        positive=positive,
+        negative=negative,
+        threshold=study.features.threshold,
+        max_features=study.features.max_features,
+        ids=study.features.ids,
+    )
+    return _Features(sae, selection, acts[:, selection.feature_ids], fvu)
+
+
+def _write_readouts(run: RunFolder, read: Readouts, *, with_residuals: bool) -> None:
+    arrays, axes = {"y": read.y.numpy()}, {"y": ("prompt_ids",)}
+    if with_residuals:
+        arrays |= {"h": read.h.float().numpy(), "offsets": read.offsets.numpy()}
+    run.write_tensors(
+        "readouts",
+        arrays,
+        {"prompt_ids": list(read.prompt_ids)},
+        axes={**axes, **{name: (None,) * array.ndim for name, array in arrays.items() if name != "y"}},
+    )
+
+
+def _write_features(study: Study, run: RunFolder, features: _Features, read: Readouts) -> None:
+    selection = features.selection
+    run.write_tensors(
+        "activations",
+        {"X": features.X},
+        {"prompt_ids": list(read.prompt_ids), "feature_ids": selection.feature_ids.tolist()},
+        axes={"X": ("prompt_ids", "feature_ids")},
+    )
+    every = np.arange(len(selection.rate))
+    positive, negative = study.prompts.sides
+    columns = {
+        "feature_id": every,
+        "mean_positive": selection.means[positive],
+        "mean_negative": selection.means[negative],
+        "difference": selection.difference,
+        "rate": selection.rate,
+        "always_on": selection.always_on,
+        "selected": np.isin(every, selection.feature_ids),
+    }
+    run.write_table("features", pa.table(columns))
+
+
+@torch.no_grad()
+def _write_labels(
+    study: Study,
+    run: RunFolder,
+    subject: Subject,
+    features: _Features,
+    prompts: PromptSet,
+    inputs: list[ReadPrompt],
+    read: Readouts,
+) -> None:
+    """Describe the chosen features by the prompts and tokens on which they are active."""
+    ids, decode = features.selection.feature_ids, subject.loaded.tokenizer.decode
+    acts = features.sae.encode(read.h, torch.as_tensor(ids.copy()), encoder=study.sae.encoder)
+    described = describe_features(
+        ids,
+        acts.double().cpu().numpy(),
+        [decode([prompt.ids[t]]) for prompt in inputs for t in prompt.read],
+        np.repeat(np.arange(len(inputs)), np.diff(read.offsets.numpy())),
+        prompt_ids=list(read.prompt_ids),
+        texts=[prompt.text for prompt in prompts],
+        groups=[prompt.group for prompt in prompts],
+        h=pooled_residuals(read.h, read.offsets, study.readout.position),
+        labels=load_labels(study.features.labels) if study.features.labels else None,
+    )
+    run.write_json("labels", {str(item.feature_id): item.to_dict() for item in described})
+
+
+def _scored(subject: Subject, first: EncodedPrompt) -> dict[str, Any]:
+    """What the behavior is, and what it scores behind the first prompt."""
+    decode, behavior = subject.loaded.tokenizer.decode, subject.behavior
+    return {
+        "behavior": {"meaning": behavior.meaning, "unit": behavior.unit},
+        "scored": [[decode([i]) for i in ids] for ids in first.suffixes],
+        "left_out": list(first.left_out),
+    }
+
+
+def _facts(study: Study, features: _Features | None) -> dict[str, Any]:
+    """What the features were read with."""
+    if features is None:
+        return {}
+    selection = features.selection
+    return {
+        "readout": study.readout.position,
+        "encoder": study.sae.encoder,
+        "block": features.sae.block,
+        "unexplained_variance": features.fvu,
+        "always_on_features": int(selection.always_on[selection.feature_ids].sum()),
+    }
+
+
+def _write_prompts(run: RunFolder, prompts: PromptSet, inputs: list[ReadPrompt], read: Readouts) -> None:
+    rows = [
+        {
+            "prompt_id": prompt.id,
+            "text": prompt.text,
+            "group": prompt.group,
+            "category": prompt.category,
+            "source": prompt.source,
+            "licence": prompt.licence,
+            "n_tokens": len(tokens.ids),
+            "y": value,
+        }
+        for prompt, tokens, value in zip(prompts, inputs, read.y.tolist(), strict=True)
+    ]
+    run.write_table("prompts", pa.Table.from_pylist(rows))

@@ -1,0 +1,288 @@
+"""What the stages that score examples share: from a study and its readings to problems and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from taught.baselines.activations import response_reads
+from taught.core.driver import Method
+from taught.core.example import Example
+from taught.core.names import TargetName
+from taught.core.problem import Problem
+from taught.core.readings import Readings
+from taught.core.target import TargetSet, kind_of
+from taught.data.chat import EncodedExample
+from taught.data.columns import columns_note
+from taught.data.examples import ExampleSet
+from taught.data.prompts import PromptSet
+from taught.errors import UserError
+from taught.features.concept import ConceptMap, concept_map
+from taught.features.pooling import FeatureMap
+from taught.model.readout import ReadPrompt, read_residuals
+from taught.policy.ridge import fit_policy
+from taught.progress import Progress
+from taught.run.folder import RunFolder
+from taught.stages.concepts import Read
+from taught.stages.subject import Subject, example_inputs, open_checkpoint, prompt_inputs, study_examples, study_prompts
+from taught.study.schema import Study
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Prompts and examples of a study, and the ids of examples that were left out for overlap."""
+
+    prompts: PromptSet
+    examples: ExampleSet
+    overlapping: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What an estimator is given, and the examples that it is about, as they were read.
+
+    Attributes
+    ----------
+    examples, encoded, inputs : the examples that are scored, as records, as tokens, as losses
+    truncated : ids of examples that were left out
+    readings : of the run, with its policy where it has one
+    problem : at the base weights, reading what the policy reads, in the plain metric
+    """
+
+    study: Study
+    subject: Subject
+    data: Data
+    examples: ExampleSet
+    encoded: list[EncodedExample]
+    inputs: list[Example]
+    truncated: list[str]
+    readings: Readings
+    problem: Problem
+
+    @property
+    def method(self) -> Method:
+        """The study's own."""
+        return method_of(self.study)
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """Targets that are read at one place of the model, and the problem that reads there."""
+
+    problem: Problem
+    targets: TargetSet
+
+
+def method_of(study: Study) -> Method:
+    """The study's estimator, curvature and trajectory."""
+    spec = study.attribution
+    return Method(spec.estimator, spec.curvature, spec.trajectory)
+
+
+def read_data(study: Study, progress: Progress) -> Data:
+    """Read the study's files."""
+    prompts = study_prompts(study)
+    examples, overlapping = study_examples(study, prompts)
+    progress.note(columns_note(study.examples.path, examples.columns))
+    return Data(prompts, examples, overlapping)
+
+
+def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready:
+    """Tokens of the examples, the readings of the run, and the problem that estimators work on.
+
+    Raises
+    ------
+    UserError
+        No example is left; examples are truncated; the run's files do not belong together.
+    """
+    encoded, truncated = encode_examples(study, subject, data)
+    examples = data.examples.encoded(encoded)
+    readings = run_readings(run)
+    prompts = {e.id: e for e in subject.encode(data.prompts)}
+    ordered = [prompts[prompt_id] for prompt_id in readings.prompt_ids]
+    position, block, features = None, None, None
+    if readings.policy is not None:
+        position, block = study.readout.position, subject.required_sae.block
+        features = subject.features(readings.policy.feature_ids.copy(), study)
+    problem = make_problem(study, subject, prompt_inputs(ordered, position), block, features)
+    return Ready(study, subject, data, examples, encoded, example_inputs(encoded), truncated, readings, problem)
+
+
+def encode_examples(study: Study, subject: Subject, data: Data) -> tuple[list[EncodedExample], list[str]]:
+    """Tokens of the examples that can be scored, and the ids of those that are truncated.
+
+    Raises
+    ------
+    UserError
+        No example is left; examples are truncated, and the study does not leave those out.
+    """
+    spec = study.examples
+    encoded, truncated = subject.chat.encode_examples(data.examples, spec.max_tokens, spec.drop_truncated)
+    if not encoded:
+        raise UserError(
+            "no example is left to be scored",
+            value=f"{len(data.overlapping)} overlap the prompts, {len(truncated)} are truncated",
+            rule="at least one example is kept",
+            fix="use other examples or prompts, or raise examples.max_tokens",
+        )
+    return encoded, truncated
+
+
+def run_readings(run: RunFolder) -> Readings:
+    """The readings of a run: behavior, groups, and the policy where there is one."""
+    readouts, ids = run.read_tensors("readouts")
+    groups: dict[str, list[str]] = {}
+    categories: dict[str, list[str]] = {}
+    for row in run.read_table("prompts", ["prompt_id", "group", "category"]).to_pylist():
+        groups.setdefault(row["group"], []).append(row["prompt_id"])
+        if row["category"] is not None:
+            categories.setdefault(row["category"], []).append(row["prompt_id"])
+    categories = {name: own for name, own in categories.items() if name not in groups}
+    base = Readings(tuple(ids["prompt_ids"]), readouts["y"], groups, categories)
+    if "policy.json" not in run.manifest["files"]:
+        return base
+    arrays, columns = run.read_tensors("activations")
+    if columns["prompt_ids"] != ids["prompt_ids"]:
+        raise UserError("activations and readings are of different prompts", fix="taught run STUDY --fresh")
+    record = run.read_json("policy")
+    policy = fit_policy(
+        arrays["X"],
+        readouts["y"],
+        prompt_ids=columns["prompt_ids"],
+        feature_ids=columns["feature_ids"],
+        alpha=record["alpha"],
+        fit_intercept=record["intercept"],
+    )
+    return replace(base, X=policy.X, columns=tuple(columns["feature_ids"]), policy=policy)
+
+
+def make_problem(
+    study: Study,
+    subject: Subject,
+    prompts: Sequence[ReadPrompt],
+    block: int | None,
+    features: FeatureMap | ConceptMap | None,
+) -> Problem:
+    """The study's problem for these prompts, read after this block."""
+    spec = study.attribution
+    identity = {
+        **subject.identity,
+        "model.dtype": study.model.dtype,
+        "parameters": list(subject.moving(study) or ()),
+        "block": None if subject.sae is None else subject.sae.block,
+        "sae.encoder": study.sae.encoder,
+        "readout.position": study.readout.position,
+        "behavior": study.behavior.plain(),
+    }
+    return Problem(
+        model=subject.loaded.model,
+        prompts=prompts,
+        behavior=subject.behavior,
+        lr=spec.lr,
+        block=block,
+        features=features,
+        batch_tokens=spec.batch_tokens,
+        memory_gb=spec.memory_gb,
+        parameters=subject.moving(study),
+        checkpointing=spec.checkpointing,
+        opener=partial(open_checkpoint, study, subject),
+        identity=identity,
+    )
+
+
+def wanted_targets(study: Study, readings: Readings, concepts: Iterable[str] = ()) -> list[str]:
+    """Names of the targets that the study asks for, or else of all that the run can answer."""
+    if study.attribution.targets is not None:
+        return list(study.attribution.targets)
+    policy = [] if readings.policy is None else ["score", "coefficient:*"]
+    every = ["prompt:*"] if readings.policy is not None else []
+    return [*policy, "behavior:*", *every, *(["concept:*"] if list(concepts) else [])]
+
+
+def asks(ready: Ready, wanted: Iterable[str], concepts: Sequence[Read] = (), progress: Any = None) -> list[Ask]:
+    """The targets, gathered by the place at which they are read.
+
+    Raises
+    ------
+    UserError
+        A target that nothing here can answer; a contrast of targets that are read at different places.
+    """
+    names = [TargetName.parse(name) if isinstance(name, str) else name for name in wanted]
+    of_concepts = [n for n in names if any(kind_of(p).reads == "concepts" for p in n.parts)]
+    found = []
+    others = [name for name in names if name not in of_concepts]
+    if others:
+        found.append(Ask(ready.problem, TargetSet.of(others, ready.readings)))
+    if of_concepts:
+        found += _concept_asks(ready, of_concepts, concepts, progress)
+    return found
+
+
+def _concept_asks(ready: Ready, names: Sequence[TargetName], concepts: Sequence[Read], progress: Any) -> list[Ask]:
+    places: dict[tuple[int, str, str, str | None], list[Read]] = {}
+    for read in concepts:
+        where = read.concept.tokens if read.over == "responses" else read.concept.position
+        places.setdefault((read.concept.block, where, read.over, read.group), []).append(read)
+    found, left = [], list(names)
+    for (block, where, over, group), some in places.items():
+        here = [c.name for c in some]
+        own = [n for n in left if all(p.about in (*here, "*") or kind_of(p).reads != "concepts" for p in n.parts)]
+        if not own:
+            continue
+        prompts = _read_at(ready, where, over, group)
+        like = next(ready.subject.loaded.model.parameters())
+        features = concept_map([read.concept for read in some], where, like)
+        problem = make_problem(ready.study, ready.subject, prompts, block, features)
+        X = read_residuals(problem.model, prompts, [block], features, progress=progress)[0].numpy()
+        place = {prompt_id: row for row, prompt_id in enumerate(ready.readings.prompt_ids)}
+        y = np.array([ready.readings.y[place[p.id]] if over == "prompts" else np.nan for p in prompts])
+        readings = Readings(
+            tuple(p.id for p in prompts), y, ready.readings.groups, ready.readings.categories, X, tuple(here)
+        )
+        found.append(Ask(problem, TargetSet.of(own, readings)))
+        left = [n for n in left if n not in own or n.about == "*"]
+    left = [n for n in left if n.about != "*"]
+    if left:
+        raise UserError(
+            "no concept of the study answers this",
+            value=", ".join(map(str, left)),
+            rule="concepts: " + (", ".join(c.name for c in concepts) or "none"),
+            fix="add it under concepts; a contrast is of concepts that are read at one place",
+        )
+    return found
+
+
+def _read_at(ready: Ready, where: str, over: str, group: str | None) -> list[ReadPrompt]:
+    """The prompts, or the examples' responses, that a concept's mean is over."""
+    if over == "responses":
+        label = {example.id: example.label for example in ready.examples}
+        chosen = [z for z in ready.inputs if group in (None, label[z.id])]
+        known = sorted({str(v) for v in label.values()})
+    else:
+        inside = {prompt.id for prompt in ready.data.prompts if group in (None, prompt.group)}
+        known = list(ready.readings.groups)
+        encoded = [e for e in ready.subject.encode(ready.data.prompts) if e.id in inside]
+        by_id = {p.id: p for p in prompt_inputs(encoded, where)}
+        reads = [by_id[i] for i in ready.readings.prompt_ids if i in by_id]
+    if over == "responses":
+        reads = response_reads(chosen, where)
+    if not reads:
+        raise UserError(
+            "nothing is in this group", value=group, rule="one of " + ", ".join(known), fix="set its concept's group"
+        )
+    return reads
+
+
+def token_texts(subject: Subject, example: Example) -> list[str]:
+    """Each scored token as text."""
+    decode = subject.loaded.tokenizer.decode
+    return [str(decode([example.sequences[s][t]])) for s, t in example.scored]
+
+
+def labels_of(examples: ExampleSet) -> Mapping[str, str | None]:
+    """Example id -> label."""
+    return {example.id: example.label for example in examples}
