@@ -21,14 +21,14 @@ from markupsafe import Markup, escape
 from taught.report import blocks as b
 from taught.report import charts
 from taught.report.blocks import Block, Cell, Column, Line, Table, plain, value_of
-from taught.report.charts import Scale
+from taught.report.charts import Scale, scaled
 from taught.report.detail import page_data
 from taught.report.examples import shown
 from taught.report.sections import blocks_of, in_report
 from taught.report.sections.verdict import head_facts
-from taught.report.stats import Estimate
 from taught.report.tables import Tables
 from taught.report.text import number, signed, tens
+from taught.stats.intervals import Interval
 
 HERE = Path(__file__).parent
 FOREST = (6.0, 234.0)
@@ -194,7 +194,7 @@ class _Page:
         name = "th" if head else "td"
         cell = tag(name, inside, cls=cls, data_v=number_of, scope="row" if head else None)
         if drawn.scale is not None:
-            plot = charts.forest_row(value.scaled(10.0**-column.power), drawn.scale) if _drawable(value) else ""
+            plot = charts.forest_row(scaled(value, 10.0**-column.power), drawn.scale) if _drawable(value) else ""
             cell += tag("td", plot, cls="plot")
         if column.bar:
             cell += tag("td", charts.bar(number_of or 0.0, drawn.largest), cls="barcell")
@@ -303,7 +303,7 @@ class _Drawn:
         largest = max((abs(v) for v in map(value_of, values) if v is not None), default=1.0)
         if column.plot is None:
             return cls(None, largest)
-        known = [v.scaled(10.0**-column.power) for v in values if _drawable(v)]
+        known = [scaled(v, 10.0**-column.power) for v in values if _drawable(v)]
         ends = charts.span(known) if column.plot == "fit" else column.plot
         return cls(Scale(*ends, *FOREST), largest)
 
@@ -312,7 +312,7 @@ _SEARCH = '<input type="search" name="{}" placeholder="{}" autocomplete="off">'
 
 
 def _drawable(value: Cell) -> bool:
-    return isinstance(value, Estimate)
+    return isinstance(value, Interval)
 
 
 def _width(value: Cell) -> str:

@@ -12,9 +12,10 @@ from taught.report.blocks import Block, Column, Line, Mark, Sentence, Table, Tex
 from taught.report.examples import PRIMARY, SE, Summary, is_behavior, primary, scored, shown, targets
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
-from taught.report.stats import Estimate, mean_interval, spearman_interval
 from taught.report.tables import Rows, Tables
-from taught.report.text import common_power, count, listed, number, percent, tens, words
+from taught.report.text import common_power, count, interval_text, listed, number, percent, tens, words
+from taught.stats.intervals import Interval, mean_interval
+from taught.stats.ranks import spearman_interval
 
 STRONG = 0.5  # rank correlation from which a trivial predictor gives much of the ranking
 STEP_TOLERANCE = 0.05  # between S and a real step
@@ -68,7 +69,7 @@ def label_table(summary: Summary, names: Sequence[str], marks: Mapping[str, int]
     known = summary.finite
     means = [(label, name, e) for name in names for label, e in label_means(summary, name)]
     means.sort(key=lambda row: known.names.index(row[0]))
-    power = common_power(v for *_, e in means for v in (e.value, e.lo, e.hi))
+    power = common_power(v for *_, e in means for v in e)
     columns = [Column("Label"), Column("Of"), Column("Examples", "number", 0)]
     rows = [
         (Line((Mark(marks[label]), " ", label)) if marks else label, words(name), len(known.own(label, name)), e)
@@ -78,13 +79,13 @@ def label_table(summary: Summary, names: Sequence[str], marks: Mapping[str, int]
     return Table([*columns, Column("Mean", "interval", power=power, plot="fit")], rows, caption, head=20)
 
 
-def label_means(summary: Summary, target: str) -> list[tuple[str, Estimate]]:
+def label_means(summary: Summary, target: str) -> list[tuple[str, Interval]]:
     """The mean of each label's examples with its interval."""
     found = ((name, mean_interval(summary.finite.own(name, target))) for name in summary.finite.names)
     return [(name, e) for name, e in found if e is not None]
 
 
-def trivial_correlations(summary: Summary, target: str) -> list[tuple[str, Estimate]]:
+def trivial_correlations(summary: Summary, target: str) -> list[tuple[str, Interval]]:
     """Rank correlation of a target with response length, loss and, with two labels, the label."""
     known = summary.finite
     columns = {name: known.columns[key] for key, name in TRIVIAL.items() if key in known.columns}
@@ -120,9 +121,9 @@ def label_sentence(scores: Summary, target: str) -> Sentence | None:
     known = label_means(scores, target)
     if not known:
         return None
-    power = common_power([end for _, e in known for end in (e.value, e.lo, e.hi)])
+    power = common_power([end for _, e in known for end in e])
     parts = [
-        f"{name} examples move {words(target)} by {e.text(power=power)}{tens(power)} on average"
+        f"{name} examples move {words(target)} by {interval_text(e, power=power)}{tens(power)} on average"
         + (f" ({NOTHING.lower()}: the interval includes zero)" if e.includes_zero else "")
         for name, e in known
     ]
@@ -141,7 +142,7 @@ def trivial_sentence(summary: Summary, target: str) -> Sentence | None:
     found = trivial_correlations(summary, target)
     if not found:
         return None
-    parts = listed([f"{e.text()} with {name}" for name, e in found], 4)
+    parts = listed([f"{interval_text(e)} with {name}" for name, e in found], 4)
     text = f"The rank correlation of {words(target)} is {parts}."
     strong = [name.split(" (")[0] for name, e in found if abs(e.value) >= STRONG and not e.includes_zero]
     if strong:

@@ -21,10 +21,10 @@ from taught.report.examples import (
     texts,
 )
 from taught.report.sections import SECTIONS, Section
-from taught.report.stats import Estimate
 from taught.report.strips import Strip, strips
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import clean, common_power, count, listed, percent, shorten, signed, tens, words
+from taught.report.text import clean, common_power, count, interval_text, listed, percent, shorten, signed, tens, words
+from taught.stats.intervals import Interval
 
 NOTHING = "No effect found"
 NEGLIGIBLE = 0.02  # of the largest absolute value
@@ -74,11 +74,11 @@ def _movers(tables: Tables, rows: Rows, target: str) -> Table:
     return Table(columns, shown_, caption, empty="No example moves it.", head=2 * ENDS)
 
 
-def _with_error(row: Row, target: str) -> float | Estimate | None:
+def _with_error(row: Row, target: str) -> float | Interval | None:
     value, se = row[target], row.get(target + SE)
     if value is None or se is None:
         return None if value is None else float(value)
-    return Estimate(value, value - NORMAL * se, value + NORMAL * se)
+    return Interval(value, value - NORMAL * se, value + NORMAL * se)
 
 
 def _strips(tables: Tables) -> list[Block]:
@@ -215,7 +215,7 @@ def _moved(rows: Rows, target: str) -> str:
 
 def _amount(row: Row, target: str, power: int) -> str:
     found, x, y = _with_error(row, target), row.get(f"{target}:x"), row.get(f"{target}:y")
-    text = found.text(power=power) if isinstance(found, Estimate) else signed(found, power=power)
+    text = interval_text(found, power=power) if isinstance(found, Interval) else signed(found, power=power)
     if x is None or y is None:
         return text + tens(power)
     return f"{text}{tens(power)}, {_through(x, y)} (x {signed(x, power=power)}, y {signed(y, power=power)})"
