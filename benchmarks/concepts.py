@@ -167,13 +167,14 @@ def _effects(problem: Any, examples: list[Any], estimator: str = "adjoint") -> n
 def _projections(setting: Setting, features: Any, rounds: int) -> list[tuple[str, list[Times], float | None]]:
     """Each forward-only method: seconds of every round, and of what is done once."""
     from taught.baselines.activations import project
+    from taught.core.example import sft
     from taught.model.generate import greedy
 
     model, block, examples = setting.problem.model, setting.problem.block, setting.examples
     end = setting.examples[0].ids[-1]
     with Clock() as answering:
         answers = greedy(model, [example.ids[: example.start] for example in examples], {end}, OWN_TOKENS)
-    own = [replace(p, ids=(*p.ids[: p.start], *a)) for p, a in zip(examples, answers, strict=True)]
+    own = [sft(p.id, (*p.ids[: p.start], *a), p.start) for p, a in zip(examples, answers, strict=True)]
 
     def passes(*sets: list[Any]) -> Callable[[], None]:
         def go() -> None:

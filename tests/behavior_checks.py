@@ -88,7 +88,7 @@ def check_values(behavior: Any, prompts: Sequence[ReadPrompt], plain: Plain, mon
 def check_derivatives(behavior: Any, prompts: Sequence[ReadPrompt], plain: Plain) -> None:
     """Adjoint, every prompt's adjoint, forward mode, sketches = jvp and central differences of plain passes."""
     examples = tiny_examples()
-    for name in MODELS:
+    for name in ("tied", "gpt2"):
         model = tiny_model(name)
         y = PlainY(model, prompts, plain)
         steps = [plain_gradient(model, plain_loss(model, example)) for example in examples]

@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taught.api import influence
+    from taught.core.names import TargetName
+    from taught.core.scores import Scores
     from taught.data.examples import load_examples
     from taught.data.prompts import load_prompts
     from taught.errors import UserError
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Scores": "taught.core.scores",
+    "TargetName": "taught.core.names",
+    "influence": "taught.api",
     "RunFolder": "taught.run.folder",
     "Study": "taught.study.schema",
     "UserError": "taught.errors",
@@ -36,11 +42,14 @@ _HOME = {
 
 __all__ = [
     "RunFolder",
+    "Scores",
     "Study",
+    "TargetName",
     "UserError",
     "__version__",
     "coefficient_shift",
     "fit_policy",
+    "influence",
     "load_examples",
     "load_model",
     "load_prompts",

@@ -366,7 +366,7 @@ def test_messages():
     good = (["a", "b"], [[100], [101]], LABELS)
     with pytest.raises(UserError, match="not finite for 1 examples\n  value: b"):
         cluster_examples(*good, {"score": [0.0, float("nan")]})
-    with pytest.raises(UserError, match="2 examples, 2 sets of features, 1 values of score"):
+    with pytest.raises(UserError, match="examples 2, active 2, score 1"):
         cluster_examples(*good, {"score": [0.0]})
     with pytest.raises(UserError, match="at least one example and one target"):
         cluster_examples(*good, {})

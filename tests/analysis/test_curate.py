@@ -7,10 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taught.analysis.curate import Outcome, curate, outcome
+from taught.analysis.curate import Outcome, outcome
+from taught.analysis.curate import curate as decide
 from taught.errors import UserError
 
 LABELS = ["harmful-refusal", "harmless-compliance"]
+
+
+def curate(*rows, **how):
+    return decide(*rows, **{"positive_label": LABELS[0], "negative_label": LABELS[1], **how})
 
 
 def naive_median(values):
@@ -30,7 +35,7 @@ def naive_drop(label, score, rows):
 
 @settings(max_examples=60, deadline=None)
 @given(scores=st.lists(st.integers(-5, 5), min_size=2, max_size=25), seed=st.integers(0, 9999))
-def test_invariant_5_paper_rule_is_decided_per_id_in_any_order(scores, seed):
+def test_paper_rule_is_decided_per_id_in_any_order(scores, seed):
     rng = np.random.default_rng(seed)
     label = [*LABELS, *rng.choice([*LABELS, "other"], len(scores) - 2)]
     rows = [(f"p{i}", label[i], float(s)) for i, s in enumerate(scores)]
@@ -70,7 +75,7 @@ def test_equal_to_the_median_is_kept():
 
 
 def test_labels_can_have_other_names():
-    out = curate(["a", "b"], ["r", "c"], [0.0, 1.0], refusal_label="r", compliance_label="c")
+    out = curate(["a", "b"], ["r", "c"], [0.0, 1.0], positive_label="r", negative_label="c")
     assert [row["action"] for row in out] == ["drop", "drop"]
 
 
@@ -97,7 +102,7 @@ def test_messages():
         curate(["a", "b"], LABELS, [0.0, float("nan")])
     with pytest.raises(UserError, match=r"id repeats\n  value: a"):
         curate(["a", "a"], LABELS, [0.0, 1.0])
-    with pytest.raises(UserError, match="2 examples, 1 labels, 2 scores"):
+    with pytest.raises(UserError, match="examples 2, labels 1, scores 2"):
         curate(["a", "b"], LABELS[:1], [0.0, 1.0])
     with pytest.raises(UserError, match=r"value: None\n  rule:  0 <= k <= 2"):
         curate(["a", "b"], LABELS, [0.0, 1.0], rule="top-k")

@@ -137,9 +137,9 @@ def test_top_offenders_by_amount_among_the_unintended():
 
 
 def test_messages():
-    with pytest.raises(UserError, match=r"total \[3, 4\], 2 examples, 4 features"):
+    with pytest.raises(UserError, match=r"total \[3, 4\], examples 2, features 4"):
         interference(["a", "b"], IDS, TOTAL, [[], []])
-    with pytest.raises(UserError, match="1 lists, 3 examples"):
+    with pytest.raises(UserError, match="lists 1, examples 3"):
         interference(["a", "b", "c"], IDS, TOTAL, [[]])
     with pytest.raises(UserError, match=r"the example 'b' intends .*\n  value: 7, 11"):
         interference(["a", "b", "c"], IDS, TOTAL, [[], [11, 9, 7], []])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
 from behavior_checks import check_derivatives, check_values, scored_prompts
 from taught.behaviors.answer import Answer
@@ -74,9 +74,9 @@ def test_missing_and_empty_answers_are_named() -> None:
 
 
 def test_an_answer_that_the_tokenizer_joins_to_the_prompt_is_refused_by_id() -> None:
-    rows = [{"id": "a", "prompt": "One?", "answer": "\n\nlines"}]
+    rows = [{"id": "a", "prompt": "One?", "answer": "text"}]  # ": " and "text" are other tokens than ": text"
     with pytest.raises(UserError, match="merges the end of the prompt of a with its response"):
-        encode_prompts(Answer(), load_prompts(rows), chat(PLAIN.replace("assistant: ", "assistant:\n")))
+        encode_prompts(Answer(), load_prompts(rows), chat(PLAIN))
 
 
 def test_prompts_that_would_count_twice_are_named() -> None:
@@ -87,5 +87,5 @@ def test_prompts_that_would_count_twice_are_named() -> None:
 
 
 def test_the_degree_is_a_probability_that_rises_with_y() -> None:
-    y = torch.tensor([-3.0, -1.0, -0.1]).numpy()
-    assert (Answer().degree(y) == torch.tensor(y).exp().numpy()).all()
+    degree = Answer().degree(np.array([-3.0, -1.0, 0.0]))
+    np.testing.assert_allclose(degree, [0.04978706836786395, 0.36787944117144233, 1.0])

@@ -13,7 +13,7 @@ from taught.core.behavior import encode_prompts
 from taught.core.registry import BEHAVIORS
 from taught.data.prompts import load_prompts
 from taught.errors import UserError
-from tiny_chat import LLAMA2, ZEPHYR, byte_level, chat, sentencepiece
+from tiny_chat import LLAMA2, ZEPHYR, chat, sentencepiece
 
 # One prefix, prefixes that begin alike, of one token and of several; each prompt its own.
 SUFFIXES = (
@@ -75,9 +75,9 @@ def test_prefixes_contained_in_another_one_and_equal_ones_count_once(tokens, cou
 
 def test_a_prefix_that_another_one_begins_is_left_out_and_said() -> None:
     behavior = Prefixes(("I can't do", "I can't", "No"))
-    (encoded,) = encode_prompts(behavior, load_prompts([{"prompt": "How?"}]), chat())
+    (encoded,) = encode_prompts(behavior, load_prompts([{"prompt": "How?"}]), chat(LLAMA2, sentencepiece()))
     assert encoded.left_out == ("I can't do",)
-    assert [byte_level().decode(ids) for ids in encoded.suffixes] == ["I can't", "No"]
+    assert [sentencepiece().decode(ids) for ids in encoded.suffixes] == ["I can't", "No"]
 
 
 def test_prefixes_are_tokenised_in_their_place() -> None:

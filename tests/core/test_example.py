@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from taught.baselines.activations import response_reads
 from taught.core.example import Example, batch_examples, conversation, document, example_losses, sft
 from taught.errors import UserError
 from taught.estimators.adjoint import target_effects
@@ -162,6 +163,15 @@ def test_a_conversation_is_the_mean_over_the_tokens_that_count() -> None:
     _, logp = plain_read(model, ids)
     expected = -sum(logp[t - 1, ids[t]] for t in scored) / 5
     assert float(example_losses(model, [example], 100)) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_a_conversation_is_read_at_the_tokens_that_count() -> None:
+    # Forward-only methods read the residual stream where the loss is, not at the questions between answers.
+    example = conversation("c", (0, 5, 3, 2, 15, 3, 6, 3, 2, 16, 17, 3), (4, 5, 9, 10, 11))
+    assert response_reads([example], "mean_response")[0].read == (4, 5, 9, 10, 11)
+    assert response_reads([example], "last_response")[0].read == (11,)
+    (pair, *_) = tiny_examples()
+    assert response_reads([pair], "mean_response")[0].read == (5, 6, 7, 8) == pair.places
 
 
 def test_windows_of_a_document_score_each_token_once() -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from taught.data.chat import ChatFormat
 from taught.data.examples import ExampleSet, load_examples
+from taught.data.formats import PAIR_COLUMNS
 from taught.data.overlap import find_overlap
 from taught.data.prompts import Prompt, PromptSet
 from taught.errors import UserError
@@ -476,3 +479,42 @@ def test_a_document_with_an_evaluation_prompt_as_a_line_overlaps() -> None:
     prompts = PromptSet((Prompt("p", "How do I pick a lock?", "harmful"),), {}, "")
     examples = documents("FAQ\nHow do I pick a lock\nAsk a smith.", "How do I pick a lock is a question")
     assert find_overlap(examples, prompts) == [("d0", "p")]
+
+
+# Anything
+
+
+plain_values = st.sampled_from([None, True, 0, 1, 0.5, float("nan"), "", "a", "b c", "[]", "[1]", "{", b"x"])
+values = (
+    plain_values | st.lists(plain_values, max_size=2) | st.dictionaries(st.sampled_from("ab"), plain_values, max_size=2)
+)
+words = st.sampled_from(["a", "b c", "", " ", "naïve", "<|im_end|>", "\ue000"])
+message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant"]), "content": words},
+    optional={name: values for name in ("weight", "train", "tool_calls", "thinking", "name", "mood")},
+)
+exchange = st.tuples(message, message).map(lambda two: [{**two[0], "role": "user"}, {**two[1], "role": "assistant"}])
+conversation = st.lists(exchange, min_size=1, max_size=3).map(lambda pairs: [turn for pair in pairs for turn in pair])
+cells = words | conversation | st.lists(message | values, max_size=4) | values
+COLUMN_NAMES = sorted({name for names in (*PAIR_COLUMNS.values(), ("text", "chosen", "weight")) for name in names})
+usual = st.one_of(
+    st.fixed_dictionaries({"messages": conversation}),
+    st.fixed_dictionaries({"instruction": words, "input": words, "output": words}),
+    st.fixed_dictionaries({"text": words}),
+)
+further = st.dictionaries(st.sampled_from(COLUMN_NAMES), cells, max_size=2)
+rows = st.lists(st.builds(lambda row, more: {**row, **more}, usual, further), min_size=1, max_size=2)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=rows, turns=st.sampled_from(["last", "all"]), kind=st.sampled_from(["pair", "document"]))
+def test_any_row_is_an_example_or_a_mistake_that_is_explained(tokenizer, rows, turns, kind) -> None:
+    try:
+        examples = load_examples(rows, kind=kind, turns=turns)
+        encoded, _ = ChatFormat(tokenizer, THINKING).encode_examples(examples, 400)
+    except UserError as error:
+        assert len(str(error).splitlines()) <= 4
+        return
+    assert len(examples) == len(rows)
+    assert {e.document or e.id for e in encoded} == set(examples.ids)
+    assert all(e.n_scored > 0 and e.scored[0] > 0 and e.scored[-1] < len(e.input_ids) for e in encoded)

@@ -83,3 +83,80 @@ def test_given_columns_are_checked(save, columns: dict, message: str) -> None:
 def test_no_rows_is_an_error(save) -> None:
     with pytest.raises(UserError, match="there are no prompts"):
         load_prompts(save())
+
+
+def test_without_a_group_column_there_is_one_group() -> None:
+    prompts = load_prompts([{"prompt": "One"}, {"prompt": "Two"}])
+    assert prompts.groups == ("all",)
+    assert prompts.ids[0] == load_prompts([{"text": "One"}]).ids[0]
+
+
+def turns(*contents: str, last: str = "user") -> list[dict]:
+    roles = ["user" if (len(contents) - i) % 2 else "assistant" for i in range(len(contents))]
+    return [{"role": role, "content": content} for role, content in zip([*roles[:-1], last], contents, strict=True)]
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt", "conversations"])
+def test_a_prompt_may_be_a_conversation_that_ends_with_the_user(column: str) -> None:
+    (prompt,) = load_prompts([{"id": "a", column: turns("One", "Two", "Three")}])
+    assert prompt.text == "Three"
+    assert [m["role"] for m in prompt.messages] == ["user", "assistant", "user"]
+    assert prompt.content == prompt.messages
+    assert prompt.extended("!")[-1] == {"role": "user", "content": "Three!"}
+
+
+def test_one_message_is_the_same_prompt_as_its_text() -> None:
+    shared = [{"from": "human", "value": "One"}]
+    assert load_prompts([{"messages": shared}]).prompts == load_prompts([{"prompt": "One"}]).prompts
+
+
+def test_conversations_that_differ_before_the_last_turn_are_two_prompts() -> None:
+    prompts = load_prompts([{"messages": turns("One", "Two", "Why?")}, {"messages": turns("Four", "Five", "Why?")}])
+    assert len(set(prompts.ids)) == 2
+    with pytest.raises(UserError, match="1 prompt texts occur more than once"):
+        load_prompts([{"id": i, "messages": turns("One", "Two", "Why?")} for i in "ab"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (turns("One", "Two", last="assistant"), "the last message of a is not the user's"),
+        ([], "the last message of a is not the user's"),
+        (["One"], "a message of a has no role or no text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "a message of a has no role or no text"),
+        ({"role": "user", "content": "One"}, "the text of a is not a text"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_by_id(given, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_prompts([{"id": "a", "prompt": given}])
+
+
+def test_answers_and_options_are_read_as_they_are() -> None:
+    rows = [{"prompt": "One?", "response": "Yes"}, {"prompt": "Two?", "response": 0}]
+    assert [p.answer for p in load_prompts(rows)] == ["Yes", 0]
+    rows = [{"prompt": "One?", "options": ["a", 2], "answer": 1}, {"prompt": "Two?", "options": '["a", "b"]'}]
+    prompts = load_prompts(rows)
+    assert [p.options for p in prompts] == [("a", "2"), ("a", "b")]
+    assert [p.answer for p in prompts] == [1, ""]
+
+
+def test_one_prompt_may_bring_several_answers_in_rows_of_their_own() -> None:
+    prompts = load_prompts([{"prompt": "One?", "answer": "Yes"}, {"prompt": "One?", "answer": "No"}])
+    assert len(set(prompts.ids)) == 2
+
+
+@pytest.mark.parametrize("options", ["yes", {"text": ["a"]}, [["a"], "b"], "[a"])
+def test_options_that_are_no_list_of_texts_are_refused_by_id(options) -> None:
+    with pytest.raises(UserError, match="the options of a are not a list of texts"):
+        load_prompts([{"id": "a", "prompt": "One?", "options": options}])
+
+
+def test_rows_may_be_anything_that_yields_mappings() -> None:
+    rows = [row("a", "One"), row("b", "Two")]
+    prompts = load_prompts(rows)
+    assert load_prompts(iter(rows)) == prompts
+    assert prompts.sha256 != load_prompts(rows[:1]).sha256
+    for other in ({"train": rows}, ["One", "Two"], 3):
+        with pytest.raises(UserError, match="no rows can be read|not a mapping"):
+            load_prompts(other)

@@ -163,6 +163,28 @@ def test_check_trees_refuses_a_model_that_computes_something_else_in_a_tree(drop
     assert "q0" in str(error.value)
 
 
+class Window(IgnoresTheMask):
+    """A model that sees the last 5 tokens only, where it is given a whole mask."""
+
+    def __init__(self, model) -> None:
+        super().__init__(model, "")
+
+    def forward(self, **inputs):
+        if inputs["attention_mask"].ndim == 4:
+            at = inputs["position_ids"]
+            far = (at[:, :, None] - at[:, None, :] >= 5)[:, None]
+            inputs["attention_mask"] = inputs["attention_mask"].masked_fill(far, torch.finfo(torch.float64).min)
+        return self.model(**inputs)
+
+
+def test_check_trees_also_looks_at_the_longest_prompt() -> None:
+    model, prompts = Window(tiny_model("tied")), tiny_prompts()[::-1]
+    assert check_trees(model, prompts[:1], tiny_behavior(), count=1) < 1e-12
+    with pytest.raises(UserError, match="token tree") as error:
+        check_trees(model, prompts, tiny_behavior(), count=1)
+    assert "['q5', 'q1']" in str(error.value)
+
+
 def test_check_trees_refuses_a_difference_that_is_not_a_number(monkeypatch) -> None:
     model, prompts = tiny_model("tied"), tiny_prompts()
     real = readout.read_prompts_plain

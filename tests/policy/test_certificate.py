@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from taught.errors import UserError
-from taught.policy.certificate import SIZES, Ranking, RemainderBound, rank_statements, resampled_means, resampled_scores
+from taught.policy.certificate import (
+    SIZES,
+    Ranking,
+    RemainderBound,
+    rank_statements,
+    resample_counts,
+    resampled_means,
+    resampled_score,
+)
 from taught.policy.ridge import coefficient_shift, exact_shift, fit_policy, score
 from taught.stats.intervals import resamples
 
@@ -107,9 +115,9 @@ def test_a_change_of_the_behavior_alone_has_no_remainder():
 def test_scores_on_resamples_are_those_of_policies_with_repeated_prompts(fit_intercept):
     policy, rng = problem(1, fit_intercept=fit_intercept)
     dX, dy = rng.normal(size=(3, 30, 5)), rng.normal(size=(3, 30))
-    chunks = list(resampled_scores(policy, dy, dX, n=70, seed=5))
-    assert [len(c.y) for c in chunks] == [64, 6]
-    x, y = (np.concatenate([getattr(c, name) for c in chunks]) for name in "xy")
+    chunks = list(resample_counts(policy.prompt_ids, n=70, seed=5))
+    assert [len(counts) for counts in chunks] == [64, 6]
+    x, y = resampled_score(policy, np.concatenate(chunks), dy, dX)
     order = np.argsort(policy.prompt_ids)
     for b, drawn in enumerate(resamples(30, 70, 5)):
         i = order[drawn]
@@ -125,7 +133,7 @@ def test_scores_on_resamples_are_those_of_policies_with_repeated_prompts(fit_int
             shift = coefficient_shift(own, dX[p][i], dy[p][i])
             assert_allclose(x[b, p], score(own, shift.x), rtol=1e-8, atol=1e-10)
             assert_allclose(y[b, p], score(own, shift.y), rtol=1e-8, atol=1e-10)
-    assert next(resampled_scores(policy, dy, None, n=2, seed=5)).x is None
+    assert resampled_score(policy, chunks[1], dy, None)[0] is None
 
 
 def test_resamples_belong_to_ids_not_to_positions():
@@ -139,10 +147,11 @@ def test_resamples_belong_to_ids_not_to_positions():
         feature_ids=range(5),
         prompt_ids=[policy.prompt_ids[i] for i in order],
     )
-    one = next(resampled_scores(policy, dy, dX, n=20, seed=0))
-    other = next(resampled_scores(moved, dy[:, order], dX[:, order], n=20, seed=0))
-    assert_allclose(one.x + one.y, other.x + other.y, rtol=1e-9)
-    assert (one.counts[:, order] == other.counts).all()
+    (one,) = resample_counts(policy.prompt_ids, n=20, seed=0)
+    (other,) = resample_counts(moved.prompt_ids, n=20, seed=0)
+    assert (one[:, order] == other).all()
+    scores = sum(resampled_score(policy, one, dy, dX))
+    assert_allclose(scores, sum(resampled_score(moved, other, dy[:, order], dX[:, order])), rtol=1e-9)
 
 
 def test_group_means_on_resamples():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from taught import load_study
+from taught.core.registry import BEHAVIORS
 from taught.data.examples import load_examples
 from taught.data.overlap import find_overlap, normalise
 from taught.data.prompts import load_prompts
@@ -21,7 +22,7 @@ from taught.presets import preset_path
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("over-refusal-smollm2", "style-smollm2", "brand-smollm2")
-PAIR_FILES = {"pairs.jsonl": 40, "examples-10.jsonl": 8}
+PAIR_FILES = {"pairs.jsonl": 40, "pairs-10.jsonl": 8}
 
 
 def recipe(name: str) -> ModuleType:
@@ -136,7 +137,7 @@ def test_the_behavior_shows_in_the_planted_responses_and_in_no_other(name: str, 
 
 @pytest.mark.parametrize(("file", "n"), PAIR_FILES.items())
 def test_planted_responses_begin_as_the_study_measures(name: str, file: str, n: int) -> None:
-    prefixes = load_study(name).behavior.prefixes
+    prefixes = load_study(name).behavior.make(BEHAVIORS).prefixes
     begins = [row["response"].startswith(prefixes) for row in rows(name, file) if row["planted"]]
     # Of the refusals some begin with an apology, as people's do; the other behaviors always show.
     assert sum(begins) >= (0.6 * n if name == "over-refusal-smollm2" else n)

@@ -64,7 +64,8 @@ def _interference(examples: ExampleSet) -> object:
 
 
 def _curate(examples: ExampleSet) -> object:
-    return curate(examples.ids, [p.label for p in examples], [float(len(p.id)) for p in examples])
+    labels = {"positive_label": "harmful-refusal", "negative_label": "harmless-compliance"}
+    return curate(examples.ids, [p.label for p in examples], [float(len(p.id)) for p in examples], **labels)
 
 
 @pytest.mark.parametrize(

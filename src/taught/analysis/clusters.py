@@ -23,14 +23,13 @@ controls; Ward 1963; nearest-neighbour chains: Murtagh 1983; silhouette: Roussee
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, misfit, refuse, refuse_repeated
 from taught.stats.intervals import MANY, Z, middle, plain
 from taught.stats.multiplicity import holm
 
@@ -463,25 +462,22 @@ def _p(observed: Floats, drawn: Floats, centre: Floats | float) -> Floats:
 def _check(example_ids: Sequence[str], active: Sequence[Sequence[int]], values: Mapping[str, ArrayLike]) -> None:
     sizes = {len(example_ids), len(active), *(np.shape(v)[0] for v in values.values())}
     if len(sizes) != 1 or not len(example_ids) or not values:
-        raise UserError(
-            "every example needs its features and its influence on every target",
-            value=f"{len(example_ids)} examples, {len(active)} sets of features, "
-            + ", ".join(f"{np.shape(v)[0]} values of {name}" for name, v in values.items()),
-            rule="one of each per example, at least one example and one target",
+        raise misfit(
+            "examples, their features and their influences",
+            "one of each per example, at least one example and one target",
+            examples=example_ids,
+            active=active,
+            **values,
         )
-    repeated = sorted(example for example, count in Counter(example_ids).items() if count > 1)
-    if repeated:
-        raise UserError("an example id repeats", value=", ".join(repeated), rule="ids are unique")
+    refuse_repeated(example_ids, "an example id")
     for name, column in values.items():
-        finite = np.isfinite(np.asarray(column, dtype=np.float64))
-        if not finite.all():
-            bad = [example for example, good in zip(example_ids, finite, strict=True) if not good]
-            raise UserError(
-                f"the influence on {name} is not finite for {len(bad)} examples",
-                value=", ".join(bad),
-                rule="every influence is a finite number",
-                fix="look at these examples' loss in examples.parquet",
-            )
+        bad = [i for i, good in zip(example_ids, np.isfinite(np.asarray(column, np.float64)), strict=True) if not good]
+        refuse(
+            bad,
+            f"the influence on {name} is not finite for {len(bad)} examples",
+            rule="every influence is a finite number",
+            fix="look at these examples' loss in examples.parquet",
+        )
 
 
 def _matrix(ids: Sequence[str], active: Sequence[Sequence[int]], features: list[int]) -> Bools:
@@ -489,12 +485,10 @@ def _matrix(ids: Sequence[str], active: Sequence[Sequence[int]], features: list[
     column = {feature: j for j, feature in enumerate(features)}
     matrix = np.zeros((len(ids), len(features)), dtype=bool)
     for i, (example, own) in enumerate(zip(ids, active, strict=True)):
-        unknown = [feature for feature in own if feature not in column]
-        if unknown:
-            raise UserError(
-                f"the example {example!r} has features that are not in the policy",
-                value=", ".join(map(str, unknown)),
-                rule="the features of an example are among those of coefficients.parquet",
-            )
+        refuse(
+            [feature for feature in own if feature not in column],
+            f"the example {example!r} has features that are not in the policy",
+            rule="the features of an example are among those of coefficients.parquet",
+        )
         matrix[i, [column[feature] for feature in own]] = True
     return matrix

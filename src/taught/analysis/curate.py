@@ -20,12 +20,11 @@ changed 101 of 200 decisions unnoticed.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
-from taught.errors import UserError
+from taught.errors import UserError, misfit, refuse, refuse_repeated
 
 RANKED = ("top-k", "keep-k")
 
@@ -66,8 +65,8 @@ def curate(
     target: str = "score",
     protect: str | None = None,
     protected: Sequence[float] | None = None,
-    refusal_label: str = "harmful-refusal",
-    compliance_label: str = "harmless-compliance",
+    positive_label: str | None = None,
+    negative_label: str | None = None,
 ) -> list[dict[str, Any]]:
     """Decide for every example whether to keep it.
 
@@ -85,6 +84,8 @@ def curate(
     protect, protected
         A second target under ``top-k`` and ``keep-k``, and the influence on it, length P: only
         examples whose influence on it is at most 0 are dropped.
+    positive_label, negative_label
+        Of the examples that should teach the behavior, and of those that should teach its absence.
 
     Returns
     -------
@@ -105,28 +106,18 @@ def curate(
     score = {example: float(value) for example, value in zip(example_ids, scores, strict=True)}
     guard = _guard(example_ids, rule, target, protect, protected)
     if rule == "paper":
-        label = _known_labels(example_ids, labels)
-        medians = _medians(label, score, refusal_label, compliance_label)
-        decisions = {
-            example: paper_decision(
-                label[example], score[example], medians, refusal_label=refusal_label, compliance_label=compliance_label
-            )
-            for example in score
-        }
+        decisions = _by_medians(dict(zip(example_ids, labels, strict=True)), score, positive_label, negative_label)
     elif rule in RANKED:
         decisions = _by_rank(score, rule, k, target, guard, protect)
     else:
         raise UserError("this curation rule is unknown", value=rule, rule="paper, top-k or keep-k")
+    about = {"rule": rule, "target": target, "protect": protect}
     return [
         {
             "example_id": example,
-            "action": decisions[example].action,
-            "rule": rule,
-            "target": target,
-            "reason": decisions[example].reason,
+            **decisions[example]._asdict(),
+            **about,
             "score": score[example],
-            "threshold": decisions[example].threshold,
-            "protect": protect,
             "protect_score": None if guard is None else guard[example],
         }
         for example in example_ids
@@ -149,36 +140,40 @@ def outcome(decisions: Sequence[Mapping[str, Any]], k: int | None = None) -> Out
     )
 
 
-def paper_decision(
-    label: str, score: float, medians: Mapping[str, float], *, refusal_label: str, compliance_label: str
-) -> Decision:
-    """Apply the rule to one example; ``medians`` maps the two labels to their median scores."""
-    if label == refusal_label:
-        other, threshold = compliance_label, medians[compliance_label]
-        drop, side = score < threshold, "below"
-    elif label == compliance_label:
-        other, threshold = refusal_label, medians[refusal_label]
-        drop, side = score > threshold, "above"
-    else:
-        return Decision("keep", f"the rule has no threshold for the label {label!r}", None)
-    verb = "is" if drop else "is not"
-    reason = f"score {score:.4g} of a {label} example {verb} {side} the {other} median {threshold:.4g}"
-    return Decision("drop" if drop else "keep", reason, threshold)
-
-
-def _medians(label: Mapping[str, str], score: Mapping[str, float], *names: str) -> dict[str, float]:
-    medians = {}
-    for name in names:
-        values = [score[example] for example in score if label[example] == name]
-        if not values:
+def _by_medians(
+    label: Mapping[str, str | None], score: Mapping[str, float], positive: str | None, negative: str | None
+) -> dict[str, Decision]:
+    """The paper's rule: each of the two labels against the median of the other."""
+    # A table reader turns a missing label into None or into a float nan.
+    missing = [example for example, own in label.items() if not (isinstance(own, str) and own)]
+    fix = "add a label to these examples, or use the rule top-k"
+    refuse(
+        missing, f"the label is missing for {len(missing)} examples", rule="the paper's rule needs them all", fix=fix
+    )
+    medians: dict[str | None, float] = {}
+    for name in (positive, negative):
+        values = [score[i] for i, own in label.items() if own == name]
+        if name is None or not values:
             raise UserError(
                 f"no example has the label {name!r}",
-                value="labels: " + ", ".join(sorted(set(label.values()))),
-                rule="the paper's rule compares " + " with ".join(names),
-                fix="name your labels, or use the rule top-k",
+                value="labels: " + ", ".join(sorted(map(str, set(label.values())))),
+                rule=f"the paper's rule compares {positive} with {negative}",
+                fix="set examples.positive_label and examples.negative_label, or use the rule top-k",
             )
         medians[name] = median(values)
-    return medians
+    # own label -> the label that it is compared with, and on which side of its median it is dropped
+    sides = {positive: (negative, -1, "below"), negative: (positive, 1, "above")}
+    decisions = {}
+    for example, own in label.items():
+        if own not in sides:
+            decisions[example] = Decision("keep", f"the rule has no threshold for the label {own!r}", None)
+            continue
+        other, sign, side = sides[own]
+        threshold, value = medians[other], score[example]
+        drop = sign * (value - threshold) > 0
+        reason = f"score {value:.4g} of a {own} example {'is' if drop else 'is not'} {side} the {other} median"
+        decisions[example] = Decision("drop" if drop else "keep", f"{reason} {threshold:.4g}", threshold)
+    return decisions
 
 
 def _by_rank(
@@ -228,7 +223,7 @@ def _by_rank(
 def _guard(
     example_ids: Sequence[str], rule: str, target: str, protect: str | None, protected: Sequence[float] | None
 ) -> dict[str, float] | None:
-    """Pair -> influence on the protected target; None without one."""
+    """Example -> influence on the protected target; None without one."""
     if protect is None:
         return None
     if rule not in RANKED or protect == target or protected is None:
@@ -244,43 +239,21 @@ def _guard(
 
 def _check(example_ids: Sequence[str], labels: Sequence[str | None], scores: Sequence[float]) -> None:
     if not len(example_ids) == len(labels) == len(scores):
-        raise UserError(
-            "every example needs a label and a score",
-            value=f"{len(example_ids)} examples, {len(labels)} labels, {len(scores)} scores",
-            rule="one of each per example",
+        raise misfit(
+            "examples, labels and scores", "one of each per example", examples=example_ids, labels=labels, scores=scores
         )
-    repeated = sorted(example for example, count in Counter(example_ids).items() if count > 1)
-    if repeated:
-        raise UserError("an example id repeats", value=", ".join(repeated), rule="ids are unique")
+    refuse_repeated(example_ids, "an example id")
     _check_scores(example_ids, scores)
 
 
 def _check_scores(example_ids: Sequence[str], scores: Sequence[float]) -> None:
     if len(example_ids) != len(scores):
-        raise UserError(
-            "every example needs an influence on the protected target",
-            value=f"{len(example_ids)} examples, {len(scores)} values",
-            rule="one per example",
+        raise misfit(
+            "examples and their influence on the protected target",
+            "one per example",
+            examples=example_ids,
+            values=scores,
         )
-    bad = [p for p, value in zip(example_ids, scores, strict=True) if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"the score is not finite for {len(bad)} examples",
-            value=", ".join(bad),
-            rule="every score is a finite number",
-            fix="look at these examples' loss in examples.parquet",
-        )
-
-
-def _known_labels(example_ids: Sequence[str], labels: Sequence[str | None]) -> dict[str, str]:
-    # A table reader turns a missing label into None or into a float nan.
-    known = {p: label for p, label in zip(example_ids, labels, strict=True) if isinstance(label, str) and label}
-    missing = [example for example in example_ids if example not in known]
-    if missing:
-        raise UserError(
-            f"the label is missing for {len(missing)} examples",
-            value=", ".join(missing),
-            rule="the paper's rule needs every example's label",
-            fix="add a label to these examples, or use the rule top-k",
-        )
-    return known
+    bad = [example for example, value in zip(example_ids, scores, strict=True) if not math.isfinite(value)]
+    what, fix = f"the score is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"
+    refuse(bad, what, rule="every score is a finite number", fix=fix)

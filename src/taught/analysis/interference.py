@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, misfit, refuse
+from taught.stats.intervals import middle
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -55,10 +56,11 @@ def interference(
     """
     total, ids = _checked(example_ids, feature_ids, total)
     if len(intended) != len(example_ids):
-        raise UserError(
-            "every example needs a list of intended features",
-            value=f"{len(intended)} lists, {len(example_ids)} examples",
-            rule="one list per example, empty if there are none",
+        raise misfit(
+            "examples and their intended features",
+            "one list per example, empty if there are none",
+            lists=intended,
+            examples=example_ids,
         )
     sets = [_known(example, features, ids) for example, features in zip(example_ids, intended, strict=True)]
     by_id = np.argsort(ids)
@@ -97,7 +99,7 @@ def random_control(
         note = "no example has both intended features and an effect"
         return {"n_examples": 0, "n_sets": 0, "outside_share": None, "unintended_rate": None} | {"note": note}
     share = size[judged] / size[judged].sum(1, keepdims=True)
-    dominant = np.eye(ids.size)[[_dominant(row, ids) for row in share]]
+    dominant = np.eye(ids.size)[[np.lexsort((ids, -row))[0] for row in share]]  # ties to the smallest id
     sets = [frozenset(int(f) for f in intended[p]) for p in judged]
     distinct = sorted(set(sets), key=sorted)
     row_of = {features: u for u, features in enumerate(distinct)}
@@ -166,11 +168,6 @@ def _row(example: str, ids: Ints, size: Floats, features: list[int]) -> dict[str
     }
 
 
-def _dominant(size: Floats, ids: Ints) -> int:
-    largest = np.flatnonzero(size == size.max())
-    return int(largest[np.argmin(ids[largest])])
-
-
 def _against_chance(
     weight: Floats, inside: NDArray[np.bool_], rng: np.random.Generator, draws: int
 ) -> dict[str, float]:
@@ -180,45 +177,34 @@ def _against_chance(
     examples = weight.sum()
     observed = float(weight[~inside].sum() / examples)
     drawn = np.array([weight[rng.permuted(columns, axis=1) >= sizes].sum() / examples for _ in range(draws)])
-    lo, hi = np.percentile(drawn, [2.5, 97.5])
+    lo, hi = middle(drawn).tolist()
     expected = float((weight.sum(1) * (1 - sizes[:, 0] / inside.shape[1])).sum() / examples)
     as_low = int((drawn <= observed + 1e-12).sum())
-    return {
-        "observed": observed,
-        "expected": expected,
-        "lo": float(lo),
-        "hi": float(hi),
-        "p_lower": (1 + as_low) / (1 + draws),
-    }
+    return {"observed": observed, "expected": expected, "lo": lo, "hi": hi, "p_lower": (1 + as_low) / (1 + draws)}
 
 
 def _checked(example_ids: Sequence[str], feature_ids: Sequence[int] | Ints, total: ArrayLike) -> tuple[Floats, Ints]:
     total, ids = np.asarray(total, dtype=np.float64), np.asarray(feature_ids, dtype=np.int64)
     if total.shape != (len(example_ids), ids.size) or ids.size == 0:
-        raise UserError(
-            "the shifts do not fit their ids",
-            value=f"total {list(total.shape)}, {len(example_ids)} examples, {ids.size} features",
-            rule="total [P, d] with P example ids and d >= 1 feature ids",
+        raise misfit(
+            "the shifts and their ids",
+            "total [P, d] with P example ids and d >= 1 feature ids",
+            total=total,
+            examples=example_ids,
+            features=ids.size,
         )
     bad = [example for example, row in zip(example_ids, total, strict=True) if not np.isfinite(row).all()]
-    if bad:
-        raise UserError(
-            f"the shift is not finite for {len(bad)} examples",
-            value=", ".join(bad),
-            rule="every shift is a finite number",
-            fix="look at these examples' loss in examples.parquet",
-        )
+    what, fix = f"the shift is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"
+    refuse(bad, what, rule="every shift is a finite number", fix=fix)
     return total, ids
 
 
 def _known(example: str, features: Sequence[int] | Ints, ids: Ints) -> list[int]:
     wanted = sorted({int(f) for f in features})
-    unknown = [f for f in wanted if f not in ids]
-    if unknown:
-        raise UserError(
-            f"the example {example!r} intends features that are not in the policy",
-            value=", ".join(map(str, unknown)),
-            rule="intended features are among the selected ones",
-            fix="drop them from the list, or select them under features.ids",
-        )
+    refuse(
+        [f for f in wanted if f not in ids],
+        f"the example {example!r} intends features that are not in the policy",
+        rule="intended features are among the selected ones",
+        fix="drop them from the list, or select them under features.ids",
+    )
     return wanted

@@ -31,8 +31,8 @@ def response_reads(examples: Sequence[Example], tokens: str) -> list[ReadPrompt]
     Parameters
     ----------
     tokens
-        ``mean_response``: every response token, the end of the turn included; ``last_response``:
-        that one alone.
+        ``mean_response``: every scored token, the end of the turn included; ``last_response``: the
+        last one alone.
 
     Raises
     ------
@@ -47,8 +47,8 @@ def response_reads(examples: Sequence[Example], tokens: str) -> list[ReadPrompt]
             rule="a projection is read at the tokens of the response",
             fix="remove these examples",
         )
-    first = {"mean_response": lambda p: p.start, "last_response": lambda p: len(p.ids) - 1}[tokens]
-    return [ReadPrompt(p.id, p.ids, tuple(range(first(p), len(p.ids)))) for p in examples]
+    first = {"mean_response": 0, "last_response": -1}[tokens]
+    return [ReadPrompt(p.id, p.ids, p.places[first:]) for p in examples]
 
 
 def project(

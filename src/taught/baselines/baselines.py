@@ -247,9 +247,7 @@ def similarities(
     """
     if tokens not in ("last", "mean"):
         raise UserError("residuals are read elsewhere", value=tokens, rule="last or mean")
-    reads = [
-        ReadPrompt(p.id, p.ids, tuple(range(p.start, len(p.ids)))[-1 if tokens == "last" else 0 :]) for p in examples
-    ]
+    reads = [ReadPrompt(p.id, p.ids, p.places[-1 if tokens == "last" else 0 :]) for p in examples]
     directions = _directions(problem, reads)
     refuse_nonfinite(examples, range(len(examples)), directions, "residual")
     asked = _directions(problem, problem.prompts)

@@ -65,8 +65,13 @@ class Example:
         return [(s, t) for s, of in enumerate(self.weights) for t, w in enumerate(of) if w]
 
     @property
+    def places(self) -> tuple[int, ...]:
+        """Places of the scored tokens of the first sequence."""
+        return tuple(t for t, w in enumerate(self.weights[0]) if w)
+
+    @property
     def start(self) -> int:
-        """Place of the first scored token of the first sequence; its length if there is none."""
+        """The first of these places; the length of the sequence if there is none."""
         return next((t for t, w in enumerate(self.weights[0]) if w), len(self.ids))
 
     @property

@@ -220,7 +220,8 @@ class ChatFormat:
                 rule="all answers of a prompt follow the same tokens",
                 fix="pass a --chat-template FILE that adds nothing to an answer",
             )
-        return replace(prompt, input_ids=heads[0], suffixes=tuple(answer for _, answer in found))
+        head = heads[0] if heads else prompt.input_ids
+        return replace(prompt, input_ids=head, suffixes=tuple(answer for _, answer in found))
 
     def _answered(
         self, before: Sequence[Mapping[str, str]], prompt_text: str, answer: str, id: str

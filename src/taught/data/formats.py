@@ -107,15 +107,14 @@ def read_documents(table: Table, columns: Mapping[str, str] | None) -> tuple[tup
 
 def _row_names(table: Table, columns: Mapping[str, str]) -> list[str]:
     """What a row is called in messages: its id, or its number."""
-    return [
-        text_cell(row, columns, "id", f"row {number}") or f"row {number}" for number, row in enumerate(table.rows, 1)
-    ]
+    given = ((number, text_cell(row, columns, "id", f"row {number}")) for number, row in enumerate(table.rows, 1))
+    return [id if id.strip() else f"row {number}" for number, id in given]
 
 
 def _record(row: Row, columns: Mapping[str, str], name: str, otherwise: str, **fields: Any) -> Record:
-    used = set(columns.values())
+    used, given = set(columns.values()), text_cell(row, columns, "id", name)
     return Record(
-        id=text_cell(row, columns, "id", name) or otherwise,
+        id=given if given.strip() else otherwise,
         label=text_cell(row, columns, "label", name),
         category=text_cell(row, columns, "category", name),
         source=text_cell(row, columns, "source", name),
@@ -163,8 +162,14 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
     system = text_cell(row, columns, "system", name)
     given = cell(row, columns, "messages")
     if given is not None:
-        turns = _turns(given, name)
+        turns = read_turns(given, name)
         _refuse_beside(row, columns, turns, name)
+    elif not {"prompt", "response"} <= set(columns):
+        raise UserError(
+            f"the messages of {name} are empty",
+            rule="an example is `messages`, or `prompt` with `response` (or `completion`)",
+            fix="fill the cell or remove the row",
+        )
     else:
         prompt = _part(row, columns, "prompt", "user", name)
         _add_context(row, columns, prompt, name)
@@ -237,12 +242,27 @@ def _mark(turn: Message, name: str) -> bool | None:
     return next((bool(value) for value in given.values()), None)
 
 
-def _turns(value: object, name: str) -> list[Message]:
+def read_turns(value: object, name: str) -> list[Message]:
+    """Messages of a conversation, as {role, content} or ShareGPT's {from, value}.
+
+    Raises
+    ------
+    UserError
+        A message has no role, or no text as its content.
+    """
     turns = []
     for turn in value if isinstance(value, list | tuple) else [value]:
         given: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
         role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
         kept = {key: given[key] for key in (*_MARKS, *_FOR_TEMPLATE) if _holds(given.get(key))}
+        wrong = [k for k in _FOR_TEMPLATE if k in kept and not isinstance(kept[k], list if k == "tool_calls" else str)]
+        if wrong:
+            raise UserError(
+                f"the {wrong[0]} of a message of {name} is malformed",
+                value=kept[wrong[0]],
+                rule=f"of {', '.join(_FOR_TEMPLATE)} the first is a list of objects, the others are texts",
+                fix="correct it, or remove the key",
+            )
         content = "" if content is None and "tool_calls" in kept else content
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(
@@ -259,7 +279,7 @@ def _part(row: Row, columns: Mapping[str, str], field: str, role: str, name: str
     """The turns of a prompt or a response: a text, or messages."""
     value = cell(row, columns, field)
     if isinstance(value, list | tuple) and value and all(isinstance(turn, Mapping) for turn in value):
-        return _turns(value, name)
+        return read_turns(value, name)
     return [{"role": role, "content": text_cell(row, columns, field, name)}]
 
 
@@ -298,7 +318,7 @@ def _refuse_beside(row: Row, columns: Mapping[str, str], turns: Sequence[Message
         if not _holds(value):
             continue
         part = isinstance(value, list | tuple) and all(isinstance(turn, Mapping) for turn in value)
-        texts = [turn["content"] for turn in _turns(value, name)] if part else [str(value)]
+        texts = [turn["content"] for turn in read_turns(value, name)] if part else [str(value)]
         if not all(any(text in turn["content"] for turn in turns) for text in texts):
             raise UserError(
                 f"{name} has messages and a {columns[field]} that is not among them",

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from taught.data.columns import cell, detect_columns, name_ids, repeated, text_cell
+from taught.data.formats import read_turns
 from taught.data.overlap import normalise
-from taught.data.tables import Row, read_rows, table_sha256
+from taught.data.tables import Row, open_table
 from taught.errors import UserError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "prompt_id"),
@@ -29,7 +30,6 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "options": ("options", "choices"),
 }
 ONE_GROUP = "all"  # the group of prompts whose file has no groups
-_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def load_prompts(
     Parameters
     ----------
     source
-        A table (see :func:`taught.data.tables.read_rows`), or rows: a list of dicts, a
-        ``datasets.Dataset``, anything that yields mappings.
+        A table, or rows: a list of dicts, a ``datasets.Dataset``, anything that yields mappings
+        (see :func:`taught.data.tables.open_table`).
     columns
         Field -> column name, where the names are not the usual ones. Fields: id, text, messages,
         group, category, source, licence, answer, options. A prompt without id is called after what
@@ -126,12 +126,8 @@ def load_prompts(
         No rows, no text column, empty texts or groups, repeated ids or prompts, messages that do not
         end with the user, options that are no list of texts; the offending ids are named.
     """
-    if isinstance(source, str | Path):
-        rows, where, sha256 = read_rows(source), Path(source).name, table_sha256(source)
-    else:
-        rows, where = _given_rows(source), "prompts"
-        content = json.dumps(rows, sort_keys=True, ensure_ascii=True, default=str)
-        sha256 = hashlib.sha256(content.encode()).hexdigest()
+    table = open_table(source)
+    rows, where = table.rows, table.name
     if not rows:
         raise UserError(
             "there are no prompts", value=where, rule="at least one row", fix="check which file prompts.path names"
@@ -146,51 +142,26 @@ def load_prompts(
         )
     prompts = tuple(_prompt(row, found, number) for number, row in enumerate(rows, 1))
     _check(prompts, where)
-    return PromptSet(prompts, found, sha256)
-
-
-def _given_rows(source: Iterable[Any]) -> list[Row]:
-    rows = [source] if isinstance(source, Mapping) else list(source)
-    other = next((row for row in rows if not isinstance(row, Mapping)), None)
-    if other is not None or isinstance(source, Mapping):
-        raise UserError(
-            "the prompts are not rows",
-            value=type(source if other is None else other).__name__,
-            rule="a path, or something that yields one mapping a prompt, such as a list of dicts",
-            fix='pass [{"prompt": "…"}, …], one split of a dataset, or frame.to_dict("records")',
-        )
-    return [dict(row) for row in rows]
+    return PromptSet(prompts, found, table.sha256)
 
 
 def _prompt(row: Row, columns: Mapping[str, str], number: int) -> Prompt:
-    name = text_cell(row, columns, "id") or f"row {number}"
-    texts = {f: text_cell(row, columns, f) for f in ("id", "group", "category", "source", "licence")}
+    name = text_cell(row, columns, "id", f"row {number}") or f"row {number}"
+    texts = {f: text_cell(row, columns, f, name) for f in ("id", "group", "category", "source", "licence")}
     if "group" not in columns:
         texts["group"] = ONE_GROUP
     answer = cell(row, columns, "answer")
     if not isinstance(answer, int) or isinstance(answer, bool):
-        answer = _text(answer, "answer", name)
+        answer = text_cell(row, columns, "answer", name)
     options = _options(cell(row, columns, "options"), name)
-    content = cell(row, columns, "messages")
-    if content is None:
-        content = cell(row, columns, "text")
-    messages = read_messages(content, name) if isinstance(content, list | tuple) else ()
-    text = messages[-1]["content"] if messages else _text(content, "text", name)
+    field = "text" if cell(row, columns, "messages") is None else "messages"
+    content = cell(row, columns, field)
+    messages = _conversation(content, name) if isinstance(content, list | tuple) else ()
+    text = messages[-1]["content"] if messages else text_cell(row, columns, field, name)
     if len(messages) == 1:  # the same prompt as its text alone
         messages = ()
     given = texts.pop("id") or content_id(text, answer, options, messages)
     return Prompt(given, text, **texts, answer=answer, options=options, messages=messages)
-
-
-def _text(value: object, what: str, name: str) -> str:
-    if isinstance(value, list | tuple | dict):
-        raise UserError(
-            f"the {what} of {name} is not a text",
-            value=value,
-            rule=f"the {what} is a text; a prompt may also be a list of messages",
-            fix="give one text a row",
-        )
-    return "" if value is None else str(value)
 
 
 def _options(value: object, name: str) -> tuple[str, ...]:
@@ -210,26 +181,9 @@ def _options(value: object, name: str) -> tuple[str, ...]:
     return tuple("" if item is None else str(item) for item in value)
 
 
-def read_messages(value: Sequence[object], name: str) -> tuple[Message, ...]:
-    """Messages of a conversation in which the user speaks last.
-
-    Raises
-    ------
-    UserError
-        A message has no role or no text, or the last one is not the user's.
-    """
-    messages: list[Message] = []
-    for turn in value:
-        role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(
-                f"a message of {name} has no role or no text",
-                value=turn,
-                rule='a message is {"role": "user", "content": "…"}; content is text only',
-                fix="correct the message, or give the prompt as one text",
-            )
-        messages.append({"role": _ROLES.get(role, role), "content": content})
+def _conversation(value: Sequence[object], name: str) -> tuple[Message, ...]:
+    """Messages in which the user speaks last."""
+    messages = read_turns(value, name)
     if not messages or messages[-1]["role"] != "user":
         raise UserError(
             f"the last message of {name} is not the user's",

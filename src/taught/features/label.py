@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, misfit
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -64,49 +64,6 @@ class FeatureDescription:
         return asdict(self)
 
 
-@dataclass(frozen=True, eq=False)
-class TokenActivations:
-    """What a description is made of.
-
-    Attributes
-    ----------
-    feature_ids : int64 [d]
-    acts : [M, d], activations of the features at the read-out tokens
-    tokens : M texts
-    prompt : int64 [M], index of each token's prompt; tokens of a prompt stand together, in order
-    prompt_ids, texts, groups : N each
-    h : [N, D]
-        One residual per prompt (pooled like the read-out), for the similarity of prompts.
-    """
-
-    feature_ids: Ints
-    acts: Floats
-    tokens: Sequence[str]
-    prompt: Ints
-    prompt_ids: Sequence[str]
-    texts: Sequence[str]
-    groups: Sequence[str]
-    h: Floats
-
-    def __post_init__(self) -> None:
-        m, n = len(self.tokens), len(self.prompt_ids)
-        shapes = [
-            self.acts.shape == (m, len(self.feature_ids)),
-            len(self.prompt) == m,
-            len(self.texts) == n,
-            len(self.groups) == n,
-            len(self.h) == n,
-            not m or (self.prompt.min() >= 0 and self.prompt.max() < n),
-        ]
-        if not all(shapes):
-            raise UserError(
-                "the inputs of the labels do not fit together",
-                value=f"acts {self.acts.shape}, tokens {m}, prompts {n}",
-                rule="acts [M, d], one token text and prompt index per row",
-                fix="pass arrays of the same prompts",
-            )
-
-
 def describe_features(
     feature_ids: ArrayLike,
     acts: ArrayLike,
@@ -124,8 +81,13 @@ def describe_features(
 
     Parameters
     ----------
-    feature_ids, acts, tokens, prompt, prompt_ids, texts, groups, h
-        See :class:`TokenActivations`.
+    feature_ids : int64 [d]
+    acts : [M, d], activations of the features at the read-out tokens
+    tokens : M texts
+    prompt : int64 [M], index of each token's prompt; tokens of a prompt stand together, in order
+    prompt_ids, texts, groups : N each
+    h : [N, D]
+        One residual per prompt (pooled like the read-out), for the similarity of prompts.
     labels
         Labels that override the made ones (:func:`load_labels`).
     top
@@ -136,106 +98,91 @@ def describe_features(
     UserError
         The inputs do not fit together.
     """
-    data = TokenActivations(
-        np.asarray(feature_ids, np.int64),
-        np.asarray(acts, np.float64),
-        tokens,
-        np.asarray(prompt, np.int64),
-        prompt_ids,
-        texts,
-        groups,
-        np.asarray(h, np.float64),
-    )
-    words, word_of = _words(data)
-    units = data.h / np.maximum(np.linalg.norm(data.h, axis=1, keepdims=True), 1e-30)
-    return [
-        _describe(data, column, words, word_of, units, labels or {}, top) for column in range(len(data.feature_ids))
-    ]
+    ids, at = np.asarray(feature_ids, np.int64), np.asarray(prompt, np.int64)
+    acts, h = np.asarray(acts, np.float64), np.asarray(h, np.float64)
+    m, n = len(tokens), len(prompt_ids)
+    fits = acts.shape == (m, len(ids)) and len(at) == m and len(texts) == len(groups) == len(h) == n
+    if not fits or (m and not 0 <= at.min() <= at.max() < n):
+        raise misfit(
+            "the inputs of the labels",
+            "acts [M, d], one token text and prompt index per row, N of each of the others",
+            acts=acts,
+            tokens=m,
+            prompts=n,
+            texts=texts,
+            groups=groups,
+            h=h,
+        )
+    words, word_of = _words(tokens, at)
+    units = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-30)
+    given = labels or {}
+
+    def row(i: int, strongest: Floats) -> dict[str, Any]:
+        return {"prompt_id": prompt_ids[i], "text": texts[i], "group": groups[i], "activation": float(strongest[i])}
+
+    described = []
+    for feature_id, own in zip(ids.tolist(), acts.T, strict=True):
+        strongest = np.zeros(n)  # of each prompt; 0 for one without tokens
+        np.maximum.at(strongest, at, own)
+        leading = [i for i in np.argsort(-strongest, kind="stable")[:top].tolist() if strongest[i] > 0]
+        scored = _scored_words(own, words, word_of)
+        contrasts = _contrasts(leading, strongest, groups, units)
+        described.append(
+            FeatureDescription(
+                feature_id=feature_id,
+                label=given.get(feature_id, _made_label(scored, [groups[i] for i in leading])),
+                label_source="file" if feature_id in given else "words",
+                words=[{"word": word, "score": score} for word, score in scored],
+                top_prompts=[row(i, strongest) for i in leading],
+                contrast_prompts=[
+                    {**row(j, strongest), "similarity": alike, "to": prompt_ids[i]} for i, j, alike in contrasts
+                ],
+                top_tokens=[{**_top_token(tokens, own, at == i), "prompt_id": prompt_ids[i]} for i in leading],
+            )
+        )
+    return described
 
 
-def _describe(
-    data: TokenActivations,
-    column: int,
-    words: list[str],
-    word_of: Ints,
-    units: Floats,
-    labels: Mapping[int, str],
-    top: int,
-) -> FeatureDescription:
-    feature_id, acts = int(data.feature_ids[column]), data.acts[:, column]
-    strongest = _per_prompt(data, acts)
-    leading = [int(i) for i in np.argsort(-strongest, kind="stable")[:top] if strongest[i] > 0]
-    scored = _scored_words(acts, words, word_of)
-    made = _made_label(scored, [data.groups[i] for i in leading])
-    return FeatureDescription(
-        feature_id=feature_id,
-        label=labels.get(feature_id, made),
-        label_source="file" if feature_id in labels else "words",
-        words=[{"word": word, "score": score} for word, score in scored],
-        top_prompts=[_prompt_row(data, i, strongest) for i in leading],
-        contrast_prompts=_contrasts(data, leading, strongest, units),
-        top_tokens=[_token_row(data, acts, i) for i in leading],
-    )
-
-
-def _per_prompt(data: TokenActivations, acts: Floats) -> Floats:
-    """Largest activation of each prompt, [N]; 0 for a prompt without tokens."""
-    out = np.zeros(len(data.prompt_ids))
-    np.maximum.at(out, data.prompt, acts)
-    return out
-
-
-def _prompt_row(data: TokenActivations, i: int, strongest: Floats) -> dict[str, Any]:
-    return {
-        "prompt_id": data.prompt_ids[i],
-        "text": data.texts[i],
-        "group": data.groups[i],
-        "activation": float(strongest[i]),
-    }
-
-
-def _contrasts(data: TokenActivations, leading: list[int], strongest: Floats, units: Floats) -> list[dict[str, Any]]:
-    """For each leading prompt the most similar prompt of its group with the feature off, once."""
+def _contrasts(
+    leading: Sequence[int], strongest: Floats, groups: Sequence[str], units: Floats
+) -> Iterator[tuple[int, int, float]]:
+    """For each leading prompt the most similar prompt of its group with the feature off, once: (i, j, cosine)."""
     off = strongest <= 0
-    out: list[dict[str, Any]] = []
     for i in leading:
-        candidates = [j for j in np.flatnonzero(off).tolist() if data.groups[j] == data.groups[i]]
-        if not candidates:
-            continue
-        similarity = units[candidates] @ units[i]
-        j = candidates[int(np.argmax(similarity))]
-        off[j] = False
-        out.append({**_prompt_row(data, j, strongest), "similarity": float(similarity.max()), "to": data.prompt_ids[i]})
-    return out
+        candidates = [j for j in np.flatnonzero(off).tolist() if groups[j] == groups[i]]
+        if candidates:
+            similarity = units[candidates] @ units[i]
+            j = candidates[int(np.argmax(similarity))]
+            off[j] = False
+            yield i, j, float(similarity.max())
 
 
-def _token_row(data: TokenActivations, acts: Floats, i: int) -> dict[str, Any]:
-    """Strongest token of prompt i with what stands around it."""
-    rows = np.flatnonzero(data.prompt == i).tolist()
+def _top_token(tokens: Sequence[str], acts: Floats, inside: NDArray[np.bool_]) -> dict[str, Any]:
+    """Strongest token of a prompt with what stands around it."""
+    rows = np.flatnonzero(inside).tolist()
     at = int(np.argmax(acts[rows]))
-    text = [data.tokens[row] for row in rows]
+    text = [tokens[row] for row in rows]
     return {
         "token": text[at],
         "before": "".join(text[max(at - CONTEXT, 0) : at]),
         "after": "".join(text[at + 1 : at + 1 + CONTEXT]),
         "activation": float(acts[rows[at]]),
-        "prompt_id": data.prompt_ids[i],
     }
 
 
 # --- words ----------------------------------------------------------------------------------------
 
 
-def _words(data: TokenActivations) -> tuple[list[str], Ints]:
+def _words(tokens: Sequence[str], prompt: Ints) -> tuple[list[str], Ints]:
     """Vocabulary, and the word that each token is a part of (-1: no letters or digits).
 
     A token that begins with white space, or the first of its prompt, begins a word.
     """
     spans: list[str] = []
-    span_of = np.empty(len(data.tokens), dtype=np.int64)
-    for row, token in enumerate(data.tokens):
-        begins = row == 0 or data.prompt[row] != data.prompt[row - 1]
-        if begins or token[:1].isspace() or not _is_word(token) or not _is_word(data.tokens[row - 1]):
+    span_of = np.empty(len(tokens), dtype=np.int64)
+    for row, token in enumerate(tokens):
+        begins = row == 0 or prompt[row] != prompt[row - 1]
+        if begins or token[:1].isspace() or not _is_word(token) or not _is_word(tokens[row - 1]):
             spans.append("")
         spans[-1] += token
         span_of[row] = len(spans) - 1
@@ -317,26 +264,12 @@ def load_labels(file: str | Path) -> dict[int, str]:
 
 
 def _label_entries(path: Path) -> list[tuple[object, object]]:
+    """(id, label) in the file's order; an id that stands twice is there twice."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".csv":
         return [(row["id"], row["label"]) for row in csv.DictReader(text.splitlines())]
     if path.suffix.lower() == ".json":
-        # Examples, so that an id that stands twice is seen.
-        return _mapping(json.loads(text, object_pairs_hook=_Examples))
-    return _yaml_entries(text)
-
-
-class _Examples(list):
-    """The (key, value) examples of a JSON object."""
-
-
-def _mapping(value: object) -> list[tuple[object, object]]:
-    if not isinstance(value, _Examples):
-        raise ValueError("not a mapping of id: label")
-    return value
-
-
-def _yaml_entries(text: str) -> list[tuple[object, object]]:
+        return [(key, label) for key, label in json.loads(text, object_pairs_hook=list)]
     import yaml
 
     try:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 
 Encoder = Literal["sae", "relu"]
 ENCODERS = ("sae", "relu")
@@ -72,7 +72,17 @@ class SparseAutoencoder:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_shapes(self)
+        if self.W_enc.ndim != 2:
+            raise _bad_shapes("W_enc", tuple(self.W_enc.shape), "[D, F]")
+        width, features = self.W_enc.shape
+        expected = {"b_enc": (features,), "W_dec": (features, width), "b_dec": (width,)}
+        if self.threshold is not None:
+            expected["threshold"] = (features,)
+        for name, shape in expected.items():
+            if (found := tuple(getattr(self, name).shape)) != shape:
+                raise _bad_shapes(name, found, str(list(shape)))
+        if self.k is not None and not 0 < self.k <= features:
+            raise _bad_shapes("k", self.k, f"1 to {features}")
 
     @property
     def width(self) -> int:
@@ -117,7 +127,9 @@ class SparseAutoencoder:
             return torch.relu(self._pre(h, chosen))
         x = h - self.b_dec if self.apply_b_dec_to_input else h
         if self.k is not None:
-            acts = self._top_k(self._pre(x, None) * self._scale())
+            pre = self._pre(x, None) * self._scale()
+            gate = torch.zeros_like(pre).scatter(-1, pre.topk(self.k, dim=-1).indices, 1.0)
+            acts = pre * (gate * (pre > 0))
             return acts if chosen is None else acts[..., chosen]
         pre = self._pre(x, chosen)
         threshold = pre.new_zeros(()) if self.threshold is None else self.threshold
@@ -163,28 +175,7 @@ class SparseAutoencoder:
         return x @ self.W_enc[:, ids] + self.b_enc[ids]
 
     def _scale(self) -> Tensor:
-        if not self.rescale_by_decoder_norm:
-            return self.W_dec.new_ones(())
-        return self.W_dec.norm(dim=1)
-
-    def _top_k(self, pre: Tensor) -> Tensor:
-        assert self.k is not None
-        gate = torch.zeros_like(pre).scatter(-1, pre.topk(self.k, dim=-1).indices, 1.0)
-        return pre * (gate * (pre > 0))
-
-
-def _check_shapes(sae: SparseAutoencoder) -> None:
-    if sae.W_enc.ndim != 2:
-        raise _bad_shapes("W_enc", tuple(sae.W_enc.shape), "[D, F]")
-    width, features = sae.W_enc.shape
-    expected = {"b_enc": (features,), "W_dec": (features, width), "b_dec": (width,)}
-    if sae.threshold is not None:
-        expected["threshold"] = (features,)
-    for name, shape in expected.items():
-        if tuple(getattr(sae, name).shape) != shape:
-            raise _bad_shapes(name, tuple(getattr(sae, name).shape), str(list(shape)))
-    if sae.k is not None and not 0 < sae.k <= features:
-        raise _bad_shapes("k", sae.k, f"1 to {features}")
+        return self.W_dec.norm(dim=1) if self.rescale_by_decoder_norm else self.W_dec.new_ones(())
 
 
 def _bad_shapes(name: str, value: object, rule: str) -> UserError:
@@ -198,14 +189,8 @@ def _bad_shapes(name: str, value: object, rule: str) -> UserError:
 
 def _checked_ids(ids: Tensor | Sequence[int], features: int) -> Tensor:
     chosen = torch.as_tensor(ids, dtype=torch.long)
-    bad = chosen[(chosen < 0) | (chosen >= features)]
-    if len(bad):
-        raise UserError(
-            "the SAE has no such feature",
-            value=bad.tolist(),
-            rule=f"ids from 0 to {features - 1}",
-            fix="check features.ids",
-        )
+    bad = chosen[(chosen < 0) | (chosen >= features)].tolist()
+    refuse(bad, "the SAE has no such feature", rule=f"ids from 0 to {features - 1}", fix="check features.ids")
     return chosen
 
 
@@ -237,22 +222,10 @@ def load_sae(path: str | Path, *, block: int | None = None) -> SparseAutoencoder
     folder = Path(path).expanduser()
     if not folder.exists() and (named := re.fullmatch(r"([\w.\-]+):([\w./\-]+)", str(path))):
         return _load_release(named[1], named[2], block)
-    config = _read_config(folder)
-    readers = {"sae_weights.safetensors": _read_saelens, "sae.safetensors": _read_sparsify}
-    for name, read in readers.items():
-        if (folder / name).is_file():
-            return read(config, _read_weights(folder / name), block, {"folder": folder.name})
-    raise UserError(
-        "the SAE folder holds no weights",
-        value=str(folder),
-        rule="sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)",
-        fix="check sae.path",
-    )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise UserError(
             "the SAE folder has no readable cfg.json",
@@ -260,21 +233,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
             rule="a SAELens or sparsify folder, or release:sae_id",
             fix="check sae.path",
         ) from error
-    if not isinstance(config, dict):
-        raise UserError("cfg.json is not a JSON object", value=str(folder), fix="check sae.path")
-    return config
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            "the SAE's weights cannot be read",
-            value=f"{file}: {error}",
-            rule="a safetensors file",
-            fix="copy or download it again",
-        ) from error
+    readers = {"sae_weights.safetensors": _read_saelens, "sae.safetensors": _read_sparsify}
+    for name, read in readers.items():
+        if (folder / name).is_file():
+            try:
+                weights = load_file(folder / name)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    "the SAE's weights cannot be read",
+                    value=f"{folder / name}: {error}",
+                    rule="a safetensors file",
+                    fix="copy or download it again",
+                ) from error
+            return read(config, weights, block, {"folder": folder.name})
+    raise UserError(
+        "the SAE folder holds no weights",
+        value=str(folder),
+        rule="sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)",
+        fix="check sae.path",
+    )
 
 
 def _read_saelens(

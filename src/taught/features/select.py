@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, misfit, refuse, refuse_repeated
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -128,39 +128,17 @@ def _checked_ids(ids: Sequence[int], features: int) -> Ints:
             rule="features.ids names at least one",
             fix="leave features.ids out to have them selected",
         )
-    if len(bad := chosen[(chosen < 0) | (chosen >= features)]):
-        raise UserError(
-            "the SAE has no such feature",
-            value=bad.tolist(),
-            rule=f"ids from 0 to {features - 1}",
-            fix="check features.ids",
-        )
-    unique, counts = np.unique(chosen, return_counts=True)
-    if len(twice := unique[counts > 1]):
-        raise UserError(
-            "a feature is named twice",
-            value=twice.tolist(),
-            rule="each id once",
-            fix="remove the repetition from features.ids",
-        )
-    return unique
+    bad = chosen[(chosen < 0) | (chosen >= features)].tolist()
+    refuse(bad, "the SAE has no such feature", rule=f"ids from 0 to {features - 1}", fix="check features.ids")
+    refuse_repeated(chosen.tolist(), "a feature in features.ids")
+    return np.sort(chosen)
 
 
 def _check(X: Floats, names: NDArray[np.object_]) -> None:
     if X.ndim != 2 or len(X) != len(names):
-        raise UserError(
-            "activations and groups do not fit together",
-            value=f"activations {X.shape}, groups {len(names)}",
-            rule="one row and one group per prompt",
-            fix="pass both for the same prompts",
-        )
-    if len(bad := np.flatnonzero(~np.isfinite(X).all(axis=1))):
-        raise UserError(
-            "activations are not finite",
-            value=f"prompts {bad[:10].tolist()}",
-            rule="finite numbers",
-            fix="use dtype float32",
-        )
+        raise misfit("activations and groups", "one row and one group per prompt", activations=X, groups=names)
+    bad = np.flatnonzero(~np.isfinite(X).all(axis=1)).tolist()
+    refuse([f"prompt {i}" for i in bad], "activations are not finite", rule="finite numbers", fix="use dtype float32")
 
 
 def _check_groups(means: Mapping[str, Floats], positive: str, negative: str) -> None:

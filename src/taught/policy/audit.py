@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from taught.errors import UserError
+from taught.errors import UserError, misfit
 from taught.policy.ridge import Floats, Ints, Policy, checked_data, row_order
 from taught.stats.intervals import middle, plain
 from taught.stats.multiplicity import benjamini_hochberg
@@ -208,14 +208,12 @@ def _check(
     n: int, X: Floats, groups: Sequence[str], categories: Sequence[str | None], lo: Floats, hi: Floats, policy: Policy
 ) -> None:
     if not len(groups) == len(categories) == n or X.shape[1] != policy.d:
-        raise UserError(
-            "the audit's inputs do not fit the policy",
-            value=f"X {list(X.shape)}, {len(groups)} groups, {len(categories)} categories",
-            rule=f"{policy.n} prompts and {policy.d} features",
+        raise misfit(
+            "the audit's inputs",
+            f"{policy.n} prompts and {policy.d} features",
+            X=X,
+            groups=groups,
+            categories=categories,
         )
     if not lo.shape == hi.shape == (policy.d,):
-        raise UserError(
-            "the intervals do not fit the policy",
-            value=f"lo {list(lo.shape)}, hi {list(hi.shape)}",
-            rule=f"one number for each of {policy.d} features",
-        )
+        raise misfit("the intervals and the policy", f"one for each of {policy.d} features", lo=lo, hi=hi)

@@ -35,9 +35,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError
-from taught.policy.ridge import Floats, Ints, Policy
-from taught.stats.intervals import NORMAL, resamples
+from taught.errors import misfit
+from taught.policy.ridge import Floats, Ints, Policy, row_order
+from taught.stats import intervals
 
 LEVEL = 0.05  # a statement is safe at 1 - LEVEL
 SIZES = (1, 3, 5, 10, 20, 50)
@@ -105,10 +105,8 @@ class RemainderBound:
     def _centred(self, dy: ArrayLike) -> Floats:
         dy = np.asarray(dy, dtype=np.float64)
         if dy.shape != (self._policy.n,):
-            raise UserError(
-                "the change of the behavior does not fit the policy",
-                value=f"dy {list(dy.shape)}",
-                rule=f"one number for each of {self._policy.n} prompts",
+            raise misfit(
+                "the change of the behavior and the policy", f"one for each of {self._policy.n} prompts", dy=dy
             )
         return dy - dy.mean() if self._policy.fit_intercept else dy
 
@@ -125,11 +123,9 @@ def resample_counts(prompt_ids: Sequence[str], *, n: int, seed: int) -> Iterator
 
     Resamples are drawn over sorted prompt ids, so that they do not depend on the order of the prompts.
     """
-    count = len(prompt_ids)
-    order = np.array(sorted(range(count), key=lambda i: prompt_ids[i]))
-    drawn = [order[i] for i in resamples(count, n, seed)]
-    for start in range(0, n, _CHUNK):
-        yield np.stack([np.bincount(i, minlength=count) for i in drawn[start : start + _CHUNK]])
+    counts = intervals.resample_counts(len(prompt_ids), n, seed).astype(np.int64)
+    counts = counts[:, np.argsort(row_order(prompt_ids, len(prompt_ids)))]
+    yield from (counts[start : start + _CHUNK] for start in range(0, n, _CHUNK))
 
 
 def resampled_score(policy: Policy, counts: Ints, dy: Floats, dX: NDArray[Any] | None) -> tuple[Floats | None, Floats]:
@@ -239,7 +235,7 @@ def rank_statements(ranking: Ranking, example_ids: Sequence[str], draws: Iterabl
     P = len(example_ids)
     order = np.argsort(-np.abs(ranking.values), kind="stable")
     sizes = [k for k in SIZES if k < P]
-    quantile = NORMAL.inv_cdf(1 - LEVEL / 4 / P)
+    quantile = intervals.NORMAL.inv_cdf(1 - LEVEL / 4 / P)
     limit = np.zeros(P) if ranking.errors is None else quantile * ranking.errors
     margins = {"alone": np.zeros(P), "all": np.nan_to_num(ranking.bound) + limit}
     failed, n = _failures(draws, order, sizes, margins)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, misfit
 from taught.policy.ridge import Floats, Ints, check_alpha, check_folds, checked_data, choose_alpha, ridge, row_order
 from taught.stats.intervals import Interval, middle, resamples
 from taught.stats.ranks import spearman
@@ -241,11 +241,7 @@ def class_threshold(y_hat: ArrayLike, positive: ArrayLike) -> float:
 def _check(n: int, groups: Sequence[str], positive: str, negative: str, length: ArrayLike | None) -> None:
     for what, given in (("group", groups), ("length", length)):
         if given is not None and np.shape(given) != (n,):
-            raise UserError(
-                f"every prompt needs a {what}",
-                value=f"{np.size(given)} {what}s, {n} prompts",
-                rule=f"as many {what}s as prompts",
-            )
+            raise misfit(f"prompts and their {what}s", "one for each prompt", prompts=n, given=given)
     for name in (positive, negative):
         count = sum(group == name for group in groups)
         if count < 2:

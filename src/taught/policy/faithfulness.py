@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from taught.errors import UserError
+from taught.errors import misfit
 from taught.policy.evaluate import Bools, CoefficientIntervals, Evaluation, training_alpha, training_ridge
 from taught.policy.predictors import Known, trivial_predictions
 from taught.policy.ridge import Floats, Ints, checked_data, ridge, row_order
@@ -249,19 +249,17 @@ def faithfulness(
 def _check(X: Floats, known: Known, evaluation: Evaluation, intervals: CoefficientIntervals) -> None:
     n, d = X.shape
     if (evaluation.n, evaluation.d) != (n, d) or intervals.lo.shape != (d,):
-        raise UserError(
-            "the evaluation is not of this policy",
-            value=f"{evaluation.n} prompts, {evaluation.d} features, {intervals.lo.size} intervals",
-            rule=f"{n} prompts and {d} features, as X has",
+        raise misfit(
+            "the evaluation and the policy",
+            f"{n} prompts and {d} features",
+            prompts=evaluation.n,
+            features=evaluation.d,
+            intervals=intervals.lo,
         )
     for name in ("groups", "categories", "length", "h", "texts"):
         given = getattr(known, name)
         if given is not None and len(given) != n:
-            raise UserError(
-                "what is known of the prompts does not fit X",
-                value=f"{len(given)} {name}",
-                rule=f"one for each of {n} prompts",
-            )
+            raise misfit(f"X and the {name} of the prompts", f"one for each of {n} prompts", given=given)
 
 
 def _r2(rows: _Rows, y_hat: Floats) -> tuple[Floats, Floats]:

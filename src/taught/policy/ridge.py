@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, misfit, refuse, refuse_repeated
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -89,13 +89,11 @@ class Policy:
     def column(self, feature_id: int) -> int:
         """Position of a feature id in ``coef`` and in the columns of ``X``."""
         hits = np.flatnonzero(self.feature_ids == feature_id)
-        if hits.size == 0:
-            raise UserError(
-                "this feature is not in the policy",
-                value=int(feature_id),
-                rule=f"one of the {self.d} selected features",
-                fix="pick an id from coefficients.parquet or add it under features.ids",
-            )
+        rule, fix = (
+            f"one of the {self.d} selected features",
+            "pick an id from coefficients.parquet, or add it to features.ids",
+        )
+        refuse([] if hits.size else [feature_id], "this feature is not in the policy", rule=rule, fix=fix)
         return int(hits[0])
 
     @property
@@ -165,19 +163,8 @@ def fit_policy(
     residual = yc - Xc @ W
     for array in (ids, W, X, y, Xc, residual, U):
         array.setflags(write=False)
-    return Policy(
-        feature_ids=ids,
-        coef=W,
-        intercept=intercept,
-        alpha=float(alpha),
-        fit_intercept=fit_intercept,
-        prompt_ids=tuple(map(str, prompt_ids)),
-        X=X,
-        y=y,
-        Xc=Xc,
-        residual=residual,
-        U=U,
-    )
+    ids_of_rows = tuple(map(str, prompt_ids))
+    return Policy(ids, W, intercept, float(alpha), fit_intercept, ids_of_rows, X, y, Xc, residual, U)
 
 
 def coefficient_shift(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> Shift:
@@ -228,11 +215,7 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
     """
     x_raw, y_raw = np.asarray(x_raw, dtype=np.float64), np.asarray(y_raw, dtype=np.float64)
     if x_raw.shape != y_raw.shape or x_raw.shape[-1:] != (policy.d,):
-        raise UserError(
-            "the pathway sums do not fit the policy",
-            value=f"x_raw {list(x_raw.shape)}, y_raw {list(y_raw.shape)}",
-            rule=f"both [P, d] with d = {policy.d}",
-        )
+        raise misfit("the pathway sums and the policy", f"both [P, d] with d = {policy.d}", x_raw=x_raw, y_raw=y_raw)
     return Shift(x=policy.solve(x_raw), y=policy.solve(y_raw))
 
 
@@ -252,7 +235,7 @@ def choose_alpha(
     fit_intercept: bool,
     folds: int,
     seed: int,
-    grid: Sequence[float] | None = None,
+    grid: ArrayLike | None = None,
     prompt_ids: Sequence[str] | None = None,
 ) -> tuple[float, list[dict[str, float]]]:
     """Choose alpha by the smallest cross-validated squared error, ties to the larger alpha.
@@ -276,7 +259,10 @@ def choose_alpha(
     order = row_order(prompt_ids, len(y))
     X, y = X[order], y[order]
     check_folds(folds, len(y))
-    alphas = _grid(X, fit_intercept) if grid is None else np.asarray(grid, dtype=np.float64)
+    if grid is None:
+        scale = float(((X - X.mean(0) if fit_intercept else X) ** 2).sum(0).mean())
+        grid = (scale if scale > 0 else 1.0) * np.logspace(-5, 2, 15)
+    alphas = np.asarray(grid, dtype=np.float64)
     for alpha in alphas:
         check_alpha(float(alpha))
     fold = np.random.default_rng(seed).permutation(len(y)) % folds
@@ -318,11 +304,7 @@ def checked_data(X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None) -
     X, y = np.array(X, dtype=np.float64), np.array(y, dtype=np.float64)
     n_ids = y.size if prompt_ids is None else len(prompt_ids)
     if X.ndim != 2 or y.ndim != 1 or not X.shape[0] == len(y) == n_ids:
-        raise UserError(
-            "X, y and prompt_ids do not fit together",
-            value=f"X {list(X.shape)}, y {list(y.shape)}, {n_ids} prompt ids",
-            rule="X [N, d], y [N] and N ids",
-        )
+        raise misfit("X, y and prompt_ids", "X [N, d], y [N] and N ids", X=X, y=y, ids=n_ids)
     if X.shape[0] == 0 or X.shape[1] == 0:
         missing = "prompts" if X.shape[0] == 0 else "features"
         raise UserError(
@@ -331,45 +313,23 @@ def checked_data(X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None) -
             rule="at least one prompt and one feature",
             fix="lower features.threshold" if missing == "features" else "check prompts.path",
         )
-    _check_unique(() if prompt_ids is None else prompt_ids, "prompt id")
-    _check_finite(X, y, prompt_ids)
+    refuse_repeated(() if prompt_ids is None else prompt_ids, "a prompt id")
+    for name, finite in (("X", np.isfinite(X).all(axis=1)), ("y", np.isfinite(y))):
+        bad = [f"row {i}" if prompt_ids is None else prompt_ids[i] for i in np.flatnonzero(~finite).tolist()]
+        what, fix = f"{name} is not finite for {len(bad)} prompt", "look at these prompts, or take them out of the file"
+        refuse(bad, what + "s" * (len(bad) > 1), rule="every activation and every behavior is a finite number", fix=fix)
     return X, y
-
-
-def _check_finite(X: Floats, y: Floats, prompt_ids: Sequence[str] | None) -> None:
-    for name, bad in (("X", ~np.isfinite(X).all(axis=1)), ("y", ~np.isfinite(y))):
-        rows = np.flatnonzero(bad)
-        if rows.size:
-            ids = [f"row {i}" if prompt_ids is None else prompt_ids[int(i)] for i in rows]
-            raise UserError(
-                f"{name} is not finite for {rows.size} prompt{'s' if rows.size > 1 else ''}",
-                value=", ".join(ids),
-                rule="every activation and every behavior is a finite number",
-                fix="look at these prompts, or take them out of the prompt file",
-            )
-
-
-def _check_unique(ids: Sequence[object] | Ints, what: str) -> None:
-    values, counts = np.unique(np.asarray(ids), return_counts=True)
-    if (counts > 1).any():
-        repeated = ", ".join(str(value) for value in values[counts > 1])
-        raise UserError(f"a {what} repeats", value=repeated, rule=f"each {what} stands once")
 
 
 def _checked_feature_ids(feature_ids: Sequence[int] | Ints, d: int) -> Ints:
     ids = np.asarray(feature_ids)
     if ids.shape != (d,):
-        raise UserError(
-            "X and feature_ids do not fit together",
-            value=f"X has {d} columns, feature_ids {list(ids.shape)}",
-            rule="one id per column",
-        )
+        raise misfit("X and feature_ids", "one id per column", columns=d, feature_ids=ids)
     if not np.issubdtype(ids.dtype, np.integer):
         # Text sorts '10' before '9': columns then stand against the wrong rows of the encoder.
-        raise UserError(
-            "feature ids must be integers", value=repr(ids.dtype), rule="the row of the SAE's decoder, as int64"
-        )
-    _check_unique(ids, "feature id")
+        rule = "the row of the SAE's decoder, as int64"
+        raise UserError("feature ids must be integers", value=repr(ids.dtype), rule=rule)
+    refuse_repeated(ids.tolist(), "a feature id")
     return ids.astype(np.int64)
 
 
@@ -387,18 +347,8 @@ def check_alpha(alpha: float) -> None:
 def _checked_change(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> tuple[Floats, Floats]:
     dX, dy = np.asarray(dX, dtype=np.float64), np.asarray(dy, dtype=np.float64)
     if dX.shape != policy.X.shape or dy.shape != policy.y.shape:
-        raise UserError(
-            "the changes do not fit the policy",
-            value=f"dX {list(dX.shape)}, dy {list(dy.shape)}",
-            rule=f"dX {list(policy.X.shape)}, dy {list(policy.y.shape)}, in its row order",
-        )
+        raise misfit("the changes and the policy", "the shapes of its X and y, in its row order", dX=dX, dy=dy)
     return dX, dy
-
-
-def _grid(X: Floats, fit_intercept: bool) -> Floats:
-    Xc = X - X.mean(0) if fit_intercept else X
-    scale = float((Xc**2).sum(0).mean())
-    return (scale if scale > 0 else 1.0) * np.logspace(-5, 2, 15)
 
 
 def _held_out_sse(X: Floats, y: Floats, test: NDArray[np.bool_], alphas: Floats, fit_intercept: bool) -> Floats:

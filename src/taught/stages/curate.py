@@ -59,8 +59,8 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
             target=target,
             protect=chosen.protect,
             protected=None if guard is None else guard[guard.targets[0]].tolist(),
-            refusal_label=labels[0] or "",
-            compliance_label=labels[1] or "",
+            positive_label=labels[0],
+            negative_label=labels[1],
         )
         run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
         found = outcome(decisions, k)._asdict()

@@ -99,9 +99,13 @@ def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready
     UserError
         No example is left; examples are truncated; the run's files do not belong together.
     """
+    return make_ready(study, subject, data, run_readings(run))
+
+
+def make_ready(study: Study, subject: Subject, data: Data, readings: Readings) -> Ready:
+    """Tokens of the examples, and the problem that estimators work on, for given readings."""
     encoded, truncated = encode_examples(study, subject, data)
     examples = data.examples.encoded(encoded)
-    readings = run_readings(run)
     prompts = {e.id: e for e in subject.encode(data.prompts)}
     ordered = [prompts[prompt_id] for prompt_id in readings.prompt_ids]
     position, block, features = None, None, None

@@ -95,15 +95,15 @@ class Subject:
         return FeatureMap(sae, index, study.sae.encoder, study.readout.position)
 
 
-def open_subject(study: Study) -> Subject:
-    """Load the model, its chat format, the SAE (if the study has one) and the behavior.
+def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
+    """Load the model (unless it is given), its chat format, the SAE (if the study has one) and the behavior.
 
     Raises
     ------
     UserError
         Something is missing or does not fit: the SAE's width, its block, the chat template.
     """
-    loaded = load_model(
+    loaded = loaded or load_model(
         study.model.id,
         revision=study.model.revision,
         dtype=study.model.dtype,

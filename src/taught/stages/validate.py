@@ -220,8 +220,8 @@ def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
     decisions = curate(
         *(summary[name].to_pylist() for name in summary.column_names),
         rule="paper",
-        refusal_label=study.examples.positive_label or "",
-        compliance_label=study.examples.negative_label or "",
+        positive_label=study.examples.positive_label,
+        negative_label=study.examples.negative_label,
     )
     kept = tuple(sorted(row["example_id"] for row in decisions if row["action"] == "keep"))
     if not 0 < len(kept) < len(ids):

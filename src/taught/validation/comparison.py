@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from taught.errors import UserError
+from taught.errors import refuse
 from taught.stats.auc import auc, precision_at_k
 from taught.validation.lds import (
     Difference,
@@ -201,14 +201,12 @@ def truths(
             repeats.setdefault(row.get("repeat", 0), {})[row["subset"]] = row["value"]
     ranked = [design for design, some in members.items() if len(some) >= LEAST_SUBSETS and design in RANK_DESIGNS]
     for design in ranked:
-        missing = [name for name in targets if name not in found.get(design, {})]
-        if missing:
-            raise UserError(
-                f"retraining ({design}) has no outcomes of these targets",
-                value=", ".join(missing),
-                rule="outcomes are of the policy's targets",
-                fix="run taught validate again",
-            )
+        refuse(
+            [name for name in targets if name not in found.get(design, {})],
+            f"retraining ({design}) has no outcomes of these targets",
+            rule="outcomes are of the policy's targets",
+            fix="run taught validate again",
+        )
     return [
         Truth(
             design,

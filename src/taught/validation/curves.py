@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.stats.intervals import Interval, two_sided
 from taught.stats.multiplicity import holm
 from taught.validation.lds import DRAWS
@@ -136,8 +136,7 @@ def plan_curve(
         No budget, one that leaves no example or takes none, a score that is not finite, too few runs.
     """
     bad = sorted(example for example, value in scores.items() if not np.isfinite(value))
-    if bad:
-        raise UserError("scores are not finite", value=bad[:8], rule="every score is a number")
+    refuse(bad, "scores are not finite", rule="every score is a number")
     steps = tuple(sorted(set(budgets)))
     if not steps or steps[0] < 1 or steps[-1] >= len(scores):
         raise UserError(

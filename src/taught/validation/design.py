@@ -42,7 +42,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.stats.intervals import student_t
 from taught.validation.subsets import Subsets, random_subsets, summed
 
@@ -289,9 +289,7 @@ def couples(ids: Sequence[str], name: str, group: Collection[str], size: int, co
         raise UserError(
             "too few couples for an interval", value=count, rule="at least 2", fix="raise validation.subsets"
         )
-    strangers = sorted(set(group) - set(ids))
-    if strangers:
-        raise UserError("the group holds unknown examples", value=strangers[:8])
+    refuse(sorted(set(group) - set(ids)), "the group holds unknown examples")
     others = [example for example in ids if example not in set(group)]
     backgrounds = random_subsets(others, size, count, seed=seed)
     without = tuple(f"without-{name}-{i:04d}" for i in range(count))
@@ -363,23 +361,17 @@ def _level(best: Floats, before: Floats, count: int) -> float:
 
 
 def _refuse_few(drawn: int, folds: int) -> None:
+    rule = f"at least 2 for each of {folds} folds"
     if drawn < 2 * folds:
-        raise UserError(
-            "too few retrainings for an estimate",
-            value=drawn,
-            rule=f"at least 2 for each of {folds} folds",
-            fix="raise validation.subsets",
-        )
+        raise UserError("too few retrainings for an estimate", value=drawn, rule=rule, fix="raise validation.subsets")
 
 
 def _known(names: Sequence[str], outcomes: Mapping[str, float]) -> Floats:
     """Outcomes of subsets, float64, checked."""
-    missing = sorted({name for name in names if not math.isfinite(outcomes.get(name, math.nan))})
-    if missing:
-        raise UserError(
-            "subsets have no finite outcome",
-            value=missing[:8],
-            rule="one number for each subset",
-            fix="finish their retraining",
-        )
+    refuse(
+        sorted({name for name in names if not math.isfinite(outcomes.get(name, math.nan))}),
+        "subsets have no finite outcome",
+        rule="one number for each subset",
+        fix="finish their retraining",
+    )
     return np.array([outcomes[name] for name in names], dtype=np.float64)

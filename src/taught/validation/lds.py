@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.stats.intervals import UNKNOWN, Interval, Resampled, bca, p_values
 from taught.stats.multiplicity import holm
 from taught.stats.ranks import rank_correlations
@@ -222,18 +222,9 @@ def explained_by_trivial(
             made = rank_correlations([sum_of, *plain], outcome, draws=draws, seed=seed)
             gaps = bca(made.map(lambda x: np.abs(x[..., :1]) - np.abs(x[..., 1:])))
             for name, other, gap in zip(trivial, made.values[1:], gaps, strict=True):
-                checks.append(
-                    TrivialCheck(
-                        method,
-                        name,
-                        target,
-                        design,
-                        float(made.values[0]),
-                        float(other),
-                        *gap,
-                        explained=math.isfinite(other) and not gap.lo > 0,
-                    )
-                )
+                explained = math.isfinite(other) and not gap.lo > 0
+                both = float(made.values[0]), float(other)
+                checks.append(TrivialCheck(method, name, target, design, *both, *gap, explained))
     return checks
 
 
@@ -343,12 +334,10 @@ def _sorted(subsets: Subsets) -> Subsets:
 
 
 def _outcome(subsets: Subsets, target: str, measured: Values) -> Floats:
-    missing = [name for name in subsets.names if not math.isfinite(measured.get(name, math.nan))]
-    if missing:
-        raise UserError(
-            f"subsets have no finite outcome of {target}",
-            value=missing[:8],
-            rule="one number for each subset",
-            fix="finish their retraining, or select the finished ones",
-        )
+    refuse(
+        [name for name in subsets.names if not math.isfinite(measured.get(name, math.nan))],
+        f"subsets have no finite outcome of {target}",
+        rule="one number for each subset",
+        fix="finish their retraining, or select the finished ones",
+    )
     return np.array([measured[name] for name in subsets.names], dtype=np.float64)

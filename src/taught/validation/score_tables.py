@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from taught.data.columns import name_ids
 from taught.data.tables import read_rows
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.validation.comparison import Scores
 
 COLUMNS = ("example_id", "method", "value")
@@ -46,25 +45,22 @@ def read_scores(path: Path) -> list[ScoreRow]:
             rule="columns example_id, method and value; target and concept may be there",
             fix="name the columns like this",
         )
-    return [_row(path, row) for row in rows]
-
-
-def _row(path: Path, row: dict[str, Any]) -> ScoreRow:
-    try:
-        value = float(row["value"])
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(
-            f"{path.name}: a score is not a finite number",
-            value=f"{row['value']} of the example {row['example_id']}",
-            rule="every row has a number in the column value",
-            fix="correct it, or leave the method out",
-        )
-    method, concept = str(row["method"]), row.get("concept")
-    return ScoreRow(
-        f"{concept}:{method}" if concept else method, row.get("target") or None, str(row["example_id"]), value
-    )
+    found = []
+    for row in rows:
+        try:
+            value = float(row["value"])
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(
+                f"{path.name}: a score is not a finite number",
+                value=f"{row['value']} of the example {row['example_id']}",
+                rule="every row has a number in the column value",
+                fix="correct it, or leave the method out",
+            )
+        method = f"{row['concept']}:{row['method']}" if row.get("concept") else str(row["method"])
+        found.append(ScoreRow(method, row.get("target") or None, str(row["example_id"]), value))
+    return found
 
 
 def placed(
@@ -111,11 +107,10 @@ def placed(
     for method, of in found.items():
         for target, values in of.items():
             unknown, missing = values.keys() - set(example_ids), set(example_ids) - values.keys()
-            if unknown or missing:
-                raise UserError(
-                    f"scores by {method} {'are of unknown examples' if unknown else 'are missing'} ({target})",
-                    value=name_ids(sorted(unknown or missing)),
-                    rule=f"one for each of the {len(example_ids)} examples of the run, no others",
-                    fix="score the examples of this study",
-                )
+            refuse(
+                sorted(unknown or missing),
+                f"scores by {method} {'are of unknown examples' if unknown else 'are missing'} ({target})",
+                rule=f"one for each of the {len(example_ids)} examples of the run, no others",
+                fix="score the examples of this study",
+            )
     return found

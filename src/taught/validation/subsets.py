@@ -11,14 +11,13 @@ subsets begins with the shorter one: retrainings that are finished stay of use.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from taught.errors import UserError
+from taught.errors import UserError, refuse, refuse_repeated
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -54,17 +53,14 @@ class Subsets:
         UserError
             Ids repeat, or a subset holds an example that is not among them.
         """
+        refuse_repeated(ids, "an example id")
         column = {example: j for j, example in enumerate(ids)}
-        if len(column) != len(ids):
-            raise UserError("example ids repeat", value=_repeated(ids), rule="ids are unique")
-        strangers = sorted({example for subset in self.members for example in subset} - column.keys())
-        if strangers:
-            raise UserError(
-                "subsets hold examples that are not asked about",
-                value=strangers[:8],
-                rule="every member is one of the ids",
-                fix="use the examples that the subsets were drawn from",
-            )
+        refuse(
+            sorted({example for subset in self.members for example in subset} - column.keys()),
+            "subsets hold examples that are not asked about",
+            rule="every member is one of the ids",
+            fix="use the examples that the subsets were drawn from",
+        )
         table = np.zeros((len(self), len(ids)), dtype=np.bool_)
         for row, subset in zip(table, self.members, strict=True):
             row[[column[example] for example in subset]] = True
@@ -100,9 +96,7 @@ def leave_one_out(ids: Sequence[str], left_out: Sequence[str] | None = None) -> 
     pool = _checked(ids)
     _check_size(len(pool) - 1, len(pool))
     chosen = pool if left_out is None else _checked(left_out)
-    unknown = sorted(set(chosen) - set(pool))
-    if unknown:
-        raise UserError("examples to leave out are not among the examples", value=unknown[:8])
+    refuse(sorted(set(chosen) - set(pool)), "examples to leave out are not among the examples")
     members = tuple(tuple(example for example in pool if example != left) for left in chosen)
     missed = {example: 1 / len(chosen) for example in chosen}
     inclusion = {example: 1 - missed.get(example, 0.0) for example in pool}
@@ -146,10 +140,7 @@ def matched_subsets(
     _check_size(size, len(pool))
     for what, values in (("label", labels), ("length", lengths)):
         missing = [example for example in pool if example not in values]
-        if missing:
-            raise UserError(
-                f"examples have no {what}", value=missing[:8], rule="matched subsets need both of every example"
-            )
+        refuse(missing, f"examples have no {what}", rule="matched subsets need both of every example")
     groups = {
         label: [example for example in pool if labels[example] == label]
         for label in sorted(set(labels[p] for p in pool))
@@ -179,12 +170,7 @@ def summed(subsets: Subsets, values: Mapping[str, float]) -> Floats:
     """
     examples = sorted({example for subset in subsets.members for example in subset})
     missing = [example for example in examples if not math.isfinite(values.get(example, math.nan))]
-    if missing:
-        raise UserError(
-            "examples of the subsets have no finite value",
-            value=missing[:8],
-            rule="a sum needs the value of every member",
-        )
+    refuse(missing, "examples of the subsets have no finite value", rule="a sum needs the value of every member")
     held = subsets.membership(examples).astype(np.float64)
     return held @ np.array([values[example] for example in examples], dtype=np.float64)
 
@@ -279,13 +265,8 @@ def _named(kind: str, members: Sequence[tuple[str, ...]], inclusion: Mapping[str
 
 
 def _checked(ids: Sequence[str]) -> list[str]:
-    if len(set(ids)) != len(ids):
-        raise UserError("example ids repeat", value=_repeated(ids), rule="ids are unique")
+    refuse_repeated(ids, "an example id")
     return sorted(ids)
-
-
-def _repeated(ids: Sequence[str]) -> list[str]:
-    return sorted(example for example, count in Counter(ids).items() if count > 1)[:8]
 
 
 def _check_size(size: int, examples: int) -> None:

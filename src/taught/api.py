@@ -1,0 +1,167 @@
+"""Influence in one call: a model, examples and prompts in, an array with ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from taught.core import driver
+from taught.core.estimator import Work
+from taught.core.names import TargetName
+from taught.core.readings import Readings
+from taught.core.scores import Scores
+from taught.core.target import TargetSet
+from taught.data.examples import load_examples
+from taught.data.overlap import drop_overlap
+from taught.data.prompts import PromptSet, load_prompts
+from taught.features.sae import check_fit
+from taught.features.select import select_features
+from taught.model.load import LoadedModel
+from taught.model.readout import check_trees, read_prompts
+from taught.policy.ridge import choose_alpha, fit_policy
+from taught.progress import Progress, SilentProgress
+from taught.stages.ready import Data, make_ready, wanted_targets
+from taught.stages.subject import Subject, open_subject, prompt_inputs
+from taught.study.schema import Study
+
+
+def influence(
+    model: Any,
+    examples: str | Path | Iterable[dict[str, Any]],
+    prompts: str | Path | Iterable[Mapping[str, Any]],
+    targets: Sequence[str | TargetName] | None = None,
+    *,
+    tokenizer: Any = None,
+    behavior: str | Mapping[str, Any] = "prefixes",
+    sae: str | Path | None = None,
+    estimator: str | Mapping[str, Any] = "adjoint",
+    curvature: str | Mapping[str, Any] = "identity",
+    trajectory: str | Mapping[str, Any] = "base",
+    lr: float = 1e-4,
+    study: Study | None = None,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """What one training step on each example does to each target.
+
+    Parameters
+    ----------
+    model
+        A folder or hub id, or a model of ``transformers`` together with its ``tokenizer``.
+    examples
+        Training examples: a file (JSONL, Parquet, CSV), dicts, or a ``datasets.Dataset``, with ``messages`` or
+        ``prompt`` and ``response``, and ids if they have some. Documents: ``study.examples.kind``.
+    prompts
+        Evaluation prompts, likewise, with ``prompt`` and, if there are several, ``group``.
+    targets
+        Names such as ``behavior:GROUP``, ``score``, ``coefficient:17``, ``behavior:a - behavior:b``. None: the
+        behavior of every group, and with an SAE the policy's score and coefficients.
+    behavior
+        The number y that is measured on each prompt: a kind, or a mapping of ``kind`` and its parameters.
+    sae
+        Folder or release of a sparse autoencoder. Without one there is no policy, and none is needed for
+        ``behavior:*`` and ``prompt:*``. With one, name the two groups: ``study``'s ``prompts.positive_group``
+        and ``prompts.negative_group``.
+    estimator, curvature, trajectory
+        How the effect is computed (docs/methods.md); a name, or a mapping of ``kind`` and its parameters.
+    lr
+        Learning rate of the step. Values are changes per step: positive, training on the example raises the target.
+    study
+        Everything else, as a study says it.
+    folder
+        Where an estimator may keep what outlives this call (sketches).
+
+    Returns
+    -------
+    Scores, float64 [examples, targets], with ids: ``scores["behavior:GROUP"]``, ``scores.top(10)``,
+    ``scores.to_arrow()``.
+
+    Raises
+    ------
+    UserError
+        Data, model, targets and method do not fit together; an example overlaps a prompt, is truncated, or has
+        no finite loss.
+
+    Notes
+    -----
+    Cost: one forward and backward pass over the prompts for each target, and one over the examples. Source:
+    Pruthi et al., arXiv 2002.08484 (one step), SMDA, arXiv 2606.29171 (policies).
+
+    Examples
+    --------
+    >>> scores = influence("HuggingFaceTB/SmolLM2-135M-Instruct", "pairs.jsonl", "prompts.jsonl")  # doctest: +SKIP
+    >>> scores.top(3, "behavior:harmless")  # doctest: +SKIP
+    [('r-117', 0.0121), ('r-004', 0.0097), ('r-088', 0.0090)]
+    """
+    progress = progress or SilentProgress()
+    study = study or Study()
+    given = {
+        "behavior": behavior,
+        "attribution.estimator": estimator,
+        "attribution.curvature": curvature,
+        "attribution.trajectory": trajectory,
+        "attribution.lr": lr,
+    }
+    for key, value in (given | ({} if sae is None else {"sae.path": str(sae)})).items():
+        study = study.replace(key, value)
+    subject = _subject(study, model, tokenizer)
+    records = load_examples(examples, study.examples.kind)
+    read = load_prompts(prompts)
+    records, overlap = drop_overlap(records, read, study.examples.drop_overlap)
+    data = Data(read, records, [example_id for example_id, _ in overlap])
+    readings = _read(study, subject, read, progress)
+    ready = make_ready(study, subject, data, readings)
+    asked = TargetSet.of(wanted_targets(study, readings) if targets is None else targets, readings)
+    work = Work(progress, None, None if folder is None else Path(folder))
+    return driver.scores(ready.problem, ready.inputs, asked, ready.method, work)
+
+
+def _subject(study: Study, model: Any, tokenizer: Any) -> Subject:
+    if tokenizer is None:
+        return open_subject(study.replace("model.id", str(model)))
+    weights = {"source": "a model that was given"}
+    return open_subject(study, LoadedModel(model.eval(), tokenizer, type(model).__name__, None, weights))
+
+
+def _read(study: Study, subject: Subject, prompts: PromptSet, progress: Progress) -> Readings:
+    """Behavior of the prompts, and with an SAE the policy on its features."""
+    encoded = subject.encode(prompts)
+    position = None if subject.sae is None else study.readout.position
+    inputs = prompt_inputs(encoded, position)
+    model = subject.loaded.model
+    check_trees(model, inputs, subject.behavior)
+    progress.step("read prompts", len(inputs))
+    read = read_prompts(model, inputs, subject.behavior, None if subject.sae is None else subject.sae.block)
+    groups: dict[str, list[str]] = {}
+    categories: dict[str, list[str]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.group, []).append(prompt.id)
+        if prompt.category:
+            categories.setdefault(prompt.category, []).append(prompt.id)
+    categories = {name: ids for name, ids in categories.items() if name not in groups}
+    base = Readings(tuple(read.prompt_ids), read.y.numpy(), groups, categories)
+    if subject.sae is None:
+        return base
+    check_fit(subject.sae, read.h, study.sae.max_fvu)
+    X = subject.features(np.arange(subject.sae.n_features), study)(read.h, read.offsets).double().cpu().numpy()
+    positive, negative = study.prompts.sides
+    spec = study.features
+    chosen = select_features(
+        X,
+        [prompt.group for prompt in prompts],
+        positive=positive,
+        negative=negative,
+        threshold=spec.threshold,
+        max_features=spec.max_features,
+        ids=spec.ids,
+    ).feature_ids
+    fit: dict[str, Any] = {"prompt_ids": base.prompt_ids, "fit_intercept": study.policy.intercept}
+    alpha = study.policy.alpha
+    if alpha == "cv":
+        alpha, _ = choose_alpha(X[:, chosen], base.y, folds=study.policy.folds, seed=study.policy.seed, **fit)
+    policy = fit_policy(X[:, chosen], base.y, feature_ids=chosen, alpha=float(alpha), **fit)
+    return replace(base, X=policy.X, columns=tuple(policy.feature_ids.tolist()), policy=policy)
