@@ -702,6 +702,11 @@ def test_behavior_is_told_apart_by_group_and_with_its_error():
     assert "Behavior on harmful: no example raises it by more than 2%" in words
     assert "p1 (refusal) lowers it most, −4.00 ×10⁻³; Behavior on harmless: p1 (refusal) raises it most, " in words
     assert "1.00 [0.80, 1.20] ×10⁻³" in words
+    for row in rows:
+        row.update({"behavior:harmless se": 1e-2})
+    assert moved(rows, "behavior:harmless").tone == "none"
+    assert "every interval includes zero" in moved(rows, "behavior:harmless").text
+    assert moved(rows, "behavior:harmful", "behavior:harmless").tone == "found"
 
 
 def test_values_of_zero_are_no_effect():

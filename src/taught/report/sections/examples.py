@@ -194,11 +194,15 @@ def moved_sentence(topic: str, rows: Rows, names: Sequence[str]) -> Sentence | N
     if not parts:
         return Sentence(topic, "none", f"{NOTHING}: no example moves {listed([words(n) for n in names])}.")
     text = f"{'; '.join(parts)}. Changes are per training step."
+    named = [_with_error(row, name) for name in names[:SAID] for side in ends(rows, name, 1) for row in side]
+    unsure = all(isinstance(e, Interval) and e.includes_zero for e in named)
+    if unsure:
+        text += f" {NOTHING}: every interval includes zero."
     if PRIMARY in names:
         text += " That an example strengthens the policy does not by itself mean more of the behavior."
     if len(names) > SAID:
         text += f" {count(len(names) - SAID, 'more target')} in the section on examples."
-    return Sentence(topic, "found", text)
+    return Sentence(topic, "none" if unsure else "found", text)
 
 
 def _moved(rows: Rows, target: str) -> str:
