@@ -163,10 +163,10 @@ def stand_ins(folder: Path) -> list[Work]:
     """Stages with made-up numbers: the run folder's part of the work, in milliseconds."""
     import numpy as np
     import pyarrow as pa
-    from taught.report.build import render
-    from taught.report.view import load_view
 
     import synthetic_run as made_up
+    from taught.report.html import render
+    from taught.report.tables import Tables
     from taught.run.fingerprint import code_digest
     from taught.run.folder import RunFolder
 
@@ -198,7 +198,7 @@ def stand_ins(folder: Path) -> list[Work]:
         run = RunFolder.open(folder)
         with run.stage("report", run.study):
             run.verify()
-            run.write_text("report.html", render(load_view(folder)))
+            run.write_text("report.html", render(Tables(folder)))
 
     return [
         lambda: stage("policy", made_up._write_policy, RunFolder),
@@ -232,10 +232,10 @@ def moments(study: str, folder: Path, kills: int) -> int:
 
 def import_all() -> None:
     """What the commands need, so that no child spends its time with imports."""
-    import taught.report.build
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    import taught.report.html
     import taught.stages
     from taught.run.fingerprint import code_digest
 

@@ -15,10 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import silhouette_score
-from taught.report.build import render
-from taught.report.clustered import cluster_sentences
-from taught.report.scores import Clustered
-from taught.report.view import load_view
 
 import synthetic_run
 from synthetic_run import HOSTILE, Size, build_synthetic_run, synthetic_study
@@ -27,6 +23,9 @@ from taught.analysis import clusters as under_test
 from taught.analysis.clusters import Clustering, cluster_examples, cut, silhouette, ward
 from taught.cli.app import run_command
 from taught.errors import UserError
+from taught.report.html import render
+from taught.report.sections.clusters import Clustered, cluster_sentences
+from taught.report.tables import Tables
 from taught.run.folder import RunFolder
 
 FEATURES = list(range(100, 118))
@@ -147,8 +146,8 @@ def test_the_sentence_says_what_is_beyond_the_labels():
     assert said(rows) == (
         "found",
         (
-            "Mean influence unlike that of as many random examples: score: cluster 1 (higher), 2 (lower). "
-            "Also unlike random examples of the same labels: score: cluster 2 (lower)."
+            "Mean influence unlike that of as many random examples: S: cluster 1 (higher), 2 (lower). "
+            "Also unlike random examples of the same labels: S: cluster 2 (lower)."
         ),
     )
     tone, text = said([rows[0]])
@@ -444,7 +443,7 @@ def test_a_run_whose_examples_do_what_any_do_says_so(tmp_path: Path):
     run = RunFolder.open(path)
     stages.clusters(run, k=3, target="score")
     assert {row["target"] for row in table(run, "cluster_influence")} == {"score"}
-    said = " ".join(s.text for s in cluster_sentences(Clustered.read(run)))
+    said = " ".join(s.text for s in cluster_sentences(Clustered.read(Tables(run))))
     assert said.count("No effect found") == 2
     assert "40 examples in 3 clusters by their active features." in said
     with pytest.raises(UserError, match=r"not a target of this run\n  value: mean_y:nobody"):
@@ -473,14 +472,14 @@ def test_the_command_prints_a_table_or_csv(planted_run: Path, capsys: pytest.Cap
 
 def test_the_report_shows_them_and_asks_for_them(planted_run: Path, tmp_path: Path):
     stages.clusters(RunFolder.open(planted_run))
-    page = render(load_view(planted_run))
+    page = render(Tables(planted_run))
     for row in table(RunFolder.open(planted_run), "clusters"):
         assert row["name"].split(" · ")[0] in page
     assert "Influence of the clusters on mean_y:harmless" in page
     assert "1 example without an active feature (cluster 0)" in page and "example-0004" in page
     assert "taught clusters RUN" not in page
     bare = build_synthetic_run(tmp_path / "bare")
-    assert "taught clusters RUN" in render(load_view(bare))
+    assert "taught clusters RUN" in render(Tables(bare))
 
 
 def test_without_coefficients_nothing_is_said_of_interference(
@@ -492,10 +491,10 @@ def test_without_coefficients_nothing_is_said_of_interference(
         stages.clusters(RunFolder.open(path))
     rows = table(RunFolder.open(path), "clusters")
     assert {row["outside_share"] for row in rows} == {None}
-    page = render(load_view(path))
+    page = render(Tables(path))
     assert "on features that are not active on the example.</caption>" not in page
     stages.clusters(RunFolder.open(planted_run))
-    page = render(load_view(planted_run))
+    page = render(Tables(planted_run))
     assert "on features that are not active on the example.</caption>" in page
 
 
@@ -507,7 +506,7 @@ def test_markup_in_labels_and_ids_stays_text(
     assert run_command(["clusters", str(path)]) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said and "asking to misuse </script>" in said
-    page = render(load_view(path))
+    page = render(Tables(path))
     assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;")[:20] in page
     start = page.index('id="clusters"')
     section = page[start : page.index("</section>", start)]

@@ -22,7 +22,10 @@ def agreement_blocks(tables: Tables, target: str) -> list[Block]:
     apart = [_apart(a, b, r) for a, b, r in couples if r is not None and r.value < AGREE]
     found = {key: r for a, b, r in couples for key in ((a, b), (b, a))}
     methods = list(dict.fromkeys(name for a, b, _ in couples for name in (a, b)))
-    rows = [[a, *(1 if a == b else _cell(found.get((a, b))) for b in methods)] for a in methods]
+    cells: dict[tuple[str, str], Cell] = {(name, name): 1 for name in methods}
+    for key, r in found.items():
+        cells[key] = r if r is None or r.value >= AGREE else Word(interval_text(r), "badge")
+    rows = [[a, *(cells.get((a, b)) for b in methods)] for a in methods]
     caption = (
         f"{words(target)}: rank correlation of methods over examples [95%]; below {number(AGREE, 1)} they measure "
         "different things"
@@ -36,7 +39,3 @@ def _apart(a: str, b: str, r: Interval) -> str:
         may = "may rank the examples differently: more examples would tell"
         return f"Undecided: {a} and {b} {may} (rank correlation {interval_text(r)})."
     return f"Disagree: {a} and {b} rank the examples differently (rank correlation {interval_text(r)})."
-
-
-def _cell(r: Interval | None) -> Cell:
-    return r if r is None or r.value >= AGREE else Word(interval_text(r), "badge")

@@ -71,10 +71,6 @@ def _slopes(tables: Tables, scales: list[float]) -> Table:
     return Table(columns, made, caption, tall=True)
 
 
-def _sentences(tables: Tables) -> list[Sentence | None]:
-    return [clamp_sentence(cast(Row, tables.json("clamp")))]
-
-
 def clamp_sentence(clamping: Row) -> Sentence | None:
     """Whether editing a feature in the model moves the behavior as its coefficient says."""
     agreed = clamping["agreement"]["all"]
@@ -99,4 +95,13 @@ def clamp_sentence(clamping: Row) -> Sentence | None:
     return Sentence("Clamping", "found", text)
 
 
-SECTIONS.register("clamp")(Section("clamp", "Clamping", ("coefficients", "clamp"), _blocks, _sentences, overview=True))
+SECTIONS.register("clamp")(
+    Section(
+        "clamp",
+        "Clamping",
+        ("coefficients", "clamp"),
+        _blocks,
+        lambda tables: [clamp_sentence(cast(Row, tables.json("clamp")))],
+        overview=True,
+    )
+)

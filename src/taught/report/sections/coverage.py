@@ -46,10 +46,6 @@ def _row(r: Row) -> list[object]:
     ]
 
 
-def _sentences(tables: Tables) -> list[Sentence]:
-    return [audit_sentence(tables.rows("audit") or [], tables.setting("prompts.positive_group"))]
-
-
 def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
     """Which categories the policy does not cover, and where the behavior shows up uncalled for.
 
@@ -82,5 +78,12 @@ def _named(row: Row) -> str:
 
 
 SECTIONS.register("coverage")(
-    Section("coverage", "Coverage", ("coefficients", "audit"), _blocks, _sentences, overview=True)
+    Section(
+        "coverage",
+        "Coverage",
+        ("coefficients", "audit"),
+        _blocks,
+        lambda tables: [audit_sentence(tables.rows("audit") or [], tables.setting("prompts.positive_group"))],
+        overview=True,
+    )
 )

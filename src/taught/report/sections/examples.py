@@ -51,7 +51,9 @@ def _blocks(tables: Tables) -> list[Block]:
             "stronger as it is; that alone does not mean more of the behavior."
         )
     movers = [_movers(tables, rows, target) for target in named_targets(targets(tables))[:MAX_COLUMNS]]
-    return [Text(lede), *movers, *_strips(tables), *_all(tables, rows), *_agreement(tables)]
+    compared = dict.fromkeys(r["target"] for r in tables.rows("agreement") or [] if not r["target"].startswith(OTHERS))
+    agreed = (block for target in compared for block in agreement_blocks(tables, target))
+    return [Text(lede), *movers, *_strips(tables), *_all(tables, rows), *agreed]
 
 
 def _movers(tables: Tables, rows: Rows, target: str) -> Table:
@@ -165,11 +167,6 @@ def _note(tables: Tables, summary: Summary, n_targets: int) -> str:
         text += f" {count(n_targets - MAX_COLUMNS, 'more target')} in summary.parquet."
     unscored = len(summary) - len(summary.finite)
     return text + (f" {count(unscored, 'example')} without a score: see examples.parquet." if unscored else "")
-
-
-def _agreement(tables: Tables) -> list[Block]:
-    named = dict.fromkeys(row["target"] for row in tables.rows("agreement") or [])
-    return [block for t in named if not t.startswith(OTHERS) for block in agreement_blocks(tables, t)]
 
 
 # The verdict

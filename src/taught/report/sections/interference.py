@@ -75,11 +75,6 @@ def control(tables: Tables) -> Control | None:
     return tables.once("control", lambda: unintended_control(moved.feature_ids, moved.total, sets))
 
 
-def _sentences(tables: Tables) -> list[Sentence]:
-    it = control(tables)
-    return [] if it is None else [unintended_sentence(it)]
-
-
 def unintended_sentence(control: Control) -> Sentence:
     """How many examples act mainly on features that they are not about."""
     lo, hi = control.random.lo, control.random.hi
@@ -96,5 +91,11 @@ def unintended_sentence(control: Control) -> Sentence:
 
 
 SECTIONS.register("interference")(
-    Section("interference", "Interference", ("coefficients", "summary", "comovement"), _blocks, _sentences)
+    Section(
+        "interference",
+        "Interference",
+        ("coefficients", "summary", "comovement"),
+        _blocks,
+        lambda tables: map(unintended_sentence, filter(None, [control(tables)])),
+    )
 )

@@ -57,10 +57,6 @@ def _fit(policy: Row) -> list[tuple[str, str, Interval]]:
     return [(measure, of, e) for measure, of, e in named if e is not None]
 
 
-def _sentences(tables: Tables) -> list[Sentence | None]:
-    return [fit_sentence(tables.json("policy") or {})]
-
-
 def fit_sentence(policy: Row) -> Sentence | None:
     """How much of the behavior the policy explains on held-out prompts."""
     r2 = read_interval(policy.get("r2"))
@@ -78,7 +74,8 @@ def fit_sentence(policy: Row) -> Sentence | None:
         f"{percent(r2.value)} of the variance of the behavior (R²\u00a0{interval_text(r2)}){against}."
         f"{accuracy}"
     )
-    rivals = [name for name, e in trivial if not _beats(r2, e)]
+    low = r2.value if math.isnan(r2.lo) else r2.lo
+    rivals = [name for name, e in trivial if not low > (e.value if math.isnan(e.hi) else e.hi)]
     if rivals:
         do = "does" if len(rivals) == 1 else "do"
         text += f" Caution: {listed(rivals)} {do} about as well, so the features may add nothing."
@@ -95,11 +92,6 @@ def baselines(policy: Row) -> list[tuple[str, Interval]]:
     return found
 
 
-def _beats(ours: Interval, theirs: Interval) -> bool:
-    low = ours.value if math.isnan(ours.lo) else ours.lo
-    return low > (theirs.value if math.isnan(theirs.hi) else theirs.hi)
-
-
 def _accuracy(policy: Row) -> tuple[str, bool]:
     accuracy, majority = (read_interval(policy.get(key)) for key in ("accuracy", "majority"))
     if accuracy is None or majority is None:
@@ -114,4 +106,13 @@ def _accuracy(policy: Row) -> tuple[str, bool]:
     return text + (", no gain that can be told from zero." if fails else "."), fails
 
 
-SECTIONS.register("policy")(Section("policy", "Policy", ("coefficients", "policy"), _blocks, _sentences, overview=True))
+SECTIONS.register("policy")(
+    Section(
+        "policy",
+        "Policy",
+        ("coefficients", "policy"),
+        _blocks,
+        lambda tables: [fit_sentence(tables.json("policy") or {})],
+        overview=True,
+    )
+)

@@ -80,10 +80,6 @@ def _set(s: Row, d: int) -> list[str]:
     ]
 
 
-def _sentences(tables: Tables) -> list[Sentence]:
-    return [trust_sentence(cast(Row, tables.json("faithfulness"))["checks"])]
-
-
 def trust_sentence(checks: Rows) -> Sentence:
     """How many of the numbered checks of the policy pass, and which do not."""
     of = {status: [c for c in checks if c["status"] == status] for status in ("fail", "warn")}
@@ -104,7 +100,7 @@ SECTIONS.register("trust")(
         "Trust",
         ("coefficients", "faithfulness"),
         _blocks,
-        _sentences,
+        lambda tables: [trust_sentence(cast(Row, tables.json("faithfulness"))["checks"])],
         overview=True,
         heading="Can the policy be trusted?",
     )

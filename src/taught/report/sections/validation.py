@@ -31,6 +31,7 @@ WITH_METRICS = ("base", "removal", "addition", "curation", "curated")
 SOFT = {"precision": "Precision", "recall": "Recall", "f1": "F1", "correctness": "Correctness"}
 JUDGED = {"judged_positive": "Judged, positive", "judged_negative": "Judged, negative"}
 UNIT = (-1.05, 1.05)
+SIDES = ("raw", "controlled")
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
@@ -71,7 +72,8 @@ def lds_blocks(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> Iterator[Bl
         noise = {row["target"]: row for row in ceilings if row["subsets"] == design}
         for target in dict.fromkeys(row["target"] for row in some):
             if not target.startswith(OF_ONE):
-                made = [(r["method"], *_pair(r)) for r in some if r["target"] == target and r["raw"] is not None]
+                own = [r for r in some if r["target"] == target and r["raw"] is not None]
+                made = [(r["method"], *(read_interval([r[k], r[f"{k}_lo"], r[f"{k}_hi"]]) for k in SIDES)) for r in own]
                 if limit := noise.get(target):
                     made.append((CEILING, Interval(limit["ceiling"], limit["lo"], limit["hi"]), None))
                 yield _lds_table(f"{words(target)}, 95% bootstrap intervals over subsets", made)
@@ -84,15 +86,11 @@ def _lds_table(caption: str, rows: Sequence[Sequence[Cell]]) -> Table:
     return Table(columns, rows, caption, head=20)
 
 
-def _pair(row: Row) -> list[Interval | None]:
-    return [read_interval([row[name], row[f"{name}_lo"], row[f"{name}_hi"]]) for name in ("raw", "controlled")]
-
-
 def _medians(rows: Rows) -> list[Sequence[Cell]]:
     made: list[Sequence[Cell]] = []
     for method in dict.fromkeys(row["method"] for row in rows if row["raw"] is not None):
         own = [row for row in rows if row["method"] == method]
-        known = ([row[name] for row in own if row[name] is not None] for name in ("raw", "controlled"))
+        known = ([row[name] for row in own if row[name] is not None] for name in SIDES)
         made.append((method, *(Interval(median(values)) if values else None for values in known)))
     return made
 
