@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from taught.report.compared import compared_tables, design_tables
 from taught.stages.estimating import prepare, read_data
 
 from taught import stages
@@ -19,6 +18,8 @@ from taught.cli.app import run_command
 from taught.errors import UserError
 from taught.estimators.adjoint import targets_at_once
 from taught.progress import SilentProgress
+from taught.report.sections.validation import CEILING, lds_blocks
+from taught.report.show import show_run
 from taught.run.files import sha256_file
 from taught.run.folder import RunFolder
 from taught.run.pieces import PartialFolder
@@ -179,8 +180,7 @@ def test_tables_for_the_terminal_show_every_method(compared):
     from rich.console import Console
 
     console = Console(width=200, record=True, file=io.StringIO())
-    for table in compared_tables(compared):
-        console.print(table)
+    console.print(show_run(compared, "validation"))
     text = console.export_text()
     for method in ("adjoint", *ALL, "response-length"):
         assert method in text
@@ -259,9 +259,9 @@ def test_repeats_train_the_same_subsets_with_other_seeds(compared):
     assert len(ceilings) == 3 + 6  # the score, two groups, six coefficients
     stages.report(run)
     assert ">noise ceiling<" in run.path("report.html").read_text()
-    (table,) = design_tables(run.read_table("lds").to_pylist(), list(ceilings.values()))
-    name, cells = table.rows[-1]
-    assert name == "noise ceiling" and cells[table.targets.index("score")].raw == row["ceiling"]
+    _, table, *_ = lds_blocks(run.read_table("lds").to_pylist(), list(ceilings.values()))
+    name, raw, controlled = table.rows[-1]
+    assert table.caption.startswith("S,") and name == CEILING and raw.value == row["ceiling"] and controlled is None
 
 
 def test_outcomes_without_repeats_are_read_as_one(compared):
