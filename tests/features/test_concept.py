@@ -1,9 +1,19 @@
+<<<<<<< HEAD
 """Concepts: what they are made of, how they are read, what is refused."""
 
 from __future__ import annotations
 
+=======
+"""Concepts: what they are made of, how they are read, what is refused; the stage ``concepts``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+>>>>>>> tests1
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +34,15 @@ from taught.features.concept import (
 )
 from taught.features.pooling import pool
 from taught.model.readout import read_residuals
+<<<<<<< HEAD
+=======
+from taught.run.folder import RunFolder
+from taught.stages.concepts import concepts, run_concepts
+from taught.stages.readings import readings
+from taught.stages.subject import open_subject, study_prompts
+from taught.study.load import load_study
+from taught.study.schema import Study
+>>>>>>> tests1
 from tiny_models import ENCODERS, MODELS, PROMPT_IDS, WIDTH, plain_read, tiny_model, tiny_prompts, tiny_sae
 
 
@@ -185,3 +204,285 @@ def test_a_concept_of_another_width_block_or_model_is_refused(fit, message):
 def test_what_is_no_direction_or_no_place_is_refused(fields):
     with pytest.raises(UserError):
         some(**fields)
+<<<<<<< HEAD
+=======
+
+
+# --- the stage ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("concept")
+    study = load_study(write_tiny_study(folder)).replace("readout.position", "mean_user")
+    readings(study, RunFolder(folder / "run"))
+    return study
+
+
+def with_concepts(study: Study, *some: dict[str, Any]) -> Study:
+    return study.replace("concepts", [{"name": "c", **one} for one in some])
+
+
+def make(study: Study, folder: Path, source: str, **options: Any) -> Concept:
+    """One concept by the stage, in a run folder of its own, read again from its files."""
+    study = with_concepts(study, {"source": source, **options})
+    shutil.copytree(Path(study.model.id).parent / "run", folder)
+    run = RunFolder(folder)
+    concepts(study, run)
+    (found,) = run_concepts(study, run, open_subject(study))
+    return found.concept
+
+
+def plain_pooled(study: Study, block: int):
+    """Pooled h [N, D] of each prompt by its own plain pass, and which are positive."""
+    subject, rows, positive = open_subject(study), [], []
+    for prompt in study_prompts(study):
+        encoded = subject.chat.encode_prompt(prompt.text, prompt.id)
+        ids = torch.tensor([encoded.input_ids])
+        with torch.no_grad():
+            out = subject.loaded.model(input_ids=ids, output_hidden_states=True)
+        rows.append(out.hidden_states[block + 1][0, slice(*encoded.user_span)].mean(0))
+        positive.append(prompt.group == "harmful")
+    return torch.stack(rows).double().numpy(), np.array(positive)
+
+
+def test_the_stage_makes_the_difference_of_means_of_plain_passes(study: Study, tmp_path: Path):
+    made = make(study, tmp_path / "c", "difference", block=0)
+    X, positive = plain_pooled(study, 0)
+    v = X[positive].mean(0) - X[~positive].mean(0)
+    np.testing.assert_allclose(made.direction, v / np.linalg.norm(v), atol=1e-5)
+    assert made.card["norm"] == pytest.approx(np.linalg.norm(v), rel=1e-4)
+    assert (made.name, made.block, made.position) == ("c", 0, "mean_user")
+    assert made.provenance["groups"] == ["harmful", "harmless"]
+    assert made.weights["sha256"]
+
+
+def test_a_concept_that_is_there_is_taken_from_its_folder_or_from_a_run(study: Study, tmp_path: Path):
+    made = make(study, tmp_path / "made", "difference", block=0)
+    save_concept(made, tmp_path / "saved")
+    shutil.copytree(Path(study.model.id).parent / "run", tmp_path / "run")
+    paths = ({"path": str(tmp_path / "made")}, {"name": "d", "path": str(tmp_path / "saved")})
+    named, run = with_concepts(study, *paths), RunFolder(tmp_path / "run")
+    concepts(named, run)
+    found = run_concepts(named, run, open_subject(named))
+    assert [read.name for read in found] == ["c", "d"]
+    assert all(np.array_equal(read.concept.direction, made.direction) for read in found)
+    assert all(read.concept.card == made.card and read.concept.block == 0 for read in found)
+    other = with_concepts(study, {"name": "e", "path": str(tmp_path / "made")})
+    with pytest.raises(UserError, match=r"no concept of this name(.|\n)*one of c"):
+        concepts(other, run)
+
+
+def test_every_source_gives_a_concept_and_a_sweep_a_row_for_every_block(study, tmp_path: Path):
+    save_file({"v": np.ones(STUDY_WIDTH, np.float32)}, tmp_path / "v.safetensors")
+    found = {}
+    for number, (source, options) in enumerate(
+        [
+            ("probe", {"sweep": True}),
+            ("probe", {"method": "ridge"}),
+            ("feature:3", {}),
+            ("feature:3=0.5,20=-2", {"norm": "none"}),
+            (f"file:{tmp_path}/v.safetensors:v", {}),
+        ]
+    ):
+        found[number] = made = make(study, tmp_path / str(number), source, **options)
+        assert made.block == BLOCK and made.width == STUDY_WIDTH
+        if options.get("norm") != "none":
+            assert np.linalg.norm(made.direction) == pytest.approx(1)
+        if "sweep" in options:
+            assert [row["block"] for row in made.card["sweep"]] == [0, 1, 2]
+            assert made.card["sweep"][BLOCK]["auc"] == made.card["auc"]["value"]
+    four = found[3].direction  # features 3 and 20 are e_3 and -e_4
+    expected = np.zeros(STUDY_WIDTH)
+    expected[3], expected[4] = 0.5, 2.0
+    np.testing.assert_allclose(four, expected)
+
+
+def write_examples(file: Path, rows: int = 24, **changes) -> Path:
+    """Answers of three lengths, half of them with an exclamation."""
+    lines = [
+        {
+            "id": f"e{n}",
+            "prompt": f"Say {TOPICS[n % 10]} {n}?",
+            "response": f"{'Arr! ' if n % 2 else ''}{TOPICS[(n * 3) % 10]}{' and so on' * (n % 3)}.",
+            "label": "with" if n % 2 else "without",
+            **changes,
+        }
+        for n in range(rows)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+WITH = {"positive": "with", "negative": "without"}
+
+
+@pytest.mark.parametrize("tokens", ["mean_response", "last_response"])
+def test_a_concept_from_examples_is_the_difference_of_plain_passes_at_their_responses(
+    study: Study, tmp_path: Path, tokens: str
+):
+    file = write_examples(tmp_path / "e.jsonl")
+    made = make(study, tmp_path / "c", "difference", block=0, tokens=tokens, examples=str(file), force=True, **WITH)
+    subject, found, positive = open_subject(study), [], []
+    for row in map(json.loads, file.read_text().splitlines()):
+        text = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        start = len(subject.loaded.tokenizer(text).input_ids)
+        ids = subject.loaded.tokenizer(f"{text}{row['response']}<|im_end|>").input_ids
+        with torch.no_grad():
+            out = subject.loaded.model(torch.tensor([ids]), output_hidden_states=True)
+        h = out.hidden_states[1][0, start:].double()
+        found.append((h.mean(0) if tokens == "mean_response" else h[-1]).numpy())
+        positive.append(row["label"] == "with")
+    X, s = np.stack(found), np.array(positive)
+    v = X[s].mean(0) - X[~s].mean(0)
+    np.testing.assert_allclose(made.direction, v / np.linalg.norm(v), atol=1e-5)
+    assert (made.card["n_positive"], made.card["n_negative"]) == (12, 12)
+    assert made.provenance["labels"] == ["with", "without"]
+    assert made.provenance["examples sha256"] and "groups" not in made.provenance
+
+
+def test_examples_judge_directions_that_come_from_elsewhere(study: Study, tmp_path: Path):
+    file = write_examples(tmp_path / "e.jsonl")
+    made = make(study, tmp_path / "c", "feature:3", examples=str(file), **WITH)
+    assert made.card["n_positive"] == 12 and not made.card["held_out"]
+    swept = make(study, tmp_path / "s", "probe", examples=str(file), sweep=True, force=True, **WITH)
+    assert [row["block"] for row in swept.card["sweep"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sides", "said"),
+    [
+        ({}, {}, r"present or absent(.|\n)*set positive and negative"),
+        ({"label": "with"}, WITH, "24 rows"),
+        ({"response": ""}, WITH, "empty"),
+    ],
+)
+def test_examples_that_say_nothing_are_refused(study, tmp_path: Path, changes, sides, said):
+    file = write_examples(tmp_path / "e.jsonl", **changes)
+    with pytest.raises(UserError, match=said):
+        make(study, tmp_path / "c", "probe", examples=str(file), **sides)
+    assert not (tmp_path / "c" / "concepts.json").exists()
+
+
+def test_examples_that_are_examples_or_prompts_of_the_study_are_refused(study, tmp_path: Path):
+    example = json.loads(Path(study.examples.path).read_text().splitlines()[0])
+    prompt = json.loads(Path(study.prompts.path).read_text().splitlines()[0])
+    cases = ((example["prompt"], "are examples of the study"), (prompt["prompt"], "evaluation"))
+    for number, (text, said) in enumerate(cases):
+        file = write_examples(tmp_path / "e.jsonl", prompt=text)
+        with pytest.raises(UserError, match=said):
+            make(study, tmp_path / f"c{number}", "probe", examples=str(file), **WITH)
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        others = json.loads(write_examples(file).read_text().splitlines()[0])["prompt"]
+        rows[4:] = [row | {"prompt": others} for row in rows[4:]]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        dropping = study.replace("examples.drop_overlap", True)
+        made = make(dropping, tmp_path / f"d{number}", "difference", examples=str(file), force=True, **WITH)
+        assert made.card["n_positive"] + made.card["n_negative"] == 20
+
+
+def write_control_vector(file: Path, tensors: dict[str, np.ndarray]) -> str:
+    """As repeng writes it."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(file, "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    for name, value in tensors.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(file)
+
+
+def test_a_control_vector_is_read_after_the_block_it_is_added_to(study: Study, tmp_path: Path):
+    rows = np.random.default_rng(0).normal(size=(3, STUDY_WIDTH)).astype(np.float32)
+    stored = {f"direction.{n}": row for n, row in enumerate(rows)}
+    stored["direction.2"] = rows[2].astype(np.float16)
+    file = write_control_vector(tmp_path / "v.gguf", stored)
+    cases = (
+        (f"file:{file}", {}, BLOCK),
+        (f"file:{file}", {"block": 0}, 0),
+        (f"file:{file}:direction.2", {}, 2),
+        (f"file:{file}:direction.2", {"block": 2}, 2),
+    )
+    for number, (source, options, block) in enumerate(cases):
+        made = make(study, tmp_path / str(number), source, **options)
+        assert made.block == block
+        expected = rows[block] / np.linalg.norm(rows[block])
+        np.testing.assert_allclose(made.direction, expected, atol=1e-3 if block == 2 else 1e-7)
+        assert made.provenance["tensor"] == f"direction.{block}"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "options", "message"),
+    [
+        (":direction.0", {"block": 1}, "of another block"),
+        (":direction.x", {}, "no direction of a control vector"),
+        (":direction.1", {}, "which tensor of the file"),
+        (":direction.9", {}, "no such block"),
+        ("", {}, "which tensor of the file"),  # the SAE's block is not in it
+    ],
+)
+def test_a_control_vector_that_does_not_fit_is_refused(study: Study, tmp_path: Path, tensor, options, message):
+    file = write_control_vector(
+        tmp_path / "v.gguf", {f"direction.{n}": np.ones(STUDY_WIDTH, np.float32) for n in (0, 2)}
+    )
+    with pytest.raises(UserError, match=message):
+        make(study, tmp_path / "c", f"file:{file}{tensor}", **options)
+    assert not (tmp_path / "c" / "concepts.json").exists()
+
+
+def test_a_file_that_is_no_control_vector_is_refused(study: Study, tmp_path: Path):
+    (tmp_path / "v.gguf").write_bytes(b"GGUF, but not really")
+    with pytest.raises(UserError, match="cannot be read"):
+        make(study, tmp_path / "c", f"file:{tmp_path}/v.gguf")
+    with pytest.raises(UserError, match="cannot be read"):
+        make(study, tmp_path / "d", f"file:{tmp_path}/none.gguf")
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("guess", {}, "source is not valid"),
+        ("feature:", {}, "unknown source"),
+        ("probe:1", {}, "unknown source"),
+        ("feature:x", {}, "not readable"),
+        ("feature:1,1", {}, "not readable"),
+        ("feature:3", {"block": 0}, "block of its SAE"),
+        ("feature:3", {"sweep": True}, "goes with difference and probe"),
+        ("probe", {"block": 7}, "no such block"),
+        ("probe", {"position": "max_user"}, "mean_user"),
+    ],
+)
+def test_what_cannot_be_made_is_said(study: Study, tmp_path: Path, source, options, message):
+    with pytest.raises(UserError, match=message):
+        make(study, tmp_path / "c", source, **options)
+    assert not (tmp_path / "c" / "concepts.json").exists()
+
+
+def test_a_concept_is_made_or_saved_and_each_name_stands_once(study: Study):
+    for some in ([{}], [{"source": "probe", "path": "./saved"}]):
+        with pytest.raises(UserError, match="either source or path"):
+            with_concepts(study, *some)
+    with pytest.raises(UserError, match="each name once"):
+        with_concepts(study, {"source": "probe"}, {"source": "difference"})
+
+
+def test_the_command_line_makes_the_concepts_of_a_study(taught_here, study: Study, tmp_path: Path):
+    folder = Path(study.model.id).parent
+    shutil.copytree(folder / "run", tmp_path / "run")
+    file = write_examples(tmp_path / "e.jsonl")
+    one = "{name: of-prompts, source: difference, sweep: true}"
+    other = f"{{name: of-answers, source: probe, examples: {file}, positive: with, negative: without, force: true}}"
+    keys = ("--set", "readout.position=mean_user", "--set", f"concepts=[{one}, {other}]")
+    done = taught_here(
+        "run", str(folder / "study.yaml"), "--run", str(tmp_path / "run"), "--only", "concepts", *keys, "--quiet"
+    )
+    assert done.returncode == 0, done.stderr
+    records = RunFolder.open(tmp_path / "run").read_json("concepts")["concepts"]
+    assert [record["name"] for record in records] == ["of-prompts", "of-answers"]
+    assert [row["block"] for row in records[0]["card"]["sweep"]] == [0, 1, 2]
+    assert [record["card"]["n_positive"] for record in records] == [20, 12]
+>>>>>>> tests1
