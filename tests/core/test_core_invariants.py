@@ -256,11 +256,7 @@ def test_training_on_a_prefix_raises_it_for_the_same_prompt() -> None:
     assert dy[0, 0] > 0
 
 
-<<<<<<< HEAD
-def test_trap_8_influence_sees_response_tokens_only() -> None:
-=======
 def test_influence_sees_response_tokens_only() -> None:
->>>>>>> tests1
     # With the loss on all tokens another number comes out.
     problem = tiny_problem(tiny_model("untied"), lr=1.0)
     ids, start = PAIRS[0]
@@ -277,11 +273,7 @@ def test_influence_sees_response_tokens_only() -> None:
     assert (dy[0] - dy[1]).abs().max() > 0.1 * dy[0].abs().max()
 
 
-<<<<<<< HEAD
-def test_trap_2_a_closed_gate_carries_no_effect() -> None:
-=======
 def test_a_closed_gate_carries_no_effect() -> None:
->>>>>>> tests1
     # With every gate closed only y can move, and X and its effects are exactly zero.
     features = tiny_features()
     closed = replace(features.sae, b_enc=features.sae.b_enc - 1e3)
@@ -294,11 +286,7 @@ def test_a_closed_gate_carries_no_effect() -> None:
     assert not step.dX.any() and step.dy.any()
 
 
-<<<<<<< HEAD
-def test_trap_7_the_proxy_and_the_true_encoder_give_different_effects() -> None:
-=======
 def test_the_proxy_and_the_true_encoder_give_different_effects() -> None:
->>>>>>> tests1
     A, B = torch.ones(1, 6, 5, dtype=torch.float64), torch.zeros(1, 6, dtype=torch.float64)
     model = tiny_model("tied")
     found = [

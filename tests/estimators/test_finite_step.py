@@ -95,11 +95,7 @@ def test_the_error_of_the_adjoint_halves_with_the_step(name: str, kind: str) -> 
 
 
 @pytest.mark.parametrize("read", [read_prompts, read_prompts_plain])
-<<<<<<< HEAD
-def test_trap_12_y_and_h_are_read_afresh_with_the_baseline_s_own_function(read) -> None:
-=======
 def test_y_and_h_are_read_afresh_with_the_baseline_s_own_function(read) -> None:
->>>>>>> tests1
     # With no step at all nothing may differ, to the last bit.
     calls = []
 
@@ -153,11 +149,7 @@ def test_dropout_is_off_during_the_steps_and_the_mode_comes_back() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-<<<<<<< HEAD
-def test_trap_6_weights_come_back_to_the_bit_when_reading_fails(error) -> None:
-=======
 def test_weights_come_back_to_the_bit_when_reading_fails(error) -> None:
->>>>>>> tests1
     # Adding the gradient back would not give the same bits.
     problem = tiny_problem(tiny_model("tied"), lr=0.37)
     baseline = read_prompts(problem.model, problem.prompts, problem.behavior, BLOCK)

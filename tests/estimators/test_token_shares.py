@@ -8,15 +8,10 @@ import torch
 
 from taught.core.estimator import Work
 from taught.core.example import Example
-<<<<<<< HEAD
-from taught.curvatures.adam import adam_metric, estimate_moments
-from taught.estimators.adjoint import target_effects
-=======
 from taught.core.readings import Readings
 from taught.core.target import TargetSet
 from taught.curvatures.adam import Adam
 from taught.estimators.adjoint import Adjoint, target_effects
->>>>>>> tests1
 from taught.estimators.token_shares import token_effects
 from taught.features.concept import Concept, concept_map
 from tiny_models import (
@@ -86,21 +81,12 @@ def test_shares_of_concepts_in_adam_s_metric_add_up_too() -> None:
     concept = Concept("a", np.linspace(-1, 1, WIDTH), BLOCK)
     features = concept_map([concept], "mean_user", next(model.parameters()))
     problem = tiny_problem(model, features=features, prompts=tiny_prompts("mean_user"))
-<<<<<<< HEAD
-    moments = estimate_moments(problem, tiny_examples())
-    problem = problem.within(adam_metric(problem, moments, 1e-3))
-    n = len(problem.prompts)
-    A = torch.full((1, n, 1), 1 / n, dtype=torch.float64)
-    whole, _ = target_effects(problem, tiny_examples(), A, None)
-    shares = token_effects(problem, tiny_examples(), A, None)
-=======
     problem = problem.within(Adam(eps=1e-3).fit(problem, tiny_examples(), Work()))
     n = len(problem.prompts)
     readings = Readings(tuple(p.id for p in problem.prompts), np.zeros(n), X=np.zeros((n, 1)), columns=("a",))
     targets = TargetSet.of(["concept:*"], readings)
     whole = Adjoint().estimate(problem, tiny_examples(), targets, Work()).values
     shares = token_effects(problem, tiny_examples(), *targets.cotangents())
->>>>>>> tests1
     close(torch.stack([share.sum(0) for share in shares]), whole, 1e-10)
 
 

@@ -1,16 +1,9 @@
-<<<<<<< HEAD
-"""Concepts: what they are made of, how they are read, what is refused."""
-
-from __future__ import annotations
-
-=======
 """Concepts: what they are made of, how they are read, what is refused; the stage ``concepts``."""
 
 from __future__ import annotations
 
 import json
 import shutil
->>>>>>> tests1
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,16 +27,15 @@ from taught.features.concept import (
 )
 from taught.features.pooling import pool
 from taught.model.readout import read_residuals
-<<<<<<< HEAD
-=======
 from taught.run.folder import RunFolder
 from taught.stages.concepts import concepts, run_concepts
 from taught.stages.readings import readings
 from taught.stages.subject import open_subject, study_prompts
 from taught.study.load import load_study
 from taught.study.schema import Study
->>>>>>> tests1
 from tiny_models import ENCODERS, MODELS, PROMPT_IDS, WIDTH, plain_read, tiny_model, tiny_prompts, tiny_sae
+from tiny_study import BLOCK, TOPICS, write_tiny_study
+from tiny_study import WIDTH as STUDY_WIDTH
 
 
 def some(name: str = "c", seed: int = 0, **fields) -> Concept:
@@ -204,8 +196,6 @@ def test_a_concept_of_another_width_block_or_model_is_refused(fit, message):
 def test_what_is_no_direction_or_no_place_is_refused(fields):
     with pytest.raises(UserError):
         some(**fields)
-<<<<<<< HEAD
-=======
 
 
 # --- the stage ---------------------------------------------------------------------------------
@@ -485,4 +475,3 @@ def test_the_command_line_makes_the_concepts_of_a_study(taught_here, study: Stud
     assert [record["name"] for record in records] == ["of-prompts", "of-answers"]
     assert [row["block"] for row in records[0]["card"]["sweep"]] == [0, 1, 2]
     assert [record["card"]["n_positive"] for record in records] == [20, 12]
->>>>>>> tests1
