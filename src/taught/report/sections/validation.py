@@ -120,7 +120,10 @@ def _planted(rows: Rows) -> Iterator[Block]:
             Column("AUC", "interval", plot=(-0.05, 1.05)),
             Column("Precision", "number"),
         ]
-        made = [(r["method"], words(r["target"]), Interval(r["auc"], r["lo"], r["hi"]), r["precision"]) for r in shown]
+        made = [
+            (r["method"], words(r["target"]), read_interval([r["auc"], r["lo"], r["hi"]]), r["precision"])
+            for r in shown
+        ]
         n = f"{shown[0]['planted']} planted examples among {shown[0]['planted'] + shown[0]['others']}"
         caption = (
             f"{n}: area under the ROC curve (.5 by chance) with 95% interval; share of them among the first as many"
@@ -196,13 +199,12 @@ def arms_table(design: str, rows: Sequence[Row]) -> Table:
 
 
 def _arm(cell: Row, power: int) -> Line:
-    value = interval_text(Interval(cell["value"], cell["lo"], cell["hi"]), 3, power=power)
-    if cell["difference"] is None:
-        return Line([value])
-    gap = Interval(cell["difference"], cell["difference_lo"], cell["difference_hi"])
-    _, ends = interval_text(gap, 3, power=power).split(" ", 1)
-    mark = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
-    return Line([value, Word(f"{signed(gap.value, 3, power=power)}{mark} {ends}", "soft")], "\n")
+    said: list[Cell] = [interval_text(read_interval([cell["value"], cell["lo"], cell["hi"]]), 3, power=power)]
+    if gap := read_interval([cell["difference"], cell["difference_lo"], cell["difference_hi"]]):
+        mark = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
+        ends = interval_text(gap, 3, power=power).partition(" ")[2]
+        said.append(Word(f"{signed(gap.value, 3, power=power)}{mark} {ends}", "soft"))
+    return Line(said, "\n")
 
 
 def _models(rows: Rows) -> Iterator[Block]:
