@@ -15,6 +15,7 @@ others, and prints how often it killed.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -133,13 +134,13 @@ def at_every_call(works: list[Work], check: Callable[[], None], step: int = 1) -
 
 
 def commands(study: str, folder: Path) -> list[Work]:
-    """The command line's four steps."""
+    """The command line's steps."""
     from taught.cli.app import run_command
 
     sys.argv = ["taught", "some", "command"]  # stands in the manifest
     lines = [
-        ["policy", study, "--run", str(folder), "-q"],
-        ["attribute", study, "--run", str(folder), "-q"],
+        ["run", study, "--run", str(folder), "--to", "policy", "-q"],
+        ["run", study, "--run", str(folder), "-q"],
         ["curate", str(folder)],
         ["report", str(folder)],
     ]
@@ -167,14 +168,17 @@ def stand_ins(folder: Path) -> list[Work]:
     import synthetic_run as made_up
     from taught.report.html import render
     from taught.report.tables import Tables
-    from taught.run.fingerprint import code_digest
+    from taught.run.fingerprint import stage_code
     from taught.run.folder import RunFolder
+    from taught.stages import STAGES
+    from taught.study.schema import Study
 
-    code_digest()  # once, not in every child
+    for each in STAGES:
+        stage_code(each, Study())  # once, not in every child
 
     class InParts(RunFolder):
         def write_table(self, name: str, table: pa.Table) -> None:
-            if name != "influence":
+            if name != "scores":
                 super().write_table(name, table)
                 return
             with self.table_writer(name, table.schema) as write:
@@ -192,15 +196,18 @@ def stand_ins(folder: Path) -> list[Work]:
             for key in ("one", "two"):
                 if active.partial.load(key) is None:
                     active.partial.save(key, {"x": np.arange(3.0)})
-            write(run, made_up._Made(size, False, np.random.default_rng(0)))
+            made = made_up._Made(size, False, np.random.default_rng(0))
+            made.sae, made.concepts, made.extra = True, False, ()
+            write(run, made)
 
     def report() -> None:
         run = RunFolder.open(folder)
         with run.stage("report", run.study):
             run.verify()
-            run.write_text("report.html", render(Tables(folder)))
+            run.write_text("report.html", render(Tables(run)))
 
     return [
+        lambda: stage("readings", made_up._write_readings, RunFolder),
         lambda: stage("policy", made_up._write_policy, RunFolder),
         lambda: stage("attribute", made_up._write_attribute, InParts),
         lambda: stage("curate", made_up._write_curate, RunFolder),
@@ -236,12 +243,16 @@ def import_all() -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
     import taught.report.html
-    import taught.stages
-    from taught.run.fingerprint import code_digest
+    from taught.run.fingerprint import stage_code
+    from taught.stages import STAGES
+    from taught.study.schema import Study
 
-    assert all((AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, taught.stages))
+    assert all((AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, taught.report.html))
     torch.set_num_threads(1)
-    code_digest()  # once, not in every child
+    for stage in STAGES:
+        if not stage.trains:
+            importlib.import_module(stage.module)
+        stage_code(stage, Study())  # once, not in every child
 
 
 def main(mode: str, *args: str) -> None:

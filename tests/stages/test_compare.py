@@ -29,7 +29,6 @@ from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman
 from taught.study.load import load_study
 from taught.validation.comparison import is_planted, truths
-from taught.validation.score_tables import placed, read_scores
 from tiny_study import SMALL_STEPS, with_values, write_tiny_study
 
 ALL = ("adjoint+adam", "sketch", "sketch+autocorrelation")
@@ -286,7 +285,7 @@ def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path, monke
     table = pa.table(
         {
             "example_id": [r["example_id"] for r in own],
-            "concept": ["refusal"] * 14,
+            "target": ["concept:refusal"] * 14,
             "method": ["vector-filter"] * 14,
             "value": [r["value"] for r in own],
         }
@@ -310,31 +309,6 @@ def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path, monke
     (tmp_path / "theirs.csv").write_text("example_id,method,target,value\n" + "".join(lines[::-1]))
     with pytest.raises(UserError, match="scores sha256"):
         stages.compare(run.study, run, ALL, None, files)
-
-
-IDS = ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("rows", "what"),
-    [
-        ("example_id,value\na,1\nb,2\n", "without method"),
-        ("example_id,method,value\n", "no rows"),
-        ("example_id,method,value\na,m,1\nb,m,nan\n", "not a finite number"),
-        ("example_id,method,value\na,m,1\nb,m,high\n", "not a finite number"),
-        ("example_id,method,value\na,m,1\nb,m,1\nc,m,1\n", "unknown examples"),
-        ("example_id,method,value\na,m,1\n", "missing"),
-        ("example_id,method,target,value\na,m,score,1\nb,m,,1\n", "missing"),
-        ("example_id,method,value\na,m,1\nb,m,1\na,m,2\n", "two scores"),
-        ("example_id,method,value\na,loss,1\nb,loss,1\n", "of this name already"),
-        ("example_id,method,target,value\na,m,scores,1\nb,m,scores,1\n", "not compared"),
-    ],
-)
-def test_tables_that_do_not_fit_are_refused_by_name(tmp_path, rows, what):
-    file = tmp_path / "scores.csv"
-    file.write_text(rows)
-    with pytest.raises(UserError, match=what):
-        placed(read_scores(file), IDS, ["score", "behavior:harmless"], {"loss"})
 
 
 # --- the benchmark --------------------------------------------------------------------------------

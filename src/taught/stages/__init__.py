@@ -40,7 +40,7 @@ STAGES = (
         "readings",
         "read the prompts: their behavior, and the features of the SAE on them",
         {
-            "study.yaml": "the study, every value filled in",
+            "study.yaml": "the study, each section as it was used last",
             "prompts.parquet": "evaluation prompts with their behavior y: prompt_id, text, group, category, source, "
             "licence, n_tokens, y",
             "readouts.safetensors": "`y` float64 [N]; with an SAE `h` float32 [M, D] residuals at the read-out tokens "
