@@ -62,6 +62,7 @@ def test_retrainings_stand_with_their_intervals_and_controls(run: Path, page: st
         assert "0.60 [0.40, 0.80]" in text and "noise ceiling 0.90 [0.85, 0.95]" in text
         assert "20 random subsets, controlled for size" in text and "coefficients, median" in text
         assert "behavior on harmless, random subsets: length alone predicts about as well as adjoint" in text
+        assert "Training without the 4 examples (15%) that raise behavior on harmless most moves it by" in text
         assert "Over these 2 budgets" in text and "adjoint 12 s, 1.5 GB" in text
         assert "What taught curate kept" in text and "+0.200* [0.100, 0.300]" in text
         assert "6 planted examples among 24" in text and "0.90 [0.80, 0.97]" in text

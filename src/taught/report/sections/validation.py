@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from taught.report.blocks import Block, Cell, Column, Items, Line, Sentence, Table, Text, Word
+from taught.report.examples import is_behavior, primary, targets
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Rows, Tables
@@ -42,7 +43,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "them changed. Controlled: given the summed response length and the counts of labels, which alone explain "
         "much of any training."
     )
-    said = curve_sentences(tables.rows("curves") or [], tables.setting("validation.remove_by") or "")
+    said = curve_sentences(tables.rows("curves") or [], removed_by(tables))
     said += [effect_sentence(effect) for effect in tables.rows("named_effects") or []]
     yield from (Text(f"{sentence}.") for sentence in said)
     trivial = tables.rows("trivial")
@@ -56,6 +57,14 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     if costs := tables.rows("costs"):
         parts = (f"{r['method']} {number(r['seconds'], 0)} s, {number(r['memory_gb'], 1)} GB" for r in costs)
         yield Text(f"Time and peak memory: {'; '.join(parts)}.", "note")
+
+
+def removed_by(tables: Tables) -> str:
+    """The target whose strongest examples were left out, or trained on alone: the choice of the stage."""
+    named = tables.setting("validation.remove_by") or tables.setting("curation.target")
+    behaviors = [name for name in targets(tables) if is_behavior(name)]
+    negative = f"behavior:{tables.setting('prompts.negative_group')}"
+    return str(named or (negative if negative in behaviors else next(iter(behaviors), primary(tables))))
 
 
 # How well methods foresaw the outcomes
@@ -217,7 +226,7 @@ def _models(rows: Rows) -> Iterator[Block]:
     made = [(r["design"], r["subset"], r["n_examples"], *(r.get(key) for key in named)) for r in rows]
     caption = "Soft metrics of the retrained models, with p = exp(y) as degree of the behavior"
     if judged:
-        caption += "; judged: share of the group’s prompts whose answer refuses"
+        caption += "; judged: share of the group’s prompts whose answer shows the behavior"
     yield Table([Column("Design"), Column("Trained on"), Column("n", "number", 0), *metrics], made, caption)
 
 
@@ -226,7 +235,7 @@ def _models(rows: Rows) -> Iterator[Block]:
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
     curves = tables.rows("curves") or []
-    retrained = retraining_sentence(curves, tables.setting("validation.remove_by") or "")
+    retrained = retraining_sentence(curves, removed_by(tables))
     return [retrained, foreseen_sentence(tables.rows("lds") or [])]
 
 
