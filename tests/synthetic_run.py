@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from taught.run.folder import RunFolder
 from taught.stats.intervals import Interval
 from taught.stats.ranks import spearman
 from taught.study.schema import Study
+from taught.validation.arms import ArmRow
+from taught.validation.comparison import CeilingRow, PlantedRow
+from taught.validation.lds import LdsRow, TrivialCheck, table_of
 
 HARMFUL = ["chemical_biological", "cybercrime", "fraud", "harassment", "self_harm", "weapons"]
 HARMLESS = ["benign_anchor", "over_refusal", "question"]
@@ -104,6 +107,8 @@ def build_synthetic_run(
         "clamp": _write_clamp,
         "attribute": _write_attribute,
         "curate": _write_curate,
+        "validate": _write_validate,
+        "compare": _write_compare,
     }
     for stage in dict.fromkeys(("readings", *stages)):
         with run.stage(stage, study, {"model.weights": "5af571cb"}):
@@ -650,3 +655,66 @@ def _write_curate(run: RunFolder, made: _Made) -> None:
             "threshold": threshold,
         },
     )
+
+
+TARGETS = ("behavior:harmless", "coefficient:1", "coefficient:2")
+
+
+def _write_validate(run: RunFolder, made: _Made) -> None:
+    """One subset and one removal at two budgets; three ways of choosing examples."""
+    models = [
+        {
+            "design": design,
+            "subset": "s0",
+            "n_examples": 8,
+            **dict.fromkeys(("precision", "recall", "f1", "correctness"), value),
+            "judged_positive": value,
+            "judged_negative": None,
+        }
+        for design, value in (("base", 0.5), ("random", 0.6), ("removal", 0.7))
+    ]
+    run.write_table("models", pa.Table.from_pylist(models))
+    point = {"design": "removal", "share": 0.15, "difference": -0.5, "lo": -0.9, "hi": -0.1, "p": 0.01, "p_holm": 0.02}
+    area = {"area": -0.4, "area_lo": -0.6, "area_hi": -0.2}
+    run.write_table("curves", pa.Table.from_pylist([{**point, **area, "budget": budget} for budget in (4, 8)]))
+    effect = {"design": "chosen", "examples": 8, "target": TARGETS[0], "value": 0.3, "lo": 0.1, "hi": 0.5}
+    run.write_table("named_effects", pa.Table.from_pylist([{**effect, "retrainings": 6}]))
+    arms = [
+        {
+            **asdict(
+                ArmRow(made.text(arm), "recall", 1, 4, 0.4, 0.3, 0.5, gap, gap and gap - 0.1, gap and gap + 0.1, p, p)
+            ),
+            "design": "curated",
+        }
+        for arm, gap, p in (("kept", 0.2, 0.01), ("random", None, None))
+    ]
+    run.write_table("arms", pa.Table.from_pylist(arms))
+
+
+def _write_compare(run: RunFolder, made: _Made) -> None:
+    """The influence, which foresees outcomes, and a baseline, which does not."""
+    lds = [
+        LdsRow(
+            made.text(method),
+            target,
+            "random",
+            20,
+            value,
+            value - 0.2,
+            value + 0.2,
+            value,
+            value - 0.3,
+            value + 0.3,
+            "size",
+        )
+        for method, value in (("adjoint", 0.6), ("length", 0.1))
+        for target in TARGETS
+    ]
+    run.write_table("lds", table_of(lds))
+    run.write_table(
+        "trivial", table_of([TrivialCheck("adjoint", "length", TARGETS[0], "random", 0.6, 0.1, 0.5, -0.1, 0.9, True)])
+    )
+    ceiling = CeilingRow(3, 0.7, 0.8, 0.9, 0.85, 0.95, target=TARGETS[0], subsets="random")
+    run.write_table("noise_ceiling", table_of([ceiling]))
+    run.write_table("planted", table_of([PlantedRow(made.text("adjoint"), TARGETS[0], 0.9, 0.8, 0.97, 0.7, 6, 18)]))
+    run.write_table("costs", pa.Table.from_pylist([{"method": "adjoint", "seconds": 12.0, "memory_gb": 1.5}]))

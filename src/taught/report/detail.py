@@ -11,8 +11,18 @@ from taught.report.blocks import Beside, Block, Column, Example, Excerpt, Excerp
 from taught.report.examples import PRIMARY, SE, primary, shifts, shown, summary_schema, targets, texts
 from taught.report.stats import cluster_order
 from taught.report.tables import Matrix, Row, Rows, Tables
-from taught.report.text import clean, common_power, interval_text, number, percent, shorten, signed, tens, words
-from taught.stats.intervals import Interval
+from taught.report.text import (
+    clean,
+    common_power,
+    interval_text,
+    number,
+    percent,
+    read_interval,
+    shorten,
+    signed,
+    tens,
+    words,
+)
 
 Json = dict[str, Any]
 MAX_TEXT = 4000
@@ -207,7 +217,7 @@ def feature_blocks(tables: Tables, row: Row) -> list[Block]:
     feature = row["feature_id"]
     label = (tables.json("labels") or {}).get(str(feature), {})
     facts: list[tuple[str, Any]] = [
-        ("Coefficient", Interval(row["coef"], row["lo"], row["hi"])),
+        ("Coefficient", read_interval([row["coef"], row["lo"], row["hi"]])),
         ("Same sign", f"{percent(row['sign_stability'])} of resamples"),
     ]
     measured = next((f for f in tables.rows("features") or [] if f["feature_id"] == feature), None)
@@ -261,12 +271,12 @@ def _doses(tables: Tables, feature: int) -> list[Block]:
     row = next((r for r in tables.rows("clamp") or [] if r["feature_id"] == feature and r["n"]), None)
     if row is None:
         return []
-    line = Interval(row["slope"], row["lo"], row["hi"])
+    line = read_interval([row["slope"], row["lo"], row["hi"]])
     caption = (
         f"Scaled in the model on {row['n']} prompts: slope {interval_text(line)}, against "
         f"random directions p = {number(row['p_adjusted'], 3)} (adjusted)"
     )
-    rows = [(f"{d['scale']:g}×", Interval(d["value"], d["lo"], d["hi"])) for d in row["doses"]]
+    rows = [(f"{d['scale']:g}×", read_interval([d["value"], d["lo"], d["hi"]])) for d in row["doses"]]
     return [Table([Column("scale"), Column("change of y", "interval")], rows, caption)]
 
 

@@ -1,4 +1,4 @@
-"""Intervals and controls that the report adds to what the stages wrote. numpy only, seeded."""
+"""A control and an order that the report adds to what the stages wrote. numpy only, seeded."""
 
 from __future__ import annotations
 

@@ -120,7 +120,13 @@ def _excerpts(it: b.Excerpts) -> RenderableType:
     return grid
 
 
-# Drawings, and the cards of all features, are for the page only.
+def _cards(it: b.Cards) -> RenderableType:
+    """What the cards are headed with; ``taught show RUN ID`` shows one whole."""
+    columns = [Column("feature", "id"), Column("coefficient", "signed"), Column("label")]
+    return _table(Table(columns, [(card.feature, card.value, card.label) for card in it.cards], head=len(it.cards)))
+
+
+# Drawings are for the page only.
 _RENDER: dict[type, Callable[[Any], RenderableType]] = {
     b.Text: lambda it: words(it.text, {"text": "", "note": "dim", "title": "bold"}[it.role]),
     b.Items: lambda it: _lines(Words("- ") + words(item, "yellow" if it.warning else "") for item in it.items),
@@ -129,5 +135,6 @@ _RENDER: dict[type, Callable[[Any], RenderableType]] = {
     b.Verdict: _verdict,
     Table: _table,
     b.Strips: _strips,
+    b.Cards: _cards,
     b.Excerpts: _excerpts,
 }

@@ -116,7 +116,9 @@ def read_interval(record: object) -> Interval | None:
     return Interval(*known) if known and math.isfinite(known[0]) else None
 
 
-def interval_text(interval: Interval, digits: int = 2, *, power: int = 0) -> str:
-    """``0.66 [0.61, 0.70]``; the number alone where no interval is known."""
+def interval_text(interval: Interval | None, digits: int = 2, *, power: int = 0) -> str:
+    """``0.66 [0.61, 0.70]``; the number alone where no interval is known, a dash where there is no number."""
+    if interval is None:
+        return number(None)
     value, lo, hi = (number(part, digits, power=power) for part in interval)
     return value if math.isnan(interval.lo) or math.isnan(interval.hi) else f"{value} [{lo}, {hi}]"

@@ -7,7 +7,6 @@ from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Rows, Tables
 from taught.report.text import count, interval_text, listed, read_interval
-from taught.stats.intervals import Interval
 
 
 def _blocks(tables: Tables) -> list[Block]:
@@ -72,7 +71,7 @@ def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
 
 
 def _named(row: Row) -> str:
-    gap = interval_text(Interval(row["gap"], row["lo"], row["hi"]))
+    gap = interval_text(read_interval([row["gap"], row["lo"], row["hi"]]))
     p = "p < 0.001" if row["p_adjusted"] < 0.001 else f"p = {row['p_adjusted']:.3f}"
     return f"{row['category']} (mean y {gap} against the rest of its group, adjusted {p}, n = {row['n']})"
 

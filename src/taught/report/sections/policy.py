@@ -18,7 +18,7 @@ BASELINES = {"group": "the group label alone", "length": "prompt length alone", 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
     rows = sorted(tables.rows("coefficients") or [], key=lambda r: -abs(r["coef"]))
-    estimates = [Interval(r["coef"], r["lo"], r["hi"]) for r in rows]
+    estimates = [read_interval([r["coef"], r["lo"], r["hi"]]) for r in rows]
     yield Text(
         "A ridge regression of the behavior y (natural logarithm of the answer’s probability) on the features’ "
         "activations. A positive coefficient: the more active the feature, the likelier the behavior."
@@ -26,7 +26,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     if fit := _fit(tables.json("policy") or {}):
         columns = [Column("Measure"), Column("Of"), Column("Value", "interval", plot=(-0.05, 1.05))]
         yield Table(columns, fit, "Fit on held-out prompts, with 95% intervals")
-    unsure = sum(e.includes_zero for e in estimates)
+    unsure = sum(e is not None and e.includes_zero for e in estimates)
     yield Table(
         [
             Column("Feature", "id"),

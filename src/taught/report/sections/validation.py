@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from taught.report.blocks import Block, Cell, Column, Items, Line, Sentence, Table, Text, Word
+from taught.report.examples import is_behavior, primary, targets
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Rows, Tables
@@ -42,7 +43,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "them changed. Controlled: given the summed response length and the counts of labels, which alone explain "
         "much of any training."
     )
-    said = curve_sentences(tables.rows("curves") or [], tables.setting("validation.remove_by") or "")
+    said = curve_sentences(tables.rows("curves") or [], removed_by(tables))
     said += [effect_sentence(effect) for effect in tables.rows("named_effects") or []]
     yield from (Text(f"{sentence}.") for sentence in said)
     trivial = tables.rows("trivial")
@@ -56,6 +57,14 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     if costs := tables.rows("costs"):
         parts = (f"{r['method']} {number(r['seconds'], 0)} s, {number(r['memory_gb'], 1)} GB" for r in costs)
         yield Text(f"Time and peak memory: {'; '.join(parts)}.", "note")
+
+
+def removed_by(tables: Tables) -> str:
+    """The target whose strongest examples were left out, or trained on alone: the choice of the stage."""
+    named = tables.setting("validation.remove_by") or tables.setting("curation.target")
+    behaviors = [name for name in targets(tables) if is_behavior(name)]
+    negative = f"behavior:{tables.setting('prompts.negative_group')}"
+    return str(named or (negative if negative in behaviors else next(iter(behaviors), primary(tables))))
 
 
 # How well methods foresaw the outcomes
@@ -120,7 +129,10 @@ def _planted(rows: Rows) -> Iterator[Block]:
             Column("AUC", "interval", plot=(-0.05, 1.05)),
             Column("Precision", "number"),
         ]
-        made = [(r["method"], words(r["target"]), Interval(r["auc"], r["lo"], r["hi"]), r["precision"]) for r in shown]
+        made = [
+            (r["method"], words(r["target"]), read_interval([r["auc"], r["lo"], r["hi"]]), r["precision"])
+            for r in shown
+        ]
         n = f"{shown[0]['planted']} planted examples among {shown[0]['planted'] + shown[0]['others']}"
         caption = (
             f"{n}: area under the ROC curve (.5 by chance) with 95% interval; share of them among the first as many"
@@ -196,13 +208,12 @@ def arms_table(design: str, rows: Sequence[Row]) -> Table:
 
 
 def _arm(cell: Row, power: int) -> Line:
-    value = interval_text(Interval(cell["value"], cell["lo"], cell["hi"]), 3, power=power)
-    if cell["difference"] is None:
-        return Line([value])
-    gap = Interval(cell["difference"], cell["difference_lo"], cell["difference_hi"])
-    _, ends = interval_text(gap, 3, power=power).split(" ", 1)
-    mark = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
-    return Line([value, Word(f"{signed(gap.value, 3, power=power)}{mark} {ends}", "soft")], "\n")
+    said: list[Cell] = [interval_text(read_interval([cell["value"], cell["lo"], cell["hi"]]), 3, power=power)]
+    if gap := read_interval([cell["difference"], cell["difference_lo"], cell["difference_hi"]]):
+        mark = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
+        ends = interval_text(gap, 3, power=power).partition(" ")[2]
+        said.append(Word(f"{signed(gap.value, 3, power=power)}{mark} {ends}", "soft"))
+    return Line(said, "\n")
 
 
 def _models(rows: Rows) -> Iterator[Block]:
@@ -215,7 +226,7 @@ def _models(rows: Rows) -> Iterator[Block]:
     made = [(r["design"], r["subset"], r["n_examples"], *(r.get(key) for key in named)) for r in rows]
     caption = "Soft metrics of the retrained models, with p = exp(y) as degree of the behavior"
     if judged:
-        caption += "; judged: share of the group’s prompts whose answer refuses"
+        caption += "; judged: share of the group’s prompts whose answer shows the behavior"
     yield Table([Column("Design"), Column("Trained on"), Column("n", "number", 0), *metrics], made, caption)
 
 
@@ -224,7 +235,7 @@ def _models(rows: Rows) -> Iterator[Block]:
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
     curves = tables.rows("curves") or []
-    retrained = retraining_sentence(curves, tables.setting("validation.remove_by") or "")
+    retrained = retraining_sentence(curves, removed_by(tables))
     return [retrained, foreseen_sentence(tables.rows("lds") or [])]
 
 
