@@ -166,8 +166,6 @@ def stand_ins(folder: Path) -> list[Work]:
     import pyarrow as pa
 
     import synthetic_run as made_up
-    from taught.report.html import render
-    from taught.report.tables import Tables
     from taught.run.fingerprint import stage_code
     from taught.run.folder import RunFolder
     from taught.stages import STAGES
@@ -204,7 +202,7 @@ def stand_ins(folder: Path) -> list[Work]:
         run = RunFolder.open(folder)
         with run.stage("report", run.study):
             run.verify()
-            run.write_text("report.html", render(Tables(run)))
+            run.write_text("report.html", str(sorted(run.finished_tables())))
 
     return [
         lambda: stage("readings", made_up._write_readings, RunFolder),
