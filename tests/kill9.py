@@ -180,8 +180,9 @@ def stand_ins(folder: Path) -> list[Work]:
                 super().write_table(name, table)
                 return
             with self.table_writer(name, table.schema) as write:
-                for start in range(0, table.num_rows, 40):
-                    write(table.slice(start, 40))
+                part = -(-table.num_rows // 4)
+                for start in range(0, table.num_rows, part):
+                    write(table.slice(start, part))
 
     study = made_up.synthetic_study(folder.with_name("run"))
     size = made_up.Size(prompts=12, features=3, examples=6)

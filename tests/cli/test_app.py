@@ -248,7 +248,7 @@ def test_a_run_folder_is_gone_on_with_and_asked_for_more(taught_here, copy):
 def test_without_a_study_the_flags_make_one_that_stands_in_the_run_folder(taught_here, tiny, tmp_path):
     done = taught_here(
         *("run", "--model", str(tiny / "model"), "--pairs", str(tiny / "pairs.jsonl")),
-        *("--prompts", str(tiny / "prompts.jsonl"), "--set", "behavior.prefixes=[No, Never]"),
+        *("--prompts", str(tiny / "prompts.jsonl"), "--set", "behavior.prefixes=[Not, Never]"),
         *("--target", "behavior", "--target", "behavior:harmful - behavior:harmless"),
         *("--set", "attribution.exact_top=0", "--run", str(tmp_path / "run"), "-q"),
     )
@@ -257,7 +257,7 @@ def test_without_a_study_the_flags_make_one_that_stands_in_the_run_folder(taught
     assert list(run.manifest["stages"]) == ["readings", "attribute", "report"]
     study = load_study(tmp_path / "run")
     assert study.name == "pairs" and study.sae.path is None
-    assert study.behavior.values["prefixes"] == ("No", "Never")
+    assert study.behavior.values["prefixes"] == ("Not", "Never")
     names = set(run.read_table("scores")["target"].to_pylist())
     assert names == {"behavior", "behavior:harmful - behavior:harmless"}
     assert taught_here("run", str(tmp_path / "run"), "-q").returncode == 0  # and goes on with it
