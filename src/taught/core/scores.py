@@ -113,7 +113,7 @@ class Scores:
         )
 
     def joined(self, other: Scores) -> Scores:
-        """These targets and those of other scores of the same examples by the same method."""
+        """These targets and those of other scores of the same examples by the same method; details stay these."""
         if other.example_ids != self.example_ids:
             raise ValueError("scores of other examples")
         se = None
@@ -125,7 +125,6 @@ class Scores:
             targets=(*self.targets, *other.targets),
             values=np.concatenate([self.values, other.values], 1),
             se=se,
-            details={**self.details, **other.details},
         )
 
     def plus(self, other: Scores) -> Scores:

@@ -1,8 +1,8 @@
 """Tables of scores that were made elsewhere, to be compared with the methods of a run.
 
-Columns: ``example_id``, ``method``, ``value``; optionally ``target`` (as in ``scores.parquet``: score,
-behavior:GROUP, coefficient:ID; a row without one counts for every target) and ``concept`` (as
-``taught concept-influence`` writes it: the method is then called ``concept:method``).
+Columns: ``example_id``, ``method``, ``value``; optionally ``target``, as in a run's ``scores.parquet``: score,
+behavior:GROUP, coefficient:ID. A row without one counts for every target, and so does one about a concept
+(concept:NAME), which no retraining measures: its method is then called ``NAME:method``.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def read_scores(path: Path) -> list[ScoreRow]:
                 rule="every row has a number in the column value",
                 fix="correct it, or leave the method out",
             )
-        method = f"{row['concept']}:{row['method']}" if row.get("concept") else str(row["method"])
-        found.append(ScoreRow(method, row.get("target") or None, str(row["example_id"]), value))
+        method, target = str(row["method"]), row.get("target") or None
+        if target is not None and str(target).startswith("concept:"):
+            method, target = f"{str(target).removeprefix('concept:')}:{method}", None
+        found.append(ScoreRow(method, target, str(row["example_id"]), value))
     return found
 
 
