@@ -1,7 +1,7 @@
 """How fast a run with very many examples is written and asked, and in how much memory.
 
     python -m benchmarks.big_tables     # a million examples, 75 features: 5 GB of disk
-    python -m benchmarks.big_tables --pairs 50000
+    python -m benchmarks.big_tables --examples 50000
 
 A run folder of made-up numbers is written by the writer that ``taught attribute`` uses, then asked
 as ``taught query`` asks. Each question is a process of its own, so that its time includes opening
@@ -56,7 +56,7 @@ COLUMNS = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A run with very many examples.")
-    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--examples", type=int, default=1_000_000)
     parser.add_argument("--features", type=int, default=75)
     parser.add_argument("--folder", type=Path, help="where to make the run (default: temporary)")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result")

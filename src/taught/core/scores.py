@@ -121,10 +121,7 @@ class Scores:
             parts = [np.full(s.values.shape, np.nan) if s.se is None else s.se for s in (self, other)]
             se = np.concatenate(parts, 1)
         return replace(
-            self,
-            targets=(*self.targets, *other.targets),
-            values=np.concatenate([self.values, other.values], 1),
-            se=se,
+            self, targets=(*self.targets, *other.targets), values=np.concatenate([self.values, other.values], 1), se=se
         )
 
     def plus(self, other: Scores) -> Scores:
