@@ -34,7 +34,7 @@ SETTINGS = {
     "adjoint, few targets": ("attribution.targets=[score, 'behavior:*']",),
     "sketch": ("attribution.estimator=sketch", "attribution.estimator.dim=1024"),
 }
-COMMANDS = ("policy", "attribute", "curate", "report")
+COMMANDS = ("readings", "policy", "attribute", "curate", "report")
 LABELS = ("harmful-refusal", "harmless-compliance")
 PLACES = ("harbour", "market", "bridge", "garden", "station", "school", "forest", "castle")
 THINGS = ("lamps", "ropes", "doors", "wheels", "boats", "fences", "clocks", "pumps", "tents")
@@ -110,10 +110,10 @@ def _rows(folder: Path, examples: int, estimator: str, batch_tokens: int) -> Ite
     study, run = write_study(folder, examples, batch_tokens), folder / "run"
     flags = [flag for value in SETTINGS[estimator] for flag in ("--set", value)]
     for command in COMMANDS:
-        of_study = command in ("policy", "attribute")
-        told = [str(study), "--run", str(run), "--quiet", *flags] if of_study else [str(run)]
+        of_study = command in ("readings", "policy", "attribute")
+        told = ["run", str(study), "--run", str(run), "--only", command, "--quiet", *flags]
         with Clock() as clock:
-            _taught(command, *told)
+            _taught(*(told if of_study else [command, str(run)]))
         yield {
             "examples": examples,
             "estimator": estimator,

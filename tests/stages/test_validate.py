@@ -194,14 +194,15 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
 def test_what_was_curated_is_trained_on_beside_random_examples(attributed, tmp_path):
     study, folder = attributed
     shutil.copytree(folder, tmp_path / "run")
-    study = with_values(study, {"validation.designs": ("curated",), "validation.controls": 5})
+    asked = {"validation.designs": ("curated",), "validation.controls": 5}
     run = RunFolder(tmp_path / "run", fresh=("validate",))
     with pytest.raises(UserError, match="curate has not been run"):
-        do(study, run, "validate")
+        do(with_values(study, asked), run, "validate")
     curated(run, rule="top-k", k=8, target="behavior:harmless")
     with pytest.raises(UserError, match="0 of 8 examples kept"):
-        do(study, run, "validate")
+        do(with_values(run.study, asked), run, "validate")
     curated(run, rule="keep-k", k=5, target="behavior:harmless", protect="score")
+    study = with_values(run.study, asked)
     do(study, run, "validate")
     kept = [json.loads(line)["id"] for line in run.read_text("keep.jsonl").splitlines()]
     trained = members(run, "curated")

@@ -72,7 +72,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         checks = _checks(ready, asked[0], scores, top, works[0])
         shares = _shares(ready, asked, top, work)
         others = concept_method_scores(study, subject, run, ready.inputs, concepts, progress)
-        _write_scores(run, [scores, *others])
+        write_scores(run, [scores, *others])
         if others:
             run.write_table("agreement", agreement([scores, *others]))
         if asked[0].targets.readings is ready.readings:  # else they are of a concept's place and prompts
@@ -173,7 +173,7 @@ def _write_shares(run: RunFolder, tables: Sequence[pa.Table]) -> None:
     run.write_table("token_shares", pa.concat_tables(tables))
 
 
-def _write_scores(run: RunFolder, every: Iterable[Scores]) -> None:
+def write_scores(run: RunFolder, every: Iterable[Scores]) -> None:
     """Write the long table target by target, so that only one is in memory."""
     with run.table_writer("scores", scores_schema(), unique=("example_id",)) as write:
         for scores in every:
