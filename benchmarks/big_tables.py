@@ -139,7 +139,7 @@ def _study(path: Path) -> Study:
     """A study whose files are stubs, which is all that a run folder looks at."""
     folder = path.with_name("inputs")
     (folder / "sae").mkdir(parents=True)
-    for name in ("sae/cfg.json", "prompts.jsonl", "pairs.jsonl"):
+    for name in ("sae/cfg.json", "prompts.jsonl", "examples.jsonl"):
         (folder / name).write_text("{}\n")
     return Study().resolved(folder)
 

@@ -301,7 +301,9 @@ def open_setting(args: argparse.Namespace, progress: RichProgress) -> Setting:
         return opened(study, progress)
     with tempfile.TemporaryDirectory() as folder:
         _write_random_sae(Path(folder), study, args.random_sae)
-        return opened(study.replace("sae.path", folder).replace("features.threshold", 0.0), progress)
+        for key, value in {"sae.path": folder, "sae.max_fvu": 1e9, "features.threshold": 0.0}.items():
+            study = study.replace(key, value)
+        return opened(study, progress)
 
 
 def opened(study: Study, progress: Progress) -> Setting:

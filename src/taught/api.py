@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from taught.core import driver
 from taught.core.estimator import Work
@@ -14,6 +18,7 @@ from taught.core.target import TargetSet
 from taught.data.examples import load_examples
 from taught.data.overlap import drop_overlap
 from taught.data.prompts import load_prompts
+from taught.model.gradients import evaluating
 from taught.model.load import LoadedModel
 from taught.progress import Progress, SilentProgress
 from taught.stages.ready import Data, make_ready, read_here, wanted_targets
@@ -100,20 +105,31 @@ def influence(
     }
     for key, value in (given | ({} if sae is None else {"sae.path": str(sae)})).items():
         study = study.replace(key, value)
-    subject = _subject(study, model, tokenizer)
+    subject = _subject(study, model, tokenizer, kept=folder is not None)
     records = load_examples(examples, study.examples.kind)
     read = load_prompts(prompts)
     records, overlap = drop_overlap(records, read, study.examples.drop_overlap)
     data = Data(read, records, [example_id for example_id, _ in overlap])
-    readings = read_here(study, subject, read, progress)
-    ready = make_ready(study, subject, data, readings)
-    asked = TargetSet.of(wanted_targets(study, readings) if targets is None else targets, readings)
-    work = Work(progress, None, None if folder is None else Path(folder))
-    return driver.scores(ready.problem, ready.inputs, asked, ready.method, work)
+    with evaluating(subject.loaded.model):
+        readings = read_here(study, subject, read, progress)
+        ready = make_ready(study, subject, data, readings)
+        asked = TargetSet.of(wanted_targets(study, readings) if targets is None else targets, readings)
+        work = Work(progress, None, None if folder is None else Path(folder))
+        return driver.scores(ready.problem, ready.inputs, asked, ready.method, work)
 
 
-def _subject(study: Study, model: Any, tokenizer: Any) -> Subject:
+def _subject(study: Study, model: Any, tokenizer: Any, *, kept: bool) -> Subject:
+    """The model, loaded or as it was given; what is kept of a given one belongs to its weights alone."""
     if tokenizer is None:
         return open_subject(study.replace("model.id", str(model)))
-    weights = {"source": "a model that was given"}
-    return open_subject(study, LoadedModel(model.eval(), tokenizer, type(model).__name__, None, weights))
+    weights = {"source": "a model that was given", **({"sha256": _digest(model)} if kept else {})}
+    return open_subject(study, LoadedModel(model, tokenizer, type(model).__name__, None, weights))
+
+
+def _digest(model: nn.Module) -> str:
+    """Hex digest of a model's weights as they are held. Reads a gigabyte in a second or two."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
