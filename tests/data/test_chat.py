@@ -245,7 +245,7 @@ def test_trap_11_nothing_is_truncated_silently() -> None:
     with pytest.raises(UserError, match=f"1 examples are longer than {limit} tokens") as caught:
         FORMATS["chatml"].encode_examples([short, long], limit)
     assert caught.value.value == "long"
-    assert "--drop-truncated" in str(caught.value)
+    assert "examples.drop_truncated" in str(caught.value)
 
     kept, dropped = FORMATS["chatml"].encode_examples([short, long], limit, drop_truncated=True)
     assert ([p.id for p in kept], dropped) == (["short"], ["long"])

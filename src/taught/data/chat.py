@@ -499,5 +499,5 @@ def _truncation_error(cut: Sequence[EncodedExample], max_tokens: int, truncate: 
         rule="no response is cut off silently"
         if truncate == "error"
         else "an example needs at least one response token",
-        fix="raise examples.max_tokens, or pass --drop-truncated",
+        fix="raise examples.max_tokens, or pass --set examples.drop_truncated=true",
     )

@@ -21,7 +21,6 @@ from taught.core.registry import (
     BEHAVIORS,
     CURVATURES,
     ESTIMATORS,
-    TARGETS,
     TRAJECTORIES,
     Choice,
     Registry,
@@ -138,7 +137,6 @@ def _target() -> Rule:
         if value.startswith("mean_y:"):
             fix = f"write behavior:{value.removeprefix('mean_y:')}"
             raise UserError("no target has this name any more", value=value, fix=fix)
-        TARGETS.get(value.partition(":")[0])
         return str(TargetName.parse(value))
 
     return Rule("the name of a target, such as behavior:GROUP", parse)
