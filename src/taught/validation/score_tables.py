@@ -1,8 +1,8 @@
 """Tables of scores that were made elsewhere, to be compared with the methods of a run.
 
-Columns: ``example_id``, ``method``, ``value``; optionally ``target`` (as in ``scores.parquet``: score,
-behavior:GROUP, coefficient:ID; a row without one counts for every target) and ``concept`` (as
-``taught concept-influence`` writes it: the method is then called ``concept:method``).
+Columns: ``example_id``, ``method``, ``value``; optionally ``target`` (one that is compared, such as
+score, behavior:GROUP or coefficient:ID; a row without one counts for every target) and ``concept`` (the
+method is then called ``concept:method``). A study names the files under ``validation.scores``.
 """
 
 from __future__ import annotations
