@@ -204,7 +204,7 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
     Parameters
     ----------
     x_raw, y_raw : [P, d]
-        One row per example. ``taught.core.target.combine_raw_x`` makes ``x_raw``.
+        One row per example. ``taught.targets.policy.combine_raw_x`` makes ``x_raw``.
 
     Returns
     -------
