@@ -1,14 +1,8 @@
 """Tables of scores that were made elsewhere, to be compared with the methods of a run.
 
-<<<<<<< HEAD
 Columns: ``example_id``, ``method``, ``value``; optionally ``target`` (as in ``scores.parquet``: score,
 behavior:GROUP, coefficient:ID). A row without one counts for every target, and so does one of a concept,
 which was not retrained for: of ``concept:NAME`` the method is called NAME:method.
-=======
-Columns: ``example_id``, ``method``, ``value``; optionally ``target`` (one that is compared, such as
-score, behavior:GROUP or coefficient:ID; a row without one counts for every target) and ``concept`` (the
-method is then called ``concept:method``). A study names the files under ``validation.scores``.
->>>>>>> docs
 """
 
 from __future__ import annotations
