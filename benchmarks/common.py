@@ -301,9 +301,9 @@ def _opened(study: Study, progress: RichProgress) -> Setting:
         subject.loaded.model,
         reads,
         subject.behavior,
+        settings.lr,
         block,
         features,
-        settings.lr,
         settings.batch_tokens,
         settings.memory_gb,
     )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import RESULTS, Results, Row, Setting, _opened, console, cotangents, kept, run
+from benchmarks.common import RESULTS, Results, Row, Setting, _opened, console, kept, run
 from benchmarks.ground_truth import ground_truth_study
 from taught.progress import RichProgress
 from taught.study.load import load_study
@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace) -> None:
                 "response_tokens": sum(example.n_scored for example in examples),
                 "share": args.share,
                 "prompts": len(setting.problem.prompts),
-                "target": _target(setting).name,
+                "target": f"behavior:{study.prompts.negative_group}",
                 "curvature": "adam",
                 "recipe": {
                     key: getattr(study.validation, key) for key in ("optimizer", "lr", "epochs", "batch", "seed")
@@ -77,13 +77,6 @@ def chosen(setting: Setting, label: str, others: int) -> list[Example]:
     return inside + [rest[i] for i in places]
 
 
-def _target(setting: Setting) -> Any:
-    from taught.core.target import mean_y_target
-
-    negative = setting.study.prompts.negative_group
-    return mean_y_target(setting.policy.prompt_ids, setting.groups, negative)
-
-
 def _inside(setting: Setting) -> NDArray[np.bool_]:
     """The prompts of the negative group."""
     return np.array([group == setting.study.prompts.negative_group for group in setting.groups])
@@ -91,12 +84,16 @@ def _inside(setting: Setting) -> NDArray[np.bool_]:
 
 def _shares(setting: Setting, examples: Sequence[Example]) -> list[NDArray[np.float64]]:
     """Share of each response token in its example's effect on the target, by a step of Adam."""
-    from taught.curvatures.adam import with_adam
+    import torch
+
+    from taught.core.estimator import Work
+    from taught.curvatures.adam import Adam
     from taught.estimators.token_shares import token_effects
 
-    problem = with_adam(setting.problem, examples, moments=None, eps=setting.study.attribution.adam_eps)
-    A, B = cotangents([_target(setting)], setting.policy)
-    return [share[:, 0].numpy() for share in token_effects(problem, examples, A, B)]
+    problem = setting.problem.within(Adam().fit(setting.problem, examples, Work()))
+    inside = torch.from_numpy(_inside(setting)).double()
+    shares = token_effects(problem, examples, None, (inside / inside.sum())[None])
+    return [share[:, 0].numpy() for share in shares]
 
 
 def masked_sets(examples: Sequence[Example], shares: Shares, share: float, draws: int) -> dict[str, list[Example]]:

@@ -23,7 +23,6 @@ from taught.policy.checks import checks
 from taught.run.folder import RunFolder
 from taught.stats.intervals import Interval
 from taught.stats.ranks import spearman
-from taught.study.load import study_from_dict
 from taught.study.schema import Study
 
 HARMFUL = ["chemical_biological", "cybercrime", "fraud", "harassment", "self_harm", "weapons"]
@@ -84,7 +83,7 @@ def build_synthetic_run(
     size
         Numbers of prompts, selected features and examples.
     stages
-        Which stages have run.
+        Which stages have run, after ``readings``.
     hostile
         Put markup, scripts and terminal escapes into every text of the data.
     sae
@@ -98,7 +97,7 @@ def build_synthetic_run(
     """
     made = _Made(size, hostile, np.random.default_rng(seed))
     made.sae, made.concepts, made.extra = sae, concepts, extra
-    run, study = (RunFolder(path, command="taught demo"), synthetic_study(path, sae=sae))
+    run, study = RunFolder(path, command="taught demo"), synthetic_study(path, sae=sae)
     writers = {
         "readings": _write_readings,
         "policy": _write_policy,
@@ -106,7 +105,7 @@ def build_synthetic_run(
         "attribute": _write_attribute,
         "curate": _write_curate,
     }
-    for stage in ("readings", *(name for name in stages if sae or name not in ("policy", "clamp"))):
+    for stage in dict.fromkeys(("readings", *stages)):
         with run.stage(stage, study, {"model.weights": "5af571cb"}):
             writers[stage](run, made)
     return path
@@ -128,6 +127,7 @@ class _Made:
     def __init__(self, size: Size, hostile: bool, rng: np.random.Generator) -> None:
         n, d, p = size.prompts, size.features, size.examples
         self.rng, self.hostile, self.n, self.d, self.p = rng, hostile, n, d, p
+        self.sae, self.concepts, self.extra = True, False, ()
         self.groups = ["harmful" if i < 2 * n // 3 else "harmless" for i in range(n)]
         self.categories = [
             HARMFUL[i % len(HARMFUL)] if g == "harmful" else HARMLESS[i % len(HARMLESS)]
@@ -216,24 +216,29 @@ def synthetic_study(path: Path, *, sae: bool = True) -> Study:
     (folder / "sae" / "cfg.json").write_text("{}")
     for name in ("prompts.jsonl", "pairs.jsonl"):
         (folder / name).write_text("{}\n")
-    groups = {"positive_group": "harmful", "negative_group": "harmless"}
-    return study_from_dict(
-        {
-            "name": "refusal-smollm2",
-            "sae": {"path": "./sae" if sae else None},
-            "prompts": groups,
-            "examples": {"path": "pairs.jsonl"},
-            "policy": {"intercept": True},
-        },
-        folder,
-    )
+    study = Study()
+    values = {
+        "name": "refusal-smollm2",
+        "model.id": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "sae.path": str(folder / "sae") if sae else None,
+        "prompts.path": str(folder / "prompts.jsonl"),
+        "prompts.positive_group": "harmful",
+        "prompts.negative_group": "harmless",
+        "examples.path": str(folder / "pairs.jsonl"),
+        "examples.positive_label": LABELS[0],
+        "examples.negative_label": LABELS[1],
+        "policy.intercept": True,
+    }
+    for key, value in values.items():
+        study = study.replace(key, value)
+    return study
 
 
 def _table(run: RunFolder, name: str, columns: dict[str, object]) -> None:
     run.write_table(name, pa.table(columns))
 
 
-def _write_prompts(run: RunFolder, made: _Made) -> None:
+def _write_readings(run: RunFolder, made: _Made) -> None:
     texts = [
         made.text(FORMS[i % 2 if g == "harmful" else 2 + i % 2].format(TOPICS[i % len(TOPICS)]))
         for i, g in enumerate(made.groups)
@@ -262,10 +267,6 @@ def _write_prompts(run: RunFolder, made: _Made) -> None:
         },
         {"prompt_ids": made.prompt_ids},
     )
-
-
-def _write_readings(run: RunFolder, made: _Made) -> None:
-    _write_prompts(run, made)
     if made.sae:
         ids = {"prompt_ids": made.prompt_ids, "feature_ids": made.feature_ids.tolist()}
         run.write_tensors("activations", {"X": made.X}, ids)
@@ -273,7 +274,17 @@ def _write_readings(run: RunFolder, made: _Made) -> None:
 
 
 def _write_policy(run: RunFolder, made: _Made) -> None:
-    _write_coefficients(run, made)
+    columns = {
+        "feature_id": made.feature_ids,
+        "coef": made.W,
+        "lo": made.W - 1.96 * made.se,
+        "hi": made.W + 1.96 * made.se,
+        "sign_stability": np.clip(0.5 + np.abs(made.W) / (4 * made.se), 0.5, 1.0),
+        "label": made.labels,
+    }
+    _table(run, "coefficients", columns)
+    y_hat = made.y.mean() + made.Xc @ made.W + made.rng.normal(0, 0.3, made.n)
+    _table(run, "predictions", {"prompt_id": made.prompt_ids, "y_hat": y_hat})
     run.write_json("policy", _policy_record(made))
     run.write_json("faithfulness", _faithfulness_record(made))
     _write_audit(run, made)
@@ -298,21 +309,6 @@ def _write_features(run: RunFolder, made: _Made) -> None:
         },
     )
     run.write_json("labels", {str(f): _label(made, j) for j, f in enumerate(made.feature_ids)})
-
-
-def _write_coefficients(run: RunFolder, made: _Made) -> None:
-    _table(
-        run,
-        "coefficients",
-        {
-            "feature_id": made.feature_ids,
-            "coef": made.W,
-            "lo": made.W - 1.96 * made.se,
-            "hi": made.W + 1.96 * made.se,
-            "sign_stability": np.clip(0.5 + np.abs(made.W) / (4 * made.se), 0.5, 1.0),
-            "label": made.labels,
-        },
-    )
 
 
 def _label(made: _Made, j: int) -> dict:
@@ -486,6 +482,9 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
             "loss": made.loss,
         },
     )
+    named = list(made.targets())
+    record = {"method": "adjoint", "targets": named, "ranked_by": named[0], "lr": 1e-4}
+    run.write_json("attribution", record)
     _write_scores(run, made)
     _write_summary(run, made)
     _write_token_shares(run, made)

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from taught.report.compared import compared_tables, design_tables
 from taught.stages.estimating import prepare, read_data
 
 from taught import stages
@@ -19,6 +18,8 @@ from taught.cli.app import run_command
 from taught.errors import UserError
 from taught.estimators.adjoint import targets_at_once
 from taught.progress import SilentProgress
+from taught.report.sections.validation import CEILING, lds_blocks
+from taught.report.show import show_run
 from taught.run.files import sha256_file
 from taught.run.folder import RunFolder
 from taught.run.pieces import PartialFolder
@@ -28,7 +29,6 @@ from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman
 from taught.study.load import load_study
 from taught.validation.comparison import is_planted, truths
-from taught.validation.score_tables import placed, read_scores
 from tiny_study import SMALL_STEPS, with_values, write_tiny_study
 
 ALL = ("adjoint+adam", "sketch", "sketch+autocorrelation")
@@ -180,8 +180,7 @@ def test_tables_for_the_terminal_show_every_method(compared):
     from rich.console import Console
 
     console = Console(width=200, record=True, file=io.StringIO())
-    for table in compared_tables(compared):
-        console.print(table)
+    console.print(show_run(compared, "validation"))
     text = console.export_text()
     for method in ("adjoint", *ALL, "response-length"):
         assert method in text
@@ -260,9 +259,9 @@ def test_repeats_train_the_same_subsets_with_other_seeds(compared):
     assert len(ceilings) == 3 + 6  # the score, two groups, six coefficients
     stages.report(run)
     assert ">noise ceiling<" in run.path("report.html").read_text()
-    (table,) = design_tables(run.read_table("lds").to_pylist(), list(ceilings.values()))
-    name, cells = table.rows[-1]
-    assert name == "noise ceiling" and cells[table.targets.index("score")].raw == row["ceiling"]
+    _, table, *_ = lds_blocks(run.read_table("lds").to_pylist(), list(ceilings.values()))
+    name, raw, controlled = table.rows[-1]
+    assert table.caption.startswith("S,") and name == CEILING and raw.value == row["ceiling"] and controlled is None
 
 
 def test_outcomes_without_repeats_are_read_as_one(compared):
@@ -286,7 +285,7 @@ def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path, monke
     table = pa.table(
         {
             "example_id": [r["example_id"] for r in own],
-            "concept": ["refusal"] * 14,
+            "target": ["concept:refusal"] * 14,
             "method": ["vector-filter"] * 14,
             "value": [r["value"] for r in own],
         }
@@ -310,31 +309,6 @@ def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path, monke
     (tmp_path / "theirs.csv").write_text("example_id,method,target,value\n" + "".join(lines[::-1]))
     with pytest.raises(UserError, match="scores sha256"):
         stages.compare(run.study, run, ALL, None, files)
-
-
-IDS = ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("rows", "what"),
-    [
-        ("example_id,value\na,1\nb,2\n", "without method"),
-        ("example_id,method,value\n", "no rows"),
-        ("example_id,method,value\na,m,1\nb,m,nan\n", "not a finite number"),
-        ("example_id,method,value\na,m,1\nb,m,high\n", "not a finite number"),
-        ("example_id,method,value\na,m,1\nb,m,1\nc,m,1\n", "unknown examples"),
-        ("example_id,method,value\na,m,1\n", "missing"),
-        ("example_id,method,target,value\na,m,score,1\nb,m,,1\n", "missing"),
-        ("example_id,method,value\na,m,1\nb,m,1\na,m,2\n", "two scores"),
-        ("example_id,method,value\na,loss,1\nb,loss,1\n", "of this name already"),
-        ("example_id,method,target,value\na,m,scores,1\nb,m,scores,1\n", "not compared"),
-    ],
-)
-def test_tables_that_do_not_fit_are_refused_by_name(tmp_path, rows, what):
-    file = tmp_path / "scores.csv"
-    file.write_text(rows)
-    with pytest.raises(UserError, match=what):
-        placed(read_scores(file), IDS, ["score", "behavior:harmless"], {"loss"})
 
 
 # --- the benchmark --------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from taught.report.compared import compared_tables, curve_sentences
 
 from taught import stages
 from taught.errors import UserError
 from taught.progress import SilentProgress
+from taught.report.sections.validation import curve_sentences
+from taught.report.show import show_run
 from taught.run.folder import RunFolder
 from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman
@@ -75,8 +76,7 @@ def members(run: RunFolder, design: str) -> dict[str, list[str]]:
 
 def printed(run: RunFolder) -> str:
     console = Console(width=240, file=io.StringIO())
-    for table in compared_tables(run):
-        console.print(table)
+    console.print(show_run(run, "validation"))
     return console.file.getvalue()
 
 

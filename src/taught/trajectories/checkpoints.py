@@ -46,6 +46,7 @@ class Checkpoints:
         (), rules.list_of(_CHECKPOINT), "[{id: folder or hub id, lr: 2.0e-5}, ...]"
     )
     single: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.checkpoints)
