@@ -47,7 +47,7 @@ def test_import_taught_is_light(python):
     assert not modules & (HEAVY | {"yaml", "rich", "cyclopts"})
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["policy", "--help"], ["--version"], ["nonsense"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["nonsense"]])
 def test_the_command_line_answers_without_heavy_imports(python, arguments):
     code = (
         "import contextlib, io; from taught.cli.app import run_command\n"

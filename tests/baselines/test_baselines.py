@@ -24,7 +24,8 @@ from taught.baselines.baselines import (
     similarities,
     words,
 )
-from taught.core.target import mean_y_target
+from taught.core.readings import Readings
+from taught.core.target import TargetSet
 from taught.errors import UserError
 from taught.estimators.adjoint import target_effects
 from taught.model.gradients import Factor
@@ -139,10 +140,8 @@ def test_a_group_is_the_same_however_its_prompts_are_packed(monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_dot_product_is_the_adjoint_at_a_learning_rate_of_one(name):
     problem = tiny_problem(tiny_model(name), lr=0.02)
-    ids = [prompt.id for prompt in tiny_prompts()]
-    names = ["odd" if i in GROUPS["odd"] else "even" for i in ids]
-    B = torch.from_numpy(mean_y_target(ids, names, "odd").B)
-    effects, _ = target_effects(problem, tiny_examples(), torch.zeros(1, len(ids), 5), B[None])
+    readings = Readings(tuple(prompt.id for prompt in tiny_prompts()), np.zeros(6), GROUPS)
+    effects, _ = target_effects(problem, tiny_examples(), *TargetSet.of(["behavior:odd"], readings).cotangents())
     made = gradient_products(problem, tiny_examples(), GROUPS)
     np.testing.assert_allclose(0.02 * made.dots["odd"], effects[:, 0].numpy(), rtol=1e-8)
 

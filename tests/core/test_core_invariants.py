@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 import taught.estimators.adjoint as adjoint
 import taught.estimators.every_prompt as pe
+from reference import readings_of
 from taught.core.example import sft
-from taught.core.target import raw_x_targets, score_targets
+from taught.core.target import TargetSet
 from taught.errors import UserError
 from taught.estimators.adjoint import feature_effects, target_effects
 from taught.estimators.every_prompt import prompt_effects
 from taught.estimators.finite_step import finite_steps
 from taught.model.readout import read_prompts
 from taught.policy.ridge import exact_shift, fit_policy, score
+from taught.targets.policy import RawX
 from tiny_models import (
     BLOCK,
     MODELS,
@@ -52,27 +54,20 @@ def policy_of(problem):
 
 
 def score_arrays(policy):
-    x, y = score_targets(policy)
-    return (
-        torch.stack([torch.from_numpy(x.A), torch.zeros(x.A.shape).double()]),
-        torch.stack([torch.zeros(policy.n).double(), torch.from_numpy(y.B)]),
-    )
+    return TargetSet.of(["score:x", "score:y"], readings_of(policy)).cotangents()
 
 
 def all_effects(problem, examples=None) -> dict[str, torch.Tensor]:
     examples = tiny_examples() if examples is None else examples
     policy = policy_of(problem)
     effects, losses = target_effects(problem, examples, *score_arrays(policy))
-    raw = [t.A for t in raw_x_targets(policy)]
-    F = feature_effects(problem, examples, raw, torch.tensor(policy.X))
+    F = feature_effects(problem, examples, RawX(policy), torch.tensor(policy.X))
     return {"score": effects, "losses": losses, "F": F, "dy": prompt_effects(problem, examples)}
 
 
 ROUTES = {
     "target_effects": lambda p, z: target_effects(p, z, *score_arrays(policy_of(p))),
-    "feature_effects": lambda p, z: feature_effects(
-        p, z, [t.A for t in raw_x_targets(policy_of(p))], torch.tensor(policy_of(p).X)
-    ),
+    "feature_effects": lambda p, z: feature_effects(p, z, RawX(policy_of(p)), torch.tensor(policy_of(p).X)),
     "prompt_effects": prompt_effects,
 }
 
@@ -81,7 +76,7 @@ ROUTES = {
 @pytest.mark.parametrize(
     "change", [{"batch_tokens": 1}, {"batch_tokens": 10_000}, {"memory_gb": 1e-9}, {"memory_gb": 2e-5}], ids=str
 )
-def test_invariant_3_batches_and_memory_do_not_change_results(name: str, change: dict) -> None:
+def test_batches_and_memory_do_not_change_results(name: str, change: dict) -> None:
     problem = tiny_problem(tiny_model(name))
     reference, other = all_effects(problem), all_effects(replace(problem, **change))
     for key, value in reference.items():
@@ -151,7 +146,7 @@ def test_parameters_shared_between_blocks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["tied", "gpt2"])
-def test_invariant_3_order_of_examples_and_of_prompts_does_not_matter(name: str) -> None:
+def test_order_of_examples_and_of_prompts_does_not_matter(name: str) -> None:
     problem = tiny_problem(tiny_model(name), "jumprelu", "mean_user")
     reference = all_effects(problem)
     turn = [2, 0, 3, 1]
@@ -177,7 +172,7 @@ def test_a_example_s_effect_does_not_depend_on_the_other_examples() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("route", ROUTES)
-def test_invariant_4_attribution_leaves_the_model_as_it_was(name: str, route: str) -> None:
+def test_attribution_leaves_the_model_as_it_was(name: str, route: str) -> None:
     problem = tiny_problem(tiny_model(name))
     problem.model.train()
     next(iter(problem.model.parameters())).requires_grad_(False)
@@ -188,7 +183,7 @@ def test_invariant_4_attribution_leaves_the_model_as_it_was(name: str, route: st
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_invariant_4_attribution_leaves_the_model_as_it_was_after_a_failure(route: str, error) -> None:
+def test_attribution_leaves_the_model_as_it_was_after_a_failure(route: str, error) -> None:
     class Fails:
         def advance(self, _count: int) -> None:
             raise error
@@ -196,11 +191,10 @@ def test_invariant_4_attribution_leaves_the_model_as_it_was_after_a_failure(rout
     problem = tiny_problem(tiny_model("tied"))
     before = snapshot(problem.model)
     policy = policy_of(problem)
-    raw = [t.A for t in raw_x_targets(policy)]
     run = {
         "target_effects": lambda: target_effects(problem, tiny_examples(), *score_arrays(policy), progress=Fails()),
         "feature_effects": lambda: feature_effects(
-            problem, tiny_examples(), raw, torch.tensor(policy.X), progress=Fails()
+            problem, tiny_examples(), RawX(policy), torch.tensor(policy.X), progress=Fails()
         ),
         "prompt_effects": lambda: prompt_effects(problem, tiny_examples(), progress=Fails()),
     }
@@ -262,8 +256,8 @@ def test_training_on_a_prefix_raises_it_for_the_same_prompt() -> None:
     assert dy[0, 0] > 0
 
 
-def test_trap_8_influence_sees_response_tokens_only() -> None:
-    # Trap 8: with the loss on all tokens another number comes out.
+def test_influence_sees_response_tokens_only() -> None:
+    # With the loss on all tokens another number comes out.
     problem = tiny_problem(tiny_model("untied"), lr=1.0)
     ids, start = PAIRS[0]
     masked, whole = sft("a", ids, start), sft("b", ids, 1)
@@ -279,8 +273,8 @@ def test_trap_8_influence_sees_response_tokens_only() -> None:
     assert (dy[0] - dy[1]).abs().max() > 0.1 * dy[0].abs().max()
 
 
-def test_trap_2_a_closed_gate_carries_no_effect() -> None:
-    # Trap 2: with every gate closed only y can move, and X and its effects are exactly zero.
+def test_a_closed_gate_carries_no_effect() -> None:
+    # With every gate closed only y can move, and X and its effects are exactly zero.
     features = tiny_features()
     closed = replace(features.sae, b_enc=features.sae.b_enc - 1e3)
     problem = tiny_problem(tiny_model("tied"), features=replace(features, sae=closed))
@@ -292,8 +286,7 @@ def test_trap_2_a_closed_gate_carries_no_effect() -> None:
     assert not step.dX.any() and step.dy.any()
 
 
-def test_trap_7_the_proxy_and_the_true_encoder_give_different_effects() -> None:
-    # Trap 7.
+def test_the_proxy_and_the_true_encoder_give_different_effects() -> None:
     A, B = torch.ones(1, 6, 5, dtype=torch.float64), torch.zeros(1, 6, dtype=torch.float64)
     model = tiny_model("tied")
     found = [
@@ -320,8 +313,7 @@ def test_half_precision_ranks_examples_as_double_precision_does(dtype: torch.dty
     half = replace(problem, model=tiny_model("tied").to(dtype), features=replace(problem.features, sae=sae))
     policy = policy_of(problem)
     examples, score = tiny_examples(), score_arrays(policy)
-    F = [t.A for t in raw_x_targets(policy)]
-    X = torch.tensor(policy.X)
+    F, X = RawX(policy), torch.tensor(policy.X)
     for route in (
         lambda p: target_effects(p, examples, *score)[0],
         lambda p: feature_effects(p, examples, F, X),

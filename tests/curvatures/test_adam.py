@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reference import LR, Readouts, close, naive_X
-from taught.curvatures.adam import estimate_moments, moments_from_optimizer, with_adam
+from taught.core.estimator import Work
+from taught.core.problem import Problem
+from taught.curvatures.adam import Adam, adam_metric, estimate_moments, moments_from_optimizer
 from taught.errors import UserError
 from taught.estimators.adjoint import feature_effects, target_effects
 from taught.estimators.every_prompt import prompt_effects
@@ -67,8 +69,12 @@ def forward_mode(name: str, number: int):
 
 
 def problem_of(name: str, **options):
-    problem = tiny_problem(model_of(name), lr=LR, **options)
-    return with_adam(problem, tiny_examples(), moments=moments_of(name), eps=EPS)
+    return given(tiny_problem(model_of(name), lr=LR, **options), moments_of(name))
+
+
+def given(problem: Problem, moments: dict[str, torch.Tensor], eps: float = EPS) -> Problem:
+    """Steps in the metric of these second moments."""
+    return problem.within(adam_metric(problem, moments, eps))
 
 
 def references(name: str):
@@ -157,11 +163,11 @@ def test_moments_are_estimated_where_none_are_given_and_only_of_what_moves() -> 
     model, patterns = tiny_model("tied"), ("*mlp*", "model.embed_tokens.*")
     problem = tiny_problem(model, parameters=patterns)
     before = snapshot(model)
-    made = with_adam(problem, tiny_examples(), moments=None, eps=EPS)
+    made = problem.within(Adam(eps=EPS).fit(problem, tiny_examples(), Work()))
     assert same(before, snapshot(model))
     v = estimate_moments(tiny_problem(model), tiny_examples())
-    assert set(made.scale) == set(moving_parameters(model, patterns))
-    for name, scale in made.scale.items():
+    assert set(made.metric.scale) == set(moving_parameters(model, patterns))
+    for name, scale in made.metric.scale.items():
         torch.testing.assert_close(scale, 1 / (v[name].sqrt() + EPS), rtol=1e-12, atol=0)
     found = prompt_effects(made, tiny_examples())
     for row, tangent in zip(found, tangents(made, tiny_examples()), strict=True):
@@ -193,7 +199,7 @@ def test_moments_are_those_that_the_optimizer_divides_by(named: bool) -> None:
 
 def test_a_step_is_that_of_torch_s_adam_after_long_training() -> None:
     model = tiny_model("untied")
-    problem = with_adam(tiny_problem(model), [], moments=moments_of("untied"), eps=EPS)
+    problem = given(tiny_problem(model), moments_of("untied"))
     _, direction = step_direction(problem, tiny_examples()[0])
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     # No momentum; moments that one step does not change, and their bias correction over.
@@ -217,8 +223,8 @@ def test_a_file_of_moments_is_read_by_name(suffix: str, tmp_path) -> None:
     if suffix:
         tensors |= {n + ".exp_avg": -v for n, v in moments_of("tied").items()}
     save_file(tensors, file)
-    made = with_adam(tiny_problem(model_of("tied")), [], moments=file, eps=EPS)
-    for name, scale in problem_of("tied").scale.items():
+    made = Adam(moments=str(file), eps=EPS).fit(tiny_problem(model_of("tied")), [], Work())
+    for name, scale in problem_of("tied").metric.scale.items():
         assert torch.equal(made.scale[name], scale)
 
 
@@ -245,9 +251,9 @@ def test_moments_that_do_not_fit_the_model_are_refused_by_name(change, message: 
     moments["model.norm.weight"] = change(moments["model.norm.weight"])
     moments = {n: v for n, v in moments.items() if v is not None}
     with pytest.raises(UserError, match=message):
-        with_adam(tiny_problem(model_of("tied")), [], moments=moments, eps=EPS)
+        given(tiny_problem(model_of("tied")), moments)
     only = tiny_problem(model_of("tied"), parameters=("*mlp*",))  # what does not move is not asked
-    assert with_adam(only, [], moments=moments, eps=EPS).scale
+    assert given(only, moments).metric.scale
 
 
 def test_names_that_do_not_fit_the_optimizer_are_refused() -> None:
@@ -258,6 +264,6 @@ def test_names_that_do_not_fit_the_optimizer_are_refused() -> None:
 
 
 def test_a_step_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(UserError, match=r"not finite(.|\n)*raise attribution\.adam_eps"):
+    with pytest.raises(UserError, match=r"not finite(.|\n)*raise attribution\.curvature\.eps"):
         moments = {n: v * 0 for n, v in moments_of("tied").items()}
-        with_adam(tiny_problem(model_of("tied")), [], moments=moments, eps=1e-320)
+        given(tiny_problem(model_of("tied")), moments, 1e-320)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reference import Readouts, close
+from taught.core.estimator import Work
 from taught.core.example import Example, batch_examples, make_batch, sft
+from taught.core.problem import Problem
 from taught.curvatures import ekfac
-from taught.curvatures.ekfac import curved_layers, draw_labels, fit_ekfac, with_ekfac
+from taught.curvatures.ekfac import Ekfac, curved_layers, draw_labels, fit_ekfac
 from taught.errors import UserError
 from taught.estimators.adjoint import feature_effects, target_effects
 from taught.estimators.every_prompt import prompt_effects
@@ -33,7 +35,11 @@ def model_of(name: str) -> nn.Module:
 
 @cache
 def problem_of(name: str):
-    return with_ekfac(tiny_problem(model_of(name)), tiny_examples(), damping=DAMPING)
+    return curved(tiny_problem(model_of(name)), tiny_examples())
+
+
+def curved(problem: Problem, examples: list[Example]) -> Problem:
+    return problem.within(Ekfac(damping=DAMPING).fit(problem, examples, Work()))
 
 
 def labels_of(model: nn.Module, example: Example, seed: int = 0) -> list[int]:
@@ -80,7 +86,7 @@ def dense(name: str) -> dict[str, tuple[Tensor, Tensor]]:
 def eigenvalues(name: str, layer: str) -> Tensor:
     """Mean over examples of the squared coordinates of G in the Kronecker basis, written out."""
     model = model_of(name)
-    rows, columns = problem_of(name).basis[layer]
+    rows, columns = problem_of(name).metric.basis[layer]
     basis = torch.kron(rows, columns)  # columns: rows_i (x) columns_j, the weight flattened by rows
     total = 0.0
     for example in tiny_examples():
@@ -91,7 +97,7 @@ def eigenvalues(name: str, layer: str) -> Tensor:
 
 def inverse(name: str, layer: str) -> Tensor:
     """C^-1 of one layer as a matrix on the flattened weight."""
-    basis = torch.kron(*problem_of(name).basis[layer])
+    basis = torch.kron(*problem_of(name).metric.basis[layer])
     v = eigenvalues(name, layer).flatten()
     return basis @ torch.diag(1 / (v + DAMPING * v.mean())) @ basis.T
 
@@ -122,7 +128,7 @@ def test_the_layers_are_the_linear_ones_of_the_blocks() -> None:
 @models
 def test_the_basis_are_eigenvectors_of_both_covariances(name: str) -> None:
     for layer, squares in dense(name).items():
-        for vectors, square in zip(problem_of(name).basis[layer], squares, strict=True):
+        for vectors, square in zip(problem_of(name).metric.basis[layer], squares, strict=True):
             one = torch.eye(len(square), dtype=square.dtype)
             torch.testing.assert_close(vectors.T @ vectors, one, rtol=0, atol=1e-12)
             inside = vectors.T @ square @ vectors
@@ -132,7 +138,7 @@ def test_the_basis_are_eigenvectors_of_both_covariances(name: str) -> None:
 
 @models
 def test_eigenvalues_are_those_of_explicit_gradients_in_the_explicit_basis(name: str) -> None:
-    for layer, scale in problem_of(name).scale.items():
+    for layer, scale in problem_of(name).metric.scale.items():
         v = eigenvalues(name, layer)
         torch.testing.assert_close(1 / scale, v + DAMPING * v.mean(), rtol=1e-8, atol=0)
 
@@ -140,10 +146,9 @@ def test_eigenvalues_are_those_of_explicit_gradients_in_the_explicit_basis(name:
 @models
 def test_the_metric_is_symmetric_and_positive(name: str) -> None:
     problem, draw = problem_of(name), torch.Generator().manual_seed(2)
-    for layer in problem.scale:
-        shape = problem.scale[layer].shape
-        some = torch.randn(8, *shape, generator=draw, dtype=torch.float64)
-        divided = torch.stack([problem.divided(layer, g) for g in some])
+    for layer, scale in problem.metric.scale.items():
+        some = torch.randn(8, *scale.shape, generator=draw, dtype=torch.float64)
+        divided = torch.stack([problem.metric.solve(layer, g) for g in some])
         products = some.flatten(1) @ divided.flatten(1).T
         torch.testing.assert_close(products, products.T, rtol=1e-10, atol=1e-10)
         assert torch.linalg.eigvalsh(products).min() > 0
@@ -265,7 +270,7 @@ def test_where_gradients_factorise_it_is_the_damped_fisher_matrix_itself(monkeyp
 
     monkeypatch.setattr(ekfac, "draw_labels", given)
     problem = replace(tiny_problem(tiny_model("tied")), model=model)
-    made = with_ekfac(problem, examples, damping=DAMPING)
+    made = curved(problem, examples)
     F = torch.zeros(15, 15, dtype=torch.float64)
     for example in examples:
         logits = model(torch.tensor([[example.ids[0]]])).logits[0, 0]
@@ -275,7 +280,7 @@ def test_where_gradients_factorise_it_is_the_damped_fisher_matrix_itself(monkeyp
     exact = torch.linalg.inv(F + DAMPING * F.trace() / 15 * torch.eye(15, dtype=torch.float64))
     draw = torch.Generator().manual_seed(3)
     q = torch.randn(3, 5, generator=draw, dtype=torch.float64)
-    found = made.divided("blocks.0.weight", q)
+    found = made.metric.solve("blocks.0.weight", q)
     torch.testing.assert_close(found.flatten(), exact @ q.flatten(), rtol=1e-9, atol=1e-11)
 
 
@@ -306,11 +311,11 @@ def test_the_mean_over_labels_is_the_gauss_newton_matrix_of_the_mean_loss() -> N
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny_model("untied")
     before = snapshot(model)
-    made = with_ekfac(tiny_problem(model, checkpointing=True), tiny_examples(), damping=DAMPING)
+    made = curved(tiny_problem(model, checkpointing=True), tiny_examples())
     assert same(before, snapshot(model))
-    assert set(made.scale) == set(moving_parameters(model, made.parameters)) == set(made.basis)
-    for layer, scale in problem_of("untied").scale.items():
-        torch.testing.assert_close(made.scale[layer], scale, rtol=1e-8, atol=0)
+    assert set(made.metric.scale) == set(moving_parameters(model, made.parameters)) == set(made.metric.basis)
+    for layer, scale in problem_of("untied").metric.scale.items():
+        torch.testing.assert_close(made.metric.scale[layer], scale, rtol=1e-8, atol=0)
 
 
 def test_layers_without_a_gradient_or_with_one_that_is_not_finite_are_refused() -> None:
@@ -318,8 +323,8 @@ def test_layers_without_a_gradient_or_with_one_that_is_not_finite_are_refused() 
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.down_proj.weight").zero_()
     with pytest.raises(UserError, match=r"curvature of some layers is zero(.|\n)*layers\.1\.mlp\.up"):
-        with_ekfac(tiny_problem(model), tiny_examples(), damping=DAMPING)
+        curved(tiny_problem(model), tiny_examples())
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.down_proj.weight").fill_(float("nan"))
     with pytest.raises(UserError, match=r"not finite(.|\n)*z0"):
-        with_ekfac(tiny_problem(model), tiny_examples(), damping=DAMPING)
+        curved(tiny_problem(model), tiny_examples())

@@ -10,13 +10,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from taught.core.driver import Method
+from taught.core.estimator import Work
 from taught.core.example import example_losses
-from taught.curvatures.adam import estimate_moments, with_adam
+from taught.core.registry import Choice
+from taught.curvatures.adam import Adam, estimate_moments
 from taught.curvatures.ekfac import curved_layers, fit_ekfac
 from taught.errors import UserError
 from taught.estimators import cost
 from taught.estimators.adjoint import feature_effects, target_effects
-from taught.estimators.cost import attribution_cost, validation_cost
+from taught.estimators.cost import Asked, attribution_cost, validation_cost
 from taught.estimators.every_prompt import prompt_effects
 from taught.estimators.finite_step import finite_steps
 from taught.estimators.forward import tangents
@@ -56,9 +59,10 @@ def done(work) -> float:
     return float(counted.by_operator.total())
 
 
-def announced(problem, **changes) -> dict[str, float]:
-    how = {"estimator": "adjoint", "coefficients": True, "exact_top": 0, "groups": 2}
-    return attribution_cost(problem, tiny_examples(), targets=TARGETS, **{**how, **changes})
+def announced(problem, estimator="adjoint", curvature="identity", examples=None, **changes) -> dict[str, float]:
+    asked = Asked(**{"features": TARGETS, "queries": 4, "every": True, **changes})
+    curved = Choice(curvature) if isinstance(curvature, str) else curvature
+    return attribution_cost(problem, examples or tiny_examples(), asked, Method(Choice(estimator), curved))
 
 
 @pytest.fixture(params=MODELS)
@@ -102,10 +106,7 @@ def test_every_example_meets_every_prompt_at_one_multiplication_a_weight(problem
 
     def prompts(n: int, p: int) -> float:
         many = replace(problem, prompts=n * list(problem.prompts), batch_tokens=1)
-        cost = attribution_cost(
-            many, p * tiny_examples(), targets=TARGETS, groups=2, estimator="adjoint", coefficients=True, exact_top=0
-        )
-        return cost["prompts"]
+        return announced(many, examples=p * tiny_examples())["prompts"]
 
     met = prompts(2, 2) - prompts(2, 1) - prompts(1, 2) + prompts(1, 1)
     weights = sum(p.numel() for p in find_blocks(problem.model).parameters() if p.ndim > 1)
@@ -118,17 +119,19 @@ def test_few_targets_are_announced_as_they_are_done(problem):
     A, B = torch.ones(4, n, TARGETS).double(), torch.ones(4, n).double()
     A[1:], B[0], B[2, : n // 2], B[3, n // 2 :] = 0, 0, 0, 0
     work = done(lambda: target_effects(problem, tiny_examples(), A, B))
-    assert announced(problem, coefficients=False)["targets"] == pytest.approx(work, rel=0.15)
+    assert announced(problem, every=False)["targets"] == pytest.approx(work, rel=0.15)
 
 
-def test_steps_by_adam_are_announced_as_they_are_done(problem):
-    adam = with_adam(problem, tiny_examples(), moments=None, eps=1e-3)
+def test_steps_by_adam_are_announced_as_they_are_done(problem, tmp_path):
+    adam = problem.within(Adam(eps=1e-3).fit(problem, tiny_examples(), Work()))
     moments = done(lambda: estimate_moments(problem, tiny_examples()))
     prompts = done(lambda: prompt_effects(adam, tiny_examples()))
     expected = announced(problem, curvature="adam")
     assert expected["second moments"] == pytest.approx(moments, rel=0.15)
-    assert expected["prompts"] == pytest.approx(prompts, rel=0.3)
-    assert "second moments" not in announced(problem, curvature="adam", estimated=False)
+    assert expected["prompts"] + expected["products of the output"] == pytest.approx(prompts, rel=0.3)
+    file = tmp_path / "v.safetensors"
+    file.touch()
+    assert "second moments" not in announced(problem, curvature=Choice("adam", {"moments": str(file)}))
 
 
 def test_ekfac_is_announced_as_it_is_done(problem):
@@ -142,8 +145,9 @@ def test_ekfac_is_announced_as_it_is_done(problem):
 def test_finite_steps_are_announced_as_they_are_done(problem):
     before = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
     work = done(lambda: list(finite_steps(problem, tiny_examples(), before)))
-    steps = announced(problem, estimator="finite-step")["finite steps"]
-    assert steps == pytest.approx(work, rel=0.15)
+    for top in (0, 2):  # those of the strongest are among them
+        steps = announced(problem, estimator="finite-step", top=top)["finite steps"]
+        assert steps == pytest.approx(work, rel=0.15)
 
 
 def test_sketches_are_announced_as_they_are_done(problem):
@@ -157,13 +161,13 @@ def test_sketches_are_announced_as_they_are_done(problem):
 
 def test_forward_mode_is_announced_as_it_is_done(problem):
     work = done(lambda: list(tangents(problem, tiny_examples())))
-    assert announced(problem, estimator="jvp")["forward mode"] == pytest.approx(work, rel=0.15)
+    assert announced(problem, estimator="forward")["forward mode"] == pytest.approx(work, rel=0.15)
 
 
-@pytest.mark.parametrize("coefficients", [True, False])
-def test_exact_top_adds_as_many_finite_steps(problem, coefficients):
+@pytest.mark.parametrize("every", [True, False])
+def test_exact_top_adds_as_many_finite_steps(problem, every):
     def steps(top: int) -> float:
-        cost = announced(problem, coefficients=coefficients, exact_top=top)
+        cost = announced(problem, every=every, top=top)
         return cost.get("finite steps", 0.0)
 
     one, two, all_examples = steps(1), steps(2), steps(len(tiny_examples()))
@@ -197,8 +201,7 @@ def test_shares_of_tokens_are_announced_as_they_are_done(problem):
     A, B = torch.ones(3, n, TARGETS).double(), torch.ones(3, n).double()
     A[1:], B[1, : n // 2], B[2, n // 2 :] = 0, 0, 0
     work = done(lambda: token_effects(problem, tiny_examples(), A, B))
-    assert announced(problem, exact_top=4)["token shares"] == pytest.approx(work, rel=0.3)
-    assert "token shares" not in announced(problem, exact_top=4, estimator="jvp")
+    assert announced(problem, top=4, queries=3)["token shares"] == pytest.approx(work, rel=0.3)
 
 
 def test_what_the_estimator_would_refuse_is_refused_here(problem):

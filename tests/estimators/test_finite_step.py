@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from taught.core.target import score_targets
+from reference import readings_of
+from taught.core.names import TargetName
+from taught.core.target import TargetSet
 from taught.errors import UserError
 from taught.estimators.adjoint import target_effects
 from taught.estimators.every_prompt import prompt_effects
@@ -76,14 +78,14 @@ def test_the_error_of_the_adjoint_halves_with_the_step(name: str, kind: str) -> 
     policy = fit_policy(
         X, read.y.numpy(), prompt_ids=read.prompt_ids, feature_ids=problem.features.ids.tolist(), alpha=0.5
     )
-    score = score_targets(policy)
-    A, B = torch.from_numpy(score[0].A)[None], torch.from_numpy(score[1].B)[None]
+    score = TargetSet.of(["score"], readings_of(policy)).select([TargetName("score")])
+    A, B = score.cotangents()
     errors = []
     for lr in (2e-4, 1e-4, 5e-5):
         at = replace(problem, lr=lr)
         (step,) = finite_steps(at, example, read)
         exact = prompt_effects(at, example)[0]
-        S = sum(t.inner(step.dX.numpy(), step.dy.numpy()) for t in score)
+        (S,) = score.changes(step.dX.numpy(), step.dy.numpy())
         linear = float(target_effects(at, example, A, B)[0])
         errors.append([float((step.dy - exact).norm()) / lr, abs(S - linear) / lr])
     for coarse, fine in itertools.pairwise(errors):
@@ -93,8 +95,8 @@ def test_the_error_of_the_adjoint_halves_with_the_step(name: str, kind: str) -> 
 
 
 @pytest.mark.parametrize("read", [read_prompts, read_prompts_plain])
-def test_trap_12_y_and_h_are_read_afresh_with_the_baseline_s_own_function(read) -> None:
-    # Trap 12: with no step at all nothing may differ, to the last bit.
+def test_y_and_h_are_read_afresh_with_the_baseline_s_own_function(read) -> None:
+    # With no step at all nothing may differ, to the last bit.
     calls = []
 
     def counted(*args):
@@ -147,8 +149,8 @@ def test_dropout_is_off_during_the_steps_and_the_mode_comes_back() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_trap_6_weights_come_back_to_the_bit_when_reading_fails(error) -> None:
-    # Trap 6: adding the gradient back would not give the same bits.
+def test_weights_come_back_to_the_bit_when_reading_fails(error) -> None:
+    # Adding the gradient back would not give the same bits.
     problem = tiny_problem(tiny_model("tied"), lr=0.37)
     baseline = read_prompts(problem.model, problem.prompts, problem.behavior, BLOCK)
     before = snapshot(problem.model)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from taught import stages
 from taught.errors import UserError
 from taught.run.folder import RunFolder
+from taught.stages.attribute import attribute
+from taught.stages.policy import policy
+from taught.stages.readings import readings
 from taught.study.load import load_study
 from tiny_study import write_tiny_study
 
@@ -20,8 +22,9 @@ from tiny_study import write_tiny_study
 @pytest.fixture(scope="module")
 def with_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    study = load_study(write_tiny_study(folder))
-    stages.policy(study, RunFolder(folder / "run"))
+    study, run = load_study(write_tiny_study(folder)), RunFolder(folder / "run")
+    readings(study, run)
+    policy(study, run)
     return folder
 
 
@@ -37,30 +40,29 @@ def attributed(with_policy: Path, tmp_path: Path):
         for key, value in changes.items():
             study = study.replace(f"attribution.{key}", value)
         made = RunFolder(folder)
-        stages.attribute(study, made)
+        attribute(study, made)
         return made
 
     return run
 
 
-def effects(run: RunFolder) -> dict[tuple, float]:
-    keys = ("example_id", "target", "feature_id", "group", "pathway")
-    rows = run.read_table("influence").to_pylist()
-    return {tuple(row[k] for k in keys): row["value"] for row in rows}
+def effects(run: RunFolder) -> dict[tuple[str, str], float]:
+    return {(row["example_id"], row["target"]): row["value"] for row in run.read_table("scores").to_pylist()}
 
 
 def assert_alike(run: RunFolder, other: RunFolder, relative: float = 1e-3) -> None:
     found, expected = effects(run), effects(other)
     assert set(found) <= set(expected)
-    for target in ("score", "coefficient", "mean_y"):
-        size = max(abs(v) for k, v in expected.items() if k[1] == target)
-        for key in (k for k in found if k[1] == target):
+    for kind in ("score", "coefficient", "behavior"):
+        size = max(abs(v) for k, v in expected.items() if k[1].startswith(kind))
+        for key in (k for k in found if k[1].startswith(kind)):
             assert found[key] == pytest.approx(expected[key], rel=relative, abs=relative * size)
 
 
 SUBSET = ["*.1.mlp.*", "*norm.weight"]
 # Short: Adam's step is long in every direction, and its second order large at the default lr.
-ADAM = {"curvature": "adam", "adam_eps": 1e-3, "lr": 5e-6}
+ADAM = {"curvature": {"kind": "adam", "eps": 1e-3}, "lr": 5e-6}
+FEW = ["score", "behavior:*"]
 
 
 EKFAC = {"curvature": "ekfac", "lr": 1e-5}
@@ -69,8 +71,8 @@ EKFAC = {"curvature": "ekfac", "lr": 1e-5}
 @pytest.mark.parametrize("changes", [{"parameters": SUBSET}, ADAM, {**ADAM, "parameters": SUBSET}, EKFAC])
 def test_every_estimator_makes_the_same_step(attributed, changes) -> None:
     adjoint = attributed(**changes)
-    assert_alike(attributed(**changes, estimator="jvp"), adjoint)
-    assert_alike(attributed(**changes, coefficients=False), adjoint)
+    assert_alike(attributed(**changes, estimator="forward"), adjoint)
+    assert_alike(attributed(**changes, targets=FEW), adjoint)
     step = attributed(**changes, estimator="finite-step", exact_top=2)
     assert_alike(step, adjoint, 0.1)
     plain = effects(attributed(lr=changes.get("lr", 1e-4)))
@@ -83,15 +85,19 @@ def test_real_steps_beside_the_linear_value_are_by_adam_too(attributed) -> None:
         assert row["step_score"] == pytest.approx(row["score"], rel=0.2)
 
 
-def test_invariant_8_moments_are_an_input_by_their_content(attributed, with_policy, tmp_path) -> None:
+def test_moments_are_an_input_by_their_content(attributed, with_policy, tmp_path) -> None:
     weights = load_file(with_policy / "model" / "model.safetensors")
     v = {name: torch.rand(w.shape) for name, w in weights.items()}
     for name in ("a", "same", "other"):
         save_file({n: t * (2 if name == "other" else 1) for n, t in v.items()}, tmp_path / f"{name}.safetensors")
     prints = {}
     for name in ("a", "same", "other"):
-        run = attributed(**ADAM, moments=str(tmp_path / f"{name}.safetensors"), coefficients=False)
+        run = attributed(**by_file(tmp_path / f"{name}.safetensors"), targets=FEW)
         prints[name] = run.manifest["stages"]["attribute"]["fingerprint"]
     assert prints["a"] == prints["same"] != prints["other"]
-    with pytest.raises(UserError, match=r"attribution\.moments does not exist"):
-        attributed(**ADAM, moments=str(tmp_path / "none.safetensors"))
+    with pytest.raises(UserError, match=r"attribution\.curvature\.moments does not exist"):
+        attributed(**by_file(tmp_path / "none.safetensors"))
+
+
+def by_file(moments: Path) -> dict[str, Any]:
+    return {"curvature": {"kind": "adam", "eps": 1e-3, "moments": str(moments)}, "lr": 5e-6}

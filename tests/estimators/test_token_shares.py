@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from taught.estimators.concepts import concept_effects
 
+from taught.core.estimator import Work
 from taught.core.example import Example
-from taught.core.target import concept_targets
-from taught.curvatures.adam import with_adam
-from taught.estimators.adjoint import target_effects
+from taught.core.readings import Readings
+from taught.core.target import TargetSet
+from taught.curvatures.adam import Adam
+from taught.estimators.adjoint import Adjoint, target_effects
 from taught.estimators.token_shares import token_effects
 from taught.features.concept import Concept, concept_map
 from tiny_models import (
@@ -80,11 +81,12 @@ def test_shares_of_concepts_in_adam_s_metric_add_up_too() -> None:
     concept = Concept("a", np.linspace(-1, 1, WIDTH), BLOCK)
     features = concept_map([concept], "mean_user", next(model.parameters()))
     problem = tiny_problem(model, features=features, prompts=tiny_prompts("mean_user"))
-    problem = with_adam(problem, tiny_examples(), moments=None, eps=1e-3, progress=None)
-    targets = concept_targets([p.id for p in problem.prompts], ["a"])
-    A = torch.from_numpy(np.stack([target.A for target in targets]))
-    whole = concept_effects(problem, tiny_examples(), targets)
-    shares = token_effects(problem, tiny_examples(), A, None)
+    problem = problem.within(Adam(eps=1e-3).fit(problem, tiny_examples(), Work()))
+    n = len(problem.prompts)
+    readings = Readings(tuple(p.id for p in problem.prompts), np.zeros(n), X=np.zeros((n, 1)), columns=("a",))
+    targets = TargetSet.of(["concept:*"], readings)
+    whole = Adjoint().estimate(problem, tiny_examples(), targets, Work()).values
+    shares = token_effects(problem, tiny_examples(), *targets.cotangents())
     close(torch.stack([share.sum(0) for share in shares]), whole, 1e-10)
 
 

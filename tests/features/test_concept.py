@@ -1,10 +1,12 @@
-"""Concepts: what they are made of, how they are read, what is refused; the command ``concept``."""
+"""Concepts: what they are made of, how they are read, what is refused; the stage ``concepts``."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,6 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from taught import stages
 from taught.errors import UserError
 from taught.features.concept import (
     Concept,
@@ -26,7 +27,9 @@ from taught.features.concept import (
 )
 from taught.features.pooling import pool
 from taught.model.readout import read_residuals
-from taught.stages import ConceptRequest
+from taught.run.folder import RunFolder
+from taught.stages.concepts import concepts, run_concepts
+from taught.stages.readings import readings
 from taught.stages.subject import open_subject, study_prompts
 from taught.study.load import load_study
 from taught.study.schema import Study
@@ -195,14 +198,29 @@ def test_what_is_no_direction_or_no_place_is_refused(fields):
         some(**fields)
 
 
-# --- the command -------------------------------------------------------------------------------
+# --- the stage ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("concept")
-    study = load_study(write_tiny_study(folder))
-    return study.replace("readout.position", "mean_user")
+    study = load_study(write_tiny_study(folder)).replace("readout.position", "mean_user")
+    readings(study, RunFolder(folder / "run"))
+    return study
+
+
+def with_concepts(study: Study, *some: dict[str, Any]) -> Study:
+    return study.replace("concepts", [{"name": "c", **one} for one in some])
+
+
+def make(study: Study, folder: Path, source: str, **options: Any) -> Concept:
+    """One concept by the stage, in a run folder of its own, read again from its files."""
+    study = with_concepts(study, {"source": source, **options})
+    shutil.copytree(Path(study.model.id).parent / "run", folder)
+    run = RunFolder(folder)
+    concepts(study, run)
+    (found,) = run_concepts(study, run, open_subject(study))
+    return found.concept
 
 
 def plain_pooled(study: Study, block: int):
@@ -218,8 +236,8 @@ def plain_pooled(study: Study, block: int):
     return torch.stack(rows).double().numpy(), np.array(positive)
 
 
-def test_the_command_makes_the_difference_of_means_of_plain_passes(study: Study, tmp_path: Path):
-    made = stages.concept(study, tmp_path / "c", ConceptRequest("difference", block=0))
+def test_the_stage_makes_the_difference_of_means_of_plain_passes(study: Study, tmp_path: Path):
+    made = make(study, tmp_path / "c", "difference", block=0)
     X, positive = plain_pooled(study, 0)
     v = X[positive].mean(0) - X[~positive].mean(0)
     np.testing.assert_allclose(made.direction, v / np.linalg.norm(v), atol=1e-5)
@@ -227,11 +245,27 @@ def test_the_command_makes_the_difference_of_means_of_plain_passes(study: Study,
     assert (made.name, made.block, made.position) == ("c", 0, "mean_user")
     assert made.provenance["groups"] == ["harmful", "harmless"]
     assert made.weights["sha256"]
-    assert np.array_equal(load_concept(tmp_path / "c").direction, made.direction)
+
+
+def test_a_concept_that_is_there_is_taken_from_its_folder_or_from_a_run(study: Study, tmp_path: Path):
+    made = make(study, tmp_path / "made", "difference", block=0)
+    save_concept(made, tmp_path / "saved")
+    shutil.copytree(Path(study.model.id).parent / "run", tmp_path / "run")
+    paths = ({"path": str(tmp_path / "made")}, {"name": "d", "path": str(tmp_path / "saved")})
+    named, run = with_concepts(study, *paths), RunFolder(tmp_path / "run")
+    concepts(named, run)
+    found = run_concepts(named, run, open_subject(named))
+    assert [read.name for read in found] == ["c", "d"]
+    assert all(np.array_equal(read.concept.direction, made.direction) for read in found)
+    assert all(read.concept.card == made.card and read.concept.block == 0 for read in found)
+    other = with_concepts(study, {"name": "e", "path": str(tmp_path / "made")})
+    with pytest.raises(UserError, match=r"no concept of this name(.|\n)*one of c"):
+        concepts(other, run)
 
 
 def test_every_source_gives_a_concept_and_a_sweep_a_row_for_every_block(study, tmp_path: Path):
     save_file({"v": np.ones(STUDY_WIDTH, np.float32)}, tmp_path / "v.safetensors")
+    found = {}
     for number, (source, options) in enumerate(
         [
             ("probe", {"sweep": True}),
@@ -241,14 +275,14 @@ def test_every_source_gives_a_concept_and_a_sweep_a_row_for_every_block(study, t
             (f"file:{tmp_path}/v.safetensors:v", {}),
         ]
     ):
-        made = stages.concept(study, tmp_path / str(number), ConceptRequest(source, **options))
+        found[number] = made = make(study, tmp_path / str(number), source, **options)
         assert made.block == BLOCK and made.width == STUDY_WIDTH
         if options.get("norm") != "none":
             assert np.linalg.norm(made.direction) == pytest.approx(1)
         if "sweep" in options:
             assert [row["block"] for row in made.card["sweep"]] == [0, 1, 2]
             assert made.card["sweep"][BLOCK]["auc"] == made.card["auc"]["value"]
-    four = load_concept(tmp_path / "3").direction  # features 3 and 20 are e_3 and -e_4
+    four = found[3].direction  # features 3 and 20 are e_3 and -e_4
     expected = np.zeros(STUDY_WIDTH)
     expected[3], expected[4] = 0.5, 2.0
     np.testing.assert_allclose(four, expected)
@@ -278,8 +312,7 @@ def test_a_concept_from_examples_is_the_difference_of_plain_passes_at_their_resp
     study: Study, tmp_path: Path, tokens: str
 ):
     file = write_examples(tmp_path / "e.jsonl")
-    request = ConceptRequest("difference", block=0, tokens=tokens, examples=file, force=True, **WITH)
-    made = stages.concept(study, tmp_path / "c", request)
+    made = make(study, tmp_path / "c", "difference", block=0, tokens=tokens, examples=str(file), force=True, **WITH)
     subject, found, positive = open_subject(study), [], []
     for row in map(json.loads, file.read_text().splitlines()):
         text = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
@@ -300,18 +333,16 @@ def test_a_concept_from_examples_is_the_difference_of_plain_passes_at_their_resp
 
 def test_examples_judge_directions_that_come_from_elsewhere(study: Study, tmp_path: Path):
     file = write_examples(tmp_path / "e.jsonl")
-    made = stages.concept(study, tmp_path / "c", ConceptRequest("feature:3", examples=file, **WITH))
+    made = make(study, tmp_path / "c", "feature:3", examples=str(file), **WITH)
     assert made.card["n_positive"] == 12 and not made.card["held_out"]
-    swept = stages.concept(
-        study, tmp_path / "s", ConceptRequest("probe", examples=file, sweep=True, force=True, **WITH)
-    )
+    swept = make(study, tmp_path / "s", "probe", examples=str(file), sweep=True, force=True, **WITH)
     assert [row["block"] for row in swept.card["sweep"]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     ("changes", "sides", "said"),
     [
-        ({}, {}, r"present or absent(.|\n)*--positive"),
+        ({}, {}, r"present or absent(.|\n)*set positive and negative"),
         ({"label": "with"}, WITH, "24 rows"),
         ({"response": ""}, WITH, "empty"),
     ],
@@ -319,49 +350,25 @@ def test_examples_judge_directions_that_come_from_elsewhere(study: Study, tmp_pa
 def test_examples_that_say_nothing_are_refused(study, tmp_path: Path, changes, sides, said):
     file = write_examples(tmp_path / "e.jsonl", **changes)
     with pytest.raises(UserError, match=said):
-        stages.concept(study, tmp_path / "c", ConceptRequest("probe", examples=file, **sides))
-    assert not (tmp_path / "c").exists()
+        make(study, tmp_path / "c", "probe", examples=str(file), **sides)
+    assert not (tmp_path / "c" / "concepts.json").exists()
 
 
 def test_examples_that_are_examples_or_prompts_of_the_study_are_refused(study, tmp_path: Path):
     example = json.loads(Path(study.examples.path).read_text().splitlines()[0])
     prompt = json.loads(Path(study.prompts.path).read_text().splitlines()[0])
-    for text, said in ((example["prompt"], "are examples of the study"), (prompt["prompt"], "evaluation")):
+    cases = ((example["prompt"], "are examples of the study"), (prompt["prompt"], "evaluation"))
+    for number, (text, said) in enumerate(cases):
         file = write_examples(tmp_path / "e.jsonl", prompt=text)
         with pytest.raises(UserError, match=said):
-            stages.concept(study, tmp_path / "c", ConceptRequest("probe", examples=file, **WITH))
+            make(study, tmp_path / f"c{number}", "probe", examples=str(file), **WITH)
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         others = json.loads(write_examples(file).read_text().splitlines()[0])["prompt"]
         rows[4:] = [row | {"prompt": others} for row in rows[4:]]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        made = stages.concept(
-            study.replace("examples.drop_overlap", True),
-            tmp_path / "d",
-            ConceptRequest("difference", examples=file, force=True, **WITH),
-        )
+        dropping = study.replace("examples.drop_overlap", True)
+        made = make(dropping, tmp_path / f"d{number}", "difference", examples=str(file), force=True, **WITH)
         assert made.card["n_positive"] + made.card["n_negative"] == 20
-
-
-def test_the_command_line_reads_examples(taught_here, study, tmp_path: Path):
-    file = write_examples(tmp_path / "e.jsonl")
-    done = taught_here(
-        "concept",
-        str(Path(study.model.id).parent),
-        "--source",
-        "probe",
-        "--examples",
-        str(file),
-        "--positive",
-        "with",
-        "--negative",
-        "without",
-        "--force",
-        "--out",
-        str(tmp_path / "c"),
-        "--quiet",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "24 examples" in done.stdout
 
 
 def write_control_vector(file: Path, tensors: dict[str, np.ndarray]) -> str:
@@ -384,13 +391,14 @@ def test_a_control_vector_is_read_after_the_block_it_is_added_to(study: Study, t
     stored = {f"direction.{n}": row for n, row in enumerate(rows)}
     stored["direction.2"] = rows[2].astype(np.float16)
     file = write_control_vector(tmp_path / "v.gguf", stored)
-    for source, options, block in (
+    cases = (
         (f"file:{file}", {}, BLOCK),
         (f"file:{file}", {"block": 0}, 0),
         (f"file:{file}:direction.2", {}, 2),
         (f"file:{file}:direction.2", {"block": 2}, 2),
-    ):
-        made = stages.concept(study, tmp_path / "c", ConceptRequest(source, **options))
+    )
+    for number, (source, options, block) in enumerate(cases):
+        made = make(study, tmp_path / str(number), source, **options)
         assert made.block == block
         expected = rows[block] / np.linalg.norm(rows[block])
         np.testing.assert_allclose(made.direction, expected, atol=1e-3 if block == 2 else 1e-7)
@@ -412,52 +420,58 @@ def test_a_control_vector_that_does_not_fit_is_refused(study: Study, tmp_path: P
         tmp_path / "v.gguf", {f"direction.{n}": np.ones(STUDY_WIDTH, np.float32) for n in (0, 2)}
     )
     with pytest.raises(UserError, match=message):
-        stages.concept(study, tmp_path / "c", ConceptRequest(f"file:{file}{tensor}", **options))
-    assert not (tmp_path / "c").exists()
+        make(study, tmp_path / "c", f"file:{file}{tensor}", **options)
+    assert not (tmp_path / "c" / "concepts.json").exists()
 
 
 def test_a_file_that_is_no_control_vector_is_refused(study: Study, tmp_path: Path):
     (tmp_path / "v.gguf").write_bytes(b"GGUF, but not really")
     with pytest.raises(UserError, match="cannot be read"):
-        stages.concept(study, tmp_path / "c", ConceptRequest(f"file:{tmp_path}/v.gguf"))
+        make(study, tmp_path / "c", f"file:{tmp_path}/v.gguf")
     with pytest.raises(UserError, match="cannot be read"):
-        stages.concept(study, tmp_path / "c", ConceptRequest(f"file:{tmp_path}/none.gguf"))
+        make(study, tmp_path / "d", f"file:{tmp_path}/none.gguf")
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("source", "options", "message"),
     [
-        (ConceptRequest("guess"), "unknown source"),
-        (ConceptRequest("feature:"), "unknown source"),
-        (ConceptRequest("probe:1"), "unknown source"),
-        (ConceptRequest("feature:x"), "not readable"),
-        (ConceptRequest("feature:1,1"), "not readable"),
-        (ConceptRequest("feature:3", block=0), "block of its SAE"),
-        (ConceptRequest("feature:3", sweep=True), "goes with difference and probe"),
-        (ConceptRequest("probe", block=7), "no such block"),
-        (ConceptRequest("probe", position="max_user"), "mean_user"),
+        ("guess", {}, "source is not valid"),
+        ("feature:", {}, "unknown source"),
+        ("probe:1", {}, "unknown source"),
+        ("feature:x", {}, "not readable"),
+        ("feature:1,1", {}, "not readable"),
+        ("feature:3", {"block": 0}, "block of its SAE"),
+        ("feature:3", {"sweep": True}, "goes with difference and probe"),
+        ("probe", {"block": 7}, "no such block"),
+        ("probe", {"position": "max_user"}, "mean_user"),
     ],
 )
-def test_what_cannot_be_made_is_said(study: Study, tmp_path: Path, request_, message):
+def test_what_cannot_be_made_is_said(study: Study, tmp_path: Path, source, options, message):
     with pytest.raises(UserError, match=message):
-        stages.concept(study, tmp_path / "c", request_)
-    assert not (tmp_path / "c").exists()
+        make(study, tmp_path / "c", source, **options)
+    assert not (tmp_path / "c" / "concepts.json").exists()
 
 
-def test_the_command_line_shows_the_card_and_the_sweep(taught_here, study, tmp_path: Path):
+def test_a_concept_is_made_or_saved_and_each_name_stands_once(study: Study):
+    for some in ([{}], [{"source": "probe", "path": "./saved"}]):
+        with pytest.raises(UserError, match="either source or path"):
+            with_concepts(study, *some)
+    with pytest.raises(UserError, match="each name once"):
+        with_concepts(study, {"source": "probe"}, {"source": "difference"})
+
+
+def test_the_command_line_makes_the_concepts_of_a_study(taught_here, study: Study, tmp_path: Path):
     folder = Path(study.model.id).parent
+    shutil.copytree(folder / "run", tmp_path / "run")
+    file = write_examples(tmp_path / "e.jsonl")
+    one = "{name: of-prompts, source: difference, sweep: true}"
+    other = f"{{name: of-answers, source: probe, examples: {file}, positive: with, negative: without, force: true}}"
+    keys = ("--set", "readout.position=mean_user", "--set", f"concepts=[{one}, {other}]")
     done = taught_here(
-        "concept",
-        str(folder),
-        "--source",
-        "difference",
-        "--position",
-        "mean_user",
-        "--sweep",
-        "--out",
-        str(tmp_path / "c"),
-        "--quiet",
+        "run", str(folder / "study.yaml"), "--run", str(tmp_path / "run"), "--only", "concepts", *keys, "--quiet"
     )
     assert done.returncode == 0, done.stderr
-    assert "c: block 1, AUC" in done.stdout and "30 prompts" in done.stdout
-    assert json.loads((tmp_path / "c" / "concept.json").read_text())["format"]
+    records = RunFolder.open(tmp_path / "run").read_json("concepts")["concepts"]
+    assert [record["name"] for record in records] == ["of-prompts", "of-answers"]
+    assert [row["block"] for row in records[0]["card"]["sweep"]] == [0, 1, 2]
+    assert [record["card"]["n_positive"] for record in records] == [20, 12]

@@ -13,22 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from taught.estimators.concepts import concept_effects
 
 from taught.baselines.activations import project
-from taught.core.target import concept_targets, raw_x_targets, score_targets
-from taught.estimators.adjoint import Problem, feature_effects, target_effects
+from taught.core.problem import Problem
+from taught.core.readings import Readings
+from taught.core.target import TargetSet
+from taught.estimators.adjoint import feature_effects, target_effects
 from taught.estimators.every_prompt import prompt_effects
 from taught.estimators.token_shares import token_effects
 from taught.features.concept import Concept, concept_map
 from taught.model import load
 from taught.model.generate import greedy
 from taught.model.readout import read_prompts
-from taught.policy.ridge import Policy, fit_policy
+from taught.policy.ridge import Policy, fit_policy, pathway_sums
 from taught.sketches.project import Projection
 from taught.sketches.sketch import example_sketches, prompt_sketches
 from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
 from taught.study.load import load_study
+from taught.targets.policy import RawX, combine_raw_x
 
 pytestmark = [
     pytest.mark.slow,  # loads the real model, two minutes on two cores
@@ -49,7 +51,8 @@ def setting() -> tuple[Problem, list[Any]]:
     with torch.no_grad():
         strongest = every(read.h, read.offsets).sum(0).topk(40).indices[30:34]
     features = subject.features(sorted(strongest.tolist()), study)
-    problem = Problem(subject.loaded.model, reads, subject.behavior, subject.sae.block, features, 1e-4, 512, 4.0)
+    read_at = {"block": subject.sae.block, "features": features}
+    problem = Problem(subject.loaded.model, reads, subject.behavior, 1e-4, **read_at, memory_gb=4.0)
     return problem, example_inputs(encoded)
 
 
@@ -68,12 +71,12 @@ def fitted(problem: Problem) -> Policy:
 
 
 def effects(problem: Problem, examples: list[Any], policy: Policy) -> dict[str, np.ndarray]:
-    x, y = score_targets(policy)
-    A = torch.stack([torch.from_numpy(x.A), torch.zeros(x.A.shape, dtype=torch.float64)])
-    B = torch.stack([torch.zeros(policy.n, dtype=torch.float64), torch.from_numpy(y.B)])
-    score, losses = target_effects(problem, examples, A, B)
+    columns = tuple(policy.feature_ids.tolist())
+    readings = Readings(policy.prompt_ids, policy.y, X=policy.X, columns=columns, policy=policy)
+    targets = TargetSet.of(["score:x", "score:y"], readings)
+    score, losses = target_effects(problem, examples, *targets.cotangents())
     X = torch.from_numpy(policy.X.copy())
-    F = feature_effects(problem, examples, [t.A for t in raw_x_targets(policy)], X)
+    F = feature_effects(problem, examples, RawX(policy), X)
     dy = prompt_effects(problem, examples)
     return {"score": score.numpy(), "loss": losses.numpy(), "F": F.numpy(), "dy": dy.numpy()}
 
@@ -123,9 +126,6 @@ def _some(values: dict[str, np.ndarray], rows: list[int]) -> dict[str, np.ndarra
 
 
 def test_the_score_asked_for_directly_is_the_one_put_together(setting, reference) -> None:
-    from taught.core.target import combine_raw_x
-    from taught.policy.ridge import pathway_sums
-
     policy, found = reference
     shift = pathway_sums(policy, combine_raw_x(policy, found["F"]), found["dy"] @ policy.Xc)
     together = np.stack([shift.x @ policy.coef, shift.y @ policy.coef], 1)
@@ -173,10 +173,11 @@ def by_concept(problem: Problem, examples: list[Any], concept: Concept) -> dict[
     """Gradient, shares of tokens summed up, and Vector Filter of one concept."""
     like = next(problem.model.parameters())
     there = replace(problem, features=concept_map([concept], concept.position, like))
-    targets = concept_targets([prompt.id for prompt in problem.prompts], [concept.name])
-    A = torch.from_numpy(targets[0].A)[None]
+    ids = tuple(prompt.id for prompt in problem.prompts)
+    readings = Readings(ids, np.zeros(len(ids)), X=np.zeros((len(ids), 1)), columns=(concept.name,))
+    A, _ = TargetSet.of([f"concept:{concept.name}"], readings).cotangents()
     shares = token_effects(there, examples[:2], A, None)
-    gradient = concept_effects(there, examples, targets)[:, 0].numpy()
+    gradient = target_effects(there, examples, A, None)[0][:, 0].numpy()
     filtered = project(
         problem.model,
         examples,

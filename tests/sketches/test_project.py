@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import taught.sketches.project as projection_module
+from taught.core.estimator import Work
+from taught.core.problem import Problem
+from taught.core.query import build_queries
+from taught.curvatures.adam import Adam
+from taught.curvatures.ekfac import Ekfac
 from taught.errors import UserError
+from taught.estimators.adjoint import target_effects
+from taught.model.gradients import find_sites, frozen
 from taught.sketches.project import Projection
 from taught.sketches.sketch import example_sketches, prompt_sketches
 from tiny_models import (
@@ -95,6 +104,59 @@ def test_the_sketches_of_a_prompt_are_those_of_y_and_of_each_active_feature(name
     assert seen == active
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sketch_of_a_whole_gradient_is_that_of_its_factors(name: str) -> None:
+    """Sums of the sketches of y and features over prompts, and the same sums of gradients projected."""
+    model = tiny_model(name)
+    problem, projection = tiny_problem(model), Projection(model, DIM)
+    A, B = cotangents(problem)
+    wanted = torch.zeros(len(A), DIM, dtype=torch.float64)
+    for part in prompt_sketches(problem, projection, problem.prompts):
+        for i, column, sketch in zip(part.index, part.features, part.values, strict=True):
+            wanted += torch.outer(B[:, i] if column < 0 else A[:, i, column], sketch)
+    sites = find_sites(model)
+    with frozen(model):
+        whole = projection.matrices(build_queries(problem, sites, A, B), len(A))
+        torch.testing.assert_close(whole, wanted, rtol=1e-9, atol=1e-11)
+        # Of X alone, look-ups are kept as some rows of the embedding.
+        parts = [build_queries(problem, sites, *only) for only in ((A, None), (None, B))]
+        summed = sum(projection.matrices(part, len(A)) for part in parts)
+        torch.testing.assert_close(summed, wanted, rtol=1e-9, atol=1e-11)
+
+
+def cotangents(problem: Problem, count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    n, d = len(problem.prompts), len(problem.features.ids)
+    A = torch.randn(count, n, d, dtype=torch.float64, generator=draw)
+    return A, torch.randn(count, n, dtype=torch.float64, generator=draw)
+
+
+@pytest.mark.parametrize("metric", [Adam(eps=1e-2), Ekfac()], ids=["adam", "ekfac"])
+def test_a_query_in_a_curvature_is_projected_after_it_is_divided(metric: Adam | Ekfac) -> None:
+    model = tiny_model("untied")
+    plain = tiny_problem(model, lr=1.0)
+    problem = plain.within(metric.fit(plain, tiny_examples(), Work()))
+    A, B = cotangents(problem)
+    sites = find_sites(model, problem.parameters)
+    with frozen(model):
+        queries = build_queries(problem, sites, A, B)
+        undivided = build_queries(replace(plain, parameters=problem.parameters), sites, A, B)
+    for name, query in queries.items():
+        divided = [problem.metric.solve(name, one) for one in undivided[name]]
+        torch.testing.assert_close(query, torch.stack(divided), rtol=1e-9, atol=1e-12)
+    exact, _ = target_effects(problem, tiny_examples(), A, B)
+    draws = []
+    for seed in range(200):
+        projection = Projection(model, DIM, seed)
+        examples = torch.zeros(len(tiny_examples()), DIM, dtype=torch.float64)
+        for part in example_sketches(plain, projection, tiny_examples()):
+            examples[list(part.index)] = part.values
+        draws.append(-examples @ projection.matrices(queries, len(A)).T)
+    values = torch.stack(draws)
+    error = values.std(0) / len(draws) ** 0.5
+    assert ((values.mean(0) - exact).abs() < 4 * error).all()
+
+
 def test_inner_products_of_sketches_are_unbiased_and_as_noisy_as_stated() -> None:
     model = tiny_model("tied")
     problem, examples = tiny_problem(model), tiny_examples()
@@ -112,7 +174,7 @@ def test_inner_products_of_sketches_are_unbiased_and_as_noisy_as_stated() -> Non
     assert 0.8 < values.std() / stated < 2.0  # R adds to it on a model of three layers
 
 
-def test_invariant_4_weights_and_hooks_are_as_before() -> None:
+def test_weights_and_hooks_are_as_before() -> None:
     model = tiny_model("tied")
     before = snapshot(model)
     problem = tiny_problem(model)
@@ -121,7 +183,7 @@ def test_invariant_4_weights_and_hooks_are_as_before() -> None:
     assert same(before, snapshot(model))
 
 
-def test_invariant_3_sketches_do_not_depend_on_batches() -> None:
+def test_sketches_do_not_depend_on_batches() -> None:
     model = tiny_model("padded")
     projection = Projection(model, DIM)
     rows = []

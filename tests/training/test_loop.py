@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
+from taught.core.estimator import Work
 from taught.core.example import Example
-from taught.curvatures.adam import moments_from_optimizer, with_adam
+from taught.curvatures.adam import Adam, moments_from_optimizer
 from taught.errors import UserError
 from taught.estimators.finite_step import example_gradient, finite_steps
 from taught.model.readout import read_prompts
@@ -256,11 +257,11 @@ def test_checkpoints_and_moments_are_read_by_the_curvatures(tmp_path) -> None:
     close(stored, weights(expected), 1e-9)
     file = tmp_path / "kept" / "epoch-2.moments.safetensors"
     close(moments_from_optimizer(file), moments_from_optimizer(optimizer.state_dict()), 1e-9)
-    problem = with_adam(tiny_problem(tiny_model("untied")), [], moments=file, eps=1e-3)
+    metric = Adam(moments=str(file), eps=1e-3).fit(tiny_problem(tiny_model("untied")), [], Work())
     for p, name in ((p, n) for n, p in expected.named_parameters()):
         state = optimizer.state[p]
         v = state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))
-        torch.testing.assert_close(problem.scale[name], 1 / (v.sqrt() + 1e-3), rtol=1e-6, atol=0)
+        torch.testing.assert_close(metric.scale[name], 1 / (v.sqrt() + 1e-3), rtol=1e-6, atol=0)
 
 
 def test_sgd_keeps_no_moments(tmp_path) -> None:

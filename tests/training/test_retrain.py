@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from taught.stages.estimating import prepare, read_data
-from taught.study.methods import Checkpoint
 
 import taught
 import taught.training.retrain as module
-from taught import stages
 from taught.core.example import sft
 from taught.errors import UserError
 from taught.model.readout import read_prompts_plain
 from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
+from taught.stages.policy import policy
+from taught.stages.readings import readings
+from taught.stages.ready import prepare, read_data
 from taught.stages.subject import open_checkpoint, open_subject
 from taught.study.load import load_study
 from taught.study.schema import ValidationSpec
@@ -392,7 +392,8 @@ def test_the_sources_that_a_retraining_comes_from_are_all_listed() -> None:
 def test_on_a_study_from_its_policy_run(tmp_path) -> None:
     study = load_study(write_tiny_study(tmp_path)).replace("validation.lr", 0.001)
     run = RunFolder(tmp_path / "run")
-    stages.policy(study, run)
+    readings(study, run)
+    policy(study, run)
     subject = open_subject(study)
     ready = prepare(study, run, subject, read_data(study, SilentProgress()))
     made = Retrainer(
@@ -404,11 +405,11 @@ def test_on_a_study_from_its_policy_run(tmp_path) -> None:
         tokenizer=subject.loaded.tokenizer,
     )
     base, keep = made.base(), tmp_path / "kept"
-    np.testing.assert_allclose(base.y, ready.fitted.y, atol=1e-5)
-    np.testing.assert_allclose(base.X, ready.fitted.X, atol=1e-5)
+    np.testing.assert_allclose(base.y, ready.readings.y, atol=1e-5)
+    np.testing.assert_allclose(base.X, ready.readings.X, atol=1e-5)
     found = made.run([p.id for p in ready.inputs[:4]], keep=keep)
     assert np.abs(found.y - base.y).max() > 1e-2
-    trained = open_checkpoint(study, Checkpoint(str(keep / "epoch-3"), 0.001), subject)
+    trained = open_checkpoint(study, subject, str(keep / "epoch-3"), None)
     again = Retrainer(
         replace(ready.problem, model=trained),
         ready.inputs,

@@ -45,9 +45,11 @@ class Trajectory(Protocol):
     Attributes
     ----------
     single : whether there is one leg alone, at the base weights
+    carries : whether legs are given queries (:meth:`carry`), which only some estimators take
     """
 
     single: bool
+    carries: bool
 
     def refuses(self, curvature: Curvature) -> str | None:
         """Why this trajectory does not go with a curvature, in a sentence; None: it does."""
@@ -68,6 +70,7 @@ class Base:
     """One step from the model as it is."""
 
     single = True
+    carries = False
 
     def refuses(self, curvature: Curvature) -> str | None:
         """Goes with everything."""

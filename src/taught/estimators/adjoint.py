@@ -44,7 +44,7 @@ from taught.estimators.cost import Asked
 from taught.estimators.every_prompt import prompt_effects, prompt_steps
 from taught.model.blockwise import split_sites
 from taught.model.forward import capture_output, first_device, forward, get_block
-from taught.model.gradients import Factor, RowSparse, Site, contract, find_sites, frozen, tap
+from taught.model.gradients import Factor, Site, contract, find_sites, frozen, tap
 from taught.policy.ridge import pathway_sums
 from taught.progress import Progress, SilentProgress
 from taught.run.pieces import Pieces, kept
@@ -79,8 +79,9 @@ def target_effects(
     """
     sites = find_sites(problem.model, problem.parameters)
     with frozen(problem.model):
+        count = next(len(part) for part in (A, B) if part is not None)
         queries = build_queries(problem, sites, A, B, progress)
-        return contract_examples(problem, sites, examples, queries, progress)
+        return contract_examples(problem, sites, examples, queries, count, progress)
 
 
 def feature_effects(
@@ -115,7 +116,7 @@ def feature_effects(
     def compute(part: Tensor) -> Tensor:
         queries = build_queries(problem, sites, part, None, progress)
         if problem.checkpointing:
-            return contract_examples(problem, sites, examples, queries, progress)[0]
+            return contract_examples(problem, sites, examples, queries, len(part), progress)[0]
         return _contract_below(problem, sites, examples, queries, len(part), above, progress)
 
     with frozen(problem.model):
@@ -133,12 +134,16 @@ def feature_steps(problem: Problem, examples: int, targets: int) -> int:
 
 
 def contract_examples(
-    problem: Problem, sites: Sequence[Site], examples: Sequence[Example], queries: Queries, progress: Progress | None
+    problem: Problem,
+    sites: Sequence[Site],
+    examples: Sequence[Example],
+    queries: Queries,
+    count: int,
+    progress: Progress | None,
 ) -> tuple[Tensor, Tensor]:
-    """- lr <grad L(z), q> of every example and query, float64 [P, K], and the losses [P]."""
+    """- lr <grad L(z), q> of every example and each of ``count`` queries, float64 [P, K], and the losses [P]."""
     progress = progress or SilentProgress()
-    counts = [len(q.values if isinstance(q, RowSparse) else q) for q in queries.values()]
-    effects = torch.zeros(len(examples), counts[0] if counts else 0, dtype=torch.float64)
+    effects = torch.zeros(len(examples), count, dtype=torch.float64)
     losses = torch.zeros(len(examples), dtype=torch.float64)
     needed = [s for s in sites if s.weight in queries or s.bias in queries]
     refuse_unfit(problem, needed, examples)
@@ -292,7 +297,7 @@ def _by_queries(
     if queries is not None:
         sites = find_sites(problem.model, problem.parameters)
         with frozen(problem.model):
-            values, losses = contract_examples(problem, sites, examples, queries, progress)
+            values, losses = contract_examples(problem, sites, examples, queries, len(targets.direct), progress)
         return Scores("adjoint", ids, targets.names, targets.from_direct(values.numpy()), losses=losses.numpy())
     A, B = targets.cotangents()
     losses = example_losses(problem.model, examples, problem.batch_tokens)

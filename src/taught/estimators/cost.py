@@ -107,8 +107,8 @@ def attribution_cost(problem: Problem, examples: Sequence[Example], asked: Asked
     found = dict(estimator.cost(problem, examples, asked)) | curvature_cost(curvature, problem, examples, asked)
     passes = _Passes.of(problem, examples)
     if asked.top:
-        found["finite steps"] = passes.trees + min(asked.top, len(examples)) * passes.step
-        along = 3 * passes.examples / len(examples)
+        found.setdefault("finite steps", passes.trees + min(asked.top, len(examples)) * passes.step)
+        along = asked.queries * 3 * passes.examples / len(examples)
         found["token shares"] = 2 * 3 * passes.trees + min(asked.top, len(examples)) * along
     legs = method.trajectory.make(TRAJECTORIES)
     times = 1 if legs.single else len(legs)

@@ -135,7 +135,9 @@ class Forward:
     gradients: ClassVar[int] = 2  # held at a time: one, and a copy of the weights or what they move by
 
     def refuses(self, curvature: Curvature, trajectory: Trajectory) -> str | None:
-        """Goes with everything that has gradients."""
+        """Goes with everything that has gradients, and takes no queries."""
+        if trajectory.carries:
+            return "forward mode goes along an example's step and meets no query that a trajectory carries"
         return needs_gradients(curvature)
 
     def estimate(

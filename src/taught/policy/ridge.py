@@ -32,9 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError, misfit, refuse, refuse_repeated
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from taught.stats.arrays import Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)

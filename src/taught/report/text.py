@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from taught.stats.intervals import Interval
 
 MINUS = "\u2212"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -103,3 +105,20 @@ def listed(items: list[str], limit: int = 3) -> str:
     if len(items) < 2:
         return "".join(items)
     return f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def read_interval(record: object) -> Interval | None:
+    """A number, ``[value, lo, hi]`` or ``{value, lo, hi}``; None if it is not finite."""
+    if isinstance(record, Mapping):
+        record = [record.get("value"), record.get("lo"), record.get("hi")]
+    parts = list(record) if isinstance(record, list | tuple) else [record]
+    known = [float(p) if isinstance(p, int | float) and math.isfinite(p) else math.nan for p in parts]
+    return Interval(*known) if known and math.isfinite(known[0]) else None
+
+
+def interval_text(interval: Interval | None, digits: int = 2, *, power: int = 0) -> str:
+    """``0.66 [0.61, 0.70]``; the number alone where no interval is known, a dash where there is no number."""
+    if interval is None:
+        return number(None)
+    value, lo, hi = (number(part, digits, power=power) for part in interval)
+    return value if math.isnan(interval.lo) or math.isnan(interval.hi) else f"{value} [{lo}, {hi}]"

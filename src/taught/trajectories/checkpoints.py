@@ -46,6 +46,7 @@ class Checkpoints:
         (), rules.list_of(_CHECKPOINT), "[{id: folder or hub id, lr: 2.0e-5}, ...]"
     )
     single: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -64,6 +65,7 @@ class Checkpoints:
             work.progress.step(f"checkpoint {number + 1} of {len(self)}")
             model = problem.opener(checkpoint.id, checkpoint.revision)
             yield Leg(problem.at(model, checkpoint.lr), f"checkpoint{number}")
+            del model
 
     def carry(self, queries: Queries | None, leg: Leg, targets: TargetSet, work: Work) -> Queries | None:
         """Nothing is carried: each checkpoint takes the gradient of F at its own weights."""
