@@ -3,7 +3,7 @@
     python -m benchmarks.demo_cost            # the sizes of `taught demo`
     python -m benchmarks.demo_cost --prompts 60 --examples 12 --features 20
 
-Counted are matrix products and attention (the formulas of ``torch.utils.flop_counter``), those of oneDNN's linear layers
+Counted are matrix products and attention, by the formulas of ``torch.utils.flop_counter``, oneDNN's linear layers
 included. Counting makes the run slower: times are of `taught demo` itself, not of this.
 """
 

@@ -6,6 +6,9 @@ import math
 import unicodedata
 from collections.abc import Iterable, Mapping
 
+from taught.core.names import TargetName
+from taught.core.target import words as of_target
+from taught.errors import UserError
 from taught.stats.intervals import Interval
 
 MINUS = "\u2212"
@@ -87,15 +90,10 @@ def count(n: int, noun: str, plural: str | None = None) -> str:
 
 def words(target: str) -> str:
     """A target in words: ``behavior:harmless`` is read as ``behavior on harmless``."""
-    kind, _, about = target.partition(":")
-    if f" - {kind}:" in about:
-        left, right = about.split(f" - {kind}:", 1)
-        return f"{words(f'{kind}:{left}')} minus {words(f'{kind}:{right}')}"
-    if kind == "score":
-        return "S" + {"x": " through feature activation", "y": " through output probability"}.get(about, "")
-    if kind == "behavior":
-        return f"behavior on {about}" if about else "behavior on all prompts"
-    return f"behavior on prompt {about}" if kind == "prompt" else target
+    try:
+        return of_target(TargetName.parse(target))
+    except UserError:  # of a method that is not installed here
+        return target
 
 
 def listed(items: list[str], limit: int = 3) -> str:
