@@ -56,8 +56,8 @@ def test_the_command_line_answers_without_heavy_imports(python, arguments):
     assert not measure(python, code) & HEAVY
 
 
-def test_a_study_needs_no_torch(python):
-    code = "from taught import load_study; load_study('refusal-smollm2')"
+def test_a_study_of_names_needs_no_torch(python):
+    code = "from taught import Study; Study().replace('attribution.curvature', 'ekfac')"
     assert not measure(python, code) & HEAVY
 
 

@@ -49,7 +49,7 @@ def commands() -> list[tuple[str, str]]:
         for text in texts(ast.parse(file.read_text(encoding="utf-8"))):
             for match in re.finditer(r"(?<![\w/.@:'-])taught (?=[a-z-])[^\n]*", text):
                 command = ENDS.split(match[0])[0].strip().rstrip(".,;:")
-                if (command not in NOT_TYPED and command.split()[1] in app) or command.split()[1] in FORMER:
+                if command.split()[1] in {*app, *FORMER} and command not in NOT_TYPED:
                     found.setdefault(command, file.relative_to(SRC).as_posix())
     return sorted((file, command) for command, file in found.items())
 
