@@ -32,8 +32,8 @@ def losses(model, examples, budget: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("budget", [1, 20, 1000])
-def test_trap_8_loss_is_the_cross_entropy_of_fine_tuning_on_the_response(name: str, budget: int) -> None:
-    # Trap 8: the same mask as fine-tuning with the prompt labelled -100.
+def test_loss_is_the_cross_entropy_of_fine_tuning_on_the_response(name: str, budget: int) -> None:
+    # The same mask as fine-tuning with the prompt labelled -100.
     model, examples = tiny_model(name), tiny_examples()
     expected = torch.stack([plain_loss(model, p) for p in examples]).detach()
     torch.testing.assert_close(losses(model, examples, budget), expected, rtol=1e-12, atol=1e-12)

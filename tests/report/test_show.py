@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from taught.report.view import load_view
 
 from synthetic_run import build_synthetic_run
 from taught.errors import UserError

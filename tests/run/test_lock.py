@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from taught.run.lock import locked_file
 
 from taught.errors import UserError
 from taught.run import files
 from taught.run.folder import RunFolder
-from taught.run.lock import locked_file
 from taught.run.pieces import PartialFolder
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
