@@ -145,9 +145,9 @@ def test_sketches_are_within_their_standard_errors(what: str, curvature: str, tm
     sketch = Choice("sketch", {"dim": 4096})
     ours, linear = found(what, Method(sketch, CURVED[curvature]), Work(folder=folder)), exact(what, curvature)
     assert ours.targets == linear.targets
-    gap = np.abs(ours.values - linear.values)
-    assert (gap <= 5 * ours.se + 1e-9 * np.abs(linear.values).max(0)).all()
-    assert (ours.se < 0.5 * np.abs(linear.values).max(0)).all()  # they say something
+    errors = (ours.values - linear.values) / ours.se
+    assert np.abs(errors).max() < 5
+    assert 0.3 < np.sqrt(np.mean(errors**2)) < 2  # and not much smaller
     np.testing.assert_allclose(ours.losses, linear.losses, rtol=1e-12)
 
 
@@ -163,6 +163,7 @@ def test_order_and_batches_do_not_matter_and_the_model_is_left_as_it_was(
     before = snapshot(problem.model)
     first = driver.scores(problem, tiny_examples(), targets, method, Work(folder=tmp_path / "a"))
     assert same(before, snapshot(problem.model))
+    close(first["score"], first["score:x"] + first["score:y"], 1e-12)
     turned = [tiny_examples()[i] for i in turn]
     again = driver.scores(replace(problem, batch_tokens=1), turned, targets, method, Work(folder=tmp_path / "b"))
     assert list(again.example_ids) == [IDS[i] for i in turn]

@@ -250,7 +250,8 @@ def test_the_stage_makes_the_difference_of_means_of_plain_passes(study: Study, t
 def test_a_concept_that_is_there_is_taken_from_its_folder_or_from_a_run(study: Study, tmp_path: Path):
     made = make(study, tmp_path / "made", "difference", block=0)
     save_concept(made, tmp_path / "saved")
-    shutil.copytree(Path(study.model.id).parent / "run", tmp_path / "run")
+    for name in ("run", "other"):
+        shutil.copytree(Path(study.model.id).parent / "run", tmp_path / name)
     paths = ({"path": str(tmp_path / "made")}, {"name": "d", "path": str(tmp_path / "saved")})
     named, run = with_concepts(study, *paths), RunFolder(tmp_path / "run")
     concepts(named, run)
@@ -260,7 +261,7 @@ def test_a_concept_that_is_there_is_taken_from_its_folder_or_from_a_run(study: S
     assert all(read.concept.card == made.card and read.concept.block == 0 for read in found)
     other = with_concepts(study, {"name": "e", "path": str(tmp_path / "made")})
     with pytest.raises(UserError, match=r"no concept of this name(.|\n)*one of c"):
-        concepts(other, run)
+        concepts(other, RunFolder(tmp_path / "other"))
 
 
 def test_every_source_gives_a_concept_and_a_sweep_a_row_for_every_block(study, tmp_path: Path):
@@ -428,7 +429,7 @@ def test_a_file_that_is_no_control_vector_is_refused(study: Study, tmp_path: Pat
     (tmp_path / "v.gguf").write_bytes(b"GGUF, but not really")
     with pytest.raises(UserError, match="cannot be read"):
         make(study, tmp_path / "c", f"file:{tmp_path}/v.gguf")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"concepts\.source does not exist(.|\n)*none\.gguf"):
         make(study, tmp_path / "d", f"file:{tmp_path}/none.gguf")
 
 

@@ -25,7 +25,7 @@ def choose(**how):
     return select_features(how.pop("acts", acts()), how.pop("groups", GROUPS), **how)
 
 
-def test_trap_4_selects_by_the_difference_of_means_in_ascending_numeric_order():
+def test_selects_by_the_difference_of_means_in_ascending_numeric_order():
     chosen = choose(threshold=0.42)
     # As strings: '10' < '11' < '9'.
     assert chosen.feature_ids.tolist() == [9, 10, 11]

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reference import LR, Readouts, close, naive_X
-from taught import stages
 from taught.errors import UserError
 from taught.estimators.adjoint import feature_effects, target_effects
 from taught.estimators.every_prompt import prompt_effects
@@ -24,7 +23,10 @@ from taught.model.load import load_model
 from taught.model.parameters import moving_parameters
 from taught.model.readout import read_prompts
 from taught.run.folder import RunFolder
+from taught.stages.attribute import attribute
 from taught.stages.check import check_study
+from taught.stages.policy import policy
+from taught.stages.readings import readings
 from taught.stages.subject import open_subject
 from taught.study.load import load_study
 from tiny_models import BLOCK, moved, plain_gradient, plain_loss, tiny_examples, tiny_model, tiny_problem
@@ -168,13 +170,11 @@ def adapted_study(folder: Path, name: str = "adapter"):
     return study.replace("model.adapter", f"./{name}", base=folder)
 
 
-def table(folder: Path, study, name: str) -> dict[tuple, float]:
+def table(folder: Path, study, name: str) -> dict[tuple[str, str], float]:
     run = RunFolder(folder / name)
-    stages.policy(study, run)
-    stages.attribute(study, run)
-    keys = ("example_id", "target", "feature_id", "group", "pathway")
-    rows = run.read_table("influence").to_pylist()
-    return {tuple(row[k] for k in keys): row["value"] for row in rows}
+    for stage in (readings, policy, attribute):
+        stage(study, run)
+    return {(row["example_id"], row["target"]): row["value"] for row in run.read_table("scores").to_pylist()}
 
 
 def test_a_study_with_an_adapter_moves_the_adapter_and_every_estimator_agrees(folder: Path) -> None:
@@ -183,14 +183,16 @@ def test_a_study_with_an_adapter_moves_the_adapter_and_every_estimator_agrees(fo
     named = study.replace("attribution.parameters", ["*.lora_?.*"])
     for name, other in {
         "named": named,
-        "jvp": study.replace("attribution.estimator", "jvp"),
+        "forward": study.replace("attribution.estimator", "forward"),
         "as its own checkpoint": study.replace(
-            "attribution.checkpoints", [{"id": "./adapter", "lr": 1e-4}], base=folder
+            "attribution.trajectory",
+            {"kind": "checkpoints", "checkpoints": [{"id": "./adapter", "lr": 1e-4}]},
+            base=folder,
         ),
     }.items():
         expected = table(folder, other, name)
-        for target in ("score", "coefficient", "mean_y"):
-            keys = [key for key in found if key[1] == target]
+        for kind in ("score", "coefficient", "behavior"):
+            keys = [key for key in found if key[1].startswith(kind)]
             size = max(abs(found[key]) for key in keys)
             assert size > 0
             for key in keys:
@@ -201,13 +203,13 @@ def test_a_study_with_an_adapter_moves_the_adapter_and_every_estimator_agrees(fo
     assert dict(report.rows)["moving"].endswith("in 12 tensors")
 
 
-def test_invariant_8_an_adapter_is_an_input_by_its_content(folder: Path) -> None:
+def test_an_adapter_is_an_input_by_its_content(folder: Path) -> None:
     shutil.copytree(folder / "adapter", folder / "same")
     prints = {}
     for name in ("adapter", "same", "other"):
         run = RunFolder(folder / f"run-{name}")
-        stages.policy(adapted_study(folder, name), run)
-        prints[name] = run.manifest["inputs"]["policy"]["model.adapter sha256"]
+        readings(adapted_study(folder, name), run)
+        prints[name] = run.manifest["inputs"]["readings"]["model.adapter sha256"]
     assert prints["adapter"] == prints["same"] != prints["other"]
     weights = [
         open_subject(adapted_study(folder, n)).identity["model.weights"]["adapter"]["sha256"]

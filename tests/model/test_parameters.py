@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reference import LR, Readouts, close, naive_X
+from taught.core.driver import Method
 from taught.errors import UserError
 from taught.estimators.adjoint import feature_effects, target_effects
-from taught.estimators.cost import attribution_cost
+from taught.estimators.cost import Asked, attribution_cost
 from taught.estimators.every_prompt import prompt_effects, prompt_steps
 from taught.estimators.finite_step import example_gradient, finite_steps
 from taught.estimators.forward import tangents
@@ -216,15 +217,8 @@ def test_patterns_mind_case_and_match_whole_names() -> None:
 
 def test_products_are_counted_for_what_moves() -> None:
     def cost(patterns):
-        return attribution_cost(
-            tiny_problem(model_of("tied"), parameters=patterns),
-            tiny_examples(),
-            targets=5,
-            groups=2,
-            estimator="adjoint",
-            coefficients=False,
-            exact_top=0,
-        )["targets"]
+        problem, asked = tiny_problem(model_of("tied"), parameters=patterns), Asked(5, 4, False)
+        return attribution_cost(problem, tiny_examples(), asked, Method())["targets"]
 
     down = sum(p.numel() for n, p in model_of("tied").named_parameters() if "down_proj.w" in n)
     both, one = cost(("*q_proj.weight", "*down_proj.weight")), cost(("*q_proj.weight",))

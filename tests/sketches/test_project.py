@@ -146,7 +146,7 @@ def test_a_query_in_a_curvature_is_projected_after_it_is_divided(metric: Adam | 
         torch.testing.assert_close(query, torch.stack(divided), rtol=1e-9, atol=1e-12)
     exact, _ = target_effects(problem, tiny_examples(), A, B)
     draws = []
-    for seed in range(200):
+    for seed in range(60):
         projection = Projection(model, DIM, seed)
         examples = torch.zeros(len(tiny_examples()), DIM, dtype=torch.float64)
         for part in example_sketches(plain, projection, tiny_examples()):

@@ -14,7 +14,6 @@ influence) derives what each has to do with the gradient. Source: Concept Influe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from taught.errors import UserError
 from taught.features.concept import ConceptMap
 from taught.model.gradients import evaluating
 from taught.model.readout import PACK_TOKENS, ReadPrompt, read_residuals
+from taught.progress import Progress
 
 
 def response_reads(examples: Sequence[Example], tokens: str) -> list[ReadPrompt]:
@@ -58,7 +58,7 @@ def project(
     block: int,
     *,
     batch_tokens: int = PACK_TOKENS,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """f of every example and concept, float64 [P, C]: the Vector Filter where the model is the base.
 

@@ -28,7 +28,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +40,7 @@ from taught.core.problem import Problem
 from taught.errors import UserError
 from taught.model.gradients import Factor, Site, accumulate, contract, dot, evaluating, find_sites, frozen, tap
 from taught.model.readout import ReadPrompt, pack, read_packed
+from taught.progress import Progress, SilentProgress
 
 Floats = NDArray[np.float64]
 Groups = Mapping[str, Sequence[str]]  # group -> ids of its prompts
@@ -107,7 +107,7 @@ def baseline_scores(
     *,
     names: Collection[str] = BASELINES,
     seed: int = 0,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> list[BaselineScores]:
     """All baselines that are named, in the order of :data:`BASELINES`, then of the groups.
 
@@ -288,7 +288,7 @@ class GradientProducts:
 
 
 def gradient_products(
-    problem: Problem, examples: Sequence[Example], groups: Groups, *, progress: Any = None
+    problem: Problem, examples: Sequence[Example], groups: Groups, *, progress: Progress | None = None
 ) -> GradientProducts:
     """Norms and products of the gradients of the parameters that move.
 
@@ -317,8 +317,7 @@ def gradient_products(
                 if name in queries:
                     for factor in factors:
                         dots[index] -= contract(factor, queries[name]).double().cpu()
-            if progress is not None:
-                progress.advance(len(index))
+            (progress or SilentProgress()).advance(len(index))
     refuse_nonfinite(examples, range(len(examples)), norms, "gradient")
     sizes = sum(q.double().pow(2).flatten(1).sum(1).cpu() for q in queries.values())
     assert isinstance(sizes, Tensor)

@@ -13,6 +13,7 @@ from taught.core.behavior import Behavior, in_rows
 from taught.errors import UserError
 from taught.model.forward import first_device, forward, residuals
 from taught.model.tokens import Rows, TokenTree, batches_by_tokens, build_tree, stack
+from taught.progress import Progress, SilentProgress
 
 # Attention over a packed row is quadratic: this keeps it a small share of the work.
 PACK_TOKENS = 512
@@ -251,7 +252,12 @@ def read_packed(
 
 @torch.no_grad()
 def read_prompts(
-    model: nn.Module, prompts: Sequence[ReadPrompt], behavior: Behavior, block: int | None, *, progress: Any = None
+    model: nn.Module,
+    prompts: Sequence[ReadPrompt],
+    behavior: Behavior,
+    block: int | None,
+    *,
+    progress: Progress | None = None,
 ) -> Readouts:
     """Read-outs of all prompts in one forward pass over their token trees.
 
@@ -276,8 +282,7 @@ def read_prompts(
         for row, i in enumerate(packed.index):
             h[i] = hidden[packed.offsets[row] : packed.offsets[row + 1]].cpu()
         y[list(packed.index)] = value.double().cpu()
-        if progress is not None:
-            progress.advance(len(packed.index))
+        (progress or SilentProgress()).advance(len(packed.index))
     return _assemble(prompts, h, y)
 
 
@@ -289,7 +294,7 @@ def read_residuals(
     reduce: Callable[[Tensor, Tensor], Tensor],
     *,
     tokens: int = PACK_TOKENS,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """What is made of the residuals after some blocks: float64 [blocks, N, ...], on the CPU.
 
@@ -329,8 +334,7 @@ def read_residuals(
             _refuse_nonfinite([prompts[i].id for i in bad or packed.index])
         index += packed.index
         parts.append(values)
-        if progress is not None:
-            progress.advance(len(packed.index))
+        (progress or SilentProgress()).advance(len(packed.index))
     return torch.cat(parts, 1)[:, torch.tensor(index).argsort()]
 
 
@@ -371,7 +375,7 @@ def read_prompts_plain(
     block: int | None,
     *,
     batch_size: int = 16,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> Readouts:
     """The same read-outs as the published loop takes them: one pass for h, one per suffix.
 
@@ -396,8 +400,7 @@ def read_prompts_plain(
         lengths = _longs(len(s) for prompt in chunk for s in prompt.suffixes).to(flat.device)
         of = _longs(row for row, prompt in enumerate(chunk) for _ in prompt.suffixes).to(flat.device)
         y[start : start + len(chunk)] = behavior.value(flat, lengths, of, len(chunk)).double().cpu()
-        if progress is not None:
-            progress.advance(len(chunk))
+        (progress or SilentProgress()).advance(len(chunk))
     return _assemble(prompts, h, y)
 
 

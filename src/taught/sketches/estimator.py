@@ -128,15 +128,16 @@ class Sketch:
         if problem.metric.sketched is not None:
             q = problem.metric.sketched(store, rows, q)
         details: dict[str, Any] = {}
-        every = q
+        direct = [targets.names.index(name) for name in targets.direct]  # totals are sums of their pathways
+        every = q[:, direct]
         if dy is not None and len(rows) * dy.shape[1] <= LARGEST_DY and problem.metric.sketched is None:
-            every = np.concatenate([q, dy], 1)
+            every = np.concatenate([every, dy], 1)
         work.progress.step("inner products of sketches", None)
         answers = answer(store, rows, every.astype(np.float32))
         answers.values[...] *= -problem.lr  # in place: the largest array there is
-        if every is not q:
-            details["dy"] = answers.values[:, q.shape[1] :]
-        values = answers.values[:, : q.shape[1]]
+        if every.shape[1] > len(direct):
+            details["dy"] = answers.values[:, len(direct) :]
+        values = targets.from_direct(answers.values[:, : len(direct)])
         scale = theory_error(answers.norms, q, problem.lr)
         factor, sample = self._measured(problem, examples, targets, work, values, scale)
         details |= {"error_factor": factor, "sample": sample, "store": str(store.folder)}

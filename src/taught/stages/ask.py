@@ -71,11 +71,12 @@ def ask(run: RunFolder, question: Question) -> Scores:
     rows = [Row(example_id, digest) for example_id, digest in record["rows"].items()]
     if question.curvature == "autocorrelation":
         queries = fit_autocorrelation(store, rows).solve(queries)
-    found, lr = answer(store, rows, queries), run.read_json("attribution")["lr"]
+    direct = [targets.names.index(name) for name in targets.direct]  # totals are sums of their pathways
+    found, lr = answer(store, rows, queries[:, direct]), run.read_json("attribution")["lr"]
     se = record["error_factor"] * theory_error(found.norms, queries, lr)
     method = "sketch" if question.curvature == "identity" else f"sketch+{question.curvature}"
     ids = tuple(row.id for row in rows)
-    return Scores(method, ids, targets.names, -lr * found.values, se, found.losses)
+    return Scores(method, ids, targets.names, -lr * targets.from_direct(found.values), se, found.losses)
 
 
 def _readings(run: RunFolder, question: Question) -> Readings:

@@ -31,6 +31,7 @@ from taught.model.adapter import adapter_patterns
 from taught.model.gradients import evaluating
 from taught.model.kernels import use_fast_products
 from taught.model.parameters import moving_parameters
+from taught.progress import Progress, SilentProgress
 from taught.run.files import json_bytes
 from taught.study.schema import ValidationSpec
 
@@ -121,7 +122,7 @@ def train(
     *,
     parameters: Sequence[str] | None = None,
     batch_tokens: int = 512,
-    progress: Any = None,
+    progress: Progress | None = None,
     keep: Path | None = None,
 ) -> TrainLog:
     """Train the model on the examples, in place. Same inputs, same bits, on a CPU.
@@ -161,8 +162,7 @@ def train(
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            if progress is not None:
-                progress.advance(len(batch))
+            (progress or SilentProgress()).advance(len(batch))
             if keep is not None and number * recipe.epochs % len(steps) == 0:
                 _keep(keep, number * recipe.epochs // len(steps), model, optimizer, lrs[number - 1])
     seen = tuple(tuple(ids[i] for i in index) for index in steps)

@@ -32,6 +32,7 @@ from taught.features.pooling import FeatureMap
 from taught.model.generate import greedy
 from taught.model.gradients import evaluating
 from taught.model.readout import read_prompts
+from taught.progress import Progress
 from taught.run import files
 from taught.run.fingerprint import differences, fingerprint
 from taught.sketches.store import example_digest
@@ -157,7 +158,7 @@ class Retrainer:
         weights: Mapping[str, Any],
         tokenizer: Any = None,
         answers: Answering | None = None,
-        progress: Any = None,
+        progress: Progress | None = None,
     ) -> None:
         if recipe.trainer == "trl" and tokenizer is None:
             raise ValueError("the trainer trl wants the tokenizer")

@@ -27,6 +27,7 @@ from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.model.forward import first_device
 from taught.model.parameters import moving_parameters
+from taught.progress import Progress, SilentProgress
 from taught.training.loop import Recipe, TrainLog, check_inputs, only_moving
 
 
@@ -37,7 +38,7 @@ def train_by_trl(
     *,
     tokenizer: Any,
     parameters: Sequence[str] | None = None,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> TrainLog:
     """Train the model on the examples, in place, batches of one example with accumulated gradients.
 
@@ -93,14 +94,13 @@ def train_by_trl(
 class _Collator:
     """Pads one batch on the right and remembers whose examples it was, in order."""
 
-    def __init__(self, progress: Any) -> None:
+    def __init__(self, progress: Progress | None) -> None:
         self.seen: list[str] = []
-        self._progress = progress
+        self._progress = progress or SilentProgress()
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         self.seen += [row["example_id"] for row in rows]
-        if self._progress is not None:
-            self._progress.advance(len(rows))
+        self._progress.advance(len(rows))
         width = max(len(row["input_ids"]) for row in rows)
 
         def padded(name: str, fill: int) -> Tensor:
