@@ -162,4 +162,6 @@ def test_documents_are_trained_on_as_a_whole(study, data):
     texts = [{"id": f"d{n}", "text": row["response"] * 2} for n, row in enumerate(data[0])]
     documents = with_values(Study(), {"examples.kind": "document"})
     scores = taught.influence(study.model.id, texts, data[1], study=documents)
-    assert [i.partition("#")[0] for i in scores.example_ids] == [f"d{n}" for n in range(8)] and np.isfinite(scores.values).all()
+    assert [i.partition("#")[0] for i in scores.example_ids] == [f"d{n}" for n in range(8)] and np.isfinite(
+        scores.values
+    ).all()

@@ -17,16 +17,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from taught.core import rules
 from taught.core.names import TargetName
-from taught.core.registry import (
-    BEHAVIORS,
-    CURVATURES,
-    ESTIMATORS,
-    TRAJECTORIES,
-    Choice,
-    Registry,
-    parameters,
-    setting,
-)
+from taught.core.registry import BEHAVIORS, CURVATURES, ESTIMATORS, TRAJECTORIES, Choice, Registry, parameters, setting
 from taught.core.rules import Rule, Visit
 from taught.errors import UserError
 from taught.study import gone
