@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +11,24 @@ import pytest
 from taught.policy.ridge import coefficient_shift, exact_shift, fit_policy
 from taught.run.folder import RunFolder
 from taught.study.load import load_study
-from tiny_study import SCORED, do, write_tiny_study
+from tiny_study import READ, do, write_tiny_study
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_study(tmp_path_factory.mktemp("certify"))
+    """A study with its policy in ``policy``."""
+    study = write_tiny_study(tmp_path_factory.mktemp("certify"))
+    do(load_study(study).replace("policy.bootstrap", 60), study.parent / "policy", *READ)
+    return study
 
 
 def attributed(study: Path, name: str, **changes) -> RunFolder:
     spec = load_study(study).replace("policy.bootstrap", 60)
     for key, value in changes.items():
         spec = spec.replace(f"attribution.{key}", value)
-    return do(spec, study.parent / name, *SCORED)
+    if not (study.parent / name).exists():
+        shutil.copytree(study.parent / "policy", study.parent / name)
+    return do(spec, study.parent / name, "attribute")
 
 
 def table(run: RunFolder, name: str) -> list[dict]:

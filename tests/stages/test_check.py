@@ -26,6 +26,12 @@ def folder(tmp_path_factory) -> Path:
     return write_tiny_study(tmp_path_factory.mktemp("tiny")).parent
 
 
+@pytest.fixture(autouse=True)
+def pace(monkeypatch) -> None:
+    """Not measured again by every test: half a second each."""
+    monkeypatch.setattr(check_module, "product_rate", lambda weight: 1e10)
+
+
 @pytest.fixture
 def tiny(folder) -> Study:
     return load_study(folder / "study.yaml").replace("attribution.exact_top", 0)
@@ -289,11 +295,14 @@ def test_what_the_estimator_refuses_is_a_problem(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "code"), [((), 0), ((OVERLAP,), 2)])
-def test_the_exit_code_is_0_without_problems_and_2_with_some(taught, with_examples, tmp_path, rows, code):
+def test_the_exit_code_is_0_without_problems_and_2_with_some(
+    taught_here, with_examples, tmp_path, monkeypatch, rows, code
+):
     from taught.study.load import dump_study
 
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the command sets it; here it is undone
     (tmp_path / "study.yaml").write_text(dump_study(with_examples(*rows)))
-    done = taught("check", "study.yaml")
+    done = taught_here("check", str(tmp_path / "study.yaml"))
     assert done.returncode == code, done.stderr
     assert ("problem: 1 examples are evaluation prompts" in done.stdout) == bool(rows)
     assert ("nothing stands in the way" in done.stdout) == (not rows)

@@ -61,7 +61,9 @@ def summary(run: RunFolder) -> dict[str, dict[str, Any]]:
 
 
 def attributed(folder: Path, name: str, **changes: Any) -> RunFolder:
-    return do(study_of(folder, **changes), folder / name, *SCORED)
+    """The examples scored anew, in a copy of the run with its policy."""
+    run = RunFolder(shutil.copytree(folder / "run", folder / name), fresh=("attribute",))
+    return do(study_of(folder, **changes), run, "attribute")
 
 
 # What is written
