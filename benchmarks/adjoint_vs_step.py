@@ -65,17 +65,12 @@ def measure(args: argparse.Namespace) -> None:
 
 def _adjoint(setting: Setting, progress: RichProgress, results: Results) -> Any:
     """S of every example on pathway x and y, [P, 2]."""
-    from taught.core.target import score_targets
-    from taught.estimators.adjoint import target_effects
-
     progress.step("adjoint", 2 + len(setting.examples))
     with Clock() as clock:
-        A, B = common.cotangents(score_targets(setting.policy), setting.policy)
-        effects, _ = target_effects(setting.problem, setting.examples, A, B, progress=progress)
+        scores = setting.scores(["score"], progress)
     results.conditions["seconds_adjoint"] = clock.seconds
-    ids = [example.id for example in setting.examples]
-    results.conditions["adjoint_of_all_examples"] = dict(zip(ids, effects.sum(1).tolist(), strict=True))
-    return effects.numpy()
+    results.conditions["adjoint_of_all_examples"] = scores.by_example("score")
+    return scores.select(["score:x", "score:y"]).values
 
 
 def choose(scores: Any, top: int, small: int, seed: int) -> tuple[list[int], list[int]]:
@@ -96,7 +91,7 @@ def _row(setting: Setting, effects: Any, example: int, kind: str) -> Row:
     adjoint["total"] = adjoint["x"] + adjoint["y"]
     return {
         "example_id": setting.examples[example].id,
-        "label": setting.example_rows[example].label,
+        "label": setting.ready.examples.examples[example].label,
         "set": kind,
         **compare(adjoint, full, half),
         "seconds": clock.seconds,
@@ -166,7 +161,7 @@ def _in_float64(setting: Setting, examples: Sequence[int], results: Results, pro
     problem = dataclasses.replace(problem, model=model, features=features)
     with common.double_throughout():
         baseline = read_prompts(model, problem.prompts, problem.behavior, problem.block)
-    double = dataclasses.replace(setting, problem=problem, baseline=baseline)
+    double = dataclasses.replace(setting, ready=dataclasses.replace(setting.ready, problem=problem), baseline=baseline)
     progress.advance(1)
     by_id = {row["example_id"]: row for row in results.rows}
     for example in examples:

@@ -50,7 +50,9 @@ def one(tokens: int, checkpointing: bool) -> Row:
 
     from benchmarks.flat_cost import _problem
     from taught.core.example import sft
-    from taught.estimators.adjoint import Problem, _contract_examples, build_queries
+    from taught.core.problem import Problem
+    from taught.core.query import build_queries
+    from taught.estimators.adjoint import contract_examples
     from taught.model.gradients import find_sites, frozen
 
     keep_freed_memory()
@@ -69,7 +71,7 @@ def one(tokens: int, checkpointing: bool) -> Row:
     ).eval()
     like = _problem(model, 2, width=576)
     problem = Problem(
-        model, like.prompts, like.behavior, 15, like.features, 1e-4, batch_tokens=tokens, checkpointing=checkpointing
+        model, like.prompts, like.behavior, 1e-4, 15, like.features, batch_tokens=tokens, checkpointing=checkpointing
     )
     draw = np.random.default_rng(0)
     example = sft("z", tuple(draw.integers(10, 2000, tokens).tolist()), 16)
@@ -79,7 +81,7 @@ def one(tokens: int, checkpointing: bool) -> Row:
         Path("/proc/self/clear_refs").write_text("5")
         before = peak_memory_gb() or 0.0
         with Clock() as clock:
-            _contract_examples(problem, sites, [example], queries, 1, None)
+            contract_examples(problem, sites, [example], queries, None)
     return {
         "tokens": tokens,
         "checkpointing": checkpointing,

@@ -26,22 +26,19 @@ from rich.table import Table
 
 from taught.environment import keep_freed_memory, peak_memory_gb, versions
 from taught.errors import UserError
-from taught.progress import RichProgress
+from taught.progress import Progress, RichProgress
 from taught.run import files
-from taught.run.fingerprint import code_version
+from taught.run.code import code_version
 from taught.study.load import load_study
 from taught.study.schema import Study
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from taught.core.example import Example
-    from taught.core.target import Target
-    from taught.data.examples import Record
-    from taught.estimators.adjoint import Problem
+    from taught.core.problem import Problem
+    from taught.core.scores import Scores
     from taught.model.readout import Readouts
     from taught.policy.ridge import Policy
-    from taught.stages.subject import Subject
+    from taught.stages.ready import Ready
 
 RESULTS = Path(__file__).parent / "results"
 PRESET = "refusal-smollm2"
@@ -213,23 +210,55 @@ class Setting:
 
     Attributes
     ----------
-    problem : model, prompts, behavior, features, learning rate
-    examples, example_rows : the examples as tokens, and as they stand in the file, in the same order
-    groups : group of each prompt
+    ready : what an estimator is given, and the examples as records and as tokens
     baseline : read-outs at the base parameters, from token trees
-    policy : the ridge on them
     seconds_baseline : how long reading and fitting took (the choice of features not included)
     """
 
-    study: Study
-    subject: Subject
-    problem: Problem
-    examples: list[Example]
-    example_rows: list[Record]
-    groups: list[str]
+    ready: Ready
     baseline: Readouts
-    policy: Policy
     seconds_baseline: float
+
+    @property
+    def study(self) -> Study:
+        """The study."""
+        return self.ready.study
+
+    @property
+    def problem(self) -> Problem:
+        """Model, prompts, behavior, features, learning rate."""
+        return self.ready.problem
+
+    @property
+    def examples(self) -> list[Example]:
+        """The examples as tokens."""
+        return self.ready.inputs
+
+    @property
+    def policy(self) -> Policy:
+        """The ridge on the read-outs."""
+        assert self.ready.readings.policy is not None
+        return self.ready.readings.policy
+
+    def inside(self, group: str) -> Any:
+        """Which prompts are of a group, [N]."""
+        import numpy as np
+
+        return np.isin(np.arange(self.ready.readings.n), self.ready.readings.rows(group))
+
+    def scores(self, targets: Sequence[str], progress: Progress, method: str = "adjoint") -> Scores:
+        """Scores of all examples by the one driver."""
+        return scores_of(self.ready, targets, method, progress)
+
+
+def scores_of(ready: Ready, targets: Sequence[str], method: str, progress: Progress) -> Scores:
+    """Scores by a method's name; parts that are the study's own keep its parameters."""
+    from taught.core import driver
+    from taught.core.estimator import Work
+    from taught.core.target import TargetSet
+
+    asked = TargetSet.of(targets, ready.readings)
+    return driver.scores(ready.problem, ready.inputs, asked, ready.method.named(method), Work(progress))
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -237,7 +266,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--study", default=PRESET, help="a study file or the name of a preset")
     made.add_argument("--prompts", type=int, help="at most so many prompts (default: all)")
-    made.add_argument("--pairs", type=int, help="at most so many examples (default: all)")
+    made.add_argument("--examples", type=int, help="at most so many examples (default: all)")
     made.add_argument("--threads", type=int, help="threads of torch (default: as torch chooses)")
     made.add_argument(
         "--random-sae", type=int, metavar="FEATURES", help="a random SAE in place of the study's, for a trial"
@@ -269,92 +298,34 @@ def open_setting(args: argparse.Namespace, progress: RichProgress) -> Setting:
     for key, value in (("prompts.limit", args.prompts), ("examples.limit", args.examples)):
         study = study if value is None else study.replace(key, value)
     if not args.random_sae:
-        return _opened(study, progress)
+        return opened(study, progress)
     with tempfile.TemporaryDirectory() as folder:
         _write_random_sae(Path(folder), study, args.random_sae)
-        return _opened(study.replace("sae.path", folder).replace("features.threshold", 0.0), progress)
+        for key, value in {"sae.path": folder, "sae.max_fvu": 1e9, "features.threshold": 0.0}.items():
+            study = study.replace(key, value)
+        return opened(study, progress)
 
 
-def _opened(study: Study, progress: RichProgress) -> Setting:
-    from taught.estimators.adjoint import Problem
+def opened(study: Study, progress: Progress) -> Setting:
+    """The study's setting, read and fitted now."""
     from taught.model.readout import read_prompts
-    from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
+    from taught.policy.ridge import fit_policy
+    from taught.stages.ready import make_ready, read_data, read_here
+    from taught.stages.subject import open_subject
 
+    data = read_data(study, progress)
     progress.step("loading the model")
     subject = open_subject(study)
-    prompts = study_prompts(study)
-    example_set, _ = study_examples(study, prompts)
-    encoded, cut = subject.chat.encode_examples(
-        example_set.examples, study.examples.max_tokens, study.examples.drop_truncated
-    )
-    reads = prompt_inputs(subject.encode(prompts), study.readout.position)
-    block, groups = subject.sae.block, [prompt.group for prompt in prompts.prompts]
-    progress.step("read-outs", len(reads))
-    with Clock() as reading:
-        baseline = read_prompts(subject.loaded.model, reads, subject.behavior, block, progress=progress)
-    features = subject.features(_chosen(study, subject, baseline, groups), study)
-    with Clock() as fitting:
-        X = features(baseline.h, baseline.offsets)
-        policy = _policy(study, X, baseline, features.ids.tolist())
-    settings = study.attribution
-    problem = Problem(
-        subject.loaded.model,
-        reads,
-        subject.behavior,
-        block,
-        features,
-        settings.lr,
-        settings.batch_tokens,
-        settings.memory_gb,
-    )
-    rows = [example for example in example_set.examples if example.id not in set(cut)]
-    return Setting(
-        study,
-        subject,
-        problem,
-        example_inputs(encoded),
-        rows,
-        groups,
-        baseline,
-        policy,
-        reading.seconds + fitting.seconds,
-    )
-
-
-def _chosen(study: Study, subject: Subject, baseline: Readouts, groups: Sequence[str], step: int = 64) -> list[int]:
-    """Ids of the policy's features; all features are encoded a few prompts at a time."""
-    import torch
-
-    from taught.features.select import select_features
-
-    every = subject.features(range(subject.sae.n_features), study)
-    pooled = []
-    with torch.no_grad():
-        for i in range(0, len(baseline.prompt_ids), step):
-            offsets = baseline.offsets[i : i + step + 1]
-            pooled.append(every(baseline.h[offsets[0] : offsets[-1]], offsets - offsets[0]))
-    selection = select_features(
-        torch.cat(pooled).double().cpu().numpy(),
-        groups,
-        positive=study.prompts.positive_group,
-        negative=study.prompts.negative_group,
-        threshold=study.features.threshold,
-        max_features=study.features.max_features,
-        ids=study.features.ids,
-    )
-    return [int(k) for k in selection.feature_ids]
-
-
-def _policy(study: Study, X: Tensor, baseline: Readouts, feature_ids: list[int]) -> Policy:
-    from taught.policy.ridge import choose_alpha, fit_policy
-
-    acts, y, ids = X.double().cpu().numpy(), baseline.y.numpy(), baseline.prompt_ids
-    spec, alpha = study.policy, study.policy.alpha
-    if isinstance(alpha, str):
-        alpha, _ = choose_alpha(acts, y, fit_intercept=spec.intercept, folds=spec.folds, seed=spec.seed, prompt_ids=ids)
-    return fit_policy(
-        acts, y, prompt_ids=ids, feature_ids=feature_ids, alpha=float(alpha), fit_intercept=spec.intercept
-    )
+    ready = make_ready(study, subject, data, read_here(study, subject, data.prompts, progress))
+    problem, policy = ready.problem, ready.readings.policy
+    assert policy is not None and problem.features is not None
+    progress.step("read-outs", len(problem.prompts))
+    with Clock() as clock:
+        baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block, progress=progress)
+        X = problem.features(baseline.h, baseline.offsets).double().cpu().numpy()
+        kept = {"feature_ids": policy.feature_ids, "alpha": policy.alpha, "fit_intercept": policy.fit_intercept}
+        fit_policy(X, baseline.y.numpy(), prompt_ids=baseline.prompt_ids, **kept)
+    return Setting(ready, baseline, clock.seconds)
 
 
 def _write_random_sae(folder: Path, study: Study, features: int, k: int = 32) -> None:
@@ -389,7 +360,7 @@ def conditions(setting: Setting, args: argparse.Namespace) -> Row:
     plain = sum(len(prompt.ids) for prompt in problem.prompts)
     return {
         "study": study.name,
-        "weights": setting.subject.loaded.weights.get("source"),
+        "weights": setting.ready.subject.loaded.weights.get("source"),
         "sae": f"random, {args.random_sae} features" if args.random_sae else "the study's",
         "dtype": study.model.dtype,
         "device": study.model.device,
@@ -442,13 +413,3 @@ def double_throughout() -> Iterator[None]:
 
     with Double():
         yield
-
-
-def cotangents(targets: Sequence[Target], policy: Policy) -> tuple[Tensor, Tensor]:
-    """A [K, N, d] and B [K, N] of some targets, float64."""
-    import torch
-
-    from taught.core.target import cotangents as stacked
-
-    A, B = stacked(targets, policy)
-    return torch.from_numpy(A), torch.from_numpy(B)

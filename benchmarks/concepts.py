@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> None:
             every, once = _gradient(problem, examples, args.rounds)
             results.add(_row("gradient, adjoint", every, len(examples), once))
             results.add(_ekfac(problem, examples, args.rounds))
-            for name in ("jvp", "finite-step"):
+            for name in ("forward", "finite-step"):
                 results.add(_row(f"gradient, {name}", _one_by_one(problem, few, name), len(few)))
             for name, every, once in _projections(setting, features, args.rounds):
                 results.add(_row(name, every, len(examples), once))
@@ -95,7 +95,7 @@ def _problem(setting: Setting) -> tuple[Any, Any, np.ndarray]:
     study, problem = setting.study, setting.problem
     how = study.readout.position
     H = pool(setting.baseline.h, setting.baseline.offsets, how).double().numpy()
-    positive = np.array([group == study.prompts.positive_group for group in setting.groups])
+    positive = setting.inside(study.prompts.sides[0])
     v = H[positive].mean(0) - H[~positive].mean(0)
     v /= np.linalg.norm(v)
     concept = Concept("difference", v, problem.block, how, "mean_response", {}, {}, {})
@@ -108,7 +108,8 @@ def _gradient(problem: Any, examples: list[Any], rounds: int) -> tuple[list[Time
     """By the adjoint: seconds of the examples in each round, of the query gradient."""
     import torch
 
-    from taught.estimators.adjoint import _contract_examples, build_queries
+    from taught.core.query import build_queries
+    from taught.estimators.adjoint import contract_examples
     from taught.model.gradients import find_sites, frozen
 
     n = len(problem.prompts)
@@ -117,7 +118,7 @@ def _gradient(problem: Any, examples: list[Any], rounds: int) -> tuple[list[Time
     with frozen(problem.model):
         with Clock() as once:
             queries = build_queries(problem, sites, A, None, None)
-        every = _timed(lambda: _contract_examples(problem, sites, examples, queries, 1, None), rounds)
+        every = _timed(lambda: contract_examples(problem, sites, examples, queries, None), rounds)
     return every, once.seconds
 
 
@@ -127,14 +128,16 @@ def _ekfac(problem: Any, examples: list[Any], rounds: int) -> dict[str, Any]:
     A fit passes over the examples several times and then decomposes matrices whose number and size do
     not depend on them: fits to half of the examples and to all tell the two apart, token by token.
     """
-    from taught.curvatures.ekfac import with_ekfac
+    from taught.core.driver import fitted
+    from taught.core.estimator import Work
+    from taught.curvatures.ekfac import Ekfac
 
     fits = []
     for some in (examples[::2], examples):
         curved: Any = None  # that of the half is let go of
         begun = time.process_time()
         with Clock() as clock:
-            curved = with_ekfac(problem, some, damping=0.1)
+            curved = fitted(problem, some, Ekfac(damping=0.1), Work())
         cpu = time.process_time() - begun
         fits.append(np.array([clock.seconds, cpu, sum(len(example.ids) for example in some)]))
     *grown, tokens = fits[1] - fits[0]
@@ -153,15 +156,18 @@ def _one_by_one(problem: Any, examples: list[Any], estimator: str) -> list[Times
     return _timed(lambda: _effects(problem, examples, estimator), 1)
 
 
-def _effects(problem: Any, examples: list[Any], estimator: str = "adjoint") -> np.ndarray:
-    """Effect of each example on the concept."""
-    from taught.core.target import concept_targets
-    from taught.estimators.concepts import concept_effects
+def _effects(problem: Any, examples: list[Any], method: str = "adjoint") -> np.ndarray:
+    """Effect of each example on the concept, whose cotangents need the number of prompts alone."""
+    from taught.core import driver
+    from taught.core.driver import Method
+    from taught.core.estimator import Work
+    from taught.core.readings import Readings
+    from taught.core.target import TargetSet
 
-    ids = [prompt.id for prompt in problem.prompts]
-    targets = concept_targets(ids, ["difference"], np.ones(len(ids), dtype=bool))
-    effects: np.ndarray = concept_effects(problem, examples, targets, estimator)[:, 0].numpy()
-    return effects
+    ids, n = tuple(prompt.id for prompt in problem.prompts), len(problem.prompts)
+    readings = Readings(ids, np.zeros(n), X=np.zeros((n, 1)), columns=("difference",))
+    targets = TargetSet.of(["concept:difference"], readings)
+    return driver.scores(problem, examples, targets, Method().named(method), Work()).values[:, 0]
 
 
 def _projections(setting: Setting, features: Any, rounds: int) -> list[tuple[str, list[Times], float | None]]:
@@ -264,7 +270,7 @@ _COLUMNS = {
 def main() -> None:
     """Parse the flags and measure."""
     flags = common_parser(__doc__ or "")
-    flags.add_argument("--few", type=int, default=3, help="examples for jvp and finite-step")
+    flags.add_argument("--few", type=int, default=3, help="examples for forward and finite-step")
     flags.add_argument("--rounds", type=int, default=3, help="runs of the others; the median counts")
     flags.add_argument("--bergson", metavar="PYTHON", help="interpreter of Bergson's environment")
     run(measure, flags.parse_args())

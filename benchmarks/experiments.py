@@ -26,21 +26,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import RESULTS, Clock, Results, Row, console, cotangents, kept, run
+from benchmarks.common import RESULTS, Clock, Results, Row, console, kept, run
 from benchmarks.experiment_pictures import picture
-from taught import stages
-from taught.core.target import Target, concept_targets, mean_y_target, score_targets
 from taught.data.columns import name_ids
-from taught.data.examples import ExampleSet
-from taught.data.prompts import PromptSet
+from taught.data.examples import ExampleSet, load_examples
 from taught.environment import mark_memory, peak_memory_gb, return_freed_memory
 from taught.errors import UserError
 from taught.presets import preset_path
 from taught.progress import Progress, RichProgress
 from taught.run import files
-from taught.run.fingerprint import code_version, fingerprint
+from taught.run.code import code_version
+from taught.run.fingerprint import fingerprint
 from taught.run.folder import RunFolder
-from taught.sketches.store import digest
+from taught.stages import BY_NAME
 from taught.stats.auc import auc, precision_at_k
 from taught.stats.intervals import Interval
 from taught.stats.multiplicity import holm
@@ -50,16 +48,12 @@ from taught.study.schema import Study
 from taught.validation.curves import LEAST_RUNS, Plan, compare_curves, plan_curve
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from taught.estimators.adjoint import Problem
-    from taught.features.concept import Concept
-    from taught.stages.estimating import Ready
-    from taught.stages.subject import Subject
+    from taught.stages.concepts import Read
+    from taught.stages.ready import Ready
     from taught.training.retrain import Retrainer, Retraining
 
 EXPERIMENTS = ("over-refusal", "style", "brand")
-SHARES = {10: "examples-10.jsonl", 50: "pairs.jsonl"}
+SHARES = {10: "pairs-10.jsonl", 50: "pairs.jsonl"}
 TRAINING = {
     "validation.trainer": "loop",
     "validation.method": "full",
@@ -93,6 +87,7 @@ class Bench:
 
     Attributes
     ----------
+    run : its readings, policy and concepts
     ready : the examples as tokens, the policy, and the problem that estimators work on
     concepts : "difference" (of means) and "probe" (logistic), from rows that are neither examples
         nor prompts
@@ -101,15 +96,18 @@ class Bench:
     folder : of everything that is kept between two calls
     """
 
-    study: Study
-    subject: Subject
-    prompts: PromptSet
+    run: RunFolder
     ready: Ready
-    concepts: Mapping[str, Concept]
+    concepts: Mapping[str, Read]
     trainer: Retrainer
     planted: frozenset[str]
     folder: Path
     progress: Progress
+
+    @property
+    def study(self) -> Study:
+        """The study, with its concepts."""
+        return self.ready.study
 
     @property
     def ids(self) -> list[str]:
@@ -117,20 +115,22 @@ class Bench:
         return [example.id for example in self.ready.inputs]
 
     @property
+    def groups(self) -> Mapping[str, Sequence[str]]:
+        """Group -> ids of its prompts."""
+        return self.ready.readings.groups
+
+    @property
     def leak(self) -> str:
         """The group of prompts on which the behavior was not asked for."""
-        return self.study.prompts.negative_group
-
-    @cached_property
-    def group_of(self) -> dict[str, str]:
-        """Prompt id -> group."""
-        return {i: group for group, ids in self.ready.groups.items() for i in ids}
+        return self.study.prompts.sides[1]
 
     @cached_property
     def key(self) -> str:
         """Digest of what the scores depend on."""
-        examples = [[example.id, digest(example.ids, example.start)] for example in self.ready.inputs]
-        concepts = {name: c.direction.tolist() for name, c in self.concepts.items()}
+        from taught.sketches.store import example_digest
+
+        examples = [[example.id, example_digest(example)] for example in self.ready.inputs]
+        concepts = {name: read.concept.direction.tolist() for name, read in self.concepts.items()}
         return fingerprint(
             {
                 **self.trainer.identity,
@@ -138,7 +138,7 @@ class Bench:
                 "examples": examples,
                 "concepts": concepts,
                 "all code": code_version(),
-                "attribution": asdict(self.study.attribution),
+                "attribution": self.study.to_dict()["attribution"],
             }
         )
 
@@ -154,7 +154,7 @@ def measure(args: argparse.Namespace) -> None:
         if value is not None:
             study, name = study.replace(key, value), f"{name.removesuffix('-trial')}-trial"
     with RichProgress(console) as progress:
-        bench = opened(study, folder / "concept.jsonl", args.work / name, progress)
+        bench = opened(with_concepts(study, folder / "concept.jsonl"), args.work / name, progress)
         results = Results(name, conditions(bench, args.share), args.out)
         with kept(results, _COLUMNS):
             score(bench, results)
@@ -173,30 +173,39 @@ def experiment_study(study: str, share: int) -> tuple[Study, Path]:
     return made, folder
 
 
-def opened(study: Study, concept_file: Path, folder: Path, progress: Progress) -> Bench:
+def with_concepts(study: Study, file: Path) -> Study:
+    """The study with directions from rows without the behavior to rows with it, over mean response tokens.
+
+    Their target is read before answers to the leak group. Both are used whatever their quality, which
+    stands in their cards.
+    """
+    both = {"examples": str(file.resolve()), "position": "last_prompt", "group": study.prompts.sides[1], "force": True}
+    concepts = [{"name": source, "source": source, **both} for source in ("difference", "probe")]
+    return study.replace("concepts", concepts).replace("attribution.max_new_tokens", OWN_TOKENS)
+
+
+def opened(study: Study, folder: Path, progress: Progress) -> Bench:
     """The policy, the concepts and what trains; everything but the scores.
 
     Raises
     ------
     UserError
         An example is not marked as planted or not, all are or none; rows of the concept are examples or
-        prompts of the study, or have other labels; what the stage ``policy`` refuses.
+        prompts of the study, or have other labels; what the stages refuse.
     """
-    from taught.stages.concept import load_examples
-    from taught.stages.estimating import prepare, read_data
+    from taught.stages.concepts import run_concepts
+    from taught.stages.ready import prepare, read_data
     from taught.stages.subject import open_subject
     from taught.training.loop import Recipe
     from taught.training.retrain import Retrainer
 
     planted = planted_ids(load_examples(study.examples.path))
-    data = read_data(study, progress)
-    rows = load_examples(concept_file, study, data.prompts, progress)
-    run_folder = RunFolder(folder / "policy", fresh=("policy",))
-    stages.policy(study, run_folder, progress)
+    run_folder = RunFolder(folder / "policy", fresh=("readings",))
+    for name in ("readings", "policy", "concepts"):
+        BY_NAME[name](study, run_folder, progress)
     subject = open_subject(study)
-    ready = prepare(study, run_folder, subject, data)
-    progress.step("the concept")
-    concepts = made_concepts(study, subject, rows, progress)
+    ready = prepare(study, run_folder, subject, read_data(study, progress))
+    concepts = {read.name: read for read in run_concepts(study, run_folder, subject)}
     trainer = Retrainer(
         ready.problem,
         ready.inputs,
@@ -207,7 +216,7 @@ def opened(study: Study, concept_file: Path, folder: Path, progress: Progress) -
         progress=progress,
     )
     here = frozenset(planted & {example.id for example in ready.inputs})
-    return Bench(study, subject, data.prompts, ready, concepts, trainer, here, folder, progress)
+    return Bench(run_folder, ready, concepts, trainer, here, folder, progress)
 
 
 def planted_ids(examples: ExampleSet) -> set[str]:
@@ -231,186 +240,95 @@ def planted_ids(examples: ExampleSet) -> set[str]:
     return found
 
 
-def made_concepts(study: Study, subject: Subject, rows: ExampleSet, progress: Progress) -> dict[str, Concept]:
-    """Directions from rows without the behavior to rows with it, over mean response tokens.
-
-    Both are used whatever their quality, which stands in their cards.
-    """
-    from taught.features.concept import Concept, fitted_direction, normalised
-    from taught.stages.concept import read_examples
-
-    block, tokens = subject.sae.block, "mean_response"
-    (X,), present = read_examples(study, subject, rows, ("present", "absent"), tokens, [block], progress)
-    spec, made = study.policy, {}
-    for name, method in (("difference", "difference"), ("probe", "logistic")):
-        w, card = fitted_direction(
-            X, present, method, force=True, folds=spec.folds, bootstrap=spec.bootstrap, seed=spec.seed
-        )
-        made[name] = Concept(
-            name,
-            normalised(w, "unit"),
-            block,
-            "last_prompt",
-            tokens,
-            dict(subject.loaded.weights),
-            {"rows": rows.sha256},
-            card,
-        )
-    return made
-
-
 def conditions(bench: Bench, share: int) -> Row:
     """What a reader must know to repeat or to doubt the numbers."""
-    study, problem = bench.study, bench.ready.problem
-    policy = json.loads((bench.folder / "policy" / "policy.json").read_text())
+    study, problem, policy = bench.study, bench.ready.problem, bench.run.read_json("policy")
     return {
         "study": study.name,
         "share": share,
         "examples": len(bench.ids),
         "planted": len(bench.planted),
-        "prompts": {group: len(ids) for group, ids in bench.ready.groups.items()},
+        "prompts": {group: len(ids) for group, ids in bench.groups.items()},
         "leak_group": bench.leak,
         **asdict(problem.behavior),
         "block": problem.block,
-        "features": bench.ready.fitted.d,
+        "features": problem.d,
         "policy_r2": policy["r2"],
         "dtype": study.model.dtype,
         "device": study.model.device,
-        "weights": bench.subject.loaded.weights.get("source"),
+        "weights": bench.ready.subject.loaded.weights.get("source"),
         "recipe": asdict(bench.trainer.recipe),
         "own_tokens": OWN_TOKENS,
         "random_subsets": LEAST_RUNS,
         "truncated": bench.ready.truncated,
         "data": {Path(file).name: files.sha256_file(Path(file)) for file in (study.examples.path, study.prompts.path)}
-        | {"concept": bench.concepts["difference"].provenance["rows"]},
+        | {"concept": bench.concepts["difference"].concept.provenance["examples sha256"]},
     }
 
 
 # --- methods --------------------------------------------------------------------------------------
 
-Metric = Callable[[Bench, "Problem"], "Problem"]
+# The gradient methods' targets, and what their names say of the metric that inner products are in.
+GRADIENTS = {"gradient-concept": "concept:difference", "smda-score": "score", "mean-y": "behavior:{leak}"}
+CURVATURES = ("", "+adam", "+ekfac")
 
 
-def _adam(bench: Bench, problem: Problem) -> Problem:
-    from taught.curvatures.adam import with_adam
+def by_gradient(bench: Bench, target: str, curvature: str = "") -> Any:
+    """Effect of each example on a target."""
+    from taught.core import driver
+    from taught.core.estimator import Work
+    from taught.stages.ready import asks
 
-    eps = bench.study.attribution.adam_eps
-    return with_adam(problem, bench.ready.inputs, moments=None, eps=eps)
-
-
-def _ekfac(bench: Bench, problem: Problem) -> Problem:
-    from taught.curvatures.ekfac import with_ekfac
-
-    return with_ekfac(problem, bench.ready.inputs, damping=bench.study.attribution.damping)
-
-
-# What is added to a gradient method's name -> the metric that its inner products are in.
-CURVATURES: dict[str, Metric] = {"": lambda _, problem: problem, "+adam": _adam, "+ekfac": _ekfac}
+    target = target.format(leak=bench.leak)
+    (ask,) = asks(bench.ready, [target], [bench.concepts["difference"]])
+    method = bench.ready.method.named(f"adjoint{curvature}")
+    return driver.scores(ask.problem, bench.ready.inputs, ask.targets, method, Work(bench.progress))[target]
 
 
-def _concept_gradient(bench: Bench, metric: Metric) -> Tensor:
-    """Effect on the concept's mean read-out before answers to the leak group."""
-    from taught.estimators.concepts import concept_effects
-    from taught.features.concept import concept_map
-    from taught.stages.estimating import make_problem
-    from taught.stages.subject import prompt_inputs
+def _projected(bench: Bench, method: str, concept: str = "difference", study: Study | None = None) -> Any:
+    from taught.stages.concepts import concept_method_scores
 
-    concept, inputs = bench.concepts["difference"], bench.ready.inputs
-    some = [prompt for prompt in bench.prompts if prompt.group == bench.leak]
-    where = concept.position
-    reads = prompt_inputs(bench.subject.encode(some), where)
-    like = next(bench.subject.loaded.model.parameters())
-    problem = make_problem(bench.study, bench.subject, reads, concept.block, concept_map([concept], where, like))
-    targets = concept_targets([read.id for read in reads], [concept.name])
-    return concept_effects(metric(bench, problem), inputs, targets)[:, 0]
+    study = (study or bench.study).replace("attribution.concept_methods", [method])
+    subject, inputs, read = bench.ready.subject, bench.ready.inputs, bench.concepts[concept]
+    (made,) = concept_method_scores(study, subject, bench.run, inputs, [read], bench.progress)
+    return made[f"concept:{concept}"]
 
 
-def _influence(bench: Bench, metric: Metric, targets: Sequence[Target]) -> Tensor:
-    """Effect on the sum of some targets, the pathways of one question."""
-    from taught.core.example import refuse_nonfinite
-    from taught.estimators.adjoint import target_effects
-
-    A, B = (part.sum(0, keepdim=True) for part in cotangents(targets, bench.ready.fitted))
-    inputs = bench.ready.inputs
-    effects, _ = target_effects(metric(bench, bench.ready.problem), inputs, A, B)
-    refuse_nonfinite(inputs, range(len(inputs)), effects, "gradient")
-    return effects[:, 0]
-
-
-def _mean_y(bench: Bench, metric: Metric) -> Tensor:
-    ids = bench.ready.fitted.prompt_ids
-    groups = [bench.group_of[i] for i in ids]
-    return _influence(bench, metric, [mean_y_target(ids, groups, bench.leak)])
-
-
-def _smda(bench: Bench, metric: Metric) -> Tensor:
-    return _influence(bench, metric, score_targets(bench.ready.fitted))
-
-
-GRADIENTS: dict[str, Callable[..., Tensor]] = {
-    "gradient-concept": _concept_gradient,
-    "smda-score": _smda,
-    "mean-y": _mean_y,
-}
-
-
-def _projected(bench: Bench, examples: Any = None, model: Any = None, concept: str = "difference") -> Tensor:
-    from taught.baselines.activations import project
-    from taught.features.concept import concept_map
-
-    model, found = model or bench.subject.loaded.model, bench.concepts[concept]
-    some = concept_map([found], found.tokens, next(model.parameters()))
-    return project(
-        model, examples or bench.ready.inputs, some, found.block, batch_tokens=bench.study.attribution.batch_tokens
-    )[:, 0]
-
-
-def _own_response(bench: Bench) -> Tensor:
-    from taught.stages.own_responses import own_examples
-
-    own = own_examples(
-        bench.study, bench.subject, bench.ready.inputs, bench.folder / "own.json", OWN_TOKENS, bench.progress
-    )
-    return _projected(bench) - _projected(bench, own)
-
-
-def _training(bench: Bench) -> Tensor:
+def _training(bench: Bench) -> Any:
     """Trains on all examples for a checkpoint, which is deleted at the end: its training counts."""
-    from taught.stages.subject import open_checkpoint
-
     folder = bench.folder / f"checkpoint-{bench.key[:12]}"
     bench.trainer.run(bench.ids, keep=folder)
-    tuned = Checkpoint(str(folder / "epoch-1"), bench.study.attribution.lr)
-    values = _projected(bench, model=open_checkpoint(bench.study, tuned, bench.subject))
+    study = bench.study.replace("attribution.checkpoint", str((folder / "epoch-1").resolve()))
+    values = _projected(bench, "projection-difference-training", study=study)
     shutil.rmtree(folder)
-    return values - _projected(bench)
+    return values
 
 
 def _baseline(bench: Bench, name: str) -> Any:
     from taught.baselines.baselines import Texts, baseline_scores
 
-    data = bench.ready
-    marked = Counter(example.label for example in data.examples if example.id in bench.planted)
+    ready = bench.ready
+    marked = Counter(example.label for example in ready.examples if example.id in bench.planted)
     texts = Texts(
-        {example.id: f"{example.prompt}\n{example.response}" for example in data.examples},
-        {prompt.id: prompt.text for prompt in bench.prompts},
-        {example.id: example.label for example in data.examples},
+        {example.id: f"{example.prompt}\n{example.response}" for example in ready.examples},
+        {prompt.id: prompt.text for prompt in ready.data.prompts},
+        {example.id: example.label for example in ready.examples},
         marked.most_common(1)[0][0],  # a label is the topic of an example, not whether it is planted
     )
-    groups = {bench.leak: data.groups[bench.leak]}
-    (made,) = baseline_scores(data.problem, data.inputs, groups, texts, names=[name])
+    groups = {bench.leak: bench.groups[bench.leak]}
+    (made,) = baseline_scores(ready.problem, ready.inputs, groups, texts, names=[name])
     return made.values
 
 
 METHODS: dict[str, Callable[[Bench], Any]] = {
     **{
-        f"{name}{suffix}": partial(method, metric=metric)
-        for name, method in GRADIENTS.items()
-        for suffix, metric in CURVATURES.items()
+        f"{name}{curvature}": partial(by_gradient, target=target, curvature=curvature)
+        for name, target in GRADIENTS.items()
+        for curvature in CURVATURES
     },
-    "vector-filter": _projected,
-    "vector-filter-probe": partial(_projected, concept="probe"),
-    "projection-difference-response": _own_response,
+    "vector-filter": partial(_projected, method="vector-filter"),
+    "vector-filter-probe": partial(_projected, method="vector-filter", concept="probe"),
+    "projection-difference-response": partial(_projected, method="projection-difference-response"),
     "projection-difference-training": _training,
     **{name: partial(_baseline, name=name) for name in BASELINES},
 }
@@ -457,7 +375,7 @@ def compare_scores(bench: Bench, results: Results) -> None:
             "precision": precision_at_k(score, planted, len(bench.planted)),
             "correlation": {name: _correlation(row["scores"], scores) for name, scores in of.items()},
         }
-    cards = {name: concept.card for name, concept in bench.concepts.items()}
+    cards = {name: read.concept.card for name, read in bench.concepts.items()}
     results.summary |= {
         "concept_auc": {name: card["auc"]["value"] for name, card in cards.items()},
         "disagree": disagreements(results.rows),
@@ -538,14 +456,12 @@ def retrain(bench: Bench, results: Results) -> None:
             models |= {model.key: model for model in made.values()}
             by[name][way] = _outcomes(bench, plan, made)
             results.write(complete=False)
-        for group in bench.ready.groups:
+        for group in bench.groups:
             rows = [by[name][way][group] for name in by_method]
             for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
                 row["p_holm"] = float(p)
         controls = [_means(bench, made[names[0]]) for names in plan.controls]
-        results.summary[f"{way}, random"] = {
-            group: [means[group] for means in controls] for group in bench.ready.groups
-        }
+        results.summary[f"{way}, random"] = {group: [means[group] for means in controls] for group in bench.groups}
     trained = [model.seconds_training + model.seconds_reading for model in models.values()]
     results.summary["retrainings"] = {"n": len(models) - 1, "seconds": sum(trained)}
 
@@ -553,17 +469,17 @@ def retrain(bench: Bench, results: Results) -> None:
 def _values(bench: Bench, model: Retraining, group: str) -> np.ndarray:
     """y of the prompts of a group."""
     y = dict(zip(model.prompt_ids, model.y.tolist(), strict=True))
-    return np.array([y[i] for i in bench.ready.groups[group]])
+    return np.array([y[i] for i in bench.groups[group]])
 
 
 def _means(bench: Bench, model: Retraining) -> dict[str, float]:
-    return {group: float(_values(bench, model, group).mean()) for group in bench.ready.groups}
+    return {group: float(_values(bench, model, group).mean()) for group in bench.groups}
 
 
 def _outcomes(bench: Bench, plan: Plan, made: Mapping[str, Retraining]) -> dict[str, Row]:
     """Group -> mean y by the method's set and the random ones, their difference and interval."""
     found = {}
-    for group in bench.ready.groups:
+    for group in bench.groups:
         chosen = _values(bench, made[plan.chosen[0]], group)[None, None]
         controls = np.stack([_values(bench, made[n[0]], group)[None] for n in plan.controls])
         (point,) = compare_curves(plan, chosen, controls).points
@@ -639,7 +555,7 @@ def main() -> None:
     flags.add_argument("--plot", action="store_true", help="draw the results that are there")
     flags.add_argument("--study", help="a study file in place of the preset")
     flags.add_argument("--prompts", type=int, help="at most so many prompts, as a trial")
-    flags.add_argument("--pairs", type=int, help="at most so many examples, as a trial")
+    flags.add_argument("--examples", type=int, help="at most so many examples, as a trial")
     flags.add_argument("--work", type=Path, default=Path("runs/experiments"), help="folder of scores and retrainings")
     flags.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = flags.parse_args()

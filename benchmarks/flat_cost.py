@@ -104,7 +104,7 @@ def _problem(model: Any, count: int, width: int = 256) -> Any:
     import torch
 
     from taught.behaviors.prefixes import Prefixes
-    from taught.estimators.adjoint import Problem
+    from taught.core.problem import Problem
     from taught.features.pooling import FeatureMap
     from taught.features.sae import SparseAutoencoder
     from taught.model.readout import ReadPrompt
@@ -129,7 +129,7 @@ def _problem(model: Any, count: int, width: int = 256) -> Any:
         hook="",
     )
     features = FeatureMap(sae, torch.arange(64), "sae", "last_user")
-    return Problem(model, prompts, Prefixes(), 3, features, 1e-4, batch_tokens=2048)
+    return Problem(model, prompts, Prefixes(), 1e-4, 3, features, batch_tokens=2048)
 
 
 def _examples(count: int) -> list[Any]:
@@ -143,7 +143,7 @@ def _queries(problem: Any) -> Any:
     """Query gradients of three targets: one of X, one of y, one of both."""
     import torch
 
-    from taught.estimators.adjoint import build_queries
+    from taught.core.query import build_queries
     from taught.model.gradients import find_sites, frozen
 
     n, d = len(problem.prompts), 64
@@ -157,11 +157,11 @@ def _queries(problem: Any) -> Any:
 
 def _contracted(problem: Any, examples: list[Any], queries: Any) -> float:
     """Milliseconds an example. The problem's prompts play no part: they are in the queries."""
-    from taught.estimators.adjoint import _contract_examples
+    from taught.estimators.adjoint import contract_examples
     from taught.model.gradients import find_sites, frozen
 
     with Clock() as clock, frozen(problem.model):
-        _contract_examples(problem, find_sites(problem.model), examples, queries, 3, None)
+        contract_examples(problem, find_sites(problem.model), examples, queries, None)
     return 1000 * clock.seconds / len(examples)
 
 
@@ -184,7 +184,7 @@ def main() -> None:
     """Parse the flags and measure."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--prompts", type=int, nargs="+", default=[100, 1000, 10000])
-    flags.add_argument("--pairs", type=int, nargs="+", default=[200, 2000, 10000])
+    flags.add_argument("--examples", type=int, nargs="+", default=[200, 2000, 10000])
     flags.add_argument("--repeats", type=int, default=15)
     flags.add_argument("--threads", type=int)
     flags.add_argument("--out", default=RESULTS, type=type(RESULTS))

@@ -14,12 +14,12 @@ import argparse
 from pathlib import Path
 
 from benchmarks.common import PRESET, console, run
-from taught import stages
 from taught.environment import versions
 from taught.presets import preset_path
 from taught.progress import RichProgress
 from taught.run import files
 from taught.run.folder import RunFolder
+from taught.stages import BY_NAME
 from taught.study.load import dump_study, load_study
 from taught.study.schema import Study
 
@@ -82,7 +82,7 @@ def ground_truth_study(folder: Path, regime: str) -> Study:
         "prompts.limit": 200,
         "features.max_features": 40,
         "attribution.curvature": "adam",
-        "attribution.coefficients": False,
+        "attribution.targets": ["score", "behavior:*"],
         **REGIMES[regime],
     }
     for key, value in values.items():
@@ -95,8 +95,8 @@ def measure(args: argparse.Namespace) -> None:
     study = ground_truth_study(args.work, args.regime)
     folder = RunFolder(args.work / args.regime)
     with RichProgress(console) as progress:
-        for stage in (stages.policy, stages.attribute, stages.validate):
-            stage(study, folder, progress)
+        for name in ("readings", "policy", "attribute", "validate"):
+            BY_NAME[name](study, folder, progress)
     out = args.out / args.regime
     out.mkdir(parents=True, exist_ok=True)
     for name in (

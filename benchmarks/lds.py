@@ -5,7 +5,7 @@
 Nothing is trained here: what training did stands in the data sets (``benchmarks.ground_truth``).
 Scores depend on the base model only. So they are computed once, method by method, and kept in
 ``ground_truth/scores.parquet``; then they are compared on every regime that is there. Targets: the
-score, the mean y of both groups, the ten largest coefficients. benchmarks/README.md says what the
+score, the behavior on both groups, the ten largest coefficients. benchmarks/README.md says what the
 columns mean.
 """
 
@@ -14,46 +14,53 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.common import Results, Row, console, kept, machine, run
 from benchmarks.ground_truth import DATA, REGIMES, ground_truth_study
-from taught import stages
+from taught.baselines.baselines import BASELINES as NAMES
+from taught.core import driver
+from taught.core.driver import Method
+from taught.core.estimator import Work
+from taught.core.names import TargetName
+from taught.core.scores import Scores, scores_schema
+from taught.core.target import TargetSet
 from taught.data.examples import load_examples
 from taught.environment import versions
 from taught.errors import UserError
 from taught.progress import Progress, RichProgress
 from taught.run import files
-from taught.run.fingerprint import code_version, differences, stage_inputs
+from taught.run.code import code_version
+from taught.run.fingerprint import differences, stage_inputs
 from taught.run.folder import RunFolder
-from taught.stages import compare as comparing
-from taught.stages.compare import SCORES, CostRow, costed
-from taught.stages.estimating import prepare, read_data
-from taught.stages.validate import influence_of
+from taught.stages import BY_NAME
+from taught.stages.compare import CostRow, baselines_by_target, costed, in_words, largest
+from taught.stages.concepts import Read, concept_method_scores, run_concepts
+from taught.stages.ready import Ready, asks, prepare, read_data
+from taught.stages.scored import own_method, read_scores
+from taught.stages.subject import open_subject
 from taught.study.schema import Study
-from taught.validation.comparison import RANK_DESIGNS, Comparison, Scores, by_length, compared, is_planted, truths
+from taught.validation.comparison import RANK_DESIGNS, Comparison, by_length, compared, is_planted, truths
 from taught.validation.lds import Difference, TrivialCheck
-from taught.validation.score_tables import ScoreRow, placed, read_scores
+from taught.validation.score_tables import ScoreRow, placed
+from taught.validation.score_tables import read_scores as read_table
 
 RANKED = [name for name, values in REGIMES.items() if set(values["validation.designs"]) & set(RANK_DESIGNS)]
 OWN_TOKENS = 32  # of the model's own answers
 BASELINES = "all baselines"
 FIRST = "adjoint+adam"  # the others are compared with it
-_OF_METHODS = (
-    "code",
-    "attribution.estimator",
-    "attribution.curvature",
-    "attribution.exact_top",
-    "attribution.coefficients",
-)
+CONCEPT = "difference"  # of the groups' means at the SAE's block
+EFFECTS = ("adjoint", "adjoint+adam", "sketch", "sketch+autocorrelation")
+PROJECTIONS = ("vector-filter", "projection-difference-response")
+METHODS = (BASELINES, *(f"{CONCEPT}:{name}" for name in (*PROJECTIONS, "adjoint", "adjoint+adam")), *EFFECTS)
+OF_ALL = ("attribution.lr", "attribution.parameters")  # the other keys of the section are a method's own
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -70,7 +77,7 @@ def measure(args: argparse.Namespace) -> None:
             _add_run(table, args.run)
         for method in args.methods:
             _compute(method, table, opened)
-        given = [row for file in args.scores for row in read_scores(file)]
+        given = [row for file in args.scores for row in read_table(file)]
         for regime in regimes:
             progress.step(f"intervals, {regime}")
             _compare(regime, args.data / regime, study, table, given, args.out)
@@ -78,8 +85,10 @@ def measure(args: argparse.Namespace) -> None:
 
 def _conditions(study: Study) -> Row:
     """What all scores depend on; where files lie, and the code, are not part of it."""
-    inputs = stage_inputs("attribute", study)
-    return {key: value for key, value in inputs.items() if key not in _OF_METHODS}
+    inputs: Row = {}
+    for name in ("readings", "policy", "attribute"):
+        inputs |= stage_inputs(BY_NAME[name], study)
+    return {k: v for k, v in inputs.items() if k in OF_ALL or not k.startswith(("code", "attribution."))}
 
 
 # --- scores, computed once ------------------------------------------------------------------------
@@ -119,8 +128,8 @@ class ScoreTable:
                 fix="--fresh computes them again",
             )
         table.targets, table.methods = record["targets"], record["methods"]
-        finished = {*table.methods, *(_names() if BASELINES in table.methods else ())}
-        rows = read_scores(folder / "scores.parquet")
+        finished = {*table.methods, *(NAMES if BASELINES in table.methods else ())}
+        rows = read_table(folder / "scores.parquet")
         table.rows = [row for row in rows if row.method in finished]
         return table
 
@@ -137,7 +146,7 @@ class ScoreTable:
         self.rows += rows
         self.methods[method] = {**asdict(cost), "machine": machine(), "versions": versions(), "code": code_version()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = files.table_bytes(pa.Table.from_pylist([row._asdict() for row in self.rows], schema=SCORES))
+        content = files.table_bytes(pa.Table.from_pylist([row._asdict() for row in self.rows], schema=scores_schema()))
         files.write_bytes(self.folder / "scores.parquet", content)
         record = {
             "conditions": self.conditions,
@@ -148,111 +157,82 @@ class ScoreTable:
         files.write_bytes(self.folder / "scores.json", files.json_bytes(record))
 
 
+@dataclass(eq=False)
 class Opened:
-    """The study with its model and policy, opened when the first method asks for it."""
+    """The study with its model, policy and concept, opened when the first method asks for it."""
 
-    def __init__(self, study: Study, folder: Path, progress: Progress) -> None:
-        self.study, self.folder, self.progress = study, folder, progress
-        self._parts: tuple[Any, ...] | None = None
+    study: Study
+    folder: Path
+    progress: Progress
 
-    def parts(self) -> tuple[Any, ...]:
-        """Run folder, subject, data, ready, targets."""
-        from taught.stages.subject import open_subject
+    @cached_property
+    def parts(self) -> tuple[RunFolder, Ready, list[Read]]:
+        """Run folder, what is scored, the concept."""
+        concept = {"name": CONCEPT, "source": "difference"}
+        values = {"concepts": [concept], "attribution.max_new_tokens": OWN_TOKENS}
+        study = self.study
+        for key, value in values.items():
+            study = study.replace(key, value)
+        run = RunFolder(self.folder / "run")
+        for name in ("readings", "policy", "concepts"):
+            BY_NAME[name](study, run, self.progress)
+        data, subject = read_data(study, self.progress), open_subject(study)
+        return run, prepare(study, run, subject, data), run_concepts(study, run, subject)
 
-        if self._parts is None:
-            run = RunFolder(self.folder / "run")
-            stages.policy(self.study, run, self.progress)
-            data, subject = read_data(self.study, self.progress), open_subject(self.study)
-            ready = prepare(self.study, run, subject, data)
-            self._parts = run, subject, data, ready, comparing.compared_targets(ready)
-        return self._parts
+    @cached_property
+    def targets(self) -> TargetSet:
+        """The score, both groups, the ten largest coefficients."""
+        readings = self.parts[1].readings
+        assert readings.policy is not None
+        names = ["score", *(f"behavior:{group}" for group in readings.groups)]
+        names += [f"coefficient:{k}" for k in largest(readings.policy)]
+        return TargetSet(tuple(map(TargetName.parse, names)), readings)
 
-    def targets(self) -> list[str]:
-        """Their labels."""
-        return list(self.parts()[-1])
+    def scores(self, method: str) -> list[ScoreRow]:
+        """Values by a method; by one for concepts the same for every target."""
+        run, ready, concepts = self.parts
+        work = Work(self.progress, None, self.folder)
+        if method == BASELINES:
+            found = baselines_by_target(ready.study, ready.data, ready, self.targets, self.progress)
+            return [row for name, of in found.items() for row in _rows(name, of)]
+        head, colon, how = method.partition(":")
+        if not colon:
+            made = driver.scores(ready.problem, ready.inputs, self.targets, ready.method.named(method), work)
+            return _rows(method, in_words(made))
+        if how in PROJECTIONS:
+            study = ready.study.replace("attribution.concept_methods", [how])
+            (made,) = concept_method_scores(study, ready.subject, run, ready.inputs, concepts, self.progress)
+        else:
+            (ask,) = asks(ready, [f"concept:{head}"], concepts)
+            made = driver.scores(ask.problem, ready.inputs, ask.targets, Method().named(how), work)
+        return [ScoreRow(method, None, *one) for one in made.by_example(f"concept:{head}").items()]
 
 
 def _compute(method: str, table: ScoreTable, opened: Opened) -> None:
     if method not in table.methods:
-        targets = opened.targets()
+        targets = [str(name) for name in opened.targets.names]
         opened.progress.step(method)
         costs: list[CostRow] = []
         with costed(method, costs):
-            rows = METHODS[method](opened, method)
+            rows = opened.scores(method)
         table.add(method, rows, costs[0], targets)
 
 
-def _effects(opened: Opened, method: str) -> list[ScoreRow]:
-    run, subject, _, ready, targets = opened.parts()
-    return _rows({method: comparing.method_scores(method, opened.study, run, subject, ready, targets, opened.progress)})
-
-
-def _baselines(opened: Opened, _: str) -> list[ScoreRow]:
-    _, _, data, ready, targets = opened.parts()
-    return _rows(comparing.baselines_by_target(opened.study, data, ready, targets, opened.progress))
-
-
-def _concept(opened: Opened, method: str, curvature: str = "identity") -> list[ScoreRow]:
-    """By the difference of the groups' means at the SAE's block; one value for every target."""
-    study, concept = opened.study, opened.folder / "difference"
-    if not concept.exists():
-        stages.concept(study, concept, stages.ConceptRequest("difference"), opened.progress)
-    question = stages.ConceptQuestion(
-        (concept,),
-        (method.partition(":")[2].partition("+")[0],),
-        responses=opened.folder / "own_responses.json",
-        max_new_tokens=OWN_TOKENS,
-    )
-    study = study.replace("attribution.curvature", curvature)
-    found = stages.concept_influence(study, question, opened.progress).table.to_pylist()
-    return [ScoreRow(method, None, row["example_id"], row["value"]) for row in found]
-
-
-def _rows(scores: Scores) -> list[ScoreRow]:
-    return [
-        ScoreRow(method, target, example_id, value)
-        for method, of in scores.items()
-        for target, values in of.items()
-        for example_id, value in values.items()
-    ]
-
-
-def _names() -> tuple[str, ...]:
-    from taught.baselines.baselines import BASELINES as NAMES
-
-    return NAMES
-
-
-METHODS: dict[str, Callable[[Opened, str], list[ScoreRow]]] = {
-    BASELINES: _baselines,
-    "difference:vector-filter": _concept,
-    "difference:projection-difference-response": _concept,
-    "difference:gradient": _concept,
-    "difference:gradient+adam": partial(_concept, curvature="adam"),
-    **dict.fromkeys(comparing.METHODS, _effects),
-}
+def _rows(method: str, scores: Mapping[str, Mapping[str, float]]) -> list[ScoreRow]:
+    return [ScoreRow(method, target, i, value) for target, values in scores.items() for i, value in values.items()]
 
 
 def _add_run(table: ScoreTable, folder: Path) -> None:
     """The influence of a finished run on the same study, under the name of its method."""
     opened = RunFolder.open(folder)
-    spec, record = opened.manifest["study"]["attribution"], opened.manifest["stages"]["attribute"]
-    curved = "" if spec["curvature"] == "identity" else f"+{spec['curvature']}"
-    method = f"{spec['estimator']}{curved}"
+    method = own_method(opened)
     if method in table.methods:
         return
-    found = {target.label: values for target, values in influence_of(opened).items()}
-    missing = [name for name in table.targets if name not in found]
-    if missing:
-        raise UserError(
-            "the run has no influence on these targets",
-            value=", ".join(missing),
-            fix="name a run folder of the ground truth",
-        )
-    rows = _rows({method: {name: found[name] for name in table.targets}})
+    found: Scores = read_scores(opened, table.targets)
+    rows = _rows(method, in_words(found))
     placed(rows, {row.example_id for row in table.rows}, table.targets)
-    cost = CostRow(method, record["seconds"], record["peak_memory_gb"])
-    table.add(method, rows, cost, table.targets)
+    record = opened.manifest["stages"]["attribute"]
+    table.add(method, rows, CostRow(method, record["seconds"], record["peak_memory_gb"]), table.targets)
 
 
 # --- against the ground truth ---------------------------------------------------------------------
@@ -276,9 +256,9 @@ def _compare(regime: str, folder: Path, study: Study, table: ScoreTable, given: 
     ids = {example.id for example in examples}
     every = placed(table.rows, ids, table.targets)
     every |= placed(given, ids, table.targets, every)
-    baselines = {name: every.pop(name) for name in _names() if name in every}
+    baselines = {name: every.pop(name) for name in NAMES if name in every}
     norms = next(iter(baselines["gradient-norm"].values()))
-    every |= by_length({name: every[name] for name in comparing.METHODS if name in every}, norms)
+    every |= by_length({name: every[name] for name in EFFECTS if name in every}, norms)
     scores = {name: every[name] for name in sorted(every, key=lambda name: name != FIRST)}
     tables = [pq.read_table(folder / f"{name}.parquet") for name in ("subsets", "outcomes")]
     inclusion = json.loads((folder / "validation.json").read_text())["inclusion"]
@@ -345,7 +325,7 @@ def _medians(rows: Sequence[Row]) -> Row:
     }
 
 
-def _ends(row: Mapping[str, Any], name: str) -> str:
+def _ends(row: Row, name: str) -> str:
     return f"{row[name]:.2f} [{row[f'{name}_lo']:.2f}, {row[f'{name}_hi']:.2f}]"
 
 
@@ -370,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags.add_argument("--run", type=Path, help="a run of the ground truth: its influence is taken, not computed")
     flags.add_argument(
-        "--scores", type=Path, nargs="*", default=[], help="tables of further scores, as for taught compare"
+        "--scores", type=Path, nargs="*", default=[], help="tables of further scores, as for validation.scores"
     )
     flags.add_argument("--fresh", action="store_true", help="forget the scores that are there")
     flags.add_argument("--memory-gb", type=float, help="for query gradients; 10: all at once")

@@ -1,7 +1,7 @@
 """Very many short examples through the whole pipeline, on a tiny model: how do time and memory grow?
 
     python -m benchmarks.load                    # 1,000, 10,000 and 100,000 examples, two estimators
-    python -m benchmarks.load --pairs 1000 --estimators adjoint
+    python -m benchmarks.load --examples 1000 --estimators adjoint
 
 The model is so small (three blocks, width 16, byte tokens) that what is measured is everything
 around it: reading, checking, encoding, batching, tables, files. The commands are the real ones,
@@ -31,10 +31,10 @@ from taught.errors import UserError
 PAIRS = (1_000, 10_000, 100_000)
 SETTINGS = {
     "adjoint": (),
-    "adjoint, few targets": ("attribution.coefficients=false",),
-    "sketch": ("attribution.estimator=sketch", "sketch.dim=1024"),
+    "adjoint, few targets": ("attribution.targets=[score, 'behavior:*']",),
+    "sketch": ("attribution.estimator=sketch", "attribution.estimator.dim=1024"),
 }
-COMMANDS = ("policy", "attribute", "curate", "report")
+COMMANDS = ("readings", "policy", "attribute", "curate", "report")
 LABELS = ("harmful-refusal", "harmless-compliance")
 PLACES = ("harbour", "market", "bridge", "garden", "station", "school", "forest", "castle")
 THINGS = ("lamps", "ropes", "doors", "wheels", "boats", "fences", "clocks", "pumps", "tents")
@@ -51,7 +51,7 @@ COLUMNS = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Very many short examples.")
-    parser.add_argument("--pairs", type=int, nargs="+", default=PAIRS)
+    parser.add_argument("--examples", type=int, nargs="+", default=PAIRS)
     parser.add_argument("--estimators", nargs="+", default=["adjoint", "sketch"], choices=SETTINGS)
     parser.add_argument(
         "--batch-tokens", type=int, default=4096, help="attribution.batch_tokens: a small model wants many"
@@ -110,10 +110,10 @@ def _rows(folder: Path, examples: int, estimator: str, batch_tokens: int) -> Ite
     study, run = write_study(folder, examples, batch_tokens), folder / "run"
     flags = [flag for value in SETTINGS[estimator] for flag in ("--set", value)]
     for command in COMMANDS:
-        of_study = command in ("policy", "attribute")
-        told = [str(study), "--run", str(run), "--quiet", *flags] if of_study else [str(run)]
+        of_study = command in ("readings", "policy", "attribute")
+        told = ["run", str(study), "--run", str(run), "--only", command, "--quiet", *flags]
         with Clock() as clock:
-            _taught(command, *told)
+            _taught(*(told if of_study else [command, str(run)]))
         yield {
             "examples": examples,
             "estimator": estimator,

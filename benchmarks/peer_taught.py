@@ -23,8 +23,8 @@ def main() -> None:
     import torch
 
     from taught.core.example import sft
+    from taught.core.problem import Problem
     from taught.environment import keep_freed_memory, peak_memory_gb, versions
-    from taught.estimators.adjoint import Problem
     from taught.model import kernels
     from taught.model.load import load_model
     from taught.progress import SilentProgress
@@ -39,7 +39,7 @@ def main() -> None:
     model = load_model(job["model"]).model
     examples = [sft(example["id"], tuple(example["ids"]), example["start"]) for example in job["examples"]]
     unused: Any = None
-    problem = Problem(model, [], unused, 0, unused, lr=1.0, batch_tokens=job["tokens"])
+    problem = Problem(model, [], unused, lr=1.0, batch_tokens=job["tokens"])
 
     started, begun = time.perf_counter(), time.process_time()
     projection = Projection(model, job["numbers"])

@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--study", default=PRESET, help="a study file or the name of a preset")
     flags.add_argument("--bergson", metavar="PYTHON", help="interpreter of Bergson's environment")
     flags.add_argument("--dattri", metavar="PYTHON", help="interpreter of dattri's environment")
-    flags.add_argument("--pairs", type=int, default=64)
+    flags.add_argument("--examples", type=int, default=64)
     flags.add_argument("--numbers", type=int, default=13440, help="stored numbers an example")
     flags.add_argument(
         "--tokens",

@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import Clock, Results, Row, Setting, conditions, console, kept, open_setting, result_name, run
+from benchmarks.common import (
+    Clock,
+    Results,
+    Row,
+    Setting,
+    conditions,
+    console,
+    kept,
+    open_setting,
+    result_name,
+    run,
+    scores_of,
+)
 from benchmarks.common import parser as common_parser
 from taught.progress import RichProgress
 
@@ -36,25 +48,22 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def _effects(setting: Setting, dtype: str, progress: Any) -> Effects:
-    """score [P], mean_y [P, groups] and coefficients [P, d] by the adjoint."""
+    """score [P], behavior [P, groups] and coefficients [P, d] by the adjoint."""
     import torch
-
-    from taught.estimators.estimate import adjoint_effects
 
     kind = getattr(torch, dtype)
     problem = setting.problem
     sae = problem.features.sae.to(torch.device("cpu"), kind)  # type: ignore[union-attr]
     problem.model.to(kind)  # float32 is the first: nothing is lost by going on from it
     half = replace(problem, features=replace(problem.features, sae=sae))  # type: ignore[arg-type]
-    groups: dict[str, list[str]] = {}
-    for prompt, name in zip(problem.prompts, setting.groups, strict=True):
-        groups.setdefault(name, []).append(prompt.id)
-    found = adjoint_effects(half, setting.examples, setting.policy, groups, coefficients=True, progress=progress)
-    assert found.shift is not None
+    coefficients = [f"coefficient:{k}" for k in setting.policy.feature_ids]
+    behaviors = [f"behavior:{group}" for group in setting.ready.readings.groups]
+    targets = ["score", *behaviors, "coefficient:*", "prompt:*"]
+    found = scores_of(replace(setting.ready, problem=half), targets, "adjoint", progress)
     return {
-        "score": found.score[0] + found.score[1],
-        "mean_y": np.stack(list(found.mean_y.values()), 1),
-        "coefficients": found.shift.total,
+        "score": found["score"],
+        "behavior": found.select(behaviors).values,
+        "coefficients": found.select(coefficients).values,
     }
 
 
@@ -68,7 +77,7 @@ def _compare(found: Effects, exact: Effects) -> Row:
     change = found["score"] - exact["score"]
     return {
         "spearman_score": spearman(found["score"], exact["score"]),
-        "least_spearman_mean_y": min(columns("mean_y")),
+        "least_spearman_behavior": min(columns("behavior")),
         "median_spearman_coefficient": float(np.median(columns("coefficients"))),
         "least_spearman_coefficient": min(columns("coefficients")),
         "relative_error_score": float(np.linalg.norm(change) / np.linalg.norm(exact["score"])),
@@ -79,7 +88,7 @@ _COLUMNS = {
     "dtype": lambda row: row["dtype"],
     "seconds": lambda row: f"{row['seconds']:.1f}",
     "Spearman S": lambda row: f"{row['spearman_score']:.4f}",
-    "mean y, least": lambda row: f"{row['least_spearman_mean_y']:.4f}",
+    "behavior, least": lambda row: f"{row['least_spearman_behavior']:.4f}",
     "coefficients, median": lambda row: f"{row['median_spearman_coefficient']:.4f}",
     "least": lambda row: f"{row['least_spearman_coefficient']:.4f}",
     "relative error of S": lambda row: f"{row['relative_error_score']:.2g}",

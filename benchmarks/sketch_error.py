@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.common import Clock, Results, Row, Setting, conditions, console, kept, open_setting, result_name, run
 from benchmarks.common import parser as common_parser
+from taught.errors import refuse
 from taught.progress import RichProgress
 
 SIZES = (2048, 4096, 8192, 16384, 32768)
@@ -87,60 +88,43 @@ Effects = dict[str, Floats]
 
 
 def _exact(setting: Setting, folder: Path | None, progress: Any) -> tuple[Effects, float | None]:
-    """score [P, 2], x and y [P, d] by the adjoint, and how long it took."""
-    from taught.estimators.estimate import adjoint_effects
-
+    """Every coefficient along x and y, [P, d], by the adjoint, and how long it took."""
     if folder is not None:
         return _from_run(setting, folder), None
-    groups = _groups(setting)
     with Clock() as clock:
-        effects = adjoint_effects(
-            setting.problem, setting.examples, setting.policy, groups, coefficients=True, progress=progress
-        )
-    assert effects.shift is not None
-    return {"x": effects.shift.x, "y": effects.shift.y}, clock.seconds
+        scores = setting.scores(["coefficient:*", "prompt:*"], progress)
+    return {path: scores.select(_names(setting, path)).values for path in ("x", "y")}, clock.seconds
 
 
-def _groups(setting: Setting) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for prompt, name in zip(setting.problem.prompts, setting.groups, strict=True):
-        groups.setdefault(name, []).append(prompt.id)
-    return groups
+def _names(setting: Setting, path: str) -> list[str]:
+    return [f"coefficient:{k}:{path}" for k in setting.policy.feature_ids]
 
 
 def _from_run(setting: Setting, folder: Path) -> Effects:
-    from taught.errors import UserError
+    """The same from a run of the same study, which refuses what it does not have."""
     from taught.run.folder import RunFolder
+    from taught.stages.scored import read_scores
 
-    table = RunFolder.open(folder).read_table("influence").to_pylist()
-    place = {example.id: i for i, example in enumerate(setting.examples)}
-    column = {int(k): j for j, k in enumerate(setting.policy.feature_ids)}
-    found = {path: np.full((len(place), len(column)), np.nan) for path in ("x", "y")}
-    for row in table:
-        known = row["example_id"] in place and row["feature_id"] in column
-        if known and row["target"] == "coefficient" and row["pathway"] in found:
-            where = place[row["example_id"]], column[row["feature_id"]]
-            found[row["pathway"]][where] = row["value"]
-    if any(np.isnan(values).any() for values in found.values()):
-        raise UserError(
-            "the run lacks examples or features of this study",
-            value=str(folder),
-            fix="name a run folder of the same study, attributed by adjoint",
-        )
-    return found
+    run, ids = RunFolder.open(folder), [example.id for example in setting.examples]
+    found = {path: read_scores(run, _names(setting, path)) for path in ("x", "y")}
+    place = {example_id: row for row, example_id in enumerate(found["x"].example_ids)}
+    refuse([i for i in ids if i not in place], "the run lacks examples of this study", fix="name a run of this study")
+    return {path: scores.values[[place[i] for i in ids]] for path, scores in found.items()}
 
 
 def _compare(setting: Setting, exact: Effects, store: Any, size: int) -> Row:
-    from taught.sketches.answer import ask, policy_queries
+    from taught.core.target import TargetSet
+    from taught.sketches.answer import answer, stored_queries
     from taught.sketches.fill import example_row, prompt_key
     from taught.stats.ranks import spearman
 
-    policy = setting.policy
+    policy, paths = setting.policy, ("x", "y")
     digests = dict(prompt_key(prompt) for prompt in setting.problem.prompts)
-    queries, _ = policy_queries(store, policy, _groups(setting), digests)
+    targets = TargetSet.of([name for path in paths for name in _names(setting, path)], setting.ready.readings)
+    queries, _ = stored_queries(store, targets, digests)
     rows = [example_row(example) for example in setting.examples]
     d = policy.d
-    answers = ask(store, rows, np.concatenate([queries.x, queries.y], 1))
+    answers = answer(store, rows, queries)
     values = -setting.problem.lr * answers.values
     found = {"x": values[:, :d], "y": values[:, d:]}
     found["total"], total = found["x"] + found["y"], exact["x"] + exact["y"]
@@ -148,7 +132,7 @@ def _compare(setting: Setting, exact: Effects, store: Any, size: int) -> Row:
     by_feature = {p: [spearman(found[p][:, j], wanted[p][:, j]) for j in range(d)] for p in found}
     scores = {p: (found[p] @ policy.coef, wanted[p] @ policy.coef) for p in found}
     unit = setting.problem.lr / np.sqrt(size)
-    scale = unit * np.outer(answers.norms, np.linalg.norm(queries.x + queries.y, axis=0))
+    scale = unit * np.outer(answers.norms, np.linalg.norm(queries[:, :d] + queries[:, d:], axis=0))
     return {
         "K": size,
         "bytes_a_example": 2 * size + 4,

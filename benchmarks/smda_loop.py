@@ -1,6 +1,6 @@
 """Time of the published loop against the adjoint, on the same machine in the same run.
 
-    python -m benchmarks.smda_loop [--prompts N] [--pairs P] [--loop-examples 3] [--coefficients]
+    python -m benchmarks.smda_loop [--prompts N] [--examples P] [--loop-examples 3] [--coefficients]
 
 Four ways to the effect of every example on the policy:
 
@@ -69,46 +69,23 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def _time_score(setting: Setting, results: Results, progress: RichProgress) -> Any:
-    """S of every example, [P], by the adjoint of the score and of both groups' mean y."""
-    from taught.core.target import mean_y_target, score_targets
-    from taught.estimators.adjoint import target_effects
-
-    policy, study = setting.policy, setting.study
+    """S of every example, [P], by the adjoint of the score and of the behavior on both groups."""
     progress.step(SCORE, 4 + len(setting.examples))
     with Clock() as clock:
-        targets = score_targets(policy) + [
-            mean_y_target(policy.prompt_ids, setting.groups, group)
-            for group in (study.prompts.positive_group, study.prompts.negative_group)
-        ]
-        A, B = common.cotangents(targets, policy)
-        effects, _ = target_effects(setting.problem, setting.examples, A, B, progress=progress)
+        scores = setting.scores(["score", "behavior:*"], progress)
     _add_adjoint(results, SCORE, setting, clock.seconds)
-    return effects[:, :2].sum(1).numpy()
+    return scores["score"]
 
 
 def _time_coefficients(setting: Setting, results: Results, progress: RichProgress, scores: Any) -> None:
     """Every coefficient on both pathways and dy of every prompt, for all examples."""
     import numpy as np
-    import torch
 
-    from taught.core.target import combine_raw_x, raw_x_targets
-    from taught.estimators.adjoint import feature_effects
-    from taught.estimators.every_prompt import prompt_effects
-    from taught.policy.ridge import pathway_sums, score
-
-    policy, problem, examples = setting.policy, setting.problem, setting.examples
     with Clock() as clock:
-        targets = raw_x_targets(policy)
-        progress.step(f"{FULL}: features", None)
-        F = feature_effects(
-            problem, examples, [t.A for t in targets], torch.from_numpy(np.array(policy.X)), progress=progress
-        )
-        progress.step(f"{FULL}: prompts", None)
-        dy = prompt_effects(problem, examples, progress=progress).numpy()
-        shift = pathway_sums(policy, combine_raw_x(policy, F.numpy()), dy @ policy.Xc)
+        found = setting.scores(["score", "coefficient:*", "behavior:*", "prompt:*"], progress)
     _add_adjoint(results, FULL, setting, clock.seconds)
     largest = float(np.abs(scores).max())
-    apart = float(np.abs(score(policy, shift.total) - scores).max()) / largest if largest else 0.0
+    apart = float(np.abs(found["score"] - scores).max()) / largest if largest else 0.0
     results.summary["routes_apart"] = apart  # in S, over the largest |S|
 
 

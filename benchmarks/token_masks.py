@@ -2,7 +2,7 @@
 
     python -m benchmarks.token_masks                   # goes on where it was stopped
 
-Training on planted refusals of harmless questions raises the harmless prompts' mean y. Shares say
+Training on planted refusals of harmless questions raises the behavior on harmless prompts. Shares say
 which response tokens do that (``taught.estimators.token_shares``). The model is trained with a
 loss that skips, of every example, the 40% of its tokens with the largest shares; as a control as many
 random ones of each example, the first ones, and the ones with the smallest shares. SmolLM2, 30 planted
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import RESULTS, Results, Row, Setting, _opened, console, cotangents, kept, run
+from benchmarks.common import RESULTS, Results, Row, Setting, console, kept, opened, run
 from benchmarks.ground_truth import ground_truth_study
 from taught.progress import RichProgress
 from taught.study.load import load_study
@@ -36,7 +36,7 @@ def measure(args: argparse.Namespace) -> None:
     """Compute the shares, train under every mask, write the result."""
     with RichProgress(console) as progress:
         study = ground_truth_study(args.work, "short") if args.study is None else load_study(args.study)
-        setting = _opened(study, progress)
+        setting = opened(study, progress)
         examples = chosen(setting, args.label, args.others)
         progress.step("shares of the tokens", None)
         shares = _shares(setting, examples)
@@ -50,7 +50,7 @@ def measure(args: argparse.Namespace) -> None:
                 "response_tokens": sum(example.n_scored for example in examples),
                 "share": args.share,
                 "prompts": len(setting.problem.prompts),
-                "target": _target(setting).name,
+                "target": _target(setting),
                 "curvature": "adam",
                 "recipe": {
                     key: getattr(study.validation, key) for key in ("optimizer", "lr", "epochs", "batch", "seed")
@@ -70,32 +70,33 @@ def measure(args: argparse.Namespace) -> None:
 
 def chosen(setting: Setting, label: str, others: int) -> list[Example]:
     """The examples of one label, and so many of the others, evenly over the file."""
-    labels = {row.id: row.label for row in setting.example_rows}
+    labels = {row.id: row.label for row in setting.ready.examples}
     inside = [example for example in setting.examples if labels[example.id] == label]
     rest = [example for example in setting.examples if labels[example.id] != label]
     places = np.linspace(0, len(rest) - 1, min(others, len(rest))).round().astype(int)
     return inside + [rest[i] for i in places]
 
 
-def _target(setting: Setting) -> Any:
-    from taught.core.target import mean_y_target
-
-    negative = setting.study.prompts.negative_group
-    return mean_y_target(setting.policy.prompt_ids, setting.groups, negative)
+def _target(setting: Setting) -> str:
+    return f"behavior:{setting.study.prompts.negative_group}"
 
 
 def _inside(setting: Setting) -> NDArray[np.bool_]:
     """The prompts of the negative group."""
-    return np.array([group == setting.study.prompts.negative_group for group in setting.groups])
+    found: NDArray[np.bool_] = setting.inside(setting.study.prompts.sides[1])
+    return found
 
 
 def _shares(setting: Setting, examples: Sequence[Example]) -> list[NDArray[np.float64]]:
     """Share of each response token in its example's effect on the target, by a step of Adam."""
-    from taught.curvatures.adam import with_adam
+    from taught.core.driver import fitted
+    from taught.core.estimator import Work
+    from taught.core.target import TargetSet
+    from taught.curvatures.adam import Adam
     from taught.estimators.token_shares import token_effects
 
-    problem = with_adam(setting.problem, examples, moments=None, eps=setting.study.attribution.adam_eps)
-    A, B = cotangents([_target(setting)], setting.policy)
+    problem = fitted(setting.problem, examples, Adam(), Work())
+    A, B = TargetSet.of([_target(setting)], setting.ready.readings).cotangents()
     return [share[:, 0].numpy() for share in token_effects(problem, examples, A, B)]
 
 
@@ -136,7 +137,7 @@ def _retrained(setting: Setting, examples: Sequence[Example], folder: Path, prog
         examples,
         Recipe.of(setting.study.validation),
         folder / "retrained",
-        weights=setting.subject.loaded.weights,
+        weights=setting.ready.subject.loaded.weights,
         progress=progress,
     )
 
@@ -159,7 +160,7 @@ def _row(
 
 
 def summary(changes: dict[str, NDArray[np.float64]], inside: NDArray[np.bool_]) -> Row:
-    """What masking leaves of the change of the group's mean y; the 95% intervals are over prompts.
+    """What masking leaves of the change of the behavior on the group; the 95% intervals are over prompts.
 
     ``changes``: mask -> change of y of every prompt.
     """

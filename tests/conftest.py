@@ -93,14 +93,17 @@ def taught_here(capsys):
 
 @pytest.fixture
 def taught_with(python):
-    """Run the command line with stand-ins for the stages: ``taught_with(SOURCE, "policy", ...)``."""
+    """Run the command line with stand-ins for stages: ``taught_with(SOURCE, "run", ...)``; no model is loaded."""
 
-    def run(stages: str, *args: str, **options):
+    def run(source: str, *args: str, **options):
         program = (
             "import sys, types, json\n"
-            "module = types.ModuleType('taught.stages')\n"
-            f"exec({stages!r}, module.__dict__)\n"
-            "sys.modules['taught.stages'] = module\n"
+            "module = types.ModuleType('stand-ins')\n"
+            f"exec({source!r}, module.__dict__)\n"
+            "for name in ('readings', 'attribute'):\n"
+            "    sys.modules[f'taught.stages.{name}'] = module\n"
+            "import taught.cli.commands as commands\n"
+            "commands._show = lambda run, item: None\n"
             "sys.argv[1:] = json.loads(sys.argv[1])\n"
             "from taught.cli.app import main\n"
             "main()\n"

@@ -15,6 +15,7 @@ others, and prints how often it killed.
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -133,13 +134,13 @@ def at_every_call(works: list[Work], check: Callable[[], None], step: int = 1) -
 
 
 def commands(study: str, folder: Path) -> list[Work]:
-    """The command line's four steps."""
+    """The command line's steps."""
     from taught.cli.app import run_command
 
     sys.argv = ["taught", "some", "command"]  # stands in the manifest
     lines = [
-        ["policy", study, "--run", str(folder), "-q"],
-        ["attribute", study, "--run", str(folder), "-q"],
+        ["run", study, "--run", str(folder), "--to", "policy", "-q"],
+        ["run", study, "--run", str(folder), "-q"],
         ["curate", str(folder)],
         ["report", str(folder)],
     ]
@@ -163,23 +164,25 @@ def stand_ins(folder: Path) -> list[Work]:
     """Stages with made-up numbers: the run folder's part of the work, in milliseconds."""
     import numpy as np
     import pyarrow as pa
-    from taught.report.build import render
-    from taught.report.view import load_view
 
     import synthetic_run as made_up
-    from taught.run.fingerprint import code_digest
+    from taught.run.fingerprint import stage_code
     from taught.run.folder import RunFolder
+    from taught.stages import STAGES
+    from taught.study.schema import Study
 
-    code_digest()  # once, not in every child
+    for each in STAGES:
+        stage_code(each, Study())  # once, not in every child
 
     class InParts(RunFolder):
         def write_table(self, name: str, table: pa.Table) -> None:
-            if name != "influence":
+            if name != "scores":
                 super().write_table(name, table)
                 return
             with self.table_writer(name, table.schema) as write:
-                for start in range(0, table.num_rows, 40):
-                    write(table.slice(start, 40))
+                part = -(-table.num_rows // 4)
+                for start in range(0, table.num_rows, part):
+                    write(table.slice(start, part))
 
     study = made_up.synthetic_study(folder.with_name("run"))
     size = made_up.Size(prompts=12, features=3, examples=6)
@@ -192,15 +195,18 @@ def stand_ins(folder: Path) -> list[Work]:
             for key in ("one", "two"):
                 if active.partial.load(key) is None:
                     active.partial.save(key, {"x": np.arange(3.0)})
-            write(run, made_up._Made(size, False, np.random.default_rng(0)))
+            made = made_up._Made(size, False, np.random.default_rng(0))
+            made.sae, made.concepts, made.extra = True, False, ()
+            write(run, made)
 
     def report() -> None:
         run = RunFolder.open(folder)
         with run.stage("report", run.study):
             run.verify()
-            run.write_text("report.html", render(load_view(folder)))
+            run.write_text("report.html", str(sorted(run.finished_tables())))
 
     return [
+        lambda: stage("readings", made_up._write_readings, RunFolder),
         lambda: stage("policy", made_up._write_policy, RunFolder),
         lambda: stage("attribute", made_up._write_attribute, InParts),
         lambda: stage("curate", made_up._write_curate, RunFolder),
@@ -232,16 +238,20 @@ def moments(study: str, folder: Path, kills: int) -> int:
 
 def import_all() -> None:
     """What the commands need, so that no child spends its time with imports."""
-    import taught.report.build
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    import taught.stages
-    from taught.run.fingerprint import code_digest
+    import taught.report.html
+    from taught.run.fingerprint import stage_code
+    from taught.stages import STAGES
+    from taught.study.schema import Study
 
-    assert all((AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, taught.stages))
+    assert all((AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, taught.report.html))
     torch.set_num_threads(1)
-    code_digest()  # once, not in every child
+    for stage in STAGES:
+        if not stage.trains:
+            importlib.import_module(stage.module)
+        stage_code(stage, Study())  # once, not in every child
 
 
 def main(mode: str, *args: str) -> None:

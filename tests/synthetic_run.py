@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from taught.run.folder import RunFolder
 from taught.stats.intervals import Interval
 from taught.stats.ranks import spearman
 from taught.study.schema import Study
+from taught.validation.arms import ArmRow
+from taught.validation.comparison import CeilingRow, PlantedRow
+from taught.validation.lds import LdsRow, TrivialCheck, table_of
 
 HARMFUL = ["chemical_biological", "cybercrime", "fraud", "harassment", "self_harm", "weapons"]
 HARMLESS = ["benign_anchor", "over_refusal", "question"]
@@ -83,7 +86,7 @@ def build_synthetic_run(
     size
         Numbers of prompts, selected features and examples.
     stages
-        Which stages have run.
+        Which stages have run, after ``readings``.
     hostile
         Put markup, scripts and terminal escapes into every text of the data.
     sae
@@ -97,26 +100,20 @@ def build_synthetic_run(
     """
     made = _Made(size, hostile, np.random.default_rng(seed))
     made.sae, made.concepts, made.extra = sae, concepts, extra
-    run, study = (RunFolder(path, command="taught demo"), synthetic_study(path))
+    run, study = RunFolder(path, command="taught demo"), synthetic_study(path, sae=sae)
     writers = {
-        "policy": _write_policy if sae else _write_prompts,
+        "readings": _write_readings,
+        "policy": _write_policy,
         "clamp": _write_clamp,
         "attribute": _write_attribute,
         "curate": _write_curate,
+        "validate": _write_validate,
+        "compare": _write_compare,
     }
-    for stage in stages:
+    for stage in dict.fromkeys(("readings", *stages)):
         with run.stage(stage, study, {"model.weights": "5af571cb"}):
             writers[stage](run, made)
-    if not sae:
-        _forget_sae(run)
     return path
-
-
-def _forget_sae(run: RunFolder) -> None:
-    """The study of the manifest asks for no SAE."""
-    manifest = run.manifest
-    manifest["study"]["sae"]["path"] = None
-    run.path("manifest.json").write_text(json.dumps(manifest))
 
 
 def rewritten(path: Path, name: str, rows: list[dict]) -> None:
@@ -135,6 +132,7 @@ class _Made:
     def __init__(self, size: Size, hostile: bool, rng: np.random.Generator) -> None:
         n, d, p = size.prompts, size.features, size.examples
         self.rng, self.hostile, self.n, self.d, self.p = rng, hostile, n, d, p
+        self.sae, self.concepts, self.extra = True, False, ()
         self.groups = ["harmful" if i < 2 * n // 3 else "harmless" for i in range(n)]
         self.categories = [
             HARMFUL[i % len(HARMFUL)] if g == "harmful" else HARMLESS[i % len(HARMLESS)]
@@ -216,23 +214,36 @@ class _Made:
         }
 
 
-def synthetic_study(path: Path) -> Study:
+def synthetic_study(path: Path, *, sae: bool = True) -> Study:
     """The study of the run at ``path``; its files are stubs, which is all that a run looks at."""
     folder = path.with_name(path.name + "-inputs")
     (folder / "sae").mkdir(parents=True, exist_ok=True)
     (folder / "sae" / "cfg.json").write_text("{}")
     for name in ("prompts.jsonl", "pairs.jsonl"):
         (folder / name).write_text("{}\n")
-    study = Study().resolved(folder).replace("policy.intercept", True)
-    return study.replace("name", "refusal-smollm2")
+    study = Study()
+    values = {
+        "name": "refusal-smollm2",
+        "model.id": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "sae.path": str(folder / "sae") if sae else None,
+        "prompts.path": str(folder / "prompts.jsonl"),
+        "prompts.positive_group": "harmful",
+        "prompts.negative_group": "harmless",
+        "examples.path": str(folder / "pairs.jsonl"),
+        "examples.positive_label": LABELS[0],
+        "examples.negative_label": LABELS[1],
+        "policy.intercept": True,
+    }
+    for key, value in values.items():
+        study = study.replace(key, value)
+    return study
 
 
 def _table(run: RunFolder, name: str, columns: dict[str, object]) -> None:
     run.write_table(name, pa.table(columns))
 
 
-def _write_prompts(run: RunFolder, made: _Made) -> None:
-    y_hat = made.y.mean() + made.Xc @ made.W + made.rng.normal(0, 0.3, made.n)
+def _write_readings(run: RunFolder, made: _Made) -> None:
     texts = [
         made.text(FORMS[i % 2 if g == "harmful" else 2 + i % 2].format(TOPICS[i % len(TOPICS)]))
         for i, g in enumerate(made.groups)
@@ -249,7 +260,6 @@ def _write_prompts(run: RunFolder, made: _Made) -> None:
             "licence": ["CC0"] * made.n,
             "n_tokens": [len(t.split()) for t in texts],
             "y": made.y,
-            "y_hat": y_hat,
         },
     )
     rng = np.random.default_rng(1)
@@ -262,13 +272,24 @@ def _write_prompts(run: RunFolder, made: _Made) -> None:
         },
         {"prompt_ids": made.prompt_ids},
     )
+    if made.sae:
+        ids = {"prompt_ids": made.prompt_ids, "feature_ids": made.feature_ids.tolist()}
+        run.write_tensors("activations", {"X": made.X}, ids)
+        _write_features(run, made)
 
 
 def _write_policy(run: RunFolder, made: _Made) -> None:
-    _write_prompts(run, made)
-    ids = {"prompt_ids": made.prompt_ids, "feature_ids": made.feature_ids.tolist()}
-    run.write_tensors("activations", {"X": made.X}, ids)
-    _write_features(run, made)
+    columns = {
+        "feature_id": made.feature_ids,
+        "coef": made.W,
+        "lo": made.W - 1.96 * made.se,
+        "hi": made.W + 1.96 * made.se,
+        "sign_stability": np.clip(0.5 + np.abs(made.W) / (4 * made.se), 0.5, 1.0),
+        "label": made.labels,
+    }
+    _table(run, "coefficients", columns)
+    y_hat = made.y.mean() + made.Xc @ made.W + made.rng.normal(0, 0.3, made.n)
+    _table(run, "predictions", {"prompt_id": made.prompt_ids, "y_hat": y_hat})
     run.write_json("policy", _policy_record(made))
     run.write_json("faithfulness", _faithfulness_record(made))
     _write_audit(run, made)
@@ -290,18 +311,6 @@ def _write_features(run: RunFolder, made: _Made) -> None:
             "rate": [*rate, 0.0],
             "always_on": [*(rate > 0.999).tolist(), False],
             "selected": [True] * made.d + [False],
-        },
-    )
-    _table(
-        run,
-        "coefficients",
-        {
-            "feature_id": made.feature_ids,
-            "coef": made.W,
-            "lo": made.W - 1.96 * made.se,
-            "hi": made.W + 1.96 * made.se,
-            "sign_stability": np.clip(0.5 + np.abs(made.W) / (4 * made.se), 0.5, 1.0),
-            "label": made.labels,
         },
     )
     run.write_json("labels", {str(f): _label(made, j) for j, f in enumerate(made.feature_ids)})
@@ -478,6 +487,9 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
             "loss": made.loss,
         },
     )
+    named = list(made.targets())
+    record = {"method": "adjoint", "targets": named, "ranked_by": named[0], "lr": 1e-4}
+    run.write_json("attribution", record)
     _write_scores(run, made)
     _write_summary(run, made)
     _write_token_shares(run, made)
@@ -643,3 +655,66 @@ def _write_curate(run: RunFolder, made: _Made) -> None:
             "threshold": threshold,
         },
     )
+
+
+TARGETS = ("behavior:harmless", "coefficient:1", "coefficient:2")
+
+
+def _write_validate(run: RunFolder, made: _Made) -> None:
+    """One subset and one removal at two budgets; three ways of choosing examples."""
+    models = [
+        {
+            "design": design,
+            "subset": "s0",
+            "n_examples": 8,
+            **dict.fromkeys(("precision", "recall", "f1", "correctness"), value),
+            "judged_positive": value,
+            "judged_negative": None,
+        }
+        for design, value in (("base", 0.5), ("random", 0.6), ("removal", 0.7))
+    ]
+    run.write_table("models", pa.Table.from_pylist(models))
+    point = {"design": "removal", "share": 0.15, "difference": -0.5, "lo": -0.9, "hi": -0.1, "p": 0.01, "p_holm": 0.02}
+    area = {"area": -0.4, "area_lo": -0.6, "area_hi": -0.2}
+    run.write_table("curves", pa.Table.from_pylist([{**point, **area, "budget": budget} for budget in (4, 8)]))
+    effect = {"design": "chosen", "examples": 8, "target": TARGETS[0], "value": 0.3, "lo": 0.1, "hi": 0.5}
+    run.write_table("named_effects", pa.Table.from_pylist([{**effect, "retrainings": 6}]))
+    arms = [
+        {
+            **asdict(
+                ArmRow(made.text(arm), "recall", 1, 4, 0.4, 0.3, 0.5, gap, gap and gap - 0.1, gap and gap + 0.1, p, p)
+            ),
+            "design": "curated",
+        }
+        for arm, gap, p in (("kept", 0.2, 0.01), ("random", None, None))
+    ]
+    run.write_table("arms", pa.Table.from_pylist(arms))
+
+
+def _write_compare(run: RunFolder, made: _Made) -> None:
+    """The influence, which foresees outcomes, and a baseline, which does not."""
+    lds = [
+        LdsRow(
+            made.text(method),
+            target,
+            "random",
+            20,
+            value,
+            value - 0.2,
+            value + 0.2,
+            value,
+            value - 0.3,
+            value + 0.3,
+            "size",
+        )
+        for method, value in (("adjoint", 0.6), ("length", 0.1))
+        for target in TARGETS
+    ]
+    run.write_table("lds", table_of(lds))
+    run.write_table(
+        "trivial", table_of([TrivialCheck("adjoint", "length", TARGETS[0], "random", 0.6, 0.1, 0.5, -0.1, 0.9, True)])
+    )
+    ceiling = CeilingRow(3, 0.7, 0.8, 0.9, 0.85, 0.95, target=TARGETS[0], subsets="random")
+    run.write_table("noise_ceiling", table_of([ceiling]))
+    run.write_table("planted", table_of([PlantedRow(made.text("adjoint"), TARGETS[0], 0.9, 0.8, 0.97, 0.7, 6, 18)]))
+    run.write_table("costs", pa.Table.from_pylist([{"method": "adjoint", "seconds": 12.0, "memory_gb": 1.5}]))

@@ -47,7 +47,7 @@ def test_import_taught_is_light(python):
     assert not modules & (HEAVY | {"yaml", "rich", "cyclopts"})
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["policy", "--help"], ["--version"], ["nonsense"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["nonsense"]])
 def test_the_command_line_answers_without_heavy_imports(python, arguments):
     code = (
         "import contextlib, io; from taught.cli.app import run_command\n"
@@ -56,8 +56,8 @@ def test_the_command_line_answers_without_heavy_imports(python, arguments):
     assert not measure(python, code) & HEAVY
 
 
-def test_a_study_needs_no_torch(python):
-    code = "from taught import load_study; load_study('refusal-smollm2')"
+def test_a_study_of_names_needs_no_torch(python):
+    code = "from taught import Study; Study().replace('attribution.curvature', 'ekfac')"
     assert not measure(python, code) & HEAVY
 
 

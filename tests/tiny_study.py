@@ -135,3 +135,26 @@ def with_values(study, values: dict[str, object]):
     for key, value in values.items():
         study = study.replace(key, value)
     return study
+
+
+READ = ("readings", "policy")
+SCORED = (*READ, "attribute")
+
+
+def do(study, run, *names: str, progress=None):
+    """Run stages in the order given; the run folder, which may be given as a path."""
+    from taught.run.folder import RunFolder
+    from taught.stages import BY_NAME
+
+    run = run if isinstance(run, RunFolder) else RunFolder(run)
+    for name in names:
+        BY_NAME[name](study, run, progress)
+    return run
+
+
+def values_of(run, target: str, method: str | None = None) -> dict[str, float]:
+    """Example id -> value in the run's table of scores; of the only method that has the target, or the one named."""
+    rows = [row for row in run.read_table("scores").to_pylist() if row["target"] == target]
+    found = {row["example_id"]: row["value"] for row in rows if method in (None, row["method"])}
+    assert len({row["method"] for row in rows}) == 1 or method is not None
+    return found

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from taught.stages.estimating import make_problem
 from torch import Tensor
 
 from taught.core.example import Example, make_batch
@@ -27,7 +28,6 @@ from taught.curvatures.ekfac import curved_layers, draw_labels, fit_ekfac
 from taught.environment import peak_memory_gb
 from taught.estimators.adjoint import _build_queries, _contract_examples
 from taught.model.gradients import find_sites, frozen
-from taught.stages.estimating import make_problem
 from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
 from taught.stats.ranks import spearman
 from taught.study.load import load_study

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+from torch import nn
 
 from taught.core import driver
 from taught.core.estimator import Work
 from taught.core.names import TargetName
-from taught.core.readings import Readings
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.data.examples import load_examples
 from taught.data.overlap import drop_overlap
-from taught.data.prompts import PromptSet, load_prompts
-from taught.features.sae import check_fit
-from taught.features.select import select_features
+from taught.data.prompts import load_prompts
+from taught.model.gradients import evaluating
 from taught.model.load import LoadedModel
-from taught.model.readout import check_trees, read_prompts
-from taught.policy.ridge import choose_alpha, fit_policy
 from taught.progress import Progress, SilentProgress
-from taught.stages.ready import Data, make_ready, wanted_targets
-from taught.stages.subject import Subject, open_subject, prompt_inputs
+from taught.stages.ready import Data, make_ready, read_here, wanted_targets
+from taught.stages.subject import Subject, open_subject
 from taught.study.schema import Study
 
 
@@ -108,60 +105,31 @@ def influence(
     }
     for key, value in (given | ({} if sae is None else {"sae.path": str(sae)})).items():
         study = study.replace(key, value)
-    subject = _subject(study, model, tokenizer)
+    subject = _subject(study, model, tokenizer, kept=folder is not None)
     records = load_examples(examples, study.examples.kind)
     read = load_prompts(prompts)
     records, overlap = drop_overlap(records, read, study.examples.drop_overlap)
     data = Data(read, records, [example_id for example_id, _ in overlap])
-    readings = _read(study, subject, read, progress)
-    ready = make_ready(study, subject, data, readings)
-    asked = TargetSet.of(wanted_targets(study, readings) if targets is None else targets, readings)
-    work = Work(progress, None, None if folder is None else Path(folder))
-    return driver.scores(ready.problem, ready.inputs, asked, ready.method, work)
+    with evaluating(subject.loaded.model):
+        readings = read_here(study, subject, read, progress)
+        ready = make_ready(study, subject, data, readings)
+        asked = TargetSet.of(wanted_targets(study, readings) if targets is None else targets, readings)
+        work = Work(progress, None, None if folder is None else Path(folder))
+        return driver.scores(ready.problem, ready.inputs, asked, ready.method, work)
 
 
-def _subject(study: Study, model: Any, tokenizer: Any) -> Subject:
+def _subject(study: Study, model: Any, tokenizer: Any, *, kept: bool) -> Subject:
+    """The model, loaded or as it was given; what is kept of a given one belongs to its weights alone."""
     if tokenizer is None:
         return open_subject(study.replace("model.id", str(model)))
-    weights = {"source": "a model that was given"}
-    return open_subject(study, LoadedModel(model.eval(), tokenizer, type(model).__name__, None, weights))
+    weights = {"source": "a model that was given", **({"sha256": _digest(model)} if kept else {})}
+    return open_subject(study, LoadedModel(model, tokenizer, type(model).__name__, None, weights))
 
 
-def _read(study: Study, subject: Subject, prompts: PromptSet, progress: Progress) -> Readings:
-    """Behavior of the prompts, and with an SAE the policy on its features."""
-    encoded = subject.encode(prompts)
-    position = None if subject.sae is None else study.readout.position
-    inputs = prompt_inputs(encoded, position)
-    model = subject.loaded.model
-    check_trees(model, inputs, subject.behavior)
-    progress.step("read prompts", len(inputs))
-    read = read_prompts(model, inputs, subject.behavior, None if subject.sae is None else subject.sae.block)
-    groups: dict[str, list[str]] = {}
-    categories: dict[str, list[str]] = {}
-    for prompt in prompts:
-        groups.setdefault(prompt.group, []).append(prompt.id)
-        if prompt.category:
-            categories.setdefault(prompt.category, []).append(prompt.id)
-    categories = {name: ids for name, ids in categories.items() if name not in groups}
-    base = Readings(tuple(read.prompt_ids), read.y.numpy(), groups, categories)
-    if subject.sae is None:
-        return base
-    check_fit(subject.sae, read.h, study.sae.max_fvu)
-    X = subject.features(np.arange(subject.sae.n_features), study)(read.h, read.offsets).double().cpu().numpy()
-    positive, negative = study.prompts.sides
-    spec = study.features
-    chosen = select_features(
-        X,
-        [prompt.group for prompt in prompts],
-        positive=positive,
-        negative=negative,
-        threshold=spec.threshold,
-        max_features=spec.max_features,
-        ids=spec.ids,
-    ).feature_ids
-    fit: dict[str, Any] = {"prompt_ids": base.prompt_ids, "fit_intercept": study.policy.intercept}
-    alpha = study.policy.alpha
-    if alpha == "cv":
-        alpha, _ = choose_alpha(X[:, chosen], base.y, folds=study.policy.folds, seed=study.policy.seed, **fit)
-    policy = fit_policy(X[:, chosen], base.y, feature_ids=chosen, alpha=float(alpha), **fit)
-    return replace(base, X=policy.X, columns=tuple(policy.feature_ids.tolist()), policy=policy)
+def _digest(model: nn.Module) -> str:
+    """Hex digest of a model's weights as they are held. Reads a gigabyte in a second or two."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

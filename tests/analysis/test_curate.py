@@ -211,7 +211,7 @@ def test_each_reason_says_which_constraint_held():
         ({"rule": "paper", "protect": "b", "protected": [0.0, 0.0]}, "top-k or keep-k"),
         ({"rule": "top-k", "protect": "a", "protected": [0.0, 0.0]}, "a second target beside"),
         ({"rule": "top-k", "protect": "b"}, "cannot be protected"),
-        ({"rule": "top-k", "protect": "b", "protected": [0.0]}, "2 examples, 1 values"),
+        ({"rule": "top-k", "protect": "b", "protected": [0.0]}, "examples 2, values 1"),
         ({"rule": "keep-k", "protect": "b", "protected": [0.0, float("inf")]}, "value: y"),
     ],
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,30 +15,25 @@ from pathlib import Path
 import pytest
 
 from taught import __version__
+from taught.cli.app import run_command, spelled_out
+from taught.run.folder import RunFolder
 from taught.study.load import dump_study, load_study
 from taught.study.schema import Study
 
-# Stand-ins for the stages: they write what they were told, so that the tests see it.
+SRC = Path(__file__).parents[2] / "src"
+# Stand-ins for the stages of a run without an SAE: they write what they were told, so that tests see it.
 RECORD = """
-from rich.text import Text
-class Report:
-    problems = ()
-    def __init__(self, study): self.study = study
-    def __rich__(self): return Text(f"{self.study.policy.alpha} {self.study.examples.path}")
-def check(study):
-    return Report(study)
-def policy(study, run, progress):
+def readings(study, run, progress):
     progress.step("reading", 2)
     progress.advance()
-    with run.stage("policy", study) as stage:
+    with run.stage("readings", study) as stage:
         if not stage.done:
-            run.write_json("policy", {"alpha": study.policy.alpha})
+            run.write_json("readings", {"limit": study.prompts.limit})
 """
-INTERRUPT = "def policy(study, run, progress):\n    raise KeyboardInterrupt"
-OURS = "def policy(study, run, progress):\n    raise ZeroDivisionError('ours')"
+OURS = "def readings(study, run, progress):\n    raise ZeroDivisionError('ours')"
 THEIRS = """
 from taught.errors import UserError
-def policy(study, run, progress):
+def readings(study, run, progress):
     raise UserError("[bold]odd[/bold] thing", value="[x]", rule="even", fix="change it")
 """
 
@@ -43,61 +41,57 @@ def policy(study, run, progress):
 @pytest.fixture
 def file(tmp_path: Path, study: Study) -> Path:
     path = tmp_path / "mine.yaml"
-    path.write_text(dump_study(study))
+    path.write_text(dump_study(study.replace("sae.path", None)))
     return path
+
+
+def readings(*arguments: str) -> tuple[str, ...]:
+    return ("run", "mine.yaml", "--only", "readings", *arguments)
 
 
 def test_version_and_help(taught):
     assert taught("--version").stdout.strip() == __version__
     done = taught("--help")
     assert done.returncode == 0
-    verbs = ["demo", "init", "check", "policy", "attribute", "curate", "report", "show"]
-    positions = [done.stdout.index(f"│ {verb} ") for verb in verbs]
-    assert positions == sorted(positions)
-
-
-def test_help_names_every_method_and_says_what_a_study_is(taught):
-    from taught.stages.concept_influence import METHODS as CONCEPT_METHODS
-
-    from taught.stages.compare import METHODS
-
-    for verb, methods in (("compare", METHODS), ("concept-influence", CONCEPT_METHODS)):
-        words = taught(verb, "--help").stdout.replace("│", " ").split()
-        assert {*methods} <= {word.strip(",.") for word in words}
-    for verb in ("check", "policy", "attribute", "validate", "sketch", "concept"):
-        shown = " ".join(taught(verb, "--help").stdout.replace("│", " ").split())
-        assert "A study file, a folder that holds study.yaml, or the name of a preset." in shown
+    verbs = ["demo", "init", "check", "run", "show", "curate", "validate", "report"]
+    assert re.findall(r"│ (\w+) ", done.stdout) == verbs
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["polcy", "x"], 'Did you mean "policy"?'),
-        (["policy"], "STUDY"),
-        (["policy", "x", "--sett", "a=1"], "Did you mean --set?"),
+        (["rum", "x"], 'Did you mean "run"?'),
+        (["check"], "STUDY"),
+        (["run", "x", "--sett", "a=1"], "Did you mean --set?"),
         (["curate", "x", "--rule", "best"], "paper"),
         (["demo", "--prompts", "many"], "many"),
-        (["policy", "nowhere.yaml"], "no such study"),
-        (["policy", "refusal-smollm2", "--set", "policy.alpha"], "--set needs a key and a value"),
-        (["policy", "refusal-smollm2", "--set", "policy.alpha=-1"], "policy.alpha is not valid"),
-        (["policy", "refusal-smollm2", "--set", "polcy.alpha=1"], "did you mean policy.alpha?"),
-        (["policy", "refusal-smollm2", "--set", "policy.alpha=["], "not valid YAML"),
+        (["run", "nowhere.yaml"], "no such study"),
+        (["run", "mine.yaml", "--set", "policy.alpha"], "--set needs a key and a value"),
+        (["run", "mine.yaml", "--set", "policy.alpha=-1"], "policy.alpha is not valid"),
+        (["run", "mine.yaml", "--set", "polcy.alpha=1"], "did you mean policy.alpha?"),
+        (["run", "mine.yaml", "--set", "policy.alpha=["], "not valid YAML"),
+        (["run", "mine.yaml", "--behavior", "prefix"], "did you mean prefixes?"),
+        (["run", "mine.yaml", "--to", "polcy"], "there is no stage of this name"),
+        (["run", "mine.yaml", "--to", "policy"], "use --set sae.path=FOLDER"),
+        (["run", "mine.yaml", "--fresh=polcy"], "there is no stage of this name"),
+        (["run", "--model", "m", "--prompts", "p"], "missing: --pairs"),
+        (["run", "mine.yaml", "--pairs", "a", "--documents", "b"], "pairs or documents"),
         (["show", "nowhere"], "not a run folder"),
         (["curate", "nowhere"], "not a run folder"),
         (["report", "nowhere"], "not a run folder"),
     ],
 )
-def test_the_users_mistakes_exit_with_2_and_no_traceback(taught_with, arguments, message):
-    done = taught_with(RECORD, *arguments)
+def test_the_users_mistakes_exit_with_2_and_no_traceback(taught_here, file, monkeypatch, arguments, message):
+    monkeypatch.chdir(file.parent)
+    done = taught_here(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "fix:" in done.stderr
-    assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
 def test_a_user_error_of_a_stage_is_shown_as_it_is(taught_with, file):
-    done = taught_with(THEIRS, "policy", file.name)
+    done = taught_with(THEIRS, *readings())
     assert done.returncode == 2
     assert done.stderr.splitlines()[-4:] == [
         "error: [bold]odd[/bold] thing",
@@ -105,194 +99,109 @@ def test_a_user_error_of_a_stage_is_shown_as_it_is(taught_with, file):
         "  rule:  even",
         "  fix:   change it",
     ]
+    assert "Traceback" not in done.stderr
 
 
 def test_our_mistake_shows_the_traceback_and_exits_with_1(taught_with, file):
-    done = taught_with(OURS, "policy", file.name)
+    done = taught_with(OURS, *readings())
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ZeroDivisionError: ours" in done.stderr
 
 
-def test_ctrl_c_exits_with_130_and_says_what_is_kept(taught_with, file):
-    done = taught_with(INTERRUPT, "policy", file.name)
-    assert done.returncode == 130
-    assert "stopped; finished work is kept; the same command resumes" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_real_interrupt_while_a_stage_runs(taught_with, file, tmp_path):
+def test_a_real_interrupt_while_a_stage_runs(taught_with, file):
     wait = (
         "import os, signal, time\n"
-        "def policy(study, run, progress):\n"
+        "def readings(study, run, progress):\n"
         # a background job of a shell ignores Ctrl-C, and so do the tests that run in one
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "    with run.stage('policy', study):\n"
+        "    with run.stage('readings', study):\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "        time.sleep(30)\n"
     )
-    stopped = taught_with(wait, "policy", file.name)
+    stopped = taught_with(wait, *readings())
     assert stopped.returncode == 130
-    assert "the same command resumes" in stopped.stderr
-    done = taught_with(RECORD, "policy", file.name)
+    assert "stopped; finished work is kept; the same command resumes" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    done = taught_with(RECORD, *readings())
     assert done.returncode == 0, done.stderr
-    assert "policy complete in runs/my-study" in done.stderr
+    assert "runs/my-study: readings 0." in done.stderr
 
 
 def test_a_stage_runs_then_is_complete_already_then_is_refused(taught_with, file, tmp_path):
-    first = taught_with(RECORD, "policy", file.name)
+    first = taught_with(RECORD, *readings())
     assert first.returncode == 0, first.stderr
-    assert "policy complete in runs/my-study" in first.stderr
-    assert "peak memory" in first.stderr
+    assert "peak memory" in first.stderr and "reading (2)" in first.stderr
     assert load_study(tmp_path / "runs" / "my-study") == load_study(file)
-    assert "complete already" in taught_with(RECORD, "policy", file.name).stderr
-    other = ("policy", file.name, "--set", "policy.alpha=3")
+    assert "complete already: readings" in taught_with(RECORD, *readings()).stderr
+    other = readings("--set", "prompts.limit=3", "--quiet")
     refused = taught_with(RECORD, *other)
     assert refused.returncode == 2
-    assert "policy.alpha: was 5.0, now 3.0" in refused.stderr
-    assert taught_with(RECORD, *other, "--run", "runs/other").returncode == 0
-    assert taught_with(RECORD, *other, "--fresh").returncode == 0
-    command = (tmp_path / "runs" / "my-study" / "manifest.json").read_text()
-    assert "taught policy mine.yaml --set policy.alpha=3 --fresh" in command
+    assert "prompts.limit: was None, now 3" in refused.stderr
+    (command,) = re.findall(r"make them anew: (taught .*)", refused.stderr)
+    assert command == "taught run STUDY --run runs/my-study --to readings --fresh readings"
+    done = taught_with(RECORD, *other, "--fresh", "readings")
+    assert done.returncode == 0 and "reading (2)" not in done.stderr
+    manifest = (tmp_path / "runs" / "my-study" / "manifest.json").read_text()
+    assert "taught run mine.yaml --only readings --set prompts.limit=3 --quiet --fresh readings" in manifest
 
 
-def test_flags_override_the_study(taught_with, file, tmp_path):
-    (tmp_path / "t.jinja").write_text("x")
-    done = taught_with(
-        RECORD,
-        "policy",
-        "--set",
-        "policy.alpha=3",
-        "mine.yaml",
-        "--set=policy.folds=4",
-        "--drop-overlap",
-        "--drop-truncated",
-        "--chat-template",
-        "t.jinja",
-        "-q",
-    )
-    assert done.returncode == 0, done.stderr
-    ran = load_study(tmp_path / "runs" / "my-study")
-    assert (ran.policy.alpha, ran.policy.folds) == (3.0, 4)
-    assert ran.examples.drop_overlap
-    assert ran.examples.drop_truncated
-    assert ran.model.chat_template == str(tmp_path / "t.jinja")
-
-
-def test_quiet_shows_no_progress(taught_with, file):
-    assert "reading (2)" in taught_with(RECORD, "policy", file.name).stderr
-    assert "reading" not in taught_with(RECORD, "policy", file.name, "--fresh", "--quiet").stderr
-
-
-def test_a_missing_data_file_is_named_before_anything_runs(taught_with, file, tmp_path):
-    (tmp_path / "pairs.jsonl").unlink()
-    done = taught_with(RECORD, "policy", file.name)
+def test_a_missing_data_file_is_named_before_anything_runs(taught_here, file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    (file.parent / "pairs.jsonl").unlink()
+    done = taught_here(*readings())
     assert done.returncode == 2
     assert "examples.path does not exist" in done.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-def test_check_prints_its_report_and_fails_when_there_are_problems(taught_with, file):
-    done = taught_with(RECORD, "check", file.name, "--set", "policy.alpha=7")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("7.0 ")
-    problems = RECORD.replace("problems = ()", "problems = ('one',)")
-    assert taught_with(problems, "check", file.name).returncode == 2
-
-
-def test_demo_tells_time_memory_and_where_the_report_is(taught_with, tmp_path, study):
-    stages = (
-        "from taught.study.load import study_from_dict\nfrom pathlib import Path\n"
-        "def demo(run, *, prompts, examples, features, full, progress):\n"
-        f"    study = study_from_dict({study.to_dict()!r}, Path('.'))\n"
-        "    with run.stage('policy', study) as stage:\n"
-        "        run.write_json('policy', [prompts, examples, features, full])\n"
-        "    with run.stage('report', study) as stage:\n"
-        "        run.write_text('report.html', 'x')\n"
-        "import types, taught.report\n"
-        "show = types.ModuleType('taught.report.show')\n"
-        "show.show_run = lambda folder, item=None: f'{folder} shown'\n"
-        "sys = __import__('sys'); sys.modules['taught.report.show'] = show\n"
-    )
-    done = taught_with(stages, "demo", "--prompts", "9", "--full", "--run", "here")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == "here shown"
-    assert done.stdout.splitlines()[-1] == f"Report: {tmp_path / 'here' / 'report.html'}"
-    assert re.search(r"policy \d\.\d s, report \d\.\d s, peak memory \d+\.\d GB", done.stderr)
-    assert (tmp_path / "here" / "policy.json").read_text().split() == ["[", "9,", "48,", "40,", "true", "]"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
-def test_a_reader_that_has_seen_enough_is_no_error(taught_with, file, tmp_path):
-    long = RECORD.replace("problems = ()", "problems = ()\n    text = 'line\\n' * 200000").replace(
-        "Text(f", "Text(self.text + f"
-    )
-    script = tmp_path / "run.py"
-    script.write_text(
-        f"import sys, types\nm = types.ModuleType('taught.stages')\nexec({long!r}, m.__dict__)\n"
-        "sys.modules['taught.stages'] = m\nfrom taught.cli.app import main\nmain(['check', 'mine.yaml'])\n"
-    )
-    src = Path(__file__).parents[2] / "src"
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {sys.executable} run.py | head -1"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(src)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "line\n"
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
-    assert done.returncode == 0
+    assert not (file.parent / "runs").exists()
 
 
 def test_a_stopped_process_is_no_clean_exit(taught_with, file):
     """Exit codes come from real processes: one that is killed does not look finished."""
-    kill = "import os\ndef policy(study, run, progress):\n    os.kill(os.getpid(), 9)"
-    assert taught_with(kill, "policy", file.name).returncode == -signal.SIGKILL
+    kill = "import os\ndef readings(study, run, progress):\n    os.kill(os.getpid(), 9)"
+    assert taught_with(kill, *readings()).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        (["run", "s", "--fresh"], ["run", "s", "--fresh=all"]),
+        (["run", "s", "--fresh", "policy"], ["run", "s", "--fresh", "policy"]),
+        (["run", "--fresh", "s"], ["run", "--fresh=all", "s"]),
+        (["run", "s", "--fresh", "--quiet"], ["run", "s", "--fresh=all", "--quiet"]),
+    ],
+)
+def test_fresh_may_name_a_stage_or_none(typed, read):
+    assert spelled_out(typed) == read
 
 
 # init
 
 
-def test_init_writes_a_study_that_loads_to_the_defaults(taught, tmp_path):
-    done = taught("init")
+def test_init_writes_a_study_that_loads_to_the_defaults(taught_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = taught_here("init")
     assert done.returncode == 0
     assert "taught check study.yaml" in done.stdout
     assert load_study(tmp_path / "study.yaml") == Study().resolved(tmp_path)
 
 
-def test_init_never_overwrites_without_force(taught, tmp_path):
+def test_init_never_overwrites_without_force(taught_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("mine")
-    done = taught("init", "a.yaml")
+    done = taught_here("init", "a.yaml")
     assert done.returncode == 2
     assert "exists already" in done.stderr
     assert (tmp_path / "a.yaml").read_text() == "mine"
-    assert taught("init", "a.yaml", "--force").returncode == 0
+    assert taught_here("init", "a.yaml", "--force").returncode == 0
     assert load_study(tmp_path / "a.yaml").name == "my-study"
 
 
-def test_init_into_a_folder(taught, tmp_path):
+def test_init_into_a_folder(taught_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "new").mkdir()
-    assert taught("init", "new").returncode == 0
+    assert taught_here("init", "new").returncode == 0
     assert (tmp_path / "new" / "study.yaml").is_file()
-    assert taught("init", "absent/a.yaml").returncode == 2
-
-
-# show
-
-
-def test_show_refuses_a_changed_file_and_says_what_is_unfinished(taught_with, taught, file, tmp_path):
-    folder = tmp_path / "runs" / "my-study"
-    assert taught_with(RECORD, "policy", file.name).returncode == 0
-    manifest = (folder / "manifest.json").read_text()
-    other = re.sub("sources [0-9a-f]{16}", "sources 0000000000000000", manifest)
-    (folder / "manifest.json").write_text(other)
-    assert "policy was made by another version of the code" in taught("show", folder).stderr
-    (folder / "policy.json").write_text("{}")
-    done = taught("show", "runs/my-study")
-    assert done.returncode == 2
-    assert "policy.json has changed since it was written" in done.stderr
+    assert taught_here("init", "absent/a.yaml").returncode == 2
 
 
 # The stages for real, on a small model
@@ -300,9 +209,73 @@ def test_show_refuses_a_changed_file_and_says_what_is_unfinished(taught_with, ta
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
+    """A study that was run to its report."""
     from tiny_study import write_tiny_study
 
-    return write_tiny_study(tmp_path_factory.mktemp("tiny")).parent
+    folder = write_tiny_study(tmp_path_factory.mktemp("tiny")).parent
+    assert run_command(["run", str(folder / "study.yaml"), "--run", str(folder / "run"), "-q"]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> Path:
+    """Its run folder, to play with."""
+    return Path(shutil.copytree(tiny / "run", tmp_path / "run"))
+
+
+def test_run_does_all_that_the_study_asks_for_and_trains_nothing(tiny):
+    run = RunFolder.open(tiny / "run")
+    assert list(run.manifest["stages"]) == ["readings", "policy", "attribute", "curate", "report"]
+    run.verify()
+
+
+def test_what_a_run_wrote_is_described_by_its_stages(tiny):
+    from taught.stages import BY_NAME
+
+    for name, file in RunFolder.open(tiny / "run").manifest["files"].items():
+        assert name in BY_NAME[file["stage"]].writes
+
+
+def test_a_run_folder_is_gone_on_with_and_asked_for_more(taught_here, copy):
+    done = taught_here("run", str(copy), "--set", "clamp.prompts=2", "--set", "clamp.controls=2", "-q")
+    assert done.returncode == 0, done.stderr
+    assert "complete already: readings, policy, attribute" in done.stderr
+    run = RunFolder.open(copy)
+    assert run.study.clamp.prompts == 2 and "clamp" in run.manifest["stages"]
+    assert done.stdout.splitlines()[-1] == f"Report: {copy / 'report.html'}"
+
+
+def test_without_a_study_the_flags_make_one_that_stands_in_the_run_folder(taught_here, tiny, tmp_path):
+    done = taught_here(
+        *("run", "--model", str(tiny / "model"), "--pairs", str(tiny / "pairs.jsonl")),
+        *("--prompts", str(tiny / "prompts.jsonl"), "--set", "behavior.prefixes=[Not, Never]"),
+        *("--target", "behavior", "--target", "behavior:harmful - behavior:harmless"),
+        *("--set", "attribution.exact_top=0", "--run", str(tmp_path / "run"), "-q"),
+    )
+    assert done.returncode == 0, done.stderr
+    run = RunFolder.open(tmp_path / "run")
+    assert list(run.manifest["stages"]) == ["readings", "attribute", "report"]
+    study = load_study(tmp_path / "run")
+    assert study.name == "pairs" and study.sae.path is None
+    assert study.behavior.values["prefixes"] == ("Not", "Never")
+    names = set(run.read_table("scores")["target"].to_pylist())
+    assert names == {"behavior", "behavior:harmful - behavior:harmless"}
+    assert taught_here("run", str(tmp_path / "run"), "-q").returncode == 0  # and goes on with it
+
+
+def test_invariant_10_local_inputs_need_no_network_at_all(taught, tiny, copy):
+    """Every verb on local files, with sockets that raise: nothing is fetched, nothing phones home."""
+    commands = [
+        ["check", str(tiny / "study.yaml")],
+        ["run", str(tiny / "study.yaml"), "--run", "again", "--to", "policy", "-q"],
+        ["curate", str(copy)],
+        ["report", str(copy)],
+        ["show", str(copy), "z03"],
+    ]
+    for command in commands:
+        done = taught(*command, network=False, HF_HUB_OFFLINE="0")
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        assert "network access attempted" not in done.stdout + done.stderr
 
 
 def test_the_guard_against_the_network_bites(python):
@@ -310,42 +283,136 @@ def test_the_guard_against_the_network_bites(python):
     assert "network access attempted" in python("-c", program, network=False).stderr
 
 
-def test_invariant_10_local_inputs_need_no_network_at_all(taught, tiny):
-    """Every verb on local files, with sockets that raise: nothing is fetched, nothing phones home."""
-    commands = [
-        ["check", "study.yaml"],
-        ["policy", "study.yaml", "-q"],
-        ["attribute", "study.yaml", "-q"],
-        ["curate", "runs/tiny"],
-        ["clusters", "runs/tiny"],
-        ["report", "runs/tiny"],
-        ["show", "runs/tiny"],
-        ["show", "runs/tiny", "z03"],
-        ["query", "runs/tiny", "--top", "3"],
-    ]
-    for command in commands:
-        done = taught(*command, cwd=tiny, network=False, HF_HUB_OFFLINE="0")
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        assert "network access attempted" not in done.stdout + done.stderr
-    assert (tiny / "runs" / "tiny" / "report.html").stat().st_size > 1000
+def test_no_bars_of_other_libraries_and_plain_lines(taught, tiny, tmp_path):
+    done = taught("run", str(tiny / "study.yaml"), "--run", "r", "--to", "readings")
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr and "\r" not in done.stderr
+    assert "read prompts (30)" in done.stderr
 
 
-def test_invariant_8_another_model_under_the_same_path_is_refused(taught, tmp_path):
+def test_invariant_8_another_model_under_the_same_path_is_refused(taught_here, tmp_path, monkeypatch):
     """The folder of the model keeps its name; its weights change."""
     from tiny_study import write_tiny_study
 
+    monkeypatch.chdir(tmp_path)
     write_tiny_study(tmp_path / "a")
     write_tiny_study(tmp_path / "b", seed=1)
-    assert taught("policy", "a/study.yaml", "--run", "run", "-q").returncode == 0
+    command = ("run", "a/study.yaml", "--run", "run", "--to", "readings", "-q")
+    assert taught_here(*command).returncode == 0
     weights = "model/model.safetensors"
     (tmp_path / "a" / weights).write_bytes((tmp_path / "b" / weights).read_bytes())
-    refused = taught("policy", "a/study.yaml", "--run", "run", "-q")
+    refused = taught_here(*command)
     assert refused.returncode == 2
     assert "model.id sha256" in refused.stderr
 
 
+def test_the_strongest_come_first_and_csv_has_them_all(taught_here, tiny):
+    run = RunFolder.open(tiny / "run")
+    summary = {row["example_id"]: row for row in run.read_table("summary").to_pylist()}
+    done = taught_here("show", str(tiny / "run"), "behavior:harmless", "--csv")
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    expected = sorted(summary, key=lambda i: (-abs(summary[i]["behavior:harmless"]), i))
+    assert [row["example_id"] for row in rows] == expected
+    assert [float(row["value"]) for row in rows] == [summary[i]["behavior:harmless"] for i in expected]
+    one = taught_here("show", str(tiny / "run"), "score", "--label", "harmful-refusal", "--top", "1")
+    (best,) = [i for i in expected if re.search(rf"\b{i}\b", one.stdout)]
+    assert summary[best]["label"] == "harmful-refusal"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ((), "Verdict"),
+        (("z03",), "Where to buy ships"),
+        (("tables",), "coefficients"),
+        (("coefficients",), "sign_stability"),
+        (("coverage",), "Audit by category"),
+        (("SELECT count(*) AS n FROM prompts",), "30"),
+        (("score", "--quantiles"), "q0.5"),
+        (("coefficient:7:x",), "example_id"),
+        (("behavior:harmful - behavior:harmless",), "example_id"),
+    ],
+)
+def test_what_can_be_shown(taught_here, tiny, arguments, shown):
+    done = taught_here("show", str(tiny / "run"), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("z3",), "did you mean z03"),
+        (("coefficient",), "an id of an example or a feature"),
+        (("behavior:nobody",), "no values of this target"),
+        (("score", "--method", "other"), "no values of this target"),
+        (("score", "--label", "nobody"), "no example has this label"),
+        (("score", "--set", "policy.alpha=2"), "this run has no sketches"),
+        (("SELECT 1; SELECT 2",), "a query is one SELECT"),
+    ],
+)
+def test_what_cannot_be_shown_is_said(taught_here, tiny, arguments, said):
+    done = taught_here("show", str(tiny / "run"), *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr and not done.stdout
+
+
+def test_a_later_question_is_answered_from_the_sketches_of_the_run(taught_here, tiny, tmp_path):
+    done = taught_here(
+        *("run", str(tiny / "study.yaml"), "--run", str(tmp_path / "run"), "--to", "attribute", "-q"),
+        *("--set", "attribution.estimator={kind: sketch, dim: 256, sample: 2}", "--target", "score"),
+    )
+    assert done.returncode == 0, done.stderr
+    show = ("show", str(tmp_path / "run"), "--csv")
+    later = taught_here(*show, "behavior:harmless")
+    assert later.returncode == 0, later.stderr
+    assert len(list(csv.DictReader(io.StringIO(later.stdout)))) == 8
+    same, other = (taught_here(*show, "score", *more).stdout for more in ((), ("--set", "policy.alpha=50")))
+    assert other and same != other
+    refused = taught_here(*show, "score", "--set", "policy.folds=2")
+    assert refused.returncode == 2 and "some of policy.alpha" in refused.stderr
+
+
+def test_curate_writes_what_its_flags_say_and_the_run_remembers_it(taught_here, copy):
+    done = taught_here("curate", str(copy), "--rule", "top-k", "--k", "3", "--target", "behavior:harmless")
+    assert done.returncode == 0, done.stderr
+    assert "3 examples to drop" in done.stdout and str(copy / "drop.jsonl") in done.stdout.replace("\n", "")
+    assert len((copy / "drop.jsonl").read_text().splitlines()) == 3
+    curation = RunFolder.open(copy).study.curation
+    assert (curation.rule, curation.k, curation.target) == ("top-k", 3, "behavior:harmless")
+    assert taught_here("curate", str(copy), "--k", "2").returncode == 0
+    assert len((copy / "drop.jsonl").read_text().splitlines()) == 2
+    assert taught_here("curate", str(copy), "--target", "behavior:nobody").returncode == 2
+
+
+def test_show_refuses_a_changed_file_and_says_whose_code_it_was(taught_here, copy):
+    manifest = (copy / "manifest.json").read_text()
+    other = re.sub("sources [0-9a-f]{16}", "sources 0000000000000000", manifest, count=1)
+    (copy / "manifest.json").write_text(other)
+    assert "readings was made by another version of the code" in taught_here("show", str(copy)).stderr
+    (copy / "policy.json").write_text("{}")
+    done = taught_here("show", str(copy))
+    assert done.returncode == 2
+    assert "policy.json has changed since it was written" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_a_reader_that_has_seen_enough_is_no_error(tiny):
+    command = f"set -o pipefail; {sys.executable} -m taught show {tiny / 'run'} 'SELECT range FROM range(200000)' --csv"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | head -1"],
+        env=os.environ | {"PYTHONPATH": str(SRC)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "range\n"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert done.returncode == 0
+
+
 def test_invariant_10_no_pickle_and_no_remote_code_is_ever_asked_for():
-    sources = {f: f.read_text() for f in (Path(__file__).parents[2] / "src").rglob("*.py")}
+    sources = {f: f.read_text() for f in SRC.rglob("*.py")}
     for file, source in sources.items():
         for word in ("import pickle", "torch.load(", "trust_remote_code=True", "joblib", "yaml.load("):
             if word == "yaml.load(" and "_UniqueKeyLoader" in source:

@@ -51,7 +51,7 @@ def test_trap_10_a_example_that_is_an_evaluation_prompt_is_never_silently_scored
     with pytest.raises(UserError, match="2 examples have a prompt that is also") as caught:
         drop_overlap(given_examples, PROMPTS, drop=False)
     assert caught.value.value == "a = p1, c = p2"
-    assert "--drop-overlap" in str(caught.value)
+    assert "examples.drop_overlap" in str(caught.value)
 
     kept, dropped = drop_overlap(given_examples, PROMPTS, drop=True)
     assert kept.ids == ("b",)

@@ -73,7 +73,7 @@ def test_many_offending_ids_are_counted(save) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"), [({"text": "nope"}, "no column 'nope'"), ({"prompt": "text"}, "Unknown field")]
+    ("columns", "message"), [({"text": "nope"}, "no column 'nope'"), ({"prompt": "text"}, "unknown field")]
 )
 def test_given_columns_are_checked(save, columns: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -86,8 +86,8 @@ def test_unicode_line_separators_do_not_split_a_line(tmp_path: Path) -> None:
         ("a.csv", b"x,y\n1,2\n3\n", "a.csv, line 3: not as many cells as the header"),
         ("a.csv", b"x,y\n1,2,3\n", "a.csv, line 2: not as many cells as the header"),
         ("a.parquet", b"no parquet", "a.parquet: not a Parquet file"),
-        ("a.jsonl", b'{"x": "\xff"}\n', "Not UTF-8 text: byte 7"),
-        ("a.txt", b"", "Unknown kind of table"),
+        ("a.jsonl", b'{"x": "\xff"}\n', "not UTF-8 text: byte 7"),
+        ("a.txt", b"", "unknown kind of table"),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -98,7 +98,7 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: b
 
 
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_rows(tmp_path / "none.jsonl")
 
 

@@ -27,7 +27,7 @@ def choose(**how):
 
 def test_selects_by_the_difference_of_means_in_ascending_numeric_order():
     chosen = choose(threshold=0.42)
-    # As strings: '10' < '11' < '9' (trap 4).
+    # As strings: '10' < '11' < '9'.
     assert chosen.feature_ids.tolist() == [9, 10, 11]
     assert chosen.feature_ids.dtype == np.int64
     expected = [0.05 * k * (-1) ** k for k in range(12)]
@@ -56,9 +56,8 @@ def test_table_of_all_features():
         assert chosen.means["harmless"][k] == pytest.approx(np.mean(X[3:6, k]))
         assert chosen.means["other"][k] == 100
         assert chosen.rate[k] == pytest.approx(sum(x > 0 for x in X[:, k]) / 7)
-    rows = chosen.rows()
-    assert [row["feature_id"] for row in rows] == [9, 10, 11]
-    assert rows[0]["difference"] == pytest.approx(-0.45)
+    assert chosen.feature_ids.tolist() == [9, 10, 11]
+    assert chosen.difference[9] == pytest.approx(-0.45)
 
 
 def test_always_on_is_active_on_99_percent():

@@ -98,7 +98,7 @@ def test_concepts_times_every_method_on_the_same_examples(tiny, tmp_path, python
     check_circumstances(record, "concepts")
     assert record["complete"]
     rows = {row["method"]: row for row in record["rows"]}
-    gradients = [f"gradient, {how}" for how in ("adjoint", "adjoint, EK-FAC", "jvp", "finite-step")]
+    gradients = [f"gradient, {how}" for how in ("adjoint", "adjoint, EK-FAC", "forward", "finite-step")]
     assert list(rows) == [
         *gradients,
         "vector filter",
@@ -111,8 +111,8 @@ def test_concepts_times_every_method_on_the_same_examples(tiny, tmp_path, python
     passes = (every[1] - half[1]) / (every[2] - half[2]) * every[2]
     fitting = rows["gradient, adjoint, EK-FAC"]["cpu_ms_a_example_of_fitting"]
     assert fitting == pytest.approx(1000 * passes / 8)
-    ratio = record["summary"]["gradient, jvp over vector filter"]
-    costs = [rows[name]["cpu_ms_a_example"] for name in ("gradient, jvp", "vector filter")]
+    ratio = record["summary"]["gradient, forward over vector filter"]
+    costs = [rows[name]["cpu_ms_a_example"] for name in ("gradient, forward", "vector filter")]
     assert ratio == pytest.approx(costs[0] / costs[1])
 
 
@@ -125,7 +125,18 @@ def test_a_benchmark_also_runs_as_a_file_from_anywhere(name, python):
 def test_the_loop_and_the_token_trees_time_the_same_quantity(tiny, tmp_path, benchmarks):
     """A benchmark of something else than the method would be fast for the wrong reason."""
     benchmarks.smda_loop.main(
-        ["--study", str(tiny), "--out", str(tmp_path), "--pairs", "4", "--loop-examples", "4", "--tree-examples", "4"]
+        [
+            "--study",
+            str(tiny),
+            "--out",
+            str(tmp_path),
+            "--examples",
+            "4",
+            "--loop-examples",
+            "4",
+            "--tree-examples",
+            "4",
+        ]
     )
     rows = {row["method"]: row for row in read(tmp_path, "smda_loop")["rows"]}
     loop, trees = (
@@ -170,7 +181,7 @@ def test_big_tables_asks_what_it_wrote_and_leaves_no_run_behind(tmp_path, python
     done = python(
         "-m",
         "benchmarks.big_tables",
-        "--pairs",
+        "--examples",
         "60",
         "--features",
         "3",
@@ -184,10 +195,10 @@ def test_big_tables_asks_what_it_wrote_and_leaves_no_run_behind(tmp_path, python
     record = read(tmp_path / "results", "big_tables")
     assert record["complete"] and record["conditions"] == {"examples": 60, "features": 3, "groups": 2}
     rows = {row["step"]: row["rows"] for row in record["rows"]}
-    assert rows["write influence"] == 60 * (3 + 2 + 3 * 3)
+    assert rows["write scores"] == 60 * (3 + 2 + 3 * 3)
     assert rows["top 20 of a coefficient"] == rows["top 20 by score"] == 20
-    assert rows["quantiles of score and mean y by label"] == 2 * (3 + 2)
-    assert rows["quantiles of a coefficient by label"] == 2 * 3
+    assert rows["quantiles of the score by label"] == rows["quantiles of a coefficient by label"] == 2
+    assert rows["SQL: one example's coefficients, all row groups"] == 3
     assert rows["the report"] == 60
     assert [path.name for path in tmp_path.glob("tmp*")] == []
 
@@ -197,7 +208,7 @@ def test_load_runs_every_command_and_says_what_a_example_costs(tmp_path, python)
     done = python(
         "-m",
         "benchmarks.load",
-        "--pairs",
+        "--examples",
         "6",
         "12",
         "--estimators",
@@ -211,9 +222,9 @@ def test_load_runs_every_command_and_says_what_a_example_costs(tmp_path, python)
     assert done.returncode == 0, done.stderr
     record = read(tmp_path / "results", "load")
     assert record["complete"]
-    stages = ["policy", "attribute", "curate", "report"]
+    stages = ["readings", "policy", "attribute", "curate", "report"]
     assert [row["command"] for row in record["rows"]] == 2 * stages
-    assert [row["examples"] for row in record["rows"]] == [6] * 4 + [12] * 4
+    assert [row["examples"] for row in record["rows"]] == [6] * 5 + [12] * 5
     for row in record["rows"]:
         assert row["examples_per_second"] == pytest.approx(row["examples"] / row["seconds"])
         assert row["seconds"] > row["stage_seconds"] and row["peak_memory_gb"] > 0.05
@@ -313,7 +324,7 @@ def test_peers_builds_a_store_and_names_who_is_left_out(tiny, tmp_path, python):
         str(tiny),
         "--out",
         str(tmp_path),
-        "--pairs",
+        "--examples",
         "6",
         "--checked",
         "5",

@@ -159,7 +159,7 @@ def test_gradient_methods_are_what_a_step_does(tiny, experiments, tmp_path):
     """Signs and targets: each gradient method against a real step on an example."""
     from functools import partial
 
-    from taught.core.target import score_targets
+    from taught.core.target import TargetSet
     from taught.estimators.finite_step import finite_steps, restored
     from taught.features.pooling import pool
     from taught.model.readout import read_prompts, read_residuals
@@ -167,23 +167,25 @@ def test_gradient_methods_are_what_a_step_does(tiny, experiments, tmp_path):
     from taught.stages.subject import prompt_inputs
     from taught.training.loop import Recipe, train
 
-    study, folder = experiments.experiment_study(str(tiny), 50)
-    study = study.replace("attribution.lr", 1e-4)
-    bench = experiments.opened(study, folder / "concept.jsonl", tmp_path, SilentProgress())
-    problem, inputs, plain = bench.ready.problem, bench.ready.inputs, experiments.CURVATURES[""]
-    found = {name: np.asarray(make(bench, plain))[:3] for name, make in experiments.GRADIENTS.items()}
+    study, _ = experiments.experiment_study(str(tiny), 50)
+    study = experiments.with_concepts(study.replace("attribution.lr", 1e-4), tiny.parent / "concept.jsonl")
+    bench = experiments.opened(study, tmp_path, SilentProgress())
+    ready = bench.ready
+    problem, inputs = ready.problem, ready.inputs
+    found = {name: experiments.by_gradient(bench, target)[:3] for name, target in experiments.GRADIENTS.items()}
     baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
     steps = list(finite_steps(problem, inputs[:3], baseline))
-    inside = np.array([bench.group_of[i] == bench.leak for i in baseline.prompt_ids])
+    inside = ready.readings.rows(bench.leak)
     moved = [float(np.asarray(step.dy)[inside].mean()) for step in steps]
     np.testing.assert_allclose(found["mean-y"], moved, rtol=0.05, atol=1e-5)
-    score = [sum(t.inner(step.dX, step.dy) for t in score_targets(bench.ready.fitted)) for step in steps]
+    target = TargetSet.of(["score"], ready.readings).select(TargetSet.of(["score"], ready.readings).names[:1])
+    score = [float(target.changes(step.dX, step.dy)[0]) for step in steps]
     np.testing.assert_allclose(found["smda-score"], score, rtol=0.05, atol=1e-5)
 
-    harmless = [prompt for prompt in bench.prompts if prompt.group == "harmless"]
-    encoded = bench.subject.encode(harmless)
+    harmless = [prompt for prompt in ready.data.prompts if prompt.group == "harmless"]
+    encoded = ready.subject.encode(harmless)
     places = {"gradient-concept": (prompt_inputs(encoded, "last_prompt"), "last_prompt")}
-    v = bench.concepts["difference"].direction
+    v = bench.concepts["difference"].concept.direction
 
     def read_outs() -> dict[str, float]:
         return {
@@ -277,8 +279,8 @@ def test_concept_rows_that_are_examples_are_refused(tiny, experiments, tmp_path)
 
     study, _ = experiments.experiment_study(str(tiny), 50)
     write(tmp_path / "concept.jsonl", [row | {"label": "present"} for row in rows("a")])
-    with pytest.raises(UserError, match="examples of the concept are examples"):
-        experiments.opened(study, tmp_path / "concept.jsonl", tmp_path, SilentProgress())
+    with pytest.raises(UserError, match="are examples of the study"):
+        experiments.opened(experiments.with_concepts(study, tmp_path / "concept.jsonl"), tmp_path, SilentProgress())
 
 
 def test_chance_is_uniform_under_chance_and_small_for_a_perfect_score(experiments):

@@ -150,7 +150,7 @@ def test_messages():
     y, groups, categories, X, ids = study(per=6)
     with pytest.raises(UserError, match=r"no prompt in this group\n  value: odd\n.*harmful, harmless"):
         run(y, groups, categories, X, ids, negative="odd")
-    with pytest.raises(UserError, match="41 categories"):
+    with pytest.raises(UserError, match="categories 41"):
         run(y, groups, categories[1:], X, ids)
     policy = fit_policy(X, y, prompt_ids=ids, feature_ids=range(7))
     with pytest.raises(UserError, match=r"lo \[1\], hi \[7\]"):

@@ -257,5 +257,5 @@ def test_sizes_stop_before_all_examples_and_messages():
     assert [s.k for s in found] == list(SIZES)
     assert rank_statements(ranking([1.0]), ["a"], None) == []
     policy, _ = problem()
-    with pytest.raises(UserError, match="one number for each of 30 prompts"):
+    with pytest.raises(UserError, match="one for each of 30 prompts"):
         RemainderBound(policy)(0.1, np.zeros(29))

@@ -199,13 +199,13 @@ def test_messages():
     one_group = ["harmful"] * 12
     with pytest.raises(UserError, match=r"'harmless' has 0 prompts\n  value: groups: harmful"):
         evaluate_policy(X, y, one_group, **OPTIONS)
-    with pytest.raises(UserError, match="11 groups, 12 prompts"):
+    with pytest.raises(UserError, match="prompts 12, given 11"):
         evaluate_policy(X, y, groups[1:], **OPTIONS)
     with pytest.raises(UserError, match="13 folds, 12 prompts"):
         evaluate_policy(X, y, groups, **{**OPTIONS, "folds": 13})
     with pytest.raises(UserError, match="penalty must be positive"):
         evaluate_policy(X, y, groups, **{**OPTIONS, "alpha": 0.0})
-    with pytest.raises(UserError, match="5 lengths, 12 prompts"):
+    with pytest.raises(UserError, match="prompts 12, given \[5\]"):
         evaluate_policy(X, y, groups, prompts_length=np.ones(5), **OPTIONS)
     y[3] = np.nan
     with pytest.raises(UserError, match="value: p003"):

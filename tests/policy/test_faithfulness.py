@@ -295,7 +295,7 @@ def test_messages():
     intervals = bootstrap_coefficients(X, y, alpha=1.0, fit_intercept=True, n=5, seed=0)
     options = dict(fit=Fit(1.0, True, 0), alpha=1.0, bootstrap=5)
     known = Known(groups, "harmful", "harmless")
-    with pytest.raises(UserError, match="evaluation is not of this policy"):
+    with pytest.raises(UserError, match="the evaluation and the policy do not fit"):
         faithfulness(X[:, :2], y, known, result, intervals, **options)
-    with pytest.raises(UserError, match="value: 19 texts\n  rule: +one for each of 20 prompts"):
+    with pytest.raises(UserError, match="value: given 19\n  rule: +one for each of 20 prompts"):
         faithfulness(X, y, known._replace(texts=["x"] * 19), result, intervals, **options)

@@ -205,9 +205,9 @@ def test_messages_name_what_is_wrong():
         fit(bad, y)
     with pytest.raises(UserError, match=r"y is not finite for 2 prompts\n  value: p0, p3"):
         fit(X, np.array([np.inf, 0, 0, np.nan]))
-    with pytest.raises(UserError, match=r"X \[4, 2\], y \[3\], 3 prompt ids"):
+    with pytest.raises(UserError, match=r"X \[4, 2\], y \[3\], ids 3"):
         fit(X, y[:3])
-    with pytest.raises(UserError, match="X has 2 columns"):
+    with pytest.raises(UserError, match="columns 2, feature_ids"):
         fit(X, y, feature_ids=[1])
     with pytest.raises(UserError, match=r"feature id repeats\n  value: 7"):
         fit(X, y, feature_ids=[7, 7])

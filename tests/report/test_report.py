@@ -44,10 +44,11 @@ from taught.report.sections.interference import unintended_sentence
 from taught.report.sections.policy import fit_sentence
 from taught.report.sections.trust import trust_sentence
 from taught.report.sections.validation import arms_table, foreseen_sentence, retraining_sentence
-from taught.report.stats import Control, Estimate
+from taught.report.stats import Control
 from taught.report.tables import Tables
+from taught.report.text import interval_text, read_interval
 from taught.run.folder import RunFolder
-from taught.stats import ranks as rank
+from taught.stats.intervals import Interval
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 IDS = list(SECTIONS.names())
@@ -192,7 +193,7 @@ def test_page_opens_without_the_stages_after_policy(tmp_path: Path):
     assert [a["id"] for a in page.all("section")] == IDS
     assert page.text.count("taught run STUDY --to attribute makes it") == 4
     assert page.text.count("taught curate RUN makes it") == 1
-    assert "taught run STUDY --to clusters makes it, with clusters: in the study" in page.text
+    assert "taught run STUDY --to clusters --set clusters=true makes it" in page.text
     assert "--to policy" not in page.text
     assert page.data == {"examples": []}
     assert "chemical_biological" in page.text
@@ -200,7 +201,7 @@ def test_page_opens_without_the_stages_after_policy(tmp_path: Path):
 
 def test_page_opens_for_a_run_with_nothing_in_it(tmp_path: Path):
     run = RunFolder(tmp_path / "run")
-    with run.stage("policy", synthetic_study(tmp_path / "run")):
+    with run.stage("readings", synthetic_study(tmp_path / "run")):
         pass
     assert "taught run STUDY --to policy makes it" in Page(build_report(run).read_text("utf-8")).text
 
@@ -329,7 +330,7 @@ def test_examples_without_a_score_are_counted_and_left_out(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def without_sae(tmp_path_factory) -> Path:
-    stages = ("policy", "attribute", "curate")
+    stages = ("attribute", "curate")
     return build_synthetic_run(tmp_path_factory.mktemp("plain") / "run", sae=False, stages=stages)
 
 
@@ -468,19 +469,6 @@ def test_methods_and_targets_of_scores_are_found_in_one_row_group_as_in_many(man
     assert set(examples.score_index(Tables(many))) == set(index)
 
 
-def test_with_many_rows_the_normal_interval_takes_the_bootstraps_place(monkeypatch):
-    rng = np.random.default_rng(5)
-    a = rng.normal(size=800)
-    b = 0.5 * a + rng.normal(size=800)
-    drawn = stats.spearman_interval(a, b), stats.mean_interval(b)
-    monkeypatch.setattr(stats, "MANY", 800)
-    for one, other in zip(drawn, (stats.spearman_interval(a, b), stats.mean_interval(b)), strict=True):
-        assert one.value == other.value
-        assert (one.lo, one.hi) == pytest.approx((other.lo, other.hi), abs=0.012)
-    certain = stats.spearman_interval(a, a)
-    assert certain.value == pytest.approx(1) and certain.hi <= 1
-
-
 @pytest.mark.parametrize("size", [Size(9, 1, 2), Size(12, 2, 4), Size(18, 5, 3)])
 def test_tiny_runs_have_a_page(tmp_path: Path, size: Size):
     Page(build_report(build_synthetic_run(tmp_path / "run", size)).read_text(encoding="utf-8"))
@@ -611,7 +599,7 @@ def test_every_check_stands_in_the_page_with_value_and_status(run: Path, page: P
 def test_slopes_stand_in_the_page_beside_coefficients(run: Path, page: Page):
     slopes = Tables(run).rows("clamp")
     strongest, off = max(slopes, key=lambda r: abs(r["coef"])), slopes[-1]
-    line = Estimate(strongest["slope"], strongest["lo"], strongest["hi"]).text()
+    line = interval_text(Interval(strongest["slope"], strongest["lo"], strongest["hi"]))
     assert f"{text.signed(strongest['coef'])}{line}" in page.text
     assert page.text.count("not active on any prompt") == 1 and off["n"] == 0
     assert "all features110.90 [0.60, 0.99]0.45 [0.10, 0.70]0.50 [0.40, 0.60]" in page.text
@@ -714,6 +702,11 @@ def test_behavior_is_told_apart_by_group_and_with_its_error():
     assert "Behavior on harmful: no example raises it by more than 2%" in words
     assert "p1 (refusal) lowers it most, −4.00 ×10⁻³; Behavior on harmless: p1 (refusal) raises it most, " in words
     assert "1.00 [0.80, 1.20] ×10⁻³" in words
+    for row in rows:
+        row.update({"behavior:harmless se": 1e-2})
+    assert moved(rows, "behavior:harmless").tone == "none"
+    assert "every interval includes zero" in moved(rows, "behavior:harmless").text
+    assert moved(rows, "behavior:harmful", "behavior:harmless").tone == "found"
 
 
 def test_values_of_zero_are_no_effect():
@@ -739,7 +732,7 @@ def test_label_whose_interval_includes_zero_has_no_effect():
     [(20, "found", "fewer than chance"), (70, "none", "No effect found"), (95, "found", "more than chance")],
 )
 def test_unintended_effects_are_judged_against_chance(flagged, tone, part):
-    sentence = unintended_sentence(Control(100, flagged, Estimate(70, 61, 79), 66.0))
+    sentence = unintended_sentence(Control(100, flagged, Interval(70, 61, 79), 66.0))
     assert sentence.tone == tone and part in sentence.text
     assert f"{flagged} of 100 examples ({flagged}%)" in sentence.text and "70 [61, 79]" in sentence.text
 
@@ -763,15 +756,17 @@ def test_no_trivial_predictor_is_said_so():
 
 def test_the_linear_value_is_said_to_be_as_good_as_its_steps() -> None:
     rows = example_rows([2.0, -1.0, 0.5])
-    assert step_sentence(rows) is None
+    assert step_sentence(rows, "score") is None
     rows[0] |= {"step_score": 2.04, "refit_score": 1.98}
     rows[1] |= {"step_score": -0.99, "refit_score": -1.0}
-    sentence = step_sentence(rows)
+    sentence = step_sentence(rows, "score")
     assert sentence.tone == "found"
     assert "2 examples" in sentence.text
     assert "2.0% (a real step) and 1.0% (an exact refit)" in sentence.text
     rows[1]["step_score"] = -0.9
-    assert step_sentence(rows).tone == "caution"
+    assert step_sentence(rows, "score").tone == "caution"
+    other = [{"behavior:x": 1.0, "step_score": 1.1, "score": 2.0, "refit_score": 2.02}]
+    assert "10.0% (a real step) and 1.0% (an exact refit)" in step_sentence(other, "behavior:x").text
 
 
 def curated(rows: list[dict], examples: list[dict]) -> Curated:
@@ -960,17 +955,11 @@ def test_common_power_and_its_name():
     assert text.common_power([0.5, 20.0]) == 0 and text.tens(0) == "" and text.common_power([]) == 0
 
 
-def test_estimate_reads_what_the_stages_write():
-    assert Estimate.of({"value": 1, "lo": 0.5, "hi": 2}) == Estimate(1.0, 0.5, 2.0)
-    assert Estimate.of({"value": 1, "lo": None, "hi": None}) == Estimate(1.0)
-    assert Estimate.of({"value": None, "lo": None, "hi": None}) is None and Estimate.of(None) is None
-
-
-def test_spearman_is_the_textbook_value():
-    assert rank.spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826817)
-    assert np.isnan(rank.spearman([1, 1, 1], [1, 2, 3]))
-    assert stats.spearman_interval([1, 2, 3, 4], [4, 3, 2, 1]).value == pytest.approx(-1.0)
-    assert stats.spearman_interval([1, 1, 1], [1, 2, 3]) is None
+def test_intervals_are_read_as_the_stages_write_them():
+    assert read_interval({"value": 1, "lo": 0.5, "hi": 2}) == Interval(1.0, 0.5, 2.0)
+    assert interval_text(read_interval({"value": 1, "lo": None, "hi": None})) == "1.00"
+    assert interval_text(read_interval([1e-3, 5e-4, 2e-3]), power=-3) == "1.00 [0.50, 2.00]"
+    assert read_interval({"value": None, "lo": None, "hi": None}) is None and read_interval(None) is None
 
 
 def test_unintended_control_on_a_run_worked_by_hand():
@@ -1003,11 +992,11 @@ def numbers(pattern: str, svg: str) -> list[float]:
 
 def test_forest_row_coordinates():
     scale = Scale(-1.0, 1.0, 0.0, 200.0)
-    svg = charts.forest_row(Estimate(0.5, 0.25, 0.75), scale)
+    svg = charts.forest_row(Interval(0.5, 0.25, 0.75), scale)
     assert numbers(r'cx="([\d.]+)"', svg) == [150.0]
     assert numbers(r'class="ci pos sure" x1="([\d.]+)"', svg) == [125.0]
     assert numbers(r'x2="([\d.]+)"', svg) == [100.0, 175.0]  # zero line, end of the interval
-    unsure = charts.forest_row(Estimate(-0.5, -1.0, 0.25), scale)
+    unsure = charts.forest_row(Interval(-0.5, -1.0, 0.25), scale)
     assert 'class="dot neg hollow"' in unsure and 'class="ci neg"' in unsure
 
 

@@ -145,7 +145,7 @@ def test_a_section_can_be_asked_for_and_the_whole_is_shorter_than_all_sections(r
 
 
 def test_without_an_sae_the_overview_is_about_examples(tmp_path: Path):
-    stages = ("policy", "attribute", "curate")
+    stages = ("attribute", "curate")
     words = shown(build_synthetic_run(tmp_path / "run", sae=False, stages=stages))
     first = words.index("Behavior on harmful: the examples")
     assert words.index("To drop") < first < words.index("sorry") < words.index("9 examples to drop")

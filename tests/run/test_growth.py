@@ -122,13 +122,9 @@ def _calls(folder: Path, n: int) -> dict[str, int]:
         )
     )
     study, run = load_study(str(path)), RunFolder(folder / "run")
-    stages.policy(study, run)
-    work: dict[str, Callable[[], None]] = {
-        "attribute": lambda: stages.attribute(study, run),
-        "curate": lambda: stages.curate(run),
-        "report": lambda: stages.report(run),
-    }
-    return {name: _counted(do) for name, do in work.items()}
+    stages.run(study, run, to="policy")
+    after = ("attribute", "curate", "report")
+    return {name: _counted(lambda name=name: stages.run(study, run, only=name)) for name in after}
 
 
 def _counted(do: Callable[[], None]) -> int:

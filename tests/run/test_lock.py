@@ -1,4 +1,4 @@
-"""The lock and the pieces on a disk that is full or may not be written to: a message, no traceback."""
+"""A folder, a lock or a piece on a disk that is full or may not be written to: a message, no traceback."""
 
 from __future__ import annotations
 
@@ -39,48 +39,27 @@ def pieces(tmp_path) -> PartialFolder:
 
 
 @ERRORS
-@pytest.mark.parametrize("step", ["open", "ftruncate", "pwrite"])
-def test_a_lock_that_cannot_be_written_is_the_users_to_change(tmp_path, monkeypatch, step, error, message):
-    monkeypatch.setattr(os, step, raising(error))
-    with pytest.raises(UserError, match=message) as caught, locked_file(tmp_path / ".lock"):
-        pytest.fail("the lock was given")
-    assert str(tmp_path / ".lock") in str(caught.value)
-    assert "--run folder" in caught.value.fix
-    monkeypatch.undo()
-    with locked_file(tmp_path / ".lock"):  # the handle was closed: nothing is locked
-        pass
-
-
-@ERRORS
 def test_a_stage_in_a_folder_that_cannot_be_written_ends_as_the_users_mistake(
     tmp_path, study, monkeypatch, error, message
 ):
     run = RunFolder(tmp_path / "run")
     monkeypatch.setattr(os, "open", raising(error))
-    with pytest.raises(UserError, match=message) as caught, run.stage("policy", study):
+    with pytest.raises(UserError, match=message) as caught, run.stage("readings", study):
         pytest.fail("the stage began")
     assert caught.value.exit_code == 2
 
 
-def test_a_lock_on_a_file_system_without_locks_is_no_traceback(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(fcntl, "flock", raising(OSError(errno.ENOLCK, "No locks available")))
-    with pytest.raises(UserError, match="No locks available"), locked_file(tmp_path / ".lock"):
-        pytest.fail("the lock was given")
-
-
 def test_an_error_of_what_the_lock_protects_is_not_taken_for_one_of_the_lock(tmp_path):
-    with pytest.raises(OSError, match="broken disk"), locked_file(tmp_path / ".lock"):
+    with pytest.raises(OSError, match="broken disk"), RunFolder(tmp_path / "run").locked():
         raise OSError(errno.EIO, "broken disk")
 
 
-def test_a_lock_says_who_holds_it(tmp_path):
-    with (
-        locked_file(tmp_path / ".lock"),
-        pytest.raises(UserError, match=f"process {os.getpid()}"),
-        locked_file(tmp_path / ".lock"),
-    ):
+def test_two_never_hold_it_and_afterwards_it_is_free(tmp_path):
+    one, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    with one.locked(), pytest.raises(UserError, match="another command is writing"), other.locked():
         pytest.fail("two hold it")
+    with other.locked():
+        pass
 
 
 # Pieces

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from taught import stages
 from taught.policy.ridge import coefficient_shift, exact_shift, fit_policy
 from taught.run.folder import RunFolder
 from taught.study.load import load_study
-from tiny_study import write_tiny_study
+from tiny_study import SCORED, do, write_tiny_study
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +19,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attributed(study: Path, name: str, **changes) -> RunFolder:
-    spec = load_study(study).replace("policy.bootstrap", 60).replace("sketch.dim", 1024)
+    spec = load_study(study).replace("policy.bootstrap", 60)
     for key, value in changes.items():
         spec = spec.replace(f"attribution.{key}", value)
-    run = RunFolder(study.parent / name)
-    stages.policy(spec, run)
-    stages.attribute(spec, run)
-    return run
+    return do(spec, study.parent / name, *SCORED)
 
 
 def table(run: RunFolder, name: str) -> list[dict]:
@@ -34,7 +30,7 @@ def table(run: RunFolder, name: str) -> list[dict]:
 
 
 def test_forward_mode_bounds_every_example_and_decides_the_score(study: Path) -> None:
-    run = attributed(study, "jvp", estimator="jvp", exact_top=0)
+    run = attributed(study, "forward", estimator="forward", exact_top=0)
     policy = run.read_json("policy")
     arrays, ids = run.read_tensors("activations")
     fitted = fit_policy(
@@ -78,11 +74,11 @@ def test_the_adjoint_says_what_it_cannot_decide(study: Path) -> None:
             assert "not bounded against the exact refit" in row["reason"]
         else:
             assert row["by_refit"] == "exact" and 0 <= row["share"] <= 1
-    assert {row["target"] for row in statements} == {"score", "score_y", "mean_y:harmful", "mean_y:harmless"}
+    assert {row["target"] for row in statements} == {"score", "score:y", "behavior:harmful", "behavior:harmless"}
 
 
 def test_both_estimators_agree_on_what_both_can_say(study: Path) -> None:
-    one = attributed(study, "jvp", estimator="jvp", exact_top=0)
+    one = attributed(study, "forward", estimator="forward", exact_top=0)
     other = attributed(study, "adjoint")
     known = [
         {
@@ -96,15 +92,15 @@ def test_both_estimators_agree_on_what_both_can_say(study: Path) -> None:
 
 
 def test_without_coefficients_all_is_undecided(study: Path) -> None:
-    run = attributed(study, "few", coefficients=False)
+    run = attributed(study, "few", targets=["score", "behavior:*"])
     statements = table(run, "statements")
     assert {row["verdict"] for row in statements} == {"undecided"}
-    assert all("need dy of every prompt" in row["reason"] for row in statements)
+    assert all("prompt:*" in row["reason"] for row in statements)
     assert {row["dy_norm"] for row in table(run, "certificates")} == {None}
 
 
 def test_sketches_bound_what_was_made_exactly_and_say_so_of_the_rest(study: Path) -> None:
-    run = attributed(study, "sketch", estimator="sketch", exact_top=2)
+    run = attributed(study, "sketch", estimator={"kind": "sketch", "dim": 1024}, exact_top=2)
     checked = {r["example_id"]: r for r in table(run, "summary") if r["refit_score"] is not None}
     assert len(checked) == 2
     for row in table(run, "certificates"):

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from taught import stages
 from taught.errors import UserError
-from taught.run.folder import RunFolder
 from taught.stages import check as check_module
 from taught.stages.check import CheckReport, check_study
 from taught.stages.subject import study_examples, study_prompts
 from taught.study.load import load_study
 from taught.study.schema import Study, ValidationSpec
-from tiny_study import write_tiny_study
+from tiny_study import SCORED, do, write_tiny_study
 
 OVERLAP = {"id": "same", "label": "x", "prompt": "tell me about locks ", "response": "They lock."}
 LONG = {"id": "long", "label": "x", "prompt": "Where to buy tea", "response": "a long answer " * 20}
@@ -107,7 +105,7 @@ def test_a_problem_beyond_the_limit_is_none(with_examples):
 def test_overlap_is_a_problem_that_names_the_example_and_the_flag(with_examples):
     report = check_study(with_examples(OVERLAP))
     (problem,) = report.problems
-    assert problem == "1 examples are evaluation prompts: same; --drop-overlap leaves them out"
+    assert problem == "1 examples are evaluation prompts: same; --set examples.drop_overlap=true leaves them out"
     assert row(report, "overlap") == "1 examples are evaluation prompts, an error"
 
 
@@ -135,7 +133,7 @@ def test_truncation_is_a_problem_that_names_the_example_and_the_flag(with_exampl
     report = check_study(with_examples(example))
     (problem,) = report.problems
     assert problem.startswith(f"1 examples are longer than 128 tokens: {example['id']};")
-    assert "--drop-truncated" in problem
+    assert "examples.drop_truncated=true" in problem
     assert "cost" in dict(report.rows), "the other examples are still counted"
     nothing_left = example is GONE
     same = row(report, "response tokens") == row(check_study(tiny), "response tokens")
@@ -155,9 +153,7 @@ def test_a_run_drops_what_check_says_it_drops(with_examples, tmp_path):
     study = with_examples(OVERLAP, LONG, GONE, drop_overlap=True, drop_truncated=True)
     report = check_study(study)
     assert report.problems == []
-    run = RunFolder(tmp_path / "run")
-    stages.policy(study, run)
-    stages.attribute(study, run)
+    run = do(study, tmp_path / "run", *SCORED)
     dropped = run.read_json("dropped")
     assert row(report, "overlap").endswith(": " + ", ".join(dropped["overlap"]))
     assert row(report, "truncated").endswith(": " + ", ".join(dropped["truncated"]))
@@ -180,9 +176,9 @@ def test_a_example_that_cannot_be_rendered_is_a_problem(with_examples):
 
 def test_the_estimator_changes_the_cost(tiny):
     full = cost(check_study(tiny))
-    few = cost(check_study(tiny.replace("attribution.coefficients", False)))
+    few = cost(check_study(tiny.replace("attribution.targets", ["score", "behavior:*"])))
     steps = cost(check_study(tiny.replace("attribution.estimator", "finite-step")))
-    forward = cost(check_study(tiny.replace("attribution.estimator", "jvp")))
+    forward = cost(check_study(tiny.replace("attribution.estimator", "forward")))
     assert full.keys() == {"read-outs", "features", "prompts", "total"}
     assert few.keys() == {"read-outs", "targets", "total"}
     assert steps.keys() == {"read-outs", "finite steps", "total"}
@@ -223,7 +219,7 @@ def test_minutes_are_operations_over_the_measured_rate_and_called_an_estimate(ti
     text = row(check_study(tiny), "time")
     assert text.startswith("about 30 minutes: an estimate")
     assert "6 features to be active on 40% of the prompts" in text
-    few = row(check_study(tiny.replace("attribution.coefficients", False)), "time")
+    few = row(check_study(tiny.replace("attribution.targets", ["score", "behavior:*"])), "time")
     assert "active" not in few
     monkeypatch.setattr(check_module, "product_rate", lambda weight: 1e15)
     assert row(check_study(tiny), "time").startswith("about a minute or less")
@@ -262,10 +258,7 @@ def test_the_subsets_that_are_counted_are_those_that_validate_trains_on(tiny, tm
     }.items():
         study = study.replace(f"validation.{key}", value)
     report = check_study(study)
-    run = RunFolder(tmp_path / "run")
-    stages.policy(study, run)
-    stages.attribute(study, run)
-    stages.validate(study, run)
+    run = do(study, tmp_path / "run", *SCORED, "validate")
     models = [r for r in run.read_table("models").to_pylist() if r["design"] != "base"]
     counted = check_module.subset_sizes(study.validation, 8)
     by_design = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,6 @@ import torch
 from numpy.testing import assert_allclose
 from safetensors.numpy import load_file, save_file
 
-from taught import stages
-from taught.cli.app import run_command
 from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
 from taught.model.forward import edited_output, get_block
@@ -37,7 +37,7 @@ from tiny_models import (
     tiny_prompts,
     tiny_sae,
 )
-from tiny_study import write_tiny_study
+from tiny_study import READ, do, with_values, write_tiny_study
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -281,17 +281,35 @@ def test_agreement_of_nothing_is_not_defined() -> None:
 # The stage
 
 
+def clamping(study: Study, prompts: int, controls: int) -> Study:
+    return with_values(study, {"clamp.prompts": prompts, "clamp.controls": controls})
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return load_study(write_tiny_study(tmp_path_factory.mktemp("clamp")))
+    return clamping(load_study(write_tiny_study(tmp_path_factory.mktemp("clamp"))), 30, 3)
 
 
 @pytest.fixture(scope="module")
-def run(study: Study, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = RunFolder(tmp_path_factory.mktemp("run"))
-    stages.policy(study, run)
-    stages.clamp(study, run, prompts=30, controls=3)
-    return run
+def few(study: Study) -> Study:
+    return clamping(study, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def read(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its policy."""
+    return do(study, tmp_path_factory.mktemp("read") / "run", *READ).folder
+
+
+@pytest.fixture(scope="module")
+def run(study: Study, read: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return do(study, shutil.copytree(read, tmp_path_factory.mktemp("run") / "run"), "clamp")
+
+
+@pytest.fixture
+def copy(read: Path, tmp_path: Path) -> RunFolder:
+    """A run with its policy, to play with."""
+    return RunFolder(shutil.copytree(read, tmp_path / "run"))
 
 
 def rows_of(run: RunFolder) -> list[dict]:
@@ -363,9 +381,8 @@ def test_a_feature_that_is_never_on_is_listed_without_numbers(tmp_path: Path) ->
     weights = load_file(tmp_path / "sae" / "sae_weights.safetensors")
     weights["b_enc"][3] = -1e6
     save_file(weights, tmp_path / "sae" / "sae_weights.safetensors")
-    study, run = study.replace("features.ids", [3, 5]), RunFolder(tmp_path / "run")
-    stages.policy(study, run)
-    stages.clamp(study, run, prompts=2, controls=2)
+    study = clamping(study.replace("features.ids", [3, 5]), 2, 2)
+    run = do(study, tmp_path / "run", *READ, "clamp")
     off, on = rows_of(run)
     assert (off["feature_id"], off["n"], off["slope"], off["doses"]) == (3, 0, None, None)
     assert on["n"] == 2 and on["p"] is not None and on["lo"] is None  # too few for an interval
@@ -385,66 +402,51 @@ class Stops(SilentProgress):
 
 
 def test_it_continues_behind_the_last_feature_and_comes_to_the_same(
-    study: Study, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, run: RunFolder, copy: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = RunFolder(tmp_path / "other")
-    stages.policy(study, other)
     with pytest.raises(KeyboardInterrupt):
-        stages.clamp(study, other, Stops(2), prompts=30, controls=3)
-    module = __import__("taught.stages.clamp", fromlist=["clamp"])
+        do(study, copy, "clamp", progress=Stops(2))
+    module = import_module("taught.stages.clamp")
     made: list[int] = []
     measured = module._measured
     monkeypatch.setattr(module, "_measured", lambda *a: made.append(a[4]) or measured(*a))
-    stages.clamp(study, other, prompts=30, controls=3)
+    do(study, copy, "clamp")
     assert made == list(range(3, len(rows_of(run))))
-    assert rows_of(other) == rows_of(run)
-    stages.clamp(study, other, prompts=30, controls=3)  # complete already
+    assert rows_of(copy) == rows_of(run)
+    do(study, copy, "clamp")  # complete already
     assert made == list(range(3, len(rows_of(run))))
 
 
-def test_the_model_is_as_it_was(study: Study, tmp_path: Path, monkeypatch) -> None:
-    module = __import__("taught.stages.clamp", fromlist=["clamp"])
-    subject = open_subject(study)
-    monkeypatch.setattr(module, "open_subject", lambda _: subject)
-    run = RunFolder(tmp_path / "run")
-    stages.policy(study, run)
+def test_the_model_is_as_it_was(few: Study, copy: RunFolder, monkeypatch) -> None:
+    subject = open_subject(few)
+    monkeypatch.setattr(import_module("taught.stages.clamp"), "open_subject", lambda _: subject)
     before = snapshot(subject.loaded.model)
     with pytest.raises(KeyboardInterrupt):
-        stages.clamp(study, run, Stops(0), prompts=2, controls=2)
+        do(few, copy, "clamp", progress=Stops(0))
     assert same(before, snapshot(subject.loaded.model))
 
 
-def test_the_command_takes_a_run_and_leaves_its_study(study: Study, tmp_path: Path, capsys) -> None:
-    run = RunFolder(tmp_path / "run")
-    changed = study.replace("attribution.lr", 0.5)
-    stages.policy(changed, run)
-    few = ["--prompts", "2", "--controls", "2", "--quiet"]
-    assert run_command(["clamp", str(run.folder), *few]) == 0
-    assert "clamp complete in" in capsys.readouterr().err
-    other = RunFolder(run.folder, fresh=("clamp",))
-    stages.clamp(study, other, prompts=2, controls=2)  # another lr: nothing that clamping reads
-    assert other.study.attribution.lr == 0.5
-    assert load_study(run.folder).attribution.lr == 0.5
-    assert run_command(["clamp", str(run.folder), "--prompts", "3", "--quiet"]) == 2
-    assert "clamp.prompts: was 2, now 3" in capsys.readouterr().err
+def test_only_what_clamping_reads_makes_it_another(few: Study, copy: RunFolder) -> None:
+    do(few, copy, "clamp")
+    made = copy.manifest["stages"]["clamp"]
+    do(few.replace("attribution.lr", 0.5), copy, "clamp")
+    assert copy.manifest["stages"]["clamp"] == made
+    with pytest.raises(UserError, match=r"clamp\.prompts: was 2, now 3"):
+        do(clamping(few, 3, 2), copy, "clamp")
 
 
-def test_it_goes_with_the_policy_it_was_made_of(study: Study, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
-    stages.policy(study, run)
-    stages.clamp(study, run, prompts=2, controls=2)
-    again = RunFolder(tmp_path / "run", fresh=("policy",))
-    stages.policy(study.replace("policy.alpha", 2.0), again)
+def test_it_goes_with_the_policy_it_was_made_of(few: Study, copy: RunFolder) -> None:
+    do(few, copy, "clamp")
+    again = do(few.replace("policy.alpha", 2.0), RunFolder(copy.folder, fresh=("policy",)), "policy")
     assert "clamp" not in again.manifest["stages"] and not again.path("clamp.parquet").exists()
     again.verify()
-    with pytest.raises(UserError, match="policy.alpha: was 2.0, now 1.0"):
-        stages.clamp(study, again, prompts=2, controls=2)
+    with pytest.raises(UserError, match=r"policy\.alpha: was 2\.0, now 1\.0"):
+        do(few, again, "clamp")
 
 
 def test_messages(study: Study, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
-    for options in ({"prompts": 1}, {"controls": 1}):
-        with pytest.raises(UserError, match="at least 2 prompts a feature and 2 random directions"):
-            stages.clamp(study, run, **options)
-    with pytest.raises(UserError, match="policy has not been run in this run folder"):
-        stages.clamp(study, run)
+    for key in ("clamp.prompts", "clamp.controls"):
+        with pytest.raises(UserError, match=key):
+            study.replace(key, 1)
+    with pytest.raises(UserError, match="has not been run in this run folder"):
+        do(study, tmp_path / "run", "clamp")

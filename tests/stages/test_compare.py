@@ -11,25 +11,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from taught.report.compared import compared_tables, design_tables
-from taught.stages.estimating import prepare, read_data
 
-from taught import stages
-from taught.cli.app import run_command
+from taught.core import driver
+from taught.core.estimator import Work
+from taught.core.query import queries_at_once
 from taught.errors import UserError
-from taught.estimators.adjoint import targets_at_once
 from taught.progress import SilentProgress
+from taught.report.show import show_run
 from taught.run.files import sha256_file
 from taught.run.folder import RunFolder
 from taught.run.pieces import PartialFolder
-from taught.stages import compare as comparing
+from taught.stages.compare import compared_targets
+from taught.stages.ready import prepare, read_data
 from taught.stages.subject import open_subject
-from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman
 from taught.study.load import load_study
 from taught.validation.comparison import is_planted, truths
 from taught.validation.score_tables import placed, read_scores
-from tiny_study import SMALL_STEPS, with_values, write_tiny_study
+from tiny_study import SCORED, SMALL_STEPS, do, values_of, with_values, write_tiny_study
 
 ALL = ("adjoint+adam", "sketch", "sketch+autocorrelation")
 
@@ -50,7 +49,12 @@ def compared(tmp_path_factory) -> RunFolder:
     folder = tmp_path_factory.mktemp("compare")
     study = with_values(
         load_study(write_tiny_study(folder)),
-        {**SMALL_STEPS, "validation.subsets": 16, "validation.designs": ("random", "removal"), "sketch.dim": 32768},
+        {
+            **SMALL_STEPS,
+            "validation.subsets": 16,
+            "validation.designs": ("random", "removal"),
+            "validation.methods": ALL,
+        },
     )
     planted = [
         {
@@ -64,11 +68,7 @@ def compared(tmp_path_factory) -> RunFolder:
     ]
     with open(folder / "pairs.jsonl", "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in planted)
-    run = RunFolder(folder / "run")
-    for stage in (stages.policy, stages.attribute, stages.validate):
-        stage(study, run)
-    stages.compare(study, run, ALL)
-    return run
+    return do(study, folder / "run", *SCORED, "validate", "compare")
 
 
 def lds(run: RunFolder) -> dict[tuple[str, str], dict[str, float]]:
@@ -81,11 +81,7 @@ def test_the_lds_is_the_rank_correlation_of_sums_with_outcomes(compared):
     for row in compared.read_table("subsets").to_pylist():
         if row["design"] == "random":
             members.setdefault(row["subset"], []).append(row["example_id"])
-    value = {
-        row["example_id"]: row["value"]
-        for row in compared.read_table("influence").to_pylist()
-        if row["target"] == "score" and row["pathway"] == "total"
-    }
+    value = values_of(compared, "score")
     found = {
         row["subset"]: row["value"]
         for row in compared.read_table("outcomes").to_pylist()
@@ -111,22 +107,26 @@ def test_few_targets_at_a_time_give_what_the_run_has_for_all(compared, tmp_path,
     study = compared.study.replace("attribution.memory_gb", 1.5e-4)
     data, subject = read_data(study, SilentProgress()), open_subject(study)
     ready = prepare(study, compared, subject, data)
-    assert targets_at_once(ready.problem) == 2
-    targets = comparing.compared_targets(ready)
+    assert queries_at_once(ready.problem) == 2
+    targets = compared_targets(compared, ready)
 
-    def found() -> dict[str, dict[str, float]]:
-        return comparing.method_scores(
-            "adjoint", study, compared, subject, ready, targets, SilentProgress(), PartialFolder(tmp_path)
+    def found():
+        return driver.scores(
+            ready.problem, ready.inputs, targets, ready.method, Work(pieces=PartialFolder(tmp_path / "pieces"))
         )
 
     scores = found()
-    own = {target.label: values for target, values in influence_of(compared).items()}
-    for name in targets:
-        wanted = [own[name][i] for i in scores[name]]
-        size = np.abs(wanted).max()
-        np.testing.assert_allclose(list(scores[name].values()), wanted, atol=1e-4 * size)
-    monkeypatch.delattr(comparing, "target_effects")
-    assert found() == scores  # nothing is computed twice
+    assert len(targets.names) == 3 + 6
+    for name in targets.names:
+        own = values_of(compared, str(name))
+        wanted = [own[i] for i in scores.example_ids]
+        np.testing.assert_allclose(scores[name], wanted, atol=1e-4 * np.abs(wanted).max())
+
+    def never(*_args, **_options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("taught.estimators.adjoint.target_effects", never)
+    np.testing.assert_array_equal(found().values, scores.values)  # nothing is computed twice
 
 
 def test_planted_over_refusals_stand_out_from_the_other_harmless_examples(compared):
@@ -139,7 +139,7 @@ def test_planted_over_refusals_stand_out_from_the_other_harmless_examples(compar
     for planted in harmless:
         if planted["label"] == "planted":  # AUC 1 among the harmless examples
             assert all(
-                planted["mean_y_harmless"] > other["mean_y_harmless"]
+                planted["behavior:harmless"] > other["behavior:harmless"]
                 for other in harmless
                 if other["label"] != "planted"
             )
@@ -154,7 +154,7 @@ def test_every_method_is_there_with_its_cost_and_its_trivial_rivals(compared):
     assert all(row["seconds"] > 0 for row in costs.values())
     trivial = {row["trivial"] for row in compared.read_table("trivial").to_pylist()}
     assert {"response-length", "loss", "label planted"} <= trivial
-    scores = compared.read_table("scores").to_pylist()
+    scores = compared.read_table("compared_scores").to_pylist()
     assert len({row["example_id"] for row in scores}) == 14
 
 
@@ -168,7 +168,7 @@ def test_values_over_the_length_of_the_gradient_are_cosines(compared):
         assert by_norm["raw"] == cosine["raw"] and by_norm["controlled"] == cosine["controlled"]
     scores = {
         (row["method"], row["target"], row["example_id"]): row["value"]
-        for row in compared.read_table("scores").to_pylist()
+        for row in compared.read_table("compared_scores").to_pylist()
     }
     plain = {key[1:]: value for key, value in scores.items() if key[0] == "adjoint+adam"}
     unit = {key[1:]: value for key, value in scores.items() if key[0] == "adjoint+adam/norm"}
@@ -180,22 +180,20 @@ def test_tables_for_the_terminal_show_every_method(compared):
     from rich.console import Console
 
     console = Console(width=200, record=True, file=io.StringIO())
-    for table in compared_tables(compared):
-        console.print(table)
+    console.print(show_run(compared.folder, "validation"))
     text = console.export_text()
     for method in ("adjoint", *ALL, "response-length"):
         assert method in text
 
 
 def test_an_unknown_method_and_a_run_without_retrainings_are_refused(compared, tmp_path):
-    with pytest.raises(UserError, match="no such method"):
-        stages.compare(compared.study, compared, ("adjiont",))
+    with pytest.raises(UserError, match="adjiont"):
+        do(compared.study.replace("validation.methods", ["adjiont"]), compared, "compare")
+    with pytest.raises(UserError, match=r"finite-step\+autocorrelation"):
+        do(compared.study.replace("validation.methods", ["finite-step+autocorrelation"]), compared, "compare")
     study = load_study(write_tiny_study(tmp_path))
-    run = RunFolder(tmp_path / "run")
-    stages.policy(study, run)
-    stages.attribute(study, run)
     with pytest.raises(UserError, match="validate has not been run"):
-        stages.compare(study, run)
+        do(study, tmp_path / "run", *SCORED, "compare")
 
 
 @pytest.mark.parametrize("cell", [True, 1, 1.0, "true", "True", "TRUE", "1"])
@@ -208,9 +206,8 @@ def test_a_example_is_planted_however_its_file_says_so(cell):
 def test_a_design_of_few_subsets_is_named_and_has_no_lds(compared, tmp_path):
     study = with_values(compared.study, {"validation.subsets": 7})
     run = RunFolder(shutil.copytree(compared.folder, tmp_path / "run"), fresh=("compare",))
-    stages.validate(study, run)
     notes = []
-    stages.compare(study, run, progress=Notes(notes))
+    do(study, run, "validate", "compare", progress=Notes(notes))
     assert "random: fewer than 8 subsets, no rank correlation" in notes
     assert "lds" not in run.finished_tables() and "planted" in run.finished_tables()
 
@@ -228,11 +225,10 @@ def test_repeats_train_the_same_subsets_with_other_seeds(compared):
             "validation.batch": 2,
             "validation.subsets": 8,
             "validation.repeats": 2,
+            "validation.methods": (),
         },
     )
-    run = RunFolder(compared.folder.with_name("repeats"))
-    for stage in (stages.policy, stages.attribute, stages.validate, stages.compare):
-        stage(study, run)
+    run = do(study, compared.folder.with_name("repeats"), *SCORED, "validate", "compare")
     models = [r for r in run.read_table("models").to_pylist() if r["design"] == "random"]
     assert {(r["repeat"], r["seed"]) for r in models} == {(0, 42), (1, 43)} and len(models) == 16
     members = run.read_table("subsets").to_pylist()
@@ -242,11 +238,7 @@ def test_repeats_train_the_same_subsets_with_other_seeds(compared):
         if row["target"] == "score":
             of[row["repeat"]][row["subset"]] = row["value"]
     assert all(of[0][name] != of[1][name] for name in of[0])  # another order of the examples
-    influence = {
-        row["example_id"]: row["value"]
-        for row in run.read_table("influence").to_pylist()
-        if row["target"] == "score" and row["pathway"] == "total"
-    }
+    influence = values_of(run, "score")
     sums = {name: 0.0 for name in of[0]}
     for row in members:
         sums[row["subset"]] += influence[row["example_id"]]
@@ -258,11 +250,8 @@ def test_repeats_train_the_same_subsets_with_other_seeds(compared):
     assert row["between_seeds"] == pytest.approx(between, abs=1e-12) and row["seeds"] == 2
     assert row["ceiling"] == pytest.approx(np.sqrt(2 * between / (1 + between)))
     assert len(ceilings) == 3 + 6  # the score, two groups, six coefficients
-    stages.report(run)
+    do(study, run, "report")
     assert ">noise ceiling<" in run.path("report.html").read_text()
-    (table,) = design_tables(run.read_table("lds").to_pylist(), list(ceilings.values()))
-    name, cells = table.rows[-1]
-    assert name == "noise ceiling" and cells[table.targets.index("score")].raw == row["ceiling"]
 
 
 def test_outcomes_without_repeats_are_read_as_one(compared):
@@ -277,26 +266,17 @@ def test_outcomes_without_repeats_are_read_as_one(compared):
 # --- scores made elsewhere ------------------------------------------------------------------------
 
 
-def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path, monkeypatch):
-    """The run's own influence on the score as CSV, and a concept's values as Parquet."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the command sets it; here it is undone
-    own = [r for r in compared.read_table("scores").to_pylist() if (r["method"], r["target"]) == ("adjoint", "score")]
-    lines = [f"{r['example_id']},theirs,score,{r['value']!r}\n" for r in own]
+def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path):
+    """The run's own influence on the score as CSV, and a concept's values as a run's table has them."""
+    own = values_of(compared, "score")
+    lines = [f"{i},theirs,score,{value!r}\n" for i, value in own.items()]
     (tmp_path / "theirs.csv").write_text("example_id,method,target,value\n" + "".join(lines))
-    table = pa.table(
-        {
-            "example_id": [r["example_id"] for r in own],
-            "concept": ["refusal"] * 14,
-            "method": ["vector-filter"] * 14,
-            "value": [r["value"] for r in own],
-        }
-    )
-    pq.write_table(table, tmp_path / "concept.parquet")
-    folder = shutil.copytree(compared.folder, tmp_path / "run")
-    files = (tmp_path / "theirs.csv", tmp_path / "concept.parquet")
-    flags = ["--method", *ALL, "--scores", *map(str, files), "--fresh", "--quiet"]
-    assert run_command(["compare", str(folder), *flags]) == 0
-    run = RunFolder.open(folder)
+    columns = {"example_id": list(own), "method": ["vector-filter"] * 14, "target": ["concept:refusal"] * 14}
+    pq.write_table(pa.table({**columns, "value": list(own.values())}), tmp_path / "concept.parquet")
+    run = RunFolder(shutil.copytree(compared.folder, tmp_path / "run"), fresh=("validate",))
+    files = [str(tmp_path / name) for name in ("theirs.csv", "concept.parquet")]
+    study = compared.study.replace("validation.scores", files)
+    do(study, run, "validate", "compare")
     rows = lds(run)
     keys = ("raw", "raw_lo", "raw_hi", "controlled")
     for name in ("theirs", "refusal:vector-filter"):
@@ -305,11 +285,11 @@ def test_scores_made_elsewhere_stand_beside_the_others(compared, tmp_path, monke
     assert {t for m, t in rows if m == "refusal:vector-filter"} == {t for m, t in rows if m == "adjoint"}
     assert run.read_json("compare")["given"] == ["theirs", "refusal:vector-filter"]
     made = run.manifest["stages"]["compare"]
-    stages.compare(run.study, run, ALL, None, files)  # nothing has changed
+    do(study, run, "compare")  # nothing has changed
     assert run.manifest["stages"]["compare"] == made
     (tmp_path / "theirs.csv").write_text("example_id,method,target,value\n" + "".join(lines[::-1]))
-    with pytest.raises(UserError, match="scores sha256"):
-        stages.compare(run.study, run, ALL, None, files)
+    with pytest.raises(UserError, match=r"validation\.scores"):
+        do(study, run, "compare")
 
 
 IDS = ["a", "b"]
@@ -364,7 +344,7 @@ def benchmark(compared, tmp_path, monkeypatch):
 
 def test_the_benchmark_agrees_with_the_stage_and_computes_nothing_twice(compared, benchmark, tmp_path, monkeypatch):
     module, call = benchmark
-    some = ("adjoint+adam", "difference:vector-filter", "difference:gradient")
+    some = ("adjoint+adam", "difference:vector-filter", "difference:adjoint")
     first = call("--run", str(compared.folder), "--methods", *some)
     assert first["complete"]
     rows = {(r["method"], r["target"]): r for r in first["rows"] if r["subsets"] == "random"}
@@ -373,16 +353,15 @@ def test_the_benchmark_agrees_with_the_stage_and_computes_nothing_twice(compared
             assert rows[key]["raw"] == pytest.approx(row["raw"], abs=1e-9)
             assert rows[key]["controlled"] == pytest.approx(row["controlled"], abs=1e-9)
     assert {"adjoint", *some, "bm25"} <= {method for method, _ in rows}
-    once = [
-        r for r in pq.read_table(tmp_path / "data/scores.parquet").to_pylist() if r["method"] == "difference:gradient"
-    ]
+    kept = pq.read_table(tmp_path / "data/scores.parquet").to_pylist()
+    once = [r for r in kept if r["method"] == "difference:adjoint"]
     assert len(once) == 14 and all(row["target"] is None for row in once)  # for every target
-    assert {t for m, t in rows if m == "difference:gradient"} == {t for _, t in rows}
+    assert {t for m, t in rows if m == "difference:adjoint"} == {t for _, t in rows}
     others = {row["other"] for row in first["summary"]["differences"]}
-    assert others == {"adjoint", "difference:vector-filter", "difference:gradient", "adjoint/norm", "adjoint+adam/norm"}
+    assert others == {"adjoint", "difference:vector-filter", "difference:adjoint", "adjoint/norm", "adjoint+adam/norm"}
     assert {"all baselines", *some} <= set(first["summary"]["costs"])
     assert first["summary"]["planted"]["adjoint+adam"]["planted"] == 6
-    monkeypatch.setattr(module, "METHODS", dict.fromkeys(module.METHODS))  # none can be called
+    monkeypatch.setattr(module, "Opened", lambda *_: None)  # nothing can be computed
     second = call("--methods", *some)
     assert second["rows"] == first["rows"]
 
@@ -395,3 +374,23 @@ def test_the_benchmark_refuses_scores_of_another_model(compared, benchmark, monk
     with pytest.raises(SystemExit):
         call("--methods")
     assert "readout.position" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_committed_data_are_of_this_benchmark(benchmark, tmp_path):
+    """Its tables are read as they stand: every regime is compared from them, and nothing is computed."""
+    module, _ = benchmark
+    kept = json.loads((module.DATA / "scores.json").read_text())
+    assert set(kept["methods"]) == set(module.METHODS)
+    table = module.ScoreTable.open(module.DATA, kept["conditions"], fresh=False)
+    every = placed(table.rows, {row.example_id for row in table.rows}, table.targets)
+    assert {*module.NAMES, *module.METHODS} - {module.BASELINES} == set(every)
+    for regime in module.RANKED:
+        folder = module.DATA / regime
+        made = json.loads((folder / "made.json").read_text())
+        for name, digest in made["sha256"].items():
+            assert sha256_file(folder / name) == digest
+        assert made["examples sha256"] == kept["conditions"]["examples.path sha256"]
+        tables = [pq.read_table(folder / f"{name}.parquet") for name in ("subsets", "outcomes")]
+        inclusion = json.loads((folder / "validation.json").read_text())["inclusion"]
+        found = truths(*tables, inclusion, table.targets)
+        assert found and all(set(truth.measured) == set(table.targets) for truth in found)

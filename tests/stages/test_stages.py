@@ -12,13 +12,13 @@ import pytest
 
 import taught.estimators.adjoint as adjoint
 import taught.estimators.every_prompt as pe
-from taught import stages
 from taught.cli.app import run_command
 from taught.errors import UserError
 from taught.run.folder import RunFolder
+from taught.stages.scored import read_scores
 from taught.study.load import load_study
 from taught.study.schema import Study
-from tiny_study import write_tiny_study
+from tiny_study import SCORED, do, values_of, with_values, write_tiny_study
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study with its policy and attribution done, in ``run``."""
     folder = tmp_path_factory.mktemp("tiny")
     study = load_study(write_tiny_study(folder))
-    run = RunFolder(folder / "run")
-    stages.policy(study, run)
-    stages.attribute(study, run)
+    do(study, folder / "run", *SCORED)
     return folder
 
 
@@ -41,9 +39,13 @@ def copy(made: Path, tmp_path: Path) -> Path:
 
 def study_of(folder: Path, **changes: Any) -> Study:
     study = load_study(folder / "study.yaml")
-    for key, value in changes.items():
-        study = study.replace(key.replace("__", "."), value)
-    return study
+    return with_values(study, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def curated(run: RunFolder, **changes: Any) -> list[dict[str, Any]]:
+    """The decisions of the stage ``curate``, by the run's study with some of its section changed."""
+    study = with_values(run.study, {f"curation.{key}": value for key, value in changes.items()})
+    return do(study, run, "curate").read_table("curation").to_pylist()
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -59,11 +61,7 @@ def summary(run: RunFolder) -> dict[str, dict[str, Any]]:
 
 
 def attributed(folder: Path, name: str, **changes: Any) -> RunFolder:
-    study = study_of(folder, **changes)
-    run = RunFolder(folder / name)
-    stages.policy(study, run)
-    stages.attribute(study, run)
-    return run
+    return do(study_of(folder, **changes), folder / name, *SCORED)
 
 
 # What is written
@@ -74,7 +72,7 @@ def test_without_coefficients_score_and_group_means_are_the_same(copy: Path) -> 
     full, few = summary(RunFolder.open(copy / "run")), summary(run)
     largest = max(abs(row["score"]) for row in full.values())
     for example_id, row in full.items():
-        for key in ("score", "score_x", "score_y", "mean_y_harmful", "mean_y_harmless"):
+        for key in ("score", "score:x", "score:y", "behavior:harmful", "behavior:harmless"):
             assert few[example_id][key] == pytest.approx(row[key], rel=1e-3, abs=1e-4 * largest)
     assert not run.path("comovement.safetensors").exists()
     assert {row["unintended"] for row in few.values()} == {None}
@@ -86,7 +84,7 @@ def test_finite_step_and_adjoint_write_the_same_tables(copy: Path) -> None:
     largest = max(abs(row["score"]) for row in fast.values())
     for example_id, row in slow.items():  # the step was ten times as long
         assert row["score"] / 10 == pytest.approx(fast[example_id]["score"], rel=0.1, abs=0.02 * largest)
-    columns = {name: run.read_table(name).column_names for name in ("summary", "influence")}
+    columns = {name: run.read_table(name).column_names for name in ("summary", "scores")}
     for name, names in columns.items():
         assert RunFolder.open(copy / "run").read_table(name).column_names == names
 
@@ -123,31 +121,43 @@ def test_coefficients_in_the_table_are_the_shifts_of_the_prompts_effects(made: P
     effects, effect_ids = run.read_tensors("prompt_effects")
     assert effect_ids["prompt_ids"] == ids["prompt_ids"]
     expected = np.linalg.solve(U, Xc.T @ effects["dy"].astype(np.float64).T).T
-    table = {
-        (row["example_id"], row["feature_id"]): row["value"]
-        for row in run.read_table("influence").to_pylist()
-        if row["target"] == "coefficient" and row["pathway"] == "y"
-    }
-    for i, example_id in enumerate(effect_ids["example_ids"]):
-        for k, feature in enumerate(ids["feature_ids"]):
-            assert table[example_id, feature] == pytest.approx(expected[i, k], rel=1e-4, abs=1e-9)
+    for k, feature in enumerate(ids["feature_ids"]):
+        found = values_of(run, f"coefficient:{feature}:y")
+        ours = [found[example_id] for example_id in effect_ids["example_ids"]]
+        np.testing.assert_allclose(ours, expected[:, k], rtol=1e-4, atol=1e-9)
 
 
-def test_the_long_table_is_as_documented_with_a_row_group_per_value(made: Path) -> None:
+def test_the_long_table_is_as_documented_with_a_row_group_per_target(made: Path) -> None:
     import pyarrow.parquet as pq
 
     run = RunFolder.open(made / "run")
-    table = run.read_table("influence")
-    assert table.column_names == ["example_id", "target", "feature_id", "group", "pathway", "value", "se", "estimator"]
+    table = run.read_table("scores")
+    assert table.column_names == ["example_id", "method", "target", "value", "se"]
     assert table["se"].null_count == table.num_rows  # the adjoint is exact
-    file = pq.ParquetFile(run.table_path("influence"))
+    assert set(table["method"].to_pylist()) == {"adjoint"}
+    file = pq.ParquetFile(run.table_path("scores"))
     keys = []
     for i in range(file.num_row_groups):
-        group = file.read_row_group(i).drop_columns(["example_id", "value"])
-        keys += {tuple(row.values()) for row in group.to_pylist()}
+        group = file.read_row_group(i)
+        keys += set(group["target"].to_pylist())
         assert group.num_rows == 8
     d = len(run.read_table("coefficients"))
-    assert len(keys) == len(set(keys)) == file.num_row_groups == 3 + 2 + 3 * d
+    assert keys == run.read_json("attribution")["targets"]
+    assert len(keys) == len(set(keys)) == 3 + 2 + 3 * d
+
+
+def test_a_contrast_is_the_difference_of_its_sides(copy: Path) -> None:
+    """Asked for as a target it is scored as one; else it is read from the table of its sides."""
+    name = "behavior:harmful - behavior:harmless"
+    asked = attributed(copy, "contrast", attribution__targets=[name, "score"])
+    full = RunFolder.open(copy / "run")
+    sides = [values_of(full, part) for part in ("behavior:harmful", "behavior:harmless")]
+    expected = np.array([sides[0][i] - sides[1][i] for i in sides[0]])
+    read = read_scores(full, [name])
+    np.testing.assert_allclose(read[name], expected, rtol=1e-12)
+    found = values_of(asked, name)
+    np.testing.assert_allclose([found[i] for i in sides[0]], expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
+    assert asked.read_json("attribution")["ranked_by"] == name
 
 
 def test_a_user_names_the_features_a_example_is_about(copy: Path) -> None:
@@ -180,7 +190,7 @@ def test_invariant_6_what_is_dropped_is_listed_and_nothing_else_is(copy: Path) -
     run = attributed(copy, "both", examples__drop_overlap=True, examples__drop_truncated=True)
     assert run.read_json("dropped") == {"overlap": ["z03"], "truncated": ["z04"]}
     assert set(summary(run)) == {"z00", "z01", "z02", "z05", "z06", "z07"}
-    stages.curate(run, rule="top-k", k=2)
+    curated(run, rule="top-k", k=2)
     kept, dropped, rest = (rows(run.path(f"{n}.jsonl")) for n in ("keep", "drop", "unscored"))
     assert len(kept) == 4 and len(dropped) == 2
     assert {row["id"]: row["curation_reason"] for row in rest} == {
@@ -197,7 +207,7 @@ def test_dropping_every_example_is_an_error_not_an_empty_table(copy: Path) -> No
 
 def test_a_limit_leaves_examples_unscored_by_name(copy: Path) -> None:
     run = attributed(copy, "some", examples__limit=4)
-    stages.curate(run, rule="top-k", k=1)
+    curated(run, rule="top-k", k=1)
     assert len(rows(run.path("unscored.jsonl"))) == 4
     reasons = {row["curation_reason"] for row in rows(run.path("unscored.jsonl"))}
     assert reasons == {"not scored: examples.limit"}
@@ -208,89 +218,69 @@ def test_a_limit_leaves_examples_unscored_by_name(copy: Path) -> None:
 
 def test_curation_by_a_groups_mean_names_its_target(copy: Path) -> None:
     run = RunFolder.open(copy / "run")
-    stages.curate(run, rule="top-k", k=3, target="behavior:harmless")
-    decisions = run.read_table("curation").to_pylist()
-    assert {d["target"] for d in decisions} == {"mean_y:harmless"}
-    value = {i: row["mean_y_harmless"] for i, row in summary(run).items()}
+    decisions = curated(run, rule="top-k", k=3, target="behavior:harmless")
+    assert {d["target"] for d in decisions} == {"behavior:harmless"}
+    value = values_of(run, "behavior:harmless")
     top = sorted(value, key=lambda i: -value[i])[:3]
     assert {d["example_id"] for d in decisions if d["action"] == "drop"} == set(top)
     assert all(d["score"] == value[d["example_id"]] for d in decisions)
-    stages.report(run)
-    assert "mean_y:harmless" in run.read_text("report.html")
-    with pytest.raises(UserError, match=r"not a target of this run\n  value: behavior:nobody"):
-        stages.curate(run, rule="top-k", k=3, target="behavior:nobody")
+    do(run.study, run, "report")
+    assert "behavior:harmless" in run.read_text("report.html")
+    with pytest.raises(UserError, match=r"no values of this target\n  value: behavior:nobody"):
+        curated(run, rule="top-k", k=3, target="behavior:nobody")
     with pytest.raises(UserError, match="with --rule paper: score"):
-        stages.curate(run, rule="paper", target="behavior:harmless")
+        curated(run, rule="paper", target="behavior:harmless")
 
 
-@pytest.mark.parametrize(("protect", "column"), [("score", "score"), ("mean_y:harmful",) * 2])
-def test_a_curation_that_protects_a_second_target(
-    copy: Path, capsys: pytest.CaptureFixture[str], protect: str, column: str
-) -> None:
-    """In this study no example raises the score and every example the mean y of the harmful group."""
-    command = [
-        "curate",
-        str(copy / "run"),
-        "--rule",
-        "keep-k",
-        "--k",
-        "2",
-        "--target",
-        "mean_y:harmless",
-        "--protect",
-        protect,
-    ]
-    assert run_command(command) == 0
+@pytest.mark.parametrize("protect", ["score", "behavior:harmful"])
+def test_a_curation_that_protects_a_second_target(copy: Path, capsys: pytest.CaptureFixture[str], protect: str) -> None:
+    """In this study no example raises the score and every example the behavior of the harmful group."""
+    flags = ["--rule", "keep-k", "--k", "2", "--target", "behavior:harmless", "--protect", protect]
+    assert run_command(["curate", str(copy / "run"), *flags]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    run, column = RunFolder.open(copy / "run"), column.replace(":", "_")
+    run = RunFolder.open(copy / "run")
     record, values = run.read_json("curation"), summary(run)
     dropped = {row["id"] for row in rows(run.path("drop.jsonl"))}
-    may = {i for i, row in values.items() if row[column] <= 0}
-    by_harm = sorted(may, key=lambda i: (values[i]["mean_y_harmless"], i))
+    may = {i for i, row in values.items() if row[protect] <= 0}
+    by_harm = sorted(may, key=lambda i: (values[i]["behavior:harmless"], i))
     assert len(may) == (8 if protect == "score" else 0) and dropped == set(by_harm[-6:])
     assert (record["dropped"], record["missing"]) == (len(dropped), 6 - len(dropped))
     for row in run.read_table("curation").to_pylist():
-        assert row["score"] == values[row["example_id"]]["mean_y_harmless"]
-        assert row["protect_score"] == values[row["example_id"]][column]
-    for key, name in (("change", "mean_y_harmless"), ("protected_change", column)):
+        assert row["score"] == values[row["example_id"]]["behavior:harmless"]
+        assert row["protect_score"] == values[row["example_id"]][protect]
+    for key, name in (("change", "behavior:harmless"), ("protected_change", protect)):
         assert record[key] == pytest.approx(-sum(values[i][name] for i in dropped), rel=1e-12)
     assert record["lr"] == run.study.attribution.lr and record["protected_change"] >= 0
-    assert f"{len(dropped)} examples to drop" in said and f"{protect} (protected)" in said
+    assert f"{len(dropped)} examples to drop" in said and "(protected)" in said
     assert ("6 examples fewer than asked for" in said) == (not may)
-    stages.report(run)
-    page = run.read_text("report.html")
-    assert f"{protect} (protected)" in page
-    assert f"by mean_y:harmless, {protect} protected" in page
+    do(run.study, run, "report")
+    assert "(protected)" in run.read_text("report.html")
 
 
 def test_a_target_that_cannot_be_protected_is_named(copy: Path) -> None:
     run = RunFolder.open(copy / "run")
-    for wrong in ("behavior:nobody", "loss"):
-        with pytest.raises(UserError, match=f"not a target of this run\n  value: {wrong}"):
-            stages.curate(run, rule="top-k", k=1, protect=wrong)
+    with pytest.raises(UserError, match="behavior:nobody"):
+        curated(run, rule="top-k", k=1, protect="behavior:nobody")
+    with pytest.raises(UserError, match=r"curation\.protect"):
+        curated(run, rule="top-k", k=1, protect="loss")
     with pytest.raises(UserError, match="cannot be protected"):
-        stages.curate(run, rule="paper", protect="mean_y:harmful")
+        curated(run, rule="paper", protect="behavior:harmful")
 
 
 def test_a_study_names_the_curation_and_flags_go_first(copy: Path) -> None:
-    run = attributed(
-        copy,
-        "named",
-        curation__rule="keep-k",
-        curation__k=3,
-        curation__target="mean_y:harmful",
-        curation__protect="score",
-    )
-    stages.curate(run)
+    named = {"rule": "keep-k", "k": 3, "target": "behavior:harmful", "protect": "score"}
+    run = attributed(copy, "named", **{f"curation__{key}": value for key, value in named.items()})
+    curated(run)
     record = run.read_json("curation")
-    assert [record[key] for key in ("rule", "k", "target", "protect")] == ["keep-k", 3, "mean_y:harmful", "score"]
-    stages.curate(run, rule="top-k", target="behavior:harmless")
-    assert run.read_json("curation")["target"] == "mean_y:harmless"
+    assert {key: record[key] for key in named} == named
+    flags = ["--rule", "top-k", "--target", "behavior:harmless"]
+    assert run_command(["curate", str(run.folder), *flags]) == 0
+    assert RunFolder.open(run.folder).read_json("curation")["target"] == "behavior:harmless"
 
 
 def test_the_users_rows_come_back_with_a_reason_and_their_ids(copy: Path) -> None:
     run = RunFolder.open(copy / "run")
-    stages.curate(run)
+    curated(run)
     original = {row["id"]: row for row in rows(copy / "pairs.jsonl")}
     for row in rows(run.path("keep.jsonl")) + rows(run.path("drop.jsonl")):
         reason = row.pop("curation_reason")
@@ -300,14 +290,14 @@ def test_the_users_rows_come_back_with_a_reason_and_their_ids(copy: Path) -> Non
 
 def test_invariant_8_a_example_file_that_changed_since_is_not_curated(copy: Path) -> None:
     run = attributed(copy, "own")
-    stages.curate(run)
+    curated(run)
     examples = rows(copy / "pairs.jsonl")
     examples[0]["response"] = "Another answer."
     write_rows(copy / "pairs.jsonl", examples)
     with pytest.raises(UserError, match="changed since it was scored"):
-        stages.curate(RunFolder.open(copy / "own"))
+        curated(RunFolder.open(copy / "own"))
     with pytest.raises(UserError, match=r"examples\.path sha256"):
-        stages.attribute(study_of(copy), RunFolder(copy / "own"))
+        do(study_of(copy), copy / "own", "attribute")
 
 
 # Interruption
@@ -318,8 +308,7 @@ def test_invariant_9_a_stopped_attribution_continues_and_gives_the_same(
 ) -> None:
     """Stopped after the first chunk of features, then in the prompts' part; then to the end."""
     small = {"attribution__memory_gb": 3e-5, "attribution__batch_tokens": 128}
-    study, run = study_of(copy, **small), RunFolder(copy / "again")
-    stages.policy(study, run)
+    study, run = study_of(copy, **small), do(study_of(copy, **small), copy / "again", "readings", "policy")
     calls: list[str] = []
     real_contract, real_meet = adjoint._contract_below, pe._meet
 
@@ -339,20 +328,19 @@ def test_invariant_9_a_stopped_attribution_continues_and_gives_the_same(
     monkeypatch.setattr(pe, "_meet", meet)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            stages.attribute(study, run)
+            do(study, run, "attribute")
     before = list(calls)
-    stages.attribute(study, RunFolder(copy / "again"))
+    do(study, copy / "again", "attribute")
     assert before.count("prompts") == 2 and before.count("features") > 3
     assert "features" not in calls[len(before) :]  # pieces of the first two attempts were used
     assert not (copy / "again" / "partial").exists()
     expected, found = (
-        {
-            tuple(row[k] for k in ("example_id", "target", "feature_id", "group", "pathway")): row["value"]
-            for row in RunFolder.open(copy / name).read_table("influence").to_pylist()
-        }
-        for name in ("run", "again")
+        {(row["target"], row["example_id"]): row["value"] for row in table.to_pylist()}
+        for table in (RunFolder.open(copy / name).read_table("scores") for name in ("run", "again"))
     )
     assert found.keys() == expected.keys()
+    scale: dict[str, float] = {}
+    for (target, _), value in expected.items():
+        scale[target] = max(scale.get(target, 0.0), abs(value))
     for key, value in expected.items():
-        scale = max(abs(v) for k, v in expected.items() if k[1:] == key[1:])
-        assert found[key] == pytest.approx(value, abs=1e-3 * scale)
+        assert found[key] == pytest.approx(value, abs=1e-3 * scale[key[0]])

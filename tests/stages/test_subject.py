@@ -10,13 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from taught import stages
 from taught.errors import UserError
-from taught.run.folder import RunFolder
 from taught.stages.subject import open_subject
 from taught.study.load import load_study
 from tiny_models import tiny_sae
-from tiny_study import BLOCK, write_tiny_study
+from tiny_study import BLOCK, do, write_tiny_study
 
 
 @pytest.fixture
@@ -43,15 +41,21 @@ def test_identity_holds_the_weights_of_model_and_sae(release):
 
 
 def test_invariant_8_another_sae_under_the_same_release_name_is_refused(release, tmp_path):
-    run = RunFolder(tmp_path / "run")
-    stages.policy(release.study, run)
-    stages.policy(release.study, run)  # the same weights: complete already
-    assert run.manifest["stages"]["policy"]["attempts"] == 1
-    assert run.manifest["weights"]["sae.weights"] == run.manifest["inputs"]["policy"]["sae.weights"]
+    run = do(release.study, tmp_path / "run", "readings", "policy")
+    do(release.study, run, "readings")  # the same weights: complete already
+    assert run.manifest["stages"]["readings"]["attempts"] == 1
+    assert run.manifest["weights"]["sae.weights"] == run.manifest["inputs"]["readings"]["sae.weights"]
     release.served["W_dec"] = release.served["W_dec"] * 2
-    for stage in (stages.policy, stages.attribute):
+    for stage in ("readings", "attribute"):
         with pytest.raises(UserError, match=r"other inputs: sae\.weights"):
-            stage(release.study, run)
+            do(release.study, run, stage)
+
+
+def test_without_an_sae_the_model_alone_is_opened(release):
+    subject = open_subject(release.study.replace("sae.path", None))
+    assert subject.sae is None and set(subject.identity) == {"model.weights"}
+    with pytest.raises(UserError, match=r"sae\.path"):
+        _ = subject.required_sae
 
 
 def changed(sae, name):

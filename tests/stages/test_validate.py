@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from taught.report.compared import compared_tables, curve_sentences
 
-from taught import stages
 from taught.errors import UserError
 from taught.progress import SilentProgress
+from taught.report.sections.validation import curve_sentences
+from taught.report.show import show_run
 from taught.run.folder import RunFolder
-from taught.stages.validate import influence_of
 from taught.stats.ranks import spearman
 from taught.study.load import load_study
 from taught.study.schema import Study
 from taught.training.retrain import Retrainer
-from tiny_study import SMALL_STEPS, with_values, write_tiny_study
+from tiny_study import READ, SCORED, SMALL_STEPS, do, with_values, write_tiny_study
 
 
 class Counted(SilentProgress):
@@ -43,18 +42,13 @@ class Counted(SilentProgress):
 def attributed(tmp_path_factory) -> tuple[Study, Path]:
     folder = tmp_path_factory.mktemp("validate")
     study = with_values(load_study(write_tiny_study(folder)), SMALL_STEPS)
-    run = RunFolder(folder / "run")
-    stages.policy(study, run)
-    stages.attribute(study, run)
-    return study, folder / "run"
+    return study, do(study, folder / "run", *SCORED).folder
 
 
 @pytest.fixture(scope="module")
 def validated(attributed) -> RunFolder:
     study, folder = attributed
-    run = RunFolder(folder)
-    stages.validate(study, run)
-    return run
+    return do(study, folder, "validate")
 
 
 def outcomes(run: RunFolder, design: str) -> dict[str, dict[str, float]]:
@@ -73,11 +67,22 @@ def members(run: RunFolder, design: str) -> dict[str, list[str]]:
     return found
 
 
+def influence_of(run: RunFolder) -> dict[str, dict[str, float]]:
+    """Target -> example id -> value."""
+    found: dict[str, dict[str, float]] = {}
+    for row in run.read_table("scores").to_pylist():
+        found.setdefault(row["target"], {})[row["example_id"]] = row["value"]
+    return {target: values for target, values in found.items() if not target.endswith((":x", ":y"))}
+
+
 def printed(run: RunFolder) -> str:
     console = Console(width=240, file=io.StringIO())
-    for table in compared_tables(run):
-        console.print(table)
+    console.print(show_run(run.folder, "validation"))
     return console.file.getvalue()
+
+
+def curated(run: RunFolder, **changes) -> RunFolder:
+    return do(with_values(run.study, {f"curation.{key}": value for key, value in changes.items()}), run, "curate")
 
 
 @pytest.mark.parametrize("design", ["random", "matched"])
@@ -106,7 +111,7 @@ def test_matched_subsets_hold_counts_and_lengths_fixed(validated):
     counts, lengths = set(), []
     for ids in members(validated, "matched").values():
         counts.add(sum(label[i]["label"] == "harmful-refusal" for i in ids))
-        lengths.append(sum(label[i]["n_response"] for i in ids))
+        lengths.append(sum(label[i]["n_scored"] for i in ids))
     assert len(counts) == 1
     assert max(lengths) <= 1.02 * min(lengths)
 
@@ -136,8 +141,8 @@ def test_a_stopped_validation_keeps_what_was_trained(attributed, tmp_path):
 
     first, second = Stopped(), Counted()
     with pytest.raises(KeyboardInterrupt):
-        stages.validate(study, RunFolder(folder, fresh=("validate",)), first)
-    stages.validate(study, run, second)
+        do(study, RunFolder(folder, fresh=("validate",)), "validate", progress=first)
+    do(study, run, "validate", progress=second)
     assert len(members(run, "leave-out")) == 4
     assert second.trained == 4 * 7 - 14  # the two that were finished are not made again
 
@@ -157,8 +162,7 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
             "validation.controls": 5,
         },
     )
-    run = RunFolder(folder, fresh=("validate",))
-    stages.validate(study, run)
+    run = do(study, RunFolder(folder, fresh=("validate",)), "validate")
     rows = influence_of(run)["behavior:harmless"]
     top = sorted(rows, key=lambda i: -rows[i])[:2]
     removal = members(run, "removal")
@@ -179,8 +183,8 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
     assert {arm for arm, _ in arms} == {"base", "all", "published-rule", "named", "random"}
     assert arms["random", "f1"]["models"] == 5 and arms["named", "f1"]["examples"] == 5
     assert arms["all", "f1"]["examples"] == 8 and arms["base", "f1"]["examples"] == 0
-    stages.report(run)
-    assert "<bdi>published-rule</bdi>" in run.path("report.html").read_text()
+    do(study, run, "report")
+    assert "published-rule" in run.path("report.html").read_text()
     assert "published-rule" in printed(run)
     assert len(curation["all"]) == 8
     assert len(curation["published-rule"]) == len(curation["remove-3-named"]) == 5
@@ -190,15 +194,16 @@ def test_removal_leaves_out_what_raises_the_target_most(attributed, monkeypatch)
 def test_what_was_curated_is_trained_on_beside_random_examples(attributed, tmp_path):
     study, folder = attributed
     shutil.copytree(folder, tmp_path / "run")
-    study = with_values(study, {"validation.designs": ("curated",), "validation.controls": 5})
+    asked = {"validation.designs": ("curated",), "validation.controls": 5}
     run = RunFolder(tmp_path / "run", fresh=("validate",))
     with pytest.raises(UserError, match="curate has not been run"):
-        stages.validate(study, run)
-    stages.curate(run, rule="top-k", k=8, target="mean_y:harmless")
+        do(with_values(study, asked), run, "validate")
+    curated(run, rule="top-k", k=8, target="behavior:harmless")
     with pytest.raises(UserError, match="0 of 8 examples kept"):
-        stages.validate(study, run)
-    stages.curate(run, rule="keep-k", k=5, target="mean_y:harmless", protect="score")
-    stages.validate(study, run)
+        do(with_values(run.study, asked), run, "validate")
+    curated(run, rule="keep-k", k=5, target="behavior:harmless", protect="score")
+    study = with_values(run.study, asked)
+    do(study, run, "validate")
     kept = [json.loads(line)["id"] for line in run.read_text("keep.jsonl").splitlines()]
     trained = members(run, "curated")
     assert set(trained["kept"]) == set(kept) and len(trained["all"]) == 8
@@ -210,9 +215,9 @@ def test_what_was_curated_is_trained_on_beside_random_examples(attributed, tmp_p
     gap = change["kept"] - np.mean([change[name] for name in trained if "random" in name])
     assert arms["kept", "behavior:negative"]["difference"] == pytest.approx(gap)
     assert "What taught curate kept" in printed(run)
-    stages.report(run)
+    do(study, run, "report")
     run.verify()
-    stages.curate(run, rule="top-k", k=2, target="score")
+    curated(run, rule="top-k", k=2, target="score", protect=None)
     with pytest.raises(UserError, match="validate was made with an earlier result of curate"):
         run.verify()
 
@@ -228,8 +233,7 @@ def test_the_effect_of_the_named_examples_is_asked_with_random_subsets_first(att
             "validation.budgets": (0.25,),
         },
     )
-    run = RunFolder(folder, fresh=("validate",))
-    stages.validate(study, run)
+    run = do(study, RunFolder(folder, fresh=("validate",)), "validate")
     rows = influence_of(run)["behavior:harmless"]
     top = set(sorted(rows, key=lambda i: -rows[i])[:2])
     random, chosen = members(run, "random"), members(run, "chosen")
@@ -244,7 +248,7 @@ def test_the_effect_of_the_named_examples_is_asked_with_random_subsets_first(att
     predicted = asked / 4  # one step on a subset of four moves by the mean of its influence
     assert 0.5 * predicted < effect["value"] < 1.5 * predicted
     assert effect["lo"] < effect["value"] < effect["hi"] and added["value"] > 0
-    stages.report(run)
+    do(study, run, "report")
     for sentence in ("in the place of average ones, change it by +", "(20 retrainings)"):
         assert sentence in run.path("report.html").read_text() and sentence in printed(run)
 
@@ -272,18 +276,16 @@ def test_several_budgets_have_an_area():
 def test_random_subsets_need_no_influence_and_named_ones_do(attributed, tmp_path):
     study = load_study(write_tiny_study(tmp_path))
     study = with_values(study, {**SMALL_STEPS, "validation.designs": ("random",), "validation.subsets": 2})
-    run = RunFolder(tmp_path / "run")
-    stages.policy(study, run)
-    stages.validate(study, run)
+    run = do(study, tmp_path / "run", *READ, "validate")
     with pytest.raises(UserError, match="attribute has not been run"):
-        stages.validate(study.replace("validation.designs", ("removal",)), run)
+        do(study.replace("validation.designs", ("removal",)), run, "validate")
 
 
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"validation.remove_by": "behavior:nobody"}, "no influence"),
-        ({"validation.remove_by": "coefficient:99999"}, "no influence"),
+        ({"validation.remove_by": "behavior:nobody"}, "no values of this target"),
+        ({"validation.remove_by": "coefficient:99999"}, "no values of this target"),
         ({"validation.designs": ("curation",)}, "keeps all examples or none"),
         ({"validation.designs": ("chosen",), "validation.subsets": 9}, "too few retrainings"),
         ({"validation.designs": ("couples",), "validation.subsets": 1}, "too few couples"),
@@ -294,7 +296,7 @@ def test_what_cannot_be_validated_is_refused_before_it_trains(attributed, change
     study, folder = attributed
     study = with_values(study, {"validation.designs": ("removal",), **changes})
     with pytest.raises(UserError, match=what):
-        stages.validate(study, RunFolder(folder, fresh=("validate",)))
+        do(study, RunFolder(folder, fresh=("validate",)), "validate")
 
 
 def test_matched_subsets_need_labels(attributed, tmp_path):
@@ -304,11 +306,9 @@ def test_matched_subsets_need_labels(attributed, tmp_path):
         row.pop("label")
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     study = with_values(study, {**SMALL_STEPS, "validation.designs": ("matched",)})
-    run = RunFolder(tmp_path / "run")
-    stages.policy(study, run)
-    stages.attribute(study, run)
+    run = do(study, tmp_path / "run", *READ)
     with pytest.raises(UserError, match="no label"):
-        stages.validate(study, run)
+        do(study, run, "validate")
 
 
 def test_a_judge_reads_the_answers_of_the_models(attributed, tmp_path, monkeypatch):
@@ -322,8 +322,8 @@ def test_a_judge_reads_the_answers_of_the_models(attributed, tmp_path, monkeypat
         "def nonsense(prompt, answer):\n    return 'yes'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    run = RunFolder(folder, fresh=("validate",))
-    stages.validate(study, run, judge="judge_of_lengths:long")
+    long = study.replace("validation.judge", "judge_of_lengths:long")
+    run = do(long, RunFolder(folder, fresh=("validate",)), "validate")
     answers = run.read_table("answers").to_pylist()
     assert len(answers) == 3 * 30 and {row["design"] for row in answers} == {"base", "leave-out"}
     for row in answers:
@@ -333,10 +333,10 @@ def test_a_judge_reads_the_answers_of_the_models(attributed, tmp_path, monkeypat
         of = [row for row in answers if row["subset"] == model["subset"]]
         harmful = [row["refuses"] for row in of if group[row["prompt_id"]] == "harmful"]
         assert model["judged_positive"] == pytest.approx(np.mean(harmful))
-    stages.validate(study, run)
+    do(study, run, "validate")
     assert {row["refuses"] for row in run.read_table("answers").to_pylist()} <= {0.0, 1.0}
     with pytest.raises(UserError, match="gave no verdict"):
-        stages.validate(study, run, judge="judge_of_lengths:nonsense")
+        do(study.replace("validation.judge", "judge_of_lengths:nonsense"), run, "validate")
     counted = Counted()
-    stages.validate(study, run, counted)
+    do(study, run, "validate", progress=counted)
     assert counted.trained == 0  # finished retrainings are kept whatever the judge does

@@ -112,11 +112,6 @@ def test_differences_are_paired_and_corrected_together():
     assert (none.value, none.lo, none.hi, none.p_holm) == (0, 0, 0, 1)
     assert [row.p_holm for row in rows] == holm([row.p for row in rows]).tolist()
     assert up.p < 0.01
-    (row,) = differences(
-        made, {"mean_y": outcome}, scores, comparisons[:1], {"tokens": of["length"]}, design="random", draws=100
-    )
-    assert row.controlled
-    assert row.value == pytest.approx(wanted["good"].controlled - wanted["other"].controlled)
 
 
 def test_a_difference_of_two_like_methods_is_known_better_than_either():

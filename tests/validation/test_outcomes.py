@@ -7,18 +7,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
-from taught.estimators.estimate import adjoint_effects
 
+from taught.core.estimator import Work
+from taught.core.names import TargetName
+from taught.core.readings import Readings
+from taught.core.target import TargetSet
 from taught.errors import UserError
+from taught.estimators.adjoint import Adjoint
 from taught.policy.ridge import fit_policy
-from taught.progress import SilentProgress
 from taught.study.schema import ValidationSpec
 from taught.training.loop import Recipe
 from taught.training.retrain import Retrainer
 from taught.validation.outcomes import changes, soft_metrics
 from tiny_models import tiny_examples, tiny_model, tiny_problem
 
-GROUPS = {"harmful": ["p0", "p1", "p4"], "harmless": ["p2", "p3", "p5"], "theft": ["p4"]}
+GROUPS = {"harmful": ["p0", "p1", "p4"], "harmless": ["p2", "p3", "p5"]}
+CATEGORIES = {"theft": ["p4"]}
 FEATURES = (3, 11, 7)
 
 
@@ -36,15 +40,26 @@ def read(seed: int) -> Read:
     return Read(ids, FEATURES, draw.normal(-5, 2, 6), np.abs(draw.normal(size=(6, 3))))
 
 
-def policy_of(base: Read, **how):
-    return fit_policy(base.X, base.y, prompt_ids=base.prompt_ids, feature_ids=base.feature_ids, **how)
+def readings_of(base, groups=GROUPS, categories=CATEGORIES, **how) -> Readings:
+    policy = fit_policy(base.X, base.y, prompt_ids=base.prompt_ids, feature_ids=base.feature_ids, **how)
+    return Readings(base.prompt_ids, base.y, groups, categories, base.X, tuple(base.feature_ids), policy)
+
+
+def names_of(readings: Readings) -> list[TargetName]:
+    every = [f"coefficient:{k}" for k in readings.columns]
+    return list(
+        map(TargetName.parse, ["score", *every, *(f"behavior:{g}" for g in readings.groups | readings.categories)])
+    )
+
+
+def changes_of(readings: Readings, base, after) -> dict[str, float]:
+    return changes(readings, base, after, names_of(readings))
 
 
 @pytest.mark.parametrize("intercept", [False, True])
 def test_changes_are_those_of_ridges_fitted_before_and_after(intercept: bool) -> None:
     base, after = read(0), read(1)
-    policy = policy_of(base, alpha=0.7, fit_intercept=intercept)
-    found = changes(policy, base, after, GROUPS)
+    found = changes_of(readings_of(base, alpha=0.7, fit_intercept=intercept), base, after)
     ridge = Ridge(alpha=0.7, fit_intercept=intercept)
     W, moved = (ridge.fit(r.X, r.y).coef_.copy() for r in (base, after))
     for feature_id, value in zip(FEATURES, moved - W, strict=True):
@@ -59,7 +74,7 @@ def test_changes_are_those_of_ridges_fitted_before_and_after(intercept: bool) ->
 
 
 def test_no_change_is_zero_in_every_target() -> None:
-    found = changes(policy_of(read(0)), read(0), read(0), GROUPS)
+    found = changes_of(readings_of(read(0)), read(0), read(0))
     assert len(found) == 1 + 3 + 3
     assert set(found.values()) == {0.0}
 
@@ -83,15 +98,17 @@ def test_soft_metrics_of_a_model_that_never_shows_the_behavior() -> None:
 
 def test_other_prompts_features_or_groups_are_refused() -> None:
     base = read(0)
-    policy = policy_of(base)
+    readings = readings_of(base)
     turned = replace(base, prompt_ids=base.prompt_ids[::-1])
     with pytest.raises(UserError, match=r"other prompts or features(.|\n)*value: prompts"):
-        changes(policy, base, turned, GROUPS)
+        changes_of(readings, base, turned)
     other = replace(base, feature_ids=(3, 7, 11))
     with pytest.raises(UserError, match=r"other prompts or features(.|\n)*value: features"):
-        changes(policy, other, base, GROUPS)
-    with pytest.raises(UserError, match=r"prompts of rest were not read(.|\n)*p9"):
-        changes(policy, base, base, {"rest": ["p0", "p9"]})
+        changes_of(readings, other, base)
+    with pytest.raises(UserError, match=r"value: rest"):
+        changes(readings, base, base, [TargetName.parse("behavior:rest")])
+    with pytest.raises(UserError, match=r"prompts of negative were not read(.|\n)*p9"):
+        soft_metrics(base, ["p0"], ["p1", "p9"])
     with pytest.raises(UserError, match=r"prompts of positive were not read"):
         soft_metrics(base, [], ["p1"])
 
@@ -102,14 +119,9 @@ def test_a_small_step_on_all_examples_does_what_is_predicted(tmp_path) -> None:
     recipe = Recipe.of(ValidationSpec(optimizer="sgd", lr=1e-5, epochs=1))
     made = Retrainer(problem, tiny_examples(), recipe, tmp_path, weights={"source": "tiny"})
     base, after = made.base(), made.run([p.id for p in tiny_examples()])
-    policy = policy_of(base, alpha=0.5)  # type: ignore[arg-type]
-    groups = {"a": base.prompt_ids[:3], "b": base.prompt_ids[3:]}
-    found = changes(policy, base, after, groups)
-    effects = adjoint_effects(problem, tiny_examples(), policy, groups, coefficients=True, progress=SilentProgress())
+    readings = readings_of(base, {"a": base.prompt_ids[:3], "b": base.prompt_ids[3:]}, {}, alpha=0.5)
+    found = changes_of(readings, base, after)
+    effects = Adjoint().estimate(problem, tiny_examples(), TargetSet.of(names_of(readings), readings), Work())
     for name, value in found.items():
-        kind, _, about = name.partition(":")
-        column = policy.column(int(about)) if kind == "coefficient" else None
-        old = "mean_y" if kind == "behavior" else kind
-        predicted = effects.values(old, column, about if kind == "behavior" else None, "total").mean()
-        assert value == pytest.approx(predicted, rel=2e-2)
+        assert value == pytest.approx(effects[name].mean(), rel=2e-2)
         assert abs(value) > 1e-9

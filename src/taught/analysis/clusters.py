@@ -27,15 +27,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from taught.errors import UserError, misfit, refuse, refuse_repeated
+from taught.stats.arrays import Bools, Floats, Ints
 from taught.stats.intervals import MANY, Z, middle, plain
 from taught.stats.multiplicity import holm
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 WITHOUT = 0  # the cluster of examples on which no feature is active
 MOST = 3000  # different sets of features that are clustered; their distances take MOST^2 numbers

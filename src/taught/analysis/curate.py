@@ -1,11 +1,12 @@
 """Curation: which examples to drop, by a rule that is decided for each id alone.
 
-*Paper's rule* (SMDA, arXiv 2606.29171): drop a harmful-refusal example whose score is below the
-median score of the harmless-compliance examples, and a harmless-compliance example whose score is above
-the median score of the harmful-refusal examples. Equal to the median: kept. Examples with another label
-are kept, since the rule has no threshold for them.
+*Paper's rule* (SMDA, arXiv 2606.29171): drop an example of the positive label (that should teach the
+behavior: harmful-refusal) whose score is below the median score of the negative label's (that should
+teach its absence: harmless-compliance), and one of the negative label whose score is above the median of
+the positive label's. Equal to the median: kept. Examples with another label are kept, since the rule has
+no threshold for them.
 
-*top-k*: drop the k examples that raise the chosen target most, such as the mean y of the harmless
+*top-k*: drop the k examples that raise the chosen target most, such as the behavior on the harmless
 group (over-refusal). *keep-k*: keep the k safest, those that raise it least; drop the others.
 
 *Protection.* Removing an example takes its influence away: the target moves by minus the influence. So

@@ -21,10 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError, misfit, refuse
+from taught.stats.arrays import Floats, Ints
 from taught.stats.intervals import middle
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 def interference(

@@ -17,7 +17,7 @@ The last four are about a group of prompts, the others about no target. Sign: th
 positive where training on the example raises the group's mean y (gradient-dot is the effect of a plain
 SGD step divided by the learning rate); ``label`` and ``random`` and all others are only what they
 say, and a table of correlations shows which way they work. A sentence embedding
-needs a second model: recipes/embedding makes a table of it for ``taught compare --scores``.
+needs a second model: recipes/embedding makes a table of it for ``validation.scores``.
 """
 
 from __future__ import annotations

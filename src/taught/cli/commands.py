@@ -21,8 +21,26 @@ StudyName = Annotated[str, Parameter(help="A study file, a folder that holds stu
 _QUESTION, _WHERE = Question(), Where()
 
 
+# Enough for every section of the report, and little enough for a laptop (python -m benchmarks.demo_cost).
+DEMO = {"prompts": 200, "examples": 48, "features": 40}
+
+
+def demo_study(prompts: int, examples: int, features: int) -> Study:
+    """The study of the demo, on a part of the preset."""
+    study = given.study_of("refusal-smollm2", _QUESTION)
+    limits = {"prompts.limit": prompts, "examples.limit": examples, "features.max_features": features}
+    for key, value in limits.items():
+        study = study.replace(key, value)
+    return study
+
+
 def demo(
-    *, prompts: int = 200, examples: int = 48, features: int = 40, full: Switch = False, where: Where = _WHERE
+    *,
+    prompts: int = DEMO["prompts"],
+    examples: int = DEMO["examples"],
+    features: int = DEMO["features"],
+    full: Switch = False,
+    where: Where = _WHERE,
 ) -> int:
     """Run everything on the shipped preset: which examples teach a small chat model to refuse.
 
@@ -37,10 +55,7 @@ def demo(
     full
         Use the whole preset: every prompt, example and feature.
     """
-    limits = {"prompts.limit": prompts, "examples.limit": examples, "features.max_features": features}
-    study = given.study_of("refusal-smollm2", _QUESTION)
-    for key, value in ({} if full else limits).items():
-        study = study.replace(key, value)
+    study = given.study_of("refusal-smollm2", _QUESTION) if full else demo_study(prompts, examples, features)
     folder = given.run_folder(None, study, Where(where.run or Path("runs/demo"), where.fresh, where.quiet))
     return _run(study, folder, None, None, where.quiet)
 

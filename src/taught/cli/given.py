@@ -145,12 +145,9 @@ def run_folder(source: str | None, study: Study, where: Where) -> RunFolder:
 
 def stages_of(fresh: Collection[str]) -> tuple[str, ...]:
     """Stages that are to be made anew."""
-    from taught.stages import BY_NAME
+    from taught.stages import BY_NAME, require_stage
 
-    unknown = [name for name in fresh if name not in BY_NAME and name != "all"]
-    if unknown:
-        raise UserError("there is no stage of this name", value=unknown[0], rule="one of " + ", ".join(BY_NAME))
-    return tuple(BY_NAME) if "all" in fresh else tuple(fresh)
+    return tuple(BY_NAME) if "all" in fresh else tuple(map(require_stage, fresh))
 
 
 def open_run(path: Path) -> RunFolder:

@@ -100,6 +100,7 @@ def scores(problem: Problem, examples: Sequence[Example], targets: TargetSet, me
         part = estimator.estimate(curved, examples, targets, there, carried)
         refuse_nonfinite(examples, range(len(examples)), torch.from_numpy(part.values), "gradient")
         found = part if found is None else found.plus(part)
+        del leg, curved  # the next leg's model is opened when this one's is gone
     if found is None:
         raise UserError("the training run has no legs", value=method.trajectory.kind, rule="one at least")
     if not trajectory.single:

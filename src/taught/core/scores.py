@@ -113,7 +113,7 @@ class Scores:
         )
 
     def joined(self, other: Scores) -> Scores:
-        """These targets and those of other scores of the same examples by the same method."""
+        """These targets and those of other scores of the same examples by the same method; details stay these."""
         if other.example_ids != self.example_ids:
             raise ValueError("scores of other examples")
         se = None
@@ -121,11 +121,7 @@ class Scores:
             parts = [np.full(s.values.shape, np.nan) if s.se is None else s.se for s in (self, other)]
             se = np.concatenate(parts, 1)
         return replace(
-            self,
-            targets=(*self.targets, *other.targets),
-            values=np.concatenate([self.values, other.values], 1),
-            se=se,
-            details={**self.details, **other.details},
+            self, targets=(*self.targets, *other.targets), values=np.concatenate([self.values, other.values], 1), se=se
         )
 
     def plus(self, other: Scores) -> Scores:

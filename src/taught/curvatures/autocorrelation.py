@@ -27,8 +27,8 @@ from taught.core.example import Example
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES
 from taught.errors import UserError
-from taught.policy.ridge import Floats
 from taught.sketches.store import Row, SketchStore
+from taught.stats.arrays import Floats
 
 # More examples than these do not make a better R, but a larger one.
 LARGEST = 4096

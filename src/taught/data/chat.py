@@ -138,14 +138,14 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, template: str | None = None, context: int | None = None) -> None:
         if template is None and not getattr(tokenizer, "chat_template", None):
             raise UserError(
-                "The tokenizer has no chat template",
+                "the tokenizer has no chat template",
                 value=getattr(tokenizer, "name_or_path", None) or None,
                 rule="prompts and examples are rendered as the model was trained to read them",
                 fix="pass the model's template: --chat-template FILE",
             )
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
-                "The tokenizer gives no character offsets",
+                "the tokenizer gives no character offsets",
                 value=type(tokenizer).__name__,
                 rule="read-out tokens and response tokens are found by offsets",
                 fix="use the fast version of the tokenizer (tokenizer.json)",
@@ -385,7 +385,7 @@ class ChatFormat:
             )
         except Exception as error:  # Jinja's errors, and whatever a template raises itself
             raise _CannotRender(
-                f"The chat template cannot render {id}",
+                f"the chat template cannot render {id}",
                 value=f"{type(error).__name__}: {error}",
                 fix="check the roles of the messages, or pass another --chat-template FILE",
             ) from error
@@ -398,7 +398,7 @@ class ChatFormat:
             found = [text for text in self._special_texts if text in held]
             if found:
                 raise UserError(
-                    f"The {message['role']} message of {id} contains a special token",
+                    f"the {message['role']} message of {id} contains a special token",
                     value=" ".join(found),
                     rule="the text of a message cannot end its turn or begin another",
                     fix="remove the token from the text",
@@ -411,7 +411,7 @@ class ChatFormat:
     def _check_length(self, ids: Sequence[int], id: str) -> None:
         if self.context is not None and len(ids) > self.context:
             raise UserError(
-                f"The prompt of {id} is longer than the model's context",
+                f"the prompt of {id} is longer than the model's context",
                 value=f"{len(ids)} tokens",
                 rule=f"at most {self.context} tokens",
                 fix="shorten or remove it",
@@ -420,7 +420,7 @@ class ChatFormat:
     def _last_content(self, messages: Sequence[Message], text: str, id: str, answer: bool) -> tuple[int, int]:
         """Return the characters of the last message's content in the rendering ``text``."""
         marked = self._render([*messages[:-1], {**messages[-1], "content": _MARK}], id, answer)
-        return _between(marked, text, messages[-1]["content"], f"The last message of {id}")
+        return _between(marked, text, messages[-1]["content"], f"the last message of {id}")
 
     def _content(
         self, turns: Sequence[Message], place: int, text: str, example: Record, key: str = "content"
@@ -429,7 +429,7 @@ class ChatFormat:
         others = [*turns[:place], {**turns[place], key: _MARK}, *turns[place + 1 :]]
         marked = self._render(others, example.id, answer=False, tools=example.tools)
         what = "last message" if place == len(turns) - 1 else f"message {place + 1}"
-        return _between(marked, text, turns[place][key], f"The {what} of {example.id}")
+        return _between(marked, text, turns[place][key], f"the {what} of {example.id}")
 
     def _end_of_turn(self, tokens: _Tokens, content_end: int, otherwise: int) -> int:
         """Index of the first special token behind a content, ``otherwise`` if there is none."""
@@ -470,7 +470,7 @@ def _check_border(prompt_text: str, prompt: _Tokens, text: str, whole: _Tokens, 
     """Stop unless prompt tokens + response tokens are the tokens of the whole conversation."""
     if not text.startswith(prompt_text):
         raise UserError(
-            f"The template renders the prompt of {id} otherwise once it is answered",
+            f"the template renders the prompt of {id} otherwise once it is answered",
             value=text[len(prompt_text) // 2 :],
             rule="the conversation begins with the prompt and its generation prompt",
             fix="pass a --chat-template FILE that adds nothing else to a generation prompt",
@@ -481,7 +481,7 @@ def _check_border(prompt_text: str, prompt: _Tokens, text: str, whole: _Tokens, 
 
 def _merge_error(text: str, border: int, id: str) -> UserError:
     return UserError(
-        f"The tokenizer merges the end of the prompt of {id} with its response",
+        f"the tokenizer merges the end of the prompt of {id} with its response",
         value=text[max(border - 10, 0) : border + 10],
         rule="the first response token starts where the generation prompt ends",
         fix="remove white space at the beginning of the response",
@@ -499,5 +499,5 @@ def _truncation_error(cut: Sequence[EncodedExample], max_tokens: int, truncate: 
         rule="no response is cut off silently"
         if truncate == "error"
         else "an example needs at least one response token",
-        fix="raise examples.max_tokens, or pass --drop-truncated",
+        fix="raise examples.max_tokens, or pass --set examples.drop_truncated=true",
     )

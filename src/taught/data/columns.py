@@ -36,7 +36,7 @@ def detect_columns(
     for field, column in (given or {}).items():
         if field not in usual:
             raise UserError(
-                f"Unknown field in the columns of {where}", value=field, rule=f"fields are {', '.join(usual)}"
+                f"unknown field in the columns of {where}", value=field, rule=f"fields are {', '.join(usual)}"
             )
         if column not in present:
             raise UserError(

@@ -71,7 +71,7 @@ def drop_shared(shown: ExampleSet, examples: ExampleSet, drop: bool) -> tuple[Ex
             "labelled answers of the concept are examples of the study",
             value=name_ids(both),
             rule="a concept is made from other rows than it is to find",
-            fix="remove them from one of the files, or pass --drop-overlap",
+            fix="remove them from one of the files, or pass --set examples.drop_overlap=true",
         )
     gone = set(both)
     kept = tuple(row for row in shown if row.id not in gone)
@@ -98,7 +98,7 @@ def drop_overlap(examples: ExampleSet, prompts: PromptSet, drop: bool) -> tuple[
             f"{len(gone)} examples have a prompt that is also an evaluation prompt",
             value=name_ids([f"{example_id} = {prompt_id}" for example_id, prompt_id in overlap]),
             rule="an example is never scored on its own prompt (case, spacing and final punctuation are ignored)",
-            fix="remove them from one of the files, or pass --drop-overlap",
+            fix="remove them from one of the files, or pass --set examples.drop_overlap=true",
         )
     kept = tuple(example for example in examples if example.id not in gone)
     return replace(examples, examples=kept), overlap

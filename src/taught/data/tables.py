@@ -76,11 +76,11 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError("No such file", value=str(path), fix="check the path; it is relative to the study's file")
+        raise UserError("no such file", value=str(path), fix="check the path; it is relative to the study's file")
     reader = _saved_dataset if path.is_dir() else _READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(
-            "Unknown kind of table",
+            "unknown kind of table",
             value=path.name,
             rule=f"the file name ends in one of {', '.join(_READERS)}",
             fix="rename the file, or convert it to JSONL",
@@ -89,11 +89,11 @@ def read_rows(path: str | Path) -> list[Row]:
         rows = reader(path)
     except OSError as error:
         raise UserError(
-            f"Cannot read the file: {error.strerror}", value=str(path), fix="check its permissions"
+            f"cannot read the file: {error.strerror}", value=str(path), fix="check its permissions"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"Not UTF-8 text: byte {error.start} cannot be decoded", value=str(path), fix="save the file as UTF-8"
+            f"not UTF-8 text: byte {error.start} cannot be decoded", value=str(path), fix="save the file as UTF-8"
         ) from error
     _refuse_no_text(rows, path.name)
     return rows
@@ -203,7 +203,7 @@ def _saved_dataset(folder: Path) -> list[Row]:
     if not state.exists():
         splits = sorted(p.parent.name for p in folder.glob("*/state.json"))
         raise UserError(
-            "A folder without state.json is not a saved dataset",
+            "a folder without state.json is not a saved dataset",
             value=str(folder),
             rule="a folder is one written by Dataset.save_to_disk",
             fix=f"name one split: {', '.join(splits)}" if splits else "give a .jsonl file",
@@ -211,7 +211,7 @@ def _saved_dataset(folder: Path) -> list[Row]:
     content = json.loads(state.read_text(encoding="utf-8"))
     if content.get("_indices_data_files"):
         raise UserError(
-            "The saved dataset has an index of selected rows, which is not read",
+            "the saved dataset has an index of selected rows, which is not read",
             value=str(folder),
             fix="save it again after dataset.flatten_indices()",
         )
@@ -222,7 +222,7 @@ def _saved_dataset(folder: Path) -> list[Row]:
                 rows += pa.ipc.open_stream(source).read_all().to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"Cannot read {name} of a saved dataset ({_first_line(error)})", value=str(folder)
+                f"cannot read {name} of a saved dataset ({_first_line(error)})", value=str(folder)
             ) from error
     return rows
 

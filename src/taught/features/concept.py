@@ -23,9 +23,10 @@ from torch import Tensor
 
 from taught.errors import UserError
 from taught.features.pooling import pool
-from taught.features.probe import Bools, Floats, fit_direction, held_out
+from taught.features.probe import fit_direction, held_out
 from taught.features.sae import SparseAutoencoder
 from taught.run.files import json_bytes, sha256_bytes, tensors_bytes, tensors_from_bytes, write_bytes
+from taught.stats.arrays import Bools, Floats
 from taught.stats.auc import auc_within
 from taught.stats.intervals import Interval
 

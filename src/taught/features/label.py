@@ -24,9 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError, misfit
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from taught.stats.arrays import Floats, Ints
 
 CONTEXT = 6  # tokens of context on each side
 PRIOR = 0.05  # share of the smoothing mass

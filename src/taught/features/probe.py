@@ -17,15 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from taught.errors import UserError
+from taught.stats.arrays import Bools, Floats
 from taught.stats.auc import auc_within
 from taught.stats.intervals import Interval
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 METHODS = ("difference", "logistic", "ridge")
 
@@ -99,14 +96,6 @@ def held_out(
         (X, positive) -> w, such as :func:`fit_direction`.
     """
     X, positive = _checked(X, positive)
-    fold = _stratified(positive, folds, seed)
-    found = [fit(X[fold != k], positive[fold != k]) for k in range(folds)]
-    score = np.einsum("nd,nd->n", X, np.stack(found)[fold])
-    return auc_within(score, positive, fold, bootstrap=bootstrap, seed=seed), found
-
-
-def _stratified(positive: Bools, folds: int, seed: int) -> Ints:
-    """A fold for each row; each fold has both groups."""
     smaller = int(min(positive.sum(), (~positive).sum()))
     if not 2 <= folds <= smaller:
         raise UserError(
@@ -115,12 +104,13 @@ def _stratified(positive: Bools, folds: int, seed: int) -> Ints:
             rule="every fold needs rows of both groups, and there are two at least",
             fix="use more prompts in both groups",
         )
-    rng = np.random.default_rng(seed)
-    fold = np.empty(len(positive), dtype=np.int64)
+    rng, fold = np.random.default_rng(seed), np.empty(len(positive), dtype=np.int64)
     for group in (positive, ~positive):
         members = rng.permutation(np.flatnonzero(group))
         fold[members] = np.arange(len(members)) % folds
-    return fold
+    found = [fit(X[fold != k], positive[fold != k]) for k in range(folds)]
+    score = np.einsum("nd,nd->n", X, np.stack(found)[fold])
+    return auc_within(score, positive, fold, bootstrap=bootstrap, seed=seed), found
 
 
 def _checked(X: ArrayLike, positive: ArrayLike) -> tuple[Floats, Bools]:

@@ -16,10 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError, misfit, refuse, refuse_repeated
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+from taught.stats.arrays import Bools, Floats, Ints
 
 ALWAYS_ON = 0.99
 
@@ -47,19 +44,6 @@ class Selection:
     difference: Floats
     rate: Floats
     always_on: Bools
-
-    def rows(self) -> list[dict[str, object]]:
-        """One plain dict per selected feature, for JSON or a table."""
-        return [
-            {
-                "feature_id": int(k),
-                "difference": float(self.difference[k]),
-                "rate_active": float(self.rate[k]),
-                "always_on": bool(self.always_on[k]),
-                "means": {group: float(mean[k]) for group, mean in self.means.items()},
-            }
-            for k in self.feature_ids
-        ]
 
 
 def select_features(

@@ -65,7 +65,7 @@ class _StopForward(Exception):
 
 @contextmanager
 def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tensor]]:
-    """Collect the residual stream after ``module`` (its *output*, not its input: trap 1)."""
+    """Collect the residual stream after ``module`` (its *output*, not its input)."""
     seen: list[Tensor] = []
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:

@@ -381,7 +381,7 @@ def read_prompts_plain(
 
     Plain padded batches, nothing shared: the reference that :func:`read_prompts` is checked
     against, and the baseline of benchmarks/smda_loop.py. Each suffix is appended before padding and
-    indexed row by row (trap 3).
+    indexed row by row.
     """
     h: list[Tensor] = [torch.zeros(0, 0)] * len(prompts)
     y = torch.zeros(len(prompts), dtype=torch.float64)

@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from taught.errors import UserError, misfit
-from taught.policy.ridge import Floats, Ints, Policy, checked_data, row_order
+from taught.policy.ridge import Policy, checked_data, row_order
+from taught.stats.arrays import Floats, Ints
 from taught.stats.intervals import middle, plain
 from taught.stats.multiplicity import benjamini_hochberg
 

@@ -36,8 +36,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import misfit
-from taught.policy.ridge import Floats, Ints, Policy, row_order
+from taught.policy.ridge import Policy, row_order
 from taught.stats import intervals
+from taught.stats.arrays import Floats, Ints
 
 LEVEL = 0.05  # a statement is safe at 1 - LEVEL
 SIZES = (1, 3, 5, 10, 20, 50)
@@ -82,33 +83,24 @@ class RemainderBound:
         shift : [d], optional
             The linear shift, both pathways; with it the bound is closer.
         """
-        e, f = dX_norm, self._centred(dy)
+        e, f, policy = dX_norm, np.asarray(dy, dtype=np.float64), self._policy
+        if f.shape != (policy.n,):
+            raise misfit("the change of the behavior and the policy", f"one for each of {policy.n} prompts", dy=f)
+        f = f - f.mean() if policy.fit_intercept else f
         moved = _norm(f) + e * self._W  # |rho| is at most this
         apart = moved + self._gain * e * self._r
         L = self._gain * moved + self._inverse * e * self._r
         if shift is not None:
             shift = np.asarray(shift, dtype=np.float64)
-            apart = min(apart, _norm(f - self._policy.Xc @ shift) + e * self._W)
+            apart = min(apart, _norm(f - policy.Xc @ shift) + e * self._W)
             L = _norm(shift)
-        a, b = self._after(e)
+        s0, peak = max(self._s_min - e, 0.0), policy.alpha**0.5
+        a = 1 / (s0**2 + policy.alpha)
+        b = a * s0 if s0 > peak else 1 / (2 * peak)
         R = a * e * apart + b * e * L
         ZR = b * e * apart + e * L
         along = e * self._v * (apart + ZR) + (self._Xv + e * self._v) * e * L
         return Remainder(R, min(along + self._Xv * e * R, self._W * R))
-
-    def _after(self, e: float) -> tuple[float, float]:
-        """Bounds a of |U1^-1| and b of |Z U1^-1|."""
-        alpha, s0 = self._policy.alpha, max(self._s_min - e, 0.0)
-        peak = alpha**0.5
-        return 1 / (s0**2 + alpha), s0 / (s0**2 + alpha) if s0 > peak else 1 / (2 * peak)
-
-    def _centred(self, dy: ArrayLike) -> Floats:
-        dy = np.asarray(dy, dtype=np.float64)
-        if dy.shape != (self._policy.n,):
-            raise misfit(
-                "the change of the behavior and the policy", f"one for each of {self._policy.n} prompts", dy=dy
-            )
-        return dy - dy.mean() if self._policy.fit_intercept else dy
 
 
 def _norm(values: NDArray[Any]) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from taught.policy.evaluate import Evaluation
 from taught.policy.faithfulness import Card
-from taught.policy.ridge import Floats
+from taught.stats.arrays import Floats
 from taught.stats.intervals import Interval
 
 Status = Literal["pass", "warn", "fail"]
@@ -96,11 +96,7 @@ def measures(evaluation: Evaluation, card: Card, y: Floats) -> dict[str, Interva
 
 def _above_zero(warn: float = -np.inf) -> Grade:
     """Fails unless the whole interval lies above 0; warns below ``warn``."""
-
-    def grade(e: Interval) -> Status:
-        return "fail" if not e.lo > 0 else "warn" if e.value < warn else "pass"
-
-    return grade
+    return lambda e: "fail" if not e.lo > 0 else "warn" if e.value < warn else "pass"
 
 
 def _gain(e: Interval) -> Status:
@@ -109,29 +105,17 @@ def _gain(e: Interval) -> Status:
 
 
 def _at_least(warn: float, fail: float) -> Grade:
-    def grade(e: Interval) -> Status:
-        return "fail" if e.value < fail else "pass" if e.value >= warn else "warn"
-
-    return grade
+    return lambda e: "fail" if e.value < fail else "pass" if e.value >= warn else "warn"
 
 
 def _at_most(warn: float, fail: float) -> Grade:
-    def grade(e: Interval) -> Status:
-        return "fail" if e.value > fail else "pass" if e.value <= warn else "warn"
-
-    return grade
+    return lambda e: "fail" if e.value > fail else "pass" if e.value <= warn else "warn"
 
 
 def _near_one(warn: float, fail: float) -> Grade:
     """Within a factor of 1, either way."""
-
-    def grade(e: Interval) -> Status:
-        if e.value <= 0:
-            return "fail"
-        away = max(e.value, 1 / e.value) if e.value > 0 else np.nan
-        return _at_most(warn, fail)(Interval(away))
-
-    return grade
+    away = _at_most(warn, fail)
+    return lambda e: "fail" if e.value <= 0 else away(Interval(max(e.value, 1 / e.value)))
 
 
 def _against(code: str, name: str, what: str, meaning: str, action: str) -> Rule:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from taught.policy.ridge import Floats
+from taught.stats.arrays import Floats
 from taught.stats.intervals import UNKNOWN, Interval, resample_counts, resamples, share_of
 from taught.stats.ranks import spearman
 

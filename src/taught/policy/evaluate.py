@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from taught.errors import UserError, misfit
-from taught.policy.ridge import Floats, Ints, check_alpha, check_folds, checked_data, choose_alpha, ridge, row_order
+from taught.policy.ridge import check_alpha, check_folds, checked_data, choose_alpha, ridge, row_order
+from taught.stats.arrays import Bools, Floats, Ints
 from taught.stats.intervals import Interval, middle, resamples
 from taught.stats.ranks import spearman
-
-Bools = NDArray[np.bool_]
 
 
 class Finding(NamedTuple):

@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from taught.errors import misfit
-from taught.policy.evaluate import Bools, CoefficientIntervals, Evaluation, training_alpha, training_ridge
+from taught.policy.evaluate import CoefficientIntervals, Evaluation, training_alpha, training_ridge
 from taught.policy.predictors import Known, trivial_predictions
-from taught.policy.ridge import Floats, Ints, checked_data, ridge, row_order
+from taught.policy.ridge import checked_data, ridge, row_order
+from taught.stats.arrays import Bools, Floats, Ints
 from taught.stats.intervals import Interval, plain, resample_counts
 
 SHARE = 0.95  # of the held-out fit, for the number of features that carry it

@@ -16,12 +16,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from taught.policy.evaluate import Bools, group_means, straight_line, training_ridge
-from taught.policy.ridge import Floats, Ints
+from taught.policy.evaluate import group_means, straight_line, training_ridge
+from taught.stats.arrays import Bools, Floats, Ints
 
 WORDS = 512
 _WORD = re.compile(r"\w+")
@@ -50,16 +50,15 @@ class Known(NamedTuple):
 
     def taken(self, order: Ints) -> Known:
         """The prompts in another order."""
-        texts, kinds = self.texts, self.categories
-        return Known(
-            [self.groups[i] for i in order],
-            self.positive,
-            self.negative,
-            None if kinds is None else [kinds[i] for i in order],
-            None if self.length is None else np.asarray(self.length, dtype=np.float64)[order],
-            None if self.h is None else np.asarray(self.h, dtype=np.float64)[order],
-            None if texts is None else [texts[i] for i in order],
-        )
+
+        def some(name: str) -> Any:
+            values = getattr(self, name)
+            if values is None:
+                return None
+            return np.asarray(values, np.float64)[order] if name in ("length", "h") else [values[i] for i in order]
+
+        given = ("groups", "categories", "length", "h", "texts")
+        return self._replace(**{name: some(name) for name in given})
 
 
 def trivial_predictions(known: Known, y: Floats, fold: Ints, seed: int) -> dict[str, Floats]:
@@ -85,16 +84,20 @@ def _predictors(known: Known, y: Floats, seed: int) -> Iterator[tuple[str, Calla
     length, h = known.length, known.h
     yield "group", lambda train: group_means(known.groups, y, train)
     if known.categories is not None and any(known.categories):
-        examples = zip(known.groups, known.categories, strict=True)
-        cells = [f"{group}\n{category}" for group, category in examples]
+        cells = [f"{group}\n{kind}" for group, kind in zip(known.groups, known.categories, strict=True)]
         yield "category", lambda train: group_means(cells, y, train)
     if length is not None:
         yield "length", lambda train: straight_line(length, y, train)
     if h is not None:
         yield "direction", lambda train: straight_line(_along_direction(h, known, train), y, train)
     words = np.empty((0, 0)) if known.texts is None else word_counts(known.texts)
+
+    def bag(train: Bools) -> Floats:
+        W, intercept = training_ridge(words, y, train, None, True, seed)
+        return words @ W + intercept
+
     if words.size:
-        yield "words", lambda train: _words_ridge(words, y, train, seed)
+        yield "words", bag
 
 
 def _along_direction(h: Floats, known: Known, train: Bools) -> Floats:
@@ -104,11 +107,6 @@ def _along_direction(h: Floats, known: Known, train: Bools) -> Floats:
     if not (inside.any() and outside.any()):  # a fold may hold all of a tiny group
         return np.zeros(len(h))
     return np.asarray(h @ (h[inside].mean(0) - h[outside].mean(0)))
-
-
-def _words_ridge(words: Floats, y: Floats, train: Bools, seed: int) -> Floats:
-    W, intercept = training_ridge(words, y, train, None, True, seed)
-    return words @ W + intercept
 
 
 def _out_of_fold(fit: Callable[[Bools], Floats], fold: Ints) -> Floats:

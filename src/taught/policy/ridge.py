@@ -32,9 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError, misfit, refuse, refuse_repeated
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from taught.stats.arrays import Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +204,7 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
     Parameters
     ----------
     x_raw, y_raw : [P, d]
-        One row per example. ``taught.core.target.combine_raw_x`` makes ``x_raw``.
+        One row per example. ``taught.targets.policy.combine_raw_x`` makes ``x_raw``.
 
     Returns
     -------

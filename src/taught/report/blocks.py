@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from taught.report.charts import Point
-from taught.report.stats import Estimate
 from taught.report.strips import Strip
-from taught.report.text import number, percent, signed
+from taught.report.text import interval_text, number, percent, signed
+from taught.stats.intervals import Interval
 
-Cell = Any  # text, a number, an Estimate, None, or something Inline
+Cell = Any  # text, a number, an Interval, None, or something Inline
 Kind = Literal["text", "id", "number", "signed", "percent", "p", "interval"]
 Tone = Literal["found", "none", "caution"]
 
@@ -146,8 +146,8 @@ class Column:
         """A plain value as text."""
         if value is None:
             return "" if self.kind == "text" else "–"
-        if isinstance(value, Estimate):
-            return value.text(self.digits, power=self.power)
+        if isinstance(value, Interval):
+            return interval_text(value, self.digits, power=self.power)
         if isinstance(value, str) or self.kind in ("text", "id"):
             return str(value)
         if self.kind == "p":
@@ -274,14 +274,14 @@ def plain(cell: Cell) -> str:
         return cell.between.join(plain(part) for part in cell.parts)
     if isinstance(cell, Feature):
         return f"{cell.id} {cell.label}".rstrip()
-    if isinstance(cell, Example | Word | Estimate):
-        return cell.id if isinstance(cell, Example) else cell.text if isinstance(cell, Word) else cell.text()
+    if isinstance(cell, Example | Word | Interval):
+        return cell.id if isinstance(cell, Example) else cell.text if isinstance(cell, Word) else interval_text(cell)
     return "" if cell is None or isinstance(cell, Mark) else str(cell)
 
 
 def value_of(cell: Cell) -> float | None:
     """The number to sort a cell by, or None."""
-    if isinstance(cell, Estimate):
+    if isinstance(cell, Interval):
         return cell.value
     if isinstance(cell, Feature):
         return cell.id

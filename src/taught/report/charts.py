@@ -14,8 +14,8 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import ArrayLike
 
-from taught.report.stats import Estimate
 from taught.report.text import number
+from taught.stats.intervals import Interval
 
 BINS = 8
 
@@ -52,13 +52,18 @@ def tick_text(value: float, values: Sequence[float]) -> str:
     return number(value, max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 1)
 
 
-def span(estimates: Sequence[Estimate], *, zero: bool = True) -> tuple[float, float]:
+def span(estimates: Sequence[Interval], *, zero: bool = True) -> tuple[float, float]:
     """The range that holds all intervals (and zero), a little wider."""
-    ends = [v for e in estimates for v in (e.value, e.lo, e.hi) if v is not None and math.isfinite(v)]
+    ends = [v for e in estimates for v in e if math.isfinite(v)]
     ends += [0.0] if zero or not ends else []
     lo, hi = min(ends), max(ends)
     pad = 0.04 * (hi - lo) or 1.0
     return lo - pad, hi + pad
+
+
+def scaled(interval: Interval, factor: float) -> Interval:
+    """All three numbers times a positive factor."""
+    return Interval(*(part * factor for part in interval))
 
 
 def sign_class(value: float) -> str:
@@ -66,12 +71,12 @@ def sign_class(value: float) -> str:
     return "pos" if value > 0 else "neg" if value < 0 else "nil"
 
 
-def forest_row(estimate: Estimate, scale: Scale, *, height: int = 18) -> Markup:
+def forest_row(estimate: Interval, scale: Scale, *, height: int = 18) -> Markup:
     """One row of a forest plot: interval, point and the zero line. The numbers stand beside it."""
     mid = height / 2
     parts = [f'<line class="zero" x1="{scale(0)}" y1="0" x2="{scale(0)}" y2="{height}"/>']
     kind = sign_class(estimate.value)
-    if estimate.lo is not None and estimate.hi is not None:
+    if not math.isnan(estimate.lo) and not math.isnan(estimate.hi):
         sure = "" if estimate.includes_zero else " sure"
         parts.append(
             f'<line class="ci {kind}{sure}" x1="{scale(estimate.lo)}" y1="{mid:g}" '
@@ -153,7 +158,7 @@ def scatter(points: Sequence[Point], names: tuple[str, str], title: str) -> Mark
 
 
 def _reach(values: Sequence[float]) -> tuple[float, float]:
-    return span([Estimate(v) for v in values])
+    return span([Interval(v) for v in values])
 
 
 def _frame(at_x: Scale, at_y: Scale, names: tuple[str, str]) -> str:

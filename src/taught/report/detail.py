@@ -8,10 +8,21 @@ from typing import Any
 import numpy as np
 
 from taught.report.blocks import Beside, Block, Column, Example, Excerpt, Excerpts, Facts, Pre, Table, Text
-from taught.report.examples import SE, shifts, shown, summary_schema, targets, texts
-from taught.report.stats import Estimate, cluster_order
+from taught.report.examples import PRIMARY, SE, primary, shifts, shown, summary_schema, targets, texts
+from taught.report.stats import cluster_order
 from taught.report.tables import Matrix, Row, Rows, Tables
-from taught.report.text import clean, common_power, number, percent, shorten, signed, tens, words
+from taught.report.text import (
+    clean,
+    common_power,
+    interval_text,
+    number,
+    percent,
+    read_interval,
+    shorten,
+    signed,
+    tens,
+    words,
+)
 
 Json = dict[str, Any]
 MAX_TEXT = 4000
@@ -139,7 +150,7 @@ def example_blocks(tables: Tables, row: Row) -> list[Block]:
     names = with_pathways(tables)
     facts = [(words(name), _effect(row, name)) for name in names]
     facts.append(("loss", f"{number(row.get('loss'))} over {number(row.get('n_scored'), 0)} tokens"))
-    facts += _interference(row) + _checks(row) + _certificate(tables, row)
+    facts += _interference(row) + _checks(row, primary(tables)) + _certificate(tables, row)
     blocks: list[Block] = [Text(f"{example}  ({row['label']})", "title"), Facts(facts, "list")]
     said = [(name, str(text[name])) for name in ("prompt", "response") if text.get(name)]
     blocks += [Pre(shorten(words_, 1500), name.capitalize()) for name, words_ in said]
@@ -174,12 +185,12 @@ def _interference(row: Row) -> list[tuple[str, str]]:
     return [("acts mainly on", f"{row['dominant_feature']}{mark}; {share}")]
 
 
-def _checks(row: Row) -> list[tuple[str, str]]:
-    power = common_power([row.get("score")])
-    named = (("a real step", "step_score"), ("an exact refit", "refit_score"))
+def _checks(row: Row, first: str) -> list[tuple[str, str]]:
+    power = common_power([row.get("step_score"), row.get("refit_score")])
+    named = (("a real step", "step_score", first), ("an exact refit", "refit_score", PRIMARY))
     return [
-        (f"{name} moves S by", f"{signed(row[key], power=power)}{tens(power)}")
-        for name, key in named
+        (f"{name} moves {words(of)} by", f"{signed(row[key], power=power)}{tens(power)}")
+        for name, key, of in named
         if row.get(key) is not None
     ]
 
@@ -206,7 +217,7 @@ def feature_blocks(tables: Tables, row: Row) -> list[Block]:
     feature = row["feature_id"]
     label = (tables.json("labels") or {}).get(str(feature), {})
     facts: list[tuple[str, Any]] = [
-        ("Coefficient", Estimate(row["coef"], row["lo"], row["hi"])),
+        ("Coefficient", read_interval([row["coef"], row["lo"], row["hi"]])),
         ("Same sign", f"{percent(row['sign_stability'])} of resamples"),
     ]
     measured = next((f for f in tables.rows("features") or [] if f["feature_id"] == feature), None)
@@ -260,12 +271,12 @@ def _doses(tables: Tables, feature: int) -> list[Block]:
     row = next((r for r in tables.rows("clamp") or [] if r["feature_id"] == feature and r["n"]), None)
     if row is None:
         return []
-    line = Estimate(row["slope"], row["lo"], row["hi"])
+    line = read_interval([row["slope"], row["lo"], row["hi"]])
     caption = (
-        f"Scaled in the model on {row['n']} prompts: slope {line.text()}, against "
+        f"Scaled in the model on {row['n']} prompts: slope {interval_text(line)}, against "
         f"random directions p = {number(row['p_adjusted'], 3)} (adjusted)"
     )
-    rows = [(f"{d['scale']:g}×", Estimate(d["value"], d["lo"], d["hi"])) for d in row["doses"]]
+    rows = [(f"{d['scale']:g}×", read_interval([d["value"], d["lo"], d["hi"]])) for d in row["doses"]]
     return [Table([Column("scale"), Column("change of y", "interval")], rows, caption)]
 
 

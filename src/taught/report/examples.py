@@ -67,8 +67,9 @@ def is_behavior(target: str) -> bool:
 
 
 def primary(tables: Tables) -> str:
-    """What examples are ranked by: the score, or without a policy the first behavior."""
-    return (targets(tables) or [PRIMARY])[0]
+    """What examples are ranked by: the first target that was asked for, where the summary has it."""
+    ranked, names = (tables.json("attribution") or {}).get("ranked_by"), targets(tables)
+    return ranked if ranked in names else (names or [PRIMARY])[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,14 +165,14 @@ def listed_examples(tables: Tables) -> list[str]:
     assert summary is not None
     also = {*tables.also, *_movers(tables)}
     named = pc.is_in(summary["example_id"], pa.array(sorted(also), pa.string())).to_numpy()
-    named[_extremes(summary, names)] = True
+    named[_extremes(summary, names, next(n for n in names if clean(n) == primary(tables)))] = True
     chosen: list[str] = summary["example_id"].filter(pa.array(named)).to_pylist()
     return chosen
 
 
-def _extremes(summary: pa.Table, names: list[str]) -> NDArray[np.int64]:
+def _extremes(summary: pa.Table, names: list[str], first_name: str) -> NDArray[np.int64]:
     """Places of the examples that stand at an end of one of the rankings."""
-    first = -np.abs(floats(summary, names[0]))
+    first = -np.abs(floats(summary, first_name))
     rankings = [(first, STRONGEST)]
     for name in names:
         if name in summary.column_names:
@@ -303,9 +304,7 @@ def _score_index(tables: Tables) -> list[tuple[str, str]]:
 
 def own_method(tables: Tables) -> str:
     """The method of the run itself, not of one that it is compared with."""
-    methods = list(dict.fromkeys(method for method, _ in score_index(tables)))
-    estimator = str(tables.setting("attribution.estimator"))
-    return next((m for m in methods if m.split("+")[0] == estimator), (methods or [estimator])[0])
+    return str((tables.json("attribution") or {}).get("method"))
 
 
 # Columns

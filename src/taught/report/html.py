@@ -21,14 +21,14 @@ from markupsafe import Markup, escape
 from taught.report import blocks as b
 from taught.report import charts
 from taught.report.blocks import Block, Cell, Column, Line, Table, plain, value_of
-from taught.report.charts import Scale
+from taught.report.charts import Scale, scaled
 from taught.report.detail import page_data
 from taught.report.examples import shown
 from taught.report.sections import blocks_of, in_report
 from taught.report.sections.verdict import head_facts
-from taught.report.stats import Estimate
 from taught.report.tables import Tables
 from taught.report.text import number, signed, tens
+from taught.stats.intervals import Interval
 
 HERE = Path(__file__).parent
 FOREST = (6.0, 234.0)
@@ -90,7 +90,7 @@ class _Page:
 
     def block(self, block: Block) -> Markup:
         """The method with the name of the block's class."""
-        made: Markup = getattr(self, f"_{type(block).__name__.lower()}")(block)
+        made: Markup = getattr(self, type(block).__name__.lower())(block)
         return made
 
     def inline(self, cell: Cell) -> Markup:
@@ -111,19 +111,19 @@ class _Page:
             return tag(name, tag("bdi", cell.text) if cell.style == "soft" else cell.text, **attributes, **href)
         return escape(plain(cell))
 
-    def _text(self, it: b.Text) -> Markup:
+    def text(self, it: b.Text) -> Markup:
         cls = {"text": "lede", "note": "note", "title": ""}[it.role]
         return tag("h3" if it.role == "title" else "p", self.inline(it.text), cls=cls)
 
-    def _items(self, it: b.Items) -> Markup:
+    def items(self, it: b.Items) -> Markup:
         cls = "warnings" if it.warning else "reading"
         return tag("ul", *(tag("li", tag("bdi", self.inline(item))) for item in it.items), cls=cls)
 
-    def _pre(self, it: b.Pre) -> Markup:
+    def pre(self, it: b.Pre) -> Markup:
         title = tag("h4", it.title) if it.title else Markup("")
         return title + tag("pre", tag("code", it.text), cls="command")
 
-    def _verdict(self, it: b.Verdict) -> Markup:
+    def verdict(self, it: b.Verdict) -> Markup:
         rows = (
             tag(
                 "div",
@@ -135,7 +135,7 @@ class _Page:
         )
         return tag("dl", *rows, cls="verdict")
 
-    def _facts(self, it: b.Facts) -> Markup:
+    def facts(self, it: b.Facts) -> Markup:
         cls = {"line": "facts small", "list": "settings wide", "equations": "equations"}[it.style]
         eq = "eq" if it.style == "equations" else ""
         rows = (tag("div", tag("dt", name), tag("dd", self.inline(value), cls=eq)) for name, value in it.pairs)
@@ -143,7 +143,7 @@ class _Page:
 
     # Tables
 
-    def _table(self, it: Table) -> Markup:
+    def table(self, it: Table) -> Markup:
         columns = [(i, c) for i, c in enumerate(it.columns) if c.only != "terminal"]
         parts = [_Drawn.of(c, [row[i] for row in it.rows]) for i, c in columns]
         head = [self._head(c, drawn, it.sortable) for (_, c), drawn in zip(columns, parts, strict=True)]
@@ -194,7 +194,7 @@ class _Page:
         name = "th" if head else "td"
         cell = tag(name, inside, cls=cls, data_v=number_of, scope="row" if head else None)
         if drawn.scale is not None:
-            plot = charts.forest_row(value.scaled(10.0**-column.power), drawn.scale) if _drawable(value) else ""
+            plot = charts.forest_row(scaled(value, 10.0**-column.power), drawn.scale) if _drawable(value) else ""
             cell += tag("td", plot, cls="plot")
         if column.bar:
             cell += tag("td", charts.bar(number_of or 0.0, drawn.largest), cls="barcell")
@@ -203,7 +203,11 @@ class _Page:
     def _filters(self, fields: Mapping[str, Sequence[str]], n: int) -> Markup:
         search = tag("label", "Search ", Markup(_SEARCH.format("q", "id, text, category")))
         chosen = [
-            tag("label", f"{name.capitalize()} ", tag("select", *self._options(values), name=name))
+            tag(
+                "label",
+                f"{name.capitalize()} ",
+                tag("select", tag("option", "all", value=""), *(tag("option", value) for value in values), name=name),
+            )
             for name, values in fields.items()
             if values
         ]
@@ -213,17 +217,14 @@ class _Page:
         count = tag("output", f"{n} of {n}", name="count", aria_live="polite")
         return tag("form", search, *chosen, count, cls="filters js-only", id="filters")
 
-    def _options(self, values: Sequence[str]) -> Iterable[Markup]:
-        return (tag("option", "all", value=""), *(tag("option", value) for value in values))
-
     # Charts
 
-    def _scatter(self, it: b.Scatter) -> Markup:
+    def scatter(self, it: b.Scatter) -> Markup:
         chart = charts.scatter(it.points, it.axes, it.title)
         scales = "Both axes have one scale." if charts.one_scale(it.points) else "The axes have different scales."
         return tag("figure", chart, tag("figcaption", self.inline(it.caption), " ", scales))
 
-    def _heatmap(self, it: b.Heatmap) -> Markup:
+    def heatmap(self, it: b.Heatmap) -> Markup:
         chart = charts.heatmap(it.values, it.ids, it.title)
         box = tag("div", chart, cls="scroll", tabindex=0, role="region", aria_label=it.title)
         caption = tag(
@@ -238,7 +239,7 @@ class _Page:
         )
         return tag("figure", box, caption, cls="wide")
 
-    def _strips(self, it: b.Strips) -> Markup:
+    def strips(self, it: b.Strips) -> Markup:
         made = []
         for name, strip in it.rows:
             tokens = (tag("span", t.text, cls=t.shade, title=t.number) for t in strip.tokens)
@@ -254,25 +255,25 @@ class _Page:
 
     # Text
 
-    def _excerpts(self, it: b.Excerpts) -> Markup:
+    def excerpts(self, it: b.Excerpts) -> Markup:
         if not it.rows:
             return Markup("")
         title = tag("h4", it.title + tens(it.power))
-        return title + tag("ol", *(self._excerpt(row, it.power) for row in it.rows), cls="examples")
+        rows = []
+        for row in it.rows:
+            marked = tag("mark", row.marked) if row.marked else ""
+            about = tag("span", row.about, cls="soft") if row.about else ""
+            words = tag("span", tag("bdi", row.before, marked, row.after), " ", about, cls="words")
+            value = (signed if row.change else number)(row.value, power=it.power)
+            rows.append(tag("li", tag("span", value, cls="num"), " ", words))
+        return title + tag("ol", *rows, cls="examples")
 
-    def _excerpt(self, row: b.Excerpt, power: int) -> Markup:
-        marked = tag("mark", row.marked) if row.marked else ""
-        about = tag("span", row.about, cls="soft") if row.about else ""
-        words = tag("span", tag("bdi", row.before, marked, row.after), " ", about, cls="words")
-        value = (signed if row.change else number)(row.value, power=power)
-        return tag("li", tag("span", value, cls="num"), " ", words)
-
-    def _details(self, it: b.Details) -> Markup:
+    def details(self, it: b.Details) -> Markup:
         title = tag("summary", self.inline(it.title))
         opened = {"open": ""} if it.open else {}
         return tag("details", title, self.blocks(it.blocks), cls="more", **opened)
 
-    def _cards(self, it: b.Cards) -> Markup:
+    def cards(self, it: b.Cards) -> Markup:
         box = Markup('<input type="search" id="feature-search" placeholder="id or label" autocomplete="off">')
         cards = []
         for card in it.cards:
@@ -287,7 +288,7 @@ class _Page:
             cards.append(tag("details", title, body, cls="feature", id=f"feature-{card.feature}"))
         return tag("label", "Search ", box, cls="filters js-only") + Markup("\n").join(cards)
 
-    def _beside(self, it: b.Beside) -> Markup:
+    def beside(self, it: b.Beside) -> Markup:
         cls = "columns lean" if it.lean else "columns" if isinstance(it.left[0], b.Scatter) else "columns even"
         return tag("div", tag("div", self.blocks(it.left)), tag("div", self.blocks(it.right)), cls=cls)
 
@@ -303,7 +304,7 @@ class _Drawn:
         largest = max((abs(v) for v in map(value_of, values) if v is not None), default=1.0)
         if column.plot is None:
             return cls(None, largest)
-        known = [v.scaled(10.0**-column.power) for v in values if _drawable(v)]
+        known = [scaled(v, 10.0**-column.power) for v in values if _drawable(v)]
         ends = charts.span(known) if column.plot == "fit" else column.plot
         return cls(Scale(*ends, *FOREST), largest)
 
@@ -312,7 +313,7 @@ _SEARCH = '<input type="search" name="{}" placeholder="{}" autocomplete="off">'
 
 
 def _drawable(value: Cell) -> bool:
-    return isinstance(value, Estimate)
+    return isinstance(value, Interval)
 
 
 def _width(value: Cell) -> str:

@@ -1,60 +1,18 @@
-"""Intervals and controls that the report adds to what the stages wrote. numpy only, seeded."""
+"""A control and an order that the report adds to what the stages wrote. numpy only, seeded."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.analysis.interference import random_control
-from taught.report.text import number
-from taught.stats import intervals
-from taught.stats import ranks as rank
+from taught.stats.intervals import Interval
 
 MAX_WORK = 20_000_000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95% interval; the ends are None when no interval is known."""
-
-    value: float
-    lo: float | None = None
-    hi: float | None = None
-
-    @classmethod
-    def of(cls, record: object) -> Estimate | None:
-        """Read a number, ``[value, lo, hi]`` or ``{value, lo, hi}``; None if not finite."""
-        if isinstance(record, Mapping):
-            record = [record.get("value"), record.get("lo"), record.get("hi")]
-        parts = list(record) if isinstance(record, list | tuple) else [record]
-        known = [float(p) if isinstance(p, int | float) and math.isfinite(p) else None for p in parts]
-        if not known or known[0] is None:
-            return None
-        lo, hi = known[1:3] if len(known) >= 3 else (None, None)
-        return cls(known[0], lo, hi)
-
-    def scaled(self, factor: float) -> Estimate:
-        """All three numbers times a positive factor."""
-        ends = [None if end is None else end * factor for end in (self.lo, self.hi)]
-        return Estimate(self.value * factor, *ends)
-
-    @property
-    def includes_zero(self) -> bool:
-        """Whether zero lies in the interval; False without one."""
-        return self.lo is not None and self.hi is not None and self.lo <= 0 <= self.hi
-
-    def text(self, digits: int = 2, *, power: int = 0) -> str:
-        """``0.66 [0.61, 0.70]``."""
-        body = number(self.value, digits, power=power)
-        if self.lo is None or self.hi is None:
-            return body
-        lo, hi = (number(end, digits, power=power) for end in (self.lo, self.hi))
-        return f"{body} [{lo}, {hi}]"
 
 
 @dataclass(frozen=True)
@@ -67,7 +25,7 @@ class Control:
         Examples that have intended features and an effect.
     flagged : int
         Of these, examples whose dominant feature is not among the intended ones.
-    random : Estimate
+    random : Interval
         Expected ``flagged`` if each intended set were a random set of the same size; 95% of draws.
     swapped : float
         Expected ``flagged`` if each example had the intended set of another example. Near ``flagged``:
@@ -76,20 +34,8 @@ class Control:
 
     n: int
     flagged: int
-    random: Estimate
+    random: Interval
     swapped: float
-
-
-def spearman_interval(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Estimate | None:
-    """:func:`taught.stats.ranks.spearman_interval` as an estimate."""
-    found = rank.spearman_interval(a, b, seed)
-    return None if found is None else Estimate(*found)
-
-
-def mean_interval(values: ArrayLike, seed: int = 0) -> Estimate | None:
-    """:func:`taught.stats.intervals.mean_interval` as an estimate."""
-    found = intervals.mean_interval(values, seed)
-    return None if found is None else Estimate(*found)
 
 
 def unintended_control(
@@ -115,7 +61,7 @@ def unintended_control(
     ends = (n * rate[key] for key in ("expected", "lo", "hi"))
     rows = [(frozenset(i), size) for i, size in zip(intended, np.abs(total), strict=True) if i and size.any()]
     dominant = [(chosen, int(feature_ids[int(size.argmax())])) for chosen, size in rows]
-    return Control(n, round(n * rate["observed"]), Estimate(*ends), _swapped(dominant))
+    return Control(n, round(n * rate["observed"]), Interval(*ends), _swapped(dominant))
 
 
 def _swapped(rows: list[tuple[frozenset[int], int]]) -> float:

@@ -50,31 +50,17 @@ def words(cell: Cell, style: str = "") -> Words:
     return Words(clean(plain(cell)), own)
 
 
+def _lines(lines: Iterable[Words]) -> Words:
+    return Words("\n").join(list(lines))
+
+
 def _verdict(it: b.Verdict) -> Grid:
     grid = Grid.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column()
     for s in it.sentences:
-        grid.add_row(Words(s.topic, "bold"), _sentence(s))
+        grid.add_row(Words(s.topic, "bold"), Words(clean(s.text), STYLES[s.tone]))
     return grid
-
-
-def _sentence(s: b.Sentence) -> Words:
-    return Words(clean(s.text), STYLES[s.tone])
-
-
-def _items(it: b.Items) -> Words:
-    return Words("\n").join([Words("- ") + words(item, "yellow" if it.warning else "") for item in it.items])
-
-
-def _facts(it: b.Facts) -> Words:
-    lines = [Words(f"{name}  ", "dim") + words(value) for name, value in it.pairs]
-    return Words("\n").join(lines)
-
-
-def _pre(it: b.Pre) -> Words:
-    title = Words(f"{it.title}\n", "dim") if it.title else Words()
-    return title + Words(clean(it.text))
 
 
 def _table(it: Table) -> RenderableType:
@@ -110,7 +96,7 @@ def _strips(it: b.Strips) -> Words:
         for token in strip.tokens:
             line += Words(clean(token.text), _shade(token.shade))
         lines.append(line)
-    return Words("\n").join(lines)
+    return _lines(lines)
 
 
 def _shade(shade: str) -> str:
@@ -134,14 +120,21 @@ def _excerpts(it: b.Excerpts) -> RenderableType:
     return grid
 
 
-# Drawings, and the cards of all features, are for the page only.
+def _cards(it: b.Cards) -> RenderableType:
+    """What the cards are headed with; ``taught show RUN ID`` shows one whole."""
+    columns = [Column("feature", "id"), Column("coefficient", "signed"), Column("label")]
+    return _table(Table(columns, [(card.feature, card.value, card.label) for card in it.cards], head=len(it.cards)))
+
+
+# Drawings are for the page only.
 _RENDER: dict[type, Callable[[Any], RenderableType]] = {
     b.Text: lambda it: words(it.text, {"text": "", "note": "dim", "title": "bold"}[it.role]),
-    b.Items: _items,
-    b.Pre: _pre,
+    b.Items: lambda it: _lines(Words("- ") + words(item, "yellow" if it.warning else "") for item in it.items),
+    b.Facts: lambda it: _lines(Words(f"{clean(name)}  ", "dim") + words(value) for name, value in it.pairs),
+    b.Pre: lambda it: Words(f"{it.title}\n" if it.title else "", "dim") + Words(clean(it.text)),
     b.Verdict: _verdict,
-    b.Facts: _facts,
     Table: _table,
     b.Strips: _strips,
+    b.Cards: _cards,
     b.Excerpts: _excerpts,
 }

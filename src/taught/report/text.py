@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from taught.core.names import TargetName
+from taught.core.target import words as of_target
+from taught.errors import UserError
+from taught.stats.intervals import Interval
 
 MINUS = "\u2212"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -85,15 +90,10 @@ def count(n: int, noun: str, plural: str | None = None) -> str:
 
 def words(target: str) -> str:
     """A target in words: ``behavior:harmless`` is read as ``behavior on harmless``."""
-    kind, _, about = target.partition(":")
-    if f" - {kind}:" in about:
-        left, right = about.split(f" - {kind}:", 1)
-        return f"{words(f'{kind}:{left}')} minus {words(f'{kind}:{right}')}"
-    if kind == "score":
-        return "S" + {"x": " through feature activation", "y": " through output probability"}.get(about, "")
-    if kind == "behavior":
-        return f"behavior on {about}" if about else "behavior on all prompts"
-    return f"behavior on prompt {about}" if kind == "prompt" else target
+    try:
+        return of_target(TargetName.parse(target))
+    except UserError:  # of a method that is not installed here
+        return target
 
 
 def listed(items: list[str], limit: int = 3) -> str:
@@ -103,3 +103,20 @@ def listed(items: list[str], limit: int = 3) -> str:
     if len(items) < 2:
         return "".join(items)
     return f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def read_interval(record: object) -> Interval | None:
+    """A number, ``[value, lo, hi]`` or ``{value, lo, hi}``; None if it is not finite."""
+    if isinstance(record, Mapping):
+        record = [record.get("value"), record.get("lo"), record.get("hi")]
+    parts = list(record) if isinstance(record, list | tuple) else [record]
+    known = [float(p) if isinstance(p, int | float) and math.isfinite(p) else math.nan for p in parts]
+    return Interval(*known) if known and math.isfinite(known[0]) else None
+
+
+def interval_text(interval: Interval | None, digits: int = 2, *, power: int = 0) -> str:
+    """``0.66 [0.61, 0.70]``; the number alone where no interval is known, a dash where there is no number."""
+    if interval is None:
+        return number(None)
+    value, lo, hi = (number(part, digits, power=power) for part in interval)
+    return value if math.isnan(interval.lo) or math.isnan(interval.hi) else f"{value} [{lo}, {hi}]"

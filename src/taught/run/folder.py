@@ -28,8 +28,8 @@ from taught.run.manifest import load_manifest, now, save_manifest
 from taught.run.pieces import PartialFolder
 from taught.run.stage import Stage
 from taught.stages import BY_NAME, STAGES
-from taught.study.load import dump_study, study_from_dict
-from taught.study.schema import Study, filled
+from taught.study.load import dump_study
+from taught.study.schema import Study
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +106,7 @@ class RunFolder:
     def study(self) -> Study:
         """The study of this run, each section as a stage used it last; study.yaml shows it."""
         self._existing("study.yaml")
-        return study_from_dict(self._manifest["study"], self.folder)
+        return Study.recorded(self._manifest["study"])
 
     def path(self, name: str) -> Path:
         """Path of a file in this folder; it need not exist."""
@@ -516,15 +516,14 @@ class RunFolder:
         for file in self._files_of(stage.name):  # of an attempt that did not finish
             del self._manifest["files"][file]
         self._save()  # first: a killed run must leave a folder that is known as ours
-        used = study_from_dict(self._manifest["study"], self.folder)
-        files.write_bytes(self.path("study.yaml"), dump_study(used).encode())
+        files.write_bytes(self.path("study.yaml"), dump_study(Study.recorded(self._manifest["study"])).encode())
 
     def _used(self, stage: Stage, study: Study) -> dict[str, Any]:
         """The study of the run: what a stage reads as it has it, the rest as stages before it had it."""
         if not stage.needs or "study" not in self._manifest:
-            return filled(study)
+            return study.to_dict()
         read = {key.partition(".")[0] for key in stage.reads}
-        return {**self._manifest["study"], **filled(study, only=read)}
+        return {**self._manifest["study"], **{name: own for name, own in study.to_dict().items() if name in read}}
 
     def _complete(self, stage: Running, seconds: float) -> None:
         self._manifest["stages"][stage.name].update(

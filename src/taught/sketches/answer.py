@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from taught.core.readings import Moves, Readings
 from taught.core.target import TargetSet
 from taught.errors import UserError
-from taught.policy.ridge import Floats, pathway_sums
+from taught.policy.ridge import pathway_sums
 from taught.sketches.store import Row, SketchStore
+from taught.stats.arrays import Floats
 from taught.targets.policy import combine_raw_x
 
 Singles = NDArray[np.float32]

@@ -26,13 +26,13 @@ from taught.estimators.adjoint import Adjoint
 from taught.estimators.cost import Asked
 from taught.features.concept import ConceptMap
 from taught.model.gradients import find_sites, frozen
-from taught.policy.ridge import Floats
 from taught.progress import Progress
 from taught.run.pieces import Prefixed
 from taught.sketches.answer import answer, error_factor, stored_queries, theory_error
 from taught.sketches.fill import example_row, fill_examples, fill_prompts, prompt_key
 from taught.sketches.project import Projection
 from taught.sketches.store import SketchStore
+from taught.stats.arrays import Floats
 
 # dy of so many examples and prompts is kept; for more, ask the store.
 LARGEST_DY = 50_000_000

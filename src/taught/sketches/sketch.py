@@ -1,6 +1,6 @@
 """Sketches of gradients: of each example's loss, and of each prompt's y and active features.
 
-    example      s(grad L(z))             one an example
+    example   s(grad L(z))             one an example
     y         s(grad y_i)              one a prompt
     feature   s(grad X_ik)             one a prompt and feature that is active on it
 

@@ -99,7 +99,7 @@ class SketchStore:
                 "not a store of sketches",
                 value=str(self.folder),
                 rule=f"a store holds {NAME}",
-                fix="make one: taught sketch STUDY --store FOLDER",
+                fix="make one: taught run STUDY --to attribute --set attribution.estimator=sketch",
             )
         if found is not None and identity is not None:
             _refuse_other(self.folder, found, identity)
@@ -181,7 +181,7 @@ class SketchStore:
                 "a shard of the store is damaged",
                 value=str(shard.path),
                 rule="its checksum is the one that was recorded when it was written",
-                fix="make it anew: taught sketch STUDY, with the same store",
+                fix="delete it and make it anew: taught run STUDY --to attribute --fresh attribute",
             )
         arrays = files.tensors_from_bytes(content)
         values: NDArray[np.float32] = arrays["values"].astype(np.float32)

@@ -6,6 +6,7 @@ none of them; file formats: docs/formats.md.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from taught.run.folder import RunFolder
     from taught.study.schema import Study
 
-__all__ = ["BY_NAME", "STAGES", "asked", "run"]
+__all__ = ["BY_NAME", "STAGES", "asked", "require_stage", "run"]
 
 _READ = ("model", "sae", "readout", "behavior", "prompts")  # what the model is read with
 _EXAMPLES = tuple(
@@ -40,7 +41,7 @@ STAGES = (
         "readings",
         "read the prompts: their behavior, and the features of the SAE on them",
         {
-            "study.yaml": "the study, every value filled in",
+            "study.yaml": "the study, each section as it was used last",
             "prompts.parquet": "evaluation prompts with their behavior y: prompt_id, text, group, category, source, "
             "licence, n_tokens, y",
             "readouts.safetensors": "`y` float64 [N]; with an SAE `h` float32 [M, D] residuals at the read-out tokens "
@@ -222,8 +223,8 @@ def asked(study: Study, to: str | None = None, only: str | None = None) -> list[
         No stage has this name, or the study does not ask for it.
     """
     named = to if only is None else only
-    if named is not None and named not in BY_NAME:
-        raise UserError("there is no stage of this name", value=named, rule="one of " + ", ".join(BY_NAME))
+    if named is not None:
+        require_stage(named)
     if named is not None and not BY_NAME[named].asked(study):
         raise UserError(
             "the study does not ask for this stage", value=named, rule=BY_NAME[named].what, fix=_wanted(named)
@@ -239,6 +240,15 @@ def asked(study: Study, to: str | None = None, only: str | None = None) -> list[
         and (number <= last or stage.name == "report")
         and (not stage.trains or stage.name in trained)
     ]
+
+
+def require_stage(name: str) -> str:
+    """The name, if a stage has it; else a UserError with those that there are."""
+    if name not in BY_NAME:
+        close = difflib.get_close_matches(name, BY_NAME, n=1)
+        fix = f"did you mean {close[0]}?" if close else "`taught run --help` says what a stage is"
+        raise UserError("there is no stage of this name", value=name, rule="one of " + ", ".join(BY_NAME), fix=fix)
+    return name
 
 
 def _needed(name: str) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -26,10 +28,12 @@ from taught.model.readout import read_packed
 from taught.policy.ridge import Policy, exact_shift
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
+from taught.run.pieces import Prefixed
 from taught.stages.certify import write_certificates
 from taught.stages.concepts import concept_method_scores, run_concepts
 from taught.stages.ready import Ask, Ready, asks, prepare, read_data, token_texts, wanted_targets
 from taught.stages.subject import open_subject, prompt_inputs
+from taught.stats.ranks import spearman_interval
 from taught.study.schema import Study
 
 Checks = dict[str, dict[str, float]]
@@ -57,17 +61,22 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         concepts = run_concepts(study, run, subject)
         asked = asks(ready, wanted_targets(study, ready.readings, [c.name for c in concepts]), concepts, progress)
         asked = in_one_metric(ready, asked, work)
-        parts = [driver.scores(ask.problem, ready.inputs, ask.targets, ready.method, work) for ask in asked]
-        scores = parts[0]
-        for part in parts[1:]:
-            scores = scores.joined(part)
+        works = [replace(work, pieces=Prefixed(stage.partial, f"place{n}")) for n in range(len(asked))]
+        parts = [
+            driver.scores(ask.problem, ready.inputs, ask.targets, ready.method, own)
+            for ask, own in zip(asked, works, strict=True)
+        ]
+        scores = reduce(Scores.joined, parts)
         ranked = scores.targets[0]
         top = strongest(scores, study.attribution.exact_top)
-        checks = _checks(ready, asked[0], scores, top, work)
+        checks = _checks(ready, asked[0], scores, top, works[0])
         shares = _shares(ready, asked, top, work)
         others = concept_method_scores(study, subject, run, ready.inputs, concepts, progress)
-        _write_scores(run, [scores, *others])
-        _write_details(run, ready, scores)
+        write_scores(run, [scores, *others])
+        if others:
+            run.write_table("agreement", agreement([scores, *others]))
+        if asked[0].targets.readings is ready.readings:  # else they are of a concept's place and prompts
+            _write_details(run, ready, scores)
         _write_examples(run, ready, scores)
         _write_summary(run, ready, scores, checks)
         policy = ready.readings.policy
@@ -113,7 +122,7 @@ def _checks(ready: Ready, ask: Ask, scores: Scores, top: Sequence[int], work: Wo
     estimator = method.estimator.make(ESTIMATORS)
     real = getattr(estimator, "real", False)
     chosen = list(ready.inputs) if real else [ready.inputs[i] for i in top]
-    rows, policy = kept_steps(ask.problem, chosen, work), ready.readings.policy
+    rows, policy = kept_steps(ask.problem, chosen, work), ask.targets.readings.policy
     targets = ask.targets.select([name])
     found: Checks = {}
     for example in chosen:
@@ -164,12 +173,31 @@ def _write_shares(run: RunFolder, tables: Sequence[pa.Table]) -> None:
     run.write_table("token_shares", pa.concat_tables(tables))
 
 
-def _write_scores(run: RunFolder, every: Iterable[Scores]) -> None:
+def write_scores(run: RunFolder, every: Iterable[Scores]) -> None:
     """Write the long table target by target, so that only one is in memory."""
     with run.table_writer("scores", scores_schema(), unique=("example_id",)) as write:
         for scores in every:
             for target in scores.targets:
                 write(scores.part(target))
+
+
+AGREEMENT = pa.schema(
+    [
+        *((name, pa.string()) for name in ("target", "method", "other")),
+        *((name, pa.float64()) for name in ("rank_correlation", "lo", "hi")),
+    ]
+)
+
+
+def agreement(every: Sequence[Scores]) -> pa.Table:
+    """Rank correlation over examples of every two methods on a target that several have, with its interval."""
+    rows: list[dict[str, Any]] = []
+    for target in dict.fromkeys(str(name) for scores in every[1:] for name in scores.targets):
+        for a, b in combinations([scores for scores in every if target in scores], 2):
+            r = spearman_interval(a[target], b[target])
+            found = {} if r is None else {"rank_correlation": r.value, "lo": r.lo, "hi": r.hi}
+            rows.append({"target": target, "method": a.method, "other": b.method, **found})
+    return pa.Table.from_pylist(rows, AGREEMENT)
 
 
 def _store_record(scores: Scores) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from taught.core.scores import Scores
 from taught.core.target import TargetSet, kind_of
 from taught.policy.certificate import Ranking, RemainderBound, rank_statements, resample_counts
-from taught.policy.ridge import Floats, Policy, exact_shift, score
+from taught.policy.ridge import Policy, exact_shift, score
 from taught.run.folder import RunFolder
+from taught.stats.arrays import Floats
 from taught.study.schema import Study
 
 NO_DY = "resampled prompts need the change on every prompt (prompt:* among attribution.targets)"

@@ -153,7 +153,7 @@ def _check_overlap(report: CheckReport, study: Study, examples: ExampleSet, prom
     what = f"{len(ids)} examples are evaluation prompts"
     report.add("overlap", what + _fate(ids, drop))
     if ids and not drop:
-        report.problems.append(f"{what}: {name_ids(ids)}; --drop-overlap leaves them out")
+        report.problems.append(f"{what}: {name_ids(ids)}; --set examples.drop_overlap=true leaves them out")
         return examples
     gone = set(ids)
     return replace(examples, examples=tuple(example for example in examples if example.id not in gone))
@@ -166,7 +166,7 @@ def _check_truncation(report: CheckReport, study: Study, encoded: Sequence[Encod
     what = f"{len(ids)} examples are longer than {study.examples.max_tokens} tokens"
     report.add("truncated", what + _fate(ids, drop))
     if ids and not drop:
-        report.problems.append(f"{what}: {name_ids(ids)}; --drop-truncated leaves them out")
+        report.problems.append(f"{what}: {name_ids(ids)}; --set examples.drop_truncated=true leaves them out")
     return [example for example in encoded if example.n_scored > 0 and not (drop and example.truncated)]
 
 

@@ -16,11 +16,12 @@ from taught.features.clamp import Clamp, decoder_direction, random_directions
 from taught.model.forward import edited_output, get_block
 from taught.model.readout import PackedPrompts, ReadPrompt, pack_apart, read_packed
 from taught.policy.dose import LEVEL, agreement, control_p, response, slope
-from taught.policy.ridge import Floats, Policy
+from taught.policy.ridge import Policy
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.ready import run_readings
 from taught.stages.subject import Subject, open_subject, prompt_inputs, study_prompts
+from taught.stats.arrays import Floats
 from taught.stats.multiplicity import benjamini_hochberg
 from taught.study.schema import ClampSpec, Study
 

@@ -38,13 +38,14 @@ from taught.features.concept import (
     require_place,
 )
 from taught.features.pooling import pool
-from taught.features.probe import Bools, Floats, sweep
+from taught.features.probe import sweep
 from taught.model.forward import find_blocks, get_block
 from taught.model.readout import check_trees, read_residuals
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.own_responses import own_examples
 from taught.stages.subject import Subject, example_inputs, open_checkpoint, open_subject, prompt_inputs, study_prompts
+from taught.stats.arrays import Bools, Floats
 from taught.study.schema import ConceptSpec, Study
 
 

@@ -82,8 +82,8 @@ def _read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             "the file of own responses cannot be read",
             value=f"{file}: {error!r}",
-            rule="a file that this command wrote",
-            fix="name another file with --responses",
+            rule="a file that taught wrote",
+            fix="delete it; the answers are generated again",
         ) from error
     changed = [key for key in settings if made.get(key) != settings[key]]
     if changed:
@@ -91,7 +91,7 @@ def _read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "the own responses were made under other conditions",
             value="; ".join(f"{key}: was {made.get(key)}, now {settings[key]}" for key in changed),
             rule="all answers of a file are of one model and one setting",
-            fix="name another file with --responses",
+            fix=f"delete {file}; the answers are generated again",
         )
     return responses
 
@@ -103,7 +103,7 @@ def _require_room(subject: Subject, examples: Sequence[Example], limit: int) -> 
             "prompt and own response do not fit into the model's context",
             value=f"{longest} tokens of a prompt and {limit} of the response",
             rule=f"{context} tokens together",
-            fix="lower --max-new-tokens",
+            fix="lower it: --set attribution.max_new_tokens=N",
         )
 
 

@@ -23,8 +23,10 @@ from taught.data.prompts import PromptSet
 from taught.errors import UserError
 from taught.features.concept import ConceptMap, concept_map
 from taught.features.pooling import FeatureMap
-from taught.model.readout import ReadPrompt, read_residuals
-from taught.policy.ridge import fit_policy
+from taught.features.sae import check_fit
+from taught.features.select import select_features
+from taught.model.readout import ReadPrompt, check_trees, read_prompts, read_residuals
+from taught.policy.ridge import choose_alpha, fit_policy
 from taught.progress import Progress
 from taught.run.folder import RunFolder
 from taught.stages.concepts import Read
@@ -139,14 +141,8 @@ def encode_examples(study: Study, subject: Subject, data: Data) -> tuple[list[En
 def run_readings(run: RunFolder) -> Readings:
     """The readings of a run: behavior, groups, and the policy where there is one."""
     readouts, ids = run.read_tensors("readouts")
-    groups: dict[str, list[str]] = {}
-    categories: dict[str, list[str]] = {}
-    for row in run.read_table("prompts", ["prompt_id", "group", "category"]).to_pylist():
-        groups.setdefault(row["group"], []).append(row["prompt_id"])
-        if row["category"] is not None:
-            categories.setdefault(row["category"], []).append(row["prompt_id"])
-    categories = {name: own for name, own in categories.items() if name not in groups}
-    base = Readings(tuple(ids["prompt_ids"]), readouts["y"], groups, categories)
+    prompts = run.read_table("prompts", ["prompt_id", "group", "category"]).to_pylist()
+    base = _readings(ids["prompt_ids"], readouts["y"], (tuple(row.values()) for row in prompts))
     if "policy.json" not in run.manifest["files"]:
         return base
     arrays, columns = run.read_tensors("activations")
@@ -162,6 +158,51 @@ def run_readings(run: RunFolder) -> Readings:
         fit_intercept=record["intercept"],
     )
     return replace(base, X=policy.X, columns=tuple(columns["feature_ids"]), policy=policy)
+
+
+def read_here(study: Study, subject: Subject, prompts: PromptSet, progress: Progress) -> Readings:
+    """The same without a run: read the prompts now, and with an SAE fit the policy on its features."""
+    encoded = subject.encode(prompts)
+    position = None if subject.sae is None else study.readout.position
+    inputs = prompt_inputs(encoded, position)
+    model = subject.loaded.model
+    check_trees(model, inputs, subject.behavior)
+    progress.step("read prompts", len(inputs))
+    read = read_prompts(model, inputs, subject.behavior, None if subject.sae is None else subject.sae.block)
+    base = _readings(read.prompt_ids, read.y.numpy(), ((p.id, p.group, p.category) for p in prompts))
+    if subject.sae is None:
+        return base
+    check_fit(subject.sae, read.h, study.sae.max_fvu)
+    X = subject.features(np.arange(subject.sae.n_features), study)(read.h, read.offsets).double().cpu().numpy()
+    positive, negative = study.prompts.sides
+    spec = study.features
+    chosen = select_features(
+        X,
+        [prompt.group for prompt in prompts],
+        positive=positive,
+        negative=negative,
+        threshold=spec.threshold,
+        max_features=spec.max_features,
+        ids=spec.ids,
+    ).feature_ids
+    fit: dict[str, Any] = {"prompt_ids": base.prompt_ids, "fit_intercept": study.policy.intercept}
+    alpha = study.policy.alpha
+    if alpha == "cv":
+        alpha, _ = choose_alpha(X[:, chosen], base.y, folds=study.policy.folds, seed=study.policy.seed, **fit)
+    policy = fit_policy(X[:, chosen], base.y, feature_ids=chosen, alpha=float(alpha), **fit)
+    return replace(base, X=policy.X, columns=tuple(policy.feature_ids.tolist()), policy=policy)
+
+
+def _readings(prompt_ids: Sequence[str], y: np.ndarray, prompts: Iterable[tuple[str, str, str | None]]) -> Readings:
+    """Behavior with groups and categories, of (id, group, category) of each prompt; no policy."""
+    groups: dict[str, list[str]] = {}
+    categories: dict[str, list[str]] = {}
+    for prompt_id, group, category in prompts:
+        groups.setdefault(group, []).append(prompt_id)
+        if category:
+            categories.setdefault(category, []).append(prompt_id)
+    categories = {name: own for name, own in categories.items() if name not in groups}
+    return Readings(tuple(prompt_ids), y, groups, categories)
 
 
 def make_problem(

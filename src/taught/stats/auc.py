@@ -14,12 +14,11 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from taught.stats.arrays import Floats
 from taught.stats.intervals import Interval, Z
 from taught.stats.ranks import ranks
-
-Floats = NDArray[np.float64]
 
 
 def auc(score: ArrayLike, positive: ArrayLike) -> Interval:

@@ -14,10 +14,9 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from taught.stats.arrays import Floats, Ints
 
 TAILS = (0.025, 0.975)
 NORMAL = NormalDist()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from taught.stats.arrays import Floats
 from taught.stats.intervals import DRAWS, MANY, Interval, Resampled, Z, resamples
-
-Floats = NDArray[np.float64]
 
 _CHUNK = 250  # draws whose ranks are held at a time
 _NOTHING = 1e-10  # a variance that is left of 1 after the controls, below which it is rounding

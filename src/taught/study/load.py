@@ -11,7 +11,7 @@ import yaml
 
 from taught.errors import UserError
 from taught.presets import list_presets, preset_path
-from taught.study.schema import Study, filled
+from taught.study.schema import Study
 
 __all__ = ["dump_study", "load_study", "study_from_dict"]
 
@@ -46,8 +46,8 @@ def study_from_dict(content: object, base: Path) -> Study:
 
 
 def dump_study(study: Study) -> str:
-    """Return the study as YAML with every default filled in; ``load_study`` gives it back."""
-    return yaml.safe_dump(filled(study), sort_keys=False, allow_unicode=True, width=100)
+    """Return the study as YAML, every key but the defaults of methods' parameters; ``load_study`` gives it back."""
+    return yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True, width=100)
 
 
 def _find_study(source: str | Path) -> Path:

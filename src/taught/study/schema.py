@@ -10,24 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from taught.core import rules
 from taught.core.names import TargetName
-from taught.core.registry import (
-    BEHAVIORS,
-    CURVATURES,
-    ESTIMATORS,
-    TARGETS,
-    TRAJECTORIES,
-    Choice,
-    Registry,
-    parameters,
-    setting,
-)
+from taught.core.registry import BEHAVIORS, CURVATURES, ESTIMATORS, TRAJECTORIES, Choice, Registry, parameters, setting
 from taught.core.rules import Rule, Visit
 from taught.errors import UserError
 from taught.study import gone
@@ -80,8 +70,8 @@ def _method(key: str, registry: Registry[Any], default: str, doc: str) -> Any:
     """A field that names a registered method, with or without parameters."""
 
     def parse(value: Any) -> Choice:
-        if isinstance(value, Choice):
-            value = value.plain()
+        if isinstance(value, Choice):  # checked before, or when it is made
+            return value
         if not isinstance(value, str | Mapping):
             raise ValueError
         given = {"kind": value} if isinstance(value, str) else dict(value)
@@ -138,7 +128,6 @@ def _target() -> Rule:
         if value.startswith("mean_y:"):
             fix = f"write behavior:{value.removeprefix('mean_y:')}"
             raise UserError("no target has this name any more", value=value, fix=fix)
-        TARGETS.get(value.partition(":")[0])
         return str(TargetName.parse(value))
 
     return Rule("the name of a target, such as behavior:GROUP", parse)
@@ -540,6 +529,9 @@ class ValidationSpec(Section):
         return self.repeats if design in REPEATED else 1
 
 
+_METHODS = ("estimator", "curvature", "trajectory")
+
+
 def _concepts() -> Any:
     one = Rule(
         "a mapping of the keys of a concept",
@@ -611,8 +603,18 @@ class Study:
                 raise unknown_key(str(key), value)
         return cls(**content)
 
+    @classmethod
+    def recorded(cls, content: Mapping[str, Any]) -> Study:
+        """The study that :meth:`to_dict` gave: no method is imported, and its parameters are taken as they are."""
+        content = dict(content)
+        content["attribution"] = dict(content["attribution"])
+        for owner, key in [(content, "behavior"), *((content["attribution"], m) for m in _METHODS)]:
+            kind, values = owner[key]["kind"], {name: v for name, v in owner[key].items() if name != "kind"}
+            owner[key] = Choice(kind, {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        return cls(**content)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, in the order of the keys."""
+        """Plain dicts, lists, strings and numbers, in the order of the keys; a method has its ``kind``."""
         return cast(dict[str, Any], plain(self))
 
     def flat(self) -> dict[str, Any]:
@@ -709,27 +711,10 @@ def methods_of(study: Study) -> Iterator[tuple[str, Registry[Any], Choice]]:
 def plain(value: Any) -> Any:
     """A value of a study as YAML has it."""
     if isinstance(value, Choice):
-        kept = value.plain()
-        return kept if isinstance(kept, str) else {name: plain(item) for name, item in kept.items()}
+        return {"kind": value.kind, **{name: plain(item) for name, item in value.values.items()}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def filled(owner: Any, only: Collection[str] | None = None) -> dict[str, Any]:
-    """A study, some of its sections, or a section as YAML has it, with every parameter of its methods."""
-    found: dict[str, Any] = {}
-    for item in dataclasses.fields(owner):
-        if only is not None and item.name not in only:
-            continue
-        value = getattr(owner, item.name)
-        if isinstance(value, Choice):
-            known = parameters(item.metadata["registry"].get(value.kind))
-            given = {name: value.values.get(name, part.default) for name, part in known.items()}
-            found[item.name] = {"kind": value.kind, **{name: plain(own) for name, own in given.items()}}
-        else:
-            found[item.name] = filled(value) if isinstance(value, Section) else plain(value)
-    return found
 
 
 def _leaves(owner: Any, prefix: str) -> Iterator[tuple[str, Any]]:

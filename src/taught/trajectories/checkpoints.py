@@ -65,6 +65,7 @@ class Checkpoints:
             work.progress.step(f"checkpoint {number + 1} of {len(self)}")
             model = problem.opener(checkpoint.id, checkpoint.revision)
             yield Leg(problem.at(model, checkpoint.lr), f"checkpoint{number}")
+            del model
 
     def carry(self, queries: Queries | None, leg: Leg, targets: TargetSet, work: Work) -> Queries | None:
         """Nothing is carried: each checkpoint takes the gradient of F at its own weights."""

@@ -19,15 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from taught.errors import UserError
+from taught.stats.arrays import Floats
 from taught.stats.intervals import UNKNOWN, Interval, two_sided
 from taught.stats.multiplicity import holm
 from taught.validation.lds import DRAWS
 from taught.validation.outcomes import metrics
 
-Floats = NDArray[np.float64]
 BASE, RANDOM = "base", "random"
 LEAST_MODELS = 2
 

@@ -6,7 +6,7 @@ well planted examples stand out. Nothing is computed with a model here, and no f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -231,8 +231,3 @@ def _planted(scores: Scores, planted: Collection[str]) -> list[PlantedRow]:
 def is_planted(flags: Mapping[str, object]) -> bool:
     """Whether an example's column ``planted`` marks it, as JSON, Parquet or CSV have it."""
     return str(flags.get("planted")).strip().lower() in ("true", "1", "1.0")
-
-
-def values_by_example(example_ids: Iterable[str], values: Iterable[float]) -> dict[str, float]:
-    """Example id -> value, as plain numbers."""
-    return dict(zip(example_ids, map(float, values), strict=True))

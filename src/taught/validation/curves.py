@@ -28,15 +28,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from taught.errors import UserError, refuse
+from taught.stats.arrays import Floats
 from taught.stats.intervals import Interval, two_sided
 from taught.stats.multiplicity import holm
 from taught.validation.lds import DRAWS
 from taught.validation.subsets import Subsets
 
-Floats = NDArray[np.float64]
 Kind = Literal["remove", "add"]
 
 LEAST_RUNS = 5

@@ -43,10 +43,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taught.errors import UserError, refuse
+from taught.stats.arrays import Floats
 from taught.stats.intervals import student_t
 from taught.validation.subsets import Subsets, random_subsets, summed
-
-Floats = NDArray[np.float64]
 
 MIX = 0.1
 FOLDS = 5

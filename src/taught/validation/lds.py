@@ -30,9 +30,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from taught.errors import UserError, refuse
+from taught.stats.arrays import Floats
 from taught.stats.intervals import UNKNOWN, Interval, Resampled, bca, p_values
 from taught.stats.multiplicity import holm
 from taught.stats.ranks import rank_correlations
@@ -41,7 +41,6 @@ from taught.validation.subsets import Subsets, summed
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Floats = NDArray[np.float64]
 Values = Mapping[str, float]  # of examples or of subsets, by id
 # method -> target -> example id -> influence on the target; positive: training on the example raises it.
 Scores = Mapping[str, Mapping[str, Values]]
@@ -76,7 +75,7 @@ class LdsRow:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much the LDS of ``method`` exceeds that of ``other``, over the same resamples.
+    """How much the raw LDS of ``method`` exceeds that of ``other``, over the same resamples.
 
     p_holm is corrected for all rows that were made in one call.
     """
@@ -85,7 +84,6 @@ class Difference:
     other: str
     target: str
     subsets: str
-    controlled: bool
     value: float
     lo: float
     hi: float
@@ -162,7 +160,6 @@ def differences(
     outcomes: Mapping[str, Values],
     scores: Scores,
     comparisons: Sequence[tuple[str, str]],
-    controls: Mapping[str, Values] | None = None,
     *,
     design: str,
     draws: int = DRAWS,
@@ -173,10 +170,8 @@ def differences(
     Parameters
     ----------
     comparisons : (method, other) each
-    controls : compare controlled values; None: raw ones
     outcomes, scores, design : as in :func:`lds_rows`
     """
-    covariates = [summed(_sorted(subsets), values) for values in (controls or {}).values()]
     named = {method: scores[method] for both in comparisons for method in both}
     found: list[tuple[str, str, str, Interval, float]] = []
     for target, outcome, sums in _by_target(subsets, outcomes, named):
@@ -184,14 +179,14 @@ def differences(
         if not asked:
             continue
         column = {method: k for k, method in enumerate(sums)}
-        made = rank_correlations(list(sums.values()), outcome, covariates or None, draws=draws, seed=seed)
+        made = rank_correlations(list(sums.values()), outcome, draws=draws, seed=seed)
         left, right = ([column[both[side]] for both in asked] for side in (0, 1))
         gap = made.map(lambda x, i=left, j=right: x[..., i] - x[..., j])  # type: ignore[misc]
         parts = zip(asked, bca(gap), p_values(gap), strict=True)
         found += [(a, b, target, interval, float(p)) for (a, b), interval, p in parts]
     adjusted = holm([row[-1] for row in found])
     return [
-        Difference(a, b, target, design, bool(covariates), *interval, p, float(q))
+        Difference(a, b, target, design, *interval, p, float(q))
         for (a, b, target, interval, p), q in zip(found, adjusted, strict=True)
     ]
 

@@ -21,17 +21,15 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from taught.core.names import TargetName
 from taught.core.readings import Readings
 from taught.core.target import value
 from taught.errors import UserError
+from taught.stats.arrays import Floats
 
 if TYPE_CHECKING:
     from taught.training.retrain import Retraining
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,9 @@ def soft_metrics(
         A group without prompts, or a prompt that was not read.
     """
     sides = (("positive", positive), ("negative", negative))
-    with np.errstate(divide="ignore"):
-        yes, no = (np.log(degree(reads.y[_rows(reads.prompt_ids, name, ids)])) for name, ids in sides)
+    y, p = reads.y, np.asarray(degree(reads.y), dtype=np.float64)
+    log_p = np.where(p > 0, np.log(np.where(p > 0, p, 1)), y)  # so small that it rounds to 0: y is its logarithm
+    yes, no = (log_p[_rows(reads.prompt_ids, name, ids)] for name, ids in sides)
     found = metrics(yes, no)
     return SoftMetrics(**{item.name: float(found[item.name]) for item in fields(SoftMetrics)})
 

@@ -1,8 +1,8 @@
 """Tables of scores that were made elsewhere, to be compared with the methods of a run.
 
 Columns: ``example_id``, ``method``, ``value``; optionally ``target`` (as in ``scores.parquet``: score,
-behavior:GROUP, coefficient:ID; a row without one counts for every target) and ``concept`` (as
-``taught concept-influence`` writes it: the method is then called ``concept:method``).
+behavior:GROUP, coefficient:ID). A row without one counts for every target, and so does one of a concept,
+which was not retrained for: of ``concept:NAME`` the method is called NAME:method.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from taught.core.names import TargetName
 from taught.data.tables import read_rows
 from taught.errors import UserError, refuse
 from taught.validation.comparison import Scores
@@ -42,7 +43,7 @@ def read_scores(path: Path) -> list[ScoreRow]:
         raise UserError(
             f"{path.name}: not a table of scores",
             value=f"without {', '.join(missing)}" if rows else "no rows",
-            rule="columns example_id, method and value; target and concept may be there",
+            rule="columns example_id, method and value; target may be there",
             fix="name the columns like this",
         )
     found = []
@@ -58,8 +59,10 @@ def read_scores(path: Path) -> list[ScoreRow]:
                 rule="every row has a number in the column value",
                 fix="correct it, or leave the method out",
             )
-        method = f"{row['concept']}:{row['method']}" if row.get("concept") else str(row["method"])
-        found.append(ScoreRow(method, row.get("target") or None, str(row["example_id"]), value))
+        method, target = str(row["method"]), row.get("target") or None
+        if target is not None and str(target).startswith("concept:"):
+            method, target = f"{TargetName.parse(target).about}:{method}", None
+        found.append(ScoreRow(method, target, str(row["example_id"]), value))
     return found
 
 

@@ -15,12 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from taught.errors import UserError, refuse, refuse_repeated
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
+from taught.stats.arrays import Bools, Floats
 
 # Draws in a row that bring nothing new before a design is said to be exhausted.
 _PATIENCE = 1000

@@ -15,10 +15,6 @@ from taught.report.makes import how_to_make
 from taught.report.tables import Tables, of_policy
 
 
-def _nothing(_: Tables) -> tuple[Sentence, ...]:
-    return ()
-
-
 @dataclass(frozen=True)
 class Section:
     """One section of a report.
@@ -37,7 +33,7 @@ class Section:
     title: str
     needs: tuple[str, ...]
     blocks: Callable[[Tables], Iterable[Block]]
-    sentences: Callable[[Tables], Iterable[Sentence | None]] = _nothing
+    sentences: Callable[[Tables], Iterable[Sentence | None]] = lambda tables: ()
     overview: bool = False
     heading: str = ""
 

@@ -12,9 +12,10 @@ from taught.report.blocks import Block, Column, Line, Mark, Sentence, Table, Tex
 from taught.report.examples import PRIMARY, SE, Summary, is_behavior, primary, scored, shown, targets
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
-from taught.report.stats import Estimate, mean_interval, spearman_interval
 from taught.report.tables import Rows, Tables
-from taught.report.text import common_power, count, listed, number, percent, tens, words
+from taught.report.text import common_power, count, interval_text, listed, number, percent, tens, words
+from taught.stats.intervals import Interval, mean_interval
+from taught.stats.ranks import spearman_interval
 
 STRONG = 0.5  # rank correlation from which a trivial predictor gives much of the ranking
 STEP_TOLERANCE = 0.05  # between S and a real step
@@ -58,8 +59,9 @@ def behaviors(tables: Tables) -> list[str]:
 
 
 def main_targets(tables: Tables) -> list[str]:
-    """What the ranking goes by: the score of a policy, without one the behaviors."""
-    return [PRIMARY] if primary(tables) == PRIMARY else behaviors(tables) or [primary(tables)]
+    """What the ranking goes by, and where it is a behavior the others too."""
+    first = primary(tables)
+    return list(dict.fromkeys([first, *(behaviors(tables) if is_behavior(first) else ())]))
 
 
 def label_table(summary: Summary, names: Sequence[str], marks: Mapping[str, int] = MappingProxyType({})) -> Table:
@@ -67,7 +69,7 @@ def label_table(summary: Summary, names: Sequence[str], marks: Mapping[str, int]
     known = summary.finite
     means = [(label, name, e) for name in names for label, e in label_means(summary, name)]
     means.sort(key=lambda row: known.names.index(row[0]))
-    power = common_power(v for *_, e in means for v in (e.value, e.lo, e.hi))
+    power = common_power(v for *_, e in means for v in e)
     columns = [Column("Label"), Column("Of"), Column("Examples", "number", 0)]
     rows = [
         (Line((Mark(marks[label]), " ", label)) if marks else label, words(name), len(known.own(label, name)), e)
@@ -77,13 +79,13 @@ def label_table(summary: Summary, names: Sequence[str], marks: Mapping[str, int]
     return Table([*columns, Column("Mean", "interval", power=power, plot="fit")], rows, caption, head=20)
 
 
-def label_means(summary: Summary, target: str) -> list[tuple[str, Estimate]]:
+def label_means(summary: Summary, target: str) -> list[tuple[str, Interval]]:
     """The mean of each label's examples with its interval."""
     found = ((name, mean_interval(summary.finite.own(name, target))) for name in summary.finite.names)
     return [(name, e) for name, e in found if e is not None]
 
 
-def trivial_correlations(summary: Summary, target: str) -> list[tuple[str, Estimate]]:
+def trivial_correlations(summary: Summary, target: str) -> list[tuple[str, Interval]]:
     """Rank correlation of a target with response length, loss and, with two labels, the label."""
     known = summary.finite
     columns = {name: known.columns[key] for key, name in TRIVIAL.items() if key in known.columns}
@@ -107,7 +109,7 @@ def _sentences(tables: Tables) -> list[Sentence | None]:
         (statements and ranking_sentence(statements)) or None,
         label_sentence(summary.finite, first),
         trivial_sentence(summary, first),
-        step_sentence(rows),
+        step_sentence(rows, first),
         sketch_sentence(summary.finite, first),
     ]
 
@@ -119,9 +121,9 @@ def label_sentence(scores: Summary, target: str) -> Sentence | None:
     known = label_means(scores, target)
     if not known:
         return None
-    power = common_power([end for _, e in known for end in (e.value, e.lo, e.hi)])
+    power = common_power([end for _, e in known for end in e])
     parts = [
-        f"{name} examples move {words(target)} by {e.text(power=power)}{tens(power)} on average"
+        f"{name} examples move {words(target)} by {interval_text(e, power=power)}{tens(power)} on average"
         + (f" ({NOTHING.lower()}: the interval includes zero)" if e.includes_zero else "")
         for name, e in known
     ]
@@ -140,7 +142,7 @@ def trivial_sentence(summary: Summary, target: str) -> Sentence | None:
     found = trivial_correlations(summary, target)
     if not found:
         return None
-    parts = listed([f"{e.text()} with {name}" for name, e in found], 4)
+    parts = listed([f"{interval_text(e)} with {name}" for name, e in found], 4)
     text = f"The rank correlation of {words(target)} is {parts}."
     strong = [name.split(" (")[0] for name, e in found if abs(e.value) >= STRONG and not e.includes_zero]
     if strong:
@@ -152,24 +154,25 @@ def trivial_sentence(summary: Summary, target: str) -> Sentence | None:
     return Sentence("Trivial predictors", "found", text)
 
 
-def step_sentence(summary: Rows) -> Sentence | None:
+def step_sentence(summary: Rows, target: str) -> Sentence | None:
     """How far the linear value is from a real step, on the examples where one was taken.
 
-    Where S is an estimate, these examples have an exact one too, and that is compared.
+    Where values are estimates, these examples have an exact one too, and that is compared. A refit is
+    of the policy, so it is compared with its score.
     """
-    rows = [r for r in scored(summary, PRIMARY) if r.get("step_score") and r[PRIMARY]]
+    rows = [r for r in scored(summary, target) if r.get("step_score") and r[target]]
     if not rows:
         return None
     apart = {
-        name: max(abs(r[key] / (r.get("exact_score") or r[PRIMARY]) - 1) for r in rows)
-        for name, key in (("a real step", "step_score"), ("an exact refit", "refit_score"))
-        if all(r.get(key) for r in rows)
+        name: max(abs(r[key] / ((of == target and r.get("exact_score")) or r[of]) - 1) for r in rows)
+        for name, key, of in (("a real step", "step_score", target), ("an exact refit", "refit_score", PRIMARY))
+        if all(r.get(key) and r.get(of) for r in rows)
     }
     differences = " and ".join(f"{percent(value, 1)} ({name})" for name, value in apart.items())
     good = max(apart.values()) <= STEP_TOLERANCE
     text = (
-        f"S is the first-order effect of one step. On the {count(len(rows), 'example')} with the "
-        f"largest |S| it differs by at most {differences} from what the step does."
+        f"Values are first-order effects of one step. On the {count(len(rows), 'example')} with the largest "
+        f"|{words(target)}| they differ by at most {differences} from what the step does."
     )
     if not good:
         text += f" That is above {percent(STEP_TOLERANCE)}: with a smaller lr it shrinks in proportion."

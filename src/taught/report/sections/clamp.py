@@ -8,9 +8,8 @@ from typing import cast
 from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text
 from taught.report.detail import feature_labels
 from taught.report.sections import SECTIONS, Section
-from taught.report.stats import Estimate
 from taught.report.tables import Row, Tables
-from taught.report.text import count, percent, shorten
+from taught.report.text import count, interval_text, percent, read_interval, shorten
 
 AGREEMENTS = {
     "all": "all features",
@@ -38,7 +37,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
             *(Column(name, "interval") for name in ("Same sign", "Rank correlation", "Seen per predicted")),
         ],
         [
-            [AGREEMENTS.get(name, name), found["n"], *(Estimate.of(found[key]) for key in MEASURES)]
+            [AGREEMENTS.get(name, name), found["n"], *(read_interval(found[key]) for key in MEASURES)]
             for name, found in it["agreement"].items()
         ],
         "Agreement of slopes with coefficients, 95% intervals (same sign: exact binomial; the others: bootstrap over "
@@ -61,7 +60,7 @@ def _slopes(tables: Tables, scales: list[float]) -> Table:
     ]
     made = []
     for r in rows:
-        slope = Estimate.of([r.get(key) for key in ("slope", "lo", "hi")]) or "not active on any prompt"
+        slope = read_interval([r.get(key) for key in ("slope", "lo", "hi")]) or "not active on any prompt"
         doses = [d["value"] for d in r.get("doses") or []] or [None] * len(scales)
         label = shorten(labels.get(r["feature_id"], ""), 60)
         made.append([Feature(r["feature_id"]), label, r["coef"], slope, r.get("p_adjusted"), r["n"], *doses])
@@ -72,14 +71,10 @@ def _slopes(tables: Tables, scales: list[float]) -> Table:
     return Table(columns, made, caption, tall=True)
 
 
-def _sentences(tables: Tables) -> list[Sentence | None]:
-    return [clamp_sentence(cast(Row, tables.json("clamp")))]
-
-
 def clamp_sentence(clamping: Row) -> Sentence | None:
     """Whether editing a feature in the model moves the behavior as its coefficient says."""
     agreed = clamping["agreement"]["all"]
-    same, rank, size = (Estimate.of(agreed[k]) for k in MEASURES)
+    same, rank, size = (read_interval(agreed[k]) for k in MEASURES)
     if same is None:
         return None
     scales = clamping["scales"]
@@ -88,16 +83,25 @@ def clamp_sentence(clamping: Row) -> Sentence | None:
         f"behavior to the side of the coefficient for {percent(same.value)} of "
         f"{count(agreed['n'], 'feature')} (95% {percent(same.lo)} to {percent(same.hi)})"
     )
-    text += f", by {size.text()} of what the coefficients say" if size else ""
-    text += f"; rank correlation with the coefficients {rank.text()}." if rank else "."
+    text += f", by {interval_text(size)} of what the coefficients say" if size else ""
+    text += f"; rank correlation with the coefficients {interval_text(rank)}." if rank else "."
     text += (
         f" {clamping['clear']} of them move it more than random directions of the same size do "
         "(corrected for their number)."
     )
-    if not (same.lo or 0) > 0.5 or not clamping["clear"]:
+    if not same.lo > 0.5 or not clamping["clear"]:
         text += " So the coefficients are not shown to be causes: read them as predictors."
         return Sentence("Clamping", "caution", text)
     return Sentence("Clamping", "found", text)
 
 
-SECTIONS.register("clamp")(Section("clamp", "Clamping", ("coefficients", "clamp"), _blocks, _sentences, overview=True))
+SECTIONS.register("clamp")(
+    Section(
+        "clamp",
+        "Clamping",
+        ("coefficients", "clamp"),
+        _blocks,
+        lambda tables: [clamp_sentence(cast(Row, tables.json("clamp")))],
+        overview=True,
+    )
+)

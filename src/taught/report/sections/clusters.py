@@ -12,9 +12,8 @@ import pyarrow.compute as pc
 from taught.report.blocks import Block, Column, Details, Example, Feature, Items, Line, Sentence, Table, Text, Word
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
-from taught.report.stats import Estimate
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import clean, common_power, count, listed, number, percent, shorten, words
+from taught.report.text import clean, common_power, count, listed, number, percent, read_interval, shorten, words
 
 ALPHA = 0.05
 APART, HARDLY = 0.5, 0.25  # mean silhouettes: Kaufman and Rousseeuw (1990)
@@ -135,7 +134,7 @@ def _influence_table(target: str, rows: Sequence[tuple[Row, Row]]) -> Table:
         (
             c["cluster"],
             shorten(c["name"], 80),
-            Estimate(r["mean"], r["lo"], r["hi"]),
+            read_interval([r["mean"], r["lo"], r["hi"]]),
             _random(r, "random", lambda v: number(v, power=power)),
             r["p_holm"],
             r["matched_p_holm"],

@@ -11,10 +11,9 @@ from taught.report.agreement import agreement_blocks
 from taught.report.blocks import Block, Column, Example, Line, Strips, Table, Text, Word
 from taught.report.examples import own_method, score_index, shown
 from taught.report.sections import SECTIONS, Section
-from taught.report.stats import Estimate
 from taught.report.strips import strips
 from taught.report.tables import Row, Tables
-from taught.report.text import clean, common_power, signed, tens
+from taught.report.text import clean, common_power, interval_text, read_interval, signed, tens
 
 STRONGEST = 5
 KIND = "concept:"
@@ -39,13 +38,13 @@ def _concept(tables: Tables, target: str, facts: Row) -> Iterator[Block]:
     title = Line((clean(target.removeprefix(KIND)), " ", Word(", ".join(filter(None, about)), "soft")))
     yield Text(title, "title")
     card = facts.get("card", {})
-    if separation := Estimate.of(card.get("auc")):
+    if separation := read_interval(card.get("auc")):
         # Labelled answers judge the direction, in place of the groups of prompts.
         sides = (
             "examples with and without the behavior" if "examples sha256" in provenance else "the two groups of prompts"
         )
         held = ", on rows it was not fitted on" if card.get("held_out") else ""
-        yield Text(f"Quality: AUC {separation.text()} between {sides}{held}; .5 is chance.")
+        yield Text(f"Quality: AUC {interval_text(separation)} between {sides}{held}; .5 is chance.")
     yield from agreement_blocks(tables, clean(target))
     yield _strongest(tables, target)
     own = [s for s in strips(tables.rows("token_shares") or []) if s.target == clean(target)]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from taught.report.blocks import Block, Column, Feature, Line, Sentence, Table, Text, Word
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
-from taught.report.stats import Estimate
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import count, listed
+from taught.report.text import count, interval_text, listed, read_interval
 
 
 def _blocks(tables: Tables) -> list[Block]:
@@ -39,15 +38,11 @@ def _row(r: Row) -> list[object]:
         r["group"],
         r["n"],
         r["mean_y"],
-        Estimate.of([r["gap"], r["lo"], r["hi"]]),
+        read_interval([r["gap"], r["lo"], r["hi"]]),
         r["p_adjusted"],
         Word("uncovered", "badge") if r["uncovered"] else covered,
         Line([Feature(f) for f in r["features"] or []], " "),
     ]
-
-
-def _sentences(tables: Tables) -> list[Sentence]:
-    return [audit_sentence(tables.rows("audit") or [], tables.setting("prompts.positive_group"))]
 
 
 def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
@@ -76,11 +71,18 @@ def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
 
 
 def _named(row: Row) -> str:
-    gap = Estimate(row["gap"], row.get("lo"), row.get("hi")).text()
+    gap = interval_text(read_interval([row["gap"], row["lo"], row["hi"]]))
     p = "p < 0.001" if row["p_adjusted"] < 0.001 else f"p = {row['p_adjusted']:.3f}"
     return f"{row['category']} (mean y {gap} against the rest of its group, adjusted {p}, n = {row['n']})"
 
 
 SECTIONS.register("coverage")(
-    Section("coverage", "Coverage", ("coefficients", "audit"), _blocks, _sentences, overview=True)
+    Section(
+        "coverage",
+        "Coverage",
+        ("coefficients", "audit"),
+        _blocks,
+        lambda tables: [audit_sentence(tables.rows("audit") or [], tables.setting("prompts.positive_group"))],
+        overview=True,
+    )
 )

@@ -106,10 +106,6 @@ def _drops(it: Curated) -> Table:
     return Table(columns, rows, Line(caption), empty="Nothing to drop.", fold=12, sortable=True)
 
 
-def _sentences(tables: Tables) -> list[Sentence]:
-    return [curation_sentence(Curated.read(tables))]
-
-
 def curation_sentence(curation: Curated) -> Sentence:
     """What to drop under the study's rule."""
     rule, target, protect = (curation.one(name) for name in ("rule", "target", "protect"))
@@ -152,5 +148,12 @@ def curation_change(record: Row) -> str:
 
 
 SECTIONS.register("curation")(
-    Section("curation", "Curation", ("curation", "summary"), _blocks, _sentences, overview=True)
+    Section(
+        "curation",
+        "Curation",
+        ("curation", "summary"),
+        _blocks,
+        lambda tables: [curation_sentence(Curated.read(tables))],
+        overview=True,
+    )
 )

@@ -21,10 +21,10 @@ from taught.report.examples import (
     texts,
 )
 from taught.report.sections import SECTIONS, Section
-from taught.report.stats import Estimate
 from taught.report.strips import Strip, strips
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import clean, common_power, count, listed, percent, shorten, signed, tens, words
+from taught.report.text import clean, common_power, count, interval_text, listed, percent, shorten, signed, tens, words
+from taught.stats.intervals import Interval
 
 NOTHING = "No effect found"
 NEGLIGIBLE = 0.02  # of the largest absolute value
@@ -51,7 +51,9 @@ def _blocks(tables: Tables) -> list[Block]:
             "stronger as it is; that alone does not mean more of the behavior."
         )
     movers = [_movers(tables, rows, target) for target in named_targets(targets(tables))[:MAX_COLUMNS]]
-    return [Text(lede), *movers, *_strips(tables), *_all(tables, rows), *_agreement(tables)]
+    compared = dict.fromkeys(r["target"] for r in tables.rows("agreement") or [] if not r["target"].startswith(OTHERS))
+    agreed = (block for target in compared for block in agreement_blocks(tables, target))
+    return [Text(lede), *movers, *_strips(tables), *_all(tables, rows), *agreed]
 
 
 def _movers(tables: Tables, rows: Rows, target: str) -> Table:
@@ -74,11 +76,11 @@ def _movers(tables: Tables, rows: Rows, target: str) -> Table:
     return Table(columns, shown_, caption, empty="No example moves it.", head=2 * ENDS)
 
 
-def _with_error(row: Row, target: str) -> float | Estimate | None:
+def _with_error(row: Row, target: str) -> float | Interval | None:
     value, se = row[target], row.get(target + SE)
     if value is None or se is None:
         return None if value is None else float(value)
-    return Estimate(value, value - NORMAL * se, value + NORMAL * se)
+    return Interval(value, value - NORMAL * se, value + NORMAL * se)
 
 
 def _strips(tables: Tables) -> list[Block]:
@@ -167,11 +169,6 @@ def _note(tables: Tables, summary: Summary, n_targets: int) -> str:
     return text + (f" {count(unscored, 'example')} without a score: see examples.parquet." if unscored else "")
 
 
-def _agreement(tables: Tables) -> list[Block]:
-    named = dict.fromkeys(row["target"] for row in tables.rows("agreement") or [])
-    return [block for t in named if not t.startswith(OTHERS) for block in agreement_blocks(tables, t)]
-
-
 # The verdict
 
 
@@ -194,11 +191,15 @@ def moved_sentence(topic: str, rows: Rows, names: Sequence[str]) -> Sentence | N
     if not parts:
         return Sentence(topic, "none", f"{NOTHING}: no example moves {listed([words(n) for n in names])}.")
     text = f"{'; '.join(parts)}. Changes are per training step."
+    named = [_with_error(row, name) for name in names[:SAID] for side in ends(rows, name, 1) for row in side]
+    unsure = all(isinstance(e, Interval) and e.includes_zero for e in named)
+    if unsure:
+        text += f" {NOTHING}: every interval includes zero."
     if PRIMARY in names:
         text += " That an example strengthens the policy does not by itself mean more of the behavior."
     if len(names) > SAID:
         text += f" {count(len(names) - SAID, 'more target')} in the section on examples."
-    return Sentence(topic, "found", text)
+    return Sentence(topic, "none" if unsure else "found", text)
 
 
 def _moved(rows: Rows, target: str) -> str:
@@ -215,7 +216,7 @@ def _moved(rows: Rows, target: str) -> str:
 
 def _amount(row: Row, target: str, power: int) -> str:
     found, x, y = _with_error(row, target), row.get(f"{target}:x"), row.get(f"{target}:y")
-    text = found.text(power=power) if isinstance(found, Estimate) else signed(found, power=power)
+    text = interval_text(found, power=power) if isinstance(found, Interval) else signed(found, power=power)
     if x is None or y is None:
         return text + tens(power)
     return f"{text}{tens(power)}, {_through(x, y)} (x {signed(x, power=power)}, y {signed(y, power=power)})"

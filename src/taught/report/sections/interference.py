@@ -15,7 +15,7 @@ from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
 from taught.report.stats import Control, unintended_control
 from taught.report.tables import Tables
-from taught.report.text import count, number, percent, shorten
+from taught.report.text import count, interval_text, number, percent, shorten
 
 OFFENDERS = 10
 CO_MOVEMENTS = 12
@@ -28,8 +28,8 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     if it := control(tables):
         yield Text(
             f"{it.flagged} of {count(it.n, 'example')} act mainly on a feature that they are not about. Random "
-            f"features of the same number: {it.random.text(0)}. With the intended features of another example: "
-            f"{number(it.swapped, 0)}."
+            f"features of the same number: {interval_text(it.random, 0)}. With the intended features of another "
+            f"example: {number(it.swapped, 0)}."
         )
     caption = "Correlation over examples of the coefficients’ changes; neighbours are clustered."
     yield Heatmap(r, [str(i) for i in ids], f"Co-movement of {len(ids)} features over examples", caption)
@@ -75,20 +75,15 @@ def control(tables: Tables) -> Control | None:
     return tables.once("control", lambda: unintended_control(moved.feature_ids, moved.total, sets))
 
 
-def _sentences(tables: Tables) -> list[Sentence]:
-    it = control(tables)
-    return [] if it is None else [unintended_sentence(it)]
-
-
 def unintended_sentence(control: Control) -> Sentence:
     """How many examples act mainly on features that they are not about."""
     lo, hi = control.random.lo, control.random.hi
     text = (
         f"{control.flagged} of {count(control.n, 'example')} ({percent(control.flagged / control.n)}) "
         "act mainly on a feature that they are not about; random features of the same number "
-        f"would give {control.random.text(0)}"
+        f"would give {interval_text(control.random, 0)}"
     )
-    if lo is not None and hi is not None and lo <= control.flagged <= hi:
+    if lo <= control.flagged <= hi:
         return Sentence("Interference", "none", f"{NOTHING}: {text}, which is no different.")
     side = "fewer" if control.flagged < control.random.value else "more"
     text += f", so {side} than chance. With the intended features of another example it would be "
@@ -96,5 +91,11 @@ def unintended_sentence(control: Control) -> Sentence:
 
 
 SECTIONS.register("interference")(
-    Section("interference", "Interference", ("coefficients", "summary", "comovement"), _blocks, _sentences)
+    Section(
+        "interference",
+        "Interference",
+        ("coefficients", "summary", "comovement"),
+        _blocks,
+        lambda tables: map(unintended_sentence, filter(None, [control(tables)])),
+    )
 )

@@ -7,7 +7,11 @@ from taught.report.sections import SECTIONS, Section
 from taught.report.tables import Tables
 from taught.report.text import count
 
-METRIC = {"identity": "", "adam": " of Adam", "ekfac": " in the metric of EK-FAC"}  # by attribution.curvature
+STEP = {
+    "identity": "one plain SGD step",
+    "adam": "one step of Adam",
+    "ekfac": "one step in the metric of EK-FAC",
+}  # by attribution.curvature
 SETTINGS = (
     "sae.encoder",
     "sae.block",
@@ -49,7 +53,9 @@ def _blocks(tables: Tables) -> list[Block]:
         left.append(Text(f"{source} With an intercept, X and y are centred over prompts.", "note"))
     shown = [(key, value) for key in SETTINGS if (value := tables.setting(key)) is not None]
     settings = [(key, str(value).lower() if isinstance(value, bool) else str(value)) for key, value in shown]
-    reading = Items(_reading(tables, f"{_step(curvature)}{_legs(points)}"))
+    step = STEP.get(curvature, f"one step in the metric of {curvature}")
+    step += f" from each of {count(points, 'checkpoint')}, added up," if points else ""
+    reading = Items(_reading(tables, step))
     right: list[Block] = [
         Text("How to read signs and units", "title"),
         reading,
@@ -65,16 +71,6 @@ def _checkpoints(tables: Tables) -> list[object]:
     trajectory = spec.get("trajectory")
     own = trajectory.get("checkpoints") if isinstance(trajectory, dict) else None
     return list(own or spec.get("checkpoints") or [])
-
-
-def _step(curvature: str) -> str:
-    if curvature == "identity":
-        return "one plain SGD step"
-    return "one step" + METRIC.get(curvature, f" in the metric of {curvature}")
-
-
-def _legs(points: int) -> str:
-    return f" from each of {count(points, 'checkpoint')}, added up," if points else ""
 
 
 def _reading(tables: Tables, step: str) -> list[str]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text
+from taught.report.charts import scaled
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
-from taught.report.stats import Estimate
 from taught.report.tables import Row, Tables
-from taught.report.text import count, listed, percent
+from taught.report.text import count, interval_text, listed, percent, read_interval
+from taught.stats.intervals import Interval
 
 BASELINES = {"group": "the group label alone", "length": "prompt length alone", "constant": "a constant"}
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
     rows = sorted(tables.rows("coefficients") or [], key=lambda r: -abs(r["coef"]))
-    estimates = [Estimate(r["coef"], r["lo"], r["hi"]) for r in rows]
+    estimates = [read_interval([r["coef"], r["lo"], r["hi"]]) for r in rows]
     yield Text(
         "A ridge regression of the behavior y (natural logarithm of the answer’s probability) on the features’ "
         "activations. A positive coefficient: the more active the feature, the likelier the behavior."
@@ -24,7 +26,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     if fit := _fit(tables.json("policy") or {}):
         columns = [Column("Measure"), Column("Of"), Column("Value", "interval", plot=(-0.05, 1.05))]
         yield Table(columns, fit, "Fit on held-out prompts, with 95% intervals")
-    unsure = sum(e.includes_zero for e in estimates)
+    unsure = sum(e is not None and e.includes_zero for e in estimates)
     yield Table(
         [
             Column("Feature", "id"),
@@ -46,70 +48,71 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     )
 
 
-def _fit(policy: Row) -> list[tuple[str, str, Estimate]]:
-    named = [("R²", "policy", Estimate.of(policy.get("r2")))]
+def _fit(policy: Row) -> list[tuple[str, str, Interval]]:
+    named = [("R²", "policy", read_interval(policy.get("r2")))]
     named += [("R²", name, e) for name, e in baselines(policy)]
-    named.append(("Rank correlation", "policy", Estimate.of(policy.get("spearman"))))
-    named.append(("Accuracy", "policy, thresholded", Estimate.of(policy.get("accuracy"))))
-    named.append(("Accuracy", "larger class always", Estimate.of(policy.get("majority"))))
+    named.append(("Rank correlation", "policy", read_interval(policy.get("spearman"))))
+    named.append(("Accuracy", "policy, thresholded", read_interval(policy.get("accuracy"))))
+    named.append(("Accuracy", "larger class always", read_interval(policy.get("majority"))))
     return [(measure, of, e) for measure, of, e in named if e is not None]
-
-
-def _sentences(tables: Tables) -> list[Sentence | None]:
-    return [fit_sentence(tables.json("policy") or {})]
 
 
 def fit_sentence(policy: Row) -> Sentence | None:
     """How much of the behavior the policy explains on held-out prompts."""
-    r2 = Estimate.of(policy.get("r2"))
+    r2 = read_interval(policy.get("r2"))
     if r2 is None:
         return None
     trivial = baselines(policy)
-    beside = listed([f"{e.text()} from {name}" for name, e in trivial], 4)
+    beside = listed([f"{interval_text(e)} from {name}" for name, e in trivial], 4)
     against = f", against {beside}" if beside else ""
     accuracy, accuracy_fails = _accuracy(policy)
-    if r2.lo is not None and r2.lo <= 0:
+    if r2.lo <= 0:
         text = f"{NOTHING}: what the policy explains on held-out prompts cannot be told from zero"
-        return Sentence("Fit", "none", f"{text} (R²\u00a0{r2.text()}){against}.{accuracy}")
+        return Sentence("Fit", "none", f"{text} (R²\u00a0{interval_text(r2)}){against}.{accuracy}")
     text = (
         f"On held-out prompts the policy of {count(policy['d'], 'feature')} explains "
-        f"{percent(r2.value)} of the variance of the behavior (R²\u00a0{r2.text()}){against}."
+        f"{percent(r2.value)} of the variance of the behavior (R²\u00a0{interval_text(r2)}){against}."
         f"{accuracy}"
     )
-    rivals = [name for name, e in trivial if not _beats(r2, e)]
+    low = r2.value if math.isnan(r2.lo) else r2.lo
+    rivals = [name for name, e in trivial if not low > (e.value if math.isnan(e.hi) else e.hi)]
     if rivals:
         do = "does" if len(rivals) == 1 else "do"
         text += f" Caution: {listed(rivals)} {do} about as well, so the features may add nothing."
     return Sentence("Fit", "caution" if rivals or accuracy_fails else "found", text)
 
 
-def baselines(policy: Row) -> list[tuple[str, Estimate]]:
+def baselines(policy: Row) -> list[tuple[str, Interval]]:
     """Held-out R² of the trivial predictors, with a readable name each."""
     found = []
     for name, record in (policy.get("baselines") or {}).items():
-        estimate = Estimate.of(record.get("r2", record) if isinstance(record, dict) else record)
+        estimate = read_interval(record.get("r2", record) if isinstance(record, dict) else record)
         if estimate is not None:
             found.append((BASELINES.get(name, name.replace("_", " ")), estimate))
     return found
 
 
-def _beats(ours: Estimate, theirs: Estimate) -> bool:
-    low = ours.value if ours.lo is None else ours.lo
-    return low > (theirs.value if theirs.hi is None else theirs.hi)
-
-
 def _accuracy(policy: Row) -> tuple[str, bool]:
-    accuracy, majority = (Estimate.of(policy.get(key)) for key in ("accuracy", "majority"))
+    accuracy, majority = (read_interval(policy.get(key)) for key in ("accuracy", "majority"))
     if accuracy is None or majority is None:
         return "", False
-    gain = Estimate.of(policy.get("accuracy_gain")) or Estimate(accuracy.value - majority.value)
+    gain = read_interval(policy.get("accuracy_gain")) or Interval(accuracy.value - majority.value)
     text = (
         f" With a threshold it is right on {percent(accuracy.value, 1)} of them, against "
         f"{percent(majority.value, 1)} for always naming the larger class: "
-        f"{gain.scaled(100).text(1)} points more"
+        f"{interval_text(scaled(gain, 100), 1)} points more"
     )
-    fails = gain.value <= 0 if gain.lo is None else gain.lo <= 0
+    fails = gain.value <= 0 if math.isnan(gain.lo) else gain.lo <= 0
     return text + (", no gain that can be told from zero." if fails else "."), fails
 
 
-SECTIONS.register("policy")(Section("policy", "Policy", ("coefficients", "policy"), _blocks, _sentences, overview=True))
+SECTIONS.register("policy")(
+    Section(
+        "policy",
+        "Policy",
+        ("coefficients", "policy"),
+        _blocks,
+        lambda tables: [fit_sentence(tables.json("policy") or {})],
+        overview=True,
+    )
+)

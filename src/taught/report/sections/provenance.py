@@ -28,16 +28,13 @@ def _blocks(tables: Tables) -> Iterator[Block]:
             Column("Peak memory, GB", "number"),
         ]
         columns += [Column("Finished"), Column("Fingerprint")]
-        yield Table(columns, [_stage(*item) for item in stages.items()], "Stages")
+        keys = ("status", "seconds", "peak_memory_gb", "finished")
+        rows = [(name, *map(s.get, keys), str(s.get("fingerprint") or "")[:12]) for name, s in stages.items()]
+        yield Table(columns, rows, "Stages")
     rest = {key: value for key, value in manifest.items() if key not in ELSEWHERE}
     files = [(f"file · {name}", f["sha256"]) for name, f in (manifest.get("files") or {}).items()]
     yield Details("Versions, hashes and weights", [Facts([*_flat(rest), *files], "list")])
     yield Details("Study", [Pre(yaml.safe_dump(tables.study, sort_keys=False, allow_unicode=True))])
-
-
-def _stage(name: str, s: Row) -> list[object]:
-    fingerprint = (s.get("fingerprint") or "")[:12]
-    return [name, s["status"], s.get("seconds"), s.get("peak_memory_gb"), s.get("finished") or "–", fingerprint]
 
 
 def _flat(record: Row, prefix: str = "") -> Iterator[tuple[str, str]]:

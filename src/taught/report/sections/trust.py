@@ -7,9 +7,8 @@ from typing import cast
 
 from taught.report.blocks import Block, Column, Line, Sentence, Table, Text, Word
 from taught.report.sections import SECTIONS, Section
-from taught.report.stats import Estimate
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import count, listed, number, percent
+from taught.report.text import count, interval_text, listed, number, percent, read_interval
 
 PREDICTORS = {
     "group": "group label",
@@ -25,9 +24,9 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     checks, d = card["checks"], card["signs"]["n"]
     passed, warned, failed = (sum(c["status"] == s for c in checks) for s in ("pass", "warn", "fail"))
     text = f"{passed} of {count(len(checks), 'check')} pass, {warned} warn, {failed} fail."
-    if needed := Estimate.of(card["features"]["needed"]):
+    if needed := read_interval(card["features"]["needed"]):
         share = percent(card["features"]["share"])
-        text += f" {needed.text(0)} of {count(d, 'feature')} give {share} of the held-out fit."
+        text += f" {interval_text(needed, 0)} of {count(d, 'feature')} give {share} of the held-out fit."
     text += " Everything is held out; thresholds are rules of thumb. Each check has a section in "
     yield Text(Line((text, Word("docs/checks.md", "code"), ".")))
     yield Table(
@@ -45,7 +44,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         head=len(checks),
     )
     found = [
-        (PREDICTORS.get(n, n), Estimate.of(r["r2"]), Estimate.of(r["gain"])) for n, r in card["predictors"].items()
+        (PREDICTORS.get(n, n), read_interval(r["r2"]), read_interval(r["gain"])) for n, r in card["predictors"].items()
     ]
     yield Table(
         [Column("Predictor"), Column("R²", "interval"), Column("Policy above it", "interval", plot="fit")],
@@ -68,7 +67,7 @@ def _check(c: Row) -> list[object]:
         said.append(Word(f"To do: {c['action']}", "soft"))
     status = c["status"] if passed else Word(c["status"], "badge")
     action = "" if passed else c["action"]
-    return [c["code"], Line(said, "\n"), c["name"], Estimate.of(c), c["threshold"], status, action]
+    return [c["code"], Line(said, "\n"), c["name"], read_interval(c), c["threshold"], status, action]
 
 
 def _set(s: Row, d: int) -> list[str]:
@@ -79,10 +78,6 @@ def _set(s: Row, d: int) -> list[str]:
         f"{s['flips']} of {d} ({number(s['control_flips'], 1)})",
         f"{s['sure_flips']} of {s['sure']} ({number(s['control_sure_flips'], 1)})",
     ]
-
-
-def _sentences(tables: Tables) -> list[Sentence]:
-    return [trust_sentence(cast(Row, tables.json("faithfulness"))["checks"])]
 
 
 def trust_sentence(checks: Rows) -> Sentence:
@@ -105,7 +100,7 @@ SECTIONS.register("trust")(
         "Trust",
         ("coefficients", "faithfulness"),
         _blocks,
-        _sentences,
+        lambda tables: [trust_sentence(cast(Row, tables.json("faithfulness"))["checks"])],
         overview=True,
         heading="Can the policy be trusted?",
     )

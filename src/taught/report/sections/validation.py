@@ -6,11 +6,23 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from taught.report.blocks import Block, Cell, Column, Items, Line, Sentence, Table, Text, Word
+from taught.report.examples import is_behavior, primary, targets
 from taught.report.sections import SECTIONS, Section
 from taught.report.sections.examples import NOTHING
-from taught.report.stats import Estimate
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import MINUS, common_power, count, number, percent, signed, tens, words
+from taught.report.text import (
+    MINUS,
+    common_power,
+    count,
+    interval_text,
+    number,
+    percent,
+    read_interval,
+    signed,
+    tens,
+    words,
+)
+from taught.stats.intervals import Interval
 
 COEFFICIENTS = "coefficients, median"
 CEILING = "noise ceiling"
@@ -20,6 +32,7 @@ WITH_METRICS = ("base", "removal", "addition", "curation", "curated")
 SOFT = {"precision": "Precision", "recall": "Recall", "f1": "F1", "correctness": "Correctness"}
 JUDGED = {"judged_positive": "Judged, positive", "judged_negative": "Judged, negative"}
 UNIT = (-1.05, 1.05)
+SIDES = ("raw", "controlled")
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
@@ -30,7 +43,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "them changed. Controlled: given the summed response length and the counts of labels, which alone explain "
         "much of any training."
     )
-    said = curve_sentences(tables.rows("curves") or [], tables.setting("validation.remove_by") or "")
+    said = curve_sentences(tables.rows("curves") or [], removed_by(tables))
     said += [effect_sentence(effect) for effect in tables.rows("named_effects") or []]
     yield from (Text(f"{sentence}.") for sentence in said)
     trivial = tables.rows("trivial")
@@ -44,6 +57,14 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     if costs := tables.rows("costs"):
         parts = (f"{r['method']} {number(r['seconds'], 0)} s, {number(r['memory_gb'], 1)} GB" for r in costs)
         yield Text(f"Time and peak memory: {'; '.join(parts)}.", "note")
+
+
+def removed_by(tables: Tables) -> str:
+    """The target whose strongest examples were left out, or trained on alone: the choice of the stage."""
+    named = tables.setting("validation.remove_by") or tables.setting("curation.target")
+    behaviors = [name for name in targets(tables) if is_behavior(name)]
+    negative = f"behavior:{tables.setting('prompts.negative_group')}"
+    return str(named or (negative if negative in behaviors else next(iter(behaviors), primary(tables))))
 
 
 # How well methods foresaw the outcomes
@@ -60,9 +81,10 @@ def lds_blocks(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> Iterator[Bl
         noise = {row["target"]: row for row in ceilings if row["subsets"] == design}
         for target in dict.fromkeys(row["target"] for row in some):
             if not target.startswith(OF_ONE):
-                made = [(r["method"], *_pair(r)) for r in some if r["target"] == target and r["raw"] is not None]
+                own = [r for r in some if r["target"] == target and r["raw"] is not None]
+                made = [(r["method"], *(read_interval([r[k], r[f"{k}_lo"], r[f"{k}_hi"]]) for k in SIDES)) for r in own]
                 if limit := noise.get(target):
-                    made.append((CEILING, Estimate(limit["ceiling"], limit["lo"], limit["hi"]), None))
+                    made.append((CEILING, Interval(limit["ceiling"], limit["lo"], limit["hi"]), None))
                 yield _lds_table(f"{words(target)}, 95% bootstrap intervals over subsets", made)
         if medians := _medians([row for row in some if row["target"].startswith("coefficient:")]):
             yield _lds_table(COEFFICIENTS, medians)
@@ -73,16 +95,12 @@ def _lds_table(caption: str, rows: Sequence[Sequence[Cell]]) -> Table:
     return Table(columns, rows, caption, head=20)
 
 
-def _pair(row: Row) -> list[Estimate | None]:
-    return [Estimate.of([row[name], row[f"{name}_lo"], row[f"{name}_hi"]]) for name in ("raw", "controlled")]
-
-
 def _medians(rows: Rows) -> list[Sequence[Cell]]:
     made: list[Sequence[Cell]] = []
     for method in dict.fromkeys(row["method"] for row in rows if row["raw"] is not None):
         own = [row for row in rows if row["method"] == method]
-        known = ([row[name] for row in own if row[name] is not None] for name in ("raw", "controlled"))
-        made.append((method, *(Estimate(median(values)) if values else None for values in known)))
+        known = ([row[name] for row in own if row[name] is not None] for name in SIDES)
+        made.append((method, *(Interval(median(values)) if values else None for values in known)))
     return made
 
 
@@ -111,7 +129,10 @@ def _planted(rows: Rows) -> Iterator[Block]:
             Column("AUC", "interval", plot=(-0.05, 1.05)),
             Column("Precision", "number"),
         ]
-        made = [(r["method"], words(r["target"]), Estimate(r["auc"], r["lo"], r["hi"]), r["precision"]) for r in shown]
+        made = [
+            (r["method"], words(r["target"]), read_interval([r["auc"], r["lo"], r["hi"]]), r["precision"])
+            for r in shown
+        ]
         n = f"{shown[0]['planted']} planted examples among {shown[0]['planted'] + shown[0]['others']}"
         caption = (
             f"{n}: area under the ROC curve (.5 by chance) with 95% interval; share of them among the first as many"
@@ -187,13 +208,12 @@ def arms_table(design: str, rows: Sequence[Row]) -> Table:
 
 
 def _arm(cell: Row, power: int) -> Line:
-    value = Estimate(cell["value"], cell["lo"], cell["hi"]).text(3, power=power)
-    if cell["difference"] is None:
-        return Line([value])
-    gap = Estimate(cell["difference"], cell["difference_lo"], cell["difference_hi"])
-    _, ends = gap.text(3, power=power).split(" ", 1)
-    mark = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
-    return Line([value, Word(f"{signed(gap.value, 3, power=power)}{mark} {ends}", "soft")], "\n")
+    said: list[Cell] = [interval_text(read_interval([cell["value"], cell["lo"], cell["hi"]]), 3, power=power)]
+    if gap := read_interval([cell["difference"], cell["difference_lo"], cell["difference_hi"]]):
+        mark = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
+        ends = interval_text(gap, 3, power=power).partition(" ")[2]
+        said.append(Word(f"{signed(gap.value, 3, power=power)}{mark} {ends}", "soft"))
+    return Line(said, "\n")
 
 
 def _models(rows: Rows) -> Iterator[Block]:
@@ -206,7 +226,7 @@ def _models(rows: Rows) -> Iterator[Block]:
     made = [(r["design"], r["subset"], r["n_examples"], *(r.get(key) for key in named)) for r in rows]
     caption = "Soft metrics of the retrained models, with p = exp(y) as degree of the behavior"
     if judged:
-        caption += "; judged: share of the group’s prompts whose answer refuses"
+        caption += "; judged: share of the group’s prompts whose answer shows the behavior"
     yield Table([Column("Design"), Column("Trained on"), Column("n", "number", 0), *metrics], made, caption)
 
 
@@ -215,7 +235,7 @@ def _models(rows: Rows) -> Iterator[Block]:
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
     curves = tables.rows("curves") or []
-    retrained = retraining_sentence(curves, tables.setting("validation.remove_by") or "")
+    retrained = retraining_sentence(curves, removed_by(tables))
     return [retrained, foreseen_sentence(tables.rows("lds") or [])]
 
 
@@ -233,12 +253,12 @@ def retraining_sentence(curves: Rows, target: str) -> Sentence | None:
 def foreseen_sentence(lds: Rows) -> Sentence | None:
     """How well the run's own method foresaw what retraining did; None if it was not compared."""
     own = [r for r in lds if r["method"] == lds[0]["method"] and not r["target"].startswith(OF_ONE)]
-    pairs = [(r, Estimate.of([r["raw"], r["raw_lo"], r["raw_hi"]])) for r in own]
+    pairs = [(r, read_interval([r["raw"], r["raw_lo"], r["raw_hi"]])) for r in own]
     known = [(r, e) for r, e in pairs if e is not None]
     if not known:
         return None
-    said = "; ".join(f"{words(r['target'])} {e.text()} ({r['subsets']})" for r, e in known[:4])
-    sure = any((e.lo or 0.0) > 0 for _, e in known)
+    said = "; ".join(f"{words(r['target'])} {interval_text(e)} ({r['subsets']})" for r, e in known[:4])
+    sure = any(e.lo > 0 for _, e in known)
     text = f"Rank correlation of {own[0]['method']} with what retraining on subsets did: {said}."
     return Sentence("Checked", "found" if sure else "caution", text)
 

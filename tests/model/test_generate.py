@@ -1,0 +1,22 @@
+"""Greedy answers against plain passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taught.model.generate import greedy
+from tiny_models import MODELS, PROMPT_IDS, plain_read, tiny_model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("budget", [1, 30, 4096])
+def test_own_responses_are_the_most_probable_tokens_one_by_one(name: str, budget: int):
+    model, ends = tiny_model(name), {3, 7}
+    found = greedy(model, PROMPT_IDS, ends, 6, batch_tokens=budget)
+    for prompt, answer in zip(PROMPT_IDS, found, strict=True):
+        expected: list[int] = []
+        while len(expected) < 6 and not set(expected) & ends:
+            with torch.no_grad():
+                expected.append(int(plain_read(model, (*prompt, *expected))[1][-1].argmax()))
+        assert answer == tuple(expected)

@@ -1,0 +1,167 @@
+"""``taught.influence``: one call gives what a run gives, from a folder or a model in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import taught
+from taught.errors import UserError
+from taught.study.load import load_study
+from taught.study.schema import Study
+from tiny_study import SCORED, do, values_of, with_values, write_tiny_study
+
+GROUPS = ("behavior:harmful", "behavior:harmless")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Study:
+    return load_study(write_tiny_study(tmp_path_factory.mktemp("api")))
+
+
+@pytest.fixture(scope="module")
+def run(study, tmp_path_factory):
+    return do(study, tmp_path_factory.mktemp("run") / "run", *SCORED)
+
+
+@pytest.fixture(scope="module")
+def loaded(study):
+    """A model of transformers in memory, with its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(study.model.id), AutoTokenizer.from_pretrained(study.model.id)
+
+
+def rows_of(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture
+def data(study) -> tuple[list[dict], list[dict]]:
+    return rows_of(study.examples.path), rows_of(study.prompts.path)
+
+
+def same_as_run(scores: taught.Scores, run, targets) -> None:
+    for target in targets:
+        expected = values_of(run, target)
+        assert scores.by_example(target) == pytest.approx(expected, abs=1e-3 * max(map(abs, expected.values())))
+
+
+def test_files_and_a_folder_give_the_runs_behaviors(study, run):
+    scores = taught.influence(study.model.id, study.examples.path, study.prompts.path)
+    assert [str(name) for name in scores.targets] == list(GROUPS) and scores.method == "adjoint"
+    same_as_run(scores, run, GROUPS)
+    values = values_of(run, GROUPS[0])
+    assert scores.top(1)[0][0] == max(values, key=lambda i: values[i])
+    table = scores.to_arrow()
+    assert table.column_names == ["example_id", "method", "target", "value", "se"] and len(table) == 16
+
+
+def test_dicts_and_a_model_in_memory_give_the_same(study, run, loaded, data):
+    model, tokenizer = loaded
+    model.train()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scores = taught.influence(model, *data, tokenizer=tokenizer)
+    same_as_run(scores, run, GROUPS)
+    from_folder = taught.influence(study.model.id, *data)
+    np.testing.assert_allclose(scores.values, from_folder.values, rtol=1e-5)
+    assert all((weights[name] == p).all() for name, p in model.named_parameters())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert model.training  # as it was given
+
+
+def test_with_an_sae_it_has_the_policy_of_a_run(study, run, loaded, data):
+    model, tokenizer = loaded
+    scores = taught.influence(model, *data, tokenizer=tokenizer, sae=study.sae.path, study=study)
+    names = [str(name) for name in scores.targets]
+    assert names == run.read_json("attribution")["targets"]
+    same_as_run(scores, run, names)
+    dy, ids = run.read_tensors("prompt_effects")
+    assert scores.details["dy"].shape == dy["dy"].shape == (8, len(ids["prompt_ids"]))
+
+
+def test_targets_by_name_and_contrasts(study, run, data):
+    name = "behavior:harmful - behavior:harmless"
+    scores = taught.influence(study.model.id, *data, [name, "behavior", "prompt:q00", "behavior:break"])
+    one, other = (np.array(list(values_of(run, group).values())) for group in GROUPS)
+    np.testing.assert_allclose(scores[name], one - other, atol=1e-3 * np.abs(one - other).max())
+    whole = (20 * one + 10 * other) / 30
+    np.testing.assert_allclose(scores["behavior"], whole, atol=1e-3 * np.abs(whole).max())
+    assert scores.values.shape == (8, 4) and np.isfinite(scores.values).all()
+    again = taught.influence(study.model.id, *data, [taught.TargetName.parse(name)])
+    np.testing.assert_allclose(again[name], scores[name], rtol=1e-5)
+
+
+def test_methods_are_named_as_in_a_study(study, data, tmp_path):
+    examples, prompts = data[0][:4], data[1]
+    plain = taught.influence(study.model.id, examples, prompts)
+    adam = taught.influence(study.model.id, examples, prompts, curvature={"kind": "adam", "eps": 1e-3})
+    assert adam.method == "adjoint+adam" and not np.allclose(adam.values, plain.values, rtol=0.1)
+    twice = taught.influence(study.model.id, examples, prompts, lr=2e-4)
+    np.testing.assert_allclose(twice.values, 2 * plain.values, rtol=1e-5)
+    along = {"kind": "checkpoints", "checkpoints": [{"id": study.model.id, "lr": 1e-4}]}
+    summed = taught.influence(study.model.id, examples, prompts, trajectory=along)
+    np.testing.assert_allclose(summed.values, plain.values, rtol=1e-4)
+    sketch = {"kind": "sketch", "dim": 8192}
+    with pytest.raises(UserError, match="place to be kept"):
+        taught.influence(study.model.id, examples, prompts, estimator=sketch)
+    found = taught.influence(study.model.id, examples, prompts, estimator=sketch, folder=tmp_path)
+    assert found.se is not None and np.abs(found.values - plain.values).max() < 6 * found.se.max()
+    loss = taught.influence(study.model.id, examples, [p | {"answer": "No."} for p in prompts], behavior="answer")
+    assert not np.allclose(loss.values, plain.values, rtol=0.1)
+
+
+def test_sketches_that_are_kept_belong_to_the_weights_they_are_of(loaded, data, tmp_path):
+    """Of a model in memory too: another one of the same shape does not take its sketches."""
+    from copy import deepcopy
+
+    model, tokenizer = loaded
+    given = {"tokenizer": tokenizer, "estimator": {"kind": "sketch", "dim": 1024}, "folder": tmp_path}
+    one = taught.influence(model, *data, **given)
+    np.testing.assert_array_equal(taught.influence(model, *data, **given).values, one.values)
+    other = deepcopy(model)
+    other.get_parameter("model.norm.weight").data[0] += 0.1
+    with pytest.raises(UserError, match=r"model\.weights"):
+        taught.influence(other, *data, **given)
+
+
+def test_an_overlap_is_refused_by_id_or_left_out(study, data):
+    examples, prompts = data
+    examples[3]["prompt"] = prompts[5]["prompt"]
+    with pytest.raises(UserError, match="z03"):
+        taught.influence(study.model.id, examples, prompts)
+    scores = taught.influence(study.model.id, examples, prompts, study=Study().replace("examples.drop_overlap", True))
+    assert "z03" not in scores.example_ids and len(scores) == 7
+
+
+def test_a_truncated_example_is_refused_by_id_or_left_out(study, data):
+    examples, prompts = data
+    examples[4]["response"] = "a very long answer " * 10
+    short = Study().replace("examples.max_tokens", 128)
+    with pytest.raises(UserError, match="z04"):
+        taught.influence(study.model.id, examples, prompts, study=short)
+    scores = taught.influence(study.model.id, examples, prompts, study=short.replace("examples.drop_truncated", True))
+    assert "z04" not in scores.example_ids and len(scores) == 7
+
+
+def test_what_does_not_fit_is_said(study, data):
+    with pytest.raises(UserError, match=r"sae\.path"):
+        taught.influence(study.model.id, *data, ["score"])
+    with pytest.raises(UserError, match=r"prompts\.positive_group"):
+        taught.influence(study.model.id, *data, sae=study.sae.path)
+    with pytest.raises(UserError, match="behavior:nobody|nobody"):
+        taught.influence(study.model.id, *data, ["behavior:nobody"])
+    with pytest.raises(UserError, match=r"attribution\.estimator"):
+        taught.influence(study.model.id, *data, estimator="adjiont")
+
+
+def test_documents_are_trained_on_as_a_whole(study, data):
+    texts = [{"id": f"d{n}", "text": row["response"] * 2} for n, row in enumerate(data[0])]
+    documents = with_values(Study(), {"examples.kind": "document"})
+    scores = taught.influence(study.model.id, texts, data[1], study=documents)
+    assert [i.partition("#")[0] for i in scores.example_ids] == [f"d{n}" for n in range(8)] and np.isfinite(
+        scores.values
+    ).all()
