@@ -293,6 +293,7 @@ def test_what_does_not_go_together_is_refused_with_its_reason(folder: Path) -> N
         with pytest.raises(UserError, match=message):
             attributed(folder, study, "refused")
         assert len(check_study(study).problems) == 1
+    attributed(folder, study_with(folder, EARLY, targets=["score"]), "refused")  # nothing was begun there
 
 
 def test_a_checkpoint_of_another_model_is_refused(folder: Path) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -271,7 +272,7 @@ class Adjoint:
         whole = targets.every_prompt or many > max(FEW, problem.d)
         summed = targets.combinable if queries is None and whole else ()
         parts = []
-        if summed:
+        if summed or (targets.every_prompt and queries is None):
             parts.append(_from_basis(problem, examples, targets.select(summed), work))
         if len(summed) < len(targets.names):
             rest = targets.select([name for name in targets.names if name not in summed])
@@ -317,7 +318,9 @@ def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSe
     losses = example_losses(problem.model, examples, problem.batch_tokens)
     # What cannot be done block by block is said before the long part.
     split_sites(problem.model, problem.parameters)
-    policy, x_raw, progress = targets.readings.policy, None, work.progress
+    wanted = {kind_of(part).reads for name in targets.names for part in name.parts}
+    policy = targets.readings.policy if "policy" in wanted else None
+    x_raw, progress = None, work.progress
     if policy is not None:
         basis = RawX(policy)
         progress.step("features: gradients of X", feature_steps(problem, len(examples), len(basis)))
@@ -328,6 +331,6 @@ def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSe
     progress.step("prompts: gradients of y", prompt_steps(problem, examples))
     dy = prompt_effects(problem, examples, progress=progress, pieces=work.pieces).numpy()
     shift = None if policy is None or x_raw is None else pathway_sums(policy, x_raw, dy @ policy.Xc)
-    values = targets.combine(Moves(dy, shift))
+    values = targets.combine(Moves(dy, shift)) if targets.names else np.zeros((len(examples), 0))
     ids = tuple(z.id for z in examples)
     return Scores("adjoint", ids, targets.names, values, losses=losses.numpy(), details={"dy": dy})
