@@ -94,7 +94,7 @@ def _questions(features: int) -> dict[str, str]:
         "quantiles of the score by label": "ask('score', quantiles=True)",
         "quantiles of a coefficient by label": f"ask('coefficient:{feature}', quantiles=True)",
         "SQL: one example's coefficients, all row groups": 'ask("SELECT target, value FROM scores '
-        "WHERE target LIKE 'coefficient:%' AND target NOT LIKE '%:_' "
+        "WHERE regexp_matches(target, '^coefficient:[0-9]+$') "
         'AND example_id = (SELECT max(example_id) FROM examples)")',
         "the report": "(tables := Tables(RunFolder.open(RUN)), render(tables))[0].rows('summary')",
     }

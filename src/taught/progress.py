@@ -87,7 +87,7 @@ class LineProgress:
 
     def _say(self, text: str) -> None:
         self._said = self._clock()
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def _tick(self) -> None:
         while not self._ended.wait(1.0):
@@ -102,6 +102,11 @@ class LineProgress:
     ) -> None:
         self._ended.set()
         self._ticker.join()
+
+
+def printable(text: str) -> str:
+    """The text without control characters: ids and names come from data, and a terminal obeys what it is sent."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _duration(seconds: float) -> str:
@@ -141,7 +146,7 @@ class RichProgress:
 
     def note(self, text: str) -> None:
         """Say something that stays."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, n: int = 1) -> None:
         """Move the bar of the current step."""

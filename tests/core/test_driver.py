@@ -49,6 +49,7 @@ ASKED = {
         "behavior",
         "behavior:a",
         "behavior:a - behavior:b",
+        "behavior:a - score",
         "prompt:q1",
     ],
     "concepts": ["concept:*", "concept:u - concept:v", "behavior:a - concept:u", "behavior:b"],

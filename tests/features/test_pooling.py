@@ -50,7 +50,7 @@ def test_response_is_the_central_difference_of_the_features(kind: str, position:
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_trap_2_a_feature_that_is_off_does_not_respond(kind: str) -> None:
+def test_a_feature_that_is_off_does_not_respond(kind: str) -> None:
     # Without the gate dX would be dh W_enc everywhere.
     features, h, dh = tiny_features(kind), tokens(), tokens(seed=1)
     X, dX = features(h, torch.arange(7)), features.response(h, dh, torch.arange(7))
@@ -68,7 +68,7 @@ def test_the_response_holds_the_baseline_s_gates_for_a_large_change() -> None:
     torch.testing.assert_close(features.response(h, dh, torch.arange(7)), 100 * unit)
 
 
-def test_trap_7_the_proxy_and_the_true_encoder_are_different_functions() -> None:
+def test_the_proxy_and_the_true_encoder_are_different_functions() -> None:
     # Same weights, other gates, hence other X and other dX.
     h, dh, offsets = tokens(), tokens(seed=1), torch.arange(7)
     for kind in ("standard", "jumprelu", "topk"):

@@ -125,8 +125,8 @@ def test_encoder_is_its_formula(kind):
     torch.testing.assert_close(sae.encode(h), naive(sae, h))
 
 
-def test_trap_7_relu_proxy_is_the_papers_formula_and_not_the_true_encoder():
-    sae, h = make(), tokens()
+def test_relu_proxy_is_the_papers_formula_and_not_the_true_encoder():
+    sae, h = make(), tokens()  # trap 7
     proxy = torch.stack([(token @ sae.W_enc + sae.b_enc).clamp(min=0) for token in h])
     torch.testing.assert_close(sae.encode(h, encoder="relu"), proxy)
     assert (sae.encode(h) - proxy).abs().max() > 0.1
@@ -134,9 +134,9 @@ def test_trap_7_relu_proxy_is_the_papers_formula_and_not_the_true_encoder():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("encoder", ["sae", "relu"])
-def test_trap_4_subset_has_the_columns_of_the_ids_in_their_order(kind, encoder):
+def test_subset_has_the_columns_of_the_ids_in_their_order(kind, encoder):
     sae, h = make(**KINDS[kind]), tokens().reshape(4, 10, D)
-    ids = [9, 10, 2]  # as strings these would sort '10' < '2' < '9'
+    ids = [9, 10, 2]  # as strings these would sort '10' < '2' < '9' (trap 4)
     some = sae.encode(h, ids, encoder=encoder)
     assert some.shape == (4, 10, 3)
     every = sae.encode(h, encoder=encoder)

@@ -59,7 +59,7 @@ def test_trees_and_padded_passes_agree(name: str, position: str) -> None:
         assert_same(trees, read_prompts_plain(model, prompts, tiny_behavior(), BLOCK, batch_size=batch_size))
 
 
-def test_trap_3_the_plain_route_scores_prefixes_at_each_row_s_own_tokens() -> None:
+def test_the_plain_route_scores_prefixes_at_each_row_s_own_tokens() -> None:
     # The shortest prompt beside the longest one, its prefix must not be read in the padding.
     model = tiny_model("tied")
     short, long = tiny_prompts()[5], tiny_prompts()[1]
@@ -101,7 +101,7 @@ def test_padding_on_the_right_gives_what_padding_on_the_left_gives() -> None:
 
 
 @pytest.mark.parametrize("block", [0, 1])
-def test_trap_1_h_is_the_output_of_the_block_and_not_its_input(block: int) -> None:
+def test_h_is_the_output_of_the_block_and_not_its_input(block: int) -> None:
     # Hidden_states[l] is what goes into block l.
     model, ids = tiny_model("tied"), PROMPT_IDS[0]
     h, _ = forward(model, stack([build_tree([ids])[0]]), block=block)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from taught.run.lock import locked_file
 
 from taught.errors import UserError
 from taught.run import files

@@ -90,8 +90,9 @@ def test_a_whole_run_on_it(study: Study, loaded, tmp_path: Path, name: str) -> N
     for row in run.read_table("summary").to_pylist():
         assert row["step_score"] == pytest.approx(values[row["example_id"]], rel=0.2, abs=0.05 * largest)
     assert values_of(run, "behavior:harmless").keys() == values.keys()
-    meaning = run.read_json("readings")["behavior"]["meaning"]
-    assert "z00" in run.read_text("report.html") and meaning.split(" of ")[0] in run.read_text("report.html")
+    about = run.read_json("readings")["behavior"]
+    page = run.read_text("report.html")
+    assert "z00" in page and f"{about['meaning']} ({about['unit']})".replace("'", "&#39;") in page
     run.verify()
 
 
@@ -107,7 +108,7 @@ def test_prompts_that_lack_what_it_needs_are_named(study: Study, tmp_path: Path,
 
 def test_another_behavior_is_another_result(study: Study, tmp_path: Path) -> None:
     run = do(study.replace("behavior", "answer"), tmp_path / "run", "readings")
-    with pytest.raises(UserError, match=r"behavior: was answer, now loss"):
+    with pytest.raises(UserError, match=r"behavior: was 'answer', now 'loss'"):
         do(study.replace("behavior", "loss"), run, "readings")
     with pytest.raises(UserError, match=r"behavior\.reduce"):
         do(study.replace("behavior", KINDS["answer, mean"]), run, "readings")

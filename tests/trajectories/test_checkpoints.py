@@ -218,7 +218,7 @@ def test_a_run_that_was_stopped_goes_on_at_its_checkpoint(folder: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         attributed(folder, study, "stopped")
     partial = folder / "stopped" / "partial"
-    assert {file.name.partition("-")[0] for file in partial.rglob("*.safetensors")} == {"checkpoint1"}
+    assert any("checkpoint1-" in file.name for file in partial.rglob("*.safetensors"))
     kept = adjoint.kept
 
     def counted(pieces, key, compute):

@@ -8,16 +8,17 @@ Such as what the model wrongly said: examples with a high influence taught it to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from taught.core import rules
 from taught.core.behavior import Unscorable
 from taught.core.registry import BEHAVIORS, setting
-from taught.data.chat import ChatFormat, EncodedPrompt
-from taught.data.prompts import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taught.data.chat import ChatFormat, EncodedPrompt
+    from taught.data.prompts import Prompt
 
 
 @BEHAVIORS.register("answer")
@@ -44,6 +45,8 @@ class Answer:
 
     def degree(self, y: Any) -> Any:
         """The probability of the answer, or of its tokens in the geometric mean."""
+        import numpy as np
+
         return np.exp(y)
 
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from string import ascii_uppercase
-from typing import Any, ClassVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from taught.core import rules
 from taught.core.behavior import Unscorable, in_rows
 from taught.core.registry import BEHAVIORS, setting
-from taught.data.chat import ChatFormat, EncodedPrompt
-from taught.data.prompts import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taught.data.chat import ChatFormat, EncodedPrompt
+    from taught.data.prompts import Prompt
 
 
 @BEHAVIORS.register("choice")
@@ -54,11 +55,13 @@ class Choice:
 
     def value(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
         """Log-odds of each prompt's first suffix."""
-        rows = in_rows(logp / lengths if self.normalise else logp, prompt, n, -torch.inf)
-        return rows[:, 0] - torch.logsumexp(rows[:, 1:], 1)
+        rows = in_rows(logp / lengths if self.normalise else logp, prompt, n, -inf)
+        return rows[:, 0] - rows[:, 1:].logsumexp(1)
 
     def degree(self, y: Any) -> Any:
         """Probability of the right option among the options."""
+        import numpy as np
+
         return 1 / (1 + np.exp(-np.asarray(y)))
 
 

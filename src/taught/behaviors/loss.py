@@ -9,16 +9,17 @@ Sign: y is a loss. Training on an example with positive influence makes the text
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from taught.behaviors.answer import encode_own_answer
 from taught.core import rules
 from taught.core.registry import BEHAVIORS, setting
-from taught.data.chat import ChatFormat, EncodedPrompt
-from taught.data.prompts import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taught.data.chat import ChatFormat, EncodedPrompt
+    from taught.data.prompts import Prompt
 
 
 @BEHAVIORS.register("loss")
@@ -49,4 +50,6 @@ class Loss:
 
     def degree(self, y: Any) -> Any:
         """One minus the probability of a token, in the geometric mean."""
+        import numpy as np
+
         return -np.expm1(-np.asarray(y))

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from math import inf
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from taught.core import rules
 from taught.core.behavior import in_rows
 from taught.core.registry import BEHAVIORS, setting
-from taught.data.chat import ChatFormat, EncodedPrompt
-from taught.data.prompts import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taught.data.chat import ChatFormat, EncodedPrompt
+    from taught.data.prompts import Prompt
 
 
 @BEHAVIORS.register("prefixes")
@@ -50,10 +51,12 @@ class Prefixes:
 
     def value(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
         """Log of the summed probability of each prompt's prefixes."""
-        return torch.logsumexp(in_rows(logp, prompt, n, -torch.inf), 1)
+        return in_rows(logp, prompt, n, -inf).logsumexp(1)
 
     def degree(self, y: Any) -> Any:
         """The probability that the answer begins so."""
+        import numpy as np
+
         return np.exp(y)
 
 

@@ -13,13 +13,12 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
 from taught.data.columns import name_ids, repeated
 from taught.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from taught.data.chat import ChatFormat, EncodedPrompt
     from taught.data.prompts import Prompt
 
@@ -119,6 +118,6 @@ def in_rows(values: Tensor, group: Tensor, n: int, fill: float) -> Tensor:
     values : [S]
     group : int64 [S], ascending
     """
-    counts = torch.bincount(group, minlength=n)
-    place = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
+    counts = group.bincount(minlength=n)
+    place = group.new_ones(len(group)).cumsum(0) - 1 - (counts.cumsum(0) - counts)[group]
     return values.new_full((n, int(counts.max())), fill).index_put((group, place), values)

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from taught.core.curvature import Curvature
@@ -37,7 +38,7 @@ from taught.core.query import build_queries, queries_at_once, sites_up_to_block,
 from taught.core.readings import Moves
 from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
-from taught.core.target import TargetSet, kind_of
+from taught.core.target import TargetSet, kind_of, words
 from taught.core.trajectory import Queries, Trajectory
 from taught.environment import return_freed_memory
 from taught.estimators import cost
@@ -321,6 +322,9 @@ def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSe
     wanted = {kind_of(part).reads for name in targets.names for part in name.parts}
     policy = targets.readings.policy if "policy" in wanted else None
     x_raw, progress = None, work.progress
+    progress.step("prompts: gradients of y", prompt_steps(problem, examples))
+    dy = prompt_effects(problem, examples, progress=progress, pieces=work.pieces).numpy()
+    _note_first(targets, examples, dy, progress)
     if policy is not None:
         basis = RawX(policy)
         progress.step("features: gradients of X", feature_steps(problem, len(examples), len(basis)))
@@ -328,9 +332,17 @@ def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSe
         F = feature_effects(problem, examples, basis, X, progress=progress, pieces=work.pieces)
         x_raw = combine_raw_x(policy, F.numpy())
         return_freed_memory()
-    progress.step("prompts: gradients of y", prompt_steps(problem, examples))
-    dy = prompt_effects(problem, examples, progress=progress, pieces=work.pieces).numpy()
     shift = None if policy is None or x_raw is None else pathway_sums(policy, x_raw, dy @ policy.Xc)
     values = targets.combine(Moves(dy, shift)) if targets.names else np.zeros((len(examples), 0))
     ids = tuple(z.id for z in examples)
     return Scores("adjoint", ids, targets.names, values, losses=losses.numpy(), details={"dy": dy})
+
+
+def _note_first(targets: TargetSet, examples: Sequence[Example], dy: NDArray[np.float64], progress: Progress) -> None:
+    """Say who moves each behavior most, before the long part."""
+    for name in targets.names:
+        if all(kind_of(part).reads == "behavior" and not kind_of(part).many for part in name.parts):
+            values = targets.combine(Moves(dy), [name])[:, 0]
+            order = np.argsort(-values, kind="stable")[:3]
+            named = ", ".join(f"{examples[i].id} ({values[i]:+.2g})" for i in order)
+            progress.note(f"{words(name)}: raised most by {named}")

@@ -119,4 +119,5 @@ def interval_text(interval: Interval | None, digits: int = 2, *, power: int = 0)
     if interval is None:
         return number(None)
     value, lo, hi = (number(part, digits, power=power) for part in interval)
-    return value if math.isnan(interval.lo) or math.isnan(interval.hi) else f"{value} [{lo}, {hi}]"
+    unknown = any(part is None or math.isnan(part) for part in (interval.lo, interval.hi))
+    return value if unknown else f"{value} [{lo}, {hi}]"

@@ -22,7 +22,7 @@ __all__ = ["BY_NAME", "STAGES", "asked", "require_stage", "run"]
 
 _READ = ("model", "sae", "readout", "behavior", "prompts")  # what the model is read with
 _EXAMPLES = tuple(
-    f"examples.{key}" for key in ("path", "kind", "max_tokens", "limit", "drop_overlap", "drop_truncated")
+    f"examples.{key}" for key in ("path", "kind", "turns", "max_tokens", "limit", "drop_overlap", "drop_truncated")
 )
 
 
@@ -99,7 +99,7 @@ STAGES = (
         "score the examples: what training on each one does to every target",
         {
             "examples.parquet": "the examples as they were scored: example_id, prompt, response, label, category, "
-            "source, n_tokens, n_scored, truncated, loss",
+            "source, document (of a window: whose), n_tokens, n_scored, truncated, loss",
             "scores.parquet": "influence of every example on every target: example_id, method, target, value, se; one "
             "row group for a method and a target",
             "summary.parquet": "one row an example: its label, its value for each target that is no coefficient, "

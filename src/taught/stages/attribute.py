@@ -19,6 +19,7 @@ from taught.core.estimator import Work
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
 from taught.core.scores import Scores, scores_schema
 from taught.core.target import kind_of
+from taught.data.documents import windows_note
 from taught.data.examples import ExampleSet
 from taught.errors import UserError
 from taught.estimators.finite_step import kept_steps
@@ -57,6 +58,8 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         if stage.done:
             return
         ready = prepare(study, run, subject, data)
+        if (windows := windows_note(ready.encoded)) is not None:
+            progress.note(windows)
         work = Work(progress, stage.partial, run.folder)
         concepts = run_concepts(study, run, subject)
         asked = asks(ready, wanted_targets(study, ready.readings, [c.name for c in concepts]), concepts, progress)
@@ -254,6 +257,7 @@ def _write_examples(run: RunFolder, ready: Ready, scores: Scores) -> None:
         "label": [example.label for example in own],
         "category": [example.category for example in own],
         "source": [example.source for example in own],
+        "document": pa.array([example.document or None for example in own], pa.string()),
         "n_tokens": [len(tokens[example.id].input_ids) for example in own],
         "n_scored": [scored[example.id] for example in own],
         "truncated": [tokens[example.id].truncated for example in own],

@@ -347,7 +347,9 @@ def load_answers(file: Path, study: Study, prompts: PromptSet, progress: Progres
         Some are, and ``examples.drop_overlap`` does not leave them out.
     """
     drop = study.examples.drop_overlap
-    rows, of_examples = drop_shared(load_examples(file), load_examples(study.examples.path), drop)
+    rows, of_examples = drop_shared(
+        load_examples(file), load_examples(study.examples.path, study.examples.kind, turns=study.examples.turns), drop
+    )
     rows, of_prompts = drop_overlap(rows, prompts, drop)
     if gone := [*of_examples, *(example for example, _ in of_prompts)]:
         progress.note(f"examples left out, overlap: {len(gone)}: {', '.join(gone)}")

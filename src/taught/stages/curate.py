@@ -29,7 +29,7 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
         Not a target of this run, or one that cannot be protected; what the rule refuses.
     """
     chosen = study.curation
-    target = chosen.target or default_target(run)
+    target = chosen.target or ("score" if chosen.rule not in RANKED else default_target(run))
     labels = (study.examples.positive_label, study.examples.negative_label)
     if chosen.rule not in RANKED:
         if target != "score":
@@ -90,9 +90,16 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
     """The rows of the example file, split by decision; a row is in exactly one of the files."""
     rows = _scored_rows(run, study)
     files: dict[str, list[str]] = {"keep": [], "drop": [], "unscored": []}
+    scored = run.read_table("examples", ["example_id", "document", "response"]).to_pylist()
+    windows = {row["example_id"]: row for row in scored if row["document"]}
     for decision in decisions:
-        row = rows.pop(decision["example_id"])
-        files[decision["action"]].append(_line(decision["example_id"], row, decision["reason"]))
+        example_id = decision["example_id"]
+        row = rows.get(windows[example_id]["document"] if example_id in windows else example_id, {})
+        if example_id in windows:
+            row = {**row, "text": windows[example_id]["response"]}
+        files[decision["action"]].append(_line(example_id, row, decision["reason"]))
+    for row in scored:
+        rows.pop(row["document"] or row["example_id"], None)
     dropped = run.read_json("dropped")
     why = {example_id: f"not scored: {kind}" for kind, ids in dropped.items() for example_id in ids}
     for example_id, row in rows.items():
@@ -113,7 +120,7 @@ def _scored_rows(run: RunFolder, study: Study) -> dict[str, dict[str, Any]]:
             rule="decisions belong to the examples that were scored",
             fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
         )
-    return dict(zip(load_examples(path).ids, read_rows(path), strict=True))
+    return dict(zip(load_examples(path, study.examples.kind).ids, read_rows(path), strict=True))
 
 
 def _line(example_id: str, row: dict[str, Any], reason: str) -> str:

@@ -186,7 +186,7 @@ def study_prompts(study: Study) -> PromptSet:
 
 def chosen_examples(study: Study) -> ExampleSet:
     """The examples of the study, at most ``examples.limit``; overlap is not looked at."""
-    examples = load_examples(study.examples.path)
+    examples = load_examples(study.examples.path, study.examples.kind, turns=study.examples.turns)
     chosen = spread(examples.examples, study.examples.limit, lambda p: p.label, lambda p: p.id)
     return replace(examples, examples=chosen)
 

@@ -273,6 +273,11 @@ class ExamplesSpec(Section):
     max_tokens: int = setting(
         512, rules.whole(1), "a longer example is an error, or left out with drop_truncated; a document is cut up"
     )
+    turns: Literal["last", "all"] = setting(
+        "last",
+        rules.one_of("last", "all"),
+        "answers of a conversation that are trained on; marks in the data go before",
+    )
     limit: int | None = setting(None, rules.optional(rules.whole(1)), "at most so many examples, spread over labels")
     drop_overlap: bool = setting(
         False, rules.flag(), "true: leave out examples whose prompt is an evaluation prompt, and list them"

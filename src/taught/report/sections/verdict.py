@@ -34,7 +34,9 @@ def head_facts(tables: Tables) -> list[tuple[str, str]]:
     if tables.setting("model.id"):
         facts.append(("Model", str(tables.setting("model.id"))))
     behavior = tables.study.get("behavior") or {}
-    if behavior.get("prefixes"):
+    if said := (tables.json("readings") or {}).get("behavior"):
+        facts.append(("Behavior", f"{said['meaning']} ({said['unit']})"))
+    elif behavior.get("prefixes"):
         facts.append(("Behavior", "answer begins " + " or ".join(f"“{p}”" for p in behavior["prefixes"])))
     elif behavior.get("kind"):
         facts.append(("Behavior", str(behavior["kind"])))
