@@ -23,6 +23,7 @@ from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.core.trajectory import Leg
 from taught.errors import UserError
+from taught.estimators import adjoint
 from taught.features.concept import Concept, concept_map
 from taught.trajectories.checkpoints import Checkpoint
 from tiny_models import (
@@ -48,6 +49,7 @@ ASKED = {
         "behavior",
         "behavior:a",
         "behavior:a - behavior:b",
+        "behavior:a - score",
         "prompt:q1",
     ],
     "concepts": ["concept:*", "concept:u - concept:v", "behavior:a - concept:u", "behavior:b"],
@@ -354,6 +356,19 @@ def test_a_behavior_alone_moves_as_a_step_of_torch_moves_it() -> None:
         torch.optim.SGD(trained.parameters(), lr=lr).step()
         dy = [float(plain_y(trained, prompt.ids).detach()) - y for prompt, y in zip(tiny_prompts(), base, strict=True)]
         assert ours["behavior"][number] == pytest.approx(np.mean(dy), rel=1e-2, abs=1e-4 * np.abs(dy).max())
+
+
+@pytest.mark.parametrize("what, asked", [("features", ["behavior:a"]), ("concepts", ["concept:*", "behavior:a"])])
+def test_every_prompt_is_kept_beside_any_targets_and_costs_no_features(what: str, asked, monkeypatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("gradients of features")
+
+    monkeypatch.setattr(adjoint, "feature_effects", refuse)
+    ours, forward = (found(what, Method(Choice(e)), wanted=[*asked, "prompt:*"]) for e in ("adjoint", "forward"))
+    alike(ours, forward)
+    close(ours.details["dy"], forward.details["dy"])
+    with pytest.raises(UserError, match=r"no target(.|\n)*prompt:\*(.|\n)*behavior"):
+        found(what, Method(), wanted=["prompt:*"])
 
 
 def test_targets_that_need_what_is_not_read_are_refused() -> None:

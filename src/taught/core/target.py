@@ -134,7 +134,7 @@ class TargetSet:
         Raises
         ------
         UserError
-            An unknown target; one that needs features or concepts where none are read.
+            An unknown target; one that needs features or concepts where none are read; none at all.
         """
         found: dict[str, TargetName] = {}
         every_prompt = False
@@ -145,6 +145,13 @@ class TargetSet:
                 continue
             for one in expand(name, readings):
                 found[str(one)] = one
+        if not found:
+            raise UserError(
+                "no target gives each example a value",
+                value="prompt:*" if every_prompt else "none",
+                rule="prompt:* is the change on every prompt, which is kept beside other targets",
+                fix="ask for a behavior too: --set attribution.targets=[behavior:*]",
+            )
         return cls(tuple(found.values()), readings, every_prompt)
 
     def select(self, names: Sequence[TargetName]) -> TargetSet:

@@ -273,7 +273,7 @@ class Adjoint:
         whole = targets.every_prompt or many > max(FEW, problem.d)
         summed = targets.combinable if queries is None and whole else ()
         parts = []
-        if summed:
+        if summed or (targets.every_prompt and queries is None):
             parts.append(_from_basis(problem, examples, targets.select(summed), work))
         if len(summed) < len(targets.names):
             rest = targets.select([name for name in targets.names if name not in summed])
@@ -319,7 +319,9 @@ def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSe
     losses = example_losses(problem.model, examples, problem.batch_tokens)
     # What cannot be done block by block is said before the long part.
     split_sites(problem.model, problem.parameters)
-    policy, x_raw, progress = targets.readings.policy, None, work.progress
+    wanted = {kind_of(part).reads for name in targets.names for part in name.parts}
+    policy = targets.readings.policy if "policy" in wanted else None
+    x_raw, progress = None, work.progress
     progress.step("prompts: gradients of y", prompt_steps(problem, examples))
     dy = prompt_effects(problem, examples, progress=progress, pieces=work.pieces).numpy()
     _note_first(targets, examples, dy, progress)
@@ -331,7 +333,7 @@ def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSe
         x_raw = combine_raw_x(policy, F.numpy())
         return_freed_memory()
     shift = None if policy is None or x_raw is None else pathway_sums(policy, x_raw, dy @ policy.Xc)
-    values = targets.combine(Moves(dy, shift))
+    values = targets.combine(Moves(dy, shift)) if targets.names else np.zeros((len(examples), 0))
     ids = tuple(z.id for z in examples)
     return Scores("adjoint", ids, targets.names, values, losses=losses.numpy(), details={"dy": dy})
 
@@ -339,7 +341,7 @@ def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSe
 def _note_first(targets: TargetSet, examples: Sequence[Example], dy: NDArray[np.float64], progress: Progress) -> None:
     """Say who moves each behavior most, before the long part."""
     for name in targets.names:
-        if kind_of(name).reads == "behavior" and not kind_of(name).many:
+        if all(kind_of(part).reads == "behavior" and not kind_of(part).many for part in name.parts):
             values = targets.combine(Moves(dy), [name])[:, 0]
             order = np.argsort(-values, kind="stable")[:3]
             named = ", ".join(f"{examples[i].id} ({values[i]:+.2g})" for i in order)

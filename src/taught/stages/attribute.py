@@ -32,7 +32,7 @@ from taught.run.folder import RunFolder
 from taught.run.pieces import Prefixed
 from taught.stages.certify import write_certificates
 from taught.stages.concepts import concept_method_scores, run_concepts
-from taught.stages.ready import Ask, Ready, asks, prepare, read_data, token_texts, wanted_targets
+from taught.stages.ready import Ask, Ready, asks, method_of, prepare, read_data, token_texts, wanted_targets
 from taught.stages.subject import open_subject, prompt_inputs
 from taught.stats.ranks import spearman_interval
 from taught.study.schema import Study
@@ -50,6 +50,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         loss; a target that the run cannot answer; a method that does not go together.
     """
     progress = progress or SilentProgress()
+    method_of(study).refuse()
     data = read_data(study, progress)
     progress.step("load the model")
     subject = open_subject(study)
@@ -57,7 +58,6 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         if stage.done:
             return
         ready = prepare(study, run, subject, data)
-        ready.method.refuse()
         if (windows := windows_note(ready.encoded)) is not None:
             progress.note(windows)
         work = Work(progress, stage.partial, run.folder)
