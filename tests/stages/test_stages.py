@@ -271,8 +271,8 @@ def test_a_target_that_cannot_be_protected_is_named(copy: Path) -> None:
 
 def test_a_study_names_the_curation_and_flags_go_first(copy: Path) -> None:
     named = {"rule": "keep-k", "k": 3, "target": "behavior:harmful", "protect": "score"}
-    run = attributed(copy, "named", **{f"curation__{key}": value for key, value in named.items()})
-    curated(run)
+    study = study_of(copy, **{f"curation__{key}": value for key, value in named.items()})
+    run = do(study, copy / "run", "curate")
     record = run.read_json("curation")
     assert {key: record[key] for key in named} == named
     flags = ["--rule", "top-k", "--target", "behavior:harmless"]
