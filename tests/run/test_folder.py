@@ -672,7 +672,7 @@ def test_curation_under_another_rule_is_simply_made_again(folder, study):
             run.write_text("keep.jsonl", rule)
     assert run.read_text("keep.jsonl") == "top-k"
     assert run.study.curation.rule == "top-k"  # what was asked for last
-    assert run.study.replace("curation.rule", "paper") == study
+    assert run.study.replace("curation.rule", None) == study
 
 
 def test_a_deleted_file_makes_the_stage_undone(folder, study):

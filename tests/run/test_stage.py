@@ -11,6 +11,7 @@ from taught.errors import UserError
 from taught.run.stage import file_table
 from taught.stages import BY_NAME, STAGES, asked
 from taught.study.schema import Study
+from taught.study.template import template
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 
@@ -51,19 +52,18 @@ def test_what_a_stage_reads_are_keys_of_the_study():
 
 
 def test_a_study_asks_for_what_it_names():
-    assert names(Study()) == ["readings", "attribute", "report"]
-    assert names(with_sae()) == ["readings", "policy", "attribute", "report"]
+    assert names(Study()) == ["readings", "attribute", "curate", "report"]
+    assert names(with_sae()) == ["readings", "policy", "attribute", "curate", "report"]
     labels = {"examples__positive_label": "a", "examples__negative_label": "b"}
     full = with_sae(clamp=True, clusters=True, concepts=[{"name": "c", "source": "difference"}], **labels)
     trained = ("validate", "compare")
     assert names(full) == [stage.name for stage in STAGES if stage.name not in trained]
-    assert names(Study().replace("curation.rule", "top-k")) == ["readings", "attribute", "curate", "report"]
     assert "clamp" not in names(Study().replace("clamp", True))  # there is no policy to check
 
 
 def test_a_stage_that_trains_runs_only_where_it_is_named():
-    assert names(Study(), to="validate") == ["readings", "attribute", "validate", "report"]
-    assert names(Study(), to="compare") == ["readings", "attribute", "validate", "compare", "report"]
+    assert names(Study(), to="validate") == ["readings", "attribute", "curate", "validate", "report"]
+    assert names(Study(), to="compare") == ["readings", "attribute", "curate", "validate", "compare", "report"]
     assert names(with_sae(), to="policy") == ["readings", "policy", "report"]
     assert names(with_sae(), only="policy") == ["policy"]
 
@@ -78,6 +78,8 @@ def test_a_stage_that_cannot_run_is_said(name, said):
         assert said in caught.value.fix
 
 
-def test_the_table_of_files_in_the_documentation_is_made_of_the_stages():
-    assert file_table(STAGES) in DOCS.read_text(encoding="utf-8")
+def test_the_tables_of_the_documentation_are_made_of_the_code():
+    text = DOCS.read_text(encoding="utf-8")
+    assert file_table(STAGES) in text
+    assert template() in text
     assert len(BY_NAME) == len(STAGES)

@@ -23,7 +23,7 @@ def without_sae(study: Study) -> Study:
     """The tiny study with no SAE and no word about which prompts or examples should show the behavior."""
     keys = ("sae.path", "prompts.positive_group", "prompts.negative_group")
     labels = ("examples.positive_label", "examples.negative_label")
-    return with_values(study, {**dict.fromkeys((*keys, *labels)), "curation.rule": "top-k", "curation.k": 3})
+    return with_values(study, {**dict.fromkeys((*keys, *labels)), "curation.rule": None, "curation.k": None})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_examples_are_ranked_and_checked_by_the_first_behavior(run):
 def test_top_k_drops_what_raises_the_first_behavior_most(run):
     values = values_of(run, GROUPS[0])
     dropped = {row["example_id"] for row in run.read_table("curation").to_pylist() if row["action"] == "drop"}
-    assert dropped == set(sorted(values, key=lambda i: -values[i])[:3])
+    assert dropped == set(sorted(values, key=lambda i: -values[i])[: max(1, len(values) // 10)])  # one in ten
 
 
 def test_the_report_is_of_what_there_is(run):

@@ -30,12 +30,6 @@ def _has_policy(study: Study) -> bool:
     return study.sae.path is not None
 
 
-def _curates(study: Study) -> bool:
-    """The published rule compares scores of two labels; without these there is nothing to decide."""
-    labels = (study.examples.positive_label, study.examples.negative_label)
-    return study.curation.rule != "paper" or (_has_policy(study) and None not in labels)
-
-
 STAGES = (
     Stage(
         "readings",
@@ -150,8 +144,7 @@ STAGES = (
             "unscored.jsonl": "your rows that were not scored, with their reason",
         },
         needs=("attribute",),
-        reads=("curation", "examples.positive_label", "examples.negative_label"),
-        asked=_curates,
+        reads=("curation", "examples.positive_label", "examples.negative_label", "sae.path"),
         light=True,
         remade=True,
     ),

@@ -29,9 +29,11 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
         Not a target of this run, or one that cannot be protected; what the rule refuses.
     """
     chosen = study.curation
-    target = chosen.target or ("score" if chosen.rule not in RANKED else default_target(run))
     labels = (study.examples.positive_label, study.examples.negative_label)
-    if chosen.rule not in RANKED:
+    published = study.sae.path is not None and None not in labels and not (chosen.k or chosen.target or chosen.protect)
+    rule = chosen.rule or ("paper" if published else "top-k")
+    target = chosen.target or (default_target(run) if rule in RANKED else "score")
+    if rule not in RANKED:
         if target != "score":
             raise UserError(
                 "the published rule compares scores of a policy",
@@ -45,16 +47,16 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
                 rule="examples.positive_label and examples.negative_label name them",
                 fix="set them in the study, or: taught curate RUN --rule top-k",
             )
-    k = chosen.k if chosen.rule in RANKED else None
     with run.stage("curate", study):
         ranked = read_scores(run, [target], chosen.method)
         guard = None if chosen.protect is None else read_scores(run, [chosen.protect])
         summary = run.read_table("summary", ["example_id", "label"])
+        k = (chosen.k or max(1, summary.num_rows // 10)) if rule in RANKED else None
         decisions = decide(
             summary["example_id"].to_pylist(),
             summary["label"].to_pylist(),
             ranked[target].tolist(),
-            rule=chosen.rule,
+            rule=rule,
             k=k,
             target=target,
             protect=chosen.protect,
@@ -66,7 +68,7 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
         found = outcome(decisions, k)._asdict()
         if not ranked.influence:  # values that are not of a step say nothing about a change
             found["change"] = None
-        record = {"rule": chosen.rule, "k": k, "target": target, "method": ranked.method, "protect": chosen.protect}
+        record = {"rule": rule, "k": k, "target": target, "method": ranked.method, "protect": chosen.protect}
         run.write_json("curation", record | {"lr": study.attribution.lr} | found)
         _write_choice(run, study, decisions)
 

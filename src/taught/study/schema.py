@@ -433,12 +433,15 @@ class CurationSpec(Section):
     """Which examples are dropped."""
 
     section: ClassVar[str] = "curation"
-    rule: Literal["paper", "top-k", "keep-k"] = setting(
-        "paper",
-        rules.one_of("paper", "top-k", "keep-k"),
-        "paper | top-k (drops the k highest) | keep-k (keeps the k lowest)",
+    rule: Literal["paper", "top-k", "keep-k"] | None = setting(
+        None,
+        rules.optional(rules.one_of("paper", "top-k", "keep-k")),
+        "paper | top-k (drops the k highest) | keep-k (keeps the k lowest); null: paper, where a policy and both "
+        "labels are there and neither k nor a target is named, else top-k",
     )
-    k: int = setting(20, rules.whole(1), "of top-k and keep-k")
+    k: int | None = setting(
+        None, rules.optional(rules.whole(1)), "of top-k and keep-k; null: one in ten examples, at least one"
+    )
     target: str | None = setting(
         None, rules.optional(_target()), "what top-k and keep-k rank by; null: score, or the first behavior target"
     )

@@ -52,7 +52,7 @@ class MeanBehavior(TargetKind):
 
     def words(self, name: TargetName) -> str:
         """In words."""
-        return "behavior" if name.about is None else f"behavior on {name.about}"
+        return f"behavior on {'all prompts' if name.about in (None, 'all') else name.about}"
 
 
 class PromptBehavior(TargetKind):
