@@ -385,10 +385,10 @@ def test_a_section_of_another_package_stands_in_the_page_and_its_navigation(run:
         ("behavior:harmless", "behavior on harmless"),
         ("behavior", "behavior on all prompts"),
         ("behavior:a - behavior:b", "behavior on a minus behavior on b"),
-        ("score:y", "S through output probability"),
-        ("prompt:q-1", "behavior on prompt q-1"),
+        ("score:y", "score S, through the output"),
+        ("prompt:q-1", "behavior on the prompt q-1"),
         ("spread:all", "spread:all"),
-        ("concept:a - b", "concept:a - b"),
+        ("concept:a - b", "concept a - b"),
     ],
 )
 def test_targets_in_words(target: str, said: str):
@@ -631,7 +631,7 @@ def test_the_verdict_calls_coefficients_causes_only_where_signs_agree():
 
 
 def test_safe_ranks_stand_in_the_page(page: Page):
-    assert "|S|undecidedundecided" in page.text
+    assert "|score S|undecidedundecided" in page.text
     assert "|behavior on harmful|safe (100.0%)safe (100.0%)" in page.text
 
 
@@ -642,7 +642,7 @@ def test_a_ranking_without_a_size_has_a_dash():
     ]
     sizes, cells = rank_table(rows)
     assert sizes == [1, 3]
-    assert cells == [("|S|", ["undecided (93.4%)", "–"]), ("|S through output probability|", ["–", "safe (100.0%)"])]
+    assert cells == [("|score S|", ["undecided (93.4%)", "–"]), ("|score S, through the output|", ["–", "safe (100.0%)"])]
 
 
 def test_audit_names_gaps_and_spill_and_counts_only_what_was_tested():
@@ -690,7 +690,7 @@ def test_strongest_examples_are_named_with_pathway_and_no_overclaim():
     assert "through both pathways" in both.text
     assert "no example lowers it by more than 2% of the largest change" in both.text
     down = moved(example_rows([1e-3, -1.0])).text
-    assert down.startswith("S: no example raises it by more than 2%")
+    assert down.startswith("Score S: no example raises it by more than 2%")
     assert "p1 (refusal) lowers it most" in down
 
 
@@ -803,7 +803,7 @@ def test_rankings_are_said_to_be_safe_or_why_they_are_not():
     ]
     sentence = ranking_sentence(some)
     assert sentence.tone == "caution"
-    assert "by |S| none (top 1 undecided: needs dX); by |behavior on odd| the top 1 and 3 safe " in (sentence.text)
+    assert "by |score S| none (top 1 undecided: needs dX); by |behavior on odd| the top 1 and 3 safe " in (sentence.text)
     assert sentence.text.endswith("(top 5 undecided: too near).")
     assert ranking_sentence(some[2:]).tone == "found"
 

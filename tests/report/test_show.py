@@ -55,7 +55,7 @@ def test_overview_says_which_ranks_are_safe(run: Path):
     words = shown(run)
     table = words[words.index("Ranked by") :].splitlines()
     assert table[0].split()[:5] == ["Ranked", "by", "k", "=", "1"]
-    assert table[1].split()[:2] == ["|S|", "undecided"]
+    assert table[1].split()[:3] == ["|score", "S|", "undecided"]
     assert table[2].startswith("|behavior on harmful|  safe (100.0%)")
 
 
