@@ -22,13 +22,14 @@ _QUESTION, _WHERE = Question(), Where()
 
 
 # Enough for every section of the report, and little enough for a laptop (python -m benchmarks.demo_cost).
-DEMO = {"prompts": 200, "examples": 48, "features": 40}
+DEMO = {"prompts": 56, "examples": 16, "features": 10}
 
 
 def demo_study(prompts: int, examples: int, features: int) -> Study:
     """The study of the demo, on a part of the preset."""
     study = given.study_of("refusal-smollm2", _QUESTION)
     limits = {"prompts.limit": prompts, "examples.limit": examples, "features.max_features": features}
+    limits |= {"attribution.exact_top": 1}
     for key, value in limits.items():
         study = study.replace(key, value)
     return study
