@@ -81,7 +81,7 @@ def one(tokens: int, checkpointing: bool) -> Row:
         Path("/proc/self/clear_refs").write_text("5")
         before = peak_memory_gb() or 0.0
         with Clock() as clock:
-            contract_examples(problem, sites, [example], queries, None)
+            contract_examples(problem, sites, [example], queries, 1, None)
     return {
         "tokens": tokens,
         "checkpointing": checkpointing,

@@ -118,7 +118,7 @@ def _gradient(problem: Any, examples: list[Any], rounds: int) -> tuple[list[Time
     with frozen(problem.model):
         with Clock() as once:
             queries = build_queries(problem, sites, A, None, None)
-        every = _timed(lambda: contract_examples(problem, sites, examples, queries, None), rounds)
+        every = _timed(lambda: contract_examples(problem, sites, examples, queries, 1, None), rounds)
     return every, once.seconds
 
 

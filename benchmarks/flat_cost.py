@@ -161,7 +161,7 @@ def _contracted(problem: Any, examples: list[Any], queries: Any) -> float:
     from taught.model.gradients import find_sites, frozen
 
     with Clock() as clock, frozen(problem.model):
-        contract_examples(problem, find_sites(problem.model), examples, queries, None)
+        contract_examples(problem, find_sites(problem.model), examples, queries, 3, None)
     return 1000 * clock.seconds / len(examples)
 
 

@@ -61,7 +61,7 @@ def effects(problem: Any, examples: list[Example], query: dict[str, Tensor]) -> 
     sites = find_sites(problem.model, problem.parameters)
     queries = {name: q.unsqueeze(0) for name, q in query.items()}
     with frozen(problem.model):
-        return contract_examples(problem, sites, examples, queries, None)[0][:, 0]
+        return contract_examples(problem, sites, examples, queries, 1, None)[0][:, 0]
 
 
 def by_bergson(args: Any, problem: Any, examples: list[Example], query: Any) -> tuple[Any, Any]:
