@@ -4,12 +4,11 @@ An example is the set of the policy's features that are active on it. As a vecto
 
     sqrt(log((n + 1) / n_j))        n examples have any active feature, n_j of them feature j
 
-in the places of its features and 0 elsewhere, divided by its length. So z z' weighs what two examples
-share by how rare it is, and a feature that is active everywhere says nothing. Examples are joined by
-Ward's linkage on these vectors (at each step the two clusters whose union adds least to the sum of
-squared distances from their means), and the tree is cut where the mean silhouette on the cosine
-distance 1 - z z' is largest. Examples with the same features are one point with a weight, so the
-result depends on neither ids nor order. Beyond ``MOST`` different sets, that many are clustered and
+in the places of its features and 0 elsewhere, divided by its length. So z z' weighs what two examples share by how rare
+it is, and a feature that is active everywhere says nothing. Examples are joined by Ward's linkage on these vectors (at
+each step the two clusters whose union adds least to the sum of squared distances from their means), and the tree is cut
+where the mean silhouette on the cosine distance 1 - z z' is largest. Examples with the same features are one point with
+a weight, so the result depends on neither ids nor order. Beyond ``MOST`` different sets, that many are clustered and
 each other one goes to the nearest mean.
 
 What a cluster does stands beside as many examples, drawn at random without replacement: it may differ

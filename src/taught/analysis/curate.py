@@ -1,10 +1,9 @@
 """Curation: which examples to drop, by a rule that is decided for each id alone.
 
-*Paper's rule* (SMDA, arXiv 2606.29171): drop an example of the positive label (that should teach the
-behavior: harmful-refusal) whose score is below the median score of the negative label's (that should
-teach its absence: harmless-compliance), and one of the negative label whose score is above the median of
-the positive label's. Equal to the median: kept. Examples with another label are kept, since the rule has
-no threshold for them.
+*Paper's rule* (SMDA, arXiv 2606.29171): drop an example of the positive label (that should teach the behavior:
+harmful-refusal) whose score is below the median score of the negative label's (that should teach its absence:
+harmless-compliance), and one of the negative label whose score is above the median of the positive label's. Equal to
+the median: kept. Examples with another label are kept, since the rule has no threshold for them.
 
 *top-k*: drop the k examples that raise the chosen target most, such as the behavior on the harmless
 group (over-refusal). *keep-k*: keep the k safest, those that raise it least; drop the others.
@@ -91,17 +90,15 @@ def curate(
     Returns
     -------
     list of dict, in the order of ``example_ids``
-        ``example_id``, ``action`` (``keep`` or ``drop``), ``rule``, ``target``, ``reason`` (a sentence
-        with the numbers), ``score`` (the influence on the target), ``threshold`` (None for a label
-        without one), ``protect`` and ``protect_score`` (the protected target and the influence on
-        it, or None).
+        ``example_id``, ``action`` (``keep`` or ``drop``), ``rule``, ``target``, ``reason`` (a sentence with the
+        numbers), ``score`` (the influence on the target), ``threshold`` (None for a label without one), ``protect`` and
+        ``protect_score`` (the protected target and the influence on it, or None).
 
     Raises
     ------
     UserError
-        Ids repeat, lengths differ, a score is not finite, a label is missing (examples are named),
-        one of the two labels does not occur, k does not fit, or a target is protected that the rule
-        does not look at.
+        Ids repeat, lengths differ, a score is not finite, a label is missing (examples are named), one of the two
+        labels does not occur, k does not fit, or a target is protected that the rule does not look at.
     """
     _check(example_ids, labels, scores)
     score = {example: float(value) for example, value in zip(example_ids, scores, strict=True)}

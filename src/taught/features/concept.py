@@ -2,10 +2,9 @@
 
     read-out of a prompt or example:  f = < v, mean over its tokens t of h_t >
 
-v [D] comes from two groups of prompts (difference of means, a linear probe), from decoder rows of a
-sparse autoencoder, or from a file. By default |v| = 1, so that f is in units of the residual.
-Source: Concept Influence, arXiv 2602.14869; differences of means: Persona Vectors, arXiv
-2507.21509.
+v [D] comes from two groups of prompts (difference of means, a linear probe), from decoder rows of a sparse autoencoder,
+or from a file. By default |v| = 1, so that f is in units of the residual. Source: Concept Influence, arXiv 2602.14869;
+differences of means: Persona Vectors, arXiv 2507.21509.
 """
 
 from __future__ import annotations
@@ -200,11 +199,10 @@ def quality_card(
     Returns
     -------
     dict
-        ``auc`` {value, lo, hi} and whether it is ``held_out`` (out of fold); ``n_positive``,
-        ``n_negative``; ``mean_positive``, ``mean_negative`` and ``spread`` (pooled standard
-        deviation) of the read-out along the unit direction; ``norm`` before normalisation;
-        ``difference_cosine`` with the difference of means. Directions that are fitted also have
-        ``fold_cosine``, the smallest cosine with the direction of a fold.
+        ``auc`` {value, lo, hi} and whether it is ``held_out`` (out of fold); ``n_positive``, ``n_negative``;
+        ``mean_positive``, ``mean_negative`` and ``spread`` (pooled standard deviation) of the read-out along the unit
+        direction; ``norm`` before normalisation; ``difference_cosine`` with the difference of means. Directions that
+        are fitted also have ``fold_cosine``, the smallest cosine with the direction of a fold.
     """
     X, s = np.asarray(X, np.float64), np.asarray(positive, bool)
     v = normalised(direction, "unit")
@@ -352,9 +350,8 @@ def _read_control_vector(file: Path) -> tuple[bytes, dict[str, Any]]:
 class ConceptMap:
     """h -> X for concepts that are read at one block and position: X_ic = <v_c, pooled h_i>.
 
-    It stands where a :class:`taught.features.pooling.FeatureMap` does, wherever changes of X are
-    asked for. One thing differs: the read-out is linear, has no gate, and where X_ic is 0 its
-    change need not be.
+    It stands where a :class:`taught.features.pooling.FeatureMap` does, wherever changes of X are asked for. One thing
+    differs: the read-out is linear, has no gate, and where X_ic is 0 its change need not be.
 
     Attributes
     ----------

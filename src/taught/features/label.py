@@ -1,14 +1,12 @@
 """What a feature seems to stand for: its strongest prompts and tokens, and a short label.
 
-Nothing is asked of an outside service. The label is made of the words whose tokens carry the
-feature: for each word w
+Nothing is asked of an outside service. The label is made of the words whose tokens carry the feature: for each word w
 
     log-odds_k(w) = log (c_kw / (A_k - c_kw)) - log (n_w / (M - n_w))
 
-with c_kw the activation of feature k on w's tokens, A_k its activation on all tokens of words, n_w
-the number of w's tokens among all M of those (the share c_kw / A_k is first drawn towards n_w / M
-by 5%). A word scores its activation share times its log-odds: strong, and not merely frequent.
-Labels are hints for the reader; no number depends on them.
+with c_kw the activation of feature k on w's tokens, A_k its activation on all tokens of words, n_w the number of w's
+tokens among all M of those (the share c_kw / A_k is first drawn towards n_w / M by 5%). A word scores its activation
+share times its log-odds: strong, and not merely frequent. Labels are hints for the reader; no number depends on them.
 """
 
 from __future__ import annotations

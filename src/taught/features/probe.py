@@ -43,8 +43,7 @@ def fit_direction(X: ArrayLike, positive: ArrayLike, method: str, penalty: float
     Raises
     ------
     UserError
-        A group is empty, rows are not finite or all alike, an unknown method, a penalty not above
-        0.
+        A group is empty, rows are not finite or all alike, an unknown method, a penalty not above 0.
 
     Notes
     -----
@@ -87,8 +86,7 @@ def held_out(
 ) -> tuple[Interval, list[Floats]]:
     """AUC of read-outs <w, x> of rows that w was not fitted on, and the w [D] of each fold.
 
-    Folds hold both groups in equal shares. Rows are compared within their fold, since each fold has
-    a w of its own.
+    Folds hold both groups in equal shares. Rows are compared within their fold, since each fold has a w of its own.
 
     Parameters
     ----------

@@ -422,8 +422,7 @@ def _load_release(release: str, sae_id: str, block: int | None) -> SparseAutoenc
 def fraction_variance_unexplained(sae: SparseAutoencoder, h: Tensor) -> float:
     """sum |h - decode(encode(h))|^2 / sum |h - mean h|^2 over the tokens h [M, D].
 
-    0: perfect; 1: no better than the mean. Summed in float64; nan with fewer than two different
-    tokens.
+    0: perfect; 1: no better than the mean. Summed in float64; nan with fewer than two different tokens.
     """
     error = (h - sae.decode(sae.encode(h))).double().pow(2).sum()
     total = (h.double() - h.double().mean(0)).pow(2).sum()

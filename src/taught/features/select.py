@@ -2,9 +2,8 @@
 
     selected:  |mean_positive(X_k) - mean_negative(X_k)| > threshold,  the largest first
 
-(SMDA, arXiv 2606.29171, section 3: threshold 0.1 on harmful against harmless prompts gave 75.)
-Features that are active on nearly every prompt are selected like others and marked ``always_on``:
-their coefficient reads size, not presence.
+(SMDA, arXiv 2606.29171, section 3: threshold 0.1 on harmful against harmless prompts gave 75.) Features that are active
+on nearly every prompt are selected like others and marked ``always_on``: their coefficient reads size, not presence.
 """
 
 from __future__ import annotations

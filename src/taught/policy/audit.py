@@ -4,19 +4,17 @@ Each category is compared with the *other* categories of its own group:
 
     gap_c = mean of y in c - mean of y in the rest of the group
 
-A category of the positive group that lies significantly below the rest is a gap in coverage (the
-model shows the behavior less than it does elsewhere); one of the negative group that lies
-significantly above is where the behavior shows up uncalled for (over-refusal). SMDA (arXiv
-2606.29171) reads such gaps off single coefficients; here they come with a test and an interval,
-and are corrected for the number of categories looked at.
+A category of the positive group that lies significantly below the rest is a gap in coverage (the model shows the
+behavior less than it does elsewhere); one of the negative group that lies significantly above is where the behavior
+shows up uncalled for (over-refusal). SMDA (arXiv 2606.29171) reads such gaps off single coefficients; here they come
+with a test and an interval, and are corrected for the number of categories looked at.
 
 The p-value is from a permutation of y within the group, two-sided, on Welch's statistic
 
     t_c = gap_c / sqrt(v_in / n_in + v_out / n_out),    v: sample variances
 
-because category sizes and spreads differ, y is skewed, and a permutation of the studentised gap
-stays valid for unequal variances where one of the raw gap does not. Benjamini-Hochberg runs over
-all tested categories of both groups.
+because category sizes and spreads differ, y is skewed, and a permutation of the studentised gap stays valid for unequal
+variances where one of the raw gap does not. Benjamini-Hochberg runs over all tested categories of both groups.
 """
 
 from __future__ import annotations
@@ -85,11 +83,10 @@ def audit_categories(
     Returns
     -------
     list of dict
-        One per group and category, the positive group first, by category name: ``group``,
-        ``category``, ``n``, ``mean_y``, ``gap`` (None if the group has one category), ``lo``,
-        ``hi`` (95% bootstrap of the gap, resampled within categories), ``p``, ``p_adjusted``,
-        ``uncovered`` (None if not tested), ``features`` (ids of the up to 5 features whose mean
-        activation in the category exceeds that in the rest of the group most) and
+        One per group and category, the positive group first, by category name: ``group``, ``category``, ``n``,
+        ``mean_y``, ``gap`` (None if the group has one category), ``lo``, ``hi`` (95% bootstrap of the gap, resampled
+        within categories), ``p``, ``p_adjusted``, ``uncovered`` (None if not tested), ``features`` (ids of the up to 5
+        features whose mean activation in the category exceeds that in the rest of the group most) and
         ``feature_details`` (``feature_id``, ``difference``, ``coef``, ``lo``, ``hi`` of each).
     """
     X, y = checked_data(X, y, policy.prompt_ids)

@@ -1,10 +1,9 @@
 """How far a policy can be trusted: held-out fit, what trivial predictors reach, stable signs.
 
-Everything is out of fold: the row of a prompt never takes part in the prediction, the threshold or
-the mean that it is judged against. Intervals are 95% percentile bootstrap over prompts, with the
-folds held fixed. Source of the accuracy: SMDA, arXiv 2606.29171 (class threshold chosen on
-training rows only, judged against the class of the prompt), whose majority class came close to it:
-hence the trivial predictors beside it.
+Everything is out of fold: the row of a prompt never takes part in the prediction, the threshold or the mean that it is
+judged against. Intervals are 95% percentile bootstrap over prompts, with the folds held fixed. Source of the accuracy:
+SMDA, arXiv 2606.29171 (class threshold chosen on training rows only, judged against the class of the prompt), whose
+majority class came close to it: hence the trivial predictors beside it.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ class Evaluation:
     fold : int64 [N]
         The fold of each prompt.
     r2 : Interval
-        1 - sum (y - y_hat)^2 / sum (y - mean of the training rows)^2. Negative: worse than a
-        constant.
+        1 - sum (y - y_hat)^2 / sum (y - mean of the training rows)^2. Negative: worse than a constant.
     spearman : Interval
         Rank correlation of y and y_hat over all prompts.
     accuracy : Interval

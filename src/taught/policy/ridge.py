@@ -5,8 +5,7 @@
 With an intercept Xc = HX and yc = Hy, where H = I - 11'/N takes the mean over prompts away, so
 that the intercept is not penalised. Without one (the default) Xc = X and yc = y.
 
-A training step moves the features by dX and the behavior by dy. To first order the coefficients
-move by
+A training step moves the features by dX and the behavior by dy. To first order the coefficients move by
 
     dW_X = U^-1 (dX' r - Xc' dX W)        feature-activation pathway, ``x``
     dW_Y = U^-1 Xc' dy                    output-probability pathway, ``y``
@@ -220,8 +219,7 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
 def score(policy: Policy, dW: ArrayLike) -> Floats:
     """S = sum_j dW_j W_j for dW [.., d] -> [..].
 
-    Positive: the coefficient vector moves along itself. That alone does not mean more of the
-    behavior.
+    Positive: the coefficient vector moves along itself. That alone does not mean more of the behavior.
     """
     return np.asarray(np.asarray(dW, dtype=np.float64) @ policy.coef)
 

@@ -1,8 +1,7 @@
 """What a section says: a list of blocks of plain values.
 
-One renderer makes HTML of them (``html.py``), one writes them to the terminal (``terminal.py``). A
-block says what is there and what stands out, never how it looks. Text may come from data: renderers
-escape all of it.
+One renderer makes HTML of them (``html.py``), one writes them to the terminal (``terminal.py``). A block says what is
+there and what stands out, never how it looks. Text may come from data: renderers escape all of it.
 """
 
 from __future__ import annotations

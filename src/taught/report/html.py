@@ -1,8 +1,7 @@
 """One self-contained HTML page for a run: no network, works without JavaScript, opens from disk.
 
-Text from data reaches the page in two ways only: escaped (markupsafe), or as JSON in a data block
-that the script puts in place with ``textContent``. Script and style are allowed by their hash,
-nothing else.
+Text from data reaches the page in two ways only: escaped (markupsafe), or as JSON in a data block that the script puts
+in place with ``textContent``. Script and style are allowed by their hash, nothing else.
 """
 
 from __future__ import annotations

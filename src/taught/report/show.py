@@ -28,8 +28,7 @@ def show_run(run: RunFolder | Path | str, item: str | None = None) -> Renderable
     run
         A run folder or its path.
     item
-        The id of an example, of a feature or of a section (``validation``), for all of it. None: the
-        overview.
+        The id of an example, of a feature or of a section (``validation``), for all of it. None: the overview.
 
     Raises
     ------

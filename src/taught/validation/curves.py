@@ -12,12 +12,11 @@ and over the budgets the area between the two curves, in units of the outcome,
 b the share of the examples. Removing what raises a target should lower it: a good method has a
 negative difference there, and a positive one under addition.
 
-Two things vary. *Prompts*: bootstrapped, the same draws for both sides. *Runs* (random sets, and
-seeds of training): with S random runs and R of the method, the mean difference gets an error of
-Student's t with S - 1 degrees of freedom and the covariance over budgets of the random runs, times
-1/R + 1/S. A bootstrap of five runs would be too short by a third. The method's runs differ by their
-seed alone, the random ones by their examples as well, so taking the covariance from these is
-conservative, and possible with R = 1.
+Two things vary. *Prompts*: bootstrapped, the same draws for both sides. *Runs* (random sets, and seeds of training):
+with S random runs and R of the method, the mean difference gets an error of Student's t with S - 1 degrees of freedom
+and the covariance over budgets of the random runs, times 1/R + 1/S. A bootstrap of five runs would be too short by a
+third. The method's runs differ by their seed alone, the random ones by their examples as well, so taking the covariance
+from these is conservative, and possible with R = 1.
 """
 
 from __future__ import annotations

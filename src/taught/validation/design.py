@@ -6,26 +6,23 @@ without a model of training. With x the number of members of a group of n exampl
     effect = n Cov(x, outcome) / Var(x) = sum_q reference_q g_q outcome_q,
     g_q = n (x_q - mean x) / Var(x)
 
-the slope of the outcome on x, for the whole group; n = 1 asks for one example. In a linear datamodel,
-outcome = constant + sum of theta over the members (Ilyas et al., arXiv 2202.00622), it is the sum
-of the group's theta; in subsets of one size, where whoever joins takes another's place, minus that
-of as many average others.
+the slope of the outcome on x, for the whole group; n = 1 asks for one example. In a linear datamodel, outcome =
+constant + sum of theta over the members (Ilyas et al., arXiv 2202.00622), it is the sum of the group's theta; in
+subsets of one size, where whoever joins takes another's place, minus that of as many average others.
 
 **Drawing.** Subsets are drawn with probabilities p and weighted by reference / p, which is unbiased
 for any positive p. The variance of the next term falls with p nearest to
 
     p* ~ reference_q |g_q|      (several effects: the root of the sum of their g_q^2, each scaled)
 
-the c-optimal (A-optimal) choice among weighted estimates with equal residuals. Earlier retrainings
-are part of the sample: p of a new round is what brings the *mixture* of all rounds nearest to p*,
-as in MVAL (Tucker and Joachims, arXiv 2202.01721), with a share of the reference mixed in. Since g
-follows from the memberships, p depends on no outcome: all retrainings of a round can run at once,
-and reweighting earlier ones leaves the estimate unbiased.
+the c-optimal (A-optimal) choice among weighted estimates with equal residuals. Earlier retrainings are part of the
+sample: p of a new round is what brings the *mixture* of all rounds nearest to p*, as in MVAL (Tucker and Joachims,
+arXiv 2202.01721), with a share of the reference mixed in. Since g follows from the memberships, p depends on no
+outcome: all retrainings of a round can run at once, and reweighting earlier ones leaves the estimate unbiased.
 
-**Control variate.** What a linear datamodel with the influence scores as its prior predicts is
-subtracted before weighting, and its exact mean over the pool is added: the variance is that of the
-residual. Each fold of the draws is predicted from the others, so this too leaves the estimate
-unbiased, whatever the model is worth.
+**Control variate.** What a linear datamodel with the influence scores as its prior predicts is subtracted before
+weighting, and its exact mean over the pool is added: the variance is that of the residual. Each fold of the draws is
+predicted from the others, so this too leaves the estimate unbiased, whatever the model is worth.
 
 **Couples.** In the linear datamodel the c-optimal design of one effect is the same subset with and
 without the group: the rest cancels. :func:`couples` makes such, with random backgrounds, so that
@@ -177,8 +174,7 @@ def estimate(
 
     Parameters
     ----------
-    rounds : all retrainings there are, random ones included; probabilities must not have been
-        chosen by outcomes
+    rounds : all retrainings there are, random ones included; probabilities must not have been chosen by outcomes
     outcomes : subset name -> measured change
     scores : example id -> influence, the datamodel's prior; None: the mean outcome of the other folds
         is all that is subtracted
@@ -281,8 +277,7 @@ def couples(ids: Sequence[str], name: str, group: Collection[str], size: int, co
     Raises
     ------
     UserError
-        The group holds ids that are not among the examples; fewer than 2 couples; or as
-        :func:`random_subsets`.
+        The group holds ids that are not among the examples; fewer than 2 couples; or as :func:`random_subsets`.
     """
     if count < 2:
         raise UserError(

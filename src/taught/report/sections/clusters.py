@@ -214,9 +214,8 @@ def _outside(clusters: Sequence[Row]) -> Sentence:
     sure = [row for row in known if row["outside_p_holm"] <= ALPHA]
     if not sure:
         text = (
-            f"{NOTHING}: no cluster’s share of the change outside its examples’ features differs from "
-            "that of as many random examples (smallest corrected p "
-            f"{_least(known, 'outside_p_holm')})."
+            f"{NOTHING}: no cluster’s share of the change outside its examples’ features differs from that of as many "
+            f"random examples (smallest corrected p {_least(known, 'outside_p_holm')})."
         )
         return Sentence("Interference", "none", text)
     parts = [

@@ -70,9 +70,8 @@ def fit_sentence(policy: Row) -> Sentence | None:
         text = f"{NOTHING}: what the policy explains on held-out prompts cannot be told from zero"
         return Sentence("Fit", "none", f"{text} (R²\u00a0{interval_text(r2)}){against}.{accuracy}")
     text = (
-        f"On held-out prompts the policy of {count(policy['d'], 'feature')} explains "
-        f"{percent(r2.value)} of the variance of the behavior (R²\u00a0{interval_text(r2)}){against}."
-        f"{accuracy}"
+        f"On held-out prompts the policy of {count(policy['d'], 'feature')} explains {percent(r2.value)} of the "
+        f"variance of the behavior (R²\u00a0{interval_text(r2)}){against}.{accuracy}"
     )
     low = r2.value if math.isnan(r2.lo) else r2.lo
     rivals = [name for name, e in trivial if not low > (e.value if math.isnan(e.hi) else e.hi)]
@@ -98,9 +97,8 @@ def _accuracy(policy: Row) -> tuple[str, bool]:
         return "", False
     gain = read_interval(policy.get("accuracy_gain")) or Interval(accuracy.value - majority.value)
     text = (
-        f" With a threshold it is right on {percent(accuracy.value, 1)} of them, against "
-        f"{percent(majority.value, 1)} for always naming the larger class: "
-        f"{interval_text(scaled(gain, 100), 1)} points more"
+        f" With a threshold it is right on {percent(accuracy.value, 1)} of them, against {percent(majority.value, 1)} "
+        f"for always naming the larger class: {interval_text(scaled(gain, 100), 1)} points more"
     )
     fails = gain.value <= 0 if math.isnan(gain.lo) else gain.lo <= 0
     return text + (", no gain that can be told from zero." if fails else "."), fails
