@@ -156,6 +156,11 @@ class Column:
         return (signed if self.kind == "signed" else number)(value, self.digits, power=self.power)
 
 
+def columns(*given: str | tuple[Any, ...] | Column) -> list[Column]:
+    """Columns of text by their titles, others by title, kind and digits, or as they are."""
+    return [c if isinstance(c, Column) else Column(c) if isinstance(c, str) else Column(*c) for c in given]
+
+
 @dataclass(frozen=True)
 class Table(Block):
     """Rows of cells under columns.
