@@ -121,22 +121,11 @@ def _rows(
     for c, name in enumerate(group.names):
         tested = counts[c] >= max(min_n, 2) and len(group.y) - counts[c] >= 2
         details = _tied_features(group, c, policy, coef_lo, coef_hi)
-        rows.append(
-            {
-                "group": group.name,
-                "category": name,
-                "n": int(counts[c]),
-                "mean_y": float(means[c]),
-                "gap": plain(gaps[c]),
-                "lo": plain(lo[c]) if tested else None,
-                "hi": plain(hi[c]) if tested else None,
-                "p": float((1 + at_least[c]) / (1 + n)) if tested else None,
-                "p_adjusted": None,
-                "uncovered": None,
-                "features": [row["feature_id"] for row in details],
-                "feature_details": details,
-            }
-        )
+        row = {"group": group.name, "category": name, "n": int(counts[c]), "mean_y": float(means[c])}
+        row |= {"gap": plain(gaps[c]), "lo": None, "hi": None, "p": None, "p_adjusted": None, "uncovered": None}
+        if tested:
+            row |= {"lo": plain(lo[c]), "hi": plain(hi[c]), "p": float((1 + at_least[c]) / (1 + n))}
+        rows.append(row | {"features": [one["feature_id"] for one in details], "feature_details": details})
     return rows
 
 
@@ -173,14 +162,9 @@ def _tied_features(group: _Group, c: int, policy: Policy, lo: Floats, hi: Floats
         return []
     difference = group.X[inside].mean(0) - group.X[~inside].mean(0)
     top = sorted(range(policy.d), key=lambda k: (-difference[k], policy.feature_ids[k]))
+    numbers = {"difference": difference, "coef": policy.coef, "lo": lo, "hi": hi}
     return [
-        {
-            "feature_id": int(policy.feature_ids[k]),
-            "difference": float(difference[k]),
-            "coef": float(policy.coef[k]),
-            "lo": float(lo[k]),
-            "hi": float(hi[k]),
-        }
+        {"feature_id": int(policy.feature_ids[k]), **{name: float(values[k]) for name, values in numbers.items()}}
         for k in top[:TOP_FEATURES]
         if difference[k] > 0
     ]
@@ -206,12 +190,7 @@ def _check(
     n: int, X: Floats, groups: Sequence[str], categories: Sequence[str | None], lo: Floats, hi: Floats, policy: Policy
 ) -> None:
     if not len(groups) == len(categories) == n or X.shape[1] != policy.d:
-        raise misfit(
-            "the audit's inputs",
-            f"{policy.n} prompts and {policy.d} features",
-            X=X,
-            groups=groups,
-            categories=categories,
-        )
+        given = {"X": X, "groups": groups, "categories": categories}
+        raise misfit("the audit's inputs", f"{policy.n} prompts and {policy.d} features", **given)
     if not lo.shape == hi.shape == (policy.d,):
         raise misfit("the intervals and the policy", f"one for each of {policy.d} features", lo=lo, hi=hi)

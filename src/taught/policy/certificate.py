@@ -52,13 +52,7 @@ class Remainder(NamedTuple):
 
 
 class RemainderBound:
-    """The bound for one policy. Cost: one singular value decomposition of Xc, then O(N d) an example.
-
-    Parameters
-    ----------
-    policy
-        The policy whose linear shifts are judged.
-    """
+    """The bound for the linear shifts of one policy. Cost: one decomposition of Xc, then O(N d) an example."""
 
     def __init__(self, policy: Policy) -> None:
         s = np.linalg.svd(policy.Xc, compute_uv=False)

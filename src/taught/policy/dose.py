@@ -39,15 +39,7 @@ FEWEST = 5  # prompts from which on there is an interval
 
 
 class Response(NamedTuple):
-    """Response of the behavior to one feature, 95% bootstrap over prompts.
-
-    Attributes
-    ----------
-    slope : Interval
-        Natural log per unit of activation.
-    means : list of Interval
-        Mean change of y at each scale.
-    """
+    """Response to one feature, 95% bootstrap over prompts: slope (natural log per activation), mean dy at each scale."""
 
     slope: Interval
     means: list[Interval]
@@ -73,8 +65,7 @@ class Agreement(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        found = ("same_sign", "spearman", "size")
-        return {"n": self.n, **{name: getattr(self, name).to_dict() for name in found}}
+        return {name: value if name == "n" else value.to_dict() for name, value in self._asdict().items()}
 
 
 def slope(x: ArrayLike, scales: ArrayLike, dy: ArrayLike) -> float:

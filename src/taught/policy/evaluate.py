@@ -43,25 +43,16 @@ class Evaluation:
 
     Attributes
     ----------
-    y_hat : float64 [N]
-        Prediction for each prompt by the policy fitted without its fold, in the order given.
-    fold : int64 [N]
-        The fold of each prompt.
-    r2 : Interval
-        1 - sum (y - y_hat)^2 / sum (y - mean of the training rows)^2. Negative: worse than a constant.
-    spearman : Interval
-        Rank correlation of y and y_hat over all prompts.
-    accuracy : Interval
-        Share of the prompts of the two classes whose class the thresholded y_hat gives.
-    majority : Interval
-        Accuracy of always naming the larger class.
-    accuracy_gain : Interval
-        accuracy - majority, paired over the same resamples.
-    baselines : dict
-        Predictors of y without the features, on the same folds: ``group`` (training mean of the
-        prompt's group) and ``length`` (straight line in the prompt's length). Each a dict with
-        ``r2``, ``spearman`` and, for length, ``accuracy``.
-    warnings : tuple of Finding
+    y_hat : float64 [N], prediction for each prompt by the policy fitted without its fold, in the order given
+    fold : int64 [N], the fold of each prompt
+    r2 : 1 - sum (y - y_hat)^2 / sum (y - mean of the training rows)^2. Negative: worse than a constant
+    spearman : rank correlation of y and y_hat over all prompts
+    accuracy : share of the prompts of the two classes whose class the thresholded y_hat gives
+    majority : accuracy of always naming the larger class
+    accuracy_gain : accuracy - majority, paired over the same resamples
+    baselines : predictors of y without the features, on the same folds: ``group`` (training mean of the prompt's group)
+        and ``length`` (straight line in the prompt's length). Each a dict with ``r2``, ``spearman`` and, for length,
+        ``accuracy``.
     """
 
     y_hat: Floats
@@ -83,9 +74,7 @@ class Evaluation:
             "n": self.n,
             "d": self.d,
             **{name: getattr(self, name).to_dict() for name in names},
-            "baselines": {
-                name: {key: estimate.to_dict() for key, estimate in row.items()} for name, row in self.baselines.items()
-            },
+            "baselines": {n: {key: e.to_dict() for key, e in row.items()} for n, row in self.baselines.items()},
             "warnings": [finding._asdict() for finding in self.warnings],
         }
 
@@ -100,9 +89,7 @@ class _Rows(NamedTuple):
     fold: Ints
 
 
-class _Predicted(NamedTuple):
-    y_hat: Floats
-    says_positive: Bools
+_Predicted = tuple[Floats, Bools]  # y_hat, and whether the thresholded y_hat says that the prompt is positive
 
 
 def evaluate_policy(
@@ -157,7 +144,7 @@ def evaluate_policy(
         W, intercept = training_ridge(rows.X, rows.y, train, alpha, fit_intercept, seed)
         return rows.X @ W + intercept
 
-    y_bar = _out_of_fold(rows, lambda train: np.full(len(y), rows.y[train].mean())).y_hat
+    y_bar, _ = _out_of_fold(rows, lambda train: np.full(len(y), rows.y[train].mean()))
     predicted = {
         "policy": _out_of_fold(rows, policy),
         "group": _out_of_fold(rows, lambda train: group_means(names.tolist(), rows.y, train)),
@@ -165,23 +152,18 @@ def evaluate_policy(
     if length is not None:
         predicted["length"] = _out_of_fold(rows, lambda train: straight_line(length, rows.y, train))
     table = _estimates(rows, predicted, y_bar, bootstrap, seed)
+    quality = {name: {key: table[f"{name} {key}"] for key in ("r2", "spearman", "accuracy")} for name in predicted}
+    del quality["group"]["accuracy"]  # the group names the class: it would be 1 by construction and say nothing
     back = np.argsort(order)
     return Evaluation(
-        y_hat=predicted["policy"].y_hat[back],
+        y_hat=predicted["policy"][0][back],
         fold=rows.fold[back],
         n=len(y),
         d=X.shape[1],
-        r2=table["policy r2"],
-        spearman=table["policy spearman"],
-        accuracy=table["policy accuracy"],
+        **quality.pop("policy"),
         majority=table["majority"],
         accuracy_gain=table["accuracy gain"],
-        # The group names the class, so its accuracy would be 1 by construction and say nothing.
-        baselines={
-            name: {key: table[f"{name} {key}"] for key in ("r2", "spearman", "accuracy")[: 2 if name == "group" else 3]}
-            for name in predicted
-            if name != "policy"
-        },
+        baselines=quality,
         warnings=tuple(_findings(table, len(y), X.shape[1])),
     )
 
@@ -272,15 +254,14 @@ def _out_of_fold(rows: _Rows, predict: Callable[[Bools], Floats]) -> _Predicted:
         learned = train & rows.classed
         cut = class_threshold(fitted[learned], rows.positive[learned])
         y_hat[~train], says_positive[~train] = fitted[~train], fitted[~train] > cut
-    return _Predicted(y_hat, says_positive)
+    return y_hat, says_positive
 
 
 def training_ridge(
     X: Floats, y: Floats, train: Bools, alpha: float | None, fit_intercept: bool, seed: int
 ) -> tuple[Floats, float]:
     """Coefficients [d] and intercept of the policy fitted on the rows ``train`` only."""
-    alpha = training_alpha(X, y, train, alpha, fit_intercept, seed)
-    return ridge(X[train], y[train], alpha, fit_intercept)
+    return ridge(X[train], y[train], training_alpha(X, y, train, alpha, fit_intercept, seed), fit_intercept)
 
 
 def training_alpha(X: Floats, y: Floats, train: Bools, alpha: float | None, fit_intercept: bool, seed: int) -> float:
@@ -288,8 +269,7 @@ def training_alpha(X: Floats, y: Floats, train: Bools, alpha: float | None, fit_
     if alpha is not None:
         return alpha
     inner = min(5, int(train.sum()))
-    chosen, _ = choose_alpha(X[train], y[train], fit_intercept=fit_intercept, folds=inner, seed=seed)
-    return chosen
+    return choose_alpha(X[train], y[train], fit_intercept=fit_intercept, folds=inner, seed=seed)[0]
 
 
 def group_means(groups: Sequence[str], y: Floats, train: Bools) -> Floats:
@@ -350,22 +330,15 @@ def _findings(table: dict[str, Interval], n: int, d: int) -> Iterator[Finding]:
     if not np.isfinite(r2.value):
         yield Finding("constant-behavior", "y is the same for every prompt; R^2 is not defined")
     elif not r2.lo > 0:
-        yield Finding(
-            "r2-interval-includes-0",
-            f"held-out R^2 {r2.value:.3f} [{r2.lo:.3f}, {r2.hi:.3f}]: the features may predict "
-            "the behavior no better than a constant",
+        text = (
+            f"held-out R^2 {r2.value:.3f} [{r2.lo:.3f}, {r2.hi:.3f}]: the features may predict the behavior no better"
         )
+        yield Finding("r2-interval-includes-0", f"{text} than a constant")
     if not gain.lo > 0:
-        yield Finding(
-            "accuracy-not-above-majority",
-            f"accuracy {accuracy.value:.3f} against {table['majority'].value:.3f} for the larger "
-            f"class, difference [{gain.lo:.3f}, {gain.hi:.3f}]",
-        )
+        text = f"accuracy {accuracy.value:.3f} against {table['majority'].value:.3f} for the larger class"
+        yield Finding("accuracy-not-above-majority", f"{text}, difference [{gain.lo:.3f}, {gain.hi:.3f}]")
     for name in ("group", "length"):
         over = table.get(f"r2 gain over {name}")
         if over is not None and np.isfinite(over.value) and not over.lo > 0:
-            yield Finding(
-                f"not-better-than-{name}",
-                f"held-out R^2 {r2.value:.3f} against {table[f'{name} r2'].value:.3f} for the "
-                f"prompt's {name} alone, difference [{over.lo:.3f}, {over.hi:.3f}]",
-            )
+            text = f"held-out R^2 {r2.value:.3f} against {table[f'{name} r2'].value:.3f} for the prompt's {name} alone"
+            yield Finding(f"not-better-than-{name}", f"{text}, difference [{over.lo:.3f}, {over.hi:.3f}]")

@@ -86,10 +86,8 @@ class Policy:
     def column(self, feature_id: int) -> int:
         """Position of a feature id in ``coef`` and in the columns of ``X``."""
         hits = np.flatnonzero(self.feature_ids == feature_id)
-        rule, fix = (
-            f"one of the {self.d} selected features",
-            "pick an id from coefficients.parquet, or add it to features.ids",
-        )
+        rule = f"one of the {self.d} selected features"
+        fix = "pick an id from coefficients.parquet, or add it to features.ids"
         refuse([] if hits.size else [feature_id], "this feature is not in the policy", rule=rule, fix=fix)
         return int(hits[0])
 
@@ -180,15 +178,8 @@ def exact_shift(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> Floats:
     The difference to ``coefficient_shift(...).total`` is the error of the linearisation.
     """
     dX, dy = _checked_change(policy, dX, dy)
-    moved = fit_policy(
-        policy.X + dX,
-        policy.y + dy,
-        prompt_ids=policy.prompt_ids,
-        feature_ids=policy.feature_ids,
-        alpha=policy.alpha,
-        fit_intercept=policy.fit_intercept,
-    )
-    return moved.coef - policy.coef
+    same = {key: getattr(policy, key) for key in ("prompt_ids", "feature_ids", "alpha", "fit_intercept")}
+    return fit_policy(policy.X + dX, policy.y + dy, **same).coef - policy.coef
 
 
 def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:

@@ -291,5 +291,4 @@ def value_of(cell: Cell) -> float | None:
         return cell.id
     if isinstance(cell, Line):
         return value_of(cell.parts[0]) if cell.parts else None
-    known = isinstance(cell, int | float) and math.isfinite(cell)
-    return cell if known else None
+    return cell if isinstance(cell, int | float) and math.isfinite(cell) else None

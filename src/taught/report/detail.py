@@ -82,11 +82,12 @@ def page_data(tables: Tables) -> Json:
         "targets": [[words(name), common_power(row[name] for row in rows)] for name in names],
         "prompts": [[p, str(t.get("group", "")), shorten(str(t.get("text", "")), MAX_PROMPT)] for p, t in said],
         "features": {str(feature): label for feature, label in feature_labels(tables).items()},
-        "powers": {},
+        "powers": {"W": 0, "y": 0},
     }
-    moved, dy = shifts(tables), effects(tables)
-    for key, values in (("W", moved and moved.total), ("y", dy and dy.values)):
-        data["powers"][key] = 0 if values is None else common_power(np.abs(values).max(1).tolist())
+    if (moved := shifts(tables)) is not None:
+        data["powers"]["W"] = common_power(np.abs(moved.total).max(1).tolist())
+    if (dy := effects(tables)) is not None:
+        data["powers"]["y"] = common_power(np.abs(dy.values).max(1).tolist())
     if (found := ordered_comovement(tables)) is not None:
         data["heat"] = {"ids": found[0], "r": np.nan_to_num(found[1]).round(2).tolist()}
     return data

@@ -24,9 +24,7 @@ ENDS = 5  # examples named at either end of a ranking
 OFFENDERS = 10
 SE = " se"
 PRIMARY = "score"
-_NO_TARGETS = frozenset(
-    "loss rank n_scored outside_share outside_change dominant_share expected_by_chance n_intended".split()
-)
+_FACTS = "loss rank n_scored outside_share outside_change dominant_share expected_by_chance n_intended"
 _COEFFICIENT = re.compile(r"coefficient:(\d+)(?::([xy]))?")
 
 
@@ -48,7 +46,7 @@ def summary_schema(tables: Tables) -> pa.Schema:
 def targets_of(schema: pa.Schema) -> list[str]:
     """The same from the columns of a summary."""
     names = [field.name for field in schema if pa.types.is_floating(field.type)]
-    names = [n for n in names if n not in _NO_TARGETS and not n.endswith((SE, "_score"))]
+    names = [n for n in names if n not in _FACTS.split() and not n.endswith((SE, "_score"))]
     own = [n for n in names if n[-2:] not in (":x", ":y") or n[:-2] not in names]
     return sorted(own, key=lambda n: (n != PRIMARY, not is_behavior(n), n.startswith("prompt:")))
 
