@@ -76,11 +76,8 @@ def curate(
         ``scores`` are the influence on the target: positive means that training on the example raises
         it. Labels are needed by the paper's rule only.
     rule : {"paper", "top-k", "keep-k"}
-    k
-        How many examples to drop under ``top-k``, to keep under ``keep-k``; ties at the border go to
-        the smaller example id.
-    target
-        What ``scores`` are the influence on; only named in the result.
+    k : how many examples to drop under ``top-k``, to keep under ``keep-k``; ties at the border go to the smaller id
+    target : what ``scores`` are the influence on; only named in the result
     protect, protected
         A second target under ``top-k`` and ``keep-k``, and the influence on it, length P: only
         examples whose influence on it is at most 0 are dropped.
@@ -110,16 +107,11 @@ def curate(
     else:
         raise UserError("this curation rule is unknown", value=rule, rule="paper, top-k or keep-k")
     about = {"rule": rule, "target": target, "protect": protect}
-    return [
-        {
-            "example_id": example,
-            **decisions[example]._asdict(),
-            **about,
-            "score": score[example],
-            "protect_score": None if guard is None else guard[example],
-        }
-        for example in example_ids
-    ]
+    rows = []
+    for example in example_ids:
+        values = {"score": score[example], "protect_score": None if guard is None else guard[example]}
+        rows.append({"example_id": example, **decisions[example]._asdict(), **about, **values})
+    return rows
 
 
 def outcome(decisions: Sequence[Mapping[str, Any]], k: int | None = None) -> Outcome:
@@ -144,10 +136,9 @@ def _by_medians(
     """The paper's rule: each of the two labels against the median of the other."""
     # A table reader turns a missing label into None or into a float nan.
     missing = [example for example, own in label.items() if not (isinstance(own, str) and own)]
+    what = f"the label is missing for {len(missing)} examples"
     fix = "add a label to these examples, or use the rule top-k"
-    refuse(
-        missing, f"the label is missing for {len(missing)} examples", rule="the paper's rule needs them all", fix=fix
-    )
+    refuse(missing, what, rule="the paper's rule needs them all", fix=fix)
     medians: dict[str | None, float] = {}
     for name in (positive, negative):
         values = [score[i] for i, own in label.items() if own == name]
@@ -182,10 +173,7 @@ def _by_rank(
     guard: Mapping[str, float] | None,
     protect: str | None,
 ) -> dict[str, Decision]:
-    """Rank the examples that may be dropped: under top-k the first of them go, under keep-k the last.
-
-    Under top-k the highest stands first, under keep-k the lowest.
-    """
+    """Rank those that may be dropped: under top-k the highest first, which go, under keep-k the lowest, which stay."""
     keeps = rule == "keep-k"
     if k is None or not 0 <= k <= len(score):
         raise UserError(
@@ -237,21 +225,16 @@ def _guard(
 
 def _check(example_ids: Sequence[str], labels: Sequence[str | None], scores: Sequence[float]) -> None:
     if not len(example_ids) == len(labels) == len(scores):
-        raise misfit(
-            "examples, labels and scores", "one of each per example", examples=example_ids, labels=labels, scores=scores
-        )
+        given = {"examples": example_ids, "labels": labels, "scores": scores}
+        raise misfit("examples, labels and scores", "one of each per example", **given)
     refuse_repeated(example_ids, "an example id")
     _check_scores(example_ids, scores)
 
 
 def _check_scores(example_ids: Sequence[str], scores: Sequence[float]) -> None:
     if len(example_ids) != len(scores):
-        raise misfit(
-            "examples and their influence on the protected target",
-            "one per example",
-            examples=example_ids,
-            values=scores,
-        )
+        what = "examples and their influence on the protected target"
+        raise misfit(what, "one per example", examples=example_ids, values=scores)
     bad = [example for example, value in zip(example_ids, scores, strict=True) if not math.isfinite(value)]
     what, fix = f"the score is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"
     refuse(bad, what, rule="every score is a finite number", fix=fix)

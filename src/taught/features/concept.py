@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from taught.features.pooling import pool
 from taught.features.probe import fit_direction, held_out
 from taught.features.sae import SparseAutoencoder
 from taught.run.files import json_bytes, sha256_bytes, tensors_bytes, tensors_from_bytes, write_bytes
-from taught.stats.arrays import Bools, Floats
+from taught.stats.arrays import Floats
 from taught.stats.auc import auc_within
 from taught.stats.intervals import Interval
 
@@ -34,6 +35,7 @@ FORMAT = "taught concept 1"
 PROMPT_POSITIONS = ("last_user", "last_prompt", "mean_user")
 PAIR_POSITIONS = ("mean_response", "last_response")
 NORMS = ("unit", "none")
+_RECORDED = ("name", "block", "position", "tokens", "weights", "provenance", "card")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,22 +44,14 @@ class Concept:
 
     Attributes
     ----------
-    name : str
-        Its name in tables.
-    direction : float64 [D]
-        v; positive read-outs are towards it.
-    block : int
-        Block, counted from 0, whose output is read.
-    position : one of PROMPT_POSITIONS
-        Tokens of a prompt over which h is averaged.
-    tokens : one of PAIR_POSITIONS
-        Tokens of an example: all of the response, or its last one (the end of the turn).
-    weights : dict
-        Identity of the model's weights, or empty where it is not known.
-    provenance : dict of JSON values
-        What the direction was made from, and how.
-    card : dict of JSON values
-        How well it separates two groups (see :func:`quality_card`).
+    name : its name in tables
+    direction : v, float64 [D]; positive read-outs are towards it
+    block : block, counted from 0, whose output is read
+    position : one of PROMPT_POSITIONS, tokens of a prompt over which h is averaged
+    tokens : one of PAIR_POSITIONS, of an example: all of the response, or its last one (the end of the turn)
+    weights : identity of the model's weights, or empty where it is not known
+    provenance : what the direction was made from, and how; JSON values, like those of the card
+    card : how well it separates two groups (:func:`quality_card`)
     """
 
     name: str
@@ -83,23 +77,14 @@ class Concept:
 
     def record(self) -> dict[str, Any]:
         """All but the direction, as plain values."""
-        return {
-            "format": FORMAT,
-            "name": self.name,
-            "width": self.width,
-            "block": self.block,
-            "position": self.position,
-            "tokens": self.tokens,
-            "weights": dict(self.weights),
-            "provenance": dict(self.provenance),
-            "card": dict(self.card),
-        }
+        parts = {name: getattr(self, name) for name in _RECORDED}
+        plain = {name: dict(part) if isinstance(part, Mapping) else part for name, part in parts.items()}
+        return {"format": FORMAT, "width": self.width, **plain}
 
     @classmethod
     def of(cls, record: Mapping[str, Any], direction: ArrayLike) -> Concept:
         """A concept from its record and its direction."""
-        names = ("name", "block", "position", "tokens", "weights", "provenance", "card")
-        return cls(direction=np.asarray(direction, np.float64), **{name: record[name] for name in names})
+        return cls(direction=np.asarray(direction, np.float64), **{name: record[name] for name in _RECORDED})
 
     @property
     def width(self) -> int:
@@ -108,11 +93,10 @@ class Concept:
 
     def require_fit(self, *, width: int, blocks: int, weights: Mapping[str, Any]) -> None:
         """Raise a UserError unless the concept belongs to this model."""
-        there = f"width {self.width}, block {self.block}"
         if self.width != width or not 0 <= self.block < blocks:
             raise UserError(
                 f"the concept {self.name} does not fit the model",
-                value=there,
+                value=f"width {self.width}, block {self.block}",
                 rule=f"width {width}, blocks 0 to {blocks - 1}",
                 fix="use a concept that was made on this model",
             )
@@ -165,10 +149,7 @@ def fitted_direction(
     UserError
         The interval of the held-out AUC begins at .5 or below, unless forced.
     """
-
-    def fit(x: Floats, s: Bools) -> Floats:
-        return fit_direction(x, s, method, penalty)
-
+    fit = partial(fit_direction, method=method, penalty=penalty)
     found, parts = held_out(X, positive, fit, **draws)
     if not (found.lo > 0.5 or force):
         raise UserError(
@@ -177,7 +158,7 @@ def fitted_direction(
             rule="the interval lies above .5",
             fix="try another block or more rows, or set the concept's force to true",
         )
-    w = fit(np.asarray(X, np.float64), np.asarray(positive, bool))
+    w = fit(X, positive)
     card = quality_card(w, X, positive, found)
     card["fold_cosine"] = min(_cosine(part, w) for part in parts)
     return w, card
@@ -253,8 +234,7 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
         The file cannot be read, has no such tensor or several, or the tensor is no vector.
     """
     file = Path(path).expanduser()
-    read = _read_control_vector if is_control_vector(file) else _read_tensors
-    content, tensors = read(file)
+    content, tensors = (_read_control_vector if is_control_vector(file) else _read_tensors)(file)
     if tensor is None and len(tensors) == 1:
         (tensor,) = tensors
     if tensor is None or tensor not in tensors:
@@ -412,9 +392,7 @@ def load_concept(folder: str | Path) -> Concept:
         content = (path / "concept.safetensors").read_bytes()
         if record["format"] != FORMAT or record["sha256"] != sha256_bytes(content):
             raise ValueError("the files are of another format, or not of one concept")
-        direction = tensors_from_bytes(content)["direction"]
-        rest = ("name", "block", "position", "tokens", "weights", "provenance", "card")
-        return Concept(direction=direction, **{key: record[key] for key in rest})
+        return Concept.of(record, tensors_from_bytes(content)["direction"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             "the concept cannot be read",

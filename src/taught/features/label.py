@@ -99,16 +99,9 @@ def describe_features(
     m, n = len(tokens), len(prompt_ids)
     fits = acts.shape == (m, len(ids)) and len(at) == m and len(texts) == len(groups) == len(h) == n
     if not fits or (m and not 0 <= at.min() <= at.max() < n):
-        raise misfit(
-            "the inputs of the labels",
-            "acts [M, d], one token text and prompt index per row, N of each of the others",
-            acts=acts,
-            tokens=m,
-            prompts=n,
-            texts=texts,
-            groups=groups,
-            h=h,
-        )
+        given_ = {"acts": acts, "tokens": m, "prompts": n, "texts": texts, "groups": groups, "h": h}
+        rule = "acts [M, d], one token text and prompt index per row, N of each of the others"
+        raise misfit("the inputs of the labels", rule, **given_)
     words, word_of = _words(tokens, at)
     units = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-30)
     given = labels or {}
@@ -123,19 +116,16 @@ def describe_features(
         leading = [i for i in np.argsort(-strongest, kind="stable")[:top].tolist() if strongest[i] > 0]
         scored = _scored_words(own, words, word_of)
         contrasts = _contrasts(leading, strongest, groups, units)
-        described.append(
-            FeatureDescription(
-                feature_id=feature_id,
-                label=given.get(feature_id, _made_label(scored, [groups[i] for i in leading])),
-                label_source="file" if feature_id in given else "words",
-                words=[{"word": word, "score": score} for word, score in scored],
-                top_prompts=[row(i, strongest) for i in leading],
-                contrast_prompts=[
-                    {**row(j, strongest), "similarity": alike, "to": prompt_ids[i]} for i, j, alike in contrasts
-                ],
-                top_tokens=[{**_top_token(tokens, own, at == i), "prompt_id": prompt_ids[i]} for i in leading],
-            )
+        one = FeatureDescription(
+            feature_id=feature_id,
+            label=given.get(feature_id, _made_label(scored, [groups[i] for i in leading])),
+            label_source="file" if feature_id in given else "words",
+            words=[{"word": word, "score": score} for word, score in scored],
+            top_prompts=[row(i, strongest) for i in leading],
+            contrast_prompts=[row(j, strongest) | {"similarity": r, "to": prompt_ids[i]} for i, j, r in contrasts],
+            top_tokens=[{**_top_token(tokens, own, at == i), "prompt_id": prompt_ids[i]} for i in leading],
         )
+        described.append(one)
     return described
 
 
@@ -183,7 +173,7 @@ def _words(tokens: Sequence[str], prompt: Ints) -> tuple[list[str], Ints]:
         spans[-1] += token
         span_of[row] = len(spans) - 1
     cleaned = [span.strip().lower() if _is_word(span) else "" for span in spans]
-    vocabulary = sorted({word for word in cleaned if word})
+    vocabulary = sorted({*cleaned} - {""})
     index = {word: i for i, word in enumerate(vocabulary)} | {"": -1}
     return vocabulary, np.array([index[cleaned[s]] for s in span_of], dtype=np.int64)
 

@@ -32,13 +32,10 @@ def fit_direction(X: ArrayLike, positive: ArrayLike, method: str, penalty: float
 
     Parameters
     ----------
-    X : float64 [N, D]
-        One row a prompt or example.
+    X : float64 [N, D], one row a prompt or example
     positive : bool [N]
-    method
-        One of :data:`METHODS`.
-    penalty
-        Of logistic and ridge; larger draws w towards the difference of means.
+    method : one of :data:`METHODS`
+    penalty : of logistic and ridge; larger draws w towards the difference of means
 
     Raises
     ------

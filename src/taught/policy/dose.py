@@ -39,7 +39,7 @@ FEWEST = 5  # prompts from which on there is an interval
 
 
 class Response(NamedTuple):
-    """Response to one feature, 95% bootstrap over prompts: slope (natural log per activation), mean dy at each scale."""
+    """Slope (natural log per activation) and mean dy at each scale of one feature, 95% bootstrap over prompts."""
 
     slope: Interval
     means: list[Interval]

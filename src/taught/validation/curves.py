@@ -137,12 +137,8 @@ def plan_curve(
     refuse(bad, "scores are not finite", rule="every score is a number")
     steps = tuple(sorted(set(budgets)))
     if not steps or steps[0] < 1 or steps[-1] >= len(scores):
-        raise UserError(
-            "these budgets make no curve",
-            value=list(budgets),
-            rule=f"numbers of examples from 1 to {len(scores) - 1}",
-            fix="give other budgets",
-        )
+        rule = f"numbers of examples from 1 to {len(scores) - 1}"
+        raise UserError("these budgets make no curve", value=list(budgets), rule=rule, fix="give other budgets")
     if runs < LEAST_RUNS:
         raise UserError("too few random sets", value=runs, rule=f"at least {LEAST_RUNS}")
     pool = sorted(scores)

@@ -123,12 +123,8 @@ def ask(pool: Subsets, groups: Mapping[str, Collection[str]], reference: Floats 
     for name, group in groups.items():
         x = held[:, [example in group for example in ids]].sum(1)
         if np.ptp(x[rho > 0]) == 0:
-            raise UserError(
-                "the pool says nothing about this group",
-                value=name,
-                rule="its number of members differs between subsets",
-                fix="use another pool",
-            )
+            what, rule = "the pool says nothing about this group", "its number of members differs between subsets"
+            raise UserError(what, value=name, rule=rule, fix="use another pool")
         off = x - rho @ x
         weights.append(len(group) * off / (rho @ off**2))
     return Question(tuple(groups), pool, rho, np.stack(weights))
@@ -145,9 +141,7 @@ def next_probabilities(question: Question, earlier: Sequence[Round], count: int,
     g = question.weights / np.sqrt((question.reference * question.weights**2).sum(1))[:, None]
     best = question.reference * np.sqrt((g**2).sum(0))
     best /= best.sum()
-    before = np.zeros(len(best))
-    for done in earlier:
-        before += len(done.drawn) * done.probabilities
+    before = sum((len(done.drawn) * done.probabilities for done in earlier), np.zeros(len(best)))
     missing = np.maximum(_level(best, before, count) * best - before, 0)
     return (1 - mix) * missing / missing.sum() + mix * question.reference
 
@@ -280,9 +274,8 @@ def couples(ids: Sequence[str], name: str, group: Collection[str], size: int, co
         The group holds ids that are not among the examples; fewer than 2 couples; or as :func:`random_subsets`.
     """
     if count < 2:
-        raise UserError(
-            "too few couples for an interval", value=count, rule="at least 2", fix="raise validation.subsets"
-        )
+        what, fix = "too few couples for an interval", "raise validation.subsets"
+        raise UserError(what, value=count, rule="at least 2", fix=fix)
     refuse(sorted(set(group) - set(ids)), "the group holds unknown examples")
     others = [example for example in ids if example not in set(group)]
     backgrounds = random_subsets(others, size, count, seed=seed)
@@ -347,11 +340,10 @@ class _Datamodel:
 
 def _level(best: Floats, before: Floats, count: int) -> float:
     """c with sum of max(c best - before, 0) = count."""
-    positive = best > 0
-    start = np.sort(before[positive] / best[positive])
-    order = np.argsort(before[positive] / best[positive], kind="stable")
-    levels = (count + before[positive][order].cumsum()) / best[positive][order].cumsum()
-    return float(levels[np.flatnonzero(levels > start)[-1]])
+    before, best = before[best > 0], best[best > 0]
+    order = np.argsort(before / best, kind="stable")
+    levels = (count + before[order].cumsum()) / best[order].cumsum()
+    return float(levels[np.flatnonzero(levels > (before / best)[order])[-1]])
 
 
 def _refuse_few(drawn: int, folds: int) -> None:
@@ -362,10 +354,7 @@ def _refuse_few(drawn: int, folds: int) -> None:
 
 def _known(names: Sequence[str], outcomes: Mapping[str, float]) -> Floats:
     """Outcomes of subsets, float64, checked."""
-    refuse(
-        sorted({name for name in names if not math.isfinite(outcomes.get(name, math.nan))}),
-        "subsets have no finite outcome",
-        rule="one number for each subset",
-        fix="finish their retraining",
-    )
+    missing = sorted({name for name in names if not math.isfinite(outcomes.get(name, math.nan))})
+    rule = "one number for each subset"
+    refuse(missing, "subsets have no finite outcome", rule=rule, fix="finish their retraining")
     return np.array([outcomes[name] for name in names], dtype=np.float64)

@@ -93,8 +93,7 @@ def soft_metrics(
     sides = (("positive", positive), ("negative", negative))
     y, p = reads.y, np.asarray(degree(reads.y), dtype=np.float64)
     log_p = np.where(p > 0, np.log(np.where(p > 0, p, 1)), y)  # so small that it rounds to 0: y is its logarithm
-    yes, no = (log_p[_rows(reads.prompt_ids, name, ids)] for name, ids in sides)
-    found = metrics(yes, no)
+    found = metrics(*(log_p[_rows(reads.prompt_ids, name, ids)] for name, ids in sides))
     return SoftMetrics(**{item.name: float(found[item.name]) for item in fields(SoftMetrics)})
 
 
@@ -134,10 +133,6 @@ def _rows(prompt_ids: Sequence[str], group: str, ids: Sequence[str]) -> list[int
     place = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
     missing = [i for i in ids if i not in place]
     if missing or not ids:
-        raise UserError(
-            f"the prompts of {group} were not read",
-            value=missing[:8],
-            rule="a group has prompts, and all of them are read",
-            fix="use the groups of the run's prompts",
-        )
+        rule, fix = "a group has prompts, and all of them are read", "use the groups of the run's prompts"
+        raise UserError(f"the prompts of {group} were not read", value=missing[:8], rule=rule, fix=fix)
     return [place[i] for i in ids]
