@@ -77,8 +77,7 @@ def curate(
         it. Labels are needed by the paper's rule only.
     rule : {"paper", "top-k", "keep-k"}
     k : how many examples to drop under ``top-k``, to keep under ``keep-k``; ties at the border go to the smaller id
-    target : what ``scores`` are the influence on; only named in the result
-    protect, protected
+    target : what ``scores`` are the influence on; only named in the result protect, protected
         A second target under ``top-k`` and ``keep-k``, and the influence on it, length P: only
         examples whose influence on it is at most 0 are dropped.
     positive_label, negative_label
@@ -176,12 +175,8 @@ def _by_rank(
     """Rank those that may be dropped: under top-k the highest first, which go, under keep-k the lowest, which stay."""
     keeps = rule == "keep-k"
     if k is None or not 0 <= k <= len(score):
-        raise UserError(
-            f"the rule {rule} needs a number of examples to {'keep' if keeps else 'drop'}",
-            value=str(k),
-            rule=f"0 <= k <= {len(score)}",
-            fix="set curation.k",
-        )
+        what, fix = f"the rule {rule} needs a number of examples to {'keep' if keeps else 'drop'}", "set curation.k"
+        raise UserError(what, value=str(k), rule=f"0 <= k <= {len(score)}", fix=fix)
     free = [example for example in score if guard is None or guard[example] <= 0]
     ranking = sorted(free, key=lambda example: (score[example] if keeps else -score[example], example))
     wanted = len(score) - k if keeps else k

@@ -67,19 +67,15 @@ class Concept:
         v = np.asarray(self.direction, np.float64)
         object.__setattr__(self, "direction", v)
         if v.ndim != 1 or not np.isfinite(v).all() or not v.any():
-            raise UserError(
-                "a concept is one direction",
-                value=f"shape {list(v.shape)}",
-                rule="[D], finite and not zero",
-                fix="check the tensor or the features it is made of",
-            )
+            rule, fix = "[D], finite and not zero", "check the tensor or the features it is made of"
+            raise UserError("a concept is one direction", value=f"shape {list(v.shape)}", rule=rule, fix=fix)
         require_place(self.position, self.tokens)
 
     def record(self) -> dict[str, Any]:
         """All but the direction, as plain values."""
         parts = {name: getattr(self, name) for name in _RECORDED}
         plain = {name: dict(part) if isinstance(part, Mapping) else part for name, part in parts.items()}
-        return {"format": FORMAT, "width": self.width, **plain}
+        return {"format": FORMAT, "name": self.name, "width": self.width, **plain}
 
     @classmethod
     def of(cls, record: Mapping[str, Any], direction: ArrayLike) -> Concept:
@@ -113,12 +109,8 @@ def require_place(position: str, tokens: str) -> None:
     """Raise a UserError unless prompts can be read at ``position`` and examples at ``tokens``."""
     for key, value, allowed in (("position", position, PROMPT_POSITIONS), ("tokens", tokens, PAIR_POSITIONS)):
         if value not in allowed:
-            raise UserError(
-                f"a concept cannot be read at this place ({key})",
-                value=value,
-                rule=f"one of {', '.join(allowed)}",
-                fix=f"set the concept's {key} to {allowed[-1]}",
-            )
+            rule, fix = f"one of {', '.join(allowed)}", f"set the concept's {key} to {allowed[-1]}"
+            raise UserError(f"a concept cannot be read at this place ({key})", value=value, rule=rule, fix=fix)
 
 
 def normalised(direction: ArrayLike, norm: str) -> Floats:
@@ -139,10 +131,8 @@ def fitted_direction(
     Parameters
     ----------
     method, penalty : :func:`taught.features.probe.fit_direction`
-    force
-        Accept a direction that is no better than chance on rows it was not fitted on.
-    draws
-        folds, bootstrap, seed (:func:`taught.features.probe.held_out`).
+    force : accept a direction that is no better than chance on rows it was not fitted on
+    draws : folds, bootstrap, seed (:func:`taught.features.probe.held_out`)
 
     Raises
     ------
@@ -174,8 +164,7 @@ def quality_card(
     separation
         AUC on rows that the direction was not fitted on; None for a direction that was not fitted
         on any of these, whose AUC is taken here.
-    draws
-        bootstrap, seed.
+    draws : bootstrap, seed
 
     Returns
     -------
@@ -225,8 +214,7 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
 
     Parameters
     ----------
-    tensor
-        Name of the tensor, [D] or [1, D]; None where the file holds one only.
+    tensor : name of the tensor, [D] or [1, D]; None where the file holds one only
 
     Raises
     ------
@@ -238,20 +226,12 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
     if tensor is None and len(tensors) == 1:
         (tensor,) = tensors
     if tensor is None or tensor not in tensors:
-        raise UserError(
-            "which tensor of the file is the direction?",
-            value=tensor,
-            rule="one of " + ", ".join(sorted(tensors)[:20]),
-            fix="set the concept's source to file:PATH:TENSOR",
-        )
+        rule, fix = "one of " + ", ".join(sorted(tensors)[:20]), "set the concept's source to file:PATH:TENSOR"
+        raise UserError("which tensor of the file is the direction?", value=tensor, rule=rule, fix=fix)
     value = tensors[tensor]
     if value.size != max(value.shape, default=0):
-        raise UserError(
-            "the tensor is no vector",
-            value=f"{tensor}: {list(value.shape)}",
-            rule="[D], or [1, D]",
-            fix="name another tensor",
-        )
+        rule, fix = "[D], or [1, D]", "name another tensor"
+        raise UserError("the tensor is no vector", value=f"{tensor}: {list(value.shape)}", rule=rule, fix=fix)
     origin = {"file": file.name, "tensor": tensor, "sha256": sha256_bytes(content)}
     return value.reshape(-1).astype(np.float64), origin
 
@@ -265,12 +245,8 @@ def _read_tensors(file: Path) -> tuple[bytes, dict[str, Any]]:
         # Through torch: numpy has no bfloat16.
         return content, {k: t.to(torch.float64).numpy() for k, t in load(content).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            "the direction cannot be read",
-            value=f"{file}: {error}",
-            rule="a safetensors file, or a control vector (GGUF)",
-            fix="check the path",
-        ) from error
+        rule, fix = "a safetensors file, or a control vector (GGUF)", "check the path"
+        raise UserError("the direction cannot be read", value=f"{file}: {error}", rule=rule, fix=fix) from error
 
 
 def is_control_vector(path: str | Path) -> bool:
@@ -293,12 +269,8 @@ def control_block(tensor: str) -> int:
     """
     head, _, number = tensor.partition(".")
     if head != "direction" or not number.isdecimal():
-        raise UserError(
-            "this is no direction of a control vector",
-            value=tensor,
-            rule="direction.N, N the block that it is added to",
-            fix="for example the source file:PATH:direction.15",
-        )
+        rule, fix = "direction.N, N the block that it is added to", "for example the source file:PATH:direction.15"
+        raise UserError("this is no direction of a control vector", value=tensor, rule=rule, fix=fix)
     return int(number)
 
 
@@ -314,12 +286,8 @@ def _read_control_vector(file: Path) -> tuple[bytes, dict[str, Any]]:
         content = file.read_bytes()
         found = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(file).tensors}
     except (OSError, ValueError, LookupError, NotImplementedError) as error:
-        raise UserError(
-            "the control vector cannot be read",
-            value=f"{file}: {error}",
-            rule="a GGUF file with the tensors direction.N",
-            fix="check the path",
-        ) from error
+        rule, fix = "a GGUF file with the tensors direction.N", "check the path"
+        raise UserError("the control vector cannot be read", value=f"{file}: {error}", rule=rule, fix=fix) from error
     return content, {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
@@ -394,9 +362,5 @@ def load_concept(folder: str | Path) -> Concept:
             raise ValueError("the files are of another format, or not of one concept")
         return Concept.of(record, tensors_from_bytes(content)["direction"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            "the concept cannot be read",
-            value=f"{path}: {error!r}",
-            rule="a folder with concept.json and concept.safetensors",
-            fix="make it anew, or name another folder",
-        ) from error
+        rule, fix = "a folder with concept.json and concept.safetensors", "make it anew, or name another folder"
+        raise UserError("the concept cannot be read", value=f"{path}: {error!r}", rule=rule, fix=fix) from error

@@ -82,12 +82,9 @@ def describe_features(
     tokens : M texts
     prompt : int64 [M], index of each token's prompt; tokens of a prompt stand together, in order
     prompt_ids, texts, groups : N each
-    h : [N, D]
-        One residual per prompt (pooled like the read-out), for the similarity of prompts.
-    labels
-        Labels that override the made ones (:func:`load_labels`).
-    top
-        How many prompts and tokens are listed.
+    h : [N, D], one residual per prompt (pooled like the read-out), for the similarity of prompts
+    labels : labels that override the made ones (:func:`load_labels`)
+    top : how many prompts and tokens are listed
 
     Raises
     ------
@@ -228,23 +225,15 @@ def load_labels(file: str | Path) -> dict[int, str]:
     try:
         entries = _label_entries(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            "the label file cannot be read",
-            value=f"{path}: {error!r}",
-            rule=".json or .yaml with id: label, or .csv with columns id and label",
-            fix="check features.labels",
-        ) from error
+        rule, fix = ".json or .yaml with id: label, or .csv with columns id and label", "check features.labels"
+        raise UserError("the label file cannot be read", value=f"{path}: {error!r}", rule=rule, fix=fix) from error
     labels: dict[int, str] = {}
     for key, label in entries:
         text = str(key).strip()
         named = isinstance(label, str) and label.strip()
         if not text.isdecimal() or int(text) in labels or not named:
-            raise UserError(
-                "the label file has a bad entry",
-                value=f"{key!r}: {label!r}",
-                rule="feature ids are whole numbers, each once, with a label",
-                fix=f"correct it in {path.name}",
-            )
+            rule, fix = "feature ids are whole numbers, each once, with a label", f"correct it in {path.name}"
+            raise UserError("the label file has a bad entry", value=f"{key!r}: {label!r}", rule=rule, fix=fix)
         labels[int(text)] = str(label).strip()
     return labels
 

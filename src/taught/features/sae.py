@@ -95,8 +95,7 @@ class SparseAutoencoder:
         Parameters
         ----------
         h : [..., D]
-        ids : int64 [d], optional
-            Features, in the order of the result's columns; None: all, in numeric order.
+        ids : int64 [d], optional, in the order of the columns of the result; None: all, in numeric order
         encoder : {"sae", "relu"}
             The autoencoder's own encoder, or the paper's dense proxy.
 
@@ -197,8 +196,7 @@ def load_sae(path: str | Path, *, block: int | None = None) -> SparseAutoencoder
         A SAELens folder (``cfg.json``, ``sae_weights.safetensors``), a sparsify folder
         (``cfg.json``, ``sae.safetensors``), or ``release:sae_id`` of SAELens' public releases
         (needs the optional package sae-lens, and network).
-    block
-        Block whose output it reads, where the file does not say.
+    block : block whose output it reads, where the file does not say
 
     Returns
     -------
@@ -218,12 +216,8 @@ def load_sae(path: str | Path, *, block: int | None = None) -> SparseAutoencoder
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(
-            "the SAE folder has no readable cfg.json",
-            value=f"{folder}: {error}",
-            rule="a SAELens or sparsify folder, or release:sae_id",
-            fix="check sae.path",
-        ) from error
+        what, rule = "the SAE folder has no readable cfg.json", "a SAELens or sparsify folder, or release:sae_id"
+        raise UserError(what, value=f"{folder}: {error}", rule=rule, fix="check sae.path") from error
     readers = {"sae_weights.safetensors": _read_saelens, "sae.safetensors": _read_sparsify}
     name = next((name for name in readers if (folder / name).is_file()), None)
     if name is None:
@@ -347,19 +341,11 @@ def _block(hook: str, asked: int | None) -> int:
     if found is None and hook.startswith("blocks."):
         raise _refused("hook_name", hook, "blocks.N.hook_resid_post (or hook_resid_pre, N > 0)")
     if found is None and asked is None:
-        raise UserError(
-            "the SAE does not say which block it reads",
-            value=hook or None,
-            rule="blocks.N.hook_resid_post or layers.N",
-            fix="set sae.block",
-        )
+        rule, fix = "blocks.N.hook_resid_post or layers.N", "set sae.block"
+        raise UserError("the SAE does not say which block it reads", value=hook or None, rule=rule, fix=fix)
     if found is not None and asked is not None and found != asked:
-        raise UserError(
-            "the SAE was made for another block",
-            value=f"{hook}, not block {asked}",
-            rule="sae.block is the block that the SAE names, or is left out",
-            fix=f"set sae.block to {found}",
-        )
+        rule, fix = "sae.block is the block that the SAE names, or is left out", f"set sae.block to {found}"
+        raise UserError("the SAE was made for another block", value=f"{hook}, not block {asked}", rule=rule, fix=fix)
     return int(found if found is not None else asked)  # type: ignore[arg-type]
 
 
@@ -368,12 +354,8 @@ def _load_release(release: str, sae_id: str, block: int | None) -> SparseAutoenc
     try:
         sae_lens = importlib.import_module("sae_lens")
     except ImportError as error:
-        raise UserError(
-            "reading a public release needs the package sae-lens",
-            value=f"{release}:{sae_id}",
-            rule="an optional dependency",
-            fix="pip install 'taught[saelens]'",
-        ) from error
+        what, rule = "reading a public release needs the package sae-lens", "an optional dependency"
+        raise UserError(what, value=f"{release}:{sae_id}", rule=rule, fix="pip install 'taught[saelens]'") from error
     try:
         sae = sae_lens.SAE.from_pretrained(release=release, sae_id=sae_id, device="cpu")
     except Exception as error:  # sae-lens raises whatever its many loaders raise

@@ -64,21 +64,15 @@ def audit_categories(
 
     Parameters
     ----------
-    y : [N]
-        Behavior, natural logarithm of a probability.
+    y : [N], behavior, natural logarithm of a probability
     groups, categories : length N
         Of each prompt, rows as in ``policy.prompt_ids``. A missing category is called ``(none)``.
-    X : [N, d]
-        Activations, columns as in ``policy.feature_ids``.
-    coef_lo, coef_hi : [d]
-        Interval of the coefficients.
-    positive, negative
-        The two groups that are audited; other groups are left out.
-    n_boot
+    X : [N, d], activations, columns as in ``policy.feature_ids``
+    coef_lo, coef_hi : [d], interval of the coefficients
+    positive, negative : the two groups that are audited; other groups are left out n_boot
         Bootstrap resamples. Permutations: as many, or 100 per category if that is more, so that
         the correction for many categories cannot outrun the smallest possible p.
-    min_n
-        Smaller categories are listed with their mean and gap, but without interval, p or verdict.
+    min_n : smaller categories are listed with their mean and gap, but without interval, p or verdict
 
     Returns
     -------
@@ -175,12 +169,8 @@ def _group(
 ) -> _Group:
     rows = [i for i in row_order(prompt_ids, len(y)) if groups[i] == name]
     if not rows:
-        raise UserError(
-            "the audit found no prompt in this group",
-            value=name,
-            rule="one of: " + ", ".join(sorted(set(groups))),
-            fix="set prompts.positive_group and prompts.negative_group",
-        )
+        rule, fix = "one of: " + ", ".join(sorted(set(groups))), "set prompts.positive_group and prompts.negative_group"
+        raise UserError("the audit found no prompt in this group", value=name, rule=rule, fix=fix)
     labels = ["(none)" if categories[i] is None else str(categories[i]) for i in rows]
     names, category = np.unique(labels, return_inverse=True)
     return _Group(name, y[rows], X[rows], category.astype(np.int64), [str(n) for n in names])

@@ -69,12 +69,9 @@ class RemainderBound:
 
         Parameters
         ----------
-        dX_norm
-            Spectral norm of dX [N, d], or any number that it does not exceed.
-        dy : [N]
-            Change of the behavior.
-        shift : [d], optional
-            The linear shift, both pathways; with it the bound is closer.
+        dX_norm : spectral norm of dX [N, d], or any number that it does not exceed
+        dy : [N], change of the behavior
+        shift : [d], optional, the linear shift, both pathways; with it the bound is closer
         """
         e, f, policy = dX_norm, np.asarray(dy, dtype=np.float64), self._policy
         if f.shape != (policy.n,):
@@ -123,8 +120,7 @@ def resampled_score(policy: Policy, counts: Ints, dy: Floats, dX: NDArray[Any] |
     ----------
     counts : [R, N], how often each prompt is drawn
     dy : [P, N]
-    dX : [P, N, d] or None
-        Both in the policy's order of prompts.
+    dX : [P, N, d] or None, both in the policy's order of prompts
     """
     made = [_cotangents(policy, c) for c in counts]
     y = np.stack([B for _, B in made]) @ dy.T if made else np.zeros((0, len(dy)))

@@ -27,8 +27,7 @@ class Check(NamedTuple):
     Attributes
     ----------
     code, name : F01 and so on, and what is checked
-    value : Interval
-        The graded number; lo and hi are nan where it has no interval.
+    value : Interval, the graded number; lo and hi are nan where it has no interval
     threshold : when it passes, in words
     status : pass, warn or fail
     meaning : what the number says about the policy

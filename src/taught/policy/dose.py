@@ -80,11 +80,9 @@ def response(x: ArrayLike, scales: ArrayLike, dy: ArrayLike, *, bootstrap: int, 
 
     Parameters
     ----------
-    x : [n]
-        X of the feature on each prompt, n >= 1.
+    x : [n], X of the feature on each prompt, n >= 1
     scales : [S]
-    dy : [S, n]
-        Change of y at each scale. With fewer than ``FEWEST`` prompts there are no intervals.
+    dy : [S, n], change of y at each scale. With fewer than ``FEWEST`` prompts there are no intervals.
     """
     dose, dy = _dose(x, scales), np.asarray(dy, dtype=np.float64)
     n = dy.shape[1]
@@ -106,10 +104,8 @@ def control_p(own: ArrayLike, controls: ArrayLike) -> Floats:
 
     Parameters
     ----------
-    own : [d]
-        Slopes along the features' own directions.
-    controls : [d, R]
-        Slopes along random directions, R >= 2.
+    own : [d], slopes along the features' own directions
+    controls : [d, R], slopes along random directions, R >= 2
     """
     own = np.abs(np.asarray(own, dtype=np.float64))
     squares = np.asarray(controls, dtype=np.float64) ** 2

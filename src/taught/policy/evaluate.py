@@ -113,18 +113,12 @@ def evaluate_policy(
 
     Parameters
     ----------
-    X, y : [N, d], [N]
-        Activations and behavior.
-    groups : length N
-        Group of each prompt. Groups other than the two classes count for R^2 and Spearman only.
-    alpha
-        Ridge penalty. None: chosen by cross-validation inside the training rows of each fold.
-    bootstrap
-        Number of resamples; 0 leaves the intervals nan.
-    positive, negative
-        The classes. A prompt is called positive if its prediction lies above the threshold.
-    prompts_length : length N, optional
-        For the length baseline, in any unit.
+    X, y : [N, d], [N], activations and behavior
+    groups : length N, group of each prompt. Groups other than the two classes count for R^2 and Spearman only.
+    alpha : ridge penalty. None: chosen by cross-validation inside the training rows of each fold.
+    bootstrap : number of resamples; 0 leaves the intervals nan
+    positive, negative : the classes. A prompt is called positive if its prediction lies above the threshold.
+    prompts_length : length N, optional, for the length baseline, in any unit
     prompt_ids : length N, optional
         When given, folds and resamples are drawn over sorted ids: the order of rows cannot matter.
     """

@@ -190,17 +190,12 @@ def faithfulness(
 
     Parameters
     ----------
-    X, y : [N, d], [N]
-        Activations and behavior.
-    known
-        What trivial predictors may use, one entry a prompt in the order of X.
-    evaluation, intervals
+    X, y : [N, d], [N], activations and behavior
+    known : what trivial predictors may use, one entry a prompt in the order of X evaluation, intervals
         Of the same data by :func:`taught.policy.evaluate.evaluate_policy` and
         ``bootstrap_coefficients``, made with the same ``fit`` and the same resamples.
-    fit
-        As ``evaluation`` was made.
-    alpha
-        Penalty of the policy on all prompts; the sets of prompts are compared at it.
+    fit : as ``evaluation`` was made
+    alpha : penalty of the policy on all prompts; the sets of prompts are compared at it
 
     Raises
     ------

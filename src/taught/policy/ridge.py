@@ -44,21 +44,14 @@ class Policy:
     Attributes
     ----------
     feature_ids : int64 [d]
-    coef : float64 [d]
-        W, in units of the behavior (natural logarithm of a probability) per unit of activation.
-    intercept : float
-        0 unless ``fit_intercept``.
-    alpha : float
-        The ridge penalty, in squared units of activation.
+    coef : float64 [d], W in units of the behavior (natural logarithm of a probability) per unit of activation
+    intercept : float, 0 unless ``fit_intercept``
+    alpha : float, the ridge penalty, in squared units of activation
     prompt_ids : tuple of str, length N
-    X, y : float64 [N, d], [N]
-        As given.
-    Xc : float64 [N, d]
-        Centred over prompts if ``fit_intercept``, else ``X``.
-    residual : float64 [N]
-        r = yc - Xc W.
-    U : float64 [d, d]
-        Xc' Xc + alpha I, symmetric and positive definite.
+    X, y : float64 [N, d], [N], as given
+    Xc : float64 [N, d], centred over prompts if ``fit_intercept``, else ``X``
+    residual : float64 [N], r = yc - Xc W
+    U : float64 [d, d], Xc' Xc + alpha I, symmetric and positive definite
     """
 
     feature_ids: Ints
@@ -131,16 +124,11 @@ def fit_policy(
 
     Parameters
     ----------
-    X : [N, d]
-        Feature activations.
-    y : [N]
-        Behavior, natural logarithm of a probability.
-    prompt_ids, feature_ids
-        Ids of the rows and of the columns; unique, feature ids integers.
-    alpha
-        Ridge penalty, > 0.
-    fit_intercept
-        Centre X and y, which leaves the intercept unpenalised. Off by default, as in the paper.
+    X : [N, d], feature activations
+    y : [N], behavior, natural logarithm of a probability
+    prompt_ids, feature_ids : ids of the rows and of the columns; unique, feature ids integers
+    alpha : ridge penalty, > 0
+    fit_intercept : centre X and y, which leaves the intercept unpenalised. Off by default, as in the paper.
 
     Raises
     ------
@@ -193,8 +181,7 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
 
     Parameters
     ----------
-    x_raw, y_raw : [P, d]
-        One row per example. ``taught.targets.policy.combine_raw_x`` makes ``x_raw``.
+    x_raw, y_raw : [P, d], one row per example. ``taught.targets.policy.combine_raw_x`` makes ``x_raw``.
 
     Returns
     -------
@@ -233,8 +220,7 @@ def choose_alpha(
     grid
         Penalties to try. By default 15 from 1e-5 to 1e2 times the mean squared norm of a column,
         so that the choice follows the scale of X.
-    prompt_ids
-        When given, folds are drawn over sorted ids, so the order of the rows does not matter.
+    prompt_ids : when given, folds are drawn over sorted ids, so the order of the rows does not matter
 
     Returns
     -------
@@ -278,12 +264,8 @@ def row_order(prompt_ids: Sequence[str] | None, n: int) -> Ints:
 def check_folds(folds: int, n: int) -> None:
     """Refuse fewer than two folds or more folds than prompts."""
     if not 2 <= folds <= n:
-        raise UserError(
-            "cannot split the prompts into these folds",
-            value=f"{folds} folds, {n} prompts",
-            rule="2 <= folds <= number of prompts",
-            fix="set policy.folds, or give more prompts",
-        )
+        what, fix = "cannot split the prompts into these folds", "set policy.folds, or give more prompts"
+        raise UserError(what, value=f"{folds} folds, {n} prompts", rule="2 <= folds <= number of prompts", fix=fix)
 
 
 def checked_data(X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None) -> tuple[Floats, Floats]:
@@ -323,12 +305,8 @@ def _checked_feature_ids(feature_ids: Sequence[int] | Ints, d: int) -> Ints:
 def check_alpha(alpha: float) -> None:
     """Refuse a penalty that is not a positive number."""
     if not (np.isfinite(alpha) and alpha > 0):
-        raise UserError(
-            "the ridge penalty must be positive",
-            value=alpha,
-            rule="alpha > 0, so that X'X + alpha I can be inverted",
-            fix="set policy.alpha (the paper uses 5)",
-        )
+        rule, fix = "alpha > 0, so that X'X + alpha I can be inverted", "set policy.alpha (the paper uses 5)"
+        raise UserError("the ridge penalty must be positive", value=alpha, rule=rule, fix=fix)
 
 
 def _checked_change(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> tuple[Floats, Floats]:

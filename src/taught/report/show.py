@@ -24,10 +24,8 @@ def show_run(run: RunFolder | Path | str, item: str | None = None) -> Renderable
 
     Parameters
     ----------
-    run
-        A run folder or its path.
-    item
-        The id of an example, of a feature or of a section (``validation``), for all of it. None: the overview.
+    run : a run folder or its path
+    item : the id of an example, of a feature or of a section (``validation``), for all of it. None: the overview.
 
     Raises
     ------

@@ -46,8 +46,7 @@ class Tables:
 
     Parameters
     ----------
-    also
-        Ids of examples to list in any case, where the run has too many to list them all.
+    also : ids of examples to list in any case, where the run has too many to list them all
 
     Raises
     ------

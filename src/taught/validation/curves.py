@@ -169,10 +169,8 @@ def compare_curves(plan: Plan, method: Floats, random: Floats, *, draws: int = D
 
     Parameters
     ----------
-    method : float64 [R, K, N]
-        Outcome of each run of the method's sets, budget and prompt.
-    random : float64 [S, K, N]
-        The same of the random sets, one run each.
+    method : float64 [R, K, N], outcome of each run of the method's sets, budget and prompt
+    random : float64 [S, K, N], the same of the random sets, one run each
     """
     R, S, N = len(method), len(random), method.shape[2]
     gap = method.mean(0) - random.mean(0)  # [K, N]

@@ -297,12 +297,8 @@ def noise_ceiling(
         Fewer than two seeds, or a subset without a finite outcome.
     """
     if len(outcomes) < 2:
-        raise UserError(
-            "a noise ceiling needs the same subsets under several seeds",
-            value=f"{len(outcomes)} seed",
-            rule="at least 2",
-            fix="repeat the retrainings under another seed",
-        )
+        what, rule = "a noise ceiling needs the same subsets under several seeds", "at least 2"
+        raise UserError(what, value=f"{len(outcomes)} seed", rule=rule, fix="repeat the retrainings under another seed")
     subsets = _sorted(subsets)
     rows = [_outcome(subsets, name, values) for name, values in outcomes.items()]
     R = len(rows)

@@ -80,10 +80,8 @@ def soft_metrics(
 
     Parameters
     ----------
-    positive, negative
-        Ids of the prompts that should show the behavior, and of those that should not.
-    degree
-        From y to how much of the behavior is shown, 0 to 1.
+    positive, negative : ids of the prompts that should show the behavior, and of those that should not
+    degree : from y to how much of the behavior is shown, 0 to 1
 
     Raises
     ------
@@ -104,9 +102,7 @@ def metrics(
 
     Parameters
     ----------
-    yes, no
-        Behavior on the positive prompts [..., n] and on the negative ones [..., m].
-    yes_weights, no_weights
+    yes, no : behavior on the positive prompts [..., n] and on the negative ones [..., m] yes_weights, no_weights
         Weights of the prompts within their group, [..., n] and [..., m], each summing to 1; None:
         all alike. Groups keep their sizes n and m.
     """

@@ -119,8 +119,7 @@ def matched_subsets(
     Parameters
     ----------
     labels, lengths : example id -> its label, and its length (response tokens)
-    tolerance
-        How far a subset's summed length may be from that of an average subset, relative to it
+    tolerance : how far a subset's summed length may be from that of an average subset, relative to it
 
     Returns
     -------
