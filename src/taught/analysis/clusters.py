@@ -4,12 +4,11 @@ An example is the set of the policy's features that are active on it. As a vecto
 
     sqrt(log((n + 1) / n_j))        n examples have any active feature, n_j of them feature j
 
-in the places of its features and 0 elsewhere, divided by its length. So z z' weighs what two examples
-share by how rare it is, and a feature that is active everywhere says nothing. Examples are joined by
-Ward's linkage on these vectors (at each step the two clusters whose union adds least to the sum of
-squared distances from their means), and the tree is cut where the mean silhouette on the cosine
-distance 1 - z z' is largest. Examples with the same features are one point with a weight, so the
-result depends on neither ids nor order. Beyond ``MOST`` different sets, that many are clustered and
+in the places of its features and 0 elsewhere, divided by its length. So z z' weighs what two examples share by how rare
+it is, and a feature that is active everywhere says nothing. Examples are joined by Ward's linkage on these vectors (at
+each step the two clusters whose union adds least to the sum of squared distances from their means), and the tree is cut
+where the mean silhouette on the cosine distance 1 - z z' is largest. Examples with the same features are one point with
+a weight, so the result depends on neither ids nor order. Beyond ``MOST`` different sets, that many are clustered and
 each other one goes to the nearest mean.
 
 What a cluster does stands beside as many examples, drawn at random without replacement: it may differ
@@ -143,20 +142,13 @@ def cluster_examples(
 
     Parameters
     ----------
-    example_ids, active : length P
-        The features that are active on each example; may be empty.
-    labels
-        Feature id -> label, all d features of the policy.
-    values
-        Target -> influence [P] on it.
-    shifts
-        Parts of the coefficient shifts: a feature id and dW_j [P], 0 where another part has it.
-    kinds
-        Label of each example, length P.
-    k
-        Number of clusters, those without features not counted; by the silhouette if None.
-    draws
-        How often random examples are drawn; by default 9,999 times, less often for many examples.
+    example_ids, active : length P, the features that are active on each example; may be empty
+    labels : feature id -> label, all d features of the policy
+    values : target -> influence [P] on it
+    shifts : parts of the coefficient shifts: a feature id and dW_j [P], 0 where another part has it
+    kinds : label of each example, length P
+    k : number of clusters, those without features not counted; by the silhouette if None
+    draws : how often random examples are drawn; by default 9,999 times, less often for many examples
 
     Raises
     ------
@@ -178,10 +170,9 @@ def cluster_examples(
     kind = np.unique([kinds[i] or "" for i in order], return_inverse=True)[1]
     effects = _effects(grouped.cluster, tuple(values), table, kind, draws, seed)
     spread = _spread(matrix, features, shifts, np.array(order), grouped.cluster, draws, seed)
-    members = _members(grouped.cluster).items()
     clusters = tuple(
         _described(c, own, ids, matrix, features, labels, grouped.similarity, spread.get(c, (None,) * 6))
-        for c, own in members
+        for c, own in _members(grouped.cluster).items()
     )
     return Clustering(ids, clusters=clusters, effects=effects, draws=draws, **grouped._asdict())
 
@@ -189,7 +180,7 @@ def cluster_examples(
 # Grouping
 
 
-class _Grouped(NamedTuple):
+class _Grouped(NamedTuple):  # as in Clustering
     cluster: Ints
     similarity: Floats
     silhouettes: dict[int, float]
@@ -216,9 +207,7 @@ def _group(matrix: Bools, k: int | None, rng: np.random.Generator) -> _Grouped:
     weight = np.sqrt(np.log((counts.sum() + 1) / np.maximum(counts @ sets, 1)))
     z = sets * weight
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    some = np.arange(len(z))
-    if len(z) > MOST:
-        some = np.sort(rng.choice(len(z), MOST, replace=False))
+    some = np.arange(len(z)) if len(z) <= MOST else np.sort(rng.choice(len(z), MOST, replace=False))
     label, silhouettes = _cut_best(z[some], counts[some], k)
     means = _means(z[some], counts[some], label)
     nearest = ((means**2).sum(1) - 2 * z @ means.T).argmin(1)
@@ -358,15 +347,13 @@ def _effects(
     observed, drawn = (sums / size for sums in _against_random(cluster, table, draws, seed))
     p = _p(observed, drawn, table.mean(0))
     columns = [observed, *_ends(members, table, seed), *middle(drawn), p, holm(p)]
+    matched = np.full(p.shape, math.nan)
     if kind.any():
         of_kind = np.eye(kind.max() + 1)[kind]
         expected = of_kind @ ((of_kind.T @ table) / of_kind.sum(0)[:, None])
         centre = np.stack([expected[own].mean(0) for own in members.values()])
         matched = _p(observed, _against_random(cluster, table, draws, seed, kind)[1] / size, centre)
-        columns += [matched, holm(matched)]
-    else:
-        columns += [np.full(p.shape, math.nan)] * 2
-    rows = np.stack(columns, axis=2)
+    rows = np.stack([*columns, matched, holm(matched) if kind.any() else matched], axis=2)
     return tuple(
         Effect._make((c, target, *map(plain, rows[i, t])))
         for i, c in enumerate(members)
@@ -459,13 +446,9 @@ def _p(observed: Floats, drawn: Floats, centre: Floats | float) -> Floats:
 def _check(example_ids: Sequence[str], active: Sequence[Sequence[int]], values: Mapping[str, ArrayLike]) -> None:
     sizes = {len(example_ids), len(active), *(np.shape(v)[0] for v in values.values())}
     if len(sizes) != 1 or not len(example_ids) or not values:
-        raise misfit(
-            "examples, their features and their influences",
-            "one of each per example, at least one example and one target",
-            examples=example_ids,
-            active=active,
-            **values,
-        )
+        rule = "one of each per example, at least one example and one target"
+        given = {"examples": example_ids, "active": active, **values}
+        raise misfit("examples, their features and their influences", rule, **given)
     refuse_repeated(example_ids, "an example id")
     for name, column in values.items():
         bad = [i for i, good in zip(example_ids, np.isfinite(np.asarray(column, np.float64)), strict=True) if not good]

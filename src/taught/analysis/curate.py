@@ -1,10 +1,9 @@
 """Curation: which examples to drop, by a rule that is decided for each id alone.
 
-*Paper's rule* (SMDA, arXiv 2606.29171): drop an example of the positive label (that should teach the
-behavior: harmful-refusal) whose score is below the median score of the negative label's (that should
-teach its absence: harmless-compliance), and one of the negative label whose score is above the median of
-the positive label's. Equal to the median: kept. Examples with another label are kept, since the rule has
-no threshold for them.
+*Paper's rule* (SMDA, arXiv 2606.29171): drop an example of the positive label (that should teach the behavior:
+harmful-refusal) whose score is below the median score of the negative label's (that should teach its absence:
+harmless-compliance), and one of the negative label whose score is above the median of the positive label's. Equal to
+the median: kept. Examples with another label are kept, since the rule has no threshold for them.
 
 *top-k*: drop the k examples that raise the chosen target most, such as the behavior on the harmless
 group (over-refusal). *keep-k*: keep the k safest, those that raise it least; drop the others.
@@ -77,12 +76,8 @@ def curate(
         ``scores`` are the influence on the target: positive means that training on the example raises
         it. Labels are needed by the paper's rule only.
     rule : {"paper", "top-k", "keep-k"}
-    k
-        How many examples to drop under ``top-k``, to keep under ``keep-k``; ties at the border go to
-        the smaller example id.
-    target
-        What ``scores`` are the influence on; only named in the result.
-    protect, protected
+    k : how many examples to drop under ``top-k``, to keep under ``keep-k``; ties at the border go to the smaller id
+    target : what ``scores`` are the influence on; only named in the result protect, protected
         A second target under ``top-k`` and ``keep-k``, and the influence on it, length P: only
         examples whose influence on it is at most 0 are dropped.
     positive_label, negative_label
@@ -91,17 +86,15 @@ def curate(
     Returns
     -------
     list of dict, in the order of ``example_ids``
-        ``example_id``, ``action`` (``keep`` or ``drop``), ``rule``, ``target``, ``reason`` (a sentence
-        with the numbers), ``score`` (the influence on the target), ``threshold`` (None for a label
-        without one), ``protect`` and ``protect_score`` (the protected target and the influence on
-        it, or None).
+        ``example_id``, ``action`` (``keep`` or ``drop``), ``rule``, ``target``, ``reason`` (a sentence with the
+        numbers), ``score`` (the influence on the target), ``threshold`` (None for a label without one), ``protect`` and
+        ``protect_score`` (the protected target and the influence on it, or None).
 
     Raises
     ------
     UserError
-        Ids repeat, lengths differ, a score is not finite, a label is missing (examples are named),
-        one of the two labels does not occur, k does not fit, or a target is protected that the rule
-        does not look at.
+        Ids repeat, lengths differ, a score is not finite, a label is missing (examples are named), one of the two
+        labels does not occur, k does not fit, or a target is protected that the rule does not look at.
     """
     _check(example_ids, labels, scores)
     score = {example: float(value) for example, value in zip(example_ids, scores, strict=True)}
@@ -113,16 +106,11 @@ def curate(
     else:
         raise UserError("this curation rule is unknown", value=rule, rule="paper, top-k or keep-k")
     about = {"rule": rule, "target": target, "protect": protect}
-    return [
-        {
-            "example_id": example,
-            **decisions[example]._asdict(),
-            **about,
-            "score": score[example],
-            "protect_score": None if guard is None else guard[example],
-        }
-        for example in example_ids
-    ]
+    rows = []
+    for example in example_ids:
+        values = {"score": score[example], "protect_score": None if guard is None else guard[example]}
+        rows.append({"example_id": example, **decisions[example]._asdict(), **about, **values})
+    return rows
 
 
 def outcome(decisions: Sequence[Mapping[str, Any]], k: int | None = None) -> Outcome:
@@ -147,10 +135,9 @@ def _by_medians(
     """The paper's rule: each of the two labels against the median of the other."""
     # A table reader turns a missing label into None or into a float nan.
     missing = [example for example, own in label.items() if not (isinstance(own, str) and own)]
+    what = f"the label is missing for {len(missing)} examples"
     fix = "add a label to these examples, or use the rule top-k"
-    refuse(
-        missing, f"the label is missing for {len(missing)} examples", rule="the paper's rule needs them all", fix=fix
-    )
+    refuse(missing, what, rule="the paper's rule needs them all", fix=fix)
     medians: dict[str | None, float] = {}
     for name in (positive, negative):
         values = [score[i] for i, own in label.items() if own == name]
@@ -185,18 +172,11 @@ def _by_rank(
     guard: Mapping[str, float] | None,
     protect: str | None,
 ) -> dict[str, Decision]:
-    """Rank the examples that may be dropped: under top-k the first of them go, under keep-k the last.
-
-    Under top-k the highest stands first, under keep-k the lowest.
-    """
+    """Rank those that may be dropped: under top-k the highest first, which go, under keep-k the lowest, which stay."""
     keeps = rule == "keep-k"
     if k is None or not 0 <= k <= len(score):
-        raise UserError(
-            f"the rule {rule} needs a number of examples to {'keep' if keeps else 'drop'}",
-            value=str(k),
-            rule=f"0 <= k <= {len(score)}",
-            fix="set curation.k",
-        )
+        what, fix = f"the rule {rule} needs a number of examples to {'keep' if keeps else 'drop'}", "set curation.k"
+        raise UserError(what, value=str(k), rule=f"0 <= k <= {len(score)}", fix=fix)
     free = [example for example in score if guard is None or guard[example] <= 0]
     ranking = sorted(free, key=lambda example: (score[example] if keeps else -score[example], example))
     wanted = len(score) - k if keeps else k
@@ -240,21 +220,16 @@ def _guard(
 
 def _check(example_ids: Sequence[str], labels: Sequence[str | None], scores: Sequence[float]) -> None:
     if not len(example_ids) == len(labels) == len(scores):
-        raise misfit(
-            "examples, labels and scores", "one of each per example", examples=example_ids, labels=labels, scores=scores
-        )
+        given = {"examples": example_ids, "labels": labels, "scores": scores}
+        raise misfit("examples, labels and scores", "one of each per example", **given)
     refuse_repeated(example_ids, "an example id")
     _check_scores(example_ids, scores)
 
 
 def _check_scores(example_ids: Sequence[str], scores: Sequence[float]) -> None:
     if len(example_ids) != len(scores):
-        raise misfit(
-            "examples and their influence on the protected target",
-            "one per example",
-            examples=example_ids,
-            values=scores,
-        )
+        what = "examples and their influence on the protected target"
+        raise misfit(what, "one per example", examples=example_ids, values=scores)
     bad = [example for example, value in zip(example_ids, scores, strict=True) if not math.isfinite(value)]
     what, fix = f"the score is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"
     refuse(bad, what, rule="every score is a finite number", fix=fix)

@@ -35,13 +35,9 @@ def interference(
 
     Parameters
     ----------
-    example_ids : length P
-    feature_ids : [d]
-        Columns of ``total``.
-    total : [P, d]
-        Coefficient shifts dW of each example, both pathways together.
-    intended : length P
-        Ids of the features that each example is about, all among ``feature_ids``. May be empty: then
+    example_ids, feature_ids : length P and d, of the rows and columns of ``total``
+    total : [P, d], coefficient shifts dW of each example, both pathways together
+    intended : length P, ids of the features that each example is about, all among ``feature_ids``. May be empty: then
         nothing is claimed about the example, and ``note`` says so.
 
     Returns
@@ -54,18 +50,11 @@ def interference(
     """
     total, ids = _checked(example_ids, feature_ids, total)
     if len(intended) != len(example_ids):
-        raise misfit(
-            "examples and their intended features",
-            "one list per example, empty if there are none",
-            lists=intended,
-            examples=example_ids,
-        )
-    sets = [_known(example, features, ids) for example, features in zip(example_ids, intended, strict=True)]
+        rule = "one list per example, empty if there are none"
+        raise misfit("examples and their intended features", rule, lists=intended, examples=example_ids)
     by_id = np.argsort(ids)
-    size = np.abs(total[:, by_id])
-    return [
-        _row(example, ids[by_id], dW, features) for example, dW, features in zip(example_ids, size, sets, strict=True)
-    ]
+    parts = zip(example_ids, np.abs(total[:, by_id]), intended, strict=True)
+    return [_row(example, ids[by_id], size, _known(example, features, ids)) for example, size, features in parts]
 
 
 def random_control(
@@ -147,11 +136,7 @@ def _row(example: str, ids: Ints, size: Floats, features: list[int]) -> dict[str
     inside = np.isin(ids, features)
     moved, told = effect > 0, bool(features)
     outside = float(size[~inside].sum())
-    note = None
-    if not told:
-        note = "no intended features: nothing can be called outside"
-    elif not moved:
-        note = "the example moves no coefficient"
+    unsaid = "the example moves no coefficient" if told else "no intended features: nothing can be called outside"
     return {
         "example_id": example,
         "intended": features,
@@ -162,7 +147,7 @@ def _row(example: str, ids: Ints, size: Floats, features: list[int]) -> dict[str
         "dominant_share": float(size[k]) / effect if moved else None,
         "unintended": bool(not inside[k]) if told and moved else None,
         "expected_by_chance": 1 - len(features) / ids.size if told else None,
-        "note": note,
+        "note": None if told and moved else unsaid,
     }
 
 
@@ -184,13 +169,8 @@ def _against_chance(
 def _checked(example_ids: Sequence[str], feature_ids: Sequence[int] | Ints, total: ArrayLike) -> tuple[Floats, Ints]:
     total, ids = np.asarray(total, dtype=np.float64), np.asarray(feature_ids, dtype=np.int64)
     if total.shape != (len(example_ids), ids.size) or ids.size == 0:
-        raise misfit(
-            "the shifts and their ids",
-            "total [P, d] with P example ids and d >= 1 feature ids",
-            total=total,
-            examples=example_ids,
-            features=ids.size,
-        )
+        rule = "total [P, d] with P example ids and d >= 1 feature ids"
+        raise misfit("the shifts and their ids", rule, total=total, examples=example_ids, features=ids.size)
     bad = [example for example, row in zip(example_ids, total, strict=True) if not np.isfinite(row).all()]
     what, fix = f"the shift is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"
     refuse(bad, what, rule="every shift is a finite number", fix=fix)

@@ -2,10 +2,9 @@
 
     read-out of a prompt or example:  f = < v, mean over its tokens t of h_t >
 
-v [D] comes from two groups of prompts (difference of means, a linear probe), from decoder rows of a
-sparse autoencoder, or from a file. By default |v| = 1, so that f is in units of the residual.
-Source: Concept Influence, arXiv 2602.14869; differences of means: Persona Vectors, arXiv
-2507.21509.
+v [D] comes from two groups of prompts (difference of means, a linear probe), from decoder rows of a sparse autoencoder,
+or from a file. By default |v| = 1, so that f is in units of the residual. Source: Concept Influence, arXiv 2602.14869;
+differences of means: Persona Vectors, arXiv 2507.21509.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from taught.features.pooling import pool
 from taught.features.probe import fit_direction, held_out
 from taught.features.sae import SparseAutoencoder
 from taught.run.files import json_bytes, sha256_bytes, tensors_bytes, tensors_from_bytes, write_bytes
-from taught.stats.arrays import Bools, Floats
+from taught.stats.arrays import Floats
 from taught.stats.auc import auc_within
 from taught.stats.intervals import Interval
 
@@ -35,6 +35,7 @@ FORMAT = "taught concept 1"
 PROMPT_POSITIONS = ("last_user", "last_prompt", "mean_user")
 PAIR_POSITIONS = ("mean_response", "last_response")
 NORMS = ("unit", "none")
+_RECORDED = ("name", "block", "position", "tokens", "weights", "provenance", "card")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,22 +44,14 @@ class Concept:
 
     Attributes
     ----------
-    name : str
-        Its name in tables.
-    direction : float64 [D]
-        v; positive read-outs are towards it.
-    block : int
-        Block, counted from 0, whose output is read.
-    position : one of PROMPT_POSITIONS
-        Tokens of a prompt over which h is averaged.
-    tokens : one of PAIR_POSITIONS
-        Tokens of an example: all of the response, or its last one (the end of the turn).
-    weights : dict
-        Identity of the model's weights, or empty where it is not known.
-    provenance : dict of JSON values
-        What the direction was made from, and how.
-    card : dict of JSON values
-        How well it separates two groups (see :func:`quality_card`).
+    name : its name in tables
+    direction : v, float64 [D]; positive read-outs are towards it
+    block : block, counted from 0, whose output is read
+    position : one of PROMPT_POSITIONS, tokens of a prompt over which h is averaged
+    tokens : one of PAIR_POSITIONS, of an example: all of the response, or its last one (the end of the turn)
+    weights : identity of the model's weights, or empty where it is not known
+    provenance : what the direction was made from, and how; JSON values, like those of the card
+    card : how well it separates two groups (:func:`quality_card`)
     """
 
     name: str
@@ -74,33 +67,20 @@ class Concept:
         v = np.asarray(self.direction, np.float64)
         object.__setattr__(self, "direction", v)
         if v.ndim != 1 or not np.isfinite(v).all() or not v.any():
-            raise UserError(
-                "a concept is one direction",
-                value=f"shape {list(v.shape)}",
-                rule="[D], finite and not zero",
-                fix="check the tensor or the features it is made of",
-            )
+            rule, fix = "[D], finite and not zero", "check the tensor or the features it is made of"
+            raise UserError("a concept is one direction", value=f"shape {list(v.shape)}", rule=rule, fix=fix)
         require_place(self.position, self.tokens)
 
     def record(self) -> dict[str, Any]:
         """All but the direction, as plain values."""
-        return {
-            "format": FORMAT,
-            "name": self.name,
-            "width": self.width,
-            "block": self.block,
-            "position": self.position,
-            "tokens": self.tokens,
-            "weights": dict(self.weights),
-            "provenance": dict(self.provenance),
-            "card": dict(self.card),
-        }
+        parts = {name: getattr(self, name) for name in _RECORDED}
+        plain = {name: dict(part) if isinstance(part, Mapping) else part for name, part in parts.items()}
+        return {"format": FORMAT, "name": self.name, "width": self.width, **plain}
 
     @classmethod
     def of(cls, record: Mapping[str, Any], direction: ArrayLike) -> Concept:
         """A concept from its record and its direction."""
-        names = ("name", "block", "position", "tokens", "weights", "provenance", "card")
-        return cls(direction=np.asarray(direction, np.float64), **{name: record[name] for name in names})
+        return cls(direction=np.asarray(direction, np.float64), **{name: record[name] for name in _RECORDED})
 
     @property
     def width(self) -> int:
@@ -109,11 +89,10 @@ class Concept:
 
     def require_fit(self, *, width: int, blocks: int, weights: Mapping[str, Any]) -> None:
         """Raise a UserError unless the concept belongs to this model."""
-        there = f"width {self.width}, block {self.block}"
         if self.width != width or not 0 <= self.block < blocks:
             raise UserError(
                 f"the concept {self.name} does not fit the model",
-                value=there,
+                value=f"width {self.width}, block {self.block}",
                 rule=f"width {width}, blocks 0 to {blocks - 1}",
                 fix="use a concept that was made on this model",
             )
@@ -130,12 +109,8 @@ def require_place(position: str, tokens: str) -> None:
     """Raise a UserError unless prompts can be read at ``position`` and examples at ``tokens``."""
     for key, value, allowed in (("position", position, PROMPT_POSITIONS), ("tokens", tokens, PAIR_POSITIONS)):
         if value not in allowed:
-            raise UserError(
-                f"a concept cannot be read at this place ({key})",
-                value=value,
-                rule=f"one of {', '.join(allowed)}",
-                fix=f"set the concept's {key} to {allowed[-1]}",
-            )
+            rule, fix = f"one of {', '.join(allowed)}", f"set the concept's {key} to {allowed[-1]}"
+            raise UserError(f"a concept cannot be read at this place ({key})", value=value, rule=rule, fix=fix)
 
 
 def normalised(direction: ArrayLike, norm: str) -> Floats:
@@ -156,20 +131,15 @@ def fitted_direction(
     Parameters
     ----------
     method, penalty : :func:`taught.features.probe.fit_direction`
-    force
-        Accept a direction that is no better than chance on rows it was not fitted on.
-    draws
-        folds, bootstrap, seed (:func:`taught.features.probe.held_out`).
+    force : accept a direction that is no better than chance on rows it was not fitted on
+    draws : folds, bootstrap, seed (:func:`taught.features.probe.held_out`)
 
     Raises
     ------
     UserError
         The interval of the held-out AUC begins at .5 or below, unless forced.
     """
-
-    def fit(x: Floats, s: Bools) -> Floats:
-        return fit_direction(x, s, method, penalty)
-
+    fit = partial(fit_direction, method=method, penalty=penalty)
     found, parts = held_out(X, positive, fit, **draws)
     if not (found.lo > 0.5 or force):
         raise UserError(
@@ -178,7 +148,7 @@ def fitted_direction(
             rule="the interval lies above .5",
             fix="try another block or more rows, or set the concept's force to true",
         )
-    w = fit(np.asarray(X, np.float64), np.asarray(positive, bool))
+    w = fit(X, positive)
     card = quality_card(w, X, positive, found)
     card["fold_cosine"] = min(_cosine(part, w) for part in parts)
     return w, card
@@ -194,17 +164,15 @@ def quality_card(
     separation
         AUC on rows that the direction was not fitted on; None for a direction that was not fitted
         on any of these, whose AUC is taken here.
-    draws
-        bootstrap, seed.
+    draws : bootstrap, seed
 
     Returns
     -------
     dict
-        ``auc`` {value, lo, hi} and whether it is ``held_out`` (out of fold); ``n_positive``,
-        ``n_negative``; ``mean_positive``, ``mean_negative`` and ``spread`` (pooled standard
-        deviation) of the read-out along the unit direction; ``norm`` before normalisation;
-        ``difference_cosine`` with the difference of means. Directions that are fitted also have
-        ``fold_cosine``, the smallest cosine with the direction of a fold.
+        ``auc`` {value, lo, hi} and whether it is ``held_out`` (out of fold); ``n_positive``, ``n_negative``;
+        ``mean_positive``, ``mean_negative`` and ``spread`` (pooled standard deviation) of the read-out along the unit
+        direction; ``norm`` before normalisation; ``difference_cosine`` with the difference of means. Directions that
+        are fitted also have ``fold_cosine``, the smallest cosine with the direction of a fold.
     """
     X, s = np.asarray(X, np.float64), np.asarray(positive, bool)
     v = normalised(direction, "unit")
@@ -246,8 +214,7 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
 
     Parameters
     ----------
-    tensor
-        Name of the tensor, [D] or [1, D]; None where the file holds one only.
+    tensor : name of the tensor, [D] or [1, D]; None where the file holds one only
 
     Raises
     ------
@@ -255,25 +222,16 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
         The file cannot be read, has no such tensor or several, or the tensor is no vector.
     """
     file = Path(path).expanduser()
-    read = _read_control_vector if is_control_vector(file) else _read_tensors
-    content, tensors = read(file)
+    content, tensors = (_read_control_vector if is_control_vector(file) else _read_tensors)(file)
     if tensor is None and len(tensors) == 1:
         (tensor,) = tensors
     if tensor is None or tensor not in tensors:
-        raise UserError(
-            "which tensor of the file is the direction?",
-            value=tensor,
-            rule="one of " + ", ".join(sorted(tensors)[:20]),
-            fix="set the concept's source to file:PATH:TENSOR",
-        )
+        rule, fix = "one of " + ", ".join(sorted(tensors)[:20]), "set the concept's source to file:PATH:TENSOR"
+        raise UserError("which tensor of the file is the direction?", value=tensor, rule=rule, fix=fix)
     value = tensors[tensor]
     if value.size != max(value.shape, default=0):
-        raise UserError(
-            "the tensor is no vector",
-            value=f"{tensor}: {list(value.shape)}",
-            rule="[D], or [1, D]",
-            fix="name another tensor",
-        )
+        rule, fix = "[D], or [1, D]", "name another tensor"
+        raise UserError("the tensor is no vector", value=f"{tensor}: {list(value.shape)}", rule=rule, fix=fix)
     origin = {"file": file.name, "tensor": tensor, "sha256": sha256_bytes(content)}
     return value.reshape(-1).astype(np.float64), origin
 
@@ -287,12 +245,8 @@ def _read_tensors(file: Path) -> tuple[bytes, dict[str, Any]]:
         # Through torch: numpy has no bfloat16.
         return content, {k: t.to(torch.float64).numpy() for k, t in load(content).items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            "the direction cannot be read",
-            value=f"{file}: {error}",
-            rule="a safetensors file, or a control vector (GGUF)",
-            fix="check the path",
-        ) from error
+        rule, fix = "a safetensors file, or a control vector (GGUF)", "check the path"
+        raise UserError("the direction cannot be read", value=f"{file}: {error}", rule=rule, fix=fix) from error
 
 
 def is_control_vector(path: str | Path) -> bool:
@@ -315,12 +269,8 @@ def control_block(tensor: str) -> int:
     """
     head, _, number = tensor.partition(".")
     if head != "direction" or not number.isdecimal():
-        raise UserError(
-            "this is no direction of a control vector",
-            value=tensor,
-            rule="direction.N, N the block that it is added to",
-            fix="for example the source file:PATH:direction.15",
-        )
+        rule, fix = "direction.N, N the block that it is added to", "for example the source file:PATH:direction.15"
+        raise UserError("this is no direction of a control vector", value=tensor, rule=rule, fix=fix)
     return int(number)
 
 
@@ -336,12 +286,8 @@ def _read_control_vector(file: Path) -> tuple[bytes, dict[str, Any]]:
         content = file.read_bytes()
         found = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(file).tensors}
     except (OSError, ValueError, LookupError, NotImplementedError) as error:
-        raise UserError(
-            "the control vector cannot be read",
-            value=f"{file}: {error}",
-            rule="a GGUF file with the tensors direction.N",
-            fix="check the path",
-        ) from error
+        rule, fix = "a GGUF file with the tensors direction.N", "check the path"
+        raise UserError("the control vector cannot be read", value=f"{file}: {error}", rule=rule, fix=fix) from error
     return content, {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
@@ -352,9 +298,8 @@ def _read_control_vector(file: Path) -> tuple[bytes, dict[str, Any]]:
 class ConceptMap:
     """h -> X for concepts that are read at one block and position: X_ic = <v_c, pooled h_i>.
 
-    It stands where a :class:`taught.features.pooling.FeatureMap` does, wherever changes of X are
-    asked for. One thing differs: the read-out is linear, has no gate, and where X_ic is 0 its
-    change need not be.
+    It stands where a :class:`taught.features.pooling.FeatureMap` does, wherever changes of X are asked for. One thing
+    differs: the read-out is linear, has no gate, and where X_ic is 0 its change need not be.
 
     Attributes
     ----------
@@ -415,13 +360,7 @@ def load_concept(folder: str | Path) -> Concept:
         content = (path / "concept.safetensors").read_bytes()
         if record["format"] != FORMAT or record["sha256"] != sha256_bytes(content):
             raise ValueError("the files are of another format, or not of one concept")
-        direction = tensors_from_bytes(content)["direction"]
-        rest = ("name", "block", "position", "tokens", "weights", "provenance", "card")
-        return Concept(direction=direction, **{key: record[key] for key in rest})
+        return Concept.of(record, tensors_from_bytes(content)["direction"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            "the concept cannot be read",
-            value=f"{path}: {error!r}",
-            rule="a folder with concept.json and concept.safetensors",
-            fix="make it anew, or name another folder",
-        ) from error
+        rule, fix = "a folder with concept.json and concept.safetensors", "make it anew, or name another folder"
+        raise UserError("the concept cannot be read", value=f"{path}: {error!r}", rule=rule, fix=fix) from error

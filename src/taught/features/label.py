@@ -1,14 +1,12 @@
 """What a feature seems to stand for: its strongest prompts and tokens, and a short label.
 
-Nothing is asked of an outside service. The label is made of the words whose tokens carry the
-feature: for each word w
+Nothing is asked of an outside service. The label is made of the words whose tokens carry the feature: for each word w
 
     log-odds_k(w) = log (c_kw / (A_k - c_kw)) - log (n_w / (M - n_w))
 
-with c_kw the activation of feature k on w's tokens, A_k its activation on all tokens of words, n_w
-the number of w's tokens among all M of those (the share c_kw / A_k is first drawn towards n_w / M
-by 5%). A word scores its activation share times its log-odds: strong, and not merely frequent.
-Labels are hints for the reader; no number depends on them.
+with c_kw the activation of feature k on w's tokens, A_k its activation on all tokens of words, n_w the number of w's
+tokens among all M of those (the share c_kw / A_k is first drawn towards n_w / M by 5%). A word scores its activation
+share times its log-odds: strong, and not merely frequent. Labels are hints for the reader; no number depends on them.
 """
 
 from __future__ import annotations
@@ -84,12 +82,9 @@ def describe_features(
     tokens : M texts
     prompt : int64 [M], index of each token's prompt; tokens of a prompt stand together, in order
     prompt_ids, texts, groups : N each
-    h : [N, D]
-        One residual per prompt (pooled like the read-out), for the similarity of prompts.
-    labels
-        Labels that override the made ones (:func:`load_labels`).
-    top
-        How many prompts and tokens are listed.
+    h : [N, D], one residual per prompt (pooled like the read-out), for the similarity of prompts
+    labels : labels that override the made ones (:func:`load_labels`)
+    top : how many prompts and tokens are listed
 
     Raises
     ------
@@ -101,16 +96,9 @@ def describe_features(
     m, n = len(tokens), len(prompt_ids)
     fits = acts.shape == (m, len(ids)) and len(at) == m and len(texts) == len(groups) == len(h) == n
     if not fits or (m and not 0 <= at.min() <= at.max() < n):
-        raise misfit(
-            "the inputs of the labels",
-            "acts [M, d], one token text and prompt index per row, N of each of the others",
-            acts=acts,
-            tokens=m,
-            prompts=n,
-            texts=texts,
-            groups=groups,
-            h=h,
-        )
+        given_ = {"acts": acts, "tokens": m, "prompts": n, "texts": texts, "groups": groups, "h": h}
+        rule = "acts [M, d], one token text and prompt index per row, N of each of the others"
+        raise misfit("the inputs of the labels", rule, **given_)
     words, word_of = _words(tokens, at)
     units = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-30)
     given = labels or {}
@@ -125,19 +113,16 @@ def describe_features(
         leading = [i for i in np.argsort(-strongest, kind="stable")[:top].tolist() if strongest[i] > 0]
         scored = _scored_words(own, words, word_of)
         contrasts = _contrasts(leading, strongest, groups, units)
-        described.append(
-            FeatureDescription(
-                feature_id=feature_id,
-                label=given.get(feature_id, _made_label(scored, [groups[i] for i in leading])),
-                label_source="file" if feature_id in given else "words",
-                words=[{"word": word, "score": score} for word, score in scored],
-                top_prompts=[row(i, strongest) for i in leading],
-                contrast_prompts=[
-                    {**row(j, strongest), "similarity": alike, "to": prompt_ids[i]} for i, j, alike in contrasts
-                ],
-                top_tokens=[{**_top_token(tokens, own, at == i), "prompt_id": prompt_ids[i]} for i in leading],
-            )
+        one = FeatureDescription(
+            feature_id=feature_id,
+            label=given.get(feature_id, _made_label(scored, [groups[i] for i in leading])),
+            label_source="file" if feature_id in given else "words",
+            words=[{"word": word, "score": score} for word, score in scored],
+            top_prompts=[row(i, strongest) for i in leading],
+            contrast_prompts=[row(j, strongest) | {"similarity": r, "to": prompt_ids[i]} for i, j, r in contrasts],
+            top_tokens=[{**_top_token(tokens, own, at == i), "prompt_id": prompt_ids[i]} for i in leading],
         )
+        described.append(one)
     return described
 
 
@@ -185,7 +170,7 @@ def _words(tokens: Sequence[str], prompt: Ints) -> tuple[list[str], Ints]:
         spans[-1] += token
         span_of[row] = len(spans) - 1
     cleaned = [span.strip().lower() if _is_word(span) else "" for span in spans]
-    vocabulary = sorted({word for word in cleaned if word})
+    vocabulary = sorted({*cleaned} - {""})
     index = {word: i for i, word in enumerate(vocabulary)} | {"": -1}
     return vocabulary, np.array([index[cleaned[s]] for s in span_of], dtype=np.int64)
 
@@ -240,23 +225,15 @@ def load_labels(file: str | Path) -> dict[int, str]:
     try:
         entries = _label_entries(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            "the label file cannot be read",
-            value=f"{path}: {error!r}",
-            rule=".json or .yaml with id: label, or .csv with columns id and label",
-            fix="check features.labels",
-        ) from error
+        rule, fix = ".json or .yaml with id: label, or .csv with columns id and label", "check features.labels"
+        raise UserError("the label file cannot be read", value=f"{path}: {error!r}", rule=rule, fix=fix) from error
     labels: dict[int, str] = {}
     for key, label in entries:
         text = str(key).strip()
         named = isinstance(label, str) and label.strip()
         if not text.isdecimal() or int(text) in labels or not named:
-            raise UserError(
-                "the label file has a bad entry",
-                value=f"{key!r}: {label!r}",
-                rule="feature ids are whole numbers, each once, with a label",
-                fix=f"correct it in {path.name}",
-            )
+            rule, fix = "feature ids are whole numbers, each once, with a label", f"correct it in {path.name}"
+            raise UserError("the label file has a bad entry", value=f"{key!r}: {label!r}", rule=rule, fix=fix)
         labels[int(text)] = str(label).strip()
     return labels
 

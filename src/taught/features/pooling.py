@@ -26,15 +26,7 @@ POSITIONS = ("last_user", "last_prompt", "mean_user", "max_user")
 
 
 def read_tokens(encoded: Any, position: str) -> list[int]:
-    """Token indices of an encoded prompt at which the residual stream is read.
-
-    Parameters
-    ----------
-    encoded
-        An :class:`taught.data.chat.EncodedPrompt`.
-    position
-        One of :data:`POSITIONS`.
-    """
+    """Token indices of a :class:`taught.data.chat.EncodedPrompt` at which the residual stream is read."""
     if encoded.user_span[0] == encoded.user_span[1]:
         raise UserError(
             f"there is no user's turn in {encoded.id} at which features could be read",
@@ -67,13 +59,7 @@ def pool(acts: Tensor, offsets: Tensor, how: str) -> Tensor:
 
 
 def pooled_residuals(h: Any, offsets: Any, how: str) -> NDArray[np.float64]:
-    """The residual of each prompt, float64 [N, D], pooled as X is; means in place of maxima.
-
-    Parameters
-    ----------
-    h, offsets
-        Tensors or arrays, as :func:`pool` takes them.
-    """
+    """The residual of each prompt, float64 [N, D], pooled as X is by :func:`pool`; means in place of maxima."""
     how = "mean_user" if how == "max_user" else how
     pooled: NDArray[np.float64] = pool(torch.as_tensor(h), torch.as_tensor(offsets), how).double().cpu().numpy()
     return pooled

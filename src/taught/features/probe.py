@@ -32,19 +32,15 @@ def fit_direction(X: ArrayLike, positive: ArrayLike, method: str, penalty: float
 
     Parameters
     ----------
-    X : float64 [N, D]
-        One row a prompt or example.
+    X : float64 [N, D], one row a prompt or example
     positive : bool [N]
-    method
-        One of :data:`METHODS`.
-    penalty
-        Of logistic and ridge; larger draws w towards the difference of means.
+    method : one of :data:`METHODS`
+    penalty : of logistic and ridge; larger draws w towards the difference of means
 
     Raises
     ------
     UserError
-        A group is empty, rows are not finite or all alike, an unknown method, a penalty not above
-        0.
+        A group is empty, rows are not finite or all alike, an unknown method, a penalty not above 0.
 
     Notes
     -----
@@ -87,13 +83,11 @@ def held_out(
 ) -> tuple[Interval, list[Floats]]:
     """AUC of read-outs <w, x> of rows that w was not fitted on, and the w [D] of each fold.
 
-    Folds hold both groups in equal shares. Rows are compared within their fold, since each fold has
-    a w of its own.
+    Folds hold both groups in equal shares. Rows are compared within their fold, since each fold has a w of its own.
 
     Parameters
     ----------
-    fit
-        (X, positive) -> w, such as :func:`fit_direction`.
+    fit : (X, positive) -> w, such as :func:`fit_direction`
     """
     X, positive = _checked(X, positive)
     smaller = int(min(positive.sum(), (~positive).sum()))
@@ -123,12 +117,8 @@ def _checked(X: ArrayLike, positive: ArrayLike) -> tuple[Floats, Bools]:
             fix="set prompts.positive_group and prompts.negative_group",
         )
     if not np.isfinite(rows).all() or (rows == rows[0]).all():
-        raise UserError(
-            "the rows do not vary, or are not finite",
-            value=list(rows.shape),
-            rule="finite numbers that differ between rows",
-            fix="use model.dtype float32, or another block",
-        )
+        rule, fix = "finite numbers that differ between rows", "use model.dtype float32, or another block"
+        raise UserError("the rows do not vary, or are not finite", value=list(rows.shape), rule=rule, fix=fix)
     return rows, group
 
 
@@ -152,12 +142,8 @@ def _logistic(Z: Floats, positive: Bools, penalty: float) -> Floats:
         options={"gtol": 1e-10, "maxiter": 100},
     )
     if not np.abs(found.jac).max() < 1e-6:
-        raise UserError(
-            "the probe did not converge",
-            value=f"penalty {penalty}",
-            rule="a few Newton steps are enough where the penalty is not tiny",
-            fix="raise the concept's penalty",
-        )
+        rule, fix = "a few Newton steps are enough where the penalty is not tiny", "raise the concept's penalty"
+        raise UserError("the probe did not converge", value=f"penalty {penalty}", rule=rule, fix=fix)
     return np.asarray(found.x[:-1])
 
 
@@ -168,10 +154,8 @@ def sweep(
 
     Parameters
     ----------
-    H : [L, N, D]
-        Pooled residuals after each block.
-    draws
-        folds, bootstrap, seed (:func:`held_out`).
+    H : [L, N, D], pooled residuals after each block
+    draws : folds, bootstrap, seed (:func:`held_out`)
 
     Returns
     -------

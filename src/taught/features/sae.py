@@ -41,14 +41,9 @@ class SparseAutoencoder:
 
     Attributes
     ----------
-    W_enc : [D, F]
-    b_enc : [F]
-    W_dec : [F, D]
-    b_dec : [D]
-    threshold : [F] or None
-        JumpReLU: a feature is active where its pre-activation is above it.
-    k : int or None
-        TopK: the number of features active per token, at most.
+    W_enc, b_enc, W_dec, b_dec : [D, F], [F], [F, D], [D]
+    threshold : [F] or None; JumpReLU: a feature is active where its pre-activation is above it
+    k : int or None; TopK: the number of features active per token, at most
     architecture : one of ARCHITECTURES
     apply_b_dec_to_input : whether ``b_dec`` is taken off the input
     rescale_by_decoder_norm : TopK of SAELens: pre-activations are multiplied by the norm of the
@@ -100,8 +95,7 @@ class SparseAutoencoder:
         Parameters
         ----------
         h : [..., D]
-        ids : int64 [d], optional
-            Features, in the order of the result's columns; None: all, in numeric order.
+        ids : int64 [d], optional, in the order of the columns of the result; None: all, in numeric order
         encoder : {"sae", "relu"}
             The autoencoder's own encoder, or the paper's dense proxy.
 
@@ -148,12 +142,8 @@ class SparseAutoencoder:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> SparseAutoencoder:
         """Return the same autoencoder on another device or in another precision."""
-        moved = {
-            name: getattr(self, name).to(device=device, dtype=dtype)
-            for name in _TENSORS
-            if getattr(self, name) is not None
-        }
-        return dataclasses.replace(self, **moved)
+        tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+        return dataclasses.replace(self, **{name: t.to(device=device, dtype=dtype) for name, t in tensors.items()})
 
     def sha256(self) -> str:
         """Hex digest of everything that its features depend on.
@@ -206,8 +196,7 @@ def load_sae(path: str | Path, *, block: int | None = None) -> SparseAutoencoder
         A SAELens folder (``cfg.json``, ``sae_weights.safetensors``), a sparsify folder
         (``cfg.json``, ``sae.safetensors``), or ``release:sae_id`` of SAELens' public releases
         (needs the optional package sae-lens, and network).
-    block
-        Block whose output it reads, where the file does not say.
+    block : block whose output it reads, where the file does not say
 
     Returns
     -------
@@ -227,31 +216,19 @@ def load_sae(path: str | Path, *, block: int | None = None) -> SparseAutoencoder
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(
-            "the SAE folder has no readable cfg.json",
-            value=f"{folder}: {error}",
-            rule="a SAELens or sparsify folder, or release:sae_id",
-            fix="check sae.path",
-        ) from error
+        what, rule = "the SAE folder has no readable cfg.json", "a SAELens or sparsify folder, or release:sae_id"
+        raise UserError(what, value=f"{folder}: {error}", rule=rule, fix="check sae.path") from error
     readers = {"sae_weights.safetensors": _read_saelens, "sae.safetensors": _read_sparsify}
-    for name, read in readers.items():
-        if (folder / name).is_file():
-            try:
-                weights = load_file(folder / name)
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    "the SAE's weights cannot be read",
-                    value=f"{folder / name}: {error}",
-                    rule="a safetensors file",
-                    fix="copy or download it again",
-                ) from error
-            return read(config, weights, block, {"folder": folder.name})
-    raise UserError(
-        "the SAE folder holds no weights",
-        value=str(folder),
-        rule="sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)",
-        fix="check sae.path",
-    )
+    name = next((name for name in readers if (folder / name).is_file()), None)
+    if name is None:
+        rule = "sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)"
+        raise UserError("the SAE folder holds no weights", value=str(folder), rule=rule, fix="check sae.path")
+    try:
+        weights = load_file(folder / name)
+    except (OSError, SafetensorError) as error:
+        what, value = "the SAE's weights cannot be read", f"{folder / name}: {error}"
+        raise UserError(what, value=value, rule="a safetensors file", fix="copy or download it again") from error
+    return readers[name](config, weights, block, {"folder": folder.name})
 
 
 def _read_saelens(
@@ -263,14 +240,13 @@ def _read_saelens(
     hook = str(metadata.get("hook_name", ""))
     _refuse_saelens(config, metadata, architecture, weights)
     top_k = architecture == "topk"
-    rescale = bool(config.get("rescale_acts_by_decoder_norm", False)) and top_k
     return _build(
         {name: weights.get(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
         threshold=weights.get("threshold") if architecture == "jumprelu" else None,
         k=int(config["k"]) if top_k else None,
         architecture=architecture,
         apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
-        rescale_by_decoder_norm=rescale,
+        rescale_by_decoder_norm=top_k and bool(config.get("rescale_acts_by_decoder_norm", False)),
         block=_block(hook, block),
         hook=hook,
         provenance={**source, "format": "saelens", "metadata": config.get("metadata") or {}},
@@ -294,14 +270,17 @@ def _refuse_saelens(
         raise _refused("hook_head_index", metadata["hook_head_index"], "none: a residual stream")
     if metadata.get("seqpos_slice") not in (None, [None], [None, None]):
         raise _refused("seqpos_slice", metadata["seqpos_slice"], "none: all tokens")
-    needs = {"jumprelu": "threshold"}.get(architecture)
-    known = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({needs} if needs else set())
-    if needs and needs not in weights:
-        raise _refused("weights without", needs, f"{architecture} needs it")
-    if extra := sorted(set(weights) - known):
-        raise _refused("weights", extra, ", ".join(sorted(known)))
+    jump = {"threshold"} if architecture == "jumprelu" else set()
+    if jump - set(weights):
+        raise _refused("weights without", "threshold", "jumprelu needs it")
+    _refuse_others(weights, {"W_enc", "b_enc", "W_dec", "b_dec"} | jump)
     if architecture == "topk" and not config.get("k"):
         raise _refused("k", config.get("k"), "the number of active features of topk")
+
+
+def _refuse_others(weights: Mapping[str, Tensor], known: set[str]) -> None:
+    if extra := sorted(set(weights) - known):
+        raise _refused("weights", extra, ", ".join(sorted(known)))
 
 
 def _read_sparsify(
@@ -316,19 +295,12 @@ def _read_sparsify(
         raise _refused("activation", activation, "topk")
     if not config.get("k"):
         raise _refused("k", config.get("k"), "the number of active features")
-    known = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
-    if extra := sorted(set(weights) - known):
-        raise _refused("weights", extra, ", ".join(sorted(known)))
+    _refuse_others(weights, {"encoder.weight", "encoder.bias", "W_dec", "b_dec"})
     hook = str(config.get("hookpoint", config.get("hook_name", source.get("folder", ""))))
     encoder = weights.get("encoder.weight")
-    parts = {
-        "W_enc": None if encoder is None else encoder.T.contiguous(),
-        "b_enc": weights.get("encoder.bias"),
-        "W_dec": weights.get("W_dec"),
-        "b_dec": weights.get("b_dec"),
-    }
+    parts = {"W_enc": None if encoder is None else encoder.T.contiguous(), "b_enc": weights.get("encoder.bias")}
     return _build(
-        parts,
+        parts | {name: weights.get(name) for name in ("W_dec", "b_dec")},
         threshold=None,
         k=int(config["k"]),
         architecture="topk",
@@ -343,9 +315,8 @@ def _read_sparsify(
 def _build(parts: Mapping[str, Tensor | None], *, threshold: Tensor | None, **rest: Any) -> SparseAutoencoder:
     if missing := [name for name, value in parts.items() if value is None]:
         raise _refused("weights without", missing, "W_enc, b_enc, W_dec, b_dec")
-    tensors: dict[str, Any] = {k: value.float() for k, value in parts.items() if value is not None}
-    cut = None if threshold is None else threshold.float()
-    return SparseAutoencoder(**tensors, threshold=cut, **rest)
+    rest |= {k: value.float() for k, value in parts.items() if value is not None}
+    return SparseAutoencoder(threshold=None if threshold is None else threshold.float(), **rest)
 
 
 def _refused(key: str, value: object, rule: str) -> UserError:
@@ -359,34 +330,22 @@ def _refused(key: str, value: object, rule: str) -> UserError:
 
 # Names of the *output* of a block. hook_resid_pre of block l + 1 is the same tensor as the output
 # of block l; attention and MLP outputs are not.
-_OUTPUTS = (
-    re.compile(r"blocks\.(\d+)\.hook_resid_post"),
-    re.compile(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d+)"),
-)
-_INPUT = re.compile(r"blocks\.(\d+)\.hook_resid_pre")
+_OUTPUTS = (r"blocks\.(\d+)\.hook_resid_post", r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d+)")
 
 
 def _block(hook: str, asked: int | None) -> int:
     """Block whose output the hook names; where it names none, the one that was asked for."""
-    found = next((int(m[1]) for name in _OUTPUTS if (m := name.fullmatch(hook))), None)
-    if (before := _INPUT.fullmatch(hook)) and int(before[1]) > 0:
+    found = next((int(m[1]) for name in _OUTPUTS if (m := re.fullmatch(name, hook))), None)
+    if (before := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook)) and int(before[1]) > 0:
         found = int(before[1]) - 1
     if found is None and hook.startswith("blocks."):
         raise _refused("hook_name", hook, "blocks.N.hook_resid_post (or hook_resid_pre, N > 0)")
     if found is None and asked is None:
-        raise UserError(
-            "the SAE does not say which block it reads",
-            value=hook or None,
-            rule="blocks.N.hook_resid_post or layers.N",
-            fix="set sae.block",
-        )
+        rule, fix = "blocks.N.hook_resid_post or layers.N", "set sae.block"
+        raise UserError("the SAE does not say which block it reads", value=hook or None, rule=rule, fix=fix)
     if found is not None and asked is not None and found != asked:
-        raise UserError(
-            "the SAE was made for another block",
-            value=f"{hook}, not block {asked}",
-            rule="sae.block is the block that the SAE names, or is left out",
-            fix=f"set sae.block to {found}",
-        )
+        rule, fix = "sae.block is the block that the SAE names, or is left out", f"set sae.block to {found}"
+        raise UserError("the SAE was made for another block", value=f"{hook}, not block {asked}", rule=rule, fix=fix)
     return int(found if found is not None else asked)  # type: ignore[arg-type]
 
 
@@ -395,12 +354,8 @@ def _load_release(release: str, sae_id: str, block: int | None) -> SparseAutoenc
     try:
         sae_lens = importlib.import_module("sae_lens")
     except ImportError as error:
-        raise UserError(
-            "reading a public release needs the package sae-lens",
-            value=f"{release}:{sae_id}",
-            rule="an optional dependency",
-            fix="pip install 'taught[saelens]'",
-        ) from error
+        what, rule = "reading a public release needs the package sae-lens", "an optional dependency"
+        raise UserError(what, value=f"{release}:{sae_id}", rule=rule, fix="pip install 'taught[saelens]'") from error
     try:
         sae = sae_lens.SAE.from_pretrained(release=release, sae_id=sae_id, device="cpu")
     except Exception as error:  # sae-lens raises whatever its many loaders raise
@@ -422,8 +377,7 @@ def _load_release(release: str, sae_id: str, block: int | None) -> SparseAutoenc
 def fraction_variance_unexplained(sae: SparseAutoencoder, h: Tensor) -> float:
     """sum |h - decode(encode(h))|^2 / sum |h - mean h|^2 over the tokens h [M, D].
 
-    0: perfect; 1: no better than the mean. Summed in float64; nan with fewer than two different
-    tokens.
+    0: perfect; 1: no better than the mean. Summed in float64; nan with fewer than two different tokens.
     """
     error = (h - sae.decode(sae.encode(h))).double().pow(2).sum()
     total = (h.double() - h.double().mean(0)).pow(2).sum()

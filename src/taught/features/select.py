@@ -2,9 +2,8 @@
 
     selected:  |mean_positive(X_k) - mean_negative(X_k)| > threshold,  the largest first
 
-(SMDA, arXiv 2606.29171, section 3: threshold 0.1 on harmful against harmless prompts gave 75.)
-Features that are active on nearly every prompt are selected like others and marked ``always_on``:
-their coefficient reads size, not presence.
+(SMDA, arXiv 2606.29171, section 3: threshold 0.1 on harmful against harmless prompts gave 75.) Features that are active
+on nearly every prompt are selected like others and marked ``always_on``: their coefficient reads size, not presence.
 """
 
 from __future__ import annotations
@@ -27,16 +26,11 @@ class Selection:
 
     Attributes
     ----------
-    feature_ids : int64 [d], ascending
-        The one order of columns and coefficients everywhere.
-    means : dict of group -> float64 [F]
-        Mean activation over the prompts of each group.
-    difference : float64 [F]
-        Mean of the positive group minus mean of the negative group.
-    rate : float64 [F]
-        Share of all prompts on which the feature is active (activation > 0).
-    always_on : bool [F]
-        ``rate`` is at least 0.99.
+    feature_ids : int64 [d], ascending: the one order of columns and coefficients everywhere
+    means : group -> float64 [F], mean activation over its prompts
+    difference : float64 [F], mean of the positive group minus mean of the negative group
+    rate : float64 [F], share of all prompts on which the feature is active (activation > 0)
+    always_on : bool [F], ``rate`` is at least 0.99
     """
 
     feature_ids: Ints
@@ -60,17 +54,12 @@ def select_features(
 
     Parameters
     ----------
-    acts : [N, F]
-        Pooled activations of all features, one row per prompt.
+    acts : [N, F], pooled activations of all features, one row per prompt
     groups : N group names
-    positive, negative
-        The two groups that are compared. Other groups count for ``rate`` and ``means`` only.
-    threshold
-        Smallest absolute difference (exclusive), in units of the activations.
-    max_features
-        At most so many: those with the largest absolute difference; of equals the smaller id.
-    ids
-        Take exactly these; threshold and ``max_features`` are not applied.
+    positive, negative : the two groups that are compared; others count for ``rate`` and ``means`` only
+    threshold : smallest absolute difference (exclusive), in units of the activations
+    max_features : at most so many: those with the largest absolute difference; of equals the smaller id
+    ids : take exactly these; threshold and ``max_features`` are not applied
 
     Raises
     ------
@@ -106,12 +95,8 @@ def _largest(difference: Floats, threshold: float, max_features: int) -> Ints:
 def _checked_ids(ids: Sequence[int], features: int) -> Ints:
     chosen = np.asarray(ids, dtype=np.int64)
     if not len(chosen):
-        raise UserError(
-            "no features given",
-            value=[],
-            rule="features.ids names at least one",
-            fix="leave features.ids out to have them selected",
-        )
+        rule, fix = "features.ids names at least one", "leave features.ids out to have them selected"
+        raise UserError("no features given", value=[], rule=rule, fix=fix)
     bad = chosen[(chosen < 0) | (chosen >= features)].tolist()
     refuse(bad, "the SAE has no such feature", rule=f"ids from 0 to {features - 1}", fix="check features.ids")
     refuse_repeated(chosen.tolist(), "a feature in features.ids")

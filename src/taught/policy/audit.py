@@ -4,19 +4,17 @@ Each category is compared with the *other* categories of its own group:
 
     gap_c = mean of y in c - mean of y in the rest of the group
 
-A category of the positive group that lies significantly below the rest is a gap in coverage (the
-model shows the behavior less than it does elsewhere); one of the negative group that lies
-significantly above is where the behavior shows up uncalled for (over-refusal). SMDA (arXiv
-2606.29171) reads such gaps off single coefficients; here they come with a test and an interval,
-and are corrected for the number of categories looked at.
+A category of the positive group that lies significantly below the rest is a gap in coverage (the model shows the
+behavior less than it does elsewhere); one of the negative group that lies significantly above is where the behavior
+shows up uncalled for (over-refusal). SMDA (arXiv 2606.29171) reads such gaps off single coefficients; here they come
+with a test and an interval, and are corrected for the number of categories looked at.
 
 The p-value is from a permutation of y within the group, two-sided, on Welch's statistic
 
     t_c = gap_c / sqrt(v_in / n_in + v_out / n_out),    v: sample variances
 
-because category sizes and spreads differ, y is skewed, and a permutation of the studentised gap
-stays valid for unequal variances where one of the raw gap does not. Benjamini-Hochberg runs over
-all tested categories of both groups.
+because category sizes and spreads differ, y is skewed, and a permutation of the studentised gap stays valid for unequal
+variances where one of the raw gap does not. Benjamini-Hochberg runs over all tested categories of both groups.
 """
 
 from __future__ import annotations
@@ -66,30 +64,23 @@ def audit_categories(
 
     Parameters
     ----------
-    y : [N]
-        Behavior, natural logarithm of a probability.
+    y : [N], behavior, natural logarithm of a probability
     groups, categories : length N
         Of each prompt, rows as in ``policy.prompt_ids``. A missing category is called ``(none)``.
-    X : [N, d]
-        Activations, columns as in ``policy.feature_ids``.
-    coef_lo, coef_hi : [d]
-        Interval of the coefficients.
-    positive, negative
-        The two groups that are audited; other groups are left out.
-    n_boot
+    X : [N, d], activations, columns as in ``policy.feature_ids``
+    coef_lo, coef_hi : [d], interval of the coefficients
+    positive, negative : the two groups that are audited; other groups are left out n_boot
         Bootstrap resamples. Permutations: as many, or 100 per category if that is more, so that
         the correction for many categories cannot outrun the smallest possible p.
-    min_n
-        Smaller categories are listed with their mean and gap, but without interval, p or verdict.
+    min_n : smaller categories are listed with their mean and gap, but without interval, p or verdict
 
     Returns
     -------
     list of dict
-        One per group and category, the positive group first, by category name: ``group``,
-        ``category``, ``n``, ``mean_y``, ``gap`` (None if the group has one category), ``lo``,
-        ``hi`` (95% bootstrap of the gap, resampled within categories), ``p``, ``p_adjusted``,
-        ``uncovered`` (None if not tested), ``features`` (ids of the up to 5 features whose mean
-        activation in the category exceeds that in the rest of the group most) and
+        One per group and category, the positive group first, by category name: ``group``, ``category``, ``n``,
+        ``mean_y``, ``gap`` (None if the group has one category), ``lo``, ``hi`` (95% bootstrap of the gap, resampled
+        within categories), ``p``, ``p_adjusted``, ``uncovered`` (None if not tested), ``features`` (ids of the up to 5
+        features whose mean activation in the category exceeds that in the rest of the group most) and
         ``feature_details`` (``feature_id``, ``difference``, ``coef``, ``lo``, ``hi`` of each).
     """
     X, y = checked_data(X, y, policy.prompt_ids)
@@ -124,22 +115,11 @@ def _rows(
     for c, name in enumerate(group.names):
         tested = counts[c] >= max(min_n, 2) and len(group.y) - counts[c] >= 2
         details = _tied_features(group, c, policy, coef_lo, coef_hi)
-        rows.append(
-            {
-                "group": group.name,
-                "category": name,
-                "n": int(counts[c]),
-                "mean_y": float(means[c]),
-                "gap": plain(gaps[c]),
-                "lo": plain(lo[c]) if tested else None,
-                "hi": plain(hi[c]) if tested else None,
-                "p": float((1 + at_least[c]) / (1 + n)) if tested else None,
-                "p_adjusted": None,
-                "uncovered": None,
-                "features": [row["feature_id"] for row in details],
-                "feature_details": details,
-            }
-        )
+        row = {"group": group.name, "category": name, "n": int(counts[c]), "mean_y": float(means[c])}
+        row |= {"gap": plain(gaps[c]), "lo": None, "hi": None, "p": None, "p_adjusted": None, "uncovered": None}
+        if tested:
+            row |= {"lo": plain(lo[c]), "hi": plain(hi[c]), "p": float((1 + at_least[c]) / (1 + n))}
+        rows.append(row | {"features": [one["feature_id"] for one in details], "feature_details": details})
     return rows
 
 
@@ -176,14 +156,9 @@ def _tied_features(group: _Group, c: int, policy: Policy, lo: Floats, hi: Floats
         return []
     difference = group.X[inside].mean(0) - group.X[~inside].mean(0)
     top = sorted(range(policy.d), key=lambda k: (-difference[k], policy.feature_ids[k]))
+    numbers = {"difference": difference, "coef": policy.coef, "lo": lo, "hi": hi}
     return [
-        {
-            "feature_id": int(policy.feature_ids[k]),
-            "difference": float(difference[k]),
-            "coef": float(policy.coef[k]),
-            "lo": float(lo[k]),
-            "hi": float(hi[k]),
-        }
+        {"feature_id": int(policy.feature_ids[k]), **{name: float(values[k]) for name, values in numbers.items()}}
         for k in top[:TOP_FEATURES]
         if difference[k] > 0
     ]
@@ -194,12 +169,8 @@ def _group(
 ) -> _Group:
     rows = [i for i in row_order(prompt_ids, len(y)) if groups[i] == name]
     if not rows:
-        raise UserError(
-            "the audit found no prompt in this group",
-            value=name,
-            rule="one of: " + ", ".join(sorted(set(groups))),
-            fix="set prompts.positive_group and prompts.negative_group",
-        )
+        rule, fix = "one of: " + ", ".join(sorted(set(groups))), "set prompts.positive_group and prompts.negative_group"
+        raise UserError("the audit found no prompt in this group", value=name, rule=rule, fix=fix)
     labels = ["(none)" if categories[i] is None else str(categories[i]) for i in rows]
     names, category = np.unique(labels, return_inverse=True)
     return _Group(name, y[rows], X[rows], category.astype(np.int64), [str(n) for n in names])
@@ -209,12 +180,7 @@ def _check(
     n: int, X: Floats, groups: Sequence[str], categories: Sequence[str | None], lo: Floats, hi: Floats, policy: Policy
 ) -> None:
     if not len(groups) == len(categories) == n or X.shape[1] != policy.d:
-        raise misfit(
-            "the audit's inputs",
-            f"{policy.n} prompts and {policy.d} features",
-            X=X,
-            groups=groups,
-            categories=categories,
-        )
+        given = {"X": X, "groups": groups, "categories": categories}
+        raise misfit("the audit's inputs", f"{policy.n} prompts and {policy.d} features", **given)
     if not lo.shape == hi.shape == (policy.d,):
         raise misfit("the intervals and the policy", f"one for each of {policy.d} features", lo=lo, hi=hi)

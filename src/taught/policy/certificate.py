@@ -21,10 +21,9 @@ s0 = max(s_min - e, 0), hence |U1^-1| <= a, |Z U1^-1| <= b and |Z U1^-1 Z'| <= 1
 |rho - Xc L| is at most |f - Xc L| + e |W| where L is known, and |f| + e |W| + e |r| |Xc U^-1| in
 any case; |L| is known or at most |Xc U^-1| (|f| + e |W|) + |U^-1| e |r|.
 
-**Ranks.** The k examples with the largest absolute values stay the same k examples under resampling of
-the prompts (the policy is fitted again on every resample), whatever the remainder within its bound
-and whatever the sketches' error within simultaneous limits. Source: remainder derived here;
-resampled sets: Efron, Halloran and Holmes 1996.
+**Ranks.** The k examples with the largest absolute values stay the same k examples under resampling of the prompts (the
+policy is fitted again on every resample), whatever the remainder within its bound and whatever the sketches' error
+within simultaneous limits. Source: remainder derived here; resampled sets: Efron, Halloran and Holmes 1996.
 """
 
 from __future__ import annotations
@@ -53,13 +52,7 @@ class Remainder(NamedTuple):
 
 
 class RemainderBound:
-    """The bound for one policy. Cost: one singular value decomposition of Xc, then O(N d) an example.
-
-    Parameters
-    ----------
-    policy
-        The policy whose linear shifts are judged.
-    """
+    """The bound for the linear shifts of one policy. Cost: one decomposition of Xc, then O(N d) an example."""
 
     def __init__(self, policy: Policy) -> None:
         s = np.linalg.svd(policy.Xc, compute_uv=False)
@@ -76,12 +69,9 @@ class RemainderBound:
 
         Parameters
         ----------
-        dX_norm
-            Spectral norm of dX [N, d], or any number that it does not exceed.
-        dy : [N]
-            Change of the behavior.
-        shift : [d], optional
-            The linear shift, both pathways; with it the bound is closer.
+        dX_norm : spectral norm of dX [N, d], or any number that it does not exceed
+        dy : [N], change of the behavior
+        shift : [d], optional, the linear shift, both pathways; with it the bound is closer
         """
         e, f, policy = dX_norm, np.asarray(dy, dtype=np.float64), self._policy
         if f.shape != (policy.n,):
@@ -123,16 +113,14 @@ def resample_counts(prompt_ids: Sequence[str], *, n: int, seed: int) -> Iterator
 def resampled_score(policy: Policy, counts: Ints, dy: Floats, dX: NDArray[Any] | None) -> tuple[Floats | None, Floats]:
     """Scores of every example by the policies of R resamples of the prompts, along pathways x and y, [R, P].
 
-    Each resample has its own W, U and r. Pathway y needs dy of every prompt only; pathway x needs
-    dX of every feature on every prompt, and is None without. Cost: a ridge and O(P N), with dX
-    O(P N d), a resample.
+    Each resample has its own W, U and r. Pathway y needs dy of every prompt only; pathway x needs dX of every feature
+    on every prompt, and is None without. Cost: a ridge and O(P N), with dX O(P N d), a resample.
 
     Parameters
     ----------
     counts : [R, N], how often each prompt is drawn
     dy : [P, N]
-    dX : [P, N, d] or None
-        Both in the policy's order of prompts.
+    dX : [P, N, d] or None, both in the policy's order of prompts
     """
     made = [_cotangents(policy, c) for c in counts]
     y = np.stack([B for _, B in made]) @ dy.T if made else np.zeros((0, len(dy)))
@@ -213,12 +201,11 @@ class Statement(NamedTuple):
 def rank_statements(ranking: Ranking, example_ids: Sequence[str], draws: Iterable[Floats] | None) -> list[Statement]:
     """Judge "the top k stay the top k" for several k.
 
-    In every resample the least of the k, less its bound and sketch limit, must exceed the largest
-    of the others, plus theirs. The statement is safe if (1 + resamples in which it fails) / (1 +
-    resamples) is at most ``LEVEL``. Where there are sketches, half of ``LEVEL`` is theirs: their
-    errors stay within the normal quantile of LEVEL / 4P on either side for all examples at once,
-    however they depend on one another (Bonferroni). All examples are judged in one event, so each
-    statement is simultaneous over examples; statements of different k are not counted together.
+    In every resample the least of the k, less its bound and sketch limit, must exceed the largest of the others, plus
+    theirs. The statement is safe if (1 + resamples in which it fails) / (1 + resamples) is at most ``LEVEL``. Where
+    there are sketches, half of ``LEVEL`` is theirs: their errors stay within the normal quantile of LEVEL / 4P on
+    either side for all examples at once, however they depend on one another (Bonferroni). All examples are judged in
+    one event, so each statement is simultaneous over examples; statements of different k are not counted together.
 
     Parameters
     ----------

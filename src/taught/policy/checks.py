@@ -27,8 +27,7 @@ class Check(NamedTuple):
     Attributes
     ----------
     code, name : F01 and so on, and what is checked
-    value : Interval
-        The graded number; lo and hi are nan where it has no interval.
+    value : Interval, the graded number; lo and hi are nan where it has no interval
     threshold : when it passes, in words
     status : pass, warn or fail
     meaning : what the number says about the policy
@@ -45,8 +44,7 @@ class Check(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for ``faithfulness.json``."""
-        record = {**self._asdict(), **self.value.to_dict()}
-        return {**record, "anchor": f"docs/checks.md#{self.code.lower()}"}
+        return {**self._asdict(), **self.value.to_dict(), "anchor": f"docs/checks.md#{self.code.lower()}"}
 
 
 class Rule(NamedTuple):
@@ -119,15 +117,8 @@ def _near_one(warn: float, fail: float) -> Grade:
 
 
 def _against(code: str, name: str, what: str, meaning: str, action: str) -> Rule:
-    return Rule(
-        code,
-        f"Against {what}",
-        f"gain over {name}",
-        _gain,
-        "the interval of the difference in R² lies above 0",
-        meaning,
-        action,
-    )
+    passes = "the interval of the difference in R² lies above 0"
+    return Rule(code, f"Against {what}", f"gain over {name}", _gain, passes, meaning, action)
 
 
 MORE = "add prompts, or choose features that follow the behavior (features.threshold, features.ids)"

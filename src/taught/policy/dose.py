@@ -1,9 +1,8 @@
 """Dose and response: whether the behavior moves with a feature as its coefficient says.
 
-The feature's part of the residual is scaled by s at the tokens at which X_i is read, and y_i is
-read again. X pools activations by last, mean or max, all homogeneous, so the edit is worth the dose
-(s - 1) X_ik in the unit of X_ik, whatever the pooling. The response per unit of dose is the line
-through the origin over prompts i and scales s,
+The feature's part of the residual is scaled by s at the tokens at which X_i is read, and y_i is read again. X pools
+activations by last, mean or max, all homogeneous, so the edit is worth the dose (s - 1) X_ik in the unit of X_ik,
+whatever the pooling. The response per unit of dose is the line through the origin over prompts i and scales s,
 
     slope_k = sum_is (s - 1) X_ik dy_is / sum_is ((s - 1) X_ik)^2
 
@@ -18,9 +17,8 @@ With c_kr the slopes at that scale along random directions and o_k the feature's
     z_k = |o_k| / rms of c_kr, r > 1         z_kr = |c_kr| / rms of the other c_kr'
     p_k = (1 + #{z_k'r >= z_k, all k', r}) / (1 + number of z_k'r)
 
-If a feature's direction does what random ones do, z_k is drawn as z_k1 is; that the z of different
-features have one distribution is assumed. Features are corrected for their number by
-Benjamini-Hochberg.
+If a feature's direction does what random ones do, z_k is drawn as z_k1 is; that the z of different features have one
+distribution is assumed. Features are corrected for their number by Benjamini-Hochberg.
 
 Source: direct edits of the Sokoban agent's channels (arXiv 2506.10138); slope and test are ours.
 """
@@ -41,15 +39,7 @@ FEWEST = 5  # prompts from which on there is an interval
 
 
 class Response(NamedTuple):
-    """Response of the behavior to one feature, 95% bootstrap over prompts.
-
-    Attributes
-    ----------
-    slope : Interval
-        Natural log per unit of activation.
-    means : list of Interval
-        Mean change of y at each scale.
-    """
+    """Slope (natural log per activation) and mean dy at each scale of one feature, 95% bootstrap over prompts."""
 
     slope: Interval
     means: list[Interval]
@@ -61,13 +51,11 @@ class Agreement(NamedTuple):
     Attributes
     ----------
     n : features
-    same_sign : share of them whose slope has the coefficient's sign, with the exact binomial
-        (Clopper-Pearson) interval
+    same_sign : share of them whose slope has the coefficient's sign, with the exact binomial (Clopper-Pearson) interval
     spearman : rank correlation, 95% bootstrap over features
     size : Interval
-        sum_k D_k W_k slope_k / sum_k D_k W_k^2, D_k the mean of X_k^2: what is seen per unit of
-        what the coefficients predict, over all edits. 1 if coefficients are effects. 95% bootstrap
-        over features.
+        sum_k D_k W_k slope_k / sum_k D_k W_k^2, D_k the mean of X_k^2: what is seen per unit of what the coefficients
+        predict, over all edits. 1 if coefficients are effects. 95% bootstrap over features.
     """
 
     n: int
@@ -77,8 +65,7 @@ class Agreement(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        found = ("same_sign", "spearman", "size")
-        return {"n": self.n, **{name: getattr(self, name).to_dict() for name in found}}
+        return {name: value if name == "n" else value.to_dict() for name, value in self._asdict().items()}
 
 
 def slope(x: ArrayLike, scales: ArrayLike, dy: ArrayLike) -> float:
@@ -93,11 +80,9 @@ def response(x: ArrayLike, scales: ArrayLike, dy: ArrayLike, *, bootstrap: int, 
 
     Parameters
     ----------
-    x : [n]
-        X of the feature on each prompt, n >= 1.
+    x : [n], X of the feature on each prompt, n >= 1
     scales : [S]
-    dy : [S, n]
-        Change of y at each scale. With fewer than ``FEWEST`` prompts there are no intervals.
+    dy : [S, n], change of y at each scale. With fewer than ``FEWEST`` prompts there are no intervals.
     """
     dose, dy = _dose(x, scales), np.asarray(dy, dtype=np.float64)
     n = dy.shape[1]
@@ -119,10 +104,8 @@ def control_p(own: ArrayLike, controls: ArrayLike) -> Floats:
 
     Parameters
     ----------
-    own : [d]
-        Slopes along the features' own directions.
-    controls : [d, R]
-        Slopes along random directions, R >= 2.
+    own : [d], slopes along the features' own directions
+    controls : [d, R], slopes along random directions, R >= 2
     """
     own = np.abs(np.asarray(own, dtype=np.float64))
     squares = np.asarray(controls, dtype=np.float64) ** 2

@@ -1,10 +1,9 @@
 """How far a policy can be trusted: held-out fit, what trivial predictors reach, stable signs.
 
-Everything is out of fold: the row of a prompt never takes part in the prediction, the threshold or
-the mean that it is judged against. Intervals are 95% percentile bootstrap over prompts, with the
-folds held fixed. Source of the accuracy: SMDA, arXiv 2606.29171 (class threshold chosen on
-training rows only, judged against the class of the prompt), whose majority class came close to it:
-hence the trivial predictors beside it.
+Everything is out of fold: the row of a prompt never takes part in the prediction, the threshold or the mean that it is
+judged against. Intervals are 95% percentile bootstrap over prompts, with the folds held fixed. Source of the accuracy:
+SMDA, arXiv 2606.29171 (class threshold chosen on training rows only, judged against the class of the prompt), whose
+majority class came close to it: hence the trivial predictors beside it.
 """
 
 from __future__ import annotations
@@ -44,26 +43,16 @@ class Evaluation:
 
     Attributes
     ----------
-    y_hat : float64 [N]
-        Prediction for each prompt by the policy fitted without its fold, in the order given.
-    fold : int64 [N]
-        The fold of each prompt.
-    r2 : Interval
-        1 - sum (y - y_hat)^2 / sum (y - mean of the training rows)^2. Negative: worse than a
-        constant.
-    spearman : Interval
-        Rank correlation of y and y_hat over all prompts.
-    accuracy : Interval
-        Share of the prompts of the two classes whose class the thresholded y_hat gives.
-    majority : Interval
-        Accuracy of always naming the larger class.
-    accuracy_gain : Interval
-        accuracy - majority, paired over the same resamples.
-    baselines : dict
-        Predictors of y without the features, on the same folds: ``group`` (training mean of the
-        prompt's group) and ``length`` (straight line in the prompt's length). Each a dict with
-        ``r2``, ``spearman`` and, for length, ``accuracy``.
-    warnings : tuple of Finding
+    y_hat : float64 [N], prediction for each prompt by the policy fitted without its fold, in the order given
+    fold : int64 [N], the fold of each prompt
+    r2 : 1 - sum (y - y_hat)^2 / sum (y - mean of the training rows)^2. Negative: worse than a constant
+    spearman : rank correlation of y and y_hat over all prompts
+    accuracy : share of the prompts of the two classes whose class the thresholded y_hat gives
+    majority : accuracy of always naming the larger class
+    accuracy_gain : accuracy - majority, paired over the same resamples
+    baselines : predictors of y without the features, on the same folds: ``group`` (training mean of the prompt's group)
+        and ``length`` (straight line in the prompt's length). Each a dict with ``r2``, ``spearman`` and, for length,
+        ``accuracy``.
     """
 
     y_hat: Floats
@@ -85,9 +74,7 @@ class Evaluation:
             "n": self.n,
             "d": self.d,
             **{name: getattr(self, name).to_dict() for name in names},
-            "baselines": {
-                name: {key: estimate.to_dict() for key, estimate in row.items()} for name, row in self.baselines.items()
-            },
+            "baselines": {n: {key: e.to_dict() for key, e in row.items()} for n, row in self.baselines.items()},
             "warnings": [finding._asdict() for finding in self.warnings],
         }
 
@@ -102,9 +89,7 @@ class _Rows(NamedTuple):
     fold: Ints
 
 
-class _Predicted(NamedTuple):
-    y_hat: Floats
-    says_positive: Bools
+_Predicted = tuple[Floats, Bools]  # y_hat, and whether the thresholded y_hat says that the prompt is positive
 
 
 def evaluate_policy(
@@ -128,18 +113,12 @@ def evaluate_policy(
 
     Parameters
     ----------
-    X, y : [N, d], [N]
-        Activations and behavior.
-    groups : length N
-        Group of each prompt. Groups other than the two classes count for R^2 and Spearman only.
-    alpha
-        Ridge penalty. None: chosen by cross-validation inside the training rows of each fold.
-    bootstrap
-        Number of resamples; 0 leaves the intervals nan.
-    positive, negative
-        The classes. A prompt is called positive if its prediction lies above the threshold.
-    prompts_length : length N, optional
-        For the length baseline, in any unit.
+    X, y : [N, d], [N], activations and behavior
+    groups : length N, group of each prompt. Groups other than the two classes count for R^2 and Spearman only.
+    alpha : ridge penalty. None: chosen by cross-validation inside the training rows of each fold.
+    bootstrap : number of resamples; 0 leaves the intervals nan
+    positive, negative : the classes. A prompt is called positive if its prediction lies above the threshold.
+    prompts_length : length N, optional, for the length baseline, in any unit
     prompt_ids : length N, optional
         When given, folds and resamples are drawn over sorted ids: the order of rows cannot matter.
     """
@@ -159,7 +138,7 @@ def evaluate_policy(
         W, intercept = training_ridge(rows.X, rows.y, train, alpha, fit_intercept, seed)
         return rows.X @ W + intercept
 
-    y_bar = _out_of_fold(rows, lambda train: np.full(len(y), rows.y[train].mean())).y_hat
+    y_bar, _ = _out_of_fold(rows, lambda train: np.full(len(y), rows.y[train].mean()))
     predicted = {
         "policy": _out_of_fold(rows, policy),
         "group": _out_of_fold(rows, lambda train: group_means(names.tolist(), rows.y, train)),
@@ -167,23 +146,18 @@ def evaluate_policy(
     if length is not None:
         predicted["length"] = _out_of_fold(rows, lambda train: straight_line(length, rows.y, train))
     table = _estimates(rows, predicted, y_bar, bootstrap, seed)
+    quality = {name: {key: table[f"{name} {key}"] for key in ("r2", "spearman", "accuracy")} for name in predicted}
+    del quality["group"]["accuracy"]  # the group names the class: it would be 1 by construction and say nothing
     back = np.argsort(order)
     return Evaluation(
-        y_hat=predicted["policy"].y_hat[back],
+        y_hat=predicted["policy"][0][back],
         fold=rows.fold[back],
         n=len(y),
         d=X.shape[1],
-        r2=table["policy r2"],
-        spearman=table["policy spearman"],
-        accuracy=table["policy accuracy"],
+        **quality.pop("policy"),
         majority=table["majority"],
         accuracy_gain=table["accuracy gain"],
-        # The group names the class, so its accuracy would be 1 by construction and say nothing.
-        baselines={
-            name: {key: table[f"{name} {key}"] for key in ("r2", "spearman", "accuracy")[: 2 if name == "group" else 3]}
-            for name in predicted
-            if name != "policy"
-        },
+        baselines=quality,
         warnings=tuple(_findings(table, len(y), X.shape[1])),
     )
 
@@ -274,15 +248,14 @@ def _out_of_fold(rows: _Rows, predict: Callable[[Bools], Floats]) -> _Predicted:
         learned = train & rows.classed
         cut = class_threshold(fitted[learned], rows.positive[learned])
         y_hat[~train], says_positive[~train] = fitted[~train], fitted[~train] > cut
-    return _Predicted(y_hat, says_positive)
+    return y_hat, says_positive
 
 
 def training_ridge(
     X: Floats, y: Floats, train: Bools, alpha: float | None, fit_intercept: bool, seed: int
 ) -> tuple[Floats, float]:
     """Coefficients [d] and intercept of the policy fitted on the rows ``train`` only."""
-    alpha = training_alpha(X, y, train, alpha, fit_intercept, seed)
-    return ridge(X[train], y[train], alpha, fit_intercept)
+    return ridge(X[train], y[train], training_alpha(X, y, train, alpha, fit_intercept, seed), fit_intercept)
 
 
 def training_alpha(X: Floats, y: Floats, train: Bools, alpha: float | None, fit_intercept: bool, seed: int) -> float:
@@ -290,8 +263,7 @@ def training_alpha(X: Floats, y: Floats, train: Bools, alpha: float | None, fit_
     if alpha is not None:
         return alpha
     inner = min(5, int(train.sum()))
-    chosen, _ = choose_alpha(X[train], y[train], fit_intercept=fit_intercept, folds=inner, seed=seed)
-    return chosen
+    return choose_alpha(X[train], y[train], fit_intercept=fit_intercept, folds=inner, seed=seed)[0]
 
 
 def group_means(groups: Sequence[str], y: Floats, train: Bools) -> Floats:
@@ -352,22 +324,15 @@ def _findings(table: dict[str, Interval], n: int, d: int) -> Iterator[Finding]:
     if not np.isfinite(r2.value):
         yield Finding("constant-behavior", "y is the same for every prompt; R^2 is not defined")
     elif not r2.lo > 0:
-        yield Finding(
-            "r2-interval-includes-0",
-            f"held-out R^2 {r2.value:.3f} [{r2.lo:.3f}, {r2.hi:.3f}]: the features may predict "
-            "the behavior no better than a constant",
+        text = (
+            f"held-out R^2 {r2.value:.3f} [{r2.lo:.3f}, {r2.hi:.3f}]: the features may predict the behavior no better"
         )
+        yield Finding("r2-interval-includes-0", f"{text} than a constant")
     if not gain.lo > 0:
-        yield Finding(
-            "accuracy-not-above-majority",
-            f"accuracy {accuracy.value:.3f} against {table['majority'].value:.3f} for the larger "
-            f"class, difference [{gain.lo:.3f}, {gain.hi:.3f}]",
-        )
+        text = f"accuracy {accuracy.value:.3f} against {table['majority'].value:.3f} for the larger class"
+        yield Finding("accuracy-not-above-majority", f"{text}, difference [{gain.lo:.3f}, {gain.hi:.3f}]")
     for name in ("group", "length"):
         over = table.get(f"r2 gain over {name}")
         if over is not None and np.isfinite(over.value) and not over.lo > 0:
-            yield Finding(
-                f"not-better-than-{name}",
-                f"held-out R^2 {r2.value:.3f} against {table[f'{name} r2'].value:.3f} for the "
-                f"prompt's {name} alone, difference [{over.lo:.3f}, {over.hi:.3f}]",
-            )
+            text = f"held-out R^2 {r2.value:.3f} against {table[f'{name} r2'].value:.3f} for the prompt's {name} alone"
+            yield Finding(f"not-better-than-{name}", f"{text}, difference [{over.lo:.3f}, {over.hi:.3f}]")

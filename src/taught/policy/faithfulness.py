@@ -48,14 +48,11 @@ class Calibration(NamedTuple):
 
     Attributes
     ----------
-    slope, intercept : Interval
-        Of the least-squares line y = intercept + slope y_hat. A slope above 1: predictions are too
-        timid, below 1: too bold.
-    error : Interval
-        sum_b n_b / N |mean y - mean y_hat| over bins b of equal size by y_hat, natural log.
-    error_by_chance : float
-        What the error would be with perfect means, from the spread within the bins:
-        sum_b n_b / N sqrt(2 / pi) s_b / sqrt(n_b).
+    slope, intercept : of the least-squares line y = intercept + slope y_hat. A slope above 1: predictions are too
+        timid, below 1: too bold
+    error : sum_b n_b / N |mean y - mean y_hat| over bins b of equal size by y_hat, natural log
+    error_by_chance : what the error would be with perfect means, from the spread within the bins:
+        sum_b n_b / N sqrt(2 / pi) s_b / sqrt(n_b)
     bins : list of (n, mean y_hat, mean y)
     """
 
@@ -102,23 +99,14 @@ class Card:
 
     Attributes
     ----------
-    calibration : Calibration
-    order : int64 [d]
-        Columns of X by |W_k| times the root mean square of Xc_k, largest first, fit on all prompts.
-    curve : float64 [d]
-        R^2 with the first 1 .. d features; each fold takes the order of its own training rows.
-    needed : Interval
-        Smallest number of features with 95% of the R^2 of all; nan where that is not positive.
+    order : int64 [d], columns of X by |W_k| times the root mean square of Xc_k, largest first, fit on all prompts
+    curve : float64 [d], R^2 with the first 1 .. d features; each fold takes the order of its own training rows
+    needed : smallest number of features with 95% of the R^2 of all; nan where that is not positive
     sign_stability : float64 [d]
-    sure : bool [d]
-        The interval of the coefficient excludes 0.
-    comparisons : tuple of Comparison
-    permuted : list of Interval, length d
-        R^2 lost when the feature is permuted.
-    all_permuted : Interval
-        The same when the prompts' activations are permuted as rows, all features together.
-    predictors : dict
-        name -> (R^2 of the predictor, R^2 of the policy - it, paired).
+    sure : bool [d], the interval of the coefficient excludes 0
+    permuted : length d, R^2 lost when the feature is permuted
+    all_permuted : the same when the prompts' activations are permuted as rows, all features together
+    predictors : name -> (R^2 of the predictor, R^2 of the policy - it, paired)
     """
 
     calibration: Calibration
@@ -135,7 +123,6 @@ class Card:
     def to_dict(self, feature_ids: Sequence[int]) -> dict[str, Any]:
         """Ready for ``faithfulness.json``; ``feature_ids`` name the columns of X."""
         at = self.calibration
-        bins = [{"n": n, "y_hat": y_hat, "y": y} for n, y_hat, y in at.bins]
         curve = zip(self.order, self.curve, strict=True)
         lost = zip(feature_ids, self.permuted, strict=True)
         known = self.sign_stability[np.isfinite(self.sign_stability)]
@@ -143,7 +130,7 @@ class Card:
             "calibration": {
                 **{name: getattr(at, name).to_dict() for name in ("slope", "intercept", "error")},
                 "error_by_chance": plain(at.error_by_chance),
-                "bins": bins,
+                "bins": [dict(zip(("n", "y_hat", "y"), one, strict=True)) for one in at.bins],
             },
             "features": {
                 "share": SHARE,
@@ -162,7 +149,7 @@ class Card:
                 "features": [{"feature_id": int(k), **e.to_dict()} for k, e in lost],
             },
             "predictors": {
-                name: {"r2": r2.to_dict(), "gain": gain.to_dict()} for name, (r2, gain) in self.predictors.items()
+                n: {"r2": r2.to_dict(), "gain": gain.to_dict()} for n, (r2, gain) in self.predictors.items()
             },
         }
 
@@ -203,17 +190,12 @@ def faithfulness(
 
     Parameters
     ----------
-    X, y : [N, d], [N]
-        Activations and behavior.
-    known
-        What trivial predictors may use, one entry a prompt in the order of X.
-    evaluation, intervals
+    X, y : [N, d], [N], activations and behavior
+    known : what trivial predictors may use, one entry a prompt in the order of X evaluation, intervals
         Of the same data by :func:`taught.policy.evaluate.evaluate_policy` and
         ``bootstrap_coefficients``, made with the same ``fit`` and the same resamples.
-    fit
-        As ``evaluation`` was made.
-    alpha
-        Penalty of the policy on all prompts; the sets of prompts are compared at it.
+    fit : as ``evaluation`` was made
+    alpha : penalty of the policy on all prompts; the sets of prompts are compared at it
 
     Raises
     ------
@@ -250,13 +232,8 @@ def faithfulness(
 def _check(X: Floats, known: Known, evaluation: Evaluation, intervals: CoefficientIntervals) -> None:
     n, d = X.shape
     if (evaluation.n, evaluation.d) != (n, d) or intervals.lo.shape != (d,):
-        raise misfit(
-            "the evaluation and the policy",
-            f"{n} prompts and {d} features",
-            prompts=evaluation.n,
-            features=evaluation.d,
-            intervals=intervals.lo,
-        )
+        found = {"prompts": evaluation.n, "features": evaluation.d, "intervals": intervals.lo}
+        raise misfit("the evaluation and the policy", f"{n} prompts and {d} features", **found)
     for name in ("groups", "categories", "length", "h", "texts"):
         given = getattr(known, name)
         if given is not None and len(given) != n:
@@ -384,10 +361,7 @@ def _agreement(a: Floats, b: Floats, sure: Bools) -> tuple[float, int, int]:
 def _against(rows: _Rows, known: Known) -> dict[str, tuple[Interval, Interval]]:
     found = trivial_predictions(known, rows.y, rows.fold, rows.fit.seed)
     value, draws = _r2(rows, np.stack([rows.y_hat, *found.values()], 1))
+    gain, gains = value[0] - value, draws[:, :1] - draws
     return {
-        name: (
-            Interval.of(float(value[j]), draws[:, j]),
-            Interval.of(float(value[0] - value[j]), draws[:, 0] - draws[:, j]),
-        )
-        for j, name in enumerate(found, 1)
+        name: (Interval.of(value[j], draws[:, j]), Interval.of(gain[j], gains[:, j])) for j, name in enumerate(found, 1)
     }

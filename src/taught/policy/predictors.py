@@ -50,15 +50,13 @@ class Known(NamedTuple):
 
     def taken(self, order: Ints) -> Known:
         """The prompts in another order."""
-
-        def some(name: str) -> Any:
-            values = getattr(self, name)
-            if values is None:
-                return None
-            return np.asarray(values, np.float64)[order] if name in ("length", "h") else [values[i] for i in order]
-
-        given = ("groups", "categories", "length", "h", "texts")
-        return self._replace(**{name: some(name) for name in given})
+        moved: dict[str, Any] = {}
+        for name, values in self._asdict().items():
+            if values is not None and name in ("length", "h"):
+                moved[name] = np.asarray(values, np.float64)[order]
+            elif values is not None and name in ("groups", "categories", "texts"):
+                moved[name] = [values[i] for i in order]
+        return self._replace(**moved)
 
 
 def trivial_predictions(known: Known, y: Floats, fold: Ints, seed: int) -> dict[str, Floats]:

@@ -5,8 +5,7 @@
 With an intercept Xc = HX and yc = Hy, where H = I - 11'/N takes the mean over prompts away, so
 that the intercept is not penalised. Without one (the default) Xc = X and yc = y.
 
-A training step moves the features by dX and the behavior by dy. To first order the coefficients
-move by
+A training step moves the features by dX and the behavior by dy. To first order the coefficients move by
 
     dW_X = U^-1 (dX' r - Xc' dX W)        feature-activation pathway, ``x``
     dW_Y = U^-1 Xc' dy                    output-probability pathway, ``y``
@@ -45,21 +44,14 @@ class Policy:
     Attributes
     ----------
     feature_ids : int64 [d]
-    coef : float64 [d]
-        W, in units of the behavior (natural logarithm of a probability) per unit of activation.
-    intercept : float
-        0 unless ``fit_intercept``.
-    alpha : float
-        The ridge penalty, in squared units of activation.
+    coef : float64 [d], W in units of the behavior (natural logarithm of a probability) per unit of activation
+    intercept : float, 0 unless ``fit_intercept``
+    alpha : float, the ridge penalty, in squared units of activation
     prompt_ids : tuple of str, length N
-    X, y : float64 [N, d], [N]
-        As given.
-    Xc : float64 [N, d]
-        Centred over prompts if ``fit_intercept``, else ``X``.
-    residual : float64 [N]
-        r = yc - Xc W.
-    U : float64 [d, d]
-        Xc' Xc + alpha I, symmetric and positive definite.
+    X, y : float64 [N, d], [N], as given
+    Xc : float64 [N, d], centred over prompts if ``fit_intercept``, else ``X``
+    residual : float64 [N], r = yc - Xc W
+    U : float64 [d, d], Xc' Xc + alpha I, symmetric and positive definite
     """
 
     feature_ids: Ints
@@ -87,10 +79,8 @@ class Policy:
     def column(self, feature_id: int) -> int:
         """Position of a feature id in ``coef`` and in the columns of ``X``."""
         hits = np.flatnonzero(self.feature_ids == feature_id)
-        rule, fix = (
-            f"one of the {self.d} selected features",
-            "pick an id from coefficients.parquet, or add it to features.ids",
-        )
+        rule = f"one of the {self.d} selected features"
+        fix = "pick an id from coefficients.parquet, or add it to features.ids"
         refuse([] if hits.size else [feature_id], "this feature is not in the policy", rule=rule, fix=fix)
         return int(hits[0])
 
@@ -134,16 +124,11 @@ def fit_policy(
 
     Parameters
     ----------
-    X : [N, d]
-        Feature activations.
-    y : [N]
-        Behavior, natural logarithm of a probability.
-    prompt_ids, feature_ids
-        Ids of the rows and of the columns; unique, feature ids integers.
-    alpha
-        Ridge penalty, > 0.
-    fit_intercept
-        Centre X and y, which leaves the intercept unpenalised. Off by default, as in the paper.
+    X : [N, d], feature activations
+    y : [N], behavior, natural logarithm of a probability
+    prompt_ids, feature_ids : ids of the rows and of the columns; unique, feature ids integers
+    alpha : ridge penalty, > 0
+    fit_intercept : centre X and y, which leaves the intercept unpenalised. Off by default, as in the paper.
 
     Raises
     ------
@@ -181,15 +166,8 @@ def exact_shift(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> Floats:
     The difference to ``coefficient_shift(...).total`` is the error of the linearisation.
     """
     dX, dy = _checked_change(policy, dX, dy)
-    moved = fit_policy(
-        policy.X + dX,
-        policy.y + dy,
-        prompt_ids=policy.prompt_ids,
-        feature_ids=policy.feature_ids,
-        alpha=policy.alpha,
-        fit_intercept=policy.fit_intercept,
-    )
-    return moved.coef - policy.coef
+    same = {key: getattr(policy, key) for key in ("prompt_ids", "feature_ids", "alpha", "fit_intercept")}
+    return fit_policy(policy.X + dX, policy.y + dy, **same).coef - policy.coef
 
 
 def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
@@ -203,8 +181,7 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
 
     Parameters
     ----------
-    x_raw, y_raw : [P, d]
-        One row per example. ``taught.targets.policy.combine_raw_x`` makes ``x_raw``.
+    x_raw, y_raw : [P, d], one row per example. ``taught.targets.policy.combine_raw_x`` makes ``x_raw``.
 
     Returns
     -------
@@ -220,8 +197,7 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
 def score(policy: Policy, dW: ArrayLike) -> Floats:
     """S = sum_j dW_j W_j for dW [.., d] -> [..].
 
-    Positive: the coefficient vector moves along itself. That alone does not mean more of the
-    behavior.
+    Positive: the coefficient vector moves along itself. That alone does not mean more of the behavior.
     """
     return np.asarray(np.asarray(dW, dtype=np.float64) @ policy.coef)
 
@@ -244,8 +220,7 @@ def choose_alpha(
     grid
         Penalties to try. By default 15 from 1e-5 to 1e2 times the mean squared norm of a column,
         so that the choice follows the scale of X.
-    prompt_ids
-        When given, folds are drawn over sorted ids, so the order of the rows does not matter.
+    prompt_ids : when given, folds are drawn over sorted ids, so the order of the rows does not matter
 
     Returns
     -------
@@ -289,12 +264,8 @@ def row_order(prompt_ids: Sequence[str] | None, n: int) -> Ints:
 def check_folds(folds: int, n: int) -> None:
     """Refuse fewer than two folds or more folds than prompts."""
     if not 2 <= folds <= n:
-        raise UserError(
-            "cannot split the prompts into these folds",
-            value=f"{folds} folds, {n} prompts",
-            rule="2 <= folds <= number of prompts",
-            fix="set policy.folds, or give more prompts",
-        )
+        what, fix = "cannot split the prompts into these folds", "set policy.folds, or give more prompts"
+        raise UserError(what, value=f"{folds} folds, {n} prompts", rule="2 <= folds <= number of prompts", fix=fix)
 
 
 def checked_data(X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None) -> tuple[Floats, Floats]:
@@ -334,12 +305,8 @@ def _checked_feature_ids(feature_ids: Sequence[int] | Ints, d: int) -> Ints:
 def check_alpha(alpha: float) -> None:
     """Refuse a penalty that is not a positive number."""
     if not (np.isfinite(alpha) and alpha > 0):
-        raise UserError(
-            "the ridge penalty must be positive",
-            value=alpha,
-            rule="alpha > 0, so that X'X + alpha I can be inverted",
-            fix="set policy.alpha (the paper uses 5)",
-        )
+        rule, fix = "alpha > 0, so that X'X + alpha I can be inverted", "set policy.alpha (the paper uses 5)"
+        raise UserError("the ridge penalty must be positive", value=alpha, rule=rule, fix=fix)
 
 
 def _checked_change(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> tuple[Floats, Floats]:

@@ -1,8 +1,7 @@
 """What a section says: a list of blocks of plain values.
 
-One renderer makes HTML of them (``html.py``), one writes them to the terminal (``terminal.py``). A
-block says what is there and what stands out, never how it looks. Text may come from data: renderers
-escape all of it.
+One renderer makes HTML of them (``html.py``), one writes them to the terminal (``terminal.py``). A block says what is
+there and what stands out, never how it looks. Text may come from data: renderers escape all of it.
 """
 
 from __future__ import annotations
@@ -157,6 +156,11 @@ class Column:
         return (signed if self.kind == "signed" else number)(value, self.digits, power=self.power)
 
 
+def columns(*given: str | tuple[Any, ...] | Column) -> list[Column]:
+    """Columns of text by their titles, others by title, kind and digits, or as they are."""
+    return [c if isinstance(c, Column) else Column(c) if isinstance(c, str) else Column(*c) for c in given]
+
+
 @dataclass(frozen=True)
 class Table(Block):
     """Rows of cells under columns.
@@ -287,5 +291,4 @@ def value_of(cell: Cell) -> float | None:
         return cell.id
     if isinstance(cell, Line):
         return value_of(cell.parts[0]) if cell.parts else None
-    known = isinstance(cell, int | float) and math.isfinite(cell)
-    return cell if known else None
+    return cell if isinstance(cell, int | float) and math.isfinite(cell) else None

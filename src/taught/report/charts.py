@@ -78,13 +78,11 @@ def forest_row(estimate: Interval, scale: Scale, *, height: int = 18) -> Markup:
     kind = sign_class(estimate.value)
     if not math.isnan(estimate.lo) and not math.isnan(estimate.hi):
         sure = "" if estimate.includes_zero else " sure"
-        parts.append(
-            f'<line class="ci {kind}{sure}" x1="{scale(estimate.lo)}" y1="{mid:g}" '
-            f'x2="{scale(estimate.hi)}" y2="{mid:g}"/>'
-        )
+        ends = f'x1="{scale(estimate.lo)}" y1="{mid:g}" x2="{scale(estimate.hi)}" y2="{mid:g}"'
+        parts.append(f'<line class="ci {kind}{sure}" {ends}/>')
     hollow = " hollow" if estimate.includes_zero else ""
     parts.append(f'<circle class="dot {kind}{hollow}" cx="{scale(estimate.value)}" cy="{mid:g}" r="3.5"/>')
-    return _hidden_svg("".join(parts), scale.end + scale.start, height, "forest")
+    return _svg("".join(parts), scale.end + scale.start, height, "forest")
 
 
 def forest_axis(scale: Scale, *, height: int = 18) -> Markup:
@@ -95,7 +93,7 @@ def forest_axis(scale: Scale, *, height: int = 18) -> Markup:
         f'<line class="tick" x1="{scale(v)}" y1="14" x2="{scale(v)}" y2="{height}"/>'
         for v in values
     ]
-    return _hidden_svg("".join(parts), scale.end + scale.start, height, "forest axis")
+    return _svg("".join(parts), scale.end + scale.start, height, "forest axis")
 
 
 def bar(value: float, largest: float, *, width: int = 48, height: int = 10) -> Markup:
@@ -103,21 +101,16 @@ def bar(value: float, largest: float, *, width: int = 48, height: int = 10) -> M
     half = width / 2
     length = 0.0 if not largest or not math.isfinite(value) else half * min(abs(value) / largest, 1.0)
     x = half if value >= 0 else half - length
-    body = (
-        f'<rect class="{sign_class(value)}" x="{x:.1f}" y="1" width="{length:.1f}" '
-        f'height="{height - 2}"/>'
-        f'<line class="zero" x1="{half:g}" y1="0" x2="{half:g}" y2="{height}"/>'
-    )
-    return _hidden_svg(body, width, height, "bar")
+    body = f'<rect class="{sign_class(value)}" x="{x:.1f}" y="1" width="{length:.1f}" height="{height - 2}"/>'
+    body += f'<line class="zero" x1="{half:g}" y1="0" x2="{half:g}" y2="{height}"/>'
+    return _svg(body, width, height, "bar")
 
 
-def _box(width: float, height: float) -> str:
-    size = f"{width:g} {height:g}"
-    return f'width="{width:g}" height="{height:g}" viewBox="0 0 {size}"'
-
-
-def _hidden_svg(body: str, width: float, height: float, kind: str) -> Markup:
-    return Markup(f'<svg class="{kind}" {_box(width, height)} aria-hidden="true" focusable="false">{body}</svg>')
+def _svg(body: str, width: float, height: float, kind: str, rest: str = "") -> Markup:
+    """A drawing; without attributes of its own one whose numbers stand beside it."""
+    box = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
+    rest = rest or 'aria-hidden="true" focusable="false"'
+    return Markup(f'<svg class="{kind}" {box} {rest}>{body}</svg>')
 
 
 @dataclass(frozen=True)
@@ -136,10 +129,8 @@ SIZE, LEFT, BOTTOM, EDGE = 440, 56, 44, 12
 
 def one_scale(points: Sequence[Point]) -> bool:
     """Whether one scale for both axes leaves each pathway at least a quarter of the room."""
-    spreads = sorted(
-        max((abs(v) for v in side), default=0.0) for side in ([p.x for p in points], [p.y for p in points])
-    )
-    return spreads[0] * 4 >= spreads[1]
+    small, large = sorted(max(map(abs, side), default=0.0) for side in ([p.x for p in points], [p.y for p in points]))
+    return small * 4 >= large
 
 
 def scatter(points: Sequence[Point], names: tuple[str, str], title: str) -> Markup:
@@ -147,7 +138,7 @@ def scatter(points: Sequence[Point], names: tuple[str, str], title: str) -> Mark
 
     The axes share one scale, which keeps the slope honest, unless ``one_scale`` says no.
     """
-    x, y = _reach([p.x for p in points]), _reach([p.y for p in points])
+    x, y = span([Interval(p.x) for p in points]), span([Interval(p.y) for p in points])
     if one_scale(points):
         x = y = (min(x[0], y[0]), max(x[1], y[1]))
     at_x, at_y = Scale(*x, LEFT, SIZE - EDGE), Scale(*y, SIZE - BOTTOM, EDGE)
@@ -155,10 +146,6 @@ def scatter(points: Sequence[Point], names: tuple[str, str], title: str) -> Mark
     even = f'<line class="even" x1="{at_x(start)}" y1="{at_y(-start)}" x2="{at_x(end)}" y2="{at_y(-end)}"/>'
     marks = "".join(_mark(p, at_x(p.x), at_y(p.y)) for p in points)
     return _titled_svg(_frame(at_x, at_y, names) + even + marks, SIZE, SIZE, "scatter", title)
-
-
-def _reach(values: Sequence[float]) -> tuple[float, float]:
-    return span([Interval(v) for v in values])
 
 
 def _frame(at_x: Scale, at_y: Scale, names: tuple[str, str]) -> str:
@@ -203,7 +190,7 @@ def _mark(point: Point, x: float, y: float) -> str:
 
 def legend_mark(kind: int) -> Markup:
     """The mark of a label, for the legend."""
-    return _hidden_svg(_mark(Point(0, 0, kind, -1, ""), 7, 7).replace(' data-example="-1"', ""), 14, 14, "key")
+    return _svg(_mark(Point(0, 0, kind, -1, ""), 7, 7).replace(' data-example="-1"', ""), 14, 14, "key")
 
 
 def heatmap(values: ArrayLike, names: Sequence[str], title: str) -> Markup:
@@ -238,14 +225,10 @@ def _sides(names: Sequence[str], cell: int, margin: float) -> str:
         at = margin + (i + 0.5) * cell
         low = at + 0.3 * cell
         parts.append(f'<text x="{margin - 3:g}" y="{low:.1f}" text-anchor="end">{escape(name)}</text>')
-        parts.append(
-            f'<text x="{low:.1f}" y="{margin - 3:g}" '
-            f'transform="rotate(-90 {low:.1f} {margin - 3:g})">{escape(name)}</text>'
-        )
+        turned = f'transform="rotate(-90 {low:.1f} {margin - 3:g})"'
+        parts.append(f'<text x="{low:.1f}" y="{margin - 3:g}" {turned}>{escape(name)}</text>')
     return "".join(parts)
 
 
 def _titled_svg(body: str, width: float, height: float, kind: str, title: str, extra: str = "") -> Markup:
-    return Markup(
-        f'<svg class="{kind}" {_box(width, height)} role="img" aria-label="{escape(title)}" {extra}>{body}</svg>'
-    )
+    return _svg(body, width, height, kind, f'role="img" aria-label="{escape(title)}" {extra}')

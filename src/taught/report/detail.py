@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from taught.report.blocks import Beside, Block, Column, Example, Excerpt, Excerpts, Facts, Pre, Table, Text
+from taught.report.blocks import Beside, Block, Column, Example, Excerpt, Excerpts, Facts, Pre, Table, Text, columns
 from taught.report.examples import PRIMARY, SE, primary, shifts, shown, summary_schema, targets, texts
 from taught.report.stats import cluster_order
-from taught.report.tables import Matrix, Row, Rows, Tables
+from taught.report.tables import Matrix, Row, Rows, Tables, once
 from taught.report.text import (
     clean,
     common_power,
@@ -29,7 +29,6 @@ MAX_TEXT = 4000
 MAX_PROMPT = 320
 TOP_COEFFICIENTS = 10
 TOP_PROMPTS = 4
-TOP = 5
 MAX_TARGETS = 12
 
 
@@ -45,24 +44,26 @@ def effects(tables: Tables) -> Matrix | None:
     return tables.matrix("prompt_effects", "dy", ("example_ids", "prompt_ids"))
 
 
+@once
 def ordered_comovement(tables: Tables) -> tuple[list[int], Any] | None:
     """Features and their co-movement, those that move together side by side."""
     found = tables.matrix("comovement", "r", ("feature_ids", "feature_ids"))
     if found is None:
         return None
-    order = tables.once("comovement order", lambda: cluster_order(found.values))
+    order = cluster_order(found.values)
     return [found.rows[i] for i in order], found.values[np.ix_(order, order)]
 
 
+@once
 def prompt_texts(tables: Tables) -> dict[str, Row]:
     """Prompt id -> its row."""
-    return tables.once("prompt texts", lambda: {p["prompt_id"]: p for p in tables.rows("prompts") or []})
+    return {p["prompt_id"]: p for p in tables.rows("prompts") or []}
 
 
+@once
 def feature_labels(tables: Tables) -> dict[int, str]:
     """Feature id -> its label, of the policy's features."""
-    rows = tables.rows("coefficients") or []
-    return tables.once("feature labels", lambda: {r["feature_id"]: str(r.get("label") or "") for r in rows})
+    return {r["feature_id"]: str(r.get("label") or "") for r in tables.rows("coefficients") or []}
 
 
 # The page
@@ -75,27 +76,21 @@ def page_data(tables: Tables) -> Json:
         return {"examples": []}
     names, prompts = with_pathways(tables), dict[str, int]()
     examples = [_record(tables, row, names, prompts) for row in rows]
-    known = prompt_texts(tables)
-    said = [known.get(p, {}) for p in prompts]
+    said = [(p, prompt_texts(tables).get(p, {})) for p in prompts]
     data: Json = {
         "examples": examples,
         "targets": [[words(name), common_power(row[name] for row in rows)] for name in names],
-        "prompts": [
-            [p, str(t.get("group", "")), shorten(str(t.get("text", "")), MAX_PROMPT)]
-            for p, t in zip(prompts, said, strict=True)
-        ],
+        "prompts": [[p, str(t.get("group", "")), shorten(str(t.get("text", "")), MAX_PROMPT)] for p, t in said],
         "features": {str(feature): label for feature, label in feature_labels(tables).items()},
-        "powers": _powers(tables),
+        "powers": {"W": 0, "y": 0},
     }
+    if (moved := shifts(tables)) is not None:
+        data["powers"]["W"] = common_power(np.abs(moved.total).max(1).tolist())
+    if (dy := effects(tables)) is not None:
+        data["powers"]["y"] = common_power(np.abs(dy.values).max(1).tolist())
     if (found := ordered_comovement(tables)) is not None:
         data["heat"] = {"ids": found[0], "r": np.nan_to_num(found[1]).round(2).tolist()}
     return data
-
-
-def _powers(tables: Tables) -> dict[str, int]:
-    moved, dy = shifts(tables), effects(tables)
-    sizes = {"W": None if moved is None else moved.total, "y": None if dy is None else dy.values}
-    return {key: 0 if values is None else common_power(np.abs(values).max(1).tolist()) for key, values in sizes.items()}
 
 
 def _record(tables: Tables, row: Row, names: Sequence[str], prompts: dict[str, int]) -> Json:
@@ -122,8 +117,7 @@ def _record(tables: Tables, row: Row, names: Sequence[str], prompts: dict[str, i
 def _coefficients(tables: Tables, example: str) -> list[tuple[int, float, float]]:
     """The coefficients that an example moves most, along both pathways."""
     moved = shifts(tables)
-    found = None if moved is None else moved.of(example)
-    if moved is None or found is None:
+    if moved is None or (found := moved.of(example)) is None:
         return []
     x, y = found
     order = np.argsort(-np.abs(x + y))[:TOP_COEFFICIENTS]
@@ -157,18 +151,15 @@ def example_blocks(tables: Tables, row: Row) -> list[Block]:
     if moved := _coefficients(tables, example):
         power = common_power(x + y for _, x, y in moved)
         own, known = row.get("intended") or [], feature_labels(tables)
-        columns = [Column("feature", "id"), *(Column(c, "signed", power=power) for c in ("total", "x", "y"))]
+        changes_ = (Column(c, "signed", power=power) for c in ("total", "x", "y"))
         rows = [(f, x + y, x, y, "intended" if f in own else "", known.get(f, "")) for f, x, y in moved]
-        blocks.append(Table([*columns, Column(""), Column("label")], rows, "Coefficients that move most"))
+        heads = columns(("feature", "id"), *changes_, "", "label")
+        blocks.append(Table(heads, rows, "Coefficients that move most"))
     if moves := _moves(tables, example):
-        blocks.append(_moved_prompts(tables, moves))
+        prompts = prompt_texts(tables)
+        changes = [Excerpt(dy, str(prompts.get(p, {}).get("text", "")), about=p, change=True) for p, dy in moves]
+        blocks.append(Excerpts("Prompts whose behavior moves most", changes, common_power(dy for _, dy in moves)))
     return blocks
-
-
-def _moved_prompts(tables: Tables, moves: Sequence[tuple[str, float]]) -> Excerpts:
-    known = prompt_texts(tables)
-    rows = [Excerpt(dy, str(known.get(p, {}).get("text", "")), about=p, change=True) for p, dy in moves]
-    return Excerpts("Prompts whose behavior moves most", rows, common_power(dy for _, dy in moves))
 
 
 def _effect(row: Row, name: str) -> str:
@@ -202,11 +193,8 @@ def _certificate(tables: Tables, row: Row) -> list[tuple[str, str]]:
         return []
     power = common_power([row["score"]])
     bound = number(own["score_bound"], power=power)
-    text = (
-        f"on the derivative's changes an exact refit moves S by {signed(own['refit'], power=power)}"
-        f"; the linear value cannot be further off than {bound}{tens(power)}"
-    )
-    return [("certificate", text)]
+    text = f"on the derivative's changes an exact refit moves S by {signed(own['refit'], power=power)}"
+    return [("certificate", f"{text}; the linear value cannot be further off than {bound}{tens(power)}")]
 
 
 # A feature
@@ -227,7 +215,10 @@ def feature_blocks(tables: Tables, row: Row) -> list[Block]:
         facts.append(("Active on", f"{percent(measured['rate'])} of prompts{always}"))
     if label.get("label_source"):
         facts.append(("Label from", label["label_source"]))
-    tokens = [_in_context(t) for t in label.get("top_tokens") or []]
+    tokens = []
+    for t in label.get("top_tokens") or []:
+        parts = t if "before" in t else t | split(str(t["token"]), str(t.get("context") or ""))
+        tokens.append(Excerpt(t.get("activation"), parts["before"], parts["token"], parts["after"]))
     contrast = label.get("contrast_prompts") or label.get("contrastive_prompts")
     return [
         Facts(facts),
@@ -239,12 +230,6 @@ def feature_blocks(tables: Tables, row: Row) -> list[Block]:
         ),
         *_movers(tables, feature),
     ]
-
-
-def _in_context(token: Row) -> Excerpt:
-    if "before" not in token:
-        token = {**token, **split(str(token["token"]), str(token.get("context") or ""))}
-    return Excerpt(token.get("activation"), token["before"], token["token"], token["after"])
 
 
 def split(token: str, context: str) -> Row:
@@ -276,8 +261,8 @@ def _doses(tables: Tables, feature: int) -> list[Block]:
         f"Scaled in the model on {row['n']} prompts: slope {interval_text(line)}, against "
         f"random directions p = {number(row['p_adjusted'], 3)} (adjusted)"
     )
-    rows = [(f"{d['scale']:g}×", read_interval([d["value"], d["lo"], d["hi"]])) for d in row["doses"]]
-    return [Table([Column("scale"), Column("change of y", "interval")], rows, caption)]
+    rows = [(f"{d['scale']:g}×", read_interval(d)) for d in row["doses"]]
+    return [Table(columns("scale", ("change of y", "interval")), rows, caption)]
 
 
 def _movers(tables: Tables, feature: int) -> list[Block]:
@@ -290,6 +275,6 @@ def _movers(tables: Tables, feature: int) -> list[Block]:
     order = np.argsort(-total)
     chosen = [i for i in order[:3] if total[i] > 0] + [i for i in order[-3:] if total[i] < 0]
     rows = [(Example(moved.example_ids[i]), *(float(v[i, j]) for v in (moved.total, moved.x, moved.y))) for i in chosen]
-    power = common_power(float(moved.total[i, j]) for i in chosen)
-    columns = [Column("Example"), *(Column(c, "signed", power=power) for c in ("Change", "x", "y"))]
-    return [Table(columns, rows, "Examples that move this coefficient most")] if rows else []
+    power = common_power(float(total[i]) for i in chosen)
+    heads = columns("Example", *(Column(c, "signed", power=power) for c in ("Change", "x", "y")))
+    return [Table(heads, rows, "Examples that move this coefficient most")] if rows else []

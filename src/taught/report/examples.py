@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from taught.report.tables import UNLABELLED, Floats, Row, Rows, Tables
+from taught.report.tables import UNLABELLED, Floats, Row, Rows, Tables, once
 from taught.report.text import clean
 
 STRONGEST = 200
@@ -23,18 +24,7 @@ ENDS = 5  # examples named at either end of a ranking
 OFFENDERS = 10
 SE = " se"
 PRIMARY = "score"
-_NO_TARGETS = frozenset(
-    [
-        "loss",
-        "rank",
-        "n_scored",
-        "outside_share",
-        "outside_change",
-        "dominant_share",
-        "expected_by_chance",
-        "n_intended",
-    ]
-)
+_FACTS = "loss rank n_scored outside_share outside_change dominant_share expected_by_chance n_intended"
 _COEFFICIENT = re.compile(r"coefficient:(\d+)(?::([xy]))?")
 
 
@@ -56,7 +46,7 @@ def summary_schema(tables: Tables) -> pa.Schema:
 def targets_of(schema: pa.Schema) -> list[str]:
     """The same from the columns of a summary."""
     names = [field.name for field in schema if pa.types.is_floating(field.type)]
-    names = [n for n in names if n not in _NO_TARGETS and not n.endswith((SE, "_score"))]
+    names = [n for n in names if n not in _FACTS.split() and not n.endswith((SE, "_score"))]
     own = [n for n in names if n[-2:] not in (":x", ":y") or n[:-2] not in names]
     return sorted(own, key=lambda n: (n != PRIMARY, not is_behavior(n), n.startswith("prompt:")))
 
@@ -95,25 +85,19 @@ class Summary:
         """From a table with label and numbers."""
         table = table.rename_columns([clean(name) for name in table.column_names])
         names, label = _labels(table["label"])
-        numbers = (n for n in table.column_names if _is_number(table.schema.field(n).type))
-        flags = pa.array([], pa.bool_()) if "unintended" not in table.column_names else table["unintended"]
-        flagged = pc.sum(flags.cast(pa.bool_()), min_count=0).as_py()
-        columns = {name: floats(table, name) for name in numbers}
-        return cls(targets_of(table.schema), names, label, columns, int(flagged or 0))
+        kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
+        numbers = [field.name for field in table.schema if any(kind(field.type) for kind in kinds)]
+        flagged = int((floats(table, "unintended") == 1).sum())
+        return cls(targets_of(table.schema), names, label, {name: floats(table, name) for name in numbers}, flagged)
 
     @classmethod
     def read(cls, tables: Tables) -> Summary | None:
         """Of a run; None while it has no scores. Targets that are single prompts are left out."""
-        return tables.once("summary over all", lambda: cls._read(tables))
-
-    @classmethod
-    def _read(cls, tables: Tables) -> Summary | None:
         if "summary.parquet" not in tables.files:
             return None
         names = summary_schema(tables).names
         wanted = [n for n in names if not n.startswith("prompt:") and n not in ("intended", "features", "note")]
-        table = tables.columns("summary", wanted)
-        return None if table is None else cls.of(table)
+        return tables.once("summary over all", lambda: cls.of(cast(pa.Table, tables.columns("summary", wanted))))
 
     def __len__(self) -> int:
         return len(self.label)
@@ -131,10 +115,11 @@ class Summary:
         return self.columns[column][self.label == self.names.index(name)]
 
 
+@once
 def shown(tables: Tables) -> Rows:
     """Listed examples, the largest values of the first target first: the order of the page."""
     first = primary(tables)
-    return tables.once("shown", lambda: sorted(tables.rows("summary") or [], key=lambda r: -abs(r.get(first) or 0.0)))
+    return sorted(tables.rows("summary") or [], key=lambda r: -abs(r.get(first) or 0.0))
 
 
 def scored(rows: Sequence[Row], target: str) -> Rows:
@@ -149,9 +134,10 @@ def ends(rows: Sequence[Row], target: str, k: int) -> tuple[Rows, Rows]:
     return up, [r for r in reversed(order[-k:]) if r[target] < 0]
 
 
+@once
 def texts(tables: Tables) -> dict[str, Row]:
     """Example id -> its row with prompt, response, category and source."""
-    return tables.once("texts", lambda: {row["example_id"]: row for row in tables.rows("examples") or []})
+    return {row["example_id"]: row for row in tables.rows("examples") or []}
 
 
 # Which examples a large run lists
@@ -180,13 +166,8 @@ def _extremes(summary: pa.Table, names: list[str], first_name: str) -> NDArray[n
     flagged = floats(summary, "unintended") == 1
     rankings.append((np.where(flagged, -floats(summary, "outside_change"), np.nan), OFFENDERS))
     rankings.append((np.where(np.isfinite(floats(summary, "step_score")), first, np.nan), STRONGEST))
-    return np.concatenate([_first(key, k) for key, k in rankings])
-
-
-def _first(key: Floats, k: int) -> NDArray[np.int64]:
-    """Places of the k smallest keys, nan left out."""
-    order = np.argsort(key, kind="stable")[:k]
-    return order[~np.isnan(key[order])]
+    smallest = [(key, np.argsort(key, kind="stable")[:k]) for key, k in rankings]
+    return np.concatenate([order[~np.isnan(key[order])] for key, order in smallest])
 
 
 def _movers(tables: Tables) -> set[str]:
@@ -239,12 +220,9 @@ class Shifts:
         return {example: i for i, example in enumerate(self.example_ids)}
 
 
+@once
 def shifts(tables: Tables) -> Shifts | None:
     """Shifts of the coefficients; None where the run has none."""
-    return tables.once("shifts", lambda: _shifts(tables))
-
-
-def _shifts(tables: Tables) -> Shifts | None:
     parts = [part for part in _coefficients(tables, pathways=True) if part.num_rows]
     if not parts:
         return None
@@ -263,15 +241,9 @@ def _shifts(tables: Tables) -> Shifts | None:
 
 def _coefficients(tables: Tables, pathways: bool) -> Iterator[pa.Table]:
     """Rows of the coefficients by the run's own method: one pathway each, or both together."""
-    if "scores.parquet" not in tables.files:
-        return
-    index = score_index(tables)
     method = own_method(tables)
-    names = [
-        target
-        for of, target in index
-        if of == method and (found := _COEFFICIENT.fullmatch(target)) and (found[2] is not None) == pathways
-    ]
+    own = (_COEFFICIENT.fullmatch(target) for of, target in score_index(tables) if of == method)
+    names = [found[0] for found in own if found and (found[2] is not None) == pathways]
     rows = (pc.field("method") == method) & pc.field("target").isin(names)
     if pathways and tables.listed is not None:
         rows &= pc.field("example_id").isin(tables.listed)
@@ -279,15 +251,14 @@ def _coefficients(tables: Tables, pathways: bool) -> Iterator[pa.Table]:
         yield from tables.run.read_parts("scores", ["example_id", "target", "value"], rows)
 
 
+@once
 def score_index(tables: Tables) -> list[tuple[str, str]]:
-    """Each method and target in scores.parquet; empty where there are none."""
+    """Each method and target in scores.parquet; empty where there are none.
+
+    By the statistics of the row groups where each holds one, else by reading both columns.
+    """
     if "scores.parquet" not in tables.files:
         return []
-    return tables.once("score index", lambda: _score_index(tables))
-
-
-def _score_index(tables: Tables) -> list[tuple[str, str]]:
-    """By the statistics of the row groups where each holds one, else by reading both columns."""
     footer, keys = tables.footer("scores"), ("method", "target")
     place = {footer.schema.column(i).name: i for i in range(footer.num_columns)}
     found: dict[tuple[str, str], None] = {}
@@ -316,10 +287,6 @@ def floats(table: pa.Table, name: str) -> Floats:
         return np.full(table.num_rows, np.nan)
     values: Floats = table[name].cast(pa.float64()).to_numpy()
     return values
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
 
 
 def _labels(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]]:

@@ -1,8 +1,7 @@
 """One self-contained HTML page for a run: no network, works without JavaScript, opens from disk.
 
-Text from data reaches the page in two ways only: escaped (markupsafe), or as JSON in a data block
-that the script puts in place with ``textContent``. Script and style are allowed by their hash,
-nothing else.
+Text from data reaches the page in two ways only: escaped (markupsafe), or as JSON in a data block that the script puts
+in place with ``textContent``. Script and style are allowed by their hash, nothing else.
 """
 
 from __future__ import annotations
@@ -32,12 +31,7 @@ from taught.stats.intervals import Interval
 
 HERE = Path(__file__).parent
 FOREST = (6.0, 234.0)
-WORDS = {
-    "badge": ("span", {"cls": "badge warn"}),
-    "soft": ("span", {"cls": "soft"}),
-    "code": ("code", {}),
-    "file": ("a", {}),
-}
+WORDS = {"badge": ("span", "badge warn"), "soft": ("span", "soft"), "code": ("code", ""), "file": ("a", "")}
 TONES = {"found": "", "none": "no effect", "caution": "caution"}
 STRIP_KEY = (
     ": training on the token raises the target. ",
@@ -106,9 +100,9 @@ class _Page:
         if isinstance(cell, b.Mark):
             return charts.legend_mark(cell.kind)
         if isinstance(cell, b.Word):
-            name, attributes = WORDS[cell.style]
-            href = {"href": cell.text} if cell.style == "file" else {}
-            return tag(name, tag("bdi", cell.text) if cell.style == "soft" else cell.text, **attributes, **href)
+            name, cls = WORDS[cell.style]
+            text = tag("bdi", cell.text) if cell.style == "soft" else cell.text
+            return tag(name, text, cls=cls, href=cell.text if cell.style == "file" else None)
         return escape(plain(cell))
 
     def text(self, it: b.Text) -> Markup:
@@ -124,15 +118,10 @@ class _Page:
         return title + tag("pre", tag("code", it.text), cls="command")
 
     def verdict(self, it: b.Verdict) -> Markup:
-        rows = (
-            tag(
-                "div",
-                tag("dt", s.topic, tag("span", TONES[s.tone], cls="tone")),
-                tag("dd", tag("bdi", s.text)),
-                cls=f"tone-{s.tone}",
-            )
-            for s in it.sentences
-        )
+        rows = []
+        for s in it.sentences:
+            topic = tag("dt", s.topic, tag("span", TONES[s.tone], cls="tone"))
+            rows.append(tag("div", topic, tag("dd", tag("bdi", s.text)), cls=f"tone-{s.tone}"))
         return tag("dl", *rows, cls="verdict")
 
     def facts(self, it: b.Facts) -> Markup:
@@ -145,7 +134,7 @@ class _Page:
 
     def table(self, it: Table) -> Markup:
         columns = [(i, c) for i, c in enumerate(it.columns) if c.only != "terminal"]
-        parts = [_Drawn.of(c, [row[i] for row in it.rows]) for i, c in columns]
+        parts = [_Drawn(c, [row[i] for row in it.rows]) for i, c in columns]
         head = [self._head(c, drawn, it.sortable) for (_, c), drawn in zip(columns, parts, strict=True)]
         body = [
             self._row(it, place, [(c, drawn, row[i]) for (i, c), drawn in zip(columns, parts, strict=True)])
@@ -185,35 +174,32 @@ class _Page:
     def _cell(self, column: Column, drawn: _Drawn, value: Cell, head: bool = False) -> Markup:
         """One cell, and beside it its plot or bar where the column has one."""
         number_of = None if column.kind == "text" else value_of(value)
-        inside: object
-        if isinstance(value, b.Inline):
-            inside = self.inline(value)
-        else:
-            inside = tag("bdi", column.shown(value)) if isinstance(value, str) else column.shown(value)
-        cls = "num" if column.right else "ids" if column.kind == "id" else _width(value)
+        inside = self.inline(value) if isinstance(value, b.Inline) else column.shown(value)
+        inside = tag("bdi", inside) if isinstance(value, str) else inside
+        words = plain(value)  # short ones stay on one line
+        width = "nowrap" if len(words) <= 24 else "reason" if len(words) > 60 else "label"
+        cls = "num" if column.right else "ids" if column.kind == "id" else width
         name = "th" if head else "td"
         cell = tag(name, inside, cls=cls, data_v=number_of, scope="row" if head else None)
         if drawn.scale is not None:
-            plot = charts.forest_row(scaled(value, 10.0**-column.power), drawn.scale) if _drawable(value) else ""
+            known = isinstance(value, Interval)
+            plot = charts.forest_row(scaled(value, 10.0**-column.power), drawn.scale) if known else ""
             cell += tag("td", plot, cls="plot")
         if column.bar:
             cell += tag("td", charts.bar(number_of or 0.0, drawn.largest), cls="barcell")
         return cell
 
     def _filters(self, fields: Mapping[str, Sequence[str]], n: int) -> Markup:
-        search = tag("label", "Search ", Markup(_SEARCH.format("q", "id, text, category")))
-        chosen = [
-            tag(
-                "label",
-                f"{name.capitalize()} ",
-                tag("select", tag("option", "all", value=""), *(tag("option", value) for value in values), name=name),
-            )
-            for name, values in fields.items()
-            if values
-        ]
-        box = tag("label", Markup('<input type="checkbox" name="unintended"> unintended only'), cls="check")
+        box = Markup('<input type="search" name="q" placeholder="id, text, category" autocomplete="off">')
+        search = tag("label", "Search ", box)
+        chosen = []
+        for name, values in fields.items():
+            if values:
+                options = (tag("option", "all", value=""), *(tag("option", value) for value in values))
+                chosen.append(tag("label", f"{name.capitalize()} ", tag("select", *options, name=name)))
         if "unintended" in fields:
-            chosen.append(box)
+            box = Markup('<input type="checkbox" name="unintended"> unintended only')
+            chosen.append(tag("label", box, cls="check"))
         count = tag("output", f"{n} of {n}", name="count", aria_live="polite")
         return tag("form", search, *chosen, count, cls="filters js-only", id="filters")
 
@@ -227,17 +213,9 @@ class _Page:
     def heatmap(self, it: b.Heatmap) -> Markup:
         chart = charts.heatmap(it.values, it.ids, it.title)
         box = tag("div", chart, cls="scroll", tabindex=0, role="region", aria_label=it.title)
-        caption = tag(
-            "figcaption",
-            tag("span", cls="swatch pos"),
-            " move together ",
-            tag("span", cls="swatch neg"),
-            " move apart. ",
-            self.inline(it.caption),
-            " ",
-            tag("output", "Point at a cell to read it.", id="heat-out", cls="js-only", aria_live="off"),
-        )
-        return tag("figure", box, caption, cls="wide")
+        key = (tag("span", cls="swatch pos"), " move together ", tag("span", cls="swatch neg"), " move apart. ")
+        out = tag("output", "Point at a cell to read it.", id="heat-out", cls="js-only", aria_live="off")
+        return tag("figure", box, tag("figcaption", *key, self.inline(it.caption), " ", out), cls="wide")
 
     def strips(self, it: b.Strips) -> Markup:
         made = []
@@ -270,20 +248,15 @@ class _Page:
 
     def details(self, it: b.Details) -> Markup:
         title = tag("summary", self.inline(it.title))
-        opened = {"open": ""} if it.open else {}
-        return tag("details", title, self.blocks(it.blocks), cls="more", **opened)
+        return tag("details", title, self.blocks(it.blocks), cls="more", open="" if it.open else None)
 
     def cards(self, it: b.Cards) -> Markup:
         box = Markup('<input type="search" id="feature-search" placeholder="id or label" autocomplete="off">')
         cards = []
         for card in it.cards:
-            title = tag(
-                "summary",
-                tag("span", card.feature, cls="id"),
-                tag("span", signed(card.value), cls="num"),
-                charts.bar(card.value, card.largest),
-                tag("span", tag("bdi", card.label or "unlabelled"), cls="label"),
-            )
+            name, value = tag("span", card.feature, cls="id"), tag("span", signed(card.value), cls="num")
+            label = tag("span", tag("bdi", card.label or "unlabelled"), cls="label")
+            title = tag("summary", name, value, charts.bar(card.value, card.largest), label)
             body = tag("div", self.blocks(card.blocks), cls="card")
             cards.append(tag("details", title, body, cls="feature", id=f"feature-{card.feature}"))
         return tag("label", "Search ", box, cls="filters js-only") + Markup("\n").join(cards)
@@ -296,30 +269,14 @@ class _Page:
 class _Drawn:
     """What the drawings of a column have in common: the scale of its plot, the largest of its bars."""
 
-    def __init__(self, scale: Scale | None, largest: float) -> None:
-        self.scale, self.largest = scale, largest
-
-    @classmethod
-    def of(cls, column: Column, values: Sequence[Cell]) -> _Drawn:
-        largest = max((abs(v) for v in map(value_of, values) if v is not None), default=1.0)
+    def __init__(self, column: Column, values: Sequence[Cell]) -> None:
+        self.largest = max((abs(v) for v in map(value_of, values) if v is not None), default=1.0)
+        self.scale: Scale | None = None
         if column.plot is None:
-            return cls(None, largest)
-        known = [scaled(v, 10.0**-column.power) for v in values if _drawable(v)]
+            return
+        known = [scaled(v, 10.0**-column.power) for v in values if isinstance(v, Interval)]
         ends = charts.span(known) if column.plot == "fit" else column.plot
-        return cls(Scale(*ends, *FOREST), largest)
-
-
-_SEARCH = '<input type="search" name="{}" placeholder="{}" autocomplete="off">'
-
-
-def _drawable(value: Cell) -> bool:
-    return isinstance(value, Interval)
-
-
-def _width(value: Cell) -> str:
-    """The class of a cell of text: short words stay on one line."""
-    words = plain(value)
-    return "nowrap" if len(words) <= 24 else "reason" if len(words) > 60 else "label"
+        self.scale = Scale(*ends, *FOREST)
 
 
 def _finite(value: Any) -> Any:
@@ -340,7 +297,5 @@ def _policy_of(script: str, style: str) -> str:
     def digest(body: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
 
-    return (
-        f"default-src 'none'; script-src {digest(script)}; style-src {digest(style)}; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    own = f"script-src {digest(script)}; style-src {digest(style)}"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"

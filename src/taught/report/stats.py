@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from taught.analysis.interference import random_control
 from taught.stats.intervals import Interval
@@ -21,15 +21,11 @@ class Control:
 
     Attributes
     ----------
-    n : int
-        Examples that have intended features and an effect.
-    flagged : int
-        Of these, examples whose dominant feature is not among the intended ones.
-    random : Interval
-        Expected ``flagged`` if each intended set were a random set of the same size; 95% of draws.
-    swapped : float
-        Expected ``flagged`` if each example had the intended set of another example. Near ``flagged``:
-        what an example is about makes no difference to what it moves.
+    n : examples that have intended features and an effect
+    flagged : of these, examples whose dominant feature is not among the intended ones
+    random : expected ``flagged`` if each intended set were a random set of the same size; 95% of draws
+    swapped : expected ``flagged`` if each example had the intended set of another example. Near ``flagged``: what an
+        example is about makes no difference to what it moves.
     """
 
     n: int
@@ -43,13 +39,8 @@ def unintended_control(
 ) -> Control | None:
     """Compare dominant effects outside the intended features with two controls.
 
-    Parameters
-    ----------
-    feature_ids : [d]
-    total : [P, d]
-        Coefficient shifts of each example.
-    intended : length P
-        Ids of each example's intended features. Examples without any, or without effect, are left out.
+    Coefficient shifts ``total`` [P, d], columns ``feature_ids``, and ids of each example's intended features. Examples
+    without any, or without effect, are left out.
     """
     total = np.asarray(total, dtype=np.float64)
     work = max(len({frozenset(i) for i in intended}) * len(feature_ids), 1)
@@ -85,15 +76,11 @@ def cluster_order(r: ArrayLike) -> list[int]:
         a, b = sorted(divmod(int(link.argmax()), len(groups)))
         na, nb = len(groups[a]), len(groups[b])
         merged = (na * link[a] + nb * link[b]) / (na + nb)
-        groups[a] = _joined(groups[a], groups[b], r)
+        turns = [(x, y) for x in (groups[a], groups[a][::-1]) for y in (groups[b], groups[b][::-1])]
+        left, right = max(turns, key=lambda turn: r[turn[0][-1], turn[1][0]])
+        groups[a] = left + right
         del groups[b]
         link[a], link[:, a] = merged, merged
         link[a, a] = -np.inf
         link = np.delete(np.delete(link, b, 0), b, 1)
     return groups[0] if groups else []
-
-
-def _joined(left: list[int], right: list[int], r: NDArray[np.float64]) -> list[int]:
-    turns = [(a, b) for a in (left, left[::-1]) for b in (right, right[::-1])]
-    best = max(turns, key=lambda turn: r[turn[0][-1], turn[1][0]])
-    return best[0] + best[1]

@@ -42,13 +42,7 @@ class Strip:
 
 
 def strips(rows: Iterable[Row]) -> list[Strip]:
-    """One strip for each example and target, in the order of the rows.
-
-    Parameters
-    ----------
-    rows
-        example_id, target, position, token, share.
-    """
+    """One strip for each example and target, in the order of the rows of token_shares.parquet."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row["example_id"], row["target"]), []).append(row)
@@ -61,7 +55,7 @@ def _strip(example_id: str, target: str, rows: Sequence[Row]) -> Strip:
     total = math.fsum(shares)
     power = common_power([*shares, total])
     tokens = tuple(
-        Token(_shown(row["token"]), _shade(share, largest), signed(share, power=power))
+        Token(row["token"].replace("\n", "↵\n"), _shade(share, largest), signed(share, power=power))
         for row, share in zip(rows, shares, strict=True)
     )
     strongest = sorted(range(len(rows)), key=lambda j: -abs(shares[j]))[:NAMED]
@@ -72,7 +66,3 @@ def _strip(example_id: str, target: str, rows: Sequence[Row]) -> Strip:
 def _shade(share: float, largest: float) -> str:
     level = round(LEVELS * abs(share) / largest) if largest else 0
     return f"{'up' if share > 0 else 'down'} s{level}" if level else ""
-
-
-def _shown(token: str) -> str:
-    return token.replace("\n", "↵\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -46,8 +46,7 @@ class Tables:
 
     Parameters
     ----------
-    also
-        Ids of examples to list in any case, where the run has too many to list them all.
+    also : ids of examples to list in any case, where the run has too many to list them all
 
     Raises
     ------
@@ -117,18 +116,14 @@ class Tables:
         """One array of a file of tensors; axes name the ids. Of examples the rows that are listed."""
         return self._once(("matrix", name), f"{name}.safetensors", lambda: self._matrix(name, tensor, axes))
 
-    def once(self, key: str, make: Callable[[], T]) -> T:
+    def once(self, key: object, make: Callable[[], T]) -> T:
         """What was made of the tables, made once."""
         if key not in self._read:
             self._read[key] = make()
         return cast(T, self._read[key])
 
     def _once(self, key: tuple[str, str], file: str, read: Callable[[], T]) -> T | None:
-        if file not in self.files:
-            return None
-        if key not in self._read:
-            self._read[key] = read()
-        return cast(T, self._read[key])
+        return self.once(key, read) if file in self.files else None
 
     def _rows(self, name: str) -> Rows:
         chosen = self.listed if name in _OF_EXAMPLES else None
@@ -147,6 +142,11 @@ class Tables:
             row_ids, values, ids = self.run.read_tensor_rows(name, tensor, axes[0], set(self.listed))
         row_ids, column_ids = (cast("list[Any]", cleaned(names)) for names in (row_ids, ids[axes[1]]))
         return Matrix(row_ids, column_ids, values.astype(np.float64))
+
+
+def once(make: Callable[[Tables], T]) -> Callable[[Tables], T]:
+    """A function of the tables whose result is kept with them."""
+    return wraps(make)(lambda tables: tables.once(make, lambda: make(tables)))
 
 
 def of_policy(needs: Sequence[str]) -> bool:

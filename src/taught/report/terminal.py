@@ -15,7 +15,7 @@ from rich.table import Table as Grid
 from rich.text import Text as Words
 
 from taught.report import blocks as b
-from taught.report.blocks import Block, Cell, Column, Line, Table, plain, value_of
+from taught.report.blocks import Block, Cell, Column, Line, Table, columns, plain, value_of
 from taught.report.text import clean, count, number, shorten, signed, tens
 
 STYLES = {"found": "", "none": "dim", "caution": "yellow"}
@@ -64,13 +64,13 @@ def _verdict(it: b.Verdict) -> Grid:
 
 
 def _table(it: Table) -> RenderableType:
-    columns = [(i, column) for i, column in enumerate(it.columns) if column.only != "page"]
+    there = [(i, column) for i, column in enumerate(it.columns) if column.only != "page"]
     grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for _, column in columns:
+    for _, column in there:
         title = Words(clean(column.title) + tens(column.power), "dim")
         grid.add_column(title, justify="right" if column.right else "left", overflow="fold")
     for row in it.rows[: it.head]:
-        grid.add_row(*(_cell(column, row[i]) for i, column in columns))
+        grid.add_row(*(_cell(column, row[i]) for i, column in there))
     parts: list[RenderableType] = [words(it.caption, "italic")] if it.caption else []
     parts.append(grid if it.rows else Words(it.empty or "Nothing.", "dim"))
     if len(it.rows) > it.head:
@@ -122,8 +122,8 @@ def _excerpts(it: b.Excerpts) -> RenderableType:
 
 def _cards(it: b.Cards) -> RenderableType:
     """What the cards are headed with; ``taught show RUN ID`` shows one whole."""
-    columns = [Column("feature", "id"), Column("coefficient", "signed"), Column("label")]
-    return _table(Table(columns, [(card.feature, card.value, card.label) for card in it.cards], head=len(it.cards)))
+    heads = columns(("feature", "id"), ("coefficient", "signed"), "label")
+    return _table(Table(heads, [(card.feature, card.value, card.label) for card in it.cards], head=len(it.cards)))
 
 
 # Drawings are for the page only.

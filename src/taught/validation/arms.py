@@ -83,10 +83,8 @@ def compare_arms(
     if S < LEAST_MODELS:
         raise UserError("too few random models to compare with", value=S, rule=f"at least {LEAST_MODELS}")
     rng = np.random.default_rng(seed)
-    weights = [
-        rng.multinomial(len(side), np.full(len(side), 1 / len(side)), size=draws) / len(side)
-        for side in (positive, negative)
-    ]
+    sizes = len(positive), len(negative)
+    weights = [rng.multinomial(n, np.full(n, 1 / n), size=draws) / n for n in sizes]
     t = rng.standard_normal(draws) * np.sqrt((S - 1) / rng.chisquare(S - 1, size=draws))
     points, drawn = {}, {}
     for arm, y in arms.items():
@@ -98,16 +96,13 @@ def compare_arms(
     for name, of_random in points[RANDOM].items():
         spread, p = float(of_random.std(ddof=1)), dict.fromkeys(arms, math.nan)
         gaps = dict.fromkeys(arms, UNKNOWN)
-        for arm, y in arms.items():
-            if arm == RANDOM:
-                continue
-            error = spread * math.sqrt(1 / S + (0 if arm == BASE else 1 / len(y)))
+        others = [arm for arm in arms if arm != RANDOM]
+        for arm in others:
+            error = spread * math.sqrt(1 / S + (0 if arm == BASE else 1 / len(arms[arm])))
             gap = drawn[arm][name] - drawn[RANDOM][name] + error * t
             gaps[arm] = Interval.of(float(points[arm][name].mean() - of_random.mean()), gap)
             p[arm] = two_sided(gap)
-        others = [arm for arm in arms if arm != RANDOM]
-        corrected = {RANDOM: math.nan}
-        corrected |= zip(others, holm([p[arm] for arm in others]).tolist(), strict=True)
+        corrected = {RANDOM: math.nan, **dict(zip(others, holm([p[arm] for arm in others]).tolist(), strict=True))}
         for arm, y in arms.items():
             value = Interval.of(float(points[arm][name].mean()), drawn[arm][name])
             rows.append(ArmRow(arm, name, len(y), examples[arm], *value, *gaps[arm], p[arm], corrected[arm]))

@@ -155,8 +155,7 @@ def compared(it: Comparison) -> Compared:
     names = sorted(set(it.labels.values()))
     labels = {  # 1 for the label's examples; their sums are the counts of labels
         f"label {name}": {example: float(label == name) for example, label in it.labels.items()}
-        for name in names
-        if len(names) > 1
+        for name in (names if len(names) > 1 else ())
     }
     tables = Compared([], [], [], [], _planted(every, it.planted))
     for truth in it.truths:
@@ -178,12 +177,7 @@ def truths(
 ) -> list[Truth]:
     """Designs of which a rank correlation can be taken: those with eight subsets or more.
 
-    Parameters
-    ----------
-    subsets, outcomes, inclusion
-        As the stage ``validate`` writes them; outcomes of runs without repeats lack that column.
-    targets
-        Names of the targets that are wanted.
+    Tables and inclusion are as the stage ``validate`` writes them; outcomes of runs without repeats lack that column.
 
     Raises
     ------
@@ -201,20 +195,11 @@ def truths(
             repeats.setdefault(row.get("repeat", 0), {})[row["subset"]] = row["value"]
     ranked = [design for design, some in members.items() if len(some) >= LEAST_SUBSETS and design in RANK_DESIGNS]
     for design in ranked:
-        refuse(
-            [name for name in targets if name not in found.get(design, {})],
-            f"retraining ({design}) has no outcomes of these targets",
-            rule="outcomes are of the policy's targets",
-            fix="run taught validate again",
-        )
-    return [
-        Truth(
-            design,
-            Subsets(tuple(members[design]), tuple(map(tuple, members[design].values())), inclusion[design]),
-            {name: found[design][name] for name in targets},
-        )
-        for design in ranked
-    ]
+        missing = [name for name in targets if name not in found.get(design, {})]
+        what, rule = f"retraining ({design}) has no outcomes of these targets", "outcomes are of the policy's targets"
+        refuse(missing, what, rule=rule, fix="run taught validate again")
+    drawn = {d: Subsets(tuple(members[d]), tuple(map(tuple, members[d].values())), inclusion[d]) for d in ranked}
+    return [Truth(design, drawn[design], {name: found[design][name] for name in targets}) for design in ranked]
 
 
 def _planted(scores: Scores, planted: Collection[str]) -> list[PlantedRow]:

@@ -12,12 +12,11 @@ and over the budgets the area between the two curves, in units of the outcome,
 b the share of the examples. Removing what raises a target should lower it: a good method has a
 negative difference there, and a positive one under addition.
 
-Two things vary. *Prompts*: bootstrapped, the same draws for both sides. *Runs* (random sets, and
-seeds of training): with S random runs and R of the method, the mean difference gets an error of
-Student's t with S - 1 degrees of freedom and the covariance over budgets of the random runs, times
-1/R + 1/S. A bootstrap of five runs would be too short by a third. The method's runs differ by their
-seed alone, the random ones by their examples as well, so taking the covariance from these is
-conservative, and possible with R = 1.
+Two things vary. *Prompts*: bootstrapped, the same draws for both sides. *Runs* (random sets, and seeds of training):
+with S random runs and R of the method, the mean difference gets an error of Student's t with S - 1 degrees of freedom
+and the covariance over budgets of the random runs, times 1/R + 1/S. A bootstrap of five runs would be too short by a
+third. The method's runs differ by their seed alone, the random ones by their examples as well, so taking the covariance
+from these is conservative, and possible with R = 1.
 """
 
 from __future__ import annotations
@@ -138,12 +137,8 @@ def plan_curve(
     refuse(bad, "scores are not finite", rule="every score is a number")
     steps = tuple(sorted(set(budgets)))
     if not steps or steps[0] < 1 or steps[-1] >= len(scores):
-        raise UserError(
-            "these budgets make no curve",
-            value=list(budgets),
-            rule=f"numbers of examples from 1 to {len(scores) - 1}",
-            fix="give other budgets",
-        )
+        rule = f"numbers of examples from 1 to {len(scores) - 1}"
+        raise UserError("these budgets make no curve", value=list(budgets), rule=rule, fix="give other budgets")
     if runs < LEAST_RUNS:
         raise UserError("too few random sets", value=runs, rule=f"at least {LEAST_RUNS}")
     pool = sorted(scores)
@@ -174,10 +169,8 @@ def compare_curves(plan: Plan, method: Floats, random: Floats, *, draws: int = D
 
     Parameters
     ----------
-    method : float64 [R, K, N]
-        Outcome of each run of the method's sets, budget and prompt.
-    random : float64 [S, K, N]
-        The same of the random sets, one run each.
+    method : float64 [R, K, N], outcome of each run of the method's sets, budget and prompt
+    random : float64 [S, K, N], the same of the random sets, one run each
     """
     R, S, N = len(method), len(random), method.shape[2]
     gap = method.mean(0) - random.mean(0)  # [K, N]

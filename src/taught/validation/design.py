@@ -6,26 +6,23 @@ without a model of training. With x the number of members of a group of n exampl
     effect = n Cov(x, outcome) / Var(x) = sum_q reference_q g_q outcome_q,
     g_q = n (x_q - mean x) / Var(x)
 
-the slope of the outcome on x, for the whole group; n = 1 asks for one example. In a linear datamodel,
-outcome = constant + sum of theta over the members (Ilyas et al., arXiv 2202.00622), it is the sum
-of the group's theta; in subsets of one size, where whoever joins takes another's place, minus that
-of as many average others.
+the slope of the outcome on x, for the whole group; n = 1 asks for one example. In a linear datamodel, outcome =
+constant + sum of theta over the members (Ilyas et al., arXiv 2202.00622), it is the sum of the group's theta; in
+subsets of one size, where whoever joins takes another's place, minus that of as many average others.
 
 **Drawing.** Subsets are drawn with probabilities p and weighted by reference / p, which is unbiased
 for any positive p. The variance of the next term falls with p nearest to
 
     p* ~ reference_q |g_q|      (several effects: the root of the sum of their g_q^2, each scaled)
 
-the c-optimal (A-optimal) choice among weighted estimates with equal residuals. Earlier retrainings
-are part of the sample: p of a new round is what brings the *mixture* of all rounds nearest to p*,
-as in MVAL (Tucker and Joachims, arXiv 2202.01721), with a share of the reference mixed in. Since g
-follows from the memberships, p depends on no outcome: all retrainings of a round can run at once,
-and reweighting earlier ones leaves the estimate unbiased.
+the c-optimal (A-optimal) choice among weighted estimates with equal residuals. Earlier retrainings are part of the
+sample: p of a new round is what brings the *mixture* of all rounds nearest to p*, as in MVAL (Tucker and Joachims,
+arXiv 2202.01721), with a share of the reference mixed in. Since g follows from the memberships, p depends on no
+outcome: all retrainings of a round can run at once, and reweighting earlier ones leaves the estimate unbiased.
 
-**Control variate.** What a linear datamodel with the influence scores as its prior predicts is
-subtracted before weighting, and its exact mean over the pool is added: the variance is that of the
-residual. Each fold of the draws is predicted from the others, so this too leaves the estimate
-unbiased, whatever the model is worth.
+**Control variate.** What a linear datamodel with the influence scores as its prior predicts is subtracted before
+weighting, and its exact mean over the pool is added: the variance is that of the residual. Each fold of the draws is
+predicted from the others, so this too leaves the estimate unbiased, whatever the model is worth.
 
 **Couples.** In the linear datamodel the c-optimal design of one effect is the same subset with and
 without the group: the rest cancels. :func:`couples` makes such, with random backgrounds, so that
@@ -126,12 +123,8 @@ def ask(pool: Subsets, groups: Mapping[str, Collection[str]], reference: Floats 
     for name, group in groups.items():
         x = held[:, [example in group for example in ids]].sum(1)
         if np.ptp(x[rho > 0]) == 0:
-            raise UserError(
-                "the pool says nothing about this group",
-                value=name,
-                rule="its number of members differs between subsets",
-                fix="use another pool",
-            )
+            what, rule = "the pool says nothing about this group", "its number of members differs between subsets"
+            raise UserError(what, value=name, rule=rule, fix="use another pool")
         off = x - rho @ x
         weights.append(len(group) * off / (rho @ off**2))
     return Question(tuple(groups), pool, rho, np.stack(weights))
@@ -148,9 +141,7 @@ def next_probabilities(question: Question, earlier: Sequence[Round], count: int,
     g = question.weights / np.sqrt((question.reference * question.weights**2).sum(1))[:, None]
     best = question.reference * np.sqrt((g**2).sum(0))
     best /= best.sum()
-    before = np.zeros(len(best))
-    for done in earlier:
-        before += len(done.drawn) * done.probabilities
+    before = sum((len(done.drawn) * done.probabilities for done in earlier), np.zeros(len(best)))
     missing = np.maximum(_level(best, before, count) * best - before, 0)
     return (1 - mix) * missing / missing.sum() + mix * question.reference
 
@@ -177,8 +168,7 @@ def estimate(
 
     Parameters
     ----------
-    rounds : all retrainings there are, random ones included; probabilities must not have been
-        chosen by outcomes
+    rounds : all retrainings there are, random ones included; probabilities must not have been chosen by outcomes
     outcomes : subset name -> measured change
     scores : example id -> influence, the datamodel's prior; None: the mean outcome of the other folds
         is all that is subtracted
@@ -281,13 +271,11 @@ def couples(ids: Sequence[str], name: str, group: Collection[str], size: int, co
     Raises
     ------
     UserError
-        The group holds ids that are not among the examples; fewer than 2 couples; or as
-        :func:`random_subsets`.
+        The group holds ids that are not among the examples; fewer than 2 couples; or as :func:`random_subsets`.
     """
     if count < 2:
-        raise UserError(
-            "too few couples for an interval", value=count, rule="at least 2", fix="raise validation.subsets"
-        )
+        what, fix = "too few couples for an interval", "raise validation.subsets"
+        raise UserError(what, value=count, rule="at least 2", fix=fix)
     refuse(sorted(set(group) - set(ids)), "the group holds unknown examples")
     others = [example for example in ids if example not in set(group)]
     backgrounds = random_subsets(others, size, count, seed=seed)
@@ -352,11 +340,10 @@ class _Datamodel:
 
 def _level(best: Floats, before: Floats, count: int) -> float:
     """c with sum of max(c best - before, 0) = count."""
-    positive = best > 0
-    start = np.sort(before[positive] / best[positive])
-    order = np.argsort(before[positive] / best[positive], kind="stable")
-    levels = (count + before[positive][order].cumsum()) / best[positive][order].cumsum()
-    return float(levels[np.flatnonzero(levels > start)[-1]])
+    before, best = before[best > 0], best[best > 0]
+    order = np.argsort(before / best, kind="stable")
+    levels = (count + before[order].cumsum()) / best[order].cumsum()
+    return float(levels[np.flatnonzero(levels > (before / best)[order])[-1]])
 
 
 def _refuse_few(drawn: int, folds: int) -> None:
@@ -367,10 +354,7 @@ def _refuse_few(drawn: int, folds: int) -> None:
 
 def _known(names: Sequence[str], outcomes: Mapping[str, float]) -> Floats:
     """Outcomes of subsets, float64, checked."""
-    refuse(
-        sorted({name for name in names if not math.isfinite(outcomes.get(name, math.nan))}),
-        "subsets have no finite outcome",
-        rule="one number for each subset",
-        fix="finish their retraining",
-    )
+    missing = sorted({name for name in names if not math.isfinite(outcomes.get(name, math.nan))})
+    rule = "one number for each subset"
+    refuse(missing, "subsets have no finite outcome", rule=rule, fix="finish their retraining")
     return np.array([outcomes[name] for name in names], dtype=np.float64)

@@ -142,8 +142,7 @@ def judge_responses(
     Raises
     ------
     UserError
-        The judge fails, or answers something else than a number from 0 to 1: the prompt's id, and
-        what it answered.
+        The judge fails, or answers something else than a number from 0 to 1: the prompt's id, and what it answered.
     """
     found = np.zeros(len(prompt_ids))
     for row, (prompt_id, prompt, response) in enumerate(zip(prompt_ids, prompts, responses, strict=True)):

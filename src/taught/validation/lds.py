@@ -14,12 +14,11 @@ while steps are small enough for gradients and C to stay what they are at the ba
 number of *steps* is fixed instead of the number of epochs, each example is seen steps * b / |S| times,
 and the sum becomes a mean; for subsets of one size the two rank alike.
 
-The LDS is the Spearman correlation over subsets of predicted and measured change (Ilyas et al.,
-arXiv 2202.00622; Park et al., TRAK, arXiv 2303.14186). Beside the raw value stands a *controlled*
-one, the partial rank correlation given trivial predictors such as summed response length, because a
-long response trains more whatever it says. Intervals are BCa bootstraps over subsets: in
-simulations of 42 and 60 subsets they held the true value in 92 to 97 of 100 cases, where plain
-percentiles of the draws fell to 89 for partial correlations.
+The LDS is the Spearman correlation over subsets of predicted and measured change (Ilyas et al., arXiv 2202.00622; Park
+et al., TRAK, arXiv 2303.14186). Beside the raw value stands a *controlled* one, the partial rank correlation given
+trivial predictors such as summed response length, because a long response trains more whatever it says. Intervals are
+BCa bootstraps over subsets: in simulations of 42 and 60 subsets they held the true value in 92 to 97 of 100 cases,
+where plain percentiles of the draws fell to 89 for partial correlations.
 """
 
 from __future__ import annotations
@@ -298,12 +297,8 @@ def noise_ceiling(
         Fewer than two seeds, or a subset without a finite outcome.
     """
     if len(outcomes) < 2:
-        raise UserError(
-            "a noise ceiling needs the same subsets under several seeds",
-            value=f"{len(outcomes)} seed",
-            rule="at least 2",
-            fix="repeat the retrainings under another seed",
-        )
+        what, rule = "a noise ceiling needs the same subsets under several seeds", "at least 2"
+        raise UserError(what, value=f"{len(outcomes)} seed", rule=rule, fix="repeat the retrainings under another seed")
     subsets = _sorted(subsets)
     rows = [_outcome(subsets, name, values) for name, values in outcomes.items()]
     R = len(rows)

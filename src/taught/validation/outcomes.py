@@ -80,10 +80,8 @@ def soft_metrics(
 
     Parameters
     ----------
-    positive, negative
-        Ids of the prompts that should show the behavior, and of those that should not.
-    degree
-        From y to how much of the behavior is shown, 0 to 1.
+    positive, negative : ids of the prompts that should show the behavior, and of those that should not
+    degree : from y to how much of the behavior is shown, 0 to 1
 
     Raises
     ------
@@ -93,8 +91,7 @@ def soft_metrics(
     sides = (("positive", positive), ("negative", negative))
     y, p = reads.y, np.asarray(degree(reads.y), dtype=np.float64)
     log_p = np.where(p > 0, np.log(np.where(p > 0, p, 1)), y)  # so small that it rounds to 0: y is its logarithm
-    yes, no = (log_p[_rows(reads.prompt_ids, name, ids)] for name, ids in sides)
-    found = metrics(yes, no)
+    found = metrics(*(log_p[_rows(reads.prompt_ids, name, ids)] for name, ids in sides))
     return SoftMetrics(**{item.name: float(found[item.name]) for item in fields(SoftMetrics)})
 
 
@@ -105,9 +102,7 @@ def metrics(
 
     Parameters
     ----------
-    yes, no
-        Behavior on the positive prompts [..., n] and on the negative ones [..., m].
-    yes_weights, no_weights
+    yes, no : behavior on the positive prompts [..., n] and on the negative ones [..., m] yes_weights, no_weights
         Weights of the prompts within their group, [..., n] and [..., m], each summing to 1; None:
         all alike. Groups keep their sizes n and m.
     """
@@ -134,10 +129,6 @@ def _rows(prompt_ids: Sequence[str], group: str, ids: Sequence[str]) -> list[int
     place = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
     missing = [i for i in ids if i not in place]
     if missing or not ids:
-        raise UserError(
-            f"the prompts of {group} were not read",
-            value=missing[:8],
-            rule="a group has prompts, and all of them are read",
-            fix="use the groups of the run's prompts",
-        )
+        rule, fix = "a group has prompts, and all of them are read", "use the groups of the run's prompts"
+        raise UserError(f"the prompts of {group} were not read", value=missing[:8], rule=rule, fix=fix)
     return [place[i] for i in ids]

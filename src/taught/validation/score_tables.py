@@ -73,8 +73,7 @@ def placed(
 
     Parameters
     ----------
-    taken
-        Names that methods already have.
+    taken : names that methods already have
 
     Raises
     ------
@@ -91,21 +90,13 @@ def placed(
                 fix="give the method another name in its table",
             )
         if row.target is not None and row.target not in targets:
-            raise UserError(
-                "scores are of a target that is not compared",
-                value=row.target,
-                rule="one of " + ", ".join(targets) + "; or none, for all of them",
-                fix="leave these rows out",
-            )
+            rule, fix = "one of " + ", ".join(targets) + "; or none, for all of them", "leave these rows out"
+            raise UserError("scores are of a target that is not compared", value=row.target, rule=rule, fix=fix)
         for target in targets if row.target is None else (row.target,):
             values = found.setdefault(row.method, {}).setdefault(target, {})
             if row.example_id in values:
-                raise UserError(
-                    "an example has two scores",
-                    value=f"{row.example_id}, by {row.method}",
-                    rule="one for each method, target and example",
-                    fix="leave one of the rows out",
-                )
+                value, rule = f"{row.example_id}, by {row.method}", "one for each method, target and example"
+                raise UserError("an example has two scores", value=value, rule=rule, fix="leave one of the rows out")
             values[row.example_id] = row.value
     for method, of in found.items():
         for target, values in of.items():

@@ -119,8 +119,7 @@ def matched_subsets(
     Parameters
     ----------
     labels, lengths : example id -> its label, and its length (response tokens)
-    tolerance
-        How far a subset's summed length may be from that of an average subset, relative to it
+    tolerance : how far a subset's summed length may be from that of an average subset, relative to it
 
     Returns
     -------
@@ -138,10 +137,8 @@ def matched_subsets(
     for what, values in (("label", labels), ("length", lengths)):
         missing = [example for example in pool if example not in values]
         refuse(missing, f"examples have no {what}", rule="matched subsets need both of every example")
-    groups = {
-        label: [example for example in pool if labels[example] == label]
-        for label in sorted(set(labels[p] for p in pool))
-    }
+    names = sorted({labels[example] for example in pool})
+    groups = {label: [example for example in pool if labels[example] == label] for label in names}
     counts = _shares({label: len(group) for label, group in groups.items()}, size)
     sums = {label: sum(lengths[example] for example in group) for label, group in groups.items()}
     target = sum(counts[label] * (sums[label] / len(group)) for label, group in groups.items())
@@ -182,8 +179,7 @@ def _exchange(
 ) -> None:
     """Exchange members within their label until the summed length is near ``target``; in place."""
     error = sum(lengths[example] for some in chosen.values() for example in some) - target
-    while abs(error) > tolerance * abs(target):
-        allowed = tolerance * abs(target)
+    while abs(error) > (allowed := tolerance * abs(target)):
         label, left, other = _best_exchange(chosen, groups, lengths, error, allowed, rng)
         after = error + lengths[other] - lengths[left]
         if abs(after) >= abs(error):
@@ -212,8 +208,7 @@ def _best_exchange(
     ]
     distances = []
     for _, inside, outside in sides:
-        gain = np.array([lengths[example] for example in outside], dtype=np.float64)
-        loss = np.array([lengths[example] for example in inside], dtype=np.float64)
+        loss, gain = (np.array([lengths[i] for i in some], dtype=np.float64) for some in (inside, outside))
         distances.append(np.abs(error + gain - loss[:, None]).ravel())
     distance = np.concatenate(distances)
     near = np.flatnonzero(distance <= allowed)
@@ -245,12 +240,11 @@ def _distinct(draw: Callable[[], tuple[str, ...]], count: int, possible: int) ->
     misses = 0
     while len(found) < count:
         if count > possible or misses > _PATIENCE:
-            raise UserError(
+            what, rule = (
                 "there are not so many different subsets",
-                value=count,
-                rule=f"at most {possible}, of which {len(found)} were found",
-                fix="ask for fewer, or for another size",
+                f"at most {possible}, of which {len(found)} were found",
             )
+            raise UserError(what, value=count, rule=rule, fix="ask for fewer, or for another size")
         before = len(found)
         found[draw()] = None
         misses = 0 if len(found) > before else misses + 1
@@ -268,9 +262,5 @@ def _checked(ids: Sequence[str]) -> list[str]:
 
 def _check_size(size: int, examples: int) -> None:
     if not 0 < size < examples:
-        raise UserError(
-            "subsets of this size cannot be drawn",
-            value=size,
-            rule=f"from 1 to {examples - 1} of {examples} examples",
-            fix="choose another size",
-        )
+        rule = f"from 1 to {examples - 1} of {examples} examples"
+        raise UserError("subsets of this size cannot be drawn", value=size, rule=rule, fix="choose another size")

@@ -38,30 +38,16 @@ class Section:
     heading: str = ""
 
 
-SECTIONS: Registry[Section] = Registry(
-    "section",
-    {
-        name: f"taught.report.sections.{name}"
-        for name in (
-            "verdict",
-            "examples",
-            "curation",
-            "validation",
-            "certainty",
-            "pathways",
-            "clusters",
-            "concepts",
-            "policy",
-            "trust",
-            "clamp",
-            "coverage",
-            "features",
-            "interference",
-            "method",
-            "provenance",
-        )
-    },
+_ORDER = (
+    "verdict examples curation validation certainty pathways clusters concepts policy trust clamp coverage features "
+    "interference method provenance"
 )
+SECTIONS: Registry[Section] = Registry("section", {name: f"taught.report.sections.{name}" for name in _ORDER.split()})
+
+
+def add(section: Section) -> None:
+    """Register a section under its id."""
+    SECTIONS.register(section.id)(section)
 
 
 def in_report(tables: Tables) -> list[Section]:

@@ -8,9 +8,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from taught.report.blocks import Block, Column, Line, Mark, Sentence, Table, Text, Word
+from taught.report.blocks import Block, Column, Line, Mark, Sentence, Table, Text, Tone, Word, columns
 from taught.report.examples import PRIMARY, SE, Summary, is_behavior, primary, scored, shown, targets
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Rows, Tables
 from taught.report.text import common_power, count, interval_text, listed, number, percent, tens, words
@@ -33,8 +33,8 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     )
     ranked = main_targets(tables)
     rows = [(words(t), name, e) for t in ranked for name, e in trivial_correlations(summary, t)]
-    columns = [Column("Target"), Column("Predictor"), Column("Rank correlation", "interval", plot=(-1.05, 1.05))]
-    yield Table(columns, rows, "Rank correlation with trivial predictors, 95% bootstrap intervals over examples")
+    heads = columns("Target", "Predictor", Column("Rank correlation", "interval", plot=(-1.05, 1.05)))
+    yield Table(heads, rows, "Rank correlation with trivial predictors, 95% bootstrap intervals over examples")
     if len(summary.finite.names) <= MAX_LABELS:
         yield label_table(summary, behaviors(tables))
     if statements := tables.rows("statements"):
@@ -43,9 +43,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
             "Do the k strongest examples stay the k strongest? In brackets: share of resampled sets of prompts in "
             "which they do"
         )
-        yield Table(
-            [Column("Ranked by"), *(Column(f"k = {k}") for k in sizes)], [[n, *cells] for n, cells in ranks], caption
-        )
+        yield Table(columns("Ranked by", *(f"k = {k}" for k in sizes)), [[n, *cells] for n, cells in ranks], caption)
         note = (
             "Safe: at 95%, against other prompts of the same kind, the exact refit and the error of sketches "
             "together; reasons stand in "
@@ -70,13 +68,13 @@ def label_table(summary: Summary, names: Sequence[str], marks: Mapping[str, int]
     means = [(label, name, e) for name in names for label, e in label_means(summary, name)]
     means.sort(key=lambda row: known.names.index(row[0]))
     power = common_power(v for *_, e in means for v in e)
-    columns = [Column("Label"), Column("Of"), Column("Examples", "number", 0)]
+    mean = Column("Mean", "interval", power=power, plot="fit")
     rows = [
         (Line((Mark(marks[label]), " ", label)) if marks else label, words(name), len(known.own(label, name)), e)
         for label, name, e in means
     ]
     caption = "Mean effect of an example by label, with 95% bootstrap intervals over examples"
-    return Table([*columns, Column("Mean", "interval", power=power, plot="fit")], rows, caption, head=20)
+    return Table(columns("Label", "Of", ("Examples", "number", 0), mean), rows, caption, head=20)
 
 
 def label_means(summary: Summary, target: str) -> list[tuple[str, Interval]]:
@@ -88,11 +86,11 @@ def label_means(summary: Summary, target: str) -> list[tuple[str, Interval]]:
 def trivial_correlations(summary: Summary, target: str) -> list[tuple[str, Interval]]:
     """Rank correlation of a target with response length, loss and, with two labels, the label."""
     known = summary.finite
-    columns = {name: known.columns[key] for key, name in TRIVIAL.items() if key in known.columns}
+    trivial = {name: known.columns[key] for key, name in TRIVIAL.items() if key in known.columns}
     if len(known.names) == 2:
         first = min(known.names)
-        columns[f"the label ({first} = 1)"] = (known.label == known.names.index(first)).astype(np.float64)
-    found = ((name, spearman_interval(known.columns[target], values)) for name, values in columns.items())
+        trivial[f"the label ({first} = 1)"] = (known.label == known.names.index(first)).astype(np.float64)
+    found = ((name, spearman_interval(known.columns[target], values)) for name, values in trivial.items())
     return [(name, e) for name, e in found if e is not None]
 
 
@@ -144,14 +142,12 @@ def trivial_sentence(summary: Summary, target: str) -> Sentence | None:
         return None
     parts = listed([f"{interval_text(e)} with {name}" for name, e in found], 4)
     text = f"The rank correlation of {words(target)} is {parts}."
-    strong = [name.split(" (")[0] for name, e in found if abs(e.value) >= STRONG and not e.includes_zero]
-    if strong:
-        text += f" Caution: {listed(strong)} alone gives much of the same ranking."
-        return Sentence("Trivial predictors", "caution", text)
-    if all(e.includes_zero for _, e in found):
-        text = f"{NOTHING}: every interval includes zero. {text}"
-        return Sentence("Trivial predictors", "none", text)
-    return Sentence("Trivial predictors", "found", text)
+    tone: Tone = "found"
+    if strong := [name.split(" (")[0] for name, e in found if abs(e.value) >= STRONG and not e.includes_zero]:
+        tone, text = "caution", f"{text} Caution: {listed(strong)} alone gives much of the same ranking."
+    elif all(e.includes_zero for _, e in found):
+        tone, text = "none", f"{NOTHING}: every interval includes zero. {text}"
+    return Sentence("Trivial predictors", tone, text)
 
 
 def step_sentence(summary: Rows, target: str) -> Sentence | None:
@@ -191,16 +187,15 @@ def sketch_sentence(scores: Summary, target: str) -> Sentence | None:
     spread = float(np.var(value))
     reliability = max(0.0, 1 - float(np.mean(se**2)) / spread) if spread > 0 else 0.0
     clear = int((np.abs(value) > 2 * se).sum())
-    name = words(target)
     text = (
-        f"{name} is estimated from sketches of gradients. {clear:,} of {count(len(value), 'example')} have "
+        f"{words(target)} is estimated from sketches of gradients. {clear:,} of {count(len(value), 'example')} have "
         f"a value more than two standard errors from zero; a correlation of about "
         f"{number(math.sqrt(reliability), 3)} with the exact one is to be expected."
     )
-    if reliability**0.5 < RELIABLE:
+    unsure = reliability**0.5 < RELIABLE
+    if unsure:
         text += " Larger sketches (attribution.estimator.dim) or the estimator adjoint give a surer ranking."
-        return Sentence("Sketches", "caution", text)
-    return Sentence("Sketches", "found", text)
+    return Sentence("Sketches", "caution" if unsure else "found", text)
 
 
 def rank_table(statements: Rows) -> tuple[list[int], list[tuple[str, list[str]]]]:
@@ -238,7 +233,7 @@ def ranking_sentence(statements: Rows) -> Sentence:
     return Sentence("Ranking", "caution" if undecided else "found", text)
 
 
-SECTIONS.register("certainty")(
+add(
     Section(
         "certainty", "How sure", ("summary",), _blocks, _sentences, overview=True, heading="How sure is the ranking?"
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text
+from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text, columns
 from taught.report.detail import feature_labels
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.tables import Row, Tables
 from taught.report.text import count, interval_text, percent, read_interval, shorten
 
@@ -30,45 +30,34 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         f"{it['clear']} of {count(it['active'], 'active feature')} move the behavior more than {it['controls']} random "
         "directions of the same size."
     )
-    yield Table(
-        [
-            Column("Over"),
-            Column("Features", "number", 0),
-            *(Column(name, "interval") for name in ("Same sign", "Rank correlation", "Seen per predicted")),
-        ],
-        [
-            [AGREEMENTS.get(name, name), found["n"], *(read_interval(found[key]) for key in MEASURES)]
-            for name, found in it["agreement"].items()
-        ],
+    measures = (Column(name, "interval") for name in ("Same sign", "Rank correlation", "Seen per predicted"))
+    rows = [
+        [AGREEMENTS.get(name, name), found["n"], *(read_interval(found[key]) for key in MEASURES)]
+        for name, found in it["agreement"].items()
+    ]
+    caption = (
         "Agreement of slopes with coefficients, 95% intervals (same sign: exact binomial; the others: bootstrap over "
-        "features)",
+        "features)"
     )
+    yield Table(columns("Over", ("Features", "number", 0), *measures), rows, caption)
     yield _slopes(tables, it["scales"])
 
 
 def _slopes(tables: Tables, scales: list[float]) -> Table:
-    rows = sorted(tables.rows("clamp") or [], key=lambda r: -abs(r["coef"]))
     labels = feature_labels(tables)
-    columns = [
-        Column("Feature", "id"),
-        Column("Label", only="page"),
-        Column("Coefficient", "signed"),
-        Column("Slope", "interval", plot="fit"),
-        Column("p", "p"),
-        Column("Prompts", "number", 0),
-        *(Column(f"{s:g}×", "signed") for s in scales),
-    ]
+    label, slope = Column("Label", only="page"), Column("Slope", "interval", plot="fit")
+    heads = columns(("Feature", "id"), label, ("Coefficient", "signed"), slope, ("p", "p"), ("Prompts", "number", 0))
     made = []
-    for r in rows:
-        slope = read_interval([r.get(key) for key in ("slope", "lo", "hi")]) or "not active on any prompt"
+    for r in sorted(tables.rows("clamp") or [], key=lambda r: -abs(r["coef"])):
+        found = read_interval([r.get(key) for key in ("slope", "lo", "hi")]) or "not active on any prompt"
         doses = [d["value"] for d in r.get("doses") or []] or [None] * len(scales)
-        label = shorten(labels.get(r["feature_id"], ""), 60)
-        made.append([Feature(r["feature_id"]), label, r["coef"], slope, r.get("p_adjusted"), r["n"], *doses])
+        named = Feature(r["feature_id"]), shorten(labels.get(r["feature_id"], ""), 60)
+        made.append([*named, r["coef"], found, r.get("p_adjusted"), r["n"], *doses])
     caption = (
         "Slope: change of y per unit of activation, 95% bootstrap over prompts on which the feature is active; mean "
         "change of y at each scale; p against random directions, corrected for the number of features"
     )
-    return Table(columns, made, caption, tall=True)
+    return Table([*heads, *(Column(f"{s:g}×", "signed") for s in scales)], made, caption, tall=True)
 
 
 def clamp_sentence(clamping: Row) -> Sentence | None:
@@ -85,23 +74,15 @@ def clamp_sentence(clamping: Row) -> Sentence | None:
     )
     text += f", by {interval_text(size)} of what the coefficients say" if size else ""
     text += f"; rank correlation with the coefficients {interval_text(rank)}." if rank else "."
-    text += (
-        f" {clamping['clear']} of them move it more than random directions of the same size do "
-        "(corrected for their number)."
-    )
-    if not same.lo > 0.5 or not clamping["clear"]:
-        text += " So the coefficients are not shown to be causes: read them as predictors."
-        return Sentence("Clamping", "caution", text)
-    return Sentence("Clamping", "found", text)
+    text += f" {clamping['clear']} of them move it more than random directions of the same size do "
+    text += "(corrected for their number)."
+    shown = same.lo > 0.5 and clamping["clear"]
+    text += "" if shown else " So the coefficients are not shown to be causes: read them as predictors."
+    return Sentence("Clamping", "found" if shown else "caution", text)
 
 
-SECTIONS.register("clamp")(
-    Section(
-        "clamp",
-        "Clamping",
-        ("coefficients", "clamp"),
-        _blocks,
-        lambda tables: [clamp_sentence(cast(Row, tables.json("clamp")))],
-        overview=True,
-    )
-)
+def _sentences(tables: Tables) -> list[Sentence | None]:
+    return [clamp_sentence(cast(Row, tables.json("clamp")))]
+
+
+add(Section("clamp", "Clamping", ("coefficients", "clamp"), _blocks, _sentences, overview=True))

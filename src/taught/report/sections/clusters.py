@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from taught.report.blocks import Block, Column, Details, Example, Feature, Items, Line, Sentence, Table, Text, Word
-from taught.report.sections import SECTIONS, Section
+from taught.report.blocks import (
+    Block,
+    Column,
+    Details,
+    Example,
+    Feature,
+    Items,
+    Line,
+    Sentence,
+    Table,
+    Text,
+    Word,
+    columns,
+)
+from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Rows, Tables
 from taught.report.text import clean, common_power, count, listed, number, percent, read_interval, shorten, words
@@ -62,11 +76,9 @@ class Clustered:
     def flat(self) -> pa.Table:
         """One row for each cluster and target, with what is known of the cluster."""
         rows = []
-        for examples in self.targets.values():
-            for cluster, row in examples:
-                facts = {key: cluster[key] for key in ("cluster", "name", "n_examples")}
-                spread = {key: cluster[key] for key in cluster if key.startswith("outside_")}
-                rows.append(facts | row | spread)
+        for cluster, row in chain.from_iterable(self.targets.values()):
+            facts = {key: cluster[key] for key in ("cluster", "name", "n_examples")}
+            rows.append(facts | row | {key: cluster[key] for key in cluster if key.startswith("outside_")})
         return pa.Table.from_pylist(rows)
 
 
@@ -94,30 +106,24 @@ def _blocks(tables: Tables) -> Iterator[Block]:
 
 
 def _clusters(it: Clustered) -> Table:
-    columns = [Column("Cluster", "number", 0), Column("Features"), Column("Examples", "number", 0)]
+    heads = columns(("Cluster", "number", 0), "Features", ("Examples", "number", 0))
     if it.spread:
-        columns += [Column("Outside", "percent"), Column("Random examples"), Column("Corrected p", "p")]
-    columns.append(Column("Nearest to its mean"))
-    rows = [_cluster(r, it.spread) for r in it.clusters]
+        heads += columns(("Outside", "percent"), "Random examples", ("Corrected p", "p"))
     caption = (
         "Clusters, the largest first, named by the features of the largest lift (share of its examples, and of the "
         "others, on which the feature is active)."
     )
     if it.spread:
         caption += " Outside: share of the change of coefficients on features that are not active on the example."
-    return Table(columns, rows, caption)
+    rows = [_cluster(r, it.spread) for r in it.clusters]
+    return Table([*heads, Column("Nearest to its mean")], rows, caption)
 
 
 def _cluster(r: Row, spread: bool) -> list[object]:
-    named = [
-        Line(
-            (
-                Feature(f["feature_id"], shorten(f["label"] or "", 60)),
-                Word(f" {percent(f['inside'])} against {percent(f['outside'])}", "soft"),
-            )
-        )
-        for f in r["features"]
-    ]
+    named = []
+    for f in r["features"]:
+        shares = Word(f" {percent(f['inside'])} against {percent(f['outside'])}", "soft")
+        named.append(Line((Feature(f["feature_id"], shorten(f["label"] or "", 60)), shares)))
     outside = [r["outside_share"], _random(r, "outside_random", percent), r["outside_p_holm"]] if spread else []
     nearest = Line([Example(i) for i in r["examples"]], ", ")
     return [r["cluster"], Line(named, "\n") if named else r["name"], r["n_examples"], *outside, nearest]
@@ -130,27 +136,15 @@ def _random(row: Row, key: str, shown: Any) -> str:
 def _influence_table(target: str, rows: Sequence[tuple[Row, Row]]) -> Table:
     keys = ("mean", "lo", "hi", "random_lo", "random_hi")
     power = common_power(row[key] for _, row in rows for key in keys)
-    made = [
-        (
-            c["cluster"],
-            shorten(c["name"], 80),
-            read_interval([r["mean"], r["lo"], r["hi"]]),
-            _random(r, "random", lambda v: number(v, power=power)),
-            r["p_holm"],
-            r["matched_p_holm"],
-        )
-        for c, r in rows
-    ]
-    columns = [
-        Column("Cluster", "number", 0),
-        Column("Name"),
-        Column("Mean", "interval", power=power, plot="fit"),
-        Column("Random examples"),
-        Column("Corrected p", "p"),
-        Column("Same labels", "p"),
-    ]
+    made = []
+    for c, r in rows:
+        random = _random(r, "random", lambda v: number(v, power=power))
+        mean = read_interval([r["mean"], r["lo"], r["hi"]])
+        made.append((c["cluster"], shorten(c["name"], 80), mean, random, r["p_holm"], r["matched_p_holm"]))
+    heads = columns(("Cluster", "number", 0), "Name", Column("Mean", "interval", power=power, plot="fit"))
+    heads += columns("Random examples", ("Corrected p", "p"), ("Same labels", "p"))
     caption = f"Mean influence of an example on {words(target)}, per step, with 95% bootstrap intervals over examples"
-    return Table(columns, made, caption)
+    return Table(heads, made, caption)
 
 
 def cluster_sentences(it: Clustered) -> list[Sentence]:
@@ -173,10 +167,8 @@ def _made(made: Row) -> Sentence:
         clear = "apart" if value > APART else "weakly apart" if value > HARDLY else "hardly apart"
         text += f", {clear} (mean silhouette {number(value)})"
     if made["clustered"] < made["sets"]:
-        text += (
-            f"; the tree is of {made['clustered']:,} of {made['sets']:,} different sets of "
-            "features, the others went to the nearest cluster"
-        )
+        text += f"; the tree is of {made['clustered']:,} of {made['sets']:,} different sets of features, the others "
+        text += "went to the nearest cluster"
     unclear = value is not None and value <= HARDLY
     return Sentence("Clusters", "caution" if unclear else "found", f"{text}.")
 
@@ -184,20 +176,16 @@ def _made(made: Row) -> Sentence:
 def _influence(it: Clustered) -> Sentence:
     sure = [row for row in it.influence if row["p_holm"] <= ALPHA]
     if not sure:
-        text = (
-            f"{NOTHING}: no cluster’s mean influence differs from that of as many random examples "
-            f"(smallest corrected p {_least(it.influence, 'p_holm')})."
-        )
-        return Sentence("Influence", "none", text)
+        text = f"{NOTHING}: no cluster’s mean influence differs from that of as many random examples "
+        return Sentence("Influence", "none", f"{text}(smallest corrected p {_least(it.influence, 'p_holm')}).")
     text = f"Mean influence unlike that of as many random examples: {_by_target(sure)}."
     if sure[0]["matched_p_holm"] is None:
         return Sentence("Influence", "found", text)
-    beyond = [row for row in sure if row["matched_p_holm"] <= ALPHA]
-    if beyond:
+    if beyond := [row for row in sure if row["matched_p_holm"] <= ALPHA]:
         text += f" Also unlike random examples of the same labels: {_by_target(beyond)}."
-        return Sentence("Influence", "found", text)
-    text += " None is unlike random examples of the same labels: the labels may be all there is to it."
-    return Sentence("Influence", "caution", text)
+    else:
+        text += " None is unlike random examples of the same labels: the labels may be all there is to it."
+    return Sentence("Influence", "found" if beyond else "caution", text)
 
 
 def _by_target(rows: Sequence[Row]) -> str:
@@ -214,9 +202,8 @@ def _outside(clusters: Sequence[Row]) -> Sentence:
     sure = [row for row in known if row["outside_p_holm"] <= ALPHA]
     if not sure:
         text = (
-            f"{NOTHING}: no cluster’s share of the change outside its examples’ features differs from "
-            "that of as many random examples (smallest corrected p "
-            f"{_least(known, 'outside_p_holm')})."
+            f"{NOTHING}: no cluster’s share of the change outside its examples’ features differs from that of as many "
+            f"random examples (smallest corrected p {_least(known, 'outside_p_holm')})."
         )
         return Sentence("Interference", "none", text)
     parts = [
@@ -232,6 +219,4 @@ def _least(rows: Sequence[Row], key: str) -> str:
     return number(min(row[key] for row in rows), 3)
 
 
-SECTIONS.register("clusters")(
-    Section("clusters", "Clusters", ("coefficients", "clusters", "cluster_influence"), _blocks)
-)
+add(Section("clusters", "Clusters", ("coefficients", "clusters", "cluster_influence"), _blocks))

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from taught.report.agreement import agreement_blocks
-from taught.report.blocks import Block, Column, Example, Line, Strips, Table, Text, Word
+from taught.report.blocks import Block, Example, Line, Strips, Table, Text, Word, columns
 from taught.report.examples import own_method, score_index, shown
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.strips import strips
 from taught.report.tables import Row, Tables
 from taught.report.text import clean, common_power, interval_text, read_interval, signed, tens
@@ -39,10 +39,8 @@ def _concept(tables: Tables, target: str, facts: Row) -> Iterator[Block]:
     yield Text(title, "title")
     card = facts.get("card", {})
     if separation := read_interval(card.get("auc")):
-        # Labelled answers judge the direction, in place of the groups of prompts.
-        sides = (
-            "examples with and without the behavior" if "examples sha256" in provenance else "the two groups of prompts"
-        )
+        answers = "examples sha256" in provenance  # labelled ones judge the direction, in place of the prompts
+        sides = "examples with and without the behavior" if answers else "the two groups of prompts"
         held = ", on rows it was not fitted on" if card.get("held_out") else ""
         yield Text(f"Quality: AUC {interval_text(separation)} between {sides}{held}; .5 is chance.")
     yield from agreement_blocks(tables, clean(target))
@@ -58,19 +56,17 @@ def _strongest(tables: Tables, target: str) -> Table:
     own = own_method(tables)
     rows = []
     for method in sorted(dict.fromkeys(methods), key=lambda name: name != own):
-        found = tables.columns(
-            "scores", ["example_id", "value"], (pc.field("target") == target) & (pc.field("method") == method)
-        )
+        condition = (pc.field("target") == target) & (pc.field("method") == method)
+        found = tables.columns("scores", ["example_id", "value"], condition)
         assert found is not None
         values = found["value"].to_numpy()
         order = np.argsort(-np.abs(values), kind="stable")[:STRONGEST]
         power = common_power(values[order].tolist())
-        for i, example in zip(order, found["example_id"].take(order).to_pylist(), strict=True):
-            example = clean(example)
+        for i, example in zip(order, map(clean, found["example_id"].take(order).to_pylist()), strict=True):
             value = f"{signed(float(values[i]), power=power)}{tens(power)}"
             rows.append((clean(method), Example(example), value, labels.get(example, "")))
-    columns = [Column("Method"), Column("Example"), Column("Value", "number"), Column("Label")]
-    return Table(columns, rows, "Examples with the largest absolute values, positive: towards the concept", head=20)
+    caption = "Examples with the largest absolute values, positive: towards the concept"
+    return Table(columns("Method", "Example", ("Value", "number"), "Label"), rows, caption, head=20)
 
 
-SECTIONS.register("concepts")(Section("concepts", "Concepts", ("concepts", "scores"), _blocks))
+add(Section("concepts", "Concepts", ("concepts", "scores"), _blocks))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from taught.report.blocks import Block, Column, Feature, Line, Sentence, Table, Text, Word
-from taught.report.sections import SECTIONS, Section
+from taught.report.blocks import Block, Column, Feature, Line, Sentence, Table, Text, Word, columns
+from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Rows, Tables
 from taught.report.text import count, interval_text, listed, read_interval
@@ -16,44 +16,27 @@ def _blocks(tables: Tables) -> list[Block]:
         "correction for the number of categories, the behavior falls short where it is wanted or shows up where it is "
         "not."
     )
-    columns = [
-        Column("Category"),
-        Column("Group"),
-        Column("n", "number", 0),
-        Column("Mean y", "number"),
-        Column("Gap", "interval", plot="fit"),
-        Column("Adjusted p", "p"),
-        Column("Covered"),
-        Column("Tied features", "id"),
-    ]
+    heads = columns(
+        "Category", "Group", ("n", "number", 0), ("Mean y", "number"), Column("Gap", "interval", plot="fit")
+    )
+    heads += columns(("Adjusted p", "p"), "Covered", ("Tied features", "id"))
     flagged = frozenset(i for i, r in enumerate(rows) if r["uncovered"])
     caption = "Audit by category: gap of mean y to the rest of the group, with 95% interval"
-    return [Text(lede), Table(columns, [_row(r) for r in rows], caption, head=20, sortable=True, flagged=flagged)]
+    return [Text(lede), Table(heads, [_row(r) for r in rows], caption, head=20, sortable=True, flagged=flagged)]
 
 
 def _row(r: Row) -> list[object]:
     covered = Word("not tested" if r["uncovered"] is None else "yes", "soft")
-    return [
-        r["category"],
-        r["group"],
-        r["n"],
-        r["mean_y"],
-        read_interval([r["gap"], r["lo"], r["hi"]]),
-        r["p_adjusted"],
-        Word("uncovered", "badge") if r["uncovered"] else covered,
-        Line([Feature(f) for f in r["features"] or []], " "),
-    ]
+    covered = Word("uncovered", "badge") if r["uncovered"] else covered
+    tied = Line([Feature(f) for f in r["features"] or []], " ")
+    gap = read_interval([r["gap"], r["lo"], r["hi"]])
+    return [r["category"], r["group"], r["n"], r["mean_y"], gap, r["p_adjusted"], covered, tied]
 
 
 def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
     """Which categories the policy does not cover, and where the behavior shows up uncalled for.
 
-    Parameters
-    ----------
-    audit
-        Rows of ``audit.parquet``.
-    positive
-        The group that should show the behavior; None: all groups count as such.
+    The behavior should show in the group ``positive``; None: in all groups.
     """
     tested = count(sum(r["uncovered"] is not None for r in audit), "tested category", "tested categories")
     marked = sorted((r for r in audit if r["uncovered"]), key=lambda r: -abs(r["gap"]))
@@ -76,13 +59,8 @@ def _named(row: Row) -> str:
     return f"{row['category']} (mean y {gap} against the rest of its group, adjusted {p}, n = {row['n']})"
 
 
-SECTIONS.register("coverage")(
-    Section(
-        "coverage",
-        "Coverage",
-        ("coefficients", "audit"),
-        _blocks,
-        lambda tables: [audit_sentence(tables.rows("audit") or [], tables.setting("prompts.positive_group"))],
-        overview=True,
-    )
-)
+def _sentences(tables: Tables) -> list[Sentence]:
+    return [audit_sentence(tables.rows("audit") or [], tables.setting("prompts.positive_group"))]
+
+
+add(Section("coverage", "Coverage", ("coefficients", "audit"), _blocks, _sentences, overview=True))

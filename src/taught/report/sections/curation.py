@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from taught.report.blocks import Beside, Block, Column, Example, Line, Sentence, Table, Text, Word
+from taught.report.blocks import Beside, Block, Column, Example, Line, Sentence, Table, Text, Word, columns
 from taught.report.examples import PRIMARY, floats
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.tables import UNLABELLED, Row, Rows, Tables
 from taught.report.text import clean, cleaned, common_power, count, listed, signed, tens, words
 
@@ -47,9 +47,8 @@ class Curated:
         """Label -> how many to keep and to drop."""
         counts: dict[str, dict[str, int]] = {}
         for row in self.table.group_by(["label", "action"]).aggregate([([], "count_all")]).to_pylist():
-            counts.setdefault(clean(row["label"] or UNLABELLED), {"keep": 0, "drop": 0})[row["action"]] += row[
-                "count_all"
-            ]
+            own = counts.setdefault(clean(row["label"] or UNLABELLED), {"keep": 0, "drop": 0})
+            own[row["action"]] += row["count_all"]
         return dict(sorted(counts.items()))
 
     @cached_property
@@ -73,20 +72,11 @@ class Curated:
 
 def _blocks(tables: Tables) -> list[Block]:
     it, record = Curated.read(tables), tables.json("curation")
-    lede = Line(
-        (
-            f"Rule “{it.one('rule')}”. The rows themselves stand in ",
-            Word("keep.jsonl", "code"),
-            " and ",
-            Word("drop.jsonl", "code"),
-            ". The rule rests on estimates before training; only retraining shows whether dropping helps.",
-        )
-    )
-    counts = Table(
-        [Column("Label"), Column("Keep", "number", 0), Column("Drop", "number", 0)],
-        [(label, n["keep"], n["drop"]) for label, n in it.counts.items()],
-        "Counts",
-    )
+    before = f"Rule “{it.one('rule')}”. The rows themselves stand in "
+    after = ". The rule rests on estimates before training; only retraining shows whether dropping helps."
+    lede = Line((before, Word("keep.jsonl", "code"), " and ", Word("drop.jsonl", "code"), after))
+    rows = [(label, n["keep"], n["drop"]) for label, n in it.counts.items()]
+    counts = Table(columns("Label", ("Keep", "number", 0), ("Drop", "number", 0)), rows, "Counts")
     change = [Text(curation_change(record))] if record else []
     return [Text(lede), *change, Beside([counts], [_drops(it)], lean=True)]
 
@@ -96,14 +86,10 @@ def _drops(it: Curated) -> Table:
     caption: list[object] = [f"{count(n, 'example')} to drop"]
     if n > len(drops):
         caption += [f", the first {len(drops)} shown; all in ", Word("drop.jsonl", "file")]
-    value = Column(
-        words(it.one("target") or PRIMARY),
-        "signed",
-        power=common_power(np.abs([floats(it.table, name) for name in ("score", "threshold")]).ravel()),
-    )
+    power = common_power(np.abs([floats(it.table, name) for name in ("score", "threshold")]).ravel())
+    heads = columns("Example", "Label", Column(words(it.one("target") or PRIMARY), "signed", power=power), "Reason")
     rows = [(Example(r["example_id"]), r["label"] or UNLABELLED, r["score"], r["reason"]) for r in drops]
-    columns = [Column("Example"), Column("Label"), value, Column("Reason")]
-    return Table(columns, rows, Line(caption), empty="Nothing to drop.", fold=12, sortable=True)
+    return Table(heads, rows, Line(caption), empty="Nothing to drop.", fold=12, sortable=True)
 
 
 def curation_sentence(curation: Curated) -> Sentence:
@@ -113,8 +99,7 @@ def curation_sentence(curation: Curated) -> Sentence:
     rule += f", {words(protect)} protected" if protect else ""
     n, drops = curation.table.num_rows, curation.dropped.num_rows
     if not drops:
-        text = f"The rule “{rule}” keeps all {count(n, 'example')}: nothing to drop."
-        return Sentence("To drop", "none", text)
+        return Sentence("To drop", "none", f"The rule “{rule}” keeps all {count(n, 'example')}: nothing to drop.")
     kinds = sorted(curation.counts.items(), key=lambda item: -item[1]["drop"])
     split = listed([f"{own['drop']} {name}" for name, own in kinds if own["drop"]], 4)
     text = (
@@ -141,19 +126,13 @@ def curation_change(record: Row) -> str:
     if record["change"] is None:
         text += f" {words(record['target'])} ranks examples, and predicts no change."
     if record["missing"]:
-        text += (
-            f" {count(record['missing'], 'example')} fewer than asked for: the others raise {words(record['protect'])}."
-        )
+        fewer = f"{count(record['missing'], 'example')} fewer than asked for"
+        text += f" {fewer}: the others raise {words(record['protect'])}."
     return text
 
 
-SECTIONS.register("curation")(
-    Section(
-        "curation",
-        "Curation",
-        ("curation", "summary"),
-        _blocks,
-        lambda tables: [curation_sentence(Curated.read(tables))],
-        overview=True,
-    )
-)
+def _sentences(tables: Tables) -> list[Sentence]:
+    return [curation_sentence(Curated.read(tables))]
+
+
+add(Section("curation", "Curation", ("curation", "summary"), _blocks, _sentences, overview=True))

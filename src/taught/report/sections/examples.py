@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from taught.report.agreement import agreement_blocks
-from taught.report.blocks import Block, Column, Details, Example, Feature, Line, Sentence, Strips, Table, Text, Word
+from taught.report.blocks import (
+    Block,
+    Column,
+    Details,
+    Example,
+    Feature,
+    Line,
+    Sentence,
+    Strips,
+    Table,
+    Text,
+    Word,
+    columns,
+)
 from taught.report.examples import (
     PRIMARY,
     SE,
@@ -20,7 +33,7 @@ from taught.report.examples import (
     targets,
     texts,
 )
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.strips import Strip, strips
 from taught.report.tables import Row, Rows, Tables
 from taught.report.text import clean, common_power, count, interval_text, listed, percent, shorten, signed, tens, words
@@ -62,18 +75,13 @@ def _movers(tables: Tables, rows: Rows, target: str) -> Table:
     power = common_power(row[target] for row in (*up, *down))
     errors = any(row.get(target + SE) for row in (*up, *down))
     value = Column("Change per step", "signed", power=power, plot="fit" if errors else None)
-    columns = [Column("Example"), value, Column("Label"), Column("Prompt")]
-    shown_ = [
-        (
-            Example(row["example_id"]),
-            _with_error(row, target),
-            row["label"],
-            shorten(str(texts(tables).get(row["example_id"], {}).get("prompt", "")), 90),
-        )
-        for row in (*up, *reversed(down))
-    ]
+    made = []
+    for row in (*up, *reversed(down)):
+        prompt = shorten(str(texts(tables).get(row["example_id"], {}).get("prompt", "")), 90)
+        made.append((Example(row["example_id"]), _with_error(row, target), row["label"], prompt))
     caption = f"{_capital(words(target))}: the examples that raise it most, and those that lower it most"
-    return Table(columns, shown_, caption, empty="No example moves it.", head=2 * ENDS)
+    heads = columns("Example", value, "Label", "Prompt")
+    return Table(heads, made, caption, empty="No example moves it.", head=2 * ENDS)
 
 
 def _with_error(row: Row, target: str) -> float | Interval | None:
@@ -107,33 +115,27 @@ def _all(tables: Tables, rows: Rows) -> list[Block]:
     assert summary is not None
     first, names = primary(tables), targets(tables)
     there = {clean(name) for name in summary_schema(tables).names}
-    columns, keys = [Column("Example")], ["example_id"]
+    heads, keys = [Column("Example")], ["example_id"]
     for name in names[:MAX_COLUMNS]:
-        powers = common_power(row[key] for row in rows for key in names if _kind(key) == _kind(name))
-        columns.append(Column(words(name), "signed", power=powers, bar=name == first))
-        keys.append(name)
-        for path in (f"{name}:x", f"{name}:y"):
-            if path in there:
-                columns.append(Column(f"{path[-1]} path", "signed", power=powers))
-                keys.append(path)
-    columns[2:2], keys[2:2] = [Column("Label"), Column("Category")], ["label", "category"]
+        alike = [key for key in names if key.partition(":")[0] == name.partition(":")[0]]
+        power = common_power(row[key] for row in rows for key in alike)
+        heads.append(Column(words(name), "signed", power=power, bar=name == first))
+        paths = [path for path in (f"{name}:x", f"{name}:y") if path in there]
+        heads += [Column(f"{path[-1]} path", "signed", power=power) for path in paths]
+        keys += [name, *paths]
+    heads[2:2], keys[2:2] = columns("Label", "Category"), ["label", "category"]
     if tables.with_policy and "outside_share" in there:
-        columns += [Column("Outside", "percent"), Column("Acts mainly on", "id")]
+        heads += columns(("Outside", "percent"), ("Acts mainly on", "id"))
         keys += ["outside_share", "dominant"]
-    columns += [Column("Tokens", "number", digits=0), Column("Loss", "number")]
+    heads += columns(("Tokens", "number", 0), ("Loss", "number"))
     keys += ["n_scored", "loss"]
     categories = {i: str(row.get("category") or "") for i, row in texts(tables).items()}
     made = [_row(row, categories.get(row["example_id"], ""), keys) for row in rows]
     filters = {"label": sorted({row["label"] for row in rows}), "category": sorted({*categories.values()} - {""})}
-    if "unintended" in there:
-        filters["unintended"] = []
+    filters |= {"unintended": []} if "unintended" in there else {}
     caption = _caption(len(summary), len(rows), words(first))
-    table = Table(columns, made, caption, head=0, sortable=True, tall=True, filters=filters)
+    table = Table(heads, made, caption, head=0, sortable=True, tall=True, filters=filters)
     return [table, Text(_note(tables, summary, len(names)), "note")]
-
-
-def _kind(target: str) -> str:
-    return target.partition(":")[0]
 
 
 def _row(row: Row, category: str, keys: Sequence[str]) -> list[object]:
@@ -147,11 +149,8 @@ def _row(row: Row, category: str, keys: Sequence[str]) -> list[object]:
 def _caption(total: int, listed_: int, first: str) -> Line:
     parts: list[object] = [count(total, "example")]
     if total > listed_:
-        parts += [
-            f", showing {listed_:,} of {total:,}: the {STRONGEST} with the largest |{first}| and those that this "
-            "page names; all in ",
-            Word("summary.parquet", "file"),
-        ]
+        which = f"the {STRONGEST} with the largest |{first}| and those that this page names; all in "
+        parts += [f", showing {listed_:,} of {total:,}: {which}", Word("summary.parquet", "file")]
     return Line([*parts, f", in order of |{first}| unless sorted"])
 
 
@@ -174,13 +173,10 @@ def _note(tables: Tables, summary: Summary, n_targets: int) -> str:
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
     rows, names = shown(tables), named_targets(targets(tables))
-    behaviors = [name for name in names if is_behavior(name)]
-    others = [name for name in names if not is_behavior(name) and name != PRIMARY]
-    return [
-        moved_sentence("Behavior", rows, behaviors),
-        moved_sentence("Other targets", rows, others),
-        moved_sentence("Policy", rows, [name for name in names if name == PRIMARY]),
-    ]
+    topics: dict[str, list[str]] = {"Behavior": [], "Other targets": [], "Policy": []}
+    for name in names:
+        topics["Behavior" if is_behavior(name) else "Policy" if name == PRIMARY else "Other targets"].append(name)
+    return [moved_sentence(topic, rows, own) for topic, own in topics.items()]
 
 
 def moved_sentence(topic: str, rows: Rows, names: Sequence[str]) -> Sentence | None:
@@ -219,15 +215,12 @@ def _amount(row: Row, target: str, power: int) -> str:
     text = interval_text(found, power=power) if isinstance(found, Interval) else signed(found, power=power)
     if x is None or y is None:
         return text + tens(power)
-    return f"{text}{tens(power)}, {_through(x, y)} (x {signed(x, power=power)}, y {signed(y, power=power)})"
-
-
-def _through(x: float, y: float) -> str:
+    through = "through both pathways"
     if abs(x) > MAINLY * abs(y):
-        return "mainly through feature activation"
-    if abs(y) > MAINLY * abs(x):
-        return "mainly through output probability"
-    return "through both pathways"
+        through = "mainly through feature activation"
+    elif abs(y) > MAINLY * abs(x):
+        through = "mainly through output probability"
+    return f"{text}{tens(power)}, {through} (x {signed(x, power=power)}, y {signed(y, power=power)})"
 
 
 def _capital(text: str) -> str:
@@ -235,6 +228,4 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:] if " " in text else text
 
 
-SECTIONS.register("examples")(
-    Section("examples", "Examples", ("summary",), _blocks, _sentences, overview=True, heading="Who moves it")
-)
+add(Section("examples", "Examples", ("summary",), _blocks, _sentences, overview=True, heading="Who moves it"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from taught.report.blocks import Block, Card, Cards, Text
 from taught.report.detail import feature_blocks
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.tables import Tables
 from taught.report.text import count
 
@@ -12,14 +12,10 @@ from taught.report.text import count
 def _blocks(tables: Tables) -> list[Block]:
     rows = sorted(tables.rows("coefficients") or [], key=lambda r: -abs(r["coef"]))
     largest = max((abs(r["coef"]) for r in rows), default=1.0)
-    lede = (
-        f"The {count(len(rows), 'selected feature')}, strongest coefficient first. Activations are means over the "
-        "prompts of a group."
-    )
-    cards = [
-        Card(row["feature_id"], row["label"] or "", row["coef"], largest, feature_blocks(tables, row)) for row in rows
-    ]
+    lede = f"The {count(len(rows), 'selected feature')}, strongest coefficient first. "
+    lede += "Activations are means over the prompts of a group."
+    cards = [Card(r["feature_id"], r["label"] or "", r["coef"], largest, feature_blocks(tables, r)) for r in rows]
     return [Text(lede), Cards(cards)]
 
 
-SECTIONS.register("features")(Section("features", "Features", ("coefficients",), _blocks))
+add(Section("features", "Features", ("coefficients",), _blocks))

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from taught.analysis.interference import top_offenders
-from taught.report.blocks import Beside, Block, Column, Example, Feature, Heatmap, Sentence, Table, Text
+from taught.report.blocks import Beside, Block, Example, Feature, Heatmap, Sentence, Table, Text, columns
 from taught.report.detail import feature_labels, ordered_comovement
 from taught.report.examples import shifts, shown
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.stats import Control, unintended_control
 from taught.report.tables import Tables
@@ -33,36 +33,27 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         )
     caption = "Correlation over examples of the coefficients’ changes; neighbours are clustered."
     yield Heatmap(r, [str(i) for i in ids], f"Co-movement of {len(ids)} features over examples", caption)
-    offenders = Table(
-        [
-            Column("Example"),
-            Column("Outside", "percent"),
-            Column("Dominant feature", "id"),
-            Column("Its share", "percent"),
-        ],
-        [
-            (Example(row["example_id"]), row["outside_share"], Feature(row["dominant_feature"]), row["dominant_share"])
-            for row in top_offenders(shown(tables), OFFENDERS)
-        ],
-        "Top offenders: flagged examples with the largest change outside their intended features",
-        empty="No example is flagged.",
-    )
+    heads = columns("Example", ("Outside", "percent"), ("Dominant feature", "id"), ("Its share", "percent"))
+    rows = [
+        (Example(row["example_id"]), row["outside_share"], Feature(row["dominant_feature"]), row["dominant_share"])
+        for row in top_offenders(shown(tables), OFFENDERS)
+    ]
+    caption = "Top offenders: flagged examples with the largest change outside their intended features"
+    offenders = Table(heads, rows, caption, empty="No example is flagged.")
     yield Beside([_strongest(tables, ids, r)], [offenders])
 
 
 def _strongest(tables: Tables, ids: Sequence[int], r: Any) -> Table:
-    rows, columns = np.triu_indices(len(ids), 1)
-    values = np.nan_to_num(r[rows, columns])
+    one, other = np.triu_indices(len(ids), 1)
+    values = np.nan_to_num(r[one, other])
     order = [k for k in np.argsort(-np.abs(values))[:CO_MOVEMENTS] if values[k]]
     labels = feature_labels(tables)
 
     def feature(place: int) -> Feature:
         return Feature(ids[place], shorten(labels.get(ids[place], ""), 60))
 
-    made = [(feature(rows[k]), feature(columns[k]), float(values[k])) for k in order]
-    return Table(
-        [Column("Feature", "id"), Column("Feature", "id"), Column("r", "signed")], made, "Strongest co-movements"
-    )
+    made = [(feature(one[k]), feature(other[k]), float(values[k])) for k in order]
+    return Table(columns(("Feature", "id"), ("Feature", "id"), ("r", "signed")), made, "Strongest co-movements")
 
 
 def control(tables: Tables) -> Control | None:
@@ -77,25 +68,20 @@ def control(tables: Tables) -> Control | None:
 
 def unintended_sentence(control: Control) -> Sentence:
     """How many examples act mainly on features that they are not about."""
-    lo, hi = control.random.lo, control.random.hi
     text = (
-        f"{control.flagged} of {count(control.n, 'example')} ({percent(control.flagged / control.n)}) "
-        "act mainly on a feature that they are not about; random features of the same number "
-        f"would give {interval_text(control.random, 0)}"
+        f"{control.flagged} of {count(control.n, 'example')} ({percent(control.flagged / control.n)}) act mainly on a "
+        f"feature that they are not about; random features of the same number would give "
+        f"{interval_text(control.random, 0)}"
     )
-    if lo <= control.flagged <= hi:
+    if control.random.lo <= control.flagged <= control.random.hi:
         return Sentence("Interference", "none", f"{NOTHING}: {text}, which is no different.")
     side = "fewer" if control.flagged < control.random.value else "more"
     text += f", so {side} than chance. With the intended features of another example it would be "
     return Sentence("Interference", "found", f"{text}{number(control.swapped, 0)}.")
 
 
-SECTIONS.register("interference")(
-    Section(
-        "interference",
-        "Interference",
-        ("coefficients", "summary", "comovement"),
-        _blocks,
-        lambda tables: map(unintended_sentence, filter(None, [control(tables)])),
-    )
-)
+def _sentences(tables: Tables) -> list[Sentence]:
+    return [unintended_sentence(it)] if (it := control(tables)) else []
+
+
+add(Section("interference", "Interference", ("coefficients", "summary", "comovement"), _blocks, _sentences))

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from taught.report.blocks import Beside, Block, Facts, Items, Text
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.tables import Tables
 from taught.report.text import count
 
-STEP = {
-    "identity": "one plain SGD step",
-    "adam": "one step of Adam",
-    "ekfac": "one step in the metric of EK-FAC",
-}  # by attribution.curvature
+# by attribution.curvature
+STEP = {"identity": "one plain SGD step", "adam": "one step of Adam", "ekfac": "one step in the metric of EK-FAC"}
 SETTINGS = (
-    "sae.encoder",
-    "sae.block",
-    "readout.position",
-    "features.threshold",
-    "features.max_features",
-    "policy.alpha",
-    "policy.intercept",
-    "policy.folds",
-    "policy.bootstrap",
-    "attribution.estimator",
-    "attribution.curvature",
-    "attribution.trajectory",
-    "attribution.lr",
+    "sae.encoder sae.block readout.position features.threshold features.max_features policy.alpha policy.intercept "
+    "policy.folds policy.bootstrap attribution.estimator attribution.curvature attribution.trajectory attribution.lr"
 )
 
 
 def _blocks(tables: Tables) -> list[Block]:
     curvature = tables.setting("attribution.curvature") or "identity"
-    points = len(_checkpoints(tables))
+    spec = tables.study.get("attribution") or {}
+    trajectory = spec.get("trajectory")
+    own = trajectory.get("checkpoints") if isinstance(trajectory, dict) else None
+    points = len(own or spec.get("checkpoints") or [])
     lr = "lr that of each checkpoint" if points else f"lr = {tables.setting('attribution.lr')}"
     inverse = "" if curvature == "identity" else "C⁻¹ "
     equations = [
@@ -51,26 +40,12 @@ def _blocks(tables: Tables) -> list[Block]:
     if tables.with_policy:
         source = "Source: Symbolic Mechanistic Data Attribution (arXiv 2606.29171)."
         left.append(Text(f"{source} With an intercept, X and y are centred over prompts.", "note"))
-    shown = [(key, value) for key in SETTINGS if (value := tables.setting(key)) is not None]
+    shown = [(key, value) for key in SETTINGS.split() if (value := tables.setting(key)) is not None]
     settings = [(key, str(value).lower() if isinstance(value, bool) else str(value)) for key, value in shown]
     step = STEP.get(curvature, f"one step in the metric of {curvature}")
     step += f" from each of {count(points, 'checkpoint')}, added up," if points else ""
-    reading = Items(_reading(tables, step))
-    right: list[Block] = [
-        Text("How to read signs and units", "title"),
-        reading,
-        Text("Settings", "title"),
-        Facts(settings, "list"),
-    ]
-    return [Beside(left, right)]
-
-
-def _checkpoints(tables: Tables) -> list[object]:
-    """Of the study's trajectory, where it has one."""
-    spec = tables.study.get("attribution") or {}
-    trajectory = spec.get("trajectory")
-    own = trajectory.get("checkpoints") if isinstance(trajectory, dict) else None
-    return list(own or spec.get("checkpoints") or [])
+    right: list[Block] = [Text("How to read signs and units", "title"), Items(_reading(tables, step))]
+    return [Beside(left, [*right, Text("Settings", "title"), Facts(settings, "list")])]
 
 
 def _reading(tables: Tables, step: str) -> list[str]:
@@ -87,4 +62,4 @@ def _reading(tables: Tables, step: str) -> list[str]:
     return said
 
 
-SECTIONS.register("method")(Section("method", "Method", (), _blocks))
+add(Section("method", "Method", (), _blocks))

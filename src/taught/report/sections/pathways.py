@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from taught.report.blocks import Beside, Block, Scatter, Text
 from taught.report.charts import Point
 from taught.report.examples import PRIMARY, Summary, scored, shown
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.sections.certainty import label_table
 from taught.report.tables import Tables
 from taught.report.text import common_power, signed, tens
@@ -24,18 +24,14 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     kinds = {name: i for i, name in enumerate(sorted(summary.names))}
     power = common_power(r[k] for r in rows for k in ("score:x", "score:y"))
     unit = 10.0**power
-    points = [
-        Point(
-            r["score:x"] / unit,
-            r["score:y"] / unit,
-            kinds[r["label"]],
-            i,
-            f"{r['example_id']} ({r['label']}): x {signed(r['score:x'], power=power)}, "
-            f"y {signed(r['score:y'], power=power)}{tens(power)}",
-        )
-        for i, r in enumerate(shown(tables))
-        if scored([r], PRIMARY)
-    ]
+    points = []
+    for i, r in enumerate(shown(tables)):
+        if scored([r], PRIMARY):
+            x, y = r["score:x"], r["score:y"]
+            said = (
+                f"{r['example_id']} ({r['label']}): x {signed(x, power=power)}, y {signed(y, power=power)}{tens(power)}"
+            )
+            points.append(Point(x / unit, y / unit, kinds[r["label"]], i, said))
     axes = (f"x: feature activation{tens(power)}", f"y: output probability{tens(power)}")
     caption = "Each mark is an example. Above the dashed line S = x + y is positive, below it negative."
     chart = Scatter(points, axes, f"Scatter of the two pathways of the score for {len(points)} examples", caption)
@@ -46,4 +42,4 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     yield Beside([chart], [Text(text), label_table(summary, PATHS, kinds)])
 
 
-SECTIONS.register("pathways")(Section("pathways", "Pathways", ("coefficients", "summary"), _blocks))
+add(Section("pathways", "Pathways", ("coefficients", "summary"), _blocks))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text
+from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text, columns
 from taught.report.charts import scaled
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Tables
 from taught.report.text import count, interval_text, listed, percent, read_interval
@@ -24,36 +24,27 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "activations. A positive coefficient: the more active the feature, the likelier the behavior."
     )
     if fit := _fit(tables.json("policy") or {}):
-        columns = [Column("Measure"), Column("Of"), Column("Value", "interval", plot=(-0.05, 1.05))]
-        yield Table(columns, fit, "Fit on held-out prompts, with 95% intervals")
+        heads = columns("Measure", "Of", Column("Value", "interval", plot=(-0.05, 1.05)))
+        yield Table(heads, fit, "Fit on held-out prompts, with 95% intervals")
     unsure = sum(e is not None and e.includes_zero for e in estimates)
-    yield Table(
-        [
-            Column("Feature", "id"),
-            Column("Label"),
-            Column("Coefficient", "interval", plot="fit"),
-            Column("Same sign", "percent"),
-        ],
-        [
-            (Feature(r["feature_id"]), r["label"] or "", e, r["sign_stability"])
-            for r, e in zip(rows, estimates, strict=True)
-        ],
-        f"{count(len(rows), 'coefficient')} with 95% bootstrap intervals, strongest first. Hollow: the interval "
-        f"includes zero ({unsure}).",
-        fold=20,
-        sortable=True,
-    )
-    yield Text(
-        "Same sign: share of bootstrap resamples of the prompts in which the coefficient keeps its sign.", "note"
-    )
+    value = Column("Coefficient", "interval", plot="fit")
+    heads = columns(("Feature", "id"), "Label", value, ("Same sign", "percent"))
+    parts = zip(rows, estimates, strict=True)
+    made = [(Feature(r["feature_id"]), r["label"] or "", e, r["sign_stability"]) for r, e in parts]
+    caption = f"{count(len(rows), 'coefficient')} with 95% bootstrap intervals, strongest first. "
+    caption += f"Hollow: the interval includes zero ({unsure})."
+    yield Table(heads, made, caption, fold=20, sortable=True)
+    note = "Same sign: share of bootstrap resamples of the prompts in which the coefficient keeps its sign."
+    yield Text(note, "note")
 
 
 def _fit(policy: Row) -> list[tuple[str, str, Interval]]:
-    named = [("R²", "policy", read_interval(policy.get("r2")))]
-    named += [("R²", name, e) for name, e in baselines(policy)]
-    named.append(("Rank correlation", "policy", read_interval(policy.get("spearman"))))
-    named.append(("Accuracy", "policy, thresholded", read_interval(policy.get("accuracy"))))
-    named.append(("Accuracy", "larger class always", read_interval(policy.get("majority"))))
+    r2, rank, accuracy, majority = (
+        read_interval(policy.get(key)) for key in ("r2", "spearman", "accuracy", "majority")
+    )
+    named = [("R²", "policy", r2), *(("R²", name, e) for name, e in baselines(policy))]
+    named += [("Rank correlation", "policy", rank), ("Accuracy", "policy, thresholded", accuracy)]
+    named += [("Accuracy", "larger class always", majority)]
     return [(measure, of, e) for measure, of, e in named if e is not None]
 
 
@@ -70,9 +61,8 @@ def fit_sentence(policy: Row) -> Sentence | None:
         text = f"{NOTHING}: what the policy explains on held-out prompts cannot be told from zero"
         return Sentence("Fit", "none", f"{text} (R²\u00a0{interval_text(r2)}){against}.{accuracy}")
     text = (
-        f"On held-out prompts the policy of {count(policy['d'], 'feature')} explains "
-        f"{percent(r2.value)} of the variance of the behavior (R²\u00a0{interval_text(r2)}){against}."
-        f"{accuracy}"
+        f"On held-out prompts the policy of {count(policy['d'], 'feature')} explains {percent(r2.value)} of the "
+        f"variance of the behavior (R²\u00a0{interval_text(r2)}){against}.{accuracy}"
     )
     low = r2.value if math.isnan(r2.lo) else r2.lo
     rivals = [name for name, e in trivial if not low > (e.value if math.isnan(e.hi) else e.hi)]
@@ -98,21 +88,15 @@ def _accuracy(policy: Row) -> tuple[str, bool]:
         return "", False
     gain = read_interval(policy.get("accuracy_gain")) or Interval(accuracy.value - majority.value)
     text = (
-        f" With a threshold it is right on {percent(accuracy.value, 1)} of them, against "
-        f"{percent(majority.value, 1)} for always naming the larger class: "
-        f"{interval_text(scaled(gain, 100), 1)} points more"
+        f" With a threshold it is right on {percent(accuracy.value, 1)} of them, against {percent(majority.value, 1)} "
+        f"for always naming the larger class: {interval_text(scaled(gain, 100), 1)} points more"
     )
     fails = gain.value <= 0 if math.isnan(gain.lo) else gain.lo <= 0
     return text + (", no gain that can be told from zero." if fails else "."), fails
 
 
-SECTIONS.register("policy")(
-    Section(
-        "policy",
-        "Policy",
-        ("coefficients", "policy"),
-        _blocks,
-        lambda tables: [fit_sentence(tables.json("policy") or {})],
-        overview=True,
-    )
-)
+def _sentences(tables: Tables) -> list[Sentence | None]:
+    return [fit_sentence(tables.json("policy") or {})]
+
+
+add(Section("policy", "Policy", ("coefficients", "policy"), _blocks, _sentences, overview=True))

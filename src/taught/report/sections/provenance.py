@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import yaml
 
-from taught.report.blocks import Block, Column, Details, Facts, Pre, Table, Text
-from taught.report.sections import SECTIONS, Section
+from taught.report.blocks import Block, Details, Facts, Pre, Table, Text, columns
+from taught.report.sections import Section, add
 from taught.report.tables import Row, Tables
 
 ELSEWHERE = {"study", "stages", "command", "inputs", "files"}
@@ -21,16 +21,10 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         yield Text("This command repeats the run:" if len(known) == 1 else "These commands repeat the run:")
         yield Pre("\n".join(known))
     if stages:
-        columns = [
-            Column("Stage"),
-            Column("Status"),
-            Column("Seconds", "number", 1),
-            Column("Peak memory, GB", "number"),
-        ]
-        columns += [Column("Finished"), Column("Fingerprint")]
+        heads = columns("Stage", "Status", ("Seconds", "number", 1), ("Peak memory, GB", "number"))
         keys = ("status", "seconds", "peak_memory_gb", "finished")
         rows = [(name, *map(s.get, keys), str(s.get("fingerprint") or "")[:12]) for name, s in stages.items()]
-        yield Table(columns, rows, "Stages")
+        yield Table([*heads, *columns("Finished", "Fingerprint")], rows, "Stages")
     rest = {key: value for key, value in manifest.items() if key not in ELSEWHERE}
     files = [(f"file · {name}", f["sha256"]) for name, f in (manifest.get("files") or {}).items()]
     yield Details("Versions, hashes and weights", [Facts([*_flat(rest), *files], "list")])
@@ -45,4 +39,4 @@ def _flat(record: Row, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", str(value)
 
 
-SECTIONS.register("provenance")(Section("provenance", "Provenance", (), _blocks))
+add(Section("provenance", "Provenance", (), _blocks))

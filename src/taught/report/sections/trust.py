@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-from taught.report.blocks import Block, Column, Line, Sentence, Table, Text, Word
-from taught.report.sections import SECTIONS, Section
+from taught.report.blocks import Block, Column, Line, Sentence, Table, Text, Word, columns
+from taught.report.sections import Section, add
 from taught.report.tables import Row, Rows, Tables
 from taught.report.text import count, interval_text, listed, number, percent, read_interval
 
@@ -29,45 +29,26 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         text += f" {interval_text(needed, 0)} of {count(d, 'feature')} give {share} of the held-out fit."
     text += " Everything is held out; thresholds are rules of thumb. Each check has a section in "
     yield Text(Line((text, Word("docs/checks.md", "code"), ".")))
-    yield Table(
-        [
-            Column("Code"),
-            Column("Check", only="page"),
-            Column("Check", only="terminal"),
-            Column("Value", "interval"),
-            Column("Passes"),
-            Column("Status"),
-            Column("To do", only="terminal"),
-        ],
-        [_check(c) for c in checks],
-        "Checks, with 95% intervals where there are any",
-        head=len(checks),
-    )
-    found = [
-        (PREDICTORS.get(n, n), read_interval(r["r2"]), read_interval(r["gain"])) for n, r in card["predictors"].items()
-    ]
-    yield Table(
-        [Column("Predictor"), Column("R²", "interval"), Column("Policy above it", "interval", plot="fit")],
-        [row for row in found if row[1] and row[2]],
-        "Predictors without features: held-out R², and what the policy’s is above it",
-        empty="Not defined: the behavior does not vary.",
-    )
-    yield Table(
-        [Column(name) for name in ("Sets", "Prompts", "Correlation of coefficients", "Signs that differ")]
-        + [Column("Of the sure ones")],
-        [_set(row, d) for row in card["sets"]],
-        "Policies fitted on different sets of prompts. In brackets: random sets of the smaller size against all",
-    )
+    names = Column("Check", only="page"), Column("Check", only="terminal")
+    heads = columns("Code", *names, ("Value", "interval"), "Passes", "Status", Column("To do", only="terminal"))
+    made = [_check(c) for c in checks]
+    yield Table(heads, made, "Checks, with 95% intervals where there are any", head=len(checks))
+    gains = {n: (read_interval(r["r2"]), read_interval(r["gain"])) for n, r in card["predictors"].items()}
+    known = [(PREDICTORS.get(n, n), r2, gain) for n, (r2, gain) in gains.items() if r2 and gain]
+    heads = columns("Predictor", ("R²", "interval"), Column("Policy above it", "interval", plot="fit"))
+    caption = "Predictors without features: held-out R², and what the policy’s is above it"
+    yield Table(heads, known, caption, empty="Not defined: the behavior does not vary.")
+    heads = columns("Sets", "Prompts", "Correlation of coefficients", "Signs that differ", "Of the sure ones")
+    caption = "Policies fitted on different sets of prompts. In brackets: random sets of the smaller size against all"
+    yield Table(heads, [_set(row, d) for row in card["sets"]], caption)
 
 
 def _check(c: Row) -> list[object]:
-    passed = c["status"] == "pass"
-    said: list[object] = [f"{c['name']}: {c['meaning']}"]
-    if not passed:
-        said.append(Word(f"To do: {c['action']}", "soft"))
-    status = c["status"] if passed else Word(c["status"], "badge")
-    action = "" if passed else c["action"]
-    return [c["code"], Line(said, "\n"), c["name"], read_interval(c), c["threshold"], status, action]
+    meaning, found = f"{c['name']}: {c['meaning']}", [c["name"], read_interval(c), c["threshold"]]
+    if c["status"] == "pass":
+        return [c["code"], Line((meaning,)), *found, "pass", ""]
+    said = Line((meaning, Word(f"To do: {c['action']}", "soft")), "\n")
+    return [c["code"], said, *found, Word(c["status"], "badge"), c["action"]]
 
 
 def _set(s: Row, d: int) -> list[str]:
@@ -94,14 +75,9 @@ def trust_sentence(checks: Rows) -> Sentence:
     return Sentence("Trust", "caution", f"{text} What they mean: docs/checks.md.")
 
 
-SECTIONS.register("trust")(
-    Section(
-        "trust",
-        "Trust",
-        ("coefficients", "faithfulness"),
-        _blocks,
-        lambda tables: [trust_sentence(cast(Row, tables.json("faithfulness"))["checks"])],
-        overview=True,
-        heading="Can the policy be trusted?",
-    )
-)
+def _sentences(tables: Tables) -> list[Sentence]:
+    return [trust_sentence(cast(Row, tables.json("faithfulness"))["checks"])]
+
+
+_NEEDS = ("coefficients", "faithfulness")
+add(Section("trust", "Trust", _NEEDS, _blocks, _sentences, overview=True, heading="Can the policy be trusted?"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from taught.report.blocks import Block, Cell, Column, Items, Line, Sentence, Table, Text, Word
+from taught.report.blocks import Block, Cell, Column, Items, Line, Sentence, Table, Text, Word, columns
 from taught.report.examples import is_behavior, primary, targets
-from taught.report.sections import SECTIONS, Section
+from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Rows, Tables
 from taught.report.text import (
@@ -51,8 +51,9 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         yield Items([*found, "Look at the controlled values there."], warning=True)
     yield from lds_blocks(tables.rows("lds") or [], tables.rows("noise_ceiling") or [])
     yield from _planted(tables.rows("planted") or [])
-    for design, rows in _by_design(tables.rows("arms") or []).items():
-        yield arms_table(design, rows)
+    arms = tables.rows("arms") or []
+    for design in dict.fromkeys(row.get("design", "curation") for row in arms):
+        yield arms_table(DESIGNS[design], [row for row in arms if row.get("design", "curation") == design])
     yield from _models([r for r in models if r["design"] in WITH_METRICS])
     if costs := tables.rows("costs"):
         parts = (f"{r['method']} {number(r['seconds'], 0)} s, {number(r['memory_gb'], 1)} GB" for r in costs)
@@ -91,8 +92,8 @@ def lds_blocks(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> Iterator[Bl
 
 
 def _lds_table(caption: str, rows: Sequence[Sequence[Cell]]) -> Table:
-    columns = [Column("Method"), *(Column(name, "interval", plot=UNIT) for name in ("Raw", "Controlled"))]
-    return Table(columns, rows, caption, head=20)
+    heads = columns("Method", *(Column(name, "interval", plot=UNIT) for name in ("Raw", "Controlled")))
+    return Table(heads, rows, caption, head=20)
 
 
 def _medians(rows: Rows) -> list[Sequence[Cell]]:
@@ -123,21 +124,16 @@ def warnings(rows: Sequence[Row], method: str) -> list[str]:
 def _planted(rows: Rows) -> Iterator[Block]:
     shown = [r for r in rows if not r["target"].startswith(OF_ONE)]
     if shown:
-        columns = [
-            Column("Method"),
-            Column("Target"),
-            Column("AUC", "interval", plot=(-0.05, 1.05)),
-            Column("Precision", "number"),
-        ]
+        auc = Column("AUC", "interval", plot=(-0.05, 1.05))
         made = [
             (r["method"], words(r["target"]), read_interval([r["auc"], r["lo"], r["hi"]]), r["precision"])
             for r in shown
         ]
-        n = f"{shown[0]['planted']} planted examples among {shown[0]['planted'] + shown[0]['others']}"
         caption = (
-            f"{n}: area under the ROC curve (.5 by chance) with 95% interval; share of them among the first as many"
+            f"{shown[0]['planted']} planted examples among {shown[0]['planted'] + shown[0]['others']}: area under "
         )
-        yield Table(columns, made, caption, head=40)
+        caption += "the ROC curve (.5 by chance) with 95% interval; share of them among the first as many"
+        yield Table(columns("Method", "Target", auc, ("Precision", "number")), made, caption, head=40)
 
 
 # What retraining did
@@ -183,14 +179,6 @@ def _digits(value: float) -> str:
 # Ways of choosing examples
 
 
-def _by_design(rows: Rows) -> dict[str, Rows]:
-    """What was compared -> the rows of its arms."""
-    found: dict[str, Rows] = {}
-    for row in rows:
-        found.setdefault(DESIGNS[row.get("design", "curation")], []).append(row)
-    return found
-
-
 def arms_table(design: str, rows: Sequence[Row]) -> Table:
     """Arms by metrics: value with its interval, difference to random with its own."""
     arms = {row["arm"]: row["examples"] for row in rows}
@@ -203,8 +191,8 @@ def arms_table(design: str, rows: Sequence[Row]) -> Table:
         f"{design}: each metric [95%, prompts]; below it the difference to random examples [95%, prompts and runs], "
         "* where it is told from 0 after Holm’s correction"
     )
-    columns = [Column("Metric"), *(Column(f"{arm}, {count(n, 'example')}", "number") for arm, n in arms.items())]
-    return Table(columns, made, caption)
+    heads = columns("Metric", *((f"{arm}, {count(n, 'example')}", "number") for arm, n in arms.items()))
+    return Table(heads, made, caption)
 
 
 def _arm(cell: Row, power: int) -> Line:
@@ -227,15 +215,14 @@ def _models(rows: Rows) -> Iterator[Block]:
     caption = "Soft metrics of the retrained models, with p = exp(y) as degree of the behavior"
     if judged:
         caption += "; judged: share of the group’s prompts whose answer shows the behavior"
-    yield Table([Column("Design"), Column("Trained on"), Column("n", "number", 0), *metrics], made, caption)
+    yield Table(columns("Design", "Trained on", ("n", "number", 0), *metrics), made, caption)
 
 
 # The verdict
 
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
-    curves = tables.rows("curves") or []
-    retrained = retraining_sentence(curves, removed_by(tables))
+    retrained = retraining_sentence(tables.rows("curves") or [], removed_by(tables))
     return [retrained, foreseen_sentence(tables.rows("lds") or [])]
 
 
@@ -263,4 +250,4 @@ def foreseen_sentence(lds: Rows) -> Sentence | None:
     return Sentence("Checked", "found" if sure else "caution", text)
 
 
-SECTIONS.register("validation")(Section("validation", "Validation", ("models",), _blocks, _sentences, overview=True))
+add(Section("validation", "Validation", ("models",), _blocks, _sentences, overview=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from taught.report.blocks import Block, Items, Text, Verdict
 from taught.report.examples import Summary
-from taught.report.sections import SECTIONS, Section, sentences_of
+from taught.report.sections import Section, add, sentences_of
 from taught.report.tables import Tables
 
 WITHOUT_SAE = (
@@ -14,15 +14,10 @@ WITHOUT_SAE = (
 
 
 def _blocks(tables: Tables) -> list[Block]:
-    found: list[Block] = []
-    if sentences := sentences_of(tables):
-        found.append(Verdict(sentences))
-    else:
-        found.append(
-            Text("Nothing was computed in this run yet. taught run STUDY computes what the study asks for.", "note")
-        )
-    warnings = (tables.json("policy") or {}).get("warnings") or []
-    if warnings:
+    nothing = "Nothing was computed in this run yet. taught run STUDY computes what the study asks for."
+    sentences = sentences_of(tables)
+    found: list[Block] = [Verdict(sentences) if sentences else Text(nothing, "note")]
+    if warnings := (tables.json("policy") or {}).get("warnings"):
         said = [w["message"] if isinstance(w, dict) else str(w) for w in warnings]
         found.append(Items([f"Note: {text}" for text in said], warning=True))
     return found if tables.with_policy else [*found, Text(WITHOUT_SAE, "note")]
@@ -52,4 +47,4 @@ def head_facts(tables: Tables) -> list[tuple[str, str]]:
     return facts
 
 
-SECTIONS.register("verdict")(Section("verdict", "Verdict", (), _blocks, overview=True))
+add(Section("verdict", "Verdict", (), _blocks, overview=True))
