@@ -30,9 +30,7 @@ def response_reads(examples: Sequence[Example], tokens: str) -> list[ReadPrompt]
 
     Parameters
     ----------
-    tokens
-        ``mean_response``: every scored token, the end of the turn included; ``last_response``: the
-        last one alone.
+    tokens : ``mean_response``: every scored token, the end of the turn included; ``last_response``: the last one alone
 
     Raises
     ------

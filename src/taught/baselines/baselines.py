@@ -13,11 +13,10 @@ No method of data attribution wins everywhere, and cheap ones often come close (
     gradient-dot      - <grad L(z), q>,   q = gradient of the group's mean y
     gradient-cosine   - <grad L(z), q> / (|grad L(z)| |q|)
 
-The last four are about a group of prompts, the others about no target. Sign: the last two are
-positive where training on the example raises the group's mean y (gradient-dot is the effect of a plain
-SGD step divided by the learning rate); ``label`` and ``random`` and all others are only what they
-say, and a table of correlations shows which way they work. A sentence embedding
-needs a second model: recipes/embedding makes a table of it for ``validation.scores``.
+The last four are about a group of prompts, the others about no target. Sign: the last two are positive where training
+on the example raises the group's mean y (gradient-dot is the effect of a plain SGD step divided by the learning rate);
+``label`` and ``random`` and all others are only what they say, and a table of correlations shows which way they work. A
+sentence embedding needs a second model: recipes/embedding makes a table of it for ``validation.scores``.
 """
 
 from __future__ import annotations
@@ -118,8 +117,7 @@ def baseline_scores(
     Raises
     ------
     UserError
-        A name is unknown, a group has no prompts, an example has no text or label, or a value is not
-        finite.
+        A name is unknown, a group has no prompts, an example has no text or label, or a value is not finite.
     """
     unknown = sorted(set(names) - set(BASELINES))
     if unknown:

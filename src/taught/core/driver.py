@@ -79,8 +79,7 @@ def scores(problem: Problem, examples: Sequence[Example], targets: TargetSet, me
 
     Parameters
     ----------
-    problem
-        At the base weights; its metric is fitted here, at each leg, unless it has one already.
+    problem : at the base weights; its metric is fitted here, at each leg, unless it has one already
 
     Raises
     ------

@@ -2,11 +2,10 @@
 
     L(z) = f( sum over scored tokens t of  - w_t log p(t | tokens before it) )
 
-with f the identity for what is trained on as it stands. An SFT pair scores the tokens of its
-response, each with weight 1 / their number; a document scores all its tokens but the first; of a
-conversation those turns count that training counts. An example with more than one sequence (a chosen
-and a rejected answer to one prompt) lies in one row as a token tree, each branch blind to the others,
-so that whatever takes gradients of examples needs to know nothing of their kind.
+with f the identity for what is trained on as it stands. An SFT pair scores the tokens of its response, each with weight
+1 / their number; a document scores all its tokens but the first; of a conversation those turns count that training
+counts. An example with more than one sequence (a chosen and a rejected answer to one prompt) lies in one row as a token
+tree, each branch blind to the others, so that whatever takes gradients of examples needs to know nothing of their kind.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ registered: the keys of a study, the help, what ``taught check`` counts, the wor
 
         damping: float = setting(0.1, rules.number(above=0), "share of the mean eigenvalue that is added")
 
-A package of its own registers through the entry point ``taught.plugins``, whose value is the module
-that does so.
+A package of its own registers through the entry point ``taught.plugins``, whose value is the module that does so.
 """
 
 from __future__ import annotations
@@ -126,8 +125,7 @@ class Choice:
 
         Parameters
         ----------
-        key
-            Where it stands in a study, for errors; the registry's word if None.
+        key : where it stands in a study, for errors; the registry's word if None
 
         Raises
         ------

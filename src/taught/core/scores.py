@@ -23,9 +23,8 @@ Floats = NDArray[np.float64]
 class Scores:
     """What training on each example does to each target.
 
-    A positive value: training on the example raises the target. Unit: change of the target by one
-    step at the learning rate (for methods that are no influence, whatever they say; compare these by
-    rank).
+    A positive value: training on the example raises the target. Unit: change of the target by one step at the learning
+    rate (for methods that are no influence, whatever they say; compare these by rank).
 
     Attributes
     ----------

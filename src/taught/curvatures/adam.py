@@ -2,11 +2,10 @@
 
     C = diag(sqrt(v) + eps)
 
-with v the second moments of the gradients that the optimizer has seen. This is what a batch of one
-example adds to training by Adam in a state of long training: one step hardly changes v, bias
-correction is over, and of the example's part in the first moment 1 - beta1 moves the parameters at
-once, the rest in the steps that follow. Small v make long steps; eps bounds them at g / eps: it
-damps.
+with v the second moments of the gradients that the optimizer has seen. This is what a batch of one example adds to
+training by Adam in a state of long training: one step hardly changes v, bias correction is over, and of the example's
+part in the first moment 1 - beta1 moves the parameters at once, the rest in the steps that follow. Small v make long
+steps; eps bounds them at g / eps: it damps.
 
 v is read from a file, or estimated at the base model as what it would be in training with batches
 of b of the P examples, drawn without replacement: the second moment of a batch's mean gradient,
@@ -136,9 +135,8 @@ def estimate_moments(
 ) -> Moments:
     """Second moments of the mean gradient of a batch, element by element (the module's formula).
 
-    Cost: one forward and backward pass over the examples, and every example's gradient built once, one
-    parameter and example at a time. Memory: one number a moving parameter (two for a batch of more
-    than one example), and one batch.
+    Cost: one forward and backward pass over the examples, and every example's gradient built once, one parameter and
+    example at a time. Memory: one number a moving parameter (two for a batch of more than one example), and one batch.
     """
     sites = find_sites(problem.model, problem.parameters)
     b, P = min(batch, len(examples)), len(examples)

@@ -141,9 +141,8 @@ def fit_ekfac(
 ) -> Layers:
     """The curvature at the model's weights, from the tokens of the examples.
 
-    Cost: three forward passes over the examples and two backward ones, every example's gradient built
-    once, two eigendecompositions a layer. Memory: the squares of both sides of every layer, one
-    number a weight, and one batch.
+    Cost: three forward passes over the examples and two backward ones, every example's gradient built once, two
+    eigendecompositions a layer. Memory: the squares of both sides of every layer, one number a weight, and one batch.
     """
     names = curved_layers(problem.model, problem.parameters)
     problem = replace(problem, parameters=names)

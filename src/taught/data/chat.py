@@ -41,20 +41,15 @@ class EncodedPrompt:
 
     Attributes
     ----------
-    id
-        The prompt's id.
+    id : the prompt's id
     input_ids
-        The template's rendering, with the generation prompt and what the template writes between
-        that and an answer.
-    user_span
-        Token range (start, end) of the last user message's content; empty for a text by itself.
+        The template's rendering, with the generation prompt and what the template writes between that and an answer.
+    user_span : token range (start, end) of the last user message's content; empty for a text by itself
     end_of_turn
         Index of the token that ends the last user turn; the last token of the content where the
         template marks the end of a turn by no special token.
-    suffixes
-        Tokens of what is scored behind the prompt.
-    left_out
-        Texts that are not scored, since what another one says contains them.
+    suffixes : tokens of what is scored behind the prompt
+    left_out : texts that are not scored, since what another one says contains them
     """
 
     id: str
@@ -71,18 +66,15 @@ class EncodedExample:
 
     Attributes
     ----------
-    id
-        The example's id; of a window the document's id, "#" and its number from 0.
+    id : the example's id; of a window the document's id, "#" and its number from 0
     input_ids
         The template's rendering of the conversation up to and with the end-of-turn token of the
         response, cut at the token limit; or the tokens of the window.
     scored
         Places in ``input_ids`` of the tokens that the loss is on: of each answer that counts, its
         content and its end-of-turn token.
-    truncated
-        Whether the limit cut off a part of the response.
-    document, text
-        Of a window: the document's id, and the text of the tokens that the loss is on.
+    truncated : whether the limit cut off a part of the response
+    document, text : of a window: the document's id, and the text of the tokens that the loss is on
     """
 
     id: str
@@ -122,12 +114,9 @@ class ChatFormat:
 
     Parameters
     ----------
-    tokenizer
-        A fast tokenizer of ``transformers``.
-    template
-        Jinja text; None: the tokenizer's own.
-    context
-        The model's longest input in tokens; None: what the tokenizer says, if it says anything.
+    tokenizer : a fast tokenizer of ``transformers``
+    template : Jinja text; None: the tokenizer's own
+    context : the model's longest input in tokens; None: what the tokenizer says, if it says anything
 
     Raises
     ------
@@ -165,10 +154,8 @@ class ChatFormat:
 
         Parameters
         ----------
-        content
-            The user's message, or messages that end in one.
-        id
-            The prompt's id, for messages of errors.
+        content : the user's message, or messages that end in one
+        id : the prompt's id, for messages of errors
 
         Raises
         ------
@@ -195,12 +182,9 @@ class ChatFormat:
 
         Parameters
         ----------
-        content
-            The user's message, or messages that end in one.
-        answers
-            Texts that the assistant's answer begins with.
-        id
-            The prompt's id, for messages of errors.
+        content : the user's message, or messages that end in one
+        answers : texts that the assistant's answer begins with
+        id : the prompt's id, for messages of errors
 
         Raises
         ------
@@ -243,8 +227,7 @@ class ChatFormat:
     def encode_text(self, text: str, id: str = "prompt") -> EncodedPrompt:
         """Encode a text by itself, without a template, as in pretraining.
 
-        All its tokens are scored but the first: the one that begins every text (BOS) where the
-        tokenizer adds it.
+        All its tokens are scored but the first: the one that begins every text (BOS) where the tokenizer adds it.
         """
         ids = tuple(self.tokenizer(text, verbose=False)["input_ids"])
         self._check_length(ids, id)
@@ -253,17 +236,14 @@ class ChatFormat:
     def encode_example(self, example: Record, max_tokens: int = 512) -> EncodedExample:
         """Encode a conversation; the loss is on its response, and on the other answers that count.
 
-        An answer's tokens begin with the first one of its content (of its reasoning, where it holds
-        some): what the template writes between the generation prompt and the answer, such as an
-        empty block of thoughts, leads to the answer and is not scored. They end with the token that
-        ends the turn.
+        An answer's tokens begin with the first one of its content (of its reasoning, where it holds some): what the
+        template writes between the generation prompt and the answer, such as an empty block of thoughts, leads to the
+        answer and is not scored. They end with the token that ends the turn.
 
         Parameters
         ----------
-        example
-            The example, of kind "pair".
-        max_tokens
-            Longest input; what is beyond it is cut off (see ``truncated``).
+        example : the example, of kind "pair"
+        max_tokens : longest input; what is beyond it is cut off (see ``truncated``)
 
         Raises
         ------
@@ -297,12 +277,9 @@ class ChatFormat:
         examples
             The examples; a document becomes windows of its tokens
             (:func:`taught.data.documents.encode_document`), none of them truncated.
-        max_tokens
-            Longest input.
-        drop_truncated
-            Leave out truncated examples and name them.
-        truncate
-            "keep": truncated examples stay, flagged, unless nothing of the response is left.
+        max_tokens : longest input
+        drop_truncated : leave out truncated examples and name them
+        truncate : "keep": truncated examples stay, flagged, unless nothing of the response is left
 
         Returns
         -------

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 def normalise(text: str) -> str:
     """Return the text without what does not make it another prompt.
 
-    Unicode NFKC, typographic apostrophes made plain, case folded, white space collapsed, trailing
-    punctuation removed.
+    Unicode NFKC, typographic apostrophes made plain, case folded, white space collapsed, trailing punctuation removed.
     """
     folded = unicodedata.normalize("NFKC", text).translate(_PLAIN).casefold()
     # Folding may leave letters that NFKC composes again: twice is stable, once is not always.
@@ -56,8 +55,7 @@ def drop_shared(shown: ExampleSet, examples: ExampleSet, drop: bool) -> tuple[Ex
 
     Parameters
     ----------
-    drop
-        False: a shared prompt is an error.
+    drop : False: a shared prompt is an error
 
     Raises
     ------
@@ -83,8 +81,7 @@ def drop_overlap(examples: ExampleSet, prompts: PromptSet, drop: bool) -> tuple[
 
     Parameters
     ----------
-    drop
-        False: overlap is an error. True: the overlapping examples are left out and named.
+    drop : False: overlap is an error. True: the overlapping examples are left out and named.
 
     Raises
     ------

@@ -38,14 +38,10 @@ class Prompt:
 
     Attributes
     ----------
-    text
-        The user's message; of a conversation the last one.
-    answer
-        The answer that the prompt brings: a text, or the index of an option.
-    options
-        Answers to choose among.
-    messages
-        The conversation up to and with the user's message; empty for that message alone.
+    text : the user's message; of a conversation the last one
+    answer : the answer that the prompt brings: a text, or the index of an option
+    options : answers to choose among
+    messages : the conversation up to and with the user's message; empty for that message alone
     """
 
     id: str
@@ -76,12 +72,9 @@ class PromptSet:
 
     Attributes
     ----------
-    prompts
-        The prompts; ids are unique.
-    columns
-        Field -> the column it was read from.
-    sha256
-        Hex digest of the file, or of the rows.
+    prompts : the prompts; ids are unique
+    columns : field -> the column it was read from
+    sha256 : hex digest of the file, or of the rows
     """
 
     prompts: tuple[Prompt, ...]

@@ -28,14 +28,10 @@ class Table:
 
     Attributes
     ----------
-    rows
-        The rows.
-    name
-        What the table is called in messages.
-    sha256
-        Hex digest of the file; of the rows where there is none.
-    path
-        The file or folder; None for rows from memory or the hub.
+    rows : the rows
+    name : what the table is called in messages
+    sha256 : hex digest of the file; of the rows where there is none
+    path : the file or folder; None for rows from memory or the hub
     """
 
     rows: list[Row]

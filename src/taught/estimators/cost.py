@@ -1,11 +1,10 @@
 """Floating point operations of a study's attribution and retraining, counted before they are run.
 
-Counted are the products with the weights of the blocks (2 operations a weight and token), attention
-(4 a width and pair of tokens in a row, in every block), the logits that are asked for, and the
-products of gradients (2 an example, query and weight). A backward pass is as much as a forward one:
-weights are frozen, only activations have gradients; what is built of both, a gradient, is as much
-once more. Everything else is left out. Where few parameters move, passes are counted as if all did:
-they are cheaper than is said.
+Counted are the products with the weights of the blocks (2 operations a weight and token), attention (4 a width and pair
+of tokens in a row, in every block), the logits that are asked for, and the products of gradients (2 an example, query
+and weight). A backward pass is as much as a forward one: weights are frozen, only activations have gradients; what is
+built of both, a gradient, is as much once more. Everything else is left out. Where few parameters move, passes are
+counted as if all did: they are cheaper than is said.
 """
 
 from __future__ import annotations
@@ -95,8 +94,7 @@ def attribution_cost(problem: Problem, examples: Sequence[Example], asked: Asked
     Raises
     ------
     UserError
-        The model's gradients are not understood, or its blocks share parameters: the estimator
-        would refuse it too.
+        The model's gradients are not understood, or its blocks share parameters: the estimator would refuse it too.
     """
     method.refuse()
     estimator = method.estimator.make(ESTIMATORS)
@@ -200,11 +198,9 @@ def validation_cost(
 
     Parameters
     ----------
-    subsets
-        Number of examples of each subset that is trained on.
+    subsets : number of examples of each subset that is trained on
     epochs, batch, answer_tokens
-        As in the study. A step's batch is cut by ``problem.batch_tokens``; answers are taken to
-        have their full length.
+        As in the study. A step's batch is cut by ``problem.batch_tokens``; answers are taken to have their full length.
     """
     sizes = _sizes(problem)
     trees = _trees(problem, sizes)

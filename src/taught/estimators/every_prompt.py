@@ -39,8 +39,7 @@ def prompt_effects(
     Raises
     ------
     UserError
-        The loss of an example is not finite; the model's blocks do not form a chain, or share
-        parameters.
+        The loss of an example is not finite; the model's blocks do not form a chain, or share parameters.
     """
     sites = split_sites(problem.model, problem.parameters)
     effects = torch.zeros(len(examples), len(problem.prompts), dtype=torch.float64)

@@ -80,8 +80,7 @@ def example_gradient(
 
     Parameters
     ----------
-    parameters
-        Patterns of the parameters that move (``moving_parameters``); None for all.
+    parameters : patterns of the parameters that move (``moving_parameters``); None for all
 
     Raises
     ------
@@ -138,8 +137,7 @@ def finite_steps(
     baseline
         Read-outs of the same prompts at the base parameters, taken with the same ``read``: a y that
         was read otherwise differs by rounding, which is as large as small effects are.
-    read
-        How read-outs are taken: token trees, or the published one-pass-per-prefix loop.
+    read : how read-outs are taken: token trees, or the published one-pass-per-prefix loop
     """
     moving = moving_parameters(problem.model, problem.parameters)
     with evaluating(problem.model), restored(problem.model, problem.parameters) as base:

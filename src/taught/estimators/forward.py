@@ -8,9 +8,8 @@ by dual numbers through the same token trees. It says *which prompts* an example
 features; the adjoint says the sums. Unlike a finite step it has no second order and no rounding
 noise of a difference; gates are those of the baseline by themselves.
 
-Cost: one gradient an example and about three forward passes over the prompts' token trees. Memory: the
-parameters, their gradient, and one tree. Attention runs without fused kernels, which have no
-forward mode.
+Cost: one gradient an example and about three forward passes over the prompts' token trees. Memory: the parameters,
+their gradient, and one tree. Attention runs without fused kernels, which have no forward mode.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@ The loss of an example is L = f(sum_j l_j) with l_j = -w_j log p(token j) under 
 
     effect = sum_j share_j,    share_j = -lr < C^-1 f' grad l_j, grad F > = -lr f' < grad l_j, q >
 
-with the query q = C^-1 grad F and f' at the example's sum. The product is the derivative of l_j along
-q, so one forward pass in dual numbers along -lr q gives the shares of all tokens at once.
-Source: the decomposition follows from the loss; it is not an ablation of the token as *input*,
-which later tokens see too.
+with the query q = C^-1 grad F and f' at the example's sum. The product is the derivative of l_j along q, so one forward
+pass in dual numbers along -lr q gives the shares of all tokens at once. Source: the decomposition follows from the
+loss; it is not an ablation of the token as *input*, which later tokens see too.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ def token_effects(
 
     Parameters
     ----------
-    A, B
-        Cotangents of K targets, as in :func:`taught.estimators.adjoint.target_effects`.
+    A, B : Cotangents of K targets, as in :func:`taught.estimators.adjoint.target_effects`
 
     Returns
     -------

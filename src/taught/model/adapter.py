@@ -27,10 +27,8 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
 
     Parameters
     ----------
-    adapter
-        Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or hub id.
-    revision
-        Branch, tag or commit on the hub.
+    adapter : folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or hub id
+    revision : branch, tag or commit on the hub
 
     Returns
     -------

@@ -1,10 +1,9 @@
 """One transformer block at a time: every gradient factor of many examples in little memory.
 
-Factors of all parameters take about 1 MB a token for a model of 135M parameters. What flows between
-the blocks takes an eighth of that: the input of each block and the gradient at its output. From
-these two, one block's factors are had again by running that block alone, forward and backward. So
-all examples can be held at once, and layer by layer each one's gradient meets each other's. The
-price is a second forward and backward pass.
+Factors of all parameters take about 1 MB a token for a model of 135M parameters. What flows between the blocks takes an
+eighth of that: the input of each block and the gradient at its output. From these two, one block's factors are had
+again by running that block alone, forward and backward. So all examples can be held at once, and layer by layer each
+one's gradient meets each other's. The price is a second forward and backward pass.
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ def by_block(model: nn.Module, sites: Iterable[Site]) -> BlockSites:
     Raises
     ------
     UserError
-        A parameter belongs to several blocks, or to one and to the outside: its gradient does not
-        fall apart by block.
+        A parameter belongs to several blocks, or to one and to the outside: its gradient does not fall apart by block.
     """
     homes: dict[str, set[int]] = {}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -114,10 +112,8 @@ def trace(
 
     Parameters
     ----------
-    values
-        Runs the model on the batch: one value an example, [B], of which the gradient is taken.
-    training
-        As in ``Taps.factors``.
+    values : runs the model on the batch: one value an example, [B], of which the gradient is taken
+    training : as in ``Taps.factors``
 
     Returns
     -------
@@ -205,8 +201,7 @@ def checkpointed(
 
     Parameters
     ----------
-    values, training
-        As in :func:`trace`.
+    values, training : as in :func:`trace`
 
     Returns
     -------

@@ -24,14 +24,10 @@ def greedy(
 
     Parameters
     ----------
-    prompts
-        Token ids, with the generation prompt.
-    ends
-        Tokens that end an answer; the one that does is part of it.
-    limit
-        Tokens an answer may have.
-    batch_tokens
-        Padded tokens of a batch, answers at their limit included.
+    prompts : token ids, with the generation prompt
+    ends : tokens that end an answer; the one that does is part of it
+    limit : tokens an answer may have
+    batch_tokens : Padded tokens of a batch, answers at their limit included
 
     Returns
     -------

@@ -432,8 +432,7 @@ def dot(left: Sequence[Factor], right: Sequence[Factor], *, scale: Tensor | None
     scale
         One factor for each element of the gradients, in the parameter's shape; None for 1. Two
         linear uses have no Gram form with it: their gradients are built.
-    room
-        Numbers that built gradients may take at a time; one example is always built.
+    room : Numbers that built gradients may take at a time; one example is always built
     """
     if all(f.kind == "vector" for f in (*left, *right)):
         built = _built([left])
@@ -468,17 +467,13 @@ def _scaled_dot(f: Factor, g: Factor, scale: Tensor, room: int) -> Tensor:
 def dots(left: Batches, right: Batches, *, room: int, scale: Tensor | None = None) -> Tensor:
     """Inner products between all examples of many batches over one parameter.
 
-    Either in Gram form or with the gradients built, whichever takes fewer multiplications; both are
-    exact.
+    Either in Gram form or with the gradients built, whichever takes fewer multiplications; both are exact.
 
     Parameters
     ----------
-    left, right
-        For each batch the parameter's factors.
-    room
-        Numbers that the built gradients may take at a time; one batch a side is always built.
-    scale
-        As in :func:`dot`; with it, linear gradients are always built.
+    left, right : For each batch the parameter's factors
+    room : Numbers that the built gradients may take at a time; one batch a side is always built
+    scale : as in :func:`dot`; with it, linear gradients are always built
 
     Returns
     -------

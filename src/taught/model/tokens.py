@@ -96,8 +96,7 @@ class Rows:
     ----------
     ids, positions : int64 [B, T]
     mask : bool [B, T, T]
-        (s, t) is true where s attends to t; a padding slot attends to itself only, and nothing else
-        attends to it.
+        (s, t) is true where s attends to t; a padding slot attends to itself only, and nothing else attends to it.
     lengths : int64 [B]
         Number of real tokens of each row.
     """

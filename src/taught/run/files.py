@@ -46,8 +46,7 @@ def replacing(path: Path, *, needed: int | None = None) -> Iterator[IO[bytes]]:
 
     Parameters
     ----------
-    needed
-        Bytes that will be written, where that is known.
+    needed : bytes that will be written, where that is known
 
     Raises
     ------
@@ -118,8 +117,7 @@ def row_groups(
 
     Parameters
     ----------
-    unique
-        Text columns of which no value stands twice in a part: a dictionary would only add to them.
+    unique : text columns of which no value stands twice in a part: a dictionary would only add to them
     """
     import pyarrow.parquet as pq
 
@@ -138,8 +136,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None, rows: pc.Expr
 
     Parameters
     ----------
-    rows
-        A condition; row groups whose statistics exclude it are not read.
+    rows : a condition; row groups whose statistics exclude it are not read
     """
     import pyarrow.parquet as pq
 
@@ -192,8 +189,7 @@ def write_error(path: Path, error: OSError, *, needed: int | None = None) -> Use
 
     Parameters
     ----------
-    needed
-        Bytes that were to be written, where that is known.
+    needed : bytes that were to be written, where that is known
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         wanted = "" if needed is None else f"{needed:,} bytes needed, "

@@ -61,13 +61,11 @@ class RunFolder:
 
     Parameters
     ----------
-    path
-        The folder. One that holds other files and no manifest is refused.
+    path : The folder. One that holds other files and no manifest is refused.
     fresh
         Stages whose earlier results are deleted, once, when the stage begins; and with them what was
         made from them, where they are made under other inputs now.
-    command
-        The command that repeats the run, kept in the manifest.
+    command : the command that repeats the run, kept in the manifest
 
     Raises
     ------
@@ -166,15 +164,12 @@ class RunFolder:
 
         Parameters
         ----------
-        name
-            One of ``taught.stages.STAGES``.
-        study
-            What is to be computed.
+        name : one of ``taught.stages.STAGES``
+        study : what is to be computed
         extra
             Further things that the result depends on and only the caller knows, as plain values:
             ``{"model.weights": sha256, "model.source": "..."}``.
-        reads
-            Stages that are read this time, beside those that this one always reads.
+        reads : Stages that are read this time, beside those that this one always reads
 
         Raises
         ------
@@ -263,8 +258,7 @@ class RunFolder:
 
         Parameters
         ----------
-        unique
-            Text columns of which no value stands twice in a part.
+        unique : text columns of which no value stands twice in a part
         """
         name = _with_suffix(name, ".parquet")
         self._require_active(name)
@@ -291,11 +285,8 @@ class RunFolder:
 
         Parameters
         ----------
-        arrays
-            Name -> array.
-        ids
-            Name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``. No id
-            may stand twice.
+        arrays : name -> array
+        ids : Name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``. No id may stand twice.
         axes
             Array name -> name of the ids of each axis (None: an axis without ids), checked for
             length. Without it, each list of ids must have the length of some axis.
@@ -369,8 +360,7 @@ class RunFolder:
 
         Parameters
         ----------
-        axis
-            Name of the ids of the rows, e.g. ``example_ids``.
+        axis : Name of the ids of the rows, e.g. ``example_ids``.
 
         Returns
         -------

@@ -34,8 +34,7 @@ def fill_examples(
 
     Parameters
     ----------
-    share
-        (r, n): process r of n takes every n-th shard. Shards do not depend on n.
+    share : (r, n): process r of n takes every n-th shard. Shards do not depend on n.
     """
     there = store.rows("examples")
     chunks = []

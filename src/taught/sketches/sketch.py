@@ -4,11 +4,10 @@
     y         s(grad y_i)              one a prompt
     feature   s(grad X_ik)             one a prompt and feature that is active on it
 
-Every effect is a sum of inner products of the first kind with the other two, whatever the policy,
-so these sketches answer questions that nobody had asked when they were made: another alpha, other
-features of those stored, other groups of prompts, without the model. See
-:mod:`taught.sketches.project` for what a sketch is, :mod:`taught.sketches.fill` for how a store
-is filled, :mod:`taught.sketches.answer` for how a policy becomes inner products.
+Every effect is a sum of inner products of the first kind with the other two, whatever the policy, so these sketches
+answer questions that nobody had asked when they were made: another alpha, other features of those stored, other groups
+of prompts, without the model. See :mod:`taught.sketches.project` for what a sketch is, :mod:`taught.sketches.fill` for
+how a store is filled, :mod:`taught.sketches.answer` for how a policy becomes inner products.
 
 Cost of a prompt: one forward pass, and for y and for each active feature a backward pass.
 """

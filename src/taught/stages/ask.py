@@ -53,8 +53,7 @@ def ask(run: RunFolder, question: Question) -> Scores:
     Raises
     ------
     UserError
-        The run has no sketches; the store lacks something or is damaged; the question names what the
-        run does not have.
+        The run has no sketches; the store lacks something or is damaged; the question names what the run does not have.
     """
     run.require("attribute")
     record = run.read_json("attribution").get("sketches")

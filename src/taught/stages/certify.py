@@ -59,8 +59,7 @@ def write_certificates(
 
     Parameters
     ----------
-    shift
-        Change of every coefficient by every example, [P, d]; None where it was not asked for.
+    shift : Change of every coefficient by every example, [P, d]; None where it was not asked for
     checks
         Example id -> ``refit_score`` of a real step, and with sketches ``exact_score``, for the examples
         where one was made.

@@ -254,9 +254,8 @@ def _estimate_validation(
 def subset_sizes(spec: ValidationSpec, examples: int) -> list[int]:
     """Examples of each subset that the designs train on, of so many in all.
 
-    How many examples the published rule of the design ``curation`` keeps, or ``taught curate`` did, is
-    known only with the influence; it is taken to be half of them. Of ``chosen`` some may be drawn
-    twice, and are trained on once.
+    How many examples the published rule of the design ``curation`` keeps, or ``taught curate`` did, is known only with
+    the influence; it is taken to be half of them. Of ``chosen`` some may be drawn twice, and are trained on once.
     """
     part, some = spec.part_of(examples), spec.named_of(examples)
     runs = 1 + spec.controls  # the named examples, and random ones

@@ -56,10 +56,9 @@ class CostRow:
 def compare(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
     """LDS of the run's own influence, of other methods and of baselines, on the same retrainings.
 
-    Targets: those of the run that are no coefficient, and the ten largest coefficients. Of the
-    baselines, those that are about a group stand for the behavior on it; for the other targets they
-    take the positive group. Beside each method stands METHOD/norm, its values over the lengths of the
-    examples' gradients.
+    Targets: those of the run that are no coefficient, and the ten largest coefficients. Of the baselines, those that
+    are about a group stand for the behavior on it; for the other targets they take the positive group. Beside each
+    method stands METHOD/norm, its values over the lengths of the examples' gradients.
 
     Raises
     ------

@@ -69,9 +69,8 @@ def concepts(study: Study, run: RunFolder, progress: Progress | None = None) -> 
     Raises
     ------
     UserError
-        An unknown source, block or place; a direction that does not fit the model; examples with
-        other labels, or that are prompts or examples of the study; a probe that is no better than
-        chance on rows it has not seen.
+        An unknown source, block or place; a direction that does not fit the model; examples with other labels, or that
+        are prompts or examples of the study; a probe that is no better than chance on rows it has not seen.
     """
     progress = progress or SilentProgress()
     prompts = study_prompts(study)
@@ -375,8 +374,7 @@ def read_examples(
     Raises
     ------
     UserError
-        A row has another label, or all have one; a response is empty, or cut off at
-        ``examples.max_tokens``.
+        A row has another label, or all have one; a response is empty, or cut off at ``examples.max_tokens``.
     """
     others = [row.id for row in rows if row.label not in sides]
     if others or {row.label for row in rows} != set(sides):

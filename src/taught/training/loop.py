@@ -132,12 +132,9 @@ def train(
 
     Parameters
     ----------
-    parameters
-        Patterns of the parameters that move (``moving_parameters``); None for all.
-    batch_tokens
-        Padded tokens of a micro-batch; the gradients of a step's micro-batches are added up.
-    keep
-        A new folder for a checkpoint after every epoch (:func:`_keep`); None: none are kept.
+    parameters : patterns of the parameters that move (``moving_parameters``); None for all
+    batch_tokens : Padded tokens of a micro-batch; the gradients of a step's micro-batches are added up
+    keep : a new folder for a checkpoint after every epoch (:func:`_keep`); None: none are kept
 
     Raises
     ------

@@ -124,22 +124,14 @@ class Retrainer:
 
     Parameters
     ----------
-    problem
-        The model, prompts, behavior, block, features and parameters that move; the policy's.
-    examples
-        All examples that subsets are of, as tokens.
-    recipe
-        How to train.
-    folder
-        Where finished retrainings are kept; made when missing.
-    weights
-        What identifies the model's weights (``LoadedModel.weights``).
-    tokenizer
-        Is saved beside checkpoints (``run(keep=...)``) and wanted by the trainer "trl".
-    answers
-        How the model's own answers to the prompts are taken too; None: they are not.
-    progress
-        ``advance`` is called with the number of examples of each step.
+    problem : the model, prompts, behavior, block, features and parameters that move; the policy's
+    examples : all examples that subsets are of, as tokens
+    recipe : how to train
+    folder : where finished retrainings are kept; made when missing
+    weights : what identifies the model's weights (``LoadedModel.weights``)
+    tokenizer : Is saved beside checkpoints (``run(keep=...)``) and wanted by the trainer "trl"
+    answers : how the model's own answers to the prompts are taken too; None: they are not
+    progress : ``advance`` is called with the number of examples of each step
 
     Raises
     ------
@@ -181,8 +173,7 @@ class Retrainer:
 
         Parameters
         ----------
-        seed
-            Of the order of the examples; None: the recipe's.
+        seed : of the order of the examples; None: the recipe's
         keep
             A folder for a checkpoint and Adam's second moments after every epoch (``train``).
             Where it is missing, training is made again for it. By the trainer "loop" only.

@@ -1,8 +1,7 @@
 """The same training by the SFTTrainer of the package trl, for those whose models are made by it.
 
-It is given tokens and labels, so the response mask is the influence's own; nothing is tokenised,
-truncated or packed anew. Three things are its own and differ from the plain loop
-(``taught.training.loop``):
+It is given tokens and labels, so the response mask is the influence's own; nothing is tokenised, truncated or packed
+anew. Three things are its own and differ from the plain loop (``taught.training.loop``):
 
  - the loss of a step is the mean over all response tokens of its examples, so that long responses
    weigh more; the loop takes the mean over examples of each one's mean
@@ -42,13 +41,11 @@ def train_by_trl(
 ) -> TrainLog:
     """Train the model on the examples, in place, batches of one example with accumulated gradients.
 
-    The trainer works on a copy of the model, since it changes more than weights; the trained
-    weights are copied back.
+    The trainer works on a copy of the model, since it changes more than weights; the trained weights are copied back.
 
     Parameters
     ----------
-    tokenizer
-        The model's; it is saved nowhere and encodes nothing.
+    tokenizer : the model's; it is saved nowhere and encodes nothing
 
     Raises
     ------
