@@ -26,14 +26,14 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from taught.core.example import Example, batch_examples, example_losses, refuse_nonfinite
+from taught.core.example import Examples, batch_examples, example_losses, refuse_nonfinite
 from taught.core.gradient import by_parameter, example_gradients, refuse_unfit
 from taught.core.problem import Problem
 from taught.errors import UserError
@@ -100,7 +100,7 @@ class BaselineScores:
 
 def baseline_scores(
     problem: Problem,
-    examples: Sequence[Example],
+    examples: Examples,
     groups: Groups,
     texts: Texts,
     *,
@@ -222,9 +222,7 @@ def _postings(counts: Sequence[Counter[str]], norm: Floats) -> dict[str, tuple[N
     return found
 
 
-def similarities(
-    problem: Problem, examples: Sequence[Example], groups: Groups, *, tokens: str = "last"
-) -> dict[str, Floats]:
+def similarities(problem: Problem, examples: Examples, groups: Groups, *, tokens: str = "last") -> dict[str, Floats]:
     """Mean over a group's prompts of the cosine between the example's residual and the prompt's.
 
     Residuals are those after the problem's block: the prompt's at its read-out tokens (their mean),
@@ -286,7 +284,7 @@ class GradientProducts:
 
 
 def gradient_products(
-    problem: Problem, examples: Sequence[Example], groups: Groups, *, progress: Progress | None = None
+    problem: Problem, examples: Examples, groups: Groups, *, progress: Progress | None = None
 ) -> GradientProducts:
     """Norms and products of the gradients of the parameters that move.
 
@@ -350,16 +348,9 @@ def _squared_norms(factors: Sequence[Factor]) -> Tensor:
     """Squared norm of each example's gradient of one parameter, float64 [B]."""
     norms = []
     for example in range(len(factors[0].d)):
-        own = [_double(f.examples(slice(example, example + 1))) for f in factors]
+        own = [f.examples(slice(example, example + 1)).double() for f in factors]
         norms.append(dot(own, own)[0, 0])
     return torch.stack(norms).cpu()
-
-
-def _double(factor: Factor) -> Factor:
-    a = factor.a
-    if a is not None and a.is_floating_point():
-        a = a.double()
-    return replace(factor, a=a, d=factor.d.double())
 
 
 def _rows(problem: Problem, group: str, ids: Sequence[str]) -> list[int]:

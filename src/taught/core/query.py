@@ -112,17 +112,13 @@ def _add_batch(
             values.append((k, sum(parts[1:], parts[0])))
         for k, value in values:
             for factor in taps.factors(value, retain_graph=k != targets[-1]):
-                accumulate(factor, _slot(problem, queries, factor, count, B is None, k))
-
-
-def _slot(problem: Problem, queries: Queries, factor: Factor, count: int, only_x: bool, k: int) -> Query:
-    """The k-th query of the factor's parameter, allocated as zeros when first asked for."""
-    if factor.param not in queries:
-        queries[factor.param] = _zeros(problem, factor, count, only_x)
-    total = queries[factor.param]
-    if isinstance(total, RowSparse):
-        return RowSparse(total.rows, total.slot, total.values[k])
-    return total[k]
+                if factor.param not in queries:
+                    queries[factor.param] = _zeros(problem, factor, count, B is None)
+                total = queries[factor.param]
+                if isinstance(total, RowSparse):
+                    accumulate(factor, RowSparse(total.rows, total.slot, total.values[k]))
+                else:
+                    accumulate(factor, total[k])
 
 
 def _zeros(problem: Problem, factor: Factor, count: int, only_x: bool) -> Query:

@@ -57,7 +57,10 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """All names, the package's own first. Loads plugins, imports no method of the package."""
-        _load_plugins()
+        for point in entry_points(group=GROUP):
+            if point.value not in _LOADED:
+                _LOADED.add(point.value)
+                point.load()
         return tuple(dict.fromkeys((*self._own, *self._found)))
 
     def get(self, name: str) -> T:
@@ -94,14 +97,6 @@ class Registry(Generic[T]):
 
 
 _LOADED: set[str] = set()
-
-
-def _load_plugins() -> None:
-    """Import the modules of other packages that register methods, each once."""
-    for point in entry_points(group=GROUP):
-        if point.value not in _LOADED:
-            _LOADED.add(point.value)
-            point.load()
 
 
 def setting(default: Any, rule: Rule, doc: str) -> Any:

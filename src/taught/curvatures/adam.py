@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from taught.core import rules
 from taught.core.curvature import Metric
 from taught.core.estimator import Work
-from taught.core.example import Example, batch_examples
+from taught.core.example import Examples, batch_examples
 from taught.core.gradient import by_parameter, example_gradients
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
@@ -64,7 +64,7 @@ class Adam:
         """Whether it was measured at one set of weights."""
         return self.moments is not None
 
-    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+    def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """C = diag(sqrt(v) + eps).
 
         Raises
@@ -83,7 +83,7 @@ class Adam:
         """Numbers that the metric holds."""
         return sum(p.numel() for p in moving_parameters(problem.model, problem.parameters).values())
 
-    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """Every gradient built once; where prompts are asked for, the output's gradients meet built."""
         found = {} if self.moments is not None else {"second moments": 3 * one_pass(problem, examples)}
         return found | ({"products of the output": prompt_head(problem, examples)} if asked.every else {})
@@ -131,7 +131,7 @@ def _checked(name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor]) 
 
 
 def estimate_moments(
-    problem: Problem, examples: Sequence[Example], *, batch: int = 1, progress: Progress | None = None
+    problem: Problem, examples: Examples, *, batch: int = 1, progress: Progress | None = None
 ) -> Moments:
     """Second moments of the mean gradient of a batch, element by element (the module's formula).
 
@@ -233,12 +233,7 @@ def _from_state(state: Mapping[str, Any], names: Sequence[str] | None) -> Moment
         )
     decay = {number: group["betas"][1] for group in groups for number in group["params"]}
     return {
-        name: _corrected(state["state"][number], decay[number])
+        name: own["exp_avg_sq"] / (1 - decay[number] ** float(own["step"]))
         for name, number in zip(names, numbers, strict=True)
-        if number in state["state"]
+        if (own := state["state"].get(number)) is not None
     }
-
-
-def _corrected(moments: Mapping[str, Any], decay: float) -> Tensor:
-    v: Tensor = moments["exp_avg_sq"]
-    return v / (1 - decay ** float(moments["step"]))

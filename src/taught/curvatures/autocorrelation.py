@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from taught.core.curvature import Metric
 from taught.core.estimator import Work
-from taught.core.example import Example
+from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES
 from taught.errors import UserError
@@ -41,7 +41,7 @@ class Autocorrelation:
 
     of_sketches: ClassVar[bool] = True
 
-    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+    def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """C is made of the examples' sketches, where they are."""
         return Metric(sketched=lambda store, rows, queries: fit_autocorrelation(store, rows).solve(queries))
 

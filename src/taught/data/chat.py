@@ -89,11 +89,6 @@ class EncodedExample:
         """Number of tokens that the loss is on."""
         return len(self.scored)
 
-    @property
-    def response_start(self) -> int:
-        """Place of the first token that the loss is on; what stands before only leads to it."""
-        return self.scored[0] if self.scored else len(self.input_ids)
-
     def example(self) -> Example:
         """The example with its loss: the mean over the tokens that count."""
         from taught.core.example import conversation
@@ -259,7 +254,7 @@ class ChatFormat:
         answers = [self._answer(turns, place, text, whole, example) for place in (*example.counted, len(turns) - 1)]
         self._check_length(whole.ids[: answers[0].start], example.id)
         end = answers[-1].stop
-        ids = whole.ids[: min(end, self._limit(max_tokens))]
+        ids = whole.ids[: min(end, min(max_tokens, self.context or max_tokens))]
         scored = tuple(place for answer in answers for place in answer if place < len(ids))
         return EncodedExample(example.id, ids, scored, truncated=end > len(ids))
 
@@ -293,7 +288,7 @@ class ChatFormat:
         UserError
             An example is truncated and neither option covers it; a document has no tokens to score.
         """
-        limit = self._limit(max_tokens)
+        limit = min(max_tokens, self.context or max_tokens)
         encoded: list[EncodedExample] = []
         for example in examples:
             if example.kind == "document":
@@ -302,13 +297,19 @@ class ChatFormat:
                 encoded.append(self.encode_example(example, max_tokens))
         cut = [p for p in encoded if p.truncated and (truncate == "error" or p.n_scored == 0)]
         if cut and not drop_truncated:
-            raise _truncation_error(cut, max_tokens, truncate)
+            what = f"{len(cut)} examples are longer than {max_tokens} tokens"
+            if empty := [example.id for example in cut if example.n_scored == 0]:
+                what += f"; nothing of the response is left in {len(empty)} of them"
+            silent = "no response is cut off silently"
+            raise UserError(
+                what,
+                value=name_ids([example.id for example in cut]),
+                rule=silent if truncate == "error" else "an example needs at least one response token",
+                fix="raise examples.max_tokens, or pass --set examples.drop_truncated=true",
+            )
         dropped = [example.id for example in cut]
         gone = set(dropped)
         return [example for example in encoded if example.id not in gone], dropped
-
-    def _limit(self, max_tokens: int) -> int:
-        return min(max_tokens, self.context or max_tokens)
 
     def _answer(self, turns: Sequence[Message], place: int, text: str, whole: _Tokens, example: Record) -> range:
         """Places of the tokens of one answer, the end of its turn included."""
@@ -350,7 +351,15 @@ class ChatFormat:
 
     def _render(self, messages: Sequence[Message], id: str, answer: bool, tools: Sequence[Any] = ()) -> str:
         """Return the template's text; ``answer`` adds the generation prompt."""
-        self._check_contents(messages, id)
+        for message in messages:  # a special token inside one would end its turn and begin another
+            held = " ".join(str(value) for key, value in message.items() if key != "role")
+            if found := [text for text in self._special_texts if text in held]:
+                raise UserError(
+                    f"the {message['role']} message of {id} contains a special token",
+                    value=" ".join(found),
+                    rule="the text of a message cannot end its turn or begin another",
+                    fix="remove the token from the text",
+                )
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -367,19 +376,6 @@ class ChatFormat:
                 fix="check the roles of the messages, or pass another --chat-template FILE",
             ) from error
         return str(text)
-
-    def _check_contents(self, messages: Sequence[Message], id: str) -> None:
-        # A special token inside a message would end its turn and begin another.
-        for message in messages:
-            held = " ".join(str(value) for key, value in message.items() if key != "role")
-            found = [text for text in self._special_texts if text in held]
-            if found:
-                raise UserError(
-                    f"the {message['role']} message of {id} contains a special token",
-                    value=" ".join(found),
-                    rule="the text of a message cannot end its turn or begin another",
-                    fix="remove the token from the text",
-                )
 
     def _tokens(self, text: str) -> _Tokens:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -462,19 +458,4 @@ def _merge_error(text: str, border: int, id: str) -> UserError:
         value=text[max(border - 10, 0) : border + 10],
         rule="the first response token starts where the generation prompt ends",
         fix="remove white space at the beginning of the response",
-    )
-
-
-def _truncation_error(cut: Sequence[EncodedExample], max_tokens: int, truncate: str) -> UserError:
-    empty = [example.id for example in cut if example.n_scored == 0]
-    what = f"{len(cut)} examples are longer than {max_tokens} tokens"
-    if empty:
-        what += f"; nothing of the response is left in {len(empty)} of them"
-    return UserError(
-        what,
-        value=name_ids([example.id for example in cut]),
-        rule="no response is cut off silently"
-        if truncate == "error"
-        else "an example needs at least one response token",
-        fix="raise examples.max_tokens, or pass --set examples.drop_truncated=true",
     )

@@ -27,7 +27,7 @@ def normalise(text: str) -> str:
     # Folding may leave letters that NFKC composes again: twice is stable, once is not always.
     words = " ".join(unicodedata.normalize("NFKC", folded).split())
     end = len(words)
-    while end and (words[end - 1].isspace() or _is_punctuation(words[end - 1])):
+    while end and (words[end - 1].isspace() or unicodedata.category(words[end - 1]).startswith("P")):
         end -= 1
     return words[:end] or words
 
@@ -99,10 +99,6 @@ def drop_overlap(examples: ExampleSet, prompts: PromptSet, drop: bool) -> tuple[
         )
     kept = tuple(example for example in examples if example.id not in gone)
     return replace(examples, examples=kept), overlap
-
-
-def _is_punctuation(character: str) -> bool:
-    return unicodedata.category(character).startswith("P")
 
 
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})

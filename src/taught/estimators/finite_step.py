@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from taught.core.curvature import Curvature
 from taught.core.estimator import Work, needs_gradients
-from taught.core.example import Example, make_batch
+from taught.core.example import Example, Examples, make_batch
 from taught.core.problem import Problem
 from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
@@ -124,7 +124,7 @@ def _gradients(loss: Tensor, moving: dict[str, nn.Parameter]) -> dict[str, Tenso
 
 def finite_steps(
     problem: Problem,
-    examples: Sequence[Example],
+    examples: Examples,
     baseline: Readouts,
     *,
     read: Callable[..., Readouts] = read_prompts,
@@ -168,7 +168,7 @@ def _difference(problem: Problem, example_id: str, loss: float, before: Readouts
     return Step(example_id, loss, dX.double().cpu(), exact.double().cpu(), after.y - before.y)
 
 
-def kept_steps(problem: Problem, examples: Sequence[Example], work: Work) -> dict[str, dict[str, Floats]]:
+def kept_steps(problem: Problem, examples: Examples, work: Work) -> dict[str, dict[str, Floats]]:
     """Example id -> dX, dX_exact [N, d] (where X is read), dy [N], loss [1]; one piece an example."""
     rows: dict[str, dict[str, Floats]] = {}
     for example in examples if work.pieces is not None else ():
@@ -207,12 +207,7 @@ class FiniteStep:
         return needs_gradients(curvature)
 
     def estimate(
-        self,
-        problem: Problem,
-        examples: Sequence[Example],
-        targets: TargetSet,
-        work: Work,
-        queries: Queries | None = None,
+        self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None
     ) -> Scores:
         """dX (with the baseline's gates) and dy of each step; targets are sums of these."""
         found = kept_steps(problem, examples, work)
@@ -222,6 +217,6 @@ class FiniteStep:
         details = {"dy": np.stack([row["dy"] for row in rows])}
         return Scores("finite-step", tuple(z.id for z in examples), targets.names, values, None, losses, True, details)
 
-    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """A step and a pass over all prompts an example."""
         return cost.finite_step(problem, examples)

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.core.curvature import Curvature
 from taught.core.estimator import Work, needs_gradients
-from taught.core.example import Example, example_losses
+from taught.core.example import Example, Examples, example_losses
 from taught.core.problem import Problem
 from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
@@ -77,7 +77,7 @@ class _Reader(nn.Module):
         return problem.features(h, packed.offsets.to(h.device)), y
 
 
-def tangents(problem: Problem, examples: Sequence[Example], *, progress: Progress | None = None) -> Iterator[Tangent]:
+def tangents(problem: Problem, examples: Examples, *, progress: Progress | None = None) -> Iterator[Tangent]:
     """One :class:`Tangent` per example, in order. No weight is changed.
 
     Raises
@@ -140,12 +140,7 @@ class Forward:
         return needs_gradients(curvature)
 
     def estimate(
-        self,
-        problem: Problem,
-        examples: Sequence[Example],
-        targets: TargetSet,
-        work: Work,
-        queries: Queries | None = None,
+        self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None
     ) -> Scores:
         """dX and dy of each example, one piece an example; targets are sums of these."""
         losses = example_losses(problem.model, examples, problem.batch_tokens)
@@ -159,7 +154,7 @@ class Forward:
         ids = tuple(z.id for z in examples)
         return Scores("forward", ids, targets.names, values, losses=losses.numpy(), details=details)
 
-    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """About three forward passes over the prompts an example."""
         return cost.forward(problem, examples)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from taught.core.example import Example, ExampleBatch, batch_examples, refuse_nonfinite
+from taught.core.example import ExampleBatch, Examples, batch_examples, refuse_nonfinite
 from taught.core.problem import Problem
 from taught.core.query import build_queries
 from taught.model.gradients import RowSparse, Site, find_sites, frozen
@@ -40,12 +40,7 @@ class _Terms(nn.Module):
 
 
 def token_effects(
-    problem: Problem,
-    examples: Sequence[Example],
-    A: Tensor | None,
-    B: Tensor | None,
-    *,
-    progress: Progress | None = None,
+    problem: Problem, examples: Examples, A: Tensor | None, B: Tensor | None, *, progress: Progress | None = None
 ) -> list[Tensor]:
     """Share of every scored token in its example's effect on a few targets.
 

@@ -170,13 +170,10 @@ def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]
         The gradient that arrives at the lowest block's output is not the one that the whole model's
         backward pass gave: some block passes something on by another way than its output.
     """
-    x = kept.inputs.pop().requires_grad_()
-    args, kwargs = kept.calls.pop()
-    number = sites.lowest + len(kept.inputs)
-    with tap(model, sites.blocks[number]) as taps:
-        out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
-        factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x])
-    if number == sites.lowest + 1 and not _close(kept.grad, kept.first):
+    number = sites.lowest + len(kept.inputs) - 1
+    factors = _run_again(model, sites, kept, number)
+    off = kept.grad - kept.first
+    if number == sites.lowest + 1 and not off.float().norm() <= _TOLERANCE * kept.first.float().norm():
         raise UserError(
             "the model's blocks are not a chain",
             value="the gradient at the lowest block's output, taken block by block, is another one",
@@ -186,8 +183,14 @@ def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]
     return factors
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).float().norm() <= _TOLERANCE * b.float().norm())
+def _run_again(model: nn.Module, sites: BlockSites, kept: Trace, number: int) -> list[Factor]:
+    """Factors of the last block that is left; its gradient goes on to the block below."""
+    x = kept.inputs.pop().requires_grad_()
+    args, kwargs = kept.calls.pop()
+    with tap(model, sites.blocks[number]) as taps:
+        out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
+        factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x])
+    return factors
 
 
 def checkpointed(
@@ -228,15 +231,7 @@ def _parts(
     yield from tail
     tail.clear()
     while kept.inputs:
-        number = below + len(kept.inputs) - 1
-        x = kept.inputs.pop().requires_grad_()
-        args, kwargs = kept.calls.pop()
-        with tap(model, sites.blocks[number]) as taps:
-            out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
-            factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x])
-        del out, x
-        yield from factors
-        del factors
+        yield from _run_again(model, sites, kept, below + len(kept.inputs) - 1)
     if _in_front(model, sites):
         with _until_first_block(model) as reached, tap(model, sites.outside) as taps:
             with suppress(_Reached):

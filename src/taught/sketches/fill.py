@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from taught.core.example import Example
+from taught.core.example import Example, Examples
 from taught.core.problem import Problem
 from taught.model.readout import ReadPrompt
 from taught.progress import Progress
@@ -25,7 +25,7 @@ def fill_examples(
     store: SketchStore,
     problem: Problem,
     projection: Projection,
-    examples: Sequence[Example],
+    examples: Examples,
     *,
     share: tuple[int, int] = (0, 1),
     progress: Progress,

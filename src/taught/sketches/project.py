@@ -141,7 +141,9 @@ class Projection:
             for k in range(count):
                 one = total[k : k + 1]
                 if isinstance(given, RowSparse):
-                    self._add_lookups(given.rows[None], given.values[k][None].cpu(), _on_cpu(drawn), one)
+                    right = None if drawn.right is None else drawn.right.cpu()
+                    here = _Map(right, drawn.signs.cpu(), drawn.first)
+                    self._add_lookups(given.rows[None], given.values[k][None].cpu(), here, one)
                     continue
                 whole = given[k].cpu()
                 if whole.ndim == 1:
@@ -201,11 +203,8 @@ class Projection:
         total.view(-1, COLUMNS).index_add_(0, (rows + example).flatten(), values.flatten(0, 1))
 
     def _map(self, name: str) -> _Map:
-        if name not in self._maps:
-            self._maps[name] = self._draw(name)
-        return self._maps[name]
-
-    def _draw(self, name: str) -> _Map:
+        if name in self._maps:
+            return self._maps[name]
         weight = self.model.get_parameter(name)
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -219,11 +218,7 @@ class Projection:
             if width > COLUMNS:
                 right = torch.randn(COLUMNS, width, generator=draw) / COLUMNS**0.5
             right = right.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        return _Map(right, signs.to(weight.device), first)
-
-
-def _on_cpu(drawn: _Map) -> _Map:
-    return _Map(None if drawn.right is None else drawn.right.cpu(), drawn.signs.cpu(), drawn.first)
+        return self._maps.setdefault(name, _Map(right, signs.to(weight.device), first))
 
 
 def _fold(x: Tensor, first: int, total: Tensor) -> None:

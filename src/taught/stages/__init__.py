@@ -30,12 +30,6 @@ def _has_policy(study: Study) -> bool:
     return study.sae.path is not None
 
 
-def _curates(study: Study) -> bool:
-    """The published rule compares scores of two labels; without these there is nothing to decide."""
-    labels = (study.examples.positive_label, study.examples.negative_label)
-    return study.curation.rule != "paper" or (_has_policy(study) and None not in labels)
-
-
 STAGES = (
     Stage(
         "readings",
@@ -151,7 +145,11 @@ STAGES = (
         },
         needs=("attribute",),
         reads=("curation", "examples.positive_label", "examples.negative_label"),
-        asked=_curates,
+        # The published rule compares scores of two labels; without these there is nothing to decide.
+        asked=lambda study: (
+            study.curation.rule != "paper"
+            or (_has_policy(study) and None not in (study.examples.positive_label, study.examples.negative_label))
+        ),
         light=True,
         remade=True,
     ),
@@ -225,9 +223,9 @@ def asked(study: Study, to: str | None = None, only: str | None = None) -> list[
     if named is not None:
         require_stage(named)
     if named is not None and not BY_NAME[named].asked(study):
-        raise UserError(
-            "the study does not ask for this stage", value=named, rule=BY_NAME[named].what, fix=_wanted(named)
-        )
+        keys = {"policy": "sae.path=FOLDER", "clamp": "clamp=true", "clusters": "clusters=true"}
+        fix = f"use --set {keys[named]}" if named in keys else f"see the section {named} that `taught init` writes"
+        raise UserError("the study does not ask for this stage", value=named, rule=BY_NAME[named].what, fix=fix)
     if only is not None:
         return [BY_NAME[only]]
     trained = {*_needed(to)} if to is not None else set()
@@ -254,11 +252,6 @@ def _needed(name: str) -> Iterator[str]:
     yield name
     for before in BY_NAME[name].needs:
         yield from _needed(before)
-
-
-def _wanted(name: str) -> str:
-    keys = {"policy": "sae.path=FOLDER", "clamp": "clamp=true", "clusters": "clusters=true"}
-    return f"use --set {keys[name]}" if name in keys else f"see the section {name} that `taught init` writes"
 
 
 def run(

@@ -13,7 +13,7 @@ from taught.data.examples import load_examples
 from taught.data.tables import read_rows
 from taught.errors import UserError
 from taught.progress import Progress
-from taught.run.files import json_line
+from taught.run.files import json_line, schema
 from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
 from taught.stages.scored import default_target, read_scores
@@ -71,18 +71,9 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
         _write_choice(run, study, decisions)
 
 
-_CURATION = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("action", pa.string()),
-        ("rule", pa.string()),
-        ("target", pa.string()),
-        ("reason", pa.string()),
-        ("score", pa.float64()),
-        ("threshold", pa.float64()),
-        ("protect", pa.string()),
-        ("protect_score", pa.float64()),
-    ]
+_CURATION = schema(
+    "example_id:str action:str rule:str target:str reason:str score:float threshold:float protect:str "
+    "protect_score:float"
 )
 
 

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import taught
 from taught.core.behavior import behavior_record
-from taught.core.example import Example, example_losses
+from taught.core.example import Examples, example_losses
 from taught.core.problem import Problem
 from taught.data.columns import name_ids
 from taught.errors import UserError
@@ -143,7 +143,7 @@ class Retrainer:
     def __init__(
         self,
         problem: Problem,
-        examples: Sequence[Example],
+        examples: Examples,
         recipe: Recipe,
         folder: Path,
         *,
@@ -296,9 +296,7 @@ class Retrainer:
             seconds_reading=time.monotonic() - started - seconds,
         )
 
-    def _fit(
-        self, inputs: Sequence[Example], recipe: Recipe, parameters: Sequence[str] | None, keep: Path | None
-    ) -> TrainLog:
+    def _fit(self, inputs: Examples, recipe: Recipe, parameters: Sequence[str] | None, keep: Path | None) -> TrainLog:
         model, progress = self.problem.model, self._progress
         if recipe.trainer == "trl":
             return train_by_trl(
@@ -317,7 +315,7 @@ class Retrainer:
             self._tokenizer.save_pretrained(folder)
         return log
 
-    def _losses_before(self, inputs: Sequence[Example]) -> Floats:
+    def _losses_before(self, inputs: Examples) -> Floats:
         new = [example for example in inputs if example.id not in self._before]
         if new:
             losses = example_losses(self.problem.model, new, self.problem.batch_tokens).tolist()
@@ -351,6 +349,8 @@ def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
             "sae.encoder": features.encoder,
             "readout.position": features.position,
         }
+    root = Path(taught.__file__).parent
+    digests = {name: files.sha256_file(root / name) for name in _COMPUTING}
     prompts = [[p.id, list(p.ids), list(p.read), list(map(list, p.suffixes))] for p in problem.prompts]
     return {
         "model.weights": dict(weights),
@@ -360,15 +360,8 @@ def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
         "behavior": behavior_record(problem.behavior),
         **read,
         "features": list(_features(problem)),
-        "code": _code_version(),
+        "code": f"taught {taught.__version__}, sources {fingerprint(digests)[:16]}",
     }
-
-
-def _code_version() -> str:
-    """Version of the package and digest of the sources that retrainings come from."""
-    root = Path(taught.__file__).parent
-    digests = {name: files.sha256_file(root / name) for name in _COMPUTING}
-    return f"taught {taught.__version__}, sources {fingerprint(digests)[:16]}"
 
 
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -433,22 +426,14 @@ def _whole_folder(target: Path | None) -> Iterator[Path | None]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+_ARRAYS = ("y", "X", "losses_before", "losses_after")
+
+
 def _save(folder: Path, made: Retraining) -> None:
     """Arrays first, the record last: without it a retraining does not count."""
-    arrays = {"y": made.y, "X": made.X, "losses_before": made.losses_before, "losses_after": made.losses_after}
-    content = files.tensors_bytes(arrays)
-    record = {
-        "ids": made.ids,
-        "kept": made.kept,
-        "seed": made.seed,
-        "prompt_ids": made.prompt_ids,
-        "feature_ids": made.feature_ids,
-        "answers": made.answers,
-        "log": None if made.log is None else asdict(made.log),
-        "seconds_training": made.seconds_training,
-        "seconds_reading": made.seconds_reading,
-        "sha256": files.sha256_bytes(content),
-    }
+    content = files.tensors_bytes({name: getattr(made, name) for name in _ARRAYS})
+    record = {item.name: getattr(made, item.name) for item in fields(made) if item.name not in ("key", *_ARRAYS)}
+    record |= {"log": None if made.log is None else asdict(made.log), "sha256": files.sha256_bytes(content)}
     files.write_bytes(folder / f"{made.key}.safetensors", content)
     files.write_bytes(folder / f"{made.key}.json", files.json_bytes(record))
 
@@ -457,32 +442,19 @@ def _load(folder: Path, key: str) -> Retraining:
     record = _read_record(folder / f"{key}.json")
     file = folder / f"{key}.safetensors"
     content = file.read_bytes() if file.is_file() else b""
-    if files.sha256_bytes(content) != record["sha256"]:
+    if files.sha256_bytes(content) != record.pop("sha256"):
         raise UserError(
             "a finished retraining is damaged",
             value=str(file),
             rule="its checksum is the one that was recorded when it was written",
             fix=f"delete {file.with_suffix('.json').name}: it is made again",
         )
-    arrays, log = files.tensors_from_bytes(content), record["log"]
+    log = record.pop("log")
     steps = None if log is None else TrainLog(tuple(map(tuple, log["ids"])), tuple(log["losses"]), tuple(log["lrs"]))
-    answers = None if record["answers"] is None else tuple(map(tuple, record["answers"]))
-    return Retraining(
-        key,
-        tuple(record["ids"]),
-        tuple(record["kept"]),
-        record["seed"],
-        tuple(record["prompt_ids"]),
-        tuple(record["feature_ids"]),
-        arrays["y"],
-        arrays["X"],
-        arrays["losses_before"],
-        arrays["losses_after"],
-        answers,
-        steps,
-        record["seconds_training"],
-        record["seconds_reading"],
-    )
+    if record["answers"] is not None:
+        record["answers"] = list(map(tuple, record["answers"]))
+    rest: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+    return Retraining(key=key, log=steps, **rest, **dict[str, Any](files.tensors_from_bytes(content)))
 
 
 def _read_record(file: Path) -> dict[str, Any]:

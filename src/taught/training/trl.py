@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taught.core.example import Example
+from taught.core.example import Examples
 from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.model.forward import first_device
@@ -32,7 +32,7 @@ from taught.training.loop import Recipe, TrainLog, check_inputs, only_moving
 
 def train_by_trl(
     model: nn.Module,
-    inputs: Sequence[Example],
+    inputs: Examples,
     recipe: Recipe,
     *,
     tokenizer: Any,
@@ -112,7 +112,7 @@ class _Collator:
 
 
 def _trainer(
-    model: nn.Module, inputs: Sequence[Example], recipe: Recipe, tokenizer: Any, collator: _Collator, folder: str
+    model: nn.Module, inputs: Examples, recipe: Recipe, tokenizer: Any, collator: _Collator, folder: str
 ) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -162,7 +162,7 @@ def _trainer(
     return trainer
 
 
-def _check_prepared(inputs: Sequence[Example], dataset: Any) -> None:
+def _check_prepared(inputs: Examples, dataset: Any) -> None:
     """Refuse a data set that is not what was given: it drops rows whose labels are all masked."""
     wanted = {p.id: (list(p.ids), [i for i, w in zip(p.ids, p.weights[0], strict=True) if w]) for p in inputs}
     found = {
