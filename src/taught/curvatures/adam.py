@@ -177,12 +177,10 @@ def moments_from_optimizer(state: str | Path | Mapping[str, Any], names: Sequenc
 
     Parameters
     ----------
-    state
-        What ``optimizer.state_dict()`` gives; or a safetensors file with a tensor
-        ``NAME.exp_avg_sq``, or ``NAME`` alone, for each parameter. Pickles are never opened.
-    names
-        For a ``state_dict``: the parameters' names in the order in which the optimizer was given
-        them, all groups in a row. Not needed where the optimizer was given ``named_parameters()``.
+    state : what ``optimizer.state_dict()`` gives; or a safetensors file with a tensor ``NAME.exp_avg_sq``, or ``NAME``
+        alone, for each parameter. Pickles are never opened.
+    names : For a ``state_dict``: the parameters' names in the order in which the optimizer was given them, all groups
+        in a row. Not needed where the optimizer was given ``named_parameters()``.
 
     Returns
     -------

@@ -45,9 +45,8 @@ class EncodedPrompt:
     input_ids
         The template's rendering, with the generation prompt and what the template writes between that and an answer.
     user_span : token range (start, end) of the last user message's content; empty for a text by itself
-    end_of_turn
-        Index of the token that ends the last user turn; the last token of the content where the
-        template marks the end of a turn by no special token.
+    end_of_turn : index of the token that ends the last user turn; the last token of the content where the template
+        marks the end of a turn by no special token
     suffixes : tokens of what is scored behind the prompt
     left_out : texts that are not scored, since what another one says contains them
     """
@@ -67,12 +66,10 @@ class EncodedExample:
     Attributes
     ----------
     id : the example's id; of a window the document's id, "#" and its number from 0
-    input_ids
-        The template's rendering of the conversation up to and with the end-of-turn token of the
-        response, cut at the token limit; or the tokens of the window.
-    scored
-        Places in ``input_ids`` of the tokens that the loss is on: of each answer that counts, its
-        content and its end-of-turn token.
+    input_ids : the template's rendering of the conversation up to and with the end-of-turn token of the response, cut
+        at the token limit; or the tokens of the window
+    scored : places in ``input_ids`` of the tokens that the loss is on: of each answer that counts, its content and its
+        end-of-turn token
     truncated : whether the limit cut off a part of the response
     document, text : of a window: the document's id, and the text of the tokens that the loss is on
     """
@@ -269,9 +266,8 @@ class ChatFormat:
 
         Parameters
         ----------
-        examples
-            The examples; a document becomes windows of its tokens
-            (:func:`taught.data.documents.encode_document`), none of them truncated.
+        examples : the examples; a document becomes windows of its tokens
+            (:func:`taught.data.documents.encode_document`), none of them truncated
         max_tokens : longest input
         drop_truncated : leave out truncated examples and name them
         truncate : "keep": truncated examples stay, flagged, unless nothing of the response is left

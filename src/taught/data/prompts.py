@@ -105,13 +105,11 @@ def load_prompts(
 
     Parameters
     ----------
-    source
-        A table, or rows: a list of dicts, a ``datasets.Dataset``, anything that yields mappings
-        (see :func:`taught.data.tables.open_table`).
-    columns
-        Field -> column name, where the names are not the usual ones. Fields: id, text, messages,
-        group, category, source, licence, answer, options. A prompt without id is called after what
-        it holds; without groups all prompts are of the group "all". A text may be a list of messages.
+    source : a table, or rows: a list of dicts, a ``datasets.Dataset``, anything that yields mappings (see
+        :func:`taught.data.tables.open_table`)
+    columns : field -> column name, where the names are not the usual ones. Fields: id, text, messages, group, category,
+        source, licence, answer, options. A prompt without id is called after what it holds; without groups all prompts
+        are of the group "all". A text may be a list of messages.
 
     Raises
     ------

@@ -60,9 +60,8 @@ def read_rows(path: str | Path) -> list[Row]:
 
     Parameters
     ----------
-    path
-        A file that ends in .jsonl, .json (a list of objects), .parquet or .csv, or a folder made by
-        ``Dataset.save_to_disk``.
+    path : a file that ends in .jsonl, .json (a list of objects), .parquet or .csv, or a folder made by
+        ``Dataset.save_to_disk``
 
     Raises
     ------

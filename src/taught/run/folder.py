@@ -62,9 +62,8 @@ class RunFolder:
     Parameters
     ----------
     path : The folder. One that holds other files and no manifest is refused.
-    fresh
-        Stages whose earlier results are deleted, once, when the stage begins; and with them what was
-        made from them, where they are made under other inputs now.
+    fresh : Stages whose earlier results are deleted, once, when the stage begins; and with them what was made from
+        them, where they are made under other inputs now
     command : the command that repeats the run, kept in the manifest
 
     Raises
@@ -166,9 +165,8 @@ class RunFolder:
         ----------
         name : one of ``taught.stages.STAGES``
         study : what is to be computed
-        extra
-            Further things that the result depends on and only the caller knows, as plain values:
-            ``{"model.weights": sha256, "model.source": "..."}``.
+        extra : further things that the result depends on and only the caller knows, as plain values:
+            ``{"model.weights": sha256, "model.source": "..."}``
         reads : Stages that are read this time, beside those that this one always reads
 
         Raises
@@ -287,9 +285,8 @@ class RunFolder:
         ----------
         arrays : name -> array
         ids : Name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``. No id may stand twice.
-        axes
-            Array name -> name of the ids of each axis (None: an axis without ids), checked for
-            length. Without it, each list of ids must have the length of some axis.
+        axes : array name -> name of the ids of each axis (None: an axis without ids), checked for length. Without it,
+            each list of ids must have the length of some axis.
 
         Raises
         ------

@@ -209,9 +209,8 @@ def asked(study: Study, to: str | None = None, only: str | None = None) -> list[
 
     Parameters
     ----------
-    to
-        Nothing after this stage, but the report. A stage that trains models runs only where it is
-        named here, with what it needs.
+    to : nothing after this stage, but the report. A stage that trains models runs only where it is named here, with
+        what it needs.
     only : This stage alone
 
     Raises

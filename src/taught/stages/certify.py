@@ -42,9 +42,8 @@ def write_certificates(
     Parameters
     ----------
     shift : Change of every coefficient by every example, [P, d]; None where it was not asked for
-    checks
-        Example id -> ``refit_score`` of a real step, and with sketches ``exact_score``, for the examples
-        where one was made.
+    checks : Example id -> ``refit_score`` of a real step, and with sketches ``exact_score``, for the examples where one
+        was made
     """
     allowed = np.zeros(len(scores))
     policy = targets.readings.policy

@@ -615,13 +615,10 @@ class Study:
 
         Parameters
         ----------
-        key
-            Dotted key, e.g. ``policy.alpha`` or ``attribution.curvature.damping``. Another method
+        key : Dotted key, e.g. ``policy.alpha`` or ``attribution.curvature.damping``. Another method
             (``attribution.curvature``) drops the parameters of the one before.
-        value
-            The new value, as YAML would give it.
-        base
-            Folder that a relative path is resolved against; the current one by default.
+        value : the new value, as YAML would give it
+        base : folder that a relative path is resolved against; the current one by default
         """
         changed = cast(Study, _replaced(self, key.split("."), value, key))
         return changed._resolved(base or Path.cwd(), lambda at: at == key or at.startswith(f"{key}."))

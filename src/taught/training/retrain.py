@@ -174,9 +174,8 @@ class Retrainer:
         Parameters
         ----------
         seed : of the order of the examples; None: the recipe's
-        keep
-            A folder for a checkpoint and Adam's second moments after every epoch (``train``).
-            Where it is missing, training is made again for it. By the trainer "loop" only.
+        keep : a folder for a checkpoint and Adam's second moments after every epoch (``train``). Where it is missing,
+            training is made again for it. By the trainer "loop" only.
 
         Raises
         ------
