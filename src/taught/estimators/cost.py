@@ -102,7 +102,9 @@ def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method:
     curved = getattr(curvature, "curved", None)
     if curved is not None:  # nothing else moves
         problem = replace(problem, parameters=curved(problem))
-    found = dict(estimator.cost(problem, examples, asked)) | curvature_cost(curvature, problem, examples, asked)
+    found = dict(estimator.cost(problem, examples, asked))
+    if (fitting := getattr(curvature, "cost", None)) is not None:
+        found |= fitting(problem, examples, asked)
     passes = _Passes.of(problem, examples)
     if asked.top:
         found.setdefault("finite steps", passes.trees + min(asked.top, len(examples)) * passes.step)
@@ -111,12 +113,6 @@ def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method:
     legs = method.trajectory.make(TRAJECTORIES)
     times = 1 if legs.single else len(legs)
     return {part: times * value for part, value in found.items()}
-
-
-def curvature_cost(curvature: Any, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
-    """What fitting a curvature costs, where it says so."""
-    cost = getattr(curvature, "cost", None)
-    return {} if cost is None else dict(cost(problem, examples, asked))
 
 
 @dataclass(frozen=True)

@@ -104,14 +104,12 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError("unknown dtype", value=dtype, rule="one of " + ", ".join(DTYPES), fix="set model.dtype")
-    from transformers import AutoTokenizer
-
     from taught.model.adapter import add_adapter
     from taught.model.kernels import use_fast_products
 
     template = _read_template(chat_template)
     source = _locate(str(model_id), revision)
-    tokenizer = _from_hub(partial(AutoTokenizer.from_pretrained, trust_remote_code=False), source, revision)
+    tokenizer = _from_hub(_load_tokenizer, source, revision)
     if template is not None:
         tokenizer.chat_template = template
     if not getattr(tokenizer, "chat_template", None):
@@ -129,6 +127,12 @@ def load_model(
         use_fast_products(model)
         weights = {**weights, "adapter": added}
     return LoadedModel(model, tokenizer, str(model_id), commit or revision, weights)
+
+
+def _load_tokenizer(name: str, **how: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **how)
 
 
 def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:

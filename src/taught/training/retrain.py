@@ -348,8 +348,6 @@ def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
             "sae.encoder": features.encoder,
             "readout.position": features.position,
         }
-    root = Path(taught.__file__).parent
-    digests = {name: files.sha256_file(root / name) for name in _COMPUTING}
     prompts = [[p.id, list(p.ids), list(p.read), list(map(list, p.suffixes))] for p in problem.prompts]
     return {
         "model.weights": dict(weights),
@@ -359,8 +357,15 @@ def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
         "behavior": behavior_record(problem.behavior),
         **read,
         "features": list(_features(problem)),
-        "code": f"taught {taught.__version__}, sources {fingerprint(digests)[:16]}",
+        "code": _code_version(),
     }
+
+
+def _code_version() -> str:
+    """Version of the package and digest of the sources that retrainings come from."""
+    root = Path(taught.__file__).parent
+    digests = {name: files.sha256_file(root / name) for name in _COMPUTING}
+    return f"taught {taught.__version__}, sources {fingerprint(digests)[:16]}"
 
 
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
