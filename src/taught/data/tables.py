@@ -115,26 +115,27 @@ def table_sha256(path: str | Path) -> str:
 def _jsonl(path: Path) -> list[Row]:
     # Split at newlines only: str.splitlines would also break at U+2028 inside a JSON string.
     lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [_json_object(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _json_object(line: str, path: Path, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path.name}, line {number}: not JSON ({_why(error)})",
-            value=line,
-            rule="every line of a .jsonl file is one JSON object",
-            fix=f"correct line {number}",
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{path.name}, line {number}: not a JSON object",
-            value=line,
-            rule='every line is an object with named fields: {"prompt": …}',
-        )
-    return row
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path.name}, line {number}: not JSON ({_why(error)})",
+                value=line,
+                rule="every line of a .jsonl file is one JSON object",
+                fix=f"correct line {number}",
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path.name}, line {number}: not a JSON object",
+                value=line,
+                rule='every line is an object with named fields: {"prompt": …}',
+            )
+        rows.append(row)
+    return rows
 
 
 def _json(path: Path) -> list[Row]:

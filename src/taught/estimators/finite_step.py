@@ -152,19 +152,15 @@ def finite_steps(
             with torch.no_grad():
                 for name, p in moving.items():
                     p.copy_(base[name])
-            yield _difference(problem, example.id, loss, baseline, after)
+            if baseline.prompt_ids != after.prompt_ids:
+                raise ValueError("read-outs before and after a step are of different prompts")
+            dX = exact = None
+            if problem.features is not None:
+                X = problem.features(baseline.h, baseline.offsets)
+                dX = problem.features.response(baseline.h, after.h - baseline.h, baseline.offsets).double().cpu()
+                exact = (problem.features(after.h, after.offsets) - X).double().cpu()
+            yield Step(example.id, loss, dX, exact, after.y - baseline.y)
             (progress or SilentProgress()).advance(1)
-
-
-def _difference(problem: Problem, example_id: str, loss: float, before: Readouts, after: Readouts) -> Step:
-    if before.prompt_ids != after.prompt_ids:
-        raise ValueError("read-outs before and after a step are of different prompts")
-    if problem.features is None:
-        return Step(example_id, loss, None, None, after.y - before.y)
-    X = problem.features(before.h, before.offsets)
-    dX = problem.features.response(before.h, after.h - before.h, before.offsets)
-    exact = problem.features(after.h, after.offsets) - X
-    return Step(example_id, loss, dX.double().cpu(), exact.double().cpu(), after.y - before.y)
 
 
 def kept_steps(problem: Problem, examples: Examples, work: Work) -> dict[str, dict[str, Floats]]:

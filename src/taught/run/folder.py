@@ -191,12 +191,6 @@ class RunFolder:
             if not stage.done:
                 self._complete(stage, time.monotonic() - started)
 
-    def partial(self, stage: str) -> PartialFolder:
-        """Finished pieces of the stage that is running."""
-        if self._active is None or self._active.name != stage:
-            raise RuntimeError(f"stage {stage} is not running")
-        return self._active.partial
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other commands from writing here. A dead process holds no lock."""
@@ -209,18 +203,6 @@ class RunFolder:
             raise UserError(
                 "the run folder cannot be made", value=str(error), fix="choose another --run folder"
             ) from None
-        with self._lock():
-            for folder in (self.folder, *(self.folder / "partial").glob("*")):
-                files.remove_temporaries(folder)
-            self._manifest = load_manifest(self.folder)
-            self._locked = True
-            try:
-                yield
-            finally:
-                self._locked = False
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
         path = self.folder / ".lock"
         lock = FileLock(path, timeout=0)
         try:
@@ -235,8 +217,13 @@ class RunFolder:
         except OSError as error:
             raise files.write_error(path, error) from error
         try:
+            for folder in (self.folder, *(self.folder / "partial").glob("*")):
+                files.remove_temporaries(folder)
+            self._manifest = load_manifest(self.folder)
+            self._locked = True
             yield
         finally:
+            self._locked = False
             lock.release()
 
     # Writing

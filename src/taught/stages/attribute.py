@@ -289,13 +289,7 @@ def _interference(ready: Ready, scores: Scores) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _intended(ready: Ready, policy: Policy) -> dict[str, list[int]]:
-    """For each example the features it is about: its column ``intended``, or its prompt's active ones.
-
-    Raises
-    ------
-    UserError
-        A named feature is not one of the policy's.
-    """
+    """For each example the features it is about: its column ``intended``, or its prompt's active ones."""
     named = _named_features(ready.examples, policy)
     others = [example for example in ready.examples if not named[example.id]]
     encoded = [ready.subject.chat.encode_prompt(example.messages, example.id) for example in others]

@@ -17,7 +17,6 @@ from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
 from taught.data.chat import EncodedExample, EncodedPrompt
 from taught.data.columns import name_ids
-from taught.data.examples import ExampleSet
 from taught.data.overlap import find_overlap
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
@@ -60,6 +59,14 @@ class CheckReport:
         counts = Counter(kinds)
         self.add(f"{what}s", f"{counts.total()} ({', '.join(f'{n} {name}' for name, n in counts.items())})")
         self.add(f"{what} columns", ", ".join(f"{key} = {name}" for key, name in columns.items()))
+
+    def add_left_out(self, what: str, ids: Sequence[str], why: str, drop: bool) -> None:
+        """Add the examples that are left out on request; without one they are a problem."""
+        fate = "" if not ids else f", dropped on request: {name_ids(ids)}" if drop else ", an error"
+        self.add(what, f"{len(ids)} examples {why}{fate}")
+        if ids and not drop:
+            key = f"examples.drop_{what}=true"
+            self.problems.append(f"{len(ids)} examples {why}: {name_ids(ids)}; --set {key} leaves them out")
 
     def add_spread(self, what: str, lengths: Sequence[int]) -> None:
         """Add what numbers of tokens come to."""
@@ -128,48 +135,29 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
 
 def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts: PromptSet) -> list[EncodedExample]:
     """The examples that would be scored, as tokens; none where something is wrong with one of them."""
-    examples = chosen_examples(study)
+    spec, examples = study.examples, chosen_examples(study)
     report.add_set("example", (p.label for p in examples), examples.columns)
-    examples = _check_overlap(report, study, examples, prompts)
+    ids = list(dict.fromkeys(example_id for example_id, _ in find_overlap(examples, prompts)))
+    report.add_left_out("overlap", ids, "are evaluation prompts", spec.drop_overlap)
+    if spec.drop_overlap:
+        gone = set(ids)
+        examples = replace(examples, examples=tuple(example for example in examples if example.id not in gone))
     try:
-        encoded = [subject.chat.encode_example(example, study.examples.max_tokens) for example in examples]
+        encoded = [subject.chat.encode_example(example, spec.max_tokens) for example in examples]
     except UserError as error:
         report.problems.append(str(error))
         return []
-    scored = _check_truncation(report, study, encoded)
+    cut = [example.id for example in encoded if example.truncated]
+    report.add_left_out("truncated", cut, f"are longer than {spec.max_tokens} tokens", spec.drop_truncated)
+    scored = [
+        example for example in encoded if example.n_scored > 0 and not (spec.drop_truncated and example.truncated)
+    ]
     if not scored:
         report.problems.append("no example is left to be scored")
         return []
     report.add_spread("example tokens", [len(e.input_ids) for e in scored])
     report.add_spread("response tokens", [e.n_scored for e in scored])
     return scored
-
-
-def _check_overlap(report: CheckReport, study: Study, examples: ExampleSet, prompts: PromptSet) -> ExampleSet:
-    ids = list(dict.fromkeys(example_id for example_id, _ in find_overlap(examples, prompts)))
-    drop = study.examples.drop_overlap
-    what = f"{len(ids)} examples are evaluation prompts"
-    report.add("overlap", what + _fate(ids, drop))
-    if ids and not drop:
-        report.problems.append(f"{what}: {name_ids(ids)}; --set examples.drop_overlap=true leaves them out")
-        return examples
-    gone = set(ids)
-    return replace(examples, examples=tuple(example for example in examples if example.id not in gone))
-
-
-def _check_truncation(report: CheckReport, study: Study, encoded: Sequence[EncodedExample]) -> list[EncodedExample]:
-    """The examples without those that the limit leaves nothing of, or that are dropped on request."""
-    ids = [example.id for example in encoded if example.truncated]
-    drop = study.examples.drop_truncated
-    what = f"{len(ids)} examples are longer than {study.examples.max_tokens} tokens"
-    report.add("truncated", what + _fate(ids, drop))
-    if ids and not drop:
-        report.problems.append(f"{what}: {name_ids(ids)}; --set examples.drop_truncated=true leaves them out")
-    return [example for example in encoded if example.n_scored > 0 and not (drop and example.truncated)]
-
-
-def _fate(ids: Sequence[str], drop: bool) -> str:
-    return "" if not ids else f", dropped on request: {name_ids(ids)}" if drop else ", an error"
 
 
 def _estimate(

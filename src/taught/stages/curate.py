@@ -79,7 +79,15 @@ _CURATION = schema(
 
 def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:
     """The rows of the example file, split by decision; a row is in exactly one of the files."""
-    rows = _scored_rows(run, study)
+    path = Path(study.examples.path)
+    if content_digest("examples.path", path) != run.manifest["inputs"]["attribute"].get("examples.path sha256"):
+        raise UserError(
+            "the example file has changed since it was scored",
+            value=str(path),
+            rule="decisions belong to the examples that were scored",
+            fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
+        )
+    rows = dict(zip(load_examples(path, study.examples.kind).ids, read_rows(path), strict=True))
     files: dict[str, list[str]] = {"keep": [], "drop": [], "unscored": []}
     scored = run.read_table("examples", ["example_id", "document", "response"]).to_pylist()
     windows = {row["example_id"]: row for row in scored if row["document"]}
@@ -98,20 +106,6 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
         files["unscored"].append(_line(example_id, row, reason))
     for name, lines in files.items():
         run.write_text(f"{name}.jsonl", "".join(lines))
-
-
-def _scored_rows(run: RunFolder, study: Study) -> dict[str, dict[str, Any]]:
-    """Example id -> its row, from a file that has not changed since it was scored."""
-    path = Path(study.examples.path)
-    scored = run.manifest["inputs"]["attribute"].get("examples.path sha256")
-    if content_digest("examples.path", path) != scored:
-        raise UserError(
-            "the example file has changed since it was scored",
-            value=str(path),
-            rule="decisions belong to the examples that were scored",
-            fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
-        )
-    return dict(zip(load_examples(path, study.examples.kind).ids, read_rows(path), strict=True))
 
 
 def _line(example_id: str, row: dict[str, Any], reason: str) -> str:

@@ -33,7 +33,14 @@ def own_examples(
         The file was made by another model or with other settings, or is damaged; prompt and answer
         do not fit into the model's context.
     """
-    _require_room(subject, examples, limit)
+    longest, context = max(example.start for example in examples), subject.chat.context
+    if context is not None and longest + limit > context:
+        raise UserError(
+            "prompt and own response do not fit into the model's context",
+            value=f"{longest} tokens of a prompt and {limit} of the response",
+            rule=f"{context} tokens together",
+            fix="lower it: --set attribution.max_new_tokens=N",
+        )
     tokenizer = subject.loaded.tokenizer
     # What ends the responses of the examples ends the model's own; a truncated example ends anywhere.
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -84,17 +91,6 @@ def _read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             fix=f"delete {file}; the answers are generated again",
         )
     return responses
-
-
-def _require_room(subject: Subject, examples: Examples, limit: int) -> None:
-    longest, context = max(example.start for example in examples), subject.chat.context
-    if context is not None and longest + limit > context:
-        raise UserError(
-            "prompt and own response do not fit into the model's context",
-            value=f"{longest} tokens of a prompt and {limit} of the response",
-            rule=f"{context} tokens together",
-            fix="lower it: --set attribution.max_new_tokens=N",
-        )
 
 
 def _key(example: Example) -> str:

@@ -126,13 +126,7 @@ def _judged(
 
 
 def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
-    """The subsets of every design that the study names.
-
-    Raises
-    ------
-    UserError
-        A design cannot be drawn from these examples, or needs values that the run lacks.
-    """
+    """The subsets of every design that the study names."""
     spec, ids = study.validation, [example.id for example in ready.inputs]
     size = spec.part_of(len(ids))
 
