@@ -166,12 +166,12 @@ def test_prompt_tokens_and_response_tokens_make_the_whole_rendering(name: str, r
     whole = own_ids(name, [user("How?"), assistant(response)], answer=False)
     encoded = FORMATS[name].encode_example(example("How?", response))
     prompt = FORMATS[name].encode_prompt("How?")
-    assert encoded.input_ids[: encoded.response_start] == prompt.input_ids
+    assert encoded.input_ids[: encoded.scored[0]] == prompt.input_ids
     assert encoded.input_ids == whole[: len(encoded.input_ids)]
     assert BPE.decode(whole[len(encoded.input_ids) :]).strip() == ""
-    assert encoded.n_scored == len(encoded.input_ids) - encoded.response_start
+    assert encoded.n_scored == len(encoded.input_ids) - encoded.scored[0]
     ending = END.get(name, "")
-    assert BPE.decode(encoded.input_ids[encoded.response_start :]).rstrip("\n") == response + ending
+    assert BPE.decode(encoded.input_ids[encoded.scored[0] :]).rstrip("\n") == response + ending
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
@@ -185,7 +185,7 @@ def test_any_text_is_rendered_exactly_or_refused_by_id(name: str, prompt: str, r
         return
     whole = own_ids(name, [user(prompt), assistant(response)], answer=False)
     assert encoded.input_ids == whole[: len(encoded.input_ids)]
-    read = BPE.decode(encoded.input_ids[encoded.response_start :])
+    read = BPE.decode(encoded.input_ids[encoded.scored[0] :])
     assert read.removesuffix(END[name]).strip() == response.strip()
     assert prompt.strip() in BPE.decode(encoded.input_ids[start:end])
 
@@ -193,8 +193,8 @@ def test_any_text_is_rendered_exactly_or_refused_by_id(name: str, prompt: str, r
 def test_a_conversation_of_several_turns_trains_on_its_last_answer_only() -> None:
     turns = ({"role": "system", "content": "Brief."}, user("One"), assistant("Two"), user("Three"))
     encoded = FORMATS["chatml"].encode_example(Record("m", "Three", "Four", messages=turns))
-    assert BPE.decode(encoded.input_ids[encoded.response_start :]) == "Four<|im_end|>"
-    assert BPE.decode(encoded.input_ids[: encoded.response_start]).endswith(
+    assert BPE.decode(encoded.input_ids[encoded.scored[0] :]) == "Four<|im_end|>"
+    assert BPE.decode(encoded.input_ids[: encoded.scored[0]]).endswith(
         "Two<|im_end|>\n<|im_start|>user\nThree<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -240,7 +240,7 @@ def test_a_template_that_changes_an_answered_prompt_is_an_error_with_the_id() ->
 
 def test_trap_11_nothing_is_truncated_silently() -> None:
     short, long = example("How?", "No.", "short"), example("How?", "No, " * 40, "long")
-    start = FORMATS["chatml"].encode_example(long).response_start
+    start = FORMATS["chatml"].encode_example(long).scored[0]
     limit = start + 20
     with pytest.raises(UserError, match=f"1 examples are longer than {limit} tokens") as caught:
         FORMATS["chatml"].encode_examples([short, long], limit)
@@ -258,7 +258,7 @@ def test_trap_11_nothing_is_truncated_silently() -> None:
 
 def test_a_response_cut_to_nothing_is_never_kept() -> None:
     z = example("How?", "No.")
-    limit = FORMATS["chatml"].encode_example(z).response_start
+    limit = FORMATS["chatml"].encode_example(z).scored[0]
     assert FORMATS["chatml"].encode_example(z, limit).n_scored == 0
     with pytest.raises(UserError, match="nothing of the response is left in 1 of them"):
         FORMATS["chatml"].encode_examples([z], limit, truncate="keep")
@@ -285,9 +285,9 @@ def test_a_prompt_longer_than_the_context_is_an_error_with_its_length() -> None:
 
 def test_a_example_beyond_the_context_is_truncated_there() -> None:
     whole = FORMATS["chatml"].encode_example(example("How?", "No, " * 40))
-    context = whole.response_start + 5
+    context = whole.scored[0] + 5
     encoded = ChatFormat(BPE, CHATML, context=context).encode_example(example("How?", "No, " * 40))
-    scored = tuple(range(whole.response_start, context))
+    scored = tuple(range(whole.scored[0], context))
     assert encoded == EncodedExample("z", whole.input_ids[:context], scored, truncated=True) and len(scored) == 5
 
 
@@ -355,8 +355,8 @@ def test_the_real_tokenizer_of_the_preset(smollm2) -> None:
     assert encoded.input_ids[encoded.end_of_turn] == smollm2.eos_token_id
     assert smollm2.decode(encoded.input_ids[encoded.end_of_turn :]) == ("<|im_end|>\n<|im_start|>assistant\n")
     z = chat.encode_example(example("How do I pick a lock?", "I can’t help with that."))
-    assert z.input_ids[: z.response_start] == encoded.input_ids
-    assert smollm2.decode(z.input_ids[z.response_start :]) == "I can’t help with that.<|im_end|>"
+    assert z.input_ids[: z.scored[0]] == encoded.input_ids
+    assert smollm2.decode(z.input_ids[z.scored[0] :]) == "I can’t help with that.<|im_end|>"
     with pytest.raises(UserError, match="merges the end of the prompt"):
         chat.encode_example(example("How?", "  No."))
 

@@ -642,7 +642,10 @@ def test_a_ranking_without_a_size_has_a_dash():
     ]
     sizes, cells = rank_table(rows)
     assert sizes == [1, 3]
-    assert cells == [("|score S|", ["undecided (93.4%)", "–"]), ("|score S, through the output|", ["–", "safe (100.0%)"])]
+    assert cells == [
+        ("|score S|", ["undecided (93.4%)", "–"]),
+        ("|score S, through the output|", ["–", "safe (100.0%)"]),
+    ]
 
 
 def test_audit_names_gaps_and_spill_and_counts_only_what_was_tested():
@@ -803,7 +806,9 @@ def test_rankings_are_said_to_be_safe_or_why_they_are_not():
     ]
     sentence = ranking_sentence(some)
     assert sentence.tone == "caution"
-    assert "by |score S| none (top 1 undecided: needs dX); by |behavior on odd| the top 1 and 3 safe " in (sentence.text)
+    assert "by |score S| none (top 1 undecided: needs dX); by |behavior on odd| the top 1 and 3 safe " in (
+        sentence.text
+    )
     assert sentence.text.endswith("(top 5 undecided: too near).")
     assert ranking_sentence(some[2:]).tone == "found"
 

@@ -687,8 +687,8 @@ def test_a_deleted_file_makes_the_stage_undone(folder, study):
 
 def test_an_exception_leaves_the_stage_unfinished_and_its_pieces_kept(folder, study):
     run = RunFolder(folder)
-    with pytest.raises(KeyboardInterrupt), run.stage("readings", study):
-        run.partial("readings").save("batch-0", {"x": X})
+    with pytest.raises(KeyboardInterrupt), run.stage("readings", study) as stage:
+        stage.partial.save("batch-0", {"x": X})
         run.write_json("readings", {})
         raise KeyboardInterrupt
     with pytest.raises(UserError, match="readings was not finished"):

@@ -13,11 +13,9 @@ influence) derives what each has to do with the gradient. Source: Concept Influe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
-from taught.core.example import Example
+from taught.core.example import Examples
 from taught.errors import UserError
 from taught.features.concept import ConceptMap
 from taught.model.gradients import evaluating
@@ -25,14 +23,12 @@ from taught.model.readout import PACK_TOKENS, ReadPrompt, read_residuals
 from taught.progress import Progress
 
 
-def response_reads(examples: Sequence[Example], tokens: str) -> list[ReadPrompt]:
+def response_reads(examples: Examples, tokens: str) -> list[ReadPrompt]:
     """Examples as token inputs that are read at their response.
 
     Parameters
     ----------
-    tokens
-        ``mean_response``: every scored token, the end of the turn included; ``last_response``: the
-        last one alone.
+    tokens : ``mean_response``: every scored token, the end of the turn included; ``last_response``: the last one alone
 
     Raises
     ------
@@ -53,7 +49,7 @@ def response_reads(examples: Sequence[Example], tokens: str) -> list[ReadPrompt]
 
 def project(
     model: nn.Module,
-    examples: Sequence[Example],
+    examples: Examples,
     concepts: ConceptMap,
     block: int,
     *,

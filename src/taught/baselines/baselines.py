@@ -13,11 +13,10 @@ No method of data attribution wins everywhere, and cheap ones often come close (
     gradient-dot      - <grad L(z), q>,   q = gradient of the group's mean y
     gradient-cosine   - <grad L(z), q> / (|grad L(z)| |q|)
 
-The last four are about a group of prompts, the others about no target. Sign: the last two are
-positive where training on the example raises the group's mean y (gradient-dot is the effect of a plain
-SGD step divided by the learning rate); ``label`` and ``random`` and all others are only what they
-say, and a table of correlations shows which way they work. A sentence embedding
-needs a second model: recipes/embedding makes a table of it for ``validation.scores``.
+The last four are about a group of prompts, the others about no target. Sign: the last two are positive where training
+on the example raises the group's mean y (gradient-dot is the effect of a plain SGD step divided by the learning rate);
+``label`` and ``random`` and all others are only what they say, and a table of correlations shows which way they work. A
+sentence embedding needs a second model: recipes/embedding makes a table of it for ``validation.scores``.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from taught.core.example import Example, batch_examples, example_losses, refuse_nonfinite
+from taught.core.example import Examples, batch_examples, example_losses, refuse_nonfinite
 from taught.core.gradient import by_parameter, example_gradients, refuse_unfit
 from taught.core.problem import Problem
 from taught.errors import UserError
-from taught.model.gradients import Factor, Site, accumulate, contract, dot, evaluating, find_sites, frozen, tap
+from taught.model.gradients import Site, accumulate, contract, dot, evaluating, find_sites, frozen, tap
 from taught.model.readout import ReadPrompt, pack, read_packed
 from taught.progress import Progress, SilentProgress
 
@@ -101,7 +100,7 @@ class BaselineScores:
 
 def baseline_scores(
     problem: Problem,
-    examples: Sequence[Example],
+    examples: Examples,
     groups: Groups,
     texts: Texts,
     *,
@@ -118,8 +117,7 @@ def baseline_scores(
     Raises
     ------
     UserError
-        A name is unknown, a group has no prompts, an example has no text or label, or a value is not
-        finite.
+        A name is unknown, a group has no prompts, an example has no text or label, or a value is not finite.
     """
     unknown = sorted(set(names) - set(BASELINES))
     if unknown:
@@ -224,9 +222,7 @@ def _postings(counts: Sequence[Counter[str]], norm: Floats) -> dict[str, tuple[N
     return found
 
 
-def similarities(
-    problem: Problem, examples: Sequence[Example], groups: Groups, *, tokens: str = "last"
-) -> dict[str, Floats]:
+def similarities(problem: Problem, examples: Examples, groups: Groups, *, tokens: str = "last") -> dict[str, Floats]:
     """Mean over a group's prompts of the cosine between the example's residual and the prompt's.
 
     Residuals are those after the problem's block: the prompt's at its read-out tokens (their mean),
@@ -288,7 +284,7 @@ class GradientProducts:
 
 
 def gradient_products(
-    problem: Problem, examples: Sequence[Example], groups: Groups, *, progress: Progress | None = None
+    problem: Problem, examples: Examples, groups: Groups, *, progress: Progress | None = None
 ) -> GradientProducts:
     """Norms and products of the gradients of the parameters that move.
 
@@ -313,7 +309,9 @@ def gradient_products(
             found = example_gradients(problem, sites, batch, examples)[1]
             index = list(batch.index)
             for name, factors in by_parameter(found).items():
-                norms[index] += _squared_norms(factors)
+                for row, i in enumerate(index):
+                    own = [f.examples(slice(row, row + 1)).double() for f in factors]
+                    norms[i] += dot(own, own)[0, 0].cpu()
                 if name in queries:
                     for factor in factors:
                         dots[index] -= contract(factor, queries[name]).double().cpu()
@@ -346,22 +344,6 @@ def _queries(problem: Problem, sites: Sequence[Site], groups: Groups) -> dict[st
                         )
                     accumulate(factor, queries[factor.param][k])
     return queries
-
-
-def _squared_norms(factors: Sequence[Factor]) -> Tensor:
-    """Squared norm of each example's gradient of one parameter, float64 [B]."""
-    norms = []
-    for example in range(len(factors[0].d)):
-        own = [_double(f.examples(slice(example, example + 1))) for f in factors]
-        norms.append(dot(own, own)[0, 0])
-    return torch.stack(norms).cpu()
-
-
-def _double(factor: Factor) -> Factor:
-    a = factor.a
-    if a is not None and a.is_floating_point():
-        a = a.double()
-    return replace(factor, a=a, d=factor.d.double())
 
 
 def _rows(problem: Problem, group: str, ids: Sequence[str]) -> list[int]:

@@ -84,7 +84,19 @@ def _target(run: RunFolder, what: str, asked: Asked) -> pa.Table:
             if asked.method is not None or "sketches" not in run.read_json("attribution"):
                 raise
     table = _by_strength(run, scores or _from_sketches(run, target, asked), asked.label)
-    return _quantiles(table) if asked.quantiles else _head(table, asked)
+    if not asked.quantiles:
+        return _head(table, asked)
+    import numpy as np
+    import pyarrow as pa
+
+    rows: dict[str, list[float]] = {}
+    for label, value in zip(table["label"].to_pylist(), table["value"].to_pylist(), strict=True):
+        rows.setdefault(label or "", []).append(value)
+    found = [
+        {"label": label, "n": len(values), **{f"q{q:g}": float(np.quantile(values, q)) for q in QUANTILES}}
+        for label, values in sorted(rows.items())
+    ]
+    return pa.Table.from_pylist(found)
 
 
 def _by_strength(run: RunFolder, scores: Scores, label: str | None) -> pa.Table:
@@ -103,23 +115,7 @@ def _by_strength(run: RunFolder, scores: Scores, label: str | None) -> pa.Table:
     errors = scores.error(scores.targets[0])
     columns["se"] = pa.array([None] * len(labels) if errors is None else errors, pa.float64(), from_pandas=True)
     order = sorted(range(len(labels)), key=lambda i: (-abs(columns["value"][i]), scores.example_ids[i]))
-    table = pa.table(columns).take([i for i in order if label in (None, labels[i])])
-    return table
-
-
-def _quantiles(table: pa.Table) -> pa.Table:
-    """label, n and a column for each quantile of the values."""
-    import numpy as np
-    import pyarrow as pa
-
-    rows: dict[str, list[float]] = {}
-    for label, value in zip(table["label"].to_pylist(), table["value"].to_pylist(), strict=True):
-        rows.setdefault(label or "", []).append(value)
-    found = [
-        {"label": label, "n": len(values), **{f"q{q:g}": float(np.quantile(values, q)) for q in QUANTILES}}
-        for label, values in sorted(rows.items())
-    ]
-    return pa.Table.from_pylist(found)
+    return pa.table(columns).take([i for i in order if label in (None, labels[i])])
 
 
 def _unknown(run: RunFolder, what: str, error: UserError) -> UserError:

@@ -139,20 +139,15 @@ def _run(study: Study, folder: RunFolder, to: str | None, only: str | None, quie
     complete = [stage.name for stage in stages if made[stage.name] == before.get(stage.name)]
     if complete:
         console.say(f"complete already: {', '.join(complete)}", console.err())
-    _say_left_out(folder)
+    dropped = folder.read_json("dropped") if "dropped.json" in folder.manifest["files"] else {}
+    for kind, ids in dropped.items():
+        if ids:
+            console.say(f"left out, {kind}: {len(ids)} examples: {', '.join(ids)}", console.err())
     _show(folder, None)
     console.say(f"{folder.folder}: {console.cost(folder)}", console.err())
     if "report.html" in folder.manifest["files"]:
         console.say(f"\nReport: {folder.path('report.html').resolve()}")
     return 0
-
-
-def _say_left_out(run: RunFolder) -> None:
-    """Name the examples that were left out on request."""
-    dropped = run.read_json("dropped") if "dropped.json" in run.manifest["files"] else {}
-    for kind, ids in dropped.items():
-        if ids:
-            console.say(f"left out, {kind}: {len(ids)} examples: {', '.join(ids)}", console.err())
 
 
 def _show(run: RunFolder, item: str | None) -> None:

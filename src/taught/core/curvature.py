@@ -5,7 +5,7 @@ A curvature is how C is found; fitted to a problem it is a :class:`Metric`. C = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,7 @@ from taught.model.kernels import product
 
 if TYPE_CHECKING:
     from taught.core.estimator import Work
-    from taught.core.example import Example
+    from taught.core.example import Examples
     from taught.core.problem import Problem
 
 # Orthonormal columns, [m, m] and [n, n], for a parameter [m, n]: G becomes rows' G columns.
@@ -77,7 +77,7 @@ class Metric:
 class Curvature(Protocol):
     """A way to find C; a frozen dataclass of its parameters, registered in ``CURVATURES``."""
 
-    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+    def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """C at the problem's weights, from the examples that are trained on."""
 
 
@@ -86,6 +86,6 @@ class Curvature(Protocol):
 class Identity:
     """Plain SGD: C = 1."""
 
-    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+    def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """Nothing is fitted."""
         return Metric()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 
 from taught.core.curvature import Curvature
 from taught.core.estimator import Estimator, Work
-from taught.core.example import Example, example_losses, refuse_nonfinite
+from taught.core.example import Examples, example_losses, refuse_nonfinite
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES, Choice
 from taught.core.scores import Scores
@@ -74,13 +73,12 @@ class Method:
             )
 
 
-def scores(problem: Problem, examples: Sequence[Example], targets: TargetSet, method: Method, work: Work) -> Scores:
+def scores(problem: Problem, examples: Examples, targets: TargetSet, method: Method, work: Work) -> Scores:
     """Change of every target by training on each example.
 
     Parameters
     ----------
-    problem
-        At the base weights; its metric is fitted here, at each leg, unless it has one already.
+    problem : at the base weights; its metric is fitted here, at each leg, unless it has one already
 
     Raises
     ------
@@ -109,7 +107,7 @@ def scores(problem: Problem, examples: Sequence[Example], targets: TargetSet, me
     return replace(found, method=method.name)
 
 
-def fitted(problem: Problem, examples: Sequence[Example], curvature: Curvature, work: Work) -> Problem:
+def fitted(problem: Problem, examples: Examples, curvature: Curvature, work: Work) -> Problem:
     """The problem in a curvature, fitted at its weights; left in the one that it has."""
     return problem if problem.metric.scale is not None else problem.within(curvature.fit(problem, examples, work))
 

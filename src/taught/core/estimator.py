@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from taught.core.curvature import Curvature
-from taught.core.example import Example
+from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
@@ -50,19 +50,14 @@ class Estimator(Protocol):
         """Why this estimator does not go with a curvature or trajectory, in a sentence; None: it does."""
 
     def estimate(
-        self,
-        problem: Problem,
-        examples: Sequence[Example],
-        targets: TargetSet,
-        work: Work,
-        queries: Queries | None = None,
+        self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None
     ) -> Scores:
         """Change of every target by a step on each example: values [P, T], with their losses.
 
         ``queries`` are those that a trajectory carried here, one for each of ``targets.direct``.
         """
 
-    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """Floating point operations by part, before anything is computed (``taught.estimators.cost``)."""
 
 

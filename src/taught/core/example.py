@@ -2,11 +2,10 @@
 
     L(z) = f( sum over scored tokens t of  - w_t log p(t | tokens before it) )
 
-with f the identity for what is trained on as it stands. An SFT pair scores the tokens of its
-response, each with weight 1 / their number; a document scores all its tokens but the first; of a
-conversation those turns count that training counts. An example with more than one sequence (a chosen
-and a rejected answer to one prompt) lies in one row as a token tree, each branch blind to the others,
-so that whatever takes gradients of examples needs to know nothing of their kind.
+with f the identity for what is trained on as it stands. An SFT pair scores the tokens of its response, each with weight
+1 / their number; a document scores all its tokens but the first; of a conversation those turns count that training
+counts. An example with more than one sequence (a chosen and a rejected answer to one prompt) lies in one row as a token
+tree, each branch blind to the others, so that whatever takes gradients of examples needs to know nothing of their kind.
 """
 
 from __future__ import annotations
@@ -111,6 +110,9 @@ def document(id: str, ids: Sequence[int], seen: int = 1) -> Example:
     return sft(id, ids, max(seen, 1))
 
 
+Examples = Sequence[Example]
+
+
 @dataclass(frozen=True, eq=False)
 class ExampleBatch:
     """Examples padded on the left, one a row.
@@ -162,7 +164,7 @@ class ExampleBatch:
         return -(found * self.weights.to(found))
 
 
-def batch_examples(examples: Sequence[Example], budget: int) -> Iterator[ExampleBatch]:
+def batch_examples(examples: Examples, budget: int) -> Iterator[ExampleBatch]:
     """All examples in batches of at most ``budget`` padded tokens; each example in exactly one batch.
 
     A batch is made when its turn comes: the masks of all of them are larger than the data.
@@ -170,12 +172,12 @@ def batch_examples(examples: Sequence[Example], budget: int) -> Iterator[Example
     return (make_batch(examples, index) for index in batch_indices(examples, budget))
 
 
-def batch_indices(examples: Sequence[Example], budget: int) -> list[list[int]]:
+def batch_indices(examples: Examples, budget: int) -> list[list[int]]:
     """Which examples each batch holds."""
     return batches_by_tokens([p.length for p in examples], budget)
 
 
-def make_batch(examples: Sequence[Example], index: Sequence[int]) -> ExampleBatch:
+def make_batch(examples: Examples, index: Sequence[int]) -> ExampleBatch:
     """Some of the examples as one batch."""
     chosen = [examples[i] for i in index]
     if all(len(p.sequences) == 1 for p in chosen):
@@ -203,7 +205,7 @@ def make_batch(examples: Sequence[Example], index: Sequence[int]) -> ExampleBatc
 
 
 @torch.no_grad()
-def example_losses(model: nn.Module, examples: Sequence[Example], batch_tokens: int) -> Tensor:
+def example_losses(model: nn.Module, examples: Examples, batch_tokens: int) -> Tensor:
     """Loss of every example, float64 [P]. Cost: one forward pass over the examples.
 
     Raises
@@ -219,7 +221,7 @@ def example_losses(model: nn.Module, examples: Sequence[Example], batch_tokens: 
     return losses
 
 
-def refuse_nonfinite(examples: Sequence[Example], index: Iterable[int], values: Tensor, what: str = "loss") -> None:
+def refuse_nonfinite(examples: Examples, index: Iterable[int], values: Tensor, what: str = "loss") -> None:
     """Raise an error with the ids of the examples of which a value [n] or [n, ...] is not finite."""
     good = values.isfinite().flatten(1).all(1) if values.ndim > 1 else values.isfinite()
     bad = [examples[i].id for i, fine in zip(index, good.tolist(), strict=True) if not fine]

@@ -8,13 +8,13 @@ from functools import partial
 
 from torch import Tensor
 
-from taught.core.example import Example, ExampleBatch, batch_examples, refuse_nonfinite
+from taught.core.example import ExampleBatch, Examples, batch_examples, refuse_nonfinite
 from taught.core.problem import Problem
 from taught.model.blockwise import by_block, checkpointed, refuse_no_chain
 from taught.model.gradients import Factor, Site, tap
 
 
-def refuse_unfit(problem: Problem, sites: Sequence[Site], examples: Sequence[Example]) -> None:
+def refuse_unfit(problem: Problem, sites: Sequence[Site], examples: Examples) -> None:
     """Raise a UserError where checkpointing is asked for and the model's blocks are not a chain."""
     if problem.checkpointing:
         (batch,) = batch_examples(examples[:1], problem.batch_tokens)
@@ -31,7 +31,7 @@ def by_parameter(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
 
 
 def example_gradients(
-    problem: Problem, sites: Sequence[Site], batch: ExampleBatch, examples: Sequence[Example]
+    problem: Problem, sites: Sequence[Site], batch: ExampleBatch, examples: Examples
 ) -> tuple[Tensor, Iterator[Factor]]:
     """Losses of a batch of examples (float64 [B]) and the factors of their gradients, to be used once.
 

@@ -12,7 +12,7 @@ from taught.core.problem import GB, Problem
 from taught.core.trajectory import Queries
 from taught.model.gradients import Factor, Query, RowSparse, Site, accumulate, tap
 from taught.model.parameters import moving_parameters
-from taught.model.readout import PackedPrompts, pack, read_packed
+from taught.model.readout import pack, read_packed
 from taught.progress import Progress, SilentProgress
 
 # Share of the memory budget that queries take; a batch of examples comes on top.
@@ -78,51 +78,35 @@ def build_queries(
         chosen = [problem.prompts[i] for i in support]
         for packed in pack(chosen, problem.behavior if needs_y else None) if chosen else []:
             index = torch.tensor(support)[list(packed.index)]
-            own = [None if part is None else part[:, index] for part in (A, B)]
-            _add_batch(problem, sites, packed, targets, own[0], own[1], queries, count, needs_y)
+            with tap(problem.model, sites) as taps:
+                h, y = read_packed(problem.model, packed, problem.behavior if needs_y else None, problem.block)
+                X = None
+                if problem.features is not None and A is not None and h is not None:
+                    X = problem.features(h, packed.offsets.to(h.device))
+                values = []
+                for k in targets:
+                    parts = []
+                    if X is not None and A is not None:
+                        parts.append((A[k, index].to(X) * X).sum())
+                    if y is not None and B is not None:
+                        parts.append((B[k, index].to(y) * y).sum())
+                    values.append(sum(parts[1:], parts[0]))
+                for k, value in zip(targets, values, strict=True):
+                    for factor in taps.factors(value, retain_graph=k != targets[-1]):
+                        if factor.param not in queries:
+                            queries[factor.param] = _zeros(problem, factor, count, B is None)
+                        accumulate(factor, query_at(queries[factor.param], k))
         progress.advance(len(targets))
     for name, query in queries.items():
         problem.metric.solve_query(name, query)
     return queries
 
 
-def _add_batch(
-    problem: Problem,
-    sites: Sequence[Site],
-    packed: PackedPrompts,
-    targets: list[int],
-    A: Tensor | None,
-    B: Tensor | None,
-    queries: Queries,
-    count: int,
-    needs_y: bool,
-) -> None:
-    with tap(problem.model, sites) as taps:
-        h, y = read_packed(problem.model, packed, problem.behavior if needs_y else None, problem.block)
-        X = None
-        if problem.features is not None and A is not None and h is not None:
-            X = problem.features(h, packed.offsets.to(h.device))
-        values = []
-        for k in targets:
-            parts = []
-            if X is not None and A is not None:
-                parts.append((A[k].to(X) * X).sum())
-            if y is not None and B is not None:
-                parts.append((B[k].to(y) * y).sum())
-            values.append((k, sum(parts[1:], parts[0])))
-        for k, value in values:
-            for factor in taps.factors(value, retain_graph=k != targets[-1]):
-                accumulate(factor, _slot(problem, queries, factor, count, B is None, k))
-
-
-def _slot(problem: Problem, queries: Queries, factor: Factor, count: int, only_x: bool, k: int) -> Query:
-    """The k-th query of the factor's parameter, allocated as zeros when first asked for."""
-    if factor.param not in queries:
-        queries[factor.param] = _zeros(problem, factor, count, only_x)
-    total = queries[factor.param]
-    if isinstance(total, RowSparse):
-        return RowSparse(total.rows, total.slot, total.values[k])
-    return total[k]
+def query_at(queries: Query, k: int) -> Query:
+    """The k-th of some queries of a parameter."""
+    if isinstance(queries, RowSparse):
+        return RowSparse(queries.rows, queries.slot, queries.values[k])
+    return queries[k]
 
 
 def _zeros(problem: Problem, factor: Factor, count: int, only_x: bool) -> Query:

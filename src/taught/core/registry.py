@@ -10,8 +10,7 @@ registered: the keys of a study, the help, what ``taught check`` counts, the wor
 
         damping: float = setting(0.1, rules.number(above=0), "share of the mean eigenvalue that is added")
 
-A package of its own registers through the entry point ``taught.plugins``, whose value is the module
-that does so.
+A package of its own registers through the entry point ``taught.plugins``, whose value is the module that does so.
 """
 
 from __future__ import annotations
@@ -58,7 +57,10 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """All names, the package's own first. Loads plugins, imports no method of the package."""
-        _load_plugins()
+        for point in entry_points(group=GROUP):
+            if point.value not in _LOADED:
+                _LOADED.add(point.value)
+                point.load()
         return tuple(dict.fromkeys((*self._own, *self._found)))
 
     def get(self, name: str) -> T:
@@ -97,14 +99,6 @@ class Registry(Generic[T]):
 _LOADED: set[str] = set()
 
 
-def _load_plugins() -> None:
-    """Import the modules of other packages that register methods, each once."""
-    for point in entry_points(group=GROUP):
-        if point.value not in _LOADED:
-            _LOADED.add(point.value)
-            point.load()
-
-
 def setting(default: Any, rule: Rule, doc: str) -> Any:
     """A parameter of a method: its default, what it may be, and what it means in one line."""
     return field(default=default, metadata={"rule": rule, "doc": doc})
@@ -126,8 +120,7 @@ class Choice:
 
         Parameters
         ----------
-        key
-            Where it stands in a study, for errors; the registry's word if None.
+        key : where it stands in a study, for errors; the registry's word if None
 
         Raises
         ------

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from taught.core.names import TargetName
 from taught.errors import UserError
+from taught.run.files import schema
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,9 +24,8 @@ Floats = NDArray[np.float64]
 class Scores:
     """What training on each example does to each target.
 
-    A positive value: training on the example raises the target. Unit: change of the target by one
-    step at the learning rate (for methods that are no influence, whatever they say; compare these by
-    rank).
+    A positive value: training on the example raises the target. Unit: change of the target by one step at the learning
+    rate (for methods that are no influence, whatever they say; compare these by rank).
 
     Attributes
     ----------
@@ -140,18 +140,13 @@ class Scores:
         """Long form: example_id, method, target, value, se; one row an example and target."""
         import pyarrow as pa
 
-        return (
-            pa.concat_tables([self.part(target) for target in self.targets])
-            if self.targets
-            else pa.table({}, schema=scores_schema())
-        )
+        return pa.concat_tables([scores_schema().empty_table(), *map(self.part, self.targets)])
 
     def part(self, target: TargetName) -> pa.Table:
         """The rows of one target, in long form."""
         import pyarrow as pa
 
         n, se = len(self), self.error(target)
-        schema = scores_schema()
         columns = [
             pa.array(self.example_ids, pa.string()),
             pa.repeat(pa.scalar(self.method, pa.string()), n),
@@ -159,7 +154,7 @@ class Scores:
             pa.array(self[target], pa.float64()),
             pa.nulls(n, pa.float64()) if se is None else pa.array(se, pa.float64(), from_pandas=True),
         ]
-        return pa.Table.from_arrays(columns, schema=schema)
+        return pa.Table.from_arrays(columns, schema=scores_schema())
 
     def to_pandas(self) -> pd.DataFrame:
         """Wide form: one row an example (its id is the index), one column a target. Needs pandas."""
@@ -172,10 +167,7 @@ class Scores:
 
 def scores_schema() -> pa.Schema:
     """The columns of a table of scores in long form."""
-    import pyarrow as pa
-
-    text = ("example_id", "method", "target")
-    return pa.schema([*((name, pa.string()) for name in text), ("value", pa.float64()), ("se", pa.float64())])
+    return schema("example_id:str method:str target:str value:float se:float")
 
 
 def total(parts: Sequence[Scores]) -> Scores:

@@ -2,11 +2,10 @@
 
     C = diag(sqrt(v) + eps)
 
-with v the second moments of the gradients that the optimizer has seen. This is what a batch of one
-example adds to training by Adam in a state of long training: one step hardly changes v, bias
-correction is over, and of the example's part in the first moment 1 - beta1 moves the parameters at
-once, the rest in the steps that follow. Small v make long steps; eps bounds them at g / eps: it
-damps.
+with v the second moments of the gradients that the optimizer has seen. This is what a batch of one example adds to
+training by Adam in a state of long training: one step hardly changes v, bias correction is over, and of the example's
+part in the first moment 1 - beta1 moves the parameters at once, the rest in the steps that follow. Small v make long
+steps; eps bounds them at g / eps: it damps.
 
 v is read from a file, or estimated at the base model as what it would be in training with batches
 of b of the P examples, drawn without replacement: the second moment of a batch's mean gradient,
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from taught.core import rules
 from taught.core.curvature import Metric
 from taught.core.estimator import Work
-from taught.core.example import Example, batch_examples
+from taught.core.example import Examples, batch_examples
 from taught.core.gradient import by_parameter, example_gradients
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
@@ -65,7 +64,7 @@ class Adam:
         """Whether it was measured at one set of weights."""
         return self.moments is not None
 
-    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+    def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """C = diag(sqrt(v) + eps).
 
         Raises
@@ -84,7 +83,7 @@ class Adam:
         """Numbers that the metric holds."""
         return sum(p.numel() for p in moving_parameters(problem.model, problem.parameters).values())
 
-    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """Every gradient built once; where prompts are asked for, the output's gradients meet built."""
         found = {} if self.moments is not None else {"second moments": 3 * one_pass(problem, examples)}
         return found | ({"products of the output": prompt_head(problem, examples)} if asked.every else {})
@@ -132,13 +131,12 @@ def _checked(name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor]) 
 
 
 def estimate_moments(
-    problem: Problem, examples: Sequence[Example], *, batch: int = 1, progress: Progress | None = None
+    problem: Problem, examples: Examples, *, batch: int = 1, progress: Progress | None = None
 ) -> Moments:
     """Second moments of the mean gradient of a batch, element by element (the module's formula).
 
-    Cost: one forward and backward pass over the examples, and every example's gradient built once, one
-    parameter and example at a time. Memory: one number a moving parameter (two for a batch of more
-    than one example), and one batch.
+    Cost: one forward and backward pass over the examples, and every example's gradient built once, one parameter and
+    example at a time. Memory: one number a moving parameter (two for a batch of more than one example), and one batch.
     """
     sites = find_sites(problem.model, problem.parameters)
     b, P = min(batch, len(examples)), len(examples)
@@ -179,12 +177,10 @@ def moments_from_optimizer(state: str | Path | Mapping[str, Any], names: Sequenc
 
     Parameters
     ----------
-    state
-        What ``optimizer.state_dict()`` gives; or a safetensors file with a tensor
-        ``NAME.exp_avg_sq``, or ``NAME`` alone, for each parameter. Pickles are never opened.
-    names
-        For a ``state_dict``: the parameters' names in the order in which the optimizer was given
-        them, all groups in a row. Not needed where the optimizer was given ``named_parameters()``.
+    state : what ``optimizer.state_dict()`` gives; or a safetensors file with a tensor ``NAME.exp_avg_sq``, or ``NAME``
+        alone, for each parameter. Pickles are never opened.
+    names : For a ``state_dict``: the parameters' names in the order in which the optimizer was given them, all groups
+        in a row. Not needed where the optimizer was given ``named_parameters()``.
 
     Returns
     -------
@@ -235,12 +231,7 @@ def _from_state(state: Mapping[str, Any], names: Sequence[str] | None) -> Moment
         )
     decay = {number: group["betas"][1] for group in groups for number in group["params"]}
     return {
-        name: _corrected(state["state"][number], decay[number])
+        name: own["exp_avg_sq"] / (1 - decay[number] ** float(own["step"]))
         for name, number in zip(names, numbers, strict=True)
-        if number in state["state"]
+        if (own := state["state"].get(number)) is not None
     }
-
-
-def _corrected(moments: Mapping[str, Any], decay: float) -> Tensor:
-    v: Tensor = moments["exp_avg_sq"]
-    return v / (1 - decay ** float(moments["step"]))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from taught.core.curvature import Metric
 from taught.core.estimator import Work
-from taught.core.example import Example
+from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES
 from taught.errors import UserError
@@ -41,7 +41,7 @@ class Autocorrelation:
 
     of_sketches: ClassVar[bool] = True
 
-    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+    def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """C is made of the examples' sketches, where they are."""
         return Metric(sketched=lambda store, rows, queries: fit_autocorrelation(store, rows).solve(queries))
 
@@ -82,7 +82,14 @@ def fit_autocorrelation(store: SketchStore, examples: Sequence[Row]) -> Fitted:
             rule="at least 6: a third of them choose the damping",
             fix="use --set attribution.curvature=identity",
         )
-    S = _sketches(store, examples)
+    places = np.unique(np.linspace(0, len(examples) - 1, min(len(examples), LARGEST)).astype(int))
+    wanted = {examples[i]: n for n, i in enumerate(places)}
+    S = np.zeros((len(wanted), store.dim), dtype=np.float32)
+    for shard in store.shards("examples"):
+        found = [(n, wanted[row]) for n, row in enumerate(shard.rows) if row in wanted]
+        if found:
+            theirs, ours = map(list, zip(*found, strict=True))
+            S[ours] = store.values(shard)[theirs]
     held_out = np.arange(len(S)) % 3 == 2
     return Fitted(S, choose_damping(S[~held_out], S[held_out]))
 
@@ -115,15 +122,3 @@ def choose_damping(fitted: NDArray[np.float32], held_out: NDArray[np.float32]) -
         for d in dampings
     ]
     return float(dampings[int(np.argmin(cost))])
-
-
-def _sketches(store: SketchStore, examples: Sequence[Row]) -> NDArray[np.float32]:
-    places = np.unique(np.linspace(0, len(examples) - 1, min(len(examples), LARGEST)).astype(int))
-    wanted = {examples[i]: n for n, i in enumerate(places)}
-    S = np.zeros((len(wanted), store.dim), dtype=np.float32)
-    for shard in store.shards("examples"):
-        found = [(n, wanted[row]) for n, row in enumerate(shard.rows) if row in wanted]
-        if found:
-            theirs, ours = map(list, zip(*found, strict=True))
-            S[ours] = store.values(shard)[theirs]
-    return S

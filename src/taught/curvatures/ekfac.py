@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from taught.core import rules
 from taught.core.curvature import Basis, Metric
 from taught.core.estimator import Work
-from taught.core.example import Example, ExampleBatch, batch_examples
+from taught.core.example import ExampleBatch, Examples, batch_examples
 from taught.core.gradient import by_parameter, example_gradients
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
@@ -71,7 +71,7 @@ class Ekfac:
     damping: float = setting(0.1, rules.number(above=0), "added to a layer's eigenvalues, as a share of their mean")
     seed: int = setting(0, rules.whole(0), "of the labels that are drawn from the model")
 
-    def fit(self, problem: Problem, examples: Sequence[Example], work: Work) -> Metric:
+    def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """The Gauss-Newton matrix of the examples' mean loss, layer by layer.
 
         Raises
@@ -97,7 +97,7 @@ class Ekfac:
         shapes = [p.shape for p in moving_parameters(problem.model, self.curved(problem)).values()]
         return sum(m * n + m * m + n * n for m, n in shapes)
 
-    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """Labels, squares of both sides of every layer, gradients in the basis, and eigenvectors (9 n^3)."""
         tokens = sum(len(example.ids) - 1 for example in examples)
         shapes = [p.shape for p in moving_parameters(problem.model, self.curved(problem)).values()]
@@ -136,14 +136,11 @@ def curved_layers(model: nn.Module, parameters: Sequence[str] | None = None) -> 
     return found
 
 
-def fit_ekfac(
-    problem: Problem, examples: Sequence[Example], *, seed: int = 0, progress: Progress | None = None
-) -> Layers:
+def fit_ekfac(problem: Problem, examples: Examples, *, seed: int = 0, progress: Progress | None = None) -> Layers:
     """The curvature at the model's weights, from the tokens of the examples.
 
-    Cost: three forward passes over the examples and two backward ones, every example's gradient built
-    once, two eigendecompositions a layer. Memory: the squares of both sides of every layer, one
-    number a weight, and one batch.
+    Cost: three forward passes over the examples and two backward ones, every example's gradient built once, two
+    eigendecompositions a layer. Memory: the squares of both sides of every layer, one number a weight, and one batch.
     """
     names = curved_layers(problem.model, problem.parameters)
     problem = replace(problem, parameters=names)
@@ -170,7 +167,7 @@ def fit_ekfac(
 
 
 @torch.no_grad()
-def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Sequence[Example], seed: int) -> Tensor:
+def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Examples, seed: int) -> Tensor:
     """A label for every scored token, from the model's distribution there: int64 [B, K].
 
     What is drawn depends on the seed, the example's id and the model, not on the batch.
@@ -190,7 +187,7 @@ def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Sequence[Exampl
 
 
 def _gradients(
-    problem: Problem, examples: Sequence[Example], labels: Sequence[Tensor], progress: Progress | None
+    problem: Problem, examples: Examples, labels: Sequence[Tensor], progress: Progress | None
 ) -> Iterator[tuple[ExampleBatch, Factors]]:
     """Each batch with the factors of G by parameter."""
     sites = find_sites(problem.model, problem.parameters)
@@ -202,7 +199,7 @@ def _gradients(
 
 
 def _bases(
-    problem: Problem, examples: Sequence[Example], labels: Sequence[Tensor], progress: Progress | None
+    problem: Problem, examples: Examples, labels: Sequence[Tensor], progress: Progress | None
 ) -> dict[str, Basis]:
     """Eigenvectors of S and A (of a transposed layer: of A and S)."""
     sums = {
@@ -212,11 +209,13 @@ def _bases(
         for name, p in moving_parameters(problem.model, problem.parameters).items()
     }
     for batch, factors in _gradients(problem, examples, labels, progress):
+        width = batch.rows.ids.shape[1]
+        real = torch.arange(width) >= width - batch.rows.lengths[:, None]  # [B, T]: tokens, not padding
         for name, uses in factors.items():
             for use in uses:
                 assert use.a is not None
                 for side, total in zip((use.d, use.a), sums[name], strict=True):
-                    x = side[_real(batch).to(side.device)].to(total.dtype)
+                    x = side[real.to(side.device)].to(total.dtype)
                     total.add_(product(x.T, x.T))
     bad = [name for name, both in sums.items() if not all(x.isfinite().all() for x in both)]
     if bad:
@@ -231,12 +230,6 @@ def _bases(
         name, (rows, columns) = sums.popitem()
         bases[name] = (_eigenvectors(rows), _eigenvectors(columns))
     return bases
-
-
-def _real(batch: ExampleBatch) -> Tensor:
-    """bool [B, T]: tokens, not padding."""
-    width = batch.rows.ids.shape[1]
-    return torch.arange(width) >= width - batch.rows.lengths[:, None]
 
 
 def _eigenvectors(square: Tensor) -> Tensor:

@@ -41,20 +41,14 @@ class EncodedPrompt:
 
     Attributes
     ----------
-    id
-        The prompt's id.
+    id : the prompt's id
     input_ids
-        The template's rendering, with the generation prompt and what the template writes between
-        that and an answer.
-    user_span
-        Token range (start, end) of the last user message's content; empty for a text by itself.
-    end_of_turn
-        Index of the token that ends the last user turn; the last token of the content where the
-        template marks the end of a turn by no special token.
-    suffixes
-        Tokens of what is scored behind the prompt.
-    left_out
-        Texts that are not scored, since what another one says contains them.
+        The template's rendering, with the generation prompt and what the template writes between that and an answer.
+    user_span : token range (start, end) of the last user message's content; empty for a text by itself
+    end_of_turn : index of the token that ends the last user turn; the last token of the content where the template
+        marks the end of a turn by no special token
+    suffixes : tokens of what is scored behind the prompt
+    left_out : texts that are not scored, since what another one says contains them
     """
 
     id: str
@@ -71,18 +65,13 @@ class EncodedExample:
 
     Attributes
     ----------
-    id
-        The example's id; of a window the document's id, "#" and its number from 0.
-    input_ids
-        The template's rendering of the conversation up to and with the end-of-turn token of the
-        response, cut at the token limit; or the tokens of the window.
-    scored
-        Places in ``input_ids`` of the tokens that the loss is on: of each answer that counts, its
-        content and its end-of-turn token.
-    truncated
-        Whether the limit cut off a part of the response.
-    document, text
-        Of a window: the document's id, and the text of the tokens that the loss is on.
+    id : the example's id; of a window the document's id, "#" and its number from 0
+    input_ids : the template's rendering of the conversation up to and with the end-of-turn token of the response, cut
+        at the token limit; or the tokens of the window
+    scored : places in ``input_ids`` of the tokens that the loss is on: of each answer that counts, its content and its
+        end-of-turn token
+    truncated : whether the limit cut off a part of the response
+    document, text : of a window: the document's id, and the text of the tokens that the loss is on
     """
 
     id: str
@@ -96,11 +85,6 @@ class EncodedExample:
     def n_scored(self) -> int:
         """Number of tokens that the loss is on."""
         return len(self.scored)
-
-    @property
-    def response_start(self) -> int:
-        """Place of the first token that the loss is on; what stands before only leads to it."""
-        return self.scored[0] if self.scored else len(self.input_ids)
 
     def example(self) -> Example:
         """The example with its loss: the mean over the tokens that count."""
@@ -122,12 +106,9 @@ class ChatFormat:
 
     Parameters
     ----------
-    tokenizer
-        A fast tokenizer of ``transformers``.
-    template
-        Jinja text; None: the tokenizer's own.
-    context
-        The model's longest input in tokens; None: what the tokenizer says, if it says anything.
+    tokenizer : a fast tokenizer of ``transformers``
+    template : Jinja text; None: the tokenizer's own
+    context : the model's longest input in tokens; None: what the tokenizer says, if it says anything
 
     Raises
     ------
@@ -165,10 +146,8 @@ class ChatFormat:
 
         Parameters
         ----------
-        content
-            The user's message, or messages that end in one.
-        id
-            The prompt's id, for messages of errors.
+        content : the user's message, or messages that end in one
+        id : the prompt's id, for messages of errors
 
         Raises
         ------
@@ -195,12 +174,9 @@ class ChatFormat:
 
         Parameters
         ----------
-        content
-            The user's message, or messages that end in one.
-        answers
-            Texts that the assistant's answer begins with.
-        id
-            The prompt's id, for messages of errors.
+        content : the user's message, or messages that end in one
+        answers : texts that the assistant's answer begins with
+        id : the prompt's id, for messages of errors
 
         Raises
         ------
@@ -243,8 +219,7 @@ class ChatFormat:
     def encode_text(self, text: str, id: str = "prompt") -> EncodedPrompt:
         """Encode a text by itself, without a template, as in pretraining.
 
-        All its tokens are scored but the first: the one that begins every text (BOS) where the
-        tokenizer adds it.
+        All its tokens are scored but the first: the one that begins every text (BOS) where the tokenizer adds it.
         """
         ids = tuple(self.tokenizer(text, verbose=False)["input_ids"])
         self._check_length(ids, id)
@@ -253,17 +228,14 @@ class ChatFormat:
     def encode_example(self, example: Record, max_tokens: int = 512) -> EncodedExample:
         """Encode a conversation; the loss is on its response, and on the other answers that count.
 
-        An answer's tokens begin with the first one of its content (of its reasoning, where it holds
-        some): what the template writes between the generation prompt and the answer, such as an
-        empty block of thoughts, leads to the answer and is not scored. They end with the token that
-        ends the turn.
+        An answer's tokens begin with the first one of its content (of its reasoning, where it holds some): what the
+        template writes between the generation prompt and the answer, such as an empty block of thoughts, leads to the
+        answer and is not scored. They end with the token that ends the turn.
 
         Parameters
         ----------
-        example
-            The example, of kind "pair".
-        max_tokens
-            Longest input; what is beyond it is cut off (see ``truncated``).
+        example : the example, of kind "pair"
+        max_tokens : longest input; what is beyond it is cut off (see ``truncated``)
 
         Raises
         ------
@@ -279,7 +251,7 @@ class ChatFormat:
         answers = [self._answer(turns, place, text, whole, example) for place in (*example.counted, len(turns) - 1)]
         self._check_length(whole.ids[: answers[0].start], example.id)
         end = answers[-1].stop
-        ids = whole.ids[: min(end, self._limit(max_tokens))]
+        ids = whole.ids[: min(end, min(max_tokens, self.context or max_tokens))]
         scored = tuple(place for answer in answers for place in answer if place < len(ids))
         return EncodedExample(example.id, ids, scored, truncated=end > len(ids))
 
@@ -294,15 +266,11 @@ class ChatFormat:
 
         Parameters
         ----------
-        examples
-            The examples; a document becomes windows of its tokens
-            (:func:`taught.data.documents.encode_document`), none of them truncated.
-        max_tokens
-            Longest input.
-        drop_truncated
-            Leave out truncated examples and name them.
-        truncate
-            "keep": truncated examples stay, flagged, unless nothing of the response is left.
+        examples : the examples; a document becomes windows of its tokens
+            (:func:`taught.data.documents.encode_document`), none of them truncated
+        max_tokens : longest input
+        drop_truncated : leave out truncated examples and name them
+        truncate : "keep": truncated examples stay, flagged, unless nothing of the response is left
 
         Returns
         -------
@@ -316,7 +284,7 @@ class ChatFormat:
         UserError
             An example is truncated and neither option covers it; a document has no tokens to score.
         """
-        limit = self._limit(max_tokens)
+        limit = min(max_tokens, self.context or max_tokens)
         encoded: list[EncodedExample] = []
         for example in examples:
             if example.kind == "document":
@@ -325,13 +293,19 @@ class ChatFormat:
                 encoded.append(self.encode_example(example, max_tokens))
         cut = [p for p in encoded if p.truncated and (truncate == "error" or p.n_scored == 0)]
         if cut and not drop_truncated:
-            raise _truncation_error(cut, max_tokens, truncate)
+            what = f"{len(cut)} examples are longer than {max_tokens} tokens"
+            if empty := [example.id for example in cut if example.n_scored == 0]:
+                what += f"; nothing of the response is left in {len(empty)} of them"
+            silent = "no response is cut off silently"
+            raise UserError(
+                what,
+                value=name_ids([example.id for example in cut]),
+                rule=silent if truncate == "error" else "an example needs at least one response token",
+                fix="raise examples.max_tokens, or pass --set examples.drop_truncated=true",
+            )
         dropped = [example.id for example in cut]
         gone = set(dropped)
         return [example for example in encoded if example.id not in gone], dropped
-
-    def _limit(self, max_tokens: int) -> int:
-        return min(max_tokens, self.context or max_tokens)
 
     def _answer(self, turns: Sequence[Message], place: int, text: str, whole: _Tokens, example: Record) -> range:
         """Places of the tokens of one answer, the end of its turn included."""
@@ -373,7 +347,15 @@ class ChatFormat:
 
     def _render(self, messages: Sequence[Message], id: str, answer: bool, tools: Sequence[Any] = ()) -> str:
         """Return the template's text; ``answer`` adds the generation prompt."""
-        self._check_contents(messages, id)
+        for message in messages:  # a special token inside one would end its turn and begin another
+            held = " ".join(str(value) for key, value in message.items() if key != "role")
+            if found := [text for text in self._special_texts if text in held]:
+                raise UserError(
+                    f"the {message['role']} message of {id} contains a special token",
+                    value=" ".join(found),
+                    rule="the text of a message cannot end its turn or begin another",
+                    fix="remove the token from the text",
+                )
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -390,19 +372,6 @@ class ChatFormat:
                 fix="check the roles of the messages, or pass another --chat-template FILE",
             ) from error
         return str(text)
-
-    def _check_contents(self, messages: Sequence[Message], id: str) -> None:
-        # A special token inside a message would end its turn and begin another.
-        for message in messages:
-            held = " ".join(str(value) for key, value in message.items() if key != "role")
-            found = [text for text in self._special_texts if text in held]
-            if found:
-                raise UserError(
-                    f"the {message['role']} message of {id} contains a special token",
-                    value=" ".join(found),
-                    rule="the text of a message cannot end its turn or begin another",
-                    fix="remove the token from the text",
-                )
 
     def _tokens(self, text: str) -> _Tokens:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -485,19 +454,4 @@ def _merge_error(text: str, border: int, id: str) -> UserError:
         value=text[max(border - 10, 0) : border + 10],
         rule="the first response token starts where the generation prompt ends",
         fix="remove white space at the beginning of the response",
-    )
-
-
-def _truncation_error(cut: Sequence[EncodedExample], max_tokens: int, truncate: str) -> UserError:
-    empty = [example.id for example in cut if example.n_scored == 0]
-    what = f"{len(cut)} examples are longer than {max_tokens} tokens"
-    if empty:
-        what += f"; nothing of the response is left in {len(empty)} of them"
-    return UserError(
-        what,
-        value=name_ids([example.id for example in cut]),
-        rule="no response is cut off silently"
-        if truncate == "error"
-        else "an example needs at least one response token",
-        fix="raise examples.max_tokens, or pass --set examples.drop_truncated=true",
     )

@@ -17,14 +17,10 @@ def detect_columns(
 
     Parameters
     ----------
-    rows
-        The table; a column is there when any row has it.
-    usual
-        Field -> column names to try, in this order; a column is one field's.
-    given
-        The user's own field -> column; wins over the usual names.
-    where
-        Name of the table, for messages.
+    rows : the table; a column is there when any row has it
+    usual : field -> column names to try, in this order; a column is one field's
+    given : the user's own field -> column; wins over the usual names
+    where : name of the table, for messages
 
     Raises
     ------
@@ -62,8 +58,7 @@ def text_cell(row: Row, columns: Mapping[str, str], field: str, name: str = "a r
 
     Parameters
     ----------
-    name
-        What the row is called in a message.
+    name : what the row is called in a message
 
     Raises
     ------

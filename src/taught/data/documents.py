@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 def encode_document(tokenizer: Any, example: Record, size: int) -> list[EncodedExample]:
     """Encode a document as windows of at most ``size`` tokens.
 
-    The text is tokenised as a whole, with the special tokens that the tokenizer puts around plain
-    text (for many models a BOS token first). A window begins with the last token of the window
-    before it, which is seen and not scored again: windows advance by ``size - 1`` tokens. What
-    stands before that token is not seen.
+    The text is tokenised as a whole, with the special tokens that the tokenizer puts around plain text (for many models
+    a BOS token first). A window begins with the last token of the window before it, which is seen and not scored again:
+    windows advance by ``size - 1`` tokens. What stands before that token is not seen.
 
     Raises
     ------

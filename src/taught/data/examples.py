@@ -27,27 +27,17 @@ class Record:
 
     Attributes
     ----------
-    id
-        What names it in every result.
-    prompt
-        The last user message before the response; "" for a document.
-    response
-        The last answer that the loss is on; of a document its text.
-    flags
-        The row's further columns, for example ``{"planted": True}``.
-    messages
-        Every turn before the response, the system turn included; a message may also hold
-        ``tool_calls`` and the like, which the chat template reads.
-    counted
-        Places in ``messages`` of the earlier answers that the loss is on, too.
-    extras
-        What the response's message holds beside its content: ``reasoning_content``.
-    tools
-        Tools that the chat template describes.
-    kind
-        "pair" or "document".
-    document
-        Of a window of a document: the document's id.
+    id : what names it in every result
+    prompt : the last user message before the response; "" for a document
+    response : the last answer that the loss is on; of a document its text
+    flags : the row's further columns, for example ``{"planted": True}``
+    messages : Every turn before the response, the system turn included; a message may also hold ``tool_calls`` and the
+        like, which the chat template reads
+    counted : places in ``messages`` of the earlier answers that the loss is on, too
+    extras : what the response's message holds beside its content: ``reasoning_content``
+    tools : tools that the chat template describes
+    kind : "pair" or "document"
+    document : of a window of a document: the document's id
     """
 
     id: str
@@ -88,14 +78,10 @@ class ExampleSet:
 
     Attributes
     ----------
-    examples
-        The examples; ids are unique.
-    columns
-        Field -> the column it was read from.
-    sha256
-        Hex digest of the file, or of the rows that were given in memory or came from the hub.
-    path
-        The file or folder; None for other sources.
+    examples : the examples; ids are unique
+    columns : field -> the column it was read from
+    sha256 : hex digest of the file, or of the rows that were given in memory or came from the hub
+    path : the file or folder; None for other sources
     """
 
     examples: tuple[Record, ...]
@@ -143,30 +129,23 @@ def load_examples(
 
     Parameters
     ----------
-    source
-        A table's path (see :func:`taught.data.tables.read_rows`), rows as mappings (a list of
-        dicts, a ``datasets.Dataset``), or ``"hf:owner/name"`` or ``"hf:owner/name:split"`` for a
-        data set of the hub.
-    kind
-        "pair": a row holds ``messages`` (or ShareGPT's ``conversations``), or a ``prompt`` (or
-        ``instruction``) and a ``response`` (``completion``, ``output``), each a text or messages,
-        with Alpaca's ``input`` or Dolly's ``context``, ``system``, ``history`` and ``tools`` beside
-        them. "document": a row holds a ``text``. :mod:`taught.data.formats` has the details.
-    columns
-        Field -> column name, where the names are not the usual ones. Fields of a pair: id,
-        messages, prompt, context, response, system, history, tools, label, category, source; of a
-        document: id, text, label, category, source. A row without id is called after its content.
-    turns
-        Which answers of a conversation the loss is on: the "last" one, or "all". A message's
-        ``weight`` (0 or 1) or ``train`` goes before; in a conversation that has such marks, every
-        answer counts that is not marked out.
+    source : a table's path (see :func:`taught.data.tables.read_rows`), rows as mappings (a list of dicts, a
+        ``datasets.Dataset``), or ``"hf:owner/name"`` or ``"hf:owner/name:split"`` for a data set of the hub
+    kind : "pair": a row holds ``messages`` (or ShareGPT's ``conversations``), or a ``prompt`` (or ``instruction``) and
+        a ``response`` (``completion``, ``output``), each a text or messages, with Alpaca's ``input`` or Dolly's
+        ``context``, ``system``, ``history`` and ``tools`` beside them. "document": a row holds a ``text``.
+        :mod:`taught.data.formats` has the details.
+    columns : field -> column name, where the names are not the usual ones. Fields of a pair: id, messages, prompt,
+        context, response, system, history, tools, label, category, source; of a document: id, text, label, category,
+        source. A row without id is called after its content.
+    turns : which answers of a conversation the loss is on: the "last" one, or "all". A message's ``weight`` (0 or 1) or
+        ``train`` goes before; in a conversation that has such marks, every answer counts that is not marked out.
 
     Raises
     ------
     UserError
-        No rows, no usable columns, malformed messages, cells that are no text, empty prompts or
-        responses, repeated ids, something beside a pair that would change it and is not used; the
-        offending ids are named.
+        No rows, no usable columns, malformed messages, cells that are no text, empty prompts or responses, repeated
+        ids, something beside a pair that would change it and is not used; the offending ids are named.
 
     Examples
     --------

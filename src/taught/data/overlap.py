@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 def normalise(text: str) -> str:
     """Return the text without what does not make it another prompt.
 
-    Unicode NFKC, typographic apostrophes made plain, case folded, white space collapsed, trailing
-    punctuation removed.
+    Unicode NFKC, typographic apostrophes made plain, case folded, white space collapsed, trailing punctuation removed.
     """
     folded = unicodedata.normalize("NFKC", text).translate(_PLAIN).casefold()
     # Folding may leave letters that NFKC composes again: twice is stable, once is not always.
     words = " ".join(unicodedata.normalize("NFKC", folded).split())
     end = len(words)
-    while end and (words[end - 1].isspace() or _is_punctuation(words[end - 1])):
+    while end and (words[end - 1].isspace() or unicodedata.category(words[end - 1]).startswith("P")):
         end -= 1
     return words[:end] or words
 
@@ -56,8 +55,7 @@ def drop_shared(shown: ExampleSet, examples: ExampleSet, drop: bool) -> tuple[Ex
 
     Parameters
     ----------
-    drop
-        False: a shared prompt is an error.
+    drop : False: a shared prompt is an error
 
     Raises
     ------
@@ -83,8 +81,7 @@ def drop_overlap(examples: ExampleSet, prompts: PromptSet, drop: bool) -> tuple[
 
     Parameters
     ----------
-    drop
-        False: overlap is an error. True: the overlapping examples are left out and named.
+    drop : False: overlap is an error. True: the overlapping examples are left out and named.
 
     Raises
     ------
@@ -102,10 +99,6 @@ def drop_overlap(examples: ExampleSet, prompts: PromptSet, drop: bool) -> tuple[
         )
     kept = tuple(example for example in examples if example.id not in gone)
     return replace(examples, examples=kept), overlap
-
-
-def _is_punctuation(character: str) -> bool:
-    return unicodedata.category(character).startswith("P")
 
 
 _PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})

@@ -38,14 +38,10 @@ class Prompt:
 
     Attributes
     ----------
-    text
-        The user's message; of a conversation the last one.
-    answer
-        The answer that the prompt brings: a text, or the index of an option.
-    options
-        Answers to choose among.
-    messages
-        The conversation up to and with the user's message; empty for that message alone.
+    text : the user's message; of a conversation the last one
+    answer : the answer that the prompt brings: a text, or the index of an option
+    options : answers to choose among
+    messages : the conversation up to and with the user's message; empty for that message alone
     """
 
     id: str
@@ -76,12 +72,9 @@ class PromptSet:
 
     Attributes
     ----------
-    prompts
-        The prompts; ids are unique.
-    columns
-        Field -> the column it was read from.
-    sha256
-        Hex digest of the file, or of the rows.
+    prompts : the prompts; ids are unique
+    columns : field -> the column it was read from
+    sha256 : hex digest of the file, or of the rows
     """
 
     prompts: tuple[Prompt, ...]
@@ -112,13 +105,11 @@ def load_prompts(
 
     Parameters
     ----------
-    source
-        A table, or rows: a list of dicts, a ``datasets.Dataset``, anything that yields mappings
-        (see :func:`taught.data.tables.open_table`).
-    columns
-        Field -> column name, where the names are not the usual ones. Fields: id, text, messages,
-        group, category, source, licence, answer, options. A prompt without id is called after what
-        it holds; without groups all prompts are of the group "all". A text may be a list of messages.
+    source : a table, or rows: a list of dicts, a ``datasets.Dataset``, anything that yields mappings (see
+        :func:`taught.data.tables.open_table`)
+    columns : field -> column name, where the names are not the usual ones. Fields: id, text, messages, group, category,
+        source, licence, answer, options. A prompt without id is called after what it holds; without groups all prompts
+        are of the group "all". A text may be a list of messages.
 
     Raises
     ------

@@ -28,14 +28,10 @@ class Table:
 
     Attributes
     ----------
-    rows
-        The rows.
-    name
-        What the table is called in messages.
-    sha256
-        Hex digest of the file; of the rows where there is none.
-    path
-        The file or folder; None for rows from memory or the hub.
+    rows : the rows
+    name : what the table is called in messages
+    sha256 : hex digest of the file; of the rows where there is none
+    path : the file or folder; None for rows from memory or the hub
     """
 
     rows: list[Row]
@@ -64,9 +60,8 @@ def read_rows(path: str | Path) -> list[Row]:
 
     Parameters
     ----------
-    path
-        A file that ends in .jsonl, .json (a list of objects), .parquet or .csv, or a folder made by
-        ``Dataset.save_to_disk``.
+    path : a file that ends in .jsonl, .json (a list of objects), .parquet or .csv, or a folder made by
+        ``Dataset.save_to_disk``
 
     Raises
     ------
@@ -120,26 +115,27 @@ def table_sha256(path: str | Path) -> str:
 def _jsonl(path: Path) -> list[Row]:
     # Split at newlines only: str.splitlines would also break at U+2028 inside a JSON string.
     lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [_json_object(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _json_object(line: str, path: Path, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path.name}, line {number}: not JSON ({_why(error)})",
-            value=line,
-            rule="every line of a .jsonl file is one JSON object",
-            fix=f"correct line {number}",
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(
-            f"{path.name}, line {number}: not a JSON object",
-            value=line,
-            rule='every line is an object with named fields: {"prompt": …}',
-        )
-    return row
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path.name}, line {number}: not JSON ({_why(error)})",
+                value=line,
+                rule="every line of a .jsonl file is one JSON object",
+                fix=f"correct line {number}",
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path.name}, line {number}: not a JSON object",
+                value=line,
+                rule='every line is an object with named fields: {"prompt": …}',
+            )
+        rows.append(row)
+    return rows
 
 
 def _json(path: Path) -> list[Row]:

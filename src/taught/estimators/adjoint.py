@@ -26,12 +26,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from taught.core.curvature import Curvature
 from taught.core.estimator import Work, needs_gradients
-from taught.core.example import Example, ExampleBatch, batch_examples, example_losses, refuse_nonfinite
+from taught.core.example import ExampleBatch, Examples, batch_examples, example_losses, refuse_nonfinite
 from taught.core.gradient import example_gradients, refuse_unfit
 from taught.core.problem import GB, Problem
 from taught.core.query import build_queries, queries_at_once, sites_up_to_block, token_rows, x_queries_at_once
@@ -57,12 +56,7 @@ _ABOVE = 0.1
 
 
 def target_effects(
-    problem: Problem,
-    examples: Sequence[Example],
-    A: Tensor | None,
-    B: Tensor | None,
-    *,
-    progress: Progress | None = None,
+    problem: Problem, examples: Examples, A: Tensor | None, B: Tensor | None, *, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor]:
     """Effect of every example on a few targets.
 
@@ -88,7 +82,7 @@ def target_effects(
 
 def feature_effects(
     problem: Problem,
-    examples: Sequence[Example],
+    examples: Examples,
     A: Sequence[Any],
     X: Tensor,
     *,
@@ -136,12 +130,7 @@ def feature_steps(problem: Problem, examples: int, targets: int) -> int:
 
 
 def contract_examples(
-    problem: Problem,
-    sites: Sequence[Site],
-    examples: Sequence[Example],
-    queries: Queries,
-    count: int,
-    progress: Progress | None,
+    problem: Problem, sites: Sequence[Site], examples: Examples, queries: Queries, count: int, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
     """- lr <grad L(z), q> of every example and each of ``count`` queries, float64 [P, K], and the losses [P]."""
     progress = progress or SilentProgress()
@@ -187,7 +176,7 @@ class _Above:
 def _contract_below(
     problem: Problem,
     sites: Sequence[Site],
-    examples: Sequence[Example],
+    examples: Examples,
     queries: Queries,
     count: int,
     above: _Above,
@@ -212,7 +201,7 @@ def _factors_below(
     below: Sequence[Site],
     tied: Sequence[Site],
     batch: ExampleBatch,
-    examples: Sequence[Example],
+    examples: Examples,
     above: _Above,
 ) -> list[Factor]:
     model = problem.model
@@ -223,30 +212,17 @@ def _factors_below(
             grad, others = above.grads[batch.index], above.factors[batch.index]
             assert h is not None
         else:
-            h, grad, others = _go_above(problem, tied, batch, examples)
+            assert problem.block is not None
+            with capture_output(get_block(model, problem.block)) as seen, tap(model, tied) as high:
+                losses = batch.losses(model)
+                refuse_nonfinite(examples, batch.index, losses.detach().double().cpu())
+                found, (grad,) = high.factors_and(losses.sum(), seen, retain_graph=True, training=True)
+            h, others = seen[0], []
+            for factor in found:  # of a tied output only the rows that X queries have
+                rows_of = token_rows(problem, model.get_parameter(factor.param)) if factor.kind == "linear" else None
+                others.append(factor if rows_of is None else replace(factor, d=factor.d[..., rows_of]))
             above.keep(batch.index, grad, others)
         return [*low.factors_and((h * grad).sum(), (), training=True)[0], *others]
-
-
-def _go_above(
-    problem: Problem, tied: Sequence[Site], batch: ExampleBatch, examples: Sequence[Example]
-) -> tuple[Tensor, Tensor, list[Factor]]:
-    """The block's output, the gradient of the losses there, and the factors of ``tied``."""
-    model = problem.model
-    assert problem.block is not None
-    with capture_output(get_block(model, problem.block)) as seen, tap(model, tied) as high:
-        losses = batch.losses(model)
-        refuse_nonfinite(examples, batch.index, losses.detach().double().cpu())
-        factors, (grad,) = high.factors_and(losses.sum(), seen, retain_graph=True, training=True)
-    return seen[0], grad, [_cut(problem, factor) for factor in factors]
-
-
-def _cut(problem: Problem, factor: Factor) -> Factor:
-    """A tied output's factor with the rows that X queries have."""
-    rows = token_rows(problem, problem.model.get_parameter(factor.param))
-    if rows is None or factor.kind != "linear":
-        return factor
-    return replace(factor, d=factor.d[..., rows])
 
 
 @ESTIMATORS.register("adjoint")
@@ -261,12 +237,7 @@ class Adjoint:
         return needs_gradients(curvature)
 
     def estimate(
-        self,
-        problem: Problem,
-        examples: Sequence[Example],
-        targets: TargetSet,
-        work: Work,
-        queries: Queries | None = None,
+        self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None
     ) -> Scores:
         """A query for each target; of many coefficients or prompts, sums of one basis."""
         many = sum(kind_of(name).many for name in targets.direct)
@@ -281,7 +252,7 @@ class Adjoint:
         found = parts[0].joined(parts[1]) if len(parts) > 1 else parts[0]
         return replace(found.select(targets.names), details=found.details)
 
-    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """A few targets, or every feature and every prompt."""
         return cost.adjoint(problem, examples, asked)
 
@@ -291,7 +262,7 @@ FEW = 16
 
 
 def _by_queries(
-    problem: Problem, examples: Sequence[Example], targets: TargetSet, work: Work, queries: Queries | None
+    problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None
 ) -> Scores:
     """One query a target, as many at a time as fit into memory."""
     ids, progress = tuple(z.id for z in examples), work.progress
@@ -314,7 +285,7 @@ def _by_queries(
     return Scores("adjoint", ids, targets.names, found, losses=losses.numpy())
 
 
-def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSet, work: Work) -> Scores:
+def _from_basis(problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
     """Every coefficient on both pathways and every prompt, and what follows from them."""
     losses = example_losses(problem.model, examples, problem.batch_tokens)
     # What cannot be done block by block is said before the long part.
@@ -324,7 +295,12 @@ def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSe
     x_raw, progress = None, work.progress
     progress.step("prompts: gradients of y", prompt_steps(problem, examples))
     dy = prompt_effects(problem, examples, progress=progress, pieces=work.pieces).numpy()
-    _note_first(targets, examples, dy, progress)
+    for name in targets.names:
+        if all(kind_of(part).reads == "behavior" and not kind_of(part).many for part in name.parts):
+            moved = targets.combine(Moves(dy), [name])[:, 0]
+            order = np.argsort(-moved, kind="stable")[:3]
+            named = ", ".join(f"{examples[i].id} ({moved[i]:+.2g})" for i in order)
+            progress.note(f"{words(name)}: raised most by {named}")
     if policy is not None:
         basis = RawX(policy)
         progress.step("features: gradients of X", feature_steps(problem, len(examples), len(basis)))
@@ -336,13 +312,3 @@ def _from_basis(problem: Problem, examples: Sequence[Example], targets: TargetSe
     values = targets.combine(Moves(dy, shift)) if targets.names else np.zeros((len(examples), 0))
     ids = tuple(z.id for z in examples)
     return Scores("adjoint", ids, targets.names, values, losses=losses.numpy(), details={"dy": dy})
-
-
-def _note_first(targets: TargetSet, examples: Sequence[Example], dy: NDArray[np.float64], progress: Progress) -> None:
-    """Say who moves each behavior most, before the long part."""
-    for name in targets.names:
-        if all(kind_of(part).reads == "behavior" and not kind_of(part).many for part in name.parts):
-            values = targets.combine(Moves(dy), [name])[:, 0]
-            order = np.argsort(-values, kind="stable")[:3]
-            named = ", ".join(f"{examples[i].id} ({values[i]:+.2g})" for i in order)
-            progress.note(f"{words(name)}: raised most by {named}")

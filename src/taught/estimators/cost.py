@@ -1,11 +1,10 @@
 """Floating point operations of a study's attribution and retraining, counted before they are run.
 
-Counted are the products with the weights of the blocks (2 operations a weight and token), attention
-(4 a width and pair of tokens in a row, in every block), the logits that are asked for, and the
-products of gradients (2 an example, query and weight). A backward pass is as much as a forward one:
-weights are frozen, only activations have gradients; what is built of both, a gradient, is as much
-once more. Everything else is left out. Where few parameters move, passes are counted as if all did:
-they are cheaper than is said.
+Counted are the products with the weights of the blocks (2 operations a weight and token), attention (4 a width and pair
+of tokens in a row, in every block), the logits that are asked for, and the products of gradients (2 an example, query
+and weight). A backward pass is as much as a forward one: weights are frozen, only activations have gradients; what is
+built of both, a gradient, is as much once more. Everything else is left out. Where few parameters move, passes are
+counted as if all did: they are cheaper than is said.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from taught.core.example import Example, batch_indices
+from taught.core.example import Examples, batch_indices
 from taught.core.problem import Problem
 from taught.core.query import x_queries_at_once
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
@@ -89,14 +88,13 @@ class Asked:
     top: int = 0
 
 
-def attribution_cost(problem: Problem, examples: Sequence[Example], asked: Asked, method: Method) -> dict[str, float]:
+def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method: Method) -> dict[str, float]:
     """Operations by part: what the estimator and the curvature say, and the checks of the strongest.
 
     Raises
     ------
     UserError
-        The model's gradients are not understood, or its blocks share parameters: the estimator
-        would refuse it too.
+        The model's gradients are not understood, or its blocks share parameters: the estimator would refuse it too.
     """
     method.refuse()
     estimator = method.estimator.make(ESTIMATORS)
@@ -104,7 +102,9 @@ def attribution_cost(problem: Problem, examples: Sequence[Example], asked: Asked
     curved = getattr(curvature, "curved", None)
     if curved is not None:  # nothing else moves
         problem = replace(problem, parameters=curved(problem))
-    found = dict(estimator.cost(problem, examples, asked)) | curvature_cost(curvature, problem, examples, asked)
+    found = dict(estimator.cost(problem, examples, asked))
+    if (fitting := getattr(curvature, "cost", None)) is not None:
+        found |= fitting(problem, examples, asked)
     passes = _Passes.of(problem, examples)
     if asked.top:
         found.setdefault("finite steps", passes.trees + min(asked.top, len(examples)) * passes.step)
@@ -113,12 +113,6 @@ def attribution_cost(problem: Problem, examples: Sequence[Example], asked: Asked
     legs = method.trajectory.make(TRAJECTORIES)
     times = 1 if legs.single else len(legs)
     return {part: times * value for part, value in found.items()}
-
-
-def curvature_cost(curvature: Any, problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
-    """What fitting a curvature costs, where it says so."""
-    cost = getattr(curvature, "cost", None)
-    return {} if cost is None else dict(cost(problem, examples, asked))
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ class _Passes:
     gradient: float
 
     @classmethod
-    def of(cls, problem: Problem, examples: Sequence[Example]) -> _Passes:
+    def of(cls, problem: Problem, examples: Examples) -> _Passes:
         sizes, trees = _sizes(problem), _trees(problem, _sizes(problem))
         one = _over_examples(sizes, examples, batch_indices(examples, problem.batch_tokens))
         # Weights have gradients in a step of its own: a backward pass is two then.
@@ -143,7 +137,7 @@ class _Passes:
         return self.trees + self.gradient
 
 
-def adjoint(problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
+def adjoint(problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
     """Operations of ``taught.estimators.adjoint``."""
     it = _Passes.of(problem, examples)
     cost = {"read-outs": it.trees + it.examples}
@@ -155,32 +149,32 @@ def adjoint(problem: Problem, examples: Sequence[Example], asked: Asked) -> dict
     return cost | {"targets": (2 + 2 * 3) * it.trees + 3 * it.examples + contracted}
 
 
-def finite_step(problem: Problem, examples: Sequence[Example]) -> dict[str, float]:
+def finite_step(problem: Problem, examples: Examples) -> dict[str, float]:
     """Operations of ``taught.estimators.finite_step``."""
     it = _Passes.of(problem, examples)
     return {"read-outs": 2 * it.trees, "finite steps": len(examples) * it.step}
 
 
-def forward(problem: Problem, examples: Sequence[Example]) -> dict[str, float]:
+def forward(problem: Problem, examples: Examples) -> dict[str, float]:
     """Operations of ``taught.estimators.forward``: x W moves with x and with W, three products for one."""
     it = _Passes.of(problem, examples)
     cost = {"read-outs": it.trees + it.examples}
     return cost | {"forward mode": len(examples) * (3 * it.trees + it.gradient)}
 
 
-def sketch(problem: Problem, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
+def sketch(problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
     """Operations of ``taught.sketches``, with a store that is empty yet."""
     it = _Passes.of(problem, examples)
     cost = {"read-outs": it.trees + it.examples, "exact sample": (2 + 2 * 3) * it.trees}
     return cost | _sketched(problem, it.sizes, asked.features, 2 * it.examples, examples)
 
 
-def one_pass(problem: Problem, examples: Sequence[Example]) -> float:
+def one_pass(problem: Problem, examples: Examples) -> float:
     """One forward pass over the examples."""
     return _Passes.of(problem, examples).examples
 
 
-def prompt_head(problem: Problem, examples: Sequence[Example]) -> float:
+def prompt_head(problem: Problem, examples: Examples) -> float:
     """Products of built gradients of the output with those of the prompts, token by token."""
     it = _Passes.of(problem, examples)
     logits = sum(1 + len(prompt.histories) for prompt in problem.prompts)
@@ -188,23 +182,15 @@ def prompt_head(problem: Problem, examples: Sequence[Example]) -> float:
 
 
 def validation_cost(
-    problem: Problem,
-    examples: Sequence[Example],
-    subsets: Sequence[int],
-    *,
-    epochs: int,
-    batch: int,
-    answer_tokens: int,
+    problem: Problem, examples: Examples, subsets: Sequence[int], *, epochs: int, batch: int, answer_tokens: int
 ) -> dict[str, float]:
     """Operations of retraining, by part; of a subset only its size is known, not its examples.
 
     Parameters
     ----------
-    subsets
-        Number of examples of each subset that is trained on.
+    subsets : number of examples of each subset that is trained on
     epochs, batch, answer_tokens
-        As in the study. A step's batch is cut by ``problem.batch_tokens``; answers are taken to
-        have their full length.
+        As in the study. A step's batch is cut by ``problem.batch_tokens``; answers are taken to have their full length.
     """
     sizes = _sizes(problem)
     trees = _trees(problem, sizes)
@@ -260,7 +246,7 @@ def _sides(blocks: Iterable[nn.Module]) -> tuple[int, int]:
     return sum(shape[1] for shape in shapes), sum(shape[0] for shape in shapes)
 
 
-def _over_examples(sizes: _Sizes, examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> float:
+def _over_examples(sizes: _Sizes, examples: Examples, batches: Sequence[Sequence[int]]) -> float:
     """One forward pass over some batches of the examples."""
     shapes = [(len(index), max(len(examples[i].ids) for i in index) - 1) for index in batches]
     keep = [len(index) * max(len(examples[i].ids) - examples[i].start for i in index) for index in batches]
@@ -276,9 +262,7 @@ def _features(problem: Problem, sizes: _Sizes, targets: int, examples: int, one:
     return targets * ACTIVE * 3 * to_block + chunks * (2 + sizes.share) * one + contracted
 
 
-def _sketched(
-    problem: Problem, sizes: _Sizes, targets: int, passes: float, examples: Sequence[Example]
-) -> dict[str, float]:
+def _sketched(problem: Problem, sizes: _Sizes, targets: int, passes: float, examples: Examples) -> dict[str, float]:
     """``sketched.fill``: prompts stand apart; each active feature has a backward pass.
 
     A sketch is projected inputs, once a forward pass, and what they make with output gradients.
@@ -306,7 +290,7 @@ def _trees(problem: Problem, sizes: _Sizes) -> float:
     return sizes.forward([p.rows for p in packs], sum(len(p.keep) for p in packs))
 
 
-def _prompts(problem: Problem, sizes: _Sizes, examples: Sequence[Example]) -> float:
+def _prompts(problem: Problem, sizes: _Sizes, examples: Examples) -> float:
     """``prompt_effects``: two passes a chunk over what meets in it, then every example and prompt."""
     passes = 0.0
     sites = split_sites(problem.model, problem.parameters)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taught.core.example import Example, ExampleBatch, batch_indices, make_batch, refuse_nonfinite
+from taught.core.example import Examples, batch_indices, make_batch, refuse_nonfinite
 from taught.core.gradient import by_parameter
 from taught.core.problem import GB, Problem
 from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
 from taught.model.gradients import Factor, dot, dots, frozen
-from taught.model.readout import PackedPrompts, pack_rows, read_packed
+from taught.model.readout import PackedPrompts, pack_rows, read_y
 from taught.progress import Progress, SilentProgress
 from taught.run.pieces import Pieces, kept
 
@@ -32,15 +32,14 @@ _TRACES, _BUILT = 0.92, 0.15
 
 
 def prompt_effects(
-    problem: Problem, examples: Sequence[Example], *, progress: Progress | None = None, pieces: Pieces | None = None
+    problem: Problem, examples: Examples, *, progress: Progress | None = None, pieces: Pieces | None = None
 ) -> Tensor:
     """Change of y of every prompt per step on every example: float64 [P, N].
 
     Raises
     ------
     UserError
-        The loss of an example is not finite; the model's blocks do not form a chain, or share
-        parameters.
+        The loss of an example is not finite; the model's blocks do not form a chain, or share parameters.
     """
     sites = split_sites(problem.model, problem.parameters)
     effects = torch.zeros(len(examples), len(problem.prompts), dtype=torch.float64)
@@ -54,14 +53,14 @@ def prompt_effects(
     return effects.mul_(-problem.lr)
 
 
-def prompt_steps(problem: Problem, examples: Sequence[Example]) -> int:
+def prompt_steps(problem: Problem, examples: Examples) -> int:
     """How often :func:`prompt_effects` reports progress."""
     sites = split_sites(problem.model, problem.parameters)
     return len(prompt_chunks(problem, sites, examples)) * sites.depth
 
 
 def prompt_chunks(
-    problem: Problem, sites: BlockSites, examples: Sequence[Example]
+    problem: Problem, sites: BlockSites, examples: Examples
 ) -> list[tuple[list[PackedPrompts], list[list[int]]]]:
     """Chunks of prompts and of examples that fit into the budget together, in all combinations.
 
@@ -127,7 +126,7 @@ def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float]:
 def _meet(
     problem: Problem,
     sites: BlockSites,
-    examples: Sequence[Example],
+    examples: Examples,
     chunk: Sequence[Sequence[int]],
     prompts: Sequence[PackedPrompts],
     progress: Progress | None,
@@ -135,50 +134,32 @@ def _meet(
     """<grad L(z), grad y_i> of a chunk of examples and a chunk of prompts, float64."""
     right, outside = [], []
     for packed in prompts:
-        _, factors, traced = _trace_prompts(problem, sites, packed)
+        value = partial(read_y, problem.model, packed, problem.behavior)
+        _, factors, traced = trace(problem.model, sites, packed.index, value)
         right.append(traced)
         outside.append(_by_param(problem, factors))
     left, top = [], []
     for some in chunk:
-        losses, factors, traced = _trace_examples(problem, sites, make_batch(examples, some))
+        batch = make_batch(examples, some)
+        run = partial(batch.losses, problem.model)
+        losses, factors, traced = trace(problem.model, sites, batch.index, run, training=True)
         refuse_nonfinite(examples, some, losses)
         left.append(traced)
         own = _by_param(problem, factors)
-        met = [_over(problem, own, other, len(some), len(t.index)) for other, t in zip(outside, right, strict=True)]
-        top.append(torch.cat(met, 1))
+        parts = []
+        for other, prompt in zip(outside, right, strict=True):
+            total = torch.zeros(len(some), len(prompt.index), dtype=torch.float64)
+            for name in sorted(own.keys() & other.keys()):  # what both depend on
+                met = dot(own[name], other[name], scale=problem.metric.scale_of(name), room=_room(problem))
+                total += met.double().cpu()
+            parts.append(total)
+        top.append(torch.cat(parts, 1))
     del outside
     effects = torch.cat(top)
     for _ in range(sites.depth):
         effects += _one_block(problem, sites, left, right)
         (progress or SilentProgress()).advance(1)
     return effects
-
-
-def _trace_examples(problem: Problem, sites: BlockSites, batch: ExampleBatch) -> tuple[Tensor, list[Factor], Trace]:
-    run = partial(batch.losses, problem.model)
-    return trace(problem.model, sites, batch.index, run, training=True)
-
-
-def _trace_prompts(problem: Problem, sites: BlockSites, packed: PackedPrompts) -> tuple[Tensor, list[Factor], Trace]:
-    """Prompts apart: no tokens are shared between them."""
-
-    def run() -> Tensor:
-        _, y = read_packed(problem.model, packed, problem.behavior, None)
-        assert y is not None
-        return y
-
-    return trace(problem.model, sites, packed.index, run)
-
-
-def _over(
-    problem: Problem, left: dict[str, list[Factor]], right: dict[str, list[Factor]], rows: int, columns: int
-) -> Tensor:
-    """Inner products of two batches over all parameters that both depend on, float64."""
-    total = torch.zeros(rows, columns, dtype=torch.float64)
-    for name in sorted(left.keys() & right.keys()):
-        met = dot(left[name], right[name], scale=problem.metric.scale_of(name), room=_room(problem))
-        total += met.double().cpu()
-    return total
 
 
 def _one_block(problem: Problem, sites: BlockSites, left: Sequence[Trace], right: Sequence[Trace]) -> Tensor:

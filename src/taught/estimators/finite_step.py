@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from taught.core.curvature import Curvature
 from taught.core.estimator import Work, needs_gradients
-from taught.core.example import Example, make_batch
+from taught.core.example import Example, Examples, make_batch
 from taught.core.problem import Problem
 from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
@@ -80,8 +80,7 @@ def example_gradient(
 
     Parameters
     ----------
-    parameters
-        Patterns of the parameters that move (``moving_parameters``); None for all.
+    parameters : patterns of the parameters that move (``moving_parameters``); None for all
 
     Raises
     ------
@@ -125,7 +124,7 @@ def _gradients(loss: Tensor, moving: dict[str, nn.Parameter]) -> dict[str, Tenso
 
 def finite_steps(
     problem: Problem,
-    examples: Sequence[Example],
+    examples: Examples,
     baseline: Readouts,
     *,
     read: Callable[..., Readouts] = read_prompts,
@@ -135,11 +134,9 @@ def finite_steps(
 
     Parameters
     ----------
-    baseline
-        Read-outs of the same prompts at the base parameters, taken with the same ``read``: a y that
-        was read otherwise differs by rounding, which is as large as small effects are.
-    read
-        How read-outs are taken: token trees, or the published one-pass-per-prefix loop.
+    baseline : Read-outs of the same prompts at the base parameters, taken with the same ``read``: a y that was read
+        otherwise differs by rounding, which is as large as small effects are
+    read : how read-outs are taken: token trees, or the published one-pass-per-prefix loop
     """
     moving = moving_parameters(problem.model, problem.parameters)
     with evaluating(problem.model), restored(problem.model, problem.parameters) as base:
@@ -155,22 +152,18 @@ def finite_steps(
             with torch.no_grad():
                 for name, p in moving.items():
                     p.copy_(base[name])
-            yield _difference(problem, example.id, loss, baseline, after)
+            if baseline.prompt_ids != after.prompt_ids:
+                raise ValueError("read-outs before and after a step are of different prompts")
+            dX = exact = None
+            if problem.features is not None:
+                X = problem.features(baseline.h, baseline.offsets)
+                dX = problem.features.response(baseline.h, after.h - baseline.h, baseline.offsets).double().cpu()
+                exact = (problem.features(after.h, after.offsets) - X).double().cpu()
+            yield Step(example.id, loss, dX, exact, after.y - baseline.y)
             (progress or SilentProgress()).advance(1)
 
 
-def _difference(problem: Problem, example_id: str, loss: float, before: Readouts, after: Readouts) -> Step:
-    if before.prompt_ids != after.prompt_ids:
-        raise ValueError("read-outs before and after a step are of different prompts")
-    if problem.features is None:
-        return Step(example_id, loss, None, None, after.y - before.y)
-    X = problem.features(before.h, before.offsets)
-    dX = problem.features.response(before.h, after.h - before.h, before.offsets)
-    exact = problem.features(after.h, after.offsets) - X
-    return Step(example_id, loss, dX.double().cpu(), exact.double().cpu(), after.y - before.y)
-
-
-def kept_steps(problem: Problem, examples: Sequence[Example], work: Work) -> dict[str, dict[str, Floats]]:
+def kept_steps(problem: Problem, examples: Examples, work: Work) -> dict[str, dict[str, Floats]]:
     """Example id -> dX, dX_exact [N, d] (where X is read), dy [N], loss [1]; one piece an example."""
     rows: dict[str, dict[str, Floats]] = {}
     for example in examples if work.pieces is not None else ():
@@ -209,12 +202,7 @@ class FiniteStep:
         return needs_gradients(curvature)
 
     def estimate(
-        self,
-        problem: Problem,
-        examples: Sequence[Example],
-        targets: TargetSet,
-        work: Work,
-        queries: Queries | None = None,
+        self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None
     ) -> Scores:
         """dX (with the baseline's gates) and dy of each step; targets are sums of these."""
         found = kept_steps(problem, examples, work)
@@ -224,6 +212,6 @@ class FiniteStep:
         details = {"dy": np.stack([row["dy"] for row in rows])}
         return Scores("finite-step", tuple(z.id for z in examples), targets.names, values, None, losses, True, details)
 
-    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """A step and a pass over all prompts an example."""
         return cost.finite_step(problem, examples)

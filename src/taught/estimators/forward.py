@@ -8,14 +8,13 @@ by dual numbers through the same token trees. It says *which prompts* an example
 features; the adjoint says the sums. Unlike a finite step it has no second order and no rounding
 noise of a difference; gates are those of the baseline by themselves.
 
-Cost: one gradient an example and about three forward passes over the prompts' token trees. Memory: the
-parameters, their gradient, and one tree. Attention runs without fused kernels, which have no
-forward mode.
+Cost: one gradient an example and about three forward passes over the prompts' token trees. Memory: the parameters,
+their gradient, and one tree. Attention runs without fused kernels, which have no forward mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.core.curvature import Curvature
 from taught.core.estimator import Work, needs_gradients
-from taught.core.example import Example, example_losses
+from taught.core.example import Example, Examples, example_losses
 from taught.core.problem import Problem
 from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
@@ -78,7 +77,7 @@ class _Reader(nn.Module):
         return problem.features(h, packed.offsets.to(h.device)), y
 
 
-def tangents(problem: Problem, examples: Sequence[Example], *, progress: Progress | None = None) -> Iterator[Tangent]:
+def tangents(problem: Problem, examples: Examples, *, progress: Progress | None = None) -> Iterator[Tangent]:
     """One :class:`Tangent` per example, in order. No weight is changed.
 
     Raises
@@ -97,33 +96,19 @@ def tangents(problem: Problem, examples: Sequence[Example], *, progress: Progres
                 f"model.{name}": -problem.lr * direction.get(name, torch.zeros_like(p)) for name, p in moving.items()
             }
             del direction
-            moved = _along(problem, reader, packs, base, step, example.id, loss)
-        yield moved  # outside the block: the caller gets the model as it was
+            dX = torch.zeros(len(problem.prompts), problem.d, dtype=torch.float64)
+            dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
+            for packed in packs:
+                with sdpa_kernel(SDPBackend.MATH):
+                    moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
+                X_moves, y_moves = moved[1]
+                index = list(packed.index)
+                if problem.features is not None:
+                    dX[index] = X_moves.detach().double().cpu()
+                dy[index] = y_moves.detach().double().cpu()
+        yield Tangent(example.id, loss, dX, dy)  # outside the block: the caller gets the model as it was
         if progress is not None:
             progress.advance(1)
-
-
-def _along(
-    problem: Problem,
-    reader: _Reader,
-    packs: Sequence[PackedPrompts],
-    base: dict[str, Tensor],
-    step: dict[str, Tensor],
-    example_id: str,
-    loss: float,
-) -> Tangent:
-    count = len(problem.prompts)
-    dX = torch.zeros(count, problem.d, dtype=torch.float64)
-    dy = torch.zeros(count, dtype=torch.float64)
-    for packed in packs:
-        with sdpa_kernel(SDPBackend.MATH):
-            moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
-        X_moves, y_moves = moved[1]
-        index = list(packed.index)
-        if problem.features is not None:
-            dX[index] = X_moves.detach().double().cpu()
-        dy[index] = y_moves.detach().double().cpu()
-    return Tangent(example_id, loss, dX, dy)
 
 
 @ESTIMATORS.register("forward")
@@ -141,12 +126,7 @@ class Forward:
         return needs_gradients(curvature)
 
     def estimate(
-        self,
-        problem: Problem,
-        examples: Sequence[Example],
-        targets: TargetSet,
-        work: Work,
-        queries: Queries | None = None,
+        self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None
     ) -> Scores:
         """dX and dy of each example, one piece an example; targets are sums of these."""
         losses = example_losses(problem.model, examples, problem.batch_tokens)
@@ -160,7 +140,7 @@ class Forward:
         ids = tuple(z.id for z in examples)
         return Scores("forward", ids, targets.names, values, losses=losses.numpy(), details=details)
 
-    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """About three forward passes over the prompts an example."""
         return cost.forward(problem, examples)
 

@@ -5,10 +5,9 @@ The loss of an example is L = f(sum_j l_j) with l_j = -w_j log p(token j) under 
 
     effect = sum_j share_j,    share_j = -lr < C^-1 f' grad l_j, grad F > = -lr f' < grad l_j, q >
 
-with the query q = C^-1 grad F and f' at the example's sum. The product is the derivative of l_j along
-q, so one forward pass in dual numbers along -lr q gives the shares of all tokens at once.
-Source: the decomposition follows from the loss; it is not an ablation of the token as *input*,
-which later tokens see too.
+with the query q = C^-1 grad F and f' at the example's sum. The product is the derivative of l_j along q, so one forward
+pass in dual numbers along -lr q gives the shares of all tokens at once. Source: the decomposition follows from the
+loss; it is not an ablation of the token as *input*, which later tokens see too.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from taught.core.example import Example, ExampleBatch, batch_examples, refuse_nonfinite
+from taught.core.example import ExampleBatch, Examples, batch_examples, refuse_nonfinite
 from taught.core.problem import Problem
 from taught.core.query import build_queries
 from taught.model.gradients import RowSparse, Site, find_sites, frozen
@@ -41,19 +40,13 @@ class _Terms(nn.Module):
 
 
 def token_effects(
-    problem: Problem,
-    examples: Sequence[Example],
-    A: Tensor | None,
-    B: Tensor | None,
-    *,
-    progress: Progress | None = None,
+    problem: Problem, examples: Examples, A: Tensor | None, B: Tensor | None, *, progress: Progress | None = None
 ) -> list[Tensor]:
     """Share of every scored token in its example's effect on a few targets.
 
     Parameters
     ----------
-    A, B
-        Cotangents of K targets, as in :func:`taught.estimators.adjoint.target_effects`.
+    A, B : Cotangents of K targets, as in :func:`taught.estimators.adjoint.target_effects`
 
     Returns
     -------

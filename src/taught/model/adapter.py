@@ -27,10 +27,8 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
 
     Parameters
     ----------
-    adapter
-        Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or hub id.
-    revision
-        Branch, tag or commit on the hub.
+    adapter : folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or hub id
+    revision : branch, tag or commit on the hub
 
     Returns
     -------
@@ -52,76 +50,6 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
     from peft import PeftModel
 
     folder = _find(adapter, revision)
-    _check_kind(folder)
-    first = next(model.parameters())
-    try:
-        wrapped = PeftModel.from_pretrained(
-            model, str(folder), autocast_adapter_dtype=False, torch_device=str(first.device)
-        )
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(
-            "the adapter does not fit the model",
-            value=f"{adapter}: {error}",
-            rule="an adapter is put on the model that it was trained on",
-            fix="set model.id to its base_model_name_or_path",
-        ) from error
-    adapted = wrapped.get_base_model().to(device=first.device, dtype=first.dtype).eval()
-    _check_complete(adapted, folder / _WEIGHTS)
-    return adapted, {"source": adapter, "sha256": sha256_file(folder / _WEIGHTS)}
-
-
-def adapter_patterns(model: Any) -> tuple[str, ...]:
-    """Patterns of the parameters that an adapter brings along (``moving_parameters``)."""
-    names = [name for name, _ in model.named_parameters()]
-    return tuple(p for p in _PATTERNS if fnmatch.filter(names, p))
-
-
-def _find(adapter: str, revision: str | None) -> Path:
-    """The adapter's folder, fetched from the hub where it is not a local one."""
-    folder = Path(adapter).expanduser()
-    if not folder.is_dir() and not folder.is_absolute():
-        folder = _fetch(adapter, revision)
-    for name in (_CONFIG, _WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(
-                "there is no such adapter",
-                value=str(folder / name),
-                rule=f"{_CONFIG} and {_WEIGHTS}; a pickle (*.bin) is never opened",
-                fix="save it with save_pretrained(..., safe_serialization=True)",
-            )
-    return folder
-
-
-def _fetch(adapter: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(adapter, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS])
-    except Exception as error:
-        raise UserError(
-            "the adapter cannot be fetched from the hub",
-            value=f"{adapter}: {error}",
-            rule="network access, or the adapter in the Hugging Face cache",
-            fix="check the id, or give a local folder as model.adapter",
-        ) from error
-    return Path(found)
-
-
-def _check_complete(model: Any, weights: Path) -> None:
-    """Refuse what peft only warns of: layers of the adapter that the model lacks, or new ones."""
-    with safe_open(weights, framework="pt") as file:
-        stored = sum("lora_" in name for name in file.keys())  # noqa: SIM118
-    there = sum("lora_" in name for name, _ in model.named_parameters())
-    if stored != there:
-        raise UserError(
-            "the adapter does not fit the model",
-            value=f"{stored} tensors in {weights.name}, {there} in the model",
-            rule="an adapter is put on the model that it was trained on",
-            fix="set model.id to its base_model_name_or_path",
-        )
-
-
-def _check_kind(folder: Path) -> None:
     try:
         kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
@@ -135,3 +63,59 @@ def _check_kind(folder: Path) -> None:
             rule="LORA",
             fix="merge it into the model, and give the merged model as model.id",
         )
+    first = next(model.parameters())
+    try:
+        wrapped = PeftModel.from_pretrained(
+            model, str(folder), autocast_adapter_dtype=False, torch_device=str(first.device)
+        )
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise _misfit(f"{adapter}: {error}") from error
+    adapted = wrapped.get_base_model().to(device=first.device, dtype=first.dtype).eval()
+    # peft only warns of layers of the adapter that the model lacks, and of new ones.
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        stored = sum("lora_" in name for name in file.keys())  # noqa: SIM118
+    there = sum("lora_" in name for name, _ in adapted.named_parameters())
+    if stored != there:
+        raise _misfit(f"{stored} tensors in {_WEIGHTS}, {there} in the model")
+    return adapted, {"source": adapter, "sha256": sha256_file(folder / _WEIGHTS)}
+
+
+def adapter_patterns(model: Any) -> tuple[str, ...]:
+    """Patterns of the parameters that an adapter brings along (``moving_parameters``)."""
+    names = [name for name, _ in model.named_parameters()]
+    return tuple(p for p in _PATTERNS if fnmatch.filter(names, p))
+
+
+def _find(adapter: str, revision: str | None) -> Path:
+    """The adapter's folder, fetched from the hub where it is not a local one."""
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir() and not folder.is_absolute():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=[_CONFIG, _WEIGHTS]))
+        except Exception as error:
+            raise UserError(
+                "the adapter cannot be fetched from the hub",
+                value=f"{adapter}: {error}",
+                rule="network access, or the adapter in the Hugging Face cache",
+                fix="check the id, or give a local folder as model.adapter",
+            ) from error
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(
+                "there is no such adapter",
+                value=str(folder / name),
+                rule=f"{_CONFIG} and {_WEIGHTS}; a pickle (*.bin) is never opened",
+                fix="save it with save_pretrained(..., safe_serialization=True)",
+            )
+    return folder
+
+
+def _misfit(value: str) -> UserError:
+    return UserError(
+        "the adapter does not fit the model",
+        value=value,
+        rule="an adapter is put on the model that it was trained on",
+        fix="set model.id to its base_model_name_or_path",
+    )

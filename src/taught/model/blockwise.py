@@ -1,10 +1,9 @@
 """One transformer block at a time: every gradient factor of many examples in little memory.
 
-Factors of all parameters take about 1 MB a token for a model of 135M parameters. What flows between
-the blocks takes an eighth of that: the input of each block and the gradient at its output. From
-these two, one block's factors are had again by running that block alone, forward and backward. So
-all examples can be held at once, and layer by layer each one's gradient meets each other's. The
-price is a second forward and backward pass.
+Factors of all parameters take about 1 MB a token for a model of 135M parameters. What flows between the blocks takes an
+eighth of that: the input of each block and the gradient at its output. From these two, one block's factors are had
+again by running that block alone, forward and backward. So all examples can be held at once, and layer by layer each
+one's gradient meets each other's. The price is a second forward and backward pass.
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ def by_block(model: nn.Module, sites: Iterable[Site]) -> BlockSites:
     Raises
     ------
     UserError
-        A parameter belongs to several blocks, or to one and to the outside: its gradient does not
-        fall apart by block.
+        A parameter belongs to several blocks, or to one and to the outside: its gradient does not fall apart by block.
     """
     homes: dict[str, set[int]] = {}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -114,10 +112,8 @@ def trace(
 
     Parameters
     ----------
-    values
-        Runs the model on the batch: one value an example, [B], of which the gradient is taken.
-    training
-        As in ``Taps.factors``.
+    values : runs the model on the batch: one value an example, [B], of which the gradient is taken
+    training : as in ``Taps.factors``
 
     Returns
     -------
@@ -174,13 +170,10 @@ def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]
         The gradient that arrives at the lowest block's output is not the one that the whole model's
         backward pass gave: some block passes something on by another way than its output.
     """
-    x = kept.inputs.pop().requires_grad_()
-    args, kwargs = kept.calls.pop()
-    number = sites.lowest + len(kept.inputs)
-    with tap(model, sites.blocks[number]) as taps:
-        out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
-        factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x])
-    if number == sites.lowest + 1 and not _close(kept.grad, kept.first):
+    number = sites.lowest + len(kept.inputs) - 1
+    factors = _run_again(model, sites, kept, number)
+    off = kept.grad - kept.first
+    if number == sites.lowest + 1 and not off.float().norm() <= _TOLERANCE * kept.first.float().norm():
         raise UserError(
             "the model's blocks are not a chain",
             value="the gradient at the lowest block's output, taken block by block, is another one",
@@ -190,8 +183,14 @@ def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]
     return factors
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).float().norm() <= _TOLERANCE * b.float().norm())
+def _run_again(model: nn.Module, sites: BlockSites, kept: Trace, number: int) -> list[Factor]:
+    """Factors of the last block that is left; its gradient goes on to the block below."""
+    x = kept.inputs.pop().requires_grad_()
+    args, kwargs = kept.calls.pop()
+    with tap(model, sites.blocks[number]) as taps:
+        out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
+        factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x])
+    return factors
 
 
 def checkpointed(
@@ -205,8 +204,7 @@ def checkpointed(
 
     Parameters
     ----------
-    values, training
-        As in :func:`trace`.
+    values, training : as in :func:`trace`
 
     Returns
     -------
@@ -233,15 +231,7 @@ def _parts(
     yield from tail
     tail.clear()
     while kept.inputs:
-        number = below + len(kept.inputs) - 1
-        x = kept.inputs.pop().requires_grad_()
-        args, kwargs = kept.calls.pop()
-        with tap(model, sites.blocks[number]) as taps:
-            out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
-            factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x])
-        del out, x
-        yield from factors
-        del factors
+        yield from _run_again(model, sites, kept, below + len(kept.inputs) - 1)
     if _in_front(model, sites):
         with _until_first_block(model) as reached, tap(model, sites.outside) as taps:
             with suppress(_Reached):

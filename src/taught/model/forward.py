@@ -88,8 +88,7 @@ def edited_output(module: nn.Module, columns: Tensor, edit: Callable[[Tensor], T
     ----------
     columns : int64 [M], each once
         Tokens that are edited; the others pass unchanged.
-    edit
-        [M, D] -> [M, D], row by row.
+    edit : [M, D] -> [M, D], row by row
     """
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -112,16 +111,11 @@ def forward(
 
     Parameters
     ----------
-    model
-        A causal language model of the transformers library.
-    rows
-        The tokens.
-    block
-        Block whose residual stream is returned; None for none.
-    keep
-        Logits at the last ``keep`` columns (0: all), or at the columns that a tensor names.
-    stop_at_block
-        Leave out everything after the block; no logits then.
+    model : a causal language model of the transformers library
+    rows : the tokens
+    block : Block whose residual stream is returned; None for none
+    keep : Logits at the last ``keep`` columns (0: all), or at the columns that a tensor names
+    stop_at_block : Leave out everything after the block; no logits then
 
     Returns
     -------

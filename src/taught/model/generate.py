@@ -9,7 +9,8 @@ import inspect
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from taught.model.forward import first_device
 from taught.model.gradients import evaluating
@@ -24,14 +25,10 @@ def greedy(
 
     Parameters
     ----------
-    prompts
-        Token ids, with the generation prompt.
-    ends
-        Tokens that end an answer; the one that does is part of it.
-    limit
-        Tokens an answer may have.
-    batch_tokens
-        Padded tokens of a batch, answers at their limit included.
+    prompts : token ids, with the generation prompt
+    ends : tokens that end an answer; the one that does is part of it
+    limit : tokens an answer may have
+    batch_tokens : Padded tokens of a batch, answers at their limit included
 
     Returns
     -------
@@ -50,10 +47,13 @@ def greedy(
 def _decode(
     model: nn.Module, prompts: Sequence[Sequence[int]], ends: frozenset[int], limit: int
 ) -> list[tuple[int, ...]]:
-    ids, mask = _pad_left(prompts)
-    ids, mask = ids.to(first_device(model)), mask.to(first_device(model))
+    tokens = [torch.tensor(prompt, dtype=torch.long, device=first_device(model)) for prompt in prompts]
+    ids = pad_sequence(tokens, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(own) for own in tokens], batch_first=True, padding_side="left")
     rows: list[list[int]] = [[] for _ in prompts]
-    name, cache = _cache_name(model), None
+    # What this version of transformers calls the keys and values of earlier tokens.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache = None
     for _ in range(limit):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = model(
@@ -73,19 +73,3 @@ def _decode(
         ids = chosen.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
     return [tuple(row) for row in rows]
-
-
-def _cache_name(model: nn.Module) -> str:
-    """What this version of transformers calls the keys and values of earlier tokens."""
-    known = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
-
-
-def _pad_left(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, width - len(sequence) :] = torch.tensor(sequence)
-        mask[row, width - len(sequence) :] = 1
-    return ids, mask

@@ -65,15 +65,19 @@ class Factor:
         """The same of some examples."""
         return replace(self, a=None if self.a is None else self.a[some], d=self.d[some])
 
+    def double(self) -> Factor:
+        """The same in float64; ids stay what they are."""
+        a = self.a.double() if self.a is not None and self.a.is_floating_point() else self.a
+        return replace(self, a=a, d=self.d.double())
+
 
 def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> list[Site]:
     """Every use of every parameter, or an error that names the parameters that are not understood.
 
     Parameters
     ----------
-    parameters
-        Patterns of the parameters that move (``moving_parameters``); the others are left out, and
-        need not be understood. None for all.
+    parameters : Patterns of the parameters that move (``moving_parameters``); the others are left out, and need not be
+        understood. None for all.
 
     Raises
     ------
@@ -81,7 +85,7 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
         A parameter belongs to a module of another kind (fused experts, convolutions, ...). Nothing
         is left out silently. A pattern matches nothing.
     """
-    names = _canonical_names(model, parameters)
+    names = {id(p): name for name, p in moving_parameters(model, parameters).items()}  # tied ones have one name
     sites, covered = [], set()
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -106,18 +110,12 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
     return sites
 
 
-def _canonical_names(model: nn.Module, parameters: Sequence[str] | None) -> dict[int, str]:
-    """id of a parameter that moves -> its first name (tied parameters have one)."""
-    return {id(p): name for name, p in moving_parameters(model, parameters).items()}
-
-
 def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:
     if not set(own) <= {"weight", "bias"} or "weight" not in own:
         return None
-    if isinstance(module, nn.Linear):
-        return "linear" if type(module) is nn.Linear or _is_linear(module) else None
-    if isinstance(module, nn.Embedding):
-        return "embedding" if type(module) is nn.Embedding or _is_embedding(module) else None
+    if isinstance(module, nn.Linear | nn.Embedding):
+        kind = "linear" if isinstance(module, nn.Linear) else "embedding"
+        return kind if type(module) in (nn.Linear, nn.Embedding) or _is_plain(module) else None
     if type(module).__name__ == "Conv1D" and own["weight"].ndim == 2:  # GPT-2's transposed linear
         return "linear_t"
     return "elementwise" if _is_elementwise(module, own) else None
@@ -133,22 +131,17 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _is_linear(module: nn.Linear) -> bool:
-    """Check a subclass on random input: quantised or adapted layers compute something else."""
-    try:
-        x = _random(2, 3, module.in_features, like=module.weight)
-        return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
-    except Exception:
-        return False
+def _is_plain(module: nn.Linear | nn.Embedding) -> bool:
+    """Check a subclass on input: quantised or adapted layers compute something else.
 
-
-@torch.no_grad()
-def _is_embedding(module: nn.Embedding) -> bool:
-    """Check that a subclass looks rows up, up to one factor, and does nothing else."""
+    An embedding may multiply the rows that it looks up by one factor.
+    """
     try:
+        if isinstance(module, nn.Linear):
+            x = _random(2, 3, module.in_features, like=module.weight)
+            return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
         ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
-        scale = _embedding_options(module)[0]
-        return _agree(module(ids), scale * module.weight[ids])
+        return _agree(module(ids), _embedding_options(module)[0] * module.weight[ids])
     except Exception:
         return False
 
@@ -247,7 +240,15 @@ class Taps:
         outputs = [out for *_, out in self.seen]
         if not outputs and not others:
             return [], []
-        _check_batched(self.seen)
+        batch = self.seen[0][2].shape[0] if self.seen else 0
+        for site, _, x, out in self.seen:
+            if out.ndim < 3 or x.shape[0] != batch:  # which example it is of would be unknown
+                raise UserError(
+                    "a module mixes the examples of a batch",
+                    value=f"{site.module}: input {list(x.shape)}, output {list(out.shape)}",
+                    rule=f"[batch, tokens, ...] with a batch of {batch}",
+                    fix="use the finite-step estimator for this model",
+                )
         grads = torch.autograd.grad(value, [*outputs, *others], retain_graph=retain_graph, allow_unused=True)
         factors: list[Factor] = []
         for (site, module, x, _), d in zip(self.seen, grads, strict=False):
@@ -256,19 +257,6 @@ class Taps:
                     d = d * (x != site.padding).unsqueeze(-1)
                 factors += _site_factors(site, module, x, d)
         return factors, list(grads[len(outputs) :])
-
-
-def _check_batched(seen: Sequence[tuple[Site, nn.Module, Tensor, Tensor]]) -> None:
-    """Refuse modules that have not seen [B, T, ...] with one B: which example would be unknown."""
-    batch = seen[0][2].shape[0] if seen else 0
-    for site, _, x, out in seen:
-        if out.ndim < 3 or x.shape[0] != batch:
-            raise UserError(
-                "a module mixes the examples of a batch",
-                value=f"{site.module}: input {list(x.shape)}, output {list(out.shape)}",
-                rule=f"[batch, tokens, ...] with a batch of {batch}",
-                fix="use the finite-step estimator for this model",
-            )
 
 
 def _site_factors(site: Site, module: nn.Module, x: Tensor, d: Tensor) -> Iterator[Factor]:
@@ -361,7 +349,11 @@ def contract(factor: Factor, query: Query) -> Tensor:
         return d @ query.T
     assert factor.a is not None
     if factor.kind == "embedding":
-        return _contract_embedding(factor.a, d, query)
+        if isinstance(query, Tensor):
+            return torch.stack([(q[factor.a] * d).sum((1, 2)) for q in query], 1)
+        slot = query.slot[factor.a]
+        present = (slot >= 0).unsqueeze(-1)
+        return torch.stack([(q[slot.clamp(min=0)] * d * present).sum((1, 2)) for q in query.values], 1)
     a = factor.a.to(d.dtype)
     if isinstance(query, RowSparse):
         whole = d.shape[-1] != len(query.rows)
@@ -382,14 +374,6 @@ def _gradient(d: Tensor, a: Tensor) -> Tensor:
     return out.flatten(1)
 
 
-def _contract_embedding(ids: Tensor, d: Tensor, query: Query) -> Tensor:
-    if isinstance(query, Tensor):
-        return torch.stack([(q[ids] * d).sum((1, 2)) for q in query], 1)
-    slot = query.slot[ids]
-    present = (slot >= 0).unsqueeze(-1)
-    return torch.stack([(q[slot.clamp(min=0)] * d * present).sum((1, 2)) for q in query.values], 1)
-
-
 def accumulate(factor: Factor, total: Query, weight: float = 1.0) -> None:
     """total += weight * (sum over the batch of the gradients); total has the parameter's shape."""
     if factor.kind == "vector":
@@ -401,21 +385,15 @@ def accumulate(factor: Factor, total: Query, weight: float = 1.0) -> None:
         into = total.values if isinstance(total, RowSparse) else total
         ids, d = factor.a.flatten(), factor.d.flatten(0, 1).to(into.dtype)
         if isinstance(total, RowSparse):
-            total.values.index_add_(0, _slots(total, ids), d, alpha=weight)
-        else:
-            total.index_add_(0, ids, d, alpha=weight)
+            ids = total.slot[ids]
+            if bool((ids < 0).any()):
+                raise ValueError("a token is missing from the rows of a row-sparse gradient")
+        into.index_add_(0, ids, d, alpha=weight)
         return
     a, d = factor.a.flatten(0, 1), factor.d.flatten(0, 1)
     if isinstance(total, RowSparse):
         raise TypeError("a linear use of a parameter needs a dense total")
     total.add_(product(d.T, a.T), alpha=weight)
-
-
-def _slots(total: RowSparse, ids: Tensor) -> Tensor:
-    slot = total.slot[ids]
-    if bool((slot < 0).any()):
-        raise ValueError("a token is missing from the rows of a row-sparse gradient")
-    return slot
 
 
 Batches = Sequence[Sequence[Factor]]
@@ -429,11 +407,9 @@ def dot(left: Sequence[Factor], right: Sequence[Factor], *, scale: Tensor | None
 
     Parameters
     ----------
-    scale
-        One factor for each element of the gradients, in the parameter's shape; None for 1. Two
-        linear uses have no Gram form with it: their gradients are built.
-    room
-        Numbers that built gradients may take at a time; one example is always built.
+    scale : one factor for each element of the gradients, in the parameter's shape; None for 1. Two linear uses have no
+        Gram form with it: their gradients are built.
+    room : Numbers that built gradients may take at a time; one example is always built
     """
     if all(f.kind == "vector" for f in (*left, *right)):
         built = _built([left])
@@ -468,17 +444,13 @@ def _scaled_dot(f: Factor, g: Factor, scale: Tensor, room: int) -> Tensor:
 def dots(left: Batches, right: Batches, *, room: int, scale: Tensor | None = None) -> Tensor:
     """Inner products between all examples of many batches over one parameter.
 
-    Either in Gram form or with the gradients built, whichever takes fewer multiplications; both are
-    exact.
+    Either in Gram form or with the gradients built, whichever takes fewer multiplications; both are exact.
 
     Parameters
     ----------
-    left, right
-        For each batch the parameter's factors.
-    room
-        Numbers that the built gradients may take at a time; one batch a side is always built.
-    scale
-        As in :func:`dot`; with it, linear gradients are always built.
+    left, right : For each batch the parameter's factors
+    room : Numbers that the built gradients may take at a time; one batch a side is always built
+    scale : as in :func:`dot`; with it, linear gradients are always built
 
     Returns
     -------

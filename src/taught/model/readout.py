@@ -140,7 +140,9 @@ def pack(
     groups: list[list[int]] = []
     size = 0
     for i in order:
-        shared = _common(prompts[groups[-1][-1]].ids, prompts[i].ids) if groups else 0
+        before = prompts[groups[-1][-1]].ids if groups else ()
+        pairs = enumerate(zip(before, prompts[i].ids, strict=False))
+        shared = next((n for n, (a, b) in pairs if a != b), min(len(before), len(prompts[i].ids)))
         extra = len(prompts[i].ids) - shared + (len(prompts[i].histories) if behavior else 0)
         if groups and size + extra <= tokens:
             groups[-1].append(i)
@@ -221,13 +223,11 @@ def _longs(values: Iterable[int]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.long)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
+def read_y(model: nn.Module, packed: PackedPrompts, behavior: Behavior) -> Tensor:
+    """y of some prompts alone, [n]: see :func:`read_packed`."""
+    _, y = read_packed(model, packed, behavior, None)
+    assert y is not None
+    return y
 
 
 def read_packed(
@@ -302,13 +302,10 @@ def read_residuals(
 
     Parameters
     ----------
-    prompts
-        Prompts, or examples as prompts: what counts is where h is read.
+    prompts : prompts, or examples as prompts: what counts is where h is read
     reduce
-        (h [M, D] at the read-out tokens of n prompts, offsets [n + 1]) -> [n, ...], such as a
-        pooling or a feature map.
-    tokens
-        Size of a token tree.
+        (h [M, D] at the read-out tokens of n prompts, offsets [n + 1]) -> [n, ...], such as a pooling or a feature map.
+    tokens : size of a token tree
 
     Raises
     ------
@@ -379,9 +376,8 @@ def read_prompts_plain(
 ) -> Readouts:
     """The same read-outs as the published loop takes them: one pass for h, one per suffix.
 
-    Plain padded batches, nothing shared: the reference that :func:`read_prompts` is checked
-    against, and the baseline of benchmarks/smda_loop.py. Each suffix is appended before padding and
-    indexed row by row.
+    Plain padded batches, nothing shared: the reference that :func:`read_prompts` is checked against, and the baseline
+    of benchmarks/smda_loop.py. Each suffix is appended before padding and indexed row by row.
     """
     h: list[Tensor] = [torch.zeros(0, 0)] * len(prompts)
     y = torch.zeros(len(prompts), dtype=torch.float64)

@@ -32,10 +32,6 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def depths(self) -> Tensor:
-        """Position of every token in its own sequence, int64 [T]."""
-        return self.ancestors().sum(1) - 1
-
     def ancestors(self) -> Tensor:
         """bool [T, T]: entry (s, t) is true where t is s itself or one of its ancestors."""
         enter, leave = self._spans()
@@ -96,8 +92,7 @@ class Rows:
     ----------
     ids, positions : int64 [B, T]
     mask : bool [B, T, T]
-        (s, t) is true where s attends to t; a padding slot attends to itself only, and nothing else
-        attends to it.
+        (s, t) is true where s attends to t; a padding slot attends to itself only, and nothing else attends to it.
     lengths : int64 [B]
         Number of real tokens of each row.
     """

@@ -46,8 +46,7 @@ def replacing(path: Path, *, needed: int | None = None) -> Iterator[IO[bytes]]:
 
     Parameters
     ----------
-    needed
-        Bytes that will be written, where that is known.
+    needed : bytes that will be written, where that is known
 
     Raises
     ------
@@ -61,7 +60,11 @@ def replacing(path: Path, *, needed: int | None = None) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # the new name itself must survive a power cut
+        finally:
+            os.close(handle)
     except OSError as error:
         raise write_error(path, error, needed=needed) from error
     finally:
@@ -118,8 +121,7 @@ def row_groups(
 
     Parameters
     ----------
-    unique
-        Text columns of which no value stands twice in a part: a dictionary would only add to them.
+    unique : text columns of which no value stands twice in a part: a dictionary would only add to them
     """
     import pyarrow.parquet as pq
 
@@ -133,13 +135,21 @@ def row_groups(
         yield lambda part: writer.write_table(part, row_group_size=max(part.num_rows, 1))
 
 
+def schema(columns: str) -> pa.Schema:
+    """A table's columns, as ``name:kind`` with spaces between; kinds are str, int, float, [str] and [float]."""
+    import pyarrow as pa
+
+    kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    kinds |= {f"[{name}]": pa.list_(kind) for name, kind in kinds.items()}
+    return pa.schema([(name, kinds[kind]) for name, kind in (column.split(":") for column in columns.split())])
+
+
 def read_parquet(path: Path, columns: Sequence[str] | None = None, rows: pc.Expression | None = None) -> pa.Table:
     """Return an Arrow table, or those of its columns and rows that are asked for.
 
     Parameters
     ----------
-    rows
-        A condition; row groups whose statistics exclude it are not read.
+    rows : a condition; row groups whose statistics exclude it are not read
     """
     import pyarrow.parquet as pq
 
@@ -192,8 +202,7 @@ def write_error(path: Path, error: OSError, *, needed: int | None = None) -> Use
 
     Parameters
     ----------
-    needed
-        Bytes that were to be written, where that is known.
+    needed : bytes that were to be written, where that is known
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         wanted = "" if needed is None else f"{needed:,} bytes needed, "
@@ -235,12 +244,3 @@ def check_ids(
         )
         if not fits:
             raise ValueError(f"{name}: shape {shape}, but the ids {tuple(names)} say {expected}")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,10 +1,9 @@
 """What the result of a stage depends on, as a flat record that can be compared and shown.
 
-A record maps a name (``policy.alpha``, ``examples.path sha256``, ``code``) to a plain value. Two runs
-may share results only when their records are equal; when they differ, the record says in what.
-Left out on purpose, because the result does not depend on them: where a file lies (its content
-counts), the name of the study, how much memory is used and how much is computed at once, and where
-sketches are kept (a store knows by itself what it holds).
+A record maps a name (``policy.alpha``, ``examples.path sha256``, ``code``) to a plain value. Two runs may share results
+only when their records are equal; when they differ, the record says in what. Left out on purpose, because the result
+does not depend on them: where a file lies (its content counts), the name of the study, how much memory is used and how
+much is computed at once, and where sketches are kept (a store knows by itself what it holds).
 """
 
 from __future__ import annotations
@@ -34,10 +33,8 @@ def stage_inputs(stage: Stage, study: Study, extra: Mapping[str, Any] | None = N
 
     Parameters
     ----------
-    study
-        Its local files are read for their checksums.
-    extra
-        What only the caller knows: ``Subject.identity``, the weights that a name stands for.
+    study : its local files are read for their checksums
+    extra : what only the caller knows: ``Subject.identity``, the weights that a name stands for
 
     Raises
     ------

@@ -61,13 +61,10 @@ class RunFolder:
 
     Parameters
     ----------
-    path
-        The folder. One that holds other files and no manifest is refused.
-    fresh
-        Stages whose earlier results are deleted, once, when the stage begins; and with them what was
-        made from them, where they are made under other inputs now.
-    command
-        The command that repeats the run, kept in the manifest.
+    path : The folder. One that holds other files and no manifest is refused.
+    fresh : Stages whose earlier results are deleted, once, when the stage begins; and with them what was made from
+        them, where they are made under other inputs now
+    command : the command that repeats the run, kept in the manifest
 
     Raises
     ------
@@ -166,15 +163,11 @@ class RunFolder:
 
         Parameters
         ----------
-        name
-            One of ``taught.stages.STAGES``.
-        study
-            What is to be computed.
-        extra
-            Further things that the result depends on and only the caller knows, as plain values:
-            ``{"model.weights": sha256, "model.source": "..."}``.
-        reads
-            Stages that are read this time, beside those that this one always reads.
+        name : one of ``taught.stages.STAGES``
+        study : what is to be computed
+        extra : further things that the result depends on and only the caller knows, as plain values:
+            ``{"model.weights": sha256, "model.source": "..."}``
+        reads : Stages that are read this time, beside those that this one always reads
 
         Raises
         ------
@@ -198,12 +191,6 @@ class RunFolder:
             if not stage.done:
                 self._complete(stage, time.monotonic() - started)
 
-    def partial(self, stage: str) -> PartialFolder:
-        """Finished pieces of the stage that is running."""
-        if self._active is None or self._active.name != stage:
-            raise RuntimeError(f"stage {stage} is not running")
-        return self._active.partial
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other commands from writing here. A dead process holds no lock."""
@@ -216,18 +203,6 @@ class RunFolder:
             raise UserError(
                 "the run folder cannot be made", value=str(error), fix="choose another --run folder"
             ) from None
-        with self._lock():
-            for folder in (self.folder, *(self.folder / "partial").glob("*")):
-                files.remove_temporaries(folder)
-            self._manifest = load_manifest(self.folder)
-            self._locked = True
-            try:
-                yield
-            finally:
-                self._locked = False
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
         path = self.folder / ".lock"
         lock = FileLock(path, timeout=0)
         try:
@@ -242,8 +217,13 @@ class RunFolder:
         except OSError as error:
             raise files.write_error(path, error) from error
         try:
+            for folder in (self.folder, *(self.folder / "partial").glob("*")):
+                files.remove_temporaries(folder)
+            self._manifest = load_manifest(self.folder)
+            self._locked = True
             yield
         finally:
+            self._locked = False
             lock.release()
 
     # Writing
@@ -263,8 +243,7 @@ class RunFolder:
 
         Parameters
         ----------
-        unique
-            Text columns of which no value stands twice in a part.
+        unique : text columns of which no value stands twice in a part
         """
         name = _with_suffix(name, ".parquet")
         self._require_active(name)
@@ -291,14 +270,10 @@ class RunFolder:
 
         Parameters
         ----------
-        arrays
-            Name -> array.
-        ids
-            Name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``. No id
-            may stand twice.
-        axes
-            Array name -> name of the ids of each axis (None: an axis without ids), checked for
-            length. Without it, each list of ids must have the length of some axis.
+        arrays : name -> array
+        ids : Name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``. No id may stand twice.
+        axes : array name -> name of the ids of each axis (None: an axis without ids), checked for length. Without it,
+            each list of ids must have the length of some axis.
 
         Raises
         ------
@@ -369,8 +344,7 @@ class RunFolder:
 
         Parameters
         ----------
-        axis
-            Name of the ids of the rows, e.g. ``example_ids``.
+        axis : Name of the ids of the rows, e.g. ``example_ids``.
 
         Returns
         -------
@@ -501,7 +475,11 @@ class RunFolder:
         attempts = (self._record(stage.name) or {}).get("attempts", 0)
         self._manifest.update(taught=taught.__version__, versions=versions())
         self._manifest.setdefault("data", {}).update(_data_files(study, inputs))
-        self._manifest["study"] = self._used(BY_NAME[stage.name], study)
+        used = study.to_dict()
+        if BY_NAME[stage.name].needs and "study" in self._manifest:  # what it does not read as stages before had it
+            read = {key.partition(".")[0] for key in BY_NAME[stage.name].reads}
+            used = {**self._manifest["study"], **{name: own for name, own in used.items() if name in read}}
+        self._manifest["study"] = used
         if extra:
             self._manifest["weights"] = dict(extra)
         self._manifest["command"] = self.command
@@ -517,13 +495,6 @@ class RunFolder:
             del self._manifest["files"][file]
         self._save()  # first: a killed run must leave a folder that is known as ours
         files.write_bytes(self.path("study.yaml"), dump_study(Study.recorded(self._manifest["study"])).encode())
-
-    def _used(self, stage: Stage, study: Study) -> dict[str, Any]:
-        """The study of the run: what a stage reads as it has it, the rest as stages before it had it."""
-        if not stage.needs or "study" not in self._manifest:
-            return study.to_dict()
-        read = {key.partition(".")[0] for key in stage.reads}
-        return {**self._manifest["study"], **{name: own for name, own in study.to_dict().items() if name in read}}
 
     def _complete(self, stage: Running, seconds: float) -> None:
         self._manifest["stages"][stage.name].update(

@@ -24,8 +24,16 @@ def load_manifest(folder: Path) -> Manifest:
     UserError
         A folder with other files and no manifest, a damaged manifest, another format.
     """
-    _check_folder(folder)
     file = folder / NAME
+    if folder.exists() and not folder.is_dir():
+        raise UserError("the run folder is a file", value=str(folder), fix="choose another --run folder")
+    if folder.exists() and not file.exists() and any(not other.name.startswith(".") for other in folder.iterdir()):
+        raise UserError(
+            "the folder holds other files",
+            value=str(folder),
+            rule=f"a run folder is new, empty, or holds {NAME}",
+            fix="choose another --run folder",
+        )
     if not file.exists():
         return {"format": FORMAT, "created": now(), "stages": {}, "inputs": {}, "files": {}}
     try:
@@ -54,17 +62,3 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
 def now() -> str:
     """Return the time, as it stands in manifests."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError("the run folder is a file", value=str(folder), fix="choose another --run folder")
-    if not folder.exists() or (folder / NAME).exists():
-        return
-    if any(not file.name.startswith(".") for file in folder.iterdir()):
-        raise UserError(
-            "the folder holds other files",
-            value=str(folder),
-            rule=f"a run folder is new, empty, or holds {NAME}",
-            fix="choose another --run folder",
-        )

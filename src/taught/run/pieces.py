@@ -20,8 +20,7 @@ class PartialFolder:
 
     Parameters
     ----------
-    path
-        ``RUN/partial/<stage>-<fingerprint>``; created with the first piece.
+    path : ``RUN/partial/<stage>-<fingerprint>``; created with the first piece
     """
 
     def __init__(self, path: Path) -> None:

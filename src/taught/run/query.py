@@ -35,16 +35,13 @@ def select(run: RunFolder | Path | str, sql: str, *, memory_gb: float = MEMORY_G
 
     Parameters
     ----------
-    sql
-        A query in DuckDB's SQL; the view's column ``group`` is written ``"group"``.
-    memory_gb
-        What DuckDB may use.
+    sql : a query in DuckDB's SQL; the view's column ``group`` is written ``"group"``
+    memory_gb : what DuckDB may use
 
     Raises
     ------
     UserError
-        Not one SELECT, or one that cannot be answered; DuckDB is not installed; the folder is no
-        run.
+        Not one SELECT, or one that cannot be answered; DuckDB is not installed; the folder is no run.
     """
     return _answer(_opened(run), sql, memory_gb)
 

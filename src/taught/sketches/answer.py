@@ -89,8 +89,7 @@ def stored_queries(store: SketchStore, targets: TargetSet, digests: Mapping[str,
 
     Parameters
     ----------
-    digests
-        Prompt id -> digest of its tokens (``fill.prompt_key``).
+    digests : prompt id -> digest of its tokens (``fill.prompt_key``)
 
     Raises
     ------

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from taught.core import rules
 from taught.core.curvature import Curvature
 from taught.core.estimator import Work
-from taught.core.example import Example
+from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.query import build_queries, queries_at_once
 from taught.core.registry import ESTIMATORS, setting
@@ -26,7 +25,6 @@ from taught.estimators.adjoint import Adjoint
 from taught.estimators.cost import Asked
 from taught.features.concept import ConceptMap
 from taught.model.gradients import find_sites, frozen
-from taught.progress import Progress
 from taught.run.pieces import Prefixed
 from taught.sketches.answer import answer, error_factor, stored_queries, theory_error
 from taught.sketches.fill import example_row, fill_examples, fill_prompts, prompt_key
@@ -85,23 +83,18 @@ class Sketch:
         projection = Projection(problem.model, self.size, self.seed)
         return SketchStore(folder, {**problem.identity, **projection.record()}), projection
 
-    def fill(self, problem: Problem, examples: Sequence[Example], work: Work, share: tuple[int, int] = (0, 1)) -> None:
+    def fill(self, problem: Problem, examples: Examples, work: Work, share: tuple[int, int] = (0, 1)) -> None:
         """Compute what the store lacks; damaged shards are made anew. ``share``: ``fill_examples``."""
         store, projection = self.open(problem, work)
-        if share[0] == 0:
-            _drop_damaged(store, work.progress)
+        if share[0] == 0 and (damaged := store.drop_damaged()):
+            work.progress.note(f"damaged shards are made anew: {', '.join(damaged)}")
         store.prepare()
         if not isinstance(problem.features, ConceptMap):
             fill_prompts(store, problem, projection, share=share, progress=work.progress)
         fill_examples(store, problem, projection, examples, share=share, progress=work.progress)
 
     def estimate(
-        self,
-        problem: Problem,
-        examples: Sequence[Example],
-        targets: TargetSet,
-        work: Work,
-        queries: Queries | None = None,
+        self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None
     ) -> Scores:
         """Inner products of the examples' sketches with each target's.
 
@@ -150,18 +143,12 @@ class Sketch:
         """Size of the store; each active feature of a prompt has a sketch of its own."""
         return (examples + prompts * (1 + cost.ACTIVE * features)) * (2 * self.size + 4)
 
-    def cost(self, problem: Problem, examples: Sequence[Example], asked: Asked) -> Mapping[str, float]:
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """Filling a store that is empty yet, and the exact sample."""
         return cost.sketch(problem, examples, asked)
 
     def _measured(
-        self,
-        problem: Problem,
-        examples: Sequence[Example],
-        targets: TargetSet,
-        work: Work,
-        values: Floats,
-        scale: Floats,
+        self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, values: Floats, scale: Floats
     ) -> tuple[float, list[dict[str, Any]]]:
         """The factor of the error, and the sample that it was measured on.
 
@@ -193,12 +180,6 @@ class Sketch:
         return factor, sample
 
 
-def _drop_damaged(store: SketchStore, progress: Progress) -> None:
-    damaged = store.drop_damaged()
-    if damaged:
-        progress.note(f"damaged shards are made anew: {', '.join(damaged)}")
-
-
 def _projected(problem: Problem, projection: Projection, targets: TargetSet, work: Work) -> Floats:
     """Sketches of C^-1 grad F of every target, float64 [K, T]."""
     work.progress.step("sketches of the targets", None)
@@ -212,8 +193,3 @@ def _projected(problem: Problem, projection: Projection, targets: TargetSet, wor
             queries = build_queries(problem, sites, own[0], own[1], work.progress)
             parts.append(projection.matrices(queries, len(targets.direct[some])).numpy())
     return targets.from_direct(np.concatenate(parts).T)
-
-
-def store_folder(estimator: Sketch, run: Path) -> Path:
-    """Where the sketches of a run lie."""
-    return Path(estimator.store) if estimator.store else run / "sketches"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from taught.core.example import Example
+from taught.core.example import Example, Examples
 from taught.core.problem import Problem
 from taught.model.readout import ReadPrompt
 from taught.progress import Progress
@@ -25,7 +25,7 @@ def fill_examples(
     store: SketchStore,
     problem: Problem,
     projection: Projection,
-    examples: Sequence[Example],
+    examples: Examples,
     *,
     share: tuple[int, int] = (0, 1),
     progress: Progress,
@@ -34,8 +34,7 @@ def fill_examples(
 
     Parameters
     ----------
-    share
-        (r, n): process r of n takes every n-th shard. Shards do not depend on n.
+    share : (r, n): process r of n takes every n-th shard. Shards do not depend on n.
     """
     there = store.rows("examples")
     chunks = []
@@ -68,32 +67,19 @@ def fill_prompts(
     for chunk in todo:
         had = [covered.get(prompt_key(p), set()) for p in chunk]
         features = sorted(k for k in wanted if not all(k in known for known in had))
-        _fill_prompts(store, problem, projection, chunk, features, had)
+        narrowed = problem
+        if problem.features is not None:
+            index = torch.tensor(features, dtype=torch.long, device=problem.features.ids.device)
+            narrowed = replace(problem, features=replace(problem.features, ids=index))
+        rows, values = [], []
+        for part in prompt_sketches(narrowed, projection, chunk):
+            ids = [-1 if column < 0 else features[column] for column in part.features]
+            new = [n for n, (i, k) in enumerate(zip(part.index, ids, strict=True)) if k not in had[i]]
+            rows += [Row(*prompt_key(chunk[part.index[n]]), ids[n]) for n in new]
+            values.append(part.values[new])
+        keys = [prompt_key(prompt) for prompt in chunk]
+        store.save("prompts", rows, torch.cat(values).float().numpy(), prompts=keys, features=features)
         progress.advance(len(chunk))
-
-
-def _fill_prompts(
-    store: SketchStore,
-    problem: Problem,
-    projection: Projection,
-    prompts: Sequence[ReadPrompt],
-    features: Sequence[int],
-    had: Sequence[set[int]],
-) -> None:
-    """One shard: what the prompts have already is left out."""
-    narrowed = problem
-    if problem.features is not None:
-        index = torch.tensor(features, dtype=torch.long, device=problem.features.ids.device)
-        narrowed = replace(problem, features=replace(problem.features, ids=index))
-    rows, values = [], []
-    for part in prompt_sketches(narrowed, projection, prompts):
-        ids = [-1 if column < 0 else features[column] for column in part.features]
-        new = [n for n, (i, k) in enumerate(zip(part.index, ids, strict=True)) if k not in had[i]]
-        rows += [Row(*prompt_key(prompts[part.index[n]]), ids[n]) for n in new]
-        values.append(part.values[new])
-    keys = [prompt_key(prompt) for prompt in prompts]
-    stacked = torch.cat(values).float().numpy()
-    store.save("prompts", rows, stacked, prompts=keys, features=features)
 
 
 def example_row(example: Example) -> Row:

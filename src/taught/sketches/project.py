@@ -1,15 +1,13 @@
 """Random projection of per-example gradients, taken from their factors.
 
-For a linear layer with inputs a_t and output gradients d_t, G = sum_t d_t a_t' [out, in]. Its
-sketch is
+For a linear layer with inputs a_t and output gradients d_t, G = sum_t d_t a_t' [out, in]. Its sketch is
 
     H    = sum_t d_t (R a_t)'                     [out, k]    R [k, in] with entries N(0, 1/k)
     s_bj = sum of e_oj H_oj over o = b (mod m)    [m, k]      e_oj = +1 or -1
 
-so the two sides are projected one after the other: inputs by a dense matrix, outputs by random
-signs and a fold onto m rows. The sketches of all parameters are added into one vector of
-K = m k numbers. R, e and where a parameter's rows begin are drawn independently for each parameter,
-so
+so the two sides are projected one after the other: inputs by a dense matrix, outputs by random signs and a fold onto m
+rows. The sketches of all parameters are added into one vector of K = m k numbers. R, e and where a parameter's rows
+begin are drawn independently for each parameter, so
 
     E <s(G), s(Q)> = <G, Q>,    variance about (|G|^2 |Q|^2 + <G, Q>^2) / K
 
@@ -17,9 +15,8 @@ plus, from R, at most 2 / k of the squared sums of one layer, which many layers 
 signs differ for every o *and* j: projecting outputs by one matrix, as a plain two-sided projection
 does, has m in place of K in the variance when the inputs of a layer point one way, and they do.
 
-Embeddings (look-up and output use meet in one parameter), norms and biases are in the sketch: the
-last two have no inputs, so they are signed and folded directly. R is the identity for a layer that
-is not wider than k.
+Embeddings (look-up and output use meet in one parameter), norms and biases are in the sketch: the last two have no
+inputs, so they are signed and folded directly. R is the identity for a layer that is not wider than k.
 """
 
 from __future__ import annotations
@@ -116,10 +113,8 @@ class Projection:
 
         Parameters
         ----------
-        factors
-            Of all parameters, in any order; what is missing counts as zero.
-        inputs
-            The same one for every backward pass through one forward pass.
+        factors : of all parameters, in any order; what is missing counts as zero
+        inputs : the same one for every backward pass through one forward pass
 
         Notes
         -----
@@ -146,7 +141,9 @@ class Projection:
             for k in range(count):
                 one = total[k : k + 1]
                 if isinstance(given, RowSparse):
-                    self._add_lookups(given.rows[None], given.values[k][None].cpu(), _on_cpu(drawn), one)
+                    right = None if drawn.right is None else drawn.right.cpu()
+                    here = _Map(right, drawn.signs.cpu(), drawn.first)
+                    self._add_lookups(given.rows[None], given.values[k][None].cpu(), here, one)
                     continue
                 whole = given[k].cpu()
                 if whole.ndim == 1:
@@ -206,11 +203,8 @@ class Projection:
         total.view(-1, COLUMNS).index_add_(0, (rows + example).flatten(), values.flatten(0, 1))
 
     def _map(self, name: str) -> _Map:
-        if name not in self._maps:
-            self._maps[name] = self._draw(name)
-        return self._maps[name]
-
-    def _draw(self, name: str) -> _Map:
+        if name in self._maps:
+            return self._maps[name]
         weight = self.model.get_parameter(name)
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -224,11 +218,7 @@ class Projection:
             if width > COLUMNS:
                 right = torch.randn(COLUMNS, width, generator=draw) / COLUMNS**0.5
             right = right.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        return _Map(right, signs.to(weight.device), first)
-
-
-def _on_cpu(drawn: _Map) -> _Map:
-    return _Map(None if drawn.right is None else drawn.right.cpu(), drawn.signs.cpu(), drawn.first)
+        return self._maps.setdefault(name, _Map(right, signs.to(weight.device), first))
 
 
 def _fold(x: Tensor, first: int, total: Tensor) -> None:

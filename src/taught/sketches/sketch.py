@@ -4,11 +4,10 @@
     y         s(grad y_i)              one a prompt
     feature   s(grad X_ik)             one a prompt and feature that is active on it
 
-Every effect is a sum of inner products of the first kind with the other two, whatever the policy,
-so these sketches answer questions that nobody had asked when they were made: another alpha, other
-features of those stored, other groups of prompts, without the model. See
-:mod:`taught.sketches.project` for what a sketch is, :mod:`taught.sketches.fill` for how a store
-is filled, :mod:`taught.sketches.answer` for how a policy becomes inner products.
+Every effect is a sum of inner products of the first kind with the other two, whatever the policy, so these sketches
+answer questions that nobody had asked when they were made: another alpha, other features of those stored, other groups
+of prompts, without the model. See :mod:`taught.sketches.project` for what a sketch is, :mod:`taught.sketches.fill` for
+how a store is filled, :mod:`taught.sketches.answer` for how a policy becomes inner products.
 
 Cost of a prompt: one forward pass, and for y and for each active feature a backward pass.
 """
@@ -20,11 +19,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from taught.core.example import Example, batch_examples, refuse_nonfinite
+from taught.core.example import Examples, batch_examples, refuse_nonfinite
 from taught.core.gradient import example_gradients, refuse_unfit
 from taught.core.problem import Problem
 from taught.model.gradients import Site, find_sites, frozen, tap
-from taught.model.readout import PackedPrompts, ReadPrompt, pack_rows, read_packed
+from taught.model.readout import PackedPrompts, ReadPrompt, pack_rows, read_packed, read_y
 from taught.progress import Progress, SilentProgress
 from taught.sketches.project import Projection, SharedInputs
 
@@ -48,7 +47,7 @@ class Sketches:
 
 
 def example_sketches(
-    problem: Problem, projection: Projection, examples: Sequence[Example], *, progress: Progress | None = None
+    problem: Problem, projection: Projection, examples: Examples, *, progress: Progress | None = None
 ) -> list[Sketches]:
     """Sketches of the gradients of the examples' losses, batch by batch.
 
@@ -78,20 +77,15 @@ def prompt_sketches(problem: Problem, projection: Projection, prompts: Sequence[
     sites, found = find_sites(problem.model, problem.parameters), []
     with frozen(problem.model):
         for packed in pack_rows(prompts, problem.behavior, tokens=problem.batch_tokens):
-            found.append(_y_sketches(problem, projection, sites, packed))
+            with tap(problem.model, sites) as taps:
+                y = read_y(problem.model, packed, problem.behavior)
+                made = projection.sketch(taps.factors(y.sum()), len(packed.index))
+            found.append(Sketches(packed.index, (-1,) * len(packed.index), made.cpu()))
         if problem.features is None:
             return found
         for packed in pack_rows(prompts, None, tokens=problem.batch_tokens):
             found += _feature_sketches(problem, projection, sites, packed)
     return found
-
-
-def _y_sketches(problem: Problem, projection: Projection, sites: Sequence[Site], packed: PackedPrompts) -> Sketches:
-    with tap(problem.model, sites) as taps:
-        _, y = read_packed(problem.model, packed, problem.behavior, None)
-        assert y is not None
-        made = projection.sketch(taps.factors(y.sum()), len(packed.index))
-    return Sketches(packed.index, (-1,) * len(packed.index), made.cpu())
 
 
 def _feature_sketches(

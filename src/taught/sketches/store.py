@@ -1,11 +1,10 @@
 """Store of sketches: a folder of shards that grows and is read without the model.
 
-A shard is a safetensors file with ``values`` float16 [n, K] and ``scale`` float32 [n] (a row is
-their product), and beside it a JSON file that names the rows and the checksum. It counts once the
-JSON is there, which is written last; both are written whole. Shards are named by their rows, so
-several processes can fill one store without talking to each other, and a killed one leaves only
-whole shards. ``store.json`` says what all rows depend on: a store made under anything else is
-refused, with what differs.
+A shard is a safetensors file with ``values`` float16 [n, K] and ``scale`` float32 [n] (a row is their product), and
+beside it a JSON file that names the rows and the checksum. It counts once the JSON is there, which is written last;
+both are written whole. Shards are named by their rows, so several processes can fill one store without talking to each
+other, and a killed one leaves only whole shards. ``store.json`` says what all rows depend on: a store made under
+anything else is refused, with what differs.
 
 A row is known by its id and the digest of the tokens behind it: an example or prompt whose text has
 changed is another row.
@@ -79,10 +78,8 @@ class SketchStore:
 
     Parameters
     ----------
-    folder
-        Made with the first shard when missing.
-    identity
-        What every row depends on, as plain values; None to open a store as it is.
+    folder : Made with the first shard when missing
+    identity : what every row depends on, as plain values; None to open a store as it is
 
     Raises
     ------

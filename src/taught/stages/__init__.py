@@ -204,11 +204,9 @@ def asked(study: Study, to: str | None = None, only: str | None = None) -> list[
 
     Parameters
     ----------
-    to
-        Nothing after this stage, but the report. A stage that trains models runs only where it is
-        named here, with what it needs.
-    only
-        This stage alone.
+    to : nothing after this stage, but the report. A stage that trains models runs only where it is named here, with
+        what it needs.
+    only : This stage alone
 
     Raises
     ------
@@ -219,9 +217,9 @@ def asked(study: Study, to: str | None = None, only: str | None = None) -> list[
     if named is not None:
         require_stage(named)
     if named is not None and not BY_NAME[named].asked(study):
-        raise UserError(
-            "the study does not ask for this stage", value=named, rule=BY_NAME[named].what, fix=_wanted(named)
-        )
+        keys = {"policy": "sae.path=FOLDER", "clamp": "clamp=true", "clusters": "clusters=true"}
+        fix = f"use --set {keys[named]}" if named in keys else f"see the section {named} that `taught init` writes"
+        raise UserError("the study does not ask for this stage", value=named, rule=BY_NAME[named].what, fix=fix)
     if only is not None:
         return [BY_NAME[only]]
     trained = {*_needed(to)} if to is not None else set()
@@ -248,11 +246,6 @@ def _needed(name: str) -> Iterator[str]:
     yield name
     for before in BY_NAME[name].needs:
         yield from _needed(before)
-
-
-def _wanted(name: str) -> str:
-    keys = {"policy": "sae.path=FOLDER", "clamp": "clamp=true", "clusters": "clusters=true"}
-    return f"use --set {keys[name]}" if name in keys else f"see the section {name} that `taught init` writes"
 
 
 def run(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -13,12 +12,10 @@ from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.curvatures.autocorrelation import fit_autocorrelation
 from taught.errors import UserError
-from taught.policy.ridge import choose_alpha, fit_policy
 from taught.run.folder import RunFolder
 from taught.sketches.answer import answer, stored_queries, theory_error
 from taught.sketches.store import Row, SketchStore
-from taught.stages.ready import run_readings
-from taught.study.schema import Study
+from taught.stages.ready import run_readings, with_policy
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,7 @@ def ask(run: RunFolder, question: Question) -> Scores:
     Raises
     ------
     UserError
-        The run has no sketches; the store lacks something or is damaged; the question names what the
-        run does not have.
+        The run has no sketches; the store lacks something or is damaged; the question names what the run does not have.
     """
     run.require("attribute")
     record = run.read_json("attribution").get("sketches")
@@ -81,7 +77,9 @@ def ask(run: RunFolder, question: Question) -> Scores:
 
 def _readings(run: RunFolder, question: Question) -> Readings:
     """The run's readings with the policy fitted again as the question says: milliseconds."""
-    readings, study = run_readings(run), _with(run.study, question)
+    readings, study = run_readings(run), run.study
+    for key, value in (("policy.alpha", question.alpha), ("policy.intercept", question.intercept)):
+        study = study if value is None else study.replace(key, value)
     policy = readings.policy
     if policy is None:
         return readings
@@ -92,28 +90,10 @@ def _readings(run: RunFolder, question: Question) -> Readings:
     wanted = known if question.features is None else list(question.features)
     unknown = [k for k in wanted if k not in known]
     if unknown:
-        raise UserError(
-            "the run does not have these features", value=unknown, rule=_listed(known), fix="name some of these"
-        )
+        rule = "one of " + ", ".join(map(str, sorted(known)))
+        raise UserError("the run does not have these features", value=unknown, rule=rule, fix="name some of these")
     columns = [j for j, k in enumerate(known) if k in set(wanted)]
-    X, y = policy.X[rows][:, columns], policy.y[rows]
     ids = tuple(readings.prompt_ids[i] for i in rows)
-    alpha: Any = policy.alpha if question.alpha is None else study.policy.alpha
-    fit: dict[str, Any] = {"prompt_ids": ids, "fit_intercept": study.policy.intercept}
-    if alpha == "cv":
-        alpha, _ = choose_alpha(X, y, folds=study.policy.folds, seed=study.policy.seed, **fit)
-    fitted = fit_policy(X, y, alpha=float(alpha), feature_ids=[known[j] for j in columns], **fit)
-    return replace(
-        readings, prompt_ids=ids, y=np.array(y), X=fitted.X, columns=tuple(fitted.feature_ids.tolist()), policy=fitted
-    )
-
-
-def _with(study: Study, question: Question) -> Study:
-    """The study with the question's values, checked by the study's own rules."""
-    for key, value in (("policy.alpha", question.alpha), ("policy.intercept", question.intercept)):
-        study = study if value is None else study.replace(key, value)
-    return study
-
-
-def _listed(ids: Sequence[int]) -> str:
-    return "one of " + ", ".join(map(str, sorted(ids)))
+    alpha = policy.alpha if question.alpha is None else study.policy.alpha
+    some = replace(readings, prompt_ids=ids, y=np.array(policy.y[rows]))
+    return with_policy(study, some, policy.X[rows][:, columns], [known[j] for j in columns], alpha)

@@ -28,6 +28,7 @@ from taught.model.readout import pack as pack_prompts
 from taught.model.readout import read_packed
 from taught.policy.ridge import Policy, exact_shift
 from taught.progress import Progress, SilentProgress
+from taught.run.files import schema
 from taught.run.folder import RunFolder
 from taught.run.pieces import Prefixed
 from taught.stages.certify import write_certificates
@@ -78,15 +79,15 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         write_scores(run, [scores, *others])
         if others:
             run.write_table("agreement", agreement([scores, *others]))
-        if asked[0].targets.readings is ready.readings:  # else they are of a concept's place and prompts
-            _write_details(run, ready, scores)
-        _write_examples(run, ready, scores)
-        _write_summary(run, ready, scores, checks)
         policy = ready.readings.policy
         shift = None if policy is None else shift_of(scores, policy.feature_ids.tolist())
+        if asked[0].targets.readings is ready.readings:  # else they are of a concept's place and prompts
+            _write_details(run, ready, scores, shift)
+        _write_examples(run, ready, scores)
+        _write_summary(run, ready, scores, checks)
         write_certificates(study, run, asked[0].targets, scores, shift, checks)
         if shares:
-            _write_shares(run, shares)
+            run.write_table("token_shares", pa.concat_tables(shares))
         run.write_json(
             "attribution",
             {
@@ -94,7 +95,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
                 "ranked_by": str(ranked),
                 "lr": study.attribution.lr,
                 "targets": [str(name) for name in scores.targets],
-                **_store_record(scores),
+                **({"sketches": {key: scores.details[key] for key in STORE}} if "store" in scores.details else {}),
             },
         )
         run.write_json("dropped", {"overlap": data.overlapping, "truncated": ready.truncated})
@@ -161,19 +162,7 @@ def _shares(ready: Ready, asked: Sequence[Ask], top: Sequence[int], work: Work) 
     return tables
 
 
-TOKEN_SHARES = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("target", pa.string()),
-        ("position", pa.int64()),
-        ("token", pa.string()),
-        ("share", pa.float64()),
-    ]
-)
-
-
-def _write_shares(run: RunFolder, tables: Sequence[pa.Table]) -> None:
-    run.write_table("token_shares", pa.concat_tables(tables))
+TOKEN_SHARES = schema("example_id:str target:str position:int token:str share:float")
 
 
 def write_scores(run: RunFolder, every: Iterable[Scores]) -> None:
@@ -184,12 +173,8 @@ def write_scores(run: RunFolder, every: Iterable[Scores]) -> None:
                 write(scores.part(target))
 
 
-AGREEMENT = pa.schema(
-    [
-        *((name, pa.string()) for name in ("target", "method", "other")),
-        *((name, pa.float64()) for name in ("rank_correlation", "lo", "hi")),
-    ]
-)
+AGREEMENT = schema("target:str method:str other:str rank_correlation:float lo:float hi:float")
+STORE = ("store", "error_factor", "sample", "prompts", "rows")  # what a later question to a store of sketches needs
 
 
 def agreement(every: Sequence[Scores]) -> pa.Table:
@@ -203,15 +188,6 @@ def agreement(every: Sequence[Scores]) -> pa.Table:
     return pa.Table.from_pylist(rows, AGREEMENT)
 
 
-def _store_record(scores: Scores) -> dict[str, Any]:
-    """What a later question to a store of sketches needs; {} without one."""
-    found = scores.details
-    if "store" not in found:
-        return {}
-    names = ("store", "error_factor", "sample", "prompts", "rows")
-    return {"sketches": {name: found[name] for name in names}}
-
-
 def shift_of(scores: Scores, feature_ids: Sequence[int]) -> np.ndarray | None:
     """Change of every coefficient by every example, float64 [P, d]; None unless all were asked for."""
     names = [f"coefficient:{k}" for k in feature_ids]
@@ -221,28 +197,30 @@ def shift_of(scores: Scores, feature_ids: Sequence[int]) -> np.ndarray | None:
     return scores.values[:, [known[name] for name in names]]
 
 
-def _write_details(run: RunFolder, ready: Ready, scores: Scores) -> None:
+def _write_details(run: RunFolder, ready: Ready, scores: Scores, shift: np.ndarray | None) -> None:
     policy, details = ready.readings.policy, scores.details
-    prompt_ids = list(ready.readings.prompt_ids)
-    ids = policy.feature_ids.tolist() if policy is not None else []
-    shift = shift_of(scores, ids) if ids else None
-    if shift is not None:
-        axes = {"r": ("feature_ids", "feature_ids")}
-        run.write_tensors("comovement", {"r": comovement(shift)}, {"feature_ids": ids}, axes=axes)
+    ids = {"prompt_ids": list(ready.readings.prompt_ids)}
+    ids["feature_ids"] = policy.feature_ids.tolist() if policy is not None else []
+    if shift is not None and ids["feature_ids"]:
+        _write_matrix(run, "comovement", "r", comovement(shift), ids, ("feature_ids", "feature_ids"))
     if "dy" in details:
-        run.write_tensors(
-            "prompt_effects",
-            {"dy": details["dy"].astype(np.float32)},
-            {"example_ids": list(scores.example_ids), "prompt_ids": prompt_ids},
-            axes={"dy": ("example_ids", "prompt_ids")},
+        some = {**ids, "example_ids": list(scores.example_ids)}
+        _write_matrix(
+            run, "prompt_effects", "dy", details["dy"].astype(np.float32), some, ("example_ids", "prompt_ids")
         )
     if "dX" in details and policy is not None:
-        run.write_tensors(
-            "feature_prompt_effects",
-            {"dX": details["dX"]},
-            {"example_ids": list(details["detailed"]), "prompt_ids": prompt_ids, "feature_ids": ids},
-            axes={"dX": ("example_ids", "prompt_ids", "feature_ids")},
-        )
+        some = {**ids, "example_ids": list(details["detailed"])}
+        axes = ("example_ids", "prompt_ids", "feature_ids")
+        _write_matrix(run, "feature_prompt_effects", "dX", details["dX"], some, axes)
+
+
+def _write_matrix(
+    run: RunFolder, file: str, name: str, values: np.ndarray, ids: Mapping[str, list[Any]], axes: tuple[str, ...]
+) -> None:
+    run.write_tensors(file, {name: values}, {axis: ids[axis] for axis in axes}, axes={name: axes})
+
+
+COPIED = ("prompt", "response", "label", "category", "source")
 
 
 def _write_examples(run: RunFolder, ready: Ready, scores: Scores) -> None:
@@ -252,11 +230,7 @@ def _write_examples(run: RunFolder, ready: Ready, scores: Scores) -> None:
     own = list(ready.examples)
     columns = {
         "example_id": [example.id for example in own],
-        "prompt": [example.prompt for example in own],
-        "response": [example.response for example in own],
-        "label": [example.label for example in own],
-        "category": [example.category for example in own],
-        "source": [example.source for example in own],
+        **{name: [getattr(example, name) for example in own] for name in COPIED},
         "document": pa.array([example.document or None for example in own], pa.string()),
         "n_tokens": [len(tokens[example.id].input_ids) for example in own],
         "n_scored": [scored[example.id] for example in own],
@@ -315,13 +289,7 @@ def _interference(ready: Ready, scores: Scores) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _intended(ready: Ready, policy: Policy) -> dict[str, list[int]]:
-    """For each example the features it is about: its column ``intended``, or its prompt's active ones.
-
-    Raises
-    ------
-    UserError
-        A named feature is not one of the policy's.
-    """
+    """For each example the features it is about: its column ``intended``, or its prompt's active ones."""
     named = _named_features(ready.examples, policy)
     others = [example for example in ready.examples if not named[example.id]]
     encoded = [ready.subject.chat.encode_prompt(example.messages, example.id) for example in others]

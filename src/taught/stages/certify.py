@@ -13,37 +13,19 @@ from taught.core.scores import Scores
 from taught.core.target import TargetSet, kind_of
 from taught.policy.certificate import Ranking, RemainderBound, rank_statements, resample_counts
 from taught.policy.ridge import Policy, exact_shift, score
+from taught.run.files import schema
 from taught.run.folder import RunFolder
 from taught.stats.arrays import Floats
 from taught.study.schema import Study
 
 NO_DY = "resampled prompts need the change on every prompt (prompt:* among attribution.targets)"
 
-REMAINDERS = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("score", pa.float64()),
-        ("refit", pa.float64()),
-        ("refit_of", pa.string()),
-        ("remainder", pa.float64()),
-        ("dX_norm", pa.float64()),
-        ("dy_norm", pa.float64()),
-        ("coef_bound", pa.float64()),
-        ("score_bound", pa.float64()),
-    ]
+REMAINDERS = schema(
+    "example_id:str score:float refit:float refit_of:str remainder:float dX_norm:float dy_norm:float coef_bound:float "
+    "score_bound:float"
 )
-STATEMENTS = pa.schema(
-    [
-        ("target", pa.string()),
-        ("k", pa.int64()),
-        ("example_ids", pa.list_(pa.string())),
-        ("gap", pa.float64()),
-        ("share", pa.float64()),
-        ("by_refit", pa.string()),
-        ("by_sketch", pa.string()),
-        ("verdict", pa.string()),
-        ("reason", pa.string()),
-    ]
+STATEMENTS = schema(
+    "target:str k:int example_ids:[str] gap:float share:float by_refit:str by_sketch:str verdict:str reason:str"
 )
 
 
@@ -59,18 +41,18 @@ def write_certificates(
 
     Parameters
     ----------
-    shift
-        Change of every coefficient by every example, [P, d]; None where it was not asked for.
-    checks
-        Example id -> ``refit_score`` of a real step, and with sketches ``exact_score``, for the examples
-        where one was made.
+    shift : Change of every coefficient by every example, [P, d]; None where it was not asked for
+    checks : Example id -> ``refit_score`` of a real step, and with sketches ``exact_score``, for the examples where one
+        was made
     """
     allowed = np.zeros(len(scores))
     policy = targets.readings.policy
     if policy is not None and "score" in scores:
         table = _remainders(policy, scores, shift, checks)
         run.write_table("certificates", table)
-        allowed = _allowed(table)
+        # How far the refit may be: the bound, or the measured distance; nan where neither is known.
+        bound, measured = (np.asarray(table[name].to_numpy(), np.float64) for name in ("score_bound", "remainder"))
+        allowed = np.where(np.isfinite(bound), bound, np.abs(measured))
     rows = []
     for name in scores.targets:
         if name not in targets.names or kind_of(name).many or name.minus is not None or name.pathway == "x":
@@ -129,10 +111,3 @@ def _whole_dX(scores: Scores) -> NDArray[Any] | None:
     """Exact dX [P, N, d] of every example; None where the run does not have it."""
     dX = scores.details.get("dX")
     return dX if scores.se is None else None
-
-
-def _allowed(remainders: pa.Table) -> Floats:
-    """How far the refit may be: the bound, or the measured distance; nan where neither is known."""
-    columns = [remainders[name].to_numpy() for name in ("score_bound", "remainder")]
-    bound, measured = (np.asarray(column, dtype=np.float64) for column in columns)
-    return np.where(np.isfinite(bound), bound, np.abs(measured))

@@ -12,12 +12,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from taught.core.example import Example
+from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
 from taught.data.chat import EncodedExample, EncodedPrompt
 from taught.data.columns import name_ids
-from taught.data.examples import ExampleSet
 from taught.data.overlap import find_overlap
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
@@ -55,6 +54,24 @@ class CheckReport:
         """Add one row."""
         self.rows.append((what, str(value)))
 
+    def add_set(self, what: str, kinds: Iterable[object], columns: Mapping[str, str]) -> None:
+        """Add what a set of rows holds of each kind, and the columns that they come from."""
+        counts = Counter(kinds)
+        self.add(f"{what}s", f"{counts.total()} ({', '.join(f'{n} {name}' for name, n in counts.items())})")
+        self.add(f"{what} columns", ", ".join(f"{key} = {name}" for key, name in columns.items()))
+
+    def add_left_out(self, what: str, ids: Sequence[str], why: str, drop: bool) -> None:
+        """Add the examples that are left out on request; without one they are a problem."""
+        fate = "" if not ids else f", dropped on request: {name_ids(ids)}" if drop else ", an error"
+        self.add(what, f"{len(ids)} examples {why}{fate}")
+        if ids and not drop:
+            key = f"examples.drop_{what}=true"
+            self.problems.append(f"{len(ids)} examples {why}: {name_ids(ids)}; --set {key} leaves them out")
+
+    def add_spread(self, what: str, lengths: Sequence[int]) -> None:
+        """Add what numbers of tokens come to."""
+        self.add(what, f"median {np.median(lengths):.0f}, longest {max(lengths)}, in all {sum(lengths)}")
+
     def __rich__(self) -> RenderableType:
         table = Table(box=None, show_header=False, pad_edge=False)
         table.add_column(style="bold")
@@ -78,11 +95,18 @@ def check_study(study: Study) -> CheckReport:
     _describe_subject(report, study, subject)
     prompts = study_prompts(study)
     encoded = subject.encode(prompts)
-    _describe_scored(report, subject, encoded[0])
-    report.add("prompts", f"{len(prompts)} ({_counts(p.group for p in prompts)})")
-    report.add("prompt columns", _columns(prompts.columns))
-    report.add("prompt tokens", _spread([len(e.input_ids) for e in encoded]))
-    _check_groups(report, study, subject)
+    decode, first = subject.loaded.tokenizer.decode, encoded[0]
+    for ids in first.suffixes:
+        report.add(f"scored after {first.id}", " | ".join(decode([i]) for i in ids))
+    if first.left_out:
+        report.add("left out", f"{first.left_out}: contained in a shorter one")
+    report.add_set("prompt", (p.group for p in prompts), prompts.columns)
+    report.add_spread("prompt tokens", [len(e.input_ids) for e in encoded])
+    if subject.sae is not None:  # a policy is written in features that tell two groups apart
+        try:
+            report.add("groups", "{} against {}".format(*study.prompts.sides))
+        except UserError as error:
+            report.problems.append(str(error))
     examples = _check_examples(report, study, subject, prompts)
     report.add("stages", ", ".join(stage.name for stage in asked(study)))
     if examples:
@@ -109,69 +133,31 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
     report.add("behavior", f"{subject.behavior.meaning} ({subject.behavior.unit})")
 
 
-def _check_groups(report: CheckReport, study: Study, subject: Subject) -> None:
-    """A policy is written in features that tell two groups apart."""
-    if subject.sae is not None:
-        try:
-            report.add("groups", "{} against {}".format(*study.prompts.sides))
-        except UserError as error:
-            report.problems.append(str(error))
-
-
-def _describe_scored(report: CheckReport, subject: Subject, first: EncodedPrompt) -> None:
-    """What is scored behind the first prompt, token by token."""
-    decode = subject.loaded.tokenizer.decode
-    for ids in first.suffixes:
-        report.add(f"scored after {first.id}", " | ".join(decode([i]) for i in ids))
-    if first.left_out:
-        report.add("left out", f"{first.left_out}: contained in a shorter one")
-
-
 def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts: PromptSet) -> list[EncodedExample]:
     """The examples that would be scored, as tokens; none where something is wrong with one of them."""
-    examples = chosen_examples(study)
-    report.add("examples", f"{len(examples)} ({_counts(p.label for p in examples)})")
-    report.add("example columns", _columns(examples.columns))
-    examples = _check_overlap(report, study, examples, prompts)
+    spec, examples = study.examples, chosen_examples(study)
+    report.add_set("example", (p.label for p in examples), examples.columns)
+    ids = list(dict.fromkeys(example_id for example_id, _ in find_overlap(examples, prompts)))
+    report.add_left_out("overlap", ids, "are evaluation prompts", spec.drop_overlap)
+    if spec.drop_overlap:
+        gone = set(ids)
+        examples = replace(examples, examples=tuple(example for example in examples if example.id not in gone))
     try:
-        encoded = [subject.chat.encode_example(example, study.examples.max_tokens) for example in examples]
+        encoded = [subject.chat.encode_example(example, spec.max_tokens) for example in examples]
     except UserError as error:
         report.problems.append(str(error))
         return []
-    scored = _check_truncation(report, study, encoded)
+    cut = [example.id for example in encoded if example.truncated]
+    report.add_left_out("truncated", cut, f"are longer than {spec.max_tokens} tokens", spec.drop_truncated)
+    scored = [
+        example for example in encoded if example.n_scored > 0 and not (spec.drop_truncated and example.truncated)
+    ]
     if not scored:
         report.problems.append("no example is left to be scored")
         return []
-    report.add("example tokens", _spread([len(e.input_ids) for e in scored]))
-    report.add("response tokens", _spread([e.n_scored for e in scored]))
+    report.add_spread("example tokens", [len(e.input_ids) for e in scored])
+    report.add_spread("response tokens", [e.n_scored for e in scored])
     return scored
-
-
-def _check_overlap(report: CheckReport, study: Study, examples: ExampleSet, prompts: PromptSet) -> ExampleSet:
-    ids = list(dict.fromkeys(example_id for example_id, _ in find_overlap(examples, prompts)))
-    drop = study.examples.drop_overlap
-    what = f"{len(ids)} examples are evaluation prompts"
-    report.add("overlap", what + _fate(ids, drop))
-    if ids and not drop:
-        report.problems.append(f"{what}: {name_ids(ids)}; --set examples.drop_overlap=true leaves them out")
-        return examples
-    gone = set(ids)
-    return replace(examples, examples=tuple(example for example in examples if example.id not in gone))
-
-
-def _check_truncation(report: CheckReport, study: Study, encoded: Sequence[EncodedExample]) -> list[EncodedExample]:
-    """The examples without those that the limit leaves nothing of, or that are dropped on request."""
-    ids = [example.id for example in encoded if example.truncated]
-    drop = study.examples.drop_truncated
-    what = f"{len(ids)} examples are longer than {study.examples.max_tokens} tokens"
-    report.add("truncated", what + _fate(ids, drop))
-    if ids and not drop:
-        report.problems.append(f"{what}: {name_ids(ids)}; --set examples.drop_truncated=true leaves them out")
-    return [example for example in encoded if example.n_scored > 0 and not (drop and example.truncated)]
-
-
-def _fate(ids: Sequence[str], drop: bool) -> str:
-    return "" if not ids else f", dropped on request: {name_ids(ids)}" if drop else ", an error"
 
 
 def _estimate(
@@ -231,7 +217,7 @@ def _asked(study: Study, problem: Problem, groups: int) -> Asked:
 
 
 def _estimate_validation(
-    report: CheckReport, study: Study, subject: Subject, problem: Problem, examples: Sequence[Example]
+    report: CheckReport, study: Study, subject: Subject, problem: Problem, examples: Examples
 ) -> None:
     """Retrainings, operations, minutes and disk of ``taught validate``."""
     spec = study.validation
@@ -254,9 +240,8 @@ def _estimate_validation(
 def subset_sizes(spec: ValidationSpec, examples: int) -> list[int]:
     """Examples of each subset that the designs train on, of so many in all.
 
-    How many examples the published rule of the design ``curation`` keeps, or ``taught curate`` did, is
-    known only with the influence; it is taken to be half of them. Of ``chosen`` some may be drawn
-    twice, and are trained on once.
+    How many examples the published rule of the design ``curation`` keeps, or ``taught curate`` did, is known only with
+    the influence; it is taken to be half of them. Of ``chosen`` some may be drawn twice, and are trained on once.
     """
     part, some = spec.part_of(examples), spec.named_of(examples)
     runs = 1 + spec.controls  # the named examples, and random ones
@@ -326,15 +311,3 @@ def _disk(study: Study, problem: Problem, examples: int, wanted: Asked) -> str:
     if hasattr(estimator, "kept_bytes"):
         said += f", {estimator.kept_bytes(examples, prompts, wanted.features) / 1e6:.0f} MB kept by the estimator"
     return said
-
-
-def _counts(values: Iterable[str]) -> str:
-    return ", ".join(f"{n} {name}" for name, n in Counter(values).items())
-
-
-def _columns(columns: Mapping[str, str]) -> str:
-    return ", ".join(f"{field_} = {name}" for field_, name in columns.items())
-
-
-def _spread(lengths: Sequence[int]) -> str:
-    return f"median {np.median(lengths):.0f}, longest {max(lengths)}, in all {sum(lengths)}"

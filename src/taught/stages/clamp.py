@@ -18,6 +18,7 @@ from taught.model.readout import PackedPrompts, ReadPrompt, pack_apart, read_pac
 from taught.policy.dose import LEVEL, agreement, control_p, response, slope
 from taught.policy.ridge import Policy
 from taught.progress import Progress, SilentProgress
+from taught.run.files import schema
 from taught.run.folder import RunFolder
 from taught.stages.ready import run_readings
 from taught.stages.subject import Subject, open_subject, prompt_inputs, study_prompts
@@ -28,30 +29,10 @@ from taught.study.schema import ClampSpec, Study
 SCALES = (0.0, 0.5, 2.0, 3.0)
 CONTROL_SCALE = 2.0
 
-TABLE = pa.schema(
-    [
-        ("feature_id", pa.int64()),
-        ("coef", pa.float64()),
-        ("n", pa.int64()),
-        ("rms_x", pa.float64()),
-        ("slope", pa.float64()),
-        ("lo", pa.float64()),
-        ("hi", pa.float64()),
-        ("predicted", pa.float64()),
-        ("at_control", pa.float64()),
-        ("controls", pa.list_(pa.float64())),
-        ("p", pa.float64()),
-        ("p_adjusted", pa.float64()),
-        (
-            "doses",
-            pa.list_(
-                pa.struct(
-                    [("scale", pa.float64()), ("value", pa.float64()), ("lo", pa.float64()), ("hi", pa.float64())]
-                )
-            ),
-        ),
-    ]
-)
+TABLE = schema(
+    "feature_id:int coef:float n:int rms_x:float slope:float lo:float hi:float predicted:float at_control:float "
+    "controls:[float] p:float p_adjusted:float"
+).append(pa.field("doses", pa.list_(pa.struct(schema("scale:float value:float lo:float hi:float")))))
 
 
 def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
@@ -72,7 +53,9 @@ def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> Non
     with run.stage("clamp", study, subject.identity) as stage:
         if stage.done:
             return
-        fitted = _policy(run)
+        fitted = run_readings(run).policy
+        if fitted is None:
+            raise UserError("there is no policy to check", rule="it needs an SAE", fix="pass --set sae.path=FOLDER")
         inputs = _inputs(study, subject, fitted)
         progress.step("clamp features", fitted.d)
         measured = []
@@ -90,13 +73,6 @@ def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> Non
             measured.append(found)
             progress.advance(1)
         _write(run, study, fitted, measured, spec)
-
-
-def _policy(run: RunFolder) -> Policy:
-    policy = run_readings(run).policy
-    if policy is None:
-        raise UserError("there is no policy to check", rule="it needs an SAE", fix="pass --set sae.path=FOLDER")
-    return policy
 
 
 def _inputs(study: Study, subject: Subject, fitted: Policy) -> list[ReadPrompt]:
@@ -162,7 +138,8 @@ def _write(
         row["p"], row["p_adjusted"] = float(own), float(adjusted)
     run.write_table("clamp", pa.Table.from_pylist(rows, TABLE))
     clear = [row for row in active if row["p_adjusted"] <= LEVEL]
-    sure = _sure(run)
+    rows_of = run.read_table("coefficients", ["feature_id", "lo", "hi"]).to_pylist()
+    sure = {row["feature_id"] for row in rows_of if row["lo"] > 0 or row["hi"] < 0}  # the interval excludes 0
     record = {
         "prompts": spec.prompts,
         "controls": spec.controls,
@@ -206,12 +183,6 @@ def _row(study: Study, fitted: Policy, column: int, found: dict[str, Floats]) ->
         "controls": [slope(x, twice, dy[None]) for dy in found["control"]],
         "doses": [{"scale": scale, **mean.to_dict()} for scale, mean in zip(SCALES, seen.means, strict=True)],
     }
-
-
-def _sure(run: RunFolder) -> set[int]:
-    """Features whose coefficient's interval excludes 0."""
-    rows = run.read_table("coefficients", ["feature_id", "lo", "hi"]).to_pylist()
-    return {row["feature_id"] for row in rows if row["lo"] > 0 or row["hi"] < 0}
 
 
 def _compared(study: Study, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from taught.analysis.clusters import Clustering, cluster_examples
 from taught.progress import Progress
+from taught.run.files import schema
 from taught.run.folder import RunFolder
 from taught.stages.scored import read_scores, read_shifts, run_targets
 from taught.study.schema import ClustersSpec, Study
@@ -33,35 +34,14 @@ def clusters(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         _write(run, found, spec.k)
 
 
-_FEATURE = pa.struct(
-    [("feature_id", pa.int64()), ("label", pa.string()), ("inside", pa.float64()), ("outside", pa.float64())]
-)
-_CLUSTERS = pa.schema(
-    [
-        ("cluster", pa.int64()),
-        ("name", pa.string()),
-        ("n_examples", pa.int64()),
-        ("features", pa.list_(_FEATURE)),
-        ("examples", pa.list_(pa.string())),
-    ]
-    + [
-        (name, pa.float64())
-        for name in (
-            "outside_share",
-            "outside_random_lo",
-            "outside_random_hi",
-            "outside_by_chance",
-            "outside_p",
-            "outside_p_holm",
-        )
-    ]
-)
-_INFLUENCE = pa.schema(
-    [("cluster", pa.int64()), ("target", pa.string())]
-    + [
-        (name, pa.float64())
-        for name in ("mean", "lo", "hi", "random_lo", "random_hi", "p", "p_holm", "matched_p", "matched_p_holm")
-    ]
+_FEATURE = schema("feature_id:int label:str inside:float outside:float")
+_CLUSTERS = schema(
+    "cluster:int name:str n_examples:int examples:[str] outside_share:float outside_random_lo:float "
+    "outside_random_hi:float outside_by_chance:float outside_p:float outside_p_holm:float"
+).insert(3, pa.field("features", pa.list_(pa.struct(_FEATURE))))
+_INFLUENCE = schema(
+    "cluster:int target:str mean:float lo:float hi:float random_lo:float random_hi:float p:float p_holm:float "
+    "matched_p:float matched_p_holm:float"
 )
 
 

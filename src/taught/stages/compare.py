@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -56,10 +56,9 @@ class CostRow:
 def compare(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
     """LDS of the run's own influence, of other methods and of baselines, on the same retrainings.
 
-    Targets: those of the run that are no coefficient, and the ten largest coefficients. Of the
-    baselines, those that are about a group stand for the behavior on it; for the other targets they
-    take the positive group. Beside each method stands METHOD/norm, its values over the lengths of the
-    examples' gradients.
+    Targets: those of the run that are no coefficient, and the ten largest coefficients. Of the baselines, those that
+    are about a group stand for the behavior on it; for the other targets they take the positive group. Beside each
+    method stands METHOD/norm, its values over the lengths of the examples' gradients.
 
     Raises
     ------
@@ -81,7 +80,8 @@ def compare(study: Study, run: RunFolder, progress: Progress | None = None) -> N
         ready = prepare(study, run, subject, data)
         targets = compared_targets(run, ready)
         names = [str(name) for name in targets.names]
-        scores = {own.name: in_words(read_scores(run, _known(run, targets)))}
+        there = set(run_targets(run, many=True))
+        scores = {own.name: in_words(read_scores(run, [name for name in names if name in there]))}
         record = run.manifest["stages"]["attribute"]
         costs = [CostRow(own.name, record["seconds"], record["peak_memory_gb"])]
         for name, method in further.items():
@@ -117,7 +117,9 @@ def compare(study: Study, run: RunFolder, progress: Progress | None = None) -> N
         for name, rows in (*found._asdict().items(), ("costs", costs)):
             if rows:
                 run.write_table(name, table_of(rows))
-        run.write_table("compared_scores", _long(scores))
+        long = [(i, m, t, v, None) for m, of in scores.items() for t, by in of.items() for i, v in by.items()]
+        columns = [list(column) for column in zip(*long, strict=True)]
+        run.write_table("compared_scores", pa.table(columns, schema=scores_schema()))
         run.write_json("compare", {"methods": list(scores), "baselines": list(baselines), "given": list(elsewhere)})
 
 
@@ -145,11 +147,6 @@ def largest(policy: Policy) -> list[int]:
     order = np.argsort(-np.abs(policy.coef), kind="stable")[:COEFFICIENTS]
     ids: list[int] = policy.feature_ids[order].tolist()
     return ids
-
-
-def _known(run: RunFolder, targets: TargetSet) -> list[str]:
-    there = set(run_targets(run, many=True))
-    return [str(name) for name in targets.names if str(name) in there]
 
 
 def in_words(scores: Scores) -> ByTarget:
@@ -181,9 +178,3 @@ def baselines_by_target(
                 values = dict(zip(scores.example_ids, map(float, scores.values), strict=True))
                 found.setdefault(scores.baseline, {})[str(name)] = values
     return found
-
-
-def _long(scores: Mapping[str, ByTarget]) -> pa.Table:
-    """Scores in long form."""
-    rows = [(i, m, t, v, None) for m, of in scores.items() for t, by in of.items() for i, v in by.items()]
-    return pa.table([list(column) for column in zip(*rows, strict=True)], schema=scores_schema())

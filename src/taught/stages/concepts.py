@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from taught.baselines.activations import project, response_reads
-from taught.core.example import Example
+from taught.core.example import Examples
 from taught.core.names import TargetName
 from taught.core.scores import Scores
 from taught.data.columns import name_ids
@@ -69,9 +69,8 @@ def concepts(study: Study, run: RunFolder, progress: Progress | None = None) -> 
     Raises
     ------
     UserError
-        An unknown source, block or place; a direction that does not fit the model; examples with
-        other labels, or that are prompts or examples of the study; a probe that is no better than
-        chance on rows it has not seen.
+        An unknown source, block or place; a direction that does not fit the model; examples with other labels, or that
+        are prompts or examples of the study; a probe that is no better than chance on rows it has not seen.
     """
     progress = progress or SilentProgress()
     prompts = study_prompts(study)
@@ -177,12 +176,7 @@ def _saved(folder: Path, name: str) -> Concept:
 
 
 def concept_method_scores(
-    study: Study,
-    subject: Subject,
-    run: RunFolder,
-    inputs: Sequence[Example],
-    concepts: Sequence[Read],
-    progress: Progress,
+    study: Study, subject: Subject, run: RunFolder, inputs: Examples, concepts: Sequence[Read], progress: Progress
 ) -> list[Scores]:
     """Values of every example for every concept by the study's ``attribution.concept_methods``.
 
@@ -221,12 +215,12 @@ class _Projector:
     study: Study
     subject: Subject
     run: RunFolder
-    inputs: Sequence[Example]
+    inputs: Examples
     concepts: Sequence[Concept]
     progress: Progress
     base: dict[str, Floats] = field(default_factory=dict)
 
-    def _read(self, model: Any, examples: Sequence[Example], what: str) -> dict[str, Floats]:
+    def _read(self, model: Any, examples: Examples, what: str) -> dict[str, Floats]:
         """Concept -> projection of each example, [P]."""
         places: dict[tuple[int, str], list[Concept]] = {}
         for concept in self.concepts:
@@ -375,8 +369,7 @@ def read_examples(
     Raises
     ------
     UserError
-        A row has another label, or all have one; a response is empty, or cut off at
-        ``examples.max_tokens``.
+        A row has another label, or all have one; a response is empty, or cut off at ``examples.max_tokens``.
     """
     others = [row.id for row in rows if row.label not in sides]
     if others or {row.label for row in rows} != set(sides):

@@ -13,7 +13,7 @@ from taught.data.examples import load_examples
 from taught.data.tables import read_rows
 from taught.errors import UserError
 from taught.progress import Progress
-from taught.run.files import json_line
+from taught.run.files import json_line, schema
 from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
 from taught.stages.scored import default_target, read_scores
@@ -73,24 +73,23 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
         _write_choice(run, study, decisions)
 
 
-_CURATION = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("action", pa.string()),
-        ("rule", pa.string()),
-        ("target", pa.string()),
-        ("reason", pa.string()),
-        ("score", pa.float64()),
-        ("threshold", pa.float64()),
-        ("protect", pa.string()),
-        ("protect_score", pa.float64()),
-    ]
+_CURATION = schema(
+    "example_id:str action:str rule:str target:str reason:str score:float threshold:float protect:str "
+    "protect_score:float"
 )
 
 
 def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:
     """The rows of the example file, split by decision; a row is in exactly one of the files."""
-    rows = _scored_rows(run, study)
+    path = Path(study.examples.path)
+    if content_digest("examples.path", path) != run.manifest["inputs"]["attribute"].get("examples.path sha256"):
+        raise UserError(
+            "the example file has changed since it was scored",
+            value=str(path),
+            rule="decisions belong to the examples that were scored",
+            fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
+        )
+    rows = dict(zip(load_examples(path, study.examples.kind).ids, read_rows(path), strict=True))
     files: dict[str, list[str]] = {"keep": [], "drop": [], "unscored": []}
     scored = run.read_table("examples", ["example_id", "document", "response"]).to_pylist()
     windows = {row["example_id"]: row for row in scored if row["document"]}
@@ -109,20 +108,6 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
         files["unscored"].append(_line(example_id, row, reason))
     for name, lines in files.items():
         run.write_text(f"{name}.jsonl", "".join(lines))
-
-
-def _scored_rows(run: RunFolder, study: Study) -> dict[str, dict[str, Any]]:
-    """Example id -> its row, from a file that has not changed since it was scored."""
-    path = Path(study.examples.path)
-    scored = run.manifest["inputs"]["attribute"].get("examples.path sha256")
-    if content_digest("examples.path", path) != scored:
-        raise UserError(
-            "the example file has changed since it was scored",
-            value=str(path),
-            rule="decisions belong to the examples that were scored",
-            fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
-        )
-    return dict(zip(load_examples(path, study.examples.kind).ids, read_rows(path), strict=True))
 
 
 def _line(example_id: str, row: dict[str, Any], reason: str) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from taught.core.example import Example, sft
+from taught.core.example import Example, Examples, sft
 from taught.errors import UserError
 from taught.model.generate import greedy
 from taught.progress import Progress
@@ -21,7 +20,7 @@ _AT_ONCE = 256  # prompts between two writes
 
 
 def own_examples(
-    study: Study, subject: Subject, examples: Sequence[Example], file: Path, limit: int, progress: Progress
+    study: Study, subject: Subject, examples: Examples, file: Path, limit: int, progress: Progress
 ) -> list[Example]:
     """The examples with the model's own greedy answers in the place of their responses.
 
@@ -34,33 +33,19 @@ def own_examples(
         The file was made by another model or with other settings, or is damaged; prompt and answer
         do not fit into the model's context.
     """
-    _require_room(subject, examples, limit)
-    settings = _settings(study, subject, examples, limit)
-    kept = _read(file, settings)
-    prompts = {_key(example): example.ids[: example.start] for example in examples}
-    todo = sorted((key for key in prompts if key not in kept), key=lambda k: len(prompts[k]))
-    progress.step("the model's own responses", len(todo))
-    for start in range(0, len(todo), _AT_ONCE):
-        some = todo[start : start + _AT_ONCE]
-        answers = greedy(subject.loaded.model, [prompts[key] for key in some], settings["ends"], limit)
-        decode = subject.loaded.tokenizer.decode
-        kept |= {
-            key: {"tokens": list(answer), "text": decode(answer)} for key, answer in zip(some, answers, strict=True)
-        }
-        record = {"format": FORMAT, "settings": settings, "responses": kept}
-        write_bytes(file, json_bytes(record))
-        progress.advance(len(some))
-    return [sft(p.id, (*p.ids[: p.start], *kept[_key(p)]["tokens"]), p.start) for p in examples]
-
-
-def _settings(study: Study, subject: Subject, examples: Sequence[Example], limit: int) -> dict[str, Any]:
-    """What an answer depends on. Greedy decoding draws nothing, so there is no seed."""
+    longest, context = max(example.start for example in examples), subject.chat.context
+    if context is not None and longest + limit > context:
+        raise UserError(
+            "prompt and own response do not fit into the model's context",
+            value=f"{longest} tokens of a prompt and {limit} of the response",
+            rule=f"{context} tokens together",
+            fix="lower it: --set attribution.max_new_tokens=N",
+        )
     tokenizer = subject.loaded.tokenizer
     # What ends the responses of the examples ends the model's own; a truncated example ends anywhere.
-    last = [example.ids[-1] for example in examples]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ends = {token for token in last if token in special} | {tokenizer.eos_token_id}
-    return {
+    ends = special & {example.ids[-1] for example in examples} | {tokenizer.eos_token_id}
+    settings: dict[str, Any] = {  # what an answer depends on; greedy decoding draws nothing, so there is no seed
         "decoding": "greedy",
         "seed": None,
         "max_new_tokens": limit,
@@ -68,6 +53,18 @@ def _settings(study: Study, subject: Subject, examples: Sequence[Example], limit
         "dtype": study.model.dtype,
         "weights": dict(subject.loaded.weights),
     }
+    kept = _read(file, settings)
+    prompts = {_key(example): example.ids[: example.start] for example in examples}
+    todo = sorted((key for key in prompts if key not in kept), key=lambda k: len(prompts[k]))
+    progress.step("the model's own responses", len(todo))
+    for start in range(0, len(todo), _AT_ONCE):
+        some = todo[start : start + _AT_ONCE]
+        answers = greedy(subject.loaded.model, [prompts[key] for key in some], settings["ends"], limit)
+        for key, answer in zip(some, answers, strict=True):
+            kept[key] = {"tokens": list(answer), "text": tokenizer.decode(answer)}
+        write_bytes(file, json_bytes({"format": FORMAT, "settings": settings, "responses": kept}))
+        progress.advance(len(some))
+    return [sft(p.id, (*p.ids[: p.start], *kept[_key(p)]["tokens"]), p.start) for p in examples]
 
 
 def _read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -94,17 +91,6 @@ def _read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             fix=f"delete {file}; the answers are generated again",
         )
     return responses
-
-
-def _require_room(subject: Subject, examples: Sequence[Example], limit: int) -> None:
-    longest, context = max(example.start for example in examples), subject.chat.context
-    if context is not None and longest + limit > context:
-        raise UserError(
-            "prompt and own response do not fit into the model's context",
-            value=f"{longest} tokens of a prompt and {limit} of the response",
-            rule=f"{context} tokens together",
-            fix="lower it: --set attribution.max_new_tokens=N",
-        )
 
 
 def _key(example: Example) -> str:

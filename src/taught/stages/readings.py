@@ -9,18 +9,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from taught.data.chat import EncodedPrompt
 from taught.data.columns import columns_note
 from taught.data.prompts import PromptSet
 from taught.features.label import describe_features, load_labels
 from taught.features.pooling import pool, pooled_residuals
 from taught.features.sae import SparseAutoencoder, check_fit
-from taught.features.select import Selection, select_features
+from taught.features.select import Selection
 from taught.model.readout import Readouts, ReadPrompt, check_trees, read_prompts
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
-from taught.stages.subject import Subject, open_subject, prompt_inputs, study_prompts
+from taught.stages.subject import Subject, open_subject, prompt_inputs, select, study_prompts
 from taught.study.schema import Study
+
+COPIED = ("text", "group", "category", "source", "licence")  # of the prompts into their table
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +59,36 @@ def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         progress.step("read prompts", len(inputs))
         read = read_prompts(model, inputs, subject.behavior, block, progress=progress)
         features = None if subject.sae is None else _features(study, subject.sae, prompts, read)
-        _write_readouts(run, read, with_residuals=features is not None)
+        arrays: dict[str, Any] = {"y": read.y.numpy()}
+        decode, behavior, first = subject.loaded.tokenizer.decode, subject.behavior, encoded[0]
+        facts: dict[str, Any] = {
+            "behavior": {"meaning": behavior.meaning, "unit": behavior.unit},
+            "scored": [[decode([i]) for i in ids] for ids in first.suffixes],
+            "left_out": list(first.left_out),
+        }
         if features is not None:
+            arrays |= {"h": read.h.float().numpy(), "offsets": read.offsets.numpy()}
             _write_features(study, run, features, read)
             _write_labels(study, run, subject, features, prompts, inputs, read)
-        _write_prompts(run, prompts, inputs, read)
-        run.write_json("readings", {**_scored(subject, encoded[0]), **_facts(study, features)})
+            selection = features.selection
+            facts |= {
+                "readout": study.readout.position,
+                "encoder": study.sae.encoder,
+                "block": features.sae.block,
+                "unexplained_variance": features.fvu,
+                "always_on_features": int(selection.always_on[selection.feature_ids].sum()),
+            }
+        axes = {"y": ("prompt_ids",), "h": (None, None), "offsets": (None,)}
+        ids = {"prompt_ids": list(read.prompt_ids)}
+        run.write_tensors("readouts", arrays, ids, axes={name: axes[name] for name in arrays})
+        columns: dict[str, list[Any]] = {
+            "prompt_id": [prompt.id for prompt in prompts],
+            **{name: [getattr(prompt, name) for prompt in prompts] for name in COPIED},
+            "n_tokens": [len(tokens.ids) for tokens in inputs],
+            "y": read.y.tolist(),
+        }
+        run.write_table("prompts", pa.table(columns))
+        run.write_json("readings", facts)
 
 
 @torch.no_grad()
@@ -72,29 +97,8 @@ def _features(study: Study, sae: SparseAutoencoder, prompts: PromptSet, read: Re
     fvu = check_fit(sae, read.h, study.sae.max_fvu)
     tokens = sae.encode(read.h, encoder=study.sae.encoder)
     acts = pool(tokens, read.offsets, study.readout.position).double().cpu().numpy()
-    positive, negative = study.prompts.sides
-    selection = select_features(
-        acts,
-        [prompt.group for prompt in prompts],
-        positive=positive,
-        negative=negative,
-        threshold=study.features.threshold,
-        max_features=study.features.max_features,
-        ids=study.features.ids,
-    )
+    selection = select(study, prompts, acts)
     return _Features(sae, selection, acts[:, selection.feature_ids], fvu)
-
-
-def _write_readouts(run: RunFolder, read: Readouts, *, with_residuals: bool) -> None:
-    arrays, axes = {"y": read.y.numpy()}, {"y": ("prompt_ids",)}
-    if with_residuals:
-        arrays |= {"h": read.h.float().numpy(), "offsets": read.offsets.numpy()}
-    run.write_tensors(
-        "readouts",
-        arrays,
-        {"prompt_ids": list(read.prompt_ids)},
-        axes={**axes, **{name: (None,) * array.ndim for name, array in arrays.items() if name != "y"}},
-    )
 
 
 def _write_features(study: Study, run: RunFolder, features: _Features, read: Readouts) -> None:
@@ -144,44 +148,3 @@ def _write_labels(
         labels=load_labels(study.features.labels) if study.features.labels else None,
     )
     run.write_json("labels", {str(item.feature_id): item.to_dict() for item in described})
-
-
-def _scored(subject: Subject, first: EncodedPrompt) -> dict[str, Any]:
-    """What the behavior is, and what it scores behind the first prompt."""
-    decode, behavior = subject.loaded.tokenizer.decode, subject.behavior
-    return {
-        "behavior": {"meaning": behavior.meaning, "unit": behavior.unit},
-        "scored": [[decode([i]) for i in ids] for ids in first.suffixes],
-        "left_out": list(first.left_out),
-    }
-
-
-def _facts(study: Study, features: _Features | None) -> dict[str, Any]:
-    """What the features were read with."""
-    if features is None:
-        return {}
-    selection = features.selection
-    return {
-        "readout": study.readout.position,
-        "encoder": study.sae.encoder,
-        "block": features.sae.block,
-        "unexplained_variance": features.fvu,
-        "always_on_features": int(selection.always_on[selection.feature_ids].sum()),
-    }
-
-
-def _write_prompts(run: RunFolder, prompts: PromptSet, inputs: list[ReadPrompt], read: Readouts) -> None:
-    rows = [
-        {
-            "prompt_id": prompt.id,
-            "text": prompt.text,
-            "group": prompt.group,
-            "category": prompt.category,
-            "source": prompt.source,
-            "licence": prompt.licence,
-            "n_tokens": len(tokens.ids),
-            "y": value,
-        }
-        for prompt, tokens, value in zip(prompts, inputs, read.y.tolist(), strict=True)
-    ]
-    run.write_table("prompts", pa.Table.from_pylist(rows))

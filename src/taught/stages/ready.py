@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,13 +24,20 @@ from taught.errors import UserError
 from taught.features.concept import ConceptMap, concept_map
 from taught.features.pooling import FeatureMap
 from taught.features.sae import check_fit
-from taught.features.select import select_features
 from taught.model.readout import ReadPrompt, check_trees, read_prompts, read_residuals
 from taught.policy.ridge import choose_alpha, fit_policy
 from taught.progress import Progress
 from taught.run.folder import RunFolder
 from taught.stages.concepts import Read
-from taught.stages.subject import Subject, example_inputs, open_checkpoint, prompt_inputs, study_examples, study_prompts
+from taught.stages.subject import (
+    Subject,
+    example_inputs,
+    open_checkpoint,
+    prompt_inputs,
+    select,
+    study_examples,
+    study_prompts,
+)
 from taught.study.schema import Study
 
 
@@ -174,22 +181,17 @@ def read_here(study: Study, subject: Subject, prompts: PromptSet, progress: Prog
         return base
     check_fit(subject.sae, read.h, study.sae.max_fvu)
     X = subject.features(np.arange(subject.sae.n_features), study)(read.h, read.offsets).double().cpu().numpy()
-    positive, negative = study.prompts.sides
-    spec = study.features
-    chosen = select_features(
-        X,
-        [prompt.group for prompt in prompts],
-        positive=positive,
-        negative=negative,
-        threshold=spec.threshold,
-        max_features=spec.max_features,
-        ids=spec.ids,
-    ).feature_ids
-    fit: dict[str, Any] = {"prompt_ids": base.prompt_ids, "fit_intercept": study.policy.intercept}
-    alpha = study.policy.alpha
+    chosen = select(study, prompts, X).feature_ids
+    return with_policy(study, base, X[:, chosen], chosen, study.policy.alpha)
+
+
+def with_policy(study: Study, base: Readings, X: np.ndarray, feature_ids: Any, alpha: Any) -> Readings:
+    """Readings with the policy fitted on X [N, d]; ``alpha`` "cv" is chosen by the study's folds."""
+    spec = study.policy
+    fit: dict[str, Any] = {"prompt_ids": base.prompt_ids, "fit_intercept": spec.intercept}
     if alpha == "cv":
-        alpha, _ = choose_alpha(X[:, chosen], base.y, folds=study.policy.folds, seed=study.policy.seed, **fit)
-    policy = fit_policy(X[:, chosen], base.y, feature_ids=chosen, alpha=float(alpha), **fit)
+        alpha, _ = choose_alpha(X, base.y, folds=spec.folds, seed=spec.seed, **fit)
+    policy = fit_policy(X, base.y, feature_ids=feature_ids, alpha=float(alpha), **fit)
     return replace(base, X=policy.X, columns=tuple(policy.feature_ids.tolist()), policy=policy)
 
 
@@ -305,7 +307,7 @@ def _read_at(ready: Ready, where: str, over: str, group: str | None) -> list[Rea
     """The prompts, or the examples' responses, that a concept's mean is over."""
     if over == "responses":
         label = {example.id: example.label for example in ready.examples}
-        chosen = [z for z in ready.inputs if group in (None, label[z.id])]
+        reads = response_reads([z for z in ready.inputs if group in (None, label[z.id])], where)
         known = sorted({str(v) for v in label.values()})
     else:
         inside = {prompt.id for prompt in ready.data.prompts if group in (None, prompt.group)}
@@ -313,8 +315,6 @@ def _read_at(ready: Ready, where: str, over: str, group: str | None) -> list[Rea
         encoded = [e for e in ready.subject.encode(ready.data.prompts) if e.id in inside]
         by_id = {p.id: p for p in prompt_inputs(encoded, where)}
         reads = [by_id[i] for i in ready.readings.prompt_ids if i in by_id]
-    if over == "responses":
-        reads = response_reads(chosen, where)
     if not reads:
         raise UserError(
             "nothing is in this group", value=group, rule="one of " + ", ".join(known), fix="set its concept's group"
@@ -326,8 +326,3 @@ def token_texts(subject: Subject, example: Example) -> list[str]:
     """Each scored token as text."""
     decode = subject.loaded.tokenizer.decode
     return [str(decode([example.sequences[s][t]])) for s, t in example.scored]
-
-
-def labels_of(examples: ExampleSet) -> Mapping[str, str | None]:
-    """Example id -> label."""
-    return {example.id: example.label for example in examples}

@@ -39,10 +39,8 @@ def read_scores(run: RunFolder, targets: Sequence[str], method: str | None = Non
 
     Parameters
     ----------
-    targets
-        Names; a contrast that the run has not is the difference of its two sides.
-    method
-        Whose; the run's own if None.
+    targets : names; a contrast that the run has not is the difference of its two sides
+    method : Whose; the run's own if None
 
     Raises
     ------

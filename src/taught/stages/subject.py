@@ -16,6 +16,7 @@ from taught.data.subset import spread
 from taught.errors import UserError
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder, load_sae
+from taught.features.select import Selection, select_features
 from taught.model.adapter import adapter_patterns
 from taught.model.forward import get_block
 from taught.model.load import LoadedModel, load_model
@@ -23,6 +24,7 @@ from taught.model.readout import ReadPrompt
 from taught.study.schema import Study
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
     from taught.core.example import Example
@@ -195,6 +197,21 @@ def study_examples(study: Study, prompts: PromptSet) -> tuple[ExampleSet, list[s
     """The examples, at most ``examples.limit``, and the ids that were dropped for overlap."""
     kept, overlap = drop_overlap(chosen_examples(study), prompts, study.examples.drop_overlap)
     return kept, [example_id for example_id, _ in overlap]
+
+
+def select(study: Study, prompts: Iterable[Prompt], X: np.ndarray) -> Selection:
+    """The features that the study's rules choose, of the activations X [N, F] of all features."""
+    positive, negative = study.prompts.sides
+    spec = study.features
+    return select_features(
+        X,
+        [prompt.group for prompt in prompts],
+        positive=positive,
+        negative=negative,
+        threshold=spec.threshold,
+        max_features=spec.max_features,
+        ids=spec.ids,
+    )
 
 
 def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str | None) -> list[ReadPrompt]:

@@ -15,11 +15,12 @@ from taught.core.readings import Readings
 from taught.core.target import TargetSet, kind_of
 from taught.errors import UserError
 from taught.progress import Progress, SilentProgress
+from taught.run.files import schema
 from taught.run.folder import RunFolder
 from taught.stages.ready import Ready, prepare, read_data
 from taught.stages.scored import default_target, read_scores, run_targets
 from taught.stages.subject import Subject, open_subject
-from taught.study.schema import Study, ValidationSpec
+from taught.study.schema import Study
 from taught.training.loop import Recipe
 from taught.training.retrain import Answering, Retrainer, Retraining
 from taught.validation.arms import ArmRow, compare_arms
@@ -30,45 +31,13 @@ from taught.validation.lds import table_of
 from taught.validation.outcomes import changes, soft_metrics
 from taught.validation.subsets import Subsets, leave_one_out, leave_share_out, matched_subsets, random_subsets
 
-OUTCOMES = pa.schema(
-    [
-        ("design", pa.string()),
-        ("subset", pa.string()),
-        ("repeat", pa.int64()),
-        ("target", pa.string()),
-        ("value", pa.float64()),
-    ]
+OUTCOMES = schema("design:str subset:str repeat:int target:str value:float")
+SUBSETS = schema("design:str subset:str example_id:str")
+MODELS = schema(
+    "design:str subset:str repeat:int n_examples:int seed:int loss_before:float loss_after:float precision:float "
+    "recall:float f1:float correctness:float judged_positive:float judged_negative:float seconds:float key:str"
 )
-SUBSETS = pa.schema([("design", pa.string()), ("subset", pa.string()), ("example_id", pa.string())])
-MODELS = pa.schema(
-    [
-        ("design", pa.string()),
-        ("subset", pa.string()),
-        ("repeat", pa.int64()),
-        ("n_examples", pa.int64()),
-        ("seed", pa.int64()),
-        ("loss_before", pa.float64()),
-        ("loss_after", pa.float64()),
-        ("precision", pa.float64()),
-        ("recall", pa.float64()),
-        ("f1", pa.float64()),
-        ("correctness", pa.float64()),
-        ("judged_positive", pa.float64()),
-        ("judged_negative", pa.float64()),
-        ("seconds", pa.float64()),
-        ("key", pa.string()),
-    ]
-)
-ANSWERS = pa.schema(
-    [
-        ("design", pa.string()),
-        ("subset", pa.string()),
-        ("repeat", pa.int64()),
-        ("prompt_id", pa.string()),
-        ("answer", pa.string()),
-        ("refuses", pa.float64()),
-    ]
-)
+ANSWERS = schema("design:str subset:str repeat:int prompt_id:str answer:str refuses:float")
 Designs = dict[str, Subsets]
 Name = tuple[str, str, int]  # design, subset, repeat
 BASE = ("base", "base", 0)
@@ -96,13 +65,33 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> 
             return
         ready = prepare(study, run, subject, data)
         designs = _designs(study, run, ready)
-        retrainer = _retrainer(study, run, subject, ready, progress)
-        todo = _retrainings(designs, study.validation)
+        tokenizer, spec = subject.loaded.tokenizer, study.validation
+        answers = None
+        if spec.answer_tokens:  # the tokens that end the examples' responses end the model's own answers too
+            ends = {example.ids[-1] for example in ready.inputs} | {tokenizer.eos_token_id}
+            answers = Answering(spec.answer_tokens, tuple(sorted(ends - {None})))
+        retrainer = Retrainer(
+            ready.problem,
+            ready.inputs,
+            Recipe.of(spec),
+            run.path("retrained"),
+            weights=subject.loaded.weights,
+            tokenizer=tokenizer,
+            answers=answers,
+            progress=progress,
+        )
+        todo = {  # repeat r has the seed of the study plus r; all are trained once before any is trained again
+            (design, name, repeat): ids
+            for repeat in range(spec.repeats)
+            for design, subsets in designs.items()
+            if repeat < spec.times(design)
+            for name, ids in zip(subsets.names, subsets.members, strict=True)
+        }
         progress.step("the base model")
         made = {BASE: retrainer.base()}
-        progress.step(f"{len(todo)} retrainings", study.validation.epochs * sum(map(len, todo.values())))
+        progress.step(f"{len(todo)} retrainings", spec.epochs * sum(map(len, todo.values())))
         for name, ids in todo.items():
-            made[name] = retrainer.run(ids, study.validation.seed + name[2])
+            made[name] = retrainer.run(ids, spec.seed + name[2])
         judged = _judged(run, subject, made, decide)
         _write(study, run, ready, designs, made, judged)
 
@@ -115,24 +104,6 @@ def measured_targets(study: Study, readings: Readings) -> list[TargetName]:
     names = [TargetName.parse(text) for text in (*wanted, *(study.attribution.targets or ()))]
     own = [n for n in names if all(kind_of(part).reads != "concepts" for part in n.parts)]
     return [name for name in TargetSet.of(own, readings).names if name.pathway is None]
-
-
-def _retrainer(study: Study, run: RunFolder, subject: Subject, ready: Ready, progress: Progress) -> Retrainer:
-    tokenizer, limit = subject.loaded.tokenizer, study.validation.answer_tokens
-    answers = None
-    if limit:  # the tokens that end the examples' responses end the model's own answers too
-        ends = {example.ids[-1] for example in ready.inputs} | {tokenizer.eos_token_id}
-        answers = Answering(limit, tuple(sorted(ends - {None})))
-    return Retrainer(
-        ready.problem,
-        ready.inputs,
-        Recipe.of(study.validation),
-        run.path("retrained"),
-        weights=subject.loaded.weights,
-        tokenizer=tokenizer,
-        answers=answers,
-        progress=progress,
-    )
 
 
 def _judged(
@@ -154,34 +125,22 @@ def _judged(
     return found
 
 
-def _retrainings(designs: Designs, spec: ValidationSpec) -> dict[Name, tuple[str, ...]]:
-    """Name -> ids of the examples to train on; repeat r of a subset has the seed of the study plus r.
-
-    All subsets are trained once before any is trained again.
-    """
-    return {
-        (design, name, repeat): ids
-        for repeat in range(spec.repeats)
-        for design, subsets in designs.items()
-        if repeat < spec.times(design)
-        for name, ids in zip(subsets.names, subsets.members, strict=True)
-    }
-
-
 def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
-    """The subsets of every design that the study names.
-
-    Raises
-    ------
-    UserError
-        A design cannot be drawn from these examples, or needs values that the run lacks.
-    """
+    """The subsets of every design that the study names."""
     spec, ids = study.validation, [example.id for example in ready.inputs]
     size = spec.part_of(len(ids))
 
     def matched() -> Subsets:
+        labels = {example.id: example.label for example in ready.examples}
+        if missing := sorted(example_id for example_id, label in labels.items() if not label):
+            raise UserError(
+                "examples have no label",
+                value=missing[:8],
+                rule="matched subsets hold the counts of labels fixed",
+                fix="leave matched out of validation.designs",
+            )
         lengths = {example.id: float(example.n_scored) for example in ready.inputs}
-        return matched_subsets(ids, _labels(ready), lengths, size, spec.subsets, seed=spec.seed)
+        return matched_subsets(ids, labels, lengths, size, spec.subsets, seed=spec.seed)
 
     drawn: dict[str, Callable[[], Subsets]] = {
         "random": lambda: random_subsets(ids, size, spec.subsets, seed=spec.seed),
@@ -258,18 +217,21 @@ def _chosen(study: Study, run: RunFolder, ids: Sequence[str]) -> Chosen:
     spec = study.validation
     random = spec.subsets if "random" in spec.designs else 0
     return choose(
-        ids, "named", _named(study, run, ids), spec.part_of(len(ids)), spec.subsets, seed=spec.seed, random=random
+        ids,
+        "named",
+        _strongest(study, run, spec.named_of(len(ids))[0]),
+        spec.part_of(len(ids)),
+        spec.subsets,
+        seed=spec.seed,
+        random=random,
     )
 
 
 def _couples(study: Study, run: RunFolder, ids: Sequence[str]) -> Couples:
     """Random subsets of the other examples, each without the named examples and with them."""
     spec = study.validation
-    return couples(ids, "named", _named(study, run, ids), spec.part_of(len(ids)), spec.subsets, seed=spec.seed)
-
-
-def _named(study: Study, run: RunFolder, ids: Sequence[str]) -> list[str]:
-    return _strongest(study, run, study.validation.named_of(len(ids))[0])
+    named = _strongest(study, run, spec.named_of(len(ids))[0])
+    return couples(ids, "named", named, spec.part_of(len(ids)), spec.subsets, seed=spec.seed)
 
 
 def _strongest(study: Study, run: RunFolder, k: int) -> list[str]:
@@ -295,19 +257,6 @@ def _target(study: Study, run: RunFolder) -> TargetName:
     return TargetName.parse(spec)
 
 
-def _labels(ready: Ready) -> dict[str, str]:
-    labels = {example.id: example.label for example in ready.examples}
-    missing = sorted(example_id for example_id, label in labels.items() if not label)
-    if missing:
-        raise UserError(
-            "examples have no label",
-            value=missing[:8],
-            rule="matched subsets hold the counts of labels fixed",
-            fix="leave matched out of validation.designs",
-        )
-    return labels
-
-
 def _write(
     study: Study,
     run: RunFolder,
@@ -329,16 +278,17 @@ def _write(
             subsets += [(*name[:2], example_id) for example_id in after.ids]
         outcomes += [(*name, target, value) for target, value in changes(readings, base, after, measured).items()]
         models.append(_model_row(name, after, sides, judged, degree))
-    points = [point for design in designs if design in CURVES for point in _points(design, study, run, ready, made)]
-    if points:
-        run.write_table("curves", table_of(points))
-    effects = _effects(study, run, designs, ready, outcomes)
-    if effects:
-        run.write_table("named_effects", table_of(effects))
     published = bool(sides) and np.allclose(np.log(degree(base.y)), base.y)  # the metrics take y for a log probability
-    arms = [row for design in ARMS if design in designs and published for row in _arms(design, ready, sides, made)]
-    if arms:
-        run.write_table("arms", table_of(arms))
+    optional: dict[str, Sequence[Any]] = {
+        "curves": [p for design in designs if design in CURVES for p in _points(design, study, run, ready, made)],
+        "named_effects": _effects(study, run, designs, ready, outcomes),
+        "arms": [
+            row for design in ARMS if design in designs and published for row in _arms(design, ready, sides, made)
+        ],
+    }
+    for table, rows in optional.items():
+        if rows:
+            run.write_table(table, table_of(rows))
     run.write_table("subsets", _table(SUBSETS, subsets))
     run.write_table("outcomes", _table(OUTCOMES, outcomes))
     run.write_table("models", _table(MODELS, models))

@@ -21,9 +21,7 @@ def load_study(source: str | Path) -> Study:
 
     Parameters
     ----------
-    source
-        A YAML file, a folder that holds ``study.yaml`` (such as a run folder), or the name of a
-        preset.
+    source : a YAML file, a folder that holds ``study.yaml`` (such as a run folder), or the name of a preset
 
     Raises
     ------

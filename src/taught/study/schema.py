@@ -22,24 +22,8 @@ from taught.core.rules import Rule, Visit
 from taught.errors import UserError
 from taught.study import gone
 
-__all__ = [
-    "AttributionSpec",
-    "ClampSpec",
-    "ClustersSpec",
-    "ConceptSpec",
-    "CurationSpec",
-    "ExamplesSpec",
-    "FeaturesSpec",
-    "ModelSpec",
-    "PolicySpec",
-    "PromptsSpec",
-    "ReadoutSpec",
-    "SaeSpec",
-    "Study",
-    "ValidationSpec",
-    "plain",
-]
-
+_TEXT, _COUNT = rules.optional(rules.text()), rules.optional(rules.whole(1))
+_SOURCE, _FLAG = rules.optional(rules.folder_or_hub_id()), rules.flag()
 POSITIONS = ("last_user", "last_prompt", "mean_user", "max_user")
 
 
@@ -173,7 +157,7 @@ class ModelSpec(Section):
 
     section: ClassVar[str] = "model"
     id: str = setting("HuggingFaceTB/SmolLM2-135M-Instruct", rules.folder_or_hub_id(), "hub id, or a folder (./mine)")
-    revision: str | None = setting(None, rules.optional(rules.text()), "a branch, tag or commit of the hub")
+    revision: str | None = setting(None, _TEXT, "a branch, tag or commit of the hub")
     dtype: str = setting(
         "float32", rules.one_of("float32", "bfloat16", "float16", "float64"), "float32 | bfloat16 | float16 | float64"
     )
@@ -182,9 +166,7 @@ class ModelSpec(Section):
         None, rules.optional(rules.path()), "a Jinja file, for a tokenizer that has no chat template"
     )
     adapter: str | None = setting(
-        None,
-        rules.optional(rules.folder_or_hub_id()),
-        "a LoRA adapter of peft, folder or hub id; then only its parameters move",
+        None, _SOURCE, "a LoRA adapter of peft, folder or hub id; then only its parameters move"
     )
 
 
@@ -194,9 +176,7 @@ class SaeSpec(Section):
 
     section: ClassVar[str] = "sae"
     path: str | None = setting(
-        None,
-        rules.optional(rules.folder_or_hub_id()),
-        "folder in the format of SAELens or sparsify, or release:sae_id; null: no SAE, no policy",
+        None, _SOURCE, "folder in the format of SAELens or sparsify, or release:sae_id; null: no SAE, no policy"
     )
     block: int | None = setting(
         None, rules.optional(rules.whole(0)), "block whose output the SAE reads; null: what its cfg.json says"
@@ -226,16 +206,10 @@ class PromptsSpec(Section):
     section: ClassVar[str] = "prompts"
     path: str = setting("prompts.jsonl", rules.path(), "JSONL, Parquet or CSV")
     positive_group: str | None = setting(
-        None,
-        rules.optional(rules.text()),
-        "the group that should show the behavior, such as harmful; a policy needs both",
+        None, _TEXT, "the group that should show the behavior, such as harmful; a policy needs both"
     )
-    negative_group: str | None = setting(
-        None, rules.optional(rules.text()), "the group that should not, such as harmless"
-    )
-    limit: int | None = setting(
-        None, rules.optional(rules.whole(1)), "at most so many prompts, spread over groups and categories"
-    )
+    negative_group: str | None = setting(None, _TEXT, "the group that should not, such as harmless")
+    limit: int | None = setting(None, _COUNT, "at most so many prompts, spread over groups and categories")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -278,19 +252,15 @@ class ExamplesSpec(Section):
         rules.one_of("last", "all"),
         "answers of a conversation that are trained on; marks in the data go before",
     )
-    limit: int | None = setting(None, rules.optional(rules.whole(1)), "at most so many examples, spread over labels")
+    limit: int | None = setting(None, _COUNT, "at most so many examples, spread over labels")
     drop_overlap: bool = setting(
-        False, rules.flag(), "true: leave out examples whose prompt is an evaluation prompt, and list them"
+        False, _FLAG, "true: leave out examples whose prompt is an evaluation prompt, and list them"
     )
-    drop_truncated: bool = setting(
-        False, rules.flag(), "true: leave out examples whose response is cut off, and list them"
-    )
+    drop_truncated: bool = setting(False, _FLAG, "true: leave out examples whose response is cut off, and list them")
     positive_label: str | None = setting(
-        None, rules.optional(rules.text()), "the label of examples that should teach the behavior; null: not known"
+        None, _TEXT, "the label of examples that should teach the behavior; null: not known"
     )
-    negative_label: str | None = setting(
-        None, rules.optional(rules.text()), "the label of those that should teach its absence"
-    )
+    negative_label: str | None = setting(None, _TEXT, "the label of those that should teach its absence")
 
 
 @dataclass(frozen=True)
@@ -314,7 +284,7 @@ class PolicySpec(Section):
     alpha: float | Literal["cv"] = setting(
         5.0, rules.either("cv", rules.number(above=0)), "ridge penalty: a number, or cv (cross-validation)"
     )
-    intercept: bool = setting(False, rules.flag(), "false is the paper's")
+    intercept: bool = setting(False, _FLAG, "false is the paper's")
     folds: int = setting(5, rules.whole(2), "of the cross-validation")
     bootstrap: int = setting(500, rules.whole(20), "resamples for the intervals")
     seed: int = setting(0, rules.whole(0), "of every draw")
@@ -350,11 +320,9 @@ class ConceptSpec(Section):
         rules.one_of("prompts", "responses"),
         "what the target's mean is over: prompts | responses of the examples",
     )
-    group: str | None = setting(
-        None, rules.optional(rules.text()), "of these prompts only, or of examples with this label; null: all"
-    )
-    force: bool = setting(False, rules.flag(), "true: also a direction that is no better than chance")
-    sweep: bool = setting(False, rules.flag(), "true: the card shows every block")
+    group: str | None = setting(None, _TEXT, "of these prompts only, or of examples with this label; null: all")
+    force: bool = setting(False, _FLAG, "true: also a direction that is no better than chance")
+    sweep: bool = setting(False, _FLAG, "true: the card shows every block")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -390,7 +358,7 @@ class AttributionSpec(Section):
     )
     memory_gb: float = _pace(3.75, rules.number(above=0), "working memory for gradients")
     batch_tokens: int = _pace(512, rules.whole(1), "tokens that go through the model at once")
-    checkpointing: bool = _pace(False, rules.flag(), "true: long examples in about half the memory, and more time")
+    checkpointing: bool = _pace(False, _FLAG, "true: long examples in about half the memory, and more time")
     parameters: tuple[str, ...] | None = setting(
         None,
         rules.optional(rules.list_of(rules.text())),
@@ -404,9 +372,7 @@ class AttributionSpec(Section):
         ),
         "beside the influence: vector-filter, projection-difference-response, projection-difference-training",
     )
-    checkpoint: str | None = setting(
-        None, rules.optional(rules.folder_or_hub_id()), "the fine-tuned model, for projection-difference-training"
-    )
+    checkpoint: str | None = setting(None, _SOURCE, "the fine-tuned model, for projection-difference-training")
     max_new_tokens: int = setting(128, rules.whole(1), "of an own answer, for projection-difference-response")
 
 
@@ -445,7 +411,7 @@ class CurationSpec(Section):
     target: str | None = setting(
         None, rules.optional(_target()), "what top-k and keep-k rank by; null: score, or the first behavior target"
     )
-    method: str | None = setting(None, rules.optional(rules.text()), "whose scores; null: the run's own")
+    method: str | None = setting(None, _TEXT, "whose scores; null: the run's own")
     protect: str | None = setting(
         None, rules.optional(_target()), "a second target that dropping examples must not lower"
     )
@@ -514,9 +480,7 @@ class ValidationSpec(Section):
     answer_tokens: int = setting(
         0, rules.whole(0), "30: the retrained models answer the prompts too, and a judge reads it"
     )
-    judge: str | None = setting(
-        None, rules.optional(rules.text()), "module:function that reads the answers; null: rules that read the words"
-    )
+    judge: str | None = setting(None, _TEXT, "module:function that reads the answers; null: rules that read the words")
     methods: tuple[str, ...] = setting(
         (), rules.list_of(rules.text(), empty=True), "further methods to compare, such as adjoint+ekfac"
     )
@@ -654,13 +618,10 @@ class Study:
 
         Parameters
         ----------
-        key
-            Dotted key, e.g. ``policy.alpha`` or ``attribution.curvature.damping``. Another method
+        key : Dotted key, e.g. ``policy.alpha`` or ``attribution.curvature.damping``. Another method
             (``attribution.curvature``) drops the parameters of the one before.
-        value
-            The new value, as YAML would give it.
-        base
-            Folder that a relative path is resolved against; the current one by default.
+        value : the new value, as YAML would give it
+        base : folder that a relative path is resolved against; the current one by default
         """
         changed = cast(Study, _replaced(self, key.split("."), value, key))
         return changed._resolved(base or Path.cwd(), lambda at: at == key or at.startswith(f"{key}."))
@@ -673,7 +634,10 @@ class Study:
         def resolve(key: str, path: str, kind: str) -> str:
             if not where(key):
                 return path
-            return _folder_or_hub_id(path, base) if kind == "hub" else str(_absolute(path, base))
+            candidate = _absolute(path, base)
+            # What looks like a path or is a folder beside the file is a folder; else it is a hub id.
+            local = path.startswith(("./", "../", "/", "~")) or path in (".", "..") or candidate.is_dir()
+            return path if kind == "hub" and not local else str(candidate)
 
         return self.visited(resolve)
 
@@ -835,10 +799,3 @@ def _checked(key: str, rule: Rule, value: object) -> Any:
 def _absolute(value: str, base: Path) -> Path:
     # Not Path.resolve: a linked file keeps the name that the user gave it.
     return Path(os.path.abspath(base / Path(value).expanduser()))
-
-
-def _folder_or_hub_id(value: str, base: Path) -> str:
-    """Say which one is meant: what looks like a path or is a folder beside the file is a folder."""
-    candidate = _absolute(value, base)
-    looks_local = value.startswith(("./", "../", "/", "~")) or value in (".", "..")
-    return str(candidate) if looks_local or candidate.is_dir() else value

@@ -70,12 +70,11 @@ def _method(item: Field, indent: str) -> Iterator[str]:
 
 
 def _value(item: Field, indent: str) -> Iterator[str]:
-    value = "..." if item.default is MISSING else _inline(plain(item.default))
+    value = "..."
+    if item.default is not MISSING:
+        text = yaml.safe_dump(plain(item.default), default_flow_style=True, allow_unicode=True, width=10**6)
+        value = text.removesuffix("...\n").strip()
     yield from _line(f"{indent}{item.name}: {value}", item.metadata["doc"])
-
-
-def _inline(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip()
 
 
 def _line(text: str, doc: str) -> Iterator[str]:

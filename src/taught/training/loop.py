@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taught.core.example import Example, batch_indices, make_batch
+from taught.core.example import Examples, batch_indices, make_batch
 from taught.curvatures.adam import moments_from_optimizer
 from taught.data.columns import name_ids
 from taught.errors import UserError
@@ -94,13 +94,11 @@ def plan(ids: Sequence[str], recipe: Recipe) -> list[list[int]]:
     """Which examples each step holds, all epochs in a row; each example once an epoch."""
     steps = []
     for epoch in range(recipe.epochs):
-        order = sorted(range(len(ids)), key=lambda i: _rank(recipe.seed, epoch, ids[i]))
+        texts = [f"{recipe.seed}\0{epoch}\0{example_id}" for example_id in ids]
+        ranks = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        order = sorted(range(len(ids)), key=ranks.__getitem__)
         steps += [order[at : at + recipe.batch] for at in range(0, len(ids), recipe.batch)]
     return steps
-
-
-def _rank(seed: int, epoch: int, example_id: str) -> str:
-    return hashlib.sha256(f"{seed}\0{epoch}\0{example_id}".encode()).hexdigest()
 
 
 def learning_rates(recipe: Recipe, steps: int) -> list[float]:
@@ -117,7 +115,7 @@ def learning_rates(recipe: Recipe, steps: int) -> list[float]:
 
 def train(
     model: nn.Module,
-    inputs: Sequence[Example],
+    inputs: Examples,
     recipe: Recipe,
     *,
     parameters: Sequence[str] | None = None,
@@ -132,12 +130,9 @@ def train(
 
     Parameters
     ----------
-    parameters
-        Patterns of the parameters that move (``moving_parameters``); None for all.
-    batch_tokens
-        Padded tokens of a micro-batch; the gradients of a step's micro-batches are added up.
-    keep
-        A new folder for a checkpoint after every epoch (:func:`_keep`); None: none are kept.
+    parameters : patterns of the parameters that move (``moving_parameters``); None for all
+    batch_tokens : Padded tokens of a micro-batch; the gradients of a step's micro-batches are added up
+    keep : a new folder for a checkpoint after every epoch (:func:`_keep`); None: none are kept
 
     Raises
     ------
@@ -152,7 +147,11 @@ def train(
     steps = plan(ids, recipe)
     lrs, losses = learning_rates(recipe, len(steps)), []
     with evaluating(model), only_moving(model, moving):
-        optimizer = _optimizer(recipe, moving)
+        fused = {p.device.type for p in moving.values()} <= {"cpu", "cuda"}  # one pass over memory
+        kind: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer]
+        optimizer: torch.optim.Optimizer = kind(
+            list(moving.items()), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused
+        )
         for number, (index, lr) in enumerate(zip(steps, lrs, strict=True), 1):
             batch = [inputs[i] for i in index]
             losses.append(_add_gradients(model, batch, batch_tokens, number))
@@ -171,7 +170,7 @@ def train(
     return TrainLog(seen, tuple(losses), tuple(lrs))
 
 
-def check_inputs(inputs: Sequence[Example], moving: Mapping[str, nn.Parameter]) -> None:
+def check_inputs(inputs: Examples, moving: Mapping[str, nn.Parameter]) -> None:
     """Refuse no examples, an id that stands twice, and moving parameters in half precision."""
     ids = [example.id for example in inputs]
     if not ids:
@@ -213,16 +212,7 @@ def only_moving(model: nn.Module, moving: Mapping[str, nn.Parameter]) -> Iterato
             p.grad = None
 
 
-def _optimizer(recipe: Recipe, moving: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    fused = {p.device.type for p in moving.values()} <= {"cpu", "cuda"}  # one pass over memory
-    kind: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer]
-    made: torch.optim.Optimizer = kind(
-        list(moving.items()), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused
-    )
-    return made
-
-
-def _add_gradients(model: nn.Module, batch: Sequence[Example], batch_tokens: int, number: int) -> float:
+def _add_gradients(model: nn.Module, batch: Examples, batch_tokens: int, number: int) -> float:
     """Add the gradient of a step's loss, micro-batch by micro-batch; the loss."""
     total = 0.0
     for index in batch_indices(batch, batch_tokens):
@@ -257,7 +247,14 @@ def _keep(folder: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Opt
     target = folder / f"epoch-{epoch}"
     target.mkdir(parents=True)
     if hasattr(model, "peft_config"):
-        _save_adapter(model, target)
+        from peft import get_peft_model_state_dict
+
+        adapted: Any = model
+        (name, config), *_ = adapted.peft_config.items()
+        weights = get_peft_model_state_dict(adapted, adapter_name=name)
+        tensors = {f"base_model.model.{key}": v.contiguous() for key, v in weights.items()}
+        save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(target)
     else:
         model.save_pretrained(target)  # type: ignore[operator]
     (folder / f"epoch-{epoch}.json").write_bytes(json_bytes({"id": target.name, "lr": lr}))
@@ -265,17 +262,6 @@ def _keep(folder: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Opt
         moments = moments_from_optimizer(optimizer.state_dict())
         named: dict[str, Tensor] = {f"{name}.exp_avg_sq": v for name, v in moments.items()}
         save_file(named, folder / f"epoch-{epoch}.moments.safetensors")
-
-
-def _save_adapter(model: Any, folder: Path) -> None:
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    (name, config), *_ = model.peft_config.items()
-    weights = get_peft_model_state_dict(model, adapter_name=name)
-    tensors = {f"base_model.model.{key}": v.contiguous() for key, v in weights.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
 
 
 @contextmanager

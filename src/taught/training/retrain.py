@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import taught
 from taught.core.behavior import behavior_record
-from taught.core.example import Example, example_losses
+from taught.core.example import Examples, example_losses
 from taught.core.problem import Problem
 from taught.data.columns import name_ids
 from taught.errors import UserError
@@ -124,22 +124,14 @@ class Retrainer:
 
     Parameters
     ----------
-    problem
-        The model, prompts, behavior, block, features and parameters that move; the policy's.
-    examples
-        All examples that subsets are of, as tokens.
-    recipe
-        How to train.
-    folder
-        Where finished retrainings are kept; made when missing.
-    weights
-        What identifies the model's weights (``LoadedModel.weights``).
-    tokenizer
-        Is saved beside checkpoints (``run(keep=...)``) and wanted by the trainer "trl".
-    answers
-        How the model's own answers to the prompts are taken too; None: they are not.
-    progress
-        ``advance`` is called with the number of examples of each step.
+    problem : the model, prompts, behavior, block, features and parameters that move; the policy's
+    examples : all examples that subsets are of, as tokens
+    recipe : how to train
+    folder : where finished retrainings are kept; made when missing
+    weights : what identifies the model's weights (``LoadedModel.weights``)
+    tokenizer : Is saved beside checkpoints (``run(keep=...)``) and wanted by the trainer "trl"
+    answers : how the model's own answers to the prompts are taken too; None: they are not
+    progress : ``advance`` is called with the number of examples of each step
 
     Raises
     ------
@@ -151,7 +143,7 @@ class Retrainer:
     def __init__(
         self,
         problem: Problem,
-        examples: Sequence[Example],
+        examples: Examples,
         recipe: Recipe,
         folder: Path,
         *,
@@ -181,11 +173,9 @@ class Retrainer:
 
         Parameters
         ----------
-        seed
-            Of the order of the examples; None: the recipe's.
-        keep
-            A folder for a checkpoint and Adam's second moments after every epoch (``train``).
-            Where it is missing, training is made again for it. By the trainer "loop" only.
+        seed : of the order of the examples; None: the recipe's
+        keep : a folder for a checkpoint and Adam's second moments after every epoch (``train``). Where it is missing,
+            training is made again for it. By the trainer "loop" only.
 
         Raises
         ------
@@ -305,9 +295,7 @@ class Retrainer:
             seconds_reading=time.monotonic() - started - seconds,
         )
 
-    def _fit(
-        self, inputs: Sequence[Example], recipe: Recipe, parameters: Sequence[str] | None, keep: Path | None
-    ) -> TrainLog:
+    def _fit(self, inputs: Examples, recipe: Recipe, parameters: Sequence[str] | None, keep: Path | None) -> TrainLog:
         model, progress = self.problem.model, self._progress
         if recipe.trainer == "trl":
             return train_by_trl(
@@ -326,7 +314,7 @@ class Retrainer:
             self._tokenizer.save_pretrained(folder)
         return log
 
-    def _losses_before(self, inputs: Sequence[Example]) -> Floats:
+    def _losses_before(self, inputs: Examples) -> Floats:
         new = [example for example in inputs if example.id not in self._before]
         if new:
             losses = example_losses(self.problem.model, new, self.problem.batch_tokens).tolist()
@@ -442,22 +430,14 @@ def _whole_folder(target: Path | None) -> Iterator[Path | None]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+_ARRAYS = ("y", "X", "losses_before", "losses_after")
+
+
 def _save(folder: Path, made: Retraining) -> None:
     """Arrays first, the record last: without it a retraining does not count."""
-    arrays = {"y": made.y, "X": made.X, "losses_before": made.losses_before, "losses_after": made.losses_after}
-    content = files.tensors_bytes(arrays)
-    record = {
-        "ids": made.ids,
-        "kept": made.kept,
-        "seed": made.seed,
-        "prompt_ids": made.prompt_ids,
-        "feature_ids": made.feature_ids,
-        "answers": made.answers,
-        "log": None if made.log is None else asdict(made.log),
-        "seconds_training": made.seconds_training,
-        "seconds_reading": made.seconds_reading,
-        "sha256": files.sha256_bytes(content),
-    }
+    content = files.tensors_bytes({name: getattr(made, name) for name in _ARRAYS})
+    record = {item.name: getattr(made, item.name) for item in fields(made) if item.name not in ("key", *_ARRAYS)}
+    record |= {"log": None if made.log is None else asdict(made.log), "sha256": files.sha256_bytes(content)}
     files.write_bytes(folder / f"{made.key}.safetensors", content)
     files.write_bytes(folder / f"{made.key}.json", files.json_bytes(record))
 
@@ -466,32 +446,19 @@ def _load(folder: Path, key: str) -> Retraining:
     record = _read_record(folder / f"{key}.json")
     file = folder / f"{key}.safetensors"
     content = file.read_bytes() if file.is_file() else b""
-    if files.sha256_bytes(content) != record["sha256"]:
+    if files.sha256_bytes(content) != record.pop("sha256"):
         raise UserError(
             "a finished retraining is damaged",
             value=str(file),
             rule="its checksum is the one that was recorded when it was written",
             fix=f"delete {file.with_suffix('.json').name}: it is made again",
         )
-    arrays, log = files.tensors_from_bytes(content), record["log"]
+    log = record.pop("log")
     steps = None if log is None else TrainLog(tuple(map(tuple, log["ids"])), tuple(log["losses"]), tuple(log["lrs"]))
-    answers = None if record["answers"] is None else tuple(map(tuple, record["answers"]))
-    return Retraining(
-        key,
-        tuple(record["ids"]),
-        tuple(record["kept"]),
-        record["seed"],
-        tuple(record["prompt_ids"]),
-        tuple(record["feature_ids"]),
-        arrays["y"],
-        arrays["X"],
-        arrays["losses_before"],
-        arrays["losses_after"],
-        answers,
-        steps,
-        record["seconds_training"],
-        record["seconds_reading"],
-    )
+    if record["answers"] is not None:
+        record["answers"] = list(map(tuple, record["answers"]))
+    rest: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+    return Retraining(key=key, log=steps, **rest, **dict[str, Any](files.tensors_from_bytes(content)))
 
 
 def _read_record(file: Path) -> dict[str, Any]:

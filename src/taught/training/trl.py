@@ -1,8 +1,7 @@
 """The same training by the SFTTrainer of the package trl, for those whose models are made by it.
 
-It is given tokens and labels, so the response mask is the influence's own; nothing is tokenised,
-truncated or packed anew. Three things are its own and differ from the plain loop
-(``taught.training.loop``):
+It is given tokens and labels, so the response mask is the influence's own; nothing is tokenised, truncated or packed
+anew. Three things are its own and differ from the plain loop (``taught.training.loop``):
 
  - the loss of a step is the mean over all response tokens of its examples, so that long responses
    weigh more; the loop takes the mean over examples of each one's mean
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taught.core.example import Example
+from taught.core.example import Examples
 from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.model.forward import first_device
@@ -33,7 +32,7 @@ from taught.training.loop import Recipe, TrainLog, check_inputs, only_moving
 
 def train_by_trl(
     model: nn.Module,
-    inputs: Sequence[Example],
+    inputs: Examples,
     recipe: Recipe,
     *,
     tokenizer: Any,
@@ -42,13 +41,11 @@ def train_by_trl(
 ) -> TrainLog:
     """Train the model on the examples, in place, batches of one example with accumulated gradients.
 
-    The trainer works on a copy of the model, since it changes more than weights; the trained
-    weights are copied back.
+    The trainer works on a copy of the model, since it changes more than weights; the trained weights are copied back.
 
     Parameters
     ----------
-    tokenizer
-        The model's; it is saved nowhere and encodes nothing.
+    tokenizer : the model's; it is saved nowhere and encodes nothing
 
     Raises
     ------
@@ -115,7 +112,7 @@ class _Collator:
 
 
 def _trainer(
-    model: nn.Module, inputs: Sequence[Example], recipe: Recipe, tokenizer: Any, collator: _Collator, folder: str
+    model: nn.Module, inputs: Examples, recipe: Recipe, tokenizer: Any, collator: _Collator, folder: str
 ) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -165,7 +162,7 @@ def _trainer(
     return trainer
 
 
-def _check_prepared(inputs: Sequence[Example], dataset: Any) -> None:
+def _check_prepared(inputs: Examples, dataset: Any) -> None:
     """Refuse a data set that is not what was given: it drops rows whose labels are all masked."""
     wanted = {p.id: (list(p.ids), [i for i, w in zip(p.ids, p.weights[0], strict=True) if w]) for p in inputs}
     found = {
