@@ -205,7 +205,7 @@ def test_messages():
         evaluate_policy(X, y, groups, **{**OPTIONS, "folds": 13})
     with pytest.raises(UserError, match="penalty must be positive"):
         evaluate_policy(X, y, groups, **{**OPTIONS, "alpha": 0.0})
-    with pytest.raises(UserError, match="prompts 12, given \[5\]"):
+    with pytest.raises(UserError, match=r"prompts 12, given \[5\]"):
         evaluate_policy(X, y, groups, prompts_length=np.ones(5), **OPTIONS)
     y[3] = np.nan
     with pytest.raises(UserError, match="value: p003"):

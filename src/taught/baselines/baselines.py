@@ -309,9 +309,7 @@ def gradient_products(
             found = example_gradients(problem, sites, batch, examples)[1]
             index = list(batch.index)
             for name, factors in by_parameter(found).items():
-                for row, i in enumerate(index):
-                    own = [f.examples(slice(row, row + 1)).double() for f in factors]
-                    norms[i] += dot(own, own)[0, 0].cpu()
+                norms[index] += _squared_norms(factors)
                 if name in queries:
                     for factor in factors:
                         dots[index] -= contract(factor, queries[name]).double().cpu()
@@ -344,6 +342,15 @@ def _queries(problem: Problem, sites: Sequence[Site], groups: Groups) -> dict[st
                         )
                     accumulate(factor, queries[factor.param][k])
     return queries
+
+
+def _squared_norms(factors: Sequence[Factor]) -> Tensor:
+    """Squared norm of each example's gradient of one parameter, float64 [B]."""
+    norms = []
+    for example in range(len(factors[0].d)):
+        own = [f.examples(slice(example, example + 1)).double() for f in factors]
+        norms.append(dot(own, own)[0, 0])
+    return torch.stack(norms).cpu()
 
 
 def _rows(problem: Problem, group: str, ids: Sequence[str]) -> list[int]:
