@@ -135,8 +135,8 @@ def test_the_sentence_says_what_is_beyond_the_labels():
     assert said(rows) == (
         "found",
         (
-            "Mean influence unlike that of as many random examples: S: cluster 1 (higher), 2 (lower). "
-            "Also unlike random examples of the same labels: S: cluster 2 (lower)."
+            "Mean influence unlike that of as many random examples: score S: cluster 1 (higher), 2 (lower). "
+            "Also unlike random examples of the same labels: score S: cluster 2 (lower)."
         ),
     )
     tone, text = said([rows[0]])

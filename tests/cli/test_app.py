@@ -254,7 +254,7 @@ def test_without_a_study_the_flags_make_one_that_stands_in_the_run_folder(taught
     )
     assert done.returncode == 0, done.stderr
     run = RunFolder.open(tmp_path / "run")
-    assert list(run.manifest["stages"]) == ["readings", "attribute", "report"]
+    assert list(run.manifest["stages"]) == ["readings", "attribute", "curate", "report"]
     study = load_study(tmp_path / "run")
     assert study.name == "pairs" and study.sae.path is None
     assert study.behavior.values["prefixes"] == ("Not", "Never")

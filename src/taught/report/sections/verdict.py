@@ -44,6 +44,8 @@ def head_facts(tables: Tables) -> list[tuple[str, str]]:
         facts.append(("Features", f"{len(coefficients)}"))
     if (summary := Summary.read(tables)) is not None:
         facts.append(("Examples", f"{len(summary):,}"))
+    if method := (tables.json("attribution") or {}).get("method"):
+        facts.append(("Method", str(method)))
     return facts
 
 
