@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
             if isinstance(node, ast.FunctionDef) and re.match(r"_[^_]", node.name):
                 private += 1
                 once += len(re.findall(rf"\b{node.name}\b", text)) <= 2
-    print(f"{lines:,} lines of Python in src; {once} of {private} private functions ({once / private:.0%}) are used once")
+    share = f"{once} of {private} private functions ({once / private:.0%})"
+    print(f"{lines:,} lines of Python in src; {share} are used once")
 
 
 if __name__ == "__main__":

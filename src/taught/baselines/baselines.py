@@ -37,7 +37,7 @@ from taught.core.example import Examples, batch_examples, example_losses, refuse
 from taught.core.gradient import by_parameter, example_gradients, refuse_unfit
 from taught.core.problem import Problem
 from taught.errors import UserError
-from taught.model.gradients import Site, accumulate, contract, dot, evaluating, find_sites, frozen, tap
+from taught.model.gradients import Factor, Site, accumulate, contract, dot, evaluating, find_sites, frozen, tap
 from taught.model.readout import ReadPrompt, pack, read_packed
 from taught.progress import Progress, SilentProgress
 

@@ -33,7 +33,7 @@ for order, command in enumerate(commands.COMMANDS):
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    # Threads that spin while they wait take a busy machine's cores (benchmarks/wait_policy.py). Read as torch is loaded.
+    # Read as torch is loaded: threads that spin while they wait take a busy machine's cores (benchmarks.wait_policy).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_freed_memory()
     sys.exit(run_command(sys.argv[1:] if argv is None else argv))
