@@ -319,7 +319,6 @@ class ConceptMap:
 
     def response(self, h: Tensor, dh: Tensor, offsets: Tensor) -> Tensor:
         """dX for a change dh: the read-out is linear, so it is the read-out of dh."""
-        del h
         return self(dh, offsets)
 
 

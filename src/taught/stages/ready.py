@@ -250,7 +250,9 @@ def wanted_targets(study: Study, readings: Readings, concepts: Iterable[str] = (
     return [*policy, "behavior:*", *every, *(["concept:*"] if list(concepts) else [])]
 
 
-def asks(ready: Ready, wanted: Iterable[str], concepts: Sequence[Read] = (), progress: Any = None) -> list[Ask]:
+def asks(
+    ready: Ready, wanted: Iterable[str], concepts: Sequence[Read] = (), progress: Progress | None = None
+) -> list[Ask]:
     """The targets, gathered by the place at which they are read.
 
     Raises
@@ -269,7 +271,9 @@ def asks(ready: Ready, wanted: Iterable[str], concepts: Sequence[Read] = (), pro
     return found
 
 
-def _concept_asks(ready: Ready, names: Sequence[TargetName], concepts: Sequence[Read], progress: Any) -> list[Ask]:
+def _concept_asks(
+    ready: Ready, names: Sequence[TargetName], concepts: Sequence[Read], progress: Progress | None
+) -> list[Ask]:
     places: dict[tuple[int, str, str, str | None], list[Read]] = {}
     for read in concepts:
         where = read.concept.tokens if read.over == "responses" else read.concept.position
