@@ -29,8 +29,7 @@ def demo_study(prompts: int, examples: int, features: int) -> Study:
     """The study of the demo, on a part of the preset."""
     study = given.study_of("refusal-smollm2", _QUESTION)
     limits = {"prompts.limit": prompts, "examples.limit": examples, "features.max_features": features}
-    limits |= {"attribution.exact_top": 1}
-    for key, value in limits.items():
+    for key, value in {**limits, "attribution.exact_top": 1, "curation.target": "behavior:harmless"}.items():
         study = study.replace(key, value)
     return study
 
