@@ -70,6 +70,7 @@ def test_invariant_9_killed_at_random_moments(kill9, tmp_path):
         assert_the_same(tmp_path / "whole", other)
 
 
+@pytest.mark.slow  # a minute alone, at the end of all others: a file of few tests comes last
 def test_invariant_9_killed_at_every_change_of_the_disk(kill9, tmp_path):
     """The run folder's part: the stages write made-up numbers, so that every call has its turn."""
     kills = kill9("made-up", str(tmp_path))
