@@ -22,7 +22,7 @@ _QUESTION, _WHERE = Question(), Where()
 
 
 # Enough for every section of the report, and little enough for a laptop (python -m benchmarks.demo_cost).
-DEMO = {"prompts": 56, "examples": 16, "features": 10}
+DEMO = {"prompts": 50, "examples": 16, "features": 10}
 
 
 def demo_study(prompts: int, examples: int, features: int) -> Study:
