@@ -243,6 +243,7 @@ class Adjoint:
         many = sum(kind_of(name).many for name in targets.direct)
         whole = targets.every_prompt or many > max(FEW, problem.d)
         summed = targets.combinable if queries is None and whole else ()
+        losses = None if queries is not None else example_losses(problem.model, examples, problem.batch_tokens).numpy()
         parts = []
         if summed or (targets.every_prompt and queries is None):
             parts.append(_from_basis(problem, examples, targets.select(summed), work))
@@ -250,7 +251,8 @@ class Adjoint:
             rest = targets.select([name for name in targets.names if name not in summed])
             parts.append(_by_queries(problem, examples, rest, work, queries))
         found = parts[0].joined(parts[1]) if len(parts) > 1 else parts[0]
-        return replace(found.select(targets.names), details=found.details)
+        found = replace(found.select(targets.names), details=found.details)
+        return found if losses is None else replace(found, losses=losses)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """A few targets, or every feature and every prompt."""
@@ -273,7 +275,6 @@ def _by_queries(
             values, losses = contract_examples(problem, sites, examples, queries, len(targets.direct), progress)
         return Scores("adjoint", ids, targets.names, targets.from_direct(values.numpy()), losses=losses.numpy())
     A, B = targets.cotangents()
-    losses = example_losses(problem.model, examples, problem.batch_tokens)
     chunk, parts = queries_at_once(problem), []
     for start in range(0, len(targets.direct), chunk):
         some = slice(start, start + chunk)
@@ -281,13 +282,11 @@ def _by_queries(
         key = f"queries {[str(name) for name in targets.direct[some]]}"
         compute = partial(target_effects, problem, examples, own[0], own[1], progress=progress)
         parts.append(kept(work.pieces, key, lambda run=compute: run()[0]))  # type: ignore[misc]
-    found = targets.from_direct(torch.cat(parts, 1).numpy())
-    return Scores("adjoint", ids, targets.names, found, losses=losses.numpy())
+    return Scores("adjoint", ids, targets.names, targets.from_direct(torch.cat(parts, 1).numpy()))
 
 
 def _from_basis(problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
     """Every coefficient on both pathways and every prompt, and what follows from them."""
-    losses = example_losses(problem.model, examples, problem.batch_tokens)
     # What cannot be done block by block is said before the long part.
     split_sites(problem.model, problem.parameters)
     wanted = {kind_of(part).reads for name in targets.names for part in name.parts}
@@ -311,4 +310,4 @@ def _from_basis(problem: Problem, examples: Examples, targets: TargetSet, work: 
     shift = None if policy is None or x_raw is None else pathway_sums(policy, x_raw, dy @ policy.Xc)
     values = targets.combine(Moves(dy, shift)) if targets.names else np.zeros((len(examples), 0))
     ids = tuple(z.id for z in examples)
-    return Scores("adjoint", ids, targets.names, values, losses=losses.numpy(), details={"dy": dy})
+    return Scores("adjoint", ids, targets.names, values, details={"dy": dy})
