@@ -223,7 +223,7 @@ def _absolute(name: str) -> str:
 
 def _opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:
     """The model and the chosen examples, none longer than a batch may be."""
-    from taught.stages.subject import example_inputs, open_subject, study_examples, study_prompts
+    from taught.stages.subject import open_subject, study_examples, study_prompts
     from taught.study.load import load_study
 
     study = load_study(args.study)
@@ -232,7 +232,7 @@ def _opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:
     encoded, _ = subject.chat.encode_examples(
         example_set.examples, study.examples.max_tokens, study.examples.drop_truncated
     )
-    fitting = [p for p in example_inputs(encoded) if len(p.ids) <= min(args.tokens)]
+    fitting = [p for p in (e.example() for e in encoded) if len(p.ids) <= min(args.tokens)]
     return subject, spread_over(fitting, args.examples)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from taught.behaviors.prefixes import Prefixes
-from taught.core.example import Example, sft
+from taught.core.example import Dpo, Example, preference, sft
 from taught.core.problem import Problem
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder
@@ -136,6 +137,22 @@ def tiny_behavior() -> Prefixes:
 
 def tiny_examples() -> list[Example]:
     return [sft(f"z{i}", ids, start) for i, (ids, start) in enumerate(PAIRS)]
+
+
+def tiny_preferences(beta: float = 0.3, reference: float = -0.7) -> list[Example]:
+    """Answers that begin alike, of unlike lengths, one the beginning of the other; the padding token is among them."""
+    answered = (
+        ((0, 5, 21, 3, 2), (15, 16, 17, 3), (15, 16, 9, 10, 11, 3)),
+        ((14, 13, 3, 2), (19, 3), (8,)),
+        ((0, 12, 22, 3, 2), (4, 9, 3, 7), (4, 9)),
+    )
+    found = []
+    for name, (prompt, *answers) in zip("abc", answered, strict=True):
+        ids = [(*prompt, *answer) for answer in answers]
+        places = [range(len(prompt), len(of)) for of in ids]
+        plain = preference(name, ids[0], places[0], ids[1], places[1])
+        found.append(replace(plain, link=Dpo(beta, reference)))
+    return found
 
 
 def tiny_sae(kind: str = "standard", *, width: int = WIDTH, n: int = 10) -> SparseAutoencoder:

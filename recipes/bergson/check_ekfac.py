@@ -29,7 +29,7 @@ from taught.environment import peak_memory_gb
 from taught.estimators.adjoint import contract_examples
 from taught.model.gradients import find_sites, frozen
 from taught.stages.ready import make_problem
-from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
+from taught.stages.subject import open_subject, prompt_inputs, study_examples, study_prompts
 from taught.stats.ranks import spearman
 from taught.study.load import load_study
 
@@ -45,7 +45,7 @@ def opened(args: argparse.Namespace) -> tuple[Any, list[Example]]:
         example_set.examples, study.examples.max_tokens, study.examples.drop_truncated
     )
     reads = prompt_inputs(subject.encode(prompts), None)
-    return make_problem(study, subject, reads, None, None), example_inputs(encoded)
+    return make_problem(study, subject, reads, None, None), [e.example() for e in encoded]
 
 
 def gradient(problem: Any) -> dict[str, Tensor]:

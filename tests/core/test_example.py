@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from taught.baselines.activations import response_reads
-from taught.core.example import Example, batch_examples, conversation, document, example_losses, sft
+from taught.core.example import Dpo, Example, batch_examples, conversation, document, example_losses, sft
 from taught.errors import UserError
 from taught.estimators.adjoint import target_effects
 from tiny_models import (
@@ -19,6 +19,7 @@ from tiny_models import (
     plain_y,
     tiny_examples,
     tiny_model,
+    tiny_preferences,
     tiny_problem,
 )
 
@@ -78,29 +79,7 @@ def test_weights_average_over_each_example_s_own_response() -> None:
 # Several sequences and a link
 
 
-@dataclass(frozen=True)
-class Preferred:
-    """- log sigmoid(beta (log p(chosen) - log p(rejected) - at_reference)) of the sum that has the minus sign."""
-
-    beta: float
-    at_reference: float = 0.0
-
-    def __call__(self, sums: Tensor) -> Tensor:
-        return -nn.functional.logsigmoid(self.beta * (-sums - self.at_reference))
-
-
-def preference(id: str, prompt: tuple[int, ...], chosen: tuple[int, ...], rejected: tuple[int, ...]) -> Example:
-    sides = [(*prompt, *chosen), (*prompt, *rejected)]
-    weights = [(*[0.0] * len(prompt), *[sign] * len(answer)) for sign, answer in ((1.0, chosen), (-1.0, rejected))]
-    return Example(id, tuple(sides), tuple(weights), Preferred(0.3, -0.7))
-
-
-# Answers that begin alike, of unlike lengths, one the beginning of the other; the padding token is among them.
-PREFERENCES = (
-    preference("a", (0, 5, 21, 3, 2), (15, 16, 17, 3), (15, 16, 9, 10, 11, 3)),
-    preference("b", (14, 13, 3, 2), (19, 3), (8,)),
-    preference("c", (0, 12, 22, 3, 2), (4, 9, 3, 7), (4, 9)),
-)
+PREFERENCES = tiny_preferences()
 MIXED = (*tiny_examples()[:2], *PREFERENCES, *tiny_examples()[2:])
 
 
@@ -199,3 +178,26 @@ def test_losses_that_are_no_numbers_are_named() -> None:
     with pytest.raises(UserError, match="loss of some examples") as caught:
         example_losses(tiny_model("tied"), [*tiny_examples(), broken], 100)
     assert caught.value.value == ["b"]
+
+
+def test_a_preference_s_loss_is_that_of_direct_preference_optimisation() -> None:
+    # L = -log sigmoid(beta [(log p(c) - log ref(c)) - (log p(r) - log ref(r))]), sums over tokens.
+    model, beta, reference = tiny_model("untied"), 0.3, -0.7
+    for example in tiny_preferences(beta, reference):
+        logp = []
+        for ids, weights in zip(example.sequences, example.weights, strict=True):
+            _, read = plain_read(model, ids)
+            logp.append(sum(read[t - 1, ids[t]] for t, w in enumerate(weights) if w))
+        expected = -nn.functional.logsigmoid(beta * (logp[0] - logp[1] - reference))
+        assert float(example_losses(model, [example], 99)) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_at_its_reference_a_preference_loses_log_two_and_its_slope_is_half_of_beta() -> None:
+    model = tiny_model("tied")
+    plain = [replace(p, link=None) for p in tiny_preferences()]
+    sums = example_losses(model, plain, 99)
+    own = [replace(p, link=Dpo(0.4, -s)) for p, s in zip(plain, sums.tolist(), strict=True)]
+    torch.testing.assert_close(example_losses(model, own, 99), torch.full((3,), 2.0).double().log())
+    (batch,) = batch_examples(own, 1000)
+    slopes = batch.slopes(sums[list(batch.index)])
+    torch.testing.assert_close(slopes, torch.full((3,), 0.2).double())

@@ -22,7 +22,17 @@ from taught.estimators.every_prompt import prompt_effects
 from taught.estimators.finite_step import step_direction
 from taught.estimators.forward import tangents
 from taught.model.parameters import moving_parameters
-from tiny_models import VOCAB, plain_gradient, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
+from tiny_models import (
+    VOCAB,
+    plain_gradient,
+    plain_loss,
+    same,
+    snapshot,
+    tiny_examples,
+    tiny_model,
+    tiny_preferences,
+    tiny_problem,
+)
 
 DAMPING = 0.1
 models = pytest.mark.parametrize("name", ["untied", "padded", "gpt2"])
@@ -328,3 +338,24 @@ def test_layers_without_a_gradient_or_with_one_that_is_not_finite_are_refused() 
         model.get_parameter("model.layers.1.mlp.down_proj.weight").fill_(float("nan"))
     with pytest.raises(UserError, match=r"not finite(.|\n)*z0"):
         curved(tiny_problem(model), tiny_examples())
+
+
+def test_a_preference_has_the_gauss_newton_matrix_of_its_one_output() -> None:
+    # f'' = beta^2 sigma(u) sigma(-u) with u = beta (s + reference), gradients of s by autograd; no label is drawn.
+    model, examples = model_of("untied"), tiny_preferences()
+    name = "model.layers.1.mlp.up_proj.weight"
+    problem = tiny_problem(model, parameters=(name,))
+    found = fit_ekfac(problem, examples)
+    rows, columns = found.basis[name]
+    total = torch.zeros_like(found.eigenvalues[name])
+    for example in examples:
+        plain = replace(example, link=None)
+        value = make_batch([plain], [0]).losses(model)[0]
+        gradient = plain_gradient(model, value)[name]
+        link = example.link
+        up = torch.sigmoid(link.beta * (value.detach() + link.reference))
+        bend = link.beta**2 * up * (1 - up)
+        total += (rows.T @ gradient @ columns).square() * bend
+    torch.testing.assert_close(found.eigenvalues[name], total / len(examples), rtol=1e-9, atol=1e-15)
+    again = fit_ekfac(problem, examples, seed=1)
+    assert torch.equal(found.eigenvalues[name], again.eigenvalues[name])

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from taught.data.chat import ChatFormat
 from taught.data.examples import ExampleSet, load_examples
-from taught.data.formats import PAIR_COLUMNS
+from taught.data.formats import PAIR_COLUMNS, PREFERENCE_COLUMNS
 from taught.data.overlap import find_overlap
 from taught.data.prompts import Prompt, PromptSet
 from taught.errors import UserError
@@ -341,7 +341,7 @@ def test_a_special_token_in_a_call_of_a_tool_is_refused(scored) -> None:
         ({"prompt": "a", "response": "b", "label": float("nan")}, "the label of z is not a text", None),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
-            "holds preference pairs.*\n.*\n.*preference data comes later",
+            "holds preference pairs(.|\n)*examples.kind=preference",
             None,
         ),
         ({"text": "a"}, "neither messages nor a prompt(.|\n)*examples.kind=document", None),
@@ -481,6 +481,100 @@ def test_a_document_with_an_evaluation_prompt_as_a_line_overlaps() -> None:
     assert find_overlap(examples, prompts) == [("d0", "p")]
 
 
+# Preferences
+
+
+def preferences(*rows: dict, **columns: str) -> ExampleSet:
+    return load_examples([{"id": "z", **row} for row in rows], kind="preference", columns=columns or None)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "How?", "chosen": "So.", "rejected": "No."},
+        {"instruction": "How?", "chosen": "So.", "rejected": "No."},
+        {"prompt": [user("How?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")]},
+        {"chosen": [user("How?"), assistant("So.")], "rejected": [user("How?"), assistant("No.")]},
+        # UltraFeedback: whole conversations beside the prompt that they hold.
+        {
+            "prompt": "How?",
+            "chosen": [user("How?"), assistant("So.")],
+            "rejected": [user("How?"), assistant("No.")],
+            "score_chosen": 4.0,
+        },
+        {
+            "chosen": [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "So."}],
+            "rejected": [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "No."}],
+        },
+    ],
+)
+def test_a_preference_is_two_answers_to_one_conversation(row: dict) -> None:
+    (record,) = preferences(row)
+    assert (record.kind, record.prompt, record.response, record.rejected) == ("preference", "How?", "So.", "No.")
+    assert record.messages == (user("How?"),) and record.reference is None
+    assert record.answered_by_rejected().turns[-1] == assistant("No.")
+
+
+def test_a_preference_has_what_stands_before_its_prompt() -> None:
+    row = {"prompt": "How?", "chosen": "So.", "rejected": "No.", "system": "Be kind.", "history": [["a", "b"]]}
+    assert preferences(row).examples[0].messages == (SYSTEM, user("a"), assistant("b"), user("How?"))
+    row = {"instruction": "Sum up.", "input": "A text.", "chosen": "So.", "rejected": "No."}
+    assert preferences(row).examples[0].prompt == "Sum up.\nA text."
+
+
+def test_ids_of_preferences_without_one_hold_both_answers() -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": name} for name in "cd"]
+    first, second = load_examples(rows, kind="preference").ids
+    pair = load_examples([{"prompt": "a", "response": "b"}]).ids[0]
+    assert len({first, second, pair}) == 3
+
+
+@pytest.mark.parametrize("short", ["ref", "reference"])
+def test_a_reference_of_the_data_is_read(short: str) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    given = {f"{short}_chosen_logps": -3.5, f"{short}_rejected_logps": -1.25}
+    assert preferences({**row, **given}).examples[0].reference == (-3.5, -1.25)
+    assert preferences({**row, **dict.fromkeys(given)}).examples[0].reference is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty rejected"),
+        ({"prompt": "a", "response": "b"}, "no chosen and rejected(.|\n)*examples.kind=pair"),
+        ({"chosen": "Human: a Assistant: b", "rejected": "Human: a Assistant: c"}, "has no prompt"),
+        (
+            {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
+            "differ before their last answer",
+        ),
+        (
+            {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c"), user("d"), assistant("e")]},
+            "differ before their last answer",
+        ),
+        ({"prompt": "x", "chosen": [user("a"), assistant("b")], "rejected": "c"}, "not among them"),
+        (
+            {"chosen": [user("a"), assistant("b", weight=0)], "rejected": [user("a"), assistant("c")]},
+            "marked with a weight",
+        ),
+        ({"prompt": "a", "chosen": [assistant("b", reasoning_content="x")], "rejected": "c"}, "more than its text"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "ref_chosen_logps": -1.0}, "log-probabilities"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "ref_chosen_logps": -1.0, "ref_rejected_logps": 2.0},
+            "log-probabilities",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "ref_chosen_logps": "nan", "ref_rejected_logps": "-1"},
+            "log-probabilities",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "weight": 0.5}, "the column weight would change"),
+    ],
+)
+def test_a_preference_that_is_none_is_refused(row: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        preferences(row)
+
+
 # Anything
 
 
@@ -496,18 +590,20 @@ message = st.fixed_dictionaries(
 exchange = st.tuples(message, message).map(lambda two: [{**two[0], "role": "user"}, {**two[1], "role": "assistant"}])
 conversation = st.lists(exchange, min_size=1, max_size=3).map(lambda pairs: [turn for pair in pairs for turn in pair])
 cells = words | conversation | st.lists(message | values, max_size=4) | values
-COLUMN_NAMES = sorted({name for names in (*PAIR_COLUMNS.values(), ("text", "chosen", "weight")) for name in names})
+USED = (*PAIR_COLUMNS.values(), *PREFERENCE_COLUMNS.values(), ("text", "weight"))
+COLUMN_NAMES = sorted({name for names in USED for name in names})
 usual = st.one_of(
     st.fixed_dictionaries({"messages": conversation}),
     st.fixed_dictionaries({"instruction": words, "input": words, "output": words}),
     st.fixed_dictionaries({"text": words}),
+    st.fixed_dictionaries({"prompt": words, "chosen": words | conversation, "rejected": words | conversation}),
 )
 further = st.dictionaries(st.sampled_from(COLUMN_NAMES), cells, max_size=2)
 rows = st.lists(st.builds(lambda row, more: {**row, **more}, usual, further), min_size=1, max_size=2)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=rows, turns=st.sampled_from(["last", "all"]), kind=st.sampled_from(["pair", "document"]))
+@given(rows=rows, turns=st.sampled_from(["last", "all"]), kind=st.sampled_from(["pair", "document", "preference"]))
 def test_any_row_is_an_example_or_a_mistake_that_is_explained(tokenizer, rows, turns, kind) -> None:
     try:
         examples = load_examples(rows, kind=kind, turns=turns)

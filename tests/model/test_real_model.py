@@ -28,7 +28,7 @@ from taught.model.readout import read_prompts
 from taught.policy.ridge import Policy, fit_policy, pathway_sums
 from taught.sketches.project import Projection
 from taught.sketches.sketch import example_sketches, prompt_sketches
-from taught.stages.subject import example_inputs, open_subject, prompt_inputs, study_examples, study_prompts
+from taught.stages.subject import open_subject, prompt_inputs, study_examples, study_prompts
 from taught.study.load import load_study
 from taught.targets.policy import RawX, combine_raw_x
 
@@ -53,7 +53,7 @@ def setting() -> tuple[Problem, list[Any]]:
     features = subject.features(sorted(strongest.tolist()), study)
     read_at = {"block": subject.sae.block, "features": features}
     problem = Problem(subject.loaded.model, reads, subject.behavior, 1e-4, **read_at, memory_gb=4.0)
-    return problem, example_inputs(encoded)
+    return problem, [e.example() for e in encoded]
 
 
 def fitted(problem: Problem) -> Policy:

@@ -78,7 +78,7 @@ def test_a_stage_that_cannot_run_is_said(name, said):
         assert said in caught.value.fix
 
 
-def test_the_tables_of_the_documentation_are_made_of_the_code():
+def test_the_tables_of_the_documentation_are_made_of_the_code():  # by docs/tables.py
     text = DOCS.read_text(encoding="utf-8")
     assert file_table(STAGES) in text
     assert template() in text

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from taught.core.example import Examples
+from taught.core.example import Examples, refuse_several
 from taught.errors import UserError
 from taught.features.concept import ConceptMap
 from taught.model.gradients import evaluating
@@ -33,8 +33,9 @@ def response_reads(examples: Examples, tokens: str) -> list[ReadPrompt]:
     Raises
     ------
     UserError
-        An example has no response tokens: its id.
+        An example has no response tokens, or two responses: its id.
     """
+    refuse_several(examples, "a projection on a direction")
     empty = [example.id for example in examples if example.n_scored < 1]
     if empty:
         raise UserError(

@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from taught.core.example import Examples, batch_examples, example_losses, refuse_nonfinite
+from taught.core.example import Example, Examples, batch_examples, example_losses, refuse_nonfinite
 from taught.core.gradient import by_parameter, example_gradients, refuse_unfit
 from taught.core.problem import Problem
 from taught.errors import UserError
@@ -125,7 +125,7 @@ def baseline_scores(
     ids = tuple(example.id for example in examples)
     makers: dict[str, Callable[[], Mapping[str | None, Floats]]] = {
         "random": lambda: {None: random_scores(ids, seed)},
-        "response-length": lambda: {None: np.array([float(p.n_scored) for p in examples])},
+        "response-length": lambda: {None: np.array([response_length(p) for p in examples])},
         "label": lambda: {None: label_scores(ids, texts.labels, texts.positive_label)},
         "loss": lambda: {None: example_losses(problem.model, examples, problem.batch_tokens).numpy()},
         "bm25": lambda: {
@@ -145,6 +145,11 @@ def baseline_scores(
         if name in names
         for group, values in found[name].items()
     ]
+
+
+def response_length(example: Example) -> float:
+    """Number of tokens that the loss is on; of a preference those of the chosen answer less those of the rejected."""
+    return float(sum((w > 0) - (w < 0) for of in example.weights for w in of))
 
 
 def random_scores(ids: Sequence[str], seed: int = 0) -> Floats:

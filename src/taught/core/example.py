@@ -4,8 +4,9 @@
 
 with f the identity for what is trained on as it stands. An SFT pair scores the tokens of its response, each with weight
 1 / their number; a document scores all its tokens but the first; of a conversation those turns count that training
-counts. An example with more than one sequence (a chosen and a rejected answer to one prompt) lies in one row as a token
-tree, each branch blind to the others, so that whatever takes gradients of examples needs to know nothing of their kind.
+counts; a preference weighs the tokens of its chosen answer 1, those of its rejected one -1 (:class:`Dpo`). An example
+with more than one sequence lies in one row as a token tree, each branch blind to the others, so that whatever takes
+gradients of examples needs to know nothing of their kind.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.model.forward import first_device, forward
 from taught.model.gradients import evaluating
@@ -28,6 +30,31 @@ class Link(Protocol):
 
     def __call__(self, sums: Tensor) -> Tensor:
         """Losses [B]; differentiable, each from its own sum alone."""
+
+
+@dataclass(frozen=True)
+class Dpo:
+    """Link of a preference: the loss of direct preference optimisation (Rafailov et al., arXiv 2305.18290).
+
+        L = -log sigma(beta [log p(c) - log p(r) - (log ref(c) - log ref(r))]) = softplus(beta (s + reference))
+
+    with s = -(log p(c) - log p(r)) the weighted sum of the example, c the chosen and r the rejected answer, log p
+    the sum (not the mean) over an answer's tokens. At the reference itself L = log 2, and its slope in s is beta / 2.
+
+    Attributes
+    ----------
+    beta : how strongly training is held to the reference
+    reference : log ref(c) - log ref(r), natural logarithm
+    given : whether the data say it; else it is that of the base model, and follows from its weights
+    """
+
+    beta: float
+    reference: float
+    given: bool = False
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        """Losses [B] of these sums [B]."""
+        return torch.nn.functional.softplus(self.beta * (sums + self.reference))
 
 
 @dataclass(frozen=True)
@@ -110,7 +137,34 @@ def document(id: str, ids: Sequence[int], seen: int = 1) -> Example:
     return sft(id, ids, max(seen, 1))
 
 
+def preference(
+    id: str, chosen: Sequence[int], scored: Iterable[int], rejected: Sequence[int], against: Iterable[int]
+) -> Example:
+    """A chosen and a rejected answer; its sum is log p(rejected) - log p(chosen), and no link is set.
+
+    Parameters
+    ----------
+    chosen, rejected : tokens of the conversation with either answer
+    scored, against : places of the answers' tokens in them
+    """
+    up, down = set(scored), set(against)
+    weights = tuple(float(t in up) for t in range(len(chosen))), tuple(-float(t in down) for t in range(len(rejected)))
+    return Example(id, (tuple(chosen), tuple(rejected)), weights)
+
+
 Examples = Sequence[Example]
+
+
+def refuse_several(examples: Examples, what: str) -> None:
+    """Raise an error with the ids of the examples that have more than one sequence."""
+    several = [example.id for example in examples if len(example.sequences) > 1]
+    if several:
+        raise UserError(
+            f"{what} reads one answer of an example",
+            value=name_ids(several),
+            rule="a preference has two: a chosen and a rejected one",
+            fix="leave it out, or attribute to the chosen answers alone: rename the column chosen to response",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +206,13 @@ class ExampleBatch:
         with torch.enable_grad():
             at = sums.detach().requires_grad_()
             return torch.autograd.grad(self.linked(at).sum(), at)[0]
+
+    def bends(self, sums: Tensor) -> Tensor:
+        """f''(sum) of each example, [B]; 0 for one without a link."""
+        with torch.enable_grad():
+            at = sums.detach().requires_grad_()
+            slopes = torch.autograd.grad(self.linked(at).sum(), at, create_graph=True)[0]
+            return torch.autograd.grad(slopes.sum(), at)[0] if slopes.requires_grad else torch.zeros_like(slopes)
 
     def terms(self, model: nn.Module) -> Tensor:
         """What each scored token adds to its example's sum, [B, K]."""

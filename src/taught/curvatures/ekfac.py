@@ -13,6 +13,9 @@ linear layer with input a [in] and gradient d [out] at its output, G = sum over 
     Lambda = mean over examples of (Q_S' G Q_A)^2                                [out, in]
     C^-1 G = Q_S ((Q_S' G Q_A) / (Lambda + damping * mean(Lambda))) Q_A'
 
+A preference (an example with a link f of a sum s, :class:`taught.core.example.Dpo`) has one output, s: its part of the
+Gauss-Newton matrix is f''(s) grad s grad s', so its G is the square root of f''(s) times the gradient of s.
+
 Every layer has a block of its own. Only the weights of linear layers inside the model's blocks have
 one: everything else (norms, biases, embeddings, the output layer) does not move in a step.
 
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 from taught.core import rules
 from taught.core.curvature import Basis, Metric
 from taught.core.estimator import Work
-from taught.core.example import ExampleBatch, Examples, batch_examples
+from taught.core.example import ExampleBatch, Examples, Link, batch_examples
 from taught.core.gradient import by_parameter, example_gradients
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
@@ -99,7 +102,7 @@ class Ekfac:
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """Labels, squares of both sides of every layer, gradients in the basis, and eigenvectors (9 n^3)."""
-        tokens = sum(len(example.ids) - 1 for example in examples)
+        tokens = sum(example.length for example in examples)
         shapes = [p.shape for p in moving_parameters(problem.model, self.curved(problem)).values()]
         layers = sum(4.0 * tokens * n**2 + 9.0 * n**3 for shape in shapes for n in shape)
         return {"curvature": 6 * one_pass(problem, examples) + layers}
@@ -145,14 +148,11 @@ def fit_ekfac(problem: Problem, examples: Examples, *, seed: int = 0, progress: 
     names = curved_layers(problem.model, problem.parameters)
     problem = replace(problem, parameters=names)
     with frozen(problem.model):
-        labels = [
-            draw_labels(problem.model, batch, examples, seed)
-            for batch in batch_examples(examples, problem.batch_tokens)
-        ]
-        basis = _bases(problem, examples, labels, progress)
+        drawn = [draw(problem.model, batch, examples, seed) for batch in batch_examples(examples, problem.batch_tokens)]
+        basis = _bases(problem, examples, drawn, progress)
         totals = {name: rows.new_zeros(len(rows), len(columns)) for name, (rows, columns) in basis.items()}
         metric = Metric(basis=basis)
-        for _, factors in _gradients(problem, examples, labels, progress):
+        for _, factors in _gradients(problem, examples, drawn, progress):
             for name, uses in factors.items():
                 add_squares([metric.rotated(use) for use in uses], totals[name])
     flat = [name for name, total in totals.items() if not total.sum() > 0]
@@ -164,6 +164,38 @@ def fit_ekfac(problem: Problem, examples: Examples, *, seed: int = 0, progress: 
             fix="leave these out: attribution.parameters",
         )
     return Layers(basis, {name: total.div_(len(examples)) for name, total in totals.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What makes the gradients G of a batch, in the fields of :class:`ExampleBatch` of these names."""
+
+    targets: Tensor
+    weights: Tensor
+    links: tuple[Link | None, ...]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The link of G: a number times the sum."""
+
+    by: float
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        """Scaled sums."""
+        return self.by * sums
+
+
+@torch.no_grad()
+def draw(model: nn.Module, batch: ExampleBatch, examples: Examples, seed: int) -> Drawn:
+    """Labels drawn from the model; of examples with a link their own tokens, scaled."""
+    labels, weights, links = draw_labels(model, batch, examples, seed), batch.weights.abs().sqrt(), batch.links
+    if any(links):
+        own = torch.tensor([link is not None for link in links])[:, None]
+        labels, weights = torch.where(own, batch.targets, labels), torch.where(own, batch.weights, weights)
+        roots = batch.bends(batch.terms(model).sum(1)).sqrt().tolist()
+        links = tuple(None if link is None else Scaled(root) for link, root in zip(links, roots, strict=True))
+    return Drawn(labels, weights, links)
 
 
 @torch.no_grad()
@@ -187,20 +219,18 @@ def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Examples, seed:
 
 
 def _gradients(
-    problem: Problem, examples: Examples, labels: Sequence[Tensor], progress: Progress | None
+    problem: Problem, examples: Examples, drawn: Sequence[Drawn], progress: Progress | None
 ) -> Iterator[tuple[ExampleBatch, Factors]]:
     """Each batch with the factors of G by parameter."""
     sites = find_sites(problem.model, problem.parameters)
     batches = batch_examples(examples, problem.batch_tokens)
-    for batch, drawn in zip(batches, labels, strict=True):
-        sampled = replace(batch, targets=drawn, weights=batch.weights.sqrt())
+    for batch, own in zip(batches, drawn, strict=True):
+        sampled = replace(batch, targets=own.targets, weights=own.weights, links=own.links)
         yield batch, by_parameter(example_gradients(problem, sites, sampled, examples)[1])
         (progress or SilentProgress()).advance(len(batch.index))
 
 
-def _bases(
-    problem: Problem, examples: Examples, labels: Sequence[Tensor], progress: Progress | None
-) -> dict[str, Basis]:
+def _bases(problem: Problem, examples: Examples, drawn: Sequence[Drawn], progress: Progress | None) -> dict[str, Basis]:
     """Eigenvectors of S and A (of a transposed layer: of A and S)."""
     sums = {
         name: tuple(
@@ -208,7 +238,7 @@ def _bases(
         )
         for name, p in moving_parameters(problem.model, problem.parameters).items()
     }
-    for batch, factors in _gradients(problem, examples, labels, progress):
+    for batch, factors in _gradients(problem, examples, drawn, progress):
         width = batch.rows.ids.shape[1]
         real = torch.arange(width) >= width - batch.rows.lengths[:, None]  # [B, T]: tokens, not padding
         for name, uses in factors.items():

@@ -70,8 +70,10 @@ class EncodedExample:
         at the token limit; or the tokens of the window
     scored : places in ``input_ids`` of the tokens that the loss is on: of each answer that counts, its content and its
         end-of-turn token
-    truncated : whether the limit cut off a part of the response
+    truncated : whether the limit cut off a part of a response
     document, text : of a window: the document's id, and the text of the tokens that the loss is on
+    rejected : of a preference: the conversation with the rejected answer
+    reference : of a preference: log-probabilities of both answers under the reference, where the data give them
     """
 
     id: str
@@ -80,17 +82,26 @@ class EncodedExample:
     truncated: bool = False
     document: str = ""
     text: str = ""
+    rejected: EncodedExample | None = None
+    reference: tuple[float, float] | None = None
 
     @property
     def n_scored(self) -> int:
         """Number of tokens that the loss is on."""
-        return len(self.scored)
+        return len(self.scored) + (0 if self.rejected is None else len(self.rejected.scored))
+
+    @property
+    def empty(self) -> bool:
+        """Whether the limit has left no token of an answer."""
+        return not self.scored or (self.rejected is not None and not self.rejected.scored)
 
     def example(self) -> Example:
-        """The example with its loss: the mean over the tokens that count."""
-        from taught.core.example import conversation
+        """The example with its loss: the mean over the tokens that count; of a preference without its link."""
+        from taught.core.example import conversation, preference
 
-        return conversation(self.id, self.input_ids, self.scored)
+        if self.rejected is None:
+            return conversation(self.id, self.input_ids, self.scored)
+        return preference(self.id, self.input_ids, self.scored, self.rejected.input_ids, self.rejected.scored)
 
 
 @dataclass(frozen=True)
@@ -234,7 +245,7 @@ class ChatFormat:
 
         Parameters
         ----------
-        example : the example, of kind "pair"
+        example : the example, of kind "pair" or "preference": then each answer is encoded so, in its own conversation
         max_tokens : longest input; what is beyond it is cut off (see ``truncated``)
 
         Raises
@@ -244,6 +255,11 @@ class ChatFormat:
             stands before an answer and its generation prompt; the template leaves out tools, calls
             of tools or reasoning; the prompt is longer than the model's context.
         """
+        if example.kind == "preference":
+            chosen = self.encode_example(replace(example, kind="pair"), max_tokens)
+            rejected = self.encode_example(example.answered_by_rejected(), max_tokens)
+            cut = chosen.truncated or rejected.truncated
+            return replace(chosen, truncated=cut, rejected=rejected, reference=example.reference)
         turns = example.turns
         text = self._render(turns, example.id, answer=False, tools=example.tools)
         self._refuse_unseen(turns, example, text)
@@ -291,10 +307,10 @@ class ChatFormat:
                 encoded += encode_document(self.tokenizer, example, limit)
             else:
                 encoded.append(self.encode_example(example, max_tokens))
-        cut = [p for p in encoded if p.truncated and (truncate == "error" or p.n_scored == 0)]
+        cut = [p for p in encoded if p.truncated and (truncate == "error" or p.empty)]
         if cut and not drop_truncated:
             what = f"{len(cut)} examples are longer than {max_tokens} tokens"
-            if empty := [example.id for example in cut if example.n_scored == 0]:
+            if empty := [example.id for example in cut if example.empty]:
                 what += f"; nothing of the response is left in {len(empty)} of them"
             silent = "no response is cut off silently"
             raise UserError(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from taught.data.columns import name_ids, repeated
 from taught.data.tables import Row, open_table
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from taught.data.chat import EncodedExample
 
 Message = dict[str, Any]
-Kind = Literal["pair", "document"]
+Kind = Literal["pair", "document", "preference"]
 Turns = Literal["last", "all"]
 
 
@@ -36,7 +36,10 @@ class Record:
     counted : places in ``messages`` of the earlier answers that the loss is on, too
     extras : what the response's message holds beside its content: ``reasoning_content``
     tools : tools that the chat template describes
-    kind : "pair" or "document"
+    kind : "pair", "document" or "preference"
+    rejected : of a preference the answer that training moves away from; ``response`` is the chosen one
+    reference : of a preference the log-probabilities of its chosen and rejected answer under the reference, where the
+        data give them
     document : of a window of a document: the document's id
     """
 
@@ -53,9 +56,11 @@ class Record:
     tools: tuple[Any, ...] = field(default=(), hash=False)
     kind: Kind = "pair"
     document: str = ""
+    rejected: str = ""
+    reference: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if not self.messages and self.kind == "pair":
+        if not self.messages and self.kind != "document":
             turns = ({"role": "user", "content": self.prompt},)
             object.__setattr__(self, "messages", turns)
 
@@ -70,6 +75,10 @@ class Record:
     def turns(self) -> list[Message]:
         """The conversation up to and with the response."""
         return [*self.messages, {"role": "assistant", "content": self.response, **self.extras}]
+
+    def answered_by_rejected(self) -> Record:
+        """The same conversation as a pair with the rejected answer."""
+        return replace(self, response=self.rejected, rejected="", kind="pair")
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,7 @@ def load_examples(
     kind : "pair": a row holds ``messages`` (or ShareGPT's ``conversations``), or a ``prompt`` (or ``instruction``) and
         a ``response`` (``completion``, ``output``), each a text or messages, with Alpaca's ``input`` or Dolly's
         ``context``, ``system``, ``history`` and ``tools`` beside them. "document": a row holds a ``text``.
+        "preference": a row holds a ``prompt`` with a ``chosen`` and a ``rejected`` answer, or two conversations.
         :mod:`taught.data.formats` has the details.
     columns : field -> column name, where the names are not the usual ones. Fields of a pair: id, messages, prompt,
         context, response, system, history, tools, label, category, source; of a document: id, text, label, category,
@@ -152,9 +162,9 @@ def load_examples(
     >>> load_examples([{"prompt": "Hi?", "response": "Ho."}]).examples[0].response
     'Ho.'
     """
-    from taught.data.formats import read_documents, read_pairs
+    from taught.data.formats import read_documents, read_pairs, read_preferences
 
-    for value, known, name in ((kind, ("pair", "document"), "kind"), (turns, ("last", "all"), "turns")):
+    for value, known, name in ((kind, get_args(Kind), "kind"), (turns, get_args(Turns), "turns")):
         if value not in known:
             raise UserError(f"unknown {name} of examples", value=value, rule=f"one of {', '.join(known)}")
     table = open_table(source)
@@ -162,27 +172,30 @@ def load_examples(
         raise UserError("no examples in the data", value=table.name, fix="give at least one row")
     if kind == "document":
         examples, found = read_documents(table, columns)
+    elif kind == "preference":
+        examples, found = read_preferences(table, columns)
     else:
         examples, found = read_pairs(table, columns, turns)
     _check(examples, table.name)
     return ExampleSet(examples, found, table.sha256, table.path)
 
 
-def content_id(messages: Sequence[Message], response: str) -> str:
-    """Return "sha1:" and 12 hex digits of the messages and the response.
+def content_id(messages: Sequence[Message], *answers: str) -> str:
+    """Return "sha1:" and 12 hex digits of the messages and the response (of a preference both answers).
 
     The hash of a single user turn depends on its text alone, so that a row means the same as
     ``prompt`` and as ``messages``.
     """
     single = len(messages) == 1 and messages[0]["role"] == "user"
     before = messages[0]["content"] if single else json.dumps(list(messages), sort_keys=True, default=str)
-    content = json.dumps([before, response], ensure_ascii=True)
+    content = json.dumps([before, *answers], ensure_ascii=True)
     return f"sha1:{hashlib.sha1(content.encode()).hexdigest()[:12]}"
 
 
 def _check(examples: Sequence[Record], where: str) -> None:
     document = examples[0].kind == "document"
-    for part in ("response",) if document else ("prompt", "response"):
+    parts = {"document": ["response"], "pair": ["prompt", "response"], "preference": ["prompt", "response", "rejected"]}
+    for part in parts[examples[0].kind]:
         name = "text" if document else part
         empty = [example.id for example in examples if not getattr(example, part).strip()]
         if empty:

@@ -6,15 +6,19 @@
     Alpaca, Dolly     ``instruction`` with ``input`` or ``context``: the user's turn is both, a line break between
                       them; with ``system`` and ``history`` ([[question, answer], ...])
     text              a document, where documents are asked for
+    chosen, rejected  a preference, where preferences are asked for: two answers to one ``prompt`` (a text or messages),
+                      or two conversations that differ in their last answer alone; with the log-probabilities of
+                      both under a reference (``ref_chosen_logps``, ``ref_rejected_logps``), where that is no model
 
 ``system`` is a system turn, ``tools`` go to the chat template. Whatever else is known to change an
-example (``chosen`` and ``rejected``, pictures, a weight of the row, keys of a message that no template
-gets) is refused by name where it holds something; other columns of a row are kept as its flags.
+example (pictures, a weight of the row, keys of a message that no template gets) is refused by name where it
+holds something; other columns of a row are kept as its flags.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +49,21 @@ DOCUMENT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "category": ("category", "topic"),
     "source": ("source",),
 }
+PREFERENCE_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "id": ("id", "example_id"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "prompt": ("prompt", "instruction", "question", "input"),
+    "context": ("input", "context"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools",),
+    "reference_chosen": ("ref_chosen_logps", "reference_chosen_logps"),
+    "reference_rejected": ("ref_rejected_logps", "reference_rejected_logps"),
+    "label": ("label", "group"),
+    "category": ("category", "topic"),
+    "source": ("source",),
+}
 # Columns that change what a model is trained on and that nothing here reads.
 _REFUSED = (
     *("functions", "function_call", "tool_calls", "reasoning_content", "thinking", "documents", "chat_template_kwargs"),
@@ -68,8 +87,8 @@ def read_pairs(
         raise UserError(
             f"{table.name} holds preference pairs (chosen, rejected)",
             value=f"columns: {', '.join(sorted(present))}",
-            rule="preference data comes later; now an example has one response",
-            fix="rename one of the columns to response to attribute to training on it alone",
+            rule="an example of kind pair has one response",
+            fix="use --set examples.kind=preference, or rename one of the columns to response to attribute to it alone",
         )
     if "messages" not in found and not {"prompt", "response"} <= set(found):
         text = "text" in present
@@ -103,6 +122,109 @@ def read_documents(table: Table, columns: Mapping[str, str] | None) -> tuple[tup
         for row, name in zip(table.rows, _row_names(table, found), strict=True)
         for text in [text_cell(row, found, "text", name)]
     ), found
+
+
+def read_preferences(table: Table, columns: Mapping[str, str] | None) -> tuple[tuple[Record, ...], dict[str, str]]:
+    """Read a preference from every row, and which column was taken for what."""
+    found = detect_columns(table.rows, PREFERENCE_COLUMNS, columns, table.name)
+    if not {"chosen", "rejected"} <= set(found):
+        raise UserError(
+            f"{table.name} has no chosen and rejected answers",
+            value=f"columns: {', '.join(dict.fromkeys(name for row in table.rows for name in row))}",
+            rule="a preference is `prompt`, `chosen` and `rejected`, or two conversations",
+            fix="rename the columns, or use --set examples.kind=pair",
+        )
+    names = _row_names(table, found)
+    _refuse_columns(table, found, names)
+    _refuse_keys(table, found, names)
+    rows = zip(table.rows, names, strict=True)
+    return tuple(_preference(row, found, name) for row, name in rows), found
+
+
+def _preference(row: Row, columns: Mapping[str, str], name: str) -> Record:
+    chosen, rejected = (_side(row, columns, side, name) for side in ("chosen", "rejected"))
+    before, last = tuple(chosen[:-1]), chosen[-1]
+    if before != tuple(rejected[:-1]):
+        raise UserError(
+            f"the chosen and the rejected conversation of {name} differ before their last answer",
+            value=[turn["content"] for turn in rejected[:-1] if turn not in before] or "their length",
+            rule="both answer the same messages",
+            fix="cut both after the first answer in which they differ",
+        )
+    if last == rejected[-1]:
+        raise UserError(
+            f"the chosen and the rejected answer of {name} are the same",
+            value=last["content"],
+            rule="a preference moves the model from one answer to another",
+            fix="remove the row",
+        )
+    extras = [{k: v for k, v in turn.items() if k not in ("role", "content")} for turn in (last, rejected[-1])]
+    if extras[0] or extras[1]:
+        raise UserError(
+            f"an answer of {name} holds more than its text",
+            value=[*extras[0], *extras[1]],
+            rule="the chosen and the rejected answer are texts",
+            fix="remove the keys, or put the thoughts into the text",
+        )
+    return _record(
+        row,
+        columns,
+        name,
+        content_id(before, last["content"], rejected[-1]["content"]),
+        prompt=next(turn["content"] for turn in reversed(before) if turn["role"] == "user"),
+        response=last["content"],
+        rejected=rejected[-1]["content"],
+        messages=before,
+        tools=_tools(cell(row, columns, "tools"), name),
+        reference=_reference(row, columns, name),
+        kind="preference",
+    )
+
+
+def _side(row: Row, columns: Mapping[str, str], side: str, name: str) -> list[Message]:
+    """The conversation that ends in the chosen, or in the rejected answer."""
+    value = cell(row, columns, side)
+    first = read_turns(value, name)[0] if isinstance(value, list | tuple) and value else None
+    whole = first is not None and first["role"] != "assistant"
+    if not whole and "prompt" not in columns:
+        raise UserError(
+            f"the {side} answer of {name} has no prompt",
+            value=value,
+            rule="an answer stands beside a `prompt`, or in a conversation of messages",
+            fix="split the text into a prompt and its answer",
+        )
+    turns = _conversation(row, {**columns, "messages" if whole else "response": columns[side]}, name)
+    if marked := [key for turn in turns for key in _MARKS if key in turn]:
+        raise UserError(
+            f"a message of {name} is marked with a {marked[0]}",
+            value=value,
+            rule="of a preference the last answers count, and no others",
+            fix=f"remove the {marked[0]} from its messages",
+        )
+    return turns
+
+
+def _reference(row: Row, columns: Mapping[str, str], name: str) -> tuple[float, float] | None:
+    """Log-probabilities of both answers under a reference, where the row gives them."""
+    given = [cell(row, columns, f"reference_{side}") for side in ("chosen", "rejected")]
+    if not any(_holds(value) for value in given):
+        return None
+    numbers = [_number(value) for value in given]
+    if not all(math.isfinite(number) and number <= 0 for number in numbers):
+        raise UserError(
+            f"the log-probabilities of the reference of {name} are not two numbers",
+            value=given,
+            rule="the sum over an answer's tokens, natural logarithm, at most 0, for both answers",
+            fix="correct them, or leave both out: the reference is then the base model",
+        )
+    return numbers[0], numbers[1]
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _row_names(table: Table, columns: Mapping[str, str]) -> list[str]:
@@ -372,7 +494,7 @@ def _refuse_keys(table: Table, columns: Mapping[str, str], names: Sequence[str])
     known = {"role", "from", "content", "value", *_MARKS, *_FOR_TEMPLATE, *_NOTES}
     holding: dict[str, dict[str, None]] = defaultdict(dict)
     for row, name in zip(table.rows, names, strict=True):
-        for field in ("messages", "prompt", "response"):
+        for field in ("messages", "prompt", "response", "chosen", "rejected"):
             value = cell(row, columns, field)
             for turn in value if isinstance(value, list | tuple) else ():
                 for key in set(turn) - known if isinstance(turn, Mapping) else ():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,22 @@ def adapter_patterns(model: Any) -> tuple[str, ...]:
     """Patterns of the parameters that an adapter brings along (``moving_parameters``)."""
     names = [name for name, _ in model.named_parameters()]
     return tuple(p for p in _PATTERNS if fnmatch.filter(names, p))
+
+
+@contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """The model as it is without its adapter, where it has one; as before on exit."""
+    if not hasattr(model, "peft_config"):
+        yield
+        return
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 def _find(adapter: str, revision: str | None) -> Path:

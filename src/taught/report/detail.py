@@ -109,6 +109,7 @@ def _record(tables: Tables, row: Row, names: Sequence[str], prompts: dict[str, i
         "unintended": bool(row.get("unintended")),
         "prompt": shorten(str(example.get("prompt", "")), MAX_TEXT),
         "response": shorten(str(example.get("response", "")), MAX_TEXT),
+        "rejected": shorten(str(example.get("rejected") or ""), MAX_TEXT),
         "top": _coefficients(tables, row["example_id"]),
         "moves": moves,
     }
@@ -146,7 +147,7 @@ def example_blocks(tables: Tables, row: Row) -> list[Block]:
     facts.append(("loss", f"{number(row.get('loss'))} over {number(row.get('n_scored'), 0)} tokens"))
     facts += _interference(row) + _checks(row, primary(tables)) + _certificate(tables, row)
     blocks: list[Block] = [Text(f"{example}  ({row['label']})", "title"), Facts(facts, "list")]
-    said = [(name, str(text[name])) for name in ("prompt", "response") if text.get(name)]
+    said = [(name, str(text[name])) for name in ("prompt", "response", "rejected") if text.get(name)]
     blocks += [Pre(shorten(words_, 1500), name.capitalize()) for name, words_ in said]
     if moved := _coefficients(tables, example):
         power = common_power(x + y for _, x, y in moved)

@@ -88,7 +88,7 @@
   const filters = document.getElementById("filters");
   const visible = () => [...exampleTable.tBodies[0].rows].filter((row) => !row.hidden).map((row) => Number(row.dataset.index));
   if (exampleTable && filters) {
-    const texts = data.examples.map((p) => [p.id, p.label, p.category, p.source, p.prompt, p.response].join("\n").toLowerCase());
+    const texts = data.examples.map((p) => [p.id, p.label, p.category, p.source, p.prompt, p.response, p.rejected].join("\n").toLowerCase());
     const apply = () => {
       const field = filters.elements;
       const words = field.q.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -157,7 +157,11 @@
       fact("Loss", example.loss === null ? "–" : example.loss.toFixed(2)), fact("Tokens", String(example.n ?? "–")),
       ...(example.dominant === null ? [] : [fact("Acts mainly on", `${example.dominant}${example.unintended ? " (unintended)" : ""}`)])),
     make("h4", { text: "Prompt" }), make("p", { cls: "said", dir: "auto", tabindex: "0", text: example.prompt }),
-    make("h4", { text: "Response" }), make("p", { cls: "said", dir: "auto", tabindex: "0", text: example.response }),
+    make("h4", { text: example.rejected ? "Chosen" : "Response" }),
+    make("p", { cls: "said", dir: "auto", tabindex: "0", text: example.response }),
+    ...(example.rejected
+      ? [make("h4", { text: "Rejected" }), make("p", { cls: "said", dir: "auto", tabindex: "0", text: example.rejected })]
+      : []),
     ...coefficients(example), ...moves(example));
   const open = (index) => {
     const order = visible(), place = order.indexOf(index);

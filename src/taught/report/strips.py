@@ -12,6 +12,7 @@ from taught.report.text import common_power, signed, tens
 Row = Mapping[str, Any]
 LEVELS = 8  # classes of the style sheet
 NAMED = 3
+REJECTED = "\n[rejected] "
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,13 @@ def _strip(example_id: str, target: str, rows: Sequence[Row]) -> Strip:
     largest = max(map(abs, shares))
     total = math.fsum(shares)
     power = common_power([*shares, total])
+    second = next((row["position"] for row in rows if row["answer"]), None)  # of a preference the rejected answer
     tokens = tuple(
-        Token(row["token"].replace("\n", "↵\n"), _shade(share, largest), signed(share, power=power))
+        Token(
+            (REJECTED if row["position"] == second else "") + row["token"].replace("\n", "↵\n"),
+            _shade(share, largest),
+            signed(share, power=power),
+        )
         for row, share in zip(rows, shares, strict=True)
     )
     strongest = sorted(range(len(rows)), key=lambda j: -abs(shares[j]))[:NAMED]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taught.core.example import Example
+from taught.core.example import Dpo, Example
 from taught.errors import UserError
 from taught.run import files
 from taught.run.fingerprint import differences
@@ -69,8 +69,13 @@ def digest(tokens: Sequence[int], *more: float) -> str:
 
 
 def example_digest(example: Example) -> str:
-    """What an example's tokens and their weights come to."""
-    return digest([n for s in example.sequences for n in (*s, -1)], *(w for of in example.weights for w in of))
+    """What an example's tokens, their weights and its link come to.
+
+    A reference that is the base model follows from its weights, which stores and retrainings know anyway.
+    """
+    link = example.link
+    more = [] if not isinstance(link, Dpo) else [link.beta, *([link.reference] if link.given else [])]
+    return digest([n for s in example.sequences for n in (*s, -1)], *(w for of in example.weights for w in of), *more)
 
 
 class SketchStore:

@@ -92,8 +92,9 @@ STAGES = (
         "attribute",
         "score the examples: what training on each one does to every target",
         {
-            "examples.parquet": "the examples as they were scored: example_id, prompt, response, label, category, "
-            "source, document (of a window: whose), n_tokens, n_scored, truncated, loss",
+            "examples.parquet": "the examples as they were scored: example_id, prompt, response (of a preference the "
+            "chosen one), rejected, label, category, source, document (of a window: whose), n_tokens, n_scored, "
+            "truncated, loss",
             "scores.parquet": "influence of every example on every target: example_id, method, target, value, se; one "
             "row group for a method and a target",
             "summary.parquet": "one row an example: its label, its value for each target that is no coefficient, "
@@ -112,7 +113,7 @@ STAGES = (
             "certificates.parquet": "what the linear values of each example leave out",
             "statements.parquet": "do the strongest examples stay the strongest",
             "token_shares.parquet": "shares of the tokens of the strongest examples: example_id, target, position, "
-            "token, share",
+            "answer (0; of a preference 1 for the rejected one), token, share",
         },
         needs=("readings", "policy", "concepts"),
         reads=(*_READ, *_EXAMPLES, "attribution"),

@@ -156,13 +156,14 @@ def _shares(ready: Ready, asked: Sequence[Ask], top: Sequence[int], work: Work) 
         shares = token_effects(ask.problem, chosen, A, B, progress=work.progress)
         for example, own in zip(chosen, shares, strict=True):
             n, texts = example.n_scored, token_texts(ready.subject, example)
+            answers = [sequence for sequence, _ in example.scored]
             for column, name in enumerate(few):
-                columns = [[example.id] * n, [str(name)] * n, range(n), texts, own[:, column].numpy()]
+                columns = [[example.id] * n, [str(name)] * n, range(n), answers, texts, own[:, column].numpy()]
                 tables.append(pa.table(dict(zip(TOKEN_SHARES.names, columns, strict=True)), schema=TOKEN_SHARES))
     return tables
 
 
-TOKEN_SHARES = schema("example_id:str target:str position:int token:str share:float")
+TOKEN_SHARES = schema("example_id:str target:str position:int answer:int token:str share:float")
 
 
 def write_scores(run: RunFolder, every: Iterable[Scores]) -> None:
@@ -220,7 +221,7 @@ def _write_matrix(
     run.write_tensors(file, {name: values}, {axis: ids[axis] for axis in axes}, axes={name: axes})
 
 
-COPIED = ("prompt", "response", "label", "category", "source")
+COPIED = ("prompt", "response", "rejected", "label", "category", "source")
 
 
 def _write_examples(run: RunFolder, ready: Ready, scores: Scores) -> None:

@@ -26,7 +26,7 @@ from taught.model.kernels import product_rate
 from taught.model.parameters import moving_parameters
 from taught.stages import asked
 from taught.stages.ready import make_problem, method_of
-from taught.stages.subject import Subject, chosen_examples, example_inputs, open_subject, prompt_inputs, study_prompts
+from taught.stages.subject import Subject, chosen_examples, open_subject, prompt_inputs, study_prompts
 from taught.study.schema import Study, ValidationSpec
 
 GB = 2**30
@@ -149,9 +149,7 @@ def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts
         return []
     cut = [example.id for example in encoded if example.truncated]
     report.add_left_out("truncated", cut, f"are longer than {spec.max_tokens} tokens", spec.drop_truncated)
-    scored = [
-        example for example in encoded if example.n_scored > 0 and not (spec.drop_truncated and example.truncated)
-    ]
+    scored = [example for example in encoded if not example.empty and not (spec.drop_truncated and example.truncated)]
     if not scored:
         report.problems.append("no example is left to be scored")
         return []
@@ -170,7 +168,7 @@ def _estimate(
 ) -> None:
     """Operations, minutes, memory and disk of the attribution, and of training again."""
     problem = _problem(study, subject, prompts)
-    inputs, method = example_inputs(examples), method_of(study)
+    inputs, method = [e.example() for e in examples], method_of(study)
     try:
         wanted = _asked(study, problem, groups)
         cost = attribution_cost(problem, inputs, wanted, method)

@@ -44,7 +44,7 @@ from taught.model.readout import check_trees, read_residuals
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.own_responses import own_examples
-from taught.stages.subject import Subject, example_inputs, open_checkpoint, open_subject, prompt_inputs, study_prompts
+from taught.stages.subject import Subject, open_checkpoint, open_subject, prompt_inputs, study_prompts
 from taught.stats.arrays import Bools, Floats
 from taught.study.schema import ConceptSpec, Study
 
@@ -380,7 +380,7 @@ def read_examples(
             fix="set positive and negative of the concept, or correct the column label",
         )
     encoded, _ = subject.chat.encode_examples(rows.examples, study.examples.max_tokens, False)
-    reads = response_reads(example_inputs(encoded), tokens)
+    reads = response_reads([e.example() for e in encoded], tokens)
     progress.step("read examples", len(reads))
     H = read_residuals(subject.loaded.model, reads, blocks, partial(pool, how=tokens), progress=progress)
     label = {row.id: row.label for row in rows}

@@ -29,15 +29,7 @@ from taught.policy.ridge import choose_alpha, fit_policy
 from taught.progress import Progress
 from taught.run.folder import RunFolder
 from taught.stages.concepts import Read
-from taught.stages.subject import (
-    Subject,
-    example_inputs,
-    open_checkpoint,
-    prompt_inputs,
-    select,
-    study_examples,
-    study_prompts,
-)
+from taught.stages.subject import Subject, open_checkpoint, prompt_inputs, select, study_examples, study_prompts
 from taught.study.schema import Study
 
 
@@ -122,7 +114,8 @@ def make_ready(study: Study, subject: Subject, data: Data, readings: Readings) -
         position, block = study.readout.position, subject.required_sae.block
         features = subject.features(readings.policy.feature_ids.copy(), study)
     problem = make_problem(study, subject, prompt_inputs(ordered, position), block, features)
-    return Ready(study, subject, data, examples, encoded, example_inputs(encoded), truncated, readings, problem)
+    inputs = subject.inputs(encoded, study.examples.beta)
+    return Ready(study, subject, data, examples, encoded, inputs, truncated, readings, problem)
 
 
 def encode_examples(study: Study, subject: Subject, data: Data) -> tuple[list[EncodedExample], list[str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from taught.core.behavior import Behavior, encode_prompts
+from taught.core.example import Dpo, Example, example_losses
 from taught.core.registry import BEHAVIORS
 from taught.data.chat import ChatFormat, EncodedExample, EncodedPrompt
 from taught.data.examples import ExampleSet, load_examples
@@ -17,7 +18,7 @@ from taught.errors import UserError
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder, load_sae
 from taught.features.select import Selection, select_features
-from taught.model.adapter import adapter_patterns
+from taught.model.adapter import adapter_patterns, without_adapter
 from taught.model.forward import get_block
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from taught.core.example import Example
+_REFERENCE_TOKENS = 512  # of a batch of the pass that reads the reference: no number depends on it but by rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,22 @@ class Subject:
     def encode(self, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
         """Prompts as tokens, with what the behavior scores behind each."""
         return encode_prompts(self.behavior, prompts, self.chat)
+
+    def inputs(self, encoded: Sequence[EncodedExample], beta: float) -> list[Example]:
+        """Token inputs of examples, preferences with their loss.
+
+        The reference of a preference is what the data give, else the model under study without its adapter: the
+        model that training began at. Cost: one forward pass over the preferences that come without.
+        """
+        inputs = [e.example() for e in encoded]
+        margins = {e.id: e.reference[0] - e.reference[1] for e in encoded if e.reference is not None}
+        given = set(margins)
+        asked = [z for z, e in zip(inputs, encoded, strict=True) if e.rejected is not None and e.id not in given]
+        if asked:
+            with without_adapter(self.loaded.model):
+                sums = example_losses(self.loaded.model, asked, _REFERENCE_TOKENS)
+            margins |= {z.id: -value for z, value in zip(asked, sums.tolist(), strict=True)}
+        return [replace(z, link=Dpo(beta, margins[z.id], z.id in given)) if z.id in margins else z for z in inputs]
 
     def features(self, ids: Any, study: Study) -> FeatureMap:
         """h -> X for the given feature ids."""
@@ -220,8 +237,3 @@ def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str | None) -> lis
         ReadPrompt(e.id, tuple(e.input_ids), tuple(read_tokens(e, position) if position else ()), e.suffixes)
         for e in encoded
     ]
-
-
-def example_inputs(encoded: Sequence[EncodedExample]) -> list[Example]:
-    """Token inputs of examples."""
-    return [example.example() for example in encoded]

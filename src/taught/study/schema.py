@@ -239,10 +239,13 @@ class ExamplesSpec(Section):
 
     section: ClassVar[str] = "examples"
     path: str = setting("examples.jsonl", rules.path(), "JSONL, Parquet or CSV: messages, prompt + response, or text")
-    kind: Literal["pair", "document"] = setting(
+    kind: Literal["pair", "document", "preference"] = setting(
         "pair",
-        rules.one_of("pair", "document"),
-        "pair: the response's tokens are trained on | document: all tokens of a text",
+        rules.one_of("pair", "document", "preference"),
+        "pair: a response's tokens are trained on | document: all tokens of a text | preference: chosen over rejected",
+    )
+    beta: float = setting(
+        0.1, rules.number(above=0), "of a preference's loss (DPO): how strongly it holds to the reference"
     )
     max_tokens: int = setting(
         512, rules.whole(1), "a longer example is an error, or left out with drop_truncated; a document is cut up"
@@ -551,6 +554,13 @@ class Study:
                 value=self.name,
                 rule="a study's name is also the name of its run folder: no / and no ..",
                 fix="choose another name",
+            )
+        if self.attribution.concept_methods and self.examples.kind == "preference":
+            raise UserError(
+                "a projection on a concept reads one answer of an example",
+                value="attribution.concept_methods",
+                rule="a preference has two: a chosen and a rejected one",
+                fix="leave attribution.concept_methods out; the target concept:NAME has gradients of both",
             )
         names = [concept.name for concept in self.concepts]
         if len(set(names)) < len(names):

@@ -1,0 +1,168 @@
+"""A study of preferences: from a file of chosen and rejected answers to scores, strips, curation and training."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from taught import influence
+from taught.errors import UserError
+from taught.model.load import load_model
+from taught.run.folder import RunFolder
+from taught.stages.ready import prepare, read_data
+from taught.stages.subject import open_subject
+from taught.study.load import load_study
+from taught.study.schema import Study
+from tiny_study import SMALL_STEPS, do, values_of, with_values, write_tiny_study
+
+BETA = 0.25
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Study:
+    """The tiny study with every pair as the chosen answer, against the answer of another row."""
+    folder = tmp_path_factory.mktemp("preferences")
+    path = write_tiny_study(folder)
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    others = [row["response"] for row in rows]
+    with (folder / "preferences.jsonl").open("w") as file:
+        for row, other in zip(rows, reversed(others), strict=True):
+            chosen = row.pop("response")
+            rejected = other if other != chosen else other + " No."
+            file.write(json.dumps({**row, "chosen": chosen, "rejected": rejected}) + "\n")
+    values = {"examples.path": str(folder / "preferences.jsonl"), "examples.kind": "preference", "examples.beta": BETA}
+    return with_values(load_study(path), {**values, "attribution.exact_top": 2, "model.dtype": "float64"})
+
+
+@pytest.fixture(scope="module")
+def run(study: Study, tmp_path_factory) -> RunFolder:
+    return do(study, tmp_path_factory.mktemp("run") / "run", "readings", "policy", "attribute", "curate", "report")
+
+
+def log_probability(loaded, prompt: str, answer: str) -> torch.Tensor:
+    """Of the answer's tokens, the end of its turn included: plain transformers."""
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    head = loaded.tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    whole = loaded.tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+    start = len(loaded.tokenizer(head)["input_ids"])
+    ids = torch.tensor([loaded.tokenizer(whole)["input_ids"]])
+    logp = torch.log_softmax(loaded.model(input_ids=ids).logits[0, :-1].double(), -1)
+    return logp.gather(1, ids[0, 1:, None])[start - 1 :].sum()
+
+
+def test_a_step_on_a_preference_is_one_of_dpo_from_the_base_model(study, run):
+    # One SGD step on -log sigmoid(beta (margin - margin at the base model)), by plain transformers and autograd.
+    loaded, lr = load_model(study.model.id, dtype="float64"), study.attribution.lr
+    row = run.read_table("summary").to_pylist()[0]
+    example = next(e for e in run.read_table("examples").to_pylist() if e["example_id"] == row["example_id"])
+    prompts = run.read_table("prompts").to_pylist()
+    prefixes = open_subject(study).behavior.prefixes
+
+    def behavior() -> float:
+        group = [p for p in prompts if p["group"] == "harmful"]
+        total = 0.0
+        for p in group:
+            head = loaded.tokenizer.apply_chat_template(
+                [{"role": "user", "content": p["text"]}], tokenize=False, add_generation_prompt=True
+            )
+            start = loaded.tokenizer(head)["input_ids"]
+            logs = []
+            for prefix in scored(prefixes):
+                ids = torch.tensor([start + loaded.tokenizer(prefix)["input_ids"]])
+                logp = torch.log_softmax(loaded.model(input_ids=ids).logits[0, :-1].double(), -1)
+                logs.append(logp.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum())
+            total += float(torch.logsumexp(torch.stack(logs), 0).detach()) / len(group)
+        return total
+
+    def scored(texts: tuple[str, ...]) -> list[str]:
+        return [t for t in texts if not any(t != other and t.startswith(other) for other in texts)]
+
+    def margin() -> torch.Tensor:
+        both = (log_probability(loaded, example["prompt"], example[side]) for side in ("response", "rejected"))
+        return next(both) - next(both)
+
+    reference = margin().detach()
+    loss = -torch.nn.functional.logsigmoid(BETA * (margin() - reference))
+    assert row["loss"] == pytest.approx(math.log(2), rel=1e-9)
+    loss.backward()
+    before, step = behavior(), 1e-2
+    with torch.no_grad():
+        for p in loaded.model.parameters():
+            p.sub_(step * lr * p.grad)
+    change = (behavior() - before) / step
+    assert row["behavior:harmful"] == pytest.approx(change, rel=2e-3)
+
+
+def test_both_answers_are_in_the_tables_and_in_the_report(run):
+    shares = run.read_table("token_shares").to_pylist()
+    assert {row["answer"] for row in shares} == {0, 1}
+    first = shares[0]["example_id"]
+    own = [r for r in shares if r["example_id"] == first and r["target"] == "score"]
+    assert sum(r["share"] for r in own) == pytest.approx(values_of(run, "score")[first], rel=1e-5)
+    texts = {row["example_id"]: row for row in run.read_table("examples").to_pylist()}
+    assert texts[first]["rejected"] and texts[first]["rejected"] != texts[first]["response"]
+    assert "[rejected]" in (run.folder / "report.html").read_text()
+
+
+def test_every_estimator_agrees_about_preferences(study, run, tmp_path):
+    exact = values_of(run, "behavior:harmless")
+    largest = max(map(abs, exact.values()))
+    for estimator in ("forward", "finite-step", "sketch"):
+        other = influence(
+            study.model.id,
+            study.examples.path,
+            study.prompts.path,
+            ["behavior:harmless"],
+            estimator=estimator,
+            study=study,
+            sae=study.sae.path,
+            lr=study.attribution.lr,
+            folder=tmp_path,
+        )
+        if estimator == "sketch":
+            sizes = other.error("behavior:harmless")
+            error = [other.by_example("behavior:harmless")[i] - exact[i] for i in other.example_ids]
+            assert all(abs(e) < 5 * size for e, size in zip(error, sizes, strict=True))
+            continue
+        room = 0.05 if estimator == "finite-step" else 1e-6
+        assert other.by_example("behavior:harmless") == pytest.approx(exact, abs=room * largest)
+
+
+def test_a_reference_of_the_data_goes_before_that_of_the_model(study, tmp_path):
+    row = json.loads(Path(study.examples.path).read_text().splitlines()[0])
+    row |= {"ref_chosen_logps": -3.0, "ref_rejected_logps": -5.0}
+    path = tmp_path / "given.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    scores = influence(
+        study.model.id, path, study.prompts.path, ["behavior:harmful"], study=with_values(study, {"sae.path": None})
+    )
+    loaded = load_model(study.model.id, dtype="float64")
+    margin = log_probability(loaded, row["prompt"], row["chosen"]) - log_probability(
+        loaded, row["prompt"], row["rejected"]
+    )
+    expected = -torch.nn.functional.logsigmoid(BETA * (margin - 2.0))
+    assert scores.losses[0] == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_projections_on_one_answer_are_refused(study):
+    with pytest.raises(UserError, match="reads one answer(.|\n)*concept_methods"):
+        with_values(study, {"attribution.concept_methods": ["vector-filter"]})
+
+
+def test_training_again_lowers_the_loss_of_preferences(study, run, tmp_path):
+    some = with_values(study, {**SMALL_STEPS, "validation.designs": ["random"], "validation.subsets": 2})
+    trained = do(some, run.folder, "validate")
+    models = [row for row in trained.read_table("models").to_pylist() if row["design"] == "random"]
+    for row in models:
+        assert row["loss_before"] == pytest.approx(math.log(2), rel=1e-9) and row["loss_after"] < row["loss_before"]
+
+
+def test_what_is_given_to_estimators_knows_its_reference(study, run):
+    from taught.progress import SilentProgress
+
+    ready = prepare(study, run, open_subject(study), read_data(study, SilentProgress()))
+    assert all(z.link is not None and z.link.beta == BETA and not z.link.given for z in ready.inputs)
