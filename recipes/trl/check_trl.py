@@ -7,6 +7,7 @@ Not one of the tests, which need no trl. Exits with an error where something is 
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from dataclasses import replace
@@ -21,7 +22,7 @@ from taught.study.schema import ValidationSpec
 from taught.training.loop import Recipe
 from taught.training.retrain import Retrainer
 from taught.training.trl import train_by_trl
-from tiny_models import plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
+from tiny_models import plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_preferences, tiny_problem
 from tiny_study import write_tiny_study
 
 
@@ -39,7 +40,10 @@ def by_hand(model, examples, steps, recipe: Recipe) -> list[float]:
         batch = [examples[i] for i in ids]
         tokens = sum(p.n_scored for p in batch)
         optimizer.zero_grad()
-        loss = sum(plain_loss(model, p) * p.n_scored for p in batch) / tokens
+        if batch[0].link is None:
+            loss = sum(plain_loss(model, p) * p.n_scored for p in batch) / tokens
+        else:
+            loss = sum(preference_loss(model, p) for p in batch) / len(batch)
         loss.backward()
         if recipe.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
@@ -49,22 +53,32 @@ def by_hand(model, examples, steps, recipe: Recipe) -> list[float]:
     return losses
 
 
+def preference_loss(model, example) -> torch.Tensor:
+    """The loss of DPO, by one pass for each answer."""
+    total = 0.0
+    for ids, weights in zip(example.sequences, example.weights, strict=True):
+        logp = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, :-1], -1)
+        total = total + (torch.tensor(weights[1:]) * logp[torch.arange(len(ids) - 1), list(ids[1:])]).sum()
+    return -torch.nn.functional.logsigmoid(example.link.beta * (total - example.link.reference))
+
+
 def main() -> None:
     print("trl", trl.__version__)
     folder = Path(tempfile.mkdtemp())
     write_tiny_study(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     base = Recipe.of(ValidationSpec(trainer="trl", lr=0.01, epochs=3, batch=3))
-    examples = {p.id: p for p in tiny_examples()}
-    for changes in (
+    variants = (
         {},
         {"weight_decay": 0.1, "schedule": "linear", "warmup": 0.3},
         {"optimizer": "sgd", "max_grad_norm": 0.05, "batch": 2},
-    ):
+    )
+    for some, changes in itertools.product((tiny_examples(), tiny_preferences()), variants):
+        examples = {p.id: p for p in some}
         recipe = replace(base, **changes)
         model, expected = tiny_model("untied"), tiny_model("untied")
         before = snapshot(model)
-        log = train_by_trl(model, tiny_examples(), recipe, tokenizer=tokenizer)
+        log = train_by_trl(model, some, recipe, tokenizer=tokenizer)
         losses = by_hand(expected, examples, log.ids, recipe)
         worst = max(float((p - q).abs().max()) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
         moved = max(float((w - model.state_dict()[n]).abs().max()) for n, w in before["weights"].items())

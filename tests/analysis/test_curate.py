@@ -62,8 +62,10 @@ def test_trap_9_worked_example_with_its_sentences():
         "target",
         "reason",
         "score",
+        "change",
         "threshold",
         "protect",
+        "protect_change",
         "protect_score",
     }
     assert outcome(out) == Outcome(2, 0, -5.0, None)
@@ -106,7 +108,7 @@ def test_messages():
         curate(["a", "b"], LABELS[:1], [0.0, 1.0])
     with pytest.raises(UserError, match=r"value: None\n  rule:  0 <= k <= 2"):
         curate(["a", "b"], LABELS, [0.0, 1.0], rule="top-k")
-    with pytest.raises(UserError, match=r"value: median\n  rule:  paper, top-k or keep-k"):
+    with pytest.raises(UserError, match=r"value: median\n  rule:  paper, top-k, keep-k, swap-k"):
         curate(["a", "b"], LABELS, [0.0, 1.0], rule="median")
     with pytest.raises(UserError, match=r"number of examples to keep\n  value: 3\n  rule:  0 <= k"):
         curate(["a", "b"], LABELS, [0.0, 1.0], rule="keep-k", k=3)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from taught import influence
+from taught.analysis.curate import curate
 from taught.errors import UserError
 from taught.model.load import load_model
+from taught.report.sections.curation import curation_change
 from taught.run.folder import RunFolder
 from taught.stages.ready import prepare, read_data
 from taught.stages.subject import open_subject
@@ -166,3 +168,39 @@ def test_what_is_given_to_estimators_knows_its_reference(study, run):
 
     ready = prepare(study, run, open_subject(study), read_data(study, SilentProgress()))
     assert all(z.link is not None and z.link.beta == BETA and not z.link.given for z in ready.inputs)
+
+
+def test_exchanged_answers_pull_the_other_way(study, run):
+    # At the reference the slope of both is beta / 2: exchanged, an example's influence is minus its own.
+    some = with_values(study, {"curation.rule": "swap-k", "curation.k": 3, "curation.target": "behavior:harmful"})
+    done = do(some, run.folder, "curate")
+    rows = {row["example_id"]: row for row in done.read_table("curation").to_pylist()}
+    swapped = [i for i, row in rows.items() if row["action"] == "swap"]
+    scores = values_of(done, "behavior:harmful")
+    assert set(swapped) == set(sorted(scores, key=lambda i: -scores[i])[:3])
+    lines = [json.loads(line) for line in (run.folder / "swap.jsonl").read_text().splitlines()]
+    before = {row["id"]: row for row in map(json.loads, Path(study.examples.path).read_text().splitlines())}
+    for line in lines:
+        assert (line["chosen"], line["rejected"]) == tuple(before[line["id"]][k] for k in ("rejected", "chosen"))
+    other = influence(
+        study.model.id,
+        lines,
+        study.prompts.path,
+        ["behavior:harmful"],
+        study=with_values(study, {"sae.path": None}),
+        lr=study.attribution.lr,
+    ).by_example("behavior:harmful")
+    for i in swapped:
+        assert other[i] == pytest.approx(-scores[i], rel=1e-6)
+        assert rows[i]["change"] == pytest.approx(other[i] - scores[i], rel=1e-6)
+    total = sum(rows[i]["change"] for i in swapped)
+    assert done.read_json("curation")["change"] == pytest.approx(total, rel=1e-9)
+    assert "to swap" in curation_change(done.read_json("curation"))
+
+
+def test_away_from_the_reference_the_change_has_both_slopes():
+    rows = curate(["a", "b"], ["", ""], [3.0, -1.0], rule="swap-k", k=1, slopes=[0.8, 0.5])
+    # sigma(u) = .8: its own pull is .8, exchanged .2 the other way.
+    assert rows[0]["change"] == pytest.approx(-3.0 * (0.8 + 0.2) / 0.8) and rows[1]["change"] == 0.0
+    with pytest.raises(UserError, match="only preferences"):
+        curate(["a"], [""], [1.0], rule="swap-k", k=1)

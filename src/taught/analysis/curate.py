@@ -6,10 +6,14 @@ harmless-compliance), and one of the negative label whose score is above the med
 the median: kept. Examples with another label are kept, since the rule has no threshold for them.
 
 *top-k*: drop the k examples that raise the chosen target most, such as the behavior on the harmless
-group (over-refusal). *keep-k*: keep the k safest, those that raise it least; drop the others.
+group (over-refusal). *keep-k*: keep the k safest, those that raise it least; drop the others. *swap-k*: exchange
+the chosen and the rejected answer of the k preferences that raise it most. A preference with u = beta (s + reference)
+loses softplus(u) (:class:`taught.core.example.Dpo`) and pulls at the model with the slope sigma(u); exchanged it
+pulls the other way with sigma(-u). So exchanging moves the target by -influence (sigma(u) + sigma(-u)) / sigma(u)
+= -influence / sigma(u): at the reference, where u = 0, by twice what dropping does.
 
 *Protection.* Removing an example takes its influence away: the target moves by minus the influence. So
-under top-k and keep-k an example may be dropped only if its influence on the protected target is at
+under these three an example may be dropped only if its influence on the protected target is at
 most 0, and what is dropped, one example or all of them, does not lower that target to first order.
 Where fewer examples may be dropped than the rule asks for, these are dropped and no others.
 
@@ -26,13 +30,13 @@ from typing import Any, Literal, NamedTuple
 
 from taught.errors import UserError, misfit, refuse, refuse_repeated
 
-RANKED = ("top-k", "keep-k")
+RANKED = ("top-k", "keep-k", "swap-k")
 
 
 class Decision(NamedTuple):
     """What happens to one example, and why."""
 
-    action: Literal["keep", "drop"]
+    action: Literal["keep", "drop", "swap"]
     reason: str
     threshold: float | None
 
@@ -42,10 +46,10 @@ class Outcome(NamedTuple):
 
     Attributes
     ----------
-    dropped : how many examples
+    dropped : how many examples, or how many are exchanged
     missing : how many more the rule asked for, and protection does not let go
-    change : predicted change of the target when the dropped examples are not trained on: the sum over
-        them of minus their influence; unit: of the target, one step an example at the run's lr
+    change : predicted change of the target when that is done: for those that are dropped the sum of minus their
+        influence; unit: of the target, one step an example at the run's lr
     protected_change : the same of the protected target, never below 0; None without protection
     """
 
@@ -65,6 +69,7 @@ def curate(
     target: str = "score",
     protect: str | None = None,
     protected: Sequence[float] | None = None,
+    slopes: Sequence[float] | None = None,
     positive_label: str | None = None,
     negative_label: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -75,26 +80,30 @@ def curate(
     example_ids, labels, scores : length P
         ``scores`` are the influence on the target: positive means that training on the example raises
         it. Labels are needed by the paper's rule only.
-    rule : {"paper", "top-k", "keep-k"}
-    k : how many examples to drop under ``top-k``, to keep under ``keep-k``; ties at the border go to the smaller id
-    target : what ``scores`` are the influence on; only named in the result protect, protected
-        A second target under ``top-k`` and ``keep-k``, and the influence on it, length P: only
-        examples whose influence on it is at most 0 are dropped.
+    rule : {"paper", "top-k", "keep-k", "swap-k"}
+    k : how many examples to drop under ``top-k``, to keep under ``keep-k``, to exchange under ``swap-k``; ties at the
+        border go to the smaller id
+    target : what ``scores`` are the influence on; only named in the result
+    protect, protected : a second target, but for the paper's rule, and the influence on it, length P: only
+        examples whose influence on it is at most 0 are dropped or exchanged
+    slopes : under ``swap-k`` sigma(u) of every preference, length P, above 0 and below 1
     positive_label, negative_label
         Of the examples that should teach the behavior, and of those that should teach its absence.
 
     Returns
     -------
     list of dict, in the order of ``example_ids``
-        ``example_id``, ``action`` (``keep`` or ``drop``), ``rule``, ``target``, ``reason`` (a sentence with the
-        numbers), ``score`` (the influence on the target), ``threshold`` (None for a label without one), ``protect`` and
-        ``protect_score`` (the protected target and the influence on it, or None).
+        ``example_id``, ``action`` (``keep``, ``drop`` or ``swap``), ``rule``, ``target``, ``reason`` (a sentence with
+        the numbers), ``score`` (the influence on the target), ``change`` (predicted, of the target, by the action; 0
+        for what is kept), ``threshold`` (None for a label without one), ``protect``, ``protect_score`` and
+        ``protect_change`` (the protected target, the influence on it and its change, or None).
 
     Raises
     ------
     UserError
         Ids repeat, lengths differ, a score is not finite, a label is missing (examples are named), one of the two
-        labels does not occur, k does not fit, or a target is protected that the rule does not look at.
+        labels does not occur, k does not fit, a target is protected that the rule does not look at, or examples are to
+        be exchanged that are no preferences.
     """
     _check(example_ids, labels, scores)
     score = {example: float(value) for example, value in zip(example_ids, scores, strict=True)}
@@ -102,30 +111,46 @@ def curate(
     if rule == "paper":
         decisions = _by_medians(dict(zip(example_ids, labels, strict=True)), score, positive_label, negative_label)
     elif rule in RANKED:
+        if (rule == "swap-k") != (slopes is not None):
+            raise UserError(
+                "only preferences can be exchanged",
+                value=rule,
+                rule="an example with a chosen and a rejected answer",
+                fix="use the rule top-k",
+            )
         decisions = _by_rank(score, rule, k, target, guard, protect)
     else:
-        raise UserError("this curation rule is unknown", value=rule, rule="paper, top-k or keep-k")
+        raise UserError("this curation rule is unknown", value=rule, rule=", ".join(("paper", *RANKED)))
     about = {"rule": rule, "target": target, "protect": protect}
     rows = []
-    for example in example_ids:
-        values = {"score": score[example], "protect_score": None if guard is None else guard[example]}
+    for place, example in enumerate(example_ids):
+        share = 1.0 if slopes is None else 1.0 / float(slopes[place])
+        if decisions[example].action == "keep":
+            share = 0.0
+        held = None if guard is None else guard[example]
+        values = {
+            "score": score[example],
+            "change": -share * score[example],
+            "protect_score": held,
+            "protect_change": None if held is None else -share * held,
+        }
         rows.append({"example_id": example, **decisions[example]._asdict(), **about, **values})
     return rows
 
 
 def outcome(decisions: Sequence[Mapping[str, Any]], k: int | None = None) -> Outcome:
     """Add up the rows of :func:`curate`; ``k`` as there."""
-    dropped = [row for row in decisions if row["action"] == "drop"]
+    dropped = [row for row in decisions if row["action"] != "keep"]
     rule = decisions[0]["rule"] if decisions else None
     wanted = len(dropped)
     if k is not None and rule in RANKED:
-        wanted = k if rule == "top-k" else len(decisions) - k
+        wanted = len(decisions) - k if rule == "keep-k" else k
     guarded = bool(decisions) and decisions[0]["protect"] is not None
     return Outcome(
         len(dropped),
         wanted - len(dropped),
-        math.fsum(-row["score"] for row in dropped),
-        math.fsum(-row["protect_score"] for row in dropped) if guarded else None,
+        math.fsum(row["change"] for row in dropped),
+        math.fsum(row["protect_change"] for row in dropped) if guarded else None,
     )
 
 
@@ -173,9 +198,10 @@ def _by_rank(
     protect: str | None,
 ) -> dict[str, Decision]:
     """Rank those that may be dropped: under top-k the highest first, which go, under keep-k the lowest, which stay."""
-    keeps = rule == "keep-k"
+    keeps, deed = rule == "keep-k", "swap" if rule == "swap-k" else "drop"
+    done = "swapped" if deed == "swap" else "dropped"
     if k is None or not 0 <= k <= len(score):
-        what, fix = f"the rule {rule} needs a number of examples to {'keep' if keeps else 'drop'}", "set curation.k"
+        what, fix = f"the rule {rule} needs a number of examples to {'keep' if keeps else deed}", "set curation.k"
         raise UserError(what, value=str(k), rule=f"0 <= k <= {len(score)}", fix=fix)
     free = [example for example in score if guard is None or guard[example] <= 0]
     ranking = sorted(free, key=lambda example: (score[example] if keeps else -score[example], example))
@@ -184,19 +210,21 @@ def _by_rank(
     first = len(free) - n_drop if keeps else n_drop
     threshold = score[ranking[first - 1]] if first else None
     order = " from the lowest" if keeps else ""
-    end = f"; the first {first} are {'kept' if keeps else 'dropped'}"
+    end = f"; the first {first} are {'kept' if keeps else done}"
     if n_drop < wanted:
-        end += f", since only {n_drop} of the {wanted} examples asked for may be dropped"
+        end += f", since only {n_drop} of the {wanted} examples asked for may be {done}"
     decisions = {}
     for rank, example in enumerate(ranking, start=1):
         reason = f"{target} {score[example]:.4g} ranks {rank} of {len(free)}{order}"
         if guard is not None:
-            reason += f" that may be dropped ({protect} {guard[example]:.4g} is not above 0)"
-        action: Literal["keep", "drop"] = "keep" if keeps == (rank <= first) else "drop"
+            reason += f" that may be {done} ({protect} {guard[example]:.4g} is not above 0)"
+        action: Literal["keep", "drop", "swap"] = "keep"
+        if keeps != (rank <= first):
+            action = "swap" if deed == "swap" else "drop"
         decisions[example] = Decision(action, reason + end, threshold)
     for example, held in (guard or {}).items():
         if example not in decisions:
-            reason = f"{protect} {held:.4g} is above 0, dropping the example would lower it"
+            reason = f"{protect} {held:.4g} is above 0, {done[:-2]}ing the example would lower it"
             decisions[example] = Decision("keep", f"{reason}; {target} {score[example]:.4g}", threshold)
     return decisions
 

@@ -220,7 +220,7 @@ def curate(
     run: Path,
     /,
     *,
-    rule: Literal["paper", "top-k", "keep-k"] | None = None,
+    rule: Literal["paper", "top-k", "keep-k", "swap-k"] | None = None,
     k: int | None = None,
     target: str | None = None,
     method: str | None = None,
@@ -236,11 +236,12 @@ def curate(
         A run folder with scored examples.
     rule
         paper: compare with the median of the other label. top-k: drop the k examples that raise the
-        target most. keep-k: keep the k that raise it least.
+        target most. keep-k: keep the k that raise it least. swap-k: exchange the chosen and the
+        rejected answer of the k preferences that raise it most (swap.jsonl).
     k
-        How many examples top-k drops, or keep-k keeps.
+        How many examples top-k drops, keep-k keeps, swap-k exchanges.
     target
-        What top-k and keep-k rank by, such as score, behavior:harmless or concept:refusal.
+        What examples are ranked by, such as score, behavior:harmless or concept:refusal.
     method
         Whose scores; the run's own by default.
     protect
@@ -257,7 +258,7 @@ def curate(
         study = study if value is None else study.replace(f"curation.{key}", value)
     BY_NAME["curate"](study, folder)
     console.say(clean(curation_change(folder.read_json("curation"))))
-    console.say_written(folder, ("curation.parquet", "keep.jsonl", "drop.jsonl", "unscored.jsonl"))
+    console.say_written(folder, ("curation.parquet", "keep.jsonl", "drop.jsonl", "swap.jsonl", "unscored.jsonl"))
     return 0
 
 

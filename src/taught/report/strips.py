@@ -55,7 +55,7 @@ def _strip(example_id: str, target: str, rows: Sequence[Row]) -> Strip:
     largest = max(map(abs, shares))
     total = math.fsum(shares)
     power = common_power([*shares, total])
-    second = next((row["position"] for row in rows if row["answer"]), None)  # of a preference the rejected answer
+    second = next((row["position"] for row in rows if row.get("answer")), None)  # of a preference the rejected answer
     tokens = tuple(
         Token(
             (REJECTED if row["position"] == second else "") + row["token"].replace("\n", "↵\n"),

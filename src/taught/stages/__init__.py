@@ -142,6 +142,7 @@ STAGES = (
             "curation.json": "the rule, how many examples go and what that changes, as predicted",
             "keep.jsonl": "your rows that stay, with their reason",
             "drop.jsonl": "your rows to drop, with their reason",
+            "swap.jsonl": "of preferences: your rows with chosen and rejected answer exchanged, under the rule swap-k",
             "unscored.jsonl": "your rows that were not scored, with their reason",
         },
         needs=("attribute",),

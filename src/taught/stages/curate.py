@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pyarrow as pa
 
 from taught.analysis.curate import RANKED, outcome
 from taught.analysis.curate import curate as decide
+from taught.core.registry import TRAJECTORIES
 from taught.data.examples import load_examples
 from taught.data.tables import read_rows
 from taught.errors import UserError
@@ -50,7 +53,7 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
     with run.stage("curate", study):
         ranked = read_scores(run, [target], chosen.method)
         guard = None if chosen.protect is None else read_scores(run, [chosen.protect])
-        summary = run.read_table("summary", ["example_id", "label"])
+        summary = run.read_table("summary", ["example_id", "label", "loss"])
         k = (chosen.k or max(1, summary.num_rows // 10)) if rule in RANKED else None
         decisions = decide(
             summary["example_id"].to_pylist(),
@@ -61,12 +64,16 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
             target=target,
             protect=chosen.protect,
             protected=None if guard is None else guard[guard.targets[0]].tolist(),
+            slopes=_slopes(study, summary) if rule == "swap-k" else None,
             positive_label=labels[0],
             negative_label=labels[1],
         )
         run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
         found = outcome(decisions, k)._asdict()
-        if not ranked.influence:  # values that are not of a step say nothing about a change
+        single = study.attribution.trajectory.make(TRAJECTORIES).single
+        if not ranked.influence or (rule == "swap-k" and not single):
+            # Values that are not of a step say nothing about a change; how much more an exchange
+            # does than an omission is known where the loss is, at one step.
             found["change"] = None
         record = {"rule": rule, "k": k, "target": target, "method": ranked.method, "protect": chosen.protect}
         run.write_json("curation", record | {"lr": study.attribution.lr} | found)
@@ -74,9 +81,16 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
 
 
 _CURATION = schema(
-    "example_id:str action:str rule:str target:str reason:str score:float threshold:float protect:str "
-    "protect_score:float"
+    "example_id:str action:str rule:str target:str reason:str score:float change:float threshold:float protect:str "
+    "protect_score:float protect_change:float"
 )
+
+
+def _slopes(study: Study, summary: pa.Table) -> list[float] | None:
+    """sigma(u) of every preference, of its loss softplus(u): 1 - exp(-loss); None for other examples."""
+    if study.examples.kind != "preference":
+        return None
+    return [-math.expm1(-loss) for loss in summary["loss"].to_pylist()]
 
 
 def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:
@@ -89,8 +103,11 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
             rule="decisions belong to the examples that were scored",
             fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
         )
-    rows = dict(zip(load_examples(path, study.examples.kind).ids, read_rows(path), strict=True))
+    examples = load_examples(path, study.examples.kind)
+    rows = dict(zip(examples.ids, read_rows(path), strict=True))
     files: dict[str, list[str]] = {"keep": [], "drop": [], "unscored": []}
+    if study.examples.kind == "preference":
+        files["swap"] = []
     scored = run.read_table("examples", ["example_id", "document", "response"]).to_pylist()
     windows = {row["example_id"]: row for row in scored if row["document"]}
     for decision in decisions:
@@ -98,6 +115,8 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
         row = rows.get(windows[example_id]["document"] if example_id in windows else example_id, {})
         if example_id in windows:
             row = {**row, "text": windows[example_id]["response"]}
+        if decision["action"] == "swap":
+            row = _exchanged(row, examples.columns)
         files[decision["action"]].append(_line(example_id, row, decision["reason"]))
     for row in scored:
         rows.pop(row["document"] or row["example_id"], None)
@@ -108,6 +127,13 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
         files["unscored"].append(_line(example_id, row, reason))
     for name, lines in files.items():
         run.write_text(f"{name}.jsonl", "".join(lines))
+
+
+def _exchanged(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A preference the other way round, with its reference where it has one."""
+    pairs = (("chosen", "rejected"), ("reference_chosen", "reference_rejected"))
+    names = [(columns[a], columns[b]) for a, b in pairs if a in columns and b in columns]
+    return {**row, **{a: row.get(b) for a, b in names}, **{b: row.get(a) for a, b in names}}
 
 
 def _line(example_id: str, row: dict[str, Any], reason: str) -> str:

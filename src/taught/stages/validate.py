@@ -13,6 +13,7 @@ from taught.analysis.curate import curate
 from taught.core.names import TargetName
 from taught.core.readings import Readings
 from taught.core.target import TargetSet, kind_of
+from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.progress import Progress, SilentProgress
 from taught.run.files import schema
@@ -199,6 +200,12 @@ def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
 def _curated(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
     """What ``taught curate`` decided in this run: all examples, those it kept, as many at random."""
     rows = run.read_table("curation", ["example_id", "action"]).to_pylist()
+    if swapped := [row["example_id"] for row in rows if row["action"] == "swap"]:
+        raise UserError(
+            "the design curated trains on what is kept, and these examples are exchanged",
+            value=name_ids(swapped),
+            fix=f"taught curate {run.folder} --rule top-k, or train on keep.jsonl and swap.jsonl in a study of its own",
+        )
     kept = tuple(sorted(row["example_id"] for row in rows if row["action"] == "keep"))
     if not 0 < len(kept) < len(ids) or {row["example_id"] for row in rows} != set(ids):
         raise UserError(

@@ -402,17 +402,18 @@ class CurationSpec(Section):
     """Which examples are dropped."""
 
     section: ClassVar[str] = "curation"
-    rule: Literal["paper", "top-k", "keep-k"] | None = setting(
+    rule: Literal["paper", "top-k", "keep-k", "swap-k"] | None = setting(
         None,
-        rules.optional(rules.one_of("paper", "top-k", "keep-k")),
-        "paper | top-k (drops the k highest) | keep-k (keeps the k lowest); null: paper, where a policy and both "
-        "labels are there and neither k nor a target is named, else top-k",
+        rules.optional(rules.one_of("paper", "top-k", "keep-k", "swap-k")),
+        "paper | top-k (drops the k highest) | keep-k (keeps the k lowest) | swap-k (exchanges chosen and rejected of "
+        "the k highest preferences); null: paper, where a policy and both labels are there and neither k nor a target "
+        "is named, else top-k",
     )
     k: int | None = setting(
-        None, rules.optional(rules.whole(1)), "of top-k and keep-k; null: one in ten examples, at least one"
+        None, rules.optional(rules.whole(1)), "how many; null: one in ten examples, at least one; paper has none"
     )
     target: str | None = setting(
-        None, rules.optional(_target()), "what top-k and keep-k rank by; null: score, or the first behavior target"
+        None, rules.optional(_target()), "what examples are ranked by; null: score, or the first behavior target"
     )
     method: str | None = setting(None, _TEXT, "whose scores; null: the run's own")
     protect: str | None = setting(

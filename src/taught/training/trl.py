@@ -1,11 +1,13 @@
-"""The same training by the SFTTrainer of the package trl, for those whose models are made by it.
+"""The same training by the SFTTrainer of the package trl, or its DPOTrainer, for those whose models are made by them.
 
-It is given tokens and labels, so the response mask is the influence's own; nothing is tokenised, truncated or packed
-anew. Three things are its own and differ from the plain loop (``taught.training.loop``):
+They are given tokens, labels and the log-probabilities of the reference, so the response mask is the influence's own;
+nothing is tokenised, truncated or packed anew. Three things are their own and differ from the plain loop
+(``taught.training.loop``):
 
  - the loss of a step is the mean over all response tokens of its examples, so that long responses
-   weigh more; the loop takes the mean over examples of each one's mean
- - the order of the examples is its own shuffle by the seed: subsets share no order
+   weigh more; the loop takes the mean over examples of each one's mean (of preferences both take the mean
+   over examples)
+ - the order of the examples is their own shuffle by the seed: subsets share no order
  - dropout is on, where a model has any; weight decay leaves out norms and biases
 """
 
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taught.core.example import Examples
+from taught.core.example import Dpo, Examples
 from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.model.forward import first_device
@@ -50,7 +52,8 @@ def train_by_trl(
     Raises
     ------
     UserError
-        trl is missing; the trainer dropped examples; as in ``taught.training.loop.train``.
+        trl is missing; the trainer dropped examples; pairs and preferences are mixed; as in
+        ``taught.training.loop.train``.
     """
     if importlib.util.find_spec("trl") is None:
         raise UserError(
@@ -62,10 +65,16 @@ def train_by_trl(
     moving = moving_parameters(model, parameters)
     check_inputs(inputs, moving)
     trained = copy.deepcopy(model)
-    collator = _Collator(progress)
+    betas = {p.link.beta if isinstance(p.link, Dpo) else None for p in inputs}
+    if len(betas) > 1:
+        raise UserError("one trainer takes examples of one kind", rule="all pairs, or all preferences with one beta")
+    collator = (_Collator if betas == {None} else _PreferenceCollator)(progress)
     with only_moving(trained, moving), tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(trained, inputs, recipe, tokenizer, collator, folder)
-        _check_prepared(inputs, trainer.train_dataset)
+        if isinstance(collator, _PreferenceCollator):
+            trainer = _dpo_trainer(trained, inputs, recipe, tokenizer, collator, folder, betas.pop())
+        else:
+            trainer = _sft_trainer(trained, inputs, recipe, tokenizer, collator, folder)
+            _check_prepared(inputs, trainer.train_dataset)
         trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     size = recipe.batch
@@ -98,28 +107,43 @@ class _Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         self.seen += [row["example_id"] for row in rows]
         self._progress.advance(len(rows))
-        width = max(len(row["input_ids"]) for row in rows)
+        return self.stacked(rows)
 
-        def padded(name: str, fill: int) -> Tensor:
-            return torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
+    def stacked(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """What the trainer's model and loss are given."""
+        ids = [row["input_ids"] for row in rows]
+        return {**_padded(ids), "labels": _right([row["labels"] for row in rows], -100)}
 
-        mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
+
+class _PreferenceCollator(_Collator):
+    """The same for preferences: the chosen conversations, then the rejected ones."""
+
+    def stacked(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        ids, masks = ([row[name] for name in names for row in rows] for names in (_SIDES, _MASKS))
         return {
-            "input_ids": padded("input_ids", 0),
-            "attention_mask": torch.tensor(mask),
-            "labels": padded("labels", -100),
+            **_padded(ids),
+            "completion_mask": _right(masks, 0),
+            "ref_chosen_logps": torch.tensor([row["reference"] for row in rows]),
+            "ref_rejected_logps": torch.zeros(len(rows)),
         }
 
 
-def _trainer(
-    model: nn.Module, inputs: Examples, recipe: Recipe, tokenizer: Any, collator: _Collator, folder: str
-) -> Any:
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+_SIDES, _MASKS = ("chosen", "rejected"), ("chosen_mask", "rejected_mask")
 
+
+def _padded(ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    return {"input_ids": _right(ids, 0), "attention_mask": _right([[1] * len(of) for of in ids], 0)}
+
+
+def _right(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+
+
+def _arguments(model: nn.Module, inputs: Examples, recipe: Recipe, folder: str) -> dict[str, Any]:
+    """Arguments of both trainers."""
     steps = recipe.epochs * math.ceil(len(inputs) / recipe.batch)
-    config = SFTConfig(
+    return dict(
         output_dir=folder,
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=1,
@@ -135,7 +159,6 @@ def _trainer(
         gradient_checkpointing=False,
         use_cpu=first_device(model).type == "cpu",
         max_length=None,
-        packing=False,
         remove_unused_columns=False,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -143,6 +166,16 @@ def _trainer(
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def _sft_trainer(
+    model: nn.Module, inputs: Examples, recipe: Recipe, tokenizer: Any, collator: _Collator, folder: str
+) -> Any:
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    config = SFTConfig(packing=False, **_arguments(model, inputs, recipe, folder))
     rows = [
         {
             "example_id": p.id,
@@ -152,6 +185,52 @@ def _trainer(
         for p in inputs
     ]
     trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collator,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _dpo_trainer(
+    model: nn.Module,
+    inputs: Examples,
+    recipe: Recipe,
+    tokenizer: Any,
+    collator: _PreferenceCollator,
+    folder: str,
+    beta: float | None,
+) -> Any:
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Prepared(DPOTrainer):
+        """Takes rows of tokens, masks and the reference as they are."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    config = DPOConfig(
+        loss_type="sigmoid", beta=beta, precompute_ref_log_probs=True, **_arguments(model, inputs, recipe, folder)
+    )
+    rows = [
+        {
+            "example_id": p.id,
+            "reference": p.link.reference,
+            **{side: list(ids) for side, ids in zip(_SIDES, p.sequences, strict=True)},
+            **{mask: [int(w != 0) for w in of] for mask, of in zip(_MASKS, p.weights, strict=True)},
+        }
+        for p in inputs
+        if isinstance(p.link, Dpo)
+    ]
+    trainer = Prepared(
         model=model,
         args=config,
         train_dataset=Dataset.from_list(rows),

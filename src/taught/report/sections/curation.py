@@ -47,14 +47,19 @@ class Curated:
         """Label -> how many to keep and to drop."""
         counts: dict[str, dict[str, int]] = {}
         for row in self.table.group_by(["label", "action"]).aggregate([([], "count_all")]).to_pylist():
-            own = counts.setdefault(clean(row["label"] or UNLABELLED), {"keep": 0, "drop": 0})
+            own = counts.setdefault(clean(row["label"] or UNLABELLED), {"keep": 0, self.deed: 0})
             own[row["action"]] += row["count_all"]
         return dict(sorted(counts.items()))
 
+    @property
+    def deed(self) -> str:
+        """What is done to examples that are not kept: drop, or swap (chosen and rejected answer)."""
+        return "swap" if self.one("rule") == "swap-k" else "drop"
+
     @cached_property
     def dropped(self) -> pa.Table:
-        """The rows to drop."""
-        return self.table.filter(pc.equal(self.table["action"], "drop"))
+        """The rows to drop, or to swap."""
+        return self.table.filter(pc.not_equal(self.table["action"], "keep"))
 
     @property
     def drops(self) -> Rows:
@@ -73,23 +78,23 @@ class Curated:
 def _blocks(tables: Tables) -> list[Block]:
     it, record = Curated.read(tables), tables.json("curation")
     before = f"Rule “{it.one('rule')}”. The rows themselves stand in "
-    after = ". The rule rests on estimates before training; only retraining shows whether dropping helps."
-    lede = Line((before, Word("keep.jsonl", "code"), " and ", Word("drop.jsonl", "code"), after))
-    rows = [(label, n["keep"], n["drop"]) for label, n in it.counts.items()]
-    counts = Table(columns("Label", ("Keep", "number", 0), ("Drop", "number", 0)), rows, "Counts")
+    after = ". The rule rests on estimates before training; only retraining shows whether that helps."
+    lede = Line((before, Word("keep.jsonl", "code"), " and ", Word(f"{it.deed}.jsonl", "code"), after))
+    rows = [(label, n["keep"], n[it.deed]) for label, n in it.counts.items()]
+    counts = Table(columns("Label", ("Keep", "number", 0), (it.deed.capitalize(), "number", 0)), rows, "Counts")
     change = [Text(curation_change(record))] if record else []
     return [Text(lede), *change, Beside([counts], [_drops(it)], lean=True)]
 
 
 def _drops(it: Curated) -> Table:
     drops, n = it.drops, it.dropped.num_rows
-    caption: list[object] = [f"{count(n, 'example')} to drop"]
+    caption: list[object] = [f"{count(n, 'example')} to {it.deed}"]
     if n > len(drops):
-        caption += [f", the first {len(drops)} shown; all in ", Word("drop.jsonl", "file")]
+        caption += [f", the first {len(drops)} shown; all in ", Word(f"{it.deed}.jsonl", "file")]
     power = common_power(np.abs([floats(it.table, name) for name in ("score", "threshold")]).ravel())
     heads = columns("Example", "Label", Column(words(it.one("target") or PRIMARY), "signed", power=power), "Reason")
     rows = [(Example(r["example_id"]), r["label"] or UNLABELLED, r["score"], r["reason"]) for r in drops]
-    return Table(heads, rows, Line(caption), empty="Nothing to drop.", fold=12, sortable=True)
+    return Table(heads, rows, Line(caption), empty=f"Nothing to {it.deed}.", fold=12, sortable=True)
 
 
 def curation_sentence(curation: Curated) -> Sentence:
@@ -97,21 +102,22 @@ def curation_sentence(curation: Curated) -> Sentence:
     rule, target, protect = (curation.one(name) for name in ("rule", "target", "protect"))
     rule += "" if target in ("", PRIMARY) else f" by {words(target)}"
     rule += f", {words(protect)} protected" if protect else ""
-    n, drops = curation.table.num_rows, curation.dropped.num_rows
+    n, drops, deed = curation.table.num_rows, curation.dropped.num_rows, curation.deed
     if not drops:
-        return Sentence("To drop", "none", f"The rule “{rule}” keeps all {count(n, 'example')}: nothing to drop.")
-    kinds = sorted(curation.counts.items(), key=lambda item: -item[1]["drop"])
-    split = listed([f"{own['drop']} {name}" for name, own in kinds if own["drop"]], 4)
+        text = f"The rule “{rule}” keeps all {count(n, 'example')}: nothing to {deed}."
+        return Sentence(f"To {deed}", "none", text)
+    kinds = sorted(curation.counts.items(), key=lambda item: -item[1][deed])
+    split = listed([f"{own[deed]} {name}" for name, own in kinds if own[deed]], 4)
     text = (
-        f"The rule “{rule}” suggests to drop {drops} of {count(n, 'example')} "
+        f"The rule “{rule}” suggests to {deed} {drops} of {count(n, 'example')} "
         f"({split}), first of all {listed(curation.farthest)}. It rests on estimates before "
-        "training; whether dropping them helps is known only after retraining."
+        "training; whether that helps is known only after retraining."
     )
-    return Sentence("To drop", "found", text)
+    return Sentence(f"To {deed}", "found", text)
 
 
 def curation_change(record: Row) -> str:
-    """What dropping is predicted to do to the target and to the protected one."""
+    """What that is predicted to do to the target and to the protected one."""
     changes = [(words(record["target"]), record["change"])]
     if record["protect"]:
         changes.append((f"{words(record['protect'])} (protected)", record["protected_change"]))
@@ -120,9 +126,11 @@ def curation_change(record: Row) -> str:
         if change is not None:
             power = common_power([change])
             parts.append(f"{name} {signed(change, power=power)}{tens(power)}")
-    text = f"{count(record['dropped'], 'example')} to drop."
+    swaps = record["rule"] == "swap-k"
+    text = f"{count(record['dropped'], 'example')} to {'swap' if swaps else 'drop'}."
     if parts:
-        text += f" Predicted change without them, one step an example at lr {record['lr']:g}: {', '.join(parts)}."
+        how = "with their answers exchanged" if swaps else "without them"
+        text += f" Predicted change {how}, one step an example at lr {record['lr']:g}: {', '.join(parts)}."
     if record["change"] is None:
         text += f" {words(record['target'])} ranks examples, and predicts no change."
     if record["missing"]:
