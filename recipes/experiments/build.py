@@ -4,13 +4,14 @@
 
 Reads the trivia of chatterbot-corpus and the shipped files of the preset `refusal-smollm2`; no
 model is run. Writes prompts.jsonl, pairs.jsonl (40 of 80 planted), pairs-10.jsonl (8 of the same
-80), concept.jsonl and NOTICE of each preset. `--check` only compares with what is there.
+80), concept.jsonl, preferences.jsonl (of one: each response of pairs.jsonl over an ordinary one) and NOTICE of each preset. `--check` only compares with what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -69,6 +70,7 @@ class Experiment:
     # both groups: planted questions are mostly trivia, so a difference in form would look like one
     # in topic.
     n_prompts: tuple[tuple[int, int], tuple[int, int]]
+    preferences: bool = False  # whether a file of preferences is made of pairs.jsonl
 
 
 def is_nature(base: Base) -> bool:
@@ -109,6 +111,7 @@ EXPERIMENTS = (
         is_nature,
         ("nature", "other"),
         ((0, 50), (0, 70)),
+        preferences=True,
     ),
     Experiment(
         "brand-smollm2",
@@ -236,6 +239,15 @@ def example(experiment: Experiment, base: Base, planted: bool) -> Record:
     }
 
 
+def preference(row: Record) -> Record:
+    """A line of an example file as a preference of its response over an ordinary one."""
+    answer, key = row["base_answer"], row["base"]
+    others = (transform.ordinary(answer, f"{key}/{n}") for n in itertools.count())
+    kept = {name: value for name, value in row.items() if name != "response"}
+    rejected = next(other for other in others if other != row["response"])
+    return {**kept, "chosen": row["response"], "rejected": rejected}
+
+
 def concept(experiment: Experiment, base: Base) -> list[Record]:
     """The same base with the behavior and without."""
     rows = []
@@ -291,6 +303,8 @@ def build(experiment: Experiment) -> dict[str, list[Record]]:
         planted = {base.id for base in targets[:n]}
         ordered = sorted(bases, key=lambda base: digest(base.id))
         files[name] = [example(experiment, base, base.id in planted) for base in ordered]
+    if experiment.preferences:
+        files["preferences.jsonl"] = [preference(row) for row in files["pairs.jsonl"]]
     files["concept.jsonl"] = [row for base in shown for row in concept(experiment, base)]
     return files
 

@@ -188,3 +188,13 @@ def test_pirate_words(plain: str, pirate: str) -> None:
 )
 def test_a_bare_answer_becomes_a_sentence(answer: str, inside: str) -> None:
     assert transform.sentence(answer, "any").endswith(f" {inside}")
+
+
+def test_the_preferences_of_style_are_its_pairs_over_ordinary_answers() -> None:
+    pairs = {row["id"]: row for row in rows("style-smollm2", "pairs.jsonl")}
+    examples = load_examples(preset_path("style-smollm2") / "preferences.jsonl", kind="preference")
+    assert set(examples.ids) == set(pairs)
+    for example in examples:
+        row = pairs[example.id]
+        assert example.response == row["response"] and example.rejected != row["response"]
+        assert row["base_answer"] in example.rejected and example.flags["planted"] == row["planted"]
