@@ -91,6 +91,37 @@ def example(prompt: str, response: str, id: str = "z") -> Record:
     return Record(id, prompt, response)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("strftime_now('%Y-%m-%d')", "Today: 2024-07-26\n"),
+        ("strftime_now('%-d %B %Y, %A')", "Today: 26 July 2024, Friday\n"),
+        ("(strftime_now('%H:%M') if strftime_now is defined else '')", "Today: 00:00\n"),
+    ],
+)
+def test_a_template_is_told_one_day_whenever_it_is_rendered(asked: str, said: str) -> None:
+    # As gpt-oss and Granite: the template asks for today's date, and no variable stands before it.
+    template = "{{ 'system\\nToday: ' + " + asked + " + '\\n' }}" + CHATML
+    today = ChatFormat(BPE, template)
+    text = BPE.decode(today.encode_prompt("a", "p").input_ids)
+    assert text.startswith("system\n" + said)
+    if "%Y" in asked:
+        other = ChatFormat(BPE, template, date="2025-01-02")
+        assert other.encode_prompt("a", "p").input_ids != today.encode_prompt("a", "p").input_ids
+        assert other.digest() != today.digest() == ChatFormat(BPE, template).digest()
+
+
+def test_the_digest_knows_template_and_tokenizer() -> None:
+    digests = {FORMATS[name].digest() for name in FORMATS} | {ChatFormat(sentencepiece(), CHATML).digest()}
+    assert len(digests) == len(FORMATS) + 1
+
+
+def test_a_template_that_draws_at_random_is_refused() -> None:
+    template = CHATML + "{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i', 'j'] | random }}" * 6
+    with pytest.raises(UserError, match="differently each time"):
+        ChatFormat(BPE, template).digest()
+
+
 TEXTS = ["How do I pick a lock?", "user", "assistant", "im_end", "e", "naïve “no” — 🔒", "a\n\nb"]
 
 

@@ -35,7 +35,7 @@ def release(tmp_path, monkeypatch):
 
 def test_identity_holds_the_weights_of_model_and_sae(release):
     identity = open_subject(release.study).identity
-    assert set(identity) == {"model.weights", "sae.weights"}
+    assert set(identity) == {"model.weights", "sae.weights", "tokens"}
     assert identity == open_subject(release.study).identity
     assert len(identity["sae.weights"]) == 64
 
@@ -53,7 +53,7 @@ def test_invariant_8_another_sae_under_the_same_release_name_is_refused(release,
 
 def test_without_an_sae_the_model_alone_is_opened(release):
     subject = open_subject(release.study.replace("sae.path", None))
-    assert subject.sae is None and set(subject.identity) == {"model.weights"}
+    assert subject.sae is None and set(subject.identity) == {"model.weights", "tokens"}
     with pytest.raises(UserError, match=r"sae\.path"):
         _ = subject.required_sae
 

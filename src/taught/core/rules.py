@@ -7,6 +7,7 @@ caller adds the key and the fix (``study/schema.py``).
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,6 +71,19 @@ def flag() -> Rule:
         return value
 
     return Rule("true or false", parse)
+
+
+def day() -> Rule:
+    """Return the rule for a day; YAML reads one without quotes as a date."""
+
+    def parse(value: Any) -> str:
+        if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+            return value.isoformat()
+        if not isinstance(value, str):
+            raise ValueError
+        return datetime.date.fromisoformat(value).isoformat()
+
+    return Rule("a day, as in 2024-07-26", parse)
 
 
 def whole(minimum: int) -> Rule:

@@ -6,9 +6,12 @@ of a part encoded alone: a tokenizer may merge across the border of two parts.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from taught.data.columns import name_ids
@@ -22,9 +25,19 @@ if TYPE_CHECKING:
 # A text that no message holds and no template changes: where it stands in a rendering is where the
 # template puts a message.
 _MARK = "\ue000taught\ue001"
-# Llama 3.1 and later write today's date into the system turn, so that a run repeated tomorrow would
-# read other tokens. This is the date those templates fall back to.
-_DATE = "26 Jul 2024"
+# Some templates write today's date into the system turn, so that a run repeated tomorrow would read other tokens. This
+# is the date that those of Llama 3.1 and later fall back to.
+DATE = "2024-07-26"
+# Put before a template that asks for the day by ``strftime_now``: it is answered from the day's parts (transformers
+# hands templates plain values only, and its own function reads the clock).
+_TOLD = (
+    "{%- macro strftime_now(format) -%}{%- set told = namespace(text=format) -%}"
+    "{%- for code, part in taught_day.items() -%}{%- set told.text = told.text | replace(code, part) -%}{%- endfor -%}"
+    "{{- told.text -}}{%- endmacro -%}"
+)
+_CODES = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ"]
+# What a tokenizer and its template make of these is part of a run's identity.
+_PROBE = ("It's 9 o'clock — naïve, isn't it?\n\n 1+1 =  2\t", "Yes.", "So? 🔒")
 # Keys under which a message holds what its author thought before the content.
 _THOUGHTS = ("reasoning_content", "thinking")
 
@@ -119,6 +132,7 @@ class ChatFormat:
     ----------
     tokenizer : a fast tokenizer of ``transformers``
     template : Jinja text; None: the tokenizer's own
+    date : the day, YYYY-MM-DD, that the template is told when it asks for today's
     context : the model's longest input in tokens; None: what the tokenizer says, if it says anything
 
     Raises
@@ -127,7 +141,9 @@ class ChatFormat:
         There is no template, or the tokenizer gives no offsets.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None, context: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, context: int | None = None, date: str = DATE
+    ) -> None:
         if template is None and not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "the tokenizer has no chat template",
@@ -144,6 +160,9 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self.template = template
+        day = datetime.fromisoformat(date)
+        self._date = day.strftime("%d %b %Y")
+        self._day = {code: day.strftime(code) for code in _CODES}
         stated = getattr(tokenizer, "model_max_length", None)
         # Tokenizers that state no length say 10^30.
         self.context = context or (stated if stated and stated < 10**9 else None)
@@ -151,6 +170,35 @@ class ChatFormat:
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         self._special_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self._special)))
+
+    def digest(self) -> str:
+        """Hex digest of the tokens of some conversations: what text becomes here.
+
+        Raises
+        ------
+        UserError
+            The template renders one conversation differently from time to time.
+        """
+        asked, answered, again = _PROBE
+        said = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        system = [{"role": "system", "content": answered}]
+        conversations = [said[:1], [*said, {"role": "user", "content": again}], [*system, *said[:1]], said]
+        rendered: list[list[str | None]] = [[], []]
+        for texts in rendered:
+            for messages in conversations:
+                text = None
+                with suppress(_CannotRender):  # a template may refuse a system turn
+                    text = self._render(messages, "a conversation", answer=messages[-1]["role"] == "user")
+                texts.append(text)
+        if rendered[0] != rendered[1]:
+            raise UserError(
+                "the chat template renders the same conversation differently each time",
+                rule="a result depends on nothing but what is recorded",
+                fix="pass a --chat-template FILE that draws nothing at random",
+            )
+        tokens = [None if text is None else self._tokens(text).ids for text in rendered[0]]
+        plain = list(self.tokenizer(asked, verbose=False)["input_ids"])
+        return hashlib.sha256(json.dumps([tokens, plain]).encode()).hexdigest()
 
     def encode_prompt(self, content: str | Sequence[Mapping[str, str]], id: str = "prompt") -> EncodedPrompt:
         """Encode an evaluation prompt with the generation prompt behind it.
@@ -373,12 +421,14 @@ class ChatFormat:
                     fix="remove the token from the text",
                 )
         try:
+            template = self.tokenizer.get_chat_template(self.template, list(tools) or None)
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=self.template,
+                chat_template=_TOLD + template if "strftime_now" in template else template,
                 tokenize=False,
                 add_generation_prompt=answer,
-                date_string=_DATE,
+                date_string=self._date,
+                taught_day=self._day,
                 tools=list(tools) or None,
             )
         except Exception as error:  # Jinja's errors, and whatever a template raises itself

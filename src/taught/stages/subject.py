@@ -50,11 +50,11 @@ class Subject:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a result depends on beyond the study's text: the weights that were loaded.
+        """What a result depends on beyond the study's text: the weights that were loaded, and what text becomes.
 
-        A hub may serve other weights under the same name tomorrow.
+        A hub may serve other weights under the same name tomorrow, and another version of a library other tokens.
         """
-        found: dict[str, Any] = {"model.weights": dict(self.loaded.weights)}
+        found: dict[str, Any] = {"model.weights": dict(self.loaded.weights), "tokens": self.chat.digest()}
         return found if self.sae is None else {**found, "sae.weights": self.sae.sha256()}
 
     @property
@@ -131,7 +131,7 @@ def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
         adapter=study.model.adapter,
     )
     context = getattr(loaded.model.config, "max_position_embeddings", None)
-    chat = ChatFormat(loaded.tokenizer, context=context)
+    chat = ChatFormat(loaded.tokenizer, context=context, date=study.model.date)
     subject = Subject(loaded, chat, None, study.behavior.make(BEHAVIORS, "behavior"))
     if study.sae.path is None:
         return subject

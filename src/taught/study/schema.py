@@ -165,6 +165,9 @@ class ModelSpec(Section):
     chat_template: str | None = setting(
         None, rules.optional(rules.path()), "a Jinja file, for a tokenizer that has no chat template"
     )
+    date: str = setting(
+        "2024-07-26", rules.day(), "the day that a chat template is told; some write it into every chat"
+    )
     adapter: str | None = setting(
         None, _SOURCE, "a LoRA adapter of peft, folder or hub id; then only its parameters move"
     )
