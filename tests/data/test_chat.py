@@ -111,6 +111,16 @@ def test_a_template_is_told_one_day_whenever_it_is_rendered(asked: str, said: st
         assert other.digest() != today.digest() == ChatFormat(BPE, template).digest()
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_turn_that_the_template_leaves_out_is_refused(role: str) -> None:
+    silent = CHATML.replace("{{ m['content'] }}", f"{{{{ m['content'] if m['role'] != '{role}' or loop.last }}}}")
+    turns = [{"role": "system", "content": "Be kind."}, user("a"), assistant("b"), user("c")]
+    with pytest.raises(UserError, match=f"leaves out the {role} message of p"):
+        ChatFormat(BPE, silent).encode_prompt(turns, "p")
+    with pytest.raises(UserError, match=f"leaves out the {role} message of z"):
+        ChatFormat(BPE, silent).encode_example(Record("z", "c", "d", messages=tuple(turns)))
+
+
 def test_the_digest_knows_template_and_tokenizer() -> None:
     digests = {FORMATS[name].digest() for name in FORMATS} | {ChatFormat(sentencepiece(), CHATML).digest()}
     assert len(digests) == len(FORMATS) + 1

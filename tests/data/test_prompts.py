@@ -160,3 +160,51 @@ def test_rows_may_be_anything_that_yields_mappings() -> None:
     for other in ({"train": rows}, ["One", "Two"], 3):
         with pytest.raises(UserError, match="no rows can be read|not a mapping"):
             load_prompts(other)
+
+
+@pytest.mark.parametrize(
+    ("row", "roles", "last"),
+    [
+        ({"prompt": "a", "system": "s"}, ["system", "user"], "a"),
+        ({"prompt": "a", "system_prompt": "s", "history": [["b", "c"]]}, ["system", "user", "assistant", "user"], "a"),
+        ({"instruction": "a", "input": "b"}, ["user"], "a\nb"),
+        ({"instruction": "a", "context": "b", "system": "s"}, ["system", "user"], "a\nb"),
+        ({"messages": [{"role": "user", "content": "a"}], "system": "s"}, ["system", "user"], "a"),
+        ({"prompt": "a", "system": None, "history": [], "tools": None, "weight": 1}, ["user"], "a"),
+    ],
+)
+def test_what_stands_beside_a_prompt_is_part_of_it(row: dict, roles: list[str], last: str) -> None:
+    (prompt,) = load_prompts([row])
+    content = prompt.content
+    turns = [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
+    assert [turn["role"] for turn in turns] == roles and turns[-1]["content"] == last == prompt.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "tools": [{"name": "f"}]}, "the column tools would change 1 prompts"),
+        ({"prompt": "a", "image": "x.png"}, "the column image would change 1 prompts"),
+        ({"question": "a", "context": "b"}, "has a context beside its question"),
+        (
+            {"messages": [{"role": "system", "content": "t"}, {"role": "user", "content": "a"}], "system": "s"},
+            "two system",
+        ),
+    ],
+)
+def test_what_would_change_a_prompt_and_has_no_use_is_refused(row: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_prompts([row])
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "no order"),
+        ([{"role": "critic", "content": "a"}, {"role": "user", "content": "b"}], "no order"),
+        ([{"role": "user", "content": "a", "mood": "sad"}], "messages of 1 prompts have a mood"),
+    ],
+)
+def test_messages_of_a_prompt_that_are_no_conversation_are_refused(messages: list, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_prompts([{"messages": messages}])

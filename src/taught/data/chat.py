@@ -211,10 +211,12 @@ class ChatFormat:
         Raises
         ------
         UserError
-            The prompt is empty, longer than the model's context, or changed by the template.
+            The prompt is empty, longer than the model's context, or changed by the template; the template leaves
+            out a turn, or what one holds.
         """
         messages = _messages(content)
         text = self._render(messages, id, answer=True)
+        self._refuse_unseen(messages, text, id, answer=True)
         tokens = self._tokens(text)
         self._check_length(tokens.ids, id)
         start, end = self._last_content(messages, text, id, answer=True)
@@ -310,7 +312,7 @@ class ChatFormat:
             return replace(chosen, truncated=cut, rejected=rejected, reference=example.reference)
         turns = example.turns
         text = self._render(turns, example.id, answer=False, tools=example.tools)
-        self._refuse_unseen(turns, example, text)
+        self._refuse_unseen(turns, text, example.id, tools=example.tools)
         whole = self._tokens(text)
         answers = [self._answer(turns, place, text, whole, example) for place in (*example.counted, len(turns) - 1)]
         self._check_length(whole.ids[: answers[0].start], example.id)
@@ -390,23 +392,29 @@ class ChatFormat:
         last = self._end_of_turn(whole, end, behind - 1)
         return range(first, (last if whole.offsets[last][0] < until else behind - 1) + 1)
 
-    def _refuse_unseen(self, turns: Sequence[Message], example: Record, text: str) -> None:
-        """Stop where the template leaves out what an example holds beside its texts."""
+    def _refuse_unseen(
+        self, turns: Sequence[Message], text: str, id: str, *, answer: bool = False, tools: Sequence[Any] = ()
+    ) -> None:
+        """Stop where the template leaves out a turn, or what a turn or the tools hold."""
         without: list[tuple[str, Sequence[Message], Sequence[Any]]] = []
-        if example.tools:
+        if tools:
             without.append(("tools", turns, ()))
         for place, turn in enumerate(turns):
+            around = turns[:place], turns[place + 1 :]
+            if place < len(turns) - 1 and turn["content"].strip():  # the last turn is looked for by its characters
+                other = {**turn, "content": _MARK}
+                without.append((f"{turn['role']} message", [*around[0], other, *around[1]], tools))
             for key in ("tool_calls", *_THOUGHTS, *(() if turn["role"] == "tool" else ("name",))):
                 if turn.get(key):
                     bare = {name: value for name, value in turn.items() if name != key}
-                    without.append((key, [*turns[:place], bare, *turns[place + 1 :]], example.tools))
-        for key, others, tools in without:
+                    without.append((key, [*around[0], bare, *around[1]], tools))
+        for key, others, described in without:
             with suppress(_CannotRender):
-                if self._render(others, example.id, answer=False, tools=tools) == text:
+                if self._render(others, id, answer=answer, tools=described) == text:
                     raise UserError(
-                        f"the chat template leaves out the {key} of {example.id}",
-                        rule="nothing that an example holds is ignored silently",
-                        fix=f"remove the {key} from the data, or set model.chat_template to one that renders them",
+                        f"the chat template leaves out the {key} of {id}",
+                        rule="nothing that the data hold is ignored silently",
+                        fix=f"remove the {key} from the data, or set model.chat_template to one that renders it",
                     )
 
     def _render(self, messages: Sequence[Message], id: str, answer: bool, tools: Sequence[Any] = ()) -> str:

@@ -101,8 +101,8 @@ def read_pairs(
             else "rename the columns, or load with columns={'prompt': …, 'response': …}",
         )
     names = _row_names(table, found)
-    _refuse_columns(table, found, names)
-    _refuse_keys(table, found, names)
+    refuse_columns(table, found, names)
+    refuse_keys(table, found, names)
     rows = zip(table.rows, names, strict=True)
     return tuple(_pair(row, found, name, turns) for row, name in rows), found
 
@@ -135,8 +135,8 @@ def read_preferences(table: Table, columns: Mapping[str, str] | None) -> tuple[t
             fix="rename the columns, or use --set examples.kind=pair",
         )
     names = _row_names(table, found)
-    _refuse_columns(table, found, names)
-    _refuse_keys(table, found, names)
+    refuse_columns(table, found, names)
+    refuse_keys(table, found, names)
     rows = zip(table.rows, names, strict=True)
     return tuple(_preference(row, found, name) for row, name in rows), found
 
@@ -294,9 +294,9 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
         )
     else:
         prompt = _part(row, columns, "prompt", "user", name)
-        _add_context(row, columns, prompt, name)
+        add_context(row, columns, prompt, name)
         turns = [
-            *_history(cell(row, columns, "history"), name),
+            *read_history(cell(row, columns, "history"), name),
             *prompt,
             *_part(row, columns, "response", "assistant", name),
         ]
@@ -316,10 +316,7 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
     if system and not (turns and turns[0]["role"] == "system"):
         turns = [{"role": "system", "content": system}, *turns]
     roles = [turn["role"] for turn in turns]
-    letters = "".join(
-        {"system": "s", "developer": "s", "user": "u", "assistant": "a", "tool": "t"}.get(r, "?") for r in roles
-    )
-    if not _ORDER.fullmatch(letters):
+    if not _ORDER.fullmatch(role_letters(turns)):
         raise UserError(
             f"the messages of {name} do not end in one answer to a user",
             value=" ".join(roles),
@@ -327,6 +324,12 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
             fix="cut the conversation after an assistant turn, or join the turns of one speaker",
         )
     return turns
+
+
+def role_letters(turns: Sequence[Message]) -> str:
+    """The roles of a conversation, a letter each: s, u, a, t, and ? for an unknown one."""
+    letters = {"system": "s", "developer": "s", "user": "u", "assistant": "a", "tool": "t"}
+    return "".join(letters.get(turn["role"], "?") for turn in turns)
 
 
 def _counted(turns: Sequence[Message], which: Turns, name: str) -> list[int]:
@@ -405,7 +408,8 @@ def _part(row: Row, columns: Mapping[str, str], field: str, role: str, name: str
     return [{"role": role, "content": text_cell(row, columns, field, name)}]
 
 
-def _history(value: object, name: str) -> Iterator[Message]:
+def read_history(value: object, name: str) -> Iterator[Message]:
+    """Earlier turns, of a list of [question, answer]."""
     for turn in value if isinstance(value, list | tuple) else [value] if _holds(value) else []:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise UserError(
@@ -417,19 +421,30 @@ def _history(value: object, name: str) -> Iterator[Message]:
         yield {"role": "assistant", "content": turn[1]}
 
 
-def _add_context(row: Row, columns: Mapping[str, str], prompt: list[Message], name: str) -> None:
-    """Put Alpaca's input, Dolly's context behind the instruction, as a part of the user's turn."""
+def add_context(row: Row, columns: Mapping[str, str], prompt: list[Message], name: str, field: str = "prompt") -> None:
+    """Put Alpaca's input, Dolly's context behind the instruction, as a part of the user's turn.
+
+    Parameters
+    ----------
+    prompt : the turns of the prompt, changed in place
+    field : whose column the prompt is
+
+    Raises
+    ------
+    UserError
+        The prompt is no instruction: where the context belongs is not known.
+    """
     context = text_cell(row, columns, "context", name)
     if not context.strip():
         return
-    if columns["prompt"] == "instruction" and len(prompt) == 1:
+    if columns[field] == "instruction" and len(prompt) == 1:
         prompt[0]["content"] += "\n" + context
     elif not any(context in turn["content"] for turn in prompt):
         raise UserError(
-            f"{name} has a {columns['context']} beside its {columns['prompt']}",
+            f"{name} has a {columns['context']} beside its {columns[field]}",
             value=context,
             rule="only what stands beside an `instruction` has a known place in the user's turn",
-            fix=f"rename the {columns['prompt']} to instruction, or put both into one text",
+            fix=f"rename the {columns[field]} to instruction, or put both into one text",
         )
 
 
@@ -469,9 +484,19 @@ def _tools(value: object, name: str) -> tuple[Any, ...]:
     return tuple(given)
 
 
-def _refuse_columns(table: Table, columns: Mapping[str, str], names: Sequence[str]) -> None:
+def refuse_columns(
+    table: Table, columns: Mapping[str, str], names: Sequence[str], what: str = "examples", more: Sequence[str] = ()
+) -> None:
+    """Refuse columns that would change what the model sees and have no use, where they hold something.
+
+    Parameters
+    ----------
+    names : what each row is called
+    what : what the rows are
+    more : names of columns that these rows have no use for, either
+    """
     used = set(columns.values())
-    for column in _REFUSED:
+    for column in (*_REFUSED, *more):
         if column in used:
             continue
         neutral = (1, True) if column in ("weight", "train") else ()
@@ -482,19 +507,19 @@ def _refuse_columns(table: Table, columns: Mapping[str, str], names: Sequence[st
         ]
         if holding:
             raise UserError(
-                f"{table.name}: the column {column} would change {len(holding)} examples and is not used",
+                f"{table.name}: the column {column} would change {len(holding)} {what} and is not used",
                 value=name_ids(holding),
-                rule="nothing that a model is trained on is ignored silently",
+                rule="nothing that a model is given is ignored silently",
                 fix=f"rename the column {column} if it is a note, or remove it",
             )
 
 
-def _refuse_keys(table: Table, columns: Mapping[str, str], names: Sequence[str]) -> None:
-    """Refuse keys of messages that are neither used nor known to be notes."""
+def refuse_keys(table: Table, columns: Mapping[str, str], names: Sequence[str], what: str = "examples") -> None:
+    """Refuse keys of messages that are neither used nor known to be notes; ``what`` the rows are."""
     known = {"role", "from", "content", "value", *_MARKS, *_FOR_TEMPLATE, *_NOTES}
     holding: dict[str, dict[str, None]] = defaultdict(dict)
     for row, name in zip(table.rows, names, strict=True):
-        for field in ("messages", "prompt", "response", "chosen", "rejected"):
+        for field in ("messages", "text", "prompt", "response", "chosen", "rejected"):
             value = cell(row, columns, field)
             for turn in value if isinstance(value, list | tuple) else ():
                 for key in set(turn) - known if isinstance(turn, Mapping) else ():
@@ -503,7 +528,7 @@ def _refuse_keys(table: Table, columns: Mapping[str, str], names: Sequence[str])
     if holding:
         key, ids = sorted(holding.items())[0]
         raise UserError(
-            f"{table.name}: messages of {len(ids)} examples have a {key}, which is not used",
+            f"{table.name}: messages of {len(ids)} {what} have a {key}, which is not used",
             value=name_ids(list(ids)),
             rule=f"of a message are used: role, content, weight, train, {', '.join(_FOR_TEMPLATE)}",
             fix="remove the key from the messages",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from taught.data.columns import cell, detect_columns, name_ids, repeated, text_cell
-from taught.data.formats import read_turns
+from taught.data.formats import add_context, read_history, read_turns, refuse_columns, refuse_keys, role_letters
 from taught.data.overlap import normalise
 from taught.data.tables import Row, open_table
 from taught.errors import UserError
@@ -28,6 +29,9 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "licence": ("licence", "license"),
     "answer": ("answer", "response", "completion", "output", "target"),
     "options": ("options", "choices"),
+    "context": ("input", "context"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
 }
 ONE_GROUP = "all"  # the group of prompts whose file has no groups
 
@@ -108,14 +112,16 @@ def load_prompts(
     source : a table, or rows: a list of dicts, a ``datasets.Dataset``, anything that yields mappings (see
         :func:`taught.data.tables.open_table`)
     columns : field -> column name, where the names are not the usual ones. Fields: id, text, messages, group, category,
-        source, licence, answer, options. A prompt without id is called after what it holds; without groups all prompts
-        are of the group "all". A text may be a list of messages.
+        source, licence, answer, options, context, system, history (as those of a pair, :mod:`taught.data.formats`). A
+        prompt without id is called after what it holds; without groups all prompts are of the group "all". A text may
+        be a list of messages.
 
     Raises
     ------
     UserError
         No rows, no text column, empty texts or groups, repeated ids or prompts, messages that do not
-        end with the user, options that are no list of texts; the offending ids are named.
+        end with the user, options that are no list of texts, a column that would change the prompt and is not used;
+        the offending ids are named.
     """
     table = open_table(source)
     rows, where = table.rows, table.name
@@ -131,13 +137,15 @@ def load_prompts(
             rule=f"usual names of the text are {', '.join(COLUMNS['text'])}; of a conversation, messages",
             fix="rename the column to prompt, or load with columns={'text': …}",
         )
-    prompts = tuple(_prompt(row, found, number) for number, row in enumerate(rows, 1))
+    names = [text_cell(row, found, "id", f"row {number}") or f"row {number}" for number, row in enumerate(rows, 1)]
+    refuse_columns(table, found, names, "prompts", ("tools",))
+    refuse_keys(table, found, names, "prompts")
+    prompts = tuple(_prompt(row, found, name) for row, name in zip(rows, names, strict=True))
     _check(prompts, where)
     return PromptSet(prompts, found, table.sha256)
 
 
-def _prompt(row: Row, columns: Mapping[str, str], number: int) -> Prompt:
-    name = text_cell(row, columns, "id", f"row {number}") or f"row {number}"
+def _prompt(row: Row, columns: Mapping[str, str], name: str) -> Prompt:
     texts = {f: text_cell(row, columns, f, name) for f in ("id", "group", "category", "source", "licence")}
     if "group" not in columns:
         texts["group"] = ONE_GROUP
@@ -146,9 +154,8 @@ def _prompt(row: Row, columns: Mapping[str, str], number: int) -> Prompt:
         answer = text_cell(row, columns, "answer", name)
     options = _options(cell(row, columns, "options"), name)
     field = "text" if cell(row, columns, "messages") is None else "messages"
-    content = cell(row, columns, field)
-    messages = _conversation(content, name) if isinstance(content, list | tuple) else ()
-    text = messages[-1]["content"] if messages else text_cell(row, columns, field, name)
+    messages = _conversation(row, columns, field, name)
+    text = messages[-1]["content"]
     if len(messages) == 1:  # the same prompt as its text alone
         messages = ()
     given = texts.pop("id") or content_id(text, answer, options, messages)
@@ -172,15 +179,37 @@ def _options(value: object, name: str) -> tuple[str, ...]:
     return tuple("" if item is None else str(item) for item in value)
 
 
-def _conversation(value: Sequence[object], name: str) -> tuple[Message, ...]:
-    """Messages in which the user speaks last."""
-    messages = read_turns(value, name)
+def _conversation(row: Row, columns: Mapping[str, str], field: str, name: str) -> tuple[Message, ...]:
+    """Messages in which the user speaks last: the prompt with what stands beside it."""
+    content, system = cell(row, columns, field), text_cell(row, columns, "system", name)
+    if isinstance(content, list | tuple):
+        asked = read_turns(content, name)
+    else:
+        asked = [{"role": "user", "content": text_cell(row, columns, field, name)}]
+    add_context(row, columns, asked, name, field)
+    messages = [*read_history(cell(row, columns, "history"), name), *asked]
+    if system and messages and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    elif system and messages[0]["content"] != system:
+        raise UserError(
+            f"{name} has two system texts",
+            value=f"{system!r} beside the turn {messages[0]['content']!r}",
+            rule="a conversation has one system turn",
+            fix="keep one of them",
+        )
     if not messages or messages[-1]["role"] != "user":
         raise UserError(
             f"the last message of {name} is not the user's",
             value=" ".join(m["role"] for m in messages) or "no messages",
             rule="a prompt ends where the model answers",
             fix="cut the conversation after a user's message; put what was answered into a column `answer`",
+        )
+    if not re.fullmatch("s?(u(at+)*a)*u", role_letters(messages)):
+        raise UserError(
+            f"the messages of {name} are in no order that a conversation has",
+            value=" ".join(m["role"] for m in messages),
+            rule="an optional system turn, then user and assistant in turn, the user last",
+            fix="join the turns of one speaker",
         )
     return tuple(messages)
 
