@@ -14,7 +14,7 @@ from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES, Choice
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
-from taught.core.trajectory import Queries, Trajectory
+from taught.core.trajectory import Follows, Queries, Trajectory
 from taught.errors import UserError
 from taught.run.pieces import Prefixed
 
@@ -87,8 +87,12 @@ def scores(problem: Problem, examples: Examples, targets: TargetSet, method: Met
     """
     method.refuse()
     estimator: Estimator = method.estimator.make(ESTIMATORS)
-    trajectory: Trajectory = method.trajectory.make(TRAJECTORIES)
+    trajectory: Trajectory | Follows = method.trajectory.make(TRAJECTORIES)
     curvature: Curvature = method.curvature.make(CURVATURES)
+    if isinstance(trajectory, Follows):
+        followed = trajectory.follow(problem, examples, targets, work)
+        refuse_nonfinite(examples, range(len(examples)), torch.from_numpy(followed.values), "derivative")
+        return replace(followed, method=method.name)
     found: Scores | None = None
     carried: Queries | None = None
     for leg in trajectory.legs(problem, work):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from taught.core.curvature import Metric
 from taught.features.concept import ConceptMap
 from taught.features.pooling import FeatureMap
 from taught.model.readout import ReadPrompt, read_prompts
+
+if TYPE_CHECKING:
+    from taught.training.loop import Recipe
 
 GB = 1024**3
 
@@ -37,6 +40,7 @@ class Problem:
     opener : opens other weights of the same training run, by folder or hub id and revision; None: nothing does
     plain : the same problem with plain steps, where this one has a metric
     identity : what identifies the weights and the read-outs, as plain values, for what is kept
+    recipe : how the examples are trained on, where a whole run is followed; None: that is not known
     """
 
     model: nn.Module
@@ -54,6 +58,7 @@ class Problem:
     opener: Callable[[str, str | None], nn.Module] | None = None
     plain: Problem | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
 
     @property
     def d(self) -> int:

@@ -183,7 +183,12 @@ CURVATURES: Registry[Any] = Registry(
     },
 )
 TRAJECTORIES: Registry[Any] = Registry(
-    "trajectory", {"base": "taught.core.trajectory", "checkpoints": "taught.trajectories.checkpoints"}
+    "trajectory",
+    {
+        "base": "taught.core.trajectory",
+        "checkpoints": "taught.trajectories.checkpoints",
+        "steps": "taught.trajectories.steps",
+    },
 )
 ESTIMATORS: Registry[Any] = Registry(
     "estimator",

@@ -14,7 +14,7 @@ is the targets of one run on readings of one place of the model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -68,6 +68,10 @@ class TargetKind:
         """A [N, d] and B [N] at the base readings; None stands for zero."""
         raise NotImplementedError
 
+    def cotangents_at(self, name: TargetName, readings: Readings, base: Readings) -> Cotangents:
+        """A and B of :meth:`value` at readings that are not those of the base weights."""
+        return self.cotangents(name, readings)
+
     def combine(self, name: TargetName, readings: Readings, moves: Moves) -> Floats | None:
         """The change by each example, [P], from the sums of ``moves``; None: from the cotangents only."""
         return None
@@ -119,13 +123,15 @@ class TargetSet:
     Attributes
     ----------
     names : T targets
-    readings : at the base weights
+    readings : at the weights that the question is asked at
+    base : at the base weights, which constants of a target come from; None: the same
     every_prompt : whether the change on every prompt is wanted too (``Scores.details["dy"]``)
     """
 
     names: tuple[TargetName, ...]
     readings: Readings
     every_prompt: bool = False
+    base: Readings | None = None
 
     @classmethod
     def of(cls, wanted: Iterable[TargetName | str], readings: Readings) -> TargetSet:
@@ -156,7 +162,11 @@ class TargetSet:
 
     def select(self, names: Sequence[TargetName]) -> TargetSet:
         """Some of these targets."""
-        return TargetSet(tuple(names), self.readings, self.every_prompt and len(names) == len(self.names))
+        return replace(self, names=tuple(names), every_prompt=self.every_prompt and len(names) == len(self.names))
+
+    def at(self, readings: Readings) -> TargetSet:
+        """The same targets of a model that was trained further: readings of the same prompts and columns."""
+        return replace(self, readings=readings, base=self.base or self.readings)
 
     @cached_property
     def direct(self) -> tuple[TargetName, ...]:
@@ -199,7 +209,13 @@ class TargetSet:
     def _cotangents(self, name: TargetName) -> Cotangents:
         total: list[Floats | None] = [None, None]
         for sign, part in zip((1.0, -1.0), name.parts, strict=False):
-            for k, one in enumerate(kind_of(part).cotangents(part, self.readings)):
+            kind = kind_of(part)
+            found = (
+                kind.cotangents(part, self.readings)
+                if self.base is None
+                else kind.cotangents_at(part, self.readings, self.base)
+            )
+            for k, one in enumerate(found):
                 if one is not None:
                     before = total[k]
                     total[k] = sign * one if before is None else before + sign * one

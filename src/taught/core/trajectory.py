@@ -4,14 +4,14 @@
 
 At the base model alone there is one leg. A trajectory either lets each leg ask for the gradient of F at
 its own weights (sums over checkpoints), or carries the query from the end of training back to its
-beginning (:meth:`Trajectory.carry`), as methods do that follow the run.
+beginning (:meth:`Trajectory.carry`). One that follows a run step by step answers as a whole (:class:`Follows`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from taught.core.registry import TRAJECTORIES
 from taught.model.gradients import Query
@@ -19,7 +19,9 @@ from taught.model.gradients import Query
 if TYPE_CHECKING:
     from taught.core.curvature import Curvature
     from taught.core.estimator import Work
+    from taught.core.example import Examples
     from taught.core.problem import Problem
+    from taught.core.scores import Scores
     from taught.core.target import TargetSet
 
 Queries = dict[str, Query]
@@ -62,6 +64,19 @@ class Trajectory(Protocol):
 
         None: the leg takes grad F at its own weights.
         """
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """A trajectory that goes through a whole training run by itself: it has no legs to be asked for one by one."""
+
+    single: bool
+
+    def refuses(self, curvature: Curvature) -> str | None:
+        """As of :class:`Trajectory`."""
+
+    def follow(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
+        """Effect of every example's weight in training on every target of the trained model."""
 
 
 @TRAJECTORIES.register("base")

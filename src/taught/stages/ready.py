@@ -31,6 +31,7 @@ from taught.run.folder import RunFolder
 from taught.stages.concepts import Read
 from taught.stages.subject import Subject, open_checkpoint, prompt_inputs, select, study_examples, study_prompts
 from taught.study.schema import Study
+from taught.training.loop import Recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +232,7 @@ def make_problem(
         checkpointing=spec.checkpointing,
         opener=partial(open_checkpoint, study, subject),
         identity=identity,
+        recipe=Recipe.of(study.validation),
     )
 
 

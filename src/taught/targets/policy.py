@@ -49,8 +49,12 @@ class _OfPolicy(TargetKind):
 
     def cotangents(self, name: TargetName, readings: Readings) -> Cotangents:
         """The module's formulas; both pathways together where none is named."""
+        return self.cotangents_at(name, readings, readings)
+
+    def cotangents_at(self, name: TargetName, readings: Readings, base: Readings) -> Cotangents:
+        """The same at other readings, with the c of the base."""
         policy = policy_of(readings)
-        u = policy.solve(self.weights(name, policy))
+        u = policy.solve(self.weights(name, policy_of(base)))
         Xu = policy.Xc @ u
         A = None if name.pathway == "y" else np.outer(policy.residual, u) - np.outer(Xu, policy.coef)
         return A, None if name.pathway == "x" else Xu

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from taught.core.example import Examples, batch_indices, make_batch
 from taught.curvatures.adam import moments_from_optimizer
 from taught.data.columns import name_ids
 from taught.errors import UserError
+from taught.estimators.finite_step import restored
 from taught.model.adapter import adapter_patterns
 from taught.model.gradients import evaluating
 from taught.model.kernels import use_fast_products
@@ -44,10 +46,11 @@ class Recipe:
     ----------
     trainer : "loop" or "trl"
     method : "full" (every parameter that moves) or "lora" (fresh layers of rank ``lora_rank``)
-    optimizer : "adamw" (betas .9 and .999, eps 1e-8, decoupled decay) or "sgd" (no momentum)
+    optimizer : "adamw" (betas .9 and .999, eps 1e-8, decoupled decay) or "sgd"
     lr : the largest learning rate
     epochs : how often each example is seen
     batch : examples of one step; the last step of an epoch may have fewer
+    momentum : of sgd
     weight_decay : of every parameter that moves
     schedule : "constant", or "linear" down to 0 behind the last step
     warmup : share of the steps, rounded up, over which the learning rate rises from 0
@@ -62,6 +65,7 @@ class Recipe:
     lr: float
     epochs: int
     batch: int
+    momentum: float
     weight_decay: float
     schedule: str
     warmup: float
@@ -148,8 +152,8 @@ def train(
     lrs, losses = learning_rates(recipe, len(steps)), []
     with evaluating(model), only_moving(model, moving):
         fused = {p.device.type for p in moving.values()} <= {"cpu", "cuda"}  # one pass over memory
-        kind: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer]
-        optimizer: torch.optim.Optimizer = kind(
+        kind: Any = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=recipe.momentum)}
+        optimizer: torch.optim.Optimizer = kind[recipe.optimizer](
             list(moving.items()), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused
         )
         for number, (index, lr) in enumerate(zip(steps, lrs, strict=True), 1):
@@ -302,3 +306,17 @@ def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
         layers.unload()
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+@contextmanager
+def trainable(model: nn.Module, recipe: Recipe, parameters: Sequence[str] | None) -> Iterator[Sequence[str] | None]:
+    """The model ready to be trained by a recipe, and the patterns of what moves; as it was on exit.
+
+    Moving weights are put back to the bit; fresh LoRA layers are there inside only.
+    """
+    if recipe.method == "lora":
+        with lora_layers(model, recipe.lora_rank, recipe.seed) as patterns:
+            yield patterns
+    else:
+        with restored(model, parameters):
+            yield parameters

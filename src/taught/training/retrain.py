@@ -27,7 +27,6 @@ from taught.core.example import Examples, example_losses
 from taught.core.problem import Problem
 from taught.data.columns import name_ids
 from taught.errors import UserError
-from taught.estimators.finite_step import restored
 from taught.features.pooling import FeatureMap
 from taught.model.generate import greedy
 from taught.model.gradients import evaluating
@@ -36,7 +35,7 @@ from taught.progress import Progress
 from taught.run import files
 from taught.run.fingerprint import differences, fingerprint
 from taught.sketches.store import example_digest
-from taught.training.loop import Recipe, TrainLog, lora_layers, train
+from taught.training.loop import Recipe, TrainLog, train, trainable
 from taught.training.trl import train_by_trl
 
 Floats = NDArray[np.float64]
@@ -274,7 +273,7 @@ class Retrainer:
         inputs = [self.examples[i] for i in ids]
         before = self._losses_before(inputs)
         recipe = replace(self.recipe, seed=seed)
-        with self._ready(recipe) as parameters:
+        with trainable(self.problem.model, recipe, self.problem.parameters) as parameters:
             begun = time.monotonic()
             with _whole_folder(keep) as place:
                 log = self._fit(inputs, recipe, parameters, place)
@@ -320,17 +319,6 @@ class Retrainer:
             losses = example_losses(self.problem.model, new, self.problem.batch_tokens).tolist()
             self._before.update({p.id: loss for p, loss in zip(new, losses, strict=True)})
         return np.array([self._before[example.id] for example in inputs])
-
-    @contextmanager
-    def _ready(self, recipe: Recipe) -> Iterator[Sequence[str] | None]:
-        """The model ready to be trained, and which parameters move; the base model on exit."""
-        model = self.problem.model
-        if recipe.method == "lora":
-            with lora_layers(model, recipe.lora_rank, recipe.seed) as parameters:
-                yield parameters
-        else:
-            with restored(model, self.problem.parameters):
-                yield self.problem.parameters
 
 
 def _features(problem: Problem) -> tuple[int, ...]:

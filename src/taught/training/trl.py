@@ -61,6 +61,12 @@ def train_by_trl(
             value="validation.trainer: trl",
             fix="pip install 'taught[trl]', or use --set validation.trainer=loop",
         )
+    if recipe.momentum:
+        raise UserError(
+            "trl trains without momentum here",
+            value=f"validation.momentum: {recipe.momentum}",
+            fix="use --set validation.trainer=loop",
+        )
     inputs = sorted(inputs, key=lambda example: example.id)
     moving = moving_parameters(model, parameters)
     check_inputs(inputs, moving)

@@ -1,0 +1,400 @@
+"""Training as a sequence of exact steps: it can be gone through again, and backward.
+
+A step t = 1 .. T is made of the gradient of its batch's loss, in which example i has the weight w_i (1),
+
+    g = sum over the batch of w_i grad l_i / n        n: examples of the batch, whatever their weights
+    c = min(1, c0 / (|g| + 1e-6)),  g^ = c g          where gradients are clipped
+
+and of an optimizer's rule. The rules are those of ``torch.optim`` (AdamW with decoupled decay, SGD with momentum and
+decay), with ``eps_root`` under the root of AdamW, which torch does not have (0).
+
+Backward, from L = dF/d theta' and the derivatives Lm, Lv of F in the optimizer's state behind the step (MAGIC, Ilyas
+and Engstrom, arXiv 2504.16430), elementwise, with the state behind the step primed:
+
+    AdamW   r = sqrt(v'/(1 - b2^t) + eps_root),  D = 1/(r + eps)
+            Lm' = Lm - lr D L/(1 - b1^t);   Lv' = Lv + lr m'/(1 - b1^t) D^2 L/(2 r (1 - b2^t))
+            Lg^ = (1 - b1) Lm' + 2 (1 - b2) g^ Lv';   L <- (1 - lr decay) L;   Lm <- b1 Lm';   Lv <- b2 Lv'
+    SGD     Lb' = Lb - lr L;   Lg^ = Lb';   L <- L + decay Lb';   Lb <- momentum Lb'
+    clip    Lg = c Lg^ - c (g . Lg^) g / (|g| (|g| + 1e-6))       where it is active, else Lg = Lg^
+    loss    dF/dw_i += grad l_i . Lg / n;   L <- L + H Lg         H: of the batch's loss
+
+Where v' is 0 the gradient has been 0 at every step so far; the root has no derivative there and Lv' is left as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from taught.core.example import Examples, batch_indices, make_batch
+from taught.errors import UserError
+from taught.model.gradients import evaluating
+from taught.model.parameters import moving_parameters
+from taught.run import files
+from taught.training.loop import Recipe, check_inputs, learning_rates, only_moving, plan
+
+Tensors = dict[str, Tensor]
+Graph = tuple[list[int], Tensor, tuple[Tensor | None, ...]]  # places, weights, gradient of a micro-batch
+BETAS, EPS = (0.9, 0.999), 1e-8
+_CLIP_EPS = 1e-6
+
+
+@dataclass(eq=False)
+class State:
+    """What a step begins with: weights and the optimizer's state, by parameter.
+
+    Attributes
+    ----------
+    step : steps made so far
+    parts : ``weights``; ``first`` (AdamW's m, SGD's buffer); ``second`` (AdamW's v; none for SGD)
+    """
+
+    step: int
+    parts: dict[str, Tensors]
+
+    def copy(self) -> State:
+        """The same state in memory of its own."""
+        return State(self.step, {part: {n: t.clone() for n, t in of.items()} for part, of in self.parts.items()})
+
+    def tensors(self) -> Tensors:
+        """All tensors under one name each."""
+        return {f"{part} {name}": tensor for part, of in self.parts.items() for name, tensor in of.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+class States:
+    """States by step, in memory or in a folder.
+
+    Parameters
+    ----------
+    folder : where they are written; None: they are kept in memory
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder, self._kept = folder, dict[int, State]()
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._kept or (self._folder is not None and self._file(step).is_file())
+
+    def save(self, state: State) -> None:
+        """Keep a copy."""
+        if self._folder is None:
+            self._kept[state.step] = state.copy()
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise files.write_error(self._folder, error) from error
+        files.write_bytes(
+            self._file(state.step),
+            files.tensors_bytes({name: tensor.cpu().numpy() for name, tensor in state.tensors().items()}),
+        )
+
+    def load(self, step: int) -> State:
+        """A state that was kept, in memory of its own."""
+        if step in self._kept:
+            return self._kept[step].copy()
+        found = State(step, {"weights": {}, "first": {}, "second": {}})
+        for name, array in files.tensors_from_bytes(self._file(step).read_bytes()).items():
+            part, _, own = name.partition(" ")
+            found.parts[part][own] = torch.from_numpy(array.copy())
+        return found
+
+    def drop(self, step: int) -> None:
+        """Forget a state."""
+        self._kept.pop(step, None)
+        if self._folder is not None:
+            self._file(step).unlink(missing_ok=True)
+
+    def _file(self, step: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"step-{step}.safetensors"
+
+
+@dataclass(eq=False)
+class Back:
+    """Derivatives of one functional in a state: of the weights, and of the optimizer's parts."""
+
+    parts: dict[str, Tensors]
+
+
+@dataclass(eq=False)
+class Training:
+    """One training run of a model on examples, step by step.
+
+    Attributes
+    ----------
+    model : its moving parameters are the weights of the run; changed in place
+    inputs : the examples, in the order of their ids
+    recipe : how to train, by the plain loop
+    parameters : patterns of the parameters that move
+    batch_tokens : padded tokens of a micro-batch
+    eps_root : under the root of AdamW
+    weights : float64 [P], w of every example of ``inputs``; None for ones
+    """
+
+    model: nn.Module
+    inputs: Examples
+    recipe: Recipe
+    parameters: Sequence[str] | None = None
+    batch_tokens: int = 512
+    eps_root: float = 0.0
+    weights: Tensor | None = None
+    moving: dict[str, nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.recipe.trainer != "loop":
+            raise UserError(
+                "a run is followed step by step in the plain loop",
+                value=f"validation.trainer: {self.recipe.trainer}",
+                rule="the optimizer's state is known at every step",
+                fix="use --set validation.trainer=loop",
+            )
+        self.inputs = sorted(self.inputs, key=lambda example: example.id)
+        self.moving = moving_parameters(self.model, self.parameters)
+        check_inputs(self.inputs, self.moving)
+        self.ids = [example.id for example in self.inputs]
+        self.plan = plan(self.ids, self.recipe)
+        self.lrs = learning_rates(self.recipe, len(self.plan))
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Gradients of the moving parameters, no dropout, attention that has second derivatives."""
+        with evaluating(self.model), only_moving(self.model, self.moving), sdpa_kernel(SDPBackend.MATH):
+            yield
+
+    def begin(self) -> State:
+        """The state before the first step, at the model's weights."""
+        weights: Tensors = {name: p.detach() for name, p in self.moving.items()}
+        parts = {"weights": weights, "first": {n: torch.zeros_like(w) for n, w in weights.items()}, "second": {}}
+        if self.recipe.optimizer == "adamw":
+            parts["second"] = {n: torch.zeros_like(w) for n, w in weights.items()}
+        return State(0, parts)
+
+    @torch.no_grad()
+    def enter(self, state: State) -> State:
+        """Put the weights of a state into the model; the state then shares their memory."""
+        for name, p in self.moving.items():
+            p.copy_(state.parts["weights"][name])
+        return State(state.step, {**state.parts, "weights": {n: p.detach() for n, p in self.moving.items()}})
+
+    def advance(self, state: State) -> None:
+        """Make one step, in place."""
+        gradient = self._clipped(self._gradient(state.step))
+        self._move(state, gradient)
+        if not all(bool(p.isfinite().all()) for p in self.moving.values()):
+            raise UserError(
+                "training diverged: weights are not finite",
+                value=f"step {state.step}",
+                rule="losses and weights stay finite numbers",
+                fix="lower validation.lr, or set validation.max_grad_norm",
+            )
+
+    def train(self, states: States | None = None, every: int = 1) -> State:
+        """All steps from the model's weights; every ``every``-th state before a step is kept, and the last."""
+        state = self.begin()
+        for step in range(len(self)):
+            if states is not None and step % every == 0:
+                states.save(state)
+            self.advance(state)
+        return state
+
+    def step_back(self, state: State, backs: Sequence[Back], *, exact: bool = True) -> Tensor:
+        """Go back over the step that begins with ``state``; ``backs`` are changed in place.
+
+        Parameters
+        ----------
+        state : before the step, entered; unchanged
+        backs : K functionals behind the step
+        exact : whether H is the Hessian of the batch's loss; else (1/n) sum g_z g_z', without second derivatives
+            (AdamW-influence, arXiv 2605.18814)
+
+        Returns
+        -------
+        float64 [n, K]
+            dF/dw of each example of the batch by this step alone.
+        """
+        number = state.step
+        index, lr = self.plan[number], self.lrs[number]
+        graphs = self._graphs(number) if exact else []
+        gradient = self._summed(graphs) if graphs else self._gradient(number)
+        clipped = self._clipped(gradient)
+        behind = state.copy()
+        self._move(behind, clipped)
+        found = torch.zeros(len(index), len(backs), dtype=torch.float64)
+        for column, back in enumerate(backs):
+            up = self._through_rule(back, behind, clipped, lr)
+            self._through_clip(up, gradient)
+            self._through_loss(back, up, number, graphs, found[:, column], last=column == len(backs) - 1)
+        return found
+
+    # The pieces of a step
+
+    def _micro(self, number: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Micro-batches of a step: places in its batch, losses, and their weights over n."""
+        batch = [self.inputs[i] for i in self.plan[number]]
+        for index in batch_indices(batch, self.batch_tokens):
+            losses = make_batch(batch, index).losses(self.model)
+            if not bool(losses.isfinite().all()):
+                raise UserError(
+                    "training diverged: a loss is not finite",
+                    value=f"step {number + 1}, examples {[batch[i].id for i in index]}",
+                    rule="losses and weights stay finite numbers",
+                    fix="lower validation.lr, or set validation.max_grad_norm",
+                )
+            places = [self.plan[number][i] for i in index]
+            weights = losses.new_ones(len(index)) if self.weights is None else self.weights[places].to(losses)
+            yield index, losses, weights / len(batch)
+
+    def _gradient(self, number: int) -> Tensors:
+        total = {name: torch.zeros_like(p) for name, p in self.moving.items()}
+        for _, losses, weights in self._micro(number):
+            found = torch.autograd.grad((losses * weights).sum(), list(self.moving.values()), allow_unused=True)
+            for part, one in zip(total.values(), found, strict=True):
+                if one is not None:
+                    part.add_(one)
+        return total
+
+    def _graphs(self, number: int) -> list[Graph]:
+        """Of each micro-batch: places, weights that require gradients, and the gradient with its graph."""
+        found: list[Graph] = []
+        for index, losses, weights in self._micro(number):
+            weights = weights.detach().requires_grad_()
+            total = (losses * weights).sum()
+            own = torch.autograd.grad(total, list(self.moving.values()), create_graph=True, allow_unused=True)
+            found.append((index, weights, own))
+        return found
+
+    def _summed(self, graphs: Sequence[Graph]) -> Tensors:
+        total = {name: torch.zeros_like(p) for name, p in self.moving.items()}
+        for _, _, own in graphs:
+            for part, one in zip(total.values(), own, strict=True):
+                if one is not None:
+                    part.add_(one.detach())
+        return total
+
+    def _clip(self, gradient: Tensors) -> tuple[float, float]:
+        """Norm of a gradient and what it is multiplied by."""
+        norm = float(torch.nn.utils.get_total_norm(gradient.values()))
+        most = self.recipe.max_grad_norm
+        return norm, 1.0 if most is None else min(1.0, most / (norm + _CLIP_EPS))
+
+    def _clipped(self, gradient: Tensors) -> Tensors:
+        _, share = self._clip(gradient)
+        return gradient if share == 1.0 else {name: share * g for name, g in gradient.items()}
+
+    @torch.no_grad()
+    def _move(self, state: State, gradient: Tensors) -> None:
+        """The optimizer's rule, in place."""
+        lr, decay, t = self.lrs[state.step], self.recipe.weight_decay, state.step + 1
+        state.step = t
+        for name, g in gradient.items():
+            weight, first = state.parts["weights"][name], state.parts["first"][name]
+            if self.recipe.optimizer == "sgd":
+                first.mul_(self.recipe.momentum).add_(g).add_(weight, alpha=decay)
+                weight.sub_(first, alpha=lr)
+                continue
+            second = state.parts["second"][name]
+            first.lerp_(g, 1 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+            root = (second / (1 - BETAS[1] ** t) + self.eps_root).sqrt_()
+            weight.mul_(1 - lr * decay).addcdiv_(first, root.add_(EPS), value=-lr / (1 - BETAS[0] ** t))
+
+    @torch.no_grad()
+    def _through_rule(self, back: Back, behind: State, clipped: Tensors, lr: float) -> Tensors:
+        """Lg^, and the derivatives in the state before the step but for the loss's part."""
+        t, decay, up = behind.step, self.recipe.weight_decay, {}
+        for name, g in clipped.items():
+            L, Lm = back.parts["weights"][name], back.parts["first"][name]
+            if self.recipe.optimizer == "sgd":
+                Lm.sub_(L, alpha=lr)
+                up[name] = Lm.clone()
+                L.add_(Lm, alpha=decay)
+                Lm.mul_(self.recipe.momentum)
+                continue
+            Lv, first, second = back.parts["second"][name], behind.parts["first"][name], behind.parts["second"][name]
+            bias = 1 - BETAS[0] ** t, 1 - BETAS[1] ** t
+            root = (second / bias[1] + self.eps_root).sqrt_()
+            D = (root + EPS).reciprocal_()
+            Lm.sub_(D * L, alpha=lr / bias[0])
+            slope = first * D.square() * L / (2 * root * bias[1]) * (lr / bias[0])
+            Lv.add_(torch.where(root > 0, slope, 0.0))
+            up[name] = (1 - BETAS[0]) * Lm + 2 * (1 - BETAS[1]) * g * Lv
+            L.mul_(1 - lr * decay)
+            Lm.mul_(BETAS[0])
+            Lv.mul_(BETAS[1])
+        return up
+
+    @torch.no_grad()
+    def _through_clip(self, up: Tensors, gradient: Tensors) -> None:
+        norm, share = self._clip(gradient)
+        if share == 1.0:
+            return
+        along = math.fsum(float((gradient[name] * one).sum(dtype=torch.float64)) for name, one in up.items())
+        for name, one in up.items():
+            one.mul_(share).sub_(gradient[name], alpha=share * along / (norm * (norm + _CLIP_EPS)))
+
+    def _through_loss(
+        self, back: Back, up: Tensors, number: int, graphs: Sequence[Graph], found: Tensor, *, last: bool
+    ) -> None:
+        """Add H Lg to L, and each example's grad l . Lg / n to what is found."""
+        moving, count = list(self.moving.values()), len(self.plan[number])
+        with torch.no_grad():
+            L = list(back.parts["weights"].values())
+        if graphs:
+            for index, weights, own in graphs:
+                along = sum((g * one).sum() for g, one in zip(own, up.values(), strict=True) if g is not None)
+                assert isinstance(along, Tensor)
+                dw, *second = torch.autograd.grad(along, [weights, *moving], retain_graph=not last, allow_unused=True)
+                found[index] += dw.double().cpu() / count
+                for part, one in zip(L, second, strict=True):
+                    if one is not None:
+                        part.add_(one)
+            return
+        for index, losses, weights in self._micro(number):
+            # Per-example products by one dual number a micro-batch: the gradient of sum_z u_z l_z is linear in u.
+            shares = torch.ones_like(losses, requires_grad=True)
+            linear = torch.autograd.grad((losses * shares).sum(), moving, create_graph=True, allow_unused=True)
+            along = sum((g * one).sum() for g, one in zip(linear, up.values(), strict=True) if g is not None)
+            assert isinstance(along, Tensor)
+            (products,) = torch.autograd.grad(along, shares, retain_graph=True)
+            found[index] += products.double().cpu() / count
+            pulled = torch.autograd.grad((losses * (products * weights).detach()).sum(), moving, allow_unused=True)
+            for part, one in zip(L, pulled, strict=True):
+                if one is not None:
+                    part.add_(one)
+
+
+def room_on_disk(folder: Path, needed: int) -> None:
+    """Refuse a run whose states do not fit, before it begins."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            "the states of the training run do not fit on the disk",
+            value=f"{needed / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB free",
+            rule="weights and the optimizer's state at every square root of the steps",
+            fix="make room, or let fewer parameters move: --set validation.method=lora",
+        )
+
+
+def same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that differs; None where all are the same."""
+    return next((name for name, tensor in expected.items() if not torch.equal(found[name], tensor)), None)

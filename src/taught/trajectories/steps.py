@@ -1,0 +1,207 @@
+"""Through every step of a training run (MAGIC, Ilyas and Engstrom, arXiv 2504.16430).
+
+    effect(F, z) = dF(theta_T) / dw_z,    theta_T = training(w),    w = 1
+
+F is a functional of the *final* model: a mean behavior, a coefficient of the policy fitted to the final read-outs, the
+score of that policy against the base model's (sum of W_j (W_j(theta_T) - W_j), W the base policy's), a concept. w_z is
+the weight of example z in the loss of every batch that it is in, with the batch's denominator held. Positive: training
+on z raised F. Leaving a set out changes F by about minus the sum of its effects.
+
+The run is made from the model's weights by the study's recipe of retraining, its states are kept at every square root
+of the steps (or all of them, where they fit into memory), and it is gone through backward
+(:mod:`taught.training.steps`), with what lies between two kept states made again and compared bit by bit.
+
+``hessian: gauss-newton`` puts (1/n) sum g g' in the place of the batch's Hessian (AdamW-influence, arXiv 2605.18814).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taught.core import rules
+from taught.core.curvature import Curvature, Identity
+from taught.core.estimator import Work
+from taught.core.example import Examples, example_losses
+from taught.core.problem import GB, Problem
+from taught.core.query import build_queries
+from taught.core.registry import TRAJECTORIES, setting
+from taught.core.scores import Scores
+from taught.core.target import TargetSet
+from taught.errors import UserError
+from taught.model.gradients import RowSparse, find_sites, frozen
+from taught.model.readout import read_prompts
+from taught.training.loop import trainable
+from taught.training.steps import Back, State, States, Training, room_on_disk, same_bits
+
+
+@TRAJECTORIES.register("steps")
+@dataclass(frozen=True)
+class Steps:
+    """The derivative of the trained model in every example's weight, step by step through the run."""
+
+    hessian: Literal["exact", "gauss-newton"] = setting(
+        "exact", rules.one_of("exact", "gauss-newton"), "exact (MAGIC) | gauss-newton: no second derivatives"
+    )
+    eps_root: float = setting(0.0, rules.number(minimum=0), "under the root of AdamW; 1e-8 makes training smoother")
+    single: ClassVar[bool] = False
+
+    def refuses(self, curvature: Curvature) -> str | None:
+        """The run's own optimizer is followed: no other metric has a place in it."""
+        if not isinstance(curvature, Identity):
+            return "a run that is followed step by step has the metric of its optimizer"
+        return None
+
+    def follow(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
+        """Train, read the final model, go back. Cost: a training, the replay of one, and three for each target.
+
+        Raises
+        ------
+        UserError
+            The recipe is not known or is trl's; training diverges; the states do not fit on the disk; the run does
+            not end in the same bits when it is made again.
+        """
+        recipe = problem.recipe
+        if recipe is None:
+            raise UserError("there is no training to follow", rule="a study names its recipe under validation")
+        ids = tuple(z.id for z in examples)
+        losses = example_losses(problem.model, examples, problem.batch_tokens).numpy()
+        with trainable(problem.model, recipe, problem.parameters) as parameters:
+            training = Training(
+                problem.model, examples, recipe, parameters, problem.batch_tokens, eps_root=self.eps_root
+            )
+            with training.ready():
+                moved = None if parameters is None else tuple(parameters)
+                values = _Pass(training, replace(problem, parameters=moved), targets, work, self).values()
+        place = {example_id: row for row, example_id in enumerate(training.ids)}
+        ordered = values[[place[i] for i in ids]]
+        return Scores("adjoint", ids, targets.names, targets.from_direct(ordered), losses=losses)
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One run there and back."""
+
+    training: Training
+    problem: Problem
+    targets: TargetSet
+    work: Work
+    how: Steps
+
+    def values(self) -> np.ndarray:
+        """dF/dw of every example, in the order of the training's ids, and every direct target: float64 [P, K]."""
+        training, progress = self.training, self.work.progress
+        begun, size = training.begin(), training.begin().bytes
+        steps, every = len(training), 1
+        in_memory = steps * size <= self.problem.memory_gb * GB / 2
+        folder = None
+        if not in_memory:
+            every = math.ceil(math.sqrt(steps))
+            folder = Path(mkdtemp(prefix="steps-", dir=self.work.folder))
+            room_on_disk(folder, (every + math.ceil(steps / every) + 1) * size)
+        try:
+            states = States(folder)
+            progress.step(f"train, {steps} steps", steps)
+            states.save(begun)
+            state = training.begin()
+            for step in range(steps):
+                if step % every == 0 and step:
+                    states.save(state)
+                training.advance(state)
+                progress.advance(1)
+            final = {name: weight.clone() for name, weight in state.parts["weights"].items()}
+            queries = self._queries()
+            count = len(self.targets.direct)
+            room = max(1, int(self.problem.memory_gb * GB // (2 * size)))
+            parts = []
+            for start in range(0, count, room):
+                some = range(start, min(start + room, count))
+                backs = [_back(state, queries, k) for k in some]
+                parts.append(self._back(states, every, final, backs, f"{start}"))
+            return torch.cat(parts, 1).numpy()
+        finally:
+            if folder is not None:
+                with suppress(OSError):
+                    shutil.rmtree(folder)
+
+    def _queries(self) -> dict[str, Tensor]:
+        """Gradients of the direct targets at the final weights, [K, *shape]."""
+        problem, targets, base = self.problem, self.targets, self.targets.readings
+        reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+        X = None
+        if problem.features is not None:
+            with torch.no_grad():
+                X = problem.features(reads.h, reads.offsets).double().cpu()
+        final = targets.at(base.refitted(reads.y.numpy(), None if X is None else X.numpy()))
+        problem = replace(problem, X=X)
+        self.work.progress.step("gradients of the targets of the trained model", None)
+        with frozen(problem.model):
+            found = build_queries(problem, find_sites(problem.model, problem.parameters), *final.cotangents())
+        return {name: _dense(query, problem) for name, query in found.items()}
+
+    def _back(self, states: States, every: int, final: dict[str, Tensor], backs: Sequence[Back], name: str) -> Tensor:
+        """Contributions of all steps, float64 [P, K], from the last segment to the first."""
+        training, work = self.training, self.work
+        values = torch.zeros(len(training.ids), len(backs), dtype=torch.float64)
+        starts = list(range(0, len(training), every))
+        work.progress.step(f"back through {len(training)} steps", len(training))
+        for start in reversed(starts):
+            stop = min(start + every, len(training))
+            self._replay(states, start, stop, final)
+            for step in reversed(range(start, stop)):
+                state = training.enter(states.load(step))
+                found = training.step_back(state, backs, exact=self.how.hessian == "exact")
+                values[training.plan[step]] += found
+                if step != start:
+                    states.drop(step)
+                work.progress.advance(1)
+        return values
+
+    def _replay(self, states: States, start: int, stop: int, final: dict[str, Tensor]) -> None:
+        """Make the states between two kept ones again, and see that the run ends where it did."""
+        training = self.training
+        if all(step in states for step in range(start, stop)):
+            return
+        state = training.enter(states.load(start))
+        while state.step < stop:
+            if state.step != start:
+                states.save(state)
+            training.advance(state)
+        expected = states.load(stop).parts["weights"] if stop in states else final
+        differs = same_bits(state.parts["weights"], expected)
+        if differs is not None:
+            raise UserError(
+                "training is not the same when it is made again",
+                value=f"{differs} after step {stop}",
+                rule="the same weights, examples and kernels give the same bits",
+                fix="set torch to deterministic kernels, or use --set model.device=cpu",
+            )
+
+
+def _back(state: State, queries: dict[str, Tensor], k: int) -> Back:
+    """The derivative of a target in the final state: in its weights, and in nothing else."""
+    weights = {
+        name: queries[name][k].to(tensor).clone() if name in queries else torch.zeros_like(tensor)
+        for name, tensor in state.parts["weights"].items()
+    }
+    zeros = {part: {n: torch.zeros_like(t) for n, t in of.items()} for part, of in state.parts.items()}
+    return Back({**zeros, "weights": weights})
+
+
+def _dense(query: Tensor | RowSparse, problem: Problem) -> Tensor:
+    if not isinstance(query, RowSparse):
+        return query
+    tokens = problem.model.get_input_embeddings().weight  # type: ignore[operator]
+    whole = query.values.new_zeros(len(query.values), *tokens.shape)
+    whole[:, query.rows] = query.values
+    return whole

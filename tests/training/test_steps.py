@@ -1,0 +1,159 @@
+"""A training run step by step: the optimizers of torch, and derivatives of whole runs by central differences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from taught.study.schema import ValidationSpec
+from taught.training.loop import Recipe, train, trainable
+from taught.training.steps import Back, State, States, Training
+from tiny_models import plain_y, tiny_examples, tiny_model, tiny_preferences
+
+BASE = Recipe.of(ValidationSpec(lr=0.01, epochs=2, batch=3))
+RECIPES = {
+    "adamw": replace(BASE, weight_decay=0.1, schedule="linear", warmup=0.3),
+    "adamw, clipped": replace(BASE, max_grad_norm=0.05),
+    "adamw, clipped sometimes": replace(BASE, max_grad_norm=4.0),
+    "sgd": replace(BASE, optimizer="sgd", lr=0.05),
+    "momentum": replace(BASE, optimizer="sgd", lr=0.02, momentum=0.9, weight_decay=0.1, max_grad_norm=3.0),
+}
+PROMPT = (0, 5, 6, 7, 8, 3, 2)
+
+
+def functional(model) -> torch.Tensor:
+    return plain_y(model, PROMPT)
+
+
+def trained(recipe: Recipe, weights: torch.Tensor, *, name: str = "untied", eps_root: float = 0.0, budget: int = 512):
+    """F after a whole run with these weights."""
+    model = tiny_model(name)
+    with trainable(model, recipe, None) as patterns:
+        training = Training(model, examples(), recipe, patterns, budget, eps_root, weights)
+        with training.ready():
+            training.train()
+            return float(functional(model).detach())
+
+
+def examples():
+    return [*tiny_examples(), tiny_preferences()[0]]
+
+
+def derivative(recipe: Recipe, *, name: str = "untied", eps_root: float = 0.0, exact: bool = True, budget: int = 512):
+    model = tiny_model(name)
+    with trainable(model, recipe, None) as patterns:
+        training, states = Training(model, examples(), recipe, patterns, budget, eps_root), States(None)
+        with training.ready():
+            state = training.train(states)
+            slopes = torch.autograd.grad(functional(model), list(training.moving.values()), allow_unused=True)
+            zeros = {part: {n: torch.zeros_like(t) for n, t in of.items()} for part, of in state.parts.items()}
+            weights = {
+                n: torch.zeros_like(p) if g is None else g.clone()
+                for (n, p), g in zip(training.moving.items(), slopes, strict=True)
+            }
+            back, total = Back({**zeros, "weights": weights}), np.zeros(len(training.ids))
+            for step in reversed(range(len(training))):
+                found = training.step_back(training.enter(states.load(step)), [back], exact=exact)
+                total[training.plan[step]] += found[:, 0].numpy()
+    return training.ids, total
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_run_is_that_of_torch_s_own_optimizers(recipe: Recipe) -> None:
+    model, other = tiny_model("tied"), tiny_model("tied")
+    train(model, examples(), recipe)
+    training = Training(other, examples(), recipe)
+    with training.ready():
+        training.train()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("name", ["untied", "gpt2"])
+def test_the_derivative_is_that_of_whole_trainings(recipe: Recipe, name: str) -> None:
+    # Central differences of retrainings in each example's weight. eps_root keeps AdamW smooth where gradients vanish.
+    ids, found = derivative(recipe, name=name, eps_root=1e-6)
+    step = 1e-5
+    for row in range(len(ids)):
+        weights = torch.ones(len(ids), dtype=torch.float64)
+        ends = []
+        for sign in (1, -1):
+            weights[row] = 1 + sign * step
+            ends.append(trained(recipe, weights, name=name, eps_root=1e-6))
+        assert found[row] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-6, abs=1e-9)
+
+
+def test_the_derivative_goes_through_fresh_lora_layers() -> None:
+    recipe = replace(BASE, method="lora", lora_rank=2, epochs=3)
+    ids, found = derivative(recipe, eps_root=1e-6)
+    step = 1e-5
+    for row in range(len(ids)):
+        weights = torch.ones(len(ids), dtype=torch.float64)
+        ends = []
+        for sign in (1, -1):
+            weights[row] = 1 + sign * step
+            ends.append(trained(recipe, weights, eps_root=1e-6))
+        assert found[row] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-6, abs=1e-9)
+
+
+def test_micro_batches_change_nothing() -> None:
+    one, many = (derivative(RECIPES["adamw, clipped"], eps_root=1e-6, budget=budget)[1] for budget in (512, 1))
+    np.testing.assert_allclose(one, many, rtol=1e-9)
+
+
+def test_an_example_with_weight_zero_is_as_if_it_had_no_loss() -> None:
+    recipe = replace(BASE, optimizer="sgd", lr=0.05, batch=5, epochs=1)
+    weights = torch.ones(5, dtype=torch.float64)
+    weights[1] = 0.0
+    model = tiny_model("untied")
+    rest = [z for i, z in enumerate(sorted(examples(), key=lambda z: z.id)) if i != 1]
+    with trainable(model, replace(recipe, lr=0.04), None) as patterns:  # four of five: the denominator is held
+        training = Training(model, rest, replace(recipe, lr=0.04), patterns)
+        with training.ready():
+            training.train()
+            expected = float(functional(model).detach())
+    assert trained(recipe, weights) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_gauss_newton_product_is_the_sum_of_squared_gradients() -> None:
+    # One step of SGD, gone back over twice: L behind the first of two equal steps holds H Lg of the second.
+    recipe = replace(BASE, optimizer="sgd", lr=0.05, batch=5, epochs=1)
+    model = tiny_model("untied")
+    with trainable(model, recipe, None) as patterns:
+        training = Training(model, examples(), recipe, patterns)
+        with training.ready():
+            state = training.begin()
+            draw = torch.Generator().manual_seed(0)
+            up = {n: torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in training.moving.items()}
+            zeros = {part: {n: torch.zeros_like(t) for n, t in of.items()} for part, of in state.parts.items()}
+            back = Back({**zeros, "weights": {n: t.clone() for n, t in up.items()}})
+            found = training.step_back(training.enter(state.copy()), [back], exact=False)
+            expected = {n: t.clone() for n, t in up.items()}
+            for place, z in enumerate(training.plan[0]):
+                one = Training(model, [training.inputs[z]], recipe, patterns)
+                gradient = one._gradient(0)
+                along = sum((gradient[n] * -0.05 * up[n]).sum() for n in up)
+                assert float(found[place, 0]) == pytest.approx(float(along) / 5, rel=1e-9)
+                for n in expected:
+                    expected[n] += gradient[n] * along / 5
+    for n, tensor in expected.items():
+        torch.testing.assert_close(back.parts["weights"][n], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_states_come_back_from_a_folder_as_they_were(tmp_path) -> None:
+    training = Training(tiny_model("tied"), examples(), BASE)
+    kept, states = States(None), States(tmp_path / "states")
+    with training.ready():
+        state = training.begin()
+        training.advance(state)
+        kept.save(state)
+        states.save(state)
+    one, other = kept.load(1), states.load(1)
+    assert one.tensors().keys() == other.tensors().keys() and isinstance(one, State)
+    assert all(torch.equal(one.tensors()[name], t) for name, t in other.tensors().items())
+    states.drop(1)
+    assert 1 not in states and 1 in kept
