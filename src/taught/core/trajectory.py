@@ -71,6 +71,7 @@ class Follows(Protocol):
     """A trajectory that goes through a whole training run by itself: it has no legs to be asked for one by one."""
 
     single: bool
+    carries: bool
 
     def refuses(self, curvature: Curvature) -> str | None:
         """As of :class:`Trajectory`."""

@@ -96,7 +96,7 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
             continue
         weight = names.get(id(own["weight"])) if own.get("weight") is not None else None
         bias = names.get(id(own["bias"])) if own.get("bias") is not None else None
-        scale, padding = _embedding_options(module) if kind == "embedding" else (1.0, None)
+        scale, padding = embedding_options(module) if kind == "embedding" else (1.0, None)
         sites.append(Site(name, kind, weight, bias, scale, padding))
         covered |= {weight, bias}
     missing = sorted(set(names.values()) - covered)
@@ -141,13 +141,13 @@ def _is_plain(module: nn.Linear | nn.Embedding) -> bool:
             x = _random(2, 3, module.in_features, like=module.weight)
             return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
         ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
-        return _agree(module(ids), _embedding_options(module)[0] * module.weight[ids])
+        return _agree(module(ids), embedding_options(module)[0] * module.weight[ids])
     except Exception:
         return False
 
 
 @torch.no_grad()
-def _embedding_options(module: nn.Module) -> tuple[float, int | None]:
+def embedding_options(module: nn.Module) -> tuple[float, int | None]:
     """Factor on the rows (what the module makes of rows of ones), and its padding row."""
     assert isinstance(module, nn.Embedding)
     if type(module) is nn.Embedding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import reduce
 from itertools import combinations
 from typing import Any
@@ -19,6 +19,7 @@ from taught.core.estimator import Work
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
 from taught.core.scores import Scores, scores_schema
 from taught.core.target import kind_of
+from taught.core.trajectory import Follows
 from taught.data.documents import windows_note
 from taught.data.examples import ExampleSet
 from taught.errors import UserError
@@ -37,6 +38,7 @@ from taught.stages.ready import Ask, Ready, asks, method_of, prepare, read_data,
 from taught.stages.subject import open_subject, prompt_inputs
 from taught.stats.ranks import spearman_interval
 from taught.study.schema import Study
+from taught.training.loop import Recipe
 
 Checks = dict[str, dict[str, float]]
 
@@ -55,7 +57,10 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
     data = read_data(study, progress)
     progress.step("load the model")
     subject = open_subject(study)
-    with run.stage("attribute", study, subject.identity) as stage:
+    trained = {}
+    if isinstance(method_of(study).trajectory.make(TRAJECTORIES), Follows):
+        trained = {f"validation.{name}": value for name, value in asdict(Recipe.of(study.validation)).items()}
+    with run.stage("attribute", study, {**subject.identity, **trained}) as stage:
         if stage.done:
             return
         ready = prepare(study, run, subject, data)

@@ -19,7 +19,7 @@ from taught.progress import Progress
 from taught.run.files import json_line, schema
 from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
-from taught.stages.scored import default_target, read_scores
+from taught.stages.scored import default_target, read_scores, run_targets
 from taught.study.schema import Study
 
 
@@ -33,7 +33,7 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
     """
     chosen = study.curation
     labels = (study.examples.positive_label, study.examples.negative_label)
-    published = study.sae.path is not None and None not in labels and not (chosen.k or chosen.target or chosen.protect)
+    published = None not in labels and not (chosen.k or chosen.target or chosen.protect) and "score" in run_targets(run)
     rule = chosen.rule or ("paper" if published else "top-k")
     target = chosen.target or (default_target(run) if rule in RANKED else "score")
     if rule not in RANKED:

@@ -18,6 +18,9 @@ and Engstrom, arXiv 2504.16430), elementwise, with the state behind the step pri
     clip    Lg = c Lg^ - c (g . Lg^) g / (|g| (|g| + 1e-6))       where it is active, else Lg = Lg^
     loss    dF/dw_i += grad l_i . Lg / n;   L <- L + H Lg         H: of the batch's loss
 
+The gradient that training is given leaves out look-ups of an embedding's padding row, which the loss depends on all the
+same: H holds the derivative of that gradient in the padding row, too.
+
 Where v' is 0 the gradient has been 0 at every step so far; the root has no derivative there and Lv' is left as it is.
 """
 
@@ -28,6 +31,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.core.example import Examples, batch_indices, make_batch
 from taught.errors import UserError
-from taught.model.gradients import evaluating
+from taught.model.gradients import embedding_options, evaluating
 from taught.model.parameters import moving_parameters
 from taught.run import files
 from taught.training.loop import Recipe, check_inputs, learning_rates, only_moving, plan
@@ -231,7 +235,8 @@ class Training:
         """
         number = state.step
         index, lr = self.plan[number], self.lrs[number]
-        graphs = self._graphs(number) if exact else []
+        with padding_rows(self.moving, self.model) as padding:
+            graphs = self._graphs(number) if exact else []
         gradient = self._summed(graphs) if graphs else self._gradient(number)
         clipped = self._clipped(gradient)
         behind = state.copy()
@@ -240,7 +245,8 @@ class Training:
         for column, back in enumerate(backs):
             up = self._through_rule(back, behind, clipped, lr)
             self._through_clip(up, gradient)
-            self._through_loss(back, up, number, graphs, found[:, column], last=column == len(backs) - 1)
+            last = column == len(backs) - 1
+            self._through_loss(back, up, number, graphs, padding, found[:, column], last=last)
         return found
 
     # The pieces of a step
@@ -350,7 +356,15 @@ class Training:
             one.mul_(share).sub_(gradient[name], alpha=share * along / (norm * (norm + _CLIP_EPS)))
 
     def _through_loss(
-        self, back: Back, up: Tensors, number: int, graphs: Sequence[Graph], found: Tensor, *, last: bool
+        self,
+        back: Back,
+        up: Tensors,
+        number: int,
+        graphs: Sequence[Graph],
+        padding: Sequence[PaddingRow],
+        found: Tensor,
+        *,
+        last: bool,
     ) -> None:
         """Add H Lg to L, and each example's grad l . Lg / n to what is found."""
         moving, count = list(self.moving.values()), len(self.plan[number])
@@ -360,9 +374,11 @@ class Training:
             for index, weights, own in graphs:
                 along = sum((g * one).sum() for g, one in zip(own, up.values(), strict=True) if g is not None)
                 assert isinstance(along, Tensor)
-                dw, *second = torch.autograd.grad(along, [weights, *moving], retain_graph=not last, allow_unused=True)
+                inputs = [weights, *moving, *(row.leaf for row in padding)]
+                dw, *second = torch.autograd.grad(along, inputs, retain_graph=not last, allow_unused=True)
                 found[index] += dw.double().cpu() / count
-                for part, one in zip(L, second, strict=True):
+                rows = [back.parts["weights"][row.name][row.index] for row in padding]
+                for part, one in zip([*L, *rows], second, strict=True):
                     if one is not None:
                         part.add_(one)
             return
@@ -378,6 +394,45 @@ class Training:
             for part, one in zip(L, pulled, strict=True):
                 if one is not None:
                     part.add_(one)
+
+
+@dataclass(frozen=True, eq=False)
+class PaddingRow:
+    """The padding row of an embedding that moves, as a variable of its own: what is added to its look-ups, 0.
+
+    Attributes
+    ----------
+    name : of the embedding's weight
+    index : of the row
+    leaf : [D]
+    """
+
+    name: str
+    index: int
+    leaf: Tensor
+
+
+@contextmanager
+def padding_rows(moving: Mapping[str, nn.Parameter], model: nn.Module) -> Iterator[list[PaddingRow]]:
+    """Derivatives in the padding rows of embeddings, which torch leaves out; look-ups and gradients stay the same."""
+    names = {id(p): name for name, p in moving.items()}
+    rows, handles = [], []
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) or module.padding_idx is None or id(module.weight) not in names:
+            continue
+        leaf = torch.zeros_like(module.weight[0]).requires_grad_()
+        rows.append(PaddingRow(names[id(module.weight)], module.padding_idx, leaf))
+        added = partial(_add_at, module.padding_idx, leaf, embedding_options(module)[0])
+        handles.append(module.register_forward_hook(added))
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_at(row: int, leaf: Tensor, scale: float, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    return torch.where((args[0] == row)[..., None], out + scale * leaf, out)
 
 
 def room_on_disk(folder: Path, needed: int) -> None:

@@ -41,6 +41,7 @@ from taught.core.target import TargetSet
 from taught.errors import UserError
 from taught.model.gradients import RowSparse, find_sites, frozen
 from taught.model.readout import read_prompts
+from taught.run.pieces import piece_key
 from taught.training.loop import trainable
 from taught.training.steps import Back, State, States, Training, room_on_disk, same_bits
 
@@ -55,6 +56,7 @@ class Steps:
     )
     eps_root: float = setting(0.0, rules.number(minimum=0), "under the root of AdamW; 1e-8 makes training smoother")
     single: ClassVar[bool] = False
+    carries: ClassVar[bool] = True
 
     def refuses(self, curvature: Curvature) -> str | None:
         """The run's own optimizer is followed: no other metric has a place in it."""
@@ -153,18 +155,26 @@ class _Pass:
         """Contributions of all steps, float64 [P, K], from the last segment to the first."""
         training, work = self.training, self.work
         values = torch.zeros(len(training.ids), len(backs), dtype=torch.float64)
-        starts = list(range(0, len(training), every))
         work.progress.step(f"back through {len(training)} steps", len(training))
-        for start in reversed(starts):
+        key, done = piece_key("steps back", name), len(training)
+        if work.pieces is not None and (found := work.pieces.load(key)) is not None:
+            done, values = int(found["done"][0]), torch.from_numpy(found["values"].copy())
+            for label, tensor in _labelled(backs):
+                tensor.copy_(torch.from_numpy(found[label]))
+            work.progress.advance(len(training) - done)
+        for start in reversed(range(0, done, every)):
             stop = min(start + every, len(training))
             self._replay(states, start, stop, final)
             for step in reversed(range(start, stop)):
                 state = training.enter(states.load(step))
-                found = training.step_back(state, backs, exact=self.how.hessian == "exact")
-                values[training.plan[step]] += found
+                own = training.step_back(state, backs, exact=self.how.hessian == "exact")
+                values[training.plan[step]] += own
                 if step != start:
                     states.drop(step)
                 work.progress.advance(1)
+            if work.pieces is not None and start:  # one piece, replaced: the newest holds all before it
+                arrays = {label: tensor.cpu().numpy() for label, tensor in _labelled(backs)}
+                work.pieces.save(key, {**arrays, "values": values.numpy(), "done": np.array([start])})
         return values
 
     def _replay(self, states: States, start: int, stop: int, final: dict[str, Tensor]) -> None:
@@ -186,6 +196,16 @@ class _Pass:
                 rule="the same weights, examples and kernels give the same bits",
                 fix="set torch to deterministic kernels, or use --set model.device=cpu",
             )
+
+
+def _labelled(backs: Sequence[Back]) -> list[tuple[str, Tensor]]:
+    """Every tensor of some derivatives under a name of its own."""
+    return [
+        (f"{k} {part} {name}", tensor)
+        for k, back in enumerate(backs)
+        for part, of in back.parts.items()
+        for name, tensor in of.items()
+    ]
 
 
 def _back(state: State, queries: dict[str, Tensor], k: int) -> Back:

@@ -1,0 +1,176 @@
+"""Through a whole training run, for every kind of target: central differences of whole trainings, float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from taught.core import driver
+from taught.core.driver import Method
+from taught.core.estimator import Work
+from taught.core.names import TargetName
+from taught.core.registry import Choice
+from taught.core.target import TargetSet, value
+from taught.errors import UserError
+from taught.model.readout import read_prompts
+from taught.progress import SilentProgress
+from taught.run.pieces import PartialFolder
+from taught.stages.ready import prepare, read_data
+from taught.stages.subject import open_subject
+from taught.study.load import load_study
+from taught.training.loop import trainable
+from taught.training.steps import Training
+from tiny_models import Norm64
+from tiny_study import do, with_values, write_tiny_study
+
+ROOT = 1e-6
+METHOD = Method(trajectory=Choice("steps", {"eps_root": ROOT}))
+RECIPE = {
+    "validation.lr": 3e-3,
+    "validation.epochs": 2,
+    "validation.batch": 4,
+    "validation.max_grad_norm": 0.5,
+    "validation.weight_decay": 0.01,
+    "validation.schedule": "linear",
+    "validation.warmup": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    path = write_tiny_study(tmp_path_factory.mktemp("study"))
+    small = {"model.dtype": "float64", "examples.limit": 8, "prompts.limit": 12, "features.max_features": 3}
+    return with_values(load_study(path), {**small, **RECIPE})
+
+
+@pytest.fixture(scope="module")
+def ready(study, tmp_path_factory):
+    run = do(study, tmp_path_factory.mktemp("run") / "run", "readings", "policy")
+    subject = open_subject(study)
+    for module in list(subject.loaded.model.modules()):  # transformers' own norm computes in float32
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = Norm64(len(child.weight), child.variance_epsilon).double()
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return prepare(study, run, subject, read_data(study, SilentProgress()))
+
+
+@pytest.fixture(scope="module")
+def targets(ready) -> TargetSet:
+    return TargetSet.of(["behavior:harmless", "behavior:harmful", "score", "coefficient:*"], ready.readings)
+
+
+@pytest.fixture(scope="module")
+def scores(ready, targets):
+    return driver.scores(ready.problem, ready.inputs, targets, METHOD, Work())
+
+
+def values_after(ready, weights, names) -> np.ndarray:
+    """F of the model that a whole run with these weights ends in."""
+    problem = ready.problem
+    with trainable(problem.model, problem.recipe, problem.parameters) as patterns:
+        training = Training(problem.model, ready.inputs, problem.recipe, patterns, eps_root=ROOT, weights=weights)
+        with training.ready():
+            training.train()
+            with torch.no_grad():
+                reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+                X = problem.features(reads.h, reads.offsets).double().numpy()
+    final = ready.readings.refitted(reads.y.numpy(), X)
+    return np.array([value(name, final, ready.readings) for name in names])
+
+
+def test_effects_are_derivatives_of_whole_trainings_for_every_target(ready, targets, scores):
+    names = [name for name in targets.names if name.pathway is None]
+    ids = sorted(scores.example_ids)
+    step = 1e-4
+    for row, example_id in enumerate(ids):
+        ends = []
+        for sign in (1, -1):
+            weights = torch.ones(len(ids), dtype=torch.float64)
+            weights[row] = 1 + sign * step
+            ends.append(values_after(ready, weights, names))
+        numeric = (ends[0] - ends[1]) / (2 * step)
+        found = np.array([scores.by_example(name)[example_id] for name in names])
+        np.testing.assert_allclose(found, numeric, rtol=2e-6, atol=1e-7 * np.abs(numeric).max())
+
+
+def test_pathways_add_up_and_both_are_there(scores):
+    for kind in ("score", *(str(n) for n in scores.targets if n.kind == "coefficient" and n.pathway is None)):
+        x, y = (np.array(list(scores.by_example(f"{kind}:{side}").values())) for side in "xy")
+        total = np.array(list(scores.by_example(kind).values()))
+        np.testing.assert_allclose(x + y, total, rtol=1e-9, atol=1e-12)
+        assert np.abs(x).max() > 0 and np.abs(y).max() > 0
+
+
+def test_weights_are_as_before_and_states_on_disk_give_the_same(ready, targets, scores, tmp_path):
+    before = {n: p.detach().clone() for n, p in ready.problem.model.named_parameters()}
+    some = targets.select([TargetName.parse("behavior:harmless"), TargetName.parse("score:x")])
+    little = replace(ready.problem, memory_gb=1e-6)  # nothing fits: states go to the disk, a target at a time
+    other = driver.scores(little, ready.inputs, some, METHOD, Work(folder=tmp_path))
+    for name in some.names:
+        assert other.by_example(name) == pytest.approx(scores.by_example(name), rel=1e-9)
+    assert all(torch.equal(before[n], p) for n, p in ready.problem.model.named_parameters())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stopped_pass_goes_on_where_it_was(ready, targets, scores, tmp_path, monkeypatch):
+    some = targets.select([TargetName.parse("behavior:harmless")])
+    little = replace(ready.problem, memory_gb=1e-6)
+    steps, made = Training.step_back, []
+
+    def dying(self, *args, **options):
+        made.append(1)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return steps(self, *args, **options)
+
+    monkeypatch.setattr(Training, "step_back", dying)
+    work = Work(pieces=PartialFolder(tmp_path / "partial"), folder=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        driver.scores(little, ready.inputs, some, METHOD, work)
+    made.clear()
+    monkeypatch.setattr(Training, "step_back", lambda self, *a, **o: (made.append(1), steps(self, *a, **o))[1])
+    again = driver.scores(little, ready.inputs, some, METHOD, work)
+    assert len(made) < 4
+    assert again.by_example("behavior:harmless") == pytest.approx(scores.by_example("behavior:harmless"), rel=1e-12)
+
+
+def test_training_that_is_not_the_same_again_is_refused(ready, targets, monkeypatch):
+    advance, calls = Training.advance, []
+
+    def drifting(self, state):
+        advance(self, state)
+        calls.append(1)
+        if len(calls) == 6:  # in the replay of the last segment
+            next(iter(self.moving.values())).data.add_(1e-9)
+
+    monkeypatch.setattr(Training, "advance", drifting)
+    some = targets.select([TargetName.parse("behavior:harmless")])
+    with pytest.raises(UserError, match="not the same when it is made again"):
+        driver.scores(replace(ready.problem, memory_gb=1e-6), ready.inputs, some, METHOD, Work())
+
+
+@pytest.mark.parametrize("estimator", ["forward", "finite-step", "sketch"])
+def test_only_the_adjoint_follows_a_run(ready, targets, estimator):
+    with pytest.raises(UserError, match="does not go together"):
+        driver.scores(ready.problem, ready.inputs, targets, replace(METHOD, estimator=Choice(estimator)), Work())
+
+
+def test_a_curvature_has_no_place_in_a_run(ready, targets):
+    with pytest.raises(UserError, match="does not go together"):
+        driver.scores(ready.problem, ready.inputs, targets, replace(METHOD, curvature=Choice("adam")), Work())
+
+
+def test_a_run_through_the_command_s_stages(study, tmp_path):
+    small = with_values(study, {"attribution.trajectory": "steps", "attribution.targets": ["behavior:harmless"]})
+    run = do(small, tmp_path / "run", "readings", "policy", "attribute", "curate", "report")
+    record = run.read_json("attribution")
+    assert record["method"] == "adjoint@steps"
+    values = run.read_table("summary")["behavior:harmless"].to_pylist()
+    assert all(v is not None for v in values)
+    with pytest.raises(UserError, match="validation.lr"):  # the recipe is what they depend on
+        do(with_values(small, {"validation.lr": 1e-3}), tmp_path / "run", "attribute")
