@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
+    from torch import Tensor
 
 _TEMPORARY = ".tmp"
+_JSON_BYTES = 2**24
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -98,6 +100,33 @@ def json_bytes(record: object) -> bytes:
 def json_line(record: object) -> str:
     """One line of a JSONL file; NaN and infinity are refused."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parse_json(content: bytes | str) -> Any:
+    """What JSON says; ValueError where it is damaged, nested too deeply, or says one key twice."""
+    try:
+        return json.loads(content, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key stands twice: {next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)}")
+    return found
+
+
+def read_json_mapping(path: Path) -> dict[str, Any]:
+    """A JSON object of a file; ValueError where it is none, or larger than 16 MB."""
+    if not path.is_file():  # a pipe would wait, a device would not end
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if path.stat().st_size > _JSON_BYTES:
+        raise ValueError(f"larger than {_JSON_BYTES:,} bytes")
+    found = parse_json(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -179,6 +208,20 @@ def tensors_from_bytes(content: bytes) -> dict[str, np.ndarray]:
     from safetensors.numpy import load
 
     return load(content)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Named tensors of a safetensors file; ValueError where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    try:
+        return load_file(path)
+    # Of a number type that torch does not have, it raises what torch does.
+    except (SafetensorError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def tensor_rows(path: Path, name: str, places: Sequence[int]) -> np.ndarray:

@@ -187,6 +187,11 @@ class SaeSpec(Section):
     max_fvu: float = setting(
         0.9, rules.number(above=0), "refuse an SAE that leaves more unexplained; set it near your SAE's own"
     )
+    ignore: tuple[str, ...] = setting(
+        (),
+        rules.list_of(rules.text(), empty=True),
+        "keys of its cfg.json that are not known here and that change nothing about the features",
+    )
 
 
 @dataclass(frozen=True)
