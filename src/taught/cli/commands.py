@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from taught.cli import console, given
 from taught.cli.given import Question, Several, Switch, Where
-from taught.errors import UserError
+from taught.errors import UserError, printable
 
 if TYPE_CHECKING:
     from taught.run.folder import RunFolder
@@ -155,7 +155,7 @@ def _show(run: RunFolder, item: str | None) -> None:
     run.verify()
     for stage, record in run.manifest["stages"].items():
         if record["status"] != "complete":
-            console.err().print(f"{stage} was not finished in {run.folder}: its parts are missing or old")
+            console.say(f"{stage} was not finished in {run.folder}: its parts are missing or old", console.err())
     console.out().print(show_run(run.folder, item=item))
 
 
@@ -210,7 +210,7 @@ def show(
     from taught.report.cells import rich_table, write_csv
 
     if csv:
-        write_csv(table, sys.stdout)
+        write_csv(table, sys.stdout, str if not sys.stdout.isatty() else printable)
     else:
         console.out().print(rich_table(table))
     return 0
