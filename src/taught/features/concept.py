@@ -9,7 +9,6 @@ differences of means: Persona Vectors, arXiv 2507.21509.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +24,7 @@ from taught.errors import UserError
 from taught.features.pooling import pool
 from taught.features.probe import fit_direction, held_out
 from taught.features.sae import SparseAutoencoder
-from taught.run.files import json_bytes, sha256_bytes, tensors_bytes, tensors_from_bytes, write_bytes
+from taught.run.files import json_bytes, parse_json, sha256_bytes, tensors_bytes, tensors_from_bytes, write_bytes
 from taught.stats.arrays import Floats
 from taught.stats.auc import auc_within
 from taught.stats.intervals import Interval
@@ -355,7 +354,7 @@ def load_concept(folder: str | Path) -> Concept:
     """
     path = Path(folder).expanduser()
     try:
-        record = json.loads((path / "concept.json").read_bytes())
+        record = parse_json((path / "concept.json").read_bytes())
         content = (path / "concept.safetensors").read_bytes()
         if record["format"] != FORMAT or record["sha256"] != sha256_bytes(content):
             raise ValueError("the files are of another format, or not of one concept")

@@ -274,7 +274,7 @@ def check_ids(
 ) -> None:
     """Raise ValueError unless ids are unique and as many as the axes that they name."""
     for key, values in ids.items():
-        if len(set(values)) != len(values):
+        if not isinstance(values, list) or len(set(values)) != len(values):
             raise ValueError(f"{key}: an id stands twice")
         if axes is None and not any(len(values) in array.shape for array in arrays.values()):
             shapes = {name: array.shape for name, array in arrays.items()}
