@@ -878,14 +878,15 @@ def at(record: dict, path: str, value: object) -> dict:
     return {name: of for name, of in changed.items() if of is not ...}
 
 
+PARTS = """
+    stages inputs files study inputs/readings inputs/readings/code stages/readings stages/readings/status
+    stages/readings/seconds files/readings.json files/readings.json/stage files/readings.json/bytes study/policy
+    study/behavior study/attribution study/name command stages/nothing files/outside
+"""
+
+
 @pytest.mark.parametrize("value", [..., None, 3, "a", [], {"a": []}, "\x1b[2J"], ids=repr)
-@pytest.mark.parametrize(
-    "path",
-    ["stages", "inputs", "files", "study", "inputs/readings", "inputs/readings/code", "stages/readings/status"]
-    + ["stages/readings", "stages/readings/seconds", "files/readings.json", "files/readings.json/stage"]
-    + ["files/readings.json/bytes", "study/policy", "study/behavior", "study/attribution", "study/name", "command"]
-    + ["stages/nothing", "files/outside"],
-)
+@pytest.mark.parametrize("path", PARTS.split())
 def test_a_manifest_whose_parts_are_of_another_type_is_named_or_means_nothing(folder, study, path, value):
     run, _ = readings(folder, study)
     (folder / "manifest.json").write_text(json.dumps(at(run.manifest, path, value)))
@@ -896,7 +897,7 @@ def test_a_manifest_whose_parts_are_of_another_type_is_named_or_means_nothing(fo
         again.made_by_other_code()
         again.read_json("readings")
     except UserError as error:
-        assert str(error).isprintable() or "\n" in str(error)
+        assert "\x1b" not in str(error)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", ".lock", "manifest.json", ".."])
