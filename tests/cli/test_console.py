@@ -81,3 +81,16 @@ def test_csv_is_exact_for_a_program_and_harmless_on_a_terminal():
     assert program.getvalue() == 'a\x1b\nb\x1b[31m\n""\n'
     write_csv(table, terminal, printable)
     assert harmless(terminal.getvalue())
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\x00b", "a/" * 2000, "b\x1b[31m", "\ud800"])
+@pytest.mark.parametrize(
+    "argv", [["show"], ["report"], ["curate"], ["init"], ["check"], ["run", "refusal-smollm2", "--run"]]
+)
+def test_a_name_that_no_file_can_have_is_the_users_mistake(argv, name):
+    assert run_command([*argv, name]) == 2
+
+
+@pytest.mark.parametrize("top", ["0", "-5", "9" * 30, "x"])
+def test_a_number_of_rows_is_one(tmp_path, top):
+    assert run_command(["show", str(tmp_path), "--top", top]) == 2

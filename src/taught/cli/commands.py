@@ -70,9 +70,10 @@ def init(path: Path = Path("study.yaml"), /, *, force: Switch = False) -> int:
     force
         Replace the file if it exists.
     """
-    from taught.run.files import write_bytes
+    from taught.run.files import place, write_bytes
     from taught.study.template import template
 
+    path = place(path)
     if path.is_dir():
         path = path / "study.yaml"
     if path.exists() and not force:
@@ -201,6 +202,8 @@ def show(
     """
     from taught.cli.answer import Asked, answer
 
+    if not 0 < top < 2**31:
+        raise UserError("--top is a number of rows", value=top, rule="at least 1", fix="for example: --top 20")
     folder = given.open_run(run)
     asked = Asked(top, label, method, quantiles, groups, dict(map(given.parse_set, set)), csv)
     table = answer(folder, what, asked)

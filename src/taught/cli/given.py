@@ -139,7 +139,7 @@ def run_folder(source: str | None, study: Study, where: Where) -> RunFolder:
     from taught.run.folder import RunFolder
     from taught.run.manifest import NAME
 
-    inside = source is not None and (Path(source) / NAME).is_file()
+    inside = source is not None and os.path.isfile(os.path.join(source, NAME))
     default = Path(source) if inside and source is not None else Path("runs") / study.name
     return RunFolder(where.run or default, fresh=stages_of(where.fresh), command=_typed())
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from taught.core import rules
 from taught.errors import UserError
 
 if TYPE_CHECKING:
@@ -232,6 +233,16 @@ def tensor_rows(path: Path, name: str, places: Sequence[int]) -> np.ndarray:
     with safe_open(path, framework="numpy") as tensors:
         whole = tensors.get_slice(name)
         return np.concatenate([whole[place : place + 1] for place in places])
+
+
+def place(path: str | Path) -> Path:
+    """A path from the command line; UserError where no file can have this name."""
+    try:
+        rules.path().parse(str(path))
+    except ValueError:
+        rule = "no control characters, at most 2,048 bytes, 255 between two slashes"
+        raise UserError("no file or folder can have this name", value=str(path), rule=rule) from None
+    return Path(os.path.expanduser(path))
 
 
 def free_bytes(folder: Path) -> int:

@@ -73,7 +73,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, *, fresh: Collection[str] = (), command: str | None = None) -> None:
-        self.folder = Path(path).expanduser()
+        self.folder = files.place(path)
         self.command = command
         self._fresh = set(fresh)
         self._active: Running | None = None
@@ -83,7 +83,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """Open a run folder that exists; UserError when there is none."""
-        if not (Path(path).expanduser() / MANIFEST).is_file():
+        if not (files.place(path) / MANIFEST).is_file():
             raise UserError(
                 "not a run folder",
                 value=str(path),
