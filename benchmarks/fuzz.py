@@ -19,7 +19,6 @@ import io
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -625,10 +624,10 @@ def main() -> int:
         print(f"| {name} | " + " | ".join(f"{n:,}" if isinstance(n, int) else n for n in numbers) + " |", flush=True)
     print(f"\n{sum(it.executions for it in found):,} executions, peak memory {peak_bytes() / 2**30:.1f} GB")
     failures = [f"{it.reader}: {failure}" for it in found for failure in it.failures]
-    kinds: dict[str, list[str]] = {}
-    for failure in failures:
-        reader, _, rest = failure.partition(": ")
-        kinds.setdefault(re.sub(r"\d+", "N", f"{reader} {rest.partition(': ')[2]}"[:120]), []).append(failure)
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for failure in failures:  # alike: of one reader, one exception and one line of code
+        reader, _, came = failure.split(": ", 3)[:3]
+        kinds.setdefault((reader, came, failure.rpartition("(")[2]), []).append(failure)
     for some in sorted(kinds.values(), key=len, reverse=True):
         print(f"FAILED {len(some)} x {some[0]}")
     return 1 if failures else 0
