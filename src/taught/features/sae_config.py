@@ -158,11 +158,9 @@ def saelens_config(
         A key that is unknown, or whose value is not computed here; the message names both.
     """
     # Old files hold everything at the top; the metadata and the arguments of the model's loader came later.
-    parts = [config, _inner(config, "metadata")]
-    parts.append(
-        {**_inner(parts[0], "model_from_pretrained_kwargs"), **_inner(parts[1], "model_from_pretrained_kwargs")}
-    )
     nested = ("metadata", "model_from_pretrained_kwargs")
+    parts = [config, _inner(config, nested[0])]
+    parts += [_inner(part, nested[1]) for part in parts]
     items = [item for part in parts for item in part.items() if item[0] not in nested]
     # Residuals were centred in training, but for models whose norms do not centre: the one key that depends on them.
     allowed = {key: of for key, of in _SAELENS.items() if key != "center_writing_weights" or key not in ignore}

@@ -54,6 +54,7 @@ _COMPUTING = (
     "core/example.py",
     "features/pooling.py",
     "features/sae.py",
+    "features/sae_config.py",
     "model/adapter.py",
     "model/forward.py",
     "model/generate.py",
