@@ -6,8 +6,10 @@ traceback. Anything else is a defect of ours and ends with exit code 1.
 
 from __future__ import annotations
 
+import reprlib
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 
 
 class TaughtError(Exception):
@@ -18,6 +20,9 @@ class TaughtError(Exception):
 
 class UserError(TaughtError):
     """A mistake in what the user gave: what, the value, the rule, the fix (at most four lines).
+
+    Names and values come from data: in the message line feeds of a part become spaces, and what could steer a
+    terminal U+FFFD.
 
     Parameters
     ----------
@@ -35,28 +40,78 @@ class UserError(TaughtError):
 
     def __init__(self, what: str, *, value: object = None, rule: str | None = None, fix: str | None = None) -> None:
         self.what, self.value, self.rule, self.fix = what, value, rule, fix
-        lines = [what]
+        lines = [_line(what, _LONGEST)]
         if value is not None:
-            lines.append(f"  value: {_short(value)}")
+            lines.append(f"  value: {shown(value)}")
         if rule is not None:
-            lines.append(f"  rule:  {rule}")
+            lines.append(f"  rule:  {_line(rule, _LONGEST)}")
         if fix is not None:
-            lines.append(f"  fix:   {fix}")
+            lines.append(f"  fix:   {_line(fix, _LONGEST)}")
         super().__init__("\n".join(lines))
 
 
-def _short(value: object, limit: int = 200) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    text = text.replace("\n", " ")
+_LONGEST = 4000  # of a part of a message; names in it may come from a file
+
+
+def printable(text: str) -> str:
+    """The text without control characters, lone surrogates, further line ends and overrides of direction.
+
+    They become U+FFFD: a terminal obeys what it is sent, and text from data is sent there. Tab and line feed stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(char) else char for char in text)
+
+
+def _steers(char: str) -> bool:
+    return (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") and char not in "\n\t") or char in _DIRECTIONS
+
+
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """A value in one line of at most so many characters, whatever it is: text as it is, others with ``repr``."""
+    return _line(value if isinstance(value, str) else _Brief(limit).repr(value), limit)
+
+
+def _line(text: str, limit: int) -> str:
+    text = printable(text[: limit + 1]).replace("\n", " ")
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class _Brief(reprlib.Repr):
+    """``repr`` of a part: a value that refers to itself many times has no end that is worth waiting for."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxset = 4, limit, limit, limit, limit
+        self.maxstring = self.maxother = 10 * limit
+        self._left = 4 * limit
+
+    def repr1(self, x: object, level: int) -> str:
+        """Of one item, while there is room."""
+        self._left -= 1
+        return "…" if self._left < 0 else super().repr1(x, level)
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Of a number that Python may be too careful to write out."""
+        return repr(x) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
+
+    def repr_dict(self, x: Mapping[object, object], level: int) -> str:
+        """In the order of the keys, as they were given."""
+        if level <= 0:
+            return "{…}"
+        parts = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in [*x.items()][: self.maxdict]]
+        return "{" + ", ".join(parts) + ", …" * (len(x) > self.maxdict) + "}"
 
 
 def refuse(bad: Sequence[object], what: str, *, rule: str | None = None, fix: str | None = None) -> None:
     """Raise a UserError that names the first few of what is bad, if anything is."""
     if bad:
-        shown = ", ".join(map(str, bad[:8]))
+        first = ", ".join(map(str, bad[:8]))
         more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-        raise UserError(what, value=shown + more, rule=rule, fix=fix)
+        raise UserError(what, value=first + more, rule=rule, fix=fix)
 
 
 def refuse_repeated(ids: Iterable[object], what: str) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from taught.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -102,11 +104,6 @@ class LineProgress:
     ) -> None:
         self._ended.set()
         self._ticker.join()
-
-
-def printable(text: str) -> str:
-    """The text without control characters: ids and names come from data, and a terminal obeys what it is sent."""
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _duration(seconds: float) -> str:

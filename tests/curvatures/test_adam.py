@@ -36,6 +36,7 @@ from tiny_models import (
 )
 
 EPS = 0.01
+NO_NUMBERS = (torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
 models = pytest.mark.parametrize("name", MODELS)
 
 
@@ -244,6 +245,8 @@ def test_a_pickle_is_never_opened(tmp_path) -> None:
         (lambda v: v[:-1], r"another shape than their parameter\n  value: model\.norm\.weight"),
         (lambda v: -v, r"negative or not finite\n  value: model\.norm\.weight"),
         (lambda v: v * np.nan, r"negative or not finite\n  value: model\.norm\.weight"),
+        (lambda v: v + np.inf, r"negative or not finite\n  value: model\.norm\.weight"),
+        *((lambda v, t=t: v.to(t), rf"no floating point(.|\n)*model\.norm\.weight: {t}") for t in NO_NUMBERS),
     ],
 )
 def test_moments_that_do_not_fit_the_model_are_refused_by_name(change, message: str) -> None:
@@ -254,6 +257,44 @@ def test_moments_that_do_not_fit_the_model_are_refused_by_name(change, message: 
         given(tiny_problem(model_of("tied")), moments)
     only = tiny_problem(model_of("tied"), parameters=("*mlp*",))  # what does not move is not asked
     assert given(only, moments).metric.scale
+
+
+def test_with_amsgrad_the_moments_are_the_largest_that_adam_divides_by(tmp_path) -> None:
+    model = tiny_model("untied")
+    adam = torch.optim.Adam(model.named_parameters(), amsgrad=True)
+    for example in tiny_examples()[:2]:
+        adam.zero_grad()
+        plain_loss(model, example).backward()
+        adam.step()
+    for p in model.parameters():
+        adam.state[p]["max_exp_avg_sq"] *= 2  # as after larger gradients long ago
+    found = moments_from_optimizer(adam.state_dict())
+    name, p = next(iter(model.named_parameters()))
+    largest = adam.state[p]["max_exp_avg_sq"]
+    torch.testing.assert_close(found[name], largest / (1 - 0.999**2), rtol=1e-12, atol=0)
+    save_file(
+        {f"{name}.{of}": adam.state[p][of] for of in ("exp_avg_sq", "max_exp_avg_sq")}, tmp_path / "m.safetensors"
+    )
+    assert torch.equal(moments_from_optimizer(tmp_path / "m.safetensors")[name], largest)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
+def test_the_state_of_another_optimizer_is_refused(optimizer) -> None:
+    model = tiny_model("untied")
+    other = optimizer(model.named_parameters(), lr=0.1)
+    plain_loss(model, tiny_examples()[0]).backward()
+    other.step()
+    for state in (other.state_dict(), {}, {"state": [], "param_groups": [3]}):
+        with pytest.raises(UserError, match="no state of torch's Adam"):
+            moments_from_optimizer(state)
+
+
+def test_quantised_moments_of_a_state_are_refused() -> None:
+    adam, names = trained(tiny_model("tied"), named=False)
+    state = adam.state_dict()
+    state["state"][0]["exp_avg_sq"] = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(UserError, match="no floating point(.|\n)*uint8"):
+        moments_from_optimizer(state, names)
 
 
 def test_names_that_do_not_fit_the_optimizer_are_refused() -> None:

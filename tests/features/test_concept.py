@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -431,6 +432,50 @@ def test_a_file_that_is_no_control_vector_is_refused(study: Study, tmp_path: Pat
         make(study, tmp_path / "c", f"file:{tmp_path}/v.gguf")
     with pytest.raises(UserError, match=r"concepts\.source does not exist(.|\n)*none\.gguf"):
         make(study, tmp_path / "d", f"file:{tmp_path}/none.gguf")
+
+
+def test_a_control_vector_whose_counts_are_lies_is_refused_soon(tmp_path: Path):
+    """gguf itself would walk over 2^40 parts that are not there."""
+    file = Path(write_control_vector(tmp_path / "v.gguf", {"direction.0": np.ones(4, np.float32)}))
+    whole = file.read_bytes()
+    array = struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 4, 2**40)  # a field of 2^40 numbers
+    lies = {
+        "fields": whole[:16] + struct.pack("<Q", 2**62) + whole[24:],
+        "tensors": whole[:8] + struct.pack("<Q", 2**62) + whole[16:],
+        "array": whole[:8] + struct.pack("<QQ", 0, 1) + array,
+        "nested": whole[:8]
+        + struct.pack("<QQ", 0, 1)
+        + struct.pack("<Q", 1)
+        + b"a"
+        + struct.pack("<IIQ", 9, 9, 1) * 3000,
+        "cut": whole[:-8],
+        "empty": b"",
+    }
+    for content in lies.values():
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="control vector cannot be read"):
+            file_direction(file)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_a_tensor_of_codes_is_no_direction(tmp_path: Path, kind: torch.dtype):
+    save_torch({"v": torch.ones(4).to(kind)}, tmp_path / "v.safetensors")
+    with pytest.raises(UserError, match="no vector(.|\n)*v: "):
+        file_direction(tmp_path / "v.safetensors")
+
+
+def test_half_precision_directions_are_their_numbers(tmp_path: Path):
+    save_torch({"v": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}, tmp_path / "v.safetensors")
+    assert file_direction(tmp_path / "v.safetensors")[0].tolist() == [1.5, -2.0]
+
+
+@pytest.mark.parametrize("part", [{"block": "3"}, {"name": None}, {"weights": [1]}, {"card": 3}, {"position": ["x"]}])
+def test_a_saved_concept_with_a_part_of_another_type_is_refused(tmp_path: Path, part):
+    save_concept(Concept("a", np.ones(3), 1), tmp_path)
+    record = json.loads((tmp_path / "concept.json").read_bytes())
+    (tmp_path / "concept.json").write_text(json.dumps(record | part))
+    with pytest.raises(UserError, match=f"concept cannot be read(.|\n)*{next(iter(part))}"):
+        load_concept(tmp_path)
 
 
 @pytest.mark.parametrize(

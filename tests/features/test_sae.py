@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import types
 
@@ -10,8 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import taught.presets
+from taught.cli.given import parse_set
 from taught.errors import UserError
 from taught.features.sae import SparseAutoencoder, check_fit, fraction_variance_unexplained, load_sae
+from taught.run.fingerprint import stage_inputs
+from taught.stages import BY_NAME
+from taught.study.schema import Study
 
 D, F = 6, 15
 
@@ -314,6 +319,193 @@ def test_missing_folder_and_broken_files_are_user_errors(tmp_path):
     (folder / "sae_weights.safetensors").unlink()
     with pytest.raises(UserError, match="holds no weights"):
         load_sae(folder)
+
+
+# --- every key is used, known to be inert, or refused by name -----------------------------------------
+
+# As SAELens wrote them before version 6, all at the top.
+OLD = {
+    "hook_point": "blocks.2.hook_resid_pre",
+    "hook_point_layer": 2,
+    "hook_point_head_index": None,
+    "architecture": "standard",
+    "activation_fn_str": "relu",
+    "activation_fn_kwargs": {},
+    "normalize_activations": False,
+    "finetuning_scaling_factor": False,
+    "prepend_bos": True,
+    "context_size": 128,
+    "l1_coefficient": 8e-5,
+    "lr": 4e-4,
+    "use_ghost_grads": False,
+    "dataset_path": "Skylion007/openwebtext",
+    "model_from_pretrained_kwargs": {"center_writing_weights": False, "fold_ln": True},
+    "wandb_project": "x",
+    "metadata": None,
+}
+
+
+def test_an_old_file_is_read_at_the_block_before_the_one_whose_input_it_names(tmp_path):
+    sae = load_sae(saelens_folder(tmp_path / "sae", OLD))
+    assert (sae.block, sae.hook, sae.architecture) == (1, "blocks.2.hook_resid_pre", "standard")
+
+
+def test_an_old_file_whose_activation_is_topk_is_one(tmp_path):
+    config = {**OLD, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}
+    sae, h = load_sae(saelens_folder(tmp_path / "sae", config)), tokens(dtype=torch.float32)
+    same = make(torch.float32, threshold=None, k=4, architecture="topk")
+    torch.testing.assert_close(sae.encode(h), naive(same, h), rtol=1e-4, atol=1e-5)
+
+
+def test_a_scaling_factor_of_ones_is_none_and_another_is_refused(tmp_path):
+    ones = {**weights(), "scaling_factor": torch.ones(F)}
+    assert load_sae(saelens_folder(tmp_path / "a", OLD, ones)).n_features == F
+    with pytest.raises(UserError, match="scaling_factor"):
+        load_sae(saelens_folder(tmp_path / "b", OLD, ones | {"scaling_factor": torch.full((F,), 2.0)}))
+
+
+CHANGES = {
+    "center_writing_weights": True,
+    "normalize_activations": "constant_norm_rescale",
+    "hook_head_index": 3,
+    "hook_name_out": "blocks.3.hook_mlp_out",
+    "seqpos_slice": [1, None],
+    "model_class_name": "HookedMamba",
+    "model_kwargs": {"start_at_layer": 1},
+    "finetuning_scaling_factor": True,
+    "hook_layer": 7,
+    "hf_hook_name": "model.layers.7",
+    "rescale_acts_by_decoder_norm": True,
+    "residuals_minus_mean": True,  # no key that anybody writes
+    "centered": False,
+}
+
+
+@pytest.mark.parametrize("where", ["top", "metadata", "model_from_pretrained_kwargs"])
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_key_that_changes_the_features_or_is_unknown_is_refused_by_name_wherever_it_stands(tmp_path, key, where):
+    place = {"hook_name": "blocks.3.hook_resid_post"}
+    given = {key: CHANGES[key]}
+    config = {"top": {**given, "metadata": place}, "metadata": {"metadata": place | given}}.get(
+        where, {"metadata": place | {"model_from_pretrained_kwargs": given}}
+    )
+    with pytest.raises(UserError) as caught:
+        load_sae(saelens_folder(tmp_path / "sae", config))
+    assert f"{key}: {CHANGES[key]}" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["residuals_minus_mean", "center_writing_weights"])
+def test_the_advice_for_a_key_that_is_known_to_change_nothing_works(tmp_path, key):
+    folder = saelens_folder(tmp_path / "sae", {key: True})
+    with pytest.raises(UserError, match=f"ignore=.{key}") as caught:
+        load_sae(folder)
+    name, value = parse_set(re.search(r'--set "(.+)"', caught.value.fix)[1])
+    ignore = Study().replace(name, value).sae.ignore
+    torch.testing.assert_close(load_sae(folder, ignore=ignore).W_enc, weights()["W_enc"])
+    with pytest.raises(UserError, match="sae.ignore(?s:.*)typo"):
+        load_sae(folder, ignore=(*ignore, "typo"))
+    with pytest.raises(UserError, match="sae.ignore(?s:.*)architecture"):
+        load_sae(folder, ignore=(*ignore, "architecture"))
+
+
+def test_what_is_ignored_is_in_the_fingerprint_of_the_readings():
+    study = Study().replace("sae.ignore", ["seen"])
+    assert stage_inputs(BY_NAME["readings"], study)["sae.ignore"] == ["seen"]
+
+
+@pytest.mark.parametrize("config", [{"signed": True}, {"normalize_io": True}, {"centre": 1}, {"k": True}, {"k": 4.5}])
+def test_sparsify_keys_are_used_or_refused(tmp_path, config):
+    ((key, value),) = config.items()
+    with pytest.raises(UserError, match=f"{key}: {value}"):
+        load_sae(sparsify_folder(tmp_path / "layers.3", config))
+
+
+def test_sparsify_weights_of_before_that_say_signed_false_are_read(tmp_path):
+    sae = load_sae(sparsify_folder(tmp_path / "layers.3", {"signed": False, "multi_topk": True}))
+    assert sae.k == 4
+
+
+OTHER_PLACES = ["layers.3.mlp", "layers.3.self_attn", "embed_tokens", "h.2.attn", "layers.3.mlp.down_proj", "wte"]
+
+
+@pytest.mark.parametrize("block", [None, 3])
+@pytest.mark.parametrize("hook", [*OTHER_PLACES, "blocks.3.hook_resid_mid", "somewhere", "layers.٣"])
+def test_a_place_that_is_no_output_of_a_block_is_refused_whatever_block_is_set(tmp_path, hook, block):
+    with pytest.raises(UserError, match=re.escape(f"hook_name: {hook}")):
+        load_sae(saelens_folder(tmp_path / "a", {"metadata": {"hook_name": hook}}), block=block)
+    with pytest.raises(UserError, match=re.escape(f"hook_name: {hook}")):
+        load_sae(sparsify_folder(tmp_path / "b", {"hookpoint": hook}), block=block)
+
+
+@pytest.mark.parametrize("block", [None, 3])
+@pytest.mark.parametrize("name", OTHER_PLACES)
+def test_a_folder_that_is_named_after_another_place_is_refused(tmp_path, name, block):
+    for folder in (tmp_path / name, tmp_path / "more" / name / "seed0"):
+        with pytest.raises(UserError, match=re.escape(f"hook_name: {name}")):
+            load_sae(sparsify_folder(folder), block=block)
+
+
+def test_a_folder_of_one_seed_is_of_the_place_above_it(tmp_path):
+    assert load_sae(sparsify_folder(tmp_path / "layers.4" / "seed1")).block == 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"metadata": [1]},
+        {"architecture": ["jumprelu"]},
+        {"architecture": None},
+        {"d_in": "6"},
+        {"d_in": 1e999},
+        {"apply_b_dec_to_input": "yes"},
+        {"apply_b_dec_to_input": 1},
+        {"architecture": "topk", "k": "4"},
+        {"architecture": "topk", "k": True},
+        {"architecture": "topk", "k": -1},
+        {"architecture": "topk", "k": 10**30},
+        {"architecture": "topk", "k": F + 1},
+        {"metadata": {"hook_name": {"a": 1}}},
+        {"metadata": {"hook_name": 3}},
+        {"metadata": {"model_from_pretrained_kwargs": "fold_ln"}},
+        {"activation_fn_kwargs": [4]},
+        {"d_in": D + 1},
+        {"d_sae": F + 1},
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_or_size_is_a_user_error(tmp_path, config):
+    with pytest.raises(UserError):
+        load_sae(saelens_folder(tmp_path / "sae", config), block=3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'{"k": ' + b"9" * 5000 + b"}", b'{"k": 1, "k": 2}', b"[]", b"\xff\xfe", b"\x00", b""],
+    ids=["deep", "digits", "twice", "list", "bytes", "nul", "empty"],
+)
+def test_a_configuration_that_is_no_sound_json_is_a_user_error(tmp_path, content):
+    folder = saelens_folder(tmp_path / "sae")
+    (folder / "cfg.json").write_bytes(content)
+    with pytest.raises(UserError, match="no readable cfg.json"):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"W_enc": torch.zeros(D, F, dtype=torch.uint8)},
+        {"b_enc": torch.zeros(F, dtype=torch.int64)},
+        {"threshold": torch.ones(F, dtype=torch.bool)},
+        {"b_dec": torch.full((D,), torch.nan)},
+        {"W_dec": torch.full((F, D), torch.inf)},
+        {"W_enc": torch.zeros(0, F)},
+        {"W_enc": torch.zeros(())},
+    ],
+)
+def test_weights_that_are_no_finite_floating_point_numbers_are_named(tmp_path, change):
+    tensors = {**weights(), "threshold": torch.ones(F), **change}
+    with pytest.raises(UserError, match=next(iter(change))):
+        load_sae(saelens_folder(tmp_path / "sae", tensors=tensors))
 
 
 # --- releases, through the optional sae-lens ---------------------------------------------------------

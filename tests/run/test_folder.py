@@ -871,6 +871,63 @@ def test_a_damaged_manifest_is_named(folder, content):
         RunFolder(folder)
 
 
+def at(record: dict, path: str, value: object) -> dict:
+    """A copy of nested mappings with one value changed; ``...`` takes it out."""
+    key, _, rest = path.partition("/")
+    changed = record | {key: at(record.get(key, {}), rest, value) if rest else value}
+    return {name: of for name, of in changed.items() if of is not ...}
+
+
+PARTS = """
+    stages inputs files study inputs/readings inputs/readings/code stages/readings stages/readings/status
+    stages/readings/seconds files/readings.json files/readings.json/stage files/readings.json/bytes study/policy
+    study/behavior study/attribution study/name command stages/nothing files/outside
+"""
+
+
+@pytest.mark.parametrize("value", [..., None, 3, "a", [], {"a": []}, "\x1b[2J"], ids=repr)
+@pytest.mark.parametrize("path", PARTS.split())
+def test_a_manifest_whose_parts_are_of_another_type_is_named_or_means_nothing(folder, study, path, value):
+    run, _ = readings(folder, study)
+    (folder / "manifest.json").write_text(json.dumps(at(run.manifest, path, value)))
+    try:
+        again = RunFolder.open(folder)
+        assert again.study.model == study.model
+        again.verify()
+        again.made_by_other_code()
+        again.read_json("readings")
+    except UserError as error:
+        assert "\x1b" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", ".lock", "manifest.json", ".."])
+def test_a_manifest_names_no_file_outside_of_its_folder_and_none_of_ours(folder, study, name):
+    run, _ = readings(folder, study)
+    manifest = run.manifest
+    manifest["files"][name] = manifest["files"]["readings.json"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="manifest of the run folder is damaged"):
+        RunFolder(folder, fresh=["readings"])
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 10**5, b"[]", b"\xff", b'{"a": 1, "a": 2}', b"PAR1", b"\0" * 64])
+@pytest.mark.parametrize(
+    "name", ["prompts.parquet", "activations.safetensors", "activations.ids.json", "readings.json"]
+)
+def test_a_file_with_the_right_checksum_and_wrong_content_is_named(folder, study, name, content):
+    run, _ = readings(folder, study)
+    (folder / name).write_bytes(content)
+    manifest = run.manifest
+    manifest["files"][name] |= {"sha256": files.sha256_bytes(content), "bytes": len(content)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run = RunFolder.open(folder)
+    stem, _, kind = name.partition(".")
+    readers = {"parquet": [run.read_table, run.footer], "json": [run.read_json]}
+    for read in readers.get(kind, [run.read_tensors, lambda of: run.read_tensor_rows(of, "X", "prompt_ids", ["a"])]):
+        with pytest.raises(UserError, match=stem):
+            read(stem)
+
+
 def test_another_format_is_refused(folder, study):
     run, _ = readings(folder, study)
     (folder / "manifest.json").write_text(json.dumps(run.manifest | {"format": 2}))

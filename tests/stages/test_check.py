@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from taught.cli.given import parse_set
 from taught.errors import UserError
 from taught.stages import check as check_module
 from taught.stages.check import CheckReport, check_study
@@ -289,6 +290,56 @@ def test_what_the_estimator_refuses_is_a_problem(tiny, monkeypatch):
     monkeypatch.setattr(check_module, "attribution_cost", refuse)
     report = check_study(tiny)
     assert report.problems == ["some parameters are shared between blocks\n  fix:   finite-step"]
+
+
+# What a run would refuse later
+
+LATE = {
+    "policy.folds=1000000": "folds",
+    "policy.folds=9999": "policy.folds",
+    "features.ids=[0, 99999]": "99999",
+    "attribution.targets=[behavior:nobody]": "nobody",
+    "attribution.targets=[coefficient:99999]": "99999",
+    "attribution.targets=[concept:none]": "none",
+    "attribution.targets=[score, prompt:nobody]": "nobody",
+    "curation.k=100000": "curation.k",
+    "curation.target=behavior:nobody": "curation.target",
+    "curation.protect=behavior:nobody": "curation.protect",
+    "validation.remove_by=behavior:nobody": "validation.remove_by",
+    "validation.methods=[adjoint+nothing]": "nothing",
+    "clusters={k: 100000}": "clusters.k",
+    "clusters={target: behavior:nobody}": "clusters.target",
+    "concepts=[{name: a, source: 'feature:99999'}]": "99999",
+    "concepts=[{name: a, source: difference, group: nobody}]": "nobody",
+    "concepts=[{name: a, source: difference, block: 99}]": "99",
+    "concepts=[{name: a, source: 'guess'}]": "source",
+    "attribution.concept_methods=[vector-filter]": "vector-filter",
+    "attribution.concept_methods=[projection-difference-training]": "attribution.checkpoint",
+    "attribution.trajectory=checkpoints": "attribution.trajectory",
+}
+
+
+@pytest.mark.parametrize("change", LATE)
+def test_what_a_run_would_refuse_is_a_problem_that_names_it(tiny, change):
+    try:
+        problems = check_study(tiny.replace(*parse_set(change))).problems
+    except UserError as error:
+        problems = [str(error)]
+    assert any(LATE[change] in problem for problem in problems)
+
+
+def test_files_that_later_stages_read_are_read(tiny, tmp_path):
+    files = {
+        "features.labels": ("labels.json", '{"x": "a"}'),
+        "validation.scores": ("scores.csv", "example_id,value\na,1\n"),
+        "attribution.curvature": ("moments.safetensors", "no moments"),
+    }
+    for key, (name, content) in files.items():
+        path = tmp_path / name
+        path.write_text(content)
+        value = {"validation.scores": [str(path)], "attribution.curvature": {"kind": "adam", "moments": str(path)}}
+        (problem,) = check_study(tiny.replace(key, value.get(key, str(path)))).problems
+        assert name in problem
 
 
 # Exit codes

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taught.cli.given import parse_set
 from taught.core import rules
 from taught.core.registry import CURVATURES, Choice, setting
 from taught.errors import UserError
@@ -23,7 +26,7 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), m
     lambda text: text.strip()
 )
 positive = st.floats(min_value=1e-12, max_value=1e12)
-counts = st.integers(1, 10**9)
+counts = st.integers(1, 2**31 - 1)
 maybe_counts = st.none() | counts
 
 STUDIES = st.fixed_dictionaries(
@@ -469,3 +472,105 @@ def test_a_concept_that_is_wrong(tmp_path, concepts, said):
 )
 def test_what_became_of_an_old_key_is_said(tmp_path, text, became):
     assert became in refused(tmp_path, text).split("fix:")[1]
+
+
+# What no study holds
+
+
+def bomb(levels: int) -> str:
+    """Aliases of aliases: 9 ** levels values in a few hundred bytes."""
+    lines = ["name: &a0 [x]", *(f"k{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels))]
+    return "\n".join(lines)
+
+
+HOSTILE = {
+    "bomb": bomb(10),
+    "small bomb": bomb(4),
+    "itself": "policy: &a {alpha: *a}",
+    "deep": "[" * 50_000,
+    "deep lists": "- " * 50_000,
+    "deep below a key": "policy: " + "[" * 60 + "]" * 60,
+    "long": "name: " + "x" * 300_000,
+    "digits": "policy: {folds: " + "9" * 5000 + "}",
+    "bits": "policy: {folds: 0x" + "f" * 20_000 + "}",
+    "minutes": "policy: {folds: 1" + ":2" * 2000 + "}",
+    "huge key": "? 0x" + "f" * 20_000 + "\n: 1",
+    "long key": "k" * 5000 + ": 1",
+    "tag of Python": "name: !!python/object/apply:os.getcwd []",
+    "tag of another type": "policy: {folds: !!int x}",
+    "date that is none": "name: !!timestamp x",
+    "no day": "name: 2001-99-99",
+    "binary": "name: !!binary aGk=",
+    "surrogate": r'name: "\ud800"',
+    "surrogate in a prefix": r'behavior: {prefixes: ["a\udfffb"]}',
+    "NUL": r'model: {id: "./a\0b"}',
+    "NUL in the file": "name: a\0b",
+    "escape": r'name: "\e]0;title\a"',
+    "line end in the name": r'name: "a\nb"',
+    "name": "name: " + "a" * 5000,
+    "path": "prompts: {path: " + "a" * 5000 + "}",
+    "path of parts": "prompts: {path: " + "a/" * 5000 + "}",
+    "method": "attribution: {estimator: " + "a" * 5000 + "}",
+    "target": "attribution: {targets: [" + "a" * 5000 + "]}",
+    "list as key": "? [a]\n: 1",
+    "two documents": "name: a\n--- b",
+    "merge twice": "a: &a {b: 1}\n<<: *a\n<<: *a",
+    "none": "policy: {folds: null}",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_soon_and_in_few_plain_words(tmp_path, kind):
+    began = time.monotonic()
+    message = refused(tmp_path, HOSTILE[kind])
+    assert time.monotonic() - began < 2
+    assert len(message) < 2000 + 2 * len(str(tmp_path))
+    assert all(char.isprintable() or char == "\n" for char in message)
+
+
+def test_aliases_and_merges_of_a_usual_size_are_read(tmp_path):
+    study = load_study(write(tmp_path, "policy: &p {alpha: 3, seed: 1}\nexamples: {limit: 4}\n"))
+    again = load_study(write(tmp_path, "policy:\n  <<: &p {alpha: 3}\n  seed: 1\nexamples: {limit: 4}\n"))
+    assert (study.policy, study.examples) == (again.policy, again.examples)
+
+
+NUMBERS = [
+    "-1",
+    "0",
+    "1",
+    "1.5",
+    ".nan",
+    ".inf",
+    "-.inf",
+    "1e400",
+    "2147483648",
+    str(10**30),
+    "true",
+    "'1'",
+    "[1]",
+    "{}",
+]
+
+
+def numeric_keys() -> list[str]:
+    return [key for key, value in Study().flat().items() if isinstance(value, int | float)] + [
+        "sae.block",
+        "curation.k",
+    ]
+
+
+@pytest.mark.parametrize("key", numeric_keys())
+def test_a_number_of_any_size_is_a_finite_one_in_bounds_or_refused(key):
+    for text in NUMBERS:
+        try:
+            found = Study().replace(*parse_set(f"{key}={text}")).get(key)
+        except UserError as error:
+            assert error.what.startswith(key)
+        else:
+            assert math.isfinite(found) and (isinstance(found, float) or found < 2**31)
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "a\0b", "/dev/zero", "~nobody-of-this-name/x", "a/" * 3000, "\ud800"])
+def test_a_study_of_a_name_that_no_file_has_is_a_user_error(source):
+    with pytest.raises(UserError, match="no such study"):
+        load_study(source)

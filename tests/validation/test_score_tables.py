@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from taught.errors import UserError
@@ -46,3 +48,35 @@ def test_rows_count_for_their_target_or_for_every_one(tmp_path):
 def test_tables_that_do_not_fit_are_refused_by_name(tmp_path, rows, what):
     with pytest.raises(UserError, match=what):
         read(tmp_path, rows, {"loss"})
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"value": True}, "not a finite number"),
+        ({"value": 10**400}, "not a finite number"),
+        ({"value": [1.0]}, "not a finite number"),
+        ({"value": {"x": 1}}, "not a finite number"),
+        ({"value": None}, "not a finite number"),
+        ({"value": "\x1b[31m"}, "not a finite number"),
+        ({"example_id": None}, "of what its score is"),
+        ({"example_id": ["a"]}, "of what its score is"),
+        ({"example_id": True}, "of what its score is"),
+        ({"method": 3}, "of what its score is"),
+        ({"method": " "}, "of what its score is"),
+        ({"target": ["score"]}, "of what its score is"),
+        ({"target": {"concept": "a"}}, "of what its score is"),
+    ],
+    ids=str,
+)
+def test_rows_of_other_types_are_refused_and_shown_in_plain_words(tmp_path, change, what):
+    file = tmp_path / "scores.jsonl"
+    file.write_text(json.dumps({"example_id": "a", "method": "m", "value": 1.0, **change}))
+    with pytest.raises(UserError, match=what) as caught:
+        read_scores(file)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_ids_that_are_whole_numbers_are_those_of_the_run(tmp_path):
+    (tmp_path / "scores.jsonl").write_text('{"example_id": 7, "method": "m", "value": 1}')
+    assert read_scores(tmp_path / "scores.jsonl") == [("m", None, "7", 1.0)]

@@ -145,7 +145,10 @@ def _from_sketches(run: RunFolder, target: str, asked: Asked) -> Scores:
             rule="some of " + ", ".join(keys),
             fix="change the study, and run it in another folder",
         )
-    values = {keys[key]: value for key, value in asked.changes.items()}
-    if values.get("features") is not None:
-        values["features"] = tuple(values["features"])
+    study = run.study
+    for key, value in asked.changes.items():
+        study = study.replace(key, value)
+    values = {keys[key]: study.get(key) for key in asked.changes}
+    if "curvature" in values:
+        values["curvature"] = values["curvature"].kind
     return ask(run, Question(target, groups=asked.groups or None, **values))

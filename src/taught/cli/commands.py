@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from taught.cli import console, given
 from taught.cli.given import Question, Several, Switch, Where
-from taught.errors import UserError
+from taught.errors import UserError, printable
 
 if TYPE_CHECKING:
     from taught.run.folder import RunFolder
@@ -70,9 +70,10 @@ def init(path: Path = Path("study.yaml"), /, *, force: Switch = False) -> int:
     force
         Replace the file if it exists.
     """
-    from taught.run.files import write_bytes
+    from taught.run.files import place, write_bytes
     from taught.study.template import template
 
+    path = place(path)
     if path.is_dir():
         path = path / "study.yaml"
     if path.exists() and not force:
@@ -155,7 +156,7 @@ def _show(run: RunFolder, item: str | None) -> None:
     run.verify()
     for stage, record in run.manifest["stages"].items():
         if record["status"] != "complete":
-            console.err().print(f"{stage} was not finished in {run.folder}: its parts are missing or old")
+            console.say(f"{stage} was not finished in {run.folder}: its parts are missing or old", console.err())
     console.out().print(show_run(run.folder, item=item))
 
 
@@ -201,6 +202,8 @@ def show(
     """
     from taught.cli.answer import Asked, answer
 
+    if not 0 < top < 2**31:
+        raise UserError("--top is a number of rows", value=top, rule="at least 1", fix="for example: --top 20")
     folder = given.open_run(run)
     asked = Asked(top, label, method, quantiles, groups, dict(map(given.parse_set, set)), csv)
     table = answer(folder, what, asked)
@@ -210,7 +213,7 @@ def show(
     from taught.report.cells import rich_table, write_csv
 
     if csv:
-        write_csv(table, sys.stdout)
+        write_csv(table, sys.stdout, str if not sys.stdout.isatty() else printable)
     else:
         console.out().print(rich_table(table))
     return 0

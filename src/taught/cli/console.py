@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from taught.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,16 +18,25 @@ if TYPE_CHECKING:
 
 def out() -> Console:
     """Standard output."""
-    from rich.console import Console
-
-    return Console()
+    return _console()
 
 
 def err() -> Console:
     """Standard error."""
-    from rich.console import Console
+    return _console(stderr=True)
 
-    return Console(stderr=True)
+
+def _console(stderr: bool = False) -> Console:
+    """A console that sends no control character but its own: ids, labels and file names come from data."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class Plain(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for part in super().render(renderable, options):
+                yield part if part.control else Segment(printable(part.text), part.style)
+
+    return Plain(stderr=stderr)
 
 
 def say(text: str, console: Console | None = None) -> None:

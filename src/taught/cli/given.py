@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from taught.cli.console import err, quiet_libraries
+from taught.cli.console import err, quiet_libraries, say
 from taught.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,15 +122,16 @@ def study_of(source: str | None, question: Question) -> Study:
 
 def parse_set(text: str) -> tuple[str, Any]:
     """Key and value of a ``--set``."""
-    import yaml
+    from taught.study.load import parse_yaml
 
     key, separator, value = text.partition("=")
     if not separator:
         raise UserError("--set needs a key and a value", value=text, fix="for example: --set policy.alpha=3")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError("the value of --set is not valid YAML", value=text, fix="put it in quotes") from None
+        return key.strip(), parse_yaml(value)
+    except ValueError as error:
+        what, fix = "the value of --set is not valid YAML", "put it in quotes"
+        raise UserError(what, value=f"{text[:100]}: {error}", fix=fix) from None
 
 
 def run_folder(source: str | None, study: Study, where: Where) -> RunFolder:
@@ -138,7 +139,7 @@ def run_folder(source: str | None, study: Study, where: Where) -> RunFolder:
     from taught.run.folder import RunFolder
     from taught.run.manifest import NAME
 
-    inside = source is not None and (Path(source) / NAME).is_file()
+    inside = source is not None and os.path.isfile(os.path.join(source, NAME))
     default = Path(source) if inside and source is not None else Path("runs") / study.name
     return RunFolder(where.run or default, fresh=stages_of(where.fresh), command=_typed())
 
@@ -157,7 +158,7 @@ def open_run(path: Path) -> RunFolder:
     run = RunFolder.open(path)
     run.command = _typed()
     for stage, code in run.made_by_other_code().items():
-        err().print(f"note: {stage} was made by another version of the code: {code}")
+        say(f"note: {stage} was made by another version of the code: {code}", err())
     return run
 
 

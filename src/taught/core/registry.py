@@ -24,7 +24,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, cast
 
 from taught.core.rules import Rule
-from taught.errors import UserError
+from taught.errors import UserError, shown
 
 T = TypeVar("T")
 GROUP = "taught.plugins"
@@ -87,7 +87,7 @@ class Registry(Generic[T]):
         """The name, if it is known; nothing of the package is imported."""
         if name in self._own or name in self._found or name in self.names():
             return name
-        close = difflib.get_close_matches(name, self.names(), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(shown(name), self.names(), n=1, cutoff=0.5)
         raise UserError(
             f"there is no {self.what} of this name",
             value=name,
@@ -134,7 +134,7 @@ class Choice:
                 close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 raise UserError(
                     f"{key}: {self.kind} has no parameter {name}",
-                    value=repr(value),
+                    value=shown(value),
                     rule="its parameters: " + (", ".join(known) or "none"),
                     fix=f"did you mean {close[0]}?" if close else f"leave {name} out",
                 )
@@ -151,7 +151,7 @@ def _parsed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
         return rule.parse(value)
     except (ValueError, OverflowError):
         raise UserError(
-            f"{key} is not valid", value=repr(value), rule=rule.text, fix=f"correct it: --set {key}=VALUE"
+            f"{key} is not valid", value=shown(value), rule=rule.text, fix=f"correct it: --set {key}=VALUE"
         ) from None
 
 

@@ -41,14 +41,23 @@ class Rule:
 
 
 def text() -> Rule:
-    """Return the rule for non-empty text."""
+    """Return the rule for non-empty text, of at most 100,000 letters and without lone surrogates."""
 
     def parse(value: Any) -> str:
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not value.strip() or len(value) > 100_000:
             raise ValueError
+        value.encode()  # a lone surrogate is none that a file, a tokenizer or a terminal could take
         return value
 
     return Rule("text, in quotes where YAML would read it as a number or yes/no", parse)
+
+
+def _path_text(value: Any) -> str:
+    """Text that can be a path: no control characters, at most 2,048 bytes, 255 between two slashes."""
+    path = text().parse(value).encode()
+    if len(path) > 2048 or max(map(len, path.split(b"/"))) > 255 or min(path) < 32:
+        raise ValueError
+    return str(value)
 
 
 def one_of(*choices: str) -> Rule:
@@ -86,15 +95,15 @@ def day() -> Rule:
     return Rule("a day, as in 2024-07-26", parse)
 
 
-def whole(minimum: int) -> Rule:
-    """Return the rule for a whole number of at least ``minimum``."""
+def whole(minimum: int, maximum: int = 2**31 - 1) -> Rule:
+    """Return the rule for a whole number of at least ``minimum`` and at most ``maximum``."""
 
     def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             raise ValueError
         return value
 
-    return Rule(f"a whole number, at least {minimum}", parse)
+    return Rule(f"a whole number, at least {minimum}" + f" and at most {maximum}" * (maximum < 2**31 - 1), parse)
 
 
 def number(*, above: float | None = None, minimum: float | None = None, maximum: float | None = None) -> Rule:
@@ -174,19 +183,19 @@ def record(made: type, **fields: Rule) -> Rule:
 
 def path() -> Rule:
     """Return the rule for a file, or a folder of tables, that is there; relative to the file it stands in."""
-    return Rule("a path", text().parse, walk=lambda key, value, visit: visit(key, value, "file"))
+    return Rule("a path", _path_text, walk=lambda key, value, visit: visit(key, value, "file"))
 
 
 def folder() -> Rule:
     """Return the rule for a folder that is there, such as a saved concept."""
-    return Rule("a path", text().parse, walk=lambda key, value, visit: visit(key, value, "folder"))
+    return Rule("a path", _path_text, walk=lambda key, value, visit: visit(key, value, "folder"))
 
 
 def folder_or_hub_id() -> Rule:
     """Return the rule for a folder, relative to the file it stands in, or the id of something on the hub."""
-    return Rule("a folder or a hub id", text().parse, walk=lambda key, value, visit: visit(key, value, "hub"))
+    return Rule("a folder or a hub id", _path_text, walk=lambda key, value, visit: visit(key, value, "hub"))
 
 
 def place() -> Rule:
     """Return the rule for a folder that results are kept in; it need not exist."""
-    return Rule("a path", text().parse, walk=lambda key, value, visit: visit(key, value, "made"))
+    return Rule("a path", _path_text, walk=lambda key, value, visit: visit(key, value, "made"))

@@ -38,10 +38,11 @@ from taught.estimators.cost import Asked, one_pass, prompt_head
 from taught.model.gradients import Factor, accumulate, find_sites, frozen
 from taught.model.parameters import moving_parameters
 from taught.progress import Progress, SilentProgress
+from taught.run.files import read_tensors
 
 Moments = dict[str, Tensor]
 
-_SUFFIX = ".exp_avg_sq"
+_SUFFIX, _LARGEST = ".exp_avg_sq", ".max_exp_avg_sq"
 _CONVERT = (
     "torch.load the file where you trust it, and save_file({f'{name}.exp_avg_sq': v}, "
     "'moments.safetensors'): docs/methods.md, curvature"
@@ -113,7 +114,7 @@ def _checked(name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor]) 
             rule="one tensor for each, under the model's name of the parameter",
             fix="complete the file, or set attribution.parameters",
         )
-    v = moments[name]
+    v = _numbers(name, moments[name])
     if v.shape != parameter.shape:
         raise UserError(
             "second moments of another shape than their parameter",
@@ -195,20 +196,18 @@ def moments_from_optimizer(state: str | Path | Mapping[str, Any], names: Sequenc
         return _from_state(state, names)
     stored = _read_file(Path(state))
     moments = {name.removesuffix(_SUFFIX): v for name, v in stored.items() if name.endswith(_SUFFIX)}
-    return moments or stored
+    largest = {name.removesuffix(_LARGEST): v for name, v in stored.items() if name.endswith(_LARGEST)}  # of amsgrad
+    return {**moments, **largest} or stored
 
 
 def _read_file(path: Path) -> Moments:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
+        return read_tensors(path)
     except OSError as error:
         raise UserError(
             "the second moments cannot be read", value=f"{path}: {error}", fix="correct attribution.curvature.moments"
         ) from None
-    except SafetensorError:
+    except ValueError:
         raise UserError(
             "the second moments are not a safetensors file",
             value=str(path),
@@ -218,10 +217,22 @@ def _read_file(path: Path) -> Moments:
 
 
 def _from_state(state: Mapping[str, Any], names: Sequence[str] | None) -> Moments:
-    groups = state["param_groups"]
-    if names is None:
-        names = [name for group in groups for name in group.get("param_names", ())]
-    numbers = [number for group in groups for number in group["params"]]
+    try:
+        groups = state["param_groups"]
+        if names is None:
+            names = [name for group in groups for name in group.get("param_names", ())]
+        decay = {number: float(group["betas"][1]) for group in groups for number in group["params"]}
+        numbers = [number for group in groups for number in group["params"]]
+        # With amsgrad Adam divides by the largest that it has seen.
+        kept = {number: own.get("max_exp_avg_sq", own["exp_avg_sq"]) for number, own in state["state"].items()}
+        steps = {number: float(own["step"]) for number, own in state["state"].items()}
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            "this is no state of torch's Adam or AdamW",
+            value=repr(error),
+            rule="param_groups with betas, and for each parameter step and exp_avg_sq",
+            fix="pass optimizer.state_dict()",
+        ) from error
     if len(names) != len(numbers):
         raise UserError(
             "the names do not fit the optimizer's parameters",
@@ -229,9 +240,20 @@ def _from_state(state: Mapping[str, Any], names: Sequence[str] | None) -> Moment
             rule="one name each, in the order the optimizer was given them",
             fix="pass names, or give the optimizer model.named_parameters()",
         )
-    decay = {number: group["betas"][1] for group in groups for number in group["params"]}
     return {
-        name: own["exp_avg_sq"] / (1 - decay[number] ** float(own["step"]))
+        name: _numbers(name, kept[number]) / (1 - decay[number] ** steps[number])
         for name, number in zip(names, numbers, strict=True)
-        if (own := state["state"].get(number)) is not None
+        if number in kept
     }
+
+
+def _numbers(name: str, v: Tensor) -> Tensor:
+    """The moments of a parameter, if they are numbers: optimizers of 8 bits store codes of numbers."""
+    if v.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise UserError(
+            "second moments that are no floating point numbers",
+            value=f"{name}: {v.dtype}",
+            rule="float16, bfloat16, float32 or float64; codes of quantised moments say nothing without their scales",
+            fix="train with an optimizer that is not quantised, or store the moments as numbers",
+        )
+    return v

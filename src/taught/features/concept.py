@@ -9,7 +9,7 @@ differences of means: Persona Vectors, arXiv 2507.21509.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,16 @@ from taught.errors import UserError
 from taught.features.pooling import pool
 from taught.features.probe import fit_direction, held_out
 from taught.features.sae import SparseAutoencoder
-from taught.run.files import json_bytes, sha256_bytes, tensors_bytes, tensors_from_bytes, write_bytes
+from taught.run.files import (
+    json_bytes,
+    read_json_mapping,
+    read_tensors,
+    sha256_bytes,
+    sha256_file,
+    tensors_bytes,
+    tensors_from_bytes,
+    write_bytes,
+)
 from taught.stats.arrays import Floats
 from taught.stats.auc import auc_within
 from taught.stats.intervals import Interval
@@ -79,7 +88,10 @@ class Concept:
 
     @classmethod
     def of(cls, record: Mapping[str, Any], direction: ArrayLike) -> Concept:
-        """A concept from its record and its direction."""
+        """A concept from its record and its direction; TypeError where a part of the record is of another type."""
+        kinds = {"name": str, "block": int, "position": str, "tokens": str}
+        if wrong := [key for key in _RECORDED if not isinstance(record[key], kinds.get(key, Mapping))]:
+            raise TypeError(f"{', '.join(wrong)}: of another type")
         return cls(direction=np.asarray(direction, np.float64), **{name: record[name] for name in _RECORDED})
 
     @property
@@ -222,29 +234,26 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
         The file cannot be read, has no such tensor or several, or the tensor is no vector.
     """
     file = Path(path).expanduser()
-    content, tensors = (_read_control_vector if is_control_vector(file) else _read_tensors)(file)
+    tensors = (_read_control_vector if is_control_vector(file) else _read_tensors)(file)
     if tensor is None and len(tensors) == 1:
         (tensor,) = tensors
     if tensor is None or tensor not in tensors:
         rule, fix = "one of " + ", ".join(sorted(tensors)[:20]), "set the concept's source to file:PATH:TENSOR"
         raise UserError("which tensor of the file is the direction?", value=tensor, rule=rule, fix=fix)
     value = tensors[tensor]
-    if value.size != max(value.shape, default=0):
-        rule, fix = "[D], or [1, D]", "name another tensor"
-        raise UserError("the tensor is no vector", value=f"{tensor}: {list(value.shape)}", rule=rule, fix=fix)
-    origin = {"file": file.name, "tensor": tensor, "sha256": sha256_bytes(content)}
-    return value.reshape(-1).astype(np.float64), origin
+    if value.numel() != max(value.shape, default=0) or not value.is_floating_point():
+        rule, fix = "[D], or [1, D], of floating point numbers", "name another tensor"
+        found = f"{tensor}: {list(value.shape)}, {value.dtype}"
+        raise UserError("the tensor is no vector", value=found, rule=rule, fix=fix)
+    # Through torch: numpy has no bfloat16.
+    origin = {"file": file.name, "tensor": tensor, "sha256": sha256_file(file)}
+    return value.reshape(-1).to(torch.float64).numpy(), origin
 
 
-def _read_tensors(file: Path) -> tuple[bytes, dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        content = file.read_bytes()
-        # Through torch: numpy has no bfloat16.
-        return content, {k: t.to(torch.float64).numpy() for k, t in load(content).items()}
-    except (OSError, SafetensorError) as error:
+        return read_tensors(file)
+    except (OSError, ValueError) as error:
         rule, fix = "a safetensors file, or a control vector (GGUF)", "check the path"
         raise UserError("the direction cannot be read", value=f"{file}: {error}", rule=rule, fix=fix) from error
 
@@ -268,13 +277,13 @@ def control_block(tensor: str) -> int:
         Not a name of the format.
     """
     head, _, number = tensor.partition(".")
-    if head != "direction" or not number.isdecimal():
+    if head != "direction" or not re.fullmatch("[0-9]{1,6}", number):
         rule, fix = "direction.N, N the block that it is added to", "for example the source file:PATH:direction.15"
         raise UserError("this is no direction of a control vector", value=tensor, rule=rule, fix=fix)
     return int(number)
 
 
-def _read_control_vector(file: Path) -> tuple[bytes, dict[str, Any]]:
+def _read_control_vector(file: Path) -> dict[str, Tensor]:
     try:
         from gguf import GGUFReader
         from gguf.quants import dequantize
@@ -282,13 +291,24 @@ def _read_control_vector(file: Path) -> tuple[bytes, dict[str, Any]]:
         raise UserError(
             "reading a control vector needs the package gguf", value=str(file), fix="pip install gguf"
         ) from error
+
+    class Bounded(GGUFReader):
+        """One that refuses parts beyond the end, which gguf takes for empty: a count in the file may be any number."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("the file ends before a part of it")
+            return super()._get(offset, dtype, count, *rest, **more)
+
     try:
-        content = file.read_bytes()
-        found = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(file).tensors}
-    except (OSError, ValueError, LookupError, NotImplementedError) as error:
+        if not file.is_file():
+            raise FileNotFoundError("no such file")
+        found = {t.name: np.asarray(dequantize(t.data, t.tensor_type)) for t in Bounded(file).tensors}
+        return {name: torch.from_numpy(np.array(value, np.float64)) for name, value in found.items()}
+    # gguf checks little: what is damaged shows as whatever Python raises then.
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, NotImplementedError) as error:
         rule, fix = "a GGUF file with the tensors direction.N", "check the path"
         raise UserError("the control vector cannot be read", value=f"{file}: {error}", rule=rule, fix=fix) from error
-    return content, {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
 # --- reading h ---------------------------------------------------------------------------------
@@ -353,13 +373,15 @@ def load_concept(folder: str | Path) -> Concept:
     UserError
         Nothing is there, another format, or the two files do not belong together.
     """
+    from safetensors import SafetensorError
+
     path = Path(folder).expanduser()
     try:
-        record = json.loads((path / "concept.json").read_bytes())
+        record = read_json_mapping(path / "concept.json")
         content = (path / "concept.safetensors").read_bytes()
         if record["format"] != FORMAT or record["sha256"] != sha256_bytes(content):
             raise ValueError("the files are of another format, or not of one concept")
         return Concept.of(record, tensors_from_bytes(content)["direction"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         rule, fix = "a folder with concept.json and concept.safetensors", "make it anew, or name another folder"
         raise UserError("the concept cannot be read", value=f"{path}: {error!r}", rule=rule, fix=fix) from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError, misfit
+from taught.errors import UserError, misfit, printable, shown
 from taught.stats.arrays import Floats, Ints
 
 CONTEXT = 6  # tokens of context on each side
@@ -224,16 +225,16 @@ def load_labels(file: str | Path) -> dict[int, str]:
     path = Path(file).expanduser()
     try:
         entries = _label_entries(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         rule, fix = ".json or .yaml with id: label, or .csv with columns id and label", "check features.labels"
-        raise UserError("the label file cannot be read", value=f"{path}: {error!r}", rule=rule, fix=fix) from error
+        raise UserError("the label file cannot be read", value=f"{path}: {error}", rule=rule, fix=fix) from error
     labels: dict[int, str] = {}
     for key, label in entries:
-        text = str(key).strip()
-        named = isinstance(label, str) and label.strip()
-        if not text.isdecimal() or int(text) in labels or not named:
+        text = shown(key).strip()
+        named = isinstance(label, str) and label.strip() and printable(label) == label
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) in labels or not named:
             rule, fix = "feature ids are whole numbers, each once, with a label", f"correct it in {path.name}"
-            raise UserError("the label file has a bad entry", value=f"{key!r}: {label!r}", rule=rule, fix=fix)
+            raise UserError("the label file has a bad entry", value={key: label}, rule=rule, fix=fix)
         labels[int(text)] = str(label).strip()
     return labels
 
@@ -253,4 +254,6 @@ def _label_entries(path: Path) -> list[tuple[object, object]]:
         raise ValueError(str(error)) from error
     if not isinstance(node, yaml.MappingNode):
         raise ValueError("not a mapping of id: label")
-    return [(key.value, value.value) for key, value in node.value]
+    # Of a value with parts nothing is looked at: its aliases may repeat them without end.
+    plain = [[part.value if isinstance(part, yaml.ScalarNode) else None for part in pair] for pair in node.value]
+    return [(key, label) for key, label in plain]

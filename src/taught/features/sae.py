@@ -15,24 +15,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from taught.errors import UserError, refuse
+from taught.features.sae_config import SaeConfig, saelens_config, sparsify_config
+from taught.run.files import read_json_mapping, read_tensors
 
 Encoder = Literal["sae", "relu"]
 ENCODERS = ("sae", "relu")
-ARCHITECTURES = ("standard", "jumprelu", "topk")
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+_FROM_CONFIG = ("architecture", "k", "apply_b_dec_to_input", "rescale_by_decoder_norm", "block", "hook")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,17 +66,17 @@ class SparseAutoencoder:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.W_enc.ndim != 2:
-            raise _bad_shapes("W_enc", tuple(self.W_enc.shape), "[D, F]")
+        if self.W_enc.ndim != 2 or not self.W_enc.numel():
+            raise _bad_weights("W_enc", tuple(self.W_enc.shape), "[D, F]")
         width, features = self.W_enc.shape
         expected = {"b_enc": (features,), "W_dec": (features, width), "b_dec": (width,)}
         if self.threshold is not None:
             expected["threshold"] = (features,)
         for name, shape in expected.items():
             if (found := tuple(getattr(self, name).shape)) != shape:
-                raise _bad_shapes(name, found, str(list(shape)))
+                raise _bad_weights(name, found, str(list(shape)))
         if self.k is not None and not 0 < self.k <= features:
-            raise _bad_shapes("k", self.k, f"1 to {features}")
+            raise _bad_weights("k", self.k, f"1 to {features}")
 
     @property
     def width(self) -> int:
@@ -168,7 +167,7 @@ class SparseAutoencoder:
         return self.W_dec.norm(dim=1) if self.rescale_by_decoder_norm else self.W_dec.new_ones(())
 
 
-def _bad_shapes(name: str, value: object, rule: str) -> UserError:
+def _bad_weights(name: str, value: object, rule: str) -> UserError:
     return UserError(
         "the SAE's weights do not fit together",
         value=f"{name}: {value}",
@@ -187,7 +186,7 @@ def _checked_ids(ids: Tensor | Sequence[int], features: int) -> Tensor:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def load_sae(path: str | Path, *, block: int | None = None) -> SparseAutoencoder:
+def load_sae(path: str | Path, *, block: int | None = None, ignore: Collection[str] = ()) -> SparseAutoencoder:
     """Read an autoencoder.
 
     Parameters
@@ -197,6 +196,7 @@ def load_sae(path: str | Path, *, block: int | None = None) -> SparseAutoencoder
         (``cfg.json``, ``sae.safetensors``), or ``release:sae_id`` of SAELens' public releases
         (needs the optional package sae-lens, and network).
     block : block whose output it reads, where the file does not say
+    ignore : keys of ``cfg.json`` that are not known here and that change nothing about the features
 
     Returns
     -------
@@ -210,146 +210,67 @@ def load_sae(path: str | Path, *, block: int | None = None) -> SparseAutoencoder
     """
     folder = Path(path).expanduser()
     if not folder.exists() and (named := re.fullmatch(r"([\w.\-]+):([\w./\-]+)", str(path))):
-        return _load_release(named[1], named[2], block)
+        return _load_release(named[1], named[2], block, ignore)
     try:
-        config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
+        config = read_json_mapping(folder / "cfg.json")
     except (OSError, ValueError) as error:
         what, rule = "the SAE folder has no readable cfg.json", "a SAELens or sparsify folder, or release:sae_id"
         raise UserError(what, value=f"{folder}: {error}", rule=rule, fix="check sae.path") from error
-    readers = {"sae_weights.safetensors": _read_saelens, "sae.safetensors": _read_sparsify}
+    readers = {"sae_weights.safetensors": _saelens, "sae.safetensors": _sparsify}
     name = next((name for name in readers if (folder / name).is_file()), None)
     if name is None:
         rule = "sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)"
         raise UserError("the SAE folder holds no weights", value=str(folder), rule=rule, fix="check sae.path")
     try:
-        weights = load_file(folder / name)
-    except (OSError, SafetensorError) as error:
+        weights = read_tensors(folder / name)
+    except (OSError, ValueError) as error:
         what, value = "the SAE's weights cannot be read", f"{folder / name}: {error}"
         raise UserError(what, value=value, rule="a safetensors file", fix="copy or download it again") from error
-    return readers[name](config, weights, block, {"folder": folder.name})
+    return readers[name](config, weights, {"folder": folder.name}, block=block, folder=folder, ignore=ignore)
 
 
-def _read_saelens(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], block: int | None, source: Mapping[str, Any]
+def _saelens(
+    config: Mapping[str, Any], weights: dict[str, Tensor], source: Mapping[str, Any], **where: Any
 ) -> SparseAutoencoder:
-    """Build from what SAELens saves; old files keep the metadata at the top level."""
-    metadata = {**config, **(config.get("metadata") or {})}
-    architecture = str(config.get("architecture", "standard"))
-    hook = str(metadata.get("hook_name", ""))
-    _refuse_saelens(config, metadata, architecture, weights)
-    top_k = architecture == "topk"
-    return _build(
-        {name: weights.get(name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
-        threshold=weights.get("threshold") if architecture == "jumprelu" else None,
-        k=int(config["k"]) if top_k else None,
-        architecture=architecture,
-        apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
-        rescale_by_decoder_norm=top_k and bool(config.get("rescale_acts_by_decoder_norm", False)),
-        block=_block(hook, block),
-        hook=hook,
-        provenance={**source, "format": "saelens", "metadata": config.get("metadata") or {}},
-    )
+    """Build from what SAELens saves."""
+    provenance = {**source, "format": "saelens", "metadata": config.get("metadata") or {}}
+    weights = dict(weights)
+    scale = weights.pop("scaling_factor", None)  # some versions saved one that is not used
+    if scale is not None and not bool((scale == 1).all()):
+        raise _bad_weights("scaling_factor", "not all 1", "1 for every feature, or left out")
+    return _build(saelens_config(config, **where), weights, provenance)
 
 
-def _refuse_saelens(
-    config: Mapping[str, Any], metadata: Mapping[str, Any], architecture: str, weights: Mapping[str, Tensor]
-) -> None:
-    """Refuse by name what would change the activations and is not computed here."""
-    if architecture not in ARCHITECTURES:
-        raise _refused("architecture", architecture, " | ".join(ARCHITECTURES))
-    for key in ("normalize_activations", "reshape_activations", "activation_normalization"):
-        if config.get(key) not in (None, "none", False):
-            raise _refused(key, config[key], "none")
-    # Old files: the activation function stands apart from the architecture.
-    activation = metadata.get("activation_fn_str", metadata.get("activation_fn"))
-    if activation not in (None, "relu") and not (architecture == "topk" and activation == "topk"):
-        raise _refused("activation_fn", activation, "relu")
-    if metadata.get("hook_head_index") is not None:
-        raise _refused("hook_head_index", metadata["hook_head_index"], "none: a residual stream")
-    if metadata.get("seqpos_slice") not in (None, [None], [None, None]):
-        raise _refused("seqpos_slice", metadata["seqpos_slice"], "none: all tokens")
-    jump = {"threshold"} if architecture == "jumprelu" else set()
-    if jump - set(weights):
-        raise _refused("weights without", "threshold", "jumprelu needs it")
-    _refuse_others(weights, {"W_enc", "b_enc", "W_dec", "b_dec"} | jump)
-    if architecture == "topk" and not config.get("k"):
-        raise _refused("k", config.get("k"), "the number of active features of topk")
-
-
-def _refuse_others(weights: Mapping[str, Tensor], known: set[str]) -> None:
-    if extra := sorted(set(weights) - known):
-        raise _refused("weights", extra, ", ".join(sorted(known)))
-
-
-def _read_sparsify(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], block: int | None, source: Mapping[str, Any]
+def _sparsify(
+    config: Mapping[str, Any], weights: dict[str, Tensor], source: Mapping[str, Any], **where: Any
 ) -> SparseAutoencoder:
-    """Build from what sparsify saves: TopK, or GroupMax, which is refused."""
-    # multi_topk is not among them: it concerns the training loss only.
-    for key in ("transcode", "skip_connection", "normalize_io"):
-        if config.get(key):
-            raise _refused(key, config[key], "false")
-    if (activation := config.get("activation", "topk")) != "topk":
-        raise _refused("activation", activation, "topk")
-    if not config.get("k"):
-        raise _refused("k", config.get("k"), "the number of active features")
-    _refuse_others(weights, {"encoder.weight", "encoder.bias", "W_dec", "b_dec"})
-    hook = str(config.get("hookpoint", config.get("hook_name", source.get("folder", ""))))
-    encoder = weights.get("encoder.weight")
-    parts = {"W_enc": None if encoder is None else encoder.T.contiguous(), "b_enc": weights.get("encoder.bias")}
-    return _build(
-        parts | {name: weights.get(name) for name in ("W_dec", "b_dec")},
-        threshold=None,
-        k=int(config["k"]),
-        architecture="topk",
-        apply_b_dec_to_input=True,
-        rescale_by_decoder_norm=False,
-        block=_block(hook, block),
-        hook=hook,
-        provenance={**source, "format": "sparsify"},
-    )
+    """Build from what sparsify saves: TopK."""
+    found = sparsify_config(config, **where)
+    parts = {name.replace("encoder.bias", "b_enc"): value for name, value in weights.items()}
+    if (encoder := parts.pop("encoder.weight", None)) is not None:
+        parts["W_enc"] = encoder.T.contiguous() if encoder.ndim == 2 else encoder
+    return _build(found, parts, {**source, "format": "sparsify"})
 
 
-def _build(parts: Mapping[str, Tensor | None], *, threshold: Tensor | None, **rest: Any) -> SparseAutoencoder:
-    if missing := [name for name, value in parts.items() if value is None]:
-        raise _refused("weights without", missing, "W_enc, b_enc, W_dec, b_dec")
-    rest |= {k: value.float() for k, value in parts.items() if value is not None}
-    return SparseAutoencoder(threshold=None if threshold is None else threshold.float(), **rest)
+def _build(config: SaeConfig, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> SparseAutoencoder:
+    wanted = _TENSORS if config.architecture == "jumprelu" else _TENSORS[:-1]
+    missing, extra = [name for name in wanted if name not in weights], sorted(set(weights) - set(wanted))
+    if missing or extra:
+        found = f"without: {', '.join(missing)}" if missing else f"also {', '.join(extra)}"
+        raise _bad_weights("tensors", found, f"{', '.join(wanted)}, of {config.architecture}")
+    for name, value in weights.items():
+        if not value.is_floating_point() or not bool(value.float().isfinite().all()):
+            raise _bad_weights(name, f"{value.dtype}, or not finite", "finite floating point numbers")
+    parts: dict[str, Any] = {name: weights[name].float() for name in wanted}
+    parts |= {name: getattr(config, name) for name in _FROM_CONFIG}
+    sae = SparseAutoencoder(**{"threshold": None, **parts}, provenance=provenance)
+    for key, said, held in (("width", config.width, sae.width), ("features", config.features, sae.n_features)):
+        if said is not None and said != held:
+            raise _bad_weights(key, held, f"{said}, as cfg.json says")
+    return sae
 
 
-def _refused(key: str, value: object, rule: str) -> UserError:
-    return UserError(
-        "this kind of SAE is not supported",
-        value=f"{key}: {value}",
-        rule=rule,
-        fix="use another SAE, or save this one in a form that folds it in",
-    )
-
-
-# Names of the *output* of a block. hook_resid_pre of block l + 1 is the same tensor as the output
-# of block l; attention and MLP outputs are not.
-_OUTPUTS = (r"blocks\.(\d+)\.hook_resid_post", r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h)\.(\d+)")
-
-
-def _block(hook: str, asked: int | None) -> int:
-    """Block whose output the hook names; where it names none, the one that was asked for."""
-    found = next((int(m[1]) for name in _OUTPUTS if (m := re.fullmatch(name, hook))), None)
-    if (before := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook)) and int(before[1]) > 0:
-        found = int(before[1]) - 1
-    if found is None and hook.startswith("blocks."):
-        raise _refused("hook_name", hook, "blocks.N.hook_resid_post (or hook_resid_pre, N > 0)")
-    if found is None and asked is None:
-        rule, fix = "blocks.N.hook_resid_post or layers.N", "set sae.block"
-        raise UserError("the SAE does not say which block it reads", value=hook or None, rule=rule, fix=fix)
-    if found is not None and asked is not None and found != asked:
-        rule, fix = "sae.block is the block that the SAE names, or is left out", f"set sae.block to {found}"
-        raise UserError("the SAE was made for another block", value=f"{hook}, not block {asked}", rule=rule, fix=fix)
-    return int(found if found is not None else asked)  # type: ignore[arg-type]
-
-
-def _load_release(release: str, sae_id: str, block: int | None) -> SparseAutoencoder:
+def _load_release(release: str, sae_id: str, block: int | None, ignore: Collection[str]) -> SparseAutoencoder:
     """Read a public release through sae-lens; the weights are then handled as those of a folder."""
     try:
         sae_lens = importlib.import_module("sae_lens")
@@ -367,7 +288,7 @@ def _load_release(release: str, sae_id: str, block: int | None) -> SparseAutoenc
         ) from error
     sae = sae[0] if isinstance(sae, tuple) else sae
     weights = {name: value.detach() for name, value in sae.state_dict().items()}
-    return _read_saelens(sae.cfg.to_dict(), weights, block, {"release": f"{release}:{sae_id}"})
+    return _saelens(sae.cfg.to_dict(), weights, {"release": f"{release}:{sae_id}"}, block=block, ignore=ignore)
 
 
 # --- does it fit the model? ----------------------------------------------------------------------

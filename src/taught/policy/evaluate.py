@@ -215,6 +215,11 @@ def _check(n: int, groups: Sequence[str], positive: str, negative: str, length: 
     for what, given in (("group", groups), ("length", length)):
         if given is not None and np.shape(given) != (n,):
             raise misfit(f"prompts and their {what}s", "one for each prompt", prompts=n, given=given)
+    check_sides(groups, positive, negative)
+
+
+def check_sides(groups: Sequence[str], positive: str, negative: str) -> None:
+    """Refuse fewer than two prompts in one of the two groups that a policy is judged between."""
     for name in (positive, negative):
         count = sum(group == name for group in groups)
         if count < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import pyarrow as pa
@@ -32,13 +32,19 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
-def write_csv(table: pa.Table, out: IO[str]) -> None:
-    """All rows; nothing for a missing value, JSON for lists and records."""
+def write_csv(table: pa.Table, out: IO[str], text: Callable[[str], str] = str) -> None:
+    """All rows; nothing for a missing value, JSON for lists and records.
+
+    Parameters
+    ----------
+    text : what is done with text, such as :func:`taught.errors.printable` where a terminal reads it
+    """
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(table.column_names)
+    writer.writerow(map(text, table.column_names))
     for batch in table.to_batches(max_chunksize=10_000):
         for row in _rows(batch):
-            writer.writerow("" if cell is None else _plain(cell) for cell in row)
+            plain = ("" if cell is None else _plain(cell) for cell in row)
+            writer.writerow(text(cell) if isinstance(cell, str) else cell for cell in plain)
 
 
 def _rows(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[object, ...]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping
 
 from taught.core.names import TargetName
 from taught.core.target import words as of_target
-from taught.errors import UserError
+from taught.errors import UserError, printable
 from taught.stats.intervals import Interval
 
 MINUS = "\u2212"
@@ -16,15 +15,8 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def clean(text: object) -> str:
-    """Text without control characters, lone surrogates and direction overrides; they become U+FFFD.
-
-    Tab and line feed stay. Markup stays too: escaping is the renderer's job.
-    """
-    return "".join(c if c in "\n\t" or not _hidden(c) else "\ufffd" for c in str(text))
-
-
-def _hidden(c: str) -> bool:
-    return unicodedata.category(c) in {"Cc", "Cs"} or c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    """Anything as :func:`taught.errors.printable` text. Markup stays: escaping is the renderer's job."""
+    return printable(str(text))
 
 
 def cleaned(value: object) -> object:

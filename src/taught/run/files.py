@@ -16,14 +16,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from taught.core import rules
 from taught.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
+    from torch import Tensor
 
 _TEMPORARY = ".tmp"
+_JSON_BYTES = 2**24
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -98,6 +101,33 @@ def json_bytes(record: object) -> bytes:
 def json_line(record: object) -> str:
     """One line of a JSONL file; NaN and infinity are refused."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parse_json(content: bytes | str) -> Any:
+    """What JSON says; ValueError where it is damaged, nested too deeply, or says one key twice."""
+    try:
+        return json.loads(content, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key stands twice: {next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)}")
+    return found
+
+
+def read_json_mapping(path: Path) -> dict[str, Any]:
+    """A JSON object of a file; ValueError where it is none, or larger than 16 MB."""
+    if not path.is_file():  # a pipe would wait, a device would not end
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if path.stat().st_size > _JSON_BYTES:
+        raise ValueError(f"larger than {_JSON_BYTES:,} bytes")
+    found = parse_json(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -181,6 +211,20 @@ def tensors_from_bytes(content: bytes) -> dict[str, np.ndarray]:
     return load(content)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Named tensors of a safetensors file; ValueError where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    try:
+        return load_file(path)
+    # Of a number type that torch does not have, it raises what torch does.
+    except (SafetensorError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+
+
 def tensor_rows(path: Path, name: str, places: Sequence[int]) -> np.ndarray:
     """Return some rows of an array of a safetensors file, without reading the others."""
     import numpy as np
@@ -189,6 +233,16 @@ def tensor_rows(path: Path, name: str, places: Sequence[int]) -> np.ndarray:
     with safe_open(path, framework="numpy") as tensors:
         whole = tensors.get_slice(name)
         return np.concatenate([whole[place : place + 1] for place in places])
+
+
+def place(path: str | Path) -> Path:
+    """A path from the command line; UserError where no file can have this name."""
+    try:
+        rules.path().parse(str(path))
+    except ValueError:
+        rule = "no control characters, at most 2,048 bytes, 255 between two slashes"
+        raise UserError("no file or folder can have this name", value=str(path), rule=rule) from None
+    return Path(os.path.expanduser(path))
 
 
 def free_bytes(folder: Path) -> int:
@@ -231,7 +285,7 @@ def check_ids(
 ) -> None:
     """Raise ValueError unless ids are unique and as many as the axes that they name."""
     for key, values in ids.items():
-        if len(set(values)) != len(values):
+        if not isinstance(values, list) or len(set(values)) != len(values):
             raise ValueError(f"{key}: an id stands twice")
         if axes is None and not any(len(values) in array.shape for array in arrays.values()):
             shapes = {name: array.shape for name, array in arrays.items()}

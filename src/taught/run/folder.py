@@ -24,7 +24,7 @@ from taught.errors import UserError
 from taught.run import files
 from taught.run.fingerprint import Inputs, differences, fingerprint, stage_code, stage_inputs
 from taught.run.manifest import NAME as MANIFEST
-from taught.run.manifest import load_manifest, now, save_manifest
+from taught.run.manifest import damaged, load_manifest, now, save_manifest
 from taught.run.pieces import PartialFolder
 from taught.run.stage import Stage
 from taught.stages import BY_NAME, STAGES
@@ -73,7 +73,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, *, fresh: Collection[str] = (), command: str | None = None) -> None:
-        self.folder = Path(path).expanduser()
+        self.folder = files.place(path)
         self.command = command
         self._fresh = set(fresh)
         self._active: Running | None = None
@@ -83,7 +83,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """Open a run folder that exists; UserError when there is none."""
-        if not (Path(path).expanduser() / MANIFEST).is_file():
+        if not (files.place(path) / MANIFEST).is_file():
             raise UserError(
                 "not a run folder",
                 value=str(path),
@@ -103,7 +103,13 @@ class RunFolder:
     def study(self) -> Study:
         """The study of this run, each section as a stage used it last; study.yaml shows it."""
         self._existing("study.yaml")
-        return Study.recorded(self._manifest["study"])
+        return self._recorded()
+
+    def _recorded(self) -> Study:
+        try:
+            return Study.recorded(self._manifest["study"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise damaged(self.path(MANIFEST), error) from None
 
     def path(self, name: str) -> Path:
         """Path of a file in this folder; it need not exist."""
@@ -291,13 +297,15 @@ class RunFolder:
         self, name: str, columns: Sequence[str] | None = None, rows: pc.Expression | None = None
     ) -> pa.Table:
         """Read ``NAME.parquet``, or those columns and rows of it that are asked for."""
-        return files.read_parquet(self.table_path(name), columns, rows)
+        with self._sound(name):
+            return files.read_parquet(self.table_path(name), columns, rows)
 
     def footer(self, name: str) -> pq.FileMetaData:
         """What ``NAME.parquet`` holds (rows, columns), without reading it."""
         import pyarrow.parquet as pq
 
-        return pq.read_metadata(self.table_path(name))
+        with self._sound(name):
+            return pq.read_metadata(self.table_path(name))
 
     def read_parts(self, name: str, columns: Sequence[str], rows: pc.Expression) -> Iterator[pa.Table]:
         """Read columns and rows of ``NAME.parquet``, a row group at a time."""
@@ -325,17 +333,28 @@ class RunFolder:
 
     def read_json(self, name: str) -> Any:
         """Read ``NAME.json``."""
-        return json.loads(self._verified(_with_suffix(name, ".json")))
+        with self._sound(name):
+            found = files.parse_json(self._verified(_with_suffix(name, ".json")))
+            if not isinstance(found, dict):
+                raise ValueError("not a JSON object")
+            return found
 
     def read_text(self, name: str) -> str:
         """Read a text file."""
-        return self._verified(name).decode()
+        with self._sound(name):
+            return self._verified(name).decode()
 
     def read_tensors(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
         """Read ``NAME.safetensors`` and its ids."""
-        arrays = files.tensors_from_bytes(self._verified(_with_suffix(name, ".safetensors")))
-        ids = json.loads(self._verified(f"{_stem(name)}.ids.json"))
-        return arrays, ids
+        with self._sound(name):
+            arrays = files.tensors_from_bytes(self._verified(_with_suffix(name, ".safetensors")))
+        return arrays, self._ids(name)
+
+    def _ids(self, name: str) -> dict[str, list[Any]]:
+        ids: dict[str, list[Any]] = self.read_json(f"{_stem(name)}.ids.json")
+        with self._sound(name):
+            files.check_ids({}, ids, {})
+        return ids
 
     def read_tensor_rows(
         self, name: str, tensor: str, axis: str, wanted: Collection[Any]
@@ -351,9 +370,10 @@ class RunFolder:
         ids of the rows, in the order of the file; the rows; all ids
         """
         self._check(_with_suffix(name, ".safetensors"))
-        ids = self.read_json(f"{_stem(name)}.ids.json")
-        places = [place for place, key in enumerate(ids[axis]) if key in wanted]
-        rows = files.tensor_rows(self.path(_with_suffix(name, ".safetensors")), tensor, places)
+        ids = self._ids(name)
+        with self._sound(name):
+            places = [place for place, key in enumerate(ids[axis]) if key in wanted]
+            rows = files.tensor_rows(self.path(_with_suffix(name, ".safetensors")), tensor, places)
         return [ids[axis][place] for place in places], rows, ids
 
     def together(self) -> Iterator[str]:
@@ -494,7 +514,7 @@ class RunFolder:
         for file in self._files_of(stage.name):  # of an attempt that did not finish
             del self._manifest["files"][file]
         self._save()  # first: a killed run must leave a folder that is known as ours
-        files.write_bytes(self.path("study.yaml"), dump_study(Study.recorded(self._manifest["study"])).encode())
+        files.write_bytes(self.path("study.yaml"), dump_study(self._recorded()).encode())
 
     def _complete(self, stage: Running, seconds: float) -> None:
         self._manifest["stages"][stage.name].update(
@@ -522,6 +542,21 @@ class RunFolder:
         stage = self._require_active(name).name
         self._manifest["files"][name] = {"stage": stage, "sha256": sha256, "bytes": size}
         self._save()
+
+    @contextmanager
+    def _sound(self, name: str) -> Iterator[None]:
+        """Name a file that is not what a stage writes, although its checksum is the one that the manifest says."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, OSError, SafetensorError) as error:
+            raise UserError(
+                f"{name} of the run folder cannot be read",
+                value=f"{self.folder}: {error}",
+                rule="files are as the stages wrote them",
+                fix="make the run anew, in another --run folder",
+            ) from error
 
     def _existing(self, name: str) -> Path:
         if not self.path(name).is_file():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import taught
 from taught.errors import UserError
 from taught.run import files
+from taught.stages import BY_NAME
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -37,13 +37,12 @@ def load_manifest(folder: Path) -> Manifest:
     if not file.exists():
         return {"format": FORMAT, "created": now(), "stages": {}, "inputs": {}, "files": {}}
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = files.read_json_mapping(file)
         version = manifest["format"]
-        _ = manifest["stages"], manifest["inputs"], manifest["files"]
+        if version == FORMAT:
+            _check(manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            "the manifest of the run folder is damaged", value=f"{file}: {error}", fix="choose another --run folder"
-        ) from None
+        raise damaged(file, error) from None
     if version != FORMAT:
         raise UserError(
             "the run folder has another format",
@@ -51,7 +50,33 @@ def load_manifest(folder: Path) -> Manifest:
             rule=f"taught {taught.__version__} reads format {FORMAT}",
             fix="use the version that made it, or another --run folder",
         )
-    return cast(Manifest, manifest)
+    return manifest
+
+
+def damaged(file: Path, error: Exception) -> UserError:
+    """The error for a manifest that says something else than a stage wrote."""
+    said = f"without {error}" if isinstance(error, KeyError) else error
+    what, fix = "the manifest of the run folder is damaged", "choose another --run folder"
+    return UserError(what, value=f"{file}: {said}", fix=fix)
+
+
+def _check(manifest: Manifest) -> None:
+    """ValueError, KeyError or TypeError unless every part that is read is there, and of its type."""
+    for part in ("stages", "inputs", "files", *({"study", "data", "weights", "versions"} & manifest.keys())):
+        if not isinstance(manifest[part], dict):
+            raise TypeError(f"{part} is no mapping")
+    texts: list[object] = []
+    for name, stage in manifest["stages"].items():
+        texts += [stage["status"], stage["fingerprint"], manifest["inputs"][name]["code"], manifest["study"]["name"]]
+        numbers = [stage.get(key, 0) for key in ("seconds", "peak_memory_gb", "attempts")]
+        if name not in BY_NAME or not all(isinstance(number, int | float | None) for number in numbers):
+            raise ValueError(f"{name} is no stage")
+    for name, record in manifest["files"].items():
+        texts += [record["stage"], record["sha256"]]
+        if not isinstance(record["bytes"], int) or Path(name).name != name or name == NAME or name.startswith("."):
+            raise ValueError(f"{name} is no file of a run")
+    if not all(isinstance(text, str) for text in texts) or not isinstance(manifest.get("command", ""), str | None):
+        raise TypeError("a name or digest is no text")
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:

@@ -47,7 +47,7 @@ class PartialFolder:
 
         try:
             return tensors_from_bytes(self._file(key).read_bytes())
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, ValueError, LookupError, SafetensorError):
             return None
 
     def keys(self) -> list[str]:
@@ -85,7 +85,7 @@ def kept(pieces: Pieces | None, key: str, compute: Callable[[], Tensor]) -> Tens
 
     name = piece_key(key)
     found = pieces.load(name) if pieces is not None else None
-    if found is not None:
+    if found is not None and "effects" in found:
         return torch.from_numpy(found["effects"])
     effects = compute()
     if pieces is not None:

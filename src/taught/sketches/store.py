@@ -215,7 +215,7 @@ class SketchStore:
 
     def _found(self) -> dict[str, Any] | None:
         try:
-            record = json.loads((self.folder / NAME).read_bytes())
+            record = files.parse_json((self.folder / NAME).read_bytes())
             if record["format"] > FORMAT:
                 raise UserError(
                     "the store is of a newer format",
@@ -240,7 +240,7 @@ def _name(rows: Sequence[Row], prompts: Sequence[tuple[str, str]], features: Seq
 
 def _read_shard(file: Path) -> Shard:
     try:
-        record = json.loads(file.read_bytes())
+        record = files.parse_json(file.read_bytes())
         rows = tuple(Row(str(i), str(d), int(k)) for i, d, k in record["rows"])
         return Shard(
             file.with_suffix(".safetensors"),
@@ -250,7 +250,7 @@ def _read_shard(file: Path) -> Shard:
             tuple(map(float, record["losses"])),
             str(record["sha256"]),
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         raise UserError(
             "a shard's list of rows cannot be read",
             value=f"{file}: {error}",

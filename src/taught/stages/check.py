@@ -27,6 +27,7 @@ from taught.model.parameters import moving_parameters
 from taught.stages import asked
 from taught.stages.ready import make_problem, method_of
 from taught.stages.subject import Subject, chosen_examples, open_subject, prompt_inputs, study_prompts
+from taught.stages.trial import try_study
 from taught.study.schema import Study, ValidationSpec
 
 GB = 2**30
@@ -107,10 +108,13 @@ def check_study(study: Study) -> CheckReport:
             report.add("groups", "{} against {}".format(*study.prompts.sides))
         except UserError as error:
             report.problems.append(str(error))
-    examples = _check_examples(report, study, subject, prompts)
+    examples, labels = _check_examples(report, study, subject, prompts)
     report.add("stages", ", ".join(stage.name for stage in asked(study)))
     if examples:
-        _estimate(report, study, subject, encoded, examples, len(prompts.groups))
+        problem = _problem(study, subject, encoded)
+        inputs = [e.example() for e in examples]
+        report.problems += map(str, try_study(study, subject, prompts, labels, problem, inputs))
+        _estimate(report, study, subject, problem, inputs, len(prompts.groups))
     return report
 
 
@@ -133,8 +137,10 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
     report.add("behavior", f"{subject.behavior.meaning} ({subject.behavior.unit})")
 
 
-def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts: PromptSet) -> list[EncodedExample]:
-    """The examples that would be scored, as tokens; none where something is wrong with one of them."""
+def _check_examples(
+    report: CheckReport, study: Study, subject: Subject, prompts: PromptSet
+) -> tuple[list[EncodedExample], list[str | None]]:
+    """The examples that would be scored, as tokens, and their labels; none where one of them cannot be."""
     spec, examples = study.examples, chosen_examples(study)
     report.add_set("example", (p.label for p in examples), examples.columns)
     ids = list(dict.fromkeys(example_id for example_id, _ in find_overlap(examples, prompts)))
@@ -146,34 +152,29 @@ def _check_examples(report: CheckReport, study: Study, subject: Subject, prompts
         encoded = [subject.chat.encode_example(example, spec.max_tokens) for example in examples]
     except UserError as error:
         report.problems.append(str(error))
-        return []
+        return [], []
     cut = [example.id for example in encoded if example.truncated]
     report.add_left_out("truncated", cut, f"are longer than {spec.max_tokens} tokens", spec.drop_truncated)
     scored = [example for example in encoded if not example.empty and not (spec.drop_truncated and example.truncated)]
     if not scored:
         report.problems.append("no example is left to be scored")
-        return []
+        return [], []
     report.add_spread("example tokens", [len(e.input_ids) for e in scored])
     report.add_spread("response tokens", [e.n_scored for e in scored])
-    return scored
+    return scored, [example.label for example in examples.encoded(scored)]
 
 
 def _estimate(
-    report: CheckReport,
-    study: Study,
-    subject: Subject,
-    prompts: Sequence[EncodedPrompt],
-    examples: Sequence[EncodedExample],
-    groups: int,
+    report: CheckReport, study: Study, subject: Subject, problem: Problem, inputs: Examples, groups: int
 ) -> None:
     """Operations, minutes, memory and disk of the attribution, and of training again."""
-    problem = _problem(study, subject, prompts)
-    inputs, method = [e.example() for e in examples], method_of(study)
+    method = method_of(study)
     try:
         wanted = _asked(study, problem, groups)
         cost = attribution_cost(problem, inputs, wanted, method)
     except UserError as error:
-        report.problems.append(str(error))
+        if str(error) not in report.problems:
+            report.problems.append(str(error))
         return
     parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
     total = sum(cost.values())

@@ -6,7 +6,7 @@ answers, read at their response.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from taught.features.pooling import pool
 from taught.features.probe import sweep
 from taught.model.forward import find_blocks, get_block
 from taught.model.readout import check_trees, read_residuals
+from taught.policy.ridge import check_folds
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.own_responses import own_examples
@@ -330,6 +331,35 @@ def _read(
     progress.step("read prompts", len(inputs))
     H = read_residuals(subject.loaded.model, inputs, blocks, partial(pool, how=position), progress=progress)
     return H.numpy(), np.array([prompt.group == positive for prompt in chosen])
+
+
+def check_concept(
+    study: Study, subject: Subject, spec: ConceptSpec, prompts: PromptSet, labels: Collection[str | None]
+) -> None:
+    """Raise a UserError where one concept cannot be made, as far as that shows without the model's activations.
+
+    Parameters
+    ----------
+    labels : of the study's examples
+    """
+    over = {prompt.group for prompt in prompts} if spec.read == "prompts" else set(labels)
+    if spec.group is not None and spec.group not in over:
+        rule, fix = "one of " + ", ".join(map(str, over)), "set its concept's group"
+        raise UserError("nothing is in this group", value=spec.group, rule=rule, fix=fix)
+    if spec.path is not None:
+        _require_fit(_saved(Path(spec.path), spec.name), subject)
+        return
+    kind, detail = _source(spec)
+    require_place(spec.position or study.readout.position, spec.tokens)
+    _, detail = _block(spec, kind, detail, subject)
+    if kind == "feature":
+        feature_direction(subject.required_sae, _shares(detail))
+    elif kind == "file" and len(file_direction(*_file_parts(detail))[0]) != subject.width:
+        raise UserError("the direction does not fit the model", value=spec.source, rule=f"width {subject.width}")
+    if spec.examples is None:
+        counts = [sum(prompt.group == side for prompt in prompts) for side in study.prompts.sides]
+        if kind in ("difference", "probe"):
+            check_folds(study.policy.folds, min(counts))
 
 
 def load_answers(file: Path, study: Study, prompts: PromptSet, progress: Progress) -> ExampleSet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from taught.core.example import Example, Examples, sft
 from taught.errors import UserError
 from taught.model.generate import greedy
 from taught.progress import Progress
-from taught.run.files import json_bytes, write_bytes
+from taught.run.files import json_bytes, parse_json, write_bytes
 from taught.stages.subject import Subject
 from taught.study.schema import Study
 
@@ -71,7 +70,7 @@ def _read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        record = json.loads(file.read_bytes())
+        record = parse_json(file.read_bytes())
         made, responses = record["settings"], dict(record["responses"])
         if record["format"] != FORMAT:
             raise ValueError(record["format"])

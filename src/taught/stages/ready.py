@@ -143,7 +143,7 @@ def run_readings(run: RunFolder) -> Readings:
     """The readings of a run: behavior, groups, and the policy where there is one."""
     readouts, ids = run.read_tensors("readouts")
     prompts = run.read_table("prompts", ["prompt_id", "group", "category"]).to_pylist()
-    base = _readings(ids["prompt_ids"], readouts["y"], (tuple(row.values()) for row in prompts))
+    base = readings_of(ids["prompt_ids"], readouts["y"], (tuple(row.values()) for row in prompts))
     if "policy.json" not in run.manifest["files"]:
         return base
     arrays, columns = run.read_tensors("activations")
@@ -170,7 +170,7 @@ def read_here(study: Study, subject: Subject, prompts: PromptSet, progress: Prog
     check_trees(model, inputs, subject.behavior)
     progress.step("read prompts", len(inputs))
     read = read_prompts(model, inputs, subject.behavior, None if subject.sae is None else subject.sae.block)
-    base = _readings(read.prompt_ids, read.y.numpy(), ((p.id, p.group, p.category) for p in prompts))
+    base = readings_of(read.prompt_ids, read.y.numpy(), ((p.id, p.group, p.category) for p in prompts))
     if subject.sae is None:
         return base
     check_fit(subject.sae, read.h, study.sae.max_fvu)
@@ -189,7 +189,7 @@ def with_policy(study: Study, base: Readings, X: np.ndarray, feature_ids: Any, a
     return replace(base, X=policy.X, columns=tuple(policy.feature_ids.tolist()), policy=policy)
 
 
-def _readings(prompt_ids: Sequence[str], y: np.ndarray, prompts: Iterable[tuple[str, str, str | None]]) -> Readings:
+def readings_of(prompt_ids: Sequence[str], y: np.ndarray, prompts: Iterable[tuple[str, str, str | None]]) -> Readings:
     """Behavior with groups and categories, of (id, group, category) of each prompt; no policy."""
     groups: dict[str, list[str]] = {}
     categories: dict[str, list[str]] = {}

@@ -136,7 +136,8 @@ def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
     if study.sae.path is None:
         return subject
     parameter = next(loaded.model.parameters())
-    sae = load_sae(study.sae.path, block=study.sae.block).to(parameter.device, parameter.dtype)
+    sae = load_sae(study.sae.path, block=study.sae.block, ignore=study.sae.ignore)
+    sae = sae.to(parameter.device, parameter.dtype)
     get_block(loaded.model, sae.block)
     if sae.width != subject.width:
         raise UserError(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import os
+from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from taught.errors import UserError
+from taught.errors import UserError, shown
 from taught.presets import list_presets, preset_path
 from taught.study.schema import Study
 
-__all__ = ["dump_study", "load_study", "study_from_dict"]
+__all__ = ["dump_study", "load_study", "parse_yaml", "study_from_dict"]
 
 
 def load_study(source: str | Path) -> Study:
@@ -30,12 +32,60 @@ def load_study(source: str | Path) -> Study:
     """
     file = _find_study(source)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML", value=str(error), fix="correct the line that is named") from None
+        with open(file, "rb") as opened:
+            text = opened.read(_LONGEST + 1).decode()
+        content = parse_yaml(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read", value=str(error)) from None
+    except ValueError as error:
+        fix = "correct the line that is named" if "line" in str(error) else None
+        raise UserError(f"{file} is not valid YAML", value=str(error), fix=fix) from None
     return study_from_dict({} if content is None else content, file.resolve().parent)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values of a YAML text.
+
+    Raises
+    ------
+    ValueError
+        It is no YAML, names a type of Python, says a key twice, or is larger, deeper or (with what its aliases
+        repeat) longer than any study.
+    """
+    if len(text) > _LONGEST:
+        raise ValueError(f"longer than {_LONGEST:,} bytes")
+    try:
+        loader = _UniqueKeyLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (LookupError, AttributeError, TypeError, ArithmeticError) as error:  # of a value that is not of its tag
+        raise ValueError(f"a value is not of its type: {error}") from None
+
+
+_LONGEST = 2**18  # bytes of a study
+_VALUES, _DEPTH = 100_000, 50
+
+
+def _count(node: yaml.Node, sizes: dict[int, int], depth: int = 0) -> int:
+    """Values below a node, each as often as aliases repeat it; ValueError where there are too many."""
+    if sizes.setdefault(id(node), -1) >= 0:
+        return sizes[id(node)]
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    if depth > _DEPTH:
+        raise ValueError(f"nested more than {_DEPTH} deep, or within itself")
+    sizes[id(node)] = 1 + sum(_count(child, sizes, depth + 1) for child in children)
+    if sizes[id(node)] > _VALUES:
+        raise ValueError(f"more than {_VALUES:,} values, with those that aliases repeat")
+    return sizes[id(node)]
 
 
 def study_from_dict(content: object, base: Path) -> Study:
@@ -49,13 +99,13 @@ def dump_study(study: Study) -> str:
 
 
 def _find_study(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     for candidate in (path, path / "study.yaml"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # False of a name that no file can have
             return candidate
     if str(source) in list_presets():
         return preset_path(str(source)) / "study.yaml"
-    close = difflib.get_close_matches(str(source), list_presets(), n=1)
+    close = difflib.get_close_matches(shown(str(source)), list_presets(), n=1)
     raise UserError(
         "no such study",
         value=str(source),
@@ -68,10 +118,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key that stands twice (YAML itself would keep the last one)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        twice = {key for key in keys if isinstance(key, Hashable) and keys.count(key) > 1}
-        if twice:
+        said = [self.construct_object(of) for of, _ in node.value if of.tag != "tag:yaml.org,2002:merge"]
+        keys = Counter(key for key in said if isinstance(key, Hashable))
+        if twice := [key for key, count in keys.items() if count > 1]:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice.pop()!r} stands twice", node.start_mark
+                None, None, f"the key {shown(twice[0])!r} stands twice", node.start_mark
             )
         return super().construct_mapping(node, deep)

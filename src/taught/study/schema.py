@@ -19,7 +19,7 @@ from taught.core import rules
 from taught.core.names import TargetName
 from taught.core.registry import BEHAVIORS, CURVATURES, ESTIMATORS, TRAJECTORIES, Choice, Registry, parameters, setting
 from taught.core.rules import Rule, Visit
-from taught.errors import UserError
+from taught.errors import UserError, shown
 from taught.study import gone
 
 _TEXT, _COUNT = rules.optional(rules.text()), rules.optional(rules.whole(1))
@@ -88,9 +88,9 @@ def _checked_parameters(key: str, registry: Registry[Any], kind: str, given: Map
     known = parameters(registry.get(kind))
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(shown(name), known, n=1, cutoff=0.5)
             raise UserError(
-                f"unknown key {key}.{name}",
+                f"unknown key {key}.{shown(name)}",
                 value=given[name],
                 rule=f"parameters of {kind}: {', '.join(known)}" if known else f"{kind} has no parameters",
                 fix=f"did you mean {key}.{close[0]}?" if close else "remove it",
@@ -189,6 +189,11 @@ class SaeSpec(Section):
     )
     max_fvu: float = setting(
         0.9, rules.number(above=0), "refuse an SAE that leaves more unexplained; set it near your SAE's own"
+    )
+    ignore: tuple[str, ...] = setting(
+        (),
+        rules.list_of(rules.text(), empty=True),
+        "keys of its cfg.json that are not known here and that change nothing about the features",
     )
 
 
@@ -292,7 +297,7 @@ class PolicySpec(Section):
     )
     intercept: bool = setting(False, _FLAG, "false is the paper's")
     folds: int = setting(5, rules.whole(2), "of the cross-validation")
-    bootstrap: int = setting(500, rules.whole(20), "resamples for the intervals")
+    bootstrap: int = setting(500, rules.whole(20, 10**6), "resamples for the intervals")
     seed: int = setting(0, rules.whole(0), "of every draw")
 
 
@@ -388,7 +393,7 @@ class ClampSpec(Section):
 
     section: ClassVar[str] = "clamp"
     prompts: int = setting(24, rules.whole(2), "at most so many prompts a feature, of those on which it is active")
-    controls: int = setting(8, rules.whole(2), "random directions a feature, for comparison")
+    controls: int = setting(8, rules.whole(2, 10**4), "random directions a feature, for comparison")
 
 
 @dataclass(frozen=True)
@@ -466,9 +471,9 @@ class ValidationSpec(Section):
     designs: tuple[str, ...] = setting(
         ("random", "matched"), rules.list_of(rules.one_of(*DESIGNS)), "which subsets: " + " | ".join(DESIGNS)
     )
-    subsets: int = setting(60, rules.whole(1), "so many of each design that draws them")
+    subsets: int = setting(60, rules.whole(1, 10**5), "so many of each design that draws them")
     repeats: int = setting(
-        1, rules.whole(1), "each of these trained so many times, with other seeds: the noise of training"
+        1, rules.whole(1, 10**4), "each of these trained so many times, with other seeds: the noise of training"
     )
     size: float = setting(0.5, rules.number(above=0, maximum=1), "share of the examples in a random or matched subset")
     leave_out: float = setting(0.1, rules.number(above=0, maximum=1), "share of the examples that leave-out leaves out")
@@ -483,7 +488,7 @@ class ValidationSpec(Section):
         "the examples named raise this target most; null: curation.target, or the behavior where it is not wanted",
     )
     controls: int = setting(
-        5, rules.whole(5), "random subsets beside those of removal, addition, curation, curated, as large"
+        5, rules.whole(5, 10**4), "random subsets beside those of removal, addition, curation, curated, as large"
     )
     answer_tokens: int = setting(
         0, rules.whole(0), "30: the retrained models answer the prompts too, and a judge reads it"
@@ -553,11 +558,12 @@ class Study:
             value = getattr(self, item.name)
             if value is not item.default:
                 object.__setattr__(self, item.name, _checked(item.name, item.metadata["rule"], value))
-        if Path(self.name).name != self.name or self.name in (".", ".."):
+        plain_name = Path(self.name).name == self.name and self.name not in (".", "..") and self.name.isprintable()
+        if not plain_name or len(self.name.encode()) > 200:
             raise UserError(
                 "name is not a plain name",
                 value=self.name,
-                rule="a study's name is also the name of its run folder: no / and no ..",
+                rule="a study's name is also the name of its run folder: at most 200 bytes, no /, no .., no line ends",
                 fix="choose another name",
             )
         if self.attribution.concept_methods and self.examples.kind == "preference":
@@ -587,7 +593,7 @@ class Study:
             )
         for key, value in content.items():
             if key not in _names(cls):
-                raise unknown_key(str(key), value)
+                raise unknown_key(shown(key), value)
         return cls(**content)
 
     @classmethod
@@ -651,7 +657,7 @@ class Study:
                 return path
             candidate = _absolute(path, base)
             # What looks like a path or is a folder beside the file is a folder; else it is a hub id.
-            local = path.startswith(("./", "../", "/", "~")) or path in (".", "..") or candidate.is_dir()
+            local = path.startswith(("./", "../", "/", "~")) or path in (".", "..") or os.path.isdir(candidate)
             return path if kind == "hub" and not local else str(candidate)
 
         return self.visited(resolve)
@@ -750,7 +756,7 @@ def _section_from(spec: type[Section], value: object) -> Section:
         raise _not_a_value(spec, value)
     for key, item in value.items():
         if key not in _names(spec):
-            raise unknown_key(f"{spec.section}.{key}", item)
+            raise unknown_key(f"{spec.section}.{shown(key)}", item)
     return spec(**value)
 
 
@@ -783,6 +789,7 @@ def _all_keys() -> list[str]:
 
 def unknown_key(key: str, value: object) -> UserError:
     """Say what became of an old key; else suggest the closest, also one of the same name elsewhere."""
+    key = shown(key)  # however long it is
     became = gone.key(key)
     name = key.rsplit(".", 1)[-1]
     same_name = [known for known in _all_keys() if known.rsplit(".", 1)[-1] == name]
@@ -802,9 +809,11 @@ def _checked(key: str, rule: Rule, value: object) -> Any:
     try:
         return rule.parse(value)
     except (ValueError, OverflowError):
-        close = difflib.get_close_matches(str(value), rule.choices, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(shown(value), rule.choices, n=1, cutoff=0.5)
         fix = f"did you mean {close[0]}?" if close else f"correct {key} in the study"
-        raise UserError(f"{key} is not valid", value=repr(value), rule=rule.text, fix=fix) from None
+        quoted = repr(value[:200]) if isinstance(value, str) else value
+        value = "null" if quoted is None else quoted
+        raise UserError(f"{key} is not valid", value=value, rule=rule.text, fix=fix) from None
     except UserError as error:
         if key.split(".")[0] in error.what:
             raise
@@ -813,4 +822,4 @@ def _checked(key: str, rule: Rule, value: object) -> Any:
 
 def _absolute(value: str, base: Path) -> Path:
     # Not Path.resolve: a linked file keeps the name that the user gave it.
-    return Path(os.path.abspath(base / Path(value).expanduser()))
+    return Path(os.path.abspath(base / os.path.expanduser(value)))

@@ -6,7 +6,6 @@ a folder under a key that is a digest of all that they depend on, and are never 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -54,6 +53,7 @@ _COMPUTING = (
     "core/example.py",
     "features/pooling.py",
     "features/sae.py",
+    "features/sae_config.py",
     "model/adapter.py",
     "model/forward.py",
     "model/generate.py",
@@ -451,7 +451,7 @@ def _load(folder: Path, key: str) -> Retraining:
 
 def _read_record(file: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads(file.read_bytes())
+        record: dict[str, Any] = files.parse_json(file.read_bytes())
         return record
     except (OSError, ValueError) as error:
         raise UserError(

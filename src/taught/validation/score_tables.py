@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from taught.core.names import TargetName
 from taught.data.tables import read_rows
-from taught.errors import UserError, refuse
+from taught.errors import UserError, refuse, shown
 from taught.validation.comparison import Scores
 
 COLUMNS = ("example_id", "method", "value")
@@ -49,20 +49,29 @@ def read_scores(path: Path) -> list[ScoreRow]:
     found = []
     for row in rows:
         try:
-            value = float(row["value"])
-        except (TypeError, ValueError):
+            value = math.nan if isinstance(row["value"], bool) else float(row["value"])
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
             raise UserError(
                 f"{path.name}: a score is not a finite number",
-                value=f"{row['value']} of the example {row['example_id']}",
+                value=f"{shown(row['value'])} of the example {shown(row['example_id'])}",
                 rule="every row has a number in the column value",
                 fix="correct it, or leave the method out",
             )
-        method, target = str(row["method"]), row.get("target") or None
-        if target is not None and str(target).startswith("concept:"):
+        method, target, example_id = row["method"], row.get("target") or None, row["example_id"]
+        whole = isinstance(example_id, int) and not isinstance(example_id, bool)
+        named = isinstance(method, str) and method.strip() and isinstance(target, str | None)
+        if not named or not (whole or (isinstance(example_id, str) and example_id)):
+            raise UserError(
+                f"{path.name}: a row does not say of what its score is",
+                value={key: row[key] for key in ("example_id", "method", "target") if key in row},
+                rule="example_id, method and target are text; only target may be missing",
+                fix="correct this row",
+            )
+        if target is not None and target.startswith("concept:"):
             method, target = f"{TargetName.parse(target).about}:{method}", None
-        found.append(ScoreRow(method, target, str(row["example_id"]), value))
+        found.append(ScoreRow(method, target, str(example_id), value))
     return found
 
 

@@ -1,0 +1,192 @@
+"""What a run would refuse behind its first hour, found before it: the study's names and numbers against its data.
+
+The readings are stood in for by random numbers of the same prompts, groups and features, so that the stages' own words
+say what does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from taught.analysis.curate import RANKED
+from taught.core.estimator import Work
+from taught.core.example import Examples
+from taught.core.names import TargetName
+from taught.core.problem import Problem
+from taught.core.readings import Readings
+from taught.core.registry import CURVATURES, TRAJECTORIES
+from taught.core.target import TargetSet, kind_of
+from taught.data.prompts import PromptSet
+from taught.errors import UserError
+from taught.features.label import load_labels
+from taught.policy.evaluate import check_sides
+from taught.policy.ridge import check_folds, fit_policy
+from taught.stages.concepts import check_concept
+from taught.stages.ready import method_of, readings_of, wanted_targets
+from taught.stages.subject import Subject
+from taught.study.schema import Study
+from taught.validation.score_tables import read_scores
+
+
+@dataclass
+class Trial:
+    """A study tried against its data.
+
+    Attributes
+    ----------
+    labels : of the examples that would be scored, in their order
+    refused : what the run would say
+    """
+
+    study: Study
+    subject: Subject
+    prompts: PromptSet
+    labels: Sequence[str | None]
+    refused: list[UserError]
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """One part of the run: what it refuses is kept, and the others are tried all the same."""
+        try:
+            yield
+        except UserError as error:
+            self.refused.append(error)
+
+    def attempt(self, do: Callable[..., Any], *given: Any) -> None:
+        """Call one check of a stage."""
+        with self.part():
+            do(*given)
+
+
+def try_study(
+    study: Study, subject: Subject, prompts: PromptSet, labels: Sequence[str | None], problem: Problem, inputs: Examples
+) -> list[UserError]:
+    """What the stages of a run would refuse of this study."""
+    trial = Trial(study, subject, prompts, labels, [])
+    _methods(trial, problem, inputs)
+    _policy(trial)
+    for spec in study.concepts:
+        trial.attempt(check_concept, study, subject, spec, prompts, labels)
+    with trial.part():
+        _targets(trial)
+    for path in study.validation.scores:
+        trial.attempt(read_scores, Path(path))
+    return trial.refused
+
+
+def _methods(trial: Trial, problem: Problem, inputs: Examples) -> None:
+    own, spec = method_of(trial.study), trial.study.attribution
+    trial.attempt(own.refuse)
+    for name in trial.study.validation.methods:
+        trial.attempt(lambda name=name: own.named(name).refuse())
+    along = own.trajectory.make(TRAJECTORIES)
+    if not along.single and not len(along):
+        fix = "attribution.trajectory: {kind: checkpoints, checkpoints: [{id: FOLDER, lr: 2.0e-5}]}"
+        trial.refused.append(UserError("attribution.trajectory names no checkpoint", fix=fix))
+    curvature = own.curvature.make(CURVATURES)
+    if getattr(curvature, "moments", None) is not None:  # a file: reading it costs nothing beside a run
+        trial.attempt(curvature.fit, problem, inputs, Work())
+    if spec.concept_methods and not trial.study.concepts:
+        trial.refused.append(
+            UserError(
+                "methods for concepts are asked for, and there are no concepts",
+                value=", ".join(spec.concept_methods),
+                fix="add one: concepts: [{name: NAME, source: difference}]",
+            )
+        )
+    if "projection-difference-training" in spec.concept_methods and spec.checkpoint is None:
+        what, fix = "the difference that training made needs a fine-tuned model", "set attribution.checkpoint"
+        trial.refused.append(UserError(what, fix=fix))
+
+
+def _policy(trial: Trial) -> None:
+    study, sae = trial.study, trial.subject.sae
+    if sae is None:
+        return
+    trial.attempt(check_folds, study.policy.folds, len(trial.prompts))
+    if study.features.ids is not None:
+        trial.attempt(sae.decoder_rows, study.features.ids)
+    if study.features.labels is not None:
+        trial.attempt(load_labels, study.features.labels)
+    with suppress(UserError):  # that no group is named is said elsewhere
+        trial.attempt(check_sides, [prompt.group for prompt in trial.prompts], *study.prompts.sides)
+
+
+def _readings(trial: Trial, asked: Iterable[TargetName]) -> Readings:
+    """Random readings of the study's prompts, with a policy on the features that it names."""
+    random, ids = np.random.default_rng(0), [prompt.id for prompt in trial.prompts]
+    groups = ((p.id, p.group, p.category) for p in trial.prompts)
+    base = readings_of(ids, random.normal(size=len(ids)), groups)
+    sae = trial.subject.sae
+    if sae is None:
+        return base
+    # Which ones the contrast chooses is not known: those that are asked for may be among them.
+    named = trial.study.features.ids
+    own = {part.about for name in asked for part in name.parts}
+    features = [k for k in range(sae.n_features) if (k in named if named is not None else str(k) in own)] or [0]
+    X = random.normal(size=(len(ids), len(features)))
+    policy = fit_policy(X, base.y, prompt_ids=ids, feature_ids=features, alpha=1.0, fit_intercept=False)
+    return Readings(base.prompt_ids, base.y, base.groups, base.categories, policy.X, tuple(features), policy)
+
+
+def _targets(trial: Trial) -> None:
+    """The targets of the attribution, and those that later stages take from it."""
+    study, concepts = trial.study, [concept.name for concept in trial.study.concepts]
+    asked = [TargetName.parse(name) for name in study.attribution.targets or ()]
+    readings = _readings(trial, asked)
+    names = [TargetName.parse(name) for name in wanted_targets(study, readings, concepts)]
+    of_concepts = [name for name in names if any(kind_of(part).reads == "concepts" for part in name.parts)]
+    known = {f"concept:{name}" for name in concepts}
+    for name in of_concepts:
+        parts = [part for part in name.parts if kind_of(part).reads == "concepts"]
+        if stray := [str(part) for part in parts if part.about != "*" and str(part) not in known]:
+            rule = "concepts: " + (", ".join(concepts) or "none")
+            fix = "add it under concepts"
+            raise UserError("no concept of the study answers this", value=", ".join(stray), rule=rule, fix=fix)
+    others = [name for name in names if name not in of_concepts]
+    computed = {str(name) for name in (TargetSet.of(others, readings).names if others else ())} | known
+    computed |= {str(name) for name in of_concepts}
+    free = study.features.ids is None and any(name.kind == "coefficient" and name.about == "*" for name in names)
+    later = {
+        "curation.target": study.curation.target,
+        "curation.protect": study.curation.protect,
+        "clusters.target": None if study.clusters is None else study.clusters.target,
+        "validation.remove_by": study.validation.remove_by,
+    }
+    for key, wanted in later.items():
+        if wanted is None or wanted in computed or (free and wanted.startswith("coefficient:")):
+            continue
+        if not {str(part) for part in TargetName.parse(wanted).parts} <= computed:
+            rule = "one of those that the study asks for: " + ", ".join(sorted(computed)[:20])
+            fix = f"correct {key}, or add it to attribution.targets"
+            trial.refused.append(UserError(f"{key} is a target that is not computed", value=wanted, rule=rule, fix=fix))
+    _counts(trial)
+
+
+def _counts(trial: Trial) -> None:
+    """Numbers of examples that later stages name, and the labels of the published rule."""
+    study, examples = trial.study, len(trial.labels)
+    numbers = {"curation.k": study.curation.k, "clusters.k": None if study.clusters is None else study.clusters.k}
+    for key, k in numbers.items():
+        if k is not None and k > examples:
+            most, fix = f"at most {examples}, the examples that are scored", f"lower {key}"
+            trial.refused.append(UserError(f"{key} is more than there are examples", value=k, rule=most, fix=fix))
+    rule, target, protect = study.curation.rule, study.curation.target, study.curation.protect
+    if rule == "paper" and target not in (None, "score"):
+        fix = "set curation.rule to top-k, or leave out curation.target"
+        trial.refused.append(UserError("the published rule compares scores of a policy", value=target, fix=fix))
+    if protect is not None and (protect == target or (rule is not None and rule not in RANKED)):
+        fix = "name another target, or leave protect out"
+        trial.refused.append(UserError("this target cannot be protected", value=protect, fix=fix))
+    for key in ("positive_label", "negative_label") if rule == "paper" else ():
+        label = getattr(study.examples, key)
+        if label not in trial.labels:
+            known = "labels: " + ", ".join(sorted(set(map(str, trial.labels))))
+            what, fix = f"no example has the label examples.{key}", "set it, or use the rule top-k"
+            trial.refused.append(UserError(what, value=str(label), rule=known, fix=fix))
