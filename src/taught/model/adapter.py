@@ -108,6 +108,32 @@ def trainable(model: Any) -> tuple[str, ...]:
     return tuple(name for name, p in model.named_parameters() if p.requires_grad)
 
 
+def given_adapter(model: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """A model that was given, without the wrapper of peft, and what training its adapter moves; None: it has none.
+
+    Raises
+    ------
+    UserError
+        The adapter is no LoRA, or it is frozen, so that what it trains is not known.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return model, None
+    kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()})
+    if kinds != ["LORA"]:
+        raise UserError("the adapter is of another kind", value=kinds, rule="LORA", fix="merge it into its model")
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    moving = trainable(plain)
+    if not moving:
+        raise UserError(
+            "the given model's adapter is frozen",
+            value=type(model).__name__,
+            rule="what moves is what asks for gradients",
+            fix="load it by PeftModel.from_pretrained(..., is_trainable=True)",
+        )
+    return plain, moving
+
+
 def refuse_detached(model: Any) -> None:
     """Raise a UserError where a model's own derivative is not that of what it computes.
 

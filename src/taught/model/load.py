@@ -298,12 +298,14 @@ def _refuse_unknown_tokens(model: Any, tokenizer: Any) -> None:
 
     Data that hold a special token are refused, and the padding token is never looked at.
     """
-    rows, special = model.get_input_embeddings().weight.shape[0], set(tokenizer.all_special_ids)
+    rows, template = model.get_input_embeddings().weight.shape[0], str(tokenizer.chat_template)
+    special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    used = {getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "unk")}
+    used = set(tokenizer.encode("\U0010fffd", add_special_tokens=False))  # of a letter that no text has
+    used |= {getattr(tokenizer, role) for role in ("bos_token_id", "eos_token_id") if role[:-3] in template}
     unknown = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
     refuse(
-        sorted(t for t, i in unknown.items() if i not in special or i in used or t in str(tokenizer.chat_template)),
+        sorted(t for t, i in unknown.items() if i not in special or i in used or t in template),
         f"the tokenizer has tokens that the model has no embedding of ({rows} rows)",
         rule="tokenizer and model belong together",
         fix="use the tokenizer that the model was trained with",
