@@ -181,14 +181,13 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
         ignore_mismatched_sizes=True,  # they are refused below, by name
         **how,
     )
-    with _warnings_heard(name):
-        try:
-            model, found = load(attn_implementation="sdpa")
-        except ValueError as error:
-            if "scaled_dot_product_attention" not in str(error):
-                raise
-            log.warning("%s has no fused attention: the plain one (eager) is used, which is slower", name)
-            model, found = load(attn_implementation="eager")
+    try:
+        model, found = load(attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        log.warning("%s has no fused attention: the plain one (eager) is used, which is slower", name)
+        model, found = load(attn_implementation="eager")
     if getattr(model, "peft_config", None):
         raise _an_adapter(name, None)
     _refuse_other_weights(model, found, name)
@@ -424,9 +423,10 @@ def _read(load: Callable[..., Any], source: _Source) -> Any:
     It reads files that others wrote, so anything may be raised; the error names it.
     """
     try:
-        if source.folder is not None:
-            return load(str(source.folder), local_files_only=True)
-        return load(source.name, revision=source.commit)
+        with _warnings_heard(source.name):
+            if source.folder is not None:
+                return load(str(source.folder), local_files_only=True)
+            return load(source.name, revision=source.commit)
     except UserError:
         raise
     except Exception as error:
