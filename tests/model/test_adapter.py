@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -371,6 +372,20 @@ def test_an_adapter_without_some_of_its_tensors_is_refused(folder: Path) -> None
     save_file({k: v for k, v in load_file(file).items() if "layers.1.mlp.down_proj.lora_B" not in k}, file)
     with named(r"does not fit the model(.|\n)*1 tensors are not in(.|\n)*layers\.1\.mlp\.down_proj\.lora_B"):
         load_model(str(folder / "model"), adapter=str(folder / "adapter"))
+
+
+def test_names_in_a_wrapper_are_refused_and_the_advice_takes_it_off(folder: Path) -> None:
+    file = folder / "adapter" / "adapter_model.safetensors"
+    saved = load_file(file)
+    save_file({k.replace("base_model.model.", "base_model.model._orig_mod."): v for k, v in saved.items()}, file)
+    with named(r"names of the adapter's weights(.|\n)*'_orig_mod\.'") as error:
+        load_model(str(folder / "model"), adapter=str(folder / "adapter"))
+    (command,) = re.findall(r'python -c "(.*)"$', error.value.fix)
+    exec(command)
+    ours = dict(load_model(str(folder / "model"), adapter=str(folder / "adapter")).model.named_parameters())
+    for name, value in saved.items():
+        name = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+        assert torch.equal(ours[name], value)
 
 
 def test_another_base_model_is_said(folder: Path, caplog) -> None:

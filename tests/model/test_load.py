@@ -300,6 +300,10 @@ def test_whatever_a_library_raises_is_said(tmp_path, monkeypatch, error, message
 
 def test_an_adapter_given_as_the_model_is_refused(tmp_path):
     save_tiny(tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is an adapter(.|\n)*move adapter_"):
+        load_model(str(tmp_path / "m"))
+    (tmp_path / "m" / "config.json").unlink()
     (tmp_path / "m" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     with pytest.raises(UserError, match=r"is an adapter(.|\n)*set model\.id to org/base, and model\.adapter to .*/m"):
         load_model(str(tmp_path / "m"))

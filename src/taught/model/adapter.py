@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from taught.errors import UserError, refuse
+from taught.model.load import find_wrapper
 from taught.run.files import sha256_folder
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,18 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
             log.warning("peft says of %s: %s", adapter, warning.message)
     moving = trainable(wrapped)
     absent = [name for name in found.missing_keys if name in moving]
+    plain = [{key.replace(".default", "") for key in keys} for keys in (absent, found.unexpected_keys)]
+    wrapper = find_wrapper(*plain) if all(plain) else None
+    if wrapper is not None:
+        file = str(folder / _WEIGHTS)
+        raise UserError(
+            "the names of the adapter's weights are not the model's",
+            value=f"{min(plain[1])}, {len(plain[1])} like it",
+            rule=f"names without {wrapper!r}, which is of a wrapper that the adapter was saved in",
+            fix='python -c "from safetensors.torch import load_file, save_file; '
+            f"save_file({{k.replace({wrapper!r}, ''): v for k, v in load_file({file!r}).items()}}, {file!r}, "
+            "metadata={'format': 'pt'})\"",
+        )
     if absent or found.unexpected_keys:
         raise _misfit(
             f"{len(absent)} tensors are not in {_WEIGHTS}, {len(found.unexpected_keys)} there are not in the model: "

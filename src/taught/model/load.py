@@ -189,7 +189,7 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
         log.warning("%s has no fused attention: the plain one (eager) is used, which is slower", name)
         model, found = load(attn_implementation="eager")
     if getattr(model, "peft_config", None):
-        raise _an_adapter(name, None)
+        raise _an_adapter(name)
     _refuse_other_weights(model, found, name)
     model = (model if device == "auto" else model.to(device)).eval()
     _refuse_offloaded(model)
@@ -236,7 +236,7 @@ def _refuse_quantised(config: Any, name: str) -> None:
 def _refuse_other_weights(model: Any, found: dict[str, Any], name: str) -> None:
     """Refuse a checkpoint that is not the model of its configuration: the rest would be random numbers."""
     missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
-    wrapper = _wrapper(set(model.state_dict()), unexpected)
+    wrapper = find_wrapper(set(model.state_dict()), unexpected)
     if missing and wrapper is not None:
         start = "^" if all(key.startswith(wrapper) for key in unexpected) else ""
         target = f"{Path(name).name}-renamed"
@@ -279,17 +279,11 @@ def _refuse_other_weights(model: Any, found: dict[str, Any], name: str) -> None:
         )
 
 
-def _wrapper(own: Collection[str], unexpected: Collection[str]) -> str | None:
+def find_wrapper(own: Collection[str], unexpected: Collection[str]) -> str | None:
     """What stands in all unexpected names beside names of the model: ``_orig_mod.``, ``module.``, ..."""
-    if not unexpected:
-        return None
-    parts = min(unexpected).split(".")
-    for start in range(len(parts)):
-        for end in range(start + 1, len(parts)):
-            wrapper = ".".join(parts[start:end]) + "."
-            if all(key.replace(wrapper, "", 1) in own for key in unexpected):
-                return wrapper
-    return None
+    parts = min(unexpected, default="").split(".")
+    found = (".".join(parts[i:j]) + "." for i in range(len(parts)) for j in range(i + 1, len(parts)))
+    return next((w for w in found if all(key.replace(w, "", 1) in own for key in unexpected)), None)
 
 
 def _refuse_unknown_tokens(model: Any, tokenizer: Any) -> None:
@@ -356,7 +350,7 @@ def _commit(name: str, *, revision: str | None) -> str:
     except EntryNotFoundError:
         with suppress(EntryNotFoundError):
             hf_hub_download(name, "adapter_config.json", revision=revision)
-            raise _an_adapter(name, None) from None
+            raise _an_adapter(name) from None
         raise
 
 
@@ -404,16 +398,17 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
     return {"source": f"folder {folder.name}", "sha256": sha256_folder(folder)}
 
 
-def _an_adapter(name: str, config: Path | None) -> UserError:
+def _an_adapter(name: str, config: Path | None = None) -> UserError:
     """transformers would load the base model that it names, move both, and see no change of the base."""
     base = "the model that it was trained on"
-    with suppress(OSError, ValueError, AttributeError):
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or base if config else base
+    if config is not None:
+        with suppress(OSError, ValueError, AttributeError):
+            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or base
+    fix = f"set model.id to {base}, and model.adapter to {name}"
+    if config is not None and config.with_name("config.json").exists():
+        fix = "move adapter_*.* to a folder of their own, and set model.adapter to it"
     return UserError(
-        "model.id is an adapter",
-        value=name,
-        rule="model.id names the model, model.adapter the adapter on it",
-        fix=f"set model.id to {base}, and model.adapter to {name}",
+        "model.id is an adapter", value=name, rule="model.id names the model, model.adapter the adapter on it", fix=fix
     )
 
 
@@ -466,7 +461,7 @@ def _explain(error: BaseException, source: _Source) -> UserError:
     if source.folder is not None:
         return UserError(
             "the model folder cannot be read",
-            value=f"{source.folder}: {text or repr(error)}",
+            value=f"{source.folder}: {text if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)}",
             rule="config.json, tokenizer.json and *.safetensors of transformers",
             fix="save model and tokenizer there with save_pretrained",
         )
