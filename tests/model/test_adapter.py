@@ -390,8 +390,9 @@ def test_names_in_a_wrapper_are_refused_and_the_advice_takes_it_off(folder: Path
 
 def test_another_base_model_is_said(folder: Path, caplog) -> None:
     change_config(folder / "adapter", base_model_name_or_path="org/another")
-    load_model(str(folder / "model"), adapter=str(folder / "adapter"))
+    report = check_study(adapted_study(folder))
     assert "was trained on org/another" in caplog.text
+    assert dict(report.rows)["adapter of"].startswith("org/another, ")
 
 
 def test_a_checkpoint_whose_adapter_trains_other_parameters_is_refused(folder: Path) -> None:

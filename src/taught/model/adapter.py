@@ -109,11 +109,15 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
             f"{len(absent)} tensors are not in {_WEIGHTS}, {len(found.unexpected_keys)} there are not in the model: "
             + ", ".join([*absent, *found.unexpected_keys][:4])
         )
-    base = str(config.get("base_model_name_or_path") or "")
-    if base and Path(base).name.lower() != Path(str(model.config.name_or_path)).name.lower():
-        log.warning("the adapter %s was trained on %s; it is put on %s", adapter, base, model.config.name_or_path)
+    base, own = str(config.get("base_model_name_or_path") or ""), str(model.config.name_or_path)
+    weights = {"source": adapter, "sha256": sha256_folder(folder)}
+    if base and Path(base).name.lower() != Path(own).name.lower():
+        log.warning("the adapter %s was trained on %s; it is put on %s", adapter, base, own)
+        weights["trained_on"] = base
     adapted = wrapped.get_base_model().eval()
-    return adapted, trainable(adapted), {"source": adapter, "sha256": sha256_folder(folder)}
+    if getattr(adapted, "hf_device_map", None) is None:
+        adapted.to(device)
+    return adapted, trainable(adapted), weights
 
 
 def trainable(model: Any) -> tuple[str, ...]:
