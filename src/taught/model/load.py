@@ -190,9 +190,9 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
         model, found = load(attn_implementation="eager")
     if getattr(model, "peft_config", None):
         raise _an_adapter(name)
+    _refuse_offloaded(model)
     _refuse_other_weights(model, found, name)
     model = (model if device == "auto" else model.to(device)).eval()
-    _refuse_offloaded(model)
     use_fast_products(model)
     return model
 
@@ -292,11 +292,13 @@ def _refuse_unknown_tokens(model: Any, tokenizer: Any) -> None:
     Data that hold a special token are refused, and the padding token is never looked at.
     """
     rows, template = model.get_input_embeddings().weight.shape[0], str(tokenizer.chat_template)
+    unknown = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if not unknown:
+        return
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     used = set(tokenizer.encode("\U0010fffd", add_special_tokens=False))  # of a letter that no text has
     used |= {getattr(tokenizer, role) for role in ("bos_token_id", "eos_token_id") if role[:-3] in template}
-    unknown = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
     refuse(
         sorted(t for t, i in unknown.items() if i not in special or i in used or t in template),
         f"the tokenizer has tokens that the model has no embedding of ({rows} rows)",
