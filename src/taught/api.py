@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from taught.core.target import TargetSet
 from taught.data.examples import load_examples
 from taught.data.overlap import drop_overlap
 from taught.data.prompts import load_prompts
+from taught.errors import UserError
+from taught.model.adapter import given_adapter
 from taught.model.gradients import evaluating
 from taught.model.load import LoadedModel
 from taught.progress import Progress, SilentProgress
@@ -122,13 +125,28 @@ def _subject(study: Study, model: Any, tokenizer: Any, *, kept: bool) -> Subject
     """The model, loaded or as it was given; what is kept of a given one belongs to its weights alone."""
     if tokenizer is None:
         return open_subject(study.replace("model.id", str(model)))
+    if study.model.adapter is not None:
+        raise UserError(
+            "a model that is given brings its adapter along",
+            value=study.model.adapter,
+            rule="model.adapter is put on a model that is loaded by its folder or hub id",
+            fix="give the model's folder or id, or PeftModel.from_pretrained(model, adapter, is_trainable=True)",
+        )
+    model, moving = given_adapter(model)
     weights = {"source": "a model that was given", **({"sha256": _digest(model)} if kept else {})}
-    return open_subject(study, LoadedModel(model, tokenizer, type(model).__name__, None, weights))
+    return open_subject(study, LoadedModel(model, tokenizer, type(model).__name__, None, weights, moving))
 
 
 def _digest(model: nn.Module) -> str:
-    """Hex digest of a model's weights as they are held. Reads a gigabyte in a second or two."""
-    digest = hashlib.sha256()
+    """Hex digest of a model's weights as they are held, and of its settings. Reads a gigabyte in a second or two."""
+    config: Any = model.config
+    settings = [
+        {key: value for key, value in config.to_dict().items() if key != "_name_or_path"},
+        config._attn_implementation,
+        {name: own.to_dict() for name, own in (getattr(model, "peft_config", None) or {}).items()},
+    ]
+    plain = json.dumps(settings, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    digest = hashlib.sha256(plain.encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -329,3 +329,31 @@ def test_only_the_modules_that_matter_give_factors() -> None:
         params = {f.param for f in taps.factors(h.sum())}
     assert {p.split(".")[2] for p in params if ".layers." in p} == {"0", "1"}
     assert "lm_head.weight" not in params and "model.embed_tokens.weight" in params
+
+
+class Unembedding(torch.nn.Module):
+    """An output that multiplies by the embedding's weight without calling the embedding."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.borrowed = [embedding]
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.borrowed[0].weight)
+
+
+def test_a_weight_that_is_used_where_its_module_is_not_called_is_refused_by_name():
+    model = tiny_model("untied")
+    model.lm_head = Unembedding(model.get_input_embeddings())
+    with pytest.raises(UserError, match=r"not seen where their modules are called(.|\n)*embed_tokens\.weight"):
+        find_sites(model)
+    assert find_sites(model, ["*layers*"])
+
+
+def test_looking_for_uses_leaves_the_model_as_it_was():
+    model = tiny_model("tied")
+    model.get_input_embeddings().weight.requires_grad_(False)
+    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+    before = snapshot(model)
+    find_sites(model)
+    assert same(before, snapshot(model))

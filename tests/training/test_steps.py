@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from taught.study.schema import ValidationSpec
-from taught.training.loop import Recipe, train, trainable
+from taught.training.loop import Recipe, in_training, train
 from taught.training.steps import Back, State, States, Training
 from tiny_models import plain_y, tiny_examples, tiny_model, tiny_preferences
 
@@ -31,7 +31,7 @@ def functional(model) -> torch.Tensor:
 def trained(recipe: Recipe, weights: torch.Tensor, *, name: str = "untied", eps_root: float = 0.0, budget: int = 512):
     """F after a whole run with these weights."""
     model = tiny_model(name)
-    with trainable(model, recipe, None) as patterns:
+    with in_training(model, recipe, None) as patterns:
         training = Training(model, examples(), recipe, patterns, budget, eps_root, weights)
         with training.ready():
             training.train()
@@ -44,7 +44,7 @@ def examples():
 
 def derivative(recipe: Recipe, *, name: str = "untied", eps_root: float = 0.0, exact: bool = True, budget: int = 512):
     model = tiny_model(name)
-    with trainable(model, recipe, None) as patterns:
+    with in_training(model, recipe, None) as patterns:
         training, states = Training(model, examples(), recipe, patterns, budget, eps_root), States(None)
         with training.ready():
             state = training.train(states)
@@ -114,7 +114,7 @@ def test_an_example_with_weight_zero_is_as_if_it_had_no_loss() -> None:
     weights[1] = 0.0
     model = tiny_model("untied")
     rest = [z for i, z in enumerate(sorted(examples(), key=lambda z: z.id)) if i != 1]
-    with trainable(model, replace(recipe, lr=0.04), None) as patterns:  # four of five: the denominator is held
+    with in_training(model, replace(recipe, lr=0.04), None) as patterns:  # four of five: the denominator is held
         training = Training(model, rest, replace(recipe, lr=0.04), patterns)
         with training.ready():
             training.train()
@@ -126,7 +126,7 @@ def test_the_gauss_newton_product_is_the_sum_of_squared_gradients() -> None:
     # One step of SGD, gone back over twice: L behind the first of two equal steps holds H Lg of the second.
     recipe = replace(BASE, optimizer="sgd", lr=0.05, batch=5, epochs=1)
     model = tiny_model("untied")
-    with trainable(model, recipe, None) as patterns:
+    with in_training(model, recipe, None) as patterns:
         training = Training(model, examples(), recipe, patterns)
         with training.ready():
             state = training.begin()

@@ -21,7 +21,7 @@ from taught.run.pieces import PartialFolder
 from taught.stages.ready import prepare, read_data
 from taught.stages.subject import open_subject
 from taught.study.load import load_study
-from taught.training.loop import trainable
+from taught.training.loop import in_training
 from taught.training.steps import Training
 from tiny_models import Norm64
 from tiny_study import do, with_values, write_tiny_study
@@ -72,7 +72,7 @@ def scores(ready, targets):
 def values_after(ready, weights, names) -> np.ndarray:
     """F of the model that a whole run with these weights ends in."""
     problem = ready.problem
-    with trainable(problem.model, problem.recipe, problem.parameters) as patterns:
+    with in_training(problem.model, problem.recipe, problem.parameters) as patterns:
         training = Training(problem.model, ready.inputs, problem.recipe, patterns, eps_root=ROOT, weights=weights)
         with training.ready():
             training.train()

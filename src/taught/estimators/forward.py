@@ -15,6 +15,7 @@ their gradient, and one tree. Attention runs without fused kernels, which have n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,9 +33,11 @@ from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.core.trajectory import Queries, Trajectory
+from taught.errors import UserError
 from taught.estimators import cost
 from taught.estimators.cost import Asked
 from taught.estimators.finite_step import step_direction
+from taught.model.adapter import refuse_detached
 from taught.model.gradients import frozen
 from taught.model.parameters import moving_parameters
 from taught.model.readout import PackedPrompts, pack, read_packed
@@ -83,8 +86,9 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
     Raises
     ------
     UserError
-        The loss of an example is not finite.
+        The loss of an example is not finite; forward mode does not go through the model.
     """
+    refuse_detached(problem.model)
     reader = _Reader(problem)
     packs = list(pack(problem.prompts, problem.behavior))
     moving = moving_parameters(problem.model, problem.parameters)
@@ -99,7 +103,7 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
             dX = torch.zeros(len(problem.prompts), problem.d, dtype=torch.float64)
             dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
             for packed in packs:
-                with sdpa_kernel(SDPBackend.MATH):
+                with sdpa_kernel(SDPBackend.MATH), _parameters_kept(reader):
                     moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
                 X_moves, y_moves = moved[1]
                 index = list(packed.index)
@@ -109,6 +113,24 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
         yield Tangent(example.id, loss, dX, dy)  # outside the block: the caller gets the model as it was
         if progress is not None:
             progress.advance(1)
+
+
+@contextmanager
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Every module's own parameters again on exit: ``functional_call`` leaves its own in a module of two names."""
+    kept = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            "forward mode does not go through this model",
+            value=str(error),
+            rule="every step of the model has a derivative in forward mode",
+            fix="use --set attribution.estimator=finite-step",
+        ) from error
+    finally:
+        for module, own in kept:
+            module._parameters.update(own)
 
 
 @ESTIMATORS.register("forward")

@@ -1,30 +1,53 @@
 """A LoRA adapter of the package peft on a loaded model: safetensors only.
 
 The adapter's layers take the places of those that they adapt, and stay what they are: the weights
-of ``lora_A`` and ``lora_B`` are parameters of plain linear layers, and no weights are merged.
+of ``lora_A`` and ``lora_B`` are parameters of plain linear layers, and no weights are merged. What moves is what peft
+itself marks as trainable, never what names look like.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.util
 import json
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from taught.errors import UserError, refuse
+from taught.model.load import find_wrapper
+from taught.run.files import sha256_folder
 
-from taught.errors import UserError
-from taught.run.files import sha256_file
+log = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What training an adapter moves: its own layers, and the layers that it keeps whole copies of.
-_PATTERNS = ("*lora_*", "*.modules_to_save.*")
+# Settings of a LoRA that its layers carry out by themselves; any other one that is set may mean another model.
+_KNOWN = (
+    {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+    | {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+        "lora_bias",
+    }
+    | {"target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"}
+    | {"modules_to_save", "trainable_token_indices", "fan_in_fan_out", "init_lora_weights", "eva_config"}
+)
+# Kinds that put tokens in front of the input or beside its keys, and change no weight.
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
+# First weights that leave the base model as it is; the others (PiSSA, OLoRA, LoftQ, ...) change it.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[Any, dict[str, Any]]:
+def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
     """Put a LoRA adapter on a model, in the model's own precision.
 
     Parameters
@@ -35,12 +58,14 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
     Returns
     -------
     model : the same model with the adapter's layers in it
-    weights : what identifies the adapter
+    moving : names of the parameters that training the adapter moves
+    weights : what identifies the adapter: its weights and its configuration
 
     Raises
     ------
     UserError
-        peft is missing; there is no such adapter; it is not a LoRA, or of another model.
+        peft is missing; there is no such adapter; it is not a LoRA, or one of which peft changes the base model;
+        it is of another model.
     """
     if importlib.util.find_spec("peft") is None:
         raise UserError(
@@ -50,56 +75,162 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
             fix="pip install 'taught[peft]'",
         )
     from peft import PeftModel
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
     folder = _find(adapter, revision)
+    config = _read_config(folder)
+    device = str(next(model.parameters()).device)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            wrapped = PeftModel.from_pretrained(
+                model, str(folder), autocast_adapter_dtype=False, torch_device=device, is_trainable=True
+            )
+            found: Any = set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device=device))
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise _misfit(f"{adapter}: {error}") from error
+    for warning in said:
+        if not issubclass(warning.category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
+            log.warning("peft says of %s: %s", adapter, warning.message)
+    moving = trainable(wrapped)
+    absent = [name for name in found.missing_keys if name in moving]
+    plain = [{key.replace(".default", "") for key in keys} for keys in (absent, found.unexpected_keys)]
+    wrapper = find_wrapper(*plain) if all(plain) else None
+    if wrapper is not None:
+        file = str(folder / _WEIGHTS)
+        raise UserError(
+            "the names of the adapter's weights are not the model's",
+            value=f"{min(plain[1])}, {len(plain[1])} like it",
+            rule=f"names without {wrapper!r}, which is of a wrapper that the adapter was saved in",
+            fix='python -c "from safetensors.torch import load_file, save_file; '
+            f"save_file({{k.replace({wrapper!r}, ''): v for k, v in load_file({file!r}).items()}}, {file!r}, "
+            "metadata={'format': 'pt'})\"",
+        )
+    if absent or found.unexpected_keys:
+        raise _misfit(
+            f"{len(absent)} tensors are not in {_WEIGHTS}, {len(found.unexpected_keys)} there are not in the model: "
+            + ", ".join([*absent, *found.unexpected_keys][:4])
+        )
+    base, own = str(config.get("base_model_name_or_path") or ""), str(model.config.name_or_path)
+    weights = {"source": adapter, "sha256": sha256_folder(folder)}
+    if base and Path(base).name.lower() != Path(own).name.lower():
+        log.warning("the adapter %s was trained on %s; it is put on %s", adapter, base, own)
+        weights["trained_on"] = base
+    adapted = wrapped.get_base_model().eval()
+    if getattr(adapted, "hf_device_map", None) is None:
+        adapted.to(device)
+    return adapted, trainable(adapted), weights
+
+
+def trainable(model: Any) -> tuple[str, ...]:
+    """Names of the parameters that ask for gradients: in a model with an adapter, those that peft trains."""
+    return tuple(name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def given_adapter(model: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """A model that was given, without the wrapper of peft, and what training its adapter moves; None: it has none.
+
+    Raises
+    ------
+    UserError
+        The adapter is no LoRA, or it is frozen, so that what it trains is not known.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return model, None
+    kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()})
+    if kinds != ["LORA"]:
+        raise UserError("the adapter is of another kind", value=kinds, rule="LORA", fix="merge it into its model")
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    moving = trainable(plain)
+    if not moving:
+        raise UserError(
+            "the given model's adapter is frozen",
+            value=type(model).__name__,
+            rule="what moves is what asks for gradients",
+            fix="load it by PeftModel.from_pretrained(..., is_trainable=True)",
+        )
+    return plain, moving
+
+
+def refuse_detached(model: Any) -> None:
+    """Raise a UserError where a model's own derivative is not that of what it computes.
+
+    DoRA divides by a norm of its weights that it holds constant in derivatives, and that a step changes.
+    """
+    refuse(
+        [name for name, m in model.named_modules() if type(m).__module__ == "peft.tuners.lora.dora"],
+        "DoRA hides a part of its change from derivatives",
+        rule="forward mode follows derivatives, a finite step takes the change itself",
+        fix="use --set attribution.estimator=finite-step",
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration, if all of it is understood."""
+    from peft import LoraConfig
+
     try:
-        kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("peft_type")
+        config: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             "the adapter's configuration cannot be read", value=f"{folder}: {error}", fix="save it with save_pretrained"
         ) from None
+    merge = "merge it into its model (merge_and_unload of peft), and give the merged model as model.id"
     if kind != "LORA":
+        fix = "train a LoRA instead: this kind cannot be merged into a model" if kind in _PROMPTS else merge
+        raise UserError("the adapter is of another kind", value=kind, rule="LORA", fix=fix)
+    usual = {f.name: f.default if f.default is not MISSING else None for f in fields(LoraConfig)}
+    refuse(
+        sorted(k for k, v in config.items() if k not in _KNOWN and v and v != usual.get(k)),
+        "the adapter has settings that are not understood",
+        rule="plain LoRA, or DoRA; each setting may mean another model",
+        fix=merge,
+    )
+    start = config.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
         raise UserError(
-            "the adapter is of another kind",
-            value=kind,
-            rule="LORA",
-            fix="merge it into the model, and give the merged model as model.id",
+            "the adapter changes the base model before it is put on",
+            value=f"init_lora_weights: {start}",
+            rule="the base model stays as it was loaded",
+            fix=merge,
         )
-    first = next(model.parameters())
-    try:
-        wrapped = PeftModel.from_pretrained(
-            model, str(folder), autocast_adapter_dtype=False, torch_device=str(first.device)
-        )
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise _misfit(f"{adapter}: {error}") from error
-    adapted = wrapped.get_base_model().to(device=first.device, dtype=first.dtype).eval()
-    # peft only warns of layers of the adapter that the model lacks, and of new ones.
-    with safe_open(folder / _WEIGHTS, framework="pt") as file:
-        stored = sum("lora_" in name for name in file.keys())  # noqa: SIM118
-    there = sum("lora_" in name for name, _ in adapted.named_parameters())
-    if stored != there:
-        raise _misfit(f"{stored} tensors in {_WEIGHTS}, {there} in the model")
-    return adapted, {"source": adapter, "sha256": sha256_file(folder / _WEIGHTS)}
-
-
-def adapter_patterns(model: Any) -> tuple[str, ...]:
-    """Patterns of the parameters that an adapter brings along (``moving_parameters``)."""
-    names = [name for name, _ in model.named_parameters()]
-    return tuple(p for p in _PATTERNS if fnmatch.filter(names, p))
+    return config
 
 
 @contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
-    """The model as it is without its adapter, where it has one; as before on exit."""
-    if not hasattr(model, "peft_config"):
+    """The model as it is without its adapter, where it has one; as before on exit.
+
+    Raises
+    ------
+    UserError
+        The adapter has biases of its own: they are in the places of the model's.
+    """
+    configs = getattr(model, "peft_config", {})
+    if not configs:
         yield
         return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if biased := [c.bias for c in configs.values() if getattr(c, "bias", "none") != "none"]:
+        raise UserError(
+            "the model without its adapter is not at hand",
+            value=f"bias: {biased[0]}",
+            rule="the adapter's biases are in the places of the model's",
+            fix="give the reference with the data: ref_chosen_logps and ref_rejected_logps",
+        )
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.disable_adapters()
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        model.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
         for p, flag in flags:
             p.requires_grad_(flag)
 

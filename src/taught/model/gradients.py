@@ -16,14 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.model.kernels import outer_products, product
 from taught.model.parameters import moving_parameters
 
@@ -82,8 +83,12 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
     Raises
     ------
     UserError
-        A parameter belongs to a module of another kind (fused experts, convolutions, ...). Nothing
-        is left out silently. A pattern matches nothing.
+        A parameter belongs to a module of another kind (fused experts, convolutions, ...), or is used by another way
+        than its module. Nothing is left out silently. A pattern matches nothing.
+
+    Notes
+    -----
+    Runs a few tokens through a model of transformers, forward and backward, once for each choice of parameters.
     """
     names = {id(p): name for name, p in moving_parameters(model, parameters).items()}  # tied ones have one name
     sites, covered = [], set()
@@ -107,7 +112,70 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
             rule="linear layers, embeddings and elementwise norms are covered",
             fix="use the finite-step estimator, or set attribution.parameters to leave them out",
         )
+    if hasattr(model, "get_input_embeddings"):
+        _refuse_other_uses(model, sites)
     return sites
+
+
+# Sites of which it is known that they give the gradients of their model.
+_SEEN: WeakKeyDictionary[nn.Module, set[tuple[Site, ...]]] = WeakKeyDictionary()
+# What rounding may make of a gradient, relative to the largest one.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+def _refuse_other_uses(model: Any, sites: Sequence[Site]) -> None:
+    """Raise a UserError unless the sites give the gradients that autograd gives.
+
+    A weight that is taken out of its module (LoRA on a parameter, a head that multiplies by the embedding) is seen in
+    no call of it: its gradient would be zero, or a part of it. Memory: two gradients of one parameter at a time.
+    """
+    known = _SEEN.setdefault(model, set())
+    if tuple(sites) in known:
+        return
+    every = dict(model.named_parameters())
+    moving = {name: every[name] for site in sites for name in (site.weight, site.bias) if name is not None}
+    kept = [(p, p.requires_grad, p.grad) for p in every.values()]
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.linspace(0, rows - 1, min(8, rows)).long()[None].to(next(iter(every.values())).device)
+    off: dict[str, float] = {}
+    sizes: dict[str, float] = {}
+    handles: list[Any] = []
+    try:
+        for name, p in every.items():
+            p.requires_grad_(name in moving)
+            p.grad = None
+        with evaluating(model), torch.enable_grad(), tap(model, sites) as taps:
+            logits = model(input_ids=ids).logits
+            value = (logits * _random(*logits.shape, like=logits)).mean()
+            factors = taps.factors_and(value, (), retain_graph=True, training=True)[0]
+
+            def compare(name: str, p: nn.Parameter) -> None:
+                own = torch.zeros_like(p)
+                for factor in factors:
+                    if factor.param == name:
+                        accumulate(factor, own)
+                assert p.grad is not None
+                sizes[name], off[name] = float(p.grad.norm()), float((p.grad - own).norm())
+                p.grad = None
+
+            for name, p in moving.items():
+                handles.append(p.register_post_accumulate_grad_hook(partial(compare, name)))
+            value.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, flag, grad in kept:
+            p.requires_grad_(flag)
+            p.grad = grad
+    allowed = max(sizes.values(), default=0.0) * _ROUNDING.get(logits.dtype, 0.1)
+    unseen = {name for name in moving if name not in {factor.param for factor in factors}}
+    refuse(
+        sorted(n for n, by in off.items() if by > 0 and (n in unseen or not by <= max(allowed, 0.1 * sizes[n]))),
+        "the gradients of some parameters are not seen where their modules are called",
+        rule="a parameter is used by its own module and in no other way",
+        fix="use the finite-step estimator, or set attribution.parameters to leave them out",
+    )
+    known.add(tuple(sites))
 
 
 def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:

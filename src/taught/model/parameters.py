@@ -27,7 +27,9 @@ def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     every = dict(model.named_parameters())
     if patterns is None:
         return every
-    for pattern in patterns:
+    names = every.keys() & set(patterns)  # of an adapter there are hundreds; patterns are slow
+    wild = [pattern for pattern in patterns if pattern not in names]
+    for pattern in wild:
         if not any(fnmatchcase(name, pattern) for name in every):
             close = difflib.get_close_matches(pattern, every, n=3, cutoff=0.3) or list(every)[:3]
             raise UserError(
@@ -37,4 +39,4 @@ def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
                 "a tied parameter goes by its first name",
                 fix=f"names of the model are like {', '.join(close)}",
             )
-    return {n: p for n, p in every.items() if any(fnmatchcase(n, each) for each in patterns)}
+    return {n: p for n, p in every.items() if n in names or any(fnmatchcase(n, each) for each in wild)}

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -91,6 +92,28 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Files of a model, adapter or SAE folder that define it (a README does not).
+_DEFINING = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf", "*.txt", "*.tiktoken")
+
+
+def sha256_folder(folder: Path) -> str:
+    """Digest of the files that define a model, an adapter, an SAE or a concept.
+
+    Weights, configuration, tokenizer and chat template: each of them changes every number.
+    """
+    lines = []
+    for file in sorted({file for pattern in _DEFINING for file in folder.resolve().glob(pattern)}):
+        about = file.stat()
+        lines.append(f"{_sha256_unchanged(file, about.st_size, about.st_mtime_ns)}  {file.name}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@cache
+def _sha256_unchanged(file: Path, size: int, changed: int) -> str:
+    """Of a file that has not changed meanwhile: several stages of one command ask for the same weights."""
+    return sha256_file(file)
 
 
 def json_bytes(record: object) -> bytes:

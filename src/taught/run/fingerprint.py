@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from taught.data.tables import table_sha256
 from taught.errors import UserError
 from taught.run.code import code_version
-from taught.run.files import sha256_file
+from taught.run.files import sha256_folder
 from taught.run.stage import Stage
 from taught.study.schema import Study, methods_of
 
 Inputs = dict[str, Any]
-
-# Files of a model or SAE folder that define it (a README does not).
-_DEFINING = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf", "*.txt")
 
 
 def stage_inputs(stage: Stage, study: Study, extra: Mapping[str, Any] | None = None) -> Inputs:
@@ -88,19 +84,6 @@ def content_digest(key: str, path: Path, *, table: bool = True) -> str:
     try:
         if table:
             return table_sha256(path)
-        lines = [f"{_file_digest(*of)}  {of[0].name}\n" for of in _defining(path)]
+        return sha256_folder(path)
     except OSError as error:
         raise UserError(f"{key} cannot be read", value=str(error)) from None
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _defining(folder: Path) -> Iterator[tuple[Path, int, int]]:
-    for file in sorted({file for pattern in _DEFINING for file in folder.glob(pattern)}):
-        about = file.stat()
-        yield file, about.st_size, about.st_mtime_ns
-
-
-@cache
-def _file_digest(file: Path, size: int, changed: int) -> str:
-    """Of a file that has not changed meanwhile: several stages of one command ask for the same weights."""
-    return sha256_file(file)

@@ -128,6 +128,8 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
     report.add("weights", subject.loaded.weights.get("source", "local folder"))
     if study.model.adapter is not None:
         report.add("adapter", study.model.adapter)
+        if base := subject.loaded.weights["adapter"].get("trained_on"):
+            report.add("adapter of", f"{base}, by its own record: another model")
     if sae is None:
         report.add("SAE", "none: with one (sae.path), a policy says through which features the examples act")
     else:

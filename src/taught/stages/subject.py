@@ -18,7 +18,7 @@ from taught.errors import UserError
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder, load_sae
 from taught.features.select import Selection, select_features
-from taught.model.adapter import adapter_patterns, without_adapter
+from taught.model.adapter import without_adapter
 from taught.model.forward import get_block
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
@@ -80,10 +80,9 @@ class Subject:
         return self.sae
 
     def moving(self, study: Study) -> tuple[str, ...] | None:
-        """Patterns of the parameters that a step moves: an adapter's alone where there is one."""
-        if study.attribution.parameters is None and study.model.adapter is not None:
-            return adapter_patterns(self.loaded.model)
-        return study.attribution.parameters
+        """Patterns of the parameters that a step moves: those that an adapter trains where there is one."""
+        patterns = study.attribution.parameters
+        return self.loaded.moving if patterns is None else patterns
 
     def encode(self, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
         """Prompts as tokens, with what the behavior scores behind each."""
@@ -182,6 +181,13 @@ def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | Non
             "a checkpoint has another width than the model",
             value=f"{id}: {width}, model {subject.width}",
             rule="what is read is read alike at every checkpoint",
+            fix="use checkpoints of one training run",
+        )
+    if loaded.moving != subject.loaded.moving:
+        raise UserError(
+            "the adapter of a checkpoint trains other parameters than the model's",
+            value=id,
+            rule="the same parameters move at every checkpoint",
             fix="use checkpoints of one training run",
         )
     if subject.sae is not None:

@@ -29,7 +29,7 @@ from taught.curvatures.adam import moments_from_optimizer
 from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.estimators.finite_step import restored
-from taught.model.adapter import adapter_patterns
+from taught.model.adapter import trainable
 from taught.model.gradients import evaluating
 from taught.model.kernels import use_fast_products
 from taught.model.parameters import moving_parameters
@@ -270,7 +270,7 @@ def _keep(folder: Path, epoch: int, model: nn.Module, optimizer: torch.optim.Opt
 
 @contextmanager
 def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
-    """Fresh LoRA layers on every linear layer but the output; yields the patterns of what moves.
+    """Fresh LoRA layers on every linear layer but the output; yields the names of what moves.
 
     Scaling 2 (alpha = 2 rank). B starts as zeros, so the model computes what it did before. On exit
     the layers are gone and every flag is as it was, also after an exception.
@@ -301,7 +301,7 @@ def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
         layers = LoraModel(model, config, "default")
     try:
         use_fast_products(model)
-        yield adapter_patterns(model)
+        yield trainable(model)
     finally:
         layers.unload()
         for p, flag in flags:
@@ -309,7 +309,7 @@ def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
 
 
 @contextmanager
-def trainable(model: nn.Module, recipe: Recipe, parameters: Sequence[str] | None) -> Iterator[Sequence[str] | None]:
+def in_training(model: nn.Module, recipe: Recipe, parameters: Sequence[str] | None) -> Iterator[Sequence[str] | None]:
     """The model ready to be trained by a recipe, and the patterns of what moves; as it was on exit.
 
     Moving weights are put back to the bit; fresh LoRA layers are there inside only.

@@ -34,7 +34,7 @@ from taught.progress import Progress
 from taught.run import files
 from taught.run.fingerprint import differences, fingerprint
 from taught.sketches.store import example_digest
-from taught.training.loop import Recipe, TrainLog, train, trainable
+from taught.training.loop import Recipe, TrainLog, in_training, train
 from taught.training.trl import train_by_trl
 
 Floats = NDArray[np.float64]
@@ -273,7 +273,7 @@ class Retrainer:
         inputs = [self.examples[i] for i in ids]
         before = self._losses_before(inputs)
         recipe = replace(self.recipe, seed=seed)
-        with trainable(self.problem.model, recipe, self.problem.parameters) as parameters:
+        with in_training(self.problem.model, recipe, self.problem.parameters) as parameters:
             begun = time.monotonic()
             with _whole_folder(keep) as place:
                 log = self._fit(inputs, recipe, parameters, place)

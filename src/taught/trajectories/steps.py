@@ -42,7 +42,7 @@ from taught.errors import UserError
 from taught.model.gradients import RowSparse, find_sites, frozen
 from taught.model.readout import read_prompts
 from taught.run.pieces import piece_key
-from taught.training.loop import trainable
+from taught.training.loop import in_training
 from taught.training.steps import Back, State, States, Training, room_on_disk, same_bits
 
 
@@ -78,7 +78,7 @@ class Steps:
             raise UserError("there is no training to follow", rule="a study names its recipe under validation")
         ids = tuple(z.id for z in examples)
         losses = example_losses(problem.model, examples, problem.batch_tokens).numpy()
-        with trainable(problem.model, recipe, problem.parameters) as parameters:
+        with in_training(problem.model, recipe, problem.parameters) as parameters:
             training = Training(
                 problem.model, examples, recipe, parameters, problem.batch_tokens, eps_root=self.eps_root
             )
