@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from reference import LR, Readouts, close, naive_X
 from taught import influence
+from taught.core.example import example_losses
 from taught.errors import UserError
 from taught.estimators.adjoint import feature_effects, target_effects
 from taught.estimators.every_prompt import prompt_effects
 from taught.estimators.finite_step import finite_steps
 from taught.estimators.forward import tangents
-from taught.model.adapter import add_adapter, trainable
+from taught.model.adapter import add_adapter, trainable, without_adapter
 from taught.model.load import load_model
 from taught.model.parameters import moving_parameters
 from taught.model.readout import read_prompts
@@ -425,3 +426,35 @@ def test_patterns_of_the_study_go_before_those_of_the_adapter(folder: Path) -> N
     assert subject.moving(study.replace("attribution.parameters", ["*mlp*"])) == ("*mlp*",)
     plain = load_study(folder / "study.yaml")
     assert open_subject(plain).moving(plain) is None
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"modules_to_save": ["lm_head"]},
+        {"use_dora": True},
+        {"trainable_token_indices": [1, 5]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ],
+)
+def test_without_its_adapter_the_model_is_what_it_was(tmp_path, how) -> None:
+    name = "untied"
+    plain, examples = tiny_model(name), tiny_examples()
+    expected = torch.stack([plain_loss(plain, z) for z in examples]).detach()
+    write_adapter(tiny_model(name), tmp_path / "adapter", **how)
+    model = add_adapter(tiny_model(name), str(tmp_path / "adapter"))[0]
+    flags = [p.requires_grad for p in model.parameters()]
+    adapted = example_losses(model, examples, 100)
+    assert not torch.allclose(adapted, expected)
+    with without_adapter(model):
+        torch.testing.assert_close(example_losses(model, examples, 100), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(example_losses(model, examples, 100), adapted)
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_biases_of_an_adapter_hide_the_model_s(tmp_path) -> None:
+    write_adapter(tiny_model("tied"), tmp_path / "adapter", bias="all")
+    model = add_adapter(tiny_model("tied"), str(tmp_path / "adapter"))[0]
+    with pytest.raises(UserError, match="without its adapter(.|\n)*ref_chosen_logps"), without_adapter(model):
+        pass
