@@ -208,9 +208,10 @@ def _factors_below(
     with tap(model, below) as low:
         if batch.index in above.grads:
             rows = batch.rows.to(first_device(model))
-            h, _ = forward(model, rows, block=problem.block, stop_at_block=True)
-            grad, others = above.grads[batch.index], above.factors[batch.index]
-            assert h is not None
+            assert problem.block is not None
+            with capture_output(get_block(model, problem.block)) as seen:
+                forward(model, rows, block=problem.block, stop_at_block=True)
+            h, grad, others = seen[0], above.grads[batch.index], above.factors[batch.index]
         else:
             assert problem.block is not None
             with capture_output(get_block(model, problem.block)) as seen, tap(model, tied) as high:
