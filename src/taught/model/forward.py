@@ -44,9 +44,9 @@ def _stacks(root: nn.Module, depth: int) -> list[nn.ModuleList]:
     found: dict[str, nn.ModuleList] = {}
     for name, module in root.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == depth and not inside:
-            if all(any(True for _ in entry.parameters()) for entry in module):
-                found[name] = module
+        holds = isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
+        if isinstance(module, nn.ModuleList) and len(module) == depth and holds and not inside:
+            found[name] = module
     return list(found.values())
 
 
@@ -67,11 +67,6 @@ def get_block(model: nn.Module, block: int) -> nn.Module:
             fix="set sae.block to the block that the SAE was trained on",
         )
     return blocks[block]
-
-
-def first_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device of the first parameters (a model may lie on several)."""
-    return next(model.parameters()).device
 
 
 class _StopForward(Exception):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from taught.errors import UserError
-from taught.model.tokens import Rows, Sequences, write_out
+from taught.model.tokens import Rows, Sequences, ends, write_out
 
 # A mask of so many tokens takes 0.2 GB while it is made; longer rows are written out.
 MASK_TOKENS = 4096
@@ -31,6 +31,11 @@ def text_config(model: nn.Module) -> Any:
     """The configuration of the model's language model."""
     config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def first_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the device of the first parameters (a model may lie on several)."""
+    return next(model.parameters()).device
 
 
 def use_plain_passes(model: nn.Module, plain: bool = True) -> None:
@@ -79,6 +84,14 @@ def written_out(model: nn.Module, rows: Rows) -> Sequences | None:
     sequences = write_out(rows)
     refuse_large_masks(model, *sequences.ids.shape)
     return sequences
+
+
+def sequence_rows(model: nn.Module, rows: Rows) -> Tensor | None:
+    """The row that each sequence belongs to, int64 [P], where the model is run on more sequences than rows."""
+    if rows.ids.shape[1] <= MASK_TOKENS and takes_trees(model):
+        return None
+    row, _ = ends(rows).nonzero(as_tuple=True)
+    return row if len(row) > len(rows.ids) else None
 
 
 def refuse_large_masks(model: nn.Module, count: int, length: int) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from taught.core.behavior import Behavior, in_rows
 from taught.errors import UserError
-from taught.model.forward import first_device, forward, residuals
+from taught.model.forward import forward, residuals
+from taught.model.layout import first_device
 from taught.model.tokens import Rows, TokenTree, batches_by_tokens, build_tree, stack
 from taught.progress import Progress, SilentProgress
 
@@ -19,9 +20,6 @@ from taught.progress import Progress, SilentProgress
 PACK_TOKENS = 512
 
 _AT_ONCE = 512  # prompts that are laid out together where there may be many
-
-# How far y may differ between trees and plain passes: rounding of logits of about 16.
-_TREE_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -438,27 +436,3 @@ def _plain_suffixes(model: nn.Module, rows: Sequence[tuple[tuple[int, ...], tupl
             for row, (prompt, suffix) in enumerate(rows)
         ]
     )
-
-
-def check_trees(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: Behavior, *, count: int = 2) -> float:
-    """Largest difference in y between token trees and plain passes, on the first prompts and the longest.
-
-    Raises
-    ------
-    UserError
-        The model does not compute the same in a tree (a recurrent state, positions that ignore
-        ``position_ids``, a mask of its own, a sliding window): token trees must not be used with it.
-    """
-    longest = max(prompts, key=lambda p: len(p.ids) + max(map(len, p.suffixes)))
-    some = [*prompts[:count], *([] if longest in prompts[:count] else [longest])]
-    plain = read_prompts_plain(model, some, behavior, None).y
-    tolerance = _TREE_TOLERANCE.get(next(model.parameters()).dtype, 1e-2)
-    worst = float((read_prompts(model, some, behavior, None).y - plain).abs().max())
-    if not worst <= tolerance:
-        raise UserError(
-            "the model does not give the same read-outs in a token tree as in plain passes",
-            value=f"largest difference in y {worst:.3g} on prompts {[p.id for p in some]}",
-            rule=f"at most {tolerance:g}",
-            fix="use a causal transformer that takes a 4-dimensional attention mask",
-        )
-    return worst

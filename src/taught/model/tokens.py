@@ -160,10 +160,14 @@ class Sequences:
     at: Tensor
 
 
+def ends(rows: Rows) -> Tensor:
+    """bool [B, T], the tokens at which sequences end."""
+    return (rows.leave == rows.enter + 1) & (rows.enter >= 0)
+
+
 def write_out(rows: Rows) -> Sequences:
     """The sequences from the roots of the trees to their ends."""
-    ends = (rows.leave == rows.enter + 1) & (rows.enter >= 0)
-    row, last = ends.nonzero(as_tuple=True)
+    row, last = ends(rows).nonzero(as_tuple=True)
     enter, leave = rows.enter[row], rows.leave[row]  # [P, T]
     end = enter.gather(1, last[:, None])
     sequence, place = ((enter <= end) & (end < leave)).nonzero(as_tuple=True)

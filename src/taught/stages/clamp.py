@@ -11,9 +11,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from taught.core.passes import settle_passes
 from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
-from taught.model.forward import edited_output, first_device, get_block, run_at
+from taught.model.forward import edited_output, get_block, run_at
+from taught.model.layout import first_device
 from taught.model.readout import PackedPrompts, ReadPrompt, pack_apart, read_packed
 from taught.policy.dose import LEVEL, agreement, control_p, response, slope
 from taught.policy.ridge import Policy
@@ -57,6 +59,7 @@ def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> Non
         if fitted is None:
             raise UserError("there is no policy to check", rule="it needs an SAE", fix="pass --set sae.path=FOLDER")
         inputs = _inputs(study, subject, fitted)
+        settle_passes(subject.loaded.model, inputs, subject.behavior)
         progress.step("clamp features", fitted.d)
         measured = []
         for column in range(fitted.d):
