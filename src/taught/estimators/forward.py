@@ -32,10 +32,11 @@ from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.core.trajectory import Queries, Trajectory
+from taught.errors import UserError
 from taught.estimators import cost
 from taught.estimators.cost import Asked
 from taught.estimators.finite_step import step_direction
-from taught.model.gradients import frozen
+from taught.model.gradients import frozen, lacks_forward_mode
 from taught.model.parameters import moving_parameters
 from taught.model.readout import PackedPrompts, pack, read_packed
 from taught.progress import Progress
@@ -83,7 +84,7 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
     Raises
     ------
     UserError
-        The loss of an example is not finite.
+        The loss of an example is not finite; an operation of the model has no forward mode.
     """
     reader = _Reader(problem)
     packs = list(pack(problem.prompts, problem.behavior))
@@ -99,8 +100,17 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
             dX = torch.zeros(len(problem.prompts), problem.d, dtype=torch.float64)
             dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
             for packed in packs:
-                with sdpa_kernel(SDPBackend.MATH):
-                    moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
+                try:
+                    with sdpa_kernel(SDPBackend.MATH):
+                        moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
+                except (RuntimeError, NotImplementedError) as error:
+                    if not lacks_forward_mode(error):
+                        raise
+                    raise UserError(
+                        "an operation of the model has no forward mode",
+                        value=f"{type(problem.model).__name__}: {error}"[:200],
+                        fix="use --set attribution.estimator=adjoint, which gives the same numbers",
+                    ) from error
                 X_moves, y_moves = moved[1]
                 index = list(packed.index)
                 if problem.features is not None:

@@ -138,6 +138,7 @@ def _known_uses(model: nn.Module, names: Mapping[int, str]) -> list[Site]:
     return sites
 
 
+_AT_ONCE = 1 << 28  # numbers of gradients that are held while they are compared
 _CHECKED = "_taught_misread"  # on the model: what was checked, and what came out
 
 
@@ -162,18 +163,35 @@ def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
         found: dict[str, list[Factor]] = {}
         for factor in taps.factors(value, retain_graph=True, training=True, summed=True):
             found.setdefault(factor.param, []).append(factor)
-        for name, p in parameters.items():
-            (grad,) = torch.autograd.grad(value, [p], retain_graph=True, allow_unused=True)
-            total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
-            for factor in found.pop(name, ()):
-                accumulate(factor, total)
-            norms[name] = 0.0 if grad is None else float(grad.detach().to(total).norm())
-            off[name] = float((total if grad is None else total - grad).norm())
+        for group in _groups(parameters, _AT_ONCE):
+            grads: Sequence[Any] = torch.autograd.grad(
+                value, [parameters[name] for name in group], retain_graph=True, allow_unused=True
+            )
+            for name, grad in zip(group, grads, strict=True):
+                p = parameters[name]
+                total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+                for factor in found.pop(name, ()):
+                    accumulate(factor, total)
+                norms[name] = 0.0 if grad is None else float(grad.to(total).norm())
+                off[name] = float((total if grad is None else total - grad).norm())
     tolerance = _MISREAD.get(next(model.parameters()).dtype, 1e-3)
     largest = max(norms.values())
     misread = frozenset(name for name in named if not off[name] <= tolerance * (norms[name] + 0.1 * largest))
     setattr(model, _CHECKED, (state, misread))
     return misread
+
+
+def _groups(parameters: Mapping[str, Tensor], room: int) -> list[list[str]]:
+    """Neighbours together, as many as have so many numbers in all."""
+    groups: list[list[str]] = []
+    free = 0
+    for name, p in parameters.items():
+        if not groups or p.numel() > free:
+            groups.append([])
+            free = room
+        groups[-1].append(name)
+        free -= p.numel()
+    return groups
 
 
 @torch.no_grad()
@@ -292,6 +310,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+def lacks_forward_mode(error: Exception) -> bool:
+    """Whether an operation of the model has no derivative in forward mode, as one that is written by hand."""
+    return any(words in str(error) for words in ("setup_context", "forward AD", "forward-mode", "jvp"))
 
 
 @dataclass

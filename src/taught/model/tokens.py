@@ -176,7 +176,8 @@ def write_out(rows: Rows) -> Sequences:
     token[sequence, depth] = row[sequence] * rows.ids.shape[1] + place
     at = torch.zeros_like(rows.ids)
     at.view(-1)[token[sequence, depth]] = sequence * token.shape[1] + depth
-    ids = rows.ids.flatten()[token.clamp(min=0)].masked_fill(token < 0, 0)
+    # Padding is a token of the sequence itself: no other row of an embedding is looked up.
+    ids = rows.ids.flatten()[torch.where(token < 0, token[:, :1], token)]
     return Sequences(ids, row, token, at)
 
 
