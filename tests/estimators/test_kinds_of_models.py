@@ -127,3 +127,23 @@ def test_squares_and_sketches_are_those_of_plain_gradients(kind: str) -> None:
     for part in prompt_sketches(replace(problem, features=None, block=None), projection, PROMPTS):
         of_prompts[list(part.index)] = part.values
     close(of_prompts, sketched(moves))
+
+
+def test_experts_that_are_left_out_need_not_be_taken_whole() -> None:
+    model, patterns = made("mixtral").model, ("*self_attn*", "*norm*")
+    moving = torch.cat(
+        [torch.full((p.numel(),), "self_attn" in name or "norm" in name) for name, p in model.named_parameters()]
+    )
+    steps = torch.stack([gradient(model, loss_alone(model, z)) for z in EXAMPLES])[:, moving]
+    moves = torch.stack([gradient(model, y_alone(model, prompt)) for prompt in PROMPTS])[:, moving]
+    assert not mixes_examples(model, find_sites(model, patterns))
+    problem = Problem(model, PROMPTS, Prefixes(("any",)), LR, batch_tokens=1000, parameters=patterns)
+    close(prompt_effects(problem, EXAMPLES), -LR * steps @ moves.T)
+
+
+def test_fused_experts_in_single_precision_take_products_in_groups() -> None:
+    model = made("mixtral").model
+    expected = prompt_effects(Problem(model, PROMPTS, Prefixes(("any",)), LR, batch_tokens=1), EXAMPLES)
+    model.config._experts_implementation = "grouped_mm"
+    found = prompt_effects(Problem(model.float(), PROMPTS, Prefixes(("any",)), LR, batch_tokens=1), EXAMPLES)
+    close(found, expected, 1e-3)
