@@ -203,8 +203,10 @@ def mixes_examples(model: nn.Module, sites: Sequence[Site]) -> bool:
     """
     if any(site.kind == "whole" for site in sites):
         return True
+    ids = torch.zeros(2, 3, dtype=torch.long, device=first_device(model))
+    positions = {"position_ids": torch.arange(3, device=ids.device).expand_as(ids)}
     with evaluating(model), tap(model, sites) as taps:
-        model(input_ids=torch.zeros(2, 3, dtype=torch.long, device=next(model.parameters()).device))
+        model(input_ids=ids, **(positions if accepts(model, "position_ids") else {}))
         return any(taps.mixed(x, out) for *_, x, out in taps.seen)
 
 
