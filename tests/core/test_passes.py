@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from taught.core import passes
-from taught.core.example import example_losses, sft
+from taught.core.example import ExampleBatch, example_losses, sft
 from taught.core.passes import settle_passes
 from taught.errors import UserError
 from taught.model.layout import takes_trees
@@ -105,16 +102,21 @@ def test_the_longest_text_shows_what_the_first_ones_do_not(longest: str) -> None
     assert_plain(model)
 
 
-def test_a_difference_that_is_not_a_number_is_refused(monkeypatch) -> None:
-    model, real = tiny_model("tied"), passes.read_prompts_plain
-
-    def broken(*args, **options):
-        read = real(*args, **options)
-        return replace(read, y=torch.full_like(read.y, torch.nan))
-
-    monkeypatch.setattr(passes, "read_prompts_plain", broken)
+def test_a_loss_that_is_not_a_number_in_a_batch_is_refused(monkeypatch) -> None:
+    model = tiny_model("tied")
+    monkeypatch.setattr(ExampleBatch, "losses", lambda self, _: torch.full((len(self.index),), torch.nan))
     with pytest.raises(UserError, match="something else for a text in a batch"):
-        settle_passes(model, tiny_prompts(), tiny_behavior())
+        settle_passes(model, tiny_prompts(), tiny_behavior(), tiny_examples())
+
+
+def test_an_example_without_a_finite_loss_is_left_to_those_that_name_it() -> None:
+    model = tiny_model("untied")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[14] = torch.nan  # only prompt q5 and example z2, the shortest, have this token
+    pairs = [*tiny_examples(), sft("no response", (4,), 1)]
+    assert settle_passes(model, tiny_prompts()[:5], tiny_behavior(), pairs) < 1e-12
+    with pytest.raises(UserError, match="z2"):
+        example_losses(model, tiny_examples(), 100)
 
 
 class Capacity(torch.nn.Module):

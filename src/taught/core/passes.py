@@ -17,7 +17,7 @@ from taught.core.behavior import Behavior
 from taught.core.example import Example, make_batch
 from taught.errors import UserError
 from taught.model.gradients import evaluating
-from taught.model.layout import first_device, takes_trees, use_plain_passes
+from taught.model.layout import accepts, first_device, takes_trees, use_plain_passes
 from taught.model.readout import ReadPrompt, pack, read_prompts, read_prompts_plain
 from taught.model.tokens import write_out
 from taught.progress import Progress, SilentProgress
@@ -55,7 +55,7 @@ def settle_passes(
     size = {p.id: len(p.ids) + max(map(len, p.suffixes), default=0) for p in prompts}
     by_size = sorted(prompts, key=lambda p: size[p.id])
     some = list({p.id: p for p in (*prompts[:2], by_size[0], by_size[-1])}.values())
-    ordered = sorted(examples, key=lambda z: z.length)
+    ordered = sorted((z for z in examples if z.n_scored), key=lambda z: z.length)
     pairs = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
     tolerance = _TOLERANCE.get(next(model.parameters()).dtype, 2e-3)
     with evaluating(model):
@@ -69,14 +69,14 @@ def settle_passes(
         off, why = float("nan"), ""
         if takes_trees(model):
             try:
-                off = _worst(read() - alone)
+                off = _worst(read(), alone)
                 why = f"y or a loss is off by {off:.3g}"
             except _FAILURES as error:
                 why = f"it raises {type(error).__name__}"
             if off <= tolerance:
                 return off
         use_plain_passes(model)
-        off = _worst(read() - alone)
+        off = _worst(read(), alone)
     if not off <= tolerance:
         raise UserError(
             "the model computes something else for a text in a batch than alone",
@@ -99,15 +99,21 @@ def _loss_alone(model: nn.Module, example: Example) -> float:
     total = torch.zeros((), dtype=torch.float64)
     for ids, weights in zip(example.sequences, example.weights, strict=True):
         places = [t for t, w in enumerate(weights) if w]
-        logits = model(input_ids=torch.tensor([ids[:-1]], device=first_device(model)), use_cache=False).logits[0]
+        if not places:
+            continue
+        first = places[0] - 1
+        keep = {"logits_to_keep": len(ids) - 1 - first} if accepts(model, "logits_to_keep") else {}
+        given = torch.tensor([ids[:-1]], device=first_device(model))
+        logits = model(input_ids=given, use_cache=False, **keep).logits[0]
         logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
         for t in places:
-            total -= weights[t] * logp[t - 1, ids[t]].double().cpu()
+            total -= weights[t] * logp[t - 1 - (first if keep else 0), ids[t]].double().cpu()
     return float(total if example.link is None else example.link(total[None])[0])
 
 
-def _worst(off: Tensor) -> float:
-    return float(off.abs().max())
+def _worst(found: Tensor, alone: Tensor) -> float:
+    """The largest difference; a loss that is not finite alone is left to those that name its example."""
+    return float((found - alone)[alone.isfinite()].abs().max())
 
 
 def _plain_note(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: Behavior, why: str) -> str:

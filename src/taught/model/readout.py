@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from taught.core.behavior import Behavior, in_rows
 from taught.errors import UserError
 from taught.model.forward import forward, residuals
-from taught.model.layout import first_device
-from taught.model.tokens import Rows, TokenTree, batches_by_tokens, build_tree, stack
+from taught.model.layout import accepts, first_device
+from taught.model.tokens import Rows, TokenTree, ancestors, batches_by_tokens, build_tree, stack
 from taught.progress import Progress, SilentProgress
 
 # Attention over a packed row is quadratic: this keeps it a small share of the work.
@@ -177,9 +177,10 @@ def pack_apart(
 
 
 def _reads_apart(packed: PackedPrompts) -> bool:
-    scored, mask = packed.scored, packed.rows.mask[0]
-    history = torch.zeros(len(packed.index), len(mask), dtype=torch.long)  # [n, T]
-    history = history.index_add(0, scored.prompt[scored.suffix], mask[packed.keep[scored.at]].long()) > 0
+    scored, rows = packed.scored, packed.rows
+    seen = ancestors(rows.enter[0], rows.leave[0], packed.keep[scored.at])
+    history = torch.zeros(len(packed.index), rows.ids.shape[1], dtype=torch.long)  # [n, T]
+    history = history.index_add(0, scored.prompt[scored.suffix], seen.long()) > 0
     prompt = torch.arange(len(packed.index)).repeat_interleave(packed.offsets.diff())
     own = torch.zeros_like(history)
     own[prompt, packed.read] = True
@@ -426,11 +427,14 @@ def _plain_suffixes(model: nn.Module, rows: Sequence[tuple[tuple[int, ...], tupl
     """Log-probability of one suffix behind each of some prompts, [n]."""
     device = first_device(model)
     ids, mask = _pad_right([(*prompt, *suffix) for prompt, suffix in rows])
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    first = min(len(prompt) for prompt, _ in rows) - 1
+    keep = {"logits_to_keep": ids.shape[1] - first} if accepts(model, "logits_to_keep") else {}
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep).logits
+    first = first if keep else 0
     logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
     return torch.stack(
         [
-            logp[row, len(prompt) - 1 : len(prompt) - 1 + len(suffix)]
+            logp[row, len(prompt) - 1 - first : len(prompt) - 1 - first + len(suffix)]
             .gather(1, logp.new_tensor(suffix).long()[:, None])
             .sum()
             for row, (prompt, suffix) in enumerate(rows)

@@ -41,7 +41,7 @@ class TokenTree:
 
     def ancestors(self) -> Tensor:
         """bool [T, T]: entry (s, t) is true where t is s itself or one of its ancestors."""
-        return _ancestors(*self.spans())
+        return ancestors(*self.spans())
 
     def spans(self) -> tuple[Tensor, Tensor]:
         """Each node's place in depth-first order, and the place behind its last descendant."""
@@ -90,9 +90,10 @@ def build_tree(sequences: Sequence[Sequence[int]]) -> tuple[TokenTree, list[list
     return TokenTree(torch.tensor(ids), torch.tensor(parents)), nodes
 
 
-def _ancestors(enter: Tensor, leave: Tensor) -> Tensor:
-    """bool [..., T, T] of spans [..., T]."""
-    return (enter[..., None, :] <= enter[..., None]) & (enter[..., None] < leave[..., None, :])
+def ancestors(enter: Tensor, leave: Tensor, some: Tensor | None = None) -> Tensor:
+    """bool [..., T, T], which tokens each token has above it or is, of their spans [..., T]; [S, T] of some."""
+    own = (enter if some is None else enter[some])[..., None]
+    return (enter[..., None, :] <= own) & (own < leave[..., None, :])
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +121,7 @@ class Rows:
 
         A padding slot attends to itself only, and nothing else attends to it.
         """
-        return _ancestors(self.enter, self.leave)
+        return ancestors(self.enter, self.leave)
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on another device."""
