@@ -337,6 +337,13 @@ def test_a_parameter_of_another_use_has_its_gradient_whole_one_example_at_a_time
         factors_of(model, examples)
 
 
+def test_weights_that_are_not_finite_say_nothing_about_uses() -> None:
+    model = tiny_llama(tied=False)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    assert not any(site.kind == "whole" for site in find_sites(model))
+
+
 def test_a_parameter_without_a_gradient_is_named() -> None:
     model = tiny_llama(tied=False)
     model.model.norm.register_parameter("codes", nn.Parameter(torch.ones(3).char(), requires_grad=False))

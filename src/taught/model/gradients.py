@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from math import isfinite
 from typing import Any
 
 import torch
@@ -156,7 +157,8 @@ def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
     norms, off = {}, {}
     with torch.enable_grad(), frozen(model), tap(model, sites) as taps:
         parameters = {name: model.get_parameter(name).requires_grad_() for name in named}
-        ids = torch.linspace(1, int(text_config(model).vocab_size) - 1, 6, device=first_device(model)).long()
+        last = int(getattr(text_config(model), "vocab_size", 2)) - 1
+        ids = torch.linspace(1, last, 6, device=first_device(model)).long()
         given = {"use_cache": False} if accepts(model, "use_cache") else {}
         logits = model(input_ids=ids[None], **given).logits
         value = (logits * _random(*logits.shape, like=logits)).mean()
@@ -176,6 +178,8 @@ def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
                 off[name] = float((total if grad is None else total - grad).norm())
     tolerance = _MISREAD.get(next(model.parameters()).dtype, 1e-3)
     largest = max(norms.values())
+    if not all(map(isfinite, (*norms.values(), *off.values()))):  # weights that are not finite: said where a loss is
+        return frozenset()
     misread = frozenset(name for name in named if not off[name] <= tolerance * (norms[name] + 0.1 * largest))
     setattr(model, _CHECKED, (state, misread))
     return misread
