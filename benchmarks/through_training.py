@@ -109,7 +109,7 @@ def main() -> None:
         ends.append(trained(ready, targets, weights, args.eps_root))
         seconds.setdefault("training", time.monotonic() - started)
         moved = ends[-1] - (np.array([value(n, readings, readings) for n in targets.names]) if not number else ends[0])
-        print(f"{'all' if not number else number}: {moved.round(4).tolist()}", flush=True)
+        print(f"{number or 'all'}: {moved.round(4).tolist()}", flush=True)
     measured = np.array(ends[1:]) - ends[0]
 
     rows = []

@@ -11,10 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import taught.model.readout as readout
 from reference import LR, close
+from taught.core.passes import settle_passes
 from taught.estimators.adjoint import target_effects
 from taught.estimators.every_prompt import prompt_effects
 from taught.estimators.forward import tangents
-from taught.model.readout import ReadPrompt, check_trees, pack, pack_rows, read_prompts, read_prompts_plain
+from taught.model.readout import ReadPrompt, pack, pack_rows, read_prompts, read_prompts_plain
 from taught.sketches.project import Projection
 from taught.sketches.sketch import example_sketches, prompt_sketches
 from tiny_models import (
@@ -82,7 +83,7 @@ def check_values(behavior: Any, prompts: Sequence[ReadPrompt], plain: Plain, mon
                 same(read_prompts(model, prompts, behavior, BLOCK))
                 patch.setattr(readout, "pack", lambda p, b, tokens=tokens: pack_rows(p, b, tokens=tokens))
                 same(read_prompts(model, prompts, behavior, BLOCK))
-        assert check_trees(model, prompts, behavior) < 1e-12
+        assert settle_passes(model, prompts, behavior) < 1e-12
 
 
 def check_derivatives(behavior: Any, prompts: Sequence[ReadPrompt], plain: Plain) -> None:

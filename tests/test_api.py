@@ -165,3 +165,23 @@ def test_documents_are_trained_on_as_a_whole(study, data):
     assert [i.partition("#")[0] for i in scores.example_ids] == [f"d{n}" for n in range(8)] and np.isfinite(
         scores.values
     ).all()
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Gemma2", "Bloom"])
+def test_models_with_windows_experts_or_no_trees_give_what_forward_mode_or_real_steps_give(family, loaded, data):
+    import transformers
+
+    tokenizer = loaded[1]
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    if family != "Bloom":
+        settings |= {"intermediate_size": 24, "sliding_window": 8, "max_position_embeddings": 256}
+    if family == "Mixtral":
+        settings |= {"num_local_experts": 4}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=len(tokenizer), hidden_size=16, pad_token_id=None, initializer_range=0.4, **settings
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    given = {"tokenizer": tokenizer, "lr": 3e-4}
+    found = taught.influence(model, *data, **given)
+    other = taught.influence(model, *data, estimator="forward" if family == "Gemma2" else "finite-step", **given)
+    assert found.values == pytest.approx(other.values, abs=0.03 * np.abs(found.values).max())

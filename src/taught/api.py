@@ -115,7 +115,7 @@ def influence(
     data = Data(read, records, [example_id for example_id, _ in overlap])
     with evaluating(subject.loaded.model):
         readings = read_here(study, subject, read, progress)
-        ready = make_ready(study, subject, data, readings)
+        ready = make_ready(study, subject, data, readings, progress)
         asked = TargetSet.of(wanted_targets(study, readings) if targets is None else targets, readings)
         work = Work(progress, None, None if folder is None else Path(folder))
         return driver.scores(ready.problem, ready.inputs, asked, ready.method, work)

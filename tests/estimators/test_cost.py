@@ -205,7 +205,7 @@ def test_shares_of_tokens_are_announced_as_they_are_done(problem):
 
 
 def test_what_the_estimator_would_refuse_is_refused_here(problem):
-    problem.model.extra = torch.nn.Conv1d(2, 2, 1).double()
+    problem.model.codes = torch.nn.Parameter(torch.ones(2).char(), requires_grad=False)
     with pytest.raises(UserError, match="gradients are not understood"):
         announced(problem)
     assert announced(problem, estimator="finite-step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from families import PROMPTS, log_probabilities, model_of
 from taught.model.generate import greedy
 from tiny_models import MODELS, PROMPT_IDS, plain_read, tiny_model
 
@@ -20,3 +21,12 @@ def test_own_responses_are_the_most_probable_tokens_one_by_one(name: str, budget
             with torch.no_grad():
                 expected.append(int(plain_read(model, (*prompt, *expected))[1][-1].argmax()))
         assert answer == tuple(expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt-neo", "bloom", "mamba", "jamba", "mixtral"])
+def test_prompts_of_different_lengths_are_answered_as_alone(family: str) -> None:
+    model, prompts = model_of(family), [prompt.ids for prompt in PROMPTS]
+    for prompt, answer in zip(prompts, greedy(model, prompts, {3}, 5), strict=True):
+        for place, token in enumerate(answer):
+            assert token == int(log_probabilities(model, (*prompt, *answer[:place]))[-1].argmax())

@@ -10,7 +10,18 @@ import taught.model.gradients as gradients
 from taught.core.example import batch_examples
 from taught.errors import UserError
 from taught.model.forward import forward
-from taught.model.gradients import Factor, RowSparse, accumulate, contract, dot, dots, find_sites, frozen, tap
+from taught.model.gradients import (
+    Factor,
+    RowSparse,
+    accumulate,
+    contract,
+    dot,
+    dots,
+    find_sites,
+    frozen,
+    mixes_examples,
+    tap,
+)
 from taught.model.tokens import build_tree, stack
 from tiny_models import (
     BLOCK,
@@ -261,21 +272,85 @@ class Odd(nn.Module):
         return x * self.scale
 
 
-NOT_UNDERSTOOD = {
-    "another parameter": ("model.norm", Odd, "model.norm.scale"),
-    "squared weight at 1": ("model.norm", Squared, "model.norm.weight"),
-    "shifted rows": ("model.embed_tokens", lambda: Shifted(VOCAB, WIDTH), "model.embed_tokens.w"),
-    "linear that does more": ("model.layers.1.self_attn.o_proj", lambda: Doubled(WIDTH, WIDTH), "o_proj.bias"),
-    "convolution": ("model.norm", lambda: nn.Conv1d(WIDTH, WIDTH, 1), "model.norm.bias"),
+class Conv(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(x.mT).mT
+
+
+class Bypassed(nn.Module):
+    """A layer that uses the weights of another without calling it, as state space layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+
+class Halved(nn.Module):
+    """A layer that is called, and whose weights are used once more behind its back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.inner(x) + x @ self.inner.weight
+
+
+WHOLE = {
+    "another parameter": ("model.norm", Odd, {"model.norm.scale"}),
+    "squared weight at 1": ("model.norm", Squared, {"model.norm.weight"}),
+    "shifted rows": ("model.embed_tokens", lambda: Shifted(VOCAB, WIDTH), {"model.embed_tokens.weight"}),
+    "linear that does more": (
+        "model.layers.1.self_attn.o_proj",
+        lambda: Doubled(WIDTH, WIDTH),
+        {"model.layers.1.self_attn.o_proj.weight", "model.layers.1.self_attn.o_proj.bias"},
+    ),
+    "convolution": ("model.norm", lambda: Conv(WIDTH, WIDTH, 1), {"model.norm.weight", "model.norm.bias"}),
+    "a module that is not called": (
+        "model.layers.1.self_attn.o_proj",
+        Bypassed,
+        {"model.layers.1.self_attn.o_proj.inner.weight", "model.layers.1.self_attn.o_proj.inner.bias"},
+    ),
+    "a second use": ("model.layers.1.self_attn.o_proj", Halved, {"model.layers.1.self_attn.o_proj.inner.weight"}),
 }
 
 
-@pytest.mark.parametrize("case", NOT_UNDERSTOOD)
-def test_a_parameter_that_is_not_understood_is_named(case: str) -> None:
-    name, make, shown = NOT_UNDERSTOOD[case]
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_parameter_of_another_use_has_its_gradient_whole_one_example_at_a_time(case: str) -> None:
+    name, make, whole = WHOLE[case]
+    model, examples = replaced(name, make()), tiny_examples()
+    sites = find_sites(model)
+    assert {site.weight for site in sites if site.kind == "whole"} == whole
+    assert mixes_examples(model, sites)
+    grads = explicit(model, examples)
+    for i, example in enumerate(examples):
+        _, factors = factors_of(model, [example])
+        assert factors.keys() == grads.keys()
+        for param, uses in factors.items():
+            query = randn(2, *grads[param].shape[1:])
+            expected = grads[param][i].flatten() @ query.reshape(2, -1).T
+            torch.testing.assert_close(sum(contract(u, query) for u in uses)[0], expected, **EXACT)
+    with pytest.raises(UserError, match=r"mixes the examples(.|\n)*batch_tokens=1"):
+        factors_of(model, examples)
+
+
+def test_weights_that_are_not_finite_say_nothing_about_uses() -> None:
+    model = tiny_llama(tied=False)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    assert not any(site.kind == "whole" for site in find_sites(model))
+
+
+def test_a_parameter_without_a_gradient_is_named() -> None:
+    model = tiny_llama(tied=False)
+    model.model.norm.register_parameter("codes", nn.Parameter(torch.ones(3).char(), requires_grad=False))
     with pytest.raises(UserError, match="not understood") as error:
-        find_sites(replaced(name, make()))
-    assert shown in str(error.value) and "finite-step" in str(error.value)
+        find_sites(model)
+    assert "model.norm.codes" in str(error.value) and "finite-step" in str(error.value)
+    assert find_sites(model, ("*_proj.*",))
 
 
 def test_finding_sites_leaves_the_random_state_alone() -> None:
@@ -296,11 +371,19 @@ class Flat(nn.Module):
         return self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-def test_a_module_that_mixes_examples_is_named() -> None:
-    model = replaced("model.layers.1.self_attn.o_proj", Flat())
-    with pytest.raises(UserError, match="mixes the examples") as error:
-        factors_of(model, tiny_examples())
+def test_a_module_that_mixes_examples_is_refused_by_name_and_right_for_one_at_a_time() -> None:
+    model, examples = replaced("model.layers.1.self_attn.o_proj", Flat()), tiny_examples()
+    assert mixes_examples(model, find_sites(model)) and not mixes_examples(tiny_llama(), find_sites(tiny_llama()))
+    with pytest.raises(UserError, match=r"mixes the examples(.|\n)*batch_tokens=1") as error:
+        factors_of(model, examples)
     assert "o_proj.inner" in str(error.value)
+    grads = explicit(model, examples)
+    for i, example in enumerate(examples):
+        for param, uses in factors_of(model, [example])[1].items():
+            total = torch.zeros_like(grads[param][i])
+            for use in uses:
+                accumulate(use, total)
+            torch.testing.assert_close(total, grads[param][i], **EXACT)
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])

@@ -163,20 +163,20 @@ def test_blocks_below_the_lowest_that_moves_are_not_gone_through() -> None:
     assert all_of_it == 3 * part
 
 
-class Fused(nn.Module):
-    """A kind of module that is not understood, between two that are."""
+class Coded(nn.Module):
+    """A module with a parameter that has no gradient, between two that are understood."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner, self.gain = inner, nn.Parameter(torch.ones(2, 2).double())
+        self.inner, self.gain = inner, nn.Parameter(torch.ones(2, 2).char(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x) * self.gain.pow(2).mean()
+        return self.inner(x) * self.gain.double().pow(2).mean()
 
 
 def test_what_is_left_out_need_not_be_understood() -> None:
     model = tiny_model("tied")
-    model.model.layers[1].mlp = Fused(model.model.layers[1].mlp)
+    model.model.layers[1].mlp = Coded(model.model.layers[1].mlp)
     with pytest.raises(UserError, match=r"not understood(.|\n)*attribution\.parameters"):
         find_sites(model)
     patterns = ("*_proj.*",)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ import taught.model.readout as readout
 from taught.errors import UserError
 from taught.features.pooling import POSITIONS
 from taught.model.forward import find_blocks, forward, get_block
-from taught.model.readout import ReadPrompt, check_trees, pack, read_prompts, read_prompts_plain
+from taught.model.readout import ReadPrompt, pack, read_prompts, read_prompts_plain
 from taught.model.tokens import build_tree, stack
 from tiny_models import (
     BLOCK,
@@ -139,59 +137,6 @@ def test_blocks_are_found_and_a_missing_one_is_refused() -> None:
     model.transformer.h = torch.nn.ModuleList(list(model.transformer.h)[:2])
     with pytest.raises(UserError, match="a ModuleList of 3 blocks"):
         get_block(model, 0)
-
-
-class IgnoresTheMask(torch.nn.Module):
-    """A model that attends to all earlier tokens of the row, whatever the mask says."""
-
-    def __init__(self, model, drop: str) -> None:
-        super().__init__()
-        self.model, self.config, self.drop = model, model.config, drop
-
-    def forward(self, **inputs):
-        if inputs["attention_mask"].ndim == 4:
-            inputs[self.drop] = None
-        return self.model(**inputs)
-
-
-@pytest.mark.parametrize("drop", ["attention_mask", "position_ids"])
-def test_check_trees_refuses_a_model_that_computes_something_else_in_a_tree(drop: str) -> None:
-    model, prompts = tiny_model("tied"), tiny_prompts()
-    assert check_trees(model, prompts, tiny_behavior()) < 1e-12
-    with pytest.raises(UserError, match="not give the same read-outs in a token tree") as error:
-        check_trees(IgnoresTheMask(model, drop), prompts, tiny_behavior())
-    assert "q0" in str(error.value)
-
-
-class Window(IgnoresTheMask):
-    """A model that sees the last 5 tokens only, where it is given a whole mask."""
-
-    def __init__(self, model) -> None:
-        super().__init__(model, "")
-
-    def forward(self, **inputs):
-        if inputs["attention_mask"].ndim == 4:
-            at = inputs["position_ids"]
-            far = (at[:, :, None] - at[:, None, :] >= 5)[:, None]
-            inputs["attention_mask"] = inputs["attention_mask"].masked_fill(far, torch.finfo(torch.float64).min)
-        return self.model(**inputs)
-
-
-def test_check_trees_also_looks_at_the_longest_prompt() -> None:
-    model, prompts = Window(tiny_model("tied")), tiny_prompts()[::-1]
-    assert check_trees(model, prompts[:1], tiny_behavior(), count=1) < 1e-12
-    with pytest.raises(UserError, match="token tree") as error:
-        check_trees(model, prompts, tiny_behavior(), count=1)
-    assert "['q5', 'q1']" in str(error.value)
-
-
-def test_check_trees_refuses_a_difference_that_is_not_a_number(monkeypatch) -> None:
-    model, prompts = tiny_model("tied"), tiny_prompts()
-    real = readout.read_prompts_plain
-    nan = torch.full((2,), torch.nan).double()
-    monkeypatch.setattr(readout, "read_prompts_plain", lambda *a, **k: replace(real(*a, **k), y=nan))
-    with pytest.raises(UserError, match="token tree"):
-        check_trees(model, prompts, tiny_behavior())
 
 
 @pytest.mark.parametrize("read", [read_prompts, read_prompts_plain])

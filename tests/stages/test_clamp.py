@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
-from taught.model.forward import edited_output, get_block
+from taught.model.forward import edited_output, get_block, run_at
+from taught.model.layout import use_plain_passes
 from taught.model.readout import pack, pack_apart, read_packed, read_prompts_plain
 from taught.policy.dose import agreement, control_p, response, slope
 from taught.progress import SilentProgress
@@ -138,7 +139,8 @@ def plain_edited_y(model: torch.nn.Module, prompt, edit) -> torch.Tensor:
 def tree_y(model, prompts, edit, packs=pack_apart) -> dict[str, float]:
     found = {}
     for packed in packs(prompts, tiny_behavior()):
-        with edited_output(get_block(model, BLOCK), packed.read.unique(), edit):
+        places = run_at(model, packed.rows, packed.read.unique())
+        with edited_output(get_block(model, BLOCK), places, edit):
             _, y = read_packed(model, packed, tiny_behavior(), BLOCK)
         found |= {prompts[i].id: float(v) for i, v in zip(packed.index, y, strict=True)}
     return found
@@ -146,8 +148,10 @@ def tree_y(model, prompts, edit, packs=pack_apart) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("position", ["last_user", "mean_user", "last_prompt"])
-def test_trees_give_the_edited_behavior_of_plain_passes(name: str, position: str) -> None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_trees_give_the_edited_behavior_of_plain_passes(name: str, position: str, plain: bool) -> None:
     model, prompts, sae = tiny_model(name), tiny_prompts(position), tiny_sae()
+    use_plain_passes(model, plain)
     edit = Clamp(sae, 3, "sae", 3.0, decoder_direction(sae, 3))
     found = tree_y(model, prompts, edit)
     with torch.no_grad():

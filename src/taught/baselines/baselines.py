@@ -320,7 +320,7 @@ def gradient_products(
                         dots[index] -= contract(factor, queries[name]).double().cpu()
             (progress or SilentProgress()).advance(len(index))
     refuse_nonfinite(examples, range(len(examples)), norms, "gradient")
-    sizes = sum(q.double().pow(2).flatten(1).sum(1).cpu() for q in queries.values())
+    sizes = sum(q.double().pow(2).reshape(len(q), -1).sum(1).cpu() for q in queries.values())
     assert isinstance(sizes, Tensor)
     return GradientProducts(
         norms.sqrt().numpy(),
@@ -338,7 +338,7 @@ def _queries(problem: Problem, sites: Sequence[Site], groups: Groups) -> dict[st
             with tap(problem.model, sites) as taps:
                 _, y = read_packed(problem.model, packed, problem.behavior, problem.block)
                 assert y is not None
-                for factor in taps.factors(y.sum() / len(rows)):
+                for factor in taps.factors(y.sum() / len(rows), summed=True):
                     if factor.param not in queries:
                         weight = problem.model.get_parameter(factor.param)
                         wide = torch.promote_types(factor.d.dtype, torch.float32)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from taught.data.columns import name_ids
 from taught.errors import UserError
-from taught.model.forward import first_device, forward
+from taught.model.forward import forward
 from taught.model.gradients import evaluating
+from taught.model.layout import first_device
 from taught.model.tokens import Rows, batches_by_tokens, build_tree, stack, stack_sequences
 
 

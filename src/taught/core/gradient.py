@@ -12,14 +12,15 @@ from taught.core.example import ExampleBatch, Examples, batch_examples, refuse_n
 from taught.core.problem import Problem
 from taught.model.blockwise import by_block, checkpointed, refuse_no_chain
 from taught.model.gradients import Factor, Site, tap
+from taught.model.layout import sequence_rows
 
 
 def refuse_unfit(problem: Problem, sites: Sequence[Site], examples: Examples) -> None:
     """Raise a UserError where checkpointing is asked for and the model's blocks are not a chain."""
     if problem.checkpointing:
         (batch,) = batch_examples(examples[:1], problem.batch_tokens)
-        run = partial(batch.losses, problem.model)
-        refuse_no_chain(problem.model, by_block(problem.model, sites), run)
+        run, rows = partial(batch.losses, problem.model), sequence_rows(problem.model, batch.rows)
+        refuse_no_chain(problem.model, by_block(problem.model, sites), run, rows)
 
 
 def by_parameter(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
@@ -40,10 +41,10 @@ def example_gradients(
     UserError
         A loss is not finite: the ids of the examples.
     """
-    model = problem.model
+    model, rows = problem.model, sequence_rows(problem.model, batch.rows)
     if problem.checkpointing:
         run = partial(batch.losses, model)
-        losses, parts = checkpointed(model, by_block(model, sites), run, training=True)
+        losses, parts = checkpointed(model, by_block(model, sites), run, training=True, rows=rows)
         values = losses.double().cpu()
         refuse_nonfinite(examples, batch.index, values)
         return values, parts
@@ -51,4 +52,4 @@ def example_gradients(
         losses = batch.losses(model)
         values = losses.detach().double().cpu()
         refuse_nonfinite(examples, batch.index, values)
-        return values, iter(taps.factors_and(losses.sum(), (), training=True)[0])
+        return values, iter(taps.factors_and(losses.sum(), (), training=True, rows=rows)[0])

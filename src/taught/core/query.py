@@ -39,7 +39,7 @@ def sites_up_to_block(problem: Problem, sites: Sequence[Site]) -> list[Site]:
     packed = next(pack(problem.prompts[:1], None))
     with tap(problem.model, sites) as taps, torch.no_grad():
         read_packed(problem.model, packed, None, problem.block)
-        return [site for site, *_ in taps.seen]
+        return [site for site, *_ in taps.seen] + [site for site in sites if site.kind == "whole"]
 
 
 def fitting(problem: Problem, size: int) -> int:
@@ -92,7 +92,7 @@ def build_queries(
                         parts.append((B[k, index].to(y) * y).sum())
                     values.append(sum(parts[1:], parts[0]))
                 for k, value in zip(targets, values, strict=True):
-                    for factor in taps.factors(value, retain_graph=k != targets[-1]):
+                    for factor in taps.factors(value, retain_graph=k != targets[-1], summed=True):
                         if factor.param not in queries:
                             queries[factor.param] = _zeros(problem, factor, count, B is None)
                         accumulate(factor, query_at(queries[factor.param], k))

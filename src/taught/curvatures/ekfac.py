@@ -43,9 +43,10 @@ from taught.core.registry import CURVATURES, setting
 from taught.curvatures.adam import add_squares
 from taught.errors import UserError
 from taught.estimators.cost import Asked, one_pass
-from taught.model.forward import find_blocks, first_device, forward
+from taught.model.forward import find_blocks, forward
 from taught.model.gradients import Factor, find_sites, frozen
 from taught.model.kernels import product
+from taught.model.layout import first_device
 from taught.model.parameters import moving_parameters
 from taught.progress import Progress, SilentProgress
 

@@ -44,8 +44,9 @@ from taught.estimators import cost
 from taught.estimators.cost import Asked
 from taught.estimators.every_prompt import prompt_effects, prompt_steps
 from taught.model.blockwise import split_sites
-from taught.model.forward import capture_output, first_device, forward, get_block
+from taught.model.forward import capture_output, forward, get_block
 from taught.model.gradients import Factor, Site, contract, find_sites, frozen, tap
+from taught.model.layout import first_device, sequence_rows
 from taught.policy.ridge import pathway_sums
 from taught.progress import Progress, SilentProgress
 from taught.run.pieces import Pieces, kept
@@ -204,25 +205,26 @@ def _factors_below(
     examples: Examples,
     above: _Above,
 ) -> list[Factor]:
-    model = problem.model
+    model, own = problem.model, sequence_rows(problem.model, batch.rows)
     with tap(model, below) as low:
         if batch.index in above.grads:
             rows = batch.rows.to(first_device(model))
-            h, _ = forward(model, rows, block=problem.block, stop_at_block=True)
-            grad, others = above.grads[batch.index], above.factors[batch.index]
-            assert h is not None
+            assert problem.block is not None
+            with capture_output(get_block(model, problem.block)) as seen:
+                forward(model, rows, block=problem.block, stop_at_block=True)
+            h, grad, others = seen[0], above.grads[batch.index], above.factors[batch.index]
         else:
             assert problem.block is not None
             with capture_output(get_block(model, problem.block)) as seen, tap(model, tied) as high:
                 losses = batch.losses(model)
                 refuse_nonfinite(examples, batch.index, losses.detach().double().cpu())
-                found, (grad,) = high.factors_and(losses.sum(), seen, retain_graph=True, training=True)
+                found, (grad,) = high.factors_and(losses.sum(), seen, retain_graph=True, training=True, rows=own)
             h, others = seen[0], []
             for factor in found:  # of a tied output only the rows that X queries have
                 rows_of = token_rows(problem, model.get_parameter(factor.param)) if factor.kind == "linear" else None
                 others.append(factor if rows_of is None else replace(factor, d=factor.d[..., rows_of]))
             above.keep(batch.index, grad, others)
-        return [*low.factors_and((h * grad).sum(), (), training=True)[0], *others]
+        return [*low.factors_and((h * grad).sum(), (), training=True, rows=own)[0], *others]
 
 
 @ESTIMATORS.register("adjoint")

@@ -22,6 +22,7 @@ from taught.core.gradient import by_parameter
 from taught.core.problem import GB, Problem
 from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
 from taught.model.gradients import Factor, dot, dots, frozen
+from taught.model.layout import sequence_rows
 from taught.model.readout import PackedPrompts, pack_rows, read_y
 from taught.progress import Progress, SilentProgress
 from taught.run.pieces import Pieces, kept
@@ -68,9 +69,9 @@ def prompt_chunks(
     """
     prompts = pack_rows(problem.prompts, problem.behavior, tokens=problem.batch_tokens)
     batches = batch_indices(examples, problem.batch_tokens)
-    per_token, per_logit = _bytes(problem, sites)
-    example_need = [len(b) * max(len(examples[i].ids) - 1 for i in b) * per_token for b in batches]
-    prompt_need = [p.rows.ids.numel() * per_token + len(p.index) * len(p.keep) * per_logit for p in prompts]
+    per_token, per_logit, each = _bytes(problem, sites)
+    example_need = [len(b) * (max(len(examples[i].ids) - 1 for i in b) * per_token + each) for b in batches]
+    prompt_need = [p.rows.ids.numel() * per_token + len(p.index) * (len(p.keep) * per_logit + each) for p in prompts]
     budget = problem.memory_gb * GB * _TRACES
     for_examples = max(budget / 2, budget - sum(prompt_need))
     chunks = _split(batches, example_need, for_examples)
@@ -109,18 +110,22 @@ def _filled(needs: Sequence[float], limit: float) -> list[list[int]]:
     return chunks
 
 
-def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float]:
-    """Memory that a token's trace and one block's factors take; that the head at one token takes."""
+def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float, float]:
+    """Memory that a token's trace and one block's factors take; the head at one token; what is whole of one example."""
     shapes = {name: p.shape for name, p in problem.model.named_parameters()}
     itemsize = next(problem.model.parameters()).element_size()
     config: Any = problem.model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     factors = max(
-        sum(sum(shapes[s.weight]) for s in block if s.weight and s.kind != "elementwise") for block in sites.blocks
+        sum(sum(shapes[s.weight]) for s in block if s.weight and s.kind not in ("elementwise", "whole"))
+        for block in sites.blocks
     )
     width = int(config.hidden_size)
     per_token = itemsize * ((sites.depth + 3) * width + factors)
-    return float(per_token), float(itemsize * int(config.vocab_size))
+    parts = (*sites.blocks, sites.outside)
+    whole = [sum(shapes[s.weight].numel() for s in part if s.weight and s.kind == "whole") for part in parts]
+    each = itemsize * (max(whole[:-1]) + whole[-1])
+    return float(per_token), float(itemsize * int(config.vocab_size)), float(each)
 
 
 def _meet(
@@ -135,14 +140,17 @@ def _meet(
     right, outside = [], []
     for packed in prompts:
         value = partial(read_y, problem.model, packed, problem.behavior)
-        _, factors, traced = trace(problem.model, sites, packed.index, value)
+        _, factors, traced = trace(
+            problem.model, sites, packed.index, value, rows=sequence_rows(problem.model, packed.rows)
+        )
         right.append(traced)
         outside.append(_by_param(problem, factors))
     left, top = [], []
     for some in chunk:
         batch = make_batch(examples, some)
         run = partial(batch.losses, problem.model)
-        losses, factors, traced = trace(problem.model, sites, batch.index, run, training=True)
+        rows = sequence_rows(problem.model, batch.rows)
+        losses, factors, traced = trace(problem.model, sites, batch.index, run, training=True, rows=rows)
         refuse_nonfinite(examples, some, losses)
         left.append(traced)
         own = _by_param(problem, factors)

@@ -38,7 +38,7 @@ from taught.estimators import cost
 from taught.estimators.cost import Asked
 from taught.estimators.finite_step import step_direction
 from taught.model.adapter import refuse_detached
-from taught.model.gradients import frozen
+from taught.model.gradients import frozen, lacks_forward_mode
 from taught.model.parameters import moving_parameters
 from taught.model.readout import PackedPrompts, pack, read_packed
 from taught.progress import Progress
@@ -86,7 +86,7 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
     Raises
     ------
     UserError
-        The loss of an example is not finite; forward mode does not go through the model.
+        The loss of an example is not finite; an operation of the model has no forward mode.
     """
     refuse_detached(problem.model)
     reader = _Reader(problem)
@@ -103,8 +103,17 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
             dX = torch.zeros(len(problem.prompts), problem.d, dtype=torch.float64)
             dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
             for packed in packs:
-                with sdpa_kernel(SDPBackend.MATH), _parameters_kept(reader):
-                    moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
+                try:
+                    with sdpa_kernel(SDPBackend.MATH), _parameters_kept(reader):
+                        moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
+                except (RuntimeError, NotImplementedError) as error:
+                    if not lacks_forward_mode(error):
+                        raise
+                    raise UserError(
+                        "an operation of the model has no forward mode",
+                        value=f"{type(problem.model).__name__}: {error}"[:200],
+                        fix="use --set attribution.estimator=adjoint, which gives the same numbers",
+                    ) from error
                 X_moves, y_moves = moved[1]
                 index = list(packed.index)
                 if problem.features is not None:

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from taught.core.example import ExampleBatch, Examples, batch_examples, refuse_nonfinite
 from taught.core.problem import Problem
 from taught.core.query import build_queries
-from taught.model.gradients import RowSparse, Site, find_sites, frozen
+from taught.model.gradients import RowSparse, Site, find_sites, frozen, lacks_forward_mode
 from taught.progress import Progress
 
 
@@ -61,7 +61,8 @@ def token_effects(
     Notes
     -----
     Cost: the queries once, and for each target about three forward passes over the examples. Memory:
-    the queries, and one of them once more. Attention runs without fused kernels.
+    the queries, and one of them once more. Attention runs without fused kernels. Where an operation of the model has
+    no forward mode, a backward pass for each scored token.
     """
     model, sites = problem.model, find_sites(problem.model, problem.parameters)
     count = next(len(part) for part in (A, B) if part is not None)
@@ -92,8 +93,28 @@ def _along(
     step: dict[str, Tensor],
 ) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH), _as_in_training(model, sites):
-        values, moved = jvp(lambda p: functional_call(terms, p, (batch,)), (base,), (step,))[:2]
+        try:
+            values, moved = jvp(lambda p: functional_call(terms, p, (batch,)), (base,), (step,))[:2]
+        except (RuntimeError, NotImplementedError) as error:
+            if not lacks_forward_mode(error):
+                raise
+            values, moved = _by_token(terms, batch, base, step)
     return (moved * batch.slopes(values.sum(1))[:, None]).detach()
+
+
+def _by_token(
+    terms: nn.Module, batch: ExampleBatch, base: dict[str, Tensor], step: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The same with a backward pass for each token."""
+    leaves = {name: p.clone().requires_grad_() for name, p in base.items()}
+    values = functional_call(terms, leaves, (batch,))
+    moved = torch.zeros_like(values)
+    for b, k in (batch.weights != 0).nonzero().tolist():
+        grads = torch.autograd.grad(values[b, k], list(leaves.values()), retain_graph=True, allow_unused=True)
+        for name, grad in zip(leaves, grads, strict=True):
+            if grad is not None:
+                moved[b, k] += (grad * step[name]).sum().detach()
+    return values.detach(), moved.detach()
 
 
 @contextmanager

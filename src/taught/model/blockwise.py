@@ -95,6 +95,7 @@ class Trace:
     inputs : input of each block that has not been gone through, from the lowest on, [B, T, D]
     calls : other arguments of these blocks
     grad : gradient at the output of the last of them, [B, T, D]
+    rows : the example that each element of the batch belongs to (``sequence_rows``); None: each is one
     first : gradient at the lowest block's output, [B, T, D]: what ``grad`` must come to
     """
 
@@ -103,17 +104,24 @@ class Trace:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     grad: Tensor
     first: Tensor
+    rows: Tensor | None
 
 
 def trace(
-    model: nn.Module, sites: BlockSites, index: Sequence[int], values: Callable[[], Tensor], *, training: bool = False
+    model: nn.Module,
+    sites: BlockSites,
+    index: Sequence[int],
+    values: Callable[[], Tensor],
+    *,
+    training: bool = False,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, list[Factor], Trace]:
     """Run a batch forward and backward; keep every block's input.
 
     Parameters
     ----------
     values : runs the model on the batch: one value an example, [B], of which the gradient is taken
-    training : as in ``Taps.factors``
+    training, rows : as in ``Taps.factors``
 
     Returns
     -------
@@ -125,20 +133,25 @@ def trace(
     with watched as (inputs, calls, outputs), tap(model, sites.outside) as taps:
         found = values()
         ends = [outputs[-1], outputs[0]]
-        factors, (last, first) = taps.factors_and(found.sum(), ends, training=training)
-    return found.detach(), factors, Trace(tuple(index), inputs, calls, last, first)
+        factors, (last, first) = taps.factors_and(found.sum(), ends, training=training, rows=rows)
+    return found.detach(), factors, Trace(tuple(index), inputs, calls, last, first, rows)
 
 
 @contextmanager
 def _watched(model: nn.Module, lowest: int) -> Iterator[tuple[list[Tensor], list[Any], list[Tensor]]]:
     """Inputs, other arguments and outputs of the blocks from the lowest on, in forward passes."""
+    from transformers.cache_utils import Cache
+
     inputs: list[Tensor] = []
     calls: list[Any] = []
     outputs: list[Tensor] = []
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, *rest = args if args else (kwargs["hidden_states"],)
-        named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        # A cache would be filled a second time.
+        named = {
+            key: None if isinstance(value, Cache) else value for key, value in kwargs.items() if key != "hidden_states"
+        }
         inputs.append(hidden.detach())
         calls.append((tuple(rest), named))
 
@@ -188,13 +201,19 @@ def _run_again(model: nn.Module, sites: BlockSites, kept: Trace, number: int) ->
     x = kept.inputs.pop().requires_grad_()
     args, kwargs = kept.calls.pop()
     with tap(model, sites.blocks[number]) as taps:
+        taps.batch = len(x)
         out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
-        factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x])
+        factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x], rows=kept.rows)
     return factors
 
 
 def checkpointed(
-    model: nn.Module, sites: BlockSites, values: Callable[[], Tensor], *, training: bool = False
+    model: nn.Module,
+    sites: BlockSites,
+    values: Callable[[], Tensor],
+    *,
+    training: bool = False,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Iterator[Factor]]:
     """Factors of a batch, last to first, with the activations of one part of the model at a time.
 
@@ -204,7 +223,7 @@ def checkpointed(
 
     Parameters
     ----------
-    values, training : as in :func:`trace`
+    values, training, rows : as in :func:`trace`
 
     Returns
     -------
@@ -213,10 +232,11 @@ def checkpointed(
     """
     with _from_last_block(model) as (inputs, calls, ends), tap(model, sites.outside) as taps:
         found = values()
-        factors, (grad,) = taps.factors_and(found.sum(), ends, training=training)
-    below = sites.lowest if not _in_front(model, sites) else 0
-    kept = Trace((), inputs[below:], calls[below:], grad, grad)
-    return found.detach(), _parts(model, sites, values, kept, factors, training, below)
+        front = _in_front(sites) or any(not out.requires_grad for *_, out in taps.seen)
+        factors, (grad,) = taps.factors_and(found.sum(), ends, training=training, rows=rows)
+    below = 0 if front else sites.lowest
+    kept = Trace((), inputs[below:], calls[below:], grad, grad, rows)
+    return found.detach(), _parts(model, sites, values, kept, factors, training, below if not front else None)
 
 
 def _parts(
@@ -226,26 +246,26 @@ def _parts(
     kept: Trace,
     tail: list[Factor],
     training: bool,
-    below: int,
+    below: int | None,
 ) -> Iterator[Factor]:
     yield from tail
     tail.clear()
     while kept.inputs:
-        yield from _run_again(model, sites, kept, below + len(kept.inputs) - 1)
-    if _in_front(model, sites):
+        yield from _run_again(model, sites, kept, (below or 0) + len(kept.inputs) - 1)
+    if below is None:
         with _until_first_block(model) as reached, tap(model, sites.outside) as taps:
             with suppress(_Reached):
                 values()
-            yield from taps.factors((reached[0] * kept.grad).sum(), training=training)
+            yield from taps.factors((reached[0] * kept.grad).sum(), training=training, rows=kept.rows)
 
 
 class _Reached(Exception):
     """Raised in a hook where the rest of a forward pass is not needed."""
 
 
-def _in_front(model: nn.Module, sites: BlockSites) -> bool:
-    """Whether parameters before the blocks move: those of look-ups."""
-    return any(site.kind == "embedding" for site in sites.outside)
+def _in_front(sites: BlockSites) -> bool:
+    """Whether parameters move that may be used before the blocks, besides those of modules that are seen there."""
+    return any(site.kind in ("embedding", "whole") for site in sites.outside)
 
 
 @contextmanager
@@ -284,11 +304,13 @@ def _until_first_block(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def refuse_no_chain(model: nn.Module, sites: BlockSites, values: Callable[[], Tensor]) -> None:
+def refuse_no_chain(
+    model: nn.Module, sites: BlockSites, values: Callable[[], Tensor], rows: Tensor | None = None
+) -> None:
     """Raise a UserError unless gradients taken block by block are those of the whole model.
 
-    ``values`` as in :func:`trace`, of a small batch.
+    ``values`` and ``rows`` as in :func:`trace`, of a small batch.
     """
-    _, _, traced = trace(model, sites, (), values)
+    _, _, traced = trace(model, sites, (), values, rows=rows)
     while traced.inputs:
         last_block(model, sites, traced)

@@ -10,29 +10,44 @@ import torch
 from torch import Tensor, nn
 
 from taught.errors import UserError
-from taught.model.tokens import Rows
+from taught.model.layout import accepts, text_config, tree_mask, written_out
+from taught.model.tokens import Rows, Sequences
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's stack of transformer blocks.
+    """The stack of transformer blocks of the model's language model.
+
+    Of several lists as long as the configuration says, as where a vision tower is as deep, the one inside the text
+    decoder that the model names.
 
     Raises
     ------
     UserError
-        No list of modules has as many entries as the configuration has layers.
+        No list of modules has as many entries as the configuration has layers, or several have.
     """
-    config: Any = model.config
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    depth = int(text_config.num_hidden_layers)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
+    depth = int(text_config(model).num_hidden_layers)
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    for root in (decoder, model):
+        stacks = [] if root is None else _stacks(root, depth)
+        if len(stacks) == 1:
+            return stacks[0]
     raise UserError(
         "the model's blocks were not found",
-        value=type(model).__name__,
+        value=f"{type(model).__name__}: {len(stacks)} lists of {depth} modules",
         rule=f"a ModuleList of {depth} blocks (config.num_hidden_layers) is expected",
         fix="use a decoder-only model of the transformers library",
     )
+
+
+def _stacks(root: nn.Module, depth: int) -> list[nn.ModuleList]:
+    """Lists of so many modules that hold parameters, but for those inside another one's entries."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in root.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        holds = isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
+        if isinstance(module, nn.ModuleList) and len(module) == depth and holds and not inside:
+            found[name] = module
+    return list(found.values())
 
 
 def get_block(model: nn.Module, block: int) -> nn.Module:
@@ -52,11 +67,6 @@ def get_block(model: nn.Module, block: int) -> nn.Module:
             fix="set sae.block to the block that the SAE was trained on",
         )
     return blocks[block]
-
-
-def first_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device of the first parameters (a model may lie on several)."""
-    return next(model.parameters()).device
 
 
 class _StopForward(Exception):
@@ -81,20 +91,20 @@ def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tenso
 
 
 @contextmanager
-def edited_output(module: nn.Module, columns: Tensor, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While in the body, the output [1, T, D] of ``module`` is edited before it is passed on.
+def edited_output(module: nn.Module, places: Tensor, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While in the body, the output [B, T, D] of ``module`` is edited before it is passed on.
 
     Parameters
     ----------
-    columns : int64 [M], each once
-        Tokens that are edited; the others pass unchanged.
+    places : int64 [M], each once
+        Places in [B * T] that are edited (``run_at``); the others pass unchanged.
     edit : [M, D] -> [M, D], row by row
     """
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         h = output[0] if isinstance(output, tuple) else output
-        at = columns.to(h.device)
-        changed = h.index_copy(1, at, edit(h[0, at]).unsqueeze(0))
+        at, flat = places.to(h.device), h.flatten(0, 1)
+        changed = flat.index_copy(0, at, edit(flat[at])).view_as(h)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = module.register_forward_hook(hook)
@@ -104,10 +114,18 @@ def edited_output(module: nn.Module, columns: Tensor, edit: Callable[[Tensor], T
         handle.remove()
 
 
+def run_at(model: nn.Module, rows: Rows, places: Tensor) -> Tensor:
+    """Where tokens of the rows, places in [B * T], stand in what the model is run on: each place where one does."""
+    sequences = written_out(model, rows)
+    if sequences is None:
+        return places
+    return torch.isin(sequences.token.flatten(), places).nonzero().flatten()
+
+
 def forward(
     model: nn.Module, rows: Rows, *, block: int | None = None, keep: int | Tensor = 0, stop_at_block: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One forward pass.
+    """One forward pass over rows of token trees, written out where the model takes no trees.
 
     Parameters
     ----------
@@ -123,34 +141,51 @@ def forward(
         Residual stream after the block.
     logits : [B, K, V] or None
     """
-    inputs = _inputs(model, rows, keep)
+    sequences = written_out(model, rows)
     if block is None:
-        return None, model(**inputs).logits
+        return None, _logits(model, rows, sequences, keep)
     with capture_output(get_block(model, block), stop_at_block) as seen:
         try:
-            logits = model(**inputs).logits
+            logits = _logits(model, rows, sequences, keep)
         except _StopForward:
             logits = None
-    return seen[0], logits
+    return _in_rows(seen[0], sequences), logits
 
 
-def _inputs(model: nn.Module, rows: Rows, keep: int | Tensor) -> dict[str, Any]:
-    return {
-        "input_ids": rows.ids,
-        "position_ids": rows.positions,
-        "attention_mask": rows.additive_mask(next(model.parameters()).dtype),
-        "use_cache": False,
-        "logits_to_keep": keep,
-    }
+def _logits(model: nn.Module, rows: Rows, sequences: Sequences | None, keep: int | Tensor) -> Tensor:
+    """Logits [B, K, V] at some columns of the rows."""
+    if sequences is None:
+        return _run(model, rows.ids, rows.positions, tree_mask(model, rows), keep)
+    columns = torch.arange(rows.ids.shape[1], device=rows.ids.device)
+    wanted = sequences.at[:, columns[-keep:] if isinstance(keep, int) else keep]  # [B, K], places in [P * L]
+    length = sequences.ids.shape[1]
+    kept, column = (wanted % length).unique(return_inverse=True)
+    positions = torch.arange(length, device=rows.ids.device).expand_as(sequences.ids)
+    logits = _run(model, sequences.ids, positions, None, kept)
+    return logits.flatten(0, 1)[wanted // length * len(kept) + column]
+
+
+def _run(model: nn.Module, ids: Tensor, positions: Tensor, mask: Any, keep: int | Tensor) -> Tensor:
+    """Logits of one call of the model, which is given what it takes."""
+    inputs = {"position_ids": positions, "attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
+    logits: Tensor = model(input_ids=ids, **{name: x for name, x in inputs.items() if accepts(model, name)}).logits
+    if accepts(model, "logits_to_keep"):
+        return logits
+    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
+
+
+def _in_rows(h: Tensor, sequences: Sequences | None) -> Tensor:
+    """What was computed for each token, as [B, T, D] of the rows."""
+    return h if sequences is None else h.flatten(0, 1)[sequences.at.to(h.device)]
 
 
 def residuals(model: nn.Module, rows: Rows, blocks: Sequence[int]) -> list[Tensor]:
     """Residual stream [B, T, D] after each of some blocks, in one pass that ends with the last."""
-    last = max(blocks)
+    last, sequences = max(blocks), written_out(model, rows)
     with ExitStack() as hooks:
         seen = {
             block: hooks.enter_context(capture_output(get_block(model, block), block == last)) for block in set(blocks)
         }
         with suppress(_StopForward):
-            model(**_inputs(model, rows, 1))
-    return [seen[block][0] for block in blocks]
+            _logits(model, rows, sequences, 1)
+    return [_in_rows(seen[block][0], sequences) for block in blocks]

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from taught.model.forward import first_device
 from taught.model.gradients import evaluating
+from taught.model.layout import first_device, takes_trees
 from taught.model.tokens import batches_by_tokens
 
 
@@ -33,15 +33,26 @@ def greedy(
     Returns
     -------
     One answer a prompt, of at least one token. Cost: ``limit`` steps with a cache of keys and
-    values for each batch.
+    values for each batch; where padding would change what a model computes, ``limit`` passes over each prompt alone.
     """
     answers: list[tuple[int, ...]] = [()] * len(prompts)
     with evaluating(model):
+        if not takes_trees(model):
+            return [_decode_alone(model, prompt, frozenset(ends), limit) for prompt in prompts]
         for batch in batches_by_tokens([len(p) + limit for p in prompts], batch_tokens):
             rows = _decode(model, [prompts[i] for i in batch], frozenset(ends), limit)
             for i, row in zip(batch, rows, strict=True):
                 answers[i] = row
     return answers
+
+
+def _decode_alone(model: nn.Module, prompt: Sequence[int], ends: frozenset[int], limit: int) -> tuple[int, ...]:
+    """One prompt with no padding, positions or cache of its own: right for recurrent models too."""
+    answer: list[int] = []
+    while len(answer) < limit and (not answer or answer[-1] not in ends):
+        ids = torch.tensor([[*prompt, *answer]], device=first_device(model))
+        answer.append(int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
+    return tuple(answer)
 
 
 def _decode(

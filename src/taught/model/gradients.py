@@ -16,17 +16,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import reduce
+from math import isfinite
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from taught.errors import UserError, refuse
+from taught.errors import UserError
 from taught.model.kernels import outer_products, product
+from taught.model.layout import accepts, first_device, text_config
 from taught.model.parameters import moving_parameters
+
+# Relative, beside rounding: a use that is not seen leaves out much of a gradient.
+_MISREAD = {torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Site:
     """One use of parameters in the model: a module and how its parameters enter.
 
     kind: "linear" (weight [out, in]), "linear_t" (weight [in, out]), "embedding" (weight [V, D]),
-    "elementwise" (weight [D] times a normalised input).
+    "elementwise" (weight [D] times a normalised input), "whole" (any other use: fused experts, convolutions,
+    recurrent blocks; autograd gives the parameter's gradient, which is that of one example at a time).
 
     scale: factor on an embedding's rows (Gemma multiplies inside the module). padding: the row
     whose look-ups give no gradient in training (``torch.nn.Embedding``); it may be a real token, as
@@ -54,7 +59,7 @@ class Factor:
     """What one parameter's gradient is made of, for a batch of examples.
 
     kind "linear": a [B, T, in], d [B, T, out]; "embedding": a int64 [B, T], d [B, T, D];
-    "vector": a None, d [B, D], the per-example gradient itself.
+    "vector": a None, d [B, size of the parameter], the per-example gradient itself.
     """
 
     param: str
@@ -83,15 +88,43 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
     Raises
     ------
     UserError
-        A parameter belongs to a module of another kind (fused experts, convolutions, ...), or is used by another way
-        than its module. Nothing is left out silently. A pattern matches nothing.
-
-    Notes
-    -----
-    Runs a few tokens through a model of transformers, forward and backward, once for each choice of parameters.
+        A parameter has no gradient (quantised weights), or is an embedding of an unknown kind. Nothing is left out
+        silently. A pattern matches nothing.
     """
     names = {id(p): name for name, p in moving_parameters(model, parameters).items()}  # tied ones have one name
-    sites, covered = [], set()
+    sites = _known_uses(model, names)
+    misread = _misread(model, sites)
+    sites = [
+        replace(s, weight=s.weight if s.weight not in misread else None, bias=s.bias if s.bias not in misread else None)
+        for s in sites
+    ]
+    sites = [site for site in sites if site.weight or site.bias]
+    covered = {name for site in sites for name in (site.weight, site.bias)}
+    others = {id(p): name for name, p in model.named_parameters() if name in set(names.values()) - covered}
+    missing = []
+    for name, module in model.named_modules():
+        for own, p in module.named_parameters(recurse=False):
+            whole = others.pop(id(p), None)
+            if whole is None:
+                continue
+            # Which look-ups give no gradient in training would be unknown.
+            lookup = isinstance(module, nn.Embedding) and module.padding_idx is not None
+            if not p.is_floating_point() or lookup:
+                missing.append(f"{name}.{own}".removeprefix("."))
+            sites.append(Site(name, "whole", whole, None))
+    if missing:
+        raise UserError(
+            "some parameters are in modules whose gradients are not understood",
+            value=sorted(missing)[:5],
+            rule="parameters of floating point; embeddings with a padding token look rows up and scale them",
+            fix="use the finite-step estimator, or set attribution.parameters to leave them out",
+        )
+    return sites
+
+
+def _known_uses(model: nn.Module, names: Mapping[int, str]) -> list[Site]:
+    """Modules of a known kind that hold some of the parameters."""
+    sites = []
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if not any(id(p) in names for p in own.values()):
@@ -103,79 +136,82 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
         bias = names.get(id(own["bias"])) if own.get("bias") is not None else None
         scale, padding = embedding_options(module) if kind == "embedding" else (1.0, None)
         sites.append(Site(name, kind, weight, bias, scale, padding))
-        covered |= {weight, bias}
-    missing = sorted(set(names.values()) - covered)
-    if missing:
-        raise UserError(
-            "some parameters are in modules whose gradients are not understood",
-            value=missing[:5],
-            rule="linear layers, embeddings and elementwise norms are covered",
-            fix="use the finite-step estimator, or set attribution.parameters to leave them out",
-        )
-    if hasattr(model, "get_input_embeddings"):
-        _refuse_other_uses(model, sites)
     return sites
 
 
-# Sites of which it is known that they give the gradients of their model.
-_SEEN: WeakKeyDictionary[nn.Module, set[tuple[Site, ...]]] = WeakKeyDictionary()
-# What rounding may make of a gradient, relative to the largest one.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
+_AT_ONCE = 1 << 28  # numbers of gradients that are held while they are compared
+_CHECKED = "_taught_misread"  # on the model: what was checked, and what came out
 
 
-def _refuse_other_uses(model: Any, sites: Sequence[Site]) -> None:
-    """Raise a UserError unless the sites give the gradients that autograd gives.
+def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
+    """Parameters whose gradient is another one than their modules' inputs and outputs say.
 
-    A weight that is taken out of its module (LoRA on a parameter, a head that multiplies by the embedding) is seen in
-    no call of it: its gradient would be zero, or a part of it. Memory: two gradients of one parameter at a time.
+    A weight may be used without its module, as state space layers use some, or be made of something else before.
+    Compared with autograd on six tokens, once a model. Cost: a forward and backward pass, and the gradients of all
+    moving parameters, a few at a time.
     """
-    known = _SEEN.setdefault(model, set())
-    if tuple(sites) in known:
-        return
-    every = dict(model.named_parameters())
-    moving = {name: every[name] for site in sites for name in (site.weight, site.bias) if name is not None}
-    kept = [(p, p.requires_grad, p.grad) for p in every.values()]
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.linspace(0, rows - 1, min(8, rows)).long()[None].to(next(iter(every.values())).device)
-    off: dict[str, float] = {}
-    sizes: dict[str, float] = {}
-    handles: list[Any] = []
-    try:
-        for name, p in every.items():
-            p.requires_grad_(name in moving)
-            p.grad = None
-        with evaluating(model), torch.enable_grad(), tap(model, sites) as taps:
-            logits = model(input_ids=ids).logits
-            value = (logits * _random(*logits.shape, like=logits)).mean()
-            factors = taps.factors_and(value, (), retain_graph=True, training=True)[0]
+    named = sorted({name for site in sites for name in (site.weight, site.bias) if name})
+    state = hash((tuple(named), tuple((name, type(module)) for name, module in model.named_modules())))
+    if getattr(model, _CHECKED, (None,))[0] == state or not named:
+        return getattr(model, _CHECKED)[1] if named else frozenset()
+    norms, off = {}, {}
+    with torch.enable_grad(), frozen(model), tap(model, sites) as taps:
+        parameters = {name: model.get_parameter(name).requires_grad_() for name in named}
+        last = int(getattr(text_config(model), "vocab_size", 2)) - 1
+        ids = torch.linspace(1, last, 6, device=first_device(model)).long()
+        given = {"use_cache": False} if accepts(model, "use_cache") else {}
+        logits = model(input_ids=ids[None], **given).logits
+        value = (logits * _random(*logits.shape, like=logits)).mean()
+        found: dict[str, list[Factor]] = {}
+        for factor in taps.factors(value, retain_graph=True, training=True, summed=True):
+            found.setdefault(factor.param, []).append(factor)
+        for group in _groups(parameters, _AT_ONCE):
+            grads: Sequence[Any] = torch.autograd.grad(
+                value, [parameters[name] for name in group], retain_graph=True, allow_unused=True
+            )
+            for name, grad in zip(group, grads, strict=True):
+                p = parameters[name]
+                total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+                for factor in found.pop(name, ()):
+                    accumulate(factor, total)
+                norms[name] = 0.0 if grad is None else float(grad.to(total).norm())
+                off[name] = float((total if grad is None else total - grad).norm())
+    tolerance = _MISREAD.get(next(model.parameters()).dtype, 1e-3)
+    largest = max(norms.values())
+    if not all(map(isfinite, (*norms.values(), *off.values()))):  # weights that are not finite: said where a loss is
+        return frozenset()
+    misread = frozenset(name for name in named if not off[name] <= tolerance * (norms[name] + 0.1 * largest))
+    setattr(model, _CHECKED, (state, misread))
+    return misread
 
-            def compare(name: str, p: nn.Parameter) -> None:
-                own = torch.zeros_like(p)
-                for factor in factors:
-                    if factor.param == name:
-                        accumulate(factor, own)
-                assert p.grad is not None
-                sizes[name], off[name] = float(p.grad.norm()), float((p.grad - own).norm())
-                p.grad = None
 
-            for name, p in moving.items():
-                handles.append(p.register_post_accumulate_grad_hook(partial(compare, name)))
-            value.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, flag, grad in kept:
-            p.requires_grad_(flag)
-            p.grad = grad
-    allowed = max(sizes.values(), default=0.0) * _ROUNDING.get(logits.dtype, 0.1)
-    unseen = {name for name in moving if name not in {factor.param for factor in factors}}
-    refuse(
-        sorted(n for n, by in off.items() if by > 0 and (n in unseen or not by <= max(allowed, 0.1 * sizes[n]))),
-        "the gradients of some parameters are not seen where their modules are called",
-        rule="a parameter is used by its own module and in no other way",
-        fix="use the finite-step estimator, or set attribution.parameters to leave them out",
-    )
-    known.add(tuple(sites))
+def _groups(parameters: Mapping[str, Tensor], room: int) -> list[list[str]]:
+    """Neighbours together, as many as have so many numbers in all."""
+    groups: list[list[str]] = []
+    free = 0
+    for name, p in parameters.items():
+        if not groups or p.numel() > free:
+            groups.append([])
+            free = room
+        groups[-1].append(name)
+        free -= p.numel()
+    return groups
+
+
+@torch.no_grad()
+def mixes_examples(model: nn.Module, sites: Sequence[Site]) -> bool:
+    """Whether gradients are to be had of one example at a time only.
+
+    So it is where a parameter's gradient is taken whole, and where modules are called on the tokens of several examples
+    in one list, as routed experts are. Cost: a forward pass over six tokens.
+    """
+    if any(site.kind == "whole" for site in sites):
+        return True
+    ids = torch.zeros(2, 3, dtype=torch.long, device=first_device(model))
+    positions = {"position_ids": torch.arange(3, device=ids.device).expand_as(ids)}
+    with evaluating(model), tap(model, sites) as taps:
+        model(input_ids=ids, **(positions if accepts(model, "position_ids") else {}))
+        return any(taps.mixed(x, out) for *_, x, out in taps.seen)
 
 
 def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:
@@ -282,14 +318,33 @@ def frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
+def lacks_forward_mode(error: Exception) -> bool:
+    """Whether an operation of the model has no derivative in forward mode, as one that is written by hand."""
+    return any(words in str(error) for words in ("setup_context", "forward AD", "forward-mode", "jvp"))
+
+
 @dataclass
 class Taps:
     """Inputs and outputs of the tapped modules during one forward pass."""
 
     seen: list[tuple[Site, nn.Module, Tensor, Tensor]] = field(default_factory=list)
+    whole: dict[str, nn.Parameter] = field(default_factory=dict)
+    batch: int = 0
     recording: bool = True
 
-    def factors(self, value: Tensor, *, retain_graph: bool = False, training: bool = False) -> Iterator[Factor]:
+    def mixed(self, x: Tensor, out: Tensor) -> bool:
+        """Whether a module was called on something else than [batch, tokens, ...]."""
+        return out.ndim < 3 or x.shape[0] != self.batch
+
+    def factors(
+        self,
+        value: Tensor,
+        *,
+        retain_graph: bool = False,
+        training: bool = False,
+        rows: Tensor | None = None,
+        summed: bool = False,
+    ) -> Iterator[Factor]:
         """Factors of the gradient of ``value`` (a scalar: the sum over independent examples).
 
         With ``training`` the gradient is the one that an optimizer is given: look-ups of an
@@ -297,34 +352,85 @@ class Taps:
 
         Only the part of the graph above the lowest tapped module is walked. Module uses that
         ``value`` does not depend on give nothing.
+
+        Parameters
+        ----------
+        rows : int64 [batch]
+            The example that each element of the batch belongs to (``sequence_rows``); None: each is one.
+        summed : Only the sum over the batch is wanted: then modules may mix examples
+
+        Raises
+        ------
+        UserError
+            A module mixes examples, and there are several.
         """
-        yield from self.factors_and(value, (), retain_graph=retain_graph, training=training)[0]
+        yield from self.factors_and(value, (), retain_graph=retain_graph, training=training, rows=rows, summed=summed)[
+            0
+        ]
 
     def factors_and(
-        self, value: Tensor, others: Sequence[Tensor], *, retain_graph: bool = False, training: bool = False
+        self,
+        value: Tensor,
+        others: Sequence[Tensor],
+        *,
+        retain_graph: bool = False,
+        training: bool = False,
+        rows: Tensor | None = None,
+        summed: bool = False,
     ) -> tuple[list[Factor], list[Tensor]]:
         """The same, and the gradients of ``value`` by some other tensors of the graph."""
         self.recording = False  # norms are called again below
-        outputs = [out for *_, out in self.seen]
-        if not outputs and not others:
+        seen = [use for use in self.seen if use[3].requires_grad]  # the others lie before the graph
+        outputs, whole = [out for *_, out in seen], list(self.whole.values())
+        if not outputs and not whole and not others:
             return [], []
-        batch = self.seen[0][2].shape[0] if self.seen else 0
-        for site, _, x, out in self.seen:
-            if out.ndim < 3 or x.shape[0] != batch:  # which example it is of would be unknown
+        examples = self.batch if rows is None else int(rows[-1]) + 1
+        if not summed and examples > 1:
+            mixed = [f"{s.module}: input {list(x.shape)}" for s, _, x, out in seen if self.mixed(x, out)]
+            if mixed or whole:
                 raise UserError(
                     "a module mixes the examples of a batch",
-                    value=f"{site.module}: input {list(x.shape)}, output {list(out.shape)}",
-                    rule=f"[batch, tokens, ...] with a batch of {batch}",
-                    fix="use the finite-step estimator for this model",
+                    value=[*mixed, *self.whole][:3],
+                    rule=f"[batch, tokens, ...] with a batch of {self.batch}, or one example at a time",
+                    fix="use --set attribution.batch_tokens=1",
                 )
-        grads = torch.autograd.grad(value, [*outputs, *others], retain_graph=retain_graph, allow_unused=True)
+        tensors = [*outputs, *whole, *others]
+        grads: Sequence[Any] = torch.autograd.grad(value, tensors, retain_graph=retain_graph, allow_unused=True)
         factors: list[Factor] = []
-        for (site, module, x, _), d in zip(self.seen, grads, strict=False):
+        for (site, module, x, out), d in zip(seen, grads, strict=False):
+            if d is None:
+                continue
+            if self.mixed(x, out):  # all of it is of one example, or a part of one sum
+                d = d.reshape(1, -1, d.shape[-1])
+                x = x.reshape(1, -1) if site.kind == "embedding" else x.reshape(1, -1, x.shape[-1])
+            if training and site.padding is not None:
+                d = d * (x != site.padding).unsqueeze(-1)
+            factors += _site_factors(site, module, x, d)
+        if rows is not None and not summed:
+            factors = [_by_row(factor, rows) for factor in factors]
+        for name, d in zip(self.whole, grads[len(outputs) :], strict=False):
             if d is not None:
-                if training and site.padding is not None:
-                    d = d * (x != site.padding).unsqueeze(-1)
-                factors += _site_factors(site, module, x, d)
-        return factors, list(grads[len(outputs) :])
+                factors.append(Factor(name, "vector", None, d.reshape(1, -1)))
+        return factors, list(grads[len(outputs) + len(whole) :])
+
+
+def _by_row(factor: Factor, rows: Tensor) -> Factor:
+    """The same with the elements of the batch that belong to one row side by side: [rows, ...]."""
+    if len(factor.d) != len(rows):
+        return factor
+    count, rows = int(rows[-1]) + 1, rows.to(factor.d.device)
+    if factor.a is None:
+        return replace(factor, d=factor.d.new_zeros(count, factor.d.shape[1]).index_add_(0, rows, factor.d))
+    slot = torch.arange(len(rows), device=rows.device)
+    slot -= torch.searchsorted(rows, rows)
+    shape = (count, int(slot.max()) + 1)
+
+    def beside(x: Tensor) -> Tensor:
+        out = x.new_zeros(*shape, *x.shape[1:])
+        out[rows, slot] = x
+        return out.flatten(1, 2)
+
+    return replace(factor, a=beside(factor.a), d=beside(factor.d))
 
 
 def _site_factors(site: Site, module: nn.Module, x: Tensor, d: Tensor) -> Iterator[Factor]:
@@ -340,6 +446,8 @@ def _site_factors(site: Site, module: nn.Module, x: Tensor, d: Tensor) -> Iterat
         if site.bias is not None:
             yield Factor(site.bias, "vector", None, _sum_inner(d))
         return
+    if x.ndim > 3:  # heads, experts: each use of a token is one
+        x, d = x.flatten(1, -2), d.flatten(1, -2)
     if site.weight is not None:
         a, out = (x.detach(), d) if site.kind == "linear" else (d, x.detach())
         yield Factor(site.weight, "linear", a, out)
@@ -358,8 +466,9 @@ def tap(model: nn.Module, sites: Sequence[Site]) -> Iterator[Taps]:
 
     The embedding's output is made the graph's leaf, so weights need no gradient (see ``frozen``).
     """
-    taps = Taps()
+    taps = Taps(whole={s.weight: model.get_parameter(s.weight) for s in sites if s.kind == "whole" and s.weight})
     by_name = dict(model.named_modules())
+    flags = [(p, p.requires_grad) for p in taps.whole.values()]
     handles = []
 
     def watch(site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
@@ -370,6 +479,7 @@ def tap(model: nn.Module, sites: Sequence[Site]) -> Iterator[Taps]:
         return hook
 
     def leaf(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        taps.batch = taps.batch or output.shape[0]
         if output.is_leaf:
             output.requires_grad_()
 
@@ -378,9 +488,14 @@ def tap(model: nn.Module, sites: Sequence[Site]) -> Iterator[Taps]:
             if isinstance(module, nn.Embedding):
                 handles.append(module.register_forward_hook(leaf))
         for site in sites:
-            handles.append(by_name[site.module].register_forward_hook(watch(site)))
+            if site.kind != "whole":
+                handles.append(by_name[site.module].register_forward_hook(watch(site)))
+        for p in taps.whole.values():
+            p.requires_grad_()
         yield taps
     finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
         for handle in handles:
             handle.remove()
         taps.seen.clear()
@@ -414,7 +529,7 @@ def contract(factor: Factor, query: Query) -> Tensor:
     d = factor.d.to((query.values if isinstance(query, RowSparse) else query).dtype)
     if factor.kind == "vector":
         assert isinstance(query, Tensor)
-        return d @ query.T
+        return d @ query.reshape(len(query), -1).T
     assert factor.a is not None
     if factor.kind == "embedding":
         if isinstance(query, Tensor):
@@ -446,7 +561,7 @@ def accumulate(factor: Factor, total: Query, weight: float = 1.0) -> None:
     """total += weight * (sum over the batch of the gradients); total has the parameter's shape."""
     if factor.kind == "vector":
         assert isinstance(total, Tensor)
-        total.add_(factor.d.sum(0), alpha=weight)
+        total.add_(factor.d.sum(0).view_as(total), alpha=weight)
         return
     assert factor.a is not None
     if factor.kind == "embedding":
@@ -481,7 +596,7 @@ def dot(left: Sequence[Factor], right: Sequence[Factor], *, scale: Tensor | None
     """
     if all(f.kind == "vector" for f in (*left, *right)):
         built = _built([left])
-        return product(built if scale is None else built * scale, _built([right]))
+        return product(built if scale is None else built * scale.flatten(), _built([right]))
     if scale is None:
         return reduce(torch.add, [_gram(f, g) for f in left for g in right])
     return reduce(torch.add, [_scaled_dot(f, g, scale, room) for f in left for g in right])

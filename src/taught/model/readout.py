@@ -11,17 +11,15 @@ from torch import Tensor, nn
 
 from taught.core.behavior import Behavior, in_rows
 from taught.errors import UserError
-from taught.model.forward import first_device, forward, residuals
-from taught.model.tokens import Rows, TokenTree, batches_by_tokens, build_tree, stack
+from taught.model.forward import forward, residuals
+from taught.model.layout import accepts, first_device
+from taught.model.tokens import Rows, TokenTree, ancestors, batches_by_tokens, build_tree, stack
 from taught.progress import Progress, SilentProgress
 
 # Attention over a packed row is quadratic: this keeps it a small share of the work.
 PACK_TOKENS = 512
 
 _AT_ONCE = 512  # prompts that are laid out together where there may be many
-
-# How far y may differ between trees and plain passes: rounding of logits of about 16.
-_TREE_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -179,9 +177,10 @@ def pack_apart(
 
 
 def _reads_apart(packed: PackedPrompts) -> bool:
-    scored, mask = packed.scored, packed.rows.mask[0]
-    history = torch.zeros(len(packed.index), len(mask), dtype=torch.long)  # [n, T]
-    history = history.index_add(0, scored.prompt[scored.suffix], mask[packed.keep[scored.at]].long()) > 0
+    scored, rows = packed.scored, packed.rows
+    seen = ancestors(rows.enter[0], rows.leave[0], packed.keep[scored.at])
+    history = torch.zeros(len(packed.index), rows.ids.shape[1], dtype=torch.long)  # [n, T]
+    history = history.index_add(0, scored.prompt[scored.suffix], seen.long()) > 0
     prompt = torch.arange(len(packed.index)).repeat_interleave(packed.offsets.diff())
     own = torch.zeros_like(history)
     own[prompt, packed.read] = True
@@ -428,37 +427,16 @@ def _plain_suffixes(model: nn.Module, rows: Sequence[tuple[tuple[int, ...], tupl
     """Log-probability of one suffix behind each of some prompts, [n]."""
     device = first_device(model)
     ids, mask = _pad_right([(*prompt, *suffix) for prompt, suffix in rows])
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    first = min(len(prompt) for prompt, _ in rows) - 1
+    keep = {"logits_to_keep": ids.shape[1] - first} if accepts(model, "logits_to_keep") else {}
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep).logits
+    first = first if keep else 0
     logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
     return torch.stack(
         [
-            logp[row, len(prompt) - 1 : len(prompt) - 1 + len(suffix)]
+            logp[row, len(prompt) - 1 - first : len(prompt) - 1 - first + len(suffix)]
             .gather(1, logp.new_tensor(suffix).long()[:, None])
             .sum()
             for row, (prompt, suffix) in enumerate(rows)
         ]
     )
-
-
-def check_trees(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: Behavior, *, count: int = 2) -> float:
-    """Largest difference in y between token trees and plain passes, on the first prompts and the longest.
-
-    Raises
-    ------
-    UserError
-        The model does not compute the same in a tree (a recurrent state, positions that ignore
-        ``position_ids``, a mask of its own, a sliding window): token trees must not be used with it.
-    """
-    longest = max(prompts, key=lambda p: len(p.ids) + max(map(len, p.suffixes)))
-    some = [*prompts[:count], *([] if longest in prompts[:count] else [longest])]
-    plain = read_prompts_plain(model, some, behavior, None).y
-    tolerance = _TREE_TOLERANCE.get(next(model.parameters()).dtype, 1e-2)
-    worst = float((read_prompts(model, some, behavior, None).y - plain).abs().max())
-    if not worst <= tolerance:
-        raise UserError(
-            "the model does not give the same read-outs in a token tree as in plain passes",
-            value=f"largest difference in y {worst:.3g} on prompts {[p.id for p in some]}",
-            rule=f"at most {tolerance:g}",
-            fix="use a causal transformer that takes a 4-dimensional attention mask",
-        )
-    return worst

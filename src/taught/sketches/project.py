@@ -146,11 +146,10 @@ class Projection:
                     self._add_lookups(given.rows[None], given.values[k][None].cpu(), here, one)
                     continue
                 whole = given[k].cpu()
-                if whole.ndim == 1:
-                    flat = (whole.double() * drawn.signs.cpu())[None, :, None]
+                if drawn.right is None:
+                    flat = (whole.double().flatten() * drawn.signs.cpu())[None, :, None]
                     _fold(flat, drawn.first * COLUMNS, one.flatten(1).unsqueeze(-1))
                 else:
-                    assert drawn.right is not None
                     H = product(whole, drawn.right.cpu().to(whole.dtype)).double() * drawn.signs.cpu()
                     _fold(H[None], drawn.first, one)
         return total.flatten(1)
@@ -174,6 +173,11 @@ class Projection:
 
     def _add(self, factor: Factor, total: Tensor, inputs: SharedInputs) -> None:
         drawn, d = self._map(factor.param), factor.d
+        if factor.kind == "vector" and drawn.right is not None:  # the gradient of a matrix, taken whole
+            whole = d.view(len(d), -1, drawn.right.shape[1]).to(drawn.right)
+            H = product(whole.flatten(0, 1), drawn.right).view(*whole.shape[:2], COLUMNS)
+            _fold(H.to(total.dtype) * drawn.signs, drawn.first, total)
+            return
         if factor.kind == "vector":
             flat = (d.to(total.dtype) * drawn.signs).unsqueeze(-1)
             _fold(flat, drawn.first * COLUMNS, total.flatten(1).unsqueeze(-1))

@@ -23,6 +23,7 @@ from taught.core.example import Examples, batch_examples, refuse_nonfinite
 from taught.core.gradient import example_gradients, refuse_unfit
 from taught.core.problem import Problem
 from taught.model.gradients import Site, find_sites, frozen, tap
+from taught.model.layout import sequence_rows
 from taught.model.readout import PackedPrompts, ReadPrompt, pack_rows, read_packed, read_y
 from taught.progress import Progress, SilentProgress
 from taught.sketches.project import Projection, SharedInputs
@@ -79,7 +80,9 @@ def prompt_sketches(problem: Problem, projection: Projection, prompts: Sequence[
         for packed in pack_rows(prompts, problem.behavior, tokens=problem.batch_tokens):
             with tap(problem.model, sites) as taps:
                 y = read_y(problem.model, packed, problem.behavior)
-                made = projection.sketch(taps.factors(y.sum()), len(packed.index))
+                made = projection.sketch(
+                    taps.factors(y.sum(), rows=sequence_rows(problem.model, packed.rows)), len(packed.index)
+                )
             found.append(Sketches(packed.index, (-1,) * len(packed.index), made.cpu()))
         if problem.features is None:
             return found
@@ -92,7 +95,7 @@ def _feature_sketches(
     problem: Problem, projection: Projection, sites: Sequence[Site], packed: PackedPrompts
 ) -> Iterator[Sketches]:
     """One :class:`Sketches` for each backward pass."""
-    index = packed.index
+    index, of = packed.index, sequence_rows(problem.model, packed.rows)
     with tap(problem.model, sites) as taps:
         h, _ = read_packed(problem.model, packed, None, problem.block)
         assert problem.features is not None and h is not None
@@ -104,6 +107,6 @@ def _feature_sketches(
             rows = [row for row, columns in enumerate(active) if slot < len(columns)]
             columns = [active[row][slot] for row in rows]
             value = X[rows, columns].sum()
-            factors = taps.factors(value, retain_graph=slot + 1 < slots)
+            factors = taps.factors(value, retain_graph=slot + 1 < slots, rows=of)
             made = projection.sketch(factors, len(index), inputs)
             yield Sketches(tuple(index[row] for row in rows), tuple(columns), made[rows].cpu())

@@ -63,7 +63,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
     with run.stage("attribute", study, {**subject.identity, **trained}) as stage:
         if stage.done:
             return
-        ready = prepare(study, run, subject, data)
+        ready = prepare(study, run, subject, data, progress)
         if (windows := windows_note(ready.encoded)) is not None:
             progress.note(windows)
         work = Work(progress, stage.partial, run.folder)

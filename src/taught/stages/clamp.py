@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from taught.core.passes import settle_passes
 from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
-from taught.model.forward import edited_output, get_block
+from taught.model.forward import edited_output, get_block, run_at
+from taught.model.layout import first_device
 from taught.model.readout import PackedPrompts, ReadPrompt, pack_apart, read_packed
 from taught.policy.dose import LEVEL, agreement, control_p, response, slope
 from taught.policy.ridge import Policy
@@ -57,6 +59,7 @@ def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> Non
         if fitted is None:
             raise UserError("there is no policy to check", rule="it needs an SAE", fix="pass --set sae.path=FOLDER")
         inputs = _inputs(study, subject, fitted)
+        settle_passes(subject.loaded.model, inputs, subject.behavior)
         progress.step("clamp features", fitted.d)
         measured = []
         for column in range(fitted.d):
@@ -120,8 +123,11 @@ def _measured(
 def _read(subject: Subject, packed: PackedPrompts, edit: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
     """h [M, D] at the read-out tokens and y float64 [n], with h edited there."""
     model, block = subject.loaded.model, subject.required_sae.block
-    columns = packed.read.unique()
-    with nullcontext() if edit is None else edited_output(get_block(model, block), columns, edit):
+    with ExitStack() as edits:
+        if edit is not None:
+            device = first_device(model)
+            places = run_at(model, packed.rows.to(device), packed.read.unique().to(device))
+            edits.enter_context(edited_output(get_block(model, block), places, edit))
         h, y = read_packed(model, packed, subject.behavior, block)
     assert y is not None
     return h, y.double().cpu()

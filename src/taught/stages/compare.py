@@ -77,7 +77,7 @@ def compare(study: Study, run: RunFolder, progress: Progress | None = None) -> N
     with run.stage("compare", study, subject.identity) as stage:
         if stage.done:
             return
-        ready = prepare(study, run, subject, data)
+        ready = prepare(study, run, subject, data, progress)
         targets = compared_targets(run, ready)
         names = [str(name) for name in targets.names]
         there = set(run_targets(run, many=True))

@@ -17,6 +17,7 @@ import numpy as np
 from taught.baselines.activations import project, response_reads
 from taught.core.example import Examples
 from taught.core.names import TargetName
+from taught.core.passes import settle_passes
 from taught.core.scores import Scores
 from taught.data.columns import name_ids
 from taught.data.examples import ExampleSet, load_examples
@@ -40,7 +41,7 @@ from taught.features.concept import (
 from taught.features.pooling import pool
 from taught.features.probe import sweep
 from taught.model.forward import find_blocks, get_block
-from taught.model.readout import check_trees, read_residuals
+from taught.model.readout import read_residuals
 from taught.policy.ridge import check_folds
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
@@ -130,7 +131,7 @@ def _made(study: Study, subject: Subject, spec: ConceptSpec, prompts: PromptSet,
     block, detail = _block(spec, kind, detail, subject)
     blocks = list(range(len(find_blocks(subject.loaded.model)))) if spec.sweep else [block]
     some = prompt_inputs(subject.encode(prompts), position)
-    check_trees(subject.loaded.model, some, subject.behavior)
+    settle_passes(subject.loaded.model, some, subject.behavior, progress=progress)
     if spec.examples is None:
         H, positive = _read(study, subject, prompts, position, blocks, progress)
         data = {"prompts sha256": prompts.sha256, "groups": list(study.prompts.sides), "limit": study.prompts.limit}

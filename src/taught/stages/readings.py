@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from taught.core.passes import settle_passes
 from taught.data.columns import columns_note
 from taught.data.prompts import PromptSet
 from taught.features.label import describe_features, load_labels
 from taught.features.pooling import pool, pooled_residuals
 from taught.features.sae import SparseAutoencoder, check_fit
 from taught.features.select import Selection
-from taught.model.readout import Readouts, ReadPrompt, check_trees, read_prompts
+from taught.model.readout import Readouts, ReadPrompt, read_prompts
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.subject import Subject, open_subject, prompt_inputs, select, study_prompts
@@ -55,7 +56,7 @@ def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         encoded = subject.encode(prompts)
         inputs = prompt_inputs(encoded, study.readout.position if subject.sae is not None else None)
         model, block = subject.loaded.model, None if subject.sae is None else subject.sae.block
-        check_trees(model, inputs, subject.behavior)
+        settle_passes(model, inputs, subject.behavior, progress=progress)
         progress.step("read prompts", len(inputs))
         read = read_prompts(model, inputs, subject.behavior, block, progress=progress)
         features = None if subject.sae is None else _features(study, subject.sae, prompts, read)

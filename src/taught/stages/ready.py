@@ -13,6 +13,7 @@ from taught.baselines.activations import response_reads
 from taught.core.driver import Method
 from taught.core.example import Example
 from taught.core.names import TargetName
+from taught.core.passes import settle_passes
 from taught.core.problem import Problem
 from taught.core.readings import Readings
 from taught.core.target import TargetSet, kind_of
@@ -24,7 +25,8 @@ from taught.errors import UserError
 from taught.features.concept import ConceptMap, concept_map
 from taught.features.pooling import FeatureMap
 from taught.features.sae import check_fit
-from taught.model.readout import ReadPrompt, check_trees, read_prompts, read_residuals
+from taught.model.gradients import find_sites, mixes_examples
+from taught.model.readout import ReadPrompt, read_prompts, read_residuals
 from taught.policy.ridge import choose_alpha, fit_policy
 from taught.progress import Progress
 from taught.run.folder import RunFolder
@@ -93,7 +95,7 @@ def read_data(study: Study, progress: Progress) -> Data:
     return Data(prompts, examples, overlapping)
 
 
-def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready:
+def prepare(study: Study, run: RunFolder, subject: Subject, data: Data, progress: Progress | None = None) -> Ready:
     """Tokens of the examples, the readings of the run, and the problem that estimators work on.
 
     Raises
@@ -101,10 +103,12 @@ def prepare(study: Study, run: RunFolder, subject: Subject, data: Data) -> Ready
     UserError
         No example is left; examples are truncated; the run's files do not belong together.
     """
-    return make_ready(study, subject, data, run_readings(run))
+    return make_ready(study, subject, data, run_readings(run), progress)
 
 
-def make_ready(study: Study, subject: Subject, data: Data, readings: Readings) -> Ready:
+def make_ready(
+    study: Study, subject: Subject, data: Data, readings: Readings, progress: Progress | None = None
+) -> Ready:
     """Tokens of the examples, and the problem that estimators work on, for given readings."""
     encoded, truncated = encode_examples(study, subject, data)
     examples = data.examples.encoded(encoded)
@@ -114,8 +118,10 @@ def make_ready(study: Study, subject: Subject, data: Data, readings: Readings) -
     if readings.policy is not None:
         position, block = study.readout.position, subject.required_sae.block
         features = subject.features(readings.policy.feature_ids.copy(), study)
-    problem = make_problem(study, subject, prompt_inputs(ordered, position), block, features)
+    reads = prompt_inputs(ordered, position)
+    settle_passes(subject.loaded.model, reads, subject.behavior, [e.example() for e in encoded], progress)
     inputs = subject.inputs(encoded, study.examples.beta)
+    problem = make_problem(study, subject, reads, block, features)
     return Ready(study, subject, data, examples, encoded, inputs, truncated, readings, problem)
 
 
@@ -167,7 +173,7 @@ def read_here(study: Study, subject: Subject, prompts: PromptSet, progress: Prog
     position = None if subject.sae is None else study.readout.position
     inputs = prompt_inputs(encoded, position)
     model = subject.loaded.model
-    check_trees(model, inputs, subject.behavior)
+    settle_passes(model, inputs, subject.behavior, progress=progress)
     progress.step("read prompts", len(inputs))
     read = read_prompts(model, inputs, subject.behavior, None if subject.sae is None else subject.sae.block)
     base = readings_of(read.prompt_ids, read.y.numpy(), ((p.id, p.group, p.category) for p in prompts))
@@ -208,8 +214,15 @@ def make_problem(
     block: int | None,
     features: FeatureMap | ConceptMap | None,
 ) -> Problem:
-    """The study's problem for these prompts, read after this block."""
-    spec = study.attribution
+    """The study's problem for these prompts, read after this block.
+
+    Batches are of one example where the model's gradients are to be had one at a time only.
+    """
+    spec, model = study.attribution, subject.loaded.model
+    try:
+        alone = mixes_examples(model, find_sites(model, subject.moving(study)))
+    except UserError:  # said by the estimators that take gradients
+        alone = False
     identity = {
         **subject.identity,
         "model.dtype": study.model.dtype,
@@ -220,13 +233,13 @@ def make_problem(
         "behavior": study.behavior.plain(),
     }
     return Problem(
-        model=subject.loaded.model,
+        model=model,
         prompts=prompts,
         behavior=subject.behavior,
         lr=spec.lr,
         block=block,
         features=features,
-        batch_tokens=spec.batch_tokens,
+        batch_tokens=1 if alone else spec.batch_tokens,
         memory_gb=spec.memory_gb,
         parameters=subject.moving(study),
         checkpointing=spec.checkpointing,

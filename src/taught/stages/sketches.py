@@ -42,5 +42,5 @@ def sketches(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     subject = open_subject(study)
     run.require_before("attribute", study, subject.identity)
-    ready = prepare(study, run, subject, data)
+    ready = prepare(study, run, subject, data, progress)
     estimator.fill(ready.problem, ready.inputs, Work(progress, None, run.folder), process_share())

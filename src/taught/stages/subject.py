@@ -20,6 +20,7 @@ from taught.features.sae import SparseAutoencoder, load_sae
 from taught.features.select import Selection, select_features
 from taught.model.adapter import without_adapter
 from taught.model.forward import get_block
+from taught.model.layout import takes_trees, use_plain_passes
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
 from taught.study.schema import Study
@@ -192,6 +193,7 @@ def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | Non
         )
     if subject.sae is not None:
         get_block(loaded.model, subject.sae.block)
+    use_plain_passes(loaded.model, not takes_trees(subject.loaded.model))
     return loaded.model
 
 

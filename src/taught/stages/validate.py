@@ -64,7 +64,7 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> 
     with run.stage("validate", study, subject.identity, reads) as stage:
         if stage.done:
             return
-        ready = prepare(study, run, subject, data)
+        ready = prepare(study, run, subject, data, progress)
         designs = _designs(study, run, ready)
         tokenizer, spec = subject.loaded.tokenizer, study.validation
         answers = None

@@ -59,6 +59,7 @@ _COMPUTING = (
     "model/generate.py",
     "model/gradients.py",
     "model/kernels.py",
+    "model/layout.py",
     "model/load.py",
     "model/parameters.py",
     "model/readout.py",

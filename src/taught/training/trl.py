@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from taught.core.example import Dpo, Examples
 from taught.data.columns import name_ids
 from taught.errors import UserError
-from taught.model.forward import first_device
+from taught.model.layout import first_device
 from taught.model.parameters import moving_parameters
 from taught.progress import Progress, SilentProgress
 from taught.training.loop import Recipe, TrainLog, check_inputs, only_moving

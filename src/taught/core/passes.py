@@ -1,0 +1,126 @@
+"""Whether a model computes in the passes of this package what it computes for one text alone.
+
+The reference is the model called on one text: no padding, no mask, no batch. Token trees and batches are compared with
+it on texts of the run itself, the longest among them: a window or a limit of positions that no text reaches shows in
+none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from taught.core.behavior import Behavior
+from taught.core.example import Example, make_batch
+from taught.errors import UserError
+from taught.model.gradients import evaluating
+from taught.model.layout import accepts, first_device, takes_trees, use_plain_passes
+from taught.model.readout import ReadPrompt, pack, read_prompts, read_prompts_plain
+from taught.model.tokens import write_out
+from taught.progress import Progress, SilentProgress
+
+# How far y and losses may differ from those of a text alone: rounding of logits of about 16.
+_TOLERANCE = {torch.bfloat16: 0.5, torch.float16: 0.1, torch.float64: 1e-6}
+# What models raise that do not know what to do with a mask of trees.
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+
+
+@torch.no_grad()
+def settle_passes(
+    model: nn.Module,
+    prompts: Sequence[ReadPrompt],
+    behavior: Behavior,
+    examples: Sequence[Example] = (),
+    progress: Progress | None = None,
+) -> float:
+    """Compare passes over token trees with texts alone; where they differ, use plain passes from now on.
+
+    On the first two prompts, the shortest and the longest, and the shortest and the longest example. Cost: two or three
+    forward passes over these.
+
+    Returns
+    -------
+    The largest difference in y and loss of the passes that are used.
+
+    Raises
+    ------
+    UserError
+        Plain passes over a batch differ as well: what the model computes for a text depends on the others.
+    """
+    if not prompts:
+        return 0.0
+    size = {p.id: len(p.ids) + max(map(len, p.suffixes), default=0) for p in prompts}
+    by_size = sorted(prompts, key=lambda p: size[p.id])
+    some = list({p.id: p for p in (*prompts[:2], by_size[0], by_size[-1])}.values())
+    ordered = sorted((z for z in examples if z.n_scored), key=lambda z: z.length)
+    pairs = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+    tolerance = _TOLERANCE.get(next(model.parameters()).dtype, 2e-3)
+    with evaluating(model):
+        alone = torch.cat(
+            [
+                read_prompts_plain(model, some, behavior, None, batch_size=1).y,
+                torch.tensor([_loss_alone(model, z) for z in pairs], dtype=torch.float64),
+            ]
+        )
+        read = partial(_together, model, some, behavior, pairs)
+        off, why = float("nan"), ""
+        if takes_trees(model):
+            try:
+                off = _worst(read(), alone)
+                why = f"y or a loss is off by {off:.3g}"
+            except _FAILURES as error:
+                why = f"it raises {type(error).__name__}"
+            if off <= tolerance:
+                return off
+        use_plain_passes(model)
+        off = _worst(read(), alone)
+    if not off <= tolerance:
+        raise UserError(
+            "the model computes something else for a text in a batch than alone",
+            value=f"off by {off:.3g} on prompts {[p.id for p in some]}, examples {[z.id for z in pairs]}",
+            rule=f"at most {tolerance:g}: no effect of one example may depend on the others beside it",
+            fix="use a causal model whose layers do not look at the batch (no capacity of experts)",
+        )
+    (progress or SilentProgress()).note(_plain_note(model, prompts, behavior, why))
+    return off
+
+
+def _together(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: Behavior, pairs: Sequence[Example]) -> Tensor:
+    """y of the prompts and losses of the pairs as they are computed elsewhere: many texts in one pass."""
+    y = read_prompts(model, prompts, behavior, None).y
+    return torch.cat([y, make_batch(pairs, range(len(pairs))).losses(model).double().cpu()]) if pairs else y
+
+
+def _loss_alone(model: nn.Module, example: Example) -> float:
+    """The loss with each sequence in a pass of its own."""
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, weights in zip(example.sequences, example.weights, strict=True):
+        places = [t for t, w in enumerate(weights) if w]
+        if not places:
+            continue
+        first = places[0] - 1
+        keep = {"logits_to_keep": len(ids) - 1 - first} if accepts(model, "logits_to_keep") else {}
+        given = torch.tensor([ids[:-1]], device=first_device(model))
+        logits = model(input_ids=given, use_cache=False, **keep).logits[0]
+        logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+        for t in places:
+            total -= weights[t] * logp[t - 1 - (first if keep else 0), ids[t]].double().cpu()
+    return float(total if example.link is None else example.link(total[None])[0])
+
+
+def _worst(found: Tensor, alone: Tensor) -> float:
+    """The largest difference; a loss that is not finite alone is left to those that name its example."""
+    return float((found - alone)[alone.isfinite()].abs().max())
+
+
+def _plain_note(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: Behavior, why: str) -> str:
+    packs = [packed.rows for packed in pack(prompts, behavior)]
+    trees = sum(int(rows.lengths.sum()) for rows in packs)
+    plain = sum(int((write_out(rows).token >= 0).sum()) for rows in packs)
+    return (
+        f"{type(model).__name__} is not run on token trees{f' ({why})' if why else ''}: "
+        f"what the prompts share is computed for each, {plain:,} tokens for {trees:,}"
+    )
