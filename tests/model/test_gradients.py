@@ -425,12 +425,13 @@ class Unembedding(torch.nn.Module):
         return torch.nn.functional.linear(x, self.borrowed[0].weight)
 
 
-def test_a_weight_that_is_used_where_its_module_is_not_called_is_refused_by_name():
+def test_a_weight_that_is_used_where_its_module_is_not_called_has_its_whole_gradient():
     model = tiny_model("untied")
     model.lm_head = Unembedding(model.get_input_embeddings())
-    with pytest.raises(UserError, match=r"not seen where their modules are called(.|\n)*embed_tokens\.weight"):
-        find_sites(model)
-    assert find_sites(model, ["*layers*"])
+    kinds = {site.weight: site.kind for site in find_sites(model)}
+    assert kinds["model.embed_tokens.weight"] == "whole" and "whole" not in {
+        kind for name, kind in kinds.items() if "layers" in name
+    }
 
 
 def test_looking_for_uses_leaves_the_model_as_it_was():

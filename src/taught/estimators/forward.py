@@ -37,8 +37,7 @@ from taught.errors import UserError
 from taught.estimators import cost
 from taught.estimators.cost import Asked
 from taught.estimators.finite_step import step_direction
-from taught.model.adapter import refuse_detached
-from taught.model.gradients import frozen, lacks_forward_mode
+from taught.model.gradients import frozen, lacks_forward_mode, refuse_detached
 from taught.model.parameters import moving_parameters
 from taught.model.readout import PackedPrompts, pack, read_packed
 from taught.progress import Progress

@@ -153,19 +153,6 @@ def given_adapter(model: Any) -> tuple[Any, tuple[str, ...] | None]:
     return plain, moving
 
 
-def refuse_detached(model: Any) -> None:
-    """Raise a UserError where a model's own derivative is not that of what it computes.
-
-    DoRA divides by a norm of its weights that it holds constant in derivatives, and that a step changes.
-    """
-    refuse(
-        [name for name, m in model.named_modules() if type(m).__module__ == "peft.tuners.lora.dora"],
-        "DoRA hides a part of its change from derivatives",
-        rule="forward mode follows derivatives, a finite step takes the change itself",
-        fix="use --set attribution.estimator=finite-step",
-    )
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration, if all of it is understood."""
     from peft import LoraConfig

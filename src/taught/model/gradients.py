@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.model.kernels import outer_products, product
 from taught.model.layout import accepts, first_device, text_config
 from taught.model.parameters import moving_parameters
@@ -88,9 +88,10 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
     Raises
     ------
     UserError
-        A parameter has no gradient (quantised weights), or is an embedding of an unknown kind. Nothing is left out
-        silently. A pattern matches nothing.
+        DoRA; a parameter has no gradient (quantised weights), or is an embedding of an unknown kind. A pattern matches
+        nothing. Nothing is left out silently.
     """
+    refuse_detached(model)
     names = {id(p): name for name, p in moving_parameters(model, parameters).items()}  # tied ones have one name
     sites = _known_uses(model, names)
     misread = _misread(model, sites)
@@ -120,6 +121,19 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
             fix="use the finite-step estimator, or set attribution.parameters to leave them out",
         )
     return sites
+
+
+def refuse_detached(model: Any) -> None:
+    """Raise a UserError where a model's own derivative is not that of what it computes.
+
+    DoRA divides by a norm of its weights that it holds constant in derivatives, and that a step changes.
+    """
+    refuse(
+        [name for name, m in model.named_modules() if type(m).__module__ == "peft.tuners.lora.dora"],
+        "DoRA hides a part of its change from derivatives",
+        rule="every other estimator follows derivatives; a finite step takes the change itself",
+        fix="use --set attribution.estimator=finite-step",
+    )
 
 
 def _known_uses(model: nn.Module, names: Mapping[int, str]) -> list[Site]:
