@@ -18,6 +18,7 @@ from taught.errors import UserError
 from taught.model.readout import read_prompts
 from taught.progress import SilentProgress
 from taught.run.pieces import PartialFolder
+from taught.stages.check import check_study
 from taught.stages.ready import prepare, read_data
 from taught.stages.subject import open_subject
 from taught.study.load import load_study
@@ -174,3 +175,10 @@ def test_a_run_through_the_command_s_stages(study, tmp_path):
     assert all(v is not None for v in values)
     with pytest.raises(UserError, match="validation.lr"):  # the recipe is what they depend on
         do(with_values(small, {"validation.lr": 1e-3}), tmp_path / "run", "attribute")
+
+
+def test_check_says_what_it_costs(study):
+    report = dict(check_study(with_values(study, {"attribution.trajectory": "steps"})).rows)
+    assert "steps back" in report["cost"] and "states" not in report["disk"]
+    small = with_values(study, {"attribution.trajectory": "steps", "attribution.memory_gb": 0.0001})
+    assert "states of the training run" in dict(check_study(small).rows)["disk"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from taught.core.problem import Problem
     from taught.core.scores import Scores
     from taught.core.target import TargetSet
+    from taught.estimators.cost import Asked
 
 Queries = dict[str, Query]
 
@@ -78,6 +79,12 @@ class Follows(Protocol):
 
     def follow(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
         """Effect of every example's weight in training on every target of the trained model."""
+
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
+        """Floating point operations by part, before anything is computed."""
+
+    def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:
+        """Memory beside the model, and disk."""
 
 
 @TRAJECTORIES.register("base")

@@ -19,6 +19,7 @@ from taught.core.example import Examples, batch_indices
 from taught.core.problem import Problem
 from taught.core.query import x_queries_at_once
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
+from taught.core.trajectory import Follows
 from taught.estimators.every_prompt import prompt_chunks
 from taught.model.blockwise import split_sites
 from taught.model.forward import find_blocks
@@ -111,6 +112,8 @@ def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method:
         along = asked.queries * 3 * passes.examples / len(examples)
         found["token shares"] = 2 * 3 * passes.trees + min(asked.top, len(examples)) * along
     legs = method.trajectory.make(TRAJECTORIES)
+    if isinstance(legs, Follows):
+        return legs.cost(problem, examples, asked)
     times = 1 if legs.single else len(legs)
     return {part: times * value for part, value in found.items()}
 
@@ -167,6 +170,11 @@ def sketch(problem: Problem, examples: Examples, asked: Asked) -> dict[str, floa
     it = _Passes.of(problem, examples)
     cost = {"read-outs": it.trees + it.examples, "exact sample": (2 + 2 * 3) * it.trees}
     return cost | _sketched(problem, it.sizes, asked.features, 2 * it.examples, examples)
+
+
+def trees(problem: Problem, examples: Examples) -> float:
+    """One forward pass over the prompts."""
+    return _Passes.of(problem, examples).trees
 
 
 def one_pass(problem: Problem, examples: Examples) -> float:

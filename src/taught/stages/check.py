@@ -15,6 +15,7 @@ from torch import Tensor
 from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
+from taught.core.trajectory import Follows
 from taught.data.chat import EncodedExample, EncodedPrompt
 from taught.data.columns import name_ids
 from taught.data.overlap import find_overlap
@@ -191,8 +192,8 @@ def _estimate(
         moving = moving_parameters(subject.loaded.model, patterns).values()
         count = sum(p.numel() for p in moving)
         report.add("moving", f"{count / 1e6:.3g}M parameters in {len(moving)} tensors")
-    report.add("memory", _memory(study, problem, wanted))
-    report.add("disk", _disk(study, problem, len(inputs), wanted))
+    report.add("memory", _memory(study, problem, inputs, wanted))
+    report.add("disk", _disk(study, problem, inputs, wanted))
     _estimate_validation(report, study, subject, problem, inputs)
 
 
@@ -281,7 +282,7 @@ def _minutes(operations: float, rate: float) -> str:
     )
 
 
-def _memory(study: Study, problem: Problem, wanted: Asked) -> str:
+def _memory(study: Study, problem: Problem, inputs: Examples, wanted: Asked) -> str:
     """The model, the gradients that are held at a time, and what else a process of torch takes."""
     method = method_of(study)
     estimator, curvature = method.estimator.make(ESTIMATORS), method.curvature.make(CURVATURES)
@@ -289,7 +290,8 @@ def _memory(study: Study, problem: Problem, wanted: Asked) -> str:
     model, moved = (
         sum(p.numel() * p.element_size() for p in some) / GB for some in (problem.model.parameters(), moving)
     )
-    model *= 1 if method.trajectory.make(TRAJECTORIES).single else 2  # the base model, and a checkpoint's
+    # The base model, and a checkpoint's; the weights that a training run begins with are put back.
+    model *= 1 if method.trajectory.make(TRAJECTORIES).single else 2
     held = getattr(estimator, "gradients", None)
     if held is None and wanted.every:
         gradients = study.attribution.memory_gb
@@ -297,18 +299,24 @@ def _memory(study: Study, problem: Problem, wanted: Asked) -> str:
         gradients = (wanted.queries if held is None else held) * moved
     if hasattr(curvature, "numbers"):
         gradients += 4 * curvature.numbers(problem) / GB
+    along = method.trajectory.make(TRAJECTORIES)
+    if isinstance(along, Follows):
+        gradients = along.bytes(problem, inputs, wanted)[0] / GB
     return (
         f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
         f"{gradients:.1f}, everything else about {_REST_GB})"
     )
 
 
-def _disk(study: Study, problem: Problem, examples: int, wanted: Asked) -> str:
-    """The tables of a run, and what its estimator keeps."""
+def _disk(study: Study, problem: Problem, inputs: Examples, wanted: Asked) -> str:
+    """The tables of a run, what its estimator keeps, and the states of a training run that is followed."""
+    examples, along = len(inputs), method_of(study).trajectory.make(TRAJECTORIES)
     estimator, prompts = study.attribution.estimator.make(ESTIMATORS), len(problem.prompts)
     values = examples * (1 + wanted.queries + 3 * wanted.features * wanted.every)
     tables = 8 * values + 4 * examples * prompts
     said = f"about {max(tables, 10**6) / 1e6:.0f} MB of tables"
     if hasattr(estimator, "kept_bytes"):
         said += f", {estimator.kept_bytes(examples, prompts, wanted.features) / 1e6:.0f} MB kept by the estimator"
+    if isinstance(along, Follows) and (states := along.bytes(problem, inputs, wanted)[1]):
+        said += f", {states / 1e6:.0f} MB of states of the training run while it is followed"
     return said

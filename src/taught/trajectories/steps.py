@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taught.core import rules
 from taught.core.curvature import Curvature, Identity
@@ -39,10 +39,13 @@ from taught.core.registry import TRAJECTORIES, setting
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.errors import UserError
-from taught.model.gradients import RowSparse, find_sites, frozen
+from taught.estimators import cost
+from taught.estimators.cost import Asked
+from taught.model.gradients import RowSparse, find_sites, frozen, refuse_detached
+from taught.model.parameters import moving_parameters
 from taught.model.readout import read_prompts
 from taught.run.pieces import piece_key
-from taught.training.loop import in_training
+from taught.training.loop import Recipe, in_training
 from taught.training.steps import Back, State, States, Training, room_on_disk, same_bits
 
 
@@ -73,9 +76,8 @@ class Steps:
             The recipe is not known or is trl's; training diverges; the states do not fit on the disk; the run does
             not end in the same bits when it is made again.
         """
-        recipe = problem.recipe
-        if recipe is None:
-            raise UserError("there is no training to follow", rule="a study names its recipe under validation")
+        recipe = _known(problem)
+        refuse_detached(problem.model)
         ids = tuple(z.id for z in examples)
         losses = example_losses(problem.model, examples, problem.batch_tokens).numpy()
         with in_training(problem.model, recipe, problem.parameters) as parameters:
@@ -88,6 +90,55 @@ class Steps:
         place = {example_id: row for row, example_id in enumerate(training.ids)}
         ordered = values[[place[i] for i in ids]]
         return Scores("adjoint", ids, targets.names, targets.from_direct(ordered), losses=losses)
+
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
+        """A training, its replay, and for each target gradients of gradients: twice a step."""
+        recipe = _known(problem)
+        one = cost.one_pass(problem, examples) * recipe.epochs
+        each = 6 if self.hessian == "exact" else 9
+        return {
+            "training": 3 * one,
+            "replay": 3 * one,
+            "steps back": (3 + each * asked.queries) * one,
+            "targets": (2 + 3 * asked.queries) * cost.trees(problem, examples),
+        }
+
+    def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:
+        """States, a step's own tensors and the derivatives of targets; states on the disk."""
+        recipe = _known(problem)
+        moving = moving_parameters(problem.model, problem.parameters).values()
+        weights = sum(p.numel() * p.element_size() for p in moving)
+        if recipe.method == "lora":  # of every linear layer, two factors
+            rank, linear = recipe.lora_rank, [m for m in problem.model.modules() if isinstance(m, nn.Linear)]
+            weights = 4 * rank * sum(m.in_features + m.out_features for m in linear)
+        size = weights * (3 if recipe.optimizer == "adamw" else 2)
+        steps = recipe.epochs * math.ceil(len(examples) / recipe.batch)
+        on_disk = spacing(steps, size, problem.memory_gb)[1]
+        held = min(asked.queries, _at_once(size, problem.memory_gb))
+        return 2 * size + 3 * weights + held * (size + weights) + (0 if on_disk else steps * size), on_disk
+
+
+def spacing(steps: int, size: int, memory_gb: float) -> tuple[int, int]:
+    """Every how many steps a state of ``size`` bytes is kept, and what that takes on the disk.
+
+    All of them in memory, where half of it is enough for that; else every square root of the steps on the disk, and
+    those of one such segment.
+    """
+    if steps * size <= memory_gb * GB / 2:
+        return 1, 0
+    every = math.ceil(math.sqrt(steps))
+    return every, (every + math.ceil(steps / every) + 1) * size
+
+
+def _at_once(size: int, memory_gb: float) -> int:
+    """How many targets go back through a run together."""
+    return max(1, int(memory_gb * GB // (2 * size)))
+
+
+def _known(problem: Problem) -> Recipe:
+    if problem.recipe is None:
+        raise UserError("there is no training to follow", rule="a study names its recipe under validation")
+    return problem.recipe
 
 
 @dataclass(eq=False)
@@ -103,14 +154,12 @@ class _Pass:
     def values(self) -> np.ndarray:
         """dF/dw of every example, in the order of the training's ids, and every direct target: float64 [P, K]."""
         training, progress = self.training, self.work.progress
-        begun, size = training.begin(), training.begin().bytes
-        steps, every = len(training), 1
-        in_memory = steps * size <= self.problem.memory_gb * GB / 2
-        folder = None
-        if not in_memory:
-            every = math.ceil(math.sqrt(steps))
+        begun, steps = training.begin(), len(training)
+        size, folder = begun.bytes, None
+        every, on_disk = spacing(steps, size, self.problem.memory_gb)
+        if on_disk:
             folder = Path(mkdtemp(prefix="steps-", dir=self.work.folder))
-            room_on_disk(folder, (every + math.ceil(steps / every) + 1) * size)
+            room_on_disk(folder, on_disk)
         try:
             states = States(folder)
             progress.step(f"train, {steps} steps", steps)
@@ -124,7 +173,7 @@ class _Pass:
             final = {name: weight.clone() for name, weight in state.parts["weights"].items()}
             queries = self._queries()
             count = len(self.targets.direct)
-            room = max(1, int(self.problem.memory_gb * GB // (2 * size)))
+            room = _at_once(size, self.problem.memory_gb)
             parts = []
             for start in range(0, count, room):
                 some = range(start, min(start + room, count))
