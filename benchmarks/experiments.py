@@ -196,7 +196,7 @@ def opened(study: Study, folder: Path, progress: Progress) -> Bench:
     from taught.stages.concepts import run_concepts
     from taught.stages.ready import prepare, read_data
     from taught.stages.subject import open_subject
-    from taught.training.loop import Recipe
+    from taught.training.recipe import Recipe
     from taught.training.retrain import Retrainer
 
     planted = planted_ids(load_examples(study.examples.path))

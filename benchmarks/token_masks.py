@@ -129,7 +129,7 @@ def masked_places(example: Example, n: int) -> list[int]:
 
 
 def _retrained(setting: Setting, examples: Sequence[Example], folder: Path, progress: RichProgress) -> Any:
-    from taught.training.loop import Recipe
+    from taught.training.recipe import Recipe
     from taught.training.retrain import Retrainer
 
     return Retrainer(

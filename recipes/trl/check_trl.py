@@ -19,7 +19,7 @@ import trl
 from transformers import AutoTokenizer, get_scheduler
 
 from taught.study.schema import ValidationSpec
-from taught.training.loop import Recipe
+from taught.training.recipe import Recipe
 from taught.training.retrain import Retrainer
 from taught.training.trl import train_by_trl
 from tiny_models import plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_preferences, tiny_problem

@@ -30,7 +30,7 @@ from taught.model.readout import read_prompts
 from taught.sketches.project import Projection
 from taught.sketches.sketch import example_sketches, prompt_sketches
 from taught.study.schema import ValidationSpec
-from taught.training.loop import Recipe
+from taught.training.recipe import Recipe
 from taught.training.retrain import Answering, Retrainer
 from tiny_models import MODELS, tiny_examples, tiny_model, tiny_problem
 

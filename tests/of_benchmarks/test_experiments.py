@@ -165,7 +165,8 @@ def test_gradient_methods_are_what_a_step_does(tiny, experiments, tmp_path):
     from taught.model.readout import read_prompts, read_residuals
     from taught.progress import SilentProgress
     from taught.stages.subject import prompt_inputs
-    from taught.training.loop import Recipe, train
+    from taught.training.loop import train
+    from taught.training.recipe import Recipe
 
     study, _ = experiments.experiment_study(str(tiny), 50)
     study = experiments.with_concepts(study.replace("attribution.lr", 1e-4), tiny.parent / "concept.jsonl")

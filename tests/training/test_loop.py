@@ -20,7 +20,8 @@ from taught.errors import UserError
 from taught.estimators.finite_step import example_gradient, finite_steps
 from taught.model.readout import read_prompts
 from taught.study.schema import ValidationSpec
-from taught.training.loop import Recipe, learning_rates, lora_layers, plan, train
+from taught.training.loop import learning_rates, lora_layers, plan, train
+from taught.training.recipe import Recipe
 from tiny_models import BLOCK, MODELS, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
 
 

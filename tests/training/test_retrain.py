@@ -15,7 +15,7 @@ import taught
 import taught.training.retrain as module
 from taught.core.example import sft
 from taught.errors import UserError
-from taught.model.readout import read_prompts_plain
+from taught.model.readout import read_prompts, read_prompts_plain
 from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
 from taught.stages.policy import policy
@@ -24,8 +24,10 @@ from taught.stages.ready import prepare, read_data
 from taught.stages.subject import open_checkpoint, open_subject
 from taught.study.load import load_study
 from taught.study.schema import ValidationSpec
-from taught.training.loop import Recipe, train
+from taught.training.loop import in_training, train
+from taught.training.recipe import Recipe
 from taught.training.retrain import Answering, Retrainer, Retraining
+from taught.training.steps import Training
 from tiny_models import BLOCK, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
 from tiny_study import write_tiny_study
 
@@ -432,3 +434,24 @@ def test_on_a_study_from_its_policy_run(tmp_path) -> None:
     ).base()
     np.testing.assert_allclose(again.y, found.y, atol=1e-5)
     np.testing.assert_allclose(again.X, found.X, atol=1e-5)
+
+
+def test_an_example_that_is_left_out_may_keep_its_place_with_weight_zero(tmp_path: Path) -> None:
+    # The derivative's question: other batches, denominators and order as they were. Against a run step by step.
+    held = recipe(batches="held", epochs=2)
+    model = tiny_model("untied")
+    problem = tiny_problem(model)
+    examples = tiny_examples()
+    made = Retrainer(problem, examples, held, tmp_path / "held", weights={})
+    left_out, ids = examples[1].id, [z.id for z in examples if z is not examples[1]]
+    found = made.run(ids)
+    weights = torch.tensor([float(z.id != left_out) for z in sorted(examples, key=lambda z: z.id)]).double()
+    with in_training(model, held, None) as patterns:
+        training = Training(model, examples, held, patterns, weights=weights)
+        with training.ready():
+            training.train()
+            expected = read_prompts(model, problem.prompts, problem.behavior, problem.block).y.numpy()
+    np.testing.assert_allclose(found.y, expected, rtol=1e-9)
+    assert found.kept == tuple(sorted(ids)) and left_out not in {i for step in found.log.ids for i in step}
+    refilled = Retrainer(problem, examples, replace(held, batches="refilled"), tmp_path / "refilled", weights={})
+    assert not np.allclose(refilled.run(ids).y, found.y, rtol=1e-6)

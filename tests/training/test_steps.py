@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from taught.study.schema import ValidationSpec
-from taught.training.loop import Recipe, in_training, train
+from taught.training.loop import in_training, train
+from taught.training.recipe import Recipe
 from taught.training.steps import Back, State, States, Training
 from tiny_models import plain_y, tiny_examples, tiny_model, tiny_preferences
 

@@ -16,7 +16,8 @@ from taught.estimators.finite_step import example_gradient
 from taught.estimators.token_shares import token_effects
 from taught.sketches.fill import example_row
 from taught.study.schema import ValidationSpec
-from taught.training.loop import Recipe, train
+from taught.training.loop import train
+from taught.training.recipe import Recipe
 from taught.training.retrain import Retrainer
 from tiny_models import plain_gradient, tiny_examples, tiny_model, tiny_problem
 from tiny_study import write_tiny_study

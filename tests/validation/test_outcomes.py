@@ -16,7 +16,7 @@ from taught.errors import UserError
 from taught.estimators.adjoint import Adjoint
 from taught.policy.ridge import fit_policy
 from taught.study.schema import ValidationSpec
-from taught.training.loop import Recipe
+from taught.training.recipe import Recipe
 from taught.training.retrain import Retrainer
 from taught.validation.outcomes import changes, soft_metrics
 from tiny_models import tiny_examples, tiny_model, tiny_problem

@@ -16,7 +16,7 @@ from taught.features.pooling import FeatureMap
 from taught.model.readout import ReadPrompt, read_prompts
 
 if TYPE_CHECKING:
-    from taught.training.loop import Recipe
+    from taught.training.recipe import Recipe
 
 GB = 1024**3
 

@@ -85,7 +85,7 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
     Raises
     ------
     UserError
-        The loss of an example is not finite; an operation of the model has no forward mode.
+        The loss of an example is not finite; forward mode does not go through the model.
     """
     refuse_detached(problem.model)
     reader = _Reader(problem)
@@ -106,12 +106,14 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
                     with sdpa_kernel(SDPBackend.MATH), _parameters_kept(reader):
                         moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
                 except (RuntimeError, NotImplementedError) as error:
-                    if not lacks_forward_mode(error):
+                    if isinstance(error, torch.OutOfMemoryError):
                         raise
+                    other = "adjoint, which gives the same numbers" if lacks_forward_mode(error) else "finite-step"
                     raise UserError(
-                        "an operation of the model has no forward mode",
+                        "forward mode does not go through this model",
                         value=f"{type(problem.model).__name__}: {error}"[:200],
-                        fix="use --set attribution.estimator=adjoint, which gives the same numbers",
+                        rule="every step of the model has a derivative in forward mode",
+                        fix=f"use --set attribution.estimator={other}",
                     ) from error
                 X_moves, y_moves = moved[1]
                 index = list(packed.index)
@@ -129,13 +131,6 @@ def _parameters_kept(model: nn.Module) -> Iterator[None]:
     kept = [(module, dict(module._parameters)) for module in model.modules()]
     try:
         yield
-    except RuntimeError as error:
-        raise UserError(
-            "forward mode does not go through this model",
-            value=str(error),
-            rule="every step of the model has a derivative in forward mode",
-            fix="use --set attribution.estimator=finite-step",
-        ) from error
     finally:
         for module, own in kept:
             module._parameters.update(own)

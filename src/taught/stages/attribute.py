@@ -38,7 +38,7 @@ from taught.stages.ready import Ask, Ready, asks, method_of, prepare, read_data,
 from taught.stages.subject import open_subject, prompt_inputs
 from taught.stats.ranks import spearman_interval
 from taught.study.schema import Study
-from taught.training.loop import Recipe
+from taught.training.recipe import Recipe
 
 Checks = dict[str, dict[str, float]]
 

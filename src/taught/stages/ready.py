@@ -33,7 +33,7 @@ from taught.run.folder import RunFolder
 from taught.stages.concepts import Read
 from taught.stages.subject import Subject, open_checkpoint, prompt_inputs, select, study_examples, study_prompts
 from taught.study.schema import Study
-from taught.training.loop import Recipe
+from taught.training.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)

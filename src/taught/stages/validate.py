@@ -22,7 +22,7 @@ from taught.stages.ready import Ready, prepare, read_data
 from taught.stages.scored import default_target, read_scores, run_targets
 from taught.stages.subject import Subject, open_subject
 from taught.study.schema import Study
-from taught.training.loop import Recipe
+from taught.training.recipe import Recipe
 from taught.training.retrain import Answering, Retrainer, Retraining
 from taught.validation.arms import ArmRow, compare_arms
 from taught.validation.curves import CurvePoint, Kind, Plan, compare_curves, plan_curve

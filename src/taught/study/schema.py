@@ -460,6 +460,11 @@ class ValidationSpec(Section):
     batch: int = setting(16, rules.whole(1), "examples a step")
     momentum: float = setting(0.0, rules.number(minimum=0, maximum=1), "of sgd")
     weight_decay: float = setting(0.0, rules.number(minimum=0), "decoupled in adamw, added to the gradient in sgd")
+    batches: Literal["refilled", "held"] = setting(
+        "refilled",
+        rules.one_of("refilled", "held"),
+        "where an example is left out: refilled (the others move up) | held (its place stays, with weight 0)",
+    )
     schedule: Literal["constant", "linear"] = setting(
         "constant", rules.one_of("constant", "linear"), "constant | linear"
     )

@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,47 +35,7 @@ from taught.model.kernels import use_fast_products
 from taught.model.parameters import moving_parameters
 from taught.progress import Progress, SilentProgress
 from taught.run.files import json_bytes
-from taught.study.schema import ValidationSpec
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What training depends on besides the model and the examples.
-
-    Attributes
-    ----------
-    trainer : "loop" or "trl"
-    method : "full" (every parameter that moves) or "lora" (fresh layers of rank ``lora_rank``)
-    optimizer : "adamw" (betas .9 and .999, eps 1e-8, decoupled decay) or "sgd"
-    lr : the largest learning rate
-    epochs : how often each example is seen
-    batch : examples of one step; the last step of an epoch may have fewer
-    momentum : of sgd
-    weight_decay : of every parameter that moves
-    schedule : "constant", or "linear" down to 0 behind the last step
-    warmup : share of the steps, rounded up, over which the learning rate rises from 0
-    max_grad_norm : longer gradients are scaled down to this norm; None: they are not
-    seed : of the order of the examples and of a LoRA's first weights
-    """
-
-    trainer: str
-    method: str
-    lora_rank: int
-    optimizer: str
-    lr: float
-    epochs: int
-    batch: int
-    momentum: float
-    weight_decay: float
-    schedule: str
-    warmup: float
-    max_grad_norm: float | None
-    seed: int
-
-    @classmethod
-    def of(cls, spec: ValidationSpec) -> Recipe:
-        """The recipe of a study's section ``validation``."""
-        return cls(**{item.name: getattr(spec, item.name) for item in fields(cls)})
+from taught.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -126,6 +86,7 @@ def train(
     batch_tokens: int = 512,
     progress: Progress | None = None,
     keep: Path | None = None,
+    held: Collection[str] = (),
 ) -> TrainLog:
     """Train the model on the examples, in place. Same inputs, same bits, on a CPU.
 
@@ -137,6 +98,7 @@ def train(
     parameters : patterns of the parameters that move (``moving_parameters``); None for all
     batch_tokens : Padded tokens of a micro-batch; the gradients of a step's micro-batches are added up
     keep : a new folder for a checkpoint after every epoch (:func:`_keep`); None: none are kept
+    held : ids of further examples, left out, that keep their places in batches with weight 0
 
     Raises
     ------
@@ -147,8 +109,10 @@ def train(
     inputs = sorted(inputs, key=lambda example: example.id)
     moving = moving_parameters(model, parameters)
     check_inputs(inputs, moving)
-    ids = [example.id for example in inputs]
-    steps = plan(ids, recipe)
+    known = {example.id: example for example in inputs}
+    everyone = sorted({*known, *held})
+    places = plan(everyone, recipe)
+    steps = [[everyone[i] for i in index if everyone[i] in known] for index in places]
     lrs, losses = learning_rates(recipe, len(steps)), []
     with evaluating(model), only_moving(model, moving):
         fused = {p.device.type for p in moving.values()} <= {"cpu", "cuda"}  # one pass over memory
@@ -156,9 +120,11 @@ def train(
         optimizer: torch.optim.Optimizer = kind[recipe.optimizer](
             list(moving.items()), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused
         )
-        for number, (index, lr) in enumerate(zip(steps, lrs, strict=True), 1):
-            batch = [inputs[i] for i in index]
-            losses.append(_add_gradients(model, batch, batch_tokens, number))
+        for number, (names, index, lr) in enumerate(zip(steps, places, lrs, strict=True), 1):
+            batch = [known[name] for name in names]
+            losses.append(_add_gradients(model, batch, len(index), batch_tokens, number))
+            for p in moving.values():  # a batch whose examples are all left out has the gradient 0
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if recipe.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(moving.values(), recipe.max_grad_norm)
             for group in optimizer.param_groups:
@@ -168,7 +134,7 @@ def train(
             (progress or SilentProgress()).advance(len(batch))
             if keep is not None and number * recipe.epochs % len(steps) == 0:
                 _keep(keep, number * recipe.epochs // len(steps), model, optimizer, lrs[number - 1])
-    seen = tuple(tuple(ids[i] for i in index) for index in steps)
+    seen = tuple(map(tuple, steps))
     if not all(bool(p.isfinite().all()) for p in moving.values()):
         raise _diverged("weights are not finite", len(steps), seen[-1])
     return TrainLog(seen, tuple(losses), tuple(lrs))
@@ -216,15 +182,15 @@ def only_moving(model: nn.Module, moving: Mapping[str, nn.Parameter]) -> Iterato
             p.grad = None
 
 
-def _add_gradients(model: nn.Module, batch: Examples, batch_tokens: int, number: int) -> float:
-    """Add the gradient of a step's loss, micro-batch by micro-batch; the loss."""
+def _add_gradients(model: nn.Module, batch: Examples, count: int, batch_tokens: int, number: int) -> float:
+    """Add the gradient of a step's loss, the sum over its examples by their count; the loss."""
     total = 0.0
     for index in batch_indices(batch, batch_tokens):
         losses = make_batch(batch, index).losses(model)
         bad = [batch[i].id for i, fine in zip(index, losses.isfinite().tolist(), strict=True) if not fine]
         if bad:
             raise _diverged("a loss is not finite", number, bad)
-        part = losses.sum() / len(batch)
+        part = losses.sum() / count
         part.backward()
         total += float(part.detach())
     return total

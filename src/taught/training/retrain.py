@@ -34,7 +34,8 @@ from taught.progress import Progress
 from taught.run import files
 from taught.run.fingerprint import differences, fingerprint
 from taught.sketches.store import example_digest
-from taught.training.loop import Recipe, TrainLog, in_training, train
+from taught.training.loop import TrainLog, in_training, train
+from taught.training.recipe import Recipe
 from taught.training.trl import train_by_trl
 
 Floats = NDArray[np.float64]
@@ -67,6 +68,7 @@ _COMPUTING = (
     "training/trl.py",
     "training/retrain.py",
     "training/loop.py",
+    "training/recipe.py",
 )
 
 
@@ -227,6 +229,7 @@ class Retrainer:
         depends = {
             **self.identity,
             "recipe": {**asdict(self.recipe), "seed": seed} if ids else None,
+            **({"places": sorted(self.examples)} if ids and self.recipe.batches == "held" else {}),
             "examples": [[example.id, example_digest(example)] for example in chosen],
             "answers": None if self.answers is None else asdict(self.answers),
         }
@@ -309,6 +312,7 @@ class Retrainer:
             batch_tokens=self.problem.batch_tokens,
             progress=progress,
             keep=keep,
+            held=[i for i in self.examples if recipe.batches == "held"],
         )
         for folder in keep.glob("epoch-*/") if keep is not None and self._tokenizer else ():
             self._tokenizer.save_pretrained(folder)

@@ -43,7 +43,8 @@ from taught.errors import UserError
 from taught.model.gradients import embedding_options, evaluating
 from taught.model.parameters import moving_parameters
 from taught.run import files
-from taught.training.loop import Recipe, check_inputs, learning_rates, only_moving, plan
+from taught.training.loop import check_inputs, learning_rates, only_moving, plan
+from taught.training.recipe import Recipe
 
 Tensors = dict[str, Tensor]
 Graph = tuple[list[int], Tensor, tuple[Tensor | None, ...]]  # places, weights, gradient of a micro-batch

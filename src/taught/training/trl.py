@@ -29,7 +29,8 @@ from taught.errors import UserError
 from taught.model.layout import first_device
 from taught.model.parameters import moving_parameters
 from taught.progress import Progress, SilentProgress
-from taught.training.loop import Recipe, TrainLog, check_inputs, only_moving
+from taught.training.loop import TrainLog, check_inputs, only_moving
+from taught.training.recipe import Recipe
 
 
 def train_by_trl(
@@ -61,10 +62,10 @@ def train_by_trl(
             value="validation.trainer: trl",
             fix="pip install 'taught[trl]', or use --set validation.trainer=loop",
         )
-    if recipe.momentum:
+    if recipe.momentum or recipe.batches == "held":
         raise UserError(
-            "trl trains without momentum here",
-            value=f"validation.momentum: {recipe.momentum}",
+            "trl trains without momentum, and fills its batches itself",
+            value=f"validation.momentum: {recipe.momentum}, validation.batches: {recipe.batches}",
             fix="use --set validation.trainer=loop",
         )
     inputs = sorted(inputs, key=lambda example: example.id)

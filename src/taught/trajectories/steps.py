@@ -45,7 +45,8 @@ from taught.model.gradients import RowSparse, find_sites, frozen, refuse_detache
 from taught.model.parameters import moving_parameters
 from taught.model.readout import read_prompts
 from taught.run.pieces import piece_key
-from taught.training.loop import Recipe, in_training
+from taught.training.loop import in_training
+from taught.training.recipe import Recipe
 from taught.training.steps import Back, State, States, Training, room_on_disk, same_bits
 
 
