@@ -25,6 +25,7 @@ from transformers import (
 import taught.model.load as load
 from taught.errors import UserError
 from taught.model.load import DEMO_MODEL, load_model
+from tiny_study import write_tiny_study
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
@@ -647,3 +648,14 @@ def test_real_conversion_keeps_the_dequantised_values(tmp_path, monkeypatch):
         error += float((stored[name] - value).pow(2).sum())
         total += float(value.pow(2).sum())
     assert (error / total) ** 0.5 < 3e-4  # bfloat16 would lose 1.4e-3
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts"])
+@pytest.mark.parametrize("count", [2**31, 10**75])
+def test_a_configuration_of_more_layers_than_tensors_is_refused_before_it_is_built(tmp_path, key, count) -> None:
+    write_tiny_study(tmp_path)
+    folder = tmp_path / "model"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: count}))
+    with pytest.raises(UserError, match="more parts than the weights"):
+        load_model(str(folder))

@@ -87,7 +87,7 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
                 model, str(folder), autocast_adapter_dtype=False, torch_device=device, is_trainable=True
             )
             found: Any = set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device=device))
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        except Exception as error:  # peft raises what its own code stumbles over
             raise _misfit(f"{adapter}: {error}") from error
     for warning in said:
         if not issubclass(warning.category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):

