@@ -178,8 +178,6 @@ def _arguments(model: nn.Module, inputs: Examples, recipe: Recipe, folder: str) 
 def _sft_trainer(
     model: nn.Module, inputs: Examples, recipe: Recipe, tokenizer: Any, collator: _Collator, folder: str
 ) -> Any:
-    from datasets import Dataset
-    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     config = SFTConfig(packing=False, **_arguments(model, inputs, recipe, folder))
@@ -191,15 +189,7 @@ def _sft_trainer(
         }
         for p in inputs
     ]
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        data_collator=collator,
-        processing_class=tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return _silent(SFTTrainer, config, model, rows, collator, tokenizer)
 
 
 def _dpo_trainer(
@@ -211,8 +201,6 @@ def _dpo_trainer(
     folder: str,
     beta: float | None,
 ) -> Any:
-    from datasets import Dataset
-    from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     class Prepared(DPOTrainer):
@@ -237,7 +225,17 @@ def _dpo_trainer(
         for p in inputs
         if isinstance(p.link, Dpo)
     ]
-    trainer = Prepared(
+    return _silent(Prepared, config, model, rows, collator, tokenizer)
+
+
+def _silent(
+    kind: Any, config: Any, model: nn.Module, rows: list[dict[str, Any]], collator: _Collator, tokenizer: Any
+) -> Any:
+    """A trainer on these rows that prints nothing."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    trainer = kind(
         model=model,
         args=config,
         train_dataset=Dataset.from_list(rows),
