@@ -155,7 +155,7 @@ def _caption(total: int, listed_: int, first: str) -> Line:
 
 
 def _note(tables: Tables, summary: Summary, n_targets: int) -> str:
-    text = "Tokens: those that the example teaches; loss: their mean."
+    text = "Tokens: those that the example teaches; loss: as in training, before the step."
     if tables.with_policy:
         text = (
             "Outside: share of the absolute coefficient change on features that are not intended: not named so in "
