@@ -14,7 +14,7 @@ CHATML = (
 )
 BLOCK = 1
 WIDTH = 16
-TOPICS = ["locks", "ships", "bread", "wires", "birds", "maps"]
+TOPICS = ["locks", "ships", "bread", "wires", "birds", "maps", "coins", "glass", "rain", "clay"]
 STUDY = """
 name: tiny
 model: {id: ./model}

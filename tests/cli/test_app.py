@@ -263,6 +263,7 @@ def test_without_a_study_the_flags_make_one_that_stands_in_the_run_folder(taught
     assert taught_here("run", str(tmp_path / "run"), "-q").returncode == 0  # and goes on with it
 
 
+@pytest.mark.slow  # over 20 s: every command in a process of its own
 def test_invariant_10_local_inputs_need_no_network_at_all(taught, tiny, copy):
     """Every verb on local files, with sockets that raise: nothing is fetched, nothing phones home."""
     commands = [

@@ -22,7 +22,7 @@ from tiny_study import write_tiny_study
 @pytest.fixture(scope="module")
 def with_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    study, run = load_study(write_tiny_study(folder)), RunFolder(folder / "run")
+    study, run = load_study(write_tiny_study(folder)).replace("prompts.limit", 12), RunFolder(folder / "run")
     readings(study, run)
     policy(study, run)
     return folder
@@ -36,7 +36,7 @@ def attributed(with_policy: Path, tmp_path: Path):
     def run(**changes: Any) -> RunFolder:
         folder = tmp_path / f"run{next(runs)}"
         shutil.copytree(with_policy / "run", folder)
-        study = load_study(with_policy / "study.yaml").replace("attribution.exact_top", 0)
+        study = load_study(with_policy / "study.yaml").replace("attribution.exact_top", 0).replace("prompts.limit", 12)
         for key, value in changes.items():
             study = study.replace(f"attribution.{key}", value)
         made = RunFolder(folder)

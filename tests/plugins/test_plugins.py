@@ -59,6 +59,7 @@ def scores_of(folder: Path, method: str) -> dict[tuple[str, str], float]:
     return {(row["example_id"], row["target"]): row["value"] for row in rows}
 
 
+@pytest.mark.slow  # over 20 s: five commands in processes of their own
 def test_toys_go_through_run_compare_and_report(toys):
     plain = {"behavior": {"kind": "shout", "word": "No"}, "attribution__targets": TARGETS, "attribution__exact_top": 1}
     done = toys("run", "study.yaml", "--run", "plain", "--quiet", **plain, sae={"path": None})

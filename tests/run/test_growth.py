@@ -98,6 +98,7 @@ def test_a_batch_is_made_when_its_turn_comes_and_not_kept() -> None:
     assert sum(ref() is not None for ref in seen) <= 1
 
 
+@pytest.mark.slow  # over 20 s: every stage at three sizes
 def test_every_stage_makes_calls_in_line_with_the_examples(tmp_path: Path) -> None:
     _calls(tmp_path, 4)  # what is imported or cached once is not counted
     few, more, most = (_calls(tmp_path, n) for n in (60, 120, 240))

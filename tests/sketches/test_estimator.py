@@ -181,6 +181,7 @@ sketches(load_study(study).replace(key, yaml.safe_load(value)), RunFolder(run))
 """
 
 
+@pytest.mark.slow  # over 20 s: three processes that import torch
 def test_torchrun_fills_the_store_that_one_process_fills(copy: Path) -> None:
     rows = [json.loads(line) for line in (copy / "pairs.jsonl").read_text().splitlines()]
     many = [{**row, "id": f"{row['id']}-{n}", "prompt": f"{row['prompt']} {n}"} for row in rows for n in range(2)]
