@@ -222,7 +222,8 @@ class _Pass:
                 if step != start:
                     states.drop(step)
                 work.progress.advance(1)
-            if work.pieces is not None and start:  # one piece, replaced: the newest holds all before it
+            often = start and start % math.ceil(math.sqrt(len(training))) == 0
+            if work.pieces is not None and often:  # one piece, replaced: the newest holds all before it
                 arrays = {label: tensor.cpu().numpy() for label, tensor in _labelled(backs)}
                 work.pieces.save(key, {**arrays, "values": values.numpy(), "done": np.array([start])})
         return values
