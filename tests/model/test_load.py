@@ -479,7 +479,7 @@ def package(tmp_path, monkeypatch):
         calls.append(file)
         save_tiny(target)
 
-    monkeypatch.setattr(load, "_convert", convert)
+    monkeypatch.setattr(load, "convert_gguf", convert)
     return types.SimpleNamespace(gguf=gguf, calls=calls, cache=tmp_path / "cache", convert=convert)
 
 
@@ -518,12 +518,12 @@ def test_interrupted_conversion_leaves_nothing_and_the_next_one_works(package, m
         (target / "config.json").unlink()
         raise stop
 
-    monkeypatch.setattr(load, "_convert", half)
+    monkeypatch.setattr(load, "convert_gguf", half)
     expected = UserError if isinstance(stop, OSError) else (KeyboardInterrupt, RuntimeError)
     with pytest.raises(expected):
         load_model(DEMO_MODEL)
     assert folders(package.cache) == []
-    monkeypatch.setattr(load, "_convert", package.convert)
+    monkeypatch.setattr(load, "convert_gguf", package.convert)
     assert load_model(DEMO_MODEL).model.config.hidden_size == 8
 
 
@@ -606,7 +606,7 @@ def test_of_two_conversions_at_once_the_finished_one_stands(package, monkeypatch
             load_model(DEMO_MODEL)
         package.convert(file, target)
 
-    monkeypatch.setattr(load, "_convert", slow)
+    monkeypatch.setattr(load, "convert_gguf", slow)
     assert load_model(DEMO_MODEL).model.config.hidden_size == 8
     assert len(folders(package.cache)) == 1
 
@@ -629,7 +629,7 @@ def test_conversion_without_gguf_says_what_to_install(monkeypatch, tmp_path):
     real = load.importlib.util.find_spec
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None if name == "gguf" else real(name))
     with pytest.raises(UserError, match=r"taught\[demo\]"):
-        load._convert(tmp_path / "x.gguf", tmp_path)
+        load.convert_gguf(tmp_path / "x.gguf", tmp_path)
 
 
 @pytest.mark.slow  # converts the real model: about 40 s

@@ -6,7 +6,7 @@ import torch
 import taught.model.readout as readout
 from taught.errors import UserError
 from taught.features.pooling import POSITIONS
-from taught.model.forward import find_blocks, forward, get_block
+from taught.model.forward import find_blocks, forward, get_block, log_probabilities
 from taught.model.readout import ReadPrompt, pack, read_prompts, read_prompts_plain
 from taught.model.tokens import build_tree, stack
 from tiny_models import (
@@ -154,3 +154,12 @@ def test_ids_and_offsets_follow_the_caller_s_order() -> None:
     assert reads.prompt_ids == ("b", "a")
     assert reads.offsets.tolist() == [0, 2, 3]
     assert reads.y.dtype == torch.float64
+
+
+def test_a_large_vocabulary_costs_no_digits() -> None:
+    logits = 3 * torch.randn(8, 262_144, generator=torch.Generator().manual_seed(0))
+    at, tokens = (torch.arange(8),), torch.arange(8)
+    expected = logits.double().log_softmax(-1)[:, :8].diagonal()
+    found = log_probabilities(logits, at, tokens)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-6)

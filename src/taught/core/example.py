@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from taught.data.columns import name_ids
 from taught.errors import UserError
-from taught.model.forward import forward
+from taught.model.forward import forward, log_probabilities
 from taught.model.gradients import evaluating
 from taught.model.layout import first_device
 from taught.model.tokens import Rows, batches_by_tokens, build_tree, stack, stack_sequences
@@ -219,10 +219,8 @@ class ExampleBatch:
         """What each scored token adds to its example's sum, [B, K]."""
         _, logits = forward(model, self.rows.to(first_device(model)), keep=self.keep)
         assert logits is not None
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        logp = torch.log_softmax(wide, -1)
-        row = torch.arange(len(self.index), device=logp.device)[:, None]
-        found = logp[row, self.columns.to(logp.device), self.targets.to(logp.device)]
+        row = torch.arange(len(self.index), device=logits.device)[:, None]
+        found = log_probabilities(logits, (row, self.columns.to(row.device)), self.targets.to(row.device))
         return -(found * self.weights.to(found))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from taught.core.behavior import Behavior
 from taught.core.example import Example, make_batch
 from taught.errors import UserError
+from taught.model.forward import log_probabilities
 from taught.model.gradients import evaluating
 from taught.model.layout import accepts, first_device, takes_trees, use_plain_passes
 from taught.model.readout import ReadPrompt, pack, read_prompts, read_prompts_plain
@@ -105,9 +106,9 @@ def _loss_alone(model: nn.Module, example: Example) -> float:
         keep = {"logits_to_keep": len(ids) - 1 - first} if accepts(model, "logits_to_keep") else {}
         given = torch.tensor([ids[:-1]], device=first_device(model))
         logits = model(input_ids=given, use_cache=False, **keep).logits[0]
-        logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
-        for t in places:
-            total -= weights[t] * logp[t - 1 - (first if keep else 0), ids[t]].double().cpu()
+        at = torch.tensor(places, device=logits.device) - 1 - (first if keep else 0)
+        logp = log_probabilities(logits, (at,), torch.tensor([ids[t] for t in places], device=logits.device))
+        total -= logp.double().cpu() @ torch.tensor([weights[t] for t in places], dtype=torch.float64)
     return float(total if example.link is None else example.link(total[None])[0])
 
 

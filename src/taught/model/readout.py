@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taught.core.behavior import Behavior, in_rows
 from taught.errors import UserError
-from taught.model.forward import forward, residuals
+from taught.model.forward import forward, log_probabilities, residuals
 from taught.model.layout import accepts, first_device
 from taught.model.tokens import Rows, TokenTree, ancestors, batches_by_tokens, build_tree, stack
 from taught.progress import Progress, SilentProgress
@@ -242,9 +242,8 @@ def read_packed(
     read = rows.ids.new_zeros(0, 0, dtype=torch.float32) if h is None else h.flatten(0, 1)[packed.read.to(h.device)]
     if behavior is None or logits is None:
         return read, None
-    logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1).flatten(0, 1)
-    scored = packed.scored.to(logp.device)
-    tokens = logp[scored.at, scored.tokens]
+    scored = packed.scored.to(logits.device)
+    tokens = log_probabilities(logits.flatten(0, 1), (scored.at,), scored.tokens)
     suffixes = in_rows(tokens, scored.suffix, len(scored.lengths), 0.0).sum(1)
     return read, behavior.value(suffixes, scored.lengths, scored.prompt, len(packed.index))
 
@@ -431,12 +430,8 @@ def _plain_suffixes(model: nn.Module, rows: Sequence[tuple[tuple[int, ...], tupl
     keep = {"logits_to_keep": ids.shape[1] - first} if accepts(model, "logits_to_keep") else {}
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **keep).logits
     first = first if keep else 0
-    logp = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
-    return torch.stack(
-        [
-            logp[row, len(prompt) - 1 - first : len(prompt) - 1 - first + len(suffix)]
-            .gather(1, logp.new_tensor(suffix).long()[:, None])
-            .sum()
-            for row, (prompt, suffix) in enumerate(rows)
-        ]
-    )
+    found = []
+    for row, (prompt, suffix) in zip(logits, rows, strict=True):
+        at = torch.arange(len(suffix), device=row.device) + len(prompt) - 1 - first
+        found.append(log_probabilities(row, (at,), torch.tensor(suffix, dtype=torch.long, device=row.device)).sum())
+    return torch.stack(found)
