@@ -95,7 +95,7 @@ def effects(problem: Problem, examples: list[Example]) -> Tensor:
 def found(setting: Setting) -> Tensor:
     model, prompts, examples = setting
     """All examples in one batch, each padded to the longest."""
-    return effects(Problem(model, prompts, BEHAVIOR, LR, batch_tokens=4096), examples)
+    return effects(Problem(model, prompts, BEHAVIOR, LR, batch_tokens=512), examples)
 
 
 @torch.no_grad()
