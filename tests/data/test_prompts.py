@@ -200,11 +200,13 @@ def test_what_would_change_a_prompt_and_has_no_use_is_refused(row: dict, message
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
+        ([], "the last message of"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "no order"),
         ([{"role": "critic", "content": "a"}, {"role": "user", "content": "b"}], "no order"),
         ([{"role": "user", "content": "a", "mood": "sad"}], "messages of 1 prompts have a mood"),
     ],
 )
 def test_messages_of_a_prompt_that_are_no_conversation_are_refused(messages: list, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_prompts([{"messages": messages}])
+    for beside in ({}, {"system": "s"}):
+        with pytest.raises(UserError, match=message):
+            load_prompts([{"messages": messages, **beside}])

@@ -198,8 +198,9 @@ def _by_rank(
     protect: str | None,
 ) -> dict[str, Decision]:
     """Rank those that may be dropped: under top-k the highest first, which go, under keep-k the lowest, which stay."""
-    keeps, deed = rule == "keep-k", "swap" if rule == "swap-k" else "drop"
-    done = "swapped" if deed == "swap" else "dropped"
+    keeps = rule == "keep-k"
+    deed: Literal["drop", "swap"] = "swap" if rule == "swap-k" else "drop"
+    done = f"{deed}ped"
     if k is None or not 0 <= k <= len(score):
         what, fix = f"the rule {rule} needs a number of examples to {'keep' if keeps else deed}", "set curation.k"
         raise UserError(what, value=str(k), rule=f"0 <= k <= {len(score)}", fix=fix)
@@ -218,13 +219,11 @@ def _by_rank(
         reason = f"{target} {score[example]:.4g} ranks {rank} of {len(free)}{order}"
         if guard is not None:
             reason += f" that may be {done} ({protect} {guard[example]:.4g} is not above 0)"
-        action: Literal["keep", "drop", "swap"] = "keep"
-        if keeps != (rank <= first):
-            action = "swap" if deed == "swap" else "drop"
+        action: Literal["keep", "drop", "swap"] = "keep" if keeps == (rank <= first) else deed
         decisions[example] = Decision(action, reason + end, threshold)
     for example, held in (guard or {}).items():
         if example not in decisions:
-            reason = f"{protect} {held:.4g} is above 0, {done[:-2]}ing the example would lower it"
+            reason = f"{protect} {held:.4g} is above 0, {deed}ping the example would lower it"
             decisions[example] = Decision("keep", f"{reason}; {target} {score[example]:.4g}", threshold)
     return decisions
 

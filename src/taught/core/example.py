@@ -18,8 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from taught.data.columns import name_ids
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.model.forward import forward, log_probabilities
 from taught.model.gradients import evaluating
 from taught.model.layout import first_device
@@ -158,14 +157,12 @@ Examples = Sequence[Example]
 
 def refuse_several(examples: Examples, what: str) -> None:
     """Raise an error with the ids of the examples that have more than one sequence."""
-    several = [example.id for example in examples if len(example.sequences) > 1]
-    if several:
-        raise UserError(
-            f"{what} reads one answer of an example",
-            value=name_ids(several),
-            rule="a preference has two: a chosen and a rejected one",
-            fix="leave it out, or attribute to the chosen answers alone: rename the column chosen to response",
-        )
+    refuse(
+        [example.id for example in examples if len(example.sequences) > 1],
+        f"{what} reads one answer of an example",
+        rule="a preference has two: a chosen and a rejected one",
+        fix="leave it out, or attribute to the chosen answers alone: rename the column chosen to response",
+    )
 
 
 @dataclass(frozen=True, eq=False)

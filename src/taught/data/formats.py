@@ -306,15 +306,7 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
                 value=prompt[0]["content"],
                 fix="put the whole conversation into one `messages` column",
             )
-    if system and turns and turns[0]["role"] == "system" and turns[0]["content"] != system:
-        raise UserError(
-            f"{name} has two system texts",
-            value=f"{system!r} beside the turn {turns[0]['content']!r}",
-            rule="a conversation has one system turn",
-            fix="keep one of them",
-        )
-    if system and not (turns and turns[0]["role"] == "system"):
-        turns = [{"role": "system", "content": system}, *turns]
+    turns = with_system(system, turns, name)
     roles = [turn["role"] for turn in turns]
     if not _ORDER.fullmatch(role_letters(turns)):
         raise UserError(
@@ -322,6 +314,26 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
             value=" ".join(roles),
             rule="an optional system turn, then user and assistant in turn, the assistant last",
             fix="cut the conversation after an assistant turn, or join the turns of one speaker",
+        )
+    return turns
+
+
+def with_system(system: str, turns: list[Message], name: str) -> list[Message]:
+    """The turns behind a system turn with this text; as they are where there is no text, or they begin with it.
+
+    Raises
+    ------
+    UserError
+        They begin with another system text.
+    """
+    if not system or not (turns and turns[0]["role"] == "system"):
+        return [{"role": "system", "content": system}, *turns] if system else turns
+    if turns[0]["content"] != system:
+        raise UserError(
+            f"{name} has two system texts",
+            value=f"{system!r} beside the turn {turns[0]['content']!r}",
+            rule="a conversation has one system turn",
+            fix="keep one of them",
         )
     return turns
 

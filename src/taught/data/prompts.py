@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from taught.data.columns import cell, detect_columns, name_ids, repeated, text_cell
-from taught.data.formats import add_context, read_history, read_turns, refuse_columns, refuse_keys, role_letters
+from taught.data.formats import (
+    add_context,
+    read_history,
+    read_turns,
+    refuse_columns,
+    refuse_keys,
+    role_letters,
+    with_system,
+)
 from taught.data.overlap import normalise
 from taught.data.tables import Row, open_table
 from taught.errors import UserError
@@ -187,16 +195,7 @@ def _conversation(row: Row, columns: Mapping[str, str], field: str, name: str) -
     else:
         asked = [{"role": "user", "content": text_cell(row, columns, field, name)}]
     add_context(row, columns, asked, name, field)
-    messages = [*read_history(cell(row, columns, "history"), name), *asked]
-    if system and messages and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    elif system and messages[0]["content"] != system:
-        raise UserError(
-            f"{name} has two system texts",
-            value=f"{system!r} beside the turn {messages[0]['content']!r}",
-            rule="a conversation has one system turn",
-            fix="keep one of them",
-        )
+    messages = with_system(system, [*read_history(cell(row, columns, "history"), name), *asked], name)
     if not messages or messages[-1]["role"] != "user":
         raise UserError(
             f"the last message of {name} is not the user's",

@@ -98,6 +98,9 @@ def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method:
         The model's gradients are not understood, or its blocks share parameters: the estimator would refuse it too.
     """
     method.refuse()
+    legs = method.trajectory.make(TRAJECTORIES)
+    if isinstance(legs, Follows):
+        return legs.cost(problem, examples, asked)
     estimator = method.estimator.make(ESTIMATORS)
     curvature = method.curvature.make(CURVATURES)
     curved = getattr(curvature, "curved", None)
@@ -111,9 +114,6 @@ def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method:
         found.setdefault("finite steps", passes.trees + min(asked.top, len(examples)) * passes.step)
         along = asked.queries * 3 * passes.examples / len(examples)
         found["token shares"] = 2 * 3 * passes.trees + min(asked.top, len(examples)) * along
-    legs = method.trajectory.make(TRAJECTORIES)
-    if isinstance(legs, Follows):
-        return legs.cost(problem, examples, asked)
     times = 1 if legs.single else len(legs)
     return {part: times * value for part, value in found.items()}
 

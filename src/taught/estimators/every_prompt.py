@@ -22,7 +22,7 @@ from taught.core.gradient import by_parameter
 from taught.core.problem import GB, Problem
 from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
 from taught.model.gradients import Factor, dot, dots, frozen
-from taught.model.layout import sequence_rows
+from taught.model.layout import sequence_rows, text_config
 from taught.model.readout import PackedPrompts, pack_rows, read_y
 from taught.progress import Progress, SilentProgress
 from taught.run.pieces import Pieces, kept
@@ -114,8 +114,7 @@ def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float, float]:
     """Memory that a token's trace and one block's factors take; the head at one token; what is whole of one example."""
     shapes = {name: p.shape for name, p in problem.model.named_parameters()}
     itemsize = next(problem.model.parameters()).element_size()
-    config: Any = problem.model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(problem.model)
     factors = max(
         sum(sum(shapes[s.weight]) for s in block if s.weight and s.kind not in ("elementwise", "whole"))
         for block in sites.blocks

@@ -8,7 +8,6 @@ itself marks as trainable, never what names look like.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 
 from taught.errors import UserError, refuse
 from taught.model.load import find_wrapper
-from taught.run.files import sha256_folder
+from taught.run.files import read_json_mapping, sha256_folder
 
 log = logging.getLogger(__name__)
 
@@ -158,13 +157,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     from peft import LoraConfig
 
     try:
-        config: dict[str, Any] = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
+        config = read_json_mapping(folder / _CONFIG)
+    except (OSError, ValueError) as error:
         raise UserError(
             "the adapter's configuration cannot be read", value=f"{folder}: {error}", fix="save it with save_pretrained"
         ) from None
     merge = "merge it into its model (merge_and_unload of peft), and give the merged model as model.id"
+    kind = config.get("peft_type")
     if kind != "LORA":
         fix = "train a LoRA instead: this kind cannot be merged into a model" if kind in _PROMPTS else merge
         raise UserError("the adapter is of another kind", value=kind, rule="LORA", fix=fix)

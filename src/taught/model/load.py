@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from taught.errors import UserError, refuse
-from taught.run.files import sha256_file, sha256_folder
+from taught.run.files import read_json_mapping, sha256_file, sha256_folder
 
 log = logging.getLogger(__name__)
 
@@ -408,14 +408,14 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
 def _refuse_more_parts(folder: Path, tensors: int) -> None:
     """Refuse a configuration of more layers or experts than there are tensors, before it is built: that takes hours."""
     try:
-        parts: list[Any] = [json.loads((folder / "config.json").read_text(encoding="utf-8"))]
-    except (OSError, ValueError, RecursionError):
+        parts = [read_json_mapping(folder / "config.json")]
+    except (OSError, ValueError):
         return  # what is wrong is said where it is read
     while parts:
         one = parts.pop()
-        parts += [value for value in one.values() if isinstance(value, dict)] if isinstance(one, dict) else []
+        parts += [value for value in one.values() if isinstance(value, dict)]
         for key in _COUNTS:
-            value = one.get(key) if isinstance(one, dict) else None
+            value = one.get(key)
             if isinstance(value, int) and value > max(tensors, _FUSED):
                 raise UserError(
                     "the configuration has more parts than the weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from taught.core.behavior import Behavior, encode_prompts
@@ -49,7 +50,7 @@ class Subject:
     sae: SparseAutoencoder | None
     behavior: Behavior
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What a result depends on beyond the study's text: the weights that were loaded, and what text becomes.
 

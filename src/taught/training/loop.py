@@ -136,7 +136,7 @@ def train(
                 _keep(keep, number * recipe.epochs // len(steps), model, optimizer, lrs[number - 1])
     seen = tuple(map(tuple, steps))
     if not all(bool(p.isfinite().all()) for p in moving.values()):
-        raise _diverged("weights are not finite", len(steps), seen[-1])
+        raise diverged("weights are not finite", len(steps), seen[-1])
     return TrainLog(seen, tuple(losses), tuple(lrs))
 
 
@@ -189,14 +189,15 @@ def _add_gradients(model: nn.Module, batch: Examples, count: int, batch_tokens: 
         losses = make_batch(batch, index).losses(model)
         bad = [batch[i].id for i, fine in zip(index, losses.isfinite().tolist(), strict=True) if not fine]
         if bad:
-            raise _diverged("a loss is not finite", number, bad)
+            raise diverged("a loss is not finite", number, bad)
         part = losses.sum() / count
         part.backward()
         total += float(part.detach())
     return total
 
 
-def _diverged(what: str, step: int, ids: Sequence[str]) -> UserError:
+def diverged(what: str, step: int, ids: Sequence[str]) -> UserError:
+    """What went wrong at a step, and at the latest on which examples."""
     return UserError(
         f"training diverged: {what}",
         value=f"step {step}, examples {name_ids(ids)}",

@@ -27,8 +27,7 @@ Where v' is 0 the gradient has been 0 at every step so far; the root has no deri
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,8 +41,9 @@ from taught.core.example import Examples, batch_indices, make_batch
 from taught.errors import UserError
 from taught.model.gradients import embedding_options, evaluating
 from taught.model.parameters import moving_parameters
+from taught.progress import Progress, SilentProgress
 from taught.run import files
-from taught.training.loop import check_inputs, learning_rates, only_moving, plan
+from taught.training.loop import check_inputs, diverged, learning_rates, only_moving, plan
 from taught.training.recipe import Recipe
 
 Tensors = dict[str, Tensor]
@@ -71,12 +71,17 @@ class State:
 
     def tensors(self) -> Tensors:
         """All tensors under one name each."""
-        return {f"{part} {name}": tensor for part, of in self.parts.items() for name, tensor in of.items()}
+        return named(self.parts)
 
     @property
     def bytes(self) -> int:
         """Memory of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def named(parts: Mapping[str, Tensors]) -> Tensors:
+    """Tensors of the parts of a state under one name each."""
+    return {f"{part} {name}": tensor for part, of in parts.items() for name, tensor in of.items()}
 
 
 class States:
@@ -202,21 +207,17 @@ class Training:
         """Make one step, in place."""
         gradient = self._clipped(self._gradient(state.step))
         self._move(state, gradient)
-        if not all(bool(p.isfinite().all()) for p in self.moving.values()):
-            raise UserError(
-                "training diverged: weights are not finite",
-                value=f"step {state.step}",
-                rule="losses and weights stay finite numbers",
-                fix="lower validation.lr, or set validation.max_grad_norm",
-            )
 
-    def train(self, states: States | None = None, every: int = 1) -> State:
-        """All steps from the model's weights; every ``every``-th state before a step is kept, and the last."""
+    def train(self, states: States | None = None, every: int = 1, progress: Progress | None = None) -> State:
+        """All steps from the model's weights to the state behind them; every ``every``-th before a step is kept."""
         state = self.begin()
         for step in range(len(self)):
             if states is not None and step % every == 0:
                 states.save(state)
             self.advance(state)
+            (progress or SilentProgress()).advance(1)
+        if not all(bool(p.isfinite().all()) for p in self.moving.values()):
+            raise diverged("weights are not finite", len(self), [self.ids[i] for i in self.plan[-1]])
         return state
 
     def step_back(self, state: State, backs: Sequence[Back], *, exact: bool = True) -> Tensor:
@@ -235,16 +236,15 @@ class Training:
             dF/dw of each example of the batch by this step alone.
         """
         number = state.step
-        index, lr = self.plan[number], self.lrs[number]
+        index = self.plan[number]
         with padding_rows(self.moving, self.model) as padding:
             graphs = self._graphs(number) if exact else []
         gradient = self._summed(graphs) if graphs else self._gradient(number)
         clipped = self._clipped(gradient)
-        behind = state.copy()
-        self._move(behind, clipped)
+        behind = self._moments(state, clipped)
         found = torch.zeros(len(index), len(backs), dtype=torch.float64)
         for column, back in enumerate(backs):
-            up = self._through_rule(back, behind, clipped, lr)
+            up = self._through_rule(back, behind, clipped, number)
             self._through_clip(up, gradient)
             last = column == len(backs) - 1
             self._through_loss(back, up, number, graphs, padding, found[:, column], last=last)
@@ -258,12 +258,7 @@ class Training:
         for index in batch_indices(batch, self.batch_tokens):
             losses = make_batch(batch, index).losses(self.model)
             if not bool(losses.isfinite().all()):
-                raise UserError(
-                    "training diverged: a loss is not finite",
-                    value=f"step {number + 1}, examples {[batch[i].id for i in index]}",
-                    rule="losses and weights stay finite numbers",
-                    fix="lower validation.lr, or set validation.max_grad_norm",
-                )
+                raise diverged("a loss is not finite", number + 1, [batch[i].id for i in index])
             places = [self.plan[number][i] for i in index]
             weights = losses.new_ones(len(index)) if self.weights is None else self.weights[places].to(losses)
             yield index, losses, weights / len(batch)
@@ -272,9 +267,7 @@ class Training:
         total = {name: torch.zeros_like(p) for name, p in self.moving.items()}
         for _, losses, weights in self._micro(number):
             found = torch.autograd.grad((losses * weights).sum(), list(self.moving.values()), allow_unused=True)
-            for part, one in zip(total.values(), found, strict=True):
-                if one is not None:
-                    part.add_(one)
+            _add(total.values(), found)
         return total
 
     def _graphs(self, number: int) -> list[Graph]:
@@ -290,16 +283,16 @@ class Training:
     def _summed(self, graphs: Sequence[Graph]) -> Tensors:
         total = {name: torch.zeros_like(p) for name, p in self.moving.items()}
         for _, _, own in graphs:
-            for part, one in zip(total.values(), own, strict=True):
-                if one is not None:
-                    part.add_(one.detach())
+            _add(total.values(), own)
         return total
 
     def _clip(self, gradient: Tensors) -> tuple[float, float]:
-        """Norm of a gradient and what it is multiplied by."""
-        norm = float(torch.nn.utils.get_total_norm(gradient.values()))
+        """Norm of a gradient, where gradients are clipped, and what it is multiplied by."""
         most = self.recipe.max_grad_norm
-        return norm, 1.0 if most is None else min(1.0, most / (norm + _CLIP_EPS))
+        if most is None:
+            return math.nan, 1.0
+        norm = float(torch.nn.utils.get_total_norm(gradient.values()))
+        return norm, min(1.0, most / (norm + _CLIP_EPS))
 
     def _clipped(self, gradient: Tensors) -> Tensors:
         _, share = self._clip(gradient)
@@ -323,9 +316,22 @@ class Training:
             weight.mul_(1 - lr * decay).addcdiv_(first, root.add_(EPS), value=-lr / (1 - BETAS[0] ** t))
 
     @torch.no_grad()
-    def _through_rule(self, back: Back, behind: State, clipped: Tensors, lr: float) -> Tensors:
+    def _moments(self, state: State, gradient: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
+        """AdamW's m and v behind the step that begins with a state; none for SGD."""
+        if self.recipe.optimizer == "sgd":
+            return {}
+        first, second = state.parts["first"], state.parts["second"]
+        return {
+            name: (first[name].lerp(g, 1 - BETAS[0]), (BETAS[1] * second[name]).addcmul_(g, g, value=1 - BETAS[1]))
+            for name, g in gradient.items()
+        }
+
+    @torch.no_grad()
+    def _through_rule(
+        self, back: Back, behind: Mapping[str, tuple[Tensor, Tensor]], clipped: Tensors, number: int
+    ) -> Tensors:
         """Lg^, and the derivatives in the state before the step but for the loss's part."""
-        t, decay, up = behind.step, self.recipe.weight_decay, {}
+        t, lr, decay, up = number + 1, self.lrs[number], self.recipe.weight_decay, {}
         for name, g in clipped.items():
             L, Lm = back.parts["weights"][name], back.parts["first"][name]
             if self.recipe.optimizer == "sgd":
@@ -334,7 +340,7 @@ class Training:
                 L.add_(Lm, alpha=decay)
                 Lm.mul_(self.recipe.momentum)
                 continue
-            Lv, first, second = back.parts["second"][name], behind.parts["first"][name], behind.parts["second"][name]
+            Lv, (first, second) = back.parts["second"][name], behind[name]
             bias = 1 - BETAS[0] ** t, 1 - BETAS[1] ** t
             root = (second / bias[1] + self.eps_root).sqrt_()
             D = (root + EPS).reciprocal_()
@@ -369,32 +375,37 @@ class Training:
     ) -> None:
         """Add H Lg to L, and each example's grad l . Lg / n to what is found."""
         moving, count = list(self.moving.values()), len(self.plan[number])
-        with torch.no_grad():
-            L = list(back.parts["weights"].values())
+        L = list(back.parts["weights"].values())
         if graphs:
             for index, weights, own in graphs:
-                along = sum((g * one).sum() for g, one in zip(own, up.values(), strict=True) if g is not None)
-                assert isinstance(along, Tensor)
                 inputs = [weights, *moving, *(row.leaf for row in padding)]
+                along = _along(own, up)
                 dw, *second = torch.autograd.grad(along, inputs, retain_graph=not last, allow_unused=True)
                 found[index] += dw.double().cpu() / count
-                rows = [back.parts["weights"][row.name][row.index] for row in padding]
-                for part, one in zip([*L, *rows], second, strict=True):
-                    if one is not None:
-                        part.add_(one)
+                _add([*L, *(back.parts["weights"][row.name][row.index] for row in padding)], second)
             return
         for index, losses, weights in self._micro(number):
             # Per-example products by one dual number a micro-batch: the gradient of sum_z u_z l_z is linear in u.
             shares = torch.ones_like(losses, requires_grad=True)
             linear = torch.autograd.grad((losses * shares).sum(), moving, create_graph=True, allow_unused=True)
-            along = sum((g * one).sum() for g, one in zip(linear, up.values(), strict=True) if g is not None)
-            assert isinstance(along, Tensor)
-            (products,) = torch.autograd.grad(along, shares, retain_graph=True)
+            (products,) = torch.autograd.grad(_along(linear, up), shares, retain_graph=True)
             found[index] += products.double().cpu() / count
             pulled = torch.autograd.grad((losses * (products * weights).detach()).sum(), moving, allow_unused=True)
-            for part, one in zip(L, pulled, strict=True):
-                if one is not None:
-                    part.add_(one)
+            _add(L, pulled)
+
+
+@torch.no_grad()
+def _add(totals: Iterable[Tensor], found: Iterable[Tensor | None]) -> None:
+    """Add what autograd found, where it found something."""
+    for total, one in zip(totals, found, strict=True):
+        if one is not None:
+            total.add_(one)
+
+
+def _along(gradient: Sequence[Tensor | None], up: Tensors) -> Tensor:
+    """The product of a gradient, with its graph, and a direction."""
+    parts = [(g * one).sum() for g, one in zip(gradient, up.values(), strict=True) if g is not None]
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -438,10 +449,7 @@ def _add_at(row: int, leaf: Tensor, scale: float, module: nn.Module, args: tuple
 
 def room_on_disk(folder: Path, needed: int) -> None:
     """Refuse a run whose states do not fit, before it begins."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = files.free_bytes(folder)
     if needed > free:
         raise UserError(
             "the states of the training run do not fit on the disk",

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -47,7 +47,7 @@ from taught.model.readout import read_prompts
 from taught.run.pieces import piece_key
 from taught.training.loop import in_training
 from taught.training.recipe import Recipe
-from taught.training.steps import Back, State, States, Training, room_on_disk, same_bits
+from taught.training.steps import Back, State, States, Training, named, room_on_disk, same_bits
 
 
 @TRAJECTORIES.register("steps")
@@ -154,23 +154,12 @@ class _Pass:
 
     def values(self) -> np.ndarray:
         """dF/dw of every example, in the order of the training's ids, and every direct target: float64 [P, K]."""
-        training, progress = self.training, self.work.progress
-        begun, steps = training.begin(), len(training)
-        size, folder = begun.bytes, None
+        training, steps, size = self.training, len(self.training), self.training.begin().bytes
         every, on_disk = spacing(steps, size, self.problem.memory_gb)
-        if on_disk:
-            folder = Path(mkdtemp(prefix="steps-", dir=self.work.folder))
-            room_on_disk(folder, on_disk)
-        try:
+        with _place(self.work.folder, on_disk) as folder:
             states = States(folder)
-            progress.step(f"train, {steps} steps", steps)
-            states.save(begun)
-            state = training.begin()
-            for step in range(steps):
-                if step % every == 0 and step:
-                    states.save(state)
-                training.advance(state)
-                progress.advance(1)
+            self.work.progress.step(f"train, {steps} steps", steps)
+            state = training.train(states, every, self.work.progress)
             final = {name: weight.clone() for name, weight in state.parts["weights"].items()}
             queries = self._queries()
             count = len(self.targets.direct)
@@ -181,10 +170,6 @@ class _Pass:
                 backs = [_back(state, queries, k) for k in some]
                 parts.append(self._back(states, every, final, backs, f"{start}"))
             return torch.cat(parts, 1).numpy()
-        finally:
-            if folder is not None:
-                with suppress(OSError):
-                    shutil.rmtree(folder)
 
     def _queries(self) -> dict[str, Tensor]:
         """Gradients of the direct targets at the final weights, [K, *shape]."""
@@ -249,14 +234,24 @@ class _Pass:
             )
 
 
+@contextmanager
+def _place(folder: Path | None, needed: int) -> Iterator[Path | None]:
+    """Where states are written, if so many bytes have to be; what a killed run left there goes first."""
+    if not needed:
+        yield None
+        return
+    place = Path(mkdtemp(prefix="steps-")) if folder is None else folder / "steps"
+    shutil.rmtree(place, ignore_errors=True)
+    room_on_disk(place, needed)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def _labelled(backs: Sequence[Back]) -> list[tuple[str, Tensor]]:
     """Every tensor of some derivatives under a name of its own."""
-    return [
-        (f"{k} {part} {name}", tensor)
-        for k, back in enumerate(backs)
-        for part, of in back.parts.items()
-        for name, tensor in of.items()
-    ]
+    return [(f"{k} {name}", tensor) for k, back in enumerate(backs) for name, tensor in named(back.parts).items()]
 
 
 def _back(state: State, queries: dict[str, Tensor], k: int) -> Back:
