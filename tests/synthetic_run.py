@@ -488,7 +488,7 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
         },
     )
     named = list(made.targets())
-    record = {"method": "adjoint", "targets": named, "ranked_by": named[0], "lr": 1e-4}
+    record = {"method": "adjoint", "targets": named, "ranked_by": named[0], "lr": 1e-4, "unit": "step"}
     run.write_json("attribution", record)
     _write_scores(run, made)
     _write_summary(run, made)

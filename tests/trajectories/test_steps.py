@@ -107,6 +107,19 @@ def test_pathways_add_up_and_both_are_there(scores):
         assert np.abs(x).max() > 0 and np.abs(y).max() > 0
 
 
+def test_smoothness_is_that_of_trainings_with_other_weights(ready, targets, scores):
+    (found,) = scores.details["smoothness"]
+    assert 0.5 < found["score"] <= 1
+    rows = {row["target"]: row for row in found["targets"]}
+    v = np.random.default_rng([ready.problem.recipe.seed, 0]).standard_normal(len(scores))
+    names = [TargetName.parse(name) for name in ("behavior:harmless", "score")]
+    one, two, three = (values_after(ready, torch.from_numpy(1 + k * 0.1 * v), names) for k in range(3))
+    by_id = np.array([[scores.by_example(n)[i] for n in names] for i in sorted(scores.example_ids)])
+    for name, predicted, a, b, c in zip(names, 0.1 * v @ by_id, one, two, three, strict=True):
+        row = rows[str(name)]
+        assert [row["predicted"], row["measured"], row["measured_next"]] == pytest.approx([predicted, b - a, c - b])
+
+
 def test_weights_are_as_before_and_states_on_disk_give_the_same(ready, targets, scores, tmp_path):
     before = {n: p.detach().clone() for n, p in ready.problem.model.named_parameters()}
     some = targets.select([TargetName.parse("behavior:harmless"), TargetName.parse("score:x")])
@@ -173,6 +186,15 @@ def test_a_run_through_the_command_s_stages(study, tmp_path):
     assert record["method"] == "adjoint@steps"
     values = run.read_table("summary")["behavior:harmless"].to_pylist()
     assert all(v is not None for v in values)
+    assert record["unit"] == "run"
+    effects = {row["example_id"]: row["behavior:harmless"] for row in run.read_table("summary").to_pylist()}
+    shares = {}
+    for row in run.read_table("token_shares").to_pylist():
+        shares[row["example_id"]] = shares.get(row["example_id"], 0.0) + row["share"]
+    assert len(shares) == small.attribution.exact_top
+    assert shares == pytest.approx({i: effects[i] for i in shares}, rel=1e-9)
+    page = (run.folder / "report.html").read_text()
+    assert "Metasmoothness" in page and "per step" not in page and "one plain SGD step" not in page
     with pytest.raises(UserError, match="validation.lr"):  # the recipe is what they depend on
         do(with_values(small, {"validation.lr": 1e-3}), tmp_path / "run", "attribute")
 

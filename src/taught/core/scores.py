@@ -24,8 +24,8 @@ Floats = NDArray[np.float64]
 class Scores:
     """What training on each example does to each target.
 
-    A positive value: training on the example raises the target. Unit: change of the target by one step at the learning
-    rate (for methods that are no influence, whatever they say; compare these by rank).
+    A positive value: training on the example raises the target. Its unit is in ``unit`` (for methods that are no
+    influence, whatever they say; compare these by rank).
 
     Attributes
     ----------
@@ -35,8 +35,10 @@ class Scores:
     values : float64 [P, T]
     se : float64 [P, T], standard errors, or None where the values are exact
     losses : float64 [P], of the examples before the step, natural logarithm; None where not taken
-    influence : whether values are changes of the target by a step
+    influence : whether values are changes of the target by training
     details : further arrays by name, such as ``dy`` [P, N] and ``dX`` [n, N, d] (docs/formats.md)
+    unit : "step": change of the target by one step at the learning rate; "run": its derivative in the example's weight
+        in a whole training run
 
     Examples
     --------
@@ -55,6 +57,7 @@ class Scores:
     losses: Floats | None = None
     influence: bool = True
     details: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = "step"
 
     def __post_init__(self) -> None:
         shape = (len(self.example_ids), len(self.targets))

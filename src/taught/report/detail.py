@@ -143,7 +143,7 @@ def example_blocks(tables: Tables, row: Row) -> list[Block]:
     """Everything that the run says of one example."""
     example, text = row["example_id"], texts(tables).get(row["example_id"], {})
     names = with_pathways(tables)
-    facts = [(words(name), _effect(row, name)) for name in names]
+    facts = [(words(name), _effect(row, name, tables.per)) for name in names]
     facts.append(("loss", f"{number(row.get('loss'))} over {number(row.get('n_scored'), 0)} tokens"))
     facts += _interference(row) + _checks(row, primary(tables)) + _certificate(tables, row)
     blocks: list[Block] = [Text(f"{example}  ({row['label']})", "title"), Facts(facts, "list")]
@@ -163,10 +163,10 @@ def example_blocks(tables: Tables, row: Row) -> list[Block]:
     return blocks
 
 
-def _effect(row: Row, name: str) -> str:
+def _effect(row: Row, name: str, per: str) -> str:
     power, se = common_power([row[name]]), row.get(name + SE)
     error = "" if se is None else f" (standard error {number(se, power=power)})"
-    return f"{signed(row[name], power=power)}{tens(power)} per step{error}"
+    return f"{signed(row[name], power=power)}{tens(power)} {per}{error}"
 
 
 def _interference(row: Row) -> list[tuple[str, str]]:

@@ -81,6 +81,16 @@ class Tables:
         return "coefficients" in self or bool(self.setting("sae.path"))
 
     @cached_property
+    def through_training(self) -> bool:
+        """Whether values are derivatives of a whole training run in an example's weight, and not changes per step."""
+        return (self.json("attribution") or {}).get("unit") == "run"
+
+    @property
+    def per(self) -> str:
+        """The unit of values in words."""
+        return "by the whole training run" if self.through_training else "per step"
+
+    @cached_property
     def listed(self) -> list[str] | None:
         """Ids of the examples that are listed; None where all are."""
         from taught.report.examples import listed_examples

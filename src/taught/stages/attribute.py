@@ -79,7 +79,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         ranked = scores.targets[0]
         top = strongest(scores, study.attribution.exact_top)
         checks = _checks(ready, asked[0], scores, top, works[0])
-        shares = _shares(ready, asked, top, work)
+        shares = _shares(ready, asked, parts, top, work)
         others = concept_method_scores(study, subject, run, ready.inputs, concepts, progress)
         write_scores(run, [scores, *others])
         if others:
@@ -98,8 +98,10 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
             {
                 "method": scores.method,
                 "ranked_by": str(ranked),
+                "unit": scores.unit,
                 "lr": study.attribution.lr,
                 "targets": [str(name) for name in scores.targets],
+                **({"smoothness": scores.details["smoothness"]} if "smoothness" in scores.details else {}),
                 **({"sketches": {key: scores.details[key] for key in STORE}} if "store" in scores.details else {}),
             },
         )
@@ -147,24 +149,32 @@ def _checks(ready: Ready, ask: Ask, scores: Scores, top: Sequence[int], work: Wo
     return found
 
 
-def _shares(ready: Ready, asked: Sequence[Ask], top: Sequence[int], work: Work) -> list[pa.Table]:
+def _shares(
+    ready: Ready, asked: Sequence[Ask], parts: Sequence[Scores], top: Sequence[int], work: Work
+) -> list[pa.Table]:
     """Shares of the scored tokens of the strongest examples in every target that is no coefficient."""
-    if not ready.method.trajectory.make(TRAJECTORIES).single or not top:
-        return []
-    work.progress.step("shares of tokens", None)
     chosen, tables = [ready.inputs[i] for i in top], []
-    for ask in asked:
+    single = ready.method.trajectory.make(TRAJECTORIES).single
+    if single and chosen:
+        work.progress.step("shares of tokens", None)
+    for ask, scores in zip(asked, parts, strict=True):
         few = [n for n in ask.targets.names if not kind_of(n).many and n.pathway is None]
-        if not few or getattr(ask.problem.metric, "sketched", None) is not None:
+        if not few or not chosen or getattr(ask.problem.metric, "sketched", None) is not None:
             continue
-        A, B = ask.targets.cotangents(few)
-        shares = token_effects(ask.problem, chosen, A, B, progress=work.progress)
+        if (known := scores.details.get("token_shares")) is not None:
+            columns = [scores.column(name) for name in few]
+            shares = [known[example.id][:, columns] for example in chosen]
+        elif single:
+            A, B = ask.targets.cotangents(few)
+            shares = [own.numpy() for own in token_effects(ask.problem, chosen, A, B, progress=work.progress)]
+        else:
+            continue
         for example, own in zip(chosen, shares, strict=True):
             n, texts = example.n_scored, token_texts(ready.subject, example)
             answers = [sequence for sequence, _ in example.scored]
             for column, name in enumerate(few):
-                columns = [[example.id] * n, [str(name)] * n, range(n), answers, texts, own[:, column].numpy()]
-                tables.append(pa.table(dict(zip(TOKEN_SHARES.names, columns, strict=True)), schema=TOKEN_SHARES))
+                cells = [[example.id] * n, [str(name)] * n, range(n), answers, texts, own[:, column]]
+                tables.append(pa.table(dict(zip(TOKEN_SHARES.names, cells, strict=True)), schema=TOKEN_SHARES))
     return tables
 
 

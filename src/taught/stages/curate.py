@@ -76,6 +76,7 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
             # does than an omission is known where the loss is, at one step.
             found["change"] = None
         record = {"rule": rule, "k": k, "target": target, "method": ranked.method, "protect": chosen.protect}
+        record["unit"] = ranked.unit
         run.write_json("curation", record | {"lr": study.attribution.lr} | found)
         _write_choice(run, study, decisions)
 

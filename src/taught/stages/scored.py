@@ -86,6 +86,7 @@ def read_scores(run: RunFolder, targets: Sequence[str], method: str | None = Non
         np.stack(columns, 1),
         None if np.isnan(stacked).any() else stacked,
         influence=method == own,
+        unit=run.read_json("attribution")["unit"] if method == own else "step",
     )
 
 

@@ -47,7 +47,7 @@ from taught.training.loop import check_inputs, diverged, learning_rates, only_mo
 from taught.training.recipe import Recipe
 
 Tensors = dict[str, Tensor]
-Graph = tuple[list[int], Tensor, tuple[Tensor | None, ...]]  # places, weights, gradient of a micro-batch
+Gradient = tuple[Tensor | None, ...]
 BETAS, EPS = (0.9, 0.999), 1e-8
 _CLIP_EPS = 1e-6
 
@@ -131,6 +131,36 @@ class States:
     def _file(self, step: int) -> Path:
         assert self._folder is not None
         return self._folder / f"step-{step}.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Micro:
+    """Some examples of a step's batch, gone through the model together.
+
+    Attributes
+    ----------
+    index : their places in the batch
+    terms : [B, J], what each scored token adds to its example's sum
+    losses : [B]
+    slopes : [B], how a loss changes with the example's sum
+    weights : [B], of the losses in that of the step
+    """
+
+    index: list[int]
+    terms: Tensor
+    losses: Tensor
+    slopes: Tensor
+    weights: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """Their part of the step's loss."""
+        return (self.losses * self.weights).sum()
+
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """Zeros e [B, J], and sum_ij e_ij f'(s_i) l_ij: its derivative in e is the part of a token in its loss."""
+        each = torch.zeros_like(self.terms, requires_grad=True)
+        return each, (each * self.slopes[:, None] * self.terms).sum()
 
 
 @dataclass(eq=False)
@@ -220,7 +250,7 @@ class Training:
             raise diverged("weights are not finite", len(self), [self.ids[i] for i in self.plan[-1]])
         return state
 
-    def step_back(self, state: State, backs: Sequence[Back], *, exact: bool = True) -> Tensor:
+    def step_back(self, state: State, backs: Sequence[Back], *, exact: bool = True) -> list[Tensor]:
         """Go back over the step that begins with ``state``; ``backs`` are changed in place.
 
         Parameters
@@ -232,8 +262,8 @@ class Training:
 
         Returns
         -------
-        float64 [n, K]
-            dF/dw of each example of the batch by this step alone.
+        For each example of the batch float64 [scored tokens, K]: what each token adds to the example's dF/dw by this
+        step alone, in the order of ``Example.scored``.
         """
         number = state.step
         index = self.plan[number]
@@ -242,45 +272,47 @@ class Training:
         gradient = self._summed(graphs) if graphs else self._gradient(number)
         clipped = self._clipped(gradient)
         behind = self._moments(state, clipped)
-        found = torch.zeros(len(index), len(backs), dtype=torch.float64)
+        shape = (len(index), max(self.inputs[i].n_scored for i in index), len(backs))
+        found = torch.zeros(shape, dtype=torch.float64)
         for column, back in enumerate(backs):
             up = self._through_rule(back, behind, clipped, number)
             self._through_clip(up, gradient)
             last = column == len(backs) - 1
-            self._through_loss(back, up, number, graphs, padding, found[:, column], last=last)
-        return found
+            self._through_loss(back, up, number, graphs, padding, found[..., column], last=last)
+        return [own[: self.inputs[i].n_scored] for i, own in zip(index, found, strict=True)]
 
     # The pieces of a step
 
-    def _micro(self, number: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Micro-batches of a step: places in its batch, losses, and their weights over n."""
+    def _micro(self, number: int) -> Iterator[Micro]:
         batch = [self.inputs[i] for i in self.plan[number]]
         for index in batch_indices(batch, self.batch_tokens):
-            losses = make_batch(batch, index).losses(self.model)
+            made = make_batch(batch, index)
+            terms = made.terms(self.model)
+            sums = terms.sum(1)
+            losses = made.linked(sums)
             if not bool(losses.isfinite().all()):
                 raise diverged("a loss is not finite", number + 1, [batch[i].id for i in index])
             places = [self.plan[number][i] for i in index]
             weights = losses.new_ones(len(index)) if self.weights is None else self.weights[places].to(losses)
-            yield index, losses, weights / len(batch)
+            yield Micro(index, terms, losses, made.slopes(sums), weights / len(batch))
 
     def _gradient(self, number: int) -> Tensors:
         total = {name: torch.zeros_like(p) for name, p in self.moving.items()}
-        for _, losses, weights in self._micro(number):
-            found = torch.autograd.grad((losses * weights).sum(), list(self.moving.values()), allow_unused=True)
-            _add(total.values(), found)
+        for micro in self._micro(number):
+            _add(total.values(), torch.autograd.grad(micro.loss, list(self.moving.values()), allow_unused=True))
         return total
 
-    def _graphs(self, number: int) -> list[Graph]:
-        """Of each micro-batch: places, weights that require gradients, and the gradient with its graph."""
-        found: list[Graph] = []
-        for index, losses, weights in self._micro(number):
-            weights = weights.detach().requires_grad_()
-            total = (losses * weights).sum()
+    def _graphs(self, number: int) -> list[tuple[Micro, Tensor, Gradient]]:
+        """Each micro-batch, zeros for its tokens, and its gradient with the graph."""
+        found: list[tuple[Micro, Tensor, Gradient]] = []
+        for micro in self._micro(number):
+            each, by_token = micro.by_token()
+            total = micro.loss + by_token
             own = torch.autograd.grad(total, list(self.moving.values()), create_graph=True, allow_unused=True)
-            found.append((index, weights, own))
+            found.append((micro, each, own))
         return found
 
-    def _summed(self, graphs: Sequence[Graph]) -> Tensors:
+    def _summed(self, graphs: Sequence[tuple[Micro, Tensor, Gradient]]) -> Tensors:
         total = {name: torch.zeros_like(p) for name, p in self.moving.items()}
         for _, _, own in graphs:
             _add(total.values(), own)
@@ -367,31 +399,31 @@ class Training:
         back: Back,
         up: Tensors,
         number: int,
-        graphs: Sequence[Graph],
+        graphs: Sequence[tuple[Micro, Tensor, Gradient]],
         padding: Sequence[PaddingRow],
         found: Tensor,
         *,
         last: bool,
     ) -> None:
-        """Add H Lg to L, and each example's grad l . Lg / n to what is found."""
+        """Add H Lg to L, and each token's part of grad l . Lg / n to what is found [n, J]."""
         moving, count = list(self.moving.values()), len(self.plan[number])
         L = list(back.parts["weights"].values())
         if graphs:
-            for index, weights, own in graphs:
-                inputs = [weights, *moving, *(row.leaf for row in padding)]
+            for micro, each, own in graphs:
+                inputs = [each, *moving, *(row.leaf for row in padding)]
                 along = _along(own, up)
-                dw, *second = torch.autograd.grad(along, inputs, retain_graph=not last, allow_unused=True)
-                found[index] += dw.double().cpu() / count
+                shares, *second = torch.autograd.grad(along, inputs, retain_graph=not last, allow_unused=True)
+                found[micro.index, : shares.shape[1]] += shares.double().cpu() / count
                 _add([*L, *(back.parts["weights"][row.name][row.index] for row in padding)], second)
             return
-        for index, losses, weights in self._micro(number):
-            # Per-example products by one dual number a micro-batch: the gradient of sum_z u_z l_z is linear in u.
-            shares = torch.ones_like(losses, requires_grad=True)
-            linear = torch.autograd.grad((losses * shares).sum(), moving, create_graph=True, allow_unused=True)
-            (products,) = torch.autograd.grad(_along(linear, up), shares, retain_graph=True)
-            found[index] += products.double().cpu() / count
-            pulled = torch.autograd.grad((losses * (products * weights).detach()).sum(), moving, allow_unused=True)
-            _add(L, pulled)
+        for micro in self._micro(number):
+            # One dual number a micro-batch: the gradient of sum_ij e_ij f' l_ij is linear in e.
+            each, by_token = micro.by_token()
+            linear = torch.autograd.grad(by_token, moving, create_graph=True, allow_unused=True)
+            (shares,) = torch.autograd.grad(_along(linear, up), each, retain_graph=True)
+            found[micro.index, : shares.shape[1]] += shares.double().cpu() / count
+            products = (shares.sum(1) * micro.weights).detach()
+            _add(L, torch.autograd.grad((micro.losses * products).sum(), moving, allow_unused=True))
 
 
 @torch.no_grad()

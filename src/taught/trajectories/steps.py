@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -33,11 +33,13 @@ from taught.core import rules
 from taught.core.curvature import Curvature, Identity
 from taught.core.estimator import Work
 from taught.core.example import Examples, example_losses
+from taught.core.names import TargetName
 from taught.core.problem import GB, Problem
 from taught.core.query import build_queries
+from taught.core.readings import Readings
 from taught.core.registry import TRAJECTORIES, setting
 from taught.core.scores import Scores
-from taught.core.target import TargetSet
+from taught.core.target import TargetSet, value
 from taught.errors import UserError
 from taught.estimators import cost
 from taught.estimators.cost import Asked
@@ -49,6 +51,8 @@ from taught.training.loop import in_training
 from taught.training.recipe import Recipe
 from taught.training.steps import Back, State, States, Training, named, room_on_disk, same_bits
 
+SMALL = 0.1  # h: by how much examples' weights are moved to see whether training is smooth
+
 
 @TRAJECTORIES.register("steps")
 @dataclass(frozen=True)
@@ -57,6 +61,11 @@ class Steps:
 
     hessian: Literal["exact", "gauss-newton"] = setting(
         "exact", rules.one_of("exact", "gauss-newton"), "exact (MAGIC) | gauss-newton: no second derivatives"
+    )
+    smoothness: int = setting(
+        1,
+        rules.whole(0),
+        "so many random directions of weights, two trainings each, that show whether the derivative holds; 0: none",
     )
     eps_root: float = setting(0.0, rules.number(minimum=0), "under the root of AdamW; 1e-8 makes training smoother")
     single: ClassVar[bool] = False
@@ -69,7 +78,9 @@ class Steps:
         return None
 
     def follow(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
-        """Train, read the final model, go back. Cost: a training, the replay of one, and three for each target.
+        """Train, read the final model, go back.
+
+        Cost: a training, the replay of one, and three for each target; two for each direction of ``smoothness``.
 
         Raises
         ------
@@ -87,10 +98,15 @@ class Steps:
             )
             with training.ready():
                 moved = None if parameters is None else tuple(parameters)
-                values = _Pass(training, replace(problem, parameters=moved), targets, work, self).values()
-        place = {example_id: row for row, example_id in enumerate(training.ids)}
-        ordered = values[[place[i] for i in ids]]
-        return Scores("adjoint", ids, targets.names, targets.from_direct(ordered), losses=losses)
+                values, smooth = _Pass(training, replace(problem, parameters=moved), targets, work, self).values()
+        tokens = targets.from_direct(values)  # [scored tokens of all examples, T]
+        ends = np.cumsum([z.n_scored for z in training.inputs])
+        shares = dict(zip(training.ids, np.split(tokens, ends[:-1]), strict=True))
+        effects = np.stack([shares[i].sum(0) for i in ids])
+        details: dict[str, Any] = {"token_shares": shares}
+        if smooth:
+            details["smoothness"] = smooth
+        return Scores("adjoint", ids, targets.names, effects, losses=losses, unit="run", details=details)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """A training, its replay, and for each target gradients of gradients: twice a step."""
@@ -100,6 +116,7 @@ class Steps:
         return {
             "training": 3 * one,
             "replay": 3 * one,
+            "smoothness": 2 * self.smoothness * 3 * one,
             "steps back": (3 + each * asked.queries) * one,
             "targets": (2 + 3 * asked.queries) * cost.trees(problem, examples),
         }
@@ -116,7 +133,8 @@ class Steps:
         steps = recipe.epochs * math.ceil(len(examples) / recipe.batch)
         on_disk = spacing(steps, size, problem.memory_gb)[1]
         held = min(asked.queries, _at_once(size, problem.memory_gb))
-        return 2 * size + 3 * weights + held * (size + weights) + (0 if on_disk else steps * size), on_disk
+        shares = 8 * asked.queries * sum(z.n_scored for z in examples)
+        return 2 * size + 3 * weights + held * (size + weights) + shares + (0 if on_disk else steps * size), on_disk
 
 
 def spacing(steps: int, size: int, memory_gb: float) -> tuple[int, int]:
@@ -152,8 +170,11 @@ class _Pass:
     work: Work
     how: Steps
 
-    def values(self) -> np.ndarray:
-        """dF/dw of every example, in the order of the training's ids, and every direct target: float64 [P, K]."""
+    def values(self) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """What every scored token adds to its example's dF/dw, for every direct target: float64 [tokens, K].
+
+        Beside it, direction by direction, how smooth training is (:meth:`_smooth`).
+        """
         training, steps, size = self.training, len(self.training), self.training.begin().bytes
         every, on_disk = spacing(steps, size, self.problem.memory_gb)
         with _place(self.work.folder, on_disk) as folder:
@@ -161,7 +182,8 @@ class _Pass:
             self.work.progress.step(f"train, {steps} steps", steps)
             state = training.train(states, every, self.work.progress)
             final = {name: weight.clone() for name, weight in state.parts["weights"].items()}
-            queries = self._queries()
+            ended = self._read()
+            queries = self._queries(ended)
             count = len(self.targets.direct)
             room = _at_once(size, self.problem.memory_gb)
             parts = []
@@ -169,27 +191,31 @@ class _Pass:
                 some = range(start, min(start + room, count))
                 backs = [_back(state, queries, k) for k in some]
                 parts.append(self._back(states, every, final, backs, f"{start}"))
-            return torch.cat(parts, 1).numpy()
+            found = torch.cat(parts, 1).numpy()
+            return found, [self._smooth(states, final, ended, found, k) for k in range(self.how.smoothness)]
 
-    def _queries(self) -> dict[str, Tensor]:
-        """Gradients of the direct targets at the final weights, [K, *shape]."""
-        problem, targets, base = self.problem, self.targets, self.targets.readings
+    @torch.no_grad()
+    def _read(self) -> Readings:
+        """What the model reads on the prompts as it is now; a policy is fitted to it."""
+        problem = self.problem
         reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
-        X = None
-        if problem.features is not None:
-            with torch.no_grad():
-                X = problem.features(reads.h, reads.offsets).double().cpu()
-        final = targets.at(base.refitted(reads.y.numpy(), None if X is None else X.numpy()))
-        problem = replace(problem, X=X)
+        X = None if problem.features is None else problem.features(reads.h, reads.offsets).double().cpu().numpy()
+        return self.targets.readings.refitted(reads.y.numpy(), X)
+
+    def _queries(self, ended: Readings) -> dict[str, Tensor]:
+        """Gradients of the direct targets at the final weights, [K, *shape]."""
+        final = self.targets.at(ended)
+        problem = replace(self.problem, X=None if ended.X is None else torch.from_numpy(ended.X))
         self.work.progress.step("gradients of the targets of the trained model", None)
         with frozen(problem.model):
             found = build_queries(problem, find_sites(problem.model, problem.parameters), *final.cotangents())
         return {name: _dense(query, problem) for name, query in found.items()}
 
     def _back(self, states: States, every: int, final: dict[str, Tensor], backs: Sequence[Back], name: str) -> Tensor:
-        """Contributions of all steps, float64 [P, K], from the last segment to the first."""
+        """Contributions of all steps, float64 [tokens, K], from the last segment to the first."""
         training, work = self.training, self.work
-        values = torch.zeros(len(training.ids), len(backs), dtype=torch.float64)
+        starts = np.cumsum([0, *(z.n_scored for z in training.inputs)]).tolist()
+        values = torch.zeros(starts[-1], len(backs), dtype=torch.float64)
         work.progress.step(f"back through {len(training)} steps", len(training))
         key, done = piece_key("steps back", name), len(training)
         if work.pieces is not None and (found := work.pieces.load(key)) is not None:
@@ -203,7 +229,8 @@ class _Pass:
             for step in reversed(range(start, stop)):
                 state = training.enter(states.load(step))
                 own = training.step_back(state, backs, exact=self.how.hessian == "exact")
-                values[training.plan[step]] += own
+                for i, added in zip(training.plan[step], own, strict=True):
+                    values[starts[i] : starts[i + 1]] += added
                 if step != start:
                     states.drop(step)
                 work.progress.advance(1)
@@ -212,6 +239,44 @@ class _Pass:
                 arrays = {label: tensor.cpu().numpy() for label, tensor in _labelled(backs)}
                 work.pieces.save(key, {**arrays, "values": values.numpy(), "done": np.array([start])})
         return values
+
+    def _smooth(
+        self, states: States, final: dict[str, Tensor], ended: Readings, found: np.ndarray, number: int
+    ) -> dict[str, Any]:
+        """Train with weights 1 + h v and 1 + 2 h v, v normal: is the run smooth, and the derivative right.
+
+        ``score``: metasmoothness, -1 to 1 (Engstrom et al., arXiv 2503.13751, definition 2). With d1 and d2 the changes
+        of the final weights from each run to the next, the sum of |d1| sign(d1) sign(d2) over that of |d1|.
+        ``targets``: what is predicted for the first change, h sum_i v_i dF/dw_i, and both measured ones.
+        """
+        training = self.training
+        v = np.random.default_rng([training.recipe.seed, number]).standard_normal(len(training.ids))
+        first = np.cumsum([0, *(z.n_scored for z in training.inputs[:-1])])
+        columns = [k for k, name in enumerate(self.targets.names) if name.pathway is None]  # what has a value
+        predicted = SMALL * v @ self.targets.from_direct(np.add.reduceat(found, first))[:, columns]
+        names = [self.targets.names[k] for k in columns]
+        before, values, changes = final, [self._values(names, ended)], []
+        self.work.progress.step("two trainings with other weights: is training smooth?", 2 * len(training))
+        for times in (1, 2):
+            training.weights = torch.from_numpy(1 + times * SMALL * v)
+            training.enter(states.load(0))
+            state = training.train(progress=self.work.progress)
+            after = {name: weight.clone() for name, weight in state.parts["weights"].items()}
+            changes.append({name: after[name] - before[name] for name in after})
+            values.append(self._values(names, self._read()))
+            before = after
+        training.weights = None
+        one, two = changes
+        size = sum(float(d.abs().sum(dtype=torch.float64)) for d in one.values())
+        agree = sum(float((d * two[n].sign()).sum(dtype=torch.float64)) for n, d in one.items())
+        rows = [
+            {"target": str(name), "predicted": float(p), "measured": float(b - a), "measured_next": float(c - b)}
+            for name, p, a, b, c in zip(names, predicted, *values, strict=True)
+        ]
+        return {"score": agree / size if size else 1.0, "h": SMALL, "targets": rows}
+
+    def _values(self, names: Sequence[TargetName], readings: Readings) -> list[float]:
+        return [value(name, readings, self.targets.readings) for name in names]
 
     def _replay(self, states: States, start: int, stop: int, final: dict[str, Tensor]) -> None:
         """Make the states between two kept ones again, and see that the run ends where it did."""

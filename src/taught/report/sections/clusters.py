@@ -91,7 +91,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     yield Items([sentence.text for sentence in cluster_sentences(it)])
     yield _clusters(it)
     for target, rows in it.targets.items():
-        yield _influence_table(target, rows)
+        yield _influence_table(target, rows, tables.per)
     if it.featureless:
         some = Line([Example(i) for i in it.featureless[:MAX_FEATURELESS]], ", ")
         rest = " and others, all in cluster_members.parquet" if len(it.featureless) > MAX_FEATURELESS else ""
@@ -133,7 +133,7 @@ def _random(row: Row, key: str, shown: Any) -> str:
     return f"{shown(row[f'{key}_lo'])} to {shown(row[f'{key}_hi'])}"
 
 
-def _influence_table(target: str, rows: Sequence[tuple[Row, Row]]) -> Table:
+def _influence_table(target: str, rows: Sequence[tuple[Row, Row]], per: str) -> Table:
     keys = ("mean", "lo", "hi", "random_lo", "random_hi")
     power = common_power(row[key] for _, row in rows for key in keys)
     made = []
@@ -143,7 +143,7 @@ def _influence_table(target: str, rows: Sequence[tuple[Row, Row]]) -> Table:
         made.append((c["cluster"], shorten(c["name"], 80), mean, random, r["p_holm"], r["matched_p_holm"]))
     heads = columns(("Cluster", "number", 0), "Name", Column("Mean", "interval", power=power, plot="fit"))
     heads += columns("Random examples", ("Corrected p", "p"), ("Same labels", "p"))
-    caption = f"Mean influence of an example on {words(target)}, per step, with 95% bootstrap intervals over examples"
+    caption = f"Mean influence of an example on {words(target)}, {per}, with 95% bootstrap intervals over examples"
     return Table(heads, made, caption)
 
 

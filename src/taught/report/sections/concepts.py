@@ -21,8 +21,8 @@ KIND = "concept:"
 
 def _blocks(tables: Tables) -> Iterator[Block]:
     yield Text(
-        "What training on each example does to the read-out of a direction. The gradient is a change per step; the "
-        "other methods read activations and differ in unit, so methods are compared by rank."
+        "What training on each example does to the read-out of a direction. The gradient is a change "
+        f"{tables.per}; the other methods read activations and differ in unit, so methods are compared by rank."
     )
     facts = {concept["name"]: concept for concept in (tables.json("concepts") or {}).get("concepts", [])}
     named = list(dict.fromkeys(target for _, target in score_index(tables) if target.startswith(KIND)))

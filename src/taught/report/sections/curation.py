@@ -118,6 +118,7 @@ def curation_sentence(curation: Curated) -> Sentence:
 
 def curation_change(record: Row) -> str:
     """What that is predicted to do to the target and to the protected one."""
+    unit = "of the trained model" if record["unit"] == "run" else f"one step an example at lr {record['lr']:g}"
     changes = [(words(record["target"]), record["change"])]
     if record["protect"]:
         changes.append((f"{words(record['protect'])} (protected)", record["protected_change"]))
@@ -130,7 +131,7 @@ def curation_change(record: Row) -> str:
     text = f"{count(record['dropped'], 'example')} to {'swap' if swaps else 'drop'}."
     if parts:
         how = "with their answers exchanged" if swaps else "without them"
-        text += f" Predicted change {how}, one step an example at lr {record['lr']:g}: {', '.join(parts)}."
+        text += f" Predicted change {how}, {unit}: {', '.join(parts)}."
     if record["change"] is None:
         text += f" {words(record['target'])} ranks examples, and predicts no change."
     if record["missing"]:

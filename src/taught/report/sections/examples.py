@@ -58,6 +58,12 @@ def named_targets(names: Sequence[str]) -> list[str]:
 def _blocks(tables: Tables) -> list[Block]:
     rows = shown(tables)
     lede = "What one training step on each example does to the targets. Positive: training on it raises the target."
+    if tables.through_training:
+        lede = (
+            "What each example did to the targets of the trained model: their derivative in the weight that it has in "
+            "the whole training run. Positive: training on it raised the target; without it, the target ends lower by "
+            "about so much."
+        )
     if PRIMARY in targets(tables):
         lede += (
             " S is the policy’s score. S > 0: the coefficient vector moves along itself, so the policy grows "
@@ -74,7 +80,7 @@ def _movers(tables: Tables, rows: Rows, target: str) -> Table:
     up, down = ends(rows, target, ENDS)
     power = common_power(row[target] for row in (*up, *down))
     errors = any(row.get(target + SE) for row in (*up, *down))
-    value = Column("Change per step", "signed", power=power, plot="fit" if errors else None)
+    value = Column(f"Change {tables.per}", "signed", power=power, plot="fit" if errors else None)
     made = []
     for row in (*up, *reversed(down)):
         prompt = shorten(str(texts(tables).get(row["example_id"], {}).get("prompt", "")), 90)
@@ -99,7 +105,7 @@ def _strips(tables: Tables) -> list[Block]:
     if not found:
         return []
     text = (
-        "Which tokens carry it: the effect of a step on an example is a sum over the tokens that it teaches. Here "
+        "Which tokens carry it: the effect of an example is a sum over the tokens that it teaches. Here "
         f"for the {count(len(found), 'example')} with the largest effects; numbers stand in "
     )
     every = [
@@ -155,7 +161,7 @@ def _caption(total: int, listed_: int, first: str) -> Line:
 
 
 def _note(tables: Tables, summary: Summary, n_targets: int) -> str:
-    text = "Tokens: those that the example teaches; loss: as in training, before the step."
+    text = "Tokens: those that the example teaches; loss: as in training, before it."
     if tables.with_policy:
         text = (
             "Outside: share of the absolute coefficient change on features that are not intended: not named so in "
@@ -176,17 +182,17 @@ def _sentences(tables: Tables) -> list[Sentence | None]:
     topics: dict[str, list[str]] = {"Behavior": [], "Other targets": [], "Policy": []}
     for name in names:
         topics["Behavior" if is_behavior(name) else "Policy" if name == PRIMARY else "Other targets"].append(name)
-    return [moved_sentence(topic, rows, own) for topic, own in topics.items()]
+    return [moved_sentence(topic, rows, own, tables.per) for topic, own in topics.items()]
 
 
-def moved_sentence(topic: str, rows: Rows, names: Sequence[str]) -> Sentence | None:
+def moved_sentence(topic: str, rows: Rows, names: Sequence[str], per: str = "per step") -> Sentence | None:
     """The examples that raise and lower each target most, by how much and along which pathway."""
     if not names:
         return None
     parts = [text for name in names[:SAID] if (text := _moved(rows, name))]
     if not parts:
         return Sentence(topic, "none", f"{NOTHING}: no example moves {listed([words(n) for n in names])}.")
-    text = f"{'; '.join(parts)}. Changes are per training step."
+    text = f"{'; '.join(parts)}. Changes are {per}."
     named = [_with_error(row, name) for name in names[:SAID] for side in ends(rows, name, 1) for row in side]
     unsure = all(isinstance(e, Interval) and e.includes_zero for e in named)
     if unsure:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from taught.report.blocks import Beside, Block, Facts, Items, Text
+from taught.report.blocks import Beside, Block, Facts, Items, Sentence, Text
 from taught.report.sections import Section, add
-from taught.report.tables import Tables
-from taught.report.text import count
+from taught.report.tables import Row, Tables
+from taught.report.text import common_power, count, listed, number, percent, signed, tens, words
 
 # by attribution.curvature
 STEP = {"identity": "one plain SGD step", "adam": "one step of Adam", "ekfac": "one step in the metric of EK-FAC"}
+SMOOTH = 0.9  # metasmoothness below it is said; leaderboard runs have .99
+MISSED = 0.25  # share of a change that the derivative may miss
 SETTINGS = (
     "sae.encoder sae.block readout.position features.threshold features.max_features policy.alpha policy.intercept "
     "policy.folds policy.bootstrap attribution.estimator attribution.curvature attribution.trajectory attribution.lr"
@@ -27,7 +29,12 @@ def _blocks(tables: Tables) -> list[Block]:
         ("One step on an example", f"δθ = −lr {inverse}∇L(example),   {lr}"),
         ("Influence on a target F", "⟨∇F, δθ⟩"),
     ]
-    if tables.with_policy:
+    if tables.through_training:
+        equations = [
+            ("Training run", "θ(w),   step loss Σᵢ wᵢ L(example i) / n,   w = 1"),
+            ("Influence on a target F", "dF(θ(w)) / dwᵢ   at w = 1"),
+        ]
+    elif tables.with_policy:
         equations = [
             ("Policy", "W = U⁻¹ Xᵀy,   U = XᵀX + α I"),
             ("Residual", "r = y − X W"),
@@ -49,11 +56,18 @@ def _blocks(tables: Tables) -> list[Block]:
 
 
 def _reading(tables: Tables, step: str) -> list[str]:
-    said = [
-        "A positive value raises its target when the model is trained on the example.",
-        f"Values are changes per {step} at the learning rate above; the behavior is in natural logarithms.",
-        "Everything is a first-order estimate around the model as it is, not the effect of a whole training run.",
-    ]
+    said = ["A positive value raises its target when the model is trained on the example."]
+    if tables.through_training:
+        said += [
+            "Values are derivatives of the trained model’s target in the weight of an example in the whole run; the "
+            "behavior is in natural logarithms. Leaving examples out changes the target by about minus their sum.",
+            *(smoothness_text(one) for one in (tables.json("attribution") or {}).get("smoothness", [])),
+        ]
+    else:
+        said += [
+            f"Values are changes per {step} at the learning rate above; the behavior is in natural logarithms.",
+            "Everything is a first-order estimate around the model as it is, not the effect of a whole training run.",
+        ]
     if tables.with_policy:
         said += [
             "S > 0: the example pushes the coefficient vector along itself. It is not by itself more of the behavior.",
@@ -62,4 +76,40 @@ def _reading(tables: Tables, step: str) -> list[str]:
     return said
 
 
-add(Section("method", "Method", (), _blocks))
+def smoothness_text(found: Row) -> str:
+    """How smooth training is, and how far the derivative foresaw a change of all weights."""
+    text = f"Metasmoothness {number(found['score'])} (1: training changes evenly with the examples’ weights)."
+    shown = [row for row in found["targets"] if not row["target"].startswith(("coefficient:", "prompt:"))]
+    for row in shown[:4]:
+        power = common_power([row["predicted"], row["measured"]])
+        text += (
+            f" All weights moved at random by {percent(found['h'])}: {words(row['target'])} foreseen "
+            f"{signed(row['predicted'], power=power)}{tens(power)}, measured {signed(row['measured'], power=power)}"
+            f"{tens(power)}."
+        )
+    return text
+
+
+def _sentences(tables: Tables) -> list[Sentence]:
+    """A caution where the derivative through training did not foresee what other weights did."""
+    directions = (tables.json("attribution") or {}).get("smoothness", [])
+    rough = [one["score"] for one in directions if one["score"] < SMOOTH]
+    missed = dict.fromkeys(
+        row["target"]
+        for one in directions
+        for row in one["targets"]
+        if not row["target"].startswith("coefficient:")
+        and abs(row["measured"] - row["predicted"]) > MISSED * max(abs(row["measured"]), abs(row["predicted"]))
+    )
+    if not rough and not missed:
+        return []
+    text = "The derivative through training may not hold."
+    if rough:
+        text += f" Metasmoothness is {number(min(rough))}, under {SMOOTH}: try attribution.trajectory.eps_root=1e-8."
+    if missed:
+        moved = listed([words(name) for name in missed])
+        text += f" With other weights of the examples, {moved} moved otherwise than was foreseen."
+    return [Sentence("Derivative", "caution", text)]
+
+
+add(Section("method", "Method", (), _blocks, _sentences))

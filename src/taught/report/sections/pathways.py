@@ -36,7 +36,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     caption = "Each mark is an example. Above the dashed line S = x + y is positive, below it negative."
     chart = Scatter(points, axes, f"Scatter of the two pathways of the score for {len(points)} examples", caption)
     text = (
-        "An example reaches the policy by two pathways. x, feature activation: the step changes how strongly the "
+        "An example reaches the policy by two pathways. x, feature activation: training changes how strongly the "
         "features fire. y, output probability: it changes the probability of the behavior while the features stay."
     )
     yield Beside([chart], [Text(text), label_table(summary, PATHS, kinds)])
