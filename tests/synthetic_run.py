@@ -25,7 +25,7 @@ from taught.stats.intervals import Interval
 from taught.stats.ranks import spearman
 from taught.study.schema import Study
 from taught.validation.arms import ArmRow
-from taught.validation.comparison import CeilingRow, PlantedRow
+from taught.validation.comparison import CeilingRow, ForeseenRow, PlantedRow
 from taught.validation.lds import LdsRow, TrivialCheck, table_of
 
 HARMFUL = ["chemical_biological", "cybercrime", "fraud", "harassment", "self_harm", "weapons"]
@@ -714,6 +714,10 @@ def _write_compare(run: RunFolder, made: _Made) -> None:
     run.write_table(
         "trivial", table_of([TrivialCheck("adjoint", "length", TARGETS[0], "random", 0.6, 0.1, 0.5, -0.1, 0.9, True)])
     )
+    seen = [
+        ForeseenRow("random", made.text(f"s{n}"), 0, False, TARGETS[0], 4, 0.01 * n, 0.02 * n - 0.05) for n in range(6)
+    ]
+    run.write_table("foreseen", table_of([*seen, ForeseenRow("removal", "r", 0, True, TARGETS[0], 4, -0.02, -0.1)]))
     ceiling = CeilingRow(3, 0.7, 0.8, 0.9, 0.85, 0.95, target=TARGETS[0], subsets="random")
     run.write_table("noise_ceiling", table_of([ceiling]))
     run.write_table("planted", table_of([PlantedRow(made.text("adjoint"), TARGETS[0], 0.9, 0.8, 0.97, 0.7, 6, 18)]))

@@ -58,6 +58,7 @@ def test_every_section_of_a_whole_run_is_there_on_the_page_and_in_the_terminal(r
 def test_retrainings_stand_with_their_intervals_and_controls(run: Path, page: str):
     found = re.sub("<[^>]*>", " ", section(page, "validation"))
     words = shown(run, "validation")
+    assert "Points that rise to the right were foreseen" in found
     for text in (" ".join(found.split()), " ".join(words.split())):
         assert "0.60 [0.40, 0.80]" in text and "noise ceiling 0.90 [0.85, 0.95]" in text
         assert "20 random subsets, controlled for size" in text and "coefficients, median" in text

@@ -93,6 +93,21 @@ def test_the_lds_is_the_rank_correlation_of_sums_with_outcomes(compared):
     assert row["raw_lo"] <= row["raw"] <= row["raw_hi"] and row["n"] == 16
 
 
+def test_every_retraining_stands_beside_what_was_foreseen(compared):
+    rows = [r for r in compared.read_table("foreseen").to_pylist() if r["target"] == "behavior:harmless"]
+    value = values_of(compared, "behavior:harmless")
+    members: dict[tuple[str, str], set[str]] = {}
+    for row in compared.read_table("subsets").to_pylist():
+        members.setdefault((row["design"], row["subset"]), set()).add(row["example_id"])
+    assert {(r["design"], r["subset"]) for r in rows} == set(members)
+    for row in rows:
+        left = set(value) - members[row["design"], row["subset"]]
+        assert row["predicted"] == pytest.approx(-sum(value[i] for i in left)) and row["left_out"] == len(left)
+    (named,) = [r for r in rows if r["named"]]
+    assert named["design"] == "removal"
+    assert named["predicted"] == min(r["predicted"] for r in rows if r["left_out"] == named["left_out"])
+
+
 def test_in_small_steps_the_influence_predicts_and_random_numbers_do_not(compared):
     rows = lds(compared)
     for target in ("score", "behavior:harmful", "behavior:harmless"):

@@ -189,12 +189,20 @@ class Table(Block):
 
 @dataclass(frozen=True)
 class Scatter(Block):
-    """Points over two axes, with the line on which their sum is zero."""
+    """Points over two axes.
+
+    Attributes
+    ----------
+    sums : whether the axes are parts of a sum: one scale where that is legible, and the line on which it is zero
+    kinds : what the marks are; none: the labels of examples
+    """
 
     points: Sequence[Point]
     axes: tuple[str, str]
     title: str
     caption: Cell = ""
+    sums: bool = True
+    kinds: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _svg(body: str, width: float, height: float, kind: str, rest: str = "") -> M
 
 @dataclass(frozen=True)
 class Point:
-    """One example in the scatter: position, which mark, its place in the page's data and its text."""
+    """One point: position, which mark, its example's place in the page's data (-1: it is none), and its text."""
 
     x: float
     y: float
@@ -133,17 +133,18 @@ def one_scale(points: Sequence[Point]) -> bool:
     return small * 4 >= large
 
 
-def scatter(points: Sequence[Point], names: tuple[str, str], title: str) -> Markup:
-    """Scatter of x against y with both zero lines and the line x + y = 0.
+def scatter(points: Sequence[Point], names: tuple[str, str], title: str, sums: bool = True) -> Markup:
+    """Scatter of x against y with both zero lines; of the parts of a sum the line x + y = 0 too.
 
-    The axes share one scale, which keeps the slope honest, unless ``one_scale`` says no.
+    These share one scale, which keeps the slope honest, unless ``one_scale`` says no.
     """
     x, y = span([Interval(p.x) for p in points]), span([Interval(p.y) for p in points])
-    if one_scale(points):
+    if sums and one_scale(points):
         x = y = (min(x[0], y[0]), max(x[1], y[1]))
     at_x, at_y = Scale(*x, LEFT, SIZE - EDGE), Scale(*y, SIZE - BOTTOM, EDGE)
     start, end = max(x[0], -y[1]), min(x[1], -y[0])
     even = f'<line class="even" x1="{at_x(start)}" y1="{at_y(-start)}" x2="{at_x(end)}" y2="{at_y(-end)}"/>'
+    even = even if sums else ""
     marks = "".join(_mark(p, at_x(p.x), at_y(p.y)) for p in points)
     return _titled_svg(_frame(at_x, at_y, names) + even + marks, SIZE, SIZE, "scatter", title)
 
@@ -185,12 +186,13 @@ def _mark(point: Point, x: float, y: float) -> str:
     kind = point.kind % len(shapes)
     tag = "circle" if kind == 0 else "rect" if kind == 2 else "path"
     title = f"<title>{escape(point.text)}</title>"
-    return f'{shapes[kind]} class="mark k{kind}" data-example="{point.index}">{title}</{tag}>'
+    example = f' data-example="{point.index}"' if point.index >= 0 else ""
+    return f'{shapes[kind]} class="mark k{kind}"{example}>{title}</{tag}>'
 
 
 def legend_mark(kind: int) -> Markup:
     """The mark of a label, for the legend."""
-    return _svg(_mark(Point(0, 0, kind, -1, ""), 7, 7).replace(' data-example="-1"', ""), 14, 14, "key")
+    return _svg(_mark(Point(0, 0, kind, -1, ""), 7, 7), 14, 14, "key")
 
 
 def heatmap(values: ArrayLike, names: Sequence[str], title: str) -> Markup:

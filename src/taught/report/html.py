@@ -206,9 +206,11 @@ class _Page:
     # Charts
 
     def scatter(self, it: b.Scatter) -> Markup:
-        chart = charts.scatter(it.points, it.axes, it.title)
-        scales = "Both axes have one scale." if charts.one_scale(it.points) else "The axes have different scales."
-        return tag("figure", chart, tag("figcaption", self.inline(it.caption), " ", scales))
+        chart = charts.scatter(it.points, it.axes, it.title, it.sums)
+        one = it.sums and charts.one_scale(it.points)
+        scales = "Both axes have one scale." if one else "The axes have different scales."
+        marks = [Markup(" ").join((charts.legend_mark(k), escape(name))) + " " for k, name in enumerate(it.kinds)]
+        return tag("figure", chart, tag("figcaption", *marks, self.inline(it.caption), " ", scales))
 
     def heatmap(self, it: b.Heatmap) -> Markup:
         chart = charts.heatmap(it.values, it.ids, it.title)

@@ -175,6 +175,7 @@ STAGES = (
         "set methods side by side on the retrainings: which foresaw what they did",
         {
             "lds.parquet": "how well each method foresaw the outcomes",
+            "foreseen.parquet": "every retraining: what leaving examples out was to do, and what it did",
             "lds_differences.parquet": "differences between methods in that",
             "trivial.parquet": "how well trivial predictors do in their place",
             "noise_ceiling.parquet": "how well outcomes of other seeds foresee outcomes: what a method can reach",

@@ -33,6 +33,7 @@ from taught.validation.comparison import (
     Comparison,
     by_length,
     compared,
+    foreseen,
     is_planted,
     truths,
 )
@@ -117,6 +118,9 @@ def compare(study: Study, run: RunFolder, progress: Progress | None = None) -> N
         for name, rows in (*found._asdict().items(), ("costs", costs)):
             if rows:
                 run.write_table(name, table_of(rows))
+        few = {name: of for name, of in scores[own.name].items() if not kind_of(TargetName.parse(name)).many}
+        rows = foreseen(run.read_table("subsets"), run.read_table("outcomes"), few)
+        run.write_table("foreseen", table_of(rows))
         long = [(i, m, t, v, None) for m, of in scores.items() for t, by in of.items() for i, v in by.items()]
         columns = [list(column) for column in zip(*long, strict=True)]
         run.write_table("compared_scores", pa.table(columns, schema=scores_schema()))

@@ -6,6 +6,7 @@ well planted examples stand out. Nothing is computed with a model here, and no f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -200,6 +201,51 @@ def truths(
         refuse(missing, what, rule=rule, fix="run taught validate again")
     drawn = {d: Subsets(tuple(members[d]), tuple(map(tuple, members[d].values())), inclusion[d]) for d in ranked}
     return [Truth(design, drawn[design], {name: found[design][name] for name in targets}) for design in ranked]
+
+
+@dataclass(frozen=True)
+class ForeseenRow:
+    """What leaving examples out was to do, and what training without them did.
+
+    Attributes
+    ----------
+    named : whether these were left out (or trained on alone) because they raise the target most
+    left_out : number of examples that were not trained on
+    predicted : minus the sum of their influence
+    measured : change of the target by training on the others, from the base model
+    """
+
+    design: str
+    subset: str
+    repeat: int
+    named: bool
+    target: str
+    left_out: int
+    predicted: float
+    measured: float
+
+
+def foreseen(subsets: pa.Table, outcomes: pa.Table, influence: Mapping[str, Mapping[str, float]]) -> list[ForeseenRow]:
+    """Every retraining beside what was foreseen of it.
+
+    Tables as the stage ``validate`` writes them.
+
+    Parameters
+    ----------
+    influence : target -> example id -> value; other targets are left out
+    """
+    members: dict[tuple[str, str], set[str]] = {}
+    for row in subsets.to_pylist():
+        members.setdefault((row["design"], row["subset"]), set()).add(row["example_id"])
+    rows = []
+    for row in outcomes.to_pylist():
+        design, subset, target = row["design"], row["subset"], row["target"]
+        if target in influence:
+            left = [value for i, value in influence[target].items() if i not in members[design, subset]]
+            named = design in ("removal", "addition") and subset.endswith("-named")
+            sums = -math.fsum(left), row["value"]
+            rows.append(ForeseenRow(design, subset, row.get("repeat", 0), named, target, len(left), *sums))
+    return rows
 
 
 def _planted(scores: Scores, planted: Collection[str]) -> list[PlantedRow]:

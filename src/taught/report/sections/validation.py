@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from taught.report.blocks import Block, Cell, Column, Items, Line, Sentence, Table, Text, Word, columns
+from taught.report.blocks import Block, Cell, Column, Items, Line, Scatter, Sentence, Table, Text, Word, columns
+from taught.report.charts import Point
 from taught.report.examples import is_behavior, primary, targets
 from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
@@ -46,6 +47,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     said = curve_sentences(tables.rows("curves") or [], removed_by(tables))
     said += [effect_sentence(effect) for effect in tables.rows("named_effects") or []]
     yield from (Text(f"{sentence}.") for sentence in said)
+    yield from foreseen_blocks(tables)
     trivial = tables.rows("trivial")
     if trivial and (found := warnings(trivial, trivial[0]["method"])):
         yield Items([*found, "Look at the controlled values there."], warning=True)
@@ -58,6 +60,26 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     if costs := tables.rows("costs"):
         parts = (f"{r['method']} {number(r['seconds'], 0)} s, {number(r['memory_gb'], 1)} GB" for r in costs)
         yield Text(f"Time and peak memory: {'; '.join(parts)}.", "note")
+
+
+def foreseen_blocks(tables: Tables) -> Iterator[Block]:
+    """Predicted against measured change of every retraining, for the target that examples were chosen by."""
+    rows = [row for row in tables.rows("foreseen") or [] if row["target"] == removed_by(tables)]
+    if not rows:
+        return
+    kinds = list(dict.fromkeys(("named, " if row["named"] else "") + row["design"] for row in rows))
+    power, up = (common_power(row[name] for row in rows) for name in ("predicted", "measured"))
+    points = []
+    for row in rows:
+        kind = ("named, " if row["named"] else "") + row["design"]
+        said = f"{kind} {row['subset']}: {count(row['left_out'], 'example')} left out"
+        points.append(Point(row["predicted"] / 10.0**power, row["measured"] / 10.0**up, kinds.index(kind), -1, said))
+    target = words(removed_by(tables))
+    axes = (f"Predicted: minus the influence of what was left out{tens(power)}", f"Measured: {target}{tens(up)}")
+    caption = f"Each mark is a training: {target} after it, from the base model, against what leaving its examples out "
+    caption += "was to do. Points that rise to the right were foreseen."
+    title = f"Predicted and measured change of {target}, {count(len(points), 'training')}"
+    yield Scatter(points, axes, title, caption, sums=False, kinds=kinds)
 
 
 def removed_by(tables: Tables) -> str:
