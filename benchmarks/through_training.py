@@ -1,18 +1,18 @@
 """Does the derivative of a training run foresee what leaving examples out of their batches does?
 
-    python -m benchmarks.through_training [--preset refusal-smollm2] [--examples 64] [--batch 8] [--epochs 1]
-        [--sets 14] [--left-out 6] [--method full|lora] [--out FILE]
+    python -m benchmarks.through_training --truth FILE [--methods adjoint@steps,adjoint+ekfac,...] [--out FILE]
+        [--preset refusal-smollm2] [--examples 64] [--batch 8] [--epochs 1] [--method full|lora]
+        [--sets 14] [--left-out 6] [--singles 8] [--orders 1]
 
-Trains the preset's model on some of its examples, step by step, and again for each of some random sets with the weights
-of the set's examples at 0: the other examples, their batches, denominators and order stay. Compared are, for the mean
-behavior of both groups, the sum over the left-out set of minus each example's effect with the change that was measured:
+The truth: the preset's model is trained on some of its examples, step by step, and again with the weights of some
+examples at 0: the other examples, their batches, denominators and order stay. Left out are random sets, and single
+examples spread over the ranking by ids; with ``--orders 2`` all of it once more in another order of the examples, which
+says how much of a change belongs to the run and not to the data. It is kept in FILE, and not made again.
 
-    steps           derivative through the run (MAGIC)          gauss-newton   the same without second derivatives
-    base            one step from the base model                labels         refusals that were left out
-    tokens          response tokens that were left out
-
-Linear datamodelling score (LDS): rank correlation over the sets, with a bootstrap interval over sets. Times are of this
-machine, printed in trainings of the same run.
+Compared with it is, for the mean behavior of each group, minus the sum of every method's scores over what was left out.
+Beside the methods stand labels (refusals left out) and tokens (response tokens left out). Linear datamodelling score
+(LDS): rank correlation over the sets, with a bootstrap interval over sets; controlled: given labels and tokens. Times
+are of this machine, printed in trainings of the same run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,30 +37,36 @@ from taught.core.target import TargetSet, value
 from taught.model.readout import read_prompts
 from taught.presets import preset_path
 from taught.progress import SilentProgress
-from taught.stages.ready import make_ready, read_data, read_here
+from taught.stages.ready import Ready, make_ready, read_data, read_here
 from taught.stages.subject import open_subject
 from taught.stats.ranks import spearman_interval
 from taught.study.load import load_study
 from taught.training.loop import in_training
 from taught.training.steps import Training
+from taught.validation.lds import lds_rows
+from taught.validation.subsets import Subsets
+
+GAUSS_NEWTON = "gauss-newton"  # the trajectory of steps without second derivatives
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--truth", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--methods", default=f"adjoint,adjoint+ekfac,adjoint@steps,{GAUSS_NEWTON}")
     parser.add_argument("--preset", default="refusal-smollm2")
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=2e-5)
-    parser.add_argument("--eps-root", type=float, default=0.0)
     parser.add_argument("--method", choices=("full", "lora"), default="full")
     parser.add_argument("--sets", type=int, default=14)
     parser.add_argument("--left-out", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--singles", type=int, default=0)
+    parser.add_argument("--orders", type=int, default=1)
     parser.add_argument("--memory-gb", type=float, default=8.0)
     parser.add_argument("--states", type=Path, help="a folder for states that do not fit into memory")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
     study = load_study(preset_path(args.preset) / "study.yaml")
@@ -77,70 +85,125 @@ def main() -> None:
     readings = read_here(study, subject, data.prompts, SilentProgress())
     ready = make_ready(study, subject, data, readings)
     targets = TargetSet.of([f"behavior:{group}" for group in readings.groups], readings)
-    names = list(map(str, targets.names))
-    print(
-        json.dumps({"machine": common.machine(), "examples": len(ready.inputs), "recipe": asdict(ready.problem.recipe)})
-    )
+    truth = known_truth(args, ready, targets)
+    labels = {e.id: float(e.label == study.examples.positive_label) for e in ready.examples}
+    tokens = {z.id: float(z.n_scored) for z in ready.inputs}
 
-    found, seconds = {}, {}
-    methods = {
-        "base": Method(),
-        "steps": Method(trajectory=Choice("steps", {"eps_root": args.eps_root})),
-        "gauss-newton": Method(trajectory=Choice("steps", {"eps_root": args.eps_root, "hessian": "gauss-newton"})),
-    }
-    for name, method in methods.items():
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    seconds: dict[str, float] = {}
+    for name in filter(None, args.methods.split(",")):
         started = time.monotonic()
-        scores = driver.scores(ready.problem, ready.inputs, targets, method, Work(folder=args.states))
+        scores = driver.scores(ready.problem, ready.inputs, targets, method_of(name), Work(folder=args.states))
         seconds[name] = time.monotonic() - started
         found[name] = {str(target): scores.by_example(target) for target in targets.names}
-        print(f"{name}: {seconds[name]:.0f} s", flush=True)
-    refusal = {e.id: float(e.label == study.examples.positive_label) for e in ready.examples}
-    tokens = {z.id: float(z.n_scored) for z in ready.inputs}
-    found |= {"labels": dict.fromkeys(names, refusal), "tokens": dict.fromkeys(names, tokens)}
-
-    ids = sorted(z.id for z in ready.inputs)
-    draw = np.random.default_rng(args.seed)
-    sets = [sorted(draw.choice(len(ids), args.left_out, replace=False).tolist()) for _ in range(args.sets)]
-    ends = []
-    for number, left_out in enumerate([[], *sets]):
-        weights = torch.ones(len(ids), dtype=torch.float64)
-        weights[left_out] = 0.0
-        started = time.monotonic()
-        ends.append(trained(ready, targets, weights, args.eps_root))
-        seconds.setdefault("training", time.monotonic() - started)
-        moved = ends[-1] - (np.array([value(n, readings, readings) for n in targets.names]) if not number else ends[0])
-        print(f"{number or 'all'}: {moved.round(4).tolist()}", flush=True)
-    measured = np.array(ends[1:]) - ends[0]
-
-    rows = []
-    for method, by_target in found.items():
-        for column, target in enumerate(names):
-            predicted = [-sum(by_target[target][ids[i]] for i in left_out) for left_out in sets]
-            lds = spearman_interval(np.array(predicted), measured[:, column])
-            pearson = float(np.corrcoef(predicted, measured[:, column])[0, 1])
-            known = {} if lds is None else {"lds": lds.value, "lo": lds.lo, "hi": lds.hi}
-            cost = seconds[method] / seconds["training"] if method in seconds else 0.0
-            rows.append({"method": method, "target": target, **known, "pearson": pearson, "trainings": cost})
-            said = "no LDS" if lds is None else f"LDS {lds.value:.3f} [{lds.lo:.2f}, {lds.hi:.2f}]"
-            print(f"{method:13} {target:22} {said}, Pearson {pearson:.3f}, {cost:.1f} trainings")
+        print(f"{name}: {seconds[name] / truth['seconds']:.1f} trainings", flush=True)
+        for one in scores.details.get("smoothness", []):
+            print(f"  smoothness: {json.dumps(one)}", flush=True)
+    names = [str(name) for name in targets.names]
+    found |= {"labels": dict.fromkeys(names, labels), "tokens": dict.fromkeys(names, tokens)}
+    rows = list(compared(truth, found, {"label": labels, "tokens": tokens}))
+    for row in rows:
+        cost = f", {seconds[row['method']] / truth['seconds']:.1f} trainings" if row["method"] in seconds else ""
+        numbers = ", ".join(f"{key} {v:.3f}" for key, v in row.items() if isinstance(v, float))
+        print(f"{row['method']:22} {row['target']:20} order {row['order']}: {numbers}{cost}")
     if args.out:
-        content = {"arguments": {k: str(v) for k, v in vars(args).items()}, "machine": common.machine(), "rows": rows}
-        args.out.write_text(json.dumps(content | {"seconds": seconds}, indent=1) + "\n")
+        content = {"machine": common.machine(), "seconds": seconds, "training": truth["seconds"], "rows": rows}
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def trained(ready, targets: TargetSet, weights: torch.Tensor, eps_root: float) -> np.ndarray:
-    """Values of the targets after a run with these weights."""
+def method_of(name: str) -> Method:
+    """A method by its name."""
+    if name == GAUSS_NEWTON:
+        return Method(trajectory=Choice("steps", {"hessian": "gauss-newton", "smoothness": 0}))
+    return Method().named(name)
+
+
+def known_truth(args: argparse.Namespace, ready: Ready, targets: TargetSet) -> dict[str, Any]:
+    """What training did with each set of examples at weight 0; what the file holds is not made again."""
+    ids = sorted(z.id for z in ready.inputs)
+    draw = np.random.default_rng(0)
+    sets = [sorted(draw.choice(ids, args.left_out, replace=False).tolist()) for _ in range(args.sets)]
+    sets += [[ids[i]] for i in np.linspace(0, len(ids) - 1, args.singles).round().astype(int)]
+    recipe = ready.problem.recipe
+    assert recipe is not None
+    head = {
+        "preset": args.preset,
+        "recipe": asdict(recipe),
+        "model": dict(ready.subject.loaded.weights),
+        "examples": ids,
+        "prompts": list(ready.readings.prompt_ids),
+        "targets": [str(name) for name in targets.names],
+        "base": [value(name, ready.readings, ready.readings) for name in targets.names],
+    }
+    made: dict[str, Any] = {**head, "sets": [], "runs": [], "seconds": 0.0}
+    if args.truth.is_file():
+        made = json.loads(args.truth.read_text())
+        other = [key for key in head if made[key] != json.loads(json.dumps(head[key]))]
+        if other:
+            raise SystemExit(f"{args.truth} is of another run: {', '.join(other)}")
+    made["sets"] = sets
+    there = {(run["order"], tuple(run["left_out"])) for run in made["runs"]}
+    for order in range(args.orders):
+        for left_out in [[], *sets]:
+            if (order, tuple(left_out)) in there:
+                continue
+            started = time.monotonic()
+            ends = trained(ready, targets, ids, left_out, order)
+            made["seconds"] = made["seconds"] or time.monotonic() - started
+            made["runs"].append({"order": order, "left_out": left_out, "values": ends})
+            print(f"order {order}, without {len(left_out)}: {[round(v, 4) for v in ends]}", flush=True)
+            args.truth.write_text(json.dumps(made, indent=1) + "\n")
+    return made
+
+
+def trained(ready: Ready, targets: TargetSet, ids: Sequence[str], left_out: Sequence[str], order: int) -> list[float]:
+    """Values of the targets after a run with these examples at weight 0."""
     problem = ready.problem
-    with in_training(problem.model, problem.recipe, problem.parameters) as patterns:
-        training = Training(
-            problem.model, ready.inputs, problem.recipe, patterns, problem.batch_tokens, eps_root, weights
-        )
+    assert problem.recipe is not None
+    recipe = replace(problem.recipe, seed=problem.recipe.seed + order)
+    weights = torch.tensor([0.0 if i in left_out else 1.0 for i in ids], dtype=torch.float64)
+    with in_training(problem.model, recipe, problem.parameters) as patterns:
+        training = Training(problem.model, ready.inputs, recipe, patterns, problem.batch_tokens, weights=weights)
         with training.ready():
             training.train()
         with torch.no_grad():
             y = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block).y.numpy()
     final = replace(ready.readings, y=y)
-    return np.array([value(name, final, ready.readings) for name in targets.names])
+    return [value(name, final, ready.readings) for name in targets.names]
+
+
+def compared(truth: dict[str, Any], found: dict[str, dict[str, dict[str, float]]], controls: dict[str, Any]):
+    """A row for every method, target and order of the examples."""
+    ids, sets = truth["examples"], truth["sets"]
+    several = {f"s{k:03}": s for k, s in enumerate(sets) if len(s) > 1}
+    single = [s[0] for s in sets if len(s) == 1]
+    for order in sorted({run["order"] for run in truth["runs"]}):
+        runs = {tuple(run["left_out"]): run["values"] for run in truth["runs"] if run["order"] == order}
+        for column, target in enumerate(truth["targets"]):
+            whole = runs[()][column]
+            moved = {name: runs[tuple(s)][column] - whole for name, s in several.items()}
+            members = tuple(tuple(i for i in ids if i not in s) for s in several.values())
+            subsets = Subsets(tuple(several), members, dict.fromkeys(ids, 1.0))
+            scores = {method: {target: of[target]} for method, of in found.items()}
+            rows = lds_rows(subsets, {target: moved}, scores, controls, design="held")
+            for row in rows:
+                of = found[row.method][target]
+                predicted = [-sum(of[i] for i in s) for s in several.values()]
+                row_of = {
+                    "method": row.method,
+                    "target": target,
+                    "order": order,
+                    "LDS": row.raw,
+                    "lo": row.raw_lo,
+                    "hi": row.raw_hi,
+                    "controlled": row.controlled,
+                    "Pearson": float(np.corrcoef(predicted, list(moved.values()))[0, 1]),
+                }
+                if len(single) > 2:
+                    alone = [runs[(i,)][column] - whole for i in single]
+                    r = spearman_interval(np.array([-of[i] for i in single]), np.array(alone))
+                    row_of |= {} if r is None else {"singles": r.value, "singles lo": r.lo, "singles hi": r.hi}
+                yield row_of
 
 
 if __name__ == "__main__":
