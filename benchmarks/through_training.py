@@ -2,7 +2,7 @@
 
     python -m benchmarks.through_training --truth FILE [--methods adjoint@steps,adjoint+ekfac,...] [--out FILE]
         [--preset refusal-smollm2] [--examples 64] [--batch 8] [--epochs 1] [--method full|lora]
-        [--sets 14] [--left-out 6] [--singles 8] [--orders 1]
+        [--sets 14] [--left-out 6] [--singles 8] [--orders 1] [--remove behavior:harmless]
 
 The truth: the preset's model is trained on some of its examples, step by step, and again with the weights of some
 examples at 0: the other examples, their batches, denominators and order stay. Left out are random sets, and single
@@ -11,8 +11,10 @@ says how much of a change belongs to the run and not to the data. It is kept in 
 
 Compared with it is, for the mean behavior of each group, minus the sum of every method's scores over what was left out.
 Beside the methods stand labels (refusals left out) and tokens (response tokens left out). Linear datamodelling score
-(LDS): rank correlation over the sets, with a bootstrap interval over sets; controlled: given labels and tokens. Times
-are of this machine, printed in trainings of the same run.
+(LDS): rank correlation over the sets, with a bootstrap interval over sets; controlled: given labels and tokens. With
+``--remove TARGET`` the model is also trained without the examples that each method says raise the target most, as many
+as the random sets hold; the change stands beside that of the random sets. Times are of this machine, printed in
+trainings of the same run.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from benchmarks import common
 from taught.core import driver
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--left-out", type=int, default=6)
     parser.add_argument("--singles", type=int, default=0)
     parser.add_argument("--orders", type=int, default=1)
+    parser.add_argument("--remove", help="a target; each method's strongest examples are left out too")
     parser.add_argument("--memory-gb", type=float, default=8.0)
     parser.add_argument("--states", type=Path, help="a folder for states that do not fit into memory")
     args = parser.parse_args()
@@ -106,8 +110,17 @@ def main() -> None:
         cost = f", {seconds[row['method']] / truth['seconds']:.1f} trainings" if row["method"] in seconds else ""
         numbers = ", ".join(f"{key} {v:.3f}" for key, v in row.items() if isinstance(v, float))
         print(f"{row['method']:22} {row['target']:20} order {row['order']}: {numbers}{cost}")
+    removed = []
+    if args.remove:
+        column = truth["targets"].index(args.remove)
+        for name, of in found.items():
+            strongest = sorted(of[args.remove], key=lambda i, own=of[args.remove]: (-own[i], i))[: args.left_out]
+            run = outcome(args, truth, ready, targets, 0, sorted(strongest))
+            removed.append({"method": name, **against_random(truth, run["values"][column], column)})
+            print(json.dumps(removed[-1]), flush=True)
     if args.out:
         content = {"machine": common.machine(), "seconds": seconds, "training": truth["seconds"], "rows": rows}
+        content["removed"] = removed
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -142,18 +155,37 @@ def known_truth(args: argparse.Namespace, ready: Ready, targets: TargetSet) -> d
         if other:
             raise SystemExit(f"{args.truth} is of another run: {', '.join(other)}")
     made["sets"] = sets
-    there = {(run["order"], tuple(run["left_out"])) for run in made["runs"]}
     for order in range(args.orders):
         for left_out in [[], *sets]:
-            if (order, tuple(left_out)) in there:
-                continue
-            started = time.monotonic()
-            ends = trained(ready, targets, ids, left_out, order)
-            made["seconds"] = made["seconds"] or time.monotonic() - started
-            made["runs"].append({"order": order, "left_out": left_out, "values": ends})
-            print(f"order {order}, without {len(left_out)}: {[round(v, 4) for v in ends]}", flush=True)
-            args.truth.write_text(json.dumps(made, indent=1) + "\n")
+            outcome(args, made, ready, targets, order, left_out)
     return made
+
+
+def outcome(
+    args: argparse.Namespace, truth: dict[str, Any], ready: Ready, targets: TargetSet, order: int, left_out: list[str]
+) -> dict[str, Any]:
+    """The run with these examples at weight 0, from the file or made and kept there."""
+    for run in truth["runs"]:
+        if (run["order"], run["left_out"]) == (order, left_out):
+            return dict(run)
+    started = time.monotonic()
+    run = {"order": order, "left_out": left_out}
+    run["values"] = trained(ready, targets, truth["examples"], left_out, order)
+    truth["seconds"] = truth["seconds"] or time.monotonic() - started
+    truth["runs"].append(run)
+    print(f"order {order}, without {len(left_out)}: {[round(v, 4) for v in run['values']]}", flush=True)
+    args.truth.write_text(json.dumps(truth, indent=1) + "\n")
+    return run
+
+
+def against_random(truth: dict[str, Any], found: float, column: int) -> dict[str, float]:
+    """Change of a target without some examples, and its difference to random sets as large: Student's t, 95%."""
+    runs = {tuple(run["left_out"]): run["values"][column] for run in truth["runs"] if run["order"] == 0}
+    random = np.array([runs[tuple(s)] for s in truth["sets"] if len(s) > 1]) - runs[()]
+    change, n = found - runs[()], len(random)
+    half = float(stats.t.ppf(0.975, n - 1) * random.std(ddof=1) * np.sqrt(1 + 1 / n))
+    gap = change - float(random.mean())
+    return {"change": change, "difference": gap, "lo": gap - half, "hi": gap + half, "random sets": n}
 
 
 def trained(ready: Ready, targets: TargetSet, ids: Sequence[str], left_out: Sequence[str], order: int) -> list[float]:
