@@ -305,6 +305,9 @@ LATE = {
     "curation.k=100000": "curation.k",
     "curation.target=behavior:nobody": "curation.target",
     "curation.protect=behavior:nobody": "curation.protect",
+    "curation.protect=score": "cannot be protected",
+    "curation.rule=swap-k": "only preferences",
+    "examples.negative_label=nobody": "no example has the label 'nobody'",
     "validation.remove_by=behavior:nobody": "validation.remove_by",
     "validation.methods=[adjoint+nothing]": "nothing",
     "clusters={k: 100000}": "clusters.k",
@@ -326,6 +329,12 @@ def test_what_a_run_would_refuse_is_a_problem_that_names_it(tiny, change):
     except UserError as error:
         problems = [str(error)]
     assert any(LATE[change] in problem for problem in problems)
+
+
+@pytest.mark.parametrize(("key", "said"), [("target", "compares scores"), ("protect", "cannot be protected")])
+def test_what_the_published_rule_would_refuse_is_a_problem(tiny, key, said):
+    asked = tiny.replace("curation.rule", "paper").replace(f"curation.{key}", "behavior:harmful")
+    assert [said in problem for problem in check_study(asked).problems] == [True]
 
 
 def test_files_that_later_stages_read_are_read(tiny, tmp_path):

@@ -177,6 +177,17 @@ def cluster_examples(
     return Clustering(ids, clusters=clusters, effects=effects, draws=draws, **grouped._asdict())
 
 
+def check_k(k: int | None, most: int) -> None:
+    """Raise a UserError where k clusters cannot be made of at most so many different sets of active features."""
+    if k is not None and not 1 <= k <= most:
+        raise UserError(
+            "so many clusters cannot be made",
+            value=k,
+            rule=f"at least 1, and at most {most}: the different sets of active features",
+            fix="another clusters.k, or null: then it is chosen",
+        )
+
+
 # Grouping
 
 
@@ -193,13 +204,7 @@ def _group(matrix: Bools, k: int | None, rng: np.random.Generator) -> _Grouped:
     told = matrix.any(1)
     sets, row, counts = np.unique(matrix[told], axis=0, return_inverse=True, return_counts=True)
     row = row.reshape(-1)
-    if k is not None and not 1 <= k <= len(sets):
-        raise UserError(
-            "so many clusters cannot be made",
-            value=k,
-            rule=f"at least 1, and at most {len(sets)}: the different sets of active features",
-            fix="another clusters.k, or null: then it is chosen",
-        )
+    check_k(k, len(sets))
     cluster = np.full(len(matrix), WITHOUT, dtype=np.int64)
     similarity = np.full(len(matrix), math.nan)
     if not len(sets):

@@ -33,7 +33,7 @@ from taught.run.files import schema
 from taught.run.folder import RunFolder
 from taught.run.pieces import Prefixed
 from taught.stages.certify import write_certificates
-from taught.stages.concepts import concept_method_scores, run_concepts
+from taught.stages.concepts import check_concept_methods, concept_method_scores, run_concepts
 from taught.stages.ready import Ask, Ready, asks, method_of, prepare, read_data, token_texts, wanted_targets
 from taught.stages.subject import open_subject, prompt_inputs
 from taught.stats.ranks import spearman_interval
@@ -54,6 +54,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
     """
     progress = progress or SilentProgress()
     method_of(study).refuse()
+    check_concept_methods(study)
     data = read_data(study, progress)
     progress.step("load the model")
     subject = open_subject(study)

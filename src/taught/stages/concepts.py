@@ -6,7 +6,7 @@ answers, read at their response.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -180,21 +180,7 @@ def _saved(folder: Path, name: str) -> Concept:
 def concept_method_scores(
     study: Study, subject: Subject, run: RunFolder, inputs: Examples, concepts: Sequence[Read], progress: Progress
 ) -> list[Scores]:
-    """Values of every example for every concept by the study's ``attribution.concept_methods``.
-
-    Raises
-    ------
-    UserError
-        There are no concepts; a method lacks what it needs.
-    """
-    methods = study.attribution.concept_methods
-    if methods and not concepts:
-        raise UserError(
-            "methods for concepts are asked for, and there are no concepts",
-            value=", ".join(methods),
-            rule="they project activations on a concept's direction",
-            fix="add one: concepts: [{name: NAME, source: difference}]",
-        )
+    """Values of every example for every concept by the study's ``attribution.concept_methods``."""
     projector = _Projector(study, subject, run, inputs, [read.concept for read in concepts], progress)
     ids = tuple(z.id for z in inputs)
     names = tuple(TargetName("concept", read.name) for read in concepts)
@@ -206,8 +192,26 @@ def concept_method_scores(
             np.stack([getattr(projector, method.replace("-", "_"))()[n.about] for n in names], 1),
             influence=False,
         )
-        for method in methods
+        for method in study.attribution.concept_methods
     ]
+
+
+def check_concept_methods(study: Study) -> None:
+    """Raise a UserError where a method for concepts lacks a fine-tuned model, or a concept."""
+    spec = study.attribution
+    if "projection-difference-training" in spec.concept_methods and spec.checkpoint is None:
+        raise UserError(
+            "the difference that training made needs a fine-tuned model",
+            rule="activations of the fine-tuned model minus those of the base model",
+            fix="set attribution.checkpoint to its folder or hub id",
+        )
+    if spec.concept_methods and not study.concepts:
+        raise UserError(
+            "methods for concepts are asked for, and there are no concepts",
+            value=", ".join(spec.concept_methods),
+            rule="they project activations on a concept's direction",
+            fix="add one: concepts: [{name: NAME, source: difference}]",
+        )
 
 
 @dataclass(eq=False)
@@ -259,14 +263,7 @@ class _Projector:
 
     def projection_difference_training(self) -> dict[str, Floats]:
         """The fine-tuned model's projection minus the base model's."""
-        checkpoint = self.study.attribution.checkpoint
-        if checkpoint is None:
-            raise UserError(
-                "the difference that training made needs a fine-tuned model",
-                rule="activations of the fine-tuned model minus those of the base model",
-                fix="set attribution.checkpoint to its folder or hub id",
-            )
-        model = open_checkpoint(self.study, self.subject, checkpoint, None)
+        model = open_checkpoint(self.study, self.subject, str(self.study.attribution.checkpoint), None)
         after = self._read(model, self.inputs, "the examples by the fine-tuned model")
         return {name: after[name] - values for name, values in self.vector_filter().items()}
 
@@ -343,10 +340,7 @@ def check_concept(
     ----------
     labels : of the study's examples
     """
-    over = {prompt.group for prompt in prompts} if spec.read == "prompts" else set(labels)
-    if spec.group is not None and spec.group not in over:
-        rule, fix = "one of " + ", ".join(map(str, over)), "set its concept's group"
-        raise UserError("nothing is in this group", value=spec.group, rule=rule, fix=fix)
+    check_group(spec.group, [prompt.group for prompt in prompts] if spec.read == "prompts" else labels)
     if spec.path is not None:
         _require_fit(_saved(Path(spec.path), spec.name), subject)
         return
@@ -355,12 +349,20 @@ def check_concept(
     _, detail = _block(spec, kind, detail, subject)
     if kind == "feature":
         feature_direction(subject.required_sae, _shares(detail))
-    elif kind == "file" and len(file_direction(*_file_parts(detail))[0]) != subject.width:
-        raise UserError("the direction does not fit the model", value=spec.source, rule=f"width {subject.width}")
+    elif kind == "file":
+        _file_direction(detail, subject)
     if spec.examples is None:
         counts = [sum(prompt.group == side for prompt in prompts) for side in study.prompts.sides]
         if kind in ("difference", "probe"):
             check_folds(study.policy.folds, min(counts))
+
+
+def check_group(group: str | None, known: Iterable[str | None]) -> None:
+    """Raise a UserError where a concept's mean is over a group that no prompt or example is of."""
+    known = set(known)
+    if group is not None and group not in known:
+        rule, fix = "one of " + ", ".join(sorted(map(str, known))), "set its concept's group"
+        raise UserError("nothing is in this group", value=group, rule=rule, fix=fix)
 
 
 def load_answers(file: Path, study: Study, prompts: PromptSet, progress: Progress) -> ExampleSet:
@@ -436,16 +438,21 @@ def _direction(
             "sae": subject.required_sae.sha256(),
         }
     else:
-        v, origin = file_direction(*_file_parts(detail))
-    if len(v) != X.shape[1]:
+        v, origin = _file_direction(detail, subject)
+    card = quality_card(v, X, positive, bootstrap=study.policy.bootstrap, seed=study.policy.seed)
+    return v, card, origin
+
+
+def _file_direction(detail: str, subject: Subject) -> tuple[Floats, dict[str, Any]]:
+    v, origin = file_direction(*_file_parts(detail))
+    if len(v) != subject.width:
         raise UserError(
             "the direction does not fit the model",
             value=f"width {len(v)}",
-            rule=f"width {X.shape[1]}",
+            rule=f"width {subject.width}",
             fix="use a direction that was made on this model",
         )
-    card = quality_card(v, X, positive, bootstrap=study.policy.bootstrap, seed=study.policy.seed)
-    return v, card, origin
+    return v, origin
 
 
 def _method(spec: ConceptSpec, kind: str) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from taught.analysis.curate import RANKED, outcome
-from taught.analysis.curate import curate as decide
+from taught.analysis.curate import curate as by_rule
 from taught.core.registry import TRAJECTORIES
 from taught.data.examples import load_examples
 from taught.data.tables import read_rows
@@ -20,6 +20,7 @@ from taught.run.files import json_line, schema
 from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
 from taught.stages.scored import default_target, read_scores, run_targets
+from taught.stats.arrays import Floats
 from taught.study.schema import Study
 
 
@@ -32,42 +33,14 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
         Not a target of this run, or one that cannot be protected; what the rule refuses.
     """
     chosen = study.curation
-    labels = (study.examples.positive_label, study.examples.negative_label)
-    published = None not in labels and not (chosen.k or chosen.target or chosen.protect) and "score" in run_targets(run)
-    rule = chosen.rule or ("paper" if published else "top-k")
-    target = chosen.target or (default_target(run) if rule in RANKED else "score")
-    if rule not in RANKED:
-        if target != "score":
-            raise UserError(
-                "the published rule compares scores of a policy",
-                value=target,
-                rule="with --rule paper: score",
-                fix="for example: taught curate RUN --rule top-k --target behavior:GROUP",
-            )
-        if None in labels:
-            raise UserError(
-                "the published rule compares examples of two labels",
-                rule="examples.positive_label and examples.negative_label name them",
-                fix="set them in the study, or: taught curate RUN --rule top-k",
-            )
+    rule, target = rule_and_target(study, run_targets(run), default_target(run))
     with run.stage("curate", study):
         ranked = read_scores(run, [target], chosen.method)
         guard = None if chosen.protect is None else read_scores(run, [chosen.protect])
-        summary = run.read_table("summary", ["example_id", "label", "loss"])
-        k = (chosen.k or max(1, summary.num_rows // 10)) if rule in RANKED else None
-        decisions = decide(
-            summary["example_id"].to_pylist(),
-            summary["label"].to_pylist(),
-            ranked[target].tolist(),
-            rule=rule,
-            k=k,
-            target=target,
-            protect=chosen.protect,
-            protected=None if guard is None else guard[guard.targets[0]].tolist(),
-            slopes=_slopes(study, summary) if rule == "swap-k" else None,
-            positive_label=labels[0],
-            negative_label=labels[1],
-        )
+        summary = run.read_table("summary", ["example_id", "label", "loss"]).to_pydict()
+        ids, labels, losses = (summary[name] for name in ("example_id", "label", "loss"))
+        protected = None if guard is None else guard[guard.targets[0]]
+        k, decisions = decide(study, rule, target, ids, labels, losses, ranked[target], protected)
         run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
         found = outcome(decisions, k)._asdict()
         single = study.attribution.trajectory.make(TRAJECTORIES).single
@@ -87,11 +60,72 @@ _CURATION = schema(
 )
 
 
-def _slopes(study: Study, summary: pa.Table) -> list[float] | None:
-    """sigma(u) of every preference, of its loss softplus(u): 1 - exp(-loss); None for other examples."""
-    if study.examples.kind != "preference":
-        return None
-    return [-math.expm1(-loss) for loss in summary["loss"].to_pylist()]
+def rule_and_target(study: Study, targets: Sequence[str], default: str) -> tuple[str, str]:
+    """The rule of the study, and the target that it looks at.
+
+    Parameters
+    ----------
+    targets, default : those that the run answers, and the one that ranks its examples
+
+    Raises
+    ------
+    UserError
+        The published rule with another target than the score, or without its two labels.
+    """
+    chosen, labels = study.curation, (study.examples.positive_label, study.examples.negative_label)
+    published = None not in labels and not (chosen.k or chosen.target or chosen.protect) and "score" in targets
+    rule = chosen.rule or ("paper" if published else "top-k")
+    target = chosen.target or (default if rule in RANKED else "score")
+    if rule in RANKED:
+        return rule, target
+    if target != "score":
+        raise UserError(
+            "the published rule compares scores of a policy",
+            value=target,
+            rule="with --rule paper: score",
+            fix="for example: taught curate RUN --rule top-k --target behavior:GROUP",
+        )
+    if None in labels:
+        raise UserError(
+            "the published rule compares examples of two labels",
+            rule="examples.positive_label and examples.negative_label name them",
+            fix="set them in the study, or: taught curate RUN --rule top-k",
+        )
+    return rule, target
+
+
+def decide(
+    study: Study,
+    rule: str,
+    target: str,
+    example_ids: Sequence[str],
+    labels: Sequence[str | None],
+    losses: Sequence[float],
+    values: Floats,
+    protected: Floats | None,
+) -> tuple[int | None, list[dict[str, Any]]]:
+    """k and the decisions of :func:`taught.analysis.curate.curate`, which refuses what does not fit, by the study.
+
+    Parameters
+    ----------
+    losses : of preferences softplus(u), so that their slope sigma(u) is 1 - exp(-loss)
+    """
+    chosen = study.curation
+    k = (chosen.k or max(1, len(example_ids) // 10)) if rule in RANKED else None
+    exchanged = rule == "swap-k" and study.examples.kind == "preference"
+    return k, by_rule(
+        example_ids,
+        labels,
+        values.tolist(),
+        rule=rule,
+        k=k,
+        target=target,
+        protect=chosen.protect,
+        protected=None if protected is None else protected.tolist(),
+        slopes=[-math.expm1(-loss) for loss in losses] if exchanged else None,
+        positive_label=study.examples.positive_label,
+        negative_label=study.examples.negative_label,
+    )
 
 
 def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:

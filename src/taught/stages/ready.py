@@ -30,7 +30,7 @@ from taught.model.readout import ReadPrompt, read_prompts, read_residuals
 from taught.policy.ridge import choose_alpha, fit_policy
 from taught.progress import Progress
 from taught.run.folder import RunFolder
-from taught.stages.concepts import Read
+from taught.stages.concepts import Read, check_group
 from taught.stages.subject import Subject, open_checkpoint, prompt_inputs, select, study_examples, study_prompts
 from taught.study.schema import Study
 from taught.training.recipe import Recipe
@@ -305,33 +305,32 @@ def _concept_asks(
         found.append(Ask(problem, TargetSet.of(own, readings)))
         left = [n for n in left if n not in own or n.about == "*"]
     left = [n for n in left if n.about != "*"]
+    check_answered(left, [c.name for c in concepts])
+    return found
+
+
+def check_answered(left: Sequence[TargetName], concepts: Iterable[str]) -> None:
+    """Raise a UserError where targets are left that none of the concepts answers."""
     if left:
         raise UserError(
             "no concept of the study answers this",
             value=", ".join(map(str, left)),
-            rule="concepts: " + (", ".join(c.name for c in concepts) or "none"),
+            rule="concepts: " + (", ".join(concepts) or "none"),
             fix="add it under concepts; a contrast is of concepts that are read at one place",
         )
-    return found
 
 
 def _read_at(ready: Ready, where: str, over: str, group: str | None) -> list[ReadPrompt]:
     """The prompts, or the examples' responses, that a concept's mean is over."""
     if over == "responses":
         label = {example.id: example.label for example in ready.examples}
-        reads = response_reads([z for z in ready.inputs if group in (None, label[z.id])], where)
-        known = sorted({str(v) for v in label.values()})
-    else:
-        inside = {prompt.id for prompt in ready.data.prompts if group in (None, prompt.group)}
-        known = list(ready.readings.groups)
-        encoded = [e for e in ready.subject.encode(ready.data.prompts) if e.id in inside]
-        by_id = {p.id: p for p in prompt_inputs(encoded, where)}
-        reads = [by_id[i] for i in ready.readings.prompt_ids if i in by_id]
-    if not reads:
-        raise UserError(
-            "nothing is in this group", value=group, rule="one of " + ", ".join(known), fix="set its concept's group"
-        )
-    return reads
+        check_group(group, label.values())
+        return response_reads([z for z in ready.inputs if group in (None, label[z.id])], where)
+    check_group(group, ready.readings.groups)
+    inside = {prompt.id for prompt in ready.data.prompts if group in (None, prompt.group)}
+    encoded = [e for e in ready.subject.encode(ready.data.prompts) if e.id in inside]
+    by_id = {p.id: p for p in prompt_inputs(encoded, where)}
+    return [by_id[i] for i in ready.readings.prompt_ids if i in by_id]
 
 
 def token_texts(subject: Subject, example: Example) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from taught.analysis.curate import RANKED
+from taught.analysis.clusters import check_k
 from taught.core.estimator import Work
 from taught.core.example import Examples
 from taught.core.names import TargetName
@@ -27,8 +27,9 @@ from taught.errors import UserError
 from taught.features.label import load_labels
 from taught.policy.evaluate import check_sides
 from taught.policy.ridge import check_folds, fit_policy
-from taught.stages.concepts import check_concept
-from taught.stages.ready import method_of, readings_of, wanted_targets
+from taught.stages.concepts import check_concept, check_concept_methods
+from taught.stages.curate import decide, rule_and_target
+from taught.stages.ready import check_answered, method_of, readings_of, wanted_targets
 from taught.stages.subject import Subject
 from taught.study.schema import Study
 from taught.validation.score_tables import read_scores
@@ -40,13 +41,14 @@ class Trial:
 
     Attributes
     ----------
-    labels : of the examples that would be scored, in their order
+    inputs, labels : of the examples that would be scored, in their order
     refused : what the run would say
     """
 
     study: Study
     subject: Subject
     prompts: PromptSet
+    inputs: Examples
     labels: Sequence[str | None]
     refused: list[UserError]
 
@@ -68,8 +70,8 @@ def try_study(
     study: Study, subject: Subject, prompts: PromptSet, labels: Sequence[str | None], problem: Problem, inputs: Examples
 ) -> list[UserError]:
     """What the stages of a run would refuse of this study."""
-    trial = Trial(study, subject, prompts, labels, [])
-    _methods(trial, problem, inputs)
+    trial = Trial(study, subject, prompts, inputs, labels, [])
+    _methods(trial, problem)
     _policy(trial)
     for spec in study.concepts:
         trial.attempt(check_concept, study, subject, spec, prompts, labels)
@@ -80,8 +82,8 @@ def try_study(
     return trial.refused
 
 
-def _methods(trial: Trial, problem: Problem, inputs: Examples) -> None:
-    own, spec = method_of(trial.study), trial.study.attribution
+def _methods(trial: Trial, problem: Problem) -> None:
+    own = method_of(trial.study)
     trial.attempt(own.refuse)
     for name in trial.study.validation.methods:
         trial.attempt(lambda name=name: own.named(name).refuse())
@@ -91,18 +93,8 @@ def _methods(trial: Trial, problem: Problem, inputs: Examples) -> None:
         trial.refused.append(UserError("attribution.trajectory names no checkpoint", fix=fix))
     curvature = own.curvature.make(CURVATURES)
     if getattr(curvature, "moments", None) is not None:  # a file: reading it costs nothing beside a run
-        trial.attempt(curvature.fit, problem, inputs, Work())
-    if spec.concept_methods and not trial.study.concepts:
-        trial.refused.append(
-            UserError(
-                "methods for concepts are asked for, and there are no concepts",
-                value=", ".join(spec.concept_methods),
-                fix="add one: concepts: [{name: NAME, source: difference}]",
-            )
-        )
-    if "projection-difference-training" in spec.concept_methods and spec.checkpoint is None:
-        what, fix = "the difference that training made needs a fine-tuned model", "set attribution.checkpoint"
-        trial.refused.append(UserError(what, fix=fix))
+        trial.attempt(curvature.fit, problem, trial.inputs, Work())
+    trial.attempt(check_concept_methods, trial.study)
 
 
 def _policy(trial: Trial) -> None:
@@ -142,16 +134,13 @@ def _targets(trial: Trial) -> None:
     readings = _readings(trial, asked)
     names = [TargetName.parse(name) for name in wanted_targets(study, readings, concepts)]
     of_concepts = [name for name in names if any(kind_of(part).reads == "concepts" for part in name.parts)]
-    known = {f"concept:{name}" for name in concepts}
+    known = [f"concept:{name}" for name in concepts]
     for name in of_concepts:
         parts = [part for part in name.parts if kind_of(part).reads == "concepts"]
-        if stray := [str(part) for part in parts if part.about != "*" and str(part) not in known]:
-            rule = "concepts: " + (", ".join(concepts) or "none")
-            fix = "add it under concepts"
-            raise UserError("no concept of the study answers this", value=", ".join(stray), rule=rule, fix=fix)
+        check_answered([part for part in parts if part.about != "*" and str(part) not in known], concepts)
     others = [name for name in names if name not in of_concepts]
-    computed = {str(name) for name in (TargetSet.of(others, readings).names if others else ())} | known
-    computed |= {str(name) for name in of_concepts}
+    computed = [str(name) for name in (TargetSet.of(others, readings).names if others else ())]
+    computed += [*known, *map(str, of_concepts)]
     free = study.features.ids is None and any(name.kind == "coefficient" and name.about == "*" for name in names)
     later = {
         "curation.target": study.curation.target,
@@ -162,31 +151,14 @@ def _targets(trial: Trial) -> None:
     for key, wanted in later.items():
         if wanted is None or wanted in computed or (free and wanted.startswith("coefficient:")):
             continue
-        if not {str(part) for part in TargetName.parse(wanted).parts} <= computed:
+        if not {str(part) for part in TargetName.parse(wanted).parts} <= set(computed):
             rule = "one of those that the study asks for: " + ", ".join(sorted(computed)[:20])
             fix = f"correct {key}, or add it to attribution.targets"
             trial.refused.append(UserError(f"{key} is a target that is not computed", value=wanted, rule=rule, fix=fix))
-    _counts(trial)
-
-
-def _counts(trial: Trial) -> None:
-    """Numbers of examples that later stages name, and the labels of the published rule."""
-    study, examples = trial.study, len(trial.labels)
-    numbers = {"curation.k": study.curation.k, "clusters.k": None if study.clusters is None else study.clusters.k}
-    for key, k in numbers.items():
-        if k is not None and k > examples:
-            most, fix = f"at most {examples}, the examples that are scored", f"lower {key}"
-            trial.refused.append(UserError(f"{key} is more than there are examples", value=k, rule=most, fix=fix))
-    rule, target, protect = study.curation.rule, study.curation.target, study.curation.protect
-    if rule == "paper" and target not in (None, "score"):
-        fix = "set curation.rule to top-k, or leave out curation.target"
-        trial.refused.append(UserError("the published rule compares scores of a policy", value=target, fix=fix))
-    if protect is not None and (protect == target or (rule is not None and rule not in RANKED)):
-        fix = "name another target, or leave protect out"
-        trial.refused.append(UserError("this target cannot be protected", value=protect, fix=fix))
-    for key in ("positive_label", "negative_label") if rule == "paper" else ():
-        label = getattr(study.examples, key)
-        if label not in trial.labels:
-            known = "labels: " + ", ".join(sorted(set(map(str, trial.labels))))
-            what, fix = f"no example has the label examples.{key}", "set it, or use the rule top-k"
-            trial.refused.append(UserError(what, value=str(label), rule=known, fix=fix))
+    if study.clusters is not None:
+        trial.attempt(check_k, study.clusters.k, len(trial.inputs))
+    with trial.part():
+        rule, target = rule_and_target(study, computed, computed[0])
+        values = np.random.default_rng(0).uniform(size=len(trial.inputs))
+        protected, ids = None if study.curation.protect is None else values, [z.id for z in trial.inputs]
+        decide(study, rule, target, ids, trial.labels, values.tolist(), values, protected)
