@@ -11,12 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from taught.core.readings import Readings
 from taught.policy.ridge import Policy, fit_policy
 from tiny_models import (
+    BLOCK,
+    PREFIXES,
     PROMPT_IDS,
     moved,
     plain_gradient,
     plain_loss,
-    plain_read,
-    plain_y,
     tiny_examples,
     tiny_features,
     tiny_model,
@@ -29,15 +29,28 @@ GROUPS = ["a", "b", "a", "b", "b", "a"]
 
 
 class Readouts(torch.nn.Module):
-    """theta -> (h of every token of every prompt, y), by plain passes over single sequences."""
+    """theta -> (h of every token of every prompt, y), by plain passes over sequences of one length, unpadded."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self):
-        h = [plain_read(self.model, ids)[0] for ids in PROMPT_IDS]
-        return torch.cat(h), torch.stack([plain_y(self.model, ids) for ids in PROMPT_IDS])
+        sequences = [(*ids, *prefix) for ids in PROMPT_IDS for prefix in ((), *PREFIXES)]
+        found = {}
+        for length in sorted(set(map(len, sequences))):
+            rows = [ids for ids in sequences if len(ids) == length]
+            out = self.model(input_ids=torch.tensor(rows), output_hidden_states=True, use_cache=False)
+            logp = torch.log_softmax(out.logits, -1)
+            found |= dict(zip(rows, zip(out.hidden_states[BLOCK + 1], logp, strict=True), strict=True))
+        h, y = [found[ids][0] for ids in PROMPT_IDS], []
+        for ids in PROMPT_IDS:
+            terms = []
+            for prefix in PREFIXES:
+                logp = found[*ids, *prefix][1]
+                terms.append(sum(logp[len(ids) - 1 + j, token] for j, token in enumerate(prefix)))
+            y.append(torch.logsumexp(torch.stack(terms), 0))
+        return torch.cat(h), torch.stack(y)
 
 
 @cache
