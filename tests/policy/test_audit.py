@@ -85,7 +85,7 @@ def test_statistic_is_welchs_also_far_from_zero():
     rng = np.random.default_rng(0)
     y, category = rng.normal(size=40), np.repeat([0, 1, 2], [5, 10, 25])
     for offset, rtol in ((0.0, 1e-10), (1e7, 1e-6)):
-        _, t = _gaps_and_t(y + offset, category, np.bincount(category))
+        _, (t,) = _gaps_and_t(y[None] + offset, category, np.bincount(category))
         for c in range(3):
             inside, rest = y[category == c], y[category != c]
             expected = stats.ttest_ind(inside, rest, equal_var=False).statistic

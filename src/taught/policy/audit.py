@@ -33,6 +33,7 @@ from taught.stats.multiplicity import benjamini_hochberg
 
 LEVEL = 0.05  # false discovery rate at which a category is called uncovered
 TOP_FEATURES = 5
+_AT_ONCE = 100  # permutations in memory
 
 
 class _Group(NamedTuple):
@@ -104,12 +105,13 @@ def _rows(
 ) -> list[dict[str, Any]]:
     counts = np.bincount(group.category, minlength=len(group.names))
     means = np.bincount(group.category, group.y) / counts
-    gaps, t = _gaps_and_t(group.y, group.category, counts)
+    gaps, t = (values[0] for values in _gaps_and_t(group.y[None], group.category, counts))
     n = max(n_boot, 100 * len(group.names))
     at_least = np.zeros(len(counts))
     near = np.abs(t) * (1 - 1e-9)  # the same sum in another order is a tie, not a smaller value
-    for _ in range(n):  # the same permutations for all categories
-        at_least += np.abs(_gaps_and_t(rng.permutation(group.y), group.category, counts)[1]) >= near
+    for start in range(0, n, _AT_ONCE):  # the same permutations for all categories
+        some = np.stack([rng.permutation(group.y) for _ in range(min(_AT_ONCE, n - start))])
+        at_least += (np.abs(_gaps_and_t(some, group.category, counts)[1]) >= near).sum(0)
     lo, hi = middle(_bootstrap_gaps(group, counts, rng, n_boot))
     rows = []
     for c, name in enumerate(group.names):
@@ -124,15 +126,15 @@ def _rows(
 
 
 def _gaps_and_t(y: Floats, category: Ints, counts: Ints) -> tuple[Floats, Floats]:
-    """Gap and Welch's t of every category against the rest, from sums only."""
-    y = y - y.mean()  # sums of squares cancel badly far from 0
-    m, n = counts, len(y)
-    sums = np.bincount(category, y, minlength=len(counts))
-    squares = np.bincount(category, y**2, minlength=len(counts))
+    """Gap and Welch's t [B, C] of every category against the rest, for each row of y [B, N], from sums only."""
+    y = y - y.mean(1, keepdims=True)  # sums of squares cancel badly far from 0
+    m, (rows, n) = counts, y.shape
+    place = (category + len(m) * np.arange(rows)[:, None]).ravel()
+    sums, squares = (np.bincount(place, v.ravel(), rows * len(m)).reshape(rows, -1) for v in (y, y**2))
     with np.errstate(divide="ignore", invalid="ignore"):
-        inside, outside = sums / m, (sums.sum() - sums) / (n - m)
+        inside, outside = sums / m, (sums.sum(1, keepdims=True) - sums) / (n - m)
         v_in = (squares - m * inside**2) / (m - 1)
-        v_out = (squares.sum() - squares - (n - m) * outside**2) / (n - m - 1)
+        v_out = (squares.sum(1, keepdims=True) - squares - (n - m) * outside**2) / (n - m - 1)
         gap = inside - outside
         t = gap / np.sqrt(np.maximum(v_in, 0) / m + np.maximum(v_out, 0) / (n - m))
     # No spread on either side: any gap is infinitely many standard errors, no gap is none.
