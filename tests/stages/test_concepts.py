@@ -23,6 +23,7 @@ from taught.study.load import load_study
 from taught.study.schema import Study
 from tiny_study import do, values_of, with_values, write_tiny_study
 
+PROMPTS = 15  # of thirty: half the time
 METHODS = ("vector-filter", "projection-difference-response", "projection-difference-training")
 CONCEPTS = ({"name": "c1", "block": 1}, {"name": "c2", "block": 0})  # two places of the model
 
@@ -40,6 +41,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return with_values(
         study,
         {
+            "prompts.limit": PROMPTS,
             "concepts": of_difference(),
             "attribution.targets": ["concept:*"],
             "attribution.checkpoint": str(folder / "tuned"),
@@ -156,10 +158,10 @@ def test_the_study_s_estimator_is_used_and_each_place_has_read_outs_of_its_own(s
         a, b = (np.array(list(values_of(run, target).values())) for run in (found, wanted))
         assert np.abs(a - b).max() < 0.05 * np.abs(b).max()
     effects, ids = found.read_tensors("prompt_effects")
-    assert effects["dy"].shape == (8, 30) and len(ids["prompt_ids"]) == 30  # of all prompts, not of the group
+    assert effects["dy"].shape == (8, PROMPTS) and len(ids["prompt_ids"]) == PROMPTS  # of all, not of the group
     if estimator == "forward":
         effects, ids = found.read_tensors("feature_prompt_effects")
-        assert effects["dX"].shape == (8, 30, len(ids["feature_ids"]))
+        assert effects["dX"].shape == (8, PROMPTS, len(ids["feature_ids"]))
 
 
 def test_a_concept_can_come_first(scored):

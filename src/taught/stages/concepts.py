@@ -81,6 +81,9 @@ def concepts(study: Study, run: RunFolder, progress: Progress | None = None) -> 
     with run.stage("concepts", study, subject.identity) as stage:
         if stage.done:
             return
+        if any(spec.path is None for spec in study.concepts):
+            every = prompt_inputs(subject.encode(prompts), None)
+            settle_passes(subject.loaded.model, every, subject.behavior, progress=progress)
         made = [_made(study, subject, spec, prompts, progress) for spec in study.concepts]
         if made:
             run.write_tensors(
@@ -130,8 +133,6 @@ def _made(study: Study, subject: Subject, spec: ConceptSpec, prompts: PromptSet,
     require_place(position, spec.tokens)
     block, detail = _block(spec, kind, detail, subject)
     blocks = list(range(len(find_blocks(subject.loaded.model)))) if spec.sweep else [block]
-    some = prompt_inputs(subject.encode(prompts), position)
-    settle_passes(subject.loaded.model, some, subject.behavior, progress=progress)
     if spec.examples is None:
         H, positive = _read(study, subject, prompts, position, blocks, progress)
         data = {"prompts sha256": prompts.sha256, "groups": list(study.prompts.sides), "limit": study.prompts.limit}
