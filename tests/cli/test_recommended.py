@@ -46,7 +46,10 @@ def _filled(part: ast.AST) -> str:
 def commands() -> list[tuple[str, str]]:
     found = {}
     for file in sorted(SRC.rglob("*.py")):
-        for text in texts(ast.parse(file.read_text(encoding="utf-8"))):
+        content = file.read_text(encoding="utf-8")
+        if "taught " not in content:  # parsing all of them was a tenth of collecting the tests
+            continue
+        for text in texts(ast.parse(content)):
             for match in re.finditer(r"(?<![\w/.@:'-])taught (?=[a-z-])[^\n]*", text):
                 command = ENDS.split(match[0])[0].strip().rstrip(".,;:")
                 if command.split()[1] in {*app, *FORMER} and command not in NOT_TYPED:
@@ -68,11 +71,14 @@ FORMER = (
 )
 
 
+RECOMMENDED = commands()
+
+
 def test_there_are_some():
-    assert len(commands()) > 10
+    assert len(RECOMMENDED) > 10
 
 
-@pytest.mark.parametrize(("file", "command"), commands(), ids=lambda value: value.replace(" ", "_"))
+@pytest.mark.parametrize(("file", "command"), RECOMMENDED, ids=lambda value: value.replace(" ", "_"))
 def test_a_recommended_command_is_taken_by_the_command_line(file, command):
     words = [VALUES.get(word, word) for word in re.findall(r"'[^']*'|\S+", command)[1:]]
     app.parse_args(spelled_out([word.strip("'") for word in words if word]), exit_on_error=False, print_error=False)

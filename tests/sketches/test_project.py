@@ -163,15 +163,18 @@ def test_inner_products_of_sketches_are_unbiased_and_as_noisy_as_stated() -> Non
     grads = [plain_gradient(model, plain_loss(model, example)) for example in examples]
     flat = torch.stack([torch.cat([g.flatten() for g in one.values()]) for one in grads])
     exact = flat @ flat.T
+    stated = ((exact.diag()[:, None] * exact.diag() + exact**2) / DIM).sqrt()
+    a, b = torch.triu_indices(len(examples), len(examples), offset=1)
     found = []
-    for seed in range(300):
-        (part,) = example_sketches(problem, Projection(model, DIM, seed), examples[:2])
-        found.append(part.values[part.index.index(0)] @ part.values[part.index.index(1)])
-    values = torch.stack(found)
-    error = values.std() / 300**0.5
-    assert abs(values.mean() - exact[0, 1]) < 3.5 * error
-    stated = ((exact[0, 0] * exact[1, 1] + exact[0, 1] ** 2) / DIM) ** 0.5
-    assert 0.8 < values.std() / stated < 2.0  # R adds to it on a model of three layers
+    for seed in range(100):
+        sketched = torch.zeros(len(examples), DIM, dtype=torch.float64)
+        for part in example_sketches(problem, Projection(model, DIM, seed), examples):
+            sketched[list(part.index)] = part.values
+        found.append(((sketched @ sketched.T - exact) / stated)[a, b])
+    off = torch.stack(found)  # [draws, pairs of examples]
+    mean = off.mean(1)
+    assert abs(mean.mean()) < 3.5 * mean.std() / len(found) ** 0.5
+    assert 0.8 < off.pow(2).mean().sqrt() < 2.0  # R adds to it on a model of three layers
 
 
 def test_weights_and_hooks_are_as_before() -> None:
