@@ -83,8 +83,8 @@ def test_contract_is_the_inner_product_with_each_query(name: str, count: int, fe
     monkeypatch.setattr(gradients, "_FEWEST", 2)
     model, examples = tiny_model(name), tiny_examples()
     built = []
-    real = gradients._gradient
-    monkeypatch.setattr(gradients, "_gradient", lambda d, a: built.append(1) or real(d, a))
+    real = gradients._gradients
+    monkeypatch.setattr(gradients, "_gradients", lambda d, a: built.append(1) or real(d, a))
     grads = explicit(model, examples)
     index, factors = factors_of(model, examples)
     for param, uses in factors.items():

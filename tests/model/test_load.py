@@ -294,7 +294,7 @@ def test_a_model_that_cannot_be_read_is_refused_with_the_true_cause(tmp_path, co
 )
 def test_whatever_a_library_raises_is_said(tmp_path, monkeypatch, error, message):
     save_tiny(tmp_path / "m")
-    monkeypatch.setattr(load, "_load_tokenizer", raising(error))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", raising(error))
     with pytest.raises(UserError, match=message):
         load_model(str(tmp_path / "m"))
 
@@ -432,7 +432,7 @@ def test_model_and_tokenizer_of_a_hub_id_are_of_one_commit_which_identifies_them
         return load_at
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr(load, "_load_tokenizer", read(tokenizer))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", read(tokenizer))
     monkeypatch.setattr(load, "_load_weights", read(saved))
     loaded = load_model("org/name", revision="main")
     assert asked == [("org/name", "config.json", "main"), ("org/name", "c0ffee"), ("org/name", "c0ffee")]

@@ -232,7 +232,9 @@ def checkpointed(
     """
     with _from_last_block(model) as (inputs, calls, ends), tap(model, sites.outside) as taps:
         found = values()
-        front = _in_front(sites) or any(not out.requires_grad for *_, out in taps.seen)
+        # Whether parameters move that may be used before the blocks.
+        front = any(site.kind in ("embedding", "whole") for site in sites.outside)
+        front = front or any(not out.requires_grad for *_, out in taps.seen)
         factors, (grad,) = taps.factors_and(found.sum(), ends, training=training, rows=rows)
     below = 0 if front else sites.lowest
     kept = Trace((), inputs[below:], calls[below:], grad, grad, rows)
@@ -261,11 +263,6 @@ def _parts(
 
 class _Reached(Exception):
     """Raised in a hook where the rest of a forward pass is not needed."""
-
-
-def _in_front(sites: BlockSites) -> bool:
-    """Whether parameters move that may be used before the blocks, besides those of modules that are seen there."""
-    return any(site.kind in ("embedding", "whole") for site in sites.outside)
 
 
 @contextmanager

@@ -561,14 +561,15 @@ def contract(factor: Factor, query: Query) -> Tensor:
         return torch.stack(per_query, 1)
     flat = query.flatten(1)
     step = max(_FEWEST, _FEW // flat.shape[1])
-    return torch.cat([product(_gradient(d[b : b + step], a[b : b + step]), flat) for b in range(0, len(d), step)])
+    some = ((d[start : start + step], a[start : start + step]) for start in range(0, len(d), step))
+    return torch.cat([product(_gradients(*own).flatten(1), flat) for own in some])
 
 
-def _gradient(d: Tensor, a: Tensor) -> Tensor:
-    """Per-example gradients of one linear layer, flattened: [B, out * in]."""
+def _gradients(d: Tensor, a: Tensor) -> Tensor:
+    """Per-example gradients of one linear layer: [B, out, in]."""
     out = d.new_empty(len(d), d.shape[-1], a.shape[-1])
     outer_products(d, a, out)
-    return out.flatten(1)
+    return out
 
 
 def accumulate(factor: Factor, total: Query, weight: float = 1.0) -> None:
@@ -632,9 +633,7 @@ def _scaled_dot(f: Factor, g: Factor, scale: Tensor, room: int) -> Tensor:
     for start in range(0, len(f.d), step):
         some = f.examples(slice(start, start + step))
         assert some.a is not None
-        built = some.d.new_empty(len(some.d), *scale.shape)
-        outer_products(some.d, some.a, built)
-        rows.append(contract(g, built.mul_(scale)).T)
+        rows.append(contract(g, _gradients(some.d, some.a).mul_(scale)).T)
     return torch.cat(rows)
 
 

@@ -115,6 +115,8 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError("unknown dtype", value=dtype, rule="one of " + ", ".join(DTYPES), fix="set model.dtype")
+    from transformers import AutoTokenizer
+
     from taught.model.adapter import add_adapter
     from taught.model.kernels import use_fast_products
 
@@ -130,7 +132,7 @@ def load_model(
                 fix="check the path of --chat-template",
             ) from error
     source = _locate(str(model_id), revision)
-    tokenizer = _read(_load_tokenizer, source)
+    tokenizer = _read(partial(AutoTokenizer.from_pretrained, trust_remote_code=False), source)
     if template is not None:
         tokenizer.chat_template = template
     if not getattr(tokenizer, "chat_template", None):
@@ -150,12 +152,6 @@ def load_model(
         model, moving, weights["adapter"] = add_adapter(model, adapter, adapter_revision)
         use_fast_products(model)
     return LoadedModel(model, tokenizer, str(model_id), source.commit or revision, weights, moving)
-
-
-def _load_tokenizer(name: str, **how: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **how)
 
 
 def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:

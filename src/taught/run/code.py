@@ -33,7 +33,8 @@ def code_digest(modules: Iterable[str] | None = None) -> str:
         found = {file for name in _reached(frozenset(modules)) if (file := _file(name)) is not None}
     digest = hashlib.sha256()
     for file in sorted(found):
-        digest.update(_named(file).encode() + b"\0" + _content(file) + b"\0")
+        name = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.name
+        digest.update(name.encode() + b"\0" + _content(file) + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -86,7 +87,3 @@ def _file(module: str) -> Path | None:
 @cache
 def _content(file: Path) -> bytes:
     return file.read_bytes()
-
-
-def _named(file: Path) -> str:
-    return file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.name

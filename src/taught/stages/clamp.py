@@ -58,7 +58,8 @@ def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> Non
         fitted = run_readings(run).policy
         if fitted is None:
             raise UserError("there is no policy to check", rule="it needs an SAE", fix="pass --set sae.path=FOLDER")
-        inputs = _inputs(study, subject, fitted)
+        encoded = {e.id: e for e in subject.encode(study_prompts(study))}
+        inputs = prompt_inputs([encoded[i] for i in fitted.prompt_ids], study.readout.position)
         settle_passes(subject.loaded.model, inputs, subject.behavior)
         progress.step("clamp features", fitted.d)
         measured = []
@@ -76,12 +77,6 @@ def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> Non
             measured.append(found)
             progress.advance(1)
         _write(run, study, fitted, measured, spec)
-
-
-def _inputs(study: Study, subject: Subject, fitted: Policy) -> list[ReadPrompt]:
-    """Token inputs in the policy's order of prompts."""
-    encoded = {e.id: e for e in subject.encode(study_prompts(study))}
-    return prompt_inputs([encoded[i] for i in fitted.prompt_ids], study.readout.position)
 
 
 def _chosen(fitted: Policy, column: int, prompts: int, seed: int) -> list[int]:

@@ -660,7 +660,8 @@ class Study:
         def resolve(key: str, path: str, kind: str) -> str:
             if not where(key):
                 return path
-            candidate = _absolute(path, base)
+            # Not Path.resolve: a linked file keeps the name that the user gave it.
+            candidate = Path(os.path.abspath(base / os.path.expanduser(path)))
             # What looks like a path or is a folder beside the file is a folder; else it is a hub id.
             local = path.startswith(("./", "../", "/", "~")) or path in (".", "..") or os.path.isdir(candidate)
             return path if kind == "hub" and not local else str(candidate)
@@ -823,8 +824,3 @@ def _checked(key: str, rule: Rule, value: object) -> Any:
         if key.split(".")[0] in error.what:
             raise
         raise UserError(f"{key}: {error.what}", value=error.value, rule=error.rule, fix=error.fix) from None
-
-
-def _absolute(value: str, base: Path) -> Path:
-    # Not Path.resolve: a linked file keeps the name that the user gave it.
-    return Path(os.path.abspath(base / os.path.expanduser(value)))
