@@ -138,19 +138,27 @@ def test_losses_are_those_of_the_base_model() -> None:
 # Through the stages
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A study with its policy, and two checkpoints of its model: ``early`` and ``late``."""
-    study = load_study(write_tiny_study(tmp_path))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of few prompts with its policy, and two checkpoints of its model: ``early`` and ``late``."""
+    file = write_tiny_study(tmp_path_factory.mktemp("made") / "study")
+    file.write_text(file.read_text().replace("prompts.jsonl,", "prompts.jsonl, limit: 12,"))
+    folder, study = file.parent, load_study(file)
     for number, name in enumerate(("early", "late")):
-        shutil.copytree(tmp_path / "model", tmp_path / name)
-        weights = load_file(tmp_path / name / "model.safetensors")
+        shutil.copytree(folder / "model", folder / name)
+        weights = load_file(folder / name / "model.safetensors")
         gen = torch.Generator().manual_seed(number)
         moved = {n: w + 0.05 * torch.randn(w.shape, generator=gen) for n, w in weights.items()}
-        save_file(moved, tmp_path / name / "model.safetensors", {"format": "pt"})
+        save_file(moved, folder / name / "model.safetensors", {"format": "pt"})
     for stage in (readings, policy):
-        stage(study, RunFolder(tmp_path / "base"))
-    return tmp_path
+        stage(study, RunFolder(folder / "base"))
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(made, tmp_path / "study")
 
 
 def study_with(folder: Path, *some: dict[str, Any], **changes: Any) -> Study:
