@@ -49,12 +49,12 @@ def _reached(modules: frozenset[str]) -> frozenset[str]:
 
 @cache
 def _imports(module: str) -> frozenset[str]:
-    """Modules of this package that a module imports and that compute."""
+    """Modules of this package that a module imports and that compute: of the stages not their list."""
     file = _file(module)
     if file is None or not module.startswith("taught."):
         return frozenset()
-    names = _names(ast.parse(_content(file)))
-    return frozenset(name for name in names if not _apart(name) and _file(name) is not None)
+    names = {name for name in _names(ast.parse(_content(file))) if _file(name) is not None}
+    return frozenset(n for n in names if n.split(".")[1] not in _APART or n.startswith("taught.stages."))
 
 
 def _names(node: ast.AST) -> Iterator[str]:
@@ -67,12 +67,6 @@ def _names(node: ast.AST) -> Iterator[str]:
             yield str(child.module)
             yield from (f"{child.module}.{alias.name}" for alias in child.names)
         yield from _names(child)
-
-
-def _apart(module: str) -> bool:
-    """Whether a module computes nothing; a stage's own module does, the list of stages does not."""
-    package, _, rest = module.removeprefix("taught.").partition(".")
-    return package in _APART and not (package == "stages" and rest)
 
 
 @cache
