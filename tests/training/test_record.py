@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import taught
@@ -214,9 +214,13 @@ def test_segments_of_a_recorded_run_are_those_of_the_same_run_by_the_recipe(tmp_
     lr = {"adamw": 0.01, "sgd": 0.1}[optimizer]
     spec = ValidationSpec(optimizer=optimizer, lr=lr, epochs=6, batch=4, max_grad_norm=1.0, schedule="linear")
     arguments = {"optim": "adamw_torch"} if optimizer == "adamw" else {"optim": "sgd", "optim_args": "momentum=0.5"}
+    model = model32()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in FEW)
     folder = record(
         tmp_path,
-        examples=LONG,
+        model,
+        LONG,
         states={"checkpoints": 4},
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
@@ -227,9 +231,11 @@ def test_segments_of_a_recorded_run_are_those_of_the_same_run_by_the_recipe(tmp_
         **arguments,
     )
     recipe = replace(Recipe.of(spec), momentum=0.5 if optimizer == "sgd" else 0.0)
-    found = scores(folder, examples=LONG, problem=problem32(), segments=2)
+    found = scores(folder, examples=LONG, segments=2)
     method = Method(trajectory=Choice("segments", {"segments": 2, "checkpoints": 2}))
-    own = driver.scores(problem32(recipe=recipe), LONG, TargetSet.of(["behavior:a"], behaviors()), method, Work())
+    own = driver.scores(
+        problem32(recipe=recipe, parameters=FEW), LONG, TargetSet.of(["behavior:a"], behaviors()), method, Work()
+    )
     close(found.values, own.values, 2e-3)
 
 
@@ -250,18 +256,16 @@ def test_examples_count_as_the_run_weighed_them(tmp_path) -> None:
     close(scores(slow, segments=1).values[:, 0], base * counts / counts.sum() * total, 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["segments", "checkpoints"])
-def test_tokens_that_a_template_writes_behind_a_turn_and_other_scored_ones_are_the_run_s(tmp_path, kind) -> None:
+def test_tokens_that_a_template_writes_behind_a_turn_and_other_scored_ones_are_the_run_s(tmp_path) -> None:
     longer = [conversation(z.id, (*z.ids, 11, 12), range(1, len(z.ids) + 2)) for z in tiny_examples()]
     folder = record(tmp_path, examples=longer, states={"checkpoints": 1})
-    more = {"segments": 1} if kind == "segments" else {}
     noted = Noted()
-    found = scores(folder, kind, work=Work(noted), **more)
-    np.testing.assert_array_equal(found.values, scores(folder, kind, longer, **more).values)
+    found = scores(folder, "checkpoints", work=Work(noted))
+    np.testing.assert_array_equal(found.values, scores(folder, "checkpoints", longer).values)
     assert any("4 examples with other tokens" in text for text in noted.notes)
     far = [conversation(z.id, (*z.ids, 11, 12, 13, 14, 15), range(1, len(z.ids))) for z in tiny_examples()]
     with pytest.raises(UserError, match=r"not the study's examples(.|\n)*never seen: z0, z1, z2, z3"):
-        scores(record(tmp_path, examples=far, to="far"), kind, **more)
+        scores(record(tmp_path, examples=far, to="far"), segments=1)
 
 
 def test_an_adapter_s_run_is_followed_from_the_adapter_before_training(tmp_path) -> None:
@@ -487,6 +491,40 @@ def test_missing_moments_and_segments_without_a_state_are_refused_and_the_fix_wo
 def test_checkpoints_are_named_once(run) -> None:
     with pytest.raises(UserError, match="named twice"):
         scores(run, "checkpoints", checkpoints=[{"id": "x", "lr": 1.0}])
+
+
+def edited(folder, change):
+    record = json.loads((folder / "record.json").read_text())
+    change(record)
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+def changed(folder, name, change):
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda run: edited(run, lambda r: r.pop("optimizer")), "damaged"),
+        (lambda run: edited(run, lambda r: r["parameters"][FEW[0]].update(dtype="floaty")), "damaged"),
+        (lambda run: edited(run, lambda r: r.update(states=[99])), "damaged"),
+        (lambda run: edited(run, lambda r: r.update(states=[])), "no state"),
+        (lambda run: changed(run, "step-1.safetensors", lambda t: t.pop(FEW[0])), "damaged"),
+        (lambda run: changed(run, "step-1.safetensors", lambda t: t.update({FEW[0]: t[FEW[0]][:1]})), "damaged"),
+        (lambda run: changed(run, "step-6.safetensors", lambda t: t[FEW[0]].fill_(float("nan"))), "diverged"),
+        (lambda run: changed(run, "steps.safetensors", lambda t: t["rows"].add_(99)), "damaged"),
+        (lambda run: changed(run, "steps.safetensors", lambda t: t.pop("tokens")), "damaged"),
+        (lambda run: (run / "step-1.moments.safetensors").unlink(), "damaged"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path, run, damage, words) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    damage(tmp_path / "run")
+    with pytest.raises(UserError, match=words):
+        scores(tmp_path / "run", segments=1)
 
 
 def test_a_newer_format_is_refused(tmp_path, run) -> None:

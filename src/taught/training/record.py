@@ -303,7 +303,10 @@ class Record(TrainerCallback):
             names = {id(p): name for name, p in self._moving.items()}
             ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
             found = moments_from_optimizer(optimizer.state_dict(), ordered)
-            self._save(moments_file(made - 1), {f"{name}.exp_avg_sq": v for name, v in found.items()})
+            second = {
+                name: found.get(name, torch.zeros_like(p)) for name, p in self._moving.items()
+            }  # 0: no gradient yet
+            self._save(moments_file(made - 1), {f"{name}.exp_avg_sq": v for name, v in second.items()})
         self._log.add(self._lr, self._scale, self._step)
         self._step = []
 

@@ -7,7 +7,9 @@ steps, stands in the place of 1 / N where a run weighs sequences by their tokens
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +70,6 @@ class Recorded:
         try:
             record = files.read_json_mapping(path / RECORD)
             newer = int(record["format"]) > FORMAT
-            fine = {"finished", "steps", "states", "moments", "optimizer", "precision", "parameters"} <= record.keys()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 "this is no recorded run",
@@ -83,7 +84,7 @@ class Recorded:
                 rule=f"at most {FORMAT}",
                 fix="update taught",
             )
-        if not fine:
+        if not _whole(record):
             raise _damaged(path / RECORD)
         if not record["finished"]:
             raise UserError(
@@ -134,7 +135,10 @@ class Recorded:
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """``steps.safetensors``."""
-        return {name: tensor.numpy() for name, tensor in self._read(STEPS).items()}
+        found = {name: tensor.numpy() for name, tensor in self._read(STEPS).items()}
+        if not _fitting(found, self.steps):
+            raise _damaged(self.folder / STEPS)
+        return found
 
     @property
     def lrs(self) -> np.ndarray:
@@ -154,14 +158,28 @@ class Recorded:
         return tuple(row.tobytes().hex() for row in self.arrays["sequences"])
 
     def load(self, step: int) -> State:
-        """The weights after so many steps, and the second moments where there are some."""
+        """The weights after so many steps, and the second moments where there are some.
+
+        Raises
+        ------
+        UserError
+            A file is missing or damaged; weights are not finite.
+        """
         parts = {"weights": self._read(weights_file(step)), "second": {}}
         if self.record["moments"] and step in self.states:
             moments = self._read(moments_file(step))
             parts["second"] = {name.removesuffix(_SUFFIX): v for name, v in moments.items()}
-        absent = [name for name in self.moving if name not in parts["weights"]]
-        if absent:
-            raise _damaged(self.folder / weights_file(step))
+        for of, file in (("weights", weights_file(step)), ("second", moments_file(step))):
+            shapes = {name: list(t.shape) for name, t in parts[of].items()}
+            if shapes and shapes != {name: self.record["parameters"][name]["shape"] for name in self.moving}:
+                raise _damaged(self.folder / file)
+        if not all(bool(w.isfinite().all()) for w in parts["weights"].values()):
+            raise UserError(
+                "the recorded run diverged: weights are not finite",
+                value=str(self.folder / weights_file(step)),
+                rule="weights stay finite numbers",
+                fix="train at a lower rate, or with max_grad_norm",
+            )
         return State(step, parts)
 
     def parameters(self, problem: Problem) -> tuple[str, ...]:
@@ -315,9 +333,59 @@ def _scaled(example: Example, by: float) -> Example:
 def _digest_as(p: nn.Parameter, dtype: str) -> str:
     """The digest of a parameter in a precision; of none where it holds fewer digits than that."""
     kind = getattr(torch, dtype)
-    if kind.is_floating_point and torch.finfo(p.dtype).eps > torch.finfo(kind).eps:
+    both = p.is_floating_point() and kind.is_floating_point
+    if p.dtype != kind and not (both and torch.finfo(p.dtype).eps <= torch.finfo(kind).eps):
         return ""
     return tensor_digest(p.detach().to(kind))
+
+
+def _whole(record: Mapping[str, Any]) -> bool:
+    """Whether ``record.json`` says all that is read of it."""
+    try:
+        rule, steps = record["optimizer"], record["steps"]
+        numbers = [rule["momentum"], rule["dampening"]] if rule["kind"] == "sgd" else [rule["eps"], *rule["betas"]]
+        moving = {name for name, own in record["parameters"].items() if own["moves"] is True}
+        return (
+            isinstance(record["finished"], bool)
+            and isinstance(record["moments"], bool)
+            and isinstance(record["precision"], str)
+            and isinstance(steps, int)
+            and all(isinstance(step, int) and 0 <= step < max(steps, 1) for step in record["states"])
+            and rule["kind"] in ("adamw", "adam", "sgd")
+            and all(math.isfinite(float(n)) for n in (*numbers, *rule["decay"].values()))
+            and bool(moving)
+            and moving == rule["decay"].keys()
+            and all(
+                isinstance(getattr(torch, own["dtype"]), torch.dtype)
+                and isinstance(own["sha256"], str)
+                and own["shape"]
+                for own in record["parameters"].values()
+            )
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+
+
+def _fitting(arrays: Mapping[str, np.ndarray], steps: int) -> bool:
+    """Whether the arrays of ``steps.safetensors`` are there and fit one another."""
+    try:
+        sequences, rows, tokens = (len(arrays[name]) for name in ("sequences", "rows", "tokens"))
+        return (
+            len(arrays["lr"]) == len(arrays["scale"]) == steps
+            and len(arrays["shares"]) == rows
+            and len(arrays["scored"]) == tokens
+            and _bounds(arrays["offsets"], steps, rows)
+            and _bounds(arrays["starts"], sequences, tokens)
+            and bool(((arrays["rows"] >= 0) & (arrays["rows"] < sequences)).all())
+            and all(np.isfinite(arrays[name]).all() for name in ("lr", "scale", "shares"))
+        )
+    except (KeyError, TypeError, IndexError, ValueError):
+        return False
+
+
+def _bounds(ends: np.ndarray, parts: int, whole: int) -> bool:
+    """Whether these are where so many parts of a whole begin, and its end."""
+    return len(ends) == parts + 1 and ends[0] == 0 and ends[-1] == whole and bool((np.diff(ends) >= 0).all())
 
 
 def tensor_digest(tensor: Tensor) -> str:
