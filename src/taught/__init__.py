@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from taught.run.folder import RunFolder
     from taught.study.load import load_study
     from taught.study.schema import Study
+    from taught.training.record import Record
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOME = {
     "Scores": "taught.core.scores",
     "TargetName": "taught.core.names",
     "influence": "taught.api",
+    "Record": "taught.training.record",
     "RunFolder": "taught.run.folder",
     "Study": "taught.study.schema",
     "UserError": "taught.errors",
@@ -41,6 +43,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Record",
     "RunFolder",
     "Scores",
     "Study",

@@ -340,6 +340,31 @@ def test_layers_without_a_gradient_or_with_one_that_is_not_finite_are_refused() 
         curved(tiny_problem(model), tiny_examples())
 
 
+def test_several_places_have_one_basis_and_the_mean_of_their_squares() -> None:
+    name, model = "model.layers.1.mlp.up_proj.weight", tiny_model("untied")
+    module = model.get_submodule(name.removesuffix(".weight"))
+    weights = [tiny_model("untied", seed=seed).state_dict() for seed in (0, 5)]
+    places = [lambda own=own: model.load_state_dict(own) for own in weights]
+    found = fit_ekfac(tiny_problem(model, parameters=(name,)), tiny_examples(), places=places)
+    rows, columns = found.basis[name]
+    squares, total = 0.0, 0.0
+    for enter in places:
+        enter()
+        for example in tiny_examples():
+            seen = []
+            handle = module.register_forward_pre_hook(lambda m, a, s=seen: s.append(a[0].detach()[0, :-1]))
+            value = sampled(model, example)  # its first pass is the plain one; labels are drawn in another
+            handle.remove()
+            squares = squares + seen[0].T @ seen[0]
+            total = total + (rows.T @ plain_gradient(model, value)[name] @ columns) ** 2
+    close(found.eigenvalues[name], total / (2 * len(tiny_examples())))
+    inside = columns.T @ squares @ columns
+    close(inside.diagonal().diag(), inside, 1e-9)
+    once = fit_ekfac(tiny_problem(model, parameters=(name,)), tiny_examples())
+    twice = fit_ekfac(tiny_problem(model, parameters=(name,)), tiny_examples(), places=[lambda: None] * 2)
+    torch.testing.assert_close(once.eigenvalues[name], twice.eigenvalues[name], rtol=1e-6, atol=1e-9)
+
+
 def test_a_preference_has_the_gauss_newton_matrix_of_its_one_output() -> None:
     # f'' = beta^2 sigma(u) sigma(-u) with u = beta (s + reference), gradients of s by autograd; no label is drawn.
     model, examples = model_of("untied"), tiny_preferences()

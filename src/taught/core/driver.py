@@ -89,6 +89,8 @@ def scores(problem: Problem, examples: Examples, targets: TargetSet, method: Met
     estimator: Estimator = method.estimator.make(ESTIMATORS)
     trajectory: Trajectory | Follows = method.trajectory.make(TRAJECTORIES)
     curvature: Curvature = method.curvature.make(CURVATURES)
+    if (seen := getattr(trajectory, "seen", None)) is not None:
+        examples = seen(problem, examples, work)
     if isinstance(trajectory, Follows):
         followed = trajectory.follow(problem, examples, targets, work)
         refuse_nonfinite(examples, range(len(examples)), torch.from_numpy(followed.values), "derivative")

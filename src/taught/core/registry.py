@@ -188,6 +188,7 @@ TRAJECTORIES: Registry[Any] = Registry(
         "base": "taught.core.trajectory",
         "checkpoints": "taught.trajectories.checkpoints",
         "steps": "taught.trajectories.steps",
+        "segments": "taught.trajectories.segments",
     },
 )
 ESTIMATORS: Registry[Any] = Registry(

@@ -49,6 +49,12 @@ class Trajectory(Protocol):
     ----------
     single : whether there is one leg alone, at the base weights
     carries : whether legs are given queries (:meth:`carry`), which only some estimators take
+
+    Notes
+    -----
+    One that rests on a run of its own may have ``seen(problem, examples, work)``: the examples as that run saw them. It
+    raises a UserError where the run is of another model or of other examples. It is called before anything is
+    computed, and by ``taught check``.
     """
 
     single: bool

@@ -26,7 +26,7 @@ models, damping 0.1); Kunstner et al., arXiv 1905.12558 (why labels are drawn).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -85,6 +85,7 @@ class Ekfac:
         """
         work.progress.step("curvature of the loss", 2 * len(examples))
         found = fit_ekfac(problem, examples, seed=self.seed, progress=work.progress)
+        refuse_flat(found)
         moving = moving_parameters(problem.model, problem.parameters)
         work.progress.note(
             f"EK-FAC: {len(found.eigenvalues)} linear layers of the blocks move, "
@@ -140,23 +141,53 @@ def curved_layers(model: nn.Module, parameters: Sequence[str] | None = None) -> 
     return found
 
 
-def fit_ekfac(problem: Problem, examples: Examples, *, seed: int = 0, progress: Progress | None = None) -> Layers:
+def fit_ekfac(
+    problem: Problem,
+    examples: Examples,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    places: Sequence[Callable[[], object]] = (),
+) -> Layers:
     """The curvature at the model's weights, from the tokens of the examples.
 
-    Cost: three forward passes over the examples and two backward ones, every example's gradient built once, two
-    eigendecompositions a layer. Memory: the squares of both sides of every layer, one number a weight, and one batch.
+    Parameters
+    ----------
+    places : each puts some weights into the model, and the curvature is the mean over these weights: A and S are
+        summed over all of them, Lambda is averaged in the basis that they have in common. None: the weights as they are
+
+    Notes
+    -----
+    Cost of a place: three forward passes over the examples and two backward ones, every example's gradient built once;
+    two eigendecompositions a layer. Memory: the squares of both sides of every layer, one number a weight, and one
+    batch. A layer that no example's gradient reaches has eigenvalues of zero (:func:`refuse_flat`).
     """
     names = curved_layers(problem.model, problem.parameters)
     problem = replace(problem, parameters=names)
+    places, draws = places or (lambda: None,), []
     with frozen(problem.model):
-        drawn = [draw(problem.model, batch, examples, seed) for batch in batch_examples(examples, problem.batch_tokens)]
-        basis = _bases(problem, examples, drawn, progress)
+        squares = _no_squares(problem)
+        for enter in places:
+            enter()
+            draws.append(
+                [draw(problem.model, batch, examples, seed) for batch in batch_examples(examples, problem.batch_tokens)]
+            )
+            _add_sides(problem, examples, draws[-1], squares, progress)
+        basis = _bases(squares)
         totals = {name: rows.new_zeros(len(rows), len(columns)) for name, (rows, columns) in basis.items()}
         metric = Metric(basis=basis)
-        for _, factors in _gradients(problem, examples, drawn, progress):
-            for name, uses in factors.items():
-                add_squares([metric.rotated(use) for use in uses], totals[name])
-    flat = [name for name, total in totals.items() if not total.sum() > 0]
+        for enter, drawn in zip(places, draws, strict=True):
+            enter()
+            for _, factors in _gradients(problem, examples, drawn, progress):
+                for name, uses in factors.items():
+                    add_squares([metric.rotated(use) for use in uses], totals[name])
+    count = len(examples) * len(places)
+    return Layers(basis, {name: total.div_(count) for name, total in totals.items()})
+
+
+def refuse_flat(found: Layers) -> None:
+    """Raise a UserError with the layers whose curvature is zero: there is nothing to divide by."""
+    flat = [name for name, values in found.eigenvalues.items() if not values.sum() > 0]
     if flat:
         raise UserError(
             "the curvature of some layers is zero",
@@ -164,7 +195,6 @@ def fit_ekfac(problem: Problem, examples: Examples, *, seed: int = 0, progress: 
             rule="the examples' gradients reach every layer that moves",
             fix="leave these out: attribution.parameters",
         )
-    return Layers(basis, {name: total.div_(len(examples)) for name, total in totals.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,14 +261,21 @@ def _gradients(
         (progress or SilentProgress()).advance(len(batch.index))
 
 
-def _bases(problem: Problem, examples: Examples, drawn: Sequence[Drawn], progress: Progress | None) -> dict[str, Basis]:
-    """Eigenvectors of S and A (of a transposed layer: of A and S)."""
-    sums = {
-        name: tuple(
-            torch.zeros(n, n, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device) for n in p.shape
-        )
-        for name, p in moving_parameters(problem.model, problem.parameters).items()
-    }
+Squares = dict[str, tuple[Tensor, Tensor]]  # S and A (of a transposed layer: A and S) by parameter
+
+
+def _no_squares(problem: Problem) -> Squares:
+    def zeros(p: Tensor, n: int) -> Tensor:
+        return torch.zeros(n, n, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+
+    moving = moving_parameters(problem.model, problem.parameters)
+    return {name: (zeros(p, p.shape[0]), zeros(p, p.shape[1])) for name, p in moving.items()}
+
+
+def _add_sides(
+    problem: Problem, examples: Examples, drawn: Sequence[Drawn], sums: Squares, progress: Progress | None
+) -> None:
+    """Add the squares of both sides of every layer."""
     for batch, factors in _gradients(problem, examples, drawn, progress):
         width = batch.rows.ids.shape[1]
         real = torch.arange(width) >= width - batch.rows.lengths[:, None]  # [B, T]: tokens, not padding
@@ -256,6 +293,10 @@ def _bases(problem: Problem, examples: Examples, drawn: Sequence[Drawn], progres
             rule="inputs and gradients of every layer are finite",
             fix="use --set model.dtype=float32",
         )
+
+
+def _bases(sums: Squares) -> dict[str, Basis]:
+    """Eigenvectors of both squares of every layer."""
     bases = {}
     while sums:  # the squares of a layer are let go of as its eigenvectors come
         name, (rows, columns) = sums.popitem()

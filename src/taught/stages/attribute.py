@@ -59,7 +59,8 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
     progress.step("load the model")
     subject = open_subject(study)
     trained = {}
-    if isinstance(method_of(study).trajectory.make(TRAJECTORIES), Follows):
+    along = method_of(study).trajectory.make(TRAJECTORIES)
+    if isinstance(along, Follows) and getattr(along, "run", None) is None:  # it makes a run by the study's recipe
         trained = {f"validation.{name}": value for name, value in asdict(Recipe.of(study.validation)).items()}
     with run.stage("attribute", study, {**subject.identity, **trained}) as stage:
         if stage.done:

@@ -233,10 +233,12 @@ class Training:
             p.copy_(state.parts["weights"][name])
         return State(state.step, {**state.parts, "weights": {n: p.detach() for n, p in self.moving.items()}})
 
-    def advance(self, state: State) -> None:
-        """Make one step, in place."""
-        gradient = self._clipped(self._gradient(state.step))
-        self._move(state, gradient)
+    def advance(self, state: State) -> float:
+        """Make one step, in place; what its gradient was scaled down by (1 where it was not clipped)."""
+        gradient = self._gradient(state.step)
+        _, share = self._clip(gradient)
+        self._move(state, _scaled(gradient, share))
+        return share
 
     def train(self, states: States | None = None, every: int = 1, progress: Progress | None = None) -> State:
         """All steps from the model's weights to the state behind them; every ``every``-th before a step is kept."""
@@ -246,9 +248,13 @@ class Training:
                 states.save(state)
             self.advance(state)
             (progress or SilentProgress()).advance(1)
+        self.check_finite()
+        return state
+
+    def check_finite(self) -> None:
+        """Raise a UserError where the weights behind the last step are not numbers."""
         if not all(bool(p.isfinite().all()) for p in self.moving.values()):
             raise diverged("weights are not finite", len(self), [self.ids[i] for i in self.plan[-1]])
-        return state
 
     def step_back(self, state: State, backs: Sequence[Back], *, exact: bool = True) -> list[Tensor]:
         """Go back over the step that begins with ``state``; ``backs`` are changed in place.
@@ -270,7 +276,7 @@ class Training:
         with padding_rows(self.moving, self.model) as padding:
             graphs = self._graphs(number) if exact else []
         gradient = self._summed(graphs) if graphs else self._gradient(number)
-        clipped = self._clipped(gradient)
+        clipped = _scaled(gradient, self._clip(gradient)[1])
         behind = self._moments(state, clipped)
         shape = (len(index), max(self.inputs[i].n_scored for i in index), len(backs))
         found = torch.zeros(shape, dtype=torch.float64)
@@ -325,10 +331,6 @@ class Training:
             return math.nan, 1.0
         norm = float(torch.nn.utils.get_total_norm(gradient.values()))
         return norm, min(1.0, most / (norm + _CLIP_EPS))
-
-    def _clipped(self, gradient: Tensors) -> Tensors:
-        _, share = self._clip(gradient)
-        return gradient if share == 1.0 else {name: share * g for name, g in gradient.items()}
 
     @torch.no_grad()
     def _move(self, state: State, gradient: Tensors) -> None:
@@ -426,6 +428,10 @@ class Training:
             _add(L, torch.autograd.grad((micro.losses * products).sum(), moving, allow_unused=True))
 
 
+def _scaled(gradient: Tensors, share: float) -> Tensors:
+    return gradient if share == 1.0 else {name: share * g for name, g in gradient.items()}
+
+
 @torch.no_grad()
 def _add(totals: Iterable[Tensor], found: Iterable[Tensor | None]) -> None:
     """Add what autograd found, where it found something."""
@@ -479,14 +485,14 @@ def _add_at(row: int, leaf: Tensor, scale: float, module: nn.Module, args: tuple
     return torch.where((args[0] == row)[..., None], out + scale * leaf, out)
 
 
-def room_on_disk(folder: Path, needed: int) -> None:
-    """Refuse a run whose states do not fit, before it begins."""
+def room_on_disk(folder: Path, needed: int, rule: str) -> None:
+    """Refuse a run whose states do not fit, before it begins; the rule says which states are kept."""
     free = files.free_bytes(folder)
     if needed > free:
         raise UserError(
             "the states of the training run do not fit on the disk",
             value=f"{needed / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB free",
-            rule="weights and the optimizer's state at every square root of the steps",
+            rule=rule,
             fix="make room, or let fewer parameters move: --set validation.method=lora",
         )
 

@@ -4,23 +4,28 @@
 
 L_c and F_c are loss and functional at the weights of checkpoint c, with c's own gates of X; the
 functional's cotangents A and B are those of the base model's readings, so that all checkpoints answer
-one question.
+one question. Checkpoints are folders, or the states of a run that ``taught.Record`` wrote, each with the rate of the
+step that was made from it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from taught.core import rules
 from taught.core.curvature import Curvature
 from taught.core.estimator import Work
+from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import TRAJECTORIES, setting
 from taught.core.target import TargetSet
 from taught.core.trajectory import Leg, Queries
 from taught.errors import UserError
+from taught.training.recorded import Recorded
+from taught.trajectories.trained import enter
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,27 @@ class Checkpoints:
     checkpoints: tuple[Checkpoint, ...] = setting(
         (), rules.list_of(_CHECKPOINT), "[{id: folder or hub id, lr: 2.0e-5}, ...]"
     )
+    run: str | None = setting(
+        None, rules.optional(rules.folder()), "in their place: the states of a run that taught.Record wrote"
+    )
     single: ClassVar[bool] = False
     carries: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if self.run is not None and self.checkpoints:
+            raise UserError(
+                "checkpoints are named twice",
+                value=self.run,
+                rule="a list of them, or a recorded run",
+                fix="leave out attribution.trajectory.checkpoints or run",
+            )
+
     def __len__(self) -> int:
-        return len(self.checkpoints)
+        return len(self.checkpoints) if self.run is None else len(_taken(Recorded.open(self.run)))
+
+    def seen(self, problem: Problem, examples: Examples, work: Work) -> Examples:
+        """The examples as a recorded run saw them; one of another model or of other data is refused."""
+        return examples if self.run is None else Recorded.open(self.run).seen(problem, examples, work.progress)
 
     def refuses(self, curvature: Curvature) -> str | None:
         """What was measured at one set of weights does not hold at the others."""
@@ -59,6 +80,9 @@ class Checkpoints:
 
     def legs(self, problem: Problem, work: Work) -> Iterator[Leg]:
         """The problem at each checkpoint, the last first; one model is held at a time, beside the base one."""
+        if self.run is not None:
+            yield from _recorded_legs(Recorded.open(self.run), problem, work)
+            return
         if problem.opener is None:
             raise UserError("checkpoints cannot be opened here", rule="a study, or a problem with an opener")
         for number, checkpoint in reversed(list(enumerate(self.checkpoints))):
@@ -70,3 +94,19 @@ class Checkpoints:
     def carry(self, queries: Queries | None, leg: Leg, targets: TargetSet, work: Work) -> Queries | None:
         """Nothing is carried: each checkpoint takes the gradient of F at its own weights."""
         return None
+
+
+def _taken(run: Recorded) -> list[int]:
+    """The states of a run from which a step was made that moved something: warm-up begins with a rate of 0."""
+    return [step for step in run.states if run.lrs[step] > 0]
+
+
+def _recorded_legs(run: Recorded, problem: Problem, work: Work) -> Iterator[Leg]:
+    """The problem at the states of a run, the last first, with what moved in it."""
+    problem = replace(problem, parameters=run.parameters(problem))
+    for step in reversed(_taken(run)):
+        work.progress.step(f"the recorded run before step {step + 1} of {run.steps}")
+        model = copy.deepcopy(problem.model)
+        enter(model, run.load(step).parts["weights"])
+        yield Leg(problem.at(model, float(run.lrs[step])), f"step{step}")
+        del model

@@ -17,17 +17,13 @@ of the steps (or all of them, where they fit into memory), and it is gone throug
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taught.core import rules
 from taught.core.curvature import Curvature, Identity
@@ -35,7 +31,6 @@ from taught.core.estimator import Work
 from taught.core.example import Examples, example_losses
 from taught.core.names import TargetName
 from taught.core.problem import GB, Problem
-from taught.core.query import build_queries
 from taught.core.readings import Readings
 from taught.core.registry import TRAJECTORIES, setting
 from taught.core.scores import Scores
@@ -43,13 +38,13 @@ from taught.core.target import TargetSet, value
 from taught.errors import UserError
 from taught.estimators import cost
 from taught.estimators.cost import Asked
-from taught.model.gradients import RowSparse, find_sites, frozen, refuse_detached
-from taught.model.parameters import moving_parameters
-from taught.model.readout import read_prompts
+from taught.model.gradients import refuse_detached
 from taught.run.pieces import piece_key
 from taught.training.loop import in_training
-from taught.training.recipe import Recipe
-from taught.training.steps import Back, State, States, Training, named, room_on_disk, same_bits
+from taught.training.steps import Back, State, States, Training, named, same_bits
+from taught.trajectories.trained import known_recipe, moving_bytes, read_trained, states_folder, trained_queries
+
+KEPT = "weights and the optimizer's state at every square root of the steps"
 
 SMALL = 0.1  # h: by how much examples' weights are moved to see whether training is smooth
 
@@ -88,7 +83,7 @@ class Steps:
             The recipe is not known or is trl's; training diverges; the states do not fit on the disk; the run does
             not end in the same bits when it is made again.
         """
-        recipe = _known(problem)
+        recipe = known_recipe(problem)
         refuse_detached(problem.model)
         ids = tuple(z.id for z in examples)
         losses = example_losses(problem.model, examples, problem.batch_tokens).numpy()
@@ -110,7 +105,7 @@ class Steps:
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """A training, its replay, and for each target gradients of gradients: twice a step."""
-        recipe = _known(problem)
+        recipe = known_recipe(problem)
         one = cost.one_pass(problem, examples) * recipe.epochs
         each = 6 if self.hessian == "exact" else 9
         return {
@@ -123,12 +118,8 @@ class Steps:
 
     def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:
         """States, a step's own tensors and the derivatives of targets; states on the disk."""
-        recipe = _known(problem)
-        moving = moving_parameters(problem.model, problem.parameters).values()
-        weights = sum(p.numel() * p.element_size() for p in moving)
-        if recipe.method == "lora":  # of every linear layer, two factors
-            rank, linear = recipe.lora_rank, [m for m in problem.model.modules() if isinstance(m, nn.Linear)]
-            weights = 4 * rank * sum(m.in_features + m.out_features for m in linear)
+        recipe = known_recipe(problem)
+        weights = moving_bytes(problem, recipe)
         size = weights * (3 if recipe.optimizer == "adamw" else 2)
         steps = recipe.epochs * math.ceil(len(examples) / recipe.batch)
         on_disk = spacing(steps, size, problem.memory_gb)[1]
@@ -154,12 +145,6 @@ def _at_once(size: int, memory_gb: float) -> int:
     return max(1, int(memory_gb * GB // (2 * size)))
 
 
-def _known(problem: Problem) -> Recipe:
-    if problem.recipe is None:
-        raise UserError("there is no training to follow", rule="a study names its recipe under validation")
-    return problem.recipe
-
-
 @dataclass(eq=False)
 class _Pass:
     """One run there and back."""
@@ -177,13 +162,14 @@ class _Pass:
         """
         training, steps, size = self.training, len(self.training), self.training.begin().bytes
         every, on_disk = spacing(steps, size, self.problem.memory_gb)
-        with _place(self.work.folder, on_disk) as folder:
+        with states_folder(self.work.folder, on_disk, KEPT) as folder:
             states = States(folder)
             self.work.progress.step(f"train, {steps} steps", steps)
             state = training.train(states, every, self.work.progress)
             final = {name: weight.clone() for name, weight in state.parts["weights"].items()}
-            ended = self._read()
-            queries = self._queries(ended)
+            ended = read_trained(self.problem, self.targets)
+            self.work.progress.step("gradients of the targets of the trained model", None)
+            queries = trained_queries(self.problem, self.targets, ended)
             count = len(self.targets.direct)
             room = _at_once(size, self.problem.memory_gb)
             parts = []
@@ -193,23 +179,6 @@ class _Pass:
                 parts.append(self._back(states, every, final, backs, f"{start}"))
             found = torch.cat(parts, 1).numpy()
             return found, [self._smooth(states, final, ended, found, k) for k in range(self.how.smoothness)]
-
-    @torch.no_grad()
-    def _read(self) -> Readings:
-        """What the model reads on the prompts as it is now; a policy is fitted to it."""
-        problem = self.problem
-        reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
-        X = None if problem.features is None else problem.features(reads.h, reads.offsets).double().cpu().numpy()
-        return self.targets.readings.refitted(reads.y.numpy(), X)
-
-    def _queries(self, ended: Readings) -> dict[str, Tensor]:
-        """Gradients of the direct targets at the final weights, [K, *shape]."""
-        final = self.targets.at(ended)
-        problem = replace(self.problem, X=None if ended.X is None else torch.from_numpy(ended.X))
-        self.work.progress.step("gradients of the targets of the trained model", None)
-        with frozen(problem.model):
-            found = build_queries(problem, find_sites(problem.model, problem.parameters), *final.cotangents())
-        return {name: _dense(query, problem) for name, query in found.items()}
 
     def _back(self, states: States, every: int, final: dict[str, Tensor], backs: Sequence[Back], name: str) -> Tensor:
         """Contributions of all steps, float64 [tokens, K], from the last segment to the first."""
@@ -263,7 +232,7 @@ class _Pass:
             state = training.train(progress=self.work.progress)
             after = {name: weight.clone() for name, weight in state.parts["weights"].items()}
             changes.append({name: after[name] - before[name] for name in after})
-            values.append(self._values(names, self._read()))
+            values.append(self._values(names, read_trained(self.problem, self.targets)))
             before = after
         training.weights = None
         one, two = changes
@@ -299,21 +268,6 @@ class _Pass:
             )
 
 
-@contextmanager
-def _place(folder: Path | None, needed: int) -> Iterator[Path | None]:
-    """Where states are written, if so many bytes have to be; what a killed run left there goes first."""
-    if not needed:
-        yield None
-        return
-    place = Path(mkdtemp(prefix="steps-")) if folder is None else folder / "steps"
-    shutil.rmtree(place, ignore_errors=True)
-    room_on_disk(place, needed)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
 def _labelled(backs: Sequence[Back]) -> list[tuple[str, Tensor]]:
     """Every tensor of some derivatives under a name of its own."""
     return [(f"{k} {name}", tensor) for k, back in enumerate(backs) for name, tensor in named(back.parts).items()]
@@ -327,12 +281,3 @@ def _back(state: State, queries: dict[str, Tensor], k: int) -> Back:
     }
     zeros = {part: {n: torch.zeros_like(t) for n, t in of.items()} for part, of in state.parts.items()}
     return Back({**zeros, "weights": weights})
-
-
-def _dense(query: Tensor | RowSparse, problem: Problem) -> Tensor:
-    if not isinstance(query, RowSparse):
-        return query
-    tokens = problem.model.get_input_embeddings().weight  # type: ignore[operator]
-    whole = query.values.new_zeros(len(query.values), *tokens.shape)
-    whole[:, query.rows] = query.values
-    return whole

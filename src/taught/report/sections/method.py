@@ -21,9 +21,10 @@ def _blocks(tables: Tables) -> list[Block]:
     curvature = tables.setting("attribution.curvature") or "identity"
     spec = tables.study.get("attribution") or {}
     trajectory = spec.get("trajectory")
-    own = trajectory.get("checkpoints") if isinstance(trajectory, dict) else None
-    points = len(own or spec.get("checkpoints") or [])
-    lr = "lr that of each checkpoint" if points else f"lr = {tables.setting('attribution.lr')}"
+    along = trajectory if isinstance(trajectory, dict) and trajectory.get("kind") == "checkpoints" else {}
+    points = len(along.get("checkpoints") or spec.get("checkpoints") or [])
+    places = "state of the recorded run" if along.get("run") else count(points, "checkpoint") if points else ""
+    lr = "lr that of each checkpoint" if places else f"lr = {tables.setting('attribution.lr')}"
     inverse = "" if curvature == "identity" else "C⁻¹ "
     equations = [
         ("One step on an example", f"δθ = −lr {inverse}∇L(example),   {lr}"),
@@ -50,7 +51,7 @@ def _blocks(tables: Tables) -> list[Block]:
     shown = [(key, value) for key in SETTINGS.split() if (value := tables.setting(key)) is not None]
     settings = [(key, str(value).lower() if isinstance(value, bool) else str(value)) for key, value in shown]
     step = STEP.get(curvature, f"one step in the metric of {curvature}")
-    step += f" from each of {count(points, 'checkpoint')}, added up," if points else ""
+    step += f" from each {'of ' * bool(points)}{places}, added up," if places else ""
     right: list[Block] = [Text("How to read signs and units", "title"), Items(_reading(tables, step))]
     return [Beside(left, [*right, Text("Settings", "title"), Facts(settings, "list")])]
 

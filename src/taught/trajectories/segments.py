@@ -1,0 +1,494 @@
+"""Through a training run in a few segments (SOURCE, Bae et al., arXiv 2405.12186).
+
+    effect(F, z) = dF(theta_T) / dw_z,    theta_T = training(w),    w = 1
+
+as in :mod:`taught.trajectories.steps`, and approximate: a run is cut into segments l = 1 .. L, and within one the
+Hessian H of the training loss (sum over examples of p_z L_z) and the gradient of an example stay what they are on the
+mean over some of its states. p_z is the share of z in the loss of a step, on the mean over the run: 1 / N where all are
+seen alike.
+
+A step of gradient descent is theta' = theta - eta (grad + lambda theta): what came before it is multiplied by
+1 - eta (H + lambda), and the weight of z adds -eta p_z grad L_z. Over K steps of a mean rate eta, with the product of
+the factors as an exponential (appendix B of the paper; lambda is added to H, which it does not change),
+
+    S_l = exp(-eta K (H + lambda)),    r_l = sum_k eta S^(k/K) grad L_z = (1 - S_l) (H + lambda)^-1 grad L_z
+    dtheta_T / dw_z = - p_z sum over l of S_L ... S_(l+1) r_l
+
+so the query goes from the end of training to its beginning, q = grad F(theta_T) at the end, and for l = L .. 1
+
+    effect -= p_z < (1 - S_l)(H + lambda)^-1 q, mean of grad L_z >;    q <- S_l q
+
+H is EK-FAC's (:mod:`taught.curvatures.ekfac`), with A and S summed over the segment's states and Lambda averaged in the
+basis that they have in common. There both factors are diagonal, with eigenvalue s: exp(-x) and eta K (1 - exp(-x)) / x,
+x = eta K (s + lambda). The second tends to eta K where x is small: nothing is divided by a small number, and nothing is
+damped. A query is turned into the basis of a segment and back.
+
+ - **Schedule**: eta K is the sum of the learning rates of the segment's steps.
+ - **Momentum** mu: a gradient moves the weights by eta, mu eta, mu^2 eta, ...: in all eta / (1 - mu).
+ - **Clipping**: a step's rate is eta c with c what its gradient was scaled by. That c depends on w is left out.
+ - **AdamW** divides a step by sqrt(v) + eps =: 1 / P, v the second moments with bias correction on the mean over the
+   states, and its decay is not divided. A factor is 1 - eta (P H + lambda), so S = exp(-eta K (P H + lambda)) and
+   r = (1 - S)(H + lambda / P)^-1 grad L_z. As in the paper, in the exponential H is its diagonal h (so S is one number
+   a weight, exp(-eta K (P h + lambda))), and the inverse is EK-FAC's, with ``damping`` times the mean of Lambda and
+   with the layer's mean of lambda / P added. That v depends on w is left out.
+
+Only weights of linear layers inside the model's blocks have such an H. Everything else moves in training and has no
+part in the effects, as with the curvature ``ekfac``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taught.core import rules
+from taught.core.curvature import Curvature, Identity, Metric
+from taught.core.estimator import Work
+from taught.core.example import Examples, example_losses
+from taught.core.problem import GB, Problem
+from taught.core.query import queries_at_once
+from taught.core.registry import TRAJECTORIES, setting
+from taught.core.scores import Scores
+from taught.core.target import TargetSet
+from taught.core.trajectory import Queries
+from taught.curvatures.ekfac import Ekfac, Layers, curved_layers, fit_ekfac
+from taught.errors import UserError
+from taught.estimators import cost
+from taught.estimators.adjoint import contract_examples
+from taught.estimators.cost import Asked
+from taught.estimators.finite_step import restored
+from taught.model.gradients import find_sites, frozen, refuse_detached
+from taught.model.parameters import moving_parameters
+from taught.run.pieces import kept, piece_key
+from taught.training.loop import in_training
+from taught.training.recorded import Recorded
+from taught.training.steps import BETAS, EPS, State, States, Training
+from taught.trajectories.trained import enter, known_recipe, moving_bytes, read_trained, states_folder, trained_queries
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a run.
+
+    Attributes
+    ----------
+    rate : eta K, the sum of the rates of its steps, momentum and clipping included
+    states : steps made before each of the states that its means are over
+    """
+
+    rate: float
+    states: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A training run that is over.
+
+    Attributes
+    ----------
+    segments : in the order of training
+    states : weights, and for Adam the second moments with bias correction, of every state of a segment and of the last
+    model : what they are the weights of
+    moving : names of the parameters that the run moved
+    steps : how many there were; also the name of the last state
+    decay : lambda of each parameter
+    eps : Adam's epsilon; None: the optimizer is gradient descent
+    """
+
+    segments: tuple[Segment, ...]
+    states: States | Recorded
+    model: nn.Module
+    moving: tuple[str, ...]
+    steps: int
+    decay: Mapping[str, float]
+    eps: float | None
+
+    def enter(self, step: int) -> None:
+        """Put the weights of a state into the model."""
+        enter(self.model, self.states.load(step).parts["weights"])
+
+    def moments(self, segment: Segment) -> dict[str, Tensor]:
+        """Second moments on the mean over the states of a segment."""
+        total: dict[str, Tensor] = {}
+        for step in segment.states:
+            for name, v in self.states.load(step).parts["second"].items():
+                total[name] = total[name] + v if name in total else v
+        return {name: v / len(segment.states) for name, v in total.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """What a segment makes of a query.
+
+    Attributes
+    ----------
+    moved : metrics that, one after the other, make (1 - S)(H + lambda)^-1 q
+    survives : makes S q
+    """
+
+    moved: tuple[Metric, ...]
+    survives: Metric
+
+    @classmethod
+    def descent(cls, layers: Layers, rate: float, decay: Mapping[str, float]) -> Response:
+        """By gradient descent at a rate eta K."""
+        x = {name: rate * (s + decay[name]) for name, s in layers.eigenvalues.items()}
+        moved = {name: torch.where(of > 0, -torch.expm1(-of) / of, 1.0) * rate for name, of in x.items()}
+        survives = {name: torch.exp(-of) for name, of in x.items()}
+        return cls((Metric(moved, layers.basis),), Metric(survives, layers.basis))
+
+    @classmethod
+    def adam(
+        cls, layers: Layers, rate: float, decay: Mapping[str, float], roots: Mapping[str, Tensor], damping: float
+    ) -> Response:
+        """By AdamW; ``roots`` are 1 / P = sqrt(v) + eps."""
+        moved, inverse, survives = {}, {}, {}
+        for name, s in layers.eigenvalues.items():
+            rows, columns = layers.basis[name]
+            h = rows.square() @ s @ columns.square().T
+            x = rate * (h / roots[name] + decay[name])
+            moved[name], survives[name] = -torch.expm1(-x), torch.exp(-x)
+            damped = s + damping * s.mean() + decay[name] * roots[name].mean()
+            inverse[name] = torch.where(damped > 0, 1 / damped, 0.0)  # no gradient reaches a layer without a curvature
+        return cls((Metric(moved), Metric(inverse, layers.basis)), Metric(survives))
+
+
+@TRAJECTORIES.register("segments")
+@dataclass(frozen=True)
+class Segments:
+    """The derivative of the trained model in every example's weight, a few segments of the run at a time."""
+
+    segments: int = setting(3, rules.whole(1), "so many parts of the run have a curvature each")
+    checkpoints: int = setting(2, rules.whole(1), "states of a segment that its gradients and curvature are means over")
+    damping: float = setting(0.1, rules.number(above=0), "with AdamW, added to eigenvalues, as a share of their mean")
+    seed: int = setting(0, rules.whole(0), "of the labels that are drawn from the model")
+    run: str | None = setting(
+        None, rules.optional(rules.folder()), "a run that taught.Record wrote, and all its states; null: it is made"
+    )
+    single: ClassVar[bool] = False
+    carries: ClassVar[bool] = True
+
+    def refuses(self, curvature: Curvature) -> str | None:
+        """A segment has a curvature of its own."""
+        if not isinstance(curvature, Identity):
+            return "a run that is followed in segments has the curvature of each segment, and its optimizer's metric"
+        return None
+
+    def follow(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
+        """Train, keep a few states, read the final model, go back a segment at a time.
+
+        Cost: a training; for each kept state a curvature by EK-FAC and one pass of gradients over the examples; one
+        query a target.
+
+        Raises
+        ------
+        UserError
+            The recipe is not known or is trl's; there are more segments than steps; training diverges; the states do
+            not fit on the disk; no linear layer of the blocks moves.
+        """
+        ids = tuple(z.id for z in examples)
+        losses = example_losses(problem.model, examples, problem.batch_tokens).numpy()
+        with self._run(problem, examples, work) as (run, moved, seen):
+            values = _Pass(run, moved, seen, targets, work, self).values()
+        return Scores("adjoint", ids, targets.names, targets.from_direct(values), losses=losses, unit="run")
+
+    def seen(self, problem: Problem, examples: Examples, work: Work) -> Examples:
+        """The examples as a recorded run saw them; refused is one of another model or data, or with too few states."""
+        if self.run is None:
+            return examples
+        run = Recorded.open(self.run)
+        recorded_segments(run, self.segments)
+        return run.seen(problem, examples, work.progress)
+
+    def _run(
+        self, problem: Problem, examples: Examples, work: Work
+    ) -> AbstractContextManager[tuple[Run, Problem, Examples]]:
+        """A run, the problem with what moves in it, the examples as it weighs them; the weights come back."""
+        return self._trained(problem, examples, work) if self.run is None else self._recorded(problem, examples, work)
+
+    @contextmanager
+    def _recorded(self, problem: Problem, examples: Examples, work: Work) -> Iterator[tuple[Run, Problem, Examples]]:
+        run = Recorded.open(str(self.run))
+        refuse_detached(problem.model)
+        if run.record["precision"] != "float32":
+            work.progress.note(
+                f"the recorded run computed in {run.record['precision']}; gradients here are in {problem.model.dtype}"
+            )
+        scaled = int((run.arrays["scale"] < 1).sum())
+        if scaled:
+            work.progress.note(_clipped(scaled, run.steps))
+        parts = recorded_segments(run, self.segments)
+        with restored(problem.model, run.moving):
+            made = Run(parts, run, problem.model, run.moving, run.steps, run.decay, run.eps)
+            yield made, replace(problem, parameters=run.parameters(problem)), run.weighted(examples)
+
+    @contextmanager
+    def _trained(self, problem: Problem, examples: Examples, work: Work) -> Iterator[tuple[Run, Problem, Examples]]:
+        """The one that the study's recipe makes."""
+        recipe = known_recipe(problem)
+        refuse_detached(problem.model)
+        with in_training(problem.model, recipe, problem.parameters) as patterns:
+            training = Training(problem.model, examples, recipe, patterns, problem.batch_tokens)
+            cut = segment_states(len(training), self.segments, self.checkpoints)
+            weights = sum(p.numel() * p.element_size() for p in training.moving.values())
+            size = weights * (2 if recipe.optimizer == "adamw" else 1)
+            rule = f"the weights of {self.segments} times {self.checkpoints} states, for AdamW with second moments"
+            with states_folder(work.folder, _on_disk(size, self, problem.memory_gb), rule) as folder:
+                states = States(folder)
+                shares = _train(training, {step for _, steps in cut for step in steps}, states, work)
+                scaled = sum(share < 1 for share in shares)
+                if scaled:
+                    work.progress.note(_clipped(scaled, len(shares)))
+                rates = [lr * share / (1 - recipe.momentum) for lr, share in zip(training.lrs, shares, strict=True)]
+                run = Run(
+                    tuple(Segment(sum(rates[i] for i in steps), kept) for steps, kept in cut),
+                    states,
+                    problem.model,
+                    tuple(training.moving),
+                    len(training),
+                    dict.fromkeys(training.moving, recipe.weight_decay),
+                    EPS if recipe.optimizer == "adamw" else None,
+                )
+                yield run, replace(problem, parameters=None if patterns is None else tuple(patterns)), examples
+
+    def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
+        """A training, a curvature and a pass of gradients for each state, and a query for each target."""
+        curvature, one = Ekfac(), cost.one_pass(problem, examples)
+        recorded = None if self.run is None else Recorded.open(self.run)
+        there = self.segments * self.checkpoints if recorded is None else len(recorded.states)
+        moving = moving_parameters(problem.model, curvature.curved(problem)).values()
+        products = 2.0 * len(examples) * asked.queries * sum(p.numel() for p in moving)
+        return {
+            **({"training": 3 * one * known_recipe(problem).epochs} if recorded is None else {}),
+            "curvature": there * curvature.cost(problem, examples, asked)["curvature"],
+            "gradients": there * (3 * one + products),
+            "targets": (2 + 3 * asked.queries) * cost.trees(problem, examples),
+        }
+
+    def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:
+        """Queries, a curvature with what it makes of them, and states; states, and the curvatures, on the disk."""
+        curvature = Ekfac()
+        curved = moving_parameters(problem.model, curvature.curved(problem))
+        weights, numbers = sum(p.numel() for p in curved.values()), curvature.numbers(problem)
+        if self.run is None:
+            recipe = known_recipe(problem)
+            size = moving_bytes(problem, recipe) * (2 if recipe.optimizer == "adamw" else 1)
+            on_disk = _on_disk(size, self, problem.memory_gb)
+            states = 0 if on_disk else (self.segments * self.checkpoints + 1) * size
+        else:  # they are on the disk already, and the weights that the model has are kept beside one of them
+            size, on_disk, states = 3 * sum(p.numel() * p.element_size() for p in problem.model.parameters()), 0, 0
+        held = min(asked.queries, _at_once(replace(problem, parameters=tuple(curved))))
+        memory = 4 * (2 * held * weights + 2 * numbers + 3 * weights) + size
+        return memory + states, on_disk + 4 * self.segments * numbers
+
+
+def segment_states(steps: int, segments: int, checkpoints: int) -> list[tuple[range, tuple[int, ...]]]:
+    """The steps of each segment, and the states that its means are over: in the middle of equal parts of it.
+
+    A state is named by the steps made before it. A segment of fewer steps than ``checkpoints`` has each of its states.
+
+    Raises
+    ------
+    UserError
+        There are more segments than steps.
+    """
+    if segments > steps:
+        raise UserError(
+            "a run has more segments than steps",
+            value=f"{segments} segments, {steps} steps",
+            rule="a segment is at least one step",
+            fix=f"use --set attribution.trajectory.segments={steps}",
+        )
+    ends = [number * steps // segments for number in range(segments + 1)]
+    found = []
+    for start, stop in pairwise(ends):
+        middles = {start + (2 * k + 1) * (stop - start) // (2 * checkpoints) for k in range(checkpoints)}
+        found.append((range(start, stop), tuple(sorted(middles))))
+    return found
+
+
+def recorded_segments(run: Recorded, segments: int) -> tuple[Segment, ...]:
+    """A recorded run in segments of equal length, each with those of its states that lie in it.
+
+    Raises
+    ------
+    UserError
+        No state lies in some segment; second moments are missing where Adam trained.
+    """
+    if run.adam and not run.record["moments"]:
+        raise UserError(
+            "the recorded run has no second moments",
+            value=str(run.folder),
+            rule="a step of Adam is divided by their root",
+            fix="record it with taught.Record(FOLDER, moments=True)",
+        )
+    rates, found = run.rates, []
+    for number in range(segments):
+        steps = range(number * run.steps // segments, (number + 1) * run.steps // segments)
+        states = tuple(step for step in run.states if step in steps)
+        if not states:
+            most = max(k for k in range(1, segments) if _all_have_states(run, k))
+            raise UserError(
+                "a segment of the recorded run has no state",
+                value=f"{segments} segments of {run.steps} steps, states before {', '.join(map(str, run.states))}",
+                rule="each segment holds one at least",
+                fix=f"use --set attribution.trajectory.segments={most}",
+            )
+        found.append(Segment(float(rates[list(steps)].sum()), states))
+    return tuple(found)
+
+
+def _all_have_states(run: Recorded, segments: int) -> bool:
+    ends = [number * run.steps // segments for number in range(segments + 1)]
+    return all(any(start <= step < stop for step in run.states) for start, stop in pairwise(ends))
+
+
+def _clipped(scaled: int, steps: int) -> str:
+    return f"gradients were clipped at {scaled} of {steps} steps: their rates are scaled alike"
+
+
+def _train(training: Training, wanted: set[int], states: States, work: Work) -> list[float]:
+    """Train, keeping some states and the last: what each step's gradient was scaled by.
+
+    The second moments of a state are those that its own step divides by: behind it, with bias correction.
+    """
+    shares = []
+    work.progress.step(f"train, {len(training)} steps", len(training))
+    with training.ready():
+        state = training.begin()
+        for step in range(len(training)):
+            before = {name: w.clone() for name, w in state.parts["weights"].items()} if step in wanted else {}
+            shares.append(training.advance(state))
+            if before:
+                correction = 1 - BETAS[1] ** state.step
+                second = {name: v / correction for name, v in state.parts["second"].items()}
+                states.save(State(step, {"weights": before, "second": second}))
+            work.progress.advance(1)
+        training.check_finite()
+        states.save(State(len(training), {"weights": state.parts["weights"]}))
+    return shares
+
+
+def _on_disk(size: int, how: Segments, memory_gb: float) -> int:
+    """What the states take on the disk: nothing where half of the memory is enough for them."""
+    whole = (how.segments * how.checkpoints + 1) * size
+    return 0 if whole <= memory_gb * GB / 2 else whole
+
+
+def _at_once(problem: Problem) -> int:
+    """How many targets go back through a run together, each with its query and what a segment makes of it."""
+    return max(1, queries_at_once(problem) // 2)
+
+
+@dataclass(eq=False)
+class _Pass:
+    """The way back through a run."""
+
+    run: Run
+    problem: Problem
+    examples: Examples
+    targets: TargetSet
+    work: Work
+    how: Segments
+    fitted: dict[int, Layers] = field(default_factory=dict)
+
+    def values(self) -> np.ndarray:
+        """dF/dw of every example and every direct target: float64 [P, K]."""
+        run, work = self.run, self.work
+        curved = curved_layers(self.problem.model, self.problem.parameters)
+        work.progress.note(
+            f"EK-FAC: the effects are those through {len(curved)} linear layers of the blocks; "
+            f"{len(run.moving) - len(curved)} other tensors that move have no curvature and no part in them"
+        )
+        self.problem = replace(self.problem, parameters=curved)
+        run.enter(run.steps)
+        ended = read_trained(self.problem, self.targets)
+        names, room, parts = self.targets.direct, _at_once(self.problem), []
+        for start in range(0, len(names), room):
+            some = slice(start, min(start + room, len(names)))
+            run.enter(run.steps)
+            work.progress.step("gradients of the targets of the trained model", None)
+            queries = trained_queries(self.problem, self.targets, ended, names[some])
+            parts.append(self._back(queries, some))
+        return torch.cat(parts, 1).numpy()
+
+    def _back(self, queries: dict[str, Tensor], some: slice) -> Tensor:
+        """Effects of all segments, from the last to the first: float64 [P, K]."""
+        count = some.stop - some.start
+        values = torch.zeros(len(self.examples), count, dtype=torch.float64)
+        for number, segment in reversed(list(enumerate(self.run.segments))):
+            response = self._response(number)
+            moved: Queries = {name: q.clone() for name, q in queries.items()}
+            for name, q in moved.items():
+                for metric in response.moved:
+                    metric.solve_query(name, q)
+            key = f"segment {number} targets {some.start} {some.stop}"
+            values += kept(self.work.pieces, key, partial(self._contract, number, segment, moved, count))
+            for name, q in queries.items():
+                response.survives.solve_query(name, q)
+        return values
+
+    def _contract(self, number: int, segment: Segment, queries: Queries, count: int) -> Tensor:
+        """The mean over a segment's states of - <query, grad L> / N: float64 [P, K]."""
+        model, progress, states = self.problem.model, self.work.progress, segment.states
+        progress.step(f"segment {number + 1} of {len(self.run.segments)}: gradients", len(states) * len(self.examples))
+        problem = replace(self.problem, lr=1 / (len(states) * len(self.examples)))
+        total = torch.zeros(len(self.examples), count, dtype=torch.float64)
+        for step in states:
+            self.run.enter(step)
+            with frozen(model):
+                sites = find_sites(model, problem.parameters)
+                total += contract_examples(problem, sites, self.examples, queries, count, progress)[0]
+        return total
+
+    def _response(self, number: int) -> Response:
+        run, segment, layers = self.run, self.run.segments[number], self._layers(number)
+        if run.eps is None:
+            return Response.descent(layers, segment.rate, run.decay)
+        moments = run.moments(segment)
+        roots = {name: moments[name].to(s).sqrt() + run.eps for name, s in layers.eigenvalues.items()}
+        return Response.adam(layers, segment.rate, run.decay, roots, self.how.damping)
+
+    def _layers(self, number: int) -> Layers:
+        """The curvature of a segment: fitted once, and kept as a piece or in memory."""
+        pieces, key = self.work.pieces, piece_key("segment curvature", str(number))
+        found = None if pieces is None else pieces.load(key)
+        if found is not None:
+            return _layers_of({name: torch.from_numpy(array) for name, array in found.items()}, self.problem)
+        if number in self.fitted:
+            return self.fitted[number]
+        segment, progress = self.run.segments[number], self.work.progress
+        progress.step(
+            f"segment {number + 1} of {len(self.run.segments)}: curvature of the loss",
+            2 * len(segment.states) * len(self.examples),
+        )
+        places = [partial(self.run.enter, step) for step in segment.states]
+        layers = fit_ekfac(self.problem, self.examples, seed=self.how.seed, progress=progress, places=places)
+        if pieces is None:
+            self.fitted[number] = layers
+        else:
+            parts = {"rows": 0, "columns": 1}
+            arrays = {f"{side} {name}": both[k] for name, both in layers.basis.items() for side, k in parts.items()}
+            arrays |= {f"eigenvalues {name}": s for name, s in layers.eigenvalues.items()}
+            pieces.save(key, {name: tensor.cpu().numpy() for name, tensor in arrays.items()})
+        return layers
+
+
+def _layers_of(arrays: Mapping[str, Tensor], problem: Problem) -> Layers:
+    """A curvature that was kept, where the model's parameters are."""
+    names = [name.partition(" ")[2] for name in arrays if name.startswith("eigenvalues ")]
+    device = {name: problem.model.get_parameter(name).device for name in names}
+
+    def of(side: str, name: str) -> Tensor:
+        return arrays[f"{side} {name}"].to(device[name])
+
+    basis = {name: (of("rows", name), of("columns", name)) for name in names}
+    return Layers(basis, {name: of("eigenvalues", name) for name in names})
