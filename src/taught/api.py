@@ -24,7 +24,7 @@ from taught.model.adapter import given_adapter
 from taught.model.gradients import evaluating
 from taught.model.load import LoadedModel
 from taught.progress import Progress, SilentProgress
-from taught.stages.ready import Data, make_ready, read_here, wanted_targets
+from taught.stages.ready import Data, make_ready, read_here, wanted_targets, without_repeats
 from taught.stages.subject import Subject, open_subject
 from taught.study.schema import Study
 
@@ -112,7 +112,7 @@ def influence(
     records = load_examples(examples, study.examples.kind, turns=study.examples.turns)
     read = load_prompts(prompts)
     records, overlap = drop_overlap(records, read, study.examples.drop_overlap)
-    data = Data(read, records, [example_id for example_id, _ in overlap])
+    data = without_repeats(study, Data(read, records, [example_id for example_id, _ in overlap]))
     with evaluating(subject.loaded.model):
         readings = read_here(study, subject, read, progress)
         ready = make_ready(study, subject, data, readings, progress)

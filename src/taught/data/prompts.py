@@ -21,8 +21,9 @@ from taught.data.formats import (
     role_letters,
     with_system,
 )
-from taught.data.overlap import normalise
-from taught.data.tables import Row, open_table
+from taught.data.readers import Row
+from taught.data.tables import open_table
+from taught.data.words import normalise
 from taught.errors import UserError
 
 Message = Mapping[str, Any]
@@ -137,11 +138,11 @@ def load_prompts(
         raise UserError(
             "there are no prompts", value=where, rule="at least one row", fix="check which file prompts.path names"
         )
-    found = detect_columns(rows, COLUMNS, columns, where)
+    found = detect_columns(table.columns, COLUMNS, columns, where)
     if "text" not in found and "messages" not in found:
         raise UserError(
             f"{where} has no text column",
-            value="columns: " + ", ".join(dict.fromkeys(name for row in rows for name in row)),
+            value="columns: " + ", ".join(table.columns),
             rule=f"usual names of the text are {', '.join(COLUMNS['text'])}; of a conversation, messages",
             fix="rename the column to prompt, or load with columns={'text': …}",
         )
