@@ -59,6 +59,11 @@ class Choice:
         rows = in_rows(logp / lengths if self.normalise else logp, prompt, n, -inf)
         return rows[:, 0] - rows[:, 1:].logsumexp(1)
 
+    def margin(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
+        """How much likelier each prompt's first suffix is than the likeliest other one, [n]."""
+        rows = in_rows(logp / lengths if self.normalise else logp, prompt, n, -inf)
+        return rows[:, 0] - rows[:, 1:].amax(1)
+
     def degree(self, y: Any) -> Any:
         """Probability of the right option among the options."""
         import numpy as np

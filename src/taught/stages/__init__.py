@@ -36,7 +36,7 @@ STAGES = (
         {
             "study.yaml": "the study, each section as it was used last",
             "prompts.parquet": "evaluation prompts with their behavior y: prompt_id, text, group, category, source, "
-            "licence, n_tokens, y",
+            "licence, n_tokens, y; of a choice margin, of the right option over the best other one",
             "readouts.safetensors": "`y` float64 [N]; with an SAE `h` float32 [M, D] residuals at the read-out tokens "
             "of all prompts and `offsets` int64 [N+1]; ids: prompt_ids",
             "readouts.ids.json": "ids of the rows",
@@ -46,7 +46,8 @@ STAGES = (
             "activations.ids.json": "ids of the rows and columns",
             "labels.json": "feature_id (as text) -> label, where it is from, words, prompts and tokens on which it is "
             "active",
-            "readings.json": "read-out, block, encoder, unexplained variance, tokens of the behavior",
+            "readings.json": "read-out, block, encoder, unexplained variance, tokens of the behavior; of a choice the "
+            "accuracy of each group, beside chance",
         },
         reads=(*_READ, "features"),
     ),
