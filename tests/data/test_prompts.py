@@ -300,6 +300,11 @@ def test_label_is_the_answer_only_where_it_names_options_and_groups_have_names()
         assert load_prompts([{**options, column: "sky", "answer": "no"}]).groups == ("sky",)
 
 
+def test_without_options_label_goes_before_the_names_of_benchmarks() -> None:
+    assert load_prompts([{"prompt": ASKED, "label": "harmful", "benchmark": "x"}]).groups == ("harmful",)
+    assert load_prompts([{"prompt": ASKED, "skill": "sky"}]).groups == ("sky",)
+
+
 def test_a_passage_stands_before_its_question() -> None:
     row = {"question": ASKED, "options": ["yes", "no"], "answer": "yes"}
     for column in ("passage", "context", "support", "article"):

@@ -96,6 +96,8 @@ def test_a_sample_has_its_manifest_and_is_in_the_fingerprint(home: Path, tmp_pat
     lines = [json.loads(line) for name in ("keep", "drop") for line in run.read_text(f"{name}.jsonl").splitlines()]
     assert len(lines) == 3 and all(line["topic"] for line in lines)  # the columns travel
     assert run.read_text("unscored.jsonl") == ""  # what was not drawn is left to the corpus
+    do(study, run, "report")
+    assert "3 of 6, over topic, format" in run.read_text("report.html")
 
 
 def test_check_says_what_a_run_would_draw_and_leave_out(home: Path) -> None:

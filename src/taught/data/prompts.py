@@ -32,7 +32,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "prompt_id"),
     "messages": ("messages", "conversations"),
     "text": ("text", "prompt", "instruction", "question", "goal", "behavior"),
-    "group": ("group", "skill", "benchmark", "label"),
+    "group": ("group", "label", "skill", "benchmark"),
     "category": ("category", "topic"),
     "source": ("source",),
     "licence": ("licence", "license"),
@@ -46,6 +46,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 CHOICE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     **COLUMNS,
     "text": (*COLUMNS["text"], "question_stem", "ctx", "query", "sentence"),
+    "group": ("group", "skill", "benchmark", "label"),
     "category": (*COLUMNS["category"], "subject"),
     "options": OPTIONS,
     "answer": (*ANSWERS, *COLUMNS["answer"]),

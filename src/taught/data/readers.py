@@ -44,7 +44,7 @@ def rows_of(path: Path) -> Iterator[Row]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"not UTF-8 text: byte {error.start} cannot be decoded", value=str(path), fix="save the file as UTF-8"
+            f"not UTF-8 text: byte {_bad_byte(path)} cannot be decoded", value=str(path), fix="save the file as UTF-8"
         ) from error
 
 
@@ -80,14 +80,8 @@ def first_line(error: BaseException) -> str:
 def _jsonl(path: Path) -> Iterator[Row]:
     # Lines of bytes end at line feeds only: those of text would also end at U+2028 inside a JSON string.
     with open(path, "rb") as file:
-        place = 0
         for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                error.start += place
-                raise
-            place += len(line)
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             if not text.strip():
                 continue
             try:
@@ -188,6 +182,19 @@ def _saved_dataset(folder: Path) -> Iterator[Row]:
         except (pa.ArrowException, OSError) as error:
             what = f"cannot read {name} of a saved dataset ({first_line(error)})"
             raise UserError(what, value=str(folder)) from error
+
+
+def _bad_byte(path: Path) -> int:
+    """Where a file stops to be UTF-8."""
+    place = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return place + error.start
+            place += len(line)
+    return place
 
 
 def _why(error: BaseException) -> str:

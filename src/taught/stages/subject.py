@@ -214,13 +214,14 @@ def study_prompts(study: Study) -> PromptSet:
     return replace(prompts, prompts=chosen)
 
 
-def chosen_examples(study: Study) -> ExampleSet:
-    """The examples of the study, at most ``examples.limit``; overlap is not looked at."""
+def chosen_examples(study: Study, source: Any = None) -> ExampleSet:
+    """The examples of the study, or of another source, at most ``examples.limit``; overlap is not looked at."""
     spec = study.examples
+    source = spec.path if source is None else source
     how = Spread(spec.limit, spec.spread, spec.even, spec.seed)
     if spec.kind == "document":
-        return sample_documents(open_corpus(spec.path), how)
-    return load_examples(spec.path, spec.kind, turns=spec.turns).spread(how)
+        return sample_documents(open_corpus(source), how)
+    return load_examples(source, spec.kind, turns=spec.turns).spread(how)
 
 
 def study_examples(study: Study, prompts: PromptSet) -> tuple[ExampleSet, list[str]]:

@@ -61,6 +61,11 @@ def head_facts(tables: Tables) -> list[tuple[str, str]]:
         facts.append(("Features", f"{len(coefficients)}"))
     if (summary := Summary.read(tables)) is not None:
         facts.append(("Examples", f"{len(summary):,}"))
+    if sample := tables.json("sample"):
+        by = f", over {', '.join(sample['by'])}" if sample["by"] else ""
+        facts.append(("Sample", f"{sample['sampled']:,} of {sample['read']:,}{by}"))
+    if repeats := tables.rows("duplicates"):
+        facts.append(("Repeats", f"{len(repeats):,} examples repeat another one"))
     if method := (tables.json("attribution") or {}).get("method"):
         facts.append(("Method", str(method)))
     return facts
