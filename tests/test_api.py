@@ -167,6 +167,15 @@ def test_documents_are_trained_on_as_a_whole(study, data):
     ).all()
 
 
+def test_a_study_says_which_documents_of_a_stream_are_taken(study, data):
+    texts = [{"id": f"d{n}", "text": row["response"] * 2, "topic": n % 2} for n, row in enumerate(data[0])]
+    keys = {"kind": "document", "limit": 4, "spread": ("topic",), "even": True, "drop_duplicates": True}
+    some = with_values(Study(), {f"examples.{key}": value for key, value in keys.items()})
+    scores = taught.influence(study.model.id, iter(texts), data[1], study=some)
+    taken = {i.partition("#")[0] for i in scores.example_ids}
+    assert len(taken) == len({texts[int(i[1:])]["text"] for i in taken}) == 2  # the tiny data have two responses
+
+
 @pytest.mark.parametrize("family", ["Mixtral", "Gemma2", "Bloom"])
 def test_models_with_windows_experts_or_no_trees_give_what_forward_mode_or_real_steps_give(family, loaded, data):
     import transformers

@@ -16,7 +16,6 @@ from taught.core.estimator import Work
 from taught.core.names import TargetName
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
-from taught.data.examples import load_examples
 from taught.data.overlap import drop_overlap
 from taught.data.prompts import load_prompts
 from taught.errors import UserError
@@ -24,8 +23,8 @@ from taught.model.adapter import given_adapter
 from taught.model.gradients import evaluating
 from taught.model.load import LoadedModel
 from taught.progress import Progress, SilentProgress
-from taught.stages.ready import Data, make_ready, read_here, wanted_targets
-from taught.stages.subject import Subject, open_subject
+from taught.stages.ready import Data, make_ready, read_here, wanted_targets, without_repeats
+from taught.stages.subject import Subject, chosen_examples, open_subject
 from taught.study.schema import Study
 
 
@@ -109,10 +108,10 @@ def influence(
     for key, value in (given | ({} if sae is None else {"sae.path": str(sae)})).items():
         study = study.replace(key, value)
     subject = _subject(study, model, tokenizer, kept=folder is not None)
-    records = load_examples(examples, study.examples.kind, turns=study.examples.turns)
+    records = chosen_examples(study, examples)
     read = load_prompts(prompts)
     records, overlap = drop_overlap(records, read, study.examples.drop_overlap)
-    data = Data(read, records, [example_id for example_id, _ in overlap])
+    data = without_repeats(study, Data(read, records, [example_id for example_id, _ in overlap]))
     with evaluating(subject.loaded.model):
         readings = read_here(study, subject, read, progress)
         ready = make_ready(study, subject, data, readings, progress)

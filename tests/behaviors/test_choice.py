@@ -101,6 +101,32 @@ def test_what_a_choice_lacks_is_said_of_all_prompts_at_once(row, message: str) -
         assert caught.value.value == "a, c"
 
 
+NOT_AMONG, EMPTY, EQUAL = "the answer is not among the options", "options are missing or empty", "options are equal"
+
+
+@pytest.mark.parametrize(
+    ("good", "wrong", "message"),
+    [
+        ({"options": "A. Paris\nB. No", "answer": "B. No"}, {"answer": "C. Rome"}, NOT_AMONG),
+        ({"choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}, {"answerKey": "3"}, NOT_AMONG),
+        ({"choices": {"text": ["a", "b"], "label": ["2", "3"]}, "answerKey": "2"}, {"answerKey": "1"}, NOT_AMONG),
+        ({"answerA": "Paris", "answerB": "No", "label": "2"}, {"label": "3"}, NOT_AMONG),
+        ({"answerA": "Paris", "answerB": "No", "label": "2"}, {"label": "0"}, NOT_AMONG),
+        ({"answerA": "Paris", "answerB": "No", "label": 2}, {"label": 0}, NOT_AMONG),
+        ({"sol1": "Paris", "sol2": "No", "label": 0}, {"label": -1}, NOT_AMONG),
+        ({"endings": ["Paris", "No"], "label": "0"}, {"label": ""}, NOT_AMONG),
+        ({"A": "Paris", "B": "No", "answer": "A"}, {"B": ""}, EMPTY),
+        ({"A": "Paris", "B": "No", "answer": "A"}, {"B": "Paris"}, EQUAL),
+    ],
+)
+def test_what_a_choice_of_a_public_form_lacks_is_named_by_id(good: dict, wrong: dict, message: str) -> None:
+    rows = [{"id": id, "question": f"{id}?", **good, **(wrong if id == "c" else {})} for id in "abcd"]
+    with pytest.raises(UserError, match=f"{message} of 1 prompts") as caught:
+        encode_prompts(Choice(), load_prompts(rows), chat())
+    assert caught.value.value == "c"
+    assert len(encode_prompts(Choice(), load_prompts([rows[0], rows[1]]), chat())) == 2
+
+
 def test_the_degree_is_the_share_of_the_right_option() -> None:
     p = np.array([0.2, 0.5, 0.9])
     np.testing.assert_allclose(Choice().degree(np.log(p / (1 - p))), p)

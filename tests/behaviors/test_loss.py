@@ -58,6 +58,18 @@ def test_the_answer_is_that_of_the_behavior_answer() -> None:
     assert encode_prompts(Loss(), prompts, chat()) == encode_prompts(Answer(), prompts, chat())
 
 
+@pytest.mark.parametrize("answer", ["Paris is in France.", "B", 1, "1"])
+def test_of_a_question_with_options_the_answer_is_the_text_of_the_right_one(answer) -> None:
+    prompts = load_prompts([{"prompt": "Where?", "options": ["No.", "Paris is in France."], "answer": answer}])
+    plain_prompts = load_prompts([{"prompt": "Where?", "answer": "Paris is in France."}])
+    for behavior in (Loss(), Answer()):
+        (found,), (expected,) = (encode_prompts(behavior, each, chat()) for each in (prompts, plain_prompts))
+        assert (found.input_ids, found.suffixes) == (expected.input_ids, expected.suffixes)
+    none = load_prompts([{"id": "a", "prompt": "Where?", "options": ["No.", "Yes."], "answer": "Paris"}])
+    with pytest.raises(UserError, match="the answer is not among the options"):
+        encode_prompts(Loss(), none, chat())
+
+
 def test_a_text_of_one_token_has_nothing_to_score() -> None:
     rows = [{"id": "a", "text": "P"}, {"id": "b", "text": "Paris is in France."}]
     with pytest.raises(UserError, match="has no tokens") as caught:

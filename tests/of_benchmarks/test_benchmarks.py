@@ -203,6 +203,33 @@ def test_big_tables_asks_what_it_wrote_and_leaves_no_run_behind(tmp_path, python
     assert [path.name for path in tmp_path.glob("tmp*")] == []
 
 
+def test_corpus_scale_means_by_bin_are_those_of_exact_effects(tmp_path, monkeypatch, benchmarks):
+    import benchmarks.corpus_scale as scale
+
+    from taught.core.driver import Method, scores
+    from taught.core.estimator import Work
+    from taught.core.readings import Readings
+    from taught.core.target import TargetSet
+    from taught.data.corpus import open_corpus
+    from taught.data.documents import encode_document
+
+    monkeypatch.setattr(scale, "CHUNK", 16)
+    monkeypatch.setattr(scale, "SHARD", 25)
+    monkeypatch.setattr(scale, "DIM", 4096)
+    scale.write_corpus(tmp_path / "corpus", 40)
+    corpus, (tokenizer, problem) = open_corpus(tmp_path / "corpus"), scale.subject()
+    means, counts = scale.ask(tmp_path / "store", problem, scale.fill(tmp_path / "store", problem, tokenizer, corpus))
+    examples = [w.example() for record in corpus for w in encode_document(tokenizer, record, 64)]
+    ids = [p.id for p in problem.prompts]
+    readings = Readings(tuple(ids), np.zeros(40), {"0": ids[:20], "1": ids[20:]}, {})
+    exact = scores(problem, examples, TargetSet.of(["behavior:0", "behavior:1"], readings), Method(), Work())
+    bins = [int(r.category) * scale.FORMATS + int(r.flags["format"]) for r in corpus]
+    assert counts.tolist() == np.bincount(bins, minlength=96).tolist()
+    # Of the 40 documents some are of the second group's topic and none of the first one's.
+    expected = np.bincount(bins, exact.values[:, 1], minlength=96)[counts > 0] / counts[counts > 0]
+    assert np.corrcoef(means[1, counts > 0], expected)[0, 1] > 0.8
+
+
 @pytest.mark.slow
 def test_load_runs_every_command_and_says_what_a_example_costs(tmp_path, python):
     done = python(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from taught.errors import UserError
+from taught.progress import SilentProgress
 from taught.stages import asked
 from taught.stages.subject import open_subject
 from taught.study.load import load_study
@@ -112,3 +114,48 @@ def test_another_behavior_is_another_result(study: Study, tmp_path: Path) -> Non
         do(study.replace("behavior", "loss"), run, "readings")
     with pytest.raises(UserError, match=r"behavior\.reduce"):
         do(study.replace("behavior", KINDS["answer, mean"]), run, "readings")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"style": "letter"}, {"style": "cloze"}, {"style": "cloze", "normalise": True}],
+    ids=["letter", "cloze", "per token"],
+)
+def test_the_accuracy_of_a_choice_is_that_of_plain_passes_and_weak_groups_are_said(
+    study: Study, loaded, tmp_path: Path, choice: dict
+) -> None:
+    rows = [json.loads(line) for line in Path(study.prompts.path).read_text().splitlines()]
+    right, margins = {}, []
+    for row in rows:
+        asked_of, texts = row["prompt"], OPTIONS
+        if choice["style"] == "letter":
+            asked_of += "\n" + "\n".join(f"{letter}. {o}" for letter, o in zip("ABC", OPTIONS, strict=True))
+            texts = ["A", "B", "C"]
+        chat = f"<|im_start|>user\n{asked_of}<|im_end|>\n<|im_start|>assistant\n"
+        each = [log_probabilities(loaded, chat, text) for text in texts]
+        values = np.array([float(logp.mean() if choice.get("normalise") else logp.sum()) for logp in each])
+        place = OPTIONS.index(row["answer"])
+        right.setdefault(row["group"], []).append(int(values.argmax()) == place)
+        margins.append(values[place] - np.delete(values, place).max())
+
+    class Notes(SilentProgress):
+        said: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.said.append(text)
+
+    study = with_values(study, {"sae.path": None, "behavior": {"kind": "choice", **choice}})
+    run = do(study, tmp_path / "run", "readings", progress=Notes())
+    found = run.read_json("readings")["skills"]
+    assert {s["group"]: (s["n"], s["right"]) for s in found} == {g: (len(r), sum(r)) for g, r in right.items()}
+    assert all(s["chance"] == pytest.approx(1 / 3) for s in found)
+    np.testing.assert_allclose(run.read_table("prompts")["margin"].to_pylist(), margins, rtol=1e-4, atol=1e-5)
+    weak = [s["group"] for s in found if s["lo"] <= 1 / 3]
+    assert weak and all(any(group in text and "its map means little" in text for text in Notes.said) for group in weak)
+    do(study, run, "report")
+    page = run.read_text("report.html")
+    assert "its map means little" in page and "whose right option the model finds likeliest" in page
+    Notes.said.clear()
+    plain = with_values(study, {"behavior": {"kind": "answer"}})
+    other = do(plain, tmp_path / "other", "readings", progress=Notes())
+    assert "skills" not in other.read_json("readings") and "margin" not in other.read_table("prompts").column_names

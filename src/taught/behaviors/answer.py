@@ -65,4 +65,26 @@ def encode_own_answer(prompt: Prompt, chat: ChatFormat) -> EncodedPrompt:
             "this behavior is about the answer that each prompt brings",
             "fill the column `answer`, or use another behavior.kind",
         )
+    if prompt.options:  # its letter or number says nothing by itself
+        answer = prompt.options[right_option(prompt)].strip()
     return chat.encode_answers(prompt.content, [answer], prompt.id)
+
+
+def right_option(prompt: Prompt) -> int:
+    """Index of the option that the answer names by its text, its index or its letter.
+
+    Raises
+    ------
+    Unscorable
+        It names none.
+    """
+    from taught.data.choices import Options
+
+    found = Options(prompt.options).place(prompt.answer)
+    if found is None:
+        raise Unscorable(
+            "the answer is not among the options",
+            "the right option is named by its text, its index (a number from 0) or its letter",
+            "correct the column `answer`",
+        )
+    return found

@@ -15,6 +15,7 @@ from math import inf
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from taught.behaviors.answer import right_option
 from taught.core import rules
 from taught.core.behavior import Unscorable, in_rows
 from taught.core.registry import BEHAVIORS, setting
@@ -45,7 +46,7 @@ class Choice:
         """The prompt with its options, the right one first."""
         options = [option.strip() for option in prompt.options]
         _check(options)
-        right = _right(prompt.answer, options)
+        right = right_option(prompt)
         order = [right, *(i for i in range(len(options)) if i != right)]
         if self.style == "cloze":
             return chat.encode_answers(prompt.content, [options[i] for i in order], prompt.id)
@@ -57,6 +58,11 @@ class Choice:
         """Log-odds of each prompt's first suffix."""
         rows = in_rows(logp / lengths if self.normalise else logp, prompt, n, -inf)
         return rows[:, 0] - rows[:, 1:].logsumexp(1)
+
+    def margin(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
+        """How much likelier each prompt's first suffix is than the likeliest other one, [n]."""
+        rows = in_rows(logp / lengths if self.normalise else logp, prompt, n, -inf)
+        return rows[:, 0] - rows[:, 1:].amax(1)
 
     def degree(self, y: Any) -> Any:
         """Probability of the right option among the options."""
@@ -78,21 +84,3 @@ def _check(options: Sequence[str]) -> None:
             "each option is another text (white space around it is ignored)",
             "correct the column `options`",
         )
-
-
-def _right(answer: str | int, options: Sequence[str]) -> int:
-    """Index of the right option, which is named by its text, its index or its letter."""
-    if isinstance(answer, int):
-        found = answer
-    elif answer.strip() in options:
-        found = options.index(answer.strip())
-    else:
-        letter = answer.strip()
-        found = ascii_uppercase.index(letter) if len(letter) == 1 and letter in ascii_uppercase else -1
-    if not 0 <= found < len(options):
-        raise Unscorable(
-            "the answer is not among the options",
-            "the right option is named by its text, its index (a number from 0) or its letter",
-            "correct the column `answer`",
-        )
-    return found

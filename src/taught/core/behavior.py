@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 
 class Behavior(Protocol):
-    """What is measured on every evaluation prompt; a frozen dataclass of a study's parameters."""
+    """What is measured on every evaluation prompt; a frozen dataclass of a study's parameters.
+
+    One that is about a choice may also have ``margin``, with the parameters of ``value``: how far the right option is
+    before the best other one, [n]. The accuracy of the model is made of it.
+    """
 
     @property
     def meaning(self) -> str:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# What is done with each path inside a value: (key, path, kind) -> path. The kinds: ``file`` and
-# ``folder`` (it must be there), ``hub`` (a folder that is there, or a hub id), ``made`` (a place for what is computed).
+# What is done with each path inside a value: (key, path, kind) -> path. The kinds: ``file``, ``folder`` and ``table``
+# (it must be there; a table may be a pattern that names files), ``hub`` (a folder that is there, or a hub id), ``made``
+# (a place for what is computed).
 Visit = Callable[[str, str, str], str]
 
 
@@ -184,6 +185,11 @@ def record(made: type, **fields: Rule) -> Rule:
 def path() -> Rule:
     """Return the rule for a file, or a folder of tables, that is there; relative to the file it stands in."""
     return Rule("a path", _path_text, walk=lambda key, value, visit: visit(key, value, "file"))
+
+
+def table() -> Rule:
+    """Return the rule for a table that is there: a file, a folder, or a pattern that names files."""
+    return Rule("a path", _path_text, walk=lambda key, value, visit: visit(key, value, "table"))
 
 
 def folder() -> Rule:

@@ -6,18 +6,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 
-from taught.data.tables import Row
+from taught.data.readers import Row
 from taught.errors import UserError
 
 
 def detect_columns(
-    rows: Sequence[Row], usual: Mapping[str, Sequence[str]], given: Mapping[str, str] | None, where: str
+    present: Sequence[str], usual: Mapping[str, Sequence[str]], given: Mapping[str, str] | None, where: str
 ) -> dict[str, str]:
     """Map field names to column names.
 
     Parameters
     ----------
-    rows : the table; a column is there when any row has it
+    present : names of the table's columns
     usual : field -> column names to try, in this order; a column is one field's
     given : the user's own field -> column; wins over the usual names
     where : name of the table, for messages
@@ -27,7 +27,6 @@ def detect_columns(
     UserError
         A given field is unknown or its column is not in the table.
     """
-    present = list(dict.fromkeys(name for row in rows for name in row))
     found = {}
     for field, column in (given or {}).items():
         if field not in usual:

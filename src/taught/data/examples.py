@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from taught.data.columns import name_ids, repeated
-from taught.data.tables import Row, open_table
+from taught.data.readers import Row
+from taught.data.subset import Sample, Spread, Strata, stratum_of
+from taught.data.tables import open_table
 from taught.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,6 +74,12 @@ class Record:
         return tuple(m["content"] for m in self.messages if m["role"] == "user")
 
     @property
+    def whole(self) -> str:
+        """All that is said in the example, one turn after the other."""
+        said = [*(message["content"] for message in self.messages), self.response]
+        return "\n".join([*said, self.rejected] if self.rejected else said)
+
+    @property
     def turns(self) -> list[Message]:
         """The conversation up to and with the response."""
         return [*self.messages, {"role": "assistant", "content": self.response, **self.extras}]
@@ -90,13 +98,15 @@ class ExampleSet:
     examples : the examples; ids are unique
     columns : field -> the column it was read from
     sha256 : hex digest of the file, or of the rows that were given in memory or came from the hub
-    path : the file or folder; None for other sources
+    path : the file, folder or pattern; None for other sources
+    sample : how they were drawn from a larger source; None: all of it is here
     """
 
     examples: tuple[Record, ...]
     columns: Mapping[str, str]
     sha256: str
     path: Path | None = None
+    sample: Sample | None = None
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.examples)
@@ -113,6 +123,43 @@ class ExampleSet:
     def labels(self) -> tuple[str, ...]:
         """Labels, each once, in order of first appearance."""
         return tuple(dict.fromkeys(example.label for example in self.examples))
+
+    def column(self, name: str) -> list[Any]:
+        """Each example's cell of a column of the data, which may be named by the field that was read from it.
+
+        Raises
+        ------
+        UserError
+            There is no such column.
+        """
+        field = {column: field for field, column in self.columns.items()}.get(name, name)
+        if field in ("id", "label", "category", "source"):
+            return [getattr(example, field) for example in self.examples]
+        if not any(name in example.flags for example in self.examples):
+            flags = (key for example in self.examples for key in example.flags)
+            known = dict.fromkeys([*self.columns.values(), *flags])
+            raise UserError(
+                "the examples have no such column", value=name, rule=f"their columns are {', '.join(known)}"
+            )
+        return [example.flags.get(name) for example in self.examples]
+
+    def spread(self, how: Spread) -> ExampleSet:
+        """At most so many of the examples, spread over strata; the order stays.
+
+        Raises
+        ------
+        UserError
+            A column of the strata is not there.
+        """
+        if how.limit is None or how.limit >= len(self):
+            return self
+        by = how.columns(self.columns)
+        strata: Strata[tuple[str, ...]] = Strata(how.even, how.seed)
+        cells = [self.column(name) for name in by]
+        for number, example in enumerate(self.examples):
+            strata.note(example.id, stratum_of(column[number] for column in cells))
+        chosen, counts = strata.take(self.examples, how.limit, lambda example: example.id)
+        return replace(self, examples=chosen, sample=Sample(how, by, counts))
 
     def digest(self) -> str:
         """Hex digest of what was read: what a result depends on, wherever the rows came from."""
@@ -162,21 +209,22 @@ def load_examples(
     >>> load_examples([{"prompt": "Hi?", "response": "Ho."}]).examples[0].response
     'Ho.'
     """
-    from taught.data.formats import read_documents, read_pairs, read_preferences
+    from taught.data.corpus import open_corpus, sample_documents
+    from taught.data.formats import read_pairs, read_preferences
 
     for value, known, name in ((kind, get_args(Kind), "kind"), (turns, get_args(Turns), "turns")):
         if value not in known:
             raise UserError(f"unknown {name} of examples", value=value, rule=f"one of {', '.join(known)}")
+    if kind == "document":
+        return sample_documents(open_corpus(source, columns), Spread())
     table = open_table(source)
     if not table.rows:
         raise UserError("no examples in the data", value=table.name, fix="give at least one row")
-    if kind == "document":
-        examples, found = read_documents(table, columns)
-    elif kind == "preference":
+    if kind == "preference":
         examples, found = read_preferences(table, columns)
     else:
         examples, found = read_pairs(table, columns, turns)
-    _check(examples, table.name)
+    check_examples(examples, table.name)
     return ExampleSet(examples, found, table.sha256, table.path)
 
 
@@ -192,7 +240,10 @@ def content_id(messages: Sequence[Message], *answers: str) -> str:
     return f"sha1:{hashlib.sha1(content.encode()).hexdigest()[:12]}"
 
 
-def _check(examples: Sequence[Record], where: str) -> None:
+def check_examples(examples: Sequence[Record], where: str) -> None:
+    """Raise a UserError where a text is empty or an id stands twice; the ids are named."""
+    if not examples:
+        return
     document = examples[0].kind == "document"
     parts = {"document": ["response"], "pair": ["prompt", "response"], "preference": ["prompt", "response", "rejected"]}
     for part in parts[examples[0].kind]:

@@ -26,7 +26,8 @@ from typing import Any
 
 from taught.data.columns import cell, detect_columns, name_ids, text_cell
 from taught.data.examples import Message, Record, Turns, content_id
-from taught.data.tables import Row, Table
+from taught.data.readers import Row
+from taught.data.tables import Table
 from taught.errors import UserError
 
 PAIR_COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -81,8 +82,8 @@ def read_pairs(
     table: Table, columns: Mapping[str, str] | None, turns: Turns
 ) -> tuple[tuple[Record, ...], dict[str, str]]:
     """Read a record from every row, and which column was taken for what."""
-    found = detect_columns(table.rows, PAIR_COLUMNS, columns, table.name)
-    present = {name for row in table.rows for name in row}
+    found = detect_columns(table.columns, PAIR_COLUMNS, columns, table.name)
+    present = set(table.columns)
     if {"chosen", "rejected"} <= present and not columns:
         raise UserError(
             f"{table.name} holds preference pairs (chosen, rejected)",
@@ -94,7 +95,7 @@ def read_pairs(
         text = "text" in present
         raise UserError(
             f"{table.name} has neither messages nor a prompt and a response",
-            value=f"columns: {', '.join(dict.fromkeys(name for row in table.rows for name in row))}",
+            value=f"columns: {', '.join(table.columns)}",
             rule="an example is `messages`, or `prompt` with `response` (or `completion`)",
             fix="use --set examples.kind=document"
             if text
@@ -107,30 +108,33 @@ def read_pairs(
     return tuple(_pair(row, found, name, turns) for row, name in rows), found
 
 
-def read_documents(table: Table, columns: Mapping[str, str] | None) -> tuple[tuple[Record, ...], dict[str, str]]:
-    """Read a document from every row, and which column was taken for what."""
-    found = detect_columns(table.rows, DOCUMENT_COLUMNS, columns, table.name)
+def document_columns(present: Sequence[str], columns: Mapping[str, str] | None, where: str) -> dict[str, str]:
+    """Which column of a corpus is taken for what; UserError where none is its text."""
+    found = detect_columns(present, DOCUMENT_COLUMNS, columns, where)
     if "text" not in found:
         raise UserError(
-            f"{table.name} has no text",
-            value=f"columns: {', '.join(dict.fromkeys(name for row in table.rows for name in row))}",
+            f"{where} has no text",
+            value=f"columns: {', '.join(present)}",
             rule="a document is a `text`",
             fix="rename the column, or use --set examples.kind=pair",
         )
-    return tuple(
-        _record(row, found, name, content_id((), text), prompt="", response=text, kind="document")
-        for row, name in zip(table.rows, _row_names(table, found), strict=True)
-        for text in [text_cell(row, found, "text", name)]
-    ), found
+    return found
+
+
+def read_document(row: Row, columns: Mapping[str, str], number: int) -> Record:
+    """Read a document from a row; ``number`` is its place."""
+    name = _row_name(row, columns, number)
+    text = text_cell(row, columns, "text", name)
+    return _record(row, columns, name, content_id((), text), prompt="", response=text, kind="document")
 
 
 def read_preferences(table: Table, columns: Mapping[str, str] | None) -> tuple[tuple[Record, ...], dict[str, str]]:
     """Read a preference from every row, and which column was taken for what."""
-    found = detect_columns(table.rows, PREFERENCE_COLUMNS, columns, table.name)
+    found = detect_columns(table.columns, PREFERENCE_COLUMNS, columns, table.name)
     if not {"chosen", "rejected"} <= set(found):
         raise UserError(
             f"{table.name} has no chosen and rejected answers",
-            value=f"columns: {', '.join(dict.fromkeys(name for row in table.rows for name in row))}",
+            value=f"columns: {', '.join(table.columns)}",
             rule="a preference is `prompt`, `chosen` and `rejected`, or two conversations",
             fix="rename the columns, or use --set examples.kind=pair",
         )
@@ -228,9 +232,14 @@ def _number(value: object) -> float:
 
 
 def _row_names(table: Table, columns: Mapping[str, str]) -> list[str]:
+    """What the rows are called in messages."""
+    return [_row_name(row, columns, number) for number, row in enumerate(table.rows, 1)]
+
+
+def _row_name(row: Row, columns: Mapping[str, str], number: int) -> str:
     """What a row is called in messages: its id, or its number."""
-    given = ((number, text_cell(row, columns, "id", f"row {number}")) for number, row in enumerate(table.rows, 1))
-    return [id if id.strip() else f"row {number}" for number, id in given]
+    given = text_cell(row, columns, "id", f"row {number}")
+    return given if given.strip() else f"row {number}"
 
 
 def _record(row: Row, columns: Mapping[str, str], name: str, otherwise: str, **fields: Any) -> Record:

@@ -5,12 +5,13 @@ Training on a prompt that is also measured makes any attribution look good for t
 
 from __future__ import annotations
 
-import unicodedata
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from taught.data.columns import name_ids
+from taught.data.words import normalise, shingles, words
 from taught.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,34 +19,48 @@ if TYPE_CHECKING:
     from taught.data.prompts import PromptSet
 
 
-def normalise(text: str) -> str:
-    """Return the text without what does not make it another prompt.
-
-    Unicode NFKC, typographic apostrophes made plain, case folded, white space collapsed, trailing punctuation removed.
-    """
-    folded = unicodedata.normalize("NFKC", text).translate(_PLAIN).casefold()
-    # Folding may leave letters that NFKC composes again: twice is stable, once is not always.
-    words = " ".join(unicodedata.normalize("NFKC", folded).split())
-    end = len(words)
-    while end and (words[end - 1].isspace() or unicodedata.category(words[end - 1]).startswith("P")):
-        end -= 1
-    return words[:end] or words
-
-
 def find_overlap(examples: ExampleSet, prompts: PromptSet) -> list[tuple[str, str]]:
     """Return (example id, prompt id) for every example whose prompt is an evaluation prompt.
 
-    In a conversation of several turns every user turn counts; of a document the whole and each line.
+    In a conversation of several turns every user turn counts; of a document the whole and each line, and every passage
+    of 13 words that a prompt has as well. Of a prompt of 8 to 12 words the passage is all of them; a shorter one is
+    looked for as a line.
     """
     by_text: dict[str, list[str]] = defaultdict(list)
     for prompt in prompts:
         by_text[normalise(prompt.text)].append(prompt.id)
-    return [
-        (example.id, prompt_id)
-        for example in examples
-        for text in dict.fromkeys(normalise(turn) for turn in example.user_texts)
-        for prompt_id in by_text.get(text, ())
-    ]
+    passages = _passages(prompts) if any(example.kind == "document" for example in examples) else {}
+    found = []
+    for example in examples:
+        texts = dict.fromkeys(normalise(turn) for turn in example.user_texts)
+        own = dict.fromkeys(prompt_id for text in texts for prompt_id in by_text.get(text, ()))
+        if example.kind == "document" and passages:
+            own |= dict.fromkeys(_shared(words(example.response), passages))
+        found += [(example.id, prompt_id) for prompt_id in own]
+    return found
+
+
+LONG, SHORT = 13, 8  # words of a passage that a document and a prompt share
+
+
+def _passages(prompts: PromptSet) -> dict[int, dict[int, list[str]]]:
+    """Number of words -> hash of a passage of so many -> the prompts that hold it."""
+    found: dict[int, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for prompt in prompts:
+        said = words(prompt.text)
+        if len(said) >= SHORT:
+            n = min(LONG, len(said))
+            for passage in dict.fromkeys(shingles(said, n).tolist()):
+                found[n][passage].append(prompt.id)
+    return found
+
+
+def _shared(said: list[str], passages: Mapping[int, Mapping[int, list[str]]]) -> Iterator[str]:
+    """Prompts of which a passage is among these words."""
+    for n, prompts in passages.items():
+        if len(said) >= n:
+            for passage in prompts.keys() & shingles(said, n).tolist():
+                yield from prompts[passage]
 
 
 def drop_shared(shown: ExampleSet, examples: ExampleSet, drop: bool) -> tuple[ExampleSet, list[str]]:
@@ -91,14 +106,16 @@ def drop_overlap(examples: ExampleSet, prompts: PromptSet, drop: bool) -> tuple[
     overlap = find_overlap(examples, prompts)
     gone = {example_id for example_id, _ in overlap}
     if overlap and not drop:
+        documents = any(example.kind == "document" for example in examples)
         raise UserError(
-            f"{len(gone)} examples have a prompt that is also an evaluation prompt",
+            f"{len(gone)} documents hold an evaluation prompt"
+            if documents
+            else f"{len(gone)} examples have a prompt that is also an evaluation prompt",
             value=name_ids([f"{example_id} = {prompt_id}" for example_id, prompt_id in overlap]),
-            rule="an example is never scored on its own prompt (case, spacing and final punctuation are ignored)",
+            rule=f"no document has {LONG} words in a row, or a line, in common with a prompt (case is ignored)"
+            if documents
+            else "an example is never scored on its own prompt (case, spacing and final punctuation are ignored)",
             fix="remove them from one of the files, or pass --set examples.drop_overlap=true",
         )
     kept = tuple(example for example in examples if example.id not in gone)
     return replace(examples, examples=kept), overlap
-
-
-_PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})

@@ -6,11 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from taught.data.choices import ANSWERS, OPTIONS, Apart, Options, options_apart, read_options
 from taught.data.columns import cell, detect_columns, name_ids, repeated, text_cell
 from taught.data.formats import (
     add_context,
@@ -21,8 +21,9 @@ from taught.data.formats import (
     role_letters,
     with_system,
 )
-from taught.data.overlap import normalise
-from taught.data.tables import Row, open_table
+from taught.data.readers import Row
+from taught.data.tables import Table, open_table
+from taught.data.words import normalise
 from taught.errors import UserError
 
 Message = Mapping[str, Any]
@@ -31,15 +32,25 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "prompt_id"),
     "messages": ("messages", "conversations"),
     "text": ("text", "prompt", "instruction", "question", "goal", "behavior"),
-    "group": ("group", "label"),
+    "group": ("group", "label", "skill", "benchmark"),
     "category": ("category", "topic"),
     "source": ("source",),
     "licence": ("licence", "license"),
     "answer": ("answer", "response", "completion", "output", "target"),
     "options": ("options", "choices"),
-    "context": ("input", "context"),
+    "context": ("input", "context", "passage"),
     "system": ("system", "system_prompt"),
     "history": ("history",),
+}
+# The same of a table whose questions bring options (``taught.data.choices``).
+CHOICE_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    **COLUMNS,
+    "text": (*COLUMNS["text"], "question_stem", "ctx", "query", "sentence"),
+    "group": ("group", "skill", "benchmark", "label"),
+    "category": (*COLUMNS["category"], "subject"),
+    "options": OPTIONS,
+    "answer": (*ANSWERS, *COLUMNS["answer"]),
+    "context": ("passage", "context", "support", "article", "input"),
 }
 ONE_GROUP = "all"  # the group of prompts whose file has no groups
 
@@ -51,7 +62,7 @@ class Prompt:
     Attributes
     ----------
     text : the user's message; of a conversation the last one
-    answer : the answer that the prompt brings: a text, or the index of an option
+    answer : the answer that the prompt brings: a text; of a prompt with options also the letter or index of one
     options : answers to choose among
     messages : the conversation up to and with the user's message; empty for that message alone
     """
@@ -137,64 +148,87 @@ def load_prompts(
         raise UserError(
             "there are no prompts", value=where, rule="at least one row", fix="check which file prompts.path names"
         )
-    found = detect_columns(rows, COLUMNS, columns, where)
+    apart = options_apart(table.columns)
+    found = _columns(table, apart, columns)
     if "text" not in found and "messages" not in found:
         raise UserError(
             f"{where} has no text column",
-            value="columns: " + ", ".join(dict.fromkeys(name for row in rows for name in row)),
+            value="columns: " + ", ".join(table.columns),
             rule=f"usual names of the text are {', '.join(COLUMNS['text'])}; of a conversation, messages",
             fix="rename the column to prompt, or load with columns={'text': …}",
         )
     names = [text_cell(row, found, "id", f"row {number}") or f"row {number}" for number, row in enumerate(rows, 1)]
     refuse_columns(table, found, names, "prompts", ("tools",))
     refuse_keys(table, found, names, "prompts")
-    prompts = tuple(_prompt(row, found, name) for row, name in zip(rows, names, strict=True))
+    prompts = tuple(_prompt(row, found, apart, name) for row, name in zip(rows, names, strict=True))
     _check(prompts, where)
     return PromptSet(prompts, found, table.sha256)
 
 
-def _prompt(row: Row, columns: Mapping[str, str], name: str) -> Prompt:
+def _columns(table: Table, apart: Apart | None, given: Mapping[str, str] | None) -> dict[str, str]:
+    """Which column of a table of prompts is what; ``label`` is the answer where it names options, else the group."""
+    given = dict(given or {})
+    if apart is None and not {*OPTIONS, given.get("options")} & set(table.columns):
+        return detect_columns(table.columns, COLUMNS, given, table.name)
+    found = detect_columns(table.columns, CHOICE_COLUMNS, given, table.name)
+    if "answer" in found or "label" not in table.columns or "label" in given.values():
+        return found
+    options = (read_options(row, found.get("options"), apart, "a row") for row in table.rows)
+    named = sum(own.place(row.get("label")) is not None for row, own in zip(table.rows, options, strict=True))
+    if 2 * named <= len(table.rows):
+        return found
+    # Some labels may name no option: what is scored says which.
+    return detect_columns(table.columns, CHOICE_COLUMNS, {**given, "answer": "label"}, table.name)
+
+
+def _prompt(row: Row, columns: Mapping[str, str], apart: Apart | None, name: str) -> Prompt:
     texts = {f: text_cell(row, columns, f, name) for f in ("id", "group", "category", "source", "licence")}
     if "group" not in columns:
         texts["group"] = ONE_GROUP
-    answer = cell(row, columns, "answer")
-    if not isinstance(answer, int) or isinstance(answer, bool):
-        answer = text_cell(row, columns, "answer", name)
-    options = _options(cell(row, columns, "options"), name)
+    options = read_options(row, columns.get("options"), apart, name)
+    answer = _answer(row, columns, options, name)
     field = "text" if cell(row, columns, "messages") is None else "messages"
-    messages = _conversation(row, columns, field, name)
+    messages = _conversation(row, columns, field, name, first=bool(options.texts))
     text = messages[-1]["content"]
     if len(messages) == 1:  # the same prompt as its text alone
         messages = ()
-    given = texts.pop("id") or content_id(text, answer, options, messages)
-    return Prompt(given, text, **texts, answer=answer, options=options, messages=messages)
+    given = texts.pop("id") or content_id(text, answer, options.texts, messages)
+    return Prompt(given, text, **texts, answer=answer, options=options.texts, messages=messages)
 
 
-def _options(value: object, name: str) -> tuple[str, ...]:
-    """A list of texts; a table of texts has it as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with suppress(json.JSONDecodeError):
-            value = json.loads(value)
-    if value is None or value == "":
-        return ()
-    if not isinstance(value, list | tuple) or any(isinstance(item, list | tuple | dict) for item in value):
-        raise UserError(
-            f"the options of {name} are not a list of texts",
-            value=value,
-            rule='options are a list: ["yes", "no"]',
-            fix="give them as a list, or as JSON in a CSV",
-        )
-    return tuple("" if item is None else str(item) for item in value)
+def _answer(row: Row, columns: Mapping[str, str], options: Options, name: str) -> str | int:
+    """The answer as it stands; where the data name their options by labels, the option's place."""
+    answer = cell(row, columns, "answer")
+    if options.texts and isinstance(answer, list | tuple) and len(answer) == 1:
+        answer = answer[0]
+        row = {**row, columns["answer"]: answer}
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        said: str | int = answer
+    else:
+        said = text_cell(row, columns, "answer", name)
+    if not options.labels or said == "":
+        return said
+    place = options.place(said)
+    return -1 if place is None else place  # what names no option by its label names none by its number
 
 
-def _conversation(row: Row, columns: Mapping[str, str], field: str, name: str) -> tuple[Message, ...]:
-    """Messages in which the user speaks last: the prompt with what stands beside it."""
+def _conversation(row: Row, columns: Mapping[str, str], field: str, name: str, *, first: bool) -> tuple[Message, ...]:
+    """Messages in which the user speaks last: the prompt with what stands beside it.
+
+    A passage stands before its question; so does what is called context, where the question brings options (``first``).
+    """
     content, system = cell(row, columns, field), text_cell(row, columns, "system", name)
     if isinstance(content, list | tuple):
         asked = read_turns(content, name)
     else:
         asked = [{"role": "user", "content": text_cell(row, columns, field, name)}]
-    add_context(row, columns, asked, name, field)
+    context = text_cell(row, columns, "context", name).strip()
+    first = (first or columns.get("context") == "passage") and columns[field] != "instruction"
+    if context and first and len(asked) == 1:
+        if context not in asked[0]["content"]:
+            asked[0]["content"] = f"{context}\n{asked[0]['content']}"
+    else:
+        add_context(row, columns, asked, name, field)
     messages = with_system(system, [*read_history(cell(row, columns, "history"), name), *asked], name)
     if not messages or messages[-1]["role"] != "user":
         raise UserError(

@@ -1,25 +1,23 @@
-"""Rows of a table: JSONL, JSON, Parquet, CSV, a folder written by ``datasets``, the hub, or memory."""
+"""Tables of rows: one file or many shards of JSONL, JSON, Parquet or CSV, a folder of ``datasets``, the hub, memory."""
 
 from __future__ import annotations
 
-import csv
+import glob
 import hashlib
-import io
 import json
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from taught.data.readers import READERS, STATE, Row, columns_of, first_line, only_texts, rows_of
 from taught.errors import UserError
-from taught.run.files import write_bytes
+from taught.run.files import sha256_file, write_bytes
 
-Row = dict[str, Any]
 HUB = "hf:"
-# No text of a language: half of a character (a lone surrogate), and the byte that ends texts in C.
-_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+# What may lie beside shards and is no table.
+_BESIDE = (".md", ".txt", ".yaml", ".yml", "")
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Table:
     rows : the rows
     name : what the table is called in messages
     sha256 : hex digest of the file; of the rows where there is none
-    path : the file or folder; None for rows from memory or the hub
+    path : the file, folder or pattern; None for rows from memory or the hub
     """
 
     rows: list[Row]
@@ -39,20 +37,116 @@ class Table:
     sha256: str
     path: Path | None = None
 
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns: a column is there when any row has it."""
+        return tuple(dict.fromkeys(name for row in self.rows for name in row))
+
+
+@dataclass(frozen=True)
+class Source:
+    """The same, not held: every iteration reads the rows anew, shard by shard, a batch of them in memory.
+
+    Attributes
+    ----------
+    shards : the files, in the order in which they are read; none for rows from memory or the hub
+    given : rows from memory or the hub
+    """
+
+    name: str
+    shards: tuple[Path, ...] = ()
+    path: Path | None = None
+    given: Iterable[Any] = field(default=(), repr=False)
+
+    def __iter__(self) -> Iterator[Row]:
+        if self.path is None:
+            yield from only_texts(_mappings(self.given, self.name), self.name)
+        for shard in self.shards:
+            yield from rows_of(shard)
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns; a column is there when any row has it.
+
+        Raises
+        ------
+        UserError
+            A shard has other columns than the first one.
+        """
+        if self.path is None:
+            return tuple(dict.fromkeys(name for row in self for name in row))
+        first = self.shards[0]
+        columns: tuple[str, ...] = ()
+        for shard in self.shards:
+            own = columns_of(shard)
+            if not columns:  # those before had no rows
+                first, columns = shard, own
+            if own and (differing := set(own) ^ set(columns)):
+                name = min(differing)
+                raise UserError(
+                    f"shards of {self.name} disagree in their columns",
+                    value=f"{shard.name} {'has' if name in own else 'lacks'} the column {name}, unlike {first.name}",
+                    rule="all shards of a table have the same columns",
+                    fix="add the column to every shard, with an empty cell where there is nothing, or remove it",
+                )
+        return columns
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the files; of the rows where there are none."""
+        if self.path is not None:
+            return table_sha256(self.path)
+        digest = hashlib.sha256()
+        for row in self:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> Source:
+    """Find rows at a path or a pattern, at ``"hf:owner/name[:split]"``, or in memory; none is read yet.
+
+    Parameters
+    ----------
+    source : a file, a folder of shards, a pattern such as ``corpus/*.parquet``, or anything that yields mappings: a
+        list, a ``datasets.Dataset`` or ``IterableDataset``. What can be iterated only once (a generator) is read now
+        and held.
+
+    Raises
+    ------
+    UserError
+        There is no such file, or what is given yields no rows.
+    """
+    if isinstance(source, str) and source.startswith(HUB):
+        return Source(source, given=_hub_dataset(source))
+    if isinstance(source, str | Path):
+        return Source(Path(source).name, shards_of(source), Path(source))
+    name = "the data"
+    if not isinstance(source, Iterable) or isinstance(source, Mapping):
+        raise UserError(
+            f"{name}: no rows can be read from this",
+            value=f"{type(source).__name__}"
+            + (f" of {', '.join(map(str, source))}" if isinstance(source, Mapping) else ""),
+            rule="rows are a list of dicts, a datasets.Dataset, or a file",
+            fix="pass one split of a DatasetDict, a list of dicts, or a path",
+        )
+    return Source(name, given=list(source) if iter(source) is source else source)
+
 
 def open_table(source: str | Path | Iterable[Mapping[str, Any]]) -> Table:
-    """Read rows from a path, from ``"hf:owner/name[:split]"``, or from mappings in memory.
+    """Read all rows of a source, as :func:`open_source` finds it.
 
     Raises
     ------
     UserError
         As :func:`read_rows`; a row in memory is no mapping; the data set cannot be had.
     """
-    if isinstance(source, str) and source.startswith(HUB):
-        return _in_memory(_hub_dataset(source), source)
-    if isinstance(source, str | Path):
-        return Table(read_rows(source), Path(source).name, table_sha256(source), Path(source))
-    return _in_memory(source, "the data")
+    found = open_source(source)
+    if found.path is None:  # read once: a stream of the hub is slow, and rows in memory may be made as they are read
+        rows = list(found)
+        found = Source(found.name, given=rows)
+    else:
+        rows = read_rows(found.path)
+    return Table(rows, found.name, found.sha256, found.path)
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -60,38 +154,71 @@ def read_rows(path: str | Path) -> list[Row]:
 
     Parameters
     ----------
-    path : a file that ends in .jsonl, .json (a list of objects), .parquet or .csv, or a folder made by
-        ``Dataset.save_to_disk``
+    path : a file that ends in .jsonl, .json (a list of objects), .parquet or .csv; a folder of such files, or a
+        pattern that names some; a folder made by ``Dataset.save_to_disk``
 
     Raises
     ------
     UserError
-        Missing or unreadable file, unknown ending, a line that is not a JSON object (the line is
-        named), or a text with a NUL or half a character (the row is named).
+        Missing or unreadable file, unknown ending, a line that is not a JSON object (the line is named), a text with
+        a NUL or half a character (the row is named), shards with other columns than the first one.
+    """
+    source = open_source(Path(path))
+    if len(source.shards) > 1:
+        source.columns  # noqa: B018 - says where shards disagree
+    return list(source)
+
+
+def shards_of(path: str | Path) -> tuple[Path, ...]:
+    """Files of a table, sorted: the file itself, those of a folder, those that a pattern names.
+
+    A folder made by ``Dataset.save_to_disk`` is one shard.
+
+    Raises
+    ------
+    UserError
+        There is none, or a folder holds files that are no tables.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError("no such file", value=str(path), fix="check the path; it is relative to the study's file")
-    reader = _saved_dataset if path.is_dir() else _READERS.get(path.suffix.lower())
-    if reader is None:
+    if path.is_file() or (path / STATE).is_file():
+        return (path,)
+    if path.is_dir():
+        return _shards_in(path)
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)) if glob.has_magic(str(path)) else []
+    files = tuple(file for file in found if file.is_file())
+    if not files:
         raise UserError(
-            "unknown kind of table",
-            value=path.name,
-            rule=f"the file name ends in one of {', '.join(_READERS)}",
-            fix="rename the file, or convert it to JSONL",
+            "no file matches" if glob.has_magic(str(path)) else "no such file",
+            value=str(path),
+            fix="check the path; it is relative to the study's file",
         )
-    try:
-        rows = reader(path)
-    except OSError as error:
+    return files
+
+
+def _shards_in(folder: Path) -> tuple[Path, ...]:
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
+    shards = tuple(p for p in files if p.suffix.lower() in READERS)
+    if not shards:
+        inside = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        splits = [name for name in inside if (folder / name / STATE).is_file()]
         raise UserError(
-            f"cannot read the file: {error.strerror}", value=str(path), fix="check its permissions"
-        ) from error
-    except UnicodeDecodeError as error:
+            "a folder without tables, and no saved dataset",
+            value=str(folder),
+            rule=f"a folder holds shards ({', '.join(READERS)}), or is written by Dataset.save_to_disk",
+            fix=f"name one split: {', '.join(splits)}"
+            if splits
+            else f"name the files by a pattern: {folder / '**' / '*.parquet'}"
+            if inside
+            else "give a .jsonl file",
+        )
+    if other := [p.name for p in files if p not in shards and p.suffix.lower() not in _BESIDE]:
         raise UserError(
-            f"not UTF-8 text: byte {error.start} cannot be decoded", value=str(path), fix="save the file as UTF-8"
-        ) from error
-    _refuse_no_text(rows, path.name)
-    return rows
+            "a folder of shards holds files that are not read",
+            value=", ".join(other[:8]),
+            rule=f"shards end in one of {', '.join(READERS)}",
+            fix=f"name the files to read by a pattern: {folder / ('*' + shards[0].suffix)}",
+        )
+    return shards
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -101,146 +228,28 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def table_sha256(path: str | Path) -> str:
-    """Hex sha256 of a table file, or of the names and contents of a folder's files."""
+    """Hex sha256 of a table file, or of the names and contents of a folder's or a pattern's files."""
     path = Path(path)
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_file(path)
+    if path.is_dir():
+        parts = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+    else:
+        parts = {p.as_posix().removeprefix(f"{_fixed(path).as_posix()}/"): p for p in shards_of(path)}
     digest = hashlib.sha256()
-    for part in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(part.relative_to(path).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(part.read_bytes()).digest())
+    for name, part in sorted(parts.items(), key=lambda item: item[1]):
+        digest.update(name.encode() + b"\0")
+        digest.update(bytes.fromhex(sha256_file(part)))
     return digest.hexdigest()
 
 
-def _jsonl(path: Path) -> list[Row]:
-    # Split at newlines only: str.splitlines would also break at U+2028 inside a JSON string.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path.name}, line {number}: not JSON ({_why(error)})",
-                value=line,
-                rule="every line of a .jsonl file is one JSON object",
-                fix=f"correct line {number}",
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{path.name}, line {number}: not a JSON object",
-                value=line,
-                rule='every line is an object with named fields: {"prompt": …}',
-            )
-        rows.append(row)
-    return rows
+def _fixed(pattern: Path) -> Path:
+    """The folder that a pattern begins with: where the files lie does not count."""
+    return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
 
 
-def _json(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise UserError(
-            f"{path.name}, line {line}: not JSON ({_why(error)})",
-            value=text.split("\n")[line - 1],
-            fix="correct the line; a file with one object per line ends in .jsonl",
-        ) from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(
-            f"{path.name}: not a list of objects",
-            value=type(rows).__name__,
-            rule="a .json table is a list of objects: [{…}, {…}]",
-        )
-    return rows
-
-
-def _csv(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig")
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
-    try:
-        twice = [column for column, times in Counter(reader.fieldnames or ()).items() if times > 1]
-        if twice:
-            raise UserError(
-                f"{path.name}, line 1: two columns have one name", value=", ".join(twice), fix="rename one of them"
-            )
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{path.name}, line {reader.line_num}: not as many cells as the header",
-                    rule=f"the header has {len(reader.fieldnames or ())} columns",
-                    fix='put a cell that contains a comma between "…"',
-                )
-            rows.append(row)
-    except csv.Error as error:
-        raise UserError(f"{path.name}, line {reader.line_num}: not CSV ({error})", fix="correct the line") from error
-    return rows
-
-
-def _parquet(path: Path) -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return list(pq.ParquetFile(path).read().to_pylist())
-    except pa.ArrowException as error:
-        raise UserError(f"{path.name}: not a Parquet file ({_first_line(error)})", value=str(path)) from error
-
-
-def _saved_dataset(folder: Path) -> list[Row]:
-    """Read the Arrow files of ``Dataset.save_to_disk``, in the order of its ``state.json``."""
-    import pyarrow as pa
-
-    state = folder / "state.json"
-    if not state.exists():
-        splits = sorted(p.parent.name for p in folder.glob("*/state.json"))
-        raise UserError(
-            "a folder without state.json is not a saved dataset",
-            value=str(folder),
-            rule="a folder is one written by Dataset.save_to_disk",
-            fix=f"name one split: {', '.join(splits)}" if splits else "give a .jsonl file",
-        )
-    content = json.loads(state.read_text(encoding="utf-8"))
-    if content.get("_indices_data_files"):
-        raise UserError(
-            "the saved dataset has an index of selected rows, which is not read",
-            value=str(folder),
-            fix="save it again after dataset.flatten_indices()",
-        )
-    rows: list[Row] = []
-    for name in (entry["filename"] for entry in content["_data_files"]):
-        try:
-            with pa.memory_map(str(folder / name)) as source:
-                rows += pa.ipc.open_stream(source).read_all().to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"cannot read {name} of a saved dataset ({_first_line(error)})", value=str(folder)
-            ) from error
-    return rows
-
-
-def _why(error: BaseException) -> str:
-    """Why a text is no JSON: its error, a number of thousands of digits, brackets in thousands."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg}, column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else _first_line(error)
-
-
-def _in_memory(source: Iterable[Any], name: str) -> Table:
-    if not isinstance(source, Iterable) or isinstance(source, Mapping):
-        raise UserError(
-            f"{name}: no rows can be read from this",
-            value=f"{type(source).__name__}"
-            + (f" of {', '.join(map(str, source))}" if isinstance(source, Mapping) else ""),
-            rule="rows are a list of dicts, a datasets.Dataset, or a file",
-            fix="pass one split of a DatasetDict, a list of dicts, or a path",
-        )
-    rows = []
-    for number, row in enumerate(source, 1):
+def _mappings(rows: Iterable[Any], name: str) -> Iterator[Row]:
+    for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise UserError(
                 f"{name}, row {number}: not a mapping",
@@ -248,12 +257,7 @@ def _in_memory(source: Iterable[Any], name: str) -> Table:
                 rule='every row has named fields: {"prompt": …}',
                 fix="pass a list of dicts (of a data frame: frame.to_dict('records'))",
             )
-        rows.append({str(key): value for key, value in row.items()})
-    _refuse_no_text(rows, name)
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return Table(rows, name, digest.hexdigest())
+        yield {str(key): value for key, value in row.items()}
 
 
 def _hub_dataset(source: str) -> Iterable[Any]:
@@ -270,7 +274,7 @@ def _hub_dataset(source: str) -> Iterable[Any]:
         found = load_dataset(name, split=split or None)
     except Exception as error:  # the library's own, and those of the network below it
         raise UserError(
-            f"cannot load the data set {name} ({type(error).__name__}: {_first_line(error)})",
+            f"cannot load the data set {name} ({type(error).__name__}: {first_line(error)})",
             value=source,
             rule="hf:owner/name, or hf:owner/name:split",
             fix="check the name and the network",
@@ -284,42 +288,3 @@ def _hub_dataset(source: str) -> Iterable[Any]:
             )
         (found,) = found.values()
     return found
-
-
-def _refuse_no_text(rows: Iterable[Row], name: str) -> None:
-    for number, row in enumerate(rows, 1):
-        bad = _no_text(row)
-        if bad is not None:
-            raise UserError(
-                f"{name}, row {number}: a text holds a NUL byte or half of a character",
-                value=ascii(bad[:80]),
-                rule="every text can be written as UTF-8 and has no NUL",
-                fix="remove the character, or write a surrogate together with its other half",
-            )
-
-
-def _no_text(row: Row) -> str | None:
-    """The first text in a row, its names included, that is none."""
-    parts: list[Any] = [row]
-    while parts:
-        value = parts.pop()
-        if isinstance(value, str):
-            if _NO_TEXT.search(value):
-                return value
-        elif isinstance(value, Mapping):
-            parts += [*value, *value.values()]
-        elif isinstance(value, list | tuple):
-            parts += value
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".parquet": _parquet,
-    ".csv": _csv,
-}

@@ -92,12 +92,16 @@ class PackedPrompts:
 
 @dataclass(frozen=True, eq=False)
 class Readouts:
-    """h [M, D] at the read-out tokens, offsets int64 [N + 1], y float64 [N]; ids of the prompts."""
+    """h [M, D] at the read-out tokens, offsets int64 [N + 1], y float64 [N]; ids of the prompts.
+
+    ``margin`` [N] of a choice: of the right option over the best other one.
+    """
 
     prompt_ids: tuple[str, ...]
     h: Tensor
     offsets: Tensor
     y: Tensor
+    margin: Tensor | None = None
 
 
 def prompt_tree(
@@ -268,20 +272,38 @@ def read_prompts(
     """
     h: list[Tensor | None] = [None] * len(prompts)
     y = torch.zeros(len(prompts), dtype=torch.float64)
-    waiting = list(pack(prompts, behavior))
+    chosen = hasattr(behavior, "margin")
+    margin = torch.zeros(len(prompts), dtype=torch.float64)
+    wanted: Any = _WithMargin(behavior) if chosen else behavior
+    waiting = list(pack(prompts, wanted))
     while waiting:
         packed = waiting.pop(0)
-        hidden, value = read_packed(model, packed, behavior, block)
+        hidden, value = read_packed(model, packed, wanted, block)
         assert value is not None
         if len(packed.index) > 1 and not (hidden.isfinite().all() and value.isfinite().all()):
             # 0 * nan is nan: one prompt spoils its tree. Alone, each shows whether it is the one.
-            waiting += [_pack_group(prompts, [i], behavior) for i in packed.index]
+            waiting += [_pack_group(prompts, [i], wanted) for i in packed.index]
             continue
         for row, i in enumerate(packed.index):
             h[i] = hidden[packed.offsets[row] : packed.offsets[row + 1]].cpu()
+        if chosen:
+            margin[list(packed.index)] = value[:, 1].double().cpu()
+            value = value[:, 0]
         y[list(packed.index)] = value.double().cpu()
         (progress or SilentProgress()).advance(len(packed.index))
-    return _assemble(prompts, h, y)
+    found = _assemble(prompts, h, y)
+    return replace(found, margin=margin) if chosen else found
+
+
+@dataclass(frozen=True)
+class _WithMargin:
+    """A behavior about a choice: its y and its margin side by side, [n, 2]."""
+
+    behavior: Any
+
+    def value(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
+        read = logp, lengths, prompt, n
+        return torch.stack([self.behavior.value(*read), self.behavior.margin(*read)], 1)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ much is computed at once, and where sketches are kept (a store knows by itself w
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -44,7 +45,7 @@ def stage_inputs(stage: Stage, study: Study, extra: Mapping[str, Any] | None = N
         if kind == "made":
             left_out.add(key)
         elif stage.depends_on(key) and Path(path).is_absolute():
-            digests[key] = content_digest(key, Path(path), table=kind == "file")
+            digests[key] = content_digest(key, Path(path), table=kind in ("file", "table"))
             return digests[key]
         return path
 
@@ -79,7 +80,7 @@ def differences(
 
 def content_digest(key: str, path: Path, *, table: bool = True) -> str:
     """Digest of a table, or of the files that define a model, an SAE or a concept."""
-    if not path.exists():
+    if not path.exists() and not (table and glob.glob(str(path), recursive=True)):
         raise UserError(f"{key} does not exist", value=str(path), fix=f"correct {key} in the study")
     try:
         if table:

@@ -190,8 +190,9 @@ class SketchStore:
         return values * arrays["scale"][:, None]
 
     def read(self, kind: str) -> Iterator[tuple[Shard, NDArray[np.float32]]]:
-        """All shards with their sketches, one at a time."""
-        for shard in self.shards(kind):
+        """All shards with their sketches, by name; one is in memory at a time."""
+        for file in sorted(self.folder.glob(f"{kind}-*.json")):
+            shard = _read_shard(file)
             yield shard, self.values(shard)
 
     def drop_damaged(self) -> list[str]:

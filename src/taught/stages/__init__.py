@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["BY_NAME", "STAGES", "asked", "require_stage", "run"]
 
 _READ = ("model", "sae", "readout", "behavior", "prompts")  # what the model is read with
-_EXAMPLES = tuple(
-    f"examples.{key}" for key in ("path", "kind", "turns", "max_tokens", "limit", "drop_overlap", "drop_truncated")
-)
+_DRAWN = ("limit", "spread", "even", "seed", "near_duplicate", "drop_duplicates", "drop_overlap", "drop_truncated")
+_EXAMPLES = tuple(f"examples.{key}" for key in ("path", "kind", "turns", "max_tokens", *_DRAWN))
 
 
 def _has_policy(study: Study) -> bool:
@@ -37,7 +36,7 @@ STAGES = (
         {
             "study.yaml": "the study, each section as it was used last",
             "prompts.parquet": "evaluation prompts with their behavior y: prompt_id, text, group, category, source, "
-            "licence, n_tokens, y",
+            "licence, n_tokens, y; of a choice margin, of the right option over the best other one",
             "readouts.safetensors": "`y` float64 [N]; with an SAE `h` float32 [M, D] residuals at the read-out tokens "
             "of all prompts and `offsets` int64 [N+1]; ids: prompt_ids",
             "readouts.ids.json": "ids of the rows",
@@ -47,7 +46,8 @@ STAGES = (
             "activations.ids.json": "ids of the rows and columns",
             "labels.json": "feature_id (as text) -> label, where it is from, words, prompts and tokens on which it is "
             "active",
-            "readings.json": "read-out, block, encoder, unexplained variance, tokens of the behavior",
+            "readings.json": "read-out, block, encoder, unexplained variance, tokens of the behavior; of a choice the "
+            "accuracy of each group, beside chance",
         },
         reads=(*_READ, "features"),
     ),
@@ -109,7 +109,11 @@ STAGES = (
             "feature_prompt_effects.ids.json": "ids of the axes",
             "comovement.safetensors": "`r` float64 [d, d]: correlation over examples of the coefficients' changes",
             "comovement.ids.json": "ids of the rows and columns",
-            "dropped.json": "ids of examples that were left out: overlap, truncated",
+            "dropped.json": "ids of examples that were left out: overlap, duplicate, truncated",
+            "sample.json": "where the examples were drawn from more: seed, and of each stratum how many were read and "
+            "sampled, and the weight of one of them",
+            "duplicates.parquet": "examples that repeat others, looked for among documents, and to leave them out: "
+            "example_id, of, exact, overlap",
             "certificates.parquet": "what the linear values of each example leave out",
             "statements.parquet": "do the strongest examples stay the strongest",
             "token_shares.parquet": "shares of the tokens of the strongest examples: example_id, target, position, "

@@ -21,6 +21,7 @@ from taught.core.scores import Scores, scores_schema
 from taught.core.target import kind_of
 from taught.core.trajectory import Follows
 from taught.data.documents import windows_note
+from taught.data.duplicates import duplicates_among
 from taught.data.examples import ExampleSet
 from taught.errors import UserError
 from taught.estimators.finite_step import kept_steps
@@ -34,7 +35,7 @@ from taught.run.folder import RunFolder
 from taught.run.pieces import Prefixed
 from taught.stages.certify import write_certificates
 from taught.stages.concepts import check_concept_methods, concept_method_scores, run_concepts
-from taught.stages.ready import Ask, Ready, asks, method_of, prepare, read_data, token_texts, wanted_targets
+from taught.stages.ready import Ask, Data, Ready, asks, method_of, prepare, read_data, token_texts, wanted_targets
 from taught.stages.subject import open_subject, prompt_inputs
 from taught.stats.ranks import spearman_interval
 from taught.study.schema import Study
@@ -107,7 +108,27 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
                 **({"sketches": {key: scores.details[key] for key in STORE}} if "store" in scores.details else {}),
             },
         )
-        run.write_json("dropped", {"overlap": data.overlapping, "truncated": ready.truncated})
+        _write_source(study, run, data, progress)
+        gone = {"duplicate": [duplicate.id for duplicate in data.repeating]} if data.repeating else {}
+        run.write_json("dropped", {"overlap": data.overlapping, **gone, "truncated": ready.truncated})
+
+
+DUPLICATES = schema("example_id:str of:str exact:bool overlap:float")
+
+
+def _write_source(study: Study, run: RunFolder, data: Data, progress: Progress) -> None:
+    """How examples were drawn from more, and which of them repeat others."""
+    if data.examples.sample is not None:
+        run.write_json("sample", data.examples.sample.record())
+    found = data.repeating
+    if study.examples.kind == "document" and not study.examples.drop_duplicates:
+        found = duplicates_among(data.examples, study.examples.near_duplicate)
+    if found:
+        exact = sum(duplicate.exact for duplicate in found)
+        fate = "are left out" if data.repeating else "stay: --set examples.drop_duplicates=true leaves them out"
+        progress.note(f"{exact} exact and {len(found) - exact} near duplicates of other examples {fate}")
+        rows = [{"example_id": d.id, "of": d.of, "exact": d.exact, "overlap": d.overlap} for d in found]
+        run.write_table("duplicates", pa.Table.from_pylist(rows, DUPLICATES))
 
 
 def in_one_metric(ready: Ready, asked: Sequence[Ask], work: Work) -> list[Ask]:

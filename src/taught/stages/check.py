@@ -18,6 +18,7 @@ from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
 from taught.core.trajectory import Follows
 from taught.data.chat import EncodedExample, EncodedPrompt
 from taught.data.columns import name_ids
+from taught.data.duplicates import drop_duplicates
 from taught.data.overlap import find_overlap
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
@@ -146,11 +147,19 @@ def _check_examples(
     """The examples that would be scored, as tokens, and their labels; none where one of them cannot be."""
     spec, examples = study.examples, chosen_examples(study)
     report.add_set("example", (p.label for p in examples), examples.columns)
+    if examples.sample is not None:
+        report.add("sample", examples.sample.note())
     ids = list(dict.fromkeys(example_id for example_id, _ in find_overlap(examples, prompts)))
     report.add_left_out("overlap", ids, "are evaluation prompts", spec.drop_overlap)
     if spec.drop_overlap:
         gone = set(ids)
         examples = replace(examples, examples=tuple(example for example in examples if example.id not in gone))
+    if spec.kind == "document" or spec.drop_duplicates:
+        single, repeating = drop_duplicates(examples, spec.near_duplicate)
+        fate = "left out" if spec.drop_duplicates else "kept"
+        named = f", {fate}: {name_ids([f'{d.id} = {d.of}' for d in repeating])}" if repeating else ""
+        report.add("duplicates", f"{len(repeating)} examples repeat another one{named}")
+        examples = single if spec.drop_duplicates else examples
     try:
         encoded = [subject.chat.encode_example(example, spec.max_tokens) for example in examples]
     except UserError as error:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from taught.analysis.curate import RANKED, outcome
 from taught.analysis.curate import curate as by_rule
 from taught.core.registry import TRAJECTORIES
+from taught.data.corpus import open_corpus
 from taught.data.examples import load_examples
 from taught.data.tables import read_rows
 from taught.errors import UserError
@@ -138,12 +139,19 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
             rule="decisions belong to the examples that were scored",
             fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
         )
-    examples = load_examples(path, study.examples.kind)
-    rows = dict(zip(examples.ids, read_rows(path), strict=True))
+    scored = run.read_table("examples", ["example_id", "document", "response"]).to_pylist()
+    dropped = run.read_json("dropped")
+    columns: Mapping[str, str] = {}
+    if study.examples.kind == "document":  # a corpus may be too large to hold, and what was not drawn is left to it
+        corpus = open_corpus(path)
+        known = {row["document"] for row in scored}.union(*dropped.values())
+        rows = {record.id: row for row, record in corpus.rows() if record.id in known}
+    else:
+        examples = load_examples(path, study.examples.kind)
+        rows, columns = dict(zip(examples.ids, read_rows(path), strict=True)), examples.columns
     files: dict[str, list[str]] = {"keep": [], "drop": [], "unscored": []}
     if study.examples.kind == "preference":
         files["swap"] = []
-    scored = run.read_table("examples", ["example_id", "document", "response"]).to_pylist()
     windows = {row["example_id"]: row for row in scored if row["document"]}
     for decision in decisions:
         example_id = decision["example_id"]
@@ -151,11 +159,10 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
         if example_id in windows:
             row = {**row, "text": windows[example_id]["response"]}
         if decision["action"] == "swap":
-            row = _exchanged(row, examples.columns)
+            row = _exchanged(row, columns)
         files[decision["action"]].append(_line(example_id, row, decision["reason"]))
     for row in scored:
         rows.pop(row["document"] or row["example_id"], None)
-    dropped = run.read_json("dropped")
     why = {example_id: f"not scored: {kind}" for kind, ids in dropped.items() for example_id in ids}
     for example_id, row in rows.items():
         reason = why.get(example_id, "not scored: examples.limit")

@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from taught.analysis.skills import Skill, skills
+from taught.behaviors.answer import right_option
 from taught.core.passes import settle_passes
 from taught.data.columns import columns_note
 from taught.data.prompts import PromptSet
@@ -82,14 +84,26 @@ def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         axes = {"y": ("prompt_ids",), "h": (None, None), "offsets": (None,)}
         ids = {"prompt_ids": list(read.prompt_ids)}
         run.write_tensors("readouts", arrays, ids, axes={name: axes[name] for name in arrays})
+        if read.margin is not None:
+            found = _skills(prompts, read.margin)
+            facts["skills"] = [skill.to_dict() for skill in found]
+            for warning in filter(None, (skill.warning for skill in found)):
+                progress.note(warning)
         columns: dict[str, list[Any]] = {
             "prompt_id": [prompt.id for prompt in prompts],
             **{name: [getattr(prompt, name) for prompt in prompts] for name in COPIED},
             "n_tokens": [len(tokens.ids) for tokens in inputs],
             "y": read.y.tolist(),
+            **({} if read.margin is None else {"margin": read.margin.tolist()}),
         }
         run.write_table("prompts", pa.table(columns))
         run.write_json("readings", facts)
+
+
+def _skills(prompts: PromptSet, margin: torch.Tensor) -> list[Skill]:
+    """Accuracy on each group of prompts that bring options."""
+    own = zip(prompts, margin.tolist(), strict=True)
+    return skills((prompt.group, value, len(prompt.options), right_option(prompt)) for prompt, value in own)
 
 
 @torch.no_grad()

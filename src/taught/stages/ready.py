@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from taught.core.readings import Readings
 from taught.core.target import TargetSet, kind_of
 from taught.data.chat import EncodedExample
 from taught.data.columns import columns_note
+from taught.data.duplicates import Duplicate, drop_duplicates
 from taught.data.examples import ExampleSet
 from taught.data.prompts import PromptSet
 from taught.errors import UserError
@@ -38,11 +39,18 @@ from taught.training.recipe import Recipe
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Prompts and examples of a study, and the ids of examples that were left out for overlap."""
+    """Prompts and examples of a study.
+
+    Attributes
+    ----------
+    overlapping : ids of examples that were left out for overlap with the prompts
+    repeating : documents that were left out because they repeat others
+    """
 
     prompts: PromptSet
     examples: ExampleSet
     overlapping: list[str]
+    repeating: list[Duplicate] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +100,17 @@ def read_data(study: Study, progress: Progress) -> Data:
     prompts = study_prompts(study)
     examples, overlapping = study_examples(study, prompts)
     progress.note(columns_note(study.examples.path, examples.columns))
-    return Data(prompts, examples, overlapping)
+    if examples.sample is not None:
+        progress.note(examples.sample.note())
+    return without_repeats(study, Data(prompts, examples, overlapping))
+
+
+def without_repeats(study: Study, data: Data) -> Data:
+    """The same data without documents that repeat others, if the study says so."""
+    if not study.examples.drop_duplicates:
+        return data
+    examples, repeating = drop_duplicates(data.examples, study.examples.near_duplicate)
+    return replace(data, examples=examples, repeating=repeating)
 
 
 def prepare(study: Study, run: RunFolder, subject: Subject, data: Data, progress: Progress | None = None) -> Ready:

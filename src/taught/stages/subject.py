@@ -11,10 +11,11 @@ from taught.core.behavior import Behavior, encode_prompts
 from taught.core.example import Dpo, Example, example_losses
 from taught.core.registry import BEHAVIORS
 from taught.data.chat import ChatFormat, EncodedExample, EncodedPrompt
+from taught.data.corpus import open_corpus, sample_documents
 from taught.data.examples import ExampleSet, load_examples
 from taught.data.overlap import drop_overlap
 from taught.data.prompts import Prompt, PromptSet, load_prompts
-from taught.data.subset import spread
+from taught.data.subset import Spread, spread
 from taught.errors import UserError
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder, load_sae
@@ -213,11 +214,14 @@ def study_prompts(study: Study) -> PromptSet:
     return replace(prompts, prompts=chosen)
 
 
-def chosen_examples(study: Study) -> ExampleSet:
-    """The examples of the study, at most ``examples.limit``; overlap is not looked at."""
-    examples = load_examples(study.examples.path, study.examples.kind, turns=study.examples.turns)
-    chosen = spread(examples.examples, study.examples.limit, lambda p: p.label, lambda p: p.id)
-    return replace(examples, examples=chosen)
+def chosen_examples(study: Study, source: Any = None) -> ExampleSet:
+    """The examples of the study, or of another source, at most ``examples.limit``; overlap is not looked at."""
+    spec = study.examples
+    source = spec.path if source is None else source
+    how = Spread(spec.limit, spec.spread, spec.even, spec.seed)
+    if spec.kind == "document":
+        return sample_documents(open_corpus(source), how)
+    return load_examples(source, spec.kind, turns=spec.turns).spread(how)
 
 
 def study_examples(study: Study, prompts: PromptSet) -> tuple[ExampleSet, list[str]]:

@@ -89,7 +89,7 @@ def _methods(trial: Trial, problem: Problem) -> None:
         trial.attempt(lambda name=name: own.named(name).refuse())
     along = own.trajectory.make(TRAJECTORIES)
     if (seen := getattr(along, "seen", None)) is not None:
-        trial.attempt(seen, problem, inputs, Work())
+        trial.attempt(seen, problem, trial.inputs, Work())
     if hasattr(along, "__len__") and getattr(along, "run", None) is None and not len(along):
         fix = "attribution.trajectory: {kind: checkpoints, checkpoints: [{id: FOLDER, lr: 2.0e-5}]}"
         trial.refused.append(UserError("attribution.trajectory names no checkpoint", fix=fix))

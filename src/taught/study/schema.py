@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -212,7 +213,7 @@ class PromptsSpec(Section):
     """The evaluation prompts."""
 
     section: ClassVar[str] = "prompts"
-    path: str = setting("prompts.jsonl", rules.path(), "JSONL, Parquet or CSV")
+    path: str = setting("prompts.jsonl", rules.table(), "JSONL, Parquet or CSV")
     positive_group: str | None = setting(
         None, _TEXT, "the group that should show the behavior, such as harmful; a policy needs both"
     )
@@ -246,7 +247,11 @@ class ExamplesSpec(Section):
     """The training examples whose effect is asked for."""
 
     section: ClassVar[str] = "examples"
-    path: str = setting("examples.jsonl", rules.path(), "JSONL, Parquet or CSV: messages, prompt + response, or text")
+    path: str = setting(
+        "examples.jsonl",
+        rules.table(),
+        "JSONL, Parquet or CSV: messages, prompt + response, or text; a file, a folder of shards, or a pattern",
+    )
     kind: Literal["pair", "document", "preference"] = setting(
         "pair",
         rules.one_of("pair", "document", "preference"),
@@ -263,7 +268,22 @@ class ExamplesSpec(Section):
         rules.one_of("last", "all"),
         "answers of a conversation that are trained on; marks in the data go before",
     )
-    limit: int | None = setting(None, _COUNT, "at most so many examples, spread over labels")
+    limit: int | None = setting(None, _COUNT, "at most so many examples, spread over labels, or as `spread` says")
+    spread: tuple[str, ...] | None = setting(
+        None,
+        rules.optional(rules.list_of(rules.text(), empty=True)),
+        "columns whose values the limit is spread over, e.g. [topic, format]; null: the label",
+    )
+    even: bool = setting(False, _FLAG, "true: as many of each such value, as far as there are; false: in proportion")
+    seed: int = setting(0, rules.whole(0), "another one chooses other examples within the limit")
+    near_duplicate: float = setting(
+        0.8,
+        rules.number(above=0, maximum=1),
+        "share of 5-word passages that two examples have in common, from which they count as near duplicates",
+    )
+    drop_duplicates: bool = setting(
+        False, _FLAG, "true: leave out examples that repeat another one, exactly or nearly, and list them"
+    )
     drop_overlap: bool = setting(
         False, _FLAG, "true: leave out examples whose prompt is an evaluation prompt, and list them"
     )
@@ -676,7 +696,8 @@ class Study:
         """Raise a UserError that names the key when a local file of the study is missing."""
 
         def require(key: str, path: str, kind: str) -> str:
-            if kind != "made" and Path(path).is_absolute() and not Path(path).exists():
+            there = Path(path).exists() or (kind == "table" and glob.glob(path, recursive=True))
+            if kind != "made" and Path(path).is_absolute() and not there:
                 raise UserError(
                     f"{key} does not exist",
                     value=path,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from taught.report.blocks import Block, Items, Text, Verdict
+from taught.analysis.skills import Skill
+from taught.report.blocks import Block, Column, Items, Sentence, Table, Text, Verdict, columns
 from taught.report.examples import Summary
 from taught.report.sections import Section, add, sentences_of
 from taught.report.tables import Tables
+from taught.stats.intervals import Interval
 
 WITHOUT_SAE = (
     "This run has no SAE. One would add which features the behavior rests on, how far they explain it, and "
@@ -20,7 +22,22 @@ def _blocks(tables: Tables) -> list[Block]:
     if warnings := (tables.json("policy") or {}).get("warnings"):
         said = [w["message"] if isinstance(w, dict) else str(w) for w in warnings]
         found.append(Items([f"Note: {text}" for text in said], warning=True))
+    if known := _skills(tables):
+        accuracy = Column("Accuracy", "interval", plot=(0.0, 1.0))
+        heads = columns("Group", ("Questions", "number", 0), accuracy, ("Chance", "number"))
+        rows = [(s.group, s.n, Interval(s.accuracy, s.lo, s.hi), s.chance) for s in known]
+        flagged = frozenset(place for place, skill in enumerate(known) if skill.warning)
+        caption = "Share of the questions whose right option the model finds likeliest, with exact 95% interval"
+        found.append(Table(heads, rows, caption, fold=20, sortable=True, flagged=flagged))
     return found if tables.with_policy else [*found, Text(WITHOUT_SAE, "note")]
+
+
+def _skills(tables: Tables) -> list[Skill]:
+    return [Skill(**record) for record in (tables.json("readings") or {}).get("skills") or []]
+
+
+def _sentences(tables: Tables) -> list[Sentence]:
+    return [Sentence("Skill", "caution", f"{w}.") for skill in _skills(tables) if (w := skill.warning) is not None]
 
 
 def head_facts(tables: Tables) -> list[tuple[str, str]]:
@@ -44,9 +61,14 @@ def head_facts(tables: Tables) -> list[tuple[str, str]]:
         facts.append(("Features", f"{len(coefficients)}"))
     if (summary := Summary.read(tables)) is not None:
         facts.append(("Examples", f"{len(summary):,}"))
+    if sample := tables.json("sample"):
+        by = f", over {', '.join(sample['by'])}" if sample["by"] else ""
+        facts.append(("Sample", f"{sample['sampled']:,} of {sample['read']:,}{by}"))
+    if repeats := tables.rows("duplicates"):
+        facts.append(("Repeats", f"{len(repeats):,} examples repeat another one"))
     if method := (tables.json("attribution") or {}).get("method"):
         facts.append(("Method", str(method)))
     return facts
 
 
-add(Section("verdict", "Verdict", (), _blocks, overview=True))
+add(Section("verdict", "Verdict", (), _blocks, _sentences, overview=True))

