@@ -78,7 +78,7 @@ def test_with_permuted_labels_hardly_any_map_calls_a_bin_significant():
     assert false <= 5
 
 
-@pytest.mark.parametrize("size", [1e2, 1e9, -1e9])
+@pytest.mark.parametrize("size", [1e3, 1e9, -1e9])
 def test_a_single_outlier_document_makes_no_bin_significant_and_is_named(size: float):
     for seed in range(5):
         rng = np.random.default_rng(seed)
