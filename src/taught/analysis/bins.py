@@ -4,7 +4,7 @@ A bin is the documents that share a label (a topic) or two (a topic and a format
 a benchmark: its mean over the benchmark's questions. Of the n documents of bin b
 
     t_b  trimmed mean of x_d: without the share `trim` at either end, and without one document at least
-    e_b  t_b - sum_c n_c t_c / sum_c n_c: beside the corpus
+    e_b  t_b less the trimmed mean of all documents: beside the corpus
     a_b  probability that a document of the bin has a larger x than one from elsewhere, ties by half
 
 stand beside the plain mean, the median, the share of positive documents, and the published z: (mean of b - mean over
@@ -54,6 +54,7 @@ from taught.stats.multiplicity import benjamini_hochberg, holm
 from taught.stats.ranks import ranks
 
 FEW = 10  # draws that reach a value, below which their share is too rough a p
+EXAMPLES = 3
 FAR = 5.0  # robust scales from the middle, beyond which one value is called an outlier
 WORK = 2_000_000_000  # documents x draws x columns
 
@@ -75,6 +76,7 @@ class Bin(NamedTuple):
     effect, effect_lo, effect_hi : trimmed mean beside the corpus's, with its interval
     without_lo, without_hi : range of the mean with one document left out
     carried_by : the document that carries the mean, see :func:`carries`; None where none does
+    examples : its up to three documents that are furthest on the side of its effect
     z : of its mean over the means of its level, as published; of a contrast the combination of the z
     over_bins, over_bins_lo, over_bins_hi : of a row or column the mean over its bins of their means, and its range with
         one bin left out
@@ -104,6 +106,7 @@ class Bin(NamedTuple):
     without_lo: float | None
     without_hi: float | None
     carried_by: str | None
+    examples: tuple[str, ...]
     z: float | None
     over_bins: float | None
     over_bins_lo: float | None
@@ -260,8 +263,8 @@ def rows_of(
     trimmed = np.stack([trimmed_mean(x[own].T, trim) for own in part.members])
     z = standardised(mean[:, :T])
     dz = np.where(values.signs != 0, values.signs * z[:, None], 0).sum(2)
-    drawn = [*draw_bins(values, part, trim, bootstrap, seed)]
-    ends = {"": drawn[0], "trimmed_": drawn[1], "effect_": beside_corpus(drawn[1], part)}
+    drawn = draw_bins(values, part, trim, bootstrap, seed)
+    ends = {"": drawn.mean, "trimmed_": drawn.trimmed, "effect_": drawn.trimmed - drawn.corpus[:, None]}
     intervals = {of: dict(zip(("lo", "hi"), middle(own), strict=True)) for of, own in ends.items()}
     untested = np.where(tested, 0, math.nan)[:, None]
     found: dict[str, Any] = {
@@ -269,7 +272,7 @@ def rows_of(
         "median": np.stack([np.median(x[own], axis=0) for own in part.members]),
         "share_positive": np.stack([(x[own] > 0).mean(0) for own in part.members]),
         "trimmed": trimmed,
-        "effect": beside_corpus(trimmed, part),
+        "effect": trimmed - trimmed_mean(x.T, trim),
         "z": np.concatenate([z, dz], 1),
         "above": test.above,
         "p": test.p + untested,
@@ -288,6 +291,7 @@ def rows_of(
             row, column = _labels(level, part.names[b])
             carrier = carries(x[own, k], centre, scale)
             lo, hi = leave_one_out(x[own, k])
+            first = np.argsort(-x[own, k] if found["effect"][b, k] >= 0 else x[own, k], kind="stable")
             numbers: dict[str, Any] = {field: plain(of_all[b, k]) for field, of_all in found.items()}
             yield Bin(
                 level=level,
@@ -300,6 +304,7 @@ def rows_of(
                 without_lo=plain(lo),
                 without_hi=plain(hi),
                 carried_by=None if carrier is None else ids[own[carrier]],
+                examples=tuple(ids[own[i]] for i in first[:EXAMPLES]),
                 **_over_bins(level, part.names[b], cells, cell_means[:, k]),
                 **numbers,
             )
@@ -310,24 +315,30 @@ def bin_means(table: Floats, part: Part) -> Floats:
     return np.asarray(np.add.reduceat(table[part.order], part.starts, axis=0) / part.size[:, None])
 
 
-def beside_corpus(trimmed: Floats, part: Part) -> Floats:
-    """Trimmed means [..., B, K] less their mean over bins, weighed by documents."""
-    share = part.size / part.size.sum()
-    return np.asarray(trimmed - np.einsum("b,...bk->...k", share, trimmed)[..., None, :])
+class Drawn(NamedTuple):
+    """Statistics of documents and questions drawn anew: of each bin [R, B, K], and of all documents [R, K]."""
+
+    mean: Floats
+    trimmed: Floats
+    corpus: Floats
 
 
-def draw_bins(values: Values, part: Part, trim: float, count: int, seed: int) -> tuple[Floats, Floats]:
-    """Means and trimmed means [R, B, K] of the bins, with documents and questions drawn anew."""
-    K, weights = values.table.shape[1], values.weights(count, seed)
+def draw_bins(values: Values, part: Part, trim: float, count: int, seed: int) -> Drawn:
+    """Means and trimmed means of the bins, and the trimmed mean of all documents, with each bin as large as it is."""
+    (P, K), weights = values.table.shape, values.weights(count, seed)
     mean, trimmed = (np.empty((count, len(part.names), K)) for _ in range(2))
-    for b, own in enumerate(part.members):
-        rng, n = np.random.default_rng([seed, b]), len(own)
-        for some in chunks(count, n * K):
-            pick = rng.integers(0, n, (some.stop - some.start, n))
+    corpus = np.empty((count, K))
+    random = [np.random.default_rng([seed, b]) for b in range(len(part.names))]
+    for some in chunks(count, P * K):
+        every = np.empty((K, some.stop - some.start, P))
+        for b, (own, rng, start) in enumerate(zip(part.members, random, part.starts, strict=True)):
+            pick = rng.integers(0, len(own), (some.stop - some.start, len(own)))
             x = values.on(own, [w[some] for w in weights])
             drawn = np.take_along_axis(np.broadcast_to(x, (K, *pick.shape)), pick[None], 2)
             mean[some, b], trimmed[some, b] = drawn.mean(-1).T, trimmed_mean(drawn, trim).T
-    return mean, trimmed
+            every[..., start : start + len(own)] = drawn
+        corpus[some] = trimmed_mean(every, trim).T
+    return Drawn(mean, trimmed, corpus)
 
 
 def _labels(level: str, name: tuple[str, ...]) -> tuple[str | None, str | None]:

@@ -47,7 +47,7 @@ class Agreement(NamedTuple):
     bins : tested bins that they are correlated over
     plain : correlation of the profiles, with a 95% interval over bins
     without_lo, without_hi : its range with one bin left out
-    without : place of the bin that moves it most
+    without : labels of the bin that moves it most
     rank : rank correlation
     reliability_a, reliability_b : from 0 to 1
     corrected : for reliability, held to [-1, 1]; nan where one of the two is not reliable
@@ -59,7 +59,7 @@ class Agreement(NamedTuple):
     plain: Interval
     without_lo: float
     without_hi: float
-    without: int
+    without: tuple[str, ...]
     rank: float
     reliability_a: float
     reliability_b: float
@@ -97,7 +97,7 @@ def agreements(
                 over_bins,
                 float(left.min()),
                 float(left.max()),
-                int(places[np.nan_to_num(np.abs(left - r)).argmax()]),
+                part.names[places[np.nan_to_num(np.abs(left - r)).argmax()]],
                 spearman(x, y),
                 float(reliability[t]),
                 float(reliability[u]),

@@ -189,10 +189,10 @@ def row_groups(
 
 
 def schema(columns: str) -> pa.Schema:
-    """A table's columns, as ``name:kind`` with spaces between; kinds are str, int, float, [str] and [float]."""
+    """A table's columns, as ``name:kind`` with spaces between; kinds are str, int, float, bool; [str]: a list."""
     import pyarrow as pa
 
-    kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
     kinds |= {f"[{name}]": pa.list_(kind) for name, kind in kinds.items()}
     return pa.schema([(name, kinds[kind]) for name, kind in (column.split(":") for column in columns.split())])
 

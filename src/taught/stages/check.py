@@ -152,7 +152,7 @@ def _check_examples(
         gone = set(ids)
         examples = replace(examples, examples=tuple(example for example in examples if example.id not in gone))
     try:
-        encoded = [subject.chat.encode_example(example, spec.max_tokens) for example in examples]
+        encoded = subject.chat.encode_each(examples, spec.max_tokens)
     except UserError as error:
         report.problems.append(str(error))
         return [], []
@@ -212,6 +212,7 @@ def _asked(study: Study, problem: Problem, groups: int) -> Asked:
     if names is None:
         names = ("score", "coefficient:*", "behavior:*", "prompt:*") if problem.d else ("behavior:*",)
     every = any(name.startswith(("coefficient:", "prompt:*")) for name in names)
+    every = every or (study.bins is not None and study.bins.questions)
     queries = sum({"score": 2, "behavior:*": groups}.get(name, 1) for name in names)
     single = method_of(study).trajectory.make(TRAJECTORIES).single
     features = problem.d + int(study.policy.intercept) if problem.d else 0

@@ -12,14 +12,12 @@ import pyarrow as pa
 from taught.analysis.curate import RANKED, outcome
 from taught.analysis.curate import curate as decide
 from taught.core.registry import TRAJECTORIES
-from taught.data.examples import load_examples
 from taught.data.tables import read_rows
 from taught.errors import UserError
 from taught.progress import Progress
 from taught.run.files import json_line, schema
-from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
-from taught.stages.scored import default_target, read_scores, run_targets
+from taught.stages.scored import default_target, read_scores, run_targets, scored_file
 from taught.study.schema import Study
 
 
@@ -96,16 +94,8 @@ def _slopes(study: Study, summary: pa.Table) -> list[float] | None:
 
 def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:
     """The rows of the example file, split by decision; a row is in exactly one of the files."""
-    path = Path(study.examples.path)
-    if content_digest("examples.path", path) != run.manifest["inputs"]["attribute"].get("examples.path sha256"):
-        raise UserError(
-            "the example file has changed since it was scored",
-            value=str(path),
-            rule="decisions belong to the examples that were scored",
-            fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
-        )
-    examples = load_examples(path, study.examples.kind)
-    rows = dict(zip(examples.ids, read_rows(path), strict=True))
+    examples = scored_file(study, run)
+    rows = dict(zip(examples.ids, read_rows(Path(study.examples.path)), strict=True))
     files: dict[str, list[str]] = {"keep": [], "drop": [], "unscored": []}
     if study.examples.kind == "preference":
         files["swap"] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,11 @@ import pyarrow.compute as pc
 from taught.core.names import TargetName
 from taught.core.scores import Scores
 from taught.data.columns import name_ids
+from taught.data.examples import ExampleSet, load_examples
 from taught.errors import UserError
+from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
+from taught.study.schema import Study
 
 
 def own_method(run: RunFolder) -> str:
@@ -103,6 +107,25 @@ def read_shifts(run: RunFolder, example_ids: Sequence[str]) -> Iterator[tuple[in
             shift = np.zeros(len(example_ids))
             shift[pc.index_in(some["example_id"].combine_chunks(), ids).to_numpy()] = some["value"].to_numpy()
             yield int(str(name.about)), shift
+
+
+def scored_file(study: Study, run: RunFolder) -> ExampleSet:
+    """The examples of the study's file, of which some were scored.
+
+    Raises
+    ------
+    UserError
+        The file is another than was scored.
+    """
+    path = Path(study.examples.path)
+    if content_digest("examples.path", path) != run.manifest["inputs"]["attribute"].get("examples.path sha256"):
+        raise UserError(
+            "the example file has changed since it was scored",
+            value=str(path),
+            rule="results belong to the examples that were scored",
+            fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
+        )
+    return load_examples(path, study.examples.kind, turns=study.examples.turns)
 
 
 def _unknown(run: RunFolder, target: str, method: str) -> UserError:
