@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from taught.run.folder import RunFolder
 from taught.stages import BY_NAME, asked
 from taught.stages.bins import Documents
 from taught.stages.check import check_study
+from taught.stages.ready import MOST_EFFECTS, wanted_targets
 from taught.stages.subject import open_subject
 from taught.study.load import load_study
 from taught.study.schema import Study
@@ -166,6 +168,14 @@ def test_single_questions_are_kept_for_bins_and_can_be_left_out(study: Study, ru
     # It is in what attribute depends on, so other intervals are never taken for these.
     with pytest.raises(UserError, match="bins.questions"):
         do(study.replace("bins.questions", False), run.folder, "attribute")
+
+
+def test_single_questions_are_kept_up_to_a_number_of_them(study: Study):
+    readings = SimpleNamespace(policy=None, n=10)
+    assert wanted_targets(study, readings, examples=10) == ["behavior:*", "prompt:*"]
+    assert wanted_targets(study, readings, examples=MOST_EFFECTS) == ["behavior:*"]
+    named = study.replace("attribution.targets", ["behavior:*", "prompt:*"])
+    assert wanted_targets(named, readings, examples=MOST_EFFECTS) == ["behavior:*", "prompt:*"]
 
 
 def test_another_column_takes_no_model_and_no_fresh(again, monkeypatch: pytest.MonkeyPatch):
