@@ -193,13 +193,13 @@ def map_bins(
     documents, columns = every.table.shape
     permutations = min(permutations, max(200, WORK // (documents * columns)))
     bootstrap = min(bootstrap, max(200, WORK // (4 * documents * columns)))
-    given: dict[str, Any] = {"minimum": minimum, "trim": trim, "bootstrap": bootstrap}
-    names = (*benchmarks, *contrasts)
-    tests = label_tests(every.table, list(levels.values()), permutations, seed)
+    names, parts = (*benchmarks, *contrasts), list(levels.values())
+    tests = label_tests(every.table, parts, permutations, seed)
+    drawn = draw_bins(every, parts, trim, bootstrap, seed)
     rows = [
         row
-        for number, ((level, part), test) in enumerate(zip(levels.items(), tests, strict=True))
-        for row in rows_of(level, part, test, every, names, ids, cells, seed=seed + number, **given)
+        for (level, part), test, draws in zip(levels.items(), tests, drawn, strict=True)
+        for row in rows_of(level, part, test, draws, every, names, ids, cells, minimum=minimum, trim=trim)
     ]
     bins = tuple(row for row in rows if row.benchmark in benchmarks)
     contrasted = tuple(row for row in rows if row.benchmark not in benchmarks)
@@ -247,6 +247,7 @@ def rows_of(
     level: str,
     part: Part,
     test: Tested,
+    drawn: Drawn,
     values: Values,
     names: Sequence[str],
     ids: Sequence[str],
@@ -254,8 +255,6 @@ def rows_of(
     *,
     minimum: int,
     trim: float,
-    bootstrap: int,
-    seed: int,
 ) -> Iterator[Bin]:
     """Rows of one level: a partition of the documents ``ids``, of which ``cells`` is the finest."""
     x, T, tested = values.table, values.benchmarks, part.tested(minimum)
@@ -263,7 +262,6 @@ def rows_of(
     trimmed = np.stack([trimmed_mean(x[own].T, trim) for own in part.members])
     z = standardised(mean[:, :T])
     dz = np.where(values.signs != 0, values.signs * z[:, None], 0).sum(2)
-    drawn = draw_bins(values, part, trim, bootstrap, seed)
     ends = {"": drawn.mean, "trimmed_": drawn.trimmed, "effect_": drawn.trimmed - drawn.corpus[:, None]}
     intervals = {of: dict(zip(("lo", "hi"), middle(own), strict=True)) for of, own in ends.items()}
     untested = np.where(tested, 0, math.nan)[:, None]
@@ -323,22 +321,29 @@ class Drawn(NamedTuple):
     corpus: Floats
 
 
-def draw_bins(values: Values, part: Part, trim: float, count: int, seed: int) -> Drawn:
-    """Means and trimmed means of the bins, and the trimmed mean of all documents, with each bin as large as it is."""
-    (P, K), weights = values.table.shape, values.weights(count, seed)
-    mean, trimmed = (np.empty((count, len(part.names), K)) for _ in range(2))
+def draw_bins(values: Values, parts: Sequence[Part], trim: float, count: int, seed: int) -> list[Drawn]:
+    """Means and trimmed means of the bins of each partition, and the trimmed mean of all documents.
+
+    Documents are drawn within the bins of the first partition, the finest; the bins of the others are made of these.
+    """
+    (P, K), weights, finest = values.table.shape, values.weights(count, seed), parts[0]
     corpus = np.empty((count, K))
-    random = [np.random.default_rng([seed, b]) for b in range(len(part.names))]
+    empty = [np.empty((count, len(part.names), K)) for part in parts]
+    found = [Drawn(own, own.copy(), corpus) for own in empty]
+    inside = [Part(part.names, part.index[finest.order]).members for part in parts]
+    random = [np.random.default_rng([seed, b]) for b in range(len(finest.names))]
     for some in chunks(count, P * K):
         every = np.empty((K, some.stop - some.start, P))
-        for b, (own, rng, start) in enumerate(zip(part.members, random, part.starts, strict=True)):
+        for own, place, rng in zip(finest.members, inside[0], random, strict=True):
             pick = rng.integers(0, len(own), (some.stop - some.start, len(own)))
             x = values.on(own, [w[some] for w in weights])
-            drawn = np.take_along_axis(np.broadcast_to(x, (K, *pick.shape)), pick[None], 2)
-            mean[some, b], trimmed[some, b] = drawn.mean(-1).T, trimmed_mean(drawn, trim).T
-            every[..., start : start + len(own)] = drawn
+            every[..., place] = np.take_along_axis(np.broadcast_to(x, (K, *pick.shape)), pick[None], 2)
         corpus[some] = trimmed_mean(every, trim).T
-    return Drawn(mean, trimmed, corpus)
+        for drawn, places in zip(found, inside, strict=True):
+            for b, place in enumerate(places):
+                drawn.mean[some, b] = every[..., place].mean(-1).T
+                drawn.trimmed[some, b] = trimmed_mean(every[..., place], trim).T
+    return found
 
 
 def _labels(level: str, name: tuple[str, ...]) -> tuple[str | None, str | None]:

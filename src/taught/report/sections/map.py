@@ -37,7 +37,8 @@ ALPHA = 0.05
 FAR = 4.0  # z beyond which a bin that is not significant is named
 NAMED = 3  # bins and documents that are named
 RANKED = 5  # bins at either end of a ranking
-CARRIED = 12
+CARRIED = 12  # warnings
+WIDEST = 40  # letters of a label beside the grid
 TIMES = " × "
 
 
@@ -49,17 +50,19 @@ class Mapped:
     ----------
     bins, contrasts : rows of the tables
     made : bins.json
+    per : what values are a change by
     """
 
     bins: Rows
     contrasts: Rows
     made: Row
+    per: str
 
     @classmethod
     def read(cls, tables: Tables) -> Mapped:
         """Of a run in which the stage is complete."""
         bins, contrasts = (cast(Rows, tables.rows(name)) for name in ("bins", "contrasts"))
-        return cls(bins, contrasts, cast(Row, tables.json("bins")))
+        return cls(bins, contrasts, cast(Row, tables.json("bins")), tables.per)
 
     @property
     def benchmarks(self) -> list[str]:
@@ -109,12 +112,12 @@ def _blocks(tables: Tables) -> Iterator[Block]:
 def _lede(it: Mapped, tables: Tables) -> str:
     kinds = TIMES.join(it.made["columns"])
     text = (
-        f"Documents by {kinds}, and what a training step on one of each kind does to each benchmark. Beside the "
-        "corpus: a bin’s trimmed mean less that of all documents. Positive: training on such documents raises the "
-        "benchmark more than training on others does."
+        f"Documents by {kinds}, and what training on one of each kind does to each benchmark. Beside the corpus: a "
+        "bin’s trimmed mean less that of all documents. Positive: training on such documents raises the benchmark more "
+        "than training on others does."
     )
     behavior = (tables.json("readings") or {}).get("behavior") or {}
-    return f"{text} It is the {behavior['meaning']}." if behavior.get("meaning") else text
+    return f"{text} A benchmark is the {behavior['meaning']}." if behavior.get("meaning") else text
 
 
 # In words
@@ -221,8 +224,8 @@ def _grid(it: Mapped, benchmark: str) -> Grid:
     p = np.array(each("p_holm", None), dtype=np.float64)
     return Grid(
         np.array(each("effect", np.nan), dtype=np.float64),
-        [shorten(name, 40) for name in rows],
-        [shorten(name, 40) for name in heads],
+        list(map(_fitted, rows)),
+        list(map(_fitted, heads)),
         p <= ALPHA,
         ~np.array(each("tested", False), dtype=bool),
         [[about(row) for row in line] for line in cells],
@@ -230,6 +233,10 @@ def _grid(it: Mapped, benchmark: str) -> Grid:
         Column("", "signed", power=it.power),
         "Dot, or star: significant after correction. Small, or in brackets: too few documents, or no label.",
     )
+
+
+def _fitted(label: str) -> str:
+    return label if len(label) <= WIDEST else f"{label[: WIDEST - 1]}…"
 
 
 def _ranked(it: Mapped, level: str, benchmark: str, rows: Rows) -> Table:
@@ -246,7 +253,7 @@ def _ranked(it: Mapped, level: str, benchmark: str, rows: Rows) -> Table:
         made.append((row["rank"], _name(row), row["n_documents"], _effect(row), row["p_holm"], *rest))
     what = "Bins" if level == "bin" else f"Each {_column_of(it, level)}"
     some = "" if every else ", both ends"
-    caption = f"{what} on {benchmark}, per step, by trimmed mean beside the corpus, with 95% intervals{some}"
+    caption = f"{what} on {benchmark}, {it.per}, by trimmed mean beside the corpus, with 95% intervals{some}"
     if not of_bins:
         caption += "; the mean over its bins with its range with one left out"
     sure = frozenset(i for i, row in enumerate(chosen) if row["p_holm"] is not None and row["p_holm"] <= ALPHA)
@@ -270,7 +277,7 @@ def _column_of(it: Mapped, level: str) -> str:
 
 def _over_bins(row: Row, power: int) -> str:
     mean, lo, hi = (signed(row[key], power=power) for key in ("over_bins", "over_bins_lo", "over_bins_hi"))
-    return f"{mean} ({lo} to {hi})"
+    return mean if row["over_bins_lo"] is None else f"{mean} ({lo} to {hi})"
 
 
 def _documents(tables: Tables, it: Mapped, benchmark: str) -> Iterator[Block]:
