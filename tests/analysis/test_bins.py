@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu, rankdata, trim_mean
 
 from taught.analysis.bins import Bin, BinMap, carries, leave_one_out, map_bins, standardised
@@ -198,6 +200,24 @@ def test_the_order_of_documents_changes_nothing():
     other = mapped([ids[i] for i in order], moved, {name: own[order] for name, own in quiz.items()})
     assert one.bins == other.bins and one.contrasted == other.contrasted
     assert repr(one.agreements) == repr(other.agreements)
+
+
+@given(seed=st.integers(0, 99), factor=st.floats(0.01, 100), shift=st.floats(-5, 5))
+@settings(max_examples=8, deadline=None)
+def test_another_unit_of_a_benchmark_scales_its_values_and_changes_no_test(seed: int, factor: float, shift: float):
+    rng = np.random.default_rng(seed)
+    ids, labels = corpus(rng, 120)
+    quiz, exam = heavy(rng, len(ids), 3), heavy(rng, len(ids), 3)
+    one = mapped(ids, labels, {"quiz": quiz, "exam": exam}, bootstrap=8)
+    other = mapped(ids, labels, {"quiz": factor * quiz + shift, "exam": exam}, bootstrap=8)
+    for a, b in zip(one.bins, other.bins, strict=True):
+        assert (a.rank, a.p, a.carried_by) == (b.rank, b.p, b.carried_by)
+        scale = factor if a.benchmark == "quiz" else 1
+        assert b.effect == pytest.approx(scale * a.effect, abs=1e-9) and b.z == pytest.approx(a.z)
+        if a.tested:
+            assert b.effect_hi == pytest.approx(scale * a.effect_hi, abs=1e-9)
+    for a, b in zip(one.contrasted, other.contrasted, strict=True):
+        assert a.p == b.p and b.effect == pytest.approx(a.effect, abs=1e-9)
 
 
 def test_many_ties_do_not_make_a_bin_significant():

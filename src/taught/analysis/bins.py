@@ -43,7 +43,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtr
 
 from taught.analysis.partition import Part, Values, chunks, make_values, pairs, spread, trimmed_mean
 from taught.analysis.profiles import Agreement, agreements
@@ -383,6 +382,8 @@ class Tested(NamedTuple):
 
 def label_tests(table: Floats, parts: Sequence[Part], permutations: int, seed: int) -> list[Tested]:
     """Whether bins are unlike as many random documents, by ranks of their values [P, K], for each partition."""
+    from scipy.special import ndtr
+
     P = len(table)
     r = ranks(table.T).T - (P - 1) / 2
     total = [np.add.reduceat(r[part.order], part.starts, axis=0) for part in parts]
