@@ -321,27 +321,26 @@ class Drawn(NamedTuple):
 
 
 def draw_bins(values: Values, parts: Sequence[Part], trim: float, count: int, seed: int) -> list[Drawn]:
-    """Means and trimmed means of the bins of each partition, and the trimmed mean of all documents.
+    """Means and trimmed means of the bins of each partition, each bin drawn from its own documents.
 
-    Documents are drawn within the bins of the first partition, the finest; the bins of the others are made of these.
+    The trimmed mean of all documents is that of the first partition's draws.
     """
-    (P, K), weights, finest = values.table.shape, values.weights(count, seed), parts[0]
+    (P, K), weights = values.table.shape, values.weights(count, seed)
     corpus = np.empty((count, K))
     empty = [np.empty((count, len(part.names), K)) for part in parts]
     found = [Drawn(own, own.copy(), corpus) for own in empty]
-    inside = [Part(part.names, part.index[finest.order]).members for part in parts]
-    random = [np.random.default_rng([seed, b]) for b in range(len(finest.names))]
+    random = [[np.random.default_rng([seed, number, b]) for b in range(len(p.names))] for number, p in enumerate(parts)]
     for some in chunks(count, P * K):
         every = np.empty((K, some.stop - some.start, P))
-        for own, place, rng in zip(finest.members, inside[0], random, strict=True):
-            pick = rng.integers(0, len(own), (some.stop - some.start, len(own)))
-            x = values.on(own, [w[some] for w in weights])
-            every[..., place] = np.take_along_axis(np.broadcast_to(x, (K, *pick.shape)), pick[None], 2)
+        for part, drawn, rngs in zip(parts, found, random, strict=True):
+            for b, (own, rng) in enumerate(zip(part.members, rngs, strict=True)):
+                pick = rng.integers(0, len(own), (some.stop - some.start, len(own)))
+                x = values.on(own, [w[some] for w in weights])
+                x = np.take_along_axis(np.broadcast_to(x, (K, *pick.shape)), pick[None], 2)
+                drawn.mean[some, b], drawn.trimmed[some, b] = x.mean(-1).T, trimmed_mean(x, trim).T
+                if part is parts[0]:
+                    every[..., own] = x
         corpus[some] = trimmed_mean(every, trim).T
-        for drawn, places in zip(found, inside, strict=True):
-            for b, place in enumerate(places):
-                drawn.mean[some, b] = every[..., place].mean(-1).T
-                drawn.trimmed[some, b] = trimmed_mean(every[..., place], trim).T
     return found
 
 
