@@ -101,6 +101,7 @@ def build_synthetic_run(
     made = _Made(size, hostile, np.random.default_rng(seed))
     made.sae, made.concepts, made.extra = sae, concepts, extra
     run, study = RunFolder(path, command="taught demo"), synthetic_study(path, sae=sae)
+    _write_rows(Path(study.examples.path), made)
     writers = {
         "readings": _write_readings,
         "policy": _write_policy,
@@ -237,6 +238,22 @@ def synthetic_study(path: Path, *, sae: bool = True) -> Study:
     for key, value in values.items():
         study = study.replace(key, value)
     return study
+
+
+def _write_rows(path: Path, made: _Made) -> None:
+    """The file of the examples: what stages read of it that need no model."""
+    rows = [
+        {
+            "id": made.example_ids[i],
+            "prompt": "A question",
+            "response": "An answer",
+            "label": made.example_labels[i],
+            "topic": made.text(TOPICS[i % 3]),
+            "format": ("chat", "letter")[i // 6 % 2],
+        }
+        for i in range(made.p)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _table(run: RunFolder, name: str, columns: dict[str, object]) -> None:
@@ -481,6 +498,7 @@ def _write_attribute(run: RunFolder, made: _Made) -> None:
             "label": made.example_labels,
             "category": [HARMFUL[i % 6] if i % 2 == 0 else HARMLESS[i % 3] for i in range(made.p)],
             "source": ["synthetic"] * made.p,
+            "document": pa.nulls(made.p, pa.string()),
             "n_tokens": made.length + 20,
             "n_scored": made.length,
             "truncated": [False] * made.p,

@@ -24,6 +24,7 @@ def whole(path: Path, *, hostile: bool = False) -> Path:
     build_synthetic_run(path, Size(examples=40), stages=STAGES, concepts=True, hostile=hostile)
     run = RunFolder.open(path)
     BY_NAME["clusters"](run.study.replace("clusters", True), run)
+    BY_NAME["bins"](run.study.replace("bins", {"permutations": 99, "bootstrap": 50}), run)
     return path
 
 

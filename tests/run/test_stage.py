@@ -46,7 +46,7 @@ def test_the_function_of_a_stage_is_there(stage):
 
 
 def test_what_a_stage_reads_are_keys_of_the_study():
-    study = with_sae(clamp=True, clusters=True)
+    study = with_sae(clamp=True, clusters=True, bins=True)
     keys = {*study.flat(), *(key.partition(".")[0] for key in study.flat())}
     assert all(read in keys for stage in STAGES for read in stage.reads)
 
@@ -55,7 +55,7 @@ def test_a_study_asks_for_what_it_names():
     assert names(Study()) == ["readings", "attribute", "curate", "report"]
     assert names(with_sae()) == ["readings", "policy", "attribute", "curate", "report"]
     labels = {"examples__positive_label": "a", "examples__negative_label": "b"}
-    full = with_sae(clamp=True, clusters=True, concepts=[{"name": "c", "source": "difference"}], **labels)
+    full = with_sae(clamp=True, clusters=True, bins=True, concepts=[{"name": "c", "source": "difference"}], **labels)
     trained = ("validate", "compare")
     assert names(full) == [stage.name for stage in STAGES if stage.name not in trained]
     assert "clamp" not in names(Study().replace("clamp", True))  # there is no policy to check

@@ -430,12 +430,13 @@ validation: {scores: [s.csv]}
 # Sections that may be null, and concepts
 
 
-def test_clamp_and_clusters_are_asked_for_by_their_keys(tmp_path):
+def test_clamp_clusters_and_bins_are_asked_for_by_their_keys(tmp_path):
     assert Study().clamp is None and Study().clusters is None
     assert load_study(write(tmp_path, "clamp: {}")).clamp.prompts == 24
     assert Study().replace("clamp", True).clamp.controls == 8
     assert Study().replace("clusters.k", 4).clusters.k == 4
     assert Study().replace("clusters.k", 4).replace("clusters", None).clusters is None
+    assert load_study(write(tmp_path, "bins: {columns: [domain]}")).bins.columns == ("domain",)
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,17 @@ class ChatFormat:
         scored = tuple(place for answer in answers for place in answer if place < len(ids))
         return EncodedExample(example.id, ids, scored, truncated=end > len(ids))
 
+    def encode_each(self, examples: Iterable[Record], max_tokens: int = 512) -> list[EncodedExample]:
+        """Encode examples, truncated ones flagged and a document as its windows."""
+        limit = min(max_tokens, self.context or max_tokens)
+        encoded: list[EncodedExample] = []
+        for example in examples:
+            if example.kind == "document":
+                encoded += encode_document(self.tokenizer, example, limit)
+            else:
+                encoded.append(self.encode_example(example, max_tokens))
+        return encoded
+
     def encode_examples(
         self,
         examples: Iterable[Record],
@@ -350,13 +361,7 @@ class ChatFormat:
         UserError
             An example is truncated and neither option covers it; a document has no tokens to score.
         """
-        limit = min(max_tokens, self.context or max_tokens)
-        encoded: list[EncodedExample] = []
-        for example in examples:
-            if example.kind == "document":
-                encoded += encode_document(self.tokenizer, example, limit)
-            else:
-                encoded.append(self.encode_example(example, max_tokens))
+        encoded = self.encode_each(examples, max_tokens)
         cut = [p for p in encoded if p.truncated and (truncate == "error" or p.empty)]
         if cut and not drop_truncated:
             what = f"{len(cut)} examples are longer than {max_tokens} tokens"

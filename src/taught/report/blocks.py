@@ -216,6 +216,32 @@ class Heatmap(Block):
 
 
 @dataclass(frozen=True)
+class Grid(Block):
+    """Values of rows by columns, in colour.
+
+    Attributes
+    ----------
+    values : [R, C]; nan: there is nothing
+    marked : [R, C], which stand out
+    faint : [R, C], which are not to be relied on: drawn smaller, and no measure of the colours
+    about : [R, C] words on each value
+    column : how a value is written
+    key : what the marks mean
+    """
+
+    values: Any
+    rows: Sequence[str]
+    columns: Sequence[str]
+    marked: Any
+    faint: Any
+    about: Sequence[Sequence[str]]
+    title: str
+    column: Column
+    key: str = ""
+    caption: Cell = ""
+
+
+@dataclass(frozen=True)
 class Strips(Block):
     """Tokens shaded by their shares, a strip a name."""
 

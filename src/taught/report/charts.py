@@ -232,5 +232,53 @@ def _sides(names: Sequence[str], cell: int, margin: float) -> str:
     return "".join(parts)
 
 
+WIDE, TALL, LETTER = 34, 24, 6.6  # of a cell of a grid, and of a letter beside it
+
+
+def grid(
+    values: ArrayLike,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    marked: ArrayLike,
+    faint: ArrayLike,
+    about: Sequence[Sequence[str]],
+    title: str,
+) -> Markup:
+    """Values [R, C] in colour: strength is opacity, the sign is the colour; a dot on those that are marked.
+
+    Faint ones are drawn smaller, and the strongest colour is that of the largest that is not faint. Nothing is drawn
+    where a value is nan.
+    """
+    x, dots, small = np.asarray(values, np.float64), np.asarray(marked, bool), np.asarray(faint, bool)
+    known = np.isfinite(x)
+    largest = float(np.abs(x[known & ~small]).max(initial=0.0)) or float(np.abs(x[known]).max(initial=0.0)) or 1.0
+    left = 12 + LETTER * max(map(len, rows))
+    # Names of columns stand askew above them, and go beyond the last one.
+    top = right = 14 + 0.71 * LETTER * max(map(len, columns))
+    parts = []
+    for i, name in enumerate(rows):
+        y = top + i * TALL
+        parts.append(f'<text x="{left - 8:g}" y="{y + 0.68 * TALL:g}" text-anchor="end">{escape(name)}</text>')
+        for j in range(len(columns)):
+            at = left + j * WIDE
+            plate = f'<rect class="plate" x="{at:g}" y="{y:g}" width="{WIDE - 2}" height="{TALL - 2}"/>'
+            if not known[i, j]:
+                parts.append(plate)
+                continue
+            inset = 7 if small[i, j] else 0
+            size = f'width="{WIDE - 2 - 2 * inset}" height="{TALL - 2 - 2 * inset}"'
+            strength = min(abs(x[i, j]) / largest, 1.0)
+            cell = f'<rect class="{sign_class(x[i, j])}" fill-opacity="{0.08 + 0.92 * strength:.2f}" '
+            cell += f'x="{at + inset:g}" y="{y + inset:g}" {size}/>'
+            dot = f'<circle class="dot" cx="{at + WIDE / 2 - 1:g}" cy="{y + TALL / 2 - 1:g}" r="3.5"/>'
+            cell += dot if dots[i, j] else ""
+            parts.append(f"<g><title>{escape(about[i][j])}</title>{plate}{cell}</g>")
+    for j, name in enumerate(columns):
+        at, low = left + (j + 0.5) * WIDE - 4, top - 8
+        parts.append(f'<text x="{at:g}" y="{low:g}" transform="rotate(-45 {at:g} {low:g})">{escape(name)}</text>')
+    width, height = left + len(columns) * WIDE + right, top + len(rows) * TALL + 2
+    return _titled_svg("".join(parts), round(width), round(height), "tiles", title)
+
+
 def _titled_svg(body: str, width: float, height: float, kind: str, title: str, extra: str = "") -> Markup:
     return _svg(body, width, height, kind, f'role="img" aria-label="{escape(title)}" {extra}')

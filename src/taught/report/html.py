@@ -219,6 +219,12 @@ class _Page:
         out = tag("output", "Point at a cell to read it.", id="heat-out", cls="js-only", aria_live="off")
         return tag("figure", box, tag("figcaption", *key, self.inline(it.caption), " ", out), cls="wide")
 
+    def grid(self, it: b.Grid) -> Markup:
+        chart = charts.grid(it.values, it.rows, it.columns, it.marked, it.faint, it.about, it.title)
+        box = tag("div", chart, cls="scroll", tabindex=0, role="region", aria_label=it.title)
+        key = (tag("span", cls="swatch pos"), " above, ", tag("span", cls="swatch neg"), " below. ", it.key, " ")
+        return tag("figure", box, tag("figcaption", *key, self.inline(it.caption)), cls="wide")
+
     def strips(self, it: b.Strips) -> Markup:
         made = []
         for name, strip in it.rows:

@@ -6,7 +6,8 @@ from taught.report.blocks import Cell, Word
 from taught.stages import STAGES
 
 _COMMANDS = {"curate": "taught curate RUN", "validate": "taught validate RUN", "compare": "taught validate RUN"}
-_ASKED = {"clamp": " --set clamp=true", "clusters": " --set clusters=true"}  # of a study that does not ask for it
+# Of a study that does not ask for it.
+_ASKED = {name: f" --set {name}=true" for name in ("clamp", "clusters", "bins")}
 
 
 def made_by(table: str) -> str | None:

@@ -6,7 +6,9 @@ characters when the run was read, so that it can neither style nor steer the ter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -21,6 +23,7 @@ from taught.report.text import clean, count, number, shorten, signed, tens
 STYLES = {"found": "", "none": "dim", "caution": "yellow"}
 WORDS = {"badge": "bold yellow", "soft": "dim", "code": "bold", "file": ""}
 MAX_CELL = 400
+MAX_COLUMNS = 8  # of a grid
 
 
 def render(blocks: Iterable[Block]) -> RenderableType:
@@ -88,6 +91,23 @@ def _cell(column: Column, value: Cell) -> Words:
     return Words(text, "" if not at else "blue" if at > 0 else "yellow")
 
 
+def _grid(it: b.Grid) -> RenderableType:
+    """Its numbers, where they are not too many for a line: marked ones with a star, faint ones in brackets."""
+    if len(it.columns) > MAX_COLUMNS:
+        return Words(f"{it.title}: {len(it.rows)} x {len(it.columns)}, on the page", "dim")
+    form = replace(it.column, title="", plot=None)
+
+    def cell(i: int, j: int) -> str:
+        if not math.isfinite(it.values[i][j]):
+            return ""
+        text = form.shown(float(it.values[i][j]))
+        return f"({text})" if it.faint[i][j] else f"{text}*" if it.marked[i][j] else text
+
+    rows = [(name, *(cell(i, j) for j in range(len(it.columns)))) for i, name in enumerate(it.rows)]
+    heads = [Column(tens(it.column.power).strip()), *(Column(name, "number") for name in it.columns)]
+    return Group(_table(Table(heads, rows, it.title, head=len(rows))), Words(clean(it.key), "dim"))
+
+
 def _strips(it: b.Strips) -> Words:
     """What carries most, and the tokens: those that raise underlined, those that lower in reverse."""
     lines = []
@@ -135,6 +155,7 @@ _RENDER: dict[type, Callable[[Any], RenderableType]] = {
     b.Verdict: _verdict,
     Table: _table,
     b.Strips: _strips,
+    b.Grid: _grid,
     b.Cards: _cards,
     b.Excerpts: _excerpts,
 }

@@ -120,7 +120,7 @@ STAGES = (
             "answer (0; of a preference 1 for the rejected one), token, share",
         },
         needs=("readings", "policy", "concepts"),
-        reads=(*_READ, *_EXAMPLES, "attribution"),
+        reads=(*_READ, *_EXAMPLES, "attribution", "bins.questions"),
         code=("taught.targets.behavior", "taught.targets.policy", "taught.targets.concept"),
     ),
     Stage(
@@ -135,6 +135,23 @@ STAGES = (
         needs=("readings", "policy", "attribute"),
         reads=("clusters",),
         asked=lambda study: study.clusters is not None and _has_policy(study),
+        light=True,
+        remade=True,
+    ),
+    Stage(
+        "bins",
+        "map the kinds of documents on the benchmarks: which topics and formats raise which, and how sure that is",
+        {
+            "bins.parquet": "what the documents of each bin do to each benchmark, with intervals and corrected p",
+            "contrasts.parquet": "the same of differences between benchmarks; z is the published dz",
+            "bin_documents.parquet": "the bin of each document, and its influence on each benchmark: document_id, row, "
+            "column, benchmark, value, n_examples (its windows)",
+            "bins.json": "columns, benchmarks, documents without a label, empty names of the taxonomy, draws, and "
+            "correlations of the benchmarks' profiles",
+        },
+        needs=("attribute",),
+        reads=("bins",),
+        asked=lambda study: study.bins is not None,
         light=True,
         remade=True,
     ),
@@ -198,7 +215,7 @@ STAGES = (
         "write the report",
         {"report.html": "everything above, as one page"},
         needs=("readings",),
-        uses=("policy", "clamp", "concepts", "attribute", "clusters", "curate", "validate", "compare"),
+        uses=("policy", "clamp", "concepts", "attribute", "clusters", "bins", "curate", "validate", "compare"),
         light=True,
         remade=True,
     ),
@@ -224,7 +241,7 @@ def asked(study: Study, to: str | None = None, only: str | None = None) -> list[
     if named is not None:
         require_stage(named)
     if named is not None and not BY_NAME[named].asked(study):
-        keys = {"policy": "sae.path=FOLDER", "clamp": "clamp=true", "clusters": "clusters=true"}
+        keys = {"policy": "sae.path=FOLDER", "clamp": "clamp=true", "clusters": "clusters=true", "bins": "bins=true"}
         fix = f"use --set {keys[named]}" if named in keys else f"see the section {named} that `taught init` writes"
         raise UserError("the study does not ask for this stage", value=named, rule=BY_NAME[named].what, fix=fix)
     if only is not None:

@@ -23,6 +23,7 @@ from taught.core.trajectory import Follows
 from taught.data.documents import windows_note
 from taught.data.duplicates import duplicates_among
 from taught.data.examples import ExampleSet
+from taught.data.labels import read_labels
 from taught.errors import UserError
 from taught.estimators.finite_step import kept_steps
 from taught.estimators.token_shares import token_effects
@@ -57,6 +58,9 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
     method_of(study).refuse()
     check_concept_methods(study)
     data = read_data(study, progress)
+    if study.bins is not None:  # what bins would refuse is said before the long part
+        for column in study.bins.columns:
+            read_labels(data.examples, column, study.bins.taxonomy)
     progress.step("load the model")
     subject = open_subject(study)
     trained = {}
@@ -71,7 +75,12 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
             progress.note(windows)
         work = Work(progress, stage.partial, run.folder)
         concepts = run_concepts(study, run, subject)
-        asked = asks(ready, wanted_targets(study, ready.readings, [c.name for c in concepts]), concepts, progress)
+        wanted = wanted_targets(study, ready.readings, [c.name for c in concepts], len(ready.inputs))
+        if study.bins is not None and study.bins.questions and "prompt:*" not in wanted:
+            progress.note(
+                "too many examples and prompts to keep the change on each: intervals are over documents alone"
+            )
+        asked = asks(ready, wanted, concepts, progress)
         asked = in_one_metric(ready, asked, work)
         works = [replace(work, pieces=Prefixed(stage.partial, f"place{n}")) for n in range(len(asked))]
         parts = [

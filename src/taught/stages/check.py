@@ -161,7 +161,7 @@ def _check_examples(
         report.add("duplicates", f"{len(repeating)} examples repeat another one{named}")
         examples = single if spec.drop_duplicates else examples
     try:
-        encoded = [subject.chat.encode_example(example, spec.max_tokens) for example in examples]
+        encoded = subject.chat.encode_each(examples, spec.max_tokens)
     except UserError as error:
         report.problems.append(str(error))
         return [], []
@@ -221,6 +221,7 @@ def _asked(study: Study, problem: Problem, groups: int) -> Asked:
     if names is None:
         names = ("score", "coefficient:*", "behavior:*", "prompt:*") if problem.d else ("behavior:*",)
     every = any(name.startswith(("coefficient:", "prompt:*")) for name in names)
+    every = every or (study.bins is not None and study.bins.questions)
     queries = sum({"score": 2, "behavior:*": groups}.get(name, 1) for name in names)
     single = method_of(study).trajectory.make(TRAJECTORIES).single
     features = problem.d + int(study.policy.intercept) if problem.d else 0

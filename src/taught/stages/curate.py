@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,9 +17,8 @@ from taught.data.tables import read_rows
 from taught.errors import UserError
 from taught.progress import Progress
 from taught.run.files import json_line, schema
-from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
-from taught.stages.scored import default_target, read_scores, run_targets
+from taught.stages.scored import default_target, read_scores, run_targets, scored_source
 from taught.stats.arrays import Floats
 from taught.study.schema import Study
 
@@ -131,14 +129,7 @@ def decide(
 
 def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]]) -> None:
     """The rows of the example file, split by decision; a row is in exactly one of the files."""
-    path = Path(study.examples.path)
-    if content_digest("examples.path", path) != run.manifest["inputs"]["attribute"].get("examples.path sha256"):
-        raise UserError(
-            "the example file has changed since it was scored",
-            value=str(path),
-            rule="decisions belong to the examples that were scored",
-            fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
-        )
+    path = scored_source(study, run)
     scored = run.read_table("examples", ["example_id", "document", "response"]).to_pylist()
     dropped = run.read_json("dropped")
     columns: Mapping[str, str] = {}

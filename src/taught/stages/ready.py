@@ -267,13 +267,22 @@ def make_problem(
     )
 
 
-def wanted_targets(study: Study, readings: Readings, concepts: Iterable[str] = ()) -> list[str]:
-    """Names of the targets that the study asks for, or else of all that the run can answer."""
-    if study.attribution.targets is not None:
-        return list(study.attribution.targets)
-    policy = [] if readings.policy is None else ["score", "coefficient:*"]
-    every = ["prompt:*"] if readings.policy is not None else []
-    return [*policy, "behavior:*", *every, *(["concept:*"] if list(concepts) else [])]
+# The change of each prompt by each example, for bins: beyond so many numbers (0.8 GB) only where the study asks for it.
+MOST_EFFECTS = 10**8
+
+
+def wanted_targets(study: Study, readings: Readings, concepts: Iterable[str] = (), examples: int = 0) -> list[str]:
+    """Names of the targets that the study asks for, or else of all that the run can answer.
+
+    Bins take the change on every prompt too, where that of so many examples can be kept.
+    """
+    named = study.attribution.targets
+    if named is None:
+        policy = [] if readings.policy is None else ["score", "coefficient:*"]
+        every = ["prompt:*"] if readings.policy is not None else []
+        named = (*policy, "behavior:*", *every, *(["concept:*"] if list(concepts) else []))
+    wanted = study.bins is not None and study.bins.questions and "prompt:*" not in named
+    return [*named, *(["prompt:*"] if wanted and examples * readings.n <= MOST_EFFECTS else [])]
 
 
 def asks(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,12 @@ import pyarrow.compute as pc
 from taught.core.names import TargetName
 from taught.core.scores import Scores
 from taught.data.columns import name_ids
+from taught.data.corpus import open_corpus
+from taught.data.examples import ExampleSet, load_examples
 from taught.errors import UserError
+from taught.run.fingerprint import content_digest
 from taught.run.folder import RunFolder
+from taught.study.schema import Study
 
 
 def own_method(run: RunFolder) -> str:
@@ -103,6 +108,35 @@ def read_shifts(run: RunFolder, example_ids: Sequence[str]) -> Iterator[tuple[in
             shift = np.zeros(len(example_ids))
             shift[pc.index_in(some["example_id"].combine_chunks(), ids).to_numpy()] = some["value"].to_numpy()
             yield int(str(name.about)), shift
+
+
+def scored_source(study: Study, run: RunFolder) -> Path:
+    """The study's examples on the disk, of which some were scored.
+
+    Raises
+    ------
+    UserError
+        They are others than were scored.
+    """
+    path = Path(study.examples.path)
+    if content_digest("examples.path", path) != run.manifest["inputs"]["attribute"].get("examples.path sha256"):
+        raise UserError(
+            "the example file has changed since it was scored",
+            value=str(path),
+            rule="results belong to the examples that were scored",
+            fix=f"restore the file, or taught run STUDY --run {run.folder} --fresh",
+        )
+    return path
+
+
+def scored_examples(study: Study, run: RunFolder, ids: Collection[str]) -> ExampleSet:
+    """Those of the study's examples that were scored, by id; of a corpus no others are held."""
+    path = scored_source(study, run)
+    if study.examples.kind == "document":
+        corpus, wanted = open_corpus(path), set(ids)
+        kept = tuple(record for record in corpus if record.id in wanted)
+        return ExampleSet(kept, corpus.columns, corpus.source.sha256, path)
+    return load_examples(path, study.examples.kind, turns=study.examples.turns)
 
 
 def _unknown(run: RunFolder, target: str, method: str) -> UserError:

@@ -27,10 +27,11 @@ from taught.errors import UserError
 from taught.features.label import load_labels
 from taught.policy.evaluate import check_sides
 from taught.policy.ridge import check_folds, fit_policy
+from taught.stages.bins import check_bins
 from taught.stages.concepts import check_concept, check_concept_methods
 from taught.stages.curate import decide, rule_and_target
 from taught.stages.ready import check_answered, method_of, readings_of, wanted_targets
-from taught.stages.subject import Subject
+from taught.stages.subject import Subject, chosen_examples
 from taught.study.schema import Study
 from taught.validation.score_tables import read_scores
 
@@ -77,6 +78,9 @@ def try_study(
         trial.attempt(check_concept, study, subject, spec, prompts, labels)
     with trial.part():
         _targets(trial)
+    if study.bins is not None:
+        with trial.part():
+            check_bins(study.bins, chosen_examples(study), prompts.groups)
     for path in study.validation.scores:
         trial.attempt(read_scores, Path(path))
     return trial.refused
@@ -134,7 +138,7 @@ def _targets(trial: Trial) -> None:
     study, concepts = trial.study, [concept.name for concept in trial.study.concepts]
     asked = [TargetName.parse(name) for name in study.attribution.targets or ()]
     readings = _readings(trial, asked)
-    names = [TargetName.parse(name) for name in wanted_targets(study, readings, concepts)]
+    names = [TargetName.parse(name) for name in wanted_targets(study, readings, concepts, len(trial.labels))]
     of_concepts = [name for name in names if any(kind_of(part).reads == "concepts" for part in name.parts)]
     known = [f"concept:{name}" for name in concepts]
     for name in of_concepts:

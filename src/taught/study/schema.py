@@ -426,6 +426,46 @@ class ClustersSpec(Section):
 
 
 @dataclass(frozen=True)
+class BinsSpec(Section):
+    """A capability map: which kinds of examples, by one or two of their columns, raise which benchmark."""
+
+    section: ClassVar[str] = "bins"
+    columns: tuple[str, ...] = setting(
+        ("topic", "format"), rules.list_of(rules.text()), "one or two columns of the examples, which name their kinds"
+    )
+    taxonomy: Literal["weborganizer"] | None = setting(
+        None,
+        rules.optional(rules.one_of("weborganizer")),
+        "weborganizer: its 24 topics and 24 formats are the known names; null: whatever the columns hold",
+    )
+    minimum: int = setting(5, rules.whole(3), "bins of fewer documents are shown and not tested")
+    trim: float = setting(
+        0.1, rules.number(minimum=0, maximum=0.49), "share of a bin's documents left out at either end of its mean"
+    )
+    permutations: int = setting(9999, rules.whole(99, 10**6), "of the labels of bins, for the test")
+    bootstrap: int = setting(1000, rules.whole(20, 10**5), "resamples of documents and questions, for the intervals")
+    contrasts: tuple[str, ...] | None = setting(
+        None,
+        rules.optional(rules.list_of(rules.text(), empty=True)),
+        '["a - b", "(a - b) - (c - d)"] of groups of prompts; null: all pairs of at most four',
+    )
+    questions: bool = setting(
+        True, _FLAG, "keep what each example does to each prompt; false: intervals over documents alone"
+    )
+    seed: int = setting(0, rules.whole(0), "of every draw")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.columns) > 2:
+            raise UserError(
+                "bins are by one column or by two",
+                value=", ".join(self.columns),
+                rule="bins.columns: one label, or two such as a topic and a format",
+                fix="leave out a column",
+            )
+
+
+@dataclass(frozen=True)
 class CurationSpec(Section):
     """Which examples are dropped."""
 
@@ -575,6 +615,7 @@ class Study:
     attribution: AttributionSpec = _section(AttributionSpec)
     clamp: ClampSpec | None = _section(ClampSpec, optional=True)
     clusters: ClustersSpec | None = _section(ClustersSpec, optional=True)
+    bins: BinsSpec | None = _section(BinsSpec, optional=True)
     curation: CurationSpec = _section(CurationSpec)
     validation: ValidationSpec = _section(ValidationSpec)
 
@@ -597,6 +638,14 @@ class Study:
                 value="attribution.concept_methods",
                 rule="a preference has two: a chosen and a rejected one",
                 fix="leave attribution.concept_methods out; the target concept:NAME has gradients of both",
+            )
+        targets = self.attribution.targets
+        if self.bins is not None and targets is not None and not any(map(_is_benchmark, targets)):
+            raise UserError(
+                "bins are mapped on benchmarks, and the study asks for none",
+                value=list(targets),
+                rule="a benchmark is a group of prompts: the target behavior:GROUP",
+                fix="add behavior:* to attribution.targets",
             )
         names = [concept.name for concept in self.concepts]
         if len(set(names)) < len(names):
@@ -718,6 +767,11 @@ class Study:
             for part in dataclasses.fields(item.metadata["section"])
             if part.metadata.get("pace")
         )
+
+
+def _is_benchmark(target: str) -> bool:
+    name = TargetName.parse(target)
+    return name.kind == "behavior" and name.minus is None
 
 
 def methods_of(study: Study) -> Iterator[tuple[str, Registry[Any], Choice]]:

@@ -39,8 +39,8 @@ class Section:
 
 
 _ORDER = (
-    "verdict examples curation validation certainty pathways clusters concepts policy trust clamp coverage features "
-    "interference method provenance"
+    "verdict examples curation validation certainty map pathways clusters concepts policy trust clamp coverage "
+    "features interference method provenance"
 )
 SECTIONS: Registry[Section] = Registry("section", {name: f"taught.report.sections.{name}" for name in _ORDER.split()})
 

@@ -1,0 +1,132 @@
+"""Labels of examples: what kind each is, by a column of the data, in the names of a taxonomy where one is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from taught.data.columns import name_ids
+from taught.data.examples import ExampleSet
+from taught.errors import UserError
+
+MOST = 200  # labels of a column
+_FIELDS = ("label", "category", "source")
+
+# WebOrganizer's names (arXiv 2502.10341): field -> labels.
+_WEBORGANIZER = {
+    "topic": (
+        "adult content; art & design; crime & law; education & jobs; electronics & hardware; entertainment; "
+        "fashion & beauty; finance & business; food & dining; games; health; history & geography; home & hobbies; "
+        "industrial; literature; politics; religion; science, math & technology; social life; software; "
+        "software development; sports & fitness; transportation; travel & tourism"
+    ),
+    "format": (
+        "about (org.); about (personal); academic writing; audio transcript; comment section; content listing; "
+        "creative writing; customer support; documentation; FAQ; knowledge article; legal notices; listicle; "
+        "news article; news (org.); nonfiction writing; personal blog; product page; Q&A forum; spam/ads; "
+        "structured data; truncated; tutorial; user review"
+    ),
+}
+TAXONOMIES = {"weborganizer": {name: tuple(text.split("; ")) for name, text in _WEBORGANIZER.items()}}
+
+
+class Labels(NamedTuple):
+    """One label for each example.
+
+    Attributes
+    ----------
+    labels : in the order of the examples; None where there is none
+    unlabelled : ids of these
+    empty : names of the taxonomy that no example has
+    """
+
+    labels: tuple[str | None, ...]
+    unlabelled: tuple[str, ...]
+    empty: tuple[str, ...] = ()
+
+
+def read_labels(examples: ExampleSet, column: str, taxonomy: str | None = None) -> Labels:
+    """Labels by a column of the data, whether it was read as a label, category or source or not at all.
+
+    Text loses the space around it; true, false and whole numbers are written out; an empty cell, null, NaN and
+    "unknown" are no label.
+
+    Parameters
+    ----------
+    taxonomy : the labels are one field's names of it, in any spelling of case, separators and "and"
+
+    Raises
+    ------
+    UserError
+        No example has the column; a cell is neither text nor a number; more than ``MOST`` labels; a label that is not
+        of the taxonomy.
+    """
+    read_as = {name: field for field, name in examples.columns.items() if field in _FIELDS}
+    field = read_as.get(column)
+    if field is None and not any(column in example.flags for example in examples):
+        known = [*read_as, *dict.fromkeys(name for example in examples for name in example.flags)]
+        raise UserError(
+            "the examples have no such column",
+            value=column,
+            rule="columns: " + (", ".join(known) or "none beside what is trained on"),
+            fix="name one of these under bins.columns, or add the column to the file",
+        )
+    cells = [example.flags.get(column) if field is None else getattr(example, field) for example in examples]
+    labels = [_label(cell) for cell in cells]
+    if bad := [example.id for example, label in zip(examples, labels, strict=True) if label is None]:
+        raise UserError(
+            f"the {column} of {len(bad)} examples is neither text nor a number",
+            value=name_ids(bad),
+            rule="a label is one word or number",
+            fix=f"turn the column {column} into text",
+        )
+    names = sorted({label for label in labels if label})
+    if len(names) > MOST:
+        raise UserError(
+            f"the column {column} holds too many different values to be kinds of examples",
+            value=f"{len(names):,}, such as {', '.join(names[:3])}",
+            rule=f"at most {MOST} labels",
+            fix="name another column, or make classes of its values: ranges of a number, groups of names",
+        )
+    empty: tuple[str, ...] = ()
+    named = {name: name for name in names}
+    if taxonomy is not None:
+        named, empty = _names_of(taxonomy, column, names)
+    without = tuple(example.id for example, label in zip(examples, labels, strict=True) if not label)
+    return Labels(tuple(named[label] if label else None for label in labels), without, empty)
+
+
+def _label(cell: Any) -> str | None:
+    """The label of a cell, "" where there is none; None where it is of another kind."""
+    if cell is None or str(cell).strip() in ("nan", "NaN", "NaT", "<NA>", "unknown"):
+        return ""
+    if isinstance(cell, bool):
+        return str(cell).lower()
+    if isinstance(cell, int | str):
+        return str(cell).strip()
+    if isinstance(cell, float) and math.isfinite(cell):
+        return str(int(cell)) if cell.is_integer() else str(cell)
+    return None
+
+
+def _names_of(taxonomy: str, column: str, labels: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Label -> its name in the field of the taxonomy that has most of the labels, and the names that are not used."""
+    fields = {field: {_spelt(name): name for name in names} for field, names in TAXONOMIES[taxonomy].items()}
+    field = max(fields, key=lambda name: sum(_spelt(label) in fields[name] for label in labels))
+    known = fields[field]
+    if stray := [label for label in labels if _spelt(label) not in known]:
+        raise UserError(
+            f"the column {column} holds labels that are no {field} of {taxonomy}",
+            value=name_ids(stray),
+            rule="one of " + "; ".join(known.values()),
+            fix="rename them in the data, or leave bins.taxonomy out",
+        )
+    named = {label: known[_spelt(label)] for label in labels}
+    return named, tuple(name for name in known.values() if name not in set(named.values()))
+
+
+def _spelt(label: str) -> str:
+    """The words of a label, without case, separators and "and"."""
+    words = "".join(char if char.isalnum() else " " for char in label.casefold()).split()
+    return " ".join(word for word in words if word != "and")
