@@ -13,6 +13,8 @@ import pytest
 
 from taught.data.examples import load_examples
 from taught.errors import UserError
+from taught.stages.subject import study_prompts
+from taught.study.load import load_study
 from tiny_study import write_tiny_study
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +49,8 @@ def rows(topics: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     study = write_tiny_study(tmp_path_factory.mktemp("tiny"))
-    with study.open("a") as file:
-        file.write("behavior: {prefixes: ['Arr']}\n")
+    few = study.read_text().replace("prompts.jsonl,", "prompts.jsonl, limit: 12,")
+    study.write_text(few + "behavior: {prefixes: ['Arr']}\n")
     examples = rows("a")
     for n, row in enumerate(examples):
         row |= {"planted": n < PLANTED, "label": "x" if n % 3 else "y"}
@@ -122,7 +124,7 @@ def test_the_matrix_is_symmetric_and_low_correlations_are_named(done, experiment
     assert all(-1 <= lo <= r <= hi <= 1 for r, lo, hi in said.values())
 
 
-def test_what_was_trained_is_what_the_plans_say(done):
+def test_what_was_trained_is_what_the_plans_say(done, tiny):
     """Mean y of the rows again from the kept retrainings, by the ids that they were trained on."""
     folder, record = done
     kept = folder / "work" / "experiment_style_50" / "retrained"
@@ -133,7 +135,8 @@ def test_what_was_trained_is_what_the_plans_say(done):
             by_ids[frozenset(made["ids"])] = file.with_suffix(".safetensors")
     by = {row["method"]: row for row in record["rows"]}
     group = record["conditions"]["leak_group"]
-    prompt_rows = [n for n in range(30) if n % 3 == 2]  # the harmless ones of the tiny study
+    prompt_rows = [n for n, prompt in enumerate(study_prompts(load_study(tiny))) if prompt.group == "harmless"]
+    assert group == "harmless" and len(prompt_rows) == 4
     from safetensors.numpy import load_file
 
     def mean_y(ids) -> float:
