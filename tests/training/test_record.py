@@ -268,6 +268,16 @@ def test_tokens_that_a_template_writes_behind_a_turn_and_other_scored_ones_are_t
         scores(record(tmp_path, examples=far, to="far"), segments=1)
 
 
+def test_a_row_of_which_nothing_is_scored_has_no_part_in_the_run(tmp_path) -> None:
+    silent = {"input_ids": [5, 6, 7], "labels": [-100] * 3}
+    made = trainer_of(tmp_path, model32(), tiny_examples(), taught.Record(tmp_path / "run"))
+    made.train_dataset = [silent, *made.train_dataset]
+    made.train()
+    found = Recorded.open(tmp_path / "run")
+    assert len(found.sequences) == 5 and found.shares(tiny_examples()).sum() == pytest.approx(1)
+    assert [z.id for z in found.seen(problem32(), tiny_examples(), SilentProgress())] == ["z0", "z1", "z2", "z3"]
+
+
 def test_an_adapter_s_run_is_followed_from_the_adapter_before_training(tmp_path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)

@@ -140,11 +140,15 @@ class _Loss:
         """The one that is closest."""
         return min(WAYS, key=self.errors.__getitem__)
 
-    def look(self, model: nn.Module, moving: Mapping[str, nn.Parameter], step: Sequence[_Micro], scale: float) -> None:
+    def look(
+        self, model: nn.Module, moving: Mapping[str, nn.Parameter], step: Sequence[_Micro], scale: Tensor | float
+    ) -> None:
         """Compare the gradient of a step, which clipping has scaled, with those of both ways."""
+        if self.apart or self.checks >= _CHECKS:
+            return
         shares = {way: _shares(step, way) for way in WAYS}
         same = np.allclose(shares["step"], shares["micro"], rtol=1e-6)
-        if self.apart or self.checks >= _CHECKS or (same and self.checks):
+        if same and self.checks:
             return
         there = {name: p for name, p in moving.items() if p.grad is not None and bool(p.grad.any())}
         if not there:
@@ -164,8 +168,8 @@ class _Loss:
                     found[way].add_(gradient, alpha=shares[way][place])
         grad = there[name].grad
         assert grad is not None
-        size = float(grad.norm()) / scale
-        wrong = {way: float((g - grad / scale).norm()) / size for way, g in found.items()}
+        grad = grad / scale
+        wrong = {way: float((g - grad).norm() / grad.norm()) for way, g in found.items()}
         if min(wrong.values()) > self.tolerance:
             raise _refuse(
                 "the trainer's gradient is not that of the sequences it saw",
@@ -290,7 +294,7 @@ class Record(TrainerCallback):
             self._norms = {}
         self._watching = False
         with self._refusing():
-            self._loss.look(given["model"], self._moving, self._step, float(self._scale))
+            self._loss.look(given["model"], self._moving, self._step, self._scale)
         self._watching = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:

@@ -273,6 +273,8 @@ class Recorded:
                 rest.append(k)
         for k in rest:
             own = self._sequence(k)
+            if not own.n_scored:  # it has no part in the loss
+                continue
             ends = (own.ids[: len(own.ids) - more] for more in range(_BEHIND + 1))
             places = next((alike[ids] for ids in ends if ids in alike), [])
             if not places or any(place in found for place in places):  # nor is one example two sequences
