@@ -26,13 +26,15 @@ Basis = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """C of one problem, diagonal in a basis of each parameter.
+    """C of one problem: diagonal in a basis of each parameter, or solved for whole queries.
 
     Attributes
     ----------
     scale : diagonal of C^-1 by parameter name, in the parameter's shape; None: C = 1
     basis : the basis by parameter name in which C is diagonal; None: the parameters' own
     sketched : what divides sketches of queries, (store, rows, [K, Q]) -> [K, Q]; None: nothing does
+    jointly : what solves C x = q over all parameters at once, in place of the queries; such a C divides no gradient of
+        one parameter or example. None: each parameter is divided by itself
     parameters : the only ones that have a curvature and move; None: all that the problem moves
     """
 
@@ -40,6 +42,17 @@ class Metric:
     basis: Mapping[str, Basis] | None = None
     parameters: tuple[str, ...] | None = None
     sketched: Callable[..., Any] | None = None
+    jointly: Callable[[dict[str, Query]], None] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether C = 1 for whole gradients."""
+        return self.scale is None and self.jointly is None
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether C^-1 of an example's gradient is there, so that a real step can be made in it."""
+        return self.jointly is None and self.sketched is None
 
     def scale_of(self, name: str) -> Tensor | None:
         """One parameter's diagonal of C^-1, or None for 1."""
@@ -47,6 +60,7 @@ class Metric:
 
     def solve(self, name: str, gradient: Tensor) -> Tensor:
         """C^-1 G of one parameter, in its shape and the precision of G."""
+        assert self.jointly is None, "estimators that divide examples refuse such a curvature"
         if self.scale is None:
             return gradient
         if self.basis is None:
@@ -55,15 +69,17 @@ class Metric:
         inside = product(product(rows.T, gradient.to(rows).T), columns.T) * self.scale[name]
         return product(product(rows, inside.T), columns).to(gradient)
 
-    def solve_query(self, name: str, query: Query) -> None:
-        """C^-1 Q of each of some queries [K, *shape], in place."""
-        if self.scale is None:
-            return
-        if isinstance(query, RowSparse):  # a look-up, which is in its own basis
-            query.values.mul_(self.scale[name][query.rows])
-            return
-        for one in query:
-            one.copy_(self.solve(name, one))
+    def solve_queries(self, queries: dict[str, Query]) -> None:
+        """C^-1 q of some queries, by parameter name [K, *shape], in place."""
+        if self.jointly is not None:
+            self.jointly(queries)
+        elif self.scale is not None:
+            for name, query in queries.items():
+                if isinstance(query, RowSparse):  # a look-up, which is in its own basis
+                    query.values.mul_(self.scale[name][query.rows])
+                    continue
+                for one in query:
+                    one.copy_(self.solve(name, one))
 
     def rotated(self, factor: Factor) -> Factor:
         """The factor of a gradient in the basis in which C is diagonal."""

@@ -115,7 +115,7 @@ def scores(problem: Problem, examples: Examples, targets: TargetSet, method: Met
 
 def fitted(problem: Problem, examples: Examples, curvature: Curvature, work: Work) -> Problem:
     """The problem in a curvature, fitted at its weights; left in the one that it has."""
-    return problem if problem.metric.scale is not None else problem.within(curvature.fit(problem, examples, work))
+    return problem.within(curvature.fit(problem, examples, work)) if problem.metric.plain else problem
 
 
 def strongest(scores: Scores, top: int, target: str | None = None) -> list[int]:

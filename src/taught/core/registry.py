@@ -179,6 +179,7 @@ CURVATURES: Registry[Any] = Registry(
         "identity": "taught.core.curvature",
         "adam": "taught.curvatures.adam",
         "ekfac": "taught.curvatures.ekfac",
+        "astra": "taught.curvatures.astra",
         "autocorrelation": "taught.curvatures.autocorrelation",
     },
 )

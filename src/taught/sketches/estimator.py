@@ -102,7 +102,7 @@ class Sketch:
         targets, and every target in a curvature, have the gradient C^-1 grad F taken and projected. The
         error is measured on ``sample`` examples, for which the exact adjoint gives some targets as well.
         """
-        plain = problem.metric.scale is None
+        plain = problem.metric.plain
         self.fill(problem.plain or problem, examples, work)
         store, projection = self.open(problem, work)
         rows = [example_row(example) for example in examples]

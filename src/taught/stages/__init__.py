@@ -190,7 +190,7 @@ STAGES = (
         },
         needs=("attribute", "validate"),
         reads=(*_READ, *_EXAMPLES, "attribution", "validation"),
-        code=("taught.curvatures.adam", "taught.curvatures.ekfac", "taught.curvatures.autocorrelation"),
+        code=tuple(f"taught.curvatures.{name}" for name in ("adam", "ekfac", "astra", "autocorrelation")),
         trains=True,
     ),
     Stage(

@@ -148,10 +148,10 @@ def in_one_metric(ready: Ready, asked: Sequence[Ask], work: Work) -> list[Ask]:
 def _checks(ready: Ready, ask: Ask, scores: Scores, top: Sequence[int], work: Work) -> Checks:
     """A real step of the strongest examples beside the linear value; with a policy an exact refit too.
 
-    Where values are estimates, the exact derivative as well.
+    Where values are estimates, the exact derivative as well. None in a curvature that divides no example's gradient.
     """
     method, name = ready.method, scores.targets[0]
-    if not method.trajectory.make(TRAJECTORIES).single or not top:
+    if not method.trajectory.make(TRAJECTORIES).single or not top or not ask.problem.metric.of_examples:
         return {}
     estimator = method.estimator.make(ESTIMATORS)
     real = getattr(estimator, "real", False)
@@ -182,7 +182,7 @@ def _shares(
         work.progress.step("shares of tokens", None)
     for ask, scores in zip(asked, parts, strict=True):
         few = [n for n in ask.targets.names if not kind_of(n).many and n.pathway is None]
-        if not few or not chosen or getattr(ask.problem.metric, "sketched", None) is not None:
+        if not few or not chosen or ask.problem.metric.sketched is not None:
             continue
         if (known := scores.details.get("token_shares")) is not None:
             columns = [scores.column(name) for name in few]

@@ -8,7 +8,12 @@ from taught.report.tables import Row, Tables
 from taught.report.text import common_power, count, listed, number, percent, signed, tens, words
 
 # by attribution.curvature
-STEP = {"identity": "one plain SGD step", "adam": "one step of Adam", "ekfac": "one step in the metric of EK-FAC"}
+STEP = {
+    "identity": "one plain SGD step",
+    "adam": "one step of Adam",
+    "ekfac": "one step in the metric of EK-FAC",
+    "astra": "one step in the damped Gauss-Newton metric",
+}
 SMOOTH = 0.9  # metasmoothness below it is said; leaderboard runs have .99
 MISSED = 0.25  # share of a change that the derivative may miss
 SETTINGS = (
