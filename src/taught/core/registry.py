@@ -181,6 +181,8 @@ CURVATURES: Registry[Any] = Registry(
         "ekfac": "taught.curvatures.ekfac",
         "astra": "taught.curvatures.astra",
         "autocorrelation": "taught.curvatures.autocorrelation",
+        "trackstar": "taught.curvatures.trackstar",
+        "trak": "taught.curvatures.trak",
     },
 )
 TRAJECTORIES: Registry[Any] = Registry(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from taught.run.pieces import Prefixed
 from taught.sketches.answer import answer, error_factor, stored_queries, theory_error
 from taught.sketches.fill import example_row, fill_examples, fill_prompts, prompt_key
 from taught.sketches.project import Projection
-from taught.sketches.store import SketchStore
+from taught.sketches.store import Row, SketchStore
 from taught.stats.arrays import Floats
 
 # dy of so many examples and prompts is kept; for more, ask the store.
@@ -68,6 +69,8 @@ class Sketch:
     def open(self, problem: Problem, work: Work) -> tuple[SketchStore, Projection]:
         """The store and the projection that fills it.
 
+        Gradients that are multiplied by something first have a store of their own, inside the plain one.
+
         Raises
         ------
         UserError
@@ -80,12 +83,16 @@ class Sketch:
                 rule="a folder, or a run folder",
                 fix="pass --run RUN, or --set attribution.estimator.store=FOLDER",
             )
-        projection = Projection(problem.model, self.size, self.seed)
+        before = problem.metric.before
+        projection = Projection(problem.model, self.size, self.seed, before)
+        if before is not None:
+            folder = Path(folder) / f"multiplied-{before.key[:16]}"
         return SketchStore(folder, {**problem.identity, **projection.record()}), projection
 
     def fill(self, problem: Problem, examples: Examples, work: Work, share: tuple[int, int] = (0, 1)) -> None:
         """Compute what the store lacks; damaged shards are made anew. ``share``: ``fill_examples``."""
         store, projection = self.open(problem, work)
+        problem = problem.plain or problem
         if share[0] == 0 and (damaged := store.drop_damaged()):
             work.progress.note(f"damaged shards are made anew: {', '.join(damaged)}")
         store.prepare()
@@ -103,14 +110,14 @@ class Sketch:
         error is measured on ``sample`` examples, for which the exact adjoint gives some targets as well.
         """
         plain = problem.metric.plain
-        self.fill(problem.plain or problem, examples, work)
+        self.fill(problem, examples, work)
         store, projection = self.open(problem, work)
         rows = [example_row(example) for example in examples]
         stored = targets.combinable if plain and not isinstance(problem.features, ConceptMap) else ()
+        digests = dict(prompt_key(prompt) for prompt in problem.prompts)
         parts: dict[Any, Floats] = {}
         dy = None
         if stored:
-            digests = dict(prompt_key(prompt) for prompt in problem.prompts)
             made, moves = stored_queries(store, targets.select(stored), digests)
             parts |= dict(zip(stored, made.T, strict=True))
             dy = moves.dy
@@ -119,7 +126,9 @@ class Sketch:
             parts |= dict(zip(rest.names, _projected(problem, projection, rest, work).T, strict=True))
         q = np.stack([parts[name] for name in targets.names], 1)
         if problem.metric.sketched is not None:
-            q = problem.metric.sketched(store, rows, q)
+            q, factors = problem.metric.sketched(store, rows, digests, q)
+            if factors is not None:
+                return self._ranked(store, rows, targets, q, factors)
         details: dict[str, Any] = {}
         direct = [targets.names.index(name) for name in targets.direct]  # totals are sums of their pathways
         every = q[:, direct]
@@ -134,10 +143,19 @@ class Sketch:
         scale = theory_error(answers.norms, q, problem.lr)
         factor, sample = self._measured(problem, examples, targets, work, values, scale)
         details |= {"error_factor": factor, "sample": sample, "store": str(store.folder)}
-        details["prompts"] = dict(prompt_key(prompt) for prompt in problem.prompts)
+        details["prompts"] = digests
         details["rows"] = {row.id: row.digest for row in rows}
         ids = tuple(example.id for example in examples)
         return Scores("sketch", ids, targets.names, values, factor * scale, answers.losses, True, details)
+
+    def _ranked(
+        self, store: SketchStore, rows: Sequence[Row], targets: TargetSet, queries: Floats, factors: Floats
+    ) -> Scores:
+        """Values to rank by: each target by its own query, since they do not add up; their error is not known."""
+        answers = answer(store, rows, queries.astype(np.float32))
+        values = answers.values * factors[:, None]
+        ids = tuple(row.id for row in rows)
+        return Scores("sketch", ids, targets.names, values, None, answers.losses, True, {}, "rank")
 
     def kept_bytes(self, examples: int, prompts: int, features: int) -> float:
         """Size of the store; each active feature of a prompt has a sketch of its own."""

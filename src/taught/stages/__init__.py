@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BY_NAME", "STAGES", "asked", "require_stage", "run"]
 
+_CURVED = ("adam", "ekfac", "astra", "autocorrelation", "trackstar", "trak")  # what a comparison may rest on
 _READ = ("model", "sae", "readout", "behavior", "prompts")  # what the model is read with
 _DRAWN = ("limit", "spread", "even", "seed", "near_duplicate", "drop_duplicates", "drop_overlap", "drop_truncated")
 _EXAMPLES = tuple(f"examples.{key}" for key in ("path", "kind", "turns", "max_tokens", *_DRAWN))
@@ -190,7 +191,7 @@ STAGES = (
         },
         needs=("attribute", "validate"),
         reads=(*_READ, *_EXAMPLES, "attribution", "validation"),
-        code=tuple(f"taught.curvatures.{name}" for name in ("adam", "ekfac", "astra", "autocorrelation")),
+        code=tuple(f"taught.curvatures.{name}" for name in _CURVED),
         trains=True,
     ),
     Stage(

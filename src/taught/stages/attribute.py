@@ -228,7 +228,9 @@ def agreement(every: Sequence[Scores]) -> pa.Table:
 
 
 def shift_of(scores: Scores, feature_ids: Sequence[int]) -> np.ndarray | None:
-    """Change of every coefficient by every example, float64 [P, d]; None unless all were asked for."""
+    """Change of every coefficient by every example, float64 [P, d]; None unless all were asked for, with a unit."""
+    if scores.unit == "rank":
+        return None
     names = [f"coefficient:{k}" for k in feature_ids]
     known = {str(name): column for column, name in enumerate(scores.targets)}
     if not all(name in known for name in names):
@@ -318,7 +320,8 @@ def _interference(ready: Ready, scores: Scores) -> list[dict[str, Any]]:
             "unintended",
             "expected_by_chance",
         )
-        unknown = dict.fromkeys(said) | {"note": "coefficients were not asked for"}
+        why = "values only rank examples" if scores.unit == "rank" else "coefficients were not asked for"
+        unknown = dict.fromkeys(said) | {"note": why}
         return [
             {"example_id": i, "intended": intended[i], "n_intended": len(intended[i]), **unknown}
             for i in scores.example_ids

@@ -69,6 +69,11 @@ def _reading(tables: Tables, step: str) -> list[str]:
             "behavior is in natural logarithms. Leaving examples out changes the target by about minus their sum.",
             *(smoothness_text(one) for one in (tables.json("attribution") or {}).get("smoothness", [])),
         ]
+    elif tables.unit == "rank":
+        said.append(
+            "Values rank examples and have no unit: they are no changes per step, they do not add up, and they are "
+            "compared with other methods by rank. Their standard errors are not known."
+        )
     else:
         said += [
             f"Values are changes per {step} at the learning rate above; the behavior is in natural logarithms.",
