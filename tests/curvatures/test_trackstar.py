@@ -17,15 +17,14 @@ from taught.core.gradient import example_gradients
 from taught.core.registry import Choice
 from taught.errors import UserError
 from taught.model.gradients import find_sites, frozen
+from taught.report.tables import Tables
 from taught.run.folder import RunFolder
 from taught.sketches.project import Prescale, Projection
 from taught.sketches.store import SketchStore
 from taught.stages.ask import Question, ask
 from taught.stages.attribute import attribute
 from taught.stages.curate import curate
-from taught.stages.policy import policy
 from taught.stages.readings import readings
-from taught.stages.report import report
 from taught.stages.scored import read_scores
 from taught.study.load import load_study
 from tiny_models import plain_gradient, plain_loss, tiny_examples, tiny_model, tiny_problem, tiny_prompts
@@ -154,22 +153,26 @@ def test_other_estimators_refuse_what_is_made_of_sketches(curvature: str) -> Non
 
 def test_a_run_says_that_its_values_have_no_unit(tmp_path: Path) -> None:
     study = load_study(write_tiny_study(tmp_path))
-    changes: dict[str, Any] = {"attribution.estimator": {"kind": "sketch", "dim": 1024}, "curation.k": 2}
-    changes |= {"attribution.curvature": "trackstar", "attribution.targets": ["score", "behavior:*"]}
-    changes |= {"examples.limit": 6, "prompts.limit": 9, "features.max_features": 2, "policy.bootstrap": 20}
-    changes |= {"curation.rule": "top-k", "curation.target": "behavior:harmful"}
+    none = ("sae.path", "prompts.positive_group", "prompts.negative_group", "examples.positive_label")
+    changes: dict[str, Any] = dict.fromkeys((*none, "examples.negative_label"))
+    changes |= {"attribution.estimator": {"kind": "sketch", "dim": 256, "rescore": 2}, "examples.limit": 6}
+    changes |= {"attribution.curvature": "trackstar", "prompts.limit": 4, "curation.k": 2}
     for key, value in changes.items():
         study = study.replace(key, value)
     run = RunFolder(tmp_path / "run")
-    for stage in (readings, policy, attribute, curate, report):
+    for stage in (readings, attribute, curate):
         stage(study, run)
     assert run.read_json("attribution")["unit"] == "rank"
     rows = run.read_table("summary").to_pylist()
     assert all(row["step_score"] is None and row["exact_score"] is None for row in rows)
-    assert all(abs(row["score"]) <= 1.0001 for row in rows)
+    assert all(abs(row["behavior:harmful"]) <= 1.0001 for row in rows)
     assert "behavior:harmful se" not in rows[0] and not (run.folder / "statements.parquet").exists()
+    assert {row["target"] for row in run.read_table("rescored").to_pylist()} == {
+        "behavior:harmful",
+        "behavior:harmless",
+    }
     assert run.read_json("curation")["change"] is None
-    assert "to rank by" in (run.folder / "report.html").read_text()
+    assert Tables(run).per == "to rank by"
     assert not read_scores(run, ["behavior:harmful"]).influence
     with pytest.raises(UserError, match="no values of this target"):
         read_scores(run, ["behavior:harmful - behavior:harmless"])

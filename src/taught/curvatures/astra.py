@@ -80,11 +80,12 @@ class Astra:
         start = ekfac_metric(layers, self.damping)
         within = replace(problem, parameters=start.parameters)
         system = System(within, sorted(examples, key=lambda z: z.id), start, layers.damping(self.damping))
-        with frozen(problem.model):
-            largest = system.largest_eigenvalue(self.batch, self.seed)
-        share = 1.0 if self.batch >= len(examples) else 0.25
-        rate = share / largest if self.rate is None else self.rate
-        work.progress.note(f"ASTRA: largest eigenvalue {largest:.3g}, where EK-FAC has 1; rate {rate:.3g}")
+        rate = self.rate
+        if rate is None:
+            with frozen(problem.model):
+                largest = system.largest_eigenvalue(self.batch, self.seed)
+            rate = (1.0 if self.batch >= len(examples) else 0.25) / largest
+            work.progress.note(f"ASTRA: largest eigenvalue {largest:.3g}, where EK-FAC has 1; rate {rate:.3g}")
         return Metric(parameters=start.parameters, jointly=Iteration(system, self, rate, work.progress))
 
     @property
@@ -103,7 +104,7 @@ class Astra:
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """EK-FAC's; a product is about six passes, one a step and target on a batch, and two on all examples."""
         batch = min(self.batch, len(examples)) / len(examples)
-        passes = POWER * batch + asked.queries * (self.steps * batch + 2)
+        passes = POWER * batch * (self.rate is None) + asked.queries * (self.steps * batch + 2)
         return self._ekfac.cost(problem, examples, asked) | {"iteration": 6 * passes * one_pass(problem, examples)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,6 +53,9 @@ class Sketch:
     )
     seed: int = setting(0, rules.whole(0), "another seed is another projection")
     sample: int = setting(8, rules.whole(1), "so many examples are computed exactly too, to measure the error")
+    rescore: int = setting(
+        0, rules.whole(0), "so many of the strongest examples of each target are scored again, exactly, in a table"
+    )
     exact: ClassVar[bool] = False
 
     @property
@@ -103,6 +106,14 @@ class Sketch:
     def estimate(
         self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None
     ) -> Scores:
+        """Inner products of sketches; with ``rescore`` the exact values of the strongest in ``details["rescored"]``."""
+        found = self._estimated(problem, examples, targets, work)
+        if not self.rescore:
+            return found
+        again = self._rescored(problem, examples, targets, work, found)
+        return replace(found, details={**found.details, "rescored": again})
+
+    def _estimated(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
         """Inner products of the examples' sketches with each target's.
 
         In the plain metric the queries of coefficients and prompts are sums of stored sketches; other
@@ -162,8 +173,13 @@ class Sketch:
         return (examples + prompts * (1 + cost.ACTIVE * features)) * (2 * self.size + 4)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
-        """Filling a store that is empty yet, and the exact sample."""
-        return cost.sketch(problem, examples, asked)
+        """Filling a store that is empty yet, the exact sample, and the exact values of the strongest."""
+        found = cost.sketch(problem, examples, asked)
+        if not self.rescore:
+            return found
+        share = min(1.0, self.rescore * asked.queries / len(examples))
+        passes = 8 * cost.trees(problem, examples) + 4 * share * cost.one_pass(problem, examples)
+        return found | {"exact values of the strongest": passes}
 
     def _measured(
         self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, values: Floats, scale: Floats
@@ -196,6 +212,35 @@ class Sketch:
             for t, name in enumerate(few)
         ]
         return factor, sample
+
+    def _rescored(
+        self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, found: Scores
+    ) -> list[dict[str, Any]]:
+        """The strongest examples of each target that is not of many, with their exact change per step.
+
+        In the problem's metric, where that divides whole gradients; else plain, so in another unit than the first
+        value.
+        """
+        if problem.metric.sketched is not None:
+            problem = problem.plain or problem
+        few = [name for name in targets.names if not kind_of(name).many]
+        top = {name: np.argsort(-np.abs(found[name]), kind="stable")[: self.rescore].tolist() for name in few}
+        places = sorted({i for own in top.values() for i in own})
+        if not places:
+            return []
+        work.progress.step("exact values of the strongest", None)
+        some = Work(pieces=None if work.pieces is None else Prefixed(work.pieces, "rescored"))
+        exact = Adjoint().estimate(problem, [examples[i] for i in places], targets.select(few), some)
+        return [
+            {
+                "example_id": examples[i].id,
+                "target": str(name),
+                "first": float(found[name][i]),
+                "exact": exact.by_example(name)[examples[i].id],
+            }
+            for name, own in top.items()
+            for i in own
+        ]
 
 
 def _projected(problem: Problem, projection: Projection, targets: TargetSet, work: Work) -> Floats:

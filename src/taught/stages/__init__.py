@@ -117,6 +117,8 @@ STAGES = (
             "example_id, of, exact, overlap",
             "certificates.parquet": "what the linear values of each example leave out",
             "statements.parquet": "do the strongest examples stay the strongest",
+            "rescored.parquet": "the strongest examples of each target by sketches, scored again: example_id, target, "
+            "first (as in the scores, in their unit), exact (by the adjoint, per step)",
             "token_shares.parquet": "shares of the tokens of the strongest examples: example_id, target, position, "
             "answer (0; of a preference 1 for the rejected one), token, share",
         },

@@ -94,6 +94,9 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         _write_examples(run, ready, scores)
         _write_summary(run, ready, scores, checks)
         write_certificates(study, run, asked[0].targets, scores, shift, checks)
+        rescored = [row for part in parts for row in part.details.get("rescored", ())]
+        if rescored:
+            run.write_table("rescored", pa.Table.from_pylist(rescored, RESCORED))
         if shares:
             run.write_table("token_shares", pa.concat_tables(shares))
         run.write_json(
@@ -212,6 +215,7 @@ def write_scores(run: RunFolder, every: Iterable[Scores]) -> None:
                 write(scores.part(target))
 
 
+RESCORED = schema("example_id:str target:str first:float exact:float")
 AGREEMENT = schema("target:str method:str other:str rank_correlation:float lo:float hi:float")
 STORE = ("store", "error_factor", "sample", "prompts", "rows")  # what a later question to a store of sketches needs
 
