@@ -223,6 +223,40 @@ def test_batches_padding_and_order_do_not_matter(name: str) -> None:
         torch.testing.assert_close(metric[0], metric[1], rtol=1e-6, atol=1e-6 / float(v.mean()))
 
 
+class PlainPasses(nn.Module):
+    """A model that takes no token trees, and so is given every sequence by itself, padded on the right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model("untied")
+        self.config = self.inner.config
+
+    def get_decoder(self) -> nn.Module:
+        return self.inner.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.get_output_embeddings()
+
+    def forward(self, input_ids: Tensor):
+        return self.inner(input_ids=input_ids, use_cache=False)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "preferences"])
+def test_padding_does_not_matter_where_sequences_stand_by_themselves(kind: str) -> None:
+    examples = tiny_examples() if kind == "pairs" else tiny_preferences()
+    problem = replace(tiny_problem(model_of("untied")), model=PlainPasses(), parameters=("*layers.1.mlp*",))
+    found = fit_ekfac(replace(problem, batch_tokens=9), examples)
+    other = fit_ekfac(replace(problem, batch_tokens=90), examples)
+    trees = fit_ekfac(tiny_problem(model_of("untied"), parameters=("*layers.1.mlp*",)), examples)
+    for layer, v in found.eigenvalues.items():
+        torch.testing.assert_close(v, other.eigenvalues[layer], rtol=1e-8, atol=1e-14)
+        if kind == "pairs":  # what two answers share is one input of a tree, and two of plain passes
+            torch.testing.assert_close(v, trees.eigenvalues[layer.removeprefix("inner.")], rtol=1e-8, atol=1e-14)
+
+
 def test_labels_are_drawn_from_the_model_and_depend_on_seed_and_id() -> None:
     model, (example, *_) = model_of("untied"), tiny_examples()
     p = log_probabilities(model, example).exp().detach()

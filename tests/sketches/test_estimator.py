@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ import pytest
 
 import taught.sketches.estimator as sketched
 import taught.sketches.fill as fill_module
+from reference import close
+from taught.core import driver
+from taught.core.driver import Method
+from taught.core.estimator import Work
+from taught.core.readings import Readings
+from taught.core.registry import Choice
+from taught.core.scores import Scores
+from taught.core.target import TargetSet
 from taught.errors import UserError
 from taught.progress import SilentProgress
 from taught.run.folder import RunFolder
@@ -26,6 +35,8 @@ from taught.stages.readings import readings
 from taught.stages.sketches import sketches
 from taught.study.load import load_study
 from taught.study.schema import Study
+from tiny_models import tiny_examples, tiny_prompts
+from tiny_sketches import WEIGHT, problem
 from tiny_study import write_tiny_study
 
 DIM = 8192
@@ -260,3 +271,25 @@ def test_the_size_can_come_from_an_error(error: float, size: int) -> None:
     spec = Sketch(error=error)
     assert spec.size == size and spec.size**-0.5 <= error
     assert error == 1.0 or (spec.size - 64) < 1 / error**2
+
+
+@pytest.mark.parametrize("kind", ["trackstar", "trak", "autocorrelation", "ekfac", "identity"])
+def test_the_strongest_of_a_first_stage_have_exact_values_of_their_own(tmp_path: Path, kind: str) -> None:
+    examples = [replace(z, id=f"{z.id}{n}") for n in range(2) for z in tiny_examples()]
+    estimator = {"dim": 128, "store": str(tmp_path), "rescore": 3, "sample": 1}
+    there = Readings(tuple(p.id for p in tiny_prompts()), np.zeros(6), {"a": ("q0", "q1", "q2")})
+    targets = TargetSet.of(("behavior:a", "behavior:a - prompt:q4", "prompt:q4"), there)
+
+    def made(method: Method) -> Scores:
+        return driver.scores(problem(WEIGHT), examples, targets, method, Work())
+
+    found = made(Method(Choice("sketch", estimator), Choice(kind)))
+    plain = kind in ("trackstar", "trak", "autocorrelation")
+    exact = made(Method(Choice("adjoint"), Choice("identity" if plain else kind)))
+    rows = found.details["rescored"]
+    assert [row["target"] for row in rows] == ["behavior:a"] * 3 + ["behavior:a - prompt:q4"] * 3
+    for row in rows:
+        close(row["exact"], exact.by_example(row["target"])[row["example_id"]], 1e-9)
+        assert row["first"] == found.by_example(row["target"])[row["example_id"]]
+    others = {abs(v) for i, v in found.by_example("behavior:a").items() if i not in {r["example_id"] for r in rows[:3]}}
+    assert min(abs(row["first"]) for row in rows[:3]) >= max(others)

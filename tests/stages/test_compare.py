@@ -30,7 +30,7 @@ from taught.validation.comparison import is_planted, truths
 from taught.validation.score_tables import placed, read_scores
 from tiny_study import SCORED, SMALL_STEPS, do, values_of, with_values, write_tiny_study
 
-ALL = ("adjoint+adam", "sketch", "sketch+autocorrelation")
+ALL = ("adjoint+adam", "sketch", "sketch+autocorrelation", "sketch+trackstar", "sketch+trak")
 
 
 class Notes(SilentProgress):

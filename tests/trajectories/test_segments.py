@@ -185,9 +185,9 @@ def test_on_a_quadratic_it_is_the_derivative_of_gradient_descent() -> None:
         response = Response.descent(layers, K / 4 * eta / (1 - mu), {"w": decay})
         through = query.clone()
         for metric in response.moved:
-            metric.solve_query("w", through)
+            metric.solve_queries({"w": through})
         found -= torch.stack([(through.flatten() * -b_i).sum() for b_i in b]) / N
-        response.survives.solve_query("w", query)
+        response.survives.solve_queries({"w": query})
     torch.testing.assert_close(found, exact, rtol=2e-3, atol=2e-3 * float(exact.abs().max()))
 
 
@@ -202,8 +202,8 @@ def test_adam_is_the_same_where_its_metric_is_that_of_descent() -> None:
         q = torch.tensor([[[1.0, -2.0], [3.0, 0.5]]]).double()
         survives = q.clone()
         for metric in response.moved:
-            metric.solve_query("w", q)
-        response.survives.solve_query("w", survives)
+            metric.solve_queries({"w": q})
+        response.survives.solve_queries({"w": survives})
         x = 0.7 * (s["w"] + 0.1)
         torch.testing.assert_close(survives[0], torch.exp(-x) * torch.tensor([[1.0, -2.0], [3.0, 0.5]]).double())
         expected = (1 - torch.exp(-x)) / (s["w"] + 0.1) * torch.tensor([[1.0, -2.0], [3.0, 0.5]]).double()

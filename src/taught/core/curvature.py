@@ -5,9 +5,9 @@ A curvature is how C is found; fitted to a problem it is a :class:`Metric`. C = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from taught.core.estimator import Work
     from taught.core.example import Examples
     from taught.core.problem import Problem
+    from taught.sketches.project import Prescale
+    from taught.sketches.store import Row, SketchStore
+    from taught.stats.arrays import Floats
 
 # Orthonormal columns, [m, m] and [n, n], for a parameter [m, n]: G becomes rows' G columns.
 Basis = tuple[Tensor, Tensor]
@@ -26,20 +29,35 @@ Basis = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """C of one problem, diagonal in a basis of each parameter.
+    """C of one problem: diagonal in a basis of each parameter, or solved for whole queries.
 
     Attributes
     ----------
     scale : diagonal of C^-1 by parameter name, in the parameter's shape; None: C = 1
     basis : the basis by parameter name in which C is diagonal; None: the parameters' own
-    sketched : what divides sketches of queries, (store, rows, [K, Q]) -> [K, Q]; None: nothing does
+    sketched : what divides sketches of queries; None: nothing does
+    before : what gradients are multiplied by before they are sketched; None: nothing
+    jointly : what solves C x = q over all parameters at once, in place of the queries; such a C divides no gradient of
+        one parameter or example. None: each parameter is divided by itself
     parameters : the only ones that have a curvature and move; None: all that the problem moves
     """
 
     scale: Mapping[str, Tensor] | None = None
     basis: Mapping[str, Basis] | None = None
     parameters: tuple[str, ...] | None = None
-    sketched: Callable[..., Any] | None = None
+    sketched: Sketched | None = None
+    before: Prescale | None = None
+    jointly: Callable[[dict[str, Query]], None] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether C = 1 for whole gradients."""
+        return self.scale is None and self.jointly is None
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether C^-1 of an example's gradient is there, so that a real step can be made in it."""
+        return self.jointly is None and self.sketched is None
 
     def scale_of(self, name: str) -> Tensor | None:
         """One parameter's diagonal of C^-1, or None for 1."""
@@ -47,6 +65,7 @@ class Metric:
 
     def solve(self, name: str, gradient: Tensor) -> Tensor:
         """C^-1 G of one parameter, in its shape and the precision of G."""
+        assert self.jointly is None, "estimators that divide examples refuse such a curvature"
         if self.scale is None:
             return gradient
         if self.basis is None:
@@ -55,15 +74,17 @@ class Metric:
         inside = product(product(rows.T, gradient.to(rows).T), columns.T) * self.scale[name]
         return product(product(rows, inside.T), columns).to(gradient)
 
-    def solve_query(self, name: str, query: Query) -> None:
-        """C^-1 Q of each of some queries [K, *shape], in place."""
-        if self.scale is None:
-            return
-        if isinstance(query, RowSparse):  # a look-up, which is in its own basis
-            query.values.mul_(self.scale[name][query.rows])
-            return
-        for one in query:
-            one.copy_(self.solve(name, one))
+    def solve_queries(self, queries: dict[str, Query]) -> None:
+        """C^-1 q of some queries, by parameter name [K, *shape], in place."""
+        if self.jointly is not None:
+            self.jointly(queries)
+        elif self.scale is not None:
+            for name, query in queries.items():
+                if isinstance(query, RowSparse):  # a look-up, which is in its own basis
+                    query.values.mul_(self.scale[name][query.rows])
+                    continue
+                for one in query:
+                    one.copy_(self.solve(name, one))
 
     def rotated(self, factor: Factor) -> Factor:
         """The factor of a gradient in the basis in which C is diagonal."""
@@ -72,6 +93,27 @@ class Metric:
         assert factor.a is not None
         rows, columns = self.basis[factor.param]
         return replace(factor, d=product(factor.d.to(rows), rows.T), a=product(factor.a.to(rows), columns.T))
+
+
+class Sketched(Protocol):
+    """How a curvature of sketches divides queries."""
+
+    def __call__(
+        self, store: SketchStore, examples: Sequence[Row], prompts: Mapping[str, str], queries: Floats
+    ) -> tuple[Floats, Floats | None]:
+        """Divided queries, and what the inner products of each example with them are multiplied by.
+
+        Parameters
+        ----------
+        examples : P rows of the store
+        prompts : id -> digest of the evaluation prompts
+        queries : float64 [K, Q]
+
+        Returns
+        -------
+        queries : float64 [K, Q]
+        factors : float64 [P]; None for - lr: values are changes per step. With factors they are values to rank by
+        """
 
 
 class Curvature(Protocol):

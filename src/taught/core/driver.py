@@ -115,7 +115,8 @@ def scores(problem: Problem, examples: Examples, targets: TargetSet, method: Met
 
 def fitted(problem: Problem, examples: Examples, curvature: Curvature, work: Work) -> Problem:
     """The problem in a curvature, fitted at its weights; left in the one that it has."""
-    return problem if problem.metric.scale is not None else problem.within(curvature.fit(problem, examples, work))
+    there = not problem.metric.plain or problem.metric.sketched is not None
+    return problem if there else problem.within(curvature.fit(problem, examples, work))
 
 
 def strongest(scores: Scores, top: int, target: str | None = None) -> list[int]:

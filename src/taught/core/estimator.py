@@ -61,6 +61,13 @@ class Estimator(Protocol):
         """Floating point operations by part, before anything is computed (``taught.estimators.cost``)."""
 
 
+def needs_steps(curvature: Curvature) -> str | None:
+    """The refusal of an estimator that makes a step on each example; None where the curvature divides one."""
+    if getattr(curvature, "of_queries", False):
+        return "this curvature is solved for targets, and divides no gradient of an example"
+    return needs_gradients(curvature)
+
+
 def needs_gradients(curvature: Curvature) -> str | None:
     """The refusal of an estimator that works with whole gradients; None where the curvature has them."""
     if getattr(curvature, "of_sketches", False):

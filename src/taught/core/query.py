@@ -97,8 +97,7 @@ def build_queries(
                             queries[factor.param] = _zeros(problem, factor, count, B is None)
                         accumulate(factor, query_at(queries[factor.param], k))
         progress.advance(len(targets))
-    for name, query in queries.items():
-        problem.metric.solve_query(name, query)
+    problem.metric.solve_queries(queries)
     return queries
 
 

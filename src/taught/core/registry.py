@@ -179,7 +179,10 @@ CURVATURES: Registry[Any] = Registry(
         "identity": "taught.core.curvature",
         "adam": "taught.curvatures.adam",
         "ekfac": "taught.curvatures.ekfac",
+        "astra": "taught.curvatures.astra",
         "autocorrelation": "taught.curvatures.autocorrelation",
+        "trackstar": "taught.curvatures.trackstar",
+        "trak": "taught.curvatures.trak",
     },
 )
 TRAJECTORIES: Registry[Any] = Registry(

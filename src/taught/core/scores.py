@@ -33,12 +33,12 @@ class Scores:
     example_ids : P ids, the rows
     targets : T names, the columns
     values : float64 [P, T]
-    se : float64 [P, T], standard errors, or None where the values are exact
+    se : float64 [P, T], standard errors, or None where the values are exact or their error is not known (unit "rank")
     losses : float64 [P], of the examples before the step, natural logarithm; None where not taken
     influence : whether values are changes of the target by training
     details : further arrays by name, such as ``dy`` [P, N] and ``dX`` [n, N, d] (docs/formats.md)
     unit : "step": change of the target by one step at the learning rate; "run": its derivative in the example's weight
-        in a whole training run
+        in a whole training run; "rank": none, values rank examples and do not add up
 
     Examples
     --------

@@ -14,7 +14,7 @@ they are drawn from a normal distribution with covariance C.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,7 +43,14 @@ class Autocorrelation:
 
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """C is made of the examples' sketches, where they are."""
-        return Metric(sketched=lambda store, rows, queries: fit_autocorrelation(store, rows).solve(queries))
+        return Metric(sketched=divided)
+
+
+def divided(
+    store: SketchStore, examples: Sequence[Row], prompts: Mapping[str, str], queries: Floats
+) -> tuple[Floats, None]:
+    """C^-1 q of queries [K, Q]; values stay changes per step."""
+    return fit_autocorrelation(store, examples).solve(queries), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,23 +82,42 @@ def fit_autocorrelation(store: SketchStore, examples: Sequence[Row]) -> Fitted:
     UserError
         Fewer than six examples, or all gradients are zero.
     """
-    if len(examples) < 6:
-        raise UserError(
-            "too few examples for an autocorrelation",
-            value=len(examples),
-            rule="at least 6: a third of them choose the damping",
-            fix="use --set attribution.curvature=identity",
-        )
+    S = example_rows(store, examples)[0]
+    return Fitted(S, damping_of(S))
+
+
+def example_rows(store: SketchStore, examples: Sequence[Row]) -> tuple[NDArray[np.float32], Floats]:
+    """Sketches [n, K] and losses [n] of the examples, of at most 4,096 evenly chosen ones."""
     places = np.unique(np.linspace(0, len(examples) - 1, min(len(examples), LARGEST)).astype(int))
     wanted = {examples[i]: n for n, i in enumerate(places)}
-    S = np.zeros((len(wanted), store.dim), dtype=np.float32)
+    S, losses = np.zeros((len(wanted), store.dim), dtype=np.float32), np.zeros(len(wanted))
     for shard in store.shards("examples"):
         found = [(n, wanted[row]) for n, row in enumerate(shard.rows) if row in wanted]
         if found:
             theirs, ours = map(list, zip(*found, strict=True))
-            S[ours] = store.values(shard)[theirs]
+            S[ours], losses[ours] = store.values(shard)[theirs], np.array(shard.losses)[theirs]
+    return S, losses
+
+
+def damping_of(S: NDArray[np.float32], share: float | None = None) -> float:
+    """A share of the mean square of the sketches' numbers [n, K]; None: what makes every third of them most likely.
+
+    Raises
+    ------
+    UserError
+        The sketches are fewer than six, where they choose it; all are zero.
+    """
+    if share is not None and np.any(S):
+        return share * float((S.astype(np.float64) ** 2).mean())
+    if len(S) < 6:
+        raise UserError(
+            "too few examples for an autocorrelation",
+            value=len(S),
+            rule="at least 6: a third of them choose the damping",
+            fix="use --set attribution.curvature=identity",
+        )
     held_out = np.arange(len(S)) % 3 == 2
-    return Fitted(S, choose_damping(S[~held_out], S[held_out]))
+    return choose_damping(S[~held_out], S[held_out])
 
 
 def choose_damping(fitted: NDArray[np.float32], held_out: NDArray[np.float32]) -> float:

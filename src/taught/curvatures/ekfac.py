@@ -46,7 +46,7 @@ from taught.estimators.cost import Asked, one_pass
 from taught.model.forward import find_blocks, forward
 from taught.model.gradients import Factor, find_sites, frozen
 from taught.model.kernels import product
-from taught.model.layout import first_device
+from taught.model.layout import first_device, real_tokens
 from taught.model.parameters import moving_parameters
 from taught.progress import Progress, SilentProgress
 
@@ -66,6 +66,10 @@ class Layers:
     basis: Mapping[str, Basis]
     eigenvalues: Mapping[str, Tensor]
 
+    def damping(self, share: float) -> dict[str, Tensor]:
+        """What is added to the eigenvalues of each layer: a share of their mean."""
+        return {name: share * v.mean() for name, v in self.eigenvalues.items()}
+
 
 @CURVATURES.register("ekfac")
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class Ekfac:
         UserError
             No linear layer of the blocks moves; a curvature is zero or not finite: the layers' names.
         """
+        return ekfac_metric(self.layers(problem, examples, work), self.damping)
+
+    def layers(self, problem: Problem, examples: Examples, work: Work) -> Layers:
+        """Eigenbasis and eigenvalues of every layer that moves; errors as of :meth:`fit`."""
         work.progress.step("curvature of the loss", 2 * len(examples))
         found = fit_ekfac(problem, examples, seed=self.seed, progress=work.progress)
         refuse_flat(found)
@@ -91,7 +99,7 @@ class Ekfac:
             f"EK-FAC: {len(found.eigenvalues)} linear layers of the blocks move, "
             f"{len(moving) - len(found.eigenvalues)} other tensors have no curvature and do not"
         )
-        return ekfac_metric(found, self.damping)
+        return found
 
     def curved(self, problem: Problem) -> tuple[str, ...]:
         """The parameters that have a curvature: the only ones that move."""
@@ -112,7 +120,8 @@ class Ekfac:
 
 def ekfac_metric(found: Layers, damping: float) -> Metric:
     """The metric of fitted layers; they alone move."""
-    scale = {name: (v + damping * v.mean()).reciprocal() for name, v in found.eigenvalues.items()}
+    added = found.damping(damping)
+    scale = {name: (v + added[name]).reciprocal() for name, v in found.eigenvalues.items()}
     return Metric(scale, found.basis, tuple(scale))
 
 
@@ -277,8 +286,7 @@ def _add_sides(
 ) -> None:
     """Add the squares of both sides of every layer."""
     for batch, factors in _gradients(problem, examples, drawn, progress):
-        width = batch.rows.ids.shape[1]
-        real = torch.arange(width) >= width - batch.rows.lengths[:, None]  # [B, T]: tokens, not padding
+        real = real_tokens(problem.model, batch.rows)
         for name, uses in factors.items():
             for use in uses:
                 assert use.a is not None

@@ -243,11 +243,14 @@ class Adjoint:
     ) -> Scores:
         """A query for each target; of many coefficients or prompts, sums of one basis."""
         many = sum(kind_of(name).many for name in targets.direct)
+        based = queries is None and problem.metric.jointly is None
+        if targets.every_prompt and not based:
+            work.progress.note("the change on every prompt is left out: each would be a query of its own")
         whole = targets.every_prompt or many > max(FEW, problem.d)
-        summed = targets.combinable if queries is None and whole else ()
+        summed = targets.combinable if based and whole else ()
         losses = None if queries is not None else example_losses(problem.model, examples, problem.batch_tokens).numpy()
         parts = []
-        if summed or (targets.every_prompt and queries is None):
+        if summed or (targets.every_prompt and based):
             parts.append(_from_basis(problem, examples, targets.select(summed), work))
         if len(summed) < len(targets.names):
             rest = targets.select([name for name in targets.names if name not in summed])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from taught.core.estimator import needs_steps
 from taught.core.example import Examples, batch_indices
 from taught.core.problem import Problem
 from taught.core.query import x_queries_at_once
@@ -103,6 +104,8 @@ def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method:
         return legs.cost(problem, examples, asked)
     estimator = method.estimator.make(ESTIMATORS)
     curvature = method.curvature.make(CURVATURES)
+    if getattr(curvature, "of_queries", False):  # every target is solved for: no basis is
+        asked = replace(asked, queries=asked.queries + 2 * asked.features * asked.every, every=False)
     curved = getattr(curvature, "curved", None)
     if curved is not None:  # nothing else moves
         problem = replace(problem, parameters=curved(problem))
@@ -111,7 +114,8 @@ def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method:
         found |= fitting(problem, examples, asked)
     passes = _Passes.of(problem, examples)
     if asked.top:
-        found.setdefault("finite steps", passes.trees + min(asked.top, len(examples)) * passes.step)
+        if needs_steps(curvature) is None:
+            found.setdefault("finite steps", passes.trees + min(asked.top, len(examples)) * passes.step)
         along = asked.queries * 3 * passes.examples / len(examples)
         found["token shares"] = 2 * 3 * passes.trees + min(asked.top, len(examples)) * along
     times = 1 if legs.single else len(legs)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from taught.core.curvature import Curvature
-from taught.core.estimator import Work, needs_gradients
+from taught.core.estimator import Work, needs_steps
 from taught.core.example import Example, Examples, make_batch
 from taught.core.problem import Problem
 from taught.core.registry import ESTIMATORS
@@ -199,7 +199,7 @@ class FiniteStep:
         """A real step is one step from one set of weights."""
         if not trajectory.single:
             return "a real step is one step from one set of weights; a sum of them at several is none"
-        return needs_gradients(curvature)
+        return needs_steps(curvature)
 
     def estimate(
         self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None

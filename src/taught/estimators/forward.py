@@ -15,28 +15,25 @@ their gradient, and one tree. Attention runs without fused kernels, which have n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.core.curvature import Curvature
-from taught.core.estimator import Work, needs_gradients
+from taught.core.estimator import Work, needs_steps
 from taught.core.example import Example, Examples, example_losses
 from taught.core.problem import Problem
 from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.core.trajectory import Queries, Trajectory
-from taught.errors import UserError
 from taught.estimators import cost
 from taught.estimators.cost import Asked
 from taught.estimators.finite_step import step_direction
+from taught.model.directional import along, refused
 from taught.model.gradients import frozen, lacks_forward_mode, refuse_detached
 from taught.model.parameters import moving_parameters
 from taught.model.readout import PackedPrompts, pack, read_packed
@@ -91,31 +88,19 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
     reader = _Reader(problem)
     packs = list(pack(problem.prompts, problem.behavior))
     moving = moving_parameters(problem.model, problem.parameters)
-    base = {f"model.{name}": p.detach() for name, p in moving.items()}
     for example in examples:
         with frozen(problem.model):
             loss, direction = step_direction(problem, example)
-            step = {
-                f"model.{name}": -problem.lr * direction.get(name, torch.zeros_like(p)) for name, p in moving.items()
-            }
+            step = {name: -problem.lr * direction.get(name, torch.zeros_like(p)) for name, p in moving.items()}
             del direction
             dX = torch.zeros(len(problem.prompts), problem.d, dtype=torch.float64)
             dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
             for packed in packs:
                 try:
-                    with sdpa_kernel(SDPBackend.MATH), _parameters_kept(reader):
-                        moved = jvp(lambda p, packed=packed: functional_call(reader, p, (packed,)), (base,), (step,))
+                    X_moves, y_moves = along(reader, step, packed)[1]
                 except (RuntimeError, NotImplementedError) as error:
-                    if isinstance(error, torch.OutOfMemoryError):
-                        raise
                     other = "adjoint, which gives the same numbers" if lacks_forward_mode(error) else "finite-step"
-                    raise UserError(
-                        "forward mode does not go through this model",
-                        value=f"{type(problem.model).__name__}: {error}"[:200],
-                        rule="every step of the model has a derivative in forward mode",
-                        fix=f"use --set attribution.estimator={other}",
-                    ) from error
-                X_moves, y_moves = moved[1]
+                    raise refused(problem.model, error, f"use --set attribution.estimator={other}") from error
                 index = list(packed.index)
                 if problem.features is not None:
                     dX[index] = X_moves.detach().double().cpu()
@@ -123,17 +108,6 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
         yield Tangent(example.id, loss, dX, dy)  # outside the block: the caller gets the model as it was
         if progress is not None:
             progress.advance(1)
-
-
-@contextmanager
-def _parameters_kept(model: nn.Module) -> Iterator[None]:
-    """Every module's own parameters again on exit: ``functional_call`` leaves its own in a module of two names."""
-    kept = [(module, dict(module._parameters)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, own in kept:
-            module._parameters.update(own)
 
 
 @ESTIMATORS.register("forward")
@@ -148,7 +122,7 @@ class Forward:
         """Goes with everything that has gradients, and takes no queries."""
         if trajectory.carries:
             return "forward mode goes along an example's step and meets no query that a trajectory carries"
-        return needs_gradients(curvature)
+        return needs_steps(curvature)
 
     def estimate(
         self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.core.example import ExampleBatch, Examples, batch_examples, refuse_nonfinite
 from taught.core.problem import Problem
 from taught.core.query import build_queries
+from taught.model.directional import along
 from taught.model.gradients import RowSparse, Site, find_sites, frozen, lacks_forward_mode
 from taught.progress import Progress
 
@@ -69,14 +70,10 @@ def token_effects(
     terms, shares = _Terms(model), [torch.zeros(p.n_scored, count).double() for p in examples]
     with frozen(model):
         queries = build_queries(problem, sites, A, B, progress)
-        base = {f"model.{name}": model.get_parameter(name).detach() for name in queries}
         for k in range(count):
-            step = {
-                f"model.{name}": -problem.lr * _dense(query, k, model.get_parameter(name))
-                for name, query in queries.items()
-            }
+            step = {name: -problem.lr * _dense(query, k, model.get_parameter(name)) for name, query in queries.items()}
             for batch in batch_examples(examples, problem.batch_tokens):
-                moved = _along(model, sites, terms, batch, base, step)
+                moved = _along(model, sites, terms, batch, step)
                 for row, i in zip(moved.double().cpu(), batch.index, strict=True):
                     shares[i][:, k] = row[: examples[i].n_scored]
     sums = torch.stack([share.sum(0) for share in shares]) if shares else torch.zeros(0, 1)
@@ -85,29 +82,23 @@ def token_effects(
 
 
 def _along(
-    model: nn.Module,
-    sites: Sequence[Site],
-    terms: nn.Module,
-    batch: ExampleBatch,
-    base: dict[str, Tensor],
-    step: dict[str, Tensor],
+    model: nn.Module, sites: Sequence[Site], terms: _Terms, batch: ExampleBatch, step: dict[str, Tensor]
 ) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH), _as_in_training(model, sites):
+    with _as_in_training(model, sites):
         try:
-            values, moved = jvp(lambda p: functional_call(terms, p, (batch,)), (base,), (step,))[:2]
+            values, moved = along(terms, step, batch)
         except (RuntimeError, NotImplementedError) as error:
             if not lacks_forward_mode(error):
                 raise
-            values, moved = _by_token(terms, batch, base, step)
+            values, moved = _by_token(terms, batch, step)
     return (moved * batch.slopes(values.sum(1))[:, None]).detach()
 
 
-def _by_token(
-    terms: nn.Module, batch: ExampleBatch, base: dict[str, Tensor], step: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+def _by_token(terms: _Terms, batch: ExampleBatch, step: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The same with a backward pass for each token."""
-    leaves = {name: p.clone().requires_grad_() for name, p in base.items()}
-    values = functional_call(terms, leaves, (batch,))
+    leaves = {name: terms.model.get_parameter(name).detach().clone().requires_grad_() for name in step}
+    with sdpa_kernel(SDPBackend.MATH):
+        values = functional_call(terms, {f"model.{name}": p for name, p in leaves.items()}, (batch,))
     moved = torch.zeros_like(values)
     for b, k in (batch.weights != 0).nonzero().tolist():
         grads = torch.autograd.grad(values[b, k], list(leaves.values()), retain_graph=True, allow_unused=True)

@@ -94,6 +94,19 @@ def sequence_rows(model: nn.Module, rows: Rows) -> Tensor | None:
     return row if len(row) > len(rows.ids) else None
 
 
+def real_tokens(model: nn.Module, rows: Rows) -> Tensor:
+    """Which inputs of a layer are tokens and not padding: bool [rows, T], in the layout of an example's factors."""
+    sequences = written_out(model, rows)
+    if sequences is None:
+        width = rows.ids.shape[1]
+        return torch.arange(width, device=rows.ids.device) >= width - rows.lengths[:, None].to(rows.ids.device)
+    real, row = sequences.token >= 0, sequences.row
+    slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+    found = real.new_zeros(len(rows.ids), int(slot.max()) + 1, real.shape[1])
+    found[row, slot] = real
+    return found.flatten(1)
+
+
 def refuse_large_masks(model: nn.Module, count: int, length: int) -> None:
     """Raise a UserError where a pass over sequences of this length would allocate masks beyond all measure."""
     config = text_config(model)

@@ -83,12 +83,17 @@ class Tables:
     @cached_property
     def through_training(self) -> bool:
         """Whether values are derivatives of a whole training run in an example's weight, and not changes per step."""
-        return (self.json("attribution") or {}).get("unit") == "run"
+        return self.unit == "run"
 
     @property
     def per(self) -> str:
         """The unit of values in words."""
-        return "by the whole training run" if self.through_training else "per step"
+        return {"run": "by the whole training run", "rank": "to rank by"}.get(self.unit, "per step")
+
+    @property
+    def unit(self) -> str:
+        """The unit of values (``Scores.unit``)."""
+        return str((self.json("attribution") or {}).get("unit", "step"))
 
     @cached_property
     def listed(self) -> list[str] | None:

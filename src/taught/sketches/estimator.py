@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from taught.run.pieces import Prefixed
 from taught.sketches.answer import answer, error_factor, stored_queries, theory_error
 from taught.sketches.fill import example_row, fill_examples, fill_prompts, prompt_key
 from taught.sketches.project import Projection
-from taught.sketches.store import SketchStore
+from taught.sketches.store import Row, SketchStore
 from taught.stats.arrays import Floats
 
 # dy of so many examples and prompts is kept; for more, ask the store.
@@ -52,6 +53,9 @@ class Sketch:
     )
     seed: int = setting(0, rules.whole(0), "another seed is another projection")
     sample: int = setting(8, rules.whole(1), "so many examples are computed exactly too, to measure the error")
+    rescore: int = setting(
+        0, rules.whole(0), "so many of the strongest examples of each target are scored again, exactly, in a table"
+    )
     exact: ClassVar[bool] = False
 
     @property
@@ -68,6 +72,8 @@ class Sketch:
     def open(self, problem: Problem, work: Work) -> tuple[SketchStore, Projection]:
         """The store and the projection that fills it.
 
+        Gradients that are multiplied by something first have a store of their own, inside the plain one.
+
         Raises
         ------
         UserError
@@ -80,12 +86,16 @@ class Sketch:
                 rule="a folder, or a run folder",
                 fix="pass --run RUN, or --set attribution.estimator.store=FOLDER",
             )
-        projection = Projection(problem.model, self.size, self.seed)
+        before = problem.metric.before
+        projection = Projection(problem.model, self.size, self.seed, before)
+        if before is not None:
+            folder = Path(folder) / f"multiplied-{before.key[:16]}"
         return SketchStore(folder, {**problem.identity, **projection.record()}), projection
 
     def fill(self, problem: Problem, examples: Examples, work: Work, share: tuple[int, int] = (0, 1)) -> None:
         """Compute what the store lacks; damaged shards are made anew. ``share``: ``fill_examples``."""
         store, projection = self.open(problem, work)
+        problem = problem.plain or problem
         if share[0] == 0 and (damaged := store.drop_damaged()):
             work.progress.note(f"damaged shards are made anew: {', '.join(damaged)}")
         store.prepare()
@@ -96,21 +106,29 @@ class Sketch:
     def estimate(
         self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, queries: Queries | None = None
     ) -> Scores:
+        """Inner products of sketches; with ``rescore`` the exact values of the strongest in ``details["rescored"]``."""
+        found = self._estimated(problem, examples, targets, work)
+        if not self.rescore:
+            return found
+        again = self._rescored(problem, examples, targets, work, found)
+        return replace(found, details={**found.details, "rescored": again})
+
+    def _estimated(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
         """Inner products of the examples' sketches with each target's.
 
         In the plain metric the queries of coefficients and prompts are sums of stored sketches; other
         targets, and every target in a curvature, have the gradient C^-1 grad F taken and projected. The
         error is measured on ``sample`` examples, for which the exact adjoint gives some targets as well.
         """
-        plain = problem.metric.scale is None
-        self.fill(problem.plain or problem, examples, work)
+        plain = problem.metric.plain
+        self.fill(problem, examples, work)
         store, projection = self.open(problem, work)
         rows = [example_row(example) for example in examples]
         stored = targets.combinable if plain and not isinstance(problem.features, ConceptMap) else ()
+        digests = dict(prompt_key(prompt) for prompt in problem.prompts)
         parts: dict[Any, Floats] = {}
         dy = None
         if stored:
-            digests = dict(prompt_key(prompt) for prompt in problem.prompts)
             made, moves = stored_queries(store, targets.select(stored), digests)
             parts |= dict(zip(stored, made.T, strict=True))
             dy = moves.dy
@@ -119,7 +137,9 @@ class Sketch:
             parts |= dict(zip(rest.names, _projected(problem, projection, rest, work).T, strict=True))
         q = np.stack([parts[name] for name in targets.names], 1)
         if problem.metric.sketched is not None:
-            q = problem.metric.sketched(store, rows, q)
+            q, factors = problem.metric.sketched(store, rows, digests, q)
+            if factors is not None:
+                return self._ranked(store, rows, targets, q, factors)
         details: dict[str, Any] = {}
         direct = [targets.names.index(name) for name in targets.direct]  # totals are sums of their pathways
         every = q[:, direct]
@@ -134,18 +154,32 @@ class Sketch:
         scale = theory_error(answers.norms, q, problem.lr)
         factor, sample = self._measured(problem, examples, targets, work, values, scale)
         details |= {"error_factor": factor, "sample": sample, "store": str(store.folder)}
-        details["prompts"] = dict(prompt_key(prompt) for prompt in problem.prompts)
+        details["prompts"] = digests
         details["rows"] = {row.id: row.digest for row in rows}
         ids = tuple(example.id for example in examples)
         return Scores("sketch", ids, targets.names, values, factor * scale, answers.losses, True, details)
+
+    def _ranked(
+        self, store: SketchStore, rows: Sequence[Row], targets: TargetSet, queries: Floats, factors: Floats
+    ) -> Scores:
+        """Values to rank by: each target by its own query, since they do not add up; their error is not known."""
+        answers = answer(store, rows, queries.astype(np.float32))
+        values = answers.values * factors[:, None]
+        ids = tuple(row.id for row in rows)
+        return Scores("sketch", ids, targets.names, values, None, answers.losses, True, {}, "rank")
 
     def kept_bytes(self, examples: int, prompts: int, features: int) -> float:
         """Size of the store; each active feature of a prompt has a sketch of its own."""
         return (examples + prompts * (1 + cost.ACTIVE * features)) * (2 * self.size + 4)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
-        """Filling a store that is empty yet, and the exact sample."""
-        return cost.sketch(problem, examples, asked)
+        """Filling a store that is empty yet, the exact sample, and the exact values of the strongest."""
+        found = cost.sketch(problem, examples, asked)
+        if not self.rescore:
+            return found
+        share = min(1.0, self.rescore * asked.queries / len(examples))
+        passes = 8 * cost.trees(problem, examples) + 4 * share * cost.one_pass(problem, examples)
+        return found | {"exact values of the strongest": passes}
 
     def _measured(
         self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, values: Floats, scale: Floats
@@ -178,6 +212,35 @@ class Sketch:
             for t, name in enumerate(few)
         ]
         return factor, sample
+
+    def _rescored(
+        self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, found: Scores
+    ) -> list[dict[str, Any]]:
+        """The strongest examples of each target that is not of many, with their exact change per step.
+
+        In the problem's metric, where that divides whole gradients; else plain, so in another unit than the first
+        value.
+        """
+        if problem.metric.sketched is not None:
+            problem = problem.plain or problem
+        few = [name for name in targets.names if not kind_of(name).many]
+        top = {name: np.argsort(-np.abs(found[name]), kind="stable")[: self.rescore].tolist() for name in few}
+        places = sorted({i for own in top.values() for i in own})
+        if not places:
+            return []
+        work.progress.step("exact values of the strongest", None)
+        some = Work(pieces=None if work.pieces is None else Prefixed(work.pieces, "rescored"))
+        exact = Adjoint().estimate(problem, [examples[i] for i in places], targets.select(few), some)
+        return [
+            {
+                "example_id": examples[i].id,
+                "target": str(name),
+                "first": float(found[name][i]),
+                "exact": exact.by_example(name)[examples[i].id],
+            }
+            for name, own in top.items()
+            for i in own
+        ]
 
 
 def _projected(problem: Problem, projection: Projection, targets: TargetSet, work: Work) -> Floats:

@@ -22,8 +22,8 @@ inputs, so they are signed and folded directly. R is the identity for a layer th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,41 @@ class _Map:
     right: Tensor | None
     signs: Tensor
     first: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prescale:
+    """What gradients are multiplied by, element by element, before they are projected.
+
+    Attributes
+    ----------
+    by : by parameter name, in its shape
+    key : what identifies it
+    """
+
+    by: Mapping[str, Tensor]
+    key: str
+
+    def factors(self, factor: Factor) -> Iterator[tuple[int, Factor]]:
+        """The multiplied gradient of each example: a linear layer's is built, one at a time."""
+        scale = self.by[factor.param]
+        for n in range(len(factor.d)):
+            one = factor.examples(slice(n, n + 1))
+            if one.kind == "vector":
+                yield n, replace(one, d=one.d * scale.flatten())
+            elif one.kind == "embedding":
+                yield n, replace(one, d=one.d * scale[one.a])
+            else:
+                assert one.a is not None
+                built = one.d.new_empty(1, *scale.shape)
+                outer_products(one.d, one.a, built)
+                yield n, Factor(one.param, "vector", None, built.mul_(scale).flatten(1))
+
+    def query(self, name: str, query: Query) -> Query:
+        """The same of gradients that are given whole, [K, *shape]."""
+        if isinstance(query, RowSparse):
+            return replace(query, values=query.values * self.by[name][query.rows])
+        return query * self.by[name]
 
 
 @dataclass(eq=False)
@@ -82,6 +117,7 @@ class Projection:
     model : the model; names and shapes of its parameters define the maps
     dim : K, numbers a sketch has; a multiple of 64
     seed : another seed is another projection
+    before : what gradients are multiplied by first; None: nothing
 
     Raises
     ------
@@ -92,6 +128,7 @@ class Projection:
     model: nn.Module
     dim: int
     seed: int = 0
+    before: Prescale | None = None
     _maps: dict[str, _Map] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -125,7 +162,11 @@ class Projection:
             if total is None:
                 dtype = torch.promote_types(factor.d.dtype, torch.float32)
                 total = factor.d.new_zeros(batch, self.rows, COLUMNS, dtype=dtype)
-            self._add(factor, total, inputs or SharedInputs())
+            if self.before is None:
+                self._add(factor, total, inputs or SharedInputs())
+                continue
+            for n, one in self.before.factors(factor):
+                self._add(one, total[n : n + 1], SharedInputs())
         if total is None:
             return torch.zeros(batch, self.dim)
         return total.flatten(1)
@@ -138,6 +179,7 @@ class Projection:
         total = torch.zeros(count, self.rows, COLUMNS, dtype=torch.float64)
         for name, given in gradients.items():
             drawn = self._map(name)
+            given = given if self.before is None else self.before.query(name, given)
             for k in range(count):
                 one = total[k : k + 1]
                 if isinstance(given, RowSparse):
@@ -161,6 +203,7 @@ class Projection:
             "projection.columns": COLUMNS,
             "projection.seed": self.seed,
             "projection.drawn sha256": self.digest(),
+            **({} if self.before is None else {"projection.multiplied by": self.before.key}),
         }
 
     def digest(self) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BY_NAME", "STAGES", "asked", "require_stage", "run"]
 
+_CURVED = ("adam", "ekfac", "astra", "autocorrelation", "trackstar", "trak")  # what a comparison may rest on
 _READ = ("model", "sae", "readout", "behavior", "prompts")  # what the model is read with
 _DRAWN = ("limit", "spread", "even", "seed", "near_duplicate", "drop_duplicates", "drop_overlap", "drop_truncated")
 _EXAMPLES = tuple(f"examples.{key}" for key in ("path", "kind", "turns", "max_tokens", *_DRAWN))
@@ -116,6 +117,8 @@ STAGES = (
             "example_id, of, exact, overlap",
             "certificates.parquet": "what the linear values of each example leave out",
             "statements.parquet": "do the strongest examples stay the strongest",
+            "rescored.parquet": "the strongest examples of each target by sketches, scored again: example_id, target, "
+            "first (as in the scores, in their unit), exact (by the adjoint, per step)",
             "token_shares.parquet": "shares of the tokens of the strongest examples: example_id, target, position, "
             "answer (0; of a preference 1 for the rejected one), token, share",
         },
@@ -207,7 +210,7 @@ STAGES = (
         },
         needs=("attribute", "validate"),
         reads=(*_READ, *_EXAMPLES, "attribution", "validation"),
-        code=("taught.curvatures.adam", "taught.curvatures.ekfac", "taught.curvatures.autocorrelation"),
+        code=tuple(f"taught.curvatures.{name}" for name in _CURVED),
         trains=True,
     ),
     Stage(

@@ -54,6 +54,13 @@ def ask(run: RunFolder, question: Question) -> Scores:
     """
     run.require("attribute")
     record = run.read_json("attribution").get("sketches")
+    if record is None and run.read_json("attribution")["unit"] == "rank":
+        raise UserError(
+            "the run's values only rank examples, and answer no later question",
+            value=str(run.study.attribution.curvature.kind),
+            rule="later questions are answered by plain sketches, or in the curvature autocorrelation",
+            fix="taught run STUDY --set attribution.curvature=identity",
+        )
     if record is None:
         raise UserError(
             "this run has no sketches",

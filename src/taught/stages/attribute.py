@@ -103,6 +103,9 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         _write_examples(run, ready, scores)
         _write_summary(run, ready, scores, checks)
         write_certificates(study, run, asked[0].targets, scores, shift, checks)
+        rescored = [row for part in parts for row in part.details.get("rescored", ())]
+        if rescored:
+            run.write_table("rescored", pa.Table.from_pylist(rescored, RESCORED))
         if shares:
             run.write_table("token_shares", pa.concat_tables(shares))
         run.write_json(
@@ -157,10 +160,10 @@ def in_one_metric(ready: Ready, asked: Sequence[Ask], work: Work) -> list[Ask]:
 def _checks(ready: Ready, ask: Ask, scores: Scores, top: Sequence[int], work: Work) -> Checks:
     """A real step of the strongest examples beside the linear value; with a policy an exact refit too.
 
-    Where values are estimates, the exact derivative as well.
+    Where values are estimates, the exact derivative as well. None in a curvature that divides no example's gradient.
     """
     method, name = ready.method, scores.targets[0]
-    if not method.trajectory.make(TRAJECTORIES).single or not top:
+    if not method.trajectory.make(TRAJECTORIES).single or not top or not ask.problem.metric.of_examples:
         return {}
     estimator = method.estimator.make(ESTIMATORS)
     real = getattr(estimator, "real", False)
@@ -191,7 +194,7 @@ def _shares(
         work.progress.step("shares of tokens", None)
     for ask, scores in zip(asked, parts, strict=True):
         few = [n for n in ask.targets.names if not kind_of(n).many and n.pathway is None]
-        if not few or not chosen or getattr(ask.problem.metric, "sketched", None) is not None:
+        if not few or not chosen or ask.problem.metric.sketched is not None:
             continue
         if (known := scores.details.get("token_shares")) is not None:
             columns = [scores.column(name) for name in few]
@@ -221,6 +224,7 @@ def write_scores(run: RunFolder, every: Iterable[Scores]) -> None:
                 write(scores.part(target))
 
 
+RESCORED = schema("example_id:str target:str first:float exact:float")
 AGREEMENT = schema("target:str method:str other:str rank_correlation:float lo:float hi:float")
 STORE = ("store", "error_factor", "sample", "prompts", "rows")  # what a later question to a store of sketches needs
 
@@ -237,7 +241,9 @@ def agreement(every: Sequence[Scores]) -> pa.Table:
 
 
 def shift_of(scores: Scores, feature_ids: Sequence[int]) -> np.ndarray | None:
-    """Change of every coefficient by every example, float64 [P, d]; None unless all were asked for."""
+    """Change of every coefficient by every example, float64 [P, d]; None unless all were asked for, with a unit."""
+    if scores.unit == "rank":
+        return None
     names = [f"coefficient:{k}" for k in feature_ids]
     known = {str(name): column for column, name in enumerate(scores.targets)}
     if not all(name in known for name in names):
@@ -327,7 +333,8 @@ def _interference(ready: Ready, scores: Scores) -> list[dict[str, Any]]:
             "unintended",
             "expected_by_chance",
         )
-        unknown = dict.fromkeys(said) | {"note": "coefficients were not asked for"}
+        why = "values only rank examples" if scores.unit == "rank" else "coefficients were not asked for"
+        unknown = dict.fromkeys(said) | {"note": why}
         return [
             {"example_id": i, "intended": intended[i], "n_intended": len(intended[i]), **unknown}
             for i in scores.example_ids

@@ -47,6 +47,8 @@ def write_certificates(
     """
     allowed = np.zeros(len(scores))
     policy = targets.readings.policy
+    if scores.unit == "rank":  # of values without a unit no error or remainder is known
+        return
     if policy is not None and "score" in scores:
         table = _remainders(policy, scores, shift, checks)
         run.write_table("certificates", table)

@@ -54,6 +54,7 @@ def read_scores(run: RunFolder, targets: Sequence[str], method: str | None = Non
     """
     own = own_method(run)
     method = method or own
+    unit = run.read_json("attribution")["unit"] if method == own else "step"
     names = [TargetName.parse(text) for text in targets]
     wanted = {str(part) for name in names for part in (name, *name.parts)}
     ids = run.read_table("summary", ["example_id"])["example_id"].combine_chunks()
@@ -79,7 +80,7 @@ def read_scores(run: RunFolder, targets: Sequence[str], method: str | None = Non
             se.append(errors[str(name)])
             continue
         parts = [str(part) for part in name.parts]
-        if len(parts) < 2 or not set(parts) <= set(values):
+        if unit == "rank" or len(parts) < 2 or not set(parts) <= set(values):
             raise _unknown(run, str(name), method)
         columns.append(values[parts[0]] - values[parts[1]])
         se.append(np.hypot(errors[parts[0]], errors[parts[1]]))
@@ -90,8 +91,8 @@ def read_scores(run: RunFolder, targets: Sequence[str], method: str | None = Non
         tuple(names),
         np.stack(columns, 1),
         None if np.isnan(stacked).any() else stacked,
-        influence=method == own,
-        unit=run.read_json("attribution")["unit"] if method == own else "step",
+        influence=method == own and unit != "rank",
+        unit=unit,
     )
 
 

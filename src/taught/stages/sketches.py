@@ -6,8 +6,9 @@ import os
 
 import torch
 
+from taught.core.driver import fitted
 from taught.core.estimator import Work
-from taught.core.registry import ESTIMATORS
+from taught.core.registry import CURVATURES, ESTIMATORS
 from taught.environment import process_share
 from taught.errors import UserError
 from taught.progress import Progress, SilentProgress
@@ -43,4 +44,8 @@ def sketches(study: Study, run: RunFolder, progress: Progress | None = None) -> 
     subject = open_subject(study)
     run.require_before("attribute", study, subject.identity)
     ready = prepare(study, run, subject, data, progress)
-    estimator.fill(ready.problem, ready.inputs, Work(progress, None, run.folder), process_share())
+    work = Work(progress, None, run.folder)
+    curvature, problem = study.attribution.curvature.make(CURVATURES), ready.problem
+    if getattr(curvature, "of_sketches", False):  # it may say what is sketched
+        problem = fitted(problem, ready.inputs, curvature, work)
+    estimator.fill(problem, ready.inputs, work, process_share())

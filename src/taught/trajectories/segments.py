@@ -427,13 +427,12 @@ class _Pass:
         for number, segment in reversed(list(enumerate(self.run.segments))):
             response = self._response(number)
             moved: Queries = {name: q.clone() for name, q in queries.items()}
-            for name, q in moved.items():
-                for metric in response.moved:
-                    metric.solve_query(name, q)
+            for metric in response.moved:
+                metric.solve_queries(moved)
             key = f"segment {number} targets {some.start} {some.stop}"
             values += kept(self.work.pieces, key, partial(self._contract, number, segment, moved, count))
-            for name, q in queries.items():
-                response.survives.solve_query(name, q)
+            survived: Queries = {**queries}  # the same tensors: they are divided in place
+            response.survives.solve_queries(survived)
         return values
 
     def _contract(self, number: int, segment: Segment, queries: Queries, count: int) -> Tensor:

@@ -64,6 +64,11 @@ def _blocks(tables: Tables) -> list[Block]:
             "the whole training run. Positive: training on it raised the target; without it, the target ends lower by "
             "about so much."
         )
+    if tables.unit == "rank":
+        lede = (
+            "How the gradient of each example lies to those of the targets: values to rank examples by, without a "
+            "unit. Positive: training on it raises the target. They do not add up, and their error is not known."
+        )
     if PRIMARY in targets(tables):
         lede += (
             " S is the policy’s score. S > 0: the coefficient vector moves along itself, so the policy grows "
@@ -80,7 +85,12 @@ def _movers(tables: Tables, rows: Rows, target: str) -> Table:
     up, down = ends(rows, target, ENDS)
     power = common_power(row[target] for row in (*up, *down))
     errors = any(row.get(target + SE) for row in (*up, *down))
-    value = Column(f"Change {tables.per}", "signed", power=power, plot="fit" if errors else None)
+    value = Column(
+        f"{'Value' if tables.unit == 'rank' else 'Change'} {tables.per}",
+        "signed",
+        power=power,
+        plot="fit" if errors else None,
+    )
     made = []
     for row in (*up, *reversed(down)):
         prompt = shorten(str(texts(tables).get(row["example_id"], {}).get("prompt", "")), 90)

@@ -8,7 +8,12 @@ from taught.report.tables import Row, Tables
 from taught.report.text import common_power, count, listed, number, percent, signed, tens, words
 
 # by attribution.curvature
-STEP = {"identity": "one plain SGD step", "adam": "one step of Adam", "ekfac": "one step in the metric of EK-FAC"}
+STEP = {
+    "identity": "one plain SGD step",
+    "adam": "one step of Adam",
+    "ekfac": "one step in the metric of EK-FAC",
+    "astra": "one step in the damped Gauss-Newton metric",
+}
 SMOOTH = 0.9  # metasmoothness below it is said; leaderboard runs have .99
 MISSED = 0.25  # share of a change that the derivative may miss
 SETTINGS = (
@@ -64,6 +69,11 @@ def _reading(tables: Tables, step: str) -> list[str]:
             "behavior is in natural logarithms. Leaving examples out changes the target by about minus their sum.",
             *(smoothness_text(one) for one in (tables.json("attribution") or {}).get("smoothness", [])),
         ]
+    elif tables.unit == "rank":
+        said.append(
+            "Values rank examples and have no unit: they are no changes per step, they do not add up, and they are "
+            "compared with other methods by rank. Their standard errors are not known."
+        )
     else:
         said += [
             f"Values are changes per {step} at the learning rate above; the behavior is in natural logarithms.",
