@@ -11,6 +11,7 @@ subsets begins with the shorter one: retrainings that are finished stay of use.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -146,12 +147,71 @@ def matched_subsets(
 
     def one() -> tuple[str, ...]:
         chosen = {label: set(_pick(rng, group, counts[label])) for label, group in groups.items()}
-        _exchange(chosen, groups, lengths, target, tolerance, rng)
+        if off := _exchange(chosen, groups, lengths, target, tolerance, rng):
+            raise UserError(
+                "subsets of matched length cannot be made",
+                value=f"off by {off:.2%}, allowed are {tolerance:.2%}",
+                rule="exchanges within a label bring the sum nearer",
+                fix="allow a larger tolerance or take larger subsets",
+            )
         return tuple(sorted(example for some in chosen.values() for example in some))
 
     possible = math.prod(math.comb(len(groups[label]), n) for label, n in counts.items())
     inclusion = {example: counts[labels[example]] / len(groups[labels[example]]) for example in pool}
     return _named("matched", _distinct(one, count, possible), inclusion)
+
+
+def alike_subsets(
+    named: Sequence[str],
+    others: Sequence[str],
+    labels: Mapping[str, str],
+    lengths: Mapping[str, float],
+    count: int,
+    *,
+    seed: int,
+    tolerance: float = 0.05,
+) -> tuple[tuple[str, ...], ...]:
+    """Random sets of the others that are like those named: as many of each label, about the same summed length.
+
+    Each is drawn within the labels; then members are exchanged within a label until the sum is in the tolerance. Sets
+    may repeat where the others are few.
+
+    Parameters
+    ----------
+    labels, lengths : of the named and of the others
+    tolerance : how far the summed lengths may be apart, relative to that of the named
+
+    Raises
+    ------
+    UserError
+        A label has fewer others than are named of it, with both counts; no others of that length.
+    """
+    refuse(sorted(i for i in (*named, *others) if i not in labels), "examples have no label")
+    wanted = Counter(labels[i] for i in named)
+    groups = {label: sorted(i for i in others if labels[i] == label) for label in sorted(wanted)}
+    refuse(
+        [
+            f"{label}: {wanted[label]} named, {len(own)} others"
+            for label, own in groups.items()
+            if len(own) < wanted[label]
+        ],
+        "the named documents have no random counterpart of the same topic",
+        rule="every topic has as many other documents as are named of it",
+        fix="lower validation.budgets, or set validation.alike to a coarser column, or to null",
+    )
+    rng, target = np.random.default_rng(seed), sum(lengths[i] for i in named)
+    found = []
+    for _ in range(count):
+        chosen = {label: set(_pick(rng, own, wanted[label])) for label, own in groups.items()}
+        if off := _exchange(chosen, groups, lengths, target, tolerance, rng):
+            raise UserError(
+                "the named documents have no random counterpart of the same size",
+                value=f"{len(named)} named with {target:.0f} tokens; the nearest others are off by {off:.1%}",
+                rule=f"others of the same topics come within {tolerance:.0%}",
+                fix="set validation.budgets to another share, or validation.alike to a coarser column, or to null",
+            )
+        found.append(tuple(sorted(i for some in chosen.values() for i in some)))
+    return tuple(found)
 
 
 def summed(subsets: Subsets, values: Mapping[str, float]) -> Floats:
@@ -176,21 +236,22 @@ def _exchange(
     target: float,
     tolerance: float,
     rng: np.random.Generator,
-) -> None:
-    """Exchange members within their label until the summed length is near ``target``; in place."""
+) -> float:
+    """Exchange members within their label until the summed length is near ``target``; in place.
+
+    Returns 0, or how far off it stays, relative to the target, where no exchange brings it nearer.
+    """
     error = sum(lengths[example] for some in chosen.values() for example in some) - target
     while abs(error) > (allowed := tolerance * abs(target)):
+        if all(len(chosen[label]) == len(group) for label, group in groups.items()):
+            return abs(error / target)
         label, left, other = _best_exchange(chosen, groups, lengths, error, allowed, rng)
         after = error + lengths[other] - lengths[left]
         if abs(after) >= abs(error):
-            raise UserError(
-                "subsets of matched length cannot be made",
-                value=f"off by {abs(error / target):.2%}, allowed are {tolerance:.2%}",
-                rule="exchanges within a label bring the sum nearer",
-                fix="allow a larger tolerance or take larger subsets",
-            )
+            return abs(error / target)
         chosen[label] = (chosen[label] - {left}) | {other}
         error = after
+    return 0.0
 
 
 def _best_exchange(
