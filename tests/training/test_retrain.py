@@ -26,8 +26,9 @@ from taught.study.load import load_study
 from taught.study.schema import ValidationSpec
 from taught.training.loop import in_training, train
 from taught.training.recipe import Recipe
-from taught.training.retrain import Answering, Retrainer, Retraining
+from taught.training.retrain import Answering, Retrainer, Retraining, Unlearn
 from taught.training.steps import Training
+from taught.training.unlearn import loss_guard, unlearned
 from tiny_models import BLOCK, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
 from tiny_study import write_tiny_study
 
@@ -455,3 +456,51 @@ def test_an_example_that_is_left_out_may_keep_its_place_with_weight_zero(tmp_pat
     assert found.kept == tuple(sorted(ids)) and left_out not in {i for step in found.log.ids for i in step}
     refilled = Retrainer(problem, examples, replace(held, batches="refilled"), tmp_path / "refilled", weights={})
     assert not np.allclose(refilled.run(ids).y, found.y, rtol=1e-6)
+
+
+# Forgetting
+
+
+HOW = Unlearn(steps=4, lr=0.1)
+
+
+def test_unlearning_is_kept_and_read_like_a_retraining(tmp_path: Path, no_training) -> None:
+    made = retrainer(tmp_path)
+    before = snapshot(made.problem.model)
+    found = made.unlearn(["z0", "z2"], HOW, seed=7)
+    assert same(before, snapshot(made.problem.model))
+    guard = loss_guard(tiny_examples()[1::2], 24, 0.9)
+    forget, retain = tiny_examples()[::2], tiny_examples()[1::2]
+    model = tiny_model("tied")
+    with unlearned(model, forget, retain, recipe(seed=7, lr=0.1), 4, guard, batch_tokens=24) as log:
+        reads = read_prompts(model, made.problem.prompts, made.problem.behavior, BLOCK)
+        losses = [float(plain_loss(model, example).detach()) for example in forget]
+    np.testing.assert_allclose(found.y, reads.y.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(found.losses_after, losses, rtol=1e-12)
+    assert found.forgetting == log and found.log is None and found.forgetting.guard[-1][0] == 4
+    assert (found.ids, found.kept, found.seed) == (("z0", "z2"), ("z0", "z2"), 7)
+    no_training()
+    assert equal(retrainer(tmp_path).unlearn(["z2", "z0"], HOW, seed=7), found)
+
+
+def test_what_unlearning_depends_on_is_in_its_key(tmp_path: Path) -> None:
+    made = retrainer(tmp_path)
+    keys = {made.key(["z0"], 7), made.key(["z0"], 7, HOW), made.key(["z0"], 8, HOW), made.key(["z1"], 7, HOW)}
+    for changes in ({"steps": 5}, {"lr": 0.2}, {"guard": ("q0",)}, {"keep": 0.8}):
+        keys.add(made.key(["z0"], 7, replace(HOW, **changes)))
+    keys.add(retrainer(tmp_path / "fewer", examples=tiny_examples()[:3]).key(["z0"], 7, HOW))
+    assert len(keys) == 9
+
+
+def test_a_guard_of_prompts_is_their_degree(tmp_path: Path) -> None:
+    made = retrainer(tmp_path)
+    found = made.unlearn(["z0"], replace(HOW, guard=("q1", "q4"), steps=1))
+    assert found.forgetting.guard[0][1] == pytest.approx(float(np.exp(made.base().y[[1, 4]]).mean()))
+
+
+def test_a_run_whose_guard_is_no_number_is_kept_too(tmp_path: Path) -> None:
+    made = retrainer(tmp_path)
+    found = made.unlearn(["z0"], replace(HOW, lr=1e300, steps=1))
+    assert not np.isfinite(found.forgetting.guard[1][1]) and "after 0 steps are kept" in found.forgetting.stopped
+    assert np.array_equal(found.y, made.base().y)
+    assert np.isnan(made.unlearn(["z0"], replace(HOW, lr=1e300, steps=1)).forgetting.guard[1][1])

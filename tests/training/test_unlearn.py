@@ -8,12 +8,25 @@ from dataclasses import replace
 import pytest
 import torch
 
+from taught.behaviors.choice import Choice
+from taught.behaviors.loss import Loss
 from taught.core.example import sft
 from taught.errors import UserError
 from taught.study.schema import ValidationSpec
 from taught.training.recipe import Recipe
-from taught.training.unlearn import EVERY, Guard, fitted_rate, unlearned
-from tiny_models import plain_gradient, plain_loss, same, snapshot, tiny_examples, tiny_model
+from taught.training.unlearn import EVERY, Guard, fitted_rate, prompt_guard, unlearned
+from tiny_models import (
+    plain_gradient,
+    plain_loss,
+    plain_read,
+    plain_y,
+    same,
+    snapshot,
+    tiny_behavior,
+    tiny_examples,
+    tiny_model,
+    tiny_prompts,
+)
 
 ROWS = [
     sft("z4", (0, 9, 8, 3, 2, 20, 21, 3), 5),
@@ -112,7 +125,8 @@ def test_steps_and_rates_are_those_by_hand() -> None:
         g_F, g_R = (plain_gradient(by_hand, loss) for loss in losses)
         losses = [float(loss.detach()) for loss in losses]
         assert (log.forget_losses[step], log.retain_losses[step]) == pytest.approx(tuple(losses), rel=1e-9)
-        assert log.norms[step] == pytest.approx(size(g_F), rel=1e-9)
+        assert log.forget_norms[step] == pytest.approx(size(g_F), rel=1e-9)
+        assert log.retain_norms[step] == pytest.approx(size(g_R), rel=1e-9)
         g = {n: g_R[n] / size(g_R) - g_F[n] / size(g_F) for n in g_R}
         with torch.no_grad():
             if step % 10 == 0:
@@ -252,3 +266,39 @@ def test_sets_that_are_none_are_refused(forget, retain, what: str) -> None:
 def test_half_precision_is_refused() -> None:
     with pytest.raises(UserError, match="half precision"):
         run(tiny_model("tied").bfloat16())
+
+
+# What may be guarded
+
+
+def test_of_a_choice_the_accuracy_is_guarded() -> None:
+    """The share of prompts whose right option, their first suffix, is the likeliest."""
+    model = tiny_model("tied")
+    prompts = [replace(p, suffixes=((15,), (19, 4), (7,))) for p in tiny_prompts()]
+    right = []
+    for prompt in prompts:
+        scores = []
+        for suffix in prompt.suffixes:
+            with torch.no_grad():
+                _, logp = plain_read(model, (*prompt.ids, *suffix))
+            scores.append(sum(float(logp[len(prompt.ids) - 1 + j, t]) for j, t in enumerate(suffix)) / len(suffix))
+        right.append(scores[0] > max(scores[1:]))
+    guard = prompt_guard(prompts, Choice(style="cloze", normalise=True), 0.9)
+    assert guard.measure(model) == pytest.approx(sum(right) / len(right)) and 0 < sum(right) < len(right)
+    assert guard.rises and guard.chance == pytest.approx(1 / 3)
+
+
+def test_of_a_loss_the_mean_is_guarded_from_above() -> None:
+    model = tiny_model("tied")
+    prompts = [replace(p, suffixes=((15, 16),)) for p in tiny_prompts()]
+    guard = prompt_guard(prompts, Loss(), 0.9)
+    expected = [-float(plain_y(model, prompt.ids, prompt.suffixes)) / 2 for prompt in prompts]
+    assert guard.measure(model) == pytest.approx(sum(expected) / len(expected))
+    assert guard.holds(2.0, 2.19) and not guard.holds(2.0, 2.21) and guard.chance == 0
+
+
+def test_of_any_other_behavior_the_mean_degree_is_guarded() -> None:
+    model = tiny_model("tied")
+    guard = prompt_guard(tiny_prompts(), tiny_behavior(), 0.9)
+    assert guard.measure(model) == pytest.approx(float(sum(plain_y(model, p.ids).exp() for p in tiny_prompts())) / 6)
+    assert guard.holds(0.5, 0.46) and not guard.holds(0.5, 0.44) and not guard.holds(0.5, math.nan)

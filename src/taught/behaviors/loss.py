@@ -33,6 +33,7 @@ class Loss:
         "the answer behind the prompt, or the prompt's text by itself, without a chat template",
     )
     unit: ClassVar[str] = "nats per token"
+    worse_above: ClassVar[bool] = True
 
     @property
     def meaning(self) -> str:

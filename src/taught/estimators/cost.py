@@ -194,7 +194,15 @@ def prompt_head(problem: Problem, examples: Examples) -> float:
 
 
 def validation_cost(
-    problem: Problem, examples: Examples, subsets: Sequence[int], *, epochs: int, batch: int, answer_tokens: int
+    problem: Problem,
+    examples: Examples,
+    subsets: Sequence[int],
+    *,
+    epochs: int,
+    batch: int,
+    answer_tokens: int,
+    forgotten: Sequence[int] = (),
+    unlearn_steps: int = 0,
 ) -> dict[str, float]:
     """Operations of retraining, by part; of a subset only its size is known, not its examples.
 
@@ -203,6 +211,7 @@ def validation_cost(
     subsets : number of examples of each subset that is trained on
     epochs, batch, answer_tokens
         As in the study. A step's batch is cut by ``problem.batch_tokens``; answers are taken to have their full length.
+    forgotten, unlearn_steps : number of examples of each set that is forgotten, in at most so many steps
     """
     sizes = _sizes(problem)
     trees = _trees(problem, sizes)
@@ -214,11 +223,13 @@ def validation_cost(
     ]
     trained = _over_examples(sizes, examples, parts) / len(examples)
     read = _over_examples(sizes, examples, batch_indices(examples, problem.batch_tokens)) / len(examples)
-    models = 1 + len(subsets)
+    models = 1 + len(subsets) + len(forgotten)
     cost = {
         "training": 3 * epochs * sum(subsets) * trained,
-        "read-outs after it": models * trees + (len(examples) + sum(subsets)) * read,
+        "read-outs after it": models * trees + (len(examples) + sum(subsets) + sum(forgotten)) * read,
     }
+    if forgotten:  # two batches a step, the last of an epoch taken as full; every 10 steps a fit, and a look at prompts
+        cost["unlearning"] = unlearn_steps * (6.2 * batch * len(forgotten) * trained + 0.1 * trees * len(forgotten))
     if answer_tokens:
         said = [(1, len(prompt.ids) + answer_tokens - 1) for prompt in problem.prompts]
         cost["answers"] = models * sizes.over(said, answer_tokens * len(said))

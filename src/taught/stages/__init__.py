@@ -185,6 +185,9 @@ STAGES = (
             "curves.parquet": "training without, or only on, the strongest examples, against random ones",
             "named_effects.parquet": "effect of training with the strongest examples, with its interval",
             "arms.parquet": "metrics of ways of choosing examples, against random ones",
+            "verdicts.parquet": "forgetting the named documents, or training on them alone, against random ones like "
+            "them, target by target; below",
+            "forgetting.parquet": "each run of unlearning: steps, rates, guard, and why it stopped",
             "answers.parquet": "the retrained models' own answers",
             "validation.json": "the recipe, the base model's metrics, how often each example was trained on",
         },

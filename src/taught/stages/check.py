@@ -30,7 +30,8 @@ from taught.stages import asked
 from taught.stages.ready import make_problem, method_of
 from taught.stages.subject import Subject, chosen_examples, open_subject, prompt_inputs, study_prompts
 from taught.stages.trial import try_study
-from taught.study.schema import Study, ValidationSpec
+from taught.study.schema import PAIRED, Study, ValidationSpec
+from taught.validation.pairs import few_pairs, least_p
 
 GB = 2**30
 # Share of a product's pace that whole passes run at: .55 to .75 on SmolLM2's sizes on one core of
@@ -234,10 +235,22 @@ def _estimate_validation(
     """Retrainings, operations, minutes and disk of ``taught validate``."""
     spec = study.validation
     subsets = subset_sizes(spec, len(examples))
+    forgotten = 3 * spec.pairs * spec.named_of(len(examples)) if "unlearn" in spec.designs else []
     cost = validation_cost(
-        problem, examples, subsets, epochs=spec.epochs, batch=spec.batch, answer_tokens=spec.answer_tokens
+        problem,
+        examples,
+        subsets,
+        epochs=spec.epochs,
+        batch=spec.batch,
+        answer_tokens=spec.answer_tokens,
+        forgotten=forgotten,
+        unlearn_steps=spec.unlearn_steps,
     )
     total = sum(cost.values())
+    if {*PAIRED} & {*spec.designs}:
+        least = f"{spec.pairs}, p is at least {least_p(spec.pairs):.2g}"
+        report.add("pairs", "; ".join(filter(None, (least, few_pairs(spec.pairs)))))
+    subsets += forgotten
     parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
     report.add(
         "validate",
@@ -246,6 +259,7 @@ def _estimate_validation(
     )
     report.add("validate, time", _minutes(total, product_rate(_a_weight(subject))))
     kept = retrained_bytes(subsets, spec.epochs, len(problem.prompts), problem.d)
+    kept += len(forgotten) * spec.unlearn_steps * (32 * spec.batch + 120)  # ids of both batches, and numbers
     report.add("validate, disk", f"about {max(kept, 10**6) / 1e6:.0f} MB of retrainings")
 
 
@@ -268,6 +282,8 @@ def subset_sizes(spec: ValidationSpec, examples: int) -> list[int]:
         "curated": [examples, *runs * [max(1, examples // 2)]],
         "chosen": spec.subsets * [part],
         "couples": spec.subsets * [part, part + some[0]],
+        "unlearn": [],  # counted in steps
+        "teach": 3 * spec.pairs * some,  # the highest, the lowest and random ones
     }
     return [size for design in spec.designs for size in sizes[design] * spec.times(design)]
 

@@ -30,6 +30,7 @@ from taught.policy.ridge import check_folds, fit_policy
 from taught.stages.bins import check_bins
 from taught.stages.concepts import check_concept, check_concept_methods
 from taught.stages.curate import decide, rule_and_target
+from taught.stages.pairs import check_guard
 from taught.stages.ready import check_answered, method_of, readings_of, wanted_targets
 from taught.stages.subject import Subject, chosen_examples
 from taught.study.schema import Study
@@ -83,6 +84,9 @@ def try_study(
             check_bins(study.bins, chosen_examples(study), prompts.groups)
     for path in study.validation.scores:
         trial.attempt(read_scores, Path(path))
+    if study.validation.guard is not None and "unlearn" in study.validation.designs:
+        known = dict.fromkeys(name for prompt in prompts for name in (prompt.group, prompt.category) if name)
+        trial.attempt(check_guard, study.validation.guard, list(known))
     return trial.refused
 
 

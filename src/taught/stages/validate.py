@@ -18,10 +18,11 @@ from taught.errors import UserError
 from taught.progress import Progress, SilentProgress
 from taught.run.files import schema
 from taught.run.folder import RunFolder
+from taught.stages.pairs import forgetting_rows, how_to_forget, plan_of, verdicts
 from taught.stages.ready import Ready, prepare, read_data
 from taught.stages.scored import default_target, read_scores, run_targets
 from taught.stages.subject import Subject, open_subject
-from taught.study.schema import Study
+from taught.study.schema import PAIRED, Study
 from taught.training.recipe import Recipe
 from taught.training.retrain import Answering, Retrainer, Retraining
 from taught.validation.arms import ArmRow, compare_arms
@@ -30,6 +31,8 @@ from taught.validation.design import Chosen, Couples, Effect, choose, couple_eff
 from taught.validation.judge import Judge, judge_responses, load_judge
 from taught.validation.lds import table_of
 from taught.validation.outcomes import changes, soft_metrics
+from taught.validation.pairs import Plan as PairPlan
+from taught.validation.pairs import few_pairs
 from taught.validation.subsets import Subsets, leave_one_out, leave_share_out, matched_subsets, random_subsets
 
 OUTCOMES = schema("design:str subset:str repeat:int target:str value:float")
@@ -65,7 +68,9 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         if stage.done:
             return
         ready = prepare(study, run, subject, data, progress)
-        designs = _designs(study, run, ready)
+        designs, paired = _designs(study, run, ready), _paired(study, run, ready)
+        designs |= {design: plan.subsets for design, plan in paired.items()}
+        how = how_to_forget(study, ready) if "unlearn" in designs else None
         tokenizer, spec = subject.loaded.tokenizer, study.validation
         answers = None
         if spec.answer_tokens:  # the tokens that end the examples' responses end the model's own answers too
@@ -83,18 +88,25 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         )
         todo = {  # repeat r has the seed of the study plus r; all are trained once before any is trained again
             (design, name, repeat): ids
-            for repeat in range(spec.repeats)
+            for repeat in range(max(spec.repeats, spec.pairs if paired else 1))
             for design, subsets in designs.items()
-            if repeat < spec.times(design)
             for name, ids in zip(subsets.names, subsets.members, strict=True)
+            if repeat in (paired[design].repeats(name) if design in paired else range(spec.times(design)))
         }
+        if paired and (warning := few_pairs(spec.pairs)):
+            progress.note(warning)
         progress.step("the base model")
         made = {BASE: retrainer.base()}
-        progress.step(f"{len(todo)} retrainings", spec.epochs * sum(map(len, todo.values())))
+        seen = {  # examples that the progress counts
+            name: spec.unlearn_steps * min(spec.batch, len(ids)) if name[0] == "unlearn" else spec.epochs * len(ids)
+            for name, ids in todo.items()
+        }
+        progress.step(f"{len(todo)} retrainings", sum(seen.values()))
         for name, ids in todo.items():
-            made[name] = retrainer.run(ids, spec.seed + name[2])
+            seed = spec.seed + name[2]
+            made[name] = retrainer.unlearn(ids, how, seed) if how and name[0] == "unlearn" else retrainer.run(ids, seed)
         judged = _judged(run, subject, made, decide)
-        _write(study, run, ready, designs, made, judged)
+        _write(study, run, ready, designs, paired, made, judged)
 
 
 def measured_targets(study: Study, readings: Readings) -> list[TargetName]:
@@ -155,7 +167,13 @@ def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
         "chosen": lambda: _chosen(study, run, ids).subsets,
         "couples": lambda: _couples(study, run, ids).subsets,
     }
-    return {name: drawn[name]() for name in spec.designs}
+    return {name: drawn[name]() for name in spec.designs if name not in PAIRED}
+
+
+def _paired(study: Study, run: RunFolder, ready: Ready) -> dict[str, PairPlan]:
+    """The sets of the designs ``unlearn`` and ``teach``, which are the same."""
+    asked = [name for name in study.validation.designs if name in PAIRED]
+    return dict.fromkeys(asked, plan_of(study, ready, _asked(study, run))) if asked else {}
 
 
 CURVES: dict[str, Kind] = {"removal": "remove", "addition": "add"}
@@ -269,6 +287,7 @@ def _write(
     run: RunFolder,
     ready: Ready,
     designs: Designs,
+    paired: Mapping[str, PairPlan],
     made: Mapping[Name, Retraining],
     judged: Mapping[Name, Mapping[str, float]],
 ) -> None:
@@ -277,17 +296,18 @@ def _write(
     measured = measured_targets(study, readings)
     degree = ready.subject.behavior.degree
     models = [_model_row(BASE, base, sides, judged, degree)]
-    subsets, outcomes = [], []
+    outcomes = []
+    subsets = {name[:2]: after.ids for name, after in made.items() if name != BASE}
     for name, after in made.items():
         if name == BASE:
             continue
-        if name[2] == 0:
-            subsets += [(*name[:2], example_id) for example_id in after.ids]
         outcomes += [(*name, target, value) for target, value in changes(readings, base, after, measured).items()]
         models.append(_model_row(name, after, sides, judged, degree))
     published = bool(sides) and np.allclose(np.log(degree(base.y)), base.y)  # the metrics take y for a log probability
     optional: dict[str, Sequence[Any]] = {
         "curves": [p for design in designs if design in CURVES for p in _points(design, study, run, ready, made)],
+        "verdicts": verdicts(study, run, paired, _target(study, run), made, outcomes) if paired else [],
+        "forgetting": forgetting_rows(made),
         "named_effects": _effects(study, run, designs, ready, outcomes),
         "arms": [
             row for design in ARMS if design in designs and published for row in _arms(design, ready, sides, made)
@@ -296,7 +316,7 @@ def _write(
     for table, rows in optional.items():
         if rows:
             run.write_table(table, table_of(rows))
-    run.write_table("subsets", _table(SUBSETS, subsets))
+    run.write_table("subsets", _table(SUBSETS, [(*name, i) for name, ids in subsets.items() for i in ids]))
     run.write_table("outcomes", _table(OUTCOMES, outcomes))
     run.write_table("models", _table(MODELS, models))
     run.write_json(

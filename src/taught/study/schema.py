@@ -500,7 +500,10 @@ DESIGNS = (
     "curated",
     "chosen",
     "couples",
+    "unlearn",
+    "teach",
 )
+PAIRED = ("unlearn", "teach")  # named documents against random ones like them, pair by pair
 REPEATED = ("random", "matched", "leave-out")  # trained under several seeds, if asked
 
 
@@ -545,7 +548,8 @@ class ValidationSpec(Section):
     budgets: tuple[float, ...] = setting(
         (0.15,),
         rules.list_of(rules.number(above=0, maximum=1)),
-        "removal: without, addition: only with these shares of the examples that the run names",
+        "removal: without, addition: only with these shares of the examples that the run names; unlearn, teach: of the "
+        "documents",
     )
     remove_by: str | None = setting(
         None,
@@ -554,6 +558,31 @@ class ValidationSpec(Section):
     )
     controls: int = setting(
         5, rules.whole(5, 10**4), "random subsets beside those of removal, addition, curation, curated, as large"
+    )
+    pairs: int = setting(
+        8,
+        rules.whole(2, 10**4),
+        "unlearn, teach: so many pairs of the named documents and random ones, each with a seed of its own; of fewer "
+        "than 5 nothing is significant",
+    )
+    alike: str | None = setting(
+        "label",
+        _TEXT,
+        "unlearn, teach: a column of the examples, such as the topic; random documents hold as many of each value as "
+        "the named ones; null: only as many tokens",
+    )
+    unlearn_steps: int = setting(100, rules.whole(1), "unlearn: steps of forgetting, at most")
+    unlearn_lr: float = setting(
+        0.01, rules.number(above=0), "unlearn: the first rate, the distance of a step; fitted anew every 10 steps"
+    )
+    guard: str | None = setting(
+        None,
+        _TEXT,
+        "unlearn: a group or category of prompts whose accuracy (of a choice), mean (of a loss) or mean degree must "
+        "hold, or the run stops; null: the loss of the examples that are retained",
+    )
+    guard_keep: float = setting(
+        0.9, rules.number(above=0, maximum=1), "unlearn: 0.9: at least 90% of the guard's start, of a loss at most 110%"
     )
     answer_tokens: int = setting(
         0, rules.whole(0), "30: the retrained models answer the prompts too, and a judge reads it"

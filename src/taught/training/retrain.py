@@ -6,6 +6,8 @@ a folder under a key that is a digest of all that they depend on, and are never 
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import shutil
 import time
@@ -37,6 +39,7 @@ from taught.sketches.store import example_digest
 from taught.training.loop import TrainLog, in_training, train
 from taught.training.recipe import Recipe
 from taught.training.trl import train_by_trl
+from taught.training.unlearn import GUARDED, Forgetting, Guard, loss_guard, prompt_guard, unlearned
 
 Floats = NDArray[np.float64]
 
@@ -69,6 +72,7 @@ _COMPUTING = (
     "training/retrain.py",
     "training/loop.py",
     "training/recipe.py",
+    "training/unlearn.py",
 )
 
 
@@ -87,8 +91,9 @@ class Retraining:
     X : float64 [N, d], activations, encoded at the retrained weights
     losses_before, losses_after : float64, of ``ids``, natural logarithm
     answers : the model's own answers to the prompts, as tokens, in their order; or None
-    log : the steps, or None for the base model
+    log : the steps, or None for the base model and where examples were forgotten
     seconds_training, seconds_reading : of the wall clock; losses count as reading
+    forgetting : what unlearning did, where ``ids`` were forgotten and not trained on; ``kept`` are those of its steps
     """
 
     key: str
@@ -105,6 +110,7 @@ class Retraining:
     log: TrainLog | None
     seconds_training: float
     seconds_reading: float
+    forgetting: Forgetting | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,23 @@ class Answering:
 
     limit: int
     ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unlearn:
+    """How examples are forgotten, besides what the recipe says (``taught.training.unlearn``).
+
+    Attributes
+    ----------
+    steps, lr : at most so many, and the first rate
+    guard : ids of prompts on which the model must stay what it is; None: the loss of what is retained
+    keep : the share of the guard that must be left
+    """
+
+    steps: int
+    lr: float
+    guard: tuple[str, ...] | None = None
+    keep: float = 0.9
 
 
 class Retrainer:
@@ -191,6 +214,25 @@ class Retrainer:
                 rule="validation.trainer: loop",
                 fix="use --set validation.trainer=loop",
             )
+        self._check(ids)
+        return self._made(tuple(sorted(ids)), self.recipe.seed if seed is None else seed, keep)
+
+    def unlearn(self, ids: Sequence[str], how: Unlearn, seed: int | None = None) -> Retraining:
+        """Forget the examples of these ids, retain all others, and read the prompts; or what is there.
+
+        Parameters
+        ----------
+        seed : of the order of the examples; None: the recipe's
+
+        Raises
+        ------
+        UserError
+            As :meth:`run` and :func:`taught.training.unlearn.unlearned`.
+        """
+        self._check(ids)
+        return self._made(tuple(sorted(ids)), self.recipe.seed if seed is None else seed, None, how)
+
+    def _check(self, ids: Sequence[str]) -> None:
         if not ids:
             raise UserError("a subset is empty", rule="at least one example to train on", fix="choose other subsets")
         unknown = sorted(set(ids) - set(self.examples))
@@ -206,7 +248,6 @@ class Retrainer:
                 value=name_ids(sorted({i for i in ids if list(ids).count(i) > 1})),
                 rule="each example once; epochs repeat them",
             )
-        return self._made(tuple(sorted(ids)), self.recipe.seed if seed is None else seed, keep)
 
     def finished(self) -> list[Retraining]:
         """The retrainings in the folder by this recipe, at any seed, on examples as they are now.
@@ -223,7 +264,7 @@ class Retrainer:
                 found.append(_load(self.folder, file.stem))
         return found
 
-    def key(self, ids: Sequence[str], seed: int | None) -> str:
+    def key(self, ids: Sequence[str], seed: int | None, how: Unlearn | None = None) -> str:
         """Digest of all that a retraining depends on; the order of the ids is not part of it."""
         chosen = [self.examples[i] for i in sorted(ids)]
         depends = {
@@ -233,13 +274,24 @@ class Retrainer:
             "examples": [[example.id, example_digest(example)] for example in chosen],
             "answers": None if self.answers is None else asdict(self.answers),
         }
+        if how is not None:
+            others = [self.examples[i] for i in sorted(set(self.examples) - set(ids))]
+            depends["unlearn"] = asdict(how)
+            depends["retain"] = [[example.id, example_digest(example)] for example in others]
         return fingerprint(depends)[:32]
 
-    def _made(self, ids: tuple[str, ...], seed: int | None, keep: Path | None) -> Retraining:
-        key = self.key(ids, seed)
+    def _made(
+        self, ids: tuple[str, ...], seed: int | None, keep: Path | None, how: Unlearn | None = None
+    ) -> Retraining:
+        key = self.key(ids, seed, how)
         if (self.folder / f"{key}.json").is_file() and (keep is None or keep.exists()):
             return _load(self.folder, key)
-        made = self._read(key) if seed is None else self._train(key, ids, seed, keep)
+        if seed is None:
+            made = self._read(key)
+        elif how is None:
+            made = self._train(key, ids, seed, keep)
+        else:
+            made = self._forget(key, ids, seed, how)
         _save(self.folder, made)
         return made
 
@@ -297,6 +349,47 @@ class Retrainer:
             seconds_training=seconds,
             seconds_reading=time.monotonic() - started - seconds,
         )
+
+    def _forget(self, key: str, ids: tuple[str, ...], seed: int, how: Unlearn) -> Retraining:
+        started, problem = time.monotonic(), self.problem
+        inputs = [self.examples[i] for i in ids]
+        others = [example for i, example in self.examples.items() if i not in set(ids)]
+        before = self._losses_before(inputs)
+        with unlearned(
+            problem.model,
+            inputs,
+            others,
+            replace(self.recipe, seed=seed, lr=how.lr),
+            how.steps,
+            self._guard(others, how),
+            parameters=problem.parameters,
+            batch_tokens=problem.batch_tokens,
+            progress=self._progress,
+        ) as log:
+            trained = time.monotonic()
+            after = example_losses(problem.model, inputs, problem.batch_tokens).numpy()
+            read = self._read(key)
+        seen = sorted({i for step in log.forget[: log.kept] for i in step})
+        return replace(
+            read,
+            ids=ids,
+            kept=tuple(seen),
+            seed=seed,
+            losses_before=before,
+            losses_after=after,
+            seconds_training=trained - started,
+            seconds_reading=time.monotonic() - trained,
+            forgetting=log,
+        )
+
+    def _guard(self, others: Examples, how: Unlearn) -> Guard:
+        """What must hold: accuracy, where prompts have a right option, else the behavior; or the loss of others."""
+        problem, behavior = self.problem, self.problem.behavior
+        if how.guard is None:
+            ordered = sorted(others, key=lambda example: hashlib.sha256(example.id.encode()).hexdigest())
+            return loss_guard(ordered[:GUARDED], problem.batch_tokens, how.keep)
+        chosen = [prompt for prompt in problem.prompts if prompt.id in set(how.guard)]
+        return prompt_guard(chosen, behavior, how.keep)
 
     def _fit(self, inputs: Examples, recipe: Recipe, parameters: Sequence[str] | None, keep: Path | None) -> TrainLog:
         model, progress = self.problem.model, self._progress
@@ -431,6 +524,9 @@ def _save(folder: Path, made: Retraining) -> None:
     content = files.tensors_bytes({name: getattr(made, name) for name in _ARRAYS})
     record = {item.name: getattr(made, item.name) for item in fields(made) if item.name not in ("key", *_ARRAYS)}
     record |= {"log": None if made.log is None else asdict(made.log), "sha256": files.sha256_bytes(content)}
+    if made.forgetting is not None:
+        looks = [(step, value if math.isfinite(value) else None) for step, value in made.forgetting.guard]
+        record["forgetting"] = {**asdict(made.forgetting), "guard": looks}
     files.write_bytes(folder / f"{made.key}.safetensors", content)
     files.write_bytes(folder / f"{made.key}.json", files.json_bytes(record))
 
@@ -448,10 +544,23 @@ def _load(folder: Path, key: str) -> Retraining:
         )
     log = record.pop("log")
     steps = None if log is None else TrainLog(tuple(map(tuple, log["ids"])), tuple(log["losses"]), tuple(log["lrs"]))
+    forgetting = None if (run := record.pop("forgetting")) is None else _forgetting(run)
     if record["answers"] is not None:
         record["answers"] = list(map(tuple, record["answers"]))
     rest: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
-    return Retraining(key=key, log=steps, **rest, **dict[str, Any](files.tensors_from_bytes(content)))
+    return Retraining(
+        key=key, log=steps, forgetting=forgetting, **rest, **dict[str, Any](files.tensors_from_bytes(content))
+    )
+
+
+def _forgetting(run: Mapping[str, Any]) -> Forgetting:
+    looks = [[step, math.nan if value is None else value] for step, value in run["guard"]]
+    lists = {**run, "guard": looks}
+    made: dict[str, Any] = {
+        name: tuple(tuple(v) if isinstance(v, list) else v for v in value) if isinstance(value, list) else value
+        for name, value in lists.items()
+    }
+    return Forgetting(**made)
 
 
 def _read_record(file: Path) -> dict[str, Any]:

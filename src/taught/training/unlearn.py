@@ -38,12 +38,14 @@ from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.model.gradients import evaluating
 from taught.model.parameters import moving_parameters
+from taught.model.readout import ReadPrompt, pack, read_y
 from taught.progress import Progress, SilentProgress
 from taught.training.loop import check_inputs, in_training, only_moving, plan
 from taught.training.recipe import Recipe
 
 EVERY = 10  # steps between two fits of the rate, and between two looks at the guard
 CLIP = 10.0  # one fit multiplies or divides the rate by at most this
+GUARDED = 64  # retained examples whose loss is looked at, where no prompts are named
 ROUNDING = 8.0  # so many units of rounding of a loss are no curvature
 
 
@@ -82,6 +84,47 @@ class Guard:
             )
 
 
+def loss_guard(examples: Examples, batch_tokens: int, keep: float) -> Guard:
+    """The mean loss of some examples must not rise."""
+
+    def measure(model: nn.Module) -> float:
+        with evaluating(model):
+            return _mean_loss(model, examples, batch_tokens)
+
+    return Guard(f"the loss of {len(examples)} retained examples", measure, keep, rises=False)
+
+
+def prompt_guard(prompts: Sequence[ReadPrompt], behavior: Any, keep: float) -> Guard:
+    """What the model does on some prompts must stay.
+
+    Of a behavior with a right answer (``margin``) the accuracy, of one that is worse the larger it is (``worse_above``)
+    its mean, of any other its mean degree.
+    """
+    known, worse = hasattr(behavior, "margin"), getattr(behavior, "worse_above", False)
+    about = "the accuracy" if known else "the mean behavior" if worse else "the mean degree of the behavior"
+
+    @torch.no_grad()
+    def measure(model: nn.Module) -> float:
+        read: Any = _Right(behavior) if known else behavior
+        with evaluating(model):
+            y = torch.cat([read_y(model, packed, read).double().cpu() for packed in pack(prompts, behavior)]).numpy()
+        return float((y if known or worse else behavior.degree(y)).mean())
+
+    chance = sum(1 / len(prompt.suffixes) for prompt in prompts) / len(prompts) if known else 0.0
+    return Guard(f"{about} on {len(prompts)} prompts", measure, keep, rises=not worse, chance=chance)
+
+
+@dataclass(frozen=True)
+class _Right:
+    """A behavior read as right (1) or wrong (0)."""
+
+    behavior: Any
+
+    def value(self, *given: Any) -> Tensor:
+        margin: Tensor = self.behavior.margin(*given)
+        return (margin > 0).to(margin.dtype)
+
+
 @dataclass(frozen=True)
 class Forgetting:
     """What a run did, step by step.
@@ -91,7 +134,7 @@ class Forgetting:
     forget, retain : ids of the examples of each step, in the order seen
     forget_losses, retain_losses : of each step before it is made, natural logarithm
     lrs : eta of each step
-    norms : |grad L_F| of each step
+    forget_norms, retain_norms : |grad L_F| and |grad L_R| of each step
     guard : (steps made, value) of each look at the guard
     kept : steps behind which the weights are those that were kept
     stopped : why the run stopped before its end; "" where it did not
@@ -102,7 +145,8 @@ class Forgetting:
     forget_losses: tuple[float, ...]
     retain_losses: tuple[float, ...]
     lrs: tuple[float, ...]
-    norms: tuple[float, ...]
+    forget_norms: tuple[float, ...]
+    retain_norms: tuple[float, ...]
     guard: tuple[tuple[int, float], ...]
     kept: int
     stopped: str
@@ -193,8 +237,8 @@ class _Run:
                 stopped += f"; the weights after {self.kept} steps are kept"
                 break
             progress.advance(len(away))
-        away, stay, L_F, L_R, lrs, norms = zip(*self.steps, strict=True) if self.steps else ((),) * 6
-        return Forgetting(away, stay, L_F, L_R, lrs, norms, tuple(self.looks), self.kept, stopped)
+        away, stay, L_F, L_R, lrs, norm_F, norm_R = zip(*self.steps, strict=True) if self.steps else ((),) * 7
+        return Forgetting(away, stay, L_F, L_R, lrs, norm_F, norm_R, tuple(self.looks), self.kept, stopped)
 
     def _stopped_at(self, made: int) -> str:
         """Look at the guard and keep the weights; why not, where it does not hold."""
@@ -218,7 +262,7 @@ class _Run:
         if number % EVERY == 1:
             self.lr = self._fitted(stay, L_R, g)
         self._shift(g, -self.lr)
-        self.steps.append((tuple(z.id for z in away), tuple(z.id for z in stay), L_F, L_R, self.lr, norm_F))
+        self.steps.append((tuple(z.id for z in away), tuple(z.id for z in stay), L_F, L_R, self.lr, norm_F, norm_R))
         return ""
 
     def _fitted(self, stay: Examples, here: float, g: Mapping[str, Tensor]) -> float:
@@ -226,7 +270,7 @@ class _Run:
         losses = []
         for sign in (1, -1):
             self._shift(g, sign * self.lr)
-            losses.append(self._loss(stay))
+            losses.append(_mean_loss(self.model, stay, self.batch_tokens))
             self._back()
         dtype = next(iter(self.moving.values())).dtype
         return fitted_rate(self.lr, here, losses[0], losses[1], ROUNDING * torch.finfo(dtype).eps)
@@ -241,11 +285,6 @@ class _Run:
         for name, p in self.moving.items():
             p.add_(g[name], alpha=by)
 
-    @torch.no_grad()
-    def _loss(self, batch: Examples) -> float:
-        parts = (make_batch(batch, index).losses(self.model) for index in batch_indices(batch, self.batch_tokens))
-        return math.fsum(float(losses.double().sum()) for losses in parts) / len(batch)
-
     def _gradient(self, batch: Examples) -> tuple[float, dict[str, Tensor]]:
         """Mean loss of the examples and its gradient."""
         total, loss = {name: torch.zeros_like(p) for name, p in self.moving.items()}, 0.0
@@ -258,6 +297,13 @@ class _Run:
                 if part is not None:
                     total[name] += part
         return loss, total
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, examples: Examples, batch_tokens: int) -> float:
+    """Mean loss, in float64; no number where one of them is none."""
+    batches = (make_batch(examples, index) for index in batch_indices(examples, batch_tokens))
+    return sum(float(batch.losses(model).double().sum()) for batch in batches) / len(examples)
 
 
 def _norm(g: Mapping[str, Tensor]) -> float:

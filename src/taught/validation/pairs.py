@@ -195,7 +195,7 @@ def plan_pairs(
         ranking = sorted(value, key=lambda name: (-value[name], name))
         lowest = sorted(value, key=lambda name: (value[name], name))[:k]
         random = alike_subsets(ranking[:k], ranking[k:], topics, length, pairs, seed=seed)
-        sets = {set_name("highest", k): ranking[:k], set_name("lowest", k): lowest}
+        sets: dict[str, Sequence[str]] = {set_name("highest", k): ranking[:k], set_name("lowest", k): lowest}
         sets |= {set_name("random", k, i): drawn for i, drawn in enumerate(random)}
         members |= {name: tuple(sorted(i for d in chosen for i in windows[d])) for name, chosen in sets.items()}
     held = [i for some in members.values() for i in some]
@@ -260,30 +260,33 @@ def signed_rank(d: ArrayLike) -> float:
     """
     from scipy.stats import PermutationMethod, wilcoxon
 
-    d = np.asarray(d, dtype=np.float64)
-    d = d[d != 0]
-    if not d.size:
+    x = _not_zero(d)
+    if not x.size:
         return 1.0
-    tied = len(np.unique(np.abs(d))) < d.size
+    tied = len(np.unique(np.abs(x))) < x.size
     method = PermutationMethod(n_resamples=9999, rng=np.random.default_rng(0)) if tied else "exact"
-    return float(wilcoxon(d, alternative="greater", method=method).pvalue)
+    return float(wilcoxon(x, alternative="greater", method=method).pvalue)
 
 
 def rank_biserial(d: ArrayLike) -> float:
     """(W+ - W-) / (W+ + W-) of the ranks of |d|, from -1 to 1; 0 where all are 0 (Kerby 2014)."""
-    d = np.asarray(d, dtype=np.float64)
-    d = d[d != 0]
-    each = ranks(np.abs(d)) + 1
-    return float((each * np.sign(d)).sum() / each.sum()) if d.size else 0.0
+    x = _not_zero(d)
+    each = ranks(np.abs(x)) + 1
+    return float((each * np.sign(x)).sum() / each.sum()) if x.size else 0.0
+
+
+def _not_zero(d: ArrayLike) -> Floats:
+    x = np.asarray(d, dtype=np.float64)
+    return x[x != 0]
 
 
 def mean_by_t(d: ArrayLike) -> Interval:
     """Mean of d [n] with Student's interval; without one where n is 1."""
-    d = np.asarray(d, dtype=np.float64)
-    mean = float(d.mean())
-    if d.size < 2:
+    x = np.asarray(d, dtype=np.float64)
+    mean, n = float(x.mean()), len(x)
+    if n < 2:
         return Interval(mean)
-    half = student_t(d.size - 1) * float(d.std(ddof=1)) / math.sqrt(d.size)
+    half = student_t(n - 1) * float(x.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from taught.report.blocks import Block, Cell, Column, Items, Line, Scatter, Sentence, Table, Text, Word, columns
+from taught.report.blocks import Block, Cell, Column, Items, Line, Scatter, Sentence, Table, Text, Tone, Word, columns
 from taught.report.charts import Point
 from taught.report.examples import is_behavior, primary, targets
 from taught.report.sections import Section, add
@@ -44,6 +44,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "them changed. Controlled: given the summed response length and the counts of labels, which alone explain "
         "much of any training."
     )
+    yield from _pairs(tables.rows("verdicts") or [], tables.rows("forgetting") or [])
     said = curve_sentences(tables.rows("curves") or [], removed_by(tables))
     said += [effect_sentence(effect) for effect in tables.rows("named_effects") or []]
     yield from (Text(f"{sentence}.") for sentence in said)
@@ -198,6 +199,87 @@ def _digits(value: float) -> str:
     return f"{value:+.2g}".replace("-", MINUS)
 
 
+# Named documents against random ones of the same topic and size
+
+
+def _pairs(rows: Rows, runs: Rows) -> Iterator[Block]:
+    """A plot of the differences a design, kind of documents and budget, with the verdicts; then what was stopped."""
+    for design, arm, k in dict.fromkeys((row["design"], row["arm"], row["documents"]) for row in rows):
+        some = [row for row in rows if (row["design"], row["arm"], row["documents"]) == (design, arm, k)]
+        power = common_power(row["difference"] for row in some)
+        made = [
+            (
+                words(row["target"]),
+                row["verdict"],
+                read_interval([row["difference"], row["lo"], row["hi"]]),
+                _forecast(row, power),
+                row["p_bh"],
+                row["p_holm"],
+                row["rank_biserial"],
+                row["p_draw"],
+            )
+            for row in some
+        ]
+        heads = columns(
+            "Change of",
+            "Verdict",
+            Column("Named minus random", "interval", power=power, plot="fit"),
+            "Influence foresees",
+            ("p (BH)", "p"),
+            ("p (Holm)", "p"),
+            ("Rank-biserial", "signed"),
+            ("p of the draw", "p"),
+        )
+        caption = f"{_pair_words(some[0])}: change against random ones of the same topic and size, "
+        yield Table(heads, made, caption + count(some[0]["pairs"], "pair"), head=20)
+    if rows:
+        yield Text(_how_sure(rows[0]), "note")
+    if stopped := [run for run in runs if run["stopped"]]:
+        first = stopped[0]
+        why = f"{first['subset']}, pair {first['repeat'] + 1}: {first['stopped']}"
+        yield Items([f"{len(stopped)} of {count(len(runs), 'run')} of unlearning stopped early. {why}."], warning=True)
+
+
+def _pair_words(row: Row) -> str:
+    done = {"unlearn": "Forgetting", "teach": "Training on"}[row["design"]]
+    most = {"highest": "most", "lowest": "least"}[row["arm"]]
+    return f"{done} the {count(row['documents'], 'document')} that raise {words(row['named_by'])} {most}"
+
+
+def _how_sure(row: Row) -> str:
+    """How the table is to be read."""
+    least = row["least_p"]
+    few = f". So few pairs give no p below {number(least, 3)}: nothing can be called supported" if least >= 0.05 else ""
+    return (
+        "Differences with their 95% interval by Student’s t; p is one-sided, and corrected for all rows of a kind. "
+        "Supported: p (BH) below .05, and the interval beyond 0 on the side that influence foresees. Not supported: on "
+        "the other side, or all of it smaller than what influence foresees. p of the draw: how often a random set "
+        f"would look like the named one{few}."
+    )
+
+
+def _forecast(row: Row, power: int) -> str:
+    """The change that influence foresees, or its sign alone."""
+    if row["predicted"] is not None:
+        return signed(row["predicted"], power=power)
+    return "a rise" if row["foreseen"] > 0 else "a fall"
+
+
+def pair_sentence(rows: Rows) -> Sentence | None:
+    """What the check of the documents that were named says of the target that they were named by; None without one."""
+    own = [row for row in rows if row["arm"] == "highest" and row["target"] == row["named_by"]]
+    if not own:
+        return None
+    said = [
+        f"{_pair_words(row)} moves it by {_digits(row['difference'])} [{_digits(row['lo'])}, {_digits(row['hi'])}] "
+        f"against random ones of the same topic and size (p {row['p_bh']:.2g}): {row['verdict']}"
+        for row in own
+    ]
+    found = {row["verdict"] for row in own}
+    tone: Tone = "found" if found == {"supported"} else "none" if found == {"not supported"} else "caution"
+    return Sentence("Named documents", tone, "; ".join(said) + ".")
+
+
 # Ways of choosing examples
 
 
@@ -245,7 +327,8 @@ def _models(rows: Rows) -> Iterator[Block]:
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
     retrained = retraining_sentence(tables.rows("curves") or [], removed_by(tables))
-    return [retrained, foreseen_sentence(tables.rows("lds") or [])]
+    pairs = pair_sentence(tables.rows("verdicts") or [])
+    return [retrained, pairs, foreseen_sentence(tables.rows("lds") or [])]
 
 
 def retraining_sentence(curves: Rows, target: str) -> Sentence | None:
