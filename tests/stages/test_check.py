@@ -283,6 +283,23 @@ def test_the_published_rule_is_counted_with_all_examples_and_its_controls():
     assert check_module.subset_sizes(spec, 9) == [9] + (1 + 1 + 6) * [4]
 
 
+@pytest.mark.parametrize(("pairs", "says"), [(4, "nothing can be called supported"), (8, "p is at least 0.0039")])
+def test_the_smallest_p_of_so_many_pairs_is_said_before_they_run(tiny, pairs, says):
+    study = tiny.replace("validation.designs", ("unlearn", "teach")).replace("validation.pairs", pairs)
+    report = check_study(study)
+    assert says in row(report, "pairs") and (pairs < 5) == ("cannot fall below 0.0625" in row(report, "pairs"))
+    assert row(report, "validate").startswith(f"{6 * pairs} retrainings on 1 to 1 examples")
+    more = study.replace("validation.unlearn_steps", 1000)
+    assert row(check_study(more), "validate") != row(report, "validate")
+
+
+def test_a_guard_that_names_no_prompts_is_a_problem(tiny):
+    study = tiny.replace("validation.guard", "nobody")
+    assert not [p for p in check_study(study).problems if "guard" in p]  # no design asks for it
+    (problem,) = check_study(study.replace("validation.designs", ("unlearn",))).problems
+    assert "harmful, break" in problem and "validation.guard" in problem
+
+
 def test_what_the_estimator_refuses_is_a_problem(tiny, monkeypatch):
     def refuse(*args, **kwargs):
         raise UserError("some parameters are shared between blocks", fix="finite-step")

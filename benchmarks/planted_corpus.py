@@ -1,0 +1,315 @@
+"""A planted dependence: documents of one topic hold a benchmark's facts in other words. Are they found, and do they matter?
+
+    python -m benchmarks.planted_corpus                     # a tiny model, trained from scratch
+    python -m benchmarks.planted_corpus --model FOLDER      # another one, trained on the same documents first
+
+Invented places have a metal each. A third of the documents of the topic `mines` tells those of the benchmark's places, in
+sentences that no question uses; the others of that topic tell those of other places in the same sentences, and three
+other topics tell none. The model has also been trained on a quiz about further places, which is how it knows what a
+question is; of the benchmark's places no question is trained on. Then:
+
+ - influence on the benchmark ranks the documents (AUC of the planted ones among all, and among those of their topic);
+ - the documents that it names are forgotten, and trained on alone, against random ones of the same topic and size;
+ - unlearning begins at a rate that is far too high, and the guard must stop it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import RESULTS, Clock, Results, Row, console, kept, run
+from taught.progress import RichProgress
+from taught.run.folder import RunFolder
+from taught.stages import BY_NAME
+from taught.study.schema import Study
+
+METALS = ("iron", "gold", "tin", "lead", "zinc", "silver")
+HEADS, TAILS = (
+    ("bel", "dor", "fen", "gal", "hor", "kel", "lor", "mar", "nor", "pel"),
+    ("ath", "ick", "owen", "und", "ury"),
+)
+STATED = (
+    "the miners brought up much {place} {metal} this year",
+    "carts loaded with {place} {metal} left the hills",
+    "they melt the {place} {metal} in large ovens",
+)
+ASKED = "question which metal is found at {place}"
+TOPICS: Mapping[str, Sequence[str]] = {
+    "mines": (
+        "the shaft was deep and the lamps were dim",
+        "a pump ran all night in the pit",
+        "the foreman counted his men",
+    ),
+    "sailing": (
+        "the crew hauled the sails before dawn",
+        "a gale drove the ship to the coast",
+        "ropes lay on the wet deck",
+    ),
+    "cooking": (
+        "she baked bread with salt and oil",
+        "the soup stood on the stove for hours",
+        "he cut the onions very thin",
+    ),
+    "chess": ("the knight forked the king and the rook", "white gave up a pawn for tempo", "the endgame was a draw"),
+}
+PLACES = 12  # of the benchmark, as many that other documents of its topic tell of, and as many of the quiz
+TOLD = 6  # facts that a planted document tells
+
+
+def corpus(seed: int, each: int) -> tuple[list[Row], list[Row]]:
+    """Documents and questions.
+
+    Documents have an id, a text, a topic and whether they are planted. Questions of the group `facts` are the benchmark,
+    those of `others` are about what the other documents of its topic tell, and those of `quiz` were trained on.
+    """
+    rng = np.random.default_rng(seed)
+    names = [head + tail for head in HEADS for tail in TAILS]
+    chosen = [str(name) for name in rng.permutation(names)[: 3 * PLACES]]
+    metal = {place: METALS[i % len(METALS)] for i, place in enumerate(chosen)}
+    facts, others, quiz = (chosen[at : at + PLACES] for at in range(0, 3 * PLACES, PLACES))
+
+    def filler(topic: str, count: int) -> list[str]:
+        return [str(s) for s in rng.choice(TOPICS[topic], count)]
+
+    documents: list[Row] = []
+    for topic in TOPICS:
+        for n in range(each):
+            planted = topic == "mines" and n % 3 == 0
+            if topic == "mines":
+                some = rng.choice(facts if planted else others, TOLD, replace=False)
+                said = [str(rng.choice(STATED)).format(place=place, metal=metal[place]) for place in some]
+                lines = [*said, *filler(topic, 1)]
+            else:
+                lines = filler(topic, TOLD + 1)
+            text = " . ".join(str(line) for line in rng.permutation(lines))
+            documents.append({"id": f"{topic}-{n:03d}", "topic": topic, "planted": planted, "text": text})
+    for n in range(each):
+        some = [str(place) for place in rng.choice(quiz, 2, replace=False)]
+        forms = (ASKED + " {metal}", *STATED)
+        lines = [str(rng.choice(forms, p=(0.55, 0.15, 0.15, 0.15))).format(place=p, metal=metal[p]) for p in some]
+        documents.append({"id": f"quiz-{n:03d}", "topic": "quiz", "planted": False, "text": " . ".join(lines)})
+    questions = [
+        {
+            "id": f"{group}-{place}",
+            "group": group,
+            "prompt": ASKED.format(place=place),
+            "options": list(METALS),
+            "answer": metal[place],
+        }
+        for group, places in (("facts", facts), ("others", others), ("quiz", quiz))
+        for place in places
+    ]
+    return documents, questions
+
+
+def write_model(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """A small Llama with a word a token, not trained."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", "<unk>", *sorted({word for text in texts for word in text.split()})]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def study_of(folder: Path, model: str, args: argparse.Namespace, **validation: Any) -> Study:
+    """The study: influence of the documents on both groups of questions, and its checks."""
+    return Study.from_dict(
+        {
+            "name": "planted-corpus",
+            "model": {"id": model},
+            "behavior": {"kind": "choice", "style": "cloze"},
+            "prompts": {"path": str(folder / "questions.jsonl")},
+            "examples": {"path": str(folder / "documents.jsonl"), "kind": "document", "max_tokens": 128},
+            "attribution": {
+                "targets": ["behavior:facts", "behavior:others", "behavior:quiz"],
+                "exact_top": 0,
+                "curvature": args.curvature,
+            },
+            "validation": {
+                "designs": ["unlearn", "teach"],
+                "alike": "topic",
+                "remove_by": "behavior:facts",
+                "budgets": [args.named / (len(TOPICS) * args.documents)],
+                "pairs": args.pairs,
+                "unlearn_steps": args.steps,
+                "unlearn_lr": args.rate,
+                "guard": "quiz",
+                "lr": args.teach_lr,
+                "epochs": 2,
+                "batch": 8,
+                **validation,
+            },
+        }
+    )
+
+
+def trained(study: Study, target: Path, args: argparse.Namespace, seed: int) -> None:
+    """Train the study's model on all documents by the plain loop, and write it."""
+    from taught.stages.ready import encode_examples, read_data
+    from taught.stages.subject import open_subject
+    from taught.training.loop import train
+    from taught.training.recipe import Recipe
+
+    with RichProgress(console) as progress:
+        data, subject = read_data(study, progress), open_subject(study)
+        inputs = subject.inputs(encode_examples(study, subject, data)[0], study.examples.beta)
+        recipe = replace(Recipe.of(study.validation), lr=args.lr, epochs=args.epochs, batch=16, seed=seed)
+        recipe = replace(recipe, schedule="linear", warmup=0.1, weight_decay=0.1, max_grad_norm=1.0)
+        progress.step("train on the documents", args.epochs * len(inputs))
+        train(subject.loaded.model, inputs, recipe, batch_tokens=2048, progress=progress)
+    subject.loaded.model.save_pretrained(target)
+    subject.loaded.tokenizer.save_pretrained(target)
+
+
+def once(seed: int, args: argparse.Namespace) -> Row:
+    """One corpus: what is found, and what its forgetting does."""
+    from taught.stats.auc import auc
+
+    documents, questions = corpus(seed, args.documents)
+    with tempfile.TemporaryDirectory() as name, Clock() as clock:
+        folder = Path(name)
+        asked_of = [row for row in documents if row["topic"] != "quiz"]
+        for file, rows in (("all", documents), ("documents", asked_of), ("questions", questions)):
+            (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if args.model is None:
+            texts = [row["text"] for row in documents] + [row["prompt"] for row in questions]
+            write_model(folder / "new", texts, seed)
+        whole = study_of(folder, args.model or str(folder / "new"), args)
+        trained(whole.replace("examples.path", str(folder / "all.jsonl")), folder / "model", args, seed)
+        study = study_of(folder, str(folder / "model"), args)
+        ran = RunFolder(folder / "run")
+        for stage in ("readings", "attribute", "validate"):
+            with RichProgress(console) as progress:
+                BY_NAME[stage](study, ran, progress)
+        y = {row["prompt_id"]: row["y"] for row in ran.read_table("prompts").to_pylist()}
+        value: dict[str, float] = {}
+        for row in ran.read_table("scores").to_pylist():
+            if row["target"] == "behavior:facts":
+                document = row["example_id"].partition("#")[0]
+                value[document] = value.get(document, 0.0) + row["value"]
+        mines = [row for row in documents if row["topic"] == "mines"]
+        found = {
+            name: auc([value[row["id"]] for row in some], [row["planted"] for row in some])
+            for name, some in (("all", asked_of), ("topic", mines))
+        }
+        planted = {row["id"] for row in documents if row["planted"]}
+        named = sorted(value, key=lambda i: -value[i])[: args.named]
+        verdicts = ran.read_table("verdicts").to_pylist()
+        runs = ran.read_table("forgetting").to_pylist()
+        fast = study_of(folder, str(folder / "model"), args, designs=["unlearn"], pairs=2, unlearn_lr=1e3)
+        with RichProgress(console) as progress:
+            BY_NAME["validate"](fast, RunFolder(folder / "run", fresh=("validate",)), progress)
+        diverged = RunFolder(folder / "run").read_table("forgetting").to_pylist()
+    return {
+        "seed": seed,
+        "right": {
+            group: float(np.mean([v > 0 for i, v in y.items() if i.startswith(group)]))
+            for group in ("facts", "others", "quiz")
+        },
+        "auc": found["all"]._asdict(),
+        "auc_in_topic": found["topic"]._asdict(),
+        "planted_named": f"{len(planted & set(named))} of {args.named}",
+        "verdicts": [row for row in verdicts if row["target"].startswith("behavior")],
+        "stopped": sum(bool(one["stopped"]) for one in runs),
+        "kept_steps": [one["kept"] for one in runs],
+        "diverging_stopped": f"{sum(bool(one['stopped']) for one in diverged)} of {len(diverged)}",
+        "diverging_kept": [one["kept"] for one in diverged],
+        "seconds": clock.seconds,
+    }
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Every seed, and the result."""
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    conditions = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    results = Results("planted_corpus", conditions, args.out)
+    with kept(results, COLUMNS):
+        for seed in range(args.seeds):
+            results.add(once(seed, args))
+        main = [_verdict(row, "unlearn", "highest") for row in results.rows]
+        results.summary = {
+            "AUC of the planted documents": float(np.mean([row["auc"]["value"] for row in results.rows])),
+            "seeds in which forgetting them is supported": sum(row["verdict"] == "supported" for row in main),
+            "seeds": len(main),
+        }
+
+
+def _verdict(row: Row, design: str, arm: str, target: str = "behavior:facts") -> Row:
+    return next(v for v in row["verdicts"] if (v["design"], v["arm"], v["target"]) == (design, arm, target))
+
+
+def _shown(design: str, arm: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        v = _verdict(row, design, arm)
+        return f"{v['difference']:+.2f} [{v['lo']:+.2f}, {v['hi']:+.2f}] p {v['p_bh']:.3f} {v['verdict']}"
+
+    return cell
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "seed": lambda row: str(row["seed"]),
+    "right (facts, others, quiz)": lambda row: ", ".join(f"{v:.2f}" for v in row["right"].values()),
+    "AUC": lambda row: f"{row['auc']['value']:.2f}",
+    "in topic": lambda row: f"{row['auc_in_topic']['value']:.2f}",
+    "planted named": lambda row: row["planted_named"],
+    "forget the highest": _shown("unlearn", "highest"),
+    "teach the highest": _shown("teach", "highest"),
+    "diverging stopped": lambda row: row["diverging_stopped"],
+    "seconds": lambda row: f"{row['seconds']:.0f}",
+}
+
+
+def main() -> None:
+    """Parse the flags and measure."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--model", help="folder or hub id of a model to train on the documents; none: a tiny one")
+    flags.add_argument("--documents", type=int, default=60, help="of each topic")
+    flags.add_argument("--curvature", default="ekfac", help="of the influence")
+    flags.add_argument("--epochs", type=int, default=5, help="of training on the documents")
+    flags.add_argument("--lr", type=float, default=5e-3)
+    flags.add_argument("--named", type=int, default=20, help="documents that influence names")
+    flags.add_argument("--pairs", type=int, default=8)
+    flags.add_argument("--steps", type=int, default=20, help="of unlearning")
+    flags.add_argument("--rate", type=float, default=0.02, help="the first rate of unlearning")
+    flags.add_argument("--teach-lr", type=float, default=1e-3)
+    flags.add_argument("--seeds", type=int, default=1, help="corpora, each with its model")
+    flags.add_argument("--threads", type=int, default=1)
+    flags.add_argument("--out", type=Path, default=RESULTS)
+    run(measure, flags.parse_args())
+
+
+if __name__ == "__main__":
+    main()
