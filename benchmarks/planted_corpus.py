@@ -1,10 +1,10 @@
-"""A planted dependence: documents of one topic hold a benchmark's facts in other words. Are they found, and do they matter?
+"""A planted dependence: documents of a topic hold a benchmark's facts in other words. Are they found, do they matter?
 
     python -m benchmarks.planted_corpus                     # a tiny model, trained from scratch
     python -m benchmarks.planted_corpus --model FOLDER      # another one, trained on the same documents first
 
-Invented places have a metal each. A third of the documents of the topic `mines` tells those of the benchmark's places, in
-sentences that no question uses; the others of that topic tell those of other places in the same sentences, and three
+Invented places have a metal each. A third of the documents of the topic `mines` tells those of the benchmark's places,
+in sentences that no question uses; the others of that topic tell those of other places in the same sentences, and three
 other topics tell none. The model has also been trained on a quiz about further places, which is how it knows what a
 question is; of the benchmark's places no question is trained on. Then:
 
@@ -43,32 +43,21 @@ STATED = (
 )
 ASKED = "question which metal is found at {place}"
 TOPICS: Mapping[str, Sequence[str]] = {
-    "mines": (
-        "the shaft was deep and the lamps were dim",
-        "a pump ran all night in the pit",
-        "the foreman counted his men",
-    ),
-    "sailing": (
-        "the crew hauled the sails before dawn",
-        "a gale drove the ship to the coast",
-        "ropes lay on the wet deck",
-    ),
-    "cooking": (
-        "she baked bread with salt and oil",
-        "the soup stood on the stove for hours",
-        "he cut the onions very thin",
-    ),
+    "mines": ("the lamps in the shaft were dim", "a pump ran all night in the pit", "the foreman counted his men"),
+    "sailing": ("the crew hauled the sails", "a gale drove the ship ashore", "ropes lay on the wet deck"),
+    "cooking": ("she baked bread with salt", "the soup stood for hours", "he cut the onions very thin"),
     "chess": ("the knight forked the king and the rook", "white gave up a pawn for tempo", "the endgame was a draw"),
 }
 PLACES = 12  # of the benchmark, as many that other documents of its topic tell of, and as many of the quiz
-TOLD = 6  # facts that a planted document tells
+GROUPS = ("facts", "others", "quiz")
+TOLD = 4  # facts that a planted document tells
 
 
 def corpus(seed: int, each: int) -> tuple[list[Row], list[Row]]:
     """Documents and questions.
 
-    Documents have an id, a text, a topic and whether they are planted. Questions of the group `facts` are the benchmark,
-    those of `others` are about what the other documents of its topic tell, and those of `quiz` were trained on.
+    Documents have an id, a text, a topic and whether they are planted. Questions of the group `facts` are the
+    benchmark, those of `others` are about what the other documents of its topic tell, and `quiz` was trained on.
     """
     rng = np.random.default_rng(seed)
     names = [head + tail for head in HEADS for tail in TAILS]
@@ -164,9 +153,10 @@ def study_of(folder: Path, model: str, args: argparse.Namespace, **validation: A
                 "unlearn_steps": args.steps,
                 "unlearn_lr": args.rate,
                 "guard": "quiz",
+                "guard_keep": 0.75,
                 "lr": args.teach_lr,
                 "epochs": 2,
-                "batch": 8,
+                "batch": 12,
                 **validation,
             },
         }
@@ -281,7 +271,7 @@ def _shown(design: str, arm: str) -> Callable[[Row], str]:
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "seed": lambda row: str(row["seed"]),
-    "right (facts, others, quiz)": lambda row: ", ".join(f"{v:.2f}" for v in row["right"].values()),
+    "y (facts, others, quiz)": lambda row: ", ".join(f"{v:.1f}" for v in row["y"].values()),
     "AUC": lambda row: f"{row['auc']['value']:.2f}",
     "in topic": lambda row: f"{row['auc_in_topic']['value']:.2f}",
     "planted named": lambda row: row["planted_named"],
@@ -296,11 +286,11 @@ def main() -> None:
     """Parse the flags and measure."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--model", help="folder or hub id of a model to train on the documents; none: a tiny one")
-    flags.add_argument("--documents", type=int, default=60, help="of each topic")
+    flags.add_argument("--documents", type=int, default=36, help="of each topic")
     flags.add_argument("--curvature", default="ekfac", help="of the influence")
-    flags.add_argument("--epochs", type=int, default=5, help="of training on the documents")
+    flags.add_argument("--epochs", type=int, default=4, help="of training on the documents")
     flags.add_argument("--lr", type=float, default=5e-3)
-    flags.add_argument("--named", type=int, default=20, help="documents that influence names")
+    flags.add_argument("--named", type=int, default=12, help="documents that influence names")
     flags.add_argument("--pairs", type=int, default=8)
     flags.add_argument("--steps", type=int, default=20, help="of unlearning")
     flags.add_argument("--rate", type=float, default=0.02, help="the first rate of unlearning")
