@@ -10,7 +10,6 @@ import numpy as np
 
 from taught.core.names import TargetName
 from taught.data.columns import name_ids
-from taught.data.examples import Record
 from taught.errors import UserError
 from taught.run.folder import RunFolder
 from taught.stages.ready import Ready
@@ -18,8 +17,6 @@ from taught.stages.scored import read_scores, run_targets
 from taught.study.schema import Study
 from taught.training.retrain import Retraining, Unlearn
 from taught.validation.pairs import ARMS, Measured, PairRow, Plan, foreseen_change, pair_rows, plan_pairs, set_name
-
-FIELDS = ("label", "category", "source")
 
 
 def plan_of(study: Study, ready: Ready, scores: Mapping[str, float]) -> Plan:
@@ -46,27 +43,17 @@ def topics_of(study: Study, ready: Ready) -> dict[str, str]:
         No example has this column, or some have no value in it.
     """
     column, records = study.validation.alike, list(ready.examples)
-    if column is None:
-        return {record.document or record.id: "" for record in records}
-    fields = {name: field for field, name in ready.data.examples.columns.items()} | {name: name for name in FIELDS}
-
-    def value(record: Record, name: str) -> Any:
-        """In a column, whatever became of it when it was read; None where there is none."""
-        field = fields.get(name, name)
-        found = getattr(record, field) if field in FIELDS else record.flags.get(name)
-        return None if found == "" else found
-
-    found = {record.document or record.id: value(record, column) for record in records}
-    if missing := sorted(document for document, topic in found.items() if topic is None):
-        every = {*FIELDS, *(name for record in records for name in record.flags)}
-        known = sorted(name for name in every if all(value(record, name) is not None for record in records))
+    cells = [""] * len(records) if column is None else ready.examples.column(column)
+    found = {record.document or record.id: cell for record, cell in zip(records, cells, strict=True)}
+    missing = sorted(document for document, cell in found.items() if column and cell in ("", None))
+    if missing:
         raise UserError(
             f"{len(missing)} of {len(found)} documents have no value in the column {column!r}",
             value=name_ids(missing),
-            rule="random documents hold as many of each value as the named ones; columns: " + ", ".join(known),
+            rule="random documents hold as many of each value as the named ones",
             fix="set validation.alike to a column that all of them have, or to null: only as many tokens",
         )
-    return {document: str(topic) for document, topic in found.items()}
+    return {document: str(cell) for document, cell in found.items()}
 
 
 def how_to_forget(study: Study, ready: Ready) -> Unlearn:
