@@ -186,6 +186,19 @@ def test_another_column_takes_no_model_and_no_fresh(again, monkeypatch: pytest.M
     assert {row["row"] for row in rows_of(again(columns=["year"]))} == {str(1900 + n) for n in range(5)}
 
 
+def by_length(column: str, texts: list[str]) -> list[str]:
+    """For ``test_bins:by_length``."""
+    return ["long" if len(text) > 32 else "short" for text in texts]
+
+
+def test_a_classifier_makes_the_bins_that_the_data_lack(again):
+    found = again(columns=["size", "topic"], classifier=f"{__name__}:by_length")
+    texts = {row["id"]: row["text"] for row in documents()}
+    for row in rows_of(found, "bin_documents"):
+        assert row["row"] == by_length("size", [texts[row["document_id"]]])[0]
+    assert found.read_json("bins")["classifier"] == f"{__name__}:by_length"
+
+
 def test_examples_that_are_no_documents_are_mapped_by_their_own_columns(study: Study, tmp_path: Path):
     """Pairs, by a column that every reader of examples knows."""
     tiny = load_study(write_tiny_study(tmp_path / "pairs")).replace("sae.path", None)
