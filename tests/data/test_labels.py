@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from taught.data.examples import ExampleSet, load_examples
-from taught.data.labels import TAXONOMIES, read_labels
+from taught.data.labels import TAXONOMIES, check_labels, read_labels
 from taught.errors import UserError
 
 
@@ -67,3 +67,49 @@ def test_what_is_no_label_is_refused(cells: list[Any], column: str, taxonomy: st
     with pytest.raises(UserError, match=words) as error:
         read_labels(records(cells), column, taxonomy)
     assert named in str(error.value)
+
+
+# A classifier
+
+
+def lengths(column: str, texts: list[str]) -> list[Any]:
+    """For ``test_labels:lengths``."""
+    assert column == "size"
+    return [None if text.endswith("0") else f"{len(text)} letters" for text in texts]
+
+
+def fails(column: str, texts: list[str]) -> list[Any]:
+    """For ``test_labels:fails``."""
+    raise ValueError("no labels today")
+
+
+def one(column: str, texts: list[str]) -> list[Any]:
+    """For ``test_labels:one``."""
+    return ["only one"]
+
+
+def test_a_classifier_labels_what_has_no_such_column():
+    found = read_labels(records(["x", "y", "x"]), "size", classifier=f"{__name__}:lengths")
+    assert found.labels == (None, "6 letters", "6 letters") and found.unlabelled == ("d0",)
+    assert read_labels(records(["x", "y"]), "kind", classifier="nowhere:nothing").labels == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere:function", "cannot be loaded"),
+        (f"{__name__}:nothing", "cannot be loaded"),
+        (f"{__name__}:__name__", "not a function"),
+        (f"{__name__}:fails", "failed"),
+        (f"{__name__}:one", "another number of labels"),
+    ],
+)
+def test_a_classifier_that_gives_no_labels_is_refused(name: str, words: str):
+    with pytest.raises(UserError, match=words) as error:
+        read_labels(records(["x", "y"]), "size", classifier=name)
+    assert "bins.classifier" in error.value.fix
+    if words in ("cannot be loaded", "not a function"):
+        with pytest.raises(UserError, match=words):
+            check_labels(records(["x", "y"]), "size", None, name)
+    else:  # it is not called before it is its turn
+        check_labels(records(["x", "y"]), "size", None, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mapped(tmp_path_factory.mktemp("map") / "run")
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mapped(tmp_path_factory.mktemp("plain") / "run", Plain, minimum=6)
+
+
 def on_page(path: Path) -> str:
     return re.search('<section id="map".*?</section>', render(Tables(path)), re.DOTALL)[0]
 
@@ -106,12 +112,11 @@ def test_the_verdict_says_it_too(run: Path):
     assert [s.tone for s in bins] == ["found", "found"]
 
 
-def test_where_nothing_stands_out_no_effect_is_claimed(tmp_path: Path):
-    path = mapped(tmp_path / "run", Plain, minimum=6)
-    page = on_page(path)
+def test_where_nothing_stands_out_no_effect_is_claimed(plain: Path):
+    page = on_page(plain)
     assert "No effect found: on harmful no bin" in words_of(page) and "smallest corrected p" in page
     assert 'class="dot"' not in page
-    assert {s.tone for s in sentences_of(Tables(path)) if s.topic == "Bins"} == {"none"}
+    assert {s.tone for s in sentences_of(Tables(plain)) if s.topic == "Bins"} == {"none"}
 
 
 def test_one_column_is_a_ranking_of_all_its_bins(tmp_path: Path):
@@ -121,8 +126,8 @@ def test_one_column_is_a_ranking_of_all_its_bins(tmp_path: Path):
     assert page.count('class="forest axis"') == 2 and "locks" in page
 
 
-def test_a_large_z_that_no_test_bears_out_is_warned_of(tmp_path: Path):
-    path = mapped(tmp_path / "run", Plain)
+def test_a_large_z_that_no_test_bears_out_is_warned_of(plain: Path, tmp_path: Path):
+    path = Path(shutil.copytree(plain, tmp_path / "run"))
     rows = RunFolder.open(path).read_table("bins").to_pylist()
     place = next(i for i, row in enumerate(rows) if row["level"] == "bin")
     rows[place] |= {"z": 16.0, "p_holm": 0.4, "carried_by": None}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 from taught.data.columns import name_ids
 from taught.data.examples import ExampleSet
@@ -46,7 +47,9 @@ class Labels(NamedTuple):
     empty: tuple[str, ...] = ()
 
 
-def read_labels(examples: ExampleSet, column: str, taxonomy: str | None = None) -> Labels:
+def read_labels(
+    examples: ExampleSet, column: str, taxonomy: str | None = None, classifier: str | None = None
+) -> Labels:
     """Labels by a column of the data, whether it was read as a label, category or source or not at all.
 
     Text loses the space around it; true, false and whole numbers are written out; an empty cell, null, NaN and
@@ -54,6 +57,7 @@ def read_labels(examples: ExampleSet, column: str, taxonomy: str | None = None) 
 
     Parameters
     ----------
+    classifier : ``module:function`` that labels the examples where they do not have the column; see :func:`classify`
     taxonomy : the labels are one field's names of it, in any spelling of case, separators and "and"
 
     Raises
@@ -62,17 +66,17 @@ def read_labels(examples: ExampleSet, column: str, taxonomy: str | None = None) 
         No example has the column; a cell is neither text nor a number; more than ``MOST`` labels; a label that is not
         of the taxonomy.
     """
-    read_as = {name: field for field, name in examples.columns.items() if field in _FIELDS}
-    field = read_as.get(column)
-    if field is None and not any(column in example.flags for example in examples):
-        known = [*read_as, *dict.fromkeys(name for example in examples for name in example.flags)]
+    cells = _cells(examples, column)
+    if cells is None and classifier is not None:
+        cells = classify(classifier, column, examples)
+    if cells is None:
+        known = [*_read_as(examples), *dict.fromkeys(name for example in examples for name in example.flags)]
         raise UserError(
             "the examples have no such column",
             value=column,
             rule="columns: " + (", ".join(known) or "none beside what is trained on"),
             fix="name one of these under bins.columns, or add the column to the file",
         )
-    cells = [example.flags.get(column) if field is None else getattr(example, field) for example in examples]
     labels = [_label(cell) for cell in cells]
     if bad := [example.id for example, label in zip(examples, labels, strict=True) if label is None]:
         raise UserError(
@@ -95,6 +99,70 @@ def read_labels(examples: ExampleSet, column: str, taxonomy: str | None = None) 
         named, empty = _names_of(taxonomy, column, names)
     without = tuple(example.id for example, label in zip(examples, labels, strict=True) if not label)
     return Labels(tuple(named[label] if label else None for label in labels), without, empty)
+
+
+def check_labels(examples: ExampleSet, column: str, taxonomy: str | None, classifier: str | None) -> None:
+    """Raise a UserError where :func:`read_labels` would; a classifier is loaded and not called."""
+    if classifier is None or _cells(examples, column) is not None:
+        read_labels(examples, column, taxonomy)
+    else:
+        load_classifier(classifier)
+
+
+def load_classifier(name: str) -> Callable[[str, Sequence[str]], Sequence[Any]]:
+    """The function ``module:function``. The module is imported, so its code runs: name none that you do not trust.
+
+    Raises
+    ------
+    UserError
+        No such module or function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the user's module raises
+        raise _classifier_error("the classifier cannot be loaded", f"{name}: {error}") from error
+    if not callable(found):
+        raise _classifier_error("the classifier is not a function", name)
+    return cast(Callable[[str, Sequence[str]], Sequence[Any]], found)
+
+
+def classify(name: str, column: str, examples: ExampleSet) -> list[Any]:
+    """What ``function(column, texts)`` says of the examples: a label for each text, or None.
+
+    Raises
+    ------
+    UserError
+        It cannot be loaded, fails, or does not give one label for each text.
+    """
+    texts = ["\n".join(filter(None, (example.prompt, example.response))) for example in examples]
+    function = load_classifier(name)
+    try:
+        labels = list(function(column, texts))
+    except Exception as error:
+        raise _classifier_error("the classifier failed", f"{name}: {error!r}") from error
+    if len(labels) != len(texts):
+        raise _classifier_error("the classifier has another number of labels", f"{len(labels)} of {len(texts)} texts")
+    return labels
+
+
+def _classifier_error(what: str, value: str) -> UserError:
+    rule = "module:function, importable here; it takes a column's name and texts, and gives a label for each"
+    return UserError(what, value=value, rule=rule, fix="correct bins.classifier, or add its folder to PYTHONPATH")
+
+
+def _read_as(examples: ExampleSet) -> dict[str, str]:
+    """Column -> the field that it was read as, of those that hold labels."""
+    return {name: field for field, name in examples.columns.items() if field in _FIELDS}
+
+
+def _cells(examples: ExampleSet, column: str) -> list[Any] | None:
+    """A column of the data; None where no example has it."""
+    if (field := _read_as(examples).get(column)) is not None:
+        return [getattr(example, field) for example in examples]
+    if not any(column in example.flags for example in examples):
+        return None
+    return [example.flags.get(column) for example in examples]
 
 
 def _label(cell: Any) -> str | None:

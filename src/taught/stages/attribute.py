@@ -23,7 +23,7 @@ from taught.core.trajectory import Follows
 from taught.data.documents import windows_note
 from taught.data.duplicates import duplicates_among
 from taught.data.examples import ExampleSet
-from taught.data.labels import read_labels
+from taught.data.labels import check_labels
 from taught.errors import UserError
 from taught.estimators.finite_step import kept_steps
 from taught.estimators.token_shares import token_effects
@@ -60,7 +60,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
     data = read_data(study, progress)
     if study.bins is not None:  # what bins would refuse is said before the long part
         for column in study.bins.columns:
-            read_labels(data.examples, column, study.bins.taxonomy)
+            check_labels(data.examples, column, study.bins.taxonomy, study.bins.classifier)
     progress.step("load the model")
     subject = open_subject(study)
     trained = {}

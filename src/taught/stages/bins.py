@@ -13,7 +13,7 @@ from taught.analysis.bins import BinMap, map_bins
 from taught.analysis.partition import UNKNOWN, contrast_weights
 from taught.core.names import TargetName
 from taught.data.examples import ExampleSet
-from taught.data.labels import Labels, read_labels
+from taught.data.labels import Labels, check_labels, read_labels
 from taught.errors import UserError
 from taught.progress import Progress, SilentProgress
 from taught.run.files import schema
@@ -65,12 +65,13 @@ def bins(study: Study, run: RunFolder, progress: Progress | None = None) -> None
 
 def labels_of(spec: BinsSpec, examples: ExampleSet) -> dict[str, Labels]:
     """Column -> the labels of these examples."""
-    return {column: read_labels(examples, column, spec.taxonomy) for column in spec.columns}
+    return {column: read_labels(examples, column, spec.taxonomy, spec.classifier) for column in spec.columns}
 
 
 def check_bins(spec: BinsSpec, examples: ExampleSet, groups: Sequence[str]) -> None:
     """Raise a UserError where the stage would: on columns, labels and contrasts."""
-    labels_of(spec, examples)
+    for column in spec.columns:
+        check_labels(examples, column, spec.taxonomy, spec.classifier)
     for contrast in spec.contrasts or ():
         contrast_weights(contrast, groups)
 
@@ -187,6 +188,7 @@ def _write_record(
         {
             "columns": list(found.columns),
             "taxonomy": spec.taxonomy,
+            "classifier": spec.classifier,
             "method": own_method(run),
             "benchmarks": list(found.benchmarks),
             "contrasts": list(found.contrasts),

@@ -438,6 +438,9 @@ class BinsSpec(Section):
         rules.optional(rules.one_of("weborganizer")),
         "weborganizer: its 24 topics and 24 formats are the known names; null: whatever the columns hold",
     )
+    classifier: str | None = setting(
+        None, _TEXT, "module:function(column, texts) that labels the examples where they do not have a column"
+    )
     minimum: int = setting(5, rules.whole(3), "bins of fewer documents are shown and not tested")
     trim: float = setting(
         0.1, rules.number(minimum=0, maximum=0.49), "share of a bin's documents left out at either end of its mean"
