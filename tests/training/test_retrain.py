@@ -379,6 +379,7 @@ def test_the_sources_that_a_retraining_comes_from_are_all_listed() -> None:
         "core.trajectory",
         "curvatures.adam",
         "data.chat",
+        "data.choices",
         "data.columns",
         "data.prompts",
         "errors",
