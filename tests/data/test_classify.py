@@ -8,11 +8,10 @@ from types import ModuleType
 
 import pytest
 
-from taught.data.classify import classify, load_classifier
+from taught.data.classify import load_classifier
 from taught.errors import UserError
 
 TEXTS = ["a b c", "c c", "b", "a a a a b", "c b a c b a"]
-IDS = [f"d{i}" for i in range(5)]
 
 
 @pytest.fixture
@@ -22,28 +21,9 @@ def mine(monkeypatch) -> ModuleType:
     return module
 
 
-def test_a_function_gets_the_texts_and_the_known_labels(mine) -> None:
-    seen = []
-    mine.label = lambda texts, names: seen.append((list(texts), list(names))) or [names[len(t) % 2] for t in texts]
-    found = classify(load_classifier("my_classifier:label"), IDS, TEXTS, ("even", "odd"))
-    assert found == tuple(("even", "odd")[len(t) % 2] for t in TEXTS)
-    assert seen == [(TEXTS, ["even", "odd"])]
-
-
-@pytest.mark.parametrize(
-    ("label", "names", "message", "value"),
-    [
-        (lambda texts, names: ["x"], (), "one label a text", "1 labels of 5 texts"),
-        (lambda texts, names: ["x", "x", 3, "x", ""], (), "2 texts no label", "d2: 3, d4: ''"),
-        (lambda texts, names: ["x"] * 4 + ["z"], ("x",), "1 texts no label", "d4: 'z'"),
-        (lambda texts: 1, (), "the classifier failed", "TypeError"),
-    ],
-)
-def test_what_is_no_label_is_named_by_id(mine, label, names, message: str, value: str) -> None:
-    mine.label = label
-    with pytest.raises(UserError, match=message) as caught:
-        classify(load_classifier("my_classifier:label"), IDS, TEXTS, names)
-    assert value in str(caught.value.value)
+def test_a_function_gets_the_column_and_the_texts(mine) -> None:
+    mine.label = lambda column, texts: [f"{column} {len(text)}" for text in texts]
+    assert load_classifier("my_classifier:label")("size", TEXTS) == [f"size {len(text)}" for text in TEXTS]
 
 
 @pytest.mark.parametrize("name", ["no_such_module:label", "my_classifier:nothing", "./nowhere", "my_classifier:x"])
@@ -78,9 +58,7 @@ def test_a_model_labels_as_it_does_one_text_at_a_time(tmp_path: Path) -> None:
     )
     model = BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
-    found = classify(load_classifier(str(tmp_path)), IDS, TEXTS, tuple(labels.values()))
+    found = load_classifier(str(tmp_path))("topic", TEXTS)
     with torch.no_grad():
         alone = [model(torch.tensor([tokenizer(text).input_ids[:4]])).logits.argmax().item() for text in TEXTS]
-    assert found == tuple(labels[k] for k in alone) and len(set(found)) > 1
-    with pytest.raises(UserError, match="no label that is known"):
-        classify(load_classifier(str(tmp_path)), IDS, TEXTS, ("art",))
+    assert found == [labels[k] for k in alone] and len(set(found)) > 1
