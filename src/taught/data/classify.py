@@ -41,10 +41,15 @@ def load_classifier(name: str) -> Classifier:
             "the classifier cannot be loaded",
             value=f"{name}: {error}",
             rule="module:function, importable here; it takes a column's name and texts",
-            fix="check the name, or add its folder to PYTHONPATH",
+            fix="correct bins.classifier, or add its folder to PYTHONPATH",
         ) from error
     if not callable(found):
-        raise UserError("the classifier is not a function", value=name, rule="module:function", fix="name a function")
+        raise UserError(
+            "the classifier is not a function",
+            value=name,
+            rule="module:function",
+            fix="name a function under bins.classifier",
+        )
     return found
 
 
@@ -60,7 +65,7 @@ def _of_transformers(name: str) -> Classifier:
             "the classifier cannot be loaded",
             value=f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             rule="module:function, or a text classifier of transformers (safetensors, no code of its own)",
-            fix="check the folder or hub id",
+            fix="correct bins.classifier: the folder or hub id",
         ) from error
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) or 512)
 

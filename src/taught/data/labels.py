@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from taught.data.classify import load_classifier
 from taught.data.columns import name_ids
 from taught.data.examples import ExampleSet
 from taught.errors import UserError
@@ -57,7 +57,7 @@ def read_labels(
 
     Parameters
     ----------
-    classifier : ``module:function`` that labels the examples where they do not have the column; see :func:`classify`
+    classifier : labels the examples where they do not have the column; see :func:`taught.data.classify.load_classifier`
     taxonomy : the labels are one field's names of it, in any spelling of case, separators and "and"
 
     Raises
@@ -109,24 +109,6 @@ def check_labels(examples: ExampleSet, column: str, taxonomy: str | None, classi
         load_classifier(classifier)
 
 
-def load_classifier(name: str) -> Callable[[str, Sequence[str]], Sequence[Any]]:
-    """The function ``module:function``. The module is imported, so its code runs: name none that you do not trust.
-
-    Raises
-    ------
-    UserError
-        No such module or function.
-    """
-    module, _, function = name.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever the user's module raises
-        raise _classifier_error("the classifier cannot be loaded", f"{name}: {error}") from error
-    if not callable(found):
-        raise _classifier_error("the classifier is not a function", name)
-    return cast(Callable[[str, Sequence[str]], Sequence[Any]], found)
-
-
 def classify(name: str, column: str, examples: ExampleSet) -> list[Any]:
     """What ``function(column, texts)`` says of the examples: a label for each text, or None.
 
@@ -147,8 +129,8 @@ def classify(name: str, column: str, examples: ExampleSet) -> list[Any]:
 
 
 def _classifier_error(what: str, value: str) -> UserError:
-    rule = "module:function, importable here; it takes a column's name and texts, and gives a label for each"
-    return UserError(what, value=value, rule=rule, fix="correct bins.classifier, or add its folder to PYTHONPATH")
+    rule = "it takes a column's name and texts, and gives a label for each"
+    return UserError(what, value=value, rule=rule, fix="correct bins.classifier")
 
 
 def _read_as(examples: ExampleSet) -> dict[str, str]:
