@@ -145,6 +145,34 @@ class Choice:
         return self.kind if not self.values else {"kind": self.kind, **self.values}
 
 
+def load_function(name: str, what: str, takes: str, key: str) -> Callable[..., Any]:
+    """The user's own function ``module:function``. The module is imported, so its code runs.
+
+    Parameters
+    ----------
+    what, takes : what it is and what it is given, in words
+    key : where a study names it
+
+    Raises
+    ------
+    UserError
+        No such module or function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(
+            f"the {what} cannot be loaded",
+            value=f"{name}: {error}",
+            rule=f"module:function, importable here; it takes {takes}",
+            fix=f"correct {key}, or add its folder to PYTHONPATH",
+        ) from error
+    if not callable(found):
+        raise UserError(f"the {what} is not a function", value=name, rule="module:function", fix=f"correct {key}")
+    return cast(Callable[..., Any], found)
+
+
 def _parsed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
     rule: Rule = item.metadata["rule"]
     try:

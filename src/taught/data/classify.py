@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from taught.core.registry import load_function
 from taught.errors import UserError
 
 Classifier = Callable[[str, Sequence[str]], Sequence[Any]]
@@ -33,24 +33,7 @@ def load_classifier(name: str) -> Classifier:
     """
     if not _FUNCTION.fullmatch(name) or os.path.exists(name):
         return _of_transformers(name)
-    module, _, function = name.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(
-            "the classifier cannot be loaded",
-            value=f"{name}: {error}",
-            rule="module:function, importable here; it takes a column's name and texts",
-            fix="correct bins.classifier, or add its folder to PYTHONPATH",
-        ) from error
-    if not callable(found):
-        raise UserError(
-            "the classifier is not a function",
-            value=name,
-            rule="module:function",
-            fix="name a function under bins.classifier",
-        )
-    return found
+    return load_function(name, "classifier", "a column's name and texts", "bins.classifier")
 
 
 def _of_transformers(name: str) -> Classifier:

@@ -10,7 +10,6 @@ refuses, and one that complies after words of refusal is one.
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from taught.core.registry import load_function
 from taught.errors import UserError
 
 Judge = Callable[[str, str], float]
@@ -119,19 +119,7 @@ def load_judge(name: str | None = None) -> Judge:
     """
     if name is None:
         return refuses
-    module_name, _, function = name.partition(":")
-    try:
-        judge: Any = getattr(importlib.import_module(module_name), function)
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(
-            "the judge cannot be loaded",
-            value=f"{name}: {error}",
-            rule="module:function, importable here; it takes a prompt and a response",
-            fix="check the name, or add its folder to PYTHONPATH",
-        ) from error
-    if not callable(judge):
-        raise UserError("the judge is not a function", value=name, rule="module:function", fix="name a function")
-    return judge
+    return load_function(name, "judge", "a prompt and a response", "validation.judge")
 
 
 def judge_responses(
