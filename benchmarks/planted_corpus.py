@@ -222,10 +222,7 @@ def once(seed: int, args: argparse.Namespace) -> Row:
         diverged = RunFolder(folder / "run").read_table("forgetting").to_pylist()
     return {
         "seed": seed,
-        "right": {
-            group: float(np.mean([v > 0 for i, v in y.items() if i.startswith(group)]))
-            for group in ("facts", "others", "quiz")
-        },
+        "y": {group: float(np.mean([v for i, v in y.items() if i.startswith(group)])) for group in GROUPS},
         "auc": found["all"]._asdict(),
         "auc_in_topic": found["topic"]._asdict(),
         "planted_named": f"{len(planted & set(named))} of {args.named}",
