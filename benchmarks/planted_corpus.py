@@ -285,7 +285,7 @@ def main() -> None:
     flags.add_argument("--model", help="folder or hub id of a model to train on the documents; none: a tiny one")
     flags.add_argument("--documents", type=int, default=36, help="of each topic")
     flags.add_argument("--curvature", default="ekfac", help="of the influence")
-    flags.add_argument("--epochs", type=int, default=4, help="of training on the documents")
+    flags.add_argument("--epochs", type=int, default=5, help="of training on the documents")
     flags.add_argument("--lr", type=float, default=5e-3)
     flags.add_argument("--named", type=int, default=12, help="documents that influence names")
     flags.add_argument("--pairs", type=int, default=8)
