@@ -35,7 +35,8 @@ def double():
 def study(tmp_path_factory) -> Study:
     study = load_study(write_tiny_study(tmp_path_factory.mktemp("same")))
     concept = {"name": "c", "source": "difference", "force": True}
-    return with_values(study, {"model.dtype": "float64", "features.max_features": 4, "concepts": [concept]})
+    few = {"prompts.limit": 12, "features.max_features": 4}
+    return with_values(study, {"model.dtype": "float64", "concepts": [concept], **few})
 
 
 def scored(study: Study, folder: Path) -> RunFolder:

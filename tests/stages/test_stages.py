@@ -25,8 +25,8 @@ from tiny_study import SCORED, do, values_of, with_values, write_tiny_study
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study with its policy and attribution done, in ``run``."""
     folder = tmp_path_factory.mktemp("tiny")
-    study = load_study(write_tiny_study(folder))
-    do(study, folder / "run", *SCORED)
+    write_tiny_study(folder)
+    do(study_of(folder), folder / "run", *SCORED)
     return folder
 
 
@@ -38,7 +38,7 @@ def copy(made: Path, tmp_path: Path) -> Path:
 
 
 def study_of(folder: Path, **changes: Any) -> Study:
-    study = load_study(folder / "study.yaml")
+    study = load_study(folder / "study.yaml").replace("prompts.limit", 12)
     return with_values(study, {key.replace("__", "."): value for key, value in changes.items()})
 
 
