@@ -41,7 +41,7 @@ class Counted(SilentProgress):
 @pytest.fixture(scope="module")
 def attributed(tmp_path_factory) -> tuple[Study, Path]:
     folder = tmp_path_factory.mktemp("validate")
-    study = with_values(load_study(write_tiny_study(folder)), SMALL_STEPS)
+    study = with_values(load_study(write_tiny_study(folder)), {**SMALL_STEPS, "prompts.limit": 12})
     return study, do(study, folder / "run", *SCORED).folder
 
 
@@ -326,7 +326,7 @@ def test_a_judge_reads_the_answers_of_the_models(attributed, tmp_path, monkeypat
     long = study.replace("validation.judge", "judge_of_lengths:long")
     run = do(long, RunFolder(folder, fresh=("validate",)), "validate")
     answers = run.read_table("answers").to_pylist()
-    assert len(answers) == 3 * 30 and {row["design"] for row in answers} == {"base", "leave-out"}
+    assert len(answers) == 3 * 12 and {row["design"] for row in answers} == {"base", "leave-out"}
     for row in answers:
         assert row["refuses"] == pytest.approx(min(1.0, len(row["answer"]) / 100))
     group = {row["prompt_id"]: row["group"] for row in run.read_table("prompts").to_pylist()}
