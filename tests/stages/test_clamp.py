@@ -291,7 +291,8 @@ def clamping(study: Study, prompts: int, controls: int) -> Study:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return clamping(load_study(write_tiny_study(tmp_path_factory.mktemp("clamp"))), 30, 3)
+    study = load_study(write_tiny_study(tmp_path_factory.mktemp("clamp")))
+    return clamping(study.replace("prompts.limit", 12), 12, 3)
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +366,7 @@ def test_the_record_counts_what_the_table_holds(run: RunFolder) -> None:
     rows, record = rows_of(run), run.read_json("clamp")
     active = [row for row in rows if row["n"]]
     assert record["features"] == len(rows) and record["active"] == len(active)
-    assert (record["prompts"], record["controls"], record["scales"]) == (30, 3, list(SCALES))
+    assert (record["prompts"], record["controls"], record["scales"]) == (12, 3, list(SCALES))
     assert record["clear"] == sum(row["p_adjusted"] <= 0.05 for row in active)
     found = record["agreement"]
     assert list(found) == ["all", "sure", "clear", "predicted", "control"]
@@ -385,7 +386,7 @@ def test_a_feature_that_is_never_on_is_listed_without_numbers(tmp_path: Path) ->
     weights = load_file(tmp_path / "sae" / "sae_weights.safetensors")
     weights["b_enc"][3] = -1e6
     save_file(weights, tmp_path / "sae" / "sae_weights.safetensors")
-    study = clamping(study.replace("features.ids", [3, 5]), 2, 2)
+    study = clamping(with_values(study, {"features.ids": [3, 5], "prompts.limit": 12}), 2, 2)
     run = do(study, tmp_path / "run", *READ, "clamp")
     off, on = rows_of(run)
     assert (off["feature_id"], off["n"], off["slope"], off["doses"]) == (3, 0, None, None)
