@@ -51,6 +51,7 @@ def compared(tmp_path_factory) -> RunFolder:
         load_study(write_tiny_study(folder)),
         {
             **SMALL_STEPS,
+            "prompts.limit": 12,
             "validation.subsets": 16,
             "validation.designs": ("random", "removal"),
             "validation.methods": ALL,
@@ -206,9 +207,8 @@ def test_an_unknown_method_and_a_run_without_retrainings_are_refused(compared, t
         do(compared.study.replace("validation.methods", ["adjiont"]), compared, "compare")
     with pytest.raises(UserError, match=r"finite-step\+autocorrelation"):
         do(compared.study.replace("validation.methods", ["finite-step+autocorrelation"]), compared, "compare")
-    study = load_study(write_tiny_study(tmp_path))
     with pytest.raises(UserError, match="validate has not been run"):
-        do(study, tmp_path / "run", *SCORED, "compare")
+        do(compared.study, tmp_path / "run", *SCORED, "compare")
 
 
 @pytest.mark.parametrize("cell", [True, 1, 1.0, "true", "True", "TRUE", "1"])
