@@ -12,6 +12,7 @@ from taught.errors import UserError
 from taught.run.folder import RunFolder
 from taught.stages import asked
 from taught.stages.ready import read_data, wanted_targets
+from taught.stages.subject import study_prompts
 from taught.study.load import load_study
 from taught.study.schema import Study
 from tiny_study import SMALL_STEPS, do, values_of, with_values, write_tiny_study
@@ -28,7 +29,7 @@ def without_sae(study: Study) -> Study:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Study:
-    return without_sae(load_study(write_tiny_study(tmp_path_factory.mktemp("plain"))))
+    return without_sae(load_study(write_tiny_study(tmp_path_factory.mktemp("plain"))).replace("prompts.limit", 12))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def run(study, tmp_path_factory) -> RunFolder:
 @pytest.fixture(scope="module")
 def with_sae(study, tmp_path_factory) -> RunFolder:
     """The same with an SAE; its behaviors are the same numbers."""
-    full = load_study(Path(study.model.id).parent / "study.yaml")
+    full = load_study(Path(study.model.id).parent / "study.yaml").replace("prompts.limit", study.prompts.limit)
     return do(full, tmp_path_factory.mktemp("full") / "run", "readings", "policy", "attribute")
 
 
@@ -145,11 +146,12 @@ def test_a_single_group_works(study, tmp_path):
         del row["group"], row["category"]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     study = study.replace("prompts.path", str(tmp_path / "prompts.jsonl"))
-    study = study.replace("attribution.targets", ["behavior:*", "behavior", "prompt:q00"])
+    one = f"prompt:{study_prompts(study).prompts[0].id}"
+    study = study.replace("attribution.targets", ["behavior:*", "behavior", one])
     run = do(study, tmp_path / "run", "readings", "attribute", "curate", "report")
-    assert run.read_json("attribution")["targets"] == ["behavior:all", "behavior", "prompt:q00"]
+    assert run.read_json("attribution")["targets"] == ["behavior:all", "behavior", one]
     assert values_of(run, "behavior:all") == pytest.approx(values_of(run, "behavior"), rel=1e-6)
-    assert values_of(run, "prompt:q00") != values_of(run, "behavior")
+    assert values_of(run, one) != values_of(run, "behavior")
 
 
 def test_the_change_on_every_prompt_can_be_asked_for(study, run, tmp_path):
@@ -180,7 +182,7 @@ def test_overlap_and_truncation_are_found_as_with_one(study, tmp_path):
     from taught.progress import SilentProgress
 
     rows = [json.loads(line) for line in Path(study.examples.path).read_text().splitlines()]
-    prompt = json.loads(Path(study.prompts.path).read_text().splitlines()[0])["prompt"]
+    prompt = study_prompts(study).prompts[0].text
     rows[3]["prompt"] = prompt
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     study = study.replace("examples.path", str(tmp_path / "pairs.jsonl"))
