@@ -10,6 +10,7 @@ import pytest
 
 import taught
 from taught.errors import UserError
+from taught.stages.subject import study_prompts
 from taught.study.load import load_study
 from taught.study.schema import Study
 from tiny_study import SCORED, do, values_of, with_values, write_tiny_study
@@ -174,6 +175,18 @@ def test_a_study_says_which_documents_of_a_stream_are_taken(study, data):
     scores = taught.influence(study.model.id, iter(texts), data[1], study=some)
     taken = {i.partition("#")[0] for i in scores.example_ids}
     assert len(taken) == len({texts[int(i[1:])]["text"] for i in taken}) == 2  # the tiny data have two responses
+
+
+def test_a_study_says_how_many_prompts_are_taken_and_which_groups_they_have(study, data):
+    examples, prompts = data
+    taken = {p.id for p in study_prompts(study.replace("prompts.limit", 6))}
+    those = [row for row in prompts if row["id"] in taken]
+    expected = taught.influence(study.model.id, examples, those)
+    found = taught.influence(study.model.id, examples, prompts, study=Study().replace("prompts.limit", 6))
+    assert len(those) == 6 and found.values == pytest.approx(expected.values, rel=1e-9)
+    other = with_values(Study(), {"prompts.positive_group": "nobody", "prompts.negative_group": "harmless"})
+    with pytest.raises(UserError, match="a group has no prompts(.|\n)*nobody"):
+        taught.influence(study.model.id, examples, prompts, study=other)
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Gemma2", "Bloom"])

@@ -17,14 +17,13 @@ from taught.core.names import TargetName
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.data.overlap import drop_overlap
-from taught.data.prompts import load_prompts
 from taught.errors import UserError
 from taught.model.adapter import given_adapter
 from taught.model.gradients import evaluating
 from taught.model.load import LoadedModel
 from taught.progress import Progress, SilentProgress
 from taught.stages.ready import Data, make_ready, read_here, wanted_targets, without_repeats
-from taught.stages.subject import Subject, chosen_examples, open_subject
+from taught.stages.subject import Subject, chosen_examples, open_subject, study_prompts
 from taught.study.schema import Study
 
 
@@ -109,7 +108,7 @@ def influence(
         study = study.replace(key, value)
     subject = _subject(study, model, tokenizer, kept=folder is not None)
     records = chosen_examples(study, examples)
-    read = load_prompts(prompts)
+    read = study_prompts(study, prompts)
     records, overlap = drop_overlap(records, read, study.examples.drop_overlap)
     data = without_repeats(study, Data(read, records, [example_id for example_id, _ in overlap]))
     with evaluating(subject.loaded.model):

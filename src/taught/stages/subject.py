@@ -199,9 +199,9 @@ def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | Non
     return loaded.model
 
 
-def study_prompts(study: Study) -> PromptSet:
-    """The evaluation prompts of the study, at most ``prompts.limit``; both groups must occur."""
-    prompts = load_prompts(study.prompts.path)
+def study_prompts(study: Study, source: Any = None) -> PromptSet:
+    """The evaluation prompts of the study, or of another source, at most ``prompts.limit``; both groups must occur."""
+    prompts = load_prompts(study.prompts.path if source is None else source)
     chosen = spread(prompts.prompts, study.prompts.limit, lambda p: (p.group, p.category), lambda p: p.id)
     for group in (study.prompts.positive_group, study.prompts.negative_group):
         if group is not None and all(prompt.group != group for prompt in chosen):
