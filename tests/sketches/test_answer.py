@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def attributed(folder: Path, name: str, **changes: Any) -> RunFolder:
     study = load_study(folder / "study.yaml")
-    fixed = {"attribution.estimator": {"kind": "sketch", "dim": 4096, "store": "store"}}
+    fixed = {"prompts.limit": 12, "attribution.estimator": {"kind": "sketch", "dim": 4096, "store": "store"}}
     for key, value in {**fixed, **changes}.items():
         study = study.replace(key.replace("__", "."), value, base=folder)
     run = RunFolder(folder / name)

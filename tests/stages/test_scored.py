@@ -28,7 +28,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_concept(Concept("other", v, BLOCK), folder / "c")
     study = with_values(
         load_study(write_tiny_study(folder)),
-        {"concepts": [{"name": "c:d", "path": str(folder / "c")}], "attribution.concept_methods": [FILTER]},
+        {
+            "prompts.limit": 12,
+            "concepts": [{"name": "c:d", "path": str(folder / "c")}],
+            "attribution.concept_methods": [FILTER],
+        },
     )
     do(study, folder / "run", *READ, "concepts", "attribute")
     return folder / "run"

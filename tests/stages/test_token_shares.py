@@ -10,12 +10,13 @@ import pytest
 from taught.run.folder import RunFolder
 from taught.study.load import load_study
 from taught.study.schema import Study
-from tiny_study import SCORED, do, write_tiny_study
+from tiny_study import SCORED, do, with_values, write_tiny_study
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Study:
-    return load_study(write_tiny_study(tmp_path_factory.mktemp("tiny"))).replace("attribution.exact_top", 2)
+    study = load_study(write_tiny_study(tmp_path_factory.mktemp("tiny")))
+    return with_values(study, {"prompts.limit": 12, "attribution.exact_top": 2})
 
 
 @pytest.fixture(scope="module")
