@@ -222,7 +222,7 @@ class _Made:
                 }
             ),
         )
-        record = {"method": "adjoint", "ranked_by": "score", "lr": 1e-4, "targets": self._targets()}
+        record = {"method": "adjoint", "ranked_by": "score", "lr": 1e-4, "unit": "step", "targets": self._targets()}
         run.write_json("attribution", record)
         text = {"prompt": [f"Question {i}" for i in self.ids], "response": ["An answer."] * n}
         rest = {"label": self.label, "category": ["x"] * n, "source": ["made up"] * n}
