@@ -37,7 +37,8 @@ def study(tmp_path_factory) -> Study:
             rejected = other if other != chosen else other + " No."
             file.write(json.dumps({**row, "chosen": chosen, "rejected": rejected}) + "\n")
     values = {"examples.path": str(folder / "preferences.jsonl"), "examples.kind": "preference", "examples.beta": BETA}
-    return with_values(load_study(path), {**values, "attribution.exact_top": 2, "model.dtype": "float64"})
+    values |= {"attribution.exact_top": 2, "model.dtype": "float64", "prompts.limit": 12}
+    return with_values(load_study(path), values)
 
 
 @pytest.fixture(scope="module")
