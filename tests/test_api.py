@@ -20,7 +20,11 @@ GROUPS = ("behavior:harmful", "behavior:harmless")
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Study:
-    return load_study(write_tiny_study(tmp_path_factory.mktemp("api")))
+    """The tiny study on its first twelve prompts."""
+    study = load_study(write_tiny_study(tmp_path_factory.mktemp("api")))
+    path = Path(study.prompts.path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
+    return study
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_targets_by_name_and_contrasts(study, run, data):
     scores = taught.influence(study.model.id, *data, [name, "behavior", "prompt:q00", "behavior:break"])
     one, other = (np.array(list(values_of(run, group).values())) for group in GROUPS)
     np.testing.assert_allclose(scores[name], one - other, atol=1e-3 * np.abs(one - other).max())
-    whole = (20 * one + 10 * other) / 30
+    whole = (8 * one + 4 * other) / 12
     np.testing.assert_allclose(scores["behavior"], whole, atol=1e-3 * np.abs(whole).max())
     assert scores.values.shape == (8, 4) and np.isfinite(scores.values).all()
     again = taught.influence(study.model.id, *data, [taught.TargetName.parse(name)])
