@@ -211,3 +211,12 @@ def test_models_with_windows_experts_or_no_trees_give_what_forward_mode_or_real_
     found = taught.influence(model, *data, **given)
     other = taught.influence(model, *data, estimator="forward" if family == "Gemma2" else "finite-step", **given)
     assert found.values == pytest.approx(other.values, abs=0.03 * np.abs(found.values).max())
+
+
+def test_what_is_not_given_is_what_the_study_says(study, data):
+    with_rate = Study().replace("attribution.lr", 3e-4).replace("behavior", {"kind": "prefixes", "prefixes": ["Sure"]})
+    found = taught.influence(study.model.id, *data, study=with_rate)
+    given = taught.influence(study.model.id, *data, lr=3e-4, behavior={"kind": "prefixes", "prefixes": ["Sure"]})
+    plain = taught.influence(study.model.id, *data, study=with_rate, lr=1e-4)
+    np.testing.assert_allclose(found.values, given.values, rtol=1e-6)
+    np.testing.assert_allclose(found.values, 3 * plain.values, rtol=1e-4)

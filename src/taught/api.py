@@ -34,12 +34,12 @@ def influence(
     targets: Sequence[str | TargetName] | None = None,
     *,
     tokenizer: Any = None,
-    behavior: str | Mapping[str, Any] = "prefixes",
+    behavior: str | Mapping[str, Any] | None = None,
     sae: str | Path | None = None,
-    estimator: str | Mapping[str, Any] = "adjoint",
-    curvature: str | Mapping[str, Any] = "identity",
-    trajectory: str | Mapping[str, Any] = "base",
-    lr: float = 1e-4,
+    estimator: str | Mapping[str, Any] | None = None,
+    curvature: str | Mapping[str, Any] | None = None,
+    trajectory: str | Mapping[str, Any] | None = None,
+    lr: float | None = None,
     study: Study | None = None,
     folder: str | Path | None = None,
     progress: Progress | None = None,
@@ -59,7 +59,8 @@ def influence(
         Names such as ``behavior:GROUP``, ``score``, ``coefficient:17``, ``behavior:a - behavior:b``. None: the
         behavior of every group, and with an SAE the policy's score and coefficients.
     behavior
-        The number y that is measured on each prompt: a kind, or a mapping of ``kind`` and its parameters.
+        The number y that is measured on each prompt: a kind, or a mapping of ``kind`` and its parameters. This and
+        what follows: None for what ``study`` says (``prefixes``, ``adjoint``, ``identity``, ``base``, 1e-4).
     sae
         Folder or release of a sparse autoencoder. Without one there is no policy, and none is needed for
         ``behavior:*`` and ``prompt:*``. With one, name the two groups: ``study``'s ``prompts.positive_group``
@@ -69,7 +70,7 @@ def influence(
     lr
         Learning rate of the step. Values are changes per step: positive, training on the example raises the target.
     study
-        Everything else, as a study says it.
+        Everything that is not given here, as a study says it; its model, examples and prompts are not read.
     folder
         Where an estimator may keep what outlives this call (sketches).
 
@@ -103,9 +104,11 @@ def influence(
         "attribution.curvature": curvature,
         "attribution.trajectory": trajectory,
         "attribution.lr": lr,
+        "sae.path": None if sae is None else str(sae),
     }
-    for key, value in (given | ({} if sae is None else {"sae.path": str(sae)})).items():
-        study = study.replace(key, value)
+    for key, value in given.items():
+        if value is not None:
+            study = study.replace(key, value)
     subject = _subject(study, model, tokenizer, kept=folder is not None)
     records = chosen_examples(study, examples)
     read = study_prompts(study, prompts)
