@@ -273,3 +273,10 @@ def test_the_tables_can_be_shown(again, capsys: pytest.CaptureFixture[str]):
 def test_the_stage_stands_between_attribute_and_report():
     stage = BY_NAME["bins"]
     assert stage.needs == ("attribute",) and stage.light and "bins" in BY_NAME["report"].uses
+
+
+def test_a_map_drops_nothing_unless_it_is_asked_to():
+    study = Study().replace("bins", {"columns": ["topic"]})
+    assert "curate" not in [stage.name for stage in asked(study)]
+    assert "curate" in [stage.name for stage in asked(study.replace("curation.k", 3))]
+    assert "curate" in [stage.name for stage in asked(Study())]

@@ -30,6 +30,11 @@ def _has_policy(study: Study) -> bool:
     return study.sae.path is not None
 
 
+def _curates(study: Study) -> bool:
+    """A map is of skills that are wanted: what raises them is dropped only where the study says so."""
+    return study.bins is None or any(value is not None for value in vars(study.curation).values())
+
+
 STAGES = (
     Stage(
         "readings",
@@ -170,6 +175,7 @@ STAGES = (
             "unscored.jsonl": "your rows that were not scored, with their reason",
         },
         needs=("attribute",),
+        asked=_curates,
         reads=("curation", "examples.positive_label", "examples.negative_label", "sae.path"),
         light=True,
         remade=True,
