@@ -55,7 +55,8 @@ def test_a_study_asks_for_what_it_names():
     assert names(Study()) == ["readings", "attribute", "curate", "report"]
     assert names(with_sae()) == ["readings", "policy", "attribute", "curate", "report"]
     labels = {"examples__positive_label": "a", "examples__negative_label": "b"}
-    full = with_sae(clamp=True, clusters=True, bins=True, concepts=[{"name": "c", "source": "difference"}], **labels)
+    given = {"clamp": True, "clusters": True, "bins": True, "concepts": [{"name": "c", "source": "difference"}]}
+    full = with_sae(curation__k=3, **given, **labels)
     trained = ("validate", "compare")
     assert names(full) == [stage.name for stage in STAGES if stage.name not in trained]
     assert "clamp" not in names(Study().replace("clamp", True))  # there is no policy to check

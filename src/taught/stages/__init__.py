@@ -32,7 +32,8 @@ def _has_policy(study: Study) -> bool:
 
 def _curates(study: Study) -> bool:
     """A map is of skills that are wanted: what raises them is dropped only where the study says so."""
-    return study.bins is None or any(value is not None for value in vars(study.curation).values())
+    named = any(value is not None for value in vars(study.curation).values())
+    return study.bins is None or named or "curated" in study.validation.designs
 
 
 STAGES = (
