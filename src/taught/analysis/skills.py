@@ -39,7 +39,7 @@ class Skill:
         if self.hi < self.chance:
             return f"{self.group}: the model is wrong more often than by chance, {beside}: its map means little"
         if self.lo <= self.chance:
-            return f"{self.group}: the model does not have this skill, {beside}: its map means little"
+            return f"{self.group}: the model is not shown to have this skill, {beside}: its map means little"
         if self.same_place:
             return f"{self.group}: every right option stands at one place, so a liking for that place looks like skill"
         return None

@@ -93,10 +93,11 @@ def _movers(tables: Tables, rows: Rows, target: str) -> Table:
     )
     made = []
     for row in (*up, *reversed(down)):
-        prompt = shorten(str(texts(tables).get(row["example_id"], {}).get("prompt", "")), 90)
-        made.append((Example(row["example_id"]), _with_error(row, target), row["label"], prompt))
+        own = texts(tables).get(row["example_id"], {})  # a document has no prompt
+        said = shorten(str(own.get("prompt") or own.get("response") or ""), 90)
+        made.append((Example(row["example_id"]), _with_error(row, target), row["label"], said))
     caption = f"{_capital(words(target))}: the examples that raise it most, and those that lower it most"
-    heads = columns("Example", value, "Label", "Prompt")
+    heads = columns("Example", value, "Label", "Prompt, or text")
     return Table(heads, made, caption, empty="No example moves it.", head=2 * ENDS)
 
 
