@@ -22,7 +22,12 @@ def test_accuracy_has_its_exact_interval_and_the_mean_chance() -> None:
 
 @pytest.mark.parametrize(
     ("right", "said"),
-    [(40, None), (10, "not shown to have this skill"), (13, "not shown to have this skill"), (1, "more often than by chance")],
+    [
+        (40, None),
+        (10, "not shown to have this skill"),
+        (13, "not shown to have this skill"),
+        (1, "more often than by chance"),
+    ],
 )
 def test_a_group_at_chance_or_below_is_warned_of(right: int, said: str | None) -> None:
     (found,) = skills(questions("a", right, 50))

@@ -91,6 +91,11 @@ class Tables:
         return {"run": "by the whole training run", "rank": "to rank by"}.get(self.unit, "per step")
 
     @property
+    def smoothness(self) -> Rows:
+        """How smooth the training run is that values are derivatives of, one row a random direction."""
+        return (self.json("attribution") or {}).get("smoothness", [])
+
+    @property
     def unit(self) -> str:
         """The unit of values (``Scores.unit``)."""
         return str((self.json("attribution") or {}).get("unit", "step"))

@@ -31,6 +31,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -183,6 +184,7 @@ class Training:
     batch_tokens : padded tokens of a micro-batch
     eps_root : under the root of AdamW
     weights : float64 [P], w of every example of ``inputs``; None for ones
+    starts : where the scored tokens of each example begin among all of them, and where the last ones end
     """
 
     model: nn.Module
@@ -193,6 +195,7 @@ class Training:
     eps_root: float = 0.0
     weights: Tensor | None = None
     moving: dict[str, nn.Parameter] = field(init=False)
+    starts: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.recipe.trainer != "loop":
@@ -206,6 +209,7 @@ class Training:
         self.moving = moving_parameters(self.model, self.parameters)
         check_inputs(self.inputs, self.moving)
         self.ids = [example.id for example in self.inputs]
+        self.starts = list(accumulate((example.n_scored for example in self.inputs), initial=0))
         self.plan = plan(self.ids, self.recipe)
         self.lrs = learning_rates(self.recipe, len(self.plan))
 

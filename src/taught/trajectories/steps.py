@@ -95,8 +95,7 @@ class Steps:
                 moved = None if parameters is None else tuple(parameters)
                 values, smooth = _Pass(training, replace(problem, parameters=moved), targets, work, self).values()
         tokens = targets.from_direct(values)  # [scored tokens of all examples, T]
-        ends = np.cumsum([z.n_scored for z in training.inputs])
-        shares = dict(zip(training.ids, np.split(tokens, ends[:-1]), strict=True))
+        shares = dict(zip(training.ids, np.split(tokens, training.starts[1:-1]), strict=True))
         effects = np.stack([shares[i].sum(0) for i in ids])
         details: dict[str, Any] = {"token_shares": shares}
         if smooth:
@@ -183,7 +182,7 @@ class _Pass:
     def _back(self, states: States, every: int, final: dict[str, Tensor], backs: Sequence[Back], name: str) -> Tensor:
         """Contributions of all steps, float64 [tokens, K], from the last segment to the first."""
         training, work = self.training, self.work
-        starts = np.cumsum([0, *(z.n_scored for z in training.inputs)]).tolist()
+        starts = training.starts
         values = torch.zeros(starts[-1], len(backs), dtype=torch.float64)
         work.progress.step(f"back through {len(training)} steps", len(training))
         key, done = piece_key("steps back", name), len(training)
@@ -220,9 +219,8 @@ class _Pass:
         """
         training = self.training
         v = np.random.default_rng([training.recipe.seed, number]).standard_normal(len(training.ids))
-        first = np.cumsum([0, *(z.n_scored for z in training.inputs[:-1])])
         columns = [k for k, name in enumerate(self.targets.names) if name.pathway is None]  # what has a value
-        predicted = SMALL * v @ self.targets.from_direct(np.add.reduceat(found, first))[:, columns]
+        predicted = SMALL * v @ self.targets.from_direct(np.add.reduceat(found, training.starts[:-1]))[:, columns]
         names = [self.targets.names[k] for k in columns]
         before, values, changes = final, [self._values(names, ended)], []
         self.work.progress.step("two trainings with other weights: is training smooth?", 2 * len(training))

@@ -67,7 +67,7 @@ def _reading(tables: Tables, step: str) -> list[str]:
         said += [
             "Values are derivatives of the trained model’s target in the weight of an example in the whole run; the "
             "behavior is in natural logarithms. Leaving examples out changes the target by about minus their sum.",
-            *(smoothness_text(one) for one in (tables.json("attribution") or {}).get("smoothness", [])),
+            *map(smoothness_text, tables.smoothness),
         ]
     elif tables.unit == "rank":
         said.append(
@@ -103,11 +103,10 @@ def smoothness_text(found: Row) -> str:
 
 def _sentences(tables: Tables) -> list[Sentence]:
     """A caution where the derivative through training did not foresee what other weights did."""
-    directions = (tables.json("attribution") or {}).get("smoothness", [])
-    rough = [one["score"] for one in directions if one["score"] < SMOOTH]
+    rough = [one["score"] for one in tables.smoothness if one["score"] < SMOOTH]
     missed = dict.fromkeys(
         row["target"]
-        for one in directions
+        for one in tables.smoothness
         for row in one["targets"]
         if not row["target"].startswith("coefficient:")
         and abs(row["measured"] - row["predicted"]) > MISSED * max(abs(row["measured"]), abs(row["predicted"]))

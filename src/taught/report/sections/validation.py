@@ -68,11 +68,11 @@ def foreseen_blocks(tables: Tables) -> Iterator[Block]:
     rows = [row for row in tables.rows("foreseen") or [] if row["target"] == removed_by(tables)]
     if not rows:
         return
-    kinds = list(dict.fromkeys(("named, " if row["named"] else "") + row["design"] for row in rows))
+    kind_of = [("named, " if row["named"] else "") + row["design"] for row in rows]
+    kinds = list(dict.fromkeys(kind_of))
     power, up = (common_power(row[name] for row in rows) for name in ("predicted", "measured"))
     points = []
-    for row in rows:
-        kind = ("named, " if row["named"] else "") + row["design"]
+    for row, kind in zip(rows, kind_of, strict=True):
         said = f"{kind} {row['subset']}: {count(row['left_out'], 'example')} left out"
         points.append(Point(row["predicted"] / 10.0**power, row["measured"] / 10.0**up, kinds.index(kind), -1, said))
     target = words(removed_by(tables))
