@@ -33,7 +33,7 @@ from taught.stages.attribute import attribute
 from taught.stages.policy import policy
 from taught.stages.readings import readings
 from taught.stages.sketches import sketches
-from taught.study.load import load_study
+from taught.study.load import dump_study, load_study
 from taught.study.schema import Study
 from tiny_models import tiny_examples, tiny_prompts
 from tiny_sketches import WEIGHT, problem
@@ -182,13 +182,11 @@ def test_processes_that_share_the_work_make_the_same_store(
 
 
 ALONE = """
-import sys, yaml
+import sys
 from taught.run.folder import RunFolder
 from taught.stages.sketches import sketches
 from taught.study.load import load_study
-_, study, _, run, _, given, _ = sys.argv
-key, _, value = given.partition("=")
-sketches(load_study(study).replace(key, yaml.safe_load(value)), RunFolder(run))
+sketches(load_study(sys.argv[1]), RunFolder(sys.argv[3]))
 """
 
 
@@ -200,8 +198,8 @@ def test_torchrun_fills_the_store_that_one_process_fills(copy: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--"]
     for name, start in (("one", ["-c", ALONE]), ("two", [*torchrun, "taught", "run"])):  # in processes of their own
-        estimator = f"attribution.estimator={{kind: sketch, dim: {DIM}, store: {copy / name}}}"
-        command = [*start, str(copy / "study.yaml"), "--run", str(copy / "run"), "--set", estimator, "--quiet"]
+        (copy / "study.yaml").write_text(dump_study(study_of(copy, sketch__store=str(copy / name))))
+        command = [*start, str(copy / "study.yaml"), "--run", str(copy / "run"), "--quiet"]
         subprocess.run([sys.executable, *command], check=True, env=environment, timeout=240)
     one, two = (sorted(p.name for p in (copy / n).iterdir()) for n in ("one", "two"))
     assert one == two
