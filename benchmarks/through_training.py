@@ -3,14 +3,18 @@
     python -m benchmarks.through_training --truth FILE [--methods adjoint@steps,adjoint+ekfac,...] [--out FILE]
         [--preset refusal-smollm2] [--examples 64] [--batch 8] [--epochs 1] [--method full|lora]
         [--sets 14] [--left-out 6] [--singles 8] [--orders 1] [--remove behavior:harmless]
+        [--targets behavior:harmless,score,coefficients] [--ask behavior:harmless]
 
 The truth: the preset's model is trained on some of its examples, step by step, and again with the weights of some
 examples at 0: the other examples, their batches, denominators and order stay. Left out are random sets, and single
 examples spread over the ranking by ids; with ``--orders 2`` all of it once more in another order of the examples, which
 says how much of a change belongs to the run and not to the data. It is kept in FILE, and not made again.
 
-Compared with it is, for the mean behavior of each group, minus the sum of every method's scores over what was left out.
-Beside the methods stand labels (refusals left out) and tokens (response tokens left out). Linear datamodelling score
+Compared with it is, for every target, minus the sum of a method's scores over what was left out. Targets are by default
+the mean behavior of each group; ``coefficients`` are the ten largest of the policy at the base model, and with them and
+``score`` the preset's SAE is read. ``--ask`` asks the methods for some of the targets only.
+Beside the methods stand those of :data:`taught.baselines.BASELINES` (label: refusals left out; response-length: their
+tokens; BM25, loss, ...). Linear datamodelling score
 (LDS): rank correlation over the sets, with a bootstrap interval over sets; controlled: given labels and tokens. With
 ``--remove TARGET`` the model is also trained without the examples that each method says raise the target most, as many
 as the random sets hold; the change stands beside that of the random sets. Times are of this machine, printed in
@@ -32,23 +36,28 @@ import torch
 from scipy import stats
 
 from benchmarks import common
+from taught.baselines.baselines import BASELINES
 from taught.core import driver
 from taught.core.driver import Method
 from taught.core.estimator import Work
+from taught.core.names import TargetName
 from taught.core.registry import Choice
 from taught.core.target import TargetSet, value
-from taught.model.readout import read_prompts
+from taught.environment import peak_memory_gb
 from taught.presets import preset_path
 from taught.progress import SilentProgress
+from taught.stages.compare import baselines_by_target, largest
 from taught.stages.ready import Ready, make_ready, read_data, read_here
 from taught.stages.subject import open_subject
 from taught.stats.ranks import spearman_interval
 from taught.study.load import load_study
 from taught.training.loop import in_training
 from taught.training.steps import Training
+from taught.trajectories.trained import read_trained
 from taught.validation.lds import lds_rows
 from taught.validation.subsets import Subsets
 
+REMOVED = ("random", "label", "bm25")  # baselines whose strongest examples are left out too
 GAUSS_NEWTON = "gauss-newton"  # the trajectory of steps without second derivatives
 
 
@@ -68,14 +77,18 @@ def main() -> None:
     parser.add_argument("--left-out", type=int, default=6)
     parser.add_argument("--singles", type=int, default=0)
     parser.add_argument("--orders", type=int, default=1)
+    parser.add_argument("--targets")
+    parser.add_argument("--ask")
     parser.add_argument("--remove", help="a target; each method's strongest examples are left out too")
     parser.add_argument("--memory-gb", type=float, default=8.0)
     parser.add_argument("--states", type=Path, help="a folder for states that do not fit into memory")
     args = parser.parse_args()
 
     study = load_study(preset_path(args.preset) / "study.yaml")
+    wanted = args.targets.split(",") if args.targets else []
+    if all(name.startswith("behavior:") for name in wanted):
+        study = study.replace("sae.path", None)
     for key, setting in {
-        "sae.path": None,
         "examples.limit": args.examples,
         "prompts.limit": args.prompts,
         "validation.method": args.method,
@@ -88,8 +101,14 @@ def main() -> None:
     subject, data = open_subject(study), read_data(study, SilentProgress())
     readings = read_here(study, subject, data.prompts, SilentProgress())
     ready = make_ready(study, subject, data, readings)
-    targets = TargetSet.of([f"behavior:{group}" for group in readings.groups], readings)
-    truth = known_truth(args, ready, targets)
+    wanted = wanted or [f"behavior:{group}" for group in readings.groups]
+    if "coefficients" in wanted:
+        assert readings.policy is not None
+        wanted.remove("coefficients")
+        wanted += [f"coefficient:{j}" for j in largest(readings.policy)]
+    measured = TargetSet(tuple(map(TargetName.parse, wanted)), readings)
+    truth = known_truth(args, ready, measured)
+    targets = TargetSet(tuple(map(TargetName.parse, args.ask.split(","))), readings) if args.ask else measured
     labels = {e.id: float(e.label == study.examples.positive_label) for e in ready.examples}
     tokens = {z.id: float(z.n_scored) for z in ready.inputs}
 
@@ -100,11 +119,10 @@ def main() -> None:
         scores = driver.scores(ready.problem, ready.inputs, targets, method_of(name), Work(folder=args.states))
         seconds[name] = time.monotonic() - started
         found[name] = {str(target): scores.by_example(target) for target in targets.names}
-        print(f"{name}: {seconds[name] / truth['seconds']:.1f} trainings", flush=True)
+        print(f"{name}: {seconds[name] / truth['seconds']:.1f} trainings, peak {peak_memory_gb()} GB", flush=True)
         for one in scores.details.get("smoothness", []):
             print(f"  smoothness: {json.dumps(one)}", flush=True)
-    names = [str(name) for name in targets.names]
-    found |= {"labels": dict.fromkeys(names, labels), "tokens": dict.fromkeys(names, tokens)}
+    found |= baselines_by_target(study, data, ready, targets, SilentProgress())
     rows = list(compared(truth, found, {"label": labels, "tokens": tokens}))
     for row in rows:
         cost = f", {seconds[row['method']] / truth['seconds']:.1f} trainings" if row["method"] in seconds else ""
@@ -114,8 +132,10 @@ def main() -> None:
     if args.remove:
         column = truth["targets"].index(args.remove)
         for name, of in found.items():
+            if name in BASELINES and name not in REMOVED:
+                continue
             strongest = sorted(of[args.remove], key=lambda i, own=of[args.remove]: (-own[i], i))[: args.left_out]
-            run = outcome(args, truth, ready, targets, 0, sorted(strongest))
+            run = outcome(args, truth, ready, measured, 0, sorted(strongest))
             removed.append({"method": name, **against_random(truth, run["values"][column], column)})
             print(json.dumps(removed[-1]), flush=True)
     if args.out:
@@ -198,9 +218,7 @@ def trained(ready: Ready, targets: TargetSet, ids: Sequence[str], left_out: Sequ
         training = Training(problem.model, ready.inputs, recipe, patterns, problem.batch_tokens, weights=weights)
         with training.ready():
             training.train()
-        with torch.no_grad():
-            y = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block).y.numpy()
-    final = replace(ready.readings, y=y)
+        final = read_trained(problem, targets)
     return [value(name, final, ready.readings) for name in targets.names]
 
 
@@ -212,11 +230,13 @@ def compared(truth: dict[str, Any], found: dict[str, dict[str, dict[str, float]]
     for order in sorted({run["order"] for run in truth["runs"]}):
         runs = {tuple(run["left_out"]): run["values"] for run in truth["runs"] if run["order"] == order}
         for column, target in enumerate(truth["targets"]):
+            if not any(target in of for of in found.values()):
+                continue
             whole = runs[()][column]
             moved = {name: runs[tuple(s)][column] - whole for name, s in several.items()}
             members = tuple(tuple(i for i in ids if i not in s) for s in several.values())
             subsets = Subsets(tuple(several), members, dict.fromkeys(ids, 1.0))
-            scores = {method: {target: of[target]} for method, of in found.items()}
+            scores = {method: {target: of[target]} for method, of in found.items() if target in of}
             rows = lds_rows(subsets, {target: moved}, scores, controls, design="held")
             for row in rows:
                 of = found[row.method][target]
