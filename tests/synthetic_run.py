@@ -547,6 +547,8 @@ def _write_certificates(run: RunFolder, made: _Made) -> None:
         Ranking("behavior:harmful", mean_y, nothing, None), made.example_ids, [np.tile(mean_y, (40, 1))]
     )
     run.write_table("statements", pa.Table.from_pylist([row._asdict() for row in found]))
+    again = [{"example_id": made.example_ids[0], "target": TARGETS[0], "first": 0.75, "exact": 3.25e-3}]
+    run.write_table("rescored", pa.Table.from_pylist(again))
 
 
 def _write_scores(run: RunFolder, made: _Made) -> None:

@@ -76,6 +76,12 @@ def test_the_verdict_says_what_retraining_did_and_how_well_it_was_foreseen(run: 
     assert topics["Retraining"].tone == "found" and "0.60 [0.40, 0.80]" in topics["Checked"].text
 
 
+def test_what_sketches_named_stands_with_its_exact_value(run: Path, page: str):
+    found = re.sub("<[^>]*>", " ", section(page, "certainty"))
+    assert re.search(r"0\.75.*3\.25", " ".join(found.split()))
+    assert re.search(r"0\.75.*3\.25", " ".join(shown(run, "certainty").split()))
+
+
 def test_clusters_stand_beside_random_examples(run: Path, page: str):
     tables = Tables(run)
     found = section(page, "clusters")
