@@ -57,6 +57,13 @@ def train_by_trl(
         trl is missing; the model is quantised; the trainer dropped examples; pairs and preferences are mixed; as in
         ``taught.training.loop.train``.
     """
+    if quantised_layers(model):
+        raise UserError(
+            "trl does not train on quantised weights here",
+            value="validation.trainer: trl",
+            rule="it would take the products of bitsandbytes, and its adapter in another wrapper",
+            fix="use --set validation.trainer=loop",
+        )
     if importlib.util.find_spec("trl") is None:
         raise UserError(
             "training by trl needs the package trl",
@@ -67,13 +74,6 @@ def train_by_trl(
         raise UserError(
             "trl trains without momentum, and fills its batches itself",
             value=f"validation.momentum: {recipe.momentum}, validation.batches: {recipe.batches}",
-            fix="use --set validation.trainer=loop",
-        )
-    if quantised_layers(model):
-        raise UserError(
-            "trl does not train on quantised weights here",
-            value="validation.trainer: trl",
-            rule="it would take the products of bitsandbytes, and its adapter in another wrapper",
             fix="use --set validation.trainer=loop",
         )
     inputs = sorted(inputs, key=lambda example: example.id)
