@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,40 @@ def test_second_derivatives_are_those_of_the_dequantised_copy(folder, dequantise
     near(products[0], products[1], 1e-6)
 
 
+def test_dora_takes_the_steps_that_it_takes_in_the_dequantised_copy(folder, dequantised, tmp_path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"], use_dora=True, init_lora_weights=False)
+    torch.manual_seed(0)
+    peft.get_peft_model(load_model(str(folder / "model")).model, config).save_pretrained(tmp_path / "dora")
+    found = []
+    for name, kind in (("model", "nf4"), (dequantised.name, None)):
+        own = load_model(str(folder / name), dtype="float64", load_in=kind, adapter=str(tmp_path / "dora"))
+        problem = problem_of(own.model, own.moving)
+        base = read_prompts(own.model, problem.prompts, problem.behavior, None)
+        found.append(next(step.dy for step in finite_steps(problem, tiny_examples()[:1], base)))
+    near(*found, 1e-5)
+
+
+def test_no_plain_weights_are_kept_for_the_way_back(folder) -> None:
+    model, kept = ours(folder, "nf4").model, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        plain_loss(model, tiny_examples()[0]).backward()
+    shapes = {(layer.out_features, layer.in_features) for layer in quantised_layers(model).values()}
+    assert kept and not {tuple(shape) for shape in kept} & {*shapes, *((i, o) for o, i in shapes)}
+
+
+def test_layers_that_accelerate_moves_inputs_for_compute_alike(folder) -> None:
+    """As it does where a model lies on several GPUs."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = theirs(folder, "nf4").eval()
+    ids = torch.tensor([[5, 7, 9]])
+    expected = load_model(str(folder / "model"), load_in="nf4").model(ids).logits
+    for layer in quantised_layers(model).values():
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
+    with plain_weights(model), torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    assert not any("packing_format_for_cpu" in vars(m.weight.quant_state) for m in quantised_layers(model).values())
+
+
 WAYS = {
     "sketch": {"attribution.estimator": {"kind": "sketch"}},
     "ekfac": {"attribution.curvature": {"kind": "ekfac"}},
@@ -248,6 +283,16 @@ def test_training_moves_what_it_moves_in_the_dequantised_copy(folder, dequantise
         assert all(torch.equal(before[n], now[n]) for n in now)
     near(found[0][0], found[1][0], 1e-4)
     near(found[0][1], found[1][1], 1e-4)
+
+
+def test_weights_beside_codes_that_training_keeps_are_read_as_a_checkpoint(folder, tmp_path) -> None:
+    own = load_model(str(folder / "model"), load_in="nf4")
+    recipe = Recipe.of(study_of(folder, {"validation.lr": 0.1}).validation)
+    train(own.model, tiny_examples(), recipe, parameters=["*norm*"], keep=tmp_path)
+    own.tokenizer.save_pretrained(tmp_path / "epoch-1")
+    kept, ids = load_model(str(tmp_path / "epoch-1"), load_in="nf4"), torch.tensor([[5, 7, 9]])
+    assert torch.equal(kept.model(ids).logits, own.model(ids).logits)
+    assert not torch.equal(load_model(str(folder / "model"), load_in="nf4").model(ids).logits, own.model(ids).logits)
 
 
 def test_costs_and_sizes_are_counted_as_of_plain_weights(folder, dequantised) -> None:
@@ -306,12 +351,15 @@ def test_codes_that_are_stored_as_floating_point_are_codes(folder, tmp_path) -> 
         prompt_effects(problem_of(stored, None), tiny_examples()[:1])
 
 
-def test_a_quantised_model_that_is_given_is_computed_alike_and_left_as_it_was(folder) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_model_that_is_given_is_computed_alike_and_left_as_it_was(folder, kind) -> None:
     data = [str(folder / name) for name in ("pairs.jsonl", "prompts.jsonl")]
     tokenizer = load_model(str(folder / "model")).tokenizer
-    study = study_of(folder, {})
+    study = study_of(folder, {}, load_in=kind)
     expected = influence(study.model.id, *data, ["behavior:harmless"], study=study)
-    given = peft.PeftModel.from_pretrained(theirs(folder, "nf4"), folder / "adapter", is_trainable=True)
+    given = peft.PeftModel.from_pretrained(theirs(folder, kind), folder / "adapter", is_trainable=True)
+    with torch.no_grad():
+        given(torch.tensor([[5, 7, 9]]))
     plain = study.replace("model.load_in", None).replace("model.adapter", None)
     found = influence(given, *data, ["behavior:harmless"], tokenizer=tokenizer, study=plain)
     near(found.values, expected.values, 1e-4)
@@ -320,9 +368,13 @@ def test_a_quantised_model_that_is_given_is_computed_alike_and_left_as_it_was(fo
     assert not any("forward" in vars(layer) for layer in layers)
     with pytest.raises(UserError, match=r"is quantised or not(.|\n)*quantization_config"):
         influence(given, *data, tokenizer=tokenizer, study=study.replace("model.adapter", None))
-    for layer in layers:  # as the first pass of a model in evaluation leaves them on some CPUs
-        layer.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(UserError, match="packed anew for inference"):
+    if kind == "nf4":
+        for layer in layers:  # as the first pass of a model in evaluation leaves them on some CPUs
+            layer.weight.quant_state.packing_format_for_cpu = True
+        with pytest.raises(UserError, match="packed anew for inference"):
+            influence(given, *data, tokenizer=tokenizer, study=plain)
+    given.config.quantization_config = {"quant_method": "hqq"}
+    with pytest.raises(UserError, match="weights are quantised\n(.|\n)*: hqq"):
         influence(given, *data, tokenizer=tokenizer, study=plain)
 
 
@@ -349,6 +401,7 @@ def test_check_says_that_quantised_weights_do_not_move(folder) -> None:
     [
         ({"llm_int8_has_fp16_weight": True, "load_in_8bit": True, "load_in_4bit": False}, "has_fp16_weight: True"),
         ({"bnb_4bit_quant_type": "nf3"}, "quant_type: nf3"),
+        ({"load_in_4bit": False}, "load_in_4bit: False"),
         ({"bnb_4bit_of_a_later_version": 7}, "later_version: 7"),
     ],
 )
@@ -361,6 +414,17 @@ def test_settings_of_bitsandbytes_that_are_not_known_are_refused(folder, tmp_pat
     file.write_text(json.dumps(config))
     with pytest.raises(UserError, match=rf"not understood(.|\n)*{message}"):
         load_model(str(tmp_path / "saved"))
+
+
+@pytest.mark.slow  # imports torch and bitsandbytes in a process of its own: 6 s of processor time
+def test_no_code_is_fetched_from_the_hub_when_bitsandbytes_is_imported(python, tmp_path) -> None:
+    (tmp_path / "kernels.py").write_text("print('ASKED FOR CODE')")
+    done = python(
+        "-c",
+        f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]}; from taught.model.quantised import bitsandbytes_is_there; "
+        "assert bitsandbytes_is_there() and 'kernels' not in sys.modules; import peft.tuners.lora; print('DONE')",
+    )
+    assert "DONE" in done.stdout and "ASKED" not in done.stdout, done.stderr
 
 
 def test_trl_is_refused_and_the_loop_takes_its_place(folder) -> None:

@@ -80,7 +80,7 @@ def quantisation(config: Any, name: str, load_in: str | None) -> tuple[str | Non
     if method != "bitsandbytes" or not own:
         raise UserError(
             "the model's weights are quantised",
-            value=f"{name}: {method}",
+            value=f"{name}: {getattr(method, 'value', method)}",
             rule="plain weights, or those of bitsandbytes; adapters of quantised models fit the plain ones",
             fix="set model.id to the model that it was quantised from, or to a dequantised copy",
         )
@@ -105,21 +105,25 @@ def _settings(config: Any) -> dict[str, Any]:
 def _kind(found: dict[str, Any], name: str) -> str:
     from transformers import BitsAndBytesConfig
 
-    known = BitsAndBytesConfig().to_dict()
-    strange = [f"{key}: {value}" for key, value in found.items() if key not in known and value]
-    kind = "int8"
-    if not found.get("load_in_8bit"):
-        kind = str(found.get("bnb_4bit_quant_type", known["bnb_4bit_quant_type"]))
-        kind += "-double" * bool(found.get("bnb_4bit_use_double_quant"))
-        strange += [] if kind in KINDS else [f"bnb_4bit_quant_type: {found['bnb_4bit_quant_type']}"]
-    strange += ["llm_int8_has_fp16_weight: True"] if found.get("llm_int8_has_fp16_weight") else []
+    usual = BitsAndBytesConfig().to_dict()
+    told = {**usual, **found}
+    strange = {key: value for key, value in found.items() if key not in usual and value}
+    kind = "int8" if told["load_in_8bit"] else told["bnb_4bit_quant_type"]
+    if told["load_in_4bit"] and told["bnb_4bit_use_double_quant"]:
+        kind = f"{kind}-double"
+    if told["load_in_4bit"] == told["load_in_8bit"]:
+        strange["load_in_4bit"] = told["load_in_4bit"]
+    elif kind not in KINDS:
+        strange["bnb_4bit_quant_type"] = kind
+    if told["llm_int8_has_fp16_weight"]:
+        strange["llm_int8_has_fp16_weight"] = True
     refuse(
-        strange,
+        [f"{key}: {value}" for key, value in strange.items()],
         f"{name} is quantised in a way that is not understood",
         rule="weights are codes of " + ", ".join(KINDS),
         fix="set model.id to the model that it was quantised from, and model.load_in to one of these",
     )
-    return kind
+    return str(kind)
 
 
 def loading(kind: str, saved: bool, device: str) -> dict[str, Any]:
