@@ -33,7 +33,7 @@ from taught.model.adapter import in_precision, trainable
 from taught.model.gradients import evaluating
 from taught.model.kernels import use_fast_products
 from taught.model.parameters import moving_parameters
-from taught.model.quantised import bitsandbytes_is_there
+from taught.model.quantised import bitsandbytes_is_there, quantised_layers
 from taught.progress import Progress, SilentProgress
 from taught.run.files import json_bytes
 from taught.training.recipe import Recipe
@@ -269,7 +269,8 @@ def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
         torch.manual_seed(seed)
         layers = LoraModel(model, config, "default")
     try:
-        in_precision(model, trainable(model))
+        if quantised_layers(model):
+            in_precision(model, trainable(model))
         use_fast_products(model)
         yield trainable(model)
     finally:
