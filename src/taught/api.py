@@ -21,6 +21,7 @@ from taught.errors import UserError
 from taught.model.adapter import given_adapter
 from taught.model.gradients import evaluating
 from taught.model.load import LoadedModel
+from taught.model.quantised import plain_weights, quantisation
 from taught.progress import Progress, SilentProgress
 from taught.stages.ready import Data, make_ready, read_here, wanted_targets, without_repeats
 from taught.stages.subject import Subject, chosen_examples, open_subject, study_prompts
@@ -114,7 +115,7 @@ def influence(
     read = study_prompts(study, prompts)
     records, overlap = drop_overlap(records, read, study.examples.drop_overlap)
     data = without_repeats(study, Data(read, records, [example_id for example_id, _ in overlap]))
-    with evaluating(subject.loaded.model):
+    with evaluating(subject.loaded.model), plain_weights(subject.loaded.model):
         readings = read_here(study, subject, read, progress)
         ready = make_ready(study, subject, data, readings, progress)
         asked = TargetSet.of(wanted_targets(study, readings) if targets is None else targets, readings)
@@ -133,6 +134,14 @@ def _subject(study: Study, model: Any, tokenizer: Any, *, kept: bool) -> Subject
             rule="model.adapter is put on a model that is loaded by its folder or hub id",
             fix="give the model's folder or id, or PeftModel.from_pretrained(model, adapter, is_trainable=True)",
         )
+    if study.model.load_in is not None:
+        raise UserError(
+            "a model that is given is quantised or not",
+            value=study.model.load_in,
+            rule="model.load_in is of a model that is loaded by its folder or hub id",
+            fix="give the model's folder or id, or load the model with a quantization_config",
+        )
+    quantisation(model.config, type(model).__name__, None)
     model, moving = given_adapter(model)
     weights = {"source": "a model that was given", **({"sha256": _digest(model)} if kept else {})}
     return open_subject(study, LoadedModel(model, tokenizer, type(model).__name__, None, weights, moving))

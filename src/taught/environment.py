@@ -12,6 +12,7 @@ from pathlib import Path
 import taught
 
 _VERSIONS_OF = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow")
+_EXTRAS = ("bitsandbytes", "peft")  # said where they are installed
 
 
 def versions() -> dict[str, str]:
@@ -22,6 +23,9 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
+    for name in _EXTRAS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 

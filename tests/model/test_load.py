@@ -264,11 +264,11 @@ def test_one_whole_set_of_weight_files_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            r"quantised(.|\n)*bitsandbytes",
+        *(
+            ({"quantization_config": {"quant_method": method}}, rf"weights are quantised\n(.|\n)*: {method}")
+            for method in ("awq", "compressed-tensors", "fp8", "gptq", "hqq", "mxfp4", "of_a_later_version")
         ),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised(.|\n)*: fp8"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, r"weights are quantised\n(.|\n)*tensors"),
         (
             {"model_type": "own", "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}},
             r"needs code that comes with it(.|\n)*never run",
@@ -282,6 +282,22 @@ def test_a_model_that_cannot_be_read_is_refused_with_the_true_cause(tmp_path, co
     configure(tmp_path / "m", **config)
     with pytest.raises(UserError, match=message):
         load_model(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_quantised_weights_without_the_packages_for_them_are_refused(tmp_path, monkeypatch, saved, package):
+    save_tiny(tmp_path / "m")
+    if saved:
+        configure(tmp_path / "m", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"need packages(.|\n)*{package}(.|\n)*pip install 'taught\[quantised\]'"):
+        load_model(str(tmp_path / "m"), load_in=None if saved else "nf4")
+
+
+def test_an_unknown_kind_of_weights_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"kind of weights\n  value: nf3\n  rule:  one of nf4, "):
+        load_model(str(tmp_path), load_in="nf3")
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ class Coded(nn.Module):
 def test_what_is_left_out_need_not_be_understood() -> None:
     model = tiny_model("tied")
     model.model.layers[1].mlp = Coded(model.model.layers[1].mlp)
-    with pytest.raises(UserError, match=r"not understood(.|\n)*attribution\.parameters"):
+    with pytest.raises(UserError, match=r"do not move(.|\n)*attribution\.parameters"):
         find_sites(model)
     patterns = ("*_proj.*",)
     problem = tiny_problem(model, lr=LR, parameters=patterns)

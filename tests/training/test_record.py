@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 import taught
 from reference import GROUPS, close
@@ -22,6 +22,7 @@ from taught.core.readings import Readings
 from taught.core.registry import Choice
 from taught.core.target import TargetSet
 from taught.errors import UserError
+from taught.model.quantised import plain_weights
 from taught.progress import SilentProgress
 from taught.sketches.store import example_digest
 from taught.stages.check import check_study
@@ -30,7 +31,17 @@ from taught.study.load import load_study
 from taught.study.schema import ValidationSpec
 from taught.training.recipe import Recipe
 from taught.training.recorded import Recorded
-from tiny_models import PAIRS, plain_loss, tiny_examples, tiny_model, tiny_preferences, tiny_problem, tiny_prompts
+from tiny_models import (
+    PAIRS,
+    PROMPT_IDS,
+    plain_loss,
+    plain_y,
+    tiny_examples,
+    tiny_model,
+    tiny_preferences,
+    tiny_problem,
+    tiny_prompts,
+)
 from tiny_study import do, values_of, with_values, write_tiny_study
 
 FEW = ("model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.v_proj.weight")
@@ -294,6 +305,39 @@ def test_an_adapter_s_run_is_followed_from_the_adapter_before_training(tmp_path)
     assert np.abs(scores(folder, problem=problem, segments=1).values).max() > 0
     with pytest.raises(UserError, match=r"another model(.|\n)*only in the run(.|\n)*model\.adapter"):
         scores(folder)
+
+
+def test_a_run_on_quantised_weights_is_followed_by_its_true_gradients(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
+    model32("tied").save_pretrained(tmp_path / "model")
+    codes = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def fresh():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=codes, dtype=torch.float32)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["up_proj", "v_proj"], init_lora_weights="gaussian")
+        return peft.get_peft_model(model, config)
+
+    folder = record(tmp_path, fresh(), LONG, states={"checkpoints": 2}, num_train_epochs=2)
+    run, plain, followed = Recorded.open(folder), fresh().get_base_model(), fresh().get_base_model()
+    own = [plain.train().get_parameter(name) for name in run.moving]
+
+    def gradient(value):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, own)])
+
+    expected = np.zeros(len(LONG))
+    for step in run.states:
+        with torch.no_grad():
+            for name, weight in run.load(step).parts["weights"].items():
+                plain.get_parameter(name).copy_(weight)
+        reads = [plain_y(plain, ids) for ids, group in zip(PROMPT_IDS, GROUPS, strict=True) if group == "a"]
+        target = gradient(torch.stack(reads).mean())
+        expected -= run.lrs[step] * np.array([float(gradient(plain_loss(plain, z)) @ target) for z in LONG])
+    with plain_weights(followed):
+        problem = replace(problem32(), model=followed.eval(), parameters=run.moving)
+        found = scores(folder, "checkpoints", examples=LONG, problem=problem).values[:, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from taught.estimators.every_prompt import prompt_chunks
 from taught.model.blockwise import split_sites
 from taught.model.forward import find_blocks
 from taught.model.gradients import find_sites
-from taught.model.parameters import moving_parameters
+from taught.model.parameters import moving_parameters, weight_shape
 from taught.model.readout import pack, pack_rows
 from taught.model.tokens import Rows
 from taught.sketches.project import COLUMNS
@@ -260,12 +260,12 @@ def _sizes(problem: Problem) -> _Sizes:
 def _matrices(module: nn.Module, ids: set[int] | None = None) -> int:
     """Weights of a module's matrices, or of those among them that have one of the ids."""
     matrices = [p for p in module.parameters() if p.ndim > 1]
-    return sum(p.numel() for p in matrices if ids is None or id(p) in ids)
+    return sum(weight_shape(p).numel() for p in matrices if ids is None or id(p) in ids)
 
 
 def _sides(blocks: Iterable[nn.Module]) -> tuple[int, int]:
     """Inputs and outputs of all matrices of some blocks."""
-    shapes = [p.shape for block in blocks for p in block.parameters() if p.ndim == 2]
+    shapes = [weight_shape(p) for block in blocks for p in block.parameters() if p.ndim == 2]
     return sum(shape[1] for shape in shapes), sum(shape[0] for shape in shapes)
 
 

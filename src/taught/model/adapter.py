@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any
 
 from taught.errors import UserError, refuse
 from taught.model.load import find_wrapper
+from taught.model.parameters import is_plain
+from taught.model.quantised import bitsandbytes_is_there, quantised_layers
 from taught.run.files import read_json_mapping, sha256_folder
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
             rule="only where model.adapter is set",
             fix="pip install 'taught[peft]'",
         )
+    bitsandbytes_is_there()
     from peft import PeftModel
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
@@ -116,9 +119,20 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
         log.warning("the adapter %s was trained on %s; it is put on %s", adapter, base, own)
         weights["trained_on"] = base
     adapted = wrapped.get_base_model().eval()
-    if getattr(adapted, "hf_device_map", None) is None:
+    moving = trainable(adapted)
+    if quantised_layers(adapted):
+        in_precision(adapted, moving)
+    elif getattr(adapted, "hf_device_map", None) is None:
         adapted.to(device)
-    return adapted, trainable(adapted), weights
+    return adapted, moving, weights
+
+
+def in_precision(model: Any, moving: Iterable[str]) -> None:
+    """Hold some parameters in the precision of the model: peft makes those on layers of codes in float32."""
+    dtype = next(p.dtype for p in model.parameters() if is_plain(p))
+    for name in moving:
+        p = model.get_parameter(name)
+        p.data = p.data.to(dtype)
 
 
 def trainable(model: Any) -> tuple[str, ...]:

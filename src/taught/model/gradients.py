@@ -88,7 +88,7 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
     Raises
     ------
     UserError
-        DoRA; a parameter has no gradient (quantised weights), or is an embedding of an unknown kind. A pattern matches
+        DoRA; a parameter holds codes of quantised weights, or is an embedding of an unknown kind. A pattern matches
         nothing. Nothing is left out silently.
     """
     refuse_detached(model)
@@ -110,14 +110,14 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
                 continue
             # Which look-ups give no gradient in training would be unknown.
             lookup = isinstance(module, nn.Embedding) and module.padding_idx is not None
-            if not p.is_floating_point() or lookup:
+            if lookup:
                 missing.append(f"{name}.{own}".removeprefix("."))
             sites.append(Site(name, "whole", whole, None))
     if missing:
         raise UserError(
             "some parameters are in modules whose gradients are not understood",
             value=sorted(missing)[:5],
-            rule="parameters of floating point; embeddings with a padding token look rows up and scale them",
+            rule="embeddings with a padding token look rows up and scale them",
             fix="use the finite-step estimator, or set attribution.parameters to leave them out",
         )
     return sites

@@ -58,7 +58,8 @@ class LoadedModel:
     weights : dict of JSON values
         ``source`` in words and what identifies the weights: ``sha256`` (of the GGUF file, or of a
         folder's weights, configuration and tokenizer) or ``commit`` (of a hub repository, of which model and
-        tokenizer are both read); ``attention`` where it is not the fused one; ``adapter`` where there is one.
+        tokenizer are both read); ``attention`` where it is not the fused one; ``quantised`` where linear layers hold
+        codes; ``adapter`` where there is one.
     moving : names of the parameters that training the adapter moves; None: there is no adapter
     """
 
@@ -86,6 +87,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    load_in: str | None = None,
     chat_template: str | Path | None = None,
     adapter: str | None = None,
     adapter_revision: str | None = None,
@@ -99,6 +101,8 @@ def load_model(
     revision : branch, tag or commit on the hub
     dtype : one of :data:`DTYPES`
     device : as torch spells it, or ``auto``: blocks are spread over the GPUs of this machine by accelerate
+    load_in : one of ``taught.model.quantised.KINDS``: quantise the weights of linear layers but the output; None: they
+        stay as they were saved
     chat_template : Jinja file that replaces the tokenizer's own chat template
     adapter, adapter_revision : a LoRA adapter to put on the model (``taught.model.adapter``): folder or hub id
 
@@ -106,8 +110,9 @@ def load_model(
     ------
     UserError
         The id or folder is not there, the hub is out of reach, a checksum differs, the weights are
-        not safetensors, quantised, or not those that the configuration asks for; there is no chat template; the
-        tokenizer has tokens that the model lacks; the model fits on no devices.
+        not safetensors, quantised by something else than bitsandbytes, or not those that the configuration asks for;
+        there is no chat template; the tokenizer has tokens that the model lacks; the model fits on no devices; a
+        package that quantised weights need is missing.
 
     Notes
     -----
@@ -119,7 +124,10 @@ def load_model(
 
     from taught.model.adapter import add_adapter
     from taught.model.kernels import use_fast_products
+    from taught.model.quantised import KINDS
 
+    if load_in not in (None, *KINDS):
+        raise UserError("unknown kind of weights", value=load_in, rule="one of " + ", ".join(KINDS))
     template = None
     if chat_template is not None:
         try:
@@ -142,9 +150,9 @@ def load_model(
             rule="prompts and examples are rendered as the model was trained to read them",
             fix="pass the model's template: --chat-template FILE",
         )
-    model = _read(partial(_load_weights, dtype=dtype, device=device), source)
+    model, quantised = _read(partial(_load_weights, dtype=dtype, device=device, load_in=load_in), source)
     _refuse_unknown_tokens(model, tokenizer)
-    weights, moving = dict(source.weights), None
+    weights, moving = {**source.weights, **quantised}, None
     attention = getattr(model.config, "_attn_implementation", "sdpa")
     if attention != "sdpa":
         weights["attention"] = attention
@@ -154,14 +162,22 @@ def load_model(
     return LoadedModel(model, tokenizer, str(model_id), source.commit or revision, weights, moving)
 
 
-def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
+def _load_weights(
+    name: str, *, dtype: str, device: str, load_in: str | None, **how: Any
+) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """The model, and what identifies the codes of its layers where it is quantised."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from taught.model.kernels import use_fast_products
+    from taught.model.parameters import is_plain
+    from taught.model.quantised import codes_record, loading, quantisation, use_plain_weights
 
-    _refuse_quantised(AutoConfig.from_pretrained(name, trust_remote_code=False, **how), name)
-    if device == "auto":
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **how)
+    kind, saved = quantisation(config, name, load_in)
+    if kind is not None:
+        how |= loading(kind, saved, device)
+    elif device == "auto":
         if importlib.util.find_spec("accelerate") is None:
             raise UserError(
                 "model.device: auto needs a package that is missing",
@@ -173,7 +189,7 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
     load: Callable[..., Any] = partial(
         AutoModelForCausalLM.from_pretrained,
         name,
-        dtype=getattr(torch, dtype),
+        dtype=getattr(torch, "float32" if kind is not None and dtype == "float64" else dtype),
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
@@ -191,9 +207,15 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
         raise _an_adapter(name)
     _refuse_offloaded(model)
     _refuse_other_weights(model, found, name)
-    model = (model if device == "auto" else model.to(device)).eval()
+    model = (model if "device_map" in how else model.to(device)).eval()
     use_fast_products(model)
-    return model
+    if kind is None:
+        return model, {}
+    if dtype == "float64":  # codes are made of float32
+        for p in model.parameters():
+            p.data = p.data.double() if is_plain(p) else p.data
+    use_plain_weights(model)
+    return model, {"quantised": {"kind": kind, **codes_record(model)}}
 
 
 # --- what transformers only warns of ------------------------------------------------------------
@@ -216,20 +238,6 @@ def _warnings_heard(name: str) -> Iterator[None]:
         for message in said:
             if "LOAD REPORT" not in message:  # missing and unexpected weights are refused
                 log.warning("transformers says of %s: %s", name, message)
-
-
-def _refuse_quantised(config: Any, name: str) -> None:
-    """Packed weights have no gradient, and are unpacked otherwise from machine to machine."""
-    for part in (config, config.get_text_config()):
-        found = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
-        if found:
-            kind = found.get("quant_method") if isinstance(found, dict) else type(found).__name__
-            raise UserError(
-                "the model's weights are quantised",
-                value=f"{name}: {kind}",
-                rule="weights are plain numbers of one dtype; adapters of quantised models fit the plain ones",
-                fix="set model.id to the model that it was quantised from, or to a dequantised copy",
-            )
 
 
 def _refuse_other_weights(model: Any, found: dict[str, Any], name: str) -> None:

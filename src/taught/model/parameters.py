@@ -1,4 +1,4 @@
-"""Which parameters of a model move in a step: all, or those that patterns name."""
+"""Which parameters of a model move in a step: all, or those that patterns name; never codes of quantised weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
-from taught.errors import UserError
+from taught.errors import UserError, refuse
+
+
+def is_plain(p: nn.Parameter) -> bool:
+    """Whether a parameter holds floating point numbers, and not codes: those may be stored as if they were some."""
+    return p.is_floating_point() and not hasattr(p, "quant_state")
+
+
+def weight_shape(p: nn.Parameter) -> torch.Size:
+    """The shape of a parameter; of 4-bit codes, which are packed in one column, that of what they stand for."""
+    shape: torch.Size = getattr(getattr(p, "quant_state", None), "shape", p.shape)
+    return shape
 
 
 def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
@@ -22,11 +34,21 @@ def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     Raises
     ------
     UserError
-        A pattern matches no parameter.
+        A pattern matches no parameter, or codes of quantised weights.
     """
     every = dict(model.named_parameters())
-    if patterns is None:
-        return every
+    chosen = every if patterns is None else _chosen(every, patterns)
+    refuse(
+        [name for name, p in chosen.items() if not is_plain(p)],
+        "quantised weights do not move",
+        rule="what moves are floating point numbers; codes have no gradient",
+        fix="set model.adapter to a LoRA adapter, or attribution.parameters to others, such as "
+        + next((name for name, p in every.items() if is_plain(p)), "norms"),
+    )
+    return chosen
+
+
+def _chosen(every: dict[str, nn.Parameter], patterns: Sequence[str]) -> dict[str, nn.Parameter]:
     names = every.keys() & set(patterns)  # of an adapter there are hundreds; patterns are slow
     wild = [pattern for pattern in patterns if pattern not in names]
     for pattern in wild:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +26,7 @@ from taught.errors import UserError
 from taught.estimators.cost import ACTIVE, Asked, attribution_cost, validation_cost
 from taught.model.forward import get_block
 from taught.model.kernels import product_rate
-from taught.model.parameters import moving_parameters
+from taught.model.parameters import is_plain, moving_parameters, weight_shape
 from taught.stages import asked
 from taught.stages.ready import make_problem, method_of
 from taught.stages.subject import Subject, chosen_examples, open_subject, prompt_inputs, study_prompts
@@ -123,12 +124,14 @@ def check_study(study: Study) -> CheckReport:
 
 def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> None:
     model, sae = subject.loaded.model, subject.sae
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(weight_shape(p).numel() for p in model.parameters())
     report.add(
         "model",
         f"{subject.loaded.model_id}, {parameters / 1e6:.1f}M parameters, {study.model.dtype} on {study.model.device}",
     )
     report.add("weights", subject.loaded.weights.get("source", "local folder"))
+    if codes := subject.loaded.weights.get("quantised"):
+        report.add("quantised", f"{codes['kind']}, {codes['layers']} linear layers")
     if study.model.adapter is not None:
         report.add("adapter", study.model.adapter)
         if base := subject.loaded.weights["adapter"].get("trained_on"):
@@ -295,8 +298,11 @@ def retrained_bytes(subsets: Sequence[int], epochs: int, prompts: int, features:
 
 
 def _a_weight(subject: Subject) -> Tensor:
+    """One of a block's matrices; where it is quantised, the product is one with what it stands for."""
     block = get_block(subject.loaded.model, 0)
-    return next(p for p in block.parameters() if p.ndim == 2)
+    p = next(p for p in block.parameters() if p.ndim == 2)
+    like = next(subject.loaded.model.parameters())
+    return p if is_plain(p) else torch.empty(weight_shape(p), dtype=like.dtype, device=p.device)
 
 
 def _minutes(operations: float, rate: float) -> str:

@@ -129,6 +129,7 @@ def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
         revision=study.model.revision,
         dtype=study.model.dtype,
         device=study.model.device,
+        load_in=study.model.load_in,
         chat_template=study.model.chat_template,
         adapter=study.model.adapter,
     )
@@ -167,6 +168,7 @@ def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | Non
         revision=revision if whole else study.model.revision,
         dtype=study.model.dtype,
         device=study.model.device,
+        load_in=study.model.load_in,
         chat_template=study.model.chat_template,
         adapter=None if whole else id,
         adapter_revision=None if whole else revision,

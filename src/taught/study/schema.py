@@ -162,6 +162,11 @@ class ModelSpec(Section):
     dtype: str = setting(
         "float32", rules.one_of("float32", "bfloat16", "float16", "float64"), "float32 | bfloat16 | float16 | float64"
     )
+    load_in: str | None = setting(
+        None,
+        rules.optional(rules.one_of("nf4", "nf4-double", "fp4", "fp4-double", "int8")),
+        "nf4 | nf4-double | fp4 | fp4-double | int8: quantise by bitsandbytes; null: as saved",
+    )
     device: str = setting("cpu", rules.text(), "cpu | cuda | cuda:1 | mps | auto (spread over GPUs)")
     chat_template: str | None = setting(
         None, rules.optional(rules.path()), "a Jinja file, for a tokenizer that has no chat template"

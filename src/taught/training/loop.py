@@ -29,10 +29,11 @@ from taught.curvatures.adam import moments_from_optimizer
 from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.estimators.finite_step import restored
-from taught.model.adapter import trainable
+from taught.model.adapter import in_precision, trainable
 from taught.model.gradients import evaluating
 from taught.model.kernels import use_fast_products
 from taught.model.parameters import moving_parameters
+from taught.model.quantised import bitsandbytes_is_there, quantised_layers
 from taught.progress import Progress, SilentProgress
 from taught.run.files import json_bytes
 from taught.training.recipe import Recipe
@@ -258,6 +259,7 @@ def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
             rule="one adapter at a time; method full trains the one that is there",
             fix="use --set validation.method=full",
         )
+    bitsandbytes_is_there()
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
@@ -267,6 +269,8 @@ def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
         torch.manual_seed(seed)
         layers = LoraModel(model, config, "default")
     try:
+        if quantised_layers(model):
+            in_precision(model, trainable(model))
         use_fast_products(model)
         yield trainable(model)
     finally:

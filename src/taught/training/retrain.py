@@ -66,6 +66,7 @@ _COMPUTING = (
     "model/layout.py",
     "model/load.py",
     "model/parameters.py",
+    "model/quantised.py",
     "model/readout.py",
     "model/tokens.py",
     "training/trl.py",

@@ -28,6 +28,7 @@ from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.model.layout import first_device
 from taught.model.parameters import moving_parameters
+from taught.model.quantised import quantised_layers
 from taught.progress import Progress, SilentProgress
 from taught.training.loop import TrainLog, check_inputs, only_moving
 from taught.training.recipe import Recipe
@@ -53,9 +54,16 @@ def train_by_trl(
     Raises
     ------
     UserError
-        trl is missing; the trainer dropped examples; pairs and preferences are mixed; as in
+        trl is missing; the model is quantised; the trainer dropped examples; pairs and preferences are mixed; as in
         ``taught.training.loop.train``.
     """
+    if quantised_layers(model):
+        raise UserError(
+            "trl does not train on quantised weights here",
+            value="validation.trainer: trl",
+            rule="it would take the products of bitsandbytes, and its adapter in another wrapper",
+            fix="use --set validation.trainer=loop",
+        )
     if importlib.util.find_spec("trl") is None:
         raise UserError(
             "training by trl needs the package trl",
