@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
-from taught.model.forward import edited_output, get_block, run_at
+from taught.model.forward import edited_output, get_block, get_point, run_at
 from taught.model.layout import use_plain_passes
 from taught.model.readout import pack, pack_apart, read_packed, read_prompts_plain
 from taught.policy.dose import agreement, control_p, response, slope
@@ -29,6 +29,7 @@ from tiny_models import (
     BLOCK,
     ENCODERS,
     MODELS,
+    POINT,
     WIDTH,
     plain_y,
     same,
@@ -105,7 +106,7 @@ def test_only_the_named_tokens_are_edited_and_only_in_the_body(name: str) -> Non
 
     with torch.no_grad():
         before, held = after_block(), snapshot(model)
-        with edited_output(get_block(model, BLOCK), torch.tensor([1, 3]), lambda h: 2 * h + 1):
+        with edited_output(get_point(model, POINT), torch.tensor([1, 3]), lambda h: 2 * h + 1):
             during = after_block()
         expected = before.clone()
         expected[0, [1, 3]] = 2 * before[0, [1, 3]] + 1
@@ -140,8 +141,8 @@ def tree_y(model, prompts, edit, packs=pack_apart) -> dict[str, float]:
     found = {}
     for packed in packs(prompts, tiny_behavior()):
         places = run_at(model, packed.rows, packed.read.unique())
-        with edited_output(get_block(model, BLOCK), places, edit):
-            _, y = read_packed(model, packed, tiny_behavior(), BLOCK)
+        with edited_output(get_point(model, POINT), places, edit):
+            _, y = read_packed(model, packed, tiny_behavior(), POINT)
         found |= {prompts[i].id: float(v) for i, v in zip(packed.index, y, strict=True)}
     return found
 
@@ -324,14 +325,14 @@ def rows_of(run: RunFolder) -> list[dict]:
 def test_the_table_is_that_of_edits_in_plain_passes(study: Study, run: RunFolder) -> None:
     """Prompt by prompt, without trees: the dose-response of every feature."""
     subject, rows = open_subject(study), rows_of(run)
-    model, block = subject.loaded.model, subject.sae.block
+    model, point = subject.loaded.model, subject.sae.point
     arrays, ids = run.read_tensors("activations")
     encoded = subject.encode(study_prompts(study))
     inputs = {p.id: p for p in prompt_inputs(encoded, study.readout.position)}
 
     def y(prompt, edit) -> float:
-        with edited_output(get_block(model, block), torch.tensor(prompt.read), edit):
-            return float(read_prompts_plain(model, [prompt], subject.behavior, 0).y)
+        with edited_output(get_point(model, point), torch.tensor(prompt.read), edit):
+            return float(read_prompts_plain(model, [prompt], subject.behavior, None).y)
 
     coef = {r["feature_id"]: r["coef"] for r in run.read_table("coefficients").to_pylist()}
     assert {row["feature_id"]: row["coef"] for row in rows} == pytest.approx(coef)

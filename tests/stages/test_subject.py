@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from taught.core.point import Point
 from taught.errors import UserError
 from taught.stages.subject import open_subject
 from taught.study.load import load_study
@@ -71,7 +72,14 @@ def test_one_number_of_any_tensor_changes_the_saes_digest(name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"apply_b_dec_to_input": False}, {"k": 2}, {"rescale_by_decoder_norm": False}, {"block": 0}]
+    "change",
+    [
+        {"apply_b_dec_to_input": False},
+        {"k": 2},
+        {"rescale_by_decoder_norm": False},
+        {"point": Point(0)},
+        {"point": Point(1, "mlp_out")},
+    ],
 )
 def test_another_use_of_the_same_tensors_changes_the_saes_digest(change):
     sae = tiny_sae("topk")
