@@ -225,15 +225,19 @@ def make(study: Study, folder: Path, source: str, **options: Any) -> Concept:
     return found.concept
 
 
-def plain_pooled(study: Study, block: int):
-    """Pooled h [N, D] of each prompt by its own plain pass, and which are positive."""
+def plain_pooled(study: Study, block: int, module: str = ""):
+    """Pooled h [N, D] of each prompt by its own plain pass, and which are positive; of a module of the block."""
     subject, rows, positive = open_subject(study), [], []
+    seen: list[torch.Tensor] = []
+    watched = subject.loaded.model.model.layers[block].get_submodule(module)
+    watched.register_forward_hook(lambda module, args, output: seen.append(output))
     for prompt in study_prompts(study):
         encoded = subject.chat.encode_prompt(prompt.text, prompt.id)
         ids = torch.tensor([encoded.input_ids])
         with torch.no_grad():
             out = subject.loaded.model(input_ids=ids, output_hidden_states=True)
-        rows.append(out.hidden_states[block + 1][0, slice(*encoded.user_span)].mean(0))
+        h = seen[-1] if module else out.hidden_states[block + 1]
+        rows.append(h[0, slice(*encoded.user_span)].mean(0))
         positive.append(prompt.group == "harmful")
     return torch.stack(rows).double().numpy(), np.array(positive)
 
@@ -247,6 +251,19 @@ def test_the_stage_makes_the_difference_of_means_of_plain_passes(study: Study, t
     assert (made.name, made.point, made.position) == ("c", Point(0), "mean_user")
     assert made.provenance["groups"] == ["harmful", "harmless"]
     assert made.weights["sha256"]
+
+
+def test_a_direction_of_what_the_mlp_adds_is_made_and_kept_there(study: Study, tmp_path: Path):
+    made = make(study, tmp_path / "c", "difference", block=0, point="mlp_out", sweep=True)
+    X, positive = plain_pooled(study, 0, "mlp")
+    v = X[positive].mean(0) - X[~positive].mean(0)
+    np.testing.assert_allclose(made.direction, v / np.linalg.norm(v), atol=1e-5)
+    assert made.point == Point(0, "mlp_out") and [row["block"] for row in made.card["sweep"]] == [0, 1, 2]
+    assert made.card["sweep"][0]["auc"] == made.card["auc"]["value"]
+    save_concept(made, tmp_path / "saved")
+    assert load_concept(tmp_path / "saved").point == made.point
+    before = {key: value for key, value in made.record().items() if key != "point"}
+    assert Concept.of(before, made.direction).point == Point(0)
 
 
 def test_a_concept_that_is_there_is_taken_from_its_folder_or_from_a_run(study: Study, tmp_path: Path):
@@ -471,9 +488,11 @@ def test_half_precision_directions_are_their_numbers(tmp_path: Path):
     assert file_direction(tmp_path / "v.safetensors")[0].tolist() == [1.5, -2.0]
 
 
-@pytest.mark.parametrize("part", [{"block": "3"}, {"name": None}, {"weights": [1]}, {"card": 3}, {"position": ["x"]}])
+@pytest.mark.parametrize(
+    "part", [{"block": "3"}, {"point": 3}, {"name": None}, {"weights": [1]}, {"card": 3}, {"position": ["x"]}]
+)
 def test_a_saved_concept_with_a_part_of_another_type_is_refused(tmp_path: Path, part):
-    save_concept(Concept("a", np.ones(3), 1), tmp_path)
+    save_concept(Concept("a", np.ones(3), Point(1)), tmp_path)
     record = json.loads((tmp_path / "concept.json").read_bytes())
     (tmp_path / "concept.json").write_text(json.dumps(record | part))
     with pytest.raises(UserError, match=f"concept cannot be read(.|\n)*{next(iter(part))}"):

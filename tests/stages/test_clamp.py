@@ -357,6 +357,37 @@ def test_the_table_is_that_of_edits_in_plain_passes(study: Study, run: RunFolder
         assert_allclose(found, (x @ dy) / (x @ x), rtol=1e-3, atol=1e-5)
 
 
+def test_features_of_what_the_mlp_adds_are_scaled_there(tmp_path: Path) -> None:
+    study = clamping(load_study(write_tiny_study(tmp_path)).replace("prompts.limit", 6), 6, 2)
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = f"blocks.{BLOCK}.hook_mlp_out"
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
+    run = do(study, tmp_path / "run", *READ, "clamp")
+    subject, row = open_subject(study), max(rows_of(run), key=lambda row: row["n"])
+    prompts = prompt_inputs(subject.encode(study_prompts(study)), study.readout.position)
+    model, k = subject.loaded.model, row["feature_id"]
+    column = run.read_tensors("activations")[1]["feature_ids"].index(k)
+    X = dict(zip(*(run.read_tensors("activations")[i][key] for i, key in ((1, "prompt_ids"), (0, "X"))), strict=True))
+
+    def y(prompt, scale: float) -> float:
+        def edit(module, args, output):  # features are signed directions: ReLU of one entry of h
+            changed, axis, sign = output.clone(), k % output.shape[-1], 1 if k < output.shape[-1] else -1
+            for t in prompt.read:
+                changed[0, t, axis] += (scale - 1) * sign * torch.relu(sign * output[0, t, axis])
+            return changed
+
+        handle = model.model.layers[BLOCK].mlp.register_forward_hook(edit)
+        try:
+            return float(read_prompts_plain(model, [prompt], subject.behavior, None).y)
+        finally:
+            handle.remove()
+
+    active = [prompt for prompt in prompts if X[prompt.id][column] > 0]
+    assert len(active) == row["n"] > 1
+    mean = np.mean([y(prompt, 3.0) - y(prompt, 1.0) for prompt in active])
+    assert_allclose(row["doses"][SCALES.index(3.0)]["value"], mean, rtol=1e-3, atol=1e-5)
+
+
 def test_what_the_policy_predicts_of_an_edit_is_its_coefficient_here(run: RunFolder) -> None:
     """The tiny SAE's features are orthogonal and decode exactly: an edit moves one feature, by its dose."""
     for row in rows_of(run):
