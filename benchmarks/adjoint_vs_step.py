@@ -160,7 +160,7 @@ def _in_float64(setting: Setting, examples: Sequence[int], results: Results, pro
     features = dataclasses.replace(problem.features, sae=problem.features.sae.to(None, torch.float64))
     problem = dataclasses.replace(problem, model=model, features=features)
     with common.double_throughout():
-        baseline = read_prompts(model, problem.prompts, problem.behavior, problem.block)
+        baseline = read_prompts(model, problem.prompts, problem.behavior, problem.point)
     double = dataclasses.replace(setting, ready=dataclasses.replace(setting.ready, problem=problem), baseline=baseline)
     progress.advance(1)
     by_id = {row["example_id"]: row for row in results.rows}

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import RESULTS, Clock, Results, Row, kept, run
+from taught.core.point import Point
 from taught.environment import keep_freed_memory, peak_memory_gb
 
 TOKENS = (256, 512, 1024, 2048)
@@ -71,7 +72,14 @@ def one(tokens: int, checkpointing: bool) -> Row:
     ).eval()
     like = _problem(model, 2, width=576)
     problem = Problem(
-        model, like.prompts, like.behavior, 1e-4, 15, like.features, batch_tokens=tokens, checkpointing=checkpointing
+        model,
+        like.prompts,
+        like.behavior,
+        1e-4,
+        Point(15),
+        like.features,
+        batch_tokens=tokens,
+        checkpointing=checkpointing,
     )
     draw = np.random.default_rng(0)
     example = sft("z", tuple(draw.integers(10, 2000, tokens).tolist()), 16)

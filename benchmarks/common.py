@@ -321,7 +321,7 @@ def opened(study: Study, progress: Progress) -> Setting:
     assert policy is not None and problem.features is not None
     progress.step("read-outs", len(problem.prompts))
     with Clock() as clock:
-        baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block, progress=progress)
+        baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.point, progress=progress)
         X = problem.features(baseline.h, baseline.offsets).double().cpu().numpy()
         kept = {"feature_ids": policy.feature_ids, "alpha": policy.alpha, "fit_intercept": policy.fit_intercept}
         fit_policy(X, baseline.y.numpy(), prompt_ids=baseline.prompt_ids, **kept)
@@ -370,7 +370,7 @@ def conditions(setting: Setting, args: argparse.Namespace) -> Row:
         "examples": len(setting.examples),
         "example_tokens": sum(len(example.ids) - 1 for example in setting.examples),
         "features": setting.policy.d,
-        "block": problem.block,
+        "block": problem.point.block,
         "position": study.readout.position,
         **asdict(problem.behavior),
         "alpha": setting.policy.alpha,

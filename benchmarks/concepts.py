@@ -98,7 +98,7 @@ def _problem(setting: Setting) -> tuple[Any, Any, np.ndarray]:
     positive = setting.inside(study.prompts.sides[0])
     v = H[positive].mean(0) - H[~positive].mean(0)
     v /= np.linalg.norm(v)
-    concept = Concept("difference", v, problem.block, how, "mean_response", {}, {}, {})
+    concept = Concept("difference", v, problem.point, how, "mean_response", {}, {}, {})
     like = next(problem.model.parameters())
     of_prompts = concept_map([concept], how, like)
     return replace(problem, features=of_prompts), concept_map([concept], concept.tokens, like), v
@@ -176,7 +176,7 @@ def _projections(setting: Setting, features: Any, rounds: int) -> list[tuple[str
     from taught.core.example import sft
     from taught.model.generate import greedy
 
-    model, block, examples = setting.problem.model, setting.problem.block, setting.examples
+    model, point, examples = setting.problem.model, setting.problem.point, setting.examples
     end = setting.examples[0].ids[-1]
     with Clock() as answering:
         answers = greedy(model, [example.ids[: example.start] for example in examples], {end}, OWN_TOKENS)
@@ -185,7 +185,7 @@ def _projections(setting: Setting, features: Any, rounds: int) -> list[tuple[str
     def passes(*sets: list[Any]) -> Callable[[], None]:
         def go() -> None:
             for some in sets:
-                project(model, some, features, block)
+                project(model, some, features, point)
 
         return go
 
@@ -212,7 +212,7 @@ def _bergson(args: argparse.Namespace, problem: Any, examples: list[Any], direct
         "threads": threads,
         "tokens": problem.batch_tokens,
         "rounds": args.rounds,
-        "block": problem.block,
+        "block": problem.point.block,
         "direction": direction.tolist(),
         "prompts": [{"ids": list(p.ids), "read": list(p.read)} for p in problem.prompts],
         "examples": [{"ids": list(p.ids), "start": p.start} for p in examples],

@@ -251,7 +251,7 @@ def conditions(bench: Bench, share: int) -> Row:
         "prompts": {group: len(ids) for group, ids in bench.groups.items()},
         "leak_group": bench.leak,
         **asdict(problem.behavior),
-        "block": problem.block,
+        "block": problem.point.block,
         "features": problem.d,
         "policy_r2": policy["r2"],
         "dtype": study.model.dtype,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import RESULTS, Clock, Results, console, kept, run
+from taught.core.point import Point
 from taught.progress import RichProgress
 
 LENGTH, RESPONSE = 64, 32
@@ -125,11 +126,11 @@ def _problem(model: Any, count: int, width: int = 256) -> Any:
         architecture="standard",
         apply_b_dec_to_input=False,
         rescale_by_decoder_norm=False,
-        block=3,
+        point=Point(3),
         hook="",
     )
     features = FeatureMap(sae, torch.arange(64), "sae", "last_user")
-    return Problem(model, prompts, Prefixes(), 1e-4, 3, features, batch_tokens=2048)
+    return Problem(model, prompts, Prefixes(), 1e-4, Point(3), features, batch_tokens=2048)
 
 
 def _examples(count: int) -> list[Any]:

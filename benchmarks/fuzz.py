@@ -357,9 +357,10 @@ def read_gguf(folder: Path, name: str) -> None:
 def make_concept(folder: Path) -> list[str]:
     import numpy as np
 
+    from taught.core.point import Point
     from taught.features.concept import Concept, save_concept
 
-    save_concept(Concept("c", np.ones(4), 1, weights={"source": "x"}), folder)
+    save_concept(Concept("c", np.ones(4), Point(1), weights={"source": "x"}), folder)
     return ["concept.json", "concept.safetensors"]
 
 

@@ -137,7 +137,7 @@ def _steps(
     else:
         progress.step(f"{method}: read-outs before", len(problem.prompts))
         with Clock() as clock:
-            baseline = read(problem.model, problem.prompts, problem.behavior, problem.block)
+            baseline = read(problem.model, problem.prompts, problem.behavior, problem.point)
         before = clock.seconds
     seconds: list[float] = []
     for example in chosen:

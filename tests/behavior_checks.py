@@ -19,8 +19,8 @@ from taught.model.readout import ReadPrompt, pack, pack_rows, read_prompts, read
 from taught.sketches.project import Projection
 from taught.sketches.sketch import example_sketches, prompt_sketches
 from tiny_models import (
-    BLOCK,
     MODELS,
+    POINT,
     moved,
     plain_gradient,
     plain_loss,
@@ -66,23 +66,23 @@ def check_values(behavior: Any, prompts: Sequence[ReadPrompt], plain: Plain, mon
             torch.testing.assert_close(reads.y, wanted, rtol=1e-12, atol=1e-12)
 
         assert expected.std() > 0.1
-        same(read_prompts(model, prompts, behavior, BLOCK))
+        same(read_prompts(model, prompts, behavior, POINT))
         bare = [replace(prompt, read=()) for prompt in prompts]
         for nothing in (read_prompts(model, prompts, behavior, None), read_prompts(model, bare, behavior, None)):
             same(nothing)
             assert nothing.h.numel() == 0 and nothing.offsets.tolist() == [0] * (len(prompts) + 1)
         for size in (1, 4, 16):
             same(read_prompts_plain(model, prompts, behavior, None, batch_size=size))
-        backwards = read_prompts(model, prompts[::-1], behavior, BLOCK)
+        backwards = read_prompts(model, prompts[::-1], behavior, POINT)
         torch.testing.assert_close(backwards.y.flip(0), expected, rtol=1e-12, atol=1e-12)
         for i, prompt in enumerate(prompts):
-            same(read_prompts(model, [prompt], behavior, BLOCK), expected[i : i + 1])
+            same(read_prompts(model, [prompt], behavior, POINT), expected[i : i + 1])
         for tokens in (1, 12, 30, 10_000):
             with monkeypatch.context() as patch:
                 patch.setattr(readout, "pack", lambda p, b, tokens=tokens: pack(p, b, tokens=tokens))
-                same(read_prompts(model, prompts, behavior, BLOCK))
+                same(read_prompts(model, prompts, behavior, POINT))
                 patch.setattr(readout, "pack", lambda p, b, tokens=tokens: pack_rows(p, b, tokens=tokens))
-                same(read_prompts(model, prompts, behavior, BLOCK))
+                same(read_prompts(model, prompts, behavior, POINT))
         assert settle_passes(model, prompts, behavior) < 1e-12
 
 

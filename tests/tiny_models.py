@@ -17,12 +17,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from taught.behaviors.prefixes import Prefixes
 from taught.core.example import Dpo, Example, preference, sft
+from taught.core.point import Point
 from taught.core.problem import Problem
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder
 from taught.model.readout import ReadPrompt
 
 VOCAB, WIDTH, BLOCK = 24, 8, 1
+POINT = Point(BLOCK)
 PAD = 3  # the padding token of the model "padded"; it occurs in prompts and examples, as in ChatML
 MODELS = ("tied", "untied", "padded", "gpt2")
 ENCODERS = ("standard", "relu", "jumprelu", "topk")
@@ -172,7 +174,7 @@ def tiny_sae(kind: str = "standard", *, width: int = WIDTH, n: int = 10) -> Spar
         architecture={"relu": "standard"}.get(kind, kind),
         apply_b_dec_to_input=True,
         rescale_by_decoder_norm=kind == "topk",
-        block=BLOCK,
+        point=POINT,
         hook="",
     )
 
@@ -187,7 +189,7 @@ def tiny_problem(model: nn.Module, kind: str = "standard", position: str = "last
         "model": model,
         "prompts": tiny_prompts(position),
         "behavior": tiny_behavior(),
-        "block": BLOCK,
+        "point": POINT,
         "features": tiny_features(kind, position),
         "lr": 1e-3,
         "batch_tokens": 24,

@@ -33,7 +33,7 @@ WEIGHT, DIM = "model.layers.1.mlp.up_proj.weight", 1024
 
 @cache
 def problem(*parameters: str) -> Problem:
-    return tiny_problem(tiny_model("untied"), parameters=parameters or None, block=None, features=None)
+    return tiny_problem(tiny_model("untied"), parameters=parameters or None, point=None, features=None)
 
 
 def scored(

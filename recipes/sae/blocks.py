@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from taught.core.point import Point
 from taught.features.sae import fraction_variance_unexplained
 from taught.model.readout import read_prompts
 from taught.stages.subject import open_subject, prompt_inputs, study_prompts
@@ -25,7 +26,7 @@ def main() -> None:
     prompts = prompt_inputs(encoded, study.readout.position)
     print("| block | FVU |\n|---:|---:|")
     for block in BLOCKS:
-        h = read_prompts(subject.loaded.model, prompts, subject.behavior, block).h
+        h = read_prompts(subject.loaded.model, prompts, subject.behavior, Point(block)).h
         with torch.no_grad():
             fvu = fraction_variance_unexplained(subject.sae, h)
         print(f"| {block} | {float(fvu):.2f} |")

@@ -48,7 +48,7 @@ def silent(sae: SparseAutoencoder, files: list[Path]) -> float:
 @torch.no_grad()
 def measure(acts: Path) -> dict[str, object]:
     sae = load_sae(FOLDER)
-    files = sorted(acts.glob(f"block{sae.block:02d}-*.npy"))
+    files = sorted(acts.glob(f"block{sae.point.block:02d}-*.npy"))
     held = torch.from_numpy(np.load(files[0])).float()
     kinds = torch.from_numpy(np.load(acts / f"kinds-{files[0].stem[-3:]}.npy"))
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def measure(acts: Path) -> dict[str, object]:
     spread = policy["always_on_features"]
     return {
         "features": sae.n_features,
-        "block": sae.block,
+        "block": sae.point.block,
         "training_tokens": sum(len(np.load(f, mmap_mode="r")) for f in files[1:]),
         "held_out": {
             "all tokens": describe(sae, held),

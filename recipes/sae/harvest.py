@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from taught.core.point import Point
 from taught.model.forward import forward
 from taught.model.load import load_model
 from taught.model.tokens import build_tree, stack
@@ -83,7 +84,7 @@ def draw(sources: dict[str, Source], rng: random.Random, tokens: int = 480) -> l
 def run(examples: list[Example], model: torch.nn.Module, block: int) -> tuple[Tensor, Tensor]:
     """Residuals (float16) and kinds at the kept tokens of some examples, as one token tree."""
     tree, nodes = build_tree([ids for ids, _ in examples])
-    h, _ = forward(model, stack([tree]), block=block, stop_at_block=True)
+    h, _ = forward(model, stack([tree]), point=Point(block), stop_at_point=True)
     where = [n for (_, ks), ns in zip(examples, nodes, strict=True) for k, n in zip(ks, ns, strict=True) if k >= 0]
     kinds = torch.tensor([k for _, ks in examples for k in ks if k >= 0], dtype=torch.int8)
     return h[0, where].half(), kinds

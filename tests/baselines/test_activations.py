@@ -18,8 +18,8 @@ from taught.errors import UserError
 from taught.estimators.adjoint import Adjoint
 from taught.features.concept import Concept, concept_map
 from tiny_models import (
-    BLOCK,
     MODELS,
+    POINT,
     PROMPT_IDS,
     WIDTH,
     moved,
@@ -39,7 +39,7 @@ def model_of(name: str):
 
 def concepts() -> list[Concept]:
     rng = np.random.default_rng(5)
-    return [Concept(name, rng.normal(size=WIDTH), BLOCK) for name in ("a", "b")]
+    return [Concept(name, rng.normal(size=WIDTH), POINT) for name in ("a", "b")]
 
 
 def mapped(model, tokens: str = "mean_response"):
@@ -55,7 +55,7 @@ def close(ours, reference, relative: float) -> None:
 @pytest.mark.parametrize("tokens", ["mean_response", "last_response"])
 def test_the_vector_filter_is_the_projection_of_plain_passes(name: str, tokens: str):
     model = model_of(name)
-    found = project(model, tiny_examples(), mapped(model, tokens), BLOCK, batch_tokens=16)
+    found = project(model, tiny_examples(), mapped(model, tokens), POINT, batch_tokens=16)
     for example, row in zip(tiny_examples(), found, strict=True):
         with torch.no_grad():
             h = plain_read(model, example.ids)[0].numpy()
@@ -78,9 +78,9 @@ def effects_on_own_read_out(model, read, examples, lr: float) -> np.ndarray:
 
 def training_differences(model, step, lr: float) -> np.ndarray:
     """Projection Difference (training) of every example for a model moved along a step, [P, C]."""
-    before = project(model, tiny_examples(), mapped(model), BLOCK)
+    before = project(model, tiny_examples(), mapped(model), POINT)
     with moved(model, step, -lr):
-        return (project(model, tiny_examples(), mapped(model), BLOCK) - before).numpy()
+        return (project(model, tiny_examples(), mapped(model), POINT) - before).numpy()
 
 
 @pytest.mark.parametrize("name", MODELS)

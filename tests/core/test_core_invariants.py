@@ -22,9 +22,9 @@ from taught.model.readout import read_prompts
 from taught.policy.ridge import exact_shift, fit_policy, score
 from taught.targets.policy import RawX
 from tiny_models import (
-    BLOCK,
     MODELS,
     PAIRS,
+    POINT,
     plain_gradient,
     plain_loss,
     plain_y,
@@ -41,7 +41,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-13}
 
 
 def policy_of(problem):
-    read = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+    read = read_prompts(problem.model, problem.prompts, problem.behavior, problem.point)
     X = problem.features(read.h, read.offsets)
     return fit_policy(
         X.numpy(),
@@ -232,7 +232,7 @@ def test_training_on_a_example_moves_the_target_by_its_influence(name: str) -> N
                 change = float(plain_y(trained, prompt.ids) - plain_y(problem.model, prompt.ids))
                 expected = float(dy[number, i])
                 assert change == pytest.approx(expected, rel=0.02, abs=2e-3 * float(dy.abs().max()))
-        read = read_prompts(trained, problem.prompts, problem.behavior, BLOCK)
+        read = read_prompts(trained, problem.prompts, problem.behavior, POINT)
         dX = problem.features(read.h, read.offsets).numpy() - policy.X
         S = float(score(policy, exact_shift(policy, dX, read.y.numpy() - policy.y)))
         assert pytest.approx(float(effects[number].sum()), rel=0.05) == S
@@ -281,7 +281,7 @@ def test_a_closed_gate_carries_no_effect() -> None:
     A = torch.ones(1, 6, 5, dtype=torch.float64)
     effects, _ = target_effects(problem, tiny_examples(), A, torch.zeros(1, 6).double())
     assert not effects.any()
-    read = read_prompts(problem.model, problem.prompts, problem.behavior, BLOCK)
+    read = read_prompts(problem.model, problem.prompts, problem.behavior, POINT)
     (step,) = finite_steps(problem, tiny_examples()[:1], read)
     assert not step.dX.any() and step.dy.any()
 

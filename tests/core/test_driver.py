@@ -27,7 +27,7 @@ from taught.estimators import adjoint
 from taught.features.concept import Concept, concept_map
 from taught.trajectories.checkpoints import Checkpoint
 from tiny_models import (
-    BLOCK,
+    POINT,
     WIDTH,
     plain_gradient,
     plain_loss,
@@ -74,9 +74,9 @@ def setting(what: str, *, lr: float = LR) -> tuple[Problem, Readings]:
         return tiny_problem(model, "jumprelu", "mean_user", lr=lr), readings()
     bare = replace(readings(), X=None, columns=(), policy=None)
     if what == "nothing":
-        return tiny_problem(model, lr=lr, block=None, features=None), bare
+        return tiny_problem(model, lr=lr, point=None, features=None), bare
     draw = np.random.default_rng(0)
-    concepts = [Concept(name, draw.normal(size=WIDTH), BLOCK, "mean_user") for name in "uv"]
+    concepts = [Concept(name, draw.normal(size=WIDTH), POINT, "mean_user") for name in "uv"]
     features = concept_map(concepts, "mean_user", next(model.parameters()))
     problem = tiny_problem(model, features=features, prompts=tiny_prompts("mean_user"), lr=lr)
     return problem, replace(bare, X=np.zeros((bare.n, 2)), columns=("u", "v"))

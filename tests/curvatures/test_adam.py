@@ -23,8 +23,8 @@ from taught.estimators.forward import tangents
 from taught.model.parameters import moving_parameters
 from taught.model.readout import read_prompts
 from tiny_models import (
-    BLOCK,
     MODELS,
+    POINT,
     moved,
     plain_gradient,
     plain_loss,
@@ -124,7 +124,7 @@ def test_forward_mode_goes_along_the_divided_gradient(name: str) -> None:
 def test_the_finite_step_goes_along_the_divided_gradient(name: str) -> None:
     problem = problem_of(name)
     model = problem.model
-    before = read_prompts(model, problem.prompts, problem.behavior, BLOCK)
+    before = read_prompts(model, problem.prompts, problem.behavior, POINT)
     unmoved = snapshot(model)
     steps = list(finite_steps(problem, tiny_examples(), before))
     assert same(unmoved, snapshot(model))

@@ -72,7 +72,7 @@ class TwoLayers(nn.Module):
 
 @cache
 def small() -> Problem:
-    return replace(tiny_problem(tiny_model("tied")), model=TwoLayers(), features=None, block=None, batch_tokens=400)
+    return replace(tiny_problem(tiny_model("tied")), model=TwoLayers(), features=None, point=None, batch_tokens=400)
 
 
 @cache

@@ -83,7 +83,7 @@ def sparse_targets(prompts: int) -> list[torch.Tensor]:
 
 def test_read_outs_are_announced_as_they_are_done(problem):
     def work():
-        read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+        read_prompts(problem.model, problem.prompts, problem.behavior, problem.point)
         example_losses(problem.model, tiny_examples(), problem.batch_tokens)
 
     assert announced(problem)["read-outs"] == pytest.approx(done(work), rel=0.02)
@@ -143,7 +143,7 @@ def test_ekfac_is_announced_as_it_is_done(problem):
 
 
 def test_finite_steps_are_announced_as_they_are_done(problem):
-    before = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+    before = read_prompts(problem.model, problem.prompts, problem.behavior, problem.point)
     work = done(lambda: list(finite_steps(problem, tiny_examples(), before)))
     for top in (0, 2):  # those of the strongest are among them
         steps = announced(problem, estimator="finite-step", top=top)["finite steps"]

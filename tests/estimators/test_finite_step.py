@@ -16,9 +16,9 @@ from taught.estimators.finite_step import example_gradient, finite_steps, restor
 from taught.model.readout import read_prompts, read_prompts_plain
 from taught.policy.ridge import fit_policy
 from tiny_models import (
-    BLOCK,
     ENCODERS,
     MODELS,
+    POINT,
     moved,
     plain_gradient,
     plain_loss,
@@ -32,7 +32,7 @@ from tiny_models import (
 
 
 def steps_of(problem, examples, read=read_prompts):
-    baseline = read(problem.model, problem.prompts, problem.behavior, problem.block)
+    baseline = read(problem.model, problem.prompts, problem.behavior, problem.point)
     return baseline, list(finite_steps(problem, examples, baseline, read=read))
 
 
@@ -58,7 +58,7 @@ def test_a_step_is_one_sgd_step_and_the_read_outs_again(name: str) -> None:
         sgd = torch.optim.SGD(trained.parameters(), lr=0.05)
         plain_loss(trained, example).backward()
         sgd.step()
-        after = read_prompts_plain(trained, problem.prompts, problem.behavior, BLOCK)
+        after = read_prompts_plain(trained, problem.prompts, problem.behavior, POINT)
         torch.testing.assert_close(step.dy, after.y - baseline.y, rtol=1e-9, atol=1e-11)
         moved_X = problem.features(after.h, after.offsets)
         torch.testing.assert_close(step.dX_exact, moved_X - X, rtol=1e-9, atol=1e-11)
@@ -73,7 +73,7 @@ def test_the_error_of_the_adjoint_halves_with_the_step(name: str, kind: str) -> 
     # y and h are smooth in theta: finite / lr - adjoint / lr = lr * constant + O(lr^2).
     problem = tiny_problem(tiny_model(name), kind, "mean_user")
     example = tiny_examples()[:1]
-    read = read_prompts(problem.model, problem.prompts, problem.behavior, BLOCK)
+    read = read_prompts(problem.model, problem.prompts, problem.behavior, POINT)
     X = problem.features(read.h, read.offsets).numpy()
     policy = fit_policy(
         X, read.y.numpy(), prompt_ids=read.prompt_ids, feature_ids=problem.features.ids.tolist(), alpha=0.5
@@ -124,7 +124,7 @@ def test_a_shift_of_the_read_function_cancels() -> None:
 
 def test_steps_of_other_prompts_than_the_baseline_s_are_refused() -> None:
     problem = tiny_problem(tiny_model("tied"))
-    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, BLOCK)
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, POINT)
     turned = replace(baseline, prompt_ids=baseline.prompt_ids[::-1])
     with pytest.raises(ValueError, match="different prompts"):
         next(finite_steps(problem, tiny_examples(), turned))
@@ -141,7 +141,7 @@ def test_each_example_starts_from_the_base_weights() -> None:
 def test_dropout_is_off_during_the_steps_and_the_mode_comes_back() -> None:
     problem = tiny_problem(tiny_model("gpt2"))
     _, reference = steps_of(problem, tiny_examples())
-    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, BLOCK)
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, POINT)
     problem.model.train()
     for a, b in zip(reference, finite_steps(problem, tiny_examples(), baseline), strict=True):
         torch.testing.assert_close(a.dy, b.dy, rtol=1e-12, atol=1e-14)
@@ -152,7 +152,7 @@ def test_dropout_is_off_during_the_steps_and_the_mode_comes_back() -> None:
 def test_weights_come_back_to_the_bit_when_reading_fails(error) -> None:
     # Adding the gradient back would not give the same bits.
     problem = tiny_problem(tiny_model("tied"), lr=0.37)
-    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, BLOCK)
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, POINT)
     before = snapshot(problem.model)
 
     def fails(*_):
@@ -166,7 +166,7 @@ def test_weights_come_back_to_the_bit_when_reading_fails(error) -> None:
 
 def test_weights_are_the_base_ones_between_and_after_steps() -> None:
     problem = tiny_problem(tiny_model("padded"), lr=0.37)
-    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, BLOCK)
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, POINT)
     before = snapshot(problem.model)
     steps = finite_steps(problem, tiny_examples(), baseline)
     for _ in range(2):
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_names_the_example_and_changes_nothing() -> No
     problem = tiny_problem(tiny_model("untied"))
     with torch.no_grad():
         problem.model.model.embed_tokens.weight[21] = torch.nan  # only example z0 has this token
-    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, BLOCK)
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, POINT)
     nan_equal = [p.detach().clone() for p in problem.model.parameters()]
     flags = [p.requires_grad for p in problem.model.parameters()]
     with pytest.raises(UserError, match=r"not finite\n  value: z0"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from families import EXAMPLES, LR, PROMPTS, gradient, loss_alone, model_of, y_alone
 from taught.behaviors.prefixes import Prefixes
 from taught.core.passes import settle_passes
+from taught.core.point import Point
 from taught.core.problem import Problem
 from taught.curvatures.adam import estimate_moments
 from taught.errors import UserError
@@ -63,7 +64,7 @@ def made(kind: str) -> Problem:
     settle_passes(model, PROMPTS, behavior, EXAMPLES)
     features = FeatureMap(tiny_sae(width=16), torch.tensor([0, 2, 3, 5]), "sae", "last_user")
     alone = mixes_examples(model, find_sites(model))
-    return Problem(model, PROMPTS, behavior, LR, 0, features, batch_tokens=1 if alone else 1000)
+    return Problem(model, PROMPTS, behavior, LR, Point(0), features, batch_tokens=1 if alone else 1000)
 
 
 def close(found: Tensor, expected: Tensor, rel: float = 1e-6) -> None:
@@ -86,7 +87,7 @@ def test_every_estimator_gives_the_products_of_plain_gradients(kind: str) -> Non
     shares = token_effects(problem, EXAMPLES, None, B)
     close(torch.stack([share.sum() for share in shares]), expected.sum(1))
     small = replace(problem, lr=1e-4)
-    before = read_prompts(model, PROMPTS, problem.behavior, problem.block)
+    before = read_prompts(model, PROMPTS, problem.behavior, problem.point)
     moved = torch.stack([step.dy for step in finite_steps(small, EXAMPLES, before)])
     close(moved / small.lr, expected / LR, 0.05)  # parts of some models are in float32, and it has a second order
 
@@ -124,7 +125,7 @@ def test_squares_and_sketches_are_those_of_plain_gradients(kind: str) -> None:
     close(of_examples, sketched(steps))
     moves = torch.stack([gradient(model, y_alone(model, prompt)) for prompt in PROMPTS])
     of_prompts = torch.zeros(len(PROMPTS), 128).double()
-    for part in prompt_sketches(replace(problem, features=None, block=None), projection, PROMPTS):
+    for part in prompt_sketches(replace(problem, features=None, point=None), projection, PROMPTS):
         of_prompts[list(part.index)] = part.values
     close(of_prompts, sketched(moves))
 

@@ -15,8 +15,8 @@ from taught.estimators.adjoint import Adjoint, target_effects
 from taught.estimators.token_shares import token_effects
 from taught.features.concept import Concept, concept_map
 from tiny_models import (
-    BLOCK,
     MODELS,
+    POINT,
     PROMPT_IDS,
     WIDTH,
     plain_gradient,
@@ -78,7 +78,7 @@ def test_a_share_is_the_effect_of_its_own_term_of_the_loss(name: str) -> None:
 
 def test_shares_of_concepts_in_adam_s_metric_add_up_too() -> None:
     model = tiny_model("tied")
-    concept = Concept("a", np.linspace(-1, 1, WIDTH), BLOCK)
+    concept = Concept("a", np.linspace(-1, 1, WIDTH), POINT)
     features = concept_map([concept], "mean_user", next(model.parameters()))
     problem = tiny_problem(model, features=features, prompts=tiny_prompts("mean_user"))
     problem = problem.within(Adam(eps=1e-3).fit(problem, tiny_examples(), Work()))

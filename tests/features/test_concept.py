@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
+from taught.core.point import Point
 from taught.errors import UserError
 from taught.features.concept import (
     Concept,
@@ -27,7 +28,7 @@ from taught.features.concept import (
     save_concept,
 )
 from taught.features.pooling import pool
-from taught.model.readout import read_residuals
+from taught.model.readout import read_vectors
 from taught.run.folder import RunFolder
 from taught.stages.concepts import concepts, run_concepts
 from taught.stages.readings import readings
@@ -41,7 +42,7 @@ from tiny_study import WIDTH as STUDY_WIDTH
 
 def some(name: str = "c", seed: int = 0, **fields) -> Concept:
     v = np.random.default_rng(seed).normal(size=WIDTH)
-    return Concept(**{"name": name, "direction": v, "block": 1, "position": "mean_user", **fields})
+    return Concept(**{"name": name, "direction": v, "point": Point(1), "position": "mean_user", **fields})
 
 
 # --- directions --------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def test_read_outs_of_all_blocks_are_those_of_plain_passes(name: str, position: 
     model, prompts = tiny_model(name), tiny_prompts(position)
     concepts = [some("a", 0), some("b", 1)]
     features = concept_map(concepts, position, next(model.parameters()))
-    found = read_residuals(model, prompts, [0, 1], features, tokens=12)
+    found = read_vectors(model, prompts, [Point(0), Point(1)], features, tokens=12)
     assert found.shape == (2, len(prompts), 2)
     for block in (0, 1):
         for i, (ids, prompt) in enumerate(zip(PROMPT_IDS, prompts, strict=True)):
@@ -130,7 +131,7 @@ def test_the_last_block_is_read_before_the_final_norm():
     handle = model.model.layers[2].register_forward_hook(lambda _m, _a, out: kept.append(out))
     model(input_ids=torch.tensor([PROMPT_IDS[0]]))
     handle.remove()
-    (h,) = read_residuals(model, prompts[:1], [2], lambda h, offsets: pool(h, offsets, "last_"))
+    (h,) = read_vectors(model, prompts[:1], [Point(2)], lambda h, offsets: pool(h, offsets, "last_"))
     torch.testing.assert_close(h[0], kept[0][0, -1].detach(), rtol=1e-10, atol=1e-12)
 
 
@@ -149,7 +150,7 @@ def test_read_outs_that_are_not_finite_name_their_prompts_only():
     with torch.no_grad():
         model.model.embed_tokens.weight[14] = torch.nan  # a token of the last prompt alone
     with pytest.raises(UserError, match=r"\['q5'\]"):
-        read_residuals(model, prompts, [0], lambda h, offsets: h)
+        read_vectors(model, prompts, [Point(0)], lambda h, offsets: h)
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def test_a_concept_survives_its_files_and_damage_is_noticed(tmp_path: Path):
     save_concept(made, tmp_path / "c")
     read = load_concept(tmp_path / "c")
     assert np.array_equal(read.direction, made.direction)
-    fields = ("name", "block", "position", "tokens", "weights", "provenance", "card")
+    fields = ("name", "point", "position", "tokens", "weights", "provenance", "card")
     assert [getattr(read, f) for f in fields] == [getattr(made, f) for f in fields]
     save_concept(replace(made, direction=-made.direction), tmp_path / "d")
     (tmp_path / "d" / "concept.json").write_bytes((tmp_path / "c" / "concept.json").read_bytes())
@@ -224,15 +225,19 @@ def make(study: Study, folder: Path, source: str, **options: Any) -> Concept:
     return found.concept
 
 
-def plain_pooled(study: Study, block: int):
-    """Pooled h [N, D] of each prompt by its own plain pass, and which are positive."""
+def plain_pooled(study: Study, block: int, module: str = ""):
+    """Pooled h [N, D] of each prompt by its own plain pass, and which are positive; of a module of the block."""
     subject, rows, positive = open_subject(study), [], []
+    seen: list[torch.Tensor] = []
+    watched = subject.loaded.model.model.layers[block].get_submodule(module)
+    watched.register_forward_hook(lambda module, args, output: seen.append(output))
     for prompt in study_prompts(study):
         encoded = subject.chat.encode_prompt(prompt.text, prompt.id)
         ids = torch.tensor([encoded.input_ids])
         with torch.no_grad():
             out = subject.loaded.model(input_ids=ids, output_hidden_states=True)
-        rows.append(out.hidden_states[block + 1][0, slice(*encoded.user_span)].mean(0))
+        h = seen[-1] if module else out.hidden_states[block + 1]
+        rows.append(h[0, slice(*encoded.user_span)].mean(0))
         positive.append(prompt.group == "harmful")
     return torch.stack(rows).double().numpy(), np.array(positive)
 
@@ -243,9 +248,22 @@ def test_the_stage_makes_the_difference_of_means_of_plain_passes(study: Study, t
     v = X[positive].mean(0) - X[~positive].mean(0)
     np.testing.assert_allclose(made.direction, v / np.linalg.norm(v), atol=1e-5)
     assert made.card["norm"] == pytest.approx(np.linalg.norm(v), rel=1e-4)
-    assert (made.name, made.block, made.position) == ("c", 0, "mean_user")
+    assert (made.name, made.point, made.position) == ("c", Point(0), "mean_user")
     assert made.provenance["groups"] == ["harmful", "harmless"]
     assert made.weights["sha256"]
+
+
+def test_a_direction_of_what_the_mlp_adds_is_made_and_kept_there(study: Study, tmp_path: Path):
+    made = make(study, tmp_path / "c", "difference", block=0, point="mlp_out", sweep=True)
+    X, positive = plain_pooled(study, 0, "mlp")
+    v = X[positive].mean(0) - X[~positive].mean(0)
+    np.testing.assert_allclose(made.direction, v / np.linalg.norm(v), atol=1e-5)
+    assert made.point == Point(0, "mlp_out") and [row["block"] for row in made.card["sweep"]] == [0, 1, 2]
+    assert made.card["sweep"][0]["auc"] == made.card["auc"]["value"]
+    save_concept(made, tmp_path / "saved")
+    assert load_concept(tmp_path / "saved").point == made.point
+    before = {key: value for key, value in made.record().items() if key != "point"}
+    assert Concept.of(before, made.direction).point == Point(0)
 
 
 def test_a_concept_that_is_there_is_taken_from_its_folder_or_from_a_run(study: Study, tmp_path: Path):
@@ -259,7 +277,7 @@ def test_a_concept_that_is_there_is_taken_from_its_folder_or_from_a_run(study: S
     found = run_concepts(named, run, open_subject(named))
     assert [read.name for read in found] == ["c", "d"]
     assert all(np.array_equal(read.concept.direction, made.direction) for read in found)
-    assert all(read.concept.card == made.card and read.concept.block == 0 for read in found)
+    assert all(read.concept.card == made.card and read.concept.point == Point(0) for read in found)
     other = with_concepts(study, {"name": "e", "path": str(tmp_path / "made")})
     with pytest.raises(UserError, match=r"no concept of this name(.|\n)*one of c"):
         concepts(other, RunFolder(tmp_path / "other"))
@@ -278,7 +296,7 @@ def test_every_source_gives_a_concept_and_a_sweep_a_row_for_every_block(study, t
         ]
     ):
         found[number] = made = make(study, tmp_path / str(number), source, **options)
-        assert made.block == BLOCK and made.width == STUDY_WIDTH
+        assert made.point == Point(BLOCK) and made.width == STUDY_WIDTH
         if options.get("norm") != "none":
             assert np.linalg.norm(made.direction) == pytest.approx(1)
         if "sweep" in options:
@@ -401,7 +419,7 @@ def test_a_control_vector_is_read_after_the_block_it_is_added_to(study: Study, t
     )
     for number, (source, options, block) in enumerate(cases):
         made = make(study, tmp_path / str(number), source, **options)
-        assert made.block == block
+        assert made.point == Point(block)
         expected = rows[block] / np.linalg.norm(rows[block])
         np.testing.assert_allclose(made.direction, expected, atol=1e-3 if block == 2 else 1e-7)
         assert made.provenance["tensor"] == f"direction.{block}"
@@ -411,6 +429,7 @@ def test_a_control_vector_is_read_after_the_block_it_is_added_to(study: Study, t
     ("tensor", "options", "message"),
     [
         (":direction.0", {"block": 1}, "of another block"),
+        (":direction.0", {"point": "mlp_out"}, "of the residual stream"),
         (":direction.x", {}, "no direction of a control vector"),
         (":direction.1", {}, "which tensor of the file"),
         (":direction.9", {}, "no such block"),
@@ -469,9 +488,11 @@ def test_half_precision_directions_are_their_numbers(tmp_path: Path):
     assert file_direction(tmp_path / "v.safetensors")[0].tolist() == [1.5, -2.0]
 
 
-@pytest.mark.parametrize("part", [{"block": "3"}, {"name": None}, {"weights": [1]}, {"card": 3}, {"position": ["x"]}])
+@pytest.mark.parametrize(
+    "part", [{"block": "3"}, {"point": 3}, {"name": None}, {"weights": [1]}, {"card": 3}, {"position": ["x"]}]
+)
 def test_a_saved_concept_with_a_part_of_another_type_is_refused(tmp_path: Path, part):
-    save_concept(Concept("a", np.ones(3), 1), tmp_path)
+    save_concept(Concept("a", np.ones(3), Point(1)), tmp_path)
     record = json.loads((tmp_path / "concept.json").read_bytes())
     (tmp_path / "concept.json").write_text(json.dumps(record | part))
     with pytest.raises(UserError, match=f"concept cannot be read(.|\n)*{next(iter(part))}"):
@@ -486,9 +507,11 @@ def test_a_saved_concept_with_a_part_of_another_type_is_refused(tmp_path: Path, 
         ("probe:1", {}, "unknown source"),
         ("feature:x", {}, "not readable"),
         ("feature:1,1", {}, "not readable"),
-        ("feature:3", {"block": 0}, "block of its SAE"),
+        ("feature:3", {"block": 0}, "where its SAE reads"),
+        ("feature:3", {"point": "mlp_out"}, "where its SAE reads"),
         ("feature:3", {"sweep": True}, "goes with difference and probe"),
         ("probe", {"block": 7}, "no such block"),
+        ("probe", {"point": "mlp_in"}, "no such part"),
         ("probe", {"position": "max_user"}, "mean_user"),
     ],
 )

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import taught.presets
 from taught.cli.given import parse_set
+from taught.core.point import Point
 from taught.errors import UserError
 from taught.features.sae import SparseAutoencoder, check_fit, fraction_variance_unexplained, load_sae
 from taught.run.fingerprint import stage_inputs
@@ -40,7 +41,7 @@ def make(dtype: torch.dtype = torch.float64, **changes) -> SparseAutoencoder:
         "architecture": "jumprelu",
         "apply_b_dec_to_input": True,
         "rescale_by_decoder_norm": False,
-        "block": 3,
+        "point": Point(3),
         "hook": "blocks.3.hook_resid_post",
     }
     return SparseAutoencoder(**{**fields, **changes})
@@ -186,7 +187,7 @@ def test_to_changes_every_tensor():
     moved = make().to(dtype=torch.float32)
     kinds = {getattr(moved, n).dtype for n in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
     assert kinds == {torch.float32}
-    assert moved.block == 3 and moved.architecture == "jumprelu"
+    assert moved.point == Point(3) and moved.architecture == "jumprelu"
 
 
 @pytest.mark.parametrize("ids", [[0, F], [-1]])
@@ -208,7 +209,7 @@ def test_unknown_encoder_is_named():
 def test_saelens_folder_round_trip(tmp_path, architecture, centred):
     config = {"architecture": architecture, "apply_b_dec_to_input": centred, "k": 4}
     sae = load_sae(saelens_folder(tmp_path / "sae", config))
-    assert (sae.architecture, sae.block, sae.apply_b_dec_to_input) == (architecture, 3, centred)
+    assert (sae.architecture, sae.point, sae.apply_b_dec_to_input) == (architecture, Point(3), centred)
     assert sae.provenance["metadata"]["model_name"] == "tiny"
     rule = {"k": 4 if architecture == "topk" else None, "architecture": architecture}
     cut = torch.full((F,), 0.5) if architecture == "jumprelu" else None
@@ -226,7 +227,7 @@ def test_half_precision_weights_are_read_as_float32(tmp_path):
 
 def test_sparsify_folder_round_trip(tmp_path):
     sae = load_sae(sparsify_folder(tmp_path / "layers.10"))
-    assert (sae.block, sae.k, sae.architecture) == (10, 4, "topk")
+    assert (sae.point, sae.k, sae.architecture) == (Point(10), 4, "topk")
     h = tokens(dtype=torch.float32)
     same = make(torch.float32, threshold=None, k=4, architecture="topk")
     torch.testing.assert_close(sae.encode(h), naive(same, h), rtol=1e-4, atol=1e-5)
@@ -245,15 +246,15 @@ def test_sparsify_folder_round_trip(tmp_path):
 )
 def test_block_is_read_from_the_hook(tmp_path, hook, block):
     folder = saelens_folder(tmp_path / "sae", {"metadata": {"hook_name": hook}})
-    assert load_sae(folder).block == block
-    assert load_sae(folder, block=block).block == block
+    assert load_sae(folder).point == Point(block)
+    assert load_sae(folder, block=block).point == Point(block)
     with pytest.raises(UserError, match=f"made for another block(?s:.*)set sae.block to {block}"):
         load_sae(folder, block=block + 1)
 
 
 def test_block_that_the_file_does_not_say_must_be_given(tmp_path):
     folder = saelens_folder(tmp_path / "sae", {"metadata": {}})
-    assert load_sae(folder, block=5).block == 5
+    assert load_sae(folder, block=5).point == Point(5)
     with pytest.raises(UserError, match="does not say which block(?s:.*)set sae.block"):
         load_sae(folder)
 
@@ -269,7 +270,8 @@ def test_block_that_the_file_does_not_say_must_be_given(tmp_path):
         ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in"),
         ({"reshape_activations": "hook_z"}, "reshape_activations: hook_z"),
         ({"activation_fn_str": "tanh-relu"}, "activation_fn: tanh-relu"),
-        ({"metadata": {"hook_name": "blocks.3.hook_mlp_out"}}, "hook_mlp_out"),
+        ({"metadata": {"hook_name": "blocks.3.attn.hook_z"}}, "hook_name: blocks.3.attn.hook_z"),
+        ({"metadata": {"hook_name": "blocks.3.hook_mlp_in"}}, "hook_mlp_in"),
         ({"metadata": {"hook_name": "blocks.0.hook_resid_pre"}}, "hook_resid_pre"),
         ({"architecture": "topk"}, "k: None"),
     ],
@@ -347,7 +349,7 @@ OLD = {
 
 def test_an_old_file_is_read_at_the_block_before_the_one_whose_input_it_names(tmp_path):
     sae = load_sae(saelens_folder(tmp_path / "sae", OLD))
-    assert (sae.block, sae.hook, sae.architecture) == (1, "blocks.2.hook_resid_pre", "standard")
+    assert (sae.point, sae.hook, sae.architecture) == (Point(1), "blocks.2.hook_resid_pre", "standard")
 
 
 def test_an_old_file_whose_activation_is_topk_is_one(tmp_path):
@@ -425,16 +427,60 @@ def test_sparsify_weights_of_before_that_say_signed_false_are_read(tmp_path):
     assert sae.k == 4
 
 
-OTHER_PLACES = ["layers.3.mlp", "layers.3.self_attn", "embed_tokens", "h.2.attn", "layers.3.mlp.down_proj", "wte"]
+OTHER_PLACES = ["embed_tokens", "wte", "layers.3.mlp.down_proj.input", "h.2.mlp_old.", "blocks.3.attn.hook_z"]
+HOOKS = ["blocks.3.hook_resid_mid", "blocks.3.hook_mlp_in", "blocks.3.mlp.hook_post", "blocks.0.hook_resid_pre"]
 
 
 @pytest.mark.parametrize("block", [None, 3])
-@pytest.mark.parametrize("hook", [*OTHER_PLACES, "blocks.3.hook_resid_mid", "somewhere", "layers.٣"])
-def test_a_place_that_is_no_output_of_a_block_is_refused_whatever_block_is_set(tmp_path, hook, block):
+@pytest.mark.parametrize("hook", [*OTHER_PLACES, *HOOKS, "somewhere", "layers.٣", "layers.3.mlp.ä"])
+def test_a_place_that_is_not_read_is_refused_whatever_block_is_set(tmp_path, hook, block):
     with pytest.raises(UserError, match=re.escape(f"hook_name: {hook}")):
         load_sae(saelens_folder(tmp_path / "a", {"metadata": {"hook_name": hook}}), block=block)
     with pytest.raises(UserError, match=re.escape(f"hook_name: {hook}")):
         load_sae(sparsify_folder(tmp_path / "b", {"hookpoint": hook}), block=block)
+
+
+# What TransformerLens calls hook_mlp_out is behind a norm of the MLP's own (Gemma-2); the module's output is before it.
+POINTS = {
+    "blocks.3.hook_attn_out": Point(3, "attn_out"),
+    "blocks.3.hook_mlp_out": Point(3, "mlp_out"),
+    "layers.3.mlp": Point(3, "mlp"),
+    "model.layers.3.self_attn": Point(3, "self_attn"),
+    "transformer.h.3.attn": Point(3, "attn"),
+    "gpt_neox.layers.3.attention.dense": Point(3, "attention.dense"),
+    "model.layers.3.output": Point(3),
+    "model.layers.3.post_feedforward_layernorm.output": Point(3, "post_feedforward_layernorm"),
+}
+
+
+@pytest.mark.parametrize("hook", POINTS)
+def test_the_point_is_the_one_that_its_name_is_of_and_no_other_may_be_set(tmp_path, hook):
+    saelens = saelens_folder(tmp_path / "sae", {"metadata": {"hook_name": hook}})
+    for folder in (saelens, sparsify_folder(tmp_path / hook), sparsify_folder(tmp_path / "b", {"hookpoint": hook})):
+        point = load_sae(folder).point
+        assert point == POINTS[hook]
+        assert load_sae(folder, block=3, part=point.part).point == point
+        with pytest.raises(UserError, match="made for another part(?s:.*)set sae.point to") as caught:
+            load_sae(folder, part="hook_z")
+        told = parse_set(caught.value.fix.removeprefix("set ").replace(" to ", "="))
+        assert load_sae(folder, part=Study().replace(*told).sae.point).point == point
+
+
+def test_where_the_file_says_nothing_the_point_is_the_one_that_is_set(tmp_path):
+    for folder in (saelens_folder(tmp_path / "a", {"metadata": {}}), sparsify_folder(tmp_path / "b")):
+        assert load_sae(folder, block=5).point == Point(5)
+        assert load_sae(folder, block=5, part="mlp_out").point == Point(5, "mlp_out")
+        with pytest.raises(UserError, match="set sae.block"):
+            load_sae(folder, part="mlp_out")
+
+
+def test_two_names_of_a_place_are_kept_for_the_model_to_compare_unless_their_blocks_differ(tmp_path):
+    names = {"hook_name": "blocks.3.hook_mlp_out", "hf_hook_name": "model.layers.3.post_feedforward_layernorm.output"}
+    sae = load_sae(saelens_folder(tmp_path / "a", {"metadata": names}))
+    assert (sae.point, sae.also) == (Point(3, "mlp_out"), (Point(3, "post_feedforward_layernorm"),))
+    for other in ("model.layers.4.mlp", "model.layers.3.self_attn.o_proj.input"):
+        with pytest.raises(UserError, match=re.escape(f"hf_hook_name: {other}")):
+            load_sae(saelens_folder(tmp_path / "b", {"metadata": names | {"hf_hook_name": other}}))
 
 
 @pytest.mark.parametrize("block", [None, 3])
@@ -446,7 +492,7 @@ def test_a_folder_that_is_named_after_another_place_is_refused(tmp_path, name, b
 
 
 def test_a_folder_of_one_seed_is_of_the_place_above_it(tmp_path):
-    assert load_sae(sparsify_folder(tmp_path / "layers.4" / "seed1")).block == 4
+    assert load_sae(sparsify_folder(tmp_path / "layers.4" / "seed1")).point == Point(4)
 
 
 @pytest.mark.parametrize(
@@ -607,7 +653,7 @@ def test_shipped_sae_has_its_size_and_shapes():
     sae = load_sae(folder)
     assert sae.width == 576 and 4096 <= sae.n_features <= 8192
     assert sae.architecture == "jumprelu" and sae.threshold is not None
-    assert 0 < sae.block < 29
+    assert 0 < sae.point.block < 29
     assert (folder / "sae_weights.safetensors").stat().st_size < 25e6
     stored = load_file(folder / "sae_weights.safetensors")
     assert all(torch.isfinite(value).all() for value in stored.values())

@@ -34,7 +34,7 @@ from taught.stages.policy import policy
 from taught.stages.readings import readings
 from taught.stages.subject import open_checkpoint, open_subject
 from taught.study.load import load_study
-from tiny_models import BLOCK, moved, plain_gradient, plain_loss, tiny_examples, tiny_model, tiny_problem
+from tiny_models import POINT, moved, plain_gradient, plain_loss, tiny_examples, tiny_model, tiny_problem
 from tiny_study import write_tiny_study
 
 peft = pytest.importorskip("peft", reason="the package peft is not installed")
@@ -111,7 +111,7 @@ def test_only_the_adapter_s_parameters_move(adapted) -> None:
     assert len(names) == 3 * 2 * 2
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
     problem = tiny_problem(model, lr=LR, parameters=trainable(model))
-    before = read_prompts(model, problem.prompts, problem.behavior, BLOCK)
+    before = read_prompts(model, problem.prompts, problem.behavior, POINT)
     for step, forward in zip(
         finite_steps(problem, tiny_examples(), before), tangents(problem, tiny_examples()), strict=True
     ):
@@ -166,7 +166,7 @@ def test_what_peft_trains_moves_and_nothing_else_or_the_estimator_refuses(tmp_pa
     assert list(names) == trained
     assert list(moving_parameters(model, names)) == trained
     examples, problem = tiny_examples()[:2], tiny_problem(model, lr=LR, parameters=names, batch_tokens=1)
-    before = read_prompts(model, problem.prompts, problem.behavior, BLOCK)
+    before = read_prompts(model, problem.prompts, problem.behavior, POINT)
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     found = {
         "adjoint": lambda: prompt_effects(problem, examples),

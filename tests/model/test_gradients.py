@@ -24,9 +24,9 @@ from taught.model.gradients import (
 )
 from taught.model.tokens import build_tree, stack
 from tiny_models import (
-    BLOCK,
     MODELS,
     PAD,
+    POINT,
     VOCAB,
     WIDTH,
     plain_gradient,
@@ -422,7 +422,7 @@ def test_frozen_and_tap_put_everything_back(error) -> None:
 def test_only_the_modules_that_matter_give_factors() -> None:
     model = tiny_model("untied")
     with frozen(model), tap(model, find_sites(model)) as taps:
-        h, _ = forward(model, stack([build_tree([(0, 5, 6)])[0]]), block=BLOCK, stop_at_block=True)
+        h, _ = forward(model, stack([build_tree([(0, 5, 6)])[0]]), point=POINT, stop_at_point=True)
         params = {f.param for f in taps.factors(h.sum())}
     assert {p.split(".")[2] for p in params if ".layers." in p} == {"0", "1"}
     assert "lm_head.weight" not in params and "model.embed_tokens.weight" in params

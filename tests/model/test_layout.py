@@ -9,9 +9,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from families import LONG, PROMPTS, SIZE, WINDOW, model_of, y_alone
 from taught.behaviors.prefixes import Prefixes
+from taught.core.point import Point
 from taught.errors import UserError
 from taught.model import layout
-from taught.model.forward import find_blocks, forward, residuals
+from taught.model.forward import find_blocks, forward, vectors
 from taught.model.layout import refuse_large_masks, use_plain_passes, visible
 from taught.model.readout import read_prompts
 from taught.model.tokens import Rows, build_tree, stack, stack_sequences
@@ -41,15 +42,15 @@ def test_a_model_without_windows_has_the_mask_of_the_tree_alone() -> None:
 
 def test_long_rows_make_no_mask_of_their_own_and_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, behavior = model_of("llama"), Prefixes(("any",))
-    trees = read_prompts(model, PROMPTS, behavior, 0)
+    trees = read_prompts(model, PROMPTS, behavior, Point(0))
     rows = stack_sequences([LONG])
-    (expected,) = residuals(model, rows, [1])
+    (expected,) = vectors(model, rows, [Point(1)])
     monkeypatch.setattr(layout, "MASK_TOKENS", 4)
     monkeypatch.setattr(Rows, "mask", property(lambda _: pytest.fail("a mask was made")))
-    plain = read_prompts(model, PROMPTS, behavior, 0)
+    plain = read_prompts(model, PROMPTS, behavior, Point(0))
     torch.testing.assert_close(plain.y, trees.y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain.h, trees.h, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(residuals(model, rows, [1])[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(vectors(model, rows, [Point(1)])[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_mask_beyond_all_measure_is_refused_before_it_is_made() -> None:
@@ -66,9 +67,9 @@ def test_written_out_rows_give_logits_and_h_at_the_tokens_of_the_rows(keep) -> N
     model = tiny_llama()
     rows = stack([build_tree([(0, 5, 6, 7), (0, 5, 8), (0, 9)])[0], build_tree([(4, 3)])[0]])
     with torch.no_grad():
-        h, logits = forward(model, rows, block=1, keep=keep)
+        h, logits = forward(model, rows, point=Point(1), keep=keep)
         use_plain_passes(model)
-        h_plain, logits_plain = forward(model, rows, block=1, keep=keep)
+        h_plain, logits_plain = forward(model, rows, point=Point(1), keep=keep)
     real = torch.arange(rows.ids.shape[1]) >= rows.ids.shape[1] - rows.lengths[:, None]
     torch.testing.assert_close(h_plain[real], h[real], rtol=1e-12, atol=1e-12)
     columns = real[:, keep] if isinstance(keep, torch.Tensor) else real[:, -keep:]
@@ -85,7 +86,7 @@ def test_the_blocks_are_those_of_the_text_decoder_where_a_vision_tower_is_as_dee
     assert len(stacks) == 2 and stacks[0] is not find_blocks(model)
     assert find_blocks(model) is model.model.language_model.layers
     y = torch.stack([y_alone(model, prompt) for prompt in PROMPTS]).detach()
-    torch.testing.assert_close(read_prompts(model, PROMPTS, Prefixes(("any",)), 0).y, y, rtol=0, atol=1e-5)
+    torch.testing.assert_close(read_prompts(model, PROMPTS, Prefixes(("any",)), Point(0)).y, y, rtol=0, atol=1e-5)
 
 
 def test_several_stacks_without_a_decoder_are_refused() -> None:

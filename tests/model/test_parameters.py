@@ -23,7 +23,7 @@ from taught.model.gradients import find_sites
 from taught.model.parameters import moving_parameters
 from taught.model.readout import read_prompts
 from tiny_models import (
-    BLOCK,
+    POINT,
     moved,
     plain_gradient,
     plain_loss,
@@ -121,7 +121,7 @@ def test_forward_mode_moves_the_parameters_that_match_alone(subset: str) -> None
 def test_the_finite_step_moves_the_parameters_that_match_alone(subset: str) -> None:
     problem = problem_of(subset)
     model = problem.model
-    before = read_prompts(model, problem.prompts, problem.behavior, BLOCK)
+    before = read_prompts(model, problem.prompts, problem.behavior, POINT)
     unmoved = snapshot(model)
     steps = list(finite_steps(problem, tiny_examples(), before))
     assert same(unmoved, snapshot(model))
@@ -149,7 +149,7 @@ def test_a_example_that_moves_nothing_has_no_effect() -> None:
     model = tiny_model("tied")
     model.expert = nn.Linear(3, 3).double()  # not asked by any example
     problem = tiny_problem(model, parameters=("expert.*",))
-    before = read_prompts(model, problem.prompts, problem.behavior, BLOCK)
+    before = read_prompts(model, problem.prompts, problem.behavior, POINT)
     assert not prompt_effects(problem, tiny_examples()).any()
     assert not target_effects(problem, tiny_examples(), *cotangents(2))[0].any()
     assert not any(found.dy.any() or found.dX.any() for found in tangents(problem, tiny_examples()))

@@ -47,17 +47,17 @@ def setting() -> tuple[Problem, list[Any]]:
     encoded, _ = subject.chat.encode_examples(examples, study.examples.max_tokens)
     reads = prompt_inputs(subject.encode(prompts), study.readout.position)
     every = subject.features(range(subject.sae.n_features), study)
-    read = read_prompts(subject.loaded.model, reads, subject.behavior, subject.sae.block)
+    read = read_prompts(subject.loaded.model, reads, subject.behavior, subject.sae.point)
     with torch.no_grad():
         strongest = every(read.h, read.offsets).sum(0).topk(40).indices[30:34]
     features = subject.features(sorted(strongest.tolist()), study)
-    read_at = {"block": subject.sae.block, "features": features}
+    read_at = {"point": subject.sae.point, "features": features}
     problem = Problem(subject.loaded.model, reads, subject.behavior, 1e-4, **read_at, memory_gb=4.0)
     return problem, [e.example() for e in encoded]
 
 
 def fitted(problem: Problem) -> Policy:
-    read = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+    read = read_prompts(problem.model, problem.prompts, problem.behavior, problem.point)
     with torch.no_grad():
         X = problem.features(read.h, read.offsets)
     return fit_policy(
@@ -182,7 +182,7 @@ def by_concept(problem: Problem, examples: list[Any], concept: Concept) -> dict[
         problem.model,
         examples,
         concept_map([concept], concept.tokens, like),
-        problem.block,
+        problem.point,
         batch_tokens=problem.batch_tokens,
     )
     return {
@@ -196,7 +196,7 @@ def test_concepts_do_not_depend_on_batches_order_or_neighbours(setting) -> None:
     problem, examples = setting
     width = int(problem.model.config.hidden_size)
     v = np.random.default_rng(0).normal(size=width)
-    concept = Concept("random", v / np.linalg.norm(v), problem.block)
+    concept = Concept("random", v / np.linalg.norm(v), problem.point)
     expected = by_concept(problem, examples, concept)
     agree({"shares": expected["gradient"][:2]}, {"shares": expected["shares"]})
     agree(by_concept(replace(problem, batch_tokens=1), examples, concept), expected)

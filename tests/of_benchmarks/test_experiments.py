@@ -165,7 +165,7 @@ def test_gradient_methods_are_what_a_step_does(tiny, experiments, tmp_path):
     from taught.core.target import TargetSet
     from taught.estimators.finite_step import finite_steps, restored
     from taught.features.pooling import pool
-    from taught.model.readout import read_prompts, read_residuals
+    from taught.model.readout import read_prompts, read_vectors
     from taught.progress import SilentProgress
     from taught.stages.subject import prompt_inputs
     from taught.training.loop import train
@@ -177,7 +177,7 @@ def test_gradient_methods_are_what_a_step_does(tiny, experiments, tmp_path):
     ready = bench.ready
     problem, inputs = ready.problem, ready.inputs
     found = {name: experiments.by_gradient(bench, target)[:3] for name, target in experiments.GRADIENTS.items()}
-    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.point)
     steps = list(finite_steps(problem, inputs[:3], baseline))
     inside = ready.readings.rows(bench.leak)
     moved = [float(np.asarray(step.dy)[inside].mean()) for step in steps]
@@ -194,7 +194,7 @@ def test_gradient_methods_are_what_a_step_does(tiny, experiments, tmp_path):
     def read_outs() -> dict[str, float]:
         return {
             name: float(
-                (read_residuals(problem.model, reads, [problem.block], partial(pool, how=how))[0].numpy() @ v).mean()
+                (read_vectors(problem.model, reads, [problem.point], partial(pool, how=how))[0].numpy() @ v).mean()
             )
             for name, (reads, how) in places.items()
         }

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
-from taught.model.forward import edited_output, get_block, run_at
+from taught.model.forward import edited_output, get_block, get_point, run_at
 from taught.model.layout import use_plain_passes
 from taught.model.readout import pack, pack_apart, read_packed, read_prompts_plain
 from taught.policy.dose import agreement, control_p, response, slope
@@ -29,6 +29,7 @@ from tiny_models import (
     BLOCK,
     ENCODERS,
     MODELS,
+    POINT,
     WIDTH,
     plain_y,
     same,
@@ -105,7 +106,7 @@ def test_only_the_named_tokens_are_edited_and_only_in_the_body(name: str) -> Non
 
     with torch.no_grad():
         before, held = after_block(), snapshot(model)
-        with edited_output(get_block(model, BLOCK), torch.tensor([1, 3]), lambda h: 2 * h + 1):
+        with edited_output(get_point(model, POINT), torch.tensor([1, 3]), lambda h: 2 * h + 1):
             during = after_block()
         expected = before.clone()
         expected[0, [1, 3]] = 2 * before[0, [1, 3]] + 1
@@ -140,8 +141,8 @@ def tree_y(model, prompts, edit, packs=pack_apart) -> dict[str, float]:
     found = {}
     for packed in packs(prompts, tiny_behavior()):
         places = run_at(model, packed.rows, packed.read.unique())
-        with edited_output(get_block(model, BLOCK), places, edit):
-            _, y = read_packed(model, packed, tiny_behavior(), BLOCK)
+        with edited_output(get_point(model, POINT), places, edit):
+            _, y = read_packed(model, packed, tiny_behavior(), POINT)
         found |= {prompts[i].id: float(v) for i, v in zip(packed.index, y, strict=True)}
     return found
 
@@ -324,14 +325,14 @@ def rows_of(run: RunFolder) -> list[dict]:
 def test_the_table_is_that_of_edits_in_plain_passes(study: Study, run: RunFolder) -> None:
     """Prompt by prompt, without trees: the dose-response of every feature."""
     subject, rows = open_subject(study), rows_of(run)
-    model, block = subject.loaded.model, subject.sae.block
+    model, point = subject.loaded.model, subject.sae.point
     arrays, ids = run.read_tensors("activations")
     encoded = subject.encode(study_prompts(study))
     inputs = {p.id: p for p in prompt_inputs(encoded, study.readout.position)}
 
     def y(prompt, edit) -> float:
-        with edited_output(get_block(model, block), torch.tensor(prompt.read), edit):
-            return float(read_prompts_plain(model, [prompt], subject.behavior, 0).y)
+        with edited_output(get_point(model, point), torch.tensor(prompt.read), edit):
+            return float(read_prompts_plain(model, [prompt], subject.behavior, None).y)
 
     coef = {r["feature_id"]: r["coef"] for r in run.read_table("coefficients").to_pylist()}
     assert {row["feature_id"]: row["coef"] for row in rows} == pytest.approx(coef)
@@ -354,6 +355,37 @@ def test_the_table_is_that_of_edits_in_plain_passes(study: Study, run: RunFolder
         edit = Clamp(subject.sae, row["feature_id"], "sae", 2.0, direction)
         dy = np.array([y(inputs[i], edit) for i in chosen]) - base
         assert_allclose(found, (x @ dy) / (x @ x), rtol=1e-3, atol=1e-5)
+
+
+def test_features_of_what_the_mlp_adds_are_scaled_there(tmp_path: Path) -> None:
+    study = clamping(load_study(write_tiny_study(tmp_path)).replace("prompts.limit", 6), 6, 2)
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = f"blocks.{BLOCK}.hook_mlp_out"
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
+    run = do(study, tmp_path / "run", *READ, "clamp")
+    subject, row = open_subject(study), max(rows_of(run), key=lambda row: row["n"])
+    prompts = prompt_inputs(subject.encode(study_prompts(study)), study.readout.position)
+    model, k = subject.loaded.model, row["feature_id"]
+    column = run.read_tensors("activations")[1]["feature_ids"].index(k)
+    X = dict(zip(*(run.read_tensors("activations")[i][key] for i, key in ((1, "prompt_ids"), (0, "X"))), strict=True))
+
+    def y(prompt, scale: float) -> float:
+        def edit(module, args, output):  # features are signed directions: ReLU of one entry of h
+            changed, axis, sign = output.clone(), k % output.shape[-1], 1 if k < output.shape[-1] else -1
+            for t in prompt.read:
+                changed[0, t, axis] += (scale - 1) * sign * torch.relu(sign * output[0, t, axis])
+            return changed
+
+        handle = model.model.layers[BLOCK].mlp.register_forward_hook(edit)
+        try:
+            return float(read_prompts_plain(model, [prompt], subject.behavior, None).y)
+        finally:
+            handle.remove()
+
+    active = [prompt for prompt in prompts if X[prompt.id][column] > 0]
+    assert len(active) == row["n"] > 1
+    mean = np.mean([y(prompt, 3.0) - y(prompt, 1.0) for prompt in active])
+    assert_allclose(row["doses"][SCALES.index(3.0)]["value"], mean, rtol=1e-3, atol=1e-5)
 
 
 def test_what_the_policy_predicts_of_an_edit_is_its_coefficient_here(run: RunFolder) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from taught.core.point import Point
 from taught.curvatures.adam import Adam
 from taught.errors import UserError
 from taught.features.concept import Concept, save_concept
@@ -243,9 +244,9 @@ def test_own_responses_are_generated_once_and_of_one_setting(study, scored, monk
 
 
 def test_what_is_asked_in_vain_is_said(study: Study, scored, tmp_path: Path):
-    save_concept(Concept("w", np.ones(5), 1), tmp_path / "w")
-    save_concept(Concept("far", np.ones(16), 9), tmp_path / "far")
-    save_concept(Concept("x", np.ones(16), 1, weights={"sha256": "y"}), tmp_path / "x")
+    save_concept(Concept("w", np.ones(5), Point(1)), tmp_path / "w")
+    save_concept(Concept("far", np.ones(16), Point(9)), tmp_path / "far")
+    save_concept(Concept("x", np.ones(16), Point(1), weights={"sha256": "y"}), tmp_path / "x")
 
     def saved(name: str) -> dict:
         return {"concepts": [{"name": name, "path": str(tmp_path / name)}]}

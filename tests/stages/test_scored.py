@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from taught.core.point import Point
 from taught.errors import UserError
 from taught.features.concept import Concept, save_concept
 from taught.run.folder import RunFolder
 from taught.stages.scored import default_target, read_scores, read_shifts, run_targets
 from taught.study.load import load_study
-from tiny_study import BLOCK, READ, do, values_of, with_values, write_tiny_study
+from tiny_study import READ, do, values_of, with_values, write_tiny_study
 from tiny_study import WIDTH as STUDY_WIDTH
 
 OWN, FILTER = "adjoint", "vector-filter"
@@ -25,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a concept whose name has a colon, by the run's own method and by one that is no influence."""
     folder = tmp_path_factory.mktemp("scored")
     v = np.random.default_rng(3).normal(size=STUDY_WIDTH)
-    save_concept(Concept("other", v, BLOCK), folder / "c")
+    save_concept(Concept("other", v, Point(1)), folder / "c")
     study = with_values(
         load_study(write_tiny_study(folder)),
         {

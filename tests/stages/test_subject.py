@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from taught.core.point import Point
 from taught.errors import UserError
-from taught.stages.subject import open_subject
+from taught.stages.subject import open_subject, study_prompts
 from taught.study.load import load_study
 from tiny_models import tiny_sae
 from tiny_study import BLOCK, do, write_tiny_study
@@ -51,6 +52,47 @@ def test_invariant_8_another_sae_under_the_same_release_name_is_refused(release,
             do(release.study, run, stage)
 
 
+@pytest.mark.parametrize("module", ["mlp", "mlp.down_proj", "self_attn", "post_attention_layernorm"])
+def test_two_names_of_a_point_are_of_one_module_of_the_model_or_the_sae_is_refused(release, module):
+    names = {"hook_name": "blocks.1.hook_mlp_out", "hf_hook_name": f"model.layers.1.{module}.output"}
+    release.config["metadata"] = names
+    if module == "mlp":
+        assert open_subject(release.study).sae.point == Point(1, "mlp_out")
+    else:
+        with pytest.raises(UserError, match=f"names two places(?s:.*){module} of block 1"):
+            open_subject(release.study)
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_mlp_in", "model.layers.1.feed_forward", "model.layers.3.mlp"])
+def test_an_sae_of_a_place_that_the_model_has_not_is_refused_when_it_is_opened(release, hook):
+    release.config["metadata"] = {"hook_name": hook}
+    with pytest.raises(UserError, match="hook_mlp_in|no such part(?s:.*)self_attn, mlp|no such block"):
+        open_subject(release.study)
+
+
+def test_the_point_that_is_set_is_read_and_is_in_the_fingerprint(release, tmp_path):
+    release.config["metadata"] = {}
+    study = release.study.replace("sae.block", 1).replace("prompts.limit", 6)
+    subject = open_subject(study.replace("sae.point", "mlp_out"))
+    assert subject.sae.point == Point(1, "mlp_out")
+    assert subject.identity["sae.weights"] != open_subject(study).identity["sae.weights"]
+    run = do(study.replace("sae.point", "mlp_out"), tmp_path / "run", "readings")
+    with pytest.raises(UserError, match=r"other inputs: .*sae\.point"):
+        do(study, run, "readings")
+    assert {key: run.read_json("readings")[key] for key in ("block", "point")} == {"block": 1, "point": "mlp_out"}
+    arrays, ids = run.read_tensors("readouts")
+    seen: list[torch.Tensor] = []
+    model = subject.loaded.model
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    encoded = {e.id: e for e in subject.encode(study_prompts(study))}
+    for row, prompt_id in enumerate(ids["prompt_ids"]):
+        with torch.no_grad():
+            model(input_ids=torch.tensor([encoded[prompt_id].input_ids]))
+        expected = seen[-1][slice(*encoded[prompt_id].user_span)]
+        found = torch.from_numpy(arrays["h"][slice(*arrays["offsets"][row : row + 2])])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_without_an_sae_the_model_alone_is_opened(release):
     subject = open_subject(release.study.replace("sae.path", None))
     assert subject.sae is None and set(subject.identity) == {"model.weights", "tokens"}
@@ -71,7 +113,14 @@ def test_one_number_of_any_tensor_changes_the_saes_digest(name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"apply_b_dec_to_input": False}, {"k": 2}, {"rescale_by_decoder_norm": False}, {"block": 0}]
+    "change",
+    [
+        {"apply_b_dec_to_input": False},
+        {"k": 2},
+        {"rescale_by_decoder_norm": False},
+        {"point": Point(0)},
+        {"point": Point(1, "mlp_out")},
+    ],
 )
 def test_another_use_of_the_same_tensors_changes_the_saes_digest(change):
     sae = tiny_sae("topk")

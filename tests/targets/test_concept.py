@@ -17,8 +17,8 @@ from taught.core.target import TargetSet
 from taught.errors import UserError
 from taught.features.concept import Concept, concept_map
 from tiny_models import (
-    BLOCK,
     MODELS,
+    POINT,
     WIDTH,
     moved,
     plain_gradient,
@@ -43,7 +43,7 @@ def model_of(name: str):
 
 def concepts() -> list[Concept]:
     rng = np.random.default_rng(5)
-    return [Concept(name, rng.normal(size=WIDTH), BLOCK) for name in ("a", "b")]
+    return [Concept(name, rng.normal(size=WIDTH), POINT) for name in ("a", "b")]
 
 
 def problem_of(model, position: str = "mean_user", ids=None, **options):

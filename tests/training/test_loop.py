@@ -22,7 +22,7 @@ from taught.model.readout import read_prompts
 from taught.study.schema import ValidationSpec
 from taught.training.loop import learning_rates, lora_layers, plan, train
 from taught.training.recipe import Recipe
-from tiny_models import BLOCK, MODELS, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
+from tiny_models import MODELS, POINT, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
 
 
 def recipe(**changes) -> Recipe:
@@ -75,10 +75,10 @@ def test_one_sgd_step_on_one_example_is_the_finite_step(name: str) -> None:
     for example in tiny_examples():
         model = tiny_model(name)
         problem = tiny_problem(model, lr=0.05)
-        base = read_prompts(model, problem.prompts, problem.behavior, BLOCK)
+        base = read_prompts(model, problem.prompts, problem.behavior, POINT)
         (step,) = finite_steps(problem, [example], base)
         log = train(model, [example], recipe(optimizer="sgd", lr=0.05, epochs=1))
-        after = read_prompts(model, problem.prompts, problem.behavior, BLOCK)
+        after = read_prompts(model, problem.prompts, problem.behavior, POINT)
         torch.testing.assert_close(after.y - base.y, step.dy, rtol=1e-12, atol=1e-13)
         assert log.losses[0] == pytest.approx(step.loss, rel=1e-12)
         assert float(step.dy.abs().max()) > 1e-4

@@ -103,7 +103,7 @@ def run(tmp_path_factory):
 
 
 def problem32(**options):
-    return tiny_problem(model32(), features=None, block=None, **options)
+    return tiny_problem(model32(), features=None, point=None, **options)
 
 
 def behaviors() -> Readings:

@@ -14,6 +14,7 @@ import torch
 import taught
 import taught.training.retrain as module
 from taught.core.example import sft
+from taught.core.point import Point
 from taught.errors import UserError
 from taught.model.readout import read_prompts, read_prompts_plain
 from taught.progress import SilentProgress
@@ -29,7 +30,7 @@ from taught.training.recipe import Recipe
 from taught.training.retrain import Answering, Retrainer, Retraining, Unlearn
 from taught.training.steps import Training
 from taught.training.unlearn import loss_guard, unlearned
-from tiny_models import BLOCK, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
+from tiny_models import POINT, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
 from tiny_study import write_tiny_study
 
 WEIGHTS = {"source": "tiny", "sha256": "0"}
@@ -92,7 +93,7 @@ def test_a_retraining_is_training_and_the_read_outs_again(tmp_path, method: str)
         trained = inject_adapter_in_model(config, trained)
         log = train(trained, examples, recipe(seed=7), parameters=("*lora_*",))
     problem = made.problem
-    reads = read_prompts_plain(trained, problem.prompts, problem.behavior, BLOCK)
+    reads = read_prompts_plain(trained, problem.prompts, problem.behavior, POINT)
     X = problem.features(reads.h, reads.offsets).detach().numpy()
     np.testing.assert_allclose(found.y, reads.y.numpy(), rtol=1e-10)
     np.testing.assert_allclose(found.X, X, rtol=1e-9, atol=1e-11)
@@ -110,7 +111,7 @@ def test_a_retraining_is_training_and_the_read_outs_again(tmp_path, method: str)
 def test_the_base_model_is_read_without_training(tmp_path) -> None:
     made = retrainer(tmp_path)
     base, problem = made.base(), made.problem
-    reads = read_prompts_plain(problem.model, problem.prompts, problem.behavior, BLOCK)
+    reads = read_prompts_plain(problem.model, problem.prompts, problem.behavior, POINT)
     np.testing.assert_allclose(base.y, reads.y.numpy(), rtol=1e-12)
     X = problem.features(reads.h, reads.offsets).numpy()
     np.testing.assert_allclose(base.X, X, rtol=1e-12, atol=1e-13)
@@ -248,7 +249,8 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(tmp_path, monkey
         ("prompts", {"problem": replace(problem, prompts=problem.prompts[1:])}),
         ("features", {"problem": replace(problem, features=features)}),
         ("sae.weights", {"problem": replace(problem, features=replace(problem.features, sae=sae))}),
-        ("sae.block", {"problem": replace(problem, block=0)}),
+        ("sae.block", {"problem": replace(problem, point=Point(0))}),
+        ("sae.point", {"problem": replace(problem, point=replace(POINT, part="mlp"))}),
         ("parameters", {"problem": replace(problem, parameters=("*mlp*",))}),
     ):
         with pytest.raises(UserError, match=rf"under other conditions: {name}\n"):
@@ -452,7 +454,7 @@ def test_an_example_that_is_left_out_may_keep_its_place_with_weight_zero(tmp_pat
         training = Training(model, examples, held, patterns, weights=weights)
         with training.ready():
             training.train()
-            expected = read_prompts(model, problem.prompts, problem.behavior, problem.block).y.numpy()
+            expected = read_prompts(model, problem.prompts, problem.behavior, problem.point).y.numpy()
     np.testing.assert_allclose(found.y, expected, rtol=1e-9)
     assert found.kept == tuple(sorted(ids)) and left_out not in {i for step in found.log.ids for i in step}
     refilled = Retrainer(problem, examples, replace(held, batches="refilled"), tmp_path / "refilled", weights={})
@@ -474,7 +476,7 @@ def test_unlearning_is_kept_and_read_like_a_retraining(tmp_path: Path, no_traini
     forget, retain = tiny_examples()[::2], tiny_examples()[1::2]
     model = tiny_model("tied")
     with unlearned(model, forget, retain, recipe(seed=7, lr=0.1), 4, guard, batch_tokens=24) as log:
-        reads = read_prompts(model, made.problem.prompts, made.problem.behavior, BLOCK)
+        reads = read_prompts(model, made.problem.prompts, made.problem.behavior, POINT)
         losses = [float(plain_loss(model, example).detach()) for example in forget]
     np.testing.assert_allclose(found.y, reads.y.numpy(), rtol=1e-12)
     np.testing.assert_allclose(found.losses_after, losses, rtol=1e-12)

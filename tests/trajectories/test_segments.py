@@ -64,7 +64,7 @@ def scores(recipe: Recipe, wanted=("behavior:a",), readings=None, examples=None,
     if problem is None:
         problem = tiny_problem(tiny_model("untied"), recipe=recipe, parameters=FEW)
     if readings is None and problem.features is not None:
-        problem = replace(problem, features=None, block=None)
+        problem = replace(problem, features=None, point=None)
     targets = TargetSet.of(list(wanted), readings or behaviors())
     method = Method(trajectory=Choice("segments", {"segments": 2, "checkpoints": 1, "seed": SEED, **how}))
     return driver.scores(problem, examples or tiny_examples(), targets, method, work or Work())
@@ -228,7 +228,7 @@ def test_it_has_the_unit_and_the_sign_of_steps(optimizer: str) -> None:
     problem = tiny_problem(tiny_model("untied"), recipe=recipe, parameters=layers)
     found = scores(recipe, problem=problem, segments=3)
     targets = TargetSet.of(["behavior:a"], behaviors())
-    plain = replace(problem, features=None, block=None)
+    plain = replace(problem, features=None, point=None)
     exact = driver.scores(
         plain, tiny_examples(), targets, Method(trajectory=Choice("steps", {"smoothness": 0})), Work()
     )
@@ -277,7 +277,7 @@ def test_order_batches_and_memory_change_nothing_and_weights_come_back(tmp_path)
         readings,
         tiny_examples()[::-1],
         Work(folder=tmp_path),
-        replace(other, features=None, block=None),
+        replace(other, features=None, point=None),
         checkpoints=2,
     )
     for group in "ab":
@@ -309,7 +309,7 @@ def test_a_stopped_pass_goes_on_where_it_was(tmp_path, monkeypatch) -> None:
 def test_preferences_and_fresh_lora_layers_are_followed() -> None:
     # Against the exact derivative of the same run.
     recipe = replace(SGD, method="lora", lora_rank=2, lr=0.01, epochs=2)
-    problem = tiny_problem(tiny_model("untied"), recipe=recipe, features=None, block=None)
+    problem = tiny_problem(tiny_model("untied"), recipe=recipe, features=None, point=None)
     examples = [*tiny_examples(), tiny_preferences()[0]]
     found = scores(recipe, examples=examples, problem=problem, checkpoints=2)
     targets = TargetSet.of(["behavior:a"], behaviors())

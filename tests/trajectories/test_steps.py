@@ -78,7 +78,7 @@ def values_after(ready, weights, names) -> np.ndarray:
         with training.ready():
             training.train()
             with torch.no_grad():
-                reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+                reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.point)
                 X = problem.features(reads.h, reads.offsets).double().numpy()
     final = ready.readings.refitted(reads.y.numpy(), X)
     return np.array([value(name, final, ready.readings) for name in names])

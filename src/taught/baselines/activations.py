@@ -16,10 +16,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from taught.core.example import Examples, refuse_several
+from taught.core.point import Point
 from taught.errors import UserError
 from taught.features.concept import ConceptMap
 from taught.model.gradients import evaluating
-from taught.model.readout import PACK_TOKENS, ReadPrompt, read_residuals
+from taught.model.readout import PACK_TOKENS, ReadPrompt, read_vectors
 from taught.progress import Progress
 
 
@@ -52,14 +53,14 @@ def project(
     model: nn.Module,
     examples: Examples,
     concepts: ConceptMap,
-    block: int,
+    point: Point,
     *,
     batch_tokens: int = PACK_TOKENS,
     progress: Progress | None = None,
 ) -> Tensor:
     """f of every example and concept, float64 [P, C]: the Vector Filter where the model is the base.
 
-    Cost: one forward pass over the examples, up to the block.
+    Cost: one forward pass over the examples, up to the block that is read.
 
     Raises
     ------
@@ -68,4 +69,4 @@ def project(
     """
     reads = response_reads(examples, concepts.position)
     with evaluating(model):
-        return read_residuals(model, reads, [block], concepts, tokens=batch_tokens, progress=progress)[0]
+        return read_vectors(model, reads, [point], concepts, tokens=batch_tokens, progress=progress)[0]

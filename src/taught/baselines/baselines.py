@@ -228,10 +228,10 @@ def _postings(counts: Sequence[Counter[str]], norm: Floats) -> dict[str, tuple[N
 
 
 def similarities(problem: Problem, examples: Examples, groups: Groups, *, tokens: str = "last") -> dict[str, Floats]:
-    """Mean over a group's prompts of the cosine between the example's residual and the prompt's.
+    """Mean over a group's prompts of the cosine between the example's h and the prompt's.
 
-    Residuals are those after the problem's block: the prompt's at its read-out tokens (their mean),
-    the example's at its last token, or their mean over the tokens of the response.
+    h is read at the problem's point: the prompt's at its read-out tokens (their mean), the example's at its last token,
+    or the mean over the tokens of its response.
 
     Parameters
     ----------
@@ -244,7 +244,7 @@ def similarities(problem: Problem, examples: Examples, groups: Groups, *, tokens
     Raises
     ------
     UserError
-        A group has no prompts, or a residual is not finite.
+        A group has no prompts, or an h is not finite.
     """
     if tokens not in ("last", "mean"):
         raise UserError("residuals are read elsewhere", value=tokens, rule="last or mean")
@@ -261,7 +261,7 @@ def _directions(problem: Problem, reads: Sequence[ReadPrompt]) -> Tensor:
     found: list[Tensor] = [torch.empty(0)] * len(reads)
     with evaluating(problem.model):
         for packed in pack(reads, None, tokens=problem.batch_tokens):
-            h = read_packed(problem.model, packed, None, problem.block)[0].double().cpu()
+            h = read_packed(problem.model, packed, None, problem.point)[0].double().cpu()
             for row, i in enumerate(packed.index):
                 found[i] = h[packed.offsets[row] : packed.offsets[row + 1]].mean(0)
     return torch.nn.functional.normalize(torch.stack(found), dim=1, eps=0.0)
@@ -336,7 +336,7 @@ def _queries(problem: Problem, sites: Sequence[Site], groups: Groups) -> dict[st
         rows = _rows(problem, group, ids)
         for packed in pack([problem.prompts[i] for i in rows], problem.behavior):
             with tap(problem.model, sites) as taps:
-                _, y = read_packed(problem.model, packed, problem.behavior, problem.block)
+                _, y = read_packed(problem.model, packed, problem.behavior, problem.point)
                 assert y is not None
                 for factor in taps.factors(y.sum() / len(rows), summed=True):
                     if factor.param not in queries:

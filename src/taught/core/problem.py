@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from taught.core.behavior import Behavior
 from taught.core.curvature import Metric
+from taught.core.point import Point
 from taught.features.concept import ConceptMap
 from taught.features.pooling import FeatureMap
+from taught.model.forward import get_point
 from taught.model.readout import ReadPrompt, read_prompts
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ class Problem:
     ----------
     model, prompts, behavior : as in :mod:`taught.model.readout`
     lr : learning rate of the one step
-    block, features : where X is read, and h -> X (activations of features, or read-outs of concepts);
+    point, features : where X is read, and h -> X (activations of features, or read-outs of concepts);
         None where no target asks for X
     batch_tokens : padded tokens a batch of examples may have
     memory_gb : working memory for gradients, in GiB
@@ -47,7 +49,7 @@ class Problem:
     prompts: Sequence[ReadPrompt]
     behavior: Behavior
     lr: float
-    block: int | None = None
+    point: Point | None = None
     features: FeatureMap | ConceptMap | None = None
     batch_tokens: int = 512
     memory_gb: float = 3.75
@@ -59,6 +61,10 @@ class Problem:
     plain: Problem | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        if self.point is not None:
+            get_point(self.model, self.point)  # it may take a pass of its own, which no gradient is taken through
 
     @property
     def d(self) -> int:
@@ -73,7 +79,7 @@ class Problem:
         """The same problem at other weights. Cost: one forward pass over the prompts, for the gates of X."""
         if self.features is None:
             return replace(self, model=model, lr=lr)
-        reads = read_prompts(model, self.prompts, self.behavior, self.block)
+        reads = read_prompts(model, self.prompts, self.behavior, self.point)
         with torch.no_grad():
             X = self.features(reads.h, reads.offsets)
         return replace(self, model=model, lr=lr, X=X.double().cpu())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from taught.core.point import Point
 from taught.core.problem import GB, Problem
 from taught.core.trajectory import Queries
 from taught.model.gradients import Factor, Query, RowSparse, Site, accumulate, tap
@@ -26,19 +27,19 @@ def queries_at_once(problem: Problem) -> int:
 
 
 def x_queries_at_once(problem: Problem, sites: Sequence[Site]) -> int:
-    """How many queries of X fit into the memory budget (moving parameters up to the block)."""
+    """How many queries of X fit into the memory budget (moving parameters up to the point)."""
     shapes = dict(problem.model.named_parameters())
-    seen = sites_up_to_block(problem, sites)
+    seen = sites_before(problem, sites, problem.point)
     return fitting(
         problem, sum(shapes[n].numel() for s in seen if s.kind != "embedding" for n in (s.weight, s.bias) if n)
     )
 
 
-def sites_up_to_block(problem: Problem, sites: Sequence[Site]) -> list[Site]:
-    """The uses of parameters that X depends on."""
+def sites_before(problem: Problem, sites: Sequence[Site], point: Point | None) -> list[Site]:
+    """The uses of parameters that h at a point depends on, or may: all that run before it is reached."""
     packed = next(pack(problem.prompts[:1], None))
     with tap(problem.model, sites) as taps, torch.no_grad():
-        read_packed(problem.model, packed, None, problem.block)
+        read_packed(problem.model, packed, None, point)
         return [site for site, *_ in taps.seen] + [site for site in sites if site.kind == "whole"]
 
 
@@ -61,7 +62,7 @@ def build_queries(
     A : float64 [K, N, d] or None
         dF/dX of each target; None for zeros.
     B : float64 [K, N] or None
-        dF/dy of each target; None for zeros, and no pass beyond the block then.
+        dF/dy of each target; None for zeros, and no pass beyond the point then.
     """
     progress = progress or SilentProgress()
     queries: Queries = {}
@@ -79,7 +80,7 @@ def build_queries(
         for packed in pack(chosen, problem.behavior if needs_y else None) if chosen else []:
             index = torch.tensor(support)[list(packed.index)]
             with tap(problem.model, sites) as taps:
-                h, y = read_packed(problem.model, packed, problem.behavior if needs_y else None, problem.block)
+                h, y = read_packed(problem.model, packed, problem.behavior if needs_y else None, problem.point)
                 X = None
                 if problem.features is not None and A is not None and h is not None:
                     X = problem.features(h, packed.offsets.to(h.device))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,18 @@ def text() -> Rule:
         return value
 
     return Rule("text, in quotes where YAML would read it as a number or yes/no", parse)
+
+
+def matching(pattern: str, words: str) -> Rule:
+    """Return the rule for text that a regular expression fits as a whole, in the words of the rule."""
+
+    def parse(value: Any) -> str:
+        found = text().parse(value)
+        if not re.fullmatch(pattern, found, re.ASCII):
+            raise ValueError
+        return found
+
+    return Rule(words, parse)
 
 
 def _path_text(value: Any) -> str:

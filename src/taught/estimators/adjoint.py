@@ -32,8 +32,9 @@ from taught.core.curvature import Curvature
 from taught.core.estimator import Work, needs_gradients
 from taught.core.example import ExampleBatch, Examples, batch_examples, example_losses, refuse_nonfinite
 from taught.core.gradient import example_gradients, refuse_unfit
+from taught.core.point import Point
 from taught.core.problem import GB, Problem
-from taught.core.query import build_queries, queries_at_once, sites_up_to_block, token_rows, x_queries_at_once
+from taught.core.query import build_queries, queries_at_once, sites_before, token_rows, x_queries_at_once
 from taught.core.readings import Moves
 from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
@@ -44,7 +45,7 @@ from taught.estimators import cost
 from taught.estimators.cost import Asked
 from taught.estimators.every_prompt import prompt_effects, prompt_steps
 from taught.model.blockwise import split_sites
-from taught.model.forward import capture_output, forward, get_block
+from taught.model.forward import capture_output, forward, get_point
 from taught.model.gradients import Factor, Site, contract, find_sites, frozen, tap
 from taught.model.layout import first_device, sequence_rows
 from taught.policy.ridge import pathway_sums
@@ -66,7 +67,7 @@ def target_effects(
     A : float64 [K, N, d] or None
         dF/dX of each target; None for zeros.
     B : float64 [K, N] or None
-        dF/dy of each target; None for zeros, and no pass beyond the block then.
+        dF/dy of each target; None for zeros, and no pass beyond the point then.
 
     Returns
     -------
@@ -151,7 +152,7 @@ def contract_examples(
 
 @dataclass(eq=False)
 class _Above:
-    """What the model above the SAE's block does to a batch of examples: the same for all X targets.
+    """What the model above the block that is read does to a batch of examples: the same for all X targets.
 
     Attributes
     ----------
@@ -185,11 +186,14 @@ def _contract_below(
 ) -> Tensor:
     """``contract_examples`` for queries of X: the second time, batches go up to the block only."""
     effects = torch.zeros(len(examples), count, dtype=torch.float64)
-    below = sites_up_to_block(problem, sites)
+    assert problem.point is not None
+    # Up to the block's output and no less: attention and MLP act on the loss beside what they add, and it is no cut.
+    cut = Point(problem.point.block)
+    below = sites_before(problem, sites, cut)
     names = {name for site in below for name in (site.weight, site.bias)}
     tied = [s for s in sites if s not in below and s.weight in names]
     for batch in batch_examples(examples, problem.batch_tokens):
-        for factor in _factors_below(problem, below, tied, batch, examples, above):
+        for factor in _factors_below(problem, cut, below, tied, batch, examples, above):
             if factor.param in queries:
                 found = contract(factor, queries[factor.param]).double().cpu()
                 effects[list(batch.index)] -= problem.lr * found
@@ -199,6 +203,7 @@ def _contract_below(
 
 def _factors_below(
     problem: Problem,
+    cut: Point,
     below: Sequence[Site],
     tied: Sequence[Site],
     batch: ExampleBatch,
@@ -209,13 +214,11 @@ def _factors_below(
     with tap(model, below) as low:
         if batch.index in above.grads:
             rows = batch.rows.to(first_device(model))
-            assert problem.block is not None
-            with capture_output(get_block(model, problem.block)) as seen:
-                forward(model, rows, block=problem.block, stop_at_block=True)
+            with capture_output(get_point(model, cut)) as seen:
+                forward(model, rows, point=cut, stop_at_point=True)
             h, grad, others = seen[0], above.grads[batch.index], above.factors[batch.index]
         else:
-            assert problem.block is not None
-            with capture_output(get_block(model, problem.block)) as seen, tap(model, tied) as high:
+            with capture_output(get_point(model, cut)) as seen, tap(model, tied) as high:
                 losses = batch.losses(model)
                 refuse_nonfinite(examples, batch.index, losses.detach().double().cpu())
                 found, (grad,) = high.factors_and(losses.sum(), seen, retain_graph=True, training=True, rows=own)

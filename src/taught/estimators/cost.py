@@ -243,7 +243,7 @@ def _sizes(problem: Problem) -> _Sizes:
     moving = [_matrices(block, ids) for block in find_blocks(model)]
     head = model.get_output_embeddings()
     width = int(model.config.get_text_config().hidden_size)
-    last = 0 if problem.block is None else problem.block + 1
+    last = 0 if problem.point is None else problem.point.block + 1
     return _Sizes(
         blocks=sum(each),
         to_block=sum(each[:last]),

@@ -148,7 +148,7 @@ def finite_steps(
                     if name in direction:
                         p.sub_(direction[name], alpha=problem.lr)
             del direction
-            after = read(problem.model, problem.prompts, problem.behavior, problem.block)
+            after = read(problem.model, problem.prompts, problem.behavior, problem.point)
             with torch.no_grad():
                 for name, p in moving.items():
                     p.copy_(base[name])
@@ -175,7 +175,7 @@ def kept_steps(problem: Problem, examples: Examples, work: Work) -> dict[str, di
     work.progress.step("finite steps", len(todo))
     if not todo:
         return rows
-    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.point)
     for step in finite_steps(problem, todo, baseline, progress=work.progress):
         row = {"dy": step.dy.numpy(), "loss": np.array([step.loss])}
         if step.dX is not None and step.dX_exact is not None:

@@ -69,7 +69,7 @@ class _Reader(nn.Module):
 
     def forward(self, packed: PackedPrompts) -> tuple[Tensor, Tensor]:
         problem = self._problem
-        h, y = read_packed(self.model, packed, problem.behavior, problem.block)
+        h, y = read_packed(self.model, packed, problem.behavior, problem.point)
         assert y is not None
         if problem.features is None:
             return y[:0], y

@@ -1,4 +1,4 @@
-"""Concepts: directions in the residual stream of one block, and how they are read.
+"""Concepts: directions in the residual stream of one block, or elsewhere in it, and how they are read.
 
     read-out of a prompt or example:  f = < v, mean over its tokens t of h_t >
 
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from taught.core.point import RESID_POST, Point
 from taught.errors import UserError
 from taught.features.pooling import pool
 from taught.features.probe import fit_direction, held_out
@@ -44,7 +45,7 @@ FORMAT = "taught concept 1"
 PROMPT_POSITIONS = ("last_user", "last_prompt", "mean_user")
 PAIR_POSITIONS = ("mean_response", "last_response")
 NORMS = ("unit", "none")
-_RECORDED = ("name", "block", "position", "tokens", "weights", "provenance", "card")
+_RECORDED = ("name", "position", "tokens", "weights", "provenance", "card")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class Concept:
     ----------
     name : its name in tables
     direction : v, float64 [D]; positive read-outs are towards it
-    block : block, counted from 0, whose output is read
+    point : where in the model h is read
     position : one of PROMPT_POSITIONS, tokens of a prompt over which h is averaged
     tokens : one of PAIR_POSITIONS, of an example: all of the response, or its last one (the end of the turn)
     weights : identity of the model's weights, or empty where it is not known
@@ -65,7 +66,7 @@ class Concept:
 
     name: str
     direction: Floats
-    block: int
+    point: Point
     position: str = "mean_user"
     tokens: str = "mean_response"
     weights: Mapping[str, Any] = field(default_factory=dict)
@@ -84,27 +85,32 @@ class Concept:
         """All but the direction, as plain values."""
         parts = {name: getattr(self, name) for name in _RECORDED}
         plain = {name: dict(part) if isinstance(part, Mapping) else part for name, part in parts.items()}
-        return {"format": FORMAT, "name": self.name, "width": self.width, **plain}
+        where = {"block": self.point.block, "point": self.point.part}
+        return {"format": FORMAT, "name": self.name, "width": self.width, **where, **plain}
 
     @classmethod
     def of(cls, record: Mapping[str, Any], direction: ArrayLike) -> Concept:
         """A concept from its record and its direction; TypeError where a part of the record is of another type."""
-        kinds = {"name": str, "block": int, "position": str, "tokens": str}
-        if wrong := [key for key in _RECORDED if not isinstance(record[key], kinds.get(key, Mapping))]:
+        record = {"point": RESID_POST, **record}  # concepts of before are all of the residual stream
+        kinds = {"name": str, "block": int, "point": str, "position": str, "tokens": str}
+        named = ("block", "point", *_RECORDED)
+        if wrong := [key for key in named if not isinstance(record[key], kinds.get(key, Mapping))]:
             raise TypeError(f"{', '.join(wrong)}: of another type")
-        return cls(direction=np.asarray(direction, np.float64), **{name: record[name] for name in _RECORDED})
+        parts = {name: record[name] for name in _RECORDED}
+        point = Point(record["block"], record["point"])
+        return cls(direction=np.asarray(direction, np.float64), point=point, **parts)
 
     @property
     def width(self) -> int:
-        """D, the width of the residual stream."""
+        """D, the width of what is read."""
         return len(self.direction)
 
     def require_fit(self, *, width: int, blocks: int, weights: Mapping[str, Any]) -> None:
         """Raise a UserError unless the concept belongs to this model."""
-        if self.width != width or not 0 <= self.block < blocks:
+        if self.width != width or not 0 <= self.point.block < blocks:
             raise UserError(
                 f"the concept {self.name} does not fit the model",
-                value=f"width {self.width}, block {self.block}",
+                value=f"width {self.width}, {self.point}",
                 rule=f"width {width}, blocks 0 to {blocks - 1}",
                 fix="use a concept that was made on this model",
             )
@@ -316,7 +322,7 @@ def _read_control_vector(file: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class ConceptMap:
-    """h -> X for concepts that are read at one block and position: X_ic = <v_c, pooled h_i>.
+    """h -> X for concepts that are read at one point and position: X_ic = <v_c, pooled h_i>.
 
     It stands where a :class:`taught.features.pooling.FeatureMap` does, wherever changes of X are asked for. One thing
     differs: the read-out is linear, has no gate, and where X_ic is 0 its change need not be.
@@ -343,7 +349,7 @@ class ConceptMap:
 
 
 def concept_map(concepts: Sequence[Concept], position: str, like: Tensor) -> ConceptMap:
-    """The read-out of concepts of one block on the device of ``like``.
+    """The read-out of concepts of one point on the device of ``like``.
 
     In its precision, or in float32 where that is less.
     """

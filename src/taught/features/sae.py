@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from taught.core.point import RESID_POST, Point
 from taught.errors import UserError, refuse
 from taught.features.sae_config import SaeConfig, saelens_config, sparsify_config
 from taught.run.files import read_json_mapping, read_tensors
@@ -31,12 +32,12 @@ from taught.run.files import read_json_mapping, read_tensors
 Encoder = Literal["sae", "relu"]
 ENCODERS = ("sae", "relu")
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-_FROM_CONFIG = ("architecture", "k", "apply_b_dec_to_input", "rescale_by_decoder_norm", "block", "hook")
+_FROM_CONFIG = ("architecture", "k", "apply_b_dec_to_input", "rescale_by_decoder_norm", "point", "also", "hook")
 
 
 @dataclass(frozen=True, eq=False)
 class SparseAutoencoder:
-    """Weights of a sparse autoencoder on one block's residual stream.
+    """Weights of a sparse autoencoder of what a model has at one point.
 
     Attributes
     ----------
@@ -47,8 +48,9 @@ class SparseAutoencoder:
     apply_b_dec_to_input : whether ``b_dec`` is taken off the input
     rescale_by_decoder_norm : TopK of SAELens: pre-activations are multiplied by the norm of the
         feature's decoder row before the selection (and the decoder rows divided by it)
-    block : block, counted from 0, whose *output* is read
+    point : where h is read
     hook : the name of that place in the file
+    also : the same place by other names of the file, which hold for some models only
     provenance : where the weights are from and what the file says of their training (JSON values)
     """
 
@@ -61,8 +63,9 @@ class SparseAutoencoder:
     architecture: str
     apply_b_dec_to_input: bool
     rescale_by_decoder_norm: bool
-    block: int
+    point: Point
     hook: str
+    also: tuple[Point, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,7 +83,7 @@ class SparseAutoencoder:
 
     @property
     def width(self) -> int:
-        """D, the width of the residual stream."""
+        """D, the width of what is read."""
         return self.W_enc.shape[0]
 
     @property
@@ -151,7 +154,9 @@ class SparseAutoencoder:
         a precision may), and how the encoder uses them. Reads 28 MB in a tenth of a second.
         """
         how = (self.architecture, self.k, self.apply_b_dec_to_input, self.rescale_by_decoder_norm)
-        digest = hashlib.sha256(f"{how} {self.block}\n".encode())
+        digest = hashlib.sha256(f"{how} {self.point.block}\n".encode())
+        if self.point.part != RESID_POST:
+            digest.update(f"{self.point.part}\n".encode())
         for name in _TENSORS:
             if (tensor := getattr(self, name)) is not None:
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -186,7 +191,9 @@ def _checked_ids(ids: Tensor | Sequence[int], features: int) -> Tensor:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def load_sae(path: str | Path, *, block: int | None = None, ignore: Collection[str] = ()) -> SparseAutoencoder:
+def load_sae(
+    path: str | Path, *, block: int | None = None, part: str | None = None, ignore: Collection[str] = ()
+) -> SparseAutoencoder:
     """Read an autoencoder.
 
     Parameters
@@ -195,7 +202,7 @@ def load_sae(path: str | Path, *, block: int | None = None, ignore: Collection[s
         A SAELens folder (``cfg.json``, ``sae_weights.safetensors``), a sparsify folder
         (``cfg.json``, ``sae.safetensors``), or ``release:sae_id`` of SAELens' public releases
         (needs the optional package sae-lens, and network).
-    block : block whose output it reads, where the file does not say
+    block, part : where it reads h (:class:`taught.core.point.Point`), as far as the file does not say
     ignore : keys of ``cfg.json`` that are not known here and that change nothing about the features
 
     Returns
@@ -210,7 +217,7 @@ def load_sae(path: str | Path, *, block: int | None = None, ignore: Collection[s
     """
     folder = Path(path).expanduser()
     if not folder.exists() and (named := re.fullmatch(r"([\w.\-]+):([\w./\-]+)", str(path))):
-        return _load_release(named[1], named[2], block, ignore)
+        return _load_release(named[1], named[2], block=block, part=part, ignore=ignore)
     try:
         config = read_json_mapping(folder / "cfg.json")
     except (OSError, ValueError) as error:
@@ -226,7 +233,8 @@ def load_sae(path: str | Path, *, block: int | None = None, ignore: Collection[s
     except (OSError, ValueError) as error:
         what, value = "the SAE's weights cannot be read", f"{folder / name}: {error}"
         raise UserError(what, value=value, rule="a safetensors file", fix="copy or download it again") from error
-    return readers[name](config, weights, {"folder": folder.name}, block=block, folder=folder, ignore=ignore)
+    where = {"block": block, "part": part, "folder": folder, "ignore": ignore}
+    return readers[name](config, weights, {"folder": folder.name}, **where)
 
 
 def _saelens(
@@ -270,7 +278,7 @@ def _build(config: SaeConfig, weights: Mapping[str, Tensor], provenance: Mapping
     return sae
 
 
-def _load_release(release: str, sae_id: str, block: int | None, ignore: Collection[str]) -> SparseAutoencoder:
+def _load_release(release: str, sae_id: str, **where: Any) -> SparseAutoencoder:
     """Read a public release through sae-lens; the weights are then handled as those of a folder."""
     try:
         sae_lens = importlib.import_module("sae_lens")
@@ -288,7 +296,7 @@ def _load_release(release: str, sae_id: str, block: int | None, ignore: Collecti
         ) from error
     sae = sae[0] if isinstance(sae, tuple) else sae
     weights = {name: value.detach() for name, value in sae.state_dict().items()}
-    return _saelens(sae.cfg.to_dict(), weights, {"release": f"{release}:{sae_id}"}, block=block, ignore=ignore)
+    return _saelens(sae.cfg.to_dict(), weights, {"release": f"{release}:{sae_id}"}, **where)
 
 
 # --- does it fit the model? ----------------------------------------------------------------------
@@ -306,7 +314,7 @@ def fraction_variance_unexplained(sae: SparseAutoencoder, h: Tensor) -> float:
 
 
 def check_fit(sae: SparseAutoencoder, h: Tensor, limit: float = 0.9) -> float:
-    """Fraction of variance unexplained on some residuals h [M, D]; shows a wrong block or model.
+    """Fraction of variance unexplained on some h [M, D]; shows a wrong point or model.
 
     Raises
     ------
@@ -323,9 +331,9 @@ def check_fit(sae: SparseAutoencoder, h: Tensor, limit: float = 0.9) -> float:
     value = fraction_variance_unexplained(sae, h)
     if not value <= limit:
         raise UserError(
-            "the SAE does not describe these residuals",
-            value=f"fraction of variance unexplained {value:.3g} at block {sae.block}",
+            "the SAE does not describe what is read",
+            value=f"fraction of variance unexplained {value:.3g} at {sae.point}",
             rule=f"at most {limit:g} (sae.max_fvu)",
-            fix="check the model and sae.block: one block off shows here",
+            fix="check the model, sae.block and sae.point: one block off shows here",
         )
     return value

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from taught.core.point import ATTN_OUT, MLP_OUT, RESID_POST, Point
 from taught.errors import UserError
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
@@ -23,7 +24,7 @@ class SaeConfig:
 
     Attributes
     ----------
-    architecture, k, apply_b_dec_to_input, rescale_by_decoder_norm, block, hook
+    architecture, k, apply_b_dec_to_input, rescale_by_decoder_norm, point, also, hook
         As in :class:`taught.features.sae.SparseAutoencoder`.
     width, features : sizes that the file names; None: it does not
     """
@@ -32,7 +33,8 @@ class SaeConfig:
     k: int | None
     apply_b_dec_to_input: bool
     rescale_by_decoder_norm: bool
-    block: int
+    point: Point
+    also: tuple[Point, ...]
     hook: str
     width: int | None
     features: int | None
@@ -98,7 +100,7 @@ _OLD_NAMES = {
     "activation_fn_str": "activation_fn",
 }
 # How it was trained, logged and stored, and on which tokens of which model; the layer norms and biases that
-# TransformerLens folds leave the residual stream as it is. `k` is read for topk alone.
+# TransformerLens folds leave what is read here as it is. `k` is read for topk alone.
 _TRAINING = """
     act_store_device activation_store activations_mixing_fraction adam_beta1 adam_beta2 autocast autocast_lm
     aux_loss_coefficient b_dec_init_method batch_size begin_batch_token begin_sequence_token buffer_size_gb
@@ -142,13 +144,18 @@ _SPARSIFY_INERT = frozenset({"normalize_decoder", "multi_topk"})  # how it was t
 
 
 def saelens_config(
-    config: Mapping[str, Any], *, block: int | None = None, folder: Path | None = None, ignore: Collection[str] = ()
+    config: Mapping[str, Any],
+    *,
+    block: int | None = None,
+    part: str | None = None,
+    folder: Path | None = None,
+    ignore: Collection[str] = (),
 ) -> SaeConfig:
     """What SAELens wrote, in its format of today or before version 6.
 
     Parameters
     ----------
-    block : block whose output is read, where the file does not say
+    block, part : where h is read (:class:`taught.core.point.Point`), as far as the file does not say
     folder : where the file lies: its name may be that of a place in the model
     ignore : unknown keys that change nothing about the features
 
@@ -162,7 +169,7 @@ def saelens_config(
     parts = [config, _inner(config, nested[0])]
     parts += [_inner(part, nested[1]) for part in parts]
     items = [item for part in parts for item in part.items() if item[0] not in nested]
-    # Residuals were centred in training, but for models whose norms do not centre: the one key that depends on them.
+    # What is read was centred in training, but for models whose norms do not centre: the one key that depends on them.
     allowed = {key: of for key, of in _SAELENS.items() if key != "center_writing_weights" or key not in ignore}
     known = _known(items, allowed, _OLD_NAMES, _TRAINING.split(), ignore)
     architecture, k = known.get("architecture", "standard"), config.get("k")
@@ -178,8 +185,9 @@ def saelens_config(
         raise _refused("rescale_acts_by_decoder_norm", rescaled, f"false, of {architecture}")
     names = [name for key in ("hook_name", "hf_hook_name") if (name := known.get(key))]
     hook = names[0] if names else _folder_hook(folder)
-    found = _block(hook, block)
-    if len(names) > 1 and _named(names[1]) != found:
+    found = _point(hook, block, part)
+    also = tuple(_point(name, None, None, "hf_hook_name") for name in names[1:])
+    if any(other.block != found.block for other in also):
         raise _refused("hf_hook_name", names[1], f"the place of {hook}")
     number = re.search(r"\d+", hook, re.ASCII)
     if number is not None and known.get("hook_layer", int(number[0])) != int(number[0]):
@@ -190,6 +198,7 @@ def saelens_config(
         known.get("apply_b_dec_to_input", True),
         rescaled,
         found,
+        also,
         hook,
         known.get("d_in"),
         known.get("d_sae"),
@@ -197,7 +206,12 @@ def saelens_config(
 
 
 def sparsify_config(
-    config: Mapping[str, Any], *, block: int | None = None, folder: Path | None = None, ignore: Collection[str] = ()
+    config: Mapping[str, Any],
+    *,
+    block: int | None = None,
+    part: str | None = None,
+    folder: Path | None = None,
+    ignore: Collection[str] = (),
 ) -> SaeConfig:
     """What sparsify wrote; parameters and errors as in :func:`saelens_config`."""
     known = _known(config.items(), _SPARSIFY, {"hookpoint": "hook_name"}, _SPARSIFY_INERT, ignore)
@@ -205,7 +219,8 @@ def sparsify_config(
     width, features, times = (known.get(name) for name in ("d_in", "num_latents", "expansion_factor"))
     if not features:  # sparsify's own rule
         features = width * times if width and times else None
-    return SaeConfig("topk", _top_k(known.get("k")), True, False, _block(hook, block), hook, width, features)
+    point = _point(hook, block, part)
+    return SaeConfig("topk", _top_k(known.get("k")), True, False, point, (), hook, width, features)
 
 
 def _known(
@@ -259,38 +274,50 @@ def _refused(key: str, value: object, rule: str, fix: str = _Allowed.fix) -> Use
     return UserError("this kind of SAE is not supported", value=f"{key}: {value}", rule=rule, fix=fix)
 
 
-# --- which block ---------------------------------------------------------------------------------
+# --- which point ---------------------------------------------------------------------------------
 
-# Names of the output of a block, in TransformerLens and as a module of a transformers model.
-_OUTPUTS = (
-    r"blocks\.(\d{1,4})\.hook_resid_post",
-    r"(?:(?:base_model|model|transformer|gpt_neox|decoder|language_model|backbone)\.)*(?:layers|h)\.(\d{1,4})",
-)
+# Names of a point in TransformerLens, and as a module of a transformers model: its output, as sparsify reads it
+# (nnsight writes .output behind it). The two differ where a norm stands behind the module, as in Gemma-2.
+_HOOK = rf"blocks\.(\d{{1,4}})\.hook_({RESID_POST}|{ATTN_OUT}|{MLP_OUT})"
 _INPUT = r"blocks\.(\d{1,4})\.hook_resid_pre"  # the same tensor as the output of the block before
+_MODULE = (
+    r"(?:(?:base_model|model|transformer|gpt_neox|decoder|language_model|backbone)\.)*(?:layers|h)\.(\d{1,4})"
+    r"((?:\.\w+)*)"
+)
 # A folder that is called so is a place in the model, and not the output of a block.
 _PLACES = r"embed|wte|wpe|mlp|attn|attention|ffn|norm|lm_head|hook|transcoder|resid_(?:pre|mid)|(?:layer|layers|h)\.\d"
 
 
-def _named(hook: str) -> int | None:
-    """The block whose output a hook names; None: it names something else."""
-    found = next((int(m[1]) for name in _OUTPUTS if (m := re.fullmatch(name, hook, re.ASCII))), None)
-    before = re.fullmatch(_INPUT, hook, re.ASCII)
-    return int(before[1]) - 1 if before and int(before[1]) > 0 else found
+def _named(hook: str) -> Point | None:
+    """The point that a hook names; None: it names something that is not read."""
+    if named := re.fullmatch(_HOOK, hook, re.ASCII):
+        return Point(int(named[1]), named[2])
+    if before := re.fullmatch(_INPUT, hook, re.ASCII):
+        return Point(int(before[1]) - 1) if int(before[1]) > 0 else None
+    if module := re.fullmatch(_MODULE, hook, re.ASCII):
+        part = module[2].removesuffix(".output").removeprefix(".")
+        return None if re.search(r"(?:^|\.)inputs?$", part) else Point(int(module[1]), part or RESID_POST)
+    return None
 
 
-def _block(hook: str, asked: int | None) -> int:
-    """Block whose output the hook names; where it names none, the one that was asked for."""
+def _point(hook: str, block: int | None, part: str | None, key: str = "hook_name") -> Point:
+    """The point that the hook names; where it names none, the one that was asked for."""
     found = _named(hook)
     if found is None and hook:
-        rule = "the residual stream: blocks.N.hook_resid_post, blocks.N.hook_resid_pre (N > 0), layers.N"
-        raise _refused("hook_name", hook, rule, "use an SAE of the output of a block")
-    if found is None and asked is None:
-        rule, fix = "blocks.N.hook_resid_post or layers.N", "set sae.block"
-        raise UserError("the SAE does not say which block it reads", rule=rule, fix=fix)
-    if found is not None and asked is not None and found != asked:
-        rule, fix = "sae.block is the block that the SAE names, or is left out", f"set sae.block to {found}"
-        raise UserError("the SAE was made for another block", value=f"{hook}, not block {asked}", rule=rule, fix=fix)
-    return int(found if found is not None else asked)  # type: ignore[arg-type]
+        rule = "blocks.N.hook_resid_post, hook_resid_pre (N > 0), hook_attn_out, hook_mlp_out; or a module's output: "
+        raise _refused(key, hook, rule + "layers.N, layers.N.mlp", "use an SAE of one of these")
+    if found is None:
+        if block is None:
+            rule, fix = "blocks.N.hook_resid_post or layers.N", "set sae.block"
+            raise UserError("the SAE does not say which block it reads", rule=rule, fix=fix)
+        return Point(block, part or RESID_POST)
+    if block not in (None, found.block):
+        rule, fix = "sae.block is the block that the SAE names, or is left out", f"set sae.block to {found.block}"
+        raise UserError("the SAE was made for another block", value=f"{hook}, not block {block}", rule=rule, fix=fix)
+    if part not in (None, found.part):
+        rule, fix = "sae.point is the part that the SAE names, or is left out", f"set sae.point to {found.part}"
+        raise UserError("the SAE was made for another part", value=f"{hook}, not {part}", rule=rule, fix=fix)
+    return found
 
 
 def _folder_hook(folder: Path | None) -> str:

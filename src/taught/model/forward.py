@@ -1,4 +1,4 @@
-"""Running a causal language model on rows of tokens, and reading one block's residual stream."""
+"""Running a causal language model on rows of tokens, and reading what it computes at a point on the way."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taught.core.point import RESID_POST, Point
 from taught.errors import UserError
-from taught.model.layout import accepts, text_config, tree_mask, written_out
+from taught.model.gradients import evaluating
+from taught.model.layout import accepts, first_device, text_config, tree_mask, written_out
+from taught.model.points import find_part, first
 from taught.model.tokens import Rows, Sequences
 
 
@@ -69,25 +72,62 @@ def get_block(model: nn.Module, block: int) -> nn.Module:
     return blocks[block]
 
 
+_PARTS = "_taught_parts"  # on the model, so that a copy of it is read alike
+
+
+def get_point(model: nn.Module, point: Point) -> nn.Module:
+    """The module whose output h is at a point.
+
+    Cost: the first time, for anything but the residual stream, a forward pass over a few tokens up to the block.
+
+    Raises
+    ------
+    UserError
+        The model has no such block; the block has no such part, or one that is not read
+        (:func:`taught.model.points.find_part`).
+    """
+    block = get_block(model, point.block)
+    if point.part == RESID_POST:
+        return block
+    found = model.__dict__.setdefault(_PARTS, {})
+    if point not in found:
+        ids = torch.arange(1, 5, device=first_device(model))[None]
+        places = torch.arange(ids.shape[1], device=ids.device)[None]
+
+        def run() -> None:
+            with capture_output(block, True), suppress(_StopForward):
+                _run(model, ids, places, None, 1)
+
+        with evaluating(model), torch.no_grad():
+            found[point] = find_part(block, point.part, run)
+    return block.get_submodule(found[point])
+
+
 class _StopForward(Exception):
     """Raised in a hook to skip the part of a forward pass that nobody needs."""
 
 
 @contextmanager
 def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tensor]]:
-    """Collect the residual stream after ``module`` (its *output*, not its input)."""
+    """Collect what ``module`` returns (its *output*, not its input). A copy goes on: some models add to it in place."""
     seen: list[Tensor] = []
 
-    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        seen.append(first(output))
         if stop:
             raise _StopForward
+        return _with_first(output, seen[-1].clone())
 
     handle = module.register_forward_hook(hook)
     try:
         yield seen
     finally:
         handle.remove()
+
+
+def _with_first(output: Any, value: Tensor) -> Any:
+    """What a module returned, with another tensor in the place of its first."""
+    return (value, *output[1:]) if isinstance(output, tuple) else value
 
 
 @contextmanager
@@ -102,10 +142,9 @@ def edited_output(module: nn.Module, places: Tensor, edit: Callable[[Tensor], Te
     """
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        h = output[0] if isinstance(output, tuple) else output
+        h = first(output)
         at, flat = places.to(h.device), h.flatten(0, 1)
-        changed = flat.index_copy(0, at, edit(flat[at])).view_as(h)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        return _with_first(output, flat.index_copy(0, at, edit(flat[at])).view_as(h))
 
     handle = module.register_forward_hook(hook)
     try:
@@ -123,7 +162,7 @@ def run_at(model: nn.Module, rows: Rows, places: Tensor) -> Tensor:
 
 
 def forward(
-    model: nn.Module, rows: Rows, *, block: int | None = None, keep: int | Tensor = 0, stop_at_block: bool = False
+    model: nn.Module, rows: Rows, *, point: Point | None = None, keep: int | Tensor = 0, stop_at_point: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """One forward pass over rows of token trees, written out where the model takes no trees.
 
@@ -131,20 +170,20 @@ def forward(
     ----------
     model : a causal language model of the transformers library
     rows : the tokens
-    block : Block whose residual stream is returned; None for none
+    point : Where h is read; None for nowhere
     keep : Logits at the last ``keep`` columns (0: all), or at the columns that a tensor names
-    stop_at_block : Leave out everything after the block; no logits then
+    stop_at_point : Leave out everything after the point; no logits then
 
     Returns
     -------
     h : [B, T, D] or None
-        Residual stream after the block.
+        What the model has at the point.
     logits : [B, K, V] or None
     """
     sequences = written_out(model, rows)
-    if block is None:
+    if point is None:
         return None, _logits(model, rows, sequences, keep)
-    with capture_output(get_block(model, block), stop_at_block) as seen:
+    with capture_output(get_point(model, point), stop_at_point) as seen:
         try:
             logits = _logits(model, rows, sequences, keep)
         except _StopForward:
@@ -179,16 +218,16 @@ def _in_rows(h: Tensor, sequences: Sequences | None) -> Tensor:
     return h if sequences is None else h.flatten(0, 1)[sequences.at.to(h.device)]
 
 
-def residuals(model: nn.Module, rows: Rows, blocks: Sequence[int]) -> list[Tensor]:
-    """Residual stream [B, T, D] after each of some blocks, in one pass that ends with the last."""
-    last, sequences = max(blocks), written_out(model, rows)
+def vectors(model: nn.Module, rows: Rows, points: Sequence[Point]) -> list[Tensor]:
+    """h [B, T, D] at each of some points, in one pass that ends with the last of their blocks."""
+    last, sequences = get_block(model, max(point.block for point in points)), written_out(model, rows)
+    modules = {point: get_point(model, point) for point in points}  # first: it may take passes of its own
     with ExitStack() as hooks:
-        seen = {
-            block: hooks.enter_context(capture_output(get_block(model, block), block == last)) for block in set(blocks)
-        }
+        seen = {point: hooks.enter_context(capture_output(module)) for point, module in modules.items()}
+        hooks.enter_context(capture_output(last, True))
         with suppress(_StopForward):
             _logits(model, rows, sequences, 1)
-    return [_in_rows(seen[block][0], sequences) for block in blocks]
+    return [_in_rows(seen[point][0], sequences) for point in points]
 
 
 def log_probabilities(logits: Tensor, at: tuple[Tensor, ...], tokens: Tensor) -> Tensor:

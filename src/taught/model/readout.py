@@ -1,4 +1,4 @@
-"""Read-outs of the evaluation prompts: residuals h at the read-out tokens and the behavior y."""
+"""Read-outs of the evaluation prompts: h at the read-out tokens and the behavior y."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from taught.core.behavior import Behavior, in_rows
+from taught.core.point import RESID_POST, Point
 from taught.errors import UserError
-from taught.model.forward import forward, log_probabilities, residuals
+from taught.model.forward import capture_output, forward, get_point, log_probabilities, vectors
 from taught.model.layout import accepts, first_device
 from taught.model.tokens import Rows, TokenTree, ancestors, batches_by_tokens, build_tree, stack
 from taught.progress import Progress, SilentProgress
@@ -234,15 +235,15 @@ def read_y(model: nn.Module, packed: PackedPrompts, behavior: Behavior) -> Tenso
 
 
 def read_packed(
-    model: nn.Module, packed: PackedPrompts, behavior: Behavior | None, block: int | None
+    model: nn.Module, packed: PackedPrompts, behavior: Behavior | None, point: Point | None
 ) -> tuple[Tensor, Tensor | None]:
     """h [M, D] at the read-out tokens and y [n] of some packed prompts, as autograd sees them.
 
-    Without a block h is empty, [0, 0].
+    Without a point h is empty, [0, 0].
     """
     device = first_device(model)
     rows = packed.rows.to(device)
-    h, logits = forward(model, rows, block=block, keep=packed.keep.to(device), stop_at_block=behavior is None)
+    h, logits = forward(model, rows, point=point, keep=packed.keep.to(device), stop_at_point=behavior is None)
     read = rows.ids.new_zeros(0, 0, dtype=torch.float32) if h is None else h.flatten(0, 1)[packed.read.to(h.device)]
     if behavior is None or logits is None:
         return read, None
@@ -257,7 +258,7 @@ def read_prompts(
     model: nn.Module,
     prompts: Sequence[ReadPrompt],
     behavior: Behavior,
-    block: int | None,
+    point: Point | None,
     *,
     progress: Progress | None = None,
 ) -> Readouts:
@@ -278,7 +279,7 @@ def read_prompts(
     waiting = list(pack(prompts, wanted))
     while waiting:
         packed = waiting.pop(0)
-        hidden, value = read_packed(model, packed, wanted, block)
+        hidden, value = read_packed(model, packed, wanted, point)
         assert value is not None
         if len(packed.index) > 1 and not (hidden.isfinite().all() and value.isfinite().all()):
             # 0 * nan is nan: one prompt spoils its tree. Alone, each shows whether it is the one.
@@ -307,18 +308,18 @@ class _WithMargin:
 
 
 @torch.no_grad()
-def read_residuals(
+def read_vectors(
     model: nn.Module,
     prompts: Sequence[ReadPrompt],
-    blocks: Sequence[int],
+    points: Sequence[Point],
     reduce: Callable[[Tensor, Tensor], Tensor],
     *,
     tokens: int = PACK_TOKENS,
     progress: Progress | None = None,
 ) -> Tensor:
-    """What is made of the residuals after some blocks: float64 [blocks, N, ...], on the CPU.
+    """What is made of h at some points: float64 [points, N, ...], on the CPU.
 
-    Cost: one forward pass over the distinct tokens, up to the last of the blocks.
+    Cost: one forward pass over the distinct tokens, up to the last of their blocks.
 
     Parameters
     ----------
@@ -338,7 +339,7 @@ def read_residuals(
         return torch.stack(
             [
                 reduce(h[0, packed.read.to(h.device)], packed.offsets.to(h.device)).double().cpu()
-                for h in residuals(model, rows, blocks)
+                for h in vectors(model, rows, points)
             ]
         )
 
@@ -389,7 +390,7 @@ def read_prompts_plain(
     model: nn.Module,
     prompts: Sequence[ReadPrompt],
     behavior: Behavior,
-    block: int | None,
+    point: Point | None,
     *,
     batch_size: int = 16,
     progress: Progress | None = None,
@@ -403,8 +404,8 @@ def read_prompts_plain(
     y = torch.zeros(len(prompts), dtype=torch.float64)
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        if block is not None:
-            hidden = _plain_hidden(model, *_pad_right([prompt.ids for prompt in chunk]), block)
+        if point is not None:
+            hidden = _plain_hidden(model, *_pad_right([prompt.ids for prompt in chunk]), point)
             h[start : start + len(chunk)] = [hidden[row, list(p.read)].cpu() for row, p in enumerate(chunk)]
         logp = [[torch.empty(0)] * len(prompt.suffixes) for prompt in chunk]
         for number in range(max(len(prompt.suffixes) for prompt in chunk)):
@@ -430,18 +431,24 @@ def _pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _plain_hidden(model: nn.Module, ids: Tensor, mask: Tensor, block: int) -> Tensor:
+def _plain_hidden(model: nn.Module, ids: Tensor, mask: Tensor, point: Point) -> Tensor:
     device = first_device(model)
-    out = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, output_hidden_states=True)
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+    if point.part != RESID_POST:
+        with capture_output(get_point(model, point)) as seen:
+            model(**inputs)
+        return seen[0]
+    states = model(**inputs, output_hidden_states=True).hidden_states
     # hidden_states[l] is the input of block l. The last entry is normed, so block L-1 needs a hook.
-    if block + 2 == len(out.hidden_states):
+    if point.block + 2 == len(states):
         raise UserError(
             "the plain read-out cannot read the last block",
-            value=block,
+            value=point.block,
             rule="its hidden state is normed",
             fix="use an earlier block",
         )
-    return out.hidden_states[block + 1]
+    hidden: Tensor = states[point.block + 1]
+    return hidden
 
 
 def _plain_suffixes(model: nn.Module, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:

@@ -97,7 +97,7 @@ def _feature_sketches(
     """One :class:`Sketches` for each backward pass."""
     index, of = packed.index, sequence_rows(problem.model, packed.rows)
     with tap(problem.model, sites) as taps:
-        h, _ = read_packed(problem.model, packed, None, problem.block)
+        h, _ = read_packed(problem.model, packed, None, problem.point)
         assert problem.features is not None and h is not None
         X = problem.features(h, packed.offsets.to(h.device))
         active = [row.nonzero().flatten().tolist() for row in X.detach()]

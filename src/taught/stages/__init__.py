@@ -53,8 +53,8 @@ STAGES = (
             "activations.ids.json": "ids of the rows and columns",
             "labels.json": "feature_id (as text) -> label, where it is from, words, prompts and tokens on which it is "
             "active",
-            "readings.json": "read-out, block, encoder, unexplained variance, tokens of the behavior; of a choice the "
-            "accuracy of each group, beside chance",
+            "readings.json": "read-out, block, point, encoder, unexplained variance, tokens of the behavior; of a "
+            "choice the accuracy of each group, beside chance",
         },
         reads=(*_READ, "features"),
     ),
@@ -89,7 +89,7 @@ STAGES = (
         {
             "concepts.safetensors": "`directions` float64 [C, D]; ids: names",
             "concepts.ids.json": "ids of the rows",
-            "concepts.json": "each concept: name, block, position, tokens, weights, provenance, card",
+            "concepts.json": "each concept: name, block, point, position, tokens, weights, provenance, card",
         },
         needs=("readings",),
         reads=(*_READ, "concepts"),

@@ -352,7 +352,7 @@ def _intended(ready: Ready, policy: Policy) -> dict[str, list[int]]:
     features = ready.subject.features(policy.feature_ids.copy(), ready.study)
     active: dict[str, list[int]] = {}
     for packed in pack_prompts(inputs, None):
-        h, _ = read_packed(ready.subject.loaded.model, packed, None, ready.subject.required_sae.block)
+        h, _ = read_packed(ready.subject.loaded.model, packed, None, ready.subject.required_sae.point)
         for i, row in zip(packed.index, features(h, packed.offsets), strict=True):
             active[inputs[i].id] = policy.feature_ids[(row > 0).cpu().numpy()].tolist()
     return {example_id: features or active[example_id] for example_id, features in named.items()}

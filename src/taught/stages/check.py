@@ -139,7 +139,7 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
     if sae is None:
         report.add("SAE", "none: with one (sae.path), a policy says through which features the examples act")
     else:
-        what = f"{sae.n_features} features ({sae.architecture}), block {sae.block}, encoder {study.sae.encoder}"
+        what = f"{sae.n_features} features ({sae.architecture}), {sae.point}, encoder {study.sae.encoder}"
         report.add("SAE", what)
         report.add("read-out", study.readout.position)
     report.add("behavior", f"{subject.behavior.meaning} ({subject.behavior.unit})")
@@ -216,7 +216,7 @@ def _problem(study: Study, subject: Subject, prompts: Sequence[EncodedPrompt]) -
     ids = study.features.ids
     count = len(ids) if ids else min(study.features.max_features, subject.sae.n_features)
     features = subject.features(range(count), study)  # which ones they are costs nothing
-    return make_problem(study, subject, prompt_inputs(prompts, study.readout.position), subject.sae.block, features)
+    return make_problem(study, subject, prompt_inputs(prompts, study.readout.position), subject.sae.point, features)
 
 
 def _asked(study: Study, problem: Problem, groups: int) -> Asked:

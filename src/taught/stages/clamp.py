@@ -14,7 +14,7 @@ from torch import Tensor
 from taught.core.passes import settle_passes
 from taught.errors import UserError
 from taught.features.clamp import Clamp, decoder_direction, random_directions
-from taught.model.forward import edited_output, get_block, run_at
+from taught.model.forward import edited_output, get_point, run_at
 from taught.model.layout import first_device
 from taught.model.readout import PackedPrompts, ReadPrompt, pack_apart, read_packed
 from taught.policy.dose import LEVEL, agreement, control_p, response, slope
@@ -117,13 +117,13 @@ def _measured(
 
 def _read(subject: Subject, packed: PackedPrompts, edit: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
     """h [M, D] at the read-out tokens and y float64 [n], with h edited there."""
-    model, block = subject.loaded.model, subject.required_sae.block
+    model, point = subject.loaded.model, subject.required_sae.point
     with ExitStack() as edits:
         if edit is not None:
             device = first_device(model)
             places = run_at(model, packed.rows.to(device), packed.read.unique().to(device))
-            edits.enter_context(edited_output(get_block(model, block), places, edit))
-        h, y = read_packed(model, packed, subject.behavior, block)
+            edits.enter_context(edited_output(get_point(model, point), places, edit))
+        h, y = read_packed(model, packed, subject.behavior, point)
     assert y is not None
     return h, y.double().cpu()
 

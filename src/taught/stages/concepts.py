@@ -18,6 +18,7 @@ from taught.baselines.activations import project, response_reads
 from taught.core.example import Examples
 from taught.core.names import TargetName
 from taught.core.passes import settle_passes
+from taught.core.point import Point
 from taught.core.scores import Scores
 from taught.data.columns import name_ids
 from taught.data.examples import ExampleSet, load_examples
@@ -40,8 +41,8 @@ from taught.features.concept import (
 )
 from taught.features.pooling import pool
 from taught.features.probe import sweep
-from taught.model.forward import find_blocks, get_block
-from taught.model.readout import read_residuals
+from taught.model.forward import find_blocks, get_point
+from taught.model.readout import read_vectors
 from taught.policy.ridge import check_folds
 from taught.progress import Progress, SilentProgress
 from taught.run.folder import RunFolder
@@ -120,6 +121,7 @@ def run_concepts(study: Study, run: RunFolder, subject: Subject) -> list[Read]:
 def _require_fit(concept: Concept, subject: Subject) -> None:
     blocks = len(find_blocks(subject.loaded.model))
     concept.require_fit(width=subject.width, blocks=blocks, weights=subject.loaded.weights)
+    get_point(subject.loaded.model, concept.point)
 
 
 def _made(study: Study, subject: Subject, spec: ConceptSpec, prompts: PromptSet, progress: Progress) -> Concept:
@@ -131,17 +133,18 @@ def _made(study: Study, subject: Subject, spec: ConceptSpec, prompts: PromptSet,
     kind, detail = _source(spec)
     position = spec.position or study.readout.position
     require_place(position, spec.tokens)
-    block, detail = _block(spec, kind, detail, subject)
-    blocks = list(range(len(find_blocks(subject.loaded.model)))) if spec.sweep else [block]
+    point, detail = _point(spec, kind, detail, subject)
+    blocks = range(len(find_blocks(subject.loaded.model)))
+    points = [Point(block, point.part) for block in blocks] if spec.sweep else [point]
     if spec.examples is None:
-        H, positive = _read(study, subject, prompts, position, blocks, progress)
+        H, positive = _read(study, subject, prompts, position, points, progress)
         data = {"prompts sha256": prompts.sha256, "groups": list(study.prompts.sides), "limit": study.prompts.limit}
     else:
         rows = load_answers(Path(spec.examples), study, prompts, progress)
         sides = (spec.positive, spec.negative)
-        H, positive = read_examples(study, subject, rows, sides, spec.tokens, blocks, progress)
+        H, positive = read_examples(study, subject, rows, sides, spec.tokens, points, progress)
         data = {"examples sha256": rows.sha256, "labels": list(sides)}
-    X = H[blocks.index(block)]
+    X = H[points.index(point)]
     progress.step("fit and judge the direction")
     direction, card, origin = _direction(study, subject, spec, (kind, detail), X, positive)
     if spec.sweep:
@@ -149,7 +152,7 @@ def _made(study: Study, subject: Subject, spec: ConceptSpec, prompts: PromptSet,
     return Concept(
         spec.name,
         normalised(direction, spec.norm),
-        block,
+        point,
         position,
         spec.tokens,
         dict(subject.loaded.weights),
@@ -229,18 +232,18 @@ class _Projector:
 
     def _read(self, model: Any, examples: Examples, what: str) -> dict[str, Floats]:
         """Concept -> projection of each example, [P]."""
-        places: dict[tuple[int, str], list[Concept]] = {}
+        places: dict[tuple[Point, str], list[Concept]] = {}
         for concept in self.concepts:
-            places.setdefault((concept.block, concept.tokens), []).append(concept)
+            places.setdefault((concept.point, concept.tokens), []).append(concept)
         like = next(self.subject.loaded.model.parameters())
         found: dict[str, Floats] = {}
-        for (block, tokens), some in places.items():
+        for (point, tokens), some in places.items():
             self.progress.step(f"activations of {what}", len(examples))
             values = project(
                 model,
                 examples,
                 concept_map(some, tokens, like),
-                block,
+                point,
                 batch_tokens=self.study.attribution.batch_tokens,
                 progress=self.progress,
             )
@@ -292,43 +295,50 @@ def _source(spec: ConceptSpec) -> tuple[str, str]:
     return kind, detail
 
 
-def _block(spec: ConceptSpec, kind: str, detail: str, subject: Subject) -> tuple[int, str]:
-    """The block that is read, and the source's detail with the tensor of that block."""
-    block = spec.block
-    if block is None:
-        block = len(find_blocks(subject.loaded.model)) // 2 if subject.sae is None else subject.sae.block
-    if kind == "feature" and block != subject.required_sae.block:
+def _point(spec: ConceptSpec, kind: str, detail: str, subject: Subject) -> tuple[Point, str]:
+    """Where the concept is read, and the source's detail with the tensor of that block."""
+    sae = subject.sae
+    default = Point(len(find_blocks(subject.loaded.model)) // 2) if sae is None else sae.point
+    point = Point(default.block if spec.block is None else spec.block, spec.point or default.part)
+    if kind == "feature" and point != subject.required_sae.point:
         raise UserError(
-            "a feature is a direction at the block of its SAE",
-            value=block,
-            rule=f"block {subject.required_sae.block}",
-            fix="leave out block",
+            "a feature is a direction where its SAE reads",
+            value=point,
+            rule=str(subject.required_sae.point),
+            fix="leave out block and point",
         )
     path, tensor = _file_parts(detail) if kind == "file" else ("", None)
     if is_control_vector(path):
-        tensor = tensor or control_tensor(block)
-        own = control_block(tensor)
-        if spec.block not in (None, own):
+        tensor = tensor or control_tensor(point.block)
+        own = Point(control_block(tensor))
+        if spec.block not in (None, own.block):
             raise UserError(
                 "the direction is of another block",
-                value=f"{tensor}, block {block}",
+                value=f"{tensor}, block {spec.block}",
                 rule="direction.N is added to the output of block N",
-                fix=f"leave out block, or name {control_tensor(block)}",
+                fix=f"leave out block, or name {control_tensor(point.block)}",
             )
-        block, detail = own, f"{path}:{tensor}"
-    get_block(subject.loaded.model, block)
-    return block, detail
+        if spec.point not in (None, own.part):
+            raise UserError(
+                "the direction is of the residual stream",
+                value=f"{tensor}, {spec.point}",
+                rule="direction.N is added to the output of block N",
+                fix="leave out point",
+            )
+        point, detail = own, f"{path}:{tensor}"
+    get_point(subject.loaded.model, point)
+    return point, detail
 
 
 def _read(
-    study: Study, subject: Subject, prompts: PromptSet, position: str, blocks: Sequence[int], progress: Progress
+    study: Study, subject: Subject, prompts: PromptSet, position: str, points: Sequence[Point], progress: Progress
 ) -> tuple[Floats, Any]:
-    """Pooled residuals [blocks, N, D] of the prompts of both groups, and which are positive."""
+    """Pooled h [points, N, D] of the prompts of both groups, and which are positive."""
     positive, negative = study.prompts.sides
     chosen = [prompt for prompt in prompts if prompt.group in (positive, negative)]
     inputs = prompt_inputs(subject.encode(chosen), position)
     progress.step("read prompts", len(inputs))
-    H = read_residuals(subject.loaded.model, inputs, blocks, partial(pool, how=position), progress=progress)
+    H = read_vectors(subject.loaded.model, inputs, points, partial(pool, how=position), progress=progress)
     return H.numpy(), np.array([prompt.group == positive for prompt in chosen])
 
 
@@ -347,7 +357,7 @@ def check_concept(
         return
     kind, detail = _source(spec)
     require_place(spec.position or study.readout.position, spec.tokens)
-    _, detail = _block(spec, kind, detail, subject)
+    _, detail = _point(spec, kind, detail, subject)
     if kind == "feature":
         feature_direction(subject.required_sae, _shares(detail))
     elif kind == "file":
@@ -390,10 +400,10 @@ def read_examples(
     rows: ExampleSet,
     sides: tuple[str, str],
     tokens: str,
-    blocks: Sequence[int],
+    points: Sequence[Point],
     progress: Progress,
 ) -> tuple[Floats, Bools]:
-    """Pooled residuals [blocks, N, D] of labelled examples at their responses, which are positive.
+    """Pooled h [points, N, D] of labelled examples at their responses, which are positive.
 
     Parameters
     ----------
@@ -416,7 +426,7 @@ def read_examples(
     encoded, _ = subject.chat.encode_examples(rows.examples, study.examples.max_tokens, False)
     reads = response_reads([e.example() for e in encoded], tokens)
     progress.step("read examples", len(reads))
-    H = read_residuals(subject.loaded.model, reads, blocks, partial(pool, how=tokens), progress=progress)
+    H = read_vectors(subject.loaded.model, reads, points, partial(pool, how=tokens), progress=progress)
     label = {row.id: row.label for row in rows}
     return H.numpy(), np.array([label[read.id] == sides[0] for read in reads])
 

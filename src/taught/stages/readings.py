@@ -57,10 +57,10 @@ def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> 
             return
         encoded = subject.encode(prompts)
         inputs = prompt_inputs(encoded, study.readout.position if subject.sae is not None else None)
-        model, block = subject.loaded.model, None if subject.sae is None else subject.sae.block
+        model, point = subject.loaded.model, None if subject.sae is None else subject.sae.point
         settle_passes(model, inputs, subject.behavior, progress=progress)
         progress.step("read prompts", len(inputs))
-        read = read_prompts(model, inputs, subject.behavior, block, progress=progress)
+        read = read_prompts(model, inputs, subject.behavior, point, progress=progress)
         features = None if subject.sae is None else _features(study, subject.sae, prompts, read)
         arrays: dict[str, Any] = {"y": read.y.numpy()}
         decode, behavior, first = subject.loaded.tokenizer.decode, subject.behavior, encoded[0]
@@ -77,7 +77,8 @@ def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> 
             facts |= {
                 "readout": study.readout.position,
                 "encoder": study.sae.encoder,
-                "block": features.sae.block,
+                "block": features.sae.point.block,
+                "point": features.sae.point.part,
                 "unexplained_variance": features.fvu,
                 "always_on_features": int(selection.always_on[selection.feature_ids].sum()),
             }

@@ -14,6 +14,7 @@ from taught.core.driver import Method
 from taught.core.example import Example
 from taught.core.names import TargetName
 from taught.core.passes import settle_passes
+from taught.core.point import Point
 from taught.core.problem import Problem
 from taught.core.readings import Readings
 from taught.core.target import TargetSet, kind_of
@@ -27,7 +28,7 @@ from taught.features.concept import ConceptMap, concept_map
 from taught.features.pooling import FeatureMap
 from taught.features.sae import check_fit
 from taught.model.gradients import find_sites, mixes_examples
-from taught.model.readout import ReadPrompt, read_prompts, read_residuals
+from taught.model.readout import ReadPrompt, read_prompts, read_vectors
 from taught.policy.ridge import choose_alpha, fit_policy
 from taught.progress import Progress
 from taught.run.folder import RunFolder
@@ -132,14 +133,14 @@ def make_ready(
     examples = data.examples.encoded(encoded)
     prompts = {e.id: e for e in subject.encode(data.prompts)}
     ordered = [prompts[prompt_id] for prompt_id in readings.prompt_ids]
-    position, block, features = None, None, None
+    position, point, features = None, None, None
     if readings.policy is not None:
-        position, block = study.readout.position, subject.required_sae.block
+        position, point = study.readout.position, subject.required_sae.point
         features = subject.features(readings.policy.feature_ids.copy(), study)
     reads = prompt_inputs(ordered, position)
     settle_passes(subject.loaded.model, reads, subject.behavior, [e.example() for e in encoded], progress)
     inputs = subject.inputs(encoded, study.examples.beta)
-    problem = make_problem(study, subject, reads, block, features)
+    problem = make_problem(study, subject, reads, point, features)
     return Ready(study, subject, data, examples, encoded, inputs, truncated, readings, problem)
 
 
@@ -193,7 +194,7 @@ def read_here(study: Study, subject: Subject, prompts: PromptSet, progress: Prog
     model = subject.loaded.model
     settle_passes(model, inputs, subject.behavior, progress=progress)
     progress.step("read prompts", len(inputs))
-    read = read_prompts(model, inputs, subject.behavior, None if subject.sae is None else subject.sae.block)
+    read = read_prompts(model, inputs, subject.behavior, None if subject.sae is None else subject.sae.point)
     base = readings_of(read.prompt_ids, read.y.numpy(), ((p.id, p.group, p.category) for p in prompts))
     if subject.sae is None:
         return base
@@ -229,10 +230,10 @@ def make_problem(
     study: Study,
     subject: Subject,
     prompts: Sequence[ReadPrompt],
-    block: int | None,
+    point: Point | None,
     features: FeatureMap | ConceptMap | None,
 ) -> Problem:
-    """The study's problem for these prompts, read after this block.
+    """The study's problem for these prompts, read at this point.
 
     Batches are of one example where the model's gradients are to be had one at a time only.
     """
@@ -245,7 +246,7 @@ def make_problem(
         **subject.identity,
         "model.dtype": study.model.dtype,
         "parameters": list(subject.moving(study) or ()),
-        "block": None if subject.sae is None else subject.sae.block,
+        "block": None if subject.sae is None else subject.sae.point.block,
         "sae.encoder": study.sae.encoder,
         "readout.position": study.readout.position,
         "behavior": study.behavior.plain(),
@@ -255,7 +256,7 @@ def make_problem(
         prompts=prompts,
         behavior=subject.behavior,
         lr=spec.lr,
-        block=block,
+        point=point,
         features=features,
         batch_tokens=1 if alone else spec.batch_tokens,
         memory_gb=spec.memory_gb,
@@ -309,12 +310,12 @@ def asks(
 def _concept_asks(
     ready: Ready, names: Sequence[TargetName], concepts: Sequence[Read], progress: Progress | None
 ) -> list[Ask]:
-    places: dict[tuple[int, str, str, str | None], list[Read]] = {}
+    places: dict[tuple[Point, str, str, str | None], list[Read]] = {}
     for read in concepts:
         where = read.concept.tokens if read.over == "responses" else read.concept.position
-        places.setdefault((read.concept.block, where, read.over, read.group), []).append(read)
+        places.setdefault((read.concept.point, where, read.over, read.group), []).append(read)
     found, left = [], list(names)
-    for (block, where, over, group), some in places.items():
+    for (point, where, over, group), some in places.items():
         here = [c.name for c in some]
         own = [n for n in left if all(p.about in (*here, "*") or kind_of(p).reads != "concepts" for p in n.parts)]
         if not own:
@@ -322,8 +323,8 @@ def _concept_asks(
         prompts = _read_at(ready, where, over, group)
         like = next(ready.subject.loaded.model.parameters())
         features = concept_map([read.concept for read in some], where, like)
-        problem = make_problem(ready.study, ready.subject, prompts, block, features)
-        X = read_residuals(problem.model, prompts, [block], features, progress=progress)[0].numpy()
+        problem = make_problem(ready.study, ready.subject, prompts, point, features)
+        X = read_vectors(problem.model, prompts, [point], features, progress=progress)[0].numpy()
         place = {prompt_id: row for row, prompt_id in enumerate(ready.readings.prompt_ids)}
         y = np.array([ready.readings.y[place[p.id]] if over == "prompts" else np.nan for p in prompts])
         readings = Readings(

@@ -21,7 +21,7 @@ from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder, load_sae
 from taught.features.select import Selection, select_features
 from taught.model.adapter import without_adapter
-from taught.model.forward import get_block
+from taught.model.forward import get_point
 from taught.model.layout import takes_trees, use_plain_passes
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
@@ -122,7 +122,7 @@ def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
     Raises
     ------
     UserError
-        Something is missing or does not fit: the SAE's width, its block, the chat template.
+        Something is missing or does not fit: the SAE's width, where it reads, the chat template.
     """
     loaded = loaded or load_model(
         study.model.id,
@@ -139,9 +139,16 @@ def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
     if study.sae.path is None:
         return subject
     parameter = next(loaded.model.parameters())
-    sae = load_sae(study.sae.path, block=study.sae.block, ignore=study.sae.ignore)
+    sae = load_sae(study.sae.path, block=study.sae.block, part=study.sae.point, ignore=study.sae.ignore)
     sae = sae.to(parameter.device, parameter.dtype)
-    get_block(loaded.model, sae.block)
+    module = get_point(loaded.model, sae.point)
+    if others := [other for other in sae.also if get_point(loaded.model, other) is not module]:
+        raise UserError(
+            "the SAE names two places of the model",
+            value=f"{sae.hook}: {sae.point}, and {others[0]}",
+            rule="hook_name and hf_hook_name are of one place",
+            fix="correct the SAE's cfg.json, or use another SAE",
+        )
     if sae.width != subject.width:
         raise UserError(
             "the SAE does not fit the model's width",
@@ -160,7 +167,7 @@ def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | Non
     Raises
     ------
     UserError
-        It has another vocabulary or another width, or lacks the SAE's block.
+        It has another vocabulary or another width, or lacks the point that the SAE reads.
     """
     whole = study.model.adapter is None
     loaded = load_model(
@@ -196,7 +203,7 @@ def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | Non
             fix="use checkpoints of one training run",
         )
     if subject.sae is not None:
-        get_block(loaded.model, subject.sae.block)
+        get_point(loaded.model, subject.sae.point)
     use_plain_passes(loaded.model, not takes_trees(subject.loaded.model))
     return loaded.model
 

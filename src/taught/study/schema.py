@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from taught.core import rules
 from taught.core.names import TargetName
+from taught.core.point import MODULE
 from taught.core.registry import BEHAVIORS, CURVATURES, ESTIMATORS, TRAJECTORIES, Choice, Registry, parameters, setting
 from taught.core.rules import Rule, Visit
 from taught.errors import UserError, shown
@@ -25,6 +26,7 @@ from taught.study import gone
 
 _TEXT, _COUNT = rules.optional(rules.text()), rules.optional(rules.whole(1))
 _SOURCE, _FLAG = rules.optional(rules.folder_or_hub_id()), rules.flag()
+_PART = rules.optional(rules.matching(MODULE, "resid_post, attn_out, mlp_out, or a module of the block such as mlp"))
 POSITIONS = ("last_user", "last_prompt", "mean_user", "max_user")
 
 
@@ -188,7 +190,12 @@ class SaeSpec(Section):
         None, _SOURCE, "folder in the format of SAELens or sparsify, or release:sae_id; null: no SAE, no policy"
     )
     block: int | None = setting(
-        None, rules.optional(rules.whole(0)), "block whose output the SAE reads; null: what its cfg.json says"
+        None, rules.optional(rules.whole(0)), "block that the SAE reads; null: what its cfg.json says"
+    )
+    point: str | None = setting(
+        None,
+        _PART,
+        "what of it: resid_post | attn_out | mlp_out | a module of the block, e.g. mlp; null: what its cfg.json says",
     )
     encoder: Literal["sae", "relu"] = setting(
         "sae", rules.one_of("sae", "relu"), "sae: its true encoder | relu: the dense proxy of the paper"
@@ -205,7 +212,7 @@ class SaeSpec(Section):
 
 @dataclass(frozen=True)
 class ReadoutSpec(Section):
-    """Where in a prompt the residual stream is read."""
+    """Where in a prompt features are read."""
 
     section: ClassVar[str] = "readout"
     position: Literal["last_user", "last_prompt", "mean_user", "max_user"] = setting(
@@ -328,7 +335,7 @@ class PolicySpec(Section):
 
 @dataclass(frozen=True)
 class ConceptSpec(Section):
-    """A direction in the residual stream, made of two groups, features or a file, or a saved one."""
+    """A direction in the residual stream (or at another point), made of two groups, features or a file, or saved."""
 
     section: ClassVar[str] = "concepts"
     name: str = setting("concept", rules.text(), "the target is concept:NAME")
@@ -338,7 +345,8 @@ class ConceptSpec(Section):
         rules.optional(_source()),
         "difference (of two groups' means) | probe | feature:ID or feature:ID=SHARE,ID=SHARE | file:PATH[:TENSOR]",
     )
-    block: int | None = setting(None, rules.optional(rules.whole(0)), "whose output is read; null: the SAE's")
+    block: int | None = setting(None, rules.optional(rules.whole(0)), "that is read; null: the SAE's")
+    point: str | None = setting(None, _PART, "what of it, as sae.point; null: the SAE's, or resid_post")
     position: str | None = setting(
         None, rules.optional(rules.one_of(*POSITIONS)), "tokens of a prompt that are read; null: readout.position"
     )

@@ -150,7 +150,7 @@ class Retrainer:
 
     Parameters
     ----------
-    problem : the model, prompts, behavior, block, features and parameters that move; the policy's
+    problem : the model, prompts, behavior, point, features and parameters that move; the policy's
     examples : all examples that subsets are of, as tokens
     recipe : how to train
     folder : where finished retrainings are kept; made when missing
@@ -300,7 +300,7 @@ class Retrainer:
         """The model as it stands, with no examples."""
         started, problem, answers = time.monotonic(), self.problem, None
         with evaluating(problem.model), torch.no_grad():
-            reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+            reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.point)
             X = np.zeros((len(problem.prompts), 0))
             if problem.features is not None:
                 X = problem.features(reads.h, reads.offsets).double().cpu().numpy()
@@ -431,7 +431,8 @@ def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(features, FeatureMap):
         read = {
             "sae.weights": features.sae.sha256(),
-            "sae.block": problem.block,
+            "sae.block": None if problem.point is None else problem.point.block,
+            "sae.point": None if problem.point is None else problem.point.part,
             "sae.encoder": features.encoder,
             "readout.position": features.position,
         }

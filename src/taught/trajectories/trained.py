@@ -35,7 +35,7 @@ def enter(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 @torch.no_grad()
 def read_trained(problem: Problem, targets: TargetSet) -> Readings:
     """What the model reads on the prompts as it is now; a policy is fitted to it."""
-    reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.block)
+    reads = read_prompts(problem.model, problem.prompts, problem.behavior, problem.point)
     X = None if problem.features is None else problem.features(reads.h, reads.offsets).double().cpu().numpy()
     return targets.readings.refitted(reads.y.numpy(), X)
 

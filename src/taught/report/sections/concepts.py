@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow.compute as pc
 
+from taught.core.point import RESID_POST, Point
 from taught.report.agreement import agreement_blocks
 from taught.report.blocks import Block, Example, Line, Strips, Table, Text, Word, columns
 from taught.report.examples import own_method, score_index, shown
@@ -34,7 +35,8 @@ def _blocks(tables: Tables) -> Iterator[Block]:
 
 def _concept(tables: Tables, target: str, facts: Row) -> Iterator[Block]:
     provenance = facts.get("provenance", {})
-    about = [f"block {facts['block']}" if "block" in facts else "", str(provenance.get("source") or "")]
+    point = str(Point(facts["block"], facts.get("point", RESID_POST))) if "block" in facts else ""
+    about = [point, str(provenance.get("source") or "")]
     title = Line((clean(target.removeprefix(KIND)), " ", Word(", ".join(filter(None, about)), "soft")))
     yield Text(title, "title")
     card = facts.get("card", {})

@@ -17,8 +17,9 @@ STEP = {
 SMOOTH = 0.9  # metasmoothness below it is said; leaderboard runs have .99
 MISSED = 0.25  # share of a change that the derivative may miss
 SETTINGS = (
-    "sae.encoder sae.block readout.position features.threshold features.max_features policy.alpha policy.intercept "
-    "policy.folds policy.bootstrap attribution.estimator attribution.curvature attribution.trajectory attribution.lr"
+    "sae.encoder sae.block sae.point readout.position features.threshold features.max_features policy.alpha "
+    "policy.intercept policy.folds policy.bootstrap attribution.estimator attribution.curvature attribution.trajectory "
+    "attribution.lr"
 )
 
 
