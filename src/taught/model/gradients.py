@@ -185,16 +185,18 @@ def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
         for factor in taps.factors(value, retain_graph=True, training=True, summed=True):
             found.setdefault(factor.param, []).append(factor)
         for group in neighbours(parameters, _AT_ONCE):
-            grads: Sequence[Any] = torch.autograd.grad(
-                value, [parameters[name] for name in group], retain_graph=True, allow_unused=True
+            grads: list[Any] = list(
+                torch.autograd.grad(value, [parameters[n] for n in group], retain_graph=True, allow_unused=True)
             )
-            for name, grad in zip(group, grads, strict=True):
-                p = parameters[name]
-                total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+            for name in group:  # of an output of many tokens each copy is large: only the difference is kept
+                p, grad = parameters[name], grads.pop(0)
+                precise = torch.promote_types(p.dtype, torch.float32)
+                rest = torch.zeros_like(p, dtype=precise, requires_grad=False) if grad is None else -grad.to(precise)
+                del grad
+                norms[name] = float(rest.norm())
                 for factor in found.pop(name, ()):
-                    accumulate(factor, total)
-                norms[name] = 0.0 if grad is None else float(grad.to(total).norm())
-                off[name] = float((total if grad is None else total - grad).norm())
+                    accumulate(factor, rest)
+                off[name] = float(rest.norm())
     tolerance = _MISREAD.get(next(model.parameters()).dtype, 1e-3)
     largest = max(norms.values())
     if not all(map(isfinite, (*norms.values(), *off.values()))):  # weights that are not finite: said where a loss is

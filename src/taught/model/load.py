@@ -160,7 +160,8 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
 
     from taught.model.kernels import use_fast_products
 
-    _refuse_quantised(AutoConfig.from_pretrained(name, trust_remote_code=False, **how), name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **how)
+    _refuse_quantised(config, name)
     if device == "auto":
         if importlib.util.find_spec("accelerate") is None:
             raise UserError(
@@ -180,13 +181,17 @@ def _load_weights(name: str, *, dtype: str, device: str, **how: Any) -> Any:
         ignore_mismatched_sizes=True,  # they are refused below, by name
         **how,
     )
+    # Fused attention does not cap its logits; transformers 5.0 takes it for Gemma 2 all the same.
+    attention = "sdpa" if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None else "eager"
     try:
-        model, found = load(attn_implementation="sdpa")
+        model, found = load(attn_implementation=attention)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
+        attention = "eager"
+        model, found = load(attn_implementation=attention)
+    if attention == "eager":
         log.warning("%s has no fused attention: the plain one (eager) is used, which is slower", name)
-        model, found = load(attn_implementation="eager")
     if getattr(model, "peft_config", None):
         raise _an_adapter(name)
     _refuse_offloaded(model)
