@@ -2,6 +2,7 @@
 # make test   install and run the tests          make lint   format, style and type checks
 # make test-slow   the others: the real model, kills at random moments
 # make bench  side-by-side timings               make clean  remove .venv and results of runs
+# make audit  known advisories about what is installed in .venv (asks PyPI)
 
 PYTHON ?= python3
 # torch is installed first, by itself and only when it is missing, so that you choose the build. Plain
@@ -17,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench audit clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.demo
@@ -37,8 +38,13 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.demo
 	@set -e; for name in kernels smda_loop adjoint_vs_step; do $(BIN)/python -m benchmarks.$$name; done
 
+# From an environment of its own: what it needs is not among what it looks at.
+audit: $(VENV)/.dev
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit; }
+	.venv-audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-audit runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Stamp files: each is as new as the last installation, so a second call installs nothing.
 $(VENV)/.torch:

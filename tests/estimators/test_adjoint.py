@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from reference import GROUPS, LR, close, differences, forward_mode, model_of, naive_X, policy_of, readings_of
+from taught.core import query
 from taught.core.estimator import Work
 from taught.core.example import batch_indices
+from taught.core.query import build_queries
 from taught.core.target import TargetSet
 from taught.errors import UserError
 from taught.estimators.adjoint import Adjoint, feature_effects, target_effects
 from taught.estimators.forward import tangents
 from taught.features.pooling import POSITIONS
 from taught.model.forward import find_blocks
+from taught.model.gradients import RowSparse
 from taught.policy.ridge import coefficient_shift, score
 from tiny_models import ENCODERS, MODELS, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
 
@@ -72,6 +75,34 @@ def test_adjoint_is_the_forward_mode_derivative_in_every_model(name: str, interc
 def test_adjoint_is_the_central_difference(name: str) -> None:
     check(name, "standard", "last_user", True, differences)
     check(name, "relu", "mean_user", False, differences, memory_gb=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_query_beyond_the_memory_is_built_and_met_part_by_part(name: str, monkeypatch) -> None:
+    import taught.estimators.adjoint as adjoint
+
+    def watched(*given):
+        queries = build_queries(*given)
+        dense = (q.values if isinstance(q, RowSparse) else q for q in queries.values())
+        held.append({name: q.numel() for name, q in zip(queries, dense, strict=True)})
+        return queries
+
+    held: list[dict[str, int]] = []
+    monkeypatch.setattr(adjoint, "build_queries", watched)
+    problem = tiny_problem(tiny_model(name), lr=LR)
+    gen = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, 6, 5, generator=gen).double(), torch.randn(2, 6, generator=gen).double()
+    whole, losses = target_effects(problem, tiny_examples(), A, B)
+    (everything,) = held
+    held.clear()
+    room = sum(everything.values()) // 6  # a third of one of the two
+    parts = replace(problem, memory_gb=room * 8 / query._SHARE / query.GB)
+    again, same_losses = target_effects(parts, tiny_examples(), A, B)
+    torch.testing.assert_close(again, whole, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(same_losses, losses, rtol=0, atol=0)
+    assert len(held) >= 6
+    assert all(len(part) == 1 or sum(part.values()) <= room for part in held)
+    assert sum(len(part) for part in held) == 2 * len(everything)  # each parameter of each target once
 
 
 @pytest.mark.parametrize("name", MODELS)

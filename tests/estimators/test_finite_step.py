@@ -176,6 +176,22 @@ def test_weights_are_the_base_ones_between_and_after_steps() -> None:
     assert same(before, snapshot(problem.model))
 
 
+def test_the_weights_before_a_step_are_set_aside_and_not_copied() -> None:
+    """A real step of a large model takes the memory of one gradient."""
+    problem = tiny_problem(tiny_model("tied"), lr=0.37)
+    own = {name: p.data_ptr() for name, p in problem.model.named_parameters()}
+    inside = []
+
+    def read(*given):
+        inside.append({name: p.data_ptr() for name, p in problem.model.named_parameters()})
+        return read_prompts(*given)
+
+    baseline = read_prompts(problem.model, problem.prompts, problem.behavior, problem.point)
+    list(finite_steps(problem, tiny_examples()[:2], baseline, read=read))
+    assert all(pointers[name] != pointer for pointers in inside for name, pointer in own.items())
+    assert {name: p.data_ptr() for name, p in problem.model.named_parameters()} == own
+
+
 def test_restored_puts_back_whatever_was_done() -> None:
     model = tiny_model("tied")
     before = snapshot(model)

@@ -43,7 +43,7 @@ def cotangents(problem, targets: int = 3):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("options", [{}, {"batch_tokens": 1000}, {"checkpointing": True}])
+@pytest.mark.parametrize("options", [{}, {"batch_tokens": 1000}, {"checkpointing": True}, {"memory_gb": 1e-5}])
 def test_shares_add_up_to_the_example_s_effect(name: str, options) -> None:
     problem = tiny_problem(tiny_model(name), "jumprelu", "max_user", **options)
     A, B = cotangents(problem)

@@ -424,6 +424,21 @@ def test_hub_errors_say_what_to_do(monkeypatch, error, cause, message):
         load_model("org/name", revision="v9")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_a_model_that_does_not_fit_into_memory_is_not_called_damaged(monkeypatch, tmp_path, error):
+    save_tiny(tmp_path / "m")
+    monkeypatch.setattr(load, "_load_weights", raising(error))
+    with pytest.raises(UserError, match=r"(?s)does not fit into memory.*model\.dtype=bfloat16"):
+        load_model(str(tmp_path / "m"))
+
+
 def test_no_network_for_the_demo_model_names_the_package(monkeypatch):
     monkeypatch.setattr(load, "_packaged_gguf", lambda: None)
     monkeypatch.setattr(load, "_commit", raising(OSError("couldn't connect")))

@@ -12,7 +12,7 @@ from taught.cli.given import parse_set
 from taught.errors import UserError
 from taught.stages import check as check_module
 from taught.stages.check import CheckReport, check_study
-from taught.stages.subject import study_examples, study_prompts
+from taught.stages.subject import open_subject, study_examples, study_prompts
 from taught.study.load import load_study
 from taught.study.schema import Study, ValidationSpec
 from tiny_study import SCORED, do, write_tiny_study
@@ -249,6 +249,22 @@ def test_under_ekfac_only_linear_layers_of_the_blocks_move(tiny):
 def test_memory_is_model_and_gradients_and_the_rest(tiny):
     study = tiny.replace("attribution.memory_gb", 2.5)
     assert row(check_study(study), "memory").startswith("about 5.5 GB (model 0.0, gradients 2.5,")
+
+
+def test_gradients_of_few_targets_take_no_more_than_the_budget_and_a_real_step_one_gradient(tiny, monkeypatch):
+    bytes_moved = 4 * sum(p.numel() for p in open_subject(tiny).loaded.model.parameters())
+    monkeypatch.setattr(check_module, "GB", bytes_moved / 100)  # the model, and each gradient: 100
+    few = tiny.replace("attribution.targets", ["behavior:harmful", "behavior:harmless"])
+
+    def gradients(**spec: float) -> str:
+        study = few
+        for key, value in spec.items():
+            study = study.replace(f"attribution.{key}", value)
+        return row(check_study(study), "memory")
+
+    assert "model 100.0, gradients 200.0" in gradients(memory_gb=500.0)
+    assert "model 100.0, gradients 25.0" in gradients(memory_gb=25.0)
+    assert "model 100.0, gradients 100.0" in gradients(memory_gb=25.0, exact_top=1)
 
 
 def test_the_subsets_that_are_counted_are_those_that_validate_trains_on(tiny, tmp_path):

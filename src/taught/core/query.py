@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from taught.core.point import Point
 from taught.core.problem import GB, Problem
 from taught.core.trajectory import Queries
-from taught.model.gradients import Factor, Query, RowSparse, Site, accumulate, tap
+from taught.model.gradients import Factor, Query, RowSparse, Site, accumulate, neighbours, tap, uses_of
 from taught.model.parameters import moving_parameters
 from taught.model.readout import pack, read_packed
 from taught.progress import Progress, SilentProgress
@@ -44,9 +44,34 @@ def sites_before(problem: Problem, sites: Sequence[Site], point: Point | None) -
 
 
 def fitting(problem: Problem, size: int) -> int:
-    """How many queries of so many numbers fit into the memory budget."""
+    """How many queries of so many numbers fit into the memory budget; at least one."""
+    return max(1, _room(problem) // max(size, 1))
+
+
+def _room(problem: Problem) -> int:
+    """Numbers that queries may have together."""
     itemsize = max(4, next(problem.model.parameters()).element_size())
-    return max(1, int(problem.memory_gb * GB * _SHARE / (itemsize * max(size, 1))))
+    return int(problem.memory_gb * GB * _SHARE / itemsize)
+
+
+def query_parts(problem: Problem, sites: Sequence[Site], count: int) -> Iterator[tuple[slice, list[Site]]]:
+    """Parts of ``count`` queries that each fit into the memory budget: some of them, or some parameters of one.
+
+    Inner products are sums over parameters, so a query that does not fit as a whole is built and met part by part, each
+    with passes of its own. Where C is solved for whole queries (``Metric.jointly``), a query has no parts.
+    """
+    at_once = queries_at_once(problem)
+    parameters = {name: problem.model.get_parameter(name) for s in sites for name in (s.weight, s.bias) if name}
+    whole = problem.metric.jointly is not None
+    groups = [list(parameters)] if whole else neighbours(parameters, _room(problem) // min(at_once, max(count, 1)))
+    for start in range(0, count, at_once):
+        for group in groups:
+            yield slice(start, min(start + at_once, count)), uses_of(group, sites)
+
+
+def some_of(some: slice, A: Tensor | None, B: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The cotangents of some of the targets."""
+    return None if A is None else A[some], None if B is None else B[some]
 
 
 def build_queries(

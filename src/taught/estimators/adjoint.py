@@ -13,7 +13,7 @@ one gradient an example gives every inner product: N + P passes instead of N x P
  - :func:`feature_effects`: one target a feature, over the prompts on which the feature is active.
  - ``taught.estimators.every_prompt``: dy of every prompt for every example, block by block.
 
-Nothing here changes a weight. Memory: the queries (parameters x targets, in chunks of
+Nothing here changes a weight. Memory: the queries (parameters x targets, in parts of
 ``memory_gb``) and one batch of examples.
 """
 
@@ -34,7 +34,15 @@ from taught.core.example import ExampleBatch, Examples, batch_examples, example_
 from taught.core.gradient import example_gradients, refuse_unfit
 from taught.core.point import Point
 from taught.core.problem import GB, Problem
-from taught.core.query import build_queries, queries_at_once, sites_before, token_rows, x_queries_at_once
+from taught.core.query import (
+    build_queries,
+    queries_at_once,
+    query_parts,
+    sites_before,
+    some_of,
+    token_rows,
+    x_queries_at_once,
+)
 from taught.core.readings import Moves
 from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
@@ -76,10 +84,16 @@ def target_effects(
     losses : float64 [P]
     """
     sites = find_sites(problem.model, problem.parameters)
+    count = next(len(part) for part in (A, B) if part is not None)
+    effects = torch.zeros(len(examples), count, dtype=torch.float64)
+    losses = torch.zeros(len(examples), dtype=torch.float64)
     with frozen(problem.model):
-        count = next(len(part) for part in (A, B) if part is not None)
-        queries = build_queries(problem, sites, A, B, progress)
-        return contract_examples(problem, sites, examples, queries, count, progress)
+        for some, part in query_parts(problem, sites, count):
+            queries = build_queries(problem, part, *some_of(some, A, B), progress)
+            found, losses = contract_examples(problem, part, examples, queries, some.stop - some.start, progress)
+            effects[:, some] += found
+            del queries  # before the next ones are built
+    return effects, losses
 
 
 def feature_effects(
@@ -286,9 +300,9 @@ def _by_queries(
     chunk, parts = queries_at_once(problem), []
     for start in range(0, len(targets.direct), chunk):
         some = slice(start, start + chunk)
-        own = [None if part is None else part[some] for part in (A, B)]
+        own = some_of(some, A, B)
         key = f"queries {[str(name) for name in targets.direct[some]]}"
-        compute = partial(target_effects, problem, examples, own[0], own[1], progress=progress)
+        compute = partial(target_effects, problem, examples, *own, progress=progress)
         parts.append(kept(work.pieces, key, lambda run=compute: run()[0]))  # type: ignore[misc]
     return Scores("adjoint", ids, targets.names, targets.from_direct(torch.cat(parts, 1).numpy()))
 

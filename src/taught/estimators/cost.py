@@ -18,7 +18,7 @@ from torch import nn
 from taught.core.estimator import needs_steps
 from taught.core.example import Examples, batch_indices
 from taught.core.problem import Problem
-from taught.core.query import x_queries_at_once
+from taught.core.query import query_parts, x_queries_at_once
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
 from taught.core.trajectory import Follows
 from taught.estimators.every_prompt import prompt_chunks
@@ -153,7 +153,8 @@ def adjoint(problem: Problem, examples: Examples, asked: Asked) -> dict[str, flo
             cost["features"] = _features(problem, it.sizes, asked.features, len(examples), it.examples)
         return cost | {"prompts": _prompts(problem, it.sizes, examples)}
     contracted = 2.0 * len(examples) * asked.queries * it.sizes.moving
-    return cost | {"targets": (2 + 2 * 3) * it.trees + 3 * it.examples + contracted}
+    parts = len(list(query_parts(problem, find_sites(problem.model, problem.parameters), 1)))
+    return cost | {"targets": parts * ((2 + 2 * 3) * it.trees + 3 * it.examples) + contracted}
 
 
 def finite_step(problem: Problem, examples: Examples) -> dict[str, float]:

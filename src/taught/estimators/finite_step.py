@@ -122,6 +122,24 @@ def _gradients(loss: Tensor, moving: dict[str, nn.Parameter]) -> dict[str, Tenso
     return {name: g for name, g in zip(moving, grads, strict=True) if g is not None}
 
 
+@contextmanager
+def _stepped(moving: Mapping[str, nn.Parameter], direction: dict[str, Tensor], lr: float) -> Iterator[None]:
+    """Weights after a plain step inside, those before on exit; the direction is used up.
+
+    The weights before are set aside, not copied: a step takes the memory of one gradient.
+    """
+    before = {name: p.data for name, p in moving.items()}
+    try:
+        with torch.no_grad():
+            for name in list(direction):
+                p = moving[name]
+                p.data = p.sub(direction.pop(name), alpha=lr).to(p.dtype)
+        yield
+    finally:
+        for name, p in moving.items():
+            p.data = before[name]
+
+
 def finite_steps(
     problem: Problem,
     examples: Examples,
@@ -139,19 +157,11 @@ def finite_steps(
     read : how read-outs are taken: token trees, or the published one-pass-per-prefix loop
     """
     moving = moving_parameters(problem.model, problem.parameters)
-    with evaluating(problem.model), restored(problem.model, problem.parameters) as base:
+    with evaluating(problem.model):
         for example in examples:
             loss, direction = step_direction(problem, example)
-            with torch.no_grad():
-                for name, p in moving.items():
-                    p.copy_(base[name])
-                    if name in direction:
-                        p.sub_(direction[name], alpha=problem.lr)
-            del direction
-            after = read(problem.model, problem.prompts, problem.behavior, problem.point)
-            with torch.no_grad():
-                for name, p in moving.items():
-                    p.copy_(base[name])
+            with _stepped(moving, direction, problem.lr):
+                after = read(problem.model, problem.prompts, problem.behavior, problem.point)
             if baseline.prompt_ids != after.prompt_ids:
                 raise ValueError("read-outs before and after a step are of different prompts")
             dX = exact = None
@@ -192,7 +202,7 @@ class FiniteStep:
     """The published loop: a real step on each example, all read-outs again, the difference."""
 
     exact: ClassVar[bool] = True
-    gradients: ClassVar[int] = 2  # held at a time: one, and a copy of the weights or what they move by
+    gradients: ClassVar[int] = 1  # held at a time: it becomes the weights after the step
     real: ClassVar[bool] = True
 
     def refuses(self, curvature: Curvature, trajectory: Trajectory) -> str | None:

@@ -91,8 +91,10 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
     for example in examples:
         with frozen(problem.model):
             loss, direction = step_direction(problem, example)
-            step = {name: -problem.lr * direction.get(name, torch.zeros_like(p)) for name, p in moving.items()}
-            del direction
+            step = {
+                name: direction.pop(name).mul_(-problem.lr) if name in direction else torch.zeros_like(p)
+                for name, p in moving.items()
+            }
             dX = torch.zeros(len(problem.prompts), problem.d, dtype=torch.float64)
             dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
             for packed in packs:
@@ -116,7 +118,7 @@ class Forward:
     """Exact first-order effects example by example, with every feature on every prompt (``dX``)."""
 
     exact: ClassVar[bool] = True
-    gradients: ClassVar[int] = 2  # held at a time: one, and a copy of the weights or what they move by
+    gradients: ClassVar[int] = 1  # held at a time: it becomes what the weights move by
 
     def refuses(self, curvature: Curvature, trajectory: Trajectory) -> str | None:
         """Goes with everything that has gradients, and takes no queries."""

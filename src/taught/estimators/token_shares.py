@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.core.example import ExampleBatch, Examples, batch_examples, refuse_nonfinite
 from taught.core.problem import Problem
-from taught.core.query import build_queries
+from taught.core.query import build_queries, query_parts, some_of
 from taught.model.directional import along
 from taught.model.gradients import RowSparse, Site, find_sites, frozen, lacks_forward_mode
 from taught.progress import Progress
@@ -61,21 +61,25 @@ def token_effects(
 
     Notes
     -----
-    Cost: the queries once, and for each target about three forward passes over the examples. Memory:
-    the queries, and one of them once more. Attention runs without fused kernels. Where an operation of the model has
-    no forward mode, a backward pass for each scored token.
+    Cost: the queries once, and for each target about three forward passes over the examples; as often as there are
+    parts of a query (``query_parts``). Memory: the queries, and one of them once more. Attention runs without fused
+    kernels. Where an operation of the model has no forward mode, a backward pass for each scored token.
     """
     model, sites = problem.model, find_sites(problem.model, problem.parameters)
     count = next(len(part) for part in (A, B) if part is not None)
     terms, shares = _Terms(model), [torch.zeros(p.n_scored, count).double() for p in examples]
     with frozen(model):
-        queries = build_queries(problem, sites, A, B, progress)
-        for k in range(count):
-            step = {name: -problem.lr * _dense(query, k, model.get_parameter(name)) for name, query in queries.items()}
-            for batch in batch_examples(examples, problem.batch_tokens):
-                moved = _along(model, sites, terms, batch, step)
-                for row, i in zip(moved.double().cpu(), batch.index, strict=True):
-                    shares[i][:, k] = row[: examples[i].n_scored]
+        for some, part in query_parts(problem, sites, count):
+            queries = build_queries(problem, part, *some_of(some, A, B), progress)
+            for n, k in enumerate(range(count)[some]):
+                step = {
+                    name: -problem.lr * _dense(query, n, model.get_parameter(name)) for name, query in queries.items()
+                }
+                for batch in batch_examples(examples, problem.batch_tokens) if step else ():
+                    moved = _along(model, sites, terms, batch, step)
+                    for row, i in zip(moved.double().cpu(), batch.index, strict=True):
+                        shares[i][:, k] += row[: examples[i].n_scored]
+            del queries  # before the next ones are built
     sums = torch.stack([share.sum(0) for share in shares]) if shares else torch.zeros(0, 1)
     refuse_nonfinite(examples, range(len(examples)), sums, "gradient")
     return shares

@@ -13,7 +13,7 @@ embedding has look-up and output uses; they meet in one parameter, and so do the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -95,11 +95,7 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
     names = {id(p): name for name, p in moving_parameters(model, parameters).items()}  # tied ones have one name
     sites = _known_uses(model, names)
     misread = _misread(model, sites)
-    sites = [
-        replace(s, weight=s.weight if s.weight not in misread else None, bias=s.bias if s.bias not in misread else None)
-        for s in sites
-    ]
-    sites = [site for site in sites if site.weight or site.bias]
+    sites = uses_of(set(names.values()) - misread, sites)
     covered = {name for site in sites for name in (site.weight, site.bias)}
     others = {id(p): name for name, p in model.named_parameters() if name in set(names.values()) - covered}
     missing = []
@@ -121,6 +117,15 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
             fix="use the finite-step estimator, or set attribution.parameters to leave them out",
         )
     return sites
+
+
+def uses_of(parameters: Collection[str], sites: Sequence[Site]) -> list[Site]:
+    """The uses of some parameters among all uses."""
+    some = (
+        replace(s, weight=s.weight if s.weight in parameters else None, bias=s.bias if s.bias in parameters else None)
+        for s in sites
+    )
+    return [site for site in some if site.weight or site.bias]
 
 
 def refuse_detached(model: Any) -> None:
@@ -179,17 +184,19 @@ def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
         found: dict[str, list[Factor]] = {}
         for factor in taps.factors(value, retain_graph=True, training=True, summed=True):
             found.setdefault(factor.param, []).append(factor)
-        for group in _groups(parameters, _AT_ONCE):
-            grads: Sequence[Any] = torch.autograd.grad(
-                value, [parameters[name] for name in group], retain_graph=True, allow_unused=True
+        for group in neighbours(parameters, _AT_ONCE):
+            grads: list[Any] = list(
+                torch.autograd.grad(value, [parameters[n] for n in group], retain_graph=True, allow_unused=True)
             )
-            for name, grad in zip(group, grads, strict=True):
-                p = parameters[name]
-                total = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+            for name in group:  # of an output of many tokens each copy is large: only the difference is kept
+                p, grad = parameters[name], grads.pop(0)
+                precise = torch.promote_types(p.dtype, torch.float32)
+                rest = torch.zeros_like(p, dtype=precise, requires_grad=False) if grad is None else -grad.to(precise)
+                del grad
+                norms[name] = float(rest.norm())
                 for factor in found.pop(name, ()):
-                    accumulate(factor, total)
-                norms[name] = 0.0 if grad is None else float(grad.to(total).norm())
-                off[name] = float((total if grad is None else total - grad).norm())
+                    accumulate(factor, rest)
+                off[name] = float(rest.norm())
     tolerance = _MISREAD.get(next(model.parameters()).dtype, 1e-3)
     largest = max(norms.values())
     if not all(map(isfinite, (*norms.values(), *off.values()))):  # weights that are not finite: said where a loss is
@@ -199,8 +206,8 @@ def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
     return misread
 
 
-def _groups(parameters: Mapping[str, Tensor], room: int) -> list[list[str]]:
-    """Neighbours together, as many as have so many numbers in all."""
+def neighbours(parameters: Mapping[str, Tensor], room: int) -> list[list[str]]:
+    """Names of neighbouring parameters together, as many as have so many numbers in all; a larger one is alone."""
     groups: list[list[str]] = []
     free = 0
     for name, p in parameters.items():

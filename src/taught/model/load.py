@@ -196,13 +196,17 @@ def _load_weights(
         ignore_mismatched_sizes=True,  # they are refused below, by name
         **how,
     )
+    # Fused attention does not cap its logits; transformers 5.0 takes it for Gemma 2 all the same.
+    attention = "sdpa" if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None else "eager"
     try:
-        model, found = load(attn_implementation="sdpa")
+        model, found = load(attn_implementation=attention)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
+        attention = "eager"
+        model, found = load(attn_implementation=attention)
+    if attention == "eager":
         log.warning("%s has no fused attention: the plain one (eager) is used, which is slower", name)
-        model, found = load(attn_implementation="eager")
     if getattr(model, "peft_config", None):
         raise _an_adapter(name)
     _refuse_offloaded(model)
@@ -469,7 +473,7 @@ def _explain(error: BaseException, source: _Source) -> UserError:
     names, text = {type(e).__name__ for e in chain}, str(error)
     if isinstance(error, ImportError):
         return UserError("reading the model needs a package", value=text, fix="install the package that is named")
-    if isinstance(error, MemoryError) or "out of memory" in text:
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:  # Python, CUDA, CPU
         return UserError(
             "the model does not fit into memory",
             value=text,
@@ -621,15 +625,15 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write a GGUF model as a safetensors folder, dequantised, in float16.
 
     ``save_pretrained`` refuses a model that was read from GGUF; a fresh model of the same
-    configuration takes over its state dict.
+    configuration takes over its weights. Memory: the model in float16, and its largest tensor in float32.
 
     Raises
     ------
     UserError
-        The packages ``gguf`` or ``accelerate`` are not installed.
+        The packages ``gguf`` or ``accelerate`` are not installed; the file lacks weights of the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
         raise UserError(
@@ -637,12 +641,22 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             rule="only once, to convert it",
             fix="pip install 'taught[demo]'",
         )
-    where = {"gguf_file": gguf.name, "local_files_only": True}
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    tied = {"quantization_config", "_name_or_path", "architectures", "dtype", "torch_dtype"}  # to the quantised file
-    config = {key: value for key, value in read.config.to_dict().items() if key not in tied}
-    model = type(read)(type(read.config)(**config))
-    model.load_state_dict(read.state_dict())
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    if hasattr(transformers, "GgufConfig"):  # else weights may stay packed, by kernels that are fetched from the hub
+        unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    else:  # transformers < 5.24
+        unpacked = {}
+    stored = getattr(torch, _STORED)
+    load: Callable[..., Any] = transformers.AutoModelForCausalLM.from_pretrained
+    read, found = load(
+        gguf.parent, dtype=stored, output_loading_info=True, ignore_mismatched_sizes=True, **where, **unpacked
+    )
+    _refuse_other_weights(read, found, str(gguf))
+    left_out = {"quantization_config", "_name_or_path", "architectures", "dtype", "torch_dtype"}  # of the packed file
+    config = {key: value for key, value in read.config.to_dict().items() if key not in left_out}
+    with torch.device("meta"):  # no second copy
+        model = type(read)(type(read.config)(**config))
+    model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
-    model.to(getattr(torch, _STORED)).save_pretrained(folder, safe_serialization=True)
-    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)
+    model.save_pretrained(folder, safe_serialization=True)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(folder)

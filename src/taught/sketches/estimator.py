@@ -15,7 +15,7 @@ from taught.core.curvature import Curvature
 from taught.core.estimator import Work
 from taught.core.example import Examples
 from taught.core.problem import Problem
-from taught.core.query import build_queries, queries_at_once
+from taught.core.query import build_queries, query_parts, some_of
 from taught.core.registry import ESTIMATORS, setting
 from taught.core.scores import Scores
 from taught.core.target import TargetSet, kind_of
@@ -248,11 +248,10 @@ def _projected(problem: Problem, projection: Projection, targets: TargetSet, wor
     work.progress.step("sketches of the targets", None)
     sites = find_sites(problem.model, problem.parameters)
     A, B = targets.cotangents()
-    chunk, parts = queries_at_once(problem), []
+    found = np.zeros((len(targets.direct), projection.dim))
     with frozen(problem.model):
-        for start in range(0, len(targets.direct), chunk):
-            some = slice(start, start + chunk)
-            own = [None if part is None else part[some] for part in (A, B)]
-            queries = build_queries(problem, sites, own[0], own[1], work.progress)
-            parts.append(projection.matrices(queries, len(targets.direct[some])).numpy())
-    return targets.from_direct(np.concatenate(parts).T)
+        for some, part in query_parts(problem, sites, len(targets.direct)):
+            queries = build_queries(problem, part, *some_of(some, A, B), work.progress)
+            found[some] += projection.matrices(queries, some.stop - some.start).numpy()
+            del queries  # before the next ones are built
+    return targets.from_direct(found.T)

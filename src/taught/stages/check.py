@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from taught.core.estimator import needs_steps
 from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
@@ -325,10 +326,17 @@ def _memory(study: Study, problem: Problem, inputs: Examples, wanted: Asked) -> 
     # The base model, and a checkpoint's; the weights that a training run begins with are put back.
     model *= 1 if method.trajectory.make(TRAJECTORIES).single else 2
     held = getattr(estimator, "gradients", None)
-    if held is None and wanted.every:
+    if held is None:
+        query = sum(max(4, p.element_size()) * p.numel() for p in moving) / GB
         gradients = study.attribution.memory_gb
+        if not wanted.every:
+            gradients = min(wanted.queries * query, gradients)
+        if getattr(curvature, "of_queries", False):  # queries are solved for whole
+            gradients = max(query, gradients)
+        if wanted.top and needs_steps(curvature) is None:  # a real step of the strongest
+            gradients = max(moved, gradients)
     else:
-        gradients = (wanted.queries if held is None else held) * moved
+        gradients = held * moved
     if hasattr(curvature, "numbers"):
         gradients += 4 * curvature.numbers(problem) / GB
     along = method.trajectory.make(TRAJECTORIES)
