@@ -8,6 +8,7 @@ import shutil
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -690,3 +691,74 @@ def test_a_configuration_of_more_layers_than_tensors_is_refused_before_it_is_bui
     (folder / "config.json").write_text(json.dumps({**config, key: count}))
     with pytest.raises(UserError, match="more parts than the weights"):
         load_model(str(folder))
+
+
+# --- GGUF --------------------------------------------------------------------------------------------
+
+
+def write_tiny_gguf(file, *, without=()):
+    """A Qwen2 of one block in 8 bits with a tokenizer of bytes; the dequantised weights by their names in the file."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(file), "qwen2")
+    for key, value in {
+        "block_count": 1,
+        "context_length": 64,
+        "embedding_length": 32,
+        "feed_forward_length": 32,
+    }.items():
+        writer.add_uint32(f"qwen2.{key}", value)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([*"abcdefgh", "ab", "<|endoftext|>"])
+    writer.add_token_types([1] * 9 + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(9)
+    writer.add_bos_token_id(9)
+    writer.add_chat_template(TEMPLATE)
+    draw = np.random.default_rng(0)
+    shapes = {"token_embd": (10, 32), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
+    shapes |= {f"blk.0.{name}": (32, 32) for name in ("attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+    kind = gguf.GGMLQuantizationType.Q8_0
+    weights = {}
+    for name, shape in shapes.items():
+        packed = gguf.quants.quantize(draw.normal(size=shape).astype(np.float32), kind)
+        weights[f"{name}.weight"] = gguf.quants.dequantize(packed, kind)
+        if name not in without:
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+    plain = {"output_norm.weight": 32, "blk.0.attn_norm.weight": 32, "blk.0.ffn_norm.weight": 32}
+    plain |= {f"blk.0.attn_{part}.bias": size for part, size in (("q", 32), ("k", 16), ("v", 16))}
+    for name, size in plain.items():
+        weights[name] = draw.normal(size=size).astype(np.float32)
+        writer.add_tensor(name, weights[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def test_a_gguf_file_becomes_a_folder_of_its_dequantised_weights(tmp_path):
+    weights = write_tiny_gguf(tmp_path / "tiny.gguf")
+    load.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "m")
+    loaded = load_model(str(tmp_path / "m"))
+    found = loaded.model.state_dict()
+    for theirs, ours in {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "blk.0.attn_q.weight": "model.layers.0.self_attn.q_proj.weight",
+        "blk.0.attn_v.bias": "model.layers.0.self_attn.v_proj.bias",
+        "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj.weight",
+        "output_norm.weight": "model.norm.weight",
+    }.items():
+        assert torch.equal(found[ours], torch.from_numpy(weights[theirs]).half().float())
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_k", "blk.0.ffn_up"])
+def test_a_gguf_file_without_a_weight_is_refused_and_not_filled_with_random_numbers(tmp_path, name):
+    write_tiny_gguf(tmp_path / "tiny.gguf", without=[name])
+    with pytest.raises(UserError, match=r"(?s)lacks weights.*model\.layers\.0"):
+        load.convert_gguf(tmp_path / "tiny.gguf", tmp_path / "m")
