@@ -63,6 +63,13 @@ DEPENDENCIES = {
     ),
     "markupsafe": Dependency("3.0.4", "BSD-3-Clause", "escapes text in the report"),
     "numpy": Dependency("2.4.6", "BSD-3-Clause", "policies, statistics, tables"),
+    "bitsandbytes": Dependency(
+        "0.50.2",
+        "MIT",
+        "weights of 4 and 8 bits: codes and what they stand for",
+        "codes and scales of a checkpoint, after its settings were checked",
+        "compiled code of its own; kernels of the hub are not fetched",
+    ),
     "peft": Dependency(
         "0.21.2",
         "Apache-2.0",
