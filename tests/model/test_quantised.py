@@ -102,7 +102,7 @@ def ours(folder: Path, kind: str | None, name: str = "model", **how):
 
 def problem_of(model, names, **options):
     few = tiny_prompts()[: len(SOME)]
-    return tiny_problem(model, prompts=few, parameters=names, lr=LR, block=None, features=None, **options)
+    return tiny_problem(model, prompts=few, parameters=names, lr=LR, point=None, features=None, **options)
 
 
 def near(found, expected, rtol: float) -> None:
