@@ -34,6 +34,9 @@ _ONLY_HUB = "the hub, where a hub id is named"
 
 DEPENDENCIES = {
     "accelerate": Dependency("1.15.0", "Apache-2.0", "spreads a model over devices; what transformers reads GGUF with"),
+    "bitsandbytes": Dependency(
+        "0.50.2", "MIT", "unpacks weights of 4 and 8 bits", "packed weights of others, out of safetensors"
+    ),
     "cyclopts": Dependency("5.5.2", "Apache-2.0", "the command line"),
     "datasets": Dependency(
         None,
