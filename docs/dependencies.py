@@ -34,6 +34,13 @@ _ONLY_HUB = "the hub, where a hub id is named"
 
 DEPENDENCIES = {
     "accelerate": Dependency("1.15.0", "Apache-2.0", "spreads a model over devices; what transformers reads GGUF with"),
+    "bitsandbytes": Dependency(
+        "0.50.2",
+        "MIT",
+        "weights of 4 and 8 bits: codes and what they stand for",
+        "codes and scales of a checkpoint, after its settings were checked",
+        "compiled code of its own; kernels of the hub are not fetched",
+    ),
     "cyclopts": Dependency("5.5.2", "Apache-2.0", "the command line"),
     "datasets": Dependency(
         None,
@@ -63,13 +70,6 @@ DEPENDENCIES = {
     ),
     "markupsafe": Dependency("3.0.4", "BSD-3-Clause", "escapes text in the report"),
     "numpy": Dependency("2.4.6", "BSD-3-Clause", "policies, statistics, tables"),
-    "bitsandbytes": Dependency(
-        "0.50.2",
-        "MIT",
-        "weights of 4 and 8 bits: codes and what they stand for",
-        "codes and scales of a checkpoint, after its settings were checked",
-        "compiled code of its own; kernels of the hub are not fetched",
-    ),
     "peft": Dependency(
         "0.21.2",
         "Apache-2.0",
