@@ -313,7 +313,7 @@ def test_where_gradients_factorise_it_is_the_damped_fisher_matrix_itself(monkeyp
         return torch.tensor([[labels[examples[i].id]] for i in batch.index])
 
     monkeypatch.setattr(ekfac, "draw_labels", given)
-    problem = replace(tiny_problem(tiny_model("tied")), model=model)
+    problem = replace(tiny_problem(tiny_model("tied")), model=model, point=None, features=None)
     made = curved(problem, examples)
     F = torch.zeros(15, 15, dtype=torch.float64)
     for example in examples:

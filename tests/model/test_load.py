@@ -465,7 +465,7 @@ def test_model_and_tokenizer_of_a_hub_id_are_of_one_commit_which_identifies_them
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", read(tokenizer))
-    monkeypatch.setattr(load, "_load_weights", read(saved))
+    monkeypatch.setattr(load, "_load_weights", read((saved, {})))
     loaded = load_model("org/name", revision="main")
     assert asked == [("org/name", "config.json", "main"), ("org/name", "c0ffee"), ("org/name", "c0ffee")]
     assert loaded.weights == {"source": "hub org/name", "commit": "c0ffee"}
