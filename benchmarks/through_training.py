@@ -14,11 +14,10 @@ Compared with it is, for every target, minus the sum of a method's scores over w
 the mean behavior of each group; ``coefficients`` are the ten largest of the policy at the base model, and with them and
 ``score`` the preset's SAE is read. ``--ask`` asks the methods for some of the targets only.
 Beside the methods stand those of :data:`taught.baselines.BASELINES` (label: refusals left out; response-length: their
-tokens; BM25, loss, ...). Linear datamodelling score
-(LDS): rank correlation over the sets, with a bootstrap interval over sets; controlled: given labels and tokens. With
-``--remove TARGET`` the model is also trained without the examples that each method says raise the target most, as many
-as the random sets hold; the change stands beside that of the random sets. Times are of this machine, printed in
-trainings of the same run.
+tokens; BM25, loss, ...). Linear datamodelling score (LDS): rank correlation over the sets, with a bootstrap interval
+over sets; controlled: given labels and tokens. With ``--remove TARGET`` the model is also trained without the examples
+that each method says raise the target most, as many as the random sets hold; the change stands beside that of the
+random sets. Times are of this machine, printed in trainings of the same run.
 """
 
 from __future__ import annotations
@@ -229,14 +228,13 @@ def compared(truth: dict[str, Any], found: dict[str, dict[str, dict[str, float]]
     single = [s[0] for s in sets if len(s) == 1]
     for order in sorted({run["order"] for run in truth["runs"]}):
         runs = {tuple(run["left_out"]): run["values"] for run in truth["runs"] if run["order"] == order}
-        for column, target in enumerate(truth["targets"]):
-            if not any(target in of for of in found.values()):
-                continue
+        for target in next(iter(found.values())):  # all were asked about the same
+            column = truth["targets"].index(target)
             whole = runs[()][column]
             moved = {name: runs[tuple(s)][column] - whole for name, s in several.items()}
             members = tuple(tuple(i for i in ids if i not in s) for s in several.values())
             subsets = Subsets(tuple(several), members, dict.fromkeys(ids, 1.0))
-            scores = {method: {target: of[target]} for method, of in found.items() if target in of}
+            scores = {method: {target: of[target]} for method, of in found.items()}
             rows = lds_rows(subsets, {target: moved}, scores, controls, design="held")
             for row in rows:
                 of = found[row.method][target]

@@ -242,7 +242,8 @@ def use_plain_weights(model: nn.Module) -> None:
         Weights were packed anew for inference, which rounds their scales.
     """
     layers = quantised_layers(model)
-    packed = [n for n, m in layers.items() if getattr(_state(m), "packing_format_for_cpu", False)]
+    states = {name: getattr(layer.weight, "quant_state", None) for name, layer in layers.items()}
+    packed = [name for name, state in states.items() if getattr(state, "packing_format_for_cpu", False)]
     refuse(
         packed,
         "the model's weights were packed anew for inference",
@@ -269,7 +270,3 @@ def plain_weights(model: nn.Module) -> Iterator[None]:
 
 def _place(layer: Any) -> str:
     return "_old_forward" if hasattr(layer, "_hf_hook") else "forward"  # what accelerate's own forward calls
-
-
-def _state(layer: Any) -> Any:
-    return getattr(layer.weight, "quant_state", None)
