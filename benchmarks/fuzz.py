@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import io
 import json
 import os
@@ -37,6 +38,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from taught.errors import UserError
 
 SECONDS, BYTES = 10, 2**30
+MEMORY = next((path for path in ("/dev/shm",) if os.access(path, os.W_OK)), None)  # files that touch no disk
 Change = Callable[[random.Random, bytes], bytes]
 
 DEEP: Any = 1
@@ -92,6 +94,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def structured(load: Callable[[bytes], Any], dump: Callable[[Any], bytes]) -> Change:
     """Changes of a file's values; of its bytes, where values cannot be written back."""
+    load = functools.lru_cache(8)(load)  # of_values changes a copy
 
     def change(rng: random.Random, content: bytes) -> bytes:
         value = load(content)
@@ -122,7 +125,7 @@ def csv_text(rows: list[Any]) -> bytes:
 def yaml_text(value: Any) -> bytes:
     import yaml
 
-    return yaml.dump(value, allow_unicode=True).encode()
+    return yaml.dump(value, Dumper=getattr(yaml, "CDumper", yaml.Dumper), allow_unicode=True).encode()
 
 
 def yaml_values(content: bytes) -> Any:
@@ -559,7 +562,7 @@ def fuzz(
     found = []
     try:
         for name in names:
-            with tempfile.TemporaryDirectory() as place, _quiet():
+            with tempfile.TemporaryDirectory(dir=MEMORY) as place, _quiet():
                 found.append(_fuzz(name, Path(place).resolve(), executions, seed, seconds, keep))
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -572,12 +575,13 @@ def _fuzz(name: str, place: Path, executions: int, seed: int, seconds: float, ke
     files = reader.make(place / "valid")
     folder, began = place / "changed", time.monotonic()
     shutil.copytree(place / "valid", folder)
+    valid, untouched = {file: (folder / file).read_bytes() for file in files}, stamps(folder)
     if (came := execute(reader, folder, files[0])) != "accepted":
         found.failures.append(f"the valid file: {came}")
     for number in range(max(1, round(executions * reader.share))):
         rng = random.Random(f"{seed}/{name}/{number}")
         file = rng.choice(files)
-        content = changed(rng, file, (place / "valid" / file).read_bytes())
+        content = changed(rng, file, valid[file])
         (folder / file).write_bytes(content)
         came = execute(reader, folder, file)
         found.executions += 1
@@ -587,11 +591,25 @@ def _fuzz(name: str, place: Path, executions: int, seed: int, seconds: float, ke
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)
                 (keep / f"{name.replace(' ', '-')}-{number}-{Path(file).name}").write_bytes(content)
-        shutil.rmtree(folder)
-        shutil.copytree(place / "valid", folder)
+        (folder / file).write_bytes(valid[file])
+        if (now := stamps(folder)) | {file: None} != untouched | {file: None}:  # the reader wrote: all anew
+            shutil.rmtree(folder)
+            shutil.copytree(place / "valid", folder)
+            now = stamps(folder)
+        untouched = now
         if time.monotonic() - began > seconds:
             break
     found.seconds = time.monotonic() - began
+    return found
+
+
+def stamps(folder: Path) -> dict[str, object]:
+    """When each file below a folder was last written."""
+    found = {}
+    for owner, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(owner, name)
+            found[os.path.relpath(path, folder)] = os.lstat(path).st_mtime_ns
     return found
 
 

@@ -9,6 +9,8 @@ other topics tell none. The model has also been trained on a quiz about further 
 question is; of the benchmark's places no question is trained on. Then:
 
  - influence on the benchmark ranks the documents (AUC of the planted ones among all, and among those of their topic);
+ - a map by topic: rank and corrected p of the planted documents' topic on the benchmark; and over `--shuffles` maps
+   with the topics dealt anew over the documents, how many call any topic significant;
  - the documents that it names are forgotten, and trained on alone, against random ones of the same topic and size;
  - unlearning begins at a rate that is far too high, and the guard must stop it.
 """
@@ -144,6 +146,7 @@ def study_of(folder: Path, model: str, args: argparse.Namespace, **validation: A
                 "exact_top": 0,
                 "curvature": args.curvature,
             },
+            "bins": {"columns": ["topic"]},
             "validation": {
                 "designs": ["unlearn", "teach"],
                 "alike": "topic",
@@ -198,7 +201,7 @@ def once(seed: int, args: argparse.Namespace) -> Row:
         trained(whole.replace("examples.path", str(folder / "all.jsonl")), folder / "model", args, seed)
         study = study_of(folder, str(folder / "model"), args)
         ran = RunFolder(folder / "run")
-        for stage in ("readings", "attribute", "validate"):
+        for stage in ("readings", "attribute", "bins", "validate"):
             with RichProgress(console) as progress:
                 BY_NAME[stage](study, ran, progress)
         y = {row["prompt_id"]: row["y"] for row in ran.read_table("prompts").to_pylist()}
@@ -207,6 +210,7 @@ def once(seed: int, args: argparse.Namespace) -> Row:
             if row["target"] == "behavior:facts":
                 document = row["example_id"].partition("#")[0]
                 value[document] = value.get(document, 0.0) + row["value"]
+        bins = [row for row in ran.read_table("bins").to_pylist() if row["benchmark"] == "facts"]
         mines = [row for row in documents if row["topic"] == "mines"]
         found = {
             name: auc([value[row["id"]] for row in some], [row["planted"] for row in some])
@@ -225,6 +229,9 @@ def once(seed: int, args: argparse.Namespace) -> Row:
         "y": {group: float(np.mean([v for i, v in y.items() if i.startswith(group)])) for group in GROUPS},
         "auc": found["all"]._asdict(),
         "auc_in_topic": found["topic"]._asdict(),
+        "map": {row["row"]: {key: row[key] for key in ("rank", "effect", "above", "p", "p_holm")} for row in bins},
+        "shuffled_maps": args.shuffles,
+        "shuffled_significant": shuffled(asked_of, value, args.shuffles, seed),
         "planted_named": f"{len(planted & set(named))} of {args.named}",
         "verdicts": [row for row in verdicts if row["target"].startswith("behavior")],
         "stopped": sum(bool(one["stopped"]) for one in runs),
@@ -233,6 +240,19 @@ def once(seed: int, args: argparse.Namespace) -> Row:
         "diverging_kept": [one["kept"] for one in diverged],
         "seconds": clock.seconds,
     }
+
+
+def shuffled(documents: Sequence[Row], value: Mapping[str, float], count: int, seed: int) -> int:
+    """Of so many maps whose topics are dealt anew over the documents, those that call a topic significant."""
+    from taught.analysis.bins import map_bins
+
+    ids = [row["id"] for row in documents]
+    rng, found = np.random.default_rng(seed), 0
+    for _ in range(count):
+        topics = [str(topic) for topic in rng.permutation([row["topic"] for row in documents])]
+        made = map_bins(ids, {"topic": topics}, {"facts": [value[i] for i in ids]}, permutations=999, bootstrap=2)
+        found += any(row.p_holm is not None and row.p_holm < 0.05 for row in made.bins)
+    return found
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -249,6 +269,11 @@ def measure(args: argparse.Namespace) -> None:
         main = [_verdict(row, "unlearn", "highest") for row in results.rows]
         results.summary = {
             "AUC of the planted documents": float(np.mean([row["auc"]["value"] for row in results.rows])),
+            "seeds in which their topic has rank 1, corrected p below .05": sum(
+                row["map"]["mines"]["rank"] == 1 and row["map"]["mines"]["p_holm"] < 0.05 for row in results.rows
+            ),
+            "shuffled maps": sum(row["shuffled_maps"] for row in results.rows),
+            "shuffled maps that call a topic significant": sum(row["shuffled_significant"] for row in results.rows),
             "seeds in which forgetting them is supported": sum(row["verdict"] == "supported" for row in main),
             "seeds": len(main),
         }
@@ -271,6 +296,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "y (facts, others, quiz)": lambda row: ", ".join(f"{v:.1f}" for v in row["y"].values()),
     "AUC": lambda row: f"{row['auc']['value']:.2f}",
     "in topic": lambda row: f"{row['auc_in_topic']['value']:.2f}",
+    "rank, p of the topic": lambda row: f"{row['map']['mines']['rank']}, {row['map']['mines']['p_holm']:.4f}",
+    "shuffled": lambda row: f"{row['shuffled_significant']} of {row['shuffled_maps']}",
     "planted named": lambda row: row["planted_named"],
     "forget the highest": _shown("unlearn", "highest"),
     "teach the highest": _shown("teach", "highest"),
@@ -293,6 +320,7 @@ def main() -> None:
     flags.add_argument("--rate", type=float, default=0.02, help="the first rate of unlearning")
     flags.add_argument("--teach-lr", type=float, default=1e-3)
     flags.add_argument("--seeds", type=int, default=1, help="corpora, each with its model")
+    flags.add_argument("--shuffles", type=int, default=100, help="maps of each seed with the topics dealt anew")
     flags.add_argument("--threads", type=int, default=1)
     flags.add_argument("--out", type=Path, default=RESULTS)
     run(measure, flags.parse_args())
