@@ -37,6 +37,14 @@ socket.getaddrinfo = socket.create_connection = _refused
 """
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """A test that changes torch's threads does so for itself: with more than cores, the next ones take five times as long."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None and torch.get_num_threads() != int(_threads):
+        torch.set_num_threads(int(_threads))
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     """A study whose local files exist (as stubs: enough for whatever only hashes them)."""

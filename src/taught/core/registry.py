@@ -20,7 +20,8 @@ import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any, Generic, TypeVar, cast
 
 from taught.core.rules import Rule
@@ -57,7 +58,7 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """All names, the package's own first. Loads plugins, imports no method of the package."""
-        for point in entry_points(group=GROUP):
+        for point in _plugins():
             if point.value not in _LOADED:
                 _LOADED.add(point.value)
                 point.load()
@@ -94,6 +95,12 @@ class Registry(Generic[T]):
             rule="one of " + ", ".join(self.names()),
             fix=f"did you mean {close[0]}?" if close else "`taught init` lists them with their keys",
         )
+
+
+@cache
+def _plugins() -> EntryPoints:
+    """What other packages register; looked up once, since every package's files are read for it."""
+    return entry_points(group=GROUP)
 
 
 _LOADED: set[str] = set()

@@ -248,8 +248,10 @@ def _label_entries(path: Path) -> list[tuple[object, object]]:
         return [(key, label) for key, label in json.loads(text, object_pairs_hook=list)]
     import yaml
 
+    from taught.core.yaml_text import ShallowLoader
+
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=ShallowLoader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     if not isinstance(node, yaml.MappingNode):

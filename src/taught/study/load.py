@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from taught.core.yaml_text import DEPTH, ShallowLoader
 from taught.errors import UserError, shown
 from taught.presets import list_presets, preset_path
 from taught.study.schema import Study
@@ -70,7 +71,7 @@ def parse_yaml(text: str) -> Any:
 
 
 _LONGEST = 2**18  # bytes of a study
-_VALUES, _DEPTH = 100_000, 50
+_VALUES = 100_000
 
 
 def _count(node: yaml.Node, sizes: dict[int, int], depth: int = 0) -> int:
@@ -80,8 +81,8 @@ def _count(node: yaml.Node, sizes: dict[int, int], depth: int = 0) -> int:
     children = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         children = [part for pair in node.value for part in pair]
-    if depth > _DEPTH:
-        raise ValueError(f"nested more than {_DEPTH} deep, or within itself")
+    if depth > DEPTH:
+        raise ValueError("a value holds itself")
     sizes[id(node)] = 1 + sum(_count(child, sizes, depth + 1) for child in children)
     if sizes[id(node)] > _VALUES:
         raise ValueError(f"more than {_VALUES:,} values, with those that aliases repeat")
@@ -114,8 +115,8 @@ def _find_study(source: str | Path) -> Path:
     )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice (YAML itself would keep the last one)."""
+class _UniqueKeyLoader(ShallowLoader):
+    """Loader that refuses a key that stands twice (YAML itself would keep the last one)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         said = [self.construct_object(of) for of, _ in node.value if of.tag != "tag:yaml.org,2002:merge"]
