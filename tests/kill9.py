@@ -8,9 +8,10 @@ inherit no threads.
     python kill9.py made-up FOLDER                  killed at every change of the disk, with stages
                                                     that compute nothing
     python kill9.py real STUDY FOLDER STEP          at every so many changes, with the real ones
+    python kill9.py memory STUDY FOLDER TIMES       not killed: a random part of the memory that they need
 
 Each compares nothing: it leaves ``FOLDER/whole``, of an attempt that nobody stopped, beside the
-others, and prints how often it killed.
+others, and prints how often it stopped one.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ Work = Callable[[], None]
 CHANGES = ("mkdir", "unlink", "rmdir")
 
 
-def attempt(work: Work, *, seconds: float | None = None, call: int | None = None) -> bool:
-    """Do the work in a child that is killed after some seconds or dies at its n-th call.
+def attempt(work: Work, *, seconds: float | None = None, call: int | None = None, deadly: tuple[int, ...] = ()) -> bool:
+    """Do the work in a child that is killed after some seconds or dies at its n-th call, or of a signal that may be.
 
     True when it came to its end first.
     """
@@ -47,7 +48,7 @@ def attempt(work: Work, *, seconds: float | None = None, call: int | None = None
             os.kill(child, signal.SIGKILL)
             end = None
         time.sleep(0.002)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+    if -os.waitstatus_to_exitcode(status) in (signal.SIGKILL, *deadly):
         return False
     if os.waitstatus_to_exitcode(status) != 0:
         raise SystemExit("the child failed by itself: see above")
@@ -236,8 +237,51 @@ def moments(study: str, folder: Path, kills: int) -> int:
     return killed
 
 
+def memory(study: str, folder: Path, times: int) -> int:
+    """Allow the address space of now and a random part of what a whole run adds; what ends for want of it says so."""
+    import resource
+
+    from taught.cli import app, console
+
+    def size() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+    before = size()
+    said = folder / "added"
+
+    def whole() -> None:
+        in_turn(commands(study, folder / "whole"))()
+        said.write_text(str(size() - before))
+
+    attempt(whole)
+    added, rng, stopped = int(said.read_text()), random.Random(0), 0
+    console.complain = app.complain = lambda text, fix=None: said.write_text(text)
+    run = 0
+
+    def limited(extra: int) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (before + extra, before + extra))
+        said.write_text("")
+        try:
+            in_turn(commands(study, folder / f"killed-{run}"))()
+        except SystemExit:
+            if "memory" not in said.read_text():
+                raise
+            os.kill(os.getpid(), signal.SIGKILL)  # as the others end
+
+    while stopped < times:  # the C library may abort, or end with 127, where it gets none
+        done = attempt(lambda: limited(int(rng.random() * added)), deadly=(signal.SIGABRT, signal.SIGSEGV, -127))
+        print(
+            "ended:", "all done" if done else said.read_text().partition("\n")[0] or "by the C library", file=sys.stderr
+        )
+        checked(folder / f"killed-{run}")()
+        stopped, run = stopped + (not done), run + done
+    attempt(in_turn(commands(study, folder / f"killed-{run}")))
+    return stopped
+
+
 def import_all() -> None:
     """What the commands need, so that no child spends its time with imports."""
+    import scipy.stats
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -246,7 +290,7 @@ def import_all() -> None:
     from taught.stages import STAGES
     from taught.study.schema import Study
 
-    assert all((AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, taught.report.html))
+    assert all((AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, scipy.stats, taught.report.html))
     torch.set_num_threads(1)
     for stage in STAGES:
         if not stage.trains:
@@ -265,6 +309,8 @@ def main(mode: str, *args: str) -> None:
         study, folder = args[0], Path(args[1])
         if mode == "moments":
             kills = moments(study, folder, int(args[2]))
+        elif mode == "memory":
+            kills = memory(study, folder, int(args[2]))
         else:
             attempt(in_turn(commands(study, folder / "whole")))
             again = folder / "killed-0"

@@ -6,6 +6,7 @@ traceback. Anything else is a defect of ours and ends with exit code 1.
 
 from __future__ import annotations
 
+import errno
 import reprlib
 import unicodedata
 from collections import Counter
@@ -51,6 +52,15 @@ class UserError(TaughtError):
 
 
 _LONGEST = 4000  # of a part of a message; names in it may come from a file
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, the system's, CUDA's, torch's allocator's, oneDNN's."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = ("out of memory", "allocate memory", "could not create a primitive", "can't start new thread")
+    known = isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    return known or isinstance(error, MemoryError)
 
 
 def printable(text: str) -> str:

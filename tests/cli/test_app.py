@@ -229,6 +229,24 @@ def test_run_does_all_that_the_study_asks_for_and_trains_nothing(tiny):
     run.verify()
 
 
+def test_memory_that_runs_out_is_said_and_the_advice_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    import torch
+
+    from taught.estimators import adjoint
+
+    line = ["run", str(tiny / "study.yaml"), "--run", str(tmp_path / "run"), "-q"]
+    with monkeypatch.context() as patch:
+        patch.setattr(adjoint, "build_queries", lambda *_, **__: torch.empty(2**60))
+        assert run_command(line) == 2
+    said = capsys.readouterr().err
+    assert "memory" in said and "attribution.memory_gb" in said and "Traceback" not in said
+    before = RunFolder.open(tmp_path / "run").manifest["stages"]["policy"]
+    assert run_command([*line, "--set", "attribution.memory_gb=0.1", "--set", "attribution.batch_tokens=64"]) == 0
+    run = RunFolder.open(tmp_path / "run")
+    run.verify()
+    assert run.manifest["stages"]["policy"] == before
+
+
 def test_what_a_run_wrote_is_described_by_its_stages(tiny):
     from taught.stages import BY_NAME
 

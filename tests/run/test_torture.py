@@ -71,6 +71,17 @@ def test_invariant_9_killed_at_random_moments(kill9, tmp_path):
         assert_the_same(tmp_path / "whole", other)
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.slow  # a minute: a run for each
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the size of the address space is not limited")
+def test_memory_that_runs_out_is_said_and_nothing_is_lost(kill9, tmp_path):
+    """What ends otherwise than with an error that names the memory (or in the C library) fails ``kill9.py``."""
+    study = write_tiny_study(tmp_path / "study")
+    assert kill9("memory", str(study), str(tmp_path), "20") == 20
+    for other in sorted(tmp_path.glob("killed-*")):
+        assert_the_same(tmp_path / "whole", other)
+
+
 @pytest.mark.slow  # a minute alone, at the end of all others: a file of few tests comes last
 def test_invariant_9_killed_at_every_change_of_the_disk(kill9, tmp_path):
     """The run folder's part: the stages write made-up numbers, so that every call has its turn."""

@@ -17,7 +17,7 @@ import taught
 from taught.cli import commands
 from taught.cli.console import complain, err
 from taught.environment import keep_freed_memory
-from taught.errors import TaughtError, UserError
+from taught.errors import TaughtError, UserError, out_of_memory
 from taught.stages import BY_NAME
 
 app = App(
@@ -49,12 +49,19 @@ def run_command(argv: Sequence[str]) -> int:
     except TaughtError as error:
         complain(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        err().print("stopped; finished work is kept; the same command resumes")
-        return 130
     except BrokenPipeError:  # `taught show RUN | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        rule = "`taught check STUDY` says how much a study needs"
+        fix = "lower attribution.memory_gb or attribution.batch_tokens by --set; finished work is kept, and goes on"
+        complain(str(UserError("the memory does not suffice", value=str(error) or None, rule=rule, fix=fix)))
+        return UserError.exit_code
+    except KeyboardInterrupt:
+        err().print("stopped; finished work is kept; the same command resumes")
+        return 130
 
 
 def spelled_out(argv: Sequence[str]) -> list[str]:

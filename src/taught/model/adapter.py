@@ -16,7 +16,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from taught.errors import UserError, refuse
+from taught.errors import UserError, out_of_memory, refuse
 from taught.model.load import find_wrapper
 from taught.model.parameters import is_plain
 from taught.model.quantised import bitsandbytes_is_there, quantised_layers
@@ -90,6 +90,8 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
             )
             found: Any = set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device=device))
         except Exception as error:  # peft raises what its own code stumbles over
+            if out_of_memory(error):
+                raise
             raise _misfit(f"{adapter}: {error}") from error
     for warning in said:
         if not issubclass(warning.category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):

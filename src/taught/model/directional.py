@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from taught.errors import UserError
+from taught.errors import UserError, out_of_memory
 
 
 class Reader(Protocol):
@@ -38,7 +37,7 @@ def along(reader: Reader, step: Mapping[str, Tensor], *inputs: Any) -> tuple[Any
 
 def refused(model: nn.Module, error: Exception, fix: str) -> UserError:
     """The error to raise where :func:`along` failed; memory that ran out is raised as it is."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error):
         raise error
     return UserError(
         "forward mode does not go through this model",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from taught.errors import UserError, refuse
+from taught.errors import UserError, out_of_memory, refuse
 from taught.model.kernels import outer_products, product
 from taught.model.layout import accepts, first_device, text_config
 from taught.model.parameters import moving_parameters
@@ -267,7 +267,9 @@ def _is_plain(module: nn.Linear | nn.Embedding) -> bool:
             return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
         ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
         return _agree(module(ids), embedding_options(module)[0] * module.weight[ids])
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         return False
 
 
@@ -301,7 +303,9 @@ def _is_elementwise(module: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
         base = run(zero, zero)
         rebuilt = base + (run(one, zero) - base) * w[0] + (b[0] if "bias" in own else 0)
         return _agree(run(w[0], b[0]), rebuilt)
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         return False
 
 

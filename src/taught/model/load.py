@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from taught.errors import UserError, refuse
+from taught.errors import UserError, out_of_memory, refuse
 from taught.run.files import read_json_mapping, sha256_file, sha256_folder
 
 log = logging.getLogger(__name__)
@@ -473,7 +473,7 @@ def _explain(error: BaseException, source: _Source) -> UserError:
     names, text = {type(e).__name__ for e in chain}, str(error)
     if isinstance(error, ImportError):
         return UserError("reading the model needs a package", value=text, fix="install the package that is named")
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:  # Python, CUDA, CPU
+    if any(map(out_of_memory, chain)):
         return UserError(
             "the model does not fit into memory",
             value=text,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from taught.core import rules
-from taught.errors import UserError
+from taught.errors import UserError, out_of_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -245,6 +245,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     # Of a number type that torch does not have, it raises what torch does.
     except (SafetensorError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
         raise ValueError(str(error)) from error
 
 
