@@ -141,11 +141,11 @@ def scored_examples(study: Study, run: RunFolder, ids: Collection[str]) -> Examp
 
 
 def _unknown(run: RunFolder, target: str, method: str) -> UserError:
-    known = run_targets(run)
+    known, policy = run_targets(run), "policy" in run.manifest["stages"]
     return UserError(
         "the run has no values of this target",
         value=f"{target}, by {method}",
-        rule=f"one of {', '.join(known)}, coefficient:ID; methods: {', '.join(methods(run))}",
+        rule=f"one of {', '.join(known)}{', coefficient:ID' if policy else ''}; methods: {', '.join(methods(run))}",
         fix=f"ask for it: taught run STUDY --set 'attribution.targets=[{known[0]}, {target}]'",
     )
 
