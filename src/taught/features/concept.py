@@ -44,7 +44,6 @@ FORMAT = "taught concept 1"
 # A maximum over tokens is no linear read-out: which token counts would change with the model.
 PROMPT_POSITIONS = ("last_user", "last_prompt", "mean_user")
 PAIR_POSITIONS = ("mean_response", "last_response")
-NORMS = ("unit", "none")
 _RECORDED = ("name", "position", "tokens", "weights", "provenance", "card")
 
 
@@ -132,7 +131,7 @@ def require_place(position: str, tokens: str) -> None:
 
 
 def normalised(direction: ArrayLike, norm: str) -> Floats:
-    """The direction at unit length, or as it is (one of NORMS)."""
+    """The direction at unit length, or as it is (``unit`` or ``none``)."""
     v = np.asarray(direction, np.float64)
     length = float(np.linalg.norm(v))
     return v / length if norm == "unit" and length > 0 else v

@@ -50,7 +50,6 @@ from taught.stats.ranks import ranks
 from taught.validation.subsets import Subsets, alike_subsets
 
 Verdict = Literal["supported", "not supported", "undecided"]
-Design = Literal["unlearn", "teach"]
 
 ARMS = ("highest", "lowest")
 LEVEL = 0.05
