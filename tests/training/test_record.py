@@ -480,6 +480,91 @@ def test_a_folder_is_recorded_once_and_states_are_named_once(tmp_path, run) -> N
         record(tmp_path, states={"checkpoints": [6]})
 
 
+def optimised(folder, kind, groups, model=None, factors=(1.0,), **given):
+    """A recorded run by an optimizer of one's own, over groups of parameters; its record."""
+    model, states = model or model32(), given.pop("states", {"checkpoints": 3})
+    optimizer = kind([{**one, "params": some} for one, some in groups(list(model.parameters()))], lr=0.01, **given)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step, by=by: by**step for by in factors])
+    made = trainer_of(folder, model, tiny_examples(), taught.Record(folder / "run", **states))
+    made.optimizer, made.lr_scheduler = optimizer, schedule
+    made.train()
+    return Recorded.open(folder / "run")
+
+
+def halves(**one):
+    return lambda params: [(one, params[:3]), ({}, params[3:])]
+
+
+@pytest.mark.parametrize(
+    "kind, one, factors, words",
+    [
+        (torch.optim.AdamW, {"eps": 1e-2}, (1, 1), "differ in the optimizer's eps"),
+        (torch.optim.AdamW, {"betas": (0.5, 0.9)}, (1, 1), "differ in the optimizer's betas"),
+        (torch.optim.SGD, {"momentum": 0.9}, (1, 1), "differ in the optimizer's momentum"),
+        (torch.optim.AdamW, {"lr": 0.02}, (1, 1), "different learning rates"),
+        (torch.optim.AdamW, {}, (1, 0.5), "different learning rates"),
+    ],
+    ids=["eps", "betas", "momentum", "rates", "rates by schedule"],
+)
+def test_groups_of_parameters_that_are_moved_otherwise_are_refused(tmp_path, kind, one, factors, words) -> None:
+    with pytest.raises(UserError, match=words):
+        optimised(tmp_path, kind, halves(**one), factors=factors)
+
+
+def test_groups_that_differ_in_decay_alone_are_one_record(tmp_path) -> None:
+    found = optimised(tmp_path, torch.optim.AdamW, halves(weight_decay=0.5), factors=(0.9, 0.9))
+    assert set(found.decay.values()) == {0.5, 0.01}
+    np.testing.assert_allclose(found.lrs, 0.01 * 0.9 ** np.arange(6))
+
+
+def test_an_optimizer_that_holds_frozen_parameters_too_is_that_of_what_moves(tmp_path) -> None:
+    # torch makes no step on what has no gradient; the frozen group's own rate and epsilon say nothing of the run.
+    found = {}
+    for name, groups in (
+        ("all", lambda params: [({"eps": 0.5, "lr": 1.0}, params[:3]), ({}, params[3:])]),
+        ("moving", lambda params: [({}, params[3:])]),
+    ):
+        model = model32()
+        for p in list(model.parameters())[:3]:
+            p.requires_grad_(False)
+        found[name] = optimised(tmp_path / name, torch.optim.AdamW, groups, model, (1,) * len(groups([])))
+    one, other = found["all"], found["moving"]
+    assert one.moving == other.moving and one.record["optimizer"] == other.record["optimizer"]
+    np.testing.assert_array_equal(one.rates, other.rates)
+    for part in ("weights", "second"):
+        a, b = (run.load(run.states[-1]).parts[part] for run in (one, other))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_momentum_that_never_fades_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="never fades"):
+        optimised(tmp_path, torch.optim.SGD, lambda params: [({}, params)], momentum=1.0)
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["thawed", "frozen"])
+def test_a_run_in_which_other_parameters_come_to_move_is_refused(tmp_path, begins) -> None:
+    class Changing(TrainerCallback):
+        def on_step_begin(self, args, state, control, **given):
+            if state.global_step == 2:
+                first.requires_grad_(begins)
+
+    model = model32()
+    first = next(model.parameters()).requires_grad_(not begins)
+    made = trainer_of(tmp_path, model, tiny_examples(), taught.Record(tmp_path / "run"), Changing())
+    with pytest.raises(UserError, match="other parameters move"):
+        made.train()
+
+
+def test_a_callback_that_is_added_while_training_goes_on_is_refused(tmp_path) -> None:
+    class Adding(TrainerCallback):
+        def on_step_end(self, args, state, control, **given):
+            made.add_callback(taught.Record(tmp_path / "run"))
+
+    made = trainer_of(tmp_path, model32(), tiny_examples(), Adding())
+    with pytest.raises(UserError, match="began before the callback was added"):
+        made.train()
+
+
 # What is refused when it is followed
 
 

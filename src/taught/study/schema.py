@@ -537,7 +537,7 @@ class ValidationSpec(Section):
     lr: float = setting(2e-5, rules.number(above=0), "learning rate")
     epochs: int = setting(3, rules.whole(1), "passes over the examples")
     batch: int = setting(16, rules.whole(1), "examples a step")
-    momentum: float = setting(0.0, rules.number(minimum=0, maximum=1), "of sgd")
+    momentum: float = setting(0.0, rules.number(minimum=0, maximum=0.999), "of sgd")
     weight_decay: float = setting(0.0, rules.number(minimum=0), "decoupled in adamw, added to the gradient in sgd")
     batches: Literal["refilled", "held"] = setting(
         "refilled",

@@ -198,9 +198,10 @@ class Record(TrainerCallback):
     UserError
         Before the first step: the folder holds a run; the states do not fit on its disk; what cannot be followed
         (several processes, a run that goes on from a checkpoint, dropout, weights that move in half precision, packing,
-        another optimizer than AdamW, Adam and SGD, a loss with smoothing or noise). At the first step: the model is
-        called without labels, its gradient is not that of the sequences it saw, or its optimizer keeps moments in half
-        precision.
+        another optimizer than AdamW, Adam and SGD, groups of parameters that differ in more than their decay, a loss
+        with smoothing or noise). At the first step: the model is called without labels, its gradient is not that of the
+        sequences it saw, or its optimizer keeps moments in half precision. At a step: the run began before the callback
+        was added, groups of parameters have come to different rates, or other parameters move than at the beginning.
 
     Notes
     -----
@@ -234,6 +235,7 @@ class Record(TrainerCallback):
         self.folder = files.place(folder)
         self.checkpoints = 6 if checkpoints is None else checkpoints
         self.every, self.moments = every, moments
+        self._begun: dict[str, Any] = {}  # of each parameter what it was before the first step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Refuse what cannot be followed, and say what the run begins with."""
@@ -279,13 +281,17 @@ class Record(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Keep the weights that this step begins with."""
+        self._refuse_late(state)
         self._step = []
         if state.global_step in self._wanted:
             self._keep_weights(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The rate of the step, and what clipping has scaled its gradient by."""
-        self._lr = float(_plain(given["optimizer"]).param_groups[0]["lr"])
+        self._refuse_late(state)
+        with self._refusing():
+            self._lr = _rate(_groups(_plain(given["optimizer"]), self._moving))
+            _refuse_other_moving(self._names, self._moving)
         if self._norms:
             found = [p.grad for p in self._moving.values() if p.grad is not None]
             before = torch.stack([norm.to(found[0].device) for norm in self._norms.values()]).norm()
@@ -299,13 +305,14 @@ class Record(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Note what the step saw; keep the moments that it divided by."""
+        self._refuse_late(state)
         optimizer, made = _plain(given["optimizer"]), int(state.global_step)
         if made == 1:
             with self._refusing():
                 _refuse_half_state(optimizer)
         if made - 1 in self._wanted and self._kept_moments:
-            names = {id(p): name for name, p in self._moving.items()}
-            ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            names = {id(p): name for name, p in self._moving.items()}  # the optimizer may hold frozen ones as well
+            ordered = [names.get(id(p), "frozen") for group in optimizer.param_groups for p in group["params"]]
             found = moments_from_optimizer(optimizer.state_dict(), ordered)
             second = {
                 name: found.get(name, torch.zeros_like(p)) for name, p in self._moving.items()
@@ -316,12 +323,19 @@ class Record(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The last weights, all steps, and that the run is finished: in this order."""
+        self._refuse_late(state)
         self._leave()
         steps = len(self._log.lrs)
         self._written = [step for step in self._written if step < steps]
         self._save(weights_file(steps), self._weights())
         files.write_bytes(self.folder / STEPS, files.tensors_bytes(self._log.arrays(self._loss.way)))
         self._write(steps, finished=True)
+
+    def _refuse_late(self, state: Any) -> None:
+        if not self._begun:
+            raise _refuse(
+                "the run began before the callback was added", f"step {state.global_step}", "add it before train()"
+            )
 
     def _leave(self) -> None:
         for handle in self._handles:
@@ -506,9 +520,33 @@ def _refuse_packed(given: Mapping[str, Any]) -> None:
         raise _refuse("sequences are packed into rows", value, "set packing=False and padding_free=False")
 
 
+def _groups(optimizer: Any, moving: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The optimizer's groups that hold something that moves."""
+    ids = {id(p) for p in moving.values()}
+    return [group for group in optimizer.param_groups if any(id(p) in ids for p in group["params"])]
+
+
+def _rate(groups: Sequence[Mapping[str, Any]]) -> float:
+    """The learning rate of all groups."""
+    rates = sorted({float(group["lr"]) for group in groups})
+    if len(rates) > 1:
+        raise _refuse("parameters have different learning rates", rates, "use one rate for all")
+    return rates[0]
+
+
+def _refuse_other_moving(parameters: Mapping[str, nn.Parameter], moving: Mapping[str, nn.Parameter]) -> None:
+    other = [name for name, p in parameters.items() if p.requires_grad != (name in moving)]
+    if other:
+        value = f"{len(other)}, such as {other[0]}"
+        raise _refuse("other parameters move than at the beginning", value, "freeze parameters before train()")
+
+
+_SHARED = ("betas", "eps", "momentum", "dampening", "nesterov")  # what a record says once of all parameters
+
+
 def _rule(optimizer: Any, moving: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     """What the optimizer does with a gradient; refused where that is not known."""
-    names, groups = {id(p): name for name, p in moving.items()}, optimizer.param_groups
+    names, groups = {id(p): name for name, p in moving.items()}, _groups(optimizer, moving)
     kind = _KINDS.get(type(optimizer))
     if kind is None:
         known = "optim='adamw_torch', 'adamw_torch_fused' or 'sgd'"
@@ -520,9 +558,12 @@ def _rule(optimizer: Any, moving: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         raise _refuse(
             "a parameter that moves is not in the optimizer", names[min(missing)], "freeze it: requires_grad_(False)"
         )
-    rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
-    if len(rates) > 1:
-        raise _refuse("parameters have different learning rates", sorted(rates), "use one rate for all")
+    _rate([{"lr": group.get("initial_lr", group["lr"])} for group in groups])
+    for name in _SHARED:
+        found = {str(np.ravel(group[name]).tolist()) for group in groups if name in group}
+        if len(found) > 1:
+            what = f"groups of parameters differ in the optimizer's {name}"
+            raise _refuse(what, " and ".join(sorted(found)), "give all groups the same; only weight_decay may differ")
     decay = {names[id(p)]: float(group["weight_decay"]) for group in groups for p in group["params"] if id(p) in names}
     if kind == "adam" and any(decay.values()):
         raise _refuse("Adam divides its weight decay by its moments", max(decay.values()), "use AdamW")
@@ -530,5 +571,7 @@ def _rule(optimizer: Any, moving: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         raise _refuse("the optimizer raises the loss", "maximize=True", "leave it out")
     first = groups[0]
     if kind == "sgd":
+        if first["momentum"] >= 1:
+            raise _refuse("a momentum of 1 or more never fades", first["momentum"], "use a momentum below 1")
         return {"kind": kind, "momentum": first["momentum"], "dampening": first["dampening"], "decay": decay}
     return {"kind": kind, "betas": list(first["betas"]), "eps": first["eps"], "decay": decay}

@@ -355,6 +355,7 @@ def _whole(record: Mapping[str, Any]) -> bool:
             and all(isinstance(step, int) and 0 <= step < max(steps, 1) for step in record["states"])
             and rule["kind"] in ("adamw", "adam", "sgd")
             and all(math.isfinite(float(n)) for n in (*numbers, *rule["decay"].values()))
+            and float(rule.get("momentum", 0)) < 1
             and bool(moving)
             and moving == rule["decay"].keys()
             and all(
