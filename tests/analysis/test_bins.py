@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu, rankdata, trim_mean
 
 from taught.analysis.bins import Bin, BinMap, carries, leave_one_out, map_bins, standardised
-from taught.analysis.partition import UNKNOWN, contrast_weights, spread, trimmed_mean
+from taught.analysis.partition import UNKNOWN, contrast_weights, pairs, spread, trimmed_mean
 from taught.errors import UserError
 
 TOPICS, FORMATS = ("art", "games", "health", "law"), ("essay", "forum", "news")
@@ -282,6 +282,28 @@ def test_what_is_no_contrast_names_the_benchmarks(text: str):
     with pytest.raises(UserError, match="contrast") as error:
         contrast_weights(text, ("a", "b"))
     assert "a, b" in error.value.rule and "bins.contrasts" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "written", "expected"),
+    [
+        ("a - a - b", ("a", "b", "a - b"), "a - (a - b)", (1, 0, -1)),
+        ("a - b - c", ("a", "b - c", "a - b", "c"), "(a - b) - c", (0, 0, 1, -1)),
+        ("a - b - c", ("a", "b - c", "a - b", "c"), "a - (b - c)", (1, -1, 0, 0)),
+    ],
+)
+def test_a_contrast_that_names_give_two_meanings_is_refused_and_parentheses_mend_it(text, names, written, expected):
+    with pytest.raises(UserError, match="several ways") as error:
+        contrast_weights(text, names)
+    assert "parentheses" in error.value.fix
+    assert contrast_weights(written, names).tolist() == list(expected)
+
+
+def test_the_pairs_that_are_contrasted_by_default_mean_these_pairs_whatever_the_names():
+    names = ("a", "b", "a - b", "(c)")
+    found = {tuple(contrast_weights(text, names)) for text in pairs(names)}
+    pair = {(1, -1, 0, 0), (1, 0, -1, 0), (1, 0, 0, -1), (0, 1, -1, 0), (0, 1, 0, -1), (0, 0, 1, -1)}
+    assert found == pair - {(1, -1, 0, 0)}  # "a - b" is a benchmark itself
 
 
 def test_pairs_of_a_few_benchmarks_are_contrasted_where_none_is_named():

@@ -130,39 +130,55 @@ def make_values(
 def contrast_weights(text: str, benchmarks: Sequence[str]) -> Floats:
     """How often each benchmark stands in a contrast, [T]: ``a - b``, ``(a - b) - (c - d)``.
 
-    A name may hold the sign and parentheses itself.
+    A name may hold the sign and parentheses itself; ``a - b - c`` is ``(a - b) - c``.
 
     Raises
     ------
     UserError
-        It is no difference of benchmarks, or nothing is left of it.
+        It is no difference of benchmarks, nothing is left of it, or names that hold the sign give it several meanings.
     """
-    found = _combination(text.strip(), dict(zip(benchmarks, np.eye(len(benchmarks)), strict=True)))
-    if found is None or text in benchmarks or not found.any():
+    known = dict(zip(benchmarks, np.eye(len(benchmarks)), strict=True))
+    found = {tuple(one): one for one in ([] if text in known else _combinations(text.strip(), known))}
+    if len(found) > 1:
+        raise UserError(
+            "this contrast of benchmarks can be read in several ways",
+            value=text,
+            rule="names of benchmarks hold the sign themselves: " + ", ".join(n for n in benchmarks if MINUS in n),
+            fix="put parentheses around each name and each difference: bins.contrasts, such as (a - b) - (c - d)",
+        )
+    if not found or not any(next(iter(found))):
         raise UserError(
             "this is no contrast of benchmarks",
             value=text,
             rule="a - b, or (a - b) - (c - d), of " + ", ".join(benchmarks),
             fix="correct bins.contrasts; a benchmark is a group of prompts",
         )
-    return found
+    return next(iter(found.values()))
 
 
-def _combination(text: str, known: Mapping[str, Floats]) -> Floats | None:
+def _combinations(text: str, known: Mapping[str, Floats]) -> list[Floats]:
+    """All that a text may mean: the name that it is, or every way to take one thing from what stands before it."""
     if text in known:
-        return known[text]
-    at = text.rfind(MINUS)
-    while at >= 0:  # the last sign first: a - b - c is (a - b) - c
-        left, right = (_combination(part.strip(), known) for part in (text[:at], text[at + len(MINUS) :]))
-        if left is not None and right is not None:
-            return left - right
+        return [known[text]]
+    found, at = [], text.rfind(MINUS)
+    while at >= 0:
+        right = _things(text[at + len(MINUS) :].strip(), known)
+        found += [a - b for b in right for a in _combinations(text[:at].strip(), known)]
         at = text.rfind(MINUS, 0, at)
-    return _combination(text[1:-1].strip(), known) if text[:1] == "(" and text[-1:] == ")" else None
+    return found or _things(text, known)
+
+
+def _things(text: str, known: Mapping[str, Floats]) -> list[Floats]:
+    """All that a name, or something in parentheses, may mean."""
+    if text in known:
+        return [known[text]]
+    return _combinations(text[1:-1].strip(), known) if text[:1] == "(" and text[-1:] == ")" else []
 
 
 def pairs(benchmarks: Sequence[str]) -> list[str]:
     """All pairs of a few benchmarks; without those that are the name of a benchmark."""
-    found = [MINUS.join(pair) for pair in combinations(benchmarks, 2)] if len(benchmarks) <= PAIRS else []
+    named = [f"({name})" if MINUS in name else name for name in benchmarks]
+    found = [MINUS.join(pair) for pair in combinations(named, 2)] if len(benchmarks) <= PAIRS else []
     return [pair for pair in found if pair not in benchmarks]
 
 
