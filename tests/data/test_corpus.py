@@ -168,6 +168,20 @@ def test_a_sample_is_in_proportion_or_even_and_its_manifest_says_so(shards: Path
     assert sum(row["weight"] * row["sampled"] for row in rows) == len(ROWS)
 
 
+def test_a_number_is_one_stratum_and_one_id_in_whatever_type_a_shard_holds_it(tmp_path: Path) -> None:
+    # A gap makes a column of whole numbers one of fractions.
+    for name, cells in (("a.parquet", [1, 2]), ("b.parquet", [1.0, 3.0, None])):
+        ids = range(len(cells)) if name == "a.parquet" else [10.0, 11.0, 12.0]
+        write(
+            tmp_path / name,
+            [{"id": i, "text": f"{name} {i}", "year": cell} for i, cell in zip(ids, cells, strict=True)],
+        )
+    found = sampled(tmp_path / "*.parquet", 3, "year")
+    sizes = {row["stratum"]["year"]: row["read"] for row in found.sample.record()["strata"]}
+    assert sizes == {"": 1, "1": 2, "2": 1, "3": 1}
+    assert [z.id for z in sampled(tmp_path / "*.parquet", None)] == ["0", "1", "10", "11", "12"]
+
+
 def test_weights_make_a_sample_stand_for_the_corpus() -> None:
     rng = np.random.default_rng(0)
     rows = [

@@ -23,6 +23,26 @@ def test_labels_are_text_and_what_is_empty_is_none():
     assert found.unlabelled == ("d5", "d6", "d7", "d8", "d9")
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [["a b", " a  b\n", "a\u00a0b"], ["caf\u00e9", "cafe\u0301"], [3, 3.0, "3"]],
+    ids=["spaces", "accents", "numbers"],
+)
+def test_what_looks_the_same_is_one_label(cells: list[Any]):
+    assert len(set(read_labels(records(cells), "kind").labels)) == 1
+
+
+@pytest.mark.parametrize("cell", ["Unknown", "UNKNOWN", "None", "NULL", "NAN", "\u00a0"])
+def test_words_for_a_gap_are_no_label_in_any_case(cell: str):
+    assert read_labels(records([cell, "x"]), "kind").unlabelled == ("d0",)
+
+
+@pytest.mark.parametrize("column", ["kind", "topic"])
+def test_shards_that_hold_a_number_in_different_types_agree_in_its_label(column: str):
+    # A column of whole numbers with a gap is one of fractions in Parquet and in pandas.
+    assert read_labels(records([2, 2.0, None], column), column).labels == ("2", "2", None)
+
+
 @pytest.mark.parametrize("column", ["topic", "category", "label", "source"])
 def test_columns_that_are_read_as_label_category_or_source_go_by_their_own_names(column: str):
     found = read_labels(records(["x", None], column), column)

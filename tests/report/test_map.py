@@ -145,6 +145,13 @@ def test_unlabelled_small_and_empty_bins_are_said(tmp_path: Path, monkeypatch: p
     assert "1 of 3 bins hold fewer than 31 documents: shown, not tested" in words_of(on_page(path))
 
 
+def test_labels_that_differ_in_case_alone_are_said(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert "in case alone" not in words_of(on_page(plain))
+    monkeypatch.setattr(synthetic_run, "TOPICS", ["Games", "games", "health", *synthetic_run.TOPICS[3:]])
+    page = words_of(on_page(mapped(tmp_path / "run", Plain, columns=["topic"], contrasts=[])))
+    assert "Each topic that differs in case alone is a bin of its own: Games and games" in page
+
+
 def test_markup_in_labels_stays_text(tmp_path: Path):
     path = mapped(tmp_path / "run", hostile=True)
     page = on_page(path)

@@ -8,14 +8,17 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from taught.data.examples import load_examples
 from taught.errors import UserError
 from taught.report.show import show_run
 from taught.run.folder import RunFolder
+from taught.stages.pairs import topics_of
 from taught.study.load import load_study
 from taught.study.schema import Study
 from taught.training.retrain import Retrainer
@@ -217,6 +220,16 @@ def test_what_cannot_be_paired_is_refused_before_it_trains(attributed, changes, 
     monkeypatch.setattr(Retrainer, "unlearn", None)
     with pytest.raises(UserError, match=what):
         fresh(attributed, **changes)
+
+
+@pytest.mark.parametrize("gap", [None, "", float("nan")])
+def test_a_gap_in_the_column_of_what_is_alike_is_no_topic_of_its_own(gap) -> None:
+    rows = [{"id": f"d{n}", "text": f"Text {n}", "year": year} for n, year in enumerate((1.0, 1, gap))]
+    study = SimpleNamespace(validation=SimpleNamespace(alike="year"))
+    with pytest.raises(UserError, match="1 of 3 documents have no value in the column 'year'"):
+        topics_of(study, SimpleNamespace(examples=load_examples(rows, "document")))
+    found = topics_of(study, SimpleNamespace(examples=load_examples(rows[:2], "document")))
+    assert found == {"d0": "1", "d1": "1"}
 
 
 def test_without_a_column_only_the_size_is_alike(attributed) -> None:

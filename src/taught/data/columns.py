@@ -53,7 +53,7 @@ def cell(row: Row, columns: Mapping[str, str], field: str) -> object:
 
 
 def text_cell(row: Row, columns: Mapping[str, str], field: str, name: str = "a row") -> str:
-    """Return a row's text of a field, "" where there is none (numbers become text).
+    """Return a row's text of a field, "" where there is none (numbers become text, as :func:`written`).
 
     Parameters
     ----------
@@ -75,7 +75,12 @@ def text_cell(row: Row, columns: Mapping[str, str], field: str, name: str = "a r
             rule="a text, or a number that is written out",
             fix=f"turn the column {columns[field]} into text; leave a cell empty where there is none",
         )
-    return str(value)
+    return written(value)
+
+
+def written(value: object) -> str:
+    """A cell as text: a whole number is the same whether its shard holds whole numbers or, for a gap, fractions."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def repeated(items: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from taught.data.classify import load_classifier
-from taught.data.columns import name_ids
+from taught.data.columns import name_ids, written
 from taught.data.examples import ExampleSet
 from taught.errors import UserError
 
 MOST = 200  # labels of a column
+_NONE = ("", "nan", "nat", "<na>", "none", "null", "unknown")
 _FIELDS = ("label", "category", "source")
 
 # WebOrganizer's names (arXiv 2502.10341): field -> labels.
@@ -52,8 +54,9 @@ def read_labels(
 ) -> Labels:
     """Labels by a column of the data, whether it was read as a label, category or source or not at all.
 
-    Text loses the space around it; true, false and whole numbers are written out; an empty cell, null, NaN and
-    "unknown" are no label.
+    What looks the same is one label: spaces in a row are one and those around a text none, letters are composed
+    (Unicode NFC), true, false and whole numbers are written out. An empty cell, null, NaN and the words "unknown",
+    "none", "null" and "nan" in any case are no label.
 
     Parameters
     ----------
@@ -149,15 +152,13 @@ def _cells(examples: ExampleSet, column: str) -> list[Any] | None:
 
 def _label(cell: Any) -> str | None:
     """The label of a cell, "" where there is none; None where it is of another kind."""
-    if cell is None or str(cell).strip() in ("nan", "NaN", "NaT", "<NA>", "unknown"):
-        return ""
     if isinstance(cell, bool):
         return str(cell).lower()
-    if isinstance(cell, int | str):
-        return str(cell).strip()
-    if isinstance(cell, float) and math.isfinite(cell):
-        return str(int(cell)) if cell.is_integer() else str(cell)
-    return None
+    known = cell is None or isinstance(cell, int | str) or (isinstance(cell, float) and not math.isinf(cell))
+    label = " ".join(unicodedata.normalize("NFC", written(cell)).split())
+    if label.casefold() in _NONE:
+        return ""
+    return label if known else None
 
 
 def _names_of(taxonomy: str, column: str, labels: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:

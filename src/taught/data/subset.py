@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from taught.data.columns import written
 from taught.errors import UserError
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Spread:
 
 def stratum_of(cells: Iterable[object]) -> tuple[str, ...]:
     """Name of a stratum: its cells as text."""
-    return tuple("" if cell is None else str(cell) for cell in cells)
+    return tuple("" if cell is None else written(cell) for cell in cells)
 
 
 @dataclass(frozen=True)

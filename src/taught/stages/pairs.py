@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from taught.core.names import TargetName
-from taught.data.columns import name_ids
+from taught.data.columns import name_ids, written
 from taught.errors import UserError
 from taught.run.folder import RunFolder
 from taught.stages.ready import Ready
@@ -44,8 +44,9 @@ def topics_of(study: Study, ready: Ready) -> dict[str, str]:
     """
     column, records = study.validation.alike, list(ready.examples)
     cells = [""] * len(records) if column is None else ready.examples.column(column)
-    found = {record.document or record.id: cell for record, cell in zip(records, cells, strict=True)}
-    missing = sorted(document for document, cell in found.items() if column and cell in ("", None))
+    texts = ["" if cell is None or cell != cell else written(cell) for cell in cells]  # NaN is a gap as well
+    found = {record.document or record.id: text for record, text in zip(records, texts, strict=True)}
+    missing = sorted(document for document, text in found.items() if column and not text)
     if missing:
         raise UserError(
             f"{len(missing)} of {len(found)} documents have no value in the column {column!r}",
@@ -53,7 +54,7 @@ def topics_of(study: Study, ready: Ready) -> dict[str, str]:
             rule="random documents hold as many of each value as the named ones",
             fix="set validation.alike to a column that all of them have, or to null: only as many tokens",
         )
-    return {document: str(cell) for document, cell in found.items()}
+    return found
 
 
 def how_to_forget(study: Study, ready: Ready) -> Unlearn:

@@ -172,6 +172,11 @@ def _left_out(it: Mapped) -> Iterator[Sentence]:
             text = f"{count(len(ids), 'document')} without a {column} (shown as unknown, not tested): {listed(ids, 8)}."
             yield Sentence("Without a label", "caution", text)
     first = it.level("bin", it.benchmarks[0])
+    for side, column in zip(("row", "column"), it.made["columns"], strict=False):
+        names = sorted({row[side] for row in first})
+        if alike := [name for name in names if [other.casefold() for other in names].count(name.casefold()) > 1]:
+            text = f"Each {column} that differs in case alone is a bin of its own: {listed(alike, NAMED)}."
+            yield Sentence("Spelled alike", "caution", text)
     if small := [row for row in first if row["n_documents"] < it.made["minimum"]]:
         text = f"{len(small)} of {count(len(first), 'bin')} hold fewer than {it.made['minimum']} documents"
         yield Sentence("Small bins", "caution", f"{text}: shown, not tested.")
