@@ -22,6 +22,7 @@ from taught.model.readout import read_prompts
 from taught.study.schema import ValidationSpec
 from taught.training.loop import learning_rates, lora_layers, plan, train
 from taught.training.recipe import Recipe
+from taught.training.steps import Training
 from tiny_models import MODELS, POINT, plain_loss, same, snapshot, tiny_examples, tiny_model, tiny_problem
 
 
@@ -177,6 +178,16 @@ def test_learning_rates_rise_and_fall() -> None:
     assert learning_rates(replace(made, warmup=0), 4) == pytest.approx([1, 0.75, 0.5, 0.25])
     assert learning_rates(replace(made, schedule="constant"), 5) == pytest.approx([0, 0.5, 1, 1, 1])
     assert learning_rates(replace(made, warmup=1.0), 2) == pytest.approx([0, 0.5])
+
+
+@pytest.mark.parametrize("trained", [train, lambda *given: Training(*given)], ids=["loop", "step by step"])
+def test_a_run_whose_every_step_has_a_rate_of_0_is_refused_and_both_fixes_work(trained) -> None:
+    short = recipe(warmup=0.1, batch=64, epochs=1)
+    with pytest.raises(UserError, match="moves nothing") as error:
+        trained(tiny_model("tied"), tiny_examples(), short)
+    assert "validation.warmup=0" in error.value.fix and "validation.batch" in error.value.fix
+    trained(tiny_model("tied"), tiny_examples(), replace(short, warmup=0.0))
+    trained(tiny_model("tied"), tiny_examples(), replace(short, batch=1))
 
 
 def test_a_warm_up_is_a_share_of_the_steps() -> None:

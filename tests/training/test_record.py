@@ -584,6 +584,13 @@ def test_a_run_that_was_not_finished_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["segments", "checkpoints"])
+def test_a_run_that_moved_nothing_is_refused(tmp_path, kind) -> None:
+    one = record(tmp_path, max_steps=1, warmup_steps=1, states={"checkpoints": 1})
+    with pytest.raises(UserError, match="moved nothing"):
+        scores(one, kind, **({"segments": 1} if kind == "segments" else {}))
+
+
+@pytest.mark.parametrize("kind", ["segments", "checkpoints"])
 def test_a_run_of_other_data_is_refused_by_name(run, kind) -> None:
     with pytest.raises(UserError, match=r"not the study's examples(.|\n)*1 of 4 sequences, 3 of 12 times"):
         scores(run, kind, tiny_examples()[:3])

@@ -67,7 +67,13 @@ def plan(ids: Sequence[str], recipe: Recipe) -> list[list[int]]:
 
 
 def learning_rates(recipe: Recipe, steps: int) -> list[float]:
-    """The learning rate of each step, as transformers' schedules of these names have it."""
+    """The learning rate of each step, as transformers' schedules of these names have it.
+
+    Raises
+    ------
+    UserError
+        All are 0: a run of one step with a warm-up.
+    """
     warmup = math.ceil(recipe.warmup * steps)
 
     def factor(step: int) -> float:
@@ -75,7 +81,15 @@ def learning_rates(recipe: Recipe, steps: int) -> list[float]:
             return step / warmup
         return (steps - step) / (steps - warmup) if recipe.schedule == "linear" else 1.0
 
-    return [recipe.lr * factor(step) for step in range(steps)]
+    lrs = [recipe.lr * factor(step) for step in range(steps)]
+    if not any(lrs):
+        raise UserError(
+            "training moves nothing: the learning rate is 0 at every step",
+            value=f"validation.warmup: {recipe.warmup}, {steps} step",
+            rule="a warm-up begins at a rate of 0, and takes one step at least",
+            fix="use --set validation.warmup=0, or a smaller validation.batch",
+        )
+    return lrs
 
 
 def train(

@@ -206,8 +206,16 @@ class Recorded:
         ------
         UserError
             The model has other parameters, shapes or weights than the run began with. The run saw sequences that are
-            not the study's examples, or never saw some of these; examples that are no single sequences.
+            not the study's examples, or never saw some of these; examples that are no single sequences. Its rate was 0
+            at every step.
         """
+        if not self.lrs.any():
+            raise UserError(
+                "the recorded run moved nothing: its learning rate was 0 at every step",
+                value=f"{self.folder}: {self.steps} steps",
+                rule="a warm-up begins at a rate of 0",
+                fix="train for more steps than the warm-up takes, with taught.Record on a new folder",
+            )
         self._fits_model(problem.model)
         found = self._matched(examples)
         other = [z.id for z, own in zip(examples, found, strict=True) if example_digest(z) != example_digest(own)]

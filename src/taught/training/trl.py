@@ -30,7 +30,7 @@ from taught.model.layout import first_device
 from taught.model.parameters import moving_parameters
 from taught.model.quantised import quantised_layers
 from taught.progress import Progress, SilentProgress
-from taught.training.loop import TrainLog, check_inputs, only_moving
+from taught.training.loop import TrainLog, check_inputs, learning_rates, only_moving
 from taught.training.recipe import Recipe
 
 
@@ -158,6 +158,7 @@ def _right(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
 def _arguments(model: nn.Module, inputs: Examples, recipe: Recipe, folder: str) -> dict[str, Any]:
     """Arguments of both trainers."""
     steps = recipe.epochs * math.ceil(len(inputs) / recipe.batch)
+    learning_rates(recipe, steps)  # refuses a run that moves nothing
     return dict(
         output_dir=folder,
         num_train_epochs=recipe.epochs,
