@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,6 +161,20 @@ def test_the_smallest_p_is_said_before_anything_runs() -> None:
 def test_one_set_among_random_ones() -> None:
     assert p_among(np.array([5.0, 5.5]), np.array([1.0, 2.0, 3.0])) == 1 / 4
     assert p_among(np.array([2.5]), np.array([1.0, 2.0, 3.0])) == 2 / 4
+
+
+def test_a_random_set_of_several_pairs_is_one_set() -> None:
+    # 19 pairs with one set would else make 1 / 20 of a single comparison; its changes vary by the seed.
+    assert p_among(np.full(19, 5.0), np.arange(19.0) / 19, same=(0,) * 19) == 1 / 2
+    assert p_among(np.array([2.5]), np.array([1.0, 3.5, 3.0]), same=(0, 0, 2)) == 2 / 3
+    ten = {f"d{i}": float(i) for i in range(10)}
+    given = {"scores": ten, "documents": {name: name for name in ten}, "topics": dict.fromkeys(ten, "")}
+    plan = planned(**given, tokens=dict.fromkeys(ten, 5), budgets=[5], pairs=8)
+    assert plan.same(5) == (0,) * 8 and "1 with 5 documents" in plan.few_sets()
+    row = pairs_of(-0.5, target="behavior:facts")
+    (found,) = pair_rows([replace(row, same=plan.same(5))], "behavior:facts")
+    assert found.p_draw == 1 / 2
+    assert planned(**given, tokens=dict.fromkeys(ten, 5), budgets=[2], pairs=3).few_sets() is None
 
 
 # Verdicts

@@ -121,7 +121,7 @@ def verdicts(
                     a, b = (np.array([changed[design, *key, target] for key in side]) for side in sides)
                     foreseen = turned * float(means[0] - np.mean(means[1:]))
                     predicted = float(foretold[0] - foretold[1])
-                    rows.append(Measured(design, arm, target, k, a, b, foreseen, predicted, stopped))
+                    rows.append(Measured(design, arm, target, k, a, b, foreseen, predicted, stopped, plan.same(k)))
     return pair_rows(rows, str(named_by))
 
 

@@ -93,8 +93,9 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> 
             for name, ids in zip(subsets.names, subsets.members, strict=True)
             if repeat in (paired[design].repeats(name) if design in paired else range(spec.times(design)))
         }
-        if paired and (warning := few_pairs(spec.pairs)):
-            progress.note(warning)
+        for plan in [*paired.values()][:1]:  # both designs have the same sets
+            for warning in filter(None, (few_pairs(spec.pairs), plan.few_sets())):
+                progress.note(warning)
         progress.step("the base model")
         made = {BASE: retrainer.base()}
         seen = {  # examples that the progress counts

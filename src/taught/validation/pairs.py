@@ -1,7 +1,8 @@
 """Named documents against random ones of the same topic and size: forgetting them, or training on them alone.
 
-Influence names k documents: those that raise a target most, and those that raise it least. Beside each stand random
-ones that hold as many documents of each topic and about as many tokens. Pair i trains (or unlearns) with both under
+Influence names k documents: those that raise a target most, and those that raise it least. Beside the former stand
+random ones that hold as many documents of each topic and about as many tokens; the latter are compared with the same
+random ones, so they may be of other topics. Pair i trains (or unlearns) with both under
 one seed, so that the order of batches and the first weights of a LoRA are the same on both sides; only the random
 documents are drawn anew. For each target
 
@@ -20,7 +21,8 @@ would be too short by a third.
 **One set.** The named documents are the same in every pair. The test says whether *these* documents do more than random
 ones. How often a set that means nothing would look as good is another question: ``p_draw`` is the place of the named
 documents' mean change among the random sets', (1 + those at least as far) / (n + 1), which needs 19 pairs to fall to
-.05.
+.05. Where few other documents are alike, the same set is drawn for several pairs: it counts once in ``p_draw``, as the
+mean over its pairs, while p then says of these few sets only what other seeds would give.
 
 **Verdict.**
 
@@ -74,6 +76,20 @@ class Plan:
         """The pairs that a set belongs to: all, or of a random one its own."""
         arm, _, *pair = name.split("-")
         return range(self.pairs) if arm in ARMS else [int(pair[0])]
+
+    def same(self, budget: int) -> tuple[int, ...]:
+        """For each pair the first one that has the same random documents."""
+        members = dict(zip(self.subsets.names, self.subsets.members, strict=True))
+        sets = [members[set_name("random", budget, pair)] for pair in range(self.pairs)]
+        return tuple(map(sets.index, sets))
+
+    def few_sets(self) -> str | None:
+        """A sentence, where pairs share their random documents; None else."""
+        shared = {k: n for k in self.budgets if (n := len(set(self.same(k)))) < self.pairs}
+        if not shared:
+            return None
+        said = ", ".join(f"{n} with {k} documents" for k, n in shared.items())
+        return f"the {self.pairs} pairs share random documents: different sets are {said}, and p knows no others"
 
 
 def set_name(arm: str, budget: int, pair: int | None = None) -> str:
@@ -135,6 +151,7 @@ class Measured:
     foreseen : difference of the mean influences, highest or lowest minus random; turned round for ``unlearn``
     predicted : the difference of the changes that influence foresees, or nan
     stopped : runs of both sides that were stopped
+    same : of each pair the first one with the same random documents (:meth:`Plan.same`); none: all are different
     """
 
     design: str
@@ -146,6 +163,7 @@ class Measured:
     foreseen: float
     predicted: float = math.nan
     stopped: int = 0
+    same: Sequence[int] = ()
 
 
 def plan_pairs(
@@ -231,7 +249,7 @@ def pair_rows(measured: Sequence[Measured], named_by: str) -> list[PairRow]:
                     p=p_one,
                     p_bh=float(bh),
                     p_holm=float(by_holm),
-                    p_draw=p_among(sign * it.named, sign * it.random),
+                    p_draw=p_among(sign * it.named, sign * it.random, it.same),
                     least_p=least_p(len(d)),
                     stopped=it.stopped,
                     verdict=verdict(float(bh), mean, sign, it.predicted),
@@ -289,9 +307,16 @@ def mean_by_t(d: ArrayLike) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def p_among(named: Floats, random: Floats) -> float:
-    """Place of the named documents' mean change among the changes by random sets: 1 / (n + 1) at least."""
-    return float((1 + (random >= named.mean()).sum()) / (1 + len(random)))
+def p_among(named: Floats, random: Floats, same: Sequence[int] = ()) -> float:
+    """Place of the named documents' mean change among those by n different random sets: 1 / (n + 1) at least.
+
+    Parameters
+    ----------
+    same : of each random change the first one by the same set; none: all sets are different
+    """
+    sets = np.asarray(same or range(len(random)))
+    means = np.array([random[sets == one].mean() for one in np.unique(sets)])
+    return float((1 + (means >= named.mean()).sum()) / (1 + len(means)))
 
 
 def verdict(p: float, difference: Interval, foreseen: int, predicted: float = math.nan) -> Verdict:
