@@ -201,3 +201,41 @@ def test_check_says_what_it_costs(study):
     assert "steps back" in report["cost"] and "states" not in report["disk"]
     small = with_values(study, {"attribution.trajectory": "steps", "attribution.memory_gb": 0.0001})
     assert "states of the training run" in dict(check_study(small).rows)["disk"]
+
+
+@pytest.mark.parametrize("kind", ["steps", "segments"])
+@pytest.mark.parametrize(
+    ("changes", "words", "mended"),
+    [
+        ({"validation.epochs": 1, "validation.batch": 8}, "moves nothing", {"validation.warmup": 0.0}),
+        ({"model.dtype": "bfloat16"}, "half precision", {"model.dtype": "float32"}),
+        ({"validation.trainer": "trl"}, "in the plain loop", {"validation.trainer": "loop"}),
+        (
+            {"validation.method": "lora", "attribution.parameters": ("*.mlp.*",)},
+            "moves these alone",
+            {"attribution.parameters": None},
+        ),
+    ],
+    ids=["rates of 0", "half precision", "trl", "parameters beside LoRA"],
+)
+def test_check_says_what_a_run_would_refuse_and_the_fix_works(study, kind, changes, words, mended):
+    how = {"kind": kind, **({"segments": 1} if kind == "segments" else {})}
+    bad = with_values(study, {"attribution.trajectory": how, **changes})
+    assert any(words in problem for problem in check_study(bad).problems)
+    assert check_study(with_values(bad, mended)).problems == []
+
+
+def test_check_says_where_a_run_has_fewer_steps_than_segments(study):
+    many = with_values(study, {"attribution.trajectory": {"kind": "segments", "segments": 5}})
+    assert any("more segments than steps" in problem for problem in check_study(many).problems)
+    few = with_values(study, {"attribution.trajectory": {"kind": "segments", "segments": 4}})
+    assert check_study(few).problems == []
+
+
+@pytest.mark.parametrize("kind", ["steps", "segments"])
+def test_parameters_that_a_run_of_lora_does_not_move_are_refused(ready, targets, kind):
+    problem = replace(
+        ready.problem, parameters=("*.mlp.*",), recipe=replace(ready.problem.recipe, method="lora", lora_rank=1)
+    )
+    with pytest.raises(UserError, match="moves these alone"):
+        driver.scores(problem, ready.inputs, targets, Method(trajectory=Choice(kind)), Work())

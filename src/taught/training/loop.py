@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def check_inputs(inputs: Examples, moving: Mapping[str, nn.Parameter]) -> None:
             rule="at least one example",
             fix="choose other examples",
         )
-    twice = sorted({i for i in ids if ids.count(i) > 1})
+    twice = sorted(i for i, times in Counter(ids).items() if times > 1)
     if twice:
         raise UserError(
             "an example stands twice in what is trained on",

@@ -198,13 +198,7 @@ class Training:
     starts: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.recipe.trainer != "loop":
-            raise UserError(
-                "a run is followed step by step in the plain loop",
-                value=f"validation.trainer: {self.recipe.trainer}",
-                rule="the optimizer's state is known at every step",
-                fix="use --set validation.trainer=loop",
-            )
+        refuse_other_trainers(self.recipe)
         self.inputs = sorted(self.inputs, key=lambda example: example.id)
         self.moving = moving_parameters(self.model, self.parameters)
         check_inputs(self.inputs, self.moving)
@@ -430,6 +424,17 @@ class Training:
             found[micro.index, : shares.shape[1]] += shares.double().cpu() / count
             products = (shares.sum(1) * micro.weights).detach()
             _add(L, torch.autograd.grad((micro.losses * products).sum(), moving, allow_unused=True))
+
+
+def refuse_other_trainers(recipe: Recipe) -> None:
+    """Refuse a recipe whose optimizer's state is not known at every step."""
+    if recipe.trainer != "loop":
+        raise UserError(
+            "a run is followed step by step in the plain loop",
+            value=f"validation.trainer: {recipe.trainer}",
+            rule="the optimizer's state is known at every step",
+            fix="use --set validation.trainer=loop",
+        )
 
 
 def _scaled(gradient: Tensors, share: float) -> Tensors:

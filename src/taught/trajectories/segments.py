@@ -71,7 +71,15 @@ from taught.run.pieces import kept, piece_key
 from taught.training.loop import in_training
 from taught.training.recorded import Recorded
 from taught.training.steps import BETAS, EPS, State, States, Training
-from taught.trajectories.trained import enter, known_recipe, moving_bytes, read_trained, states_folder, trained_queries
+from taught.trajectories.trained import (
+    enter,
+    known_recipe,
+    moving_bytes,
+    planned_steps,
+    read_trained,
+    states_folder,
+    trained_queries,
+)
 
 
 @dataclass(frozen=True)
@@ -201,8 +209,12 @@ class Segments:
         return Scores("adjoint", ids, targets.names, targets.from_direct(values), losses=losses, unit="run")
 
     def seen(self, problem: Problem, examples: Examples, work: Work) -> Examples:
-        """The examples as a recorded run saw them; refused is one of another model or data, or with too few states."""
+        """The examples as a recorded run saw them; refused is one of another model or data, or with too few states.
+
+        Without one, refused is a run that could not be made or followed, or has fewer steps than segments.
+        """
         if self.run is None:
+            segment_states(planned_steps(problem, examples), self.segments, self.checkpoints)
             return examples
         run = Recorded.open(self.run)
         recorded_segments(run, self.segments)

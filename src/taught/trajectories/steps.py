@@ -42,7 +42,14 @@ from taught.model.gradients import refuse_detached
 from taught.run.pieces import piece_key
 from taught.training.loop import in_training
 from taught.training.steps import Back, State, States, Training, named, same_bits
-from taught.trajectories.trained import known_recipe, moving_bytes, read_trained, states_folder, trained_queries
+from taught.trajectories.trained import (
+    known_recipe,
+    moving_bytes,
+    planned_steps,
+    read_trained,
+    states_folder,
+    trained_queries,
+)
 
 KEPT = "weights and the optimizer's state at every square root of the steps"
 
@@ -71,6 +78,11 @@ class Steps:
         if not isinstance(curvature, Identity):
             return "a run that is followed step by step has the metric of its optimizer"
         return None
+
+    def seen(self, problem: Problem, examples: Examples, work: Work) -> Examples:
+        """The examples; refused is a run that could not be made or followed."""
+        planned_steps(problem, examples)
+        return examples
 
     def follow(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
         """Train, read the final model, go back.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,17 +13,19 @@ from tempfile import mkdtemp
 import torch
 from torch import Tensor, nn
 
+from taught.core.example import Examples
 from taught.core.names import TargetName
 from taught.core.problem import Problem
 from taught.core.query import build_queries
 from taught.core.readings import Readings
 from taught.core.target import TargetSet
 from taught.errors import UserError
-from taught.model.gradients import RowSparse, find_sites, frozen
+from taught.model.gradients import RowSparse, find_sites, frozen, refuse_detached
 from taught.model.parameters import moving_parameters
 from taught.model.readout import read_prompts
+from taught.training.loop import check_inputs, learning_rates
 from taught.training.recipe import Recipe
-from taught.training.steps import room_on_disk
+from taught.training.steps import refuse_other_trainers, room_on_disk
 
 
 @torch.no_grad()
@@ -72,6 +75,30 @@ def known_recipe(problem: Problem) -> Recipe:
     if problem.recipe is None:
         raise UserError("there is no training to follow", rule="a study names its recipe under validation")
     return problem.recipe
+
+
+def planned_steps(problem: Problem, examples: Examples) -> int:
+    """How many steps the run has that the recipe makes of the model.
+
+    Raises
+    ------
+    UserError
+        It could not be made or followed: what is known of that before it begins.
+    """
+    recipe = known_recipe(problem)
+    refuse_other_trainers(recipe)
+    refuse_detached(problem.model)
+    if recipe.method == "lora" and problem.parameters is not None:
+        raise UserError(
+            "a run of fresh LoRA layers moves these alone",
+            value="attribution.parameters: " + ", ".join(problem.parameters),
+            rule="effects are through what the run moves",
+            fix="use --set attribution.parameters=null, or --set validation.method=full",
+        )
+    check_inputs(examples, {} if recipe.method == "lora" else moving_parameters(problem.model, problem.parameters))
+    steps = recipe.epochs * math.ceil(len(examples) / recipe.batch)
+    learning_rates(recipe, steps)
+    return steps
 
 
 def moving_bytes(problem: Problem, recipe: Recipe) -> int:
