@@ -145,6 +145,16 @@ def test_unlabelled_small_and_empty_bins_are_said(tmp_path: Path, monkeypatch: p
     assert "1 of 3 bins hold fewer than 31 documents: shown, not tested" in words_of(on_page(path))
 
 
+@pytest.mark.parametrize("even", [True, False])
+def test_an_even_sample_is_said_to_be_another_corpus(plain: Path, monkeypatch: pytest.MonkeyPatch, even: bool):
+    counts = {"limit": 90, "read": 9000, "sampled": 90, "strata": []}
+    sample = {"by": ["topic", "format"], "even": even, "seed": 0, **counts}
+    real = Tables.json
+    monkeypatch.setattr(Tables, "json", lambda it, name: sample if name == "sample" else real(it, name))
+    said = "as many documents of each topic and format, not what it was drawn from" in words_of(on_page(plain))
+    assert said == even
+
+
 def test_labels_that_differ_in_case_alone_are_said(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "in case alone" not in words_of(on_page(plain))
     monkeypatch.setattr(synthetic_run, "TOPICS", ["Games", "games", "health", *synthetic_run.TOPICS[3:]])

@@ -116,6 +116,10 @@ def _lede(it: Mapped, tables: Tables) -> str:
         "bin’s trimmed mean less that of all documents. Positive: training on such documents raises the benchmark more "
         "than training on others does."
     )
+    sample = tables.json("sample") or {}
+    if sample.get("even"):
+        by = " and ".join(sample["by"])
+        text += f" The corpus is the sample here, with as many documents of each {by}, not what it was drawn from."
     behavior = (tables.json("readings") or {}).get("behavior") or {}
     return f"{text} A benchmark is the {behavior['meaning']}." if behavior.get("meaning") else text
 
