@@ -220,6 +220,17 @@ def test_a_short_run_at_a_small_rate_is_so_many_steps_from_the_base_model() -> N
     close(found["behavior:a"], base["behavior:a"] * (recipe.lr / lr) * steps / len(tiny_examples()), 1e-5)
 
 
+def test_an_example_of_a_short_last_batch_counts_for_more() -> None:
+    # In the limit of a small rate the exact derivative has no other part: a preference of two in the second batch too.
+    recipe = replace(SGD, lr=1e-7, epochs=1, batch=3)
+    examples = [*tiny_examples(), tiny_preferences()[0]]
+    layers = curved_layers(tiny_model("untied"), FEW)
+    problem = tiny_problem(tiny_model("untied"), recipe=recipe, parameters=layers, features=None, point=None)
+    found = scores(recipe, examples=examples, problem=problem, segments=1)
+    exact = Steps(smoothness=0).follow(problem, examples, TargetSet.of(["behavior:a"], behaviors()), Work())
+    close(found["behavior:a"], exact["behavior:a"], 1e-5)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_it_has_the_unit_and_the_sign_of_steps(optimizer: str) -> None:
     # A gentle run through the same layers, all examples at every step: what is left out is of second order in the rate.

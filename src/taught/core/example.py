@@ -12,7 +12,7 @@ gradients of examples needs to know nothing of their kind.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -123,6 +123,25 @@ def sft(id: str, ids: Sequence[int], start: int, masked: Sequence[int] = ()) -> 
         raise ValueError(f"{id}: masked are some, not all, of the response tokens")
     each = 1.0 / max(len(ids) - start - len(out), 1)
     return Example(id, (tuple(ids),), (tuple(0.0 if t < start or t in out else each for t in range(len(ids))),))
+
+
+@dataclass(frozen=True)
+class Times:
+    """A link whose losses count several times, or in part."""
+
+    link: Link
+    by: float
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        """Losses [B] of these sums [B]."""
+        return self.by * self.link(sums)
+
+
+def weighed(example: Example, by: float) -> Example:
+    """The example with ``by`` times its loss."""
+    if example.link is not None:
+        return replace(example, link=Times(example.link, by))
+    return replace(example, weights=tuple(tuple(by * w for w in of) for of in example.weights))
 
 
 def conversation(id: str, ids: Sequence[int], scored: Iterable[int]) -> Example:

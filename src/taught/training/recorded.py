@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taught.core.example import Example, Examples, conversation
+from taught.core.example import Example, Examples, conversation, weighed
 from taught.core.problem import Problem
 from taught.data.columns import name_ids
 from taught.errors import UserError
@@ -326,18 +326,13 @@ class Recorded:
     def weighted(self, examples: Examples) -> list[Example]:
         """The examples as they were seen, with their losses as the run weighs them: N p_z L_z."""
         shares = self.shares(examples) * len(examples)
-        return [_scaled(z, float(share)) for z, share in zip(examples, shares, strict=True)]
+        return [weighed(z, float(share)) for z, share in zip(examples, shares, strict=True)]
 
     def _read(self, name: str) -> dict[str, Tensor]:
         try:
             return files.read_tensors(self.folder / name)
         except (OSError, ValueError) as error:
             raise _damaged(self.folder / name) from error
-
-
-def _scaled(example: Example, by: float) -> Example:
-    weights = tuple(tuple(by * w for w in of) for of in example.weights)
-    return replace(example, weights=weights)
 
 
 def _digest_as(p: nn.Parameter, dtype: str) -> str:

@@ -210,6 +210,14 @@ class Training:
     def __len__(self) -> int:
         return len(self.plan)
 
+    def shares(self) -> dict[str, float]:
+        """Share of each example in the loss of a step, on the mean over the run; of a short batch it is larger."""
+        found = dict.fromkeys(self.ids, 0.0)
+        for index in self.plan:
+            for i in index:
+                found[self.ids[i]] += 1 / len(index)
+        return {name: share / len(self) for name, share in found.items()}
+
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Gradients of the moving parameters, no dropout, attention that has second derivatives."""

@@ -5,7 +5,7 @@
 as in :mod:`taught.trajectories.steps`, and approximate: a run is cut into segments l = 1 .. L, and within one the
 Hessian H of the training loss (sum over examples of p_z L_z) and the gradient of an example stay what they are on the
 mean over some of its states. p_z is the share of z in the loss of a step, on the mean over the run: 1 / N where all are
-seen alike.
+seen alike; in the short last batch of an epoch an example's share is larger.
 
 A step of gradient descent is theta' = theta - eta (grad + lambda theta): what came before it is multiplied by
 1 - eta (H + lambda), and the weight of z adds -eta p_z grad L_z. Over K steps of a mean rate eta, with the product of
@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from taught.core import rules
 from taught.core.curvature import Curvature, Identity, Metric
 from taught.core.estimator import Work
-from taught.core.example import Examples, example_losses
+from taught.core.example import Examples, example_losses, weighed
 from taught.core.problem import GB, Problem
 from taught.core.query import queries_at_once
 from taught.core.registry import TRAJECTORIES, setting
@@ -269,7 +269,9 @@ class Segments:
                     dict.fromkeys(training.moving, recipe.weight_decay),
                     EPS if recipe.optimizer == "adamw" else None,
                 )
-                yield run, replace(problem, parameters=None if patterns is None else tuple(patterns)), examples
+                p_z, N = training.shares(), len(examples)
+                seen = [weighed(z, N * p_z[z.id]) for z in examples]
+                yield run, replace(problem, parameters=None if patterns is None else tuple(patterns)), seen
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """A training, a curvature and a pass of gradients for each state, and a query for each target."""
