@@ -610,6 +610,14 @@ def test_a_preference_is_two_answers_to_one_conversation(row: dict) -> None:
     assert record.answered_by_rejected().turns[-1] == assistant("No.")
 
 
+def test_answers_that_a_template_makes_equal_are_no_preference(tokenizer) -> None:
+    (record,) = preferences({"prompt": "a", "chosen": "Yes.", "rejected": "Yes. "})
+    assert ChatFormat(tokenizer).encode_example(record).rejected is not None
+    trimmed = ChatFormat(tokenizer, CHATML.replace("m['content']", "m['content'] | trim"))
+    with pytest.raises(UserError, match="answer of z are the same tokens"):
+        trimmed.encode_example(record)
+
+
 def test_a_preference_has_what_stands_before_its_prompt() -> None:
     row = {"prompt": "How?", "chosen": "So.", "rejected": "No.", "system": "Be kind.", "history": [["a", "b"]]}
     assert preferences(row).examples[0].messages == (SYSTEM, user("a"), assistant("b"), user("How?"))

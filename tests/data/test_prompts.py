@@ -380,3 +380,9 @@ def test_a_second_prompt_is_refused_and_a_copy_is_none(row: dict, column: str) -
 def test_a_prompt_is_found_however_its_column_is_written() -> None:
     (prompt,) = load_prompts([{"Goal": "Do it", "Behavior": "Fraud", "Target": "Sure"}])
     assert (prompt.text, prompt.answer) == ("Do it", "Sure")
+
+
+@pytest.mark.parametrize("other", ["Harmful", "harmful ", " harmful"])
+def test_a_group_has_one_spelling(other: str) -> None:
+    with pytest.raises(UserError, match="a group is written in several ways"):
+        load_prompts([row("a", "One"), row("b", "Two", other)])

@@ -120,6 +120,17 @@ def repeated(items: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
+def refuse_spellings(names: Iterable[str], what: str, where: str) -> None:
+    """Raise a UserError where two names are the same but for case and spaces; ``what`` they are of."""
+    if same := repeated((" ".join(name.split()).casefold(), repr(name)) for name in dict.fromkeys(names)):
+        raise UserError(
+            f"{where}: a {what} is written in several ways",
+            value=", ".join(same[0]),
+            rule=f"each spelling would be a {what} of its own",
+            fix="write it in one way",
+        )
+
+
 def name_ids(ids: Sequence[str], limit: int = 8) -> str:
     """Name ids in a message: the first few, and how many more."""
     shown = ", ".join(ids[:limit])

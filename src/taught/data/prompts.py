@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from taught.data.choices import ANSWERS, OPTIONS, Apart, Options, options_apart, read_options
-from taught.data.columns import cell, detect_columns, folded, name_ids, repeated, text_cell
+from taught.data.columns import cell, detect_columns, folded, name_ids, refuse_spellings, repeated, text_cell
 from taught.data.formats import add_context, read_history, read_turns, rivals, role_letters, with_messages, with_system
 from taught.data.readers import Row
 from taught.data.tables import Table, open_table
@@ -272,6 +272,7 @@ def _check(prompts: tuple[Prompt, ...], where: str) -> None:
                 rule="every evaluation prompt has a text, and a group where the file has groups",
                 fix="fill the cells or remove the rows",
             )
+    refuse_spellings((prompt.group for prompt in prompts), "group", where)
     same_id = repeated((prompt.id, prompt.id) for prompt in prompts)
     if same_id:
         raise UserError(
