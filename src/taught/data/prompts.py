@@ -15,7 +15,7 @@ from taught.data.columns import cell, detect_columns, folded, name_ids, refuse_s
 from taught.data.formats import add_context, read_history, read_turns, rivals, role_letters, with_messages, with_system
 from taught.data.readers import Row
 from taught.data.tables import Table, open_table
-from taught.data.unused import refuse_columns, refuse_keys, refuse_rivals
+from taught.data.unused import MARKS, refuse_columns, refuse_keys, refuse_rivals
 from taught.data.words import normalise
 from taught.errors import UserError
 
@@ -190,7 +190,7 @@ def _prompt(row: Row, columns: Mapping[str, str], apart: Apart | None, name: str
     field = "text" if cell(row, columns, "messages") is None else "messages"
     messages = _conversation(row, columns, field, name, first=bool(options.texts))
     text = messages[-1]["content"]
-    if len(messages) == 1:  # the same prompt as its text alone
+    if len(messages) == 1 and set(messages[0]) == {"role", "content"}:  # the same prompt as its text alone
         messages = ()
     given = texts.pop("id") or content_id(text, answer, options.texts, messages)
     return Prompt(given, text, **texts, answer=answer, options=options.texts, messages=messages)
@@ -227,7 +227,7 @@ def _conversation(row: Row, columns: Mapping[str, str], field: str, name: str, *
     """
     content, system = cell(row, columns, field), text_cell(row, columns, "system", name)
     if isinstance(content, list | tuple):
-        asked = read_turns(content, name)
+        asked = [{k: v for k, v in turn.items() if k not in MARKS} for turn in read_turns(content, name)]
     else:
         asked = [{"role": "user", "content": text_cell(row, columns, field, name)}]
     context = text_cell(row, columns, "context", name).strip()

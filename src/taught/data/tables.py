@@ -271,7 +271,16 @@ def _mappings(rows: Iterable[Any], name: str) -> Iterator[Row]:
                 rule='every row has named fields: {"prompt": …}',
                 fix="pass a list of dicts (of a data frame: frame.to_dict('records'))",
             )
-        yield {str(key): value for key, value in row.items()}
+        yield {str(key): _plain(value) for key, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A cell without numpy: a data frame holds arrays where its file holds lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _hub_dataset(source: str) -> Iterable[Any]:
