@@ -127,3 +127,9 @@ def test_missing_columns_are_explained(load) -> None:
         load({"prompt": "a", "text": "b"})
     assert "columns: prompt, text" in str(caught.value)
     assert [p.response for p in load({"prompt": "a", "text": "b"}, columns={"response": "text"})] == ["b"]
+
+
+def test_a_label_has_one_spelling() -> None:
+    rows = [{"prompt": i, "response": "b", "label": label} for i, label in (("a", "harmful"), ("c", "Harmful"))]
+    with pytest.raises(UserError, match="a label is written in several ways"):
+        load_examples(rows)

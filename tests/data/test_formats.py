@@ -312,6 +312,7 @@ def test_a_special_token_in_a_call_of_a_tool_is_refused(scored) -> None:
         ({"prompt": "a", "response": "b", "input": "c"}, "z has a input beside its prompt", "c"),
         ({"prompt": [user("a")], "response": "b", "context": "c"}, "z has a context beside its prompt", "c"),
         ({"messages": [user("a"), assistant("b")], "response": "c"}, "a response that is not among them", "c"),
+        ({"messages": turns(), "response": "Two"}, "a response that is not among them", "Two"),
         (
             {"messages": [user("a"), assistant("b")], "history": [["c", "d"]]},
             "a history that is not among them",
@@ -332,8 +333,8 @@ def test_a_special_token_in_a_call_of_a_tool_is_refused(scored) -> None:
             "an answer of z that counts calls a tool",
             None,
         ),
-        ({"messages": "[{'role': 'user'}]"}, "a message of z has no role or no text", "[{'role': 'user'}]"),
-        ({"messages": [user("a"), {"role": "critic", "content": "b"}]}, "do not end in one answer", "user critic"),
+        ({"messages": "[{'role': 'user'}]"}, "written as messages and is no JSON", "[{'role': 'user'}]"),
+        ({"messages": [user("a"), {"role": "critic", "content": "b"}]}, "a role that is not known", "critic"),
         ({"prompt": float("nan"), "response": "b"}, "the prompt of z is not a text", None),
         ({"prompt": "a", "response": ["b"]}, "the response of z is not a text", ["b"]),
         ({"prompt": "a", "response": b"b"}, "the response of z is not a text", b"b"),
@@ -352,6 +353,101 @@ def test_what_would_change_an_example_is_used_or_refused(row: dict, message: str
         load_examples([{"id": "z", **row}])
     if value is not None:
         assert caught.value.value == value
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": "a", "response": "b", "output": "c"}, "output"),
+        ({"prompt": "a", "response": "b", "question": "c"}, "question"),
+        ({"instruction": "a", "prompt": "c", "output": "b"}, "instruction"),
+        ({"messages": [user("a"), assistant("b")], "conversations": [user("c"), assistant("d")]}, "conversations"),
+        ({"prompt": "a", "response": "b", "system_message": "c"}, "system_message"),
+        ({"question": "a", "answer": "b", "passage": "c"}, "passage"),
+        ({"question": "a", "answer": 1, "choices": ["c", "d"]}, "choices"),
+        ({"prompt": "a", "response": "b", "rationale": "c"}, "rationale"),
+        ({"prompt": "a", "response": "b", "Sample Weight": 0.5}, "Sample Weight"),
+        ({"prompt": "a", "response": "b", "mask_history": True}, "mask_history"),
+        ({"prompt": "a", "response": "b", "labels": [-100, 2]}, "labels"),
+        ({"prompt": "a", "response": "b", "segments": [{"label": True, "text": "b"}]}, "segments"),
+    ],
+)
+def test_a_column_that_could_change_an_example_is_refused_and_taken_under_another_name(row: dict, column: str) -> None:
+    with pytest.raises(UserError, match=f"the column {column} would change 1 examples") as caught:
+        load_examples([{"id": "z", **row}])
+    assert caught.value.value == "z"
+    renamed = {"note" if key == column else key: value for key, value in row.items()}
+    (record,) = load_examples([{"id": "z", **renamed}])
+    assert record.flags == {"note": row[column]}
+
+
+def test_columns_that_repeat_what_is_said_or_say_the_usual_are_notes() -> None:
+    said = {"prompt": "Text: a. Why?", "response": "So it is: b"}
+    copies = {"question": "Why?", "answer": "b", "passage": ["a."], "Rationale": ""}
+    usual = {"weight": "1.0", "sample_weight": 1, "train_on_inputs": "false"}
+    (record,) = load_examples([{**said, **copies, **usual}])
+    assert record.flags == {**copies, **usual} and record.prompt == said["prompt"]
+
+
+@pytest.mark.parametrize("names", [("Instruction", " Input", "OUTPUT"), ("instruction ", "input", "Output")])
+def test_a_column_is_the_same_however_its_name_is_written(names) -> None:
+    (record,) = load_examples([dict(zip(names, ("Add", "1 1", "2"), strict=True))])
+    assert (record.prompt, record.response, record.flags) == ("Add\n1 1", "2", {})
+    with pytest.raises(UserError, match="two columns of the data have one name"):
+        load_examples([{"prompt": "a", "Prompt": "b", "response": "c"}])
+
+
+@pytest.mark.parametrize("nothing", ["nan", "None", "NULL", "<noinput>"])
+def test_a_word_for_nothing_is_not_said_to_the_model(nothing: str) -> None:
+    for column in ("input", "system"):
+        with pytest.raises(UserError, match="of z is a word for nothing"):
+            load_examples([{"id": "z", "instruction": "a", column: nothing, "output": "b"}])
+    assert load_examples([{"instruction": "a", "output": nothing}]).examples[0].response == nothing
+
+
+def test_messages_that_a_cell_writes_as_json_are_messages(scored) -> None:
+    before, after = [SYSTEM, user("Hi?")], [assistant("Ho.")]
+    for row in (
+        {"messages": json.dumps([*before, *after])},
+        {"prompt": json.dumps(before), "completion": json.dumps(after)},
+        {"prompt": "Hi?", "response": "Ho.", "history": "[]", "system": "Be kind."},
+    ):
+        assert scored(row) == (rendered(*before, *after), ["Ho." + END])
+    (record,) = load_examples([{"instruction": "a", "output": "b", "history": '[["c", "d"]]'}])
+    assert record.messages == (user("c"), assistant("d"), user("a"))
+    for column in ("prompt", "response"):
+        with pytest.raises(UserError, match="written as messages and is no JSON"):
+            load_examples([{"prompt": "a", "response": "b", column: str(before)}])
+
+
+@pytest.mark.parametrize("turn", [{"role": "user", "from": "gpt"}, {"content": "a", "value": "b"}])
+def test_a_message_says_one_thing_under_two_keys(turn: dict) -> None:
+    with pytest.raises(UserError, match="a message of z has a (role|content) and another (from|value)"):
+        load_examples([{"id": "z", "messages": [{**user("a"), **turn}, assistant("b")]}])
+
+
+def test_roles_are_known_in_any_case_and_no_other_ones() -> None:
+    turns = [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}]
+    assert load_examples([{"conversations": turns}]).examples[0].messages == (user("a"),)
+    for role in ("function_call", "observation", "bard"):
+        with pytest.raises(UserError, match="has a role that is not known") as caught:
+            load_examples([{"conversations": [turns[0], {"from": role, "value": "x"}, turns[1]]}])
+        assert caught.value.value == role
+
+
+def test_completions_that_training_moves_away_from_are_no_pairs() -> None:
+    rows = [{"id": i, "prompt": "a", "completion": i, "label": i == "b"} for i in "bc"]
+    with pytest.raises(UserError, match="1 completions have the label false") as caught:
+        load_examples(rows)
+    assert caught.value.value == "c"
+    assert load_examples(rows[:1]).labels == ("True",)
+
+
+def test_a_document_with_a_weight_is_refused() -> None:
+    rows = [{"id": "z", "text": "a b", "weight": weight} for weight in (1.0, 0.5)]
+    assert load_examples(rows[:1], kind="document").ids == ("z",)
+    with pytest.raises(UserError, match="the column weight would change"):
+        load_examples(rows[1:], kind="document")
 
 
 def test_all_examples_with_an_unused_key_are_named() -> None:
@@ -515,11 +611,26 @@ def test_a_preference_is_two_answers_to_one_conversation(row: dict) -> None:
     assert record.answered_by_rejected().turns[-1] == assistant("No.")
 
 
+def test_answers_that_a_template_makes_equal_are_no_preference(tokenizer) -> None:
+    (record,) = preferences({"prompt": "a", "chosen": "Yes.", "rejected": "Yes. "})
+    assert ChatFormat(tokenizer).encode_example(record).rejected is not None
+    trimmed = ChatFormat(tokenizer, CHATML.replace("m['content']", "m['content'] | trim"))
+    with pytest.raises(UserError, match="answer of z are the same tokens"):
+        trimmed.encode_example(record)
+
+
 def test_a_preference_has_what_stands_before_its_prompt() -> None:
     row = {"prompt": "How?", "chosen": "So.", "rejected": "No.", "system": "Be kind.", "history": [["a", "b"]]}
     assert preferences(row).examples[0].messages == (SYSTEM, user("a"), assistant("b"), user("How?"))
     row = {"instruction": "Sum up.", "input": "A text.", "chosen": "So.", "rejected": "No."}
     assert preferences(row).examples[0].prompt == "Sum up.\nA text."
+
+
+def test_answers_that_begin_with_the_prompts_words_are_given_as_messages() -> None:
+    said = {"chosen": "Who are you? I am.", "rejected": "Who are you? Who?"}
+    row = {"prompt": "Who are you?", **{side: [assistant(text)] for side, text in said.items()}}
+    (record,) = preferences(row)
+    assert (record.response, record.rejected) == tuple(said.values())
 
 
 def test_ids_of_preferences_without_one_hold_both_answers() -> None:
@@ -568,6 +679,16 @@ def test_a_reference_of_the_data_is_read(short: str) -> None:
             "log-probabilities",
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "weight": 0.5}, "the column weight would change"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "question": "d"}, "the column question would change"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "messages": [user("d")]}, "the column messages would change"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "ref_logp_chosen": -1.0, "ref_logp_rejected": -1.0},
+            "the column ref_logp_chosen would change",
+        ),
+        (
+            {"prompt": "Human: a Assistant:", "chosen": "Human: a Assistant: b", "rejected": "Human: a Assistant: c"},
+            "both answers of z begin with their prompt",
+        ),
     ],
 )
 def test_a_preference_that_is_none_is_refused(row: dict, message: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from taught.data.prompts import Prompt, load_prompts
@@ -203,7 +204,7 @@ def test_what_would_change_a_prompt_and_has_no_use_is_refused(row: dict, message
     [
         ([], "the last message of"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "no order"),
-        ([{"role": "critic", "content": "a"}, {"role": "user", "content": "b"}], "no order"),
+        ([{"role": "critic", "content": "a"}, {"role": "user", "content": "b"}], "role that is not known"),
         ([{"role": "user", "content": "a", "mood": "sad"}], "messages of 1 prompts have a mood"),
     ],
 )
@@ -261,6 +262,15 @@ FORMS = {
         "options": "A.  It is far\nB.  Light  scatters",
         "answer": "B.  Light  scatters ",
     },
+    "letters in a list": {"question": ASKED, "options": ["B. Light scatters", "A. It is far"], "answer": "B"},
+    "numbers in a list": {"question": ASKED, "options": ["1) It is far", "2) Light scatters"], "answer": "2"},
+    "a lettered answer": {
+        "question": ASKED,
+        "options": ["(A) It is far", "(B) Light scatters"],
+        "answer": "(B) Light scatters",
+    },
+    "option_a": {"question": ASKED, "option_a": "It is far", "option_b": "Light scatters", "answer": "B"},
+    "SWAG": {"sentence": ASKED, "ending0": "It is far", "ending1": "Light scatters", "label": 1},
     "letters in brackets": {"question": ASKED, "options": "(A) It is far\n(B) Light scatters", "answer": "B"},
 }
 
@@ -323,3 +333,92 @@ def test_options_apart_are_those_that_are_filled() -> None:
     ]
     assert [p.options for p in load_prompts(rows)] == [("x", "y"), ("x", "y", "z")]
     assert [p.answer for p in load_prompts(rows)] == [0, 2]
+
+
+def test_options_apart_are_all_that_there_are_in_a_row() -> None:
+    texts = [f"t{i}" for i in range(10)]
+    (prompt,) = load_prompts([{"question": "One?", **dict(zip("ABCDEFGHIJ", texts, strict=True)), "answer": "J"}])
+    assert prompt.options == tuple(texts) and prompt.answer == 9
+    four = {f"option{i}": f"t{i}" for i in (1, 2, 3, 4)}
+    (prompt,) = load_prompts([{"question": "One?", **four, "answer": "3"}])
+    assert len(prompt.options) == 4 and prompt.answer == 2
+    with pytest.raises(UserError, match="columns with a gap"):
+        load_prompts([{"question": "One?", "A": "x", "B": "y", "D": "z", "answer": "A"}])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"choices": ["x", float("nan")], "answer": 0}, "the options of a are not a list of texts"),
+        ({"A": "x", "B": "y", "C": float("nan"), "answer": "B"}, "the options of a are not a list of texts"),
+        ({"choices": ["x", b"y"], "answer": 0}, "the options of a are not a list of texts"),
+        ({"choices": {"text": ["x", "y"], "label": ["A", "A"]}, "answer": "A"}, "two options have one label"),
+        ({"choices": [1, 2, 3], "answer": 1}, "names one option by its number and another by what it says"),
+    ],
+)
+def test_options_that_are_not_clear_are_refused(row: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_prompts([{"id": "a", "question": "One?", **row}])
+
+
+def test_a_number_names_no_option_that_the_data_call_by_a_letter() -> None:
+    (prompt,) = load_prompts(
+        [{"question": "One?", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "2"}]
+    )
+    assert prompt.answer == -1
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": "a", "question": "b"}, "question"),
+        ({"text": "a", "prompt": "b"}, "prompt"),
+        ({"messages": [{"role": "user", "content": "a"}], "prompt": "b"}, "prompt"),
+        ({"messages": [{"role": "user", "content": "a"}], "conversation": ["b"]}, "conversation"),
+        ({"prompt": "a", "System Message": "b"}, "System Message"),
+        ({"question": "a", "support": "b"}, "support"),
+    ],
+)
+def test_a_second_prompt_is_refused_and_a_copy_is_none(row: dict, column: str) -> None:
+    with pytest.raises(UserError, match=f"the column {column} would change 1 prompts"):
+        load_prompts([row])
+    assert load_prompts([{**row, column: "a"}]).prompts[0].text == "a"
+
+
+def test_a_prompt_is_found_however_its_column_is_written() -> None:
+    (prompt,) = load_prompts([{"Goal": "Do it", "Behavior": "Fraud", "Target": "Sure"}])
+    assert (prompt.text, prompt.answer) == ("Do it", "Sure")
+
+
+@pytest.mark.parametrize("other", ["Harmful", "harmful ", " harmful"])
+def test_a_group_has_one_spelling(other: str) -> None:
+    with pytest.raises(UserError, match="a group is written in several ways"):
+        load_prompts([row("a", "One"), row("b", "Two", other)])
+
+
+def test_options_that_only_look_lettered_are_texts() -> None:
+    rows = [{"prompt": str(i), "options": o} for i, o in enumerate((["A. Lincoln", "J. Adams"], ["1. e4", "1. d4"]))]
+    assert [p.options for p in load_prompts(rows)] == [("A. Lincoln", "J. Adams"), ("1. e4", "1. d4")]
+
+
+def test_a_prompt_of_one_message_keeps_what_it_holds_and_no_mark() -> None:
+    named, marked = (
+        load_prompts([{"messages": [{"role": "user", "content": "One", **more}]}]).prompts[0]
+        for more in ({"name": "Ann"}, {"weight": 0})
+    )
+    assert named.content == ({"role": "user", "content": "One", "name": "Ann"},)
+    assert marked.content == "One"
+
+
+@pytest.mark.parametrize("text", ["[['a', 'b']] transposed?", '[{"role": 1}] is what?', "[1, 2]", '[{"x": 1}]'])
+def test_a_text_that_begins_like_a_list_is_a_text(text: str) -> None:
+    assert load_prompts([{"prompt": text}]).prompts[0].text == text
+
+
+def test_rows_of_a_data_frame_are_those_of_its_file() -> None:
+    messages = [{"role": "user", "content": "One?"}]
+    rows = [{"messages": messages, "options": ["1", "5"], "answer": 1}]
+    array = np.array(messages, dtype=object)
+    frame = [{"messages": array, "options": np.array(["1", "5"], dtype=object), "answer": np.int64(1)}]
+    assert load_prompts(frame) == load_prompts(rows)
+    assert load_prompts(frame).prompts[0].answer == 1

@@ -59,6 +59,49 @@ def test_a_dataset_dict_names_its_splits(tmp_path: Path) -> None:
         read_rows(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (("train", "test"), "train"),
+        (("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"), "train"),
+        (("my.dev", "my.test"), "dev"),
+    ],
+)
+def test_splits_of_a_data_set_are_not_joined(tmp_path: Path, names: tuple[str, ...], chosen: str) -> None:
+    for name in names:
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"x": name}])
+    with pytest.raises(UserError, match="several splits") as caught:
+        read_rows(tmp_path)
+    rows = read_rows(Path(str(caught.value.fix).split(": ")[1]))
+    assert [row["x"] for row in rows] == [name for name in names if chosen in name]
+
+
+def test_shards_that_share_a_split_or_name_none_are_joined(tmp_path: Path) -> None:
+    for name in ("trainers", "devices", "train-0", "train-1"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"x": name}])
+    assert len(read_rows(tmp_path)) == 4
+
+
+def test_a_table_below_a_folder_of_shards_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    for name in ("a.jsonl", "more/b.jsonl"):
+        write_jsonl(tmp_path / name, [{"x": name}])
+    with pytest.raises(UserError, match="files that are not read") as caught:
+        read_rows(tmp_path)
+    assert caught.value.value == "more/b.jsonl"
+    assert read_rows(Path(str(caught.value.fix).split(": ")[1])) == [{"x": "a.jsonl"}]
+
+
+def test_what_python_cannot_hold_of_a_parquet_file_is_said(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["x", "x"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet: two columns have one name"):
+        read_rows(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"x": pa.array([1001], pa.duration("ns"))}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="b.parquet: a value that cannot be read"):
+        read_rows(tmp_path / "b.parquet")
+
+
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 json_values = st.none() | st.booleans() | st.integers() | texts
 
@@ -82,6 +125,8 @@ def test_unicode_line_separators_do_not_split_a_line(tmp_path: Path) -> None:
         ("a.jsonl", b'{"x": 1}\n{"x": \n', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"x": 1}\n\n[1]\n', "a.jsonl, line 3: not a JSON object"),
         ("a.json", b'[{"x": 1},\n{"x": }]', "a.json, line 2: not JSON"),
+        ("a.jsonl", b'{"x": 1}\n{"x": 1, "y": {"z": 1, "z": 2}}\n', "a.jsonl, line 2: (.)*the key 'z' stands twice"),
+        ("a.json", b'[{"x": 1, "x": 2}]', "the key 'x' stands twice"),
         ("a.json", b'{"x": 1}', "a.json: not a list of objects"),
         ("a.csv", b"x,y\n1,2\n3\n", "a.csv, line 3: not as many cells as the header"),
         ("a.csv", b"x,y\n1,2,3\n", "a.csv, line 2: not as many cells as the header"),

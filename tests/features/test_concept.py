@@ -191,6 +191,7 @@ def test_a_concept_of_another_width_block_or_model_is_refused(fit, message):
         {"direction": np.zeros(4)},
         {"direction": np.ones((2, 2))},
         {"direction": [np.nan, 1]},
+        {"direction": np.full(4, 1e-200)},
         {"position": "max_user"},
         {"tokens": "all"},
     ],

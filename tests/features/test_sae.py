@@ -474,6 +474,13 @@ def test_where_the_file_says_nothing_the_point_is_the_one_that_is_set(tmp_path):
             load_sae(folder, part="mlp_out")
 
 
+def test_a_layer_without_a_hook_is_the_block_that_is_set(tmp_path):
+    folder = saelens_folder(tmp_path / "a", {"metadata": {"hook_layer": 5}})
+    assert load_sae(folder, block=5).point == Point(5)
+    with pytest.raises(UserError, match="hook_layer: 5"):
+        load_sae(folder, block=4)
+
+
 def test_two_names_of_a_place_are_kept_for_the_model_to_compare_unless_their_blocks_differ(tmp_path):
     names = {"hook_name": "blocks.3.hook_mlp_out", "hf_hook_name": "model.layers.3.post_feedforward_layernorm.output"}
     sae = load_sae(saelens_folder(tmp_path / "a", {"metadata": names}))

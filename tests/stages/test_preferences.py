@@ -151,6 +151,18 @@ def test_a_reference_of_the_data_goes_before_that_of_the_model(study, tmp_path):
     assert scores.losses[0] == pytest.approx(expected.item(), rel=1e-9)
 
 
+def test_a_reference_of_another_scale_is_refused_where_it_leaves_no_slope(study, tmp_path):
+    row = json.loads(Path(study.examples.path).read_text().splitlines()[0])
+    path = tmp_path / "given.jsonl"
+    for chosen, rejected in ((-1e6, -1.0), (-1.0, -1e6)):
+        path.write_text(json.dumps(row | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}) + "\n")
+        with pytest.raises(UserError, match="of another scale than the model's") as caught:
+            influence(
+                study.model.id, path, study.prompts.path, ["behavior:harmful"], study=study.replace("sae.path", None)
+            )
+        assert row["id"] in str(caught.value.value)
+
+
 def test_projections_on_one_answer_are_refused(study):
     with pytest.raises(UserError, match="reads one answer(.|\n)*concept_methods"):
         with_values(study, {"attribution.concept_methods": ["vector-filter"]})

@@ -78,9 +78,9 @@ def _check(options: Sequence[str]) -> None:
             f"a choice is among 2 to {len(ascii_uppercase)} options, each a text",
             "fill the column `options`: a list of texts",
         )
-    if len(set(options)) < len(options):
+    if len({" ".join(option.split()) for option in options}) < len(options):
         raise Unscorable(
             "some options are equal",
-            "each option is another text (white space around it is ignored)",
+            "each option is another text (white space is ignored)",
             "correct the column `options`",
         )

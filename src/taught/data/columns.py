@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 
 from taught.data.readers import Row
 from taught.errors import UserError
+
+_NOTHING = ("nan", "NaN", "<NA>", "None", "null", "NULL", "<noinput>")  # as tools write a cell that is empty
 
 
 def detect_columns(
@@ -18,16 +21,20 @@ def detect_columns(
     Parameters
     ----------
     present : names of the table's columns
-    usual : field -> column names to try, in this order; a column is one field's
+    usual : field -> column names to try, in this order, however they are written (:func:`folded`); a column is one
+        field's
     given : the user's own field -> column; wins over the usual names
     where : name of the table, for messages
 
     Raises
     ------
     UserError
-        A given field is unknown or its column is not in the table.
+        A given field is unknown or its column is not in the table; two columns are the same but for their writing.
     """
-    found = {}
+    found: dict[str, str] = {}
+    spelled: dict[str, list[str]] = defaultdict(list)
+    for column in present:
+        spelled[folded(column)].append(column)
     for field, column in (given or {}).items():
         if field not in usual:
             raise UserError(
@@ -41,10 +48,25 @@ def detect_columns(
             )
         found[field] = column
     for field, names in usual.items():
-        matching = [name for name in names if name in present and name not in found.values()]
-        if field not in found and matching:
-            found[field] = matching[0]
+        if field in found:
+            continue
+        matching = [[column for column in spelled[folded(name)] if column not in found.values()] for name in names]
+        first = next(filter(None, matching), [])
+        if len(first) > 1:
+            raise UserError(
+                f"two columns of {where} have one name, written in two ways",
+                value=", ".join(map(repr, first)),
+                rule=f"one column holds the {field}",
+                fix="rename or remove one of them",
+            )
+        if first:
+            found[field] = first[0]
     return found
+
+
+def folded(name: str) -> str:
+    """A column's name without what may differ between spellings: case, spaces around it, "-" or a space for "_"."""
+    return re.sub(r"[\s-]+", "_", name.strip()).casefold()
 
 
 def cell(row: Row, columns: Mapping[str, str], field: str) -> object:
@@ -62,20 +84,32 @@ def text_cell(row: Row, columns: Mapping[str, str], field: str, name: str = "a r
     Raises
     ------
     UserError
-        The cell holds a list, a mapping, bytes, or a number that is none (NaN).
+        The cell holds a list, a mapping, bytes, or a number that is none (NaN); a context or a system turn is a word
+        for nothing.
     """
     value = cell(row, columns, field)
-    if value is None:
-        return ""
-    no_number = not isinstance(value, str) and str(value) in ("nan", "inf", "-inf", "NaT", "<NA>")
-    if no_number or (not isinstance(value, str) and isinstance(value, Sized)):
+    if (text := plain_text(value)) is None:
         raise UserError(
             f"the {field} of {name} is not a text",
             value=value,
             rule="a text, or a number that is written out",
             fix=f"turn the column {columns[field]} into text; leave a cell empty where there is none",
         )
-    return written(value)
+    if field in ("context", "system") and text.strip() in _NOTHING:
+        raise UserError(
+            f"the {field} of {name} is a word for nothing",
+            value=text,
+            rule=f"what the column {columns[field]} holds is said to the model",
+            fix="leave a cell empty where there is none",
+        )
+    return text
+
+
+def plain_text(value: object) -> str | None:
+    """What a cell says: "" for null; None where it is no text: a list, a mapping, bytes, or a number that is none."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return None if isinstance(value, Sized) or str(value) in ("nan", "inf", "-inf", "NaT", "<NA>") else written(value)
 
 
 def written(value: object) -> str:
@@ -89,6 +123,17 @@ def repeated(items: Iterable[tuple[str, str]]) -> list[tuple[str, ...]]:
     for key, name in items:
         groups[key].append(name)
     return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def refuse_spellings(names: Iterable[str], what: str, where: str) -> None:
+    """Raise a UserError where two names are the same but for case and spaces; ``what`` they are of."""
+    if same := repeated((" ".join(name.split()).casefold(), repr(name)) for name in dict.fromkeys(names)):
+        raise UserError(
+            f"{where}: a {what} is written in several ways",
+            value=", ".join(same[0]),
+            rule=f"each spelling would be a {what} of its own",
+            fix="write it in one way",
+        )
 
 
 def name_ids(ids: Sequence[str], limit: int = 8) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from taught.data.columns import name_ids, repeated
+from taught.data.columns import name_ids, refuse_spellings, repeated
 from taught.data.readers import Row
 from taught.data.subset import Sample, Spread, Strata, stratum_of
 from taught.data.tables import open_table
@@ -241,7 +241,7 @@ def content_id(messages: Sequence[Message], *answers: str) -> str:
 
 
 def check_examples(examples: Sequence[Record], where: str) -> None:
-    """Raise a UserError where a text is empty or an id stands twice; the ids are named."""
+    """Raise a UserError where a text is empty, an id stands twice or a label has two spellings; they are named."""
     if not examples:
         return
     document = examples[0].kind == "document"
@@ -256,6 +256,7 @@ def check_examples(examples: Sequence[Record], where: str) -> None:
                 rule=f"the loss is on the tokens of the {'text' if document else 'response to a prompt'}",
                 fix="fill the cells or remove the rows",
             )
+    refuse_spellings((example.label for example in examples), "label", where)
     same = repeated((example.id, example.id) for example in examples)
     if same:
         raise UserError(

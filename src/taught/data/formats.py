@@ -11,8 +11,8 @@
                       both under a reference (``ref_chosen_logps``, ``ref_rejected_logps``), where that is no model
 
 ``system`` is a system turn, ``tools`` go to the chat template. Whatever else is known to change an
-example (pictures, a weight of the row, keys of a message that no template gets) is refused by name where it
-holds something; other columns of a row are kept as its flags.
+example (pictures, a weight of the row, keys of a message that no template gets, a second prompt) is refused by name
+where it holds something (:mod:`taught.data.unused`); other columns of a row are kept as its flags.
 """
 
 from __future__ import annotations
@@ -20,14 +20,25 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from taught.data.columns import cell, detect_columns, name_ids, text_cell
+from taught.data.columns import cell, detect_columns, folded, name_ids, text_cell
 from taught.data.examples import Message, Record, Turns, content_id
 from taught.data.readers import Row
 from taught.data.tables import Table
+from taught.data.unused import (
+    ANSWERED,
+    ASKED,
+    FOR_TEMPLATE,
+    MARKS,
+    holds,
+    refuse_cells,
+    refuse_columns,
+    refuse_keys,
+    refuse_rivals,
+)
 from taught.errors import UserError
 
 PAIR_COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -65,17 +76,22 @@ PREFERENCE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "category": ("category", "topic"),
     "source": ("source",),
 }
-# Columns that change what a model is trained on and that nothing here reads.
-_REFUSED = (
-    *("functions", "function_call", "tool_calls", "reasoning_content", "thinking", "documents", "chat_template_kwargs"),
-    *("weight", "train", "image", "images", "audio", "audios", "video", "videos"),
-)
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-_MARKS = ("weight", "train", "training")
-# Keys of a message that its chat template gets, and keys that only say where it came from.
-_FOR_TEMPLATE = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
-_NOTES = ("id", "message_id", "timestamp", "created_at", "model", "language", "lang", "index", "token_count")
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
+}
 _ORDER = re.compile("s?(u(at+)*a)+")
+# A text that is a list of messages, or of [question, answer], as JSON or as Python writes it.
+_MESSAGES = re.compile(r"""\s*\[\s*\{.*['"](role|from)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)
+_EXCHANGES = re.compile(r"\s*\[\s*\[.*\]\s*\]\s*", re.DOTALL)
+# Log-probabilities of a reference under names that are not read.
+_OTHER_REFERENCES = tuple(
+    f"{ref}_{a}_{b}"
+    for ref in ("ref", "reference")
+    for side in ("chosen", "rejected")
+    for log in ("logp", "logps", "logprob", "logprobs", "log_prob", "log_probs")
+    for a, b in ((side, log), (log, side))
+)
 
 
 def read_pairs(
@@ -83,11 +99,11 @@ def read_pairs(
 ) -> tuple[tuple[Record, ...], dict[str, str]]:
     """Read a record from every row, and which column was taken for what."""
     found = detect_columns(table.columns, PAIR_COLUMNS, columns, table.name)
-    present = set(table.columns)
+    present = set(map(folded, table.columns))
     if {"chosen", "rejected"} <= present and not columns:
         raise UserError(
             f"{table.name} holds preference pairs (chosen, rejected)",
-            value=f"columns: {', '.join(sorted(present))}",
+            value=f"columns: {', '.join(sorted(table.columns))}",
             rule="an example of kind pair has one response",
             fix="use --set examples.kind=preference, or rename one of the columns to response to attribute to it alone",
         )
@@ -101,11 +117,13 @@ def read_pairs(
             if text
             else "rename the columns, or load with columns={'prompt': …, 'response': …}",
         )
-    names = _row_names(table, found)
+    table, names = with_messages(table, found), _row_names(table, found)
     refuse_columns(table, found, names)
     refuse_keys(table, found, names)
-    rows = zip(table.rows, names, strict=True)
-    return tuple(_pair(row, found, name, turns) for row, name in rows), found
+    _refuse_unpaired(table, found, names)
+    records = tuple(_pair(row, found, name, turns) for row, name in zip(table.rows, names, strict=True))
+    refuse_rivals(table, found, rivals(PAIR_COLUMNS, columns), [record.whole for record in records], names)
+    return records, found
 
 
 def document_columns(present: Sequence[str], columns: Mapping[str, str] | None, where: str) -> dict[str, str]:
@@ -124,6 +142,7 @@ def document_columns(present: Sequence[str], columns: Mapping[str, str] | None, 
 def read_document(row: Row, columns: Mapping[str, str], number: int) -> Record:
     """Read a document from a row; ``number`` is its place."""
     name = _row_name(row, columns, number)
+    refuse_cells(row, name)
     text = text_cell(row, columns, "text", name)
     return _record(row, columns, name, content_id((), text), prompt="", response=text, kind="document")
 
@@ -138,11 +157,68 @@ def read_preferences(table: Table, columns: Mapping[str, str] | None) -> tuple[t
             rule="a preference is `prompt`, `chosen` and `rejected`, or two conversations",
             fix="rename the columns, or use --set examples.kind=pair",
         )
-    names = _row_names(table, found)
-    refuse_columns(table, found, names)
+    table, names = with_messages(table, found), _row_names(table, found)
+    refuse_columns(table, found, names, more=_OTHER_REFERENCES)
     refuse_keys(table, found, names)
+    records = tuple(_preference(row, found, name) for row, name in zip(table.rows, names, strict=True))
+    usual = [*rivals(PREFERENCE_COLUMNS, columns), *PAIR_COLUMNS["messages"]]
+    refuse_rivals(table, found, usual, [record.whole for record in records], names)
+    return records, found
+
+
+def rivals(usual: Mapping[str, Sequence[str]], given: Mapping[str, str] | None) -> list[str]:
+    """Names of columns that could be what is said, but for those of a field whose column the user named."""
+    said = ("messages", "text", "prompt", "context", "response", "system", "history")
+    return [
+        *(name for field in said if field in usual and field not in (given or {}) for name in usual[field]),
+        *ASKED,
+        *(ANSWERED if "text" not in usual else ()),
+    ]
+
+
+def with_messages(table: Table, columns: Mapping[str, str]) -> Table:
+    """The table with messages in the place of the JSON that a cell writes them in.
+
+    Raises
+    ------
+    UserError
+        A cell is written as messages and is no JSON.
+    """
+    written = dict.fromkeys(("messages", "text", "prompt", "response", "chosen", "rejected"), _MESSAGES)
+    written["history"] = _EXCHANGES
+    forms = {columns[field]: form for field, form in written.items() if field in columns}
+    rows = []
+    for number, row in enumerate(table.rows, 1):
+        texts = {column: row[column] for column in forms if isinstance(row.get(column), str)}
+        read = {c: _from_json(text, c, number) for c, text in texts.items() if forms[c].fullmatch(text)}
+        rows.append({**row, **read} if read else row)
+    return replace(table, rows=rows)
+
+
+def _from_json(value: str, column: str, number: int) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise UserError(
+            f"the {column} of row {number} is written as messages and is no JSON",
+            value=value,
+            rule='in a text messages are JSON: [{"role": "user", "content": "…"}]',
+            fix="write the cell with json.dumps, or save the table as JSONL or Parquet",
+        ) from error
+
+
+def _refuse_unpaired(table: Table, columns: Mapping[str, str], names: Sequence[str]) -> None:
+    """Refuse answers of which some are to be unlearned: completions with a label that is true or false, as of KTO."""
+    if folded(columns.get("response", "")) != "completion":
+        return
     rows = zip(table.rows, names, strict=True)
-    return tuple(_preference(row, found, name) for row, name in rows), found
+    if against := [name for row, name in rows if cell(row, columns, "label") is False]:
+        raise UserError(
+            f"{table.name}: {len(against)} completions have the label false",
+            value=name_ids(against),
+            rule="training moves a pair's response up; data of KTO move those of the label false down",
+            fix="remove these rows, or write the labels as words if they are notes",
+        )
 
 
 def _preference(row: Row, columns: Mapping[str, str], name: str) -> Record:
@@ -161,6 +237,19 @@ def _preference(row: Row, columns: Mapping[str, str], name: str) -> Record:
             value=last["content"],
             rule="a preference moves the model from one answer to another",
             fix="remove the row",
+        )
+    asked = before[-1]["content"].strip()
+    whole = all(isinstance(cell(row, columns, side), str) for side in ("chosen", "rejected"))
+    if (
+        whole
+        and len(asked.split()) > 2
+        and all(turn["content"].strip().startswith(asked) for turn in (last, rejected[-1]))
+    ):
+        raise UserError(
+            f"both answers of {name} begin with their prompt",
+            value=asked,
+            rule="an answer is what follows the prompt",
+            fix="cut the prompt off; answers that do begin so are messages: [{role: assistant, content: …}]",
         )
     extras = [{k: v for k, v in turn.items() if k not in ("role", "content")} for turn in (last, rejected[-1])]
     if extras[0] or extras[1]:
@@ -198,7 +287,7 @@ def _side(row: Row, columns: Mapping[str, str], side: str, name: str) -> list[Me
             fix="split the text into a prompt and its answer",
         )
     turns = _conversation(row, {**columns, "messages" if whole else "response": columns[side]}, name)
-    if marked := [key for turn in turns for key in _MARKS if key in turn]:
+    if marked := [key for turn in turns for key in MARKS if key in turn]:
         raise UserError(
             f"a message of {name} is marked with a {marked[0]}",
             value=value,
@@ -211,7 +300,7 @@ def _side(row: Row, columns: Mapping[str, str], side: str, name: str) -> list[Me
 def _reference(row: Row, columns: Mapping[str, str], name: str) -> tuple[float, float] | None:
     """Log-probabilities of both answers under a reference, where the row gives them."""
     given = [cell(row, columns, f"reference_{side}") for side in ("chosen", "rejected")]
-    if not any(_holds(value) for value in given):
+    if not any(holds(value) for value in given):
         return None
     numbers = [_number(value) for value in given]
     if not all(math.isfinite(number) and number <= 0 for number in numbers):
@@ -256,7 +345,7 @@ def _record(row: Row, columns: Mapping[str, str], name: str, otherwise: str, **f
 
 def _pair(row: Row, columns: Mapping[str, str], name: str, turns: Turns) -> Record:
     given = _conversation(row, columns, name)
-    messages = [{key: value for key, value in turn.items() if key not in _MARKS} for turn in given]
+    messages = [{key: value for key, value in turn.items() if key not in MARKS} for turn in given]
     counted = _counted(given, turns, name)
     last = counted[-1]
     before, response = tuple(messages[:last]), messages[last]
@@ -348,9 +437,9 @@ def with_system(system: str, turns: list[Message], name: str) -> list[Message]:
 
 
 def role_letters(turns: Sequence[Message]) -> str:
-    """The roles of a conversation, a letter each: s, u, a, t, and ? for an unknown one."""
+    """The roles of a conversation, a letter each: s, u, a, t."""
     letters = {"system": "s", "developer": "s", "user": "u", "assistant": "a", "tool": "t"}
-    return "".join(letters.get(turn["role"], "?") for turn in turns)
+    return "".join(letters[turn["role"]] for turn in turns)
 
 
 def _counted(turns: Sequence[Message], which: Turns, name: str) -> list[int]:
@@ -377,7 +466,7 @@ def _counted(turns: Sequence[Message], which: Turns, name: str) -> list[int]:
 
 def _mark(turn: Message, name: str) -> bool | None:
     """Whether a message says that the loss is on it; None where it says nothing."""
-    given = {key: turn[key] for key in _MARKS if turn.get(key) is not None}
+    given = {key: turn[key] for key in MARKS if turn.get(key) is not None}
     if any(value not in (0, 1) for value in given.values()) or len({bool(v) for v in given.values()}) > 1:
         raise UserError(
             f"a message of {name} has a weight that is neither 0 nor 1",
@@ -394,19 +483,19 @@ def read_turns(value: object, name: str) -> list[Message]:
     Raises
     ------
     UserError
-        A message has no role, or no text as its content.
+        A message has no role, one that is not known, or no text as its content.
     """
     turns = []
     for turn in value if isinstance(value, list | tuple) else [value]:
         given: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
-        role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
-        kept = {key: given[key] for key in (*_MARKS, *_FOR_TEMPLATE) if _holds(given.get(key))}
-        wrong = [k for k in _FOR_TEMPLATE if k in kept and not isinstance(kept[k], list if k == "tool_calls" else str)]
+        role, content = (_one_of(given, keys, name) for keys in (("role", "from"), ("content", "value")))
+        kept = {key: given[key] for key in (*MARKS, *FOR_TEMPLATE) if holds(given.get(key))}
+        wrong = [k for k in FOR_TEMPLATE if k in kept and not isinstance(kept[k], list if k == "tool_calls" else str)]
         if wrong:
             raise UserError(
                 f"the {wrong[0]} of a message of {name} is malformed",
                 value=kept[wrong[0]],
-                rule=f"of {', '.join(_FOR_TEMPLATE)} the first is a list of objects, the others are texts",
+                rule=f"of {', '.join(FOR_TEMPLATE)} the first is a list of objects, the others are texts",
                 fix="correct it, or remove the key",
             )
         content = "" if content is None and "tool_calls" in kept else content
@@ -417,8 +506,28 @@ def read_turns(value: object, name: str) -> list[Message]:
                 rule='a message is {"role": "user", "content": "…"}; content is text only',
                 fix="write the content as one text",
             )
-        turns.append({"role": _ROLES.get(role, role), "content": content, **kept})
+        if (known := _ROLES.get(role.strip().lower())) is None:
+            raise UserError(
+                f"a message of {name} has a role that is not known",
+                value=role,
+                rule=f"a role is one of {', '.join(_ROLES)}",
+                fix="rename it; a call of a tool is an assistant's `tool_calls`, what it returns a message of `tool`",
+            )
+        turns.append({"role": known, "content": content, **kept})
     return turns
+
+
+def _one_of(turn: Mapping[str, Any], keys: tuple[str, str], name: str) -> Any:
+    """What a message holds under one of two keys that mean the same."""
+    given = [turn[key] for key in keys if holds(turn.get(key))]
+    if len(given) == 2 and given[0] != given[1]:
+        raise UserError(
+            f"a message of {name} has a {keys[0]} and another {keys[1]}",
+            value=given,
+            rule="both keys mean the same",
+            fix="remove one of them",
+        )
+    return given[0] if given else turn.get(keys[0], turn.get(keys[1]))
 
 
 def _part(row: Row, columns: Mapping[str, str], field: str, role: str, name: str) -> list[Message]:
@@ -431,7 +540,7 @@ def _part(row: Row, columns: Mapping[str, str], field: str, role: str, name: str
 
 def read_history(value: object, name: str) -> Iterator[Message]:
     """Earlier turns, of a list of [question, answer]."""
-    for turn in value if isinstance(value, list | tuple) else [value] if _holds(value) else []:
+    for turn in value if isinstance(value, list | tuple) else [value] if holds(value) else []:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise UserError(
                 f"the history of {name} is no list of [question, answer]",
@@ -458,7 +567,7 @@ def add_context(row: Row, columns: Mapping[str, str], prompt: list[Message], nam
     context = text_cell(row, columns, "context", name)
     if not context.strip():
         return
-    if columns[field] == "instruction" and len(prompt) == 1:
+    if folded(columns[field]) == "instruction" and len(prompt) == 1:
         prompt[0]["content"] += "\n" + context
     elif not any(context in turn["content"] for turn in prompt):
         raise UserError(
@@ -473,11 +582,14 @@ def _refuse_beside(row: Row, columns: Mapping[str, str], turns: Sequence[Message
     """Refuse texts beside messages that the messages do not hold."""
     for field in ("prompt", "context", "response", "history"):
         value = cell(row, columns, field)
-        if not _holds(value):
+        if not holds(value):
             continue
         part = isinstance(value, list | tuple) and all(isinstance(turn, Mapping) for turn in value)
         texts = [turn["content"] for turn in read_turns(value, name)] if part else [str(value)]
-        if not all(any(text in turn["content"] for turn in turns) for text in texts):
+        said, among = (
+            (texts[-1:], turns[-1:]) if field == "response" else (texts, turns)
+        )  # the last answer is trained on
+        if not all(any(text in turn["content"] for turn in among) for text in said):
             raise UserError(
                 f"{name} has messages and a {columns[field]} that is not among them",
                 value=value,
@@ -493,7 +605,7 @@ def _tools(value: object, name: str) -> tuple[Any, ...]:
             given = json.loads(value)
         except ValueError:
             given = value
-    if not _holds(given):
+    if not holds(given):
         return ()
     if not isinstance(given, list | tuple) or not all(isinstance(tool, Mapping) for tool in given):
         raise UserError(
@@ -503,61 +615,3 @@ def _tools(value: object, name: str) -> tuple[Any, ...]:
             fix="write a list of objects, or leave the cell empty",
         )
     return tuple(given)
-
-
-def refuse_columns(
-    table: Table, columns: Mapping[str, str], names: Sequence[str], what: str = "examples", more: Sequence[str] = ()
-) -> None:
-    """Refuse columns that would change what the model sees and have no use, where they hold something.
-
-    Parameters
-    ----------
-    names : what each row is called
-    what : what the rows are
-    more : names of columns that these rows have no use for, either
-    """
-    used = set(columns.values())
-    for column in (*_REFUSED, *more):
-        if column in used:
-            continue
-        neutral = (1, True) if column in ("weight", "train") else ()
-        holding = [
-            name
-            for row, name in zip(table.rows, names, strict=True)
-            if _holds(row.get(column)) and row[column] not in neutral
-        ]
-        if holding:
-            raise UserError(
-                f"{table.name}: the column {column} would change {len(holding)} {what} and is not used",
-                value=name_ids(holding),
-                rule="nothing that a model is given is ignored silently",
-                fix=f"rename the column {column} if it is a note, or remove it",
-            )
-
-
-def refuse_keys(table: Table, columns: Mapping[str, str], names: Sequence[str], what: str = "examples") -> None:
-    """Refuse keys of messages that are neither used nor known to be notes; ``what`` the rows are."""
-    known = {"role", "from", "content", "value", *_MARKS, *_FOR_TEMPLATE, *_NOTES}
-    holding: dict[str, dict[str, None]] = defaultdict(dict)
-    for row, name in zip(table.rows, names, strict=True):
-        for field in ("messages", "text", "prompt", "response", "chosen", "rejected"):
-            value = cell(row, columns, field)
-            for turn in value if isinstance(value, list | tuple) else ():
-                for key in set(turn) - known if isinstance(turn, Mapping) else ():
-                    if _holds(turn[key]):
-                        holding[key][name] = None
-    if holding:
-        key, ids = sorted(holding.items())[0]
-        raise UserError(
-            f"{table.name}: messages of {len(ids)} {what} have a {key}, which is not used",
-            value=name_ids(list(ids)),
-            rule=f"of a message are used: role, content, weight, train, {', '.join(_FOR_TEMPLATE)}",
-            fix="remove the key from the messages",
-        )
-
-
-def _holds(value: object) -> bool:
-    """Whether a cell says something: not null, nor an empty text, list or mapping."""
-    if isinstance(value, str):
-        return value.strip() not in ("", "[]", "{}", "null")
-    return value is not None and not (isinstance(value, list | tuple | Mapping) and not value)

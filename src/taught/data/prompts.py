@@ -11,18 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from taught.data.choices import ANSWERS, OPTIONS, Apart, Options, options_apart, read_options
-from taught.data.columns import cell, detect_columns, name_ids, repeated, text_cell
-from taught.data.formats import (
-    add_context,
-    read_history,
-    read_turns,
-    refuse_columns,
-    refuse_keys,
-    role_letters,
-    with_system,
-)
+from taught.data.columns import cell, detect_columns, folded, name_ids, refuse_spellings, repeated, text_cell
+from taught.data.formats import add_context, read_history, read_turns, rivals, role_letters, with_messages, with_system
 from taught.data.readers import Row
 from taught.data.tables import Table, open_table
+from taught.data.unused import MARKS, refuse_columns, refuse_keys, refuse_rivals
 from taught.data.words import normalise
 from taught.errors import UserError
 
@@ -30,7 +23,7 @@ Message = Mapping[str, Any]
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "prompt_id"),
-    "messages": ("messages", "conversations"),
+    "messages": ("messages", "conversations", "conversation"),
     "text": ("text", "prompt", "instruction", "question", "goal", "behavior"),
     "group": ("group", "label", "skill", "benchmark"),
     "category": ("category", "topic"),
@@ -52,6 +45,7 @@ CHOICE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "answer": (*ANSWERS, *COLUMNS["answer"]),
     "context": ("passage", "context", "support", "article", "input"),
 }
+_NOTES = ("goal", "behavior")  # a short name of the prompt, where another column is its text
 ONE_GROUP = "all"  # the group of prompts whose file has no groups
 
 
@@ -157,10 +151,16 @@ def load_prompts(
             rule=f"usual names of the text are {', '.join(COLUMNS['text'])}; of a conversation, messages",
             fix="rename the column to prompt, or load with columns={'text': …}",
         )
+    table = with_messages(table, found)
+    rows = table.rows
     names = [text_cell(row, found, "id", f"row {number}") or f"row {number}" for number, row in enumerate(rows, 1)]
     refuse_columns(table, found, names, "prompts", ("tools",))
     refuse_keys(table, found, names, "prompts")
     prompts = tuple(_prompt(row, found, apart, name) for row, name in zip(rows, names, strict=True))
+    usual = [name for name in rivals(COLUMNS if apart is None else CHOICE_COLUMNS, columns) if name not in _NOTES]
+    # Messages go before a text: one beside them has to be among them.
+    read = {field: column for field, column in found.items() if field != "text" or "messages" not in found}
+    refuse_rivals(table, read, usual, ["\n".join(_whole(prompt)) for prompt in prompts], names, "prompts")
     _check(prompts, where)
     return PromptSet(prompts, found, table.sha256)
 
@@ -168,7 +168,7 @@ def load_prompts(
 def _columns(table: Table, apart: Apart | None, given: Mapping[str, str] | None) -> dict[str, str]:
     """Which column of a table of prompts is what; ``label`` is the answer where it names options, else the group."""
     given = dict(given or {})
-    if apart is None and not {*OPTIONS, given.get("options")} & set(table.columns):
+    if apart is None and not {*OPTIONS, folded(given.get("options", ""))} & set(map(folded, table.columns)):
         return detect_columns(table.columns, COLUMNS, given, table.name)
     found = detect_columns(table.columns, CHOICE_COLUMNS, given, table.name)
     if "answer" in found or "label" not in table.columns or "label" in given.values():
@@ -190,7 +190,7 @@ def _prompt(row: Row, columns: Mapping[str, str], apart: Apart | None, name: str
     field = "text" if cell(row, columns, "messages") is None else "messages"
     messages = _conversation(row, columns, field, name, first=bool(options.texts))
     text = messages[-1]["content"]
-    if len(messages) == 1:  # the same prompt as its text alone
+    if len(messages) == 1 and set(messages[0]) == {"role", "content"}:  # the same prompt as its text alone
         messages = ()
     given = texts.pop("id") or content_id(text, answer, options.texts, messages)
     return Prompt(given, text, **texts, answer=answer, options=options.texts, messages=messages)
@@ -204,6 +204,14 @@ def _answer(row: Row, columns: Mapping[str, str], options: Options, name: str) -
         row = {**row, columns["answer"]: answer}
     if isinstance(answer, int) and not isinstance(answer, bool):
         said: str | int = answer
+        given = cell(row, columns, "options")
+        if isinstance(given, list | tuple) and answer in given and given.index(answer) != answer:
+            raise UserError(
+                f"the answer of {name} names one option by its number and another by what it says",
+                value=answer,
+                rule=f"options: {', '.join(options.texts)}",
+                fix="write the answer as a text where it is what an option says, and the options as texts where not",
+            )
     else:
         said = text_cell(row, columns, "answer", name)
     if not options.labels or said == "":
@@ -219,11 +227,11 @@ def _conversation(row: Row, columns: Mapping[str, str], field: str, name: str, *
     """
     content, system = cell(row, columns, field), text_cell(row, columns, "system", name)
     if isinstance(content, list | tuple):
-        asked = read_turns(content, name)
+        asked = [{k: v for k, v in turn.items() if k not in MARKS} for turn in read_turns(content, name)]
     else:
         asked = [{"role": "user", "content": text_cell(row, columns, field, name)}]
     context = text_cell(row, columns, "context", name).strip()
-    first = (first or columns.get("context") == "passage") and columns[field] != "instruction"
+    first = (first or folded(columns.get("context", "")) == "passage") and folded(columns[field]) != "instruction"
     if context and first and len(asked) == 1:
         if context not in asked[0]["content"]:
             asked[0]["content"] = f"{context}\n{asked[0]['content']}"
@@ -264,6 +272,7 @@ def _check(prompts: tuple[Prompt, ...], where: str) -> None:
                 rule="every evaluation prompt has a text, and a group where the file has groups",
                 fix="fill the cells or remove the rows",
             )
+    refuse_spellings((prompt.group for prompt in prompts), "group", where)
     same_id = repeated((prompt.id, prompt.id) for prompt in prompts)
     if same_id:
         raise UserError(
@@ -284,5 +293,9 @@ def _check(prompts: tuple[Prompt, ...], where: str) -> None:
 
 def _said(prompt: Prompt) -> str:
     """What makes a prompt another one: its conversation, its answer and its options."""
-    said = [m["content"] for m in prompt.messages] or [prompt.text]
-    return json.dumps([[normalise(text) for text in said], prompt.answer, prompt.options])
+    return json.dumps([[normalise(text) for text in _whole(prompt)], prompt.answer, prompt.options])
+
+
+def _whole(prompt: Prompt) -> list[str]:
+    """The text of each message, up to the prompt's own."""
+    return [m["content"] for m in prompt.messages] or [prompt.text]

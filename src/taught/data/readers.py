@@ -6,7 +6,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ def rows_of(path: Path) -> Iterator[Row]:
     Raises
     ------
     UserError
-        Unreadable file, unknown ending, a line that is not a JSON object (the line is named), or a text with a NUL
-        or half a character (the row is named).
+        Unreadable file, unknown ending, a line that is not a JSON object, or has a key twice (the line is named), two
+        columns of one name, or a text with a NUL or half a character (the row is named).
     """
     reader = _saved_dataset if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
@@ -34,7 +34,7 @@ def rows_of(path: Path) -> Iterator[Row]:
             "unknown kind of table",
             value=path.name,
             rule=f"the file name ends in one of {', '.join(READERS)}",
-            fix="rename the file, or convert it to JSONL",
+            fix="unpack or convert it to JSONL; rename it if it is one of these by another name",
         )
     try:
         yield from only_texts(reader(path), path.name)
@@ -85,7 +85,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
+                row = json.loads(text, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{path.name}, line {number}: not JSON ({_why(error)})",
@@ -105,7 +105,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 def _json(path: Path) -> Iterator[Row]:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise UserError(
@@ -126,11 +126,7 @@ def _csv(path: Path) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            twice = [column for column, times in Counter(reader.fieldnames or ()).items() if times > 1]
-            if twice:
-                raise UserError(
-                    f"{path.name}, line 1: two columns have one name", value=", ".join(twice), fix="rename one of them"
-                )
+            _refuse_twice(reader.fieldnames or (), f"{path.name}, line 1")
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(
@@ -153,13 +149,21 @@ def _as_parquet(path: Path) -> Iterator[None]:
         yield
     except pa.ArrowException as error:
         raise UserError(f"{path.name}: not a Parquet file ({first_line(error)})", value=str(path)) from error
+    except ValueError as error:
+        raise UserError(
+            f"{path.name}: a value that cannot be read ({first_line(error)})",
+            value=str(path),
+            fix="save times in microseconds, or as text",
+        ) from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     with _as_parquet(path):
-        for batch in pq.ParquetFile(path).iter_batches(_BATCH):
+        file = pq.ParquetFile(path)
+        _refuse_twice(file.schema_arrow.names, path.name)
+        for batch in file.iter_batches(_BATCH):
             yield from batch.to_pylist()
 
 
@@ -179,9 +183,23 @@ def _saved_dataset(folder: Path) -> Iterator[Row]:
             with pa.memory_map(str(folder / name)) as source:
                 for batch in pa.ipc.open_stream(source):
                     yield from batch.to_pylist()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             what = f"cannot read {name} of a saved dataset ({first_line(error)})"
             raise UserError(what, value=str(folder)) from error
+
+
+def _refuse_twice(columns: Sequence[str], where: str) -> None:
+    if twice := [column for column, times in Counter(columns).items() if times > 1]:
+        raise UserError(f"{where}: two columns have one name", value=", ".join(twice), fix="rename one of them")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no key stands twice: the last one would go before the others."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} stands twice in one object")
+    return found
 
 
 def _bad_byte(path: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,8 @@ from taught.run.files import sha256_file, write_bytes
 HUB = "hf:"
 # What may lie beside shards and is no table.
 _BESIDE = (".md", ".txt", ".yaml", ".yml", "")
+# What the name of a file says of its split of a data set.
+_SPLIT = re.compile("(?<![a-z])(train|test|valid|val|dev|eval|training|validation|evaluation)(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ def shards_of(path: str | Path) -> tuple[Path, ...]:
 def _shards_in(folder: Path) -> tuple[Path, ...]:
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
     shards = tuple(p for p in files if p.suffix.lower() in READERS)
+    deeper = sorted(p for p in folder.rglob("*") if p.parent != folder and p.suffix.lower() in READERS and p.is_file())
     if not shards:
         inside = sorted(p.name for p in folder.iterdir() if p.is_dir())
         splits = [name for name in inside if (folder / name / STATE).is_file()]
@@ -207,16 +211,26 @@ def _shards_in(folder: Path) -> tuple[Path, ...]:
             rule=f"a folder holds shards ({', '.join(READERS)}), or is written by Dataset.save_to_disk",
             fix=f"name one split: {', '.join(splits)}"
             if splits
-            else f"name the files by a pattern: {folder / '**' / '*.parquet'}"
-            if inside
+            else f"name a folder or a pattern: {deeper[0].parent / ('*' + deeper[0].suffix)}"
+            if deeper
             else "give a .jsonl file",
         )
-    if other := [p.name for p in files if p not in shards and p.suffix.lower() not in _BESIDE]:
+    other = [p.name for p in files if p not in shards and p.suffix.lower() not in _BESIDE]
+    if other or deeper:
         raise UserError(
             "a folder of shards holds files that are not read",
-            value=", ".join(other[:8]),
-            rule=f"shards end in one of {', '.join(READERS)}",
+            value=", ".join([*other, *(p.relative_to(folder).as_posix() for p in deeper)][:8]),
+            rule=f"shards end in one of {', '.join(READERS)} and lie in the folder itself",
             fix=f"name the files to read by a pattern: {folder / ('*' + shards[0].suffix)}",
+        )
+    named = {found[0]: shard.name for shard in shards if (found := _SPLIT.search(shard.stem.lower()))}
+    if len(named) > 1:
+        first = next((name for name in named if name.startswith("train")), min(named))
+        raise UserError(
+            "a folder of shards holds several splits of a data set",
+            value=", ".join(named.values()),
+            rule="what a model is tested on is not what it was trained on",
+            fix=f"name the files of one: {folder / f'*{first}*'}",
         )
     return shards
 
@@ -257,7 +271,16 @@ def _mappings(rows: Iterable[Any], name: str) -> Iterator[Row]:
                 rule='every row has named fields: {"prompt": …}',
                 fix="pass a list of dicts (of a data frame: frame.to_dict('records'))",
             )
-        yield {str(key): value for key, value in row.items()}
+        yield {str(key): _plain(value) for key, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A cell without numpy: a data frame holds arrays where its file holds lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _hub_dataset(source: str) -> Iterable[Any]:

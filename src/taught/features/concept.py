@@ -75,8 +75,8 @@ class Concept:
     def __post_init__(self) -> None:
         v = np.asarray(self.direction, np.float64)
         object.__setattr__(self, "direction", v)
-        if v.ndim != 1 or not np.isfinite(v).all() or not v.any():
-            rule, fix = "[D], finite and not zero", "check the tensor or the features it is made of"
+        if v.ndim != 1 or not 0 < np.linalg.norm(v) < np.inf:
+            rule, fix = "[D], of a length that is finite and not zero", "check the tensor or the features it is made of"
             raise UserError("a concept is one direction", value=f"shape {list(v.shape)}", rule=rule, fix=fix)
         require_place(self.position, self.tokens)
 

@@ -51,7 +51,7 @@ class _Allowed:
 
 def _only(*values: Any) -> _Allowed:
     # By type as well: 1 equals True in Python, and means something else in a configuration.
-    words = " or ".join(str(value).lower() for value in values)
+    words = " or ".join(dict.fromkeys(str(value).lower() for value in values))
     return _Allowed(words, lambda given: any(type(given) is type(value) and given == value for value in values))
 
 
@@ -189,9 +189,10 @@ def saelens_config(
     also = tuple(_point(name, None, None, "hf_hook_name") for name in names[1:])
     if any(other.block != found.block for other in also):
         raise _refused("hf_hook_name", names[1], f"the place of {hook}")
-    number = re.search(r"\d+", hook, re.ASCII)
-    if number is not None and known.get("hook_layer", int(number[0])) != int(number[0]):
-        raise _refused("hook_layer", known["hook_layer"], f"the block of {hook}")
+    number = re.search(r"\d+", hook, re.ASCII)  # not the point's block: that of resid_pre is the one before
+    named = found.block if number is None else int(number[0])
+    if known.get("hook_layer", named) != named:
+        raise _refused("hook_layer", known["hook_layer"], f"the block of {hook or 'sae.block'}: {named}")
     return SaeConfig(
         architecture,
         _top_k(k) if top_k else None,

@@ -16,7 +16,7 @@ from taught.data.examples import ExampleSet, load_examples
 from taught.data.overlap import drop_overlap
 from taught.data.prompts import Prompt, PromptSet, load_prompts
 from taught.data.subset import Spread, spread
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.features.pooling import FeatureMap, read_tokens
 from taught.features.sae import SparseAutoencoder, load_sae
 from taught.features.select import Selection, select_features
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+_FARTHEST = 50  # of beta times the margin: its loss has a slope of 2e-22 there, or none of another than 1
 _REFERENCE_TOKENS = 512  # of a batch of the pass that reads the reference: no number depends on it but by rounding
 
 
@@ -95,7 +96,12 @@ class Subject:
         """Token inputs of examples, preferences with their loss.
 
         The reference of a preference is what the data give, else the model under study without its adapter: the
-        model that training began at. Cost: one forward pass over the preferences that come without.
+        model that training began at. Cost: one forward pass over the preferences.
+
+        Raises
+        ------
+        UserError
+            A reference of the data is so far from the model that a preference has no slope left.
         """
         inputs = [e.example() for e in encoded]
         margins = {e.id: e.reference[0] - e.reference[1] for e in encoded if e.reference is not None}
@@ -105,6 +111,15 @@ class Subject:
             with without_adapter(self.loaded.model):
                 sums = example_losses(self.loaded.model, asked, _REFERENCE_TOKENS)
             margins |= {z.id: -value for z, value in zip(asked, sums.tolist(), strict=True)}
+        if known := [z for z in inputs if z.id in given]:
+            sums = example_losses(self.loaded.model, known, _REFERENCE_TOKENS)
+            away = {z.id: value + margins[z.id] for z, value in zip(known, sums.tolist(), strict=True)}
+            refuse(
+                [f"{id}: {value:.4g} nats" for id, value in away.items() if abs(beta * value) > _FARTHEST],
+                "the log-probabilities of the reference are of another scale than the model's",
+                rule=f"chosen minus rejected, reference minus model: at most {_FARTHEST} / examples.beta",
+                fix="give sums over the tokens of each answer, natural logarithm; or leave them out",
+            )
         return [replace(z, link=Dpo(beta, margins[z.id], z.id in given)) if z.id in margins else z for z in inputs]
 
     def features(self, ids: Any, study: Study) -> FeatureMap:
