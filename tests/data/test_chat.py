@@ -122,6 +122,25 @@ def test_a_turn_that_the_template_leaves_out_is_refused(role: str) -> None:
         ChatFormat(BPE, silent).encode_example(Record("z", "c", "d", messages=tuple(turns)))
 
 
+def test_a_part_of_a_turn_that_the_template_leaves_out_is_refused_and_what_is_advised_works() -> None:
+    # As Qwen 3: thoughts inside an earlier answer are cut out of it.
+    cut = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}"
+    )
+    form, turns = ChatFormat(BPE, cut), [user("a"), assistant("<think>hm</think>b"), user("c")]
+    for encode in (
+        lambda: form.encode_prompt(turns, "p"),
+        lambda: form.encode_example(Record("p", "c", "d", messages=tuple(turns))),
+    ):
+        with pytest.raises(UserError, match="leaves out a part of the assistant message of p"):
+            encode()
+        turns[1] = assistant("b")
+        encode()
+        turns[1] = assistant("<think>hm</think>b")
+    whole = ChatFormat(BPE, CHATML).encode_prompt(turns, "p")
+    assert "<think>hm</think>b" in BPE.decode(whole.input_ids)
+
+
 def test_the_digest_knows_template_and_tokenizer() -> None:
     digests = {FORMATS[name].digest() for name in FORMATS} | {ChatFormat(sentencepiece(), CHATML).digest()}
     assert len(digests) == len(FORMATS) + 1

@@ -426,6 +426,14 @@ class ChatFormat:
                         rule="nothing that the data hold is ignored silently",
                         fix=f"remove the {key} from the data, or set model.chat_template to one that renders it",
                     )
+        for turn in turns[:-1]:  # such as thoughts inside an earlier answer
+            if turn["role"] != "tool" and turn["content"].strip() not in text:
+                raise UserError(
+                    f"the chat template leaves out a part of the {turn['role']} message of {id}, or changes it",
+                    value=turn["content"],
+                    rule="nothing that the data hold is ignored silently",
+                    fix="write the message as the template renders it, or set model.chat_template to another one",
+                )
 
     def _render(self, messages: Sequence[Message], id: str, answer: bool, tools: Sequence[Any] = ()) -> str:
         """Return the template's text; ``answer`` adds the generation prompt."""

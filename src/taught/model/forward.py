@@ -199,12 +199,11 @@ def _logits(model: nn.Module, rows: Rows, sequences: Sequences | None, keep: int
     wanted = sequences.at[:, columns[-keep:] if isinstance(keep, int) else keep]  # [B, K], places in [P * L]
     length = sequences.ids.shape[1]
     kept, column = (wanted % length).unique(return_inverse=True)
-    positions = torch.arange(length, device=rows.ids.device).expand_as(sequences.ids)
-    logits = _run(model, sequences.ids, positions, None, kept)
+    logits = _run(model, sequences.ids, None, None, kept)  # a plain sequence: the model's own positions (RoBERTa's)
     return logits.flatten(0, 1)[wanted // length * len(kept) + column]
 
 
-def _run(model: nn.Module, ids: Tensor, positions: Tensor, mask: Any, keep: int | Tensor) -> Tensor:
+def _run(model: nn.Module, ids: Tensor, positions: Tensor | None, mask: Any, keep: int | Tensor) -> Tensor:
     """Logits of one call of the model, which is given what it takes."""
     inputs = {"position_ids": positions, "attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
     logits: Tensor = model(input_ids=ids, **{name: x for name, x in inputs.items() if accepts(model, name)}).logits
