@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from taught.core.point import RESID_POST, Point
 from taught.errors import UserError
 from taught.model.gradients import evaluating
-from taught.model.layout import accepts, first_device, text_config, tree_mask, written_out
+from taught.model.layout import accepts, counts_positions, first_device, text_config, tree_mask, written_out
 from taught.model.points import find_part, first
 from taught.model.tokens import Rows, Sequences
 
@@ -199,7 +199,10 @@ def _logits(model: nn.Module, rows: Rows, sequences: Sequences | None, keep: int
     wanted = sequences.at[:, columns[-keep:] if isinstance(keep, int) else keep]  # [B, K], places in [P * L]
     length = sequences.ids.shape[1]
     kept, column = (wanted % length).unique(return_inverse=True)
-    logits = _run(model, sequences.ids, None, None, kept)  # a plain sequence: the model's own positions (RoBERTa's)
+    positions = None
+    if not counts_positions(model):
+        positions = torch.arange(length, device=rows.ids.device).expand_as(sequences.ids)
+    logits = _run(model, sequences.ids, positions, None, kept)
     return logits.flatten(0, 1)[wanted // length * len(kept) + column]
 
 
