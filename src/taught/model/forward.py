@@ -109,10 +109,23 @@ class _StopForward(Exception):
 
 @contextmanager
 def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tensor]]:
-    """Collect what ``module`` returns (its *output*, not its input). A copy goes on: some models add to it in place."""
+    """Collect what ``module`` returns (its *output*, not its input). A copy goes on: some models add to it in place.
+
+    Raises
+    ------
+    UserError
+        The model calls the module again in one pass: h is not one vector for each token.
+    """
     seen: list[Tensor] = []
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if seen:
+            raise UserError(
+                "the model runs what is read more than once in a pass",
+                value=type(module).__name__,
+                rule="h at a point is one vector for each token",
+                fix="read a block that is not in the loop, or leave sae.path and concepts empty",
+            )
         seen.append(first(output))
         if stop:
             raise _StopForward
