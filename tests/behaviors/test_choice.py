@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from behavior_checks import check_derivatives, check_values, scored_prompts
 from taught.behaviors.choice import Choice
@@ -125,6 +127,22 @@ def test_what_a_choice_of_a_public_form_lacks_is_named_by_id(good: dict, wrong: 
         encode_prompts(Choice(), load_prompts(rows), chat())
     assert caught.value.value == "c"
     assert len(encode_prompts(Choice(), load_prompts([rows[0], rows[1]]), chat())) == 2
+
+
+def test_options_that_the_tokenizer_does_not_keep_apart_are_refused_and_letters_work() -> None:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"], show_progress=False)
+    tokenizer.train_from_iterator(["user assistant: Where? A. Paris B. London"] * 3, trainer)
+    form = chat(tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    for options in (["Paris", "PARIS"], ["👍", "👎"]):  # one case, and signs that it does not know
+        rows = [{"id": "a", "prompt": "Where?", "options": options, "answer": 1}]
+        with pytest.raises(UserError, match="some options are the same tokens of 1 prompts") as caught:
+            encode_prompts(Choice("cloze"), load_prompts(rows), form)
+        assert "behavior.style=letter" in caught.value.fix
+        (found,) = encode_prompts(Choice("letter"), load_prompts(rows), form)
+        assert [tokenizer.decode(ids) for ids in found.suffixes] == ["b", "a"]
 
 
 def test_the_degree_is_the_share_of_the_right_option() -> None:

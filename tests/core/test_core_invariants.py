@@ -13,6 +13,7 @@ import taught.estimators.adjoint as adjoint
 import taught.estimators.every_prompt as pe
 from reference import readings_of
 from taught.core.example import sft
+from taught.core.point import Point
 from taught.core.target import TargetSet
 from taught.errors import UserError
 from taught.estimators.adjoint import feature_effects, target_effects
@@ -27,9 +28,11 @@ from tiny_models import (
     POINT,
     plain_gradient,
     plain_loss,
+    plain_read,
     plain_y,
     same,
     snapshot,
+    tiny_behavior,
     tiny_examples,
     tiny_features,
     tiny_model,
@@ -135,6 +138,40 @@ def test_blocks_that_are_not_a_chain_are_refused() -> None:
     last.register_forward_pre_hook(hand_over, with_kwargs=True)
     with pytest.raises(UserError, match="not a chain"):
         prompt_effects(problem, tiny_examples())
+
+
+def looped() -> torch.nn.Module:
+    """A model that goes through its middle block twice."""
+    model = tiny_model("tied")
+    _, middle, last = model.model.layers
+
+    def again(args, kwargs):
+        return (middle(*args, **kwargs),), kwargs
+
+    last.register_forward_pre_hook(lambda _m, args, kwargs: again(args, kwargs), with_kwargs=True)
+    return model
+
+
+def test_a_block_that_is_run_twice_is_refused_where_one_is_read_and_what_is_advised_works() -> None:
+    model, examples = looped(), tiny_examples()
+    prompts = tiny_prompts()
+    with pytest.raises(UserError, match="more than once") as caught:
+        read_prompts(model, prompts, tiny_behavior(), POINT)
+    assert "a block that is not in the loop" in caught.value.fix
+    outside = read_prompts(model, prompts, tiny_behavior(), Point(0))
+    expected = torch.cat([plain_read(model, p.ids, 0)[0][list(p.read)] for p in prompts]).detach()
+    torch.testing.assert_close(outside.h, expected)
+
+    problem = tiny_problem(model, point=None, features=None)
+    with pytest.raises(UserError, match="not a chain") as caught:
+        prompt_effects(problem, examples)
+    assert "attribution.targets=[score]" in caught.value.fix
+    n = len(prompts)
+    got = target_effects(problem, examples, None, torch.ones(1, n, dtype=torch.float64))[0][:, 0]
+    y = plain_gradient(model, torch.stack([plain_y(model, p.ids) for p in prompts]).sum())
+    losses = [plain_gradient(model, plain_loss(model, z)) for z in examples]
+    expected = torch.stack([-1e-3 * sum((y[k] * g[k]).sum() for k in y) for g in losses])
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)
 
 
 def test_parameters_shared_between_blocks_are_refused() -> None:

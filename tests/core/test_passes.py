@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from taught.core.example import ExampleBatch, example_losses, sft
 from taught.core.passes import settle_passes
 from taught.errors import UserError
 from taught.model.layout import takes_trees
-from taught.model.readout import read_prompts
-from tiny_models import plain_loss, plain_y, tiny_behavior, tiny_examples, tiny_model, tiny_prompts
+from taught.model.readout import ReadPrompt, read_prompts
+from tiny_models import VOCAB, plain_loss, plain_y, tiny_behavior, tiny_examples, tiny_model, tiny_prompts
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -138,3 +141,92 @@ def test_a_model_whose_texts_depend_on_their_batch_is_refused() -> None:
     with pytest.raises(UserError, match="something else for a text in a batch") as error:
         settle_passes(model, tiny_prompts(), tiny_behavior(), tiny_examples())
     assert "q0" in str(error.value) and "z3" in str(error.value)
+
+
+class Place(IgnoresTheTree):
+    """A model that scales its tokens by their place in a row beyond some, or in a whole batch."""
+
+    def __init__(self, model, beyond: int, batch: bool) -> None:
+        super().__init__(model)
+        self.beyond, self.batch = beyond, batch
+
+    def forward(self, **inputs):
+        b, t = inputs["input_ids"].shape
+        place = torch.arange(b * t).view(b, t) if self.batch else torch.arange(t)
+        scale = torch.where(place >= self.beyond, 1.5, 1.0).double()[..., None]
+        vectors = self.model.get_input_embeddings()(inputs.pop("input_ids")) * scale
+        return self.model(inputs_embeds=vectors, **inputs)
+
+
+def test_a_full_row_shows_what_a_few_prompts_do_not() -> None:
+    # As Llama-4 scales attention by a token's place in what it is given: no text is so long, but a row of them is.
+    model = Place(tiny_model("tied"), 40, batch=False)
+    prompts = [ReadPrompt(f"p{i:02}", (0, 4 + i, 5, 6, 3, 2), (5,), ((7, 8), (9,))) for i in range(18)]
+    assert settle_passes(model, [*prompts[:2], prompts[-1]], tiny_behavior()) < 1e-12 and takes_trees(model)
+    settle_passes(model, prompts[::-1], tiny_behavior())
+    assert not takes_trees(model)
+    y = torch.stack([plain_y(model.model, p.ids, p.suffixes).detach() for p in prompts])
+    torch.testing.assert_close(read_prompts(model, prompts, tiny_behavior(), None).y, y, **EXACT)
+
+
+def test_a_full_batch_of_examples_shows_what_two_do_not() -> None:
+    examples = [sft(f"z{i}", (0, 4 + i, 5, 6, 7, 8), 2) for i in range(12)]
+    prompts = tiny_prompts()[-1:]
+    model = Place(tiny_model("tied"), 30, batch=True)  # as experts of which each takes so many tokens
+    assert settle_passes(model, prompts, tiny_behavior(), examples[:3]) < 1e-12
+    with pytest.raises(UserError, match="something else for a text in a batch"):
+        settle_passes(model, prompts, tiny_behavior(), examples)
+
+
+def test_positions_from_the_second_on_are_the_model_s_own() -> None:
+    # As RoBERTa's, which begin behind the padding token's and which explicit positions would replace.
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=40,
+        pad_token_id=3,
+        is_decoder=True,
+    )
+    model = RobertaForCausalLM(config).double().eval()
+    assert settle_passes(model, tiny_prompts(), tiny_behavior(), tiny_examples()) < 1e-12
+    y = torch.stack([plain_y(model, prompt.ids).detach() for prompt in tiny_prompts()])
+    torch.testing.assert_close(read_prompts(model, tiny_prompts(), tiny_behavior(), None).y, y, **EXACT)
+
+
+def turned(kind: str) -> torch.nn.Module:
+    """A model that turns positions otherwise in texts of more than 8 tokens."""
+    model = tiny_model("tied")
+    rope = {"rope_theta": 100.0, "rope_type": kind, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"original_max_position_embeddings": 8, "short_factor": [1.0, 1.0], "long_factor": [3.0, 3.0]}
+    config = LlamaConfig(
+        **{k: v for k, v in model.config.to_dict().items() if k not in ("rope_parameters", "max_position_embeddings")},
+        rope_parameters=rope,
+        max_position_embeddings=8 if kind == "dynamic" else 64,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_texts_on_both_sides_of_a_switch_of_positions_are_refused_and_what_is_advised_works(kind: str) -> None:
+    model, short = turned(kind), [p for p in tiny_prompts() if len(p.ids) < 6]
+    with pytest.raises(UserError, match="positions otherwise in longer texts") as caught:
+        settle_passes(model, tiny_prompts(), tiny_behavior())
+    assert "q0, q1, q2, q3" in caught.value.value
+    with pytest.raises(UserError, match="positions otherwise in longer texts") as caught:
+        settle_passes(model, short, tiny_behavior(), tiny_examples())
+    assert "examples.max_tokens=8" in caught.value.fix
+    assert settle_passes(model, short, tiny_behavior(), [sft("z", z.ids[:8], z.start) for z in tiny_examples()]) < 1e-12
+
+
+def test_texts_that_are_all_long_are_computed_as_long_ones() -> None:
+    model = turned("longrope")
+    long = [replace(p, ids=(*range(4, 12), *p.ids)) for p in tiny_prompts()]
+    assert settle_passes(model, long, tiny_behavior()) < 1e-12
+    y = torch.stack([plain_y(model, prompt.ids).detach() for prompt in long])
+    torch.testing.assert_close(read_prompts(model, long, tiny_behavior(), None).y, y, **EXACT)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from taught.data.chat import ChatFormat, EncodedExample
@@ -119,6 +120,25 @@ def test_a_turn_that_the_template_leaves_out_is_refused(role: str) -> None:
         ChatFormat(BPE, silent).encode_prompt(turns, "p")
     with pytest.raises(UserError, match=f"leaves out the {role} message of z"):
         ChatFormat(BPE, silent).encode_example(Record("z", "c", "d", messages=tuple(turns)))
+
+
+def test_a_part_of_a_turn_that_the_template_leaves_out_is_refused_and_what_is_advised_works() -> None:
+    # As Qwen 3: thoughts inside an earlier answer are cut out of it.
+    cut = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}"
+    )
+    form, turns = ChatFormat(BPE, cut), [user("a"), assistant("<think>hm</think>b"), user("c")]
+    for encode in (
+        lambda: form.encode_prompt(turns, "p"),
+        lambda: form.encode_example(Record("p", "c", "d", messages=tuple(turns))),
+    ):
+        with pytest.raises(UserError, match="leaves out a part of the assistant message of p"):
+            encode()
+        turns[1] = assistant("b")
+        encode()
+        turns[1] = assistant("<think>hm</think>b")
+    whole = ChatFormat(BPE, CHATML).encode_prompt(turns, "p")
+    assert "<think>hm</think>b" in BPE.decode(whole.input_ids)
 
 
 def test_the_digest_knows_template_and_tokenizer() -> None:
@@ -265,6 +285,125 @@ def test_an_answer_is_tokenised_in_its_place() -> None:
     tokens = [tokenizer.convert_ids_to_tokens(encoded.input_ids[place]) for place in encoded.scored]
     first = tokens.index("</s>") + 1
     assert "".join(tokens[:first]) == "▁I▁can</s>" and "".join(tokens[first:]) == "▁I▁can't▁say</s>"
+
+
+HEADERS = ("<|user|>", "<|assistant|>", "<|end|>")
+
+
+@cache
+def in_words(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that splits at words as GPT-2's does, or one of WordPieces.
+
+    "eats": its added tokens take white space before and behind them.
+    """
+    corpus = [*CORPUS, "assistant user\n I can't say. No.\n\n think"] * 2
+    special = [*HEADERS, "<unk>"]
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    elif kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        trainer = trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+        corpus = [text.replace("\n", " ") for text in corpus]  # a line break is no token
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+    tokenizer.train_from_iterator(corpus, trainer)
+    if kind == "eats":
+        eats = [AddedToken(text, lstrip=True, rstrip=True, normalized=False) for text in HEADERS]
+        tokenizer.add_special_tokens(eats)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|end|>", additional_special_tokens=list(HEADERS)
+    )
+
+
+def turns_of(before: str, behind: str = "<|end|>") -> str:
+    """A template with some text before an answer that the generation prompt does not have."""
+    return (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ "
+        + repr(before)
+        + " if m['role'] == 'assistant' else '\\n' }}{{ m['content'] }}"
+        + behind
+        + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+
+
+BEFORE = {"line": "\n", "space": " ", "line and space": "\n ", "thoughts": "\n<think>\n\n</think>\n\n"}
+
+
+@pytest.mark.parametrize("kind", ["words", "eats", "wordpiece", "unigram"])
+@pytest.mark.parametrize("before", BEFORE)
+def test_the_tokens_of_an_answer_are_those_of_its_text_in_the_rendered_chat(before: str, kind: str) -> None:
+    tokenizer, template = in_words(kind), turns_of(BEFORE[before])
+    form = ChatFormat(tokenizer, template)
+    text = tokenizer.apply_chat_template(
+        [user("How? "), assistant("I can't say.")], chat_template=template, tokenize=False
+    )
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start = text.index("I can't say.")
+    own = [i for i, (a, b) in enumerate(whole["offset_mapping"]) if a < start + 12 and b > start]
+    encoded = form.encode_answers("How? ", ["I can't say."], "p")
+    assert [*encoded.input_ids, *encoded.suffixes[0]] == whole["input_ids"][: own[-1] + 1]
+    assert len(encoded.input_ids) == own[0]
+    pair = form.encode_example(example("How? ", "I can't say."))
+    assert pair.scored == (*own, own[-1] + 1)
+    assert tokenizer.convert_ids_to_tokens(pair.input_ids[-1]) == "<|end|>"
+
+
+def test_white_space_that_is_joined_to_one_answer_is_scored_before_all() -> None:
+    # "▁I" holds the space of the template, and nothing holds it with "(": both events begin behind the same tokens.
+    tokenizer = in_words("words")
+    form = ChatFormat(tokenizer, turns_of("  "))
+    apart, joined = (form.encode_answers("How?", [answer]) for answer in ("\u00e9", "No"))
+    both = form.encode_answers("How?", ["\u00e9", "No"])
+    assert both.input_ids == min(apart.input_ids, joined.input_ids, key=len)
+    for one, suffix in zip((apart, joined), both.suffixes, strict=True):
+        assert both.input_ids + suffix == one.input_ids + one.suffixes[0]
+
+
+def test_a_token_that_eats_white_space_still_ends_its_turn() -> None:
+    # "<|end|>" covers the two spaces before it: features are read there, and not at the header that follows.
+    tokenizer, form = in_words("eats"), ChatFormat(in_words("eats"), turns_of("\n"))
+    encoded = form.encode_prompt("How?  ", "p")
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.end_of_turn]) == "<|end|>"
+    assert tokenizer.decode(encoded.input_ids[slice(*encoded.user_span)]) == "How?"
+
+
+def test_unknown_text_ends_no_turn() -> None:
+    tokenizer = in_words("unigram")
+    form = ChatFormat(tokenizer, turns_of("", "\n\n<|end|>"))
+    ids = form.encode_example(example("How?", "No.")).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids)[-2:] == ["<unk>", "<|end|>"]
+
+
+@pytest.mark.parametrize("place", ["prompt", "answer"])
+def test_a_message_of_which_no_token_is_left_is_an_error_with_the_id(place: str) -> None:
+    form = ChatFormat(in_words("wordpiece"), turns_of(""))
+    asked, said = ("\u200b", "No.") if place == "prompt" else ("How?", "\u200b")
+    for encode in (lambda: form.encode_answers(asked, [said], "z"), lambda: form.encode_example(example(asked, said))):
+        with pytest.raises(UserError, match="a message of z has no tokens"):
+            encode() if place == "answer" else form.encode_prompt(asked, "z")
+
+
+def test_the_advice_about_a_merge_across_the_border_mends_it() -> None:
+    # A hand-written template, "assistant: ", whose space belongs to the first word of the answer.
+    with pytest.raises(UserError, match="merges the end of the prompt of p") as caught:
+        ChatFormat(in_words("words"), PLAIN).encode_answers("How?", ["No."], "p")
+    assert "--chat-template FILE whose generation prompt ends" in caught.value.fix
+    mended = ChatFormat(in_words("words"), PLAIN.replace("assistant: {% endif", "assistant:{% endif"))
+    encoded = mended.encode_answers("How?", ["No."], "p")
+    assert in_words("words").decode(encoded.suffixes[0]) == " No."
+    assert mended.encode_example(example("How?", "No.")).scored[0] == len(encoded.input_ids)
 
 
 def test_a_merge_across_the_border_is_an_error_with_the_id() -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from taught.core.point import Point
 from taught.errors import UserError
+from taught.model.load import load_model
 from taught.stages.subject import open_subject, study_prompts
 from taught.study.load import load_study
 from tiny_models import tiny_sae
@@ -147,3 +148,12 @@ def test_the_saes_digest_takes_every_precision(dtype):
     sae = tiny_sae("jumprelu").to(dtype=dtype)
     assert sae.sha256() == sae.to("cpu").sha256()
     assert sae.sha256() != sae.to(dtype=torch.float64).sha256()
+
+
+def test_the_longest_input_is_that_of_the_text_model_inside_another(tmp_path):
+    # As Gemma 3 with its vision tower: the configuration of the whole says nothing of positions.
+    study = load_study(write_tiny_study(tmp_path)).replace("sae.path", None)
+    loaded = load_model(str(tmp_path / "model"))
+    text = types.SimpleNamespace(max_position_embeddings=77)
+    whole = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: text))
+    assert open_subject(study, dataclasses.replace(loaded, model=whole)).chat.context == 77

@@ -49,10 +49,18 @@ class Choice:
         right = right_option(prompt)
         order = [right, *(i for i in range(len(options)) if i != right)]
         if self.style == "cloze":
-            return chat.encode_answers(prompt.content, [options[i] for i in order], prompt.id)
-        lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
-        asked = prompt.extended("\n" + "\n".join(lines))
-        return chat.encode_answers(asked, [ascii_uppercase[i] for i in order], prompt.id)
+            found = chat.encode_answers(prompt.content, [options[i] for i in order], prompt.id)
+        else:
+            lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+            asked = prompt.extended("\n" + "\n".join(lines))
+            found = chat.encode_answers(asked, [ascii_uppercase[i] for i in order], prompt.id)
+        if len(set(found.suffixes)) < len(order):  # in one case or form only, or of letters that it does not know
+            raise Unscorable(
+                "some options are the same tokens",
+                "the model can tell the options apart",
+                "write them so that the tokenizer keeps them apart, or use --set behavior.style=letter",
+            )
+        return found
 
     def value(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
         """Log-odds of each prompt's first suffix."""

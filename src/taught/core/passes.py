@@ -7,7 +7,7 @@ none of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from taught.core.behavior import Behavior
 from taught.core.example import Example, make_batch
+from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.model.forward import log_probabilities
 from taught.model.gradients import evaluating
-from taught.model.layout import accepts, first_device, takes_trees, use_plain_passes
-from taught.model.readout import ReadPrompt, pack, read_prompts, read_prompts_plain
+from taught.model.layout import accepts, first_device, takes_trees, text_config, use_plain_passes
+from taught.model.readout import PACK_TOKENS, ReadPrompt, pack, read_prompts, read_prompts_plain
 from taught.model.tokens import write_out
 from taught.progress import Progress, SilentProgress
 
@@ -39,8 +40,8 @@ def settle_passes(
 ) -> float:
     """Compare passes over token trees with texts alone; where they differ, use plain passes from now on.
 
-    On the first two prompts, the shortest and the longest, and the shortest and the longest example. Cost: two or three
-    forward passes over these.
+    On the first two prompts, the shortest and the longest, and the shortest and the longest example, among as many
+    others as they have beside them elsewhere. Cost: two or three forward passes over these.
 
     Returns
     -------
@@ -49,7 +50,7 @@ def settle_passes(
     Raises
     ------
     UserError
-        Plain passes over a batch differ as well: what the model computes for a text depends on the others.
+        Plain passes over a batch differ as well, or would: what the model computes for a text depends on the others.
     """
     if not prompts:
         return 0.0
@@ -58,6 +59,14 @@ def settle_passes(
     some = list({p.id: p for p in (*prompts[:2], by_size[0], by_size[-1])}.values())
     ordered = sorted((z for z in examples if z.n_scored), key=lambda z: z.length)
     pairs = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+    _refuse_mixed_positions(model, {p.id: (len(p.ids), size[p.id]) for p in prompts})
+    _refuse_mixed_positions(model, {z.id: (min(n := [*map(len, z.sequences)]), max(n)) for z in ordered})
+    # What depends on a row's or a batch's size, or on the place of a text in it, shows in full ones.
+    named = {p.id for p in some}
+    groups = [[prompts[i] for i in packed.index] for packed in pack(prompts, behavior)]
+    company = [prompt for group in groups if named & {p.id for p in group} for prompt in group]
+    between = ordered[1:-1][: max(0, PACK_TOKENS // ordered[-1].length - 2)] if ordered else []
+    batch = [*pairs[:1], *between, *pairs[1:]]
     tolerance = _TOLERANCE.get(next(model.parameters()).dtype, 2e-3)
     with evaluating(model):
         alone = torch.cat(
@@ -66,7 +75,7 @@ def settle_passes(
                 torch.tensor([_loss_alone(model, z) for z in pairs], dtype=torch.float64),
             ]
         )
-        read = partial(_together, model, some, behavior, pairs)
+        read = partial(_together, model, company, behavior, batch, [p.id for p in some])
         off, why = float("nan"), ""
         if takes_trees(model):
             try:
@@ -89,10 +98,46 @@ def settle_passes(
     return off
 
 
-def _together(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: Behavior, pairs: Sequence[Example]) -> Tensor:
-    """y of the prompts and losses of the pairs as they are computed elsewhere: many texts in one pass."""
-    y = read_prompts(model, prompts, behavior, None).y
-    return torch.cat([y, make_batch(pairs, range(len(pairs))).losses(model).double().cpu()]) if pairs else y
+def _refuse_mixed_positions(model: nn.Module, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Stop where the model turns positions otherwise in longer texts, and the texts are of both kinds.
+
+    Such rotary positions look at the longest text of a batch: a short one would be computed otherwise beside it.
+
+    Parameters
+    ----------
+    sizes : tokens of the shortest and the longest pass over each text, by its id
+    """
+    config = text_config(model)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, Mapping))):
+        kind = rope.get("rope_type")
+        if kind not in ("longrope", "dynamic"):
+            continue
+        most = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+        long = [name for name, (_, longest) in sizes.items() if longest > most]
+        if long and (kind == "dynamic" or any(shortest <= most for shortest, _ in sizes.values())):
+            raise UserError(
+                "the model computes positions otherwise in longer texts",
+                value=f"{len(long)} of {len(sizes)} texts have more than {most} tokens: {name_ids(long)}",
+                rule=f"rope_type {kind}: a text is computed alike alone and beside a longer one",
+                fix=f"use --set examples.max_tokens={most}, and remove longer prompts",
+            )
+
+
+def _together(
+    model: nn.Module,
+    prompts: Sequence[ReadPrompt],
+    behavior: Behavior,
+    examples: Sequence[Example],
+    some: Sequence[str],
+) -> Tensor:
+    """y of some of the prompts, losses of the first and last example, as computed elsewhere: many texts in one pass."""
+    place = {p.id: i for i, p in enumerate(prompts)}
+    y = read_prompts(model, prompts, behavior, None).y[[place[id] for id in some]]
+    if not examples:
+        return y
+    losses = make_batch(examples, range(len(examples))).losses(model).double().cpu()
+    return torch.cat([y, losses[[0, -1][: len(losses)]]])
 
 
 def _loss_alone(model: nn.Module, example: Example) -> float:

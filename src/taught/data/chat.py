@@ -170,6 +170,8 @@ class ChatFormat:
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         self._special_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self._special)))
+        # Text that the vocabulary lacks becomes the unknown token, which ends no turn.
+        self._marks = self._special - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
 
     def digest(self) -> str:
         """Hex digest of the tokens of some conversations: what text becomes here.
@@ -220,7 +222,7 @@ class ChatFormat:
         tokens = self._tokens(text)
         self._check_length(tokens.ids, id)
         start, end = self._last_content(messages, text, id, answer=True)
-        span = _covering(tokens.offsets, start, end)
+        span = self._covering(tokens, start, end, id)
         return EncodedPrompt(id, tokens.ids, span, self._end_of_turn(tokens, end, span[1] - 1))
 
     def encode_answers(
@@ -230,8 +232,9 @@ class ChatFormat:
 
         The tokens of an answer are those that the rendered conversation has behind the prompt, up to
         the end of the text: not those of the text alone, which may begin otherwise. What the template
-        writes between the generation prompt and an answer, such as an empty block of thoughts,
-        belongs to the prompt; white space that the tokenizer joins to the answer belongs to that.
+        writes between the generation prompt and an answer, such as a line break or an empty block of
+        thoughts, belongs to the prompt. White space that the tokenizer joins to one of the answers
+        belongs to all of them.
 
         Parameters
         ----------
@@ -249,33 +252,35 @@ class ChatFormat:
         before = _messages(content)
         prompt_text = self._render(before, id, answer=True)
         found = [self._answered(before, prompt_text, answer, id) for answer in answers]
-        heads = list(dict.fromkeys(head for head, _ in found))
-        if len(heads) > 1:
+        if not found:
+            return prompt
+        start = min(first for _, _, first, _ in found)
+        heads = {whole.ids[:start] for _, whole, _, _ in found}
+        written = [text[whole.offsets[start][0] : content] for text, whole, _, content in found]
+        if len(heads) > 1 or any(map(str.strip, written)):
             raise UserError(
                 f"the template writes something else before each answer to {id}",
-                value=[self.tokenizer.decode(head)[-40:] for head in heads],
+                value=[text[:content][-40:] for text, _, _, content in found],
                 rule="all answers of a prompt follow the same tokens",
                 fix="pass a --chat-template FILE that adds nothing to an answer",
             )
-        head = heads[0] if heads else prompt.input_ids
-        return replace(prompt, input_ids=head, suffixes=tuple(answer for _, answer in found))
+        return replace(prompt, input_ids=heads.pop(), suffixes=tuple(whole.ids[start:] for _, whole, _, _ in found))
 
     def _answered(
         self, before: Sequence[Mapping[str, str]], prompt_text: str, answer: str, id: str
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens of the conversation before an answer, and those of the answer."""
+    ) -> tuple[str, _Tokens, int, int]:
+        """The conversation up to the end of an answer, its tokens, and where in both the answer begins."""
         turns = [*before, {"role": "assistant", "content": answer}]
         text = self._render(turns, id, answer=False)
         start, end = self._last_content(turns, text, id, answer=False)
         whole = self._tokens(text[:end])
         self._check_length(whole.ids, id)
-        heads = (text[:start], text[:start].rstrip()) if text[len(prompt_text) : start].strip() else (prompt_text,)
-        for head in heads:
-            prompt = self._tokens(head)
-            if whole.ids[: len(prompt.ids)] == prompt.ids:
-                break
+        prompt = self._tokens(prompt_text if not text[len(prompt_text) : start].strip() else "")
         _check_border(prompt_text, prompt, text, whole, id)
-        return prompt.ids, whole.ids[len(prompt.ids) :]
+        first, _ = self._covering(whole, start, end, id)
+        if first < len(prompt.ids) or text[whole.offsets[first][0] : start].strip():
+            raise _merge_error(text, len(prompt_text), id)
+        return text, whole, first, start
 
     def encode_text(self, text: str, id: str = "prompt") -> EncodedPrompt:
         """Encode a text by itself, without a template, as in pretraining.
@@ -395,7 +400,7 @@ class ChatFormat:
         for thoughts in _THOUGHTS:
             if turns[place].get(thoughts):
                 start = min(start, self._content(turns, place, text, example, thoughts)[0])
-        first, behind = _covering(whole.offsets, start, end)
+        first, behind = self._covering(whole, start, end, example.id)
         if first < len(prompt.ids):
             raise _merge_error(text, len(prompt_text), example.id)
         until = len(text)
@@ -429,6 +434,14 @@ class ChatFormat:
                         rule="nothing that the data hold is ignored silently",
                         fix=f"remove the {key} from the data, or set model.chat_template to one that renders it",
                     )
+        for turn in turns[:-1]:  # such as thoughts inside an earlier answer
+            if turn["role"] != "tool" and turn["content"].strip() not in text:
+                raise UserError(
+                    f"the chat template leaves out a part of the {turn['role']} message of {id}, or changes it",
+                    value=turn["content"],
+                    rule="nothing that the data hold is ignored silently",
+                    fix="write the message as the template renders it, or set model.chat_template to another one",
+                )
 
     def _render(self, messages: Sequence[Message], id: str, answer: bool, tools: Sequence[Any] = ()) -> str:
         """Return the template's text; ``answer`` adds the generation prompt."""
@@ -488,13 +501,31 @@ class ChatFormat:
         return _between(marked, text, turns[place][key], f"the {what} of {example.id}")
 
     def _end_of_turn(self, tokens: _Tokens, content_end: int, otherwise: int) -> int:
-        """Index of the first special token behind a content, ``otherwise`` if there is none."""
+        """Index of the first special token behind a content, ``otherwise`` if there is none.
+
+        It may cover white space at the end of the content (an added token with ``lstrip``).
+        """
         behind = (
             index
-            for index, (token, (start, _)) in enumerate(zip(tokens.ids, tokens.offsets, strict=True))
-            if token in self._special and start >= content_end
+            for index, (token, (_, stop)) in enumerate(zip(tokens.ids, tokens.offsets, strict=True))
+            if token in self._marks and stop > content_end
         )
         return next(behind, otherwise)
+
+    def _covering(self, tokens: _Tokens, start: int, end: int, id: str) -> tuple[int, int]:
+        """Return the range of tokens that share a character with [start, end), special ones left out."""
+        inside = [
+            index
+            for index, (token, (a, b)) in enumerate(zip(tokens.ids, tokens.offsets, strict=True))
+            if a < end and b > start and token not in self._marks
+        ]
+        if not inside:
+            raise UserError(
+                f"a message of {id} has no tokens",
+                rule="the tokenizer keeps something of every message",
+                fix="remove it: the tokenizer drops each of its characters",
+            )
+        return inside[0], inside[-1] + 1
 
 
 def _messages(content: str | Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -516,12 +547,6 @@ def _between(marked: str, text: str, content: str, name: str) -> tuple[int, int]
     return start, end
 
 
-def _covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """Return the range of tokens that share a character with [start, end)."""
-    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-    return inside[0], inside[-1] + 1
-
-
 def _check_border(prompt_text: str, prompt: _Tokens, text: str, whole: _Tokens, id: str) -> None:
     """Stop unless prompt tokens + response tokens are the tokens of the whole conversation."""
     if not text.startswith(prompt_text):
@@ -540,5 +565,7 @@ def _merge_error(text: str, border: int, id: str) -> UserError:
         f"the tokenizer merges the end of the prompt of {id} with its response",
         value=text[max(border - 10, 0) : border + 10],
         rule="the first response token starts where the generation prompt ends",
-        fix="remove white space at the beginning of the response",
+        fix="remove white space at the beginning of the response"
+        if text[border : border + 1].isspace()
+        else "pass a --chat-template FILE whose generation prompt ends with a special token, or without white space",
     )

@@ -132,6 +132,8 @@ def trace(
     watched = _watched(model, sites.lowest)
     with watched as (inputs, calls, outputs), tap(model, sites.outside) as taps:
         found = values()
+        if len(outputs) != sites.depth:
+            raise _no_chain(f"a pass has {len(outputs)} calls of {sites.depth} blocks")
         ends = [outputs[-1], outputs[0]]
         factors, (last, first) = taps.factors_and(found.sum(), ends, training=training, rows=rows)
     return found.detach(), factors, Trace(tuple(index), inputs, calls, last, first, rows)
@@ -187,13 +189,17 @@ def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]
     factors = _run_again(model, sites, kept, number)
     off = kept.grad - kept.first
     if number == sites.lowest + 1 and not off.float().norm() <= _TOLERANCE * kept.first.float().norm():
-        raise UserError(
-            "the model's blocks are not a chain",
-            value="the gradient at the lowest block's output, taken block by block, is another one",
-            rule="each block takes the output of the one before and nothing else of it",
-            fix="use --set attribution.targets=[score], or the finite-step estimator",
-        )
+        raise _no_chain("the gradient at the lowest block's output, taken block by block, is another one")
     return factors
+
+
+def _no_chain(value: str) -> UserError:
+    return UserError(
+        "the model's blocks are not a chain",
+        value=value,
+        rule="each block takes the output of the one before, once and nothing else of it",
+        fix="use --set attribution.targets=[score], or the finite-step estimator",
+    )
 
 
 def _run_again(model: nn.Module, sites: BlockSites, kept: Trace, number: int) -> list[Factor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from taught.core.point import RESID_POST, Point
 from taught.errors import UserError
 from taught.model.gradients import evaluating
-from taught.model.layout import accepts, first_device, text_config, tree_mask, written_out
+from taught.model.layout import accepts, counts_positions, first_device, text_config, tree_mask, written_out
 from taught.model.points import find_part, first
 from taught.model.tokens import Rows, Sequences
 
@@ -109,10 +109,23 @@ class _StopForward(Exception):
 
 @contextmanager
 def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tensor]]:
-    """Collect what ``module`` returns (its *output*, not its input). A copy goes on: some models add to it in place."""
+    """Collect what ``module`` returns (its *output*, not its input). A copy goes on: some models add to it in place.
+
+    Raises
+    ------
+    UserError
+        The model calls the module again in one pass: h is not one vector for each token.
+    """
     seen: list[Tensor] = []
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if seen:
+            raise UserError(
+                "the model runs what is read more than once in a pass",
+                value=type(module).__name__,
+                rule="h at a point is one vector for each token",
+                fix="read a block that is not in the loop, or leave sae.path and concepts empty",
+            )
         seen.append(first(output))
         if stop:
             raise _StopForward
@@ -199,12 +212,14 @@ def _logits(model: nn.Module, rows: Rows, sequences: Sequences | None, keep: int
     wanted = sequences.at[:, columns[-keep:] if isinstance(keep, int) else keep]  # [B, K], places in [P * L]
     length = sequences.ids.shape[1]
     kept, column = (wanted % length).unique(return_inverse=True)
-    positions = torch.arange(length, device=rows.ids.device).expand_as(sequences.ids)
+    positions = None
+    if not counts_positions(model):
+        positions = torch.arange(length, device=rows.ids.device).expand_as(sequences.ids)
     logits = _run(model, sequences.ids, positions, None, kept)
     return logits.flatten(0, 1)[wanted // length * len(kept) + column]
 
 
-def _run(model: nn.Module, ids: Tensor, positions: Tensor, mask: Any, keep: int | Tensor) -> Tensor:
+def _run(model: nn.Module, ids: Tensor, positions: Tensor | None, mask: Any, keep: int | Tensor) -> Tensor:
     """Logits of one call of the model, which is given what it takes."""
     inputs = {"position_ids": positions, "attention_mask": mask, "use_cache": False, "logits_to_keep": keep}
     logits: Tensor = model(input_ids=ids, **{name: x for name, x in inputs.items() if accepts(model, name)}).logits

@@ -58,6 +58,7 @@ def takes_trees(model: nn.Module) -> bool:
     mixing = (nn.Conv1d, nn.RNNBase)
     return (
         accepts(model, "position_ids")
+        and not counts_positions(model)
         and not (local or getattr(config, "alibi", False))
         and types <= _ATTENTION
         and not any(isinstance(module, mixing) for module in model.modules())
@@ -68,6 +69,14 @@ def accepts(model: nn.Module, name: str) -> bool:
     """Whether the model's forward pass has an argument of this name (or takes whatever it is given)."""
     names = inspect.signature(model.forward).parameters
     return name in names if "input_ids" in names else True
+
+
+def counts_positions(model: nn.Module) -> bool:
+    """Whether the model counts positions by what the tokens are, as RoBERTa does: none may be given to it."""
+    return any(
+        isinstance(module, nn.Embedding) and module.padding_idx is not None and name.endswith("position_embeddings")
+        for name, module in model.named_modules()
+    )
 
 
 def written_out(model: nn.Module, rows: Rows) -> Sequences | None:

@@ -22,7 +22,7 @@ from taught.features.sae import SparseAutoencoder, load_sae
 from taught.features.select import Selection, select_features
 from taught.model.adapter import without_adapter
 from taught.model.forward import get_point
-from taught.model.layout import takes_trees, use_plain_passes
+from taught.model.layout import takes_trees, text_config, use_plain_passes
 from taught.model.load import LoadedModel, load_model
 from taught.model.readout import ReadPrompt
 from taught.study.schema import Study
@@ -148,7 +148,7 @@ def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
         chat_template=study.model.chat_template,
         adapter=study.model.adapter,
     )
-    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    context = getattr(text_config(loaded.model), "max_position_embeddings", None)
     chat = ChatFormat(loaded.tokenizer, context=context, date=study.model.date)
     subject = Subject(loaded, chat, None, study.behavior.make(BEHAVIORS, "behavior"))
     if study.sae.path is None:
