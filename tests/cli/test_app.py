@@ -16,6 +16,7 @@ import pytest
 
 from taught import __version__
 from taught.cli.app import run_command, spelled_out
+from taught.cli.given import Question, study_of
 from taught.run.folder import RunFolder
 from taught.study.load import dump_study, load_study
 from taught.study.schema import Study
@@ -172,6 +173,13 @@ def test_a_stopped_process_is_no_clean_exit(taught_with, file):
 )
 def test_fresh_may_name_a_stage_or_none(typed, read):
     assert spelled_out(typed) == read
+
+
+def test_the_order_of_values_on_the_command_line_does_not_count(file):
+    sets = ("attribution.curvature.eps=0.25", "attribution.curvature=adam")
+    found = [study_of(str(file), Question(set=given)) for given in (sets, sets[::-1])]
+    assert found[0] == found[1]
+    assert found[0].attribution.curvature.values == {"eps": 0.25}
 
 
 # init

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -198,19 +199,21 @@ def _load_weights(
     )
     # Fused attention does not cap its logits; transformers 5.0 takes it for Gemma 2 all the same.
     attention = "sdpa" if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None else "eager"
+    config._attn_implementation = attention  # one that was saved might need packages
     try:
-        model, found = load(attn_implementation=attention)
+        model, found = load(config=config, attn_implementation=attention)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        attention = "eager"
-        model, found = load(attn_implementation=attention)
+        config._attn_implementation = attention = "eager"
+        model, found = load(config=config, attn_implementation=attention)
     if attention == "eager":
         log.warning("%s has no fused attention: the plain one (eager) is used, which is slower", name)
     if getattr(model, "peft_config", None):
         raise _an_adapter(name)
     _refuse_offloaded(model)
     _refuse_other_weights(model, found, name)
+    _say_other_class(model, name)
     model = (model if "device_map" in how else model.to(device)).eval()
     use_fast_products(model)
     if kind is None:
@@ -288,6 +291,20 @@ def _refuse_other_weights(model: Any, found: dict[str, Any], name: str) -> None:
             rule="tie_word_embeddings says what the model is",
             fix="set tie_word_embeddings to false in config.json, or save the model without lm_head.weight",
         )
+
+
+def _say_other_class(model: Any, name: str) -> None:
+    """Warn where config.json names another class than the one that its ``model_type`` stands for.
+
+    Weights of one class may fit another that computes something else, as those of Mistral fit Llama.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    own = type(model).__name__
+    saved = set(model.config.architectures or ()) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if saved and own not in saved:
+        kind = model.config.model_type
+        log.warning("%s was saved as %s; by its model_type, %s, it is read as %s", name, min(saved), kind, own)
 
 
 def find_wrapper(own: Collection[str], unexpected: Collection[str]) -> str | None:
@@ -379,16 +396,16 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
             rule="*.safetensors; pickled weights (*.bin, *.pt) are never opened",
             fix="save the model with save_pretrained(..., safe_serialization=True)",
         )
-    tensors = 0
+    held: dict[str, list[str]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors += len(opened.keys())
+                held[file.name] = list(opened.keys())
         except (OSError, SafetensorError) as error:
             raise UserError(
                 "a weight file cannot be read", value=f"{file}: {error}", fix="copy or download it again"
             ) from error
-    names, index = {file.name for file in files}, folder / "model.safetensors.index.json"
+    names, index = set(held), folder / "model.safetensors.index.json"
     wanted = {"model.safetensors"}
     if index.exists():
         try:
@@ -409,7 +426,14 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
         rule="model.safetensors alone, or the files that model.safetensors.index.json names",
         fix="move the files that do not belong to the model out of the folder",
     )
-    _refuse_more_parts(folder, tensors)
+    count = Counter(key for name in wanted & names for key in held[name])
+    refuse(
+        sorted(key for key, times in count.items() if times > 1),
+        f"weight files of {folder} hold the same tensors",
+        rule="each tensor is in one file; which of two is read is left to chance",
+        fix="copy the files again from where the model comes from",
+    )
+    _refuse_more_parts(folder, sum(map(len, held.values())))
     return {"source": f"folder {folder.name}", "sha256": sha256_folder(folder)}
 
 
