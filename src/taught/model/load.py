@@ -158,7 +158,8 @@ def load_model(
     if attention != "sdpa":
         weights["attention"] = attention
     if adapter is not None:
-        model, moving, weights["adapter"] = add_adapter(model, adapter, adapter_revision)
+        named = (revision, source.commit)
+        model, moving, weights["adapter"] = add_adapter(model, adapter, adapter_revision, of=named)
         use_fast_products(model)
     return LoadedModel(model, tokenizer, str(model_id), source.commit or revision, weights, moving)
 
