@@ -91,6 +91,19 @@ def test_a_model_of_which_a_part_is_left_on_disk_is_refused():
         _refuse_offloaded(part)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "banana", "meta", ""])
+def test_a_device_that_is_not_there_is_named_and_the_folder_is_not(tmp_path, device):
+    save_tiny(tmp_path / "m")
+    with pytest.raises(UserError, match=rf"device cannot be used\n  value: {device}: (.|\n)*model\.device"):
+        load_model(str(tmp_path / "m"), device=device)
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    save_tiny(tmp_path / "m")
+    with pytest.raises(UserError, match=r"no revisions\n  value: .*m @ step1000\n"):
+        load_model(str(tmp_path / "m"), revision="step1000")
+
+
 def test_unknown_dtype(tmp_path):
     with pytest.raises(UserError, match=r"(?s)unknown dtype.*int8.*float32"):
         load_model(str(tmp_path), dtype="int8")

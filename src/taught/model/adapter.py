@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from taught.errors import UserError, out_of_memory, refuse
-from taught.model.load import find_wrapper
+from taught.model.load import find_wrapper, refuse_revision
 from taught.model.parameters import is_plain
 from taught.model.quantised import bitsandbytes_is_there, quantised_layers
 from taught.run.files import read_json_mapping, sha256_folder
@@ -254,7 +254,9 @@ def without_adapter(model: Any) -> Iterator[None]:
 def _find(adapter: str, revision: str | None) -> Path:
     """The adapter's folder, fetched from the hub where it is not a local one."""
     folder = Path(adapter).expanduser()
-    if not folder.is_dir() and not folder.is_absolute():
+    if folder.is_dir():
+        refuse_revision(folder, revision)
+    elif not folder.is_absolute():
         from huggingface_hub import snapshot_download
 
         try:

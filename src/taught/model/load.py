@@ -140,6 +140,7 @@ def load_model(
                 rule="a UTF-8 text file in Jinja",
                 fix="check the path of --chat-template",
             ) from error
+    _refuse_absent_device(device)
     source = _locate(str(model_id), revision)
     tokenizer = _read(partial(AutoTokenizer.from_pretrained, trust_remote_code=False), source)
     if template is not None:
@@ -162,6 +163,23 @@ def load_model(
         model, moving, weights["adapter"] = add_adapter(model, adapter, adapter_revision, of=named)
         use_fast_products(model)
     return LoadedModel(model, tokenizer, str(model_id), source.commit or revision, weights, moving)
+
+
+def _refuse_absent_device(device: str) -> None:
+    import torch
+
+    try:
+        if device != "auto":
+            torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            "the device cannot be used",
+            value=f"{device}: {str(error).splitlines()[0]}",
+            rule="a device that torch computes on here",
+            fix="set model.device to cpu, cuda, cuda:1, mps or auto, as this machine has them",
+        ) from None
 
 
 def _load_weights(
@@ -356,6 +374,7 @@ def _locate(model_id: str, revision: str | None) -> _Source:
         return _Source(model_id, *_demo_folder(gguf))
     folder = Path(model_id).expanduser()
     if folder.is_dir():
+        refuse_revision(folder, revision)
         return _Source(model_id, folder, _folder_weights(folder))
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise UserError(
@@ -367,6 +386,17 @@ def _locate(model_id: str, revision: str | None) -> _Source:
     asked = _Source(model_id, None, {}, revision)
     commit = _read(_commit, asked)
     return _Source(model_id, None, {"source": f"hub {model_id}", "commit": commit}, commit)
+
+
+def refuse_revision(folder: Path, revision: str | None) -> None:
+    """Raise a UserError where a revision is asked of a folder, which has one state alone."""
+    if revision is not None:
+        raise UserError(
+            "a folder has no revisions",
+            value=f"{folder} @ {revision}",
+            rule="a revision is a branch, tag or commit of the hub",
+            fix="leave out the revision, or give a hub id",
+        )
 
 
 def _commit(name: str, *, revision: str | None) -> str:
