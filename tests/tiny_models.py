@@ -70,6 +70,24 @@ def tiny_llama(
     return _randomised(model, seed)
 
 
+def stretched_llama(*, limit: int) -> LlamaForCausalLM:
+    """A model that scales the positions of texts of more than ``limit`` tokens, as Phi-3 does (LongRoPE)."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [4.0] * 2}
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        rope_parameters={**rope, "factor": 8.0, "original_max_position_embeddings": limit},
+        initializer_range=0.5,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
 def tiny_gpt2(*, seed: int = 0, attention: str = "sdpa") -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(

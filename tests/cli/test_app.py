@@ -16,6 +16,7 @@ import pytest
 
 from taught import __version__
 from taught.cli.app import run_command, spelled_out
+from taught.cli.given import Question, study_of
 from taught.run.folder import RunFolder
 from taught.study.load import dump_study, load_study
 from taught.study.schema import Study
@@ -172,6 +173,13 @@ def test_a_stopped_process_is_no_clean_exit(taught_with, file):
 )
 def test_fresh_may_name_a_stage_or_none(typed, read):
     assert spelled_out(typed) == read
+
+
+def test_the_order_of_values_on_the_command_line_does_not_count(file):
+    sets = ("attribution.curvature.eps=0.25", "attribution.curvature=adam")
+    found = [study_of(str(file), Question(set=given)) for given in (sets, sets[::-1])]
+    assert found[0] == found[1]
+    assert found[0].attribution.curvature.values == {"eps": 0.25}
 
 
 # init
@@ -401,7 +409,17 @@ def test_curate_writes_what_its_flags_say_and_the_run_remembers_it(taught_here, 
     assert (curation.rule, curation.k, curation.target) == ("top-k", 3, "behavior:harmless")
     assert taught_here("curate", str(copy), "--k", "2").returncode == 0
     assert len((copy / "drop.jsonl").read_text().splitlines()) == 2
-    assert taught_here("curate", str(copy), "--target", "behavior:nobody").returncode == 2
+
+
+@pytest.mark.parametrize("flags", [("--target", "behavior:nobody"), ("--k", "99"), ("--method", "nope")])
+def test_a_refused_curation_is_not_remembered_and_leaves_the_earlier_one(copy, flags):
+    curated = ("curate", str(copy), "--rule", "top-k", "--target", "behavior:harmless")
+    assert run_command([*curated, "--k", "2"]) == 0
+    before, study = (copy / "curation.parquet").read_bytes(), RunFolder.open(copy).study
+    assert run_command(["curate", str(copy), *flags]) == 2
+    assert RunFolder.open(copy).study == study
+    assert (copy / "curation.parquet").read_bytes() == before
+    assert run_command(["curate", str(copy), "--k", "1"]) == 0
 
 
 def test_show_refuses_a_changed_file_and_says_whose_code_it_was(taught_here, copy):

@@ -185,6 +185,14 @@ def test_what_the_readings_do_not_have_is_refused(text, key):
     assert key in str(error.value)
 
 
+@pytest.mark.parametrize("group", ["*", "a ", "a - behavior:b"])
+def test_a_group_whose_name_reads_as_another_target_is_refused(group):
+    readings = Readings(("p", "q", "r"), np.zeros(3), {"a": ["p"], "b": ["q"], group: ["r"]})
+    with pytest.raises(UserError, match="reads as another target") as error:
+        TargetSet.of(["behavior:*"], readings)
+    assert f"behavior:{group}" in str(error.value)
+
+
 def test_a_target_that_needs_features_or_concepts_says_what_to_add():
     readings = Readings(("a",), np.zeros(1), {"g": ["a"]})
     for text, key in (("score", "sae.path"), ("coefficient:*", "sae.path"), ("concept:refusal", "concepts")):

@@ -146,6 +146,16 @@ def test_the_digest_knows_template_and_tokenizer() -> None:
     assert len(digests) == len(FORMATS) + 1
 
 
+def test_a_tokenizer_that_draws_at_random_is_refused_until_that_is_off() -> None:
+    tokenizer = bpe_tokenizer()
+    expected = ChatFormat(tokenizer, CHATML).digest()
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    with pytest.raises(UserError, match=r"at random\n  value: dropout: 0\.5\n(.|\n)*null in tokenizer\.json"):
+        ChatFormat(tokenizer, CHATML)
+    tokenizer.backend_tokenizer.model.dropout = None
+    assert ChatFormat(tokenizer, CHATML).digest() == expected
+
+
 def test_a_template_that_draws_at_random_is_refused() -> None:
     template = CHATML + "{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i', 'j'] | random }}" * 6
     with pytest.raises(UserError, match="differently each time"):

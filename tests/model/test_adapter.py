@@ -393,6 +393,23 @@ def test_another_base_model_is_said(folder: Path, caplog) -> None:
     assert dict(report.rows)["adapter of"].startswith("org/another, ")
 
 
+def test_another_base_of_the_same_name_or_another_revision_of_it_is_said(folder: Path, caplog) -> None:
+    shutil.copytree(folder / "model", folder / "other" / "model")
+    bases = [
+        ({"base_model_name_or_path": str(folder / "model")}, None),
+        ({"base_model_name_or_path": "/gone/model"}, None),
+        ({"base_model_name_or_path": str(folder / "other" / "model")}, str(folder / "other" / "model")),
+        ({"base_model_name_or_path": "org/model", "revision": "step1000"}, "org/model at revision step1000"),
+    ]
+    for changes, other in bases:
+        change_config(folder / "adapter", **changes)
+        weights = load_model(str(folder / "model"), adapter=str(folder / "adapter")).weights["adapter"]
+        assert weights.get("trained_on") == other
+        assert other is None or f"was trained on {other}; " in caplog.text
+    model = load_model(str(folder / "model")).model
+    assert "trained_on" not in add_adapter(model, str(folder / "adapter"), of=("step1000", None))[2]
+
+
 def test_a_checkpoint_whose_adapter_trains_other_parameters_is_refused(folder: Path) -> None:
     write_adapter(load_model(str(folder / "model")).model, folder / "few", layers_to_transform=[0])
     study = adapted_study(folder)

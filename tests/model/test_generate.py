@@ -7,7 +7,7 @@ import torch
 
 from families import PROMPTS, log_probabilities, model_of
 from taught.model.generate import greedy
-from tiny_models import MODELS, PROMPT_IDS, plain_read, tiny_model
+from tiny_models import MODELS, PROMPT_IDS, plain_read, stretched_llama, tiny_model
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -30,3 +30,11 @@ def test_prompts_of_different_lengths_are_answered_as_alone(family: str) -> None
     for prompt, answer in zip(prompts, greedy(model, prompts, {3}, 5), strict=True):
         for place, token in enumerate(answer):
             assert token == int(log_probabilities(model, (*prompt, *answer[:place]))[-1].argmax())
+
+
+@torch.no_grad()
+def test_answers_that_reach_a_stretch_of_positions_are_those_of_each_prompt_alone() -> None:
+    model, prompts = stretched_llama(limit=8), [(0, 5, 6, 7, 2), tuple(range(4, 18))]
+    for prompt, answer in zip(prompts, greedy(model, prompts, {3}, 6), strict=True):
+        for place, token in enumerate(answer):
+            assert token == int(plain_read(model, (*prompt, *answer[:place]))[1][-1].argmax())

@@ -9,14 +9,15 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from families import LONG, PROMPTS, SIZE, WINDOW, model_of, y_alone
 from taught.behaviors.prefixes import Prefixes
+from taught.core.example import example_losses, sft
 from taught.core.point import Point
 from taught.errors import UserError
 from taught.model import layout
 from taught.model.forward import find_blocks, forward, vectors
-from taught.model.layout import refuse_large_masks, use_plain_passes, visible
+from taught.model.layout import refuse_large_masks, stretched_from, use_plain_passes, visible
 from taught.model.readout import read_prompts
 from taught.model.tokens import Rows, build_tree, stack, stack_sequences
-from tiny_models import tiny_llama
+from tiny_models import plain_loss, stretched_llama, tiny_llama
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3", "llama4"])
@@ -74,6 +75,21 @@ def test_written_out_rows_give_logits_and_h_at_the_tokens_of_the_rows(keep) -> N
     torch.testing.assert_close(h_plain[real], h[real], rtol=1e-12, atol=1e-12)
     columns = real[:, keep] if isinstance(keep, torch.Tensor) else real[:, -keep:]
     torch.testing.assert_close(logits_plain[columns], logits[columns], rtol=1e-12, atol=1e-12)
+
+
+def test_texts_on_both_sides_of_a_stretch_of_positions_are_refused_in_one_pass_and_right_apart() -> None:
+    model = stretched_llama(limit=8)
+    short, also, long = sft("a", (0, 5, 21, 3, 2, 15), 5), sft("b", (0, 5, 7, 3), 2), sft("c", (0, *range(4, 20)), 4)
+    assert stretched_from(model) == 8
+    assert stretched_from(tiny_llama()) is None
+    with torch.no_grad():
+        for some in ([short, also], [long]):
+            expected = torch.stack([plain_loss(model, z) for z in some])
+            torch.testing.assert_close(example_losses(model, some, 512), expected)
+    border = sft("d", (0, 5, 21, 3, 2, 15, 6, 7, 8), 5)
+    for mixed in ([short, long], [border]):
+        with pytest.raises(UserError, match=r"too long(.|\n)*longrope(.|\n)*examples\.max_tokens=8 "):
+            example_losses(model, mixed, 512)
 
 
 def test_the_blocks_are_those_of_the_text_decoder_where_a_vision_tower_is_as_deep() -> None:

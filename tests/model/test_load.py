@@ -91,6 +91,19 @@ def test_a_model_of_which_a_part_is_left_on_disk_is_refused():
         _refuse_offloaded(part)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "banana", "meta", ""])
+def test_a_device_that_is_not_there_is_named_and_the_folder_is_not(tmp_path, device):
+    save_tiny(tmp_path / "m")
+    with pytest.raises(UserError, match=rf"device cannot be used\n  value: {device}: (.|\n)*model\.device"):
+        load_model(str(tmp_path / "m"), device=device)
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    save_tiny(tmp_path / "m")
+    with pytest.raises(UserError, match=r"no revisions\n  value: .*m @ step1000\n"):
+        load_model(str(tmp_path / "m"), revision="step1000")
+
+
 def test_unknown_dtype(tmp_path):
     with pytest.raises(UserError, match=r"(?s)unknown dtype.*int8.*float32"):
         load_model(str(tmp_path), dtype="int8")
@@ -262,6 +275,31 @@ def test_one_whole_set_of_weight_files_is_read(tmp_path):
         load_model(str(folder))
 
 
+def test_a_tensor_in_two_weight_files_is_refused(tmp_path):
+    save_tiny(tmp_path / "m")
+    first, second = (tmp_path / "m" / name for name in shards(tmp_path / "m"))
+    name, value = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: 2 * value}, second, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"hold the same tensors\n  value: {re.escape(name)}\n"):
+        load_model(str(tmp_path / "m"))
+
+
+def test_a_configuration_that_names_another_class_is_said(tmp_path, caplog):
+    save_tiny(tmp_path / "m")
+    with caplog.at_level(logging.WARNING, logger="taught.model.load"):
+        load_model(str(tmp_path / "m"))
+        assert not caplog.text
+        configure(tmp_path / "m", architectures=["MistralForCausalLM"])
+        load_model(str(tmp_path / "m"))
+    assert "saved as MistralForCausalLM; by its model_type, llama, it is read as LlamaForCausalLM" in caplog.text
+
+
+def test_an_attention_that_was_saved_is_replaced(tmp_path):
+    save_tiny(tmp_path / "m")
+    configure(tmp_path / "m", _attn_implementation="flash_attention_2")
+    assert load_model(str(tmp_path / "m")).model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -358,12 +396,13 @@ def test_a_model_without_fused_attention_takes_the_plain_one_and_says_so(tmp_pat
 
 
 def test_every_file_that_changes_a_number_is_in_the_identity(tmp_path):
-    save_tiny(tmp_path / "m")
+    save_tiny(tmp_path / "m", template={"default": TEMPLATE, "tool_use": TEMPLATE + "{{ tools }}"})
     seen = [load_model(str(tmp_path / "m")).weights]
     for name, change in {
         "config.json": lambda text: text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
         "tokenizer.json": lambda text: text.replace('"a": 0', '"aa": 0'),
         "chat_template.jinja": lambda text: text + " ",
+        "additional_chat_templates/tool_use.jinja": lambda text: text + " ",
         "tokenizer_config.json": lambda text: text.replace('"unk_token": "?"', '"unk_token": "g"'),
     }.items():
         file = tmp_path / "m" / name

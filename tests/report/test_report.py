@@ -957,6 +957,7 @@ def test_signed_numbers(value, power, expected):
 
 def test_common_power_and_its_name():
     assert text.common_power([1e-4, -3.2e-3, None]) == -3 and text.tens(-3) == "\u00a0×10⁻³"
+    assert text.number(2e-320, power=text.common_power([2e-320])) == "0.00"
     assert text.common_power([0.5, 20.0]) == 0 and text.tens(0) == "" and text.common_power([]) == 0
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1).filter(
     lambda text: text.strip()
 )
-positive = st.floats(min_value=1e-12, max_value=1e12)
+positive = st.floats(min_value=1e-12, max_value=1e6)
 counts = st.integers(1, 2**31 - 1)
 maybe_counts = st.none() | counts
 
@@ -242,6 +242,8 @@ WRONG = [
     ("policy.alpha", "auto", "or cv"),
     ("policy.folds", "1", "at least 2"),
     ("policy.intercept", "1", "true or false"),
+    ("attribution.memory_gb", "1e300", "above 0 and at most 1e+06"),
+    ("attribution.lr", "1e300", "above 0 and at most 1e+09"),
     ("attribution.lr", "fast", "a finite number, above 0"),
     ("attribution.estimator", "finite_step", "one of adjoint, forward, finite-step"),
     ("curation.rule", "topk", "one of paper, top-k, keep-k"),

@@ -111,8 +111,9 @@ def study_of(source: str | None, question: Question) -> Study:
                 fix="for example: taught run --model MODEL --pairs PAIRS --prompts PROMPTS",
             )
         study = Study(name=Path(given["examples.path"]).stem)
-    for key, value in {**given, **dict(map(parse_set, question.set))}.items():
-        study = study.replace(key, value)
+    given |= dict(map(parse_set, question.set))
+    for key in sorted(given, key=lambda key: key.count(".")):  # a method before its parameters: it begins without any
+        study = study.replace(key, given[key])
     study.require_files()
     quiet_libraries()
     if Path(study.model.id).is_absolute() and (study.sae.path is None or Path(study.sae.path).is_absolute()):

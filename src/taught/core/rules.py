@@ -142,6 +142,11 @@ def number(*, above: float | None = None, minimum: float | None = None, maximum:
     return Rule(f"a finite number, {bound}", parse)
 
 
+def rate() -> Rule:
+    """Return the rule for a learning rate: above 0, and a number that float32 weights can be multiplied by."""
+    return number(above=0, maximum=1e9)
+
+
 def either(word: str, rule: Rule) -> Rule:
     """Return the rule for one fixed word, or what ``rule`` allows."""
 

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from taught.core.names import EVERY, TargetName
 from taught.core.readings import Moves, Readings
 from taught.core.registry import TARGETS
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.policy.ridge import Shift, coefficient_shift
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def expand(name: TargetName, readings: Readings) -> list[TargetName]:
     Raises
     ------
     UserError
-        The target needs features or concepts, and none are read.
+        The target needs features or concepts, and none are read; the name of a group, feature or concept means another.
     """
     for part in name.parts:
         _require(part, readings)
@@ -277,6 +277,12 @@ def expand(name: TargetName, readings: Readings) -> list[TargetName]:
     kind = kind_of(name)
     if name.about == EVERY:
         singles = [TargetName(name.kind, about, name.pathway) for about in kind.every(readings)]
+        refuse(
+            [str(one) for one in singles if one.about == EVERY or TargetName.parse(str(one)) != one],
+            "a name in the data reads as another target",
+            rule="a group is not *, ends in no blank, and holds no contrast such as a - behavior:b",
+            fix="rename it",
+        )
     else:
         kind.cotangents(name, readings)  # an unknown group, feature or concept says so here
         singles = [name]

@@ -138,7 +138,7 @@ class ChatFormat:
     Raises
     ------
     UserError
-        There is no template, or the tokenizer gives no offsets.
+        There is no template, or the tokenizer gives no offsets or draws at random.
     """
 
     def __init__(
@@ -157,6 +157,13 @@ class ChatFormat:
                 value=type(tokenizer).__name__,
                 rule="read-out tokens and response tokens are found by offsets",
                 fix="use the fast version of the tokenizer (tokenizer.json)",
+            )
+        if dropout := getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+            raise UserError(
+                "the tokenizer draws its tokens at random",
+                value=f"dropout: {dropout}",
+                rule="a result depends on nothing but what is recorded",
+                fix='set "dropout" to null in tokenizer.json',
             )
         self.tokenizer = tokenizer
         self.template = template

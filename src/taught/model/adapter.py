@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from taught.errors import UserError, out_of_memory, refuse
-from taught.model.load import find_wrapper
+from taught.model.load import find_wrapper, refuse_revision
 from taught.model.parameters import is_plain
 from taught.model.quantised import bitsandbytes_is_there, quantised_layers
 from taught.run.files import read_json_mapping, sha256_folder
@@ -48,13 +49,16 @@ _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNI
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
+def add_adapter(
+    model: Any, adapter: str, revision: str | None = None, *, of: Collection[str | None] = ()
+) -> tuple[Any, tuple[str, ...], dict[str, Any]]:
     """Put a LoRA adapter on a model, in the model's own precision.
 
     Parameters
     ----------
     adapter : folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or hub id
     revision : branch, tag or commit on the hub
+    of : the names of the model's own revision: what was asked for, and the commit
 
     Returns
     -------
@@ -92,7 +96,7 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
         except Exception as error:  # peft raises what its own code stumbles over
             if out_of_memory(error):
                 raise
-            raise _misfit(f"{adapter}: {error}") from error
+            raise _misfit(f"{adapter}: {error}", ", or save the adapter again with save_pretrained") from error
     for warning in said:
         if not issubclass(warning.category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
             log.warning("peft says of %s: %s", adapter, warning.message)
@@ -115,9 +119,9 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
             f"{len(absent)} tensors are not in {_WEIGHTS}, {len(found.unexpected_keys)} there are not in the model: "
             + ", ".join([*absent, *found.unexpected_keys][:4])
         )
-    base, own = str(config.get("base_model_name_or_path") or ""), str(model.config.name_or_path)
+    own = str(model.config.name_or_path)
     weights = {"source": adapter, "sha256": sha256_folder(folder)}
-    if base and Path(base).name.lower() != Path(own).name.lower():
+    if (base := _other_base(config, own, of)) is not None:
         log.warning("the adapter %s was trained on %s; it is put on %s", adapter, base, own)
         weights["trained_on"] = base
     adapted = wrapped.get_base_model().eval()
@@ -127,6 +131,16 @@ def add_adapter(model: Any, adapter: str, revision: str | None = None) -> tuple[
     elif getattr(adapted, "hf_device_map", None) is None:
         adapted.to(device)
     return adapted, moving, weights
+
+
+def _other_base(config: dict[str, Any], own: str, of: Collection[str | None]) -> str | None:
+    """What an adapter was trained on, where that is not the model of this name and these revisions."""
+    base, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
+    if base and Path(base).name.lower() != Path(own).name.lower():
+        return base
+    if os.path.isabs(base) and os.path.isdir(base) and os.path.isdir(own) and not os.path.samefile(base, own):
+        return base
+    return f"{base or own} at revision {revision}" if revision not in (None, "main", *of) else None
 
 
 def in_precision(model: Any, moving: Iterable[str]) -> None:
@@ -240,7 +254,9 @@ def without_adapter(model: Any) -> Iterator[None]:
 def _find(adapter: str, revision: str | None) -> Path:
     """The adapter's folder, fetched from the hub where it is not a local one."""
     folder = Path(adapter).expanduser()
-    if not folder.is_dir() and not folder.is_absolute():
+    if folder.is_dir():
+        refuse_revision(folder, revision)
+    elif not folder.is_absolute():
         from huggingface_hub import snapshot_download
 
         try:
@@ -263,10 +279,10 @@ def _find(adapter: str, revision: str | None) -> Path:
     return folder
 
 
-def _misfit(value: str) -> UserError:
+def _misfit(value: str, otherwise: str = "") -> UserError:
     return UserError(
         "the adapter does not fit the model",
         value=value,
         rule="an adapter is put on the model that it was trained on",
-        fix="set model.id to its base_model_name_or_path",
+        fix=f"set model.id to its base_model_name_or_path{otherwise}",
     )

@@ -6,6 +6,7 @@ Generation settings that models carry along (penalties, temperatures) are not ap
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from taught.model.gradients import evaluating
-from taught.model.layout import first_device, takes_trees
+from taught.model.layout import first_device, stretched_from, takes_trees
 from taught.model.tokens import batches_by_tokens
 
 
@@ -33,11 +34,13 @@ def greedy(
     Returns
     -------
     One answer a prompt, of at least one token. Cost: ``limit`` steps with a cache of keys and
-    values for each batch; where padding would change what a model computes, ``limit`` passes over each prompt alone.
+    values for each batch; where padding or the length of others would change what a model computes, ``limit`` passes
+    over each prompt alone.
     """
     answers: list[tuple[int, ...]] = [()] * len(prompts)
+    plain = stretched_from(model) or math.inf
     with evaluating(model):
-        if not takes_trees(model):
+        if not takes_trees(model) or any(len(prompt) + limit > plain for prompt in prompts):
             return [_decode_alone(model, prompt, frozenset(ends), limit) for prompt in prompts]
         for batch in batches_by_tokens([len(p) + limit for p in prompts], batch_tokens):
             rows = _decode(model, [prompts[i] for i in batch], frozenset(ends), limit)

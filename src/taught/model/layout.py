@@ -85,14 +85,41 @@ def written_out(model: nn.Module, rows: Rows) -> Sequences | None:
     Raises
     ------
     UserError
-        The model would make a mask for itself that is too large.
+        The model would make a mask for itself that is too large, or give texts other positions beside a longer one.
     """
+    _refuse_unlike_positions(model, rows)
     tokens = rows.ids.shape[1]
     if tokens <= MASK_TOKENS and takes_trees(model):
         return None
     sequences = write_out(rows)
     refuse_large_masks(model, *sequences.ids.shape)
     return sequences
+
+
+def stretched_from(model: nn.Module) -> int | None:
+    """The most tokens of a pass up to which positions are plain, where those of longer ones are scaled (LongRoPE)."""
+    found = getattr(text_config(model), "rope_parameters", None) or {}
+    kinds = found.values() if found and all(isinstance(own, dict) for own in found.values()) else [found]
+    limits = [own["original_max_position_embeddings"] for own in kinds if own.get("rope_type") == "longrope"]
+    return min(limits, default=None)
+
+
+def _refuse_unlike_positions(model: nn.Module, rows: Rows) -> None:
+    """The longest text of a pass decides for all: a shorter one would not be read as it is alone.
+
+    A pass leaves out the last token of what is scored, so that of ``limit`` tokens it is not known which side they are.
+    """
+    limit = stretched_from(model)
+    if limit is None:
+        return
+    lengths = rows.positions[ends(rows)] + 1
+    if lengths.min() <= limit <= lengths.max():
+        raise UserError(
+            "a text is too long beside shorter ones",
+            value=f"a pass over texts of {int(lengths.min())} to {int(lengths.max())} tokens",
+            rule=f"longrope: beyond {limit} tokens this model scales the positions of all texts of a pass",
+            fix=f"set examples.max_tokens={limit} and examples.drop_truncated=true, and remove longer prompts",
+        )
 
 
 def sequence_rows(model: nn.Module, rows: Rows) -> Tensor | None:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -139,6 +140,7 @@ def load_model(
                 rule="a UTF-8 text file in Jinja",
                 fix="check the path of --chat-template",
             ) from error
+    _refuse_absent_device(device)
     source = _locate(str(model_id), revision)
     tokenizer = _read(partial(AutoTokenizer.from_pretrained, trust_remote_code=False), source)
     if template is not None:
@@ -157,9 +159,27 @@ def load_model(
     if attention != "sdpa":
         weights["attention"] = attention
     if adapter is not None:
-        model, moving, weights["adapter"] = add_adapter(model, adapter, adapter_revision)
+        named = (revision, source.commit)
+        model, moving, weights["adapter"] = add_adapter(model, adapter, adapter_revision, of=named)
         use_fast_products(model)
     return LoadedModel(model, tokenizer, str(model_id), source.commit or revision, weights, moving)
+
+
+def _refuse_absent_device(device: str) -> None:
+    import torch
+
+    try:
+        if device != "auto":
+            torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            "the device cannot be used",
+            value=f"{device}: {str(error).splitlines()[0]}",
+            rule="a device that torch computes on here",
+            fix="set model.device to cpu, cuda, cuda:1, mps or auto, as this machine has them",
+        ) from None
 
 
 def _load_weights(
@@ -198,19 +218,21 @@ def _load_weights(
     )
     # Fused attention does not cap its logits; transformers 5.0 takes it for Gemma 2 all the same.
     attention = "sdpa" if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None else "eager"
+    config._attn_implementation = attention  # one that was saved might need packages
     try:
-        model, found = load(attn_implementation=attention)
+        model, found = load(config=config, attn_implementation=attention)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        attention = "eager"
-        model, found = load(attn_implementation=attention)
+        config._attn_implementation = attention = "eager"
+        model, found = load(config=config, attn_implementation=attention)
     if attention == "eager":
         log.warning("%s has no fused attention: the plain one (eager) is used, which is slower", name)
     if getattr(model, "peft_config", None):
         raise _an_adapter(name)
     _refuse_offloaded(model)
     _refuse_other_weights(model, found, name)
+    _say_other_class(model, name)
     model = (model if "device_map" in how else model.to(device)).eval()
     use_fast_products(model)
     if kind is None:
@@ -290,6 +312,20 @@ def _refuse_other_weights(model: Any, found: dict[str, Any], name: str) -> None:
         )
 
 
+def _say_other_class(model: Any, name: str) -> None:
+    """Warn where config.json names another class than the one that its ``model_type`` stands for.
+
+    Weights of one class may fit another that computes something else, as those of Mistral fit Llama.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    own = type(model).__name__
+    saved = set(model.config.architectures or ()) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if saved and own not in saved:
+        kind = model.config.model_type
+        log.warning("%s was saved as %s; by its model_type, %s, it is read as %s", name, min(saved), kind, own)
+
+
 def find_wrapper(own: Collection[str], unexpected: Collection[str]) -> str | None:
     """What stands in all unexpected names beside names of the model: ``_orig_mod.``, ``module.``, ..."""
     parts = min(unexpected, default="").split(".")
@@ -338,6 +374,7 @@ def _locate(model_id: str, revision: str | None) -> _Source:
         return _Source(model_id, *_demo_folder(gguf))
     folder = Path(model_id).expanduser()
     if folder.is_dir():
+        refuse_revision(folder, revision)
         return _Source(model_id, folder, _folder_weights(folder))
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise UserError(
@@ -349,6 +386,17 @@ def _locate(model_id: str, revision: str | None) -> _Source:
     asked = _Source(model_id, None, {}, revision)
     commit = _read(_commit, asked)
     return _Source(model_id, None, {"source": f"hub {model_id}", "commit": commit}, commit)
+
+
+def refuse_revision(folder: Path, revision: str | None) -> None:
+    """Raise a UserError where a revision is asked of a folder, which has one state alone."""
+    if revision is not None:
+        raise UserError(
+            "a folder has no revisions",
+            value=f"{folder} @ {revision}",
+            rule="a revision is a branch, tag or commit of the hub",
+            fix="leave out the revision, or give a hub id",
+        )
 
 
 def _commit(name: str, *, revision: str | None) -> str:
@@ -379,16 +427,16 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
             rule="*.safetensors; pickled weights (*.bin, *.pt) are never opened",
             fix="save the model with save_pretrained(..., safe_serialization=True)",
         )
-    tensors = 0
+    held: dict[str, list[str]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors += len(opened.keys())
+                held[file.name] = list(opened.keys())
         except (OSError, SafetensorError) as error:
             raise UserError(
                 "a weight file cannot be read", value=f"{file}: {error}", fix="copy or download it again"
             ) from error
-    names, index = {file.name for file in files}, folder / "model.safetensors.index.json"
+    names, index = set(held), folder / "model.safetensors.index.json"
     wanted = {"model.safetensors"}
     if index.exists():
         try:
@@ -409,7 +457,14 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
         rule="model.safetensors alone, or the files that model.safetensors.index.json names",
         fix="move the files that do not belong to the model out of the folder",
     )
-    _refuse_more_parts(folder, tensors)
+    count = Counter(key for name in wanted & names for key in held[name])
+    refuse(
+        sorted(key for key, times in count.items() if times > 1),
+        f"weight files of {folder} hold the same tensors",
+        rule="each tensor is in one file; which of two is read is left to chance",
+        fix="copy the files again from where the model comes from",
+    )
+    _refuse_more_parts(folder, sum(map(len, held.values())))
     return {"source": f"folder {folder.name}", "sha256": sha256_folder(folder)}
 
 

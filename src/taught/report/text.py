@@ -67,12 +67,12 @@ def tens(power: int) -> str:
 
 
 def common_power(values: Iterable[float | None]) -> int:
-    """The power of ten that brings the largest size into [1, 10); 0 if that is in [0.1, 1000)."""
+    """The power of ten that brings the largest size into [1, 10); 0 if that is in [0.1, 1000); at least -300."""
     finite = [abs(v) for v in values if v is not None and math.isfinite(v)]
     largest = max(finite, default=0.0)
     if largest == 0 or 0.1 <= largest < 1000:
         return 0
-    return math.floor(math.log10(largest))
+    return max(math.floor(math.log10(largest)), -300)
 
 
 def count(n: int, noun: str, plural: str | None = None) -> str:

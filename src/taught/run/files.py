@@ -95,7 +95,8 @@ def sha256_file(path: Path) -> str:
 
 
 # Files of a model, adapter or SAE folder that define it (a README does not).
-_DEFINING = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf", "*.txt", "*.tiktoken")
+_TEMPLATES = "additional_chat_templates/*.jinja"
+_DEFINING = ("*.safetensors", "*.json", "*.jinja", _TEMPLATES, "*.model", "*.gguf", "*.txt", "*.tiktoken")
 
 
 def sha256_folder(folder: Path) -> str:
@@ -104,14 +105,16 @@ def sha256_folder(folder: Path) -> str:
     Weights, configuration, tokenizer and chat template: each of them changes every number.
     """
     lines = []
-    for file in sorted({file for pattern in _DEFINING for file in folder.resolve().glob(pattern)}):
+    folder = folder.resolve()
+    for file in sorted({file for pattern in _DEFINING for file in folder.glob(pattern)}):
         about = file.stat()
-        lines.append(f"{_sha256_unchanged(file, about.st_size, about.st_mtime_ns)}  {file.name}\n")
+        changed = about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
+        lines.append(f"{_sha256_unchanged(file, changed)}  {file.relative_to(folder).as_posix()}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @cache
-def _sha256_unchanged(file: Path, size: int, changed: int) -> str:
+def _sha256_unchanged(file: Path, changed: tuple[int, ...]) -> str:
     """Of a file that has not changed meanwhile: several stages of one command ask for the same weights."""
     return sha256_file(file)
 

@@ -33,22 +33,23 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
     """
     chosen = study.curation
     rule, target = rule_and_target(study, run_targets(run), default_target(run))
+    # Before the stage begins: what a refused command asked for is not remembered, and an earlier curation stays.
+    ranked = read_scores(run, [target], chosen.method)
+    guard = None if chosen.protect is None else read_scores(run, [chosen.protect])
+    summary = run.read_table("summary", ["example_id", "label", "loss"]).to_pydict()
+    ids, labels, losses = (summary[name] for name in ("example_id", "label", "loss"))
+    protected = None if guard is None else guard[guard.targets[0]]
+    k, decisions = decide(study, rule, target, ids, labels, losses, ranked[target], protected)
+    found = outcome(decisions, k)._asdict()
+    single = study.attribution.trajectory.make(TRAJECTORIES).single
+    if not ranked.influence or (rule == "swap-k" and not single):
+        # Values that are not of a step say nothing about a change; how much more an exchange
+        # does than an omission is known where the loss is, at one step.
+        found["change"] = None
+    record = {"rule": rule, "k": k, "target": target, "method": ranked.method, "protect": chosen.protect}
+    record["unit"] = ranked.unit
     with run.stage("curate", study):
-        ranked = read_scores(run, [target], chosen.method)
-        guard = None if chosen.protect is None else read_scores(run, [chosen.protect])
-        summary = run.read_table("summary", ["example_id", "label", "loss"]).to_pydict()
-        ids, labels, losses = (summary[name] for name in ("example_id", "label", "loss"))
-        protected = None if guard is None else guard[guard.targets[0]]
-        k, decisions = decide(study, rule, target, ids, labels, losses, ranked[target], protected)
         run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
-        found = outcome(decisions, k)._asdict()
-        single = study.attribution.trajectory.make(TRAJECTORIES).single
-        if not ranked.influence or (rule == "swap-k" and not single):
-            # Values that are not of a step say nothing about a change; how much more an exchange
-            # does than an omission is known where the loss is, at one step.
-            found["change"] = None
-        record = {"rule": rule, "k": k, "target": target, "method": ranked.method, "protect": chosen.protect}
-        record["unit"] = ranked.unit
         run.write_json("curation", record | {"lr": study.attribution.lr} | found)
         _write_choice(run, study, decisions)
 

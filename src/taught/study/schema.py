@@ -396,11 +396,11 @@ class AttributionSpec(Section):
     trajectory: Choice = _method(
         "attribution.trajectory", TRAJECTORIES, "base", "base: at the model's weights; else along a training run"
     )
-    lr: float = setting(1e-4, rules.number(above=0), "learning rate of the one SGD step")
+    lr: float = setting(1e-4, rules.rate(), "learning rate of the one SGD step")
     exact_top: int = setting(
         3, rules.whole(0), "so many top examples get a real step, an exact refit and shares of their tokens too"
     )
-    memory_gb: float = _pace(3.75, rules.number(above=0), "working memory for gradients")
+    memory_gb: float = _pace(3.75, rules.number(above=0, maximum=1e6), "working memory for gradients")
     batch_tokens: int = _pace(512, rules.whole(1), "tokens that go through the model at once")
     checkpointing: bool = _pace(False, _FLAG, "true: long examples in about half the memory, and more time")
     parameters: tuple[str, ...] | None = setting(
@@ -534,7 +534,7 @@ class ValidationSpec(Section):
     method: Literal["full", "lora"] = setting("full", rules.one_of("full", "lora"), "full | lora")
     lora_rank: int = setting(8, rules.whole(1), "of lora")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", rules.one_of("adamw", "sgd"), "adamw | sgd")
-    lr: float = setting(2e-5, rules.number(above=0), "learning rate")
+    lr: float = setting(2e-5, rules.rate(), "learning rate")
     epochs: int = setting(3, rules.whole(1), "passes over the examples")
     batch: int = setting(16, rules.whole(1), "examples a step")
     momentum: float = setting(0.0, rules.number(minimum=0, maximum=0.999), "of sgd")
@@ -589,7 +589,7 @@ class ValidationSpec(Section):
     )
     unlearn_steps: int = setting(100, rules.whole(1), "unlearn: steps of forgetting, at most")
     unlearn_lr: float = setting(
-        0.01, rules.number(above=0), "unlearn: the first rate, the distance of a step; fitted anew every 10 steps"
+        0.01, rules.rate(), "unlearn: the first rate, the distance of a step; fitted anew every 10 steps"
     )
     guard: str | None = setting(
         None,

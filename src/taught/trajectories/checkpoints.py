@@ -38,7 +38,7 @@ class Checkpoint:
 
 
 _CHECKPOINT = rules.record(
-    Checkpoint, id=rules.folder_or_hub_id(), lr=rules.number(above=0), revision=rules.optional(rules.text())
+    Checkpoint, id=rules.folder_or_hub_id(), lr=rules.rate(), revision=rules.optional(rules.text())
 )
 
 
