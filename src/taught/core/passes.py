@@ -19,7 +19,7 @@ from taught.data.columns import name_ids
 from taught.errors import UserError
 from taught.model.forward import log_probabilities
 from taught.model.gradients import evaluating
-from taught.model.layout import accepts, first_device, takes_trees, text_config, use_plain_passes
+from taught.model.layout import accepts, first_device, stretched_from, takes_trees, use_plain_passes
 from taught.model.readout import PACK_TOKENS, ReadPrompt, pack, read_prompts, read_prompts_plain
 from taught.model.tokens import write_out
 from taught.progress import Progress, SilentProgress
@@ -107,13 +107,7 @@ def _refuse_mixed_positions(model: nn.Module, sizes: Mapping[str, tuple[int, int
     ----------
     sizes : tokens of the shortest and the longest pass over each text, by its id
     """
-    config = text_config(model)
-    ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, Mapping))):
-        kind = rope.get("rope_type")
-        if kind not in ("longrope", "dynamic"):
-            continue
-        most = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    for kind, most in stretched_from(model).items():
         long = [name for name, (_, longest) in sizes.items() if longest > most]
         if long and (kind == "dynamic" or any(shortest <= most for shortest, _ in sizes.values())):
             raise UserError(

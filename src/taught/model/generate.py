@@ -38,7 +38,7 @@ def greedy(
     over each prompt alone.
     """
     answers: list[tuple[int, ...]] = [()] * len(prompts)
-    plain = stretched_from(model) or math.inf
+    plain = min(stretched_from(model).values(), default=math.inf)
     with evaluating(model):
         if not takes_trees(model) or any(len(prompt) + limit > plain for prompt in prompts):
             return [_decode_alone(model, prompt, frozenset(ends), limit) for prompt in prompts]

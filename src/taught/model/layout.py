@@ -10,6 +10,7 @@ right, with no mask: what stands behind a token changes nothing for a causal mod
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -96,12 +97,19 @@ def written_out(model: nn.Module, rows: Rows) -> Sequences | None:
     return sequences
 
 
-def stretched_from(model: nn.Module) -> int | None:
-    """The most tokens of a pass up to which positions are plain, where those of longer ones are scaled (LongRoPE)."""
-    found = getattr(text_config(model), "rope_parameters", None) or {}
-    kinds = found.values() if found and all(isinstance(own, dict) for own in found.values()) else [found]
-    limits = [own["original_max_position_embeddings"] for own in kinds if own.get("rope_type") == "longrope"]
-    return min(limits, default=None)
+def stretched_from(model: nn.Module) -> dict[str, int]:
+    """Kind of rotary positions -> the most tokens of a pass up to which they are plain, where longer ones differ.
+
+    The longest text of a pass decides for all of it (``longrope``, ``dynamic``).
+    """
+    config = text_config(model)
+    found = getattr(config, "rope_parameters", None) or {}
+    limits: dict[str, int] = {}
+    for own in (found, *(part for part in found.values() if isinstance(part, Mapping))):
+        if (kind := own.get("rope_type")) in ("longrope", "dynamic"):
+            most = int(own.get("original_max_position_embeddings") or config.max_position_embeddings)
+            limits[kind] = min(most, limits.get(kind, most))
+    return limits
 
 
 def _refuse_unlike_positions(model: nn.Module, rows: Rows) -> None:
@@ -109,8 +117,7 @@ def _refuse_unlike_positions(model: nn.Module, rows: Rows) -> None:
 
     A pass leaves out the last token of what is scored, so that of ``limit`` tokens it is not known which side they are.
     """
-    limit = stretched_from(model)
-    if limit is None:
+    if (limit := stretched_from(model).get("longrope")) is None:
         return
     lengths = rows.positions[ends(rows)] + 1
     if lengths.min() <= limit <= lengths.max():
