@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--remove", help="a target; each method's strongest examples are left out too")
     parser.add_argument("--memory-gb", type=float, default=8.0)
     parser.add_argument("--states", type=Path, help="a folder for states that do not fit into memory")
+    parser.add_argument("--scores", type=Path, help="a file that keeps the scores of each method, not computed again")
     args = parser.parse_args()
 
     study = load_study(preset_path(args.preset) / "study.yaml")
@@ -113,11 +114,16 @@ def main() -> None:
 
     found: dict[str, dict[str, dict[str, float]]] = {}
     seconds: dict[str, float] = {}
+    keeper = Kept(args)
     for name in filter(None, args.methods.split(",")):
+        if name in keeper.methods:
+            found[name], seconds[name] = keeper.methods[name]
+            continue
         started = time.monotonic()
         scores = driver.scores(ready.problem, ready.inputs, targets, method_of(name), Work(folder=args.states))
         seconds[name] = time.monotonic() - started
         found[name] = {str(target): scores.by_example(target) for target in targets.names}
+        keeper.add(name, found[name], seconds[name])
         print(f"{name}: {seconds[name] / truth['seconds']:.1f} trainings, peak {peak_memory_gb()} GB", flush=True)
         for one in scores.details.get("smoothness", []):
             print(f"  smoothness: {json.dumps(one)}", flush=True)
@@ -148,6 +154,26 @@ def method_of(name: str) -> Method:
     if name == GAUSS_NEWTON:
         return Method(trajectory=Choice("steps", {"hessian": "gauss-newton", "smoothness": 0}))
     return Method().named(name)
+
+
+class Kept:
+    """Scores of methods in the file ``--scores``, with what they depend on."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        free = ("truth", "out", "methods", "sets", "left_out", "singles", "remove", "memory_gb", "states", "scores")
+        self.of = {key: value for key, value in vars(args).items() if key not in free}
+        self.file: Path | None = args.scores
+        self.methods: dict[str, Any] = {}
+        if self.file is not None and self.file.is_file():
+            made = json.loads(self.file.read_text())
+            if made["of"] != self.of:
+                raise SystemExit(f"{self.file} is of another run: {made['of']}")
+            self.methods = made["methods"]
+
+    def add(self, name: str, values: dict[str, dict[str, float]], seconds: float) -> None:
+        self.methods[name] = values, seconds
+        if self.file is not None:
+            self.file.write_text(json.dumps({"of": self.of, "methods": self.methods}) + "\n")
 
 
 def known_truth(args: argparse.Namespace, ready: Ready, targets: TargetSet) -> dict[str, Any]:

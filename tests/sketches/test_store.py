@@ -46,6 +46,13 @@ def test_the_same_rows_make_the_same_files(store: SketchStore, tmp_path: Path) -
         assert (store.folder / name).read_bytes() == (other.folder / name).read_bytes()
 
 
+def test_a_store_is_opened_by_the_values_that_it_was_made_with(tmp_path: Path) -> None:
+    given = {**IDENTITY, "behavior": {"kind": "prefixes", "prefixes": ("I can't", "I cannot")}}
+    SketchStore(tmp_path / "store", given).save("examples", ROWS[:1], values(n=1))
+    again = SketchStore(tmp_path / "store", given)
+    assert again.identity == SketchStore(tmp_path / "store").identity
+
+
 def test_a_store_of_other_conditions_is_refused_with_what_differs(store: SketchStore) -> None:
     changed = {**IDENTITY, "model.weights": "xyz", "projection.seed": 1}
     with pytest.raises(UserError) as error:

@@ -103,6 +103,8 @@ class SketchStore:
                 rule=f"a store holds {NAME}",
                 fix="make one: taught run STUDY --to attribute --set attribution.estimator=sketch",
             )
+        if identity is not None:
+            identity = json.loads(files.json_bytes(identity))  # as it is read again: a tuple is a list there
         if found is not None and identity is not None:
             _refuse_other(self.folder, found, identity)
         self.identity: dict[str, Any] = dict(found if identity is None else identity)  # type: ignore[arg-type]
