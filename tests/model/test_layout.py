@@ -80,8 +80,8 @@ def test_written_out_rows_give_logits_and_h_at_the_tokens_of_the_rows(keep) -> N
 def test_texts_on_both_sides_of_a_stretch_of_positions_are_refused_in_one_pass_and_right_apart() -> None:
     model = stretched_llama(limit=8)
     short, also, long = sft("a", (0, 5, 21, 3, 2, 15), 5), sft("b", (0, 5, 7, 3), 2), sft("c", (0, *range(4, 20)), 4)
-    assert stretched_from(model) == 8
-    assert stretched_from(tiny_llama()) is None
+    assert stretched_from(model) == {"longrope": 8}
+    assert stretched_from(tiny_llama()) == {}
     with torch.no_grad():
         for some in ([short, also], [long]):
             expected = torch.stack([plain_loss(model, z) for z in some])
