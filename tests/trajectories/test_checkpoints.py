@@ -21,6 +21,7 @@ from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.errors import UserError
 from taught.estimators import adjoint
+from taught.model import load
 from taught.policy.ridge import coefficient_shift
 from taught.run.folder import RunFolder
 from taught.stages.attribute import attribute
@@ -251,6 +252,24 @@ def test_checkpoints_are_an_input_by_their_content(folder: Path) -> None:
         run = attributed(folder, study_with(folder, *some, targets=["score"]), name)
         made[name] = run.manifest["stages"]["attribute"]["fingerprint"]
     assert made["a"] == made["b"] and len(set(made.values())) == 3
+
+
+def test_a_branch_of_the_hub_that_moves_is_another_input(folder: Path, monkeypatch) -> None:
+    """Its commit counts, not its name: a run of the commit before is neither reused nor added to."""
+    commit, real = ["c0ffee"], load.load_model
+    given = {"c0ffee": str(folder / "early"), "decade": str(folder / "late")}
+
+    def opened(id: str, **how: Any) -> Any:
+        return real(given[commit[0]], **{**how, "revision": None}) if id == "org/model" else real(id, **how)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision: f"/{commit[0]}/{file}")
+    monkeypatch.setattr("taught.stages.subject.load_model", opened)
+    study = study_with(folder, {"id": "org/model", "revision": "main", "lr": 1e-4}, targets=["score"])
+    run = attributed(folder, study, "hub")
+    assert table(run) == table(attributed(folder, study_with(folder, EARLY, targets=["score"]), "here"))
+    commit[0] = "decade"
+    with pytest.raises(UserError, match=r"attribution\.trajectory\.checkpoints\.0 commit"):
+        attribute(study, RunFolder(run.folder))
 
 
 def test_checkpoints_in_yaml_are_resolved_and_come_back(folder: Path, tmp_path_factory) -> None:

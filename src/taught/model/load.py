@@ -415,6 +415,31 @@ def _commit(name: str, *, revision: str | None) -> str:
         raise
 
 
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model or an adapter that a branch or tag of the hub stands for now; None for a folder.
+
+    Raises
+    ------
+    UserError
+        The hub has none of this name, or cannot be reached and nothing is cached.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def found(name: str, *, revision: str | None) -> str:
+        try:
+            return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return Path(hf_hub_download(name, "adapter_config.json", revision=revision)).parent.name
+
+    if Path(name).expanduser().is_dir():
+        return None
+    commit: str = _read(found, _Source(name, None, {}, revision))
+    return commit
+
+
 def _folder_weights(folder: Path) -> dict[str, Any]:
     """Identity of a local folder, of which one set of whole weight files is read."""
     if (folder / "adapter_config.json").exists():

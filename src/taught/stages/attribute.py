@@ -27,6 +27,7 @@ from taught.data.labels import check_labels
 from taught.errors import UserError
 from taught.estimators.finite_step import kept_steps
 from taught.estimators.token_shares import token_effects
+from taught.model.load import hub_commit
 from taught.model.readout import pack as pack_prompts
 from taught.model.readout import read_packed
 from taught.policy.ridge import Policy, exact_shift
@@ -67,7 +68,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
     along = method_of(study).trajectory.make(TRAJECTORIES)
     if isinstance(along, Follows) and getattr(along, "run", None) is None:  # it makes a run by the study's recipe
         trained = {f"validation.{name}": value for name, value in asdict(Recipe.of(study.validation)).items()}
-    with run.stage("attribute", study, {**subject.identity, **trained}) as stage:
+    with run.stage("attribute", study, {**subject.identity, **trained, **_commits(study, along)}) as stage:
         if stage.done:
             return
         ready = prepare(study, run, subject, data, progress)
@@ -155,6 +156,17 @@ def in_one_metric(ready: Ready, asked: Sequence[Ask], work: Work) -> list[Ask]:
         )
         for ask in asked
     ]
+
+
+def _commits(study: Study, along: object) -> dict[str, str]:
+    """Commits of the checkpoints that are on the hub, where a branch may move; folders are inputs by their content."""
+    own = getattr(along, "checkpoints", ())
+    named = {f"attribution.trajectory.checkpoints.{n}": c for n, c in enumerate(own if isinstance(own, tuple) else ())}
+    places = {key: (checkpoint.id, checkpoint.revision) for key, checkpoint in named.items()}
+    if study.attribution.checkpoint is not None:
+        places["attribution.checkpoint"] = (study.attribution.checkpoint, None)
+    commits = {f"{key} commit": hub_commit(*place) for key, place in places.items()}
+    return {key: commit for key, commit in commits.items() if commit is not None}
 
 
 def _checks(ready: Ready, ask: Ask, scores: Scores, top: Sequence[int], work: Work) -> Checks:
