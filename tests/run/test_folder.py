@@ -904,7 +904,7 @@ def test_a_manifest_whose_parts_are_of_another_type_is_named_or_means_nothing(fo
         assert "\x1b" not in str(error)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", ".lock", "manifest.json", ".."])
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", ".lock", "manifest.json", "..", "a" * 300])
 def test_a_manifest_names_no_file_outside_of_its_folder_and_none_of_ours(folder, study, name):
     run, _ = readings(folder, study)
     manifest = run.manifest

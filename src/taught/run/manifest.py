@@ -73,7 +73,8 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{name} is no stage")
     for name, record in manifest["files"].items():
         texts += [record["stage"], record["sha256"]]
-        if not isinstance(record["bytes"], int) or Path(name).name != name or name == NAME or name.startswith("."):
+        plain = Path(name).name == name and len(name.encode()) < 256
+        if not isinstance(record["bytes"], int) or not plain or name == NAME or name.startswith("."):
             raise ValueError(f"{name} is no file of a run")
     if not all(isinstance(text, str) for text in texts) or not isinstance(manifest.get("command", ""), str | None):
         raise TypeError("a name or digest is no text")
