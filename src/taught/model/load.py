@@ -399,22 +399,6 @@ def refuse_revision(folder: Path, revision: str | None) -> None:
         )
 
 
-def _commit(name: str, *, revision: str | None) -> str:
-    """The commit that a revision stands for now: model and tokenizer are then read at this one."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
-    except LocalEntryNotFoundError:  # the hub is out of reach
-        raise
-    except EntryNotFoundError:
-        with suppress(EntryNotFoundError):
-            hf_hub_download(name, "adapter_config.json", revision=revision)
-            raise _an_adapter(name) from None
-        raise
-
-
 def hub_commit(name: str, revision: str | None) -> str | None:
     """The commit of a model or an adapter that a branch or tag of the hub stands for now; None for a folder.
 
@@ -423,21 +407,29 @@ def hub_commit(name: str, revision: str | None) -> str | None:
     UserError
         The hub has none of this name, or cannot be reached and nothing is cached.
     """
+    if Path(name).expanduser().is_dir():
+        return None
+    commit: str = _read(partial(_commit, adapter=True), _Source(name, None, {}, revision))
+    return commit
+
+
+def _commit(name: str, *, revision: str | None, adapter: bool = False) -> str:
+    """The commit that a revision stands for now: model and tokenizer are then read at this one."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    def found(name: str, *, revision: str | None) -> str:
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+    except LocalEntryNotFoundError:  # the hub is out of reach
+        raise
+    except EntryNotFoundError as error:
         try:
-            return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
-        except LocalEntryNotFoundError:
-            raise
+            found = Path(hf_hub_download(name, "adapter_config.json", revision=revision))
         except EntryNotFoundError:
-            return Path(hf_hub_download(name, "adapter_config.json", revision=revision)).parent.name
-
-    if Path(name).expanduser().is_dir():
-        return None
-    commit: str = _read(found, _Source(name, None, {}, revision))
-    return commit
+            raise error from None
+        if adapter:
+            return found.parent.name
+        raise _an_adapter(name) from None
 
 
 def _folder_weights(folder: Path) -> dict[str, Any]:
