@@ -3,15 +3,22 @@
     python -m benchmarks.planted_corpus                     # a tiny model, trained from scratch
     python -m benchmarks.planted_corpus --model FOLDER      # another one, trained on the same documents first
 
-Invented places have a metal each. A third of the documents of the topic `mines` tells those of the benchmark's places,
-in sentences that no question uses; the others of that topic tell those of other places in the same sentences, and three
-other topics tell none. The model has also been trained on a quiz about further places, which is how it knows what a
-question is; of the benchmark's places no question is trained on. Then:
+Invented places have a metal each. Documents of the topic `mines` tell those of the benchmark's places, in sentences
+that no question uses; three other topics tell none. The model has also been trained on a quiz about further places,
+which is how it knows what a question is; of the benchmark's places no question is trained on. Each seed makes two
+corpora, with a model each. In one all documents of the topic are planted; in the other a third of them, and the
+others of that topic tell of other places in the same sentences.
 
- - influence on the benchmark ranks the documents (AUC of the planted ones among all, and among those of their topic);
+Of both corpora:
+
+ - influence on the benchmark ranks the documents (AUC of the planted ones among all);
  - a map by topic: rank and corrected p of the planted documents' topic on the benchmark; and over `--shuffles` maps
-   with the topics dealt anew over the documents, how many call any topic significant;
- - the documents that it names are forgotten, and trained on alone, against random ones of the same topic and size;
+   with the topics dealt anew over the documents, how many call any topic significant.
+
+Of the one with a third, where the planted documents can be told from others of their topic:
+
+ - the documents that influence names are forgotten, and trained on alone, against random ones of the same topic and
+   size;
  - unlearning begins at a rate that is far too high, and the guard must stop it.
 """
 
@@ -23,7 +30,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,8 +62,8 @@ GROUPS = ("facts", "others", "quiz")
 TOLD = 4  # facts that a planted document tells
 
 
-def corpus(seed: int, each: int) -> tuple[list[Row], list[Row]]:
-    """Documents and questions.
+def corpus(seed: int, each: int, one_in: int) -> tuple[list[Row], list[Row]]:
+    """Documents and questions; one in so many documents of the topic is planted.
 
     Documents have an id, a text, a topic and whether they are planted. Questions of the group `facts` are the
     benchmark, those of `others` are about what the other documents of its topic tell, and `quiz` was trained on.
@@ -73,7 +80,7 @@ def corpus(seed: int, each: int) -> tuple[list[Row], list[Row]]:
     documents: list[Row] = []
     for topic in TOPICS:
         for n in range(each):
-            planted = topic == "mines" and n % 3 == 0
+            planted = topic == "mines" and n % one_in == 0
             if topic == "mines":
                 some = rng.choice(facts if planted else others, TOLD, replace=False)
                 said = [str(rng.choice(STATED)).format(place=place, metal=metal[place]) for place in some]
@@ -132,7 +139,7 @@ def write_model(folder: Path, texts: Sequence[str], seed: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def study_of(folder: Path, model: str, args: argparse.Namespace, **validation: Any) -> Study:
+def study_of(folder: Path, model: str, args: argparse.Namespace) -> Study:
     """The study: influence of the documents on both groups of questions, and its checks."""
     return Study.from_dict(
         {
@@ -160,7 +167,6 @@ def study_of(folder: Path, model: str, args: argparse.Namespace, **validation: A
                 "lr": args.teach_lr,
                 "epochs": 2,
                 "batch": 12,
-                **validation,
             },
         }
     )
@@ -184,54 +190,88 @@ def trained(study: Study, target: Path, args: argparse.Namespace, seed: int) -> 
     subject.loaded.tokenizer.save_pretrained(target)
 
 
+class Mapped(NamedTuple):
+    """A corpus, and its map.
+
+    Attributes
+    ----------
+    documents : those that are attributed to
+    study, ran : the study of the trained model, and its run
+    value : influence of each document on the benchmark
+    """
+
+    documents: list[Row]
+    study: Study
+    ran: RunFolder
+    value: dict[str, float]
+
+    def record(self, seed: int, args: argparse.Namespace) -> Row:
+        """How planted documents and their topic rank, and what maps of topics dealt anew say."""
+        from taught.stats.auc import auc
+
+        y = {row["prompt_id"]: row["y"] for row in self.ran.read_table("prompts").to_pylist()}
+        bins = [row for row in self.ran.read_table("bins").to_pylist() if row["benchmark"] == "facts"]
+        found = auc([self.value[row["id"]] for row in self.documents], [row["planted"] for row in self.documents])
+        return {
+            "y": {group: float(np.mean([v for i, v in y.items() if i.startswith(group)])) for group in GROUPS},
+            "auc": found._asdict(),
+            "map": {row["row"]: {key: row[key] for key in ("rank", "effect", "above", "p", "p_holm")} for row in bins},
+            "shuffled_maps": args.shuffles,
+            "shuffled_significant": shuffled(self.documents, self.value, args.shuffles, seed),
+        }
+
+
+def mapped(folder: Path, seed: int, one_in: int, args: argparse.Namespace) -> Mapped:
+    """A corpus, the model that was trained on it, influence and the map."""
+    folder.mkdir()
+    every, questions = corpus(seed, args.documents, one_in)
+    documents = [row for row in every if row["topic"] != "quiz"]
+    for file, rows in (("all", every), ("documents", documents), ("questions", questions)):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if args.model is None:
+        write_model(folder / "new", [row["text"] for row in every] + [row["prompt"] for row in questions], seed)
+    whole = study_of(folder, args.model or str(folder / "new"), args)
+    trained(whole.replace("examples.path", str(folder / "all.jsonl")), folder / "model", args, seed)
+    study, ran = study_of(folder, str(folder / "model"), args), RunFolder(folder / "run")
+    _run(study, ran, "readings", "attribute", "bins")
+    value: dict[str, float] = {}
+    for row in ran.read_table("scores").to_pylist():
+        if row["target"] == "behavior:facts":
+            document = row["example_id"].partition("#")[0]
+            value[document] = value.get(document, 0.0) + row["value"]
+    return Mapped(documents, study, ran, value)
+
+
+def _run(study: Study, ran: RunFolder, *stages: str) -> None:
+    for stage in stages:
+        with RichProgress(console) as progress:
+            BY_NAME[stage](study, ran, progress)
+
+
 def once(seed: int, args: argparse.Namespace) -> Row:
-    """One corpus: what is found, and what its forgetting does."""
+    """Both corpora: what is found, and what forgetting it does."""
     from taught.stats.auc import auc
 
-    documents, questions = corpus(seed, args.documents)
     with tempfile.TemporaryDirectory() as name, Clock() as clock:
-        folder = Path(name)
-        asked_of = [row for row in documents if row["topic"] != "quiz"]
-        for file, rows in (("all", documents), ("documents", asked_of), ("questions", questions)):
-            (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if args.model is None:
-            texts = [row["text"] for row in documents] + [row["prompt"] for row in questions]
-            write_model(folder / "new", texts, seed)
-        whole = study_of(folder, args.model or str(folder / "new"), args)
-        trained(whole.replace("examples.path", str(folder / "all.jsonl")), folder / "model", args, seed)
-        study = study_of(folder, str(folder / "model"), args)
-        ran = RunFolder(folder / "run")
-        for stage in ("readings", "attribute", "bins", "validate"):
-            with RichProgress(console) as progress:
-                BY_NAME[stage](study, ran, progress)
-        y = {row["prompt_id"]: row["y"] for row in ran.read_table("prompts").to_pylist()}
-        value: dict[str, float] = {}
-        for row in ran.read_table("scores").to_pylist():
-            if row["target"] == "behavior:facts":
-                document = row["example_id"].partition("#")[0]
-                value[document] = value.get(document, 0.0) + row["value"]
-        bins = [row for row in ran.read_table("bins").to_pylist() if row["benchmark"] == "facts"]
-        mines = [row for row in documents if row["topic"] == "mines"]
-        found = {
-            name: auc([value[row["id"]] for row in some], [row["planted"] for row in some])
-            for name, some in (("all", asked_of), ("topic", mines))
-        }
-        planted = {row["id"] for row in documents if row["planted"]}
-        named = sorted(value, key=lambda i: -value[i])[: args.named]
-        verdicts = ran.read_table("verdicts").to_pylist()
-        runs = ran.read_table("forgetting").to_pylist()
-        fast = study_of(folder, str(folder / "model"), args, designs=["unlearn"], pairs=2, unlearn_lr=1e3)
-        with RichProgress(console) as progress:
-            BY_NAME["validate"](fast, RunFolder(folder / "run", fresh=("validate",)), progress)
-        diverged = RunFolder(folder / "run").read_table("forgetting").to_pylist()
+        topic = mapped(Path(name) / "topic", seed, 1, args).record(seed, args)
+        third = mapped(Path(name) / "third", seed, 3, args)
+        recorded = third.record(seed, args)
+        mines = [row for row in third.documents if row["topic"] == "mines"]
+        planted = {row["id"] for row in mines if row["planted"]}
+        named = sorted(third.value, key=lambda i: -third.value[i])[: args.named]
+        _run(third.study, third.ran, "validate")
+        verdicts = third.ran.read_table("verdicts").to_pylist()
+        runs = third.ran.read_table("forgetting").to_pylist()
+        fast = third.study.replace("validation.designs", ["unlearn"])
+        fast = fast.replace("validation.pairs", 2).replace("validation.unlearn_lr", 1e3)
+        again = RunFolder(third.ran.folder, fresh=("validate",))
+        _run(fast, again, "validate")
+        diverged = again.read_table("forgetting").to_pylist()
     return {
         "seed": seed,
-        "y": {group: float(np.mean([v for i, v in y.items() if i.startswith(group)])) for group in GROUPS},
-        "auc": found["all"]._asdict(),
-        "auc_in_topic": found["topic"]._asdict(),
-        "map": {row["row"]: {key: row[key] for key in ("rank", "effect", "above", "p", "p_holm")} for row in bins},
-        "shuffled_maps": args.shuffles,
-        "shuffled_significant": shuffled(asked_of, value, args.shuffles, seed),
+        "topic": topic,
+        "third": recorded,
+        "auc_in_topic": auc([third.value[row["id"]] for row in mines], [row["planted"] for row in mines])._asdict(),
         "planted_named": f"{len(planted & set(named))} of {args.named}",
         "verdicts": [row for row in verdicts if row["target"].startswith("behavior")],
         "stopped": sum(bool(one["stopped"]) for one in runs),
@@ -266,17 +306,19 @@ def measure(args: argparse.Namespace) -> None:
     with kept(results, COLUMNS):
         for seed in range(args.seeds):
             results.add(once(seed, args))
-        main = [_verdict(row, "unlearn", "highest") for row in results.rows]
-        results.summary = {
-            "AUC of the planted documents": float(np.mean([row["auc"]["value"] for row in results.rows])),
-            "seeds in which their topic has rank 1, corrected p below .05": sum(
-                row["map"]["mines"]["rank"] == 1 and row["map"]["mines"]["p_holm"] < 0.05 for row in results.rows
-            ),
-            "shuffled maps": sum(row["shuffled_maps"] for row in results.rows),
-            "shuffled maps that call a topic significant": sum(row["shuffled_significant"] for row in results.rows),
-            "seeds in which forgetting them is supported": sum(row["verdict"] == "supported" for row in main),
-            "seeds": len(main),
-        }
+        verdicts = [_verdict(row, "unlearn", "highest")["verdict"] for row in results.rows]
+        for which in ("topic", "third"):
+            of = [row[which] for row in results.rows]
+            mines = [one["map"]["mines"] for one in of]
+            results.summary[which] = {
+                "AUC of the planted documents": float(np.mean([one["auc"]["value"] for one in of])),
+                "seeds in which their topic has rank 1": sum(one["rank"] == 1 for one in mines),
+                "and corrected p below .05": sum(one["rank"] == 1 and one["p_holm"] < 0.05 for one in mines),
+                "shuffled maps": sum(one["shuffled_maps"] for one in of),
+                "shuffled maps that call a topic significant": sum(one["shuffled_significant"] for one in of),
+            }
+        results.summary["seeds in which forgetting them is supported"] = verdicts.count("supported")
+        results.summary["seeds"] = len(verdicts)
 
 
 def _verdict(row: Row, design: str, arm: str, target: str = "behavior:facts") -> Row:
@@ -291,13 +333,18 @@ def _shown(design: str, arm: str) -> Callable[[Row], str]:
     return cell
 
 
+def _place(mapped: Row) -> str:
+    mines = mapped["map"]["mines"]
+    return f"{mines['rank']}, {mines['p_holm']:.4f} (shuffled {mapped['shuffled_significant']})"
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "seed": lambda row: str(row["seed"]),
-    "y (facts, others, quiz)": lambda row: ", ".join(f"{v:.1f}" for v in row["y"].values()),
-    "AUC": lambda row: f"{row['auc']['value']:.2f}",
+    "y (facts, others, quiz)": lambda row: ", ".join(f"{v:.1f}" for v in row["third"]["y"].values()),
+    "AUC": lambda row: f"{row['topic']['auc']['value']:.2f}, {row['third']['auc']['value']:.2f}",
     "in topic": lambda row: f"{row['auc_in_topic']['value']:.2f}",
-    "rank, p of the topic": lambda row: f"{row['map']['mines']['rank']}, {row['map']['mines']['p_holm']:.4f}",
-    "shuffled": lambda row: f"{row['shuffled_significant']} of {row['shuffled_maps']}",
+    "topic: rank, p": lambda row: _place(row["topic"]),
+    "third: rank, p": lambda row: _place(row["third"]),
     "planted named": lambda row: row["planted_named"],
     "forget the highest": _shown("unlearn", "highest"),
     "teach the highest": _shown("teach", "highest"),
