@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -26,12 +28,27 @@ def benchmarks(monkeypatch):
     """The package ``benchmarks``, which lies beside src and is not installed."""
     monkeypatch.syspath_prepend(str(ROOT))
     import benchmarks.adjoint_vs_step
+    import benchmarks.big_tables
     import benchmarks.common
+    import benchmarks.concepts
     import benchmarks.peer_dattri
     import benchmarks.peers
     import benchmarks.smda_loop
 
     return benchmarks
+
+
+@pytest.fixture
+def measured(benchmarks, monkeypatch, capsys):
+    """Run a benchmark as its command does, but in this process; what it printed."""
+
+    def run(name: str, *flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+        capsys.readouterr()
+        getattr(benchmarks, name).main()
+        return capsys.readouterr().out
+
+    return run
 
 
 def read(folder: Path, name: str) -> dict:
@@ -50,20 +67,8 @@ def check_circumstances(record: dict, name: str) -> None:
     assert facts["tree_tokens"] < facts["prompt_tokens"]
 
 
-def test_smda_loop_writes_every_way_and_says_what_is_extrapolated(tiny, tmp_path, python):
-    done = python(
-        "-m",
-        "benchmarks.smda_loop",
-        "--study",
-        str(tiny),
-        "--out",
-        str(tmp_path),
-        "--loop-examples",
-        "2",
-        "--coefficients",
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
+def test_smda_loop_writes_every_way_and_says_what_is_extrapolated(tiny, tmp_path, measured):
+    out = measured("smda_loop", "--study", str(tiny), "--out", str(tmp_path), "--loop-examples", "2", "--coefficients")
     record = read(tmp_path, "smda_loop")
     check_circumstances(record, "smda_loop")
     assert record["complete"]
@@ -78,24 +83,11 @@ def test_smda_loop_writes_every_way_and_says_what_is_extrapolated(tiny, tmp_path
         ratio = loop["seconds_all_examples"] / row["seconds_all_examples"]
         assert row["times_faster_than_loop"] == pytest.approx(ratio)
     assert len(rows) == 4 and len(loop["checked"]) == 2
-    assert done.stdout.count("(extrapolated)") == 2 and done.stdout.count("(measured)") == 2
+    assert out.count("(extrapolated)") == 2 and out.count("(measured)") == 2
 
 
-def test_concepts_times_every_method_on_the_same_examples(tiny, tmp_path, python):
-    done = python(
-        "-m",
-        "benchmarks.concepts",
-        "--study",
-        str(tiny),
-        "--out",
-        str(tmp_path),
-        "--few",
-        "1",
-        "--rounds",
-        "2",
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
+def test_concepts_times_every_method_on_the_same_examples(tiny, tmp_path, measured):
+    measured("concepts", "--study", str(tiny), "--out", str(tmp_path), "--few", "1", "--rounds", "2")
     record = read(tmp_path, "concepts")
     check_circumstances(record, "concepts")
     assert record["complete"]
@@ -179,21 +171,25 @@ def test_adjoint_vs_step_writes_steps_halves_and_refits(tiny, tmp_path, benchmar
     assert record["summary"]["passed"] is True
 
 
-def test_big_tables_asks_what_it_wrote_and_leaves_no_run_behind(tmp_path, python):
-    done = python(
-        "-m",
-        "benchmarks.big_tables",
-        "--examples",
-        "60",
-        "--features",
-        "3",
-        "--folder",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "results"),
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
+def test_big_tables_asks_what_it_wrote_and_leaves_no_run_behind(tmp_path, measured, monkeypatch):
+    """The first question is asked in a process of its own, as all are by the command; the others here."""
+    import subprocess
+
+    real, asked = subprocess.run, []
+
+    def run(command, **how):
+        asked.append(command[0])
+        if len(asked) == 1:
+            return real(command, **how)
+        program = command[command.index("-c") + 1]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(program, {})
+        return subprocess.CompletedProcess(command, 0, out.getvalue(), "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    sizes = ["--examples", "60", "--features", "3"]
+    measured("big_tables", *sizes, "--folder", str(tmp_path), "--out", str(tmp_path / "results"))
+    assert set(asked) == {sys.executable} and len(asked) == 9
     record = read(tmp_path / "results", "big_tables")
     assert record["complete"] and record["conditions"] == {"examples": 60, "features": 3, "groups": 2}
     rows = {row["step"]: row["rows"] for row in record["rows"]}
