@@ -124,6 +124,12 @@ def test_the_sketch_of_a_whole_gradient_is_that_of_its_factors(name: str) -> Non
         torch.testing.assert_close(summed, wanted, rtol=1e-9, atol=1e-11)
 
 
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Whole gradients of the examples, whose projections their sketches are: by the first test, to the last digits."""
+    each = [plain_gradient(model, plain_loss(model, example)) for example in tiny_examples()]
+    return {name: torch.stack([grads[name] for grads in each]) for name in each[0]}
+
+
 def cotangents(problem: Problem, count: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
     n, d = len(problem.prompts), len(problem.features.ids)
@@ -145,12 +151,10 @@ def test_a_query_in_a_curvature_is_projected_after_it_is_divided(metric: Adam | 
         divided = [problem.metric.solve(name, one) for one in undivided[name]]
         torch.testing.assert_close(query, torch.stack(divided), rtol=1e-9, atol=1e-12)
     exact, _ = target_effects(problem, tiny_examples(), A, B)
-    draws = []
+    grads, draws = gradients(model), []
     for seed in range(60):
         projection = Projection(model, DIM, seed)
-        examples = torch.zeros(len(tiny_examples()), DIM, dtype=torch.float64)
-        for part in example_sketches(plain, projection, tiny_examples()):
-            examples[list(part.index)] = part.values
+        examples = projection.matrices(grads, len(tiny_examples()))
         draws.append(-examples @ projection.matrices(queries, len(A)).T)
     values = torch.stack(draws)
     error = values.std(0) / len(draws) ** 0.5
@@ -159,17 +163,14 @@ def test_a_query_in_a_curvature_is_projected_after_it_is_divided(metric: Adam | 
 
 def test_inner_products_of_sketches_are_unbiased_and_as_noisy_as_stated() -> None:
     model = tiny_model("tied")
-    problem, examples = tiny_problem(model), tiny_examples()
-    grads = [plain_gradient(model, plain_loss(model, example)) for example in examples]
-    flat = torch.stack([torch.cat([g.flatten() for g in one.values()]) for one in grads])
+    examples, grads = tiny_examples(), gradients(model)
+    flat = torch.cat([g.flatten(1) for g in grads.values()], 1)
     exact = flat @ flat.T
     stated = ((exact.diag()[:, None] * exact.diag() + exact**2) / DIM).sqrt()
     a, b = torch.triu_indices(len(examples), len(examples), offset=1)
     found = []
     for seed in range(100):
-        sketched = torch.zeros(len(examples), DIM, dtype=torch.float64)
-        for part in example_sketches(problem, Projection(model, DIM, seed), examples):
-            sketched[list(part.index)] = part.values
+        sketched = Projection(model, DIM, seed).matrices(grads, len(examples))
         found.append(((sketched @ sketched.T - exact) / stated)[a, b])
     off = torch.stack(found)  # [draws, pairs of examples]
     mean = off.mean(1)
