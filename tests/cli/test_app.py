@@ -220,7 +220,9 @@ def tiny(tmp_path_factory) -> Path:
     """A study that was run to its report."""
     from tiny_study import write_tiny_study
 
-    folder = write_tiny_study(tmp_path_factory.mktemp("tiny")).parent
+    study = write_tiny_study(tmp_path_factory.mktemp("tiny"))
+    study.write_text(study.read_text().replace("prompts.jsonl,", "prompts.jsonl, limit: 12,"))
+    folder = study.parent
     assert run_command(["run", str(folder / "study.yaml"), "--run", str(folder / "run"), "-q"]) == 0
     return folder
 
@@ -314,7 +316,7 @@ def test_no_bars_of_other_libraries_and_plain_lines(taught, tiny, tmp_path):
     done = taught("run", str(tiny / "study.yaml"), "--run", "r", "--to", "readings")
     assert done.returncode == 0, done.stderr
     assert "%|" not in done.stderr and "\r" not in done.stderr
-    assert "read prompts (30)" in done.stderr
+    assert "read prompts (12)" in done.stderr
 
 
 def test_invariant_8_another_model_under_the_same_path_is_refused(taught_here, tmp_path, monkeypatch):
@@ -354,7 +356,7 @@ def test_the_strongest_come_first_and_csv_has_them_all(taught_here, tiny):
         (("tables",), "coefficients"),
         (("coefficients",), "sign_stability"),
         (("coverage",), "Audit by category"),
-        (("SELECT count(*) AS n FROM prompts",), "30"),
+        (("SELECT count(*) AS n FROM prompts",), "12"),
         (("score", "--quantiles"), "q0.5"),
         (("coefficient:7:x",), "example_id"),
         (("behavior:harmful - behavior:harmless",), "example_id"),

@@ -141,9 +141,10 @@ def test_losses_are_those_of_the_base_model() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of few prompts with its policy, and two checkpoints of its model: ``early`` and ``late``."""
+    """A study of few prompts and examples with its policy, and two checkpoints of its model: ``early`` and ``late``."""
     file = write_tiny_study(tmp_path_factory.mktemp("made") / "study")
-    file.write_text(file.read_text().replace("prompts.jsonl,", "prompts.jsonl, limit: 12,"))
+    text = file.read_text().replace("prompts.jsonl,", "prompts.jsonl, limit: 12,")
+    file.write_text(text.replace("pairs.jsonl,", "pairs.jsonl, limit: 4,"))
     folder, study = file.parent, load_study(file)
     for number, name in enumerate(("early", "late")):
         shutil.copytree(folder / "model", folder / name)
