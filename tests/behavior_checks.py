@@ -1,4 +1,4 @@
-"""What holds for every behavior, against plain, unpadded passes over one sequence at a time."""
+"""What holds for every behavior, against plain, unpadded passes over sequences of one length at a time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import taught.model.readout as readout
-from reference import LR, close
+from reference import LR, along, close
 from taught.core.passes import settle_passes
 from taught.estimators.adjoint import target_effects
 from taught.estimators.every_prompt import prompt_effects
@@ -23,8 +22,8 @@ from tiny_models import (
     POINT,
     moved,
     plain_gradient,
+    plain_logp,
     plain_loss,
-    plain_read,
     tiny_examples,
     tiny_model,
     tiny_problem,
@@ -48,11 +47,13 @@ class PlainY(torch.nn.Module):
         self.model, self.prompts, self.plain = model, prompts, plain
 
     def forward(self) -> torch.Tensor:
-        return torch.stack([self.plain([self.tokens(p.ids, s) for s in p.suffixes]) for p in self.prompts])
+        found = plain_logp(self.model, [(*p.ids, *suffix) for p in self.prompts for suffix in p.suffixes])
 
-    def tokens(self, ids: tuple[int, ...], suffix: tuple[int, ...]) -> torch.Tensor:
-        _, logp = plain_read(self.model, (*ids, *suffix))
-        return torch.stack([logp[len(ids) - 1 + j, token] for j, token in enumerate(suffix)])
+        def tokens(ids: tuple[int, ...], suffix: tuple[int, ...]) -> torch.Tensor:
+            logp = found[*ids, *suffix]
+            return torch.stack([logp[len(ids) - 1 + j, token] for j, token in enumerate(suffix)])
+
+        return torch.stack([self.plain([tokens(p.ids, s) for s in p.suffixes]) for p in self.prompts])
 
 
 def check_values(behavior: Any, prompts: Sequence[ReadPrompt], plain: Plain, monkeypatch: Any) -> None:
@@ -93,7 +94,7 @@ def check_derivatives(behavior: Any, prompts: Sequence[ReadPrompt], plain: Plain
         model = tiny_model(name)
         y = PlainY(model, prompts, plain)
         steps = [plain_gradient(model, plain_loss(model, example)) for example in examples]
-        exact = torch.stack([_along(y, step) for step in steps])
+        exact = torch.stack([dy for _, dy in along(y, [{n: -LR * g for n, g in step.items()} for step in steps])])
         close(torch.stack([_difference(model, y, step) for step in steps]), exact)
         for tokens in (24, 1000):
             problem = tiny_problem(model, lr=LR, prompts=prompts, behavior=behavior, batch_tokens=tokens)
@@ -114,13 +115,6 @@ def check_derivatives(behavior: Any, prompts: Sequence[ReadPrompt], plain: Plain
     )
     estimate = -LR * ours @ theirs.T
     assert torch.corrcoef(torch.stack([estimate.flatten(), exact.flatten()]))[0, 1] > 0.97
-
-
-def _along(y: PlainY, step: dict[str, torch.Tensor]) -> torch.Tensor:
-    params = {f"model.{n}": p.detach() for n, p in y.model.named_parameters()}
-    tangent = {f"model.{n}": -LR * g for n, g in step.items()}
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
-        return torch.func.jvp(lambda p: torch.func.functional_call(y, p, ()), (params,), (tangent,))[1].detach()
 
 
 def _difference(model: Any, y: PlainY, step: dict[str, torch.Tensor]) -> torch.Tensor:

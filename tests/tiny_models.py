@@ -5,7 +5,7 @@ Attention is "sdpa": the eager one takes its softmax in float32 whatever the mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -225,10 +225,23 @@ def plain_read(model: nn.Module, ids: tuple[int, ...], block: int = BLOCK) -> tu
     return out.hidden_states[block + 1][0], torch.log_softmax(out.logits[0], -1)
 
 
+def plain_logp(model: nn.Module, sequences: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
+    """Log-probabilities [T, V] of each sequence: those of one length in one pass, so nothing is padded."""
+    found: dict[tuple[int, ...], Tensor] = {}
+    of_length: dict[int, list[tuple[int, ...]]] = {}
+    for ids in dict.fromkeys(sequences):
+        of_length.setdefault(len(ids), []).append(ids)
+    for rows in of_length.values():
+        logp = torch.log_softmax(model(input_ids=torch.tensor(rows), use_cache=False).logits, -1)
+        found |= zip(rows, logp, strict=True)
+    return found
+
+
 def plain_y(model: nn.Module, ids: tuple[int, ...], prefixes: Any = PREFIXES) -> Tensor:
+    found = plain_logp(model, [(*ids, *prefix) for prefix in prefixes])
     terms = []
     for prefix in prefixes:
-        _, logp = plain_read(model, (*ids, *prefix))
+        logp = found[*ids, *prefix]
         terms.append(sum(logp[len(ids) - 1 + j, token] for j, token in enumerate(prefix)))
     return torch.stack(terms).exp().sum().log()
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from reference import LR, Readouts, close, naive_X
+from reference import LR, Readouts, along, close, naive_X
 from taught.core.estimator import Work
 from taught.core.problem import Problem
 from taught.curvatures.adam import Adam, adam_metric, estimate_moments, moments_from_optimizer
@@ -60,13 +59,10 @@ def divided(name: str, number: int) -> dict[str, torch.Tensor]:
 
 
 @cache
-def forward_mode(name: str, number: int):
-    """(h, y) and their tangents along the divided gradient of one example."""
-    model = model_of(name)
-    params = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
-    step = {f"model.{n}": -LR * g for n, g in divided(name, number).items()}
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(lambda p: torch.func.functional_call(Readouts(model), p, ()), (params,), (step,))
+def forward_modes(name: str):
+    """(h, y) and their tangents along the divided gradient of each example."""
+    grads = [divided(name, number) for number in range(len(tiny_examples()))]
+    return along(Readouts(model_of(name)), [{n: -LR * g for n, g in grad.items()} for grad in grads])
 
 
 def problem_of(name: str, **options):
@@ -80,8 +76,7 @@ def given(problem: Problem, moments: dict[str, torch.Tensor], eps: float = EPS) 
 
 def references(name: str):
     """For each example (X, dX, dy)."""
-    for number in range(len(tiny_examples())):
-        (h, _), (dh, dy) = forward_mode(name, number)
+    for (h, _), (dh, dy) in forward_modes(name):
         yield (naive_X(h, "standard", "last_user"), naive_X(h, "standard", "last_user", dh), dy)
 
 
