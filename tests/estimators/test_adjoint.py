@@ -74,7 +74,9 @@ def test_adjoint_is_the_forward_mode_derivative_in_every_model(name: str, interc
 @pytest.mark.parametrize("name", MODELS)
 def test_adjoint_is_the_central_difference(name: str) -> None:
     check(name, "standard", "last_user", True, differences)
-    check(name, "relu", "mean_user", False, differences, memory_gb=1e-6)
+    # In pieces of one parameter, on one model of each architecture: test_core_invariants does it on every one.
+    pieces = {"memory_gb": 1e-6} if name in ("padded", "gpt2") else {}
+    check(name, "relu", "mean_user", False, differences, **pieces)
 
 
 @pytest.mark.parametrize("name", MODELS)
