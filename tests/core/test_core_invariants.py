@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -68,6 +69,11 @@ def all_effects(problem, examples=None) -> dict[str, torch.Tensor]:
     return {"score": effects, "losses": losses, "F": F, "dy": prompt_effects(problem, examples)}
 
 
+@cache
+def usual_effects(name: str) -> dict[str, torch.Tensor]:
+    return all_effects(tiny_problem(tiny_model(name)))
+
+
 ROUTES = {
     "target_effects": lambda p, z: target_effects(p, z, *score_arrays(policy_of(p))),
     "feature_effects": lambda p, z: feature_effects(p, z, RawX(policy_of(p)), torch.tensor(policy_of(p).X)),
@@ -80,8 +86,7 @@ ROUTES = {
     "change", [{"batch_tokens": 1}, {"batch_tokens": 10_000}, {"memory_gb": 1e-9}, {"memory_gb": 2e-5}], ids=str
 )
 def test_batches_and_memory_do_not_change_results(name: str, change: dict) -> None:
-    problem = tiny_problem(tiny_model(name))
-    reference, other = all_effects(problem), all_effects(replace(problem, **change))
+    reference, other = usual_effects(name), all_effects(replace(tiny_problem(tiny_model(name)), **change))
     for key, value in reference.items():
         assert value.abs().max() > 1e-8
         torch.testing.assert_close(other[key], value, **EXACT)
