@@ -18,6 +18,7 @@ from tiny_study import READ, do, write_tiny_study
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study with its policy in ``policy``."""
     study = write_tiny_study(tmp_path_factory.mktemp("certify"))
+    study.write_text(study.read_text().replace("prompts.jsonl,", "prompts.jsonl, limit: 12,"))
     do(load_study(study).replace("policy.bootstrap", 60), study.parent / "policy", *READ)
     return study
 
