@@ -37,6 +37,7 @@ def packaged(tmp_path_factory) -> Path:
 def toys(packaged, taught, tmp_path):
     """Run a command with the toys installed, on the tiny study as changed; the finished process."""
     study = write_tiny_study(tmp_path)
+    study.write_text(study.read_text().replace("prompts.jsonl,", "prompts.jsonl, limit: 12,"))
 
     def run(command: str, *args: str, **values):
         content = yaml.safe_load(study.read_text())
@@ -119,7 +120,7 @@ def test_their_parameters_are_study_keys_with_help_and_errors(toys):
     assert done.returncode == 2 and "attribution.curvature.share" in done.stderr
 
 
-def test_without_the_package_they_are_unknown(taught, tmp_path):
+def test_without_the_package_they_are_unknown(taught_here, tmp_path):
     study = write_tiny_study(tmp_path)
-    done = taught("check", str(study), "--set", "attribution.curvature=shrunk")
+    done = taught_here("check", str(study), "--set", "attribution.curvature=shrunk")
     assert done.returncode == 2 and "ekfac" in done.stderr and "Traceback" not in done.stderr

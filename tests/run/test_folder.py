@@ -800,17 +800,17 @@ def slow_stage(python, study, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("moment", ["0", "2", "3", "replace"])
-def test_kill_9_and_the_same_command_give_the_same_result(slow_stage, tmp_path, moment):
+def test_kill_9_and_the_same_command_give_the_same_result(slow_stage, tmp_path):
     assert slow_stage(tmp_path / "whole").returncode == 0
-    killed = slow_stage(tmp_path / "killed", kill_at=moment)
-    assert killed.returncode == -signal.SIGKILL
-    assert not RunFolder(tmp_path / "killed").is_done("readings", "anything")
-    resumed = slow_stage(tmp_path / "killed")
-    assert resumed.returncode == 0, resumed.stderr
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    finished = 4 if moment == "replace" else int(moment) + 1
-    assert resumed.stdout.split("\n")[:-1] == [f"computed {i}" for i in range(finished, 4)]
+    for moment, finished in (("0", 1), ("2", 3), ("3", 4), ("replace", 4)):
+        folder = tmp_path / f"killed-{moment}"
+        killed = slow_stage(folder, kill_at=moment)
+        assert killed.returncode == -signal.SIGKILL
+        assert not RunFolder(folder).is_done("readings", "anything")
+        resumed = slow_stage(folder)
+        assert resumed.returncode == 0, resumed.stderr
+        assert contents(folder) == contents(tmp_path / "whole")
+        assert resumed.stdout.split("\n")[:-1] == [f"computed {i}" for i in range(finished, 4)]
 
 
 def test_killed_before_anything_was_written_the_folder_is_still_ours(tmp_path, study, monkeypatch):
