@@ -255,7 +255,7 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(tmp_path, monkey
     ):
         with pytest.raises(UserError, match=rf"under other conditions: {name}\n"):
             retrainer(tmp_path, **changes)
-    monkeypatch.setattr(module, "_code_version", lambda: "other")
+    monkeypatch.setattr(taught, "__version__", "other")
     with pytest.raises(UserError, match=r"under other conditions: code\n"):
         retrainer(tmp_path)
 
@@ -393,6 +393,7 @@ def test_the_sources_that_a_retraining_comes_from_are_all_listed() -> None:
         "run.fingerprint",
         "run.pieces",
         "sketches.store",
+        "stats.arrays",
         "study.schema",
     }
     root = Path(taught.__file__).parent

@@ -12,13 +12,12 @@ import pytest
 from scipy.stats import rankdata, ttest_1samp
 
 from taught.errors import UserError
-from taught.stats.intervals import Interval
+from taught.stats.intervals import Interval, mean_by_t
 from taught.validation.pairs import (
     Measured,
     few_pairs,
     foreseen_change,
     least_p,
-    mean_by_t,
     p_among,
     pair_rows,
     plan_pairs,

@@ -86,7 +86,11 @@ def audit_categories(
     """
     X, y = checked_data(X, y, policy.prompt_ids)
     lo, hi = np.asarray(coef_lo, dtype=np.float64), np.asarray(coef_hi, dtype=np.float64)
-    _check(len(y), X, groups, categories, lo, hi, policy)
+    if not len(groups) == len(categories) == len(y) or X.shape[1] != policy.d:
+        given = {"X": X, "groups": groups, "categories": categories}
+        raise misfit("the audit's inputs", f"{policy.n} prompts and {policy.d} features", **given)
+    if not lo.shape == hi.shape == (policy.d,):
+        raise misfit("the intervals and the policy", f"one for each of {policy.d} features", lo=lo, hi=hi)
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for name in (positive, negative):
@@ -112,7 +116,13 @@ def _rows(
     for start in range(0, n, _AT_ONCE):  # the same permutations for all categories
         some = np.stack([rng.permutation(group.y) for _ in range(min(_AT_ONCE, n - start))])
         at_least += (np.abs(_gaps_and_t(some, group.category, counts)[1]) >= near).sum(0)
-    lo, hi = middle(_bootstrap_gaps(group, counts, rng, n_boot))
+    sums = np.empty((n_boot, len(counts)))  # of each category's prompts drawn anew
+    for c in range(len(counts)):
+        y = group.y[group.category == c]
+        sums[:, c] = y[rng.integers(0, y.size, size=(n_boot, y.size))].sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rest = (sums.sum(1, keepdims=True) - sums) / (len(group.y) - counts)
+    lo, hi = middle(sums / counts - rest)
     rows = []
     for c, name in enumerate(group.names):
         tested = counts[c] >= max(min_n, 2) and len(group.y) - counts[c] >= 2
@@ -141,17 +151,6 @@ def _gaps_and_t(y: Floats, category: Ints, counts: Ints) -> tuple[Floats, Floats
     return gap, np.where(np.isnan(t), 0.0, t)
 
 
-def _bootstrap_gaps(group: _Group, counts: Ints, rng: np.random.Generator, n: int) -> Floats:
-    """Gaps [n, C] when the prompts of each category are resampled and its size is kept."""
-    sums = np.empty((n, len(counts)))
-    for c in range(len(counts)):
-        y = group.y[group.category == c]
-        sums[:, c] = y[rng.integers(0, y.size, size=(n, y.size))].sum(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rest = (sums.sum(1, keepdims=True) - sums) / (len(group.y) - counts)
-    return np.asarray(sums / counts - rest)
-
-
 def _tied_features(group: _Group, c: int, policy: Policy, lo: Floats, hi: Floats) -> list[dict[str, Any]]:
     inside = group.category == c
     if inside.all():
@@ -176,13 +175,3 @@ def _group(
     labels = ["(none)" if categories[i] is None else str(categories[i]) for i in rows]
     names, category = np.unique(labels, return_inverse=True)
     return _Group(name, y[rows], X[rows], category.astype(np.int64), [str(n) for n in names])
-
-
-def _check(
-    n: int, X: Floats, groups: Sequence[str], categories: Sequence[str | None], lo: Floats, hi: Floats, policy: Policy
-) -> None:
-    if not len(groups) == len(categories) == n or X.shape[1] != policy.d:
-        given = {"X": X, "groups": groups, "categories": categories}
-        raise misfit("the audit's inputs", f"{policy.n} prompts and {policy.d} features", **given)
-    if not lo.shape == hi.shape == (policy.d,):
-        raise misfit("the intervals and the policy", f"one for each of {policy.d} features", lo=lo, hi=hi)

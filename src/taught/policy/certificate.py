@@ -217,7 +217,11 @@ def rank_statements(ranking: Ranking, example_ids: Sequence[str], draws: Iterabl
     quantile = intervals.NORMAL.inv_cdf(1 - LEVEL / 4 / P)
     limit = np.zeros(P) if ranking.errors is None else quantile * ranking.errors
     margins = {"alone": np.zeros(P), "all": np.nan_to_num(ranking.bound) + limit}
-    failed, n = _failures(draws, order, sizes, margins)
+    failed, n = {name: np.zeros(len(sizes), dtype=np.int64) for name in margins}, 0  # resamples: top k does not stay
+    for chunk in draws or ():
+        n += len(chunk)
+        for name, margin in margins.items():
+            failed[name] += [int((~(_gaps(chunk, order, k, margin) > 0)).sum()) for k in sizes]
     known = bool(np.isfinite(ranking.bound).all())
     statements = []
     for place, k in enumerate(sizes):
@@ -235,20 +239,6 @@ def rank_statements(ranking: Ranking, example_ids: Sequence[str], draws: Iterabl
         verdict = "safe" if safe else "undecided"
         statements.append(Statement(ranking.target, k, ids, gap, share, refit, sketch, verdict, reason))
     return statements
-
-
-def _failures(
-    draws: Iterable[Floats] | None, order: Ints, sizes: Sequence[int], margins: dict[str, Floats]
-) -> tuple[dict[str, Ints], int]:
-    """For each margin the resamples [sizes] in which the top k do not stay; how many there are."""
-    failed = {name: np.zeros(len(sizes), dtype=np.int64) for name in margins}
-    n = 0
-    for chunk in draws or ():
-        n += len(chunk)
-        for name, margin in margins.items():
-            for place, k in enumerate(sizes):
-                failed[name][place] += (~(_gaps(chunk, order, k, margin) > 0)).sum()
-    return failed, n
 
 
 def _gaps(values: Floats, order: Ints, k: int, margin: Floats) -> Floats:

@@ -123,7 +123,10 @@ def evaluate_policy(
         When given, folds and resamples are drawn over sorted ids: the order of rows cannot matter.
     """
     X, y = checked_data(X, y, prompt_ids)
-    _check(len(y), groups, positive, negative, prompts_length)
+    for what, given in (("group", groups), ("length", prompts_length)):
+        if given is not None and np.shape(given) != y.shape:
+            raise misfit(f"prompts and their {what}s", "one for each prompt", prompts=len(y), given=given)
+    check_sides(groups, positive, negative)
     check_folds(folds, len(y))
     if alpha is not None:
         check_alpha(alpha)
@@ -211,13 +214,6 @@ def class_threshold(y_hat: ArrayLike, positive: ArrayLike) -> float:
     return float(cuts[int(np.argmax(correct))])
 
 
-def _check(n: int, groups: Sequence[str], positive: str, negative: str, length: ArrayLike | None) -> None:
-    for what, given in (("group", groups), ("length", length)):
-        if given is not None and np.shape(given) != (n,):
-            raise misfit(f"prompts and their {what}s", "one for each prompt", prompts=n, given=given)
-    check_sides(groups, positive, negative)
-
-
 def check_sides(groups: Sequence[str], positive: str, negative: str) -> None:
     """Refuse fewer than two prompts in one of the two groups that a policy is judged between."""
     for name in (positive, negative):
@@ -300,7 +296,9 @@ def _estimates(
         classed = i[rows.classed[i]]
         out = {"majority": _mean(majority_right[classed])}
         for name, (y_hat, says_positive) in predicted.items():
-            out[f"{name} r2"] = _r2(rows.y[i], y_hat[i], y_bar[i])
+            total = float(((rows.y[i] - y_bar[i]) ** 2).sum())
+            off = float(((rows.y[i] - y_hat[i]) ** 2).sum())
+            out[f"{name} r2"] = 1 - off / total if total > 0 else float("nan")
             out[f"{name} spearman"] = spearman(rows.y[i], y_hat[i])
             out[f"{name} accuracy"] = _mean((says_positive == rows.positive)[classed])
         out["accuracy gain"] = out["policy accuracy"] - out["majority"]
@@ -311,11 +309,6 @@ def _estimates(
     values = statistics(np.arange(len(rows.y)))
     draws = [statistics(i) for i in resamples(len(rows.y), bootstrap, seed)]
     return {name: Interval.of(value, [draw[name] for draw in draws]) for name, value in values.items()}
-
-
-def _r2(y: Floats, y_hat: Floats, y_bar: Floats) -> float:
-    total = float(((y - y_bar) ** 2).sum())
-    return 1 - float(((y - y_hat) ** 2).sum()) / total if total > 0 else float("nan")
 
 
 def _mean(values: Bools) -> float:
@@ -329,10 +322,8 @@ def _findings(table: dict[str, Interval], n: int, d: int) -> Iterator[Finding]:
     if not np.isfinite(r2.value):
         yield Finding("constant-behavior", "y is the same for every prompt; R^2 is not defined")
     elif not r2.lo > 0:
-        text = (
-            f"held-out R^2 {r2.value:.3f} [{r2.lo:.3f}, {r2.hi:.3f}]: the features may predict the behavior no better"
-        )
-        yield Finding("r2-interval-includes-0", f"{text} than a constant")
+        text = f"held-out R^2 {r2.value:.3f} [{r2.lo:.3f}, {r2.hi:.3f}]: the features may predict the behavior"
+        yield Finding("r2-interval-includes-0", f"{text} no better than a constant")
     if not gain.lo > 0:
         text = f"accuracy {accuracy.value:.3f} against {table['majority'].value:.3f} for the larger class"
         yield Finding("accuracy-not-above-majority", f"{text}, difference [{gain.lo:.3f}, {gain.hi:.3f}]")

@@ -203,17 +203,30 @@ def faithfulness(
         The evaluation or the intervals are of other data; ``known`` has another number of prompts.
     """
     X, y = checked_data(X, y, prompt_ids)
-    _check(X, known, evaluation, intervals)
+    n, d = X.shape
+    if (evaluation.n, evaluation.d) != (n, d) or intervals.lo.shape != (d,):
+        found = {"prompts": evaluation.n, "features": evaluation.d, "intervals": intervals.lo}
+        raise misfit("the evaluation and the policy", f"{n} prompts and {d} features", **found)
+    for name in ("groups", "categories", "length", "h", "texts"):
+        given = getattr(known, name)
+        if given is not None and len(given) != n:
+            raise misfit(f"X and the {name} of the prompts", f"one for each of {n} prompts", given=given)
     order = row_order(prompt_ids, len(y))
     X, y, fold = X[order], y[order], evaluation.fold[order]
     y_bar = np.array([y[fold != k].mean() for k in range(int(fold.max()) + 1)])[fold]
     rows = _Rows(X, y, evaluation.y_hat[order], y_bar, fold, resample_counts(len(y), bootstrap, fit.seed), fit)
     known = known.taken(order)
-    curves = _nested_predictions(rows)
-    curve, curve_draws = _r2(rows, curves)
+    curve, curve_draws = _r2(rows, _nested_predictions(rows))
     r2, r2_draws = curve[-1], curve_draws[:, -1]
     lost, lost_draws = _r2_of_squares(rows, _permuted_squares(rows))
     permuted = [Interval.of(float(r2 - v), r2_draws - b) for v, b in zip(lost, lost_draws.T, strict=True)]
+    trivial = trivial_predictions(known, rows.y, fold, fit.seed)
+    beside, draws = _r2(rows, np.stack([rows.y_hat, *trivial.values()], 1))
+    gain, gains = beside[0] - beside, draws[:, :1] - draws
+    predictors = {
+        name: (Interval.of(beside[j], draws[:, j]), Interval.of(gain[j], gains[:, j]))
+        for j, name in enumerate(trivial, 1)
+    }
     sure = np.asarray((intervals.lo > 0) | (intervals.hi < 0))
     return Card(
         calibration=_calibration(rows),
@@ -225,19 +238,8 @@ def faithfulness(
         comparisons=tuple(_comparisons(rows, known, alpha, sure)),
         permuted=permuted[:-1],
         all_permuted=permuted[-1],
-        predictors=_against(rows, known),
+        predictors=predictors,
     )
-
-
-def _check(X: Floats, known: Known, evaluation: Evaluation, intervals: CoefficientIntervals) -> None:
-    n, d = X.shape
-    if (evaluation.n, evaluation.d) != (n, d) or intervals.lo.shape != (d,):
-        found = {"prompts": evaluation.n, "features": evaluation.d, "intervals": intervals.lo}
-        raise misfit("the evaluation and the policy", f"{n} prompts and {d} features", **found)
-    for name in ("groups", "categories", "length", "h", "texts"):
-        given = getattr(known, name)
-        if given is not None and len(given) != n:
-            raise misfit(f"X and the {name} of the prompts", f"one for each of {n} prompts", given=given)
 
 
 def _r2(rows: _Rows, y_hat: Floats) -> tuple[Floats, Floats]:
@@ -356,12 +358,3 @@ def _agreement(a: Floats, b: Floats, sure: Bools) -> tuple[float, int, int]:
     r = float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread > 0 else np.nan
     flipped = np.sign(a) * np.sign(b) < 0
     return r, int(flipped.sum()), int((flipped & sure).sum())
-
-
-def _against(rows: _Rows, known: Known) -> dict[str, tuple[Interval, Interval]]:
-    found = trivial_predictions(known, rows.y, rows.fold, rows.fit.seed)
-    value, draws = _r2(rows, np.stack([rows.y_hat, *found.values()], 1))
-    gain, gains = value[0] - value, draws[:, :1] - draws
-    return {
-        name: (Interval.of(value[j], draws[:, j]), Interval.of(gain[j], gains[:, j])) for j, name in enumerate(found, 1)
-    }

@@ -61,7 +61,12 @@ class Known(NamedTuple):
 
 def trivial_predictions(known: Known, y: Floats, fold: Ints, seed: int) -> dict[str, Floats]:
     """Held-out predictions [N] of every predictor that ``known`` allows, by name."""
-    return {name: _out_of_fold(fit, fold) for name, fit in _predictors(known, y, seed)}
+    found = {}
+    for name, fit in _predictors(known, y, seed):
+        found[name] = np.empty(len(fold))
+        for k in range(int(fold.max()) + 1):
+            found[name][fold == k] = fit(fold != k)[fold == k]
+    return found
 
 
 def word_counts(texts: Sequence[str], limit: int = WORDS) -> Floats:
@@ -87,7 +92,16 @@ def _predictors(known: Known, y: Floats, seed: int) -> Iterator[tuple[str, Calla
     if length is not None:
         yield "length", lambda train: straight_line(length, y, train)
     if h is not None:
-        yield "direction", lambda train: straight_line(_along_direction(h, known, train), y, train)
+        names = np.asarray(known.groups)
+
+        def direction(train: Bools) -> Floats:
+            """By h along the difference of the two groups' training means."""
+            inside, outside = ((names == group) & train for group in (known.positive, known.negative))
+            if not (inside.any() and outside.any()):  # a fold may hold all of a tiny group
+                return straight_line(np.zeros(len(h)), y, train)
+            return straight_line(h @ (h[inside].mean(0) - h[outside].mean(0)), y, train)
+
+        yield "direction", direction
     words = np.empty((0, 0)) if known.texts is None else word_counts(known.texts)
 
     def bag(train: Bools) -> Floats:
@@ -96,19 +110,3 @@ def _predictors(known: Known, y: Floats, seed: int) -> Iterator[tuple[str, Calla
 
     if words.size:
         yield "words", bag
-
-
-def _along_direction(h: Floats, known: Known, train: Bools) -> Floats:
-    """h along the difference of the two groups' training means: [N]."""
-    names = np.asarray(known.groups)
-    inside, outside = ((names == group) & train for group in (known.positive, known.negative))
-    if not (inside.any() and outside.any()):  # a fold may hold all of a tiny group
-        return np.zeros(len(h))
-    return np.asarray(h @ (h[inside].mean(0) - h[outside].mean(0)))
-
-
-def _out_of_fold(fit: Callable[[Bools], Floats], fold: Ints) -> Floats:
-    y_hat = np.empty(len(fold))
-    for k in range(int(fold.max()) + 1):
-        y_hat[fold == k] = fit(fold != k)[fold == k]
-    return y_hat

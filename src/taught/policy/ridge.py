@@ -137,7 +137,15 @@ def fit_policy(
         <= 0, or there are no prompts or no features.
     """
     X, y = checked_data(X, y, prompt_ids)
-    ids = _checked_feature_ids(feature_ids, X.shape[1])
+    ids = np.asarray(feature_ids)
+    if ids.shape != (X.shape[1],):
+        raise misfit("X and feature_ids", "one id per column", columns=X.shape[1], feature_ids=ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+        # Text sorts '10' before '9': columns then stand against the wrong rows of the encoder.
+        rule = "the row of the SAE's decoder, as int64"
+        raise UserError("feature ids must be integers", value=repr(ids.dtype), rule=rule)
+    refuse_repeated(ids.tolist(), "a feature id")
+    ids = ids.astype(np.int64)
     check_alpha(alpha)
     Xc, yc = (X - X.mean(0), y - y.mean()) if fit_intercept else (X, y)
     U = Xc.T @ Xc + alpha * np.eye(X.shape[1])
@@ -288,18 +296,6 @@ def checked_data(X: ArrayLike, y: ArrayLike, prompt_ids: Sequence[str] | None) -
         what, fix = f"{name} is not finite for {len(bad)} prompt", "look at these prompts, or take them out of the file"
         refuse(bad, what + "s" * (len(bad) > 1), rule="every activation and every behavior is a finite number", fix=fix)
     return X, y
-
-
-def _checked_feature_ids(feature_ids: Sequence[int] | Ints, d: int) -> Ints:
-    ids = np.asarray(feature_ids)
-    if ids.shape != (d,):
-        raise misfit("X and feature_ids", "one id per column", columns=d, feature_ids=ids)
-    if not np.issubdtype(ids.dtype, np.integer):
-        # Text sorts '10' before '9': columns then stand against the wrong rows of the encoder.
-        rule = "the row of the SAE's decoder, as int64"
-        raise UserError("feature ids must be integers", value=repr(ids.dtype), rule=rule)
-    refuse_repeated(ids.tolist(), "a feature id")
-    return ids.astype(np.int64)
 
 
 def check_alpha(alpha: float) -> None:

@@ -279,6 +279,14 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
 def write_error(path: Path, error: OSError, *, needed: int | None = None) -> UserError:
     """What to tell the user when ``path`` cannot be made or written.
 

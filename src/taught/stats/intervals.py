@@ -101,6 +101,16 @@ def mean_interval(values: ArrayLike, seed: int = 0) -> Interval | None:
     return Interval.of(mean, [known[rows].mean() for rows in resamples(known.size, DRAWS, seed)])
 
 
+def mean_by_t(values: ArrayLike) -> Interval:
+    """Mean of values [n] with Student's interval; without one where n is 1."""
+    x = np.asarray(values, dtype=np.float64)
+    mean, n = float(x.mean()), len(x)
+    if n < 2:
+        return Interval(mean)
+    half = student_t(n - 1) * float(x.std(ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
 def student_t(degrees: int) -> float:
     """97.5% quantile of Student's t."""
     from scipy.special import stdtrit

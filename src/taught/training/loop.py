@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from taught.core.example import Examples, batch_indices, make_batch
 from taught.curvatures.adam import moments_from_optimizer
 from taught.data.columns import name_ids
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.estimators.finite_step import restored
 from taught.model.adapter import in_precision, trainable
 from taught.model.gradients import evaluating
@@ -158,30 +158,15 @@ def train(
 
 def check_inputs(inputs: Examples, moving: Mapping[str, nn.Parameter]) -> None:
     """Refuse no examples, an id that stands twice, and moving parameters in half precision."""
-    ids = [example.id for example in inputs]
-    if not ids:
-        raise UserError(
-            "there are no examples to train on",
-            value="an empty subset",
-            rule="at least one example",
-            fix="choose other examples",
-        )
-    twice = sorted(i for i, times in Counter(ids).items() if times > 1)
-    if twice:
-        raise UserError(
-            "an example stands twice in what is trained on",
-            value=name_ids(twice),
-            rule="each example once; epochs repeat them",
-            fix="name it once",
-        )
-    half = [name for name, p in moving.items() if p.element_size() < 4]
-    if half:
-        raise UserError(
-            "steps of training round away in half precision",
-            value=f"{half[0]}: {moving[half[0]].dtype}",
-            rule="parameters that move are float32 or float64",
-            fix="use --set model.dtype=float32",
-        )
+    if not inputs:
+        rule, fix = "at least one example", "choose other examples"
+        raise UserError("there are no examples to train on", value="an empty subset", rule=rule, fix=fix)
+    twice = sorted(i for i, times in Counter(example.id for example in inputs).items() if times > 1)
+    what, rule = "an example stands twice in what is trained on", "each example once; epochs repeat them"
+    refuse(twice, what, rule=rule, fix="name it once")
+    half = [f"{name}: {p.dtype}" for name, p in moving.items() if p.element_size() < 4]
+    what, rule = "steps of training round away in half precision", "parameters that move are float32 or float64"
+    refuse(half[:1], what, rule=rule, fix="use --set model.dtype=float32")
 
 
 @contextmanager
@@ -264,16 +249,14 @@ def lora_layers(model: Any, rank: int, seed: int) -> Iterator[tuple[str, ...]]:
         peft is missing, or the model has an adapter already.
     """
     if importlib.util.find_spec("peft") is None:
-        raise UserError(
-            "training a LoRA needs the package peft", value="validation.method: lora", fix="pip install 'taught[peft]'"
-        )
+        fix = "pip install 'taught[peft]'"
+        raise UserError("training a LoRA needs the package peft", value="validation.method: lora", fix=fix)
     if hasattr(model, "peft_config"):
-        raise UserError(
-            "the model has an adapter already",
-            value="validation.method: lora",
-            rule="one adapter at a time; method full trains the one that is there",
-            fix="use --set validation.method=full",
+        rule, fix = (
+            "one adapter at a time; method full trains the one that is there",
+            "use --set validation.method=full",
         )
+        raise UserError("the model has an adapter already", value="validation.method: lora", rule=rule, fix=fix)
     bitsandbytes_is_there()
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel

@@ -43,8 +43,6 @@ from taught.training.steps import room_on_disk
 
 _KINDS = {torch.optim.AdamW: "adamw", torch.optim.Adam: "adam", torch.optim.SGD: "sgd"}
 _WRAPPER = "base_model.model."  # of peft
-
-
 WAYS = ("step", "micro")
 _CHECKS = 8  # steps at which a gradient is made again, at most
 _NUMBERS = 2**20  # of the parameter whose gradient it is
@@ -224,12 +222,9 @@ class Record(TrainerCallback):
         moments: bool = True,
     ) -> None:
         if checkpoints is not None and every is not None:
-            raise UserError(
-                "the states to record are named twice",
-                value=f"checkpoints={checkpoints}, every={every}",
-                rule="so many of them, or one before every so many steps",
-                fix="leave out one of the two",
-            )
+            rule, fix = "so many of them, or one before every so many steps", "leave out one of the two"
+            value = f"checkpoints={checkpoints}, every={every}"
+            raise UserError("the states to record are named twice", value=value, rule=rule, fix=fix)
         if any(k < 1 for k in (every, checkpoints) if isinstance(k, int)):
             raise UserError("a run is recorded at one state at least", value=checkpoints if every is None else every)
         self.folder = files.place(folder)
@@ -241,28 +236,24 @@ class Record(TrainerCallback):
         """Refuse what cannot be followed, and say what the run begins with."""
         model, optimizer = given["model"], _plain(given["optimizer"])
         _refuse_arguments(args, state)
-        _refuse_model(model)
         self._names = {name.removeprefix(_WRAPPER): p for name, p in model.named_parameters()}
         self._moving = {name: p for name, p in self._names.items() if p.requires_grad}
-        _refuse_half(self._moving)
+        _refuse_model(model, self._moving)
         self._rule = _rule(optimizer, self._moving)
         self._wanted = self._states(int(state.max_steps))
-        each = sum(p.numel() * p.element_size() for p in self._moving.values())
         self._kept_moments = self.moments and self._rule["kind"] != "sgd"
         if (self.folder / RECORD).exists():
-            raise UserError(
-                "this folder holds a recorded run", value=str(self.folder), fix="name another one, or delete it"
-            )
-        room_on_disk(
-            self.folder,
-            each * (len(self._wanted) * (1 + self._kept_moments) + 1),
-            "the moving weights at each recorded state, and second moments with moments=True",
-        )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise files.write_error(self.folder, error) from error
-        self._begun = {name: _described(p) for name, p in self._names.items()}
+            fix = "name another one, or delete it"
+            raise UserError("this folder holds a recorded run", value=str(self.folder), fix=fix)
+        each = sum(p.numel() * p.element_size() for p in self._moving.values())
+        needed = each * (len(self._wanted) * (1 + self._kept_moments) + 1)
+        rule = "the moving weights at each recorded state, and second moments with moments=True"
+        room_on_disk(self.folder, needed, rule)
+        files.make_folder(self.folder)
+        for name, p in self._names.items():
+            kind = str(p.dtype).removeprefix("torch.")
+            own = {"shape": list(p.shape), "dtype": kind, "sha256": tensor_digest(p), "moves": p.requires_grad}
+            self._begun[name] = own
         self._log = _Log()
         self._step: list[_Micro] = []  # what the step that is being made has seen
         self._watching = True
@@ -284,14 +275,18 @@ class Record(TrainerCallback):
         self._refuse_late(state)
         self._step = []
         if state.global_step in self._wanted:
-            self._keep_weights(state.global_step)
+            self._save(weights_file(state.global_step), self._weights())
+            self._written.append(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The rate of the step, and what clipping has scaled its gradient by."""
         self._refuse_late(state)
         with self._refusing():
             self._lr = _rate(_groups(_plain(given["optimizer"]), self._moving))
-            _refuse_other_moving(self._names, self._moving)
+            other = [name for name, p in self._names.items() if p.requires_grad != (name in self._moving)]
+            if other:
+                value, fix = f"{len(other)}, such as {other[0]}", "freeze parameters before train()"
+                raise _refuse("other parameters move than at the beginning", value, fix)
         if self._norms:
             found = [p.grad for p in self._moving.values() if p.grad is not None]
             before = torch.stack([norm.to(found[0].device) for norm in self._norms.values()]).norm()
@@ -314,10 +309,10 @@ class Record(TrainerCallback):
             names = {id(p): name for name, p in self._moving.items()}  # the optimizer may hold frozen ones as well
             ordered = [names.get(id(p), "frozen") for group in optimizer.param_groups for p in group["params"]]
             found = moments_from_optimizer(optimizer.state_dict(), ordered)
-            second = {
-                name: found.get(name, torch.zeros_like(p)) for name, p in self._moving.items()
-            }  # 0: no gradient yet
-            self._save(moments_file(made - 1), {f"{name}.exp_avg_sq": v for name, v in second.items()})
+            second = {  # 0: no gradient yet
+                f"{name}.exp_avg_sq": found.get(name, torch.zeros_like(p)) for name, p in self._moving.items()
+            }
+            self._save(moments_file(made - 1), second)
         self._log.add(self._lr, self._scale, self._step)
         self._step = []
 
@@ -333,9 +328,8 @@ class Record(TrainerCallback):
 
     def _refuse_late(self, state: Any) -> None:
         if not self._begun:
-            raise _refuse(
-                "the run began before the callback was added", f"step {state.global_step}", "add it before train()"
-            )
+            what = "the run began before the callback was added"
+            raise _refuse(what, f"step {state.global_step}", "add it before train()")
 
     def _leave(self) -> None:
         for handle in self._handles:
@@ -370,28 +364,7 @@ class Record(TrainerCallback):
         if not (self._watching and model.training and torch.is_grad_enabled()):
             return
         with self._refusing():
-            self._take(given)
-
-    def _take(self, given: Mapping[str, Any]) -> None:
-        ids, labels = given.get("input_ids"), given.get("labels")
-        if ids is None or labels is None:
-            raise UserError(
-                "the model is called without labels",
-                value=", ".join(given) or "no names",
-                rule="a recorded run is supervised fine-tuning: the model computes its loss from input_ids and labels",
-                fix="train with the model's own loss; preference training is not recorded",
-            )
-        mask = given.get("attention_mask")
-        _refuse_packed(given)
-        items = given.get("num_items_in_batch")
-        micro = _Micro([], None if items is None else float(items))
-        masks = (torch.ones_like(ids) if mask is None else mask).tolist()
-        for row, own, real in zip(ids.tolist(), labels.tolist(), masks, strict=True):
-            places = [t for t, there in enumerate(real) if there]
-            micro.rows.append(([row[t] for t in places], [own[t] for t in places]))
-            if any(own[t] not in (row[t], -100) for t in places):
-                value = "a scored label that is not the token at its place"
-                raise _refuse("the labels are not the model's own inputs", value, "let labels be input_ids, or -100")
+            micro = _micro(given)
         self._step.append(micro)
 
     def _norm_of(self, name: str) -> Callable[[Tensor], None]:
@@ -406,10 +379,6 @@ class Record(TrainerCallback):
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self._moving.items()}
-
-    def _keep_weights(self, step: int) -> None:
-        self._save(weights_file(step), self._weights())
-        self._written.append(step)
 
     def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         content = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
@@ -429,9 +398,32 @@ class Record(TrainerCallback):
         files.write_bytes(self.folder / RECORD, files.json_bytes(record))
 
 
-def _described(p: nn.Parameter) -> dict[str, Any]:
-    kind = str(p.dtype).removeprefix("torch.")
-    return {"shape": list(p.shape), "dtype": kind, "sha256": tensor_digest(p), "moves": p.requires_grad}
+def _micro(given: Mapping[str, Any]) -> _Micro:
+    """What the model is called on in training; refused are rows that hold several sequences."""
+    ids, labels, mask = (given.get(name) for name in ("input_ids", "labels", "attention_mask"))
+    if ids is None or labels is None:
+        raise UserError(
+            "the model is called without labels",
+            value=", ".join(given) or "no names",
+            rule="a recorded run is supervised fine-tuning: the model computes its loss from input_ids and labels",
+            fix="train with the model's own loss; preference training is not recorded",
+        )
+    positions, lengths = given.get("position_ids"), [name for name in given if name.startswith("cu_seq_lens")]
+    again = positions is not None and mask is None and bool((positions[..., 1:] == 0).any())
+    several = mask is not None and mask.ndim != 2
+    if again or lengths or several:
+        value = lengths or ("attention_mask of other shape than [rows, tokens]" if several else "position_ids")
+        raise _refuse("sequences are packed into rows", value, "set packing=False and padding_free=False")
+    items = given.get("num_items_in_batch")
+    micro = _Micro([], None if items is None else float(items))
+    masks = (torch.ones_like(ids) if mask is None else mask).tolist()
+    for row, own, real in zip(ids.tolist(), labels.tolist(), masks, strict=True):
+        places = [t for t, there in enumerate(real) if there]
+        micro.rows.append(([row[t] for t in places], [own[t] for t in places]))
+        if any(own[t] not in (row[t], -100) for t in places):
+            value = "a scored label that is not the token at its place"
+            raise _refuse("the labels are not the model's own inputs", value, "let labels be input_ids, or -100")
+    return micro
 
 
 def _plain(optimizer: Any) -> Any:
@@ -450,9 +442,8 @@ def _refuse_arguments(args: Any, state: Any) -> None:
         return getattr(args, name, None)
 
     if state.global_step:
-        raise _refuse(
-            "a run that goes on from a checkpoint has no recorded beginning", state.global_step, "train from the start"
-        )
+        what = "a run that goes on from a checkpoint has no recorded beginning"
+        raise _refuse(what, state.global_step, "train from the start")
     if (told("world_size") or 1) > 1 or (told("n_gpu") or 1) > 1 or told("fsdp") or told("deepspeed"):
         value = f"world_size {told('world_size')}, n_gpu {told('n_gpu')}, fsdp {told('fsdp')}"
         raise _refuse("a run in several processes or on several GPUs is not recorded", value, "train in one process")
@@ -472,28 +463,19 @@ def _refuse_arguments(args: Any, state: Any) -> None:
         raise _refuse("this loss is not recorded", f"loss_type={told('loss_type')}", "use loss_type='nll'")
 
 
-def _refuse_model(model: Any) -> None:
-    noise = [f"{name}: {what}={value:g}" for name, what, value in _dropouts(model)]
+def _refuse_model(model: Any, moving: Mapping[str, nn.Parameter]) -> None:
+    """Refuse dropout (of modules for it, and settings of other ones), a loss of routers, weights in half precision."""
+    noise = []
+    for name, module in model.named_modules():
+        found = {key: value for key, value in vars(module).items() if "drop" in key.lower()}
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            found = {"p": module.p}
+        noise += [f"{name}: {k}={v:g}" for k, v in found.items() if isinstance(v, float) and v > 0]
     if noise:
         fix = "set dropout to 0 in the model's configuration (and lora_dropout=0)"
         raise _refuse("dropout is on", ", ".join(noise[:4]), fix)
     if getattr(model.config, "output_router_logits", False):
         raise _refuse("the loss has a part for the routers", "output_router_logits", "set it to False")
-
-
-def _dropouts(model: nn.Module) -> Iterator[tuple[str, str, float]]:
-    """Every probability of a module that is above 0: of modules for dropout, and settings of other ones."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            found = {"p": module.p}
-        else:
-            found = {key: value for key, value in vars(module).items() if "drop" in key.lower()}
-        for key, value in found.items():
-            if isinstance(value, float) and value > 0:
-                yield name, key, value
-
-
-def _refuse_half(moving: Mapping[str, nn.Parameter]) -> None:
     half = [name for name, p in moving.items() if p.element_size() < 4 or not p.is_floating_point()]
     if half or not moving:
         value = f"{half[0]}: {moving[half[0]].dtype}" if half else "no parameter moves"
@@ -507,17 +489,6 @@ def _refuse_half_state(optimizer: Any) -> None:
             if isinstance(tensor, Tensor) and tensor.ndim and tensor.element_size() < 4:
                 fix = "use an optimizer that keeps float32: optim='adamw_torch'"
                 raise _refuse("the optimizer's state is in half precision", f"{key}: {tensor.dtype}", fix)
-
-
-def _refuse_packed(given: Mapping[str, Any]) -> None:
-    """Refuse rows that hold several sequences: positions that begin again, or lengths of sequences."""
-    places, mask = given.get("position_ids"), given.get("attention_mask")
-    again = places is not None and mask is None and bool((places[..., 1:] == 0).any())
-    lengths = [name for name in given if name.startswith("cu_seq_lens")]
-    several = mask is not None and mask.ndim != 2
-    if again or lengths or several:
-        value = lengths or ("attention_mask of other shape than [rows, tokens]" if several else "position_ids")
-        raise _refuse("sequences are packed into rows", value, "set packing=False and padding_free=False")
 
 
 def _groups(optimizer: Any, moving: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
@@ -534,13 +505,6 @@ def _rate(groups: Sequence[Mapping[str, Any]]) -> float:
     return rates[0]
 
 
-def _refuse_other_moving(parameters: Mapping[str, nn.Parameter], moving: Mapping[str, nn.Parameter]) -> None:
-    other = [name for name, p in parameters.items() if p.requires_grad != (name in moving)]
-    if other:
-        value = f"{len(other)}, such as {other[0]}"
-        raise _refuse("other parameters move than at the beginning", value, "freeze parameters before train()")
-
-
 _SHARED = ("betas", "eps", "momentum", "dampening", "nesterov")  # what a record says once of all parameters
 
 
@@ -549,15 +513,12 @@ def _rule(optimizer: Any, moving: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     names, groups = {id(p): name for name, p in moving.items()}, _groups(optimizer, moving)
     kind = _KINDS.get(type(optimizer))
     if kind is None:
-        known = "optim='adamw_torch', 'adamw_torch_fused' or 'sgd'"
-        raise _refuse(
-            "this optimizer is not recorded", f"{type(optimizer).__module__}.{type(optimizer).__name__}", known
-        )
+        given, known = type(optimizer), "optim='adamw_torch', 'adamw_torch_fused' or 'sgd'"
+        raise _refuse("this optimizer is not recorded", f"{given.__module__}.{given.__name__}", known)
     missing = names.keys() - {id(p) for group in groups for p in group["params"]}
     if missing:
-        raise _refuse(
-            "a parameter that moves is not in the optimizer", names[min(missing)], "freeze it: requires_grad_(False)"
-        )
+        what = "a parameter that moves is not in the optimizer"
+        raise _refuse(what, names[min(missing)], "freeze it: requires_grad_(False)")
     _rate([{"lr": group.get("initial_lr", group["lr"])} for group in groups])
     for name in _SHARED:
         found = {str(np.ravel(group[name]).tolist()) for group in groups if name in group}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from taught.core.example import Example, Examples, conversation, weighed
 from taught.core.problem import Problem
 from taught.data.columns import name_ids
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.model.parameters import moving_parameters
 from taught.progress import Progress
 from taught.run import files
@@ -78,12 +78,8 @@ class Recorded:
                 fix="trainer.add_callback(taught.Record(FOLDER)), and train",
             ) from None
         if newer:
-            raise UserError(
-                "the recorded run is of a newer format",
-                value=record["format"],
-                rule=f"at most {FORMAT}",
-                fix="update taught",
-            )
+            what, rule = "the recorded run is of a newer format", f"at most {FORMAT}"
+            raise UserError(what, value=record["format"], rule=rule, fix="update taught")
         if not _whole(record):
             raise _damaged(path / RECORD)
         if not record["finished"]:
@@ -94,12 +90,9 @@ class Recorded:
                 fix="train again, with taught.Record on a new folder",
             )
         if not record["states"]:
-            raise UserError(
-                "the recorded run has no state",
-                value=f"{path}: {record['steps']} steps",
-                rule="weights before one of its steps at least",
-                fix="record it with taught.Record(FOLDER, checkpoints=6)",
-            )
+            value, rule = f"{path}: {record['steps']} steps", "weights before one of its steps at least"
+            fix = "record it with taught.Record(FOLDER, checkpoints=6)"
+            raise UserError("the recorded run has no state", value=value, rule=rule, fix=fix)
         return cls(path, record)
 
     @property
@@ -174,12 +167,9 @@ class Recorded:
             if shapes and shapes != {name: self.record["parameters"][name]["shape"] for name in self.moving}:
                 raise _damaged(self.folder / file)
         if not all(bool(w.isfinite().all()) for w in parts["weights"].values()):
-            raise UserError(
-                "the recorded run diverged: weights are not finite",
-                value=str(self.folder / weights_file(step)),
-                rule="weights stay finite numbers",
-                fix="train at a lower rate, or with max_grad_norm",
-            )
+            what, value = "the recorded run diverged: weights are not finite", str(self.folder / weights_file(step))
+            fix = "train at a lower rate, or with max_grad_norm"
+            raise UserError(what, value=value, rule="weights stay finite numbers", fix=fix)
         return State(step, parts)
 
     def parameters(self, problem: Problem) -> tuple[str, ...]:
@@ -187,12 +177,9 @@ class Recorded:
         asked = moving_parameters(problem.model, problem.parameters)
         found = tuple(name for name in self.moving if name in asked)
         if not found:
-            raise UserError(
-                "the parameters that are asked for did not move in the recorded run",
-                value=", ".join(problem.parameters or ()),
-                rule="moved: " + ", ".join(self.moving[:4]),
-                fix="correct attribution.parameters, or leave it out",
-            )
+            what = "the parameters that are asked for did not move in the recorded run"
+            value, rule = ", ".join(problem.parameters or ()), "moved: " + ", ".join(self.moving[:4])
+            raise UserError(what, value=value, rule=rule, fix="correct attribution.parameters, or leave it out")
         return found
 
     def seen(self, problem: Problem, examples: Examples, progress: Progress) -> list[Example]:
@@ -261,13 +248,9 @@ class Recorded:
     def _matched(self, examples: Examples) -> list[Example]:
         """Each example with the tokens of its sequence in the run."""
         paired = [z.id for z in examples if len(z.sequences) > 1]
-        if paired:
-            raise UserError(
-                "preferences are not in a recorded run",
-                value=name_ids(paired),
-                rule="each example is one sequence, with labels",
-                fix="use --set attribution.trajectory=steps, with the recipe under validation",
-            )
+        rule = "each example is one sequence, with labels"
+        fix = "use --set attribution.trajectory=steps, with the recipe under validation"
+        refuse(paired, "preferences are not in a recorded run", rule=rule, fix=fix)
         exact: dict[str, list[int]] = defaultdict(list)
         alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for place, z in enumerate(examples):
@@ -280,7 +263,9 @@ class Recorded:
             if name not in exact:
                 rest.append(k)
         for k in rest:
-            own = self._sequence(k)
+            some = slice(*self.arrays["starts"][k : k + 2])
+            tokens, scored = (self.arrays[name][some] for name in ("tokens", "scored"))
+            own = conversation("", tokens.tolist(), scored.nonzero()[0].tolist())
             if not own.n_scored:  # it has no part in the loss
                 continue
             ends = (own.ids[: len(own.ids) - more] for more in range(_BEHIND + 1))
@@ -289,39 +274,26 @@ class Recorded:
                 unknown.append(k)
                 continue
             found |= {place: replace(own, id=examples[place].id) for place in places}
-        self._refuse_other(unknown, [z.id for place, z in enumerate(examples) if place not in found], len(examples))
+        never = [z.id for place, z in enumerate(examples) if place not in found]
+        if unknown or never:
+            raise self._other(unknown, never, len(examples))
         return [found[place] for place in range(len(examples))]
 
-    def _sequence(self, k: int) -> Example:
-        """A sequence of the run, and the mean over its tokens that were scored."""
-        some = slice(*self.arrays["starts"][k : k + 2])
-        return conversation("", self.arrays["tokens"][some].tolist(), self.arrays["scored"][some].nonzero()[0].tolist())
-
-    def _refuse_other(self, unknown: list[int], never: list[str], count: int) -> None:
-        """Refuse sequences that are no examples, and examples that are none of the sequences."""
-        fix = (
-            "use the data of the run as it was trained on: examples.path, examples.turns, examples.max_tokens, "
-            "examples.limit, model.chat_template"
-        )
-        rule = f"the same tokens, or up to {_BEHIND} more at the end"
+    def _other(self, unknown: list[int], never: list[str], count: int) -> UserError:
+        """The run saw sequences that are no examples, or never saw some examples."""
+        what = "examples of the study were never seen in the recorded run"
+        value = f"{len(never)} of {count}: {name_ids(never)}"
         if unknown:
-            rows = self.arrays["rows"]
+            rows, what = self.arrays["rows"], "the recorded run saw sequences that are not the study's examples"
             visits = np.isin(rows, unknown)
             first = int(np.searchsorted(self.arrays["offsets"], int(visits.argmax()), side="right"))
-            raise UserError(
-                "the recorded run saw sequences that are not the study's examples",
-                value=f"{len(unknown)} of {len(self.sequences)} sequences, {int(visits.sum())} of {len(rows)} times, "
-                f"first in step {first}; examples never seen: {name_ids(never) if never else 'none'}",
-                rule=rule,
-                fix=fix,
+            value = (
+                f"{len(unknown)} of {len(self.sequences)} sequences, {int(visits.sum())} of {len(rows)} times, "
+                f"first in step {first}; examples never seen: {name_ids(never) if never else 'none'}"
             )
-        if never:
-            raise UserError(
-                "examples of the study were never seen in the recorded run",
-                value=f"{len(never)} of {count}: {name_ids(never)}",
-                rule=rule,
-                fix=fix,
-            )
+        rule = f"the same tokens, or up to {_BEHIND} more at the end"
+        fix = "use the data of the run as it was trained on: examples.path, examples.turns, examples.max_tokens, "
+        return UserError(what, value=value, rule=rule, fix=fix + "examples.limit, model.chat_template")
 
     def weighted(self, examples: Examples) -> list[Example]:
         """The examples as they were seen, with their losses as the run weighs them: N p_z L_z."""

@@ -20,14 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import taught
 from taught.core.behavior import behavior_record
 from taught.core.example import Examples, example_losses
 from taught.core.problem import Problem
 from taught.data.columns import name_ids
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.features.pooling import FeatureMap
 from taught.model.generate import greedy
 from taught.model.gradients import evaluating
@@ -36,12 +35,11 @@ from taught.progress import Progress
 from taught.run import files
 from taught.run.fingerprint import differences, fingerprint
 from taught.sketches.store import example_digest
+from taught.stats.arrays import Floats
 from taught.training.loop import TrainLog, in_training, train
 from taught.training.recipe import Recipe
 from taught.training.trl import train_by_trl
-from taught.training.unlearn import GUARDED, Forgetting, Guard, loss_guard, prompt_guard, unlearned
-
-Floats = NDArray[np.float64]
+from taught.training.unlearn import GUARDED, Forgetting, loss_guard, prompt_guard, unlearned
 
 NAME, FORMAT = "retrained.json", 1
 
@@ -211,12 +209,8 @@ class Retrainer:
             No ids, unknown ones or one twice; training diverges; what is there is damaged.
         """
         if keep is not None and self.recipe.trainer != "loop":
-            raise UserError(
-                "checkpoints are kept by the plain loop",
-                value=self.recipe.trainer,
-                rule="validation.trainer: loop",
-                fix="use --set validation.trainer=loop",
-            )
+            rule, fix = "validation.trainer: loop", "use --set validation.trainer=loop"
+            raise UserError("checkpoints are kept by the plain loop", value=self.recipe.trainer, rule=rule, fix=fix)
         self._check(ids)
         return self._made(tuple(sorted(ids)), self.recipe.seed if seed is None else seed, keep)
 
@@ -238,19 +232,10 @@ class Retrainer:
     def _check(self, ids: Sequence[str]) -> None:
         if not ids:
             raise UserError("a subset is empty", rule="at least one example to train on", fix="choose other subsets")
-        unknown = sorted(set(ids) - set(self.examples))
-        if unknown:
-            raise UserError(
-                "these are not examples of the study",
-                value=name_ids(unknown),
-                fix="use ids of the example file that are not left out",
-            )
-        if len(set(ids)) != len(ids):
-            raise UserError(
-                "an example stands twice in a subset",
-                value=name_ids(sorted({i for i in ids if list(ids).count(i) > 1})),
-                rule="each example once; epochs repeat them",
-            )
+        unknown, fix = sorted(set(ids) - set(self.examples)), "use ids of the example file that are not left out"
+        refuse(unknown, "these are not examples of the study", fix=fix)
+        twice, rule = sorted({i for i in ids if list(ids).count(i) > 1}), "each example once; epochs repeat them"
+        refuse(twice, "an example stands twice in a subset", rule=rule)
 
     def finished(self) -> list[Retraining]:
         """The retrainings in the folder by this recipe, at any seed, on examples as they are now.
@@ -289,12 +274,7 @@ class Retrainer:
         key = self.key(ids, seed, how)
         if (self.folder / f"{key}.json").is_file() and (keep is None or keep.exists()):
             return _load(self.folder, key)
-        if seed is None:
-            made = self._read(key)
-        elif how is None:
-            made = self._train(key, ids, seed, keep)
-        else:
-            made = self._forget(key, ids, seed, how)
+        made = self._read(key) if seed is None else self._fit(key, ids, seed, keep, how)
         _save(self.folder, made)
         return made
 
@@ -327,92 +307,80 @@ class Retrainer:
             time.monotonic() - started,
         )
 
-    def _train(self, key: str, ids: tuple[str, ...], seed: int, keep: Path | None) -> Retraining:
-        started = time.monotonic()
+    def _fit(self, key: str, ids: tuple[str, ...], seed: int, keep: Path | None, how: Unlearn | None) -> Retraining:
+        """The model trained on the examples, or with these forgotten."""
+        started, problem = time.monotonic(), self.problem
         inputs = [self.examples[i] for i in ids]
         before = self._losses_before(inputs)
-        recipe = replace(self.recipe, seed=seed)
-        with in_training(self.problem.model, recipe, self.problem.parameters) as parameters:
-            begun = time.monotonic()
-            with _whole_folder(keep) as place:
-                log = self._fit(inputs, recipe, parameters, place)
-            kept = _verified(ids, log, recipe.epochs)
-            trained = time.monotonic()
-            after = example_losses(self.problem.model, inputs, self.problem.batch_tokens).numpy()
-            read = self._read(key)
-        seconds = trained - begun
+        begun = time.monotonic()
+        with self._trained(inputs, seed, keep) if how is None else self._forgotten(inputs, seed, how) as done:
+            seconds = time.monotonic() - begun
+            after = example_losses(problem.model, inputs, problem.batch_tokens).numpy()
+            read = replace(self._read(key), **done)
         return replace(
             read,
             ids=ids,
-            kept=kept,
             seed=seed,
             losses_before=before,
             losses_after=after,
-            log=log,
             seconds_training=seconds,
             seconds_reading=time.monotonic() - started - seconds,
         )
 
-    def _forget(self, key: str, ids: tuple[str, ...], seed: int, how: Unlearn) -> Retraining:
-        started, problem = time.monotonic(), self.problem
-        inputs = [self.examples[i] for i in ids]
-        others = [example for i, example in self.examples.items() if i not in set(ids)]
-        before = self._losses_before(inputs)
+    @contextmanager
+    def _trained(self, inputs: Examples, seed: int, keep: Path | None) -> Iterator[dict[str, Any]]:
+        """Inside, the model is trained on the examples; refused is a trainer that dropped, added or repeated some."""
+        model, recipe = self.problem.model, replace(self.recipe, seed=seed)
+        with in_training(model, recipe, self.problem.parameters) as parameters:
+            both: dict[str, Any] = {"parameters": parameters, "progress": self._progress}
+            if recipe.trainer == "trl":
+                log = train_by_trl(model, inputs, recipe, tokenizer=self._tokenizer, **both)
+            else:
+                held = [i for i in self.examples if recipe.batches == "held"]
+                with _whole_folder(keep) as place:
+                    tokens = self.problem.batch_tokens
+                    log = train(model, inputs, recipe, batch_tokens=tokens, keep=place, held=held, **both)
+                    for folder in place.glob("epoch-*/") if place is not None and self._tokenizer else ():
+                        self._tokenizer.save_pretrained(folder)
+            ids = [example.id for example in inputs]
+            seen = sorted(i for step in log.ids for i in step)
+            if seen != sorted(ids * recipe.epochs):
+                missing = name_ids(sorted(set(ids) - set(seen))) or "none"
+                raise UserError(
+                    "training did not see the examples that it was given",
+                    value=f"missing: {missing}; {len(seen)} seen, {len(ids) * recipe.epochs} expected",
+                    rule="each example once an epoch",
+                    fix="use --set validation.trainer=loop",
+                )
+            yield {"kept": tuple(sorted(set(seen))), "log": log}
+
+    @contextmanager
+    def _forgotten(self, inputs: Examples, seed: int, how: Unlearn) -> Iterator[dict[str, Any]]:
+        """Inside, the examples are forgotten, and what must hold does.
+
+        That is the accuracy on the guard's prompts, where they have a right option, else the behavior; without
+        prompts the loss of others.
+        """
+        problem, ids = self.problem, {example.id for example in inputs}
+        others = [example for i, example in self.examples.items() if i not in ids]
+        if how.guard is None:
+            ordered = sorted(others, key=lambda example: hashlib.sha256(example.id.encode()).hexdigest())
+            guard = loss_guard(ordered[:GUARDED], problem.batch_tokens, how.keep)
+        else:
+            chosen = [prompt for prompt in problem.prompts if prompt.id in how.guard]
+            guard = prompt_guard(chosen, problem.behavior, how.keep)
         with unlearned(
             problem.model,
             inputs,
             others,
             replace(self.recipe, seed=seed, lr=how.lr),
             how.steps,
-            self._guard(others, how),
+            guard,
             parameters=problem.parameters,
             batch_tokens=problem.batch_tokens,
             progress=self._progress,
         ) as log:
-            trained = time.monotonic()
-            after = example_losses(problem.model, inputs, problem.batch_tokens).numpy()
-            read = self._read(key)
-        seen = sorted({i for step in log.forget[: log.kept] for i in step})
-        return replace(
-            read,
-            ids=ids,
-            kept=tuple(seen),
-            seed=seed,
-            losses_before=before,
-            losses_after=after,
-            seconds_training=trained - started,
-            seconds_reading=time.monotonic() - trained,
-            forgetting=log,
-        )
-
-    def _guard(self, others: Examples, how: Unlearn) -> Guard:
-        """What must hold: accuracy, where prompts have a right option, else the behavior; or the loss of others."""
-        problem, behavior = self.problem, self.problem.behavior
-        if how.guard is None:
-            ordered = sorted(others, key=lambda example: hashlib.sha256(example.id.encode()).hexdigest())
-            return loss_guard(ordered[:GUARDED], problem.batch_tokens, how.keep)
-        chosen = [prompt for prompt in problem.prompts if prompt.id in set(how.guard)]
-        return prompt_guard(chosen, behavior, how.keep)
-
-    def _fit(self, inputs: Examples, recipe: Recipe, parameters: Sequence[str] | None, keep: Path | None) -> TrainLog:
-        model, progress = self.problem.model, self._progress
-        if recipe.trainer == "trl":
-            return train_by_trl(
-                model, inputs, recipe, tokenizer=self._tokenizer, parameters=parameters, progress=progress
-            )
-        log = train(
-            model,
-            inputs,
-            recipe,
-            parameters=parameters,
-            batch_tokens=self.problem.batch_tokens,
-            progress=progress,
-            keep=keep,
-            held=[i for i in self.examples if recipe.batches == "held"],
-        )
-        for folder in keep.glob("epoch-*/") if keep is not None and self._tokenizer else ():
-            self._tokenizer.save_pretrained(folder)
-        return log
+            yield {"kept": tuple(sorted({i for step in log.forget[: log.kept] for i in step})), "forgetting": log}
 
     def _losses_before(self, inputs: Examples) -> Floats:
         new = [example for example in inputs if example.id not in self._before]
@@ -439,6 +407,7 @@ def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
             "readout.position": features.position,
         }
     prompts = [[p.id, list(p.ids), list(p.read), list(map(list, p.suffixes))] for p in problem.prompts]
+    sources = {name: files.sha256_file(Path(taught.__file__).parent / name) for name in _COMPUTING}
     return {
         "model.weights": dict(weights),
         "model.dtype": str(next(problem.model.parameters()).dtype),
@@ -447,35 +416,21 @@ def _identity(problem: Problem, weights: Mapping[str, Any]) -> dict[str, Any]:
         "behavior": behavior_record(problem.behavior),
         **read,
         "features": list(_features(problem)),
-        "code": _code_version(),
+        "code": f"taught {taught.__version__}, sources {fingerprint(sources)[:16]}",
     }
-
-
-def _code_version() -> str:
-    """Version of the package and digest of the sources that retrainings come from."""
-    root = Path(taught.__file__).parent
-    digests = {name: files.sha256_file(root / name) for name in _COMPUTING}
-    return f"taught {taught.__version__}, sources {fingerprint(digests)[:16]}"
 
 
 def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     """Make the folder, or refuse one that was made under another identity."""
     found = _read_record(folder / NAME) if (folder / NAME).exists() else None
     if found is None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise files.write_error(folder, error) from error
+        files.make_folder(folder)
         record = {"format": FORMAT, "identity": dict(identity)}
         files.write_bytes(folder / NAME, files.json_bytes(record))
         return
     if found["format"] != FORMAT:
-        raise UserError(
-            "the retrainings are of another format",
-            value=found["format"],
-            rule=f"format {FORMAT}",
-            fix="use another run folder",
-        )
+        what, rule, fix = "the retrainings are of another format", f"format {FORMAT}", "use another run folder"
+        raise UserError(what, value=found["format"], rule=rule, fix=fix)
     changed = differences(found["identity"], identity)
     if changed:
         raise UserError(
@@ -484,20 +439,6 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
             rule="results are never reused under another study, model, data or code",
             fix="use another run folder",
         )
-
-
-def _verified(ids: tuple[str, ...], log: TrainLog, epochs: int) -> tuple[str, ...]:
-    """The ids that were trained on; refuse a trainer that dropped, added or repeated some."""
-    seen = sorted(i for step in log.ids for i in step)
-    if seen != sorted(ids * epochs):
-        missing = sorted(set(ids) - set(seen))
-        raise UserError(
-            "training did not see the examples that it was given",
-            value=f"missing: {name_ids(missing) or 'none'}; {len(seen)} seen, {len(ids) * epochs} expected",
-            rule="each example once an epoch",
-            fix="use --set validation.trainer=loop",
-        )
-    return tuple(sorted(set(seen)))
 
 
 @contextmanager
@@ -546,25 +487,23 @@ def _load(folder: Path, key: str) -> Retraining:
             rule="its checksum is the one that was recorded when it was written",
             fix=f"delete {file.with_suffix('.json').name}: it is made again",
         )
-    log = record.pop("log")
-    steps = None if log is None else TrainLog(tuple(map(tuple, log["ids"])), tuple(log["losses"]), tuple(log["lrs"]))
-    forgetting = None if (run := record.pop("forgetting")) is None else _forgetting(run)
-    if record["answers"] is not None:
-        record["answers"] = list(map(tuple, record["answers"]))
-    rest: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+    log, run = record.pop("log"), record.pop("forgetting")
+    if run is not None:
+        run["guard"] = [[step, math.nan if value is None else value] for step, value in run["guard"]]
     return Retraining(
-        key=key, log=steps, forgetting=forgetting, **rest, **dict[str, Any](files.tensors_from_bytes(content))
+        key=key,
+        log=None if log is None else TrainLog(**_tuples(log)),
+        forgetting=None if run is None else Forgetting(**_tuples(run)),
+        **_tuples(record),
+        **dict[str, Any](files.tensors_from_bytes(content)),
     )
 
 
-def _forgetting(run: Mapping[str, Any]) -> Forgetting:
-    looks = [[step, math.nan if value is None else value] for step, value in run["guard"]]
-    lists = {**run, "guard": looks}
-    made: dict[str, Any] = {
-        name: tuple(tuple(v) if isinstance(v, list) else v for v in value) if isinstance(value, list) else value
-        for name, value in lists.items()
-    }
-    return Forgetting(**made)
+def _tuples(value: Any) -> Any:
+    """JSON with tuples in the place of lists."""
+    if isinstance(value, dict):
+        return {name: _tuples(of) for name, of in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _read_record(file: Path) -> dict[str, Any]:

@@ -104,14 +104,9 @@ class States:
         if self._folder is None:
             self._kept[state.step] = state.copy()
             return
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise files.write_error(self._folder, error) from error
-        files.write_bytes(
-            self._file(state.step),
-            files.tensors_bytes({name: tensor.cpu().numpy() for name, tensor in state.tensors().items()}),
-        )
+        files.make_folder(self._folder)
+        arrays = {name: tensor.cpu().numpy() for name, tensor in state.tensors().items()}
+        files.write_bytes(self._file(state.step), files.tensors_bytes(arrays))
 
     def load(self, step: int) -> State:
         """A state that was kept, in memory of its own."""
@@ -162,6 +157,9 @@ class Micro:
         """Zeros e [B, J], and sum_ij e_ij f'(s_i) l_ij: its derivative in e is the part of a token in its loss."""
         each = torch.zeros_like(self.terms, requires_grad=True)
         return each, (each * self.slopes[:, None] * self.terms).sum()
+
+
+_Graph = tuple[Micro, Tensor, Gradient]  # examples, zeros for their tokens, their gradient with its graph
 
 
 @dataclass(eq=False)
@@ -279,15 +277,17 @@ class Training:
         """
         number = state.step
         index = self.plan[number]
+        graphs: list[_Graph] = []
         with padding_rows(self.moving, self.model) as padding:
-            graphs = self._graphs(number) if exact else []
-        gradient = self._summed(graphs) if graphs else self._gradient(number)
+            for micro in self._micro(number) if exact else ():
+                each, by_token = micro.by_token()
+                graphs.append((micro, each, self._slope(micro.loss + by_token, create_graph=True)))
+        gradient = self._sum(own for _, _, own in graphs) if graphs else self._gradient(number)
         clipped = _scaled(gradient, self._clip(gradient)[1])
-        behind = self._moments(state, clipped)
         shape = (len(index), max(self.inputs[i].n_scored for i in index), len(backs))
         found = torch.zeros(shape, dtype=torch.float64)
         for column, back in enumerate(backs):
-            up = self._through_rule(back, behind, clipped, number)
+            up = self._through_rule(back, state, clipped)
             self._through_clip(up, gradient)
             last = column == len(backs) - 1
             self._through_loss(back, up, number, graphs, padding, found[..., column], last=last)
@@ -308,27 +308,19 @@ class Training:
             weights = losses.new_ones(len(index)) if self.weights is None else self.weights[places].to(losses)
             yield Micro(index, terms, losses, made.slopes(sums), weights / len(batch))
 
-    def _gradient(self, number: int) -> Tensors:
-        total = {name: torch.zeros_like(p) for name, p in self.moving.items()}
-        for micro in self._micro(number):
-            _add(total.values(), torch.autograd.grad(micro.loss, list(self.moving.values()), allow_unused=True))
-        return total
+    def _slope(self, loss: Tensor, *, create_graph: bool = False) -> Gradient:
+        """Derivative in the moving parameters."""
+        moving = list(self.moving.values())
+        return torch.autograd.grad(loss, moving, create_graph=create_graph, allow_unused=True)
 
-    def _graphs(self, number: int) -> list[tuple[Micro, Tensor, Gradient]]:
-        """Each micro-batch, zeros for its tokens, and its gradient with the graph."""
-        found: list[tuple[Micro, Tensor, Gradient]] = []
-        for micro in self._micro(number):
-            each, by_token = micro.by_token()
-            total = micro.loss + by_token
-            own = torch.autograd.grad(total, list(self.moving.values()), create_graph=True, allow_unused=True)
-            found.append((micro, each, own))
-        return found
-
-    def _summed(self, graphs: Sequence[tuple[Micro, Tensor, Gradient]]) -> Tensors:
+    def _sum(self, parts: Iterable[Gradient]) -> Tensors:
         total = {name: torch.zeros_like(p) for name, p in self.moving.items()}
-        for _, _, own in graphs:
+        for own in parts:
             _add(total.values(), own)
         return total
+
+    def _gradient(self, number: int) -> Tensors:
+        return self._sum(self._slope(micro.loss) for micro in self._micro(number))
 
     def _clip(self, gradient: Tensors) -> tuple[float, float]:
         """Norm of a gradient, where gradients are clipped, and what it is multiplied by."""
@@ -356,22 +348,9 @@ class Training:
             weight.mul_(1 - lr * decay).addcdiv_(first, root.add_(EPS), value=-lr / (1 - BETAS[0] ** t))
 
     @torch.no_grad()
-    def _moments(self, state: State, gradient: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
-        """AdamW's m and v behind the step that begins with a state; none for SGD."""
-        if self.recipe.optimizer == "sgd":
-            return {}
-        first, second = state.parts["first"], state.parts["second"]
-        return {
-            name: (first[name].lerp(g, 1 - BETAS[0]), (BETAS[1] * second[name]).addcmul_(g, g, value=1 - BETAS[1]))
-            for name, g in gradient.items()
-        }
-
-    @torch.no_grad()
-    def _through_rule(
-        self, back: Back, behind: Mapping[str, tuple[Tensor, Tensor]], clipped: Tensors, number: int
-    ) -> Tensors:
+    def _through_rule(self, back: Back, state: State, clipped: Tensors) -> Tensors:
         """Lg^, and the derivatives in the state before the step but for the loss's part."""
-        t, lr, decay, up = number + 1, self.lrs[number], self.recipe.weight_decay, {}
+        t, lr, decay, up = state.step + 1, self.lrs[state.step], self.recipe.weight_decay, {}
         for name, g in clipped.items():
             L, Lm = back.parts["weights"][name], back.parts["first"][name]
             if self.recipe.optimizer == "sgd":
@@ -380,7 +359,9 @@ class Training:
                 L.add_(Lm, alpha=decay)
                 Lm.mul_(self.recipe.momentum)
                 continue
-            Lv, (first, second) = back.parts["second"][name], behind[name]
+            Lv = back.parts["second"][name]
+            first = state.parts["first"][name].lerp(g, 1 - BETAS[0])  # m and v behind the step
+            second = (BETAS[1] * state.parts["second"][name]).addcmul_(g, g, value=1 - BETAS[1])
             bias = 1 - BETAS[0] ** t, 1 - BETAS[1] ** t
             root = (second / bias[1] + self.eps_root).sqrt_()
             D = (root + EPS).reciprocal_()
@@ -407,18 +388,17 @@ class Training:
         back: Back,
         up: Tensors,
         number: int,
-        graphs: Sequence[tuple[Micro, Tensor, Gradient]],
+        graphs: Sequence[_Graph],
         padding: Sequence[PaddingRow],
         found: Tensor,
         *,
         last: bool,
     ) -> None:
         """Add H Lg to L, and each token's part of grad l . Lg / n to what is found [n, J]."""
-        moving, count = list(self.moving.values()), len(self.plan[number])
-        L = list(back.parts["weights"].values())
+        count, L = len(self.plan[number]), list(back.parts["weights"].values())
         if graphs:
             for micro, each, own in graphs:
-                inputs = [each, *moving, *(row.leaf for row in padding)]
+                inputs = [each, *self.moving.values(), *(row.leaf for row in padding)]
                 along = _along(own, up)
                 shares, *second = torch.autograd.grad(along, inputs, retain_graph=not last, allow_unused=True)
                 found[micro.index, : shares.shape[1]] += shares.double().cpu() / count
@@ -427,22 +407,19 @@ class Training:
         for micro in self._micro(number):
             # One dual number a micro-batch: the gradient of sum_ij e_ij f' l_ij is linear in e.
             each, by_token = micro.by_token()
-            linear = torch.autograd.grad(by_token, moving, create_graph=True, allow_unused=True)
+            linear = self._slope(by_token, create_graph=True)
             (shares,) = torch.autograd.grad(_along(linear, up), each, retain_graph=True)
             found[micro.index, : shares.shape[1]] += shares.double().cpu() / count
             products = (shares.sum(1) * micro.weights).detach()
-            _add(L, torch.autograd.grad((micro.losses * products).sum(), moving, allow_unused=True))
+            _add(L, self._slope((micro.losses * products).sum()))
 
 
 def refuse_other_trainers(recipe: Recipe) -> None:
     """Refuse a recipe whose optimizer's state is not known at every step."""
     if recipe.trainer != "loop":
-        raise UserError(
-            "a run is followed step by step in the plain loop",
-            value=f"validation.trainer: {recipe.trainer}",
-            rule="the optimizer's state is known at every step",
-            fix="use --set validation.trainer=loop",
-        )
+        value, rule = f"validation.trainer: {recipe.trainer}", "the optimizer's state is known at every step"
+        what, fix = "a run is followed step by step in the plain loop", "use --set validation.trainer=loop"
+        raise UserError(what, value=value, rule=rule, fix=fix)
 
 
 def _scaled(gradient: Tensors, share: float) -> Tensors:

@@ -33,6 +33,8 @@ from taught.progress import Progress, SilentProgress
 from taught.training.loop import TrainLog, check_inputs, learning_rates, only_moving
 from taught.training.recipe import Recipe
 
+_LOOP = "use --set validation.trainer=loop"
+
 
 def train_by_trl(
     model: nn.Module,
@@ -57,25 +59,16 @@ def train_by_trl(
         trl is missing; the model is quantised; the trainer dropped examples; pairs and preferences are mixed; as in
         ``taught.training.loop.train``.
     """
+    value = "validation.trainer: trl"
     if quantised_layers(model):
-        raise UserError(
-            "trl does not train on quantised weights here",
-            value="validation.trainer: trl",
-            rule="it would take the products of bitsandbytes, and its adapter in another wrapper",
-            fix="use --set validation.trainer=loop",
-        )
+        rule = "it would take the products of bitsandbytes, and its adapter in another wrapper"
+        raise UserError("trl does not train on quantised weights here", value=value, rule=rule, fix=_LOOP)
     if importlib.util.find_spec("trl") is None:
-        raise UserError(
-            "training by trl needs the package trl",
-            value="validation.trainer: trl",
-            fix="pip install 'taught[trl]', or use --set validation.trainer=loop",
-        )
+        fix = f"pip install 'taught[trl]', or {_LOOP}"
+        raise UserError("training by trl needs the package trl", value=value, fix=fix)
     if recipe.momentum or recipe.batches == "held":
-        raise UserError(
-            "trl trains without momentum, and fills its batches itself",
-            value=f"validation.momentum: {recipe.momentum}, validation.batches: {recipe.batches}",
-            fix="use --set validation.trainer=loop",
-        )
+        value = f"validation.momentum: {recipe.momentum}, validation.batches: {recipe.batches}"
+        raise UserError("trl trains without momentum, and fills its batches itself", value=value, fix=_LOOP)
     inputs = sorted(inputs, key=lambda example: example.id)
     moving = moving_parameters(model, parameters)
     check_inputs(inputs, moving)
@@ -267,5 +260,5 @@ def _check_prepared(inputs: Examples, dataset: Any) -> None:
             "trl dropped or changed examples when it prepared them",
             value=name_ids(differing),
             rule="every example is trained on as it is",
-            fix="use --set validation.trainer=loop",
+            fix=_LOOP,
         )

@@ -34,8 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from taught.core.example import Examples, batch_indices, make_batch
-from taught.data.columns import name_ids
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 from taught.model.gradients import evaluating
 from taught.model.parameters import moving_parameters
 from taught.model.readout import ReadPrompt, pack, read_y
@@ -185,7 +184,13 @@ def unlearned(
         No example to forget or none to retain, one that is both; parameters in half precision; a guard that is no
         number at the start, or no better than chance.
     """
-    _check(forget, retain)
+    both = sorted({z.id for z in forget} & {z.id for z in retain})
+    refuse(both, "an example is to be forgotten and to be retained", rule="one of the two")
+    if not forget or not retain:
+        what = "nothing is left to retain" if forget else "there is nothing to forget"
+        value = f"{len(forget)} to forget, {len(retain)} to retain"
+        rule = "at least one example to forget, and one to retain"
+        raise UserError(what, value=value, rule=rule, fix="forget fewer")
     with in_training(model, recipe, parameters) as patterns:
         moving = moving_parameters(model, patterns)
         check_inputs([*forget, *retain], moving)
@@ -259,21 +264,17 @@ class _Run:
         if not all(map(math.isfinite, (L_F, L_R, norm_F, norm_R))):
             return f"step {number}: a loss or its gradient is not finite"
         g = {name: _unit(g_R[name], norm_R) - _unit(g_F[name], norm_F) for name in self.moving}
-        if number % EVERY == 1:
-            self.lr = self._fitted(stay, L_R, g)
+        if number % EVERY == 1:  # the weights, which are those that were just kept, come back to the bit
+            losses = []
+            for sign in (1, -1):
+                self._shift(g, sign * self.lr)
+                losses.append(_mean_loss(self.model, stay, self.batch_tokens))
+                self._back()
+            dtype = next(iter(self.moving.values())).dtype
+            self.lr = fitted_rate(self.lr, L_R, losses[0], losses[1], ROUNDING * torch.finfo(dtype).eps)
         self._shift(g, -self.lr)
         self.steps.append((tuple(z.id for z in away), tuple(z.id for z in stay), L_F, L_R, self.lr, norm_F, norm_R))
         return ""
-
-    def _fitted(self, stay: Examples, here: float, g: Mapping[str, Tensor]) -> float:
-        """The rate anew; the weights, which are those that were just kept, come back to the bit."""
-        losses = []
-        for sign in (1, -1):
-            self._shift(g, sign * self.lr)
-            losses.append(_mean_loss(self.model, stay, self.batch_tokens))
-            self._back()
-        dtype = next(iter(self.moving.values())).dtype
-        return fitted_rate(self.lr, here, losses[0], losses[1], ROUNDING * torch.finfo(dtype).eps)
 
     @torch.no_grad()
     def _back(self) -> None:
@@ -321,15 +322,3 @@ def _batches(examples: Examples, recipe: Recipe, steps: int) -> list[Examples]:
     ids = sorted(known)
     epochs = math.ceil(steps / math.ceil(len(ids) / recipe.batch))
     return [[known[ids[i]] for i in index] for index in plan(ids, replace(recipe, epochs=epochs))[:steps]]
-
-
-def _check(forget: Examples, retain: Examples) -> None:
-    both = sorted({z.id for z in forget} & {z.id for z in retain})
-    if both:
-        raise UserError("an example is to be forgotten and to be retained", value=name_ids(both), rule="one of the two")
-    for some, what in ((forget, "there is nothing to forget"), (retain, "nothing is left to retain")):
-        if not some:
-            rule = "at least one example to forget, and one to retain"
-            raise UserError(
-                what, value=f"{len(forget)} to forget, {len(retain)} to retain", rule=rule, fix="forget fewer"
-            )

@@ -58,12 +58,8 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         if self.run is not None and self.checkpoints:
-            raise UserError(
-                "checkpoints are named twice",
-                value=self.run,
-                rule="a list of them, or a recorded run",
-                fix="leave out attribution.trajectory.checkpoints or run",
-            )
+            rule, fix = "a list of them, or a recorded run", "leave out attribution.trajectory.checkpoints or run"
+            raise UserError("checkpoints are named twice", value=self.run, rule=rule, fix=fix)
 
     def __len__(self) -> int:
         return len(self.checkpoints) if self.run is None else len(_taken(Recorded.open(self.run)))
@@ -81,7 +77,14 @@ class Checkpoints:
     def legs(self, problem: Problem, work: Work) -> Iterator[Leg]:
         """The problem at each checkpoint, the last first; one model is held at a time, beside the base one."""
         if self.run is not None:
-            yield from _recorded_legs(Recorded.open(self.run), problem, work)
+            run = Recorded.open(self.run)
+            problem = replace(problem, parameters=run.parameters(problem))  # what moved in it
+            for step in reversed(_taken(run)):
+                work.progress.step(f"the recorded run before step {step + 1} of {run.steps}")
+                model = copy.deepcopy(problem.model)
+                enter(model, run.load(step).parts["weights"])
+                yield Leg(problem.at(model, float(run.lrs[step])), f"step{step}")
+                del model
             return
         if problem.opener is None:
             raise UserError("checkpoints cannot be opened here", rule="a study, or a problem with an opener")
@@ -99,14 +102,3 @@ class Checkpoints:
 def _taken(run: Recorded) -> list[int]:
     """The states of a run from which a step was made that moved something: warm-up begins with a rate of 0."""
     return [step for step in run.states if run.lrs[step] > 0]
-
-
-def _recorded_legs(run: Recorded, problem: Problem, work: Work) -> Iterator[Leg]:
-    """The problem at the states of a run, the last first, with what moved in it."""
-    problem = replace(problem, parameters=run.parameters(problem))
-    for step in reversed(_taken(run)):
-        work.progress.step(f"the recorded run before step {step + 1} of {run.steps}")
-        model = copy.deepcopy(problem.model)
-        enter(model, run.load(step).parts["weights"])
-        yield Leg(problem.at(model, float(run.lrs[step])), f"step{step}")
-        del model

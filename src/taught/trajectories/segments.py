@@ -38,8 +38,9 @@ part in the effects, as with the curvature ``ekfac``.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -70,7 +71,7 @@ from taught.model.parameters import moving_parameters
 from taught.run.pieces import kept, piece_key
 from taught.training.loop import in_training
 from taught.training.recorded import Recorded
-from taught.training.steps import BETAS, EPS, State, States, Training
+from taught.training.steps import BETAS, EPS, State, States, Training, named
 from taught.trajectories.trained import (
     enter,
     known_recipe,
@@ -204,7 +205,8 @@ class Segments:
         """
         ids = tuple(z.id for z in examples)
         losses = example_losses(problem.model, examples, problem.batch_tokens).numpy()
-        with self._run(problem, examples, work) as (run, moved, seen):
+        made = self._trained if self.run is None else self._recorded
+        with made(problem, examples, work) as (run, moved, seen):
             values = _Pass(run, moved, seen, targets, work, self).values()
         return Scores("adjoint", ids, targets.names, targets.from_direct(values), losses=losses, unit="run")
 
@@ -220,20 +222,14 @@ class Segments:
         recorded_segments(run, self.segments)
         return run.seen(problem, examples, work.progress)
 
-    def _run(
-        self, problem: Problem, examples: Examples, work: Work
-    ) -> AbstractContextManager[tuple[Run, Problem, Examples]]:
-        """A run, the problem with what moves in it, the examples as it weighs them; the weights come back."""
-        return self._trained(problem, examples, work) if self.run is None else self._recorded(problem, examples, work)
-
     @contextmanager
     def _recorded(self, problem: Problem, examples: Examples, work: Work) -> Iterator[tuple[Run, Problem, Examples]]:
+        """A run, the problem with what moves in it, the examples as it weighs them; the weights come back."""
         run = Recorded.open(str(self.run))
         refuse_detached(problem.model)
         if run.record["precision"] != "float32":
-            work.progress.note(
-                f"the recorded run computed in {run.record['precision']}; gradients here are in {problem.model.dtype}"
-            )
+            there, here = run.record["precision"], problem.model.dtype
+            work.progress.note(f"the recorded run computed in {there}; gradients here are in {here}")
         scaled = int((run.arrays["scale"] < 1).sum())
         if scaled:
             work.progress.note(_clipped(scaled, run.steps))
@@ -244,7 +240,7 @@ class Segments:
 
     @contextmanager
     def _trained(self, problem: Problem, examples: Examples, work: Work) -> Iterator[tuple[Run, Problem, Examples]]:
-        """The one that the study's recipe makes."""
+        """The same of the run that the study's recipe makes."""
         recipe = known_recipe(problem)
         refuse_detached(problem.model)
         with in_training(problem.model, recipe, problem.parameters) as patterns:
@@ -315,18 +311,21 @@ def segment_states(steps: int, segments: int, checkpoints: int) -> list[tuple[ra
         There are more segments than steps.
     """
     if segments > steps:
+        value, fix = f"{segments} segments, {steps} steps", f"use --set attribution.trajectory.segments={steps}"
         raise UserError(
-            "a run has more segments than steps",
-            value=f"{segments} segments, {steps} steps",
-            rule="a segment is at least one step",
-            fix=f"use --set attribution.trajectory.segments={steps}",
+            "a run has more segments than steps", value=value, rule="a segment is at least one step", fix=fix
         )
-    ends = [number * steps // segments for number in range(segments + 1)]
     found = []
-    for start, stop in pairwise(ends):
-        middles = {start + (2 * k + 1) * (stop - start) // (2 * checkpoints) for k in range(checkpoints)}
-        found.append((range(start, stop), tuple(sorted(middles))))
+    for part in _cut(steps, segments):
+        middles = {part.start + (2 * k + 1) * len(part) // (2 * checkpoints) for k in range(checkpoints)}
+        found.append((part, tuple(sorted(middles))))
     return found
+
+
+def _cut(steps: int, segments: int) -> list[range]:
+    """The steps of a run in segments of equal length."""
+    ends = [number * steps // segments for number in range(segments + 1)]
+    return [range(start, stop) for start, stop in pairwise(ends)]
 
 
 def recorded_segments(run: Recorded, segments: int) -> tuple[Segment, ...]:
@@ -338,18 +337,14 @@ def recorded_segments(run: Recorded, segments: int) -> tuple[Segment, ...]:
         No state lies in some segment; second moments are missing where Adam trained.
     """
     if run.adam and not run.record["moments"]:
-        raise UserError(
-            "the recorded run has no second moments",
-            value=str(run.folder),
-            rule="a step of Adam is divided by their root",
-            fix="record it with taught.Record(FOLDER, moments=True)",
-        )
+        rule, fix = "a step of Adam is divided by their root", "record it with taught.Record(FOLDER, moments=True)"
+        raise UserError("the recorded run has no second moments", value=str(run.folder), rule=rule, fix=fix)
     rates, found = run.rates, []
-    for number in range(segments):
-        steps = range(number * run.steps // segments, (number + 1) * run.steps // segments)
+    for steps in _cut(run.steps, segments):
         states = tuple(step for step in run.states if step in steps)
         if not states:
-            most = max(k for k in range(1, segments) if _all_have_states(run, k))
+            cuts = {k: _cut(run.steps, k) for k in range(1, segments)}
+            most = max(k for k, cut in cuts.items() if all(any(step in part for step in run.states) for part in cut))
             raise UserError(
                 "a segment of the recorded run has no state",
                 value=f"{segments} segments of {run.steps} steps, states before {', '.join(map(str, run.states))}",
@@ -358,11 +353,6 @@ def recorded_segments(run: Recorded, segments: int) -> tuple[Segment, ...]:
             )
         found.append(Segment(float(rates[list(steps)].sum()), states))
     return tuple(found)
-
-
-def _all_have_states(run: Recorded, segments: int) -> bool:
-    ends = [number * run.steps // segments for number in range(segments + 1)]
-    return all(any(start <= step < stop for step in run.states) for start, stop in pairwise(ends))
 
 
 def _clipped(scaled: int, steps: int) -> str:
@@ -475,7 +465,12 @@ class _Pass:
         pieces, key = self.work.pieces, piece_key("segment curvature", str(number))
         found = None if pieces is None else pieces.load(key)
         if found is not None:
-            return _layers_of({name: torch.from_numpy(array) for name, array in found.items()}, self.problem)
+            parts = defaultdict[str, dict[str, Tensor]](dict)
+            for label, array in found.items():
+                part, _, name = label.partition(" ")
+                parts[part][name] = torch.from_numpy(array).to(self.problem.model.get_parameter(name).device)
+            rows, columns = parts["rows"], parts["columns"]
+            return Layers({name: (rows[name], columns[name]) for name in rows}, parts["eigenvalues"])
         if number in self.fitted:
             return self.fitted[number]
         segment, progress = self.run.segments[number], self.work.progress
@@ -488,20 +483,8 @@ class _Pass:
         if pieces is None:
             self.fitted[number] = layers
         else:
-            parts = {"rows": 0, "columns": 1}
-            arrays = {f"{side} {name}": both[k] for name, both in layers.basis.items() for side, k in parts.items()}
-            arrays |= {f"eigenvalues {name}": s for name, s in layers.eigenvalues.items()}
+            basis = layers.basis.items()
+            sides = {"rows": {n: rows for n, (rows, _) in basis}, "columns": {n: columns for n, (_, columns) in basis}}
+            arrays = named({**sides, "eigenvalues": dict(layers.eigenvalues)})
             pieces.save(key, {name: tensor.cpu().numpy() for name, tensor in arrays.items()})
         return layers
-
-
-def _layers_of(arrays: Mapping[str, Tensor], problem: Problem) -> Layers:
-    """A curvature that was kept, where the model's parameters are."""
-    names = [name.partition(" ")[2] for name in arrays if name.startswith("eigenvalues ")]
-    device = {name: problem.model.get_parameter(name).device for name in names}
-
-    def of(side: str, name: str) -> Tensor:
-        return arrays[f"{side} {name}"].to(device[name])
-
-    basis = {name: (of("rows", name), of("columns", name)) for name in names}
-    return Layers(basis, {name: of("eigenvalues", name) for name in names})

@@ -58,15 +58,14 @@ def trained_queries(
     with frozen(problem.model):
         sites = find_sites(problem.model, problem.parameters)
         found = build_queries(problem, sites, *targets.at(ended).cotangents(names))
-    return {name: _dense(query, problem) for name, query in found.items()}
-
-
-def _dense(query: Tensor | RowSparse, problem: Problem) -> Tensor:
-    if not isinstance(query, RowSparse):
-        return query
-    tokens = problem.model.get_input_embeddings().weight  # type: ignore[operator]
-    whole = query.values.new_zeros(len(query.values), *tokens.shape)
-    whole[:, query.rows] = query.values
+    whole = {}
+    for name, query in found.items():
+        if isinstance(query, RowSparse):
+            tokens = problem.model.get_input_embeddings().weight  # type: ignore[operator]
+            dense = query.values.new_zeros(len(query.values), *tokens.shape)
+            dense[:, query.rows] = query.values
+            query = dense
+        whole[name] = query
     return whole
 
 

@@ -41,8 +41,8 @@ from numpy.typing import NDArray
 
 from taught.errors import UserError, refuse
 from taught.stats.arrays import Floats
-from taught.stats.intervals import student_t
-from taught.validation.subsets import Subsets, random_subsets, summed
+from taught.stats.intervals import mean_by_t, student_t
+from taught.validation.subsets import Subsets, finite_values, random_subsets, summed
 
 MIX = 0.1
 FOLDS = 5
@@ -274,8 +274,8 @@ def couples(ids: Sequence[str], name: str, group: Collection[str], size: int, co
         The group holds ids that are not among the examples; fewer than 2 couples; or as :func:`random_subsets`.
     """
     if count < 2:
-        what, fix = "too few couples for an interval", "raise validation.subsets"
-        raise UserError(what, value=count, rule="at least 2", fix=fix)
+        fix = "raise validation.subsets"
+        raise UserError("too few couples for an interval", value=count, rule="at least 2", fix=fix)
     refuse(sorted(set(group) - set(ids)), "the group holds unknown examples")
     others = [example for example in ids if example not in set(group)]
     backgrounds = random_subsets(others, size, count, seed=seed)
@@ -295,11 +295,8 @@ def couple_effect(made: Couples, outcomes: Mapping[str, float]) -> Effect:
     UserError
         A subset has no finite outcome.
     """
-    count = len(made.without)
-    gap = _known(made.including, outcomes) - _known(made.without, outcomes)
-    half = student_t(count - 1) * float(gap.std(ddof=1)) / math.sqrt(count)
-    value = float(gap.mean())
-    return Effect(made.asked, value, value - half, value + half, 2 * count)
+    mean = mean_by_t(_known(made.including, outcomes) - _known(made.without, outcomes))
+    return Effect(made.asked, *mean, 2 * len(made.without))
 
 
 class _Datamodel:
@@ -353,8 +350,5 @@ def _refuse_few(drawn: int, folds: int) -> None:
 
 
 def _known(names: Sequence[str], outcomes: Mapping[str, float]) -> Floats:
-    """Outcomes of subsets, float64, checked."""
-    missing = sorted({name for name in names if not math.isfinite(outcomes.get(name, math.nan))})
-    rule = "one number for each subset"
-    refuse(missing, "subsets have no finite outcome", rule=rule, fix="finish their retraining")
-    return np.array([outcomes[name] for name in names], dtype=np.float64)
+    rule, fix = "one number for each subset", "finish their retraining"
+    return finite_values(names, outcomes, "subsets have no finite outcome", rule=rule, fix=fix)

@@ -135,21 +135,16 @@ def judge_responses(
     found = np.zeros(len(prompt_ids))
     for row, (prompt_id, prompt, response) in enumerate(zip(prompt_ids, prompts, responses, strict=True)):
         try:
-            value = judge(prompt, response)
+            value: Any = judge(prompt, response)
         except Exception as error:
             raise _judge_error("the judge failed", prompt_id, repr(error)) from error
-        found[row] = _checked(prompt_id, value)
+        try:
+            found[row] = math.nan if isinstance(value, str | bytes) else float(value)
+        except (TypeError, ValueError):
+            found[row] = math.nan
+        if not 0 <= found[row] <= 1:
+            raise _judge_error("the judge gave no verdict", prompt_id, repr(value))
     return found
-
-
-def _checked(prompt_id: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number <= 1:
-        raise _judge_error("the judge gave no verdict", prompt_id, repr(value))
-    return number
 
 
 def _judge_error(what: str, prompt_id: str, value: str) -> UserError:

@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from taught.errors import UserError, refuse
+from taught.errors import UserError
 from taught.stats.arrays import Floats
 from taught.stats.intervals import UNKNOWN, Interval, Resampled, bca, p_values
 from taught.stats.multiplicity import holm
 from taught.stats.ranks import rank_correlations
-from taught.validation.subsets import Subsets, summed
+from taught.validation.subsets import Subsets, finite_values, summed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -324,10 +324,5 @@ def _sorted(subsets: Subsets) -> Subsets:
 
 
 def _outcome(subsets: Subsets, target: str, measured: Values) -> Floats:
-    refuse(
-        [name for name in subsets.names if not math.isfinite(measured.get(name, math.nan))],
-        f"subsets have no finite outcome of {target}",
-        rule="one number for each subset",
-        fix="finish their retraining, or select the finished ones",
-    )
-    return np.array([measured[name] for name in subsets.names], dtype=np.float64)
+    rule, fix = "one number for each subset", "finish their retraining, or select the finished ones"
+    return finite_values(subsets.names, measured, f"subsets have no finite outcome of {target}", rule=rule, fix=fix)

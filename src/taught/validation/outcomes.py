@@ -63,12 +63,9 @@ def changes(readings: Readings, base: Retraining, after: Retraining, names: Sequ
     for reads in (base, after):
         same = reads.prompt_ids == readings.prompt_ids
         if not same or list(reads.feature_ids) != [int(k) for k in readings.columns]:
-            raise UserError(
-                "read-outs are of other prompts or features than the run",
-                value="prompts" if not same else "features",
-                rule="the same ids in the same order",
-                fix="taught validate RUN makes them anew",
-            )
+            what, other = "read-outs are of other prompts or features than the run", "features" if same else "prompts"
+            rule, fix = "the same ids in the same order", "taught validate RUN makes them anew"
+            raise UserError(what, value=other, rule=rule, fix=fix)
     before, moved = (readings.refitted(reads.y, reads.X if readings.columns else None) for reads in (base, after))
     return {str(name): value(name, moved, before) - value(name, before, before) for name in names}
 
@@ -88,10 +85,16 @@ def soft_metrics(
     UserError
         A group without prompts, or a prompt that was not read.
     """
-    sides = (("positive", positive), ("negative", negative))
+    place, sides = {prompt_id: row for row, prompt_id in enumerate(reads.prompt_ids)}, []
     y, p = reads.y, np.asarray(degree(reads.y), dtype=np.float64)
     log_p = np.where(p > 0, np.log(np.where(p > 0, p, 1)), y)  # so small that it rounds to 0: y is its logarithm
-    found = metrics(*(log_p[_rows(reads.prompt_ids, name, ids)] for name, ids in sides))
+    for group, ids in (("positive", positive), ("negative", negative)):
+        missing = [i for i in ids if i not in place]
+        if missing or not ids:
+            rule, fix = "a group has prompts, and all of them are read", "use the groups of the run's prompts"
+            raise UserError(f"the prompts of {group} were not read", value=missing[:8], rule=rule, fix=fix)
+        sides.append(log_p[[place[i] for i in ids]])
+    found = metrics(*sides)
     return SoftMetrics(**{item.name: float(found[item.name]) for item in fields(SoftMetrics)})
 
 
@@ -123,12 +126,3 @@ def metrics(
         "behavior:positive": (w * yes).sum(-1),
         "behavior:negative": (v * no).sum(-1),
     }
-
-
-def _rows(prompt_ids: Sequence[str], group: str, ids: Sequence[str]) -> list[int]:
-    place = {prompt_id: row for row, prompt_id in enumerate(prompt_ids)}
-    missing = [i for i in ids if i not in place]
-    if missing or not ids:
-        rule, fix = "a group has prompts, and all of them are read", "use the groups of the run's prompts"
-        raise UserError(f"the prompts of {group} were not read", value=missing[:8], rule=rule, fix=fix)
-    return [place[i] for i in ids]

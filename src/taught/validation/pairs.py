@@ -46,7 +46,7 @@ from numpy.typing import ArrayLike
 
 from taught.errors import UserError, refuse
 from taught.stats.arrays import Floats
-from taught.stats.intervals import Interval, student_t
+from taught.stats.intervals import Interval, mean_by_t
 from taught.stats.multiplicity import benjamini_hochberg, holm
 from taught.stats.ranks import ranks
 from taught.validation.subsets import Subsets, alike_subsets
@@ -201,12 +201,12 @@ def plan_pairs(
     length = {name: float(sum(tokens[i] for i in own)) for name, own in windows.items()}
     steps = tuple(sorted(set(budgets)))
     if not steps or steps[0] < 1 or steps[-1] >= len(windows):
-        raise UserError(
-            "the documents to forget leave none to retain",
-            value=f"{list(budgets)} of {len(windows)} documents",
-            rule=f"numbers of documents from 1 to {len(windows) - 1}",
-            fix="lower validation.budgets",
+        given, rule = (
+            f"{list(budgets)} of {len(windows)} documents",
+            f"numbers of documents from 1 to {len(windows) - 1}",
         )
+        what, fix = "the documents to forget leave none to retain", "lower validation.budgets"
+        raise UserError(what, value=given, rule=rule, fix=fix)
     members: dict[str, tuple[str, ...]] = {}
     for k in steps:
         ranking = sorted(value, key=lambda name: (-value[name], name))
@@ -295,16 +295,6 @@ def rank_biserial(d: ArrayLike) -> float:
 def _not_zero(d: ArrayLike) -> Floats:
     x = np.asarray(d, dtype=np.float64)
     return x[x != 0]
-
-
-def mean_by_t(d: ArrayLike) -> Interval:
-    """Mean of d [n] with Student's interval; without one where n is 1."""
-    x = np.asarray(d, dtype=np.float64)
-    mean, n = float(x.mean()), len(x)
-    if n < 2:
-        return Interval(mean)
-    half = student_t(n - 1) * float(x.std(ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half)
 
 
 def p_among(named: Floats, random: Floats, same: Sequence[int] = ()) -> float:

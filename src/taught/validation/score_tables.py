@@ -92,12 +92,9 @@ def placed(
     found: Scores = {}
     for row in rows:
         if row.method in taken:
-            raise UserError(
-                "there is a method of this name already",
-                value=row.method,
-                rule="names of methods and baselines: " + ", ".join(sorted(taken)),
-                fix="give the method another name in its table",
-            )
+            rule = "names of methods and baselines: " + ", ".join(sorted(taken))
+            fix = "give the method another name in its table"
+            raise UserError("there is a method of this name already", value=row.method, rule=rule, fix=fix)
         if row.target is not None and row.target not in targets:
             rule, fix = "one of " + ", ".join(targets) + "; or none, for all of them", "leave these rows out"
             raise UserError("scores are of a target that is not compared", value=row.target, rule=rule, fix=fix)

@@ -146,15 +146,15 @@ def matched_subsets(
     rng = np.random.default_rng(seed)
 
     def one() -> tuple[str, ...]:
-        chosen = {label: set(_pick(rng, group, counts[label])) for label, group in groups.items()}
-        if off := _exchange(chosen, groups, lengths, target, tolerance, rng):
+        chosen, off = _alike(groups, counts, lengths, target, tolerance, rng)
+        if off:
             raise UserError(
                 "subsets of matched length cannot be made",
                 value=f"off by {off:.2%}, allowed are {tolerance:.2%}",
                 rule="exchanges within a label bring the sum nearer",
                 fix="allow a larger tolerance or take larger subsets",
             )
-        return tuple(sorted(example for some in chosen.values() for example in some))
+        return chosen
 
     possible = math.prod(math.comb(len(groups[label]), n) for label, n in counts.items())
     inclusion = {example: counts[labels[example]] / len(groups[labels[example]]) for example in pool}
@@ -189,12 +189,9 @@ def alike_subsets(
     refuse(sorted(i for i in (*named, *others) if i not in labels), "examples have no label")
     wanted = Counter(labels[i] for i in named)
     groups = {label: sorted(i for i in others if labels[i] == label) for label in sorted(wanted)}
+    few = {label: len(own) for label, own in groups.items() if len(own) < wanted[label]}
     refuse(
-        [
-            f"{label}: {wanted[label]} named, {len(own)} others"
-            for label, own in groups.items()
-            if len(own) < wanted[label]
-        ],
+        [f"{label}: {wanted[label]} named, {n} others" for label, n in few.items()],
         "the named documents have no random counterpart of the same topic",
         rule="every topic has as many other documents as are named of it",
         fix="lower validation.budgets, or set validation.alike to a coarser column, or to null",
@@ -202,15 +199,15 @@ def alike_subsets(
     rng, target = np.random.default_rng(seed), sum(lengths[i] for i in named)
     found = []
     for _ in range(count):
-        chosen = {label: set(_pick(rng, own, wanted[label])) for label, own in groups.items()}
-        if off := _exchange(chosen, groups, lengths, target, tolerance, rng):
+        chosen, off = _alike(groups, wanted, lengths, target, tolerance, rng)
+        if off:
             raise UserError(
                 "the named documents have no random counterpart of the same size",
                 value=f"{len(named)} named with {target:.0f} tokens; the nearest others are off by {off:.1%}",
                 rule=f"others of the same topics come within {tolerance:.0%}",
                 fix="set validation.budgets to another share, or validation.alike to a coarser column, or to null",
             )
-        found.append(tuple(sorted(i for some in chosen.values() for i in some)))
+        found.append(chosen)
     return tuple(found)
 
 
@@ -223,35 +220,43 @@ def summed(subsets: Subsets, values: Mapping[str, float]) -> Floats:
         A member has no value, or one that is not finite.
     """
     examples = sorted({example for subset in subsets.members for example in subset})
-    missing = [example for example in examples if not math.isfinite(values.get(example, math.nan))]
-    refuse(missing, "examples of the subsets have no finite value", rule="a sum needs the value of every member")
-    held = subsets.membership(examples).astype(np.float64)
-    return held @ np.array([values[example] for example in examples], dtype=np.float64)
+    rule = "a sum needs the value of every member"
+    each = finite_values(examples, values, "examples of the subsets have no finite value", rule=rule)
+    return subsets.membership(examples).astype(np.float64) @ each
 
 
-def _exchange(
-    chosen: dict[str, set[str]],
+def finite_values(
+    names: Sequence[str], values: Mapping[str, float], what: str, *, rule: str, fix: str | None = None
+) -> Floats:
+    """Values by name, float64 [n]; UserError where one is missing or not finite, which ``what`` says."""
+    missing = sorted({name for name in names if not math.isfinite(values.get(name, math.nan))})
+    refuse(missing, what, rule=rule, fix=fix)
+    return np.array([values[name] for name in names], dtype=np.float64)
+
+
+def _alike(
     groups: Mapping[str, Sequence[str]],
+    counts: Mapping[str, int],
     lengths: Mapping[str, float],
     target: float,
     tolerance: float,
     rng: np.random.Generator,
-) -> float:
-    """Exchange members within their label until the summed length is near ``target``; in place.
+) -> tuple[tuple[str, ...], float]:
+    """So many members of each label at random, exchanged within it until the summed length is near ``target``.
 
-    Returns 0, or how far off it stays, relative to the target, where no exchange brings it nearer.
+    Beside them 0, or how far off they stay, relative to the target, where no exchange brings it nearer.
     """
-    error = sum(lengths[example] for some in chosen.values() for example in some) - target
-    while abs(error) > (allowed := tolerance * abs(target)):
-        if all(len(chosen[label]) == len(group) for label, group in groups.items()):
-            return abs(error / target)
+    chosen = {label: set(_pick(rng, group, counts[label])) for label, group in groups.items()}
+    error, allowed = sum(lengths[i] for some in chosen.values() for i in some) - target, tolerance * abs(target)
+    while abs(error) > allowed and any(len(chosen[label]) < len(group) for label, group in groups.items()):
         label, left, other = _best_exchange(chosen, groups, lengths, error, allowed, rng)
         after = error + lengths[other] - lengths[left]
         if abs(after) >= abs(error):
-            return abs(error / target)
+            break
         chosen[label] = (chosen[label] - {left}) | {other}
         error = after
-    return 0.0
+    members = tuple(sorted(i for some in chosen.values() for i in some))
+    return members, abs(error / target) if abs(error) > allowed else 0.0
 
 
 def _best_exchange(
@@ -301,11 +306,8 @@ def _distinct(draw: Callable[[], tuple[str, ...]], count: int, possible: int) ->
     misses = 0
     while len(found) < count:
         if count > possible or misses > _PATIENCE:
-            what, rule = (
-                "there are not so many different subsets",
-                f"at most {possible}, of which {len(found)} were found",
-            )
-            raise UserError(what, value=count, rule=rule, fix="ask for fewer, or for another size")
+            rule, fix = f"at most {possible}, of which {len(found)} were found", "ask for fewer, or for another size"
+            raise UserError("there are not so many different subsets", value=count, rule=rule, fix=fix)
         before = len(found)
         found[draw()] = None
         misses = 0 if len(found) > before else misses + 1
