@@ -182,16 +182,14 @@ def test_a_gradient_that_is_not_finite_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("tokens", ["last", "mean"])
 @pytest.mark.parametrize("position", ["last_user", "mean_user"])
-def test_similarities_are_cosines_of_plain_residuals(name, tokens, position):
+def test_similarities_are_cosines_of_plain_residuals(name, position):
     model = tiny_model(name)
-    found = similarities(tiny_problem(model, position=position), tiny_examples(), GROUPS, tokens=tokens)
+    found = similarities(tiny_problem(model, position=position), tiny_examples(), GROUPS)
     reads = {prompt.id: prompt for prompt in tiny_prompts(position)}
     with torch.no_grad():
         for number, example in enumerate(tiny_examples()):
-            h = plain_read(model, example.ids)[0]
-            own = h[-1] if tokens == "last" else h[example.start :].mean(0)
+            own = plain_read(model, example.ids)[0][-1]
             for group, ids in GROUPS.items():
                 each = []
                 for i in ids:
@@ -206,8 +204,6 @@ def test_similarities_do_not_depend_on_batches_or_order():
     found = similarities(tiny_problem(model, batch_tokens=1000), tiny_examples()[::-1], GROUPS)
     for group in GROUPS:
         np.testing.assert_allclose(found[group][::-1], wanted[group], rtol=1e-10)
-    with pytest.raises(UserError, match="last or mean"):
-        similarities(tiny_problem(model), tiny_examples(), GROUPS, tokens="first")
 
 
 # --- words ----------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def rows_of(
     for k, name in enumerate(names):
         centre, scale = float(np.median(x[:, k])), spread(x[:, k])
         for b, own in enumerate(part.members):
-            row, column = _labels(level, part.names[b])
+            row, column = (None, *part.names[b]) if level == "column" else (*part.names[b], None)[:2]
             carrier = carries(x[own, k], centre, scale)
             lo, hi = leave_one_out(x[own, k])
             first = np.argsort(-x[own, k] if found["effect"][b, k] >= 0 else x[own, k], kind="stable")
@@ -342,12 +342,6 @@ def draw_bins(values: Values, parts: Sequence[Part], trim: float, count: int, se
                     every[..., own] = x
         corpus[some] = trimmed_mean(every, trim).T
     return found
-
-
-def _labels(level: str, name: tuple[str, ...]) -> tuple[str | None, str | None]:
-    if level == "column":
-        return None, name[0]
-    return name[0], name[1] if len(name) > 1 else None
 
 
 def _over_bins(level: str, name: tuple[str, ...], cells: Part, means: Floats) -> dict[str, Any]:
@@ -450,12 +444,8 @@ def _check(
 def _check_bins(cells: Part, minimum: int, columns: Sequence[str]) -> None:
     by = " x ".join(columns)
     if len(cells.names) < 2:
-        raise UserError(
-            "all documents are in one bin, so there is nothing to compare",
-            value=" x ".join(cells.names[0]),
-            rule=f"bins by {by}",
-            fix="name another column: bins.columns",
-        )
+        what, fix = "all documents are in one bin, so there is nothing to compare", "name another column: bins.columns"
+        raise UserError(what, value=" x ".join(cells.names[0]), rule=f"bins by {by}", fix=fix)
     if not cells.tested(minimum).any():
         largest = int(cells.size.argmax())
         raise UserError(

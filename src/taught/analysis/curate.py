@@ -105,19 +105,19 @@ def curate(
         labels does not occur, k does not fit, a target is protected that the rule does not look at, or examples are to
         be exchanged that are no preferences.
     """
-    _check(example_ids, labels, scores)
+    if not len(example_ids) == len(labels) == len(scores):
+        given = {"examples": example_ids, "labels": labels, "scores": scores}
+        raise misfit("examples, labels and scores", "one of each per example", **given)
+    refuse_repeated(example_ids, "an example id")
+    _check_scores(example_ids, scores)
     score = {example: float(value) for example, value in zip(example_ids, scores, strict=True)}
     guard = _guard(example_ids, rule, target, protect, protected)
     if rule == "paper":
         decisions = _by_medians(dict(zip(example_ids, labels, strict=True)), score, positive_label, negative_label)
     elif rule in RANKED:
         if (rule == "swap-k") != (slopes is not None):
-            raise UserError(
-                "only preferences can be exchanged",
-                value=rule,
-                rule="an example with a chosen and a rejected answer",
-                fix="use the rule top-k",
-            )
+            needs, fix = "an example with a chosen and a rejected answer", "use the rule top-k"
+            raise UserError("only preferences can be exchanged", value=rule, rule=needs, fix=fix)
         decisions = _by_rank(score, rule, k, target, guard, protect)
     else:
         raise UserError("this curation rule is unknown", value=rule, rule=", ".join(("paper", *RANKED)))
@@ -243,14 +243,6 @@ def _guard(
         )
     _check_scores(example_ids, protected)
     return {example: float(value) for example, value in zip(example_ids, protected, strict=True)}
-
-
-def _check(example_ids: Sequence[str], labels: Sequence[str | None], scores: Sequence[float]) -> None:
-    if not len(example_ids) == len(labels) == len(scores):
-        given = {"examples": example_ids, "labels": labels, "scores": scores}
-        raise misfit("examples, labels and scores", "one of each per example", **given)
-    refuse_repeated(example_ids, "an example id")
-    _check_scores(example_ids, scores)
 
 
 def _check_scores(example_ids: Sequence[str], scores: Sequence[float]) -> None:

@@ -48,13 +48,19 @@ def interference(
         to the smallest id) and ``dominant_share``, its part of sum |dW_j|; ``unintended``;
         ``expected_by_chance`` = 1 - m / d; ``note``. A value that cannot be said is None.
     """
-    total, ids = _checked(example_ids, feature_ids, total)
+    total, ids = np.asarray(total, dtype=np.float64), np.asarray(feature_ids, dtype=np.int64)
+    if total.shape != (len(example_ids), ids.size) or ids.size == 0:
+        rule = "total [P, d] with P example ids and d >= 1 feature ids"
+        raise misfit("the shifts and their ids", rule, total=total, examples=example_ids, features=ids.size)
+    bad = [example for example, row in zip(example_ids, total, strict=True) if not np.isfinite(row).all()]
+    what, fix = f"the shift is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"
+    refuse(bad, what, rule="every shift is a finite number", fix=fix)
     if len(intended) != len(example_ids):
         rule = "one list per example, empty if there are none"
         raise misfit("examples and their intended features", rule, lists=intended, examples=example_ids)
     by_id = np.argsort(ids)
     parts = zip(example_ids, np.abs(total[:, by_id]), intended, strict=True)
-    return [_row(example, ids[by_id], size, _known(example, features, ids)) for example, size, features in parts]
+    return [_row(example, ids[by_id], size, sorted({int(f) for f in features})) for example, size, features in parts]
 
 
 def random_control(
@@ -131,6 +137,12 @@ def top_offenders(rows: Sequence[dict[str, Any]], n: int) -> list[dict[str, Any]
 
 def _row(example: str, ids: Ints, size: Floats, features: list[int]) -> dict[str, Any]:
     """One example; ``ids`` ascending and ``size`` = |dW| in the same order."""
+    refuse(
+        [f for f in features if f not in ids],
+        f"the example {example!r} intends features that are not in the policy",
+        rule="intended features are among the selected ones",
+        fix="drop them from the list, or select them under features.ids",
+    )
     effect = float(size.sum())
     k = int(np.argmax(size))
     inside = np.isin(ids, features)
@@ -164,25 +176,3 @@ def _against_chance(
     expected = float((weight.sum(1) * (1 - sizes[:, 0] / inside.shape[1])).sum() / examples)
     as_low = int((drawn <= observed + 1e-12).sum())
     return {"observed": observed, "expected": expected, "lo": lo, "hi": hi, "p_lower": (1 + as_low) / (1 + draws)}
-
-
-def _checked(example_ids: Sequence[str], feature_ids: Sequence[int] | Ints, total: ArrayLike) -> tuple[Floats, Ints]:
-    total, ids = np.asarray(total, dtype=np.float64), np.asarray(feature_ids, dtype=np.int64)
-    if total.shape != (len(example_ids), ids.size) or ids.size == 0:
-        rule = "total [P, d] with P example ids and d >= 1 feature ids"
-        raise misfit("the shifts and their ids", rule, total=total, examples=example_ids, features=ids.size)
-    bad = [example for example, row in zip(example_ids, total, strict=True) if not np.isfinite(row).all()]
-    what, fix = f"the shift is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"
-    refuse(bad, what, rule="every shift is a finite number", fix=fix)
-    return total, ids
-
-
-def _known(example: str, features: Sequence[int] | Ints, ids: Ints) -> list[int]:
-    wanted = sorted({int(f) for f in features})
-    refuse(
-        [f for f in wanted if f not in ids],
-        f"the example {example!r} intends features that are not in the policy",
-        rule="intended features are among the selected ones",
-        fix="drop them from the list, or select them under features.ids",
-    )
-    return wanted

@@ -125,17 +125,19 @@ def half_covariances(
     """
     T = values.benchmarks
     rng = np.random.default_rng([seed, 0])
-    weights = [_question_halves(own.shape[1], splits, rng, anew) for own in values.questions or ()]
+    weights = []
+    for N in (asked.shape[1] for asked in values.questions or ()):
+        weights.append([np.zeros((splits, N)) for _ in range(2)])  # of the questions in either half
+        for one, pick in zip(weights[-1], _halves(N, splits, rng, anew), strict=True):
+            np.add.at(one, (np.arange(splits)[:, None], pick), 1 / pick.shape[1])
     profiles = np.empty((2, splits, len(members), T))
     for b, own in enumerate(members):
         rng, n = np.random.default_rng([seed, 1 + b]), len(own)
         for some in chunks(splits, n * T):
-            order = rng.random((some.stop - some.start, n)).argsort(1)
-            for side, pick in enumerate((order[:, : n // 2], order[:, n // 2 :])):
-                if anew:
-                    pick = np.take_along_axis(pick, rng.integers(0, pick.shape[1], pick.shape), 1)
+            count = some.stop - some.start
+            for side, pick in enumerate(_halves(n, count, rng, anew)):
                 x = values.on(own, [w[side][some] for w in weights])[:T]
-                drawn = np.take_along_axis(np.broadcast_to(x, (T, *order.shape)), pick[None], 2)
+                drawn = np.take_along_axis(np.broadcast_to(x, (T, count, n)), pick[None], 2)
                 profiles[side, some, b] = trimmed_mean(drawn, trim).T
     a, b_ = profiles - profiles.mean(2, keepdims=True)
     across = np.einsum("sbt,sbu->stu", a, b_)
@@ -144,18 +146,13 @@ def half_covariances(
     return Halves(*((m + m.transpose(0, 2, 1)) / (2 * n) for m, n in ((across, len(members) - 1), (scaled, 1))))
 
 
-def _question_halves(N: int, splits: int, rng: np.random.Generator, anew: bool) -> tuple[Floats, Floats]:
-    """Weights [S, N] of the questions in either half; a single question is in both."""
-    order = rng.random((splits, N)).argsort(1)
-    sides = (order[:, : N // 2], order[:, N // 2 :]) if N > 1 else (order, order)
-    found = []
-    for pick in sides:
-        if anew:
-            pick = np.take_along_axis(pick, rng.integers(0, pick.shape[1], pick.shape), 1)
-        weights = np.zeros((splits, N))
-        np.add.at(weights, (np.arange(splits)[:, None], pick), 1 / pick.shape[1])
-        found.append(weights)
-    return found[0], found[1]
+def _halves(n: int, splits: int, rng: np.random.Generator, anew: bool) -> list[Ints]:
+    """Places in either half of n things [S, .], ``anew`` drawn within it; a single thing is in both."""
+    order = rng.random((splits, n)).argsort(1)
+    sides = [order[:, : n // 2], order[:, n // 2 :]] if n > 1 else [order, order]
+    if not anew:
+        return sides
+    return [np.take_along_axis(side, rng.integers(0, side.shape[1], side.shape), 1) for side in sides]
 
 
 def _corrected(covariance: Floats) -> Floats:

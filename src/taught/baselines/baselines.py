@@ -40,8 +40,8 @@ from taught.errors import UserError
 from taught.model.gradients import Factor, Site, accumulate, contract, dot, evaluating, find_sites, frozen, tap
 from taught.model.readout import ReadPrompt, pack, read_packed
 from taught.progress import Progress, SilentProgress
+from taught.stats.arrays import Floats
 
-Floats = NDArray[np.float64]
 Groups = Mapping[str, Sequence[str]]  # group -> ids of its prompts
 
 BASELINES = (
@@ -227,29 +227,17 @@ def _postings(counts: Sequence[Counter[str]], norm: Floats) -> dict[str, tuple[N
     return found
 
 
-def similarities(problem: Problem, examples: Examples, groups: Groups, *, tokens: str = "last") -> dict[str, Floats]:
-    """Mean over a group's prompts of the cosine between the example's h and the prompt's.
+def similarities(problem: Problem, examples: Examples, groups: Groups) -> dict[str, Floats]:
+    """Mean over a group's prompts of the cosine between the example's h and the prompt's, group -> float64 [P].
 
-    h is read at the problem's point: the prompt's at its read-out tokens (their mean), the example's at its last token,
-    or the mean over the tokens of its response.
-
-    Parameters
-    ----------
-    tokens : {"last", "mean"}
-
-    Returns
-    -------
-    group -> float64 [P], from -1 to 1
+    h is read at the problem's point: the prompt's at its read-out tokens (their mean), the example's at its last token.
 
     Raises
     ------
     UserError
         A group has no prompts, or an h is not finite.
     """
-    if tokens not in ("last", "mean"):
-        raise UserError("residuals are read elsewhere", value=tokens, rule="last or mean")
-    reads = [ReadPrompt(p.id, p.ids, p.places[-1 if tokens == "last" else 0 :]) for p in examples]
-    directions = _directions(problem, reads)
+    directions = _directions(problem, [ReadPrompt(p.id, p.ids, p.places[-1:]) for p in examples])
     refuse_nonfinite(examples, range(len(examples)), directions, "residual")
     asked = _directions(problem, problem.prompts)
     return {group: (directions @ asked[_rows(problem, group, ids)].mean(0)).numpy() for group, ids in groups.items()}

@@ -2,10 +2,9 @@
 
 Equal rows count half. The interval of one ranking is Newcombe's (2006, method 5), which solves
 |auc - a| = z sqrt(V(a)) with Hanley and McNeil's V, like Wilson's for a proportion. DeLong's, and a
-bootstrap within the two groups, have no width where the groups are apart, and are too short near it:
-with 30 positive rows of 230 and a true AUC of .99, DeLong's held it in 80 of 100 simulations, this one
-in 98. It does not say anything of several rankings that are compared each by itself (the folds of a
-fit); there rows are resampled.
+bootstrap within the two groups, have no width where the groups are apart, and are too short near it: with 30 positive
+rows of 230 and a true AUC of .99, DeLong's held it in 80 of 100 simulations, this one in 98. It does not say anything
+of several rankings that are compared each by itself (the folds of a fit); there rows are resampled.
 """
 
 from __future__ import annotations

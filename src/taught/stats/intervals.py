@@ -1,8 +1,7 @@
 """Intervals: percentiles of a bootstrap, bias-corrected ones (BCa), Student's t, exact binomial; all of 95%.
 
-A bootstrap draws rows with replacement. Its draws depend on the seed and on the number of rows alone,
-so statistics that are drawn with one seed are paired: an interval of their difference is that of the
-differences of the draws.
+A bootstrap draws rows with replacement. Its draws depend on the seed and on the number of rows alone, so statistics
+that are drawn with one seed are paired: an interval of their difference is that of the differences of the draws.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ They are given tokens, labels and the log-probabilities of the reference, so the
 nothing is tokenised, truncated or packed anew. Three things are their own and differ from the plain loop
 (``taught.training.loop``):
 
- - the loss of a step is the mean over all response tokens of its examples, so that long responses
-   weigh more; the loop takes the mean over examples of each one's mean (of preferences both take the mean
-   over examples)
+ - the loss of a step is the mean over all response tokens of its examples, so that long responses weigh more; the loop
+   takes the mean over examples of each one's mean (of preferences both take the mean over examples)
  - the order of the examples is their own shuffle by the seed: subsets share no order
  - dropout is on, where a model has any; weight decay leaves out norms and biases
 """

@@ -2,10 +2,9 @@
 
     effect(F, z) = sum over c of -lr_c < C_c^-1 grad L_c(z), grad F_c >
 
-L_c and F_c are loss and functional at the weights of checkpoint c, with c's own gates of X; the
-functional's cotangents A and B are those of the base model's readings, so that all checkpoints answer
-one question. Checkpoints are folders, or the states of a run that ``taught.Record`` wrote, each with the rate of the
-step that was made from it.
+L_c and F_c are loss and functional at the weights of checkpoint c, with c's own gates of X; the functional's cotangents
+A and B are those of the base model's readings, so that all checkpoints answer one question. Checkpoints are folders, or
+the states of a run that ``taught.Record`` wrote, each with the rate of the step that was made from it.
 """
 
 from __future__ import annotations

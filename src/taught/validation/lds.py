@@ -162,7 +162,6 @@ def differences(
     *,
     design: str,
     draws: int = DRAWS,
-    seed: int = 0,
 ) -> list[Difference]:
     """Compare the LDS of two methods, for every comparison and target, with Holm's correction.
 
@@ -178,7 +177,7 @@ def differences(
         if not asked:
             continue
         column = {method: k for k, method in enumerate(sums)}
-        made = rank_correlations(list(sums.values()), outcome, draws=draws, seed=seed)
+        made = rank_correlations(list(sums.values()), outcome, draws=draws)
         left, right = ([column[both[side]] for both in asked] for side in (0, 1))
         gap = made.map(lambda x, i=left, j=right: x[..., i] - x[..., j])  # type: ignore[misc]
         parts = zip(asked, bca(gap), p_values(gap), strict=True)
@@ -198,7 +197,6 @@ def explained_by_trivial(
     *,
     design: str,
     draws: int = DRAWS,
-    seed: int = 0,
 ) -> list[TrivialCheck]:
     """Check every method on every target against every trivial predictor, by raw |LDS|.
 
@@ -213,7 +211,7 @@ def explained_by_trivial(
     checks = []
     for target, outcome, sums in _by_target(subsets, outcomes, scores):
         for method, sum_of in sums.items():
-            made = rank_correlations([sum_of, *plain], outcome, draws=draws, seed=seed)
+            made = rank_correlations([sum_of, *plain], outcome, draws=draws)
             gaps = bca(made.map(lambda x: np.abs(x[..., :1]) - np.abs(x[..., 1:])))
             for name, other, gap in zip(trivial, made.values[1:], gaps, strict=True):
                 explained = math.isfinite(other) and not gap.lo > 0
@@ -278,9 +276,7 @@ class NoiseCeiling:
     hi: float
 
 
-def noise_ceiling(
-    subsets: Subsets, outcomes: Mapping[str, Values], *, draws: int = DRAWS, seed: int = 0
-) -> NoiseCeiling:
+def noise_ceiling(subsets: Subsets, outcomes: Mapping[str, Values], *, draws: int = DRAWS) -> NoiseCeiling:
     """The best LDS that the noise of training allows.
 
     With two seeds this is the split-half reliability stepped up by Spearman-Brown; with more it is
@@ -302,7 +298,7 @@ def noise_ceiling(
     subsets = _sorted(subsets)
     rows = [_outcome(subsets, name, values) for name, values in outcomes.items()]
     R = len(rows)
-    parts = [rank_correlations(rows[i + 1 :], rows[i], draws=draws, seed=seed) for i in range(R - 1)]
+    parts = [rank_correlations(rows[i + 1 :], rows[i], draws=draws) for i in range(R - 1)]
     joined = Resampled(*(np.concatenate(some, -1) for some in zip(*parts, strict=True)))
     mean = joined.map(lambda x: x.mean(-1, keepdims=True))
     ceiling = mean.map(lambda r: np.sqrt(np.maximum(_stepped_up(r, R), 0)))
