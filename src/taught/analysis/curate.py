@@ -42,21 +42,14 @@ class Decision(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What all decisions come to.
+    """What all decisions come to."""
 
-    Attributes
-    ----------
-    dropped : how many examples, or how many are exchanged
-    missing : how many more the rule asked for, and protection does not let go
-    change : predicted change of the target when that is done: for those that are dropped the sum of minus their
-        influence; unit: of the target, one step an example at the run's lr
-    protected_change : the same of the protected target, never below 0; None without protection
-    """
-
-    dropped: int
-    missing: int
+    dropped: int  # how many examples, or how many are exchanged
+    missing: int  # how many more the rule asked for, and protection does not let go
+    # predicted change of the target when that is done: for those that are dropped the sum of minus their influence;
+    # unit: of the target, one step an example at the run's lr
     change: float
-    protected_change: float | None
+    protected_change: float | None  # the same of the protected target, never below 0; None without protection
 
 
 def curate(

@@ -42,18 +42,11 @@ from taught.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainLog:
-    """What training did, step by step.
+    """What training did, step by step."""
 
-    Attributes
-    ----------
-    ids : ids of the examples of each step, in the order seen
-    losses : loss of each step before it is made, natural logarithm
-    lrs : learning rate of each step
-    """
-
-    ids: tuple[tuple[str, ...], ...]
-    losses: tuple[float, ...]
-    lrs: tuple[float, ...]
+    ids: tuple[tuple[str, ...], ...]  # ids of the examples of each step, in the order seen
+    losses: tuple[float, ...]  # loss of each step before it is made, natural logarithm
+    lrs: tuple[float, ...]  # learning rate of each step
 
 
 def plan(ids: Sequence[str], recipe: Recipe) -> list[list[int]]:

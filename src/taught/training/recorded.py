@@ -47,15 +47,10 @@ def moments_file(step: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A finished run in its folder; what is read of it is checked against a problem by :meth:`seen`.
-
-    Attributes
-    ----------
-    record : ``record.json``
-    """
+    """A finished run in its folder; what is read of it is checked against a problem by :meth:`seen`."""
 
     folder: Path
-    record: dict[str, Any]
+    record: dict[str, Any]  # ``record.json``
 
     @classmethod
     def open(cls, folder: str | Path) -> Recorded:

@@ -38,15 +38,11 @@ RANK_DESIGNS = ("random", "matched", "leave-out", "leave-one-out")
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What retraining did, for one design.
-
-    Attributes
-    ----------
-    measured : target -> repeat (another seed of training) -> subset name -> change
-    """
+    """What retraining did, for one design."""
 
     design: str
     subsets: Subsets
+    # target -> repeat (another seed of training) -> subset name -> change
     measured: dict[str, dict[int, dict[str, float]]]
 
     def outcomes(self) -> dict[str, dict[str, float]]:
@@ -63,41 +59,26 @@ class Truth:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What is set side by side.
+    """What is set side by side."""
 
-    Attributes
-    ----------
-    methods, baselines : scores of both kinds; among the baselines are "response-length" and "loss"
-    truths : what retraining did, design by design
-    labels : example id -> label, of all examples
-    planted : ids of planted examples; with none of them, or all, there is nothing to set apart
-    rivals : (method, other) whose LDS is compared
-    """
-
-    methods: Scores
+    methods: Scores  # methods, baselines: scores of both kinds; among the baselines are "response-length" and "loss"
     baselines: Scores
-    truths: Sequence[Truth]
-    labels: Mapping[str, str]
-    planted: Collection[str]
-    rivals: Sequence[tuple[str, str]]
+    truths: Sequence[Truth]  # what retraining did, design by design
+    labels: Mapping[str, str]  # example id -> label, of all examples
+    planted: Collection[str]  # ids of planted examples; with none of them, or all, there is nothing to set apart
+    rivals: Sequence[tuple[str, str]]  # (method, other) whose LDS is compared
 
 
 @dataclass(frozen=True)
 class PlantedRow:
-    """How well a method's influence on a target sets the planted examples apart.
-
-    Attributes
-    ----------
-    auc, lo, hi : area under the ROC curve with its 95% interval; .5 by chance
-    precision : share of planted examples among the k with the highest influence, k their number
-    """
+    """How well a method's influence on a target sets the planted examples apart."""
 
     method: str
     target: str
-    auc: float
+    auc: float  # auc, lo, hi: area under the ROC curve with its 95% interval; .5 by chance
     lo: float
     hi: float
-    precision: float
+    precision: float  # share of planted examples among the k with the highest influence, k their number
     planted: int
     others: int
 
@@ -205,24 +186,16 @@ def truths(
 
 @dataclass(frozen=True)
 class ForeseenRow:
-    """What leaving examples out was to do, and what training without them did.
-
-    Attributes
-    ----------
-    named : whether these were left out (or trained on alone) because they raise the target most
-    left_out : number of examples that were not trained on
-    predicted : minus the sum of their influence
-    measured : change of the target by training on the others, from the base model
-    """
+    """What leaving examples out was to do, and what training without them did."""
 
     design: str
     subset: str
     repeat: int
-    named: bool
+    named: bool  # whether these were left out (or trained on alone) because they raise the target most
     target: str
-    left_out: int
-    predicted: float
-    measured: float
+    left_out: int  # number of examples that were not trained on
+    predicted: float  # minus the sum of their influence
+    measured: float  # change of the target by training on the others, from the base model
 
 
 def foreseen(subsets: pa.Table, outcomes: pa.Table, influence: Mapping[str, Mapping[str, float]]) -> list[ForeseenRow]:

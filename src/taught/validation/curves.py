@@ -42,68 +42,42 @@ LEAST_RUNS = 5
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is to be trained for one curve.
+    """What is to be trained for one curve."""
 
-    Attributes
-    ----------
-    kind : "remove" or "add"
-    examples : P, number of examples
-    budgets : K numbers of examples removed or added, ascending
-    subsets : everything to train on, by name
-    chosen : K names, the method's sets
-    controls : S runs of K names each, the random sets; within a run they are nested
-    """
-
-    kind: Kind
-    examples: int
-    budgets: tuple[int, ...]
-    subsets: Subsets
-    chosen: tuple[str, ...]
-    controls: tuple[tuple[str, ...], ...]
+    kind: Kind  # "remove" or "add"
+    examples: int  # P, number of examples
+    budgets: tuple[int, ...]  # K numbers of examples removed or added, ascending
+    subsets: Subsets  # everything to train on, by name
+    chosen: tuple[str, ...]  # K names, the method's sets
+    controls: tuple[tuple[str, ...], ...]  # S runs of K names each, the random sets; within a run they are nested
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One budget of a curve.
+    """One budget of a curve."""
 
-    Attributes
-    ----------
-    budget, share : number of examples removed or added, and their share of all
-    method, random : mean outcomes
-    difference, lo, hi : method - random, with its 95% interval
-    p, p_holm : two-sided, and corrected for all budgets of the curve
-    """
-
-    budget: int
+    budget: int  # budget, share: number of examples removed or added, and their share of all
     share: float
-    method: float
+    method: float  # method, random: mean outcomes
     random: float
-    difference: float
+    difference: float  # difference, lo, hi: method - random, with its 95% interval
     lo: float
     hi: float
-    p: float
+    p: float  # p, p_holm: two-sided, and corrected for all budgets of the curve
     p_holm: float
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's curve against random controls.
+    """A method's curve against random controls."""
 
-    Attributes
-    ----------
-    kind : "remove" or "add"
-    points : one a budget
-    area, lo, hi, p : area between the curves (module docstring), with interval and two-sided p
-    runs, random_runs, prompts : R, S, N
-    """
-
-    kind: Kind
-    points: tuple[CurvePoint, ...]
-    area: float
+    kind: Kind  # "remove" or "add"
+    points: tuple[CurvePoint, ...]  # one a budget
+    area: float  # area, lo, hi, p: area between the curves (module docstring), with interval and two-sided p
     lo: float
     hi: float
     p: float
-    runs: int
+    runs: int  # runs, random_runs, prompts: R, S, N
     random_runs: int
     prompts: int
 

@@ -55,52 +55,31 @@ _FEWEST = 4
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Effects asked of a pool: effect_k = sum_q reference_q weights_kq outcome_q.
+    """Effects asked of a pool: effect_k = sum_q reference_q weights_kq outcome_q."""
 
-    Attributes
-    ----------
-    asked : K names
-    pool : Q subsets
-    reference : float64 [Q], sums to 1
-    weights : float64 [K, Q], g of the module docstring
-    """
-
-    asked: tuple[str, ...]
-    pool: Subsets
-    reference: Floats
-    weights: Floats
+    asked: tuple[str, ...]  # K names
+    pool: Subsets  # Q subsets
+    reference: Floats  # [Q], sums to 1
+    weights: Floats  # [K, Q], g of the module docstring
 
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """Subsets that were drawn, with replacement.
+    """Subsets that were drawn, with replacement."""
 
-    Attributes
-    ----------
-    probabilities : float64 [Q], of each subset of the pool at each draw
-    drawn : names
-    """
-
-    probabilities: Floats
-    drawn: tuple[str, ...]
+    probabilities: Floats  # [Q], of each subset of the pool at each draw
+    drawn: tuple[str, ...]  # names
 
 
 @dataclass(frozen=True)
 class Effect:
-    """An estimated effect with its 95% interval.
+    """An estimated effect with its 95% interval."""
 
-    Attributes
-    ----------
-    asked : name of the group
-    value, lo, hi : change of the outcome; positive: the group raises it
-    retrainings : different subsets it rests on
-    """
-
-    asked: str
-    value: float
+    asked: str  # name of the group
+    value: float  # value, lo, hi: change of the outcome; positive: the group raises it
     lo: float
     hi: float
-    retrainings: int
+    retrainings: int  # different subsets it rests on
 
 
 def ask(pool: Subsets, groups: Mapping[str, Collection[str]], reference: Floats | None = None) -> Question:
@@ -206,18 +185,11 @@ def estimate(
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """Subsets that were chosen for a question about one group, after random ones.
+    """Subsets that were chosen for a question about one group, after random ones."""
 
-    Attributes
-    ----------
-    question : of the pool they come from
-    rounds : the random ones if any, then the chosen ones
-    subsets : all different ones of the rounds
-    """
-
-    question: Question
-    rounds: tuple[Round, ...]
-    subsets: Subsets
+    question: Question  # of the pool they come from
+    rounds: tuple[Round, ...]  # the random ones if any, then the chosen ones
+    subsets: Subsets  # all different ones of the rounds
 
 
 def choose(
@@ -250,18 +222,11 @@ def choose(
 
 @dataclass(frozen=True, eq=False)
 class Couples:
-    """Subsets in couples: a background of examples, and the same with a group added.
+    """Subsets in couples: a background of examples, and the same with a group added."""
 
-    Attributes
-    ----------
-    asked : name of the group
-    subsets : all 2 B of them
-    without, including : B names each, couple by couple
-    """
-
-    asked: str
-    subsets: Subsets
-    without: tuple[str, ...]
+    asked: str  # name of the group
+    subsets: Subsets  # all 2 B of them
+    without: tuple[str, ...]  # without, including: B names each, couple by couple
     including: tuple[str, ...]
 
 
