@@ -70,9 +70,8 @@ def curate(
 
     Parameters
     ----------
-    example_ids, labels, scores : length P
-        ``scores`` are the influence on the target: positive means that training on the example raises
-        it. Labels are needed by the paper's rule only.
+    example_ids, labels, scores : length P; scores are the influence on the target, positive: training on the example
+        raises it. Labels are needed by the paper's rule only.
     rule : {"paper", "top-k", "keep-k", "swap-k"}
     k : how many examples to drop under ``top-k``, to keep under ``keep-k``, to exchange under ``swap-k``; ties at the
         border go to the smaller id
@@ -80,8 +79,8 @@ def curate(
     protect, protected : a second target, but for the paper's rule, and the influence on it, length P: only
         examples whose influence on it is at most 0 are dropped or exchanged
     slopes : under ``swap-k`` sigma(u) of every preference, length P, above 0 and below 1
-    positive_label, negative_label
-        Of the examples that should teach the behavior, and of those that should teach its absence.
+    positive_label, negative_label : of the examples that should teach the behavior, and of those that should teach its
+        absence
 
     Returns
     -------

@@ -66,13 +66,12 @@ def audit_categories(
     Parameters
     ----------
     y : [N], behavior, natural logarithm of a probability
-    groups, categories : length N
-        Of each prompt, rows as in ``policy.prompt_ids``. A missing category is called ``(none)``.
+    groups, categories : length N, rows as in ``policy.prompt_ids``. A missing category is called ``(none)``.
     X : [N, d], activations, columns as in ``policy.feature_ids``
     coef_lo, coef_hi : [d], interval of the coefficients
-    positive, negative : the two groups that are audited; other groups are left out n_boot
-        Bootstrap resamples. Permutations: as many, or 100 per category if that is more, so that
-        the correction for many categories cannot outrun the smallest possible p.
+    positive, negative : the two groups that are audited; other groups are left out
+    n_boot : bootstrap resamples. Permutations: as many, or 100 per category if that is more, so that the correction for
+        many categories cannot outrun the smallest possible p.
     min_n : smaller categories are listed with their mean and gap, but without interval, p or verdict
 
     Returns
@@ -94,7 +93,14 @@ def audit_categories(
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for name in (positive, negative):
-        group = _group(name, y, X, groups, categories, policy.prompt_ids)
+        at = [i for i in row_order(policy.prompt_ids, len(y)) if groups[i] == name]
+        if not at:
+            rule = "one of: " + ", ".join(sorted(set(groups)))
+            fix = "set prompts.positive_group and prompts.negative_group"
+            raise UserError("the audit found no prompt in this group", value=name, rule=rule, fix=fix)
+        labels = ["(none)" if categories[i] is None else str(categories[i]) for i in at]
+        names, category = np.unique(labels, return_inverse=True)
+        group = _Group(name, y[at], X[at], category.astype(np.int64), names.tolist())
         rows += _rows(group, policy, lo, hi, rng, n_boot, min_n)
     tested = [row for row in rows if row["p"] is not None]
     for row, p in zip(tested, benjamini_hochberg([row["p"] for row in tested]), strict=True):
@@ -163,15 +169,3 @@ def _tied_features(group: _Group, c: int, policy: Policy, lo: Floats, hi: Floats
         for k in top[:TOP_FEATURES]
         if difference[k] > 0
     ]
-
-
-def _group(
-    name: str, y: Floats, X: Floats, groups: Sequence[str], categories: Sequence[str | None], prompt_ids: Sequence[str]
-) -> _Group:
-    rows = [i for i in row_order(prompt_ids, len(y)) if groups[i] == name]
-    if not rows:
-        rule, fix = "one of: " + ", ".join(sorted(set(groups))), "set prompts.positive_group and prompts.negative_group"
-        raise UserError("the audit found no prompt in this group", value=name, rule=rule, fix=fix)
-    labels = ["(none)" if categories[i] is None else str(categories[i]) for i in rows]
-    names, category = np.unique(labels, return_inverse=True)
-    return _Group(name, y[rows], X[rows], category.astype(np.int64), [str(n) for n in names])

@@ -108,8 +108,7 @@ def evaluate_policy(
     bootstrap : number of resamples; 0 leaves the intervals nan
     positive, negative : the classes. A prompt is called positive if its prediction lies above the threshold.
     prompts_length : length N, optional, for the length baseline, in any unit
-    prompt_ids : length N, optional
-        When given, folds and resamples are drawn over sorted ids: the order of rows cannot matter.
+    prompt_ids : length N, optional; given, folds and resamples are drawn over sorted ids: order of rows cannot matter
     """
     X, y = checked_data(X, y, prompt_ids)
     for what, given in (("group", groups), ("length", prompts_length)):
@@ -171,9 +170,8 @@ def bootstrap_coefficients(
 
     Returns
     -------
-    CoefficientIntervals
-        ``lo``, ``hi`` (2.5% and 97.5%) and ``sign_stability``, the share of resamples whose
-        coefficient has the sign of the fit on all prompts; nan where that coefficient is 0.
+    ``lo``, ``hi`` (2.5% and 97.5%) and ``sign_stability``, the share of resamples whose coefficient has the sign of
+    the fit on all prompts; nan where that coefficient is 0.
     """
     X, y = checked_data(X, y, prompt_ids)
     check_alpha(alpha)

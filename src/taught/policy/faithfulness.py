@@ -165,9 +165,9 @@ def faithfulness(
     Parameters
     ----------
     X, y : [N, d], [N], activations and behavior
-    known : what trivial predictors may use, one entry a prompt in the order of X evaluation, intervals
-        Of the same data by :func:`taught.policy.evaluate.evaluate_policy` and
-        ``bootstrap_coefficients``, made with the same ``fit`` and the same resamples.
+    known : what trivial predictors may use, one entry a prompt in the order of X
+    evaluation, intervals : of the same data by :func:`taught.policy.evaluate.evaluate_policy` and
+        ``bootstrap_coefficients``, made with the same ``fit`` and the same resamples
     fit : as ``evaluation`` was made
     alpha : penalty of the policy on all prompts; the sets of prompts are compared at it
 

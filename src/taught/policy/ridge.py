@@ -167,7 +167,7 @@ def exact_shift(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> Floats:
 
 
 def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
-    """Coefficient shifts of P examples from the sums that the adjoint computes, without any dX.
+    """Coefficient shifts [P, d] of P examples from the sums that the adjoint computes, without any dX.
 
     With s_i = sum_k W_k dX_ik,
 
@@ -178,11 +178,6 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
     Parameters
     ----------
     x_raw, y_raw : [P, d], one row per example. ``taught.targets.policy.combine_raw_x`` makes ``x_raw``.
-
-    Returns
-    -------
-    Shift
-        ``x`` and ``y`` float64 [P, d].
     """
     x_raw, y_raw = np.asarray(x_raw, dtype=np.float64), np.asarray(y_raw, dtype=np.float64)
     if x_raw.shape != y_raw.shape or x_raw.shape[-1:] != (policy.d,):
@@ -213,9 +208,8 @@ def choose_alpha(
     Parameters
     ----------
     X, y : [N, d], [N]
-    grid
-        Penalties to try. By default 15 from 1e-5 to 1e2 times the mean squared norm of a column,
-        so that the choice follows the scale of X.
+    grid : penalties to try; by default 15 from 1e-5 to 1e2 times the mean squared norm of a column, so that the choice
+        follows the scale of X
     prompt_ids : when given, folds are drawn over sorted ids, so the order of the rows does not matter
 
     Returns

@@ -297,8 +297,12 @@ class Record(TrainerCallback):
         self._refuse_late(state)
         optimizer, made = _plain(given["optimizer"]), int(state.global_step)
         if made == 1:
-            with self._refusing():
-                _refuse_half_state(optimizer)
+            kept = [(key, t) for own in optimizer.state.values() for key, t in own.items() if isinstance(t, Tensor)]
+            half = [f"{key}: {t.dtype}" for key, t in kept if t.ndim and t.element_size() < 4]
+            if half:
+                self._leave()
+                fix = "use an optimizer that keeps float32: optim='adamw_torch'"
+                raise _refuse("the optimizer's state is in half precision", half[0], fix)
         if made - 1 in self._wanted and self._kept_moments:
             names = {id(p): name for name, p in self._moving.items()}  # the optimizer may hold frozen ones as well
             ordered = [names.get(id(p), "frozen") for group in optimizer.param_groups for p in group["params"]]
@@ -475,14 +479,6 @@ def _refuse_model(model: Any, moving: Mapping[str, nn.Parameter]) -> None:
         value = f"{half[0]}: {moving[half[0]].dtype}" if half else "no parameter moves"
         fix = "load the model in float32; bf16=True in the arguments computes in bfloat16 and keeps float32 weights"
         raise _refuse("steps of training round away in half precision", value, fix)
-
-
-def _refuse_half_state(optimizer: Any) -> None:
-    for own in optimizer.state.values():
-        for key, tensor in own.items():
-            if isinstance(tensor, Tensor) and tensor.ndim and tensor.element_size() < 4:
-                fix = "use an optimizer that keeps float32: optim='adamw_torch'"
-                raise _refuse("the optimizer's state is in half precision", f"{key}: {tensor.dtype}", fix)
 
 
 def _groups(optimizer: Any, moving: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:

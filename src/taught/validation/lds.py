@@ -49,27 +49,19 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class LdsRow:
-    """LDS of one method on one target over one design of subsets.
-
-    Attributes
-    ----------
-    subsets : the design, such as "random" or "matched"
-    n : number of subsets
-    raw, controlled : Spearman, and partial Spearman given ``controls``; with 95% intervals
-    controls : names, joined by ", "
-    """
+    """LDS of one method on one target over one design of subsets."""
 
     method: str
     target: str
-    subsets: str
-    n: int
-    raw: float
+    subsets: str  # the design, such as "random" or "matched"
+    n: int  # number of subsets
+    raw: float  # Spearman, with its 95% interval
     raw_lo: float
     raw_hi: float
-    controlled: float
+    controlled: float  # partial Spearman given ``controls``, with its 95% interval
     controlled_lo: float
     controlled_hi: float
-    controls: str
+    controls: str  # names, joined by ", "
 
 
 @dataclass(frozen=True)

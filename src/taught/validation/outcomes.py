@@ -47,9 +47,8 @@ def changes(readings: Readings, base: Retraining, after: Retraining, names: Sequ
 
     Parameters
     ----------
-    readings
-        Of the run: prompts, groups and the policy. The policy is fitted to ``base`` anew, so that what
-        is subtracted was read the same way as what it is subtracted from.
+    readings : of the run: prompts, groups and the policy. The policy is fitted to ``base`` anew, so that what is
+        subtracted was read the same way as what it is subtracted from.
 
     Returns
     -------
@@ -105,9 +104,9 @@ def metrics(
 
     Parameters
     ----------
-    yes, no : behavior on the positive prompts [..., n] and on the negative ones [..., m] yes_weights, no_weights
-        Weights of the prompts within their group, [..., n] and [..., m], each summing to 1; None:
-        all alike. Groups keep their sizes n and m.
+    yes, no : behavior on the positive prompts [..., n] and on the negative ones [..., m]
+    yes_weights, no_weights : of the prompts within their group, [..., n] and [..., m], each summing to 1; None: all
+        alike. Groups keep their sizes n and m.
     """
     n, m = yes.shape[-1], no.shape[-1]
     w, v = ((1 / n if yes_weights is None else yes_weights), (1 / m if no_weights is None else no_weights))

@@ -199,16 +199,15 @@ def pair_rows(measured: Sequence[Measured], named_by: str) -> list[PairRow]:
         p = [signed_rank(sign * d) for sign, d in zip(signs, gaps, strict=True)]
         for it, sign, d, p_one, bh, by_holm in zip(some, signs, gaps, p, benjamini_hochberg(p), holm(p), strict=True):
             mean = mean_by_t(d)
+            same = {
+                name: getattr(it, name) for name in ("design", "arm", "target", "documents", "predicted", "stopped")
+            }
             rows.append(
                 PairRow(
-                    design=it.design,
-                    arm=it.arm,
-                    target=it.target,
+                    **same,
                     named_by=named_by,
-                    documents=it.documents,
                     pairs=len(d),
                     foreseen=sign,
-                    predicted=it.predicted,
                     named=float(it.named.mean()),
                     random=float(it.random.mean()),
                     difference=mean.value,
@@ -220,7 +219,6 @@ def pair_rows(measured: Sequence[Measured], named_by: str) -> list[PairRow]:
                     p_holm=float(by_holm),
                     p_draw=p_among(sign * it.named, sign * it.random, it.same),
                     least_p=least_p(len(d)),
-                    stopped=it.stopped,
                     verdict=verdict(float(bh), mean, sign, it.predicted),
                 )
             )

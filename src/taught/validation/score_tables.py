@@ -40,19 +40,16 @@ def read_scores(path: Path) -> list[ScoreRow]:
     rows = read_rows(path)
     missing = [name for name in COLUMNS if not rows or any(name not in row for row in rows)]
     if missing:
-        raise UserError(
-            f"{path.name}: not a table of scores",
-            value=f"without {', '.join(missing)}" if rows else "no rows",
-            rule="columns example_id, method and value; target may be there",
-            fix="name the columns like this",
-        )
+        value = f"without {', '.join(missing)}" if rows else "no rows"
+        rule, fix = "columns example_id, method and value; target may be there", "name the columns like this"
+        raise UserError(f"{path.name}: not a table of scores", value=value, rule=rule, fix=fix)
     found = []
     for row in rows:
         try:
-            value = math.nan if isinstance(row["value"], bool) else float(row["value"])
+            number = math.nan if isinstance(row["value"], bool) else float(row["value"])
         except (TypeError, ValueError, OverflowError):
-            value = math.nan
-        if not math.isfinite(value):
+            number = math.nan
+        if not math.isfinite(number):
             raise UserError(
                 f"{path.name}: a score is not a finite number",
                 value=f"{shown(row['value'])} of the example {shown(row['example_id'])}",
@@ -71,7 +68,7 @@ def read_scores(path: Path) -> list[ScoreRow]:
             )
         if target is not None and target.startswith("concept:"):
             method, target = f"{TargetName.parse(target).about}:{method}", None
-        found.append(ScoreRow(method, target, str(example_id), value))
+        found.append(ScoreRow(method, target, str(example_id), number))
     return found
 
 

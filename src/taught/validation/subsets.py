@@ -118,9 +118,8 @@ def matched_subsets(
 
     Returns
     -------
-    Subsets
-        ``inclusion`` is a label's count over its number of examples: the mean over the label's examples.
-        The exchanges make examples of extreme length somewhat rarer.
+    ``inclusion`` is a label's count over its number of examples: the mean over the label's examples. The exchanges make
+    examples of extreme length somewhat rarer.
 
     Raises
     ------
