@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from taught.errors import UserError, misfit, refuse, refuse_repeated
-from taught.stats.arrays import Bools, Floats, Ints
+from taught.stats.arrays import Bools, Floats, Ints, refuse_nonfinite
 from taught.stats.intervals import MANY, Z, middle, plain
 from taught.stats.multiplicity import holm
 
@@ -150,10 +150,23 @@ def cluster_examples(
     kind = np.unique([kinds[i] or "" for i in order], return_inverse=True)[1]
     effects = _effects(grouped.cluster, tuple(values), table, kind, draws, seed)
     spread = _spread(matrix, features, shifts, np.array(order), grouped.cluster, draws, seed)
-    clusters = tuple(
-        _described(c, own, ids, matrix, features, labels, grouped.similarity, spread.get(c, (None,) * 6))
-        for c, own in _members(grouped.cluster).items()
-    )
+
+    def described(c: int, own: Ints) -> Cluster:
+        """By the features of the largest lift above 0 (ties to the smaller id) and the nearest examples."""
+        near = own[np.argsort(-np.nan_to_num(grouped.similarity[own]), kind="stable")[:EXAMPLES]]
+        examples, wide = tuple(ids[i] for i in near), spread.get(c, (None,) * 6)
+        if c == WITHOUT:
+            return Cluster(c, "no active feature", len(own), (), examples, *wide)
+        inside, rest = matrix[own].mean(0), np.delete(matrix, own, axis=0)
+        outside = rest.mean(0) if len(rest) else np.zeros(len(features))
+        lift = inside - outside
+        first = [j for j in np.argsort(-lift, kind="stable")[:NAMED] if lift[j] > 0]
+        named = [(features[j], labels[features[j]], float(inside[j]), float(outside[j])) for j in first]
+        words = " · ".join(label or f"feature {feature}" for feature, label, *_ in named)
+        name = words or "no feature more often than elsewhere"
+        return Cluster(c, name, len(own), tuple(map(ActiveFeature._make, named)), examples, *wide)
+
+    clusters = tuple(described(c, own) for c, own in _members(grouped.cluster).items())
     return Clustering(ids, clusters=clusters, effects=effects, draws=draws, **grouped._asdict())
 
 
@@ -296,30 +309,6 @@ def _members(cluster: Ints) -> dict[int, Ints]:
     return {int(c): np.flatnonzero(cluster == c) for c in np.unique(cluster)}
 
 
-def _described(
-    c: int,
-    own: Ints,
-    ids: Sequence[str],
-    matrix: Bools,
-    features: list[int],
-    labels: Mapping[int, str | None],
-    similarity: Floats,
-    spread: tuple[float | None, ...],
-) -> Cluster:
-    """A cluster by its features of the largest lift above 0 (ties to the smaller id) and its nearest examples."""
-    nearest = own[np.argsort(-np.nan_to_num(similarity[own]), kind="stable")[:EXAMPLES]]
-    examples = tuple(ids[i] for i in nearest)
-    if c == WITHOUT:
-        return Cluster(c, "no active feature", len(own), (), examples, *spread)
-    inside, rest = matrix[own].mean(0), np.delete(matrix, own, axis=0)
-    outside = rest.mean(0) if len(rest) else np.zeros(len(features))
-    lift = inside - outside
-    first = [j for j in np.argsort(-lift, kind="stable")[:NAMED] if lift[j] > 0]
-    named = tuple(ActiveFeature(features[j], labels[features[j]], float(inside[j]), float(outside[j])) for j in first)
-    words = " · ".join(f.label or f"feature {f.feature_id}" for f in named)
-    return Cluster(c, words or "no feature more often than elsewhere", len(own), named, examples, *spread)
-
-
 # Comparing
 
 
@@ -436,13 +425,7 @@ def _check(example_ids: Sequence[str], active: Sequence[Sequence[int]], values: 
         raise misfit("examples, their features and their influences", rule, **given)
     refuse_repeated(example_ids, "an example id")
     for name, column in values.items():
-        bad = [i for i, good in zip(example_ids, np.isfinite(np.asarray(column, np.float64)), strict=True) if not good]
-        refuse(
-            bad,
-            f"the influence on {name} is not finite for {len(bad)} examples",
-            rule="every influence is a finite number",
-            fix="look at these examples' loss in examples.parquet",
-        )
+        refuse_nonfinite(example_ids, column, "influence", f" on {name}")
 
 
 def _matrix(ids: Sequence[str], active: Sequence[Sequence[int]], features: list[int]) -> Bools:

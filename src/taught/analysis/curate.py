@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from taught.errors import UserError, misfit, refuse, refuse_repeated
+from taught.stats.arrays import refuse_nonfinite
 
 RANKED = ("top-k", "keep-k", "swap-k")
 
@@ -241,6 +242,4 @@ def _check_scores(example_ids: Sequence[str], scores: Sequence[float]) -> None:
     if len(example_ids) != len(scores):
         what = "examples and their influence on the protected target"
         raise misfit(what, "one per example", examples=example_ids, values=scores)
-    bad = [example for example, value in zip(example_ids, scores, strict=True) if not math.isfinite(value)]
-    what, fix = f"the score is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"
-    refuse(bad, what, rule="every score is a finite number", fix=fix)
+    refuse_nonfinite(example_ids, scores, "score")

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from taught.errors import UserError, misfit, refuse
-from taught.stats.arrays import Floats, Ints
+from taught.stats.arrays import Floats, Ints, refuse_nonfinite
 from taught.stats.intervals import middle
 
 
@@ -52,9 +52,7 @@ def interference(
     if total.shape != (len(example_ids), ids.size) or ids.size == 0:
         rule = "total [P, d] with P example ids and d >= 1 feature ids"
         raise misfit("the shifts and their ids", rule, total=total, examples=example_ids, features=ids.size)
-    bad = [example for example, row in zip(example_ids, total, strict=True) if not np.isfinite(row).all()]
-    what, fix = f"the shift is not finite for {len(bad)} examples", "look at these examples' loss in examples.parquet"
-    refuse(bad, what, rule="every shift is a finite number", fix=fix)
+    refuse_nonfinite(example_ids, total, "shift")
     if len(intended) != len(example_ids):
         rule = "one list per example, empty if there are none"
         raise misfit("examples and their intended features", rule, lists=intended, examples=example_ids)

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -77,24 +77,24 @@ _COMPUTING = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Retraining:
     """What the model is after training on some of the examples."""
 
     key: str  # what names it in its folder
-    ids: tuple[str, ...]  # ids of the examples that were asked for, sorted; none for the base model
-    kept: tuple[str, ...]  # ids of the examples that the trainer has seen, sorted; the same, or it is an error
-    seed: int | None  # of the order of the examples; None for the base model
+    ids: tuple[str, ...] = ()  # ids of the examples that were asked for, sorted; none for the base model
+    kept: tuple[str, ...] = ()  # ids of the examples that the trainer has seen, sorted; the same, or it is an error
+    seed: int | None = None  # of the order of the examples; None for the base model
     prompt_ids: tuple[str, ...]  # prompt_ids, feature_ids: of the rows of X and y, of the columns of X
     feature_ids: tuple[int, ...]
     y: Floats  # [N], behavior, natural logarithm
     X: Floats  # [N, d], activations, encoded at the retrained weights
-    losses_before: Floats  # losses_before, losses_after: float64, of ``ids``, natural logarithm
-    losses_after: Floats
+    losses_before: Floats = field(default_factory=lambda: np.zeros(0))  # of ``ids``, natural logarithm
+    losses_after: Floats = field(default_factory=lambda: np.zeros(0))
     # the model's own answers to the prompts, as tokens, in their order; or None
     answers: tuple[tuple[int, ...], ...] | None
-    log: TrainLog | None  # the steps, or None for the base model and where examples were forgotten
-    seconds_training: float  # seconds_training, seconds_reading: of the wall clock; losses count as reading
+    log: TrainLog | None = None  # the steps, or None for the base model and where examples were forgotten
+    seconds_training: float = 0.0  # seconds_training, seconds_reading: of the wall clock; losses count as reading
     seconds_reading: float
     # what unlearning did, where ``ids`` were forgotten and not trained on; ``kept`` are those of its steps
     forgetting: Forgetting | None = None
@@ -263,22 +263,14 @@ class Retrainer:
             if self.answers is not None:
                 tokens = [prompt.ids for prompt in problem.prompts]
                 answers = tuple(greedy(problem.model, tokens, self.answers.ends, self.answers.limit))
-        none = np.zeros(0)
         return Retraining(
-            key,
-            (),
-            (),
-            None,
-            reads.prompt_ids,
-            _features(problem),
-            reads.y.numpy(),
-            X,
-            none,
-            none,
-            answers,
-            None,
-            0.0,
-            time.monotonic() - started,
+            key=key,
+            prompt_ids=reads.prompt_ids,
+            feature_ids=_features(problem),
+            y=reads.y.numpy(),
+            X=X,
+            answers=answers,
+            seconds_reading=time.monotonic() - started,
         )
 
     def _fit(self, key: str, ids: tuple[str, ...], seed: int, keep: Path | None, how: Unlearn | None) -> Retraining:

@@ -290,9 +290,8 @@ def segment_states(steps: int, segments: int, checkpoints: int) -> list[tuple[ra
     """
     if segments > steps:
         value, fix = f"{segments} segments, {steps} steps", f"use --set attribution.trajectory.segments={steps}"
-        raise UserError(
-            "a run has more segments than steps", value=value, rule="a segment is at least one step", fix=fix
-        )
+        rule = "a segment is at least one step"
+        raise UserError("a run has more segments than steps", value=value, rule=rule, fix=fix)
     found = []
     for part in _cut(steps, segments):
         middles = {part.start + (2 * k + 1) * len(part) // (2 * checkpoints) for k in range(checkpoints)}
