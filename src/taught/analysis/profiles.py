@@ -77,21 +77,10 @@ def agreements(
         over_bins = Interval.of(r, [_correlation(x[rows], y[rows]) for rows in resamples(len(x), bootstrap, seed)])
         known = min(reliability[t], reliability[u]) >= RELIABLE
         rho = Interval.of(corrected[t, u], draws[:, t, u]) if known else Interval(math.nan)
-        found.append(
-            Agreement(
-                benchmarks[t],
-                benchmarks[u],
-                len(x),
-                over_bins,
-                float(left.min()),
-                float(left.max()),
-                part.names[places[np.nan_to_num(np.abs(left - r)).argmax()]],
-                spearman(x, y),
-                float(reliability[t]),
-                float(reliability[u]),
-                rho,
-            )
-        )
+        ends, reliable = (float(left.min()), float(left.max())), (float(reliability[t]), float(reliability[u]))
+        without = part.names[places[np.nan_to_num(np.abs(left - r)).argmax()]]
+        names = benchmarks[t], benchmarks[u]
+        found.append(Agreement(*names, len(x), over_bins, *ends, without, spearman(x, y), *reliable, rho))
     return found
 
 
