@@ -244,10 +244,10 @@ class Record(TrainerCallback):
         rule = "the moving weights at each recorded state, and second moments with moments=True"
         room_on_disk(self.folder, needed, rule)
         files.make_folder(self.folder)
+        self._begun = {}
         for name, p in self._names.items():
-            kind = str(p.dtype).removeprefix("torch.")
-            own = {"shape": list(p.shape), "dtype": kind, "sha256": tensor_digest(p), "moves": p.requires_grad}
-            self._begun[name] = own
+            self._begun[name] = {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
+            self._begun[name] |= {"sha256": tensor_digest(p), "moves": p.requires_grad}
         self._log = _Log()
         self._step: list[_Micro] = []  # what the step that is being made has seen
         self._watching = True
