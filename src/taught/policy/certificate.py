@@ -197,7 +197,7 @@ def rank_statements(ranking: Ranking, example_ids: Sequence[str], draws: Iterabl
     quantile = intervals.NORMAL.inv_cdf(1 - LEVEL / 4 / P)
     limit = np.zeros(P) if ranking.errors is None else quantile * ranking.errors
     margins = {"alone": np.zeros(P), "all": np.nan_to_num(ranking.bound) + limit}
-    failed, n = {name: np.zeros(len(sizes), dtype=np.int64) for name in margins}, 0  # resamples: top k does not stay
+    failed, n = {name: np.zeros(len(sizes), dtype=np.int64) for name in margins}, 0  # in which the top k do not stay
     for chunk in draws or ():
         n += len(chunk)
         for name, margin in margins.items():
