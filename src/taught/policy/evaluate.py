@@ -227,15 +227,19 @@ def stratified_folds(groups: Sequence[str], folds: int, seed: int) -> Ints:
     return fold
 
 
+def each_fold(fold: Ints) -> Iterator[tuple[Bools, Bools]]:
+    """Training and test rows of each fold."""
+    return ((fold != k, fold == k) for k in range(int(fold.max()) + 1))
+
+
 def _out_of_fold(rows: _Rows, predict: Callable[[Bools], Floats]) -> _Predicted:
     """Predictions of every row, and its class, by what was fitted without the row's fold."""
     y_hat, says_positive = np.empty(len(rows.y)), np.zeros(len(rows.y), dtype=bool)
-    for k in range(int(rows.fold.max()) + 1):
-        train = rows.fold != k
+    for train, test in each_fold(rows.fold):
         fitted = predict(train)
         learned = train & rows.classed
         cut = class_threshold(fitted[learned], rows.positive[learned])
-        y_hat[~train], says_positive[~train] = fitted[~train], fitted[~train] > cut
+        y_hat[test], says_positive[test] = fitted[test], fitted[test] > cut
     return y_hat, says_positive
 
 

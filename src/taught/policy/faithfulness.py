@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from taught.errors import misfit
-from taught.policy.evaluate import CoefficientIntervals, Evaluation, training_alpha, training_ridge
+from taught.policy.evaluate import CoefficientIntervals, Evaluation, each_fold, training_alpha, training_ridge
 from taught.policy.predictors import Known, trivial_predictions
 from taught.policy.ridge import checked_data, ridge, row_order
 from taught.stats.arrays import Bools, Floats, Ints
@@ -139,11 +139,6 @@ class _Rows(NamedTuple):
     counts: Floats  # [resamples, N]: how often each prompt is drawn
     fit: Fit
 
-    @property
-    def folds(self) -> Iterator[tuple[Bools, Bools]]:
-        """Training and test rows of each fold."""
-        return ((self.fold != k, self.fold == k) for k in range(int(self.fold.max()) + 1))
-
 
 def faithfulness(
     X: ArrayLike,
@@ -187,7 +182,7 @@ def faithfulness(
             raise misfit(f"X and the {name} of the prompts", f"one for each of {n} prompts", given=given)
     order = row_order(prompt_ids, len(y))
     X, y, fold = X[order], y[order], evaluation.fold[order]
-    y_bar = np.array([y[fold != k].mean() for k in range(int(fold.max()) + 1)])[fold]
+    y_bar = np.array([y[train].mean() for train, _ in each_fold(fold)])[fold]
     rows = _Rows(X, y, evaluation.y_hat[order], y_bar, fold, resample_counts(len(y), bootstrap, fit.seed), fit)
     known = known.taken(order)
     curve, curve_draws = _r2(rows, _nested_predictions(rows))
@@ -269,7 +264,7 @@ def _nested_predictions(rows: _Rows) -> Floats:
     (Xc L^-T) z: one decomposition gives all d policies.
     """
     out = np.empty(rows.X.shape)
-    for train, test in rows.folds:
+    for train, test in each_fold(rows.fold):
         X, y, fit = rows.X[train], rows.y[train], rows.fit
         alpha = training_alpha(rows.X, rows.y, train, fit.alpha, fit.fit_intercept, fit.seed)
         order = _by_weight(X, ridge(X, y, alpha, fit.fit_intercept)[0], fit)
@@ -294,7 +289,7 @@ def _permuted_squares(rows: _Rows) -> Floats:
     equally likely: E (e_i + W_k (X_ik - X_pk))^2 = (e_i + W_k (X_ik - m))^2 + W_k^2 v.
     """
     out = np.empty((len(rows.y), rows.X.shape[1] + 1))
-    for train, test in rows.folds:
+    for train, test in each_fold(rows.fold):
         W, intercept = training_ridge(rows.X, rows.y, train, *rows.fit)
         parts = rows.X[test] * W
         parts = np.column_stack([parts, parts.sum(1)])

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from taught.policy.evaluate import group_means, straight_line, training_ridge
+from taught.policy.evaluate import each_fold, group_means, straight_line, training_ridge
 from taught.stats.arrays import Bools, Floats, Ints
 
 WORDS = 512
@@ -55,8 +55,8 @@ def trivial_predictions(known: Known, y: Floats, fold: Ints, seed: int) -> dict[
     found = {}
     for name, fit in _predictors(known, y, seed):
         found[name] = np.empty(len(fold))
-        for k in range(int(fold.max()) + 1):
-            found[name][fold == k] = fit(fold != k)[fold == k]
+        for train, test in each_fold(fold):
+            found[name][test] = fit(train)[test]
     return found
 
 
