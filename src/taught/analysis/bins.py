@@ -59,54 +59,84 @@ WORK = 2_000_000_000  # documents x draws x columns
 
 
 class Bin(NamedTuple):
-    """What the documents of one bin, of one row or of one column do to one benchmark, or to one contrast."""
+    """What the documents of one bin, of one row or of one column do to one benchmark, or to one contrast.
 
-    level: str  # "bin"; with two columns also "row" (a label of the first) and "column" (a label of the second)
-    row: str | None  # row, column: the labels; None where the level has none
+    Attributes
+    ----------
+    level : "bin"; with two columns also "row" (a label of the first) and "column" (a label of the second)
+    row, column : the labels; None where the level has none
+    benchmark : its name, or the contrast as it was written
+    n_documents : documents in it
+    tested : whether it has the minimum of documents, and labels
+    rank : 1 for the largest trimmed mean of those tested at its level
+    mean, lo, hi : over its documents; 95% interval over documents and questions, None where it is not tested
+    median, share_positive : over its documents
+    trimmed, trimmed_lo, trimmed_hi : trimmed mean, with its interval
+    effect, effect_lo, effect_hi : trimmed mean beside the corpus's, with its interval
+    without_lo, without_hi : range of the mean with one document left out
+    carried_by : the document that carries the mean, see :func:`carries`; None where none does
+    examples : its up to three documents that are furthest on the side of its effect
+    z : of its mean over the means of its level, as published; of a contrast the combination of the z
+    over_bins, over_bins_lo, over_bins_hi : of a row or column the mean over its bins of their means, and its range with
+        one bin left out
+    over_bins_carried_by : label, in the other column, of the bin that carries it
+    above : probability that a document of it stands above one from elsewhere
+    p, p_holm, p_bh : of the permutation test, and corrected; None where it is not tested
+    """
+
+    level: str
+    row: str | None
     column: str | None
-    benchmark: str  # its name, or the contrast as it was written
-    n_documents: int  # documents in it
-    tested: bool  # whether it has the minimum of documents, and labels
-    rank: int | None  # 1 for the largest trimmed mean of those tested at its level
-    # mean, lo, hi: over its documents; 95% interval over documents and questions, None where it is not tested
+    benchmark: str
+    n_documents: int
+    tested: bool
+    rank: int | None
     mean: float | None
     lo: float | None
     hi: float | None
-    median: float | None  # median, share_positive: over its documents
+    median: float | None
     share_positive: float | None
-    trimmed: float | None  # trimmed, trimmed_lo, trimmed_hi: trimmed mean, with its interval
+    trimmed: float | None
     trimmed_lo: float | None
     trimmed_hi: float | None
-    effect: float | None  # effect, effect_lo, effect_hi: trimmed mean beside the corpus's, with its interval
+    effect: float | None
     effect_lo: float | None
     effect_hi: float | None
-    without_lo: float | None  # without_lo, without_hi: range of the mean with one document left out
+    without_lo: float | None
     without_hi: float | None
-    carried_by: str | None  # the document that carries the mean, see :func:`carries`; None where none does
-    examples: tuple[str, ...]  # its up to three documents that are furthest on the side of its effect
-    z: float | None  # of its mean over the means of its level, as published; of a contrast the combination of the z
-    # over_bins, over_bins_lo, over_bins_hi: of a row or column the mean over its bins of their means, and its range
-    # with one bin left out
+    carried_by: str | None
+    examples: tuple[str, ...]
+    z: float | None
     over_bins: float | None
     over_bins_lo: float | None
     over_bins_hi: float | None
-    over_bins_carried_by: str | None  # label, in the other column, of the bin that carries it
-    above: float | None  # probability that a document of it stands above one from elsewhere
-    p: float | None  # p, p_holm, p_bh: of the permutation test, and corrected; None where it is not tested
+    over_bins_carried_by: str | None
+    above: float | None
+    p: float | None
     p_holm: float | None
     p_bh: float | None
 
 
 class BinMap(NamedTuple):
-    """All bins."""
+    """All bins.
 
-    columns: tuple[str, ...]  # the one or two columns of labels
-    benchmarks: tuple[str, ...]  # benchmarks, contrasts: names, in order
+    Attributes
+    ----------
+    columns : the one or two columns of labels
+    benchmarks, contrasts : names, in order
+    bins : rows of the benchmarks, level by level
+    contrasted : rows of the contrasts
+    agreements : correlations of the benchmarks' profiles over the bins
+    permutations, bootstrap : draws that were made
+    """
+
+    columns: tuple[str, ...]
+    benchmarks: tuple[str, ...]
     contrasts: tuple[str, ...]
-    bins: tuple[Bin, ...]  # rows of the benchmarks, level by level
-    contrasted: tuple[Bin, ...]  # rows of the contrasts
-    agreements: tuple[Agreement, ...]  # correlations of the benchmarks' profiles over the bins
-    permutations: int  # permutations, bootstrap: draws that were made
+    bins: tuple[Bin, ...]
+    contrasted: tuple[Bin, ...]
+    agreements: tuple[Agreement, ...]
+    permutations: int
     bootstrap: int
 
 
@@ -331,11 +361,16 @@ def _over_bins(level: str, name: tuple[str, ...], cells: Part, means: Floats) ->
 
 
 class Tested(NamedTuple):
-    """Bins of one partition beside as many random documents."""
+    """Bins of one partition beside as many random documents.
 
-    # probability [B, K] that a document of the bin stands above one from elsewhere; nan where there is none
+    Attributes
+    ----------
+    above : probability [B, K] that a document of the bin stands above one from elsewhere; nan where there is none
+    p : two-sided [B, K], of the permutation of labels
+    """
+
     above: Floats
-    p: Floats  # two-sided [B, K], of the permutation of labels
+    p: Floats
 
 
 def label_tests(table: Floats, parts: Sequence[Part], permutations: int, seed: int) -> list[Tested]:

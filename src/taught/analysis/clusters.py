@@ -54,20 +54,31 @@ class ActiveFeature(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """One cluster of examples."""
+    """One cluster of examples.
 
-    cluster: int  # from 1, the largest first; 0: examples on which no feature is active
-    name: str  # labels of ``features``
+    Attributes
+    ----------
+    cluster : from 1, the largest first; 0: examples on which no feature is active
+    name : labels of ``features``
+    features : the up to three of the largest lift, inside minus outside
+    examples : ids of the examples nearest to its mean
+    outside_share : sum over its examples of |dW_j| of the features j that are not active on the example,
+        over the sum of all |dW_j|; None without coefficients, and for cluster 0
+    outside_random_lo, outside_random_hi : 95% of as many random examples
+    outside_by_chance : expected if each example's features were as many random ones
+    outside_p, outside_p_holm : two-sided, against random examples; corrected for all clusters
+    """
+
+    cluster: int
+    name: str
     n_examples: int
-    features: tuple[ActiveFeature, ...]  # the up to three of the largest lift, inside minus outside
-    examples: tuple[str, ...]  # ids of the examples nearest to its mean
-    # sum over its examples of |dW_j| of the features j that are not active on the example, over the sum of all |dW_j|;
-    # None without coefficients, and for cluster 0
+    features: tuple[ActiveFeature, ...]
+    examples: tuple[str, ...]
     outside_share: float | None
-    outside_random_lo: float | None  # outside_random_lo, outside_random_hi: 95% of as many random examples
+    outside_random_lo: float | None
     outside_random_hi: float | None
-    outside_by_chance: float | None  # expected if each example's features were as many random ones
-    outside_p: float | None  # outside_p, outside_p_holm: two-sided, against random examples; corrected for all clusters
+    outside_by_chance: float | None
+    outside_p: float | None
     outside_p_holm: float | None
 
 
@@ -93,17 +104,26 @@ class Effect(NamedTuple):
 
 
 class Clustering(NamedTuple):
-    """All clusters."""
+    """All clusters.
 
-    example_ids: tuple[str, ...]  # ascending
-    cluster: Ints  # cluster, similarity: of each example; cosine of its vector with its cluster's mean, nan in 0
+    Attributes
+    ----------
+    example_ids : ascending
+    cluster, similarity : of each example; cosine of its vector with its cluster's mean, nan in 0
+    silhouettes : k -> mean silhouette, where k was chosen
+    sets, clustered : different sets of features, and how many of them the tree was made of
+    draws : how often as many random examples were drawn
+    """
+
+    example_ids: tuple[str, ...]
+    cluster: Ints
     similarity: Floats
     clusters: tuple[Cluster, ...]
     effects: tuple[Effect, ...]
-    silhouettes: dict[int, float]  # k -> mean silhouette, where k was chosen
-    sets: int  # sets, clustered: different sets of features, and how many of them the tree was made of
+    silhouettes: dict[int, float]
+    sets: int
     clustered: int
-    draws: int  # how often as many random examples were drawn
+    draws: int
 
 
 def cluster_examples(

@@ -43,14 +43,21 @@ class Decision(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What all decisions come to."""
+    """What all decisions come to.
 
-    dropped: int  # how many examples, or how many are exchanged
-    missing: int  # how many more the rule asked for, and protection does not let go
-    # predicted change of the target when that is done: for those that are dropped the sum of minus their influence;
-    # unit: of the target, one step an example at the run's lr
+    Attributes
+    ----------
+    dropped : how many examples, or how many are exchanged
+    missing : how many more the rule asked for, and protection does not let go
+    change : predicted change of the target when that is done: for those that are dropped the sum of minus their
+        influence; unit: of the target, one step an example at the run's lr
+    protected_change : the same of the protected target, never below 0; None without protection
+    """
+
+    dropped: int
+    missing: int
     change: float
-    protected_change: float | None  # the same of the protected target, never below 0; None without protection
+    protected_change: float | None
 
 
 def curate(

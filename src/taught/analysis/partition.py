@@ -23,10 +23,16 @@ PAIRS = 4  # so many benchmarks are contrasted pair by pair where the study name
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A partition of documents, by labels."""
+    """A partition of documents, by labels.
 
-    names: tuple[tuple[str, ...], ...]  # B labels, or tuples of labels, ascending
-    index: Ints  # of each document the place of its bin, [P]
+    Attributes
+    ----------
+    names : B labels, or tuples of labels, ascending
+    index : of each document the place of its bin, [P]
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    index: Ints
 
     @classmethod
     def by(cls, labels: Sequence[Sequence[str]]) -> Part:
@@ -64,12 +70,20 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """Values of P documents on T benchmarks and C contrasts, K = T + C columns, and how they follow from questions."""
+    """Values of P documents on T benchmarks and C contrasts, K = T + C columns, and how they follow from questions.
 
-    table: Floats  # [P, K], the benchmarks and after them the contrasts
-    signs: Floats  # [C, T], how often each benchmark stands in each contrast
-    scale: Floats  # [T], of the benchmarks in the contrasts
-    questions: tuple[Floats, ...] | None = None  # of each benchmark [P, N_t]; None where single questions are not known
+    Attributes
+    ----------
+    table : [P, K], the benchmarks and after them the contrasts
+    signs : [C, T], how often each benchmark stands in each contrast
+    scale : [T], of the benchmarks in the contrasts
+    questions : of each benchmark [P, N_t]; None where single questions are not known
+    """
+
+    table: Floats
+    signs: Floats
+    scale: Floats
+    questions: tuple[Floats, ...] | None = None
 
     @property
     def benchmarks(self) -> int:

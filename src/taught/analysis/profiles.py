@@ -39,19 +39,31 @@ FEWEST = 4  # bins of a correlation
 
 
 class Agreement(NamedTuple):
-    """The profiles of two benchmarks."""
+    """The profiles of two benchmarks.
 
-    a: str  # a, b: benchmarks
+    Attributes
+    ----------
+    a, b : benchmarks
+    bins : tested bins that they are correlated over
+    plain : correlation of the profiles, with a 95% interval over bins
+    without_lo, without_hi : its range with one bin left out
+    without : labels of the bin that moves it most
+    rank : rank correlation
+    reliability_a, reliability_b : from 0 to 1
+    corrected : for reliability, held to [-1, 1]; nan where one of the two is not reliable
+    """
+
+    a: str
     b: str
-    bins: int  # tested bins that they are correlated over
-    plain: Interval  # correlation of the profiles, with a 95% interval over bins
-    without_lo: float  # without_lo, without_hi: its range with one bin left out
+    bins: int
+    plain: Interval
+    without_lo: float
     without_hi: float
-    without: tuple[str, ...]  # labels of the bin that moves it most
-    rank: float  # rank correlation
-    reliability_a: float  # reliability_a, reliability_b: from 0 to 1
+    without: tuple[str, ...]
+    rank: float
+    reliability_a: float
     reliability_b: float
-    corrected: Interval  # for reliability, held to [-1, 1]; nan where one of the two is not reliable
+    corrected: Interval
 
 
 def agreements(

@@ -13,16 +13,24 @@ FEW = 5  # questions; from here on it is said that all right options stand at on
 
 @dataclass(frozen=True)
 class Skill:
-    """Accuracy on the questions of a group."""
+    """Accuracy on the questions of a group.
+
+    Attributes
+    ----------
+    n, right : questions, and those whose right option is the likeliest of all; a tie is not right
+    accuracy, lo, hi : their share with its exact 95% interval
+    chance : the share that guessing is right on, the mean of 1 / number of options
+    same_place : every right option stands at the same place
+    """
 
     group: str
-    n: int  # n, right: questions, and those whose right option is the likeliest of all; a tie is not right
+    n: int
     right: int
-    accuracy: float  # accuracy, lo, hi: their share with its exact 95% interval
+    accuracy: float
     lo: float
     hi: float
-    chance: float  # the share that guessing is right on, the mean of 1 / number of options
-    same_place: bool  # every right option stands at the same place
+    chance: float
+    same_place: bool
 
     @property
     def warning(self) -> str | None:

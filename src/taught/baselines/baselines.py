@@ -64,22 +64,38 @@ _QUERIES = 64
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """What baselines read beside tokens."""
+    """What baselines read beside tokens.
 
-    examples: Mapping[str, str]  # example id -> prompt and response
-    prompts: Mapping[str, str]  # prompt id -> text
-    labels: Mapping[str, str]  # example id -> label
-    positive_label: str  # the label of examples that show the behavior
+    Attributes
+    ----------
+    examples : example id -> prompt and response
+    prompts : prompt id -> text
+    labels : example id -> label
+    positive_label : the label of examples that show the behavior
+    """
+
+    examples: Mapping[str, str]
+    prompts: Mapping[str, str]
+    labels: Mapping[str, str]
+    positive_label: str
 
 
 @dataclass(frozen=True, eq=False)
 class BaselineScores:
-    """One baseline's value of each example."""
+    """One baseline's value of each example.
 
-    baseline: str  # one of :data:`BASELINES`
-    group: str | None  # group of prompts that it is about, or None
-    example_ids: tuple[str, ...]  # P ids
-    values: Floats  # [P]
+    Attributes
+    ----------
+    baseline : one of :data:`BASELINES`
+    group : group of prompts that it is about, or None
+    example_ids : P ids
+    values : float64 [P]
+    """
+
+    baseline: str
+    group: str | None
+    example_ids: tuple[str, ...]
+    values: Floats
 
 
 def baseline_scores(
@@ -241,11 +257,18 @@ def _directions(problem: Problem, reads: Sequence[ReadPrompt]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class GradientProducts:
-    """Plain gradients of examples, and their products with those of groups' mean y."""
+    """Plain gradients of examples, and their products with those of groups' mean y.
 
-    norms: Floats  # [P], |grad L(z)|
-    dots: Mapping[str, Floats]  # group -> float64 [P], - <grad L(z), q>
-    query_norms: Mapping[str, float]  # group -> |q|
+    Attributes
+    ----------
+    norms : float64 [P], |grad L(z)|
+    dots : group -> float64 [P], - <grad L(z), q>
+    query_norms : group -> |q|
+    """
+
+    norms: Floats
+    dots: Mapping[str, Floats]
+    query_norms: Mapping[str, float]
 
     def cosines(self, group: str) -> Floats:
         """- <grad L(z), q> / (|grad L(z)| |q|), [P]; 0 where a gradient is 0."""

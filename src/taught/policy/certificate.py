@@ -155,27 +155,47 @@ def resampled_means(dy: Floats, rows: Sequence[int], counts: Ints) -> Floats:
 
 
 class Ranking(NamedTuple):
-    """What is known of a ranking by absolute value."""
+    """What is known of a ranking by absolute value.
 
-    target: str  # its name, such as score:y or behavior:GROUP
-    values: Floats  # [P]
-    bound: Floats  # [P], how far the exact refit may be from the value, nan where that is not known
-    errors: Floats | None  # standard errors float64 [P]; None where the values are exact
-    reason: str | None = None  # why there are no resamples, where there are none
+    Attributes
+    ----------
+    target : its name, such as score:y or behavior:GROUP
+    values : float64 [P]
+    bound : float64 [P], how far the exact refit may be from the value, nan where that is not known
+    errors : standard errors float64 [P]; None where the values are exact
+    reason : why there are no resamples, where there are none
+    """
+
+    target: str
+    values: Floats
+    bound: Floats
+    errors: Floats | None
+    reason: str | None = None
 
 
 class Statement(NamedTuple):
-    """That the k examples with the largest absolute values stay the k largest."""
+    """That the k examples with the largest absolute values stay the k largest.
+
+    Attributes
+    ----------
+    target, k
+    example_ids : the k examples, largest first
+    gap : least absolute value among them minus the largest of the others
+    share : share of the resamples of the prompts in which they stay the k largest; None if unknown
+    by_refit, by_sketch : safe, undecided or exact (nothing to be feared), each by itself
+    verdict : safe or undecided, all three together
+    reason : why it is undecided; empty where it is safe
+    """
 
     target: str
     k: int
-    example_ids: list[str]  # the k examples, largest first
-    gap: float  # least absolute value among them minus the largest of the others
-    share: float | None  # share of the resamples of the prompts in which they stay the k largest; None if unknown
-    by_refit: str  # by_refit, by_sketch: safe, undecided or exact (nothing to be feared), each by itself
+    example_ids: list[str]
+    gap: float
+    share: float | None
+    by_refit: str
     by_sketch: str
-    verdict: str  # safe or undecided, all three together
-    reason: str  # why it is undecided; empty where it is safe
+    verdict: str
+    reason: str
 
 
 def rank_statements(ranking: Ranking, example_ids: Sequence[str], draws: Iterable[Floats] | None) -> list[Statement]:

@@ -22,15 +22,25 @@ Grade = Callable[[Interval], Status]
 
 
 class Check(NamedTuple):
-    """One finding."""
+    """One finding.
 
-    code: str  # code, name: F01 and so on, and what is checked
+    Attributes
+    ----------
+    code, name : F01 and so on, and what is checked
+    value : Interval, the graded number; lo and hi are nan where it has no interval
+    threshold : when it passes, in words
+    status : pass, warn or fail
+    meaning : what the number says about the policy
+    action : what to do where it does not pass
+    """
+
+    code: str
     name: str
-    value: Interval  # the graded number; lo and hi are nan where it has no interval
-    threshold: str  # when it passes, in words
-    status: Status  # pass, warn or fail
-    meaning: str  # what the number says about the policy
-    action: str  # what to do where it does not pass
+    value: Interval
+    threshold: str
+    status: Status
+    meaning: str
+    action: str
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for ``faithfulness.json``."""

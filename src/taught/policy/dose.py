@@ -46,14 +46,21 @@ class Response(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Slopes against coefficients."""
+    """Slopes against coefficients.
 
-    n: int  # features
-    # share of them whose slope has the coefficient's sign, with the exact binomial (Clopper-Pearson) interval
+    Attributes
+    ----------
+    n : features
+    same_sign : share of them whose slope has the coefficient's sign, with the exact binomial (Clopper-Pearson) interval
+    spearman : rank correlation, 95% bootstrap over features
+    size : Interval
+        sum_k D_k W_k slope_k / sum_k D_k W_k^2, D_k the mean of X_k^2: what is seen per unit of what the coefficients
+        predict, over all edits. 1 if coefficients are effects. 95% bootstrap over features.
+    """
+
+    n: int
     same_sign: Interval
-    spearman: Interval  # rank correlation, 95% bootstrap over features
-    # sum_k D_k W_k slope_k / sum_k D_k W_k^2, D_k the mean of X_k^2: what is seen per unit of what the coefficients
-    # predict, over all edits. 1 if coefficients are effects. 95% bootstrap over features.
+    spearman: Interval
     size: Interval
 
     def to_dict(self) -> dict[str, Any]:

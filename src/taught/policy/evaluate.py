@@ -39,20 +39,31 @@ class CoefficientIntervals(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Held-out quality of a policy."""
+    """Held-out quality of a policy.
 
-    y_hat: Floats  # [N], prediction for each prompt by the policy fitted without its fold, in the order given
-    fold: Ints  # [N], the fold of each prompt
+    Attributes
+    ----------
+    y_hat : float64 [N], prediction for each prompt by the policy fitted without its fold, in the order given
+    fold : int64 [N], the fold of each prompt
+    r2 : 1 - sum (y - y_hat)^2 / sum (y - mean of the training rows)^2. Negative: worse than a constant
+    spearman : rank correlation of y and y_hat over all prompts
+    accuracy : share of the prompts of the two classes whose class the thresholded y_hat gives
+    majority : accuracy of always naming the larger class
+    accuracy_gain : accuracy - majority, paired over the same resamples
+    baselines : predictors of y without the features, on the same folds: ``group`` (training mean of the prompt's group)
+        and ``length`` (straight line in the prompt's length). Each a dict with ``r2``, ``spearman`` and, for length,
+        ``accuracy``.
+    """
+
+    y_hat: Floats
+    fold: Ints
     n: int
     d: int
-    r2: Interval  # 1 - sum (y - y_hat)^2 / sum (y - mean of the training rows)^2. Negative: worse than a constant
-    spearman: Interval  # rank correlation of y and y_hat over all prompts
-    accuracy: Interval  # share of the prompts of the two classes whose class the thresholded y_hat gives
-    majority: Interval  # accuracy of always naming the larger class
-    accuracy_gain: Interval  # accuracy - majority, paired over the same resamples
-    # predictors of y without the features, on the same folds: ``group`` (training mean of the prompt's group) and
-    # ``length`` (straight line in the prompt's length). Each a dict with ``r2``, ``spearman`` and, for length,
-    # ``accuracy``.
+    r2: Interval
+    spearman: Interval
+    accuracy: Interval
+    majority: Interval
+    accuracy_gain: Interval
     baselines: dict[str, dict[str, Interval]]
     warnings: tuple[Finding, ...]
 

@@ -44,30 +44,45 @@ class Fit(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Behavior against held-out prediction."""
+    """Behavior against held-out prediction.
 
-    # slope, intercept: of the least-squares line y = intercept + slope y_hat. A slope above 1: predictions are too
-    # timid, below 1: too bold
+    Attributes
+    ----------
+    slope, intercept : of the least-squares line y = intercept + slope y_hat. A slope above 1: predictions are too
+        timid, below 1: too bold
+    error : sum_b n_b / N |mean y - mean y_hat| over bins b of equal size by y_hat, natural log
+    error_by_chance : what the error would be with perfect means, from the spread within the bins:
+        sum_b n_b / N sqrt(2 / pi) s_b / sqrt(n_b)
+    bins : list of (n, mean y_hat, mean y)
+    """
+
     slope: Interval
     intercept: Interval
-    error: Interval  # sum_b n_b / N |mean y - mean y_hat| over bins b of equal size by y_hat, natural log
-    # what the error would be with perfect means, from the spread within the bins: sum_b n_b / N sqrt(2 / pi) s_b /
-    # sqrt(n_b)
+    error: Interval
     error_by_chance: float
-    bins: list[tuple[int, float, float]]  # (n, mean y_hat, mean y)
+    bins: list[tuple[int, float, float]]
 
 
 class Comparison(NamedTuple):
-    """Policies fitted on two sets of prompts, and on random sets of the smaller one's size."""
+    """Policies fitted on two sets of prompts, and on random sets of the smaller one's size.
 
-    sets: tuple[str, str]  # sets, n: names and sizes of the two sets
+    Attributes
+    ----------
+    sets, n : names and sizes of the two sets
+    correlation : of the coefficients of both; nan where one does not vary
+    flips : coefficients whose signs differ
+    sure_flips, sure : the same among coefficients whose interval excludes 0, and how many these are
+    control_correlation, control_flips, control_sure_flips
+        Means over random sets of all prompts, of the smaller set's size, against all prompts: what
+        the smaller number of prompts does by itself.
+    """
+
+    sets: tuple[str, str]
     n: tuple[int, int]
-    correlation: float  # of the coefficients of both; nan where one does not vary
-    flips: int  # coefficients whose signs differ
-    sure_flips: int  # sure_flips, sure: the same among coefficients whose interval excludes 0, and how many these are
+    correlation: float
+    flips: int
+    sure_flips: int
     sure: int
-    # control_correlation, control_flips, control_sure_flips: Means over random sets of all prompts, of the smaller
-    # set's size, against all prompts: what the smaller number of prompts does by itself.
     control_correlation: float
     control_flips: float
     control_sure_flips: float
@@ -80,19 +95,30 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """What the faithfulness card holds; R^2 is held out everywhere."""
+    """What the faithfulness card holds; R^2 is held out everywhere.
+
+    Attributes
+    ----------
+    order : int64 [d], columns of X by |W_k| times the root mean square of Xc_k, largest first, fit on all prompts
+    curve : float64 [d], R^2 with the first 1 .. d features; each fold takes the order of its own training rows
+    needed : smallest number of features with 95% of the R^2 of all; nan where that is not positive
+    sign_stability : float64 [d]
+    sure : bool [d], the interval of the coefficient excludes 0
+    permuted : length d, R^2 lost when the feature is permuted
+    all_permuted : the same when the prompts' activations are permuted as rows, all features together
+    predictors : name -> (R^2 of the predictor, R^2 of the policy - it, paired)
+    """
 
     calibration: Calibration
-    # int64 [d], columns of X by |W_k| times the root mean square of Xc_k, largest first, fit on all prompts
     order: Ints
-    curve: Floats  # [d], R^2 with the first 1 .. d features; each fold takes the order of its own training rows
-    needed: Interval  # smallest number of features with 95% of the R^2 of all; nan where that is not positive
-    sign_stability: Floats  # [d]
-    sure: Bools  # [d], the interval of the coefficient excludes 0
+    curve: Floats
+    needed: Interval
+    sign_stability: Floats
+    sure: Bools
     comparisons: tuple[Comparison, ...]
-    permuted: list[Interval]  # length d, R^2 lost when the feature is permuted
-    all_permuted: Interval  # the same when the prompts' activations are permuted as rows, all features together
-    predictors: dict[str, tuple[Interval, Interval]]  # name -> (R^2 of the predictor, R^2 of the policy - it, paired)
+    permuted: list[Interval]
+    all_permuted: Interval
+    predictors: dict[str, tuple[Interval, Interval]]
 
     def to_dict(self, feature_ids: Sequence[int]) -> dict[str, Any]:
         """Ready for ``faithfulness.json``; ``feature_ids`` name the columns of X."""

@@ -28,16 +28,25 @@ _WORD = re.compile(r"\w+")
 
 
 class Known(NamedTuple):
-    """What is known of the prompts besides their features, one entry a prompt; None where absent."""
+    """What is known of the prompts besides their features, one entry a prompt; None where absent.
 
-    groups: Sequence[str]  # length N
-    positive: str  # positive, negative: names of the two groups that the behavior is to tell apart
+    Attributes
+    ----------
+    groups : length N
+    positive, negative : names of the two groups that the behavior is to tell apart
+    categories : length N, or None. A prompt without a category counts as one of its group's own.
+    length : float64 [N], in any unit
+    h : float64 [N, D], residual at the read-out, pooled as the features are
+    texts : length N
+    """
+
+    groups: Sequence[str]
+    positive: str
     negative: str
-    # length N, or None. A prompt without a category counts as one of its group's own.
     categories: Sequence[str | None] | None = None
-    length: Floats | None = None  # [N], in any unit
-    h: Floats | None = None  # [N, D], residual at the read-out, pooled as the features are
-    texts: Sequence[str] | None = None  # length N
+    length: Floats | None = None
+    h: Floats | None = None
+    texts: Sequence[str] | None = None
 
     def taken(self, order: Ints) -> Known:
         """The prompts in another order."""

@@ -40,19 +40,31 @@ class Policy:
 
     Rows are prompts in the order of ``prompt_ids``, columns features in the order of
     ``feature_ids``. All arrays are read-only.
+
+    Attributes
+    ----------
+    feature_ids : int64 [d]
+    coef : float64 [d], W in units of the behavior (natural logarithm of a probability) per unit of activation
+    intercept : float, 0 unless ``fit_intercept``
+    alpha : float, the ridge penalty, in squared units of activation
+    prompt_ids : tuple of str, length N
+    X, y : float64 [N, d], [N], as given
+    Xc : float64 [N, d], centred over prompts if ``fit_intercept``, else ``X``
+    residual : float64 [N], r = yc - Xc W
+    U : float64 [d, d], Xc' Xc + alpha I, symmetric and positive definite
     """
 
-    feature_ids: Ints  # [d]
-    coef: Floats  # [d], W in units of the behavior (natural logarithm of a probability) per unit of activation
-    intercept: float  # 0 unless ``fit_intercept``
-    alpha: float  # the ridge penalty, in squared units of activation
+    feature_ids: Ints
+    coef: Floats
+    intercept: float
+    alpha: float
     fit_intercept: bool
-    prompt_ids: tuple[str, ...]  # length N
-    X: Floats  # X, y: float64 [N, d], [N], as given
+    prompt_ids: tuple[str, ...]
+    X: Floats
     y: Floats
-    Xc: Floats  # [N, d], centred over prompts if ``fit_intercept``, else ``X``
-    residual: Floats  # [N], r = yc - Xc W
-    U: Floats  # [d, d], Xc' Xc + alpha I, symmetric and positive definite
+    Xc: Floats
+    residual: Floats
+    U: Floats
 
     def predict(self, X: ArrayLike) -> Floats:
         """Behavior predicted from activations: X [.., d] -> [..]."""

@@ -42,11 +42,18 @@ from taught.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainLog:
-    """What training did, step by step."""
+    """What training did, step by step.
 
-    ids: tuple[tuple[str, ...], ...]  # ids of the examples of each step, in the order seen
-    losses: tuple[float, ...]  # loss of each step before it is made, natural logarithm
-    lrs: tuple[float, ...]  # learning rate of each step
+    Attributes
+    ----------
+    ids : ids of the examples of each step, in the order seen
+    losses : loss of each step before it is made, natural logarithm
+    lrs : learning rate of each step
+    """
+
+    ids: tuple[tuple[str, ...], ...]
+    losses: tuple[float, ...]
+    lrs: tuple[float, ...]
 
 
 def plan(ids: Sequence[str], recipe: Recipe) -> list[list[int]]:

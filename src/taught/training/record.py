@@ -119,12 +119,18 @@ class _Log:
 
 @dataclass(eq=False)
 class _Loss:
-    """Which mean a trainer's loss is, found by its gradients."""
+    """Which mean a trainer's loss is, found by its gradients.
 
-    tolerance: float  # relative, of the precision that is computed in
-    # of each way, summed over the steps that were looked at
+    Attributes
+    ----------
+    tolerance : relative, of the precision that is computed in
+    errors : of each way, summed over the steps that were looked at
+    checks : how many these are
+    """
+
+    tolerance: float
     errors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(WAYS, 0.0))
-    checks: int = 0  # how many these are
+    checks: int = 0
     apart: bool = False
 
     @property

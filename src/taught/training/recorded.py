@@ -47,10 +47,15 @@ def moments_file(step: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A finished run in its folder; what is read of it is checked against a problem by :meth:`seen`."""
+    """A finished run in its folder; what is read of it is checked against a problem by :meth:`seen`.
+
+    Attributes
+    ----------
+    record : ``record.json``
+    """
 
     folder: Path
-    record: dict[str, Any]  # ``record.json``
+    record: dict[str, Any]
 
     @classmethod
     def open(cls, folder: str | Path) -> Recorded:

@@ -79,44 +79,70 @@ _COMPUTING = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Retraining:
-    """What the model is after training on some of the examples."""
+    """What the model is after training on some of the examples.
 
-    key: str  # what names it in its folder
-    ids: tuple[str, ...] = ()  # ids of the examples that were asked for, sorted; none for the base model
-    kept: tuple[str, ...] = ()  # ids of the examples that the trainer has seen, sorted; the same, or it is an error
-    seed: int | None = None  # of the order of the examples; None for the base model
-    prompt_ids: tuple[str, ...]  # prompt_ids, feature_ids: of the rows of X and y, of the columns of X
+    Attributes
+    ----------
+    key : what names it in its folder
+    ids : ids of the examples that were asked for, sorted; none for the base model
+    kept : ids of the examples that the trainer has seen, sorted; the same, or it is an error
+    seed : of the order of the examples; None for the base model
+    prompt_ids, feature_ids : of the rows of X and y, of the columns of X
+    y : float64 [N], behavior, natural logarithm
+    X : float64 [N, d], activations, encoded at the retrained weights
+    losses_before, losses_after : float64, of ``ids``, natural logarithm
+    answers : the model's own answers to the prompts, as tokens, in their order; or None
+    log : the steps, or None for the base model and where examples were forgotten
+    seconds_training, seconds_reading : of the wall clock; losses count as reading
+    forgetting : what unlearning did, where ``ids`` were forgotten and not trained on; ``kept`` are those of its steps
+    """
+
+    key: str
+    ids: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    seed: int | None = None
+    prompt_ids: tuple[str, ...]
     feature_ids: tuple[int, ...]
-    y: Floats  # [N], behavior, natural logarithm
-    X: Floats  # [N, d], activations, encoded at the retrained weights
-    losses_before: Floats = field(default_factory=lambda: np.zeros(0))  # of ``ids``, natural logarithm
+    y: Floats
+    X: Floats
+    losses_before: Floats = field(default_factory=lambda: np.zeros(0))
     losses_after: Floats = field(default_factory=lambda: np.zeros(0))
-    # the model's own answers to the prompts, as tokens, in their order; or None
     answers: tuple[tuple[int, ...], ...] | None
-    log: TrainLog | None = None  # the steps, or None for the base model and where examples were forgotten
-    seconds_training: float = 0.0  # seconds_training, seconds_reading: of the wall clock; losses count as reading
+    log: TrainLog | None = None
+    seconds_training: float = 0.0
     seconds_reading: float
-    # what unlearning did, where ``ids`` were forgotten and not trained on; ``kept`` are those of its steps
     forgetting: Forgetting | None = None
 
 
 @dataclass(frozen=True)
 class Answering:
-    """How the model's own answers are taken: greedily, nothing is drawn."""
+    """How the model's own answers are taken: greedily, nothing is drawn.
 
-    limit: int  # tokens an answer may have
-    ends: tuple[int, ...]  # tokens that end an answer
+    Attributes
+    ----------
+    limit : tokens an answer may have
+    ends : tokens that end an answer
+    """
+
+    limit: int
+    ends: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Unlearn:
-    """How examples are forgotten, besides what the recipe says (``taught.training.unlearn``)."""
+    """How examples are forgotten, besides what the recipe says (``taught.training.unlearn``).
 
-    steps: int  # steps, lr: at most so many, and the first rate
+    Attributes
+    ----------
+    steps, lr : at most so many, and the first rate
+    guard : ids of prompts on which the model must stay what it is; None: the loss of what is retained
+    keep : the share of the guard that must be left
+    """
+
+    steps: int
     lr: float
-    # ids of prompts on which the model must stay what it is; None: the loss of what is retained
     guard: tuple[str, ...] | None = None
-    keep: float = 0.9  # the share of the guard that must be left
+    keep: float = 0.9
 
 
 class Retrainer:

@@ -55,10 +55,16 @@ _CLIP_EPS = 1e-6
 
 @dataclass(eq=False)
 class State:
-    """What a step begins with: weights and the optimizer's state, by parameter."""
+    """What a step begins with: weights and the optimizer's state, by parameter.
 
-    step: int  # steps made so far
-    parts: dict[str, Tensors]  # ``weights``; ``first`` (AdamW's m, SGD's buffer); ``second`` (AdamW's v; none for SGD)
+    Attributes
+    ----------
+    step : steps made so far
+    parts : ``weights``; ``first`` (AdamW's m, SGD's buffer); ``second`` (AdamW's v; none for SGD)
+    """
+
+    step: int
+    parts: dict[str, Tensors]
 
     def copy(self) -> State:
         """The same state in memory of its own."""
@@ -125,13 +131,22 @@ class States:
 
 @dataclass(frozen=True, eq=False)
 class Micro:
-    """Some examples of a step's batch, gone through the model together."""
+    """Some examples of a step's batch, gone through the model together.
 
-    index: list[int]  # their places in the batch
-    terms: Tensor  # [B, J], what each scored token adds to its example's sum
-    losses: Tensor  # [B]
-    slopes: Tensor  # [B], how a loss changes with the example's sum
-    weights: Tensor  # [B], of the losses in that of the step
+    Attributes
+    ----------
+    index : their places in the batch
+    terms : [B, J], what each scored token adds to its example's sum
+    losses : [B]
+    slopes : [B], how a loss changes with the example's sum
+    weights : [B], of the losses in that of the step
+    """
+
+    index: list[int]
+    terms: Tensor
+    losses: Tensor
+    slopes: Tensor
+    weights: Tensor
 
     @property
     def loss(self) -> Tensor:
@@ -156,17 +171,28 @@ class Back:
 
 @dataclass(eq=False)
 class Training:
-    """One training run of a model on examples, step by step."""
+    """One training run of a model on examples, step by step.
 
-    model: nn.Module  # its moving parameters are the weights of the run; changed in place
-    inputs: Examples  # the examples, in the order of their ids
-    recipe: Recipe  # how to train, by the plain loop
-    parameters: Sequence[str] | None = None  # patterns of the parameters that move
-    batch_tokens: int = 512  # padded tokens of a micro-batch
-    eps_root: float = 0.0  # under the root of AdamW
-    weights: Tensor | None = None  # float64 [P], w of every example of ``inputs``; None for ones
+    Attributes
+    ----------
+    model : its moving parameters are the weights of the run; changed in place
+    inputs : the examples, in the order of their ids
+    recipe : how to train, by the plain loop
+    parameters : patterns of the parameters that move
+    batch_tokens : padded tokens of a micro-batch
+    eps_root : under the root of AdamW
+    weights : float64 [P], w of every example of ``inputs``; None for ones
+    starts : where the scored tokens of each example begin among all of them, and where the last ones end
+    """
+
+    model: nn.Module
+    inputs: Examples
+    recipe: Recipe
+    parameters: Sequence[str] | None = None
+    batch_tokens: int = 512
+    eps_root: float = 0.0
+    weights: Tensor | None = None
     moving: dict[str, nn.Parameter] = field(init=False)
-    # where the scored tokens of each example begin among all of them, and where the last ones end
     starts: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -416,11 +442,18 @@ def _along(gradient: Sequence[Tensor | None], up: Tensors) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PaddingRow:
-    """The padding row of an embedding that moves, as a variable of its own: what is added to its look-ups, 0."""
+    """The padding row of an embedding that moves, as a variable of its own: what is added to its look-ups, 0.
 
-    name: str  # of the embedding's weight
-    index: int  # of the row
-    leaf: Tensor  # [D]
+    Attributes
+    ----------
+    name : of the embedding's weight
+    index : of the row
+    leaf : [D]
+    """
+
+    name: str
+    index: int
+    leaf: Tensor
 
 
 @contextmanager

@@ -50,15 +50,23 @@ ROUNDING = 8.0  # so many units of rounding of a loss are no curvature
 
 @dataclass(frozen=True)
 class Guard:
-    """A number that must hold while a model forgets."""
+    """A number that must hold while a model forgets.
 
-    about: str  # what it is, in words
-    measure: Callable[[nn.Module], float]  # of the model as it stands
-    # share of its first value that must be left: a number that should be large stays above ``keep`` times it, a loss
-    # below (2 - ``keep``) times it
+    Attributes
+    ----------
+    about : what it is, in words
+    measure : of the model as it stands
+    keep : share of its first value that must be left: a number that should be large stays above ``keep`` times it, a
+        loss below (2 - ``keep``) times it
+    rises : whether larger is better
+    chance : what guessing would give; a number that is no better at the start guards nothing
+    """
+
+    about: str
+    measure: Callable[[nn.Module], float]
     keep: float = 0.9
-    rises: bool = True  # whether larger is better
-    chance: float = 0.0  # what guessing would give; a number that is no better at the start guards nothing
+    rises: bool = True
+    chance: float = 0.0
 
     def holds(self, start: float, now: float) -> bool:
         """Whether a value is allowed; one that is no number never is."""
@@ -118,18 +126,29 @@ class _Right:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What a run did, step by step."""
+    """What a run did, step by step.
 
-    forget: tuple[tuple[str, ...], ...]  # forget, retain: ids of the examples of each step, in the order seen
+    Attributes
+    ----------
+    forget, retain : ids of the examples of each step, in the order seen
+    forget_losses, retain_losses : of each step before it is made, natural logarithm
+    lrs : eta of each step
+    forget_norms, retain_norms : |grad L_F| and |grad L_R| of each step
+    guard : (steps made, value) of each look at the guard
+    kept : steps behind which the weights are those that were kept
+    stopped : why the run stopped before its end; "" where it did not
+    """
+
+    forget: tuple[tuple[str, ...], ...]
     retain: tuple[tuple[str, ...], ...]
-    forget_losses: tuple[float, ...]  # forget_losses, retain_losses: of each step before it is made, natural logarithm
+    forget_losses: tuple[float, ...]
     retain_losses: tuple[float, ...]
-    lrs: tuple[float, ...]  # eta of each step
-    forget_norms: tuple[float, ...]  # forget_norms, retain_norms: |grad L_F| and |grad L_R| of each step
+    lrs: tuple[float, ...]
+    forget_norms: tuple[float, ...]
     retain_norms: tuple[float, ...]
-    guard: tuple[tuple[int, float], ...]  # (steps made, value) of each look at the guard
-    kept: int  # steps behind which the weights are those that were kept
-    stopped: str  # why the run stopped before its end; "" where it did not
+    guard: tuple[tuple[int, float], ...]
+    kept: int
+    stopped: str
 
 
 @contextmanager

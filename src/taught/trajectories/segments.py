@@ -85,24 +85,40 @@ from taught.trajectories.trained import (
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a run."""
+    """A stretch of a run.
 
-    rate: float  # eta K, the sum of the rates of its steps, momentum and clipping included
-    states: tuple[int, ...]  # steps made before each of the states that its means are over
+    Attributes
+    ----------
+    rate : eta K, the sum of the rates of its steps, momentum and clipping included
+    states : steps made before each of the states that its means are over
+    """
+
+    rate: float
+    states: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A training run that is over."""
+    """A training run that is over.
 
-    segments: tuple[Segment, ...]  # in the order of training
-    # weights, and for Adam the second moments with bias correction, of every state of a segment and of the last
+    Attributes
+    ----------
+    segments : in the order of training
+    states : weights, and for Adam the second moments with bias correction, of every state of a segment and of the last
+    model : what they are the weights of
+    moving : names of the parameters that the run moved
+    steps : how many there were; also the name of the last state
+    decay : lambda of each parameter
+    eps : Adam's epsilon; None: the optimizer is gradient descent
+    """
+
+    segments: tuple[Segment, ...]
     states: States | Recorded
-    model: nn.Module  # what they are the weights of
-    moving: tuple[str, ...]  # names of the parameters that the run moved
-    steps: int  # how many there were; also the name of the last state
-    decay: Mapping[str, float]  # lambda of each parameter
-    eps: float | None  # Adam's epsilon; None: the optimizer is gradient descent
+    model: nn.Module
+    moving: tuple[str, ...]
+    steps: int
+    decay: Mapping[str, float]
+    eps: float | None
 
     def enter(self, step: int) -> None:
         """Put the weights of a state into the model."""
@@ -119,10 +135,16 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """What a segment makes of a query."""
+    """What a segment makes of a query.
 
-    moved: tuple[Metric, ...]  # metrics that, one after the other, make (1 - S)(H + lambda)^-1 q
-    survives: Metric  # makes S q
+    Attributes
+    ----------
+    moved : metrics that, one after the other, make (1 - S)(H + lambda)^-1 q
+    survives : makes S q
+    """
+
+    moved: tuple[Metric, ...]
+    survives: Metric
 
     @classmethod
     def descent(cls, layers: Layers, rate: float, decay: Mapping[str, float]) -> Response:

@@ -33,19 +33,27 @@ LEAST_MODELS = 2
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One metric of one arm."""
+    """One metric of one arm.
 
-    arm: str  # arm, metric, models, examples: the arm's number of models, and of examples that each is trained on
+    Attributes
+    ----------
+    arm, metric, models, examples : the arm's number of models, and of examples that each is trained on
+    value, lo, hi : mean over its models, 95% interval over prompts
+    difference, difference_lo, difference_hi : to the random arm; nan for the random arm itself
+    p, p_holm : of the difference being 0, two-sided; corrected over the arms within the metric
+    """
+
+    arm: str
     metric: str
     models: int
     examples: int
-    value: float  # value, lo, hi: mean over its models, 95% interval over prompts
+    value: float
     lo: float
     hi: float
-    difference: float  # difference, difference_lo, difference_hi: to the random arm; nan for the random arm itself
+    difference: float
     difference_lo: float
     difference_hi: float
-    p: float  # p, p_holm: of the difference being 0, two-sided; corrected over the arms within the metric
+    p: float
     p_holm: float
 
 

@@ -38,11 +38,15 @@ RANK_DESIGNS = ("random", "matched", "leave-out", "leave-one-out")
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What retraining did, for one design."""
+    """What retraining did, for one design.
+
+    Attributes
+    ----------
+    measured : target -> repeat (another seed of training) -> subset name -> change
+    """
 
     design: str
     subsets: Subsets
-    # target -> repeat (another seed of training) -> subset name -> change
     measured: dict[str, dict[int, dict[str, float]]]
 
     def outcomes(self) -> dict[str, dict[str, float]]:
@@ -59,26 +63,41 @@ class Truth:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What is set side by side."""
+    """What is set side by side.
 
-    methods: Scores  # methods, baselines: scores of both kinds; among the baselines are "response-length" and "loss"
+    Attributes
+    ----------
+    methods, baselines : scores of both kinds; among the baselines are "response-length" and "loss"
+    truths : what retraining did, design by design
+    labels : example id -> label, of all examples
+    planted : ids of planted examples; with none of them, or all, there is nothing to set apart
+    rivals : (method, other) whose LDS is compared
+    """
+
+    methods: Scores
     baselines: Scores
-    truths: Sequence[Truth]  # what retraining did, design by design
-    labels: Mapping[str, str]  # example id -> label, of all examples
-    planted: Collection[str]  # ids of planted examples; with none of them, or all, there is nothing to set apart
-    rivals: Sequence[tuple[str, str]]  # (method, other) whose LDS is compared
+    truths: Sequence[Truth]
+    labels: Mapping[str, str]
+    planted: Collection[str]
+    rivals: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class PlantedRow:
-    """How well a method's influence on a target sets the planted examples apart."""
+    """How well a method's influence on a target sets the planted examples apart.
+
+    Attributes
+    ----------
+    auc, lo, hi : area under the ROC curve with its 95% interval; .5 by chance
+    precision : share of planted examples among the k with the highest influence, k their number
+    """
 
     method: str
     target: str
-    auc: float  # auc, lo, hi: area under the ROC curve with its 95% interval; .5 by chance
+    auc: float
     lo: float
     hi: float
-    precision: float  # share of planted examples among the k with the highest influence, k their number
+    precision: float
     planted: int
     others: int
 
@@ -186,16 +205,24 @@ def truths(
 
 @dataclass(frozen=True)
 class ForeseenRow:
-    """What leaving examples out was to do, and what training without them did."""
+    """What leaving examples out was to do, and what training without them did.
+
+    Attributes
+    ----------
+    named : whether these were left out (or trained on alone) because they raise the target most
+    left_out : number of examples that were not trained on
+    predicted : minus the sum of their influence
+    measured : change of the target by training on the others, from the base model
+    """
 
     design: str
     subset: str
     repeat: int
-    named: bool  # whether these were left out (or trained on alone) because they raise the target most
+    named: bool
     target: str
-    left_out: int  # number of examples that were not trained on
-    predicted: float  # minus the sum of their influence
-    measured: float  # change of the target by training on the others, from the base model
+    left_out: int
+    predicted: float
+    measured: float
 
 
 def foreseen(subsets: pa.Table, outcomes: pa.Table, influence: Mapping[str, Mapping[str, float]]) -> list[ForeseenRow]:

@@ -42,42 +42,68 @@ LEAST_RUNS = 5
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is to be trained for one curve."""
+    """What is to be trained for one curve.
 
-    kind: Kind  # "remove" or "add"
-    examples: int  # P, number of examples
-    budgets: tuple[int, ...]  # K numbers of examples removed or added, ascending
-    subsets: Subsets  # everything to train on, by name
-    chosen: tuple[str, ...]  # K names, the method's sets
-    controls: tuple[tuple[str, ...], ...]  # S runs of K names each, the random sets; within a run they are nested
+    Attributes
+    ----------
+    kind : "remove" or "add"
+    examples : P, number of examples
+    budgets : K numbers of examples removed or added, ascending
+    subsets : everything to train on, by name
+    chosen : K names, the method's sets
+    controls : S runs of K names each, the random sets; within a run they are nested
+    """
+
+    kind: Kind
+    examples: int
+    budgets: tuple[int, ...]
+    subsets: Subsets
+    chosen: tuple[str, ...]
+    controls: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One budget of a curve."""
+    """One budget of a curve.
 
-    budget: int  # budget, share: number of examples removed or added, and their share of all
+    Attributes
+    ----------
+    budget, share : number of examples removed or added, and their share of all
+    method, random : mean outcomes
+    difference, lo, hi : method - random, with its 95% interval
+    p, p_holm : two-sided, and corrected for all budgets of the curve
+    """
+
+    budget: int
     share: float
-    method: float  # method, random: mean outcomes
+    method: float
     random: float
-    difference: float  # difference, lo, hi: method - random, with its 95% interval
+    difference: float
     lo: float
     hi: float
-    p: float  # p, p_holm: two-sided, and corrected for all budgets of the curve
+    p: float
     p_holm: float
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's curve against random controls."""
+    """A method's curve against random controls.
 
-    kind: Kind  # "remove" or "add"
-    points: tuple[CurvePoint, ...]  # one a budget
-    area: float  # area, lo, hi, p: area between the curves (module docstring), with interval and two-sided p
+    Attributes
+    ----------
+    kind : "remove" or "add"
+    points : one a budget
+    area, lo, hi, p : area between the curves (module docstring), with interval and two-sided p
+    runs, random_runs, prompts : R, S, N
+    """
+
+    kind: Kind
+    points: tuple[CurvePoint, ...]
+    area: float
     lo: float
     hi: float
     p: float
-    runs: int  # runs, random_runs, prompts: R, S, N
+    runs: int
     random_runs: int
     prompts: int
 

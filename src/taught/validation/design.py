@@ -55,31 +55,52 @@ _FEWEST = 4
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Effects asked of a pool: effect_k = sum_q reference_q weights_kq outcome_q."""
+    """Effects asked of a pool: effect_k = sum_q reference_q weights_kq outcome_q.
 
-    asked: tuple[str, ...]  # K names
-    pool: Subsets  # Q subsets
-    reference: Floats  # [Q], sums to 1
-    weights: Floats  # [K, Q], g of the module docstring
+    Attributes
+    ----------
+    asked : K names
+    pool : Q subsets
+    reference : float64 [Q], sums to 1
+    weights : float64 [K, Q], g of the module docstring
+    """
+
+    asked: tuple[str, ...]
+    pool: Subsets
+    reference: Floats
+    weights: Floats
 
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """Subsets that were drawn, with replacement."""
+    """Subsets that were drawn, with replacement.
 
-    probabilities: Floats  # [Q], of each subset of the pool at each draw
-    drawn: tuple[str, ...]  # names
+    Attributes
+    ----------
+    probabilities : float64 [Q], of each subset of the pool at each draw
+    drawn : names
+    """
+
+    probabilities: Floats
+    drawn: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Effect:
-    """An estimated effect with its 95% interval."""
+    """An estimated effect with its 95% interval.
 
-    asked: str  # name of the group
-    value: float  # value, lo, hi: change of the outcome; positive: the group raises it
+    Attributes
+    ----------
+    asked : name of the group
+    value, lo, hi : change of the outcome; positive: the group raises it
+    retrainings : different subsets it rests on
+    """
+
+    asked: str
+    value: float
     lo: float
     hi: float
-    retrainings: int  # different subsets it rests on
+    retrainings: int
 
 
 def ask(pool: Subsets, groups: Mapping[str, Collection[str]], reference: Floats | None = None) -> Question:
@@ -185,11 +206,18 @@ def estimate(
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """Subsets that were chosen for a question about one group, after random ones."""
+    """Subsets that were chosen for a question about one group, after random ones.
 
-    question: Question  # of the pool they come from
-    rounds: tuple[Round, ...]  # the random ones if any, then the chosen ones
-    subsets: Subsets  # all different ones of the rounds
+    Attributes
+    ----------
+    question : of the pool they come from
+    rounds : the random ones if any, then the chosen ones
+    subsets : all different ones of the rounds
+    """
+
+    question: Question
+    rounds: tuple[Round, ...]
+    subsets: Subsets
 
 
 def choose(
@@ -222,11 +250,18 @@ def choose(
 
 @dataclass(frozen=True, eq=False)
 class Couples:
-    """Subsets in couples: a background of examples, and the same with a group added."""
+    """Subsets in couples: a background of examples, and the same with a group added.
 
-    asked: str  # name of the group
-    subsets: Subsets  # all 2 B of them
-    without: tuple[str, ...]  # without, including: B names each, couple by couple
+    Attributes
+    ----------
+    asked : name of the group
+    subsets : all 2 B of them
+    without, including : B names each, couple by couple
+    """
+
+    asked: str
+    subsets: Subsets
+    without: tuple[str, ...]
     including: tuple[str, ...]
 
 

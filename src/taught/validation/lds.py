@@ -84,19 +84,25 @@ class Difference:
 
 @dataclass(frozen=True)
 class TrivialCheck:
-    """Whether a trivial predictor explains as much as a method does: |LDS| against |LDS|."""
+    """Whether a trivial predictor explains as much as a method does: |LDS| against |LDS|.
+
+    Attributes
+    ----------
+    lds, trivial_lds : raw values, with their signs
+    value, lo, hi : |lds| - |trivial_lds| and its paired 95% interval
+    explained : the interval includes 0 or lies below it: the method is not shown to be better;
+        never by a predictor that is the same for all subsets (its LDS is nan)
+    """
 
     method: str
     trivial: str
     target: str
     subsets: str
-    lds: float  # lds, trivial_lds: raw values, with their signs
+    lds: float
     trivial_lds: float
-    value: float  # value, lo, hi: |lds| - |trivial_lds| and its paired 95% interval
+    value: float
     lo: float
     hi: float
-    # the interval includes 0 or lies below it: the method is not shown to be better; never by a predictor that is the
-    # same for all subsets (its LDS is nan)
     explained: bool
 
 
@@ -243,13 +249,20 @@ def table_of(rows: Sequence[Any]) -> pa.Table:
 
 @dataclass(frozen=True)
 class NoiseCeiling:
-    """How well the outcome itself is known, from trainings that differ in their seed only."""
+    """How well the outcome itself is known, from trainings that differ in their seed only.
 
-    seeds: int  # R
-    between_seeds: float  # mean Spearman correlation over subsets between the outcomes of two seeds
-    reliability: float  # that of the mean over R seeds, R r / (1 + (R - 1) r)  (Spearman-Brown)
-    # its square root, the rank correlation with the measured mean that a method would reach that knows the outcome
-    # without noise; lo, hi: 95% bootstrap over subsets
+    Attributes
+    ----------
+    seeds : R
+    between_seeds : mean Spearman correlation over subsets between the outcomes of two seeds
+    reliability : that of the mean over R seeds, R r / (1 + (R - 1) r)  (Spearman-Brown)
+    ceiling : its square root, the rank correlation with the measured mean that a method would reach
+        that knows the outcome without noise; lo, hi: 95% bootstrap over subsets
+    """
+
+    seeds: int
+    between_seeds: float
+    reliability: float
     ceiling: float
     lo: float
     hi: float

@@ -60,11 +60,17 @@ LEAST_PAIRS = 5  # of fewer, 2^-n is above the level
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is to be forgotten, or trained on alone."""
+    """What is to be forgotten, or trained on alone.
 
-    budgets: tuple[int, ...]  # numbers of documents named
+    Attributes
+    ----------
+    budgets : numbers of documents named
+    subsets : examples by the name of their set
+    """
+
+    budgets: tuple[int, ...]
     pairs: int
-    subsets: Subsets  # examples by the name of their set
+    subsets: Subsets
 
     def repeats(self, name: str) -> Sequence[int]:
         """The pairs that a set belongs to: all, or of a random one its own."""
@@ -93,45 +99,70 @@ def set_name(arm: str, budget: int, pair: int | None = None) -> str:
 
 @dataclass(frozen=True)
 class PairRow:
-    """Named documents against random ones on one target."""
+    """Named documents against random ones on one target.
 
-    design: str  # "unlearn" or "teach"
-    arm: str  # "highest" or "lowest": which documents were named, by their influence on ``named_by``
+    Attributes
+    ----------
+    design : "unlearn" or "teach"
+    arm : "highest" or "lowest": which documents were named, by their influence on ``named_by``
+    documents : k
+    pairs : n
+    foreseen : +1 or -1, the sign that influence gives the difference
+    predicted : the difference that influence foresees, in the target's unit; nan where only its sign is known
+    named, random : mean change of the target by each side
+    difference, lo, hi : mean of d with its 95% interval
+    rank_biserial : from -1 to 1; positive: in the foreseen direction
+    p, p_bh, p_holm : one-sided, and corrected
+    p_draw : place of the named documents among random sets (module docstring)
+    least_p : 2^-n, below which p cannot be
+    stopped : runs that the guard stopped, of both sides
+    """
+
+    design: str
+    arm: str
     target: str
     named_by: str
-    documents: int  # k
-    pairs: int  # n
-    foreseen: int  # +1 or -1, the sign that influence gives the difference
-    predicted: float  # the difference that influence foresees, in the target's unit; nan where only its sign is known
-    named: float  # named, random: mean change of the target by each side
+    documents: int
+    pairs: int
+    foreseen: int
+    predicted: float
+    named: float
     random: float
-    difference: float  # difference, lo, hi: mean of d with its 95% interval
+    difference: float
     lo: float
     hi: float
-    rank_biserial: float  # from -1 to 1; positive: in the foreseen direction
-    p: float  # p, p_bh, p_holm: one-sided, and corrected
+    rank_biserial: float
+    p: float
     p_bh: float
     p_holm: float
-    p_draw: float  # place of the named documents among random sets (module docstring)
-    least_p: float  # 2^-n, below which p cannot be
-    stopped: int  # runs that the guard stopped, of both sides
+    p_draw: float
+    least_p: float
+    stopped: int
     verdict: str
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What the pairs of one set did to one target."""
+    """What the pairs of one set did to one target.
+
+    Attributes
+    ----------
+    named, random : float64 [n], change of the target in each pair
+    foreseen : difference of the mean influences, highest or lowest minus random; turned round for ``unlearn``
+    predicted : the difference of the changes that influence foresees, or nan
+    stopped : runs of both sides that were stopped
+    same : of each pair the first one with the same random documents (:meth:`Plan.same`); none: all are different
+    """
 
     design: str
     arm: str
     target: str
     documents: int
-    named: Floats  # named, random: float64 [n], change of the target in each pair
+    named: Floats
     random: Floats
-    foreseen: float  # difference of the mean influences, highest or lowest minus random; turned round for ``unlearn``
-    predicted: float = math.nan  # the difference of the changes that influence foresees, or nan
-    stopped: int = 0  # runs of both sides that were stopped
-    # of each pair the first one with the same random documents (:meth:`Plan.same`); none: all are different
+    foreseen: float
+    predicted: float = math.nan
+    stopped: int = 0
     same: Sequence[int] = ()
 
 

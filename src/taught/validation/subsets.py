@@ -26,12 +26,18 @@ _PATIENCE = 1000
 
 @dataclass(frozen=True, eq=False)
 class Subsets:
-    """M subsets of P examples."""
+    """M subsets of P examples.
 
-    names: tuple[str, ...]  # M names, unique
-    members: tuple[tuple[str, ...], ...]  # ids of each subset, ascending
-    # example id -> probability that a subset of this design, any of them, holds the example; its keys are the P
-    # examples that were drawn from
+    Attributes
+    ----------
+    names : M names, unique
+    members : ids of each subset, ascending
+    inclusion : example id -> probability that a subset of this design, any of them, holds the example;
+        its keys are the P examples that were drawn from
+    """
+
+    names: tuple[str, ...]
+    members: tuple[tuple[str, ...], ...]
     inclusion: Mapping[str, float]
 
     def __len__(self) -> int:
