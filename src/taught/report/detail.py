@@ -12,8 +12,10 @@ from taught.report.examples import PRIMARY, SE, primary, shifts, shown, summary_
 from taught.report.stats import cluster_order
 from taught.report.tables import Matrix, Row, Rows, Tables, once
 from taught.report.text import (
+    amount,
     clean,
     common_power,
+    interval_of,
     interval_text,
     number,
     percent,
@@ -142,11 +144,7 @@ def _moves(tables: Tables, example: str) -> list[tuple[str, float]]:
 def example_blocks(tables: Tables, row: Row) -> list[Block]:
     """Everything that the run says of one example."""
     example, text = row["example_id"], texts(tables).get(row["example_id"], {})
-    names = with_pathways(tables)
-    facts = [(words(name), _effect(row, name, tables.per)) for name in names]
-    facts.append(("loss", f"{number(row.get('loss'))} over {number(row.get('n_scored'), 0)} tokens"))
-    facts += _interference(row) + _checks(row, primary(tables)) + _certificate(tables, row)
-    blocks: list[Block] = [Text(f"{example}  ({row['label']})", "title"), Facts(facts, "list")]
+    blocks: list[Block] = [Text(f"{example}  ({row['label']})", "title"), Facts(_facts(tables, row), "list")]
     said = [(name, str(text[name])) for name in ("prompt", "response", "rejected") if text.get(name)]
     blocks += [Pre(shorten(words_, 1500), name.capitalize()) for name, words_ in said]
     if moved := _coefficients(tables, example):
@@ -163,39 +161,29 @@ def example_blocks(tables: Tables, row: Row) -> list[Block]:
     return blocks
 
 
-def _effect(row: Row, name: str, per: str) -> str:
-    power, se = common_power([row[name]]), row.get(name + SE)
-    error = "" if se is None else f" (standard error {number(se, power=power)})"
-    return f"{signed(row[name], power=power)}{tens(power)} {per}{error}"
-
-
-def _interference(row: Row) -> list[tuple[str, str]]:
-    if row.get("dominant_feature") is None:
-        return []
-    mark = " (unintended)" if row["unintended"] else ""
-    share = f"{percent(row['outside_share'])} of the change on features that it is not about"
-    return [("acts mainly on", f"{row['dominant_feature']}{mark}; {share}")]
-
-
-def _checks(row: Row, first: str) -> list[tuple[str, str]]:
+def _facts(tables: Tables, row: Row) -> list[tuple[str, str]]:
+    """An example's values, and what stands beside them: interference, real steps, the certificate of the score."""
+    facts = []
+    for name in with_pathways(tables):
+        power, se = common_power([row[name]]), row.get(name + SE)
+        error = "" if se is None else f" (standard error {number(se, power=power)})"
+        facts.append((words(name), f"{amount(row[name], power)} {tables.per}{error}"))
+    facts.append(("loss", f"{number(row.get('loss'))} over {number(row.get('n_scored'), 0)} tokens"))
+    if row.get("dominant_feature") is not None:
+        mark = " (unintended)" if row["unintended"] else ""
+        share = f"{percent(row['outside_share'])} of the change on features that it is not about"
+        facts.append(("acts mainly on", f"{row['dominant_feature']}{mark}; {share}"))
     power = common_power([row.get("step_score"), row.get("refit_score")])
-    named = (("a real step", "step_score", first), ("an exact refit", "refit_score", PRIMARY))
-    return [
-        (f"{name} moves {words(of)} by", f"{signed(row[key], power=power)}{tens(power)}")
-        for name, key, of in named
-        if row.get(key) is not None
-    ]
-
-
-def _certificate(tables: Tables, row: Row) -> list[tuple[str, str]]:
-    """What the certificate says of the linear value, where dX of the example is known."""
+    for name, key, of in (("a real step", "step_score", primary(tables)), ("an exact refit", "refit_score", PRIMARY)):
+        if row.get(key) is not None:
+            facts.append((f"{name} moves {words(of)} by", amount(row[key], power)))
     own = next((c for c in tables.rows("certificates") or [] if c["example_id"] == row["example_id"]), {})
-    if own.get("score_bound") is None:
-        return []
-    power = common_power([row["score"]])
-    bound = number(own["score_bound"], power=power)
-    text = f"on the derivative's changes an exact refit moves S by {signed(own['refit'], power=power)}"
-    return [("certificate", f"{text}; the linear value cannot be further off than {bound}{tens(power)}")]
+    if own.get("score_bound") is not None:  # dX of the example is known
+        power = common_power([row["score"]])
+        text = f"on the derivative's changes an exact refit moves S by {signed(own['refit'], power=power)}"
+        bound = f"the linear value cannot be further off than {number(own['score_bound'], power=power)}{tens(power)}"
+        facts.append(("certificate", f"{text}; {bound}"))
+    return facts
 
 
 # A feature
@@ -206,7 +194,7 @@ def feature_blocks(tables: Tables, row: Row) -> list[Block]:
     feature = row["feature_id"]
     label = (tables.json("labels") or {}).get(str(feature), {})
     facts: list[tuple[str, Any]] = [
-        ("Coefficient", read_interval([row["coef"], row["lo"], row["hi"]])),
+        ("Coefficient", interval_of(row, "coef")),
         ("Same sign", f"{percent(row['sign_stability'])} of resamples"),
     ]
     measured = next((f for f in tables.rows("features") or [] if f["feature_id"] == feature), None)
@@ -257,9 +245,8 @@ def _doses(tables: Tables, feature: int) -> list[Block]:
     row = next((r for r in tables.rows("clamp") or [] if r["feature_id"] == feature and r["n"]), None)
     if row is None:
         return []
-    line = read_interval([row["slope"], row["lo"], row["hi"]])
     caption = (
-        f"Scaled in the model on {row['n']} prompts: slope {interval_text(line)}, against "
+        f"Scaled in the model on {row['n']} prompts: slope {interval_text(interval_of(row, 'slope'))}, against "
         f"random directions p = {number(row['p_adjusted'], 3)} (adjusted)"
     )
     rows = [(f"{d['scale']:g}×", read_interval(d)) for d in row["doses"]]

@@ -84,7 +84,10 @@ class Summary:
     def of(cls, table: pa.Table) -> Summary:
         """From a table with label and numbers."""
         table = table.rename_columns([clean(name) for name in table.column_names])
-        names, label = _labels(table["label"])
+        encoded = table["label"].cast(pa.string()).fill_null("").combine_chunks().dictionary_encode()
+        known = [clean(label) or UNLABELLED for label in encoded.dictionary.to_pylist()]
+        names = list(dict.fromkeys(known))  # two labels may be shown alike
+        label = np.array([names.index(name) for name in known], dtype=np.int64)[encoded.indices.to_numpy()]
         kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
         numbers = [field.name for field in table.schema if any(kind(field.type) for kind in kinds)]
         flagged = int((floats(table, "unintended") == 1).sum())
@@ -151,14 +154,8 @@ def listed_examples(tables: Tables) -> list[str]:
     assert summary is not None
     also = {*tables.also, *_movers(tables)}
     named = pc.is_in(summary["example_id"], pa.array(sorted(also), pa.string())).to_numpy()
-    named[_extremes(summary, names, next(n for n in names if clean(n) == primary(tables)))] = True
-    chosen: list[str] = summary["example_id"].filter(pa.array(named)).to_pylist()
-    return chosen
-
-
-def _extremes(summary: pa.Table, names: list[str], first_name: str) -> NDArray[np.int64]:
-    """Places of the examples that stand at an end of one of the rankings."""
-    first = -np.abs(floats(summary, first_name))
+    # Those that stand at an end of one of the rankings.
+    first = -np.abs(floats(summary, next(n for n in names if clean(n) == primary(tables))))
     rankings = [(first, STRONGEST)]
     for name in names:
         if name in summary.column_names:
@@ -166,8 +163,11 @@ def _extremes(summary: pa.Table, names: list[str], first_name: str) -> NDArray[n
     flagged = floats(summary, "unintended") == 1
     rankings.append((np.where(flagged, -floats(summary, "outside_change"), np.nan), OFFENDERS))
     rankings.append((np.where(np.isfinite(floats(summary, "step_score")), first, np.nan), STRONGEST))
-    smallest = [(key, np.argsort(key, kind="stable")[:k]) for key, k in rankings]
-    return np.concatenate([order[~np.isnan(key[order])] for key, order in smallest])
+    for key, k in rankings:
+        smallest = np.argsort(key, kind="stable")[:k]
+        named[smallest[~np.isnan(key[smallest])]] = True
+    chosen: list[str] = summary["example_id"].filter(pa.array(named)).to_pylist()
+    return chosen
 
 
 def _movers(tables: Tables) -> set[str]:
@@ -211,9 +211,8 @@ class Shifts:
 
     def of(self, example: str) -> tuple[Floats, Floats] | None:
         """Both pathways of one example; None where it has none."""
-        if example not in self._row:
-            return None
-        return self.x[self._row[example]], self.y[self._row[example]]
+        row = self._row.get(example)
+        return None if row is None else (self.x[row], self.y[row])
 
     @cached_property
     def _row(self) -> dict[str, int]:
@@ -287,12 +286,3 @@ def floats(table: pa.Table, name: str) -> Floats:
         return np.full(table.num_rows, np.nan)
     values: Floats = table[name].cast(pa.float64()).to_numpy()
     return values
-
-
-def _labels(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]]:
-    """Labels as they are shown, each once, and the place of each row's own."""
-    encoded = column.cast(pa.string()).fill_null("").combine_chunks().dictionary_encode()
-    known = [clean(label) or UNLABELLED for label in encoded.dictionary.to_pylist()]
-    names = list(dict.fromkeys(known))
-    places = np.array([names.index(label) for label in known], dtype=np.int64)
-    return names, places[encoded.indices.to_numpy()]

@@ -45,9 +45,18 @@ def show_run(run: RunFolder | Path | str, item: str | None = None) -> Renderable
     for section in in_report(tables):
         if section.id == item:
             blocks += _section(section, tables)
-    if not blocks:
-        raise _unknown(tables, item)
-    return terminal.render(blocks)
+    if blocks:
+        return terminal.render(blocks)
+    ids = [str(r["example_id"]) for r in tables.rows("summary") or []]
+    ids += [str(r["feature_id"]) for r in tables.rows("coefficients") or []]
+    ids += [section.id for section in in_report(tables)]
+    near = difflib.get_close_matches(item, ids, n=5, cutoff=0.5)
+    raise UserError(
+        "no example, feature or section has this id",
+        value=item,
+        rule=f"the id of one of {count(len(Summary.read(tables) or ()), 'example')}, of a feature, or of a section",
+        fix="close ids: " + ", ".join(near) if near else "taught show RUN lists the strongest",
+    )
 
 
 def _overview(tables: Tables) -> RenderableType:
@@ -65,16 +74,3 @@ def _overview(tables: Tables) -> RenderableType:
 
 def _section(section: Section, tables: Tables) -> list[Block]:
     return [Text(section.heading or section.title, "title"), *blocks_of(section, tables)]
-
-
-def _unknown(tables: Tables, item: str) -> UserError:
-    ids = [str(r["example_id"]) for r in tables.rows("summary") or []]
-    ids += [str(r["feature_id"]) for r in tables.rows("coefficients") or []]
-    ids += [section.id for section in in_report(tables)]
-    near = difflib.get_close_matches(item, ids, n=5, cutoff=0.5)
-    return UserError(
-        "no example, feature or section has this id",
-        value=item,
-        rule=f"the id of one of {count(len(Summary.read(tables) or ()), 'example')}, of a feature, or of a section",
-        fix="close ids: " + ", ".join(near) if near else "taught show RUN lists the strongest",
-    )

@@ -204,17 +204,12 @@ def sketch_sentence(scores: Summary, target: str) -> Sentence | None:
 
 def rank_table(statements: Rows) -> tuple[list[int], list[tuple[str, list[str]]]]:
     """The sizes k, and for each ranking a cell per size: safe, or undecided and the share."""
-    sizes = sorted({row["k"] for row in statements})
-    found = {(row["target"], row["k"]): row for row in statements}
-    ranked = dict.fromkeys(row["target"] for row in statements)
-
-    def cell(row: dict[str, object] | None) -> str:
-        if row is None:
-            return "–"
-        share = row["share"]
-        return f"{row['verdict']}" + (f" ({percent(share, 1)})" if isinstance(share, float) else "")
-
-    return sizes, [(f"|{words(t)}|", [cell(found.get((t, k))) for k in sizes]) for t in ranked]
+    sizes, ranked = sorted({row["k"] for row in statements}), dict.fromkeys(row["target"] for row in statements)
+    cells = {}
+    for row in statements:
+        share = f" ({percent(row['share'], 1)})" if isinstance(row["share"], float) else ""
+        cells[row["target"], row["k"]] = f"{row['verdict']}{share}"
+    return sizes, [(f"|{words(t)}|", [cells.get((t, k), "–") for k in sizes]) for t in ranked]
 
 
 def ranking_sentence(statements: Rows) -> Sentence:
@@ -237,8 +232,5 @@ def ranking_sentence(statements: Rows) -> Sentence:
     return Sentence("Ranking", "caution" if undecided else "found", text)
 
 
-add(
-    Section(
-        "certainty", "How sure", ("summary",), _blocks, _sentences, overview=True, heading="How sure is the ranking?"
-    )
-)
+HEADING = "How sure is the ranking?"
+add(Section("certainty", "How sure", ("summary",), _blocks, _sentences, overview=True, heading=HEADING))

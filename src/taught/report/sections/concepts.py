@@ -14,7 +14,7 @@ from taught.report.examples import own_method, score_index, shown
 from taught.report.sections import Section, add
 from taught.report.strips import strips
 from taught.report.tables import Row, Tables
-from taught.report.text import clean, common_power, interval_text, read_interval, signed, tens
+from taught.report.text import amount, clean, common_power, interval_text, read_interval
 
 STRONGEST = 5
 KIND = "concept:"
@@ -65,8 +65,7 @@ def _strongest(tables: Tables, target: str) -> Table:
         order = np.argsort(-np.abs(values), kind="stable")[:STRONGEST]
         power = common_power(values[order].tolist())
         for i, example in zip(order, map(clean, found["example_id"].take(order).to_pylist()), strict=True):
-            value = f"{signed(float(values[i]), power=power)}{tens(power)}"
-            rows.append((clean(method), Example(example), value, labels.get(example, "")))
+            rows.append((clean(method), Example(example), amount(float(values[i]), power), labels.get(example, "")))
     caption = "Examples with the largest absolute values, positive: towards the concept"
     return Table(columns("Method", "Example", ("Value", "number"), "Label"), rows, caption, head=20)
 

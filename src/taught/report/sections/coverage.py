@@ -6,7 +6,7 @@ from taught.report.blocks import Block, Column, Feature, Line, Sentence, Table, 
 from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import count, interval_text, listed, read_interval
+from taught.report.text import count, interval_of, interval_text, listed
 
 
 def _blocks(tables: Tables) -> list[Block]:
@@ -20,17 +20,17 @@ def _blocks(tables: Tables) -> list[Block]:
         "Category", "Group", ("n", "number", 0), ("Mean y", "number"), Column("Gap", "interval", plot="fit")
     )
     heads += columns(("Adjusted p", "p"), "Covered", ("Tied features", "id"))
+    covered = {None: Word("not tested", "soft"), False: Word("yes", "soft"), True: Word("uncovered", "badge")}
+    made = []
+    for r in rows:
+        tied = Line([Feature(f) for f in r["features"] or []], " ")
+        gap = interval_of(r, "gap")
+        made.append(
+            (r["category"], r["group"], r["n"], r["mean_y"], gap, r["p_adjusted"], covered[r["uncovered"]], tied)
+        )
     flagged = frozenset(i for i, r in enumerate(rows) if r["uncovered"])
     caption = "Audit by category: gap of mean y to the rest of the group, with 95% interval"
-    return [Text(lede), Table(heads, [_row(r) for r in rows], caption, head=20, sortable=True, flagged=flagged)]
-
-
-def _row(r: Row) -> list[object]:
-    covered = Word("not tested" if r["uncovered"] is None else "yes", "soft")
-    covered = Word("uncovered", "badge") if r["uncovered"] else covered
-    tied = Line([Feature(f) for f in r["features"] or []], " ")
-    gap = read_interval([r["gap"], r["lo"], r["hi"]])
-    return [r["category"], r["group"], r["n"], r["mean_y"], gap, r["p_adjusted"], covered, tied]
+    return [Text(lede), Table(heads, made, caption, head=20, sortable=True, flagged=flagged)]
 
 
 def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
@@ -54,7 +54,7 @@ def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
 
 
 def _named(row: Row) -> str:
-    gap = interval_text(read_interval([row["gap"], row["lo"], row["hi"]]))
+    gap = interval_text(interval_of(row, "gap"))
     p = "p < 0.001" if row["p_adjusted"] < 0.001 else f"p = {row['p_adjusted']:.3f}"
     return f"{row['category']} (mean y {gap} against the rest of its group, adjusted {p}, n = {row['n']})"
 

@@ -10,7 +10,7 @@ from taught.report.charts import scaled
 from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Tables
-from taught.report.text import count, interval_text, listed, percent, read_interval
+from taught.report.text import count, interval_of, interval_text, listed, percent, read_interval
 from taught.stats.intervals import Interval
 
 BASELINES = {"group": "the group label alone", "length": "prompt length alone", "constant": "a constant"}
@@ -18,12 +18,17 @@ BASELINES = {"group": "the group label alone", "length": "prompt length alone", 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
     rows = sorted(tables.rows("coefficients") or [], key=lambda r: -abs(r["coef"]))
-    estimates = [read_interval([r["coef"], r["lo"], r["hi"]]) for r in rows]
+    estimates = [interval_of(r, "coef") for r in rows]
     yield Text(
         "A ridge regression of the behavior y (natural logarithm of the answer’s probability) on the features’ "
         "activations. A positive coefficient: the more active the feature, the likelier the behavior."
     )
-    if fit := _fit(tables.json("policy") or {}):
+    policy = tables.json("policy") or {}
+    r2, rank, accuracy, majority = (read_interval(policy.get(k)) for k in ("r2", "spearman", "accuracy", "majority"))
+    named = [("R²", "policy", r2), *(("R²", name, e) for name, e in baselines(policy))]
+    named += [("Rank correlation", "policy", rank), ("Accuracy", "policy, thresholded", accuracy)]
+    named += [("Accuracy", "larger class always", majority)]
+    if fit := [row for row in named if row[2] is not None]:
         heads = columns("Measure", "Of", Column("Value", "interval", plot=(-0.05, 1.05)))
         yield Table(heads, fit, "Fit on held-out prompts, with 95% intervals")
     unsure = sum(e is not None and e.includes_zero for e in estimates)
@@ -36,16 +41,6 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     yield Table(heads, made, caption, fold=20, sortable=True)
     note = "Same sign: share of bootstrap resamples of the prompts in which the coefficient keeps its sign."
     yield Text(note, "note")
-
-
-def _fit(policy: Row) -> list[tuple[str, str, Interval]]:
-    r2, rank, accuracy, majority = (
-        read_interval(policy.get(key)) for key in ("r2", "spearman", "accuracy", "majority")
-    )
-    named = [("R²", "policy", r2), *(("R²", name, e) for name, e in baselines(policy))]
-    named += [("Rank correlation", "policy", rank), ("Accuracy", "policy, thresholded", accuracy)]
-    named += [("Accuracy", "larger class always", majority)]
-    return [(measure, of, e) for measure, of, e in named if e is not None]
 
 
 def fit_sentence(policy: Row) -> Sentence | None:
