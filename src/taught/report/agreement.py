@@ -11,7 +11,7 @@ AGREE = 0.5  # below it methods measure different things
 
 def agreement_blocks(tables: Tables, target: str) -> list[Block]:
     """Warnings where methods rank the examples differently, and the table of all couples."""
-    rows = [row for row in tables.rows("agreement") or [] if row["target"] == target]
+    rows = [row for row in tables.rows("agreement") if row["target"] == target]
     couples = [(row["method"], row["other"], interval_of(row, "rank_correlation")) for row in rows]
     if not couples:
         return []

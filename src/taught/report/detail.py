@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,13 +58,13 @@ def ordered_comovement(tables: Tables) -> tuple[list[int], Any] | None:
 @once
 def prompt_texts(tables: Tables) -> dict[str, Row]:
     """Prompt id -> its row."""
-    return {p["prompt_id"]: p for p in tables.rows("prompts") or []}
+    return {p["prompt_id"]: p for p in tables.rows("prompts")}
 
 
 @once
 def feature_labels(tables: Tables) -> dict[int, str]:
     """Feature id -> its label, of the policy's features."""
-    return {r["feature_id"]: str(r.get("label") or "") for r in tables.rows("coefficients") or []}
+    return {r["feature_id"]: str(r.get("label") or "") for r in tables.rows("coefficients")}
 
 
 # The page
@@ -77,7 +76,28 @@ def page_data(tables: Tables) -> Json:
     if not rows:
         return {"examples": []}
     names, prompts = with_pathways(tables), dict[str, int]()
-    examples = [_record(tables, row, names, prompts) for row in rows]
+    examples = []
+    for row in rows:
+        example = texts(tables).get(row["example_id"], {})
+        moves = [(prompts.setdefault(p, len(prompts)), dy) for p, dy in _moves(tables, row["example_id"])]
+        record = {
+            "id": row["example_id"],
+            "label": row["label"],
+            "category": str(example.get("category") or ""),
+            "source": str(example.get("source") or ""),
+            "values": [row[name] for name in names],
+            "loss": row.get("loss"),
+            "n": row.get("n_scored"),
+            "intended": row.get("intended") or [],
+            "dominant": row.get("dominant_feature"),
+            "unintended": bool(row.get("unintended")),
+            "prompt": shorten(str(example.get("prompt", "")), MAX_TEXT),
+            "response": shorten(str(example.get("response", "")), MAX_TEXT),
+            "rejected": shorten(str(example.get("rejected") or ""), MAX_TEXT),
+            "top": _coefficients(tables, row["example_id"]),
+            "moves": moves,
+        }
+        examples.append(record)
     said = [(p, prompt_texts(tables).get(p, {})) for p in prompts]
     data: Json = {
         "examples": examples,
@@ -93,28 +113,6 @@ def page_data(tables: Tables) -> Json:
     if (found := ordered_comovement(tables)) is not None:
         data["heat"] = {"ids": found[0], "r": np.nan_to_num(found[1]).round(2).tolist()}
     return data
-
-
-def _record(tables: Tables, row: Row, names: Sequence[str], prompts: dict[str, int]) -> Json:
-    example = texts(tables).get(row["example_id"], {})
-    moves = [(prompts.setdefault(p, len(prompts)), dy) for p, dy in _moves(tables, row["example_id"])]
-    return {
-        "id": row["example_id"],
-        "label": row["label"],
-        "category": str(example.get("category") or ""),
-        "source": str(example.get("source") or ""),
-        "values": [row[name] for name in names],
-        "loss": row.get("loss"),
-        "n": row.get("n_scored"),
-        "intended": row.get("intended") or [],
-        "dominant": row.get("dominant_feature"),
-        "unintended": bool(row.get("unintended")),
-        "prompt": shorten(str(example.get("prompt", "")), MAX_TEXT),
-        "response": shorten(str(example.get("response", "")), MAX_TEXT),
-        "rejected": shorten(str(example.get("rejected") or ""), MAX_TEXT),
-        "top": _coefficients(tables, row["example_id"]),
-        "moves": moves,
-    }
 
 
 def _coefficients(tables: Tables, example: str) -> list[tuple[int, float, float]]:
@@ -177,7 +175,7 @@ def _facts(tables: Tables, row: Row) -> list[tuple[str, str]]:
     for name, key, of in (("a real step", "step_score", primary(tables)), ("an exact refit", "refit_score", PRIMARY)):
         if row.get(key) is not None:
             facts.append((f"{name} moves {words(of)} by", amount(row[key], power)))
-    own = next((c for c in tables.rows("certificates") or [] if c["example_id"] == row["example_id"]), {})
+    own = next((c for c in tables.rows("certificates") if c["example_id"] == row["example_id"]), {})
     if own.get("score_bound") is not None:  # dX of the example is known
         power = common_power([row["score"]])
         text = f"on the derivative's changes an exact refit moves S by {signed(own['refit'], power=power)}"
@@ -192,12 +190,12 @@ def _facts(tables: Tables, row: Row) -> list[tuple[str, str]]:
 def feature_blocks(tables: Tables, row: Row) -> list[Block]:
     """Everything that the run says of one feature: its card on the page."""
     feature = row["feature_id"]
-    label = (tables.json("labels") or {}).get(str(feature), {})
+    label = tables.json("labels").get(str(feature), {})
     facts: list[tuple[str, Any]] = [
         ("Coefficient", interval_of(row, "coef")),
         ("Same sign", f"{percent(row['sign_stability'])} of resamples"),
     ]
-    measured = next((f for f in tables.rows("features") or [] if f["feature_id"] == feature), None)
+    measured = next((f for f in tables.rows("features") if f["feature_id"] == feature), None)
     if measured:
         facts += [(f"Mean, {side} group", number(measured[f"mean_{side}"])) for side in ("positive", "negative")]
         always = "; always on" if measured["always_on"] else ""
@@ -208,17 +206,30 @@ def feature_blocks(tables: Tables, row: Row) -> list[Block]:
     for t in label.get("top_tokens") or []:
         parts = t if "before" in t else t | split(str(t["token"]), str(t.get("context") or ""))
         tokens.append(Excerpt(t.get("activation"), parts["before"], parts["token"], parts["after"]))
-    contrast = label.get("contrast_prompts") or label.get("contrastive_prompts")
-    return [
-        Facts(facts),
-        *_doses(tables, feature),
-        Excerpts("Top tokens in context", tokens),
-        Beside(
-            [Excerpts("Prompts where it is strongest", _prompts(tables, label.get("top_prompts")))],
-            [Excerpts("Contrast: without it", _prompts(tables, contrast))],
-        ),
-        *_movers(tables, feature),
-    ]
+    blocks: list[Block] = [Facts(facts)]
+    scaled = next((r for r in tables.rows("clamp") if r["feature_id"] == feature and r["n"]), None)
+    if scaled is not None:  # response of the behavior to the feature at each scale
+        caption = (
+            f"Scaled in the model on {scaled['n']} prompts: slope {interval_text(interval_of(scaled, 'slope'))}, "
+            f"against random directions p = {number(scaled['p_adjusted'], 3)} (adjusted)"
+        )
+        doses = [(f"{d['scale']:g}×", read_interval(d)) for d in scaled["doses"]]
+        blocks.append(Table(columns("scale", ("change of y", "interval")), doses, caption))
+    top = Excerpts("Prompts where it is strongest", _prompts(tables, label.get("top_prompts")))
+    without = _prompts(tables, label.get("contrast_prompts") or label.get("contrastive_prompts"))
+    blocks.append(Excerpts("Top tokens in context", tokens))
+    blocks.append(Beside([top], [Excerpts("Contrast: without it", without)]))
+    if (moved := shifts(tables)) is not None and feature in moved.feature_ids:
+        j = moved.feature_ids.index(feature)
+        total = moved.total[:, j]
+        order = np.argsort(-total)
+        chosen = [i for i in order[:3] if total[i] > 0] + [i for i in order[-3:] if total[i] < 0]
+        values = (moved.total, moved.x, moved.y)
+        rows = [(Example(moved.example_ids[i]), *(float(v[i, j]) for v in values)) for i in chosen]
+        power = common_power(float(total[i]) for i in chosen)
+        heads = columns("Example", *(Column(c, "signed", power=power) for c in ("Change", "x", "y")))
+        blocks += [Table(heads, rows, "Examples that move this coefficient most")] if rows else []
+    return blocks
 
 
 def split(token: str, context: str) -> Row:
@@ -238,31 +249,3 @@ def _prompts(tables: Tables, records: Rows | None) -> list[Excerpt]:
         about = " · ".join(filter(None, (record["prompt_id"], str(prompt.get("category") or ""))))
         found.append(Excerpt(record.get("activation"), shorten(str(prompt.get("text", "")), MAX_PROMPT), about=about))
     return found
-
-
-def _doses(tables: Tables, feature: int) -> list[Block]:
-    """Response of the behavior to the feature at each scale."""
-    row = next((r for r in tables.rows("clamp") or [] if r["feature_id"] == feature and r["n"]), None)
-    if row is None:
-        return []
-    caption = (
-        f"Scaled in the model on {row['n']} prompts: slope {interval_text(interval_of(row, 'slope'))}, against "
-        f"random directions p = {number(row['p_adjusted'], 3)} (adjusted)"
-    )
-    rows = [(f"{d['scale']:g}×", read_interval(d)) for d in row["doses"]]
-    return [Table(columns("scale", ("change of y", "interval")), rows, caption)]
-
-
-def _movers(tables: Tables, feature: int) -> list[Block]:
-    """The examples that raise a coefficient most and those that lower it most."""
-    moved = shifts(tables)
-    if moved is None or feature not in moved.feature_ids:
-        return []
-    j = moved.feature_ids.index(feature)
-    total = moved.total[:, j]
-    order = np.argsort(-total)
-    chosen = [i for i in order[:3] if total[i] > 0] + [i for i in order[-3:] if total[i] < 0]
-    rows = [(Example(moved.example_ids[i]), *(float(v[i, j]) for v in (moved.total, moved.x, moved.y))) for i in chosen]
-    power = common_power(float(total[i]) for i in chosen)
-    heads = columns("Example", *(Column(c, "signed", power=power) for c in ("Change", "x", "y")))
-    return [Table(heads, rows, "Examples that move this coefficient most")] if rows else []

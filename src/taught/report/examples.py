@@ -58,7 +58,7 @@ def is_behavior(target: str) -> bool:
 
 def primary(tables: Tables) -> str:
     """What examples are ranked by: the first target that was asked for, where the summary has it."""
-    ranked, names = (tables.json("attribution") or {}).get("ranked_by"), targets(tables)
+    ranked, names = tables.json("attribution").get("ranked_by"), targets(tables)
     return ranked if ranked in names else (names or [PRIMARY])[0]
 
 
@@ -122,7 +122,7 @@ class Summary:
 def shown(tables: Tables) -> Rows:
     """Listed examples, the largest values of the first target first: the order of the page."""
     first = primary(tables)
-    return sorted(tables.rows("summary") or [], key=lambda r: -abs(r.get(first) or 0.0))
+    return sorted(tables.rows("summary"), key=lambda r: -abs(r.get(first) or 0.0))
 
 
 def scored(rows: Sequence[Row], target: str) -> Rows:
@@ -140,7 +140,7 @@ def ends(rows: Sequence[Row], target: str, k: int) -> tuple[Rows, Rows]:
 @once
 def texts(tables: Tables) -> dict[str, Row]:
     """Example id -> its row with prompt, response, category and source."""
-    return {row["example_id"]: row for row in tables.rows("examples") or []}
+    return {row["example_id"]: row for row in tables.rows("examples")}
 
 
 # Which examples a large run lists
@@ -274,7 +274,7 @@ def score_index(tables: Tables) -> list[tuple[str, str]]:
 
 def own_method(tables: Tables) -> str:
     """The method of the run itself, not of one that it is compared with."""
-    return str((tables.json("attribution") or {}).get("method"))
+    return str(tables.json("attribution").get("method"))
 
 
 # Columns

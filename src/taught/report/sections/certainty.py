@@ -49,7 +49,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
             "together; reasons stand in "
         )
         yield Text(Line((note, Word("statements.parquet", "code"), ".")), "note")
-    if again := [[r["example_id"], words(r["target"]), r["first"], r["exact"]] for r in tables.rows("rescored") or ()]:
+    if again := [[r["example_id"], words(r["target"]), r["first"], r["exact"]] for r in tables.rows("rescored")]:
         exact = Column("Exact, per step", "signed", power=common_power(row[-1] for row in again))
         caption = "The strongest by sketches, and what they are by whole gradients"
         yield Table(columns(("Example", "id"), "Of", ("By sketches", "signed"), exact), again, caption, head=20)
@@ -108,7 +108,7 @@ def _sentences(tables: Tables) -> list[Sentence | None]:
         return []
     first = primary(tables)
     return [
-        (statements and ranking_sentence(statements)) or None,
+        ranking_sentence(statements) if statements else None,
         label_sentence(summary.finite, first),
         trivial_sentence(summary, first),
         step_sentence(rows, first),

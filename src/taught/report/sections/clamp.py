@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text, columns
 from taught.report.detail import feature_labels
@@ -22,7 +21,7 @@ MEASURES = ("same_sign", "spearman", "size")
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
-    it = cast(Row, tables.json("clamp"))
+    it = tables.json("clamp")
     yield Text(
         "Each feature’s part of the residual is scaled in the model, at the tokens at which the policy reads it, and "
         "the behavior is read again. A coefficient says what a feature predicts beside the others; the slope says "
@@ -44,7 +43,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     label, slope = Column("Label", only="page"), Column("Slope", "interval", plot="fit")
     heads = columns(("Feature", "id"), label, ("Coefficient", "signed"), slope, ("p", "p"), ("Prompts", "number", 0))
     made = []
-    for r in sorted(tables.rows("clamp") or [], key=lambda r: -abs(r["coef"])):
+    for r in sorted(tables.rows("clamp"), key=lambda r: -abs(r["coef"])):
         found = interval_of(r, "slope") or "not active on any prompt"
         doses = [d["value"] for d in r.get("doses") or []] or [None] * len(scales)
         named = Feature(r["feature_id"]), shorten(labels.get(r["feature_id"], ""), 60)
@@ -78,7 +77,7 @@ def clamp_sentence(clamping: Row) -> Sentence | None:
 
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
-    return [clamp_sentence(cast(Row, tables.json("clamp")))]
+    return [clamp_sentence(tables.json("clamp"))]
 
 
 add(Section("clamp", "Clamping", ("coefficients", "clamp"), _blocks, _sentences, overview=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -56,8 +55,7 @@ class Clustered:
         """Of a run in which the stage is complete."""
         none = tables.columns("cluster_members", ["example_id"], pc.field("cluster") == 0)
         without = [] if none is None else [clean(example) for example in none["example_id"].to_pylist()]
-        clusters, influence = (cast(Rows, tables.rows(name)) for name in ("clusters", "cluster_influence"))
-        return cls(clusters, influence, cast(Row, tables.json("clusters")), without)
+        return cls(tables.rows("clusters"), tables.rows("cluster_influence"), tables.json("clusters"), without)
 
     @property
     def targets(self) -> dict[str, list[tuple[Row, Row]]]:
@@ -89,7 +87,25 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "examples: does it do what these do not do?"
     )
     yield Items([sentence.text for sentence in cluster_sentences(it)])
-    yield _clusters(it)
+    heads = columns(("Cluster", "number", 0), "Features", ("Examples", "number", 0))
+    if it.spread:
+        heads += columns(("Outside", "percent"), "Random examples", ("Corrected p", "p"))
+    caption = (
+        "Clusters, the largest first, named by the features of the largest lift (share of its examples, and of the "
+        "others, on which the feature is active)."
+    )
+    if it.spread:
+        caption += " Outside: share of the change of coefficients on features that are not active on the example."
+    made = []
+    for r in it.clusters:
+        named = []
+        for f in r["features"]:
+            shares = Word(f" {percent(f['inside'])} against {percent(f['outside'])}", "soft")
+            named.append(Line((Feature(f["feature_id"], shorten(f["label"] or "", 60)), shares)))
+        outside = [r["outside_share"], _outside_random(r), r["outside_p_holm"]] if it.spread else []
+        nearest = Line([Example(i) for i in r["examples"]], ", ")
+        made.append([r["cluster"], Line(named, "\n") if named else r["name"], r["n_examples"], *outside, nearest])
+    yield Table([*heads, Column("Nearest to its mean")], made, caption)
     for target, rows in it.targets.items():
         yield _influence_table(target, rows, tables.per)
     if it.featureless:
@@ -103,28 +119,6 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "label, since features go with labels.",
         "note",
     )
-
-
-def _clusters(it: Clustered) -> Table:
-    heads = columns(("Cluster", "number", 0), "Features", ("Examples", "number", 0))
-    if it.spread:
-        heads += columns(("Outside", "percent"), "Random examples", ("Corrected p", "p"))
-    caption = (
-        "Clusters, the largest first, named by the features of the largest lift (share of its examples, and of the "
-        "others, on which the feature is active)."
-    )
-    if it.spread:
-        caption += " Outside: share of the change of coefficients on features that are not active on the example."
-    rows = []
-    for r in it.clusters:
-        named = []
-        for f in r["features"]:
-            shares = Word(f" {percent(f['inside'])} against {percent(f['outside'])}", "soft")
-            named.append(Line((Feature(f["feature_id"], shorten(f["label"] or "", 60)), shares)))
-        outside = [r["outside_share"], _outside_random(r), r["outside_p_holm"]] if it.spread else []
-        nearest = Line([Example(i) for i in r["examples"]], ", ")
-        rows.append([r["cluster"], Line(named, "\n") if named else r["name"], r["n_examples"], *outside, nearest])
-    return Table([*heads, Column("Nearest to its mean")], rows, caption)
 
 
 def _outside_random(row: Row) -> str:

@@ -10,7 +10,7 @@ from taught.report.text import count, interval_of, interval_text, listed
 
 
 def _blocks(tables: Tables) -> list[Block]:
-    rows = sorted(tables.rows("audit") or [], key=lambda r: (not r["uncovered"], r["gap"] or 0.0))
+    rows = sorted(tables.rows("audit"), key=lambda r: (not r["uncovered"], r["gap"] or 0.0))
     lede = (
         "Mean behavior of each category of prompts against the rest of its group. A category is uncovered when, after "
         "correction for the number of categories, the behavior falls short where it is wanted or shows up where it is "
@@ -60,7 +60,7 @@ def _named(row: Row) -> str:
 
 
 def _sentences(tables: Tables) -> list[Sentence]:
-    return [audit_sentence(tables.rows("audit") or [], tables.setting("prompts.positive_group"))]
+    return [audit_sentence(tables.rows("audit"), tables.setting("prompts.positive_group"))]
 
 
 add(Section("coverage", "Coverage", ("coefficients", "audit"), _blocks, _sentences, overview=True))

@@ -87,7 +87,7 @@ def _blocks(tables: Tables) -> list[Block]:
             "stronger as it is; that alone does not mean more of the behavior."
         )
     movers = [_movers(tables, rows, target) for target in named_targets(targets(tables))[:MAX_COLUMNS]]
-    compared = dict.fromkeys(r["target"] for r in tables.rows("agreement") or [] if not r["target"].startswith(OTHERS))
+    compared = dict.fromkeys(r["target"] for r in tables.rows("agreement") if not r["target"].startswith(OTHERS))
     agreed = (block for target in compared for block in agreement_blocks(tables, target))
     return [Text(lede), *movers, *_strips(tables), *_all(tables, rows), *agreed]
 
@@ -118,7 +118,7 @@ def _with_error(row: Row, target: str) -> float | Interval | None:
 
 def _strips(tables: Tables) -> list[Block]:
     found: dict[str, list[tuple[str, Strip]]] = {}
-    for strip in strips(tables.rows("token_shares") or []):
+    for strip in strips(tables.rows("token_shares")):
         if not strip.target.startswith(OTHERS):
             found.setdefault(strip.example_id, []).append((words(strip.target), strip))
     if not found:
@@ -171,10 +171,6 @@ def _all(tables: Tables, rows: Rows) -> list[Block]:
         caption += [f", showing {len(rows):,} of {total:,}: {which}", Word("summary.parquet", "file")]
     caption.append(f", in order of {by} unless sorted")
     table = Table(heads, made, Line(caption), head=0, sortable=True, tall=True, filters=filters)
-    return [table, Text(_note(tables, summary, len(names)), "note")]
-
-
-def _note(tables: Tables, summary: Summary, n_targets: int) -> str:
     text = "Tokens: those that the example teaches; loss: as in training, before it."
     if tables.with_policy:
         text = (
@@ -182,10 +178,11 @@ def _note(tables: Tables, summary: Summary, n_targets: int) -> str:
             "the data or, without names, not active on the example’s own prompt. Acts mainly on: the feature that "
             f"moves most; “unintended” when it is one of those ({summary.unintended} of {len(summary)}). {text}"
         )
-    if n_targets > MAX_COLUMNS:
-        text += f" {count(n_targets - MAX_COLUMNS, 'more target')} in summary.parquet."
-    unscored = len(summary) - len(summary.finite)
-    return text + (f" {count(unscored, 'example')} without a score: see examples.parquet." if unscored else "")
+    if len(names) > MAX_COLUMNS:
+        text += f" {count(len(names) - MAX_COLUMNS, 'more target')} in summary.parquet."
+    if unscored := len(summary) - len(summary.finite):
+        text += f" {count(unscored, 'example')} without a score: see examples.parquet."
+    return [table, Text(text, "note")]
 
 
 # The verdict

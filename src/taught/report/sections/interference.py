@@ -57,7 +57,7 @@ def control(tables: Tables) -> Control | None:
     moved = shifts(tables)
     if moved is None or tables.listed is not None:
         return None
-    intended = {row["example_id"]: row["intended"] or [] for row in tables.rows("summary") or []}
+    intended = {row["example_id"]: row["intended"] or [] for row in tables.rows("summary")}
     sets = [intended.get(example, []) for example in moved.example_ids]
     return tables.once("control", lambda: unintended_control(moved.feature_ids, moved.total, sets))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -73,8 +72,7 @@ class Mapped:
     @classmethod
     def read(cls, tables: Tables) -> Mapped:
         """Of a run in which the stage is complete."""
-        bins, contrasts = (cast(Rows, tables.rows(name)) for name in ("bins", "contrasts"))
-        return cls(bins, contrasts, cast(Row, tables.json("bins")), tables.per)
+        return cls(tables.rows("bins"), tables.rows("contrasts"), tables.json("bins"), tables.per)
 
     @property
     def benchmarks(self) -> list[str]:
@@ -104,11 +102,11 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "Beside the corpus: a bin’s trimmed mean less that of all documents. Positive: training on such documents "
         "raises the benchmark more than training on others does."
     )
-    sample = tables.json("sample") or {}
+    sample = tables.json("sample")
     if sample.get("even"):
         by = " and ".join(sample["by"])
         lede += f" The corpus is the sample here, with as many documents of each {by}, not what it was drawn from."
-    behavior = (tables.json("readings") or {}).get("behavior") or {}
+    behavior = tables.json("readings").get("behavior") or {}
     yield Text(f"{lede} A benchmark is the {behavior['meaning']}." if behavior.get("meaning") else lede)
     yield Items([sentence.text for sentence in bin_sentences(it)])
     if warnings := _warnings(it):
@@ -125,7 +123,13 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     if it.contrasts:
         yield Text("Between benchmarks", "title")
         for contrast in it.made["contrasts"]:
-            yield _contrast(it, contrast)
+            rows = it.level("bin", contrast, rows=it.contrasts)
+            rows = rows if len(rows) <= 2 * RANKED or not it.of_two else _ends(rows)
+            heads = columns(("Rank", "number", 0), "Bin", ("Documents", "number", 0))
+            heads += columns(_effects(rows), ("Corrected p", "p"), ("dz", "number"))
+            shown = [(r["rank"], _name(r), r["n_documents"], _effect(r), r["p_holm"], r["z"]) for r in rows]
+            caption = f"{contrast}, in robust scales of the benchmarks, with 95% intervals; dz: the published "
+            yield Table(heads, shown, caption + "difference of z", head=len(shown), flagged=_sure(rows))
     if it.made["profiles"]:
         yield _profiles(it.made["profiles"])
     made, questions = it.made, it.made["questions"]
@@ -149,7 +153,13 @@ def bin_sentences(it: Mapped) -> list[Sentence]:
     """What bins do that random documents do not, for each benchmark and for all contrasts; what is left out."""
     found = [_stands_out(it, benchmark) for benchmark in it.benchmarks]
     if it.contrasts:
-        found.append(_contrasted(it))
+        tested = [row for row in it.contrasts if row["level"] == "bin" and row["tested"]]
+        sure = sorted((row for row in tested if row["p_holm"] <= ALPHA), key=lambda row: -abs(row["effect"]))
+        said = [f"{_name(row)} on {row['benchmark']} ({signed(row['effect'])} scales)" for row in sure]
+        least = number(min((row["p_holm"] for row in tested), default=None), 3)
+        text = f"{NOTHING} between benchmarks: no bin serves one more than another (smallest corrected p {least})."
+        text = f"Unlike between benchmarks: {listed(said, NAMED)}." if sure else text
+        found.append(Sentence("Contrasts", "found" if sure else "none", text))
     return [*found, *_left_out(it)]
 
 
@@ -175,17 +185,6 @@ def _stands_out(it: Mapped, benchmark: str) -> Sentence:
     if unsure:
         text += f" With other documents and questions the effect could be zero for {listed(unsure, NAMED)}."
     return Sentence("Bins", "caution" if len(unsure) == len(sure) else "found", text)
-
-
-def _contrasted(it: Mapped) -> Sentence:
-    tested = [row for row in it.contrasts if row["level"] == "bin" and row["tested"]]
-    sure = sorted((row for row in tested if row["p_holm"] <= ALPHA), key=lambda row: -abs(row["effect"]))
-    if not sure:
-        least = min((row["p_holm"] for row in tested), default=None)
-        text = f"{NOTHING} between benchmarks: no bin serves one more than another "
-        return Sentence("Contrasts", "none", f"{text}(smallest corrected p {number(least, 3)}).")
-    said = [f"{_name(row)} on {row['benchmark']} ({signed(row['effect'])} scales)" for row in sure]
-    return Sentence("Contrasts", "found", f"Unlike between benchmarks: {listed(said, NAMED)}.")
 
 
 def _left_out(it: Mapped) -> Iterator[Sentence]:
@@ -311,7 +310,7 @@ def _column_of(it: Mapped, level: str) -> str:
 def _documents(tables: Tables, it: Mapped, benchmark: str) -> Iterator[Block]:
     """Of the bins that stand out most: their example documents, with the shares of tokens that the run has."""
     tested = [row for row in it.level("bin", benchmark) if row["tested"]]
-    shared = tables.rows("token_shares") or []
+    shared = tables.rows("token_shares")
     for row in sorted(tested, key=lambda row: (row["p_holm"] > ALPHA, -abs(row["effect"])))[:NAMED]:
         blocks: list[Block] = []
         for name in row["examples"]:
@@ -326,16 +325,6 @@ def _documents(tables: Tables, it: Mapped, benchmark: str) -> Iterator[Block]:
             if shares:
                 blocks.append(Strips([("Tokens", strip) for strip in strips(shares)]))
         yield Details(f"Documents of {_name(row)} that move {benchmark} most", blocks)
-
-
-def _contrast(it: Mapped, contrast: str) -> Table:
-    rows = it.level("bin", contrast, rows=it.contrasts)
-    rows = rows if len(rows) <= 2 * RANKED or not it.of_two else _ends(rows)
-    heads = columns(("Rank", "number", 0), "Bin", ("Documents", "number", 0))
-    heads += columns(_effects(rows), ("Corrected p", "p"), ("dz", "number"))
-    made = [(r["rank"], _name(r), r["n_documents"], _effect(r), r["p_holm"], r["z"]) for r in rows]
-    caption = f"{contrast}, in robust scales of the benchmarks, with 95% intervals; dz: the published difference of z"
-    return Table(heads, made, caption, head=len(made), flagged=_sure(rows))
 
 
 def _profiles(rows: Rows) -> Table:

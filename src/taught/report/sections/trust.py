@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 from taught.report.blocks import Block, Column, Line, Sentence, Table, Text, Word, columns
 from taught.report.sections import Section, add
-from taught.report.tables import Row, Rows, Tables
+from taught.report.tables import Rows, Tables
 from taught.report.text import count, interval_text, listed, number, percent, read_interval
 
 PREDICTORS = {
@@ -20,7 +19,7 @@ PREDICTORS = {
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
-    card = cast(Row, tables.json("faithfulness"))
+    card = tables.json("faithfulness")
     checks, d = card["checks"], card["signs"]["n"]
     passed, warned, failed = (sum(c["status"] == s for c in checks) for s in ("pass", "warn", "fail"))
     text = f"{passed} of {count(len(checks), 'check')} pass, {warned} warn, {failed} fail."
@@ -75,7 +74,7 @@ def trust_sentence(checks: Rows) -> Sentence:
 
 
 def _sentences(tables: Tables) -> list[Sentence]:
-    return [trust_sentence(cast(Row, tables.json("faithfulness"))["checks"])]
+    return [trust_sentence(tables.json("faithfulness")["checks"])]
 
 
 _NEEDS = ("coefficients", "faithfulness")

@@ -37,27 +37,41 @@ SIDES = ("raw", "controlled")
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
-    models = tables.rows("models") or []
+    models = tables.rows("models")
     yield Text(
         f"The model was trained again {count(sum(row['design'] != 'base' for row in models), 'time')} on chosen "
         "examples. LDS: rank correlation, over subsets, of the sum of the examples’ influence with what training on "
         "them changed. Controlled: given the summed response length and the counts of labels, which alone explain "
         "much of any training."
     )
-    yield from _pairs(tables.rows("verdicts") or [], tables.rows("forgetting") or [])
-    said = curve_sentences(tables.rows("curves") or [], removed_by(tables))
-    said += [effect_sentence(effect) for effect in tables.rows("named_effects") or []]
+    yield from _pairs(tables.rows("verdicts"), tables.rows("forgetting"))
+    said = curve_sentences(tables.rows("curves"), removed_by(tables))
+    said += [effect_sentence(effect) for effect in tables.rows("named_effects")]
     yield from (Text(f"{sentence}.") for sentence in said)
     yield from foreseen_blocks(tables)
     trivial = tables.rows("trivial")
     if trivial and (found := warnings(trivial, trivial[0]["method"])):
         yield Items([*found, "Look at the controlled values there."], warning=True)
-    yield from lds_blocks(tables.rows("lds") or [], tables.rows("noise_ceiling") or [])
-    yield from _planted(tables.rows("planted") or [])
-    arms = tables.rows("arms") or []
+    yield from lds_blocks(tables.rows("lds"), tables.rows("noise_ceiling"))
+    if planted := [r for r in tables.rows("planted") if not r["target"].startswith(OF_ONE)]:
+        auc = Column("AUC", "interval", plot=(-0.05, 1.05))
+        made = [(r["method"], words(r["target"]), interval_of(r, "auc"), r["precision"]) for r in planted]
+        n, others = planted[0]["planted"], planted[0]["others"]
+        caption = f"{n} planted examples among {n + others}: area under the ROC curve (.5 by chance) with "
+        caption += "95% interval; share of them among the first as many"
+        yield Table(columns("Method", "Target", auc, ("Precision", "number")), made, caption, head=40)
+    arms = tables.rows("arms")
     for design in dict.fromkeys(row.get("design", "curation") for row in arms):
         yield arms_table(DESIGNS[design], [row for row in arms if row.get("design", "curation") == design])
-    yield from _models([r for r in models if r["design"] in WITH_METRICS])
+    if shown := [r for r in models if r["design"] in WITH_METRICS]:
+        judged = any(r.get("judged_positive") is not None for r in shown)
+        named = SOFT | (JUDGED if judged else {})
+        power = {key: common_power(r.get(key) for r in shown) for key in named}
+        metrics = [Column(name, "number", 3, power=power[key]) for key, name in named.items()]
+        measured = [(r["design"], r["subset"], r["n_examples"], *(r.get(key) for key in named)) for r in shown]
+        caption = "Soft metrics of the retrained models, with p = exp(y) as degree of the behavior"
+        caption += "; judged: share of the group’s prompts whose answer shows the behavior" if judged else ""
+        yield Table(columns("Design", "Trained on", ("n", "number", 0), *metrics), measured, caption)
     if costs := tables.rows("costs"):
         parts = (f"{r['method']} {number(r['seconds'], 0)} s, {number(r['memory_gb'], 1)} GB" for r in costs)
         yield Text(f"Time and peak memory: {'; '.join(parts)}.", "note")
@@ -65,7 +79,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
 
 def foreseen_blocks(tables: Tables) -> Iterator[Block]:
     """Predicted against measured change of every retraining, for the target that examples were chosen by."""
-    rows = [row for row in tables.rows("foreseen") or [] if row["target"] == removed_by(tables)]
+    rows = [row for row in tables.rows("foreseen") if row["target"] == removed_by(tables)]
     if not rows:
         return
     kind_of = [("named, " if row["named"] else "") + row["design"] for row in rows]
@@ -139,17 +153,6 @@ def warnings(rows: Sequence[Row], method: str) -> list[str]:
             f"{method} ({signed(best['trivial_lds'])} against {signed(best['lds'])})"
         )
     return sentences
-
-
-def _planted(rows: Rows) -> Iterator[Block]:
-    shown = [r for r in rows if not r["target"].startswith(OF_ONE)]
-    if shown:
-        auc = Column("AUC", "interval", plot=(-0.05, 1.05))
-        made = [(r["method"], words(r["target"]), interval_of(r, "auc"), r["precision"]) for r in shown]
-        planted, others = shown[0]["planted"], shown[0]["others"]
-        caption = f"{planted} planted examples among {planted + others}: area under the ROC curve (.5 by chance) with "
-        caption += "95% interval; share of them among the first as many"
-        yield Table(columns("Method", "Target", auc, ("Precision", "number")), made, caption, head=40)
 
 
 # What retraining did
@@ -275,27 +278,12 @@ def arms_table(design: str, rows: Sequence[Row]) -> Table:
     return Table(heads, made, caption)
 
 
-def _models(rows: Rows) -> Iterator[Block]:
-    """Soft metrics of the models of some designs; the judge's shares where answers were read."""
-    if not rows:
-        return
-    judged = any(r.get("judged_positive") is not None for r in rows)
-    named = {**SOFT, **(JUDGED if judged else {})}
-    metrics = [Column(name, "number", 3, power=common_power(r.get(key) for r in rows)) for key, name in named.items()]
-    made = [(r["design"], r["subset"], r["n_examples"], *(r.get(key) for key in named)) for r in rows]
-    caption = "Soft metrics of the retrained models, with p = exp(y) as degree of the behavior"
-    if judged:
-        caption += "; judged: share of the group’s prompts whose answer shows the behavior"
-    yield Table(columns("Design", "Trained on", ("n", "number", 0), *metrics), made, caption)
-
-
 # The verdict
 
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
-    retrained = retraining_sentence(tables.rows("curves") or [], removed_by(tables))
-    pairs = pair_sentence(tables.rows("verdicts") or [])
-    return [retrained, pairs, foreseen_sentence(tables.rows("lds") or [])]
+    retrained = retraining_sentence(tables.rows("curves"), removed_by(tables))
+    return [retrained, pair_sentence(tables.rows("verdicts")), foreseen_sentence(tables.rows("lds"))]
 
 
 def retraining_sentence(curves: Rows, target: str) -> Sentence | None:
