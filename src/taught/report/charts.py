@@ -52,10 +52,9 @@ def tick_text(value: float, values: Sequence[float]) -> str:
     return number(value, max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 1)
 
 
-def span(estimates: Sequence[Interval], *, zero: bool = True) -> tuple[float, float]:
-    """The range that holds all intervals (and zero), a little wider."""
-    ends = [v for e in estimates for v in e if math.isfinite(v)]
-    ends += [0.0] if zero or not ends else []
+def span(estimates: Sequence[Interval]) -> tuple[float, float]:
+    """The range that holds all intervals and zero, a little wider."""
+    ends = [0.0, *(v for e in estimates for v in e if math.isfinite(v))]
     lo, hi = min(ends), max(ends)
     pad = 0.04 * (hi - lo) or 1.0
     return lo - pad, hi + pad

@@ -223,7 +223,7 @@ class _Page:
         chart = charts.grid(it.values, it.rows, it.columns, it.marked, it.faint, it.about, it.title)
         box = _scrolling(chart, it.title)
         key = (tag("span", cls="swatch pos"), " above, ", tag("span", cls="swatch neg"), " below. ", it.key, " ")
-        return tag("figure", box, tag("figcaption", *key, self.inline(it.caption)), cls="wide")
+        return tag("figure", box, tag("figcaption", *key), cls="wide")
 
     def strips(self, it: b.Strips) -> Markup:
         made = []
