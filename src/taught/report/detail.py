@@ -9,7 +9,7 @@ import numpy as np
 from taught.report.blocks import Beside, Block, Column, Example, Excerpt, Excerpts, Facts, Pre, Table, Text, columns
 from taught.report.examples import PRIMARY, SE, primary, shifts, shown, summary_schema, targets, texts
 from taught.report.stats import cluster_order
-from taught.report.tables import Matrix, Row, Rows, Tables, once
+from taught.report.tables import Floats, Matrix, Row, Rows, Tables, once
 from taught.report.text import (
     amount,
     clean,
@@ -131,9 +131,13 @@ def _moves(tables: Tables, example: str) -> list[tuple[str, float]]:
     if found is None or example not in found.rows:
         return []
     dy = np.nan_to_num(found.values[found.rows.index(example)])
-    order = np.argsort(-dy)
-    chosen = [j for j in order[:TOP_PROMPTS] if dy[j] > 0] + [j for j in order[-TOP_PROMPTS:] if dy[j] < 0]
-    return [(found.columns[j], float(dy[j])) for j in chosen]
+    return [(found.columns[j], float(dy[j])) for j in _both_ends(dy, TOP_PROMPTS)]
+
+
+def _both_ends(values: Floats, k: int) -> list[int]:
+    """Places of the k values that are most above 0, then of those below it, the lowest last."""
+    order = np.argsort(-values)
+    return [j for j in order[:k] if values[j] > 0] + [j for j in order[-k:] if values[j] < 0]
 
 
 # An example
@@ -221,12 +225,9 @@ def feature_blocks(tables: Tables, row: Row) -> list[Block]:
     blocks.append(Beside([top], [Excerpts("Contrast: without it", without)]))
     if (moved := shifts(tables)) is not None and feature in moved.feature_ids:
         j = moved.feature_ids.index(feature)
-        total = moved.total[:, j]
-        order = np.argsort(-total)
-        chosen = [i for i in order[:3] if total[i] > 0] + [i for i in order[-3:] if total[i] < 0]
-        values = (moved.total, moved.x, moved.y)
+        values, chosen = (moved.total, moved.x, moved.y), _both_ends(moved.total[:, j], 3)
         rows = [(Example(moved.example_ids[i]), *(float(v[i, j]) for v in values)) for i in chosen]
-        power = common_power(float(total[i]) for i in chosen)
+        power = common_power(float(moved.total[i, j]) for i in chosen)
         heads = columns("Example", *(Column(c, "signed", power=power) for c in ("Change", "x", "y")))
         blocks += [Table(heads, rows, "Examples that move this coefficient most")] if rows else []
     return blocks

@@ -239,9 +239,8 @@ def _operations(cost: Mapping[str, float], what: str, subject: Subject) -> tuple
     parts, total = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items()), sum(cost.values())
     model = subject.loaded.model
     p = next(p for p in get_block(model, 0).parameters() if p.ndim == 2)
-    # Of a quantised one the product is one with what it stands for.
-    stand_in = torch.empty(weight_shape(p), dtype=next(model.parameters()).dtype, device=p.device)
-    rate = product_rate(p if is_plain(p) else stand_in)
+    like = next(model.parameters())  # of a quantised one the product is one with what it stands for
+    rate = product_rate(p if is_plain(p) else torch.empty(weight_shape(p), dtype=like.dtype, device=p.device))
     minutes = total / (PACE * rate) / 60
     said = f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute or less"
     said += f": an estimate, taking passes to run at {PACE:.0%} of what a product of matrices "

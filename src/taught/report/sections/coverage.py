@@ -23,11 +23,9 @@ def _blocks(tables: Tables) -> list[Block]:
     covered = {None: Word("not tested", "soft"), False: Word("yes", "soft"), True: Word("uncovered", "badge")}
     made = []
     for r in rows:
-        tied = Line([Feature(f) for f in r["features"] or []], " ")
+        shown, tied = covered[r["uncovered"]], Line([Feature(f) for f in r["features"] or []], " ")
         gap = interval_of(r, "gap")
-        made.append(
-            (r["category"], r["group"], r["n"], r["mean_y"], gap, r["p_adjusted"], covered[r["uncovered"]], tied)
-        )
+        made.append((r["category"], r["group"], r["n"], r["mean_y"], gap, r["p_adjusted"], shown, tied))
     flagged = frozenset(i for i, r in enumerate(rows) if r["uncovered"])
     caption = "Audit by category: gap of mean y to the rest of the group, with 95% interval"
     return [Text(lede), Table(heads, made, caption, head=20, sortable=True, flagged=flagged)]
