@@ -94,10 +94,8 @@ class Summary:
         return cls(targets_of(table.schema), names, label, {name: floats(table, name) for name in numbers}, flagged)
 
     @classmethod
-    def read(cls, tables: Tables) -> Summary | None:
-        """Of a run; None while it has no scores. Targets that are single prompts are left out."""
-        if "summary.parquet" not in tables.files:
-            return None
+    def read(cls, tables: Tables) -> Summary:
+        """Of a run that has scores. Targets that are single prompts are left out."""
         names = summary_schema(tables).names
         wanted = [n for n in names if not n.startswith("prompt:") and n not in ("intended", "features", "note")]
         return tables.once("summary over all", lambda: cls.of(cast(pa.Table, tables.columns("summary", wanted))))

@@ -60,11 +60,12 @@ def show_run(run: RunFolder | Path | str, item: str | None = None) -> Renderable
     ids = [str(r["example_id"]) for r in tables.rows("summary")]
     ids += [str(r["feature_id"]) for r in tables.rows("coefficients")]
     ids += [section.id for section in sections]
+    examples = len(Summary.read(tables)) if "summary" in tables else 0
     near = difflib.get_close_matches(item, ids, n=5, cutoff=0.5)
     raise UserError(
         "no example, feature or section has this id",
         value=item,
-        rule=f"the id of one of {count(len(Summary.read(tables) or ()), 'example')}, of a feature, or of a section",
+        rule=f"the id of one of {count(examples, 'example')}, of a feature, or of a section",
         fix="close ids: " + ", ".join(near) if near else "taught show RUN lists the strongest",
     )
 

@@ -26,7 +26,6 @@ TRIVIAL = {"n_scored": "response length", "loss": "loss"}
 
 def _blocks(tables: Tables) -> Iterator[Block]:
     summary = Summary.read(tables)
-    assert summary is not None
     yield Text(
         "If something trivial ranks the examples as a target does, the values may be measuring just that. Labels "
         "are a control too: where the interval of a label’s mean includes zero, its examples have no common effect."
@@ -104,7 +103,7 @@ def trivial_correlations(summary: Summary, target: str) -> list[tuple[str, Inter
 def _sentences(tables: Tables) -> list[Sentence | None]:
     summary, rows = Summary.read(tables), shown(tables)
     statements = tables.rows("statements")
-    if summary is None or not len(summary.finite):
+    if not len(summary.finite):
         return []
     first = primary(tables)
     return [

@@ -137,7 +137,6 @@ def _strips(tables: Tables) -> list[Block]:
 def _all(tables: Tables, rows: Rows) -> list[Block]:
     """All listed examples with everything that the summary says, to be sorted and filtered."""
     summary = Summary.read(tables)
-    assert summary is not None
     first, names = primary(tables), targets(tables)
     there = {clean(name) for name in summary_schema(tables).names}
     heads, keys = [Column("Example")], ["example_id"]

@@ -16,9 +16,8 @@ PATHS = (PRIMARY, "score:x", "score:y")
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
-    summary = Summary.read(tables)
-    rows = scored(shown(tables), PRIMARY)
-    if summary is None or not rows:
+    summary, rows = Summary.read(tables), scored(shown(tables), PRIMARY)
+    if not rows:
         yield Text("No example has a score.")
         return
     kinds = {name: i for i, name in enumerate(sorted(summary.names))}

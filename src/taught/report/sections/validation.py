@@ -46,7 +46,10 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     )
     yield from _pairs(tables.rows("verdicts"), tables.rows("forgetting"))
     said = curve_sentences(tables.rows("curves"), removed_by(tables))
-    said += [effect_sentence(effect) for effect in tables.rows("named_effects")]
+    for effect in tables.rows("named_effects"):
+        how = {"chosen": "in the place of average ones", "couples": "added to others"}[effect["design"]]
+        who = f"The {effect['examples']} examples that raise {words(effect['target'])} most, {how}"
+        said.append(f"{who}, change it by {_digits(effect, 'value')} ({effect['retrainings']} retrainings)")
     yield from (Text(f"{sentence}.") for sentence in said)
     yield from foreseen_blocks(tables)
     trivial = tables.rows("trivial")
@@ -176,15 +179,6 @@ def removal_sentence(point: Row, target: str) -> str:
     return (
         f"Training {how} the {point['budget']} examples ({percent(point['share'])}) that raise "
         f"{words(target)} most moves it by {_digits(point, 'difference')} against as many random ones"
-    )
-
-
-def effect_sentence(effect: Row) -> str:
-    """What training with the named examples does, by the subsets that were chosen to ask for it."""
-    how = {"chosen": "in the place of average ones", "couples": "added to others"}
-    return (
-        f"The {effect['examples']} examples that raise {words(effect['target'])} most, {how[effect['design']]}, "
-        f"change it by {_digits(effect, 'value')} ({effect['retrainings']} retrainings)"
     )
 
 

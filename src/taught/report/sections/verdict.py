@@ -59,8 +59,8 @@ def head_facts(tables: Tables) -> list[tuple[str, str]]:
         facts.append(("Prompts", ", ".join(f"{groups.count(name):,} {name}" for name in names)))
     if "coefficients" in tables:
         facts.append(("Features", f"{len(tables.rows('coefficients'))}"))
-    if (summary := Summary.read(tables)) is not None:
-        facts.append(("Examples", f"{len(summary):,}"))
+    if "summary" in tables:
+        facts.append(("Examples", f"{len(Summary.read(tables)):,}"))
     if sample := tables.json("sample"):
         by = f", over {', '.join(sample['by'])}" if sample["by"] else ""
         facts.append(("Sample", f"{sample['sampled']:,} of {sample['read']:,}{by}"))
