@@ -310,7 +310,8 @@ def _write_examples(run: RunFolder, ready: Ready, scores: Scores, checks: Mappin
     run.write_table("summary", pa.table(columns))
 
 
-UNKNOWN = "outside_share outside_change dominant_feature dominant_share unintended expected_by_chance"
+# What interference says of an example, where coefficients are known.
+INTERFERENCE = "outside_share outside_change dominant_feature dominant_share unintended expected_by_chance"
 
 
 @torch.no_grad()
@@ -332,7 +333,7 @@ def _interference(ready: Ready, policy: Policy, scores: Scores) -> list[dict[str
         return interference(scores.example_ids, policy.feature_ids, shift, intended)
     # Without coefficients nothing can be said.
     why = "values only rank examples" if scores.unit == "rank" else "coefficients were not asked for"
-    unknown = dict.fromkeys(UNKNOWN.split()) | {"note": why}
+    unknown = dict.fromkeys(INTERFERENCE.split()) | {"note": why}
     return [{"intended": own, "n_intended": len(own), **unknown} for own in intended]
 
 

@@ -304,7 +304,8 @@ def asks(
         like = next(ready.subject.loaded.model.parameters())
         features = concept_map([read.concept for read in some], where, like)
         problem = make_problem(ready.study, ready.subject, prompts, point, features)
-        X, of = read_vectors(problem.model, prompts, [point], features, progress=progress)[0].numpy(), ready.readings
+        X = read_vectors(problem.model, prompts, [point], features, progress=progress)[0].numpy()
+        of = ready.readings
         known = dict(zip(of.prompt_ids, of.y, strict=True)) if over == "prompts" else {}
         y = np.array([known.get(p.id, np.nan) for p in prompts])
         readings = Readings(tuple(p.id for p in prompts), y, of.groups, of.categories, X, tuple(here))

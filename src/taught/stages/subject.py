@@ -135,7 +135,7 @@ def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
     UserError
         Something is missing or does not fit: the SAE's width, where it reads, the chat template.
     """
-    loaded = loaded or _load(study)
+    loaded = loaded or _load(study, study.model.id)
     context = getattr(text_config(loaded.model), "max_position_embeddings", None)
     chat = ChatFormat(loaded.tokenizer, context=context, date=study.model.date)
     subject = Subject(loaded, chat, None, study.behavior.make(BEHAVIORS, "behavior"))
@@ -162,12 +162,10 @@ def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
     return replace(subject, sae=sae)
 
 
-def _load(study: Study, **instead: Any) -> LoadedModel:
-    """The study's model, or one that differs from it in some of the arguments of ``load_model``."""
-    spec = study.model
-    given = {"model_id": spec.id, "revision": spec.revision, "chat_template": spec.chat_template}
-    given |= {"dtype": spec.dtype, "device": spec.device, "load_in": spec.load_in, "adapter": spec.adapter}
-    return load_model(**given | instead)
+def _load(study: Study, id: str, **instead: Any) -> LoadedModel:
+    """Load a model as the study loads its own, but for some arguments of ``load_model``."""
+    keys = ("revision", "dtype", "device", "load_in", "chat_template", "adapter")
+    return load_model(id, **{key: getattr(study.model, key) for key in keys} | instead)
 
 
 def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | None) -> nn.Module:
@@ -181,9 +179,9 @@ def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | Non
         It has another vocabulary or another width, or lacks the point that the SAE reads.
     """
     if study.model.adapter is None:
-        loaded = _load(study, model_id=id, revision=revision)
+        loaded = _load(study, id, revision=revision)
     else:
-        loaded = _load(study, adapter=id, adapter_revision=revision)
+        loaded = _load(study, study.model.id, adapter=id, adapter_revision=revision)
     fix, width = "use checkpoints of one training run", loaded.model.config.get_text_config().hidden_size
     if loaded.tokenizer.get_vocab() != subject.loaded.tokenizer.get_vocab():
         rule = "examples and prompts are the same tokens at every checkpoint"
