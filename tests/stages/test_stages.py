@@ -171,10 +171,11 @@ def test_a_user_names_the_features_a_example_is_about(copy: Path) -> None:
     found = summary(attributed(copy, "named"))
     assert found["z00"]["intended"] == sorted(known[:2])
     assert found["z01"]["intended"] == sorted(known[2:4])
-    examples[2]["intended"] = [999]
-    write_rows(copy / "pairs.jsonl", examples)
-    with pytest.raises(UserError, match=r"(?s)intended features.*z02"):
-        attributed(copy, "unknown")
+    for name, cell in (("unknown", [999]), ("number", 999)):
+        examples[2]["intended"] = cell
+        write_rows(copy / "pairs.jsonl", examples)
+        with pytest.raises(UserError, match=r"(?s)intended features.*z02"):
+            attributed(copy, name)
 
 
 # What is left out, and said

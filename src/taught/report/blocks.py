@@ -238,7 +238,6 @@ class Grid(Block):
     title: str
     column: Column
     key: str = ""
-    caption: Cell = ""
 
 
 @dataclass(frozen=True)

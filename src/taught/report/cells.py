@@ -20,16 +20,19 @@ WIDTH = 400
 
 def rich_table(table: pa.Table) -> RenderableType:
     """The first rows, numbers to the right; says how many there are beyond them."""
-    columns = [Column(field.name, "number" if _is_number(field.type) else "text") for field in table.schema]
-    rows = [[_shown(cell) for cell in row] for row in _rows(table.slice(0, ROWS))]
+
+    def shown(cell: object) -> str:
+        if cell is None:
+            return ""
+        return shorten(clean(f"{cell:.6g}" if isinstance(cell, float) else str(_plain(cell))), WIDTH)
+
+    is_number = {f.name: pa.types.is_integer(f.type) or pa.types.is_floating(f.type) for f in table.schema}
+    columns = [Column(field.name, "number" if is_number[field.name] else "text") for field in table.schema]
+    rows = [[shown(cell) for cell in row] for row in _rows(table.slice(0, ROWS))]
     blocks: list[Block] = [Table(columns, rows, head=ROWS)]
     if table.num_rows > ROWS:
         blocks.append(Text(f"{count(table.num_rows - ROWS, 'more row')}; --csv has all", "note"))
     return render(blocks)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def write_csv(table: pa.Table, out: IO[str], text: Callable[[str], str] = str) -> None:
@@ -53,10 +56,3 @@ def _rows(table: pa.Table | pa.RecordBatch) -> Iterator[tuple[object, ...]]:
 
 def _plain(cell: object) -> object:
     return json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell
-
-
-def _shown(cell: object) -> str:
-    if cell is None:
-        return ""
-    text = f"{cell:.6g}" if isinstance(cell, float) else str(_plain(cell))
-    return shorten(clean(text), WIDTH)

@@ -52,10 +52,9 @@ def tick_text(value: float, values: Sequence[float]) -> str:
     return number(value, max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 1)
 
 
-def span(estimates: Sequence[Interval], *, zero: bool = True) -> tuple[float, float]:
-    """The range that holds all intervals (and zero), a little wider."""
-    ends = [v for e in estimates for v in e if math.isfinite(v)]
-    ends += [0.0] if zero or not ends else []
+def span(estimates: Sequence[Interval]) -> tuple[float, float]:
+    """The range that holds all intervals and zero, a little wider."""
+    ends = [0.0, *(v for e in estimates for v in e if math.isfinite(v))]
     lo, hi = min(ends), max(ends)
     pad = 0.04 * (hi - lo) or 1.0
     return lo - pad, hi + pad
@@ -212,24 +211,18 @@ def heatmap(values: ArrayLike, names: Sequence[str], title: str) -> Markup:
             cells = "".join(f"M{j} {i}h1v1h-1z" for i, j in zip(rows, columns, strict=True))
             if cells:
                 paths.append(f'<path class="{kind}" fill-opacity="{k / BINS:g}" d="{cells}"/>')
+    sides = []
+    for i, name in enumerate(names):
+        low = margin + (i + 0.5) * cell + 0.3 * cell
+        sides.append(f'<text x="{margin - 3:g}" y="{low:.1f}" text-anchor="end">{escape(name)}</text>')
+        turned = f'transform="rotate(-90 {low:.1f} {margin - 3:g})"'
+        sides.append(f'<text x="{low:.1f}" y="{margin - 3:g}" {turned}>{escape(name)}</text>')
     size = margin + d * cell
     body = (
         f'<g transform="translate({margin:g} {margin:g}) scale({cell})">'
-        f'<rect class="plate" width="{d}" height="{d}"/>{"".join(paths)}</g>'
-        f"{_sides(names, cell, margin)}"
+        f'<rect class="plate" width="{d}" height="{d}"/>{"".join(paths)}</g>{"".join(sides)}'
     )
     return _titled_svg(body, size, size, f"heat cell{cell}", title, f'data-margin="{margin:g}" data-cell="{cell}"')
-
-
-def _sides(names: Sequence[str], cell: int, margin: float) -> str:
-    parts = []
-    for i, name in enumerate(names):
-        at = margin + (i + 0.5) * cell
-        low = at + 0.3 * cell
-        parts.append(f'<text x="{margin - 3:g}" y="{low:.1f}" text-anchor="end">{escape(name)}</text>')
-        turned = f'transform="rotate(-90 {low:.1f} {margin - 3:g})"'
-        parts.append(f'<text x="{low:.1f}" y="{margin - 3:g}" {turned}>{escape(name)}</text>')
-    return "".join(parts)
 
 
 WIDE, TALL, LETTER = 34, 24, 6.6  # of a cell of a grid, and of a letter beside it

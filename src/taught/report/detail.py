@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,12 @@ import numpy as np
 from taught.report.blocks import Beside, Block, Column, Example, Excerpt, Excerpts, Facts, Pre, Table, Text, columns
 from taught.report.examples import PRIMARY, SE, primary, shifts, shown, summary_schema, targets, texts
 from taught.report.stats import cluster_order
-from taught.report.tables import Matrix, Row, Rows, Tables, once
+from taught.report.tables import Floats, Matrix, Row, Rows, Tables, once
 from taught.report.text import (
+    amount,
     clean,
     common_power,
+    interval_of,
     interval_text,
     number,
     percent,
@@ -57,13 +58,13 @@ def ordered_comovement(tables: Tables) -> tuple[list[int], Any] | None:
 @once
 def prompt_texts(tables: Tables) -> dict[str, Row]:
     """Prompt id -> its row."""
-    return {p["prompt_id"]: p for p in tables.rows("prompts") or []}
+    return {p["prompt_id"]: p for p in tables.rows("prompts")}
 
 
 @once
 def feature_labels(tables: Tables) -> dict[int, str]:
     """Feature id -> its label, of the policy's features."""
-    return {r["feature_id"]: str(r.get("label") or "") for r in tables.rows("coefficients") or []}
+    return {r["feature_id"]: str(r.get("label") or "") for r in tables.rows("coefficients")}
 
 
 # The page
@@ -75,7 +76,28 @@ def page_data(tables: Tables) -> Json:
     if not rows:
         return {"examples": []}
     names, prompts = with_pathways(tables), dict[str, int]()
-    examples = [_record(tables, row, names, prompts) for row in rows]
+    examples = []
+    for row in rows:
+        example = texts(tables).get(row["example_id"], {})
+        moves = [(prompts.setdefault(p, len(prompts)), dy) for p, dy in _moves(tables, row["example_id"])]
+        record = {
+            "id": row["example_id"],
+            "label": row["label"],
+            "category": str(example.get("category") or ""),
+            "source": str(example.get("source") or ""),
+            "values": [row[name] for name in names],
+            "loss": row.get("loss"),
+            "n": row.get("n_scored"),
+            "intended": row.get("intended") or [],
+            "dominant": row.get("dominant_feature"),
+            "unintended": bool(row.get("unintended")),
+            "prompt": shorten(str(example.get("prompt", "")), MAX_TEXT),
+            "response": shorten(str(example.get("response", "")), MAX_TEXT),
+            "rejected": shorten(str(example.get("rejected") or ""), MAX_TEXT),
+            "top": _coefficients(tables, row["example_id"]),
+            "moves": moves,
+        }
+        examples.append(record)
     said = [(p, prompt_texts(tables).get(p, {})) for p in prompts]
     data: Json = {
         "examples": examples,
@@ -91,28 +113,6 @@ def page_data(tables: Tables) -> Json:
     if (found := ordered_comovement(tables)) is not None:
         data["heat"] = {"ids": found[0], "r": np.nan_to_num(found[1]).round(2).tolist()}
     return data
-
-
-def _record(tables: Tables, row: Row, names: Sequence[str], prompts: dict[str, int]) -> Json:
-    example = texts(tables).get(row["example_id"], {})
-    moves = [(prompts.setdefault(p, len(prompts)), dy) for p, dy in _moves(tables, row["example_id"])]
-    return {
-        "id": row["example_id"],
-        "label": row["label"],
-        "category": str(example.get("category") or ""),
-        "source": str(example.get("source") or ""),
-        "values": [row[name] for name in names],
-        "loss": row.get("loss"),
-        "n": row.get("n_scored"),
-        "intended": row.get("intended") or [],
-        "dominant": row.get("dominant_feature"),
-        "unintended": bool(row.get("unintended")),
-        "prompt": shorten(str(example.get("prompt", "")), MAX_TEXT),
-        "response": shorten(str(example.get("response", "")), MAX_TEXT),
-        "rejected": shorten(str(example.get("rejected") or ""), MAX_TEXT),
-        "top": _coefficients(tables, row["example_id"]),
-        "moves": moves,
-    }
 
 
 def _coefficients(tables: Tables, example: str) -> list[tuple[int, float, float]]:
@@ -131,9 +131,13 @@ def _moves(tables: Tables, example: str) -> list[tuple[str, float]]:
     if found is None or example not in found.rows:
         return []
     dy = np.nan_to_num(found.values[found.rows.index(example)])
-    order = np.argsort(-dy)
-    chosen = [j for j in order[:TOP_PROMPTS] if dy[j] > 0] + [j for j in order[-TOP_PROMPTS:] if dy[j] < 0]
-    return [(found.columns[j], float(dy[j])) for j in chosen]
+    return [(found.columns[j], float(dy[j])) for j in _both_ends(dy, TOP_PROMPTS)]
+
+
+def _both_ends(values: Floats, k: int) -> list[int]:
+    """Places of the k values that are most above 0, then of those below it, the lowest last."""
+    order = np.argsort(-values)
+    return [j for j in order[:k] if values[j] > 0] + [j for j in order[-k:] if values[j] < 0]
 
 
 # An example
@@ -142,11 +146,7 @@ def _moves(tables: Tables, example: str) -> list[tuple[str, float]]:
 def example_blocks(tables: Tables, row: Row) -> list[Block]:
     """Everything that the run says of one example."""
     example, text = row["example_id"], texts(tables).get(row["example_id"], {})
-    names = with_pathways(tables)
-    facts = [(words(name), _effect(row, name, tables.per)) for name in names]
-    facts.append(("loss", f"{number(row.get('loss'))} over {number(row.get('n_scored'), 0)} tokens"))
-    facts += _interference(row) + _checks(row, primary(tables)) + _certificate(tables, row)
-    blocks: list[Block] = [Text(f"{example}  ({row['label']})", "title"), Facts(facts, "list")]
+    blocks: list[Block] = [Text(f"{example}  ({row['label']})", "title"), Facts(_facts(tables, row), "list")]
     said = [(name, str(text[name])) for name in ("prompt", "response", "rejected") if text.get(name)]
     blocks += [Pre(shorten(words_, 1500), name.capitalize()) for name, words_ in said]
     if moved := _coefficients(tables, example):
@@ -163,39 +163,29 @@ def example_blocks(tables: Tables, row: Row) -> list[Block]:
     return blocks
 
 
-def _effect(row: Row, name: str, per: str) -> str:
-    power, se = common_power([row[name]]), row.get(name + SE)
-    error = "" if se is None else f" (standard error {number(se, power=power)})"
-    return f"{signed(row[name], power=power)}{tens(power)} {per}{error}"
-
-
-def _interference(row: Row) -> list[tuple[str, str]]:
-    if row.get("dominant_feature") is None:
-        return []
-    mark = " (unintended)" if row["unintended"] else ""
-    share = f"{percent(row['outside_share'])} of the change on features that it is not about"
-    return [("acts mainly on", f"{row['dominant_feature']}{mark}; {share}")]
-
-
-def _checks(row: Row, first: str) -> list[tuple[str, str]]:
+def _facts(tables: Tables, row: Row) -> list[tuple[str, str]]:
+    """An example's values, and what stands beside them: interference, real steps, the certificate of the score."""
+    facts = []
+    for name in with_pathways(tables):
+        power, se = common_power([row[name]]), row.get(name + SE)
+        error = "" if se is None else f" (standard error {number(se, power=power)})"
+        facts.append((words(name), f"{amount(row[name], power)} {tables.per}{error}"))
+    facts.append(("loss", f"{number(row.get('loss'))} over {number(row.get('n_scored'), 0)} tokens"))
+    if row.get("dominant_feature") is not None:
+        mark = " (unintended)" if row["unintended"] else ""
+        share = f"{percent(row['outside_share'])} of the change on features that it is not about"
+        facts.append(("acts mainly on", f"{row['dominant_feature']}{mark}; {share}"))
     power = common_power([row.get("step_score"), row.get("refit_score")])
-    named = (("a real step", "step_score", first), ("an exact refit", "refit_score", PRIMARY))
-    return [
-        (f"{name} moves {words(of)} by", f"{signed(row[key], power=power)}{tens(power)}")
-        for name, key, of in named
-        if row.get(key) is not None
-    ]
-
-
-def _certificate(tables: Tables, row: Row) -> list[tuple[str, str]]:
-    """What the certificate says of the linear value, where dX of the example is known."""
-    own = next((c for c in tables.rows("certificates") or [] if c["example_id"] == row["example_id"]), {})
-    if own.get("score_bound") is None:
-        return []
-    power = common_power([row["score"]])
-    bound = number(own["score_bound"], power=power)
-    text = f"on the derivative's changes an exact refit moves S by {signed(own['refit'], power=power)}"
-    return [("certificate", f"{text}; the linear value cannot be further off than {bound}{tens(power)}")]
+    for name, key, of in (("a real step", "step_score", primary(tables)), ("an exact refit", "refit_score", PRIMARY)):
+        if row.get(key) is not None:
+            facts.append((f"{name} moves {words(of)} by", amount(row[key], power)))
+    own = next((c for c in tables.rows("certificates") if c["example_id"] == row["example_id"]), {})
+    if own.get("score_bound") is not None:  # dX of the example is known
+        power = common_power([row["score"]])
+        text = f"on the derivative's changes an exact refit moves S by {signed(own['refit'], power=power)}"
+        bound = f"the linear value cannot be further off than {number(own['score_bound'], power=power)}{tens(power)}"
+        facts.append(("certificate", f"{text}; {bound}"))
+    return facts
 
 
 # A feature
@@ -204,12 +194,12 @@ def _certificate(tables: Tables, row: Row) -> list[tuple[str, str]]:
 def feature_blocks(tables: Tables, row: Row) -> list[Block]:
     """Everything that the run says of one feature: its card on the page."""
     feature = row["feature_id"]
-    label = (tables.json("labels") or {}).get(str(feature), {})
+    label = tables.json("labels").get(str(feature), {})
     facts: list[tuple[str, Any]] = [
-        ("Coefficient", read_interval([row["coef"], row["lo"], row["hi"]])),
+        ("Coefficient", interval_of(row, "coef")),
         ("Same sign", f"{percent(row['sign_stability'])} of resamples"),
     ]
-    measured = next((f for f in tables.rows("features") or [] if f["feature_id"] == feature), None)
+    measured = next((f for f in tables.rows("features") if f["feature_id"] == feature), None)
     if measured:
         facts += [(f"Mean, {side} group", number(measured[f"mean_{side}"])) for side in ("positive", "negative")]
         always = "; always on" if measured["always_on"] else ""
@@ -220,17 +210,27 @@ def feature_blocks(tables: Tables, row: Row) -> list[Block]:
     for t in label.get("top_tokens") or []:
         parts = t if "before" in t else t | split(str(t["token"]), str(t.get("context") or ""))
         tokens.append(Excerpt(t.get("activation"), parts["before"], parts["token"], parts["after"]))
-    contrast = label.get("contrast_prompts") or label.get("contrastive_prompts")
-    return [
-        Facts(facts),
-        *_doses(tables, feature),
-        Excerpts("Top tokens in context", tokens),
-        Beside(
-            [Excerpts("Prompts where it is strongest", _prompts(tables, label.get("top_prompts")))],
-            [Excerpts("Contrast: without it", _prompts(tables, contrast))],
-        ),
-        *_movers(tables, feature),
-    ]
+    blocks: list[Block] = [Facts(facts)]
+    scaled = next((r for r in tables.rows("clamp") if r["feature_id"] == feature and r["n"]), None)
+    if scaled is not None:  # response of the behavior to the feature at each scale
+        caption = (
+            f"Scaled in the model on {scaled['n']} prompts: slope {interval_text(interval_of(scaled, 'slope'))}, "
+            f"against random directions p = {number(scaled['p_adjusted'], 3)} (adjusted)"
+        )
+        doses = [(f"{d['scale']:g}×", read_interval(d)) for d in scaled["doses"]]
+        blocks.append(Table(columns("scale", ("change of y", "interval")), doses, caption))
+    top = Excerpts("Prompts where it is strongest", _prompts(tables, label.get("top_prompts")))
+    without = _prompts(tables, label.get("contrast_prompts") or label.get("contrastive_prompts"))
+    blocks.append(Excerpts("Top tokens in context", tokens))
+    blocks.append(Beside([top], [Excerpts("Contrast: without it", without)]))
+    if (moved := shifts(tables)) is not None and feature in moved.feature_ids:
+        j = moved.feature_ids.index(feature)
+        values, chosen = (moved.total, moved.x, moved.y), _both_ends(moved.total[:, j], 3)
+        rows = [(Example(moved.example_ids[i]), *(float(v[i, j]) for v in values)) for i in chosen]
+        power = common_power(float(moved.total[i, j]) for i in chosen)
+        heads = columns("Example", *(Column(c, "signed", power=power) for c in ("Change", "x", "y")))
+        blocks += [Table(heads, rows, "Examples that move this coefficient most")] if rows else []
+    return blocks
 
 
 def split(token: str, context: str) -> Row:
@@ -250,32 +250,3 @@ def _prompts(tables: Tables, records: Rows | None) -> list[Excerpt]:
         about = " · ".join(filter(None, (record["prompt_id"], str(prompt.get("category") or ""))))
         found.append(Excerpt(record.get("activation"), shorten(str(prompt.get("text", "")), MAX_PROMPT), about=about))
     return found
-
-
-def _doses(tables: Tables, feature: int) -> list[Block]:
-    """Response of the behavior to the feature at each scale."""
-    row = next((r for r in tables.rows("clamp") or [] if r["feature_id"] == feature and r["n"]), None)
-    if row is None:
-        return []
-    line = read_interval([row["slope"], row["lo"], row["hi"]])
-    caption = (
-        f"Scaled in the model on {row['n']} prompts: slope {interval_text(line)}, against "
-        f"random directions p = {number(row['p_adjusted'], 3)} (adjusted)"
-    )
-    rows = [(f"{d['scale']:g}×", read_interval(d)) for d in row["doses"]]
-    return [Table(columns("scale", ("change of y", "interval")), rows, caption)]
-
-
-def _movers(tables: Tables, feature: int) -> list[Block]:
-    """The examples that raise a coefficient most and those that lower it most."""
-    moved = shifts(tables)
-    if moved is None or feature not in moved.feature_ids:
-        return []
-    j = moved.feature_ids.index(feature)
-    total = moved.total[:, j]
-    order = np.argsort(-total)
-    chosen = [i for i in order[:3] if total[i] > 0] + [i for i in order[-3:] if total[i] < 0]
-    rows = [(Example(moved.example_ids[i]), *(float(v[i, j]) for v in (moved.total, moved.x, moved.y))) for i in chosen]
-    power = common_power(float(total[i]) for i in chosen)
-    heads = columns("Example", *(Column(c, "signed", power=power) for c in ("Change", "x", "y")))
-    return [Table(heads, rows, "Examples that move this coefficient most")] if rows else []

@@ -58,7 +58,7 @@ def is_behavior(target: str) -> bool:
 
 def primary(tables: Tables) -> str:
     """What examples are ranked by: the first target that was asked for, where the summary has it."""
-    ranked, names = (tables.json("attribution") or {}).get("ranked_by"), targets(tables)
+    ranked, names = tables.json("attribution").get("ranked_by"), targets(tables)
     return ranked if ranked in names else (names or [PRIMARY])[0]
 
 
@@ -84,17 +84,18 @@ class Summary:
     def of(cls, table: pa.Table) -> Summary:
         """From a table with label and numbers."""
         table = table.rename_columns([clean(name) for name in table.column_names])
-        names, label = _labels(table["label"])
+        encoded = table["label"].cast(pa.string()).fill_null("").combine_chunks().dictionary_encode()
+        known = [clean(label) or UNLABELLED for label in encoded.dictionary.to_pylist()]
+        names = list(dict.fromkeys(known))  # two labels may be shown alike
+        label = np.array([names.index(name) for name in known], dtype=np.int64)[encoded.indices.to_numpy()]
         kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
         numbers = [field.name for field in table.schema if any(kind(field.type) for kind in kinds)]
         flagged = int((floats(table, "unintended") == 1).sum())
         return cls(targets_of(table.schema), names, label, {name: floats(table, name) for name in numbers}, flagged)
 
     @classmethod
-    def read(cls, tables: Tables) -> Summary | None:
-        """Of a run; None while it has no scores. Targets that are single prompts are left out."""
-        if "summary.parquet" not in tables.files:
-            return None
+    def read(cls, tables: Tables) -> Summary:
+        """Of a run that has scores. Targets that are single prompts are left out."""
         names = summary_schema(tables).names
         wanted = [n for n in names if not n.startswith("prompt:") and n not in ("intended", "features", "note")]
         return tables.once("summary over all", lambda: cls.of(cast(pa.Table, tables.columns("summary", wanted))))
@@ -119,7 +120,7 @@ class Summary:
 def shown(tables: Tables) -> Rows:
     """Listed examples, the largest values of the first target first: the order of the page."""
     first = primary(tables)
-    return sorted(tables.rows("summary") or [], key=lambda r: -abs(r.get(first) or 0.0))
+    return sorted(tables.rows("summary"), key=lambda r: -abs(r.get(first) or 0.0))
 
 
 def scored(rows: Sequence[Row], target: str) -> Rows:
@@ -137,7 +138,7 @@ def ends(rows: Sequence[Row], target: str, k: int) -> tuple[Rows, Rows]:
 @once
 def texts(tables: Tables) -> dict[str, Row]:
     """Example id -> its row with prompt, response, category and source."""
-    return {row["example_id"]: row for row in tables.rows("examples") or []}
+    return {row["example_id"]: row for row in tables.rows("examples")}
 
 
 # Which examples a large run lists
@@ -151,14 +152,8 @@ def listed_examples(tables: Tables) -> list[str]:
     assert summary is not None
     also = {*tables.also, *_movers(tables)}
     named = pc.is_in(summary["example_id"], pa.array(sorted(also), pa.string())).to_numpy()
-    named[_extremes(summary, names, next(n for n in names if clean(n) == primary(tables)))] = True
-    chosen: list[str] = summary["example_id"].filter(pa.array(named)).to_pylist()
-    return chosen
-
-
-def _extremes(summary: pa.Table, names: list[str], first_name: str) -> NDArray[np.int64]:
-    """Places of the examples that stand at an end of one of the rankings."""
-    first = -np.abs(floats(summary, first_name))
+    # Those that stand at an end of one of the rankings.
+    first = -np.abs(floats(summary, next(n for n in names if clean(n) == primary(tables))))
     rankings = [(first, STRONGEST)]
     for name in names:
         if name in summary.column_names:
@@ -166,8 +161,11 @@ def _extremes(summary: pa.Table, names: list[str], first_name: str) -> NDArray[n
     flagged = floats(summary, "unintended") == 1
     rankings.append((np.where(flagged, -floats(summary, "outside_change"), np.nan), OFFENDERS))
     rankings.append((np.where(np.isfinite(floats(summary, "step_score")), first, np.nan), STRONGEST))
-    smallest = [(key, np.argsort(key, kind="stable")[:k]) for key, k in rankings]
-    return np.concatenate([order[~np.isnan(key[order])] for key, order in smallest])
+    for key, k in rankings:
+        smallest = np.argsort(key, kind="stable")[:k]
+        named[smallest[~np.isnan(key[smallest])]] = True
+    chosen: list[str] = summary["example_id"].filter(pa.array(named)).to_pylist()
+    return chosen
 
 
 def _movers(tables: Tables) -> set[str]:
@@ -211,9 +209,8 @@ class Shifts:
 
     def of(self, example: str) -> tuple[Floats, Floats] | None:
         """Both pathways of one example; None where it has none."""
-        if example not in self._row:
-            return None
-        return self.x[self._row[example]], self.y[self._row[example]]
+        row = self._row.get(example)
+        return None if row is None else (self.x[row], self.y[row])
 
     @cached_property
     def _row(self) -> dict[str, int]:
@@ -275,7 +272,7 @@ def score_index(tables: Tables) -> list[tuple[str, str]]:
 
 def own_method(tables: Tables) -> str:
     """The method of the run itself, not of one that it is compared with."""
-    return str((tables.json("attribution") or {}).get("method"))
+    return str(tables.json("attribution").get("method"))
 
 
 # Columns
@@ -287,12 +284,3 @@ def floats(table: pa.Table, name: str) -> Floats:
         return np.full(table.num_rows, np.nan)
     values: Floats = table[name].cast(pa.float64()).to_numpy()
     return values
-
-
-def _labels(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]]:
-    """Labels as they are shown, each once, and the place of each row's own."""
-    encoded = column.cast(pa.string()).fill_null("").combine_chunks().dictionary_encode()
-    known = [clean(label) or UNLABELLED for label in encoded.dictionary.to_pylist()]
-    names = list(dict.fromkeys(known))
-    places = np.array([names.index(label) for label in known], dtype=np.int64)
-    return names, places[encoded.indices.to_numpy()]

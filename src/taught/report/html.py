@@ -45,7 +45,9 @@ def render(tables: Tables) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    script, style = _asset("script.js"), _asset("style.css")
+    script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("script.js", "style.css"))
+    digests = (base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in (script, style))
+    own = "script-src 'sha256-{}'; style-src 'sha256-{}'".format(*digests)
     page = _Page({row["example_id"]: i for i, row in enumerate(shown(tables))})
     return environment.get_template("page.html.j2").render(
         name=tables.name,
@@ -53,7 +55,7 @@ def render(tables: Tables) -> str:
         sections=[(section, page.blocks(blocks_of(section, tables))) for section in in_report(tables)],
         script=Markup(script),
         style=Markup(style),
-        csp=_policy_of(script, style),
+        csp=f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'",
         data=Markup(embed(page_data(tables))),
     )
 
@@ -136,10 +138,15 @@ class _Page:
         columns = [(i, c) for i, c in enumerate(it.columns) if c.only != "terminal"]
         parts = [_Drawn(c, [row[i] for row in it.rows]) for i, c in columns]
         head = [self._head(c, drawn, it.sortable) for (_, c), drawn in zip(columns, parts, strict=True)]
-        body = [
-            self._row(it, place, [(c, drawn, row[i]) for (i, c), drawn in zip(columns, parts, strict=True)])
-            for place, row in enumerate(it.rows)
-        ] or [tag("tr", tag("td", it.empty or "Nothing.", cls="soft", colspan=len(columns)))]
+        body = []
+        for place, row in enumerate(it.rows):
+            cells = [
+                self._cell(c, drawn, row[i], head=it.tall and n == 0)
+                for n, ((i, c), drawn) in enumerate(zip(columns, parts, strict=True))
+            ]
+            index = place if it.filters is not None else None
+            body.append(tag("tr", *cells, cls="flag" if place in it.flagged else "", data_index=index))
+        body = body or [tag("tr", tag("td", it.empty or "Nothing.", cls="soft", colspan=len(columns)))]
         name = plain(it.caption) or "Table"
         table = tag(
             "table",
@@ -150,7 +157,7 @@ class _Page:
             data_fold=it.fold or None,
             id="example-table" if it.filters is not None else None,
         )
-        box = tag("div", table, cls="scroll" + " tall" * it.tall, tabindex=0, role="region", aria_label=name)
+        box = _scrolling(table, name, cls="scroll" + " tall" * it.tall)
         return self._filters(it.filters, len(it.rows)) + box if it.filters is not None else box
 
     def _head(self, column: Column, drawn: _Drawn, sortable: bool) -> Markup:
@@ -164,12 +171,6 @@ class _Page:
         if column.bar:
             cells += tag("th", cls="barcell", scope="col", aria_label=f"Bar of {column.title}")
         return cells
-
-    def _row(self, it: Table, place: int, cells: Sequence[tuple[Column, _Drawn, Cell]]) -> Markup:
-        first = self._cell(*cells[0], head=it.tall)
-        rest = (self._cell(*cell) for cell in cells[1:])
-        index = place if it.filters is not None else None
-        return tag("tr", first, *rest, cls="flag" if place in it.flagged else "", data_index=index)
 
     def _cell(self, column: Column, drawn: _Drawn, value: Cell, head: bool = False) -> Markup:
         """One cell, and beside it its plot or bar where the column has one."""
@@ -213,17 +214,16 @@ class _Page:
         return tag("figure", chart, tag("figcaption", *marks, self.inline(it.caption), " ", scales))
 
     def heatmap(self, it: b.Heatmap) -> Markup:
-        chart = charts.heatmap(it.values, it.ids, it.title)
-        box = tag("div", chart, cls="scroll", tabindex=0, role="region", aria_label=it.title)
+        box = _scrolling(charts.heatmap(it.values, it.ids, it.title), it.title)
         key = (tag("span", cls="swatch pos"), " move together ", tag("span", cls="swatch neg"), " move apart. ")
         out = tag("output", "Point at a cell to read it.", id="heat-out", cls="js-only", aria_live="off")
         return tag("figure", box, tag("figcaption", *key, self.inline(it.caption), " ", out), cls="wide")
 
     def grid(self, it: b.Grid) -> Markup:
         chart = charts.grid(it.values, it.rows, it.columns, it.marked, it.faint, it.about, it.title)
-        box = tag("div", chart, cls="scroll", tabindex=0, role="region", aria_label=it.title)
+        box = _scrolling(chart, it.title)
         key = (tag("span", cls="swatch pos"), " above, ", tag("span", cls="swatch neg"), " below. ", it.key, " ")
-        return tag("figure", box, tag("figcaption", *key, self.inline(it.caption)), cls="wide")
+        return tag("figure", box, tag("figcaption", *key), cls="wide")
 
     def strips(self, it: b.Strips) -> Markup:
         made = []
@@ -232,10 +232,8 @@ class _Page:
             said = tag("p", tag("b", self.inline(name)), f" {strip.total}, most by {strip.largest}", cls="note")
             made.append(tag("div", said, tag("p", *tokens, cls="strip", dir="auto"), cls="carried"))
         if it.key:
-            up, down = (
-                tag("span", tag("span", text, cls=f"{side} s8"), cls="strip")
-                for side, text in (("up", "Solid line"), ("down", "Dotted line"))
-            )
+            lines = (("up", "Solid line"), ("down", "Dotted line"))
+            up, down = (tag("span", tag("span", text, cls=f"{side} s8"), cls="strip") for side, text in lines)
             made.append(tag("p", up, STRIP_KEY[0], down, STRIP_KEY[1], cls="note"))
         return Markup("\n").join(made)
 
@@ -287,6 +285,10 @@ class _Drawn:
         self.scale = Scale(*ends, *FOREST)
 
 
+def _scrolling(child: Markup, label: str, cls: str = "scroll") -> Markup:
+    return tag("div", child, cls=cls, tabindex=0, role="region", aria_label=label)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
@@ -295,15 +297,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return value
-
-
-def _asset(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
-
-
-def _policy_of(script: str, style: str) -> str:
-    def digest(body: str) -> str:
-        return f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'"
-
-    own = f"script-src {digest(script)}; style-src {digest(style)}"
-    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"

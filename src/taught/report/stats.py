@@ -52,14 +52,9 @@ def unintended_control(
     ends = (n * rate[key] for key in ("expected", "lo", "hi"))
     rows = [(frozenset(i), size) for i, size in zip(intended, np.abs(total), strict=True) if i and size.any()]
     dominant = [(chosen, int(feature_ids[int(size.argmax())])) for chosen, size in rows]
-    return Control(n, round(n * rate["observed"]), Interval(*ends), _swapped(dominant))
-
-
-def _swapped(rows: list[tuple[frozenset[int], int]]) -> float:
-    """Expected number of rows whose feature is not in the set of another row, taken at random."""
-    others = max(len(rows) - 1, 1)
-    holders = Counter(feature for chosen, _ in rows for feature in chosen)
-    return sum(1 - (holders[d] - (d in chosen)) / others for chosen, d in rows)
+    holders, others = Counter(feature for chosen, _ in dominant for feature in chosen), max(len(dominant) - 1, 1)
+    swapped = sum(1 - (holders[d] - (d in chosen)) / others for chosen, d in dominant)
+    return Control(n, round(n * rate["observed"]), Interval(*ends), swapped)
 
 
 def cluster_order(r: ArrayLike) -> list[int]:

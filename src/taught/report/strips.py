@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from taught.report.text import common_power, signed, tens
+from taught.report.text import amount, common_power, signed
 
 Row = Mapping[str, Any]
 LEVELS = 8  # classes of the style sheet
@@ -52,23 +52,15 @@ def strips(rows: Iterable[Row]) -> list[Strip]:
 
 def _strip(example_id: str, target: str, rows: Sequence[Row]) -> Strip:
     shares = [float(row["share"]) for row in rows]
-    largest = max(map(abs, shares))
-    total = math.fsum(shares)
+    largest, total = max(map(abs, shares)), math.fsum(shares)
     power = common_power([*shares, total])
     second = next((row["position"] for row in rows if row.get("answer")), None)  # of a preference the rejected answer
-    tokens = tuple(
-        Token(
-            (REJECTED if row["position"] == second else "") + row["token"].replace("\n", "↵\n"),
-            _shade(share, largest),
-            signed(share, power=power),
-        )
-        for row, share in zip(rows, shares, strict=True)
-    )
+    tokens = []
+    for row, share in zip(rows, shares, strict=True):
+        text = (REJECTED if row["position"] == second else "") + row["token"].replace("\n", "↵\n")
+        level = round(LEVELS * abs(share) / largest) if largest else 0
+        shade = f"{'up' if share > 0 else 'down'} s{level}" if level else ""
+        tokens.append(Token(text, shade, signed(share, power=power)))
     strongest = sorted(range(len(rows)), key=lambda j: -abs(shares[j]))[:NAMED]
     named = ", ".join(f"“{tokens[j].text.strip() or '␣'}” {tokens[j].number}" for j in strongest)
-    return Strip(example_id, target, tokens, signed(total, power=power) + tens(power), named)
-
-
-def _shade(share: float, largest: float) -> str:
-    level = round(LEVELS * abs(share) / largest) if largest else 0
-    return f"{'up' if share > 0 else 'down'} s{level}" if level else ""
+    return Strip(example_id, target, tuple(tokens), amount(total, power), named)

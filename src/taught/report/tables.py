@@ -1,4 +1,4 @@
-"""A run folder as the report reads it: tables by name, None for what is not there.
+"""A run folder as the report reads it: tables by name, without rows or None where they are not there.
 
 A file counts only when the stage that wrote it is complete. Text has lost control characters and
 kept its markup. Of a run with many examples only some are read as rows (``examples.py`` chooses);
@@ -93,12 +93,12 @@ class Tables:
     @property
     def smoothness(self) -> Rows:
         """How smooth the training run is that values are derivatives of, one row a random direction."""
-        return (self.json("attribution") or {}).get("smoothness", [])
+        return self.json("attribution").get("smoothness", [])
 
     @property
     def unit(self) -> str:
         """The unit of values (``Scores.unit``)."""
-        return str((self.json("attribution") or {}).get("unit", "step"))
+        return str(self.json("attribution").get("unit", "step"))
 
     @cached_property
     def listed(self) -> list[str] | None:
@@ -108,9 +108,18 @@ class Tables:
         few = "summary.parquet" not in self.files or self.footer("summary").num_rows <= LARGE
         return None if few else listed_examples(self)
 
-    def rows(self, name: str) -> Rows | None:
-        """A table as records; of the tables with a row an example those that are listed."""
-        return self._once(("rows", name), f"{name}.parquet", lambda: self._rows(name))
+    def rows(self, name: str) -> Rows:
+        """A table as records; of the tables with a row an example those that are listed; none where it is absent."""
+
+        def read() -> Rows:
+            chosen = self.listed if name in _OF_EXAMPLES else None
+            condition = None if chosen is None else pc.field("example_id").isin(chosen)
+            rows = cast(Rows, cleaned(self.run.read_table(name, rows=condition).to_pylist()))
+            for row in rows if name in _OF_EXAMPLES else ():
+                row["label"] = str(row.get("label") or UNLABELLED)
+            return rows
+
+        return self._once(("rows", name), f"{name}.parquet", read) or []
 
     def columns(
         self, name: str, names: Sequence[str] | None = None, rows: pc.Expression | None = None
@@ -128,13 +137,23 @@ class Tables:
         found = self._once(("footer", name), f"{name}.parquet", lambda: self.run.footer(name))
         return cast("pq.FileMetaData", found)
 
-    def json(self, name: str) -> Row | None:
-        """A record."""
-        return self._once(("json", name), f"{name}.json", lambda: cast(Row, cleaned(self.run.read_json(name))))
+    def json(self, name: str) -> Row:
+        """A record; empty where it is absent."""
+        return self._once(("json", name), f"{name}.json", lambda: cast(Row, cleaned(self.run.read_json(name)))) or {}
 
     def matrix(self, name: str, tensor: str, axes: tuple[str, str]) -> Matrix | None:
         """One array of a file of tensors; axes name the ids. Of examples the rows that are listed."""
-        return self._once(("matrix", name), f"{name}.safetensors", lambda: self._matrix(name, tensor, axes))
+
+        def read() -> Matrix:
+            if self.listed is None or axes[0] != "example_ids":
+                arrays, ids = self.run.read_tensors(name)
+                row_ids, values = ids[axes[0]], arrays[tensor]
+            else:
+                row_ids, values, ids = self.run.read_tensor_rows(name, tensor, axes[0], set(self.listed))
+            row_ids, column_ids = (cast("list[Any]", cleaned(names)) for names in (row_ids, ids[axes[1]]))
+            return Matrix(row_ids, column_ids, values.astype(np.float64))
+
+        return self._once(("matrix", name), f"{name}.safetensors", read)
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What was made of the tables, made once."""
@@ -144,24 +163,6 @@ class Tables:
 
     def _once(self, key: tuple[str, str], file: str, read: Callable[[], T]) -> T | None:
         return self.once(key, read) if file in self.files else None
-
-    def _rows(self, name: str) -> Rows:
-        chosen = self.listed if name in _OF_EXAMPLES else None
-        condition = None if chosen is None else pc.field("example_id").isin(chosen)
-        rows = cast(Rows, cleaned(self.run.read_table(name, rows=condition).to_pylist()))
-        if name in _OF_EXAMPLES:
-            for row in rows:
-                row["label"] = str(row.get("label") or UNLABELLED)
-        return rows
-
-    def _matrix(self, name: str, tensor: str, axes: tuple[str, str]) -> Matrix:
-        if self.listed is None or axes[0] != "example_ids":
-            arrays, ids = self.run.read_tensors(name)
-            row_ids, values = ids[axes[0]], arrays[tensor]
-        else:
-            row_ids, values, ids = self.run.read_tensor_rows(name, tensor, axes[0], set(self.listed))
-        row_ids, column_ids = (cast("list[Any]", cleaned(names)) for names in (row_ids, ids[axes[1]]))
-        return Matrix(row_ids, column_ids, values.astype(np.float64))
 
 
 def once(make: Callable[[Tables], T]) -> Callable[[Tables], T]:

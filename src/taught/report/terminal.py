@@ -109,22 +109,17 @@ def _grid(it: b.Grid) -> RenderableType:
 
 
 def _strips(it: b.Strips) -> Words:
-    """What carries most, and the tokens: those that raise underlined, those that lower in reverse."""
+    """What carries most, and the tokens: blue and underlined raises, yellow in reverse lowers, small ones are plain."""
     lines = []
     for name, strip in it.rows:
         line = words(name, "bold") + Words(f" {strip.total}, most by {clean(strip.largest)}\n  ")
         for token in strip.tokens:
-            line += Words(clean(token.text), _shade(token.shade))
+            side, _, level = token.shade.partition(" s")
+            style = "blue underline" if side == "up" else "yellow reverse"
+            style += " bold" if int(level or 0) > 5 else ""
+            line += Words(clean(token.text), style if int(level or 0) >= 3 else "")
         lines.append(line)
     return _lines(lines)
-
-
-def _shade(shade: str) -> str:
-    """Solid and dotted lines of the page: blue underlined raises, yellow lowers; faint shares are plain."""
-    side, _, level = shade.partition(" s")
-    if not level or int(level) < 3:
-        return ""
-    return ("blue underline" if side == "up" else "yellow reverse") + (" bold" if int(level) > 5 else "")
 
 
 def _excerpts(it: b.Excerpts) -> RenderableType:
@@ -140,13 +135,8 @@ def _excerpts(it: b.Excerpts) -> RenderableType:
     return grid
 
 
-def _cards(it: b.Cards) -> RenderableType:
-    """What the cards are headed with; ``taught show RUN ID`` shows one whole."""
-    heads = columns(("feature", "id"), ("coefficient", "signed"), "label")
-    return _table(Table(heads, [(card.feature, card.value, card.label) for card in it.cards], head=len(it.cards)))
-
-
-# Drawings are for the page only.
+_CARDS = columns(("feature", "id"), ("coefficient", "signed"), "label")
+# Drawings are for the page only; of cards ``taught show RUN ID`` shows one whole.
 _RENDER: dict[type, Callable[[Any], RenderableType]] = {
     b.Text: lambda it: words(it.text, {"text": "", "note": "dim", "title": "bold"}[it.role]),
     b.Items: lambda it: _lines(Words("- ") + words(item, "yellow" if it.warning else "") for item in it.items),
@@ -156,6 +146,8 @@ _RENDER: dict[type, Callable[[Any], RenderableType]] = {
     Table: _table,
     b.Strips: _strips,
     b.Grid: _grid,
-    b.Cards: _cards,
+    b.Cards: lambda it: _table(
+        Table(_CARDS, [(card.feature, card.value, card.label) for card in it.cards], head=len(it.cards))
+    ),
     b.Excerpts: _excerpts,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from taught.core.names import TargetName
 from taught.core.target import words as of_target
@@ -56,6 +57,12 @@ def _fixed(value: float | None, digits: int, power: int, sign: str) -> str:
     return text.replace("-", MINUS)
 
 
+def amount(value: float | None, power: int | None = None) -> str:
+    """A signed value with its power of ten, by default its own: ``+3.10 ×10⁻⁴``."""
+    power = common_power([value]) if power is None else power
+    return signed(value, power=power) + tens(power)
+
+
 def percent(value: float | None, digits: int = 0) -> str:
     """A share as a percentage."""
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%".replace("-", MINUS)
@@ -100,10 +107,15 @@ def listed(items: list[str], limit: int = 3) -> str:
 def read_interval(record: object) -> Interval | None:
     """A number, ``[value, lo, hi]`` or ``{value, lo, hi}``; None if it is not finite."""
     if isinstance(record, Mapping):
-        record = [record.get("value"), record.get("lo"), record.get("hi")]
+        return interval_of(record)
     parts = list(record) if isinstance(record, list | tuple) else [record]
     known = [float(p) if isinstance(p, int | float) and math.isfinite(p) else math.nan for p in parts]
     return Interval(*known) if known and math.isfinite(known[0]) else None
+
+
+def interval_of(row: Mapping[str, Any], value: str = "value", lo: str = "lo", hi: str = "hi") -> Interval | None:
+    """The interval of three columns of a row; None if it is not finite."""
+    return read_interval([row.get(value), row.get(lo), row.get(hi)])
 
 
 def interval_text(interval: Interval | None, digits: int = 2, *, power: int = 0) -> str:

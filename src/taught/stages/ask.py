@@ -53,8 +53,9 @@ def ask(run: RunFolder, question: Question) -> Scores:
         The run has no sketches; the store lacks something or is damaged; the question names what the run does not have.
     """
     run.require("attribute")
-    record = run.read_json("attribution").get("sketches")
-    if record is None and run.read_json("attribution")["unit"] == "rank":
+    made = run.read_json("attribution")
+    record = made.get("sketches")
+    if record is None and made["unit"] == "rank":
         raise UserError(
             "the run's values only rank examples, and answer no later question",
             value=str(run.study.attribution.curvature.kind),
@@ -75,7 +76,7 @@ def ask(run: RunFolder, question: Question) -> Scores:
     if question.curvature == "autocorrelation":
         queries = fit_autocorrelation(store, rows).solve(queries)
     direct = [targets.names.index(name) for name in targets.direct]  # totals are sums of their pathways
-    found, lr = answer(store, rows, queries[:, direct]), run.read_json("attribution")["lr"]
+    found, lr = answer(store, rows, queries[:, direct]), made["lr"]
     se = record["error_factor"] * theory_error(found.norms, queries, lr)
     method = "sketch" if question.curvature == "identity" else f"sketch+{question.curvature}"
     ids = tuple(row.id for row in rows)
@@ -95,8 +96,7 @@ def _readings(run: RunFolder, question: Question) -> Readings:
         rows = sorted({row for name in question.groups for row in readings.rows(name)})
     known = policy.feature_ids.tolist()
     wanted = known if question.features is None else list(question.features)
-    unknown = [k for k in wanted if k not in known]
-    if unknown:
+    if unknown := [k for k in wanted if k not in known]:
         rule = "one of " + ", ".join(map(str, sorted(known)))
         raise UserError("the run does not have these features", value=unknown, rule=rule, fix="name some of these")
     columns = [j for j, k in enumerate(known) if k in set(wanted)]

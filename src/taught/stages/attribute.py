@@ -78,11 +78,9 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         concepts = run_concepts(study, run, subject)
         wanted = wanted_targets(study, ready.readings, [c.name for c in concepts], len(ready.inputs))
         if study.bins is not None and study.bins.questions and "prompt:*" not in wanted:
-            progress.note(
-                "too many examples and prompts to keep the change on each: intervals are over documents alone"
-            )
-        asked = asks(ready, wanted, concepts, progress)
-        asked = in_one_metric(ready, asked, work)
+            kept = "too many examples and prompts to keep the change on each"
+            progress.note(f"{kept}: intervals are over documents alone")
+        asked = in_one_metric(ready, asks(ready, wanted, concepts, progress), work)
         works = [replace(work, pieces=Prefixed(stage.partial, f"place{n}")) for n in range(len(asked))]
         parts = [
             driver.scores(ask.problem, ready.inputs, ask.targets, ready.method, own)
@@ -101,8 +99,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
         shift = None if policy is None else shift_of(scores, policy.feature_ids.tolist())
         if asked[0].targets.readings is ready.readings:  # else they are of a concept's place and prompts
             _write_details(run, ready, scores, shift)
-        _write_examples(run, ready, scores)
-        _write_summary(run, ready, scores, checks)
+        _write_examples(run, ready, scores, checks)
         write_certificates(study, run, asked[0].targets, scores, shift, checks)
         rescored = [row for part in parts for row in part.details.get("rescored", ())]
         if rescored:
@@ -150,12 +147,8 @@ def in_one_metric(ready: Ready, asked: Sequence[Ask], work: Work) -> list[Ask]:
     if not method.trajectory.make(TRAJECTORIES).single:
         return list(asked)
     curved = fitted(asked[0].problem, ready.inputs, method.curvature.make(CURVATURES), work)
-    return [
-        replace(
-            ask, problem=replace(ask.problem, metric=curved.metric, parameters=curved.parameters, plain=ask.problem)
-        )
-        for ask in asked
-    ]
+    own: dict[str, Any] = {"metric": curved.metric, "parameters": curved.parameters}
+    return [replace(ask, problem=replace(ask.problem, **own, plain=ask.problem)) for ask in asked]
 
 
 def _commits(study: Study, along: object) -> dict[str, str]:
@@ -267,34 +260,30 @@ def _write_details(run: RunFolder, ready: Ready, scores: Scores, shift: np.ndarr
     policy, details = ready.readings.policy, scores.details
     ids = {"prompt_ids": list(ready.readings.prompt_ids)}
     ids["feature_ids"] = policy.feature_ids.tolist() if policy is not None else []
+
+    def write(file: str, name: str, values: np.ndarray, axes: tuple[str, ...]) -> None:
+        run.write_tensors(file, {name: values}, {axis: ids[axis] for axis in axes}, axes={name: axes})
+
     if shift is not None and ids["feature_ids"]:
-        _write_matrix(run, "comovement", "r", comovement(shift), ids, ("feature_ids", "feature_ids"))
+        write("comovement", "r", comovement(shift), ("feature_ids", "feature_ids"))
     if "dy" in details:
-        some = {**ids, "example_ids": list(scores.example_ids)}
-        _write_matrix(
-            run, "prompt_effects", "dy", details["dy"].astype(np.float32), some, ("example_ids", "prompt_ids")
-        )
+        ids["example_ids"] = list(scores.example_ids)
+        write("prompt_effects", "dy", details["dy"].astype(np.float32), ("example_ids", "prompt_ids"))
     if "dX" in details and policy is not None:
-        some = {**ids, "example_ids": list(details["detailed"])}
-        axes = ("example_ids", "prompt_ids", "feature_ids")
-        _write_matrix(run, "feature_prompt_effects", "dX", details["dX"], some, axes)
-
-
-def _write_matrix(
-    run: RunFolder, file: str, name: str, values: np.ndarray, ids: Mapping[str, list[Any]], axes: tuple[str, ...]
-) -> None:
-    run.write_tensors(file, {name: values}, {axis: ids[axis] for axis in axes}, axes={name: axes})
+        ids["example_ids"] = list(details["detailed"])
+        write("feature_prompt_effects", "dX", details["dX"], ("example_ids", "prompt_ids", "feature_ids"))
 
 
 COPIED = ("prompt", "response", "rejected", "label", "category", "source")
 
 
-def _write_examples(run: RunFolder, ready: Ready, scores: Scores) -> None:
+def _write_examples(run: RunFolder, ready: Ready, scores: Scores, checks: Mapping[str, Mapping[str, float]]) -> None:
+    """The examples as they were scored, and of each its values on targets that are no coefficient and no prompt."""
     tokens = {e.id: e for e in ready.encoded}
     scored = {z.id: z.n_scored for z in ready.inputs}
     loss = {} if scores.losses is None else dict(zip(scores.example_ids, scores.losses, strict=True))
     own = list(ready.examples)
-    columns = {
+    columns: dict[str, Any] = {
         "example_id": [example.id for example in own],
         **{name: [getattr(example, name) for example in own] for name in COPIED},
         "document": pa.array([example.document or None for example in own], pa.string()),
@@ -304,59 +293,30 @@ def _write_examples(run: RunFolder, ready: Ready, scores: Scores) -> None:
         "loss": [float(loss[example.id]) for example in own],
     }
     run.write_table("examples", pa.table(columns))
-
-
-def _write_summary(run: RunFolder, ready: Ready, scores: Scores, checks: Mapping[str, Mapping[str, float]]) -> None:
-    """One row an example: its value on every target that is no coefficient and no prompt."""
-    ids = list(scores.example_ids)
-    label = {example.id: example.label for example in ready.examples}
-    scored = {z.id: z.n_scored for z in ready.inputs}
-    ranked = scores[scores.targets[0]]
+    ids, label = list(scores.example_ids), {example.id: example.label for example in own}
     rank = np.empty(len(ids), dtype=np.int64)
-    rank[np.argsort(-np.abs(ranked), kind="stable")] = np.arange(1, len(ids) + 1)
-    columns: dict[str, Any] = {"example_id": ids, "label": pa.array([label[i] for i in ids], pa.string())}
-    for name in scores.targets:
-        if not kind_of(name).many:
-            columns[str(name)] = scores[name]
-            se = scores.error(name)
-            if se is not None:
-                columns[f"{name} se"] = se
+    rank[np.argsort(-np.abs(scores[scores.targets[0]]), kind="stable")] = np.arange(1, len(ids) + 1)
+    columns = {"example_id": ids, "label": pa.array([label[i] for i in ids], pa.string())}
+    for name in (name for name in scores.targets if not kind_of(name).many):
+        columns[str(name)] = scores[name]
+        if (se := scores.error(name)) is not None:
+            columns[f"{name} se"] = se
     columns |= {"loss": scores.losses, "n_scored": [scored[i] for i in ids], "rank": rank}
-    if ready.readings.policy is not None:
-        by_example = {row["example_id"]: row for row in _interference(ready, scores)}
-        said = [name for name in by_example[ids[0]] if name != "example_id"]
-        columns |= {name: [by_example[i][name] for i in ids] for name in said}
+    if (policy := ready.readings.policy) is not None:
+        rows = _interference(ready, policy, scores)
+        columns |= {name: [row[name] for row in rows] for name in rows[0] if name != "example_id"}
     for check in ("exact_score", "step_score", "refit_score"):
         columns[check] = pa.array([checks.get(i, {}).get(check) for i in ids], pa.float64())
     run.write_table("summary", pa.table(columns))
 
 
-def _interference(ready: Ready, scores: Scores) -> list[dict[str, Any]]:
-    policy = ready.readings.policy
-    assert policy is not None
-    intended = _intended(ready, policy)
-    shift = shift_of(scores, policy.feature_ids.tolist())
-    if shift is None:  # without coefficients nothing can be said
-        said = (
-            "outside_share",
-            "outside_change",
-            "dominant_feature",
-            "dominant_share",
-            "unintended",
-            "expected_by_chance",
-        )
-        why = "values only rank examples" if scores.unit == "rank" else "coefficients were not asked for"
-        unknown = dict.fromkeys(said) | {"note": why}
-        return [
-            {"example_id": i, "intended": intended[i], "n_intended": len(intended[i]), **unknown}
-            for i in scores.example_ids
-        ]
-    return interference(scores.example_ids, policy.feature_ids, shift, [intended[i] for i in scores.example_ids])
+# What interference says of an example, where coefficients are known.
+INTERFERENCE = "outside_share outside_change dominant_feature dominant_share unintended expected_by_chance"
 
 
 @torch.no_grad()
-def _intended(ready: Ready, policy: Policy) -> dict[str, list[int]]:
-    """For each example the features it is about: its column ``intended``, or its prompt's active ones."""
+def _interference(ready: Ready, policy: Policy, scores: Scores) -> list[dict[str, Any]]:
+    """What each example does outside the features it is about: its column ``intended``, or its prompt's active ones."""
     named = _named_features(ready.examples, policy)
     others = [example for example in ready.examples if not named[example.id]]
     encoded = [ready.subject.chat.encode_prompt(example.messages, example.id) for example in others]
@@ -367,7 +327,14 @@ def _intended(ready: Ready, policy: Policy) -> dict[str, list[int]]:
         h, _ = read_packed(ready.subject.loaded.model, packed, None, ready.subject.required_sae.point)
         for i, row in zip(packed.index, features(h, packed.offsets), strict=True):
             active[inputs[i].id] = policy.feature_ids[(row > 0).cpu().numpy()].tolist()
-    return {example_id: features or active[example_id] for example_id, features in named.items()}
+    intended = [named[i] or active[i] for i in scores.example_ids]
+    shift = shift_of(scores, policy.feature_ids.tolist())
+    if shift is not None:
+        return interference(scores.example_ids, policy.feature_ids, shift, intended)
+    # Without coefficients nothing can be said.
+    why = "values only rank examples" if scores.unit == "rank" else "coefficients were not asked for"
+    unknown = dict.fromkeys(INTERFERENCE.split()) | {"note": why}
+    return [{"intended": own, "n_intended": len(own), **unknown} for own in intended]
 
 
 def _named_features(examples: ExampleSet, policy: Policy) -> dict[str, list[int] | None]:
@@ -375,8 +342,8 @@ def _named_features(examples: ExampleSet, policy: Policy) -> dict[str, list[int]
     known, found = set(policy.feature_ids.tolist()), {}
     for example in examples:
         cell = example.flags.get("intended")
-        parts = cell.split(",") if isinstance(cell, str) else [] if cell is None else list(cell)
         try:
+            parts = cell.split(",") if isinstance(cell, str) else [] if cell is None else list(cell)
             named = sorted({int(part) for part in parts if str(part).strip()})
         except (TypeError, ValueError):
             named = [-1]

@@ -59,7 +59,14 @@ def bins(study: Study, run: RunFolder, progress: Progress | None = None) -> None
             bootstrap=spec.bootstrap,
             seed=spec.seed,
         )
-        _write(run, found, documents, labels, values)
+        for name, rows in (("bins", found.bins), ("contrasts", found.contrasted)):
+            run.write_table(name, pa.Table.from_pylist([row._asdict() for row in rows], _BINS))
+        row, *column = ([label or UNKNOWN for label in own.labels] for own in labels.values())
+        given = [documents.ids, row, column[0] if column else [None] * len(row)]
+        with run.table_writer("bin_documents", _DOCUMENTS) as write:
+            for name, own in values.items():
+                columns = [*given, [name] * len(row), own, documents.n_examples]
+                write(pa.table(dict(zip(_DOCUMENTS.names, columns, strict=True)), schema=_DOCUMENTS))
         _write_record(run, spec, found, documents, labels, questions)
 
 
@@ -162,19 +169,6 @@ _BINS = schema(
 _DOCUMENTS = schema("document_id:str row:str column:str benchmark:str value:float n_examples:int")
 
 
-def _write(
-    run: RunFolder, found: BinMap, documents: Documents, labels: Mapping[str, Labels], values: Mapping[str, Floats]
-) -> None:
-    for name, rows in (("bins", found.bins), ("contrasts", found.contrasted)):
-        run.write_table(name, pa.Table.from_pylist([row._asdict() for row in rows], _BINS))
-    row, *column = ([label or UNKNOWN for label in own.labels] for own in labels.values())
-    n = len(documents.ids)
-    with run.table_writer("bin_documents", _DOCUMENTS) as write:
-        for name, own in values.items():
-            columns = [documents.ids, row, column[0] if column else [None] * n, [name] * n, own, documents.n_examples]
-            write(pa.table(dict(zip(_DOCUMENTS.names, columns, strict=True)), schema=_DOCUMENTS))
-
-
 def _write_record(
     run: RunFolder,
     spec: BinsSpec,
@@ -183,30 +177,27 @@ def _write_record(
     labels: Mapping[str, Labels],
     questions: Mapping[str, Any] | None,
 ) -> None:
-    run.write_json(
-        "bins",
-        {
-            "columns": list(found.columns),
-            "taxonomy": spec.taxonomy,
-            "classifier": spec.classifier,
-            "method": own_method(run),
-            "benchmarks": list(found.benchmarks),
-            "contrasts": list(found.contrasts),
-            "documents": len(documents.ids),
-            "examples": len(documents.example_ids),
-            "questions": None if questions is None else {name: own.shape[1] for name, own in questions.items()},
-            "minimum": spec.minimum,
-            "trim": spec.trim,
-            "permutations": found.permutations,
-            "bootstrap": found.bootstrap,
-            "unlabelled": {column: list(own.unlabelled) for column, own in labels.items()},
-            "empty": {column: list(own.empty) for column, own in labels.items()},
-            "profiles": [{name: _plain(value) for name, value in row._asdict().items()} for row in found.agreements],
-        },
-    )
+    def said(value: Any) -> Any:
+        if isinstance(value, Interval):
+            return value.to_dict()
+        return plain(value) if isinstance(value, float) else value
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return value.to_dict()
-    return plain(value) if isinstance(value, float) else value
+    record = {
+        "columns": list(found.columns),
+        "taxonomy": spec.taxonomy,
+        "classifier": spec.classifier,
+        "method": own_method(run),
+        "benchmarks": list(found.benchmarks),
+        "contrasts": list(found.contrasts),
+        "documents": len(documents.ids),
+        "examples": len(documents.example_ids),
+        "questions": None if questions is None else {name: own.shape[1] for name, own in questions.items()},
+        "minimum": spec.minimum,
+        "trim": spec.trim,
+        "permutations": found.permutations,
+        "bootstrap": found.bootstrap,
+        "unlabelled": {column: list(own.unlabelled) for column, own in labels.items()},
+        "empty": {column: list(own.empty) for column, own in labels.items()},
+        "profiles": [{name: said(value) for name, value in row._asdict().items()} for row in found.agreements],
+    }
+    run.write_json("bins", record)

@@ -87,12 +87,12 @@ def _remainders(
     """Linear value, refit and bound of every example; null where the run does not have them."""
     ids, dX, dy = scores.example_ids, _whole_dX(scores), scores.details.get("dy")
     columns = {field.name: np.full(len(ids), np.nan) for field in REMAINDERS}
-    columns["score"] = scores["score"].copy()
-    exact = columns["score"].copy()
+    columns["score"], exact = scores["score"], scores["score"].copy()
     made_of: list[str | None] = [None] * len(ids)
-    for i, found in ((i, checks[name]) for i, name in enumerate(ids) if "refit_score" in checks.get(name, {})):
-        made_of[i], columns["refit"][i] = "step", found["refit_score"]
-        exact[i] = found.get("exact_score", exact[i])  # S itself may be an estimate
+    for i, name in enumerate(ids):
+        if "refit_score" in (found := checks.get(name, {})):
+            made_of[i], columns["refit"][i] = "step", found["refit_score"]
+            exact[i] = found.get("exact_score", exact[i])  # S itself may be an estimate
     if dy is not None and scores.se is None:
         columns["dy_norm"] = np.linalg.norm(dy, axis=1)
     if dX is not None and dy is not None and shift is not None:

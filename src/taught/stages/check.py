@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
 from taught.core.trajectory import Follows
-from taught.data.chat import EncodedExample, EncodedPrompt
+from taught.data.chat import EncodedExample
 from taught.data.columns import name_ids
 from taught.data.duplicates import drop_duplicates
 from taught.data.overlap import find_overlap
@@ -116,7 +117,13 @@ def check_study(study: Study) -> CheckReport:
     examples, labels = _check_examples(report, study, subject, prompts)
     report.add("stages", ", ".join(stage.name for stage in asked(study)))
     if examples:
-        problem = _problem(study, subject, encoded)
+        position, point, features = None, None, None
+        if subject.sae is not None:
+            named = study.features.ids
+            count = len(named) if named else min(study.features.max_features, subject.sae.n_features)
+            features = subject.features(range(count), study)  # which ones they are costs nothing
+            position, point = study.readout.position, subject.sae.point
+        problem = make_problem(study, subject, prompt_inputs(encoded, position), point, features)
         inputs = [e.example() for e in examples]
         report.problems += map(str, try_study(study, subject, prompts, labels, problem, inputs))
         _estimate(report, study, subject, problem, inputs, len(prompts.groups))
@@ -124,12 +131,9 @@ def check_study(study: Study) -> CheckReport:
 
 
 def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> None:
-    model, sae = subject.loaded.model, subject.sae
-    parameters = sum(weight_shape(p).numel() for p in model.parameters())
-    report.add(
-        "model",
-        f"{subject.loaded.model_id}, {parameters / 1e6:.1f}M parameters, {study.model.dtype} on {study.model.device}",
-    )
+    sae, parameters = subject.sae, sum(weight_shape(p).numel() for p in subject.loaded.model.parameters()) / 1e6
+    what = f"{parameters:.1f}M parameters, {study.model.dtype} on {study.model.device}"
+    report.add("model", f"{subject.loaded.model_id}, {what}")
     report.add("weights", subject.loaded.weights.get("source", "local folder"))
     if codes := subject.loaded.weights.get("quantised"):
         report.add("quantised", f"{codes['kind']}, {codes['layers']} linear layers")
@@ -140,8 +144,7 @@ def _describe_subject(report: CheckReport, study: Study, subject: Subject) -> No
     if sae is None:
         report.add("SAE", "none: with one (sae.path), a policy says through which features the examples act")
     else:
-        what = f"{sae.n_features} features ({sae.architecture}), {sae.point}, encoder {study.sae.encoder}"
-        report.add("SAE", what)
+        report.add("SAE", f"{sae.n_features} features ({sae.architecture}), {sae.point}, encoder {study.sae.encoder}")
         report.add("read-out", study.readout.position)
     report.add("behavior", f"{subject.behavior.meaning} ({subject.behavior.unit})")
 
@@ -185,52 +188,86 @@ def _estimate(
     report: CheckReport, study: Study, subject: Subject, problem: Problem, inputs: Examples, groups: int
 ) -> None:
     """Operations, minutes, memory and disk of the attribution, and of training again."""
-    method = method_of(study)
-    try:
-        wanted = _asked(study, problem, groups)
-        cost = attribution_cost(problem, inputs, wanted, method)
-    except UserError as error:
-        if str(error) not in report.problems:
-            report.problems.append(str(error))
-        return
-    parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
-    total = sum(cost.values())
-    report.add("cost", f"about {total / 1e12:.3g} x 10^12 floating point operations ({parts})")
-    minutes = _minutes(total, product_rate(_a_weight(subject)))
-    if "features" in cost:
-        minutes += f", and {problem.d} features to be active on {ACTIVE:.0%} of the prompts"
-    report.add("time", minutes)
-    curvature = method.curvature.make(CURVATURES)
-    patterns = curvature.curved(problem) if hasattr(curvature, "curved") else problem.parameters
-    if patterns is not None:
-        moving = moving_parameters(subject.loaded.model, patterns).values()
-        count = sum(p.numel() for p in moving)
-        report.add("moving", f"{count / 1e6:.3g}M parameters in {len(moving)} tensors")
-    report.add("memory", _memory(study, problem, inputs, wanted))
-    report.add("disk", _disk(study, problem, inputs, wanted))
-    _estimate_validation(report, study, subject, problem, inputs)
-
-
-def _problem(study: Study, subject: Subject, prompts: Sequence[EncodedPrompt]) -> Problem:
-    if subject.sae is None:
-        return make_problem(study, subject, prompt_inputs(prompts, None), None, None)
-    ids = study.features.ids
-    count = len(ids) if ids else min(study.features.max_features, subject.sae.n_features)
-    features = subject.features(range(count), study)  # which ones they are costs nothing
-    return make_problem(study, subject, prompt_inputs(prompts, study.readout.position), subject.sae.point, features)
-
-
-def _asked(study: Study, problem: Problem, groups: int) -> Asked:
-    """What the study's targets amount to; both pathways of a target are asked for apart."""
+    method, examples, prompts = method_of(study), len(inputs), len(problem.prompts)
+    # What the targets amount to; both pathways of a target are asked for apart.
     names = study.attribution.targets
     if names is None:
         names = ("score", "coefficient:*", "behavior:*", "prompt:*") if problem.d else ("behavior:*",)
     every = any(name.startswith(("coefficient:", "prompt:*")) for name in names)
     every = every or (study.bins is not None and study.bins.questions)
     queries = sum({"score": 2, "behavior:*": groups}.get(name, 1) for name in names)
-    single = method_of(study).trajectory.make(TRAJECTORIES).single
     features = problem.d + int(study.policy.intercept) if problem.d else 0
-    return Asked(features, queries, every, study.attribution.exact_top if single else 0)
+    try:
+        along = method.trajectory.make(TRAJECTORIES)
+        wanted = Asked(features, queries, every, study.attribution.exact_top if along.single else 0)
+        cost = attribution_cost(problem, inputs, wanted, method)
+    except UserError as error:
+        if str(error) not in report.problems:
+            report.problems.append(str(error))
+        return
+    said, minutes = _operations(cost, "floating point operations", subject)
+    report.add("cost", said)
+    if "features" in cost:
+        minutes += f", and {problem.d} features to be active on {ACTIVE:.0%} of the prompts"
+    report.add("time", minutes)
+    estimator, curvature = method.estimator.make(ESTIMATORS), method.curvature.make(CURVATURES)
+    patterns = curvature.curved(problem) if hasattr(curvature, "curved") else problem.parameters
+    if patterns is not None:
+        moving = moving_parameters(subject.loaded.model, patterns).values()
+        count = sum(p.numel() for p in moving)
+        report.add("moving", f"{count / 1e6:.3g}M parameters in {len(moving)} tensors")
+    held, states = along.bytes(problem, inputs, wanted) if isinstance(along, Follows) else (None, 0)
+    gradients = held if held is not None else _gradients(study, problem, estimator, curvature, wanted)
+    # The base model, and a checkpoint's; the weights that a training run begins with are put back.
+    model = _size(problem.model.parameters()) * (1 if along.single else 2) / GB
+    total = model + gradients / GB + _REST_GB
+    parts = f"model {model:.1f}, gradients {gradients / GB:.1f}, everything else about {_REST_GB}"
+    report.add("memory", f"about {total:.1f} GB ({parts})")
+    # The tables of a run, what its estimator keeps, and the states of a training run that is followed.
+    tables = 8 * examples * (1 + queries + 3 * features * every) + 4 * examples * prompts
+    disk = f"about {max(tables, 10**6) / 1e6:.0f} MB of tables"
+    if hasattr(estimator, "kept_bytes"):
+        disk += f", {estimator.kept_bytes(examples, prompts, features) / 1e6:.0f} MB kept by the estimator"
+    if states:
+        disk += f", {states / 1e6:.0f} MB of states of the training run while it is followed"
+    report.add("disk", disk)
+    _estimate_validation(report, study, subject, problem, inputs)
+
+
+def _operations(cost: Mapping[str, float], what: str, subject: Subject) -> tuple[str, str]:
+    """Operations with their parts, and minutes by the pace of a product with one of a block's matrices."""
+    parts, total = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items()), sum(cost.values())
+    model = subject.loaded.model
+    p = next(p for p in get_block(model, 0).parameters() if p.ndim == 2)
+    like = next(model.parameters())  # of a quantised one the product is one with what it stands for
+    rate = product_rate(p if is_plain(p) else torch.empty(weight_shape(p), dtype=like.dtype, device=p.device))
+    minutes = total / (PACE * rate) / 60
+    said = f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute or less"
+    said += f": an estimate, taking passes to run at {PACE:.0%} of what a product of matrices "
+    said += f"just did ({rate / 1e9:.0f} x 10^9 operations a second)"
+    return f"about {total / 1e12:.3g} x 10^12 {what} ({parts})", said
+
+
+def _size(parameters: Iterable[Tensor], least: int = 1) -> int:
+    """Bytes; ``least`` of a number."""
+    return sum(max(least, p.element_size()) * p.numel() for p in parameters)
+
+
+def _gradients(study: Study, problem: Problem, estimator: Any, curvature: Any, wanted: Asked) -> float:
+    """Bytes of the gradients that are held at a time."""
+    moving = moving_parameters(problem.model, problem.parameters).values()
+    held = getattr(estimator, "gradients", None)
+    if held is not None:
+        gradients = held * _size(moving)
+    else:
+        query, gradients = _size(moving, 4), study.attribution.memory_gb * GB
+        if not wanted.every:
+            gradients = min(wanted.queries * query, gradients)
+        if getattr(curvature, "of_queries", False):  # queries are solved for whole
+            gradients = max(query, gradients)
+        if wanted.top and needs_steps(curvature) is None:  # a real step of the strongest
+            gradients = max(_size(moving), gradients)
+    return gradients + (4 * curvature.numbers(problem) if hasattr(curvature, "numbers") else 0)
 
 
 def _estimate_validation(
@@ -250,18 +287,13 @@ def _estimate_validation(
         forgotten=forgotten,
         unlearn_steps=spec.unlearn_steps,
     )
-    total = sum(cost.values())
     if {*PAIRED} & {*spec.designs}:
         least = f"{spec.pairs}, p is at least {least_p(spec.pairs):.2g}"
         report.add("pairs", "; ".join(filter(None, (least, few_pairs(spec.pairs)))))
     subsets += forgotten
-    parts = ", ".join(f"{part} {value / 1e12:.3g}" for part, value in cost.items())
-    report.add(
-        "validate",
-        f"{len(subsets)} retrainings on {min(subsets)} to {max(subsets)} examples, "
-        f"about {total / 1e12:.3g} x 10^12 operations ({parts})",
-    )
-    report.add("validate, time", _minutes(total, product_rate(_a_weight(subject))))
+    said, minutes = _operations(cost, "operations", subject)
+    report.add("validate", f"{len(subsets)} retrainings on {min(subsets)} to {max(subsets)} examples, {said}")
+    report.add("validate, time", minutes)
     kept = retrained_bytes(subsets, spec.epochs, len(problem.prompts), problem.d)
     kept += len(forgotten) * spec.unlearn_steps * (32 * spec.batch + 120)  # ids of both batches, and numbers
     report.add("validate, disk", f"about {max(kept, 10**6) / 1e6:.0f} MB of retrainings")
@@ -296,67 +328,3 @@ def retrained_bytes(subsets: Sequence[int], epochs: int, prompts: int, features:
     """What retrainings take on the disk: y and X as float64, and records of ids and steps."""
     each = 8 * prompts * (1 + features) + 16 * prompts + 8 * features
     return len(subsets) * each + (16 + 32 + 16 * epochs) * sum(subsets)
-
-
-def _a_weight(subject: Subject) -> Tensor:
-    """One of a block's matrices; where it is quantised, the product is one with what it stands for."""
-    block = get_block(subject.loaded.model, 0)
-    p = next(p for p in block.parameters() if p.ndim == 2)
-    like = next(subject.loaded.model.parameters())
-    return p if is_plain(p) else torch.empty(weight_shape(p), dtype=like.dtype, device=p.device)
-
-
-def _minutes(operations: float, rate: float) -> str:
-    minutes = operations / (PACE * rate) / 60
-    said = f"about {minutes:.0f} minutes" if minutes >= 1.5 else "about a minute or less"
-    return (
-        f"{said}: an estimate, taking passes to run at {PACE:.0%} of what a product of matrices "
-        f"just did ({rate / 1e9:.0f} x 10^9 operations a second)"
-    )
-
-
-def _memory(study: Study, problem: Problem, inputs: Examples, wanted: Asked) -> str:
-    """The model, the gradients that are held at a time, and what else a process of torch takes."""
-    method = method_of(study)
-    estimator, curvature = method.estimator.make(ESTIMATORS), method.curvature.make(CURVATURES)
-    moving = moving_parameters(problem.model, problem.parameters).values()
-    model, moved = (
-        sum(p.numel() * p.element_size() for p in some) / GB for some in (problem.model.parameters(), moving)
-    )
-    # The base model, and a checkpoint's; the weights that a training run begins with are put back.
-    model *= 1 if method.trajectory.make(TRAJECTORIES).single else 2
-    held = getattr(estimator, "gradients", None)
-    if held is None:
-        query = sum(max(4, p.element_size()) * p.numel() for p in moving) / GB
-        gradients = study.attribution.memory_gb
-        if not wanted.every:
-            gradients = min(wanted.queries * query, gradients)
-        if getattr(curvature, "of_queries", False):  # queries are solved for whole
-            gradients = max(query, gradients)
-        if wanted.top and needs_steps(curvature) is None:  # a real step of the strongest
-            gradients = max(moved, gradients)
-    else:
-        gradients = held * moved
-    if hasattr(curvature, "numbers"):
-        gradients += 4 * curvature.numbers(problem) / GB
-    along = method.trajectory.make(TRAJECTORIES)
-    if isinstance(along, Follows):
-        gradients = along.bytes(problem, inputs, wanted)[0] / GB
-    return (
-        f"about {model + gradients + _REST_GB:.1f} GB (model {model:.1f}, gradients "
-        f"{gradients:.1f}, everything else about {_REST_GB})"
-    )
-
-
-def _disk(study: Study, problem: Problem, inputs: Examples, wanted: Asked) -> str:
-    """The tables of a run, what its estimator keeps, and the states of a training run that is followed."""
-    examples, along = len(inputs), method_of(study).trajectory.make(TRAJECTORIES)
-    estimator, prompts = study.attribution.estimator.make(ESTIMATORS), len(problem.prompts)
-    values = examples * (1 + wanted.queries + 3 * wanted.features * wanted.every)
-    tables = 8 * values + 4 * examples * prompts
-    said = f"about {max(tables, 10**6) / 1e6:.0f} MB of tables"
-    if hasattr(estimator, "kept_bytes"):
-        said += f", {estimator.kept_bytes(examples, prompts, wanted.features) / 1e6:.0f} MB kept by the estimator"
-    if isinstance(along, Follows) and (states := along.bytes(problem, inputs, wanted)[1]):
-        said += f", {states / 1e6:.0f} MB of states of the training run while it is followed"
-    return said

@@ -66,25 +66,17 @@ def clamp(study: Study, run: RunFolder, progress: Progress | None = None) -> Non
         for column in range(fitted.d):
             key = f"feature-{fitted.feature_ids[column]}"
             found = stage.partial.load(key)
-            if found is None:
-                chosen = _chosen(fitted, column, spec.prompts, study.policy.seed)
-                given = [inputs[i] for i in chosen]
-                found = {
-                    "x": fitted.X[chosen, column],
-                    **_measured(study, subject, fitted, given, column, spec.controls),
-                }
+            if found is None:  # read on prompts where the feature is active; of more, those drawn over sorted ids
+                active = np.flatnonzero(fitted.X[:, column] > 0).tolist()
+                active.sort(key=lambda i: fitted.prompt_ids[i])
+                rng = np.random.default_rng([study.policy.seed, int(fitted.feature_ids[column])])
+                chosen = sorted(active[i] for i in rng.permutation(len(active))[: spec.prompts])
+                changes = _measured(study, subject, fitted, [inputs[i] for i in chosen], column, spec.controls)
+                found = {"x": fitted.X[chosen, column], **changes}
                 stage.partial.save(key, found)
             measured.append(found)
             progress.advance(1)
         _write(run, study, fitted, measured, spec)
-
-
-def _chosen(fitted: Policy, column: int, prompts: int, seed: int) -> list[int]:
-    """Prompts on which the feature is active; where there are more, drawn over sorted ids."""
-    active = np.flatnonzero(fitted.X[:, column] > 0).tolist()
-    active.sort(key=lambda i: fitted.prompt_ids[i])
-    rng = np.random.default_rng([seed, int(fitted.feature_ids[column])])
-    return sorted(active[i] for i in rng.permutation(len(active))[:prompts])
 
 
 @torch.no_grad()
@@ -95,24 +87,21 @@ def _measured(
     feature, sae = int(fitted.feature_ids[column]), subject.required_sae
     own = decoder_direction(sae, feature)
     rng = np.random.default_rng([study.policy.seed, feature, 1])
-    scaled = [Clamp(sae, feature, study.sae.encoder, scale, own) for scale in SCALES]
-    drawn = [
-        Clamp(sae, feature, study.sae.encoder, CONTROL_SCALE, direction)
-        for direction in random_directions(own, controls, rng)
-    ]
+    drawn = random_directions(own, controls, rng)
+    edits = [Clamp(sae, feature, study.sae.encoder, scale, own) for scale in SCALES]
+    edits += [Clamp(sae, feature, study.sae.encoder, CONTROL_SCALE, direction) for direction in drawn]
     features = subject.features(fitted.feature_ids.copy(), study)
-    dy = np.empty((len(scaled) + controls, len(given)))
-    predicted = np.empty((len(scaled), len(given)))
+    dy, predicted = np.empty((len(edits), len(given))), np.empty((len(SCALES), len(given)))
     for packed in pack_apart(given, subject.behavior):
         at = list(packed.index)
         h, y = _read(subject, packed, None)
         before = features(h, packed.offsets)
-        for row, edit in enumerate([*scaled, *drawn]):
+        for row, edit in enumerate(edits):
             dy[row, at] = (_read(subject, packed, edit)[1] - y).numpy()
-        for row, edit in enumerate(scaled):
+        for row, edit in enumerate(edits[: len(SCALES)]):
             moved = (features(edit(h), packed.offsets) - before).double().cpu().numpy()
             predicted[row, at] = moved @ fitted.coef
-    return {"dy": dy[: len(scaled)], "control": dy[len(scaled) :], "predicted": predicted}
+    return {"dy": dy[: len(SCALES)], "control": dy[len(SCALES) :], "predicted": predicted}
 
 
 def _read(subject: Subject, packed: PackedPrompts, edit: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -133,14 +122,25 @@ def _write(
 ) -> None:
     rows = [_row(study, fitted, column, found) for column, found in enumerate(measured)]
     active = [row for row in rows if row["n"]]
-    controls = np.array([row["controls"] for row in active])
-    p = control_p([row["at_control"] for row in active], controls.reshape(-1, spec.controls))
+    controls = np.array([row["controls"] for row in active]).reshape(-1, spec.controls)
+    p = control_p([row["at_control"] for row in active], controls)
     for row, own, adjusted in zip(active, p, benjamini_hochberg(p), strict=True):
         row["p"], row["p_adjusted"] = float(own), float(adjusted)
     run.write_table("clamp", pa.Table.from_pylist(rows, TABLE))
     clear = [row for row in active if row["p_adjusted"] <= LEVEL]
     rows_of = run.read_table("coefficients", ["feature_id", "lo", "hi"]).to_pylist()
     sure = {row["feature_id"] for row in rows_of if row["lo"] > 0 or row["hi"] < 0}  # the interval excludes 0
+    over = {
+        "all": active,
+        "sure": [row for row in active if row["feature_id"] in sure],
+        "clear": clear,
+        "predicted": [{**row, "coef": row["predicted"]} for row in active],
+        "control": [{**row, "slope": row["controls"][0]} for row in active],
+    }
+    draws, compared = {"bootstrap": study.policy.bootstrap, "seed": study.policy.seed}, {}
+    for name, some in over.items():
+        columns = [[row[key] for row in some] for key in ("coef", "slope", "rms_x")]
+        compared[name] = agreement(*columns, **draws).to_dict()
     record = {
         "prompts": spec.prompts,
         "controls": spec.controls,
@@ -149,13 +149,7 @@ def _write(
         "features": len(rows),
         "active": len(active),
         "clear": len(clear),
-        "agreement": {
-            "all": _compared(study, active),
-            "sure": _compared(study, [row for row in active if row["feature_id"] in sure]),
-            "clear": _compared(study, clear),
-            "predicted": _compared(study, [{**row, "coef": row["predicted"]} for row in active]),
-            "control": _compared(study, [{**row, "slope": row["controls"][0]} for row in active]),
-        },
+        "agreement": compared,
     }
     run.write_json("clamp", record)
 
@@ -163,11 +157,8 @@ def _write(
 def _row(study: Study, fitted: Policy, column: int, found: dict[str, Floats]) -> dict[str, Any]:
     """One feature of the table, as far as it is known without the others."""
     x = found["x"]
-    row: dict[str, Any] = {
-        "feature_id": int(fitted.feature_ids[column]),
-        "coef": float(fitted.coef[column]),
-        "n": len(x),
-    }
+    row: dict[str, Any] = {"feature_id": int(fitted.feature_ids[column]), "coef": float(fitted.coef[column])}
+    row["n"] = len(x)
     if not len(x):
         return row
     spec, twice = study.policy, [CONTROL_SCALE]
@@ -184,11 +175,3 @@ def _row(study: Study, fitted: Policy, column: int, found: dict[str, Floats]) ->
         "controls": [slope(x, twice, dy[None]) for dy in found["control"]],
         "doses": [{"scale": scale, **mean.to_dict()} for scale, mean in zip(SCALES, seen.means, strict=True)],
     }
-
-
-def _compared(study: Study, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Agreement of slopes with coefficients over some features."""
-    spec = study.policy
-    columns = [[row[name] for row in rows] for name in ("coef", "slope", "rms_x")]
-    found = agreement(*columns, bootstrap=spec.bootstrap, seed=spec.seed)
-    return found.to_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from taught.analysis.clusters import Clustering, cluster_examples
+from taught.analysis.clusters import cluster_examples
 from taught.progress import Progress
 from taught.run.files import schema
 from taught.run.folder import RunFolder
@@ -31,7 +31,26 @@ def clusters(study: Study, run: RunFolder, progress: Progress | None = None) -> 
             kinds=summary["label"].to_pylist(),
             k=spec.k,
         )
-        _write(run, found, spec.k)
+        clusters = [row._asdict() | {"features": [f._asdict() for f in row.features]} for row in found.clusters]
+        run.write_table("clusters", pa.Table.from_pylist(clusters, _CLUSTERS))
+        effects = [row._asdict() for row in found.effects]
+        run.write_table("cluster_influence", pa.Table.from_pylist(effects, _INFLUENCE))
+        similarity = pa.array(found.similarity, from_pandas=True)
+        members = {"example_id": list(found.example_ids), "cluster": found.cluster, "similarity": similarity}
+        run.write_table("cluster_members", pa.table(members))
+        record = {
+            "examples": len(found.example_ids),
+            "without": int((found.cluster == 0).sum()),
+            "k": int((np.unique(found.cluster) > 0).sum()),
+            "given": spec.k is not None,
+            "silhouette": max(found.silhouettes.values(), default=None),
+            "silhouettes": [{"k": some, "silhouette": s} for some, s in found.silhouettes.items()],
+            "sets": found.sets,
+            "clustered": found.clustered,
+            "draws": found.draws,
+            "targets": list(dict.fromkeys(row.target for row in found.effects)),
+        }
+        run.write_json("clusters", record)
 
 
 _FEATURE = schema("feature_id:int label:str inside:float outside:float")
@@ -43,31 +62,3 @@ _INFLUENCE = schema(
     "cluster:int target:str mean:float lo:float hi:float random_lo:float random_hi:float p:float p_holm:float "
     "matched_p:float matched_p_holm:float"
 )
-
-
-def _write(run: RunFolder, found: Clustering, k: int | None) -> None:
-    clusters = [row._asdict() | {"features": [feature._asdict() for feature in row.features]} for row in found.clusters]
-    effects = [row._asdict() for row in found.effects]
-    run.write_table("clusters", pa.Table.from_pylist(clusters, _CLUSTERS))
-    run.write_table("cluster_influence", pa.Table.from_pylist(effects, _INFLUENCE))
-    members = {
-        "example_id": list(found.example_ids),
-        "cluster": found.cluster,
-        "similarity": pa.array(found.similarity, from_pandas=True),
-    }
-    run.write_table("cluster_members", pa.table(members))
-    run.write_json(
-        "clusters",
-        {
-            "examples": len(found.example_ids),
-            "without": int((found.cluster == 0).sum()),
-            "k": int((np.unique(found.cluster) > 0).sum()),
-            "given": k is not None,
-            "silhouette": max(found.silhouettes.values(), default=None),
-            "silhouettes": [{"k": some, "silhouette": s} for some, s in found.silhouettes.items()],
-            "sets": found.sets,
-            "clustered": found.clustered,
-            "draws": found.draws,
-            "targets": list(dict.fromkeys(row.target for row in found.effects)),
-        },
-    )

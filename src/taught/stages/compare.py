@@ -100,27 +100,19 @@ def compare(study: Study, run: RunFolder, progress: Progress | None = None) -> N
         rivals = [*scores, *elsewhere]
         norms = next(iter(baselines["gradient-norm"].values()))
         scores |= by_length(scores, norms) | elsewhere
-        validation = run.read_json("validation")
-        known = truths(run.read_table("subsets"), run.read_table("outcomes"), validation["inclusion"], names)
+        subsets, outcomes = run.read_table("subsets"), run.read_table("outcomes")
+        known = truths(subsets, outcomes, run.read_json("validation")["inclusion"], names)
         for design in sorted({*RANK_DESIGNS} & {*study.validation.designs} - {t.design for t in known}):
             progress.note(f"{design}: fewer than {LEAST_SUBSETS} subsets, no rank correlation")
         progress.step("intervals")
-        found = compared(
-            Comparison(
-                scores,
-                baselines,
-                known,
-                {example.id: example.label for example in ready.examples},
-                {example.id for example in ready.examples if is_planted(example.flags)},
-                list(combinations(rivals, 2)),
-            )
-        )
+        labels = {example.id: example.label for example in ready.examples}
+        planted = {example.id for example in ready.examples if is_planted(example.flags)}
+        found = compared(Comparison(scores, baselines, known, labels, planted, list(combinations(rivals, 2))))
         for name, rows in (*found._asdict().items(), ("costs", costs)):
             if rows:
                 run.write_table(name, table_of(rows))
         few = {name: of for name, of in scores[own.name].items() if not kind_of(TargetName.parse(name)).many}
-        rows = foreseen(run.read_table("subsets"), run.read_table("outcomes"), few)
-        run.write_table("foreseen", table_of(rows))
+        run.write_table("foreseen", table_of(foreseen(subsets, outcomes, few)))
         long = [(i, m, t, v, None) for m, of in scores.items() for t, by in of.items() for i, v in by.items()]
         columns = [list(column) for column in zip(*long, strict=True)]
         run.write_table("compared_scores", pa.table(columns, schema=scores_schema()))
@@ -140,8 +132,7 @@ def compared_targets(run: RunFolder, ready: Ready) -> TargetSet:
     """The run's targets that a retraining measures, without pathways; the ten largest coefficients."""
     names = [TargetName.parse(name) for name in run_targets(run)]
     names = [n for n in names if n.pathway is None and all(kind_of(p).reads != "concepts" for p in n.parts)]
-    policy = ready.readings.policy
-    if policy is not None:
+    if (policy := ready.readings.policy) is not None:
         names += [TargetName("coefficient", str(k)) for k in largest(policy)]
     return TargetSet(tuple(names), ready.readings)
 
@@ -163,14 +154,10 @@ def baselines_by_target(
 ) -> dict[str, ByTarget]:
     """Every baseline: one about a group stands for the behavior on it, the positive group's for others."""
     progress.step("baselines", len(ready.inputs))
-    labels = {example.id: example.label or "" for example in ready.examples}
-    texts = Texts(
-        {example.id: f"{example.prompt}\n{example.response}" for example in ready.examples},
-        {prompt.id: prompt.text for prompt in data.prompts},
-        labels,
-        study.examples.positive_label or "",
-    )
-    names = [n for n in BASELINES if n != "label" or study.examples.positive_label is not None]
+    positive, labels = study.examples.positive_label, {example.id: example.label or "" for example in ready.examples}
+    responses = {example.id: f"{example.prompt}\n{example.response}" for example in ready.examples}
+    texts = Texts(responses, {prompt.id: prompt.text for prompt in data.prompts}, labels, positive or "")
+    names = [n for n in BASELINES if n != "label" or positive is not None]
     groups = ready.readings.groups
     made = baseline_scores(ready.problem, ready.inputs, groups, texts, names=names, progress=progress)
     other = study.prompts.positive_group or next(iter(groups))

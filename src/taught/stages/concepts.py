@@ -87,12 +87,9 @@ def concepts(study: Study, run: RunFolder, progress: Progress | None = None) -> 
             settle_passes(subject.loaded.model, every, subject.behavior, progress=progress)
         made = [_made(study, subject, spec, prompts, progress) for spec in study.concepts]
         if made:
-            run.write_tensors(
-                "concepts",
-                {"directions": np.stack([concept.direction for concept in made])},
-                {"names": [concept.name for concept in made]},
-                axes={"directions": ("names", None)},
-            )
+            directions = {"directions": np.stack([concept.direction for concept in made])}
+            names = {"names": [concept.name for concept in made]}
+            run.write_tensors("concepts", directions, names, axes={"directions": ("names", None)})
         run.write_json("concepts", {"concepts": [concept.record() for concept in made]})
 
 
@@ -107,15 +104,18 @@ def run_concepts(study: Study, run: RunFolder, subject: Subject) -> list[Read]:
     if not study.concepts:
         return []
     run.require("concepts")
-    arrays, ids = run.read_tensors("concepts")
-    records = {record["name"]: record for record in run.read_json("concepts")["concepts"]}
-    direction = dict(zip(ids["names"], arrays["directions"], strict=True))
-    found = []
+    stored, found = _stored(run), []
     for spec in study.concepts:
-        concept = Concept.of(records[spec.name], direction[spec.name])
-        _require_fit(concept, subject)
-        found.append(Read(concept, spec.read, spec.group))
+        _require_fit(stored[spec.name], subject)
+        found.append(Read(stored[spec.name], spec.read, spec.group))
     return found
+
+
+def _stored(run: RunFolder) -> dict[str, Concept]:
+    arrays, ids = run.read_tensors("concepts")
+    direction = dict(zip(ids["names"], arrays["directions"], strict=True))
+    records = run.read_json("concepts")["concepts"]
+    return {record["name"]: Concept.of(record, direction[record["name"]]) for record in records}
 
 
 def _require_fit(concept: Concept, subject: Subject) -> None:
@@ -127,9 +127,7 @@ def _require_fit(concept: Concept, subject: Subject) -> None:
 def _made(study: Study, subject: Subject, spec: ConceptSpec, prompts: PromptSet, progress: Progress) -> Concept:
     """One concept, made or loaded."""
     if spec.path is not None:
-        saved = replace(_saved(Path(spec.path), spec.name), name=spec.name)
-        _require_fit(saved, subject)
-        return saved
+        return _saved(Path(spec.path), spec.name, subject)
     kind, detail = _source(spec)
     position = spec.position or study.readout.position
     require_place(position, spec.tokens)
@@ -149,33 +147,28 @@ def _made(study: Study, subject: Subject, spec: ConceptSpec, prompts: PromptSet,
     direction, card, origin = _direction(study, subject, spec, (kind, detail), X, positive)
     if spec.sweep:
         card["sweep"] = sweep(H, positive, _method(spec, kind), spec.penalty, **_draws(study))
-    return Concept(
-        spec.name,
-        normalised(direction, spec.norm),
-        point,
-        position,
-        spec.tokens,
-        dict(subject.loaded.weights),
-        {"source": spec.source, "norm": spec.norm, **origin, **data},
-        card,
-    )
+    weights, provenance = dict(subject.loaded.weights), {"source": spec.source, "norm": spec.norm, **origin, **data}
+    direction = normalised(direction, spec.norm)
+    return Concept(spec.name, direction, point, position, spec.tokens, weights, provenance, card)
 
 
-def _saved(folder: Path, name: str) -> Concept:
+def _saved(folder: Path, name: str, subject: Subject) -> Concept:
     """A concept that was saved, or one of another run by its name."""
     if not (folder / "concepts.json").is_file():
-        return load_concept(folder)
-    run = RunFolder.open(folder)
-    arrays, ids = run.read_tensors("concepts")
-    for record in run.read_json("concepts")["concepts"]:
-        if record["name"] == name:
-            return Concept.of(record, arrays["directions"][ids["names"].index(name)])
-    raise UserError(
-        "the run has no concept of this name",
-        value=name,
-        rule="one of " + ", ".join(ids["names"]),
-        fix=f"correct the name under concepts, or its path {folder}",
-    )
+        concept = load_concept(folder)
+    else:
+        stored = _stored(RunFolder.open(folder))
+        if name not in stored:
+            raise UserError(
+                "the run has no concept of this name",
+                value=name,
+                rule="one of " + ", ".join(stored),
+                fix=f"correct the name under concepts, or its path {folder}",
+            )
+        concept = stored[name]
+    concept = replace(concept, name=name)
+    _require_fit(concept, subject)
+    return concept
 
 
 # Methods that read activations and take no gradient
@@ -186,18 +179,13 @@ def concept_method_scores(
 ) -> list[Scores]:
     """Values of every example for every concept by the study's ``attribution.concept_methods``."""
     projector = _Projector(study, subject, run, inputs, [read.concept for read in concepts], progress)
-    ids = tuple(z.id for z in inputs)
-    names = tuple(TargetName("concept", read.name) for read in concepts)
-    return [
-        Scores(
-            method,
-            ids,
-            names,
-            np.stack([getattr(projector, method.replace("-", "_"))()[n.about] for n in names], 1),
-            influence=False,
-        )
-        for method in study.attribution.concept_methods
-    ]
+    ids, names = tuple(z.id for z in inputs), tuple(TargetName("concept", read.name) for read in concepts)
+    found = []
+    for method in study.attribution.concept_methods:
+        values = getattr(projector, method.replace("-", "_"))()
+        columns = [values[read.name] for read in concepts]
+        found.append(Scores(method, ids, names, np.stack(columns, 1), influence=False))
+    return found
 
 
 def check_concept_methods(study: Study) -> None:
@@ -239,14 +227,8 @@ class _Projector:
         found: dict[str, Floats] = {}
         for (point, tokens), some in places.items():
             self.progress.step(f"activations of {what}", len(examples))
-            values = project(
-                model,
-                examples,
-                concept_map(some, tokens, like),
-                point,
-                batch_tokens=self.study.attribution.batch_tokens,
-                progress=self.progress,
-            )
+            onto, batch = concept_map(some, tokens, like), self.study.attribution.batch_tokens
+            values = project(model, examples, onto, point, batch_tokens=batch, progress=self.progress)
             found |= {concept.name: values[:, c].numpy() for c, concept in enumerate(some)}
         return found
 
@@ -258,10 +240,8 @@ class _Projector:
 
     def projection_difference_response(self) -> dict[str, Floats]:
         """The same minus the projection of the model's own answer to the example's prompt."""
-        limit = self.study.attribution.max_new_tokens
-        own = own_examples(
-            self.study, self.subject, self.inputs, self.run.path("own_responses.json"), limit, self.progress
-        )
+        file, limit = self.run.path("own_responses.json"), self.study.attribution.max_new_tokens
+        own = own_examples(self.study, self.subject, self.inputs, file, limit, self.progress)
         theirs = self._read(self.subject.loaded.model, own, "the model's own responses")
         return {name: values - theirs[name] for name, values in self.vector_filter().items()}
 
@@ -286,12 +266,8 @@ def _source(spec: ConceptSpec) -> tuple[str, str]:
             fix=f"correct the source of {spec.name} under concepts",
         )
     if spec.sweep and not plain:
-        raise UserError(
-            "a sweep over blocks is of directions that are fitted",
-            value=spec.source,
-            rule="sweep goes with difference and probe",
-            fix="leave out sweep",
-        )
+        what, rule = "a sweep over blocks is of directions that are fitted", "sweep goes with difference and probe"
+        raise UserError(what, value=spec.source, rule=rule, fix="leave out sweep")
     return kind, detail
 
 
@@ -301,30 +277,18 @@ def _point(spec: ConceptSpec, kind: str, detail: str, subject: Subject) -> tuple
     default = Point(len(find_blocks(subject.loaded.model)) // 2) if sae is None else sae.point
     point = Point(default.block if spec.block is None else spec.block, spec.point or default.part)
     if kind == "feature" and point != subject.required_sae.point:
-        raise UserError(
-            "a feature is a direction where its SAE reads",
-            value=point,
-            rule=str(subject.required_sae.point),
-            fix="leave out block and point",
-        )
+        rule, fix = str(subject.required_sae.point), "leave out block and point"
+        raise UserError("a feature is a direction where its SAE reads", value=point, rule=rule, fix=fix)
     path, tensor = _file_parts(detail) if kind == "file" else ("", None)
     if is_control_vector(path):
         tensor = tensor or control_tensor(point.block)
-        own = Point(control_block(tensor))
+        own, rule = Point(control_block(tensor)), "direction.N is added to the output of block N"
         if spec.block not in (None, own.block):
-            raise UserError(
-                "the direction is of another block",
-                value=f"{tensor}, block {spec.block}",
-                rule="direction.N is added to the output of block N",
-                fix=f"leave out block, or name {control_tensor(point.block)}",
-            )
+            value, fix = f"{tensor}, block {spec.block}", f"leave out block, or name {control_tensor(point.block)}"
+            raise UserError("the direction is of another block", value=value, rule=rule, fix=fix)
         if spec.point not in (None, own.part):
-            raise UserError(
-                "the direction is of the residual stream",
-                value=f"{tensor}, {spec.point}",
-                rule="direction.N is added to the output of block N",
-                fix="leave out point",
-            )
+            value, fix = f"{tensor}, {spec.point}", "leave out point"
+            raise UserError("the direction is of the residual stream", value=value, rule=rule, fix=fix)
         point, detail = own, f"{path}:{tensor}"
     get_point(subject.loaded.model, point)
     return point, detail
@@ -353,7 +317,7 @@ def check_concept(
     """
     check_group(spec.group, [prompt.group for prompt in prompts] if spec.read == "prompts" else labels)
     if spec.path is not None:
-        _require_fit(_saved(Path(spec.path), spec.name), subject)
+        _saved(Path(spec.path), spec.name, subject)
         return
     kind, detail = _source(spec)
     require_place(spec.position or study.readout.position, spec.tokens)
@@ -385,9 +349,9 @@ def load_answers(file: Path, study: Study, prompts: PromptSet, progress: Progres
         Some are, and ``examples.drop_overlap`` does not leave them out.
     """
     drop = study.examples.drop_overlap
-    rows, of_examples = drop_shared(
-        load_examples(file), load_examples(study.examples.path, study.examples.kind, turns=study.examples.turns), drop
-    )
+    rows = load_examples(file)
+    scored = load_examples(study.examples.path, study.examples.kind, turns=study.examples.turns)
+    rows, of_examples = drop_shared(rows, scored, drop)
     rows, of_prompts = drop_overlap(rows, prompts, drop)
     if gone := [*of_examples, *(example for example, _ in of_prompts)]:
         progress.note(f"examples left out, overlap: {len(gone)}: {', '.join(gone)}")
@@ -443,11 +407,8 @@ def _direction(
         return *fitted, {**how, **_draws(study)}
     if kind == "feature":
         shares = _shares(detail)
-        v = feature_direction(subject.required_sae, shares)
-        origin: dict[str, Any] = {
-            "features": {str(k): share for k, share in shares.items()},
-            "sae": subject.required_sae.sha256(),
-        }
+        v, named = feature_direction(subject.required_sae, shares), {str(k): share for k, share in shares.items()}
+        origin: dict[str, Any] = {"features": named, "sae": subject.required_sae.sha256()}
     else:
         v, origin = _file_direction(detail, subject)
     card = quality_card(v, X, positive, bootstrap=study.policy.bootstrap, seed=study.policy.seed)

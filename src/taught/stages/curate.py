@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -133,7 +133,7 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
     path = scored_source(study, run)
     scored = run.read_table("examples", ["example_id", "document", "response"]).to_pylist()
     dropped = run.read_json("dropped")
-    columns: Mapping[str, str] = {}
+    pairs: list[tuple[str, str]] = []  # of preferences the columns that an exchange exchanges
     if study.examples.kind == "document":  # a corpus may be too large to hold, and what was not drawn is left to it
         corpus = open_corpus(path)
         known = {row["document"] for row in scored}.union(*dropped.values())
@@ -141,9 +141,10 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
     else:
         examples = load_examples(path, study.examples.kind)
         rows, columns = dict(zip(examples.ids, read_rows(path), strict=True)), examples.columns
-    files: dict[str, list[str]] = {"keep": [], "drop": [], "unscored": []}
-    if study.examples.kind == "preference":
-        files["swap"] = []
+        named = (("chosen", "rejected"), ("reference_chosen", "reference_rejected"))
+        pairs = [(columns[a], columns[b]) for a, b in named if a in columns and b in columns]
+    kinds = ("keep", "drop", "unscored", *(("swap",) if study.examples.kind == "preference" else ()))
+    files: dict[str, list[str]] = {kind: [] for kind in kinds}
     windows = {row["example_id"]: row for row in scored if row["document"]}
     for decision in decisions:
         example_id = decision["example_id"]
@@ -151,23 +152,15 @@ def _write_choice(run: RunFolder, study: Study, decisions: list[dict[str, Any]])
         if example_id in windows:
             row = {**row, "text": windows[example_id]["response"]}
         if decision["action"] == "swap":
-            row = _exchanged(row, columns)
+            row = {**row, **{a: row.get(b) for a, b in pairs}, **{b: row.get(a) for a, b in pairs}}
         files[decision["action"]].append(_line(example_id, row, decision["reason"]))
     for row in scored:
         rows.pop(row["document"] or row["example_id"], None)
     why = {example_id: f"not scored: {kind}" for kind, ids in dropped.items() for example_id in ids}
     for example_id, row in rows.items():
-        reason = why.get(example_id, "not scored: examples.limit")
-        files["unscored"].append(_line(example_id, row, reason))
+        files["unscored"].append(_line(example_id, row, why.get(example_id, "not scored: examples.limit")))
     for name, lines in files.items():
         run.write_text(f"{name}.jsonl", "".join(lines))
-
-
-def _exchanged(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """A preference the other way round, with its reference where it has one."""
-    pairs = (("chosen", "rejected"), ("reference_chosen", "reference_rejected"))
-    names = [(columns[a], columns[b]) for a, b in pairs if a in columns and b in columns]
-    return {**row, **{a: row.get(b) for a, b in names}, **{b: row.get(a) for a, b in names}}
 
 
 def _line(example_id: str, row: dict[str, Any], reason: str) -> str:

@@ -52,7 +52,7 @@ def own_examples(
         "dtype": study.model.dtype,
         "weights": dict(subject.loaded.weights),
     }
-    kept = _read(file, settings)
+    kept = _read(file, settings) if file.exists() else {}
     prompts = {_key(example): example.ids[: example.start] for example in examples}
     todo = sorted((key for key in prompts if key not in kept), key=lambda k: len(prompts[k]))
     progress.step("the model's own responses", len(todo))
@@ -67,8 +67,6 @@ def own_examples(
 
 
 def _read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    if not file.exists():
-        return {}
     try:
         record = parse_json(file.read_bytes())
         made, responses = record["settings"], dict(record["responses"])
@@ -81,8 +79,7 @@ def _read(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             rule="a file that taught wrote",
             fix="delete it; the answers are generated again",
         ) from error
-    changed = [key for key in settings if made.get(key) != settings[key]]
-    if changed:
+    if changed := [key for key in settings if made.get(key) != settings[key]]:
         raise UserError(
             "the own responses were made under other conditions",
             value="; ".join(f"{key}: was {made.get(key)}, now {settings[key]}" for key in changed),

@@ -46,8 +46,7 @@ def topics_of(study: Study, ready: Ready) -> dict[str, str]:
     cells = [""] * len(records) if column is None else ready.examples.column(column)
     texts = ["" if cell is None or cell != cell else written(cell) for cell in cells]  # NaN is a gap as well
     found = {record.document or record.id: text for record, text in zip(records, texts, strict=True)}
-    missing = sorted(document for document, text in found.items() if column and not text)
-    if missing:
+    if missing := sorted(document for document, text in found.items() if column and not text):
         raise UserError(
             f"{len(missing)} of {len(found)} documents have no value in the column {column!r}",
             value=name_ids(missing),
@@ -128,10 +127,8 @@ def verdicts(
 def _foretold(study: Study, made: Retraining, influence: Mapping[str, float]) -> float:
     """The change of a target by one run as influence has it; nan where the run's steps are not those of influence."""
     spec, lr = study.validation, study.attribution.lr
-    if spec.method != "full" or (study.attribution.curvature.kind, study.attribution.trajectory.kind) != (
-        "identity",
-        "base",
-    ):
+    kinds = study.attribution.curvature.kind, study.attribution.trajectory.kind
+    if spec.method != "full" or kinds != ("identity", "base"):
         return float("nan")
     if (run := made.forgetting) is not None:
         sides = ((-1, run.forget, run.forget_norms), (1, run.retain, run.retain_norms))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from taught.analysis.skills import Skill, skills
+from taught.analysis.skills import skills
 from taught.behaviors.answer import right_option
 from taught.core.passes import settle_passes
 from taught.data.columns import columns_note
@@ -25,16 +24,6 @@ from taught.stages.subject import Subject, open_subject, prompt_inputs, select, 
 from taught.study.schema import Study
 
 COPIED = ("text", "group", "category", "source", "licence")  # of the prompts into their table
-
-
-@dataclass(frozen=True, eq=False)
-class _Features:
-    """What is read with an SAE: the chosen features, their X, what the SAE leaves unexplained."""
-
-    sae: SparseAutoencoder
-    selection: Selection
-    X: np.ndarray
-    fvu: float
 
 
 def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> None:
@@ -61,7 +50,6 @@ def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         settle_passes(model, inputs, subject.behavior, progress=progress)
         progress.step("read prompts", len(inputs))
         read = read_prompts(model, inputs, subject.behavior, point, progress=progress)
-        features = None if subject.sae is None else _features(study, subject.sae, prompts, read)
         arrays: dict[str, Any] = {"y": read.y.numpy()}
         decode, behavior, first = subject.loaded.tokenizer.decode, subject.behavior, encoded[0]
         facts: dict[str, Any] = {
@@ -69,24 +57,25 @@ def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> 
             "scored": [[decode([i]) for i in ids] for ids in first.suffixes],
             "left_out": list(first.left_out),
         }
-        if features is not None:
+        if subject.sae is not None:
             arrays |= {"h": read.h.float().numpy(), "offsets": read.offsets.numpy()}
-            _write_features(study, run, features, read)
-            _write_labels(study, run, subject, features, prompts, inputs, read)
-            selection = features.selection
+            fvu = check_fit(subject.sae, read.h, study.sae.max_fvu)
+            selection = _write_features(study, run, subject.sae, prompts, read)
+            _write_labels(study, run, subject, selection.feature_ids, prompts, inputs, read)
             facts |= {
                 "readout": study.readout.position,
                 "encoder": study.sae.encoder,
-                "block": features.sae.point.block,
-                "point": features.sae.point.part,
-                "unexplained_variance": features.fvu,
+                "block": subject.sae.point.block,
+                "point": subject.sae.point.part,
+                "unexplained_variance": fvu,
                 "always_on_features": int(selection.always_on[selection.feature_ids].sum()),
             }
         axes = {"y": ("prompt_ids",), "h": (None, None), "offsets": (None,)}
         ids = {"prompt_ids": list(read.prompt_ids)}
         run.write_tensors("readouts", arrays, ids, axes={name: axes[name] for name in arrays})
         if read.margin is not None:
-            found = _skills(prompts, read.margin)
+            own = zip(prompts, read.margin.tolist(), strict=True)
+            found = skills((prompt.group, value, len(prompt.options), right_option(prompt)) for prompt, value in own)
             facts["skills"] = [skill.to_dict() for skill in found]
             for warning in filter(None, (skill.warning for skill in found)):
                 progress.note(warning)
@@ -101,30 +90,17 @@ def readings(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         run.write_json("readings", facts)
 
 
-def _skills(prompts: PromptSet, margin: torch.Tensor) -> list[Skill]:
-    """Accuracy on each group of prompts that bring options."""
-    own = zip(prompts, margin.tolist(), strict=True)
-    return skills((prompt.group, value, len(prompt.options), right_option(prompt)) for prompt, value in own)
-
-
 @torch.no_grad()
-def _features(study: Study, sae: SparseAutoencoder, prompts: PromptSet, read: Readouts) -> _Features:
-    """Features chosen on all prompts."""
-    fvu = check_fit(sae, read.h, study.sae.max_fvu)
+def _write_features(
+    study: Study, run: RunFolder, sae: SparseAutoencoder, prompts: PromptSet, read: Readouts
+) -> Selection:
+    """Choose features on all prompts."""
     tokens = sae.encode(read.h, encoder=study.sae.encoder)
     acts = pool(tokens, read.offsets, study.readout.position).double().cpu().numpy()
     selection = select(study, prompts, acts)
-    return _Features(sae, selection, acts[:, selection.feature_ids], fvu)
-
-
-def _write_features(study: Study, run: RunFolder, features: _Features, read: Readouts) -> None:
-    selection = features.selection
-    run.write_tensors(
-        "activations",
-        {"X": features.X},
-        {"prompt_ids": list(read.prompt_ids), "feature_ids": selection.feature_ids.tolist()},
-        axes={"X": ("prompt_ids", "feature_ids")},
-    )
+    ids = {"prompt_ids": list(read.prompt_ids), "feature_ids": selection.feature_ids.tolist()}
+    X = acts[:, selection.feature_ids]
+    run.write_tensors("activations", {"X": X}, ids, axes={"X": ("prompt_ids", "feature_ids")})
     every = np.arange(len(selection.rate))
     positive, negative = study.prompts.sides
     columns = {
@@ -137,6 +113,7 @@ def _write_features(study: Study, run: RunFolder, features: _Features, read: Rea
         "selected": np.isin(every, selection.feature_ids),
     }
     run.write_table("features", pa.table(columns))
+    return selection
 
 
 @torch.no_grad()
@@ -144,14 +121,14 @@ def _write_labels(
     study: Study,
     run: RunFolder,
     subject: Subject,
-    features: _Features,
+    ids: np.ndarray,
     prompts: PromptSet,
     inputs: list[ReadPrompt],
     read: Readouts,
 ) -> None:
     """Describe the chosen features by the prompts and tokens on which they are active."""
-    ids, decode = features.selection.feature_ids, subject.loaded.tokenizer.decode
-    acts = features.sae.encode(read.h, torch.as_tensor(ids.copy()), encoder=study.sae.encoder)
+    decode = subject.loaded.tokenizer.decode
+    acts = subject.required_sae.encode(read.h, torch.as_tensor(ids.copy()), encoder=study.sae.encoder)
     described = describe_features(
         ids,
         acts.double().cpu().numpy(),

@@ -175,26 +175,18 @@ def run_readings(run: RunFolder) -> Readings:
     if columns["prompt_ids"] != ids["prompt_ids"]:
         raise UserError("activations and readings are of different prompts", fix="taught run STUDY --fresh")
     record = run.read_json("policy")
-    policy = fit_policy(
-        arrays["X"],
-        readouts["y"],
-        prompt_ids=columns["prompt_ids"],
-        feature_ids=columns["feature_ids"],
-        alpha=record["alpha"],
-        fit_intercept=record["intercept"],
-    )
+    fit = {"prompt_ids": ids["prompt_ids"], "alpha": record["alpha"], "fit_intercept": record["intercept"]}
+    policy = fit_policy(arrays["X"], readouts["y"], feature_ids=columns["feature_ids"], **fit)
     return replace(base, X=policy.X, columns=tuple(columns["feature_ids"]), policy=policy)
 
 
 def read_here(study: Study, subject: Subject, prompts: PromptSet, progress: Progress) -> Readings:
     """The same without a run: read the prompts now, and with an SAE fit the policy on its features."""
-    encoded = subject.encode(prompts)
-    position = None if subject.sae is None else study.readout.position
-    inputs = prompt_inputs(encoded, position)
-    model = subject.loaded.model
+    position, point = (None, None) if subject.sae is None else (study.readout.position, subject.sae.point)
+    inputs, model = prompt_inputs(subject.encode(prompts), position), subject.loaded.model
     settle_passes(model, inputs, subject.behavior, progress=progress)
     progress.step("read prompts", len(inputs))
-    read = read_prompts(model, inputs, subject.behavior, None if subject.sae is None else subject.sae.point)
+    read = read_prompts(model, inputs, subject.behavior, point)
     base = readings_of(read.prompt_ids, read.y.numpy(), ((p.id, p.group, p.category) for p in prompts))
     if subject.sae is None:
         return base
@@ -237,15 +229,15 @@ def make_problem(
 
     Batches are of one example where the model's gradients are to be had one at a time only.
     """
-    spec, model = study.attribution, subject.loaded.model
+    spec, model, moving = study.attribution, subject.loaded.model, subject.moving(study)
     try:
-        alone = mixes_examples(model, find_sites(model, subject.moving(study)))
+        alone = mixes_examples(model, find_sites(model, moving))
     except UserError:  # said by the estimators that take gradients
         alone = False
     identity = {
         **subject.identity,
         "model.dtype": study.model.dtype,
-        "parameters": list(subject.moving(study) or ()),
+        "parameters": list(moving or ()),
         "block": None if subject.sae is None else subject.sae.point.block,
         "sae.encoder": study.sae.encoder,
         "readout.position": study.readout.position,
@@ -260,7 +252,7 @@ def make_problem(
         features=features,
         batch_tokens=1 if alone else spec.batch_tokens,
         memory_gb=spec.memory_gb,
-        parameters=subject.moving(study),
+        parameters=moving,
         checkpointing=spec.checkpointing,
         opener=partial(open_checkpoint, study, subject),
         identity=identity,
@@ -279,9 +271,8 @@ def wanted_targets(study: Study, readings: Readings, concepts: Iterable[str] = (
     """
     named = study.attribution.targets
     if named is None:
-        policy = [] if readings.policy is None else ["score", "coefficient:*"]
-        every = ["prompt:*"] if readings.policy is not None else []
-        named = (*policy, "behavior:*", *every, *(["concept:*"] if list(concepts) else []))
+        own = ["behavior:*"] if readings.policy is None else ["score", "coefficient:*", "behavior:*", "prompt:*"]
+        named = (*own, *(["concept:*"] if list(concepts) else []))
     wanted = study.bins is not None and study.bins.questions and "prompt:*" not in named
     return [*named, *(["prompt:*"] if wanted and examples * readings.n <= MOST_EFFECTS else [])]
 
@@ -297,24 +288,13 @@ def asks(
         A target that nothing here can answer; a contrast of targets that are read at different places.
     """
     names = [TargetName.parse(name) if isinstance(name, str) else name for name in wanted]
-    of_concepts = [n for n in names if any(kind_of(p).reads == "concepts" for p in n.parts)]
-    found = []
-    others = [name for name in names if name not in of_concepts]
-    if others:
-        found.append(Ask(ready.problem, TargetSet.of(others, ready.readings)))
-    if of_concepts:
-        found += _concept_asks(ready, of_concepts, concepts, progress)
-    return found
-
-
-def _concept_asks(
-    ready: Ready, names: Sequence[TargetName], concepts: Sequence[Read], progress: Progress | None
-) -> list[Ask]:
+    left = [n for n in names if any(kind_of(p).reads == "concepts" for p in n.parts)]
+    others = [name for name in names if name not in left]
+    found = [Ask(ready.problem, TargetSet.of(others, ready.readings))] if others else []
     places: dict[tuple[Point, str, str, str | None], list[Read]] = {}
     for read in concepts:
         where = read.concept.tokens if read.over == "responses" else read.concept.position
         places.setdefault((read.concept.point, where, read.over, read.group), []).append(read)
-    found, left = [], list(names)
     for (point, where, over, group), some in places.items():
         here = [c.name for c in some]
         own = [n for n in left if all(p.about in (*here, "*") or kind_of(p).reads != "concepts" for p in n.parts)]
@@ -325,11 +305,10 @@ def _concept_asks(
         features = concept_map([read.concept for read in some], where, like)
         problem = make_problem(ready.study, ready.subject, prompts, point, features)
         X = read_vectors(problem.model, prompts, [point], features, progress=progress)[0].numpy()
-        place = {prompt_id: row for row, prompt_id in enumerate(ready.readings.prompt_ids)}
-        y = np.array([ready.readings.y[place[p.id]] if over == "prompts" else np.nan for p in prompts])
-        readings = Readings(
-            tuple(p.id for p in prompts), y, ready.readings.groups, ready.readings.categories, X, tuple(here)
-        )
+        of = ready.readings
+        known = dict(zip(of.prompt_ids, of.y, strict=True)) if over == "prompts" else {}
+        y = np.array([known.get(p.id, np.nan) for p in prompts])
+        readings = Readings(tuple(p.id for p in prompts), y, of.groups, of.categories, X, tuple(here))
         found.append(Ask(problem, TargetSet.of(own, readings)))
         left = [n for n in left if n not in own or n.about == "*"]
     left = [n for n in left if n.about != "*"]

@@ -69,31 +69,25 @@ def read_scores(run: RunFolder, targets: Sequence[str], method: str | None = Non
                 missing = some["example_id"].filter(pc.is_null(place)).to_pylist()
                 raise UserError("scores are of other examples than the run's", value=name_ids(missing))
             at = place.to_numpy()
-            values[name] = np.empty(len(ids))
+            values[name], errors[name] = np.empty(len(ids)), np.full(len(ids), np.nan)
             values[name][at] = some["value"].to_numpy()
-            errors[name] = np.full(len(ids), np.nan)
             errors[name][at] = some["se"].cast(pa.float64()).to_numpy(zero_copy_only=False)
-    columns, se = [], []
-    for name in names:
-        if str(name) in values:
-            columns.append(values[str(name)])
-            se.append(errors[str(name)])
-            continue
+    for name in (name for name in names if str(name) not in values):
         parts = [str(part) for part in name.parts]
         if unit == "rank" or len(parts) < 2 or not set(parts) <= set(values):
-            raise _unknown(run, str(name), method)
-        columns.append(values[parts[0]] - values[parts[1]])
-        se.append(np.hypot(errors[parts[0]], errors[parts[1]]))
-    stacked = np.stack(se, 1)
-    return Scores(
-        method,
-        tuple(ids.to_pylist()),
-        tuple(names),
-        np.stack(columns, 1),
-        None if np.isnan(stacked).any() else stacked,
-        influence=method == own and unit != "rank",
-        unit=unit,
-    )
+            known, methods = run_targets(run), [own, *run.study.attribution.concept_methods]
+            policy = ", coefficient:ID" if "policy" in run.manifest["stages"] else ""
+            raise UserError(
+                "the run has no values of this target",
+                value=f"{name}, by {method}",
+                rule=f"one of {', '.join(known)}{policy}; methods: {', '.join(methods)}",
+                fix=f"ask for it: taught run STUDY --set 'attribution.targets=[{known[0]}, {name}]'",
+            )
+        values[str(name)] = values[parts[0]] - values[parts[1]]
+        errors[str(name)] = np.hypot(errors[parts[0]], errors[parts[1]])
+    columns, se = (np.stack([of[str(name)] for name in names], 1) for of in (values, errors))
+    error, influence = None if np.isnan(se).any() else se, method == own and unit != "rank"
+    return Scores(method, tuple(ids.to_pylist()), tuple(names), columns, error, influence=influence, unit=unit)
 
 
 def read_shifts(run: RunFolder, example_ids: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
@@ -138,20 +132,3 @@ def scored_examples(study: Study, run: RunFolder, ids: Collection[str]) -> Examp
         kept = tuple(record for record in corpus if record.id in wanted)
         return ExampleSet(kept, corpus.columns, corpus.source.sha256, path)
     return load_examples(path, study.examples.kind, turns=study.examples.turns)
-
-
-def _unknown(run: RunFolder, target: str, method: str) -> UserError:
-    known, policy = run_targets(run), "policy" in run.manifest["stages"]
-    return UserError(
-        "the run has no values of this target",
-        value=f"{target}, by {method}",
-        rule=f"one of {', '.join(known)}{', coefficient:ID' if policy else ''}; methods: {', '.join(methods(run))}",
-        fix=f"ask for it: taught run STUDY --set 'attribution.targets=[{known[0]}, {target}]'",
-    )
-
-
-def methods(run: RunFolder) -> list[str]:
-    """Methods that the table of scores has."""
-    found = [own_method(run)]
-    record = run.study.attribution.concept_methods
-    return [*found, *record]

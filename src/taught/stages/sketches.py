@@ -32,11 +32,8 @@ def sketches(study: Study, run: RunFolder, progress: Progress | None = None) -> 
     progress = progress or SilentProgress()
     estimator = study.attribution.estimator.make(ESTIMATORS, "attribution.estimator")
     if not hasattr(estimator, "fill"):
-        raise UserError(
-            "this estimator keeps no sketches",
-            value=study.attribution.estimator.kind,
-            fix="use --set attribution.estimator=sketch",
-        )
+        kind, fix = study.attribution.estimator.kind, "use --set attribution.estimator=sketch"
+        raise UserError("this estimator keeps no sketches", value=kind, fix=fix)
     data = read_data(study, progress)
     progress.step("load the model")
     if study.model.device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -44,8 +41,8 @@ def sketches(study: Study, run: RunFolder, progress: Progress | None = None) -> 
     subject = open_subject(study)
     run.require_before("attribute", study, subject.identity)
     ready = prepare(study, run, subject, data, progress)
-    work = Work(progress, None, run.folder)
-    curvature, problem = study.attribution.curvature.make(CURVATURES), ready.problem
+    work, problem = Work(progress, None, run.folder), ready.problem
+    curvature = study.attribution.curvature.make(CURVATURES)
     if getattr(curvature, "of_sketches", False):  # it may say what is sketched
         problem = fitted(problem, ready.inputs, curvature, work)
     estimator.fill(problem, ready.inputs, work, process_share())

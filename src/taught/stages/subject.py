@@ -76,11 +76,8 @@ class Subject:
             The study has none.
         """
         if self.sae is None:
-            raise UserError(
-                "this needs a sparse autoencoder, and the study has none",
-                rule="a policy is written in the features of an SAE",
-                fix="set sae.path in the study",
-            )
+            rule, fix = "a policy is written in the features of an SAE", "set sae.path in the study"
+            raise UserError("this needs a sparse autoencoder, and the study has none", rule=rule, fix=fix)
         return self.sae
 
     def moving(self, study: Study) -> tuple[str, ...] | None:
@@ -106,8 +103,7 @@ class Subject:
         inputs = [e.example() for e in encoded]
         margins = {e.id: e.reference[0] - e.reference[1] for e in encoded if e.reference is not None}
         given = set(margins)
-        asked = [z for z, e in zip(inputs, encoded, strict=True) if e.rejected is not None and e.id not in given]
-        if asked:
+        if asked := [z for z, e in zip(inputs, encoded, strict=True) if e.rejected is not None and e.id not in given]:
             with without_adapter(self.loaded.model):
                 sums = example_losses(self.loaded.model, asked, _REFERENCE_TOKENS)
             margins |= {z.id: -value for z, value in zip(asked, sums.tolist(), strict=True)}
@@ -139,15 +135,7 @@ def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
     UserError
         Something is missing or does not fit: the SAE's width, where it reads, the chat template.
     """
-    loaded = loaded or load_model(
-        study.model.id,
-        revision=study.model.revision,
-        dtype=study.model.dtype,
-        device=study.model.device,
-        load_in=study.model.load_in,
-        chat_template=study.model.chat_template,
-        adapter=study.model.adapter,
-    )
+    loaded = loaded or _load(study, study.model.id)
     context = getattr(text_config(loaded.model), "max_position_embeddings", None)
     chat = ChatFormat(loaded.tokenizer, context=context, date=study.model.date)
     subject = Subject(loaded, chat, None, study.behavior.make(BEHAVIORS, "behavior"))
@@ -174,6 +162,12 @@ def open_subject(study: Study, loaded: LoadedModel | None = None) -> Subject:
     return replace(subject, sae=sae)
 
 
+def _load(study: Study, id: str, **instead: Any) -> LoadedModel:
+    """Load a model as the study loads its own, but for some arguments of ``load_model``."""
+    keys = ("revision", "dtype", "device", "load_in", "chat_template", "adapter")
+    return load_model(id, **{key: getattr(study.model, key) for key in keys} | instead)
+
+
 def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | None) -> nn.Module:
     """Load the model of a checkpoint of the same training run.
 
@@ -184,39 +178,20 @@ def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | Non
     UserError
         It has another vocabulary or another width, or lacks the point that the SAE reads.
     """
-    whole = study.model.adapter is None
-    loaded = load_model(
-        id if whole else study.model.id,
-        revision=revision if whole else study.model.revision,
-        dtype=study.model.dtype,
-        device=study.model.device,
-        load_in=study.model.load_in,
-        chat_template=study.model.chat_template,
-        adapter=None if whole else id,
-        adapter_revision=None if whole else revision,
-    )
+    if study.model.adapter is None:
+        loaded = _load(study, id, revision=revision)
+    else:
+        loaded = _load(study, study.model.id, adapter=id, adapter_revision=revision)
+    fix, width = "use checkpoints of one training run", loaded.model.config.get_text_config().hidden_size
     if loaded.tokenizer.get_vocab() != subject.loaded.tokenizer.get_vocab():
-        raise UserError(
-            "a checkpoint has another tokenizer than the model",
-            value=id,
-            rule="examples and prompts are the same tokens at every checkpoint",
-            fix="use checkpoints of one training run",
-        )
-    width = loaded.model.config.get_text_config().hidden_size
+        rule = "examples and prompts are the same tokens at every checkpoint"
+        raise UserError("a checkpoint has another tokenizer than the model", value=id, rule=rule, fix=fix)
     if width != subject.width:
-        raise UserError(
-            "a checkpoint has another width than the model",
-            value=f"{id}: {width}, model {subject.width}",
-            rule="what is read is read alike at every checkpoint",
-            fix="use checkpoints of one training run",
-        )
+        value, rule = f"{id}: {width}, model {subject.width}", "what is read is read alike at every checkpoint"
+        raise UserError("a checkpoint has another width than the model", value=value, rule=rule, fix=fix)
     if loaded.moving != subject.loaded.moving:
-        raise UserError(
-            "the adapter of a checkpoint trains other parameters than the model's",
-            value=id,
-            rule="the same parameters move at every checkpoint",
-            fix="use checkpoints of one training run",
-        )
+        what = "the adapter of a checkpoint trains other parameters than the model's"
+        raise UserError(what, value=id, rule="the same parameters move at every checkpoint", fix=fix)
     if subject.sae is not None:
         get_point(loaded.model, subject.sae.point)
     use_plain_passes(loaded.model, not takes_trees(subject.loaded.model))
@@ -257,16 +232,9 @@ def study_examples(study: Study, prompts: PromptSet) -> tuple[ExampleSet, list[s
 def select(study: Study, prompts: Iterable[Prompt], X: np.ndarray) -> Selection:
     """The features that the study's rules choose, of the activations X [N, F] of all features."""
     positive, negative = study.prompts.sides
-    spec = study.features
-    return select_features(
-        X,
-        [prompt.group for prompt in prompts],
-        positive=positive,
-        negative=negative,
-        threshold=spec.threshold,
-        max_features=spec.max_features,
-        ids=spec.ids,
-    )
+    spec, groups = study.features, [prompt.group for prompt in prompts]
+    how: dict[str, Any] = {"threshold": spec.threshold, "max_features": spec.max_features, "ids": spec.ids}
+    return select_features(X, groups, positive=positive, negative=negative, **how)
 
 
 def prompt_inputs(encoded: Sequence[EncodedPrompt], position: str | None) -> list[ReadPrompt]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,8 @@ from taught.study.schema import Study
 from taught.validation.score_tables import read_scores
 
 
-@dataclass
-class Trial:
-    """A study tried against its data.
-
-    Attributes
-    ----------
-    inputs, labels : of the examples that would be scored, in their order
-    refused : what the run would say
-    """
-
-    study: Study
-    subject: Subject
-    prompts: PromptSet
-    inputs: Examples
-    labels: Sequence[str | None]
-    refused: list[UserError]
+class Refused(list[UserError]):
+    """What the run would say."""
 
     @contextmanager
     def part(self) -> Iterator[None]:
@@ -60,7 +46,7 @@ class Trial:
         try:
             yield
         except UserError as error:
-            self.refused.append(error)
+            self.append(error)
 
     def attempt(self, do: Callable[..., Any], *given: Any) -> None:
         """Call one check of a stage."""
@@ -71,78 +57,76 @@ class Trial:
 def try_study(
     study: Study, subject: Subject, prompts: PromptSet, labels: Sequence[str | None], problem: Problem, inputs: Examples
 ) -> list[UserError]:
-    """What the stages of a run would refuse of this study."""
-    trial = Trial(study, subject, prompts, inputs, labels, [])
-    _methods(trial, problem)
-    _policy(trial)
-    for spec in study.concepts:
-        trial.attempt(check_concept, study, subject, spec, prompts, labels)
-    with trial.part():
-        _targets(trial)
-    if study.bins is not None:
-        with trial.part():
-            check_bins(study.bins, chosen_examples(study), prompts.groups)
-    for path in study.validation.scores:
-        trial.attempt(read_scores, Path(path))
-    if study.validation.guard is not None and "unlearn" in study.validation.designs:
-        known = dict.fromkeys(name for prompt in prompts for name in (prompt.group, prompt.category) if name)
-        trial.attempt(check_guard, study.validation.guard, list(known))
-    return trial.refused
+    """What the stages of a run would refuse of this study.
 
-
-def _methods(trial: Trial, problem: Problem) -> None:
-    own = method_of(trial.study)
-    trial.attempt(own.refuse)
-    for name in trial.study.validation.methods:
-        trial.attempt(lambda name=name: own.named(name).refuse())
+    Parameters
+    ----------
+    labels, inputs : of the examples that would be scored, in their order
+    """
+    refused, own, sae = Refused(), method_of(study), subject.sae
+    refused.attempt(own.refuse)
+    for name in study.validation.methods:
+        refused.attempt(lambda name=name: own.named(name).refuse())
     along = own.trajectory.make(TRAJECTORIES)
     if (seen := getattr(along, "seen", None)) is not None:
-        trial.attempt(seen, problem, trial.inputs, Work())
+        refused.attempt(seen, problem, inputs, Work())
     if hasattr(along, "__len__") and getattr(along, "run", None) is None and not len(along):
         fix = "attribution.trajectory: {kind: checkpoints, checkpoints: [{id: FOLDER, lr: 2.0e-5}]}"
-        trial.refused.append(UserError("attribution.trajectory names no checkpoint", fix=fix))
+        refused.append(UserError("attribution.trajectory names no checkpoint", fix=fix))
     curvature = own.curvature.make(CURVATURES)
     if getattr(curvature, "moments", None) is not None:  # a file: reading it costs nothing beside a run
-        trial.attempt(curvature.fit, problem, trial.inputs, Work())
-    trial.attempt(check_concept_methods, trial.study)
+        refused.attempt(curvature.fit, problem, inputs, Work())
+    refused.attempt(check_concept_methods, study)
+    if sae is not None:
+        refused.attempt(check_folds, study.policy.folds, len(prompts))
+        if study.features.ids is not None:
+            refused.attempt(sae.decoder_rows, study.features.ids)
+        if study.features.labels is not None:
+            refused.attempt(load_labels, study.features.labels)
+        with suppress(UserError):  # that no group is named is said elsewhere
+            refused.attempt(check_sides, [prompt.group for prompt in prompts], *study.prompts.sides)
+    for spec in study.concepts:
+        refused.attempt(check_concept, study, subject, spec, prompts, labels)
+    with refused.part():
+        _targets(refused, study, subject, prompts, labels, [z.id for z in inputs])
+    if study.bins is not None:
+        with refused.part():
+            check_bins(study.bins, chosen_examples(study), prompts.groups)
+    for path in study.validation.scores:
+        refused.attempt(read_scores, Path(path))
+    if study.validation.guard is not None and "unlearn" in study.validation.designs:
+        known = dict.fromkeys(name for prompt in prompts for name in (prompt.group, prompt.category) if name)
+        refused.attempt(check_guard, study.validation.guard, list(known))
+    return refused
 
 
-def _policy(trial: Trial) -> None:
-    study, sae = trial.study, trial.subject.sae
-    if sae is None:
-        return
-    trial.attempt(check_folds, study.policy.folds, len(trial.prompts))
-    if study.features.ids is not None:
-        trial.attempt(sae.decoder_rows, study.features.ids)
-    if study.features.labels is not None:
-        trial.attempt(load_labels, study.features.labels)
-    with suppress(UserError):  # that no group is named is said elsewhere
-        trial.attempt(check_sides, [prompt.group for prompt in trial.prompts], *study.prompts.sides)
-
-
-def _readings(trial: Trial, asked: Iterable[TargetName]) -> Readings:
+def _readings(study: Study, subject: Subject, prompts: PromptSet, asked: Iterable[TargetName]) -> Readings:
     """Random readings of the study's prompts, with a policy on the features that it names."""
-    random, ids = np.random.default_rng(0), [prompt.id for prompt in trial.prompts]
-    groups = ((p.id, p.group, p.category) for p in trial.prompts)
-    base = readings_of(ids, random.normal(size=len(ids)), groups)
-    sae = trial.subject.sae
+    random, ids, sae = np.random.default_rng(0), [prompt.id for prompt in prompts], subject.sae
+    base = readings_of(ids, random.normal(size=len(ids)), ((p.id, p.group, p.category) for p in prompts))
     if sae is None:
         return base
     # Which ones the contrast chooses is not known: those that are asked for may be among them.
-    named = trial.study.features.ids
+    named = study.features.ids
     own = {part.about for name in asked for part in name.parts}
     features = [k for k in range(sae.n_features) if (k in named if named is not None else str(k) in own)] or [0]
     X = random.normal(size=(len(ids), len(features)))
     policy = fit_policy(X, base.y, prompt_ids=ids, feature_ids=features, alpha=1.0, fit_intercept=False)
-    return Readings(base.prompt_ids, base.y, base.groups, base.categories, policy.X, tuple(features), policy)
+    return replace(base, X=policy.X, columns=tuple(features), policy=policy)
 
 
-def _targets(trial: Trial) -> None:
+def _targets(
+    refused: Refused,
+    study: Study,
+    subject: Subject,
+    prompts: PromptSet,
+    labels: Sequence[str | None],
+    ids: Sequence[str],
+) -> None:
     """The targets of the attribution, and those that later stages take from it."""
-    study, concepts = trial.study, [concept.name for concept in trial.study.concepts]
-    asked = [TargetName.parse(name) for name in study.attribution.targets or ()]
-    readings = _readings(trial, asked)
-    names = [TargetName.parse(name) for name in wanted_targets(study, readings, concepts, len(trial.labels))]
+    concepts = [concept.name for concept in study.concepts]
+    readings = _readings(study, subject, prompts, map(TargetName.parse, study.attribution.targets or ()))
+    names = [TargetName.parse(name) for name in wanted_targets(study, readings, concepts, len(labels))]
     of_concepts = [name for name in names if any(kind_of(part).reads == "concepts" for part in name.parts)]
     known = [f"concept:{name}" for name in concepts]
     for name in of_concepts:
@@ -164,11 +148,11 @@ def _targets(trial: Trial) -> None:
         if not {str(part) for part in TargetName.parse(wanted).parts} <= set(computed):
             rule = "one of those that the study asks for: " + ", ".join(sorted(computed)[:20])
             fix = f"correct {key}, or add it to attribution.targets"
-            trial.refused.append(UserError(f"{key} is a target that is not computed", value=wanted, rule=rule, fix=fix))
+            refused.append(UserError(f"{key} is a target that is not computed", value=wanted, rule=rule, fix=fix))
     if study.clusters is not None:
-        trial.attempt(check_k, study.clusters.k, len(trial.inputs))
-    with trial.part():
+        refused.attempt(check_k, study.clusters.k, len(ids))
+    with refused.part():
         rule, target = rule_and_target(study, computed, computed[0])
-        values = np.random.default_rng(0).uniform(size=len(trial.inputs))
-        protected, ids = None if study.curation.protect is None else values, [z.id for z in trial.inputs]
-        decide(study, rule, target, ids, trial.labels, values.tolist(), values, protected)
+        values = np.random.default_rng(0).uniform(size=len(ids))
+        protected = None if study.curation.protect is None else values
+        decide(study, rule, target, ids, labels, values.tolist(), values, protected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -58,21 +59,23 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> 
         The readings or the influence are missing or of another study; a subset cannot be drawn;
         training diverges (finished retrainings are kept).
     """
-    progress = progress or SilentProgress()
-    decide = load_judge(study.validation.judge)
+    progress, spec = progress or SilentProgress(), study.validation
+    decide = load_judge(spec.judge)
     data = read_data(study, progress)
     progress.step("load the model")
     subject = open_subject(study)
-    reads = ("curate",) if "curated" in study.validation.designs else ()
+    reads = ("curate",) if "curated" in spec.designs else ()
     with run.stage("validate", study, subject.identity, reads) as stage:
         if stage.done:
             return
         ready = prepare(study, run, subject, data, progress)
-        designs, paired = _designs(study, run, ready), _paired(study, run, ready)
+        named = _Named(study, run, [example.id for example in ready.inputs])
+        designs, asked = _designs(named, ready), [name for name in spec.designs if name in PAIRED]
+        # The sets of the designs unlearn and teach are the same.
+        paired = dict.fromkeys(asked, plan_of(study, ready, named.influence)) if asked else {}
         designs |= {design: plan.subsets for design, plan in paired.items()}
         how = how_to_forget(study, ready) if "unlearn" in designs else None
-        tokenizer, spec = subject.loaded.tokenizer, study.validation
-        answers = None
+        tokenizer, answers = subject.loaded.tokenizer, None
         if spec.answer_tokens:  # the tokens that end the examples' responses end the model's own answers too
             ends = {example.ids[-1] for example in ready.inputs} | {tokenizer.eos_token_id}
             answers = Answering(spec.answer_tokens, tuple(sorted(ends - {None})))
@@ -93,7 +96,7 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> 
             for name, ids in zip(subsets.names, subsets.members, strict=True)
             if repeat in (paired[design].repeats(name) if design in paired else range(spec.times(design)))
         }
-        for plan in [*paired.values()][:1]:  # both designs have the same sets
+        for plan in [*paired.values()][:1]:
             for warning in filter(None, (few_pairs(spec.pairs), plan.few_sets())):
                 progress.note(warning)
         progress.step("the base model")
@@ -107,7 +110,7 @@ def validate(study: Study, run: RunFolder, progress: Progress | None = None) -> 
             seed = spec.seed + name[2]
             made[name] = retrainer.unlearn(ids, how, seed) if how and name[0] == "unlearn" else retrainer.run(ids, seed)
         judged = _judged(run, subject, made, decide)
-        _write(study, run, ready, designs, paired, made, judged)
+        _write(named, ready, designs, paired, made, judged)
 
 
 def measured_targets(study: Study, readings: Readings) -> list[TargetName]:
@@ -139,10 +142,59 @@ def _judged(
     return found
 
 
-def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
+CURVES: dict[str, Kind] = {"removal": "remove", "addition": "add"}
+
+
+@dataclass(eq=False)
+class _Named:
+    """The examples that raise the study's target most by the influence of this run, and the designs that name them."""
+
+    study: Study
+    run: RunFolder
+    ids: Sequence[str]
+
+    @cached_property
+    def target(self) -> TargetName:
+        """The study's, that of the curation, or what the run ranks by."""
+        spec = self.study.validation.remove_by or self.study.curation.target
+        if spec is None:
+            behaviors = [name for name in run_targets(self.run) if name.startswith("behavior")]
+            negative = f"behavior:{self.study.prompts.negative_group}"
+            spec = negative if negative in behaviors else next(iter(behaviors), default_target(self.run))
+        return TargetName.parse(spec)
+
+    @cached_property
+    def influence(self) -> dict[str, float]:
+        """Example id -> influence on the target."""
+        self.run.require("attribute")
+        return read_scores(self.run, [str(self.target)]).by_example(self.target)
+
+    def strongest(self, k: int) -> list[str]:
+        return sorted(self.influence, key=lambda i: (-self.influence[i], i))[:k]
+
+    def curve(self, design: str, budgets: Sequence[int]) -> Plan:
+        """Without the strongest examples, or with them alone, and random ones as many."""
+        spec = self.study.validation
+        how: dict[str, Any] = {"kind": CURVES[design], "method": "named", "runs": spec.controls, "seed": spec.seed}
+        return plan_curve(self.influence, budgets, **how)
+
+    def chosen(self) -> Chosen:
+        """Subsets for the effect of the named examples, after those of the design ``random`` if asked."""
+        spec, n = self.study.validation, len(self.ids)
+        named, random = self.strongest(spec.named_of(n)[0]), spec.subsets if "random" in spec.designs else 0
+        return choose(self.ids, "named", named, spec.part_of(n), spec.subsets, seed=spec.seed, random=random)
+
+    def couples(self) -> Couples:
+        """Random subsets of the other examples, each without the named examples and with them."""
+        spec, n = self.study.validation, len(self.ids)
+        named = self.strongest(spec.named_of(n)[0])
+        return couples(self.ids, "named", named, spec.part_of(n), spec.subsets, seed=spec.seed)
+
+
+def _designs(named: _Named, ready: Ready) -> Designs:
     """The subsets of every design that the study names."""
-    spec, ids = study.validation, [example.id for example in ready.inputs]
-    size = spec.part_of(len(ids))
+    spec, ids = named.study.validation, named.ids
+    size, budgets = spec.part_of(len(ids)), spec.named_of(len(ids))
 
     def matched() -> Subsets:
         labels = {example.id: example.label for example in ready.examples}
@@ -160,70 +212,44 @@ def _designs(study: Study, run: RunFolder, ready: Ready) -> Designs:
         "random": lambda: random_subsets(ids, size, spec.subsets, seed=spec.seed),
         "matched": matched,
         "leave-out": lambda: leave_share_out(ids, spec.leave_out, spec.subsets, seed=spec.seed),
-        "leave-one-out": lambda: leave_one_out(ids, _strongest(study, run, spec.subsets)),
-        "removal": lambda: _plan("removal", study, run, ids).subsets,
-        "addition": lambda: _plan("addition", study, run, ids).subsets,
-        "curation": lambda: _curation(study, run, ids),
-        "curated": lambda: _curated(study, run, ids),
-        "chosen": lambda: _chosen(study, run, ids).subsets,
-        "couples": lambda: _couples(study, run, ids).subsets,
+        "leave-one-out": lambda: leave_one_out(ids, named.strongest(spec.subsets)),
+        "removal": lambda: named.curve("removal", budgets).subsets,
+        "addition": lambda: named.curve("addition", budgets).subsets,
+        "curation": lambda: _curation(named),
+        "curated": lambda: _curated(named),
+        "chosen": lambda: named.chosen().subsets,
+        "couples": lambda: named.couples().subsets,
     }
     return {name: drawn[name]() for name in spec.designs if name not in PAIRED}
 
 
-def _paired(study: Study, run: RunFolder, ready: Ready) -> dict[str, PairPlan]:
-    """The sets of the designs ``unlearn`` and ``teach``, which are the same."""
-    asked = [name for name in study.validation.designs if name in PAIRED]
-    return dict.fromkeys(asked, plan_of(study, ready, _asked(study, run))) if asked else {}
-
-
-CURVES: dict[str, Kind] = {"removal": "remove", "addition": "add"}
-
-
-def _plan(design: str, study: Study, run: RunFolder, ids: Sequence[str], k: int | None = None) -> Plan:
-    """Without the examples that raise the target most, or with them alone, and random ones as many.
-
-    k examples, or the study's budgets.
-    """
-    spec = study.validation
-    budgets = spec.named_of(len(ids)) if k is None else [k]
-    return plan_curve(
-        _asked(study, run), budgets, kind=CURVES[design], method="named", runs=spec.controls, seed=spec.seed
-    )
-
-
-def _curation(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
+def _curation(named: _Named) -> Subsets:
     """The published experiment: all examples, the published rule, as many by this run, at random."""
-    run.require("attribute")
-    summary = run.read_table("summary", ["example_id", "label", "score"])
-    decisions = curate(
-        *(summary[name].to_pylist() for name in summary.column_names),
-        rule="paper",
-        positive_label=study.examples.positive_label,
-        negative_label=study.examples.negative_label,
-    )
+    named.run.require("attribute")
+    summary = named.run.read_table("summary", ["example_id", "label", "score"])
+    labels, columns = named.study.examples, (summary[name].to_pylist() for name in summary.column_names)
+    sides: dict[str, Any] = {"positive_label": labels.positive_label, "negative_label": labels.negative_label}
+    decisions = curate(*columns, rule="paper", **sides)
     kept = tuple(sorted(row["example_id"] for row in decisions if row["action"] == "keep"))
-    if not 0 < len(kept) < len(ids):
+    if not 0 < len(kept) < len(named.ids):
         raise UserError(
             "the published rule keeps all examples or none",
             value=f"{len(kept)} kept",
             rule="some are dropped and some are kept",
             fix="leave curation out of validation.designs",
         )
-    others = _plan("removal", study, run, ids, len(ids) - len(kept)).subsets
-    return Subsets(
-        ("all", "published-rule", *others.names), (tuple(sorted(ids)), kept, *others.members), others.inclusion
-    )
+    return _beside("published-rule", kept, named.ids, named.curve("removal", [len(named.ids) - len(kept)]).subsets)
 
 
-def _curated(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
+def _curated(named: _Named) -> Subsets:
     """What ``taught curate`` decided in this run: all examples, those it kept, as many at random."""
-    rows = run.read_table("curation", ["example_id", "action"]).to_pylist()
+    ids, spec, again = named.ids, named.study.validation, f"taught curate {named.run.folder}"
+    rows = named.run.read_table("curation", ["example_id", "action"]).to_pylist()
     if swapped := [row["example_id"] for row in rows if row["action"] == "swap"]:
         raise UserError(
             "the design curated trains on what is kept, and these examples are exchanged",
             value=name_ids(swapped),
-            fix=f"taught curate {run.folder} --rule top-k, or train on keep.jsonl and swap.jsonl in a study of its own",
+            fix=f"{again} --rule top-k, or train on keep.jsonl and swap.jsonl in a study of its own",
         )
     kept = tuple(sorted(row["example_id"] for row in rows if row["action"] == "keep"))
     if not 0 < len(kept) < len(ids) or {row["example_id"] for row in rows} != set(ids):
@@ -231,88 +257,52 @@ def _curated(study: Study, run: RunFolder, ids: Sequence[str]) -> Subsets:
             "what taught curate kept cannot be compared with random examples",
             value=f"{len(kept)} of {len(rows)} examples kept, {len(ids)} to train on",
             rule="it decides on all examples of the run, keeps some and drops some",
-            fix=f"taught curate {run.folder} with another --k or --rule",
+            fix=f"{again} with another --k or --rule",
         )
-    spec = study.validation
-    others = random_subsets(ids, len(kept), spec.controls, seed=spec.seed)
-    return Subsets(("all", "kept", *others.names), (tuple(sorted(ids)), kept, *others.members), others.inclusion)
+    return _beside("kept", kept, ids, random_subsets(ids, len(kept), spec.controls, seed=spec.seed))
 
 
-def _chosen(study: Study, run: RunFolder, ids: Sequence[str]) -> Chosen:
-    """Subsets for the effect of the named examples, after those of the design ``random`` if asked."""
-    spec = study.validation
-    random = spec.subsets if "random" in spec.designs else 0
-    return choose(
-        ids,
-        "named",
-        _strongest(study, run, spec.named_of(len(ids))[0]),
-        spec.part_of(len(ids)),
-        spec.subsets,
-        seed=spec.seed,
-        random=random,
-    )
-
-
-def _couples(study: Study, run: RunFolder, ids: Sequence[str]) -> Couples:
-    """Random subsets of the other examples, each without the named examples and with them."""
-    spec = study.validation
-    named = _strongest(study, run, spec.named_of(len(ids))[0])
-    return couples(ids, "named", named, spec.part_of(len(ids)), spec.subsets, seed=spec.seed)
-
-
-def _strongest(study: Study, run: RunFolder, k: int) -> list[str]:
-    """Ids of the k examples that raise the study's target most, by the influence of this run."""
-    rows = _asked(study, run)
-    return sorted(rows, key=lambda i: (-rows[i], i))[:k]
-
-
-def _asked(study: Study, run: RunFolder) -> dict[str, float]:
-    """Example id -> influence of this run on the target that examples are removed by."""
-    run.require("attribute")
-    target = _target(study, run)
-    return read_scores(run, [str(target)]).by_example(target)
-
-
-def _target(study: Study, run: RunFolder) -> TargetName:
-    """The target that examples are named by: the study's, that of the curation, or what the run ranks by."""
-    spec = study.validation.remove_by or study.curation.target
-    if spec is None:
-        behaviors = [name for name in run_targets(run) if name.startswith("behavior")]
-        negative = f"behavior:{study.prompts.negative_group}"
-        spec = negative if negative in behaviors else next(iter(behaviors), default_target(run))
-    return TargetName.parse(spec)
+def _beside(name: str, kept: tuple[str, ...], ids: Sequence[str], others: Subsets) -> Subsets:
+    """All examples and those that were kept, before other subsets."""
+    names, members = ("all", name, *others.names), (tuple(sorted(ids)), kept, *others.members)
+    return Subsets(names, members, others.inclusion)
 
 
 def _write(
-    study: Study,
-    run: RunFolder,
+    named: _Named,
     ready: Ready,
     designs: Designs,
     paired: Mapping[str, PairPlan],
     made: Mapping[Name, Retraining],
     judged: Mapping[Name, Mapping[str, float]],
 ) -> None:
-    readings, base = ready.readings, made[BASE]
-    sides = _sides(study, readings)
-    measured = measured_targets(study, readings)
-    degree = ready.subject.behavior.degree
-    models = [_model_row(BASE, base, sides, judged, degree)]
-    outcomes = []
-    subsets = {name[:2]: after.ids for name, after in made.items() if name != BASE}
-    for name, after in made.items():
-        if name == BASE:
-            continue
-        outcomes += [(*name, target, value) for target, value in changes(readings, base, after, measured).items()]
-        models.append(_model_row(name, after, sides, judged, degree))
+    study, run, readings, base = named.study, named.run, ready.readings, made[BASE]
+    # Prompts that should show the behavior and those that should not; none where the study does not say.
+    said = study.prompts.positive_group is not None and study.prompts.negative_group is not None
+    sides = [readings.groups[group] for group in study.prompts.sides] if said else []
+    measured, degree = measured_targets(study, readings), ready.subject.behavior.degree
+    models: list[tuple[Any, ...]] = []  # metrics are null where the study does not say what is wanted
+    for name, model in made.items():
+        metrics = astuple(soft_metrics(model, sides[0], sides[1], degree)) if sides else (None,) * 4
+        losses = [float(values.mean()) if values.size else None for values in (model.losses_before, model.losses_after)]
+        own, seconds = judged.get(name), model.seconds_training + model.seconds_reading
+        shares = [float(np.mean([own[i] for i in side])) for side in sides] if own is not None and sides else [None] * 2
+        models.append((*name, len(model.ids), model.seed, *losses, *metrics, *shares, seconds, model.key))
+    trained = {name: after for name, after in made.items() if name != BASE}
+    subsets = {name[:2]: after.ids for name, after in trained.items()}
+    outcomes = [
+        (*name, target, value)
+        for name, after in trained.items()
+        for target, value in changes(readings, base, after, measured).items()
+    ]
     published = bool(sides) and np.allclose(np.log(degree(base.y)), base.y)  # the metrics take y for a log probability
+    compared = [design for design in ARMS if design in designs and published]
     optional: dict[str, Sequence[Any]] = {
-        "curves": [p for design in designs if design in CURVES for p in _points(design, study, run, ready, made)],
-        "verdicts": verdicts(study, run, paired, _target(study, run), made, outcomes) if paired else [],
+        "curves": [p for design in designs if design in CURVES for p in _points(design, named, readings, made)],
+        "verdicts": verdicts(study, run, paired, named.target, made, outcomes) if paired else [],
         "forgetting": forgetting_rows(made),
-        "named_effects": _effects(study, run, designs, ready, outcomes),
-        "arms": [
-            row for design in ARMS if design in designs and published for row in _arms(design, ready, sides, made)
-        ],
+        "named_effects": _effects(named, designs, outcomes),
+        "arms": [row for design in compared for row in _arms(design, ready, sides, made)],
     }
     for table, rows in optional.items():
         if rows:
@@ -320,49 +310,12 @@ def _write(
     run.write_table("subsets", _table(SUBSETS, [(*name, i) for name, ids in subsets.items() for i in ids]))
     run.write_table("outcomes", _table(OUTCOMES, outcomes))
     run.write_table("models", _table(MODELS, models))
-    run.write_json(
-        "validation",
-        {
-            "recipe": asdict(Recipe.of(study.validation)),
-            "base": asdict(soft_metrics(base, sides[0], sides[1], degree)) if sides else None,
-            "inclusion": {design: dict(subsets.inclusion) for design, subsets in designs.items()},
-        },
-    )
-
-
-def _sides(study: Study, readings: Readings) -> list[Sequence[str]]:
-    """Prompts that should show the behavior and those that should not; empty where the study does not say."""
-    spec = study.prompts
-    if spec.positive_group is None or spec.negative_group is None:
-        return []
-    return [readings.groups[group] for group in spec.sides]
-
-
-def _model_row(
-    name: Name,
-    model: Retraining,
-    sides: Sequence[Sequence[str]],
-    judged: Mapping[Name, Mapping[str, float]],
-    degree: Callable[[Any], Any],
-) -> tuple[Any, ...]:
-    """A row of the table ``models``; metrics are null where the study does not say what is wanted."""
-    metrics = astuple(soft_metrics(model, sides[0], sides[1], degree)) if sides else (None,) * 4
-    losses = [float(values.mean()) if values.size else None for values in (model.losses_before, model.losses_after)]
-    shares = (
-        [None, None]
-        if name not in judged or not sides
-        else [float(np.mean([judged[name][i] for i in side])) for side in sides]
-    )
-    return (
-        *name,
-        len(model.ids),
-        model.seed,
-        *losses,
-        *metrics,
-        *shares,
-        model.seconds_training + model.seconds_reading,
-        model.key,
-    )
+    record = {
+        "recipe": asdict(Recipe.of(study.validation)),
+        "base": asdict(soft_metrics(base, sides[0], sides[1], degree)) if sides else None,
+        "inclusion": {design: dict(own.inclusion) for design, own in designs.items()},
+    }
+    run.write_json("validation", record)
 
 
 ARMS = ("curation", "curated")
@@ -382,7 +335,9 @@ def _arms(
     models = {"base": [made[BASE]]}
     for (of, name, _), model in made.items():
         if of == design:
-            models.setdefault(_arm(name), []).append(model)
+            # all, published-rule, kept, named or random
+            named = name.split("-")[2] if name.startswith("remove-") else name
+            models.setdefault("random" if named.startswith("random-") else named, []).append(model)
     column = {prompt_id: n for n, prompt_id in enumerate(ready.readings.prompt_ids)}
     rows = compare_arms(
         {arm: np.array([model.y for model in some]) for arm, some in models.items()},
@@ -390,13 +345,6 @@ def _arms(
         *([column[prompt_id] for prompt_id in side] for side in sides),
     )
     return [DesignArm(**asdict(row), design=design) for row in rows]
-
-
-def _arm(subset: str) -> str:
-    """all, published-rule, kept, named or random, of the name of a subset."""
-    if subset.startswith("remove-"):
-        return subset.split("-")[2]
-    return "random" if subset.startswith("random-") else subset
 
 
 @dataclass(frozen=True)
@@ -408,28 +356,18 @@ class NamedEffect(Effect):
     examples: int = 0
 
 
-def _effects(
-    study: Study, run: RunFolder, designs: Designs, ready: Ready, outcomes: Sequence[tuple[Any, ...]]
-) -> list[NamedEffect]:
+def _effects(named: _Named, designs: Designs, outcomes: Sequence[tuple[Any, ...]]) -> list[NamedEffect]:
     """Effects by the designs ``chosen`` and ``couples``."""
-    asked = [name for name in ("chosen", "couples") if name in designs]
-    if not asked:
-        return []
-    ids = [example.id for example in ready.inputs]
-    target, scores = _target(study, run), _asked(study, run)
-    found = []
-    for design in asked:
-        changed = {row[1]: row[-1] for row in outcomes if row[0] == design and row[3] == str(target)}
+    found, examples = [], named.study.validation.named_of(len(named.ids))[0]
+    for design in (name for name in ("chosen", "couples") if name in designs):
+        target = str(named.target)
+        changed = {row[1]: row[-1] for row in outcomes if row[0] == design and row[3] == target}
         if design == "chosen":
-            plan = _chosen(study, run, ids)
-            effect = estimate(plan.question, plan.rounds, changed, scores)[0]
+            plan = named.chosen()
+            effect = estimate(plan.question, plan.rounds, changed, named.influence)[0]
         else:
-            effect = couple_effect(_couples(study, run, ids), changed)
-        found.append(
-            NamedEffect(
-                **asdict(effect), design=design, target=str(target), examples=study.validation.named_of(len(ids))[0]
-            )
-        )
+            effect = couple_effect(named.couples(), changed)
+        found.append(NamedEffect(**asdict(effect), design=design, target=target, examples=examples))
     return found
 
 
@@ -443,28 +381,24 @@ class Point(CurvePoint):
     area_hi: float = 0.0
 
 
-def _points(design: str, study: Study, run: RunFolder, ready: Ready, made: Mapping[Name, Retraining]) -> list[Point]:
+def _points(design: str, named: _Named, readings: Readings, made: Mapping[Name, Retraining]) -> list[Point]:
     """Behavior on the target's prompts by the examples that were named, against random ones."""
-    target = _target(study, run)
-    _, B = kind_of(target).cotangents(target, ready.readings)
+    target = named.target
+    _, B = kind_of(target).cotangents(target, readings)
     if kind_of(target).reads != "behavior" or target.minus is not None or B is None:
         return []
-    plan = _plan(design, study, run, [example.id for example in ready.inputs])
+    plan = named.curve(design, named.study.validation.named_of(len(named.ids)))
     rows = np.flatnonzero(B)
 
     def outcomes(names: Sequence[str]) -> list[np.ndarray]:
         return [made[design, name, 0].y[rows] for name in names]
 
-    named = np.array([outcomes(plan.chosen)])
-    curve = compare_curves(plan, named, np.array([outcomes(names) for names in plan.controls]))
-    return [
-        Point(**asdict(point), design=design, area=curve.area, area_lo=curve.lo, area_hi=curve.hi)
-        for point in curve.points
-    ]
+    controls = np.array([outcomes(names) for names in plan.controls])
+    curve = compare_curves(plan, np.array([outcomes(plan.chosen)]), controls)
+    whole: dict[str, Any] = {"design": design, "area": curve.area, "area_lo": curve.lo, "area_hi": curve.hi}
+    return [Point(**asdict(point), **whole) for point in curve.points]
 
 
 def _table(schema: pa.Schema, rows: Sequence[tuple[Any, ...]]) -> pa.Table:
     columns = zip(*rows, strict=True) if rows else [()] * len(schema)
-    return pa.Table.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
-    )
+    return pa.table([pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)], schema=schema)

@@ -26,7 +26,6 @@ TRIVIAL = {"n_scored": "response length", "loss": "loss"}
 
 def _blocks(tables: Tables) -> Iterator[Block]:
     summary = Summary.read(tables)
-    assert summary is not None
     yield Text(
         "If something trivial ranks the examples as a target does, the values may be measuring just that. Labels "
         "are a control too: where the interval of a label’s mean includes zero, its examples have no common effect."
@@ -49,7 +48,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
             "together; reasons stand in "
         )
         yield Text(Line((note, Word("statements.parquet", "code"), ".")), "note")
-    if again := [[r["example_id"], words(r["target"]), r["first"], r["exact"]] for r in tables.rows("rescored") or ()]:
+    if again := [[r["example_id"], words(r["target"]), r["first"], r["exact"]] for r in tables.rows("rescored")]:
         exact = Column("Exact, per step", "signed", power=common_power(row[-1] for row in again))
         caption = "The strongest by sketches, and what they are by whole gradients"
         yield Table(columns(("Example", "id"), "Of", ("By sketches", "signed"), exact), again, caption, head=20)
@@ -104,11 +103,11 @@ def trivial_correlations(summary: Summary, target: str) -> list[tuple[str, Inter
 def _sentences(tables: Tables) -> list[Sentence | None]:
     summary, rows = Summary.read(tables), shown(tables)
     statements = tables.rows("statements")
-    if summary is None or not len(summary.finite):
+    if not len(summary.finite):
         return []
     first = primary(tables)
     return [
-        (statements and ranking_sentence(statements)) or None,
+        ranking_sentence(statements) if statements else None,
         label_sentence(summary.finite, first),
         trivial_sentence(summary, first),
         step_sentence(rows, first),
@@ -204,17 +203,12 @@ def sketch_sentence(scores: Summary, target: str) -> Sentence | None:
 
 def rank_table(statements: Rows) -> tuple[list[int], list[tuple[str, list[str]]]]:
     """The sizes k, and for each ranking a cell per size: safe, or undecided and the share."""
-    sizes = sorted({row["k"] for row in statements})
-    found = {(row["target"], row["k"]): row for row in statements}
-    ranked = dict.fromkeys(row["target"] for row in statements)
-
-    def cell(row: dict[str, object] | None) -> str:
-        if row is None:
-            return "–"
-        share = row["share"]
-        return f"{row['verdict']}" + (f" ({percent(share, 1)})" if isinstance(share, float) else "")
-
-    return sizes, [(f"|{words(t)}|", [cell(found.get((t, k))) for k in sizes]) for t in ranked]
+    sizes, ranked = sorted({row["k"] for row in statements}), dict.fromkeys(row["target"] for row in statements)
+    cells = {}
+    for row in statements:
+        share = f" ({percent(row['share'], 1)})" if isinstance(row["share"], float) else ""
+        cells[row["target"], row["k"]] = f"{row['verdict']}{share}"
+    return sizes, [(f"|{words(t)}|", [cells.get((t, k), "–") for k in sizes]) for t in ranked]
 
 
 def ranking_sentence(statements: Rows) -> Sentence:
@@ -237,8 +231,5 @@ def ranking_sentence(statements: Rows) -> Sentence:
     return Sentence("Ranking", "caution" if undecided else "found", text)
 
 
-add(
-    Section(
-        "certainty", "How sure", ("summary",), _blocks, _sentences, overview=True, heading="How sure is the ranking?"
-    )
-)
+HEADING = "How sure is the ranking?"
+add(Section("certainty", "How sure", ("summary",), _blocks, _sentences, overview=True, heading=HEADING))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 from taught.report.blocks import Block, Column, Feature, Sentence, Table, Text, columns
 from taught.report.detail import feature_labels
 from taught.report.sections import Section, add
 from taught.report.tables import Row, Tables
-from taught.report.text import count, interval_text, percent, read_interval, shorten
+from taught.report.text import count, interval_of, interval_text, percent, read_interval, shorten
 
 AGREEMENTS = {
     "all": "all features",
@@ -22,7 +21,7 @@ MEASURES = ("same_sign", "spearman", "size")
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
-    it = cast(Row, tables.json("clamp"))
+    it = tables.json("clamp")
     yield Text(
         "Each feature’s part of the residual is scaled in the model, at the tokens at which the policy reads it, and "
         "the behavior is read again. A coefficient says what a feature predicts beside the others; the slope says "
@@ -40,16 +39,12 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "features)"
     )
     yield Table(columns("Over", ("Features", "number", 0), *measures), rows, caption)
-    yield _slopes(tables, it["scales"])
-
-
-def _slopes(tables: Tables, scales: list[float]) -> Table:
-    labels = feature_labels(tables)
+    scales, labels = it["scales"], feature_labels(tables)
     label, slope = Column("Label", only="page"), Column("Slope", "interval", plot="fit")
     heads = columns(("Feature", "id"), label, ("Coefficient", "signed"), slope, ("p", "p"), ("Prompts", "number", 0))
     made = []
-    for r in sorted(tables.rows("clamp") or [], key=lambda r: -abs(r["coef"])):
-        found = read_interval([r.get(key) for key in ("slope", "lo", "hi")]) or "not active on any prompt"
+    for r in sorted(tables.rows("clamp"), key=lambda r: -abs(r["coef"])):
+        found = interval_of(r, "slope") or "not active on any prompt"
         doses = [d["value"] for d in r.get("doses") or []] or [None] * len(scales)
         named = Feature(r["feature_id"]), shorten(labels.get(r["feature_id"], ""), 60)
         made.append([*named, r["coef"], found, r.get("p_adjusted"), r["n"], *doses])
@@ -57,7 +52,7 @@ def _slopes(tables: Tables, scales: list[float]) -> Table:
         "Slope: change of y per unit of activation, 95% bootstrap over prompts on which the feature is active; mean "
         "change of y at each scale; p against random directions, corrected for the number of features"
     )
-    return Table([*heads, *(Column(f"{s:g}×", "signed") for s in scales)], made, caption, tall=True)
+    yield Table([*heads, *(Column(f"{s:g}×", "signed") for s in scales)], made, caption, tall=True)
 
 
 def clamp_sentence(clamping: Row) -> Sentence | None:
@@ -82,7 +77,7 @@ def clamp_sentence(clamping: Row) -> Sentence | None:
 
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
-    return [clamp_sentence(cast(Row, tables.json("clamp")))]
+    return [clamp_sentence(tables.json("clamp"))]
 
 
 add(Section("clamp", "Clamping", ("coefficients", "clamp"), _blocks, _sentences, overview=True))

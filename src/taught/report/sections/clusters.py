@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +26,7 @@ from taught.report.blocks import (
 from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import clean, common_power, count, listed, number, percent, read_interval, shorten, words
+from taught.report.text import clean, common_power, count, interval_of, listed, number, percent, shorten, words
 
 ALPHA = 0.05
 APART, HARDLY = 0.5, 0.25  # mean silhouettes: Kaufman and Rousseeuw (1990)
@@ -56,8 +55,7 @@ class Clustered:
         """Of a run in which the stage is complete."""
         none = tables.columns("cluster_members", ["example_id"], pc.field("cluster") == 0)
         without = [] if none is None else [clean(example) for example in none["example_id"].to_pylist()]
-        clusters, influence = (cast(Rows, tables.rows(name)) for name in ("clusters", "cluster_influence"))
-        return cls(clusters, influence, cast(Row, tables.json("clusters")), without)
+        return cls(tables.rows("clusters"), tables.rows("cluster_influence"), tables.json("clusters"), without)
 
     @property
     def targets(self) -> dict[str, list[tuple[Row, Row]]]:
@@ -89,7 +87,25 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "examples: does it do what these do not do?"
     )
     yield Items([sentence.text for sentence in cluster_sentences(it)])
-    yield _clusters(it)
+    heads = columns(("Cluster", "number", 0), "Features", ("Examples", "number", 0))
+    if it.spread:
+        heads += columns(("Outside", "percent"), "Random examples", ("Corrected p", "p"))
+    caption = (
+        "Clusters, the largest first, named by the features of the largest lift (share of its examples, and of the "
+        "others, on which the feature is active)."
+    )
+    if it.spread:
+        caption += " Outside: share of the change of coefficients on features that are not active on the example."
+    made = []
+    for r in it.clusters:
+        named = []
+        for f in r["features"]:
+            shares = Word(f" {percent(f['inside'])} against {percent(f['outside'])}", "soft")
+            named.append(Line((Feature(f["feature_id"], shorten(f["label"] or "", 60)), shares)))
+        outside = [r["outside_share"], _outside_random(r), r["outside_p_holm"]] if it.spread else []
+        nearest = Line([Example(i) for i in r["examples"]], ", ")
+        made.append([r["cluster"], Line(named, "\n") if named else r["name"], r["n_examples"], *outside, nearest])
+    yield Table([*heads, Column("Nearest to its mean")], made, caption)
     for target, rows in it.targets.items():
         yield _influence_table(target, rows, tables.per)
     if it.featureless:
@@ -105,32 +121,8 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     )
 
 
-def _clusters(it: Clustered) -> Table:
-    heads = columns(("Cluster", "number", 0), "Features", ("Examples", "number", 0))
-    if it.spread:
-        heads += columns(("Outside", "percent"), "Random examples", ("Corrected p", "p"))
-    caption = (
-        "Clusters, the largest first, named by the features of the largest lift (share of its examples, and of the "
-        "others, on which the feature is active)."
-    )
-    if it.spread:
-        caption += " Outside: share of the change of coefficients on features that are not active on the example."
-    rows = [_cluster(r, it.spread) for r in it.clusters]
-    return Table([*heads, Column("Nearest to its mean")], rows, caption)
-
-
-def _cluster(r: Row, spread: bool) -> list[object]:
-    named = []
-    for f in r["features"]:
-        shares = Word(f" {percent(f['inside'])} against {percent(f['outside'])}", "soft")
-        named.append(Line((Feature(f["feature_id"], shorten(f["label"] or "", 60)), shares)))
-    outside = [r["outside_share"], _random(r, "outside_random", percent), r["outside_p_holm"]] if spread else []
-    nearest = Line([Example(i) for i in r["examples"]], ", ")
-    return [r["cluster"], Line(named, "\n") if named else r["name"], r["n_examples"], *outside, nearest]
-
-
-def _random(row: Row, key: str, shown: Any) -> str:
-    return f"{shown(row[f'{key}_lo'])} to {shown(row[f'{key}_hi'])}"
+def _outside_random(row: Row) -> str:
+    return f"{percent(row['outside_random_lo'])} to {percent(row['outside_random_hi'])}"
 
 
 def _influence_table(target: str, rows: Sequence[tuple[Row, Row]], per: str) -> Table:
@@ -138,9 +130,9 @@ def _influence_table(target: str, rows: Sequence[tuple[Row, Row]], per: str) -> 
     power = common_power(row[key] for _, row in rows for key in keys)
     made = []
     for c, r in rows:
-        random = _random(r, "random", lambda v: number(v, power=power))
-        mean = read_interval([r["mean"], r["lo"], r["hi"]])
-        made.append((c["cluster"], shorten(c["name"], 80), mean, random, r["p_holm"], r["matched_p_holm"]))
+        random = " to ".join(number(r[key], power=power) for key in ("random_lo", "random_hi"))
+        name, mean = shorten(c["name"], 80), interval_of(r, "mean")
+        made.append((c["cluster"], name, mean, random, r["p_holm"], r["matched_p_holm"]))
     heads = columns(("Cluster", "number", 0), "Name", Column("Mean", "interval", power=power, plot="fit"))
     heads += columns("Random examples", ("Corrected p", "p"), ("Same labels", "p"))
     caption = f"Mean influence of an example on {words(target)}, {per}, with 95% bootstrap intervals over examples"
@@ -149,18 +141,7 @@ def _influence_table(target: str, rows: Sequence[tuple[Row, Row]], per: str) -> 
 
 def cluster_sentences(it: Clustered) -> list[Sentence]:
     """How clear the clusters are, what they do that random examples do not, and the examples in none."""
-    sentences = [_made(it.made), _influence(it)]
-    if it.spread:
-        sentences.append(_outside(it.clusters))
-    if it.featureless:
-        found = count(len(it.featureless), "example")
-        text = f"{found} without an active feature (cluster 0): {listed(it.featureless, 20)}."
-        sentences.append(Sentence("Without features", "caution", text))
-    return sentences
-
-
-def _made(made: Row) -> Sentence:
-    value = made["silhouette"]
+    made, value = it.made, it.made["silhouette"]
     found = count(made["examples"] - made["without"], "example")
     text = f"{found} in {count(made['k'], 'cluster')} by their active features"
     if value is not None:
@@ -170,7 +151,14 @@ def _made(made: Row) -> Sentence:
         text += f"; the tree is of {made['clustered']:,} of {made['sets']:,} different sets of features, the others "
         text += "went to the nearest cluster"
     unclear = value is not None and value <= HARDLY
-    return Sentence("Clusters", "caution" if unclear else "found", f"{text}.")
+    sentences = [Sentence("Clusters", "caution" if unclear else "found", f"{text}."), _influence(it)]
+    if it.spread:
+        sentences.append(_outside(it.clusters))
+    if it.featureless:
+        found = count(len(it.featureless), "example")
+        text = f"{found} without an active feature (cluster 0): {listed(it.featureless, 20)}."
+        sentences.append(Sentence("Without features", "caution", text))
+    return sentences
 
 
 def _influence(it: Clustered) -> Sentence:
@@ -208,7 +196,7 @@ def _outside(clusters: Sequence[Row]) -> Sentence:
         return Sentence("Interference", "none", text)
     parts = [
         f"cluster {r['cluster']} {percent(r['outside_share'])} (random examples "
-        f"{_random(r, 'outside_random', percent)}, as many random features {percent(r['outside_by_chance'])})"
+        f"{_outside_random(r)}, as many random features {percent(r['outside_by_chance'])})"
         for r in sure
     ]
     text = f"Share of the change outside the examples’ own features: {listed(parts, SAID)}."

@@ -14,7 +14,7 @@ from taught.report.examples import own_method, score_index, shown
 from taught.report.sections import Section, add
 from taught.report.strips import strips
 from taught.report.tables import Row, Tables
-from taught.report.text import clean, common_power, interval_text, read_interval, signed, tens
+from taught.report.text import amount, clean, common_power, interval_text, read_interval
 
 STRONGEST = 5
 KIND = "concept:"
@@ -25,7 +25,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
         "What training on each example does to the read-out of a direction. The gradient is a change "
         f"{tables.per}; the other methods read activations and differ in unit, so methods are compared by rank."
     )
-    facts = {concept["name"]: concept for concept in (tables.json("concepts") or {}).get("concepts", [])}
+    facts = {concept["name"]: concept for concept in tables.json("concepts").get("concepts", [])}
     named = list(dict.fromkeys(target for _, target in score_index(tables) if target.startswith(KIND)))
     if not named:
         yield Text("No concept is among the targets of this run.", "note")
@@ -47,7 +47,7 @@ def _concept(tables: Tables, target: str, facts: Row) -> Iterator[Block]:
         yield Text(f"Quality: AUC {interval_text(separation)} between {sides}{held}; .5 is chance.")
     yield from agreement_blocks(tables, clean(target))
     yield _strongest(tables, target)
-    own = [s for s in strips(tables.rows("token_shares") or []) if s.target == clean(target)]
+    own = [s for s in strips(tables.rows("token_shares")) if s.target == clean(target)]
     if own:
         yield Strips([(Example(s.example_id), s) for s in own], key=True)
 
@@ -65,8 +65,7 @@ def _strongest(tables: Tables, target: str) -> Table:
         order = np.argsort(-np.abs(values), kind="stable")[:STRONGEST]
         power = common_power(values[order].tolist())
         for i, example in zip(order, map(clean, found["example_id"].take(order).to_pylist()), strict=True):
-            value = f"{signed(float(values[i]), power=power)}{tens(power)}"
-            rows.append((clean(method), Example(example), value, labels.get(example, "")))
+            rows.append((clean(method), Example(example), amount(float(values[i]), power), labels.get(example, "")))
     caption = "Examples with the largest absolute values, positive: towards the concept"
     return Table(columns("Method", "Example", ("Value", "number"), "Label"), rows, caption, head=20)
 

@@ -6,11 +6,11 @@ from taught.report.blocks import Block, Column, Feature, Line, Sentence, Table, 
 from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import count, interval_text, listed, read_interval
+from taught.report.text import count, interval_of, interval_text, listed
 
 
 def _blocks(tables: Tables) -> list[Block]:
-    rows = sorted(tables.rows("audit") or [], key=lambda r: (not r["uncovered"], r["gap"] or 0.0))
+    rows = sorted(tables.rows("audit"), key=lambda r: (not r["uncovered"], r["gap"] or 0.0))
     lede = (
         "Mean behavior of each category of prompts against the rest of its group. A category is uncovered when, after "
         "correction for the number of categories, the behavior falls short where it is wanted or shows up where it is "
@@ -20,17 +20,15 @@ def _blocks(tables: Tables) -> list[Block]:
         "Category", "Group", ("n", "number", 0), ("Mean y", "number"), Column("Gap", "interval", plot="fit")
     )
     heads += columns(("Adjusted p", "p"), "Covered", ("Tied features", "id"))
+    covered = {None: Word("not tested", "soft"), False: Word("yes", "soft"), True: Word("uncovered", "badge")}
+    made = []
+    for r in rows:
+        shown, tied = covered[r["uncovered"]], Line([Feature(f) for f in r["features"] or []], " ")
+        gap = interval_of(r, "gap")
+        made.append((r["category"], r["group"], r["n"], r["mean_y"], gap, r["p_adjusted"], shown, tied))
     flagged = frozenset(i for i, r in enumerate(rows) if r["uncovered"])
     caption = "Audit by category: gap of mean y to the rest of the group, with 95% interval"
-    return [Text(lede), Table(heads, [_row(r) for r in rows], caption, head=20, sortable=True, flagged=flagged)]
-
-
-def _row(r: Row) -> list[object]:
-    covered = Word("not tested" if r["uncovered"] is None else "yes", "soft")
-    covered = Word("uncovered", "badge") if r["uncovered"] else covered
-    tied = Line([Feature(f) for f in r["features"] or []], " ")
-    gap = read_interval([r["gap"], r["lo"], r["hi"]])
-    return [r["category"], r["group"], r["n"], r["mean_y"], gap, r["p_adjusted"], covered, tied]
+    return [Text(lede), Table(heads, made, caption, head=20, sortable=True, flagged=flagged)]
 
 
 def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
@@ -54,13 +52,13 @@ def audit_sentence(audit: Rows, positive: str | None = None) -> Sentence:
 
 
 def _named(row: Row) -> str:
-    gap = interval_text(read_interval([row["gap"], row["lo"], row["hi"]]))
+    gap = interval_text(interval_of(row, "gap"))
     p = "p < 0.001" if row["p_adjusted"] < 0.001 else f"p = {row['p_adjusted']:.3f}"
     return f"{row['category']} (mean y {gap} against the rest of its group, adjusted {p}, n = {row['n']})"
 
 
 def _sentences(tables: Tables) -> list[Sentence]:
-    return [audit_sentence(tables.rows("audit") or [], tables.setting("prompts.positive_group"))]
+    return [audit_sentence(tables.rows("audit"), tables.setting("prompts.positive_group"))]
 
 
 add(Section("coverage", "Coverage", ("coefficients", "audit"), _blocks, _sentences, overview=True))

@@ -14,7 +14,7 @@ from taught.report.blocks import Beside, Block, Column, Example, Line, Sentence,
 from taught.report.examples import PRIMARY, floats
 from taught.report.sections import Section, add
 from taught.report.tables import UNLABELLED, Row, Rows, Tables
-from taught.report.text import clean, cleaned, common_power, count, listed, signed, tens, words
+from taught.report.text import amount, clean, cleaned, common_power, count, listed, words
 
 MAX_DROPS = 1000
 FARTHEST = 3
@@ -80,13 +80,9 @@ def _blocks(tables: Tables) -> list[Block]:
     before = f"Rule “{it.one('rule')}”. The rows themselves stand in "
     after = ". The rule rests on estimates before training; only retraining shows whether that helps."
     lede = Line((before, Word("keep.jsonl", "code"), " and ", Word(f"{it.deed}.jsonl", "code"), after))
-    rows = [(label, n["keep"], n[it.deed]) for label, n in it.counts.items()]
-    counts = Table(columns("Label", ("Keep", "number", 0), (it.deed.capitalize(), "number", 0)), rows, "Counts")
+    split = [(label, n["keep"], n[it.deed]) for label, n in it.counts.items()]
+    counts = Table(columns("Label", ("Keep", "number", 0), (it.deed.capitalize(), "number", 0)), split, "Counts")
     change = [Text(curation_change(record))] if record else []
-    return [Text(lede), *change, Beside([counts], [_drops(it)], lean=True)]
-
-
-def _drops(it: Curated) -> Table:
     drops, n = it.drops, it.dropped.num_rows
     caption: list[object] = [f"{count(n, 'example')} to {it.deed}"]
     if n > len(drops):
@@ -94,7 +90,8 @@ def _drops(it: Curated) -> Table:
     power = common_power(np.abs([floats(it.table, name) for name in ("score", "threshold")]).ravel())
     heads = columns("Example", "Label", Column(words(it.one("target") or PRIMARY), "signed", power=power), "Reason")
     rows = [(Example(r["example_id"]), r["label"] or UNLABELLED, r["score"], r["reason"]) for r in drops]
-    return Table(heads, rows, Line(caption), empty=f"Nothing to {it.deed}.", fold=12, sortable=True)
+    dropped = Table(heads, rows, Line(caption), empty=f"Nothing to {it.deed}.", fold=12, sortable=True)
+    return [Text(lede), *change, Beside([counts], [dropped], lean=True)]
 
 
 def curation_sentence(curation: Curated) -> Sentence:
@@ -122,11 +119,7 @@ def curation_change(record: Row) -> str:
     changes = [(words(record["target"]), record["change"])]
     if record["protect"]:
         changes.append((f"{words(record['protect'])} (protected)", record["protected_change"]))
-    parts = []
-    for name, change in changes:
-        if change is not None:
-            power = common_power([change])
-            parts.append(f"{name} {signed(change, power=power)}{tens(power)}")
+    parts = [f"{name} {amount(change)}" for name, change in changes if change is not None]
     swaps = record["rule"] == "swap-k"
     text = f"{count(record['dropped'], 'example')} to {'swap' if swaps else 'drop'}."
     if parts:

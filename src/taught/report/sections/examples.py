@@ -36,7 +36,19 @@ from taught.report.examples import (
 from taught.report.sections import Section, add
 from taught.report.strips import Strip, strips
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import clean, common_power, count, interval_text, listed, percent, shorten, signed, tens, words
+from taught.report.text import (
+    amount,
+    clean,
+    common_power,
+    count,
+    interval_text,
+    listed,
+    percent,
+    shorten,
+    signed,
+    tens,
+    words,
+)
 from taught.stats.intervals import Interval
 
 NOTHING = "No effect found"
@@ -75,7 +87,7 @@ def _blocks(tables: Tables) -> list[Block]:
             "stronger as it is; that alone does not mean more of the behavior."
         )
     movers = [_movers(tables, rows, target) for target in named_targets(targets(tables))[:MAX_COLUMNS]]
-    compared = dict.fromkeys(r["target"] for r in tables.rows("agreement") or [] if not r["target"].startswith(OTHERS))
+    compared = dict.fromkeys(r["target"] for r in tables.rows("agreement") if not r["target"].startswith(OTHERS))
     agreed = (block for target in compared for block in agreement_blocks(tables, target))
     return [Text(lede), *movers, *_strips(tables), *_all(tables, rows), *agreed]
 
@@ -85,12 +97,8 @@ def _movers(tables: Tables, rows: Rows, target: str) -> Table:
     up, down = ends(rows, target, ENDS)
     power = common_power(row[target] for row in (*up, *down))
     errors = any(row.get(target + SE) for row in (*up, *down))
-    value = Column(
-        f"{'Value' if tables.unit == 'rank' else 'Change'} {tables.per}",
-        "signed",
-        power=power,
-        plot="fit" if errors else None,
-    )
+    head = f"{'Value' if tables.unit == 'rank' else 'Change'} {tables.per}"
+    value = Column(head, "signed", power=power, plot="fit" if errors else None)
     made = []
     for row in (*up, *reversed(down)):
         own = texts(tables).get(row["example_id"], {})  # a document has no prompt
@@ -110,7 +118,7 @@ def _with_error(row: Row, target: str) -> float | Interval | None:
 
 def _strips(tables: Tables) -> list[Block]:
     found: dict[str, list[tuple[str, Strip]]] = {}
-    for strip in strips(tables.rows("token_shares") or []):
+    for strip in strips(tables.rows("token_shares")):
         if not strip.target.startswith(OTHERS):
             found.setdefault(strip.example_id, []).append((words(strip.target), strip))
     if not found:
@@ -129,7 +137,6 @@ def _strips(tables: Tables) -> list[Block]:
 def _all(tables: Tables, rows: Rows) -> list[Block]:
     """All listed examples with everything that the summary says, to be sorted and filtered."""
     summary = Summary.read(tables)
-    assert summary is not None
     first, names = primary(tables), targets(tables)
     there = {clean(name) for name in summary_schema(tables).names}
     heads, keys = [Column("Example")], ["example_id"]
@@ -147,31 +154,22 @@ def _all(tables: Tables, rows: Rows) -> list[Block]:
     heads += columns(("Tokens", "number", 0), ("Loss", "number"))
     keys += ["n_scored", "loss"]
     categories = {i: str(row.get("category") or "") for i, row in texts(tables).items()}
-    made = [_row(row, categories.get(row["example_id"], ""), keys) for row in rows]
+    made = []
+    for row in rows:
+        own = row | {"example_id": Example(row["example_id"]), "category": categories.get(row["example_id"], "")}
+        if row.get("dominant_feature") is not None:
+            mark = {True: " unintended", False: " intended"}.get(row["unintended"], "")
+            own["dominant"] = Line((Feature(row["dominant_feature"]), mark))
+        made.append([own.get(key) for key in keys])
     filters = {"label": sorted({row["label"] for row in rows}), "category": sorted({*categories.values()} - {""})}
     filters |= {"unintended": []} if "unintended" in there else {}
-    caption = _caption(len(summary), len(rows), words(first))
-    table = Table(heads, made, caption, head=0, sortable=True, tall=True, filters=filters)
-    return [table, Text(_note(tables, summary, len(names)), "note")]
-
-
-def _row(row: Row, category: str, keys: Sequence[str]) -> list[object]:
-    own = {**row, "example_id": Example(row["example_id"]), "category": category}
-    if row.get("dominant_feature") is not None:
-        mark = {True: " unintended", False: " intended"}.get(row["unintended"], "")
-        own["dominant"] = Line((Feature(row["dominant_feature"]), mark))
-    return [own.get(key) for key in keys]
-
-
-def _caption(total: int, listed_: int, first: str) -> Line:
-    parts: list[object] = [count(total, "example")]
-    if total > listed_:
-        which = f"the {STRONGEST} with the largest |{first}| and those that this page names; all in "
-        parts += [f", showing {listed_:,} of {total:,}: {which}", Word("summary.parquet", "file")]
-    return Line([*parts, f", in order of |{first}| unless sorted"])
-
-
-def _note(tables: Tables, summary: Summary, n_targets: int) -> str:
+    total, by = len(summary), f"|{words(first)}|"
+    caption: list[object] = [count(total, "example")]
+    if total > len(rows):
+        which = f"the {STRONGEST} with the largest {by} and those that this page names; all in "
+        caption += [f", showing {len(rows):,} of {total:,}: {which}", Word("summary.parquet", "file")]
+    caption.append(f", in order of {by} unless sorted")
+    table = Table(heads, made, Line(caption), head=0, sortable=True, tall=True, filters=filters)
     text = "Tokens: those that the example teaches; loss: as in training, before it."
     if tables.with_policy:
         text = (
@@ -179,10 +177,11 @@ def _note(tables: Tables, summary: Summary, n_targets: int) -> str:
             "the data or, without names, not active on the example’s own prompt. Acts mainly on: the feature that "
             f"moves most; “unintended” when it is one of those ({summary.unintended} of {len(summary)}). {text}"
         )
-    if n_targets > MAX_COLUMNS:
-        text += f" {count(n_targets - MAX_COLUMNS, 'more target')} in summary.parquet."
-    unscored = len(summary) - len(summary.finite)
-    return text + (f" {count(unscored, 'example')} without a score: see examples.parquet." if unscored else "")
+    if len(names) > MAX_COLUMNS:
+        text += f" {count(len(names) - MAX_COLUMNS, 'more target')} in summary.parquet."
+    if unscored := len(summary) - len(summary.finite):
+        text += f" {count(unscored, 'example')} without a score: see examples.parquet."
+    return [table, Text(text, "note")]
 
 
 # The verdict
@@ -229,15 +228,15 @@ def _moved(rows: Rows, target: str) -> str:
 
 def _amount(row: Row, target: str, power: int) -> str:
     found, x, y = _with_error(row, target), row.get(f"{target}:x"), row.get(f"{target}:y")
-    text = interval_text(found, power=power) if isinstance(found, Interval) else signed(found, power=power)
+    text = interval_text(found, power=power) + tens(power) if isinstance(found, Interval) else amount(found, power)
     if x is None or y is None:
-        return text + tens(power)
+        return text
     through = "through both pathways"
     if abs(x) > MAINLY * abs(y):
         through = "mainly through feature activation"
     elif abs(y) > MAINLY * abs(x):
         through = "mainly through output probability"
-    return f"{text}{tens(power)}, {through} (x {signed(x, power=power)}, y {signed(y, power=power)})"
+    return f"{text}, {through} (x {signed(x, power=power)}, y {signed(y, power=power)})"
 
 
 def _capital(text: str) -> str:

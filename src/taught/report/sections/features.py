@@ -10,7 +10,7 @@ from taught.report.text import count
 
 
 def _blocks(tables: Tables) -> list[Block]:
-    rows = sorted(tables.rows("coefficients") or [], key=lambda r: -abs(r["coef"]))
+    rows = sorted(tables.rows("coefficients"), key=lambda r: -abs(r["coef"]))
     largest = max((abs(r["coef"]) for r in rows), default=1.0)
     lede = f"The {count(len(rows), 'selected feature')}, strongest coefficient first. "
     lede += "Activations are means over the prompts of a group."

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -40,10 +39,6 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     ]
     caption = "Top offenders: flagged examples with the largest change outside their intended features"
     offenders = Table(heads, rows, caption, empty="No example is flagged.")
-    yield Beside([_strongest(tables, ids, r)], [offenders])
-
-
-def _strongest(tables: Tables, ids: Sequence[int], r: Any) -> Table:
     one, other = np.triu_indices(len(ids), 1)
     values = np.nan_to_num(r[one, other])
     order = [k for k in np.argsort(-np.abs(values))[:CO_MOVEMENTS] if values[k]]
@@ -53,7 +48,8 @@ def _strongest(tables: Tables, ids: Sequence[int], r: Any) -> Table:
         return Feature(ids[place], shorten(labels.get(ids[place], ""), 60))
 
     made = [(feature(one[k]), feature(other[k]), float(values[k])) for k in order]
-    return Table(columns(("Feature", "id"), ("Feature", "id"), ("r", "signed")), made, "Strongest co-movements")
+    heads = columns(("Feature", "id"), ("Feature", "id"), ("r", "signed"))
+    yield Beside([Table(heads, made, "Strongest co-movements")], [offenders])
 
 
 def control(tables: Tables) -> Control | None:
@@ -61,7 +57,7 @@ def control(tables: Tables) -> Control | None:
     moved = shifts(tables)
     if moved is None or tables.listed is not None:
         return None
-    intended = {row["example_id"]: row["intended"] or [] for row in tables.rows("summary") or []}
+    intended = {row["example_id"]: row["intended"] or [] for row in tables.rows("summary")}
     sets = [intended.get(example, []) for example in moved.example_ids]
     return tables.once("control", lambda: unintended_control(moved.feature_ids, moved.total, sets))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -30,7 +29,19 @@ from taught.report.sections import Section, add
 from taught.report.sections.examples import NOTHING
 from taught.report.strips import strips
 from taught.report.tables import Row, Rows, Tables
-from taught.report.text import clean, common_power, count, listed, number, read_interval, shorten, signed, tens
+from taught.report.text import (
+    amount,
+    clean,
+    common_power,
+    count,
+    interval_of,
+    listed,
+    number,
+    read_interval,
+    shorten,
+    signed,
+    tens,
+)
 from taught.stats.intervals import Interval
 
 ALPHA = 0.05
@@ -61,8 +72,7 @@ class Mapped:
     @classmethod
     def read(cls, tables: Tables) -> Mapped:
         """Of a run in which the stage is complete."""
-        bins, contrasts = (cast(Rows, tables.rows(name)) for name in ("bins", "contrasts"))
-        return cls(bins, contrasts, cast(Row, tables.json("bins")), tables.per)
+        return cls(tables.rows("bins"), tables.rows("contrasts"), tables.json("bins"), tables.per)
 
     @property
     def benchmarks(self) -> list[str]:
@@ -87,7 +97,17 @@ class Mapped:
 
 def _blocks(tables: Tables) -> Iterator[Block]:
     it = Mapped.read(tables)
-    yield Text(_lede(it, tables))
+    lede = (
+        f"Documents by {TIMES.join(it.made['columns'])}, and what training on one of each kind does to each benchmark. "
+        "Beside the corpus: a bin’s trimmed mean less that of all documents. Positive: training on such documents "
+        "raises the benchmark more than training on others does."
+    )
+    sample = tables.json("sample")
+    if sample.get("even"):
+        by = " and ".join(sample["by"])
+        lede += f" The corpus is the sample here, with as many documents of each {by}, not what it was drawn from."
+    behavior = tables.json("readings").get("behavior") or {}
+    yield Text(f"{lede} A benchmark is the {behavior['meaning']}." if behavior.get("meaning") else lede)
     yield Items([sentence.text for sentence in bin_sentences(it)])
     if warnings := _warnings(it):
         yield Items(warnings, warning=True)
@@ -103,25 +123,27 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     if it.contrasts:
         yield Text("Between benchmarks", "title")
         for contrast in it.made["contrasts"]:
-            yield _contrast(it, contrast)
+            rows = it.level("bin", contrast, rows=it.contrasts)
+            rows = rows if len(rows) <= 2 * RANKED or not it.of_two else _ends(rows)
+            heads = columns(("Rank", "number", 0), "Bin", ("Documents", "number", 0))
+            heads += columns(_effects(rows), ("Corrected p", "p"), ("dz", "number"))
+            shown = [(r["rank"], _name(r), r["n_documents"], _effect(r), r["p_holm"], r["z"]) for r in rows]
+            caption = f"{contrast}, in robust scales of the benchmarks, with 95% intervals; dz: the published "
+            yield Table(heads, shown, caption + "difference of z", head=len(shown), flagged=_sure(rows))
     if it.made["profiles"]:
         yield _profiles(it.made["profiles"])
-    yield Text(_note(it.made), "note")
-
-
-def _lede(it: Mapped, tables: Tables) -> str:
-    kinds = TIMES.join(it.made["columns"])
-    text = (
-        f"Documents by {kinds}, and what training on one of each kind does to each benchmark. Beside the corpus: a "
-        "bin’s trimmed mean less that of all documents. Positive: training on such documents raises the benchmark more "
-        "than training on others does."
+    made, questions = it.made, it.made["questions"]
+    drawn = "documents" if questions is None else "documents and questions"
+    note = (
+        f"Bins of at least {made['minimum']} documents are tested: mean rank of their documents against "
+        f"{made['permutations']:,} permutations of the labels, so one document of extreme value cannot make a bin "
+        "significant. Corrected p: Holm’s, over the bins and benchmarks of a table’s level. Above others: share of "
+        "pairs in which a document of the bin has the larger influence. Trimmed mean: without "
+        f"{100 * made['trim']:g}% of the documents at either end. Intervals: {made['bootstrap']:,} draws of {drawn}. "
     )
-    sample = tables.json("sample") or {}
-    if sample.get("even"):
-        by = " and ".join(sample["by"])
-        text += f" The corpus is the sample here, with as many documents of each {by}, not what it was drawn from."
-    behavior = (tables.json("readings") or {}).get("behavior") or {}
-    return f"{text} A benchmark is the {behavior['meaning']}." if behavior.get("meaning") else text
+    if questions is None:
+        note += "The run has not kept single questions, so they say nothing of other questions. "
+    yield Text(note + "z: of the plain mean over bins, as published.", "note")
 
 
 # In words
@@ -131,7 +153,13 @@ def bin_sentences(it: Mapped) -> list[Sentence]:
     """What bins do that random documents do not, for each benchmark and for all contrasts; what is left out."""
     found = [_stands_out(it, benchmark) for benchmark in it.benchmarks]
     if it.contrasts:
-        found.append(_contrasted(it))
+        tested = [row for row in it.contrasts if row["level"] == "bin" and row["tested"]]
+        sure = sorted((row for row in tested if row["p_holm"] <= ALPHA), key=lambda row: -abs(row["effect"]))
+        said = [f"{_name(row)} on {row['benchmark']} ({signed(row['effect'])} scales)" for row in sure]
+        least = number(min((row["p_holm"] for row in tested), default=None), 3)
+        text = f"{NOTHING} between benchmarks: no bin serves one more than another (smallest corrected p {least})."
+        text = f"Unlike between benchmarks: {listed(said, NAMED)}." if sure else text
+        found.append(Sentence("Contrasts", "found" if sure else "none", text))
     return [*found, *_left_out(it)]
 
 
@@ -146,28 +174,17 @@ def _stands_out(it: Mapped, benchmark: str) -> Sentence:
         )
         return Sentence("Bins", "none", text)
     sides = {"above": [r for r in sure if r["above"] > 0.5], "below": [r for r in reversed(sure) if r["above"] < 0.5]}
-    parts = [
-        f"{side} the corpus {listed([_with_effect(it, row) for row in own], NAMED)}"
-        for side, own in sides.items()
-        if own
-    ]
+    parts = []
+    for side, own in sides.items():
+        if own:
+            named = [f"{_name(row)} ({amount(row['effect'], it.power)})" for row in own]
+            parts.append(f"{side} the corpus {listed(named, NAMED)}")
     text = f"On {benchmark} {len(sure)} of {count(len(rows), 'bin')} stand apart from random documents: "
     text += "; ".join(parts) + "."
     unsure = [_name(row) for row in sure if (e := _effect(row)) is not None and e.includes_zero]
     if unsure:
         text += f" With other documents and questions the effect could be zero for {listed(unsure, NAMED)}."
     return Sentence("Bins", "caution" if len(unsure) == len(sure) else "found", text)
-
-
-def _contrasted(it: Mapped) -> Sentence:
-    tested = [row for row in it.contrasts if row["level"] == "bin" and row["tested"]]
-    sure = sorted((row for row in tested if row["p_holm"] <= ALPHA), key=lambda row: -abs(row["effect"]))
-    if not sure:
-        least = min((row["p_holm"] for row in tested), default=None)
-        text = f"{NOTHING} between benchmarks: no bin serves one more than another "
-        return Sentence("Contrasts", "none", f"{text}(smallest corrected p {number(least, 3)}).")
-    said = [f"{_name(row)} on {row['benchmark']} ({signed(row['effect'])} scales)" for row in sure]
-    return Sentence("Contrasts", "found", f"Unlike between benchmarks: {listed(said, NAMED)}.")
 
 
 def _left_out(it: Mapped) -> Iterator[Sentence]:
@@ -223,7 +240,7 @@ def _grid(it: Mapped, benchmark: str) -> Grid:
     def about(row: Row | None) -> str:
         if row is None:
             return ""
-        size, effect = count(row["n_documents"], "document"), signed(row["effect"], power=it.power) + tens(it.power)
+        size, effect = count(row["n_documents"], "document"), amount(row["effect"], it.power)
         p = f"corrected p {number(row['p_holm'], 3)}" if row["tested"] else "not tested"
         return f"{_name(row)}: {effect}, {size}, {p}"
 
@@ -258,15 +275,21 @@ def _ranked(it: Mapped, level: str, benchmark: str, rows: Rows) -> Table:
     heads += columns(*((("Above others", "percent"), ("z", "number")) if of_bins else ("Mean over its bins",)))
     made = []
     for row in chosen:
-        rest = (row["above"], row["z"]) if of_bins else (_over_bins(row, it.power),)
+        rest: tuple[Cell, ...] = row["above"], row["z"]
+        if not of_bins:
+            mean, lo, hi = (signed(row[key], power=it.power) for key in ("over_bins", "over_bins_lo", "over_bins_hi"))
+            rest = (mean if row["over_bins_lo"] is None else f"{mean} ({lo} to {hi})",)
         made.append((row["rank"], _name(row), row["n_documents"], _effect(row), row["p_holm"], *rest))
     what = "Bins" if level == "bin" else f"Each {_column_of(it, level)}"
     some = "" if every else ", both ends"
     caption = f"{what} on {benchmark}, {it.per}, by trimmed mean beside the corpus, with 95% intervals{some}"
     if not of_bins:
         caption += "; the mean over its bins with its range with one left out"
-    sure = frozenset(i for i, row in enumerate(chosen) if row["p_holm"] is not None and row["p_holm"] <= ALPHA)
-    return Table(heads, made, caption, head=len(made), flagged=sure, fold=0 if len(made) <= 24 else 12)
+    return Table(heads, made, caption, head=len(made), flagged=_sure(chosen), fold=0 if len(made) <= 24 else 12)
+
+
+def _sure(rows: Rows) -> frozenset[int]:
+    return frozenset(i for i, row in enumerate(rows) if row["p_holm"] is not None and row["p_holm"] <= ALPHA)
 
 
 def _ends(rows: Rows) -> Rows:
@@ -284,48 +307,24 @@ def _column_of(it: Mapped, level: str) -> str:
     return str(it.made["columns"][0 if level == "row" else 1])
 
 
-def _over_bins(row: Row, power: int) -> str:
-    mean, lo, hi = (signed(row[key], power=power) for key in ("over_bins", "over_bins_lo", "over_bins_hi"))
-    return mean if row["over_bins_lo"] is None else f"{mean} ({lo} to {hi})"
-
-
 def _documents(tables: Tables, it: Mapped, benchmark: str) -> Iterator[Block]:
     """Of the bins that stand out most: their example documents, with the shares of tokens that the run has."""
     tested = [row for row in it.level("bin", benchmark) if row["tested"]]
-    strongest = sorted(tested, key=lambda row: (row["p_holm"] > ALPHA, -abs(row["effect"])))[:NAMED]
-    for row in strongest:
+    shared = tables.rows("token_shares")
+    for row in sorted(tested, key=lambda row: (row["p_holm"] > ALPHA, -abs(row["effect"])))[:NAMED]:
         blocks: list[Block] = []
         for name in row["examples"]:
-            texts = _windows(tables, name)
-            first = next(iter(texts.values()), "")
+            # The scored examples that the document is cut up into.
+            condition = (pc.field("document") == name) | (pc.field("example_id") == name)
+            found = tables.columns("examples", ["example_id", "prompt", "response"], condition)
+            windows = [] if found is None else found.to_pylist()
+            first = clean(" ".join(filter(None, (windows[0]["prompt"], windows[0]["response"])))) if windows else ""
             blocks.append(Text(Line((Example(name), Word(" " + shorten(first, 240), "soft")))))
-            blocks += _strips(tables, list(texts), benchmark)
+            ids, targets = {clean(r["example_id"]) for r in windows}, (f"behavior:{benchmark}", "behavior")
+            shares = [r for r in shared if r["example_id"] in ids and r["target"] in targets]
+            if shares:
+                blocks.append(Strips([("Tokens", strip) for strip in strips(shares)]))
         yield Details(f"Documents of {_name(row)} that move {benchmark} most", blocks)
-
-
-def _windows(tables: Tables, document: str) -> dict[str, str]:
-    """Ids and texts of the scored examples of a document."""
-    condition = (pc.field("document") == document) | (pc.field("example_id") == document)
-    found = tables.columns("examples", ["example_id", "prompt", "response"], condition)
-    rows = [] if found is None else found.to_pylist()
-    return {clean(r["example_id"]): clean(" ".join(filter(None, (r["prompt"], r["response"])))) for r in rows}
-
-
-def _strips(tables: Tables, examples: Sequence[str], benchmark: str) -> list[Block]:
-    names = (f"behavior:{benchmark}", "behavior")
-    shares = [r for r in tables.rows("token_shares") or [] if r["example_id"] in examples and r["target"] in names]
-    return [Strips([("Tokens", strip) for strip in strips(shares)])] if shares else []
-
-
-def _contrast(it: Mapped, contrast: str) -> Table:
-    rows = it.level("bin", contrast, rows=it.contrasts)
-    rows = rows if len(rows) <= 2 * RANKED or not it.of_two else _ends(rows)
-    heads = columns(("Rank", "number", 0), "Bin", ("Documents", "number", 0))
-    heads += columns(_effects(rows), ("Corrected p", "p"), ("dz", "number"))
-    made = [(r["rank"], _name(r), r["n_documents"], _effect(r), r["p_holm"], r["z"]) for r in rows]
-    sure = frozenset(i for i, r in enumerate(rows) if r["p_holm"] is not None and r["p_holm"] <= ALPHA)
-    caption = f"{contrast}, in robust scales of the benchmarks, with 95% intervals; dz: the published difference of z"
-    return Table(heads, made, caption, head=len(made), flagged=sure)
 
 
 def _profiles(rows: Rows) -> Table:
@@ -345,27 +344,8 @@ def _profiles(rows: Rows) -> Table:
     return Table(heads, made, caption)
 
 
-def _note(made: Row) -> str:
-    questions = made["questions"]
-    drawn = "documents" if questions is None else "documents and questions"
-    text = (
-        f"Bins of at least {made['minimum']} documents are tested: mean rank of their documents against "
-        f"{made['permutations']:,} permutations of the labels, so one document of extreme value cannot make a bin "
-        "significant. Corrected p: Holm’s, over the bins and benchmarks of a table’s level. Above others: share of "
-        "pairs in which a document of the bin has the larger influence. Trimmed mean: without "
-        f"{100 * made['trim']:g}% of the documents at either end. Intervals: {made['bootstrap']:,} draws of {drawn}. "
-    )
-    if questions is None:
-        text += "The run has not kept single questions, so they say nothing of other questions. "
-    return text + "z: of the plain mean over bins, as published."
-
-
 def _effect(row: Row) -> Interval | None:
-    return read_interval([row["effect"], row["effect_lo"], row["effect_hi"]])
-
-
-def _with_effect(it: Mapped, row: Row) -> str:
-    return f"{_name(row)} ({signed(row['effect'], power=it.power)}{tens(it.power)})"
+    return interval_of(row, "effect", "effect_lo", "effect_hi")
 
 
 def _name(row: Row) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from taught.report.blocks import Beside, Block, Facts, Items, Sentence, Text
 from taught.report.sections import Section, add
 from taught.report.tables import Row, Tables
-from taught.report.text import common_power, count, listed, number, percent, signed, tens, words
+from taught.report.text import amount, common_power, count, listed, number, percent, words
 
 # by attribution.curvature
 STEP = {
@@ -96,8 +96,7 @@ def smoothness_text(found: Row) -> str:
         power = common_power([row["predicted"], row["measured"]])
         text += (
             f" All weights moved at random by {percent(found['h'])}: {words(row['target'])} foreseen "
-            f"{signed(row['predicted'], power=power)}{tens(power)}, measured {signed(row['measured'], power=power)}"
-            f"{tens(power)}."
+            f"{amount(row['predicted'], power)}, measured {amount(row['measured'], power)}."
         )
     return text
 

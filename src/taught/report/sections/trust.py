@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 from taught.report.blocks import Block, Column, Line, Sentence, Table, Text, Word, columns
 from taught.report.sections import Section, add
-from taught.report.tables import Row, Rows, Tables
+from taught.report.tables import Rows, Tables
 from taught.report.text import count, interval_text, listed, number, percent, read_interval
 
 PREDICTORS = {
@@ -20,7 +19,7 @@ PREDICTORS = {
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
-    card = cast(Row, tables.json("faithfulness"))
+    card = tables.json("faithfulness")
     checks, d = card["checks"], card["signs"]["n"]
     passed, warned, failed = (sum(c["status"] == s for c in checks) for s in ("pass", "warn", "fail"))
     text = f"{passed} of {count(len(checks), 'check')} pass, {warned} warn, {failed} fail."
@@ -31,7 +30,14 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     yield Text(Line((text, Word("docs/checks.md", "code"), ".")))
     names = Column("Check", only="page"), Column("Check", only="terminal")
     heads = columns("Code", *names, ("Value", "interval"), "Passes", "Status", Column("To do", only="terminal"))
-    made = [_check(c) for c in checks]
+    made = []
+    for c in checks:
+        meaning, found = f"{c['name']}: {c['meaning']}", [c["name"], read_interval(c), c["threshold"]]
+        if c["status"] == "pass":
+            made.append([c["code"], Line((meaning,)), *found, "pass", ""])
+        else:
+            said = Line((meaning, Word(f"To do: {c['action']}", "soft")), "\n")
+            made.append([c["code"], said, *found, Word(c["status"], "badge"), c["action"]])
     yield Table(heads, made, "Checks, with 95% intervals where there are any", head=len(checks))
     gains = {n: (read_interval(r["r2"]), read_interval(r["gain"])) for n, r in card["predictors"].items()}
     known = [(PREDICTORS.get(n, n), r2, gain) for n, (r2, gain) in gains.items() if r2 and gain]
@@ -40,25 +46,17 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     yield Table(heads, known, caption, empty="Not defined: the behavior does not vary.")
     heads = columns("Sets", "Prompts", "Correlation of coefficients", "Signs that differ", "Of the sure ones")
     caption = "Policies fitted on different sets of prompts. In brackets: random sets of the smaller size against all"
-    yield Table(heads, [_set(row, d) for row in card["sets"]], caption)
-
-
-def _check(c: Row) -> list[object]:
-    meaning, found = f"{c['name']}: {c['meaning']}", [c["name"], read_interval(c), c["threshold"]]
-    if c["status"] == "pass":
-        return [c["code"], Line((meaning,)), *found, "pass", ""]
-    said = Line((meaning, Word(f"To do: {c['action']}", "soft")), "\n")
-    return [c["code"], said, *found, Word(c["status"], "badge"), c["action"]]
-
-
-def _set(s: Row, d: int) -> list[str]:
-    return [
-        ", ".join(s["sets"]),
-        ", ".join(map(str, s["n"])),
-        f"{number(s['correlation'])} ({number(s['control_correlation'])})",
-        f"{s['flips']} of {d} ({number(s['control_flips'], 1)})",
-        f"{s['sure_flips']} of {s['sure']} ({number(s['control_sure_flips'], 1)})",
+    sets = [
+        (
+            ", ".join(s["sets"]),
+            ", ".join(map(str, s["n"])),
+            f"{number(s['correlation'])} ({number(s['control_correlation'])})",
+            f"{s['flips']} of {d} ({number(s['control_flips'], 1)})",
+            f"{s['sure_flips']} of {s['sure']} ({number(s['control_sure_flips'], 1)})",
+        )
+        for s in card["sets"]
     ]
+    yield Table(heads, sets, caption)
 
 
 def trust_sentence(checks: Rows) -> Sentence:
@@ -76,7 +74,7 @@ def trust_sentence(checks: Rows) -> Sentence:
 
 
 def _sentences(tables: Tables) -> list[Sentence]:
-    return [trust_sentence(cast(Row, tables.json("faithfulness"))["checks"])]
+    return [trust_sentence(tables.json("faithfulness")["checks"])]
 
 
 _NEEDS = ("coefficients", "faithfulness")

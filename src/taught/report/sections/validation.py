@@ -15,10 +15,10 @@ from taught.report.text import (
     MINUS,
     common_power,
     count,
+    interval_of,
     interval_text,
     number,
     percent,
-    read_interval,
     signed,
     tens,
     words,
@@ -37,27 +37,44 @@ SIDES = ("raw", "controlled")
 
 
 def _blocks(tables: Tables) -> Iterator[Block]:
-    models = tables.rows("models") or []
+    models = tables.rows("models")
     yield Text(
         f"The model was trained again {count(sum(row['design'] != 'base' for row in models), 'time')} on chosen "
         "examples. LDS: rank correlation, over subsets, of the sum of the examples’ influence with what training on "
         "them changed. Controlled: given the summed response length and the counts of labels, which alone explain "
         "much of any training."
     )
-    yield from _pairs(tables.rows("verdicts") or [], tables.rows("forgetting") or [])
-    said = curve_sentences(tables.rows("curves") or [], removed_by(tables))
-    said += [effect_sentence(effect) for effect in tables.rows("named_effects") or []]
+    yield from _pairs(tables.rows("verdicts"), tables.rows("forgetting"))
+    said = curve_sentences(tables.rows("curves"), removed_by(tables))
+    for effect in tables.rows("named_effects"):
+        how = {"chosen": "in the place of average ones", "couples": "added to others"}[effect["design"]]
+        who = f"The {effect['examples']} examples that raise {words(effect['target'])} most, {how}"
+        said.append(f"{who}, change it by {_digits(effect, 'value')} ({effect['retrainings']} retrainings)")
     yield from (Text(f"{sentence}.") for sentence in said)
     yield from foreseen_blocks(tables)
     trivial = tables.rows("trivial")
     if trivial and (found := warnings(trivial, trivial[0]["method"])):
         yield Items([*found, "Look at the controlled values there."], warning=True)
-    yield from lds_blocks(tables.rows("lds") or [], tables.rows("noise_ceiling") or [])
-    yield from _planted(tables.rows("planted") or [])
-    arms = tables.rows("arms") or []
+    yield from lds_blocks(tables.rows("lds"), tables.rows("noise_ceiling"))
+    if planted := [r for r in tables.rows("planted") if not r["target"].startswith(OF_ONE)]:
+        auc = Column("AUC", "interval", plot=(-0.05, 1.05))
+        made = [(r["method"], words(r["target"]), interval_of(r, "auc"), r["precision"]) for r in planted]
+        n, others = planted[0]["planted"], planted[0]["others"]
+        caption = f"{n} planted examples among {n + others}: area under the ROC curve (.5 by chance) with "
+        caption += "95% interval; share of them among the first as many"
+        yield Table(columns("Method", "Target", auc, ("Precision", "number")), made, caption, head=40)
+    arms = tables.rows("arms")
     for design in dict.fromkeys(row.get("design", "curation") for row in arms):
         yield arms_table(DESIGNS[design], [row for row in arms if row.get("design", "curation") == design])
-    yield from _models([r for r in models if r["design"] in WITH_METRICS])
+    if shown := [r for r in models if r["design"] in WITH_METRICS]:
+        judged = any(r.get("judged_positive") is not None for r in shown)
+        named = SOFT | (JUDGED if judged else {})
+        power = {key: common_power(r.get(key) for r in shown) for key in named}
+        metrics = [Column(name, "number", 3, power=power[key]) for key, name in named.items()]
+        measured = [(r["design"], r["subset"], r["n_examples"], *(r.get(key) for key in named)) for r in shown]
+        caption = "Soft metrics of the retrained models, with p = exp(y) as degree of the behavior"
+        caption += "; judged: share of the group’s prompts whose answer shows the behavior" if judged else ""
+        yield Table(columns("Design", "Trained on", ("n", "number", 0), *metrics), measured, caption)
     if costs := tables.rows("costs"):
         parts = (f"{r['method']} {number(r['seconds'], 0)} s, {number(r['memory_gb'], 1)} GB" for r in costs)
         yield Text(f"Time and peak memory: {'; '.join(parts)}.", "note")
@@ -65,7 +82,7 @@ def _blocks(tables: Tables) -> Iterator[Block]:
 
 def foreseen_blocks(tables: Tables) -> Iterator[Block]:
     """Predicted against measured change of every retraining, for the target that examples were chosen by."""
-    rows = [row for row in tables.rows("foreseen") or [] if row["target"] == removed_by(tables)]
+    rows = [row for row in tables.rows("foreseen") if row["target"] == removed_by(tables)]
     if not rows:
         return
     kind_of = [("named, " if row["named"] else "") + row["design"] for row in rows]
@@ -106,26 +123,23 @@ def lds_blocks(rows: Sequence[Row], ceilings: Sequence[Row] = ()) -> Iterator[Bl
         for target in dict.fromkeys(row["target"] for row in some):
             if not target.startswith(OF_ONE):
                 own = [r for r in some if r["target"] == target and r["raw"] is not None]
-                made = [(r["method"], *(read_interval([r[k], r[f"{k}_lo"], r[f"{k}_hi"]]) for k in SIDES)) for r in own]
+                made = [(r["method"], *(interval_of(r, k, f"{k}_lo", f"{k}_hi") for k in SIDES)) for r in own]
                 if limit := noise.get(target):
                     made.append((CEILING, Interval(limit["ceiling"], limit["lo"], limit["hi"]), None))
                 yield _lds_table(f"{words(target)}, 95% bootstrap intervals over subsets", made)
-        if medians := _medians([row for row in some if row["target"].startswith("coefficient:")]):
+        medians: list[Sequence[Cell]] = []
+        coefficients = [row for row in some if row["target"].startswith("coefficient:")]
+        for method in dict.fromkeys(row["method"] for row in coefficients if row["raw"] is not None):
+            own = [row for row in coefficients if row["method"] == method]
+            known = ([row[name] for row in own if row[name] is not None] for name in SIDES)
+            medians.append((method, *(Interval(median(values)) if values else None for values in known)))
+        if medians:
             yield _lds_table(COEFFICIENTS, medians)
 
 
 def _lds_table(caption: str, rows: Sequence[Sequence[Cell]]) -> Table:
     heads = columns("Method", *(Column(name, "interval", plot=UNIT) for name in ("Raw", "Controlled")))
     return Table(heads, rows, caption, head=20)
-
-
-def _medians(rows: Rows) -> list[Sequence[Cell]]:
-    made: list[Sequence[Cell]] = []
-    for method in dict.fromkeys(row["method"] for row in rows if row["raw"] is not None):
-        own = [row for row in rows if row["method"] == method]
-        known = ([row[name] for row in own if row[name] is not None] for name in SIDES)
-        made.append((method, *(Interval(median(values)) if values else None for values in known)))
-    return made
 
 
 def warnings(rows: Sequence[Row], method: str) -> list[str]:
@@ -144,21 +158,6 @@ def warnings(rows: Sequence[Row], method: str) -> list[str]:
     return sentences
 
 
-def _planted(rows: Rows) -> Iterator[Block]:
-    shown = [r for r in rows if not r["target"].startswith(OF_ONE)]
-    if shown:
-        auc = Column("AUC", "interval", plot=(-0.05, 1.05))
-        made = [
-            (r["method"], words(r["target"]), read_interval([r["auc"], r["lo"], r["hi"]]), r["precision"])
-            for r in shown
-        ]
-        caption = (
-            f"{shown[0]['planted']} planted examples among {shown[0]['planted'] + shown[0]['others']}: area under "
-        )
-        caption += "the ROC curve (.5 by chance) with 95% interval; share of them among the first as many"
-        yield Table(columns("Method", "Target", auc, ("Precision", "number")), made, caption, head=40)
-
-
 # What retraining did
 
 
@@ -169,8 +168,8 @@ def curve_sentences(points: Sequence[Row], target: str) -> list[str]:
         some = [point for point in points if point["design"] == design]
         sentences += [removal_sentence(point, target) for point in some]
         if len(some) > 1:
-            area, lo, hi = (_digits(some[0][name]) for name in ("area", "area_lo", "area_hi"))
-            sentences.append(f"Over these {len(some)} budgets the mean difference ({design}) is {area} [{lo}, {hi}]")
+            area = _digits(some[0], "area", "area_lo", "area_hi")
+            sentences.append(f"Over these {len(some)} budgets the mean difference ({design}) is {area}")
     return sentences
 
 
@@ -179,24 +178,14 @@ def removal_sentence(point: Row, target: str) -> str:
     how = "without" if point["design"] == "removal" else "only on"
     return (
         f"Training {how} the {point['budget']} examples ({percent(point['share'])}) that raise "
-        f"{words(target)} most moves it by {_digits(point['difference'])} [{_digits(point['lo'])}, "
-        f"{_digits(point['hi'])}] against as many random ones"
+        f"{words(target)} most moves it by {_digits(point, 'difference')} against as many random ones"
     )
 
 
-def effect_sentence(effect: Row) -> str:
-    """What training with the named examples does, by the subsets that were chosen to ask for it."""
-    how = {"chosen": "in the place of average ones", "couples": "added to others"}
-    return (
-        f"The {effect['examples']} examples that raise {words(effect['target'])} most, {how[effect['design']]}, "
-        f"change it by {_digits(effect['value'])} [{_digits(effect['lo'])}, "
-        f"{_digits(effect['hi'])}] ({effect['retrainings']} retrainings)"
-    )
-
-
-def _digits(value: float) -> str:
-    """Two digits that count, whatever the size."""
-    return f"{value:+.2g}".replace("-", MINUS)
+def _digits(row: Row, value: str, lo: str = "lo", hi: str = "hi") -> str:
+    """A value with its interval: two digits that count, whatever the size."""
+    value, lo, hi = (f"{row[key]:+.2g}".replace("-", MINUS) for key in (value, lo, hi))
+    return f"{value} [{lo}, {hi}]"
 
 
 # Named documents against random ones of the same topic and size
@@ -207,33 +196,28 @@ def _pairs(rows: Rows, runs: Rows) -> Iterator[Block]:
     for design, arm, k in dict.fromkeys((row["design"], row["arm"], row["documents"]) for row in rows):
         some = [row for row in rows if (row["design"], row["arm"], row["documents"]) == (design, arm, k)]
         power = common_power(row["difference"] for row in some)
-        made = [
-            (
-                words(row["target"]),
-                row["verdict"],
-                read_interval([row["difference"], row["lo"], row["hi"]]),
-                _forecast(row, power),
-                row["p_bh"],
-                row["p_holm"],
-                row["rank_biserial"],
-                row["p_draw"],
-            )
-            for row in some
-        ]
-        heads = columns(
-            "Change of",
-            "Verdict",
-            Column("Named minus random", "interval", power=power, plot="fit"),
-            "Influence foresees",
-            ("p (BH)", "p"),
-            ("p (Holm)", "p"),
-            ("Rank-biserial", "signed"),
-            ("p of the draw", "p"),
-        )
+        made = []
+        for row in some:
+            foreseen = "a rise" if row["foreseen"] > 0 else "a fall"
+            if row["predicted"] is not None:
+                foreseen = signed(row["predicted"], power=power)
+            said = words(row["target"]), row["verdict"], interval_of(row, "difference"), foreseen
+            made.append((*said, *(row[key] for key in ("p_bh", "p_holm", "rank_biserial", "p_draw"))))
+        difference = Column("Named minus random", "interval", power=power, plot="fit")
+        heads = columns("Change of", "Verdict", difference, "Influence foresees", ("p (BH)", "p"), ("p (Holm)", "p"))
+        heads += columns(("Rank-biserial", "signed"), ("p of the draw", "p"))
         caption = f"{_pair_words(some[0])}: change against random ones of the same topic and size, "
         yield Table(heads, made, caption + count(some[0]["pairs"], "pair"), head=20)
     if rows:
-        yield Text(_how_sure(rows[0]), "note")
+        least = rows[0]["least_p"]
+        few = f". So few pairs give no p below {number(least, 3)}: nothing can be called supported"
+        text = (
+            "Differences with their 95% interval by Student’s t; p is one-sided, and corrected for all rows of a kind. "
+            "Supported: p (BH) below .05, and the interval beyond 0 on the side that influence foresees. Not "
+            "supported: on the other side, or all of it smaller than what influence foresees. p of the draw: how often "
+            f"a random set would look like the named one{few if least >= 0.05 else ''}."
+        )
+        yield Text(text, "note")
     if stopped := [run for run in runs if run["stopped"]]:
         first = stopped[0]
         why = f"{first['subset']}, pair {first['repeat'] + 1}: {first['stopped']}"
@@ -246,33 +230,14 @@ def _pair_words(row: Row) -> str:
     return f"{done} the {count(row['documents'], 'document')} that raise {words(row['named_by'])} {most}"
 
 
-def _how_sure(row: Row) -> str:
-    """How the table is to be read."""
-    least = row["least_p"]
-    few = f". So few pairs give no p below {number(least, 3)}: nothing can be called supported" if least >= 0.05 else ""
-    return (
-        "Differences with their 95% interval by Student’s t; p is one-sided, and corrected for all rows of a kind. "
-        "Supported: p (BH) below .05, and the interval beyond 0 on the side that influence foresees. Not supported: on "
-        "the other side, or all of it smaller than what influence foresees. p of the draw: how often a random set "
-        f"would look like the named one{few}."
-    )
-
-
-def _forecast(row: Row, power: int) -> str:
-    """The change that influence foresees, or its sign alone."""
-    if row["predicted"] is not None:
-        return signed(row["predicted"], power=power)
-    return "a rise" if row["foreseen"] > 0 else "a fall"
-
-
 def pair_sentence(rows: Rows) -> Sentence | None:
     """What the check of the documents that were named says of the target that they were named by; None without one."""
     own = [row for row in rows if row["arm"] == "highest" and row["target"] == row["named_by"]]
     if not own:
         return None
     said = [
-        f"{_pair_words(row)} moves it by {_digits(row['difference'])} [{_digits(row['lo'])}, {_digits(row['hi'])}] "
-        f"against random ones of the same topic and size (p {row['p_bh']:.2g}): {row['verdict']}"
+        f"{_pair_words(row)} moves it by {_digits(row, 'difference')} against random ones of the same topic and size "
+        f"(p {row['p_bh']:.2g}): {row['verdict']}"
         for row in own
     ]
     found = {row["verdict"] for row in own}
@@ -290,7 +255,15 @@ def arms_table(design: str, rows: Sequence[Row]) -> Table:
     made = []
     for metric in dict.fromkeys(row["metric"] for row in rows):
         power = common_power(of[arm, metric]["value"] for arm in arms)
-        made.append([f"{metric}{tens(power)}", *(_arm(of[arm, metric], power) for arm in arms)])
+        line: list[Cell] = [f"{metric}{tens(power)}"]
+        for cell in (of[arm, metric] for arm in arms):
+            said: list[Cell] = [interval_text(interval_of(cell), 3, power=power)]
+            if gap := interval_of(cell, "difference", "difference_lo", "difference_hi"):
+                mark = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
+                ends = interval_text(gap, 3, power=power).partition(" ")[2]
+                said.append(Word(f"{signed(gap.value, 3, power=power)}{mark} {ends}", "soft"))
+            line.append(Line(said, "\n"))
+        made.append(line)
     caption = (
         f"{design}: each metric [95%, prompts]; below it the difference to random examples [95%, prompts and runs], "
         "* where it is told from 0 after Holm’s correction"
@@ -299,36 +272,12 @@ def arms_table(design: str, rows: Sequence[Row]) -> Table:
     return Table(heads, made, caption)
 
 
-def _arm(cell: Row, power: int) -> Line:
-    said: list[Cell] = [interval_text(read_interval([cell["value"], cell["lo"], cell["hi"]]), 3, power=power)]
-    if gap := read_interval([cell["difference"], cell["difference_lo"], cell["difference_hi"]]):
-        mark = "*" if cell["p_holm"] is not None and cell["p_holm"] < 0.05 else ""
-        ends = interval_text(gap, 3, power=power).partition(" ")[2]
-        said.append(Word(f"{signed(gap.value, 3, power=power)}{mark} {ends}", "soft"))
-    return Line(said, "\n")
-
-
-def _models(rows: Rows) -> Iterator[Block]:
-    """Soft metrics of the models of some designs; the judge's shares where answers were read."""
-    if not rows:
-        return
-    judged = any(r.get("judged_positive") is not None for r in rows)
-    named = {**SOFT, **(JUDGED if judged else {})}
-    metrics = [Column(name, "number", 3, power=common_power(r.get(key) for r in rows)) for key, name in named.items()]
-    made = [(r["design"], r["subset"], r["n_examples"], *(r.get(key) for key in named)) for r in rows]
-    caption = "Soft metrics of the retrained models, with p = exp(y) as degree of the behavior"
-    if judged:
-        caption += "; judged: share of the group’s prompts whose answer shows the behavior"
-    yield Table(columns("Design", "Trained on", ("n", "number", 0), *metrics), made, caption)
-
-
 # The verdict
 
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
-    retrained = retraining_sentence(tables.rows("curves") or [], removed_by(tables))
-    pairs = pair_sentence(tables.rows("verdicts") or [])
-    return [retrained, pairs, foreseen_sentence(tables.rows("lds") or [])]
+    retrained = retraining_sentence(tables.rows("curves"), removed_by(tables))
+    return [retrained, pair_sentence(tables.rows("verdicts")), foreseen_sentence(tables.rows("lds"))]
 
 
 def retraining_sentence(curves: Rows, target: str) -> Sentence | None:
@@ -345,7 +294,7 @@ def retraining_sentence(curves: Rows, target: str) -> Sentence | None:
 def foreseen_sentence(lds: Rows) -> Sentence | None:
     """How well the run's own method foresaw what retraining did; None if it was not compared."""
     own = [r for r in lds if r["method"] == lds[0]["method"] and not r["target"].startswith(OF_ONE)]
-    pairs = [(r, read_interval([r["raw"], r["raw_lo"], r["raw_hi"]])) for r in own]
+    pairs = [(r, interval_of(r, "raw", "raw_lo", "raw_hi")) for r in own]
     known = [(r, e) for r, e in pairs if e is not None]
     if not known:
         return None

@@ -19,7 +19,7 @@ def _blocks(tables: Tables) -> list[Block]:
     nothing = "Nothing was computed in this run yet. taught run STUDY computes what the study asks for."
     sentences = sentences_of(tables)
     found: list[Block] = [Verdict(sentences) if sentences else Text(nothing, "note")]
-    if warnings := (tables.json("policy") or {}).get("warnings"):
+    if warnings := tables.json("policy").get("warnings"):
         said = [w["message"] if isinstance(w, dict) else str(w) for w in warnings]
         found.append(Items([f"Note: {text}" for text in said], warning=True))
     if known := _skills(tables):
@@ -33,7 +33,7 @@ def _blocks(tables: Tables) -> list[Block]:
 
 
 def _skills(tables: Tables) -> list[Skill]:
-    return [Skill(**record) for record in (tables.json("readings") or {}).get("skills") or []]
+    return [Skill(**record) for record in tables.json("readings").get("skills") or []]
 
 
 def _sentences(tables: Tables) -> list[Sentence]:
@@ -46,27 +46,27 @@ def head_facts(tables: Tables) -> list[tuple[str, str]]:
     if tables.setting("model.id"):
         facts.append(("Model", str(tables.setting("model.id"))))
     behavior = tables.study.get("behavior") or {}
-    if said := (tables.json("readings") or {}).get("behavior"):
+    if said := tables.json("readings").get("behavior"):
         facts.append(("Behavior", f"{said['meaning']} ({said['unit']})"))
     elif behavior.get("prefixes"):
         facts.append(("Behavior", "answer begins " + " or ".join(f"“{p}”" for p in behavior["prefixes"])))
     elif behavior.get("kind"):
         facts.append(("Behavior", str(behavior["kind"])))
-    if (prompts := tables.rows("prompts")) is not None:
-        groups = [str(p.get("group") or "ungrouped") for p in prompts]
+    if "prompts" in tables:
+        groups = [str(p.get("group") or "ungrouped") for p in tables.rows("prompts")]
         first = tables.setting("prompts.positive_group")
         names = sorted(dict.fromkeys(groups), key=lambda name: name != first)
         facts.append(("Prompts", ", ".join(f"{groups.count(name):,} {name}" for name in names)))
-    if (coefficients := tables.rows("coefficients")) is not None:
-        facts.append(("Features", f"{len(coefficients)}"))
-    if (summary := Summary.read(tables)) is not None:
-        facts.append(("Examples", f"{len(summary):,}"))
+    if "coefficients" in tables:
+        facts.append(("Features", f"{len(tables.rows('coefficients'))}"))
+    if "summary" in tables:
+        facts.append(("Examples", f"{len(Summary.read(tables)):,}"))
     if sample := tables.json("sample"):
         by = f", over {', '.join(sample['by'])}" if sample["by"] else ""
         facts.append(("Sample", f"{sample['sampled']:,} of {sample['read']:,}{by}"))
     if repeats := tables.rows("duplicates"):
         facts.append(("Repeats", f"{len(repeats):,} examples repeat another one"))
-    if method := (tables.json("attribution") or {}).get("method"):
+    if method := tables.json("attribution").get("method"):
         facts.append(("Method", str(method)))
     return facts
 
