@@ -35,10 +35,7 @@ class Asked:
 def answer(run: RunFolder, what: str | None, asked: Asked) -> pa.Table | None:
     """The table that answers ``what``; None for what is shown otherwise: the overview, a section, an id.
 
-    Raises
-    ------
-    UserError
-        Nothing of this name is in the run.
+    UserError: nothing of this name is in the run.
     """
     from taught.report.sections import SECTIONS
     from taught.run import query

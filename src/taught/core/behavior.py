@@ -41,10 +41,7 @@ class Behavior(Protocol):
     def encode(self, prompt: Prompt, chat: ChatFormat) -> EncodedPrompt:
         """Tokens of the prompt, and of the suffixes to score behind it, at least one.
 
-        Raises
-        ------
-        Unscorable
-            The prompt lacks what the behavior needs.
+        Unscorable: the prompt lacks what the behavior needs.
         """
 
     def value(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
@@ -72,10 +69,7 @@ class Unscorable(ValueError):
 def encode_prompts(behavior: Behavior, prompts: Iterable[Prompt], chat: ChatFormat) -> list[EncodedPrompt]:
     """Prompts as tokens with what is scored behind each, in order.
 
-    Raises
-    ------
-    UserError
-        Prompts lack what the behavior needs, have nothing to score, or would count twice: their ids.
+    UserError: prompts lack what the behavior needs, have nothing to score, or would count twice: their ids.
     """
     encoded: list[EncodedPrompt] = []
     faults: dict[tuple[str, str, str], list[str]] = {}

@@ -40,13 +40,7 @@ class Method:
         return f"{self.estimator.kind}{curved}{along}"
 
     def named(self, name: str) -> Method:
-        """Another method by its name; parts that are this method's keep its parameters.
-
-        Raises
-        ------
-        UserError
-            An unknown part.
-        """
+        """Another method by its name; parts that are this method's keep its parameters. UserError: an unknown part."""
         rest, _, trajectory = name.partition("@")
         estimator, _, curvature = rest.partition("+")
         wanted = (estimator, curvature or "identity", trajectory or "base")
@@ -76,14 +70,11 @@ class Method:
 def scores(problem: Problem, examples: Examples, targets: TargetSet, method: Method, work: Work) -> Scores:
     """Change of every target by training on each example.
 
+    UserError: the method does not go together; a loss or gradient is not finite: the ids of the examples.
+
     Parameters
     ----------
     problem : at the base weights; its metric is fitted here, at each leg, unless it has one already
-
-    Raises
-    ------
-    UserError
-        The method does not go together; a loss or gradient is not finite: the ids of the examples.
     """
     method.refuse()
     estimator: Estimator = method.estimator.make(ESTIMATORS)

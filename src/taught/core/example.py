@@ -284,10 +284,7 @@ def make_batch(examples: Examples, index: Sequence[int]) -> ExampleBatch:
 def example_losses(model: nn.Module, examples: Examples, batch_tokens: int) -> Tensor:
     """Loss of every example, float64 [P]. Cost: one forward pass over the examples.
 
-    Raises
-    ------
-    UserError
-        Some losses are not finite: the ids of all these examples.
+    UserError: some losses are not finite: the ids of all these examples.
     """
     losses = torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(model):

@@ -36,10 +36,7 @@ def example_gradients(
 ) -> tuple[Tensor, Iterator[Factor]]:
     """Losses of a batch of examples (float64 [B]) and the factors of their gradients, to be used once.
 
-    Raises
-    ------
-    UserError
-        A loss is not finite: the ids of the examples.
+    UserError: a loss is not finite: the ids of the examples.
     """
     model, rows = problem.model, sequence_rows(problem.model, batch.rows)
     if problem.checkpointing:

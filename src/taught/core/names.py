@@ -45,13 +45,7 @@ class TargetName:
 
     @classmethod
     def parse(cls, text: str) -> TargetName:
-        """Read a name.
-
-        Raises
-        ------
-        UserError
-            An unknown kind; something is missing behind it, or stands where nothing belongs.
-        """
+        """Read a name. UserError: an unknown kind; something is missing behind it, or stands where nothing belongs."""
         left, right = _contrast(text)
         found = _single(left, text)
         return found if right is None else cls(found.kind, found.about, found.pathway, _single(right, text))

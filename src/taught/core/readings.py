@@ -45,10 +45,7 @@ class Readings:
     def rows(self, name: str | None) -> list[int]:
         """Rows of a group or category of prompts; all rows for None.
 
-        Raises
-        ------
-        UserError
-            There is neither a group nor a category of this name.
+        UserError: there is neither a group nor a category of this name.
         """
         if name is None:
             return list(range(self.n))

@@ -34,10 +34,7 @@ class Corpus:
     def rows(self) -> Iterator[tuple[Row, Record]]:
         """Each row as it stands in its file, with its document.
 
-        Raises
-        ------
-        UserError
-            A cell that should be a text is none; the document is named.
+        UserError: a cell that should be a text is none; the document is named.
         """
         for number, row in enumerate(self.source, 1):
             yield row, read_document(row, self.columns, number)
@@ -46,16 +43,13 @@ class Corpus:
 def open_corpus(source: str | Path | Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> Corpus:
     """Find the documents of a source, and which column is what; texts are not held.
 
+    UserError: there are no rows or no text; shards disagree in their columns.
+
     Parameters
     ----------
     source : a file, a folder of shards, a pattern such as ``corpus/*.parquet``, ``"hf:owner/name:split"``, or anything
         that yields mappings, as for :func:`taught.data.tables.open_source`
     columns : field -> column name, as for :func:`taught.load_examples`
-
-    Raises
-    ------
-    UserError
-        There are no rows or no text; shards disagree in their columns.
     """
     found = open_source(source)
     if not found.columns:
@@ -68,13 +62,8 @@ def sample_documents(corpus: Corpus, spread: Spread) -> ExampleSet:
 
     The source is read twice: once to count the strata, once for the texts. Which documents are kept depends on their
     ids and on what the strata hold, and not on the order of shards. Memory: the documents that are kept, and about 40
-    bytes for each that is read.
-
-    Raises
-    ------
-    UserError
-        As :func:`open_corpus`; documents without text, ids that stand twice, a column of ``spread.by`` that is not
-        there, a source that changes while it is read.
+    bytes for each that is read. UserError: as :func:`open_corpus`; documents without text, ids that stand twice, a
+    column of ``spread.by`` that is not there, a source that changes while it is read.
     """
     source = corpus.source
     if spread.limit is None:

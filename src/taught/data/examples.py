@@ -127,10 +127,7 @@ class ExampleSet:
     def column(self, name: str) -> list[Any]:
         """Each example's cell of a column of the data, which may be named by the field that was read from it.
 
-        Raises
-        ------
-        UserError
-            There is no such column.
+        UserError: there is no such column.
         """
         field = {column: field for field, column in self.columns.items()}.get(name, name)
         if field in ("id", "label", "category", "source"):
@@ -146,10 +143,7 @@ class ExampleSet:
     def spread(self, how: Spread) -> ExampleSet:
         """At most so many of the examples, spread over strata; the order stays.
 
-        Raises
-        ------
-        UserError
-            A column of the strata is not there.
+        UserError: a column of the strata is not there.
         """
         if how.limit is None or how.limit >= len(self):
             return self

@@ -179,10 +179,7 @@ def rivals(usual: Mapping[str, Sequence[str]], given: Mapping[str, str] | None) 
 def with_messages(table: Table, columns: Mapping[str, str]) -> Table:
     """The table with messages in the place of the JSON that a cell writes them in.
 
-    Raises
-    ------
-    UserError
-        A cell is written as messages and is no JSON.
+    UserError: a cell is written as messages and is no JSON.
     """
     written = dict.fromkeys(("messages", "text", "prompt", "response", "chosen", "rejected"), _MESSAGES)
     written["history"] = _EXCHANGES
@@ -419,10 +416,7 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
 def with_system(system: str, turns: list[Message], name: str) -> list[Message]:
     """The turns behind a system turn with this text; as they are where there is no text, or they begin with it.
 
-    Raises
-    ------
-    UserError
-        They begin with another system text.
+    UserError: they begin with another system text.
     """
     if not system or not (turns and turns[0]["role"] == "system"):
         return [{"role": "system", "content": system}, *turns] if system else turns
@@ -480,10 +474,7 @@ def _mark(turn: Message, name: str) -> bool | None:
 def read_turns(value: object, name: str) -> list[Message]:
     """Messages of a conversation, as {role, content} or ShareGPT's {from, value}.
 
-    Raises
-    ------
-    UserError
-        A message has no role, one that is not known, or no text as its content.
+    UserError: a message has no role, one that is not known, or no text as its content.
     """
     turns = []
     for turn in value if isinstance(value, list | tuple) else [value]:
@@ -554,15 +545,12 @@ def read_history(value: object, name: str) -> Iterator[Message]:
 def add_context(row: Row, columns: Mapping[str, str], prompt: list[Message], name: str, field: str = "prompt") -> None:
     """Put Alpaca's input, Dolly's context behind the instruction, as a part of the user's turn.
 
+    UserError: the prompt is no instruction: where the context belongs is not known.
+
     Parameters
     ----------
     prompt : the turns of the prompt, changed in place
     field : whose column the prompt is
-
-    Raises
-    ------
-    UserError
-        The prompt is no instruction: where the context belongs is not known.
     """
     context = text_cell(row, columns, "context", name)
     if not context.strip():

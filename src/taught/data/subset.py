@@ -99,14 +99,11 @@ class Strata(Generic[S]):
     ) -> tuple[tuple[T, ...], dict[S, tuple[int, int]]]:
         """Go through the same items again and choose ``limit`` of them, at least one and not all.
 
+        UserError: there are not as many items as were noted.
+
         Returns
         -------
         what was chosen, in the order of the items; stratum -> how many items it has, how many were chosen
-
-        Raises
-        ------
-        UserError
-            There are not as many items as were noted.
         """
         import numpy as np
 

@@ -33,10 +33,7 @@ _JSON_BYTES = 2**24
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content``: a reader sees the old file or the new one, never a part.
 
-    Raises
-    ------
-    UserError
-        No space left, or the folder cannot be written to.
+    UserError: no space left, or the folder cannot be written to.
     """
     with replacing(path, needed=len(content)) as file:
         file.write(content)
@@ -46,16 +43,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path, *, needed: int | None = None) -> Iterator[IO[bytes]]:
     """A file beside ``path`` that takes its place when the body ends without an exception.
 
-    The body does nothing but write: what it cannot write is the user's to be told.
+    The body does nothing but write: what it cannot write is the user's to be told. UserError: no space left, or the
+    folder cannot be written to.
 
     Parameters
     ----------
     needed : bytes that will be written, where that is known
-
-    Raises
-    ------
-    UserError
-        No space left, or the folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:

@@ -120,10 +120,7 @@ class RunFolder:
     def is_done(self, stage: str, wanted: str) -> bool:
         """Whether the stage is complete under the fingerprint ``wanted``, with all its files.
 
-        Raises
-        ------
-        UserError
-            A file of the stage has changed since it was written.
+        UserError: a file of the stage has changed since it was written.
         """
         if not self._is_complete(stage) or self._manifest["stages"][stage]["fingerprint"] != wanted:
             return False
@@ -164,8 +161,9 @@ class RunFolder:
     ) -> Iterator[Running]:
         """Run one stage: ``with run.stage("policy", study) as stage: if stage.done: return ...``.
 
-        The folder is locked meanwhile. The stage becomes complete when the body ends without an
-        exception; otherwise it stays incomplete, is never trusted, and keeps its partial pieces.
+        The folder is locked meanwhile. The stage becomes complete when the body ends without an exception; otherwise it
+        stays incomplete, is never trusted, and keeps its partial pieces. UserError: the folder holds results of another
+        study, data, model or code; an earlier stage is missing; another command is writing here.
 
         Parameters
         ----------
@@ -174,12 +172,6 @@ class RunFolder:
         extra : further things that the result depends on and only the caller knows, as plain values:
             ``{"model.weights": sha256, "model.source": "..."}``
         reads : Stages that are read this time, beside those that this one always reads
-
-        Raises
-        ------
-        UserError
-            The folder holds results of another study, data, model or code; an earlier stage is
-            missing; another command is writing here.
         """
         with self.locked():
             started = time.monotonic()
@@ -272,7 +264,7 @@ class RunFolder:
         ids: Mapping[str, Sequence[Any]],
         axes: Mapping[str, Sequence[str | None]] | None = None,
     ) -> None:
-        """Write ``NAME.safetensors`` and ``NAME.ids.json``.
+        """Write ``NAME.safetensors`` and ``NAME.ids.json``. ValueError: the ids do not fit the arrays.
 
         Parameters
         ----------
@@ -280,11 +272,6 @@ class RunFolder:
         ids : Name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``. No id may stand twice.
         axes : array name -> name of the ids of each axis (None: an axis without ids), checked for length. Without it,
             each list of ids must have the length of some axis.
-
-        Raises
-        ------
-        ValueError
-            The ids do not fit the arrays.
         """
         listed = {key: files.plain_ids(values) for key, values in ids.items()}
         files.check_ids(arrays, listed, axes)

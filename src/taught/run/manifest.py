@@ -19,10 +19,7 @@ Manifest = dict[str, Any]
 def load_manifest(folder: Path) -> Manifest:
     """Return the manifest of a run folder, or a new one for a folder that is new or empty.
 
-    Raises
-    ------
-    UserError
-        A folder with other files and no manifest, a damaged manifest, another format.
+    UserError: a folder with other files and no manifest, a damaged manifest, another format.
     """
     file = folder / NAME
     if folder.exists() and not folder.is_dir():

@@ -29,10 +29,7 @@ class PartialFolder:
     def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Store one piece, whole or not at all.
 
-        Raises
-        ------
-        UserError
-            No space left, or the folder cannot be made or written to.
+        UserError: no space left, or the folder cannot be made or written to.
         """
         file, content = self._file(key), tensors_bytes(arrays)
         try:

@@ -132,13 +132,7 @@ class Coefficient(_OfPolicy):
 
 
 def policy_of(readings: Readings) -> Policy:
-    """The policy of some readings.
-
-    Raises
-    ------
-    UserError
-        There is none.
-    """
+    """The policy of some readings. UserError: there is none."""
     if readings.policy is None:
         raise UserError(
             "this run has no policy",
