@@ -85,12 +85,8 @@ def _single(text: str, whole: str) -> TargetName:
         rest, cut, last = about.rpartition(":")
         if last in PATHWAYS:
             about, pathway = rest if cut else "", last
-    needed = {"none": False, "needed": True}.get(kind.about)
-    if (needed is True and not about) or (needed is False and about) or (colon and not about and pathway is None):
-        raise UserError(
-            f"{head} does not name a target like this",
-            value=whole,
-            rule=f"{kind.spelling}",
-            fix=f"for example: {kind.instance}",
-        )
+    missing = kind.about == "needed" and not about
+    if missing or (kind.about == "none" and about) or (colon and not about and pathway is None):
+        what, fix = f"{head} does not name a target like this", f"for example: {kind.instance}"
+        raise UserError(what, value=whole, rule=kind.spelling, fix=fix)
     return TargetName(head, about or None, pathway)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -126,12 +126,9 @@ class Scores:
         if (other.example_ids, other.targets) != (self.example_ids, self.targets):
             raise ValueError("scores of other examples or targets")
         se = None if self.se is None or other.se is None else np.hypot(self.se, other.se)
-        both = {
-            name: self.details[name] + other.details[name]
-            for name in self.details.keys() & other.details.keys() & {"dy", "dX"}
-        }
-        details = {**self.details, **both}
-        return replace(self, values=self.values + other.values, se=se, details=details)
+        both = self.details.keys() & other.details.keys() & {"dy", "dX"}
+        summed = {name: self.details[name] + other.details[name] for name in both}
+        return replace(self, values=self.values + other.values, se=se, details={**self.details, **summed})
 
     def to_arrow(self) -> pa.Table:
         """Long form: example_id, method, target, value, se; one row an example and target."""
@@ -165,11 +162,3 @@ class Scores:
 def scores_schema() -> pa.Schema:
     """The columns of a table of scores in long form."""
     return schema("example_id:str method:str target:str value:float se:float")
-
-
-def total(parts: Sequence[Scores]) -> Scores:
-    """The sum over the legs of a training run; losses are those of the first."""
-    found = parts[0]
-    for part in parts[1:]:
-        found = found.plus(part)
-    return found

@@ -67,10 +67,7 @@ class Trajectory(Protocol):
         """Each leg when its turn comes; its model may be freed when the next is asked for."""
 
     def carry(self, queries: Queries | None, leg: Leg, targets: TargetSet, work: Work) -> Queries | None:
-        """Queries for a leg from those of the leg after it in training (None at the end of training).
-
-        None: the leg takes grad F at its own weights.
-        """
+        """Queries for a leg from those of the leg after it (None at the end); None: it takes grad F at its weights."""
 
 
 @runtime_checkable

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from taught.data.columns import name_ids
 from taught.data.documents import encode_document
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 
 if TYPE_CHECKING:
     from taught.core.example import Example
@@ -55,8 +54,7 @@ class EncodedPrompt:
     Attributes
     ----------
     id : the prompt's id
-    input_ids
-        The template's rendering, with the generation prompt and what the template writes between that and an answer.
+    input_ids : the rendering, with the generation prompt and what the template writes between that and an answer
     user_span : token range (start, end) of the last user message's content; empty for a text by itself
     end_of_turn : index of the token that ends the last user turn; the last token of the content where the template
         marks the end of a turn by no special token
@@ -192,10 +190,9 @@ class ChatFormat:
         rendered: list[list[str | None]] = [[], []]
         for texts in rendered:
             for messages in conversations:
-                text = None
+                texts.append(None)
                 with suppress(_CannotRender):  # a template may refuse a system turn
-                    text = self._render(messages, "a conversation", answer=messages[-1]["role"] == "user")
-                texts.append(text)
+                    texts[-1] = self._render(messages, "a conversation", answer=messages[-1]["role"] == "user")
         if rendered[0] != rendered[1]:
             raise UserError(
                 "the chat template renders the same conversation differently each time",
@@ -207,22 +204,17 @@ class ChatFormat:
         return hashlib.sha256(json.dumps([tokens, plain]).encode()).hexdigest()
 
     def encode_prompt(self, content: str | Sequence[Mapping[str, str]], id: str = "prompt") -> EncodedPrompt:
-        """Encode an evaluation prompt with the generation prompt behind it.
+        """Encode an evaluation prompt, a user's message or messages that end in one, with the generation prompt.
 
         UserError: the prompt is empty, longer than the model's context, or changed by the template; the template leaves
         out a turn, or what one holds.
-
-        Parameters
-        ----------
-        content : the user's message, or messages that end in one
-        id : the prompt's id, for messages of errors
         """
         messages = _messages(content)
         text = self._render(messages, id, answer=True)
         self._refuse_unseen(messages, text, id, answer=True)
         tokens = self._tokens(text)
         self._check_length(tokens.ids, id)
-        start, end = self._last_content(messages, text, id, answer=True)
+        start, end = self._content(messages, len(messages) - 1, text, id, answer=True)
         span = self._covering(tokens, start, end, id)
         return EncodedPrompt(id, tokens.ids, span, self._end_of_turn(tokens, end, span[1] - 1))
 
@@ -237,12 +229,6 @@ class ChatFormat:
         that the tokenizer joins to one of the answers belongs to all of them. UserError: as in :meth:`encode_prompt`,
         of the prompt or an answer; the tokenizer merges the end of the prompt with an answer; the template writes
         something else before each answer.
-
-        Parameters
-        ----------
-        content : the user's message, or messages that end in one
-        answers : texts that the assistant's answer begins with
-        id : the prompt's id, for messages of errors
         """
         prompt = self.encode_prompt(content, id)
         before = _messages(content)
@@ -268,7 +254,7 @@ class ChatFormat:
         """The conversation up to the end of an answer, its tokens, and where in both the answer begins."""
         turns = [*before, {"role": "assistant", "content": answer}]
         text = self._render(turns, id, answer=False)
-        start, end = self._last_content(turns, text, id, answer=False)
+        start, end = self._content(turns, len(turns) - 1, text, id)
         whole = self._tokens(text[:end])
         self._check_length(whole.ids, id)
         prompt = self._tokens(prompt_text if not text[len(prompt_text) : start].strip() else "")
@@ -297,10 +283,8 @@ class ChatFormat:
         template leaves out tools, calls of tools or reasoning; the prompt is longer than the model's context; both
         answers of a preference are the same tokens.
 
-        Parameters
-        ----------
-        example : the example, of kind "pair" or "preference": then each answer is encoded so, in its own conversation
-        max_tokens : longest input; what is beyond it is cut off (see ``truncated``)
+        Of a preference each answer is encoded so, in its own conversation. What is beyond ``max_tokens`` is cut off
+        (see ``truncated``).
         """
         if example.kind == "preference":
             chosen = self.encode_example(replace(example, kind="pair"), max_tokens)
@@ -337,15 +321,11 @@ class ChatFormat:
         return encoded
 
     def encode_examples(
-        self,
-        examples: Iterable[Record],
-        max_tokens: int = 512,
-        drop_truncated: bool = False,
-        truncate: Literal["error", "keep"] = "error",
+        self, examples: Iterable[Record], max_tokens: int = 512, drop_truncated: bool = False
     ) -> tuple[list[EncodedExample], list[str]]:
         """Encode examples; none is shortened or left out unless that was asked for.
 
-        UserError: an example is truncated and neither option covers it; a document has no tokens to score.
+        UserError: an example is truncated and is not to be dropped; a document has no tokens to score.
 
         Parameters
         ----------
@@ -353,29 +333,20 @@ class ChatFormat:
             (:func:`taught.data.documents.encode_document`), none of them truncated
         max_tokens : longest input
         drop_truncated : leave out truncated examples and name them
-        truncate : "keep": truncated examples stay, flagged, unless nothing of the response is left
 
         Returns
         -------
-        encoded
-            In the order of ``examples``.
-        dropped
-            Ids of the examples that were left out.
+        the encoded examples, in order; the ids of those that were left out
         """
         encoded = self.encode_each(examples, max_tokens)
-        cut = [p for p in encoded if p.truncated and (truncate == "error" or p.empty)]
-        if cut and not drop_truncated:
+        cut = [example for example in encoded if example.truncated]
+        dropped = [example.id for example in cut]
+        if not drop_truncated:
             what = f"{len(cut)} examples are longer than {max_tokens} tokens"
             if empty := [example.id for example in cut if example.empty]:
                 what += f"; nothing of the response is left in {len(empty)} of them"
-            silent = "no response is cut off silently"
-            raise UserError(
-                what,
-                value=name_ids([example.id for example in cut]),
-                rule=silent if truncate == "error" else "an example needs at least one response token",
-                fix="raise examples.max_tokens, or pass --set examples.drop_truncated=true",
-            )
-        dropped = [example.id for example in cut]
+            fix = "raise examples.max_tokens, or pass --set examples.drop_truncated=true"
+            refuse(dropped, what, rule="no response is cut off silently", fix=fix)
         gone = set(dropped)
         return [example for example in encoded if example.id not in gone], dropped
 
@@ -384,10 +355,10 @@ class ChatFormat:
         prompt_text = self._render(turns[:place], example.id, answer=True, tools=example.tools)
         prompt = self._tokens(prompt_text)
         _check_border(prompt_text, prompt, text, whole, example.id)
-        start, end = self._content(turns, place, text, example)
+        start, end = self._content(turns, place, text, example.id, tools=example.tools)
         for thoughts in _THOUGHTS:
             if turns[place].get(thoughts):
-                start = min(start, self._content(turns, place, text, example, thoughts)[0])
+                start = min(start, self._content(turns, place, text, example.id, thoughts, tools=example.tools)[0])
         first, behind = self._covering(whole, start, end, example.id)
         if first < len(prompt.ids):
             raise _merge_error(text, len(prompt_text), example.id)
@@ -474,19 +445,31 @@ class ChatFormat:
                 fix="shorten or remove it",
             )
 
-    def _last_content(self, messages: Sequence[Message], text: str, id: str, answer: bool) -> tuple[int, int]:
-        """Return the characters of the last message's content in the rendering ``text``."""
-        marked = self._render([*messages[:-1], {**messages[-1], "content": _MARK}], id, answer)
-        return _between(marked, text, messages[-1]["content"], f"the last message of {id}")
-
     def _content(
-        self, turns: Sequence[Message], place: int, text: str, example: Record, key: str = "content"
+        self,
+        turns: Sequence[Message],
+        place: int,
+        text: str,
+        id: str,
+        key: str = "content",
+        *,
+        answer: bool = False,
+        tools: Sequence[Any] = (),
     ) -> tuple[int, int]:
-        """Return the characters of what one turn holds under a key, in the rendering of all turns."""
+        """Return the characters of what one turn holds under a key, in the rendering ``text`` of all turns."""
         others = [*turns[:place], {**turns[place], key: _MARK}, *turns[place + 1 :]]
-        marked = self._render(others, example.id, answer=False, tools=example.tools)
-        what = "last message" if place == len(turns) - 1 else f"message {place + 1}"
-        return _between(marked, text, turns[place][key], f"the {what} of {example.id}")
+        before, _, after = self._render(others, id, answer, tools).partition(_MARK)
+        start, end, content = len(before), len(text) - len(after), turns[place][key]
+        same = text.startswith(before) and text.endswith(after)
+        if not content.strip() or not same or text[start:end].strip() != content.strip():
+            what = "last message" if place == len(turns) - 1 else f"message {place + 1}"
+            raise UserError(
+                f"the {what} of {id} is not in the template's rendering as it is",
+                value=content,
+                rule="a message is rendered unchanged, apart from white space around it",
+                fix="fill an empty message, or pass another --chat-template FILE",
+            )
+        return start, end
 
     def _end_of_turn(self, tokens: _Tokens, content_end: int, otherwise: int) -> int:
         """Index of the first special token behind a content, ``otherwise`` if there is none.
@@ -518,21 +501,6 @@ class ChatFormat:
 
 def _messages(content: str | Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
-
-
-def _between(marked: str, text: str, content: str, name: str) -> tuple[int, int]:
-    """Return the characters of a content in ``text``; ``marked`` has a mark in its place."""
-    before, _, after = marked.partition(_MARK)
-    start, end = len(before), len(text) - len(after)
-    same = text.startswith(before) and text.endswith(after)
-    if not content.strip() or not same or text[start:end].strip() != content.strip():
-        raise UserError(
-            f"{name} is not in the template's rendering as it is",
-            value=content,
-            rule="a message is rendered unchanged, apart from white space around it",
-            fix="fill an empty message, or pass another --chat-template FILE",
-        )
-    return start, end
 
 
 def _check_border(prompt_text: str, prompt: _Tokens, text: str, whole: _Tokens, id: str) -> None:

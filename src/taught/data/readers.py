@@ -36,13 +36,11 @@ def rows_of(path: Path) -> Iterator[Row]:
     try:
         yield from only_texts(reader(path), path.name)
     except OSError as error:
-        raise UserError(
-            f"cannot read the file: {error.strerror}", value=str(path), fix="check its permissions"
-        ) from error
+        what = f"cannot read the file: {error.strerror}"
+        raise UserError(what, value=str(path), fix="check its permissions") from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8 text: byte {_bad_byte(path)} cannot be decoded", value=str(path), fix="save the file as UTF-8"
-        ) from error
+        what = f"not UTF-8 text: byte {_bad_byte(path)} cannot be decoded"
+        raise UserError(what, value=str(path), fix="save the file as UTF-8") from error
 
 
 def columns_of(path: Path) -> tuple[str, ...]:
@@ -58,8 +56,7 @@ def columns_of(path: Path) -> tuple[str, ...]:
 def only_texts(rows: Iterable[Row], name: str) -> Iterator[Row]:
     """Yield the rows; UserError at one with a text that no language has."""
     for number, row in enumerate(rows, 1):
-        bad = _no_text(row)
-        if bad is not None:
+        if (bad := _no_text(row)) is not None:
             raise UserError(
                 f"{name}, row {number}: a text holds a NUL byte or half of a character",
                 value=ascii(bad[:80]),
@@ -133,9 +130,8 @@ def _csv(path: Path) -> Iterator[Row]:
                     )
                 yield row
         except csv.Error as error:
-            raise UserError(
-                f"{path.name}, line {reader.line_num}: not CSV ({error})", fix="correct the line"
-            ) from error
+            what = f"{path.name}, line {reader.line_num}: not CSV ({error})"
+            raise UserError(what, fix="correct the line") from error
 
 
 @contextmanager
@@ -147,11 +143,8 @@ def _as_parquet(path: Path) -> Iterator[None]:
     except pa.ArrowException as error:
         raise UserError(f"{path.name}: not a Parquet file ({first_line(error)})", value=str(path)) from error
     except ValueError as error:
-        raise UserError(
-            f"{path.name}: a value that cannot be read ({first_line(error)})",
-            value=str(path),
-            fix="save times in microseconds, or as text",
-        ) from error
+        what = f"{path.name}: a value that cannot be read ({first_line(error)})"
+        raise UserError(what, value=str(path), fix="save times in microseconds, or as text") from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -170,11 +163,8 @@ def _saved_dataset(folder: Path) -> Iterator[Row]:
 
     content = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if content.get("_indices_data_files"):
-        raise UserError(
-            "the saved dataset has an index of selected rows, which is not read",
-            value=str(folder),
-            fix="save it again after dataset.flatten_indices()",
-        )
+        what = "the saved dataset has an index of selected rows, which is not read"
+        raise UserError(what, value=str(folder), fix="save it again after dataset.flatten_indices()")
     for name in (entry["filename"] for entry in content["_data_files"]):
         try:
             with pa.memory_map(str(folder / name)) as source:

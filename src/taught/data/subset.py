@@ -34,7 +34,8 @@ class Spread:
 
     def columns(self, found: Mapping[str, str]) -> tuple[str, ...]:
         """The columns of ``by``, of a table whose fields were ``found`` in these columns."""
-        return (tuple(found[name] for name in ("label",) if name in found)) if self.by is None else self.by
+        own = (found["label"],) if "label" in found else ()
+        return own if self.by is None else self.by
 
 
 def stratum_of(cells: Iterable[object]) -> tuple[str, ...]:
@@ -52,15 +53,10 @@ class Sample:
 
     def record(self) -> dict[str, Any]:
         """Plain values for a file. A stratum's weight is how many items each of those taken stands for."""
-        rows = [
-            {
-                "stratum": dict(zip(self.columns, stratum, strict=True)),
-                "read": size,
-                "sampled": taken,
-                "weight": size / taken if taken else None,
-            }
-            for stratum, (size, taken) in sorted(self.strata.items())
-        ]
+        rows = []
+        for stratum, (size, taken) in sorted(self.strata.items()):
+            counts = {"read": size, "sampled": taken, "weight": size / taken if taken else None}
+            rows.append({"stratum": dict(zip(self.columns, stratum, strict=True)), **counts})
         read, sampled = (sum(counts) for counts in zip(*self.strata.values(), strict=True))
         drawn = {"by": list(self.columns), "even": self.spread.even, "seed": self.spread.seed}
         return {**drawn, "limit": self.spread.limit, "read": read, "sampled": sampled, "strata": rows}
@@ -99,11 +95,8 @@ class Strata(Generic[S]):
     ) -> tuple[tuple[T, ...], dict[S, tuple[int, int]]]:
         """Go through the same items again and choose ``limit`` of them, at least one and not all.
 
-        UserError: there are not as many items as were noted.
-
-        Returns
-        -------
-        what was chosen, in the order of the items; stratum -> how many items it has, how many were chosen
+        What was chosen, in the order of the items; stratum -> how many items it has, how many were chosen. UserError:
+        there are not as many items as were noted.
         """
         import numpy as np
 
@@ -138,8 +131,7 @@ class Strata(Generic[S]):
         """Places of the items whose id may be that of another one: hashes that stand twice."""
         import numpy as np
 
-        keys = np.frombuffer(self._keys, np.uint64)
-        _, group, times = np.unique(keys, return_inverse=True, return_counts=True)
+        _, group, times = np.unique(np.frombuffer(self._keys, np.uint64), return_inverse=True, return_counts=True)
         return set(np.flatnonzero(times[group] > 1).tolist())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Hashable
@@ -12,11 +11,9 @@ from typing import Any
 import yaml
 
 from taught.core.yaml_text import DEPTH, ShallowLoader
-from taught.errors import UserError, shown
+from taught.errors import UserError, did_you_mean, shown
 from taught.presets import list_presets, preset_path
 from taught.study.schema import Study
-
-__all__ = ["dump_study", "load_study", "parse_yaml", "study_from_dict"]
 
 
 def load_study(source: str | Path) -> Study:
@@ -103,12 +100,11 @@ def _find_study(source: str | Path) -> Path:
             return candidate
     if str(source) in list_presets():
         return preset_path(str(source)) / "study.yaml"
-    close = difflib.get_close_matches(shown(str(source)), list_presets(), n=1)
     raise UserError(
         "no such study",
         value=str(source),
         rule="a YAML file, a folder with study.yaml, or a preset: " + ", ".join(list_presets()),
-        fix=f"did you mean {close[0]}?" if close else "`taught init` writes a study to start from",
+        fix=did_you_mean(str(source), list_presets(), 0.6) or "`taught init` writes a study to start from",
     )
 
 
