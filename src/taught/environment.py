@@ -41,13 +41,7 @@ def process_share() -> tuple[int, int]:
 
 
 def peak_memory_gb(*, recent: bool = False) -> float | None:
-    """Return the largest resident memory of this process so far, in 10^9 bytes.
-
-    Parameters
-    ----------
-    recent
-        Only since :func:`mark_memory` was called.
-    """
+    """The largest resident memory of this process so far (since :func:`mark_memory`, if recent), in 10^9 bytes."""
     own = _peak_in_proc()
     if own is not None:
         return round((own if recent else max(own, *_earlier)) / 1e9, 3)
@@ -79,16 +73,11 @@ def _peak_in_proc() -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the kernel now: before work that needs it in pieces of other sizes.
-
-    Elsewhere than on glibc nothing happens.
-    """
+    """Give freed memory back to the kernel now (on glibc): before work that needs it in pieces of other sizes."""
     import ctypes
 
-    try:
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        return
 
 
 def keep_freed_memory() -> None:
@@ -105,9 +94,7 @@ def keep_freed_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
-    try:
+    with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(mmap_threshold, 1 << 25)
-    mallopt(trim_threshold, (1 << 31) - 1)
+        mallopt(mmap_threshold, 1 << 25)
+        mallopt(trim_threshold, (1 << 31) - 1)

@@ -31,10 +31,7 @@ _JSON_BYTES = 2**24
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: a reader sees the old file or the new one, never a part.
-
-    UserError: no space left, or the folder cannot be written to.
-    """
+    """Replace ``path`` by ``content``: a reader sees the old file or the new one. UserError as :func:`replacing`."""
     with replacing(path, needed=len(content)) as file:
         file.write(content)
 
@@ -43,12 +40,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path, *, needed: int | None = None) -> Iterator[IO[bytes]]:
     """A file beside ``path`` that takes its place when the body ends without an exception.
 
-    The body does nothing but write: what it cannot write is the user's to be told. UserError: no space left, or the
-    folder cannot be written to.
-
-    Parameters
-    ----------
-    needed : bytes that will be written, where that is known
+    The body does nothing but write (``needed`` bytes, where that is known): what it cannot write is the user's to be
+    told. UserError: no space left, or the folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
@@ -93,12 +86,8 @@ _DEFINING = ("*.safetensors", "*.json", "*.jinja", _TEMPLATES, "*.model", "*.ggu
 
 
 def sha256_folder(folder: Path) -> str:
-    """Digest of the files that define a model, an adapter, an SAE or a concept.
-
-    Weights, configuration, tokenizer and chat template: each of them changes every number.
-    """
-    lines = []
-    folder = folder.resolve()
+    """Digest of what defines a model, an adapter, an SAE or a concept: weights, configuration, tokenizer, template."""
+    lines, folder = [], folder.resolve()
     for file in sorted({file for pattern in _DEFINING for file in folder.glob(pattern)}):
         about = file.stat()
         changed = about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
@@ -165,12 +154,9 @@ def row_groups(
 ) -> Iterator[Callable[[pa.Table], None]]:
     """Write Parquet in parts, each a row group of its own: only one part is in memory.
 
-    Readers skip row groups by their statistics, so a part should hold one value of each column that
-    queries select by. Equal parts give equal bytes.
-
-    Parameters
-    ----------
-    unique : text columns of which no value stands twice in a part: a dictionary would only add to them
+    Readers skip row groups by their statistics, so a part should hold one value of each column that queries select by.
+    In the ``unique`` text columns no value stands twice in a part: a dictionary would only add to them. Equal parts
+    give equal bytes.
     """
     import pyarrow.parquet as pq
 
@@ -194,12 +180,7 @@ def schema(columns: str) -> pa.Schema:
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None, rows: pc.Expression | None = None) -> pa.Table:
-    """Return an Arrow table, or those of its columns and rows that are asked for.
-
-    Parameters
-    ----------
-    rows : a condition; row groups whose statistics exclude it are not read
-    """
+    """Return an Arrow table, or columns and rows of it; row groups whose statistics exclude ``rows`` are not read."""
     import pyarrow.parquet as pq
 
     return pq.read_table(path, columns=columns, filters=rows)
@@ -273,12 +254,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def write_error(path: Path, error: OSError, *, needed: int | None = None) -> UserError:
-    """What to tell the user when ``path`` cannot be made or written.
-
-    Parameters
-    ----------
-    needed : bytes that were to be written, where that is known
-    """
+    """What to tell the user when ``path`` cannot be made, or ``needed`` bytes cannot be written to it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         wanted = "" if needed is None else f"{needed:,} bytes needed, "
         return UserError(
@@ -287,12 +263,8 @@ def write_error(path: Path, error: OSError, *, needed: int | None = None) -> Use
             rule="nothing was written; finished work is kept",
             fix="free some space and run the same command again, or choose another --run folder",
         )
-    return UserError(
-        f"{path} cannot be written",
-        value=str(error),
-        rule="nothing was written",
-        fix="choose a --run folder that you may write to",
-    )
+    what, fix = f"{path} cannot be written", "choose a --run folder that you may write to"
+    return UserError(what, value=str(error), rule="nothing was written", fix=fix)
 
 
 def plain_ids(ids: Sequence[Any]) -> list[Any]:
@@ -314,8 +286,5 @@ def check_ids(
     for name, names in (axes or {}).items():
         expected = tuple(None if key is None else len(ids[key]) for key in names)
         shape = arrays[name].shape
-        fits = len(shape) == len(expected) and all(
-            want in (None, have) for want, have in zip(expected, shape, strict=True)
-        )
-        if not fits:
+        if len(shape) != len(expected) or any(w not in (None, n) for w, n in zip(expected, shape, strict=True)):
             raise ValueError(f"{name}: shape {shape}, but the ids {tuple(names)} say {expected}")

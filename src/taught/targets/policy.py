@@ -23,7 +23,7 @@ from taught.core.registry import TARGETS
 from taught.core.target import Cotangents, Floats, TargetKind
 from taught.errors import UserError
 from taught.policy.certificate import resampled_score
-from taught.policy.ridge import Policy
+from taught.policy.ridge import Policy, Shift
 
 
 class _OfPolicy(TargetKind):
@@ -39,11 +39,8 @@ class _OfPolicy(TargetKind):
     def value(self, name: TargetName, readings: Readings, base: Readings) -> float:
         """Sum of c_j (W_j - W_j of the base); c of the base."""
         if name.pathway is not None:
-            raise UserError(
-                "a pathway is a part of a derivative, and no value of a model",
-                value=str(name),
-                fix=f"use {name.along(None)}",
-            )
+            what = "a pathway is a part of a derivative, and no value of a model"
+            raise UserError(what, value=str(name), fix=f"use {name.along(None)}")
         policy, before = policy_of(readings), policy_of(base)
         return float((policy.coef - before.coef) @ self.weights(name, before))
 
@@ -63,8 +60,7 @@ class _OfPolicy(TargetKind):
         """Sum of c_j times the shift of each coefficient."""
         if moves.shift is None:
             return None
-        shift = {"x": moves.shift.x, "y": moves.shift.y}.get(name.pathway or "", moves.shift.total)
-        found: Floats = shift @ self.weights(name, policy_of(readings))
+        found: Floats = _shift(name, moves.shift) @ self.weights(name, policy_of(readings))
         return found
 
 
@@ -112,9 +108,8 @@ class Coefficient(_OfPolicy):
         """The unit vector of the feature."""
         text = str(name.about)
         if not text.isdecimal():
-            raise UserError(
-                "a feature is named by its id", value=str(name), rule=self.spelling, fix=f"for example {self.instance}"
-            )
+            fix = f"for example {self.instance}"
+            raise UserError("a feature is named by its id", value=str(name), rule=self.spelling, fix=fix)
         unit = np.zeros(policy.d)
         unit[policy.column(int(text))] = 1.0
         return unit
@@ -123,8 +118,7 @@ class Coefficient(_OfPolicy):
         """The feature's column of the shift."""
         if moves.shift is None:
             return None
-        shift = {"x": moves.shift.x, "y": moves.shift.y}.get(name.pathway or "", moves.shift.total)
-        return shift[:, int(np.flatnonzero(self.weights(name, policy_of(readings)))[0])]
+        return _shift(name, moves.shift)[:, int(np.flatnonzero(self.weights(name, policy_of(readings)))[0])]
 
     def words(self, name: TargetName) -> str:
         """In words."""
@@ -134,12 +128,14 @@ class Coefficient(_OfPolicy):
 def policy_of(readings: Readings) -> Policy:
     """The policy of some readings. UserError: there is none."""
     if readings.policy is None:
-        raise UserError(
-            "this run has no policy",
-            rule="a policy is written in the features of an SAE",
-            fix="set sae.path in the study",
-        )
+        rule = "a policy is written in the features of an SAE"
+        raise UserError("this run has no policy", rule=rule, fix="set sae.path in the study")
     return readings.policy
+
+
+def _shift(name: TargetName, shift: Shift) -> Floats:
+    """The shift of the coefficients along the target's pathway, or both."""
+    return {"x": shift.x, "y": shift.y}.get(name.pathway or "", shift.total)
 
 
 def _along(name: TargetName) -> str:
