@@ -129,11 +129,8 @@ def _from_sketches(run: RunFolder, target: str, asked: Asked) -> Scores:
     study = run.study
     for key, value in asked.changes.items():
         if key not in keys:
-            what, fix = (
-                "sketches cannot answer under another value of this",
-                "change the study, and run it in another folder",
-            )
-            raise UserError(what, value=key, rule="some of " + ", ".join(keys), fix=fix)
+            what, rule = "sketches cannot answer under another value of this", "some of " + ", ".join(keys)
+            raise UserError(what, value=key, rule=rule, fix="change the study, and run it in another folder")
         study = study.replace(key, value)
     values = {keys[key]: study.get(key) for key in asked.changes}
     if "curvature" in values:

@@ -166,9 +166,12 @@ def parameters(method: Any) -> dict[str, dataclasses.Field[Any]]:
     return {item.name: item for item in dataclasses.fields(cast(Any, method)) if "rule" in item.metadata}
 
 
-BEHAVIORS: Registry[Any] = Registry(
-    "behavior", {name: f"taught.behaviors.{name}" for name in ("prefixes", "answer", "choice", "loss")}
-)
+def _in(package: str, *names: str) -> dict[str, str]:
+    """Methods that stand in a module of their own name."""
+    return {name: f"taught.{package}.{name}" for name in names}
+
+
+BEHAVIORS: Registry[Any] = Registry("behavior", _in("behaviors", "prefixes", "answer", "choice", "loss"))
 TARGETS: Registry[Any] = Registry(
     "target",
     {
@@ -183,22 +186,11 @@ CURVATURES: Registry[Any] = Registry(
     "curvature",
     {
         "identity": "taught.core.curvature",
-        "adam": "taught.curvatures.adam",
-        "ekfac": "taught.curvatures.ekfac",
-        "astra": "taught.curvatures.astra",
-        "autocorrelation": "taught.curvatures.autocorrelation",
-        "trackstar": "taught.curvatures.trackstar",
-        "trak": "taught.curvatures.trak",
+        **_in("curvatures", "adam", "ekfac", "astra", "autocorrelation", "trackstar", "trak"),
     },
 )
 TRAJECTORIES: Registry[Any] = Registry(
-    "trajectory",
-    {
-        "base": "taught.core.trajectory",
-        "checkpoints": "taught.trajectories.checkpoints",
-        "steps": "taught.trajectories.steps",
-        "segments": "taught.trajectories.segments",
-    },
+    "trajectory", {"base": "taught.core.trajectory", **_in("trajectories", "checkpoints", "steps", "segments")}
 )
 ESTIMATORS: Registry[Any] = Registry(
     "estimator",

@@ -24,9 +24,10 @@ from taught.core.rules import Rule, Visit
 from taught.errors import UserError, did_you_mean, shown
 from taught.study import gone
 
-_TEXT, _COUNT = rules.optional(rules.text()), rules.optional(rules.whole(1))
+_FROM_0, _FROM_1, _POSITIVE = rules.whole(0), rules.whole(1), rules.number(above=0)
+_TEXT, _COUNT, _BLOCK = rules.optional(rules.text()), rules.optional(_FROM_1), rules.optional(_FROM_0)
 _FILE, _SOURCE = rules.optional(rules.path()), rules.optional(rules.folder_or_hub_id())
-_FLAG, _SEED, _SHARE = rules.flag(), rules.whole(0), rules.number(above=0, maximum=1)
+_FLAG, _SHARE = rules.flag(), rules.number(above=0, maximum=1)
 _TEXTS = rules.list_of(rules.text(), empty=True)
 _PART = rules.optional(rules.matching(MODULE, "resid_post, attn_out, mlp_out, or a module of the block such as mlp"))
 POSITIONS = ("last_user", "last_prompt", "mean_user", "max_user")
@@ -122,6 +123,9 @@ def _target() -> Rule:
     return Rule("the name of a target, such as behavior:GROUP", parse)
 
 
+_TARGET = rules.optional(_target())
+
+
 def _source() -> Rule:
     """The rule for what a concept is made of; the file in it is a path."""
 
@@ -187,18 +191,14 @@ class SaeSpec(Section, name="sae"):
     path: str | None = setting(
         None, _SOURCE, "folder in the format of SAELens or sparsify, or release:sae_id; null: no SAE, no policy"
     )
-    block: int | None = setting(
-        None, rules.optional(rules.whole(0)), "block that the SAE reads; null: what its cfg.json says"
-    )
+    block: int | None = setting(None, _BLOCK, "block that the SAE reads; null: what its cfg.json says")
     point: str | None = setting(
         None,
         _PART,
         "what of it: resid_post | attn_out | mlp_out | a module of the block, e.g. mlp; null: what its cfg.json says",
     )
     encoder: Literal["sae", "relu"] = _word("sae | relu", "sae: its true encoder | relu: the dense proxy of the paper")
-    max_fvu: float = setting(
-        0.9, rules.number(above=0), "refuse an SAE that leaves more unexplained; set it near your SAE's own"
-    )
+    max_fvu: float = setting(0.9, _POSITIVE, "refuse an SAE that leaves more unexplained; set it near your SAE's own")
     ignore: tuple[str, ...] = setting(
         (), _TEXTS, "keys of its cfg.json that are not known here and that change nothing about the features"
     )
@@ -259,11 +259,9 @@ class ExamplesSpec(Section, name="examples"):
         "pair | document | preference",
         "pair: a response's tokens are trained on | document: all tokens of a text | preference: chosen over rejected",
     )
-    beta: float = setting(
-        0.1, rules.number(above=0), "of a preference's loss (DPO): how strongly it holds to the reference"
-    )
+    beta: float = setting(0.1, _POSITIVE, "of a preference's loss (DPO): how strongly it holds to the reference")
     max_tokens: int = setting(
-        512, rules.whole(1), "a longer example is an error, or left out with drop_truncated; a document is cut up"
+        512, _FROM_1, "a longer example is an error, or left out with drop_truncated; a document is cut up"
     )
     turns: Literal["last", "all"] = _word(
         "last | all", "answers of a conversation that are trained on; marks in the data go before"
@@ -275,7 +273,7 @@ class ExamplesSpec(Section, name="examples"):
         "columns whose values the limit is spread over, e.g. [topic, format]; null: the label",
     )
     even: bool = setting(False, _FLAG, "true: as many of each such value, as far as there are; false: in proportion")
-    seed: int = setting(0, _SEED, "another one chooses other examples within the limit")
+    seed: int = setting(0, _FROM_0, "another one chooses other examples within the limit")
     near_duplicate: float = setting(
         0.8,
         _SHARE,
@@ -299,10 +297,10 @@ class FeaturesSpec(Section, name="features"):
     """Which features of the SAE the policy is written in."""
 
     ids: tuple[int, ...] | None = setting(
-        None, rules.optional(rules.list_of(rules.whole(0))), "feature ids, e.g. [12, 407]; null: chosen by the contrast"
+        None, rules.optional(rules.list_of(_FROM_0)), "feature ids, e.g. [12, 407]; null: chosen by the contrast"
     )
     threshold: float = setting(0.1, rules.number(minimum=0), "difference of the group means that a feature must exceed")
-    max_features: int = setting(75, rules.whole(1), "at most so many, the strongest first")
+    max_features: int = setting(75, _FROM_1, "at most so many, the strongest first")
     labels: str | None = setting(None, _FILE, "a file with your own labels")
 
 
@@ -311,12 +309,12 @@ class PolicySpec(Section, name="policy"):
     """The ridge regression of the behavior on the features."""
 
     alpha: float | Literal["cv"] = setting(
-        5.0, rules.either("cv", rules.number(above=0)), "ridge penalty: a number, or cv (cross-validation)"
+        5.0, rules.either("cv", _POSITIVE), "ridge penalty: a number, or cv (cross-validation)"
     )
     intercept: bool = setting(False, _FLAG, "false is the paper's")
     folds: int = setting(5, rules.whole(2), "of the cross-validation")
     bootstrap: int = setting(500, rules.whole(20, 10**6), "resamples for the intervals")
-    seed: int = setting(0, _SEED, "of every draw")
+    seed: int = setting(0, _FROM_0, "of every draw")
 
 
 @dataclass(frozen=True)
@@ -330,7 +328,7 @@ class ConceptSpec(Section, name="concepts"):
         rules.optional(_source()),
         "difference (of two groups' means) | probe | feature:ID or feature:ID=SHARE,ID=SHARE | file:PATH[:TENSOR]",
     )
-    block: int | None = setting(None, rules.optional(rules.whole(0)), "that is read; null: the SAE's")
+    block: int | None = setting(None, _BLOCK, "that is read; null: the SAE's")
     point: str | None = setting(None, _PART, "what of it, as sae.point; null: the SAE's, or resid_post")
     position: str | None = setting(
         None, rules.optional(rules.one_of(*POSITIONS)), "tokens of a prompt that are read; null: readout.position"
@@ -340,7 +338,7 @@ class ConceptSpec(Section, name="concepts"):
     positive: str = setting("present", rules.text(), "label of the examples with the behavior")
     negative: str = setting("absent", rules.text(), "label of the examples without it")
     method: Literal["logistic", "ridge"] = _word("logistic | ridge", "of a probe")
-    penalty: float = setting(1.0, rules.number(above=0), "of a probe, on rows of unit mean square")
+    penalty: float = setting(1.0, _POSITIVE, "of a probe, on rows of unit mean square")
     norm: Literal["unit", "none"] = _word("unit | none", "unit | none: as it is")
     read: Literal["prompts", "responses"] = _word(
         "prompts | responses", "what the target's mean is over: prompts | responses of the examples"
@@ -378,10 +376,10 @@ class AttributionSpec(Section, name="attribution"):
     )
     lr: float = setting(1e-4, rules.rate(), "learning rate of the one SGD step")
     exact_top: int = setting(
-        3, rules.whole(0), "so many top examples get a real step, an exact refit and shares of their tokens too"
+        3, _FROM_0, "so many top examples get a real step, an exact refit and shares of their tokens too"
     )
     memory_gb: float = _pace(3.75, rules.number(above=0, maximum=1e6), "working memory for gradients")
-    batch_tokens: int = _pace(512, rules.whole(1), "tokens that go through the model at once")
+    batch_tokens: int = _pace(512, _FROM_1, "tokens that go through the model at once")
     checkpointing: bool = _pace(False, _FLAG, "true: long examples in about half the memory, and more time")
     parameters: tuple[str, ...] | None = setting(
         None,
@@ -397,7 +395,7 @@ class AttributionSpec(Section, name="attribution"):
         "beside the influence: vector-filter, projection-difference-response, projection-difference-training",
     )
     checkpoint: str | None = setting(None, _SOURCE, "the fine-tuned model, for projection-difference-training")
-    max_new_tokens: int = setting(128, rules.whole(1), "of an own answer, for projection-difference-response")
+    max_new_tokens: int = setting(128, _FROM_1, "of an own answer, for projection-difference-response")
 
 
 @dataclass(frozen=True)
@@ -413,7 +411,7 @@ class ClustersSpec(Section, name="clusters"):
     """Groups of examples by their active features."""
 
     k: int | None = setting(None, rules.optional(rules.whole(2)), "number of clusters; null: by the silhouette")
-    target: str | None = setting(None, rules.optional(_target()), "one target; null: the score and every behavior:*")
+    target: str | None = setting(None, _TARGET, "one target; null: the score and every behavior:*")
 
 
 @dataclass(frozen=True)
@@ -445,7 +443,7 @@ class BinsSpec(Section, name="bins"):
     questions: bool = setting(
         True, _FLAG, "keep what each example does to each prompt; false: intervals over documents alone"
     )
-    seed: int = setting(0, _SEED, "of every draw")
+    seed: int = setting(0, _FROM_0, "of every draw")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -469,16 +467,12 @@ class CurationSpec(Section, name="curation"):
         "the k highest preferences); null: paper, where a policy and both labels are there and neither k nor a target "
         "is named, else top-k",
     )
-    k: int | None = setting(
-        None, rules.optional(rules.whole(1)), "how many; null: one in ten examples, at least one; paper has none"
-    )
+    k: int | None = setting(None, _COUNT, "how many; null: one in ten examples, at least one; paper has none")
     target: str | None = setting(
-        None, rules.optional(_target()), "what examples are ranked by; null: score, or the first behavior target"
+        None, _TARGET, "what examples are ranked by; null: score, or the first behavior target"
     )
     method: str | None = setting(None, _TEXT, "whose scores; null: the run's own")
-    protect: str | None = setting(
-        None, rules.optional(_target()), "a second target that dropping examples must not lower"
-    )
+    protect: str | None = setting(None, _TARGET, "a second target that dropping examples must not lower")
 
 
 REPEATED = ("random", "matched", "leave-out")  # trained under several seeds, if asked
@@ -495,11 +489,11 @@ class ValidationSpec(Section, name="validation"):
         "loop | trl", "loop: plain and deterministic, the influence's own loss | trl"
     )
     method: Literal["full", "lora"] = _word("full | lora")
-    lora_rank: int = setting(8, rules.whole(1), "of lora")
+    lora_rank: int = setting(8, _FROM_1, "of lora")
     optimizer: Literal["adamw", "sgd"] = _word("adamw | sgd")
     lr: float = setting(2e-5, rules.rate(), "learning rate")
-    epochs: int = setting(3, rules.whole(1), "passes over the examples")
-    batch: int = setting(16, rules.whole(1), "examples a step")
+    epochs: int = setting(3, _FROM_1, "passes over the examples")
+    batch: int = setting(16, _FROM_1, "examples a step")
     momentum: float = setting(0.0, rules.number(minimum=0, maximum=0.999), "of sgd")
     weight_decay: float = setting(0.0, rules.number(minimum=0), "decoupled in adamw, added to the gradient in sgd")
     batches: Literal["refilled", "held"] = _word(
@@ -509,9 +503,9 @@ class ValidationSpec(Section, name="validation"):
     schedule: Literal["constant", "linear"] = _word("constant | linear")
     warmup: float = setting(0.0, rules.number(minimum=0, maximum=1), "share of the steps")
     max_grad_norm: float | None = setting(
-        None, rules.optional(rules.number(above=0)), "a number: longer gradients are scaled down to it"
+        None, rules.optional(_POSITIVE), "a number: longer gradients are scaled down to it"
     )
-    seed: int = setting(42, _SEED, "order of the examples, first weights of a LoRA, draws of subsets")
+    seed: int = setting(42, _FROM_0, "order of the examples, first weights of a LoRA, draws of subsets")
     designs: tuple[str, ...] = setting(
         ("random", "matched"), rules.list_of(rules.one_of(*DESIGNS)), "which subsets: " + " | ".join(DESIGNS)
     )
@@ -529,7 +523,7 @@ class ValidationSpec(Section, name="validation"):
     )
     remove_by: str | None = setting(
         None,
-        rules.optional(_target()),
+        _TARGET,
         "the examples named raise this target most; null: curation.target, or the behavior where it is not wanted",
     )
     controls: int = setting(
@@ -547,7 +541,7 @@ class ValidationSpec(Section, name="validation"):
         "unlearn, teach: a column of the examples, such as the topic; random documents hold as many of each value as "
         "the named ones; null: only as many tokens",
     )
-    unlearn_steps: int = setting(100, rules.whole(1), "unlearn: steps of forgetting, at most")
+    unlearn_steps: int = setting(100, _FROM_1, "unlearn: steps of forgetting, at most")
     unlearn_lr: float = setting(
         0.01, rules.rate(), "unlearn: the first rate, the distance of a step; fitted anew every 10 steps"
     )
@@ -558,9 +552,7 @@ class ValidationSpec(Section, name="validation"):
         "hold, or the run stops; null: the loss of the examples that are retained",
     )
     guard_keep: float = setting(0.9, _SHARE, "unlearn: 0.9: at least 90% of the guard's start, of a loss at most 110%")
-    answer_tokens: int = setting(
-        0, rules.whole(0), "30: the retrained models answer the prompts too, and a judge reads it"
-    )
+    answer_tokens: int = setting(0, _FROM_0, "30: the retrained models answer the prompts too, and a judge reads it")
     judge: str | None = setting(None, _TEXT, "module:function that reads the answers; null: rules that read the words")
     methods: tuple[str, ...] = setting((), _TEXTS, "further methods to compare, such as adjoint+ekfac")
     scores: tuple[str, ...] = setting(
