@@ -83,11 +83,10 @@ def return_freed_memory() -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of giving it back to the kernel, and take large pages.
 
-    Activations come and go thousands of times in a run; mapping their pages anew each time took a
-    third of the processor time on the CPU. What is larger than 32 MB (gradients, queries) is still
-    given back at once; glibc takes no higher threshold. For these torch asks Linux for pages of
-    2 MB, which are mapped several times as fast; it reads the setting when it first takes memory.
-    Elsewhere than on Linux and glibc nothing happens.
+    Activations come and go thousands of times in a run; mapping their pages anew each time took a third of the
+    processor time on the CPU. What is larger than 32 MB (gradients, queries) is still given back at once; glibc takes
+    no higher threshold. For these torch asks Linux for pages of 2 MB, which are mapped several times as fast; it reads
+    the setting when it first takes memory. Elsewhere than on Linux and glibc nothing happens.
     """
     import ctypes
 

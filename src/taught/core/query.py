@@ -84,10 +84,8 @@ def build_queries(
 
     Parameters
     ----------
-    A : float64 [K, N, d] or None
-        dF/dX of each target; None for zeros.
-    B : float64 [K, N] or None
-        dF/dy of each target; None for zeros, and no pass beyond the point then.
+    A : float64 [K, N, d], dF/dX of each target; None for zeros
+    B : float64 [K, N], dF/dy of each target; None for zeros, and no pass beyond the point then
     """
     progress = progress or SilentProgress()
     queries: Queries = {}

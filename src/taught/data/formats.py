@@ -147,7 +147,7 @@ def read_document(row: Row, columns: Mapping[str, str], number: int) -> Record:
     name = _row_name(row, columns, number)
     refuse_cells(row, name)
     text = text_cell(row, columns, "text", name)
-    return _record(row, columns, name, content_id((), text), prompt="", response=text, kind="document")
+    return _record(row, columns, name, (), (text,), kind="document")
 
 
 def read_preferences(table: Table, columns: Mapping[str, str] | None) -> tuple[tuple[Record, ...], dict[str, str]]:
@@ -239,19 +239,8 @@ def _preference(row: Row, columns: Mapping[str, str], name: str) -> Record:
             rule="the chosen and the rejected answer are texts",
             fix="remove the keys, or put the thoughts into the text",
         )
-    return _record(
-        row,
-        columns,
-        name,
-        content_id(before, last["content"], rejected[-1]["content"]),
-        prompt=next(turn["content"] for turn in reversed(before) if turn["role"] == "user"),
-        response=last["content"],
-        rejected=rejected[-1]["content"],
-        messages=before,
-        tools=_tools(cell(row, columns, "tools"), name),
-        reference=_reference(row, columns, name),
-        kind="preference",
-    )
+    answers, reference = (last["content"], rejected[-1]["content"]), _reference(row, columns, name)
+    return _record(row, columns, name, before, answers, reference=reference, kind="preference")
 
 
 def _side(row: Row, columns: Mapping[str, str], side: str, name: str) -> list[Message]:
@@ -306,10 +295,23 @@ def _row_name(row: Row, columns: Mapping[str, str], number: int) -> str:
     return given if given.strip() else f"row {number}"
 
 
-def _record(row: Row, columns: Mapping[str, str], name: str, otherwise: str, **fields: Any) -> Record:
+def _record(
+    row: Row,
+    columns: Mapping[str, str],
+    name: str,
+    messages: tuple[Message, ...],
+    answers: tuple[str, ...],
+    **fields: Any,
+) -> Record:
+    """The record of messages and their answer, of a preference the chosen and the rejected one; or of a text."""
     used, given = set(columns.values()), text_cell(row, columns, "id", name)
     return Record(
-        id=given if given.strip() else otherwise,
+        id=given if given.strip() else content_id(messages, *answers),
+        prompt=next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), ""),
+        response=answers[0],
+        rejected="".join(answers[1:]),
+        messages=messages,
+        tools=_tools(cell(row, columns, "tools"), name),
         label=text_cell(row, columns, "label", name),
         category=text_cell(row, columns, "category", name),
         source=text_cell(row, columns, "source", name),
@@ -335,18 +337,8 @@ def _pair(row: Row, columns: Mapping[str, str], name: str, turns: Turns) -> Reco
         if place != last and not messages[place]["content"].strip():
             fix = "fill it, or mark it with weight: 0"
             raise UserError(f"an answer of {name} that counts is empty", value=messages[place], fix=fix)
-    return _record(
-        row,
-        columns,
-        name,
-        content_id(before, response["content"]),
-        prompt=next(turn["content"] for turn in reversed(before) if turn["role"] == "user"),
-        response=response["content"],
-        messages=before,
-        counted=tuple(counted[:-1]),
-        extras={key: value for key, value in response.items() if key not in ("role", "content")},
-        tools=_tools(cell(row, columns, "tools"), name),
-    )
+    extras = {key: value for key, value in response.items() if key not in ("role", "content")}
+    return _record(row, columns, name, before, (response["content"],), counted=tuple(counted[:-1]), extras=extras)
 
 
 def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Message]:

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -701,16 +701,13 @@ class Study:
         value : as YAML would give it
         base : folder that a relative path is resolved against; the current one by default
         """
-        changed = cast(Study, _replaced(self, key.split("."), value, key))
-        return changed._resolved(base or Path.cwd(), lambda at: at == key or at.startswith(f"{key}."))
+        return cast(Study, _replaced(self, key.split("."), value, key)).resolved(base or Path.cwd(), key)
 
-    def resolved(self, base: Path) -> Study:
-        """Return a copy whose relative paths are made absolute against the folder ``base``."""
-        return self._resolved(base, lambda key: True)
+    def resolved(self, base: Path, below: str | None = None) -> Study:
+        """Return a copy whose relative paths (those of one key, if given) are made absolute against ``base``."""
 
-    def _resolved(self, base: Path, where: Callable[[str], bool]) -> Study:
         def resolve(key: str, path: str, kind: str) -> str:
-            if not where(key):
+            if below is not None and key != below and not key.startswith(f"{below}."):
                 return path
             # Not Path.resolve: a linked file keeps the name that the user gave it.
             candidate = Path(os.path.abspath(base / os.path.expanduser(path)))

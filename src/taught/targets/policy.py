@@ -145,10 +145,9 @@ def _along(name: TargetName) -> str:
 class RawX(Sequence[NDArray[np.float64]]):
     """A sparse basis from which every coefficient's x pathway follows: A of d (+ 1) functionals of X.
 
-    For feature k, A = r e_k' - X_k W' with X_k uncentred. Where feature k is inactive, X_ik = 0
-    and the gate makes dX_ik = 0, so that prompt needs no backward pass for this one. Centring
-    would fill those zeros; with an intercept one more, A = 1 W' (its value: sum_i s_i),
-    carries the mean instead. Made one at a time: all take N d^2 numbers.
+    For feature k, A = r e_k' - X_k W' with X_k uncentred. Where feature k is inactive, X_ik = 0 and the gate makes
+    dX_ik = 0, so that prompt needs no backward pass for this one. Centring would fill those zeros; with an intercept
+    one more, A = 1 W' (its value: sum_i s_i), carries the mean instead. Made one at a time: all take N d^2 numbers.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -174,8 +173,7 @@ class RawX(Sequence[NDArray[np.float64]]):
 def combine_raw_x(policy: Policy, F: ArrayLike) -> Floats:
     """Sum up x_raw [P, d] for ``pathway_sums`` from F [P, d (+ 1)], values of :class:`RawX`.
 
-    With an intercept x_raw_k = F_k + mean_i(X_ik) F_extra, because Xc_ik = X_ik - mean(X_k);
-    without one x_raw = F.
+    With an intercept x_raw_k = F_k + mean_i(X_ik) F_extra, because Xc_ik = X_ik - mean(X_k); without one x_raw = F.
     """
     F = np.asarray(F, dtype=np.float64)
     if F.ndim != 2 or F.shape[1] != policy.d + int(policy.fit_intercept):
