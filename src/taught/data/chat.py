@@ -288,7 +288,8 @@ class ChatFormat:
         """
         if example.kind == "preference":
             chosen = self.encode_example(replace(example, kind="pair"), max_tokens)
-            rejected = self.encode_example(example.answered_by_rejected(), max_tokens)
+            other = replace(example, response=example.rejected, rejected="", kind="pair")
+            rejected = self.encode_example(other, max_tokens)
             cut = chosen.truncated or rejected.truncated
             if not cut and chosen.input_ids == rejected.input_ids:
                 raise UserError(

@@ -83,10 +83,6 @@ class Record:
         """The conversation up to and with the response."""
         return [*self.messages, {"role": "assistant", "content": self.response, **self.extras}]
 
-    def answered_by_rejected(self) -> Record:
-        """The same conversation as a pair with the rejected answer."""
-        return replace(self, response=self.rejected, rejected="", kind="pair")
-
 
 @dataclass(frozen=True)
 class ExampleSet:

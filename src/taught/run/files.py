@@ -23,7 +23,6 @@ from taught.errors import UserError, out_of_memory
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-    import pyarrow.compute as pc
     from torch import Tensor
 
 _TEMPORARY = ".tmp"
@@ -179,22 +178,6 @@ def schema(columns: str) -> pa.Schema:
     return pa.schema([(name, kinds[kind]) for name, kind in (column.split(":") for column in columns.split())])
 
 
-def read_parquet(path: Path, columns: Sequence[str] | None = None, rows: pc.Expression | None = None) -> pa.Table:
-    """Return an Arrow table, or columns and rows of it; row groups whose statistics exclude ``rows`` are not read."""
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path, columns=columns, filters=rows)
-
-
-def parquet_parts(path: Path, columns: Sequence[str], rows: pc.Expression) -> Iterator[pa.Table]:
-    """The same, a row group at a time, for what would not fit into memory."""
-    import pyarrow.dataset as ds
-
-    for file in ds.dataset(path).get_fragments():
-        for part in file.split_by_row_group(rows):
-            yield part.to_table(columns=list(columns), filter=rows)
-
-
 def tensors_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Return named arrays as safetensors."""
     import numpy as np
@@ -227,16 +210,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(str(error)) from error
 
 
-def tensor_rows(path: Path, name: str, places: Sequence[int]) -> np.ndarray:
-    """Return some rows of an array of a safetensors file, without reading the others."""
-    import numpy as np
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as tensors:
-        whole = tensors.get_slice(name)
-        return np.concatenate([whole[place : place + 1] for place in places])
-
-
 def place(path: str | Path) -> Path:
     """A path from the command line; UserError where no file can have this name."""
     try:
@@ -265,12 +238,6 @@ def write_error(path: Path, error: OSError, *, needed: int | None = None) -> Use
         )
     what, fix = f"{path} cannot be written", "choose a --run folder that you may write to"
     return UserError(what, value=str(error), rule="nothing was written", fix=fix)
-
-
-def plain_ids(ids: Sequence[Any]) -> list[Any]:
-    """Ids as JSON holds them: numpy arrays and scalars become Python values."""
-    listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    return [item.item() if hasattr(item, "item") else item for item in listed]
 
 
 def check_ids(

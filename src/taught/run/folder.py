@@ -264,7 +264,8 @@ class RunFolder:
         axes : array name -> name of the ids of each axis (None: an axis without ids), checked for length; without it
             each list of ids must have the length of some axis
         """
-        listed = {key: files.plain_ids(values) for key, values in ids.items()}
+        # Ids as JSON holds them: numpy's scalars become Python values.
+        listed = {key: [v.item() if hasattr(v, "item") else v for v in values] for key, values in ids.items()}
         files.check_ids(arrays, listed, axes)
         self._write(_with_suffix(name, ".safetensors"), files.tensors_bytes(arrays))
         self._write(f"{name.removesuffix('.safetensors')}.ids.json", files.json_bytes(listed))
@@ -274,9 +275,11 @@ class RunFolder:
     def read_table(
         self, name: str, columns: Sequence[str] | None = None, rows: pc.Expression | None = None
     ) -> pa.Table:
-        """Read ``NAME.parquet``, or those columns and rows of it that are asked for."""
+        """Read ``NAME.parquet``, or columns and rows of it; groups whose statistics exclude ``rows`` are not read."""
+        import pyarrow.parquet as pq
+
         with self._sound(name):
-            return files.read_parquet(self.table_path(name), columns, rows)
+            return pq.read_table(self.table_path(name), columns=columns, filters=rows)
 
     def footer(self, name: str) -> pq.FileMetaData:
         """What ``NAME.parquet`` holds (rows, columns), without reading it."""
@@ -286,8 +289,12 @@ class RunFolder:
             return pq.read_metadata(self.table_path(name))
 
     def read_parts(self, name: str, columns: Sequence[str], rows: pc.Expression) -> Iterator[pa.Table]:
-        """Read columns and rows of ``NAME.parquet``, a row group at a time."""
-        return files.parquet_parts(self.table_path(name), columns, rows)
+        """Read columns and rows of ``NAME.parquet``, a row group at a time: what would not fit into memory."""
+        import pyarrow.dataset as ds
+
+        for file in ds.dataset(self.table_path(name)).get_fragments():
+            for part in file.split_by_row_group(rows):
+                yield part.to_table(columns=list(columns), filter=rows)
 
     def table_path(self, name: str) -> Path:
         """Path of ``NAME.parquet``, unchanged since a stage wrote it; for reading it in parts."""
@@ -340,11 +347,17 @@ class RunFolder:
         -------
         ids of the rows, in the order of the file; the rows; all ids
         """
-        self._check(_with_suffix(name, ".safetensors"))
+        import numpy as np
+        from safetensors import safe_open
+
+        file = _with_suffix(name, ".safetensors")
+        self._check(file)
         ids = self._ids(name)
         with self._sound(name):
             places = [place for place, key in enumerate(ids[axis]) if key in wanted]
-            rows = files.tensor_rows(self.path(_with_suffix(name, ".safetensors")), tensor, places)
+            with safe_open(self.path(file), framework="numpy") as tensors:
+                whole = tensors.get_slice(tensor)
+                rows = np.concatenate([whole[place : place + 1] for place in places])
         return [ids[axis][place] for place in places], rows, ids
 
     def together(self) -> Iterator[str]:
