@@ -52,12 +52,11 @@ class LineProgress:
         from threading import Event, Thread
 
         self._console, self._clock = console, clock
-        self._name, self._total, self._done = "", None, 0
+        self._name, self._done = "", 0
+        self._total: int | None = None
         self._began = self._said = clock()
         self._ended = Event()
         self._ticker = Thread(target=self._tick, daemon=True)
-
-    _total: int | None
 
     def step(self, name: str, total: int | None = None) -> None:
         """Begin a step."""

@@ -99,13 +99,7 @@ def behavior_record(behavior: Behavior) -> dict[str, Any]:
 
 
 def in_rows(values: Tensor, group: Tensor, n: int, fill: float) -> Tensor:
-    """The values of each group in a row of their own, [n, most], ``fill`` behind them.
-
-    Parameters
-    ----------
-    values : [S]
-    group : int64 [S], ascending
-    """
+    """The values [S] of each group (int64 [S], ascending) in a row of their own, [n, most], ``fill`` behind them."""
     counts = group.bincount(minlength=n)
     place = group.new_ones(len(group)).cumsum(0) - 1 - (counts.cumsum(0) - counts)[group]
     return values.new_full((n, int(counts.max())), fill).index_put((group, place), values)

@@ -42,11 +42,8 @@ def settle_passes(
 
     On the first two prompts, the shortest and the longest, and the shortest and the longest example, among as many
     others as they have beside them elsewhere. Cost: two or three forward passes over these. UserError: plain passes
-    over a batch differ as well, or would: what the model computes for a text depends on the others.
-
-    Returns
-    -------
-    The largest difference in y and loss of the passes that are used.
+    over a batch differ as well, or would: what the model computes for a text depends on the others. Returns the largest
+    difference in y and loss of the passes that are used.
     """
     if not prompts:
         return 0.0
@@ -98,10 +95,7 @@ def _refuse_mixed_positions(model: nn.Module, sizes: Mapping[str, tuple[int, int
     """Stop where the model turns positions otherwise in longer texts, and the texts are of both kinds.
 
     Such rotary positions look at the longest text of a batch: a short one would be computed otherwise beside it.
-
-    Parameters
-    ----------
-    sizes : tokens of the shortest and the longest pass over each text, by its id
+    ``sizes`` are the tokens of the shortest and the longest pass over each text, by its id.
     """
     for kind, most in stretched_from(model).items():
         long = [name for name, (_, longest) in sizes.items() if longest > most]

@@ -124,7 +124,7 @@ class _Tokens:
 
 
 class ChatFormat:
-    """A tokenizer with its chat template.
+    """A tokenizer with its chat template. UserError: none, or the tokenizer gives no offsets or draws at random.
 
     Parameters
     ----------
@@ -132,11 +132,6 @@ class ChatFormat:
     template : Jinja text; None: the tokenizer's own
     date : the day, YYYY-MM-DD, that the template is told when it asks for today's
     context : the model's longest input in tokens; None: what the tokenizer says, if it says anything
-
-    Raises
-    ------
-    UserError
-        There is no template, or the tokenizer gives no offsets or draws at random.
     """
 
     def __init__(
@@ -324,20 +319,11 @@ class ChatFormat:
     def encode_examples(
         self, examples: Iterable[Record], max_tokens: int = 512, drop_truncated: bool = False
     ) -> tuple[list[EncodedExample], list[str]]:
-        """Encode examples; none is shortened or left out unless that was asked for.
+        """Encode examples; truncated ones are an error, or left out and named (``drop_truncated``).
 
-        UserError: an example is truncated and is not to be dropped; a document has no tokens to score.
-
-        Parameters
-        ----------
-        examples : the examples; a document becomes windows of its tokens
-            (:func:`taught.data.documents.encode_document`), none of them truncated
-        max_tokens : longest input
-        drop_truncated : leave out truncated examples and name them
-
-        Returns
-        -------
-        the encoded examples, in order; the ids of those that were left out
+        A document becomes windows of its tokens (:func:`taught.data.documents.encode_document`), none of them
+        truncated. Returned are the encoded examples, in order, and the ids of those that were left out. UserError: an
+        example is truncated and is not to be dropped; a document has no tokens to score.
         """
         encoded = self.encode_each(examples, max_tokens)
         cut = [example for example in encoded if example.truncated]

@@ -17,12 +17,7 @@ from taught.errors import UserError
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of a source: every iteration reads them anew, one batch of rows in memory.
-
-    Attributes
-    ----------
-    columns : field -> the column it is read from
-    """
+    """Documents of a source (columns: field -> column): each iteration reads them anew, a batch of rows in memory."""
 
     source: Source
     columns: Mapping[str, str]

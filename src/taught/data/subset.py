@@ -73,11 +73,8 @@ class Strata(Generic[S]):
     """Items that are gone through twice: each is noted, then some are taken.
 
     Within a stratum the order of choice is a hash of the id, so the choice depends neither on the order of the items
-    nor on a random state. Memory: 12 bytes an item until :meth:`take`, about 40 then.
-
-    Parameters
-    ----------
-    even, seed : as in :class:`Spread`. The seed 0 leaves the ids as they are.
+    nor on a random state. The seed 0 leaves the ids as they are. Memory: 12 bytes an item until :meth:`take`, about 40
+    then.
     """
 
     def __init__(self, even: bool = False, seed: int = 0) -> None:

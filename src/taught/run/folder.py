@@ -57,7 +57,7 @@ class Running:
 
 
 class RunFolder:
-    """A run folder, created when missing.
+    """A run folder, created when missing. UserError: not a run folder, a damaged manifest, a newer format.
 
     Parameters
     ----------
@@ -65,11 +65,6 @@ class RunFolder:
     fresh : stages whose earlier results are deleted, once, when the stage begins; and with them what was made from
         them, where they are made under other inputs now
     command : the command that repeats the run, kept in the manifest
-
-    Raises
-    ------
-    UserError
-        Not a run folder, a damaged manifest, a newer format.
     """
 
     def __init__(self, path: str | Path, *, fresh: Collection[str] = (), command: str | None = None) -> None:
@@ -341,11 +336,9 @@ class RunFolder:
     def read_tensor_rows(
         self, name: str, tensor: str, axis: str, wanted: Collection[Any]
     ) -> tuple[list[Any], np.ndarray, dict[str, list[Any]]]:
-        """Read those rows of one array of ``NAME.safetensors`` whose ids (``axis``, e.g. ``example_ids``) are wanted.
+        """Those rows of an array of ``NAME.safetensors`` whose ids (``axis``, e.g. ``example_ids``) are wanted.
 
-        Returns
-        -------
-        ids of the rows, in the order of the file; the rows; all ids
+        Returned are the ids of the rows, in the order of the file; the rows; all ids.
         """
         import numpy as np
         from safetensors import safe_open

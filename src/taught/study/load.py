@@ -28,7 +28,16 @@ def load_study(source: str | Path) -> Study:
     UserError
         No such file or preset, not YAML, an unknown key, a value that breaks its rule.
     """
-    file = _find_study(source)
+    path, presets = Path(os.path.expanduser(source)), list_presets()
+    file = next((file for file in (path, path / "study.yaml") if os.path.isfile(file)), None)  # False of no name
+    if file is None and str(source) not in presets:
+        raise UserError(
+            "no such study",
+            value=str(source),
+            rule="a YAML file, a folder with study.yaml, or a preset: " + ", ".join(presets),
+            fix=did_you_mean(str(source), presets, 0.6) or "`taught init` writes a study to start from",
+        )
+    file = file or preset_path(str(source)) / "study.yaml"
     try:
         with open(file, "rb") as opened:
             text = opened.read(_LONGEST + 1).decode()
@@ -91,21 +100,6 @@ def study_from_dict(content: object, base: Path) -> Study:
 def dump_study(study: Study) -> str:
     """Return the study as YAML, every key but the defaults of methods' parameters; ``load_study`` gives it back."""
     return yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True, width=100)
-
-
-def _find_study(source: str | Path) -> Path:
-    path = Path(os.path.expanduser(source))
-    for candidate in (path, path / "study.yaml"):
-        if os.path.isfile(candidate):  # False of a name that no file can have
-            return candidate
-    if str(source) in list_presets():
-        return preset_path(str(source)) / "study.yaml"
-    raise UserError(
-        "no such study",
-        value=str(source),
-        rule="a YAML file, a folder with study.yaml, or a preset: " + ", ".join(list_presets()),
-        fix=did_you_mean(str(source), list_presets(), 0.6) or "`taught init` writes a study to start from",
-    )
 
 
 class _UniqueKeyLoader(ShallowLoader):

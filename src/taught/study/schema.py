@@ -586,10 +586,7 @@ def _concepts() -> Any:
 class Study:
     """One question: a model, a behavior, prompts, examples, and how to compute.
 
-    Raises
-    ------
-    UserError
-        A value breaks its rule; the message names the key, the value, the rule and the fix.
+    UserError: a value breaks its rule; the message names the key, the value, the rule and the fix.
     """
 
     name: str = setting("my-study", rules.text(), "also the name of the run folder: runs/my-study")
@@ -629,11 +626,11 @@ class Study:
                 rule="a preference has two: a chosen and a rejected one",
                 fix="leave attribution.concept_methods out; the target concept:NAME has gradients of both",
             )
-        targets = self.attribution.targets
-        if self.bins is not None and targets is not None and not any(map(_is_benchmark, targets)):
+        asked = self.attribution.targets if self.bins is not None else None
+        if asked is not None and not any(t.kind == "behavior" and not t.minus for t in map(TargetName.parse, asked)):
             raise UserError(
                 "bins are mapped on benchmarks, and the study asks for none",
-                value=list(targets),
+                value=list(asked),
                 rule="a benchmark is a group of prompts: the target behavior:GROUP",
                 fix="add behavior:* to attribution.targets",
             )
@@ -693,13 +690,10 @@ class Study:
         return owner
 
     def replace(self, key: str, value: object, *, base: Path | None = None) -> Study:
-        """Return a copy with one value changed.
+        """Return a copy with one value changed, to what YAML would give.
 
-        Parameters
-        ----------
-        key : dotted, as ``attribution.curvature.damping``. Another method drops the parameters of the one before.
-        value : as YAML would give it
-        base : folder that a relative path is resolved against; the current one by default
+        The key is dotted, as ``attribution.curvature.damping``. Another method drops the parameters of the one before.
+        A relative path is resolved against ``base``, by default the current folder.
         """
         return cast(Study, _replaced(self, key.split("."), value, key)).resolved(base or Path.cwd(), key)
 
@@ -743,11 +737,6 @@ class Study:
         sections = [item.metadata["section"] for item in dataclasses.fields(Study) if "section" in item.metadata]
         paced = ((spec, part) for spec in sections for part in dataclasses.fields(spec) if part.metadata.get("pace"))
         return frozenset(f"{spec.section}.{part.name}" for spec, part in paced)
-
-
-def _is_benchmark(target: str) -> bool:
-    name = TargetName.parse(target)
-    return name.kind == "behavior" and name.minus is None
 
 
 def methods_of(study: Study) -> Iterator[tuple[str, Registry[Any], Choice]]:
