@@ -24,18 +24,22 @@ from taught.core.rules import Rule, Visit
 from taught.errors import UserError, did_you_mean, shown
 from taught.study import gone
 
-_FROM_0, _FROM_1, _POSITIVE = rules.whole(0), rules.whole(1), rules.number(above=0)
-_TEXT, _COUNT, _BLOCK = rules.optional(rules.text()), rules.optional(_FROM_1), rules.optional(_FROM_0)
-_FILE, _SOURCE = rules.optional(rules.path()), rules.optional(rules.folder_or_hub_id())
-_FLAG, _SHARE = rules.flag(), rules.number(above=0, maximum=1)
-_TEXTS = rules.list_of(rules.text(), empty=True)
-_PART = rules.optional(rules.matching(MODULE, "resid_post, attn_out, mlp_out, or a module of the block such as mlp"))
+_FROM_0, _FROM_1 = rules.whole(0), rules.whole(1)
+_POSITIVE, _SHARE = rules.number(above=0), rules.number(above=0, maximum=1)
+_TEXT, _FLAG, _FILE, _SOURCE = rules.text(), rules.flag(), rules.path(), rules.folder_or_hub_id()
+_TEXTS = rules.list_of(_TEXT, empty=True)
+_PART = rules.matching(MODULE, "resid_post, attn_out, mlp_out, or a module of the block such as mlp")
 POSITIONS = ("last_user", "last_prompt", "mean_user", "max_user")
 
 
 def _pace(default: Any, rule: Rule, doc: str) -> Any:
     """A key that changes how fast results come, and nothing about them."""
     return field(default=default, metadata={"rule": rule, "doc": doc, "pace": True})
+
+
+def _null(rule: Rule, doc: str) -> Any:
+    """A key that is null, if nothing is given."""
+    return setting(None, rules.optional(rule), doc)
 
 
 def _word(choices: str, doc: str = "") -> Any:
@@ -123,7 +127,7 @@ def _target() -> Rule:
     return Rule("the name of a target, such as behavior:GROUP", parse)
 
 
-_TARGET = rules.optional(_target())
+_TARGET = _target()
 
 
 def _source() -> Rule:
@@ -167,33 +171,29 @@ class ModelSpec(Section, name="model"):
     """The model under study, in evaluation mode; its weights never change."""
 
     id: str = setting("HuggingFaceTB/SmolLM2-135M-Instruct", rules.folder_or_hub_id(), "hub id, or a folder (./mine)")
-    revision: str | None = setting(None, _TEXT, "a branch, tag or commit of the hub")
+    revision: str | None = _null(_TEXT, "a branch, tag or commit of the hub")
     dtype: str = _word("float32 | bfloat16 | float16 | float64")
-    load_in: str | None = setting(
-        None,
-        rules.optional(rules.one_of("nf4", "nf4-double", "fp4", "fp4-double", "int8")),
+    load_in: str | None = _null(
+        rules.one_of("nf4", "nf4-double", "fp4", "fp4-double", "int8"),
         "nf4 | nf4-double | fp4 | fp4-double | int8: quantise by bitsandbytes; null: as saved",
     )
-    device: str = setting("cpu", rules.text(), "cpu | cuda | cuda:1 | mps | auto (spread over GPUs)")
-    chat_template: str | None = setting(None, _FILE, "a Jinja file, for a tokenizer that has no chat template")
+    device: str = setting("cpu", _TEXT, "cpu | cuda | cuda:1 | mps | auto (spread over GPUs)")
+    chat_template: str | None = _null(_FILE, "a Jinja file, for a tokenizer that has no chat template")
     date: str = setting(
         "2024-07-26", rules.day(), "the day that a chat template is told; some write it into every chat"
     )
-    adapter: str | None = setting(
-        None, _SOURCE, "a LoRA adapter of peft, folder or hub id; then only its parameters move"
-    )
+    adapter: str | None = _null(_SOURCE, "a LoRA adapter of peft, folder or hub id; then only its parameters move")
 
 
 @dataclass(frozen=True)
 class SaeSpec(Section, name="sae"):
     """The sparse autoencoder whose features describe the model; without one there is no policy."""
 
-    path: str | None = setting(
-        None, _SOURCE, "folder in the format of SAELens or sparsify, or release:sae_id; null: no SAE, no policy"
+    path: str | None = _null(
+        _SOURCE, "folder in the format of SAELens or sparsify, or release:sae_id; null: no SAE, no policy"
     )
-    block: int | None = setting(None, _BLOCK, "block that the SAE reads; null: what its cfg.json says")
-    point: str | None = setting(
-        None,
+    block: int | None = _null(_FROM_0, "block that the SAE reads; null: what its cfg.json says")
+    point: str | None = _null(
         _PART,
         "what of it: resid_post | attn_out | mlp_out | a module of the block, e.g. mlp; null: what its cfg.json says",
     )
@@ -218,11 +218,11 @@ class PromptsSpec(Section, name="prompts"):
     """The evaluation prompts."""
 
     path: str = setting("prompts.jsonl", rules.table(), "JSONL, Parquet or CSV")
-    positive_group: str | None = setting(
-        None, _TEXT, "the group that should show the behavior, such as harmful; a policy needs both"
+    positive_group: str | None = _null(
+        _TEXT, "the group that should show the behavior, such as harmful; a policy needs both"
     )
-    negative_group: str | None = setting(None, _TEXT, "the group that should not, such as harmless")
-    limit: int | None = setting(None, _COUNT, "at most so many prompts, spread over groups and categories")
+    negative_group: str | None = _null(_TEXT, "the group that should not, such as harmless")
+    limit: int | None = _null(_FROM_1, "at most so many prompts, spread over groups and categories")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,11 +266,9 @@ class ExamplesSpec(Section, name="examples"):
     turns: Literal["last", "all"] = _word(
         "last | all", "answers of a conversation that are trained on; marks in the data go before"
     )
-    limit: int | None = setting(None, _COUNT, "at most so many examples, spread over labels, or as `spread` says")
-    spread: tuple[str, ...] | None = setting(
-        None,
-        rules.optional(_TEXTS),
-        "columns whose values the limit is spread over, e.g. [topic, format]; null: the label",
+    limit: int | None = _null(_FROM_1, "at most so many examples, spread over labels, or as `spread` says")
+    spread: tuple[str, ...] | None = _null(
+        _TEXTS, "columns whose values the limit is spread over, e.g. [topic, format]; null: the label"
     )
     even: bool = setting(False, _FLAG, "true: as many of each such value, as far as there are; false: in proportion")
     seed: int = setting(0, _FROM_0, "another one chooses other examples within the limit")
@@ -286,22 +284,20 @@ class ExamplesSpec(Section, name="examples"):
         False, _FLAG, "true: leave out examples whose prompt is an evaluation prompt, and list them"
     )
     drop_truncated: bool = setting(False, _FLAG, "true: leave out examples whose response is cut off, and list them")
-    positive_label: str | None = setting(
-        None, _TEXT, "the label of examples that should teach the behavior; null: not known"
-    )
-    negative_label: str | None = setting(None, _TEXT, "the label of those that should teach its absence")
+    positive_label: str | None = _null(_TEXT, "the label of examples that should teach the behavior; null: not known")
+    negative_label: str | None = _null(_TEXT, "the label of those that should teach its absence")
 
 
 @dataclass(frozen=True)
 class FeaturesSpec(Section, name="features"):
     """Which features of the SAE the policy is written in."""
 
-    ids: tuple[int, ...] | None = setting(
-        None, rules.optional(rules.list_of(_FROM_0)), "feature ids, e.g. [12, 407]; null: chosen by the contrast"
+    ids: tuple[int, ...] | None = _null(
+        rules.list_of(_FROM_0), "feature ids, e.g. [12, 407]; null: chosen by the contrast"
     )
     threshold: float = setting(0.1, rules.number(minimum=0), "difference of the group means that a feature must exceed")
     max_features: int = setting(75, _FROM_1, "at most so many, the strongest first")
-    labels: str | None = setting(None, _FILE, "a file with your own labels")
+    labels: str | None = _null(_FILE, "a file with your own labels")
 
 
 @dataclass(frozen=True)
@@ -321,29 +317,26 @@ class PolicySpec(Section, name="policy"):
 class ConceptSpec(Section, name="concepts"):
     """A direction in the residual stream (or at another point), made of two groups, features or a file, or saved."""
 
-    name: str = setting("concept", rules.text(), "the target is concept:NAME")
-    path: str | None = setting(None, rules.optional(rules.folder()), "a folder of a saved concept; then nothing else")
-    source: str | None = setting(
-        None,
-        rules.optional(_source()),
+    name: str = setting("concept", _TEXT, "the target is concept:NAME")
+    path: str | None = _null(rules.folder(), "a folder of a saved concept; then nothing else")
+    source: str | None = _null(
+        _source(),
         "difference (of two groups' means) | probe | feature:ID or feature:ID=SHARE,ID=SHARE | file:PATH[:TENSOR]",
     )
-    block: int | None = setting(None, _BLOCK, "that is read; null: the SAE's")
-    point: str | None = setting(None, _PART, "what of it, as sae.point; null: the SAE's, or resid_post")
-    position: str | None = setting(
-        None, rules.optional(rules.one_of(*POSITIONS)), "tokens of a prompt that are read; null: readout.position"
-    )
-    tokens: str = setting("mean_response", rules.text(), "tokens of an example: mean_response | last_response")
-    examples: str | None = setting(None, _FILE, "labelled examples: the groups are these, in place of the prompts")
-    positive: str = setting("present", rules.text(), "label of the examples with the behavior")
-    negative: str = setting("absent", rules.text(), "label of the examples without it")
+    block: int | None = _null(_FROM_0, "that is read; null: the SAE's")
+    point: str | None = _null(_PART, "what of it, as sae.point; null: the SAE's, or resid_post")
+    position: str | None = _null(rules.one_of(*POSITIONS), "tokens of a prompt that are read; null: readout.position")
+    tokens: str = setting("mean_response", _TEXT, "tokens of an example: mean_response | last_response")
+    examples: str | None = _null(_FILE, "labelled examples: the groups are these, in place of the prompts")
+    positive: str = setting("present", _TEXT, "label of the examples with the behavior")
+    negative: str = setting("absent", _TEXT, "label of the examples without it")
     method: Literal["logistic", "ridge"] = _word("logistic | ridge", "of a probe")
     penalty: float = setting(1.0, _POSITIVE, "of a probe, on rows of unit mean square")
     norm: Literal["unit", "none"] = _word("unit | none", "unit | none: as it is")
     read: Literal["prompts", "responses"] = _word(
         "prompts | responses", "what the target's mean is over: prompts | responses of the examples"
     )
-    group: str | None = setting(None, _TEXT, "of these prompts only, or of examples with this label; null: all")
+    group: str | None = _null(_TEXT, "of these prompts only, or of examples with this label; null: all")
     force: bool = setting(False, _FLAG, "true: also a direction that is no better than chance")
     sweep: bool = setting(False, _FLAG, "true: the card shows every block")
 
@@ -362,9 +355,8 @@ class ConceptSpec(Section, name="concepts"):
 class AttributionSpec(Section, name="attribution"):
     """How the effect of an example is computed, and on what."""
 
-    targets: tuple[str, ...] | None = setting(
-        None,
-        rules.optional(rules.list_of(_target())),
+    targets: tuple[str, ...] | None = _null(
+        rules.list_of(_TARGET),
         "score, coefficient:*, behavior:*, behavior:GROUP, prompt:*, concept:*, A - B ...; null: all that there are",
     )
     estimator: Choice = _method("attribution.estimator", ESTIMATORS, "adjoint", "how the inner product is obtained")
@@ -381,10 +373,8 @@ class AttributionSpec(Section, name="attribution"):
     memory_gb: float = _pace(3.75, rules.number(above=0, maximum=1e6), "working memory for gradients")
     batch_tokens: int = _pace(512, _FROM_1, "tokens that go through the model at once")
     checkpointing: bool = _pace(False, _FLAG, "true: long examples in about half the memory, and more time")
-    parameters: tuple[str, ...] | None = setting(
-        None,
-        rules.optional(rules.list_of(rules.text())),
-        'only what matches moves, e.g. ["model.layers.1?.mlp.*"]; null: all',
+    parameters: tuple[str, ...] | None = _null(
+        rules.list_of(_TEXT), 'only what matches moves, e.g. ["model.layers.1?.mlp.*"]; null: all'
     )
     concept_methods: tuple[str, ...] = setting(
         (),
@@ -394,7 +384,7 @@ class AttributionSpec(Section, name="attribution"):
         ),
         "beside the influence: vector-filter, projection-difference-response, projection-difference-training",
     )
-    checkpoint: str | None = setting(None, _SOURCE, "the fine-tuned model, for projection-difference-training")
+    checkpoint: str | None = _null(_SOURCE, "the fine-tuned model, for projection-difference-training")
     max_new_tokens: int = setting(128, _FROM_1, "of an own answer, for projection-difference-response")
 
 
@@ -410,8 +400,8 @@ class ClampSpec(Section, name="clamp"):
 class ClustersSpec(Section, name="clusters"):
     """Groups of examples by their active features."""
 
-    k: int | None = setting(None, rules.optional(rules.whole(2)), "number of clusters; null: by the silhouette")
-    target: str | None = setting(None, _TARGET, "one target; null: the score and every behavior:*")
+    k: int | None = _null(rules.whole(2), "number of clusters; null: by the silhouette")
+    target: str | None = _null(_TARGET, "one target; null: the score and every behavior:*")
 
 
 @dataclass(frozen=True)
@@ -419,15 +409,14 @@ class BinsSpec(Section, name="bins"):
     """A capability map: which kinds of examples, by one or two of their columns, raise which benchmark."""
 
     columns: tuple[str, ...] = setting(
-        ("topic", "format"), rules.list_of(rules.text()), "one or two columns of the examples, which name their kinds"
+        ("topic", "format"), rules.list_of(_TEXT), "one or two columns of the examples, which name their kinds"
     )
-    taxonomy: Literal["weborganizer"] | None = setting(
-        None,
-        rules.optional(rules.one_of("weborganizer")),
+    taxonomy: Literal["weborganizer"] | None = _null(
+        rules.one_of("weborganizer"),
         "weborganizer: its 24 topics and 24 formats are the known names; null: whatever the columns hold",
     )
-    classifier: str | None = setting(
-        None, _TEXT, "module:function(column, texts) that labels the examples where they do not have a column"
+    classifier: str | None = _null(
+        _TEXT, "module:function(column, texts) that labels the examples where they do not have a column"
     )
     minimum: int = setting(5, rules.whole(3), "bins of fewer documents are shown and not tested")
     trim: float = setting(
@@ -435,10 +424,8 @@ class BinsSpec(Section, name="bins"):
     )
     permutations: int = setting(9999, rules.whole(99, 10**6), "of the labels of bins, for the test")
     bootstrap: int = setting(1000, rules.whole(20, 10**5), "resamples of documents and questions, for the intervals")
-    contrasts: tuple[str, ...] | None = setting(
-        None,
-        rules.optional(_TEXTS),
-        '["a - b", "(a - b) - (c - d)"] of groups of prompts; null: all pairs of at most four',
+    contrasts: tuple[str, ...] | None = _null(
+        _TEXTS, '["a - b", "(a - b) - (c - d)"] of groups of prompts; null: all pairs of at most four'
     )
     questions: bool = setting(
         True, _FLAG, "keep what each example does to each prompt; false: intervals over documents alone"
@@ -460,19 +447,16 @@ class BinsSpec(Section, name="bins"):
 class CurationSpec(Section, name="curation"):
     """Which examples are dropped."""
 
-    rule: Literal["paper", "top-k", "keep-k", "swap-k"] | None = setting(
-        None,
-        rules.optional(rules.one_of("paper", "top-k", "keep-k", "swap-k")),
+    rule: Literal["paper", "top-k", "keep-k", "swap-k"] | None = _null(
+        rules.one_of("paper", "top-k", "keep-k", "swap-k"),
         "paper | top-k (drops the k highest) | keep-k (keeps the k lowest) | swap-k (exchanges chosen and rejected of "
         "the k highest preferences); null: paper, where a policy and both labels are there and neither k nor a target "
         "is named, else top-k",
     )
-    k: int | None = setting(None, _COUNT, "how many; null: one in ten examples, at least one; paper has none")
-    target: str | None = setting(
-        None, _TARGET, "what examples are ranked by; null: score, or the first behavior target"
-    )
-    method: str | None = setting(None, _TEXT, "whose scores; null: the run's own")
-    protect: str | None = setting(None, _TARGET, "a second target that dropping examples must not lower")
+    k: int | None = _null(_FROM_1, "how many; null: one in ten examples, at least one; paper has none")
+    target: str | None = _null(_TARGET, "what examples are ranked by; null: score, or the first behavior target")
+    method: str | None = _null(_TEXT, "whose scores; null: the run's own")
+    protect: str | None = _null(_TARGET, "a second target that dropping examples must not lower")
 
 
 REPEATED = ("random", "matched", "leave-out")  # trained under several seeds, if asked
@@ -502,9 +486,7 @@ class ValidationSpec(Section, name="validation"):
     )
     schedule: Literal["constant", "linear"] = _word("constant | linear")
     warmup: float = setting(0.0, rules.number(minimum=0, maximum=1), "share of the steps")
-    max_grad_norm: float | None = setting(
-        None, rules.optional(_POSITIVE), "a number: longer gradients are scaled down to it"
-    )
+    max_grad_norm: float | None = _null(_POSITIVE, "a number: longer gradients are scaled down to it")
     seed: int = setting(42, _FROM_0, "order of the examples, first weights of a LoRA, draws of subsets")
     designs: tuple[str, ...] = setting(
         ("random", "matched"), rules.list_of(rules.one_of(*DESIGNS)), "which subsets: " + " | ".join(DESIGNS)
@@ -521,8 +503,7 @@ class ValidationSpec(Section, name="validation"):
         "removal: without, addition: only with these shares of the examples that the run names; unlearn, teach: of the "
         "documents",
     )
-    remove_by: str | None = setting(
-        None,
+    remove_by: str | None = _null(
         _TARGET,
         "the examples named raise this target most; null: curation.target, or the behavior where it is not wanted",
     )
@@ -537,7 +518,7 @@ class ValidationSpec(Section, name="validation"):
     )
     alike: str | None = setting(
         "label",
-        _TEXT,
+        rules.optional(_TEXT),
         "unlearn, teach: a column of the examples, such as the topic; random documents hold as many of each value as "
         "the named ones; null: only as many tokens",
     )
@@ -545,15 +526,14 @@ class ValidationSpec(Section, name="validation"):
     unlearn_lr: float = setting(
         0.01, rules.rate(), "unlearn: the first rate, the distance of a step; fitted anew every 10 steps"
     )
-    guard: str | None = setting(
-        None,
+    guard: str | None = _null(
         _TEXT,
         "unlearn: a group or category of prompts whose accuracy (of a choice), mean (of a loss) or mean degree must "
         "hold, or the run stops; null: the loss of the examples that are retained",
     )
     guard_keep: float = setting(0.9, _SHARE, "unlearn: 0.9: at least 90% of the guard's start, of a loss at most 110%")
     answer_tokens: int = setting(0, _FROM_0, "30: the retrained models answer the prompts too, and a judge reads it")
-    judge: str | None = setting(None, _TEXT, "module:function that reads the answers; null: rules that read the words")
+    judge: str | None = _null(_TEXT, "module:function that reads the answers; null: rules that read the words")
     methods: tuple[str, ...] = setting((), _TEXTS, "further methods to compare, such as adjoint+ekfac")
     scores: tuple[str, ...] = setting(
         (), rules.list_of(rules.path(), empty=True), "files of scores that were made elsewhere, to compare"
@@ -589,7 +569,7 @@ class Study:
     UserError: a value breaks its rule; the message names the key, the value, the rule and the fix.
     """
 
-    name: str = setting("my-study", rules.text(), "also the name of the run folder: runs/my-study")
+    name: str = setting("my-study", _TEXT, "also the name of the run folder: runs/my-study")
     model: ModelSpec = _section(ModelSpec)
     sae: SaeSpec = _section(SaeSpec)
     readout: ReadoutSpec = _section(ReadoutSpec)
