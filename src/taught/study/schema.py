@@ -626,7 +626,7 @@ class Study:
             fix = "start from the file that `taught init` writes"
             raise UserError("a study is a mapping of keys to values", value=content, fix=fix)
         for key, value in content.items():
-            if key not in _names(cls):
+            if key not in _keys(cls):
                 raise unknown_key(shown(key), value)
         return cls(**content)
 
@@ -648,8 +648,7 @@ class Study:
     def flat(self) -> dict[str, Any]:
         """Each value under its dotted key, e.g. ``policy.alpha``.
 
-        A method's kind stands under the method's key and the parameters given below it:
-        ``attribution.curvature``, ``attribution.curvature.damping``.
+        A method's kind stands under its key (``attribution.curvature``), the parameters given below it.
         """
         return dict(_leaves(self, ""))
 
@@ -663,8 +662,7 @@ class Study:
                 if part not in known:
                     raise unknown_key(key, None)
                 return owner.values.get(part, known[part].default)
-            item = _field(type(owner), part)
-            if item is None:
+            if (item := _keys(type(owner)).get(part)) is None:
                 raise unknown_key(key, None)
             owner, registry = getattr(owner, part), item.metadata.get("registry")
         return owner
@@ -762,8 +760,7 @@ def _visited(owner: Any, prefix: str, visit: Visit) -> Any:
 def _replaced(owner: Any, parts: list[str], value: object, key: str) -> Any:
     """A copy of a section, or of a study, with one value changed."""
     name, *rest = parts
-    item = _field(type(owner), name)
-    if item is None:
+    if (item := _keys(type(owner)).get(name)) is None:
         raise unknown_key(key, value)
     current, section = getattr(owner, name), item.metadata.get("section")
     if not rest and section is not None and item.default is MISSING:
@@ -781,7 +778,7 @@ def _section_from(spec: type[Section], value: object) -> Section:
     if not isinstance(value, Mapping):
         raise _not_a_value(spec, value)
     for key, item in value.items():
-        if key not in _names(spec):
+        if key not in _keys(spec):
             raise unknown_key(f"{spec.section}.{shown(key)}", item)
     return spec(**value)
 
@@ -790,27 +787,22 @@ def _not_a_value(spec: type[Section], value: object) -> UserError:
     return UserError(
         f"{spec.section} is a section, not a value",
         value=value,
-        rule="its keys: " + ", ".join(_names(spec)),
+        rule="its keys: " + ", ".join(_keys(spec)),
         fix=f"write `{spec.section}:` and its keys below it, indented",
     )
 
 
-def _names(spec: Any) -> list[str]:
-    return [item.name for item in dataclasses.fields(spec)]
-
-
-def _field(spec: Any, name: str) -> dataclasses.Field[Any] | None:
-    if not dataclasses.is_dataclass(spec):
-        return None
-    return next((item for item in dataclasses.fields(spec) if item.name == name), None)
+def _keys(spec: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The keys of a section, or of a study; a value has none."""
+    return {item.name: item for item in dataclasses.fields(spec)} if dataclasses.is_dataclass(spec) else {}
 
 
 def unknown_key(key: str, value: object) -> UserError:
     """Say what became of an old key; else suggest the closest, also one of the same name elsewhere."""
     key = shown(key)  # however long it is
     section, dot, _ = key.partition(".")
-    specs = {item.name: item.metadata.get("section") or item.metadata.get("each") for item in dataclasses.fields(Study)}
-    below = {name: _names(spec) if spec else [] for name, spec in specs.items()}
+    items = _keys(Study).items()
+    below = {name: list(_keys(item.metadata.get("section") or item.metadata.get("each"))) for name, item in items}
     every = [f"{name}.{part}" if part else name for name, parts in below.items() for part in parts or [""]]
     same = [f"did you mean {known}?" for known in every if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     guess = same[0] if same else did_you_mean(key, [*every, *below], 0.6)
