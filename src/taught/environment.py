@@ -18,12 +18,8 @@ _EXTRAS = ("bitsandbytes", "peft")  # said where they are installed
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version(), "taught": taught.__version__}
-    for name in _VERSIONS_OF:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    for name in _EXTRAS:
+    found |= dict.fromkeys(_VERSIONS_OF, "not installed")
+    for name in (*_VERSIONS_OF, *_EXTRAS):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

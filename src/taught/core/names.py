@@ -15,6 +15,7 @@ What stands behind the kind is a name and may hold colons; only kinds with pathw
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +47,12 @@ class TargetName:
     @classmethod
     def parse(cls, text: str) -> TargetName:
         """Read a name. UserError: an unknown kind; something is missing behind it, or stands where nothing belongs."""
-        left, right = _contrast(text)
-        found = _single(left, text)
-        return found if right is None else cls(found.kind, found.about, found.pathway, _single(right, text))
+        for sign in re.finditer(f"(?={MINUS})", text):
+            right = text[sign.start() + len(MINUS) :]
+            if right.partition(":")[0] in TARGETS.names():  # else the sign is a part of a name
+                left = _single(text[: sign.start()], text)
+                return cls(left.kind, left.about, left.pathway, _single(right, text))
+        return _single(text, text)
 
     def __str__(self) -> str:
         parts = [part for part in (self.kind, self.about, self.pathway) if part is not None]
@@ -64,17 +68,6 @@ class TargetName:
     def along(self, pathway: str | None) -> TargetName:
         """The same target along one pathway, or both."""
         return TargetName(self.kind, self.about, pathway, self.minus)
-
-
-def _contrast(text: str) -> tuple[str, str | None]:
-    """Both sides of a contrast; a name may hold the sign itself, so the right side must be a target."""
-    at = text.find(MINUS)
-    while at >= 0:
-        right = text[at + len(MINUS) :]
-        if right.partition(":")[0] in TARGETS.names():
-            return text[:at], right
-        at = text.find(MINUS, at + 1)
-    return text, None
 
 
 def _single(text: str, whole: str) -> TargetName:
