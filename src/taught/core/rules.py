@@ -113,10 +113,7 @@ def whole(minimum: int, maximum: int = 2**31 - 1) -> Rule:
 
 
 def number(*, above: float | None = None, minimum: float | None = None, maximum: float | None = None) -> Rule:
-    """Return the rule for a finite number.
-
-    Numbers such as ``1e-4`` arrive from YAML as text (its grammar wants a dot) and are accepted.
-    """
+    """Return the rule for a finite number; ``1e-4`` is a text in YAML (its grammar wants a dot) and is accepted."""
     bound = f"above {above:g}" if above is not None else f"at least {minimum:g}"
     bound += "" if maximum is None else f" and at most {maximum:g}"
 

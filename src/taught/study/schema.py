@@ -646,10 +646,7 @@ class Study:
         return cast(dict[str, Any], plain(self))
 
     def flat(self) -> dict[str, Any]:
-        """Each value under its dotted key, e.g. ``policy.alpha``.
-
-        A method's kind stands under its key (``attribution.curvature``), the parameters given below it.
-        """
+        """Each value under its dotted key, ``policy.alpha``; a method's kind under its own, parameters below it."""
         return dict(_leaves(self, ""))
 
     def get(self, key: str) -> Any:
