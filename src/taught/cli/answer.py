@@ -94,10 +94,11 @@ def _target(run: RunFolder, what: str, asked: Asked) -> pa.Table:
     rows: dict[str, list[float]] = {}
     for label, value in zip(table["label"].to_pylist(), table["value"].to_pylist(), strict=True):
         rows.setdefault(label or "", []).append(value)
-    found = [
-        {"label": label, "n": len(values), **{f"q{q:g}": float(np.quantile(values, q)) for q in QUANTILES}}
-        for label, values in sorted(rows.items())
-    ]
+    found = []
+    for label, values in sorted(rows.items()):
+        found.append(
+            {"label": label, "n": len(values), **{f"q{q:g}": float(np.quantile(values, q)) for q in QUANTILES}}
+        )
     return pa.Table.from_pylist(found)
 
 

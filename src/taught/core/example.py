@@ -258,9 +258,8 @@ def make_batch(examples: Examples, index: Sequence[int]) -> ExampleBatch:
         rows = stack([tree for tree, _ in trees])
         nodes = [paths for _, paths in trees]
     width, lengths = rows.ids.shape[1], rows.lengths.tolist()
-    places = [
-        [width - n + paths[s][t - 1] for s, t in p.scored] for p, paths, n in zip(chosen, nodes, lengths, strict=True)
-    ]
+    each = zip(chosen, nodes, lengths, strict=True)
+    places = [[width - n + paths[s][t - 1] for s, t in p.scored] for p, paths, n in each]
     keep = width - min((c for own in places for c in own), default=width - 1)
     most = max((len(own) for own in places), default=0)
     shape = (len(chosen), most)

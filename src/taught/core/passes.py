@@ -62,12 +62,8 @@ def settle_passes(
     batch = [*pairs[:1], *between, *pairs[1:]]
     tolerance = _TOLERANCE.get(next(model.parameters()).dtype, 2e-3)
     with evaluating(model):
-        alone = torch.cat(
-            [
-                read_prompts_plain(model, some, behavior, None, batch_size=1).y,
-                torch.tensor([_loss_alone(model, z) for z in pairs], dtype=torch.float64),
-            ]
-        )
+        y = read_prompts_plain(model, some, behavior, None, batch_size=1).y
+        alone = torch.cat([y, torch.tensor([_loss_alone(model, z) for z in pairs], dtype=torch.float64)])
         read = partial(_together, model, company, behavior, batch, [p.id for p in some])
         off, why = float("nan"), ""
         if takes_trees(model):

@@ -105,9 +105,8 @@ class Scores:
         """These scores of some targets only."""
         columns = [self.column(target) for target in targets]
         se = None if self.se is None else self.se[:, columns]
-        return replace(
-            self, targets=tuple(self.targets[c] for c in columns), values=self.values[:, columns], se=se, details={}
-        )
+        names = tuple(self.targets[c] for c in columns)
+        return replace(self, targets=names, values=self.values[:, columns], se=se, details={})
 
     def joined(self, other: Scores) -> Scores:
         """These targets and those of other scores of the same examples by the same method; details stay these."""
@@ -117,9 +116,8 @@ class Scores:
         if self.se is not None or other.se is not None:
             parts = [np.full(s.values.shape, np.nan) if s.se is None else s.se for s in (self, other)]
             se = np.concatenate(parts, 1)
-        return replace(
-            self, targets=(*self.targets, *other.targets), values=np.concatenate([self.values, other.values], 1), se=se
-        )
+        values = np.concatenate([self.values, other.values], 1)
+        return replace(self, targets=(*self.targets, *other.targets), values=values, se=se)
 
     def plus(self, other: Scores) -> Scores:
         """The sum with scores of the same examples and targets: two legs of a training run."""
@@ -154,9 +152,8 @@ class Scores:
         """Wide form: one row an example (its id is the index), one column a target. Needs pandas."""
         import pandas as pd
 
-        return pd.DataFrame(
-            self.values, index=pd.Index(self.example_ids, name="example_id"), columns=[str(t) for t in self.targets]
-        )
+        ids = pd.Index(self.example_ids, name="example_id")
+        return pd.DataFrame(self.values, index=ids, columns=[str(target) for target in self.targets])
 
 
 def scores_schema() -> pa.Schema:

@@ -166,9 +166,8 @@ class ChatFormat:
         stated = getattr(tokenizer, "model_max_length", None)
         # Tokenizers that state no length say 10^30.
         self.context = context or (stated if stated and stated < 10**9 else None)
-        self._special = frozenset(tokenizer.all_special_ids) | {
-            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = frozenset(tokenizer.all_special_ids) | added
         self._special_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self._special)))
         # Text that the vocabulary lacks becomes the unknown token, which ends no turn.
         self._marks = self._special - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
@@ -463,20 +462,14 @@ class ChatFormat:
 
         It may cover white space at the end of the content (an added token with ``lstrip``).
         """
-        behind = (
-            index
-            for index, (token, (_, stop)) in enumerate(zip(tokens.ids, tokens.offsets, strict=True))
-            if token in self._marks and stop > content_end
-        )
+        spans = enumerate(zip(tokens.ids, tokens.offsets, strict=True))
+        behind = (place for place, (token, (_, stop)) in spans if token in self._marks and stop > content_end)
         return next(behind, otherwise)
 
     def _covering(self, tokens: _Tokens, start: int, end: int, id: str) -> tuple[int, int]:
         """Return the range of tokens that share a character with [start, end), special ones left out."""
-        inside = [
-            index
-            for index, (token, (a, b)) in enumerate(zip(tokens.ids, tokens.offsets, strict=True))
-            if a < end and b > start and token not in self._marks
-        ]
+        spans = enumerate(zip(tokens.ids, tokens.offsets, strict=True))
+        inside = [place for place, (token, (a, b)) in spans if a < end and b > start and token not in self._marks]
         if not inside:
             raise UserError(
                 f"a message of {id} has no tokens",

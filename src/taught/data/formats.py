@@ -363,8 +363,7 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
             *_part(row, columns, "response", "assistant", name),
         ]
         if turns[0]["role"] != "system" and prompt[0]["role"] == "system":
-            what, fix = f"{name} has a history before its system turn", _IN_ONE
-            raise UserError(what, value=prompt[0]["content"], fix=fix)
+            raise UserError(f"{name} has a history before its system turn", value=prompt[0]["content"], fix=_IN_ONE)
     turns = with_system(system, turns, name)
     if not _ORDER.fullmatch(role_letters(turns)):
         raise UserError(
