@@ -49,31 +49,22 @@ def influence(
 
     Parameters
     ----------
-    model
-        A folder or hub id, or a model of ``transformers`` together with its ``tokenizer``.
-    examples
-        Training examples: a file (JSONL, Parquet, CSV), dicts, or a ``datasets.Dataset``, with ``messages`` or
-        ``prompt`` and ``response``, and ids if they have some. Documents: ``study.examples.kind``.
-    prompts
-        Evaluation prompts, likewise, with ``prompt`` and, if there are several, ``group``.
-    targets
-        Names such as ``behavior:GROUP``, ``score``, ``coefficient:17``, ``behavior:a - behavior:b``. None: the
-        behavior of every group, and with an SAE the policy's score and coefficients.
-    behavior
-        The number y that is measured on each prompt: a kind, or a mapping of ``kind`` and its parameters. This and
-        what follows: None for what ``study`` says (``prefixes``, ``adjoint``, ``identity``, ``base``, 1e-4).
-    sae
-        Folder or release of a sparse autoencoder. Without one there is no policy, and none is needed for
-        ``behavior:*`` and ``prompt:*``. With one, name the two groups: ``study``'s ``prompts.positive_group``
-        and ``prompts.negative_group``.
-    estimator, curvature, trajectory
-        How the effect is computed (docs/methods.md); a name, or a mapping of ``kind`` and its parameters.
-    lr
-        Learning rate of the step. Values are changes per step: positive, training on the example raises the target.
-    study
-        Everything that is not given here, as a study says it; its model, examples and prompts are not read.
-    folder
-        Where an estimator may keep what outlives this call (sketches).
+    model : a folder or hub id, or a model of ``transformers`` together with its ``tokenizer``
+    examples : training examples: a file (JSONL, Parquet, CSV), dicts, or a ``datasets.Dataset``, with ``messages`` or
+        ``prompt`` and ``response``, and ids if they have some; documents: ``study.examples.kind``
+    prompts : evaluation prompts, likewise, with ``prompt`` and, if there are several, ``group``
+    targets : names such as ``behavior:GROUP``, ``score``, ``coefficient:17``, ``behavior:a - behavior:b``; None: the
+        behavior of every group, and with an SAE the policy's score and coefficients
+    behavior : the number y that is measured on each prompt: a kind, or a mapping of ``kind`` and its parameters. This
+        and what follows: None for what ``study`` says (``prefixes``, ``adjoint``, ``identity``, ``base``, 1e-4)
+    sae : folder or release of a sparse autoencoder. Without one there is no policy, and none is needed for
+        ``behavior:*`` and ``prompt:*``. With one, name the two groups: ``study``'s ``prompts.positive_group`` and
+        ``prompts.negative_group``
+    estimator, curvature, trajectory : how the effect is computed (docs/methods.md); a name, or a mapping of ``kind``
+        and its parameters
+    lr : learning rate of the step. Values are changes per step: positive, training on the example raises the target
+    study : everything that is not given here, as a study says it; its model, examples and prompts are not read
+    folder : where an estimator may keep what outlives this call (sketches)
 
     Returns
     -------

@@ -18,12 +18,8 @@ _EXTRAS = ("bitsandbytes", "peft")  # said where they are installed
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version(), "taught": taught.__version__}
-    for name in _VERSIONS_OF:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    for name in _EXTRAS:
+    found |= dict.fromkeys(_VERSIONS_OF, "not installed")
+    for name in (*_VERSIONS_OF, *_EXTRAS):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -41,13 +37,7 @@ def process_share() -> tuple[int, int]:
 
 
 def peak_memory_gb(*, recent: bool = False) -> float | None:
-    """Return the largest resident memory of this process so far, in 10^9 bytes.
-
-    Parameters
-    ----------
-    recent
-        Only since :func:`mark_memory` was called.
-    """
+    """The largest resident memory of this process so far (since :func:`mark_memory`, if recent), in 10^9 bytes."""
     own = _peak_in_proc()
     if own is not None:
         return round((own if recent else max(own, *_earlier)) / 1e9, 3)
@@ -79,35 +69,27 @@ def _peak_in_proc() -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the kernel now: before work that needs it in pieces of other sizes.
-
-    Elsewhere than on glibc nothing happens.
-    """
+    """Give freed memory back to the kernel now (on glibc): before work that needs it in pieces of other sizes."""
     import ctypes
 
-    try:
+    with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        return
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of giving it back to the kernel, and take large pages.
 
-    Activations come and go thousands of times in a run; mapping their pages anew each time took a
-    third of the processor time on the CPU. What is larger than 32 MB (gradients, queries) is still
-    given back at once; glibc takes no higher threshold. For these torch asks Linux for pages of
-    2 MB, which are mapped several times as fast; it reads the setting when it first takes memory.
-    Elsewhere than on Linux and glibc nothing happens.
+    Activations come and go thousands of times in a run; mapping their pages anew each time took a third of the
+    processor time on the CPU. What is larger than 32 MB (gradients, queries) is still given back at once; glibc takes
+    no higher threshold. For these torch asks Linux for pages of 2 MB, which are mapped several times as fast; it reads
+    the setting when it first takes memory. Elsewhere than on Linux and glibc nothing happens.
     """
     import ctypes
 
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
-    try:
+    with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(mmap_threshold, 1 << 25)
-    mallopt(trim_threshold, (1 << 31) - 1)
+        mallopt(mmap_threshold, 1 << 25)
+        mallopt(trim_threshold, (1 << 31) - 1)

@@ -6,6 +6,7 @@ traceback. Anything else is a defect of ours and ends with exit code 1.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import reprlib
 import unicodedata
@@ -27,28 +28,19 @@ class UserError(TaughtError):
 
     Parameters
     ----------
-    what
-        What is wrong, in one sentence, without a trailing full stop.
-    value
-        The offending value, shown with ``repr`` and shortened to 200 characters.
-    rule
-        The rule that the value breaks.
-    fix
-        What to type or change.
+    what : what is wrong, in one sentence, without a trailing full stop
+    value : the offending value, shown with ``repr`` and shortened to 200 characters
+    rule : the rule that the value breaks
+    fix : what to type or change
     """
 
     exit_code = 2
 
     def __init__(self, what: str, *, value: object = None, rule: str | None = None, fix: str | None = None) -> None:
         self.what, self.value, self.rule, self.fix = what, value, rule, fix
-        lines = [_line(what, _LONGEST)]
-        if value is not None:
-            lines.append(f"  value: {shown(value)}")
-        if rule is not None:
-            lines.append(f"  rule:  {_line(rule, _LONGEST)}")
-        if fix is not None:
-            lines.append(f"  fix:   {_line(fix, _LONGEST)}")
-        super().__init__("\n".join(lines))
+        parts = {"  value: ": value if value is None else shown(value), "  rule:  ": rule, "  fix:   ": fix}
+        lines = [head + _line(text, _LONGEST) for head, text in parts.items() if text is not None]
+        super().__init__("\n".join([_line(what, _LONGEST), *lines]))
 
 
 _LONGEST = 4000  # of a part of a message; names in it may come from a file
@@ -70,11 +62,9 @@ def printable(text: str) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(char) else char for char in text)
-
-
-def _steers(char: str) -> bool:
-    return (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") and char not in "\n\t") or char in _DIRECTIONS
+    steering = (char for char in set(text) if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"))
+    bad = {*steering, *_DIRECTIONS} - {"\n", "\t"}
+    return text.translate(dict.fromkeys(map(ord, bad), "\N{REPLACEMENT CHARACTER}"))
 
 
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -116,12 +106,17 @@ class _Brief(reprlib.Repr):
         return "{" + ", ".join(parts) + ", …" * (len(x) > self.maxdict) + "}"
 
 
+def did_you_mean(name: object, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name that is closest, as a fix; None where none is close."""
+    close = difflib.get_close_matches(shown(name), list(known), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]}?" if close else None
+
+
 def refuse(bad: Sequence[object], what: str, *, rule: str | None = None, fix: str | None = None) -> None:
     """Raise a UserError that names the first few of what is bad, if anything is."""
     if bad:
-        first = ", ".join(map(str, bad[:8]))
         more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-        raise UserError(what, value=first + more, rule=rule, fix=fix)
+        raise UserError(what, value=", ".join(map(str, bad[:8])) + more, rule=rule, fix=fix)
 
 
 def refuse_repeated(ids: Iterable[object], what: str) -> None:

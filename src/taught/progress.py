@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from taught.errors import printable
@@ -52,21 +51,21 @@ class LineProgress:
         from threading import Event, Thread
 
         self._console, self._clock = console, clock
-        self._name, self._total, self._done = "", None, 0
+        self._name, self._done = "", 0
+        self._total: int | None = None
         self._began = self._said = clock()
         self._ended = Event()
         self._ticker = Thread(target=self._tick, daemon=True)
 
-    _total: int | None
-
     def step(self, name: str, total: int | None = None) -> None:
         """Begin a step."""
         self._name, self._total, self._done, self._began = name, total, 0, self._clock()
-        self._say(name if total is None else f"{name} ({total})")
+        self.note(name if total is None else f"{name} ({total})")
 
     def note(self, text: str) -> None:
         """Say something."""
-        self._say(text)
+        self._said = self._clock()
+        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, n: int = 1) -> None:
         """Go on; the line is said when its time has come."""
@@ -80,16 +79,13 @@ class LineProgress:
             return
         spent = now - self._began
         if not self._total:
-            self._say(f"{self._name}: {_duration(spent)} so far")
+            said = f"{_duration(spent)} so far"
         elif not self._done:
-            self._say(f"{self._name}: 0% of {self._total}, {_duration(spent)} so far")
+            said = f"0% of {self._total}, {_duration(spent)} so far"
         else:
             left = spent * max(self._total - self._done, 0) / self._done
-            self._say(f"{self._name}: {self._done / self._total:.0%} of {self._total}, about {_duration(left)} left")
-
-    def _say(self, text: str) -> None:
-        self._said = self._clock()
-        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+            said = f"{self._done / self._total:.0%} of {self._total}, about {_duration(left)} left"
+        self.note(f"{self._name}: {said}")
 
     def _tick(self) -> None:
         while not self._ended.wait(1.0):
@@ -99,9 +95,7 @@ class LineProgress:
         self._ticker.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._ticker.join()
 
@@ -111,13 +105,7 @@ def _duration(seconds: float) -> str:
 
 
 class RichProgress:
-    """One bar per step with elapsed and remaining time, on a terminal; a context manager.
-
-    Parameters
-    ----------
-    console
-        Where to draw; the command-line tool gives the one on standard error.
-    """
+    """One bar per step with elapsed and remaining time, on a terminal; a context manager."""
 
     def __init__(self, console: Console) -> None:
         from rich import progress
@@ -154,9 +142,7 @@ class RichProgress:
         self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if error is None:
             self._finish()
         self._bars.stop()

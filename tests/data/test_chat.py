@@ -440,8 +440,7 @@ def test_trap_11_nothing_is_truncated_silently() -> None:
     kept, dropped = FORMATS["chatml"].encode_examples([short, long], limit, drop_truncated=True)
     assert ([p.id for p in kept], dropped) == (["short"], ["long"])
 
-    kept, dropped = FORMATS["chatml"].encode_examples([short, long], limit, truncate="keep")
-    assert dropped == []
+    kept = FORMATS["chatml"].encode_each([short, long], limit)
     assert [(p.id, p.truncated) for p in kept] == [("short", False), ("long", True)]
     assert (len(kept[1].input_ids), kept[1].n_scored) == (limit, 20)
 
@@ -451,7 +450,7 @@ def test_a_response_cut_to_nothing_is_never_kept() -> None:
     limit = FORMATS["chatml"].encode_example(z).scored[0]
     assert FORMATS["chatml"].encode_example(z, limit).n_scored == 0
     with pytest.raises(UserError, match="nothing of the response is left in 1 of them"):
-        FORMATS["chatml"].encode_examples([z], limit, truncate="keep")
+        FORMATS["chatml"].encode_examples([z], limit)
     assert FORMATS["chatml"].encode_examples([z], limit, drop_truncated=True) == ([], ["z"])
 
 

@@ -700,7 +700,7 @@ def test_an_exception_leaves_the_stage_unfinished_and_its_pieces_kept(folder, st
     again = RunFolder(folder)
     with again.stage("readings", study) as stage:
         assert not stage.done
-        assert stage.partial.keys() == ["batch-0"]
+        assert [file.stem for file in stage.partial.path.iterdir()] == ["batch-0"]
         assert np.array_equal(stage.partial.load("batch-0")["x"], X)
     assert not (folder / "partial").exists()
     assert again.manifest["stages"]["readings"]["attempts"] == 2

@@ -9,7 +9,6 @@ over its tokens, so that a long option is not less likely for its length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from string import ascii_uppercase
@@ -45,7 +44,15 @@ class Choice:
     def encode(self, prompt: Prompt, chat: ChatFormat) -> EncodedPrompt:
         """The prompt with its options, the right one first."""
         options = [option.strip() for option in prompt.options]
-        _check(options)
+        if not all(options) or not 2 <= len(options) <= len(ascii_uppercase):
+            raise Unscorable(
+                "options are missing or empty",
+                f"a choice is among 2 to {len(ascii_uppercase)} options, each a text",
+                "fill the column `options`: a list of texts",
+            )
+        if len({" ".join(option.split()) for option in options}) < len(options):
+            rule = "each option is another text (white space is ignored)"
+            raise Unscorable("some options are equal", rule, "correct the column `options`")
         right = right_option(prompt)
         order = [right, *(i for i in range(len(options)) if i != right)]
         if self.style == "cloze":
@@ -77,18 +84,3 @@ class Choice:
         import numpy as np
 
         return 1 / (1 + np.exp(-np.asarray(y)))
-
-
-def _check(options: Sequence[str]) -> None:
-    if not all(options) or not 2 <= len(options) <= len(ascii_uppercase):
-        raise Unscorable(
-            "options are missing or empty",
-            f"a choice is among 2 to {len(ascii_uppercase)} options, each a text",
-            "fill the column `options`: a list of texts",
-        )
-    if len({" ".join(option.split()) for option in options}) < len(options):
-        raise Unscorable(
-            "some options are equal",
-            "each option is another text (white space is ignored)",
-            "correct the column `options`",
-        )

@@ -43,11 +43,8 @@ class Prefixes:
         """The prompt and the prefixes that count: one that another begins with is left out."""
         encoded = chat.encode_answers(prompt.content, self.prefixes, prompt.id)
         counts = without_extensions(encoded.suffixes)
-        return replace(
-            encoded,
-            suffixes=tuple(encoded.suffixes[i] for i in counts),
-            left_out=tuple(text for i, text in enumerate(self.prefixes) if i not in counts),
-        )
+        left_out = tuple(text for i, text in enumerate(self.prefixes) if i not in counts)
+        return replace(encoded, suffixes=tuple(encoded.suffixes[i] for i in counts), left_out=left_out)
 
     def value(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
         """Log of the summed probability of each prompt's prefixes."""
@@ -65,10 +62,9 @@ def without_extensions(tokens: Sequence[tuple[int, ...]]) -> list[int]:
 
     The event of a longer one is contained in the shorter one's, and would count twice.
     """
-    return [
-        i
-        for i, ids in enumerate(tokens)
-        if not any(
-            ids[: len(other)] == other and (len(other) < len(ids) or j < i) for j, other in enumerate(tokens) if j != i
-        )
-    ]
+
+    def contained(i: int) -> bool:
+        begins = [j for j, other in enumerate(tokens) if j != i and tokens[i][: len(other)] == other]
+        return any(len(tokens[j]) < len(tokens[i]) or j < i for j in begins)
+
+    return [i for i in range(len(tokens)) if not contained(i)]

@@ -33,13 +33,7 @@ class Asked:
 
 
 def answer(run: RunFolder, what: str | None, asked: Asked) -> pa.Table | None:
-    """The table that answers ``what``; None for what is shown otherwise: the overview, a section, an id.
-
-    Raises
-    ------
-    UserError
-        Nothing of this name is in the run.
-    """
+    """The table that answers ``what``; None for the overview, a section, an id. UserError: the run has none of it."""
     from taught.report.sections import SECTIONS
     from taught.run import query
 
@@ -70,12 +64,20 @@ def _ids(run: RunFolder) -> list[str]:
 
 def _target(run: RunFolder, what: str, asked: Asked) -> pa.Table:
     """Every example's value of a target, strongest first, or quantiles of these by label."""
+    from taught.report.sections import SECTIONS
     from taught.stages.scored import read_scores
 
     try:
         target = str(TargetName.parse(what))
     except UserError as error:
-        raise _unknown(run, what, error) from None
+        known = [*run.finished_tables(), *_ids(run), *SECTIONS.names()]
+        close = difflib.get_close_matches(what, known, n=3, cutoff=0.5)
+        raise UserError(
+            "nothing in this run has this name",
+            value=what,
+            rule=f"an id of an example or a feature, a table, a section, SELECT ..., or a target ({error.rule})",
+            fix=f"did you mean {' or '.join(close)}?" if close else "`taught show RUN tables` lists the tables",
+        ) from None
     scores = None
     if not (asked.groups or asked.changes):
         try:
@@ -92,10 +94,11 @@ def _target(run: RunFolder, what: str, asked: Asked) -> pa.Table:
     rows: dict[str, list[float]] = {}
     for label, value in zip(table["label"].to_pylist(), table["value"].to_pylist(), strict=True):
         rows.setdefault(label or "", []).append(value)
-    found = [
-        {"label": label, "n": len(values), **{f"q{q:g}": float(np.quantile(values, q)) for q in QUANTILES}}
-        for label, values in sorted(rows.items())
-    ]
+    found = []
+    for label, values in sorted(rows.items()):
+        found.append(
+            {"label": label, "n": len(values), **{f"q{q:g}": float(np.quantile(values, q)) for q in QUANTILES}}
+        )
     return pa.Table.from_pylist(found)
 
 
@@ -118,35 +121,17 @@ def _by_strength(run: RunFolder, scores: Scores, label: str | None) -> pa.Table:
     return pa.table(columns).take([i for i in order if label in (None, labels[i])])
 
 
-def _unknown(run: RunFolder, what: str, error: UserError) -> UserError:
-    from taught.report.sections import SECTIONS
-
-    known = [*run.finished_tables(), *_ids(run), *SECTIONS.names()]
-    close = difflib.get_close_matches(what, known, n=3, cutoff=0.5)
-    return UserError(
-        "nothing in this run has this name",
-        value=what,
-        rule=f"an id of an example or a feature, a table, a section, SELECT ..., or a target ({error.rule})",
-        fix=f"did you mean {' or '.join(close)}?" if close else "`taught show RUN tables` lists the tables",
-    )
-
-
 def _from_sketches(run: RunFolder, target: str, asked: Asked) -> Scores:
     """The answer of the run's store, for another policy where one is asked for."""
     from taught.stages.ask import Question, ask
 
     keys = {"policy.alpha": "alpha", "policy.intercept": "intercept", "features.ids": "features"}
     keys["attribution.curvature"] = "curvature"
-    unknown = [key for key in asked.changes if key not in keys]
-    if unknown:
-        raise UserError(
-            "sketches cannot answer under another value of this",
-            value=unknown[0],
-            rule="some of " + ", ".join(keys),
-            fix="change the study, and run it in another folder",
-        )
     study = run.study
     for key, value in asked.changes.items():
+        if key not in keys:
+            what, rule = "sketches cannot answer under another value of this", "some of " + ", ".join(keys)
+            raise UserError(what, value=key, rule=rule, fix="change the study, and run it in another folder")
         study = study.replace(key, value)
     values = {keys[key]: study.get(key) for key in asked.changes}
     if "curvature" in values:

@@ -66,7 +66,5 @@ def run_command(argv: Sequence[str]) -> int:
 
 def spelled_out(argv: Sequence[str]) -> list[str]:
     """The arguments with ``--fresh`` followed by what it is about: a stage, or ``all``."""
-    words: list[str] = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        words.append("--fresh=all" if word == "--fresh" and following not in BY_NAME else word)
-    return words
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    return ["--fresh=all" if word == "--fresh" and following not in BY_NAME else word for word, following in pairs]

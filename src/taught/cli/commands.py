@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 StudyName = Annotated[str, Parameter(help="A study file, a folder that holds study.yaml, or the name of a preset.")]
 _QUESTION, _WHERE = Question(), Where()
-
-
 # Enough for every section of the report, and little enough for a laptop (python -m benchmarks.demo_cost).
 DEMO = {"prompts": 50, "examples": 16, "features": 10}
 

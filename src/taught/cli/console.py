@@ -46,8 +46,7 @@ def say(text: str, console: Console | None = None) -> None:
 
 def complain(message: str, fix: str | None = None) -> None:
     """An error."""
-    lines = [message.strip()] + ([f"  fix:   {fix}"] if fix else [])
-    say("error: " + "\n".join(lines), err())
+    say(f"error: {message.strip()}" + (f"\n  fix:   {fix}" if fix else ""), err())
 
 
 def say_written(run: RunFolder, names: Sequence[str]) -> None:
@@ -57,10 +56,9 @@ def say_written(run: RunFolder, names: Sequence[str]) -> None:
             say(str(run.path(name)))
 
 
-def cost(run: RunFolder, *stages: str) -> str:
-    """Time of the stages (all by default) and the largest memory of the process that ran them."""
-    records = run.manifest["stages"]
-    used = {stage: records[stage] for stage in stages or records if "seconds" in records[stage]}
+def cost(run: RunFolder) -> str:
+    """Time of the stages and the largest memory of the process that ran them."""
+    used = {stage: record for stage, record in run.manifest["stages"].items() if "seconds" in record}
     parts = [f"{stage} {record['seconds']:.1f} s" for stage, record in used.items()]
     memory = max(record["peak_memory_gb"] or 0.0 for record in used.values())
     return ", ".join(parts) + f", peak memory {memory:.1f} GB"
@@ -74,12 +72,9 @@ def progress_on(quiet: bool) -> Iterator[Progress]:
     console = err()
     if quiet:
         yield SilentProgress()
-    elif console.is_terminal:
-        with RichProgress(console) as bars:
-            yield bars
-    else:
-        with LineProgress(console) as lines:
-            yield lines
+        return
+    with RichProgress(console) if console.is_terminal else LineProgress(console) as shown:
+        yield shown
 
 
 def quiet_libraries() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,13 +86,7 @@ class Where:
 
 
 def study_of(source: str | None, question: Question) -> Study:
-    """The study that a command is about.
-
-    Raises
-    ------
-    UserError
-        There is neither a study nor the flags that make one; a value breaks its rule; a file is missing.
-    """
+    """The study that a command is about. UserError: no study or flags, a value breaks its rule, a file is missing."""
     from taught.study.load import load_study
     from taught.study.schema import Study
 
@@ -131,25 +124,20 @@ def parse_set(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), parse_yaml(value)
     except ValueError as error:
-        what, fix = "the value of --set is not valid YAML", "put it in quotes"
-        raise UserError(what, value=f"{text[:100]}: {error}", fix=fix) from None
+        what = "the value of --set is not valid YAML"
+        raise UserError(what, value=f"{text[:100]}: {error}", fix="put it in quotes") from None
 
 
 def run_folder(source: str | None, study: Study, where: Where) -> RunFolder:
     """The run folder of a command; a study that is named by its run folder is worked on there."""
     from taught.run.folder import RunFolder
     from taught.run.manifest import NAME
+    from taught.stages import BY_NAME, require_stage
 
     inside = source is not None and os.path.isfile(os.path.join(source, NAME))
     default = Path(source) if inside and source is not None else Path("runs") / study.name
-    return RunFolder(where.run or default, fresh=stages_of(where.fresh), command=_typed())
-
-
-def stages_of(fresh: Collection[str]) -> tuple[str, ...]:
-    """Stages that are to be made anew."""
-    from taught.stages import BY_NAME, require_stage
-
-    return tuple(BY_NAME) if "all" in fresh else tuple(map(require_stage, fresh))
+    fresh = tuple(BY_NAME) if "all" in where.fresh else tuple(map(require_stage, where.fresh))
+    return RunFolder(where.run or default, fresh=fresh, command=_typed())
 
 
 def open_run(path: Path) -> RunFolder:

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
-from taught.data.columns import name_ids, repeated
-from taught.errors import UserError
+from taught.data.columns import repeated
+from taught.errors import refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +39,7 @@ class Behavior(Protocol):
         """Unit of y."""
 
     def encode(self, prompt: Prompt, chat: ChatFormat) -> EncodedPrompt:
-        """Tokens of the prompt, and of the suffixes to score behind it, at least one.
-
-        Raises
-        ------
-        Unscorable
-            The prompt lacks what the behavior needs.
-        """
+        """Tokens of the prompt, and of the suffixes to score behind it; Unscorable where it lacks what is needed."""
 
     def value(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
         """y [n] of some prompts, differentiable, each from its own suffixes alone.
@@ -63,19 +57,13 @@ class Behavior(Protocol):
 
 
 class Unscorable(ValueError):
-    """One prompt lacks what a behavior needs; :func:`encode_prompts` says so of all of them at once."""
-
-    def __init__(self, what: str, rule: str, fix: str) -> None:
-        super().__init__(what, rule, fix)
+    """One prompt lacks what a behavior needs (what, rule, fix); :func:`encode_prompts` says so of all at once."""
 
 
 def encode_prompts(behavior: Behavior, prompts: Iterable[Prompt], chat: ChatFormat) -> list[EncodedPrompt]:
     """Prompts as tokens with what is scored behind each, in order.
 
-    Raises
-    ------
-    UserError
-        Prompts lack what the behavior needs, have nothing to score, or would count twice: their ids.
+    UserError: prompts lack what the behavior needs, have nothing to score, or would count twice: their ids.
     """
     encoded: list[EncodedPrompt] = []
     faults: dict[tuple[str, str, str], list[str]] = {}
@@ -85,43 +73,33 @@ def encode_prompts(behavior: Behavior, prompts: Iterable[Prompt], chat: ChatForm
         except Unscorable as fault:
             faults.setdefault(fault.args, []).append(prompt.id)
     for (what, rule, fix), ids in faults.items():
-        raise UserError(f"{what} of {len(ids)} prompts", value=name_ids(ids), rule=rule, fix=fix)
+        refuse(ids, f"{what} of {len(ids)} prompts", rule=rule, fix=fix)
     empty = [e.id for e in encoded if not e.suffixes or not all(e.suffixes)]
-    if empty:
-        raise UserError(
-            f"what is scored of {len(empty)} prompts has no tokens",
-            value=name_ids(empty),
-            rule="y is made of the probabilities of tokens",
-            fix="fill these cells, or remove the prompts",
-        )
+    refuse(
+        empty,
+        f"what is scored of {len(empty)} prompts has no tokens",
+        rule="y is made of the probabilities of tokens",
+        fix="fill these cells, or remove the prompts",
+    )
     same = repeated((str((e.input_ids, e.suffixes)), e.id) for e in encoded)
-    if same:
-        raise UserError(
-            f"{len(same)} prompts occur more than once with the same answers",
-            value=name_ids([" = ".join(ids) for ids in same]),
-            rule="a repeated prompt would count twice",
-            fix="remove the repeats",
-        )
+    refuse(
+        [" = ".join(ids) for ids in same],
+        f"{len(same)} prompts occur more than once with the same answers",
+        rule="a repeated prompt would count twice",
+        fix="remove the repeats",
+    )
     return encoded
 
 
 def behavior_record(behavior: Behavior) -> dict[str, Any]:
     """What y depends on besides the prompts' tokens, as plain values: the kind and its parameters."""
     values = asdict(behavior)  # type: ignore[call-overload]
-    return {
-        "kind": type(behavior).__name__,
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
-    }
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {"kind": type(behavior).__name__, **plain}
 
 
 def in_rows(values: Tensor, group: Tensor, n: int, fill: float) -> Tensor:
-    """The values of each group in a row of their own, [n, most], ``fill`` behind them.
-
-    Parameters
-    ----------
-    values : [S]
-    group : int64 [S], ascending
-    """
+    """The values [S] of each group (int64 [S], ascending) in a row of their own, [n, most], ``fill`` behind them."""
     counts = group.bincount(minlength=n)
     place = group.new_ones(len(group)).cumsum(0) - 1 - (counts.cumsum(0) - counts)[group]
     return values.new_full((n, int(counts.max())), fill).index_put((group, place), values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from taught.core.curvature import Curvature
 from taught.core.estimator import Estimator, Work
 from taught.core.example import Examples, example_losses, refuse_nonfinite
 from taught.core.problem import Problem
-from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES, Choice
+from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES, Choice, Registry
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.core.trajectory import Follows, Queries, Trajectory
@@ -21,12 +22,7 @@ from taught.run.pieces import Prefixed
 
 @dataclass(frozen=True)
 class Method:
-    """How scores are made: an estimator, a curvature, a trajectory.
-
-    Attributes
-    ----------
-    estimator, curvature, trajectory : as a study names them
-    """
+    """How scores are made: an estimator, a curvature, a trajectory, each as a study names it."""
 
     estimator: Choice = field(default_factory=lambda: Choice("adjoint"))
     curvature: Choice = field(default_factory=lambda: Choice("identity"))
@@ -40,23 +36,17 @@ class Method:
         return f"{self.estimator.kind}{curved}{along}"
 
     def named(self, name: str) -> Method:
-        """Another method by its name; parts that are this method's keep its parameters.
-
-        Raises
-        ------
-        UserError
-            An unknown part.
-        """
+        """Another method by its name; parts that are this method's keep its parameters. UserError: an unknown part."""
         rest, _, trajectory = name.partition("@")
         estimator, _, curvature = rest.partition("+")
-        wanted = (estimator, curvature or "identity", trajectory or "base")
-        own = (self.estimator, self.curvature, self.trajectory)
-        registries = (ESTIMATORS, CURVATURES, TRAJECTORIES)
+
+        def part(own: Choice, registry: Registry[Any], kind: str) -> Choice:
+            return own if own.kind == kind else Choice(registry.require(kind))
+
         return Method(
-            *(
-                mine if mine.kind == kind else Choice(registry.require(kind))
-                for kind, mine, registry in zip(wanted, own, registries, strict=True)
-            )
+            part(self.estimator, ESTIMATORS, estimator),
+            part(self.curvature, CURVATURES, curvature or "identity"),
+            part(self.trajectory, TRAJECTORIES, trajectory or "base"),
         )
 
     def refuse(self) -> None:
@@ -65,25 +55,15 @@ class Method:
         curvature, trajectory = self.curvature.make(CURVATURES), self.trajectory.make(TRAJECTORIES)
         why = estimator.refuses(curvature, trajectory) or trajectory.refuses(curvature)
         if why is not None:
-            raise UserError(
-                f"{self.name} does not go together",
-                value=self.name,
-                rule=why,
-                fix="use --set attribution.estimator=adjoint",
-            )
+            fix = "use --set attribution.estimator=adjoint"
+            raise UserError(f"{self.name} does not go together", value=self.name, rule=why, fix=fix)
 
 
 def scores(problem: Problem, examples: Examples, targets: TargetSet, method: Method, work: Work) -> Scores:
-    """Change of every target by training on each example.
+    """Change of every target by training on each example, of a problem at the base weights.
 
-    Parameters
-    ----------
-    problem : at the base weights; its metric is fitted here, at each leg, unless it has one already
-
-    Raises
-    ------
-    UserError
-        The method does not go together; a loss or gradient is not finite: the ids of the examples.
+    Its metric is fitted here, at each leg, unless it has one already. UserError: the method does not go together; a
+    loss or gradient is not finite: the ids of the examples.
     """
     method.refuse()
     estimator: Estimator = method.estimator.make(ESTIMATORS)
@@ -108,8 +88,7 @@ def scores(problem: Problem, examples: Examples, targets: TargetSet, method: Met
     if found is None:
         raise UserError("the training run has no legs", value=method.trajectory.kind, rule="one at least")
     if not trajectory.single:
-        losses = example_losses(problem.model, examples, problem.batch_tokens).numpy()
-        found = replace(found, losses=losses)
+        found = replace(found, losses=example_losses(problem.model, examples, problem.batch_tokens).numpy())
     return replace(found, method=method.name)
 
 

@@ -54,7 +54,7 @@ class Dpo:
 
     def __call__(self, sums: Tensor) -> Tensor:
         """Losses [B] of these sums [B]."""
-        return torch.nn.functional.softplus(self.beta * (sums + self.reference))
+        return nn.functional.softplus(self.beta * (sums + self.reference))
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ class Example:
     @property
     def start(self) -> int:
         """The first of these places; the length of the sequence if there is none."""
-        return next((t for t, w in enumerate(self.weights[0]) if w), len(self.ids))
+        return next(iter(self.places), len(self.ids))
 
     @property
     def n_scored(self) -> int:
         """Number of tokens that have a weight."""
-        return sum(1 for of in self.weights for w in of if w)
+        return len(self.scored)
 
     @property
     def length(self) -> int:
@@ -114,15 +114,12 @@ class Example:
 def sft(id: str, ids: Sequence[int], start: int, masked: Sequence[int] = ()) -> Example:
     """A pair: the tokens from ``start`` on are the response, its end-of-turn token included.
 
-    Parameters
-    ----------
-    masked : places of response tokens that the loss leaves out; later tokens still see them
+    The loss leaves out response tokens at the places ``masked``; later tokens still see them.
     """
-    out = set(masked)
-    if not out <= set(range(start, len(ids))) or (out and len(out) == len(ids) - start):
+    out, response = set(masked), set(range(start, len(ids)))
+    if not out <= response or (out and out == response):
         raise ValueError(f"{id}: masked are some, not all, of the response tokens")
-    each = 1.0 / max(len(ids) - start - len(out), 1)
-    return Example(id, (tuple(ids),), (tuple(0.0 if t < start or t in out else each for t in range(len(ids))),))
+    return conversation(id, ids, response - out)
 
 
 @dataclass(frozen=True)
@@ -161,10 +158,8 @@ def preference(
 ) -> Example:
     """A chosen and a rejected answer; its sum is log p(rejected) - log p(chosen), and no link is set.
 
-    Parameters
-    ----------
-    chosen, rejected : tokens of the conversation with either answer
-    scored, against : places of the answers' tokens in them
+    ``chosen`` and ``rejected`` are the conversation with either answer, ``scored`` and ``against`` the places of the
+    answers' tokens in them.
     """
     up, down = set(scored), set(against)
     weights = tuple(float(t in up) for t in range(len(chosen))), tuple(-float(t in down) for t in range(len(rejected)))
@@ -215,8 +210,7 @@ class ExampleBatch:
         """The losses [B] of examples whose weighted sums are these [B]."""
         if not any(self.links):
             return sums
-        parts = [s if f is None else f(s[None])[0] for s, f in zip(sums, self.links, strict=True)]
-        return torch.stack(parts)
+        return torch.stack([s if f is None else f(s[None])[0] for s, f in zip(sums, self.links, strict=True)])
 
     def slopes(self, sums: Tensor) -> Tensor:
         """f'(sum) of each example, [B]: what a change of its sum changes in its loss."""
@@ -264,9 +258,8 @@ def make_batch(examples: Examples, index: Sequence[int]) -> ExampleBatch:
         rows = stack([tree for tree, _ in trees])
         nodes = [paths for _, paths in trees]
     width, lengths = rows.ids.shape[1], rows.lengths.tolist()
-    places = [
-        [width - n + paths[s][t - 1] for s, t in p.scored] for p, paths, n in zip(chosen, nodes, lengths, strict=True)
-    ]
+    each = zip(chosen, nodes, lengths, strict=True)
+    places = [[width - n + paths[s][t - 1] for s, t in p.scored] for p, paths, n in each]
     keep = width - min((c for own in places for c in own), default=width - 1)
     most = max((len(own) for own in places), default=0)
     shape = (len(chosen), most)
@@ -282,13 +275,7 @@ def make_batch(examples: Examples, index: Sequence[int]) -> ExampleBatch:
 
 @torch.no_grad()
 def example_losses(model: nn.Module, examples: Examples, batch_tokens: int) -> Tensor:
-    """Loss of every example, float64 [P]. Cost: one forward pass over the examples.
-
-    Raises
-    ------
-    UserError
-        Some losses are not finite: the ids of all these examples.
-    """
+    """Loss of every example, float64 [P], in one forward pass. UserError: the ids of all that are not finite."""
     losses = torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(model):
         for batch in batch_examples(examples, batch_tokens):
@@ -300,8 +287,7 @@ def example_losses(model: nn.Module, examples: Examples, batch_tokens: int) -> T
 def refuse_nonfinite(examples: Examples, index: Iterable[int], values: Tensor, what: str = "loss") -> None:
     """Raise an error with the ids of the examples of which a value [n] or [n, ...] is not finite."""
     good = values.isfinite().flatten(1).all(1) if values.ndim > 1 else values.isfinite()
-    bad = [examples[i].id for i, fine in zip(index, good.tolist(), strict=True) if not fine]
-    if bad:
+    if bad := [examples[i].id for i, fine in zip(index, good.tolist(), strict=True) if not fine]:
         raise UserError(
             f"the {what} of some examples is not finite",
             value=bad,

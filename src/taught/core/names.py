@@ -15,6 +15,7 @@ What stands behind the kind is a name and may hold colons; only kinds with pathw
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,16 +46,13 @@ class TargetName:
 
     @classmethod
     def parse(cls, text: str) -> TargetName:
-        """Read a name.
-
-        Raises
-        ------
-        UserError
-            An unknown kind; something is missing behind it, or stands where nothing belongs.
-        """
-        left, right = _contrast(text)
-        found = _single(left, text)
-        return found if right is None else cls(found.kind, found.about, found.pathway, _single(right, text))
+        """Read a name. UserError: an unknown kind; something is missing behind it, or stands where nothing belongs."""
+        for sign in re.finditer(f"(?={MINUS})", text):
+            right = text[sign.start() + len(MINUS) :]
+            if right.partition(":")[0] in TARGETS.names():  # else the sign is a part of a name
+                left = _single(text[: sign.start()], text)
+                return cls(left.kind, left.about, left.pathway, _single(right, text))
+        return _single(text, text)
 
     def __str__(self) -> str:
         parts = [part for part in (self.kind, self.about, self.pathway) if part is not None]
@@ -72,17 +70,6 @@ class TargetName:
         return TargetName(self.kind, self.about, pathway, self.minus)
 
 
-def _contrast(text: str) -> tuple[str, str | None]:
-    """Both sides of a contrast; a name may hold the sign itself, so the right side must be a target."""
-    at = text.find(MINUS)
-    while at >= 0:
-        right = text[at + len(MINUS) :]
-        if right.partition(":")[0] in TARGETS.names():
-            return text[:at], right
-        at = text.find(MINUS, at + 1)
-    return text, None
-
-
 def _single(text: str, whole: str) -> TargetName:
     head, colon, about = text.strip().partition(":")
     kind: Any = TARGETS.get(head)
@@ -91,12 +78,8 @@ def _single(text: str, whole: str) -> TargetName:
         rest, cut, last = about.rpartition(":")
         if last in PATHWAYS:
             about, pathway = rest if cut else "", last
-    needed = {"none": False, "needed": True}.get(kind.about)
-    if (needed is True and not about) or (needed is False and about) or (colon and not about and pathway is None):
-        raise UserError(
-            f"{head} does not name a target like this",
-            value=whole,
-            rule=f"{kind.spelling}",
-            fix=f"for example: {kind.instance}",
-        )
+    missing = kind.about == "needed" and not about
+    if missing or (kind.about == "none" and about) or (colon and not about and pathway is None):
+        what, fix = f"{head} does not name a target like this", f"for example: {kind.instance}"
+        raise UserError(what, value=whole, rule=kind.spelling, fix=fix)
     return TargetName(head, about or None, pathway)

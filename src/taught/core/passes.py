@@ -41,16 +41,9 @@ def settle_passes(
     """Compare passes over token trees with texts alone; where they differ, use plain passes from now on.
 
     On the first two prompts, the shortest and the longest, and the shortest and the longest example, among as many
-    others as they have beside them elsewhere. Cost: two or three forward passes over these.
-
-    Returns
-    -------
-    The largest difference in y and loss of the passes that are used.
-
-    Raises
-    ------
-    UserError
-        Plain passes over a batch differ as well, or would: what the model computes for a text depends on the others.
+    others as they have beside them elsewhere. Cost: two or three forward passes over these. UserError: plain passes
+    over a batch differ as well, or would: what the model computes for a text depends on the others. Returns the largest
+    difference in y and loss of the passes that are used.
     """
     if not prompts:
         return 0.0
@@ -69,12 +62,8 @@ def settle_passes(
     batch = [*pairs[:1], *between, *pairs[1:]]
     tolerance = _TOLERANCE.get(next(model.parameters()).dtype, 2e-3)
     with evaluating(model):
-        alone = torch.cat(
-            [
-                read_prompts_plain(model, some, behavior, None, batch_size=1).y,
-                torch.tensor([_loss_alone(model, z) for z in pairs], dtype=torch.float64),
-            ]
-        )
+        y = read_prompts_plain(model, some, behavior, None, batch_size=1).y
+        alone = torch.cat([y, torch.tensor([_loss_alone(model, z) for z in pairs], dtype=torch.float64)])
         read = partial(_together, model, company, behavior, batch, [p.id for p in some])
         off, why = float("nan"), ""
         if takes_trees(model):
@@ -102,10 +91,7 @@ def _refuse_mixed_positions(model: nn.Module, sizes: Mapping[str, tuple[int, int
     """Stop where the model turns positions otherwise in longer texts, and the texts are of both kinds.
 
     Such rotary positions look at the longest text of a batch: a short one would be computed otherwise beside it.
-
-    Parameters
-    ----------
-    sizes : tokens of the shortest and the longest pass over each text, by its id
+    ``sizes`` are the tokens of the shortest and the longest pass over each text, by its id.
     """
     for kind, most in stretched_from(model).items():
         long = [name for name, (_, longest) in sizes.items() if longest > most]

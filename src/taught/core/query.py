@@ -30,9 +30,8 @@ def x_queries_at_once(problem: Problem, sites: Sequence[Site]) -> int:
     """How many queries of X fit into the memory budget (moving parameters up to the point)."""
     shapes = dict(problem.model.named_parameters())
     seen = sites_before(problem, sites, problem.point)
-    return fitting(
-        problem, sum(shapes[n].numel() for s in seen if s.kind != "embedding" for n in (s.weight, s.bias) if n)
-    )
+    names = [name for site in seen if site.kind != "embedding" for name in (site.weight, site.bias) if name]
+    return fitting(problem, sum(shapes[name].numel() for name in names))
 
 
 def sites_before(problem: Problem, sites: Sequence[Site], point: Point | None) -> list[Site]:
@@ -84,10 +83,8 @@ def build_queries(
 
     Parameters
     ----------
-    A : float64 [K, N, d] or None
-        dF/dX of each target; None for zeros.
-    B : float64 [K, N] or None
-        dF/dy of each target; None for zeros, and no pass beyond the point then.
+    A : float64 [K, N, d], dF/dX of each target; None for zeros
+    B : float64 [K, N], dF/dy of each target; None for zeros, and no pass beyond the point then
     """
     progress = progress or SilentProgress()
     queries: Queries = {}

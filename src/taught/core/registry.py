@@ -16,7 +16,6 @@ A package of its own registers through the entry point ``taught.plugins``, whose
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,19 +24,16 @@ from importlib.metadata import EntryPoints, entry_points
 from typing import Any, Generic, TypeVar, cast
 
 from taught.core.rules import Rule
-from taught.errors import UserError, shown
+from taught.errors import UserError, did_you_mean, shown
 
 T = TypeVar("T")
 GROUP = "taught.plugins"
 
 
 class Registry(Generic[T]):
-    """Names of one kind of method, and the classes that they stand for.
+    """Names of one kind of method (``what``, in one word), and the classes that they stand for.
 
-    Parameters
-    ----------
-    what : the kind in one word, as errors name it
-    own : name -> module of the package that registers it; imported when the name is used first
+    ``own``: name -> module of the package that registers it; imported when the name is used first.
     """
 
     def __init__(self, what: str, own: Mapping[str, str]) -> None:
@@ -65,35 +61,24 @@ class Registry(Generic[T]):
         return tuple(dict.fromkeys((*self._own, *self._found)))
 
     def get(self, name: str) -> T:
-        """What a name stands for.
-
-        Raises
-        ------
-        UserError
-            Nothing has this name: the known ones, and the closest.
-        """
-        if name not in self._found and name in self._own:
+        """What a name stands for. UserError: nothing has this name: the known ones, and the closest."""
+        if name not in self._found and self.require(name) in self._own:
             importlib.import_module(self._own[name])
-        if name not in self._found:
-            self.require(name)
         return self._found[name]
 
     def module(self, name: str) -> str:
         """The module that a method is defined in; nothing of the package is imported."""
-        if name in self._own:
-            return self._own[name]
-        return str(getattr(self.get(name), "__module__", ""))
+        return self._own[name] if name in self._own else str(getattr(self.get(name), "__module__", ""))
 
     def require(self, name: str) -> str:
         """The name, if it is known; nothing of the package is imported."""
         if name in self._own or name in self._found or name in self.names():
             return name
-        close = difflib.get_close_matches(shown(name), self.names(), n=1, cutoff=0.5)
         raise UserError(
             f"there is no {self.what} of this name",
             value=name,
             rule="one of " + ", ".join(self.names()),
-            fix=f"did you mean {close[0]}?" if close else "`taught init` lists them with their keys",
+            fix=did_you_mean(name, self.names()) or "`taught init` lists them with their keys",
         )
 
 
@@ -125,27 +110,28 @@ class Choice:
     def make(self, registry: Registry[Any], key: str | None = None) -> Any:
         """The method, with these parameters, each checked against its rule.
 
-        Parameters
-        ----------
-        key : where it stands in a study, for errors; the registry's word if None
-
-        Raises
-        ------
-        UserError
-            An unknown name, a parameter that the method does not have, or one that breaks its rule.
+        UserError: an unknown name, a parameter that the method does not have, or one that breaks its rule; it names the
+        ``key`` where the method stands in a study (the registry's word if None).
         """
         method, key = registry.get(self.kind), key or registry.what
         known = parameters(method)
         for name, value in self.values.items():
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 raise UserError(
                     f"{key}: {self.kind} has no parameter {name}",
                     value=shown(value),
                     rule="its parameters: " + (", ".join(known) or "none"),
-                    fix=f"did you mean {close[0]}?" if close else f"leave {name} out",
+                    fix=did_you_mean(name, known) or f"leave {name} out",
                 )
-        return method(**{name: _parsed(f"{key}.{name}", known[name], value) for name, value in self.values.items()})
+        given = {}
+        for name, value in self.values.items():
+            rule: Rule = known[name].metadata["rule"]
+            try:
+                given[name] = rule.parse(value)
+            except (ValueError, OverflowError):
+                what, fix = f"{key}.{name} is not valid", f"correct it: --set {key}.{name}=VALUE"
+                raise UserError(what, value=shown(value), rule=rule.text, fix=fix) from None
+        return method(**given)
 
     def plain(self) -> Any:
         """As YAML has it: the name alone, or a mapping with ``kind``."""
@@ -155,15 +141,7 @@ class Choice:
 def load_function(name: str, what: str, takes: str, key: str) -> Callable[..., Any]:
     """The user's own function ``module:function``. The module is imported, so its code runs.
 
-    Parameters
-    ----------
-    what, takes : what it is and what it is given, in words
-    key : where a study names it
-
-    Raises
-    ------
-    UserError
-        No such module or function.
+    UserError: no such module or function; in words ``what`` it is, what it ``takes``, and the ``key`` that names it.
     """
     module, _, function = name.partition(":")
     try:
@@ -180,24 +158,17 @@ def load_function(name: str, what: str, takes: str, key: str) -> Callable[..., A
     return cast(Callable[..., Any], found)
 
 
-def _parsed(key: str, item: dataclasses.Field[Any], value: Any) -> Any:
-    rule: Rule = item.metadata["rule"]
-    try:
-        return rule.parse(value)
-    except (ValueError, OverflowError):
-        raise UserError(
-            f"{key} is not valid", value=shown(value), rule=rule.text, fix=f"correct it: --set {key}=VALUE"
-        ) from None
-
-
 def parameters(method: Any) -> dict[str, dataclasses.Field[Any]]:
     """The parameters of a registered method: name -> field, with ``rule`` and ``doc`` in its metadata."""
     return {item.name: item for item in dataclasses.fields(cast(Any, method)) if "rule" in item.metadata}
 
 
-BEHAVIORS: Registry[Any] = Registry(
-    "behavior", {name: f"taught.behaviors.{name}" for name in ("prefixes", "answer", "choice", "loss")}
-)
+def _in(package: str, *names: str) -> dict[str, str]:
+    """Methods that stand in a module of their own name."""
+    return {name: f"taught.{package}.{name}" for name in names}
+
+
+BEHAVIORS: Registry[Any] = Registry("behavior", _in("behaviors", "prefixes", "answer", "choice", "loss"))
 TARGETS: Registry[Any] = Registry(
     "target",
     {
@@ -212,22 +183,11 @@ CURVATURES: Registry[Any] = Registry(
     "curvature",
     {
         "identity": "taught.core.curvature",
-        "adam": "taught.curvatures.adam",
-        "ekfac": "taught.curvatures.ekfac",
-        "astra": "taught.curvatures.astra",
-        "autocorrelation": "taught.curvatures.autocorrelation",
-        "trackstar": "taught.curvatures.trackstar",
-        "trak": "taught.curvatures.trak",
+        **_in("curvatures", "adam", "ekfac", "astra", "autocorrelation", "trackstar", "trak"),
     },
 )
 TRAJECTORIES: Registry[Any] = Registry(
-    "trajectory",
-    {
-        "base": "taught.core.trajectory",
-        "checkpoints": "taught.trajectories.checkpoints",
-        "steps": "taught.trajectories.steps",
-        "segments": "taught.trajectories.segments",
-    },
+    "trajectory", {"base": "taught.core.trajectory", **_in("trajectories", "checkpoints", "steps", "segments")}
 )
 ESTIMATORS: Registry[Any] = Registry(
     "estimator",

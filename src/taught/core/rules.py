@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 # What is done with each path inside a value: (key, path, kind) -> path. The kinds: ``file``, ``folder`` and ``table``
@@ -42,6 +43,17 @@ class Rule:
         return value if self.walk is None or value is None else self.walk(key, value, visit)
 
 
+def _that(words: str, allows: Callable[[Any], bool], choices: tuple[str, ...] = ()) -> Rule:
+    """The rule for what a test allows, stored as it is."""
+
+    def parse(value: Any) -> Any:
+        if not allows(value):
+            raise ValueError
+        return value
+
+    return Rule(words, parse, choices)
+
+
 def text() -> Rule:
     """Return the rule for non-empty text, of at most 100,000 letters and without lone surrogates."""
 
@@ -56,14 +68,7 @@ def text() -> Rule:
 
 def matching(pattern: str, words: str) -> Rule:
     """Return the rule for text that a regular expression fits as a whole, in the words of the rule."""
-
-    def parse(value: Any) -> str:
-        found = text().parse(value)
-        if not re.fullmatch(pattern, found, re.ASCII):
-            raise ValueError
-        return found
-
-    return Rule(words, parse)
+    return _that(words, lambda value: re.fullmatch(pattern, text().parse(value), re.ASCII) is not None)
 
 
 def _path_text(value: Any) -> str:
@@ -76,24 +81,12 @@ def _path_text(value: Any) -> str:
 
 def one_of(*choices: str) -> Rule:
     """Return the rule for one word of a few."""
-
-    def parse(value: Any) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError
-        return value
-
-    return Rule("one of " + ", ".join(choices), parse, choices=choices)
+    return _that("one of " + ", ".join(choices), lambda value: isinstance(value, str) and value in choices, choices)
 
 
 def flag() -> Rule:
     """Return the rule for true or false."""
-
-    def parse(value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-
-    return Rule("true or false", parse)
+    return _that("true or false", lambda value: isinstance(value, bool))
 
 
 def day() -> Rule:
@@ -111,20 +104,16 @@ def day() -> Rule:
 
 def whole(minimum: int, maximum: int = 2**31 - 1) -> Rule:
     """Return the rule for a whole number of at least ``minimum`` and at most ``maximum``."""
+    words = f"a whole number, at least {minimum}" + f" and at most {maximum}" * (maximum < 2**31 - 1)
 
-    def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            raise ValueError
-        return value
+    def allows(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
-    return Rule(f"a whole number, at least {minimum}" + f" and at most {maximum}" * (maximum < 2**31 - 1), parse)
+    return _that(words, allows)
 
 
 def number(*, above: float | None = None, minimum: float | None = None, maximum: float | None = None) -> Rule:
-    """Return the rule for a finite number.
-
-    Numbers such as ``1e-4`` arrive from YAML as text (its grammar wants a dot) and are accepted.
-    """
+    """Return the rule for a finite number; ``1e-4`` is a text in YAML (its grammar wants a dot) and is accepted."""
     bound = f"above {above:g}" if above is not None else f"at least {minimum:g}"
     bound += "" if maximum is None else f" and at most {maximum:g}"
 
@@ -200,26 +189,12 @@ def record(made: type, **fields: Rule) -> Rule:
     return Rule(f"a mapping ({words})", parse, walk=walk)
 
 
-def path() -> Rule:
-    """Return the rule for a file, or a folder of tables, that is there; relative to the file it stands in."""
-    return Rule("a path", _path_text, walk=lambda key, value, visit: visit(key, value, "file"))
+def _visited_as(kind: str, words: str = "a path") -> Rule:
+    return Rule(words, _path_text, walk=lambda key, value, visit: visit(key, value, kind))
 
 
-def table() -> Rule:
-    """Return the rule for a table that is there: a file, a folder, or a pattern that names files."""
-    return Rule("a path", _path_text, walk=lambda key, value, visit: visit(key, value, "table"))
-
-
-def folder() -> Rule:
-    """Return the rule for a folder that is there, such as a saved concept."""
-    return Rule("a path", _path_text, walk=lambda key, value, visit: visit(key, value, "folder"))
-
-
-def folder_or_hub_id() -> Rule:
-    """Return the rule for a folder, relative to the file it stands in, or the id of something on the hub."""
-    return Rule("a folder or a hub id", _path_text, walk=lambda key, value, visit: visit(key, value, "hub"))
-
-
-def place() -> Rule:
-    """Return the rule for a folder that results are kept in; it need not exist."""
-    return Rule("a path", _path_text, walk=lambda key, value, visit: visit(key, value, "made"))
+path = partial(_visited_as, "file")  # a file, or a folder of tables, that is there; relative to the file it stands in
+table = partial(_visited_as, "table")  # a table that is there: a file, a folder, or a pattern that names files
+folder = partial(_visited_as, "folder")  # a folder that is there, such as a saved concept
+folder_or_hub_id = partial(_visited_as, "hub", "a folder or a hub id")  # relative as a file, or something on the hub
+place = partial(_visited_as, "made")  # a folder that results are kept in; it need not exist

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +80,7 @@ class Scores:
         return None if self.se is None else self.se[:, self.column(target)]
 
     def column(self, target: TargetName | str) -> int:
-        """Where a target stands.
-
-        Raises
-        ------
-        UserError
-            These scores do not have it.
-        """
+        """Where a target stands. UserError: these scores do not have it."""
         names = [str(name) for name in self.targets]
         if str(target) not in names:
             raise UserError(
@@ -111,9 +105,8 @@ class Scores:
         """These scores of some targets only."""
         columns = [self.column(target) for target in targets]
         se = None if self.se is None else self.se[:, columns]
-        return replace(
-            self, targets=tuple(self.targets[c] for c in columns), values=self.values[:, columns], se=se, details={}
-        )
+        names = tuple(self.targets[c] for c in columns)
+        return replace(self, targets=names, values=self.values[:, columns], se=se, details={})
 
     def joined(self, other: Scores) -> Scores:
         """These targets and those of other scores of the same examples by the same method; details stay these."""
@@ -123,21 +116,17 @@ class Scores:
         if self.se is not None or other.se is not None:
             parts = [np.full(s.values.shape, np.nan) if s.se is None else s.se for s in (self, other)]
             se = np.concatenate(parts, 1)
-        return replace(
-            self, targets=(*self.targets, *other.targets), values=np.concatenate([self.values, other.values], 1), se=se
-        )
+        values = np.concatenate([self.values, other.values], 1)
+        return replace(self, targets=(*self.targets, *other.targets), values=values, se=se)
 
     def plus(self, other: Scores) -> Scores:
         """The sum with scores of the same examples and targets: two legs of a training run."""
         if (other.example_ids, other.targets) != (self.example_ids, self.targets):
             raise ValueError("scores of other examples or targets")
         se = None if self.se is None or other.se is None else np.hypot(self.se, other.se)
-        both = {
-            name: self.details[name] + other.details[name]
-            for name in self.details.keys() & other.details.keys() & {"dy", "dX"}
-        }
-        details = {**self.details, **both}
-        return replace(self, values=self.values + other.values, se=se, details=details)
+        both = self.details.keys() & other.details.keys() & {"dy", "dX"}
+        summed = {name: self.details[name] + other.details[name] for name in both}
+        return replace(self, values=self.values + other.values, se=se, details={**self.details, **summed})
 
     def to_arrow(self) -> pa.Table:
         """Long form: example_id, method, target, value, se; one row an example and target."""
@@ -163,19 +152,10 @@ class Scores:
         """Wide form: one row an example (its id is the index), one column a target. Needs pandas."""
         import pandas as pd
 
-        return pd.DataFrame(
-            self.values, index=pd.Index(self.example_ids, name="example_id"), columns=[str(t) for t in self.targets]
-        )
+        ids = pd.Index(self.example_ids, name="example_id")
+        return pd.DataFrame(self.values, index=ids, columns=[str(target) for target in self.targets])
 
 
 def scores_schema() -> pa.Schema:
     """The columns of a table of scores in long form."""
     return schema("example_id:str method:str target:str value:float se:float")
-
-
-def total(parts: Sequence[Scores]) -> Scores:
-    """The sum over the legs of a training run; losses are those of the first."""
-    found = parts[0]
-    for part in parts[1:]:
-        found = found.plus(part)
-    return found

@@ -79,17 +79,10 @@ class TargetKind:
     def resampled(
         self, name: TargetName, readings: Readings, dy: Floats, dX: Floats | None, counts: NDArray[np.int64]
     ) -> Floats | str:
-        """Values [R, P] on R resamples of the prompts, from the change of every prompt (and of every feature).
+        """Values [R, P] on R resamples of the prompts, or in a sentence why there are none.
 
-        Parameters
-        ----------
-        dy : [P, N]
-        dX : [P, N, d] or None where it is not known
-        counts : [R, N], how often each prompt is drawn
-
-        Returns
-        -------
-        The values, or in a sentence why there are none.
+        They are made of the change dy [P, N] of every prompt, and dX [P, N, d] of every feature (None where it is not
+        known). ``counts`` [R, N] says how often each prompt is drawn.
         """
         return "what this target is on other prompts is not known"
 
@@ -137,10 +130,7 @@ class TargetSet:
     def of(cls, wanted: Iterable[TargetName | str], readings: Readings) -> TargetSet:
         """Targets by name; ``kind:*`` stands for all, and a kind with pathways is asked along each too.
 
-        Raises
-        ------
-        UserError
-            An unknown target; one that needs features or concepts where none are read; none at all.
+        UserError: an unknown target; one that needs features or concepts where none are read; none at all.
         """
         found: dict[str, TargetName] = {}
         every_prompt = False
@@ -172,13 +162,9 @@ class TargetSet:
     def direct(self) -> tuple[TargetName, ...]:
         """Targets that a query is needed for: not those whose two pathways are asked for as well."""
         asked = set(map(str, self.names))
-        return tuple(n for n in self.names if not self._summed(n) <= asked or not self._summed(n))
-
-    def _summed(self, name: TargetName) -> set[str]:
-        """The pathways that a target is the sum of."""
-        if name.pathway is not None or name.minus is not None or not kind_of(name).pathways:
-            return set()
-        return {str(name.along("x")), str(name.along("y"))}
+        whole = [n for n in self.names if n.pathway is None and n.minus is None and kind_of(n).pathways]
+        summed = {n for n in whole if {str(n.along("x")), str(n.along("y"))} <= asked}
+        return tuple(n for n in self.names if n not in summed)
 
     def from_direct(self, values: ArrayLike) -> Floats:
         """Values [P, T] of all targets from those of the direct ones."""
@@ -210,11 +196,8 @@ class TargetSet:
         total: list[Floats | None] = [None, None]
         for sign, part in zip((1.0, -1.0), name.parts, strict=False):
             kind = kind_of(part)
-            found = (
-                kind.cotangents(part, self.readings)
-                if self.base is None
-                else kind.cotangents_at(part, self.readings, self.base)
-            )
+            at = self.readings
+            found = kind.cotangents(part, at) if self.base is None else kind.cotangents_at(part, at, self.base)
             for k, one in enumerate(found):
                 if one is not None:
                     before = total[k]
@@ -265,13 +248,25 @@ class TargetSet:
 def expand(name: TargetName, readings: Readings) -> list[TargetName]:
     """The targets that a name stands for.
 
-    Raises
-    ------
-    UserError
-        The target needs features or concepts, and none are read; the name of a group, feature or concept means another.
+    UserError: the target needs features or concepts, and none are read; the name of a group, feature or concept means
+    another.
     """
     for part in name.parts:
-        _require(part, readings)
+        reads = kind_of(part).reads
+        if reads == "policy" and readings.policy is None:
+            raise UserError(
+                f"{part.kind} is about a policy, and this run has none",
+                value=str(part),
+                rule="a policy is written in the features of an SAE",
+                fix="set sae.path, or ask for a behavior: --set attribution.targets=[behavior:*]",
+            )
+        if reads == "concepts" and (readings.X is None or readings.policy is not None):
+            raise UserError(
+                "no concept is read here",
+                value=str(part),
+                rule="a concept is a direction that the study names under concepts",
+                fix="add it: concepts: [{name: NAME, source: difference}]",
+            )
     if name.minus is not None:
         return [name]
     kind = kind_of(name)
@@ -289,21 +284,3 @@ def expand(name: TargetName, readings: Readings) -> list[TargetName]:
     if not kind.pathways or name.pathway is not None:
         return singles
     return [one.along(pathway) for one in singles for pathway in (None, "x", "y")]
-
-
-def _require(name: TargetName, readings: Readings) -> None:
-    reads = kind_of(name).reads
-    if reads == "policy" and readings.policy is None:
-        raise UserError(
-            f"{name.kind} is about a policy, and this run has none",
-            value=str(name),
-            rule="a policy is written in the features of an SAE",
-            fix="set sae.path, or ask for a behavior: --set attribution.targets=[behavior:*]",
-        )
-    if reads == "concepts" and (readings.X is None or readings.policy is not None):
-        raise UserError(
-            "no concept is read here",
-            value=str(name),
-            rule="a concept is a direction that the study names under concepts",
-            fix="add it: concepts: [{name: NAME, source: difference}]",
-        )

@@ -30,13 +30,7 @@ Queries = dict[str, Query]
 
 @dataclass(frozen=True, eq=False)
 class Leg:
-    """One part of a training run.
-
-    Attributes
-    ----------
-    problem : at the weights and the learning rate of this leg
-    name : what progress and pieces call it
-    """
+    """One part of a training run: the problem at its weights and learning rate; what progress and pieces call it."""
 
     problem: Problem
     name: str = ""
@@ -67,10 +61,7 @@ class Trajectory(Protocol):
         """Each leg when its turn comes; its model may be freed when the next is asked for."""
 
     def carry(self, queries: Queries | None, leg: Leg, targets: TargetSet, work: Work) -> Queries | None:
-        """Queries for a leg from those of the leg after it in training (None at the end of training).
-
-        None: the leg takes grad F at its own weights.
-        """
+        """Queries for a leg from those of the leg after it (None at the end); None: it takes grad F at its weights."""
 
 
 @runtime_checkable

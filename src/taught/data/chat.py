@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from taught.data.columns import name_ids
 from taught.data.documents import encode_document
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 
 if TYPE_CHECKING:
     from taught.core.example import Example
@@ -55,8 +54,7 @@ class EncodedPrompt:
     Attributes
     ----------
     id : the prompt's id
-    input_ids
-        The template's rendering, with the generation prompt and what the template writes between that and an answer.
+    input_ids : the rendering, with the generation prompt and what the template writes between that and an answer
     user_span : token range (start, end) of the last user message's content; empty for a text by itself
     end_of_turn : index of the token that ends the last user turn; the last token of the content where the template
         marks the end of a turn by no special token
@@ -126,7 +124,7 @@ class _Tokens:
 
 
 class ChatFormat:
-    """A tokenizer with its chat template.
+    """A tokenizer with its chat template. UserError: none, or the tokenizer gives no offsets or draws at random.
 
     Parameters
     ----------
@@ -134,11 +132,6 @@ class ChatFormat:
     template : Jinja text; None: the tokenizer's own
     date : the day, YYYY-MM-DD, that the template is told when it asks for today's
     context : the model's longest input in tokens; None: what the tokenizer says, if it says anything
-
-    Raises
-    ------
-    UserError
-        There is no template, or the tokenizer gives no offsets or draws at random.
     """
 
     def __init__(
@@ -173,9 +166,8 @@ class ChatFormat:
         stated = getattr(tokenizer, "model_max_length", None)
         # Tokenizers that state no length say 10^30.
         self.context = context or (stated if stated and stated < 10**9 else None)
-        self._special = frozenset(tokenizer.all_special_ids) | {
-            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = frozenset(tokenizer.all_special_ids) | added
         self._special_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(self._special)))
         # Text that the vocabulary lacks becomes the unknown token, which ends no turn.
         self._marks = self._special - ({tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id})
@@ -183,10 +175,7 @@ class ChatFormat:
     def digest(self) -> str:
         """Hex digest of the tokens of some conversations: what text becomes here.
 
-        Raises
-        ------
-        UserError
-            The template renders one conversation differently from time to time.
+        UserError: the template renders one conversation differently from time to time.
         """
         asked, answered, again = _PROBE
         said = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -195,10 +184,9 @@ class ChatFormat:
         rendered: list[list[str | None]] = [[], []]
         for texts in rendered:
             for messages in conversations:
-                text = None
+                texts.append(None)
                 with suppress(_CannotRender):  # a template may refuse a system turn
-                    text = self._render(messages, "a conversation", answer=messages[-1]["role"] == "user")
-                texts.append(text)
+                    texts[-1] = self._render(messages, "a conversation", answer=messages[-1]["role"] == "user")
         if rendered[0] != rendered[1]:
             raise UserError(
                 "the chat template renders the same conversation differently each time",
@@ -210,25 +198,17 @@ class ChatFormat:
         return hashlib.sha256(json.dumps([tokens, plain]).encode()).hexdigest()
 
     def encode_prompt(self, content: str | Sequence[Mapping[str, str]], id: str = "prompt") -> EncodedPrompt:
-        """Encode an evaluation prompt with the generation prompt behind it.
+        """Encode an evaluation prompt, a user's message or messages that end in one, with the generation prompt.
 
-        Parameters
-        ----------
-        content : the user's message, or messages that end in one
-        id : the prompt's id, for messages of errors
-
-        Raises
-        ------
-        UserError
-            The prompt is empty, longer than the model's context, or changed by the template; the template leaves
-            out a turn, or what one holds.
+        UserError: the prompt is empty, longer than the model's context, or changed by the template; the template leaves
+        out a turn, or what one holds.
         """
         messages = _messages(content)
         text = self._render(messages, id, answer=True)
         self._refuse_unseen(messages, text, id, answer=True)
         tokens = self._tokens(text)
         self._check_length(tokens.ids, id)
-        start, end = self._last_content(messages, text, id, answer=True)
+        start, end = self._content(messages, len(messages) - 1, text, id, answer=True)
         span = self._covering(tokens, start, end, id)
         return EncodedPrompt(id, tokens.ids, span, self._end_of_turn(tokens, end, span[1] - 1))
 
@@ -237,23 +217,12 @@ class ChatFormat:
     ) -> EncodedPrompt:
         """Encode an evaluation prompt with the beginnings of answers that are scored behind it.
 
-        The tokens of an answer are those that the rendered conversation has behind the prompt, up to
-        the end of the text: not those of the text alone, which may begin otherwise. What the template
-        writes between the generation prompt and an answer, such as a line break or an empty block of
-        thoughts, belongs to the prompt. White space that the tokenizer joins to one of the answers
-        belongs to all of them.
-
-        Parameters
-        ----------
-        content : the user's message, or messages that end in one
-        answers : texts that the assistant's answer begins with
-        id : the prompt's id, for messages of errors
-
-        Raises
-        ------
-        UserError
-            As in :meth:`encode_prompt`, of the prompt or an answer; the tokenizer merges the end of
-            the prompt with an answer; the template writes something else before each answer.
+        The tokens of an answer are those that the rendered conversation has behind the prompt, up to the end of the
+        text: not those of the text alone, which may begin otherwise. What the template writes between the generation
+        prompt and an answer, such as a line break or an empty block of thoughts, belongs to the prompt. White space
+        that the tokenizer joins to one of the answers belongs to all of them. UserError: as in :meth:`encode_prompt`,
+        of the prompt or an answer; the tokenizer merges the end of the prompt with an answer; the template writes
+        something else before each answer.
         """
         prompt = self.encode_prompt(content, id)
         before = _messages(content)
@@ -279,7 +248,7 @@ class ChatFormat:
         """The conversation up to the end of an answer, its tokens, and where in both the answer begins."""
         turns = [*before, {"role": "assistant", "content": answer}]
         text = self._render(turns, id, answer=False)
-        start, end = self._last_content(turns, text, id, answer=False)
+        start, end = self._content(turns, len(turns) - 1, text, id)
         whole = self._tokens(text[:end])
         self._check_length(whole.ids, id)
         prompt = self._tokens(prompt_text if not text[len(prompt_text) : start].strip() else "")
@@ -303,24 +272,18 @@ class ChatFormat:
 
         An answer's tokens begin with the first one of its content (of its reasoning, where it holds some): what the
         template writes between the generation prompt and the answer, such as an empty block of thoughts, leads to the
-        answer and is not scored. They end with the token that ends the turn.
+        answer and is not scored. They end with the token that ends the turn. UserError: the template's rendering of the
+        conversation does not begin with the tokens of what stands before an answer and its generation prompt; the
+        template leaves out tools, calls of tools or reasoning; the prompt is longer than the model's context; both
+        answers of a preference are the same tokens.
 
-        Parameters
-        ----------
-        example : the example, of kind "pair" or "preference": then each answer is encoded so, in its own conversation
-        max_tokens : longest input; what is beyond it is cut off (see ``truncated``)
-
-        Raises
-        ------
-        UserError
-            The template's rendering of the conversation does not begin with the tokens of what
-            stands before an answer and its generation prompt; the template leaves out tools, calls
-            of tools or reasoning; the prompt is longer than the model's context; both answers of a
-            preference are the same tokens.
+        Of a preference each answer is encoded so, in its own conversation. What is beyond ``max_tokens`` is cut off
+        (see ``truncated``).
         """
         if example.kind == "preference":
             chosen = self.encode_example(replace(example, kind="pair"), max_tokens)
-            rejected = self.encode_example(example.answered_by_rejected(), max_tokens)
+            other = replace(example, response=example.rejected, rejected="", kind="pair")
+            rejected = self.encode_example(other, max_tokens)
             cut = chosen.truncated or rejected.truncated
             if not cut and chosen.input_ids == rejected.input_ids:
                 raise UserError(
@@ -353,48 +316,23 @@ class ChatFormat:
         return encoded
 
     def encode_examples(
-        self,
-        examples: Iterable[Record],
-        max_tokens: int = 512,
-        drop_truncated: bool = False,
-        truncate: Literal["error", "keep"] = "error",
+        self, examples: Iterable[Record], max_tokens: int = 512, drop_truncated: bool = False
     ) -> tuple[list[EncodedExample], list[str]]:
-        """Encode examples; none is shortened or left out unless that was asked for.
+        """Encode examples; truncated ones are an error, or left out and named (``drop_truncated``).
 
-        Parameters
-        ----------
-        examples : the examples; a document becomes windows of its tokens
-            (:func:`taught.data.documents.encode_document`), none of them truncated
-        max_tokens : longest input
-        drop_truncated : leave out truncated examples and name them
-        truncate : "keep": truncated examples stay, flagged, unless nothing of the response is left
-
-        Returns
-        -------
-        encoded
-            In the order of ``examples``.
-        dropped
-            Ids of the examples that were left out.
-
-        Raises
-        ------
-        UserError
-            An example is truncated and neither option covers it; a document has no tokens to score.
+        A document becomes windows of its tokens (:func:`taught.data.documents.encode_document`), none of them
+        truncated. Returned are the encoded examples, in order, and the ids of those that were left out. UserError: an
+        example is truncated and is not to be dropped; a document has no tokens to score.
         """
         encoded = self.encode_each(examples, max_tokens)
-        cut = [p for p in encoded if p.truncated and (truncate == "error" or p.empty)]
-        if cut and not drop_truncated:
+        cut = [example for example in encoded if example.truncated]
+        dropped = [example.id for example in cut]
+        if not drop_truncated:
             what = f"{len(cut)} examples are longer than {max_tokens} tokens"
             if empty := [example.id for example in cut if example.empty]:
                 what += f"; nothing of the response is left in {len(empty)} of them"
-            silent = "no response is cut off silently"
-            raise UserError(
-                what,
-                value=name_ids([example.id for example in cut]),
-                rule=silent if truncate == "error" else "an example needs at least one response token",
-                fix="raise examples.max_tokens, or pass --set examples.drop_truncated=true",
-            )
-        dropped = [example.id for example in cut]
+            fix = "raise examples.max_tokens, or pass --set examples.drop_truncated=true"
+            refuse(dropped, what, rule="no response is cut off silently", fix=fix)
         gone = set(dropped)
         return [example for example in encoded if example.id not in gone], dropped
 
@@ -403,10 +341,10 @@ class ChatFormat:
         prompt_text = self._render(turns[:place], example.id, answer=True, tools=example.tools)
         prompt = self._tokens(prompt_text)
         _check_border(prompt_text, prompt, text, whole, example.id)
-        start, end = self._content(turns, place, text, example)
+        start, end = self._content(turns, place, text, example.id, tools=example.tools)
         for thoughts in _THOUGHTS:
             if turns[place].get(thoughts):
-                start = min(start, self._content(turns, place, text, example, thoughts)[0])
+                start = min(start, self._content(turns, place, text, example.id, thoughts, tools=example.tools)[0])
         first, behind = self._covering(whole, start, end, example.id)
         if first < len(prompt.ids):
             raise _merge_error(text, len(prompt_text), example.id)
@@ -493,39 +431,45 @@ class ChatFormat:
                 fix="shorten or remove it",
             )
 
-    def _last_content(self, messages: Sequence[Message], text: str, id: str, answer: bool) -> tuple[int, int]:
-        """Return the characters of the last message's content in the rendering ``text``."""
-        marked = self._render([*messages[:-1], {**messages[-1], "content": _MARK}], id, answer)
-        return _between(marked, text, messages[-1]["content"], f"the last message of {id}")
-
     def _content(
-        self, turns: Sequence[Message], place: int, text: str, example: Record, key: str = "content"
+        self,
+        turns: Sequence[Message],
+        place: int,
+        text: str,
+        id: str,
+        key: str = "content",
+        *,
+        answer: bool = False,
+        tools: Sequence[Any] = (),
     ) -> tuple[int, int]:
-        """Return the characters of what one turn holds under a key, in the rendering of all turns."""
+        """Return the characters of what one turn holds under a key, in the rendering ``text`` of all turns."""
         others = [*turns[:place], {**turns[place], key: _MARK}, *turns[place + 1 :]]
-        marked = self._render(others, example.id, answer=False, tools=example.tools)
-        what = "last message" if place == len(turns) - 1 else f"message {place + 1}"
-        return _between(marked, text, turns[place][key], f"the {what} of {example.id}")
+        before, _, after = self._render(others, id, answer, tools).partition(_MARK)
+        start, end, content = len(before), len(text) - len(after), turns[place][key]
+        same = text.startswith(before) and text.endswith(after)
+        if not content.strip() or not same or text[start:end].strip() != content.strip():
+            what = "last message" if place == len(turns) - 1 else f"message {place + 1}"
+            raise UserError(
+                f"the {what} of {id} is not in the template's rendering as it is",
+                value=content,
+                rule="a message is rendered unchanged, apart from white space around it",
+                fix="fill an empty message, or pass another --chat-template FILE",
+            )
+        return start, end
 
     def _end_of_turn(self, tokens: _Tokens, content_end: int, otherwise: int) -> int:
         """Index of the first special token behind a content, ``otherwise`` if there is none.
 
         It may cover white space at the end of the content (an added token with ``lstrip``).
         """
-        behind = (
-            index
-            for index, (token, (_, stop)) in enumerate(zip(tokens.ids, tokens.offsets, strict=True))
-            if token in self._marks and stop > content_end
-        )
+        spans = enumerate(zip(tokens.ids, tokens.offsets, strict=True))
+        behind = (place for place, (token, (_, stop)) in spans if token in self._marks and stop > content_end)
         return next(behind, otherwise)
 
     def _covering(self, tokens: _Tokens, start: int, end: int, id: str) -> tuple[int, int]:
         """Return the range of tokens that share a character with [start, end), special ones left out."""
-        inside = [
-            index
-            for index, (token, (a, b)) in enumerate(zip(tokens.ids, tokens.offsets, strict=True))
-            if a < end and b > start and token not in self._marks
-        ]
+        spans = enumerate(zip(tokens.ids, tokens.offsets, strict=True))
+        inside = [place for place, (token, (a, b)) in spans if a < end and b > start and token not in self._marks]
         if not inside:
             raise UserError(
                 f"a message of {id} has no tokens",
@@ -537,21 +481,6 @@ class ChatFormat:
 
 def _messages(content: str | Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     return [{"role": "user", "content": content}] if isinstance(content, str) else list(content)
-
-
-def _between(marked: str, text: str, content: str, name: str) -> tuple[int, int]:
-    """Return the characters of a content in ``text``; ``marked`` has a mark in its place."""
-    before, _, after = marked.partition(_MARK)
-    start, end = len(before), len(text) - len(after)
-    same = text.startswith(before) and text.endswith(after)
-    if not content.strip() or not same or text[start:end].strip() != content.strip():
-        raise UserError(
-            f"{name} is not in the template's rendering as it is",
-            value=content,
-            rule="a message is rendered unchanged, apart from white space around it",
-            fix="fill an empty message, or pass another --chat-template FILE",
-        )
-    return start, end
 
 
 def _check_border(prompt_text: str, prompt: _Tokens, text: str, whole: _Tokens, id: str) -> None:

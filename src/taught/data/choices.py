@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from string import ascii_lowercase, ascii_uppercase
-from typing import Any
 
 from taught.data.columns import plain_text
 from taught.data.readers import Row
@@ -49,8 +48,6 @@ _APART = (
     ("ending", "0123456789", 0),  # SWAG
     ("", ascii_uppercase, 0),  # MMLU's own files
 )
-
-
 # An option with its label: "A. ...", "(A) ...", "1) ...".
 _OWN = re.compile(r"\(?([A-Z]|[1-9][0-9]?)[.):]\s+(\S.*)", re.DOTALL)
 
@@ -90,13 +87,7 @@ class Options:
 
 
 def options_apart(present: Sequence[str]) -> Apart | None:
-    """The options of a table that stand in columns of their own, the first two of a form at least.
-
-    Raises
-    ------
-    UserError
-        One of them is missing before another one.
-    """
+    """The options in columns of their own, two of a form at least. UserError: one is missing before another one."""
     for start, ends, first in _APART:
         columns = tuple(takewhile(lambda name: name in present, (start + end for end in ends)))
         if len(columns) < 2:
@@ -113,13 +104,7 @@ def options_apart(present: Sequence[str]) -> Apart | None:
 
 
 def read_options(row: Row, column: str | None, apart: Apart | None, name: str) -> Options:
-    """Options of a row: of one column, or of several; none where there are no such columns or cells.
-
-    Raises
-    ------
-    UserError
-        They are no list of texts.
-    """
+    """Options of a row: of one column, of several, or none. UserError: they are no list of texts."""
     if column is None and apart is not None:
         cells = list(_texts([row.get(key) for key in apart.columns], name))
         while cells and not cells[-1].strip():
@@ -133,20 +118,21 @@ def read_options(row: Row, column: str | None, apart: Apart | None, name: str) -
         return Options()
     if isinstance(value, str) and (lines := _lettered(value)):
         return Options(lines, tuple(ascii_uppercase[: len(lines)]))
-    if isinstance(value, list | tuple) and value and all(_labelled(item) for item in value):
-        value = {key: [item[key] for item in value] for key in ("text", "label")}
-    if isinstance(value, Mapping) and _labelled_lists(value):
-        labels = _texts(value["label"], name)
+    items = value if isinstance(value, list | tuple) else ()
+    if items and all(isinstance(item, Mapping) and {"text", "label"} <= set(item) for item in items):
+        value = {key: [item[key] for item in items] for key in ("text", "label")}
+    if isinstance(value, Mapping):
+        said, called = value.get("text"), value.get("label")
+        if not isinstance(said, list | tuple) or not isinstance(called, list | tuple) or len(said) != len(called):
+            raise _no_options(name, value)
+        labels = _texts(called, name)
         if len(set(labels)) < len(labels):
             raise _no_options(name, value, "two options have one label", "correct the labels")
-        return Options(_texts(value["text"], name), labels, None)
+        return Options(_texts(said, name), labels, None)
     if not isinstance(value, list | tuple):
         raise _no_options(name, value)
-    return _with_own_labels(_texts(value, name))
-
-
-def _with_own_labels(texts: tuple[str, ...]) -> Options:
-    """Options that may say their own labels: "A. ...", "(B) ...", "1) ..."; a letter is then no place."""
+    # Options may say their own labels: "A. ...", "(B) ...", "1) ..."; a letter is then no place.
+    texts = _texts(value, name)
     found = [own for text in texts if (own := _OWN.fullmatch(text.strip()))]
     labels = tuple(own[1] for own in found)
     ordered = [tuple(ascii_uppercase[: len(texts)]), tuple(str(n + 1) for n in range(len(texts)))]
@@ -170,15 +156,6 @@ def _lettered(text: str) -> tuple[str, ...]:
     return tuple(text[found.end() : end].strip() for found, end in zip(starts, ends, strict=True))
 
 
-def _labelled(item: object) -> bool:
-    return isinstance(item, Mapping) and {"text", "label"} <= set(item)
-
-
-def _labelled_lists(value: Mapping[str, Any]) -> bool:
-    lists = [value.get(key) for key in ("text", "label")]
-    return all(isinstance(part, list | tuple) for part in lists) and len(lists[0]) == len(lists[1])  # type: ignore[arg-type]
-
-
 def _texts(cells: Sequence[object], name: str) -> tuple[str, ...]:
     texts = [plain_text(cell) for cell in cells]
     if None in texts:
@@ -186,10 +163,10 @@ def _texts(cells: Sequence[object], name: str) -> tuple[str, ...]:
     return tuple(text for text in texts if text is not None)
 
 
-def _no_options(
-    name: str,
-    value: object,
-    rule: str = 'options are a list: ["yes", "no"]',
-    fix: str = "give them as a list, or as JSON in a CSV",
-) -> UserError:
-    return UserError(f"the options of {name} are not a list of texts", value=value, rule=rule, fix=fix)
+def _no_options(name: str, value: object, rule: str = "", fix: str = "") -> UserError:
+    return UserError(
+        f"the options of {name} are not a list of texts",
+        value=value,
+        rule=rule or 'options are a list: ["yes", "no"]',
+        fix=fix or "give them as a list, or as JSON in a CSV",
+    )

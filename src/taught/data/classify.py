@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from taught.core.registry import load_function
+from taught.data.readers import first_line
 from taught.errors import UserError
 
 Classifier = Callable[[str, Sequence[str]], Sequence[Any]]
@@ -19,17 +20,10 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 def load_classifier(name: str) -> Classifier:
     """The classifier of that name: a function ``(column, texts) -> one label a text``.
 
-    Parameters
-    ----------
-    name : ``module:function``, which gets the name of the column that it stands in for, and the texts; or the folder or
-        hub id of a text classifier of transformers, whose labels are those of its configuration, and which sees the
-        beginning of a text that is too long for it. The module is imported, so its code runs: name none that you do not
-        trust. Of a model no code runs, and its weights are safetensors.
-
-    Raises
-    ------
-    UserError
-        No such module, function or model.
+    The name is ``module:function``, which gets the name of the column that it stands in for, and the texts; or the
+    folder or hub id of a text classifier of transformers, whose labels are those of its configuration, and which sees
+    the beginning of a text that is too long for it. The module is imported, so its code runs: name none that you do not
+    trust. Of a model no code runs, and its weights are safetensors. UserError: no such module, function or model.
     """
     if not _FUNCTION.fullmatch(name) or os.path.exists(name):
         return _of_transformers(name)
@@ -46,7 +40,7 @@ def _of_transformers(name: str) -> Classifier:
     except Exception as error:  # of many kinds: no such id, no network, remote code, other weights
         raise UserError(
             "the classifier cannot be loaded",
-            value=f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            value=f"{name}: {first_line(error)}",
             rule="module:function, or a text classifier of transformers (safetensors, no code of its own)",
             fix="correct bins.classifier: the folder or hub id",
         ) from error
@@ -56,13 +50,8 @@ def _of_transformers(name: str) -> Classifier:
     def label(column: str, texts: Sequence[str]) -> list[str]:
         found = []
         for start in range(0, len(texts), BATCH):
-            batch = tokenizer(
-                list(texts[start : start + BATCH]),
-                padding=len(texts) > 1,
-                truncation=True,
-                max_length=longest,
-                return_tensors="pt",
-            )
+            some = list(texts[start : start + BATCH])
+            batch = tokenizer(some, padding=len(texts) > 1, truncation=True, max_length=longest, return_tensors="pt")
             found += [model.config.id2label[int(k)] for k in model(**batch).logits.argmax(-1)]
         return found
 

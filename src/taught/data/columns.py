@@ -18,18 +18,14 @@ def detect_columns(
 ) -> dict[str, str]:
     """Map field names to column names.
 
+    UserError: a given field is unknown or its column is not in the table; two columns are the same but for their
+    writing.
+
     Parameters
     ----------
-    present : names of the table's columns
-    usual : field -> column names to try, in this order, however they are written (:func:`folded`); a column is one
-        field's
+    present, where : names of the table's columns, and its own
+    usual : field -> column names to try, in this order, however they are written (:func:`folded`)
     given : the user's own field -> column; wins over the usual names
-    where : name of the table, for messages
-
-    Raises
-    ------
-    UserError
-        A given field is unknown or its column is not in the table; two columns are the same but for their writing.
     """
     found: dict[str, str] = {}
     spelled: dict[str, list[str]] = defaultdict(list)
@@ -37,9 +33,8 @@ def detect_columns(
         spelled[folded(column)].append(column)
     for field, column in (given or {}).items():
         if field not in usual:
-            raise UserError(
-                f"unknown field in the columns of {where}", value=field, rule=f"fields are {', '.join(usual)}"
-            )
+            what, rule = f"unknown field in the columns of {where}", f"fields are {', '.join(usual)}"
+            raise UserError(what, value=field, rule=rule)
         if column not in present:
             raise UserError(
                 f"{where} has no column {column!r}",
@@ -77,15 +72,8 @@ def cell(row: Row, columns: Mapping[str, str], field: str) -> object:
 def text_cell(row: Row, columns: Mapping[str, str], field: str, name: str = "a row") -> str:
     """Return a row's text of a field, "" where there is none (numbers become text, as :func:`written`).
 
-    Parameters
-    ----------
-    name : what the row is called in a message
-
-    Raises
-    ------
-    UserError
-        The cell holds a list, a mapping, bytes, or a number that is none (NaN); a context or a system turn is a word
-        for nothing.
+    UserError: the cell holds a list, a mapping, bytes, or a number that is none (NaN); a context or a system turn is a
+    word for nothing. ``name`` is what the message calls the row.
     """
     value = cell(row, columns, field)
     if (text := plain_text(value)) is None:
@@ -136,10 +124,9 @@ def refuse_spellings(names: Iterable[str], what: str, where: str) -> None:
         )
 
 
-def name_ids(ids: Sequence[str], limit: int = 8) -> str:
+def name_ids(ids: Sequence[str]) -> str:
     """Name ids in a message: the first few, and how many more."""
-    shown = ", ".join(ids[:limit])
-    return shown if len(ids) <= limit else f"{shown} and {len(ids) - limit} more"
+    return ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
 
 
 def columns_note(path: str | Path, columns: Mapping[str, str]) -> str:

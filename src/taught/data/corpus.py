@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taught.data.columns import name_ids
-from taught.data.examples import ExampleSet, Record, check_examples
+from taught.data.examples import ExampleSet, Record, check_examples, refuse_empty
 from taught.data.formats import document_columns, read_document
 from taught.data.readers import Row
 from taught.data.subset import Sample, Spread, Strata, stratum_of
@@ -18,12 +17,7 @@ from taught.errors import UserError
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of a source: every iteration reads them anew, one batch of rows in memory.
-
-    Attributes
-    ----------
-    columns : field -> the column it is read from
-    """
+    """Documents of a source (columns: field -> column): each iteration reads them anew, a batch of rows in memory."""
 
     source: Source
     columns: Mapping[str, str]
@@ -32,13 +26,7 @@ class Corpus:
         return (record for _, record in self.rows())
 
     def rows(self) -> Iterator[tuple[Row, Record]]:
-        """Each row as it stands in its file, with its document.
-
-        Raises
-        ------
-        UserError
-            A cell that should be a text is none; the document is named.
-        """
+        """Each row as it stands in its file, with its document. UserError: a cell that should be a text is none."""
         for number, row in enumerate(self.source, 1):
             yield row, read_document(row, self.columns, number)
 
@@ -46,16 +34,8 @@ class Corpus:
 def open_corpus(source: str | Path | Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> Corpus:
     """Find the documents of a source, and which column is what; texts are not held.
 
-    Parameters
-    ----------
-    source : a file, a folder of shards, a pattern such as ``corpus/*.parquet``, ``"hf:owner/name:split"``, or anything
-        that yields mappings, as for :func:`taught.data.tables.open_source`
-    columns : field -> column name, as for :func:`taught.load_examples`
-
-    Raises
-    ------
-    UserError
-        There are no rows or no text; shards disagree in their columns.
+    The source is as for :func:`taught.data.tables.open_source`, columns as for :func:`taught.load_examples`. UserError:
+    there are no rows or no text; shards disagree in their columns.
     """
     found = open_source(source)
     if not found.columns:
@@ -68,13 +48,8 @@ def sample_documents(corpus: Corpus, spread: Spread) -> ExampleSet:
 
     The source is read twice: once to count the strata, once for the texts. Which documents are kept depends on their
     ids and on what the strata hold, and not on the order of shards. Memory: the documents that are kept, and about 40
-    bytes for each that is read.
-
-    Raises
-    ------
-    UserError
-        As :func:`open_corpus`; documents without text, ids that stand twice, a column of ``spread.by`` that is not
-        there, a source that changes while it is read.
+    bytes for each that is read. UserError: as :func:`open_corpus`; documents without text, ids that stand twice, a
+    column of ``spread.by`` that is not there, a source that changes while it is read.
     """
     source = corpus.source
     if spread.limit is None:
@@ -83,12 +58,8 @@ def sample_documents(corpus: Corpus, spread: Spread) -> ExampleSet:
         return ExampleSet(kept, corpus.columns, source.sha256, source.path)
     by = spread.columns(corpus.columns)
     if unknown := [name for name in by if name not in source.columns]:
-        raise UserError(
-            "the examples have no such column",
-            value=", ".join(unknown),
-            rule=f"their columns are {', '.join(source.columns)}",
-            fix="correct examples.spread",
-        )
+        what, rule = "the examples have no such column", f"their columns are {', '.join(source.columns)}"
+        raise UserError(what, value=", ".join(unknown), rule=rule, fix="correct examples.spread")
     strata: Strata[tuple[str, ...]] = Strata(spread.even, spread.seed)
     empty, read = [], 0
     for row, record in corpus.rows():
@@ -96,13 +67,7 @@ def sample_documents(corpus: Corpus, spread: Spread) -> ExampleSet:
             empty.append(record.id)
         strata.note(record.id, stratum_of(row.get(name) for name in by))
         read += 1
-    if empty:
-        raise UserError(
-            f"{source.name}: {len(empty)} examples have an empty text",
-            value=name_ids(empty),
-            rule="the loss is on the tokens of the text",
-            fix="fill the cells or remove the rows",
-        )
+    refuse_empty(empty, "text", source.name)
     if twice := strata.repeated():
         # Hashes of other ids may meet: then this is no error.
         check_examples([record for n, record in enumerate(corpus) if n in twice], source.name)

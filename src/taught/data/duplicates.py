@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -48,13 +48,9 @@ class Duplicate:
 def find_duplicates(texts: Mapping[str, str], near: float = 0.8) -> list[Duplicate]:
     """Name every text that repeats another one, sorted by id.
 
-    Without those that are named, none repeats another. The result does not depend on the order of ``texts``.
-    Memory: 240 bytes a text beside the texts.
-
-    Parameters
-    ----------
-    texts : id -> text
-    near : overlap from which texts are near duplicates, above 0 and at most 1
+    Without those that are named, none repeats another. The result does not depend on the order of ``texts`` (id ->
+    text). ``near`` is the overlap from which texts are near duplicates, above 0 and at most 1. Memory: 240 bytes a text
+    beside the texts.
     """
     first: dict[str, str] = {}
     exact = {id: of for id in sorted(texts) if (of := first.setdefault(normalise(texts[id]), id)) != id}
@@ -66,8 +62,7 @@ def find_duplicates(texts: Mapping[str, str], near: float = 0.8) -> list[Duplica
 def drop_duplicates(examples: ExampleSet, near: float) -> tuple[ExampleSet, list[Duplicate]]:
     """Return the examples of which none repeats another, and those that were left out."""
     found = duplicates_among(examples, near)
-    gone = {duplicate.id for duplicate in found}
-    return replace(examples, examples=tuple(e for e in examples if e.id not in gone)), found
+    return examples.without(duplicate.id for duplicate in found), found
 
 
 def duplicates_among(examples: ExampleSet, near: float) -> list[Duplicate]:

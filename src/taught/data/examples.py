@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from taught.data.columns import name_ids, refuse_spellings, repeated
+from taught.data.columns import refuse_spellings, repeated
 from taught.data.readers import Row
 from taught.data.subset import Sample, Spread, Strata, stratum_of
 from taught.data.tables import open_table
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 
 if TYPE_CHECKING:
     from taught.data.chat import EncodedExample
@@ -63,8 +63,7 @@ class Record:
 
     def __post_init__(self) -> None:
         if not self.messages and self.kind != "document":
-            turns = ({"role": "user", "content": self.prompt},)
-            object.__setattr__(self, "messages", turns)
+            object.__setattr__(self, "messages", ({"role": "user", "content": self.prompt},))
 
     @property
     def user_texts(self) -> tuple[str, ...]:
@@ -83,10 +82,6 @@ class Record:
     def turns(self) -> list[Message]:
         """The conversation up to and with the response."""
         return [*self.messages, {"role": "assistant", "content": self.response, **self.extras}]
-
-    def answered_by_rejected(self) -> Record:
-        """The same conversation as a pair with the rejected answer."""
-        return replace(self, response=self.rejected, rejected="", kind="pair")
 
 
 @dataclass(frozen=True)
@@ -119,38 +114,19 @@ class ExampleSet:
         """Ids, in order."""
         return tuple(example.id for example in self.examples)
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Labels, each once, in order of first appearance."""
-        return tuple(dict.fromkeys(example.label for example in self.examples))
-
     def column(self, name: str) -> list[Any]:
-        """Each example's cell of a column of the data, which may be named by the field that was read from it.
-
-        Raises
-        ------
-        UserError
-            There is no such column.
-        """
+        """Each example's cell of a column, which may be named by the field read from it. UserError: there is none."""
         field = {column: field for field, column in self.columns.items()}.get(name, name)
         if field in ("id", "label", "category", "source"):
             return [getattr(example, field) for example in self.examples]
         if not any(name in example.flags for example in self.examples):
             flags = (key for example in self.examples for key in example.flags)
-            known = dict.fromkeys([*self.columns.values(), *flags])
-            raise UserError(
-                "the examples have no such column", value=name, rule=f"their columns are {', '.join(known)}"
-            )
+            rule = "their columns are " + ", ".join(dict.fromkeys([*self.columns.values(), *flags]))
+            raise UserError("the examples have no such column", value=name, rule=rule)
         return [example.flags.get(name) for example in self.examples]
 
     def spread(self, how: Spread) -> ExampleSet:
-        """At most so many of the examples, spread over strata; the order stays.
-
-        Raises
-        ------
-        UserError
-            A column of the strata is not there.
-        """
+        """At most so many of the examples, spread over strata, in order. UserError: a column of these is missing."""
         if how.limit is None or how.limit >= len(self):
             return self
         by = how.columns(self.columns)
@@ -161,18 +137,20 @@ class ExampleSet:
         chosen, counts = strata.take(self.examples, how.limit, lambda example: example.id)
         return replace(self, examples=chosen, sample=Sample(how, by, counts))
 
-    def digest(self) -> str:
-        """Hex digest of what was read: what a result depends on, wherever the rows came from."""
-        return self.sha256
-
     def encoded(self, encoded: Iterable[EncodedExample]) -> ExampleSet:
         """The examples of these encodings, in their order: a document becomes its windows."""
         by_id = {example.id: example for example in self.examples}
-        found = (
-            replace(by_id[e.document], id=e.id, response=e.text, document=e.document) if e.document else by_id[e.id]
-            for e in encoded
-        )
-        return replace(self, examples=tuple(found))
+
+        def own(e: EncodedExample) -> Record:
+            whole = by_id[e.document or e.id]
+            return replace(whole, id=e.id, response=e.text, document=e.document) if e.document else whole
+
+        return replace(self, examples=tuple(map(own, encoded)))
+
+    def without(self, ids: Iterable[str]) -> ExampleSet:
+        """The examples but those of these ids."""
+        gone = set(ids)
+        return replace(self, examples=tuple(example for example in self.examples if example.id not in gone))
 
 
 def load_examples(
@@ -247,21 +225,23 @@ def check_examples(examples: Sequence[Record], where: str) -> None:
     document = examples[0].kind == "document"
     parts = {"document": ["response"], "pair": ["prompt", "response"], "preference": ["prompt", "response", "rejected"]}
     for part in parts[examples[0].kind]:
-        name = "text" if document else part
         empty = [example.id for example in examples if not getattr(example, part).strip()]
-        if empty:
-            raise UserError(
-                f"{where}: {len(empty)} examples have an empty {name}",
-                value=name_ids(empty),
-                rule=f"the loss is on the tokens of the {'text' if document else 'response to a prompt'}",
-                fix="fill the cells or remove the rows",
-            )
+        refuse_empty(empty, "text" if document else part, where)
     refuse_spellings((example.label for example in examples), "label", where)
     same = repeated((example.id, example.id) for example in examples)
-    if same:
-        raise UserError(
-            f"{where}: {len(same)} example ids are used more than once",
-            value=name_ids([names[0] for names in same]),
-            rule="ids name examples in every table; rows without one are named by their content",
-            fix="rename or remove the repeats",
-        )
+    refuse(
+        [names[0] for names in same],
+        f"{where}: {len(same)} example ids are used more than once",
+        rule="ids name examples in every table; rows without one are named by their content",
+        fix="rename or remove the repeats",
+    )
+
+
+def refuse_empty(ids: Sequence[str], field: str, where: str) -> None:
+    """Raise a UserError that names the examples of which a field is empty, if there are any."""
+    refuse(
+        ids,
+        f"{where}: {len(ids)} examples have an empty {field}",
+        rule=f"the loss is on the tokens of the {'text' if field == 'text' else 'response to a prompt'}",
+        fix="fill the cells or remove the rows",
+    )

@@ -21,10 +21,11 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from taught.data.columns import cell, detect_columns, folded, name_ids, text_cell
+from taught.data.columns import cell, detect_columns, folded, text_cell
 from taught.data.examples import Message, Record, Turns, content_id
 from taught.data.readers import Row
 from taught.data.tables import Table
@@ -39,8 +40,9 @@ from taught.data.unused import (
     refuse_keys,
     refuse_rivals,
 )
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 
+_ABOUT = {"label": ("label", "group"), "category": ("category", "topic"), "source": ("source",)}
 PAIR_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "example_id"),
     "messages": ("messages", "conversations", "conversation"),
@@ -50,16 +52,12 @@ PAIR_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "system": ("system", "system_prompt"),
     "history": ("history",),
     "tools": ("tools",),
-    "label": ("label", "group"),
-    "category": ("category", "topic"),
-    "source": ("source",),
+    **_ABOUT,
 }
 DOCUMENT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "example_id", "document_id"),
     "text": ("text", "document", "content"),
-    "label": ("label", "group"),
-    "category": ("category", "topic"),
-    "source": ("source",),
+    **_ABOUT,
 }
 PREFERENCE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "id": ("id", "example_id"),
@@ -72,9 +70,7 @@ PREFERENCE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "tools": ("tools",),
     "reference_chosen": ("ref_chosen_logps", "reference_chosen_logps"),
     "reference_rejected": ("ref_rejected_logps", "reference_rejected_logps"),
-    "label": ("label", "group"),
-    "category": ("category", "topic"),
-    "source": ("source",),
+    **_ABOUT,
 }
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -84,6 +80,7 @@ _ORDER = re.compile("s?(u(at+)*a)+")
 # A text that is a list of messages, or of [question, answer], as JSON or as Python writes it.
 _MESSAGES = re.compile(r"""\s*\[\s*\{.*['"](role|from)['"]\s*:.*\}\s*\]\s*""", re.DOTALL)
 _EXCHANGES = re.compile(r"\s*\[\s*\[.*\]\s*\]\s*", re.DOTALL)
+_IN_ONE = "put the whole conversation into one `messages` column"
 # Log-probabilities of a reference under names that are not read.
 _OTHER_REFERENCES = tuple(
     f"{ref}_{a}_{b}"
@@ -108,19 +105,25 @@ def read_pairs(
             fix="use --set examples.kind=preference, or rename one of the columns to response to attribute to it alone",
         )
     if "messages" not in found and not {"prompt", "response"} <= set(found):
-        text = "text" in present
+        fix = "rename the columns, or load with columns={'prompt': …, 'response': …}"
         raise UserError(
             f"{table.name} has neither messages nor a prompt and a response",
             value=f"columns: {', '.join(table.columns)}",
             rule="an example is `messages`, or `prompt` with `response` (or `completion`)",
-            fix="use --set examples.kind=document"
-            if text
-            else "rename the columns, or load with columns={'prompt': …, 'response': …}",
+            fix="use --set examples.kind=document" if "text" in present else fix,
         )
     table, names = with_messages(table, found), _row_names(table, found)
     refuse_columns(table, found, names)
     refuse_keys(table, found, names)
-    _refuse_unpaired(table, found, names)
+    if folded(found.get("response", "")) == "completion":  # of KTO some completions are to be unlearned
+        rows = zip(table.rows, names, strict=True)
+        against = [name for row, name in rows if cell(row, found, "label") is False]
+        refuse(
+            against,
+            f"{table.name}: {len(against)} completions have the label false",
+            rule="training moves a pair's response up; data of KTO move those of the label false down",
+            fix="remove these rows, or write the labels as words if they are notes",
+        )
     records = tuple(_pair(row, found, name, turns) for row, name in zip(table.rows, names, strict=True))
     refuse_rivals(table, found, rivals(PAIR_COLUMNS, columns), [record.whole for record in records], names)
     return records, found
@@ -144,7 +147,7 @@ def read_document(row: Row, columns: Mapping[str, str], number: int) -> Record:
     name = _row_name(row, columns, number)
     refuse_cells(row, name)
     text = text_cell(row, columns, "text", name)
-    return _record(row, columns, name, content_id((), text), prompt="", response=text, kind="document")
+    return _record(row, columns, name, (), (text,), kind="document")
 
 
 def read_preferences(table: Table, columns: Mapping[str, str] | None) -> tuple[tuple[Record, ...], dict[str, str]]:
@@ -177,13 +180,7 @@ def rivals(usual: Mapping[str, Sequence[str]], given: Mapping[str, str] | None) 
 
 
 def with_messages(table: Table, columns: Mapping[str, str]) -> Table:
-    """The table with messages in the place of the JSON that a cell writes them in.
-
-    Raises
-    ------
-    UserError
-        A cell is written as messages and is no JSON.
-    """
+    """The table with messages in the place of the JSON that a cell writes them in. UserError: one is no JSON."""
     written = dict.fromkeys(("messages", "text", "prompt", "response", "chosen", "rejected"), _MESSAGES)
     written["history"] = _EXCHANGES
     forms = {columns[field]: form for field, form in written.items() if field in columns}
@@ -207,20 +204,6 @@ def _from_json(value: str, column: str, number: int) -> Any:
         ) from error
 
 
-def _refuse_unpaired(table: Table, columns: Mapping[str, str], names: Sequence[str]) -> None:
-    """Refuse answers of which some are to be unlearned: completions with a label that is true or false, as of KTO."""
-    if folded(columns.get("response", "")) != "completion":
-        return
-    rows = zip(table.rows, names, strict=True)
-    if against := [name for row, name in rows if cell(row, columns, "label") is False]:
-        raise UserError(
-            f"{table.name}: {len(against)} completions have the label false",
-            value=name_ids(against),
-            rule="training moves a pair's response up; data of KTO move those of the label false down",
-            fix="remove these rows, or write the labels as words if they are notes",
-        )
-
-
 def _preference(row: Row, columns: Mapping[str, str], name: str) -> Record:
     chosen, rejected = (_side(row, columns, side, name) for side in ("chosen", "rejected"))
     before, last = tuple(chosen[:-1]), chosen[-1]
@@ -239,12 +222,9 @@ def _preference(row: Row, columns: Mapping[str, str], name: str) -> Record:
             fix="remove the row",
         )
     asked = before[-1]["content"].strip()
-    whole = all(isinstance(cell(row, columns, side), str) for side in ("chosen", "rejected"))
-    if (
-        whole
-        and len(asked.split()) > 2
-        and all(turn["content"].strip().startswith(asked) for turn in (last, rejected[-1]))
-    ):
+    texts = all(isinstance(cell(row, columns, side), str) for side in ("chosen", "rejected"))
+    repeating = all(turn["content"].strip().startswith(asked) for turn in (last, rejected[-1]))
+    if texts and repeating and len(asked.split()) > 2:
         raise UserError(
             f"both answers of {name} begin with their prompt",
             value=asked,
@@ -259,19 +239,8 @@ def _preference(row: Row, columns: Mapping[str, str], name: str) -> Record:
             rule="the chosen and the rejected answer are texts",
             fix="remove the keys, or put the thoughts into the text",
         )
-    return _record(
-        row,
-        columns,
-        name,
-        content_id(before, last["content"], rejected[-1]["content"]),
-        prompt=next(turn["content"] for turn in reversed(before) if turn["role"] == "user"),
-        response=last["content"],
-        rejected=rejected[-1]["content"],
-        messages=before,
-        tools=_tools(cell(row, columns, "tools"), name),
-        reference=_reference(row, columns, name),
-        kind="preference",
-    )
+    answers, reference = (last["content"], rejected[-1]["content"]), _reference(row, columns, name)
+    return _record(row, columns, name, before, answers, reference=reference, kind="preference")
 
 
 def _side(row: Row, columns: Mapping[str, str], side: str, name: str) -> list[Message]:
@@ -302,8 +271,10 @@ def _reference(row: Row, columns: Mapping[str, str], name: str) -> tuple[float, 
     given = [cell(row, columns, f"reference_{side}") for side in ("chosen", "rejected")]
     if not any(holds(value) for value in given):
         return None
-    numbers = [_number(value) for value in given]
-    if not all(math.isfinite(number) and number <= 0 for number in numbers):
+    numbers: list[float] = []
+    with suppress(ValueError, OverflowError):
+        numbers = [float(v) for v in given if isinstance(v, int | float | str) and not isinstance(v, bool)]
+    if len(numbers) < 2 or not all(math.isfinite(number) and number <= 0 for number in numbers):
         raise UserError(
             f"the log-probabilities of the reference of {name} are not two numbers",
             value=given,
@@ -311,13 +282,6 @@ def _reference(row: Row, columns: Mapping[str, str], name: str) -> tuple[float, 
             fix="correct them, or leave both out: the reference is then the base model",
         )
     return numbers[0], numbers[1]
-
-
-def _number(value: object) -> float:
-    try:
-        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        return math.nan
 
 
 def _row_names(table: Table, columns: Mapping[str, str]) -> list[str]:
@@ -331,10 +295,23 @@ def _row_name(row: Row, columns: Mapping[str, str], number: int) -> str:
     return given if given.strip() else f"row {number}"
 
 
-def _record(row: Row, columns: Mapping[str, str], name: str, otherwise: str, **fields: Any) -> Record:
+def _record(
+    row: Row,
+    columns: Mapping[str, str],
+    name: str,
+    messages: tuple[Message, ...],
+    answers: tuple[str, ...],
+    **fields: Any,
+) -> Record:
+    """The record of messages and their answer, of a preference the chosen and the rejected one; or of a text."""
     used, given = set(columns.values()), text_cell(row, columns, "id", name)
     return Record(
-        id=given if given.strip() else otherwise,
+        id=given if given.strip() else content_id(messages, *answers),
+        prompt=next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), ""),
+        response=answers[0],
+        rejected="".join(answers[1:]),
+        messages=messages,
+        tools=_tools(cell(row, columns, "tools"), name),
         label=text_cell(row, columns, "label", name),
         category=text_cell(row, columns, "category", name),
         source=text_cell(row, columns, "source", name),
@@ -358,23 +335,10 @@ def _pair(row: Row, columns: Mapping[str, str], name: str, turns: Turns) -> Reco
                 fix="mark that message with weight: 0, or end the conversation with an answer",
             )
         if place != last and not messages[place]["content"].strip():
-            raise UserError(
-                f"an answer of {name} that counts is empty",
-                value=messages[place],
-                fix="fill it, or mark it with weight: 0",
-            )
-    return _record(
-        row,
-        columns,
-        name,
-        content_id(before, response["content"]),
-        prompt=next(turn["content"] for turn in reversed(before) if turn["role"] == "user"),
-        response=response["content"],
-        messages=before,
-        counted=tuple(counted[:-1]),
-        extras={key: value for key, value in response.items() if key not in ("role", "content")},
-        tools=_tools(cell(row, columns, "tools"), name),
-    )
+            fix = "fill it, or mark it with weight: 0"
+            raise UserError(f"an answer of {name} that counts is empty", value=messages[place], fix=fix)
+    extras = {key: value for key, value in response.items() if key not in ("role", "content")}
+    return _record(row, columns, name, before, (response["content"],), counted=tuple(counted[:-1]), extras=extras)
 
 
 def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Message]:
@@ -399,17 +363,12 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
             *_part(row, columns, "response", "assistant", name),
         ]
         if turns[0]["role"] != "system" and prompt[0]["role"] == "system":
-            raise UserError(
-                f"{name} has a history before its system turn",
-                value=prompt[0]["content"],
-                fix="put the whole conversation into one `messages` column",
-            )
+            raise UserError(f"{name} has a history before its system turn", value=prompt[0]["content"], fix=_IN_ONE)
     turns = with_system(system, turns, name)
-    roles = [turn["role"] for turn in turns]
     if not _ORDER.fullmatch(role_letters(turns)):
         raise UserError(
             f"the messages of {name} do not end in one answer to a user",
-            value=" ".join(roles),
+            value=" ".join(turn["role"] for turn in turns),
             rule="an optional system turn, then user and assistant in turn, the assistant last",
             fix="cut the conversation after an assistant turn, or join the turns of one speaker",
         )
@@ -417,13 +376,7 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
 
 
 def with_system(system: str, turns: list[Message], name: str) -> list[Message]:
-    """The turns behind a system turn with this text; as they are where there is no text, or they begin with it.
-
-    Raises
-    ------
-    UserError
-        They begin with another system text.
-    """
+    """The turns behind a system turn with this text, if any. UserError: they begin with another system text."""
     if not system or not (turns and turns[0]["role"] == "system"):
         return [{"role": "system", "content": system}, *turns] if system else turns
     if turns[0]["content"] != system:
@@ -478,13 +431,7 @@ def _mark(turn: Message, name: str) -> bool | None:
 
 
 def read_turns(value: object, name: str) -> list[Message]:
-    """Messages of a conversation, as {role, content} or ShareGPT's {from, value}.
-
-    Raises
-    ------
-    UserError
-        A message has no role, one that is not known, or no text as its content.
-    """
+    """Messages, as {role, content} or ShareGPT's {from, value}. UserError: one has no known role, or no text."""
     turns = []
     for turn in value if isinstance(value, list | tuple) else [value]:
         given: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
@@ -542,27 +489,16 @@ def read_history(value: object, name: str) -> Iterator[Message]:
     """Earlier turns, of a list of [question, answer]."""
     for turn in value if isinstance(value, list | tuple) else [value] if holds(value) else []:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise UserError(
-                f"the history of {name} is no list of [question, answer]",
-                value=turn,
-                fix="put the whole conversation into one `messages` column",
-            )
+            raise UserError(f"the history of {name} is no list of [question, answer]", value=turn, fix=_IN_ONE)
         yield {"role": "user", "content": turn[0]}
         yield {"role": "assistant", "content": turn[1]}
 
 
 def add_context(row: Row, columns: Mapping[str, str], prompt: list[Message], name: str, field: str = "prompt") -> None:
-    """Put Alpaca's input, Dolly's context behind the instruction, as a part of the user's turn.
+    """Put Alpaca's input, Dolly's context behind the instruction, in the user's turn of ``prompt`` (in place).
 
-    Parameters
-    ----------
-    prompt : the turns of the prompt, changed in place
-    field : whose column the prompt is
-
-    Raises
-    ------
-    UserError
-        The prompt is no instruction: where the context belongs is not known.
+    UserError: the prompt, which is in the column of ``field``, is no instruction: where the context belongs is not
+    known.
     """
     context = text_cell(row, columns, "context", name)
     if not context.strip():
@@ -586,10 +522,8 @@ def _refuse_beside(row: Row, columns: Mapping[str, str], turns: Sequence[Message
             continue
         part = isinstance(value, list | tuple) and all(isinstance(turn, Mapping) for turn in value)
         texts = [turn["content"] for turn in read_turns(value, name)] if part else [str(value)]
-        said, among = (
-            (texts[-1:], turns[-1:]) if field == "response" else (texts, turns)
-        )  # the last answer is trained on
-        if not all(any(text in turn["content"] for turn in among) for text in said):
+        last = slice(-1, None) if field == "response" else slice(None)  # the last answer is trained on
+        if not all(any(text in turn["content"] for turn in turns[last]) for text in texts[last]):
             raise UserError(
                 f"{name} has messages and a {columns[field]} that is not among them",
                 value=value,
@@ -601,10 +535,8 @@ def _refuse_beside(row: Row, columns: Mapping[str, str], turns: Sequence[Message
 def _tools(value: object, name: str) -> tuple[Any, ...]:
     given = value
     if isinstance(value, str) and value.strip():
-        try:
+        with suppress(ValueError):
             given = json.loads(value)
-        except ValueError:
-            given = value
     if not holds(given):
         return ()
     if not isinstance(given, list | tuple) or not all(isinstance(tool, Mapping) for tool in given):

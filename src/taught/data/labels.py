@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from taught.data.classify import load_classifier
-from taught.data.columns import name_ids, written
+from taught.data.columns import written
 from taught.data.examples import ExampleSet
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 
 MOST = 200  # labels of a column
 _NONE = ("", "nan", "nat", "<na>", "none", "null", "unknown")
@@ -56,18 +56,10 @@ def read_labels(
 
     What looks the same is one label: spaces in a row are one and those around a text none, letters are composed
     (Unicode NFC), true, false and whole numbers are written out. An empty cell, null, NaN and the words "unknown",
-    "none", "null" and "nan" in any case are no label.
-
-    Parameters
-    ----------
-    classifier : labels the examples where they do not have the column; see :func:`taught.data.classify.load_classifier`
-    taxonomy : the labels are one field's names of it, in any spelling of case, separators and "and"
-
-    Raises
-    ------
-    UserError
-        No example has the column; a cell is neither text nor a number; more than ``MOST`` labels; a label that is not
-        of the taxonomy.
+    "none", "null" and "nan" in any case are no label. Where the examples do not have the column, a classifier labels
+    them (:func:`taught.data.classify.load_classifier`). Labels in a ``taxonomy`` are one field's names of it, in any
+    spelling of case, separators and "and". UserError: no example has the column; a cell is neither text nor a number;
+    more than ``MOST`` labels; a label that is not of the taxonomy.
     """
     cells = _cells(examples, column)
     if cells is None and classifier is not None:
@@ -81,13 +73,9 @@ def read_labels(
             fix="name one of these under bins.columns, or add the column to the file",
         )
     labels = [_label(cell) for cell in cells]
-    if bad := [example.id for example, label in zip(examples, labels, strict=True) if label is None]:
-        raise UserError(
-            f"the {column} of {len(bad)} examples is neither text nor a number",
-            value=name_ids(bad),
-            rule="a label is one word or number",
-            fix=f"turn the column {column} into text",
-        )
+    bad = [example.id for example, label in zip(examples, labels, strict=True) if label is None]
+    what = f"the {column} of {len(bad)} examples is neither text nor a number"
+    refuse(bad, what, rule="a label is one word or number", fix=f"turn the column {column} into text")
     names = sorted({label for label in labels if label})
     if len(names) > MOST:
         raise UserError(
@@ -96,10 +84,7 @@ def read_labels(
             rule=f"at most {MOST} labels",
             fix="name another column, or make classes of its values: ranges of a number, groups of names",
         )
-    empty: tuple[str, ...] = ()
-    named = {name: name for name in names}
-    if taxonomy is not None:
-        named, empty = _names_of(taxonomy, column, names)
+    named, empty = ({n: n for n in names}, ()) if taxonomy is None else _names_of(taxonomy, column, names)
     without = tuple(example.id for example, label in zip(examples, labels, strict=True) if not label)
     return Labels(tuple(named[label] if label else None for label in labels), without, empty)
 
@@ -113,13 +98,7 @@ def check_labels(examples: ExampleSet, column: str, taxonomy: str | None, classi
 
 
 def classify(name: str, column: str, examples: ExampleSet) -> list[Any]:
-    """What ``function(column, texts)`` says of the examples: a label for each text, or None.
-
-    Raises
-    ------
-    UserError
-        It cannot be loaded, fails, or does not give one label for each text.
-    """
+    """What ``function(column, texts)`` says of each example. UserError: it fails, or gives not one label a text."""
     texts = ["\n".join(filter(None, (example.prompt, example.response))) for example in examples]
     function = load_classifier(name)
     try:
@@ -166,13 +145,12 @@ def _names_of(taxonomy: str, column: str, labels: Sequence[str]) -> tuple[dict[s
     fields = {field: {_spelt(name): name for name in names} for field, names in TAXONOMIES[taxonomy].items()}
     field = max(fields, key=lambda name: sum(_spelt(label) in fields[name] for label in labels))
     known = fields[field]
-    if stray := [label for label in labels if _spelt(label) not in known]:
-        raise UserError(
-            f"the column {column} holds labels that are no {field} of {taxonomy}",
-            value=name_ids(stray),
-            rule="one of " + "; ".join(known.values()),
-            fix="rename them in the data, or leave bins.taxonomy out",
-        )
+    refuse(
+        [label for label in labels if _spelt(label) not in known],
+        f"the column {column} holds labels that are no {field} of {taxonomy}",
+        rule="one of " + "; ".join(known.values()),
+        fix="rename them in the data, or leave bins.taxonomy out",
+    )
     named = {label: known[_spelt(label)] for label in labels}
     return named, tuple(name for name in known.values() if name not in set(named.values()))
 

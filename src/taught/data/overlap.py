@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from taught.data.columns import name_ids
 from taught.data.words import normalise, shingles, words
-from taught.errors import UserError
+from taught.errors import refuse
 
 if TYPE_CHECKING:
     from taught.data.examples import ExampleSet
@@ -66,56 +64,31 @@ def _shared(said: list[str], passages: Mapping[int, Mapping[int, list[str]]]) ->
 def drop_shared(shown: ExampleSet, examples: ExampleSet, drop: bool) -> tuple[ExampleSet, list[str]]:
     """Return the labelled answers of a concept whose prompt is no example's, and the ids that were dropped.
 
-    A concept that was made from the rows that it is to find would find them for that reason.
-
-    Parameters
-    ----------
-    drop : False: a shared prompt is an error
-
-    Raises
-    ------
-    UserError
-        There are some and ``drop`` is false: their ids.
+    A concept that was made from the rows that it is to find would find them for that reason. UserError: there are some
+    and ``drop`` is false: their ids.
     """
     texts = {normalise(example.prompt) for example in examples}
     both = [row.id for row in shown if normalise(row.prompt) in texts]
-    if both and not drop:
-        raise UserError(
+    if not drop:
+        refuse(
+            both,
             "labelled answers of the concept are examples of the study",
-            value=name_ids(both),
             rule="a concept is made from other rows than it is to find",
             fix="remove them from one of the files, or pass --set examples.drop_overlap=true",
         )
-    gone = set(both)
-    kept = tuple(row for row in shown if row.id not in gone)
-    return replace(shown, examples=kept), both
+    return shown.without(both), both
 
 
 def drop_overlap(examples: ExampleSet, prompts: PromptSet, drop: bool) -> tuple[ExampleSet, list[tuple[str, str]]]:
-    """Return the examples that are not evaluation prompts, and the overlap that was dropped.
-
-    Parameters
-    ----------
-    drop : False: overlap is an error. True: the overlapping examples are left out and named.
-
-    Raises
-    ------
-    UserError
-        There is overlap and ``drop`` is false.
-    """
+    """Return the examples that are no evaluation prompts, and the overlap. UserError: some, and ``drop`` is false."""
     overlap = find_overlap(examples, prompts)
     gone = {example_id for example_id, _ in overlap}
-    if overlap and not drop:
-        documents = any(example.kind == "document" for example in examples)
-        raise UserError(
-            f"{len(gone)} documents hold an evaluation prompt"
-            if documents
-            else f"{len(gone)} examples have a prompt that is also an evaluation prompt",
-            value=name_ids([f"{example_id} = {prompt_id}" for example_id, prompt_id in overlap]),
-            rule=f"no document has {LONG} words in a row, or a line, in common with a prompt (case is ignored)"
-            if documents
-            else "an example is never scored on its own prompt (case, spacing and final punctuation are ignored)",
-            fix="remove them from one of the files, or pass --set examples.drop_overlap=true",
-        )
-    kept = tuple(example for example in examples if example.id not in gone)
-    return replace(examples, examples=kept), overlap
+    if not drop:
+        what = f"{len(gone)} examples have a prompt that is also an evaluation prompt"
+        rule = "an example is never scored on its own prompt (case, spacing and final punctuation are ignored)"
+        if any(example.kind == "document" for example in examples):
+            what = f"{len(gone)} documents hold an evaluation prompt"
+            rule = f"no document has {LONG} words in a row, or a line, in common with a prompt (case is ignored)"
+        fix = "remove them from one of the files, or pass --set examples.drop_overlap=true"
+        refuse([f"{example_id} = {prompt_id}" for example_id, prompt_id in overlap], what, rule=rule, fix=fix)
+    return examples.without(gone), overlap

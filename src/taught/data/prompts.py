@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from taught.data.choices import ANSWERS, OPTIONS, Apart, Options, options_apart, read_options
-from taught.data.columns import cell, detect_columns, folded, name_ids, refuse_spellings, repeated, text_cell
+from taught.data.columns import cell, detect_columns, folded, refuse_spellings, repeated, text_cell
 from taught.data.formats import add_context, read_history, read_turns, rivals, role_letters, with_messages, with_system
 from taught.data.readers import Row
 from taught.data.tables import Table, open_table
 from taught.data.unused import MARKS, refuse_columns, refuse_keys, refuse_rivals
 from taught.data.words import normalise
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 
 Message = Mapping[str, Any]
 
@@ -137,11 +137,10 @@ def load_prompts(
         the offending ids are named.
     """
     table = open_table(source)
-    rows, where = table.rows, table.name
-    if not rows:
-        raise UserError(
-            "there are no prompts", value=where, rule="at least one row", fix="check which file prompts.path names"
-        )
+    where = table.name
+    if not table.rows:
+        fix = "check which file prompts.path names"
+        raise UserError("there are no prompts", value=where, rule="at least one row", fix=fix)
     apart = options_apart(table.columns)
     found = _columns(table, apart, columns)
     if "text" not in found and "messages" not in found:
@@ -238,17 +237,18 @@ def _conversation(row: Row, columns: Mapping[str, str], field: str, name: str, *
     else:
         add_context(row, columns, asked, name, field)
     messages = with_system(system, [*read_history(cell(row, columns, "history"), name), *asked], name)
-    if not messages or messages[-1]["role"] != "user":
+    roles = " ".join(message["role"] for message in messages)
+    if not roles.endswith("user"):
         raise UserError(
             f"the last message of {name} is not the user's",
-            value=" ".join(m["role"] for m in messages) or "no messages",
+            value=roles or "no messages",
             rule="a prompt ends where the model answers",
             fix="cut the conversation after a user's message; put what was answered into a column `answer`",
         )
     if not re.fullmatch("s?(u(at+)*a)*u", role_letters(messages)):
         raise UserError(
             f"the messages of {name} are in no order that a conversation has",
-            value=" ".join(m["role"] for m in messages),
+            value=roles,
             rule="an optional system turn, then user and assistant in turn, the user last",
             fix="join the turns of one speaker",
         )
@@ -258,42 +258,36 @@ def _conversation(row: Row, columns: Mapping[str, str], field: str, name: str, *
 def content_id(text: str, answer: str | int = "", options: Sequence[str] = (), messages: Sequence[Message] = ()) -> str:
     """Return "sha1:" and 12 hex digits of what a prompt holds: the same wherever the row stands."""
     more = [answer, list(options), [dict(m) for m in messages]]
-    content = json.dumps([text, *more], sort_keys=True) if any(map(bool, more)) or answer == 0 else text
+    content = json.dumps([text, *more], sort_keys=True) if any(more) or answer == 0 else text
     return "sha1:" + hashlib.sha1(content.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
 def _check(prompts: tuple[Prompt, ...], where: str) -> None:
     for name in ("text", "group"):
         empty = [prompt.id for prompt in prompts if not getattr(prompt, name).strip()]
-        if empty:
-            raise UserError(
-                f"{where}: {len(empty)} prompts have an empty {name}",
-                value=name_ids(empty),
-                rule="every evaluation prompt has a text, and a group where the file has groups",
-                fix="fill the cells or remove the rows",
-            )
+        refuse(
+            empty,
+            f"{where}: {len(empty)} prompts have an empty {name}",
+            rule="every evaluation prompt has a text, and a group where the file has groups",
+            fix="fill the cells or remove the rows",
+        )
     refuse_spellings((prompt.group for prompt in prompts), "group", where)
     same_id = repeated((prompt.id, prompt.id) for prompt in prompts)
-    if same_id:
-        raise UserError(
-            f"{where}: {len(same_id)} prompt ids are used more than once",
-            value=name_ids([names[0] for names in same_id]),
-            rule="ids name prompts in every table and must be unique",
-            fix="rename or remove the repeats",
-        )
-    same_text = repeated((_said(prompt), prompt.id) for prompt in prompts)
-    if same_text:
-        raise UserError(
-            f"{where}: {len(same_text)} prompt texts occur more than once",
-            value=name_ids([" = ".join(names) for names in same_text]),
-            rule="a repeated prompt would count twice (case and spacing are ignored)",
-            fix="remove the repeats, or give each another answer",
-        )
-
-
-def _said(prompt: Prompt) -> str:
-    """What makes a prompt another one: its conversation, its answer and its options."""
-    return json.dumps([[normalise(text) for text in _whole(prompt)], prompt.answer, prompt.options])
+    refuse(
+        [names[0] for names in same_id],
+        f"{where}: {len(same_id)} prompt ids are used more than once",
+        rule="ids name prompts in every table and must be unique",
+        fix="rename or remove the repeats",
+    )
+    # What makes a prompt another one: its conversation, its answer and its options.
+    said = ([[normalise(text) for text in _whole(prompt)], prompt.answer, prompt.options] for prompt in prompts)
+    same_text = repeated((json.dumps(parts), prompt.id) for parts, prompt in zip(said, prompts, strict=True))
+    refuse(
+        [" = ".join(names) for names in same_text],
+        f"{where}: {len(same_text)} prompt texts occur more than once",
+        rule="a repeated prompt would count twice (case and spacing are ignored)",
+        fix="remove the repeats, or give each another answer",
+    )
 
 
 def _whole(prompt: Prompt) -> list[str]:

@@ -22,11 +22,8 @@ _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 def rows_of(path: Path) -> Iterator[Row]:
     """Yield the rows of a file that ends in one of ``READERS``, or of a folder made by ``Dataset.save_to_disk``.
 
-    Raises
-    ------
-    UserError
-        Unreadable file, unknown ending, a line that is not a JSON object, or has a key twice (the line is named), two
-        columns of one name, or a text with a NUL or half a character (the row is named).
+    UserError: unreadable file, unknown ending, a line that is not a JSON object, or has a key twice (the line is
+    named), two columns of one name, or a text with a NUL or half a character (the row is named).
     """
     reader = _saved_dataset if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:
@@ -39,13 +36,11 @@ def rows_of(path: Path) -> Iterator[Row]:
     try:
         yield from only_texts(reader(path), path.name)
     except OSError as error:
-        raise UserError(
-            f"cannot read the file: {error.strerror}", value=str(path), fix="check its permissions"
-        ) from error
+        what = f"cannot read the file: {error.strerror}"
+        raise UserError(what, value=str(path), fix="check its permissions") from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8 text: byte {_bad_byte(path)} cannot be decoded", value=str(path), fix="save the file as UTF-8"
-        ) from error
+        what = f"not UTF-8 text: byte {_bad_byte(path)} cannot be decoded"
+        raise UserError(what, value=str(path), fix="save the file as UTF-8") from error
 
 
 def columns_of(path: Path) -> tuple[str, ...]:
@@ -61,8 +56,7 @@ def columns_of(path: Path) -> tuple[str, ...]:
 def only_texts(rows: Iterable[Row], name: str) -> Iterator[Row]:
     """Yield the rows; UserError at one with a text that no language has."""
     for number, row in enumerate(rows, 1):
-        bad = _no_text(row)
-        if bad is not None:
+        if (bad := _no_text(row)) is not None:
             raise UserError(
                 f"{name}, row {number}: a text holds a NUL byte or half of a character",
                 value=ascii(bad[:80]),
@@ -136,9 +130,8 @@ def _csv(path: Path) -> Iterator[Row]:
                     )
                 yield row
         except csv.Error as error:
-            raise UserError(
-                f"{path.name}, line {reader.line_num}: not CSV ({error})", fix="correct the line"
-            ) from error
+            what = f"{path.name}, line {reader.line_num}: not CSV ({error})"
+            raise UserError(what, fix="correct the line") from error
 
 
 @contextmanager
@@ -150,11 +143,8 @@ def _as_parquet(path: Path) -> Iterator[None]:
     except pa.ArrowException as error:
         raise UserError(f"{path.name}: not a Parquet file ({first_line(error)})", value=str(path)) from error
     except ValueError as error:
-        raise UserError(
-            f"{path.name}: a value that cannot be read ({first_line(error)})",
-            value=str(path),
-            fix="save times in microseconds, or as text",
-        ) from error
+        what = f"{path.name}: a value that cannot be read ({first_line(error)})"
+        raise UserError(what, value=str(path), fix="save times in microseconds, or as text") from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -173,11 +163,8 @@ def _saved_dataset(folder: Path) -> Iterator[Row]:
 
     content = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if content.get("_indices_data_files"):
-        raise UserError(
-            "the saved dataset has an index of selected rows, which is not read",
-            value=str(folder),
-            fix="save it again after dataset.flatten_indices()",
-        )
+        what = "the saved dataset has an index of selected rows, which is not read"
+        raise UserError(what, value=str(folder), fix="save it again after dataset.flatten_indices()")
     for name in (entry["filename"] for entry in content["_data_files"]):
         try:
             with pa.memory_map(str(folder / name)) as source:

@@ -34,7 +34,8 @@ class Spread:
 
     def columns(self, found: Mapping[str, str]) -> tuple[str, ...]:
         """The columns of ``by``, of a table whose fields were ``found`` in these columns."""
-        return (tuple(found[name] for name in ("label",) if name in found)) if self.by is None else self.by
+        own = (found["label"],) if "label" in found else ()
+        return own if self.by is None else self.by
 
 
 def stratum_of(cells: Iterable[object]) -> tuple[str, ...]:
@@ -52,15 +53,10 @@ class Sample:
 
     def record(self) -> dict[str, Any]:
         """Plain values for a file. A stratum's weight is how many items each of those taken stands for."""
-        rows = [
-            {
-                "stratum": dict(zip(self.columns, stratum, strict=True)),
-                "read": size,
-                "sampled": taken,
-                "weight": size / taken if taken else None,
-            }
-            for stratum, (size, taken) in sorted(self.strata.items())
-        ]
+        rows = []
+        for stratum, (size, taken) in sorted(self.strata.items()):
+            counts = {"read": size, "sampled": taken, "weight": size / taken if taken else None}
+            rows.append({"stratum": dict(zip(self.columns, stratum, strict=True)), **counts})
         read, sampled = (sum(counts) for counts in zip(*self.strata.values(), strict=True))
         drawn = {"by": list(self.columns), "even": self.spread.even, "seed": self.spread.seed}
         return {**drawn, "limit": self.spread.limit, "read": read, "sampled": sampled, "strata": rows}
@@ -77,11 +73,8 @@ class Strata(Generic[S]):
     """Items that are gone through twice: each is noted, then some are taken.
 
     Within a stratum the order of choice is a hash of the id, so the choice depends neither on the order of the items
-    nor on a random state. Memory: 12 bytes an item until :meth:`take`, about 40 then.
-
-    Parameters
-    ----------
-    even, seed : as in :class:`Spread`. The seed 0 leaves the ids as they are.
+    nor on a random state. The seed 0 leaves the ids as they are. Memory: 12 bytes an item until :meth:`take`, about 40
+    then.
     """
 
     def __init__(self, even: bool = False, seed: int = 0) -> None:
@@ -99,14 +92,8 @@ class Strata(Generic[S]):
     ) -> tuple[tuple[T, ...], dict[S, tuple[int, int]]]:
         """Go through the same items again and choose ``limit`` of them, at least one and not all.
 
-        Returns
-        -------
-        what was chosen, in the order of the items; stratum -> how many items it has, how many were chosen
-
-        Raises
-        ------
-        UserError
-            There are not as many items as were noted.
+        What was chosen, in the order of the items; stratum -> how many items it has, how many were chosen. UserError:
+        there are not as many items as were noted.
         """
         import numpy as np
 
@@ -141,8 +128,7 @@ class Strata(Generic[S]):
         """Places of the items whose id may be that of another one: hashes that stand twice."""
         import numpy as np
 
-        keys = np.frombuffer(self._keys, np.uint64)
-        _, group, times = np.unique(keys, return_inverse=True, return_counts=True)
+        _, group, times = np.unique(np.frombuffer(self._keys, np.uint64), return_inverse=True, return_counts=True)
         return set(np.flatnonzero(times[group] > 1).tolist())
 
 

@@ -69,13 +69,7 @@ class Source:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns; a column is there when any row has it.
-
-        Raises
-        ------
-        UserError
-            A shard has other columns than the first one.
-        """
+        """Names of the columns: those that any row has. UserError: a shard has others than the first one."""
         if self.path is None:
             return tuple(dict.fromkeys(name for row in self for name in row))
         first = self.shards[0]
@@ -108,16 +102,9 @@ class Source:
 def open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> Source:
     """Find rows at a path or a pattern, at ``"hf:owner/name[:split]"``, or in memory; none is read yet.
 
-    Parameters
-    ----------
-    source : a file, a folder of shards, a pattern such as ``corpus/*.parquet``, or anything that yields mappings: a
-        list, a ``datasets.Dataset`` or ``IterableDataset``. What can be iterated only once (a generator) is read now
-        and held.
-
-    Raises
-    ------
-    UserError
-        There is no such file, or what is given yields no rows.
+    A path is a file, a folder of shards, or a pattern such as ``corpus/*.parquet``. In memory: anything that yields
+    mappings, a list, a ``datasets.Dataset`` or ``IterableDataset``. What can be iterated only once (a generator) is
+    read now and held. UserError: there is no such file, or what is given yields no rows.
     """
     if isinstance(source, str) and source.startswith(HUB):
         return Source(source, given=_hub_dataset(source))
@@ -127,8 +114,7 @@ def open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> Source:
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
         raise UserError(
             f"{name}: no rows can be read from this",
-            value=f"{type(source).__name__}"
-            + (f" of {', '.join(map(str, source))}" if isinstance(source, Mapping) else ""),
+            value=type(source).__name__ + (f" of {', '.join(map(str, source))}" if isinstance(source, Mapping) else ""),
             rule="rows are a list of dicts, a datasets.Dataset, or a file",
             fix="pass one split of a DatasetDict, a list of dicts, or a path",
         )
@@ -136,13 +122,7 @@ def open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> Source:
 
 
 def open_table(source: str | Path | Iterable[Mapping[str, Any]]) -> Table:
-    """Read all rows of a source, as :func:`open_source` finds it.
-
-    Raises
-    ------
-    UserError
-        As :func:`read_rows`; a row in memory is no mapping; the data set cannot be had.
-    """
+    """Read all rows of a source, as :func:`open_source` finds it. UserError: as there and in :func:`read_rows`."""
     found = open_source(source)
     if found.path is None:  # read once: a stream of the hub is slow, and rows in memory may be made as they are read
         rows = list(found)
@@ -155,16 +135,10 @@ def open_table(source: str | Path | Iterable[Mapping[str, Any]]) -> Table:
 def read_rows(path: str | Path) -> list[Row]:
     """Read all rows of a table.
 
-    Parameters
-    ----------
-    path : a file that ends in .jsonl, .json (a list of objects), .parquet or .csv; a folder of such files, or a
-        pattern that names some; a folder made by ``Dataset.save_to_disk``
-
-    Raises
-    ------
-    UserError
-        Missing or unreadable file, unknown ending, a line that is not a JSON object (the line is named), a text with
-        a NUL or half a character (the row is named), shards with other columns than the first one.
+    The path is a file that ends in .jsonl, .json (a list of objects), .parquet or .csv; a folder of such files, or a
+    pattern that names some; a folder made by ``Dataset.save_to_disk``. UserError: missing or unreadable file, unknown
+    ending, a line that is not a JSON object (the line is named), a text with a NUL or half a character (the row is
+    named), shards with other columns than the first one.
     """
     source = open_source(Path(path))
     if len(source.shards) > 1:
@@ -175,12 +149,8 @@ def read_rows(path: str | Path) -> list[Row]:
 def shards_of(path: str | Path) -> tuple[Path, ...]:
     """Files of a table, sorted: the file itself, those of a folder, those that a pattern names.
 
-    A folder made by ``Dataset.save_to_disk`` is one shard.
-
-    Raises
-    ------
-    UserError
-        There is none, or a folder holds files that are no tables.
+    A folder made by ``Dataset.save_to_disk`` is one shard. UserError: there is none, or a folder holds files that are
+    no tables.
     """
     path = Path(path)
     if path.is_file() or (path / STATE).is_file():
@@ -190,11 +160,8 @@ def shards_of(path: str | Path) -> tuple[Path, ...]:
     found = sorted(Path(name) for name in glob.glob(str(path), recursive=True)) if glob.has_magic(str(path)) else []
     files = tuple(file for file in found if file.is_file())
     if not files:
-        raise UserError(
-            "no file matches" if glob.has_magic(str(path)) else "no such file",
-            value=str(path),
-            fix="check the path; it is relative to the study's file",
-        )
+        what = "no file matches" if glob.has_magic(str(path)) else "no such file"
+        raise UserError(what, value=str(path), fix="check the path; it is relative to the study's file")
     return files
 
 
@@ -205,16 +172,13 @@ def _shards_in(folder: Path) -> tuple[Path, ...]:
     if not shards:
         inside = sorted(p.name for p in folder.iterdir() if p.is_dir())
         splits = [name for name in inside if (folder / name / STATE).is_file()]
-        raise UserError(
-            "a folder without tables, and no saved dataset",
-            value=str(folder),
-            rule=f"a folder holds shards ({', '.join(READERS)}), or is written by Dataset.save_to_disk",
-            fix=f"name one split: {', '.join(splits)}"
-            if splits
-            else f"name a folder or a pattern: {deeper[0].parent / ('*' + deeper[0].suffix)}"
-            if deeper
-            else "give a .jsonl file",
-        )
+        fix = "give a .jsonl file"
+        if splits:
+            fix = f"name one split: {', '.join(splits)}"
+        elif deeper:
+            fix = f"name a folder or a pattern: {deeper[0].parent / ('*' + deeper[0].suffix)}"
+        rule = f"a folder holds shards ({', '.join(READERS)}), or is written by Dataset.save_to_disk"
+        raise UserError("a folder without tables, and no saved dataset", value=str(folder), rule=rule, fix=fix)
     other = [p.name for p in files if p not in shards and p.suffix.lower() not in _BESIDE]
     if other or deeper:
         raise UserError(
@@ -249,17 +213,14 @@ def table_sha256(path: str | Path) -> str:
     if path.is_dir():
         parts = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
     else:
-        parts = {p.as_posix().removeprefix(f"{_fixed(path).as_posix()}/"): p for p in shards_of(path)}
+        # Where the files lie does not count: the folder that the pattern begins with.
+        fixed = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+        parts = {p.as_posix().removeprefix(f"{fixed.as_posix()}/"): p for p in shards_of(path)}
     digest = hashlib.sha256()
     for name, part in sorted(parts.items(), key=lambda item: item[1]):
         digest.update(name.encode() + b"\0")
         digest.update(bytes.fromhex(sha256_file(part)))
     return digest.hexdigest()
-
-
-def _fixed(pattern: Path) -> Path:
-    """The folder that a pattern begins with: where the files lie does not count."""
-    return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
 
 
 def _mappings(rows: Iterable[Any], name: str) -> Iterator[Row]:
@@ -304,10 +265,7 @@ def _hub_dataset(source: str) -> Iterable[Any]:
         ) from error
     if isinstance(found, Mapping):
         if len(found) > 1:
-            raise UserError(
-                f"the data set {name} has several splits",
-                value=", ".join(found),
-                fix=f"name one: {HUB}{name}:{next(iter(found))}",
-            )
+            what, fix = f"the data set {name} has several splits", f"name one: {HUB}{name}:{next(iter(found))}"
+            raise UserError(what, value=", ".join(found), fix=fix)
         (found,) = found.values()
     return found

@@ -27,16 +27,8 @@ _REFUSED: Mapping[str, tuple[object, ...]] = {
 }
 # Columns that are a part of what is said wherever they hold something: of what a user says, and of an answer.
 ASKED = (
-    "system_message",
-    "system_instruction",
-    "passage",
-    "passages",
-    "contexts",
-    "contextstring",
-    "support",
-    "article",
-    "options",
-    "choices",
+    *("system_message", "system_instruction", "passage", "passages", "contexts", "contextstring"),
+    *("support", "article", "options", "choices"),
 )
 ANSWERED = ("reasoning", "rationale", "cot", "chain_of_thought", "thought", "thoughts")
 # Keys of a message that are read by themselves: marks of what counts, and what its chat template gets.
@@ -51,11 +43,7 @@ def refuse_columns(
 ) -> None:
     """Refuse columns that would change what the model sees and have no use, where they hold something.
 
-    Parameters
-    ----------
-    names : what each row is called
-    what : what the rows are
-    more : names of columns that these rows have no use for, either
+    ``names`` are what each row is called, ``what`` the rows are; for ``more`` columns they have no use, either.
     """
     refused = {**_REFUSED, **dict.fromkeys(more, ())}
     for column in sorted(set(table.columns) - set(columns.values())):
@@ -76,13 +64,8 @@ def refuse_rivals(
 ) -> None:
     """Refuse columns that could have been read in the place of others, where they say something else.
 
-    Parameters
-    ----------
-    columns : field -> the column that is read
-    usual : names of columns that could be read
-    said : all that each row's conversation says
-    names : what each row is called
-    what : what the rows are
+    ``columns`` are read (field -> column), the ``usual`` ones could be; ``said`` is all that each row's conversation
+    says, ``names`` what each row is called, ``what`` the rows are.
     """
     could = {folded(name) for name in usual}
     for column in sorted(set(table.columns) - set(columns.values())):

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})
+_ODD = 0x9E3779B97F4A7C15  # a hash of words in a row is a polynomial in it, modulo 2^64
 # Scripts that put no spaces between words (Thai, Lao, kana, Chinese characters): a letter counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
@@ -51,12 +53,6 @@ def shingles(words: Sequence[str], n: int) -> NDArray[np.uint64]:
     return found
 
 
-_ODD = 0x9E3779B97F4A7C15  # a hash of words in a row is a polynomial in it, modulo 2^64
-
-
 @lru_cache(2**16)
 def _hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest())
-
-
-_PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})

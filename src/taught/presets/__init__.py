@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from taught.errors import UserError
+from taught.errors import UserError, did_you_mean
 
 _HERE = Path(__file__).parent
 
@@ -25,10 +24,9 @@ def preset_path(name: str) -> Path:
     """
     if name in list_presets():
         return _HERE / name
-    close = difflib.get_close_matches(name, list_presets(), n=1)
     raise UserError(
         "no such preset",
         value=name,
         rule="presets: " + ", ".join(list_presets()),
-        fix=f"did you mean {close[0]}?" if close else None,
+        fix=did_you_mean(name, list_presets(), 0.6),
     )

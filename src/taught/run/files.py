@@ -23,7 +23,6 @@ from taught.errors import UserError, out_of_memory
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-    import pyarrow.compute as pc
     from torch import Tensor
 
 _TEMPORARY = ".tmp"
@@ -31,13 +30,7 @@ _JSON_BYTES = 2**24
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: a reader sees the old file or the new one, never a part.
-
-    Raises
-    ------
-    UserError
-        No space left, or the folder cannot be written to.
-    """
+    """Replace ``path`` by ``content``: a reader sees the old file or the new one. UserError as :func:`replacing`."""
     with replacing(path, needed=len(content)) as file:
         file.write(content)
 
@@ -46,16 +39,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path, *, needed: int | None = None) -> Iterator[IO[bytes]]:
     """A file beside ``path`` that takes its place when the body ends without an exception.
 
-    The body does nothing but write: what it cannot write is the user's to be told.
-
-    Parameters
-    ----------
-    needed : bytes that will be written, where that is known
-
-    Raises
-    ------
-    UserError
-        No space left, or the folder cannot be written to.
+    The body does nothing but write (``needed`` bytes, where that is known): what it cannot write is the user's to be
+    told. UserError: no space left, or the folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
@@ -100,12 +85,8 @@ _DEFINING = ("*.safetensors", "*.json", "*.jinja", _TEMPLATES, "*.model", "*.ggu
 
 
 def sha256_folder(folder: Path) -> str:
-    """Digest of the files that define a model, an adapter, an SAE or a concept.
-
-    Weights, configuration, tokenizer and chat template: each of them changes every number.
-    """
-    lines = []
-    folder = folder.resolve()
+    """Digest of what defines a model, an adapter, an SAE or a concept: weights, configuration, tokenizer, template."""
+    lines, folder = [], folder.resolve()
     for file in sorted({file for pattern in _DEFINING for file in folder.glob(pattern)}):
         about = file.stat()
         changed = about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
@@ -172,12 +153,9 @@ def row_groups(
 ) -> Iterator[Callable[[pa.Table], None]]:
     """Write Parquet in parts, each a row group of its own: only one part is in memory.
 
-    Readers skip row groups by their statistics, so a part should hold one value of each column that
-    queries select by. Equal parts give equal bytes.
-
-    Parameters
-    ----------
-    unique : text columns of which no value stands twice in a part: a dictionary would only add to them
+    Readers skip row groups by their statistics, so a part should hold one value of each column that queries select by.
+    In the ``unique`` text columns no value stands twice in a part: a dictionary would only add to them. Equal parts
+    give equal bytes.
     """
     import pyarrow.parquet as pq
 
@@ -198,27 +176,6 @@ def schema(columns: str) -> pa.Schema:
     kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
     kinds |= {f"[{name}]": pa.list_(kind) for name, kind in kinds.items()}
     return pa.schema([(name, kinds[kind]) for name, kind in (column.split(":") for column in columns.split())])
-
-
-def read_parquet(path: Path, columns: Sequence[str] | None = None, rows: pc.Expression | None = None) -> pa.Table:
-    """Return an Arrow table, or those of its columns and rows that are asked for.
-
-    Parameters
-    ----------
-    rows : a condition; row groups whose statistics exclude it are not read
-    """
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path, columns=columns, filters=rows)
-
-
-def parquet_parts(path: Path, columns: Sequence[str], rows: pc.Expression) -> Iterator[pa.Table]:
-    """The same, a row group at a time, for what would not fit into memory."""
-    import pyarrow.dataset as ds
-
-    for file in ds.dataset(path).get_fragments():
-        for part in file.split_by_row_group(rows):
-            yield part.to_table(columns=list(columns), filter=rows)
 
 
 def tensors_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -253,16 +210,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(str(error)) from error
 
 
-def tensor_rows(path: Path, name: str, places: Sequence[int]) -> np.ndarray:
-    """Return some rows of an array of a safetensors file, without reading the others."""
-    import numpy as np
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as tensors:
-        whole = tensors.get_slice(name)
-        return np.concatenate([whole[place : place + 1] for place in places])
-
-
 def place(path: str | Path) -> Path:
     """A path from the command line; UserError where no file can have this name."""
     try:
@@ -288,12 +235,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_error(path: Path, error: OSError, *, needed: int | None = None) -> UserError:
-    """What to tell the user when ``path`` cannot be made or written.
-
-    Parameters
-    ----------
-    needed : bytes that were to be written, where that is known
-    """
+    """What to tell the user when ``path`` cannot be made, or ``needed`` bytes cannot be written to it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         wanted = "" if needed is None else f"{needed:,} bytes needed, "
         return UserError(
@@ -302,18 +244,8 @@ def write_error(path: Path, error: OSError, *, needed: int | None = None) -> Use
             rule="nothing was written; finished work is kept",
             fix="free some space and run the same command again, or choose another --run folder",
         )
-    return UserError(
-        f"{path} cannot be written",
-        value=str(error),
-        rule="nothing was written",
-        fix="choose a --run folder that you may write to",
-    )
-
-
-def plain_ids(ids: Sequence[Any]) -> list[Any]:
-    """Ids as JSON holds them: numpy arrays and scalars become Python values."""
-    listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    return [item.item() if hasattr(item, "item") else item for item in listed]
+    what, fix = f"{path} cannot be written", "choose a --run folder that you may write to"
+    return UserError(what, value=str(error), rule="nothing was written", fix=fix)
 
 
 def check_ids(
@@ -329,8 +261,5 @@ def check_ids(
     for name, names in (axes or {}).items():
         expected = tuple(None if key is None else len(ids[key]) for key in names)
         shape = arrays[name].shape
-        fits = len(shape) == len(expected) and all(
-            want in (None, have) for want, have in zip(expected, shape, strict=True)
-        )
-        if not fits:
+        if len(shape) != len(expected) or any(w not in (None, n) for w, n in zip(expected, shape, strict=True)):
             raise ValueError(f"{name}: shape {shape}, but the ids {tuple(names)} say {expected}")

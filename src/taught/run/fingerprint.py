@@ -26,17 +26,10 @@ Inputs = dict[str, Any]
 
 
 def stage_inputs(stage: Stage, study: Study, extra: Mapping[str, Any] | None = None) -> Inputs:
-    """Everything that the result of a stage depends on.
+    """Everything that the result of a stage depends on. UserError: a file of the study is missing or cannot be read.
 
-    Parameters
-    ----------
-    study : its local files are read for their checksums
-    extra : what only the caller knows: ``Subject.identity``, the weights that a name stands for
-
-    Raises
-    ------
-    UserError
-        A file of the study is missing or cannot be read.
+    The study's local files are read for their checksums; ``extra`` is what only the caller knows: ``Subject.identity``,
+    the weights that a name stands for.
     """
     digests: dict[str, str] = {}
     left_out = set(Study.pace_keys())
@@ -83,8 +76,6 @@ def content_digest(key: str, path: Path, *, table: bool = True) -> str:
     if not path.exists() and not (table and glob.glob(str(path), recursive=True)):
         raise UserError(f"{key} does not exist", value=str(path), fix=f"correct {key} in the study")
     try:
-        if table:
-            return table_sha256(path)
-        return sha256_folder(path)
+        return table_sha256(path) if table else sha256_folder(path)
     except OSError as error:
         raise UserError(f"{key} cannot be read", value=str(error)) from None

@@ -57,19 +57,14 @@ class Running:
 
 
 class RunFolder:
-    """A run folder, created when missing.
+    """A run folder, created when missing. UserError: not a run folder, a damaged manifest, a newer format.
 
     Parameters
     ----------
-    path : The folder. One that holds other files and no manifest is refused.
-    fresh : Stages whose earlier results are deleted, once, when the stage begins; and with them what was made from
+    path : the folder; one that holds other files and no manifest is refused
+    fresh : stages whose earlier results are deleted, once, when the stage begins; and with them what was made from
         them, where they are made under other inputs now
     command : the command that repeats the run, kept in the manifest
-
-    Raises
-    ------
-    UserError
-        Not a run folder, a damaged manifest, a newer format.
     """
 
     def __init__(self, path: str | Path, *, fresh: Collection[str] = (), command: str | None = None) -> None:
@@ -84,12 +79,8 @@ class RunFolder:
     def open(cls, path: str | Path) -> RunFolder:
         """Open a run folder that exists; UserError when there is none."""
         if not (files.place(path) / MANIFEST).is_file():
-            raise UserError(
-                "not a run folder",
-                value=str(path),
-                rule=f"a run folder holds {MANIFEST}",
-                fix="name the folder that `taught run STUDY --run FOLDER` made",
-            )
+            rule, fix = f"a run folder holds {MANIFEST}", "name the folder that `taught run STUDY --run FOLDER` made"
+            raise UserError("not a run folder", value=str(path), rule=rule, fix=fix)
         return cls(path)
 
     # What is there
@@ -118,21 +109,14 @@ class RunFolder:
         return self.folder / name
 
     def is_done(self, stage: str, wanted: str) -> bool:
-        """Whether the stage is complete under the fingerprint ``wanted``, with all its files.
-
-        Raises
-        ------
-        UserError
-            A file of the stage has changed since it was written.
-        """
+        """Whether a stage is complete under a fingerprint, with all its files. UserError: one of these has changed."""
         if not self._is_complete(stage) or self._manifest["stages"][stage]["fingerprint"] != wanted:
             return False
         names = self._files_of(stage)
-        if not all(self.path(name).is_file() for name in names):
-            return False
-        for name in names:
+        there = all(self.path(name).is_file() for name in names)
+        for name in names if there else ():
             self._check(name)
-        return True
+        return there
 
     def require(self, stage: str) -> None:
         """Raise a UserError unless a stage and those before it are complete and belong together."""
@@ -150,10 +134,7 @@ class RunFolder:
                 )
 
     def require_before(self, name: str, study: Study, extra: Mapping[str, Any] | None = None) -> None:
-        """Raise a UserError unless the stages before ``name`` are complete and of this study.
-
-        Parameters as in :meth:`stage`; nothing is locked or changed.
-        """
+        """Raise a UserError unless the stages before ``name`` are complete and of this study; nothing is changed."""
         self._chained(BY_NAME[name], study, extra)
 
     # Running a stage
@@ -164,22 +145,16 @@ class RunFolder:
     ) -> Iterator[Running]:
         """Run one stage: ``with run.stage("policy", study) as stage: if stage.done: return ...``.
 
-        The folder is locked meanwhile. The stage becomes complete when the body ends without an
-        exception; otherwise it stays incomplete, is never trusted, and keeps its partial pieces.
+        The folder is locked meanwhile. The stage becomes complete when the body ends without an exception; otherwise it
+        stays incomplete, is never trusted, and keeps its partial pieces. UserError: the folder holds results of another
+        study, data, model or code; an earlier stage is missing; another command is writing here.
 
         Parameters
         ----------
         name : one of ``taught.stages.STAGES``
         study : what is to be computed
-        extra : further things that the result depends on and only the caller knows, as plain values:
-            ``{"model.weights": sha256, "model.source": "..."}``
+        extra : what else it depends on and only the caller knows, as plain values: ``{"model.weights": sha256}``
         reads : Stages that are read this time, beside those that this one always reads
-
-        Raises
-        ------
-        UserError
-            The folder holds results of another study, data, model or code; an earlier stage is
-            missing; another command is writing here.
         """
         with self.locked():
             started = time.monotonic()
@@ -195,7 +170,15 @@ class RunFolder:
             finally:
                 self._active = None
             if not stage.done:
-                self._complete(stage, time.monotonic() - started)
+                self._manifest["stages"][name].update(
+                    status="complete",
+                    finished=now(),
+                    seconds=round(time.monotonic() - started, 2),
+                    peak_memory_gb=peak_memory_gb(),
+                    float32_products=None if BY_NAME[name].light else products_by(),
+                )
+                self._save()
+                self._clear_partial(name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -206,9 +189,8 @@ class RunFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                "the run folder cannot be made", value=str(error), fix="choose another --run folder"
-            ) from None
+            fix = "choose another --run folder"
+            raise UserError("the run folder cannot be made", value=str(error), fix=fix) from None
         path = self.folder / ".lock"
         lock = FileLock(path, timeout=0)
         try:
@@ -244,12 +226,8 @@ class RunFolder:
     ) -> Iterator[Callable[[pa.Table], None]]:
         """Write ``NAME.parquet`` in parts: ``with run.table_writer(...) as write: write(part)``.
 
-        Each part is a row group of its own. The file is there when the body ends without an
-        exception, and whole; the body does nothing else that could fail on the disk.
-
-        Parameters
-        ----------
-        unique : text columns of which no value stands twice in a part
+        Each part is a row group of its own (:func:`taught.run.files.row_groups`). The file is there when the body ends
+        without an exception, and whole; the body does nothing else that could fail on the disk.
         """
         name = _with_suffix(name, ".parquet")
         self._require_active(name)
@@ -272,33 +250,31 @@ class RunFolder:
         ids: Mapping[str, Sequence[Any]],
         axes: Mapping[str, Sequence[str | None]] | None = None,
     ) -> None:
-        """Write ``NAME.safetensors`` and ``NAME.ids.json``.
+        """Write ``NAME.safetensors`` and ``NAME.ids.json``. ValueError: the ids do not fit the arrays.
 
         Parameters
         ----------
         arrays : name -> array
-        ids : Name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``. No id may stand twice.
-        axes : array name -> name of the ids of each axis (None: an axis without ids), checked for length. Without it,
-            each list of ids must have the length of some axis.
-
-        Raises
-        ------
-        ValueError
-            The ids do not fit the arrays.
+        ids : name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``; no id may stand twice
+        axes : array name -> name of the ids of each axis (None: an axis without ids), checked for length; without it
+            each list of ids must have the length of some axis
         """
-        listed = {key: files.plain_ids(values) for key, values in ids.items()}
+        # Ids as JSON holds them: numpy's scalars become Python values.
+        listed = {key: [v.item() if hasattr(v, "item") else v for v in values] for key, values in ids.items()}
         files.check_ids(arrays, listed, axes)
         self._write(_with_suffix(name, ".safetensors"), files.tensors_bytes(arrays))
-        self._write(f"{_stem(name)}.ids.json", files.json_bytes(listed))
+        self._write(f"{name.removesuffix('.safetensors')}.ids.json", files.json_bytes(listed))
 
     # Reading
 
     def read_table(
         self, name: str, columns: Sequence[str] | None = None, rows: pc.Expression | None = None
     ) -> pa.Table:
-        """Read ``NAME.parquet``, or those columns and rows of it that are asked for."""
+        """Read ``NAME.parquet``, or columns and rows of it; groups whose statistics exclude ``rows`` are not read."""
+        import pyarrow.parquet as pq
+
         with self._sound(name):
-            return files.read_parquet(self.table_path(name), columns, rows)
+            return pq.read_table(self.table_path(name), columns=columns, filters=rows)
 
     def footer(self, name: str) -> pq.FileMetaData:
         """What ``NAME.parquet`` holds (rows, columns), without reading it."""
@@ -308,8 +284,12 @@ class RunFolder:
             return pq.read_metadata(self.table_path(name))
 
     def read_parts(self, name: str, columns: Sequence[str], rows: pc.Expression) -> Iterator[pa.Table]:
-        """Read columns and rows of ``NAME.parquet``, a row group at a time."""
-        return files.parquet_parts(self.table_path(name), columns, rows)
+        """Read columns and rows of ``NAME.parquet``, a row group at a time: what would not fit into memory."""
+        import pyarrow.dataset as ds
+
+        for file in ds.dataset(self.table_path(name)).get_fragments():
+            for part in file.split_by_row_group(rows):
+                yield part.to_table(columns=list(columns), filter=rows)
 
     def table_path(self, name: str) -> Path:
         """Path of ``NAME.parquet``, unchanged since a stage wrote it; for reading it in parts."""
@@ -320,16 +300,13 @@ class RunFolder:
     def finished_tables(self) -> dict[str, Path]:
         """Name -> path of the tables of the finished stages.
 
-        Their sizes are compared with what was written. Checksums are not, since a large table
-        takes longer to hash than most questions to answer.
+        Their sizes are compared with what was written. Checksums are not, since a large table takes longer to hash than
+        most questions to answer.
         """
-        found: dict[str, Path] = {}
-        for stage in self.together():
-            for name in self._files_of(stage):
-                if name.endswith(".parquet"):
-                    self._compare(name, None, self._existing(name).stat().st_size)
-                    found[name.removesuffix(".parquet")] = self.path(name)
-        return found
+        names = [name for stage in self.together() for name in self._files_of(stage) if name.endswith(".parquet")]
+        for name in names:
+            self._compare(name, None, self._existing(name).stat().st_size)
+        return {name.removesuffix(".parquet"): self.path(name) for name in names}
 
     def read_json(self, name: str) -> Any:
         """Read ``NAME.json``."""
@@ -351,7 +328,7 @@ class RunFolder:
         return arrays, self._ids(name)
 
     def _ids(self, name: str) -> dict[str, list[Any]]:
-        ids: dict[str, list[Any]] = self.read_json(f"{_stem(name)}.ids.json")
+        ids: dict[str, list[Any]] = self.read_json(f"{name.removesuffix('.safetensors')}.ids.json")
         with self._sound(name):
             files.check_ids({}, ids, {})
         return ids
@@ -359,21 +336,21 @@ class RunFolder:
     def read_tensor_rows(
         self, name: str, tensor: str, axis: str, wanted: Collection[Any]
     ) -> tuple[list[Any], np.ndarray, dict[str, list[Any]]]:
-        """Read those rows of one array of ``NAME.safetensors`` whose ids are wanted.
+        """Those rows of an array of ``NAME.safetensors`` whose ids (``axis``, e.g. ``example_ids``) are wanted.
 
-        Parameters
-        ----------
-        axis : Name of the ids of the rows, e.g. ``example_ids``.
-
-        Returns
-        -------
-        ids of the rows, in the order of the file; the rows; all ids
+        Returned are the ids of the rows, in the order of the file; the rows; all ids.
         """
-        self._check(_with_suffix(name, ".safetensors"))
+        import numpy as np
+        from safetensors import safe_open
+
+        file = _with_suffix(name, ".safetensors")
+        self._check(file)
         ids = self._ids(name)
         with self._sound(name):
             places = [place for place, key in enumerate(ids[axis]) if key in wanted]
-            rows = files.tensor_rows(self.path(_with_suffix(name, ".safetensors")), tensor, places)
+            with safe_open(self.path(file), framework="numpy") as tensors:
+                whole = tensors.get_slice(tensor)
+                rows = np.concatenate([whole[place : place + 1] for place in places])
         return [ids[axis][place] for place in places], rows, ids
 
     def together(self) -> Iterator[str]:
@@ -459,15 +436,13 @@ class RunFolder:
                 self._forget_made_from(later)
 
     def _refuse_other(self, stage: str, old: Inputs, new: Inputs, keys: Collection[str] | None = None) -> None:
-        changed = differences(old, new, keys)
-        if not changed:
-            return
-        raise UserError(
-            f"{self.folder} holds {stage} results made under other inputs: " + ", ".join(changed),
-            value="; ".join(f"{key}: was {_shown(was)}, now {_shown(now)}" for key, (was, now) in changed.items()),
-            rule="results are never reused under another study, model, data or code",
-            fix="choose another --run folder, or make them anew: " + self._command_for(stage, fresh=True),
-        )
+        if changed := differences(old, new, keys):
+            raise UserError(
+                f"{self.folder} holds {stage} results made under other inputs: " + ", ".join(changed),
+                value="; ".join(f"{key}: was {_shown(was)}, now {_shown(now)}" for key, (was, now) in changed.items()),
+                rule="results are never reused under another study, model, data or code",
+                fix="choose another --run folder, or make them anew: " + self._command_for(stage, fresh=True),
+            )
 
     def _forget(self, name: str) -> None:
         """Delete one stage's own files and its record."""
@@ -494,7 +469,9 @@ class RunFolder:
         """Say in the manifest what is about to run, before the first result is written."""
         attempts = (self._record(stage.name) or {}).get("attempts", 0)
         self._manifest.update(taught=taught.__version__, versions=versions())
-        self._manifest.setdefault("data", {}).update(_data_files(study, inputs))
+        digests = {key: inputs[f"{key} sha256"] for key in study.flat() if f"{key} sha256" in inputs}
+        read_from = {key: {"path": study.get(key), "sha256": digest} for key, digest in digests.items()}
+        self._manifest.setdefault("data", {}).update(read_from)
         used = study.to_dict()
         if BY_NAME[stage.name].needs and "study" in self._manifest:  # what it does not read as stages before had it
             read = {key.partition(".")[0] for key in BY_NAME[stage.name].reads}
@@ -515,17 +492,6 @@ class RunFolder:
             del self._manifest["files"][file]
         self._save()  # first: a killed run must leave a folder that is known as ours
         files.write_bytes(self.path("study.yaml"), dump_study(self._recorded()).encode())
-
-    def _complete(self, stage: Running, seconds: float) -> None:
-        self._manifest["stages"][stage.name].update(
-            status="complete",
-            finished=now(),
-            seconds=round(seconds, 2),
-            peak_memory_gb=peak_memory_gb(),
-            float32_products=None if BY_NAME[stage.name].light else products_by(),
-        )
-        self._save()
-        self._clear_partial(stage.name)
 
     def _write(self, name: str, content: bytes) -> None:
         self._require_active(name)
@@ -584,11 +550,8 @@ class RunFolder:
         """Refuse a file whose size, or whose checksum where it is given, is not the one written."""
         written = self._manifest["files"].get(name)
         if written is None:
-            raise UserError(
-                f"{name} was not written by a stage of this run",
-                value=str(self.path(name)),
-                fix="move it away and run the stage again",
-            )
+            what, fix = f"{name} was not written by a stage of this run", "move it away and run the stage again"
+            raise UserError(what, value=str(self.path(name)), fix=fix)
         if size != written["bytes"] or sha256 not in (None, written["sha256"]):
             raise UserError(
                 f"{name} has changed since it was written",
@@ -598,23 +561,10 @@ class RunFolder:
             )
 
 
-def _data_files(study: Study, inputs: Inputs) -> dict[str, Any]:
-    return {
-        key: {"path": study.get(key), "sha256": inputs[f"{key} sha256"]}
-        for key in study.flat()
-        if f"{key} sha256" in inputs
-    }
-
-
 def _shown(value: object) -> str:
-    text = repr(value)
     is_digest = isinstance(value, str) and len(value) == 64 and value.isalnum()
-    return text[1:13] if is_digest else text
+    return repr(value)[1:13] if is_digest else repr(value)
 
 
 def _with_suffix(name: str, suffix: str) -> str:
     return name if name.endswith(suffix) else name + suffix
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".safetensors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,24 +15,13 @@ if TYPE_CHECKING:
 
 
 class PartialFolder:
-    """Pieces under one fingerprint; another fingerprint is another folder and is never read.
-
-    Parameters
-    ----------
-    path : ``RUN/partial/<stage>-<fingerprint>``; created with the first piece
-    """
+    """Pieces under one fingerprint, in ``RUN/partial/<stage>-<fingerprint>``, which is created with the first one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Store one piece, whole or not at all.
-
-        Raises
-        ------
-        UserError
-            No space left, or the folder cannot be made or written to.
-        """
+        """Store one piece, whole or not at all. UserError: no space left, or the folder cannot be written to."""
         file, content = self._file(key), tensors_bytes(arrays)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -49,14 +37,6 @@ class PartialFolder:
             return tensors_from_bytes(self._file(key).read_bytes())
         except (OSError, ValueError, LookupError, SafetensorError):
             return None
-
-    def keys(self) -> list[str]:
-        """Keys of the pieces that are there, sorted."""
-        return sorted(file.stem for file in self.path.glob("*.safetensors"))
-
-    def clear(self) -> None:
-        """Delete all pieces."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
     def _file(self, key: str) -> Path:
         if not key or not key.replace("-", "").replace("_", "").isalnum() or not key.isascii():

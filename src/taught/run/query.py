@@ -43,31 +43,7 @@ def select(run: RunFolder | Path | str, sql: str, *, memory_gb: float = MEMORY_G
     UserError
         Not one SELECT, or one that cannot be answered; DuckDB is not installed; the folder is no run.
     """
-    return _answer(_opened(run), sql, memory_gb)
-
-
-def tables(run: RunFolder | Path | str) -> pa.Table:
-    """List the tables that can be asked: view, what it is about, rows, columns (name and type)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    footers = {name: pq.read_metadata(path) for name, path in _opened(run).finished_tables().items()}
-    columns = [
-        ", ".join(f"{field.name} {field.type}" for field in footer.schema.to_arrow_schema())
-        for footer in footers.values()
-    ]
-    rows = [footer.num_rows for footer in footers.values()]
-    holds = {name: what for stage in STAGES for name, what in stage.writes.items()}
-    about = [holds.get(f"{name}.parquet", "").partition(":")[0] for name in footers]
-    return pa.table({"view": list(footers), "about": about, "rows": rows, "columns": columns})
-
-
-def _opened(run: RunFolder | Path | str) -> RunFolder:
-    return run if isinstance(run, RunFolder) else RunFolder.open(run)
-
-
-def _answer(run: RunFolder, sql: str, memory_gb: float) -> pa.Table:
-    duckdb = _duckdb()
+    run, duckdb = _opened(run), _duckdb()
     with _connected(run.finished_tables(), memory_gb) as connection:
         try:
             kinds = [statement.type for statement in connection.extract_statements(sql)]
@@ -82,11 +58,26 @@ def _answer(run: RunFolder, sql: str, memory_gb: float) -> pa.Table:
                 fix="ask for fewer rows or columns, or taught.run.query.select(..., memory_gb=...)",
             ) from None
         except duckdb.Error as error:
-            raise UserError(
-                "the query cannot be answered",
-                value=str(error),
-                fix="`taught show RUN tables` lists the views and their columns",
-            ) from None
+            fix = "`taught show RUN tables` lists the views and their columns"
+            raise UserError("the query cannot be answered", value=str(error), fix=fix) from None
+
+
+def tables(run: RunFolder | Path | str) -> pa.Table:
+    """List the tables that can be asked: view, what it is about, rows, columns (name and type)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    footers = {name: pq.read_metadata(path) for name, path in _opened(run).finished_tables().items()}
+    schemas = [footer.schema.to_arrow_schema() for footer in footers.values()]
+    columns = [", ".join(f"{field.name} {field.type}" for field in schema) for schema in schemas]
+    rows = [footer.num_rows for footer in footers.values()]
+    holds = {name: what for stage in STAGES for name, what in stage.writes.items()}
+    about = [holds.get(f"{name}.parquet", "").partition(":")[0] for name in footers]
+    return pa.table({"view": list(footers), "about": about, "rows": rows, "columns": columns})
+
+
+def _opened(run: RunFolder | Path | str) -> RunFolder:
+    return run if isinstance(run, RunFolder) else RunFolder.open(run)
 
 
 def _duckdb() -> Any:
@@ -99,7 +90,11 @@ def _duckdb() -> Any:
 
 def _connected(paths: dict[str, Path], memory_gb: float) -> duckdb.DuckDBPyConnection:
     """A database in memory whose views are these files, and that reaches nothing else."""
-    quoted = {name: _quoted(path) for name, path in paths.items()}
+    texts = {name: str(path.resolve()) for name, path in paths.items()}
+    if pattern := next((text for text in texts.values() if any(char in text for char in "*?[")), None):
+        what, rule = "DuckDB takes this path for a pattern", "no *, ? or [ in the path of the run folder"
+        raise UserError(what, value=pattern, rule=rule, fix="rename the folder")
+    quoted = {name: "'" + text.replace("'", "''") + "'" for name, text in texts.items()}
     settings = _CLOSED | {"memory_limit": f"{memory_gb:g}GB"}
     connection = _duckdb().connect(":memory:", config=settings)
     connection.execute("SET enable_progress_bar = false")  # it goes to standard output
@@ -109,15 +104,3 @@ def _connected(paths: dict[str, Path], memory_gb: float) -> duckdb.DuckDBPyConne
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection
-
-
-def _quoted(path: Path) -> str:
-    text = str(path.resolve())
-    if any(char in text for char in "*?["):
-        raise UserError(
-            "DuckDB takes this path for a pattern",
-            value=text,
-            rule="no *, ? or [ in the path of the run folder",
-            fix="rename the folder",
-        )
-    return "'" + text.replace("'", "''") + "'"

@@ -6,11 +6,10 @@ none of them; file formats: docs/formats.md.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from taught.errors import UserError
+from taught.errors import UserError, did_you_mean
 from taught.run.stage import Stage
 
 if TYPE_CHECKING:
@@ -273,8 +272,7 @@ def asked(study: Study, to: str | None = None, only: str | None = None) -> list[
 def require_stage(name: str) -> str:
     """The name, if a stage has it; else a UserError with those that there are."""
     if name not in BY_NAME:
-        close = difflib.get_close_matches(name, BY_NAME, n=1)
-        fix = f"did you mean {close[0]}?" if close else "`taught run --help` says what a stage is"
+        fix = did_you_mean(name, BY_NAME, 0.6) or "`taught run --help` says what a stage is"
         raise UserError("there is no stage of this name", value=name, rule="one of " + ", ".join(BY_NAME), fix=fix)
     return name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -160,8 +160,7 @@ def _check_examples(
     ids = list(dict.fromkeys(example_id for example_id, _ in find_overlap(examples, prompts)))
     report.add_left_out("overlap", ids, "are evaluation prompts", spec.drop_overlap)
     if spec.drop_overlap:
-        gone = set(ids)
-        examples = replace(examples, examples=tuple(example for example in examples if example.id not in gone))
+        examples = examples.without(ids)
     if spec.kind == "document" or spec.drop_duplicates:
         single, repeating = drop_duplicates(examples, spec.near_duplicate)
         fate = "left out" if spec.drop_duplicates else "kept"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Hashable
@@ -12,11 +11,9 @@ from typing import Any
 import yaml
 
 from taught.core.yaml_text import DEPTH, ShallowLoader
-from taught.errors import UserError, shown
+from taught.errors import UserError, did_you_mean, shown
 from taught.presets import list_presets, preset_path
 from taught.study.schema import Study
-
-__all__ = ["dump_study", "load_study", "parse_yaml", "study_from_dict"]
 
 
 def load_study(source: str | Path) -> Study:
@@ -31,7 +28,16 @@ def load_study(source: str | Path) -> Study:
     UserError
         No such file or preset, not YAML, an unknown key, a value that breaks its rule.
     """
-    file = _find_study(source)
+    path, presets = Path(os.path.expanduser(source)), list_presets()
+    file = next((file for file in (path, path / "study.yaml") if os.path.isfile(file)), None)  # False of no name
+    if file is None and str(source) not in presets:
+        raise UserError(
+            "no such study",
+            value=str(source),
+            rule="a YAML file, a folder with study.yaml, or a preset: " + ", ".join(presets),
+            fix=did_you_mean(str(source), presets, 0.6) or "`taught init` writes a study to start from",
+        )
+    file = file or preset_path(str(source)) / "study.yaml"
     try:
         with open(file, "rb") as opened:
             text = opened.read(_LONGEST + 1).decode()
@@ -47,11 +53,8 @@ def load_study(source: str | Path) -> Study:
 def parse_yaml(text: str) -> Any:
     """Plain values of a YAML text.
 
-    Raises
-    ------
-    ValueError
-        It is no YAML, names a type of Python, says a key twice, or is larger, deeper or (with what its aliases
-        repeat) longer than any study.
+    ValueError: it is no YAML, names a type of Python, says a key twice, or is larger, deeper or (with what its aliases
+    repeat) longer than any study.
     """
     if len(text) > _LONGEST:
         raise ValueError(f"longer than {_LONGEST:,} bytes")
@@ -97,22 +100,6 @@ def study_from_dict(content: object, base: Path) -> Study:
 def dump_study(study: Study) -> str:
     """Return the study as YAML, every key but the defaults of methods' parameters; ``load_study`` gives it back."""
     return yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True, width=100)
-
-
-def _find_study(source: str | Path) -> Path:
-    path = Path(os.path.expanduser(source))
-    for candidate in (path, path / "study.yaml"):
-        if os.path.isfile(candidate):  # False of a name that no file can have
-            return candidate
-    if str(source) in list_presets():
-        return preset_path(str(source)) / "study.yaml"
-    close = difflib.get_close_matches(shown(str(source)), list_presets(), n=1)
-    raise UserError(
-        "no such study",
-        value=str(source),
-        rule="a YAML file, a folder with study.yaml, or a preset: " + ", ".join(list_presets()),
-        fix=f"did you mean {close[0]}?" if close else "`taught init` writes a study to start from",
-    )
 
 
 class _UniqueKeyLoader(ShallowLoader):

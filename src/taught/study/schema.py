@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -21,18 +21,31 @@ from taught.core.names import TargetName
 from taught.core.point import MODULE
 from taught.core.registry import BEHAVIORS, CURVATURES, ESTIMATORS, TRAJECTORIES, Choice, Registry, parameters, setting
 from taught.core.rules import Rule, Visit
-from taught.errors import UserError, shown
+from taught.errors import UserError, did_you_mean, shown
 from taught.study import gone
 
-_TEXT, _COUNT = rules.optional(rules.text()), rules.optional(rules.whole(1))
-_SOURCE, _FLAG = rules.optional(rules.folder_or_hub_id()), rules.flag()
-_PART = rules.optional(rules.matching(MODULE, "resid_post, attn_out, mlp_out, or a module of the block such as mlp"))
+_FROM_0, _FROM_1 = rules.whole(0), rules.whole(1)
+_POSITIVE, _SHARE = rules.number(above=0), rules.number(above=0, maximum=1)
+_TEXT, _FLAG, _FILE, _SOURCE = rules.text(), rules.flag(), rules.path(), rules.folder_or_hub_id()
+_TEXTS = rules.list_of(_TEXT, empty=True)
+_PART = rules.matching(MODULE, "resid_post, attn_out, mlp_out, or a module of the block such as mlp")
 POSITIONS = ("last_user", "last_prompt", "mean_user", "max_user")
 
 
 def _pace(default: Any, rule: Rule, doc: str) -> Any:
     """A key that changes how fast results come, and nothing about them."""
     return field(default=default, metadata={"rule": rule, "doc": doc, "pace": True})
+
+
+def _null(rule: Rule, doc: str) -> Any:
+    """A key that is null, if nothing is given."""
+    return setting(None, rules.optional(rule), doc)
+
+
+def _word(choices: str, doc: str = "") -> Any:
+    """A key that is one of a few words, ``a | b``: by default the first one."""
+    words = choices.split(" | ")
+    return setting(words[0], rules.one_of(*words), doc or choices)
 
 
 # Rules that know their key: a section, a method, a target
@@ -75,12 +88,9 @@ def _method(key: str, registry: Registry[Any], default: str, doc: str) -> Any:
     def walk(key: str, value: Choice, visit: Visit) -> Choice:
         if not value.values:
             return value
-        known = parameters(registry.get(value.kind))
-        values = {
-            name: known[name].metadata["rule"].visited(f"{key}.{name}", item, visit)
-            for name, item in value.values.items()
-        }
-        return Choice(value.kind, values)
+        known = {name: item.metadata["rule"] for name, item in parameters(registry.get(value.kind)).items()}
+        values = value.values.items()
+        return Choice(value.kind, {name: known[name].visited(f"{key}.{name}", item, visit) for name, item in values})
 
     rule = Rule("the name of a method, or a mapping of kind and parameters", parse, walk=walk)
     return field(default=Choice(default), metadata={"rule": rule, "doc": doc, "registry": registry})
@@ -98,11 +108,8 @@ def _checked_parameters(key: str, registry: Registry[Any], kind: str, given: Map
                 rule=f"parameters of {kind}: {', '.join(known)}" if known else f"{kind} has no parameters",
                 fix=f"did you mean {key}.{close[0]}?" if close else "remove it",
             )
-    checked = {
-        name: _checked(f"{key}.{name}", item.metadata["rule"], given[name])
-        for name, item in known.items()
-        if name in given
-    }
+    asked = {name: item for name, item in known.items() if name in given}
+    checked = {name: _checked(f"{key}.{name}", item.metadata["rule"], given[name]) for name, item in asked.items()}
     return {name: value for name, value in checked.items() if value != known[name].default}
 
 
@@ -120,9 +127,11 @@ def _target() -> Rule:
     return Rule("the name of a target, such as behavior:GROUP", parse)
 
 
+_TARGET = _target()
+
+
 def _source() -> Rule:
     """The rule for what a concept is made of; the file in it is a path."""
-    kinds = ("difference", "probe", "feature:ID", "file:PATH")
 
     def parse(value: Any) -> str:
         if not isinstance(value, str) or value.partition(":")[0] not in ("difference", "probe", "feature", "file"):
@@ -135,7 +144,7 @@ def _source() -> Rule:
         path, colon, tensor = value.removeprefix("file:").partition(":")
         return f"file:{visit(key, path, 'file')}{colon}{tensor}"
 
-    return Rule("one of " + ", ".join(kinds), parse, walk=walk)
+    return Rule("one of difference, probe, feature:ID, file:PATH", parse, walk=walk)
 
 
 # Sections
@@ -146,6 +155,9 @@ class Section:
 
     section: ClassVar[str]
 
+    def __init_subclass__(cls, name: str) -> None:
+        cls.section = name
+
     def __post_init__(self) -> None:
         for item in dataclasses.fields(cast(Any, self)):
             value = getattr(self, item.name)
@@ -155,82 +167,62 @@ class Section:
 
 
 @dataclass(frozen=True)
-class ModelSpec(Section):
+class ModelSpec(Section, name="model"):
     """The model under study, in evaluation mode; its weights never change."""
 
-    section: ClassVar[str] = "model"
     id: str = setting("HuggingFaceTB/SmolLM2-135M-Instruct", rules.folder_or_hub_id(), "hub id, or a folder (./mine)")
-    revision: str | None = setting(None, _TEXT, "a branch, tag or commit of the hub")
-    dtype: str = setting(
-        "float32", rules.one_of("float32", "bfloat16", "float16", "float64"), "float32 | bfloat16 | float16 | float64"
-    )
-    load_in: str | None = setting(
-        None,
-        rules.optional(rules.one_of("nf4", "nf4-double", "fp4", "fp4-double", "int8")),
+    revision: str | None = _null(_TEXT, "a branch, tag or commit of the hub")
+    dtype: str = _word("float32 | bfloat16 | float16 | float64")
+    load_in: str | None = _null(
+        rules.one_of("nf4", "nf4-double", "fp4", "fp4-double", "int8"),
         "nf4 | nf4-double | fp4 | fp4-double | int8: quantise by bitsandbytes; null: as saved",
     )
-    device: str = setting("cpu", rules.text(), "cpu | cuda | cuda:1 | mps | auto (spread over GPUs)")
-    chat_template: str | None = setting(
-        None, rules.optional(rules.path()), "a Jinja file, for a tokenizer that has no chat template"
-    )
+    device: str = setting("cpu", _TEXT, "cpu | cuda | cuda:1 | mps | auto (spread over GPUs)")
+    chat_template: str | None = _null(_FILE, "a Jinja file, for a tokenizer that has no chat template")
     date: str = setting(
         "2024-07-26", rules.day(), "the day that a chat template is told; some write it into every chat"
     )
-    adapter: str | None = setting(
-        None, _SOURCE, "a LoRA adapter of peft, folder or hub id; then only its parameters move"
-    )
+    adapter: str | None = _null(_SOURCE, "a LoRA adapter of peft, folder or hub id; then only its parameters move")
 
 
 @dataclass(frozen=True)
-class SaeSpec(Section):
+class SaeSpec(Section, name="sae"):
     """The sparse autoencoder whose features describe the model; without one there is no policy."""
 
-    section: ClassVar[str] = "sae"
-    path: str | None = setting(
-        None, _SOURCE, "folder in the format of SAELens or sparsify, or release:sae_id; null: no SAE, no policy"
+    path: str | None = _null(
+        _SOURCE, "folder in the format of SAELens or sparsify, or release:sae_id; null: no SAE, no policy"
     )
-    block: int | None = setting(
-        None, rules.optional(rules.whole(0)), "block that the SAE reads; null: what its cfg.json says"
-    )
-    point: str | None = setting(
-        None,
+    block: int | None = _null(_FROM_0, "block that the SAE reads; null: what its cfg.json says")
+    point: str | None = _null(
         _PART,
         "what of it: resid_post | attn_out | mlp_out | a module of the block, e.g. mlp; null: what its cfg.json says",
     )
-    encoder: Literal["sae", "relu"] = setting(
-        "sae", rules.one_of("sae", "relu"), "sae: its true encoder | relu: the dense proxy of the paper"
-    )
-    max_fvu: float = setting(
-        0.9, rules.number(above=0), "refuse an SAE that leaves more unexplained; set it near your SAE's own"
-    )
+    encoder: Literal["sae", "relu"] = _word("sae | relu", "sae: its true encoder | relu: the dense proxy of the paper")
+    max_fvu: float = setting(0.9, _POSITIVE, "refuse an SAE that leaves more unexplained; set it near your SAE's own")
     ignore: tuple[str, ...] = setting(
-        (),
-        rules.list_of(rules.text(), empty=True),
-        "keys of its cfg.json that are not known here and that change nothing about the features",
+        (), _TEXTS, "keys of its cfg.json that are not known here and that change nothing about the features"
     )
 
 
 @dataclass(frozen=True)
-class ReadoutSpec(Section):
+class ReadoutSpec(Section, name="readout"):
     """Where in a prompt features are read."""
 
-    section: ClassVar[str] = "readout"
     position: Literal["last_user", "last_prompt", "mean_user", "max_user"] = setting(
         "mean_user", rules.one_of(*POSITIONS), " | ".join(POSITIONS)
     )
 
 
 @dataclass(frozen=True)
-class PromptsSpec(Section):
+class PromptsSpec(Section, name="prompts"):
     """The evaluation prompts."""
 
-    section: ClassVar[str] = "prompts"
     path: str = setting("prompts.jsonl", rules.table(), "JSONL, Parquet or CSV")
-    positive_group: str | None = setting(
-        None, _TEXT, "the group that should show the behavior, such as harmful; a policy needs both"
+    positive_group: str | None = _null(
+        _TEXT, "the group that should show the behavior, such as harmful; a policy needs both"
     )
-    negative_group: str | None = setting(None, _TEXT, "the group that should not, such as harmless")
-    limit: int | None = setting(None, _COUNT, "at most so many prompts, spread over groups and categories")
+    negative_group: str | None = _null(_TEXT, "the group that should not, such as harmless")
+    limit: int | None = _null(_FROM_1, "at most so many prompts, spread over groups and categories")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -255,42 +247,34 @@ class PromptsSpec(Section):
 
 
 @dataclass(frozen=True)
-class ExamplesSpec(Section):
+class ExamplesSpec(Section, name="examples"):
     """The training examples whose effect is asked for."""
 
-    section: ClassVar[str] = "examples"
     path: str = setting(
         "examples.jsonl",
         rules.table(),
         "JSONL, Parquet or CSV: messages, prompt + response, or text; a file, a folder of shards, or a pattern",
     )
-    kind: Literal["pair", "document", "preference"] = setting(
-        "pair",
-        rules.one_of("pair", "document", "preference"),
+    kind: Literal["pair", "document", "preference"] = _word(
+        "pair | document | preference",
         "pair: a response's tokens are trained on | document: all tokens of a text | preference: chosen over rejected",
     )
-    beta: float = setting(
-        0.1, rules.number(above=0), "of a preference's loss (DPO): how strongly it holds to the reference"
-    )
+    beta: float = setting(0.1, _POSITIVE, "of a preference's loss (DPO): how strongly it holds to the reference")
     max_tokens: int = setting(
-        512, rules.whole(1), "a longer example is an error, or left out with drop_truncated; a document is cut up"
+        512, _FROM_1, "a longer example is an error, or left out with drop_truncated; a document is cut up"
     )
-    turns: Literal["last", "all"] = setting(
-        "last",
-        rules.one_of("last", "all"),
-        "answers of a conversation that are trained on; marks in the data go before",
+    turns: Literal["last", "all"] = _word(
+        "last | all", "answers of a conversation that are trained on; marks in the data go before"
     )
-    limit: int | None = setting(None, _COUNT, "at most so many examples, spread over labels, or as `spread` says")
-    spread: tuple[str, ...] | None = setting(
-        None,
-        rules.optional(rules.list_of(rules.text(), empty=True)),
-        "columns whose values the limit is spread over, e.g. [topic, format]; null: the label",
+    limit: int | None = _null(_FROM_1, "at most so many examples, spread over labels, or as `spread` says")
+    spread: tuple[str, ...] | None = _null(
+        _TEXTS, "columns whose values the limit is spread over, e.g. [topic, format]; null: the label"
     )
     even: bool = setting(False, _FLAG, "true: as many of each such value, as far as there are; false: in proportion")
-    seed: int = setting(0, rules.whole(0), "another one chooses other examples within the limit")
+    seed: int = setting(0, _FROM_0, "another one chooses other examples within the limit")
     near_duplicate: float = setting(
         0.8,
-        rules.number(above=0, maximum=1),
+        _SHARE,
         "share of 5-word passages that two examples have in common, from which they count as near duplicates",
     )
     drop_duplicates: bool = setting(
@@ -300,71 +284,59 @@ class ExamplesSpec(Section):
         False, _FLAG, "true: leave out examples whose prompt is an evaluation prompt, and list them"
     )
     drop_truncated: bool = setting(False, _FLAG, "true: leave out examples whose response is cut off, and list them")
-    positive_label: str | None = setting(
-        None, _TEXT, "the label of examples that should teach the behavior; null: not known"
-    )
-    negative_label: str | None = setting(None, _TEXT, "the label of those that should teach its absence")
+    positive_label: str | None = _null(_TEXT, "the label of examples that should teach the behavior; null: not known")
+    negative_label: str | None = _null(_TEXT, "the label of those that should teach its absence")
 
 
 @dataclass(frozen=True)
-class FeaturesSpec(Section):
+class FeaturesSpec(Section, name="features"):
     """Which features of the SAE the policy is written in."""
 
-    section: ClassVar[str] = "features"
-    ids: tuple[int, ...] | None = setting(
-        None, rules.optional(rules.list_of(rules.whole(0))), "feature ids, e.g. [12, 407]; null: chosen by the contrast"
+    ids: tuple[int, ...] | None = _null(
+        rules.list_of(_FROM_0), "feature ids, e.g. [12, 407]; null: chosen by the contrast"
     )
     threshold: float = setting(0.1, rules.number(minimum=0), "difference of the group means that a feature must exceed")
-    max_features: int = setting(75, rules.whole(1), "at most so many, the strongest first")
-    labels: str | None = setting(None, rules.optional(rules.path()), "a file with your own labels")
+    max_features: int = setting(75, _FROM_1, "at most so many, the strongest first")
+    labels: str | None = _null(_FILE, "a file with your own labels")
 
 
 @dataclass(frozen=True)
-class PolicySpec(Section):
+class PolicySpec(Section, name="policy"):
     """The ridge regression of the behavior on the features."""
 
-    section: ClassVar[str] = "policy"
     alpha: float | Literal["cv"] = setting(
-        5.0, rules.either("cv", rules.number(above=0)), "ridge penalty: a number, or cv (cross-validation)"
+        5.0, rules.either("cv", _POSITIVE), "ridge penalty: a number, or cv (cross-validation)"
     )
     intercept: bool = setting(False, _FLAG, "false is the paper's")
     folds: int = setting(5, rules.whole(2), "of the cross-validation")
     bootstrap: int = setting(500, rules.whole(20, 10**6), "resamples for the intervals")
-    seed: int = setting(0, rules.whole(0), "of every draw")
+    seed: int = setting(0, _FROM_0, "of every draw")
 
 
 @dataclass(frozen=True)
-class ConceptSpec(Section):
+class ConceptSpec(Section, name="concepts"):
     """A direction in the residual stream (or at another point), made of two groups, features or a file, or saved."""
 
-    section: ClassVar[str] = "concepts"
-    name: str = setting("concept", rules.text(), "the target is concept:NAME")
-    path: str | None = setting(None, rules.optional(rules.folder()), "a folder of a saved concept; then nothing else")
-    source: str | None = setting(
-        None,
-        rules.optional(_source()),
+    name: str = setting("concept", _TEXT, "the target is concept:NAME")
+    path: str | None = _null(rules.folder(), "a folder of a saved concept; then nothing else")
+    source: str | None = _null(
+        _source(),
         "difference (of two groups' means) | probe | feature:ID or feature:ID=SHARE,ID=SHARE | file:PATH[:TENSOR]",
     )
-    block: int | None = setting(None, rules.optional(rules.whole(0)), "that is read; null: the SAE's")
-    point: str | None = setting(None, _PART, "what of it, as sae.point; null: the SAE's, or resid_post")
-    position: str | None = setting(
-        None, rules.optional(rules.one_of(*POSITIONS)), "tokens of a prompt that are read; null: readout.position"
+    block: int | None = _null(_FROM_0, "that is read; null: the SAE's")
+    point: str | None = _null(_PART, "what of it, as sae.point; null: the SAE's, or resid_post")
+    position: str | None = _null(rules.one_of(*POSITIONS), "tokens of a prompt that are read; null: readout.position")
+    tokens: str = setting("mean_response", _TEXT, "tokens of an example: mean_response | last_response")
+    examples: str | None = _null(_FILE, "labelled examples: the groups are these, in place of the prompts")
+    positive: str = setting("present", _TEXT, "label of the examples with the behavior")
+    negative: str = setting("absent", _TEXT, "label of the examples without it")
+    method: Literal["logistic", "ridge"] = _word("logistic | ridge", "of a probe")
+    penalty: float = setting(1.0, _POSITIVE, "of a probe, on rows of unit mean square")
+    norm: Literal["unit", "none"] = _word("unit | none", "unit | none: as it is")
+    read: Literal["prompts", "responses"] = _word(
+        "prompts | responses", "what the target's mean is over: prompts | responses of the examples"
     )
-    tokens: str = setting("mean_response", rules.text(), "tokens of an example: mean_response | last_response")
-    examples: str | None = setting(
-        None, rules.optional(rules.path()), "labelled examples: the groups are these, in place of the prompts"
-    )
-    positive: str = setting("present", rules.text(), "label of the examples with the behavior")
-    negative: str = setting("absent", rules.text(), "label of the examples without it")
-    method: Literal["logistic", "ridge"] = setting("logistic", rules.one_of("logistic", "ridge"), "of a probe")
-    penalty: float = setting(1.0, rules.number(above=0), "of a probe, on rows of unit mean square")
-    norm: Literal["unit", "none"] = setting("unit", rules.one_of("unit", "none"), "unit | none: as it is")
-    read: Literal["prompts", "responses"] = setting(
-        "prompts",
-        rules.one_of("prompts", "responses"),
-        "what the target's mean is over: prompts | responses of the examples",
-    )
-    group: str | None = setting(None, _TEXT, "of these prompts only, or of examples with this label; null: all")
+    group: str | None = _null(_TEXT, "of these prompts only, or of examples with this label; null: all")
     force: bool = setting(False, _FLAG, "true: also a direction that is no better than chance")
     sweep: bool = setting(False, _FLAG, "true: the card shows every block")
 
@@ -380,13 +352,11 @@ class ConceptSpec(Section):
 
 
 @dataclass(frozen=True)
-class AttributionSpec(Section):
+class AttributionSpec(Section, name="attribution"):
     """How the effect of an example is computed, and on what."""
 
-    section: ClassVar[str] = "attribution"
-    targets: tuple[str, ...] | None = setting(
-        None,
-        rules.optional(rules.list_of(_target())),
+    targets: tuple[str, ...] | None = _null(
+        rules.list_of(_TARGET),
         "score, coefficient:*, behavior:*, behavior:GROUP, prompt:*, concept:*, A - B ...; null: all that there are",
     )
     estimator: Choice = _method("attribution.estimator", ESTIMATORS, "adjoint", "how the inner product is obtained")
@@ -398,15 +368,13 @@ class AttributionSpec(Section):
     )
     lr: float = setting(1e-4, rules.rate(), "learning rate of the one SGD step")
     exact_top: int = setting(
-        3, rules.whole(0), "so many top examples get a real step, an exact refit and shares of their tokens too"
+        3, _FROM_0, "so many top examples get a real step, an exact refit and shares of their tokens too"
     )
     memory_gb: float = _pace(3.75, rules.number(above=0, maximum=1e6), "working memory for gradients")
-    batch_tokens: int = _pace(512, rules.whole(1), "tokens that go through the model at once")
+    batch_tokens: int = _pace(512, _FROM_1, "tokens that go through the model at once")
     checkpointing: bool = _pace(False, _FLAG, "true: long examples in about half the memory, and more time")
-    parameters: tuple[str, ...] | None = setting(
-        None,
-        rules.optional(rules.list_of(rules.text())),
-        'only what matches moves, e.g. ["model.layers.1?.mlp.*"]; null: all',
+    parameters: tuple[str, ...] | None = _null(
+        rules.list_of(_TEXT), 'only what matches moves, e.g. ["model.layers.1?.mlp.*"]; null: all'
     )
     concept_methods: tuple[str, ...] = setting(
         (),
@@ -416,43 +384,39 @@ class AttributionSpec(Section):
         ),
         "beside the influence: vector-filter, projection-difference-response, projection-difference-training",
     )
-    checkpoint: str | None = setting(None, _SOURCE, "the fine-tuned model, for projection-difference-training")
-    max_new_tokens: int = setting(128, rules.whole(1), "of an own answer, for projection-difference-response")
+    checkpoint: str | None = _null(_SOURCE, "the fine-tuned model, for projection-difference-training")
+    max_new_tokens: int = setting(128, _FROM_1, "of an own answer, for projection-difference-response")
 
 
 @dataclass(frozen=True)
-class ClampSpec(Section):
+class ClampSpec(Section, name="clamp"):
     """A check of the policy by edits in the model: each feature is scaled, the behavior read again."""
 
-    section: ClassVar[str] = "clamp"
     prompts: int = setting(24, rules.whole(2), "at most so many prompts a feature, of those on which it is active")
     controls: int = setting(8, rules.whole(2, 10**4), "random directions a feature, for comparison")
 
 
 @dataclass(frozen=True)
-class ClustersSpec(Section):
+class ClustersSpec(Section, name="clusters"):
     """Groups of examples by their active features."""
 
-    section: ClassVar[str] = "clusters"
-    k: int | None = setting(None, rules.optional(rules.whole(2)), "number of clusters; null: by the silhouette")
-    target: str | None = setting(None, rules.optional(_target()), "one target; null: the score and every behavior:*")
+    k: int | None = _null(rules.whole(2), "number of clusters; null: by the silhouette")
+    target: str | None = _null(_TARGET, "one target; null: the score and every behavior:*")
 
 
 @dataclass(frozen=True)
-class BinsSpec(Section):
+class BinsSpec(Section, name="bins"):
     """A capability map: which kinds of examples, by one or two of their columns, raise which benchmark."""
 
-    section: ClassVar[str] = "bins"
     columns: tuple[str, ...] = setting(
-        ("topic", "format"), rules.list_of(rules.text()), "one or two columns of the examples, which name their kinds"
+        ("topic", "format"), rules.list_of(_TEXT), "one or two columns of the examples, which name their kinds"
     )
-    taxonomy: Literal["weborganizer"] | None = setting(
-        None,
-        rules.optional(rules.one_of("weborganizer")),
+    taxonomy: Literal["weborganizer"] | None = _null(
+        rules.one_of("weborganizer"),
         "weborganizer: its 24 topics and 24 formats are the known names; null: whatever the columns hold",
     )
-    classifier: str | None = setting(
-        None, _TEXT, "module:function(column, texts) that labels the examples where they do not have a column"
+    classifier: str | None = _null(
+        _TEXT, "module:function(column, texts) that labels the examples where they do not have a column"
     )
     minimum: int = setting(5, rules.whole(3), "bins of fewer documents are shown and not tested")
     trim: float = setting(
@@ -460,15 +424,13 @@ class BinsSpec(Section):
     )
     permutations: int = setting(9999, rules.whole(99, 10**6), "of the labels of bins, for the test")
     bootstrap: int = setting(1000, rules.whole(20, 10**5), "resamples of documents and questions, for the intervals")
-    contrasts: tuple[str, ...] | None = setting(
-        None,
-        rules.optional(rules.list_of(rules.text(), empty=True)),
-        '["a - b", "(a - b) - (c - d)"] of groups of prompts; null: all pairs of at most four',
+    contrasts: tuple[str, ...] | None = _null(
+        _TEXTS, '["a - b", "(a - b) - (c - d)"] of groups of prompts; null: all pairs of at most four'
     )
     questions: bool = setting(
         True, _FLAG, "keep what each example does to each prompt; false: intervals over documents alone"
     )
-    seed: int = setting(0, rules.whole(0), "of every draw")
+    seed: int = setting(0, _FROM_0, "of every draw")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -482,76 +444,50 @@ class BinsSpec(Section):
 
 
 @dataclass(frozen=True)
-class CurationSpec(Section):
+class CurationSpec(Section, name="curation"):
     """Which examples are dropped."""
 
-    section: ClassVar[str] = "curation"
-    rule: Literal["paper", "top-k", "keep-k", "swap-k"] | None = setting(
-        None,
-        rules.optional(rules.one_of("paper", "top-k", "keep-k", "swap-k")),
+    rule: Literal["paper", "top-k", "keep-k", "swap-k"] | None = _null(
+        rules.one_of("paper", "top-k", "keep-k", "swap-k"),
         "paper | top-k (drops the k highest) | keep-k (keeps the k lowest) | swap-k (exchanges chosen and rejected of "
         "the k highest preferences); null: paper, where a policy and both labels are there and neither k nor a target "
         "is named, else top-k",
     )
-    k: int | None = setting(
-        None, rules.optional(rules.whole(1)), "how many; null: one in ten examples, at least one; paper has none"
-    )
-    target: str | None = setting(
-        None, rules.optional(_target()), "what examples are ranked by; null: score, or the first behavior target"
-    )
-    method: str | None = setting(None, _TEXT, "whose scores; null: the run's own")
-    protect: str | None = setting(
-        None, rules.optional(_target()), "a second target that dropping examples must not lower"
-    )
+    k: int | None = _null(_FROM_1, "how many; null: one in ten examples, at least one; paper has none")
+    target: str | None = _null(_TARGET, "what examples are ranked by; null: score, or the first behavior target")
+    method: str | None = _null(_TEXT, "whose scores; null: the run's own")
+    protect: str | None = _null(_TARGET, "a second target that dropping examples must not lower")
 
 
-DESIGNS = (
-    "random",
-    "matched",
-    "leave-out",
-    "leave-one-out",
-    "removal",
-    "addition",
-    "curation",
-    "curated",
-    "chosen",
-    "couples",
-    "unlearn",
-    "teach",
-)
-PAIRED = ("unlearn", "teach")  # named documents against random ones like them, pair by pair
 REPEATED = ("random", "matched", "leave-out")  # trained under several seeds, if asked
+PAIRED = ("unlearn", "teach")  # named documents against random ones like them, pair by pair
+_NAMED = ("leave-one-out", "removal", "addition", "curation", "curated", "chosen", "couples")
+DESIGNS = (*REPEATED, *_NAMED, *PAIRED)
 
 
 @dataclass(frozen=True)
-class ValidationSpec(Section):
+class ValidationSpec(Section, name="validation"):
     """How the model is trained again on some of the examples, to see what that does."""
 
-    section: ClassVar[str] = "validation"
-    trainer: Literal["loop", "trl"] = setting(
-        "loop", rules.one_of("loop", "trl"), "loop: plain and deterministic, the influence's own loss | trl"
+    trainer: Literal["loop", "trl"] = _word(
+        "loop | trl", "loop: plain and deterministic, the influence's own loss | trl"
     )
-    method: Literal["full", "lora"] = setting("full", rules.one_of("full", "lora"), "full | lora")
-    lora_rank: int = setting(8, rules.whole(1), "of lora")
-    optimizer: Literal["adamw", "sgd"] = setting("adamw", rules.one_of("adamw", "sgd"), "adamw | sgd")
+    method: Literal["full", "lora"] = _word("full | lora")
+    lora_rank: int = setting(8, _FROM_1, "of lora")
+    optimizer: Literal["adamw", "sgd"] = _word("adamw | sgd")
     lr: float = setting(2e-5, rules.rate(), "learning rate")
-    epochs: int = setting(3, rules.whole(1), "passes over the examples")
-    batch: int = setting(16, rules.whole(1), "examples a step")
+    epochs: int = setting(3, _FROM_1, "passes over the examples")
+    batch: int = setting(16, _FROM_1, "examples a step")
     momentum: float = setting(0.0, rules.number(minimum=0, maximum=0.999), "of sgd")
     weight_decay: float = setting(0.0, rules.number(minimum=0), "decoupled in adamw, added to the gradient in sgd")
-    batches: Literal["refilled", "held"] = setting(
-        "refilled",
-        rules.one_of("refilled", "held"),
+    batches: Literal["refilled", "held"] = _word(
+        "refilled | held",
         "where an example is left out: refilled (the others move up) | held (its place stays, with weight 0)",
     )
-    schedule: Literal["constant", "linear"] = setting(
-        "constant", rules.one_of("constant", "linear"), "constant | linear"
-    )
+    schedule: Literal["constant", "linear"] = _word("constant | linear")
     warmup: float = setting(0.0, rules.number(minimum=0, maximum=1), "share of the steps")
-    max_grad_norm: float | None = setting(
-        None, rules.optional(rules.number(above=0)), "a number: longer gradients are scaled down to it"
-    )
-    seed: int = setting(42, rules.whole(0), "order of the examples, first weights of a LoRA, draws of subsets")
+    max_grad_norm: float | None = _null(_POSITIVE, "a number: longer gradients are scaled down to it")
+    seed: int = setting(42, _FROM_0, "order of the examples, first weights of a LoRA, draws of subsets")
     designs: tuple[str, ...] = setting(
         ("random", "matched"), rules.list_of(rules.one_of(*DESIGNS)), "which subsets: " + " | ".join(DESIGNS)
     )
@@ -559,17 +495,16 @@ class ValidationSpec(Section):
     repeats: int = setting(
         1, rules.whole(1, 10**4), "each of these trained so many times, with other seeds: the noise of training"
     )
-    size: float = setting(0.5, rules.number(above=0, maximum=1), "share of the examples in a random or matched subset")
-    leave_out: float = setting(0.1, rules.number(above=0, maximum=1), "share of the examples that leave-out leaves out")
+    size: float = setting(0.5, _SHARE, "share of the examples in a random or matched subset")
+    leave_out: float = setting(0.1, _SHARE, "share of the examples that leave-out leaves out")
     budgets: tuple[float, ...] = setting(
         (0.15,),
-        rules.list_of(rules.number(above=0, maximum=1)),
+        rules.list_of(_SHARE),
         "removal: without, addition: only with these shares of the examples that the run names; unlearn, teach: of the "
         "documents",
     )
-    remove_by: str | None = setting(
-        None,
-        rules.optional(_target()),
+    remove_by: str | None = _null(
+        _TARGET,
         "the examples named raise this target most; null: curation.target, or the behavior where it is not wanted",
     )
     controls: int = setting(
@@ -583,30 +518,23 @@ class ValidationSpec(Section):
     )
     alike: str | None = setting(
         "label",
-        _TEXT,
+        rules.optional(_TEXT),
         "unlearn, teach: a column of the examples, such as the topic; random documents hold as many of each value as "
         "the named ones; null: only as many tokens",
     )
-    unlearn_steps: int = setting(100, rules.whole(1), "unlearn: steps of forgetting, at most")
+    unlearn_steps: int = setting(100, _FROM_1, "unlearn: steps of forgetting, at most")
     unlearn_lr: float = setting(
         0.01, rules.rate(), "unlearn: the first rate, the distance of a step; fitted anew every 10 steps"
     )
-    guard: str | None = setting(
-        None,
+    guard: str | None = _null(
         _TEXT,
         "unlearn: a group or category of prompts whose accuracy (of a choice), mean (of a loss) or mean degree must "
         "hold, or the run stops; null: the loss of the examples that are retained",
     )
-    guard_keep: float = setting(
-        0.9, rules.number(above=0, maximum=1), "unlearn: 0.9: at least 90% of the guard's start, of a loss at most 110%"
-    )
-    answer_tokens: int = setting(
-        0, rules.whole(0), "30: the retrained models answer the prompts too, and a judge reads it"
-    )
-    judge: str | None = setting(None, _TEXT, "module:function that reads the answers; null: rules that read the words")
-    methods: tuple[str, ...] = setting(
-        (), rules.list_of(rules.text(), empty=True), "further methods to compare, such as adjoint+ekfac"
-    )
+    guard_keep: float = setting(0.9, _SHARE, "unlearn: 0.9: at least 90% of the guard's start, of a loss at most 110%")
+    answer_tokens: int = setting(0, _FROM_0, "30: the retrained models answer the prompts too, and a judge reads it")
+    judge: str | None = _null(_TEXT, "module:function that reads the answers; null: rules that read the words")
+    methods: tuple[str, ...] = setting((), _TEXTS, "further methods to compare, such as adjoint+ekfac")
     scores: tuple[str, ...] = setting(
         (), rules.list_of(rules.path(), empty=True), "files of scores that were made elsewhere, to compare"
     )
@@ -624,9 +552,6 @@ class ValidationSpec(Section):
         return self.repeats if design in REPEATED else 1
 
 
-_METHODS = ("estimator", "curvature", "trajectory")
-
-
 def _concepts() -> Any:
     one = Rule(
         "a mapping of the keys of a concept",
@@ -641,13 +566,10 @@ def _concepts() -> Any:
 class Study:
     """One question: a model, a behavior, prompts, examples, and how to compute.
 
-    Raises
-    ------
-    UserError
-        A value breaks its rule; the message names the key, the value, the rule and the fix.
+    UserError: a value breaks its rule; the message names the key, the value, the rule and the fix.
     """
 
-    name: str = setting("my-study", rules.text(), "also the name of the run folder: runs/my-study")
+    name: str = setting("my-study", _TEXT, "also the name of the run folder: runs/my-study")
     model: ModelSpec = _section(ModelSpec)
     sae: SaeSpec = _section(SaeSpec)
     readout: ReadoutSpec = _section(ReadoutSpec)
@@ -684,34 +606,27 @@ class Study:
                 rule="a preference has two: a chosen and a rejected one",
                 fix="leave attribution.concept_methods out; the target concept:NAME has gradients of both",
             )
-        targets = self.attribution.targets
-        if self.bins is not None and targets is not None and not any(map(_is_benchmark, targets)):
+        asked = self.attribution.targets if self.bins is not None else None
+        if asked is not None and not any(t.kind == "behavior" and not t.minus for t in map(TargetName.parse, asked)):
             raise UserError(
                 "bins are mapped on benchmarks, and the study asks for none",
-                value=list(targets),
+                value=list(asked),
                 rule="a benchmark is a group of prompts: the target behavior:GROUP",
                 fix="add behavior:* to attribution.targets",
             )
         names = [concept.name for concept in self.concepts]
         if len(set(names)) < len(names):
-            raise UserError(
-                "concepts are told apart by their names",
-                value=names,
-                rule="each name once",
-                fix="correct concepts in the study",
-            )
+            what, fix = "concepts are told apart by their names", "correct concepts in the study"
+            raise UserError(what, value=names, rule="each name once", fix=fix)
 
     @classmethod
     def from_dict(cls, content: object) -> Study:
         """Build a study from nested mappings; see :func:`taught.study.load.study_from_dict`."""
         if not isinstance(content, Mapping):
-            raise UserError(
-                "a study is a mapping of keys to values",
-                value=content,
-                fix="start from the file that `taught init` writes",
-            )
+            fix = "start from the file that `taught init` writes"
+            raise UserError("a study is a mapping of keys to values", value=content, fix=fix)
         for key, value in content.items():
-            if key not in _names(cls):
+            if key not in _keys(cls):
                 raise unknown_key(shown(key), value)
         return cls(**content)
 
@@ -720,7 +635,8 @@ class Study:
         """The study that :meth:`to_dict` gave: no method is imported, and its parameters are taken as they are."""
         content = dict(content)
         content["attribution"] = dict(content["attribution"])
-        for owner, key in [(content, "behavior"), *((content["attribution"], m) for m in _METHODS)]:
+        methods = ((content["attribution"], key) for key in ("estimator", "curvature", "trajectory"))
+        for owner, key in [(content, "behavior"), *methods]:
             kind, values = owner[key]["kind"], {name: v for name, v in owner[key].items() if name != "kind"}
             owner[key] = Choice(kind, {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
         return cls(**content)
@@ -730,11 +646,7 @@ class Study:
         return cast(dict[str, Any], plain(self))
 
     def flat(self) -> dict[str, Any]:
-        """Each value under its dotted key, e.g. ``policy.alpha``.
-
-        A method's kind stands under the method's key and the parameters given below it:
-        ``attribution.curvature``, ``attribution.curvature.damping``.
-        """
+        """Each value under its dotted key, ``policy.alpha``; a method's kind under its own, parameters below it."""
         return dict(_leaves(self, ""))
 
     def get(self, key: str) -> Any:
@@ -747,32 +659,24 @@ class Study:
                 if part not in known:
                     raise unknown_key(key, None)
                 return owner.values.get(part, known[part].default)
-            item = _field(type(owner), part)
-            if item is None:
+            if (item := _keys(type(owner)).get(part)) is None:
                 raise unknown_key(key, None)
             owner, registry = getattr(owner, part), item.metadata.get("registry")
         return owner
 
     def replace(self, key: str, value: object, *, base: Path | None = None) -> Study:
-        """Return a copy with one value changed.
+        """Return a copy with one value changed, to what YAML would give.
 
-        Parameters
-        ----------
-        key : Dotted key, e.g. ``policy.alpha`` or ``attribution.curvature.damping``. Another method
-            (``attribution.curvature``) drops the parameters of the one before.
-        value : the new value, as YAML would give it
-        base : folder that a relative path is resolved against; the current one by default
+        The key is dotted, as ``attribution.curvature.damping``. Another method drops the parameters of the one before.
+        A relative path is resolved against ``base``, by default the current folder.
         """
-        changed = cast(Study, _replaced(self, key.split("."), value, key))
-        return changed._resolved(base or Path.cwd(), lambda at: at == key or at.startswith(f"{key}."))
+        return cast(Study, _replaced(self, key.split("."), value, key)).resolved(base or Path.cwd(), key)
 
-    def resolved(self, base: Path) -> Study:
-        """Return a copy whose relative paths are made absolute against the folder ``base``."""
-        return self._resolved(base, lambda key: True)
+    def resolved(self, base: Path, below: str | None = None) -> Study:
+        """Return a copy whose relative paths (those of one key, if given) are made absolute against ``base``."""
 
-    def _resolved(self, base: Path, where: Callable[[str], bool]) -> Study:
         def resolve(key: str, path: str, kind: str) -> str:
-            if not where(key):
+            if below is not None and key != below and not key.startswith(f"{below}."):
                 return path
             # Not Path.resolve: a linked file keeps the name that the user gave it.
             candidate = Path(os.path.abspath(base / os.path.expanduser(path)))
@@ -805,18 +709,9 @@ class Study:
     @staticmethod
     def pace_keys() -> frozenset[str]:
         """Keys that change how fast results come, and nothing about them."""
-        return frozenset(
-            f"{item.name}.{part.name}"
-            for item in dataclasses.fields(Study)
-            if "section" in item.metadata
-            for part in dataclasses.fields(item.metadata["section"])
-            if part.metadata.get("pace")
-        )
-
-
-def _is_benchmark(target: str) -> bool:
-    name = TargetName.parse(target)
-    return name.kind == "behavior" and name.minus is None
+        sections = [item.metadata["section"] for item in dataclasses.fields(Study) if "section" in item.metadata]
+        paced = ((spec, part) for spec in sections for part in dataclasses.fields(spec) if part.metadata.get("pace"))
+        return frozenset(f"{spec.section}.{part.name}" for spec, part in paced)
 
 
 def methods_of(study: Study) -> Iterator[tuple[str, Registry[Any], Choice]]:
@@ -862,8 +757,7 @@ def _visited(owner: Any, prefix: str, visit: Visit) -> Any:
 def _replaced(owner: Any, parts: list[str], value: object, key: str) -> Any:
     """A copy of a section, or of a study, with one value changed."""
     name, *rest = parts
-    item = _field(type(owner), name)
-    if item is None:
+    if (item := _keys(type(owner)).get(name)) is None:
         raise unknown_key(key, value)
     current, section = getattr(owner, name), item.metadata.get("section")
     if not rest and section is not None and item.default is MISSING:
@@ -881,7 +775,7 @@ def _section_from(spec: type[Section], value: object) -> Section:
     if not isinstance(value, Mapping):
         raise _not_a_value(spec, value)
     for key, item in value.items():
-        if key not in _names(spec):
+        if key not in _keys(spec):
             raise unknown_key(f"{spec.section}.{shown(key)}", item)
     return spec(**value)
 
@@ -890,44 +784,30 @@ def _not_a_value(spec: type[Section], value: object) -> UserError:
     return UserError(
         f"{spec.section} is a section, not a value",
         value=value,
-        rule="its keys: " + ", ".join(_names(spec)),
+        rule="its keys: " + ", ".join(_keys(spec)),
         fix=f"write `{spec.section}:` and its keys below it, indented",
     )
 
 
-def _names(spec: Any) -> list[str]:
-    return [item.name for item in dataclasses.fields(spec)]
-
-
-def _field(spec: Any, name: str) -> dataclasses.Field[Any] | None:
-    if not dataclasses.is_dataclass(spec):
-        return None
-    return next((item for item in dataclasses.fields(spec) if item.name == name), None)
-
-
-def _all_keys() -> list[str]:
-    keys = []
-    for item in dataclasses.fields(Study):
-        spec = item.metadata.get("section") or item.metadata.get("each")
-        keys += [f"{item.name}.{name}" for name in _names(spec)] if spec else [item.name]
-    return keys
+def _keys(spec: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The keys of a section, or of a study; a value has none."""
+    return {item.name: item for item in dataclasses.fields(spec)} if dataclasses.is_dataclass(spec) else {}
 
 
 def unknown_key(key: str, value: object) -> UserError:
     """Say what became of an old key; else suggest the closest, also one of the same name elsewhere."""
     key = shown(key)  # however long it is
-    became = gone.key(key)
-    name = key.rsplit(".", 1)[-1]
-    same_name = [known for known in _all_keys() if known.rsplit(".", 1)[-1] == name]
-    close = difflib.get_close_matches(key, [*_all_keys(), *_names(Study)], n=1, cutoff=0.6)
-    guess = next(iter([*same_name, *close]), None)
-    section = _field(Study, key.split(".")[0])
-    spec = None if section is None else section.metadata.get("section") or section.metadata.get("each")
+    section, dot, _ = key.partition(".")
+    items = _keys(Study).items()
+    below = {name: list(_keys(item.metadata.get("section") or item.metadata.get("each"))) for name, item in items}
+    every = [f"{name}.{part}" if part else name for name, parts in below.items() for part in parts or [""]]
+    same = [f"did you mean {known}?" for known in every if known.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    guess = same[0] if same else did_you_mean(key, [*every, *below], 0.6)
     return UserError(
         f"unknown key {key}",
         value=value,
-        rule="known keys here: " + ", ".join(_names(spec if spec and "." in key else Study)),
-        fix=became or (f"did you mean {guess}?" if guess else "remove it, or see docs/formats.md"),
+        rule="known keys here: " + ", ".join((dot and below.get(section)) or below),
+        fix=gone.key(key) or guess or "remove it, or see docs/formats.md",
     )
 
 
@@ -935,11 +815,9 @@ def _checked(key: str, rule: Rule, value: object) -> Any:
     try:
         return rule.parse(value)
     except (ValueError, OverflowError):
-        close = difflib.get_close_matches(shown(value), rule.choices, n=1, cutoff=0.5)
-        fix = f"did you mean {close[0]}?" if close else f"correct {key} in the study"
-        quoted = repr(value[:200]) if isinstance(value, str) else value
-        value = "null" if quoted is None else quoted
-        raise UserError(f"{key} is not valid", value=value, rule=rule.text, fix=fix) from None
+        fix = did_you_mean(value, rule.choices) or f"correct {key} in the study"
+        quoted = repr(value[:200]) if isinstance(value, str) else "null" if value is None else value
+        raise UserError(f"{key} is not valid", value=quoted, rule=rule.text, fix=fix) from None
     except UserError as error:
         if key.split(".")[0] in error.what:
             raise

@@ -14,7 +14,7 @@ from typing import Any, cast
 import yaml
 
 from taught.core.registry import Choice, Registry, parameters
-from taught.study.schema import Section, Study, plain
+from taught.study.schema import Study, plain
 
 HEAD = """\
 # A study: one question about one model. Every value below is the default; delete what you keep.
@@ -37,21 +37,17 @@ def _top(item: Field) -> Iterator[str]:
     elif "each" in meta:
         yield from _line(f"{item.name}: []", meta["doc"])
         yield "#   - name: my-concept"
-        yield from (f"# {line}" for part in _fields(meta["each"])[1:] for line in _value(part, "    "))
+        yield from (f"# {line}" for part in dataclasses.fields(meta["each"])[1:] for line in _value(part, "    "))
     elif "section" not in meta:
         yield from _value(item, "")
     elif item.default is None:
         yield from _line(f"{item.name}: null", meta["doc"])
         yield f"# {item.name}:"
-        yield from (f"# {line}" for part in _fields(meta["section"]) for line in _value(part, "  "))
+        yield from (f"# {line}" for part in dataclasses.fields(meta["section"]) for line in _value(part, "  "))
     else:
         yield from _line(f"{item.name}:", meta["doc"])
-        for part in _fields(meta["section"]):
+        for part in dataclasses.fields(meta["section"]):
             yield from _method(part, "  ") if "registry" in part.metadata else _value(part, "  ")
-
-
-def _fields(section: type[Section]) -> tuple[Field, ...]:
-    return dataclasses.fields(cast(Any, section))
 
 
 def _method(item: Field, indent: str) -> Iterator[str]:

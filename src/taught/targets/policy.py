@@ -23,7 +23,7 @@ from taught.core.registry import TARGETS
 from taught.core.target import Cotangents, Floats, TargetKind
 from taught.errors import UserError
 from taught.policy.certificate import resampled_score
-from taught.policy.ridge import Policy
+from taught.policy.ridge import Policy, Shift
 
 
 class _OfPolicy(TargetKind):
@@ -39,11 +39,8 @@ class _OfPolicy(TargetKind):
     def value(self, name: TargetName, readings: Readings, base: Readings) -> float:
         """Sum of c_j (W_j - W_j of the base); c of the base."""
         if name.pathway is not None:
-            raise UserError(
-                "a pathway is a part of a derivative, and no value of a model",
-                value=str(name),
-                fix=f"use {name.along(None)}",
-            )
+            what = "a pathway is a part of a derivative, and no value of a model"
+            raise UserError(what, value=str(name), fix=f"use {name.along(None)}")
         policy, before = policy_of(readings), policy_of(base)
         return float((policy.coef - before.coef) @ self.weights(name, before))
 
@@ -63,8 +60,7 @@ class _OfPolicy(TargetKind):
         """Sum of c_j times the shift of each coefficient."""
         if moves.shift is None:
             return None
-        shift = {"x": moves.shift.x, "y": moves.shift.y}.get(name.pathway or "", moves.shift.total)
-        found: Floats = shift @ self.weights(name, policy_of(readings))
+        found: Floats = _shift(name, moves.shift) @ self.weights(name, policy_of(readings))
         return found
 
 
@@ -112,9 +108,8 @@ class Coefficient(_OfPolicy):
         """The unit vector of the feature."""
         text = str(name.about)
         if not text.isdecimal():
-            raise UserError(
-                "a feature is named by its id", value=str(name), rule=self.spelling, fix=f"for example {self.instance}"
-            )
+            fix = f"for example {self.instance}"
+            raise UserError("a feature is named by its id", value=str(name), rule=self.spelling, fix=fix)
         unit = np.zeros(policy.d)
         unit[policy.column(int(text))] = 1.0
         return unit
@@ -123,8 +118,7 @@ class Coefficient(_OfPolicy):
         """The feature's column of the shift."""
         if moves.shift is None:
             return None
-        shift = {"x": moves.shift.x, "y": moves.shift.y}.get(name.pathway or "", moves.shift.total)
-        return shift[:, int(np.flatnonzero(self.weights(name, policy_of(readings)))[0])]
+        return _shift(name, moves.shift)[:, int(np.flatnonzero(self.weights(name, policy_of(readings)))[0])]
 
     def words(self, name: TargetName) -> str:
         """In words."""
@@ -132,20 +126,16 @@ class Coefficient(_OfPolicy):
 
 
 def policy_of(readings: Readings) -> Policy:
-    """The policy of some readings.
-
-    Raises
-    ------
-    UserError
-        There is none.
-    """
+    """The policy of some readings. UserError: there is none."""
     if readings.policy is None:
-        raise UserError(
-            "this run has no policy",
-            rule="a policy is written in the features of an SAE",
-            fix="set sae.path in the study",
-        )
+        rule = "a policy is written in the features of an SAE"
+        raise UserError("this run has no policy", rule=rule, fix="set sae.path in the study")
     return readings.policy
+
+
+def _shift(name: TargetName, shift: Shift) -> Floats:
+    """The shift of the coefficients along the target's pathway, or both."""
+    return {"x": shift.x, "y": shift.y}.get(name.pathway or "", shift.total)
 
 
 def _along(name: TargetName) -> str:
@@ -155,10 +145,9 @@ def _along(name: TargetName) -> str:
 class RawX(Sequence[NDArray[np.float64]]):
     """A sparse basis from which every coefficient's x pathway follows: A of d (+ 1) functionals of X.
 
-    For feature k, A = r e_k' - X_k W' with X_k uncentred. Where feature k is inactive, X_ik = 0
-    and the gate makes dX_ik = 0, so that prompt needs no backward pass for this one. Centring
-    would fill those zeros; with an intercept one more, A = 1 W' (its value: sum_i s_i),
-    carries the mean instead. Made one at a time: all take N d^2 numbers.
+    For feature k, A = r e_k' - X_k W' with X_k uncentred. Where feature k is inactive, X_ik = 0 and the gate makes
+    dX_ik = 0, so that prompt needs no backward pass for this one. Centring would fill those zeros; with an intercept
+    one more, A = 1 W' (its value: sum_i s_i), carries the mean instead. Made one at a time: all take N d^2 numbers.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -184,8 +173,7 @@ class RawX(Sequence[NDArray[np.float64]]):
 def combine_raw_x(policy: Policy, F: ArrayLike) -> Floats:
     """Sum up x_raw [P, d] for ``pathway_sums`` from F [P, d (+ 1)], values of :class:`RawX`.
 
-    With an intercept x_raw_k = F_k + mean_i(X_ik) F_extra, because Xc_ik = X_ik - mean(X_k);
-    without one x_raw = F.
+    With an intercept x_raw_k = F_k + mean_i(X_ik) F_extra, because Xc_ik = X_ik - mean(X_k); without one x_raw = F.
     """
     F = np.asarray(F, dtype=np.float64)
     if F.ndim != 2 or F.shape[1] != policy.d + int(policy.fit_intercept):
