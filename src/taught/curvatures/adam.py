@@ -34,7 +34,7 @@ from taught.core.gradient import by_parameter, example_gradients
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
 from taught.errors import UserError
-from taught.estimators.cost import Asked, one_pass, prompt_head
+from taught.estimators.cost import Asked, Passes
 from taught.model.gradients import Factor, accumulate, find_sites, frozen
 from taught.model.parameters import moving_parameters
 from taught.progress import Progress, SilentProgress
@@ -86,8 +86,12 @@ class Adam:
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """Every gradient built once; where prompts are asked for, the output's gradients meet built."""
-        found = {} if self.moments is not None else {"second moments": 3 * one_pass(problem, examples)}
-        return found | ({"products of the output": prompt_head(problem, examples)} if asked.every else {})
+        it = Passes(problem, examples)
+        found = {} if self.moments is not None else {"second moments": 3 * it.examples}
+        if asked.every:
+            logits = sum(1 + len(prompt.histories) for prompt in problem.prompts)
+            found["products of the output"] = 2.0 * len(examples) * logits * it.moving_head
+        return found
 
 
 def adam_metric(problem: Problem, moments: Mapping[str, Tensor], eps: float) -> Metric:

@@ -42,7 +42,7 @@ from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
 from taught.curvatures.adam import add_squares
 from taught.errors import UserError
-from taught.estimators.cost import Asked, one_pass
+from taught.estimators.cost import Asked, Passes
 from taught.model.forward import find_blocks, forward
 from taught.model.gradients import Factor, find_sites, frozen
 from taught.model.kernels import product
@@ -115,7 +115,7 @@ class Ekfac:
         tokens = sum(example.length for example in examples)
         shapes = [p.shape for p in moving_parameters(problem.model, self.curved(problem)).values()]
         layers = sum(4.0 * tokens * n**2 + 9.0 * n**3 for shape in shapes for n in shape)
-        return {"curvature": 6 * one_pass(problem, examples) + layers}
+        return {"curvature": 6 * Passes(problem, examples).examples + layers}
 
 
 def ekfac_metric(found: Layers, damping: float) -> Metric:

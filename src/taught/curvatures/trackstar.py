@@ -44,7 +44,7 @@ from taught.core.registry import CURVATURES, setting
 from taught.curvatures.adam import adam_metric, estimate_moments, moments_from_optimizer
 from taught.curvatures.autocorrelation import LARGEST, Fitted, damping_of, example_rows
 from taught.errors import UserError
-from taught.estimators.cost import Asked, one_pass
+from taught.estimators.cost import Asked, Passes
 from taught.model.parameters import moving_parameters
 from taught.sketches.project import Prescale
 from taught.sketches.store import Row, SketchStore, example_digest
@@ -105,7 +105,7 @@ class TrackStar:
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """Moments: every gradient built once; and once more for sketches of divided gradients."""
         passes = self.moments * (3.0 * (self.file is None) + 1.0)
-        return {"moments": passes * one_pass(problem, examples)} if passes else {}
+        return {"moments": passes * Passes(problem, examples).examples} if passes else {}
 
 
 def over(length: float) -> float:

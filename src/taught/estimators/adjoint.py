@@ -50,7 +50,7 @@ from taught.core.target import TargetSet, kind_of, words
 from taught.core.trajectory import Queries, Trajectory
 from taught.environment import return_freed_memory
 from taught.estimators import cost
-from taught.estimators.cost import Asked
+from taught.estimators.cost import Asked, Passes
 from taught.estimators.every_prompt import prompt_effects, prompt_steps
 from taught.model.blockwise import split_sites
 from taught.model.forward import capture_output, forward, get_point
@@ -278,7 +278,15 @@ class Adjoint:
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """A few targets, or every feature and every prompt."""
-        return cost.adjoint(problem, examples, asked)
+        it = Passes(problem, examples)
+        found = {"read-outs": it.trees + it.examples}
+        if asked.every:
+            if asked.features:
+                found["features"] = cost.features(problem, it, asked.features, len(examples))
+            return found | {"prompts": cost.prompts(problem, it, examples)}
+        contracted = 2.0 * len(examples) * asked.queries * it.moving
+        parts = len(list(query_parts(problem, find_sites(problem.model, problem.parameters), 1)))
+        return found | {"targets": parts * ((2 + 2 * 3) * it.trees + 3 * it.examples) + contracted}
 
 
 # Up to so many coefficients or prompts have a query each, also where there are fewer features.

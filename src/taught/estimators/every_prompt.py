@@ -21,7 +21,7 @@ from taught.core.example import Examples, batch_indices, make_batch, refuse_nonf
 from taught.core.gradient import by_parameter
 from taught.core.problem import GB, Problem
 from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
-from taught.model.gradients import Factor, dot, dots, frozen
+from taught.model.gradients import Factor, dot, dots, frozen, neighbours
 from taught.model.layout import sequence_rows, text_config
 from taught.model.readout import PackedPrompts, pack_rows, read_y
 from taught.progress import Progress, SilentProgress
@@ -89,25 +89,11 @@ def _split(items: Sequence[Any], needs: Sequence[float], budget: float) -> list[
     At least one item in each, also where it alone takes more.
     """
     enough = max(budget, *needs)
-    count, low, high = len(_filled(needs, enough)), sum(needs) / len(needs), enough
+    count, low, high = len(neighbours(needs, enough)), sum(needs) / len(needs), enough
     for _ in range(30):  # the least limit that needs no more chunks
         middle = (low + high) / 2
-        low, high = (low, middle) if len(_filled(needs, middle)) <= count else (middle, high)
-    chunks = _filled(needs, high)
-    return [([items[i] for i in chunk], [needs[i] for i in chunk]) for chunk in chunks]
-
-
-def _filled(needs: Sequence[float], limit: float) -> list[list[int]]:
-    """Neighbours together until the next one would be too much."""
-    chunks: list[list[int]] = []
-    used = 0.0
-    for i, need in enumerate(needs):
-        if not chunks or used + need > limit:
-            chunks.append([])
-            used = 0.0
-        chunks[-1].append(i)
-        used += need
-    return chunks
+        low, high = (low, middle) if len(neighbours(needs, middle)) <= count else (middle, high)
+    return [([items[i] for i in some], [needs[i] for i in some]) for some in neighbours(needs, high)]
 
 
 def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float, float]:

@@ -29,8 +29,7 @@ from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.core.trajectory import Queries, Trajectory
 from taught.errors import UserError
-from taught.estimators import cost
-from taught.estimators.cost import Asked
+from taught.estimators.cost import Asked, Passes
 from taught.model.gradients import evaluating
 from taught.model.parameters import moving_parameters
 from taught.model.readout import Readouts, read_prompts
@@ -224,4 +223,5 @@ class FiniteStep:
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """A step and a pass over all prompts an example."""
-        return cost.finite_step(problem, examples)
+        it = Passes(problem, examples)
+        return {"read-outs": 2 * it.trees, "finite steps": len(examples) * it.step}

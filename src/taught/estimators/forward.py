@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taught.core.curvature import Curvature
 from taught.core.estimator import Work, needs_steps
@@ -30,8 +31,7 @@ from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.core.trajectory import Queries, Trajectory
-from taught.estimators import cost
-from taught.estimators.cost import Asked
+from taught.estimators.cost import Asked, Passes
 from taught.estimators.finite_step import step_direction
 from taught.model.directional import along, refused
 from taught.model.gradients import frozen, lacks_forward_mode, refuse_detached
@@ -59,21 +59,11 @@ class Tangent:
     dy: Tensor
 
 
-class _Reader(nn.Module):
-    """Parameters -> (X, y) of one packed tree."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__()
-        self.model = problem.model
-        self._problem = problem
-
-    def forward(self, packed: PackedPrompts) -> tuple[Tensor, Tensor]:
-        problem = self._problem
-        h, y = read_packed(self.model, packed, problem.behavior, problem.point)
-        assert y is not None
-        if problem.features is None:
-            return y[:0], y
-        return problem.features(h, packed.offsets.to(h.device)), y
+def _read(problem: Problem, packed: PackedPrompts) -> tuple[Tensor, Tensor]:
+    """X and y of one packed tree."""
+    h, y = read_packed(problem.model, packed, problem.behavior, problem.point)
+    assert y is not None
+    return (y[:0] if problem.features is None else problem.features(h, packed.offsets.to(h.device))), y
 
 
 def tangents(problem: Problem, examples: Examples, *, progress: Progress | None = None) -> Iterator[Tangent]:
@@ -85,7 +75,6 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
         The loss of an example is not finite; forward mode does not go through the model.
     """
     refuse_detached(problem.model)
-    reader = _Reader(problem)
     packs = list(pack(problem.prompts, problem.behavior))
     moving = moving_parameters(problem.model, problem.parameters)
     for example in examples:
@@ -99,7 +88,7 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
             dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
             for packed in packs:
                 try:
-                    X_moves, y_moves = along(reader, step, packed)[1]
+                    X_moves, y_moves = along(problem.model, step, partial(_read, problem), packed)[1]
                 except (RuntimeError, NotImplementedError) as error:
                     other = "adjoint, which gives the same numbers" if lacks_forward_mode(error) else "finite-step"
                     raise refused(problem.model, error, f"use --set attribution.estimator={other}") from error
@@ -142,8 +131,10 @@ class Forward:
         return Scores("forward", ids, targets.names, values, losses=losses.numpy(), details=details)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
-        """About three forward passes over the prompts an example."""
-        return cost.forward(problem, examples)
+        """x W moves with x and with W: about three forward passes over the prompts an example."""
+        it = Passes(problem, examples)
+        found = {"read-outs": it.trees + it.examples}
+        return found | {"forward mode": len(examples) * (3 * it.trees + it.gradient)}
 
 
 def _kept(problem: Problem, example: Example, work: Work) -> dict[str, Any]:

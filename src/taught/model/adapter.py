@@ -19,7 +19,7 @@ from typing import Any
 
 from taught.errors import UserError, out_of_memory, refuse
 from taught.model.load import find_wrapper, refuse_revision
-from taught.model.parameters import is_plain
+from taught.model.parameters import flags_kept, is_plain
 from taught.model.quantised import bitsandbytes_is_there, quantised_layers
 from taught.run.files import read_json_mapping, sha256_folder
 
@@ -238,17 +238,15 @@ def without_adapter(model: Any) -> Iterator[None]:
             rule="the adapter's biases are in the places of the model's",
             fix="give the reference with the data: ref_chosen_logps and ref_rejected_logps",
         )
-    flags = [(p, p.requires_grad) for p in model.parameters()]
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
+    with flags_kept(model.parameters()):
         for layer in layers:
-            layer.enable_adapters(True)
-        for p, flag in flags:
-            p.requires_grad_(flag)
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
 
 def _find(adapter: str, revision: str | None) -> Path:

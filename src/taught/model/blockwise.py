@@ -9,7 +9,7 @@ one's gradient meets each other's. The price is a second forward and backward pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from taught.errors import UserError
-from taught.model.forward import find_blocks
+from taught.model.forward import StopForward, find_blocks, with_first
 from taught.model.gradients import Factor, Site, find_sites, tap
+from taught.model.points import first
 
 # Relative; the same block run twice differs by rounding only.
 _TOLERANCE = 1e-2
@@ -158,22 +159,13 @@ def _watched(model: nn.Module, lowest: int) -> Iterator[tuple[list[Tensor], list
         calls.append((tuple(rest), named))
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        outputs.append(_hidden(output))
+        outputs.append(first(output))
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for block in find_blocks(model)[lowest:]:
-            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(block.register_forward_hook(after))
+            hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(after))
         yield inputs, calls, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]:
@@ -208,7 +200,7 @@ def _run_again(model: nn.Module, sites: BlockSites, kept: Trace, number: int) ->
     args, kwargs = kept.calls.pop()
     with tap(model, sites.blocks[number]) as taps:
         taps.batch = len(x)
-        out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
+        out = first(find_blocks(model)[number](x, *args, **kwargs))
         factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x], rows=kept.rows)
     return factors
 
@@ -262,13 +254,9 @@ def _parts(
         yield from _run_again(model, sites, kept, (below or 0) + len(kept.inputs) - 1)
     if below is None:
         with _until_first_block(model) as reached, tap(model, sites.outside) as taps:
-            with suppress(_Reached):
+            with suppress(StopForward):
                 values()
             yield from taps.factors((reached[0] * kept.grad).sum(), training=training, rows=kept.rows)
-
-
-class _Reached(Exception):
-    """Raised in a hook where the rest of a forward pass is not needed."""
 
 
 @contextmanager
@@ -278,17 +266,13 @@ def _from_last_block(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Any]
         last = find_blocks(model)[-1]
 
         def record(_module: nn.Module, _args: Any, output: Any) -> Any:
-            leaf = _hidden(output).detach().requires_grad_()
+            leaf = first(output).detach().requires_grad_()
             outputs[:] = [leaf]
             torch.set_grad_enabled(True)  # until torch.no_grad ends below
-            return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+            return with_first(output, leaf)
 
-        handle = last.register_forward_hook(record)
-        try:
-            with torch.no_grad():
-                yield inputs, calls, outputs
-        finally:
-            handle.remove()
+        with last.register_forward_hook(record), torch.no_grad():
+            yield inputs, calls, outputs
 
 
 @contextmanager
@@ -298,13 +282,10 @@ def _until_first_block(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reached.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
+        raise StopForward
 
-    handle = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    with find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True):
         yield reached
-    finally:
-        handle.remove()
 
 
 def refuse_no_chain(

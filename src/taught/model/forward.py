@@ -95,7 +95,7 @@ def get_point(model: nn.Module, point: Point) -> nn.Module:
         places = torch.arange(ids.shape[1], device=ids.device)[None]
 
         def run() -> None:
-            with capture_output(block, True), suppress(_StopForward):
+            with capture_output(block, True), suppress(StopForward):
                 _run(model, ids, places, None, 1)
 
         with evaluating(model), torch.no_grad():
@@ -103,7 +103,7 @@ def get_point(model: nn.Module, point: Point) -> nn.Module:
     return block.get_submodule(found[point])
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Raised in a hook to skip the part of a forward pass that nobody needs."""
 
 
@@ -128,17 +128,14 @@ def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tenso
             )
         seen.append(first(output))
         if stop:
-            raise _StopForward
-        return _with_first(output, seen[-1].clone())
+            raise StopForward
+        return with_first(output, seen[-1].clone())
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield seen
-    finally:
-        handle.remove()
 
 
-def _with_first(output: Any, value: Tensor) -> Any:
+def with_first(output: Any, value: Tensor) -> Any:
     """What a module returned, with another tensor in the place of its first."""
     return (value, *output[1:]) if isinstance(output, tuple) else value
 
@@ -157,13 +154,10 @@ def edited_output(module: nn.Module, places: Tensor, edit: Callable[[Tensor], Te
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         h = first(output)
         at, flat = places.to(h.device), h.flatten(0, 1)
-        return _with_first(output, flat.index_copy(0, at, edit(flat[at])).view_as(h))
+        return with_first(output, flat.index_copy(0, at, edit(flat[at])).view_as(h))
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 def run_at(model: nn.Module, rows: Rows, places: Tensor) -> Tensor:
@@ -199,7 +193,7 @@ def forward(
     with capture_output(get_point(model, point), stop_at_point) as seen:
         try:
             logits = _logits(model, rows, sequences, keep)
-        except _StopForward:
+        except StopForward:
             logits = None
     return _in_rows(seen[0], sequences), logits
 
@@ -240,7 +234,7 @@ def vectors(model: nn.Module, rows: Rows, points: Sequence[Point]) -> list[Tenso
     with ExitStack() as hooks:
         seen = {point: hooks.enter_context(capture_output(module)) for point, module in modules.items()}
         hooks.enter_context(capture_output(last, True))
-        with suppress(_StopForward):
+        with suppress(StopForward):
             _logits(model, rows, sequences, 1)
     return [_in_rows(seen[point][0], sequences) for point in points]
 

@@ -13,10 +13,10 @@ embedding has look-up and output uses; they meet in one parameter, and so do the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from math import isfinite
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.func import functional_call
 from taught.errors import UserError, out_of_memory, refuse
 from taught.model.kernels import outer_products, product
 from taught.model.layout import accepts, first_device, text_config
-from taught.model.parameters import moving_parameters
+from taught.model.parameters import flags_kept, moving_parameters
 
 # Relative, beside rounding: a use that is not seen leaves out much of a gradient.
 _MISREAD = {torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -184,7 +184,7 @@ def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
         found: dict[str, list[Factor]] = {}
         for factor in taps.factors(value, retain_graph=True, training=True, summed=True):
             found.setdefault(factor.param, []).append(factor)
-        for group in neighbours(parameters, _AT_ONCE):
+        for group in parameter_groups(parameters, _AT_ONCE):
             grads: list[Any] = list(
                 torch.autograd.grad(value, [parameters[n] for n in group], retain_graph=True, allow_unused=True)
             )
@@ -206,17 +206,23 @@ def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
     return misread
 
 
-def neighbours(parameters: Mapping[str, Tensor], room: int) -> list[list[str]]:
-    """Names of neighbouring parameters together, as many as have so many numbers in all; a larger one is alone."""
-    groups: list[list[str]] = []
-    free = 0
-    for name, p in parameters.items():
-        if not groups or p.numel() > free:
+def neighbours(needs: Sequence[float], room: float) -> list[list[int]]:
+    """Places of neighbours together, as many as there is room for; one that needs more is alone."""
+    groups: list[list[int]] = []
+    used = 0.0
+    for place, need in enumerate(needs):
+        if not groups or used + need > room:
             groups.append([])
-            free = room
-        groups[-1].append(name)
-        free -= p.numel()
+            used = 0.0
+        groups[-1].append(place)
+        used += need
     return groups
+
+
+def parameter_groups(parameters: Mapping[str, Tensor], room: int) -> list[list[str]]:
+    """Names of neighbouring parameters together, as many as have so many numbers in all; a larger one is alone."""
+    names = list(parameters)
+    return [[names[i] for i in group] for group in neighbours([p.numel() for p in parameters.values()], room)]
 
 
 @torch.no_grad()
@@ -332,15 +338,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for weights and no dropout, restored on exit (also after an exception)."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in flags:
-        p.requires_grad_(False)
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    with flags_kept(model.parameters()), evaluating(model):
+        model.requires_grad_(False)
+        yield
 
 
 def lacks_forward_mode(error: Exception) -> bool:
@@ -361,37 +361,9 @@ class Taps:
         """Whether a module was called on something else than [batch, tokens, ...]."""
         return out.ndim < 3 or x.shape[0] != self.batch
 
-    def factors(
-        self,
-        value: Tensor,
-        *,
-        retain_graph: bool = False,
-        training: bool = False,
-        rows: Tensor | None = None,
-        summed: bool = False,
-    ) -> Iterator[Factor]:
-        """Factors of the gradient of ``value`` (a scalar: the sum over independent examples).
-
-        With ``training`` the gradient is the one that an optimizer is given: look-ups of an
-        embedding's padding row have none. Without it, it is the derivative.
-
-        Only the part of the graph above the lowest tapped module is walked. Module uses that
-        ``value`` does not depend on give nothing.
-
-        Parameters
-        ----------
-        rows : int64 [batch]
-            The example that each element of the batch belongs to (``sequence_rows``); None: each is one.
-        summed : Only the sum over the batch is wanted: then modules may mix examples
-
-        Raises
-        ------
-        UserError
-            A module mixes examples, and there are several.
-        """
-        yield from self.factors_and(value, (), retain_graph=retain_graph, training=training, rows=rows, summed=summed)[
-            0
-        ]
+    def factors(self, value: Tensor, **how: Any) -> list[Factor]:
+        """Factors of the gradient of ``value``: :meth:`factors_and` alone."""
+        return self.factors_and(value, (), **how)[0]
 
     def factors_and(
         self,
@@ -403,7 +375,26 @@ class Taps:
         rows: Tensor | None = None,
         summed: bool = False,
     ) -> tuple[list[Factor], list[Tensor]]:
-        """The same, and the gradients of ``value`` by some other tensors of the graph."""
+        """Factors of the gradient of ``value`` (a scalar: the sum over independent examples), and that by ``others``.
+
+        With ``training`` the gradient is the one that an optimizer is given: look-ups of an
+        embedding's padding row have none. Without it, it is the derivative.
+
+        Only the part of the graph above the lowest tapped module is walked. Module uses that
+        ``value`` does not depend on give nothing.
+
+        Parameters
+        ----------
+        others : tensors of the graph, such as the input of a block
+        rows : int64 [batch]
+            The example that each element of the batch belongs to (``sequence_rows``); None: each is one.
+        summed : Only the sum over the batch is wanted: then modules may mix examples
+
+        Raises
+        ------
+        UserError
+            A module mixes examples, and there are several.
+        """
         self.recording = False  # norms are called again below
         seen = [use for use in self.seen if use[3].requires_grad]  # the others lie before the graph
         outputs, whole = [out for *_, out in seen], list(self.whole.values())
@@ -492,38 +483,28 @@ def tap(model: nn.Module, sites: Sequence[Site]) -> Iterator[Taps]:
     The embedding's output is made the graph's leaf, so weights need no gradient (see ``frozen``).
     """
     taps = Taps(whole={s.weight: model.get_parameter(s.weight) for s in sites if s.kind == "whole" and s.weight})
-    by_name = dict(model.named_modules())
-    flags = [(p, p.requires_grad) for p in taps.whole.values()]
-    handles = []
 
-    def watch(site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if taps.recording:
-                taps.seen.append((site, module, args[0], output))
-
-        return hook
+    def watch(site: Site, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if taps.recording:
+            taps.seen.append((site, module, args[0], output))
 
     def leaf(_module: nn.Module, _args: Any, output: Tensor) -> None:
         taps.batch = taps.batch or output.shape[0]
         if output.is_leaf:
             output.requires_grad_()
 
-    try:
-        for module in by_name.values():
+    with flags_kept(taps.whole.values()), ExitStack() as hooks:
+        hooks.callback(taps.seen.clear)
+        for module in model.modules():
             if isinstance(module, nn.Embedding):
-                handles.append(module.register_forward_hook(leaf))
+                hooks.enter_context(module.register_forward_hook(leaf))
         for site in sites:
             if site.kind != "whole":
-                handles.append(by_name[site.module].register_forward_hook(watch(site)))
+                module = model.get_submodule(site.module)
+                hooks.enter_context(module.register_forward_hook(partial(watch, site)))
         for p in taps.whole.values():
             p.requires_grad_()
         yield taps
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for handle in handles:
-            handle.remove()
-        taps.seen.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -683,17 +664,9 @@ def _examples(batch: Sequence[Factor]) -> int:
 
 def _slices(batches: Batches, room: int) -> list[Batches]:
     """Neighbouring batches together, as many as fit."""
-    out: list[list[Sequence[Factor]]] = []
-    free = 0
-    for batch in batches:
-        f = batch[0]
-        need = _examples(batch) * f.d.shape[-1] * (1 if f.a is None else f.a.shape[-1])
-        if not out or need > free:
-            out.append([])
-            free = room
-        out[-1].append(batch)
-        free -= need
-    return list(out)
+    first = [batch[0] for batch in batches]
+    needs = [len(f.d) * f.d.shape[-1] * (1 if f.a is None else f.a.shape[-1]) for f in first]
+    return [[batches[i] for i in group] for group in neighbours(needs, room)]
 
 
 def _built(batches: Batches) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -46,6 +47,17 @@ def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
         + next((name for name, p in every.items() if is_plain(p)), "norms"),
     )
     return chosen
+
+
+@contextmanager
+def flags_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters ask for gradients on exit where they do now (also after an exception)."""
+    flags = [(p, p.requires_grad) for p in parameters]
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 def _chosen(every: dict[str, nn.Parameter], patterns: Sequence[str]) -> dict[str, nn.Parameter]:

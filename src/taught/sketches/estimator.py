@@ -21,9 +21,8 @@ from taught.core.scores import Scores
 from taught.core.target import TargetSet, kind_of
 from taught.core.trajectory import Queries, Trajectory
 from taught.errors import UserError
-from taught.estimators import cost
 from taught.estimators.adjoint import Adjoint
-from taught.estimators.cost import Asked
+from taught.estimators.cost import ACTIVE, Asked, Passes, sketches
 from taught.features.concept import ConceptMap
 from taught.model.gradients import find_sites, frozen
 from taught.run.pieces import Prefixed
@@ -170,16 +169,17 @@ class Sketch:
 
     def kept_bytes(self, examples: int, prompts: int, features: int) -> float:
         """Size of the store; each active feature of a prompt has a sketch of its own."""
-        return (examples + prompts * (1 + cost.ACTIVE * features)) * (2 * self.size + 4)
+        return (examples + prompts * (1 + ACTIVE * features)) * (2 * self.size + 4)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """Filling a store that is empty yet, the exact sample, and the exact values of the strongest."""
-        found = cost.sketch(problem, examples, asked)
+        it = Passes(problem, examples)
+        found = {"read-outs": it.trees + it.examples, "exact sample": (2 + 2 * 3) * it.trees}
+        found |= sketches(problem, it, asked.features, examples)
         if not self.rescore:
             return found
         share = min(1.0, self.rescore * asked.queries / len(examples))
-        passes = 8 * cost.trees(problem, examples) + 4 * share * cost.one_pass(problem, examples)
-        return found | {"exact values of the strongest": passes}
+        return found | {"exact values of the strongest": 8 * it.trees + 4 * share * it.examples}
 
     def _measured(
         self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, values: Floats, scale: Floats
