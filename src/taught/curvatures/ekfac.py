@@ -175,14 +175,22 @@ def fit_ekfac(
     problem = replace(problem, parameters=names)
     places, draws = places or (lambda: None,), []
     with frozen(problem.model):
-        squares = _no_squares(problem)
+        squares: Squares = {}  # promoted: sums of half precision in float32
+        for name, p in moving_parameters(problem.model, names).items():
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            rows, columns = (torch.zeros(n, n, dtype=dtype, device=p.device) for n in p.shape)
+            squares[name] = rows, columns
         for enter in places:
             enter()
             draws.append(
                 [draw(problem.model, batch, examples, seed) for batch in batch_examples(examples, problem.batch_tokens)]
             )
             _add_sides(problem, examples, draws[-1], squares, progress)
-        basis = _bases(squares)
+        basis: dict[str, Basis] = {}
+        while squares:  # those of a layer are let go of as its eigenvectors come
+            name, sides = squares.popitem()
+            basis[name] = (_eigenvectors(sides[0]), _eigenvectors(sides[1]))
+            del sides
         totals = {name: rows.new_zeros(len(rows), len(columns)) for name, (rows, columns) in basis.items()}
         metric = Metric(basis=basis)
         for enter, drawn in zip(places, draws, strict=True):
@@ -273,14 +281,6 @@ def _gradients(
 Squares = dict[str, tuple[Tensor, Tensor]]  # S and A (of a transposed layer: A and S) by parameter
 
 
-def _no_squares(problem: Problem) -> Squares:
-    def zeros(p: Tensor, n: int) -> Tensor:
-        return torch.zeros(n, n, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-
-    moving = moving_parameters(problem.model, problem.parameters)
-    return {name: (zeros(p, p.shape[0]), zeros(p, p.shape[1])) for name, p in moving.items()}
-
-
 def _add_sides(
     problem: Problem, examples: Examples, drawn: Sequence[Drawn], sums: Squares, progress: Progress | None
 ) -> None:
@@ -301,15 +301,6 @@ def _add_sides(
             rule="inputs and gradients of every layer are finite",
             fix="use --set model.dtype=float32",
         )
-
-
-def _bases(sums: Squares) -> dict[str, Basis]:
-    """Eigenvectors of both squares of every layer."""
-    bases = {}
-    while sums:  # the squares of a layer are let go of as its eigenvectors come
-        name, (rows, columns) = sums.popitem()
-        bases[name] = (_eigenvectors(rows), _eigenvectors(columns))
-    return bases
 
 
 def _eigenvectors(square: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
 from taught.curvatures.adam import adam_metric, estimate_moments, moments_from_optimizer
-from taught.curvatures.autocorrelation import LARGEST, Fitted, damping_of, example_rows
+from taught.curvatures.autocorrelation import Fitted, damping_of, evenly, example_rows
 from taught.errors import UserError
 from taught.estimators.cost import Asked, Passes
 from taught.model.parameters import moving_parameters
@@ -117,7 +117,7 @@ def prompt_rows(store: SketchStore, prompts: Mapping[str, str]) -> NDArray[np.fl
     """Sketches of the gradients of y of prompts (id -> digest), at most 4,096, evenly chosen: [m, K]."""
     found: dict[str, NDArray[np.float32]] = {}
     ids = sorted(prompts)
-    wanted = {ids[i] for i in np.linspace(0, len(ids) - 1, min(len(ids), LARGEST)).astype(int)}
+    wanted = {ids[i] for i in evenly(len(ids))}
     for shard, values in store.read("prompts"):
         for n, row in enumerate(shard.rows):
             if row.feature < 0 and row.id in wanted and prompts[row.id] == row.digest:
@@ -134,7 +134,8 @@ def mix(S: NDArray[np.float32], T: NDArray[np.float32], component: int) -> NDArr
         All gradients of the examples, or of the prompts, are zero.
     """
     k = min(component, len(S), len(T))
-    e, f = (np.linalg.eigvalsh(_gram(rows))[-k] if k else 0.0 for rows in (S, T))
+    wide = (rows.astype(np.float64) for rows in (S, T))
+    e, f = (np.linalg.eigvalsh(x @ x.T / len(x))[-k] if k else 0.0 for x in wide)
     if not (np.any(S) and np.any(T)):
         raise UserError(
             "all gradients of the examples or of the prompts are zero",
@@ -148,23 +149,12 @@ def mix(S: NDArray[np.float32], T: NDArray[np.float32], component: int) -> NDArr
     return mixed
 
 
-def _gram(rows: NDArray[np.float32]) -> Floats:
-    wide = rows.astype(np.float64)
-    found: Floats = wide @ wide.T / len(rows)
-    return found
-
-
 def lengths(metric: Fitted, store: SketchStore, examples: Sequence[Row]) -> Floats:
     """sqrt(s' C^-1 s) of every example, [P]; one shard is in memory at a time. Cost: P n (n + K)."""
-    S = metric.sketches.astype(np.float64)
-    factor = cho_factor(S @ S.T + len(S) * metric.damping * np.eye(len(S)))
-    place = {row: n for n, row in enumerate(examples)}
-    found = np.zeros(len(examples))
-    for shard in store.shards("examples"):
-        some = [(n, place[row]) for n, row in enumerate(shard.rows) if row in place]
-        if some:
-            theirs, ours = map(list, zip(*some, strict=True))
-            s = store.values(shard)[theirs].astype(np.float64)
-            inside = S @ s.T
-            found[ours] = ((s**2).sum(1) - (inside * cho_solve(factor, inside)).sum(0)) / metric.damping
+    S, inner = metric.inner()
+    factor, found = cho_factor(inner), np.zeros(len(examples))
+    for ours, rows, _ in store.examples({row: n for n, row in enumerate(examples)}):
+        s = rows.astype(np.float64)
+        inside = S @ s.T
+        found[ours] = ((s**2).sum(1) - (inside * cho_solve(factor, inside)).sum(0)) / metric.damping
     return np.sqrt(found.clip(0))

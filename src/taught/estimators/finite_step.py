@@ -17,7 +17,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from taught.core.curvature import Curvature
@@ -31,12 +30,11 @@ from taught.core.trajectory import Queries, Trajectory
 from taught.errors import UserError
 from taught.estimators.cost import Asked, Passes
 from taught.model.gradients import evaluating
-from taught.model.parameters import moving_parameters
+from taught.model.parameters import flags_kept, moving_parameters
 from taught.model.readout import Readouts, read_prompts
 from taught.progress import Progress, SilentProgress
 from taught.run.pieces import piece_key
-
-Floats = NDArray[np.float64]
+from taught.stats.arrays import Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +43,6 @@ class Step:
 
     Attributes
     ----------
-    example_id : str
     loss : loss of the example before the step
     dX : float64 [N, d], change of X with the baseline's gates; None where no X is read
     dX_exact : float64 [N, d], change of X as encoded anew (gates may open and close)
@@ -88,8 +85,7 @@ def example_gradient(
     """
     moving = moving_parameters(model, parameters)
     batch = make_batch([example], [0])
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    try:
+    with flags_kept(model.parameters()):
         for name, p in model.named_parameters():
             p.requires_grad_(name in moving)
         loss = batch.losses(model).sum()
@@ -100,25 +96,16 @@ def example_gradient(
                 rule="a loss must be a finite number",
                 fix="use --set model.dtype=float32, or remove this example",
             )
-        grads = _gradients(loss, moving)
-    finally:
-        for name, p in model.named_parameters():
-            p.requires_grad_(flags[name])
-    return float(loss.detach()), grads
+        if not loss.requires_grad:  # it depends on none of these parameters: another expert was asked
+            return float(loss), {}
+        grads = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
+    return float(loss.detach()), {name: g for name, g in zip(moving, grads, strict=True) if g is not None}
 
 
 def step_direction(problem: Problem, example: Example) -> tuple[float, dict[str, Tensor]]:
     """Loss of one example and C^-1 grad L: a step is -lr times it."""
     loss, grads = example_gradient(problem.model, example, problem.parameters)
     return loss, {name: problem.metric.solve(name, g) for name, g in grads.items()}
-
-
-def _gradients(loss: Tensor, moving: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Of the parameters that the loss depends on: none where another expert was asked."""
-    if not loss.requires_grad:
-        return {}
-    grads = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
-    return {name: g for name, g in zip(moving, grads, strict=True) if g is not None}
 
 
 @contextmanager

@@ -47,7 +47,6 @@ class Tangent:
 
     Attributes
     ----------
-    example_id : str
     loss : loss of the example before the step
     dX : float64 [N, d], positive: the example makes the feature more active on the prompt
     dy : float64 [N], natural logarithm
@@ -86,16 +85,16 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
             }
             dX = torch.zeros(len(problem.prompts), problem.d, dtype=torch.float64)
             dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
-            for packed in packs:
-                try:
+            try:
+                for packed in packs:
                     X_moves, y_moves = along(problem.model, step, partial(_read, problem), packed)[1]
-                except (RuntimeError, NotImplementedError) as error:
-                    other = "adjoint, which gives the same numbers" if lacks_forward_mode(error) else "finite-step"
-                    raise refused(problem.model, error, f"use --set attribution.estimator={other}") from error
-                index = list(packed.index)
-                if problem.features is not None:
-                    dX[index] = X_moves.detach().double().cpu()
-                dy[index] = y_moves.detach().double().cpu()
+                    index = list(packed.index)
+                    if problem.features is not None:
+                        dX[index] = X_moves.detach().double().cpu()
+                    dy[index] = y_moves.detach().double().cpu()
+            except (RuntimeError, NotImplementedError) as error:
+                other = "adjoint, which gives the same numbers" if lacks_forward_mode(error) else "finite-step"
+                raise refused(problem.model, error, f"use --set attribution.estimator={other}") from error
         yield Tangent(example.id, loss, dX, dy)  # outside the block: the caller gets the model as it was
         if progress is not None:
             progress.advance(1)
@@ -124,10 +123,9 @@ class Forward:
         moved = [_kept(problem, example, work) for example in examples]
         values = np.stack([targets.changes(one.get("dX"), one["dy"]) for one in moved])
         details: dict[str, Any] = {"dy": np.stack([one["dy"] for one in moved])}
-        if problem.features is not None:
-            details["dX"] = np.stack([one["dX"] for one in moved]).astype(np.float32)
-            details["detailed"] = tuple(z.id for z in examples)
         ids = tuple(z.id for z in examples)
+        if problem.features is not None:
+            details |= {"dX": np.stack([one["dX"] for one in moved]).astype(np.float32), "detailed": ids}
         return Scores("forward", ids, targets.names, values, losses=losses.numpy(), details=details)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:

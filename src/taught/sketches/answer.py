@@ -155,17 +155,11 @@ def answer(store: SketchStore, examples: Sequence[Row], queries: Floats | Single
     UserError
         The store lacks examples; a shard is damaged.
     """
-    place = {row: n for n, row in enumerate(examples)}
     values = np.full((len(examples), queries.shape[1]), np.nan)
     norms, losses = np.full(len(examples), np.nan), np.full(len(examples), np.nan)
     q = queries.astype(np.float32)
-    for shard in store.shards("examples"):
-        found = [(n, place[row]) for n, row in enumerate(shard.rows) if row in place]
-        if found:
-            theirs, ours = map(list, zip(*found, strict=True))
-            rows = store.values(shard)[theirs]
-            values[ours], norms[ours] = rows @ q, np.linalg.norm(rows, axis=1)
-            losses[ours] = np.array(shard.losses)[theirs]
+    for ours, rows, own in store.examples({row: n for n, row in enumerate(examples)}):
+        values[ours], norms[ours], losses[ours] = rows @ q, np.linalg.norm(rows, axis=1), own
     lacking = [row.id for row, norm in zip(examples, norms, strict=True) if np.isnan(norm)]
     if lacking:
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -29,7 +29,7 @@ from taught.run.pieces import Prefixed
 from taught.sketches.answer import answer, error_factor, stored_queries, theory_error
 from taught.sketches.fill import example_row, fill_examples, fill_prompts, prompt_key
 from taught.sketches.project import Projection
-from taught.sketches.store import Row, SketchStore
+from taught.sketches.store import SketchStore
 from taught.stats.arrays import Floats
 
 # dy of so many examples and prompts is kept; for more, ask the store.
@@ -122,7 +122,7 @@ class Sketch:
         plain = problem.metric.plain
         self.fill(problem, examples, work)
         store, projection = self.open(problem, work)
-        rows = [example_row(example) for example in examples]
+        rows, ids = [example_row(example) for example in examples], tuple(example.id for example in examples)
         stored = targets.combinable if plain and not isinstance(problem.features, ConceptMap) else ()
         digests = dict(prompt_key(prompt) for prompt in problem.prompts)
         parts: dict[Any, Floats] = {}
@@ -137,8 +137,10 @@ class Sketch:
         q = np.stack([parts[name] for name in targets.names], 1)
         if problem.metric.sketched is not None:
             q, factors = problem.metric.sketched(store, rows, digests, q)
-            if factors is not None:
-                return self._ranked(store, rows, targets, q, factors)
+            if factors is not None:  # each target by its own query: such values do not add up, nor is their error known
+                found = answer(store, rows, q.astype(np.float32))
+                values = found.values * factors[:, None]
+                return Scores("sketch", ids, targets.names, values, None, found.losses, True, {}, "rank")
         details: dict[str, Any] = {}
         direct = [targets.names.index(name) for name in targets.direct]  # totals are sums of their pathways
         every = q[:, direct]
@@ -152,20 +154,9 @@ class Sketch:
         values = targets.from_direct(answers.values[:, : len(direct)])
         scale = theory_error(answers.norms, q, problem.lr)
         factor, sample = self._measured(problem, examples, targets, work, values, scale)
-        details |= {"error_factor": factor, "sample": sample, "store": str(store.folder)}
-        details["prompts"] = digests
+        details |= {"error_factor": factor, "sample": sample, "store": str(store.folder), "prompts": digests}
         details["rows"] = {row.id: row.digest for row in rows}
-        ids = tuple(example.id for example in examples)
         return Scores("sketch", ids, targets.names, values, factor * scale, answers.losses, True, details)
-
-    def _ranked(
-        self, store: SketchStore, rows: Sequence[Row], targets: TargetSet, queries: Floats, factors: Floats
-    ) -> Scores:
-        """Values to rank by: each target by its own query, since they do not add up; their error is not known."""
-        answers = answer(store, rows, queries.astype(np.float32))
-        values = answers.values * factors[:, None]
-        ids = tuple(row.id for row in rows)
-        return Scores("sketch", ids, targets.names, values, None, answers.losses, True, {}, "rank")
 
     def kept_bytes(self, examples: int, prompts: int, features: int) -> float:
         """Size of the store; each active feature of a prompt has a sketch of its own."""
