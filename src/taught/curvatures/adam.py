@@ -33,7 +33,7 @@ from taught.core.example import Examples, batch_examples
 from taught.core.gradient import by_parameter, example_gradients
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
-from taught.errors import UserError
+from taught.errors import UserError, reading
 from taught.estimators.cost import Asked, Passes
 from taught.model.gradients import Factor, accumulate, find_sites, frozen
 from taught.model.parameters import moving_parameters
@@ -205,19 +205,17 @@ def moments_from_optimizer(state: str | Path | Mapping[str, Any], names: Sequenc
 
 
 def _read_file(path: Path) -> Moments:
-    try:
-        return read_tensors(path)
-    except OSError as error:
-        raise UserError(
-            "the second moments cannot be read", value=f"{path}: {error}", fix="correct attribution.curvature.moments"
-        ) from None
-    except ValueError:
-        raise UserError(
-            "the second moments are not a safetensors file",
-            value=str(path),
-            rule="a pickle (*.pt, *.bin) runs code when it is opened: it never is",
-            fix=_CONVERT,
-        ) from None
+    fix = "correct attribution.curvature.moments"
+    with reading("the second moments cannot be read", path, (OSError,), fix=fix):
+        try:
+            return read_tensors(path)
+        except ValueError:
+            raise UserError(
+                "the second moments are not a safetensors file",
+                value=str(path),
+                rule="a pickle (*.pt, *.bin) runs code when it is opened: it never is",
+                fix=_CONVERT,
+            ) from None
 
 
 def _from_state(state: Mapping[str, Any], names: Sequence[str] | None) -> Moments:

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from taught.core.point import RESID_POST, Point
-from taught.errors import UserError
+from taught.errors import UserError, reading
 from taught.features.pooling import pool
 from taught.features.probe import fit_direction, held_out
 from taught.features.sae import SparseAutoencoder
@@ -239,7 +239,12 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
         The file cannot be read, has no such tensor or several, or the tensor is no vector.
     """
     file = Path(path).expanduser()
-    tensors = (_read_control_vector if is_control_vector(file) else _read_tensors)(file)
+    if is_control_vector(file):
+        tensors = _read_control_vector(file)
+    else:
+        rule = "a safetensors file, or a control vector (GGUF)"
+        with reading("the direction cannot be read", file, rule=rule, fix="check the path"):
+            tensors = read_tensors(file)
     if tensor is None and len(tensors) == 1:
         (tensor,) = tensors
     if tensor is None or tensor not in tensors:
@@ -253,14 +258,6 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
     # Through torch: numpy has no bfloat16.
     origin = {"file": file.name, "tensor": tensor, "sha256": sha256_file(file)}
     return value.reshape(-1).to(torch.float64).numpy(), origin
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return read_tensors(file)
-    except (OSError, ValueError) as error:
-        rule, fix = "a safetensors file, or a control vector (GGUF)", "check the path"
-        raise UserError("the direction cannot be read", value=f"{file}: {error}", rule=rule, fix=fix) from error
 
 
 def is_control_vector(path: str | Path) -> bool:
@@ -305,15 +302,14 @@ def _read_control_vector(file: Path) -> dict[str, Tensor]:
                 raise ValueError("the file ends before a part of it")
             return super()._get(offset, dtype, count, *rest, **more)
 
-    try:
+    # gguf checks little: what is damaged shows as whatever Python raises then.
+    errors = (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, NotImplementedError)
+    rule = "a GGUF file with the tensors direction.N"
+    with reading("the control vector cannot be read", file, errors, rule=rule, fix="check the path"):
         if not file.is_file():
             raise FileNotFoundError("no such file")
         found = {t.name: np.asarray(dequantize(t.data, t.tensor_type)) for t in Bounded(file).tensors}
         return {name: torch.from_numpy(np.array(value, np.float64)) for name, value in found.items()}
-    # gguf checks little: what is damaged shows as whatever Python raises then.
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, NotImplementedError) as error:
-        rule, fix = "a GGUF file with the tensors direction.N", "check the path"
-        raise UserError("the control vector cannot be read", value=f"{file}: {error}", rule=rule, fix=fix) from error
 
 
 # --- reading h ---------------------------------------------------------------------------------

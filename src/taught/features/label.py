@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError, misfit, printable, shown
+from taught.errors import UserError, misfit, printable, reading, shown
 from taught.stats.arrays import Floats, Ints
 
 CONTEXT = 6  # tokens of context on each side
@@ -223,11 +223,10 @@ def load_labels(file: str | Path) -> dict[int, str]:
         The file cannot be read, an id is not a whole number or appears twice, a label is empty.
     """
     path = Path(file).expanduser()
-    try:
+    errors = (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error)
+    rule = ".json or .yaml with id: label, or .csv with columns id and label"
+    with reading("the label file cannot be read", path, errors, rule=rule, fix="check features.labels"):
         entries = _label_entries(path)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
-        rule, fix = ".json or .yaml with id: label, or .csv with columns id and label", "check features.labels"
-        raise UserError("the label file cannot be read", value=f"{path}: {error}", rule=rule, fix=fix) from error
     labels: dict[int, str] = {}
     for key, label in entries:
         text = shown(key).strip()

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from taught.core.point import RESID_POST, Point
-from taught.errors import UserError, refuse
+from taught.errors import UserError, reading
 from taught.features.sae_config import SaeConfig, saelens_config, sparsify_config
+from taught.features.select import refuse_unknown
 from taught.run.files import read_json_mapping, read_tensors
 
 Encoder = Literal["sae", "relu"]
@@ -183,8 +184,7 @@ def _bad_weights(name: str, value: object, rule: str) -> UserError:
 
 def _checked_ids(ids: Tensor | Sequence[int], features: int) -> Tensor:
     chosen = torch.as_tensor(ids, dtype=torch.long)
-    bad = chosen[(chosen < 0) | (chosen >= features)].tolist()
-    refuse(bad, "the SAE has no such feature", rule=f"ids from 0 to {features - 1}", fix="check features.ids")
+    refuse_unknown(chosen[(chosen < 0) | (chosen >= features)].tolist(), features)
     return chosen
 
 
@@ -218,21 +218,17 @@ def load_sae(
     folder = Path(path).expanduser()
     if not folder.exists() and (named := re.fullmatch(r"([\w.\-]+):([\w./\-]+)", str(path))):
         return _load_release(named[1], named[2], block=block, part=part, ignore=ignore)
-    try:
+    rule = "a SAELens or sparsify folder, or release:sae_id"
+    with reading("the SAE folder has no readable cfg.json", folder, rule=rule, fix="check sae.path"):
         config = read_json_mapping(folder / "cfg.json")
-    except (OSError, ValueError) as error:
-        what, rule = "the SAE folder has no readable cfg.json", "a SAELens or sparsify folder, or release:sae_id"
-        raise UserError(what, value=f"{folder}: {error}", rule=rule, fix="check sae.path") from error
     readers = {"sae_weights.safetensors": _saelens, "sae.safetensors": _sparsify}
     name = next((name for name in readers if (folder / name).is_file()), None)
     if name is None:
         rule = "sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)"
         raise UserError("the SAE folder holds no weights", value=str(folder), rule=rule, fix="check sae.path")
-    try:
+    fix = "copy or download it again"
+    with reading("the SAE's weights cannot be read", folder / name, rule="a safetensors file", fix=fix):
         weights = read_tensors(folder / name)
-    except (OSError, ValueError) as error:
-        what, value = "the SAE's weights cannot be read", f"{folder / name}: {error}"
-        raise UserError(what, value=value, rule="a safetensors file", fix="copy or download it again") from error
     where = {"block": block, "part": part, "folder": folder, "ignore": ignore}
     return readers[name](config, weights, {"folder": folder.name}, **where)
 

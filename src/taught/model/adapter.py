@@ -17,7 +17,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from taught.errors import UserError, out_of_memory, refuse
+from taught.errors import UserError, out_of_memory, reading, refuse
 from taught.model.load import find_wrapper, refuse_revision
 from taught.model.parameters import flags_kept, is_plain
 from taught.model.quantised import bitsandbytes_is_there, quantised_layers
@@ -186,12 +186,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration, if all of it is understood."""
     from peft import LoraConfig
 
-    try:
+    with reading("the adapter's configuration cannot be read", folder, fix="save it with save_pretrained"):
         config = read_json_mapping(folder / _CONFIG)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "the adapter's configuration cannot be read", value=f"{folder}: {error}", fix="save it with save_pretrained"
-        ) from None
     merge = "merge it into its model (merge_and_unload of peft), and give the merged model as model.id"
     kind = config.get("peft_type")
     if kind != "LORA":

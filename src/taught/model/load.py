@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from taught.errors import UserError, out_of_memory, refuse
+from taught.errors import UserError, out_of_memory, reading, refuse
 from taught.run.files import read_json_mapping, sha256_file, sha256_folder
 
 log = logging.getLogger(__name__)
@@ -131,15 +131,9 @@ def load_model(
         raise UserError("unknown kind of weights", value=load_in, rule="one of " + ", ".join(KINDS))
     template = None
     if chat_template is not None:
-        try:
+        rule, fix = "a UTF-8 text file in Jinja", "check the path of --chat-template"
+        with reading("the chat template cannot be read", chat_template, rule=rule, fix=fix):
             template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                "the chat template cannot be read",
-                value=f"{chat_template}: {error}",
-                rule="a UTF-8 text file in Jinja",
-                fix="check the path of --chat-template",
-            ) from error
     _refuse_absent_device(device)
     source = _locate(str(model_id), revision)
     tokenizer = _read(partial(AutoTokenizer.from_pretrained, trust_remote_code=False), source)
@@ -446,13 +440,11 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
         )
     held: dict[str, list[str]] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                held[file.name] = list(opened.keys())
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                "a weight file cannot be read", value=f"{file}: {error}", fix="copy or download it again"
-            ) from error
+        found = reading(
+            "a weight file cannot be read", file, (OSError, SafetensorError), fix="copy or download it again"
+        )
+        with found, safe_open(file, framework="pt") as opened:
+            held[file.name] = list(opened.keys())
     names, index = set(held), folder / "model.safetensors.index.json"
     wanted = {"model.safetensors"}
     if index.exists():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taught.core.example import Dpo, Example
-from taught.errors import UserError
+from taught.errors import UserError, reading
 from taught.run import files
 from taught.run.fingerprint import differences
 
@@ -233,26 +233,22 @@ class SketchStore:
         return sum(file.stat().st_size for file in self.folder.glob("*") if file.is_file())
 
     def _found(self) -> dict[str, Any] | None:
-        try:
-            record = files.parse_json((self.folder / NAME).read_bytes())
+        file, errors = self.folder / NAME, (ValueError, KeyError, TypeError, OSError)
+        with reading("the store cannot be read", file, errors, fix="name another --store folder"):
+            try:
+                record = files.parse_json(file.read_bytes())
+            except FileNotFoundError:
+                return None
             if record["format"] > FORMAT:
-                raise UserError(
-                    "the store is of a newer format",
-                    value=record["format"],
-                    rule=f"at most {FORMAT}",
-                    fix="update taught",
-                )
+                rule, fix = f"at most {FORMAT}", "update taught"
+                raise UserError("the store is of a newer format", value=record["format"], rule=rule, fix=fix)
             return dict(record["identity"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(
-                "the store cannot be read", value=f"{self.folder / NAME}: {error}", fix="name another --store folder"
-            ) from None
 
 
 def _read_shard(file: Path) -> Shard:
-    try:
+    errors = (ValueError, KeyError, TypeError, OverflowError, OSError)
+    fix = "delete this file and make the store again"
+    with reading("a shard's list of rows cannot be read", file, errors, fix=fix):
         record = files.parse_json(file.read_bytes())
         return Shard(
             file.with_suffix(".safetensors"),
@@ -262,9 +258,3 @@ def _read_shard(file: Path) -> Shard:
             tuple(map(float, record["losses"])),
             str(record["sha256"]),
         )
-    except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
-        raise UserError(
-            "a shard's list of rows cannot be read",
-            value=f"{file}: {error}",
-            fix="delete this file and make the store again",
-        ) from None
