@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taught.core import rules
 from taught.core.curvature import Metric
@@ -98,7 +98,27 @@ def adam_metric(problem: Problem, moments: Mapping[str, Tensor], eps: float) -> 
     """The metric of given second moments, by parameter name."""
     scale = {}
     for name, p in moving_parameters(problem.model, problem.parameters).items():
-        v = _checked(name, p, moments)
+        if name not in moments:
+            raise UserError(
+                "a parameter that moves has no second moments",
+                value=name,
+                rule="one tensor for each, under the model's name of the parameter",
+                fix="complete the file, or set attribution.parameters",
+            )
+        v = _numbers(name, moments[name])
+        if v.shape != p.shape:
+            raise UserError(
+                "second moments of another shape than their parameter",
+                value=f"{name}: {list(v.shape)}, parameter {list(p.shape)}",
+                fix="use the optimizer state of this model",
+            )
+        if not bool((v >= 0).all() & v.isfinite().all()):
+            raise UserError(
+                "second moments that are negative or not finite",
+                value=name,
+                rule="means of squares",
+                fix="store exp_avg_sq, not exp_avg",
+            )
         scale[name] = (v.to(p.device).sqrt() + eps).reciprocal().to(p.dtype)
         if not scale[name].isfinite().all():
             raise UserError(
@@ -108,31 +128,6 @@ def adam_metric(problem: Problem, moments: Mapping[str, Tensor], eps: float) -> 
                 fix="raise attribution.curvature.eps",
             )
     return Metric(scale)
-
-
-def _checked(name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> Tensor:
-    if name not in moments:
-        raise UserError(
-            "a parameter that moves has no second moments",
-            value=name,
-            rule="one tensor for each, under the model's name of the parameter",
-            fix="complete the file, or set attribution.parameters",
-        )
-    v = _numbers(name, moments[name])
-    if v.shape != parameter.shape:
-        raise UserError(
-            "second moments of another shape than their parameter",
-            value=f"{name}: {list(v.shape)}, parameter {list(parameter.shape)}",
-            fix="use the optimizer state of this model",
-        )
-    if not bool((v >= 0).all() & v.isfinite().all()):
-        raise UserError(
-            "second moments that are negative or not finite",
-            value=name,
-            rule="means of squares",
-            fix="store exp_avg_sq, not exp_avg",
-        )
-    return v
 
 
 def estimate_moments(
@@ -198,24 +193,19 @@ def moments_from_optimizer(state: str | Path | Mapping[str, Any], names: Sequenc
     """
     if isinstance(state, Mapping):
         return _from_state(state, names)
-    stored = _read_file(Path(state))
-    moments = {name.removesuffix(_SUFFIX): v for name, v in stored.items() if name.endswith(_SUFFIX)}
-    largest = {name.removesuffix(_LARGEST): v for name, v in stored.items() if name.endswith(_LARGEST)}  # of amsgrad
-    return {**moments, **largest} or stored
-
-
-def _read_file(path: Path) -> Moments:
-    fix = "correct attribution.curvature.moments"
-    with reading("the second moments cannot be read", path, (OSError,), fix=fix):
+    with reading("the second moments cannot be read", state, (OSError,), fix="correct attribution.curvature.moments"):
         try:
-            return read_tensors(path)
+            stored = read_tensors(Path(state))
         except ValueError:
             raise UserError(
                 "the second moments are not a safetensors file",
-                value=str(path),
+                value=str(state),
                 rule="a pickle (*.pt, *.bin) runs code when it is opened: it never is",
                 fix=_CONVERT,
             ) from None
+    moments = {name.removesuffix(_SUFFIX): v for name, v in stored.items() if name.endswith(_SUFFIX)}
+    largest = {name.removesuffix(_LARGEST): v for name, v in stored.items() if name.endswith(_LARGEST)}  # of amsgrad
+    return {**moments, **largest} or stored
 
 
 def _from_state(state: Mapping[str, Any], names: Sequence[str] | None) -> Moments:

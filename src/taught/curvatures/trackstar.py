@@ -71,9 +71,8 @@ class TrackStar:
 
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """The moments; R is made of the sketches, where they are."""
-        return Metric(sketched=self.cosines, before=self._before(problem, examples, work) if self.moments else None)
-
-    def _before(self, problem: Problem, examples: Examples, work: Work) -> Prescale:
+        if not self.moments:
+            return Metric(sketched=self.cosines)
         if self.file is not None:
             found, made = moments_from_optimizer(self.file), Path(self.file).read_bytes()
         else:
@@ -83,7 +82,7 @@ class TrackStar:
         scale = adam_metric(problem, found, self.eps).scale or {}
         key = hashlib.sha256(f"{self.eps!r} {hashlib.sha256(made).hexdigest()}".encode()).hexdigest()
         by = {name: torch.where(found[name].to(of.device) > 0, of, 0.0) for name, of in scale.items()}
-        return Prescale(by, key)
+        return Metric(sketched=self.cosines, before=Prescale(by, key))
 
     def cosines(
         self, store: SketchStore, examples: Sequence[Row], prompts: Mapping[str, str], queries: Floats

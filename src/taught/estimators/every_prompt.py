@@ -20,7 +20,7 @@ from torch import Tensor
 from taught.core.example import Examples, batch_indices, make_batch, refuse_nonfinite
 from taught.core.gradient import by_parameter
 from taught.core.problem import GB, Problem
-from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
+from taught.model.blockwise import BlockSites, last_block, split_sites, trace
 from taught.model.gradients import Factor, dot, dots, frozen, neighbours
 from taught.model.layout import sequence_rows, text_config
 from taught.model.readout import PackedPrompts, pack_rows, read_y
@@ -150,20 +150,14 @@ def _meet(
     del outside
     effects = torch.cat(top)
     for _ in range(sites.depth):
-        effects += _one_block(problem, sites, left, right)
+        sides = [[_by_param(problem, last_block(problem.model, sites, t)) for t in side] for side in (left, right)]
+        inside = torch.zeros_like(effects)
+        for name in sorted({name for side in sides for factors in side for name in factors}):
+            both = ([factors.pop(name) for factors in side] for side in sides)  # let go of as soon as they have met
+            inside += dots(*both, room=_room(problem), scale=problem.metric.scale_of(name)).double().cpu()
+        effects += inside
         (progress or SilentProgress()).advance(1)
     return effects
-
-
-def _one_block(problem: Problem, sites: BlockSites, left: Sequence[Trace], right: Sequence[Trace]) -> Tensor:
-    """Inner products over the parameters of the last block that is left, float64."""
-    ours, theirs = ([_by_param(problem, last_block(problem.model, sites, t)) for t in side] for side in (left, right))
-    total: Any = 0.0
-    for name in sorted({name for side in (ours, theirs) for factors in side for name in factors}):
-        a, b = ([factors.pop(name) for factors in side] for side in (ours, theirs))
-        met = dots(a, b, room=_room(problem), scale=problem.metric.scale_of(name))
-        total = total + met.double().cpu()
-    return total
 
 
 def _room(problem: Problem) -> int:

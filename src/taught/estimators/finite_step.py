@@ -108,24 +108,6 @@ def step_direction(problem: Problem, example: Example) -> tuple[float, dict[str,
     return loss, {name: problem.metric.solve(name, g) for name, g in grads.items()}
 
 
-@contextmanager
-def _stepped(moving: Mapping[str, nn.Parameter], direction: dict[str, Tensor], lr: float) -> Iterator[None]:
-    """Weights after a plain step inside, those before on exit; the direction is used up.
-
-    The weights before are set aside, not copied: a step takes the memory of one gradient.
-    """
-    before = {name: p.data for name, p in moving.items()}
-    try:
-        with torch.no_grad():
-            for name in list(direction):
-                p = moving[name]
-                p.data = p.sub(direction.pop(name), alpha=lr).to(p.dtype)
-        yield
-    finally:
-        for name, p in moving.items():
-            p.data = before[name]
-
-
 def finite_steps(
     problem: Problem,
     examples: Examples,
@@ -146,8 +128,16 @@ def finite_steps(
     with evaluating(problem.model):
         for example in examples:
             loss, direction = step_direction(problem, example)
-            with _stepped(moving, direction, problem.lr):
+            before = {name: p.data for name, p in moving.items()}  # set aside: a step takes the memory of one gradient
+            try:
+                with torch.no_grad():
+                    for name in list(direction):
+                        p = moving[name]
+                        p.data = p.sub(direction.pop(name), alpha=problem.lr).to(p.dtype)
                 after = read(problem.model, problem.prompts, problem.behavior, problem.point)
+            finally:
+                for name, p in moving.items():
+                    p.data = before[name]
             if baseline.prompt_ids != after.prompt_ids:
                 raise ValueError("read-outs before and after a step are of different prompts")
             dX = exact = None

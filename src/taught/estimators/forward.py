@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -58,13 +57,6 @@ class Tangent:
     dy: Tensor
 
 
-def _read(problem: Problem, packed: PackedPrompts) -> tuple[Tensor, Tensor]:
-    """X and y of one packed tree."""
-    h, y = read_packed(problem.model, packed, problem.behavior, problem.point)
-    assert y is not None
-    return (y[:0] if problem.features is None else problem.features(h, packed.offsets.to(h.device))), y
-
-
 def tangents(problem: Problem, examples: Examples, *, progress: Progress | None = None) -> Iterator[Tangent]:
     """One :class:`Tangent` per example, in order. No weight is changed.
 
@@ -74,6 +66,12 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
         The loss of an example is not finite; forward mode does not go through the model.
     """
     refuse_detached(problem.model)
+
+    def read(packed: PackedPrompts) -> tuple[Tensor, Tensor]:
+        h, y = read_packed(problem.model, packed, problem.behavior, problem.point)
+        assert y is not None
+        return (y[:0] if problem.features is None else problem.features(h, packed.offsets.to(h.device))), y
+
     packs = list(pack(problem.prompts, problem.behavior))
     moving = moving_parameters(problem.model, problem.parameters)
     for example in examples:
@@ -87,7 +85,7 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
             dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
             try:
                 for packed in packs:
-                    X_moves, y_moves = along(problem.model, step, partial(_read, problem), packed)[1]
+                    X_moves, y_moves = along(problem.model, step, read, packed)[1]
                     index = list(packed.index)
                     if problem.features is not None:
                         dX[index] = X_moves.detach().double().cpu()

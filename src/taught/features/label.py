@@ -114,9 +114,14 @@ def describe_features(
         leading = [i for i in np.argsort(-strongest, kind="stable")[:top].tolist() if strongest[i] > 0]
         scored = _scored_words(own, words, word_of)
         contrasts = _contrasts(leading, strongest, groups, units)
+        made = "not active"  # up to three words; where no word stands out, the groups of the strongest prompts
+        if scored:
+            made = ", ".join(word for word, score in scored[:3] if score >= 0.25 * scored[0][1])
+        elif leading:
+            made = "marks and template tokens (" + ", ".join(sorted({groups[i] for i in leading})) + ")"
         one = FeatureDescription(
             feature_id=feature_id,
-            label=given.get(feature_id, _made_label(scored, [groups[i] for i in leading])),
+            label=given.get(feature_id, made),
             label_source="file" if feature_id in given else "words",
             words=[{"word": word, "score": score} for word, score in scored],
             top_prompts=[row(i, strongest) for i in leading],
@@ -199,16 +204,6 @@ def _scored_words(acts: Floats, words: list[str], word_of: Ints, limit: int = 5)
 def _logit(p: Floats) -> Floats:
     inside = np.clip(p, 1e-9, 1 - 1e-9)
     return np.log(inside) - np.log1p(-inside)
-
-
-def _made_label(scored: list[tuple[str, float]], groups: Sequence[str]) -> str:
-    """Up to three words; where no word stands out, the groups of the strongest prompts."""
-    if scored:
-        floor = 0.25 * scored[0][1]
-        return ", ".join(word for word, score in scored[:3] if score >= floor)
-    if groups:
-        return "marks and template tokens (" + ", ".join(sorted(set(groups))) + ")"
-    return "not active"
 
 
 # --- the user's labels ----------------------------------------------------------------------------

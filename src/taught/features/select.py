@@ -83,7 +83,15 @@ def select_features(
         )
     difference = means[positive] - means[negative]
     rate = (X > 0).mean(axis=0)
-    chosen = _largest(difference, threshold, max_features) if ids is None else _checked_ids(ids, X.shape[1])
+    if ids is None:
+        chosen = _largest(difference, threshold, max_features)
+    else:
+        if not len(ids):
+            rule, fix = "features.ids names at least one", "leave features.ids out to have them selected"
+            raise UserError("no features given", value=[], rule=rule, fix=fix)
+        refuse_unknown(ids, X.shape[1])
+        refuse_repeated(ids, "a feature in features.ids")
+        chosen = np.sort(np.asarray(ids, dtype=np.int64))
     return Selection(chosen, means, difference, rate, rate >= ALWAYS_ON)
 
 
@@ -99,16 +107,6 @@ def _largest(difference: Floats, threshold: float, max_features: int) -> Ints:
             fix="lower features.threshold, or name features.ids",
         )
     return np.sort(chosen).astype(np.int64)
-
-
-def _checked_ids(ids: Sequence[int], features: int) -> Ints:
-    chosen = np.asarray(ids, dtype=np.int64)
-    if not len(chosen):
-        rule, fix = "features.ids names at least one", "leave features.ids out to have them selected"
-        raise UserError("no features given", value=[], rule=rule, fix=fix)
-    refuse_unknown(chosen.tolist(), features)
-    refuse_repeated(chosen.tolist(), "a feature in features.ids")
-    return np.sort(chosen)
 
 
 def refuse_unknown(ids: Sequence[int], features: int) -> None:

@@ -228,7 +228,20 @@ def checkpointed(
     values : [B], detached
     factors : to be used one after the other
     """
-    with _from_last_block(model) as (inputs, calls, ends), tap(model, sites.outside) as taps:
+    ends: list[Tensor] = []
+
+    def record(_module: nn.Module, _args: Any, output: Any) -> Any:
+        ends[:] = [first(output).detach().requires_grad_()]
+        torch.set_grad_enabled(True)  # from here on there is a graph, until torch.no_grad ends
+        return with_first(output, ends[0])
+
+    last = find_blocks(model)[-1]
+    with (
+        _watched(model, 0) as (inputs, calls, _),
+        last.register_forward_hook(record),
+        torch.no_grad(),
+        tap(model, sites.outside) as taps,
+    ):
         found = values()
         # Whether parameters move that may be used before the blocks.
         front = any(site.kind in ("embedding", "whole") for site in sites.outside)
@@ -253,39 +266,17 @@ def _parts(
     while kept.inputs:
         yield from _run_again(model, sites, kept, (below or 0) + len(kept.inputs) - 1)
     if below is None:
-        with _until_first_block(model) as reached, tap(model, sites.outside) as taps:
+        reached: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            reached.append(args[0] if args else kwargs["hidden_states"])
+            raise StopForward
+
+        first_block = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+        with first_block, tap(model, sites.outside) as taps:
             with suppress(StopForward):
                 values()
             yield from taps.factors((reached[0] * kept.grad).sum(), training=training, rows=kept.rows)
-
-
-@contextmanager
-def _from_last_block(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Any], list[Tensor]]]:
-    """Inputs and arguments of the blocks, and the last one's output, from which a graph begins."""
-    with _watched(model, 0) as (inputs, calls, outputs):
-        last = find_blocks(model)[-1]
-
-        def record(_module: nn.Module, _args: Any, output: Any) -> Any:
-            leaf = first(output).detach().requires_grad_()
-            outputs[:] = [leaf]
-            torch.set_grad_enabled(True)  # until torch.no_grad ends below
-            return with_first(output, leaf)
-
-        with last.register_forward_hook(record), torch.no_grad():
-            yield inputs, calls, outputs
-
-
-@contextmanager
-def _until_first_block(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The first block's input; the forward pass ends there."""
-    reached: list[Tensor] = []
-
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reached.append(args[0] if args else kwargs["hidden_states"])
-        raise StopForward
-
-    with find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True):
-        yield reached
 
 
 def refuse_no_chain(

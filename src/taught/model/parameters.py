@@ -37,8 +37,21 @@ def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     UserError
         A pattern matches no parameter, or codes of quantised weights.
     """
-    every = dict(model.named_parameters())
-    chosen = every if patterns is None else _chosen(every, patterns)
+    chosen = every = dict(model.named_parameters())
+    if patterns is not None:
+        names = every.keys() & set(patterns)  # of an adapter there are hundreds; patterns are slow
+        wild = [pattern for pattern in patterns if pattern not in names]
+        for pattern in wild:
+            if not any(fnmatchcase(name, pattern) for name in every):
+                close = difflib.get_close_matches(pattern, every, n=3, cutoff=0.3) or list(every)[:3]
+                raise UserError(
+                    "a pattern matches none of the model's parameters",
+                    value=pattern,
+                    rule="* stands for anything, ? for one character, [12] for one of these; "
+                    "a tied parameter goes by its first name",
+                    fix=f"names of the model are like {', '.join(close)}",
+                )
+        chosen = {n: p for n, p in every.items() if n in names or any(fnmatchcase(n, each) for each in wild)}
     refuse(
         [name for name, p in chosen.items() if not is_plain(p)],
         "quantised weights do not move",
@@ -58,19 +71,3 @@ def flags_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
-
-
-def _chosen(every: dict[str, nn.Parameter], patterns: Sequence[str]) -> dict[str, nn.Parameter]:
-    names = every.keys() & set(patterns)  # of an adapter there are hundreds; patterns are slow
-    wild = [pattern for pattern in patterns if pattern not in names]
-    for pattern in wild:
-        if not any(fnmatchcase(name, pattern) for name in every):
-            close = difflib.get_close_matches(pattern, every, n=3, cutoff=0.3) or list(every)[:3]
-            raise UserError(
-                "a pattern matches none of the model's parameters",
-                value=pattern,
-                rule="* stands for anything, ? for one character, [12] for one of these; "
-                "a tied parameter goes by its first name",
-                fix=f"names of the model are like {', '.join(close)}",
-            )
-    return {n: p for n, p in every.items() if n in names or any(fnmatchcase(n, each) for each in wild)}

@@ -175,21 +175,17 @@ def pack_apart(
     is not itself, each prompt of that tree stands alone.
     """
     for packed in pack(prompts, behavior, tokens=tokens):
-        if _reads_apart(packed):
+        scored, rows = packed.scored, packed.rows
+        seen = ancestors(rows.enter[0], rows.leave[0], packed.keep[scored.at])
+        history = torch.zeros(len(packed.index), rows.ids.shape[1], dtype=torch.long)  # [n, T]
+        history = history.index_add(0, scored.prompt[scored.suffix], seen.long()) > 0
+        prompt = torch.arange(len(packed.index)).repeat_interleave(packed.offsets.diff())
+        own = torch.zeros_like(history)
+        own[prompt, packed.read] = True
+        if ((history & own.any(0)) == own).all():
             yield packed
         else:
             yield from (_pack_group(prompts, [i], behavior) for i in packed.index)
-
-
-def _reads_apart(packed: PackedPrompts) -> bool:
-    scored, rows = packed.scored, packed.rows
-    seen = ancestors(rows.enter[0], rows.leave[0], packed.keep[scored.at])
-    history = torch.zeros(len(packed.index), rows.ids.shape[1], dtype=torch.long)  # [n, T]
-    history = history.index_add(0, scored.prompt[scored.suffix], seen.long()) > 0
-    prompt = torch.arange(len(packed.index)).repeat_interleave(packed.offsets.diff())
-    own = torch.zeros_like(history)
-    own[prompt, packed.read] = True
-    return bool(((history & own.any(0)) == own).all())
 
 
 def _pack_group(prompts: Sequence[ReadPrompt], group: Sequence[int], behavior: Behavior | None) -> PackedPrompts:
@@ -345,22 +341,17 @@ def read_vectors(
 
     index: list[int] = []
     parts: list[Tensor] = []
-    for packed in _packs(prompts, tokens):
-        values = reduced(packed)
-        if not values.isfinite().all():  # 0 * nan is nan: one prompt spoils its tree
-            bad = [i for i in packed.index if not reduced(_pack_group(prompts, [i], None)).isfinite().all()]
-            _refuse_nonfinite([prompts[i].id for i in bad or packed.index])
-        index += packed.index
-        parts.append(values)
-        (progress or SilentProgress()).advance(len(packed.index))
+    for start in range(0, len(prompts), _AT_ONCE):  # masks are quadratic, and there may be many prompts
+        some = prompts[start : start + _AT_ONCE]
+        for packed in pack(some, None, tokens=tokens):
+            values = reduced(packed)
+            if not values.isfinite().all():  # 0 * nan is nan: one prompt spoils its tree
+                bad = [i for i in packed.index if not reduced(_pack_group(some, [i], None)).isfinite().all()]
+                _refuse_nonfinite([some[i].id for i in bad or packed.index])
+            index += [start + i for i in packed.index]
+            parts.append(values)
+            (progress or SilentProgress()).advance(len(packed.index))
     return torch.cat(parts, 1)[:, torch.tensor(index).argsort()]
-
-
-def _packs(prompts: Sequence[ReadPrompt], tokens: int) -> Iterator[PackedPrompts]:
-    """Token trees of some prompts at a time: masks are quadratic, and there may be many prompts."""
-    for start in range(0, len(prompts), _AT_ONCE):
-        for packed in pack(prompts[start : start + _AT_ONCE], None, tokens=tokens):
-            yield replace(packed, index=tuple(start + i for i in packed.index))
 
 
 def _assemble(prompts: Sequence[ReadPrompt], h: Iterable[Any], y: Tensor) -> Readouts:

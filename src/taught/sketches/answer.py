@@ -96,19 +96,7 @@ def stored_queries(store: SketchStore, targets: TargetSet, digests: Mapping[str,
     UserError
         The store lacks prompts or features of the targets.
     """
-    _refuse_missing(store, targets.readings, digests)
-    builder, seen = QueryBuilder(targets.readings, store.dim), set[Row]()
-    for shard, values in store.read("prompts"):
-        new = [n for n, row in enumerate(shard.rows) if row not in seen and digests.get(row.id) == row.digest]
-        seen.update(shard.rows[n] for n in new)
-        rows = [shard.rows[n] for n in new]
-        builder.add([row.id for row in rows], [row.feature for row in rows], values[new])
-    moves = builder.moves()
-    return targets.combine(moves), moves
-
-
-def _refuse_missing(store: SketchStore, readings: Readings, digests: Mapping[str, str]) -> None:
-    covered = covered_features(store)
+    covered, readings = covered_features(store), targets.readings
     wanted = {-1} if readings.policy is None else {-1, *readings.policy.feature_ids.tolist()}
     lacking = {i: wanted - covered.get((i, digests.get(i, "")), set()) for i in readings.prompt_ids}
     prompts = [i for i, missing in lacking.items() if missing]
@@ -120,6 +108,14 @@ def _refuse_missing(store: SketchStore, readings: Readings, digests: Mapping[str
             rule="every prompt with y and every feature of the policy",
             fix="taught run STUDY --only attribute, with the same store, computes what is missing",
         )
+    builder, seen = QueryBuilder(readings, store.dim), set[Row]()
+    for shard, values in store.read("prompts"):
+        new = [n for n, row in enumerate(shard.rows) if row not in seen and digests.get(row.id) == row.digest]
+        seen.update(shard.rows[n] for n in new)
+        rows = [shard.rows[n] for n in new]
+        builder.add([row.id for row in rows], [row.feature for row in rows], values[new])
+    moves = builder.moves()
+    return targets.combine(moves), moves
 
 
 def covered_features(store: SketchStore) -> dict[tuple[str, str], set[int]]:
