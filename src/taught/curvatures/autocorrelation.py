@@ -89,6 +89,11 @@ def fit_autocorrelation(store: SketchStore, examples: Sequence[Row]) -> Fitted:
     return Fitted(S, damping_of(S))
 
 
+def inverse(x: Floats) -> Floats:
+    """1 / x where x is above 0; else 0."""
+    return np.divide(1, x, out=np.zeros_like(x), where=x > 0)
+
+
 def evenly(count: int) -> NDArray[np.int64]:
     """Places in a list of so many, at most 4,096, evenly chosen."""
     return np.unique(np.linspace(0, count - 1, min(count, LARGEST)).astype(int))

@@ -42,7 +42,7 @@ from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
 from taught.curvatures.adam import adam_metric, estimate_moments, moments_from_optimizer
-from taught.curvatures.autocorrelation import Fitted, damping_of, evenly, example_rows
+from taught.curvatures.autocorrelation import Fitted, damping_of, evenly, example_rows, inverse
 from taught.errors import UserError
 from taught.estimators.cost import Asked, Passes
 from taught.model.parameters import moving_parameters
@@ -93,8 +93,8 @@ class TrackStar:
         mixed = mix(S, T if len(T) else queries.T.astype(np.float32), self.component)
         metric = Fitted(mixed, damping_of(S, self.damping))
         divided = metric.solve(queries)
-        factors = np.array([-over(length) for length in lengths(metric, store, examples)])
-        return divided * [over(length) for length in np.sqrt((queries * divided).sum(0).clip(0))], factors
+        factors = -inverse(lengths(metric, store, examples))
+        return divided * inverse(np.sqrt((queries * divided).sum(0).clip(0))), factors
 
     def numbers(self, problem: Problem) -> int:
         """One a moving parameter, where there are moments."""
@@ -105,11 +105,6 @@ class TrackStar:
         """Moments: every gradient built once; and once more for sketches of divided gradients."""
         passes = self.moments * (3.0 * (self.file is None) + 1.0)
         return {"moments": passes * Passes(problem, examples).examples} if passes else {}
-
-
-def over(length: float) -> float:
-    """1 / length; 0 for nothing."""
-    return 1 / length if length > 0 else 0.0
 
 
 def prompt_rows(store: SketchStore, prompts: Mapping[str, str]) -> NDArray[np.float32]:

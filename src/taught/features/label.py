@@ -15,7 +15,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,6 @@ class FeatureDescription:
     top_prompts: list[dict[str, Any]]
     contrast_prompts: list[dict[str, Any]]
     top_tokens: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        return asdict(self)
 
 
 def describe_features(

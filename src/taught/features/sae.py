@@ -26,8 +26,7 @@ from torch import Tensor
 
 from taught.core.point import RESID_POST, Point
 from taught.errors import UserError, reading
-from taught.features.sae_config import SaeConfig, saelens_config, sparsify_config
-from taught.features.select import refuse_unknown
+from taught.features.sae_config import SaeConfig, refuse_unknown, saelens_config, sparsify_config
 from taught.run.files import read_json_mapping, read_tensors
 
 Encoder = Literal["sae", "relu"]

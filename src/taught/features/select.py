@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from taught.errors import UserError, misfit, refuse, refuse_repeated
+from taught.features.sae_config import refuse_unknown
 from taught.stats.arrays import Bools, Floats, Ints
 
 ALWAYS_ON = 0.99
@@ -107,9 +108,3 @@ def _largest(difference: Floats, threshold: float, max_features: int) -> Ints:
             fix="lower features.threshold, or name features.ids",
         )
     return np.sort(chosen).astype(np.int64)
-
-
-def refuse_unknown(ids: Sequence[int], features: int) -> None:
-    """Raise a UserError that names the ids that an autoencoder of so many features does not have."""
-    bad = [k for k in ids if not 0 <= k < features]
-    refuse(bad, "the SAE has no such feature", rule=f"ids from 0 to {features - 1}", fix="check features.ids")

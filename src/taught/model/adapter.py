@@ -27,22 +27,12 @@ log = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of a LoRA that its layers carry out by themselves; any other one that is set may mean another model.
-_KNOWN = (
-    {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
-    | {
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "bias",
-        "lora_bias",
-    }
-    | {"target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"}
-    | {"modules_to_save", "trainable_token_indices", "fan_in_fan_out", "init_lora_weights", "eva_config"}
-)
+_KNOWN = """
+    peft_type task_type base_model_name_or_path revision inference_mode peft_version auto_mapping r lora_alpha
+    lora_dropout use_rslora use_dora rank_pattern alpha_pattern bias lora_bias target_modules exclude_modules
+    target_parameters layers_to_transform layers_pattern modules_to_save trainable_token_indices fan_in_fan_out
+    init_lora_weights eva_config
+"""
 # Kinds that put tokens in front of the input or beside its keys, and change no weight.
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 # First weights that leave the base model as it is; the others (PiSSA, OLoRA, LoftQ, ...) change it.
@@ -194,8 +184,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         fix = "train a LoRA instead: this kind cannot be merged into a model" if kind in _PROMPTS else merge
         raise UserError("the adapter is of another kind", value=kind, rule="LORA", fix=fix)
     usual = {f.name: f.default if f.default is not MISSING else None for f in fields(LoraConfig)}
+    known = _KNOWN.split()
     refuse(
-        sorted(k for k, v in config.items() if k not in _KNOWN and v and v != usual.get(k)),
+        sorted(k for k, v in config.items() if k not in known and v and v != usual.get(k)),
         "the adapter has settings that are not understood",
         rule="plain LoRA, or DoRA; each setting may mean another model",
         fix=merge,

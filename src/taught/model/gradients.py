@@ -585,17 +585,14 @@ def dot(left: Sequence[Factor], right: Sequence[Factor], *, scale: Tensor | None
     if all(f.kind == "vector" for f in (*left, *right)):
         built = _built([left])
         return product(built if scale is None else built * scale.flatten(), _built([right]))
-    if scale is None:
-        return reduce(torch.add, [_gram(f, g) for f in left for g in right])
     return reduce(torch.add, [_scaled_dot(f, g, scale, room) for f in left for g in right])
 
 
-def _scaled_dot(f: Factor, g: Factor, scale: Tensor, room: int) -> Tensor:
-    """<scale * gradient, gradient> of two uses.
-
-    A look-up of token v is row v of its gradient, and takes row v of the scale.
-    """
-    if f.kind == "embedding":
+def _scaled_dot(f: Factor, g: Factor, scale: Tensor | None, room: int) -> Tensor:
+    """<scale * gradient, gradient> of two uses."""
+    if scale is None:
+        return _gram(f, g)
+    if f.kind == "embedding":  # a look-up of token v is row v of its gradient, and takes row v of the scale
         assert f.a is not None
         return _gram(replace(f, d=f.d * scale[f.a].to(f.d)), g)
     if g.kind == "embedding":

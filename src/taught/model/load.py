@@ -359,8 +359,8 @@ def _refuse_offloaded(model: Any) -> None:
 
 
 def _locate(model_id: str, revision: str | None) -> _Source:
-    if model_id == DEMO_MODEL and revision is None and (found := _demo_folder()):
-        return _Source(model_id, *found)
+    if model_id == DEMO_MODEL and revision is None and (gguf := _packaged_gguf()):
+        return _Source(model_id, *_demo_folder(gguf))
     folder = Path(model_id).expanduser()
     if folder.is_dir():
         refuse_revision(folder, revision)
@@ -572,13 +572,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TAUGHT_CACHE") or Path.home() / ".cache" / "taught").expanduser()
 
 
-def _demo_folder() -> tuple[Path, dict[str, Any]] | None:
-    """Folder of the converted model, converted now if that is not done yet; the weights record."""
-    spec = importlib.util.find_spec(_PACKAGE)  # not imported: its ``__init__`` needs llama.cpp
+def _packaged_gguf() -> Path | None:
+    """The package's GGUF file, found without importing it (its ``__init__`` needs llama.cpp)."""
+    spec = importlib.util.find_spec(_PACKAGE)
     files = [Path(place) / _GGUF for place in (spec.submodule_search_locations or [])] if spec else []
-    gguf = next((file for file in files if file.is_file()), None)
-    if gguf is None:
-        return None
+    return next((file for file in files if file.is_file()), None)
+
+
+def _demo_folder(gguf: Path) -> tuple[Path, dict[str, Any]]:
+    """Folder of the converted model, converted now if that is not done yet; the weights record."""
     target = cache_folder() / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}-{_STORED}"
     weights = {"source": _GGUF_SOURCE, "sha256": _GGUF_SHA256, "stored": _STORED}
     if not _complete(target, weights):

@@ -143,19 +143,13 @@ def loading(kind: str, saved: bool, device: str) -> dict[str, Any]:
         fix="pip install 'taught[quantised]'",
     )
     how: dict[str, Any] = {"device_map": "auto" if device == "auto" else {"": device}}
-    if saved:
-        return how
-    from transformers import BitsAndBytesConfig
+    if not saved:
+        from transformers import BitsAndBytesConfig
 
-    if kind == "int8":
-        return {**how, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    code, _, double = kind.partition("-")
-    return {
-        **how,
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=code, bnb_4bit_use_double_quant=bool(double)
-        ),
-    }
+        code, _, double = kind.partition("-")
+        bits4 = {"load_in_4bit": True, "bnb_4bit_quant_type": code, "bnb_4bit_use_double_quant": bool(double)}
+        how["quantization_config"] = BitsAndBytesConfig(**({"load_in_8bit": True} if kind == "int8" else bits4))
+    return how
 
 
 def quantised_layers(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from taught.core.behavior import Behavior, in_rows
 from taught.core.point import RESID_POST, Point
@@ -413,13 +414,8 @@ def read_prompts_plain(
 
 
 def _pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    return ids, mask
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 def _plain_hidden(model: nn.Module, ids: Tensor, mask: Tensor, point: Point) -> Tensor:

@@ -39,10 +39,6 @@ class TokenTree:
             depth.append(depth[parent] + 1 if parent >= 0 else 0)
         return torch.tensor(depth)
 
-    def ancestors(self) -> Tensor:
-        """bool [T, T]: entry (s, t) is true where t is s itself or one of its ancestors."""
-        return ancestors(*self.spans())
-
     def spans(self) -> tuple[Tensor, Tensor]:
         """Each node's place in depth-first order, and the place behind its last descendant."""
         parents = self.parents.tolist()
