@@ -217,10 +217,7 @@ def _cosine(a: Floats, b: Floats) -> float:
 def feature_direction(sae: SparseAutoencoder, shares: Mapping[int, float]) -> Floats:
     """sum_k share_k (what feature k adds to the reconstruction per activation), [D].
 
-    Raises
-    ------
-    UserError
-        An id that the autoencoder does not have.
+    Raises UserError: an id that the autoencoder does not have.
     """
     rows = sae.decoder_rows(list(shares)).double().cpu().numpy()
     return np.asarray(np.array(list(shares.values())) @ rows)
@@ -273,10 +270,7 @@ def control_tensor(block: int) -> str:
 def control_block(tensor: str) -> int:
     """The block, counted from 0, whose output a control vector's tensor is added to.
 
-    Raises
-    ------
-    UserError
-        Not a name of the format.
+    Raises UserError: not a name of the format.
     """
     head, _, number = tensor.partition(".")
     if head != "direction" or not re.fullmatch("[0-9]{1,6}", number):
@@ -369,10 +363,7 @@ def save_concept(concept: Concept, folder: Path) -> None:
 def load_concept(folder: str | Path) -> Concept:
     """Read a concept that :func:`save_concept` wrote.
 
-    Raises
-    ------
-    UserError
-        Nothing is there, another format, or the two files do not belong together.
+    Raises UserError: nothing is there, another format, or the two files do not belong together.
     """
     from safetensors import SafetensorError
 

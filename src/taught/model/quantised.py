@@ -129,10 +129,7 @@ def _kind(found: dict[str, Any], name: str) -> str:
 def loading(kind: str, saved: bool, device: str) -> dict[str, Any]:
     """What ``from_pretrained`` is told to load a model of a kind, quantised now unless it was saved so.
 
-    Raises
-    ------
-    UserError
-        A package that this needs is missing.
+    Raises UserError: a package that this needs is missing.
     """
     missing = [] if bitsandbytes_is_there() else ["bitsandbytes"]
     missing += [] if importlib.util.find_spec("accelerate") else ["accelerate"]
@@ -166,10 +163,7 @@ def codes_record(model: nn.Module) -> dict[str, Any]:
 
     Another device may quantise the same weights otherwise. Cost: reads all of them once.
 
-    Raises
-    ------
-    UserError
-        No layer holds any.
+    Raises UserError: no layer holds any.
     """
     layers, digest = quantised_layers(model), hashlib.sha256()
     if not layers:
@@ -230,10 +224,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
 def use_plain_weights(model: nn.Module) -> None:
     """Let layers that hold codes compute with what these stand for, from now on.
 
-    Raises
-    ------
-    UserError
-        Weights were packed anew for inference, which rounds their scales.
+    Raises UserError: weights were packed anew for inference, which rounds their scales.
     """
     layers = quantised_layers(model)
     states = {name: getattr(layer.weight, "quant_state", None) for name, layer in layers.items()}

@@ -146,10 +146,7 @@ class Answers:
 def answer(store: SketchStore, examples: Sequence[Row], queries: Floats | Singles) -> Answers:
     """Meet examples with queries [K, Q]; one shard of examples is in memory at a time.
 
-    Raises
-    ------
-    UserError
-        The store lacks examples; a shard is damaged.
+    Raises UserError: the store lacks examples; a shard is damaged.
     """
     values = np.full((len(examples), queries.shape[1]), np.nan)
     norms, losses = np.full(len(examples), np.nan), np.full(len(examples), np.nan)

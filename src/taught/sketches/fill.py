@@ -14,7 +14,7 @@ Cost of a prompt: one forward pass, and for y and for each active feature a back
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,10 +59,7 @@ def example_sketches(
 ) -> list[Sketches]:
     """Sketches of the gradients of the examples' losses, batch by batch.
 
-    Raises
-    ------
-    UserError
-        The loss or the gradient of an example is not finite.
+    Raises UserError: the loss or the gradient of an example is not finite.
     """
     sites, found = find_sites(problem.model, problem.parameters), []
     with frozen(problem.model):
@@ -86,10 +83,8 @@ def prompt_sketches(problem: Problem, projection: Projection, prompts: Sequence[
     with frozen(problem.model):
         for packed in pack_rows(prompts, problem.behavior, tokens=problem.batch_tokens):
             with tap(problem.model, sites) as taps:
-                y = read_y(problem.model, packed, problem.behavior)
-                made = projection.sketch(
-                    taps.factors(y.sum(), rows=sequence_rows(problem.model, packed.rows)), len(packed.index)
-                )
+                y, of = read_y(problem.model, packed, problem.behavior), sequence_rows(problem.model, packed.rows)
+                made = projection.sketch(taps.factors(y.sum(), rows=of), len(packed.index))
             found.append(Sketches(packed.index, (-1,) * len(packed.index), made.cpu()))
         if problem.features is None:
             return found
@@ -135,10 +130,7 @@ def fill_examples(
     share : (r, n): process r of n takes every n-th shard. Shards do not depend on n.
     """
     there = store.rows("examples")
-    chunks = []
-    for chunk in _share(examples, PAIRS_A_SHARD, share):
-        lacking = [example for example in chunk if example_row(example) not in there]
-        chunks += [lacking] if lacking else []
+    chunks = _lacking(examples, PAIRS_A_SHARD, share, lambda example: example_row(example) in there)
     progress.step("sketches of examples", sum(map(len, chunks)))
     for chunk in chunks:
         found = example_sketches(problem, projection, chunk, progress=progress)
@@ -157,14 +149,14 @@ def fill_prompts(
     """
     covered = covered_features(store)
     wanted = set() if problem.features is None else set(problem.features.ids.tolist())
-    todo = []
-    for chunk in _share(problem.prompts, PROMPTS_A_SHARD, share):
-        lacking = [p for p in chunk if not wanted | {-1} <= covered.get(prompt_key(p), set())]
-        todo += [lacking] if lacking else []
-    progress.step("sketches of prompts", sum(map(len, todo)))
-    for chunk in todo:
+    every = wanted | {-1}
+    chunks = _lacking(
+        problem.prompts, PROMPTS_A_SHARD, share, lambda prompt: every <= covered.get(prompt_key(prompt), set())
+    )
+    progress.step("sketches of prompts", sum(map(len, chunks)))
+    for chunk in chunks:
         had = [covered.get(prompt_key(p), set()) for p in chunk]
-        features = sorted(k for k in wanted if not all(k in known for known in had))
+        features = sorted(k for k in wanted if not all(k in own for own in had))
         narrowed = problem
         if problem.features is not None:
             index = torch.tensor(features, dtype=torch.long, device=problem.features.ids.device)
@@ -190,6 +182,9 @@ def prompt_key(prompt: ReadPrompt) -> tuple[str, str]:
     return prompt.id, digest(prompt.ids, *prompt.read, -1, *(t for s in prompt.suffixes for t in (-1, *s)))
 
 
-def _share(items: Sequence[Any], size: int, share: tuple[int, int]) -> list[Sequence[Any]]:
+def _lacking(items: Sequence[Any], size: int, share: tuple[int, int], there: Callable[[Any], bool]) -> list[list[Any]]:
+    """What is not there of each chunk that this process takes."""
     rank, processes = share
-    return [items[n : n + size] for n in range(0, len(items), size)][rank::processes]
+    chunks = [items[n : n + size] for n in range(0, len(items), size)][rank::processes]
+    left = [[item for item in chunk if not there(item)] for chunk in chunks]
+    return [chunk for chunk in left if chunk]
