@@ -8,10 +8,8 @@ F of the read-outs, to first order, by
 with C = 1, the metric of Adam (``taught.curvatures.adam``) or EK-FAC (``ekfac``). With
 F = sum A * X + sum B * y (``taught.core.target``) one backward pass over the prompts gives grad F, and
 one gradient an example gives every inner product: N + P passes instead of N x P.
-
- - :func:`target_effects`: a few targets (score, group means), any pathway.
- - :func:`feature_effects`: one target a feature, over the prompts on which the feature is active.
- - ``taught.estimators.every_prompt``: dy of every prompt for every example, block by block.
+A few targets (score, group means) have a query each; dy of every prompt for every example is taken block by block
+(``taught.estimators.every_prompt``).
 
 Nothing here changes a weight. Memory: the queries (parameters x targets, in parts of
 ``memory_gb``) and one batch of examples.
@@ -68,20 +66,9 @@ _ABOVE = 0.1
 def target_effects(
     problem: Problem, examples: Examples, A: Tensor | None, B: Tensor | None, *, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Effect of every example on a few targets.
+    """Effect of every example on a few targets per step, float64 [P, K], and the losses [P].
 
-    Parameters
-    ----------
-    A : float64 [K, N, d] or None
-        dF/dX of each target; None for zeros.
-    B : float64 [K, N] or None
-        dF/dy of each target; None for zeros, and no pass beyond the point then.
-
-    Returns
-    -------
-    effects : float64 [P, K]
-        Change of each target per step; positive: training on the example raises it.
-    losses : float64 [P]
+    Positive: training on the example raises the target. A, B: its cotangents (``taught.core.query.build_queries``).
     """
     sites = find_sites(problem.model, problem.parameters)
     count = next(len(part) for part in (A, B) if part is not None)
@@ -104,19 +91,13 @@ def feature_effects(
     progress: Progress | None = None,
     pieces: Pieces | None = None,
 ) -> Tensor:
-    """Effect of every example on many targets of X alone, each sparse over the prompts.
+    """Effect of every example on many targets of X alone, each sparse over the prompts: float64 [P, K].
 
     Parameters
     ----------
-    A : K arrays, float64 [N, d]
-        dF/dX of each target.
-    X : [N, d]
-        The activations: dX is zero where X is (the gate is closed), so a target costs only the
+    A : K arrays, float64 [N, d], dF/dX of each target
+    X : [N, d], the activations: dX is zero where X is (the gate is closed), so a target costs only the
         prompts on which A * (X != 0) is not zero. Concepts have no gate: :func:`target_effects`.
-
-    Returns
-    -------
-    float64 [P, K]
     """
     sites = find_sites(problem.model, problem.parameters)
     chunk = x_queries_at_once(problem, sites)

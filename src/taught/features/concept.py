@@ -226,14 +226,9 @@ def feature_direction(sae: SparseAutoencoder, shares: Mapping[int, float]) -> Fl
 def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats, dict[str, Any]]:
     """Direction [D] from a safetensors file or a control vector, and its provenance.
 
-    Parameters
-    ----------
-    tensor : name of the tensor, [D] or [1, D]; None where the file holds one only
+    ``tensor`` is the name of the tensor, [D] or [1, D]; None where the file holds one only.
 
-    Raises
-    ------
-    UserError
-        The file cannot be read, has no such tensor or several, or the tensor is no vector.
+    Raises UserError: the file cannot be read, has no such tensor or several, or the tensor is no vector.
     """
     file = Path(path).expanduser()
     if is_control_vector(file):

@@ -117,16 +117,9 @@ def trace(
 ) -> tuple[Tensor, list[Factor], Trace]:
     """Run a batch forward and backward; keep every block's input.
 
-    Parameters
-    ----------
-    values : runs the model on the batch: one value an example, [B], of which the gradient is taken
-    training, rows : as in ``Taps.factors``
-
-    Returns
-    -------
-    values : [B], detached
-    factors : of the parameters outside the blocks
-    trace : Trace
+    ``values`` runs the model on the batch: one value an example, [B], of which the gradient is taken; ``training`` and
+    ``rows`` as in ``Taps.factors_and``. Returns the values, detached; factors of the parameters outside the blocks; and
+    what is kept.
     """
     watched = _watched(model, sites.lowest)
     with watched as (inputs, calls, outputs), tap(model, sites.outside) as taps:
@@ -214,14 +207,7 @@ def checkpointed(
     block's output on; each block and what is before them then run again when their factors are
     asked for. Cost: a second forward pass. Use :func:`refuse_no_chain` before, once a model.
 
-    Parameters
-    ----------
-    values, training, rows : as in :func:`trace`
-
-    Returns
-    -------
-    values : [B], detached
-    factors : to be used one after the other
+    Parameters as in :func:`trace`. Returns the values [B], detached, and factors to be used one after the other.
     """
     ends: list[Tensor] = []
 

@@ -80,16 +80,11 @@ class Factor:
 def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> list[Site]:
     """Every use of every parameter, or an error that names the parameters that are not understood.
 
-    Parameters
-    ----------
-    parameters : Patterns of the parameters that move (``moving_parameters``); the others are left out, and need not be
-        understood. None for all.
+    ``parameters`` are patterns of those that move (``moving_parameters``); the others are left out, and need not be
+    understood. None for all.
 
-    Raises
-    ------
-    UserError
-        DoRA; a parameter holds codes of quantised weights, or is an embedding of an unknown kind. A pattern matches
-        nothing. Nothing is left out silently.
+    Raises UserError: DoRA; a parameter holds codes of quantised weights, or is an embedding of an unknown kind. A
+    pattern matches nothing. Nothing is left out silently.
     """
     refuse_detached(model)
     names = {id(p): name for name, p in moving_parameters(model, parameters).items()}  # tied ones have one name
@@ -608,7 +603,7 @@ def _scaled_dot(f: Factor, g: Factor, scale: Tensor | None, room: int) -> Tensor
 
 
 def dots(left: Batches, right: Batches, *, room: int, scale: Tensor | None = None) -> Tensor:
-    """Inner products between all examples of many batches over one parameter.
+    """Inner products between all examples of many batches over one parameter: [left, right], batch after batch.
 
     Either in Gram form or with the gradients built, whichever takes fewer multiplications; both are exact.
 
@@ -618,9 +613,6 @@ def dots(left: Batches, right: Batches, *, room: int, scale: Tensor | None = Non
     room : Numbers that the built gradients may take at a time; one batch a side is always built
     scale : as in :func:`dot`; with it, linear gradients are always built
 
-    Returns
-    -------
-    [examples on the left, examples on the right], batch after batch
     """
     kinds = {f.kind for batch in (*left, *right) for f in batch}
     building = kinds == {"vector"} or (kinds == {"linear"} and (scale is not None or _building_is_cheaper(left, right)))

