@@ -24,7 +24,7 @@ from torch import Tensor
 
 from taught.core.curvature import Curvature
 from taught.core.estimator import Work, needs_steps
-from taught.core.example import Example, Examples, example_losses
+from taught.core.example import Examples, example_losses
 from taught.core.problem import Problem
 from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
@@ -115,7 +115,18 @@ class Forward:
         """dX and dy of each example, one piece an example; targets are sums of these."""
         losses = example_losses(problem.model, examples, problem.batch_tokens)
         work.progress.step("forward mode", len(examples))
-        moved = [_kept(problem, example, work) for example in examples]
+        moved = []
+        for example in examples:
+            key = piece_key(example.id, "tangent")
+            one: dict[str, Any] | None = None if work.pieces is None else work.pieces.load(key)
+            if one is not None:  # from an earlier attempt
+                work.progress.advance(1)
+            else:
+                (tangent,) = tangents(problem, [example], progress=work.progress)
+                one = {"dy": tangent.dy.numpy()} | ({} if problem.features is None else {"dX": tangent.dX.numpy()})
+                if work.pieces is not None:
+                    work.pieces.save(key, one)
+            moved.append(one)
         values = np.stack([targets.changes(one.get("dX"), one["dy"]) for one in moved])
         details: dict[str, Any] = {"dy": np.stack([one["dy"] for one in moved])}
         ids = tuple(z.id for z in examples)
@@ -128,17 +139,3 @@ class Forward:
         it = Passes(problem, examples)
         found = {"read-outs": it.trees + it.examples}
         return found | {"forward mode": len(examples) * (3 * it.trees + it.gradient)}
-
-
-def _kept(problem: Problem, example: Example, work: Work) -> dict[str, Any]:
-    """dX and dy of one example, from an earlier attempt or computed and kept."""
-    key = piece_key(example.id, "tangent")
-    found: dict[str, Any] | None = work.pieces.load(key) if work.pieces is not None else None
-    if found is not None:
-        work.progress.advance(1)
-        return found
-    (tangent,) = tangents(problem, [example], progress=work.progress)
-    arrays = {"dy": tangent.dy.numpy()} | ({} if problem.features is None else {"dX": tangent.dX.numpy()})
-    if work.pieces is not None:
-        work.pieces.save(key, arrays)
-    return arrays

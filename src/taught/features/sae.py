@@ -207,39 +207,32 @@ def load_sae(
     rule = "a SAELens or sparsify folder, or release:sae_id"
     with reading("the SAE folder has no readable cfg.json", folder, rule=rule, fix="check sae.path"):
         config = read_json_mapping(folder / "cfg.json")
-    readers = {"sae_weights.safetensors": _saelens, "sae.safetensors": _sparsify}
-    name = next((name for name in readers if (folder / name).is_file()), None)
+    names = ("sae_weights.safetensors", "sae.safetensors")
+    name = next((name for name in names if (folder / name).is_file()), None)
     if name is None:
         rule = "sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)"
         raise UserError("the SAE folder holds no weights", value=str(folder), rule=rule, fix="check sae.path")
     fix = "copy or download it again"
     with reading("the SAE's weights cannot be read", folder / name, rule="a safetensors file", fix=fix):
         weights = read_tensors(folder / name)
-    where = {"block": block, "part": part, "folder": folder, "ignore": ignore}
-    return readers[name](config, weights, {"folder": folder.name}, **where)
+    where: dict[str, Any] = {"block": block, "part": part, "folder": folder, "ignore": ignore}
+    if name == names[0]:
+        return _saelens(config, weights, {"folder": folder.name}, **where)
+    weights = {name.replace("encoder.bias", "b_enc"): value for name, value in weights.items()}
+    if (encoder := weights.pop("encoder.weight", None)) is not None:
+        weights["W_enc"] = encoder.T.contiguous() if encoder.ndim == 2 else encoder
+    return _build(sparsify_config(config, **where), weights, {"folder": folder.name, "format": "sparsify"})
 
 
 def _saelens(
     config: Mapping[str, Any], weights: dict[str, Tensor], source: Mapping[str, Any], **where: Any
 ) -> SparseAutoencoder:
-    """Build from what SAELens saves."""
     provenance = {**source, "format": "saelens", "metadata": config.get("metadata") or {}}
     weights = dict(weights)
     scale = weights.pop("scaling_factor", None)  # some versions saved one that is not used
     if scale is not None and not bool((scale == 1).all()):
         raise _bad_weights("scaling_factor", "not all 1", "1 for every feature, or left out")
     return _build(saelens_config(config, **where), weights, provenance)
-
-
-def _sparsify(
-    config: Mapping[str, Any], weights: dict[str, Tensor], source: Mapping[str, Any], **where: Any
-) -> SparseAutoencoder:
-    """Build from what sparsify saves: TopK."""
-    found = sparsify_config(config, **where)
-    parts = {name.replace("encoder.bias", "b_enc"): value for name, value in weights.items()}
-    if (encoder := parts.pop("encoder.weight", None)) is not None:
-        parts["W_enc"] = encoder.T.contiguous() if encoder.ndim == 2 else encoder
-    return _build(found, parts, {**source, "format": "sparsify"})
 
 
 def _build(config: SaeConfig, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> SparseAutoencoder:

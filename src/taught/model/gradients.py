@@ -228,9 +228,15 @@ def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:
     if not set(own) <= {"weight", "bias"} or "weight" not in own:
         return None
     try:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            kind = "linear" if isinstance(module, nn.Linear) else "embedding"
-            return kind if type(module) in (nn.Linear, nn.Embedding) or _is_plain(module) else None
+        if type(module) in (nn.Linear, nn.Embedding):
+            return "linear" if isinstance(module, nn.Linear) else "embedding"
+        # A subclass is tried: quantised or adapted layers compute something else, and an embedding may multiply rows.
+        if isinstance(module, nn.Linear):
+            x = _random(2, 3, module.in_features, like=module.weight)
+            return "linear" if _agree(module(x), nn.functional.linear(x, module.weight, module.bias)) else None
+        if isinstance(module, nn.Embedding):
+            ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
+            return "embedding" if _agree(module(ids), embedding_options(module)[0] * module.weight[ids]) else None
         if type(module).__name__ == "Conv1D" and own["weight"].ndim == 2:  # GPT-2's transposed linear
             return "linear_t"
         return "elementwise" if _is_elementwise(module, own) else None
@@ -247,18 +253,6 @@ def _random(*shape: int, like: Tensor) -> Tensor:
 
 def _agree(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2))
-
-
-def _is_plain(module: nn.Linear | nn.Embedding) -> bool:
-    """Check a subclass on input: quantised or adapted layers compute something else.
-
-    An embedding may multiply the rows that it looks up by one factor.
-    """
-    if isinstance(module, nn.Linear):
-        x = _random(2, 3, module.in_features, like=module.weight)
-        return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
-    ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
-    return _agree(module(ids), embedding_options(module)[0] * module.weight[ids])
 
 
 @torch.no_grad()

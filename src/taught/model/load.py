@@ -15,8 +15,8 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -215,7 +215,7 @@ def _load_weights(
         log.warning("%s has no fused attention: the plain one (eager) is used, which is slower", name)
     if getattr(model, "peft_config", None):
         raise _an_adapter(name)
-    _refuse_offloaded(model)
+    refuse_offloaded(model)
     _refuse_other_weights(model, found, name)
     _say_other_class(model, name)
     model = (model if "device_map" in how else model.to(device)).eval()
@@ -230,25 +230,6 @@ def _load_weights(
 
 
 # --- what transformers only warns of ------------------------------------------------------------
-
-
-@contextmanager
-def _warnings_heard(name: str) -> Iterator[None]:
-    """Say again what transformers warns of meanwhile: commands silence it (``quiet_libraries``)."""
-    library, heard = logging.getLogger("transformers"), logging.Handler(logging.WARNING)
-    said: list[str] = []
-    heard.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    level, handlers = library.level, library.handlers
-    library.setLevel(logging.WARNING)
-    library.handlers = [heard]
-    try:
-        yield
-    finally:
-        library.setLevel(level)
-        library.handlers = handlers
-        for message in said:
-            if "LOAD REPORT" not in message:  # missing and unexpected weights are refused
-                log.warning("transformers says of %s: %s", name, message)
 
 
 def _refuse_other_weights(model: Any, found: dict[str, Any], name: str) -> None:
@@ -339,7 +320,7 @@ def _refuse_unknown_tokens(model: Any, tokenizer: Any) -> None:
     )
 
 
-def _refuse_offloaded(model: Any) -> None:
+def refuse_offloaded(model: Any) -> None:
     """Gradients need every weight in memory, but accelerate leaves on disk what does not fit."""
     absent = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if absent:
@@ -355,7 +336,7 @@ def _refuse_offloaded(model: Any) -> None:
 
 
 def _locate(model_id: str, revision: str | None) -> _Source:
-    if model_id == DEMO_MODEL and revision is None and (gguf := _packaged_gguf()):
+    if model_id == DEMO_MODEL and revision is None and (gguf := packaged_gguf()):
         return _Source(model_id, *_demo_folder(gguf))
     folder = Path(model_id).expanduser()
     if folder.is_dir():
@@ -501,17 +482,29 @@ def _an_adapter(name: str, config: Path | None = None) -> UserError:
 def _read(load: Callable[..., Any], source: _Source) -> Any:
     """Call a loader of transformers; turn what it raises into what the user can do about it.
 
-    It reads files that others wrote, so anything may be raised; the error names it.
+    It reads files that others wrote, so anything may be raised; the error names it. What transformers warns of is said
+    again: commands silence it (``quiet_libraries``).
     """
+    library, heard = logging.getLogger("transformers"), logging.Handler(logging.WARNING)
+    said: list[str] = []
+    heard.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    level, handlers = library.level, library.handlers
+    library.setLevel(logging.WARNING)
+    library.handlers = [heard]
     try:
-        with _warnings_heard(source.name):
-            if source.folder is not None:
-                return load(str(source.folder), local_files_only=True)
-            return load(source.name, revision=source.commit)
+        if source.folder is not None:
+            return load(str(source.folder), local_files_only=True)
+        return load(source.name, revision=source.commit)
     except UserError:
         raise
     except Exception as error:
         raise _explain(error, source) from error
+    finally:
+        library.setLevel(level)
+        library.handlers = handlers
+        for message in said:
+            if "LOAD REPORT" not in message:  # missing and unexpected weights are refused
+                log.warning("transformers says of %s: %s", source.name, message)
 
 
 def _explain(error: BaseException, source: _Source) -> UserError:
@@ -565,7 +558,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TAUGHT_CACHE") or Path.home() / ".cache" / "taught").expanduser()
 
 
-def _packaged_gguf() -> Path | None:
+def packaged_gguf() -> Path | None:
     """The package's GGUF file, found without importing it (its ``__init__`` needs llama.cpp)."""
     spec = importlib.util.find_spec(_PACKAGE)
     files = [Path(place) / _GGUF for place in (spec.submodule_search_locations or [])] if spec else []

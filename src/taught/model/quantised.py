@@ -70,7 +70,13 @@ def quantisation(config: Any, name: str, load_in: str | None) -> tuple[str | Non
         The weights were quantised by something else than bitsandbytes, with settings that are not known, or otherwise
         than ``load_in`` says.
     """
-    own, inner = (_settings(part) for part in (config, config.get_text_config()))
+    settings = []
+    for part in (config, config.get_text_config()):
+        given = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None) or {}
+        if not isinstance(given, dict):
+            given = {"quant_method": type(given).__name__, **getattr(given, "to_dict", dict)()}
+        settings.append(given)
+    own, inner = settings
     found = own or inner
     if not found:
         return load_in, False
@@ -93,13 +99,6 @@ def quantisation(config: Any, name: str, load_in: str | None) -> tuple[str | Non
             fix="leave out model.load_in, or set model.id to the model that it was quantised from",
         )
     return kind, True
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None) or {}
-    if isinstance(found, dict):
-        return found
-    return {"quant_method": type(found).__name__, **getattr(found, "to_dict", dict)()}
 
 
 def _kind(found: dict[str, Any], name: str) -> str:
