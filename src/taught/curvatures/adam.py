@@ -190,13 +190,14 @@ def moments_from_optimizer(state: str | Path | Mapping[str, Any], names: Sequenc
     """
     if isinstance(state, Mapping):
         return _from_state(state, names)
-    with reading("the second moments cannot be read", state, (OSError,), fix="correct attribution.curvature.moments"):
+    path, fix = Path(state), "correct attribution.curvature.moments"
+    with reading("the second moments cannot be read", path, (OSError,), fix=fix):
         try:
-            stored = read_tensors(Path(state))
+            stored = read_tensors(path)
         except ValueError:
             raise UserError(
                 "the second moments are not a safetensors file",
-                value=str(state),
+                value=str(path),
                 rule="a pickle (*.pt, *.bin) runs code when it is opened: it never is",
                 fix=_CONVERT,
             ) from None

@@ -28,6 +28,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import mul
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +39,7 @@ from torch import Tensor, nn
 from taught.core import rules
 from taught.core.curvature import Basis, Metric
 from taught.core.estimator import Work
-from taught.core.example import ExampleBatch, Examples, Link, batch_examples
+from taught.core.example import ExampleBatch, Examples, batch_examples
 from taught.core.gradient import by_parameter, example_gradients
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
@@ -204,36 +207,19 @@ def refuse_flat(found: Layers) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """What makes the gradients G of a batch, in the fields of :class:`ExampleBatch` of these names."""
-
-    targets: Tensor
-    weights: Tensor
-    links: tuple[Link | None, ...]
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """The link of G: a number times the sum."""
-
-    by: float
-
-    def __call__(self, sums: Tensor) -> Tensor:
-        """Scaled sums."""
-        return self.by * sums
-
-
 @torch.no_grad()
-def draw(model: nn.Module, batch: ExampleBatch, examples: Examples, seed: int) -> Drawn:
-    """Labels drawn from the model; of examples with a link their own tokens, scaled."""
+def draw(model: nn.Module, batch: ExampleBatch, examples: Examples, seed: int) -> dict[str, Any]:
+    """What makes the gradients G of a batch: its targets, weights and links.
+
+    Labels drawn from the model; of examples with a link their own tokens, scaled.
+    """
     labels, weights, links = draw_labels(model, batch, examples, seed), batch.weights.abs().sqrt(), batch.links
     if any(links):
         own = torch.tensor([link is not None for link in links])[:, None]
         labels, weights = torch.where(own, batch.targets, labels), torch.where(own, batch.weights, weights)
         roots = batch.bends(batch.terms(model).sum(1)).sqrt().tolist()
-        links = tuple(None if link is None else Scaled(root) for link, root in zip(links, roots, strict=True))
-    return Drawn(labels, weights, links)
+        links = tuple(None if link is None else partial(mul, root) for link, root in zip(links, roots, strict=True))
+    return {"targets": labels, "weights": weights, "links": links}
 
 
 @torch.no_grad()
@@ -257,14 +243,13 @@ def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Examples, seed:
 
 
 def _gradients(
-    problem: Problem, examples: Examples, drawn: Sequence[Drawn], progress: Progress | None
+    problem: Problem, examples: Examples, drawn: Sequence[dict[str, Any]], progress: Progress | None
 ) -> Iterator[tuple[ExampleBatch, Factors]]:
     """Each batch with the factors of G by parameter."""
     sites = find_sites(problem.model, problem.parameters)
     batches = batch_examples(examples, problem.batch_tokens)
     for batch, own in zip(batches, drawn, strict=True):
-        sampled = replace(batch, targets=own.targets, weights=own.weights, links=own.links)
-        yield batch, by_parameter(example_gradients(problem, sites, sampled, examples)[1])
+        yield batch, by_parameter(example_gradients(problem, sites, replace(batch, **own), examples)[1])
         (progress or SilentProgress()).advance(len(batch.index))
 
 
@@ -272,7 +257,7 @@ Squares = dict[str, tuple[Tensor, Tensor]]  # S and A (of a transposed layer: A 
 
 
 def _add_sides(
-    problem: Problem, examples: Examples, drawn: Sequence[Drawn], sums: Squares, progress: Progress | None
+    problem: Problem, examples: Examples, drawn: Sequence[dict[str, Any]], sums: Squares, progress: Progress | None
 ) -> None:
     """Add the squares of both sides of every layer."""
     for batch, factors in _gradients(problem, examples, drawn, progress):

@@ -119,26 +119,23 @@ def _meet(
     progress: Progress | None,
 ) -> Tensor:
     """<grad L(z), grad y_i> of a chunk of examples and a chunk of prompts, float64."""
-    right, outside = [], []
+    model = problem.model
+    left, right, outside, top = [], [], [], []
     for packed in prompts:
-        value = partial(read_y, problem.model, packed, problem.behavior)
-        _, factors, traced = trace(
-            problem.model, sites, packed.index, value, rows=sequence_rows(problem.model, packed.rows)
-        )
+        value = partial(read_y, model, packed, problem.behavior)
+        _, factors, traced = trace(model, sites, value, rows=sequence_rows(model, packed.rows))
         right.append(traced)
         outside.append(_by_param(problem, factors))
-    left, top = [], []
     for some in chunk:
         batch = make_batch(examples, some)
-        run = partial(batch.losses, problem.model)
-        rows = sequence_rows(problem.model, batch.rows)
-        losses, factors, traced = trace(problem.model, sites, batch.index, run, training=True, rows=rows)
+        run, rows = partial(batch.losses, model), sequence_rows(model, batch.rows)
+        losses, factors, traced = trace(model, sites, run, training=True, rows=rows)
         refuse_nonfinite(examples, some, losses)
         left.append(traced)
         own = _by_param(problem, factors)
         parts = []
-        for other, prompt in zip(outside, right, strict=True):
-            total = torch.zeros(len(some), len(prompt.index), dtype=torch.float64)
+        for other, packed in zip(outside, prompts, strict=True):
+            total = torch.zeros(len(some), len(packed.index), dtype=torch.float64)
             for name in sorted(own.keys() & other.keys()):  # what both depend on
                 met = dot(own[name], other[name], scale=problem.metric.scale_of(name), room=_room(problem))
                 total += met.double().cpu()
@@ -147,7 +144,7 @@ def _meet(
     del outside
     effects = torch.cat(top)
     for _ in range(sites.depth):
-        sides = [[_by_param(problem, last_block(problem.model, sites, t)) for t in side] for side in (left, right)]
+        sides = [[_by_param(problem, last_block(model, sites, t)) for t in side] for side in (left, right)]
         inside = torch.zeros_like(effects)
         for name in sorted({name for side in sides for factors in side for name in factors}):
             both = ([factors.pop(name) for factors in side] for side in sides)  # let go of as soon as they have met

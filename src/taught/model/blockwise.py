@@ -90,7 +90,6 @@ class Trace:
 
     Attributes
     ----------
-    index : the examples' positions in the caller's list
     inputs : input of each block that has not been gone through, from the lowest on, [B, T, D]
     calls : other arguments of these blocks
     grad : gradient at the output of the last of them, [B, T, D]
@@ -98,7 +97,6 @@ class Trace:
     first : gradient at the lowest block's output, [B, T, D]: what ``grad`` must come to
     """
 
-    index: tuple[int, ...]
     inputs: list[Tensor]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     grad: Tensor
@@ -109,7 +107,6 @@ class Trace:
 def trace(
     model: nn.Module,
     sites: BlockSites,
-    index: Sequence[int],
     values: Callable[[], Tensor],
     *,
     training: bool = False,
@@ -128,7 +125,7 @@ def trace(
             raise _no_chain(f"a pass has {len(outputs)} calls of {sites.depth} blocks")
         ends = [outputs[-1], outputs[0]]
         factors, (last, first) = taps.factors_and(found.sum(), ends, training=training, rows=rows)
-    return found.detach(), factors, Trace(tuple(index), inputs, calls, last, first, rows)
+    return found.detach(), factors, Trace(inputs, calls, last, first, rows)
 
 
 @contextmanager
@@ -229,35 +226,26 @@ def checkpointed(
         front = front or any(not out.requires_grad for *_, out in taps.seen)
         factors, (grad,) = taps.factors_and(found.sum(), ends, training=training, rows=rows)
     below = 0 if front else sites.lowest
-    kept = Trace((), inputs[below:], calls[below:], grad, grad, rows)
-    return found.detach(), _parts(model, sites, values, kept, factors, training, below if not front else None)
+    kept = Trace(inputs[below:], calls[below:], grad, grad, rows)
+    reached: list[Tensor] = []
 
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(args[0] if args else kwargs["hidden_states"])
+        raise StopForward
 
-def _parts(
-    model: nn.Module,
-    sites: BlockSites,
-    values: Callable[[], Tensor],
-    kept: Trace,
-    tail: list[Factor],
-    training: bool,
-    below: int | None,
-) -> Iterator[Factor]:
-    yield from tail
-    tail.clear()
-    while kept.inputs:
-        yield from _run_again(model, sites, kept, (below or 0) + len(kept.inputs) - 1)
-    if below is None:
-        reached: list[Tensor] = []
+    def parts() -> Iterator[Factor]:
+        yield from factors
+        factors.clear()
+        while kept.inputs:
+            yield from _run_again(model, sites, kept, below + len(kept.inputs) - 1)
+        if front:
+            first_block = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+            with first_block, tap(model, sites.outside) as taps:
+                with suppress(StopForward):
+                    values()
+                yield from taps.factors((reached[0] * kept.grad).sum(), training=training, rows=kept.rows)
 
-        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            reached.append(args[0] if args else kwargs["hidden_states"])
-            raise StopForward
-
-        first_block = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
-        with first_block, tap(model, sites.outside) as taps:
-            with suppress(StopForward):
-                values()
-            yield from taps.factors((reached[0] * kept.grad).sum(), training=training, rows=kept.rows)
+    return found.detach(), parts()
 
 
 def refuse_no_chain(
@@ -267,6 +255,6 @@ def refuse_no_chain(
 
     ``values`` and ``rows`` as in :func:`trace`, of a small batch.
     """
-    _, _, traced = trace(model, sites, (), values, rows=rows)
+    _, _, traced = trace(model, sites, values, rows=rows)
     while traced.inputs:
         last_block(model, sites, traced)
