@@ -656,11 +656,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             fix="pip install 'taught[demo]'",
         )
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    how: dict[str, Any] = {
-        "dtype": getattr(torch, _STORED),
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }
+    how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if hasattr(transformers, "GgufConfig"):  # from 5.24 on weights may stay packed, by kernels fetched from the hub
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     load: Callable[..., Any] = transformers.AutoModelForCausalLM.from_pretrained
