@@ -103,9 +103,8 @@ class Astra:
         """EK-FAC's; a product is about six passes, one a step and target on a batch, and two on all examples."""
         batch = min(self.batch, len(examples)) / len(examples)
         passes = POWER * batch * (self.rate is None) + asked.queries * (self.steps * batch + 2)
-        return self._ekfac.cost(problem, examples, asked) | {
-            "iteration": 6 * passes * Passes(problem, examples).examples
-        }
+        found = self._ekfac.cost(problem, examples, asked)
+        return found | {"iteration": 6 * passes * Passes(problem, examples).examples}
 
 
 @dataclass(frozen=True, eq=False)
