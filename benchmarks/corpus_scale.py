@@ -172,9 +172,8 @@ def fill(folder: Path, problem: Any, tokenizer: Any, corpus: Corpus) -> tuple[np
     """Sketch every document, chunk by chunk; hashes of the ids and the bin of each, sorted by hash."""
     import torch
 
-    from taught.sketches.fill import example_row
+    from taught.sketches.fill import example_row, example_sketches
     from taught.sketches.project import Projection
-    from taught.sketches.sketch import example_sketches
     from taught.sketches.store import SketchStore
 
     projection = Projection(problem.model, DIM)
@@ -199,8 +198,8 @@ def ask(folder: Path, problem: Any, bins: tuple[np.ndarray, np.ndarray]) -> tupl
     """Mean effect [2, bins] of the documents of each bin on the loss of two groups, and the documents of each bin."""
     import torch
 
+    from taught.sketches.fill import prompt_sketches
     from taught.sketches.project import Projection
-    from taught.sketches.sketch import prompt_sketches
     from taught.sketches.store import SketchStore
 
     found = prompt_sketches(problem, Projection(problem.model, DIM), problem.prompts)

@@ -15,8 +15,8 @@ from taught.estimators.adjoint import target_effects
 from taught.estimators.every_prompt import prompt_effects
 from taught.estimators.forward import tangents
 from taught.model.readout import ReadPrompt, pack, pack_rows, read_prompts, read_prompts_plain
+from taught.sketches.fill import example_sketches, prompt_sketches
 from taught.sketches.project import Projection
-from taught.sketches.sketch import example_sketches, prompt_sketches
 from tiny_models import (
     MODELS,
     POINT,

@@ -18,9 +18,10 @@ import torch
 
 from taught.behaviors.prefixes import Prefixes
 from taught.core.behavior import encode_prompts
+from taught.core.point import Point
 from taught.data.chat import ChatFormat
 from taught.features.pooling import POSITIONS, pool, read_tokens
-from taught.model.forward import residuals
+from taught.model.forward import vectors
 from taught.model.load import load_model
 from taught.model.readout import ReadPrompt, pack, read_prompts
 from taught.stages.subject import prompt_inputs, study_prompts
@@ -51,7 +52,7 @@ def read_blocks(model, prompts: list[ReadPrompt], blocks: list[int]) -> list[dic
     """Residuals of all prompt tokens after each block, prompt by prompt."""
     h: list[dict[int, torch.Tensor]] = [{} for _ in prompts]
     for packed in pack(prompts, None):
-        seen = residuals(model, packed.rows, blocks)
+        seen = vectors(model, packed.rows, [Point(block) for block in blocks])
         for row, i in enumerate(packed.index):
             where = packed.read[packed.offsets[row] : packed.offsets[row + 1]]
             h[i] = {block: values[0, where] for block, values in zip(blocks, seen, strict=True)}

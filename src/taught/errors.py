@@ -11,7 +11,8 @@ import errno
 import reprlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 
 
 class TaughtError(Exception):
@@ -123,6 +124,22 @@ def refuse_repeated(ids: Iterable[object], what: str) -> None:
     """Raise a UserError that names the ids that stand more than once, if any do."""
     counts = Counter(ids)
     refuse([name for name, count in counts.items() if count > 1], f"{what} repeats", rule="each stands once")
+
+
+@contextmanager
+def reading(
+    what: str,
+    source: object,
+    errors: tuple[type[Exception], ...] = (OSError, ValueError),
+    *,
+    rule: str | None = None,
+    fix: str | None = None,
+) -> Iterator[None]:
+    """What goes wrong inside while a source is read, as a UserError that names it."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(what, value=f"{source}: {error}", rule=rule, fix=fix) from error
 
 
 def misfit(what: str, rule: str, **given: object) -> UserError:

@@ -24,8 +24,8 @@ from taught.features.pooling import FeatureMap
 from taught.model.forward import find_blocks
 from taught.model.gradients import RowSparse, find_sites, frozen, mixes_examples
 from taught.model.readout import ReadPrompt, read_prompts
+from taught.sketches.fill import prompt_sketches
 from taught.sketches.project import Projection
-from taught.sketches.sketch import prompt_sketches
 from tiny_models import Norm64, moved, tiny_sae
 
 IDS = [0, 2, 3, 5]

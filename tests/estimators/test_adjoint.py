@@ -129,8 +129,8 @@ def test_forward_mode_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpointing_changes_nothing_but_the_memory(name: str) -> None:
+    from taught.sketches.fill import example_sketches
     from taught.sketches.project import Projection
-    from taught.sketches.sketch import example_sketches
 
     model = tiny_model(name)
     problem = tiny_problem(model)

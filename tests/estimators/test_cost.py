@@ -27,8 +27,8 @@ from taught.estimators.token_shares import token_effects
 from taught.model import kernels
 from taught.model.forward import find_blocks
 from taught.model.readout import read_prompts
+from taught.sketches.fill import example_sketches, prompt_sketches
 from taught.sketches.project import Projection
-from taught.sketches.sketch import example_sketches, prompt_sketches
 from taught.study.schema import ValidationSpec
 from taught.training.recipe import Recipe
 from taught.training.retrain import Answering, Retrainer

@@ -23,8 +23,8 @@ from taught.estimators.token_shares import token_effects
 from taught.features.pooling import FeatureMap
 from taught.model.gradients import find_sites, mixes_examples
 from taught.model.readout import read_prompts
+from taught.sketches.fill import example_sketches, prompt_sketches
 from taught.sketches.project import Projection
-from taught.sketches.sketch import example_sketches, prompt_sketches
 from tiny_models import Norm64, tiny_sae
 
 

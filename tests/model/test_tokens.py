@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taught.model.tokens import TokenTree, batches_by_tokens, build_tree, stack, stack_sequences
+from taught.model.tokens import TokenTree, ancestors, batches_by_tokens, build_tree, stack, stack_sequences
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=6)
 
@@ -14,9 +14,9 @@ def test_the_path_to_a_node_spells_its_sequence(sequences) -> None:
     tree, nodes = build_tree(sequences)
     for sequence, path in zip(sequences, nodes, strict=True):
         assert tree.ids[path].tolist() == sequence
-        assert (tree.ancestors().sum(1) - 1)[path].tolist() == list(range(len(sequence)))
+        assert (ancestors(*tree.spans()).sum(1) - 1)[path].tolist() == list(range(len(sequence)))
         # The last token attends to its own path and to nothing else.
-        assert tree.ancestors()[path[-1]].nonzero().flatten().tolist() == path
+        assert ancestors(*tree.spans())[path[-1]].nonzero().flatten().tolist() == path
 
 
 @given(SEQUENCES)
@@ -60,7 +60,7 @@ def test_ancestors_of_any_tree_are_those_found_by_walking_up(steps) -> None:
     parents = [node - step - 1 if step <= node else -1 for node, step in enumerate(steps)]
     parents = [max(parent, -1) for parent in parents]
     tree = TokenTree(torch.zeros(len(parents), dtype=torch.long), torch.tensor(parents))
-    for node, seen in enumerate(tree.ancestors().tolist()):
+    for node, seen in enumerate(ancestors(*tree.spans()).tolist()):
         walked = {node}
         while (node := parents[node]) >= 0:
             walked.add(node)

@@ -17,8 +17,8 @@ from taught.curvatures.ekfac import Ekfac
 from taught.errors import UserError
 from taught.estimators.adjoint import target_effects
 from taught.model.gradients import find_sites, frozen
+from taught.sketches.fill import example_sketches, prompt_sketches
 from taught.sketches.project import Projection
-from taught.sketches.sketch import example_sketches, prompt_sketches
 from tiny_models import (
     MODELS,
     PROMPT_IDS,

@@ -385,7 +385,6 @@ def test_the_sources_that_a_retraining_comes_from_are_all_listed() -> None:
         "data.columns",
         "data.prompts",
         "errors",
-        "estimators",
         "estimators.cost",
         "progress",
         "run",

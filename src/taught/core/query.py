@@ -11,7 +11,7 @@ from torch import Tensor
 from taught.core.point import Point
 from taught.core.problem import GB, Problem
 from taught.core.trajectory import Queries
-from taught.model.gradients import Factor, Query, RowSparse, Site, accumulate, neighbours, tap, uses_of
+from taught.model.gradients import Factor, Query, RowSparse, Site, accumulate, parameter_groups, tap, uses_of
 from taught.model.parameters import moving_parameters
 from taught.model.readout import pack, read_packed
 from taught.progress import Progress, SilentProgress
@@ -62,7 +62,8 @@ def query_parts(problem: Problem, sites: Sequence[Site], count: int) -> Iterator
     at_once = queries_at_once(problem)
     parameters = {name: problem.model.get_parameter(name) for s in sites for name in (s.weight, s.bias) if name}
     whole = problem.metric.jointly is not None
-    groups = [list(parameters)] if whole else neighbours(parameters, _room(problem) // min(at_once, max(count, 1)))
+    room = _room(problem) // min(at_once, max(count, 1))
+    groups = [list(parameters)] if whole else parameter_groups(parameters, room)
     for start in range(0, count, at_once):
         for group in groups:
             yield slice(start, min(start + at_once, count)), uses_of(group, sites)

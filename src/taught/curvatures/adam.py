@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taught.core import rules
 from taught.core.curvature import Metric
@@ -33,8 +33,8 @@ from taught.core.example import Examples, batch_examples
 from taught.core.gradient import by_parameter, example_gradients
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
-from taught.errors import UserError
-from taught.estimators.cost import Asked, one_pass, prompt_head
+from taught.errors import UserError, reading
+from taught.estimators.cost import Asked, Passes
 from taught.model.gradients import Factor, accumulate, find_sites, frozen
 from taught.model.parameters import moving_parameters
 from taught.progress import Progress, SilentProgress
@@ -68,10 +68,7 @@ class Adam:
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """C = diag(sqrt(v) + eps).
 
-        Raises
-        ------
-        UserError
-            A parameter that moves has no moments, or some of another shape, negative or not finite.
+        Raises UserError: a parameter that moves has no moments, or some of another shape, negative or not finite.
         """
         if self.moments is None:
             work.progress.step("second moments of the gradients", len(examples))
@@ -86,15 +83,39 @@ class Adam:
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """Every gradient built once; where prompts are asked for, the output's gradients meet built."""
-        found = {} if self.moments is not None else {"second moments": 3 * one_pass(problem, examples)}
-        return found | ({"products of the output": prompt_head(problem, examples)} if asked.every else {})
+        it = Passes(problem, examples)
+        found = {} if self.moments is not None else {"second moments": 3 * it.examples}
+        if asked.every:
+            logits = sum(1 + len(prompt.histories) for prompt in problem.prompts)
+            found["products of the output"] = 2.0 * len(examples) * logits * it.moving_head
+        return found
 
 
 def adam_metric(problem: Problem, moments: Mapping[str, Tensor], eps: float) -> Metric:
     """The metric of given second moments, by parameter name."""
     scale = {}
     for name, p in moving_parameters(problem.model, problem.parameters).items():
-        v = _checked(name, p, moments)
+        if name not in moments:
+            raise UserError(
+                "a parameter that moves has no second moments",
+                value=name,
+                rule="one tensor for each, under the model's name of the parameter",
+                fix="complete the file, or set attribution.parameters",
+            )
+        v = _numbers(name, moments[name])
+        if v.shape != p.shape:
+            raise UserError(
+                "second moments of another shape than their parameter",
+                value=f"{name}: {list(v.shape)}, parameter {list(p.shape)}",
+                fix="use the optimizer state of this model",
+            )
+        if not bool((v >= 0).all() & v.isfinite().all()):
+            raise UserError(
+                "second moments that are negative or not finite",
+                value=name,
+                rule="means of squares",
+                fix="store exp_avg_sq, not exp_avg",
+            )
         scale[name] = (v.to(p.device).sqrt() + eps).reciprocal().to(p.dtype)
         if not scale[name].isfinite().all():
             raise UserError(
@@ -104,31 +125,6 @@ def adam_metric(problem: Problem, moments: Mapping[str, Tensor], eps: float) -> 
                 fix="raise attribution.curvature.eps",
             )
     return Metric(scale)
-
-
-def _checked(name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> Tensor:
-    if name not in moments:
-        raise UserError(
-            "a parameter that moves has no second moments",
-            value=name,
-            rule="one tensor for each, under the model's name of the parameter",
-            fix="complete the file, or set attribution.parameters",
-        )
-    v = _numbers(name, moments[name])
-    if v.shape != parameter.shape:
-        raise UserError(
-            "second moments of another shape than their parameter",
-            value=f"{name}: {list(v.shape)}, parameter {list(parameter.shape)}",
-            fix="use the optimizer state of this model",
-        )
-    if not bool((v >= 0).all() & v.isfinite().all()):
-        raise UserError(
-            "second moments that are negative or not finite",
-            value=name,
-            rule="means of squares",
-            fix="store exp_avg_sq, not exp_avg",
-        )
-    return v
 
 
 def estimate_moments(
@@ -194,26 +190,20 @@ def moments_from_optimizer(state: str | Path | Mapping[str, Any], names: Sequenc
     """
     if isinstance(state, Mapping):
         return _from_state(state, names)
-    stored = _read_file(Path(state))
+    path, fix = Path(state), "correct attribution.curvature.moments"
+    with reading("the second moments cannot be read", path, (OSError,), fix=fix):
+        try:
+            stored = read_tensors(path)
+        except ValueError:
+            raise UserError(
+                "the second moments are not a safetensors file",
+                value=str(path),
+                rule="a pickle (*.pt, *.bin) runs code when it is opened: it never is",
+                fix=_CONVERT,
+            ) from None
     moments = {name.removesuffix(_SUFFIX): v for name, v in stored.items() if name.endswith(_SUFFIX)}
     largest = {name.removesuffix(_LARGEST): v for name, v in stored.items() if name.endswith(_LARGEST)}  # of amsgrad
     return {**moments, **largest} or stored
-
-
-def _read_file(path: Path) -> Moments:
-    try:
-        return read_tensors(path)
-    except OSError as error:
-        raise UserError(
-            "the second moments cannot be read", value=f"{path}: {error}", fix="correct attribution.curvature.moments"
-        ) from None
-    except ValueError:
-        raise UserError(
-            "the second moments are not a safetensors file",
-            value=str(path),
-            rule="a pickle (*.pt, *.bin) runs code when it is opened: it never is",
-            fix=_CONVERT,
-        ) from None
 
 
 def _from_state(state: Mapping[str, Any], names: Sequence[str] | None) -> Moments:

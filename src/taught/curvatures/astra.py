@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -40,7 +41,7 @@ from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
 from taught.curvatures.ekfac import Ekfac, ekfac_metric
 from taught.errors import UserError
-from taught.estimators.cost import Asked, one_pass
+from taught.estimators.cost import Asked, Passes
 from taught.model.directional import along, refused
 from taught.model.forward import forward
 from taught.model.gradients import Query, accumulate, find_sites, frozen
@@ -70,11 +71,8 @@ class Astra:
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """EK-FAC, and the iteration that begins with it.
 
-        Raises
-        ------
-        UserError
-            As of EK-FAC; forward mode does not go through the model. While targets are solved for: the iteration
-            diverges.
+        Raises UserError: as of EK-FAC; forward mode does not go through the model. While targets are solved for: the
+        iteration diverges.
         """
         layers = self._ekfac.layers(problem, examples, work)
         start = ekfac_metric(layers, self.damping)
@@ -105,7 +103,8 @@ class Astra:
         """EK-FAC's; a product is about six passes, one a step and target on a batch, and two on all examples."""
         batch = min(self.batch, len(examples)) / len(examples)
         passes = POWER * batch * (self.rate is None) + asked.queries * (self.steps * batch + 2)
-        return self._ekfac.cost(problem, examples, asked) | {"iteration": 6 * passes * one_pass(problem, examples)}
+        found = self._ekfac.cost(problem, examples, asked)
+        return found | {"iteration": 6 * passes * Passes(problem, examples).examples}
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,11 +128,11 @@ class System:
         """(H + D) x, with H the mean over some of the examples. Cost: six forward passes over these."""
         found = {name: self.damping[name] * of for name, of in x.items()}
         model, sites = self.problem.model, find_sites(self.problem.model, self.problem.parameters)
-        chosen, reader = [self.examples[i] for i in some], _Scored(model)
+        chosen = [self.examples[i] for i in some]
         step = {name: of.to(model.get_parameter(name).dtype) for name, of in x.items()}
         for batch in batch_examples(chosen, self.problem.batch_tokens):
             try:
-                logits, moved = along(reader, step, batch)
+                logits, moved = along(model, step, partial(scored_logits, model), batch)
             except (RuntimeError, NotImplementedError) as error:
                 raise refused(model, error, "use --set attribution.curvature=ekfac") from error
             pulled = _Pulled(**vars(batch), pull=bent(batch, logits.detach(), moved.detach()))
@@ -203,10 +202,7 @@ class Iteration:
     def solve(self, q: Tensors) -> tuple[Tensors, float, float]:
         """x, and |(H + D) x - q| / |q| over all examples at the beginning and at the end.
 
-        Raises
-        ------
-        UserError
-            The iteration diverges: it ends, by 1/2 x' (H + D) x - x' q, above where it began.
+        Raises UserError: the iteration diverges: it ends, by 1/2 x' (H + D) x - x' q, above where it began.
         """
         system, settings = self.system, self.settings
         x = system.divided(q)
@@ -269,17 +265,6 @@ def scored_logits(model: nn.Module, batch: ExampleBatch) -> Tensor:
     assert logits is not None
     found = logits[torch.arange(len(logits), device=logits.device)[:, None], batch.columns.to(logits.device)]
     return found.to(torch.promote_types(found.dtype, torch.float32))
-
-
-class _Scored(nn.Module):
-    """Parameters -> logits of a batch at its scored tokens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: ExampleBatch) -> Tensor:
-        return scored_logits(self.model, batch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,14 +43,13 @@ class Autocorrelation:
 
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """C is made of the examples' sketches, where they are."""
-        return Metric(sketched=divided)
+        return Metric(sketched=self.divided)
 
-
-def divided(
-    store: SketchStore, examples: Sequence[Row], prompts: Mapping[str, str], queries: Floats
-) -> tuple[Floats, None]:
-    """C^-1 q of queries [K, Q]; values stay changes per step."""
-    return fit_autocorrelation(store, examples).solve(queries), None
+    def divided(
+        self, store: SketchStore, examples: Sequence[Row], prompts: Mapping[str, str], queries: Floats
+    ) -> tuple[Floats, None]:
+        """C^-1 q of queries [K, Q]; values stay changes per step."""
+        return fit_autocorrelation(store, examples).solve(queries), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +65,14 @@ class Fitted:
     sketches: NDArray[np.float32]
     damping: float
 
+    def inner(self) -> tuple[Floats, Floats]:
+        """S [n, K] and S S' + n damping I [n, n]."""
+        S = self.sketches.astype(np.float64)
+        return S, S @ S.T + len(S) * self.damping * np.eye(len(S))
+
     def solve(self, queries: Floats) -> Floats:
         """C^-1 q for queries [K, Q]. Cost: n^2 K + n K Q."""
-        S = self.sketches.astype(np.float64)
-        inner = S @ S.T + len(S) * self.damping * np.eye(len(S))
+        S, inner = self.inner()
         found: Floats = (queries - S.T @ np.linalg.solve(inner, S @ queries)) / self.damping
         return found
 
@@ -77,35 +80,35 @@ class Fitted:
 def fit_autocorrelation(store: SketchStore, examples: Sequence[Row]) -> Fitted:
     """R from the examples (at most 4,096, evenly chosen), the damping from every third of them.
 
-    Raises
-    ------
-    UserError
-        Fewer than six examples, or all gradients are zero.
+    Raises UserError: fewer than six examples, or all gradients are zero.
     """
-    S = example_rows(store, examples)[0]
+    S, _ = example_rows(store, examples)
     return Fitted(S, damping_of(S))
+
+
+def inverse(x: Floats) -> Floats:
+    """1 / x where x is above 0; else 0."""
+    return np.divide(1, x, out=np.zeros_like(x), where=x > 0)
+
+
+def evenly(count: int) -> NDArray[np.int64]:
+    """Places in a list of so many, at most 4,096, evenly chosen."""
+    return np.unique(np.linspace(0, count - 1, min(count, LARGEST)).astype(int))
 
 
 def example_rows(store: SketchStore, examples: Sequence[Row]) -> tuple[NDArray[np.float32], Floats]:
     """Sketches [n, K] and losses [n] of the examples, of at most 4,096 evenly chosen ones."""
-    places = np.unique(np.linspace(0, len(examples) - 1, min(len(examples), LARGEST)).astype(int))
-    wanted = {examples[i]: n for n, i in enumerate(places)}
+    wanted = {examples[i]: n for n, i in enumerate(evenly(len(examples)))}
     S, losses = np.zeros((len(wanted), store.dim), dtype=np.float32), np.zeros(len(wanted))
-    for shard in store.shards("examples"):
-        found = [(n, wanted[row]) for n, row in enumerate(shard.rows) if row in wanted]
-        if found:
-            theirs, ours = map(list, zip(*found, strict=True))
-            S[ours], losses[ours] = store.values(shard)[theirs], np.array(shard.losses)[theirs]
+    for ours, rows, own in store.examples(wanted):
+        S[ours], losses[ours] = rows, own
     return S, losses
 
 
 def damping_of(S: NDArray[np.float32], share: float | None = None) -> float:
     """A share of the mean square of the sketches' numbers [n, K]; None: what makes every third of them most likely.
 
-    Raises
-    ------
-    UserError
-        The sketches are fewer than six, where they choose it; all are zero.
+    Raises UserError: the sketches are fewer than six, where they choose it; all are zero.
     """
     if share is not None and np.any(S):
         return share * float((S.astype(np.float64) ** 2).mean())

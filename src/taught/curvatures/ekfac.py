@@ -28,6 +28,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import mul
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,13 +39,13 @@ from torch import Tensor, nn
 from taught.core import rules
 from taught.core.curvature import Basis, Metric
 from taught.core.estimator import Work
-from taught.core.example import ExampleBatch, Examples, Link, batch_examples
+from taught.core.example import ExampleBatch, Examples, batch_examples
 from taught.core.gradient import by_parameter, example_gradients
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
 from taught.curvatures.adam import add_squares
 from taught.errors import UserError
-from taught.estimators.cost import Asked, one_pass
+from taught.estimators.cost import Asked, Passes
 from taught.model.forward import find_blocks, forward
 from taught.model.gradients import Factor, find_sites, frozen
 from taught.model.kernels import product
@@ -82,10 +85,7 @@ class Ekfac:
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """The Gauss-Newton matrix of the examples' mean loss, layer by layer.
 
-        Raises
-        ------
-        UserError
-            No linear layer of the blocks moves; a curvature is zero or not finite: the layers' names.
+        Raises UserError: no linear layer of the blocks moves; a curvature is zero or not finite: the layers' names.
         """
         return ekfac_metric(self.layers(problem, examples, work), self.damping)
 
@@ -115,7 +115,7 @@ class Ekfac:
         tokens = sum(example.length for example in examples)
         shapes = [p.shape for p in moving_parameters(problem.model, self.curved(problem)).values()]
         layers = sum(4.0 * tokens * n**2 + 9.0 * n**3 for shape in shapes for n in shape)
-        return {"curvature": 6 * one_pass(problem, examples) + layers}
+        return {"curvature": 6 * Passes(problem, examples).examples + layers}
 
 
 def ekfac_metric(found: Layers, damping: float) -> Metric:
@@ -128,10 +128,7 @@ def ekfac_metric(found: Layers, damping: float) -> Metric:
 def curved_layers(model: nn.Module, parameters: Sequence[str] | None = None) -> tuple[str, ...]:
     """Names of the moving weights of linear layers inside the model's blocks.
 
-    Raises
-    ------
-    UserError
-        There is none; a pattern matches nothing; a module is not understood (``find_sites``).
+    Raises UserError: there is none; a pattern matches nothing; a module is not understood (``find_sites``).
     """
     inside = {id(module) for block in find_blocks(model) for module in block.modules()}
     names = dict.fromkeys(
@@ -160,13 +157,9 @@ def fit_ekfac(
 ) -> Layers:
     """The curvature at the model's weights, from the tokens of the examples.
 
-    Parameters
-    ----------
-    places : each puts some weights into the model, and the curvature is the mean over these weights: A and S are
-        summed over all of them, Lambda is averaged in the basis that they have in common. None: the weights as they are
+    Each of the places puts some weights into the model, and the curvature is the mean over these weights: A and S are
+    summed over all of them, Lambda is averaged in the basis that they have in common. None: the weights as they are.
 
-    Notes
-    -----
     Cost of a place: three forward passes over the examples and two backward ones, every example's gradient built once;
     two eigendecompositions a layer. Memory: the squares of both sides of every layer, one number a weight, and one
     batch. A layer that no example's gradient reaches has eigenvalues of zero (:func:`refuse_flat`).
@@ -175,14 +168,22 @@ def fit_ekfac(
     problem = replace(problem, parameters=names)
     places, draws = places or (lambda: None,), []
     with frozen(problem.model):
-        squares = _no_squares(problem)
+        squares: Squares = {}  # promoted: sums of half precision in float32
+        for name, p in moving_parameters(problem.model, names).items():
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            rows, columns = (torch.zeros(n, n, dtype=dtype, device=p.device) for n in p.shape)
+            squares[name] = rows, columns
         for enter in places:
             enter()
             draws.append(
                 [draw(problem.model, batch, examples, seed) for batch in batch_examples(examples, problem.batch_tokens)]
             )
             _add_sides(problem, examples, draws[-1], squares, progress)
-        basis = _bases(squares)
+        basis: dict[str, Basis] = {}
+        while squares:  # those of a layer are let go of as its eigenvectors come
+            name, sides = squares.popitem()
+            basis[name] = (_eigenvectors(sides[0]), _eigenvectors(sides[1]))
+            del sides
         totals = {name: rows.new_zeros(len(rows), len(columns)) for name, (rows, columns) in basis.items()}
         metric = Metric(basis=basis)
         for enter, drawn in zip(places, draws, strict=True):
@@ -206,36 +207,19 @@ def refuse_flat(found: Layers) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """What makes the gradients G of a batch, in the fields of :class:`ExampleBatch` of these names."""
-
-    targets: Tensor
-    weights: Tensor
-    links: tuple[Link | None, ...]
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """The link of G: a number times the sum."""
-
-    by: float
-
-    def __call__(self, sums: Tensor) -> Tensor:
-        """Scaled sums."""
-        return self.by * sums
-
-
 @torch.no_grad()
-def draw(model: nn.Module, batch: ExampleBatch, examples: Examples, seed: int) -> Drawn:
-    """Labels drawn from the model; of examples with a link their own tokens, scaled."""
+def draw(model: nn.Module, batch: ExampleBatch, examples: Examples, seed: int) -> dict[str, Any]:
+    """What makes the gradients G of a batch: its targets, weights and links.
+
+    Labels drawn from the model; of examples with a link their own tokens, scaled.
+    """
     labels, weights, links = draw_labels(model, batch, examples, seed), batch.weights.abs().sqrt(), batch.links
     if any(links):
         own = torch.tensor([link is not None for link in links])[:, None]
         labels, weights = torch.where(own, batch.targets, labels), torch.where(own, batch.weights, weights)
         roots = batch.bends(batch.terms(model).sum(1)).sqrt().tolist()
-        links = tuple(None if link is None else Scaled(root) for link, root in zip(links, roots, strict=True))
-    return Drawn(labels, weights, links)
+        links = tuple(None if link is None else partial(mul, root) for link, root in zip(links, roots, strict=True))
+    return {"targets": labels, "weights": weights, "links": links}
 
 
 @torch.no_grad()
@@ -259,30 +243,21 @@ def draw_labels(model: nn.Module, batch: ExampleBatch, examples: Examples, seed:
 
 
 def _gradients(
-    problem: Problem, examples: Examples, drawn: Sequence[Drawn], progress: Progress | None
+    problem: Problem, examples: Examples, drawn: Sequence[dict[str, Any]], progress: Progress | None
 ) -> Iterator[tuple[ExampleBatch, Factors]]:
     """Each batch with the factors of G by parameter."""
     sites = find_sites(problem.model, problem.parameters)
     batches = batch_examples(examples, problem.batch_tokens)
     for batch, own in zip(batches, drawn, strict=True):
-        sampled = replace(batch, targets=own.targets, weights=own.weights, links=own.links)
-        yield batch, by_parameter(example_gradients(problem, sites, sampled, examples)[1])
+        yield batch, by_parameter(example_gradients(problem, sites, replace(batch, **own), examples)[1])
         (progress or SilentProgress()).advance(len(batch.index))
 
 
 Squares = dict[str, tuple[Tensor, Tensor]]  # S and A (of a transposed layer: A and S) by parameter
 
 
-def _no_squares(problem: Problem) -> Squares:
-    def zeros(p: Tensor, n: int) -> Tensor:
-        return torch.zeros(n, n, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-
-    moving = moving_parameters(problem.model, problem.parameters)
-    return {name: (zeros(p, p.shape[0]), zeros(p, p.shape[1])) for name, p in moving.items()}
-
-
 def _add_sides(
-    problem: Problem, examples: Examples, drawn: Sequence[Drawn], sums: Squares, progress: Progress | None
+    problem: Problem, examples: Examples, drawn: Sequence[dict[str, Any]], sums: Squares, progress: Progress | None
 ) -> None:
     """Add the squares of both sides of every layer."""
     for batch, factors in _gradients(problem, examples, drawn, progress):
@@ -301,15 +276,6 @@ def _add_sides(
             rule="inputs and gradients of every layer are finite",
             fix="use --set model.dtype=float32",
         )
-
-
-def _bases(sums: Squares) -> dict[str, Basis]:
-    """Eigenvectors of both squares of every layer."""
-    bases = {}
-    while sums:  # the squares of a layer are let go of as its eigenvectors come
-        name, (rows, columns) = sums.popitem()
-        bases[name] = (_eigenvectors(rows), _eigenvectors(columns))
-    return bases
 
 
 def _eigenvectors(square: Tensor) -> Tensor:

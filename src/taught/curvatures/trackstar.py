@@ -42,9 +42,9 @@ from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
 from taught.curvatures.adam import adam_metric, estimate_moments, moments_from_optimizer
-from taught.curvatures.autocorrelation import LARGEST, Fitted, damping_of, example_rows
+from taught.curvatures.autocorrelation import Fitted, damping_of, evenly, example_rows, inverse
 from taught.errors import UserError
-from taught.estimators.cost import Asked, one_pass
+from taught.estimators.cost import Asked, Passes
 from taught.model.parameters import moving_parameters
 from taught.sketches.project import Prescale
 from taught.sketches.store import Row, SketchStore, example_digest
@@ -71,9 +71,8 @@ class TrackStar:
 
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """The moments; R is made of the sketches, where they are."""
-        return Metric(sketched=self.cosines, before=self._before(problem, examples, work) if self.moments else None)
-
-    def _before(self, problem: Problem, examples: Examples, work: Work) -> Prescale:
+        if not self.moments:
+            return Metric(sketched=self.cosines)
         if self.file is not None:
             found, made = moments_from_optimizer(self.file), Path(self.file).read_bytes()
         else:
@@ -83,7 +82,7 @@ class TrackStar:
         scale = adam_metric(problem, found, self.eps).scale or {}
         key = hashlib.sha256(f"{self.eps!r} {hashlib.sha256(made).hexdigest()}".encode()).hexdigest()
         by = {name: torch.where(found[name].to(of.device) > 0, of, 0.0) for name, of in scale.items()}
-        return Prescale(by, key)
+        return Metric(sketched=self.cosines, before=Prescale(by, key))
 
     def cosines(
         self, store: SketchStore, examples: Sequence[Row], prompts: Mapping[str, str], queries: Floats
@@ -94,8 +93,8 @@ class TrackStar:
         mixed = mix(S, T if len(T) else queries.T.astype(np.float32), self.component)
         metric = Fitted(mixed, damping_of(S, self.damping))
         divided = metric.solve(queries)
-        factors = np.array([-over(length) for length in lengths(metric, store, examples)])
-        return divided * [over(length) for length in np.sqrt((queries * divided).sum(0).clip(0))], factors
+        factors = -inverse(lengths(metric, store, examples))
+        return divided * inverse(np.sqrt((queries * divided).sum(0).clip(0))), factors
 
     def numbers(self, problem: Problem) -> int:
         """One a moving parameter, where there are moments."""
@@ -105,19 +104,14 @@ class TrackStar:
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """Moments: every gradient built once; and once more for sketches of divided gradients."""
         passes = self.moments * (3.0 * (self.file is None) + 1.0)
-        return {"moments": passes * one_pass(problem, examples)} if passes else {}
-
-
-def over(length: float) -> float:
-    """1 / length; 0 for nothing."""
-    return 1 / length if length > 0 else 0.0
+        return {"moments": passes * Passes(problem, examples).examples} if passes else {}
 
 
 def prompt_rows(store: SketchStore, prompts: Mapping[str, str]) -> NDArray[np.float32]:
     """Sketches of the gradients of y of prompts (id -> digest), at most 4,096, evenly chosen: [m, K]."""
     found: dict[str, NDArray[np.float32]] = {}
     ids = sorted(prompts)
-    wanted = {ids[i] for i in np.linspace(0, len(ids) - 1, min(len(ids), LARGEST)).astype(int)}
+    wanted = {ids[i] for i in evenly(len(ids))}
     for shard, values in store.read("prompts"):
         for n, row in enumerate(shard.rows):
             if row.feature < 0 and row.id in wanted and prompts[row.id] == row.digest:
@@ -128,13 +122,11 @@ def prompt_rows(store: SketchStore, prompts: Mapping[str, str]) -> NDArray[np.fl
 def mix(S: NDArray[np.float32], T: NDArray[np.float32], component: int) -> NDArray[np.float32]:
     """Rows [n + m, K] of which the mean square is R, from those of examples [n, K] and of prompts [m, K].
 
-    Raises
-    ------
-    UserError
-        All gradients of the examples, or of the prompts, are zero.
+    Raises UserError: all gradients of the examples, or of the prompts, are zero.
     """
     k = min(component, len(S), len(T))
-    e, f = (np.linalg.eigvalsh(_gram(rows))[-k] if k else 0.0 for rows in (S, T))
+    wide = (rows.astype(np.float64) for rows in (S, T))
+    e, f = (np.linalg.eigvalsh(x @ x.T / len(x))[-k] if k else 0.0 for x in wide)
     if not (np.any(S) and np.any(T)):
         raise UserError(
             "all gradients of the examples or of the prompts are zero",
@@ -148,23 +140,12 @@ def mix(S: NDArray[np.float32], T: NDArray[np.float32], component: int) -> NDArr
     return mixed
 
 
-def _gram(rows: NDArray[np.float32]) -> Floats:
-    wide = rows.astype(np.float64)
-    found: Floats = wide @ wide.T / len(rows)
-    return found
-
-
 def lengths(metric: Fitted, store: SketchStore, examples: Sequence[Row]) -> Floats:
     """sqrt(s' C^-1 s) of every example, [P]; one shard is in memory at a time. Cost: P n (n + K)."""
-    S = metric.sketches.astype(np.float64)
-    factor = cho_factor(S @ S.T + len(S) * metric.damping * np.eye(len(S)))
-    place = {row: n for n, row in enumerate(examples)}
-    found = np.zeros(len(examples))
-    for shard in store.shards("examples"):
-        some = [(n, place[row]) for n, row in enumerate(shard.rows) if row in place]
-        if some:
-            theirs, ours = map(list, zip(*some, strict=True))
-            s = store.values(shard)[theirs].astype(np.float64)
-            inside = S @ s.T
-            found[ours] = ((s**2).sum(1) - (inside * cho_solve(factor, inside)).sum(0)) / metric.damping
+    S, inner = metric.inner()
+    factor, found = cho_factor(inner), np.zeros(len(examples))
+    for ours, rows, _ in store.examples({row: n for n, row in enumerate(examples)}):
+        s = rows.astype(np.float64)
+        inside = S @ s.T
+        found[ours] = ((s**2).sum(1) - (inside * cho_solve(factor, inside)).sum(0)) / metric.damping
     return np.sqrt(found.clip(0))

@@ -32,7 +32,7 @@ from taught.core.estimator import Work
 from taught.core.example import Examples
 from taught.core.problem import Problem
 from taught.core.registry import CURVATURES, setting
-from taught.curvatures.autocorrelation import Fitted, damping_of, example_rows
+from taught.curvatures.autocorrelation import Fitted, damping_of, example_rows, inverse
 from taught.sketches.store import Row, SketchStore
 from taught.stats.arrays import Floats
 
@@ -59,6 +59,6 @@ class Trak:
         """(Phi' Phi + P damping I)^-1 q, and -1 for every example."""
         S, losses = example_rows(store, examples)
         odds = -np.expm1(-losses)  # 1 - p
-        Phi = (S * np.divide(1, odds, out=np.zeros_like(odds), where=odds > 0)[:, None]).astype(np.float32)
+        Phi = (S * inverse(odds)[:, None]).astype(np.float32)
         C = Fitted(Phi, damping_of(Phi, self.damping))
         return C.solve(queries) / len(examples), -np.ones(len(examples))

@@ -8,10 +8,8 @@ F of the read-outs, to first order, by
 with C = 1, the metric of Adam (``taught.curvatures.adam``) or EK-FAC (``ekfac``). With
 F = sum A * X + sum B * y (``taught.core.target``) one backward pass over the prompts gives grad F, and
 one gradient an example gives every inner product: N + P passes instead of N x P.
-
- - :func:`target_effects`: a few targets (score, group means), any pathway.
- - :func:`feature_effects`: one target a feature, over the prompts on which the feature is active.
- - ``taught.estimators.every_prompt``: dy of every prompt for every example, block by block.
+A few targets (score, group means) have a query each; dy of every prompt for every example is taken block by block
+(``taught.estimators.every_prompt``).
 
 Nothing here changes a weight. Memory: the queries (parameters x targets, in parts of
 ``memory_gb``) and one batch of examples.
@@ -19,8 +17,8 @@ Nothing here changes a weight. Memory: the queries (parameters x targets, in par
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -50,7 +48,7 @@ from taught.core.target import TargetSet, kind_of, words
 from taught.core.trajectory import Queries, Trajectory
 from taught.environment import return_freed_memory
 from taught.estimators import cost
-from taught.estimators.cost import Asked
+from taught.estimators.cost import Asked, Passes
 from taught.estimators.every_prompt import prompt_effects, prompt_steps
 from taught.model.blockwise import split_sites
 from taught.model.forward import capture_output, forward, get_point
@@ -68,25 +66,13 @@ _ABOVE = 0.1
 def target_effects(
     problem: Problem, examples: Examples, A: Tensor | None, B: Tensor | None, *, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Effect of every example on a few targets.
+    """Effect of every example on a few targets per step, float64 [P, K], and the losses [P].
 
-    Parameters
-    ----------
-    A : float64 [K, N, d] or None
-        dF/dX of each target; None for zeros.
-    B : float64 [K, N] or None
-        dF/dy of each target; None for zeros, and no pass beyond the point then.
-
-    Returns
-    -------
-    effects : float64 [P, K]
-        Change of each target per step; positive: training on the example raises it.
-    losses : float64 [P]
+    Positive: training on the example raises the target. A, B: its cotangents (``taught.core.query.build_queries``).
     """
     sites = find_sites(problem.model, problem.parameters)
     count = next(len(part) for part in (A, B) if part is not None)
-    effects = torch.zeros(len(examples), count, dtype=torch.float64)
-    losses = torch.zeros(len(examples), dtype=torch.float64)
+    effects, losses = torch.zeros(len(examples), count).double(), torch.zeros(len(examples)).double()
     with frozen(problem.model):
         for some, part in query_parts(problem, sites, count):
             queries = build_queries(problem, part, *some_of(some, A, B), progress)
@@ -105,33 +91,24 @@ def feature_effects(
     progress: Progress | None = None,
     pieces: Pieces | None = None,
 ) -> Tensor:
-    """Effect of every example on many targets of X alone, each sparse over the prompts.
+    """Effect of every example on many targets of X alone, each sparse over the prompts: float64 [P, K].
 
     Parameters
     ----------
-    A : K arrays, float64 [N, d]
-        dF/dX of each target.
-    X : [N, d]
-        The activations: dX is zero where X is (the gate is closed), so a target costs only the
+    A : K arrays, float64 [N, d], dF/dX of each target
+    X : [N, d], the activations: dX is zero where X is (the gate is closed), so a target costs only the
         prompts on which A * (X != 0) is not zero. Concepts have no gate: :func:`target_effects`.
-
-    Returns
-    -------
-    float64 [P, K]
     """
     sites = find_sites(problem.model, problem.parameters)
     chunk = x_queries_at_once(problem, sites)
     effects = []
 
-    above = _Above(int(problem.memory_gb * GB * _ABOVE))
-
     def compute(part: Tensor) -> Tensor:
         queries = build_queries(problem, sites, part, None, progress)
-        if problem.checkpointing:
-            return contract_examples(problem, sites, examples, queries, len(part), progress)[0]
-        return _contract_below(problem, sites, examples, queries, len(part), above, progress)
+        return contract_examples(problem, sites, examples, queries, len(part), progress, below)[0]
 
     with frozen(problem.model):
+        below = None if problem.checkpointing else _Below(problem, sites, examples)
         for start in range(0, len(A), chunk):
             part = torch.stack([torch.as_tensor(a) for a in A[start : start + chunk]]) * (X != 0)
             key = f"targets {start} {start + len(part)}"
@@ -146,102 +123,79 @@ def feature_steps(problem: Problem, examples: int, targets: int) -> int:
 
 
 def contract_examples(
-    problem: Problem, sites: Sequence[Site], examples: Examples, queries: Queries, count: int, progress: Progress | None
-) -> tuple[Tensor, Tensor]:
-    """- lr <grad L(z), q> of every example and each of ``count`` queries, float64 [P, K], and the losses [P]."""
-    progress = progress or SilentProgress()
-    effects = torch.zeros(len(examples), count, dtype=torch.float64)
-    losses = torch.zeros(len(examples), dtype=torch.float64)
-    needed = [s for s in sites if s.weight in queries or s.bias in queries]
-    refuse_unfit(problem, needed, examples)
-    for batch in batch_examples(examples, problem.batch_tokens):
-        index = list(batch.index)
-        losses[index], factors = example_gradients(problem, needed, batch, examples)
-        for factor in factors:
-            if factor.param in queries:
-                effects[index] -= problem.lr * contract(factor, queries[factor.param]).double().cpu()
-        progress.advance(len(index))
-    return effects, losses
-
-
-@dataclass(eq=False)
-class _Above:
-    """What the model above the block that is read does to a batch of examples: the same for all X targets.
-
-    Attributes
-    ----------
-    room : bytes that may be kept; of batches beyond it nothing is
-    grads : batch -> gradient of the losses at the block's output, [B, T, D]
-    factors : batch -> factors there of parameters that are used below as well (a tied output),
-        cut down to the rows that X queries have
-    """
-
-    room: int
-    grads: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    factors: dict[tuple[int, ...], list[Factor]] = field(default_factory=dict)
-
-    def keep(self, batch: tuple[int, ...], grad: Tensor, factors: list[Factor]) -> None:
-        """Keep what is known of a batch if there is room for it."""
-        tensors = [grad, *(x for f in factors for x in (f.a, f.d) if x is not None)]
-        need = sum(x.numel() * x.element_size() for x in tensors)
-        if need <= self.room:
-            self.room -= need
-            self.grads[batch], self.factors[batch] = grad, factors
-
-
-def _contract_below(
     problem: Problem,
     sites: Sequence[Site],
     examples: Examples,
     queries: Queries,
     count: int,
-    above: _Above,
     progress: Progress | None,
-) -> Tensor:
-    """``contract_examples`` for queries of X: the second time, batches go up to the block only."""
-    effects = torch.zeros(len(examples), count, dtype=torch.float64)
-    assert problem.point is not None
-    # Up to the block's output and no less: attention and MLP act on the loss beside what they add, and it is no cut.
-    cut = Point(problem.point.block)
-    below = sites_before(problem, sites, cut)
-    names = {name for site in below for name in (site.weight, site.bias)}
-    tied = [s for s in sites if s not in below and s.weight in names]
+    gradients: Callable[[ExampleBatch], tuple[Tensor, Iterable[Factor]]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """- lr <grad L(z), q> of every example and each of ``count`` queries, float64 [P, K], and the losses [P].
+
+    ``gradients`` gives the losses and factors of a batch; None: ``example_gradients``.
+    """
+    effects, losses = torch.zeros(len(examples), count).double(), torch.zeros(len(examples)).double()
+    if gradients is None:
+        needed = [s for s in sites if s.weight in queries or s.bias in queries]
+        refuse_unfit(problem, needed, examples)
+        gradients = partial(example_gradients, problem, needed, examples=examples)
     for batch in batch_examples(examples, problem.batch_tokens):
-        for factor in _factors_below(problem, cut, below, tied, batch, examples, above):
+        index = list(batch.index)
+        losses[index], factors = gradients(batch)
+        for factor in factors:
             if factor.param in queries:
-                found = contract(factor, queries[factor.param]).double().cpu()
-                effects[list(batch.index)] -= problem.lr * found
-        (progress or SilentProgress()).advance(len(batch.index))
-    return effects
+                effects[index] -= problem.lr * contract(factor, queries[factor.param]).double().cpu()
+        (progress or SilentProgress()).advance(len(index))
+    return effects, losses
 
 
-def _factors_below(
-    problem: Problem,
-    cut: Point,
-    below: Sequence[Site],
-    tied: Sequence[Site],
-    batch: ExampleBatch,
-    examples: Examples,
-    above: _Above,
-) -> list[Factor]:
-    model, own = problem.model, sequence_rows(problem.model, batch.rows)
-    with tap(model, below) as low:
-        if batch.index in above.grads:
-            rows = batch.rows.to(first_device(model))
-            with capture_output(get_point(model, cut)) as seen:
-                forward(model, rows, point=cut, stop_at_point=True)
-            h, grad, others = seen[0], above.grads[batch.index], above.factors[batch.index]
-        else:
-            with capture_output(get_point(model, cut)) as seen, tap(model, tied) as high:
-                losses = batch.losses(model)
-                refuse_nonfinite(examples, batch.index, losses.detach().double().cpu())
-                found, (grad,) = high.factors_and(losses.sum(), seen, retain_graph=True, training=True, rows=own)
-            h, others = seen[0], []
-            for factor in found:  # of a tied output only the rows that X queries have
-                rows_of = token_rows(problem, model.get_parameter(factor.param)) if factor.kind == "linear" else None
-                others.append(factor if rows_of is None else replace(factor, d=factor.d[..., rows_of]))
-            above.keep(batch.index, grad, others)
-        return [*low.factors_and((h * grad).sum(), (), training=True, rows=own)[0], *others]
+class _Below:
+    """Gradients of examples by the parameters up to the block that is read.
+
+    What the model above the block does to a batch is the same for all X targets. Where there is room it is kept: the
+    losses, their gradient at the block's output [B, T, D], and factors of parameters that are used below as well (a
+    tied output), cut down to the rows that X queries have. Then the batch goes up to the block only.
+    """
+
+    def __init__(self, problem: Problem, sites: Sequence[Site], examples: Examples) -> None:
+        assert problem.point is not None
+        # Up to the block's output and no less: attention and MLP act on the loss beside what they add.
+        self.problem, self.examples, self.cut = problem, examples, Point(problem.point.block)
+        self.sites = sites_before(problem, sites, self.cut)
+        names = {name for site in self.sites for name in (site.weight, site.bias)}
+        self.tied = [s for s in sites if s not in self.sites and s.weight in names]
+        self.room = int(problem.memory_gb * GB * _ABOVE)
+        self.kept: dict[tuple[int, ...], tuple[Tensor, Tensor, list[Factor]]] = {}
+
+    def __call__(self, batch: ExampleBatch) -> tuple[Tensor, list[Factor]]:
+        model, rows = self.problem.model, sequence_rows(self.problem.model, batch.rows)
+        with tap(model, self.sites) as low, capture_output(get_point(model, self.cut)) as seen:
+            if batch.index in self.kept:
+                forward(model, batch.rows.to(first_device(model)), point=self.cut, stop_at_point=True)
+                losses, grad, others = self.kept[batch.index]
+            else:
+                losses, grad, others = self._above(batch, seen, rows)
+            return losses, [*low.factors((seen[0] * grad).sum(), training=True, rows=rows), *others]
+
+    def _above(
+        self, batch: ExampleBatch, seen: list[Tensor], rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Factor]]:
+        model, others = self.problem.model, []
+        with tap(model, self.tied) as high:
+            value = batch.losses(model)
+            losses = value.detach().double().cpu()
+            refuse_nonfinite(self.examples, batch.index, losses)
+            found, (grad,) = high.factors_and(value.sum(), seen, retain_graph=True, training=True, rows=rows)
+        for factor in found:  # of a tied output only the rows that X queries have
+            some = token_rows(self.problem, model.get_parameter(factor.param)) if factor.kind == "linear" else None
+            others.append(factor if some is None else replace(factor, d=factor.d[..., some]))
+        tensors = [grad, *(x for f in others for x in (f.a, f.d) if x is not None)]
+        need = sum(x.numel() * x.element_size() for x in tensors)
+        if need <= self.room:
+            self.room -= need
+            self.kept[batch.index] = losses, grad, others
+        return losses, grad, others
 
 
 @ESTIMATORS.register("adjoint")
@@ -278,7 +232,15 @@ class Adjoint:
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """A few targets, or every feature and every prompt."""
-        return cost.adjoint(problem, examples, asked)
+        it = Passes(problem, examples)
+        found = {"read-outs": it.trees + it.examples}
+        if asked.every:
+            if asked.features:
+                found["features"] = cost.features(problem, it, asked.features, len(examples))
+            return found | {"prompts": cost.prompts(problem, it, examples)}
+        contracted = 2.0 * len(examples) * asked.queries * it.moving
+        parts = len(list(query_parts(problem, find_sites(problem.model, problem.parameters), 1)))
+        return found | {"targets": parts * ((2 + 2 * 3) * it.trees + 3 * it.examples) + contracted}
 
 
 # Up to so many coefficients or prompts have a query each, also where there are fewer features.

@@ -18,7 +18,7 @@ from torch import nn
 from taught.core.estimator import needs_steps
 from taught.core.example import Examples, batch_indices
 from taught.core.problem import Problem
-from taught.core.query import query_parts, x_queries_at_once
+from taught.core.query import x_queries_at_once
 from taught.core.registry import CURVATURES, ESTIMATORS, TRAJECTORIES
 from taught.core.trajectory import Follows
 from taught.estimators.every_prompt import prompt_chunks
@@ -26,8 +26,7 @@ from taught.model.blockwise import split_sites
 from taught.model.forward import find_blocks
 from taught.model.gradients import find_sites
 from taught.model.parameters import moving_parameters, weight_shape
-from taught.model.readout import pack, pack_rows
-from taught.model.tokens import Rows
+from taught.model.readout import PackedPrompts, pack, pack_rows
 from taught.sketches.project import COLUMNS
 
 if TYPE_CHECKING:
@@ -35,41 +34,6 @@ if TYPE_CHECKING:
 
 # Share of the prompts on which a selected feature is active; known only once X is.
 ACTIVE = 0.4
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Weights of all blocks, of the blocks up to the SAE's, of the output; width times blocks.
-
-    moving, moving_to_block, moving_head: those of the first three that a step moves. sides,
-    sides_to_block: inputs and outputs of all matrices of the blocks, of those up to the SAE's.
-    """
-
-    blocks: int
-    to_block: int
-    moving: int
-    moving_to_block: int
-    moving_head: int
-    head: int
-    attention: int
-    sides: tuple[int, int]
-    sides_to_block: tuple[int, int]
-
-    def forward(self, rows: Iterable[Rows], logits: int) -> float:
-        """Operations of one forward pass, padding included; logits at so many places."""
-        return self.over([(len(part.ids), part.ids.shape[1]) for part in rows], logits)
-
-    def over(self, shapes: Sequence[tuple[int, int]], logits: int) -> float:
-        """The same, for batches of so many rows and columns."""
-        tokens = sum(n * length for n, length in shapes)
-        attended = sum(n * length**2 for n, length in shapes)
-        weights = self.blocks * tokens + self.head * logits
-        return 2.0 * weights + 4.0 * self.attention * attended
-
-    @property
-    def share(self) -> float:
-        """Share of the blocks that a read-out of X needs."""
-        return self.to_block / self.blocks
 
 
 @dataclass(frozen=True)
@@ -93,10 +57,8 @@ class Asked:
 def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method: Method) -> dict[str, float]:
     """Operations by part: what the estimator and the curvature say, and the checks of the strongest.
 
-    Raises
-    ------
-    UserError
-        The model's gradients are not understood, or its blocks share parameters: the estimator would refuse it too.
+    Raises UserError: the model's gradients are not understood, or its blocks share parameters: the estimator would
+    refuse it too.
     """
     method.refuse()
     legs = method.trajectory.make(TRAJECTORIES)
@@ -112,7 +74,7 @@ def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method:
     found = dict(estimator.cost(problem, examples, asked))
     if (fitting := getattr(curvature, "cost", None)) is not None:
         found |= fitting(problem, examples, asked)
-    passes = _Passes.of(problem, examples)
+    passes = Passes(problem, examples)
     if asked.top:
         if needs_steps(curvature) is None:
             found.setdefault("finite steps", passes.trees + min(asked.top, len(examples)) * passes.step)
@@ -122,76 +84,63 @@ def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method:
     return {part: times * value for part, value in found.items()}
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """Operations of one pass over the prompts' trees, over the examples, and of one example's gradient."""
+class Passes:
+    """Sizes of a problem's model, and operations of one forward pass over its prompts and over examples.
 
-    sizes: _Sizes
-    trees: float
-    examples: float
-    gradient: float
+    Attributes
+    ----------
+    blocks, to_block, head : weights of all blocks, of the blocks up to the SAE's, of the output
+    moving, moving_to_block, moving_head : those of them that a step moves
+    sides, sides_to_block : inputs and outputs of all matrices of the blocks, of those up to the SAE's
+    attention : width times blocks
+    trees, examples : operations over the prompts' token trees, over the examples
+    gradient : operations of one example's gradient by a backward pass that weights have gradients in
+    """
 
-    @classmethod
-    def of(cls, problem: Problem, examples: Examples) -> _Passes:
-        sizes, trees = _sizes(problem), _trees(problem, _sizes(problem))
-        one = _over_examples(sizes, examples, batch_indices(examples, problem.batch_tokens))
-        # Weights have gradients in a step of its own: a backward pass is two then.
-        return cls(sizes, trees, one, 3 * one / len(examples))
+    def __init__(self, problem: Problem, examples: Examples) -> None:
+        model: Any = problem.model
+        blocks = list(find_blocks(model))
+        last = 0 if problem.point is None else problem.point.block + 1
+        ids = {id(p) for p in moving_parameters(model, problem.parameters).values()}
+        each = [_matrices(block) for block in blocks]
+        moving = [_matrices(block, ids) for block in blocks]
+        head = model.get_output_embeddings()
+        self.blocks, self.to_block = sum(each), sum(each[:last])
+        self.moving, self.moving_to_block = sum(moving), sum(moving[:last])
+        self.head, self.moving_head = (0, 0) if head is None else (_matrices(head), _matrices(head, ids))
+        self.sides, self.sides_to_block = _sides(blocks), _sides(blocks[:last])
+        self.attention = int(model.config.get_text_config().hidden_size) * len(blocks)
+        self.trees = self.over_prompts(list(pack(problem.prompts, problem.behavior)))
+        self.examples = self.over_examples(examples, batch_indices(examples, problem.batch_tokens))
+        self.gradient = 3 * self.examples / len(examples)
+
+    def over(self, shapes: Sequence[tuple[int, int]], logits: int) -> float:
+        """Batches of so many rows and columns, padding included; logits at so many places."""
+        tokens = sum(n * length for n, length in shapes)
+        attended = sum(n * length**2 for n, length in shapes)
+        weights = self.blocks * tokens + self.head * logits
+        return 2.0 * weights + 4.0 * self.attention * attended
+
+    def over_prompts(self, packs: Sequence[PackedPrompts]) -> float:
+        """Prompts that are laid out."""
+        shapes = [(len(p.rows.ids), p.rows.ids.shape[1]) for p in packs]
+        return self.over(shapes, sum(len(p.rows.ids) * len(p.keep) for p in packs))
+
+    def over_examples(self, examples: Examples, batches: Sequence[Sequence[int]]) -> float:
+        """Some batches of the examples."""
+        shapes = [(len(index), max(len(examples[i].ids) for i in index) - 1) for index in batches]
+        keep = [len(index) * max(len(examples[i].ids) - examples[i].start for i in index) for index in batches]
+        return self.over(shapes, sum(keep))
 
     @property
     def step(self) -> float:
         """One real step, and all read-outs after it."""
         return self.trees + self.gradient
 
-
-def adjoint(problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
-    """Operations of ``taught.estimators.adjoint``."""
-    it = _Passes.of(problem, examples)
-    cost = {"read-outs": it.trees + it.examples}
-    if asked.every:
-        if asked.features:
-            cost["features"] = _features(problem, it.sizes, asked.features, len(examples), it.examples)
-        return cost | {"prompts": _prompts(problem, it.sizes, examples)}
-    contracted = 2.0 * len(examples) * asked.queries * it.sizes.moving
-    parts = len(list(query_parts(problem, find_sites(problem.model, problem.parameters), 1)))
-    return cost | {"targets": parts * ((2 + 2 * 3) * it.trees + 3 * it.examples) + contracted}
-
-
-def finite_step(problem: Problem, examples: Examples) -> dict[str, float]:
-    """Operations of ``taught.estimators.finite_step``."""
-    it = _Passes.of(problem, examples)
-    return {"read-outs": 2 * it.trees, "finite steps": len(examples) * it.step}
-
-
-def forward(problem: Problem, examples: Examples) -> dict[str, float]:
-    """Operations of ``taught.estimators.forward``: x W moves with x and with W, three products for one."""
-    it = _Passes.of(problem, examples)
-    cost = {"read-outs": it.trees + it.examples}
-    return cost | {"forward mode": len(examples) * (3 * it.trees + it.gradient)}
-
-
-def sketch(problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
-    """Operations of ``taught.sketches``, with a store that is empty yet."""
-    it = _Passes.of(problem, examples)
-    cost = {"read-outs": it.trees + it.examples, "exact sample": (2 + 2 * 3) * it.trees}
-    return cost | _sketched(problem, it.sizes, asked.features, 2 * it.examples, examples)
-
-
-def trees(problem: Problem, examples: Examples) -> float:
-    """One forward pass over the prompts."""
-    return _Passes.of(problem, examples).trees
-
-
-def one_pass(problem: Problem, examples: Examples) -> float:
-    """One forward pass over the examples."""
-    return _Passes.of(problem, examples).examples
-
-
-def prompt_head(problem: Problem, examples: Examples) -> float:
-    """Products of built gradients of the output with those of the prompts, token by token."""
-    it = _Passes.of(problem, examples)
-    logits = sum(1 + len(prompt.histories) for prompt in problem.prompts)
-    return 2.0 * len(examples) * logits * it.sizes.moving_head
+    @property
+    def share(self) -> float:
+        """Share of the blocks that a read-out of X needs."""
+        return self.to_block / self.blocks
 
 
 def validation_cost(
@@ -214,48 +163,26 @@ def validation_cost(
         As in the study. A step's batch is cut by ``problem.batch_tokens``; answers are taken to have their full length.
     forgotten, unlearn_steps : number of examples of each set that is forgotten, in at most so many steps
     """
-    sizes = _sizes(problem)
-    trees = _trees(problem, sizes)
+    it = Passes(problem, examples)
     steps = [range(at, min(at + batch, len(examples))) for at in range(0, len(examples), batch)]
     parts = [
         [step[i] for i in index]
         for step in steps
         for index in batch_indices([examples[i] for i in step], problem.batch_tokens)
     ]
-    trained = _over_examples(sizes, examples, parts) / len(examples)
-    read = _over_examples(sizes, examples, batch_indices(examples, problem.batch_tokens)) / len(examples)
+    trained = it.over_examples(examples, parts) / len(examples)
     models = 1 + len(subsets) + len(forgotten)
     cost = {
         "training": 3 * epochs * sum(subsets) * trained,
-        "read-outs after it": models * trees + (len(examples) + sum(subsets) + sum(forgotten)) * read,
+        "read-outs after it": models * it.trees
+        + (len(examples) + sum(subsets) + sum(forgotten)) * (it.examples / len(examples)),
     }
     if forgotten:  # two batches a step, the last of an epoch taken as full; every 10 steps a fit, and a look at prompts
-        cost["unlearning"] = unlearn_steps * (6.2 * batch * len(forgotten) * trained + 0.1 * trees * len(forgotten))
+        cost["unlearning"] = unlearn_steps * (6.2 * batch * len(forgotten) * trained + 0.1 * it.trees * len(forgotten))
     if answer_tokens:
         said = [(1, len(prompt.ids) + answer_tokens - 1) for prompt in problem.prompts]
-        cost["answers"] = models * sizes.over(said, answer_tokens * len(said))
+        cost["answers"] = models * it.over(said, answer_tokens * len(said))
     return cost
-
-
-def _sizes(problem: Problem) -> _Sizes:
-    model: Any = problem.model
-    each = [_matrices(block) for block in find_blocks(model)]
-    ids = {id(p) for p in moving_parameters(model, problem.parameters).values()}
-    moving = [_matrices(block, ids) for block in find_blocks(model)]
-    head = model.get_output_embeddings()
-    width = int(model.config.get_text_config().hidden_size)
-    last = 0 if problem.point is None else problem.point.block + 1
-    return _Sizes(
-        blocks=sum(each),
-        to_block=sum(each[:last]),
-        moving=sum(moving),
-        moving_to_block=sum(moving[:last]),
-        sides=_sides(find_blocks(model)),
-        sides_to_block=_sides(list(find_blocks(model))[:last]),
-        moving_head=0 if head is None else _matrices(head, ids),
-        head=0 if head is None else _matrices(head),
-        attention=width * len(each),
-    )
 
 
 def _matrices(module: nn.Module, ids: set[int] | None = None) -> int:
@@ -270,56 +197,36 @@ def _sides(blocks: Iterable[nn.Module]) -> tuple[int, int]:
     return sum(shape[1] for shape in shapes), sum(shape[0] for shape in shapes)
 
 
-def _over_examples(sizes: _Sizes, examples: Examples, batches: Sequence[Sequence[int]]) -> float:
-    """One forward pass over some batches of the examples."""
-    shapes = [(len(index), max(len(examples[i].ids) for i in index) - 1) for index in batches]
-    keep = [len(index) * max(len(examples[i].ids) - examples[i].start for i in index) for index in batches]
-    return sizes.over(shapes, sum(keep))
-
-
-def _features(problem: Problem, sizes: _Sizes, targets: int, examples: int, one: float) -> float:
+def features(problem: Problem, it: Passes, targets: int, examples: int) -> float:
     """``feature_effects``: per target its active prompts up to the block, per chunk the examples."""
-    to_block = sizes.share * sizes.forward([p.rows for p in pack(problem.prompts, None)], 0)
-    sites = find_sites(problem.model, problem.parameters)
-    chunks = -(-targets // x_queries_at_once(problem, sites))
-    contracted = 2.0 * examples * targets * sizes.moving_to_block
-    return targets * ACTIVE * 3 * to_block + chunks * (2 + sizes.share) * one + contracted
+    to_block = it.share * it.over_prompts(list(pack(problem.prompts, None)))
+    chunks = -(-targets // x_queries_at_once(problem, find_sites(problem.model, problem.parameters)))
+    contracted = 2.0 * examples * targets * it.moving_to_block
+    return targets * ACTIVE * 3 * to_block + chunks * (2 + it.share) * it.examples + contracted
 
 
-def _sketched(problem: Problem, sizes: _Sizes, targets: int, passes: float, examples: Examples) -> dict[str, float]:
-    """``sketched.fill``: prompts stand apart; each active feature has a backward pass.
+def sketches(problem: Problem, it: Passes, targets: int, examples: Examples) -> dict[str, float]:
+    """A store that is empty yet: prompts stand apart; each active feature has a backward pass.
 
     A sketch is projected inputs, once a forward pass, and what they make with output gradients.
     """
-    whole, read = (
-        pack_rows(problem.prompts, behavior, tokens=problem.batch_tokens) for behavior in (problem.behavior, None)
-    )
-    y, x = ([p.rows for p in packs] for packs in (whole, read))
-    logits = sum(len(p.index) * len(p.keep) for p in whole)
-    to_block = sizes.share * sizes.forward(x, 0)
-    inner, out = (2.0 * COLUMNS * side for side in sizes.sides_to_block)
-    tokens = sum(rows.ids.numel() for rows in x)
-    features = to_block + tokens * inner + targets * ACTIVE * (to_block + tokens * out)
-    both = 2.0 * COLUMNS * sum(sizes.sides)
-    y_tokens = sum(rows.ids.numel() for rows in y)
+    whole, read = (pack_rows(problem.prompts, of, tokens=problem.batch_tokens) for of in (problem.behavior, None))
+    tokens, y_tokens = (sum(p.rows.ids.numel() for p in packs) for packs in (read, whole))
+    to_block = it.share * it.over_prompts(read)
+    inner, out = (2.0 * COLUMNS * side for side in it.sides_to_block)
+    active = to_block + tokens * inner + targets * ACTIVE * (to_block + tokens * out)
+    both = 2.0 * COLUMNS * sum(it.sides)
     return {
-        "sketches of prompts": features + 2 * sizes.forward(y, logits) + y_tokens * both,
-        "sketches of examples": passes + both * sum(len(example.ids) for example in examples),
+        "sketches of prompts": active + 2 * it.over_prompts(whole) + y_tokens * both,
+        "sketches of examples": 2 * it.examples + both * sum(len(example.ids) for example in examples),
     }
 
 
-def _trees(problem: Problem, sizes: _Sizes) -> float:
-    """One forward pass over the prompts' token trees."""
-    packs = list(pack(problem.prompts, problem.behavior))
-    return sizes.forward([p.rows for p in packs], sum(len(p.keep) for p in packs))
-
-
-def _prompts(problem: Problem, sizes: _Sizes, examples: Examples) -> float:
+def prompts(problem: Problem, it: Passes, examples: Examples) -> float:
     """``prompt_effects``: two passes a chunk over what meets in it, then every example and prompt."""
     passes = 0.0
     sites = split_sites(problem.model, problem.parameters)
-    for prompts, batches in prompt_chunks(problem, sites, examples):
-        logits = sum(len(p.index) * len(p.keep) for p in prompts)
-        both = sizes.forward([p.rows for p in prompts], logits) + _over_examples(sizes, examples, batches)
+    for some, batches in prompt_chunks(problem, sites, examples):
+        both = it.over_prompts(some) + it.over_examples(examples, batches)
         passes += 5 * both  # forward and backward twice, and the gradients built once
-    return passes + 2.0 * len(examples) * len(problem.prompts) * sizes.moving
+    return passes + 2.0 * len(examples) * len(problem.prompts) * it.moving

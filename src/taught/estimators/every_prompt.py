@@ -20,8 +20,8 @@ from torch import Tensor
 from taught.core.example import Examples, batch_indices, make_batch, refuse_nonfinite
 from taught.core.gradient import by_parameter
 from taught.core.problem import GB, Problem
-from taught.model.blockwise import BlockSites, Trace, last_block, split_sites, trace
-from taught.model.gradients import Factor, dot, dots, frozen
+from taught.model.blockwise import BlockSites, last_block, split_sites, trace
+from taught.model.gradients import Factor, dot, dots, frozen, neighbours
 from taught.model.layout import sequence_rows, text_config
 from taught.model.readout import PackedPrompts, pack_rows, read_y
 from taught.progress import Progress, SilentProgress
@@ -37,10 +37,7 @@ def prompt_effects(
 ) -> Tensor:
     """Change of y of every prompt per step on every example: float64 [P, N].
 
-    Raises
-    ------
-    UserError
-        The loss of an example is not finite; the model's blocks do not form a chain, or share parameters.
+    Raises UserError: the loss of an example is not finite; the model's blocks do not form a chain, or share parameters.
     """
     sites = split_sites(problem.model, problem.parameters)
     effects = torch.zeros(len(examples), len(problem.prompts), dtype=torch.float64)
@@ -89,25 +86,11 @@ def _split(items: Sequence[Any], needs: Sequence[float], budget: float) -> list[
     At least one item in each, also where it alone takes more.
     """
     enough = max(budget, *needs)
-    count, low, high = len(_filled(needs, enough)), sum(needs) / len(needs), enough
+    count, low, high = len(neighbours(needs, enough)), sum(needs) / len(needs), enough
     for _ in range(30):  # the least limit that needs no more chunks
         middle = (low + high) / 2
-        low, high = (low, middle) if len(_filled(needs, middle)) <= count else (middle, high)
-    chunks = _filled(needs, high)
-    return [([items[i] for i in chunk], [needs[i] for i in chunk]) for chunk in chunks]
-
-
-def _filled(needs: Sequence[float], limit: float) -> list[list[int]]:
-    """Neighbours together until the next one would be too much."""
-    chunks: list[list[int]] = []
-    used = 0.0
-    for i, need in enumerate(needs):
-        if not chunks or used + need > limit:
-            chunks.append([])
-            used = 0.0
-        chunks[-1].append(i)
-        used += need
-    return chunks
+        low, high = (low, middle) if len(neighbours(needs, middle)) <= count else (middle, high)
+    return [([items[i] for i in some], [needs[i] for i in some]) for some in neighbours(needs, high)]
 
 
 def _bytes(problem: Problem, sites: BlockSites) -> tuple[float, float, float]:
@@ -136,26 +119,23 @@ def _meet(
     progress: Progress | None,
 ) -> Tensor:
     """<grad L(z), grad y_i> of a chunk of examples and a chunk of prompts, float64."""
-    right, outside = [], []
+    model = problem.model
+    left, right, outside, top = [], [], [], []
     for packed in prompts:
-        value = partial(read_y, problem.model, packed, problem.behavior)
-        _, factors, traced = trace(
-            problem.model, sites, packed.index, value, rows=sequence_rows(problem.model, packed.rows)
-        )
+        value = partial(read_y, model, packed, problem.behavior)
+        _, factors, traced = trace(model, sites, value, rows=sequence_rows(model, packed.rows))
         right.append(traced)
         outside.append(_by_param(problem, factors))
-    left, top = [], []
     for some in chunk:
         batch = make_batch(examples, some)
-        run = partial(batch.losses, problem.model)
-        rows = sequence_rows(problem.model, batch.rows)
-        losses, factors, traced = trace(problem.model, sites, batch.index, run, training=True, rows=rows)
+        run, rows = partial(batch.losses, model), sequence_rows(model, batch.rows)
+        losses, factors, traced = trace(model, sites, run, training=True, rows=rows)
         refuse_nonfinite(examples, some, losses)
         left.append(traced)
         own = _by_param(problem, factors)
         parts = []
-        for other, prompt in zip(outside, right, strict=True):
-            total = torch.zeros(len(some), len(prompt.index), dtype=torch.float64)
+        for other, packed in zip(outside, prompts, strict=True):
+            total = torch.zeros(len(some), len(packed.index), dtype=torch.float64)
             for name in sorted(own.keys() & other.keys()):  # what both depend on
                 met = dot(own[name], other[name], scale=problem.metric.scale_of(name), room=_room(problem))
                 total += met.double().cpu()
@@ -164,20 +144,14 @@ def _meet(
     del outside
     effects = torch.cat(top)
     for _ in range(sites.depth):
-        effects += _one_block(problem, sites, left, right)
+        sides = [[_by_param(problem, last_block(model, sites, t)) for t in side] for side in (left, right)]
+        inside = torch.zeros_like(effects)
+        for name in sorted({name for side in sides for factors in side for name in factors}):
+            both = ([factors.pop(name) for factors in side] for side in sides)  # let go of as soon as they have met
+            inside += dots(*both, room=_room(problem), scale=problem.metric.scale_of(name)).double().cpu()
+        effects += inside
         (progress or SilentProgress()).advance(1)
     return effects
-
-
-def _one_block(problem: Problem, sites: BlockSites, left: Sequence[Trace], right: Sequence[Trace]) -> Tensor:
-    """Inner products over the parameters of the last block that is left, float64."""
-    ours, theirs = ([_by_param(problem, last_block(problem.model, sites, t)) for t in side] for side in (left, right))
-    total: Any = 0.0
-    for name in sorted({name for side in (ours, theirs) for factors in side for name in factors}):
-        a, b = ([factors.pop(name) for factors in side] for side in (ours, theirs))
-        met = dots(a, b, room=_room(problem), scale=problem.metric.scale_of(name))
-        total = total + met.double().cpu()
-    return total
 
 
 def _room(problem: Problem) -> int:

@@ -17,7 +17,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from taught.core.curvature import Curvature
@@ -29,15 +28,13 @@ from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.core.trajectory import Queries, Trajectory
 from taught.errors import UserError
-from taught.estimators import cost
-from taught.estimators.cost import Asked
+from taught.estimators.cost import Asked, Passes
 from taught.model.gradients import evaluating
-from taught.model.parameters import moving_parameters
+from taught.model.parameters import flags_kept, moving_parameters
 from taught.model.readout import Readouts, read_prompts
 from taught.progress import Progress, SilentProgress
 from taught.run.pieces import piece_key
-
-Floats = NDArray[np.float64]
+from taught.stats.arrays import Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +43,6 @@ class Step:
 
     Attributes
     ----------
-    example_id : str
     loss : loss of the example before the step
     dX : float64 [N, d], change of X with the baseline's gates; None where no X is read
     dX_exact : float64 [N, d], change of X as encoded anew (gates may open and close)
@@ -78,19 +74,11 @@ def example_gradient(
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss of one example and its gradient by plain autograd, parameter by parameter.
 
-    Parameters
-    ----------
-    parameters : patterns of the parameters that move (``moving_parameters``); None for all
-
-    Raises
-    ------
-    UserError
-        The loss is not finite; a pattern matches nothing.
+    Raises UserError: the loss is not finite; a pattern of the parameters that move matches nothing.
     """
     moving = moving_parameters(model, parameters)
     batch = make_batch([example], [0])
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    try:
+    with flags_kept(model.parameters()):
         for name, p in model.named_parameters():
             p.requires_grad_(name in moving)
         loss = batch.losses(model).sum()
@@ -101,43 +89,16 @@ def example_gradient(
                 rule="a loss must be a finite number",
                 fix="use --set model.dtype=float32, or remove this example",
             )
-        grads = _gradients(loss, moving)
-    finally:
-        for name, p in model.named_parameters():
-            p.requires_grad_(flags[name])
-    return float(loss.detach()), grads
+        if not loss.requires_grad:  # it depends on none of these parameters: another expert was asked
+            return float(loss), {}
+        grads = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
+    return float(loss.detach()), {name: g for name, g in zip(moving, grads, strict=True) if g is not None}
 
 
 def step_direction(problem: Problem, example: Example) -> tuple[float, dict[str, Tensor]]:
     """Loss of one example and C^-1 grad L: a step is -lr times it."""
     loss, grads = example_gradient(problem.model, example, problem.parameters)
     return loss, {name: problem.metric.solve(name, g) for name, g in grads.items()}
-
-
-def _gradients(loss: Tensor, moving: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Of the parameters that the loss depends on: none where another expert was asked."""
-    if not loss.requires_grad:
-        return {}
-    grads = torch.autograd.grad(loss, list(moving.values()), allow_unused=True)
-    return {name: g for name, g in zip(moving, grads, strict=True) if g is not None}
-
-
-@contextmanager
-def _stepped(moving: Mapping[str, nn.Parameter], direction: dict[str, Tensor], lr: float) -> Iterator[None]:
-    """Weights after a plain step inside, those before on exit; the direction is used up.
-
-    The weights before are set aside, not copied: a step takes the memory of one gradient.
-    """
-    before = {name: p.data for name, p in moving.items()}
-    try:
-        with torch.no_grad():
-            for name in list(direction):
-                p = moving[name]
-                p.data = p.sub(direction.pop(name), alpha=lr).to(p.dtype)
-        yield
-    finally:
-        for name, p in moving.items():
-            p.data = before[name]
 
 
 def finite_steps(
@@ -160,8 +121,16 @@ def finite_steps(
     with evaluating(problem.model):
         for example in examples:
             loss, direction = step_direction(problem, example)
-            with _stepped(moving, direction, problem.lr):
+            before = {name: p.data for name, p in moving.items()}  # set aside: a step takes the memory of one gradient
+            try:
+                with torch.no_grad():
+                    for name in list(direction):
+                        p = moving[name]
+                        p.data = p.sub(direction.pop(name), alpha=problem.lr).to(p.dtype)
                 after = read(problem.model, problem.prompts, problem.behavior, problem.point)
+            finally:
+                for name, p in moving.items():
+                    p.data = before[name]
             if baseline.prompt_ids != after.prompt_ids:
                 raise ValueError("read-outs before and after a step are of different prompts")
             dX = exact = None
@@ -224,4 +193,5 @@ class FiniteStep:
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """A step and a pass over all prompts an example."""
-        return cost.finite_step(problem, examples)
+        it = Passes(problem, examples)
+        return {"read-outs": 2 * it.trees, "finite steps": len(examples) * it.step}

@@ -20,18 +20,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taught.core.curvature import Curvature
 from taught.core.estimator import Work, needs_steps
-from taught.core.example import Example, Examples, example_losses
+from taught.core.example import Examples, example_losses
 from taught.core.problem import Problem
 from taught.core.registry import ESTIMATORS
 from taught.core.scores import Scores
 from taught.core.target import TargetSet
 from taught.core.trajectory import Queries, Trajectory
-from taught.estimators import cost
-from taught.estimators.cost import Asked
+from taught.estimators.cost import Asked, Passes
 from taught.estimators.finite_step import step_direction
 from taught.model.directional import along, refused
 from taught.model.gradients import frozen, lacks_forward_mode, refuse_detached
@@ -47,7 +46,6 @@ class Tangent:
 
     Attributes
     ----------
-    example_id : str
     loss : loss of the example before the step
     dX : float64 [N, d], positive: the example makes the feature more active on the prompt
     dy : float64 [N], natural logarithm
@@ -59,33 +57,18 @@ class Tangent:
     dy: Tensor
 
 
-class _Reader(nn.Module):
-    """Parameters -> (X, y) of one packed tree."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__()
-        self.model = problem.model
-        self._problem = problem
-
-    def forward(self, packed: PackedPrompts) -> tuple[Tensor, Tensor]:
-        problem = self._problem
-        h, y = read_packed(self.model, packed, problem.behavior, problem.point)
-        assert y is not None
-        if problem.features is None:
-            return y[:0], y
-        return problem.features(h, packed.offsets.to(h.device)), y
-
-
 def tangents(problem: Problem, examples: Examples, *, progress: Progress | None = None) -> Iterator[Tangent]:
     """One :class:`Tangent` per example, in order. No weight is changed.
 
-    Raises
-    ------
-    UserError
-        The loss of an example is not finite; forward mode does not go through the model.
+    Raises UserError: the loss of an example is not finite; forward mode does not go through the model.
     """
     refuse_detached(problem.model)
-    reader = _Reader(problem)
+
+    def read(packed: PackedPrompts) -> tuple[Tensor, Tensor]:
+        h, y = read_packed(problem.model, packed, problem.behavior, problem.point)
+        assert y is not None
+        return (y[:0] if problem.features is None else problem.features(h, packed.offsets.to(h.device))), y
+
     packs = list(pack(problem.prompts, problem.behavior))
     moving = moving_parameters(problem.model, problem.parameters)
     for example in examples:
@@ -97,16 +80,16 @@ def tangents(problem: Problem, examples: Examples, *, progress: Progress | None 
             }
             dX = torch.zeros(len(problem.prompts), problem.d, dtype=torch.float64)
             dy = torch.zeros(len(problem.prompts), dtype=torch.float64)
-            for packed in packs:
-                try:
-                    X_moves, y_moves = along(reader, step, packed)[1]
-                except (RuntimeError, NotImplementedError) as error:
-                    other = "adjoint, which gives the same numbers" if lacks_forward_mode(error) else "finite-step"
-                    raise refused(problem.model, error, f"use --set attribution.estimator={other}") from error
-                index = list(packed.index)
-                if problem.features is not None:
-                    dX[index] = X_moves.detach().double().cpu()
-                dy[index] = y_moves.detach().double().cpu()
+            try:
+                for packed in packs:
+                    X_moves, y_moves = along(problem.model, step, read, packed)[1]
+                    index = list(packed.index)
+                    if problem.features is not None:
+                        dX[index] = X_moves.detach().double().cpu()
+                    dy[index] = y_moves.detach().double().cpu()
+            except (RuntimeError, NotImplementedError) as error:
+                other = "adjoint, which gives the same numbers" if lacks_forward_mode(error) else "finite-step"
+                raise refused(problem.model, error, f"use --set attribution.estimator={other}") from error
         yield Tangent(example.id, loss, dX, dy)  # outside the block: the caller gets the model as it was
         if progress is not None:
             progress.advance(1)
@@ -132,29 +115,27 @@ class Forward:
         """dX and dy of each example, one piece an example; targets are sums of these."""
         losses = example_losses(problem.model, examples, problem.batch_tokens)
         work.progress.step("forward mode", len(examples))
-        moved = [_kept(problem, example, work) for example in examples]
+        moved = []
+        for example in examples:
+            key = piece_key(example.id, "tangent")
+            one: dict[str, Any] | None = None if work.pieces is None else work.pieces.load(key)
+            if one is not None:  # from an earlier attempt
+                work.progress.advance(1)
+            else:
+                (tangent,) = tangents(problem, [example], progress=work.progress)
+                one = {"dy": tangent.dy.numpy()} | ({} if problem.features is None else {"dX": tangent.dX.numpy()})
+                if work.pieces is not None:
+                    work.pieces.save(key, one)
+            moved.append(one)
         values = np.stack([targets.changes(one.get("dX"), one["dy"]) for one in moved])
         details: dict[str, Any] = {"dy": np.stack([one["dy"] for one in moved])}
-        if problem.features is not None:
-            details["dX"] = np.stack([one["dX"] for one in moved]).astype(np.float32)
-            details["detailed"] = tuple(z.id for z in examples)
         ids = tuple(z.id for z in examples)
+        if problem.features is not None:
+            details |= {"dX": np.stack([one["dX"] for one in moved]).astype(np.float32), "detailed": ids}
         return Scores("forward", ids, targets.names, values, losses=losses.numpy(), details=details)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
-        """About three forward passes over the prompts an example."""
-        return cost.forward(problem, examples)
-
-
-def _kept(problem: Problem, example: Example, work: Work) -> dict[str, Any]:
-    """dX and dy of one example, from an earlier attempt or computed and kept."""
-    key = piece_key(example.id, "tangent")
-    found: dict[str, Any] | None = work.pieces.load(key) if work.pieces is not None else None
-    if found is not None:
-        work.progress.advance(1)
-        return found
-    (tangent,) = tangents(problem, [example], progress=work.progress)
-    arrays = {"dy": tangent.dy.numpy()} | ({} if problem.features is None else {"dX": tangent.dX.numpy()})
-    if work.pieces is not None:
-        work.pieces.save(key, arrays)
-    return arrays
+        """x W moves with x and with W: about three forward passes over the prompts an example."""
+        it = Passes(problem, examples)
+        found = {"read-outs": it.trees + it.examples}
+        return found | {"forward mode": len(examples) * (3 * it.trees + it.gradient)}

@@ -13,31 +13,19 @@ loss; it is not an ablation of the token as *input*, which later tokens see too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.core.example import ExampleBatch, Examples, batch_examples, refuse_nonfinite
 from taught.core.problem import Problem
-from taught.core.query import build_queries, query_parts, some_of
-from taught.model.directional import along
+from taught.core.query import build_queries, query_at, query_parts, some_of
+from taught.model.directional import along, computed
 from taught.model.gradients import RowSparse, Site, find_sites, frozen, lacks_forward_mode
 from taught.progress import Progress
-
-
-class _Terms(nn.Module):
-    """Parameters -> what each token adds to the loss of its example."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: ExampleBatch) -> Tensor:
-        return batch.terms(self.model)
 
 
 def token_effects(
@@ -45,38 +33,30 @@ def token_effects(
 ) -> list[Tensor]:
     """Share of every scored token in its example's effect on a few targets.
 
-    Parameters
-    ----------
-    A, B : Cotangents of K targets, as in :func:`taught.estimators.adjoint.target_effects`
+    For each example float64 [n scored tokens, K], in the order of ``Example.scored``. Sums over tokens are the
+    example's effects. A, B: cotangents of K targets (``taught.core.query.build_queries``).
 
-    Returns
-    -------
-    For each example float64 [n scored tokens, K], in the order of ``Example.scored``. Sums
-    over tokens are the example's effects.
+    Raises UserError: shares of some examples are not finite.
 
-    Raises
-    ------
-    UserError
-        Shares of some examples are not finite.
-
-    Notes
-    -----
     Cost: the queries once, and for each target about three forward passes over the examples; as often as there are
     parts of a query (``query_parts``). Memory: the queries, and one of them once more. Attention runs without fused
     kernels. Where an operation of the model has no forward mode, a backward pass for each scored token.
     """
     model, sites = problem.model, find_sites(problem.model, problem.parameters)
     count = next(len(part) for part in (A, B) if part is not None)
-    terms, shares = _Terms(model), [torch.zeros(p.n_scored, count).double() for p in examples]
+    shares = [torch.zeros(p.n_scored, count).double() for p in examples]
     with frozen(model):
         for some, part in query_parts(problem, sites, count):
             queries = build_queries(problem, part, *some_of(some, A, B), progress)
             for n, k in enumerate(range(count)[some]):
-                step = {
-                    name: -problem.lr * _dense(query, n, model.get_parameter(name)) for name, query in queries.items()
-                }
+                step = {}
+                for name, query in queries.items():
+                    weight, own = model.get_parameter(name), query_at(query, n)
+                    if isinstance(own, RowSparse):
+                        own = torch.zeros_like(weight).index_copy(0, own.rows, own.values.to(weight))
+                    step[name] = -problem.lr * own.to(weight)
                 for batch in batch_examples(examples, problem.batch_tokens) if step else ():
-                    moved = _along(model, sites, terms, batch, step)
+                    moved = _along(model, sites, batch, step)
                     for row, i in zip(moved.double().cpu(), batch.index, strict=True):
                         shares[i][:, k] += row[: examples[i].n_scored]
             del queries  # before the next ones are built
@@ -85,24 +65,21 @@ def token_effects(
     return shares
 
 
-def _along(
-    model: nn.Module, sites: Sequence[Site], terms: _Terms, batch: ExampleBatch, step: dict[str, Tensor]
-) -> Tensor:
+def _along(model: nn.Module, sites: Sequence[Site], batch: ExampleBatch, step: dict[str, Tensor]) -> Tensor:
     with _as_in_training(model, sites):
         try:
-            values, moved = along(terms, step, batch)
+            values, moved = along(model, step, batch.terms, model)
         except (RuntimeError, NotImplementedError) as error:
             if not lacks_forward_mode(error):
                 raise
-            values, moved = _by_token(terms, batch, step)
+            values, moved = _by_token(model, batch, step)
     return (moved * batch.slopes(values.sum(1))[:, None]).detach()
 
 
-def _by_token(terms: _Terms, batch: ExampleBatch, step: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _by_token(model: nn.Module, batch: ExampleBatch, step: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The same with a backward pass for each token."""
-    leaves = {name: terms.model.get_parameter(name).detach().clone().requires_grad_() for name in step}
-    with sdpa_kernel(SDPBackend.MATH):
-        values = functional_call(terms, {f"model.{name}": p for name, p in leaves.items()}, (batch,))
+    leaves = {name: model.get_parameter(name).detach().clone().requires_grad_() for name in step}
+    values = computed(model, leaves, batch.terms, model)
     moved = torch.zeros_like(values)
     for b, k in (batch.weights != 0).nonzero().tolist():
         grads = torch.autograd.grad(values[b, k], list(leaves.values()), retain_graph=True, allow_unused=True)
@@ -115,26 +92,15 @@ def _by_token(terms: _Terms, batch: ExampleBatch, step: dict[str, Tensor]) -> tu
 @contextmanager
 def _as_in_training(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     """Look-ups of an embedding's padding row do not move, as an optimizer does not move them."""
-    handles = []
-    for site in sites:
-        if site.padding is not None:
-            module = model.get_submodule(site.module)
-            device = next(module.parameters()).device
-            row = module(torch.tensor([[site.padding]], device=device)).detach()[0, 0]
 
-            def hook(_: nn.Module, args: Any, out: Tensor, padding: int = site.padding, row: Tensor = row) -> Tensor:
-                return torch.where((args[0] == padding).unsqueeze(-1), row, out)
+    def hook(padding: int, row: Tensor, _: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return torch.where((args[0] == padding).unsqueeze(-1), row, out)
 
-            handles.append(module.register_forward_hook(hook))
-    try:
+    with ExitStack() as hooks:
+        for site in sites:
+            if site.padding is not None:
+                module = model.get_submodule(site.module)
+                device = next(module.parameters()).device
+                row = module(torch.tensor([[site.padding]], device=device)).detach()[0, 0]
+                hooks.enter_context(module.register_forward_hook(partial(hook, site.padding, row)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _dense(query: Tensor | RowSparse, k: int, weight: Tensor) -> Tensor:
-    """The k-th query in the parameter's shape and precision."""
-    if isinstance(query, RowSparse):
-        return torch.zeros_like(weight).index_copy(0, query.rows, query.values[k].to(weight))
-    return query[k].to(weight)

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from taught.core.point import RESID_POST, Point
-from taught.errors import UserError
+from taught.errors import UserError, reading
 from taught.features.pooling import pool
 from taught.features.probe import fit_direction, held_out
 from taught.features.sae import SparseAutoencoder
@@ -217,10 +217,7 @@ def _cosine(a: Floats, b: Floats) -> float:
 def feature_direction(sae: SparseAutoencoder, shares: Mapping[int, float]) -> Floats:
     """sum_k share_k (what feature k adds to the reconstruction per activation), [D].
 
-    Raises
-    ------
-    UserError
-        An id that the autoencoder does not have.
+    Raises UserError: an id that the autoencoder does not have.
     """
     rows = sae.decoder_rows(list(shares)).double().cpu().numpy()
     return np.asarray(np.array(list(shares.values())) @ rows)
@@ -229,17 +226,17 @@ def feature_direction(sae: SparseAutoencoder, shares: Mapping[int, float]) -> Fl
 def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats, dict[str, Any]]:
     """Direction [D] from a safetensors file or a control vector, and its provenance.
 
-    Parameters
-    ----------
-    tensor : name of the tensor, [D] or [1, D]; None where the file holds one only
+    ``tensor`` is the name of the tensor, [D] or [1, D]; None where the file holds one only.
 
-    Raises
-    ------
-    UserError
-        The file cannot be read, has no such tensor or several, or the tensor is no vector.
+    Raises UserError: the file cannot be read, has no such tensor or several, or the tensor is no vector.
     """
     file = Path(path).expanduser()
-    tensors = (_read_control_vector if is_control_vector(file) else _read_tensors)(file)
+    if is_control_vector(file):
+        tensors = _read_control_vector(file)
+    else:
+        rule = "a safetensors file, or a control vector (GGUF)"
+        with reading("the direction cannot be read", file, rule=rule, fix="check the path"):
+            tensors = read_tensors(file)
     if tensor is None and len(tensors) == 1:
         (tensor,) = tensors
     if tensor is None or tensor not in tensors:
@@ -255,14 +252,6 @@ def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats,
     return value.reshape(-1).to(torch.float64).numpy(), origin
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return read_tensors(file)
-    except (OSError, ValueError) as error:
-        rule, fix = "a safetensors file, or a control vector (GGUF)", "check the path"
-        raise UserError("the direction cannot be read", value=f"{file}: {error}", rule=rule, fix=fix) from error
-
-
 def is_control_vector(path: str | Path) -> bool:
     """Whether the file is in the format of repeng and llama.cpp: GGUF."""
     return Path(path).suffix.lower() == ".gguf"
@@ -276,10 +265,7 @@ def control_tensor(block: int) -> str:
 def control_block(tensor: str) -> int:
     """The block, counted from 0, whose output a control vector's tensor is added to.
 
-    Raises
-    ------
-    UserError
-        Not a name of the format.
+    Raises UserError: not a name of the format.
     """
     head, _, number = tensor.partition(".")
     if head != "direction" or not re.fullmatch("[0-9]{1,6}", number):
@@ -305,15 +291,14 @@ def _read_control_vector(file: Path) -> dict[str, Tensor]:
                 raise ValueError("the file ends before a part of it")
             return super()._get(offset, dtype, count, *rest, **more)
 
-    try:
+    # gguf checks little: what is damaged shows as whatever Python raises then.
+    errors = (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, NotImplementedError)
+    rule = "a GGUF file with the tensors direction.N"
+    with reading("the control vector cannot be read", file, errors, rule=rule, fix="check the path"):
         if not file.is_file():
             raise FileNotFoundError("no such file")
         found = {t.name: np.asarray(dequantize(t.data, t.tensor_type)) for t in Bounded(file).tensors}
         return {name: torch.from_numpy(np.array(value, np.float64)) for name, value in found.items()}
-    # gguf checks little: what is damaged shows as whatever Python raises then.
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, NotImplementedError) as error:
-        rule, fix = "a GGUF file with the tensors direction.N", "check the path"
-        raise UserError("the control vector cannot be read", value=f"{file}: {error}", rule=rule, fix=fix) from error
 
 
 # --- reading h ---------------------------------------------------------------------------------
@@ -373,10 +358,7 @@ def save_concept(concept: Concept, folder: Path) -> None:
 def load_concept(folder: str | Path) -> Concept:
     """Read a concept that :func:`save_concept` wrote.
 
-    Raises
-    ------
-    UserError
-        Nothing is there, another format, or the two files do not belong together.
+    Raises UserError: nothing is there, another format, or the two files do not belong together.
     """
     from safetensors import SafetensorError
 

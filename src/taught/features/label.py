@@ -15,14 +15,14 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taught.errors import UserError, misfit, printable, shown
+from taught.errors import UserError, misfit, printable, reading, shown
 from taught.stats.arrays import Floats, Ints
 
 CONTEXT = 6  # tokens of context on each side
@@ -55,10 +55,6 @@ class FeatureDescription:
     top_prompts: list[dict[str, Any]]
     contrast_prompts: list[dict[str, Any]]
     top_tokens: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        return asdict(self)
 
 
 def describe_features(
@@ -114,9 +110,14 @@ def describe_features(
         leading = [i for i in np.argsort(-strongest, kind="stable")[:top].tolist() if strongest[i] > 0]
         scored = _scored_words(own, words, word_of)
         contrasts = _contrasts(leading, strongest, groups, units)
+        made = "not active"  # up to three words; where no word stands out, the groups of the strongest prompts
+        if scored:
+            made = ", ".join(word for word, score in scored[:3] if score >= 0.25 * scored[0][1])
+        elif leading:
+            made = "marks and template tokens (" + ", ".join(sorted({groups[i] for i in leading})) + ")"
         one = FeatureDescription(
             feature_id=feature_id,
-            label=given.get(feature_id, _made_label(scored, [groups[i] for i in leading])),
+            label=given.get(feature_id, made),
             label_source="file" if feature_id in given else "words",
             words=[{"word": word, "score": score} for word, score in scored],
             top_prompts=[row(i, strongest) for i in leading],
@@ -201,33 +202,19 @@ def _logit(p: Floats) -> Floats:
     return np.log(inside) - np.log1p(-inside)
 
 
-def _made_label(scored: list[tuple[str, float]], groups: Sequence[str]) -> str:
-    """Up to three words; where no word stands out, the groups of the strongest prompts."""
-    if scored:
-        floor = 0.25 * scored[0][1]
-        return ", ".join(word for word, score in scored[:3] if score >= floor)
-    if groups:
-        return "marks and template tokens (" + ", ".join(sorted(set(groups))) + ")"
-    return "not active"
-
-
 # --- the user's labels ----------------------------------------------------------------------------
 
 
 def load_labels(file: str | Path) -> dict[int, str]:
     """Read feature id -> label from JSON or YAML (a mapping) or CSV (columns id, label).
 
-    Raises
-    ------
-    UserError
-        The file cannot be read, an id is not a whole number or appears twice, a label is empty.
+    Raises UserError: the file cannot be read, an id is not a whole number or appears twice, a label is empty.
     """
     path = Path(file).expanduser()
-    try:
+    errors = (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error)
+    rule = ".json or .yaml with id: label, or .csv with columns id and label"
+    with reading("the label file cannot be read", path, errors, rule=rule, fix="check features.labels"):
         entries = _label_entries(path)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
-        rule, fix = ".json or .yaml with id: label, or .csv with columns id and label", "check features.labels"
-        raise UserError("the label file cannot be read", value=f"{path}: {error}", rule=rule, fix=fix) from error
     labels: dict[int, str] = {}
     for key, label in entries:
         text = shown(key).strip()

@@ -30,6 +30,9 @@ METHODS = ("difference", "logistic", "ridge")
 def fit_direction(X: ArrayLike, positive: ArrayLike, method: str, penalty: float = 1.0) -> Floats:
     """Direction w [D] that points from the negative group to the positive one; not normalised.
 
+    Cost: one singular value decomposition of [N, D] where D > N (the solution lies in the span of
+    the rows), and about ten solutions of min(N, D) equations.
+
     Parameters
     ----------
     X : float64 [N, D], one row a prompt or example
@@ -41,11 +44,6 @@ def fit_direction(X: ArrayLike, positive: ArrayLike, method: str, penalty: float
     ------
     UserError
         A group is empty, rows are not finite or all alike, an unknown method, a penalty not above 0.
-
-    Notes
-    -----
-    Cost: one singular value decomposition of [N, D] where D > N (the solution lies in the span of
-    the rows), and about ten solutions of min(N, D) equations.
     """
     X, positive = _checked(X, positive)
     if method == "difference":
@@ -84,10 +82,7 @@ def held_out(
     """AUC of read-outs <w, x> of rows that w was not fitted on, and the w [D] of each fold.
 
     Folds hold both groups in equal shares. Rows are compared within their fold, since each fold has a w of its own.
-
-    Parameters
-    ----------
-    fit : (X, positive) -> w, such as :func:`fit_direction`
+    ``fit`` is (X, positive) -> w, such as :func:`fit_direction`.
     """
     X, positive = _checked(X, positive)
     smaller = int(min(positive.sum(), (~positive).sum()))
@@ -150,15 +145,8 @@ def _logistic(Z: Floats, positive: Bools, penalty: float) -> Floats:
 def sweep(
     H: Any, positive: ArrayLike, method: str = "logistic", penalty: float = 1.0, **draws: Any
 ) -> list[dict[str, Any]]:
-    """Held-out AUC of a direction fitted at each block.
+    """Held-out AUC of a direction fitted to pooled residuals H [L, N, D] of each block; draws as of :func:`held_out`.
 
-    Parameters
-    ----------
-    H : [L, N, D], pooled residuals after each block
-    draws : folds, bootstrap, seed (:func:`held_out`)
-
-    Returns
-    -------
     [{"block", "auc", "lo", "hi"}], block after block. The largest of many is favourable to itself.
     """
     rows = []

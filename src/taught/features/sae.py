@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from taught.core.point import RESID_POST, Point
-from taught.errors import UserError, refuse
-from taught.features.sae_config import SaeConfig, saelens_config, sparsify_config
+from taught.errors import UserError, reading
+from taught.features.sae_config import SaeConfig, refuse_unknown, saelens_config, sparsify_config
 from taught.run.files import read_json_mapping, read_tensors
 
 Encoder = Literal["sae", "relu"]
@@ -92,27 +92,19 @@ class SparseAutoencoder:
         return self.W_enc.shape[1]
 
     def encode(self, h: Tensor, ids: Tensor | Sequence[int] | None = None, encoder: Encoder = "sae") -> Tensor:
-        """Feature activations.
+        """Feature activations [..., d] of h [..., D], differentiable with the gate at its value.
+
+        Costs D d multiply-adds a token; TopK needs all F features to know which are the k largest.
 
         Parameters
         ----------
-        h : [..., D]
         ids : int64 [d], optional, in the order of the columns of the result; None: all, in numeric order
-        encoder : {"sae", "relu"}
-            The autoencoder's own encoder, or the paper's dense proxy.
-
-        Returns
-        -------
-        [..., d], differentiable in ``h`` with the gate at its value (d act / d pre is 1 or 0).
+        encoder : ``sae``, the autoencoder's own, or ``relu``, the paper's dense proxy
 
         Raises
         ------
         UserError
             An id that the autoencoder does not have, or an unknown encoder.
-
-        Notes
-        -----
-        Costs D d multiply-adds a token; TopK needs all F features to know which are the k largest.
         """
         if encoder not in ENCODERS:
             raise UserError(
@@ -183,8 +175,7 @@ def _bad_weights(name: str, value: object, rule: str) -> UserError:
 
 def _checked_ids(ids: Tensor | Sequence[int], features: int) -> Tensor:
     chosen = torch.as_tensor(ids, dtype=torch.long)
-    bad = chosen[(chosen < 0) | (chosen >= features)].tolist()
-    refuse(bad, "the SAE has no such feature", rule=f"ids from 0 to {features - 1}", fix="check features.ids")
+    refuse_unknown(chosen[(chosen < 0) | (chosen >= features)].tolist(), features)
     return chosen
 
 
@@ -194,7 +185,7 @@ def _checked_ids(ids: Tensor | Sequence[int], features: int) -> Tensor:
 def load_sae(
     path: str | Path, *, block: int | None = None, part: str | None = None, ignore: Collection[str] = ()
 ) -> SparseAutoencoder:
-    """Read an autoencoder.
+    """Read an autoencoder: float32, on the CPU.
 
     Parameters
     ----------
@@ -205,11 +196,6 @@ def load_sae(
     block, part : where it reads h (:class:`taught.core.point.Point`), as far as the file does not say
     ignore : keys of ``cfg.json`` that are not known here and that change nothing about the features
 
-    Returns
-    -------
-    SparseAutoencoder
-        float32, on the CPU.
-
     Raises
     ------
     UserError
@@ -218,46 +204,35 @@ def load_sae(
     folder = Path(path).expanduser()
     if not folder.exists() and (named := re.fullmatch(r"([\w.\-]+):([\w./\-]+)", str(path))):
         return _load_release(named[1], named[2], block=block, part=part, ignore=ignore)
-    try:
+    rule = "a SAELens or sparsify folder, or release:sae_id"
+    with reading("the SAE folder has no readable cfg.json", folder, rule=rule, fix="check sae.path"):
         config = read_json_mapping(folder / "cfg.json")
-    except (OSError, ValueError) as error:
-        what, rule = "the SAE folder has no readable cfg.json", "a SAELens or sparsify folder, or release:sae_id"
-        raise UserError(what, value=f"{folder}: {error}", rule=rule, fix="check sae.path") from error
-    readers = {"sae_weights.safetensors": _saelens, "sae.safetensors": _sparsify}
-    name = next((name for name in readers if (folder / name).is_file()), None)
+    names = ("sae_weights.safetensors", "sae.safetensors")
+    name = next((name for name in names if (folder / name).is_file()), None)
     if name is None:
         rule = "sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)"
         raise UserError("the SAE folder holds no weights", value=str(folder), rule=rule, fix="check sae.path")
-    try:
+    fix = "copy or download it again"
+    with reading("the SAE's weights cannot be read", folder / name, rule="a safetensors file", fix=fix):
         weights = read_tensors(folder / name)
-    except (OSError, ValueError) as error:
-        what, value = "the SAE's weights cannot be read", f"{folder / name}: {error}"
-        raise UserError(what, value=value, rule="a safetensors file", fix="copy or download it again") from error
-    where = {"block": block, "part": part, "folder": folder, "ignore": ignore}
-    return readers[name](config, weights, {"folder": folder.name}, **where)
+    where: dict[str, Any] = {"block": block, "part": part, "folder": folder, "ignore": ignore}
+    if name == names[0]:
+        return _saelens(config, weights, {"folder": folder.name}, **where)
+    weights = {name.replace("encoder.bias", "b_enc"): value for name, value in weights.items()}
+    if (encoder := weights.pop("encoder.weight", None)) is not None:
+        weights["W_enc"] = encoder.T.contiguous() if encoder.ndim == 2 else encoder
+    return _build(sparsify_config(config, **where), weights, {"folder": folder.name, "format": "sparsify"})
 
 
 def _saelens(
     config: Mapping[str, Any], weights: dict[str, Tensor], source: Mapping[str, Any], **where: Any
 ) -> SparseAutoencoder:
-    """Build from what SAELens saves."""
     provenance = {**source, "format": "saelens", "metadata": config.get("metadata") or {}}
     weights = dict(weights)
     scale = weights.pop("scaling_factor", None)  # some versions saved one that is not used
     if scale is not None and not bool((scale == 1).all()):
         raise _bad_weights("scaling_factor", "not all 1", "1 for every feature, or left out")
     return _build(saelens_config(config, **where), weights, provenance)
-
-
-def _sparsify(
-    config: Mapping[str, Any], weights: dict[str, Tensor], source: Mapping[str, Any], **where: Any
-) -> SparseAutoencoder:
-    """Build from what sparsify saves: TopK."""
-    found = sparsify_config(config, **where)
-    parts = {name.replace("encoder.bias", "b_enc"): value for name, value in weights.items()}
-    if (encoder := parts.pop("encoder.weight", None)) is not None:
-        parts["W_enc"] = encoder.T.contiguous() if encoder.ndim == 2 else encoder
-    return _build(found, parts, {**source, "format": "sparsify"})
 
 
 def _build(config: SaeConfig, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> SparseAutoencoder:
@@ -316,10 +291,7 @@ def fraction_variance_unexplained(sae: SparseAutoencoder, h: Tensor) -> float:
 def check_fit(sae: SparseAutoencoder, h: Tensor, limit: float = 0.9) -> float:
     """Fraction of variance unexplained on some h [M, D]; shows a wrong point or model.
 
-    Raises
-    ------
-    UserError
-        The widths differ, or the fraction is above ``limit`` (or not a number).
+    Raises UserError: the widths differ, or the fraction is above ``limit`` (or not a number).
     """
     if h.shape[-1] != sae.width:
         raise UserError(

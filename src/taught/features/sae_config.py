@@ -7,13 +7,13 @@ them. ``sae.ignore`` names unknown keys that the user knows to change nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from taught.core.point import ATTN_OUT, MLP_OUT, RESID_POST, Point
-from taught.errors import UserError
+from taught.errors import UserError, refuse
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
 
@@ -273,6 +273,12 @@ def _top_k(k: Any) -> int:
 
 def _refused(key: str, value: object, rule: str, fix: str = _Allowed.fix) -> UserError:
     return UserError("this kind of SAE is not supported", value=f"{key}: {value}", rule=rule, fix=fix)
+
+
+def refuse_unknown(ids: Sequence[int], features: int) -> None:
+    """Raise a UserError that names the ids that an autoencoder of so many features does not have."""
+    bad = [k for k in ids if not 0 <= k < features]
+    refuse(bad, "the SAE has no such feature", rule=f"ids from 0 to {features - 1}", fix="check features.ids")
 
 
 # --- which point ---------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from taught.errors import UserError, misfit, refuse, refuse_repeated
+from taught.features.sae_config import refuse_unknown
 from taught.stats.arrays import Bools, Floats, Ints
 
 ALWAYS_ON = 0.99
@@ -69,12 +70,29 @@ def select_features(
     """
     X = np.asarray(acts, dtype=np.float64)
     names = np.asarray(groups, dtype=object)
-    _check(X, names)
+    if X.ndim != 2 or len(X) != len(names):
+        raise misfit("activations and groups", "one row and one group per prompt", activations=X, groups=names)
+    bad = np.flatnonzero(~np.isfinite(X).all(axis=1)).tolist()
+    refuse([f"prompt {i}" for i in bad], "activations are not finite", rule="finite numbers", fix="use dtype float32")
     means = {str(g): X[names == g].mean(axis=0) for g in sorted(set(names.tolist()))}
-    _check_groups(means, positive, negative)
+    if not {positive, negative} <= means.keys() or positive == negative:
+        raise UserError(
+            "features are selected between two groups of prompts",
+            value=f"{positive!r} against {negative!r}; groups: {sorted(means)}",
+            rule="both groups have prompts, and they differ",
+            fix="set prompts.positive_group and prompts.negative_group, or name features.ids",
+        )
     difference = means[positive] - means[negative]
     rate = (X > 0).mean(axis=0)
-    chosen = _largest(difference, threshold, max_features) if ids is None else _checked_ids(ids, X.shape[1])
+    if ids is None:
+        chosen = _largest(difference, threshold, max_features)
+    else:
+        if not len(ids):
+            rule, fix = "features.ids names at least one", "leave features.ids out to have them selected"
+            raise UserError("no features given", value=[], rule=rule, fix=fix)
+        refuse_unknown(ids, X.shape[1])
+        refuse_repeated(ids, "a feature in features.ids")
+        chosen = np.sort(np.asarray(ids, dtype=np.int64))
     return Selection(chosen, means, difference, rate, rate >= ALWAYS_ON)
 
 
@@ -90,32 +108,3 @@ def _largest(difference: Floats, threshold: float, max_features: int) -> Ints:
             fix="lower features.threshold, or name features.ids",
         )
     return np.sort(chosen).astype(np.int64)
-
-
-def _checked_ids(ids: Sequence[int], features: int) -> Ints:
-    chosen = np.asarray(ids, dtype=np.int64)
-    if not len(chosen):
-        rule, fix = "features.ids names at least one", "leave features.ids out to have them selected"
-        raise UserError("no features given", value=[], rule=rule, fix=fix)
-    bad = chosen[(chosen < 0) | (chosen >= features)].tolist()
-    refuse(bad, "the SAE has no such feature", rule=f"ids from 0 to {features - 1}", fix="check features.ids")
-    refuse_repeated(chosen.tolist(), "a feature in features.ids")
-    return np.sort(chosen)
-
-
-def _check(X: Floats, names: NDArray[np.object_]) -> None:
-    if X.ndim != 2 or len(X) != len(names):
-        raise misfit("activations and groups", "one row and one group per prompt", activations=X, groups=names)
-    bad = np.flatnonzero(~np.isfinite(X).all(axis=1)).tolist()
-    refuse([f"prompt {i}" for i in bad], "activations are not finite", rule="finite numbers", fix="use dtype float32")
-
-
-def _check_groups(means: Mapping[str, Floats], positive: str, negative: str) -> None:
-    missing = [group for group in (positive, negative) if group not in means]
-    if missing or positive == negative:
-        raise UserError(
-            "features are selected between two groups of prompts",
-            value=f"{positive!r} against {negative!r}; groups: {sorted(means)}",
-            rule="both groups have prompts, and they differ",
-            fix="set prompts.positive_group and prompts.negative_group, or name features.ids",
-        )

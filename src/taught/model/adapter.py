@@ -17,9 +17,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from taught.errors import UserError, out_of_memory, refuse
+from taught.errors import UserError, out_of_memory, reading, refuse
 from taught.model.load import find_wrapper, refuse_revision
-from taught.model.parameters import is_plain
+from taught.model.parameters import flags_kept, is_plain
 from taught.model.quantised import bitsandbytes_is_there, quantised_layers
 from taught.run.files import read_json_mapping, sha256_folder
 
@@ -27,22 +27,12 @@ log = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of a LoRA that its layers carry out by themselves; any other one that is set may mean another model.
-_KNOWN = (
-    {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
-    | {
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "bias",
-        "lora_bias",
-    }
-    | {"target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"}
-    | {"modules_to_save", "trainable_token_indices", "fan_in_fan_out", "init_lora_weights", "eva_config"}
-)
+_KNOWN = """
+    peft_type task_type base_model_name_or_path revision inference_mode peft_version auto_mapping r lora_alpha
+    lora_dropout use_rslora use_dora rank_pattern alpha_pattern bias lora_bias target_modules exclude_modules
+    target_parameters layers_to_transform layers_pattern modules_to_save trainable_token_indices fan_in_fan_out
+    init_lora_weights eva_config
+"""
 # Kinds that put tokens in front of the input or beside its keys, and change no weight.
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 # First weights that leave the base model as it is; the others (PiSSA, OLoRA, LoftQ, ...) change it.
@@ -159,10 +149,7 @@ def trainable(model: Any) -> tuple[str, ...]:
 def given_adapter(model: Any) -> tuple[Any, tuple[str, ...] | None]:
     """A model that was given, without the wrapper of peft, and what training its adapter moves; None: it has none.
 
-    Raises
-    ------
-    UserError
-        The adapter is no LoRA, or it is frozen, so that what it trains is not known.
+    Raises UserError: the adapter is no LoRA, or it is frozen, so that what it trains is not known.
     """
     configs = getattr(model, "peft_config", None)
     if not configs:
@@ -186,20 +173,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration, if all of it is understood."""
     from peft import LoraConfig
 
-    try:
+    with reading("the adapter's configuration cannot be read", folder, fix="save it with save_pretrained"):
         config = read_json_mapping(folder / _CONFIG)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "the adapter's configuration cannot be read", value=f"{folder}: {error}", fix="save it with save_pretrained"
-        ) from None
     merge = "merge it into its model (merge_and_unload of peft), and give the merged model as model.id"
     kind = config.get("peft_type")
     if kind != "LORA":
         fix = "train a LoRA instead: this kind cannot be merged into a model" if kind in _PROMPTS else merge
         raise UserError("the adapter is of another kind", value=kind, rule="LORA", fix=fix)
     usual = {f.name: f.default if f.default is not MISSING else None for f in fields(LoraConfig)}
+    known = _KNOWN.split()
     refuse(
-        sorted(k for k, v in config.items() if k not in _KNOWN and v and v != usual.get(k)),
+        sorted(k for k, v in config.items() if k not in known and v and v != usual.get(k)),
         "the adapter has settings that are not understood",
         rule="plain LoRA, or DoRA; each setting may mean another model",
         fix=merge,
@@ -219,10 +203,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def without_adapter(model: Any) -> Iterator[None]:
     """The model as it is without its adapter, where it has one; as before on exit.
 
-    Raises
-    ------
-    UserError
-        The adapter has biases of its own: they are in the places of the model's.
+    Raises UserError: the adapter has biases of its own: they are in the places of the model's.
     """
     configs = getattr(model, "peft_config", {})
     if not configs:
@@ -238,17 +219,15 @@ def without_adapter(model: Any) -> Iterator[None]:
             rule="the adapter's biases are in the places of the model's",
             fix="give the reference with the data: ref_chosen_logps and ref_rejected_logps",
         )
-    flags = [(p, p.requires_grad) for p in model.parameters()]
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
+    with flags_kept(model.parameters()):
         for layer in layers:
-            layer.enable_adapters(True)
-        for p, flag in flags:
-            p.requires_grad_(flag)
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
 
 def _find(adapter: str, revision: str | None) -> Path:

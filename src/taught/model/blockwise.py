@@ -9,7 +9,7 @@ one's gradient meets each other's. The price is a second forward and backward pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from taught.errors import UserError
-from taught.model.forward import find_blocks
+from taught.model.forward import StopForward, find_blocks, with_first
 from taught.model.gradients import Factor, Site, find_sites, tap
+from taught.model.points import first
 
 # Relative; the same block run twice differs by rounding only.
 _TOLERANCE = 1e-2
@@ -51,10 +52,8 @@ def split_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> Bl
 def by_block(model: nn.Module, sites: Iterable[Site]) -> BlockSites:
     """Sort sites by block.
 
-    Raises
-    ------
-    UserError
-        A parameter belongs to several blocks, or to one and to the outside: its gradient does not fall apart by block.
+    Raises UserError: a parameter belongs to several blocks, or to one and to the outside: its gradient does not fall
+    apart by block.
     """
     homes: dict[str, set[int]] = {}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -91,7 +90,6 @@ class Trace:
 
     Attributes
     ----------
-    index : the examples' positions in the caller's list
     inputs : input of each block that has not been gone through, from the lowest on, [B, T, D]
     calls : other arguments of these blocks
     grad : gradient at the output of the last of them, [B, T, D]
@@ -99,7 +97,6 @@ class Trace:
     first : gradient at the lowest block's output, [B, T, D]: what ``grad`` must come to
     """
 
-    index: tuple[int, ...]
     inputs: list[Tensor]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     grad: Tensor
@@ -110,7 +107,6 @@ class Trace:
 def trace(
     model: nn.Module,
     sites: BlockSites,
-    index: Sequence[int],
     values: Callable[[], Tensor],
     *,
     training: bool = False,
@@ -118,16 +114,9 @@ def trace(
 ) -> tuple[Tensor, list[Factor], Trace]:
     """Run a batch forward and backward; keep every block's input.
 
-    Parameters
-    ----------
-    values : runs the model on the batch: one value an example, [B], of which the gradient is taken
-    training, rows : as in ``Taps.factors``
-
-    Returns
-    -------
-    values : [B], detached
-    factors : of the parameters outside the blocks
-    trace : Trace
+    ``values`` runs the model on the batch: one value an example, [B], of which the gradient is taken; ``training`` and
+    ``rows`` as in ``Taps.factors_and``. Returns the values, detached; factors of the parameters outside the blocks; and
+    what is kept.
     """
     watched = _watched(model, sites.lowest)
     with watched as (inputs, calls, outputs), tap(model, sites.outside) as taps:
@@ -136,7 +125,7 @@ def trace(
             raise _no_chain(f"a pass has {len(outputs)} calls of {sites.depth} blocks")
         ends = [outputs[-1], outputs[0]]
         factors, (last, first) = taps.factors_and(found.sum(), ends, training=training, rows=rows)
-    return found.detach(), factors, Trace(tuple(index), inputs, calls, last, first, rows)
+    return found.detach(), factors, Trace(inputs, calls, last, first, rows)
 
 
 @contextmanager
@@ -158,32 +147,20 @@ def _watched(model: nn.Module, lowest: int) -> Iterator[tuple[list[Tensor], list
         calls.append((tuple(rest), named))
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        outputs.append(_hidden(output))
+        outputs.append(first(output))
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for block in find_blocks(model)[lowest:]:
-            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(block.register_forward_hook(after))
+            hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(after))
         yield inputs, calls, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]:
     """Factors of the last block that is left, by running it again; the trace moves one block down.
 
-    Raises
-    ------
-    UserError
-        The gradient that arrives at the lowest block's output is not the one that the whole model's
-        backward pass gave: some block passes something on by another way than its output.
+    Raises UserError: the gradient that arrives at the lowest block's output is not the one that the whole model's
+    backward pass gave: some block passes something on by another way than its output.
     """
     number = sites.lowest + len(kept.inputs) - 1
     factors = _run_again(model, sites, kept, number)
@@ -208,7 +185,7 @@ def _run_again(model: nn.Module, sites: BlockSites, kept: Trace, number: int) ->
     args, kwargs = kept.calls.pop()
     with tap(model, sites.blocks[number]) as taps:
         taps.batch = len(x)
-        out = _hidden(find_blocks(model)[number](x, *args, **kwargs))
+        out = first(find_blocks(model)[number](x, *args, **kwargs))
         factors, (kept.grad,) = taps.factors_and((out * kept.grad).sum(), [x], rows=kept.rows)
     return factors
 
@@ -227,84 +204,48 @@ def checkpointed(
     block's output on; each block and what is before them then run again when their factors are
     asked for. Cost: a second forward pass. Use :func:`refuse_no_chain` before, once a model.
 
-    Parameters
-    ----------
-    values, training, rows : as in :func:`trace`
-
-    Returns
-    -------
-    values : [B], detached
-    factors : to be used one after the other
+    Parameters as in :func:`trace`. Returns the values [B], detached, and factors to be used one after the other.
     """
-    with _from_last_block(model) as (inputs, calls, ends), tap(model, sites.outside) as taps:
+    ends: list[Tensor] = []
+
+    def record(_module: nn.Module, _args: Any, output: Any) -> Any:
+        ends[:] = [first(output).detach().requires_grad_()]
+        torch.set_grad_enabled(True)  # from here on there is a graph, until torch.no_grad ends
+        return with_first(output, ends[0])
+
+    last = find_blocks(model)[-1]
+    with (
+        _watched(model, 0) as (inputs, calls, _),
+        last.register_forward_hook(record),
+        torch.no_grad(),
+        tap(model, sites.outside) as taps,
+    ):
         found = values()
         # Whether parameters move that may be used before the blocks.
         front = any(site.kind in ("embedding", "whole") for site in sites.outside)
         front = front or any(not out.requires_grad for *_, out in taps.seen)
         factors, (grad,) = taps.factors_and(found.sum(), ends, training=training, rows=rows)
     below = 0 if front else sites.lowest
-    kept = Trace((), inputs[below:], calls[below:], grad, grad, rows)
-    return found.detach(), _parts(model, sites, values, kept, factors, training, below if not front else None)
-
-
-def _parts(
-    model: nn.Module,
-    sites: BlockSites,
-    values: Callable[[], Tensor],
-    kept: Trace,
-    tail: list[Factor],
-    training: bool,
-    below: int | None,
-) -> Iterator[Factor]:
-    yield from tail
-    tail.clear()
-    while kept.inputs:
-        yield from _run_again(model, sites, kept, (below or 0) + len(kept.inputs) - 1)
-    if below is None:
-        with _until_first_block(model) as reached, tap(model, sites.outside) as taps:
-            with suppress(_Reached):
-                values()
-            yield from taps.factors((reached[0] * kept.grad).sum(), training=training, rows=kept.rows)
-
-
-class _Reached(Exception):
-    """Raised in a hook where the rest of a forward pass is not needed."""
-
-
-@contextmanager
-def _from_last_block(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Any], list[Tensor]]]:
-    """Inputs and arguments of the blocks, and the last one's output, from which a graph begins."""
-    with _watched(model, 0) as (inputs, calls, outputs):
-        last = find_blocks(model)[-1]
-
-        def record(_module: nn.Module, _args: Any, output: Any) -> Any:
-            leaf = _hidden(output).detach().requires_grad_()
-            outputs[:] = [leaf]
-            torch.set_grad_enabled(True)  # until torch.no_grad ends below
-            return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
-
-        handle = last.register_forward_hook(record)
-        try:
-            with torch.no_grad():
-                yield inputs, calls, outputs
-        finally:
-            handle.remove()
-
-
-@contextmanager
-def _until_first_block(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The first block's input; the forward pass ends there."""
+    kept = Trace(inputs[below:], calls[below:], grad, grad, rows)
     reached: list[Tensor] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reached.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
+        raise StopForward
 
-    handle = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        yield reached
-    finally:
-        handle.remove()
+    def parts() -> Iterator[Factor]:
+        yield from factors
+        factors.clear()
+        while kept.inputs:
+            yield from _run_again(model, sites, kept, below + len(kept.inputs) - 1)
+        if front:
+            first_block = find_blocks(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+            with first_block, tap(model, sites.outside) as taps:
+                with suppress(StopForward):
+                    values()
+                yield from taps.factors((reached[0] * kept.grad).sum(), training=training, rows=kept.rows)
+
+    return found.detach(), parts()
 
 
 def refuse_no_chain(
@@ -314,6 +255,6 @@ def refuse_no_chain(
 
     ``values`` and ``rows`` as in :func:`trace`, of a small batch.
     """
-    _, _, traced = trace(model, sites, (), values, rows=rows)
+    _, _, traced = trace(model, sites, values, rows=rows)
     while traced.inputs:
         last_block(model, sites, traced)

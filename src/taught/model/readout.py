@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from taught.core.behavior import Behavior, in_rows
 from taught.core.point import RESID_POST, Point
@@ -110,11 +111,8 @@ def prompt_tree(
 ) -> tuple[TokenTree, list[list[int]], list[list[list[int]]]]:
     """Tree of prompts with their suffixes, whose last tokens predict nothing and are left out.
 
-    Returns
-    -------
-    tree : TokenTree
-    read : nodes at which each prompt's h is read
-    predict : for each prompt and suffix the nodes that predict its tokens; without a behavior none
+    Beside it the nodes at which each prompt's h is read, and for each prompt and suffix the nodes that predict its
+    tokens; without a behavior none.
     """
     sequences: list[tuple[int, ...]] = []
     for prompt in prompts:
@@ -175,21 +173,17 @@ def pack_apart(
     is not itself, each prompt of that tree stands alone.
     """
     for packed in pack(prompts, behavior, tokens=tokens):
-        if _reads_apart(packed):
+        scored, rows = packed.scored, packed.rows
+        seen = ancestors(rows.enter[0], rows.leave[0], packed.keep[scored.at])
+        history = torch.zeros(len(packed.index), rows.ids.shape[1], dtype=torch.long)  # [n, T]
+        history = history.index_add(0, scored.prompt[scored.suffix], seen.long()) > 0
+        prompt = torch.arange(len(packed.index)).repeat_interleave(packed.offsets.diff())
+        own = torch.zeros_like(history)
+        own[prompt, packed.read] = True
+        if ((history & own.any(0)) == own).all():
             yield packed
         else:
             yield from (_pack_group(prompts, [i], behavior) for i in packed.index)
-
-
-def _reads_apart(packed: PackedPrompts) -> bool:
-    scored, rows = packed.scored, packed.rows
-    seen = ancestors(rows.enter[0], rows.leave[0], packed.keep[scored.at])
-    history = torch.zeros(len(packed.index), rows.ids.shape[1], dtype=torch.long)  # [n, T]
-    history = history.index_add(0, scored.prompt[scored.suffix], seen.long()) > 0
-    prompt = torch.arange(len(packed.index)).repeat_interleave(packed.offsets.diff())
-    own = torch.zeros_like(history)
-    own[prompt, packed.read] = True
-    return bool(((history & own.any(0)) == own).all())
 
 
 def _pack_group(prompts: Sequence[ReadPrompt], group: Sequence[int], behavior: Behavior | None) -> PackedPrompts:
@@ -266,10 +260,7 @@ def read_prompts(
 
     Cost: one forward pass over the distinct tokens (the shared chat-template prefix once a tree).
 
-    Raises
-    ------
-    UserError
-        A read-out is not finite: the ids of the prompts.
+    Raises UserError: a read-out is not finite: the ids of the prompts.
     """
     h: list[Tensor | None] = [None] * len(prompts)
     y = torch.zeros(len(prompts), dtype=torch.float64)
@@ -345,22 +336,17 @@ def read_vectors(
 
     index: list[int] = []
     parts: list[Tensor] = []
-    for packed in _packs(prompts, tokens):
-        values = reduced(packed)
-        if not values.isfinite().all():  # 0 * nan is nan: one prompt spoils its tree
-            bad = [i for i in packed.index if not reduced(_pack_group(prompts, [i], None)).isfinite().all()]
-            _refuse_nonfinite([prompts[i].id for i in bad or packed.index])
-        index += packed.index
-        parts.append(values)
-        (progress or SilentProgress()).advance(len(packed.index))
+    for start in range(0, len(prompts), _AT_ONCE):  # masks are quadratic, and there may be many prompts
+        some = prompts[start : start + _AT_ONCE]
+        for packed in pack(some, None, tokens=tokens):
+            values = reduced(packed)
+            if not values.isfinite().all():  # 0 * nan is nan: one prompt spoils its tree
+                bad = [i for i in packed.index if not reduced(_pack_group(some, [i], None)).isfinite().all()]
+                _refuse_nonfinite([some[i].id for i in bad or packed.index])
+            index += [start + i for i in packed.index]
+            parts.append(values)
+            (progress or SilentProgress()).advance(len(packed.index))
     return torch.cat(parts, 1)[:, torch.tensor(index).argsort()]
-
-
-def _packs(prompts: Sequence[ReadPrompt], tokens: int) -> Iterator[PackedPrompts]:
-    """Token trees of some prompts at a time: masks are quadratic, and there may be many prompts."""
-    for start in range(0, len(prompts), _AT_ONCE):
-        for packed in pack(prompts[start : start + _AT_ONCE], None, tokens=tokens):
-            yield replace(packed, index=tuple(start + i for i in packed.index))
 
 
 def _assemble(prompts: Sequence[ReadPrompt], h: Iterable[Any], y: Tensor) -> Readouts:
@@ -422,13 +408,8 @@ def read_prompts_plain(
 
 
 def _pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    return ids, mask
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 def _plain_hidden(model: nn.Module, ids: Tensor, mask: Tensor, point: Point) -> Tensor:

@@ -39,10 +39,6 @@ class TokenTree:
             depth.append(depth[parent] + 1 if parent >= 0 else 0)
         return torch.tensor(depth)
 
-    def ancestors(self) -> Tensor:
-        """bool [T, T]: entry (s, t) is true where t is s itself or one of its ancestors."""
-        return ancestors(*self.spans())
-
     def spans(self) -> tuple[Tensor, Tensor]:
         """Each node's place in depth-first order, and the place behind its last descendant."""
         parents = self.parents.tolist()
@@ -64,14 +60,7 @@ class TokenTree:
 
 
 def build_tree(sequences: Sequence[Sequence[int]]) -> tuple[TokenTree, list[list[int]]]:
-    """Merge sequences into a tree.
-
-    Returns
-    -------
-    tree : TokenTree
-    nodes : list of lists
-        ``nodes[i][t]`` is the tree index of token t of sequence i.
-    """
+    """Merge sequences into a tree; ``nodes[i][t]`` is its index of token t of sequence i."""
     children: dict[tuple[int, int], int] = {}
     ids: list[int] = []
     parents: list[int] = []
@@ -130,9 +119,7 @@ class Rows:
     def additive_mask(self, dtype: torch.dtype, sees: Tensor | None = None) -> Tensor:
         """The mask as attention implementations take it: [B, 1, T, T], 0 or the lowest number.
 
-        Parameters
-        ----------
-        sees : bool [L, L], which positions the model lets each position of a plain sequence see; None: all before it
+        ``sees``, bool [L, L]: which positions the model lets each position of a plain sequence see; None: all before.
         """
         mask = self.mask
         if sees is not None:

@@ -87,28 +87,11 @@ class QueryBuilder:
 def stored_queries(store: SketchStore, targets: TargetSet, digests: Mapping[str, str]) -> tuple[Floats, Moves]:
     """Queries [K, T] of targets that follow from prompts and features, and the sums that they are made of.
 
-    Parameters
-    ----------
-    digests : prompt id -> digest of its tokens (``fill.prompt_key``)
+    ``digests``: prompt id -> digest of its tokens (``fill.prompt_key``).
 
-    Raises
-    ------
-    UserError
-        The store lacks prompts or features of the targets.
+    Raises UserError: the store lacks prompts or features of the targets.
     """
-    _refuse_missing(store, targets.readings, digests)
-    builder, seen = QueryBuilder(targets.readings, store.dim), set[Row]()
-    for shard, values in store.read("prompts"):
-        new = [n for n, row in enumerate(shard.rows) if row not in seen and digests.get(row.id) == row.digest]
-        seen.update(shard.rows[n] for n in new)
-        rows = [shard.rows[n] for n in new]
-        builder.add([row.id for row in rows], [row.feature for row in rows], values[new])
-    moves = builder.moves()
-    return targets.combine(moves), moves
-
-
-def _refuse_missing(store: SketchStore, readings: Readings, digests: Mapping[str, str]) -> None:
-    covered = covered_features(store)
+    covered, readings = covered_features(store), targets.readings
     wanted = {-1} if readings.policy is None else {-1, *readings.policy.feature_ids.tolist()}
     lacking = {i: wanted - covered.get((i, digests.get(i, "")), set()) for i in readings.prompt_ids}
     prompts = [i for i, missing in lacking.items() if missing]
@@ -120,6 +103,14 @@ def _refuse_missing(store: SketchStore, readings: Readings, digests: Mapping[str
             rule="every prompt with y and every feature of the policy",
             fix="taught run STUDY --only attribute, with the same store, computes what is missing",
         )
+    builder, seen = QueryBuilder(readings, store.dim), set[Row]()
+    for shard, values in store.read("prompts"):
+        new = [n for n, row in enumerate(shard.rows) if row not in seen and digests.get(row.id) == row.digest]
+        seen.update(shard.rows[n] for n in new)
+        rows = [shard.rows[n] for n in new]
+        builder.add([row.id for row in rows], [row.feature for row in rows], values[new])
+    moves = builder.moves()
+    return targets.combine(moves), moves
 
 
 def covered_features(store: SketchStore) -> dict[tuple[str, str], set[int]]:
@@ -150,22 +141,13 @@ class Answers:
 def answer(store: SketchStore, examples: Sequence[Row], queries: Floats | Singles) -> Answers:
     """Meet examples with queries [K, Q]; one shard of examples is in memory at a time.
 
-    Raises
-    ------
-    UserError
-        The store lacks examples; a shard is damaged.
+    Raises UserError: the store lacks examples; a shard is damaged.
     """
-    place = {row: n for n, row in enumerate(examples)}
     values = np.full((len(examples), queries.shape[1]), np.nan)
     norms, losses = np.full(len(examples), np.nan), np.full(len(examples), np.nan)
     q = queries.astype(np.float32)
-    for shard in store.shards("examples"):
-        found = [(n, place[row]) for n, row in enumerate(shard.rows) if row in place]
-        if found:
-            theirs, ours = map(list, zip(*found, strict=True))
-            rows = store.values(shard)[theirs]
-            values[ours], norms[ours] = rows @ q, np.linalg.norm(rows, axis=1)
-            losses[ours] = np.array(shard.losses)[theirs]
+    for ours, rows, own in store.examples({row: n for n, row in enumerate(examples)}):
+        values[ours], norms[ours], losses[ours] = rows @ q, np.linalg.norm(rows, axis=1), own
     lacking = [row.id for row, norm in zip(examples, norms, strict=True) if np.isnan(norm)]
     if lacking:
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -21,16 +21,15 @@ from taught.core.scores import Scores
 from taught.core.target import TargetSet, kind_of
 from taught.core.trajectory import Queries, Trajectory
 from taught.errors import UserError
-from taught.estimators import cost
 from taught.estimators.adjoint import Adjoint
-from taught.estimators.cost import Asked
+from taught.estimators.cost import ACTIVE, Asked, Passes, sketches
 from taught.features.concept import ConceptMap
 from taught.model.gradients import find_sites, frozen
 from taught.run.pieces import Prefixed
 from taught.sketches.answer import answer, error_factor, stored_queries, theory_error
 from taught.sketches.fill import example_row, fill_examples, fill_prompts, prompt_key
 from taught.sketches.project import Projection
-from taught.sketches.store import Row, SketchStore
+from taught.sketches.store import SketchStore
 from taught.stats.arrays import Floats
 
 # dy of so many examples and prompts is kept; for more, ask the store.
@@ -74,10 +73,7 @@ class Sketch:
 
         Gradients that are multiplied by something first have a store of their own, inside the plain one.
 
-        Raises
-        ------
-        UserError
-            There is neither ``store`` nor a folder to keep it in; it was made under other conditions.
+        Raises UserError: there is neither ``store`` nor a folder to keep it in; it was made under other conditions.
         """
         folder = self.store or (None if work.folder is None else work.folder / "sketches")
         if folder is None:
@@ -123,7 +119,7 @@ class Sketch:
         plain = problem.metric.plain
         self.fill(problem, examples, work)
         store, projection = self.open(problem, work)
-        rows = [example_row(example) for example in examples]
+        rows, ids = [example_row(example) for example in examples], tuple(example.id for example in examples)
         stored = targets.combinable if plain and not isinstance(problem.features, ConceptMap) else ()
         digests = dict(prompt_key(prompt) for prompt in problem.prompts)
         parts: dict[Any, Floats] = {}
@@ -138,8 +134,10 @@ class Sketch:
         q = np.stack([parts[name] for name in targets.names], 1)
         if problem.metric.sketched is not None:
             q, factors = problem.metric.sketched(store, rows, digests, q)
-            if factors is not None:
-                return self._ranked(store, rows, targets, q, factors)
+            if factors is not None:  # each target by its own query: such values do not add up, nor is their error known
+                found = answer(store, rows, q.astype(np.float32))
+                values = found.values * factors[:, None]
+                return Scores("sketch", ids, targets.names, values, None, found.losses, True, {}, "rank")
         details: dict[str, Any] = {}
         direct = [targets.names.index(name) for name in targets.direct]  # totals are sums of their pathways
         every = q[:, direct]
@@ -153,33 +151,23 @@ class Sketch:
         values = targets.from_direct(answers.values[:, : len(direct)])
         scale = theory_error(answers.norms, q, problem.lr)
         factor, sample = self._measured(problem, examples, targets, work, values, scale)
-        details |= {"error_factor": factor, "sample": sample, "store": str(store.folder)}
-        details["prompts"] = digests
+        details |= {"error_factor": factor, "sample": sample, "store": str(store.folder), "prompts": digests}
         details["rows"] = {row.id: row.digest for row in rows}
-        ids = tuple(example.id for example in examples)
         return Scores("sketch", ids, targets.names, values, factor * scale, answers.losses, True, details)
-
-    def _ranked(
-        self, store: SketchStore, rows: Sequence[Row], targets: TargetSet, queries: Floats, factors: Floats
-    ) -> Scores:
-        """Values to rank by: each target by its own query, since they do not add up; their error is not known."""
-        answers = answer(store, rows, queries.astype(np.float32))
-        values = answers.values * factors[:, None]
-        ids = tuple(row.id for row in rows)
-        return Scores("sketch", ids, targets.names, values, None, answers.losses, True, {}, "rank")
 
     def kept_bytes(self, examples: int, prompts: int, features: int) -> float:
         """Size of the store; each active feature of a prompt has a sketch of its own."""
-        return (examples + prompts * (1 + cost.ACTIVE * features)) * (2 * self.size + 4)
+        return (examples + prompts * (1 + ACTIVE * features)) * (2 * self.size + 4)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> Mapping[str, float]:
         """Filling a store that is empty yet, the exact sample, and the exact values of the strongest."""
-        found = cost.sketch(problem, examples, asked)
+        it = Passes(problem, examples)
+        found = {"read-outs": it.trees + it.examples, "exact sample": (2 + 2 * 3) * it.trees}
+        found |= sketches(problem, it, asked.features, examples)
         if not self.rescore:
             return found
         share = min(1.0, self.rescore * asked.queries / len(examples))
-        passes = 8 * cost.trees(problem, examples) + 4 * share * cost.one_pass(problem, examples)
-        return found | {"exact values of the strongest": passes}
+        return found | {"exact values of the strongest": 8 * it.trees + 4 * share * it.examples}
 
     def _measured(
         self, problem: Problem, examples: Examples, targets: TargetSet, work: Work, values: Floats, scale: Floats

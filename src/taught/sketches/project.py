@@ -148,13 +148,9 @@ class Projection:
     def sketch(self, factors: Iterable[Factor], batch: int, inputs: SharedInputs | None = None) -> Tensor:
         """Sketches of the gradients of a batch of examples, [batch, K]; float32 at least.
 
-        Parameters
-        ----------
-        factors : of all parameters, in any order; what is missing counts as zero
-        inputs : the same one for every backward pass through one forward pass
+        Factors are of all parameters, in any order; what is missing counts as zero. ``inputs`` is the same one for
+        every backward pass through one forward pass.
 
-        Notes
-        -----
         Cost: T (in + out) k multiplications a layer and example, beside T in out of a forward pass.
         """
         total: Tensor | None = None
@@ -229,11 +225,8 @@ class Projection:
         if factor.kind == "embedding":
             self._add_lookups(factor.a, d, drawn, total)
             return
-        self._add_linear(inputs.projected(factor.param, factor.a, drawn.right), d, drawn, total)
-
-    def _add_linear(self, a: Tensor, d: Tensor, drawn: _Map, total: Tensor) -> None:
-        """A layer's H, as many of its rows at a time as there is room for."""
-        step = max(self.rows, _ROOM // (len(d) * COLUMNS))
+        a = inputs.projected(factor.param, factor.a, drawn.right)
+        step = max(self.rows, _ROOM // (len(d) * COLUMNS))  # rows of H for which there is room
         for start in range(0, d.shape[-1], step):
             part = d[..., start : start + step]
             H = d.new_empty(len(d), part.shape[-1], COLUMNS)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taught.core.example import Dpo, Example
-from taught.errors import UserError
+from taught.errors import UserError, reading
 from taught.run import files
 from taught.run.fingerprint import differences
 
@@ -105,8 +105,13 @@ class SketchStore:
             )
         if identity is not None:
             identity = json.loads(files.json_bytes(identity))  # as it is read again: a tuple is a list there
-        if found is not None and identity is not None:
-            _refuse_other(self.folder, found, identity)
+        if found is not None and identity is not None and (changed := differences(found, identity)):
+            raise UserError(
+                f"{self.folder} holds sketches made under other conditions: " + ", ".join(changed),
+                value="; ".join(f"{k}: was {was!r}, now {now!r}" for k, (was, now) in changed.items()),
+                rule="one store holds one projection of one model's gradients",
+                fix="name another --store folder",
+            )
         self.identity: dict[str, Any] = dict(found if identity is None else identity)  # type: ignore[arg-type]
 
     @property
@@ -144,10 +149,7 @@ class SketchStore:
     ) -> None:
         """Keep rows as one shard; ``values`` [n, K], the others as in :class:`Shard`.
 
-        Raises
-        ------
-        UserError
-            No space left (with the bytes needed), or the folder cannot be written to.
+        Raises UserError: no space left (with the bytes needed), or the folder cannot be written to.
         """
         import numpy as np
 
@@ -156,11 +158,14 @@ class SketchStore:
         scale = np.maximum(np.abs(values).max(1), np.finfo(np.float32).tiny)
         arrays = {"values": (values / scale[:, None]).astype(np.float16), "scale": scale.astype(np.float32)}
         content = files.tensors_bytes(arrays)
-        name = f"{kind}-{_name(rows, prompts, features)}"
-        record = {
+        listed = {
             "rows": [[row.id, row.digest, row.feature] for row in rows],
             "prompts": [list(prompt) for prompt in prompts],
             "features": [int(k) for k in features],
+        }
+        name = f"{kind}-{hashlib.sha256(json.dumps([*listed.values()]).encode()).hexdigest()[:24]}"
+        record = {
+            **listed,
             "losses": [losses[i] for i in order] if losses else [],
             "sha256": files.sha256_bytes(content),
             "bytes": len(content),
@@ -172,10 +177,7 @@ class SketchStore:
     def values(self, shard: Shard) -> NDArray[np.float32]:
         """Sketches of one shard, float32 [n, K].
 
-        Raises
-        ------
-        UserError
-            The file is missing, or is not the one that was written.
+        Raises UserError: the file is missing, or is not the one that was written.
         """
         import numpy as np
 
@@ -193,9 +195,17 @@ class SketchStore:
 
     def read(self, kind: str) -> Iterator[tuple[Shard, NDArray[np.float32]]]:
         """All shards with their sketches, by name; one is in memory at a time."""
-        for file in sorted(self.folder.glob(f"{kind}-*.json")):
-            shard = _read_shard(file)
-            yield shard, self.values(shard)
+        return ((shard, self.values(shard)) for shard in self.shards(kind))
+
+    def examples(self, rows: Mapping[Row, int]) -> Iterator[tuple[list[int], NDArray[np.float32], NDArray[np.float64]]]:
+        """Of some examples what ``rows`` says of them, their sketches [n, K] and losses [n], shard by shard."""
+        import numpy as np
+
+        for shard in self.shards("examples"):
+            theirs = [n for n, row in enumerate(shard.rows) if row in rows]
+            if theirs:
+                ours = [rows[shard.rows[n]] for n in theirs]
+                yield ours, self.values(shard)[theirs], np.array(shard.losses)[theirs]
 
     def drop_damaged(self) -> list[str]:
         """Forget shards that are damaged, so that they are made anew; their names.
@@ -217,56 +227,28 @@ class SketchStore:
         return sum(file.stat().st_size for file in self.folder.glob("*") if file.is_file())
 
     def _found(self) -> dict[str, Any] | None:
-        try:
-            record = files.parse_json((self.folder / NAME).read_bytes())
+        file, errors = self.folder / NAME, (ValueError, KeyError, TypeError, OSError)
+        with reading("the store cannot be read", file, errors, fix="name another --store folder"):
+            try:
+                record = files.parse_json(file.read_bytes())
+            except FileNotFoundError:
+                return None
             if record["format"] > FORMAT:
-                raise UserError(
-                    "the store is of a newer format",
-                    value=record["format"],
-                    rule=f"at most {FORMAT}",
-                    fix="update taught",
-                )
+                rule, fix = f"at most {FORMAT}", "update taught"
+                raise UserError("the store is of a newer format", value=record["format"], rule=rule, fix=fix)
             return dict(record["identity"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(
-                "the store cannot be read", value=f"{self.folder / NAME}: {error}", fix="name another --store folder"
-            ) from None
-
-
-def _name(rows: Sequence[Row], prompts: Sequence[tuple[str, str]], features: Sequence[int]) -> str:
-    listed = [[row.id, row.digest, row.feature] for row in rows]
-    text = json.dumps([listed, [list(p) for p in prompts], [int(k) for k in features]])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _read_shard(file: Path) -> Shard:
-    try:
+    errors = (ValueError, KeyError, TypeError, OverflowError, OSError)
+    fix = "delete this file and make the store again"
+    with reading("a shard's list of rows cannot be read", file, errors, fix=fix):
         record = files.parse_json(file.read_bytes())
-        rows = tuple(Row(str(i), str(d), int(k)) for i, d, k in record["rows"])
         return Shard(
             file.with_suffix(".safetensors"),
-            rows,
+            tuple(Row(str(i), str(d), int(k)) for i, d, k in record["rows"]),
             tuple((str(i), str(d)) for i, d in record["prompts"]),
             tuple(map(int, record["features"])),
             tuple(map(float, record["losses"])),
             str(record["sha256"]),
-        )
-    except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
-        raise UserError(
-            "a shard's list of rows cannot be read",
-            value=f"{file}: {error}",
-            fix="delete this file and make the store again",
-        ) from None
-
-
-def _refuse_other(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    changed = differences(found, wanted)
-    if changed:
-        raise UserError(
-            f"{folder} holds sketches made under other conditions: " + ", ".join(changed),
-            value="; ".join(f"{k}: was {was!r}, now {now!r}" for k, (was, now) in changed.items()),
-            rule="one store holds one projection of one model's gradients",
-            fix="name another --store folder",
         )

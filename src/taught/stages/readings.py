@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -140,4 +141,4 @@ def _write_labels(
         h=pooled_residuals(read.h, read.offsets, study.readout.position),
         labels=load_labels(study.features.labels) if study.features.labels else None,
     )
-    run.write_json("labels", {str(item.feature_id): item.to_dict() for item in described})
+    run.write_json("labels", {str(item.feature_id): asdict(item) for item in described})

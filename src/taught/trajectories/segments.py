@@ -62,9 +62,8 @@ from taught.core.target import TargetSet
 from taught.core.trajectory import Queries
 from taught.curvatures.ekfac import Ekfac, Layers, curved_layers, fit_ekfac
 from taught.errors import UserError
-from taught.estimators import cost
 from taught.estimators.adjoint import contract_examples
-from taught.estimators.cost import Asked
+from taught.estimators.cost import Asked, Passes
 from taught.estimators.finite_step import restored
 from taught.model.gradients import find_sites, frozen, refuse_detached
 from taught.model.parameters import moving_parameters
@@ -271,7 +270,7 @@ class Segments:
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """A training, a curvature and a pass of gradients for each state, and a query for each target."""
-        curvature, one = Ekfac(), cost.one_pass(problem, examples)
+        curvature, one = Ekfac(), Passes(problem, examples).examples
         recorded = None if self.run is None else Recorded.open(self.run)
         there = self.segments * self.checkpoints if recorded is None else len(recorded.states)
         moving = moving_parameters(problem.model, curvature.curved(problem)).values()
@@ -280,7 +279,7 @@ class Segments:
             **({"training": 3 * one * known_recipe(problem).epochs} if recorded is None else {}),
             "curvature": there * curvature.cost(problem, examples, asked)["curvature"],
             "gradients": there * (3 * one + products),
-            "targets": (2 + 3 * asked.queries) * cost.trees(problem, examples),
+            "targets": (2 + 3 * asked.queries) * Passes(problem, examples).trees,
         }
 
     def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:

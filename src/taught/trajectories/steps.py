@@ -36,8 +36,7 @@ from taught.core.registry import TRAJECTORIES, setting
 from taught.core.scores import Scores
 from taught.core.target import TargetSet, value
 from taught.errors import UserError
-from taught.estimators import cost
-from taught.estimators.cost import Asked
+from taught.estimators.cost import Asked, Passes
 from taught.model.gradients import refuse_detached
 from taught.run.pieces import piece_key
 from taught.training.loop import in_training
@@ -117,14 +116,14 @@ class Steps:
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
         """A training, its replay, and for each target gradients of gradients: twice a step."""
         recipe = known_recipe(problem)
-        one = cost.one_pass(problem, examples) * recipe.epochs
+        one = Passes(problem, examples).examples * recipe.epochs
         each = 6 if self.hessian == "exact" else 9
         return {
             "training": 3 * one,
             "replay": 3 * one,
             "smoothness": 2 * self.smoothness * 3 * one,
             "steps back": (3 + each * asked.queries) * one,
-            "targets": (2 + 3 * asked.queries) * cost.trees(problem, examples),
+            "targets": (2 + 3 * asked.queries) * Passes(problem, examples).trees,
         }
 
     def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:
