@@ -51,7 +51,13 @@ class Answer:
 
 
 def encode_own_answer(prompt: Prompt, chat: ChatFormat) -> EncodedPrompt:
-    """A prompt with the answer of its own column. Unscorable: it has none."""
+    """A prompt with the answer of its own column.
+
+    Raises
+    ------
+    Unscorable
+        It has none.
+    """
     answer = str(prompt.answer)
     if not answer.strip():
         raise Unscorable(
@@ -65,7 +71,13 @@ def encode_own_answer(prompt: Prompt, chat: ChatFormat) -> EncodedPrompt:
 
 
 def right_option(prompt: Prompt) -> int:
-    """Index of the option that the answer names by its text, its index or its letter. Unscorable: it names none."""
+    """Index of the option that the answer names by its text, its index or its letter.
+
+    Raises
+    ------
+    Unscorable
+        It names none.
+    """
     from taught.data.choices import Options
 
     found = Options(prompt.options).place(prompt.answer)

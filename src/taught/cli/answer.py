@@ -33,7 +33,13 @@ class Asked:
 
 
 def answer(run: RunFolder, what: str | None, asked: Asked) -> pa.Table | None:
-    """The table that answers ``what``; None for the overview, a section, an id. UserError: the run has none of it."""
+    """The table that answers ``what``; None for what is shown otherwise: the overview, a section, an id.
+
+    Raises
+    ------
+    UserError
+        Nothing of this name is in the run.
+    """
     from taught.report.sections import SECTIONS
     from taught.run import query
 

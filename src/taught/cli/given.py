@@ -86,7 +86,13 @@ class Where:
 
 
 def study_of(source: str | None, question: Question) -> Study:
-    """The study that a command is about. UserError: no study or flags, a value breaks its rule, a file is missing."""
+    """The study that a command is about.
+
+    Raises
+    ------
+    UserError
+        There is neither a study nor the flags that make one; a value breaks its rule; a file is missing.
+    """
     from taught.study.load import load_study
     from taught.study.schema import Study
 

@@ -63,7 +63,10 @@ class Unscorable(ValueError):
 def encode_prompts(behavior: Behavior, prompts: Iterable[Prompt], chat: ChatFormat) -> list[EncodedPrompt]:
     """Prompts as tokens with what is scored behind each, in order.
 
-    UserError: prompts lack what the behavior needs, have nothing to score, or would count twice: their ids.
+    Raises
+    ------
+    UserError
+        Prompts lack what the behavior needs, have nothing to score, or would count twice: their ids.
     """
     encoded: list[EncodedPrompt] = []
     faults: dict[tuple[str, str, str], list[str]] = {}

@@ -36,7 +36,13 @@ class Method:
         return f"{self.estimator.kind}{curved}{along}"
 
     def named(self, name: str) -> Method:
-        """Another method by its name; parts that are this method's keep its parameters. UserError: an unknown part."""
+        """Another method by its name; parts that are this method's keep its parameters.
+
+        Raises
+        ------
+        UserError
+            An unknown part.
+        """
         rest, _, trajectory = name.partition("@")
         estimator, _, curvature = rest.partition("+")
 
@@ -60,10 +66,16 @@ class Method:
 
 
 def scores(problem: Problem, examples: Examples, targets: TargetSet, method: Method, work: Work) -> Scores:
-    """Change of every target by training on each example, of a problem at the base weights.
+    """Change of every target by training on each example.
 
-    Its metric is fitted here, at each leg, unless it has one already. UserError: the method does not go together; a
-    loss or gradient is not finite: the ids of the examples.
+    Parameters
+    ----------
+    problem : at the base weights; its metric is fitted here, at each leg, unless it has one already
+
+    Raises
+    ------
+    UserError
+        The method does not go together; a loss or gradient is not finite: the ids of the examples.
     """
     method.refuse()
     estimator: Estimator = method.estimator.make(ESTIMATORS)

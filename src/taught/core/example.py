@@ -275,7 +275,13 @@ def make_batch(examples: Examples, index: Sequence[int]) -> ExampleBatch:
 
 @torch.no_grad()
 def example_losses(model: nn.Module, examples: Examples, batch_tokens: int) -> Tensor:
-    """Loss of every example, float64 [P], in one forward pass. UserError: the ids of all that are not finite."""
+    """Loss of every example, float64 [P]. Cost: one forward pass over the examples.
+
+    Raises
+    ------
+    UserError
+        Some losses are not finite: the ids of all these examples.
+    """
     losses = torch.zeros(len(examples), dtype=torch.float64)
     with evaluating(model):
         for batch in batch_examples(examples, batch_tokens):

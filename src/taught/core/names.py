@@ -46,7 +46,13 @@ class TargetName:
 
     @classmethod
     def parse(cls, text: str) -> TargetName:
-        """Read a name. UserError: an unknown kind; something is missing behind it, or stands where nothing belongs."""
+        """Read a name.
+
+        Raises
+        ------
+        UserError
+            An unknown kind; something is missing behind it, or stands where nothing belongs.
+        """
         for sign in re.finditer(f"(?={MINUS})", text):
             right = text[sign.start() + len(MINUS) :]
             if right.partition(":")[0] in TARGETS.names():  # else the sign is a part of a name

@@ -41,9 +41,16 @@ def settle_passes(
     """Compare passes over token trees with texts alone; where they differ, use plain passes from now on.
 
     On the first two prompts, the shortest and the longest, and the shortest and the longest example, among as many
-    others as they have beside them elsewhere. Cost: two or three forward passes over these. UserError: plain passes
-    over a batch differ as well, or would: what the model computes for a text depends on the others. Returns the largest
-    difference in y and loss of the passes that are used.
+    others as they have beside them elsewhere. Cost: two or three forward passes over these.
+
+    Returns
+    -------
+    The largest difference in y and loss of the passes that are used.
+
+    Raises
+    ------
+    UserError
+        Plain passes over a batch differ as well, or would: what the model computes for a text depends on the others.
     """
     if not prompts:
         return 0.0

@@ -43,7 +43,13 @@ class Readings:
         return len(self.prompt_ids)
 
     def rows(self, name: str | None) -> list[int]:
-        """Rows of a group or category of prompts, all for None. UserError: there is neither of this name."""
+        """Rows of a group or category of prompts; all rows for None.
+
+        Raises
+        ------
+        UserError
+            There is neither a group nor a category of this name.
+        """
         if name is None:
             return list(range(self.n))
         known = {**self.categories, **self.groups}

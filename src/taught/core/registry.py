@@ -61,7 +61,13 @@ class Registry(Generic[T]):
         return tuple(dict.fromkeys((*self._own, *self._found)))
 
     def get(self, name: str) -> T:
-        """What a name stands for. UserError: nothing has this name: the known ones, and the closest."""
+        """What a name stands for.
+
+        Raises
+        ------
+        UserError
+            Nothing has this name: the known ones, and the closest.
+        """
         if name not in self._found and self.require(name) in self._own:
             importlib.import_module(self._own[name])
         return self._found[name]
@@ -110,8 +116,14 @@ class Choice:
     def make(self, registry: Registry[Any], key: str | None = None) -> Any:
         """The method, with these parameters, each checked against its rule.
 
-        UserError: an unknown name, a parameter that the method does not have, or one that breaks its rule; it names the
-        ``key`` where the method stands in a study (the registry's word if None).
+        Parameters
+        ----------
+        key : where it stands in a study, for errors; the registry's word if None
+
+        Raises
+        ------
+        UserError
+            An unknown name, a parameter that the method does not have, or one that breaks its rule.
         """
         method, key = registry.get(self.kind), key or registry.what
         known = parameters(method)
@@ -141,7 +153,15 @@ class Choice:
 def load_function(name: str, what: str, takes: str, key: str) -> Callable[..., Any]:
     """The user's own function ``module:function``. The module is imported, so its code runs.
 
-    UserError: no such module or function; in words ``what`` it is, what it ``takes``, and the ``key`` that names it.
+    Parameters
+    ----------
+    what, takes : what it is and what it is given, in words
+    key : where a study names it
+
+    Raises
+    ------
+    UserError
+        No such module or function.
     """
     module, _, function = name.partition(":")
     try:

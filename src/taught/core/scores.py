@@ -80,7 +80,13 @@ class Scores:
         return None if self.se is None else self.se[:, self.column(target)]
 
     def column(self, target: TargetName | str) -> int:
-        """Where a target stands. UserError: these scores do not have it."""
+        """Where a target stands.
+
+        Raises
+        ------
+        UserError
+            These scores do not have it.
+        """
         names = [str(name) for name in self.targets]
         if str(target) not in names:
             raise UserError(

@@ -130,7 +130,10 @@ class TargetSet:
     def of(cls, wanted: Iterable[TargetName | str], readings: Readings) -> TargetSet:
         """Targets by name; ``kind:*`` stands for all, and a kind with pathways is asked along each too.
 
-        UserError: an unknown target; one that needs features or concepts where none are read; none at all.
+        Raises
+        ------
+        UserError
+            An unknown target; one that needs features or concepts where none are read; none at all.
         """
         found: dict[str, TargetName] = {}
         every_prompt = False
@@ -248,8 +251,10 @@ class TargetSet:
 def expand(name: TargetName, readings: Readings) -> list[TargetName]:
     """The targets that a name stands for.
 
-    UserError: the target needs features or concepts, and none are read; the name of a group, feature or concept means
-    another.
+    Raises
+    ------
+    UserError
+        The target needs features or concepts, and none are read; the name of a group, feature or concept means another.
     """
     for part in name.parts:
         reads = kind_of(part).reads

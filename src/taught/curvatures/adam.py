@@ -68,7 +68,10 @@ class Adam:
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """C = diag(sqrt(v) + eps).
 
-        Raises UserError: a parameter that moves has no moments, or some of another shape, negative or not finite.
+        Raises
+        ------
+        UserError
+            A parameter that moves has no moments, or some of another shape, negative or not finite.
         """
         if self.moments is None:
             work.progress.step("second moments of the gradients", len(examples))

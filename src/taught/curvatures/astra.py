@@ -71,8 +71,11 @@ class Astra:
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """EK-FAC, and the iteration that begins with it.
 
-        Raises UserError: as of EK-FAC; forward mode does not go through the model. While targets are solved for: the
-        iteration diverges.
+        Raises
+        ------
+        UserError
+            As of EK-FAC; forward mode does not go through the model. While targets are solved for: the iteration
+            diverges.
         """
         layers = self._ekfac.layers(problem, examples, work)
         start = ekfac_metric(layers, self.damping)
@@ -202,7 +205,10 @@ class Iteration:
     def solve(self, q: Tensors) -> tuple[Tensors, float, float]:
         """x, and |(H + D) x - q| / |q| over all examples at the beginning and at the end.
 
-        Raises UserError: the iteration diverges: it ends, by 1/2 x' (H + D) x - x' q, above where it began.
+        Raises
+        ------
+        UserError
+            The iteration diverges: it ends, by 1/2 x' (H + D) x - x' q, above where it began.
         """
         system, settings = self.system, self.settings
         x = system.divided(q)

@@ -80,7 +80,10 @@ class Fitted:
 def fit_autocorrelation(store: SketchStore, examples: Sequence[Row]) -> Fitted:
     """R from the examples (at most 4,096, evenly chosen), the damping from every third of them.
 
-    Raises UserError: fewer than six examples, or all gradients are zero.
+    Raises
+    ------
+    UserError
+        Fewer than six examples, or all gradients are zero.
     """
     S, _ = example_rows(store, examples)
     return Fitted(S, damping_of(S))
@@ -108,7 +111,10 @@ def example_rows(store: SketchStore, examples: Sequence[Row]) -> tuple[NDArray[n
 def damping_of(S: NDArray[np.float32], share: float | None = None) -> float:
     """A share of the mean square of the sketches' numbers [n, K]; None: what makes every third of them most likely.
 
-    Raises UserError: the sketches are fewer than six, where they choose it; all are zero.
+    Raises
+    ------
+    UserError
+        The sketches are fewer than six, where they choose it; all are zero.
     """
     if share is not None and np.any(S):
         return share * float((S.astype(np.float64) ** 2).mean())

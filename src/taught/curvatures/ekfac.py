@@ -85,7 +85,10 @@ class Ekfac:
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """The Gauss-Newton matrix of the examples' mean loss, layer by layer.
 
-        Raises UserError: no linear layer of the blocks moves; a curvature is zero or not finite: the layers' names.
+        Raises
+        ------
+        UserError
+            No linear layer of the blocks moves; a curvature is zero or not finite: the layers' names.
         """
         return ekfac_metric(self.layers(problem, examples, work), self.damping)
 
@@ -128,7 +131,10 @@ def ekfac_metric(found: Layers, damping: float) -> Metric:
 def curved_layers(model: nn.Module, parameters: Sequence[str] | None = None) -> tuple[str, ...]:
     """Names of the moving weights of linear layers inside the model's blocks.
 
-    Raises UserError: there is none; a pattern matches nothing; a module is not understood (``find_sites``).
+    Raises
+    ------
+    UserError
+        There is none; a pattern matches nothing; a module is not understood (``find_sites``).
     """
     inside = {id(module) for block in find_blocks(model) for module in block.modules()}
     names = dict.fromkeys(

@@ -122,7 +122,10 @@ def prompt_rows(store: SketchStore, prompts: Mapping[str, str]) -> NDArray[np.fl
 def mix(S: NDArray[np.float32], T: NDArray[np.float32], component: int) -> NDArray[np.float32]:
     """Rows [n + m, K] of which the mean square is R, from those of examples [n, K] and of prompts [m, K].
 
-    Raises UserError: all gradients of the examples, or of the prompts, are zero.
+    Raises
+    ------
+    UserError
+        All gradients of the examples, or of the prompts, are zero.
     """
     k = min(component, len(S), len(T))
     wide = (rows.astype(np.float64) for rows in (S, T))

@@ -124,7 +124,7 @@ class _Tokens:
 
 
 class ChatFormat:
-    """A tokenizer with its chat template. UserError: none, or the tokenizer gives no offsets or draws at random.
+    """A tokenizer with its chat template.
 
     Parameters
     ----------
@@ -132,6 +132,11 @@ class ChatFormat:
     template : Jinja text; None: the tokenizer's own
     date : the day, YYYY-MM-DD, that the template is told when it asks for today's
     context : the model's longest input in tokens; None: what the tokenizer says, if it says anything
+
+    Raises
+    ------
+    UserError
+        There is no template, or the tokenizer gives no offsets or draws at random.
     """
 
     def __init__(
@@ -175,7 +180,10 @@ class ChatFormat:
     def digest(self) -> str:
         """Hex digest of the tokens of some conversations: what text becomes here.
 
-        UserError: the template renders one conversation differently from time to time.
+        Raises
+        ------
+        UserError
+            The template renders one conversation differently from time to time.
         """
         asked, answered, again = _PROBE
         said = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -198,10 +206,18 @@ class ChatFormat:
         return hashlib.sha256(json.dumps([tokens, plain]).encode()).hexdigest()
 
     def encode_prompt(self, content: str | Sequence[Mapping[str, str]], id: str = "prompt") -> EncodedPrompt:
-        """Encode an evaluation prompt, a user's message or messages that end in one, with the generation prompt.
+        """Encode an evaluation prompt with the generation prompt behind it.
 
-        UserError: the prompt is empty, longer than the model's context, or changed by the template; the template leaves
-        out a turn, or what one holds.
+        Parameters
+        ----------
+        content : the user's message, or messages that end in one
+        id : the prompt's id, for messages of errors
+
+        Raises
+        ------
+        UserError
+            The prompt is empty, longer than the model's context, or changed by the template; the template leaves
+            out a turn, or what one holds.
         """
         messages = _messages(content)
         text = self._render(messages, id, answer=True)
@@ -217,12 +233,23 @@ class ChatFormat:
     ) -> EncodedPrompt:
         """Encode an evaluation prompt with the beginnings of answers that are scored behind it.
 
-        The tokens of an answer are those that the rendered conversation has behind the prompt, up to the end of the
-        text: not those of the text alone, which may begin otherwise. What the template writes between the generation
-        prompt and an answer, such as a line break or an empty block of thoughts, belongs to the prompt. White space
-        that the tokenizer joins to one of the answers belongs to all of them. UserError: as in :meth:`encode_prompt`,
-        of the prompt or an answer; the tokenizer merges the end of the prompt with an answer; the template writes
-        something else before each answer.
+        The tokens of an answer are those that the rendered conversation has behind the prompt, up to
+        the end of the text: not those of the text alone, which may begin otherwise. What the template
+        writes between the generation prompt and an answer, such as a line break or an empty block of
+        thoughts, belongs to the prompt. White space that the tokenizer joins to one of the answers
+        belongs to all of them.
+
+        Parameters
+        ----------
+        content : the user's message, or messages that end in one
+        answers : texts that the assistant's answer begins with
+        id : the prompt's id, for messages of errors
+
+        Raises
+        ------
+        UserError
+            As in :meth:`encode_prompt`, of the prompt or an answer; the tokenizer merges the end of
+            the prompt with an answer; the template writes something else before each answer.
         """
         prompt = self.encode_prompt(content, id)
         before = _messages(content)
@@ -272,13 +299,20 @@ class ChatFormat:
 
         An answer's tokens begin with the first one of its content (of its reasoning, where it holds some): what the
         template writes between the generation prompt and the answer, such as an empty block of thoughts, leads to the
-        answer and is not scored. They end with the token that ends the turn. UserError: the template's rendering of the
-        conversation does not begin with the tokens of what stands before an answer and its generation prompt; the
-        template leaves out tools, calls of tools or reasoning; the prompt is longer than the model's context; both
-        answers of a preference are the same tokens.
+        answer and is not scored. They end with the token that ends the turn.
 
-        Of a preference each answer is encoded so, in its own conversation. What is beyond ``max_tokens`` is cut off
-        (see ``truncated``).
+        Parameters
+        ----------
+        example : the example, of kind "pair" or "preference": then each answer is encoded so, in its own conversation
+        max_tokens : longest input; what is beyond it is cut off (see ``truncated``)
+
+        Raises
+        ------
+        UserError
+            The template's rendering of the conversation does not begin with the tokens of what
+            stands before an answer and its generation prompt; the template leaves out tools, calls
+            of tools or reasoning; the prompt is longer than the model's context; both answers of a
+            preference are the same tokens.
         """
         if example.kind == "preference":
             chosen = self.encode_example(replace(example, kind="pair"), max_tokens)
@@ -318,11 +352,26 @@ class ChatFormat:
     def encode_examples(
         self, examples: Iterable[Record], max_tokens: int = 512, drop_truncated: bool = False
     ) -> tuple[list[EncodedExample], list[str]]:
-        """Encode examples; truncated ones are an error, or left out and named (``drop_truncated``).
+        """Encode examples; none is shortened or left out unless that was asked for.
 
-        A document becomes windows of its tokens (:func:`taught.data.documents.encode_document`), none of them
-        truncated. Returned are the encoded examples, in order, and the ids of those that were left out. UserError: an
-        example is truncated and is not to be dropped; a document has no tokens to score.
+        Parameters
+        ----------
+        examples : the examples; a document becomes windows of its tokens
+            (:func:`taught.data.documents.encode_document`), none of them truncated
+        max_tokens : longest input
+        drop_truncated : leave out truncated examples and name them
+
+        Returns
+        -------
+        encoded
+            In the order of ``examples``.
+        dropped
+            Ids of the examples that were left out.
+
+        Raises
+        ------
+        UserError
+            An example is truncated and is not to be left out; a document has no tokens to score.
         """
         encoded = self.encode_each(examples, max_tokens)
         cut = [example for example in encoded if example.truncated]

@@ -87,7 +87,13 @@ class Options:
 
 
 def options_apart(present: Sequence[str]) -> Apart | None:
-    """The options in columns of their own, two of a form at least. UserError: one is missing before another one."""
+    """The options of a table that stand in columns of their own, the first two of a form at least.
+
+    Raises
+    ------
+    UserError
+        One of them is missing before another one.
+    """
     for start, ends, first in _APART:
         columns = tuple(takewhile(lambda name: name in present, (start + end for end in ends)))
         if len(columns) < 2:
@@ -104,7 +110,13 @@ def options_apart(present: Sequence[str]) -> Apart | None:
 
 
 def read_options(row: Row, column: str | None, apart: Apart | None, name: str) -> Options:
-    """Options of a row: of one column, of several, or none. UserError: they are no list of texts."""
+    """Options of a row: of one column, or of several; none where there are no such columns or cells.
+
+    Raises
+    ------
+    UserError
+        They are no list of texts.
+    """
     if column is None and apart is not None:
         cells = list(_texts([row.get(key) for key in apart.columns], name))
         while cells and not cells[-1].strip():

@@ -20,10 +20,17 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 def load_classifier(name: str) -> Classifier:
     """The classifier of that name: a function ``(column, texts) -> one label a text``.
 
-    The name is ``module:function``, which gets the name of the column that it stands in for, and the texts; or the
-    folder or hub id of a text classifier of transformers, whose labels are those of its configuration, and which sees
-    the beginning of a text that is too long for it. The module is imported, so its code runs: name none that you do not
-    trust. Of a model no code runs, and its weights are safetensors. UserError: no such module, function or model.
+    Parameters
+    ----------
+    name : ``module:function``, which gets the name of the column that it stands in for, and the texts; or the folder or
+        hub id of a text classifier of transformers, whose labels are those of its configuration, and which sees the
+        beginning of a text that is too long for it. The module is imported, so its code runs: name none that you do not
+        trust. Of a model no code runs, and its weights are safetensors.
+
+    Raises
+    ------
+    UserError
+        No such module, function or model.
     """
     if not _FUNCTION.fullmatch(name) or os.path.exists(name):
         return _of_transformers(name)

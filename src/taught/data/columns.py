@@ -18,14 +18,18 @@ def detect_columns(
 ) -> dict[str, str]:
     """Map field names to column names.
 
-    UserError: a given field is unknown or its column is not in the table; two columns are the same but for their
-    writing.
-
     Parameters
     ----------
-    present, where : names of the table's columns, and its own
-    usual : field -> column names to try, in this order, however they are written (:func:`folded`)
+    present : names of the table's columns
+    usual : field -> column names to try, in this order, however they are written (:func:`folded`); a column is one
+        field's
     given : the user's own field -> column; wins over the usual names
+    where : name of the table, for messages
+
+    Raises
+    ------
+    UserError
+        A given field is unknown or its column is not in the table; two columns are the same but for their writing.
     """
     found: dict[str, str] = {}
     spelled: dict[str, list[str]] = defaultdict(list)
@@ -72,8 +76,15 @@ def cell(row: Row, columns: Mapping[str, str], field: str) -> object:
 def text_cell(row: Row, columns: Mapping[str, str], field: str, name: str = "a row") -> str:
     """Return a row's text of a field, "" where there is none (numbers become text, as :func:`written`).
 
-    UserError: the cell holds a list, a mapping, bytes, or a number that is none (NaN); a context or a system turn is a
-    word for nothing. ``name`` is what the message calls the row.
+    Parameters
+    ----------
+    name : what the row is called in a message
+
+    Raises
+    ------
+    UserError
+        The cell holds a list, a mapping, bytes, or a number that is none (NaN); a context or a system turn is a word
+        for nothing.
     """
     value = cell(row, columns, field)
     if (text := plain_text(value)) is None:

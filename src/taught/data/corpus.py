@@ -26,7 +26,13 @@ class Corpus:
         return (record for _, record in self.rows())
 
     def rows(self) -> Iterator[tuple[Row, Record]]:
-        """Each row as it stands in its file, with its document. UserError: a cell that should be a text is none."""
+        """Each row as it stands in its file, with its document.
+
+        Raises
+        ------
+        UserError
+            A cell that should be a text is none; the document is named.
+        """
         for number, row in enumerate(self.source, 1):
             yield row, read_document(row, self.columns, number)
 
@@ -48,8 +54,13 @@ def sample_documents(corpus: Corpus, spread: Spread) -> ExampleSet:
 
     The source is read twice: once to count the strata, once for the texts. Which documents are kept depends on their
     ids and on what the strata hold, and not on the order of shards. Memory: the documents that are kept, and about 40
-    bytes for each that is read. UserError: as :func:`open_corpus`; documents without text, ids that stand twice, a
-    column of ``spread.by`` that is not there, a source that changes while it is read.
+    bytes for each that is read.
+
+    Raises
+    ------
+    UserError
+        As :func:`open_corpus`; documents without text, ids that stand twice, a column of ``spread.by`` that is not
+        there, a source that changes while it is read.
     """
     source = corpus.source
     if spread.limit is None:

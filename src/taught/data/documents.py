@@ -18,8 +18,12 @@ def encode_document(tokenizer: Any, example: Record, size: int) -> list[EncodedE
 
     The text is tokenised as a whole, with the special tokens that the tokenizer puts around plain text (for many models
     a BOS token first). A window begins with the last token of the window before it, which is seen and not scored again:
-    windows advance by ``size - 1`` tokens. What stands before that token is not seen. UserError: the document has fewer
-    than two tokens, or a window has.
+    windows advance by ``size - 1`` tokens. What stands before that token is not seen.
+
+    Raises
+    ------
+    UserError
+        The document has fewer than two tokens, or a window has.
     """
     from taught.data.chat import EncodedExample
 

@@ -115,7 +115,13 @@ class ExampleSet:
         return tuple(example.id for example in self.examples)
 
     def column(self, name: str) -> list[Any]:
-        """Each example's cell of a column, which may be named by the field read from it. UserError: there is none."""
+        """Each example's cell of a column of the data, which may be named by the field that was read from it.
+
+        Raises
+        ------
+        UserError
+            There is no such column.
+        """
         field = {column: field for field, column in self.columns.items()}.get(name, name)
         if field in ("id", "label", "category", "source"):
             return [getattr(example, field) for example in self.examples]
@@ -126,7 +132,13 @@ class ExampleSet:
         return [example.flags.get(name) for example in self.examples]
 
     def spread(self, how: Spread) -> ExampleSet:
-        """At most so many of the examples, spread over strata, in order. UserError: a column of these is missing."""
+        """At most so many of the examples, spread over strata; the order stays.
+
+        Raises
+        ------
+        UserError
+            A column of the strata is not there.
+        """
         if how.limit is None or how.limit >= len(self):
             return self
         by = how.columns(self.columns)

@@ -180,7 +180,13 @@ def rivals(usual: Mapping[str, Sequence[str]], given: Mapping[str, str] | None) 
 
 
 def with_messages(table: Table, columns: Mapping[str, str]) -> Table:
-    """The table with messages in the place of the JSON that a cell writes them in. UserError: one is no JSON."""
+    """The table with messages in the place of the JSON that a cell writes them in.
+
+    Raises
+    ------
+    UserError
+        A cell is written as messages and is no JSON.
+    """
     written = dict.fromkeys(("messages", "text", "prompt", "response", "chosen", "rejected"), _MESSAGES)
     written["history"] = _EXCHANGES
     forms = {columns[field]: form for field, form in written.items() if field in columns}
@@ -376,7 +382,13 @@ def _conversation(row: Row, columns: Mapping[str, str], name: str) -> list[Messa
 
 
 def with_system(system: str, turns: list[Message], name: str) -> list[Message]:
-    """The turns behind a system turn with this text, if any. UserError: they begin with another system text."""
+    """The turns behind a system turn with this text; as they are where there is no text, or they begin with it.
+
+    Raises
+    ------
+    UserError
+        They begin with another system text.
+    """
     if not system or not (turns and turns[0]["role"] == "system"):
         return [{"role": "system", "content": system}, *turns] if system else turns
     if turns[0]["content"] != system:
@@ -431,7 +443,13 @@ def _mark(turn: Message, name: str) -> bool | None:
 
 
 def read_turns(value: object, name: str) -> list[Message]:
-    """Messages, as {role, content} or ShareGPT's {from, value}. UserError: one has no known role, or no text."""
+    """Messages of a conversation, as {role, content} or ShareGPT's {from, value}.
+
+    Raises
+    ------
+    UserError
+        A message has no role, one that is not known, or no text as its content.
+    """
     turns = []
     for turn in value if isinstance(value, list | tuple) else [value]:
         given: Mapping[str, Any] = turn if isinstance(turn, Mapping) else {}
@@ -495,10 +513,17 @@ def read_history(value: object, name: str) -> Iterator[Message]:
 
 
 def add_context(row: Row, columns: Mapping[str, str], prompt: list[Message], name: str, field: str = "prompt") -> None:
-    """Put Alpaca's input, Dolly's context behind the instruction, in the user's turn of ``prompt`` (in place).
+    """Put Alpaca's input, Dolly's context behind the instruction, as a part of the user's turn.
 
-    UserError: the prompt, which is in the column of ``field``, is no instruction: where the context belongs is not
-    known.
+    Parameters
+    ----------
+    prompt : the turns of the prompt, changed in place
+    field : whose column the prompt is
+
+    Raises
+    ------
+    UserError
+        The prompt is no instruction: where the context belongs is not known.
     """
     context = text_cell(row, columns, "context", name)
     if not context.strip():

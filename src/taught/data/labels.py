@@ -56,10 +56,18 @@ def read_labels(
 
     What looks the same is one label: spaces in a row are one and those around a text none, letters are composed
     (Unicode NFC), true, false and whole numbers are written out. An empty cell, null, NaN and the words "unknown",
-    "none", "null" and "nan" in any case are no label. Where the examples do not have the column, a classifier labels
-    them (:func:`taught.data.classify.load_classifier`). Labels in a ``taxonomy`` are one field's names of it, in any
-    spelling of case, separators and "and". UserError: no example has the column; a cell is neither text nor a number;
-    more than ``MOST`` labels; a label that is not of the taxonomy.
+    "none", "null" and "nan" in any case are no label.
+
+    Parameters
+    ----------
+    classifier : labels the examples where they do not have the column; see :func:`taught.data.classify.load_classifier`
+    taxonomy : the labels are one field's names of it, in any spelling of case, separators and "and"
+
+    Raises
+    ------
+    UserError
+        No example has the column; a cell is neither text nor a number; more than ``MOST`` labels; a label that is not
+        of the taxonomy.
     """
     cells = _cells(examples, column)
     if cells is None and classifier is not None:
@@ -98,7 +106,13 @@ def check_labels(examples: ExampleSet, column: str, taxonomy: str | None, classi
 
 
 def classify(name: str, column: str, examples: ExampleSet) -> list[Any]:
-    """What ``function(column, texts)`` says of each example. UserError: it fails, or gives not one label a text."""
+    """What ``function(column, texts)`` says of the examples: a label for each text, or None.
+
+    Raises
+    ------
+    UserError
+        It cannot be loaded, fails, or does not give one label for each text.
+    """
     texts = ["\n".join(filter(None, (example.prompt, example.response))) for example in examples]
     function = load_classifier(name)
     try:

@@ -64,8 +64,16 @@ def _shared(said: list[str], passages: Mapping[int, Mapping[int, list[str]]]) ->
 def drop_shared(shown: ExampleSet, examples: ExampleSet, drop: bool) -> tuple[ExampleSet, list[str]]:
     """Return the labelled answers of a concept whose prompt is no example's, and the ids that were dropped.
 
-    A concept that was made from the rows that it is to find would find them for that reason. UserError: there are some
-    and ``drop`` is false: their ids.
+    A concept that was made from the rows that it is to find would find them for that reason.
+
+    Parameters
+    ----------
+    drop : False: a shared prompt is an error
+
+    Raises
+    ------
+    UserError
+        There are some and ``drop`` is false: their ids.
     """
     texts = {normalise(example.prompt) for example in examples}
     both = [row.id for row in shown if normalise(row.prompt) in texts]
@@ -80,7 +88,17 @@ def drop_shared(shown: ExampleSet, examples: ExampleSet, drop: bool) -> tuple[Ex
 
 
 def drop_overlap(examples: ExampleSet, prompts: PromptSet, drop: bool) -> tuple[ExampleSet, list[tuple[str, str]]]:
-    """Return the examples that are no evaluation prompts, and the overlap. UserError: some, and ``drop`` is false."""
+    """Return the examples that are not evaluation prompts, and the overlap that was dropped.
+
+    Parameters
+    ----------
+    drop : False: overlap is an error. True: the overlapping examples are left out and named.
+
+    Raises
+    ------
+    UserError
+        There is overlap and ``drop`` is false.
+    """
     overlap = find_overlap(examples, prompts)
     gone = {example_id for example_id, _ in overlap}
     if not drop:

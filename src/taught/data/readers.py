@@ -22,8 +22,11 @@ _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 def rows_of(path: Path) -> Iterator[Row]:
     """Yield the rows of a file that ends in one of ``READERS``, or of a folder made by ``Dataset.save_to_disk``.
 
-    UserError: unreadable file, unknown ending, a line that is not a JSON object, or has a key twice (the line is
-    named), two columns of one name, or a text with a NUL or half a character (the row is named).
+    Raises
+    ------
+    UserError
+        Unreadable file, unknown ending, a line that is not a JSON object, or has a key twice (the line is named), two
+        columns of one name, or a text with a NUL or half a character (the row is named).
     """
     reader = _saved_dataset if path.is_dir() else READERS.get(path.suffix.lower())
     if reader is None:

@@ -69,7 +69,13 @@ class Source:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns: those that any row has. UserError: a shard has others than the first one."""
+        """Names of the columns; a column is there when any row has it.
+
+        Raises
+        ------
+        UserError
+            A shard has other columns than the first one.
+        """
         if self.path is None:
             return tuple(dict.fromkeys(name for row in self for name in row))
         first = self.shards[0]
@@ -102,9 +108,16 @@ class Source:
 def open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> Source:
     """Find rows at a path or a pattern, at ``"hf:owner/name[:split]"``, or in memory; none is read yet.
 
-    A path is a file, a folder of shards, or a pattern such as ``corpus/*.parquet``. In memory: anything that yields
-    mappings, a list, a ``datasets.Dataset`` or ``IterableDataset``. What can be iterated only once (a generator) is
-    read now and held. UserError: there is no such file, or what is given yields no rows.
+    Parameters
+    ----------
+    source : a file, a folder of shards, a pattern such as ``corpus/*.parquet``, or anything that yields mappings: a
+        list, a ``datasets.Dataset`` or ``IterableDataset``. What can be iterated only once (a generator) is read now
+        and held.
+
+    Raises
+    ------
+    UserError
+        There is no such file, or what is given yields no rows.
     """
     if isinstance(source, str) and source.startswith(HUB):
         return Source(source, given=_hub_dataset(source))
@@ -122,7 +135,13 @@ def open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> Source:
 
 
 def open_table(source: str | Path | Iterable[Mapping[str, Any]]) -> Table:
-    """Read all rows of a source, as :func:`open_source` finds it. UserError: as there and in :func:`read_rows`."""
+    """Read all rows of a source, as :func:`open_source` finds it.
+
+    Raises
+    ------
+    UserError
+        As :func:`read_rows`; a row in memory is no mapping; the data set cannot be had.
+    """
     found = open_source(source)
     if found.path is None:  # read once: a stream of the hub is slow, and rows in memory may be made as they are read
         rows = list(found)
@@ -135,10 +154,16 @@ def open_table(source: str | Path | Iterable[Mapping[str, Any]]) -> Table:
 def read_rows(path: str | Path) -> list[Row]:
     """Read all rows of a table.
 
-    The path is a file that ends in .jsonl, .json (a list of objects), .parquet or .csv; a folder of such files, or a
-    pattern that names some; a folder made by ``Dataset.save_to_disk``. UserError: missing or unreadable file, unknown
-    ending, a line that is not a JSON object (the line is named), a text with a NUL or half a character (the row is
-    named), shards with other columns than the first one.
+    Parameters
+    ----------
+    path : a file that ends in .jsonl, .json (a list of objects), .parquet or .csv; a folder of such files, or a
+        pattern that names some; a folder made by ``Dataset.save_to_disk``
+
+    Raises
+    ------
+    UserError
+        Missing or unreadable file, unknown ending, a line that is not a JSON object (the line is named), a text with
+        a NUL or half a character (the row is named), shards with other columns than the first one.
     """
     source = open_source(Path(path))
     if len(source.shards) > 1:
@@ -149,8 +174,12 @@ def read_rows(path: str | Path) -> list[Row]:
 def shards_of(path: str | Path) -> tuple[Path, ...]:
     """Files of a table, sorted: the file itself, those of a folder, those that a pattern names.
 
-    A folder made by ``Dataset.save_to_disk`` is one shard. UserError: there is none, or a folder holds files that are
-    no tables.
+    A folder made by ``Dataset.save_to_disk`` is one shard.
+
+    Raises
+    ------
+    UserError
+        There is none, or a folder holds files that are no tables.
     """
     path = Path(path)
     if path.is_file() or (path / STATE).is_file():

@@ -57,8 +57,10 @@ class Asked:
 def attribution_cost(problem: Problem, examples: Examples, asked: Asked, method: Method) -> dict[str, float]:
     """Operations by part: what the estimator and the curvature say, and the checks of the strongest.
 
-    Raises UserError: the model's gradients are not understood, or its blocks share parameters: the estimator would
-    refuse it too.
+    Raises
+    ------
+    UserError
+        The model's gradients are not understood, or its blocks share parameters: the estimator would refuse it too.
     """
     method.refuse()
     legs = method.trajectory.make(TRAJECTORIES)

@@ -37,7 +37,10 @@ def prompt_effects(
 ) -> Tensor:
     """Change of y of every prompt per step on every example: float64 [P, N].
 
-    Raises UserError: the loss of an example is not finite; the model's blocks do not form a chain, or share parameters.
+    Raises
+    ------
+    UserError
+        The loss of an example is not finite; the model's blocks do not form a chain, or share parameters.
     """
     sites = split_sites(problem.model, problem.parameters)
     effects = torch.zeros(len(examples), len(problem.prompts), dtype=torch.float64)

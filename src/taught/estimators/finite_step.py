@@ -74,7 +74,14 @@ def example_gradient(
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss of one example and its gradient by plain autograd, parameter by parameter.
 
-    Raises UserError: the loss is not finite; a pattern of the parameters that move matches nothing.
+    Parameters
+    ----------
+    parameters : patterns of the parameters that move (``moving_parameters``); None for all
+
+    Raises
+    ------
+    UserError
+        The loss is not finite; a pattern matches nothing.
     """
     moving = moving_parameters(model, parameters)
     batch = make_batch([example], [0])

@@ -60,7 +60,10 @@ class Tangent:
 def tangents(problem: Problem, examples: Examples, *, progress: Progress | None = None) -> Iterator[Tangent]:
     """One :class:`Tangent` per example, in order. No weight is changed.
 
-    Raises UserError: the loss of an example is not finite; forward mode does not go through the model.
+    Raises
+    ------
+    UserError
+        The loss of an example is not finite; forward mode does not go through the model.
     """
     refuse_detached(problem.model)
 

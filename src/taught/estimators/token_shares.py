@@ -33,11 +33,22 @@ def token_effects(
 ) -> list[Tensor]:
     """Share of every scored token in its example's effect on a few targets.
 
-    For each example float64 [n scored tokens, K], in the order of ``Example.scored``. Sums over tokens are the
-    example's effects. A, B: cotangents of K targets (``taught.core.query.build_queries``).
+    Parameters
+    ----------
+    A, B : Cotangents of K targets, as in :func:`taught.estimators.adjoint.target_effects`
 
-    Raises UserError: shares of some examples are not finite.
+    Returns
+    -------
+    For each example float64 [n scored tokens, K], in the order of ``Example.scored``. Sums
+    over tokens are the example's effects.
 
+    Raises
+    ------
+    UserError
+        Shares of some examples are not finite.
+
+    Notes
+    -----
     Cost: the queries once, and for each target about three forward passes over the examples; as often as there are
     parts of a query (``query_parts``). Memory: the queries, and one of them once more. Attention runs without fused
     kernels. Where an operation of the model has no forward mode, a backward pass for each scored token.

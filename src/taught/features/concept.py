@@ -217,7 +217,10 @@ def _cosine(a: Floats, b: Floats) -> float:
 def feature_direction(sae: SparseAutoencoder, shares: Mapping[int, float]) -> Floats:
     """sum_k share_k (what feature k adds to the reconstruction per activation), [D].
 
-    Raises UserError: an id that the autoencoder does not have.
+    Raises
+    ------
+    UserError
+        An id that the autoencoder does not have.
     """
     rows = sae.decoder_rows(list(shares)).double().cpu().numpy()
     return np.asarray(np.array(list(shares.values())) @ rows)
@@ -226,9 +229,14 @@ def feature_direction(sae: SparseAutoencoder, shares: Mapping[int, float]) -> Fl
 def file_direction(path: str | Path, tensor: str | None = None) -> tuple[Floats, dict[str, Any]]:
     """Direction [D] from a safetensors file or a control vector, and its provenance.
 
-    ``tensor`` is the name of the tensor, [D] or [1, D]; None where the file holds one only.
+    Parameters
+    ----------
+    tensor : name of the tensor, [D] or [1, D]; None where the file holds one only
 
-    Raises UserError: the file cannot be read, has no such tensor or several, or the tensor is no vector.
+    Raises
+    ------
+    UserError
+        The file cannot be read, has no such tensor or several, or the tensor is no vector.
     """
     file = Path(path).expanduser()
     if is_control_vector(file):
@@ -265,7 +273,10 @@ def control_tensor(block: int) -> str:
 def control_block(tensor: str) -> int:
     """The block, counted from 0, whose output a control vector's tensor is added to.
 
-    Raises UserError: not a name of the format.
+    Raises
+    ------
+    UserError
+        Not a name of the format.
     """
     head, _, number = tensor.partition(".")
     if head != "direction" or not re.fullmatch("[0-9]{1,6}", number):
@@ -358,7 +369,10 @@ def save_concept(concept: Concept, folder: Path) -> None:
 def load_concept(folder: str | Path) -> Concept:
     """Read a concept that :func:`save_concept` wrote.
 
-    Raises UserError: nothing is there, another format, or the two files do not belong together.
+    Raises
+    ------
+    UserError
+        Nothing is there, another format, or the two files do not belong together.
     """
     from safetensors import SafetensorError
 

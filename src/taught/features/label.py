@@ -208,7 +208,10 @@ def _logit(p: Floats) -> Floats:
 def load_labels(file: str | Path) -> dict[int, str]:
     """Read feature id -> label from JSON or YAML (a mapping) or CSV (columns id, label).
 
-    Raises UserError: the file cannot be read, an id is not a whole number or appears twice, a label is empty.
+    Raises
+    ------
+    UserError
+        The file cannot be read, an id is not a whole number or appears twice, a label is empty.
     """
     path = Path(file).expanduser()
     errors = (OSError, ValueError, KeyError, TypeError, RecursionError, csv.Error)

@@ -291,7 +291,10 @@ def fraction_variance_unexplained(sae: SparseAutoencoder, h: Tensor) -> float:
 def check_fit(sae: SparseAutoencoder, h: Tensor, limit: float = 0.9) -> float:
     """Fraction of variance unexplained on some h [M, D]; shows a wrong point or model.
 
-    Raises UserError: the widths differ, or the fraction is above ``limit`` (or not a number).
+    Raises
+    ------
+    UserError
+        The widths differ, or the fraction is above ``limit`` (or not a number).
     """
     if h.shape[-1] != sae.width:
         raise UserError(

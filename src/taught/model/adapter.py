@@ -149,7 +149,10 @@ def trainable(model: Any) -> tuple[str, ...]:
 def given_adapter(model: Any) -> tuple[Any, tuple[str, ...] | None]:
     """A model that was given, without the wrapper of peft, and what training its adapter moves; None: it has none.
 
-    Raises UserError: the adapter is no LoRA, or it is frozen, so that what it trains is not known.
+    Raises
+    ------
+    UserError
+        The adapter is no LoRA, or it is frozen, so that what it trains is not known.
     """
     configs = getattr(model, "peft_config", None)
     if not configs:
@@ -203,7 +206,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def without_adapter(model: Any) -> Iterator[None]:
     """The model as it is without its adapter, where it has one; as before on exit.
 
-    Raises UserError: the adapter has biases of its own: they are in the places of the model's.
+    Raises
+    ------
+    UserError
+        The adapter has biases of its own: they are in the places of the model's.
     """
     configs = getattr(model, "peft_config", {})
     if not configs:

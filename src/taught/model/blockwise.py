@@ -52,8 +52,10 @@ def split_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> Bl
 def by_block(model: nn.Module, sites: Iterable[Site]) -> BlockSites:
     """Sort sites by block.
 
-    Raises UserError: a parameter belongs to several blocks, or to one and to the outside: its gradient does not fall
-    apart by block.
+    Raises
+    ------
+    UserError
+        A parameter belongs to several blocks, or to one and to the outside: its gradient does not fall apart by block.
     """
     homes: dict[str, set[int]] = {}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -159,8 +161,11 @@ def _watched(model: nn.Module, lowest: int) -> Iterator[tuple[list[Tensor], list
 def last_block(model: nn.Module, sites: BlockSites, kept: Trace) -> list[Factor]:
     """Factors of the last block that is left, by running it again; the trace moves one block down.
 
-    Raises UserError: the gradient that arrives at the lowest block's output is not the one that the whole model's
-    backward pass gave: some block passes something on by another way than its output.
+    Raises
+    ------
+    UserError
+        The gradient that arrives at the lowest block's output is not the one that the whole model's
+        backward pass gave: some block passes something on by another way than its output.
     """
     number = sites.lowest + len(kept.inputs) - 1
     factors = _run_again(model, sites, kept, number)

@@ -23,7 +23,10 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     Of several lists as long as the configuration says, as where a vision tower is as deep, the one inside the text
     decoder that the model names.
 
-    Raises UserError: no list of modules has as many entries as the configuration has layers, or several have.
+    Raises
+    ------
+    UserError
+        No list of modules has as many entries as the configuration has layers, or several have.
     """
     depth = int(text_config(model).num_hidden_layers)
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
@@ -47,7 +50,10 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 def get_block(model: nn.Module, block: int) -> nn.Module:
     """Block number ``block``, counted from zero.
 
-    Raises UserError: the model has no such block.
+    Raises
+    ------
+    UserError
+        The model has no such block.
     """
     blocks = find_blocks(model)
     if not 0 <= block < len(blocks):
@@ -68,8 +74,11 @@ def get_point(model: nn.Module, point: Point) -> nn.Module:
 
     Cost: the first time, for anything but the residual stream, a forward pass over a few tokens up to the block.
 
-    Raises UserError: the model has no such block; the block has no such part, or one that is not read
-    (:func:`taught.model.points.find_part`).
+    Raises
+    ------
+    UserError
+        The model has no such block; the block has no such part, or one that is not read
+        (:func:`taught.model.points.find_part`).
     """
     block = get_block(model, point.block)
     if point.part == RESID_POST:
@@ -96,7 +105,10 @@ class StopForward(Exception):
 def capture_output(module: nn.Module, stop: bool = False) -> Iterator[list[Tensor]]:
     """Collect what ``module`` returns (its *output*, not its input). A copy goes on: some models add to it in place.
 
-    Raises UserError: the model calls the module again in one pass: h is not one vector for each token.
+    Raises
+    ------
+    UserError
+        The model calls the module again in one pass: h is not one vector for each token.
     """
     seen: list[Tensor] = []
 

@@ -80,11 +80,16 @@ class Factor:
 def find_sites(model: nn.Module, parameters: Sequence[str] | None = None) -> list[Site]:
     """Every use of every parameter, or an error that names the parameters that are not understood.
 
-    ``parameters`` are patterns of those that move (``moving_parameters``); the others are left out, and need not be
-    understood. None for all.
+    Parameters
+    ----------
+    parameters : Patterns of the parameters that move (``moving_parameters``); the others are left out, and need not be
+        understood. None for all.
 
-    Raises UserError: DoRA; a parameter holds codes of quantised weights, or is an embedding of an unknown kind. A
-    pattern matches nothing. Nothing is left out silently.
+    Raises
+    ------
+    UserError
+        DoRA; a parameter holds codes of quantised weights, or is an embedding of an unknown kind. A pattern matches
+        nothing. Nothing is left out silently.
     """
     refuse_detached(model)
     names = {id(p): name for name, p in moving_parameters(model, parameters).items()}  # tied ones have one name

@@ -83,8 +83,10 @@ def counts_positions(model: nn.Module) -> bool:
 def written_out(model: nn.Module, rows: Rows) -> Sequences | None:
     """The plain sequences that the model is given for these rows; None: it is given the rows as trees.
 
-    Raises UserError: the model would make a mask for itself that is too large, or give texts other positions beside a
-    longer one.
+    Raises
+    ------
+    UserError
+        The model would make a mask for itself that is too large, or give texts other positions beside a longer one.
     """
     # The longest text of a pass decides for all: a shorter one would not be read as it is alone. A pass leaves out the
     # last token of what is scored, so that of ``limit`` tokens it is not known which side they are.

@@ -367,7 +367,10 @@ def refuse_revision(folder: Path, revision: str | None) -> None:
 def hub_commit(name: str, revision: str | None) -> str | None:
     """The commit of a model or an adapter that a branch or tag of the hub stands for now; None for a folder.
 
-    Raises UserError: the hub has none of this name, or cannot be reached and nothing is cached.
+    Raises
+    ------
+    UserError
+        The hub has none of this name, or cannot be reached and nothing is cached.
     """
     if Path(name).expanduser().is_dir():
         return None
@@ -644,7 +647,10 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     ``save_pretrained`` refuses a model that was read from GGUF; a fresh model of the same
     configuration takes over its weights. Memory: the model in float16, and its largest tensor in float32.
 
-    Raises UserError: the packages ``gguf`` or ``accelerate`` are not installed; the file lacks weights of the model.
+    Raises
+    ------
+    UserError
+        The packages ``gguf`` or ``accelerate`` are not installed; the file lacks weights of the model.
     """
     import torch
     import transformers

@@ -27,10 +27,15 @@ def weight_shape(p: nn.Parameter) -> torch.Size:
 def moving_parameters(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """The parameters that a step moves, by name, in the model's order.
 
-    Shell-style patterns (``*``, ``?``, ``[12]``) are for the names that ``named_parameters`` gives; None for all
-    parameters. A tied parameter goes by its first name.
+    Parameters
+    ----------
+    patterns : Shell-style patterns (``*``, ``?``, ``[12]``) for the names that ``named_parameters`` gives; None for all
+        parameters. A tied parameter goes by its first name.
 
-    Raises UserError: a pattern matches no parameter, or codes of quantised weights.
+    Raises
+    ------
+    UserError
+        A pattern matches no parameter, or codes of quantised weights.
     """
     chosen = every = dict(model.named_parameters())
     if patterns is not None:

@@ -45,10 +45,15 @@ def first(output: Any) -> Any:
 def find_part(block: nn.Module, part: str, run: Callable[[], object]) -> str:
     """Name of the module of a block whose output a part of it is (:class:`taught.core.point.Point`).
 
-    ``run`` runs the model on a few tokens, up to this block.
+    Parameters
+    ----------
+    run : runs the model on a few tokens, up to this block
 
-    Raises UserError: the block has no such module; its output is not one vector for each token, as wide as the residual
-    stream; what attention and MLP add to the residual stream is not found.
+    Raises
+    ------
+    UserError
+        The block has no such module; its output is not one vector for each token, as wide as the residual stream; what
+        attention and MLP add to the residual stream is not found.
     """
     children = [name for name, _ in block.named_children()]
     if part in (ATTN_OUT, MLP_OUT):

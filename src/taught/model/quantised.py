@@ -128,7 +128,10 @@ def _kind(found: dict[str, Any], name: str) -> str:
 def loading(kind: str, saved: bool, device: str) -> dict[str, Any]:
     """What ``from_pretrained`` is told to load a model of a kind, quantised now unless it was saved so.
 
-    Raises UserError: a package that this needs is missing.
+    Raises
+    ------
+    UserError
+        A package that this needs is missing.
     """
     missing = [] if bitsandbytes_is_there() else ["bitsandbytes"]
     missing += [] if importlib.util.find_spec("accelerate") else ["accelerate"]
@@ -162,7 +165,10 @@ def codes_record(model: nn.Module) -> dict[str, Any]:
 
     Another device may quantise the same weights otherwise. Cost: reads all of them once.
 
-    Raises UserError: no layer holds any.
+    Raises
+    ------
+    UserError
+        No layer holds any.
     """
     layers, digest = quantised_layers(model), hashlib.sha256()
     if not layers:
@@ -223,7 +229,10 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
 def use_plain_weights(model: nn.Module) -> None:
     """Let layers that hold codes compute with what these stand for, from now on.
 
-    Raises UserError: weights were packed anew for inference, which rounds their scales.
+    Raises
+    ------
+    UserError
+        Weights were packed anew for inference, which rounds their scales.
     """
     layers = quantised_layers(model)
     states = {name: getattr(layer.weight, "quant_state", None) for name, layer in layers.items()}

@@ -260,7 +260,10 @@ def read_prompts(
 
     Cost: one forward pass over the distinct tokens (the shared chat-template prefix once a tree).
 
-    Raises UserError: a read-out is not finite: the ids of the prompts.
+    Raises
+    ------
+    UserError
+        A read-out is not finite: the ids of the prompts.
     """
     h: list[Tensor | None] = [None] * len(prompts)
     y = torch.zeros(len(prompts), dtype=torch.float64)

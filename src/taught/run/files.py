@@ -39,8 +39,16 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path, *, needed: int | None = None) -> Iterator[IO[bytes]]:
     """A file beside ``path`` that takes its place when the body ends without an exception.
 
-    The body does nothing but write (``needed`` bytes, where that is known): what it cannot write is the user's to be
-    told. UserError: no space left, or the folder cannot be written to.
+    The body does nothing but write: what it cannot write is the user's to be told.
+
+    Parameters
+    ----------
+    needed : bytes that will be written, where that is known
+
+    Raises
+    ------
+    UserError
+        No space left, or the folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:

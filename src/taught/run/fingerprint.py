@@ -26,10 +26,17 @@ Inputs = dict[str, Any]
 
 
 def stage_inputs(stage: Stage, study: Study, extra: Mapping[str, Any] | None = None) -> Inputs:
-    """Everything that the result of a stage depends on. UserError: a file of the study is missing or cannot be read.
+    """Everything that the result of a stage depends on.
 
-    The study's local files are read for their checksums; ``extra`` is what only the caller knows: ``Subject.identity``,
-    the weights that a name stands for.
+    Parameters
+    ----------
+    study : its local files are read for their checksums
+    extra : what only the caller knows: ``Subject.identity``, the weights that a name stands for
+
+    Raises
+    ------
+    UserError
+        A file of the study is missing or cannot be read.
     """
     digests: dict[str, str] = {}
     left_out = set(Study.pace_keys())

@@ -57,14 +57,19 @@ class Running:
 
 
 class RunFolder:
-    """A run folder, created when missing. UserError: not a run folder, a damaged manifest, a newer format.
+    """A run folder, created when missing.
 
     Parameters
     ----------
-    path : the folder; one that holds other files and no manifest is refused
-    fresh : stages whose earlier results are deleted, once, when the stage begins; and with them what was made from
+    path : The folder. One that holds other files and no manifest is refused.
+    fresh : Stages whose earlier results are deleted, once, when the stage begins; and with them what was made from
         them, where they are made under other inputs now
     command : the command that repeats the run, kept in the manifest
+
+    Raises
+    ------
+    UserError
+        Not a run folder, a damaged manifest, a newer format.
     """
 
     def __init__(self, path: str | Path, *, fresh: Collection[str] = (), command: str | None = None) -> None:
@@ -109,7 +114,13 @@ class RunFolder:
         return self.folder / name
 
     def is_done(self, stage: str, wanted: str) -> bool:
-        """Whether a stage is complete under a fingerprint, with all its files. UserError: one of these has changed."""
+        """Whether the stage is complete under the fingerprint ``wanted``, with all its files.
+
+        Raises
+        ------
+        UserError
+            A file of the stage has changed since it was written.
+        """
         if not self._is_complete(stage) or self._manifest["stages"][stage]["fingerprint"] != wanted:
             return False
         names = self._files_of(stage)
@@ -145,16 +156,22 @@ class RunFolder:
     ) -> Iterator[Running]:
         """Run one stage: ``with run.stage("policy", study) as stage: if stage.done: return ...``.
 
-        The folder is locked meanwhile. The stage becomes complete when the body ends without an exception; otherwise it
-        stays incomplete, is never trusted, and keeps its partial pieces. UserError: the folder holds results of another
-        study, data, model or code; an earlier stage is missing; another command is writing here.
+        The folder is locked meanwhile. The stage becomes complete when the body ends without an
+        exception; otherwise it stays incomplete, is never trusted, and keeps its partial pieces.
 
         Parameters
         ----------
         name : one of ``taught.stages.STAGES``
         study : what is to be computed
-        extra : what else it depends on and only the caller knows, as plain values: ``{"model.weights": sha256}``
+        extra : further things that the result depends on and only the caller knows, as plain values:
+            ``{"model.weights": sha256, "model.source": "..."}``
         reads : Stages that are read this time, beside those that this one always reads
+
+        Raises
+        ------
+        UserError
+            The folder holds results of another study, data, model or code; an earlier stage is
+            missing; another command is writing here.
         """
         with self.locked():
             started = time.monotonic()

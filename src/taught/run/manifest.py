@@ -17,7 +17,13 @@ Manifest = dict[str, Any]
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder, a new one where it is new or empty. UserError: other files, damaged, another format."""
+    """Return the manifest of a run folder, or a new one for a folder that is new or empty.
+
+    Raises
+    ------
+    UserError
+        A folder with other files and no manifest, a damaged manifest, another format.
+    """
     file = folder / NAME
     if folder.exists() and not folder.is_dir():
         raise UserError("the run folder is a file", value=str(folder), fix="choose another --run folder")

@@ -21,7 +21,13 @@ class PartialFolder:
         self.path = path
 
     def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Store one piece, whole or not at all. UserError: no space left, or the folder cannot be written to."""
+        """Store one piece, whole or not at all.
+
+        Raises
+        ------
+        UserError
+            No space left, or the folder cannot be made or written to.
+        """
         file, content = self._file(key), tensors_bytes(arrays)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -87,9 +87,14 @@ class QueryBuilder:
 def stored_queries(store: SketchStore, targets: TargetSet, digests: Mapping[str, str]) -> tuple[Floats, Moves]:
     """Queries [K, T] of targets that follow from prompts and features, and the sums that they are made of.
 
-    ``digests``: prompt id -> digest of its tokens (``fill.prompt_key``).
+    Parameters
+    ----------
+    digests : prompt id -> digest of its tokens (``fill.prompt_key``)
 
-    Raises UserError: the store lacks prompts or features of the targets.
+    Raises
+    ------
+    UserError
+        The store lacks prompts or features of the targets.
     """
     covered, readings = covered_features(store), targets.readings
     wanted = {-1} if readings.policy is None else {-1, *readings.policy.feature_ids.tolist()}
@@ -141,7 +146,10 @@ class Answers:
 def answer(store: SketchStore, examples: Sequence[Row], queries: Floats | Singles) -> Answers:
     """Meet examples with queries [K, Q]; one shard of examples is in memory at a time.
 
-    Raises UserError: the store lacks examples; a shard is damaged.
+    Raises
+    ------
+    UserError
+        The store lacks examples; a shard is damaged.
     """
     values = np.full((len(examples), queries.shape[1]), np.nan)
     norms, losses = np.full(len(examples), np.nan), np.full(len(examples), np.nan)

@@ -73,7 +73,10 @@ class Sketch:
 
         Gradients that are multiplied by something first have a store of their own, inside the plain one.
 
-        Raises UserError: there is neither ``store`` nor a folder to keep it in; it was made under other conditions.
+        Raises
+        ------
+        UserError
+            There is neither ``store`` nor a folder to keep it in; it was made under other conditions.
         """
         folder = self.store or (None if work.folder is None else work.folder / "sketches")
         if folder is None:

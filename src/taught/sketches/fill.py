@@ -59,7 +59,10 @@ def example_sketches(
 ) -> list[Sketches]:
     """Sketches of the gradients of the examples' losses, batch by batch.
 
-    Raises UserError: the loss or the gradient of an example is not finite.
+    Raises
+    ------
+    UserError
+        The loss or the gradient of an example is not finite.
     """
     sites, found = find_sites(problem.model, problem.parameters), []
     with frozen(problem.model):

@@ -149,7 +149,10 @@ class SketchStore:
     ) -> None:
         """Keep rows as one shard; ``values`` [n, K], the others as in :class:`Shard`.
 
-        Raises UserError: no space left (with the bytes needed), or the folder cannot be written to.
+        Raises
+        ------
+        UserError
+            No space left (with the bytes needed), or the folder cannot be written to.
         """
         import numpy as np
 
@@ -177,7 +180,10 @@ class SketchStore:
     def values(self, shard: Shard) -> NDArray[np.float32]:
         """Sketches of one shard, float32 [n, K].
 
-        Raises UserError: the file is missing, or is not the one that was written.
+        Raises
+        ------
+        UserError
+            The file is missing, or is not the one that was written.
         """
         import numpy as np
 

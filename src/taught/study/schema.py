@@ -566,7 +566,10 @@ def _concepts() -> Any:
 class Study:
     """One question: a model, a behavior, prompts, examples, and how to compute.
 
-    UserError: a value breaks its rule; the message names the key, the value, the rule and the fix.
+    Raises
+    ------
+    UserError
+        A value breaks its rule; the message names the key, the value, the rule and the fix.
     """
 
     name: str = setting("my-study", _TEXT, "also the name of the run folder: runs/my-study")

@@ -126,7 +126,13 @@ class Coefficient(_OfPolicy):
 
 
 def policy_of(readings: Readings) -> Policy:
-    """The policy of some readings. UserError: there is none."""
+    """The policy of some readings.
+
+    Raises
+    ------
+    UserError
+        There is none.
+    """
     if readings.policy is None:
         rule = "a policy is written in the features of an SAE"
         raise UserError("this run has no policy", rule=rule, fix="set sae.path in the study")
