@@ -185,7 +185,18 @@ def map_bins(
         contrasts,
     )
     cells = Part.by(sorted_labels)
-    _check_bins(cells, minimum, tuple(labels))
+    by = " x ".join(labels)
+    if len(cells.names) < 2:
+        what, fix = "all documents are in one bin, so there is nothing to compare", "name another column: bins.columns"
+        raise UserError(what, value=" x ".join(cells.names[0]), rule=f"bins by {by}", fix=fix)
+    if not cells.tested(minimum).any():
+        largest = int(cells.size.argmax())
+        raise UserError(
+            "no bin with a label has enough documents to be tested",
+            value=f"{cells.size[largest]} in the largest, {' x '.join(cells.names[largest])}",
+            rule=f"bins.minimum: {minimum} documents",
+            fix="use one column in place of two, more documents, or a smaller bins.minimum",
+        )
     levels = {"bin": cells}
     if len(labels) == 2:
         levels |= {"row": Part.by(sorted_labels[:1]), "column": Part.by(sorted_labels[1:])}
@@ -438,19 +449,4 @@ def _check(
             [i for i, bad in zip(ids, off > 1e-3 * (np.abs(some).mean(1) + np.abs(x)) + 1e-30, strict=True) if bad],
             f"the influence on {name} is not the mean of those on its questions",
             rule="a document's value on a benchmark is the mean over its questions",
-        )
-
-
-def _check_bins(cells: Part, minimum: int, columns: Sequence[str]) -> None:
-    by = " x ".join(columns)
-    if len(cells.names) < 2:
-        what, fix = "all documents are in one bin, so there is nothing to compare", "name another column: bins.columns"
-        raise UserError(what, value=" x ".join(cells.names[0]), rule=f"bins by {by}", fix=fix)
-    if not cells.tested(minimum).any():
-        largest = int(cells.size.argmax())
-        raise UserError(
-            "no bin with a label has enough documents to be tested",
-            value=f"{cells.size[largest]} in the largest, {' x '.join(cells.names[largest])}",
-            rule=f"bins.minimum: {minimum} documents",
-            fix="use one column in place of two, more documents, or a smaller bins.minimum",
         )

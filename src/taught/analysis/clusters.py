@@ -157,11 +157,26 @@ def cluster_examples(
         are fewer than k different sets of features.
     """
     kinds = [None] * len(example_ids) if kinds is None else kinds
-    _check(example_ids, active, values)
+    sizes = {len(example_ids), len(active), *(np.shape(v)[0] for v in values.values())}
+    if len(sizes) != 1 or not len(example_ids) or not values:
+        rule = "one of each per example, at least one example and one target"
+        given = {"examples": example_ids, "active": active, **values}
+        raise misfit("examples, their features and their influences", rule, **given)
+    refuse_repeated(example_ids, "an example id")
+    for name, of in values.items():
+        refuse_nonfinite(example_ids, of, "influence", f" on {name}")
     order = sorted(range(len(example_ids)), key=example_ids.__getitem__)
     ids = tuple(example_ids[i] for i in order)
     features = sorted(labels)
-    matrix = _matrix(ids, [active[i] for i in order], features)
+    column = {feature: j for j, feature in enumerate(features)}
+    matrix = np.zeros((len(ids), len(features)), dtype=bool)  # which feature is active on which example
+    for row, place in enumerate(order):
+        refuse(
+            [feature for feature in active[place] if feature not in column],
+            f"the example {ids[row]!r} has features that are not in the policy",
+            rule="the features of an example are among those of coefficients.parquet",
+        )
+        matrix[row, [column[feature] for feature in active[place]]] = True
     grouped = _group(matrix, k, np.random.default_rng(seed))
     table = np.stack([np.asarray(v, dtype=np.float64)[order] for v in values.values()], axis=1)
     n_clusters = len(np.unique(grouped.cluster))
@@ -435,28 +450,3 @@ def _p(observed: Floats, drawn: Floats, centre: Floats | float) -> Floats:
 
 
 # Checking
-
-
-def _check(example_ids: Sequence[str], active: Sequence[Sequence[int]], values: Mapping[str, ArrayLike]) -> None:
-    sizes = {len(example_ids), len(active), *(np.shape(v)[0] for v in values.values())}
-    if len(sizes) != 1 or not len(example_ids) or not values:
-        rule = "one of each per example, at least one example and one target"
-        given = {"examples": example_ids, "active": active, **values}
-        raise misfit("examples, their features and their influences", rule, **given)
-    refuse_repeated(example_ids, "an example id")
-    for name, column in values.items():
-        refuse_nonfinite(example_ids, column, "influence", f" on {name}")
-
-
-def _matrix(ids: Sequence[str], active: Sequence[Sequence[int]], features: list[int]) -> Bools:
-    """Which feature is active on which example, [P, d]."""
-    column = {feature: j for j, feature in enumerate(features)}
-    matrix = np.zeros((len(ids), len(features)), dtype=bool)
-    for i, (example, own) in enumerate(zip(ids, active, strict=True)):
-        refuse(
-            [feature for feature in own if feature not in column],
-            f"the example {example!r} has features that are not in the policy",
-            rule="the features of an example are among those of coefficients.parquet",
-        )
-        matrix[i, [column[feature] for feature in own]] = True
-    return matrix

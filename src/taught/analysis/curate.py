@@ -111,7 +111,18 @@ def curate(
     refuse_repeated(example_ids, "an example id")
     _check_scores(example_ids, scores)
     score = {example: float(value) for example, value in zip(example_ids, scores, strict=True)}
-    guard = _guard(example_ids, rule, target, protect, protected)
+    guard = None
+    if protect is not None:
+        if rule not in RANKED or protect == target or protected is None:
+            raise UserError(
+                "this target cannot be protected",
+                value=protect,
+                rule="a second target beside the one that examples are ranked by, under the rule "
+                + " or ".join(RANKED),
+                fix="name another target, or leave protect out",
+            )
+        _check_scores(example_ids, protected)
+        guard = {example: float(value) for example, value in zip(example_ids, protected, strict=True)}
     if rule == "paper":
         decisions = _by_medians(dict(zip(example_ids, labels, strict=True)), score, positive_label, negative_label)
     elif rule in RANKED:
@@ -226,23 +237,6 @@ def _by_rank(
             reason = f"{protect} {held:.4g} is above 0, {deed}ping the example would lower it"
             decisions[example] = Decision("keep", f"{reason}; {target} {score[example]:.4g}", threshold)
     return decisions
-
-
-def _guard(
-    example_ids: Sequence[str], rule: str, target: str, protect: str | None, protected: Sequence[float] | None
-) -> dict[str, float] | None:
-    """Example -> influence on the protected target; None without one."""
-    if protect is None:
-        return None
-    if rule not in RANKED or protect == target or protected is None:
-        raise UserError(
-            "this target cannot be protected",
-            value=protect,
-            rule="a second target beside the one that examples are ranked by, under the rule " + " or ".join(RANKED),
-            fix="name another target, or leave protect out",
-        )
-    _check_scores(example_ids, protected)
-    return {example: float(value) for example, value in zip(example_ids, protected, strict=True)}
 
 
 def _check_scores(example_ids: Sequence[str], scores: Sequence[float]) -> None:

@@ -90,7 +90,13 @@ def settle_passes(
             rule=f"at most {tolerance:g}: no effect of one example may depend on the others beside it",
             fix="use a causal model whose layers do not look at the batch (no capacity of experts)",
         )
-    (progress or SilentProgress()).note(_plain_note(model, prompts, behavior, why))
+    packs = [packed.rows for packed in pack(prompts, behavior)]
+    trees = sum(int(rows.lengths.sum()) for rows in packs)
+    plain = sum(int((write_out(rows).token >= 0).sum()) for rows in packs)
+    (progress or SilentProgress()).note(
+        f"{type(model).__name__} is not run on token trees{f' ({why})' if why else ''}: "
+        f"what the prompts share is computed for each, {plain:,} tokens for {trees:,}"
+    )
     return off
 
 
@@ -147,13 +153,3 @@ def _loss_alone(model: nn.Module, example: Example) -> float:
 def _worst(found: Tensor, alone: Tensor) -> float:
     """The largest difference; a loss that is not finite alone is left to those that name its example."""
     return float((found - alone)[alone.isfinite()].abs().max())
-
-
-def _plain_note(model: nn.Module, prompts: Sequence[ReadPrompt], behavior: Behavior, why: str) -> str:
-    packs = [packed.rows for packed in pack(prompts, behavior)]
-    trees = sum(int(rows.lengths.sum()) for rows in packs)
-    plain = sum(int((write_out(rows).token >= 0).sum()) for rows in packs)
-    return (
-        f"{type(model).__name__} is not run on token trees{f' ({why})' if why else ''}: "
-        f"what the prompts share is computed for each, {plain:,} tokens for {trees:,}"
-    )

@@ -71,14 +71,6 @@ def matching(pattern: str, words: str) -> Rule:
     return _that(words, lambda value: re.fullmatch(pattern, text().parse(value), re.ASCII) is not None)
 
 
-def _path_text(value: Any) -> str:
-    """Text that can be a path: no control characters, at most 2,048 bytes, 255 between two slashes."""
-    path = text().parse(value).encode()
-    if len(path) > 2048 or max(map(len, path.split(b"/"))) > 255 or min(path) < 32:
-        raise ValueError
-    return str(value)
-
-
 def one_of(*choices: str) -> Rule:
     """Return the rule for one word of a few."""
     return _that("one of " + ", ".join(choices), lambda value: isinstance(value, str) and value in choices, choices)
@@ -190,7 +182,15 @@ def record(made: type, **fields: Rule) -> Rule:
 
 
 def _visited_as(kind: str, words: str = "a path") -> Rule:
-    return Rule(words, _path_text, walk=lambda key, value, visit: visit(key, value, kind))
+    """Text that can be a path: no control characters, at most 2,048 bytes, 255 between two slashes."""
+
+    def parse(value: Any) -> str:
+        path = text().parse(value).encode()
+        if len(path) > 2048 or max(map(len, path.split(b"/"))) > 255 or min(path) < 32:
+            raise ValueError
+        return str(value)
+
+    return Rule(words, parse, walk=lambda key, value, visit: visit(key, value, kind))
 
 
 path = partial(_visited_as, "file")  # a file, or a folder of tables, that is there; relative to the file it stands in

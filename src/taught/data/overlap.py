@@ -6,7 +6,6 @@ Training on a prompt that is also measured makes any attribution look good for t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from taught.data.words import normalise, shingles, words
@@ -33,7 +32,10 @@ def find_overlap(examples: ExampleSet, prompts: PromptSet) -> list[tuple[str, st
         texts = dict.fromkeys(normalise(turn) for turn in example.user_texts)
         own = dict.fromkeys(prompt_id for text in texts for prompt_id in by_text.get(text, ()))
         if example.kind == "document" and passages:
-            own |= dict.fromkeys(_shared(words(example.response), passages))
+            said = words(example.response)
+            for n, holding in passages.items():
+                both = holding.keys() & shingles(said, n).tolist() if len(said) >= n else ()
+                own |= dict.fromkeys(prompt_id for passage in both for prompt_id in holding[passage])
         found += [(example.id, prompt_id) for prompt_id in own]
     return found
 
@@ -51,14 +53,6 @@ def _passages(prompts: PromptSet) -> dict[int, dict[int, list[str]]]:
             for passage in dict.fromkeys(shingles(said, n).tolist()):
                 found[n][passage].append(prompt.id)
     return found
-
-
-def _shared(said: list[str], passages: Mapping[int, Mapping[int, list[str]]]) -> Iterator[str]:
-    """Prompts of which a passage is among these words."""
-    for n, prompts in passages.items():
-        if len(said) >= n:
-            for passage in prompts.keys() & shingles(said, n).tolist():
-                yield from prompts[passage]
 
 
 def drop_shared(shown: ExampleSet, examples: ExampleSet, drop: bool) -> tuple[ExampleSet, list[str]]:

@@ -85,7 +85,16 @@ def select_features(
     difference = means[positive] - means[negative]
     rate = (X > 0).mean(axis=0)
     if ids is None:
-        chosen = _largest(difference, threshold, max_features)
+        size = np.abs(difference)
+        order = np.argsort(-size, kind="stable")[:max_features]
+        chosen = np.sort(order[size[order] > threshold]).astype(np.int64)
+        if not len(chosen):
+            raise UserError(
+                "no feature tells the groups apart",
+                value=f"largest difference of means {size.max(initial=0.0):.3g}",
+                rule=f"above {threshold:g} (features.threshold)",
+                fix="lower features.threshold, or name features.ids",
+            )
     else:
         if not len(ids):
             rule, fix = "features.ids names at least one", "leave features.ids out to have them selected"
@@ -94,17 +103,3 @@ def select_features(
         refuse_repeated(ids, "a feature in features.ids")
         chosen = np.sort(np.asarray(ids, dtype=np.int64))
     return Selection(chosen, means, difference, rate, rate >= ALWAYS_ON)
-
-
-def _largest(difference: Floats, threshold: float, max_features: int) -> Ints:
-    size = np.abs(difference)
-    order = np.argsort(-size, kind="stable")[:max_features]
-    chosen = order[size[order] > threshold]
-    if not len(chosen):
-        raise UserError(
-            "no feature tells the groups apart",
-            value=f"largest difference of means {size.max(initial=0.0):.3g}",
-            rule=f"above {threshold:g} (features.threshold)",
-            fix="lower features.threshold, or name features.ids",
-        )
-    return np.sort(chosen).astype(np.int64)

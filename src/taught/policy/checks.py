@@ -110,12 +110,6 @@ def _at_most(warn: float, fail: float) -> Grade:
     return lambda e: "fail" if e.value > fail else "pass" if e.value <= warn else "warn"
 
 
-def _near_one(warn: float, fail: float) -> Grade:
-    """Within a factor of 1, either way."""
-    away = _at_most(warn, fail)
-    return lambda e: "fail" if e.value <= 0 else away(Interval(max(e.value, 1 / e.value)))
-
-
 def _against(code: str, name: str, what: str, meaning: str, action: str) -> Rule:
     passes = "the interval of the difference in R² lies above 0"
     return Rule(code, f"Against {what}", f"gain over {name}", _gain, passes, meaning, action)
@@ -154,7 +148,7 @@ RULES = (
         "F04",
         "Calibration slope",
         "slope",
-        _near_one(1.25, 2.0),
+        lambda e: "fail" if e.value <= 0 else _at_most(1.25, 2.0)(Interval(max(e.value, 1 / e.value))),
         "between 0.8 and 1.25",
         "above 1 predictions are too timid (a large penalty), below 1 too bold (overfitting)",
         "set policy.alpha to cv; with policy.intercept off, try it on",

@@ -39,7 +39,15 @@ def bins(study: Study, run: RunFolder, progress: Progress | None = None) -> None
     spec, progress = study.bins or BinsSpec(), progress or SilentProgress()
     with run.stage("bins", study):
         documents = Documents.read(run)
-        names = _benchmarks(run)
+        asked = [TargetName.parse(text) for text in run_targets(run)]
+        names = {str(n.about or "all"): str(n) for n in asked if n.kind == "behavior" and n.minus is None}
+        if not names:
+            raise UserError(
+                "the run has no benchmark to map documents on",
+                value=", ".join(map(str, asked)),
+                rule="a benchmark is a group of prompts: the target behavior:GROUP",
+                fix="ask for it: taught run STUDY --set 'attribution.targets=[behavior:*]' --fresh",
+            )
         scores = read_scores(run, list(names.values()))
         examples = scored_examples(study, run, documents.ids)
         by_id = {example.id: example for example in examples}
@@ -125,20 +133,6 @@ class Documents:
         weight = self.weight[order].astype(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
         starts = np.cumsum(self.n_examples) - self.n_examples
         return np.asarray(np.add.reduceat(weight * values[order], starts, axis=0))
-
-
-def _benchmarks(run: RunFolder) -> dict[str, str]:
-    """Benchmark -> target: the groups and categories of prompts that the run has values of."""
-    names = [TargetName.parse(text) for text in run_targets(run)]
-    found = {str(n.about or "all"): str(n) for n in names if n.kind == "behavior" and n.minus is None}
-    if not found:
-        raise UserError(
-            "the run has no benchmark to map documents on",
-            value=", ".join(map(str, names)),
-            rule="a benchmark is a group of prompts: the target behavior:GROUP",
-            fix="ask for it: taught run STUDY --set 'attribution.targets=[behavior:*]' --fresh",
-        )
-    return found
 
 
 def _questions(run: RunFolder, documents: Documents, names: Mapping[str, str]) -> dict[str, Any] | None:

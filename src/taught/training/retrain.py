@@ -303,7 +303,11 @@ class Retrainer:
         """The model trained on the examples, or with these forgotten."""
         started, problem = time.monotonic(), self.problem
         inputs = [self.examples[i] for i in ids]
-        before = self._losses_before(inputs)
+        new = [example for example in inputs if example.id not in self._before]
+        if new:
+            losses = example_losses(problem.model, new, problem.batch_tokens).tolist()
+            self._before |= {example.id: loss for example, loss in zip(new, losses, strict=True)}
+        before = np.array([self._before[i] for i in ids])
         begun = time.monotonic()
         with self._trained(inputs, seed, keep) if how is None else self._forgotten(inputs, seed, how) as done:
             seconds = time.monotonic() - begun
@@ -373,13 +377,6 @@ class Retrainer:
             progress=self._progress,
         ) as log:
             yield {"kept": tuple(sorted({i for step in log.forget[: log.kept] for i in step})), "forgetting": log}
-
-    def _losses_before(self, inputs: Examples) -> Floats:
-        new = [example for example in inputs if example.id not in self._before]
-        if new:
-            losses = example_losses(self.problem.model, new, self.problem.batch_tokens).tolist()
-            self._before.update({p.id: loss for p, loss in zip(new, losses, strict=True)})
-        return np.array([self._before[example.id] for example in inputs])
 
 
 def _features(problem: Problem) -> tuple[int, ...]:
