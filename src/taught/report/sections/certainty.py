@@ -162,19 +162,24 @@ def step_sentence(summary: Rows, target: str) -> Sentence | None:
     rows = [r for r in scored(summary, target) if r.get("step_score") and r[target]]
     if not rows:
         return None
+    steps = ("a real step", "step_score", target), ("the policy fitted again", "refit_score", PRIMARY)
     apart = {
         name: max(abs(r[key] / ((of == target and r.get("exact_score")) or r[of]) - 1) for r in rows)
-        for name, key, of in (("a real step", "step_score", target), ("an exact refit", "refit_score", PRIMARY))
+        for name, key, of in steps
         if all(r.get(key) and r.get(of) for r in rows)
     }
-    differences = " and ".join(f"{percent(value, 1)} ({name})" for name, value in apart.items())
+    sizes = {name: percent(v, 1) if v < 1 else f"{number(v, 1)} times their size" for name, v in apart.items()}
+    differences = " and ".join(f"{size} ({name})" for name, size in sizes.items())
     good = max(apart.values()) <= STEP_TOLERANCE
     text = (
         f"Values are first-order effects of one step. On the {count(len(rows), 'example')} with the largest "
         f"|{words(target)}| they differ by at most {differences} from what the step does."
     )
     if not good:
-        text += f" That is above {percent(STEP_TOLERANCE)}: with a smaller lr it shrinks in proportion."
+        text += (
+            f" That is above {percent(STEP_TOLERANCE)}: the step is too large for first-order values to be exact. "
+            "With a smaller lr the difference shrinks in proportion."
+        )
     return Sentence("Linear value", "found" if good else "caution", text)
 
 
