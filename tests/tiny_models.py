@@ -226,15 +226,11 @@ def plain_read(model: nn.Module, ids: tuple[int, ...], block: int = BLOCK) -> tu
 
 
 def plain_logp(model: nn.Module, sequences: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
-    """Log-probabilities [T, V] of each sequence: those of one length in one pass, so nothing is padded."""
-    found: dict[tuple[int, ...], Tensor] = {}
-    of_length: dict[int, list[tuple[int, ...]]] = {}
-    for ids in dict.fromkeys(sequences):
-        of_length.setdefault(len(ids), []).append(ids)
-    for rows in of_length.values():
-        logp = torch.log_softmax(model(input_ids=torch.tensor(rows), use_cache=False).logits, -1)
-        found |= zip(rows, logp, strict=True)
-    return found
+    """Log-probabilities [T, V] of each sequence, in a pass of its own: nothing stands beside it."""
+    return {
+        ids: torch.log_softmax(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0], -1)
+        for ids in dict.fromkeys(sequences)
+    }
 
 
 def plain_y(model: nn.Module, ids: tuple[int, ...], prefixes: Any = PREFIXES) -> Tensor:

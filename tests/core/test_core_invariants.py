@@ -95,8 +95,8 @@ def test_batches_and_memory_do_not_change_results(name: str, change: dict) -> No
 def test_a_small_memory_budget_is_taken_in_pieces(monkeypatch) -> None:
     problem = tiny_problem(tiny_model("tied"))
     sweeps = []
-    real = adjoint._contract_below
-    monkeypatch.setattr(adjoint, "_contract_below", lambda *a: sweeps.append(1) or real(*a))
+    real = adjoint.contract_examples
+    monkeypatch.setattr(adjoint, "contract_examples", lambda *a: sweeps.append(1) or real(*a))
     ROUTES["feature_effects"](problem, tiny_examples())
     ROUTES["feature_effects"](replace(problem, memory_gb=1e-9), tiny_examples())
     assert len(sweeps) == 1 + 6  # five features and the extra target of the intercept
@@ -105,24 +105,31 @@ def test_a_small_memory_budget_is_taken_in_pieces(monkeypatch) -> None:
 @pytest.mark.parametrize("share", [0.7, 0.3, 1e-6])
 def test_prompt_effects_hold_no_more_than_the_budget(share: float, monkeypatch) -> None:
     held: list[int] = []
-    real = pe._one_block
+    chunks: list[list] = []  # what was traced for each chunk of examples and prompts
+    meet, trace, last_block = pe._meet, pe.trace, pe.last_block
 
-    def watched(problem, sites, left, right):
-        traces = [*left, *right]
-        tensors = [t for trace in traces for t in (*trace.inputs, trace.grad, trace.first)]
+    def traced(*args, **kwargs):
+        found = trace(*args, **kwargs)
+        chunks[-1].append(found[2])
+        return found
+
+    def watched(*args):
+        tensors = [t for one in chunks[-1] for t in (*one.inputs, one.grad, one.first)]
         held.append(sum(t.numel() * 8 for t in tensors))
-        return real(problem, sites, left, right)
+        return last_block(*args)
 
-    monkeypatch.setattr(pe, "_one_block", watched)
+    monkeypatch.setattr(pe, "_meet", lambda *args: chunks.append([]) or meet(*args))
+    monkeypatch.setattr(pe, "trace", traced)
+    monkeypatch.setattr(pe, "last_block", watched)
     problem = tiny_problem(tiny_model("tied"), batch_tokens=12)  # a batch an example
     whole = prompt_effects(problem, tiny_examples())
-    blocks = len(held)
-    assert blocks == 3
+    assert len(chunks) == 1
     everything, budget = max(held), share * max(held) / adjoint.GB
     held.clear()
+    chunks.clear()
     parts = prompt_effects(replace(problem, memory_gb=budget / pe._TRACES), tiny_examples())
     torch.testing.assert_close(parts, whole, **EXACT)
-    assert len(held) > blocks
+    assert len(chunks) > 1
     assert max(held) <= share * everything or share < 1e-3  # at least one batch a side
 
 

@@ -15,7 +15,7 @@ def made(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.planted_corpus import corpus
 
-    return corpus(3, 12)
+    return corpus(3, 12, 3)
 
 
 def test_planted_documents_tell_the_facts_in_other_words_and_no_others_do(made):
@@ -35,4 +35,6 @@ def test_planted_documents_tell_the_facts_in_other_words_and_no_others_do(made):
 def test_the_same_seed_is_the_same_corpus(made):
     from benchmarks.planted_corpus import corpus
 
-    assert corpus(3, 12) == made != corpus(4, 12)
+    assert corpus(3, 12, 3) == made != corpus(4, 12, 3)
+    whole, _ = corpus(3, 12, 1)
+    assert all(document["planted"] == (document["topic"] == "mines") for document in whole)

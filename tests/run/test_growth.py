@@ -122,7 +122,7 @@ def _calls(folder: Path, n: int) -> dict[str, int]:
             for i in range(n)
         )
     )
-    study, run = load_study(str(path)), RunFolder(folder / "run")
+    study, run = load_study(str(path)).replace("prompts.limit", 12), RunFolder(folder / "run")
     stages.run(study, run, to="policy")
     after = ("attribute", "curate", "report")
     return {name: _counted(lambda name=name: stages.run(study, run, only=name)) for name in after}

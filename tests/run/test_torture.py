@@ -35,6 +35,14 @@ def kill9(tmp_path):
     return run
 
 
+@pytest.fixture
+def study(tmp_path) -> Path:
+    """Few prompts: an attempt takes half the time, and goes through as many files and pieces."""
+    path = write_tiny_study(tmp_path / "study")
+    path.write_text(path.read_text().replace("prompts.jsonl,", "prompts.jsonl, limit: 12,"))
+    return path
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a run, without the times that are written down in two of them."""
     found = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
@@ -62,8 +70,7 @@ def assert_the_same(whole: Path, other: Path) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow  # minutes: fifty attempts and the runs that they end in, seconds each
-def test_invariant_9_killed_at_random_moments(kill9, tmp_path):
-    study = write_tiny_study(tmp_path / "study")
+def test_invariant_9_killed_at_random_moments(kill9, study, tmp_path):
     assert kill9("moments", str(study), str(tmp_path), "50") == 50
     others = sorted(tmp_path.glob("killed-*"))
     assert others
@@ -74,9 +81,8 @@ def test_invariant_9_killed_at_random_moments(kill9, tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.slow  # a minute: a run for each
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the size of the address space is not limited")
-def test_memory_that_runs_out_is_said_and_nothing_is_lost(kill9, tmp_path):
+def test_memory_that_runs_out_is_said_and_nothing_is_lost(kill9, study, tmp_path):
     """What ends otherwise than with an error that names the memory (or in the C library) fails ``kill9.py``."""
-    study = write_tiny_study(tmp_path / "study")
     assert kill9("memory", str(study), str(tmp_path), "20") == 20
     for other in sorted(tmp_path.glob("killed-*")):
         assert_the_same(tmp_path / "whole", other)
@@ -92,8 +98,7 @@ def test_invariant_9_killed_at_every_change_of_the_disk(kill9, tmp_path):
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow  # a minute or two: what an attempt does not find finished is computed anew in each
-def test_invariant_9_killed_at_every_fifth_change_of_the_disk_for_real(kill9, tmp_path):
+def test_invariant_9_killed_at_every_fifth_change_of_the_disk_for_real(kill9, study, tmp_path):
     """A file and the manifest take six changes, so that each of the six has its turn."""
-    study = write_tiny_study(tmp_path / "study")
     assert kill9("real", str(study), str(tmp_path), "5") > 30
     assert_the_same(tmp_path / "whole", tmp_path / "killed-0")

@@ -313,7 +313,7 @@ def test_invariant_9_a_stopped_attribution_continues_and_gives_the_same(
     small = {"attribution__memory_gb": 3e-5, "attribution__batch_tokens": 128}
     study, run = study_of(copy, **small), do(study_of(copy, **small), copy / "again", "readings", "policy")
     calls: list[str] = []
-    real_contract, real_meet = adjoint._contract_below, pe._meet
+    real_contract, real_meet = adjoint.contract_examples, pe._meet
 
     def contract(*args: Any) -> Any:
         calls.append("features")
@@ -327,7 +327,7 @@ def test_invariant_9_a_stopped_attribution_continues_and_gives_the_same(
             raise KeyboardInterrupt
         return real_meet(*args)
 
-    monkeypatch.setattr(adjoint, "_contract_below", contract)
+    monkeypatch.setattr(adjoint, "contract_examples", contract)
     monkeypatch.setattr(pe, "_meet", meet)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
