@@ -15,13 +15,13 @@ import torch
 from taught.baselines.baselines import (
     BASELINES,
     Texts,
-    _squared_norms,
     baseline_scores,
     bm25,
     gradient_products,
     label_scores,
     random_scores,
     similarities,
+    squared_norms,
     words,
 )
 from taught.core.readings import Readings
@@ -122,7 +122,7 @@ def test_norms_are_summed_in_double_precision():
     for example in range(3):
         gradient[example].index_add_(0, ids[example], look[example].double())
     wanted = gradient.pow(2).sum((1, 2))
-    torch.testing.assert_close(_squared_norms(factors), wanted, rtol=1e-13, atol=0)
+    torch.testing.assert_close(squared_norms(factors), wanted, rtol=1e-13, atol=0)
 
 
 def test_a_group_is_the_same_however_its_prompts_are_packed(monkeypatch):

@@ -37,7 +37,7 @@ from taught.core.example import Example, Examples, batch_examples, example_losse
 from taught.core.gradient import by_parameter, example_gradients, refuse_unfit
 from taught.core.problem import Problem
 from taught.errors import UserError
-from taught.model.gradients import Site, accumulate, contract, dot, evaluating, find_sites, frozen, tap
+from taught.model.gradients import Factor, Site, accumulate, contract, dot, evaluating, find_sites, frozen, tap
 from taught.model.readout import ReadPrompt, pack, read_packed
 from taught.progress import Progress, SilentProgress
 from taught.stats.arrays import Floats
@@ -302,9 +302,7 @@ def gradient_products(
             found = example_gradients(problem, sites, batch, examples)[1]
             index = list(batch.index)
             for name, factors in by_parameter(found).items():
-                for place in range(len(index)):
-                    own = [f.examples(slice(place, place + 1)).double() for f in factors]
-                    norms[index[place]] += dot(own, own)[0, 0].cpu()
+                norms[index] += squared_norms(factors)
                 if name in queries:
                     for factor in factors:
                         dots[index] -= contract(factor, queries[name]).double().cpu()
@@ -337,6 +335,15 @@ def _queries(problem: Problem, sites: Sequence[Site], groups: Groups) -> dict[st
                         )
                     accumulate(factor, queries[factor.param][k])
     return queries
+
+
+def squared_norms(factors: Sequence[Factor]) -> Tensor:
+    """Squared norm of each example's gradient of one parameter, float64 [B]."""
+    norms = []
+    for example in range(len(factors[0].d)):
+        own = [f.examples(slice(example, example + 1)).double() for f in factors]
+        norms.append(dot(own, own)[0, 0])
+    return torch.stack(norms).cpu()
 
 
 def _rows(problem: Problem, group: str, ids: Sequence[str]) -> list[int]:
