@@ -121,10 +121,7 @@ class SketchStore:
 
     def prepare(self) -> None:
         """Make the folder and ``store.json`` unless they are there."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise files.write_error(self.folder, error) from error
+        files.make_folder(self.folder)
         if self._found() is None:
             record = {"format": FORMAT, "identity": self.identity}
             files.write_bytes(self.folder / NAME, files.json_bytes(record))
