@@ -765,12 +765,13 @@ def test_the_linear_value_is_said_to_be_as_good_as_its_steps() -> None:
     sentence = step_sentence(rows, "score")
     assert sentence.tone == "found"
     assert "2 examples" in sentence.text
-    assert "2.0% (a real step) and 1.0% (the policy fitted again)" in sentence.text
-    rows[1] |= {"step_score": -0.9, "refit_score": -3.1}
+    assert "2.0% (a real step) and 1.0% (an exact refit)" in sentence.text
+    rows[1]["step_score"] = -0.9
     assert step_sentence(rows, "score").tone == "caution"
-    assert "2.1 times their size (the policy fitted again)" in step_sentence(rows, "score").text
+    rows[1]["refit_score"] = -3.1
+    assert "2.1 times their size (an exact refit)" in step_sentence(rows, "score").text
     other = [{"behavior:x": 1.0, "step_score": 1.1, "score": 2.0, "refit_score": 2.02}]
-    assert "10.0% (a real step) and 1.0% (the policy fitted again)" in step_sentence(other, "behavior:x").text
+    assert "10.0% (a real step) and 1.0% (an exact refit)" in step_sentence(other, "behavior:x").text
 
 
 def curated(rows: list[dict], examples: list[dict]) -> Curated:

@@ -162,7 +162,7 @@ def step_sentence(summary: Rows, target: str) -> Sentence | None:
     rows = [r for r in scored(summary, target) if r.get("step_score") and r[target]]
     if not rows:
         return None
-    steps = ("a real step", "step_score", target), ("the policy fitted again", "refit_score", PRIMARY)
+    steps = ("a real step", "step_score", target), ("an exact refit", "refit_score", PRIMARY)
     apart = {
         name: max(abs(r[key] / ((of == target and r.get("exact_score")) or r[of]) - 1) for r in rows)
         for name, key, of in steps
