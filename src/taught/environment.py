@@ -37,7 +37,13 @@ def process_share() -> tuple[int, int]:
 
 
 def peak_memory_gb(*, recent: bool = False) -> float | None:
-    """The largest resident memory of this process so far (since :func:`mark_memory`, if recent), in 10^9 bytes."""
+    """Return the largest resident memory of this process so far, in 10^9 bytes.
+
+    Parameters
+    ----------
+    recent
+        Only since :func:`mark_memory` was called.
+    """
     own = _peak_in_proc()
     if own is not None:
         return round((own if recent else max(own, *_earlier)) / 1e9, 3)

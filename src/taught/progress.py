@@ -105,7 +105,13 @@ def _duration(seconds: float) -> str:
 
 
 class RichProgress:
-    """One bar per step with elapsed and remaining time, on a terminal; a context manager."""
+    """One bar per step with elapsed and remaining time, on a terminal; a context manager.
+
+    Parameters
+    ----------
+    console
+        Where to draw; the command-line tool gives the one on standard error.
+    """
 
     def __init__(self, console: Console) -> None:
         from rich import progress

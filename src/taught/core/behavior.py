@@ -39,7 +39,13 @@ class Behavior(Protocol):
         """Unit of y."""
 
     def encode(self, prompt: Prompt, chat: ChatFormat) -> EncodedPrompt:
-        """Tokens of the prompt, and of the suffixes to score behind it; Unscorable where it lacks what is needed."""
+        """Tokens of the prompt, and of the suffixes to score behind it, at least one.
+
+        Raises
+        ------
+        Unscorable
+            The prompt lacks what the behavior needs.
+        """
 
     def value(self, logp: Tensor, lengths: Tensor, prompt: Tensor, n: int) -> Tensor:
         """y [n] of some prompts, differentiable, each from its own suffixes alone.
@@ -102,7 +108,13 @@ def behavior_record(behavior: Behavior) -> dict[str, Any]:
 
 
 def in_rows(values: Tensor, group: Tensor, n: int, fill: float) -> Tensor:
-    """The values [S] of each group (int64 [S], ascending) in a row of their own, [n, most], ``fill`` behind them."""
+    """The values of each group in a row of their own, [n, most], ``fill`` behind them.
+
+    Parameters
+    ----------
+    values : [S]
+    group : int64 [S], ascending
+    """
     counts = group.bincount(minlength=n)
     place = group.new_ones(len(group)).cumsum(0) - 1 - (counts.cumsum(0) - counts)[group]
     return values.new_full((n, int(counts.max())), fill).index_put((group, place), values)

@@ -22,7 +22,12 @@ from taught.run.pieces import Prefixed
 
 @dataclass(frozen=True)
 class Method:
-    """How scores are made: an estimator, a curvature, a trajectory, each as a study names it."""
+    """How scores are made: an estimator, a curvature, a trajectory.
+
+    Attributes
+    ----------
+    estimator, curvature, trajectory : as a study names them
+    """
 
     estimator: Choice = field(default_factory=lambda: Choice("adjoint"))
     curvature: Choice = field(default_factory=lambda: Choice("identity"))

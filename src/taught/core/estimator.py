@@ -39,7 +39,9 @@ class Work:
 class Estimator(Protocol):
     """A way to obtain - lr < C^-1 grad L(z), grad F >; a frozen dataclass, registered in ``ESTIMATORS``.
 
-    Where it is ``exact``, values are the derivative itself, and not an estimate of it.
+    Attributes
+    ----------
+    exact : whether values are the derivative itself, and not an estimate of it
     """
 
     exact: bool

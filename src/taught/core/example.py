@@ -114,7 +114,9 @@ class Example:
 def sft(id: str, ids: Sequence[int], start: int, masked: Sequence[int] = ()) -> Example:
     """A pair: the tokens from ``start`` on are the response, its end-of-turn token included.
 
-    The loss leaves out response tokens at the places ``masked``; later tokens still see them.
+    Parameters
+    ----------
+    masked : places of response tokens that the loss leaves out; later tokens still see them
     """
     out, response = set(masked), set(range(start, len(ids)))
     if not out <= response or (out and out == response):
@@ -158,8 +160,10 @@ def preference(
 ) -> Example:
     """A chosen and a rejected answer; its sum is log p(rejected) - log p(chosen), and no link is set.
 
-    ``chosen`` and ``rejected`` are the conversation with either answer, ``scored`` and ``against`` the places of the
-    answers' tokens in them.
+    Parameters
+    ----------
+    chosen, rejected : tokens of the conversation with either answer
+    scored, against : places of the answers' tokens in them
     """
     up, down = set(scored), set(against)
     weights = tuple(float(t in up) for t in range(len(chosen))), tuple(-float(t in down) for t in range(len(rejected)))

@@ -34,7 +34,13 @@ def by_parameter(factors: Iterable[Factor]) -> dict[str, list[Factor]]:
 def example_gradients(
     problem: Problem, sites: Sequence[Site], batch: ExampleBatch, examples: Examples
 ) -> tuple[Tensor, Iterator[Factor]]:
-    """Losses of a batch (float64 [B]), UserError where not finite; factors of their gradients, to be used once."""
+    """Losses of a batch of examples (float64 [B]) and the factors of their gradients, to be used once.
+
+    Raises
+    ------
+    UserError
+        A loss is not finite: the ids of the examples.
+    """
     model, rows = problem.model, sequence_rows(problem.model, batch.rows)
     if problem.checkpointing:
         run = partial(batch.losses, model)

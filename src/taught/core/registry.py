@@ -31,9 +31,12 @@ GROUP = "taught.plugins"
 
 
 class Registry(Generic[T]):
-    """Names of one kind of method (``what``, in one word), and the classes that they stand for.
+    """Names of one kind of method, and the classes that they stand for.
 
-    ``own``: name -> module of the package that registers it; imported when the name is used first.
+    Parameters
+    ----------
+    what : the kind in one word, as errors name it
+    own : name -> module of the package that registers it; imported when the name is used first
     """
 
     def __init__(self, what: str, own: Mapping[str, str]) -> None:

@@ -79,10 +79,17 @@ class TargetKind:
     def resampled(
         self, name: TargetName, readings: Readings, dy: Floats, dX: Floats | None, counts: NDArray[np.int64]
     ) -> Floats | str:
-        """Values [R, P] on R resamples of the prompts, or in a sentence why there are none.
+        """Values [R, P] on R resamples of the prompts, from the change of every prompt (and of every feature).
 
-        They are made of the change dy [P, N] of every prompt, and dX [P, N, d] of every feature (None where it is not
-        known). ``counts`` [R, N] says how often each prompt is drawn.
+        Parameters
+        ----------
+        dy : [P, N]
+        dX : [P, N, d] or None where it is not known
+        counts : [R, N], how often each prompt is drawn
+
+        Returns
+        -------
+        The values, or in a sentence why there are none.
         """
         return "what this target is on other prompts is not known"
 

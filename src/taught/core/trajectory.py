@@ -30,7 +30,13 @@ Queries = dict[str, Query]
 
 @dataclass(frozen=True, eq=False)
 class Leg:
-    """One part of a training run: the problem at its weights and learning rate; what progress and pieces call it."""
+    """One part of a training run.
+
+    Attributes
+    ----------
+    problem : at the weights and the learning rate of this leg
+    name : what progress and pieces call it
+    """
 
     problem: Problem
     name: str = ""

@@ -163,9 +163,13 @@ def fit_ekfac(
 ) -> Layers:
     """The curvature at the model's weights, from the tokens of the examples.
 
-    Each of the places puts some weights into the model, and the curvature is the mean over these weights: A and S are
-    summed over all of them, Lambda is averaged in the basis that they have in common. None: the weights as they are.
+    Parameters
+    ----------
+    places : each puts some weights into the model, and the curvature is the mean over these weights: A and S are
+        summed over all of them, Lambda is averaged in the basis that they have in common. None: the weights as they are
 
+    Notes
+    -----
     Cost of a place: three forward passes over the examples and two backward ones, every example's gradient built once;
     two eigendecompositions a layer. Memory: the squares of both sides of every layer, one number a weight, and one
     batch. A layer that no example's gradient reaches has eigenvalues of zero (:func:`refuse_flat`).

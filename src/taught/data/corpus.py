@@ -17,7 +17,12 @@ from taught.errors import UserError
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of a source (columns: field -> column): each iteration reads them anew, a batch of rows in memory."""
+    """Documents of a source: every iteration reads them anew, one batch of rows in memory.
+
+    Attributes
+    ----------
+    columns : field -> the column it is read from
+    """
 
     source: Source
     columns: Mapping[str, str]
@@ -40,8 +45,16 @@ class Corpus:
 def open_corpus(source: str | Path | Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> Corpus:
     """Find the documents of a source, and which column is what; texts are not held.
 
-    The source is as for :func:`taught.data.tables.open_source`, columns as for :func:`taught.load_examples`. UserError:
-    there are no rows or no text; shards disagree in their columns.
+    Parameters
+    ----------
+    source : a file, a folder of shards, a pattern such as ``corpus/*.parquet``, ``"hf:owner/name:split"``, or anything
+        that yields mappings, as for :func:`taught.data.tables.open_source`
+    columns : field -> column name, as for :func:`taught.load_examples`
+
+    Raises
+    ------
+    UserError
+        There are no rows or no text; shards disagree in their columns.
     """
     found = open_source(source)
     if not found.columns:

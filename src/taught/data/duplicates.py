@@ -48,9 +48,13 @@ class Duplicate:
 def find_duplicates(texts: Mapping[str, str], near: float = 0.8) -> list[Duplicate]:
     """Name every text that repeats another one, sorted by id.
 
-    Without those that are named, none repeats another. The result does not depend on the order of ``texts`` (id ->
-    text). ``near`` is the overlap from which texts are near duplicates, above 0 and at most 1. Memory: 240 bytes a text
-    beside the texts.
+    Without those that are named, none repeats another. The result does not depend on the order of ``texts``.
+    Memory: 240 bytes a text beside the texts.
+
+    Parameters
+    ----------
+    texts : id -> text
+    near : overlap from which texts are near duplicates, above 0 and at most 1
     """
     first: dict[str, str] = {}
     exact = {id: of for id in sorted(texts) if (of := first.setdefault(normalise(texts[id]), id)) != id}

@@ -73,8 +73,11 @@ class Strata(Generic[S]):
     """Items that are gone through twice: each is noted, then some are taken.
 
     Within a stratum the order of choice is a hash of the id, so the choice depends neither on the order of the items
-    nor on a random state. The seed 0 leaves the ids as they are. Memory: 12 bytes an item until :meth:`take`, about 40
-    then.
+    nor on a random state. Memory: 12 bytes an item until :meth:`take`, about 40 then.
+
+    Parameters
+    ----------
+    even, seed : as in :class:`Spread`. The seed 0 leaves the ids as they are.
     """
 
     def __init__(self, even: bool = False, seed: int = 0) -> None:
@@ -92,8 +95,14 @@ class Strata(Generic[S]):
     ) -> tuple[tuple[T, ...], dict[S, tuple[int, int]]]:
         """Go through the same items again and choose ``limit`` of them, at least one and not all.
 
-        What was chosen, in the order of the items; stratum -> how many items it has, how many were chosen. UserError:
-        there are not as many items as were noted.
+        Returns
+        -------
+        what was chosen, in the order of the items; stratum -> how many items it has, how many were chosen
+
+        Raises
+        ------
+        UserError
+            There are not as many items as were noted.
         """
         import numpy as np
 

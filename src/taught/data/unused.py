@@ -43,7 +43,11 @@ def refuse_columns(
 ) -> None:
     """Refuse columns that would change what the model sees and have no use, where they hold something.
 
-    ``names`` are what each row is called, ``what`` the rows are; for ``more`` columns they have no use, either.
+    Parameters
+    ----------
+    names : what each row is called
+    what : what the rows are
+    more : names of columns that these rows have no use for, either
     """
     refused = {**_REFUSED, **dict.fromkeys(more, ())}
     for column in sorted(set(table.columns) - set(columns.values())):
@@ -64,8 +68,13 @@ def refuse_rivals(
 ) -> None:
     """Refuse columns that could have been read in the place of others, where they say something else.
 
-    ``columns`` are read (field -> column), the ``usual`` ones could be; ``said`` is all that each row's conversation
-    says, ``names`` what each row is called, ``what`` the rows are.
+    Parameters
+    ----------
+    columns : field -> the column that is read
+    usual : names of columns that could be read
+    said : all that each row's conversation says
+    names : what each row is called
+    what : what the rows are
     """
     could = {folded(name) for name in usual}
     for column in sorted(set(table.columns) - set(columns.values())):

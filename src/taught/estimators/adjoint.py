@@ -66,9 +66,20 @@ _ABOVE = 0.1
 def target_effects(
     problem: Problem, examples: Examples, A: Tensor | None, B: Tensor | None, *, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Effect of every example on a few targets per step, float64 [P, K], and the losses [P].
+    """Effect of every example on a few targets.
 
-    Positive: training on the example raises the target. A, B: its cotangents (``taught.core.query.build_queries``).
+    Parameters
+    ----------
+    A : float64 [K, N, d] or None
+        dF/dX of each target; None for zeros.
+    B : float64 [K, N] or None
+        dF/dy of each target; None for zeros, and no pass beyond the point then.
+
+    Returns
+    -------
+    effects : float64 [P, K]
+        Change of each target per step; positive: training on the example raises it.
+    losses : float64 [P]
     """
     sites = find_sites(problem.model, problem.parameters)
     count = next(len(part) for part in (A, B) if part is not None)
@@ -91,13 +102,19 @@ def feature_effects(
     progress: Progress | None = None,
     pieces: Pieces | None = None,
 ) -> Tensor:
-    """Effect of every example on many targets of X alone, each sparse over the prompts: float64 [P, K].
+    """Effect of every example on many targets of X alone, each sparse over the prompts.
 
     Parameters
     ----------
-    A : K arrays, float64 [N, d], dF/dX of each target
-    X : [N, d], the activations: dX is zero where X is (the gate is closed), so a target costs only the
+    A : K arrays, float64 [N, d]
+        dF/dX of each target.
+    X : [N, d]
+        The activations: dX is zero where X is (the gate is closed), so a target costs only the
         prompts on which A * (X != 0) is not zero. Concepts have no gate: :func:`target_effects`.
+
+    Returns
+    -------
+    float64 [P, K]
     """
     sites = find_sites(problem.model, problem.parameters)
     chunk = x_queries_at_once(problem, sites)

@@ -82,7 +82,10 @@ def held_out(
     """AUC of read-outs <w, x> of rows that w was not fitted on, and the w [D] of each fold.
 
     Folds hold both groups in equal shares. Rows are compared within their fold, since each fold has a w of its own.
-    ``fit`` is (X, positive) -> w, such as :func:`fit_direction`.
+
+    Parameters
+    ----------
+    fit : (X, positive) -> w, such as :func:`fit_direction`
     """
     X, positive = _checked(X, positive)
     smaller = int(min(positive.sum(), (~positive).sum()))
@@ -145,8 +148,15 @@ def _logistic(Z: Floats, positive: Bools, penalty: float) -> Floats:
 def sweep(
     H: Any, positive: ArrayLike, method: str = "logistic", penalty: float = 1.0, **draws: Any
 ) -> list[dict[str, Any]]:
-    """Held-out AUC of a direction fitted to pooled residuals H [L, N, D] of each block; draws as of :func:`held_out`.
+    """Held-out AUC of a direction fitted at each block.
 
+    Parameters
+    ----------
+    H : [L, N, D], pooled residuals after each block
+    draws : folds, bootstrap, seed (:func:`held_out`)
+
+    Returns
+    -------
     [{"block", "auc", "lo", "hi"}], block after block. The largest of many is favourable to itself.
     """
     rows = []

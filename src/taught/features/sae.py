@@ -92,19 +92,27 @@ class SparseAutoencoder:
         return self.W_enc.shape[1]
 
     def encode(self, h: Tensor, ids: Tensor | Sequence[int] | None = None, encoder: Encoder = "sae") -> Tensor:
-        """Feature activations [..., d] of h [..., D], differentiable with the gate at its value.
-
-        Costs D d multiply-adds a token; TopK needs all F features to know which are the k largest.
+        """Feature activations.
 
         Parameters
         ----------
+        h : [..., D]
         ids : int64 [d], optional, in the order of the columns of the result; None: all, in numeric order
-        encoder : ``sae``, the autoencoder's own, or ``relu``, the paper's dense proxy
+        encoder : {"sae", "relu"}
+            The autoencoder's own encoder, or the paper's dense proxy.
+
+        Returns
+        -------
+        [..., d], differentiable in ``h`` with the gate at its value (d act / d pre is 1 or 0).
 
         Raises
         ------
         UserError
             An id that the autoencoder does not have, or an unknown encoder.
+
+        Notes
+        -----
+        Costs D d multiply-adds a token; TopK needs all F features to know which are the k largest.
         """
         if encoder not in ENCODERS:
             raise UserError(
@@ -185,7 +193,7 @@ def _checked_ids(ids: Tensor | Sequence[int], features: int) -> Tensor:
 def load_sae(
     path: str | Path, *, block: int | None = None, part: str | None = None, ignore: Collection[str] = ()
 ) -> SparseAutoencoder:
-    """Read an autoencoder: float32, on the CPU.
+    """Read an autoencoder.
 
     Parameters
     ----------
@@ -195,6 +203,11 @@ def load_sae(
         (needs the optional package sae-lens, and network).
     block, part : where it reads h (:class:`taught.core.point.Point`), as far as the file does not say
     ignore : keys of ``cfg.json`` that are not known here and that change nothing about the features
+
+    Returns
+    -------
+    SparseAutoencoder
+        float32, on the CPU.
 
     Raises
     ------

@@ -209,7 +209,14 @@ def checkpointed(
     block's output on; each block and what is before them then run again when their factors are
     asked for. Cost: a second forward pass. Use :func:`refuse_no_chain` before, once a model.
 
-    Parameters as in :func:`trace`. Returns the values [B], detached, and factors to be used one after the other.
+    Parameters
+    ----------
+    values, training, rows : as in :func:`trace`
+
+    Returns
+    -------
+    values : [B], detached
+    factors : to be used one after the other
     """
     ends: list[Tensor] = []
 

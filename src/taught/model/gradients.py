@@ -602,7 +602,7 @@ def _scaled_dot(f: Factor, g: Factor, scale: Tensor | None, room: int) -> Tensor
 
 
 def dots(left: Batches, right: Batches, *, room: int, scale: Tensor | None = None) -> Tensor:
-    """Inner products between all examples of many batches over one parameter: [left, right], batch after batch.
+    """Inner products between all examples of many batches over one parameter.
 
     Either in Gram form or with the gradients built, whichever takes fewer multiplications; both are exact.
 
@@ -612,6 +612,9 @@ def dots(left: Batches, right: Batches, *, room: int, scale: Tensor | None = Non
     room : Numbers that the built gradients may take at a time; one batch a side is always built
     scale : as in :func:`dot`; with it, linear gradients are always built
 
+    Returns
+    -------
+    [examples on the left, examples on the right], batch after batch
     """
     kinds = {f.kind for batch in (*left, *right) for f in batch}
     building = kinds == {"vector"} or (kinds == {"linear"} and (scale is not None or _building_is_cheaper(left, right)))

@@ -159,9 +159,12 @@ def refuse_large_masks(model: nn.Module, count: int, length: int) -> None:
 
 
 def visible(model: nn.Module, length: int) -> Tensor | dict[str, Tensor | None] | None:
-    """Which positions each position of a plain sequence sees, where that is not all before it: bool [length, length].
+    """Which positions each position of a plain sequence sees, where that is not all before it.
 
-    Where layers differ one for each type of layer, None for those that see all; None where all layers do.
+    Returns
+    -------
+    bool [length, length]; where layers differ one for each type of layer, None for those that see all;
+    None where all layers do
     """
     config = text_config(model)
     if not any(getattr(config, name, None) for name in ("layer_types", "sliding_window", "attention_chunk_size")):

@@ -111,8 +111,11 @@ def prompt_tree(
 ) -> tuple[TokenTree, list[list[int]], list[list[list[int]]]]:
     """Tree of prompts with their suffixes, whose last tokens predict nothing and are left out.
 
-    Beside it the nodes at which each prompt's h is read, and for each prompt and suffix the nodes that predict its
-    tokens; without a behavior none.
+    Returns
+    -------
+    tree : TokenTree
+    read : nodes at which each prompt's h is read
+    predict : for each prompt and suffix the nodes that predict its tokens; without a behavior none
     """
     sequences: list[tuple[int, ...]] = []
     for prompt in prompts:

@@ -60,7 +60,14 @@ class TokenTree:
 
 
 def build_tree(sequences: Sequence[Sequence[int]]) -> tuple[TokenTree, list[list[int]]]:
-    """Merge sequences into a tree; ``nodes[i][t]`` is its index of token t of sequence i."""
+    """Merge sequences into a tree.
+
+    Returns
+    -------
+    tree : TokenTree
+    nodes : list of lists
+        ``nodes[i][t]`` is the tree index of token t of sequence i.
+    """
     children: dict[tuple[int, int], int] = {}
     ids: list[int] = []
     parents: list[int] = []
@@ -119,7 +126,9 @@ class Rows:
     def additive_mask(self, dtype: torch.dtype, sees: Tensor | None = None) -> Tensor:
         """The mask as attention implementations take it: [B, 1, T, T], 0 or the lowest number.
 
-        ``sees``, bool [L, L]: which positions the model lets each position of a plain sequence see; None: all before.
+        Parameters
+        ----------
+        sees : bool [L, L], which positions the model lets each position of a plain sequence see; None: all before it
         """
         mask = self.mask
         if sees is not None:

@@ -179,7 +179,7 @@ def exact_shift(policy: Policy, dX: ArrayLike, dy: ArrayLike) -> Floats:
 
 
 def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
-    """Coefficient shifts [P, d] of P examples from the sums that the adjoint computes, without any dX.
+    """Coefficient shifts of P examples from the sums that the adjoint computes, without any dX.
 
     With s_i = sum_k W_k dX_ik,
 
@@ -190,6 +190,11 @@ def pathway_sums(policy: Policy, x_raw: ArrayLike, y_raw: ArrayLike) -> Shift:
     Parameters
     ----------
     x_raw, y_raw : [P, d], one row per example. ``taught.targets.policy.combine_raw_x`` makes ``x_raw``.
+
+    Returns
+    -------
+    Shift
+        ``x`` and ``y`` float64 [P, d].
     """
     x_raw, y_raw = np.asarray(x_raw, dtype=np.float64), np.asarray(y_raw, dtype=np.float64)
     if x_raw.shape != y_raw.shape or x_raw.shape[-1:] != (policy.d,):

@@ -30,7 +30,13 @@ _JSON_BYTES = 2**24
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: a reader sees the old file or the new one. UserError as :func:`replacing`."""
+    """Replace ``path`` by ``content``: a reader sees the old file or the new one, never a part.
+
+    Raises
+    ------
+    UserError
+        No space left, or the folder cannot be written to.
+    """
     with replacing(path, needed=len(content)) as file:
         file.write(content)
 
@@ -161,9 +167,12 @@ def row_groups(
 ) -> Iterator[Callable[[pa.Table], None]]:
     """Write Parquet in parts, each a row group of its own: only one part is in memory.
 
-    Readers skip row groups by their statistics, so a part should hold one value of each column that queries select by.
-    In the ``unique`` text columns no value stands twice in a part: a dictionary would only add to them. Equal parts
-    give equal bytes.
+    Readers skip row groups by their statistics, so a part should hold one value of each column that
+    queries select by. Equal parts give equal bytes.
+
+    Parameters
+    ----------
+    unique : text columns of which no value stands twice in a part: a dictionary would only add to them
     """
     import pyarrow.parquet as pq
 
@@ -243,7 +252,12 @@ def make_folder(folder: Path) -> None:
 
 
 def write_error(path: Path, error: OSError, *, needed: int | None = None) -> UserError:
-    """What to tell the user when ``path`` cannot be made, or ``needed`` bytes cannot be written to it."""
+    """What to tell the user when ``path`` cannot be made or written.
+
+    Parameters
+    ----------
+    needed : bytes that were to be written, where that is known
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         wanted = "" if needed is None else f"{needed:,} bytes needed, "
         return UserError(

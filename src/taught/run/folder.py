@@ -243,8 +243,12 @@ class RunFolder:
     ) -> Iterator[Callable[[pa.Table], None]]:
         """Write ``NAME.parquet`` in parts: ``with run.table_writer(...) as write: write(part)``.
 
-        Each part is a row group of its own (:func:`taught.run.files.row_groups`). The file is there when the body ends
-        without an exception, and whole; the body does nothing else that could fail on the disk.
+        Each part is a row group of its own. The file is there when the body ends without an
+        exception, and whole; the body does nothing else that could fail on the disk.
+
+        Parameters
+        ----------
+        unique : text columns of which no value stands twice in a part
         """
         name = _with_suffix(name, ".parquet")
         self._require_active(name)
@@ -267,14 +271,19 @@ class RunFolder:
         ids: Mapping[str, Sequence[Any]],
         axes: Mapping[str, Sequence[str | None]] | None = None,
     ) -> None:
-        """Write ``NAME.safetensors`` and ``NAME.ids.json``. ValueError: the ids do not fit the arrays.
+        """Write ``NAME.safetensors`` and ``NAME.ids.json``.
 
         Parameters
         ----------
         arrays : name -> array
-        ids : name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``; no id may stand twice
-        axes : array name -> name of the ids of each axis (None: an axis without ids), checked for length; without it
-            each list of ids must have the length of some axis
+        ids : Name -> ids along an axis, e.g. ``{"prompt_ids": [...], "feature_ids": [...]}``. No id may stand twice.
+        axes : array name -> name of the ids of each axis (None: an axis without ids), checked for length. Without it,
+            each list of ids must have the length of some axis.
+
+        Raises
+        ------
+        ValueError
+            The ids do not fit the arrays.
         """
         # Ids as JSON holds them: numpy's scalars become Python values.
         listed = {key: [v.item() if hasattr(v, "item") else v for v in values] for key, values in ids.items()}
@@ -353,9 +362,15 @@ class RunFolder:
     def read_tensor_rows(
         self, name: str, tensor: str, axis: str, wanted: Collection[Any]
     ) -> tuple[list[Any], np.ndarray, dict[str, list[Any]]]:
-        """Those rows of an array of ``NAME.safetensors`` whose ids (``axis``, e.g. ``example_ids``) are wanted.
+        """Read those rows of one array of ``NAME.safetensors`` whose ids are wanted.
 
-        Returned are the ids of the rows, in the order of the file; the rows; all ids.
+        Parameters
+        ----------
+        axis : Name of the ids of the rows, e.g. ``example_ids``.
+
+        Returns
+        -------
+        ids of the rows, in the order of the file; the rows; all ids
         """
         import numpy as np
         from safetensors import safe_open

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 class PartialFolder:
-    """Pieces under one fingerprint, in ``RUN/partial/<stage>-<fingerprint>``, which is created with the first one."""
+    """Pieces under one fingerprint; another fingerprint is another folder and is never read.
+
+    Parameters
+    ----------
+    path : ``RUN/partial/<stage>-<fingerprint>``; created with the first piece
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -128,7 +128,9 @@ def fill_examples(
 ) -> None:
     """Sketch the examples that the store lacks, shard by shard.
 
-    ``share`` (r, n): process r of n takes every n-th shard. Shards do not depend on n.
+    Parameters
+    ----------
+    share : (r, n): process r of n takes every n-th shard. Shards do not depend on n.
     """
     there = store.rows("examples")
     chunks = _lacking(examples, PAIRS_A_SHARD, share, lambda example: example_row(example) in there)

@@ -148,9 +148,13 @@ class Projection:
     def sketch(self, factors: Iterable[Factor], batch: int, inputs: SharedInputs | None = None) -> Tensor:
         """Sketches of the gradients of a batch of examples, [batch, K]; float32 at least.
 
-        Factors are of all parameters, in any order; what is missing counts as zero. ``inputs`` is the same one for
-        every backward pass through one forward pass.
+        Parameters
+        ----------
+        factors : of all parameters, in any order; what is missing counts as zero
+        inputs : the same one for every backward pass through one forward pass
 
+        Notes
+        -----
         Cost: T (in + out) k multiplications a layer and example, beside T in out of a forward pass.
         """
         total: Tensor | None = None

@@ -39,9 +39,12 @@ def auc(score: ArrayLike, positive: ArrayLike) -> Interval:
 
 
 def auc_within(score: ArrayLike, positive: ArrayLike, part: ArrayLike, *, bootstrap: int, seed: int) -> Interval:
-    """AUC over rows [N] of the same part only, resampled within part and kind; percentile interval.
+    """AUC over rows of the same part only, resampled within part and kind; percentile interval.
 
-    Each part has rows of both kinds.
+    Parameters
+    ----------
+    score, positive, part : float64, bool, int64 [N]
+        Each part has rows of both kinds.
     """
     values, inside, parts = np.asarray(score, np.float64), np.asarray(positive, bool), np.asarray(part)
     cells = [(values[inside & (parts == k)], values[~inside & (parts == k)]) for k in np.unique(parts)]

@@ -53,8 +53,11 @@ def load_study(source: str | Path) -> Study:
 def parse_yaml(text: str) -> Any:
     """Plain values of a YAML text.
 
-    ValueError: it is no YAML, names a type of Python, says a key twice, or is larger, deeper or (with what its aliases
-    repeat) longer than any study.
+    Raises
+    ------
+    ValueError
+        It is no YAML, names a type of Python, says a key twice, or is larger, deeper or (with what its aliases
+        repeat) longer than any study.
     """
     if len(text) > _LONGEST:
         raise ValueError(f"longer than {_LONGEST:,} bytes")

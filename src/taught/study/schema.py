@@ -668,10 +668,14 @@ class Study:
         return owner
 
     def replace(self, key: str, value: object, *, base: Path | None = None) -> Study:
-        """Return a copy with one value changed, to what YAML would give.
+        """Return a copy with one value changed.
 
-        The key is dotted, as ``attribution.curvature.damping``. Another method drops the parameters of the one before.
-        A relative path is resolved against ``base``, by default the current folder.
+        Parameters
+        ----------
+        key : Dotted key, e.g. ``policy.alpha`` or ``attribution.curvature.damping``. Another method
+            (``attribution.curvature``) drops the parameters of the one before.
+        value : the new value, as YAML would give it
+        base : folder that a relative path is resolved against; the current one by default
         """
         return cast(Study, _replaced(self, key.split("."), value, key)).resolved(base or Path.cwd(), key)
 

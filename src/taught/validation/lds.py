@@ -49,7 +49,15 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class LdsRow:
-    """LDS of one method on one target over one design of subsets."""
+    """LDS of one method on one target over one design of subsets.
+
+    Attributes
+    ----------
+    subsets : the design, such as "random" or "matched"
+    n : number of subsets
+    raw, controlled : Spearman, and partial Spearman given ``controls``; with 95% intervals
+    controls : names, joined by ", "
+    """
 
     method: str
     target: str
