@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import taught
@@ -18,7 +19,12 @@ _EXTRAS = ("bitsandbytes", "peft")  # said where they are installed
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version(), "taught": taught.__version__}
-    found |= dict.fromkeys(_VERSIONS_OF, "not installed")
+    return found | dict.fromkeys(_VERSIONS_OF, "not installed") | _installed()
+
+
+@cache  # a process keeps the packages that it began with
+def _installed() -> dict[str, str]:
+    found = {}
     for name in (*_VERSIONS_OF, *_EXTRAS):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

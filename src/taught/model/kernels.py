@@ -8,6 +8,7 @@ product is taken; :func:`products_by` says which one it is, and a run's manifest
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from time import perf_counter
@@ -132,6 +133,10 @@ class _Linear(torch.autograd.Function):
         terms += [] if dw is None else [nn.functional.linear(x, dw)]
         total = sum(terms[1:], terms[0]) if terms else x.new_zeros(*x.shape[:-1], len(weight))
         return total if db is None else total + db
+
+
+# torch binds the arguments by the signature at every call, and makes it each time where it is not there.
+_Linear.forward.__signature__ = inspect.signature(_Linear.forward)  # type: ignore[attr-defined]
 
 
 def _forward(module: nn.Linear, x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,6 +96,7 @@ class States:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder, self._kept = folder, dict[int, State]()
+        self._names: dict[int, list[str]] = {}  # of the tensors of a state, in their order in its file
 
     def __contains__(self, step: int) -> bool:
         return step in self._kept or (self._folder is not None and self._file(step).is_file())
@@ -105,17 +107,24 @@ class States:
             self._kept[state.step] = state.copy()
             return
         files.make_folder(self._folder)
-        arrays = {name: tensor.cpu().numpy() for name, tensor in state.tensors().items()}
-        files.write_bytes(self._file(state.step), files.tensors_bytes(arrays))
+        path, tensors = self._file(state.step), state.tensors()
+        self._names[state.step] = list(tensors)
+        try:
+            with open(path, "wb") as file:  # one array behind another: no second copy of a state in memory
+                for tensor in tensors.values():
+                    np.save(file, tensor.cpu().numpy(), allow_pickle=False)
+        except OSError as error:
+            raise files.write_error(path, error, needed=state.bytes) from error
 
     def load(self, step: int) -> State:
         """A state that was kept, in memory of its own."""
         if step in self._kept:
             return self._kept[step].copy()
         found = State(step, {"weights": {}, "first": {}, "second": {}})
-        for name, array in files.tensors_from_bytes(self._file(step).read_bytes()).items():
-            part, _, own = name.partition(" ")
-            found.parts[part][own] = torch.from_numpy(array.copy())
+        with open(self._file(step), "rb") as file:
+            for name in self._names[step]:
+                part, _, own = name.partition(" ")
+                found.parts[part][own] = torch.from_numpy(np.load(file, allow_pickle=False))
         return found
 
     def drop(self, step: int) -> None:
@@ -126,7 +135,7 @@ class States:
 
     def _file(self, step: int) -> Path:
         assert self._folder is not None
-        return self._folder / f"step-{step}.safetensors"
+        return self._folder / f"step-{step}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +254,7 @@ class Training:
         return share
 
     def train(self, states: States | None = None, every: int = 1, progress: Progress | None = None) -> State:
-        """All steps from the model's weights to the state behind them; every ``every``-th before a step is kept."""
+        """All steps from the model's weights to the state behind them; every ``every``-th is kept, and the last."""
         state = self.begin()
         for step in range(len(self)):
             if states is not None and step % every == 0:
@@ -253,6 +262,8 @@ class Training:
             self.advance(state)
             (progress or SilentProgress()).advance(1)
         self.check_finite()
+        if states is not None:
+            states.save(state)
         return state
 
     def check_finite(self) -> None:
@@ -314,10 +325,13 @@ class Training:
         return torch.autograd.grad(loss, moving, create_graph=create_graph, allow_unused=True)
 
     def _sum(self, parts: Iterable[Gradient]) -> Tensors:
-        total = {name: torch.zeros_like(p) for name, p in self.moving.items()}
+        """The sum of some gradients, without their graphs; a single one stays where it is."""
+        total: Tensors = {}
         for own in parts:
-            _add(total.values(), own)
-        return total
+            for name, g in zip(self.moving, own, strict=True):
+                if g is not None:
+                    total[name] = total[name] + g.detach() if name in total else g.detach()
+        return {name: total[name] if name in total else torch.zeros_like(p) for name, p in self.moving.items()}
 
     def _gradient(self, number: int) -> Tensors:
         return self._sum(self._slope(micro.loss) for micro in self._micro(number))

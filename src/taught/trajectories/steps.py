@@ -40,7 +40,7 @@ from taught.estimators.cost import Asked, Passes
 from taught.model.gradients import refuse_detached
 from taught.run.pieces import piece_key
 from taught.training.loop import in_training
-from taught.training.steps import Back, State, States, Training, named, same_bits
+from taught.training.steps import Back, States, Training, named, same_bits
 from taught.trajectories.trained import (
     known_recipe,
     moving_bytes,
@@ -135,16 +135,18 @@ class Steps:
         on_disk = spacing(steps, size, problem.memory_gb)[1]
         held = min(asked.queries, _at_once(size, problem.memory_gb))
         shares = 8 * asked.queries * sum(z.n_scored for z in examples)
-        return 2 * size + 3 * weights + held * (size + weights) + shares + (0 if on_disk else steps * size), on_disk
+        return 2 * size + 3 * weights + held * (size + weights) + shares + (
+            0 if on_disk else (steps + 1) * size
+        ), on_disk
 
 
 def spacing(steps: int, size: int, memory_gb: float) -> tuple[int, int]:
     """Every how many steps a state of ``size`` bytes is kept, and what that takes on the disk.
 
     All of them in memory, where half of it is enough for that; else every square root of the steps on the disk, and
-    those of one such segment.
+    those of one such segment. The one behind the last step is kept beside them.
     """
-    if steps * size <= memory_gb * GB / 2:
+    if (steps + 1) * size <= memory_gb * GB / 2:
         return 1, 0
     every = math.ceil(math.sqrt(steps))
     return every, (every + math.ceil(steps / every) + 1) * size
@@ -175,8 +177,7 @@ class _Pass:
         with states_folder(self.work.folder, on_disk, KEPT) as folder:
             states = States(folder)
             self.work.progress.step(f"train, {steps} steps", steps)
-            state = training.train(states, every, self.work.progress)
-            final = {name: weight.clone() for name, weight in state.parts["weights"].items()}
+            training.train(states, every, self.work.progress)
             ended = read_trained(self.problem, self.targets)
             self.work.progress.step("gradients of the targets of the trained model", None)
             queries = trained_queries(self.problem, self.targets, ended)
@@ -185,12 +186,12 @@ class _Pass:
             parts = []
             for start in range(0, count, room):
                 some = range(start, min(start + room, count))
-                backs = [_back(state, queries, k) for k in some]
-                parts.append(self._back(states, every, final, backs, f"{start}"))
+                backs = [_back(training, queries, k) for k in some]
+                parts.append(self._back(states, every, backs, f"{start}"))
             found = torch.cat(parts, 1).numpy()
-            return found, [self._smooth(states, final, ended, found, k) for k in range(self.how.smoothness)]
+            return found, [self._smooth(states, ended, found, k) for k in range(self.how.smoothness)]
 
-    def _back(self, states: States, every: int, final: dict[str, Tensor], backs: Sequence[Back], name: str) -> Tensor:
+    def _back(self, states: States, every: int, backs: Sequence[Back], name: str) -> Tensor:
         """Contributions of all steps, float64 [tokens, K], from the last segment to the first."""
         training, work = self.training, self.work
         starts = training.starts
@@ -204,7 +205,7 @@ class _Pass:
             work.progress.advance(len(training) - done)
         for start in reversed(range(0, done, every)):
             stop = min(start + every, len(training))
-            self._replay(states, start, stop, final)
+            self._replay(states, start, stop)
             for step in reversed(range(start, stop)):
                 state = training.enter(states.load(step))
                 own = training.step_back(state, backs, exact=self.how.hessian == "exact")
@@ -219,9 +220,7 @@ class _Pass:
                 work.pieces.save(key, {**arrays, "values": values.numpy(), "done": np.array([start])})
         return values
 
-    def _smooth(
-        self, states: States, final: dict[str, Tensor], ended: Readings, found: np.ndarray, number: int
-    ) -> dict[str, Any]:
+    def _smooth(self, states: States, ended: Readings, found: np.ndarray, number: int) -> dict[str, Any]:
         """Train with weights 1 + h v and 1 + 2 h v, v normal: is the run smooth, and the derivative right.
 
         ``score``: metasmoothness, -1 to 1 (Engstrom et al., arXiv 2503.13751, definition 2). With d1 and d2 the changes
@@ -233,7 +232,8 @@ class _Pass:
         columns = [k for k, name in enumerate(self.targets.names) if name.pathway is None]  # what has a value
         predicted = SMALL * v @ self.targets.from_direct(np.add.reduceat(found, training.starts[:-1]))[:, columns]
         names = [self.targets.names[k] for k in columns]
-        before, values, changes = final, [self._values(names, ended)], []
+        before = states.load(len(training)).parts["weights"]
+        values, changes = [self._values(names, ended)], []
         self.work.progress.step("two trainings with other weights: is training smooth?", 2 * len(training))
         for times in (1, 2):
             training.weights = torch.from_numpy(1 + times * SMALL * v)
@@ -256,7 +256,7 @@ class _Pass:
     def _values(self, names: Sequence[TargetName], readings: Readings) -> list[float]:
         return [value(name, readings, self.targets.readings) for name in names]
 
-    def _replay(self, states: States, start: int, stop: int, final: dict[str, Tensor]) -> None:
+    def _replay(self, states: States, start: int, stop: int) -> None:
         """Make the states between two kept ones again, and see that the run ends where it did."""
         training = self.training
         if all(step in states for step in range(start, stop)):
@@ -266,8 +266,7 @@ class _Pass:
             if state.step != start:
                 states.save(state)
             training.advance(state)
-        expected = states.load(stop).parts["weights"] if stop in states else final
-        differs = same_bits(state.parts["weights"], expected)
+        differs = same_bits(state.parts["weights"], states.load(stop).parts["weights"])
         if differs is not None:
             raise UserError(
                 "training is not the same when it is made again",
@@ -282,11 +281,9 @@ def _labelled(backs: Sequence[Back]) -> list[tuple[str, Tensor]]:
     return [(f"{k} {name}", tensor) for k, back in enumerate(backs) for name, tensor in named(back.parts).items()]
 
 
-def _back(state: State, queries: dict[str, Tensor], k: int) -> Back:
-    """The derivative of a target in the final state: in its weights, and in nothing else."""
-    weights = {
-        name: queries[name][k].to(tensor).clone() if name in queries else torch.zeros_like(tensor)
-        for name, tensor in state.parts["weights"].items()
-    }
-    zeros = {part: {n: torch.zeros_like(t) for n, t in of.items()} for part, of in state.parts.items()}
-    return Back({**zeros, "weights": weights})
+def _back(training: Training, queries: dict[str, Tensor], k: int) -> Back:
+    """The derivative of a target in the final state: in its weights (the query's memory), and in nothing else."""
+    parts = training.begin().parts
+    for name, weight in parts["weights"].items():
+        parts["weights"][name] = queries[name][k].to(weight) if name in queries else torch.zeros_like(weight)
+    return Back(parts)
