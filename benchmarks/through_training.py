@@ -1,7 +1,7 @@
 """Does the derivative of a training run foresee what leaving examples out of their batches does?
 
     python -m benchmarks.through_training --truth FILE [--methods adjoint@steps,adjoint+ekfac,...] [--out FILE]
-        [--preset refusal-smollm2] [--examples 64] [--batch 8] [--epochs 1] [--method full|lora]
+        [--preset refusal-smollm2] [--examples 64] [--planted] [--batch 8] [--epochs 1] [--method full|lora]
         [--sets 14] [--left-out 6] [--singles 8] [--orders 1] [--remove behavior:harmless]
         [--targets behavior:harmless,score,coefficients] [--ask behavior:harmless]
 
@@ -28,6 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ import torch
 from scipy import stats
 
 from benchmarks import common
+from benchmarks.ground_truth import PLANTED
 from taught.baselines.baselines import BASELINES
 from taught.core import driver
 from taught.core.driver import Method
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--methods", default=f"adjoint,adjoint+ekfac,adjoint@steps,{GAUSS_NEWTON}")
     parser.add_argument("--preset", default="refusal-smollm2")
     parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--planted", action="store_true", help="with the preset's planted pairs, labelled as refusals")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=1)
@@ -98,7 +101,14 @@ def main() -> None:
         "attribution.memory_gb": args.memory_gb,
     }.items():
         study = study.replace(key, setting)
-    subject, data = open_subject(study), read_data(study, SilentProgress())
+    with TemporaryDirectory() as folder:
+        if args.planted:
+            pairs, preset = Path(folder) / "pairs.jsonl", preset_path(args.preset)
+            rows = map(json.loads, (preset / PLANTED).read_text().splitlines())
+            refusals = [json.dumps({**row, "label": study.examples.positive_label}) + "\n" for row in rows]
+            pairs.write_text((preset / "pairs.jsonl").read_text() + "".join(refusals))
+            study = study.replace("examples.path", str(pairs))
+        subject, data = open_subject(study), read_data(study, SilentProgress())
     readings = read_here(study, subject, data.prompts, SilentProgress())
     ready = make_ready(study, subject, data, readings)
     wanted = wanted or [f"behavior:{group}" for group in readings.groups]
