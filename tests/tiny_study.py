@@ -23,7 +23,7 @@ prompts: {path: prompts.jsonl, positive_group: harmful, negative_group: harmless
 examples: {path: pairs.jsonl, max_tokens: 128, positive_label: harmful-refusal, negative_label: harmless-compliance}
 features: {threshold: 0.0, max_features: 6}
 policy: {alpha: 1.0, intercept: true, folds: 3, bootstrap: 20}
-attribution: {memory_gb: 0.5, batch_tokens: 512}
+attribution: {memory_gb: 0.5, batch_tokens: 512, exact_top: 3}
 """
 
 
