@@ -26,18 +26,20 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from taught.core.curvature import Metric
 from taught.core.example import Example, Examples, batch_examples, example_losses, refuse_nonfinite
 from taught.core.gradient import by_parameter, example_gradients, refuse_unfit
 from taught.core.problem import Problem
+from taught.core.query import build_queries
 from taught.errors import UserError
-from taught.model.gradients import Factor, Site, accumulate, contract, dot, evaluating, find_sites, frozen, tap
+from taught.model.gradients import Factor, contract, dot, evaluating, find_sites, frozen
 from taught.model.readout import ReadPrompt, pack, read_packed
 from taught.progress import Progress, SilentProgress
 from taught.stats.arrays import Floats
@@ -297,7 +299,11 @@ def gradient_products(
     dots = torch.zeros(len(examples), len(groups), dtype=torch.float64)
     with frozen(problem.model):
         refuse_unfit(problem, sites, examples)
-        queries = _queries(problem, sites, groups)
+        mean = torch.zeros(len(groups), len(problem.prompts), dtype=torch.float64)  # dF/dy of each group's mean y
+        for k, (group, ids) in enumerate(groups.items()):
+            rows = _rows(problem, group, ids)
+            mean[k, rows] = 1 / len(rows)
+        queries = build_queries(replace(problem, metric=Metric()), sites, None, mean)
         for batch in batch_examples(examples, problem.batch_tokens):
             found = example_gradients(problem, sites, batch, examples)[1]
             index = list(batch.index)
@@ -308,33 +314,15 @@ def gradient_products(
                         dots[index] -= contract(factor, queries[name]).double().cpu()
             (progress or SilentProgress()).advance(len(index))
     refuse_nonfinite(examples, range(len(examples)), norms, "gradient")
-    sizes = sum(q.double().pow(2).reshape(len(q), -1).sum(1).cpu() for q in queries.values())
-    assert isinstance(sizes, Tensor)
+    sizes = torch.zeros(len(groups), dtype=torch.float64)
+    for q in queries.values():
+        assert isinstance(q, Tensor)
+        sizes += q.double().flatten(1).pow(2).sum(1).cpu()
     return GradientProducts(
         norms.sqrt().numpy(),
         {group: dots[:, k].numpy() for k, group in enumerate(groups)},
         {group: float(sizes[k].sqrt()) for k, group in enumerate(groups)},
     )
-
-
-def _queries(problem: Problem, sites: Sequence[Site], groups: Groups) -> dict[str, Tensor]:
-    """Parameter -> gradient of each group's mean y, [G, *shape]."""
-    queries: dict[str, Tensor] = {}
-    for k, (group, ids) in enumerate(groups.items()):
-        rows = _rows(problem, group, ids)
-        for packed in pack([problem.prompts[i] for i in rows], problem.behavior):
-            with tap(problem.model, sites) as taps:
-                _, y = read_packed(problem.model, packed, problem.behavior, problem.point)
-                assert y is not None
-                for factor in taps.factors(y.sum() / len(rows), summed=True):
-                    if factor.param not in queries:
-                        weight = problem.model.get_parameter(factor.param)
-                        wide = torch.promote_types(factor.d.dtype, torch.float32)
-                        queries[factor.param] = torch.zeros(
-                            len(groups), *weight.shape, dtype=wide, device=weight.device
-                        )
-                    accumulate(factor, queries[factor.param][k])
-    return queries
 
 
 def squared_norms(factors: Sequence[Factor]) -> Tensor:
