@@ -42,7 +42,7 @@ ROUNDING = 2e-4
 
 @pytest.fixture(scope="module")
 def setting() -> tuple[Problem, list[Any]]:
-    study = load_study("refusal-smollm2").replace("prompts.limit", 14).replace("examples.limit", 6)
+    study = load_study("refusal-smollm2").replace("prompts.limit", 10).replace("examples.limit", 4)
     subject, prompts = open_subject(study), study_prompts(study)
     examples, _ = study_examples(study, prompts)
     encoded, _ = subject.chat.encode_examples(examples, study.examples.max_tokens)

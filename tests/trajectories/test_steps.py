@@ -7,10 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from taught.core import driver
 from taught.core.driver import Method
 from taught.core.estimator import Work
+from taught.core.example import make_batch, sft
 from taught.core.names import TargetName
 from taught.core.registry import Choice
 from taught.core.target import TargetSet, value
@@ -22,8 +25,11 @@ from taught.stages.check import check_study
 from taught.stages.ready import prepare, read_data
 from taught.stages.subject import open_subject
 from taught.study.load import load_study
+from taught.study.schema import ValidationSpec
 from taught.training.loop import in_training
-from taught.training.steps import Training
+from taught.training.recipe import Recipe
+from taught.training.steps import Back, Training
+from taught.trajectories.steps import PASSES
 from tiny_models import Norm64
 from tiny_study import do, with_values, write_tiny_study
 
@@ -201,6 +207,36 @@ def test_check_says_what_it_costs(study):
     assert "steps back" in report["cost"] and "states" not in report["disk"]
     small = with_values(study, {"attribution.trajectory": "steps", "attribution.memory_gb": 0.0001})
     assert "states of the training run" in dict(check_study(small).rows)["disk"]
+
+
+@pytest.mark.parametrize(("hessian", "method"), PASSES)
+def test_what_check_says_of_a_step_is_what_it_computes(hessian, method, monkeypatch):
+    """Products that torch does not count are left to torch; narrow layers make LoRA's own share larger than it is."""
+    monkeypatch.setattr("taught.training.loop.use_fast_products", lambda model: None)
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 600}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)).eval()
+    examples = [sft(f"z{i}", tuple(range(i, i + 30)), 10) for i in range(4)]
+
+    def counted(work) -> int:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    recipe = Recipe.of(ValidationSpec(method=method, epochs=1, batch=4))
+    with in_training(model, recipe, None) as patterns:
+        training = Training(model, examples, recipe, patterns)
+        with training.ready(), torch.no_grad():
+            forward = counted(lambda: make_batch(examples, range(4)).terms(model))
+        with training.ready():
+            state = training.begin()
+            step = counted(lambda: training.advance(state.copy()))
+            one, three = (
+                counted(lambda n=n: training.step_back(state, [Back(state.copy().parts)] * n, exact=hessian == "exact"))
+                for n in (1, 3)
+            )
+    found = np.array([step, (three - one) / 2, one - (three - one) / 2]) / forward
+    expected = PASSES[hessian, method]
+    assert found == pytest.approx([*expected, expected[0]], rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["steps", "segments"])

@@ -50,6 +50,14 @@ from taught.trajectories.trained import (
     trained_queries,
 )
 
+# Forward passes over the examples that a step takes, and the way back over it for each target, as counted. Fresh
+# LoRA layers need no gradients of the weights that stay.
+PASSES = {
+    ("exact", "full"): (3.0, 6.0),
+    ("exact", "lora"): (2.1, 2.4),
+    ("gauss-newton", "full"): (3.0, 7.0),
+    ("gauss-newton", "lora"): (2.1, 4.3),
+}
 KEPT = "weights and the optimizer's state at every square root of the steps"
 
 SMALL = 0.1  # h: by how much examples' weights are moved to see whether training is smooth
@@ -86,7 +94,8 @@ class Steps:
     def follow(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
         """Train, read the final model, go back.
 
-        Cost: a training, the replay of one, and three for each target; two for each direction of ``smoothness``.
+        Cost: a training, its replay (where not all states are kept) and one more for the gradients on the way back; two
+        for each target, of LoRA layers 1.2; two for each direction of ``smoothness``.
 
         Raises
         ------
@@ -114,15 +123,16 @@ class Steps:
         return Scores("adjoint", ids, targets.names, effects, losses=losses, unit="run", details=details)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
-        """A training, its replay, and for each target gradients of gradients: twice a step."""
+        """A training, its replay where states are made again, and the way back for each target."""
         recipe = known_recipe(problem)
         one = Passes(problem, examples).examples * recipe.epochs
-        each = 6 if self.hessian == "exact" else 9
+        step, each = PASSES[self.hessian, recipe.method]
+        replayed = self.bytes(problem, examples, asked)[1] > 0
         return {
-            "training": 3 * one,
-            "replay": 3 * one,
-            "smoothness": 2 * self.smoothness * 3 * one,
-            "steps back": (3 + each * asked.queries) * one,
+            "training": step * one,
+            **({"replay": step * one} if replayed else {}),
+            "smoothness": 2 * self.smoothness * step * one,
+            "steps back": (step + each * asked.queries) * one,
             "targets": (2 + 3 * asked.queries) * Passes(problem, examples).trees,
         }
 
