@@ -8,7 +8,8 @@
 The truth: the preset's model is trained on some of its examples, step by step, and again with the weights of some
 examples at 0: the other examples, their batches, denominators and order stay. Left out are random sets, and single
 examples spread over the ranking by ids; with ``--orders 2`` all of it once more in another order of the examples, which
-says how much of a change belongs to the run and not to the data. It is kept in FILE, and not made again.
+says how much of a change belongs to the run and not to the data. It is kept in FILE, and not made again; targets may be
+some of those that FILE is about. Without ``score`` and ``coefficients`` no SAE is read, and sketches are of y alone.
 
 Compared with it is, for every target, minus the sum of a method's scores over what was left out. Targets are by default
 the mean behavior of each group; ``coefficients`` are the ten largest of the policy at the base model, and with them and
@@ -206,9 +207,15 @@ def known_truth(args: argparse.Namespace, ready: Ready, targets: TargetSet) -> d
     made: dict[str, Any] = {**head, "sets": [], "runs": [], "seconds": 0.0}
     if args.truth.is_file():
         made = json.loads(args.truth.read_text())
+        columns = [made["targets"].index(name) for name in head["targets"] if name in made["targets"]]
+        if len(columns) < len(made["targets"]):  # a file about more targets is read, and nothing is added to it
+            args.truth = None
+            for of in (made, *made["runs"]):
+                for key in {"targets", "base", "values"} & of.keys():
+                    of[key] = [of[key][k] for k in columns]
         other = [key for key in head if made[key] != json.loads(json.dumps(head[key]))]
         if other:
-            raise SystemExit(f"{args.truth} is of another run: {', '.join(other)}")
+            raise SystemExit(f"the truth is of another run: {', '.join(other)}")
     made["sets"] = sets
     for order in range(args.orders):
         for left_out in [[], *sets]:
@@ -229,7 +236,8 @@ def outcome(
     truth["seconds"] = truth["seconds"] or time.monotonic() - started
     truth["runs"].append(run)
     print(f"order {order}, without {len(left_out)}: {[round(v, 4) for v in run['values']]}", flush=True)
-    args.truth.write_text(json.dumps(truth, indent=1) + "\n")
+    if args.truth is not None:
+        args.truth.write_text(json.dumps(truth, indent=1) + "\n")
     return run
 
 
