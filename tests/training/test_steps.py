@@ -151,12 +151,13 @@ def test_an_example_with_weight_zero_is_as_if_it_had_no_loss() -> None:
     assert trained(recipe, weights) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_gauss_newton_product_is_the_sum_of_squared_gradients() -> None:
+@pytest.mark.parametrize(("name", "budget"), [("untied", 512), ("padded", 1)])
+def test_the_gauss_newton_product_is_the_sum_of_squared_gradients(name, budget) -> None:
     # One step of SGD, gone back over twice: L behind the first of two equal steps holds H Lg of the second.
     recipe = replace(BASE, optimizer="sgd", lr=0.05, batch=5, epochs=1)
-    model = tiny_model("untied")
+    model = tiny_model(name)
     with in_training(model, recipe, None) as patterns:
-        training = Training(model, examples(), recipe, patterns)
+        training = Training(model, examples(), recipe, patterns, budget)
         with training.ready():
             state = training.begin()
             draw = torch.Generator().manual_seed(0)

@@ -12,19 +12,14 @@ loss; it is not an ablation of the token as *input*, which later tokens see too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from taught.core.example import ExampleBatch, Examples, batch_examples, refuse_nonfinite
+from taught.core.example import Examples, batch_examples, refuse_nonfinite
+from taught.core.gradient import token_derivatives
 from taught.core.problem import Problem
 from taught.core.query import build_queries, query_at, query_parts, some_of
-from taught.model.directional import along, computed
-from taught.model.gradients import RowSparse, Site, find_sites, frozen, lacks_forward_mode
+from taught.model.gradients import RowSparse, find_sites, frozen
 from taught.progress import Progress
 
 
@@ -67,51 +62,10 @@ def token_effects(
                         own = torch.zeros_like(weight).index_copy(0, own.rows, own.values.to(weight))
                     step[name] = -problem.lr * own.to(weight)
                 for batch in batch_examples(examples, problem.batch_tokens) if step else ():
-                    moved = _along(model, sites, batch, step)
+                    moved = token_derivatives(model, batch, step)
                     for row, i in zip(moved.double().cpu(), batch.index, strict=True):
                         shares[i][:, k] += row[: examples[i].n_scored]
             del queries  # before the next ones are built
     sums = torch.stack([share.sum(0) for share in shares]) if shares else torch.zeros(0, 1)
     refuse_nonfinite(examples, range(len(examples)), sums, "gradient")
     return shares
-
-
-def _along(model: nn.Module, sites: Sequence[Site], batch: ExampleBatch, step: dict[str, Tensor]) -> Tensor:
-    with _as_in_training(model, sites):
-        try:
-            values, moved = along(model, step, batch.terms, model)
-        except (RuntimeError, NotImplementedError) as error:
-            if not lacks_forward_mode(error):
-                raise
-            values, moved = _by_token(model, batch, step)
-    return (moved * batch.slopes(values.sum(1))[:, None]).detach()
-
-
-def _by_token(model: nn.Module, batch: ExampleBatch, step: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same with a backward pass for each token."""
-    leaves = {name: model.get_parameter(name).detach().clone().requires_grad_() for name in step}
-    values = computed(model, leaves, batch.terms, model)
-    moved = torch.zeros_like(values)
-    for b, k in (batch.weights != 0).nonzero().tolist():
-        grads = torch.autograd.grad(values[b, k], list(leaves.values()), retain_graph=True, allow_unused=True)
-        for name, grad in zip(leaves, grads, strict=True):
-            if grad is not None:
-                moved[b, k] += (grad * step[name]).sum().detach()
-    return values.detach(), moved.detach()
-
-
-@contextmanager
-def _as_in_training(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """Look-ups of an embedding's padding row do not move, as an optimizer does not move them."""
-
-    def hook(padding: int, row: Tensor, _: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return torch.where((args[0] == padding).unsqueeze(-1), row, out)
-
-    with ExitStack() as hooks:
-        for site in sites:
-            if site.padding is not None:
-                module = model.get_submodule(site.module)
-                device = next(module.parameters()).device
-                row = module(torch.tensor([[site.padding]], device=device)).detach()[0, 0]
-                hooks.enter_context(module.register_forward_hook(partial(hook, site.padding, row)))
-        yield

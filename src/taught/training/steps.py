@@ -39,7 +39,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from taught.core.example import Examples, batch_indices, make_batch
+from taught.core.example import ExampleBatch, Examples, batch_indices, make_batch
+from taught.core.gradient import token_derivatives
 from taught.errors import UserError
 from taught.model.gradients import embedding_options, evaluating
 from taught.model.parameters import moving_parameters
@@ -144,13 +145,15 @@ class Micro:
 
     Attributes
     ----------
-    index : their places in the batch
+    batch : the examples
+    index : their places in the step's batch
     terms : [B, J], what each scored token adds to its example's sum
     losses : [B]
     slopes : [B], how a loss changes with the example's sum
     weights : [B], of the losses in that of the step
     """
 
+    batch: ExampleBatch
     index: list[int]
     terms: Tensor
     losses: Tensor
@@ -168,7 +171,7 @@ class Micro:
         return each, (each * self.slopes[:, None] * self.terms).sum()
 
 
-_Graph = tuple[Micro, Tensor, Gradient]  # examples, zeros for their tokens, their gradient with its graph
+_Graph = tuple[Micro, Tensor | None, Gradient]  # examples, zeros for their tokens, their gradient, with its graph
 
 
 @dataclass(eq=False)
@@ -290,10 +293,13 @@ class Training:
         index = self.plan[number]
         graphs: list[_Graph] = []
         with padding_rows(self.moving, self.model) as padding:
-            for micro in self._micro(number) if exact else ():
-                each, by_token = micro.by_token()
-                graphs.append((micro, each, self._slope(micro.loss + by_token, create_graph=True)))
-        gradient = self._sum(own for _, _, own in graphs) if graphs else self._gradient(number)
+            for micro in self._micro(number):
+                if exact:
+                    each, by_token = micro.by_token()
+                    graphs.append((micro, each, self._slope(micro.loss + by_token, create_graph=True)))
+                else:
+                    graphs.append((micro, None, self._slope(micro.loss, retain_graph=True)))
+        gradient = self._sum(own for _, _, own in graphs)
         clipped = _scaled(gradient, self._clip(gradient)[1])
         shape = (len(index), max(self.inputs[i].n_scored for i in index), len(backs))
         found = torch.zeros(shape, dtype=torch.float64)
@@ -301,7 +307,10 @@ class Training:
             up = self._through_rule(back, state, clipped)
             self._through_clip(up, gradient)
             last = column == len(backs) - 1
-            self._through_loss(back, up, number, graphs, padding, found[..., column], last=last)
+            if exact:
+                self._through_loss(back, up, graphs, padding, found[..., column], last=last)
+            else:
+                self._through_products(back, up, graphs, found[..., column], last=last)
         return [own[: self.inputs[i].n_scored] for i, own in zip(index, found, strict=True)]
 
     # The pieces of a step
@@ -317,12 +326,14 @@ class Training:
                 raise diverged("a loss is not finite", number + 1, [batch[i].id for i in index])
             places = [self.plan[number][i] for i in index]
             weights = losses.new_ones(len(index)) if self.weights is None else self.weights[places].to(losses)
-            yield Micro(index, terms, losses, made.slopes(sums), weights / len(batch))
+            yield Micro(made, index, terms, losses, made.slopes(sums), weights / len(batch))
 
-    def _slope(self, loss: Tensor, *, create_graph: bool = False) -> Gradient:
+    def _slope(self, loss: Tensor, *, create_graph: bool = False, retain_graph: bool | None = None) -> Gradient:
         """Derivative in the moving parameters."""
         moving = list(self.moving.values())
-        return torch.autograd.grad(loss, moving, create_graph=create_graph, allow_unused=True)
+        return torch.autograd.grad(
+            loss, moving, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        )
 
     def _sum(self, parts: Iterable[Gradient]) -> Tensors:
         """The sum of some gradients, without their graphs; a single one stays where it is."""
@@ -401,7 +412,6 @@ class Training:
         self,
         back: Back,
         up: Tensors,
-        number: int,
         graphs: Sequence[_Graph],
         padding: Sequence[PaddingRow],
         found: Tensor,
@@ -409,23 +419,23 @@ class Training:
         last: bool,
     ) -> None:
         """Add H Lg to L, and each token's part of grad l . Lg / n to what is found [n, J]."""
-        count, L = len(self.plan[number]), list(back.parts["weights"].values())
-        if graphs:
-            for micro, each, own in graphs:
-                inputs = [each, *self.moving.values(), *(row.leaf for row in padding)]
-                along = _along(own, up)
-                shares, *second = torch.autograd.grad(along, inputs, retain_graph=not last, allow_unused=True)
-                found[micro.index, : shares.shape[1]] += shares.double().cpu() / count
-                _add([*L, *(back.parts["weights"][row.name][row.index] for row in padding)], second)
-            return
-        for micro in self._micro(number):
-            # One dual number a micro-batch: the gradient of sum_ij e_ij f' l_ij is linear in e.
-            each, by_token = micro.by_token()
-            linear = self._slope(by_token, create_graph=True)
-            (shares,) = torch.autograd.grad(_along(linear, up), each, retain_graph=True)
-            found[micro.index, : shares.shape[1]] += shares.double().cpu() / count
-            products = (shares.sum(1) * micro.weights).detach()
-            _add(L, self._slope((micro.losses * products).sum()))
+        L = back.parts["weights"]
+        for micro, each, own in graphs:
+            assert each is not None
+            inputs = [each, *self.moving.values(), *(row.leaf for row in padding)]
+            shares, *second = torch.autograd.grad(_along(own, up), inputs, retain_graph=not last, allow_unused=True)
+            found[micro.index, : shares.shape[1]] += shares.double().cpu() / len(found)
+            _add([*L.values(), *(L[row.name][row.index] for row in padding)], second)
+
+    def _through_products(
+        self, back: Back, up: Tensors, graphs: Sequence[_Graph], found: Tensor, *, last: bool
+    ) -> None:
+        """The same with (1/n) sum g_z g_z' in place of H."""
+        for micro, _, _ in graphs:
+            shares = token_derivatives(self.model, micro.batch, up)
+            found[micro.index, : shares.shape[1]] += shares.double().cpu() / len(found)
+            products = shares.sum(1) * micro.weights
+            _add(back.parts["weights"].values(), self._slope((micro.losses * products).sum(), retain_graph=not last))
 
 
 def refuse_other_trainers(recipe: Recipe) -> None:

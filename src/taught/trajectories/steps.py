@@ -55,8 +55,8 @@ from taught.trajectories.trained import (
 PASSES = {
     ("exact", "full"): (3.0, 6.0),
     ("exact", "lora"): (2.1, 2.4),
-    ("gauss-newton", "full"): (3.0, 7.0),
-    ("gauss-newton", "lora"): (2.1, 4.3),
+    ("gauss-newton", "full"): (3.0, 5.0),
+    ("gauss-newton", "lora"): (2.1, 3.6),
 }
 KEPT = "weights and the optimizer's state at every square root of the steps"
 
