@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -16,15 +17,11 @@ _VERSIONS_OF = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "
 _EXTRAS = ("bitsandbytes", "peft")  # said where they are installed
 
 
-def versions() -> dict[str, str]:
+@cache  # a process keeps the packages that it began with
+def versions() -> Mapping[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version(), "taught": taught.__version__}
-    return found | dict.fromkeys(_VERSIONS_OF, "not installed") | _installed()
-
-
-@cache  # a process keeps the packages that it began with
-def _installed() -> dict[str, str]:
-    found = {}
+    found |= dict.fromkeys(_VERSIONS_OF, "not installed")
     for name in (*_VERSIONS_OF, *_EXTRAS):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -500,7 +500,7 @@ class RunFolder:
     def _write_head(self, stage: Running, study: Study, inputs: Inputs, extra: Mapping[str, Any]) -> None:
         """Say in the manifest what is about to run, before the first result is written."""
         attempts = (self._record(stage.name) or {}).get("attempts", 0)
-        self._manifest.update(taught=taught.__version__, versions=versions())
+        self._manifest.update(taught=taught.__version__, versions=dict(versions()))
         digests = {key: inputs[f"{key} sha256"] for key in study.flat() if f"{key} sha256" in inputs}
         read_from = {key: {"path": study.get(key), "sha256": digest} for key, digest in digests.items()}
         self._manifest.setdefault("data", {}).update(read_from)

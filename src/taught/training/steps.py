@@ -423,7 +423,9 @@ class Training:
         for micro, each, own in graphs:
             assert each is not None
             inputs = [each, *self.moving.values(), *(row.leaf for row in padding)]
-            shares, *second = torch.autograd.grad(_along(own, up), inputs, retain_graph=not last, allow_unused=True)
+            parts = [(g * one).sum() for g, one in zip(own, up.values(), strict=True) if g is not None]
+            product = torch.stack([part.to(parts[0].device) for part in parts]).sum()
+            shares, *second = torch.autograd.grad(product, inputs, retain_graph=not last, allow_unused=True)
             found[micro.index, : shares.shape[1]] += shares.double().cpu() / len(found)
             _add([*L.values(), *(L[row.name][row.index] for row in padding)], second)
 
@@ -456,12 +458,6 @@ def _add(totals: Iterable[Tensor], found: Iterable[Tensor | None]) -> None:
     for total, one in zip(totals, found, strict=True):
         if one is not None:
             total.add_(one)
-
-
-def _along(gradient: Sequence[Tensor | None], up: Tensors) -> Tensor:
-    """The product of a gradient, with its graph, and a direction."""
-    parts = [(g * one).sum() for g, one in zip(gradient, up.values(), strict=True) if g is not None]
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
 @dataclass(frozen=True, eq=False)
