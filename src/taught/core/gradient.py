@@ -69,7 +69,7 @@ def token_derivatives(model: nn.Module, batch: ExampleBatch, step: Mapping[str, 
     ----------
     step : by parameter name
     """
-    with _padding_rows_held(model):
+    with _padding_rows_held(model, step):
         try:
             values, moved = along(model, step, batch.terms, model)
         except (RuntimeError, NotImplementedError) as error:
@@ -93,15 +93,16 @@ def _by_token(model: nn.Module, batch: ExampleBatch, step: Mapping[str, Tensor])
 
 
 @contextmanager
-def _padding_rows_held(model: nn.Module) -> Iterator[None]:
+def _padding_rows_held(model: nn.Module, moving: Iterable[str]) -> Iterator[None]:
     """Look-ups of an embedding's padding row do not move, as an optimizer does not move them."""
 
     def hook(row: Tensor, module: nn.Embedding, args: Any, out: Tensor) -> Tensor:
         return torch.where((args[0] == module.padding_idx).unsqueeze(-1), row, out)
 
+    weights = {id(model.get_parameter(name)) for name in moving}
     with ExitStack() as hooks:
         for module in model.modules():
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None and id(module.weight) in weights:
                 row = module(torch.tensor([[module.padding_idx]], device=module.weight.device)).detach()[0, 0]
                 hooks.enter_context(module.register_forward_hook(partial(hook, row)))
         yield
