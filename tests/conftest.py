@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -37,6 +38,11 @@ def _refused(*args, **kwargs):
 socket.socket.connect = socket.socket.connect_ex = _refused
 socket.getaddrinfo = socket.create_connection = _refused
 """
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay: what collects garbage by hand (a trainer does) need not go through them each time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from taught.errors import UserError
 from taught.model import kernels
+from taught.model.gradients import evaluating
 from taught.model.kernels import product, use_fast_products
 from tiny_models import tiny_llama
 
@@ -122,3 +124,29 @@ def test_without_the_operator_torchs_own_product_is_taken(monkeypatch: pytest.Mo
     assert "forward" not in vars(module)
     assert kernels.products_by() == "torch"
     assert torch.equal(product(draw(2, 7), module.weight), module(draw(2, 7)))
+
+
+def test_products_that_are_rounded_are_refused() -> None:
+    module = nn.Linear(3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for weight in (module.weight.double(), module.weight.bfloat16(), module.weight.to("meta")):
+            kernels.refuse_rounded_products(weight)  # float32 alone is rounded; no product is made of meta
+        with pytest.raises(UserError, match="float32"), evaluating(module):
+            pass
+    with evaluating(module):
+        assert not module.training
+
+
+def test_rounding_is_seen_whichever_way_it_was_asked_for() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        x = torch.full((256, 256), 1 + 2.0**-20)
+        rounded = not torch.equal(product(x, torch.eye(256)), x)  # not every CPU has such products
+        if rounded:
+            with pytest.raises(UserError, match="set_float32_matmul_precision"):
+                kernels.refuse_rounded_products(x)
+        else:
+            kernels.refuse_rounded_products(x)
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from taught.errors import UserError, out_of_memory, refuse
-from taught.model.kernels import outer_products, product
+from taught.model.kernels import outer_products, product, refuse_rounded_products
 from taught.model.layout import accepts, first_device, text_config
 from taught.model.parameters import flags_kept, moving_parameters
 
@@ -300,7 +300,9 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout; every module's own mode is restored on exit (also after an exception)."""
+    """No dropout, no rounded products; every module's own mode is restored on exit (also after an exception)."""
+    if (weight := next(model.parameters(), None)) is not None:
+        refuse_rounded_products(weight)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

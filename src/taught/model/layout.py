@@ -10,7 +10,8 @@ right, with no mask: what stands behind a token changes nothing for a causal mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,8 +69,16 @@ def takes_trees(model: nn.Module) -> bool:
 
 def accepts(model: nn.Module, name: str) -> bool:
     """Whether the model's forward pass has an argument of this name (or takes whatever it is given)."""
-    names = inspect.signature(model.forward).parameters
+    forward = getattr(model.forward, "__func__", None)  # of a class: looked at once
+    names = _arguments(model.forward) if forward is None else _arguments_once(forward)
     return name in names if "input_ids" in names else True
+
+
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+_arguments_once = cache(_arguments)
 
 
 def counts_positions(model: nn.Module) -> bool:
