@@ -60,14 +60,14 @@ from taught.validation.lds import lds_rows
 from taught.validation.subsets import Subsets
 
 REMOVED = ("random", "label", "bm25")  # baselines whose strongest examples are left out too
-GAUSS_NEWTON = "gauss-newton"  # the trajectory of steps without second derivatives
+HESSIANS = {"gauss-newton": "gauss-newton", "no-hessian": "none"}  # the run's steps without second derivatives
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--truth", type=Path, required=True)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--methods", default=f"adjoint,adjoint+ekfac,adjoint@steps,{GAUSS_NEWTON}")
+    parser.add_argument("--methods", default="adjoint,adjoint+ekfac,adjoint@steps,gauss-newton,no-hessian")
     parser.add_argument("--preset", default="refusal-smollm2")
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--planted", action="store_true", help="with the preset's planted pairs, labelled as refusals")
@@ -162,8 +162,8 @@ def main() -> None:
 
 def method_of(name: str) -> Method:
     """A method by its name."""
-    if name == GAUSS_NEWTON:
-        return Method(trajectory=Choice("steps", {"hessian": "gauss-newton", "smoothness": 0}))
+    if name in HESSIANS:
+        return Method(trajectory=Choice("steps", {"hessian": HESSIANS[name], "smoothness": 0}))
     return Method().named(name)
 
 

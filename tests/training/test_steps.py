@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from taught.study.schema import ValidationSpec
 from taught.training.loop import in_training, train
@@ -49,7 +50,9 @@ def derivative(recipe: Recipe, **options):
     return ids, np.array([own.sum() for own in shares])
 
 
-def derivatives(recipe: Recipe, *, name: str = "untied", eps_root: float = 0.0, exact: bool = True, budget: int = 512):
+def derivatives(
+    recipe: Recipe, *, name: str = "untied", eps_root: float = 0.0, hessian: str = "exact", budget: int = 512
+):
     """Ids, and for each example the parts of its tokens."""
     model = tiny_model(name)
     with in_training(model, recipe, None) as patterns:
@@ -67,7 +70,7 @@ def derivatives(recipe: Recipe, *, name: str = "untied", eps_root: float = 0.0, 
             }
             back, total = Back({**zeros, "weights": weights}), [np.zeros(z.n_scored) for z in training.inputs]
             for step in reversed(range(len(training))):
-                found = training.step_back(training.enter(states.load(step)), [back], exact=exact)
+                found = training.step_back(training.enter(states.load(step)), [back], hessian=hessian)
                 for i, own in zip(training.plan[step], found, strict=True):
                     total[i] += own[:, 0].numpy()
     return training.ids, total
@@ -123,9 +126,52 @@ def test_the_part_of_a_token_is_the_derivative_in_its_weight() -> None:
 def test_the_parts_of_tokens_of_both_recursions_tend_to_each_other() -> None:
     # One step: there is no Hessian behind it, so that both are the same, preferences and their signs too.
     recipe = replace(BASE, epochs=1, batch=8)
-    (_, one), (_, other) = (derivatives(recipe, eps_root=1e-6, exact=exact) for exact in (True, False))
+    (_, one), (_, other) = (
+        derivatives(recipe, eps_root=1e-6, hessian=hessian) for hessian in ("exact", "gauss-newton")
+    )
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw, clipped", "momentum"])
+def test_without_a_hessian_it_is_the_derivative_of_the_optimizer_s_rule_alone(name: str) -> None:
+    """Torch's own optimizer is given every gradient as it was in the run, but for the weights of the examples."""
+    recipe, step, model = RECIPES[name], 1e-6, tiny_model("untied")
+    ids, found = derivatives(recipe, hessian="none")
+    given: list[tuple[list[int], list[torch.Tensor]]] = []  # by step: the batch, each example's gradient
+    training = Training(model, examples(), recipe)
+    with training.ready():
+        state = training.begin()
+        for batch in training.plan:
+            each = [Training(model, [training.inputs[i]], recipe)._gradient(0) for i in batch]
+            given.append((batch, [torch.cat([g.flatten() for g in own.values()]) / len(batch) for own in each]))
+            training.advance(state)
+        slopes = torch.autograd.grad(functional(model), list(training.moving.values()), allow_unused=True)
+    q = torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for p, g in zip(training.moving.values(), slopes, strict=True)
+        ]
+    )
+    start = torch.cat([p.detach().flatten() for p in tiny_model("untied").parameters()])
+
+    def ended(weights: np.ndarray) -> float:
+        theta = nn.Parameter(start.clone())
+        if recipe.optimizer == "adamw":
+            optimizer = torch.optim.AdamW([theta], weight_decay=recipe.weight_decay)
+        else:
+            optimizer = torch.optim.SGD([theta], momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        for (batch, gradients), lr in zip(given, training.lrs, strict=True):
+            theta.grad = sum(float(weights[i]) * g for i, g in zip(batch, gradients, strict=True))
+            if recipe.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_([theta], recipe.max_grad_norm)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        return float(q @ theta.detach())
+
+    v = np.random.default_rng(1).standard_normal(len(ids))
+    numeric = (ended(1 + step * v) - ended(1 - step * v)) / (2 * step)
+    assert v @ [own.sum() for own in found] == pytest.approx(numeric, rel=1e-5)
 
 
 def test_the_derivative_goes_through_fresh_lora_layers() -> None:
@@ -164,7 +210,7 @@ def test_the_gauss_newton_product_is_the_sum_of_squared_gradients(name, budget) 
             up = {n: torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in training.moving.items()}
             zeros = {part: {n: torch.zeros_like(t) for n, t in of.items()} for part, of in state.parts.items()}
             back = Back({**zeros, "weights": {n: t.clone() for n, t in up.items()}})
-            found = training.step_back(training.enter(state.copy()), [back], exact=False)
+            found = training.step_back(training.enter(state.copy()), [back], hessian="gauss-newton")
             expected = {n: t.clone() for n, t in up.items()}
             for place, z in enumerate(training.plan[0]):
                 one = Training(model, [training.inputs[z]], recipe, patterns)

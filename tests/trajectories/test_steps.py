@@ -231,7 +231,7 @@ def test_what_check_says_of_a_step_is_what_it_computes(hessian, method, monkeypa
             state = training.begin()
             step = counted(lambda: training.advance(state.copy()))
             one, three = (
-                counted(lambda n=n: training.step_back(state, [Back(state.copy().parts)] * n, exact=hessian == "exact"))
+                counted(lambda n=n: training.step_back(state, [Back(state.copy().parts)] * n, hessian=hessian))
                 for n in (1, 3)
             )
     found = np.array([step, (three - one) / 2, one - (three - one) / 2]) / forward

@@ -274,15 +274,15 @@ class Training:
         if not all(bool(p.isfinite().all()) for p in self.moving.values()):
             raise diverged("weights are not finite", len(self), [self.ids[i] for i in self.plan[-1]])
 
-    def step_back(self, state: State, backs: Sequence[Back], *, exact: bool = True) -> list[Tensor]:
+    def step_back(self, state: State, backs: Sequence[Back], *, hessian: str = "exact") -> list[Tensor]:
         """Go back over the step that begins with ``state``; ``backs`` are changed in place.
 
         Parameters
         ----------
         state : before the step, entered; unchanged
         backs : K functionals behind the step
-        exact : whether H is the Hessian of the batch's loss; else (1/n) sum g_z g_z', without second derivatives
-            (AdamW-influence, arXiv 2605.18814)
+        hessian : what H is: ``exact``, the Hessian of the batch's loss; ``gauss-newton``, (1/n) sum g_z g_z', without
+            second derivatives (AdamW-influence, arXiv 2605.18814); ``none``, 0: later gradients stay as they were
 
         Returns
         -------
@@ -294,11 +294,11 @@ class Training:
         graphs: list[_Graph] = []
         with padding_rows(self.moving, self.model) as padding:
             for micro in self._micro(number):
-                if exact:
+                if hessian == "exact":
                     each, by_token = micro.by_token()
                     graphs.append((micro, each, self._slope(micro.loss + by_token, create_graph=True)))
                 else:
-                    graphs.append((micro, None, self._slope(micro.loss, retain_graph=True)))
+                    graphs.append((micro, None, self._slope(micro.loss, retain_graph=hessian != "none")))
         gradient = self._sum(own for _, _, own in graphs)
         clipped = _scaled(gradient, self._clip(gradient)[1])
         shape = (len(index), max(self.inputs[i].n_scored for i in index), len(backs))
@@ -307,10 +307,16 @@ class Training:
             up = self._through_rule(back, state, clipped)
             self._through_clip(up, gradient)
             last = column == len(backs) - 1
-            if exact:
+            if hessian == "exact":
                 self._through_loss(back, up, graphs, padding, found[..., column], last=last)
-            else:
-                self._through_products(back, up, graphs, found[..., column], last=last)
+                continue
+            for micro, _, _ in graphs:
+                shares = token_derivatives(self.model, micro.batch, up)
+                found[micro.index, : shares.shape[1], column] += shares.double().cpu() / len(index)
+                if hessian == "gauss-newton":
+                    products = shares.sum(1) * micro.weights
+                    summed = self._slope((micro.losses * products).sum(), retain_graph=not last)
+                    _add(back.parts["weights"].values(), summed)
         return [own[: self.inputs[i].n_scored] for i, own in zip(index, found, strict=True)]
 
     # The pieces of a step
@@ -428,16 +434,6 @@ class Training:
             shares, *second = torch.autograd.grad(product, inputs, retain_graph=not last, allow_unused=True)
             found[micro.index, : shares.shape[1]] += shares.double().cpu() / len(found)
             _add([*L.values(), *(L[row.name][row.index] for row in padding)], second)
-
-    def _through_products(
-        self, back: Back, up: Tensors, graphs: Sequence[_Graph], found: Tensor, *, last: bool
-    ) -> None:
-        """The same with (1/n) sum g_z g_z' in place of H."""
-        for micro, _, _ in graphs:
-            shares = token_derivatives(self.model, micro.batch, up)
-            found[micro.index, : shares.shape[1]] += shares.double().cpu() / len(found)
-            products = shares.sum(1) * micro.weights
-            _add(back.parts["weights"].values(), self._slope((micro.losses * products).sum(), retain_graph=not last))
 
 
 def refuse_other_trainers(recipe: Recipe) -> None:

@@ -11,7 +11,8 @@ The run is made from the model's weights by the study's recipe of retraining, it
 of the steps (or all of them, where they fit into memory), and it is gone through backward
 (:mod:`taught.training.steps`), with what lies between two kept states made again and compared bit by bit.
 
-``hessian: gauss-newton`` puts (1/n) sum g g' in the place of the batch's Hessian (AdamW-influence, arXiv 2605.18814).
+``hessian: gauss-newton`` puts (1/n) sum g g' in the place of the batch's Hessian (AdamW-influence, arXiv 2605.18814),
+``hessian: none`` puts 0 there: what is left is the optimizer's rule.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ PASSES = {
     ("exact", "lora"): (2.1, 2.4),
     ("gauss-newton", "full"): (3.0, 5.0),
     ("gauss-newton", "lora"): (2.1, 3.6),
+    ("none", "full"): (3.0, 3.0),
+    ("none", "lora"): (2.1, 2.8),
 }
 KEPT = "weights and the optimizer's state at every square root of the steps"
 
@@ -68,8 +71,10 @@ SMALL = 0.1  # h: by how much examples' weights are moved to see whether trainin
 class Steps:
     """The derivative of the trained model in every example's weight, step by step through the run."""
 
-    hessian: Literal["exact", "gauss-newton"] = setting(
-        "exact", rules.one_of("exact", "gauss-newton"), "exact (MAGIC) | gauss-newton: no second derivatives"
+    hessian: Literal["exact", "gauss-newton", "none"] = setting(
+        "exact",
+        rules.one_of("exact", "gauss-newton", "none"),
+        "exact (MAGIC) | gauss-newton: no second derivatives | none: later gradients stay as they were",
     )
     smoothness: int = setting(
         1,
@@ -218,7 +223,7 @@ class _Pass:
             self._replay(states, start, stop)
             for step in reversed(range(start, stop)):
                 state = training.enter(states.load(step))
-                own = training.step_back(state, backs, exact=self.how.hessian == "exact")
+                own = training.step_back(state, backs, hessian=self.how.hessian)
                 for i, added in zip(training.plan[step], own, strict=True):
                     values[starts[i] : starts[i + 1]] += added
                 if step != start:
