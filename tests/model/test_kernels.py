@@ -129,8 +129,9 @@ def test_without_the_operator_torchs_own_product_is_taken(monkeypatch: pytest.Mo
 def test_products_that_are_rounded_are_refused() -> None:
     module = nn.Linear(3, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for weight in (module.weight.double(), module.weight.bfloat16(), module.weight.to("meta")):
-            kernels.refuse_rounded_products(weight)  # float32 alone is rounded; no product is made of meta
+        for other in (module.double(), module.bfloat16(), nn.Linear(3, 3, device="meta"), nn.ReLU()):
+            kernels.refuse_rounded_products(other)  # float32 alone is rounded
+        module.float()
         with pytest.raises(UserError, match="float32"), evaluating(module):
             pass
     with evaluating(module):
@@ -145,8 +146,8 @@ def test_rounding_is_seen_whichever_way_it_was_asked_for() -> None:
         rounded = not torch.equal(product(x, torch.eye(256)), x)  # not every CPU has such products
         if rounded:
             with pytest.raises(UserError, match="set_float32_matmul_precision"):
-                kernels.refuse_rounded_products(x)
+                kernels.refuse_rounded_products(nn.Linear(3, 3))
         else:
-            kernels.refuse_rounded_products(x)
+            kernels.refuse_rounded_products(nn.Linear(3, 3))
     finally:
         torch.set_float32_matmul_precision(before)

@@ -301,8 +301,7 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout, no rounded products; every module's own mode is restored on exit (also after an exception)."""
-    if (weight := next(model.parameters(), None)) is not None:
-        refuse_rounded_products(weight)
+    refuse_rounded_products(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

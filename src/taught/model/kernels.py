@@ -48,27 +48,25 @@ def products_by() -> str:
     return "oneDNN" if _onednn() else "torch"
 
 
-def refuse_rounded_products(like: Tensor) -> None:
+def refuse_rounded_products(model: nn.Module) -> None:
     """Refuse float32 products that round their factors to bfloat16 or TF32, as scripts of training ask of torch.
-
-    Parameters
-    ----------
-    like : a weight of the model: its device and precision; only float32 can be rounded so
 
     Raises
     ------
     UserError
-        1 + 2^-20 times 1 is something else here: by ``torch.autocast``, or by torch's setting of float32 products.
+        The model has float32 weights, and where the first lies 1 + 2^-20 times 1 is something else: by
+        ``torch.autocast``, or by torch's setting of float32 products.
 
     Notes
     -----
     Tried on a product of 64 by 64, about 20 microseconds: torch has an old and a new way to set it, one refuses to be
     read where the other was used, and a backend may not follow either.
     """
-    if like.dtype != torch.float32 or like.device.type == "meta":
+    weights = (p for p in model.parameters() if p.dtype == torch.float32 and p.device.type != "meta")
+    if (weight := next(weights, None)) is None:
         return
-    x = torch.full((64, 64), 1 + 2.0**-20, device=like.device)
-    if not torch.equal((x @ torch.eye(64, device=like.device)).float(), x):
+    x = torch.full((64, 64), 1 + 2.0**-20, device=weight.device)
+    if not torch.equal((x @ torch.eye(64, device=weight.device)).float(), x):
         raise UserError(
             "products of float32 matrices are rounded here",
             rule="influence is a small difference: TF32 and bfloat16 keep 3 digits of each factor, float32 7",
