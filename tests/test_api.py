@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import taught
 from taught.errors import UserError
@@ -76,6 +77,15 @@ def test_dicts_and_a_model_in_memory_give_the_same(study, run, loaded, data):
     assert all((weights[name] == p).all() for name, p in model.named_parameters())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert model.training  # as it was given
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_that_records_no_gradients_gets_the_same(mode, study, loaded, data):
+    model, tokenizer = loaded
+    expected = taught.influence(model, *data, tokenizer=tokenizer)
+    with mode():
+        found = taught.influence(model, *data, tokenizer=tokenizer)
+    np.testing.assert_array_equal(found.values, expected.values)
 
 
 def test_with_an_sae_it_has_the_policy_of_a_run(study, run, loaded, data):

@@ -106,7 +106,13 @@ def influence(
     read = study_prompts(study, prompts)
     records, overlap = drop_overlap(records, read, study.examples.drop_overlap)
     data = without_repeats(study, Data(read, records, [example_id for example_id, _ in overlap]))
-    with evaluating(subject.loaded.model), plain_weights(subject.loaded.model):
+    own = subject.loaded.model
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluating(own),
+        plain_weights(own),
+    ):  # whatever a caller is in
         readings = read_here(study, subject, read, progress)
         ready = make_ready(study, subject, data, readings, progress)
         asked = TargetSet.of(wanted_targets(study, readings) if targets is None else targets, readings)

@@ -134,6 +134,12 @@ def test_products_that_are_rounded_are_refused() -> None:
         module.float()
         with pytest.raises(UserError, match="float32"), evaluating(module):
             pass
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with pytest.raises(UserError, match="set_default_dtype"):
+            kernels.refuse_rounded_products(module)
+    finally:
+        torch.set_default_dtype(torch.float32)
     with evaluating(module):
         assert not module.training
 

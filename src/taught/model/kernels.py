@@ -55,7 +55,7 @@ def refuse_rounded_products(model: nn.Module) -> None:
     ------
     UserError
         The model has float32 weights, and where the first lies 1 + 2^-20 times 1 is something else: by
-        ``torch.autocast``, or by torch's setting of float32 products.
+        ``torch.autocast``, by torch's setting of float32 products, or by a default type of tensors that is shorter.
 
     Notes
     -----
@@ -66,11 +66,12 @@ def refuse_rounded_products(model: nn.Module) -> None:
     if (weight := next(weights, None)) is None:
         return
     x = torch.full((64, 64), 1 + 2.0**-20, device=weight.device)
-    if not torch.equal((x @ torch.eye(64, device=weight.device)).float(), x):
+    if not bool(((x @ torch.eye(64, device=weight.device)).double() - 1 == 2.0**-20).all()):
         raise UserError(
             "products of float32 matrices are rounded here",
             rule="influence is a small difference: TF32 and bfloat16 keep 3 digits of each factor, float32 7",
-            fix="leave torch.autocast, and call torch.set_float32_matmul_precision('highest')",
+            fix="leave torch.autocast; call torch.set_float32_matmul_precision('highest') and "
+            "torch.set_default_dtype(torch.float32)",
         )
 
 
