@@ -107,12 +107,8 @@ def influence(
     records, overlap = drop_overlap(records, read, study.examples.drop_overlap)
     data = without_repeats(study, Data(read, records, [example_id for example_id, _ in overlap]))
     own = subject.loaded.model
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        evaluating(own),
-        plain_weights(own),
-    ):  # whatever a caller is in
+    # A caller may be in a mode that records no gradients.
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(own), plain_weights(own):
         readings = read_here(study, subject, read, progress)
         ready = make_ready(study, subject, data, readings, progress)
         asked = TargetSet.of(wanted_targets(study, readings) if targets is None else targets, readings)
