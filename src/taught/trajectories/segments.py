@@ -26,14 +26,20 @@ damped. A query is turned into the basis of a segment and back.
  - **Schedule**: eta K is the sum of the learning rates of the segment's steps.
  - **Momentum** mu: a gradient moves the weights by eta, mu eta, mu^2 eta, ...: in all eta / (1 - mu).
  - **Clipping**: a step's rate is eta c with c what its gradient was scaled by. That c depends on w is left out.
- - **AdamW** divides a step by sqrt(v) + eps =: 1 / P, v the second moments with bias correction on the mean over the
-   states, and its decay is not divided. A factor is 1 - eta (P H + lambda), so S = exp(-eta K (P H + lambda)) and
-   r = (1 - S)(H + lambda / P)^-1 grad L_z. As in the paper, in the exponential H is its diagonal h (so S is one number
-   a weight, exp(-eta K (P h + lambda))), and the inverse is EK-FAC's, with ``damping`` times the mean of Lambda and
-   with the layer's mean of lambda / P added. That v depends on w is left out.
+ - **AdamW** divides a step by sqrt(v) + eps =: 1 / P, v the second moments with bias correction, and its decay is not
+   divided. A factor is 1 - eta (P H + lambda), so S = exp(-eta K (P H + lambda)) and
+   r = (1 - S)(P H + lambda)^-1 P grad L_z. Here H is its diagonal, for all that moves, so that S and r are a number a
+   weight, and r tends to eta K P grad L_z where x = eta K (P h + lambda) is small. The diagonal is h = B v, with B the
+   examples of a step: the mean square of an example's gradient is at most that. (The paper has a diagonal in the
+   exponential and EK-FAC's damped inverse outside. Where x is small these do not cancel: what should be eta K P is
+   eta K P h (H + damping)^-1.)
+   v is taken on the mean over the states of the *whole* run, for two reasons. v is a mean over all steps so far, so it
+   says little of one segment. And while it is young its root is small and P large, but then what an example adds to v
+   takes back most of what it adds to the step; that v depends on w is left out. Where v is 0 at every state no
+   gradient has come, and P is 0.
 
-Only weights of linear layers inside the model's blocks have such an H. Everything else moves in training and has no
-part in the effects, as with the curvature ``ekfac``.
+With gradient descent only weights of linear layers inside the model's blocks have an H. Everything else moves in
+training and has no part in the effects, as with the curvature ``ekfac``.
 """
 
 from __future__ import annotations
@@ -42,7 +48,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import ClassVar
 
@@ -108,6 +114,7 @@ class Run:
     moving : names of the parameters that the run moved
     steps : how many there were; also the name of the last state
     decay : lambda of each parameter
+    batch : B, examples of a step, on the mean
     eps : Adam's epsilon; None: the optimizer is gradient descent
     """
 
@@ -117,19 +124,25 @@ class Run:
     moving: tuple[str, ...]
     steps: int
     decay: Mapping[str, float]
+    batch: float
     eps: float | None
 
     def enter(self, step: int) -> None:
         """Put the weights of a state into the model."""
         enter(self.model, self.states.load(step).parts["weights"])
 
-    def moments(self, segment: Segment) -> dict[str, Tensor]:
-        """Second moments on the mean over the states of a segment."""
+    @cached_property
+    def adam(self) -> tuple[dict[str, Tensor], Layers]:
+        """P and the diagonal of H, from the second moments on the mean over all states."""
         total: dict[str, Tensor] = {}
-        for step in segment.states:
-            for name, v in self.states.load(step).parts["second"].items():
-                total[name] = total[name] + v if name in total else v
-        return {name: v / len(segment.states) for name, v in total.items()}
+        steps = [step for segment in self.segments for step in segment.states]
+        for step in steps:
+            for name, of in self.states.load(step).parts["second"].items():
+                total[name] = total[name] + of if name in total else of
+        v = {name: of / len(steps) for name, of in total.items()}
+        assert self.eps is not None
+        P = {name: torch.where(of > 0, 1 / (of.sqrt() + self.eps), 0.0) for name, of in v.items()}
+        return P, Layers({}, {name: self.batch * of for name, of in v.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,35 +151,23 @@ class Response:
 
     Attributes
     ----------
-    moved : metrics that, one after the other, make (1 - S)(H + lambda)^-1 q
+    moved : makes P (1 - S)(P H + lambda)^-1 q, P = 1 with gradient descent
     survives : makes S q
     """
 
-    moved: tuple[Metric, ...]
+    moved: Metric
     survives: Metric
 
     @classmethod
-    def descent(cls, layers: Layers, rate: float, decay: Mapping[str, float]) -> Response:
-        """By gradient descent at a rate eta K."""
-        x = {name: rate * (s + decay[name]) for name, s in layers.eigenvalues.items()}
-        moved = {name: torch.where(of > 0, -torch.expm1(-of) / of, 1.0) * rate for name, of in x.items()}
-        survives = {name: torch.exp(-of) for name, of in x.items()}
-        return cls((Metric(moved, layers.basis),), Metric(survives, layers.basis))
-
-    @classmethod
-    def adam(
-        cls, layers: Layers, rate: float, decay: Mapping[str, float], roots: Mapping[str, Tensor], damping: float
-    ) -> Response:
-        """By AdamW; ``roots`` are 1 / P = sqrt(v) + eps."""
-        moved, inverse, survives = {}, {}, {}
+    def of(cls, layers: Layers, rate: float, decay: Mapping[str, float], scale: Mapping[str, Tensor]) -> Response:
+        """At a rate eta K; ``scale`` is P of AdamW, whose curvature has the parameters' own basis."""
+        basis, moved, survives = layers.basis or None, {}, {}
         for name, s in layers.eigenvalues.items():
-            rows, columns = layers.basis[name]
-            h = rows.square() @ s @ columns.square().T
-            x = rate * (h / roots[name] + decay[name])
-            moved[name], survives[name] = -torch.expm1(-x), torch.exp(-x)
-            damped = s + damping * s.mean() + decay[name] * roots[name].mean()
-            inverse[name] = torch.where(damped > 0, 1 / damped, 0.0)  # no gradient reaches a layer without a curvature
-        return cls((Metric(moved), Metric(inverse, layers.basis)), Metric(survives))
+            P = scale[name].to(s) if scale else torch.ones_like(s)
+            x = rate * (P * s + decay[name])
+            moved[name] = torch.where(x > 0, -torch.expm1(-x) / x, 1.0) * rate * P
+            survives[name] = torch.exp(-x)
+        return cls(Metric(moved, basis), Metric(survives, basis))
 
 
 @TRAJECTORIES.register("segments")
@@ -176,8 +177,7 @@ class Segments:
 
     segments: int = setting(3, rules.whole(1), "so many parts of the run have a curvature each")
     checkpoints: int = setting(2, rules.whole(1), "states of a segment that its gradients and curvature are means over")
-    damping: float = setting(0.1, rules.number(above=0), "with AdamW, added to eigenvalues, as a share of their mean")
-    seed: int = setting(0, rules.whole(0), "of the labels that are drawn from the model")
+    seed: int = setting(0, rules.whole(0), "of the labels that are drawn from the model, with SGD")
     run: str | None = setting(
         None, rules.optional(rules.folder()), "a run that taught.Record wrote, and all its states; null: it is made"
     )
@@ -193,8 +193,8 @@ class Segments:
     def follow(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
         """Train, keep a few states, read the final model, go back a segment at a time.
 
-        Cost: a training; for each kept state a curvature by EK-FAC and one pass of gradients over the examples; one
-        query a target.
+        Cost: a training; for each kept state one pass of gradients over the examples, and with gradient descent a
+        curvature by EK-FAC; one query a target.
 
         Raises
         ------
@@ -234,7 +234,8 @@ class Segments:
             work.progress.note(_clipped(scaled, run.steps))
         parts = recorded_segments(run, self.segments)
         with restored(problem.model, run.moving):
-            made = Run(parts, run, problem.model, run.moving, run.steps, run.decay, run.eps)
+            batch = len(run.arrays["rows"]) / run.steps
+            made = Run(parts, run, problem.model, run.moving, run.steps, run.decay, batch, run.eps)
             yield made, replace(problem, parameters=run.parameters(problem)), run.weighted(examples)
 
     @contextmanager
@@ -262,6 +263,7 @@ class Segments:
                     tuple(training.moving),
                     len(training),
                     dict.fromkeys(training.moving, recipe.weight_decay),
+                    sum(map(len, training.plan)) / len(training),
                     EPS if recipe.optimizer == "adamw" else None,
                 )
                 p_z, N = training.shares(), len(examples)
@@ -269,24 +271,24 @@ class Segments:
                 yield run, replace(problem, parameters=None if patterns is None else tuple(patterns)), seen
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
-        """A training, a curvature and a pass of gradients for each state, and a query for each target."""
-        curvature, one = Ekfac(), Passes(problem, examples).examples
+        """A training, for each state a pass of gradients, with SGD a curvature, and a query for each target."""
+        one, moving = Passes(problem, examples).examples, self._moving(problem)
         recorded = None if self.run is None else Recorded.open(self.run)
         there = self.segments * self.checkpoints if recorded is None else len(recorded.states)
-        moving = moving_parameters(problem.model, curvature.curved(problem)).values()
-        products = 2.0 * len(examples) * asked.queries * sum(p.numel() for p in moving)
+        products = 2.0 * len(examples) * asked.queries * sum(p.numel() for p in moving.values())
+        curvature = 0.0 if self._adam(problem) else Ekfac().cost(problem, examples, asked)["curvature"]
         return {
             **({"training": 3 * one * known_recipe(problem).epochs} if recorded is None else {}),
-            "curvature": there * curvature.cost(problem, examples, asked)["curvature"],
+            **({"curvature": there * curvature} if curvature else {}),
             "gradients": there * (3 * one + products),
             "targets": (2 + 3 * asked.queries) * Passes(problem, examples).trees,
         }
 
     def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:
         """Queries, a curvature with what it makes of them, and states; states, and the curvatures, on the disk."""
-        curvature = Ekfac()
-        curved = moving_parameters(problem.model, curvature.curved(problem))
-        weights, numbers = sum(p.numel() for p in curved.values()), curvature.numbers(problem)
+        curved = self._moving(problem)
+        weights = sum(p.numel() for p in curved.values())
+        numbers = weights if self._adam(problem) else Ekfac().numbers(problem)  # P and H; a curvature, twice
         if self.run is None:
             recipe = known_recipe(problem)
             size = moving_bytes(problem, recipe) * (2 if recipe.optimizer == "adamw" else 1)
@@ -296,7 +298,16 @@ class Segments:
             size, on_disk, states = 3 * sum(p.numel() * p.element_size() for p in problem.model.parameters()), 0, 0
         held = min(asked.queries, _at_once(replace(problem, parameters=tuple(curved))))
         memory = 4 * (2 * held * weights + 2 * numbers + 3 * weights) + size
-        return memory + states, on_disk + 4 * self.segments * numbers
+        return memory + states, on_disk + (0 if self._adam(problem) else 4 * self.segments * numbers)
+
+    def _adam(self, problem: Problem) -> bool:
+        """Whether the run is one of AdamW."""
+        return known_recipe(problem).optimizer == "adamw" if self.run is None else Recorded.open(self.run).adam
+
+    def _moving(self, problem: Problem) -> dict[str, nn.Parameter]:
+        """What the effects go through."""
+        curved = problem.parameters if self._adam(problem) else curved_layers(problem.model, problem.parameters)
+        return moving_parameters(problem.model, curved)
 
 
 def segment_states(steps: int, segments: int, checkpoints: int) -> list[tuple[range, tuple[int, ...]]]:
@@ -405,12 +416,13 @@ class _Pass:
     def values(self) -> np.ndarray:
         """dF/dw of every example and every direct target: float64 [P, K]."""
         run, work = self.run, self.work
-        curved = curved_layers(self.problem.model, self.problem.parameters)
-        work.progress.note(
-            f"EK-FAC: the effects are those through {len(curved)} linear layers of the blocks; "
-            f"{len(run.moving) - len(curved)} other tensors that move have no curvature and no part in them"
-        )
-        self.problem = replace(self.problem, parameters=curved)
+        if run.eps is None:
+            curved = curved_layers(self.problem.model, self.problem.parameters)
+            work.progress.note(
+                f"EK-FAC: the effects are those through {len(curved)} linear layers of the blocks; "
+                f"{len(run.moving) - len(curved)} other tensors that move have no curvature and no part in them"
+            )
+            self.problem = replace(self.problem, parameters=curved)
         run.enter(run.steps)
         ended = read_trained(self.problem, self.targets)
         names, room, parts = self.targets.direct, _at_once(self.problem), []
@@ -427,10 +439,10 @@ class _Pass:
         count = some.stop - some.start
         values = torch.zeros(len(self.examples), count, dtype=torch.float64)
         for number, segment in reversed(list(enumerate(self.run.segments))):
-            response = self._response(number)
+            scale, layers = ({}, self._layers(number)) if self.run.eps is None else self.run.adam
+            response = Response.of(layers, segment.rate, self.run.decay, scale)
             moved: Queries = {name: q.clone() for name, q in queries.items()}
-            for metric in response.moved:
-                metric.solve_queries(moved)
+            response.moved.solve_queries(moved)
             key = f"segment {number} targets {some.start} {some.stop}"
             values += kept(self.work.pieces, key, partial(self._contract, number, segment, moved, count))
             survived: Queries = {**queries}  # the same tensors: they are divided in place
@@ -450,16 +462,8 @@ class _Pass:
                 total += contract_examples(problem, sites, self.examples, queries, count, progress)[0]
         return total
 
-    def _response(self, number: int) -> Response:
-        run, segment, layers = self.run, self.run.segments[number], self._layers(number)
-        if run.eps is None:
-            return Response.descent(layers, segment.rate, run.decay)
-        moments = run.moments(segment)
-        roots = {name: moments[name].to(s).sqrt() + run.eps for name, s in layers.eigenvalues.items()}
-        return Response.adam(layers, segment.rate, run.decay, roots, self.how.damping)
-
     def _layers(self, number: int) -> Layers:
-        """The curvature of a segment: fitted once, and kept as a piece or in memory."""
+        """The curvature of a segment of gradient descent: fitted once, and kept as a piece or in memory."""
         pieces, key = self.work.pieces, piece_key("segment curvature", str(number))
         found = None if pieces is None else pieces.load(key)
         if found is not None:
