@@ -52,6 +52,8 @@ class Trajectory(Protocol):
 
     Notes
     -----
+    It may have ``asks``: what it answers and when another is better, in a sentence that ``taught check`` shows.
+
     One that rests on a run of its own may have ``seen(problem, examples, work)``: the examples as that run saw them. It
     raises a UserError where the run is of another model or of other examples. It is called before anything is
     computed, and by ``taught check``.
@@ -97,6 +99,10 @@ class Base:
 
     single = True
     carries = False
+    asks = (
+        "what one step on an example does. What a whole training run did: --set attribution.trajectory=segments, or "
+        "=steps, which is exact and takes several trainings"
+    )
 
     def refuses(self, curvature: Curvature) -> str | None:
         """Goes with everything."""

@@ -204,6 +204,8 @@ def _estimate(
         if str(error) not in report.problems:
             report.problems.append(str(error))
         return
+    if hasattr(along, "asks"):
+        report.add("question", along.asks)
     said, minutes = _operations(cost, "floating point operations", subject)
     report.add("cost", said)
     if "features" in cost:

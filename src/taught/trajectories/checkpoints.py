@@ -54,6 +54,9 @@ class Checkpoints:
     )
     single: ClassVar[bool] = False
     carries: ClassVar[bool] = False
+    asks: ClassVar[str] = (
+        "what one step at each checkpoint does, added up. What a run did: --set attribution.trajectory=segments"
+    )
 
     def __post_init__(self) -> None:
         if self.run is not None and self.checkpoints:

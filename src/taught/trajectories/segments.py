@@ -183,6 +183,10 @@ class Segments:
     )
     single: ClassVar[bool] = False
     carries: ClassVar[bool] = True
+    asks: ClassVar[str] = (
+        "what the training run did, nearly. Exact, in several trainings, and only of a run by the study's recipe: "
+        "--set attribution.trajectory=steps"
+    )
 
     def refuses(self, curvature: Curvature) -> str | None:
         """A segment has a curvature of its own."""

@@ -85,6 +85,16 @@ class Steps:
     single: ClassVar[bool] = False
     carries: ClassVar[bool] = True
 
+    @property
+    def asks(self) -> str:
+        """What it answers, and when another is better."""
+        if self.hessian != "exact":
+            return "what the training run did, nearly. Exact: --set attribution.trajectory.hessian=exact"
+        return (
+            "what the training run did, exactly. Cheaper and less exact: --set attribution.trajectory.hessian=none "
+            "(half the cost of a target), or --set attribution.trajectory=segments"
+        )
+
     def refuses(self, curvature: Curvature) -> str | None:
         """The run's own optimizer is followed: no other metric has a place in it."""
         if not isinstance(curvature, Identity):
