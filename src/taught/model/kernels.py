@@ -65,8 +65,10 @@ def refuse_rounded_products(model: nn.Module) -> None:
     weights = (p for p in model.parameters() if p.dtype == torch.float32 and p.device.type != "meta")
     if (weight := next(weights, None)) is None:
         return
-    x = torch.full((64, 64), 1 + 2.0**-20, device=weight.device)
-    if not bool(((x @ torch.eye(64, device=weight.device)).double() - 1 == 2.0**-20).all()):
+    one = torch.eye(64, dtype=torch.float32, device=weight.device)
+    x = torch.full_like(one, 1 + 2.0**-20)
+    exact = torch.equal((x @ one).float(), x)
+    if not exact or torch.get_default_dtype().itemsize < x.dtype.itemsize:
         raise UserError(
             "products of float32 matrices are rounded here",
             rule="influence is a small difference: TF32 and bfloat16 keep 3 digits of each factor, float32 7",
