@@ -71,7 +71,6 @@ def main() -> None:
         print(f"{term:10} LDS {stats.spearmanr(predicted, moved)[0]:.3f} over {len(sets)} sets")
 
 
-@torch.no_grad()
 def terms(training: Training, states: States, q: Tensors) -> dict[str, dict[str, float]]:
     """Each term for every example, by id; changes of the target but for a factor that all examples share."""
     steps = len(training)
@@ -92,8 +91,7 @@ def terms(training: Training, states: States, q: Tensors) -> dict[str, dict[str,
         ups["own step"] = {n: -p * q[n] for n, p in behind.items()}
         ups["whole run"] = {n: -p * q[n] for n, p in mean.items()}
         for i in training.plan[step]:
-            with torch.enable_grad():
-                own = Training(training.model, [training.inputs[i]], training.recipe)._gradient(0)
+            own = Training(training.model, [training.inputs[i]], training.recipe)._gradient(0)
             for term, up in ups.items():
                 value = sum(float(torch.dot(own[n].flatten(), up[n].flatten())) for n in own)
                 found[term][training.ids[i]] = found[term].get(training.ids[i], 0.0) + value
