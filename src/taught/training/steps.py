@@ -62,7 +62,8 @@ class State:
     Attributes
     ----------
     step : steps made so far
-    parts : ``weights``; ``first`` (AdamW's m, SGD's buffer); ``second`` (AdamW's v; none for SGD)
+    parts : ``weights``; ``first`` (AdamW's m, SGD's buffer); ``second`` (AdamW's v; none for SGD); where the state was
+        kept by a step, ``gradient`` of that step's loss, not clipped
     """
 
     step: int
@@ -125,7 +126,7 @@ class States:
         with open(self._file(step), "rb") as file:
             for name in self._names[step]:
                 part, _, own = name.partition(" ")
-                found.parts[part][own] = torch.from_numpy(np.load(file, allow_pickle=False))
+                found.parts.setdefault(part, {})[own] = torch.from_numpy(np.load(file, allow_pickle=False))
         return found
 
     def drop(self, step: int) -> None:
@@ -145,16 +146,12 @@ class Micro:
 
     Attributes
     ----------
-    batch : the examples
-    index : their places in the step's batch
     terms : [B, J], what each scored token adds to its example's sum
     losses : [B]
     slopes : [B], how a loss changes with the example's sum
     weights : [B], of the losses in that of the step
     """
 
-    batch: ExampleBatch
-    index: list[int]
     terms: Tensor
     losses: Tensor
     slopes: Tensor
@@ -169,9 +166,6 @@ class Micro:
         """Zeros e [B, J], and sum_ij e_ij f'(s_i) l_ij: its derivative in e is the part of a token in its loss."""
         each = torch.zeros_like(self.terms, requires_grad=True)
         return each, (each * self.slopes[:, None] * self.terms).sum()
-
-
-_Graph = tuple[Micro, Tensor | None, Gradient]  # examples, zeros for their tokens, their gradient, with its graph
 
 
 @dataclass(eq=False)
@@ -249,9 +243,14 @@ class Training:
             p.copy_(state.parts["weights"][name])
         return State(state.step, {**state.parts, "weights": {n: p.detach() for n, p in self.moving.items()}})
 
-    def advance(self, state: State) -> float:
-        """Make one step, in place; what its gradient was scaled down by (1 where it was not clipped)."""
+    def advance(self, state: State, states: States | None = None) -> float:
+        """Make one step, in place; what its gradient was scaled down by (1 where it was not clipped).
+
+        The state before it is kept in ``states``, with the gradient.
+        """
         gradient = self._gradient(state.step)
+        if states is not None:
+            states.save(State(state.step, {**state.parts, "gradient": gradient}))
         _, share = self._clip(gradient)
         self._move(state, _scaled(gradient, share))
         return share
@@ -260,9 +259,7 @@ class Training:
         """All steps from the model's weights to the state behind them; every ``every``-th is kept, and the last."""
         state = self.begin()
         for step in range(len(self)):
-            if states is not None and step % every == 0:
-                states.save(state)
-            self.advance(state)
+            self.advance(state, states if step % every == 0 else None)
             (progress or SilentProgress()).advance(1)
         self.check_finite()
         if states is not None:
@@ -279,7 +276,7 @@ class Training:
 
         Parameters
         ----------
-        state : before the step, entered; unchanged
+        state : before the step, kept by it, entered; unchanged
         backs : K functionals behind the step
         hessian : what H is: ``exact``, the Hessian of the batch's loss; ``gauss-newton``, (1/n) sum g_z g_z', without
             second derivatives (AdamW-influence, arXiv 2605.18814); ``none``, 0: later gradients stay as they were
@@ -289,50 +286,42 @@ class Training:
         For each example of the batch float64 [scored tokens, K]: what each token adds to the example's dF/dw by this
         step alone, in the order of ``Example.scored``.
         """
-        number = state.step
-        index = self.plan[number]
-        graphs: list[_Graph] = []
-        with padding_rows(self.moving, self.model) as padding:
-            for micro in self._micro(number):
-                if hessian == "exact":
-                    each, by_token = micro.by_token()
-                    graphs.append((micro, each, self._slope(micro.loss + by_token, create_graph=True)))
-                else:
-                    graphs.append((micro, None, self._slope(micro.loss, retain_graph=hessian != "none")))
-        gradient = self._sum(own for _, _, own in graphs)
-        clipped = _scaled(gradient, self._clip(gradient)[1])
+        number, index, gradient = state.step, self.plan[state.step], state.parts["gradient"]
+        clipped, ups = _scaled(gradient, self._clip(gradient)[1]), []
+        for back in backs:
+            ups.append(self._through_rule(back, state, clipped))
+            self._through_clip(ups[-1], gradient)
         shape = (len(index), max(self.inputs[i].n_scored for i in index), len(backs))
         found = torch.zeros(shape, dtype=torch.float64)
-        for column, back in enumerate(backs):
-            up = self._through_rule(back, state, clipped)
-            self._through_clip(up, gradient)
-            last = column == len(backs) - 1
-            if hessian == "exact":
-                self._through_loss(back, up, graphs, padding, found[..., column], last=last)
-                continue
-            for micro, _, _ in graphs:
-                shares = token_derivatives(self.model, micro.batch, up)
-                found[micro.index, : shares.shape[1], column] += shares.double().cpu() / len(index)
-                if hessian == "gauss-newton":
-                    products = shares.sum(1) * micro.weights
-                    summed = self._slope((micro.losses * products).sum(), retain_graph=not last)
-                    _add(back.parts["weights"].values(), summed)
+        with padding_rows(self.moving, self.model) as padding:
+            for batch, places in self._batches(number):
+                if hessian == "none":
+                    columns: Iterable[Tensor] = (token_derivatives(self.model, batch, up) for up in ups)
+                elif hessian == "gauss-newton":
+                    columns = self._through_squares(self._micro(number, batch, places), batch, ups, backs)
+                else:
+                    columns = self._through_loss(self._micro(number, batch, places), padding, ups, backs)
+                for k, shares in enumerate(columns):
+                    found[places, : shares.shape[1], k] = shares.double().cpu() / len(index)
         return [own[: self.inputs[i].n_scored] for i, own in zip(index, found, strict=True)]
 
     # The pieces of a step
 
-    def _micro(self, number: int) -> Iterator[Micro]:
-        batch = [self.inputs[i] for i in self.plan[number]]
-        for index in batch_indices(batch, self.batch_tokens):
-            made = make_batch(batch, index)
-            terms = made.terms(self.model)
-            sums = terms.sum(1)
-            losses = made.linked(sums)
-            if not bool(losses.isfinite().all()):
-                raise diverged("a loss is not finite", number + 1, [batch[i].id for i in index])
-            places = [self.plan[number][i] for i in index]
-            weights = losses.new_ones(len(index)) if self.weights is None else self.weights[places].to(losses)
-            yield Micro(made, index, terms, losses, made.slopes(sums), weights / len(batch))
+    def _batches(self, number: int) -> Iterator[tuple[ExampleBatch, list[int]]]:
+        """A step's examples in parts that go through the model together, and their places in its batch."""
+        examples = [self.inputs[i] for i in self.plan[number]]
+        for places in batch_indices(examples, self.batch_tokens):
+            yield make_batch(examples, places), places
+
+    def _micro(self, number: int, batch: ExampleBatch, places: Sequence[int]) -> Micro:
+        terms = batch.terms(self.model)
+        sums = terms.sum(1)
+        losses = batch.linked(sums)
+        index = [self.plan[number][i] for i in places]
+        if not bool(losses.isfinite().all()):
+            raise diverged("a loss is not finite", number + 1, [self.ids[i] for i in index])
+        weights = losses.new_ones(len(index)) if self.weights is None else self.weights[index].to(losses)
+        return Micro(terms, losses, batch.slopes(sums), weights / len(self.plan[number]))
 
     def _slope(self, loss: Tensor, *, create_graph: bool = False, retain_graph: bool | None = None) -> Gradient:
         """Derivative in the moving parameters."""
@@ -351,7 +340,7 @@ class Training:
         return {name: total[name] if name in total else torch.zeros_like(p) for name, p in self.moving.items()}
 
     def _gradient(self, number: int) -> Tensors:
-        return self._sum(self._slope(micro.loss) for micro in self._micro(number))
+        return self._sum(self._slope(self._micro(number, *some).loss) for some in self._batches(number))
 
     def _clip(self, gradient: Tensors) -> tuple[float, float]:
         """Norm of a gradient, where gradients are clipped, and what it is multiplied by."""
@@ -415,25 +404,30 @@ class Training:
             one.mul_(share).sub_(gradient[name], alpha=share * along / (norm * (norm + _CLIP_EPS)))
 
     def _through_loss(
-        self,
-        back: Back,
-        up: Tensors,
-        graphs: Sequence[_Graph],
-        padding: Sequence[PaddingRow],
-        found: Tensor,
-        *,
-        last: bool,
-    ) -> None:
-        """Add H Lg to L, and each token's part of grad l . Lg / n to what is found [n, J]."""
-        L = back.parts["weights"]
-        for micro, each, own in graphs:
-            assert each is not None
-            inputs = [each, *self.moving.values(), *(row.leaf for row in padding)]
-            parts = [(g * one).sum() for g, one in zip(own, up.values(), strict=True) if g is not None]
+        self, micro: Micro, padding: Sequence[PaddingRow], ups: Sequence[Tensors], backs: Sequence[Back]
+    ) -> Iterator[Tensor]:
+        """Add H Lg to each L; for each, what a token has in grad l . Lg, [B, J]."""
+        each, by_token = micro.by_token()
+        gradient = self._slope(micro.loss + by_token, create_graph=True)
+        inputs = [each, *self.moving.values(), *(row.leaf for row in padding)]
+        for up, back in zip(ups, backs, strict=True):
+            L = back.parts["weights"]
+            parts = [(g * one).sum() for g, one in zip(gradient, up.values(), strict=True) if g is not None]
             product = torch.stack([part.to(parts[0].device) for part in parts]).sum()
-            shares, *second = torch.autograd.grad(product, inputs, retain_graph=not last, allow_unused=True)
-            found[micro.index, : shares.shape[1]] += shares.double().cpu() / len(found)
+            shares, *second = torch.autograd.grad(product, inputs, retain_graph=up is not ups[-1], allow_unused=True)
             _add([*L.values(), *(L[row.name][row.index] for row in padding)], second)
+            yield shares
+
+    def _through_squares(
+        self, micro: Micro, batch: ExampleBatch, ups: Sequence[Tensors], backs: Sequence[Back]
+    ) -> Iterator[Tensor]:
+        """The same, with (1/n) sum g_z g_z' for H."""
+        for up, back in zip(ups, backs, strict=True):
+            L = back.parts["weights"]
+            shares = token_derivatives(self.model, batch, up)
+            products = shares.sum(1) * micro.weights
+            _add(L.values(), self._slope((micro.losses * products).sum(), retain_graph=up is not ups[-1]))
+            yield shares
 
 
 def refuse_other_trainers(recipe: Recipe) -> None:

@@ -41,6 +41,7 @@ from taught.estimators.cost import Asked, Passes
 from taught.model.gradients import refuse_detached
 from taught.run.pieces import piece_key
 from taught.training.loop import in_training
+from taught.training.recipe import Recipe
 from taught.training.steps import Back, States, Training, named, same_bits
 from taught.trajectories.trained import (
     known_recipe,
@@ -51,17 +52,18 @@ from taught.trajectories.trained import (
     trained_queries,
 )
 
-# Forward passes over the examples that a step takes, and the way back over it for each target, as counted. Fresh
-# LoRA layers need no gradients of the weights that stay.
+# Forward passes over the examples, as counted: of a step of training, and of the way back over it, once and for each
+# target. Fresh LoRA layers need no gradients of the weights that stay.
+TRAINED = {"full": 3.0, "lora": 2.1}
 PASSES = {
     ("exact", "full"): (3.0, 6.0),
     ("exact", "lora"): (2.1, 2.4),
-    ("gauss-newton", "full"): (3.0, 5.0),
-    ("gauss-newton", "lora"): (2.1, 3.6),
-    ("none", "full"): (3.0, 3.0),
-    ("none", "lora"): (2.1, 2.8),
+    ("gauss-newton", "full"): (1.0, 5.0),
+    ("gauss-newton", "lora"): (1.0, 3.6),
+    ("none", "full"): (0.0, 3.0),
+    ("none", "lora"): (0.0, 2.8),
 }
-KEPT = "weights and the optimizer's state at every square root of the steps"
+KEPT = "weights, gradient and the optimizer's state at every square root of the steps"
 
 SMALL = 0.1  # h: by how much examples' weights are moved to see whether training is smooth
 
@@ -109,8 +111,9 @@ class Steps:
     def follow(self, problem: Problem, examples: Examples, targets: TargetSet, work: Work) -> Scores:
         """Train, read the final model, go back.
 
-        Cost: a training, its replay (where not all states are kept) and one more for the gradients on the way back; two
-        for each target, of LoRA layers 1.2; two for each direction of ``smoothness``.
+        Cost: a training, its replay (where not all states are kept) and one more on the way back; two for each target,
+        of LoRA layers 1.2; two for each direction of ``smoothness``. Without a Hessian the way back is one for each
+        target and nothing more.
 
         Raises
         ------
@@ -141,13 +144,13 @@ class Steps:
         """A training, its replay where states are made again, and the way back for each target."""
         recipe = known_recipe(problem)
         one = Passes(problem, examples).examples * recipe.epochs
-        step, each = PASSES[self.hessian, recipe.method]
+        training, (once, each) = TRAINED[recipe.method] * one, PASSES[self.hessian, recipe.method]
         replayed = self.bytes(problem, examples, asked)[1] > 0
         return {
-            "training": step * one,
-            **({"replay": step * one} if replayed else {}),
-            "smoothness": 2 * self.smoothness * step * one,
-            "steps back": (step + each * asked.queries) * one,
+            "training": training,
+            **({"replay": training} if replayed else {}),
+            "smoothness": 2 * self.smoothness * training,
+            "steps back": (once + each * asked.queries) * one,
             "targets": (2 + 3 * asked.queries) * Passes(problem, examples).trees,
         }
 
@@ -155,14 +158,18 @@ class Steps:
         """States, a step's own tensors and the derivatives of targets; states on the disk."""
         recipe = known_recipe(problem)
         weights = moving_bytes(problem, recipe)
-        size = weights * (3 if recipe.optimizer == "adamw" else 2)
+        size = _kept_bytes(weights, recipe)
         steps = recipe.epochs * math.ceil(len(examples) / recipe.batch)
         on_disk = spacing(steps, size, problem.memory_gb)[1]
         held = min(asked.queries, _at_once(size, problem.memory_gb))
         shares = 8 * asked.queries * sum(z.n_scored for z in examples)
-        return 2 * size + 3 * weights + held * (size + weights) + shares + (
-            0 if on_disk else (steps + 1) * size
-        ), on_disk
+        states = 0 if on_disk else (steps + 1) * size
+        return size + 2 * weights + held * size + shares + states, on_disk
+
+
+def _kept_bytes(weights: int, recipe: Recipe) -> int:
+    """Of a state, and of a target's derivatives on the way back: weights, gradient, the optimizer's state."""
+    return weights * (4 if recipe.optimizer == "adamw" else 3)
 
 
 def spacing(steps: int, size: int, memory_gb: float) -> tuple[int, int]:
@@ -179,7 +186,7 @@ def spacing(steps: int, size: int, memory_gb: float) -> tuple[int, int]:
 
 def _at_once(size: int, memory_gb: float) -> int:
     """How many targets go back through a run together."""
-    return max(1, int(memory_gb * GB // (2 * size)))
+    return max(1, int(memory_gb * GB // (1.5 * size)))
 
 
 @dataclass(eq=False)
@@ -197,7 +204,8 @@ class _Pass:
 
         Beside it, direction by direction, how smooth training is (:meth:`_smooth`).
         """
-        training, steps, size = self.training, len(self.training), self.training.begin().bytes
+        training, steps = self.training, len(self.training)
+        size = _kept_bytes(sum(p.numel() * p.element_size() for p in training.moving.values()), training.recipe)
         every, on_disk = spacing(steps, size, self.problem.memory_gb)
         with states_folder(self.work.folder, on_disk, KEPT) as folder:
             states = States(folder)
@@ -288,9 +296,7 @@ class _Pass:
             return
         state = training.enter(states.load(start))
         while state.step < stop:
-            if state.step != start:
-                states.save(state)
-            training.advance(state)
+            training.advance(state, states if state.step != start else None)
         differs = same_bits(state.parts["weights"], states.load(stop).parts["weights"])
         if differs is not None:
             raise UserError(
