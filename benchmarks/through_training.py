@@ -11,9 +11,10 @@ examples spread over the ranking by ids; with ``--orders 2`` all of it once more
 says how much of a change belongs to the run and not to the data. It is kept in FILE, and not made again; targets may be
 some of those that FILE is about. Without ``score`` and ``coefficients`` no SAE is read, and sketches are of y alone.
 
-Compared with it is, for every target, minus the sum of a method's scores over what was left out. Targets are by default
-the mean behavior of each group; ``coefficients`` are the ten largest of the policy at the base model, and with them and
-``score`` the preset's SAE is read. ``--ask`` asks the methods for some of the targets only.
+Compared with it is, for every target, minus the sum of a method's scores over what was left out. Methods have the names
+that a run gives them (adjoint+ekfac, adjoint@steps), or one of :data:`NAMED`. Targets are by default the mean behavior
+of each group; ``coefficients`` are the ten largest of the policy at the base model, and with them and ``score`` the
+preset's SAE is read. ``--ask`` asks the methods for some of the targets only.
 Beside the methods stand those of :data:`taught.baselines.BASELINES` (label: refusals left out; response-length: their
 tokens; BM25, loss, ...). Linear datamodelling score (LDS): rank correlation over the sets, with a bootstrap interval
 over sets; controlled: given labels and tokens. With ``--remove TARGET`` the model is also trained without the examples
@@ -60,8 +61,12 @@ from taught.validation.lds import lds_rows
 from taught.validation.subsets import Subsets
 
 REMOVED = ("random", "label", "bm25")  # baselines whose strongest examples are left out too
-# the run's steps by what stands for the Hessian, without a check of smoothness
-HESSIANS = {"magic": "exact", "gauss-newton": "gauss-newton", "no-hessian": "none"}
+NAMED = {  # methods with settings of their own; a run's steps without the check of smoothness
+    "magic": Method(trajectory=Choice("steps", {"smoothness": 0})),
+    "gauss-newton": Method(trajectory=Choice("steps", {"smoothness": 0, "hessian": "gauss-newton"})),
+    "no-hessian": Method(trajectory=Choice("steps", {"smoothness": 0, "hessian": "none"})),
+    "astra": Method(curvature=Choice("astra", {"steps": 40, "batch": 16})),
+}
 
 
 def main() -> None:
@@ -132,7 +137,8 @@ def main() -> None:
             found[name], seconds[name] = keeper.methods[name]
             continue
         started = time.monotonic()
-        scores = driver.scores(ready.problem, ready.inputs, targets, method_of(name), Work(folder=args.states))
+        method = NAMED.get(name) or Method().named(name)
+        scores = driver.scores(ready.problem, ready.inputs, targets, method, Work(folder=args.states))
         seconds[name] = time.monotonic() - started
         found[name] = {str(target): scores.by_example(target) for target in targets.names}
         keeper.add(name, found[name], seconds[name])
@@ -159,13 +165,6 @@ def main() -> None:
         content = {"machine": common.machine(), "seconds": seconds, "training": truth["seconds"], "rows": rows}
         content["removed"] = removed
         args.out.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def method_of(name: str) -> Method:
-    """A method by its name."""
-    if name in HESSIANS:
-        return Method(trajectory=Choice("steps", {"hessian": HESSIANS[name], "smoothness": 0}))
-    return Method().named(name)
 
 
 class Kept:
