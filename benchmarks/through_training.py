@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--targets")
     parser.add_argument("--ask")
     parser.add_argument("--remove", help="a target; each method's strongest examples are left out too")
+    parser.add_argument("--remove-of", help="of these methods and baselines alone; default: all methods, and REMOVED")
     parser.add_argument("--memory-gb", type=float, default=8.0)
     parser.add_argument("--states", type=Path, help="a folder for states that do not fit into memory")
     parser.add_argument("--scores", type=Path, help="a file that keeps the scores of each method, not computed again")
@@ -133,18 +134,20 @@ def main() -> None:
     seconds: dict[str, float] = {}
     keeper = Kept(args)
     for name in filter(None, args.methods.split(",")):
-        if name in keeper.methods:
-            found[name], seconds[name] = keeper.methods[name]
-            continue
-        started = time.monotonic()
-        method = NAMED.get(name) or Method().named(name)
-        scores = driver.scores(ready.problem, ready.inputs, targets, method, Work(folder=args.states))
-        seconds[name] = time.monotonic() - started
-        found[name] = {str(target): scores.by_example(target) for target in targets.names}
-        keeper.add(name, found[name], seconds[name])
-        print(f"{name}: {seconds[name] / truth['seconds']:.1f} trainings, peak {peak_memory_gb()} GB", flush=True)
-        for one in scores.details.get("smoothness", []):
-            print(f"  smoothness: {json.dumps(one)}", flush=True)
+        known, seconds[name] = keeper.methods.get(name, ({}, 0.0))
+        missing = [target for target in targets.names if str(target) not in known]
+        if missing:
+            started, method = time.monotonic(), NAMED.get(name) or Method().named(name)
+            asked = targets.select(missing)
+            scores = driver.scores(ready.problem, ready.inputs, asked, method, Work(folder=args.states))
+            known |= {str(target): scores.by_example(target) for target in missing}
+            seconds[name] += time.monotonic() - started
+            keeper.add(name, known, seconds[name])
+            cost = seconds[name] / truth["seconds"]
+            print(f"{name}: {cost:.1f} trainings, peak {peak_memory_gb()} GB", flush=True)
+            for one in scores.details.get("smoothness", []):
+                print(f"  smoothness: {json.dumps(one)}", flush=True)
+        found[name] = {str(target): known[str(target)] for target in targets.names}
     found |= baselines_by_target(study, data, ready, targets, SilentProgress())
     rows = list(compared(truth, found, {"label": labels, "tokens": tokens}))
     for row in rows:
@@ -154,9 +157,9 @@ def main() -> None:
     removed = []
     if args.remove:
         column = truth["targets"].index(args.remove)
-        for name, of in found.items():
-            if name in BASELINES and name not in REMOVED:
-                continue
+        default = [name for name in found if name not in BASELINES or name in REMOVED]
+        for name in args.remove_of.split(",") if args.remove_of else default:
+            of = found[name]
             strongest = sorted(of[args.remove], key=lambda i, own=of[args.remove]: (-own[i], i))[: args.left_out]
             run = outcome(args, truth, ready, measured, 0, sorted(strongest))
             removed.append({"method": name, **against_random(truth, run["values"][column], column)})
@@ -168,10 +171,11 @@ def main() -> None:
 
 
 class Kept:
-    """Scores of methods in the file ``--scores``, with what they depend on."""
+    """Scores of methods, by target, in the file ``--scores``, with what they depend on."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        free = ("truth", "out", "methods", "sets", "left_out", "singles", "remove", "memory_gb", "states", "scores")
+        free = {"truth", "out", "methods", "ask", "sets", "left_out", "singles", "states", "scores"}
+        free |= {"remove", "remove_of", "memory_gb"}
         self.of = {key: value for key, value in vars(args).items() if key not in free}
         self.file: Path | None = args.scores
         self.methods: dict[str, Any] = {}
