@@ -289,4 +289,5 @@ def _add_sides(
 
 
 def _eigenvectors(square: Tensor) -> Tensor:
-    return torch.linalg.eigh(square.double()).eigenvectors.to(square.dtype)
+    """One row behind another, as they come back from a file: the last digits of products depend on the layout."""
+    return torch.linalg.eigh(square.double()).eigenvectors.to(square.dtype).contiguous()
