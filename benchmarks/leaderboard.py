@@ -17,7 +17,7 @@ REGIMES = {
     "gentle": ("lds_gentle",),
     "short": ("lds_short",),
     "64 examples": ("through_training_64_steps", "through_training_64_others", "through_training_64_sketches"),
-    "run": ("through_training_run",),
+    "run": ("through_training_run", "through_training_run_others"),
 }
 METHODS = {  # and what results call them
     "steps (MAGIC)": ("adjoint@steps", "magic"),
