@@ -7,9 +7,11 @@
 
 The truth: the preset's model is trained on some of its examples, step by step, and again with the weights of some
 examples at 0: the other examples, their batches, denominators and order stay. Left out are random sets, and single
-examples spread over the ranking by ids; with ``--orders 2`` all of it once more in another order of the examples, which
-says how much of a change belongs to the run and not to the data. It is kept in FILE, and not made again; targets may be
-some of those that FILE is about. Without ``score`` and ``coefficients`` no SAE is read, and sketches are of y alone.
+examples spread over the ranking by ids; with ``--orders 2`` all of it once more in another order of the examples,
+which says how much of a change belongs to the run and not to the data. It is kept in FILE, and not made again. Jobs
+of one thread each make it faster side by side than one of all threads: ``--part 1/2`` and ``--part 2/2`` fill one
+FILE. Targets may be some of those that FILE is about. Without ``score`` and ``coefficients`` no SAE is read, and
+sketches are of y alone.
 
 Compared with it is, for every target, minus the sum of a method's scores over what was left out. Methods have the names
 that a run gives them (adjoint+ekfac, adjoint@steps), or one of :data:`NAMED`. Targets are by default the mean behavior
@@ -86,6 +88,9 @@ def main() -> None:
     parser.add_argument("--left-out", type=int, default=6)
     parser.add_argument("--singles", type=int, default=0)
     parser.add_argument("--orders", type=int, default=1)
+    parser.add_argument(
+        "--part", default="1/1", help="K/N: of the truth every N-th run from the K-th on, and nothing else"
+    )
     parser.add_argument("--targets")
     parser.add_argument("--ask")
     parser.add_argument("--remove", help="a target; each method's strongest examples are left out too")
@@ -175,7 +180,7 @@ class Kept:
 
     def __init__(self, args: argparse.Namespace) -> None:
         free = {"truth", "out", "methods", "ask", "sets", "left_out", "singles", "states", "scores"}
-        free |= {"remove", "remove_of", "memory_gb"}
+        free |= {"remove", "remove_of", "memory_gb", "part"}
         self.of = {key: value for key, value in vars(args).items() if key not in free}
         self.file: Path | None = args.scores
         self.methods: dict[str, Any] = {}
@@ -223,9 +228,12 @@ def known_truth(args: argparse.Namespace, ready: Ready, targets: TargetSet) -> d
         if other:
             raise SystemExit(f"the truth is of another run: {', '.join(other)}")
     made["sets"] = sets
-    for order in range(args.orders):
-        for left_out in [[], *sets]:
-            outcome(args, made, ready, targets, order, left_out)
+    todo = [(order, left_out) for order in range(args.orders) for left_out in [[], *sets]]
+    part, parts = map(int, args.part.split("/"))
+    for order, left_out in todo[part - 1 :: parts]:
+        outcome(args, made, ready, targets, order, left_out)
+    if parts > 1:
+        raise SystemExit(f"part {args.part} of the truth is made")
     return made
 
 
@@ -240,6 +248,8 @@ def outcome(
     run = {"order": order, "left_out": left_out}
     run["values"] = trained(ready, targets, truth["examples"], left_out, order)
     truth["seconds"] = truth["seconds"] or time.monotonic() - started
+    if args.truth is not None and args.truth.is_file():  # with what other parts have made meanwhile
+        truth["runs"] = json.loads(args.truth.read_text())["runs"]
     truth["runs"].append(run)
     print(f"order {order}, without {len(left_out)}: {[round(v, 4) for v in run['values']]}", flush=True)
     if args.truth is not None:
