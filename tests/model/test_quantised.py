@@ -237,7 +237,7 @@ def test_layers_that_accelerate_moves_inputs_for_compute_alike(folder) -> None:
     for layer in quantised_layers(model).values():
         hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
     with plain_weights(model), torch.no_grad():
-        assert torch.equal(model(ids).logits, expected)
+        torch.testing.assert_close(model(ids).logits, expected)  # by other products, which may round otherwise
     assert not any("packing_format_for_cpu" in vars(m.weight.quant_state) for m in quantised_layers(model).values())
 
 
