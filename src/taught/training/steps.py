@@ -214,6 +214,11 @@ class Training:
     def __len__(self) -> int:
         return len(self.plan)
 
+    @property
+    def moving_bytes(self) -> int:
+        """Memory of the weights that move."""
+        return sum(p.numel() * p.element_size() for p in self.moving.values())
+
     def shares(self) -> dict[str, float]:
         """Share of each example in the loss of a step, on the mean over the run; of a short batch it is larger."""
         found = dict.fromkeys(self.ids, 0.0)

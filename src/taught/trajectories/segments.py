@@ -250,8 +250,7 @@ class Segments:
         with in_training(problem.model, recipe, problem.parameters) as patterns:
             training = Training(problem.model, examples, recipe, patterns, problem.batch_tokens)
             cut = segment_states(len(training), self.segments, self.checkpoints)
-            weights = sum(p.numel() * p.element_size() for p in training.moving.values())
-            size = weights * (2 if recipe.optimizer == "adamw" else 1)
+            size = training.moving_bytes * (2 if recipe.optimizer == "adamw" else 1)
             rule = f"the weights of {self.segments} times {self.checkpoints} states, for AdamW with second moments"
             with states_folder(work.folder, _on_disk(size, self, problem.memory_gb), rule) as folder:
                 states = States(folder)

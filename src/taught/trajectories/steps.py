@@ -205,7 +205,7 @@ class _Pass:
         Beside it, direction by direction, how smooth training is (:meth:`_smooth`).
         """
         training, steps = self.training, len(self.training)
-        size = _kept_bytes(sum(p.numel() * p.element_size() for p in training.moving.values()), training.recipe)
+        size = _kept_bytes(training.moving_bytes, training.recipe)
         every, on_disk = spacing(steps, size, self.problem.memory_gb)
         with states_folder(self.work.folder, on_disk, KEPT) as folder:
             states = States(folder)
