@@ -14,9 +14,10 @@ FILE. Targets may be some of those that FILE is about. Without ``score`` and ``c
 sketches are of y alone.
 
 Compared with it is, for every target, minus the sum of a method's scores over what was left out. Methods have the names
-that a run gives them (adjoint+ekfac, adjoint@steps), or one of :data:`NAMED`. Targets are by default the mean behavior
-of each group; ``coefficients`` are the ten largest of the policy at the base model, and with them and ``score`` the
-preset's SAE is read. ``--ask`` asks the methods for some of the targets only.
+that a run gives them (adjoint+ekfac, adjoint@steps), or one of :data:`NAMED`, or are a peer's
+(:mod:`benchmarks.peer_influence`), whose interpreter is named by ``--bergson`` or ``--dattri-llm``. Targets are by
+default the mean behavior of each group; ``coefficients`` are the ten largest of the policy at the base model, and with
+them and ``score`` the preset's SAE is read. ``--ask`` asks the methods for some of the targets only.
 Beside the methods stand those of :data:`taught.baselines.BASELINES` (label: refusals left out; response-length: their
 tokens; BM25, loss, ...). Linear datamodelling score (LDS): rank correlation over the sets, with a bootstrap interval
 over sets; controlled: given labels and tokens. With ``--remove TARGET`` the model is also trained without the examples
@@ -41,6 +42,7 @@ from scipy import stats
 
 from benchmarks import common
 from benchmarks.ground_truth import PLANTED
+from benchmarks.peer_scores import peer_scores
 from taught.baselines.baselines import BASELINES
 from taught.core import driver
 from taught.core.driver import Method
@@ -97,6 +99,8 @@ def main() -> None:
     parser.add_argument("--remove-of", help="of these methods and baselines alone; default: all methods, and REMOVED")
     parser.add_argument("--memory-gb", type=float, default=8.0)
     parser.add_argument("--states", type=Path, help="a folder for states that do not fit into memory")
+    parser.add_argument("--bergson", metavar="PYTHON", help="interpreter of Bergson's environment")
+    parser.add_argument("--dattri-llm", metavar="PYTHON", help="interpreter of dattri-llm's environment")
     parser.add_argument("--scores", type=Path, help="a file that keeps the scores of each method, not computed again")
     args = parser.parse_args()
 
@@ -137,21 +141,21 @@ def main() -> None:
 
     found: dict[str, dict[str, dict[str, float]]] = {}
     seconds: dict[str, float] = {}
-    keeper = Kept(args)
+    keeper, peers = Kept(args), {"bergson": args.bergson, "dattri-llm": args.dattri_llm}
     for name in filter(None, args.methods.split(",")):
         known, seconds[name] = keeper.methods.get(name, ({}, 0.0))
         missing = [target for target in targets.names if str(target) not in known]
         if missing:
-            started, method = time.monotonic(), NAMED.get(name) or Method().named(name)
-            asked = targets.select(missing)
-            scores = driver.scores(ready.problem, ready.inputs, asked, method, Work(folder=args.states))
-            known |= {str(target): scores.by_example(target) for target in missing}
-            seconds[name] += time.monotonic() - started
+            asked, tool = targets.select(missing), name.partition(":")[0]
+            if python := peers.get(tool):
+                with TemporaryDirectory(dir=args.states) as folder:
+                    own, took, said = peer_scores(name, python, ready, asked, Path(folder) / tool)
+            else:
+                own, took, said = computed(NAMED.get(name) or Method().named(name), ready, asked, args.states)
+            known |= own
+            seconds[name] += took
             keeper.add(name, known, seconds[name])
-            cost = seconds[name] / truth["seconds"]
-            print(f"{name}: {cost:.1f} trainings, peak {peak_memory_gb()} GB", flush=True)
-            for one in scores.details.get("smoothness", []):
-                print(f"  smoothness: {json.dumps(one)}", flush=True)
+            print(f"{name}: {seconds[name] / truth['seconds']:.1f} trainings, {json.dumps(said)}", flush=True)
         found[name] = {str(target): known[str(target)] for target in targets.names}
     found |= baselines_by_target(study, data, ready, targets, SilentProgress())
     rows = list(compared(truth, found, {"label": labels, "tokens": tokens}))
@@ -175,12 +179,23 @@ def main() -> None:
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def computed(
+    method: Method, ready: Ready, targets: TargetSet, folder: Path | None
+) -> tuple[dict[str, dict[str, float]], float, dict[str, Any]]:
+    """Scores by target and example, seconds, and what else there is to say."""
+    started = time.monotonic()
+    scores = driver.scores(ready.problem, ready.inputs, targets, method, Work(folder=folder))
+    said = {"peak_memory_gb": peak_memory_gb(), "smoothness": scores.details.get("smoothness", [])}
+    found = {str(target): scores.by_example(target) for target in targets.names}
+    return found, time.monotonic() - started, said
+
+
 class Kept:
     """Scores of methods, by target, in the file ``--scores``, with what they depend on."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         free = {"truth", "out", "methods", "ask", "sets", "left_out", "singles", "states", "scores"}
-        free |= {"remove", "remove_of", "memory_gb", "part"}
+        free |= {"remove", "remove_of", "memory_gb", "part", "bergson", "dattri_llm"}
         self.of = {key: value for key, value in vars(args).items() if key not in free}
         self.file: Path | None = args.scores
         self.methods: dict[str, Any] = {}
