@@ -16,7 +16,12 @@ from benchmarks.common import RESULTS
 REGIMES = {
     "gentle": ("lds_gentle",),
     "short": ("lds_short",),
-    "64 examples": ("through_training_64_steps", "through_training_64_others", "through_training_64_sketches"),
+    "64 examples": (
+        "through_training_64_steps",
+        "through_training_64_others",
+        "through_training_64_sketches",
+        "through_training_64_peers",
+    ),
     "run": ("through_training_run", "through_training_run_others"),
 }
 METHODS = {  # and what results call them
@@ -32,6 +37,12 @@ METHODS = {  # and what results call them
     "sketch": ("sketch",),
     "gradient (TracIn, one checkpoint)": ("adjoint",),
     "gradient, cosine": ("gradient-cosine",),
+    "Bergson, EK-FAC": ("bergson:ekfac",),
+    "Bergson, TrackStar": ("bergson:trackstar",),
+    "Bergson, gradient": ("bergson:gradient",),
+    "dattri-llm, AdamW-influence": ("dattri-llm:adamw",),
+    "dattri-llm, EK-FAC": ("dattri-llm:ekfac",),
+    "dattri-llm, gradient": ("dattri-llm:tracin",),
     "Concept Influence": ("difference:gradient",),
     "Vector Filter": ("difference:vector-filter",),
     "Projection Difference": ("difference:projection-difference-response",),
