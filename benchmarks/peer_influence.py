@@ -9,7 +9,6 @@ Bergson's pipelines take a query index that is there already: the gradients of -
 ``bergson:gradient``     ``score_dataset`` without a projection
 ``bergson:trackstar``    ``trackstar``: 16 by 16 numbers a layer, unit norm, the examples' autocorrelation on both sides
 ``bergson:ekfac``        ``hessian_pipeline``: K-FAC with corrected eigenvalues, labels sampled from the model
-``bergson:astra``        the same, refined by 100 steps of its ASTRA
 
 dattri-llm is asked at the base model about every suffix of every prompt, with the derivative of F in its
 log-probability as weight; columns are summed.
@@ -57,12 +56,17 @@ def main() -> None:
 
 def y_of(model: Any, prompt: Job) -> Any:
     """Log of the summed probability of a prompt's suffixes."""
+    return of_suffixes(model, prompt).logsumexp(0)
+
+
+def of_suffixes(model: Any, prompt: Job) -> Any:
+    """Log-probability of each suffix of a prompt."""
     import torch
 
     rows = [prompt["ids"] + suffix for suffix in prompt["suffixes"]]
     start, width = len(prompt["ids"]), max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    return log_probabilities(model, ids, [start] * len(rows), [len(row) for row in rows]).logsumexp(0)
+    return log_probabilities(model, ids, [start] * len(rows), [len(row) for row in rows])
 
 
 def log_probabilities(model: Any, ids: Any, starts: Sequence[int], ends: Sequence[int]) -> Any:
@@ -85,7 +89,6 @@ def bergson(job: Job, out: Path) -> tuple[Any, Job]:
     import numpy as np
     from bergson.cli.trackstar import trackstar
     from bergson.config.config import (
-        AstraConfig,
         DataConfig,
         HessianConfig,
         HessianPipelineConfig,
@@ -120,11 +123,9 @@ def bergson(job: Job, out: Path) -> tuple[Any, Job]:
     elif method == "trackstar":
         preprocess = PreprocessConfig(unit_normalize=True)
         trackstar(config, TrackstarConfig(query=query, mix_hessians=False, preprocess_cfg=preprocess))
-    else:
-        astra = AstraConfig(num_steps={"ekfac": 0, "astra": 100}[method])
+    elif method == "ekfac":
         hessian = HessianConfig(method="kfac", ev_correction=True)
-        pipeline = HessianPipelineConfig(query=query, astra=astra)
-        hessian_pipeline(config, hessian, ScoreConfig(), PreprocessConfig(), pipeline)
+        hessian_pipeline(config, hessian, ScoreConfig(), PreprocessConfig(), HessianPipelineConfig(query=query))
     run = Path(config.run_path)
     table = load_scores(run if method == "gradient" else run / "scores")[:]
     return np.asarray(table).reshape(len(job["examples"]), len(job["weights"])).T, {}
@@ -277,15 +278,13 @@ def suffixes(model: Any, prompts: Sequence[Job], weights: Sequence[float]) -> li
     import torch
 
     found = []
-    for w, prompt in zip(weights, prompts, strict=False):
-        if not w:
-            continue
-        rows = [prompt["ids"] + suffix for suffix in prompt["suffixes"]]
-        start, width = len(prompt["ids"]), max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        with torch.no_grad():
-            own = log_probabilities(model, ids, [start] * len(rows), [len(row) for row in rows]).softmax(0)
-        found += [{"ids": row, "start": start, "weight": w * float(one)} for row, one in zip(rows, own, strict=True)]
+    for w, prompt in zip(weights, prompts, strict=True):
+        if w:
+            with torch.no_grad():
+                shares = of_suffixes(model, prompt).softmax(0)
+            for suffix, share in zip(prompt["suffixes"], shares, strict=True):
+                weight, ids = w * float(share), prompt["ids"] + suffix
+                found.append({"ids": ids, "start": len(prompt["ids"]), "weight": weight})
     return found
 
 

@@ -23,8 +23,7 @@ from benchmarks.peers import HERE, environment
 from taught.behaviors.prefixes import Prefixes
 from taught.core.target import TargetSet
 from taught.stages.ready import Ready
-from taught.training.loop import in_training
-from taught.training.steps import Training
+from taught.training.loop import plan
 
 
 def peer_scores(
@@ -54,15 +53,13 @@ def job(ready: Ready, targets: TargetSet) -> dict[str, Any]:
     if A is not None or B is None or not isinstance(problem.behavior, Prefixes):
         raise SystemExit("peers are asked about behaviors of prefixes only")
     assert recipe is not None
-    with in_training(problem.model, recipe, problem.parameters) as patterns:
-        training = Training(problem.model, ready.inputs, recipe, patterns, problem.batch_tokens)
-        plan = [list(map(int, step)) for step in training.plan]
+    place, ids = {z.id: i for i, z in enumerate(ready.inputs)}, sorted(z.id for z in ready.inputs)
     return {
         "model": os.path.abspath(problem.model.name_or_path),
         "threads": torch.get_num_threads(),
         "examples": [{"id": z.id, "ids": list(z.ids), "start": z.start} for z in ready.inputs],
         "prompts": [{"ids": list(p.ids), "suffixes": [list(s) for s in p.suffixes]} for p in problem.prompts],
         "weights": B.tolist(),
-        "plan": plan,
+        "plan": [[place[ids[i]] for i in step] for step in plan(ids, recipe)],
         "recipe": asdict(recipe),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from taught.progress import SilentProgress
 from taught.stages.ready import Ready, make_ready, read_data, read_here
 from taught.stages.subject import open_subject
 from taught.study.load import load_study
+from taught.training.loop import plan
 from tiny_study import write_tiny_study
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +80,13 @@ def test_the_loss_of_a_batch_is_that_of_training(ready, worker, job):
     assert float(found) == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_the_plan_is_that_of_the_run(ready, job):
-    recipe = ready.problem.recipe
-    of_epoch = job["plan"][: len(job["plan"]) // recipe.epochs]
-    assert sorted(i for step in of_epoch for i in step) == list(range(len(ready.inputs)))
-    assert job["recipe"]["lr"] == recipe.lr
+def test_the_plan_is_that_of_the_run_whatever_the_order_of_the_examples(ready, worker, job):
+    from benchmarks.peer_scores import job as job_of
+
+    ids = [example["id"] for example in job["examples"]]
+    steps = plan(sorted(ids), ready.problem.recipe)
+    turned = job_of(replace(ready, inputs=ready.inputs[::-1]), TargetSet.of(["behavior:*"], ready.readings))
+    for one in (job, turned):
+        named = [[one["examples"][i]["id"] for i in step] for step in one["plan"]]
+        assert named == [[sorted(ids)[i] for i in step] for step in steps]
+    assert job["recipe"]["lr"] == ready.problem.recipe.lr
