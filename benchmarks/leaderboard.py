@@ -26,7 +26,8 @@ REGIMES = {
 }
 METHODS = {  # and what results call them
     "steps (MAGIC)": ("adjoint@steps", "magic"),
-    "steps, gauss-newton (AdamW-influence)": ("gauss-newton",),
+    "steps, Gauss-Newton": ("gauss-newton",),
+    "steps, empirical Fisher (AdamW-influence)": ("empirical-fisher",),
     "steps, no Hessian": ("no-hessian",),
     "segments (SOURCE)": ("adjoint@segments",),
     "EK-FAC": ("adjoint+ekfac",),

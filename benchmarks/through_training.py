@@ -68,6 +68,7 @@ REMOVED = ("random", "label", "bm25")  # baselines whose strongest examples are 
 NAMED = {  # methods with settings of their own; a run's steps without the check of smoothness
     "magic": Method(trajectory=Choice("steps", {"smoothness": 0})),
     "gauss-newton": Method(trajectory=Choice("steps", {"smoothness": 0, "hessian": "gauss-newton"})),
+    "empirical-fisher": Method(trajectory=Choice("steps", {"smoothness": 0, "hessian": "empirical-fisher"})),
     "no-hessian": Method(trajectory=Choice("steps", {"smoothness": 0, "hessian": "none"})),
     "astra": Method(curvature=Choice("astra", {"steps": 40, "batch": 16})),
 }

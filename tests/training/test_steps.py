@@ -51,12 +51,19 @@ def derivative(recipe: Recipe, **options):
 
 
 def derivatives(
-    recipe: Recipe, *, name: str = "untied", eps_root: float = 0.0, hessian: str = "exact", budget: int = 512
+    recipe: Recipe,
+    *,
+    name: str = "untied",
+    eps_root: float = 0.0,
+    hessian: str = "exact",
+    budget: int = 512,
+    inputs=None,
+    parameters=None,
 ):
     """Ids, and for each example the parts of its tokens."""
     model = tiny_model(name)
-    with in_training(model, recipe, None) as patterns:
-        training, states = Training(model, examples(), recipe, patterns, budget, eps_root), States(None)
+    with in_training(model, recipe, parameters) as patterns:
+        training, states = Training(model, inputs or examples(), recipe, patterns, budget, eps_root), States(None)
         with training.ready():
             state = training.train(states)
             table = model.get_input_embeddings()
@@ -123,14 +130,25 @@ def test_the_part_of_a_token_is_the_derivative_in_its_weight() -> None:
         assert found[ids.index(z.id)] @ v == pytest.approx(numeric, rel=1e-6, abs=1e-9)
 
 
-def test_the_parts_of_tokens_of_both_recursions_tend_to_each_other() -> None:
-    # One step: there is no Hessian behind it, so that both are the same, preferences and their signs too.
+@pytest.mark.parametrize("hessian", ["gauss-newton", "empirical-fisher"])
+@pytest.mark.parametrize("name", ["untied", "padded"])
+def test_the_parts_of_tokens_are_the_same_where_there_is_no_later_step(hessian: str, name: str) -> None:
+    # One step: there is no Hessian behind it, so that all are the same, preferences and their signs too.
     recipe = replace(BASE, epochs=1, batch=8)
-    (_, one), (_, other) = (
-        derivatives(recipe, eps_root=1e-6, hessian=hessian) for hessian in ("exact", "gauss-newton")
-    )
+    one, other = (derivatives(recipe, name=name, eps_root=1e-6, hessian=which)[1] for which in ("exact", hessian))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw, clipped", "momentum"])
+def test_gauss_newton_is_exact_where_logits_are_linear_in_the_weights(name: str) -> None:
+    responses = {"inputs": tiny_examples(), "parameters": ("lm_head.weight",)}
+    one, other, fisher = (
+        derivative(RECIPES[name], eps_root=1e-6, hessian=which, **responses)[1]
+        for which in ("exact", "gauss-newton", "empirical-fisher")
+    )
+    np.testing.assert_allclose(other, one, rtol=1e-9, atol=1e-12)
+    assert np.abs(fisher - one).max() > 1e-4 * np.abs(one).max()
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw, clipped", "momentum"])
@@ -197,32 +215,75 @@ def test_an_example_with_weight_zero_is_as_if_it_had_no_loss() -> None:
     assert trained(recipe, weights) == pytest.approx(expected, rel=1e-9)
 
 
+def slopes(model, values: torch.Tensor) -> torch.Tensor:
+    """Derivatives of some values in all parameters, a row each."""
+    each = [torch.autograd.grad(v, list(model.parameters()), retain_graph=True) for v in values.flatten()]
+    return torch.stack([torch.cat([g.flatten() for g in own]) for own in each])
+
+
+def outputs_of(model, z) -> torch.Tensor:
+    """The logits that predict an example's scored tokens, [K, V]; of a preference its weighted sum, [1]."""
+    logits = [model(input_ids=torch.tensor([ids])).logits[0] for ids in z.sequences]
+    if z.link is None:
+        return torch.stack([logits[s][t - 1] for s, t in z.scored])
+    logp = [own.log_softmax(-1) for own in logits]
+    return -sum(z.weights[s][t] * logp[s][t - 1, z.sequences[s][t]] for s, t in z.scored)[None]
+
+
+def curved(model, z, up: torch.Tensor) -> torch.Tensor:
+    """H up of one example by dense matrices: J' B J, J of the gradient that training is given, J' of all look-ups."""
+    outputs = outputs_of(model, z).detach().requires_grad_()
+    if z.link is None:
+        loss = -sum(
+            z.weights[s][t] * own.log_softmax(-1)[z.sequences[s][t]]
+            for own, (s, t) in zip(outputs, z.scored, strict=True)
+        )
+    else:
+        loss = z.link(outputs)[0]
+    slope = torch.autograd.grad(loss, outputs, create_graph=True)[0].flatten()
+    B = torch.stack([torch.autograd.grad(v, outputs, retain_graph=True)[0].flatten() for v in slope])
+    J = slopes(model, outputs_of(model, z))
+    table = model.get_input_embeddings()
+    padding, table.padding_idx = table.padding_idx, None
+    whole = slopes(model, outputs_of(model, z))
+    table.padding_idx = padding
+    return whole.T @ (B @ (J @ up))
+
+
+def squared(model, z, up: torch.Tensor) -> torch.Tensor:
+    """g g' up of one example."""
+    outputs = outputs_of(model, z)
+    if z.link is None:
+        each = zip(outputs, z.scored, strict=True)
+        loss = -sum(z.weights[s][t] * own.log_softmax(-1)[z.sequences[s][t]] for own, (s, t) in each)
+    else:
+        loss = z.link(outputs)[0]
+    g = slopes(model, loss)[0]
+    return g * (g @ up)
+
+
+@pytest.mark.parametrize(("hessian", "dense"), [("gauss-newton", curved), ("empirical-fisher", squared)])
 @pytest.mark.parametrize(("name", "budget"), [("untied", 512), ("padded", 1)])
-def test_the_gauss_newton_product_is_the_sum_of_squared_gradients(name, budget) -> None:
-    # One step of SGD, gone back over twice: L behind the first of two equal steps holds H Lg of the second.
+def test_products_with_a_curvature_are_those_of_dense_matrices(hessian, dense, name, budget) -> None:
+    # A step of SGD: Lg is -lr L, and L behind it has H Lg more.
     recipe = replace(BASE, optimizer="sgd", lr=0.05, batch=5, epochs=1)
     model = tiny_model(name)
     with in_training(model, recipe, None) as patterns:
         training = Training(model, examples(), recipe, patterns, budget)
         with training.ready():
-            state = training.begin()
+            state, states = training.begin(), States(None)
             draw = torch.Generator().manual_seed(0)
-            up = {n: torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in training.moving.items()}
-            zeros = {part: {n: torch.zeros_like(t) for n, t in of.items()} for part, of in state.parts.items()}
-            back = Back({**zeros, "weights": {n: t.clone() for n, t in up.items()}})
-            states = States(None)
+            ups = [
+                {n: torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in training.moving.items()}
+                for _ in range(2)
+            ]
+            backs = [Back({**state.copy().parts, "weights": {n: t.clone() for n, t in up.items()}}) for up in ups]
             training.advance(state.copy(), states)
-            found = training.step_back(training.enter(states.load(0)), [back], hessian="gauss-newton")
-            expected = {n: t.clone() for n, t in up.items()}
-            for place, z in enumerate(training.plan[0]):
-                one = Training(model, [training.inputs[z]], recipe, patterns)
-                gradient = one._gradient(0)
-                along = sum((gradient[n] * -0.05 * up[n]).sum() for n in up)
-                assert float(found[place].sum()) == pytest.approx(float(along) / 5, rel=1e-9)
-                for n in expected:
-                    expected[n] += gradient[n] * along / 5
-    for n, tensor in expected.items():
-        torch.testing.assert_close(back.parts["weights"][n], tensor, rtol=1e-9, atol=1e-12)
+            training.step_back(training.enter(states.load(0)), backs, hessian=hessian)
+            for up, back in zip(ups, backs, strict=True):
+                L, at = (torch.cat([own[n].flatten() for n in up]) for own in (back.parts["weights"], up))
+                expected = sum(dense(model, training.inputs[z], -0.05 * at) for z in training.plan[0]) / 5
+                torch.testing.assert_close(L - at, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_states_come_back_from_a_folder_as_they_were(tmp_path) -> None:

@@ -231,11 +231,44 @@ class ExampleBatch:
 
     def terms(self, model: nn.Module) -> Tensor:
         """What each scored token adds to its example's sum, [B, K]."""
+        return self._terms(self._logits(model))
+
+    def outputs(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """The terms, [B, K], and the logits that predict the scored tokens, [B, K, V]; float32, float64 of float64."""
+        logits = self._logits(model)
+        scored = logits[self._places(logits)]
+        return self._terms(logits), scored.to(torch.promote_types(scored.dtype, torch.float32))
+
+    def _logits(self, model: nn.Module) -> Tensor:
         _, logits = forward(model, self.rows.to(first_device(model)), keep=self.keep)
         assert logits is not None
-        row = torch.arange(len(self.index), device=logits.device)[:, None]
-        found = log_probabilities(logits, (row, self.columns.to(row.device)), self.targets.to(row.device))
+        return logits
+
+    def _places(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(self.index), device=logits.device)[:, None]
+        return rows, self.columns.to(logits.device)
+
+    def _terms(self, logits: Tensor) -> Tensor:
+        found = log_probabilities(logits, self._places(logits), self.targets.to(logits.device))
         return -(found * self.weights.to(found))
+
+    def bent(self, scored: Tensor, moved: Tensor) -> Tensor:
+        """B times a change of the scored logits, both [B, K, V]: how the derivative of the losses by the outputs moves.
+
+        Of an example that is trained on as it stands the outputs are its scored logits, and B = w_t (diag p - p p'),
+        the Hessian of the loss by them; of one with a link f they are the weighted sum s, and B = f''(s) ds ds'.
+        """
+        p = torch.softmax(scored, -1)
+        w = self.weights.to(p)[..., None]
+        found = w.abs() * p * (moved - (p * moved).sum(-1, keepdim=True))
+        if any(self.links):
+            targets = self.targets.to(p.device)[..., None]
+            slopes = w * (p - torch.zeros_like(p).scatter_(-1, targets, 1.0))  # of the weighted sum, by the logits
+            sums = -(w * torch.log_softmax(scored, -1).gather(-1, targets)).sum((1, 2))
+            linked = slopes * (self.bends(sums) * (slopes * moved).sum((1, 2)))[:, None, None]
+            own = torch.tensor([link is not None for link in self.links], device=p.device)[:, None, None]
+            found = torch.where(own, linked, found)
+        return found
 
 
 def batch_examples(examples: Examples, budget: int) -> Iterator[ExampleBatch]:

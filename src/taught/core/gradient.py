@@ -69,9 +69,10 @@ def token_derivatives(model: nn.Module, batch: ExampleBatch, step: Mapping[str, 
     ----------
     step : by parameter name
     """
-    with _padding_rows_held(model, step):
+    with padding_rows_held(model, step):
         try:
-            values, moved = along(model, step, batch.terms, model)
+            with torch.no_grad():
+                values, moved = along(model, step, batch.terms, model)
         except (RuntimeError, NotImplementedError) as error:
             if not lacks_forward_mode(error):
                 raise
@@ -93,7 +94,7 @@ def _by_token(model: nn.Module, batch: ExampleBatch, step: Mapping[str, Tensor])
 
 
 @contextmanager
-def _padding_rows_held(model: nn.Module, moving: Iterable[str]) -> Iterator[None]:
+def padding_rows_held(model: nn.Module, moving: Iterable[str]) -> Iterator[None]:
     """Look-ups of an embedding's padding row do not move, as an optimizer does not move them."""
 
     def hook(row: Tensor, module: nn.Embedding, args: Any, out: Tensor) -> Tensor:

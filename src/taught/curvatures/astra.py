@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -43,9 +42,7 @@ from taught.curvatures.ekfac import Ekfac, ekfac_metric
 from taught.errors import UserError
 from taught.estimators.cost import Asked, Passes
 from taught.model.directional import along, refused
-from taught.model.forward import forward
 from taught.model.gradients import Query, accumulate, find_sites, frozen
-from taught.model.layout import first_device
 from taught.progress import Progress
 
 Tensors = dict[str, Tensor]
@@ -135,10 +132,10 @@ class System:
         step = {name: of.to(model.get_parameter(name).dtype) for name, of in x.items()}
         for batch in batch_examples(chosen, self.problem.batch_tokens):
             try:
-                logits, moved = along(model, step, partial(scored_logits, model), batch)
+                (_, logits), (_, moved) = along(model, step, batch.outputs, model)
             except (RuntimeError, NotImplementedError) as error:
                 raise refused(model, error, "use --set attribution.curvature=ekfac") from error
-            pulled = _Pulled(**vars(batch), pull=bent(batch, logits.detach(), moved.detach()))
+            pulled = _Pulled(**vars(batch), pull=batch.bent(logits.detach(), moved.detach()))
             for factor in example_gradients(self.problem, sites, pulled, chosen)[1]:
                 accumulate(factor, found[factor.param], 1 / len(chosen))
         return found
@@ -250,29 +247,6 @@ def inner(a: Tensors, b: Tensors) -> float:
     return sum(float((of.double() * b[name].double()).sum()) for name, of in a.items())
 
 
-def bent(batch: ExampleBatch, logits: Tensor, moved: Tensor) -> Tensor:
-    """B times a change of the logits at the scored tokens, both [B, K, V]."""
-    p = torch.softmax(logits, -1)
-    w = batch.weights.to(p)[..., None]
-    found = w.abs() * p * (moved - (p * moved).sum(-1, keepdim=True))
-    if any(batch.links):
-        targets = batch.targets.to(p.device)[..., None]
-        slopes = w * (p - torch.zeros_like(p).scatter_(-1, targets, 1.0))  # of the weighted sum, by the logits
-        sums = -(w * torch.log_softmax(logits, -1).gather(-1, targets)).sum((1, 2))
-        linked = slopes * (batch.bends(sums) * (slopes * moved).sum((1, 2)))[:, None, None]
-        own = torch.tensor([link is not None for link in batch.links], device=p.device)[:, None, None]
-        found = torch.where(own, linked, found)
-    return found
-
-
-def scored_logits(model: nn.Module, batch: ExampleBatch) -> Tensor:
-    """Logits that predict the scored tokens, [B, K, V]; float32, or float64 for a float64 model."""
-    _, logits = forward(model, batch.rows.to(first_device(model)), keep=batch.keep)
-    assert logits is not None
-    found = logits[torch.arange(len(logits), device=logits.device)[:, None], batch.columns.to(logits.device)]
-    return found.to(torch.promote_types(found.dtype, torch.float32))
-
-
 @dataclass(frozen=True, eq=False)
 class _Pulled(ExampleBatch):
     """A batch of which the loss is the product of its logits with given numbers: its gradient is J' pull."""
@@ -281,4 +255,4 @@ class _Pulled(ExampleBatch):
 
     def losses(self, model: nn.Module) -> Tensor:
         """The products, [B]."""
-        return (scored_logits(model, self) * self.pull).sum((1, 2))
+        return (self.outputs(model)[1] * self.pull).sum((1, 2))

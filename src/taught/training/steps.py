@@ -40,8 +40,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taught.core.example import ExampleBatch, Examples, batch_indices, make_batch
-from taught.core.gradient import token_derivatives
+from taught.core.gradient import padding_rows_held, token_derivatives
 from taught.errors import UserError
+from taught.model.directional import along, refused
 from taught.model.gradients import embedding_options, evaluating
 from taught.model.parameters import moving_parameters
 from taught.progress import Progress, SilentProgress
@@ -283,8 +284,10 @@ class Training:
         ----------
         state : before the step, kept by it, entered; unchanged
         backs : K functionals behind the step
-        hessian : what H is: ``exact``, the Hessian of the batch's loss; ``gauss-newton``, (1/n) sum g_z g_z', without
-            second derivatives (AdamW-influence, arXiv 2605.18814); ``none``, 0: later gradients stay as they were
+        hessian : what H is: ``exact``, the Hessian of the batch's loss; ``gauss-newton``, (1/n) sum J_z' B_z J_z,
+            without second derivatives of the model (:meth:`taught.core.example.ExampleBatch.bent` has B);
+            ``empirical-fisher``, (1/n) sum g_z g_z' (AdamW-influence, arXiv 2605.18814); ``none``, 0: later
+            gradients stay as they were
 
         Returns
         -------
@@ -302,8 +305,11 @@ class Training:
             for batch, places in self._batches(number):
                 if hessian == "none":
                     columns: Iterable[Tensor] = (token_derivatives(self.model, batch, up) for up in ups)
-                elif hessian == "gauss-newton":
+                elif hessian == "empirical-fisher":
                     columns = self._through_squares(self._micro(number, batch, places), batch, ups, backs)
+                elif hessian == "gauss-newton":
+                    weights = self._weights(number, places)
+                    columns = self._through_outputs(batch, weights, padding, ups, backs)
                 else:
                     columns = self._through_loss(self._micro(number, batch, places), padding, ups, backs)
                 for k, shares in enumerate(columns):
@@ -322,11 +328,16 @@ class Training:
         terms = batch.terms(self.model)
         sums = terms.sum(1)
         losses = batch.linked(sums)
-        index = [self.plan[number][i] for i in places]
         if not bool(losses.isfinite().all()):
-            raise diverged("a loss is not finite", number + 1, [self.ids[i] for i in index])
-        weights = losses.new_ones(len(index)) if self.weights is None else self.weights[index].to(losses)
-        return Micro(terms, losses, batch.slopes(sums), weights / len(self.plan[number]))
+            ids = [self.ids[self.plan[number][i]] for i in places]
+            raise diverged("a loss is not finite", number + 1, ids)
+        return Micro(terms, losses, batch.slopes(sums), self._weights(number, places).to(losses))
+
+    def _weights(self, number: int, places: Sequence[int]) -> Tensor:
+        """Of some losses of a step's batch in its loss, float64."""
+        index = [self.plan[number][i] for i in places]
+        weights = torch.ones(len(index), dtype=torch.float64) if self.weights is None else self.weights[index]
+        return weights / len(self.plan[number])
 
     def _slope(self, loss: Tensor, *, create_graph: bool = False, retain_graph: bool | None = None) -> Gradient:
         """Derivative in the moving parameters."""
@@ -422,6 +433,30 @@ class Training:
             shares, *second = torch.autograd.grad(product, inputs, retain_graph=up is not ups[-1], allow_unused=True)
             _add([*L.values(), *(L[row.name][row.index] for row in padding)], second)
             yield shares
+
+    def _through_outputs(
+        self,
+        batch: ExampleBatch,
+        weights: Tensor,
+        padding: Sequence[PaddingRow],
+        ups: Sequence[Tensors],
+        backs: Sequence[Back],
+    ) -> Iterator[Tensor]:
+        """The same, with J' B J for H: forward mode along Lg, B, and a backward pass."""
+        _, outputs = batch.outputs(self.model)
+        inputs = [*self.moving.values(), *(row.leaf for row in padding)]
+        for up, back in zip(ups, backs, strict=True):
+            L = back.parts["weights"]
+            with torch.no_grad(), padding_rows_held(self.model, up):
+                try:
+                    (terms, _), (shares, moved) = along(self.model, up, batch.outputs, self.model)
+                except (RuntimeError, NotImplementedError) as error:
+                    raise refused(self.model, error, "use --set attribution.trajectory.hessian=exact") from error
+                pull = batch.bent(outputs, moved) * weights.to(moved)[:, None, None]
+            last = up is ups[-1]
+            found = torch.autograd.grad(outputs, inputs, pull, retain_graph=not last, allow_unused=True)
+            _add([*L.values(), *(L[row.name][row.index] for row in padding)], found)
+            yield shares * batch.slopes(terms.sum(1))[:, None]
 
     def _through_squares(
         self, micro: Micro, batch: ExampleBatch, ups: Sequence[Tensors], backs: Sequence[Back]

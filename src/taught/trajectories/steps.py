@@ -11,8 +11,10 @@ The run is made from the model's weights by the study's recipe of retraining, it
 of the steps (or all of them, where they fit into memory), and it is gone through backward
 (:mod:`taught.training.steps`), with what lies between two kept states made again and compared bit by bit.
 
-``hessian: gauss-newton`` puts (1/n) sum g g' in the place of the batch's Hessian (AdamW-influence, arXiv 2605.18814),
-``hessian: none`` puts 0 there: what is left is the optimizer's rule.
+``hessian`` says what stands in the place of the batch's Hessian: ``gauss-newton`` leaves the second derivatives of the
+model out of it, (1/n) sum J' B J with J the derivative of an example's logits and B the Hessian of its loss by them;
+``empirical-fisher`` has (1/n) sum g g' (AdamW-influence, arXiv 2605.18814); ``none`` has 0: what is left is the
+optimizer's rule.
 """
 
 from __future__ import annotations
@@ -60,6 +62,8 @@ PASSES = {
     ("exact", "lora"): (2.1, 2.4),
     ("gauss-newton", "full"): (1.0, 5.0),
     ("gauss-newton", "lora"): (1.0, 3.6),
+    ("empirical-fisher", "full"): (1.0, 5.0),
+    ("empirical-fisher", "lora"): (1.0, 3.6),
     ("none", "full"): (0.0, 3.0),
     ("none", "lora"): (0.0, 2.8),
 }
@@ -73,10 +77,11 @@ SMALL = 0.1  # h: by how much examples' weights are moved to see whether trainin
 class Steps:
     """The derivative of the trained model in every example's weight, step by step through the run."""
 
-    hessian: Literal["exact", "gauss-newton", "none"] = setting(
+    hessian: Literal["exact", "gauss-newton", "empirical-fisher", "none"] = setting(
         "exact",
-        rules.one_of("exact", "gauss-newton", "none"),
-        "exact (MAGIC) | gauss-newton: no second derivatives | none: later gradients stay as they were",
+        rules.one_of("exact", "gauss-newton", "empirical-fisher", "none"),
+        "exact (MAGIC) | gauss-newton: no second derivatives of the model | empirical-fisher: squares of the examples' "
+        "gradients (AdamW-influence) | none: later gradients stay as they were",
     )
     smoothness: int = setting(
         1,
