@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from taught.errors import UserError
 from taught.study.schema import ValidationSpec
 from taught.training.loop import in_training, train
 from taught.training.recipe import Recipe
@@ -284,6 +286,25 @@ def test_products_with_a_curvature_are_those_of_dense_matrices(hessian, dense, n
                 L, at = (torch.cat([own[n].flatten() for n in up]) for own in (back.parts["weights"], up))
                 expected = sum(dense(model, training.inputs[z], -0.05 * at) for z in training.plan[0]) / 5
                 torch.testing.assert_close(L - at, expected, rtol=1e-9, atol=1e-12)
+
+
+class Doubled(torch.autograd.Function):
+    """An operation that is written by hand, without forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, up):
+        return 2 * up
+
+
+def test_a_model_without_forward_mode_is_refused_with_a_way_out(monkeypatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: Doubled.apply(self.up_proj(x)) @ self.up_proj.weight)
+    with pytest.raises(UserError, match="attribution.trajectory.hessian=exact"):
+        derivative(BASE, eps_root=1e-6, hessian="gauss-newton")
+    assert np.isfinite(derivative(BASE, eps_root=1e-6, hessian="exact")[1]).all()
 
 
 def test_states_come_back_from_a_folder_as_they_were(tmp_path) -> None:
