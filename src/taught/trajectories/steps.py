@@ -98,8 +98,8 @@ class Steps:
         if self.hessian != "exact":
             return "what the training run did, nearly. Exact: --set attribution.trajectory.hessian=exact"
         return (
-            "what the training run did, exactly. Cheaper and less exact: --set attribution.trajectory.hessian=none "
-            "(half the cost of a target), or --set attribution.trajectory=segments"
+            "what the training run did, exactly. Nearly, and a fifth cheaper: --set "
+            "attribution.trajectory.hessian=gauss-newton. Roughly, at half: --set attribution.trajectory=segments"
         )
 
     def refuses(self, curvature: Curvature) -> str | None:
@@ -117,8 +117,8 @@ class Steps:
         """Train, read the final model, go back.
 
         Cost: a training, its replay (where not all states are kept) and one more on the way back; two for each target,
-        of LoRA layers 1.2; two for each direction of ``smoothness``. Without a Hessian the way back is one for each
-        target and nothing more.
+        of LoRA layers 1.2; two for each direction of ``smoothness``. With ``gauss-newton`` the way back is a third, and
+        1.7 for each target; without a Hessian it is one for each target and nothing more.
 
         Raises
         ------
