@@ -19,6 +19,7 @@ REGIMES = {
     "64 examples": (
         "through_training_64_steps",
         "through_training_64_others",
+        "through_training_64_gauss_newton",
         "through_training_64_sketches",
         "through_training_64_peers",
     ),

@@ -98,7 +98,7 @@ class Steps:
         if self.hessian != "exact":
             return "what the training run did, nearly. Exact: --set attribution.trajectory.hessian=exact"
         return (
-            "what the training run did, exactly. Nearly, and a fifth cheaper: --set "
+            "what the training run did, exactly. Nearly, and a training cheaper: --set "
             "attribution.trajectory.hessian=gauss-newton. Roughly, at half: --set attribution.trajectory=segments"
         )
 
