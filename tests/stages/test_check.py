@@ -78,7 +78,10 @@ def test_a_sound_study_has_no_problem_and_check_writes_nothing(tiny, folder):
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", ["base", "steps", {"kind": "steps", "hessian": "gauss-newton"}, "segments"])
+HESSIANS = [{"kind": "steps", "hessian": hessian} for hessian in ("gauss-newton", "none")]
+
+
+@pytest.mark.parametrize("kind", ["base", "steps", *HESSIANS, "segments"])
 def test_it_says_what_is_asked_and_what_else_may_be_asked_can_be_set(tiny, kind):
     study = tiny.replace("attribution.trajectory", kind).replace("validation.batch", 2)
     question = dict(check_study(study).rows)["question"]

@@ -232,17 +232,18 @@ def outputs_of(model, z) -> torch.Tensor:
     return -sum(z.weights[s][t] * logp[s][t - 1, z.sequences[s][t]] for s, t in z.scored)[None]
 
 
+def loss_of(z, outputs: torch.Tensor) -> torch.Tensor:
+    """The loss of an example with these outputs."""
+    if z.link is not None:
+        return z.link(outputs)[0]
+    each = zip(outputs, z.scored, strict=True)
+    return -sum(z.weights[s][t] * own.log_softmax(-1)[z.sequences[s][t]] for own, (s, t) in each)
+
+
 def curved(model, z, up: torch.Tensor) -> torch.Tensor:
     """H up of one example by dense matrices: J' B J, J of the gradient that training is given, J' of all look-ups."""
     outputs = outputs_of(model, z).detach().requires_grad_()
-    if z.link is None:
-        loss = -sum(
-            z.weights[s][t] * own.log_softmax(-1)[z.sequences[s][t]]
-            for own, (s, t) in zip(outputs, z.scored, strict=True)
-        )
-    else:
-        loss = z.link(outputs)[0]
-    slope = torch.autograd.grad(loss, outputs, create_graph=True)[0].flatten()
+    slope = torch.autograd.grad(loss_of(z, outputs), outputs, create_graph=True)[0].flatten()
     B = torch.stack([torch.autograd.grad(v, outputs, retain_graph=True)[0].flatten() for v in slope])
     J = slopes(model, outputs_of(model, z))
     table = model.get_input_embeddings()
@@ -254,13 +255,7 @@ def curved(model, z, up: torch.Tensor) -> torch.Tensor:
 
 def squared(model, z, up: torch.Tensor) -> torch.Tensor:
     """g g' up of one example."""
-    outputs = outputs_of(model, z)
-    if z.link is None:
-        each = zip(outputs, z.scored, strict=True)
-        loss = -sum(z.weights[s][t] * own.log_softmax(-1)[z.sequences[s][t]] for own, (s, t) in each)
-    else:
-        loss = z.link(outputs)[0]
-    g = slopes(model, loss)[0]
+    g = slopes(model, loss_of(z, outputs_of(model, z)))[0]
     return g * (g @ up)
 
 
@@ -281,11 +276,15 @@ def test_products_with_a_curvature_are_those_of_dense_matrices(hessian, dense, n
             ]
             backs = [Back({**state.copy().parts, "weights": {n: t.clone() for n, t in up.items()}}) for up in ups]
             training.advance(state.copy(), states)
-            training.step_back(training.enter(states.load(0)), backs, hessian=hessian)
-            for up, back in zip(ups, backs, strict=True):
+            found = training.step_back(training.enter(states.load(0)), backs, hessian=hessian)
+            for k, (up, back) in enumerate(zip(ups, backs, strict=True)):
                 L, at = (torch.cat([own[n].flatten() for n in up]) for own in (back.parts["weights"], up))
-                expected = sum(dense(model, training.inputs[z], -0.05 * at) for z in training.plan[0]) / 5
+                batch = [training.inputs[z] for z in training.plan[0]]
+                expected = sum(dense(model, z, -0.05 * at) for z in batch) / 5
                 torch.testing.assert_close(L - at, expected, rtol=1e-9, atol=1e-12)
+                for z, shares in zip(batch, found, strict=True):
+                    g = slopes(model, loss_of(z, outputs_of(model, z)))[0]
+                    assert float(shares[:, k].sum()) == pytest.approx(float(g @ (-0.05 * at)) / 5, rel=1e-9)
 
 
 class Doubled(torch.autograd.Function):

@@ -236,8 +236,11 @@ class ExampleBatch:
     def outputs(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """The terms, [B, K], and the logits that predict the scored tokens, [B, K, V]; float32, float64 of float64."""
         logits = self._logits(model)
-        scored = logits[self._places(logits)]
-        return self._terms(logits), scored.to(torch.promote_types(scored.dtype, torch.float32))
+        return self._terms(logits), self._scored(logits)
+
+    def scored_logits(self, model: nn.Module) -> Tensor:
+        """The logits that predict the scored tokens alone, [B, K, V]."""
+        return self._scored(self._logits(model))
 
     def _logits(self, model: nn.Module) -> Tensor:
         _, logits = forward(model, self.rows.to(first_device(model)), keep=self.keep)
@@ -251,6 +254,10 @@ class ExampleBatch:
     def _terms(self, logits: Tensor) -> Tensor:
         found = log_probabilities(logits, self._places(logits), self.targets.to(logits.device))
         return -(found * self.weights.to(found))
+
+    def _scored(self, logits: Tensor) -> Tensor:
+        found = logits[self._places(logits)]
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def bent(self, scored: Tensor, moved: Tensor) -> Tensor:
         """B times a change of the scored logits, both [B, K, V]: how the derivative of the losses by the outputs moves.

@@ -71,8 +71,7 @@ def token_derivatives(model: nn.Module, batch: ExampleBatch, step: Mapping[str, 
     """
     with padding_rows_held(model, step):
         try:
-            with torch.no_grad():
-                values, moved = along(model, step, batch.terms, model)
+            values, moved = along(model, step, batch.terms, model)
         except (RuntimeError, NotImplementedError) as error:
             if not lacks_forward_mode(error):
                 raise

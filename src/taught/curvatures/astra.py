@@ -132,10 +132,10 @@ class System:
         step = {name: of.to(model.get_parameter(name).dtype) for name, of in x.items()}
         for batch in batch_examples(chosen, self.problem.batch_tokens):
             try:
-                (_, logits), (_, moved) = along(model, step, batch.outputs, model)
+                logits, moved = along(model, step, batch.scored_logits, model)
             except (RuntimeError, NotImplementedError) as error:
                 raise refused(model, error, "use --set attribution.curvature=ekfac") from error
-            pulled = _Pulled(**vars(batch), pull=batch.bent(logits.detach(), moved.detach()))
+            pulled = _Pulled(**vars(batch), pull=batch.bent(logits, moved))
             for factor in example_gradients(self.problem, sites, pulled, chosen)[1]:
                 accumulate(factor, found[factor.param], 1 / len(chosen))
         return found
@@ -255,4 +255,4 @@ class _Pulled(ExampleBatch):
 
     def losses(self, model: nn.Module) -> Tensor:
         """The products, [B]."""
-        return (self.outputs(model)[1] * self.pull).sum((1, 2))
+        return (self.scored_logits(model) * self.pull).sum((1, 2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,12 +35,16 @@ def computed(model: nn.Module, parameters: Mapping[str, Tensor], compute: Callab
 
 
 def along(model: nn.Module, step: Mapping[str, Tensor], compute: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
-    """What ``compute`` makes of its inputs with the model, and its derivative along a step of parameters, by name."""
+    """What ``compute`` makes of its inputs with the model, and its derivative along a step of parameters, by name.
+
+    Neither has a graph behind it: parameters that hooks add are not followed.
+    """
     base = {name: model.get_parameter(name).detach() for name in step}
     # Every module's own parameters again: ``functional_call`` leaves its own in a module of two names.
     kept = [(module, dict(module._parameters)) for module in model.modules()]
     try:
-        values, moved = jvp(lambda p: computed(model, p, compute, *inputs), (base,), (dict(step),))[:2]
+        with torch.no_grad():
+            values, moved = jvp(lambda p: computed(model, p, compute, *inputs), (base,), (dict(step),))[:2]
     finally:
         for module, own in kept:
             module._parameters.update(own)

@@ -443,20 +443,21 @@ class Training:
         backs: Sequence[Back],
     ) -> Iterator[Tensor]:
         """The same, with J' B J for H: forward mode along Lg, B, and a backward pass."""
-        _, outputs = batch.outputs(self.model)
+        terms, outputs = batch.outputs(self.model)
+        slopes = batch.slopes(terms.sum(1))[:, None]
         inputs = [*self.moving.values(), *(row.leaf for row in padding)]
         for up, back in zip(ups, backs, strict=True):
             L = back.parts["weights"]
-            with torch.no_grad(), padding_rows_held(self.model, up):
+            with padding_rows_held(self.model, up):
                 try:
-                    (terms, _), (shares, moved) = along(self.model, up, batch.outputs, self.model)
+                    _, (shares, moved) = along(self.model, up, batch.outputs, self.model)
                 except (RuntimeError, NotImplementedError) as error:
                     raise refused(self.model, error, "use --set attribution.trajectory.hessian=exact") from error
-                pull = batch.bent(outputs, moved) * weights.to(moved)[:, None, None]
+            pull = batch.bent(outputs.detach(), moved) * weights.to(moved)[:, None, None]
             last = up is ups[-1]
             found = torch.autograd.grad(outputs, inputs, pull, retain_graph=not last, allow_unused=True)
             _add([*L.values(), *(L[row.name][row.index] for row in padding)], found)
-            yield shares * batch.slopes(terms.sum(1))[:, None]
+            yield shares * slopes
 
     def _through_squares(
         self, micro: Micro, batch: ExampleBatch, ups: Sequence[Tensors], backs: Sequence[Back]
