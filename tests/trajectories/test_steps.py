@@ -102,6 +102,21 @@ def test_effects_are_derivatives_of_whole_trainings_for_every_target(ready, targ
         np.testing.assert_allclose(by_example @ v, numeric, rtol=2e-6, atol=1e-7 * np.abs(numeric).max())
 
 
+def test_the_width_of_signs_is_for_the_examples_of_the_first_step(ready, targets):
+    some = targets.select([TargetName.parse("behavior:harmless")])
+    recipe = replace(ready.problem.recipe, warmup=0.0)  # else the first step moves nothing
+    problem = replace(ready.problem, recipe=recipe)
+    wide, point = (
+        driver.scores(problem, ready.inputs, some, Method(trajectory=Choice("steps", options)), Work())
+        for options in ({"smoothness": 0}, {"smoothness": 0, "sign_width": 0})
+    )
+    training = Training(problem.model, ready.inputs, recipe)
+    first = {training.ids[i] for i in training.plan[0]}
+    one, other = (scores.by_example("behavior:harmless") for scores in (wide, point))
+    assert 0 < len(first) < len(one)
+    assert first == {i for i in one if one[i] != pytest.approx(other[i], rel=1e-9)}
+
+
 def test_pathways_add_up_and_both_are_there(scores):
     for kind in ("score", *(str(n) for n in scores.targets if n.kind == "coefficient" and n.pathway is None)):
         x, y = (np.array(list(scores.by_example(f"{kind}:{side}").values())) for side in "xy")

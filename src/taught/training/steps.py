@@ -22,6 +22,15 @@ The gradient that training is given leaves out look-ups of an embedding's paddin
 same: H holds the derivative of that gradient in the padding row, too.
 
 Where v' is 0 the gradient has been 0 at every step so far; the root has no derivative there and Lv' is left as it is.
+
+Where v is 0, at the first step above all, AdamW's step has the size of its rate and the sign of the gradient,
+
+    -lr a g / (c |g| + eps),    a = (1 - b1) / (1 - b1^t),  c = sqrt((1 - b2) / (1 - b2^t))
+
+an example acts by the signs that it turns, and the derivative, -lr a eps / (c |g| + eps)^2, sees that only in the few
+weights whose |g| is about eps. Its sum over many weights has the right mean and a large variance: float32's rounding
+alone changes it. ``sign_width`` puts -lr a / (c h) where |g| < h, and 0 elsewhere, in its place: as much over all g,
+but seen in many weights. h is ``sign_width`` times rms(g) / sqrt(examples of the batch), the size of an example's part.
 """
 
 from __future__ import annotations
@@ -188,6 +197,8 @@ class Training:
     parameters : patterns of the parameters that move
     batch_tokens : padded tokens of a micro-batch
     eps_root : under the root of AdamW
+    sign_width : over how much of an example's part in the gradient the derivative of its sign is averaged, going back
+        through AdamW where v is 0; 0: not; and not where ``eps_root`` makes the step smooth
     weights : float64 [P], w of every example of ``inputs``; None for ones
     starts : where the scored tokens of each example begin among all of them, and where the last ones end
     """
@@ -198,6 +209,7 @@ class Training:
     parameters: Sequence[str] | None = None
     batch_tokens: int = 512
     eps_root: float = 0.0
+    sign_width: float = 0.0
     weights: Tensor | None = None
     moving: dict[str, nn.Parameter] = field(init=False)
     starts: list[int] = field(init=False)
@@ -405,6 +417,14 @@ class Training:
             slope = first * D.square() * L / (2 * root * bias[1]) * (lr / bias[0])
             Lv.add_(torch.where(root > 0, slope, 0.0))
             up[name] = (1 - BETAS[0]) * Lm + 2 * (1 - BETAS[1]) * g * Lv
+            fresh = state.parts["second"][name] == 0
+            if self.sign_width and not self.eps_root and bool(fresh.any()):
+                a, c, size = (1 - BETAS[0]) / bias[0], math.sqrt((1 - BETAS[1]) / bias[1]), g.abs()
+                rms = float(g[fresh].square().mean(dtype=torch.float64).sqrt())
+                h = self.sign_width * rms / math.sqrt(len(self.plan[state.step]))
+                at_point = EPS / (c * size + EPS).square()
+                averaged = (size < h) / (c * h) if h else torch.zeros_like(g)
+                up[name].add_(L * torch.where(fresh, at_point - averaged, 0.0), alpha=lr * a)
             L.mul_(1 - lr * decay)
             Lm.mul_(BETAS[0])
             Lv.mul_(BETAS[1])

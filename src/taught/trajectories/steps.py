@@ -89,6 +89,11 @@ class Steps:
         "so many random directions of weights, two trainings each, that show whether the derivative holds; 0: none",
     )
     eps_root: float = setting(0.0, rules.number(minimum=0), "under the root of AdamW; 1e-8 makes training smoother")
+    sign_width: float = setting(
+        0.1,
+        rules.number(minimum=0),
+        "AdamW's first step goes by signs: their derivative is a mean over so much of an example's part; 0: at a point",
+    )
     single: ClassVar[bool] = False
     carries: ClassVar[bool] = True
 
@@ -132,7 +137,7 @@ class Steps:
         losses = example_losses(problem.model, examples, problem.batch_tokens).numpy()
         with in_training(problem.model, recipe, problem.parameters) as parameters:
             training = Training(
-                problem.model, examples, recipe, parameters, problem.batch_tokens, eps_root=self.eps_root
+                problem.model, examples, recipe, parameters, problem.batch_tokens, self.eps_root, self.sign_width
             )
             with training.ready():
                 moved = None if parameters is None else tuple(parameters)
