@@ -11,6 +11,9 @@ The run is made from the model's weights by the study's recipe of retraining, it
 of the steps (or all of them, where they fit into memory), and it is gone through backward
 (:mod:`taught.training.steps`), with what lies between two kept states made again and compared bit by bit.
 
+One step is not followed by its derivative: the first of AdamW goes by the signs of the gradients, and what an example
+does there is averaged over ``sign_width``.
+
 ``hessian`` says what stands in the place of the batch's Hessian: ``gauss-newton`` leaves the second derivatives of the
 model out of it, (1/n) sum J' B J with J the derivative of an example's logits and B the Hessian of its loss by them;
 ``empirical-fisher`` has (1/n) sum g g' (AdamW-influence, arXiv 2605.18814); ``none`` has 0: what is left is the
@@ -92,7 +95,8 @@ class Steps:
     sign_width: float = setting(
         0.1,
         rules.number(minimum=0),
-        "AdamW's first step goes by signs: their derivative is a mean over so much of an example's part; 0: at a point",
+        "AdamW's first step goes by the signs of gradients: their derivative is averaged over so many times what one "
+        "example has in them; 0: it is that at the point",
     )
     single: ClassVar[bool] = False
     carries: ClassVar[bool] = True
