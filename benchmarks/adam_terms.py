@@ -23,13 +23,9 @@ from tempfile import TemporaryDirectory
 import torch
 from scipy import stats
 
+from benchmarks.through_training import prepared_for
 from taught.core.names import TargetName
 from taught.core.target import TargetSet
-from taught.presets import preset_path
-from taught.progress import SilentProgress
-from taught.stages.ready import make_ready, read_data, read_here
-from taught.stages.subject import open_subject
-from taught.study.load import load_study
 from taught.training.loop import in_training
 from taught.training.steps import BETAS, EPS, Back, State, States, Tensors, Training
 from taught.trajectories.trained import known_recipe, read_trained, trained_queries
@@ -43,16 +39,8 @@ def main() -> None:
     parser.add_argument("--target", default="behavior:harmless")
     args = parser.parse_args()
     truth = json.loads(args.truth.read_text())
-    recipe, study = truth["recipe"], load_study(preset_path(truth["preset"]) / "study.yaml")
-    for key in ("method", "lr", "batch", "epochs"):
-        study = study.replace(f"validation.{key}", recipe[key])
-    study = study.replace("examples.limit", len(truth["examples"])).replace("prompts.limit", len(truth["prompts"]))
-    if args.target.startswith("behavior:"):
-        study = study.replace("sae.path", None)
-    subject, data = open_subject(study), read_data(study, SilentProgress())
-    readings = read_here(study, subject, data.prompts, SilentProgress())
-    ready = make_ready(study, subject, data, readings)
-    targets = TargetSet((TargetName.parse(args.target),), readings)
+    ready = prepared_for(truth, args.target)
+    targets = TargetSet((TargetName.parse(args.target),), ready.readings)
     plain = known_recipe(ready.problem)
     assert plain.method == "full" and plain.max_grad_norm is None
     with in_training(ready.problem.model, plain, None), TemporaryDirectory() as folder:

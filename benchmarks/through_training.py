@@ -30,7 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,10 +54,11 @@ from taught.environment import peak_memory_gb
 from taught.presets import preset_path
 from taught.progress import SilentProgress
 from taught.stages.compare import baselines_by_target, largest
-from taught.stages.ready import Ready, make_ready, read_data, read_here
+from taught.stages.ready import Data, Ready, make_ready, read_data, read_here
 from taught.stages.subject import open_subject
 from taught.stats.ranks import spearman_interval
 from taught.study.load import load_study
+from taught.study.schema import Study
 from taught.training.loop import in_training
 from taught.training.steps import Training
 from taught.trajectories.trained import read_trained
@@ -67,6 +68,7 @@ from taught.validation.subsets import Subsets
 REMOVED = ("random", "label", "bm25")  # baselines whose strongest examples are left out too
 NAMED = {  # methods with settings of their own; a run's steps without the check of smoothness
     "magic": Method(trajectory=Choice("steps", {"smoothness": 0})),
+    "at-a-point": Method(trajectory=Choice("steps", {"smoothness": 0, "sign_width": 0})),
     "gauss-newton": Method(trajectory=Choice("steps", {"smoothness": 0, "hessian": "gauss-newton"})),
     "empirical-fisher": Method(trajectory=Choice("steps", {"smoothness": 0, "hessian": "empirical-fisher"})),
     "no-hessian": Method(trajectory=Choice("steps", {"smoothness": 0, "hessian": "none"})),
@@ -105,11 +107,8 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, help="a file that keeps the scores of each method, not computed again")
     args = parser.parse_args()
 
-    study = load_study(preset_path(args.preset) / "study.yaml")
     wanted = args.targets.split(",") if args.targets else []
-    if all(name.startswith("behavior:") for name in wanted):
-        study = study.replace("sae.path", None)
-    for key, setting in {
+    settings = {
         "examples.limit": args.examples,
         "prompts.limit": args.prompts,
         "validation.method": args.method,
@@ -117,18 +116,9 @@ def main() -> None:
         "validation.batch": args.batch,
         "validation.epochs": args.epochs,
         "attribution.memory_gb": args.memory_gb,
-    }.items():
-        study = study.replace(key, setting)
-    with TemporaryDirectory() as folder:
-        if args.planted:
-            pairs, preset = Path(folder) / "pairs.jsonl", preset_path(args.preset)
-            rows = map(json.loads, (preset / PLANTED).read_text().splitlines())
-            refusals = [json.dumps({**row, "label": study.examples.positive_label}) + "\n" for row in rows]
-            pairs.write_text((preset / "pairs.jsonl").read_text() + "".join(refusals))
-            study = study.replace("examples.path", str(pairs))
-        subject, data = open_subject(study), read_data(study, SilentProgress())
-    readings = read_here(study, subject, data.prompts, SilentProgress())
-    ready = make_ready(study, subject, data, readings)
+    }
+    study, data, ready = prepared(args.preset, settings, wanted, planted=args.planted)
+    readings = ready.readings
     wanted = wanted or [f"behavior:{group}" for group in readings.groups]
     if "coefficients" in wanted:
         assert readings.policy is not None
@@ -178,6 +168,36 @@ def main() -> None:
         content = {"machine": common.machine(), "seconds": seconds, "training": truth["seconds"], "rows": rows}
         content["removed"] = removed
         args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def prepared(
+    preset: str, settings: Mapping[str, Any], wanted: Sequence[str], *, planted: bool
+) -> tuple[Study, Data, Ready]:
+    """A preset's study with other settings, its data and all that is made of them for these targets."""
+    study = load_study(preset_path(preset) / "study.yaml")
+    if all(name.startswith("behavior:") for name in wanted):
+        study = study.replace("sae.path", None)
+    for key, setting in settings.items():
+        study = study.replace(key, setting)
+    with TemporaryDirectory() as folder:
+        if planted:
+            pairs = Path(folder) / "pairs.jsonl"
+            rows = map(json.loads, (preset_path(preset) / PLANTED).read_text().splitlines())
+            refusals = [json.dumps({**row, "label": study.examples.positive_label}) + "\n" for row in rows]
+            pairs.write_text((preset_path(preset) / "pairs.jsonl").read_text() + "".join(refusals))
+            study = study.replace("examples.path", str(pairs))
+        subject, data = open_subject(study), read_data(study, SilentProgress())
+    readings = read_here(study, subject, data.prompts, SilentProgress())
+    return study, data, make_ready(study, subject, data, readings)
+
+
+def prepared_for(truth: Mapping[str, Any], target: str) -> Ready:
+    """The same for one target of a truth."""
+    recipe = truth["recipe"]
+    settings = {f"validation.{key}": recipe[key] for key in ("method", "lr", "batch", "epochs")}
+    settings |= {"examples.limit": len(truth["examples"]), "prompts.limit": len(truth["prompts"])}
+    planted = any(name.startswith("planted-") for name in truth["examples"])
+    return prepared(truth["preset"], settings, [target], planted=planted)[2]
 
 
 def computed(
