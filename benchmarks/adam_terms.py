@@ -21,9 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from scipy import stats
 
-from benchmarks.through_training import prepared_for
+from benchmarks.through_training import foreseen, prepared_for
 from taught.core.names import TargetName
 from taught.core.target import TargetSet
 from taught.training.loop import in_training
@@ -50,13 +49,9 @@ def main() -> None:
             training.train(states)
             query = trained_queries(ready.problem, targets, read_trained(ready.problem, targets))
             found = terms(training, states, {name: query.pop(name)[0] for name in training.moving})
-    column = truth["targets"].index(args.target)
-    runs = {tuple(run["left_out"]): run["values"][column] for run in truth["runs"] if run["order"] == 0}
-    sets = [some for some in truth["sets"] if len(some) > 1]
-    moved = [runs[tuple(some)] - runs[()] for some in sets]
     for term, of in found.items():
-        predicted = [-sum(of[i] for i in some) for some in sets]
-        print(f"{term:10} LDS {stats.spearmanr(predicted, moved)[0]:.3f} over {len(sets)} sets")
+        row = foreseen(truth, args.target, of)
+        print(f"{term:10} LDS {row['sets, Spearman']:.3f} over {row['sets']} sets")
 
 
 def terms(training: Training, states: States, q: Tensors) -> dict[str, dict[str, float]]:

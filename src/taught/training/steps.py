@@ -417,8 +417,7 @@ class Training:
             slope = first * D.square() * L / (2 * root * bias[1]) * (lr / bias[0])
             Lv.add_(torch.where(root > 0, slope, 0.0))
             up[name] = (1 - BETAS[0]) * Lm + 2 * (1 - BETAS[1]) * g * Lv
-            fresh = state.parts["second"][name] == 0
-            if self.sign_width and not self.eps_root and bool(fresh.any()):
+            if self.sign_width and not self.eps_root and bool((fresh := state.parts["second"][name] == 0).any()):
                 a, c, size = (1 - BETAS[0]) / bias[0], math.sqrt((1 - BETAS[1]) / bias[1]), g.abs()
                 rms = float(g[fresh].square().mean(dtype=torch.float64).sqrt())
                 h = self.sign_width * rms / math.sqrt(len(self.plan[state.step]))
