@@ -26,6 +26,7 @@ REGIMES = {
     "run": ("through_training_run", "through_training_run_others"),
 }
 METHODS = {  # and what results call them
+    "the same left out of the run in another order": ("order 1",),
     "steps (MAGIC)": ("adjoint@steps", "magic"),
     "steps, Gauss-Newton": ("gauss-newton",),
     "steps, empirical Fisher (AdamW-influence)": ("empirical-fisher",),

@@ -32,6 +32,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -162,7 +163,7 @@ def main() -> None:
             of = found[name]
             strongest = sorted(of[args.remove], key=lambda i, own=of[args.remove]: (-own[i], i))[: args.left_out]
             run = outcome(args, truth, ready, measured, 0, sorted(strongest))
-            removed.append({"method": name, **against_random(truth, run["values"][column], column)})
+            removed.append({"method": name, **against_random(truth, run["values"][column], args.remove)})
             print(json.dumps(removed[-1]), flush=True)
     if args.out:
         content = {"machine": common.machine(), "seconds": seconds, "training": truth["seconds"], "rows": rows}
@@ -294,11 +295,19 @@ def outcome(
     return run
 
 
-def against_random(truth: dict[str, Any], found: float, column: int) -> dict[str, float]:
+def changes(truth: Mapping[str, Any], target: str, order: int = 0) -> dict[tuple[str, ...], float]:
+    """What leaving out each set, by its ids, did to a target in a run of this order."""
+    column = truth["targets"].index(target)
+    runs = {tuple(run["left_out"]): run["values"][column] for run in truth["runs"] if run["order"] == order}
+    return {tuple(s): runs[tuple(s)] - runs[()] for s in truth["sets"] if tuple(s) in runs}
+
+
+def against_random(truth: Mapping[str, Any], found: float, target: str) -> dict[str, float]:
     """Change of a target without some examples, and its difference to random sets as large: Student's t, 95%."""
-    runs = {tuple(run["left_out"]): run["values"][column] for run in truth["runs"] if run["order"] == 0}
-    random = np.array([runs[tuple(s)] for s in truth["sets"] if len(s) > 1]) - runs[()]
-    change, n = found - runs[()], len(random)
+    column = truth["targets"].index(target)
+    (whole,) = (run["values"][column] for run in truth["runs"] if run["order"] == 0 and not run["left_out"])
+    random = np.array([change for s, change in changes(truth, target).items() if len(s) > 1])
+    change, n = found - whole, len(random)
     half = float(stats.t.ppf(0.975, n - 1) * random.std(ddof=1) * np.sqrt(1 + 1 / n))
     gap = change - float(random.mean())
     return {"change": change, "difference": gap, "lo": gap - half, "hi": gap + half, "random sets": n}
@@ -319,38 +328,45 @@ def trained(ready: Ready, targets: TargetSet, ids: Sequence[str], left_out: Sequ
 
 
 def compared(truth: dict[str, Any], found: dict[str, dict[str, dict[str, float]]], controls: dict[str, Any]):
-    """A row for every method, target and order of the examples."""
-    ids, sets = truth["examples"], truth["sets"]
-    several = {f"s{k:03}": s for k, s in enumerate(sets) if len(s) > 1}
-    single = [s[0] for s in sets if len(s) == 1]
-    for order in sorted({run["order"] for run in truth["runs"]}):
-        runs = {tuple(run["left_out"]): run["values"] for run in truth["runs"] if run["order"] == order}
-        for target in next(iter(found.values())):  # all were asked about the same
-            column = truth["targets"].index(target)
-            whole = runs[()][column]
-            moved = {name: runs[tuple(s)][column] - whole for name, s in several.items()}
-            members = tuple(tuple(i for i in ids if i not in s) for s in several.values())
-            subsets = Subsets(tuple(several), members, dict.fromkeys(ids, 1.0))
-            scores = {method: {target: of[target]} for method, of in found.items()}
-            rows = lds_rows(subsets, {target: moved}, scores, controls, design="held")
-            for row in rows:
-                of = found[row.method][target]
-                predicted = [-sum(of[i] for i in s) for s in several.values()]
-                row_of = {
-                    "method": row.method,
-                    "target": target,
-                    "order": order,
-                    "LDS": row.raw,
-                    "lo": row.raw_lo,
-                    "hi": row.raw_hi,
-                    "controlled": row.controlled,
-                    "Pearson": float(np.corrcoef(predicted, list(moved.values()))[0, 1]),
-                }
-                if len(single) > 2:
-                    alone = [runs[(i,)][column] - whole for i in single]
-                    r = spearman_interval(np.array([-of[i] for i in single]), np.array(alone))
-                    row_of |= {} if r is None else {"singles": r.value, "singles lo": r.lo, "singles hi": r.hi}
-                yield row_of
+    """A row for every method, target and order of the examples, and one for each other order as a method."""
+    ids = truth["examples"]
+    orders = sorted({run["order"] for run in truth["runs"]})
+    for order, target in product(orders, next(iter(found.values()))):  # all were asked about the same
+        moved = changes(truth, target, order)
+        several, single = [s for s in moved if len(s) > 1], [s for s in moved if len(s) == 1]
+        names = [f"s{k:03}" for k in range(len(several))]
+        members = tuple(tuple(i for i in ids if i not in s) for s in several)
+        subsets = Subsets(tuple(names), members, dict.fromkeys(ids, 1.0))
+        scores = {method: {target: of[target]} for method, of in found.items()}
+        outcomes = {target: {name: moved[s] for name, s in zip(names, several, strict=True)}}
+        for row in lds_rows(subsets, outcomes, scores, controls, design="held"):
+            of = found[row.method][target]
+            row_of = {"method": row.method, "target": target, "order": order}
+            row_of |= {"LDS": row.raw, "lo": row.raw_lo, "hi": row.raw_hi, "controlled": row.controlled}
+            predicted = {s: -sum(of[i] for i in s) for s in moved}
+            yield row_of | correlated(predicted, moved, several, single)
+        for other in orders:
+            if other != order:
+                there = changes(truth, target, other)
+                both = [[s for s in part if s in there] for part in (several, single)]
+                r = spearman_interval([there[s] for s in both[0]], [moved[s] for s in both[0]])
+                row_of = {"method": f"order {other}", "target": target, "order": order}
+                row_of |= {} if r is None else {"LDS": r.value, "lo": r.lo, "hi": r.hi, "controlled": None}
+                yield row_of | correlated(there, moved, *both)
+
+
+def correlated(
+    predicted: Mapping[tuple[str, ...], float],
+    moved: Mapping[tuple[str, ...], float],
+    several: Sequence[tuple[str, ...]],
+    single: Sequence[tuple[str, ...]],
+) -> dict[str, float]:
+    """Pearson's correlation over sets; Spearman's over single examples, where there are three at least."""
+    found = {"Pearson": float(np.corrcoef([predicted[s] for s in several], [moved[s] for s in several])[0, 1])}
+    if len(single) > 2:
+        r = spearman_interval([predicted[s] for s in single], [moved[s] for s in single])
+        found |= {} if r is None else {"singles": r.value, "singles lo": r.lo, "singles hi": r.hi}
+    return found
 
 
 def foreseen(truth: Mapping[str, Any], target: str, effects: Mapping[str, float]) -> dict[str, float]:
@@ -358,13 +374,11 @@ def foreseen(truth: Mapping[str, Any], target: str, effects: Mapping[str, float]
 
     Rank correlations, and the root mean square of foreseen less measured.
     """
-    column = truth["targets"].index(target)
-    runs = {tuple(run["left_out"]): run["values"][column] for run in truth["runs"] if run["order"] == 0}
-    found = {}
+    moved, found = changes(truth, target), dict[str, float]()
     for kind, alone in (("sets", False), ("singles", True)):
-        some = [s for s in truth["sets"] if (len(s) == 1) == alone and tuple(s) in runs]
+        some = [s for s in moved if (len(s) == 1) == alone]
         predicted = np.array([-sum(effects[i] for i in s) for s in some])
-        measured = np.array([runs[tuple(s)] - runs[()] for s in some])
+        measured = np.array([moved[s] for s in some])
         found |= {kind: len(some), f"{kind}, Spearman": float(stats.spearmanr(predicted, measured)[0])}
         found[f"{kind}, error"] = float(np.sqrt(np.mean((predicted - measured) ** 2)))
     return found
