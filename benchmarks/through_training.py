@@ -22,7 +22,7 @@ Beside the methods stand those of :data:`taught.baselines.BASELINES` (label: ref
 tokens; BM25, loss, ...). Linear datamodelling score (LDS): rank correlation over the sets, with a bootstrap interval
 over sets; controlled: given labels and tokens. With ``--remove TARGET`` the model is also trained without the examples
 that each method says raise the target most, as many as the random sets hold; the change stands beside that of the
-random sets. Times are of this machine, printed in trainings of the same run.
+random sets, in each order. Times are of this machine, printed in trainings of the same run.
 """
 
 from __future__ import annotations
@@ -162,9 +162,11 @@ def main() -> None:
         for name in args.remove_of.split(",") if args.remove_of else default:
             of = found[name]
             strongest = sorted(of[args.remove], key=lambda i, own=of[args.remove]: (-own[i], i))[: args.left_out]
-            run = outcome(args, truth, ready, measured, 0, sorted(strongest))
-            removed.append({"method": name, **against_random(truth, run["values"][column], args.remove)})
-            print(json.dumps(removed[-1]), flush=True)
+            for order in range(args.orders):
+                run = outcome(args, truth, ready, measured, order, sorted(strongest))
+                against = against_random(truth, run["values"][column], args.remove, order)
+                removed.append({"method": name, "order": order, **against})
+                print(json.dumps(removed[-1]), flush=True)
     if args.out:
         content = {"machine": common.machine(), "seconds": seconds, "training": truth["seconds"], "rows": rows}
         content["removed"] = removed
@@ -218,13 +220,13 @@ class Kept:
 
     def __init__(self, args: argparse.Namespace) -> None:
         free = {"truth", "out", "methods", "ask", "sets", "left_out", "singles", "states", "scores"}
-        free |= {"remove", "remove_of", "memory_gb", "part", "bergson", "dattri_llm"}
+        free |= {"orders", "remove", "remove_of", "memory_gb", "part", "bergson", "dattri_llm"}
         self.of = {key: value for key, value in vars(args).items() if key not in free}
         self.file: Path | None = args.scores
         self.methods: dict[str, Any] = {}
         if self.file is not None and self.file.is_file():
             made = json.loads(self.file.read_text())
-            if made["of"] != self.of:
+            if {key: made["of"].get(key) for key in self.of} != self.of:
                 raise SystemExit(f"{self.file} is of another run: {made['of']}")
             self.methods = made["methods"]
 
@@ -302,11 +304,11 @@ def changes(truth: Mapping[str, Any], target: str, order: int = 0) -> dict[tuple
     return {tuple(s): runs[tuple(s)] - runs[()] for s in truth["sets"] if tuple(s) in runs}
 
 
-def against_random(truth: Mapping[str, Any], found: float, target: str) -> dict[str, float]:
+def against_random(truth: Mapping[str, Any], found: float, target: str, order: int = 0) -> dict[str, float]:
     """Change of a target without some examples, and its difference to random sets as large: Student's t, 95%."""
     column = truth["targets"].index(target)
-    (whole,) = (run["values"][column] for run in truth["runs"] if run["order"] == 0 and not run["left_out"])
-    random = np.array([change for s, change in changes(truth, target).items() if len(s) > 1])
+    (whole,) = (run["values"][column] for run in truth["runs"] if (run["order"], run["left_out"]) == (order, []))
+    random = np.array([change for s, change in changes(truth, target, order).items() if len(s) > 1])
     change, n = found - whole, len(random)
     half = float(stats.t.ppf(0.975, n - 1) * random.std(ddof=1) * np.sqrt(1 + 1 / n))
     gap = change - float(random.mean())
