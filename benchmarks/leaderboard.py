@@ -26,8 +26,9 @@ REGIMES = {
     "run": ("through_training_run", "through_training_run_others"),
 }
 METHODS = {  # and what results call them
-    "the same left out of the run in another order": ("order 1",),
     "steps (MAGIC)": ("adjoint@steps", "magic"),
+    "steps (MAGIC), of the run in another order": ("magic#1",),
+    "the run in another order, without the same examples": ("order 1",),
     "steps, Gauss-Newton": ("gauss-newton",),
     "steps, empirical Fisher (AdamW-influence)": ("empirical-fisher",),
     "steps, no Hessian": ("no-hessian",),

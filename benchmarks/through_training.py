@@ -15,7 +15,8 @@ sketches are of y alone.
 
 Compared with it is, for every target, minus the sum of a method's scores over what was left out. Methods have the names
 that a run gives them (adjoint+ekfac, adjoint@steps), or one of :data:`NAMED`, or are a peer's
-(:mod:`benchmarks.peer_influence`), whose interpreter is named by ``--bergson`` or ``--dattri-llm``. Targets are by
+(:mod:`benchmarks.peer_influence`), whose interpreter is named by ``--bergson`` or ``--dattri-llm``; ``magic#1`` is
+asked about the run in its order 1. Targets are by
 default the mean behavior of each group; ``coefficients`` are the ten largest of the policy at the base model, and with
 them and ``score`` the preset's SAE is read. ``--ask`` asks the methods for some of the targets only.
 Beside the methods stand those of :data:`taught.baselines.BASELINES` (label: refusals left out; response-length: their
@@ -143,7 +144,9 @@ def main() -> None:
                 with TemporaryDirectory(dir=args.states) as folder:
                     own, took, said = peer_scores(name, python, ready, asked, Path(folder) / tool)
             else:
-                own, took, said = computed(NAMED.get(name) or Method().named(name), ready, asked, args.states)
+                method, _, order = name.partition("#")
+                there = ordered(ready, int(order or 0))
+                own, took, said = computed(NAMED.get(method) or Method().named(method), there, asked, args.states)
             known |= own
             seconds[name] += took
             keeper.add(name, known, seconds[name])
@@ -202,6 +205,13 @@ def prepared_for(truth: Mapping[str, Any], target: str) -> Ready:
     settings |= {"examples.limit": len(truth["examples"]), "prompts.limit": len(truth["prompts"])}
     planted = any(name.startswith("planted-") for name in truth["examples"])
     return prepared(truth["preset"], settings, [target], planted=planted)[2]
+
+
+def ordered(ready: Ready, order: int) -> Ready:
+    """The same about the run whose examples come in another order; 0 is the recipe's."""
+    recipe = ready.problem.recipe
+    assert recipe is not None
+    return replace(ready, problem=replace(ready.problem, recipe=replace(recipe, seed=recipe.seed + order)))
 
 
 def computed(
@@ -317,9 +327,9 @@ def against_random(truth: Mapping[str, Any], found: float, target: str, order: i
 
 def trained(ready: Ready, targets: TargetSet, ids: Sequence[str], left_out: Sequence[str], order: int) -> list[float]:
     """Values of the targets after a run with these examples at weight 0."""
-    problem = ready.problem
-    assert problem.recipe is not None
-    recipe = replace(problem.recipe, seed=problem.recipe.seed + order)
+    problem = ordered(ready, order).problem
+    recipe = problem.recipe
+    assert recipe is not None
     weights = torch.tensor([0.0 if i in left_out else 1.0 for i in ids], dtype=torch.float64)
     with in_training(problem.model, recipe, problem.parameters) as patterns:
         training = Training(problem.model, ready.inputs, recipe, patterns, problem.batch_tokens, weights=weights)
