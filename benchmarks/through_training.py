@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -342,7 +343,10 @@ def trained(ready: Ready, targets: TargetSet, ids: Sequence[str], left_out: Sequ
 def compared(truth: dict[str, Any], found: dict[str, dict[str, dict[str, float]]], controls: dict[str, Any]):
     """A row for every method, target and order of the examples, and one for each other order as a method."""
     ids = truth["examples"]
-    orders = sorted({run["order"] for run in truth["runs"]})
+    counts = Counter(
+        run["order"] for run in truth["runs"] if run["left_out"] in truth["sets"] and len(run["left_out"]) > 1
+    )
+    orders = sorted(order for order, sets in counts.items() if sets > 2)
     for order, target in product(orders, next(iter(found.values()))):  # all were asked about the same
         moved = changes(truth, target, order)
         several, single = [s for s in moved if len(s) > 1], [s for s in moved if len(s) == 1]
