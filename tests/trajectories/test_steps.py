@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -139,54 +138,6 @@ def test_smoothness_is_that_of_trainings_with_other_weights(ready, targets, scor
         assert [row["predicted"], row["measured"], row["measured_next"]] == pytest.approx([predicted, b - a, c - b])
 
 
-def test_several_orders_give_the_mean_of_their_runs(ready, targets):
-    some = targets.select([TargetName.parse(name) for name in ("behavior:harmless", "score:x", "score")])
-
-    def effects(seed, **options):
-        problem = replace(ready.problem, recipe=replace(ready.problem.recipe, seed=ready.problem.recipe.seed + seed))
-        how = Method(trajectory=Choice("steps", {"eps_root": ROOT, "smoothness": 0, **options}))
-        return driver.scores(problem, ready.inputs, some, how, Work())
-
-    alone, together = [effects(seed) for seed in range(3)], effects(0, orders=3)
-    for name in some.names:
-        one = [[scores.by_example(name)[i] for i in together.example_ids] for scores in alone]
-        assert list(together.by_example(name).values()) == pytest.approx(np.mean(one, 0), rel=1e-9)
-        assert not np.allclose(one[0], one[1], rtol=1e-2)
-    rows = {row["target"]: row["spearman"] for row in together.details["orders"]}
-    one = [list(scores.by_example("behavior:harmless").values()) for scores in alone]
-    pairs = [spearmanr(one[a], one[b])[0] for a, b in ((0, 1), (0, 2), (1, 2))]
-    assert rows.keys() == {"behavior:harmless", "score"}
-    assert rows["behavior:harmless"] == pytest.approx(np.mean(pairs))
-    assert "orders" not in alone[0].details
-    shares = together.details["token_shares"]
-    assert {i: s.sum(0)[0] for i, s in shares.items()} == pytest.approx(together.by_example("behavior:harmless"))
-
-
-def test_a_stopped_pass_of_several_orders_goes_on_in_the_one_it_was_in(ready, targets, tmp_path, monkeypatch):
-    some = targets.select([TargetName.parse("behavior:harmless")])
-    little = replace(ready.problem, memory_gb=1e-6)
-    method = Method(trajectory=Choice("steps", {"eps_root": ROOT, "smoothness": 0, "orders": 2}))
-    whole = driver.scores(little, ready.inputs, some, method, Work(folder=tmp_path))
-    steps, made = Training.step_back, []
-
-    def dying(self, *args, **options):
-        made.append(self.recipe.seed)
-        if len(made) == 8:  # four steps an order
-            raise KeyboardInterrupt
-        return steps(self, *args, **options)
-
-    monkeypatch.setattr(Training, "step_back", dying)
-    work = Work(pieces=PartialFolder(tmp_path / "partial"), folder=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        driver.scores(little, ready.inputs, some, method, work)
-    assert len(set(made)) == 2
-    monkeypatch.setattr(Training, "step_back", lambda self, *a, **o: (made.append(1), steps(self, *a, **o))[1])
-    made.clear()
-    again = driver.scores(little, ready.inputs, some, method, work)
-    assert len(made) == 4  # the first two steps of each order
-    assert again.by_example("behavior:harmless") == pytest.approx(whole.by_example("behavior:harmless"), rel=1e-12)
-
-
 def test_weights_are_as_before_and_states_on_disk_give_the_same(ready, targets, scores, tmp_path):
     before = {n: p.detach().clone() for n, p in ready.problem.model.named_parameters()}
     some = targets.select([TargetName.parse("behavior:harmless"), TargetName.parse("score:x")])
@@ -247,8 +198,7 @@ def test_a_curvature_has_no_place_in_a_run(ready, targets):
 
 
 def test_a_run_through_the_command_s_stages(study, tmp_path):
-    how = {"kind": "steps", "orders": 2}
-    small = with_values(study, {"attribution.trajectory": how, "attribution.targets": ["behavior:harmless"]})
+    small = with_values(study, {"attribution.trajectory": "steps", "attribution.targets": ["behavior:harmless"]})
     run = do(small, tmp_path / "run", "readings", "policy", "attribute", "curate", "report")
     record = run.read_json("attribution")
     assert record["method"] == "adjoint@steps"
@@ -263,8 +213,6 @@ def test_a_run_through_the_command_s_stages(study, tmp_path):
     assert shares == pytest.approx({i: effects[i] for i in shares}, rel=1e-9)
     page = (run.folder / "report.html").read_text()
     assert "Metasmoothness" in page and "per step" not in page and "one plain SGD step" not in page
-    (alike,) = record["orders"]
-    assert -1 <= alike["spearman"] <= 1 and "Rank correlation of two runs" in page and "this one run" not in page
     with pytest.raises(UserError, match="validation.lr"):  # the recipe is what they depend on
         do(with_values(small, {"validation.lr": 1e-3}), tmp_path / "run", "attribute")
 

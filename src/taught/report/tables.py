@@ -96,11 +96,6 @@ class Tables:
         return self.json("attribution").get("smoothness", [])
 
     @property
-    def orders(self) -> Rows:
-        """How far training runs in two orders rank examples alike, one row a target; empty for one run."""
-        return self.json("attribution").get("orders", [])
-
-    @property
     def unit(self) -> str:
         """The unit of values (``Scores.unit``)."""
         return str(self.json("attribution").get("unit", "step"))

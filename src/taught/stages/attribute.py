@@ -114,7 +114,7 @@ def attribute(study: Study, run: RunFolder, progress: Progress | None = None) ->
                 "unit": scores.unit,
                 "lr": study.attribution.lr,
                 "targets": [str(name) for name in scores.targets],
-                **{key: scores.details[key] for key in ("smoothness", "orders") if key in scores.details},
+                **({"smoothness": scores.details["smoothness"]} if "smoothness" in scores.details else {}),
                 **({"sketches": {key: scores.details[key] for key in STORE}} if "store" in scores.details else {}),
             },
         )

@@ -14,8 +14,6 @@ of the steps (or all of them, where they fit into memory), and it is gone throug
 One step is not followed by its derivative: the first of AdamW goes by the signs of the gradients, and what an example
 does there is averaged over ``sign_width``.
 
-An effect belongs to a run, and the order of the examples is a part of it. ``orders`` gives the mean over several.
-
 ``hessian`` says what stands in the place of the batch's Hessian: ``gauss-newton`` leaves the second derivatives of the
 model out of it, (1/n) sum J' B J with J the derivative of an example's logits and B the Hessian of its loss by them;
 ``empirical-fisher`` has (1/n) sum g g' (AdamW-influence, arXiv 2605.18814); ``none`` has 0: what is left is the
@@ -27,7 +25,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -48,7 +45,6 @@ from taught.errors import UserError
 from taught.estimators.cost import Asked, Passes
 from taught.model.gradients import refuse_detached
 from taught.run.pieces import piece_key
-from taught.stats.ranks import spearman
 from taught.training.loop import in_training
 from taught.training.recipe import Recipe
 from taught.training.steps import Back, States, Training, named, same_bits
@@ -102,11 +98,6 @@ class Steps:
         "AdamW's first step goes by the signs of gradients: their derivative is averaged over so many times what one "
         "example has in them; 0: it is that at the point",
     )
-    orders: int = setting(
-        1,
-        rules.whole(1),
-        "runs whose effects are averaged, each with the examples in another order; 1: the run of the recipe",
-    )
     single: ClassVar[bool] = False
     carries: ClassVar[bool] = True
 
@@ -136,8 +127,7 @@ class Steps:
 
         Cost: a training, its replay (where not all states are kept) and one more on the way back; two for each target,
         of LoRA layers 1.2; two for each direction of ``smoothness``. With ``gauss-newton`` the way back is a third, and
-        1.7 for each target; without a Hessian it is one for each target and nothing more. Each further one of
-        ``orders`` costs the same again, without ``smoothness``.
+        1.7 for each target; without a Hessian it is one for each target and nothing more.
 
         Raises
         ------
@@ -149,26 +139,19 @@ class Steps:
         refuse_detached(problem.model)
         ids = tuple(z.id for z in examples)
         losses = example_losses(problem.model, examples, problem.batch_tokens).numpy()
-        by_order = []
-        details: dict[str, Any] = {}
-        for k in range(self.orders):
-            one, how = replace(recipe, seed=recipe.seed + k), self if k == 0 else replace(self, smoothness=0)
-            with in_training(problem.model, one, problem.parameters) as parameters:
-                training = Training(
-                    problem.model, examples, one, parameters, problem.batch_tokens, self.eps_root, self.sign_width
-                )
-                with training.ready():
-                    moved = replace(problem, parameters=None if parameters is None else tuple(parameters))
-                    values, smooth = _Pass(training, moved, targets, work, how).values()
-            by_order.append(targets.from_direct(values))  # [scored tokens of all examples, T]
-            if smooth:
-                details["smoothness"] = smooth
-        firsts = training.starts[:-1]
-        if self.orders > 1:
-            details["orders"] = _agreement(targets, [np.add.reduceat(tokens, firsts) for tokens in by_order])
-        tokens = np.mean(by_order, 0)
-        details["token_shares"] = shares = dict(zip(training.ids, np.split(tokens, firsts[1:]), strict=True))
+        with in_training(problem.model, recipe, problem.parameters) as parameters:
+            training = Training(
+                problem.model, examples, recipe, parameters, problem.batch_tokens, self.eps_root, self.sign_width
+            )
+            with training.ready():
+                moved = None if parameters is None else tuple(parameters)
+                values, smooth = _Pass(training, replace(problem, parameters=moved), targets, work, self).values()
+        tokens = targets.from_direct(values)  # [scored tokens of all examples, T]
+        shares = dict(zip(training.ids, np.split(tokens, training.starts[1:-1]), strict=True))
         effects = np.stack([shares[i].sum(0) for i in ids])
+        details: dict[str, Any] = {"token_shares": shares}
+        if smooth:
+            details["smoothness"] = smooth
         return Scores("adjoint", ids, targets.names, effects, losses=losses, unit="run", details=details)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
@@ -177,13 +160,13 @@ class Steps:
         one = Passes(problem, examples).examples * recipe.epochs
         training, (once, each) = TRAINED[recipe.method] * one, PASSES[self.hessian, recipe.method]
         replayed = self.bytes(problem, examples, asked)[1] > 0
-        run = {
+        return {
             "training": training,
             **({"replay": training} if replayed else {}),
+            "smoothness": 2 * self.smoothness * training,
             "steps back": (once + each * asked.queries) * one,
             "targets": (2 + 3 * asked.queries) * Passes(problem, examples).trees,
         }
-        return {part: self.orders * of for part, of in run.items()} | {"smoothness": 2 * self.smoothness * training}
 
     def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:
         """States, a step's own tensors and the derivatives of targets; states on the disk."""
@@ -196,13 +179,6 @@ class Steps:
         shares = 8 * asked.queries * sum(z.n_scored for z in examples)
         states = 0 if on_disk else (steps + 1) * size
         return size + 2 * weights + held * size + shares + states, on_disk
-
-
-def _agreement(targets: TargetSet, effects: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """How far the effects [P, T] of two orders rank examples alike: by target, Spearman on the mean over all pairs."""
-    columns = [k for k, name in enumerate(targets.names) if name.pathway is None]
-    found = {k: [spearman(one[:, k], other[:, k]) for one, other in combinations(effects, 2)] for k in columns}
-    return [{"target": str(targets.names[k]), "spearman": float(np.mean(r))} for k, r in found.items()]
 
 
 def _kept_bytes(weights: int, recipe: Recipe) -> int:
@@ -258,7 +234,7 @@ class _Pass:
             for start in range(0, count, room):
                 some = range(start, min(start + room, count))
                 backs = [_back(training, queries, k) for k in some]
-                parts.append(self._back(states, every, backs, f"{training.recipe.seed} {start}"))
+                parts.append(self._back(states, every, backs, f"{start}"))
             found = torch.cat(parts, 1).numpy()
             return found, [self._smooth(states, ended, found, k) for k in range(self.how.smoothness)]
 
