@@ -13,22 +13,25 @@ import json
 
 from benchmarks.common import RESULTS
 
-REGIMES = {
-    "gentle": ("lds_gentle",),
-    "short": ("lds_short",),
+REGIMES = {  # results, and the order of the examples in the run that is foreseen; methods are asked about order 0
+    "gentle": (("lds_gentle",), 0),
+    "short": (("lds_short",), 0),
     "64 examples": (
-        "through_training_64_steps",
-        "through_training_64_others",
-        "through_training_64_gauss_newton",
-        "through_training_64_sketches",
-        "through_training_64_peers",
+        (
+            "through_training_64_steps",
+            "through_training_64_others",
+            "through_training_64_gauss_newton",
+            "through_training_64_sketches",
+            "through_training_64_peers",
+            "through_training_64_orders",
+        ),
+        0,
     ),
-    "run": ("through_training_run", "through_training_run_others"),
+    "64, another order": (("through_training_64_orders",), 1),
+    "run": (("through_training_run", "through_training_run_others"), 0),
 }
 METHODS = {  # and what results call them
     "steps (MAGIC)": ("adjoint@steps", "magic"),
-    "steps (MAGIC), of the run in another order": ("magic#1",),
-    "the run in another order, without the same examples": ("order 1",),
     "steps, Gauss-Newton": ("gauss-newton",),
     "steps, empirical Fisher (AdamW-influence)": ("empirical-fisher",),
     "steps, no Hessian": ("no-hessian",),
@@ -57,6 +60,7 @@ METHODS = {  # and what results call them
     "response tokens": ("response-length",),
     "norm of the gradient": ("gradient-norm",),
     "random numbers": ("random",),
+    "what the same sets did in the other order": ("order 0", "order 1"),
 }
 TARGETS = {
     "harmless": ("behavior:harmless", "mean_y:harmless"),
@@ -69,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default="harmless")
     target = parser.parse_args().target
-    columns = {regime: cells(files, TARGETS[target]) for regime, files in REGIMES.items()}
+    columns = {regime: cells(files, order, TARGETS[target]) for regime, (files, order) in REGIMES.items()}
     print("| method | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for method, names in METHODS.items():
         row = [next((column[name] for name in names if name in column), "") for column in columns.values()]
@@ -77,12 +81,12 @@ def main() -> None:
             print(f"| {method} | " + " | ".join(row) + " |")
 
 
-def cells(files: tuple[str, ...], targets: tuple[str, ...]) -> dict[str, str]:
+def cells(files: tuple[str, ...], order: int, targets: tuple[str, ...]) -> dict[str, str]:
     """What a regime's results say of a target, by method."""
     found: dict[str, str] = {}
     for path in (RESULTS / f"{file}.json" for file in files):
         for row in json.loads(path.read_text())["rows"] if path.is_file() else ():
-            if row["target"] in targets and row.get("subsets", "random") == "random" and row.get("order", 0) == 0:
+            if row["target"] in targets and row.get("subsets", "random") == "random" and row.get("order", 0) == order:
                 value, lo, hi = (
                     row.get(key, row.get(old)) for key, old in (("LDS", "raw"), ("lo", "raw_lo"), ("hi", "raw_hi"))
                 )
