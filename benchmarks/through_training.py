@@ -346,7 +346,7 @@ def compared(truth: dict[str, Any], found: dict[str, dict[str, dict[str, float]]
     counts = Counter(
         run["order"] for run in truth["runs"] if run["left_out"] in truth["sets"] and len(run["left_out"]) > 1
     )
-    orders = sorted(order for order, sets in counts.items() if sets > 2)
+    orders = sorted(order for order, sets in counts.items() if sets > 5)  # fewer say nothing of ranks
     for order, target in product(orders, next(iter(found.values()))):  # all were asked about the same
         moved = changes(truth, target, order)
         several, single = [s for s in moved if len(s) > 1], [s for s in moved if len(s) == 1]
