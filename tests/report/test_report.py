@@ -41,6 +41,7 @@ from taught.report.sections.coverage import audit_sentence
 from taught.report.sections.curation import Curated, curation_sentence
 from taught.report.sections.examples import moved_sentence
 from taught.report.sections.interference import unintended_sentence
+from taught.report.sections.method import derivative_sentence
 from taught.report.sections.policy import fit_sentence
 from taught.report.sections.trust import trust_sentence
 from taught.report.sections.validation import arms_table, foreseen_sentence, retraining_sentence
@@ -772,6 +773,20 @@ def test_the_linear_value_is_said_to_be_as_good_as_its_steps() -> None:
     assert "2.1 times their size (an exact refit)" in step_sentence(rows, "score").text
     other = [{"behavior:x": 1.0, "step_score": 1.1, "score": 2.0, "refit_score": 2.02}]
     assert "10.0% (a real step) and 1.0% (an exact refit)" in step_sentence(other, "behavior:x").text
+
+
+def test_a_derivative_that_did_not_foresee_other_weights_is_cautioned_of() -> None:
+    def check(score: float, predicted: float, measured: float, target: str = "behavior:odd") -> list[dict]:
+        return [
+            {"score": score, "h": 0.1, "targets": [{"target": target, "predicted": predicted, "measured": measured}]}
+        ]
+
+    assert derivative_sentence([]) is None
+    assert derivative_sentence(check(0.83, 0.015, 0.014)) is None
+    assert derivative_sentence(check(0.83, 0.5, 0.1, "coefficient:3")) is None  # there are too many of them
+    for bad, said in ((check(0.5, 0.015, 0.014), "0.50"), (check(0.99, 0.065, -0.004), "behavior on odd")):
+        sentence = derivative_sentence([*check(0.99, 1.0, 1.0), *bad])
+        assert sentence.tone == "caution" and said in sentence.text
 
 
 def curated(rows: list[dict], examples: list[dict]) -> Curated:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from taught.report.blocks import Beside, Block, Facts, Items, Sentence, Text
 from taught.report.sections import Section, add
-from taught.report.tables import Row, Tables
+from taught.report.tables import Row, Rows, Tables
 from taught.report.text import amount, common_power, count, listed, number, percent, words
 
 # by attribution.curvature
@@ -102,25 +102,30 @@ def smoothness_text(found: Row) -> str:
     return text
 
 
-def _sentences(tables: Tables) -> list[Sentence]:
+def derivative_sentence(smoothness: Rows) -> Sentence | None:
     """A caution where the derivative through training did not foresee what other weights did."""
-    rough = [one["score"] for one in tables.smoothness if one["score"] < SMOOTH]
+    rough = [one["score"] for one in smoothness if one["score"] < SMOOTH]
     missed = dict.fromkeys(
         row["target"]
-        for one in tables.smoothness
+        for one in smoothness
         for row in one["targets"]
         if not row["target"].startswith("coefficient:")
         and abs(row["measured"] - row["predicted"]) > MISSED * max(abs(row["measured"]), abs(row["predicted"]))
     )
     if not rough and not missed:
-        return []
+        return None
     text = "The derivative through training may not hold."
     if rough:
         text += f" Metasmoothness is {number(min(rough))}, under {SMOOTH}: try attribution.trajectory.eps_root=1e-8."
     if missed:
         moved = listed([words(name) for name in missed])
         text += f" With other weights of the examples, {moved} moved otherwise than was foreseen."
-    return [Sentence("Derivative", "caution", text)]
+    return Sentence("Derivative", "caution", text)
+
+
+def _sentences(tables: Tables) -> list[Sentence]:
+    sentence = derivative_sentence(tables.smoothness)
+    return [] if sentence is None else [sentence]
 
 
 add(Section("method", "Method", (), _blocks, _sentences))
