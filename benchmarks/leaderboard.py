@@ -29,6 +29,7 @@ REGIMES = {  # results, and the order of the examples in the run that is foresee
     ),
     "64, another order": (("through_training_64_orders",), 1),
     "run": (("through_training_run", "through_training_run_others"), 0),
+    "run, LoRA": (("through_training_lora",), 0),
 }
 METHODS = {  # and what results call them
     "steps (MAGIC)": ("adjoint@steps", "magic"),
