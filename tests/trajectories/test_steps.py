@@ -30,6 +30,7 @@ from taught.training.loop import in_training
 from taught.training.recipe import Recipe
 from taught.training.steps import Back, States, Training
 from taught.trajectories.steps import PASSES, TRAINED
+from taught.trajectories.trained import trained_queries
 from tiny_models import Norm64
 from tiny_study import do, with_values, write_tiny_study
 
@@ -138,7 +139,14 @@ def test_smoothness_is_that_of_trainings_with_other_weights(ready, targets, scor
         assert [row["predicted"], row["measured"], row["measured_next"]] == pytest.approx([predicted, b - a, c - b])
 
 
-def test_weights_are_as_before_and_states_on_disk_give_the_same(ready, targets, scores, tmp_path):
+def test_weights_are_as_before_and_states_on_disk_give_the_same(ready, targets, scores, tmp_path, monkeypatch):
+    held = []
+
+    def watched(problem, targets, ended, names):
+        held.append(len(names))
+        return trained_queries(problem, targets, ended, names)
+
+    monkeypatch.setattr("taught.trajectories.steps.trained_queries", watched)
     before = {n: p.detach().clone() for n, p in ready.problem.model.named_parameters()}
     some = targets.select([TargetName.parse("behavior:harmless"), TargetName.parse("score:x")])
     little = replace(ready.problem, memory_gb=1e-6)  # nothing fits: states go to the disk, a target at a time
@@ -147,6 +155,7 @@ def test_weights_are_as_before_and_states_on_disk_give_the_same(ready, targets, 
         assert other.by_example(name) == pytest.approx(scores.by_example(name), rel=1e-9)
     assert all(torch.equal(before[n], p) for n, p in ready.problem.model.named_parameters())
     assert not list(tmp_path.iterdir())
+    assert held == [1, 1]  # gradients of the size of the model are there for the target that goes back alone
 
 
 def test_a_stopped_pass_goes_on_where_it_was(ready, targets, scores, tmp_path, monkeypatch):

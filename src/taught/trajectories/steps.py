@@ -226,15 +226,15 @@ class _Pass:
             self.work.progress.step(f"train, {steps} steps", steps)
             training.train(states, every, self.work.progress)
             ended = read_trained(self.problem, self.targets)
-            self.work.progress.step("gradients of the targets of the trained model", None)
-            queries = trained_queries(self.problem, self.targets, ended)
-            count = len(self.targets.direct)
-            room = _at_once(size, self.problem.memory_gb)
-            parts = []
-            for start in range(0, count, room):
-                some = range(start, min(start + room, count))
-                backs = [_back(training, queries, k) for k in some]
+            names, room, parts = self.targets.direct, _at_once(size, self.problem.memory_gb), []
+            for start in range(0, len(names), room):
+                some = names[start : start + room]
+                training.enter(states.load(steps))
+                self.work.progress.step("gradients of the targets of the trained model", None)
+                queries = trained_queries(self.problem, self.targets, ended, some)
+                backs = [_back(training, queries, k) for k in range(len(some))]
                 parts.append(self._back(states, every, backs, f"{start}"))
+                del queries, backs  # before those of the next targets
             found = torch.cat(parts, 1).numpy()
             return found, [self._smooth(states, ended, found, k) for k in range(self.how.smoothness)]
 
