@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -64,7 +63,7 @@ from taught.study.load import load_study
 from taught.study.schema import Study
 from taught.training.loop import in_training
 from taught.training.steps import Training
-from taught.trajectories.trained import read_trained
+from taught.trajectories.trained import known_recipe, read_trained
 from taught.validation.lds import lds_rows
 from taught.validation.subsets import Subsets
 
@@ -210,8 +209,7 @@ def prepared_for(truth: Mapping[str, Any], target: str) -> Ready:
 
 def ordered(ready: Ready, order: int) -> Ready:
     """The same about the run whose examples come in another order; 0 is the recipe's."""
-    recipe = ready.problem.recipe
-    assert recipe is not None
+    recipe = known_recipe(ready.problem)
     return replace(ready, problem=replace(ready.problem, recipe=replace(recipe, seed=recipe.seed + order)))
 
 
@@ -253,11 +251,9 @@ def known_truth(args: argparse.Namespace, ready: Ready, targets: TargetSet) -> d
     draw = np.random.default_rng(0)
     sets = [sorted(draw.choice(ids, args.left_out, replace=False).tolist()) for _ in range(args.sets)]
     sets += [[ids[i]] for i in np.linspace(0, len(ids) - 1, args.singles).round().astype(int)]
-    recipe = ready.problem.recipe
-    assert recipe is not None
     head = {
         "preset": args.preset,
-        "recipe": asdict(recipe),
+        "recipe": asdict(known_recipe(ready.problem)),
         "model": dict(ready.subject.loaded.weights),
         "examples": ids,
         "prompts": list(ready.readings.prompt_ids),
@@ -329,8 +325,7 @@ def against_random(truth: Mapping[str, Any], found: float, target: str, order: i
 def trained(ready: Ready, targets: TargetSet, ids: Sequence[str], left_out: Sequence[str], order: int) -> list[float]:
     """Values of the targets after a run with these examples at weight 0."""
     problem = ordered(ready, order).problem
-    recipe = problem.recipe
-    assert recipe is not None
+    recipe = known_recipe(problem)
     weights = torch.tensor([0.0 if i in left_out else 1.0 for i in ids], dtype=torch.float64)
     with in_training(problem.model, recipe, problem.parameters) as patterns:
         training = Training(problem.model, ready.inputs, recipe, patterns, problem.batch_tokens, weights=weights)
@@ -343,11 +338,13 @@ def trained(ready: Ready, targets: TargetSet, ids: Sequence[str], left_out: Sequ
 def compared(truth: dict[str, Any], found: dict[str, dict[str, dict[str, float]]], controls: dict[str, Any]):
     """A row for every method, target and order of the examples, and one for each other order as a method."""
     ids = truth["examples"]
-    counts = Counter(
-        run["order"] for run in truth["runs"] if run["left_out"] in truth["sets"] and len(run["left_out"]) > 1
-    )
-    orders = sorted(order for order, sets in counts.items() if sets > 5)  # fewer say nothing of ranks
-    for order, target in product(orders, next(iter(found.values()))):  # all were asked about the same
+    targets = list(next(iter(found.values())))  # all were asked about the same
+    orders = [
+        order
+        for order in sorted({run["order"] for run in truth["runs"]})
+        if sum(len(s) > 1 for s in changes(truth, targets[0], order)) > 5  # fewer say nothing of ranks
+    ]
+    for order, target in product(orders, targets):
         moved = changes(truth, target, order)
         several, single = [s for s in moved if len(s) > 1], [s for s in moved if len(s) == 1]
         names = [f"s{k:03}" for k in range(len(several))]
