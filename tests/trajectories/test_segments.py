@@ -19,6 +19,7 @@ from taught.core.registry import Choice
 from taught.core.target import TargetSet
 from taught.curvatures.ekfac import Layers, curved_layers, fit_ekfac
 from taught.errors import UserError
+from taught.estimators.cost import Asked, Passes
 from taught.run.pieces import PartialFolder
 from taught.stages.check import check_study
 from taught.study.load import load_study
@@ -26,7 +27,7 @@ from taught.study.schema import ValidationSpec
 from taught.training.loop import plan
 from taught.training.recipe import Recipe
 from taught.training.steps import State, States
-from taught.trajectories.segments import Response, Run, Segment, segment_states
+from taught.trajectories.segments import Response, Run, Segment, Segments, segment_states
 from taught.trajectories.steps import Steps
 from tiny_models import (
     PROMPT_IDS,
@@ -382,6 +383,31 @@ def small_study(folder):
         "validation.epochs": 1,
     }
     return with_values(load_study(write_tiny_study(folder)), values)
+
+
+def test_what_check_says_is_how_often_gradients_of_the_examples_are_made(monkeypatch) -> None:
+    from taught.trajectories import segments
+
+    passes, contract = [], segments.contract_examples
+
+    def contract_examples(problem, sites, examples, queries, count, progress):
+        passes.append(count)
+        return contract(problem, sites, examples, queries, count, progress)
+
+    monkeypatch.setattr(segments, "contract_examples", contract_examples)
+    problem = tiny_problem(tiny_model("untied"), recipe=RECIPES["adamw"], parameters=FEW)
+    problem = replace(problem, features=None, point=None)
+    examples, how, asked = tiny_examples(), Segments(segments=2, checkpoints=1), Asked(0, queries=2, every=False)
+    told = {}
+    for memory_gb in (8.0, 1e-7):  # both targets at once; one at a time
+        passes.clear()
+        some = replace(problem, memory_gb=memory_gb)
+        scores(RECIPES["adamw"], ("behavior:a", "behavior:b"), problem=some)
+        told[len(passes)] = how.cost(some, examples, asked)
+    assert sorted(told) == [2, 4]
+    one = Passes(problem, examples)
+    assert told[4]["gradients"] - told[2]["gradients"] == pytest.approx(3 * 2 * one.examples)
+    assert told[4]["targets"] - told[2]["targets"] == pytest.approx(one.trees)
 
 
 def test_a_run_through_the_command_s_stages_and_its_costs(tmp_path) -> None:

@@ -18,6 +18,7 @@ from taught.core.names import TargetName
 from taught.core.registry import Choice
 from taught.core.target import TargetSet, value
 from taught.errors import UserError
+from taught.estimators.cost import Asked
 from taught.model.readout import read_prompts
 from taught.progress import SilentProgress
 from taught.run.pieces import PartialFolder
@@ -29,7 +30,7 @@ from taught.study.schema import ValidationSpec
 from taught.training.loop import in_training
 from taught.training.recipe import Recipe
 from taught.training.steps import Back, States, Training
-from taught.trajectories.steps import PASSES, TRAINED
+from taught.trajectories.steps import PASSES, TRAINED, Steps
 from taught.trajectories.trained import trained_queries
 from tiny_models import Norm64
 from tiny_study import do, with_values, write_tiny_study
@@ -156,6 +157,32 @@ def test_weights_are_as_before_and_states_on_disk_give_the_same(ready, targets, 
     assert all(torch.equal(before[n], p) for n, p in ready.problem.model.named_parameters())
     assert not list(tmp_path.iterdir())
     assert held == [1, 1]  # gradients of the size of the model are there for the target that goes back alone
+
+
+@pytest.mark.parametrize("memory_gb", [1e-6, 8.0], ids=["one target at a time", "all at once"])
+def test_what_check_says_of_a_run_is_how_often_its_steps_are_made(memory_gb, ready, targets, monkeypatch):
+    forward, back = Training.advance, Training.step_back
+    made, gone = [], []
+
+    def advance(self, state, states=None):
+        made.append(state.step)
+        return forward(self, state, states)
+
+    def step_back(self, state, backs, **options):
+        gone.append(len(backs))
+        return back(self, state, backs, **options)
+
+    monkeypatch.setattr(Training, "advance", advance)
+    monkeypatch.setattr(Training, "step_back", step_back)
+    problem = replace(ready.problem, memory_gb=memory_gb)
+    some = targets.select([TargetName.parse(f"behavior:{group}") for group in ("harmless", "harmful")])
+    driver.scores(problem, ready.inputs, some, Method(trajectory=Choice("steps", {"smoothness": 0})), Work())
+    cost = Steps(smoothness=0).cost(problem, ready.inputs, Asked(features=0, queries=len(some.direct), every=False))
+    steps = len(set(made))
+    once, each = PASSES["exact", "full"]
+    told = cost["training"] + cost.get("replay", 0.0), cost["steps back"]
+    assert told[0] / cost["training"] == len(made) / steps
+    assert told[1] / cost["training"] == pytest.approx(sum(once + each * k for k in gone) / steps / TRAINED["full"])
 
 
 def test_a_stopped_pass_goes_on_where_it_was(ready, targets, scores, tmp_path, monkeypatch):

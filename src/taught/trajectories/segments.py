@@ -44,6 +44,7 @@ training and has no part in the effects, as with the curvature ``ekfac``.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -274,17 +275,21 @@ class Segments:
                 yield run, replace(problem, parameters=None if patterns is None else tuple(patterns)), seen
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
-        """A training, for each state a pass of gradients, with SGD a curvature, and a query for each target."""
+        """A training, for each state a pass of gradients, with SGD a curvature, and a query for each target.
+
+        Targets that do not fit into memory together have gradients of their own.
+        """
         one, moving = Passes(problem, examples).examples, self._moving(problem)
         recorded = None if self.run is None else Recorded.open(self.run)
         there = self.segments * self.checkpoints if recorded is None else len(recorded.states)
         products = 2.0 * len(examples) * asked.queries * sum(p.numel() for p in moving.values())
         curvature = 0.0 if self._adam(problem) else Ekfac().cost(problem, examples, asked)["curvature"]
+        groups = math.ceil(asked.queries / _at_once(replace(problem, parameters=tuple(moving))))
         return {
             **({"training": 3 * one * known_recipe(problem).epochs} if recorded is None else {}),
             **({"curvature": there * curvature} if curvature else {}),
-            "gradients": there * (3 * one + products),
-            "targets": (2 + 3 * asked.queries) * Passes(problem, examples).trees,
+            "gradients": there * (3 * one * groups + products),
+            "targets": (1 + groups + 3 * asked.queries) * Passes(problem, examples).trees,
         }
 
     def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:

@@ -155,17 +155,22 @@ class Steps:
         return Scores("adjoint", ids, targets.names, effects, losses=losses, unit="run", details=details)
 
     def cost(self, problem: Problem, examples: Examples, asked: Asked) -> dict[str, float]:
-        """A training, its replay where states are made again, and the way back for each target."""
+        """A training, its replay where states are made again, and the way back for each target.
+
+        Of targets that do not fit into memory together, each group has a replay and a pass over the batches of its own.
+        """
         recipe = known_recipe(problem)
-        one = Passes(problem, examples).examples * recipe.epochs
+        one, prompts = Passes(problem, examples).examples * recipe.epochs, Passes(problem, examples).trees
         training, (once, each) = TRAINED[recipe.method] * one, PASSES[self.hessian, recipe.method]
+        size = _kept_bytes(moving_bytes(problem, recipe), recipe)
+        groups = math.ceil(asked.queries / _at_once(size, problem.memory_gb))
         replayed = self.bytes(problem, examples, asked)[1] > 0
         return {
             "training": training,
-            **({"replay": training} if replayed else {}),
+            **({"replay": groups * training} if replayed else {}),
             "smoothness": 2 * self.smoothness * training,
-            "steps back": (once + each * asked.queries) * one,
-            "targets": (2 + 3 * asked.queries) * Passes(problem, examples).trees,
+            "steps back": (groups * once + each * asked.queries) * one,
+            "targets": (1 + groups + 3 * asked.queries) * prompts,
         }
 
     def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:
