@@ -383,13 +383,15 @@ def correlated(
 
 
 def foreseen(truth: Mapping[str, Any], target: str, effects: Mapping[str, float]) -> dict[str, float]:
-    """Effects against what leaving out the truth's sets and its single examples did, in its first order.
+    """Effects against what leaving out the truth's sets and its single examples, if any, did in its first order.
 
     Rank correlations, and the root mean square of foreseen less measured.
     """
     moved, found = changes(truth, target), dict[str, float]()
     for kind, alone in (("sets", False), ("singles", True)):
         some = [s for s in moved if (len(s) == 1) == alone]
+        if not some:
+            continue
         predicted = np.array([-sum(effects[i] for i in s) for s in some])
         measured = np.array([moved[s] for s in some])
         found |= {kind: len(some), f"{kind}, Spearman": float(stats.spearmanr(predicted, measured)[0])}

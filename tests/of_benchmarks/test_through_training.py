@@ -67,3 +67,11 @@ def test_named_examples_are_compared_with_the_random_sets_of_their_order(tool, t
     assert found["difference"] == pytest.approx(found["change"] - np.mean(random))
     assert found["lo"] < found["difference"] < found["hi"]
     assert found["random sets"] == len(random) == (20, 10)[order]
+
+
+def test_errors_are_of_sets_and_of_single_examples_where_there_are_any(tool, truth):
+    found = tool.foreseen(truth, "behavior:a", EFFECTS["first"])
+    assert (found["sets"], found["singles"]) == (20, 4)
+    assert found["sets, Spearman"] == pytest.approx(1) and found["singles, error"] == pytest.approx(0, abs=1e-12)
+    truth["sets"] = [s for s in truth["sets"] if len(s) > 1]
+    assert "singles" not in tool.foreseen(truth, "behavior:a", EFFECTS["first"])
