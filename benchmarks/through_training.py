@@ -16,7 +16,8 @@ sketches are of y alone.
 Compared with it is, for every target, minus the sum of a method's scores over what was left out. Methods have the names
 that a run gives them (adjoint+ekfac, adjoint@steps), or one of :data:`NAMED`, or are a peer's
 (:mod:`benchmarks.peer_influence`), whose interpreter is named by ``--bergson`` or ``--dattri-llm``; ``magic#1`` is
-asked about the run in its order 1. Targets are by
+asked about the run in its order 1. ``adjoint+ekfac@end`` takes its step from the weights that the run ends in, and
+``adjoint@epochs`` one from those behind each epoch (TracIn). Targets are by
 default the mean behavior of each group; ``coefficients`` are the ten largest of the policy at the base model, and with
 them and ``score`` the preset's SAE is read. ``--ask`` asks the methods for some of the targets only.
 Beside the methods stand those of :data:`taught.baselines.BASELINES` (label: refusals left out; response-length: their
@@ -29,6 +30,7 @@ random sets, in each order. Times are of this machine, printed in trainings of t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -63,7 +65,7 @@ from taught.study.load import load_study
 from taught.study.schema import Study
 from taught.training.loop import in_training
 from taught.training.steps import Training
-from taught.trajectories.trained import known_recipe, read_trained
+from taught.trajectories.trained import enter, known_recipe, read_trained
 from taught.validation.lds import lds_rows
 from taught.validation.subsets import Subsets
 
@@ -146,7 +148,7 @@ def main() -> None:
             else:
                 method, _, order = name.partition("#")
                 there = ordered(ready, int(order or 0))
-                own, took, said = computed(NAMED.get(method) or Method().named(method), there, asked, args.states)
+                own, took, said = computed(method, there, asked, args.states)
             known |= own
             seconds[name] += took
             keeper.add(name, known, seconds[name])
@@ -214,14 +216,45 @@ def ordered(ready: Ready, order: int) -> Ready:
 
 
 def computed(
-    method: Method, ready: Ready, targets: TargetSet, folder: Path | None
+    name: str, ready: Ready, targets: TargetSet, folder: Path | None
 ) -> tuple[dict[str, dict[str, float]], float, dict[str, Any]]:
     """Scores by target and example, seconds, and what else there is to say."""
     started = time.monotonic()
+    of, _, place = name.partition("@")
+    if place in ("end", "epochs"):
+        ready, trajectory = passed(ready, known_recipe(ready.problem).epochs if place == "epochs" else 1)
+        method = replace(Method().named(of), trajectory=trajectory)
+    else:
+        method = NAMED.get(name) or Method().named(name)
     scores = driver.scores(ready.problem, ready.inputs, targets, method, Work(folder=folder))
     said = {"peak_memory_gb": peak_memory_gb(), "smoothness": scores.details.get("smoothness", [])}
     found = {str(target): scores.by_example(target) for target in targets.names}
     return found, time.monotonic() - started, said
+
+
+def passed(ready: Ready, parts: int) -> tuple[Ready, Choice]:
+    """Weights that the run passes through, at the end of so many equal parts of it, and the steps from them."""
+    problem, recipe = ready.problem, known_recipe(ready.problem)
+    if recipe.method != "full":
+        raise SystemExit("steps from weights that a run passes through: of all parameters alone")
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    with in_training(problem.model, recipe, problem.parameters) as patterns:
+        training = Training(problem.model, ready.inputs, recipe, patterns, problem.batch_tokens)
+        with training.ready():
+            state = training.begin()
+            ends = {len(training) * (part + 1) // parts for part in range(parts)}
+            while state.step < len(training):
+                training.advance(state)
+                if state.step in ends:
+                    kept[f"run/{state.step}"] = {n: w.clone() for n, w in state.parts["weights"].items()}
+
+    def opened(id: str, revision: str | None) -> torch.nn.Module:
+        model = copy.deepcopy(problem.model)
+        enter(model, kept[id])
+        return model
+
+    legs = [{"id": id, "lr": recipe.lr} for id in kept]
+    return replace(ready, problem=replace(problem, opener=opened)), Choice("checkpoints", {"checkpoints": legs})
 
 
 class Kept:

@@ -8,6 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from taught.core import driver
+from taught.core.estimator import Work
+from taught.core.target import TargetSet
+from taught.progress import SilentProgress
+from taught.stages.ready import make_ready, read_data, read_here
+from taught.stages.subject import open_subject
+from taught.study.load import load_study
+from taught.training.loop import in_training
+from taught.training.steps import Training
+from tiny_study import with_values, write_tiny_study
+
 ROOT = Path(__file__).parents[2]
 IDS = [f"z{i:02}" for i in range(12)]
 EFFECTS = {"first": dict(zip(IDS, np.random.default_rng(0).standard_normal(12).tolist(), strict=True))}
@@ -75,3 +86,25 @@ def test_errors_are_of_sets_and_of_single_examples_where_there_are_any(tool, tru
     assert found["sets, Spearman"] == pytest.approx(1) and found["singles, error"] == pytest.approx(0, abs=1e-12)
     truth["sets"] = [s for s in truth["sets"] if len(s) > 1]
     assert "singles" not in tool.foreseen(truth, "behavior:a", EFFECTS["first"])
+
+
+def test_a_step_from_where_the_run_ends_is_one_from_the_trained_model(tool, tmp_path):
+    study = with_values(load_study(write_tiny_study(tmp_path)), {"examples.limit": 6, "validation.batch": 2})
+    ready = make_ready(
+        study,
+        subject := open_subject(study),
+        data := read_data(study, SilentProgress()),
+        read_here(study, subject, data.prompts, SilentProgress()),
+    )
+    targets = TargetSet.of(["behavior:harmless"], ready.readings)
+    found, *_ = tool.computed("adjoint@end", ready, targets, None)
+    problem = ready.problem
+    with in_training(problem.model, problem.recipe, None):
+        training = Training(problem.model, ready.inputs, problem.recipe, None)
+        with training.ready():
+            training.train()
+        there = problem.at(problem.model, problem.recipe.lr)
+        expected = driver.scores(there, ready.inputs, targets, driver.Method(), Work()).by_example("behavior:harmless")
+    assert found["behavior:harmless"] == pytest.approx(expected, rel=1e-5)
+    legs = tool.passed(ready, problem.recipe.epochs)[1].values["checkpoints"]
+    assert [leg["id"] for leg in legs] == [f"run/{3 * (k + 1)}" for k in range(problem.recipe.epochs)]
