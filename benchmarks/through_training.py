@@ -17,9 +17,10 @@ Compared with it is, for every target, minus the sum of a method's scores over w
 that a run gives them (adjoint+ekfac, adjoint@steps), or one of :data:`NAMED`, or are a peer's
 (:mod:`benchmarks.peer_influence`), whose interpreter is named by ``--bergson`` or ``--dattri-llm``; ``magic#1`` is
 asked about the run in its order 1. ``adjoint+ekfac@end`` takes its step from the weights that the run ends in, and
-``adjoint@epochs`` one from those behind each epoch (TracIn). Targets are by
-default the mean behavior of each group; ``coefficients`` are the ten largest of the policy at the base model, and with
-them and ``score`` the preset's SAE is read. ``--ask`` asks the methods for some of the targets only.
+``adjoint@epochs`` one from those behind each epoch (TracIn). Targets are by default the mean behavior of each group;
+``coefficients`` are the ten largest of the policy at the base model, and with them and ``score`` the preset's SAE is
+read; ``concept:NAME``, alone, is the difference of the groups' means at the SAE's block. ``--ask`` asks the methods for
+some of the targets only.
 Beside the methods stand those of :data:`taught.baselines.BASELINES` (label: refusals left out; response-length: their
 tokens; BM25, loss, ...). Linear datamodelling score (LDS): rank correlation over the sets, with a bootstrap interval
 over sets; controlled: given labels and tokens. With ``--remove TARGET`` the model is also trained without the examples
@@ -57,12 +58,15 @@ from taught.core.target import TargetSet, value
 from taught.environment import peak_memory_gb
 from taught.presets import preset_path
 from taught.progress import SilentProgress
+from taught.run.folder import RunFolder
+from taught.stages import BY_NAME
 from taught.stages.compare import baselines_by_target, largest
-from taught.stages.ready import Data, Ready, make_ready, read_data, read_here
+from taught.stages.concepts import run_concepts
+from taught.stages.ready import Data, Ready, asks, make_ready, read_data, read_here
 from taught.stages.subject import open_subject
 from taught.stats.ranks import spearman_interval
 from taught.study.load import load_study
-from taught.study.schema import Study
+from taught.study.schema import ConceptSpec, Study
 from taught.training.loop import in_training
 from taught.training.steps import Training
 from taught.trajectories.trained import enter, known_recipe, read_trained
@@ -186,7 +190,8 @@ def prepared(
     study = load_study(of / "study.yaml")
     if all(name.startswith("behavior:") for name in wanted):
         study = study.replace("sae.path", None)
-    for key, setting in settings.items():
+    concepts = [ConceptSpec(name=name[8:], source="difference") for name in wanted if name.startswith("concept:")]
+    for key, setting in {**settings, "concepts": tuple(concepts)}.items():
         study = study.replace(key, setting)
     with TemporaryDirectory() as folder:
         if planted:
@@ -196,8 +201,15 @@ def prepared(
             pairs.write_text((of / "pairs.jsonl").read_text() + "".join(refusals))
             study = study.replace("examples.path", str(pairs))
         subject, data = open_subject(study), read_data(study, SilentProgress())
-    readings = read_here(study, subject, data.prompts, SilentProgress())
-    return study, data, make_ready(study, subject, data, readings)
+        readings = read_here(study, subject, data.prompts, SilentProgress())
+        ready = make_ready(study, subject, data, readings)
+        if concepts:  # read where they are: a problem of their own
+            run = RunFolder(Path(folder) / "run")
+            for stage in ("readings", "concepts"):
+                BY_NAME[stage](study, run, None)
+            (ask,) = asks(ready, wanted, run_concepts(study, run, subject))
+            ready = replace(ready, problem=ask.problem, readings=ask.targets.readings)
+    return study, data, ready
 
 
 def prepared_for(truth: Mapping[str, Any], target: str) -> Ready:
