@@ -1,15 +1,20 @@
 """Every method on every regime of training, from the committed results, as a table in Markdown.
 
-    python -m benchmarks.leaderboard [--target harmless|harmful|score]
+    python -m benchmarks.leaderboard [--target harmless|harmful|score|coefficients|concept] [--removed]
 
 A cell: the linear datamodelling score, the rank correlation of what a method foresees with what training on other
-examples did; [95% over subsets]; behind the semicolon, the same given labels and response tokens.
+examples did; [95% over subsets]; behind the semicolon, the same given labels and response tokens. Of the coefficients
+it is the median, and the least to the largest. With ``--removed``: how far the harmless mean ends from where it ends
+without as many random examples, when those are left out that a method says raise it most; [95%].
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
 
 from benchmarks.common import RESULTS
 
@@ -24,11 +29,23 @@ REGIMES = {  # results, and the order of the examples in the run that is foresee
             "through_training_64_sketches",
             "through_training_64_peers",
             "through_training_64_orders",
+            "through_training_64_coefficients",
+            "through_training_64_concept",
         ),
         0,
     ),
     "64, another order": (("through_training_64_orders",), 1),
-    "run": (("through_training_run", "through_training_run_others"), 0),
+    "run": (
+        (
+            "through_training_run",
+            "through_training_run_others",
+            "through_training_run_coefficients",
+            "through_training_run_removed",
+            "through_training_run_end",
+        ),
+        0,
+    ),
+    "run, another order": (("through_training_run",), 1),
     "run, LoRA": (("through_training_lora",), 0),
 }
 METHODS = {  # and what results call them
@@ -38,12 +55,14 @@ METHODS = {  # and what results call them
     "steps, no Hessian": ("no-hessian",),
     "segments (SOURCE)": ("adjoint@segments",),
     "EK-FAC": ("adjoint+ekfac",),
+    "EK-FAC, trained model": ("adjoint+ekfac@end",),
     "ASTRA": ("astra",),
     "Adam's metric": ("adjoint+adam",),
     "sketch, TrackStar": ("sketch+trackstar",),
     "sketch, TRAK": ("sketch+trak",),
     "sketch": ("sketch",),
     "gradient (TracIn, one checkpoint)": ("adjoint",),
+    "gradient, trained model": ("adjoint@end",),
     "gradient, cosine": ("gradient-cosine",),
     "Bergson, EK-FAC": ("bergson:ekfac",),
     "Bergson, TrackStar": ("bergson:trackstar",),
@@ -63,18 +82,25 @@ METHODS = {  # and what results call them
     "random numbers": ("random",),
     "what the same sets did in the other order": ("order 0", "order 1"),
 }
-TARGETS = {
+TARGETS = {  # how a target's name begins
     "harmless": ("behavior:harmless", "mean_y:harmless"),
     "harmful": ("behavior:harmful", "mean_y:harmful"),
     "score": ("score",),
+    "coefficients": ("coefficient:",),
+    "concept": ("concept:",),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default="harmless")
-    target = parser.parse_args().target
-    columns = {regime: cells(files, order, TARGETS[target]) for regime, (files, order) in REGIMES.items()}
+    parser.add_argument("--removed", action="store_true")
+    args = parser.parse_args()
+    columns = {
+        regime: removed(files, order) if args.removed else cells(files, order, TARGETS[args.target])
+        for regime, (files, order) in REGIMES.items()
+    }
+    columns = {regime: column for regime, column in columns.items() if column}
     print("| method | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|")
     for method, names in METHODS.items():
         row = [next((column[name] for name in names if name in column), "") for column in columns.values()]
@@ -84,17 +110,40 @@ def main() -> None:
 
 def cells(files: tuple[str, ...], order: int, targets: tuple[str, ...]) -> dict[str, str]:
     """What a regime's results say of a target, by method."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows_of(files, "rows", order):
+        if row["target"].startswith(targets) and row.get("subsets", "random") == "random":
+            found.setdefault(row["method"], {}).setdefault(row["target"], row)
+    return {method: cell(method, list(of.values())) for method, of in found.items()}
+
+
+def cell(method: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of one target with its interval, of several the median."""
+    values = [row.get("LDS", row.get("raw")) for row in rows]
+    given = [row["controlled"] for row in rows]
+    bare = method in ("label", "response-length")  # what is controlled for
+    behind = "" if bare or None in given else f"; {number(median(given))}"
+    if len(rows) > 1:
+        return f"{number(median(values))}, {number(min(values))} to {number(max(values))}{behind}"
+    lo, hi = (rows[0].get(key, rows[0].get(f"raw_{key}")) for key in ("lo", "hi"))
+    return f"{number(values[0])} [{number(lo)}, {number(hi)}]{behind}"
+
+
+def removed(files: tuple[str, ...], order: int) -> dict[str, str]:
+    """What leaving out the examples that a method names did, less what random ones did, by method."""
     found: dict[str, str] = {}
-    for path in (RESULTS / f"{file}.json" for file in files):
-        for row in json.loads(path.read_text())["rows"] if path.is_file() else ():
-            if row["target"] in targets and row.get("subsets", "random") == "random" and row.get("order", 0) == order:
-                value, lo, hi = (
-                    row.get(key, row.get(old)) for key, old in (("LDS", "raw"), ("lo", "raw_lo"), ("hi", "raw_hi"))
-                )
-                bare = row["method"] in ("label", "response-length")  # what is controlled for
-                given = "" if bare or row["controlled"] is None else f"; {number(row['controlled'])}"
-                found.setdefault(row["method"], f"{number(value)} [{number(lo)}, {number(hi)}]{given}")
+    for row in rows_of(files, "removed", order):
+        cell = f"{row['difference']:+.2f} [{row['lo']:+.2f}, {row['hi']:+.2f}]"
+        found.setdefault(row["method"], cell)
     return found
+
+
+def rows_of(files: tuple[str, ...], part: str, order: int) -> Iterator[dict[str, Any]]:
+    """Rows of some results, of one order of the examples."""
+    for path in (RESULTS / f"{file}.json" for file in files):
+        for row in json.loads(path.read_text()).get(part, ()) if path.is_file() else ():
+            if row.get("order", 0) == order:
+                yield row
 
 
 def number(value: float) -> str:
