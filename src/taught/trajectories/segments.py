@@ -185,7 +185,8 @@ class Segments:
     single: ClassVar[bool] = False
     carries: ClassVar[bool] = True
     asks: ClassVar[str] = (
-        "what the training run did, nearly. Exact, in several trainings, and only of a run by the study's recipe: "
+        "what the training run did, roughly; good for naming what to drop. Exact, in several trainings, and only of a "
+        "run by the study's recipe: "
         "--set attribution.trajectory=steps"
     )
 
