@@ -186,8 +186,7 @@ class Segments:
     carries: ClassVar[bool] = True
     asks: ClassVar[str] = (
         "what the training run did, roughly; good for naming what to drop. Exact, in several trainings, and only of a "
-        "run by the study's recipe: "
-        "--set attribution.trajectory=steps"
+        "run by the study's recipe: --set attribution.trajectory=steps"
     )
 
     def refuses(self, curvature: Curvature) -> str | None:
