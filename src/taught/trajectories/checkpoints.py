@@ -55,7 +55,8 @@ class Checkpoints:
     single: ClassVar[bool] = False
     carries: ClassVar[bool] = False
     asks: ClassVar[str] = (
-        "what one step at each checkpoint does, added up. What a run did: --set attribution.trajectory=segments"
+        "what one step at each checkpoint does, added up; of the trained model alone, with --set "
+        "attribution.curvature=ekfac, roughly what its run did. More of that: --set attribution.trajectory=segments"
     )
 
     def __post_init__(self) -> None:
