@@ -124,8 +124,7 @@ def removed(files: tuple[str, ...], order: int) -> dict[str, str]:
     """What leaving out the examples that a method names did, less what random ones did, by method."""
     found: dict[str, str] = {}
     for row in rows_of(files, "removed", order):
-        cell = f"{row['difference']:+.2f} [{row['lo']:+.2f}, {row['hi']:+.2f}]"
-        found.setdefault(row["method"], cell)
+        found.setdefault(row["method"], f"{row['difference']:+.2f} [{row['lo']:+.2f}, {row['hi']:+.2f}]")
     return found
 
 

@@ -190,7 +190,8 @@ def prepared(
     study = load_study(of / "study.yaml")
     if all(name.startswith("behavior:") for name in wanted):
         study = study.replace("sae.path", None)
-    concepts = [ConceptSpec(name=name[8:], source="difference") for name in wanted if name.startswith("concept:")]
+    named = [name.removeprefix("concept:") for name in wanted if name.startswith("concept:")]
+    concepts = [ConceptSpec(name=name, source="difference") for name in named]
     for key, setting in {**settings, "concepts": tuple(concepts)}.items():
         study = study.replace(key, setting)
     with TemporaryDirectory() as folder:

@@ -90,12 +90,8 @@ def test_errors_are_of_sets_and_of_single_examples_where_there_are_any(tool, tru
 
 def test_a_step_from_where_the_run_ends_is_one_from_the_trained_model(tool, tmp_path):
     study = with_values(load_study(write_tiny_study(tmp_path)), {"examples.limit": 6, "validation.batch": 2})
-    ready = make_ready(
-        study,
-        subject := open_subject(study),
-        data := read_data(study, SilentProgress()),
-        read_here(study, subject, data.prompts, SilentProgress()),
-    )
+    subject, data = open_subject(study), read_data(study, SilentProgress())
+    ready = make_ready(study, subject, data, read_here(study, subject, data.prompts, SilentProgress()))
     targets = TargetSet.of(["behavior:harmless"], ready.readings)
     found, *_ = tool.computed("adjoint@end", ready, targets, None)
     problem = ready.problem

@@ -279,7 +279,8 @@ class Segments:
 
         Targets that do not fit into memory together have gradients of their own.
         """
-        one, moving = Passes(problem, examples).examples, self._moving(problem)
+        passes, moving = Passes(problem, examples), self._moving(problem)
+        one = passes.examples
         recorded = None if self.run is None else Recorded.open(self.run)
         there = self.segments * self.checkpoints if recorded is None else len(recorded.states)
         products = 2.0 * len(examples) * asked.queries * sum(p.numel() for p in moving.values())
@@ -289,7 +290,7 @@ class Segments:
             **({"training": 3 * one * known_recipe(problem).epochs} if recorded is None else {}),
             **({"curvature": there * curvature} if curvature else {}),
             "gradients": there * (3 * one * groups + products),
-            "targets": (1 + groups + 3 * asked.queries) * Passes(problem, examples).trees,
+            "targets": (1 + groups + 3 * asked.queries) * passes.trees,
         }
 
     def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:

@@ -160,8 +160,9 @@ class Steps:
         Of targets that do not fit into memory together, each group has a replay and a pass over the batches of its own.
         """
         recipe = known_recipe(problem)
-        one, prompts = Passes(problem, examples).examples * recipe.epochs, Passes(problem, examples).trees
-        training, (once, each) = TRAINED[recipe.method] * one, PASSES[self.hessian, recipe.method]
+        passes, (once, each) = Passes(problem, examples), PASSES[self.hessian, recipe.method]
+        one = passes.examples * recipe.epochs
+        training = TRAINED[recipe.method] * one
         size = _kept_bytes(moving_bytes(problem, recipe), recipe)
         groups = math.ceil(asked.queries / _at_once(size, problem.memory_gb))
         replayed = self.bytes(problem, examples, asked)[1] > 0
@@ -170,7 +171,7 @@ class Steps:
             **({"replay": groups * training} if replayed else {}),
             "smoothness": 2 * self.smoothness * training,
             "steps back": (groups * once + each * asked.queries) * one,
-            "targets": (1 + groups + 3 * asked.queries) * prompts,
+            "targets": (1 + groups + 3 * asked.queries) * passes.trees,
         }
 
     def bytes(self, problem: Problem, examples: Examples, asked: Asked) -> tuple[int, int]:
