@@ -687,6 +687,8 @@ def _write_validate(run: RunFolder, made: _Made) -> None:
             "design": design,
             "subset": "s0",
             "n_examples": 8,
+            "loss_before": 2.5,
+            "loss_after": value,
             **dict.fromkeys(("precision", "recall", "f1", "correctness"), value),
             "judged_positive": value,
             "judged_negative": None,

@@ -77,6 +77,7 @@ def test_version_and_help(taught):
         (["run", "mine.yaml", "--fresh=polcy"], "there is no stage of this name"),
         (["run", "--model", "m", "--prompts", "p"], "missing: --pairs"),
         (["run", "mine.yaml", "--pairs", "a", "--documents", "b"], "pairs or documents"),
+        (["run", "mine.yaml", "--tuned", "./m", "--set", "attribution.trajectory=steps"], "leave out --tuned"),
         (["show", "nowhere"], "not a run folder"),
         (["curate", "nowhere"], "not a run folder"),
         (["report", "nowhere"], "not a run folder"),
@@ -289,6 +290,39 @@ def test_without_a_study_the_flags_make_one_that_stands_in_the_run_folder(taught
     names = set(run.read_table("scores")["target"].to_pylist())
     assert names == {"behavior", "behavior:harmful - behavior:harmless"}
     assert taught_here("run", str(tmp_path / "run"), "-q").returncode == 0  # and goes on with it
+
+
+def test_influence_is_taken_at_what_the_model_was_tuned_into(taught_here, tiny, tmp_path):
+    from taught import influence
+    from tiny_study import write_tiny_study
+
+    after = write_tiny_study(tmp_path / "after", seed=1).parent / "model"
+    command = ("run", str(tiny / "study.yaml"), "--tuned", str(after), "--set", "attribution.lr=0.003", "-q")
+    done = taught_here(*command, "--target", "behavior:harmless", "--run", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    run = RunFolder.open(tmp_path / "run")
+    said = run.study.attribution
+    assert said.curvature.kind == "ekfac" and said.trajectory.values["checkpoints"][0]["lr"] == 0.003
+    rows = run.read_table("scores").to_pylist()
+    found = {row["example_id"]: row["value"] for row in rows if row["target"] == "behavior:harmless"}
+    study = load_study(tiny / "study.yaml").replace("attribution.curvature", "ekfac")
+    study = study.replace("sae.path", None).replace("prompts.limit", 12)
+    prompts, pairs = tiny / "prompts.jsonl", tiny / "pairs.jsonl"
+    there = influence(after, pairs, prompts, ["behavior:harmless"], lr=0.003, study=study)
+    for example_id, value in zip(there.example_ids, there["behavior:harmless"], strict=True):
+        assert found[example_id] == pytest.approx(value, rel=1e-5)
+    page = run.path("report.html").read_text()
+    assert re.search(f"Influence at.{{,100}}{after}", page) and f"step in the metric of EK-FAC from {after}" in page
+
+
+def test_the_tuned_model_keeps_the_metric_that_is_asked_for(taught_here, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny)
+    command = ("run", str(tiny / "study.yaml"), "--tuned", "./model", "--run", str(tmp_path / "run"), "-q")
+    done = taught_here(*command, "--set", "attribution.curvature=identity")
+    assert done.returncode == 0, done.stderr
+    said = RunFolder.open(tmp_path / "run").study.attribution
+    assert said.curvature.kind == "identity"
+    assert said.trajectory.values["checkpoints"][0]["id"] == str(tiny / "model")
 
 
 @pytest.mark.slow  # over 20 s: every command in a process of its own

@@ -936,6 +936,11 @@ def test_arms_stand_side_by_side_with_differences_to_random():
             True,
             "in the metric of EK-FAC from each of 2 checkpoints, added up,",
         ),
+        (
+            {"trajectory": {"kind": "checkpoints", "checkpoints": [{"id": "tuned"}]}},
+            False,
+            "one plain SGD step from tuned at the learning rate",
+        ),
         ({"curvature": "hessian"}, True, "in the metric of hessian"),
     ],
 )

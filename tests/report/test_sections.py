@@ -62,6 +62,7 @@ def test_retrainings_stand_with_their_intervals_and_controls(run: Path, page: st
     assert "Points that rise to the right were foreseen" in found
     for text in (" ".join(found.split()), " ".join(words.split())):
         assert "0.60 [0.40, 0.80]" in text and "noise ceiling 0.90 [0.85, 0.95]" in text
+        assert "the loss of its examples from 2.50 to 0.65 on the mean" in text
         assert "20 random subsets, controlled for size" in text and "coefficients, median" in text
         assert "behavior on harmless, random subsets: length alone predicts about as well as adjoint" in text
         assert "Training without the 4 examples (15%) that raise behavior on harmless most moves it by" in text

@@ -92,6 +92,15 @@ def test_it_says_what_is_asked_and_what_else_may_be_asked_can_be_set(tiny, kind)
         assert again["question"] != question and "training" in again["cost"]
 
 
+def test_it_says_where_training_begins(tiny, folder):
+    rows = dict(check_study(tiny).rows)
+    assert "training" not in rows and f"weights of {folder / 'model'}" in rows["validate, start"]
+    along = tiny.replace("attribution.trajectory", "steps").replace("validation.designs", ("unlearn",))
+    rows = dict(check_study(along).rows)
+    assert f"weights of {folder / 'model'}" in rows["training"]
+    assert "validate, start" not in rows  # what is to be forgotten has been seen
+
+
 def test_the_limit_of_examples_is_respected_in_counts_and_cost(tiny):
     whole, part = check_study(tiny), check_study(tiny.replace("examples.limit", 4))
     assert row(part, "examples") == "4 (2 harmless-compliance, 2 harmful-refusal)"

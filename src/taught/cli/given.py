@@ -30,7 +30,10 @@ class Question:
     """Keys of the study that have a flag of their own; each goes before what the study says."""
 
     model: str | None = None
-    "The model: a hub id or a folder."
+    "The model: a hub id or a folder. All that trains begins at its weights."
+
+    tuned: str | None = None
+    "What it was tuned into, if it was: influence is then taken there, in the metric of EK-FAC."
 
     pairs: Path | None = None
     "Training examples whose responses are trained on: messages, or prompt and response."
@@ -113,11 +116,27 @@ def study_of(source: str | None, question: Question) -> Study:
     given |= dict(map(parse_set, question.set))
     for key in sorted(given, key=lambda key: key.count(".")):  # a method before its parameters: it begins without any
         study = study.replace(key, given[key])
+    if question.tuned is not None:
+        study = _where_it_ended(study, question.tuned, given)
     study.require_files()
     quiet_libraries()
     if Path(study.model.id).is_absolute() and (study.sae.path is None or Path(study.sae.path).is_absolute()):
         os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local: nothing may go out
     return study
+
+
+def _where_it_ended(study: Study, tuned: str, given: dict[str, Any]) -> Study:
+    """The study with its influence at the tuned model."""
+    key = "attribution.trajectory"
+    said = sorted(name for name in given if name == key or name.startswith(f"{key}."))
+    if said:
+        what, rule = "--tuned says where influence is taken, and --set does too", "one of them"
+        raise UserError(what, value=", ".join(said), rule=rule, fix="leave out --tuned, or the --set")
+    checkpoint = {"id": tuned, "lr": study.attribution.lr}
+    study = study.replace(key, {"kind": "checkpoints", "checkpoints": [checkpoint]})
+    if "attribution.curvature" in given or study.attribution.curvature.kind != "identity":
+        return study
+    return study.replace("attribution.curvature", "ekfac")
 
 
 def parse_set(text: str) -> tuple[str, Any]:

@@ -100,8 +100,8 @@ class Base:
     single = True
     carries = False
     asks = (
-        "what one step on an example does. What a whole training run did: --set attribution.trajectory=segments, or "
-        "=steps, which is exact and takes several trainings"
+        "what one step on an example does. From what training made of the model: --tuned MODEL. What a whole training "
+        "run did: --set attribution.trajectory=segments, or =steps, which is exact and takes several trainings"
     )
 
     def refuses(self, curvature: Curvature) -> str | None:

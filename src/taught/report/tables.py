@@ -76,6 +76,12 @@ class Tables:
         return found.get("kind", found) if isinstance(found, dict) else found
 
     @cached_property
+    def checkpoints(self) -> list[str]:
+        """Models at which influence was taken, where that is not the model of the study."""
+        along = (self.study.get("attribution") or {}).get("trajectory")
+        return [str(at["id"]) for at in along.get("checkpoints") or ()] if isinstance(along, dict) else []
+
+    @cached_property
     def with_policy(self) -> bool:
         """Whether the run has a policy, or its study asks for one."""
         return "coefficients" in self or bool(self.setting("sae.path"))

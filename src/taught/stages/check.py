@@ -206,6 +206,11 @@ def _estimate(
         return
     if hasattr(along, "asks"):
         report.add("question", along.asks)
+    begins = (
+        f"begins at the weights of {study.model.adapter or study.model.id}, which should not have seen the examples"
+    )
+    if isinstance(along, Follows) and getattr(along, "run", None) is None:
+        report.add("training", begins)
     said, minutes = _operations(cost, "floating point operations", subject)
     report.add("cost", said)
     if "features" in cost:
@@ -232,7 +237,7 @@ def _estimate(
     if states:
         disk += f", {states / 1e6:.0f} MB of states of the training run while it is followed"
     report.add("disk", disk)
-    _estimate_validation(report, study, subject, problem, inputs)
+    _estimate_validation(report, study, subject, problem, inputs, begins)
 
 
 def _operations(cost: Mapping[str, float], what: str, subject: Subject) -> tuple[str, str]:
@@ -272,9 +277,9 @@ def _gradients(study: Study, problem: Problem, estimator: Any, curvature: Any, w
 
 
 def _estimate_validation(
-    report: CheckReport, study: Study, subject: Subject, problem: Problem, examples: Examples
+    report: CheckReport, study: Study, subject: Subject, problem: Problem, examples: Examples, begins: str
 ) -> None:
-    """Retrainings, operations, minutes and disk of ``taught validate``."""
+    """Retrainings, operations, minutes and disk of ``taught validate``, and where they begin."""
     spec = study.validation
     subsets = subset_sizes(spec, len(examples))
     forgotten = 3 * spec.pairs * spec.named_of(len(examples)) if "unlearn" in spec.designs else []
@@ -294,6 +299,8 @@ def _estimate_validation(
     subsets += forgotten
     said, minutes = _operations(cost, "operations", subject)
     report.add("validate", f"{len(subsets)} retrainings on {min(subsets)} to {max(subsets)} examples, {said}")
+    if {*spec.designs} - {"unlearn"}:
+        report.add("validate, start", f"each {begins}")
     report.add("validate, time", minutes)
     kept = retrained_bytes(subsets, spec.epochs, len(problem.prompts), problem.d)
     kept += len(forgotten) * spec.unlearn_steps * (32 * spec.batch + 120)  # ids of both batches, and numbers

@@ -28,7 +28,7 @@ def _blocks(tables: Tables) -> list[Block]:
     spec = tables.study.get("attribution") or {}
     trajectory = spec.get("trajectory")
     along = trajectory if isinstance(trajectory, dict) and trajectory.get("kind") == "checkpoints" else {}
-    points = len(along.get("checkpoints") or spec.get("checkpoints") or [])
+    points = len(tables.checkpoints or spec.get("checkpoints") or [])
     places = "state of the recorded run" if along.get("run") else count(points, "checkpoint") if points else ""
     lr = "lr that of each checkpoint" if places else f"lr = {tables.setting('attribution.lr')}"
     inverse = "" if curvature == "identity" else "C⁻¹ "
@@ -57,12 +57,16 @@ def _blocks(tables: Tables) -> list[Block]:
     shown = [(key, value) for key in SETTINGS.split() if (value := tables.setting(key)) is not None]
     settings = [(key, str(value).lower() if isinstance(value, bool) else str(value)) for key, value in shown]
     step = STEP.get(curvature, f"one step in the metric of {curvature}")
-    step += f" from each {'of ' * bool(points)}{places}, added up," if places else ""
-    right: list[Block] = [Text("How to read signs and units", "title"), Items(_reading(tables, step))]
+    if points == 1 and tables.checkpoints:
+        step += f" from {tables.checkpoints[0]}"
+    elif places:
+        step += f" from each {'of ' * bool(points)}{places}, added up,"
+    around = "these weights" if places else "the model as it is"
+    right: list[Block] = [Text("How to read signs and units", "title"), Items(_reading(tables, step, around))]
     return [Beside(left, [*right, Text("Settings", "title"), Facts(settings, "list")])]
 
 
-def _reading(tables: Tables, step: str) -> list[str]:
+def _reading(tables: Tables, step: str, around: str) -> list[str]:
     said = ["A positive value raises its target when the model is trained on the example."]
     if tables.through_training:
         said += [
@@ -79,7 +83,7 @@ def _reading(tables: Tables, step: str) -> list[str]:
     else:
         said += [
             f"Values are changes per {step} at the learning rate above; the behavior is in natural logarithms.",
-            "Everything is a first-order estimate around the model as it is, not the effect of a whole training run.",
+            f"Everything is a first-order estimate around {around}, not the effect of a whole training run.",
         ]
     if tables.with_policy:
         said += [

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import median
 
+import numpy as np
+
 from taught.report.blocks import Block, Cell, Column, Items, Line, Scatter, Sentence, Table, Text, Tone, Word, columns
 from taught.report.charts import Point
 from taught.report.examples import is_behavior, primary, targets
@@ -38,11 +40,11 @@ SIDES = ("raw", "controlled")
 
 def _blocks(tables: Tables) -> Iterator[Block]:
     models = tables.rows("models")
+    times = count(sum(row["design"] != "base" for row in models), "time")
     yield Text(
-        f"The model was trained again {count(sum(row['design'] != 'base' for row in models), 'time')} on chosen "
-        "examples. LDS: rank correlation, over subsets, of the sum of the examples’ influence with what training on "
-        "them changed. Controlled: given the summed response length and the counts of labels, which alone explain "
-        "much of any training."
+        f"The model was trained again {times} on chosen examples.{_start(tables, models)} LDS: rank correlation, over "
+        "subsets, of the sum of the examples’ influence with what training on them changed. Controlled: given the "
+        "summed response length and the counts of labels, which alone explain much of any training."
     )
     yield from _pairs(tables.rows("verdicts"), tables.rows("forgetting"))
     said = curve_sentences(tables.rows("curves"), removed_by(tables))
@@ -78,6 +80,20 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     if costs := tables.rows("costs"):
         parts = (f"{r['method']} {number(r['seconds'], 0)} s, {number(r['memory_gb'], 1)} GB" for r in costs)
         yield Text(f"Time and peak memory: {'; '.join(parts)}.", "note")
+
+
+def _start(tables: Tables, models: Rows) -> str:
+    """From which weights, and what became of the loss there."""
+    trained = [row for row in models if row["design"] not in ("base", "unlearn")]
+    losses = [(row.get("loss_before"), row.get("loss_after")) for row in trained]
+    if not losses or any(loss is None for both in losses for loss in both):
+        return ""
+    begins = tables.setting("model.adapter") or tables.setting("model.id") or "the model"
+    before, after = map(number, np.mean(np.array(losses, float), 0))
+    said = (
+        f" Each training began at the weights of {begins} and brought the loss of its examples from {before} to {after}"
+    )
+    return f"{said} on the mean. Is that the model before it saw them? Otherwise leaving some out says little."
 
 
 def foreseen_blocks(tables: Tables) -> Iterator[Block]:

@@ -45,6 +45,8 @@ def head_facts(tables: Tables) -> list[tuple[str, str]]:
     facts = []
     if tables.setting("model.id"):
         facts.append(("Model", str(tables.setting("model.id"))))
+    if places := tables.checkpoints:
+        facts.append(("Influence at", ", ".join(places[:3]) + (f" and {len(places) - 3} more" if places[3:] else "")))
     behavior = tables.study.get("behavior") or {}
     if said := tables.json("readings").get("behavior"):
         facts.append(("Behavior", f"{said['meaning']} ({said['unit']})"))
