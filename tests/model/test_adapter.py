@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from reference import LR, Readouts, close, naive_X
 from taught import influence
 from taught.core.example import example_losses
+from taught.core.scores import Scores
 from taught.errors import UserError
 from taught.estimators.adjoint import feature_effects, target_effects
 from taught.estimators.every_prompt import prompt_effects
@@ -270,6 +271,22 @@ def test_a_study_with_an_adapter_moves_the_adapter_and_every_estimator_agrees(fo
     assert not report.problems
     assert dict(report.rows)["adapter"] == str(folder / "adapter")
     assert dict(report.rows)["moving"].endswith("in 12 tensors")
+
+
+@pytest.mark.parametrize("curvature", ["identity", "ekfac"])
+def test_what_a_plain_model_was_tuned_into_may_be_an_adapter_and_then_that_moves(folder: Path, curvature: str) -> None:
+    on_it = adapted_study(folder).replace("prompts.limit", 12).replace("attribution.curvature", curvature)
+    on_it = on_it.replace("sae.path", None)
+    expected = influence_of(on_it)
+    ended = {"kind": "checkpoints", "checkpoints": [{"id": "./adapter", "lr": 1e-4}]}
+    found = influence_of(on_it.replace("model.adapter", None).replace("attribution.trajectory", ended, base=folder))
+    assert found.targets == expected.targets and found.example_ids == expected.example_ids
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=1e-6 * abs(expected.values).max())
+    assert not np.allclose(found.losses, expected.losses)  # those of the model before it was tuned
+
+
+def influence_of(study) -> Scores:
+    return influence(study.model.id, study.examples.path, study.prompts.path, ["behavior:*"], study=study)
 
 
 def test_an_adapter_is_an_input_by_its_content(folder: Path) -> None:

@@ -33,7 +33,7 @@ class Question:
     "The model: a hub id or a folder. All that trains begins at its weights."
 
     tuned: str | None = None
-    "What it was tuned into, if it was: influence is then taken there, in the metric of EK-FAC."
+    "What it was tuned into, a model or a LoRA adapter: influence is then taken there, in the metric of EK-FAC."
 
     pairs: Path | None = None
     "Training examples whose responses are trained on: messages, or prompt and response."

@@ -468,6 +468,10 @@ def _refuse_more_parts(folder: Path, tensors: int) -> None:
                 )
 
 
+class AnAdapterError(UserError):
+    """A model was asked for, and the folder or the repository holds an adapter alone."""
+
+
 def _an_adapter(name: str, config: Path | None = None) -> UserError:
     """transformers would load the base model that it names, move both, and see no change of the base."""
     base = "the model that it was trained on"
@@ -477,9 +481,8 @@ def _an_adapter(name: str, config: Path | None = None) -> UserError:
     fix = f"set model.id to {base}, and model.adapter to {name}"
     if config is not None and config.with_name("config.json").exists():
         fix = "move adapter_*.* to a folder of their own, and set model.adapter to it"
-    return UserError(
-        "model.id is an adapter", value=name, rule="model.id names the model, model.adapter the adapter on it", fix=fix
-    )
+    rule = "model.id names the model, model.adapter the adapter on it"
+    return AnAdapterError("model.id is an adapter", value=name, rule=rule, fix=fix)
 
 
 def _read(load: Callable[..., Any], source: _Source) -> Any:

@@ -23,7 +23,7 @@ from taught.features.select import Selection, select_features
 from taught.model.adapter import without_adapter
 from taught.model.forward import get_point
 from taught.model.layout import takes_trees, text_config, use_plain_passes
-from taught.model.load import LoadedModel, load_model
+from taught.model.load import AnAdapterError, LoadedModel, load_model
 from taught.model.readout import ReadPrompt
 from taught.study.schema import Study
 
@@ -171,17 +171,21 @@ def _load(study: Study, id: str, **instead: Any) -> LoadedModel:
 def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | None) -> nn.Module:
     """Load the model of a checkpoint of the same training run.
 
-    Where the study has an adapter, a checkpoint is an adapter of the same model.
+    It may be an adapter of the study's model; where the study has an adapter, it is one.
 
     Raises
     ------
     UserError
         It has another vocabulary or another width, or lacks the point that the SAE reads.
     """
+    on_model = {"adapter": id, "adapter_revision": revision}
     if study.model.adapter is None:
-        loaded = _load(study, id, revision=revision)
+        try:
+            loaded = _load(study, id, revision=revision)
+        except AnAdapterError:
+            loaded = _load(study, study.model.id, **on_model)
     else:
-        loaded = _load(study, study.model.id, adapter=id, adapter_revision=revision)
+        loaded = _load(study, study.model.id, **on_model)
     fix, width = "use checkpoints of one training run", loaded.model.config.get_text_config().hidden_size
     if loaded.tokenizer.get_vocab() != subject.loaded.tokenizer.get_vocab():
         rule = "examples and prompts are the same tokens at every checkpoint"
@@ -189,7 +193,7 @@ def open_checkpoint(study: Study, subject: Subject, id: str, revision: str | Non
     if width != subject.width:
         value, rule = f"{id}: {width}, model {subject.width}", "what is read is read alike at every checkpoint"
         raise UserError("a checkpoint has another width than the model", value=value, rule=rule, fix=fix)
-    if loaded.moving != subject.loaded.moving:
+    if study.model.adapter is not None and loaded.moving != subject.loaded.moving:
         what = "the adapter of a checkpoint trains other parameters than the model's"
         raise UserError(what, value=id, rule="the same parameters move at every checkpoint", fix=fix)
     if subject.sae is not None:

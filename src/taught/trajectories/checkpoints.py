@@ -4,7 +4,8 @@
 
 L_c and F_c are loss and functional at the weights of checkpoint c, with c's own gates of X; the functional's cotangents
 A and B are those of the base model's readings, so that all checkpoints answer one question. Checkpoints are folders, or
-the states of a run that ``taught.Record`` wrote, each with the rate of the step that was made from it.
+the states of a run that ``taught.Record`` wrote, each with the rate of the step that was made from it. Where one is an
+adapter, what training the adapter moves is moved.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from taught.core.registry import TRAJECTORIES, setting
 from taught.core.target import TargetSet
 from taught.core.trajectory import Leg, Queries
 from taught.errors import UserError
+from taught.model.adapter import given_adapter
 from taught.training.recorded import Recorded
 from taught.trajectories.trained import enter
 
@@ -94,7 +96,8 @@ class Checkpoints:
         for number, checkpoint in reversed(list(enumerate(self.checkpoints))):
             work.progress.step(f"checkpoint {number + 1} of {len(self)}")
             model = problem.opener(checkpoint.id, checkpoint.revision)
-            yield Leg(problem.at(model, checkpoint.lr), f"checkpoint{number}")
+            moving = problem.parameters or given_adapter(model)[1]  # of an adapter on the model what it trains
+            yield Leg(replace(problem.at(model, checkpoint.lr), parameters=moving), f"checkpoint{number}")
             del model
 
     def carry(self, queries: Queries | None, leg: Leg, targets: TargetSet, work: Work) -> Queries | None:
