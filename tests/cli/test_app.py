@@ -320,9 +320,11 @@ def test_the_tuned_model_keeps_the_metric_that_is_asked_for(taught_here, tiny, t
     command = ("run", str(tiny / "study.yaml"), "--tuned", "./model", "--run", str(tmp_path / "run"), "-q")
     done = taught_here(*command, "--set", "attribution.curvature=identity")
     assert done.returncode == 0, done.stderr
-    said = RunFolder.open(tmp_path / "run").study.attribution
-    assert said.curvature.kind == "identity"
-    assert said.trajectory.values["checkpoints"][0]["id"] == str(tiny / "model")
+    study = RunFolder.open(tmp_path / "run").study
+    assert study.attribution.curvature.kind == "identity"
+    (place,) = study.replace("curation.rule", "top-k").attribution.trajectory.values["checkpoints"]
+    assert place.id == str(tiny / "model")
+    assert taught_here("curate", str(tmp_path / "run"), "--rule", "top-k", "--k", "2").returncode == 0
 
 
 @pytest.mark.slow  # over 20 s: every command in a process of its own

@@ -174,8 +174,9 @@ def record(made: type, **fields: Rule) -> Rule:
         return made(**{name: rule.parse(given.get(name)) for name, rule in fields.items()})
 
     def walk(key: str, value: Any, visit: Visit) -> Any:
-        visited = {name: rule.visited(key, getattr(value, name), visit) for name, rule in fields.items()}
-        return dataclasses.replace(value, **visited)
+        found = parse(value)  # of a run folder's record, which is taken as it is, a mapping
+        visited = {name: rule.visited(key, getattr(found, name), visit) for name, rule in fields.items()}
+        return dataclasses.replace(found, **visited)
 
     words = "; ".join(f"{name}: {rule.text}" for name, rule in fields.items())
     return Rule(f"a mapping ({words})", parse, walk=walk)
