@@ -117,7 +117,11 @@ class Sketched(Protocol):
 
 
 class Curvature(Protocol):
-    """A way to find C; a frozen dataclass of its parameters, registered in ``CURVATURES``."""
+    """A way to find C; a frozen dataclass of its parameters, registered in ``CURVATURES``.
+
+    It may have ``newton``: whether C is a curvature of the loss, so that a step is one of Newton's, whatever training
+    does: it ranks examples, and its size foretells no change.
+    """
 
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """C at the problem's weights, from the examples that are trained on."""

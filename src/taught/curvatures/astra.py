@@ -64,6 +64,7 @@ class Astra:
     damping: float = setting(0.1, rules.number(above=0), "added to a layer's eigenvalues, as a share of their mean")
     seed: int = setting(0, rules.whole(0), "of the labels that EK-FAC draws, and of the batches")
     of_queries: ClassVar[bool] = True
+    newton: ClassVar[bool] = True
 
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """EK-FAC, and the iteration that begins with it.

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import mul
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -81,6 +81,7 @@ class Ekfac:
 
     damping: float = setting(0.1, rules.number(above=0), "added to a layer's eigenvalues, as a share of their mean")
     seed: int = setting(0, rules.whole(0), "of the labels that are drawn from the model")
+    newton: ClassVar[bool] = True
 
     def fit(self, problem: Problem, examples: Examples, work: Work) -> Metric:
         """The Gauss-Newton matrix of the examples' mean loss, layer by layer.

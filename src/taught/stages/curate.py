@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from taught.analysis.curate import RANKED, outcome
 from taught.analysis.curate import curate as by_rule
-from taught.core.registry import TRAJECTORIES
+from taught.core.registry import CURVATURES, TRAJECTORIES
 from taught.data.corpus import open_corpus
 from taught.data.examples import load_examples
 from taught.data.tables import read_rows
@@ -46,6 +46,8 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
         # Values that are not of a step say nothing about a change; how much more an exchange
         # does than an omission is known where the loss is, at one step.
         found["change"] = None
+    if getattr(study.attribution.curvature.make(CURVATURES), "newton", False):
+        found |= {"change": None, "protected_change": None}
     record = {"rule": rule, "k": k, "target": target, "method": ranked.method, "protect": chosen.protect}
     record["unit"] = ranked.unit
     with run.stage("curate", study):
