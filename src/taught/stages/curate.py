@@ -52,7 +52,7 @@ def curate(study: Study, run: RunFolder, progress: Progress | None = None) -> No
     record["unit"] = ranked.unit
     with run.stage("curate", study):
         run.write_table("curation", pa.Table.from_pylist(decisions, _CURATION))
-        run.write_json("curation", record | {"lr": study.attribution.lr} | found)
+        run.write_json("curation", record | {"lr": study.attribution.lr if single else None} | found)
         _write_choice(run, study, decisions)
 
 

@@ -115,7 +115,8 @@ def curation_sentence(curation: Curated) -> Sentence:
 
 def curation_change(record: Row) -> str:
     """What that is predicted to do to the target and to the protected one."""
-    unit = "of the trained model" if record["unit"] == "run" else f"one step an example at lr {record['lr']:g}"
+    at = "each checkpoint" if record["lr"] is None else f"lr {record['lr']:g}"
+    unit = "of the trained model" if record["unit"] == "run" else f"one step an example at {at}"
     changes = [(words(record["target"]), record["change"])]
     if record["protect"]:
         changes.append((f"{words(record['protect'])} (protected)", record["protected_change"]))
