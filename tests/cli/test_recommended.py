@@ -43,17 +43,21 @@ def _filled(part: ast.AST) -> str:
     return "curate" if source.strip("{}f'") == "stage" else "WORD"
 
 
-def commands() -> list[tuple[str, str]]:
-    found = {}
+def texts_with(part: str) -> Iterator[tuple[Path, str]]:
+    """Strings of the modules in which something stands: parsing all of them was a tenth of collecting the tests."""
     for file in sorted(SRC.rglob("*.py")):
         content = file.read_text(encoding="utf-8")
-        if "taught " not in content:  # parsing all of them was a tenth of collecting the tests
-            continue
-        for text in texts(ast.parse(content)):
-            for match in re.finditer(r"(?<![\w/.@:'-])taught (?=[a-z-])[^\n]*", text):
-                command = ENDS.split(match[0])[0].strip().rstrip(".,;:")
-                if command.split()[1] in {*app, *FORMER} and command not in NOT_TYPED:
-                    found.setdefault(command, file.relative_to(SRC).as_posix())
+        if part in content:
+            yield from ((file, text) for text in texts(ast.parse(content)))
+
+
+def commands() -> list[tuple[str, str]]:
+    found = {}
+    for file, text in texts_with("taught "):
+        for match in re.finditer(r"(?<![\w/.@:'-])taught (?=[a-z-])[^\n]*", text):
+            command = ENDS.split(match[0])[0].strip().rstrip(".,;:")
+            if command.split()[1] in {*app, *FORMER} and command not in NOT_TYPED:
+                found.setdefault(command, file.relative_to(SRC).as_posix())
     return sorted((file, command) for command, file in found.items())
 
 
@@ -82,3 +86,14 @@ def test_there_are_some():
 def test_a_recommended_command_is_taken_by_the_command_line(file, command):
     words = [VALUES.get(word, word) for word in re.findall(r"'[^']*'|\S+", command)[1:]]
     app.parse_args(spelled_out([word.strip("'") for word in words if word]), exit_on_error=False, print_error=False)
+
+
+def test_a_flag_that_is_named_is_one_of_the_command_line_or_of_pip():
+    flags = {"--help", "--version"}
+    for name in app:
+        if not name.startswith("-"):
+            flags.update(*(argument.names for argument in app[name].assemble_argument_collection()))
+    named = {(file, flag) for file, text in texts_with("--") for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)}
+    others = {"--upgrade", "--no-deps", "--force-reinstall"}
+    assert {"--set", "--tuned"} <= flags & {flag for _, flag in named}
+    assert [(file.name, flag) for file, flag in sorted(named) if flag not in flags | others] == []

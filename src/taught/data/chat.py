@@ -147,7 +147,7 @@ class ChatFormat:
                 "the tokenizer has no chat template",
                 value=getattr(tokenizer, "name_or_path", None) or None,
                 rule="prompts and examples are rendered as the model was trained to read them",
-                fix="pass the model's template: --chat-template FILE",
+                fix="pass the model's template: --set model.chat_template=FILE",
             )
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
@@ -199,7 +199,7 @@ class ChatFormat:
             raise UserError(
                 "the chat template renders the same conversation differently each time",
                 rule="a result depends on nothing but what is recorded",
-                fix="pass a --chat-template FILE that draws nothing at random",
+                fix="--set model.chat_template=FILE, with a template that draws nothing at random",
             )
         tokens = [None if text is None else self._tokens(text).ids for text in rendered[0]]
         plain = list(self.tokenizer(asked, verbose=False)["input_ids"])
@@ -265,7 +265,7 @@ class ChatFormat:
                 f"the template writes something else before each answer to {id}",
                 value=[text[:content][-40:] for text, _, _, content in found],
                 rule="all answers of a prompt follow the same tokens",
-                fix="pass a --chat-template FILE that adds nothing to an answer",
+                fix="--set model.chat_template=FILE, with a template that adds nothing to an answer",
             )
         return replace(prompt, input_ids=heads.pop(), suffixes=tuple(whole.ids[start:] for _, whole, _, _ in found))
 
@@ -463,7 +463,7 @@ class ChatFormat:
             raise _CannotRender(
                 f"the chat template cannot render {id}",
                 value=f"{type(error).__name__}: {error}",
-                fix="check the roles of the messages, or pass another --chat-template FILE",
+                fix="check the roles of the messages, or use another template: --set model.chat_template=FILE",
             ) from error
         return str(text)
 
@@ -502,7 +502,7 @@ class ChatFormat:
                 f"the {what} of {id} is not in the template's rendering as it is",
                 value=content,
                 rule="a message is rendered unchanged, apart from white space around it",
-                fix="fill an empty message, or pass another --chat-template FILE",
+                fix="fill an empty message, or use another template: --set model.chat_template=FILE",
             )
         return start, end
 
@@ -539,7 +539,7 @@ def _check_border(prompt_text: str, prompt: _Tokens, text: str, whole: _Tokens, 
             f"the template renders the prompt of {id} otherwise once it is answered",
             value=text[len(prompt_text) // 2 :],
             rule="the conversation begins with the prompt and its generation prompt",
-            fix="pass a --chat-template FILE that adds nothing else to a generation prompt",
+            fix="--set model.chat_template=FILE, with a template that adds nothing else to a generation prompt",
         )
     if whole.ids[: len(prompt.ids)] != prompt.ids:
         raise _merge_error(text, len(prompt_text), id)
@@ -552,5 +552,6 @@ def _merge_error(text: str, border: int, id: str) -> UserError:
         rule="the first response token starts where the generation prompt ends",
         fix="remove white space at the beginning of the response"
         if text[border : border + 1].isspace()
-        else "pass a --chat-template FILE whose generation prompt ends with a special token, or without white space",
+        else "--set model.chat_template=FILE, with a template whose generation prompt ends with a special token, "
+        "or without white space",
     )

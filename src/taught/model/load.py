@@ -128,7 +128,7 @@ def load_model(
         raise UserError("unknown kind of weights", value=load_in, rule="one of " + ", ".join(KINDS))
     template = None
     if chat_template is not None:
-        rule, fix = "a UTF-8 text file in Jinja", "check the path of --chat-template"
+        rule, fix = "a UTF-8 text file in Jinja", "check the path, model.chat_template"
         with reading("the chat template cannot be read", chat_template, rule=rule, fix=fix):
             template = Path(chat_template).expanduser().read_text(encoding="utf-8")
     try:
@@ -152,7 +152,7 @@ def load_model(
             "the tokenizer has no chat template",
             value=str(model_id),
             rule="prompts and examples are rendered as the model was trained to read them",
-            fix="pass the model's template: --chat-template FILE",
+            fix="pass the model's template: --set model.chat_template=FILE",
         )
     model, quantised = _read(partial(_load_weights, dtype=dtype, device=device, load_in=load_in), source)
     _refuse_unknown_tokens(model, tokenizer)

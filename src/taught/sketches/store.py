@@ -110,7 +110,7 @@ class SketchStore:
                 f"{self.folder} holds sketches made under other conditions: " + ", ".join(changed),
                 value="; ".join(f"{k}: was {was!r}, now {now!r}" for k, (was, now) in changed.items()),
                 rule="one store holds one projection of one model's gradients",
-                fix="name another --store folder",
+                fix="name another folder: --set attribution.estimator.store=FOLDER",
             )
         self.identity: dict[str, Any] = dict(found if identity is None else identity)  # type: ignore[arg-type]
 
@@ -231,7 +231,8 @@ class SketchStore:
 
     def _found(self) -> dict[str, Any] | None:
         file, errors = self.folder / NAME, (ValueError, KeyError, TypeError, OSError)
-        with reading("the store cannot be read", file, errors, fix="name another --store folder"):
+        fix = "name another folder: --set attribution.estimator.store=FOLDER"
+        with reading("the store cannot be read", file, errors, fix=fix):
             try:
                 record = files.parse_json(file.read_bytes())
             except FileNotFoundError:
