@@ -409,7 +409,7 @@ def test_the_advice_about_a_merge_across_the_border_mends_it() -> None:
     # A hand-written template, "assistant: ", whose space belongs to the first word of the answer.
     with pytest.raises(UserError, match="merges the end of the prompt of p") as caught:
         ChatFormat(in_words("words"), PLAIN).encode_answers("How?", ["No."], "p")
-    assert "--chat-template FILE whose generation prompt ends" in caught.value.fix
+    assert "--set model.chat_template=FILE, with a template whose" in caught.value.fix
     mended = ChatFormat(in_words("words"), PLAIN.replace("assistant: {% endif", "assistant:{% endif"))
     encoded = mended.encode_answers("How?", ["No."], "p")
     assert in_words("words").decode(encoded.suffixes[0]) == " No."
@@ -483,7 +483,7 @@ def test_a_example_beyond_the_context_is_truncated_there() -> None:
 def test_a_tokenizer_without_template_is_refused_with_the_fix() -> None:
     with pytest.raises(UserError, match="no chat template") as caught:
         ChatFormat(bpe_tokenizer())
-    assert "--chat-template FILE" in str(caught.value)
+    assert "--set model.chat_template=FILE" in str(caught.value)
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

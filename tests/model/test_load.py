@@ -131,7 +131,7 @@ def test_chat_template_file_replaces_the_tokenizers(tmp_path):
 
 def test_no_chat_template_names_the_flag(tmp_path):
     save_tiny(tmp_path / "m", template=None)
-    with pytest.raises(UserError, match=r"(?s)no chat template.*--chat-template FILE"):
+    with pytest.raises(UserError, match=r"(?s)no chat template.*--set model.chat_template=FILE"):
         load_model(str(tmp_path / "m"))
 
 
