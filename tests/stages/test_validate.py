@@ -213,7 +213,7 @@ def test_what_was_curated_is_trained_on_beside_random_examples(attributed, tmp_p
     assert {arm for arm, _ in arms} == {"base", "all", "kept", "random"}
     change = outcomes(run, "curated")["behavior:harmless"]
     gap = change["kept"] - np.mean([change[name] for name in trained if "random" in name])
-    assert arms["kept", "behavior:negative"]["difference"] == pytest.approx(gap)
+    assert arms["kept", "behavior:harmless"]["difference"] == pytest.approx(gap)
     assert "What taught curate kept" in printed(run)
     do(study, run, "report")
     run.verify()

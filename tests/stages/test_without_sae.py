@@ -155,6 +155,22 @@ def test_a_single_group_works(study, tmp_path):
     assert values_of(run, one) != values_of(run, "behavior")
 
 
+def test_what_was_curated_is_compared_on_prompts_without_groups(study, tmp_path):
+    rows = [json.loads(line) for line in Path(study.prompts.path).read_text().splitlines()]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    asked = {"prompts.path": str(tmp_path / "prompts.jsonl"), "curation.rule": "top-k", "curation.k": 3}
+    study = with_values(study, {**SMALL_STEPS, **asked, "validation.designs": ("curated",)})
+    run = do(study, tmp_path / "run", "readings", "attribute", "curate", "validate", "compare", "report")
+    changed = {row["subset"]: row["value"] for row in run.read_table("outcomes").to_pylist()}
+    random = np.mean([value for name, value in changed.items() if name.startswith("random-")])
+    rows = {(row["arm"], row["metric"]): row for row in run.read_table("arms").to_pylist()}
+    assert {metric for _, metric in rows} == {"behavior:all"}
+    assert rows["kept", "behavior:all"]["difference"] == pytest.approx(changed["kept"] - random)
+    page = run.path("report.html").read_text()
+    assert "training on the 5 examples that are kept moves behavior on all prompts by" in page.lower()
+    assert "Soft metrics" not in page and "LDS: rank" not in page  # there are none
+
+
 def test_the_change_on_every_prompt_can_be_asked_for(study, run, tmp_path):
     study = study.replace("attribution.targets", ["behavior:*", "prompt:*"])
     every = do(study, tmp_path / "run", "readings", "attribute")

@@ -296,13 +296,13 @@ def _write(
         for target, value in changes(readings, base, after, measured).items()
     ]
     published = bool(sides) and np.allclose(np.log(degree(base.y)), base.y)  # the metrics take y for a log probability
-    compared = [design for design in ARMS if design in designs and published]
+    wanted = study.prompts.sides if published else ()
     optional: dict[str, Sequence[Any]] = {
         "curves": [p for design in designs if design in CURVES for p in _points(design, named, readings, made)],
         "verdicts": verdicts(study, run, paired, named.target, made, outcomes) if paired else [],
         "forgetting": forgetting_rows(made),
         "named_effects": _effects(named, designs, outcomes),
-        "arms": [row for design in compared for row in _arms(design, ready, sides, made)],
+        "arms": [row for design in ARMS if design in designs for row in _arms(design, ready, wanted, made)],
     }
     for table, rows in optional.items():
         if rows:
@@ -328,9 +328,7 @@ class DesignArm(ArmRow):
     design: str = ""
 
 
-def _arms(
-    design: str, ready: Ready, sides: Sequence[Sequence[str]], made: Mapping[Name, Retraining]
-) -> list[DesignArm]:
+def _arms(design: str, ready: Ready, sides: Sequence[str], made: Mapping[Name, Retraining]) -> list[DesignArm]:
     """Each way of choosing the examples against as many random ones."""
     models = {"base": [made[BASE]]}
     for (of, name, _), model in made.items():
@@ -342,7 +340,8 @@ def _arms(
     rows = compare_arms(
         {arm: np.array([model.y for model in some]) for arm, some in models.items()},
         {arm: len(some[0].ids) for arm, some in models.items()},
-        *([column[prompt_id] for prompt_id in side] for side in sides),
+        {group: [column[prompt_id] for prompt_id in ids] for group, ids in ready.readings.groups.items()},
+        sides,
     )
     return [DesignArm(**asdict(row), design=design) for row in rows]
 

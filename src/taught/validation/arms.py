@@ -1,7 +1,8 @@
 """Ways of choosing the examples, each trained on and read: which model is better, and by how much.
 
 An *arm* is a way of choosing (all examples, a rule's, at random); it has a model, or several. For each
-metric m of a model (:func:`taught.validation.outcomes.metrics`) and the S models of the random arm
+metric m of a model (the mean y of each group of prompts; where the study says in which group the behavior is wanted,
+:func:`taught.validation.outcomes.metrics`) and the S models of the random arm
 
     value = mean m over the arm's models,    difference = value - value of the random arm
 
@@ -60,8 +61,8 @@ class ArmRow:
 def compare_arms(
     arms: Mapping[str, Floats],
     examples: Mapping[str, int],
-    positive: Sequence[int],
-    negative: Sequence[int],
+    groups: Mapping[str, Sequence[int]],
+    sides: Sequence[str] = (),
     *,
     draws: int = DRAWS,
     seed: int = 0,
@@ -70,9 +71,11 @@ def compare_arms(
 
     Parameters
     ----------
-    arms : arm -> behavior of its models, float64 [R, N], natural logarithm
+    arms : arm -> behavior of its models, float64 [R, N]
     examples : arm -> number of examples
-    positive, negative : columns of the prompts that should show the behavior, and should not
+    groups : group -> columns of its prompts
+    sides : the group that should show the behavior and the one that should not, of a behavior that is a log
+        probability; none: the mean y of the groups is all
 
     Raises
     ------
@@ -83,14 +86,15 @@ def compare_arms(
     if S < LEAST_MODELS:
         raise UserError("too few random models to compare with", value=S, rule=f"at least {LEAST_MODELS}")
     rng = np.random.default_rng(seed)
-    sizes = len(positive), len(negative)
-    weights = [rng.multinomial(n, np.full(n, 1 / n), size=draws) / n for n in sizes]
+    weights: dict[str, Floats] = {}
+    for group in dict.fromkeys((*sides, *groups)):
+        n = len(groups[group])
+        weights[group] = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
     t = rng.standard_normal(draws) * np.sqrt((S - 1) / rng.chisquare(S - 1, size=draws))
     points, drawn = {}, {}
     for arm, y in arms.items():
-        sides = y[:, positive], y[:, negative]
-        points[arm] = metrics(*sides)
-        each = [metrics(yes, no, *weights) for yes, no in zip(*sides, strict=True)]
+        points[arm] = _metrics(y, groups, sides)
+        each = [_metrics(one, groups, sides, weights) for one in y]
         drawn[arm] = {name: np.mean([one[name] for one in each], 0) for name in points[arm]}
     rows = []
     for name, of_random in points[RANDOM].items():
@@ -107,3 +111,22 @@ def compare_arms(
             value = Interval.of(float(points[arm][name].mean()), drawn[arm][name])
             rows.append(ArmRow(arm, name, len(y), examples[arm], *value, *gaps[arm], p[arm], corrected[arm]))
     return rows
+
+
+def _metrics(
+    y: Floats, groups: Mapping[str, Sequence[int]], sides: Sequence[str], weights: Mapping[str, Floats] | None = None
+) -> dict[str, Floats]:
+    """Metrics of the behavior y [..., N], over prompts alike or with weights [draws, n] of each group's prompts."""
+    found: dict[str, Floats] = {}
+    if sides:
+        of = metrics(
+            *(y[..., groups[side]] for side in sides), *([] if weights is None else [weights[s] for s in sides])
+        )
+        named = {"positive": sides[0], "negative": sides[1]}
+        for name, value in of.items():
+            kind, colon, side = name.partition(":")
+            found[f"{kind}{colon}{named.get(side, '')}"] = value
+    for group, columns in groups.items():
+        w = 1 / len(columns) if weights is None else weights[group]
+        found[f"behavior:{group}"] = (w * y[..., columns]).sum(-1)
+    return found

@@ -100,7 +100,7 @@ def soft_metrics(
 def metrics(
     yes: Floats, no: Floats, yes_weights: Floats | None = None, no_weights: Floats | None = None
 ) -> dict[str, Floats]:
-    """The soft metrics, and the means of p and y of both groups of prompts.
+    """The soft metrics, and the mean p of both groups of prompts.
 
     Parameters
     ----------
@@ -122,6 +122,4 @@ def metrics(
         "correctness": (n * recall + m * (1 - wrong)) / (n + m),
         "probability:positive": recall,
         "probability:negative": wrong,
-        "behavior:positive": (w * yes).sum(-1),
-        "behavior:negative": (v * no).sum(-1),
     }

@@ -27,6 +27,10 @@ from taught.report.text import (
 )
 from taught.stats.intervals import Interval
 
+LDS = (
+    " LDS: rank correlation, over subsets, of the sum of the examples’ influence with what training on them changed. "
+    "Controlled: given the summed response length and the counts of labels, which alone explain much of any training."
+)
 COEFFICIENTS = "coefficients, median"
 CEILING = "noise ceiling"
 OF_ONE = ("coefficient:", "prompt:")  # targets that are too many to be shown one by one
@@ -41,11 +45,8 @@ SIDES = ("raw", "controlled")
 def _blocks(tables: Tables) -> Iterator[Block]:
     models = tables.rows("models")
     times = count(sum(row["design"] != "base" for row in models), "time")
-    yield Text(
-        f"The model was trained again {times} on chosen examples.{_start(tables, models)} LDS: rank correlation, over "
-        "subsets, of the sum of the examples’ influence with what training on them changed. Controlled: given the "
-        "summed response length and the counts of labels, which alone explain much of any training."
-    )
+    meaning = LDS if tables.rows("lds") else ""
+    yield Text(f"The model was trained again {times} on chosen examples.{_start(tables, models)}{meaning}")
     yield from _pairs(tables.rows("verdicts"), tables.rows("forgetting"))
     said = curve_sentences(tables.rows("curves"), removed_by(tables))
     for effect in tables.rows("named_effects"):
@@ -68,7 +69,8 @@ def _blocks(tables: Tables) -> Iterator[Block]:
     arms = tables.rows("arms")
     for design in dict.fromkeys(row.get("design", "curation") for row in arms):
         yield arms_table(DESIGNS[design], [row for row in arms if row.get("design", "curation") == design])
-    if shown := [r for r in models if r["design"] in WITH_METRICS]:
+    shown = [r for r in models if r["design"] in WITH_METRICS]
+    if any(r.get(key) is not None for r in shown for key in SOFT):
         judged = any(r.get("judged_positive") is not None for r in shown)
         named = SOFT | (JUDGED if judged else {})
         power = {key: common_power(r.get(key) for r in shown) for key in named}
@@ -271,7 +273,7 @@ def arms_table(design: str, rows: Sequence[Row]) -> Table:
     made = []
     for metric in dict.fromkeys(row["metric"] for row in rows):
         power = common_power(of[arm, metric]["value"] for arm in arms)
-        line: list[Cell] = [f"{metric}{tens(power)}"]
+        line: list[Cell] = [f"{words(metric) if is_behavior(metric) else metric}{tens(power)}"]
         for cell in (of[arm, metric] for arm in arms):
             said: list[Cell] = [interval_text(interval_of(cell), 3, power=power)]
             if gap := interval_of(cell, "difference", "difference_lo", "difference_hi"):
@@ -293,6 +295,7 @@ def arms_table(design: str, rows: Sequence[Row]) -> Table:
 
 def _sentences(tables: Tables) -> list[Sentence | None]:
     retrained = retraining_sentence(tables.rows("curves"), removed_by(tables))
+    retrained = retrained or kept_sentence(tables.rows("arms"), removed_by(tables))
     return [retrained, pair_sentence(tables.rows("verdicts")), foreseen_sentence(tables.rows("lds"))]
 
 
@@ -305,6 +308,18 @@ def retraining_sentence(curves: Rows, target: str) -> Sentence | None:
     if point["lo"] <= 0 <= point["hi"]:
         return Sentence("Retraining", "none", f"{NOTHING}: {done[0].lower()}{done[1:]}.")
     return Sentence("Retraining", "found", f"{done}.")
+
+
+def kept_sentence(arms: Rows, target: str) -> Sentence | None:
+    """What training on what was kept did to a behavior, beside as many random examples; None if it was not tried."""
+    kept = next((r for r in arms if r["arm"] == "kept" and r["metric"] == target), None)
+    if kept is None:
+        return None
+    said = f"Training on the {count(kept['examples'], 'example')} that are kept moves {words(target)} by "
+    said += f"{_digits(kept, 'difference', 'difference_lo', 'difference_hi')} against as many random ones"
+    if kept["difference_lo"] <= 0 <= kept["difference_hi"]:
+        return Sentence("Retraining", "none", f"{NOTHING}: {said[0].lower()}{said[1:]}.")
+    return Sentence("Retraining", "found", f"{said}.")
 
 
 def foreseen_sentence(lds: Rows) -> Sentence | None:
