@@ -248,6 +248,7 @@ def test_a_run_through_the_command_s_stages(study, tmp_path):
     assert len(shares) == small.attribution.exact_top
     assert shares == pytest.approx({i: effects[i] for i in shares}, rel=1e-9)
     page = (run.folder / "report.html").read_text()
+    assert f"The run begins at the weights of {small.model.id};" in page
     assert "Metasmoothness" in page and "per step" not in page and "one plain SGD step" not in page
     with pytest.raises(UserError, match="validation.lr"):  # the recipe is what they depend on
         do(with_values(small, {"validation.lr": 1e-3}), tmp_path / "run", "attribute")
